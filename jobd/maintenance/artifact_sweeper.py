@@ -1,4 +1,4 @@
-"""Delete the artifacts of deleted jobs, tombstone by tombstone, until all are gone.
+"""Delete the artifacts of deleted jobs and late results, in the order of their tombstones.
 
 A crash loses nothing: a tombstone is written with the deletion of the job (or late result) that named the artifact,
 and is removed after the artifact is gone. An artifact that does not exist counts as deleted.
@@ -24,12 +24,12 @@ log = structlog.get_logger("jobd.artifacts")
 SLICE: Final = 20
 PAUSE_S: Final = 0.01  # between slices, so that workers get the disk
 POLL_S: Final = 3.0  # while tombstones wait that are not due yet
-CALL_TIMEOUT_S: Final = 10.0  # for one artifact
+CALL_TIMEOUT_S: Final = 10.0  # per artifact
 RETRY_MS: Final = 2 * SECOND_MS  # after the first failure; doubles each time
 MAX_RETRY_MS: Final = 10 * MINUTE_MS
 DEGRADED_AFTER_S: Final = 300.0
-MAX_FAILING: Final = 1_000  # whose first failure is remembered
-# Keys of `_failing` beside tombstone numbers: unreadable tombstones, and the database.
+MAX_FAILING: Final = 1_000  # failing tombstones whose first failure is remembered
+# Keys of `_failing` that are not tombstone numbers: unreadable tombstones, and the database.
 DAMAGED: Final = "damaged"
 STORE: Final = "store"
 
@@ -39,7 +39,7 @@ class SweepStats(Struct):
 
     waiting: int = 0
     deleted: int = 0
-    left: int = 0
+    left: int = 0  # kept because another job uses the artifact
     failures: int = 0
     behind_ms: int = 0  # since the oldest due tombstone became due
 
@@ -53,7 +53,7 @@ class SweepResult(Struct, frozen=True):
 
 
 class ArtifactSweeper:
-    """`run` sweeps until `stop`. `expect` announces new tombstones and wakes it."""
+    """Sweeps from `run` until `stop`. `expect` counts new tombstones and wakes it."""
 
     def __init__(
         self, storage: JobStorage, artifacts: ArtifactStore, clock: Clock, stats: SweepStats, margins: Margins = MARGINS
@@ -69,7 +69,7 @@ class ArtifactSweeper:
         self._failing: dict[int | str, tuple[float, str]] = {}
 
     async def run(self) -> None:
-        """Sweep until `stop`, which waits for the current slice. Survives any error."""
+        """Sweep until `stop`, and finish the current slice then. Errors are logged and retried."""
         while not self._stopping:
             pause_s = POLL_S
             try:
@@ -88,7 +88,7 @@ class ArtifactSweeper:
         self._wake.set()
 
     def expect(self, count: int) -> None:
-        """Count new tombstones that are on the disk."""
+        """Count new tombstones that were written to the disk."""
         self.stats.waiting += count
         self._wake.set()
 
@@ -97,12 +97,12 @@ class ArtifactSweeper:
         if not self._failing:
             return None
         since, why = min(self._failing.values())
-        silent_s = asyncio.get_running_loop().time() - since
-        if silent_s < DEGRADED_AFTER_S:
+        failing_s = asyncio.get_running_loop().time() - since
+        if failing_s < DEGRADED_AFTER_S:
             return None
         is_counted = self._failing.keys().isdisjoint((STORE, DAMAGED))
-        objects = f"{len(self._failing)} objects of deleted jobs" if is_counted else "Objects of deleted jobs"
-        return f"{objects} could not be deleted, the first for {silent_s:.0f} s: {why}"
+        artifacts = f"{len(self._failing)} artifacts of deleted jobs" if is_counted else "Artifacts of deleted jobs"
+        return f"{artifacts} cannot be deleted, the first for {failing_s:.0f} s: {why}"
 
     # -- slices --------------------------------------------------------------------------------------------------------
 
@@ -110,7 +110,7 @@ class ArtifactSweeper:
         """Process the due tombstones. Return whether more can be processed at once."""
         at = self._clock.moment()
         if at.suspect:
-            return False  # nothing is deleted by age either
+            return False  # as with deletion by age, nothing is deleted until the clock is trusted
         now = at.now
         due = await self._storage.due_tombstones(now, SLICE)
         self.stats.waiting -= due.damaged
@@ -122,29 +122,31 @@ class ArtifactSweeper:
             if _is_held(due, each, named)
         ]
         free = [(each, named) for each, named in due.found if not _is_held(due, each, named)]
-        ends = [*held, *await asyncio.gather(*(self._try(tombstone, named, now) for tombstone, named in free))]
-        finished = [end.tombstone.job_seq for end in ends if end.outcome is not None and end.outcome.what != "young"]
-        later = [self._postpone(end, now) for end in ends if end.tombstone.job_seq not in finished]
-        if ends:
+        results = [*held, *await asyncio.gather(*(self._try(tombstone, named, now) for tombstone, named in free))]
+        finished = [
+            each.tombstone.job_seq for each in results if each.outcome is not None and each.outcome.what != "young"
+        ]
+        later = [self._postpone(each, now) for each in results if each.tombstone.job_seq not in finished]
+        if results:
             await self._storage.settle_tombstones(finished, later)
         self.stats.waiting -= len(finished)
-        for end in ends:
-            self._record(end)
-        if len(ends) < SLICE:
+        for result in results:
+            self._record(result)
+        if len(results) < SLICE:
             self.stats.behind_ms = 0
-        return len(ends) == SLICE and not all(end.error for end in ends)
+        return len(results) == SLICE and not all(each.error for each in results)
 
     async def _try(self, tombstone: Tombstone, named: bool, now: int) -> SweepResult:
-        """Delete one artifact unless a job names its key. The store is asked anyway, and cleans up after a crash."""
+        """Delete one artifact, unless a job names its key. The store is called anyway: it cleans up after a crash."""
         decide = _leave if named else partial(judge, tombstone, self._margins, now)
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 outcome = await self._artifacts.delete(tombstone.key, decide)
-            if named and outcome.what == "left" and outcome.modified_at:  # otherwise the store gives the reason
+            if named and outcome.what == "left" and outcome.modified_at:  # otherwise the store has a reason of its own
                 outcome = replace(outcome, why="another job names its key")
             return SweepResult(tombstone, outcome)
         except TimeoutError:
-            return SweepResult(tombstone, None, f"{self._artifacts.place} has not answered for {CALL_TIMEOUT_S:g} s.")
+            return SweepResult(tombstone, None, f"{self._artifacts.place} has not responded for {CALL_TIMEOUT_S:g} s.")
         except ArtifactStoreError as fault:
             return SweepResult(tombstone, None, str(fault))
         except Exception as error:
@@ -178,19 +180,19 @@ class ArtifactSweeper:
             log.info("artifact_left", **fields, why=outcome.why)
 
     def _record_unmoved(self, count: int) -> None:
-        """Record damaged tombstones that could not be moved to the quarantine."""
+        """Record damaged tombstones that could not be quarantined."""
         if count:
             self._record_failure(DAMAGED, f"{count} damaged tombstones cannot be quarantined; run: jobd doctor")
         else:
             self._failing.pop(DAMAGED, None)
 
     def _record_bug(self, error: Exception) -> None:
-        """Record a storage error or a bug of ours. Log the traceback the first time only."""
+        """Record a storage error or an internal error. Log the traceback the first time only."""
         self.stats.failures += 1
         log.warning(
             "artifact_sweep_failed", error=f"{type(error).__name__}: {error}", exc_info=STORE not in self._failing
         )
-        self._record_failure(STORE, f"the store of jobs failed: {error}")
+        self._record_failure(STORE, f"the job store failed: {error}")
 
     def _record_failure(self, what: int | str, why: str) -> None:
         since = self._failing[what][0] if what in self._failing else asyncio.get_running_loop().time()
@@ -198,7 +200,7 @@ class ArtifactSweeper:
             self._failing[what] = since, why
 
     async def _pause(self, seconds: float) -> None:
-        """Wait until woken, or for `seconds` while there is work."""
+        """Wait for `_wake`, and for at most `seconds` while there is work."""
         timer = None
         if self.stats.waiting > 0 or self._failing or seconds < POLL_S:
             timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
@@ -210,7 +212,7 @@ class ArtifactSweeper:
 
 
 def _is_held(due: DueTombstones, tombstone: Tombstone, named: bool) -> bool:
-    """Return whether only a late result names the key: the artifact waits for the end of that result."""
+    """Return whether only a late result names the key. The artifact stays until that result is deleted."""
     return not named and tombstone.job_seq in due.held
 
 

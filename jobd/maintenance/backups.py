@@ -1,6 +1,6 @@
-"""Online backups: their progress, and reading the finished copy in pieces.
+"""Make online backups, report their progress and read the finished copy in pieces.
 
-The state is in memory and lost when the process ends.
+The list of backups is in memory only.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from jobd.model.errors import ApiError
 from jobd.model.responses import BackupState, BackupView
 from jobd.model.storage import BackupError, BackupStep, DiskFull, Storage
 
-MAX_ACTIVE: Final = 8  # one is copied; the others wait or are sent
+MAX_ACTIVE: Final = 8  # one is being copied; the others wait or are being sent
 MAX_FINISHED: Final = 20  # kept in the list
 PIECE_BYTES: Final = 256 << 10
-CALL_S: Final = 30.0  # for reading one piece
+READ_TIMEOUT_S: Final = 30.0  # per piece
 
 log = structlog.get_logger("jobd.daemon")
 
 
 class Backups:
-    """The backups of a storage, made one after the other. `now` returns Unix ms."""
+    """Makes backups one after the other. `now` returns Unix ms."""
 
     def __init__(self, storage: Storage, now: Callable[[], int]) -> None:
         self._storage = storage
@@ -37,26 +37,26 @@ class Backups:
 
     def views(self) -> list[BackupView]:
         """Return the active backups and the latest finished ones, newest first."""
-        return [*(copy.view() for copy in reversed(self._active)), *reversed(self._finished)]
+        return [*(each.view() for each in reversed(self._active)), *reversed(self._finished)]
 
     async def begin(self, id_: str) -> Backup | ApiError:
-        """Make a complete, marked and checked copy. This may take minutes.
+        """Make a marked and checked copy. This may take minutes.
 
-        The caller must `close` it. Raises DiskFull, BackupError.
+        The caller must `close` the backup. Raises DiskFull or BackupError.
         """
         if len(self._active) >= MAX_ACTIVE:
-            return ApiError("overloaded", f"{MAX_ACTIVE} backups are under way. Wait for one of them.")
-        copy = Backup(self, id_, self._now())
-        self._active.append(copy)
+            return ApiError("overloaded", f"{MAX_ACTIVE} backups are under way. Try again when one of them has ended.")
+        backup = Backup(self, id_, self._now())
+        self._active.append(backup)
         try:
-            await copy.copy(self._storage)
+            await backup.copy(self._storage)
         except BaseException as error:
-            copy.close(str(error) if isinstance(error, DiskFull | BackupError) else "it was cancelled")
+            backup.close(str(error) if isinstance(error, DiskFull | BackupError) else "it was cancelled")
             raise
-        return copy
+        return backup
 
     def finish(self, backup: Backup) -> None:
-        """Move a backup to the finished ones."""
+        """Move a backup from the active to the finished ones."""
         if backup in self._active:
             self._active.remove(backup)
             self._finished.append(backup.view())
@@ -66,7 +66,7 @@ class Backups:
 
 
 class Backup:
-    """One backup: `read` returns its `size` bytes in pieces, then nothing. Close it at the end."""
+    """One backup. `read` returns its `size` bytes in pieces, then an empty one. Always `close` it."""
 
     def __init__(self, backups: Backups, id_: str, started_at: int) -> None:
         self.size = 0
@@ -99,14 +99,14 @@ class Backup:
         )
 
     async def copy(self, storage: Storage) -> None:
-        """Copy and check."""
+        """Make the copy and open it for `read`."""
         self._file = await storage.backup(self._on_progress)
         self.size = await asyncio.to_thread(self._file.seek, 0, 2)
         await asyncio.to_thread(self._file.seek, 0)
         self._state, self._done, self._total = "sending", 0, self.size
 
     def _on_progress(self, step: BackupStep, done: int, total: int) -> None:
-        """Record progress; called in the thread of the copy. A view may mix two steps for a moment."""
+        """Record progress. Called in the copying thread, so a view may mix two steps for a moment."""
         self._state = step
         if total:
             self._done, self._total = done, total
@@ -114,14 +114,14 @@ class Backup:
 
     async def read(self) -> bytes:
         assert self._file is not None
-        async with asyncio.timeout(CALL_S):
+        async with asyncio.timeout(READ_TIMEOUT_S):
             piece = await asyncio.to_thread(self._file.read, PIECE_BYTES)
         self._done += len(piece)
         self._progressed_s = self._backups.progressed_s = time.monotonic()
         return piece
 
     def close(self, why: str | None = None) -> None:
-        """Finish: sent to its end, or failed because of `why`."""
+        """End the backup: sent completely, or failed with the reason `why`."""
         if self._ended_at is not None:
             return
         self._state = "sent" if why is None else "failed"
@@ -129,7 +129,7 @@ class Backup:
         self._ended_at = self._backups.now()
         self._backups.finish(self)
         if self._file is not None:
-            # The file has no name. Closing frees its space, which takes a while for a large one.
+            # The file has no name, so closing it frees its space. That takes a while for a large file.
             asyncio.get_running_loop().run_in_executor(None, _close, self._file)
 
 

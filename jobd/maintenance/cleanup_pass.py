@@ -1,6 +1,6 @@
-"""One cleanup run: recovery, expiry, deletion by age, validation, journal and audit log, with a report.
+"""Run a cleanup: recovery, expiry, deletion by age, validation, journal and audit log, with a report.
 
-Every change is a command that the rules judge when they apply it. The run works in slices and yields between them.
+Every change is a command, and the rules decide it again when they apply it. The run works in slices, with pauses.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from jobd.model.responses import CleanupReport, Issue, MaintenanceResult, Recove
 log = structlog.get_logger("jobd.cleanup")
 
 PAUSE_S: Final = 0.002  # after each slice, so that workers get the loop and the disk
-SCAN: Final = 500  # jobs validated in one go: below a millisecond
-MAX_ISSUES_LOGGED: Final = 20  # of one run; the report counts all
+SCAN: Final = 500  # jobs validated at a time, in less than a millisecond
+MAX_ISSUES_LOGGED: Final = 20  # per run; the report counts all
+ENDED_EARLY: Final = "run: it ended early because the daemon is stopping."
 
 
 class CleanupSchedule(Struct, frozen=True):
-    """When cleanup runs and recovery run. If `recover_every_ms` is 0, only cleanup runs recover."""
+    """How often recovery and cleanup run. If `recover_every_ms` is 0, only cleanup runs recover jobs."""
 
     interval_ms: int = 5 * MINUTE_MS
     min_interval_ms: int = 2 * MINUTE_MS
@@ -57,7 +58,7 @@ class CommandRejected(Exception):
 
 
 class Unfinished(Exception):
-    """A step could not finish its work. The message says why."""
+    """A step ended before its work was done. The message says why."""
 
 
 class MaintenanceContext:
@@ -67,26 +68,26 @@ class MaintenanceContext:
         self.actor = actor
         self.clock = clock
         self.schedule = schedule
-        self.hold_journal_ms: Callable[[], int] = lambda: 0  # how long readers need the journal
+        self.hold_journal_ms: Callable[[], int] = lambda: 0  # how far lagging readers are behind
         self.totals = MaintenanceTotals()
         self.stopping = False
 
     async def ask(self, command: AnyCommand, by: str, operator: Operator | None = None) -> Any:
-        """Return the data of the response. Raises CommandRejected."""
-        answer = await self.actor.ask(command, by=by, operator=operator)
-        if isinstance(answer, ApiError):
-            raise CommandRejected(answer)
-        return answer.data
+        """Send a command and return the data of its response. Raises CommandRejected."""
+        response = await self.actor.ask(command, by=by, operator=operator)
+        if isinstance(response, ApiError):
+            raise CommandRejected(response)
+        return response.data
 
     async def yield_to_workers(self) -> None:
         await asyncio.sleep(PAUSE_S)
         if self.stopping:
-            raise Unfinished("the daemon is stopping; the next cleanup run does the rest.")
+            raise Unfinished("the daemon is stopping; the next cleanup run continues.")
 
     async def recover(
         self, by: str, details: list[Recovery], operator: Operator | None = None, reason: str | None = None
     ) -> None:
-        """Recover all stuck jobs and expired locks, slice by slice. Append the results to `details`."""
+        """Recover all stuck jobs and clear expired locks, in slices. Append the results to `details`."""
         while True:
             done: Recovered = await self.ask(Recover(limit=self.schedule.batch, reason=reason), by, operator)
             details += done.details
@@ -113,17 +114,17 @@ class MaintenanceContext:
         return TakeBackView(command.name, len(details), reset, len(details) - reset, details, more, done.timestamp)
 
     async def expire(self, by: str) -> None:
-        """Fail all queued jobs that are past their `expires_at`, slice by slice."""
+        """Fail all queued jobs that are past their `expires_at`, in slices."""
         more = True
         while more:
-            worked: MaintenanceResult = await self.ask(Expire(limit=self.schedule.batch), by)
-            self.totals.found["expired"] += worked.done
-            more = worked.more and worked.done > 0
+            result: MaintenanceResult = await self.ask(Expire(limit=self.schedule.batch), by)
+            self.totals.found["expired"] += result.done
+            more = result.more and result.done > 0
             await self.yield_to_workers()
 
 
 class CleanupRun:
-    """A cleanup run. `run` returns its report. A step that fails is named there and does not stop the others."""
+    """A cleanup run. `run` returns its report, which names the steps that failed. They do not stop the others."""
 
     def __init__(self, context: MaintenanceContext, *, forced: bool) -> None:
         self.errors: list[str] = []
@@ -151,10 +152,10 @@ class CleanupRun:
         return self._report()
 
     async def step(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
-        """Run one step. If it fails, the report says so and the run continues."""
+        """Run one step. Record an error for the report instead of raising it."""
         if self._context.stopping:
-            if "pass" not in {error.partition(":")[0] for error in self.errors}:
-                self.errors.append("pass: the run ended early because the daemon is stopping.")
+            if ENDED_EARLY not in self.errors:
+                self.errors.append(ENDED_EARLY)
             return
         try:
             await step()
@@ -172,26 +173,26 @@ class CleanupRun:
         await self._context.expire("cleanup")
 
     async def _deletion_step(self) -> None:
-        """Delete finished jobs past their retention, unless the wall clock is suspect. Artifacts are deleted later."""
+        """Delete finished jobs past their retention, while the wall clock is trusted. Artifacts are deleted later."""
         while not (at := self._clock.moment()).suspect:
             ids = await self._storage.expired_jobs(at.now, self._batch)
             if not ids:
                 break
-            worked: MaintenanceResult = await self._context.ask(DeleteExpired(ids=ids), "cleanup")
-            self._context.totals.found["deleted"] += worked.done
-            if not worked.done and not self._clock.moment().suspect:
+            result: MaintenanceResult = await self._context.ask(DeleteExpired(ids=ids), "cleanup")
+            self._context.totals.found["deleted"] += result.done
+            if not result.done and not self._clock.moment().suspect:
                 raise Unfinished(f"{len(ids)} expired jobs could not be deleted, the first is {ids[0]}.")
             await self._context.yield_to_workers()
 
     async def _validation_step(self) -> None:
-        """Validate imported and hand-edited rows, and all live jobs. Only jobs with issues cost a command."""
-        suspects = list(dict.fromkeys(self._state.suspects.values()))
-        for ids in _slices(suspects, self._batch):
+        """Validate imported and hand-edited rows and all live jobs. Only jobs with issues need a command."""
+        unvalidated = list(dict.fromkeys(self._state.suspects.values()))
+        for ids in _slices(unvalidated, self._batch):
             await self._repair(ids)
-        looked_at = set(suspects)
+        already = set(unvalidated)
         # Compact jobs cannot have issues, and there may be millions of them.
         for ids in _slices(list(self._state.jobs.touched()), SCAN):
-            wrong = [job_id for job_id in ids if job_id not in looked_at and self._has_issues(job_id)]
+            wrong = [job_id for job_id in ids if job_id not in already and self._has_issues(job_id)]
             for chunk in _slices(wrong, self._batch):
                 await self._repair(chunk)
             await self._context.yield_to_workers()
@@ -203,11 +204,11 @@ class CleanupRun:
         return any(map(counts, validate(job, self._clock.moment(), self._context.actor.policy).issues))
 
     async def _repair(self, ids: list[str]) -> None:
-        worked: MaintenanceResult = await self._context.ask(RepairJobs(ids=ids), "cleanup")
-        self._found += worked.found
-        self._fixed += worked.done
-        self._context.totals.found["issues"] += worked.found
-        for job_id, issue in worked.issues:
+        result: MaintenanceResult = await self._context.ask(RepairJobs(ids=ids), "cleanup")
+        self._found += result.found
+        self._fixed += result.done
+        self._context.totals.found["issues"] += result.found
+        for job_id, issue in result.issues:
             self._log_issue(job_id, issue)
         await self._context.yield_to_workers()
 
@@ -219,7 +220,7 @@ class CleanupRun:
             log.warning("validation_issue", job_id=job_id, **fields)
 
     async def _journal_step(self) -> None:
-        """Delete the journal of jobs that were deleted long ago."""
+        """Delete the events of jobs that were deleted long ago."""
         limit = self._batch
         while not (at := self._clock.moment()).suspect:
             keep_ms = max(self._context.schedule.journal_ms, self._context.hold_journal_ms())
@@ -228,7 +229,7 @@ class CleanupRun:
             await self._context.yield_to_workers()
 
     async def _audit_step(self) -> None:
-        """Delete old audit entries, and those above the limit. While the clock is suspect, no entry is old."""
+        """Delete excess audit entries, and old ones while the wall clock is trusted."""
         limit = self._batch
         while True:
             at = self._clock.moment()

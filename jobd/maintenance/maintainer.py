@@ -1,6 +1,6 @@
-"""Maintenance as a sender of commands: recovery, ticks, and cleanup runs.
+"""Run recovery, ticks and cleanup runs, all as commands.
 
-It only looks for work; the rules judge each command when they apply it. It is stopped by a message, never cancelled.
+Maintenance finds work, and the rules decide again when they apply its commands. It is stopped, never cancelled.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ log = structlog.get_logger("jobd.cleanup")
 T = TypeVar("T")
 
 TICK_S: Final = 10.0
-MAX_RESTORED: Final = 100  # reports of earlier runs that a start reads to find the latest success
-LATE_AFTER: Final = 3  # intervals without a successful run before health is degraded
+MAX_RESTORED: Final = 100  # reports read at start to find the latest successful run
+LATE_AFTER: Final = 3  # intervals without a successful run after which cleanup is degraded
 
 
 class Maintainer:
-    """Runs two loops until `stop`, so that a long cleanup run does not delay recovery."""
+    """Runs recovery and cleanup in two loops until `stop`, so that a long cleanup run does not delay recovery."""
 
     def __init__(self, actor: Actor, clock: Clock, schedule: CleanupSchedule | None = None) -> None:
         self._context = MaintenanceContext(actor, clock, schedule or CleanupSchedule())
@@ -47,9 +47,7 @@ class Maintainer:
         self._clock = clock
         self._cleanup_wake = asyncio.Event()
         self._recovery_wake = asyncio.Event()
-        self._pending_report: asyncio.Future[CleanupReport] | None = (
-            None  # for callers that wait for the current or next run
-        )
+        self._pending_report: asyncio.Future[CleanupReport] | None = None  # of the current or next run
         self._forced = False
         self.last_success: CleanupReport | None = None
         self._failed_runs = 0  # since the latest success
@@ -65,17 +63,17 @@ class Maintainer:
         return self._context.schedule
 
     def hold_journal(self, for_ms: Callable[[], int]) -> None:
-        """Keep the journal of deleted jobs for at least this long, for readers that lag behind."""
+        """Keep the events of deleted jobs for at least this many ms, for readers that lag behind."""
         self._context.hold_journal_ms = for_ms
 
     def save_extra(self, read_extra_json: Callable[[], bytes]) -> None:
-        """Save this JSON with the statistics, for `read_extra`."""
+        """Save this JSON with the statistics. `read_extra` reads it."""
         self._extra = read_extra_json
 
     # -- interface -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Run until `stop`. Survives any error of a step. Saves the statistics at the end."""
+        """Run until `stop`, then save the statistics. Errors are logged and retried."""
         await self._restore()
         try:
             await asyncio.gather(self._run_recovery(), self._run_cleanups())
@@ -83,7 +81,7 @@ class Maintainer:
             self._resolve_pending_report(self._report_of_no_run())
 
     def stop(self) -> None:
-        """End after the current slice. Call this while the actor still takes commands."""
+        """End after the current slice. Call this while the actor still accepts commands."""
         self._context.stopping = True
         self._cleanup_wake.set()
         self._recovery_wake.set()
@@ -96,7 +94,10 @@ class Maintainer:
         self._recovery_wake.set()
 
     async def run_cleanup(self, *, forced: bool) -> CleanupReport:
-        """Return the report of the current or a new run; unforced within `min_interval_ms`, the latest report."""
+        """Wait for the current or a new run and return its report.
+
+        If not `forced`, return the latest report if it is newer than `min_interval_ms`.
+        """
         if self._pending_report is None:
             if self._context.stopping:
                 return self._report_of_no_run()
@@ -111,7 +112,7 @@ class Maintainer:
     async def recover_stuck(
         self, operator: Operator | None = None, reason: str | None = None
     ) -> RecoverStuckView | ApiError:
-        """Recover every stuck job now, for an operator. Returns an error if nothing could be done."""
+        """Recover every stuck job for an operator. Returns an error if nothing could be done."""
         details: list[Recovery] = []
         try:
             await self._context.recover("admin" if operator is None else operator.by, details, operator, reason)
@@ -137,7 +138,7 @@ class Maintainer:
             return rejected.error
 
     async def preview(self, scan_s: float = SCAN_S) -> PreviewView | ApiError:
-        """Return what recovery and a cleanup run would do now. `scan_s` limits the scan for issues, in seconds."""
+        """Return what recovery and a cleanup run would do now. Each scan takes at most `scan_s` seconds."""
         try:
             return await preview(self._context, scan_s)
         except CommandRejected as rejected:
@@ -151,7 +152,7 @@ class Maintainer:
         )
 
     async def reports(self, limit: int) -> list[CleanupReport]:
-        """Return the stored reports, newest first. Unreadable reports are omitted and logged."""
+        """Return the stored reports, newest first. Unreadable ones are logged and left out."""
         found = [_read(body, CleanupReport) for body in await self._storage.reports(limit)]
         return [report for report in found if report is not None]
 
@@ -190,31 +191,30 @@ class Maintainer:
             await self._context.expire("recovery")
 
     def _has_expired(self) -> bool:
-        """Return whether a lock has expired or a job is stuck. The cost does not depend on the number of jobs."""
+        """Return whether a lock has expired or a job is stuck. Takes constant time."""
         if self._state.stuck or self._state.expired_locks:
             return True
         deadline = self._state.next_deadline()
         return deadline is not None and deadline <= self._clock.moment().lease
 
     def _has_overdue(self) -> bool:
-        """Return whether a queued job is overdue. While the clock is suspect, none is failed for that."""
+        """Return whether a queued job is past its `expires_at`. While the wall clock is suspect, none counts."""
         expiry, at = self._state.next_expiry(), self._clock.moment()
         return not at.suspect and expiry is not None and expiry <= at.now
 
     async def _tick(self) -> None:
-        """End pauses whose time has come. Persist lease time while a grant lives, and changes of a suspect clock.
+        """End due pauses of queues. Persist lease time while a job is processing, and changes of a suspect clock.
 
         An idle daemon notices here that its clock has stepped, or is trusted again.
         """
         if any(pause.until is not None for pause in self._state.paused.values()):
-            await self._actor.ask(EndPauses(), by="daemon")  # a rejection is harmless: the next tick tries again
-        # A start compares the clock with the last persisted time. The reports of cleanup runs keep that time fresh,
-        # unless the shortest retention is about as short as the interval between them.
+            await self._actor.ask(EndPauses(), by="daemon")  # an error is harmless: the next tick tries again
+        # A start compares the clock with the last persisted time. The reports of cleanup runs keep that time recent,
+        # unless the shortest retention is about as short as the interval between runs.
         is_short = self._clock.keep_ms < 4 * self.schedule.interval_ms
         if self._state.processing or is_short or self._clock.moment().suspect or self._state.clock_suspect:
-            await self._actor.ask(
-                Tick(), by="daemon"
-            )  # a rejection is harmless: on a full disk lease time stands still
+            # An error is harmless: on a full disk lease time stands still.
+            await self._actor.ask(Tick(), by="daemon")
 
     # -- cleanup runs --------------------------------------------------------------------------------------------------
 
@@ -225,10 +225,10 @@ class Maintainer:
                 await self._run_once()
             self._announce_next_run()
             await _pause(self._cleanup_wake, self._next_run() - loop_time())
-        await self._guarded("figures", self._save_stats)
+        await self._guarded("statistics", self._save_stats)
 
     def _next_run(self) -> float:
-        """Return the loop time of the next scheduled run. The first one starts at once."""
+        """Return the loop time of the next scheduled run. The first run starts at once."""
         if self._last_end is None:
             return self._last_begin
         schedule = self.schedule
@@ -236,10 +236,10 @@ class Maintainer:
         return max(period_end, self._last_end + schedule.min_interval_ms / SECOND_MS)
 
     def _announce_next_run(self) -> None:
-        """Set the time of the next cleanup run in the state, if only cleanup runs recover jobs."""
+        """Store the time of the next cleanup run in the state if only cleanup runs recover jobs."""
         wait_s = self._next_run() - asyncio.get_running_loop().time()
-        is_left = self.schedule.recover_every_ms == 0
-        self._state.next_cleanup_at = self._clock.moment().now + round(wait_s * SECOND_MS) if is_left else None
+        recovers = self.schedule.recover_every_ms == 0
+        self._state.next_cleanup_at = self._clock.moment().now + round(wait_s * SECOND_MS) if recovers else None
 
     async def _run_once(self) -> None:
         loop_time = asyncio.get_running_loop().time
@@ -248,7 +248,7 @@ class Maintainer:
             report = await self._run_steps()
         except Exception as error:
             log.exception("cleanup_pass_failed")
-            report = self._report_of_no_run(f"pass: {error}")
+            report = self._report_of_no_run(f"run: {error}")
         finally:
             self.is_running, self._last_end = False, loop_time()
         self._record(report)
@@ -257,17 +257,17 @@ class Maintainer:
         self._resolve_pending_report(report)
 
     async def _run_steps(self) -> CleanupReport:
-        now = CleanupRun(self._context, forced=self._forced)
+        run = CleanupRun(self._context, forced=self._forced)
         self._forced = False
-        report = await now.run()
-        await now.step("report", lambda: self._save_report(report))
-        await now.step("figures", self._save_stats)
+        report = await run.run()
+        await run.step("report", lambda: self._save_report(report))
+        await run.step("statistics", self._save_stats)
         self.totals.runs += 1
         log.info("cleanup_pass", **msgspec.to_builtins(report))
         return report
 
     def _record(self, report: CleanupReport) -> None:
-        """Record the report of a run. A successful run resets the count of failed ones."""
+        """Record the report of a run. A successful run resets the count of failed runs."""
         self.last_report = report
         if report.errors:
             self._failed_runs += 1
@@ -278,7 +278,7 @@ class Maintainer:
     # -- reports -------------------------------------------------------------------------------------------------------
 
     async def _save_report(self, report: CleanupReport) -> None:
-        """Store the report, then subtract what it counted from the current counters."""
+        """Store the report, then subtract its counts from the current counters."""
         await self._context.ask(Report(body=msgspec.json.encode(report)), "cleanup")
         since = self._state.figures.since_report
         since.recovered -= report.stuck_jobs_recovered
@@ -299,14 +299,14 @@ class Maintainer:
         for report in reversed(found):
             self._record(report)
 
-    def _report_of_no_run(self, error: str = "pass: not run because the daemon is stopping.") -> CleanupReport:
-        """Return the report for callers that wait for a run that cannot happen."""
+    def _report_of_no_run(self, error: str = "run: not started because the daemon is stopping.") -> CleanupReport:
+        """Return the report for callers of a run that cannot take place."""
         return CleanupReport(self._clock.moment().now, 0, 0, 0, 0, 0, 0, [error], self._forced)
 
     def _resolve_pending_report(self, report: CleanupReport) -> None:
-        waiter, self._pending_report = self._pending_report, None
-        if waiter is not None:
-            waiter.set_result(report)
+        pending, self._pending_report = self._pending_report, None
+        if pending is not None:
+            pending.set_result(report)
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
@@ -315,7 +315,7 @@ class Maintainer:
         return self._since_ms(self._last_success, self.last_success)
 
     def _since_ms(self, ended: float | None, report: CleanupReport | None) -> int | None:
-        """Return the milliseconds since the end of a run; for an earlier process, by the wall time of its report."""
+        """Return the milliseconds since the end of a run. For an earlier process, use the time of the report."""
         if ended is not None:
             return round((asyncio.get_running_loop().time() - ended) * SECOND_MS)
         if report is not None:
@@ -337,25 +337,25 @@ class Maintainer:
 
 
 class SavedStats(Figures):
-    """The statistics as they are saved, with data of other parts."""
+    """The saved statistics. `beside` is the JSON of `save_extra`."""
 
     beside: Raw = Raw(b"null")
 
 
 def read_extra(body: bytes | None) -> bytes:
-    """Return the JSON that was saved with the statistics, or null."""
+    """Return the JSON that `save_extra` saved, or null."""
     stats = None if body is None else _read(body, SavedStats)
     return b"null" if stats is None else bytes(stats.beside)
 
 
 def read_stats(body: bytes | None) -> Figures:
-    """Return the saved statistics, or new ones if there are none or they cannot be read (logged)."""
-    figures = None if body is None else _read(body, Figures)
-    if figures is None:
+    """Return the saved statistics, or new ones if there are none or they are unreadable (then an error is logged)."""
+    stats = None if body is None else _read(body, Figures)
+    if stats is None:
         return Figures()
-    places = len(PROCESSING_BUCKETS_S) + 1  # older versions may have had other buckets
-    figures.processing = {queue: found for queue, found in figures.processing.items() if len(found.counts) == places}
-    return figures
+    buckets = len(PROCESSING_BUCKETS_S) + 1  # older versions may have had other buckets
+    stats.processing = {queue: found for queue, found in stats.processing.items() if len(found.counts) == buckets}
+    return stats
 
 
 def _read(body: bytes, kind: type[T]) -> T | None:

@@ -1,4 +1,4 @@
-"""Build one plan: find its jobs slice by slice, in turn with other plans, and within a time limit."""
+"""Build a plan: find its jobs page by page, within a time limit. Concurrent builders take turns."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from jobd.model.responses import PlannedJob, SkippedJob
 from jobd.model.storage import JobQuery
 
 MAX_SKIPPED: Final = 1_000  # listed in a plan
-PAGE: Final = 50  # jobs read in one go,
-SCAN: Final = 500  # out of this many scanned rows;
-SLOW_SCAN: Final = 250
+PAGE: Final = 50  # jobs per read
+SCAN: Final = 500  # rows scanned per read
+SLOW_SCAN: Final = 250  # rows scanned per read if each row takes long to check
 PAUSE_S: Final = 0.002  # after each page, so that workers get the loop and the disk
 
 
 class PlanBuilder:
-    """Collects the jobs of a plan. `more`: the plan is incomplete; the next one may continue at `next_cursor`."""
+    """Collects the jobs of a plan. If there are `more`, the next plan can continue at `next_cursor`, if it is set."""
 
     def __init__(self, request: MakePlan, actor: Actor, clock: Clock, lock: asyncio.Semaphore) -> None:
         self.jobs: list[PlannedJob] = []
@@ -48,7 +48,7 @@ class PlanBuilder:
         self._clock = clock
         self._storage = actor.disk
         self._state = actor.book
-        self._lock = lock  # shared with other plans: each reads one page at a time
+        self._lock = lock  # shared with other builders; each holds it for one page
         self._taken: set[str] = set()
 
     @property
@@ -56,7 +56,7 @@ class PlanBuilder:
         return self._is_cut or self.next_cursor is not None
 
     async def run(self) -> ApiError | None:
-        """Find the jobs, or return what is wrong with the request."""
+        """Find the jobs. Return an error if the request is invalid."""
         request = self._request
         if request.action in MAINTENANCE_ACTIONS:
             return await self._by_time()
@@ -64,7 +64,7 @@ class PlanBuilder:
             return _invalid("filter", "Set either `filter` or `ids`.")
         if request.ids is not None:
             if request.cursor is not None:
-                return _invalid("cursor", "A `cursor` requires the `filter` of the plan before.")
+                return _invalid("cursor", "A `cursor` requires the `filter` of the previous plan.")
             await self._named(list(dict.fromkeys(request.ids)))
             return None
         assert request.filter is not None
@@ -87,14 +87,14 @@ class PlanBuilder:
             await asyncio.sleep(PAUSE_S)
 
     async def _by_time(self) -> ApiError | None:
-        """Find the jobs that are due by time, in the order in which a cleanup run processes them."""
+        """Find the jobs that recovery or cleanup would change, in the order of a cleanup run."""
         for name in ("filter", "ids", "cursor"):
             if getattr(self._request, name) is not None:
                 message = f"{self._request.action} takes no `{name}`: the daemon chooses the jobs."
                 return _invalid(name, message)
-        turn = await self._actor.ask(Preview(limit=0), by="daemon")  # brings the deadlines in the state up to now
-        if isinstance(turn, ApiError):
-            return turn
+        response = await self._actor.ask(Preview(limit=0), by="daemon")  # moves passed deadlines in the state
+        if isinstance(response, ApiError):
+            return response
         until_s = asyncio.get_running_loop().time() + MAX_PLANNING_S
         await self._live_jobs(self._state.stuck, lambda job: job.id in self._state.stuck, until_s)
         at = self._clock.moment()
@@ -104,7 +104,7 @@ class PlanBuilder:
         return None
 
     async def _live_jobs(self, due: Iterable[str], is_due: Callable[[Job], bool], until_s: float) -> None:
-        """Yield due jobs in memory. A job that is no longer due when its turn comes is omitted."""
+        """Add due jobs that are in memory. Leave out a job that is no longer due when it is read."""
         capacity = MAX_PLAN - len(self.jobs)
         ids = list(islice(due, capacity + 1))
         self._is_cut |= len(ids) > capacity
@@ -142,7 +142,7 @@ class PlanBuilder:
         if self._request.cursor is not None:
             status, _, number = self._request.cursor.partition(".")
             if status not in statuses:
-                return _invalid("cursor", "This cursor is of a plan with another action or another filter.")
+                return _invalid("cursor", "This cursor belongs to a plan with another action or filter.")
             statuses, before = statuses[statuses.index(status) :], int(number)
         clock_s = asyncio.get_running_loop().time
         until_s = clock_s() + MAX_PLANNING_S
@@ -151,7 +151,7 @@ class PlanBuilder:
                 capacity = MAX_PLAN - len(self.jobs)
                 async with self._lock:
                     page = await self._storage.find_jobs(as_query(filter_, status, before))
-                    # a job that changed meanwhile is found in its next status, too
+                    # A job that changes meanwhile is also found in its next status.
                     new = [job for job, _ in page.jobs if job.id not in self._taken]
                     await self._take(new[:capacity])
                 if len(new) > capacity:
@@ -172,8 +172,8 @@ class PlanBuilder:
         self.expected += [
             ExpectedVersion(job.id, plan_rules.version(job, latest_late(job.seq), action)) for job in jobs
         ]
-        of_use = [job.seq for job in jobs if may_adopt(job.status)]
-        late = await self._storage.count_late_results(of_use) if of_use else {}
+        adoptable = [job.seq for job in jobs if may_adopt(job.status)]
+        late = await self._storage.count_late_results(adoptable) if adoptable else {}
         self.jobs += [PlannedJob(job.id, job.status, plan_rules.to(action, job), late.get(job.seq, 0)) for job in jobs]
 
     def _skip(self, job_id: str, status: str | None, why: str) -> None:
@@ -183,7 +183,7 @@ class PlanBuilder:
 
 
 def as_query(filter_: PlanFilter, status: str, before: int | None) -> JobQuery:
-    """Return the query for jobs of a filter that have this status."""
+    """Return the query for the jobs of a filter in this status."""
     filters = asdict(filter_)
     filters["text"] = filters.pop("q")
     is_slow = filter_.q is not None or filter_.error is not None

@@ -1,4 +1,4 @@
-"""Plans of operators: built from reads, kept in memory for a while, and applied once, slice by slice."""
+"""Build, keep and apply plans of operators. Plans are in memory only, and are applied once, in slices."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from jobd.model.responses import ChangedJob, PlanResult, PlanSlice, PlanView
 MAX_PLANS: Final = 20
 MAX_JOBS: Final = 100_000  # of all kept plans
 KEPT_MS: Final = 15 * MINUTE_MS
-APPLIED_KEPT_MS: Final = 12 * HOUR_MS  # results stay readable overnight
-MAX_APPLIED: Final = 100  # applied plans, with their own MAX_JOBS: new plans displace no result
-MAX_NAMED: Final = 100  # jobs listed in the audit log that were not changed,
-MAX_NAMED_SIZE: Final = 4_000  # and the total length of their ids
+APPLIED_KEPT_MS: Final = 12 * HOUR_MS  # long enough to read results the next morning
+MAX_APPLIED: Final = 100  # applied plans; MAX_JOBS applies to them separately, so new plans displace no result
+MAX_NAMED: Final = 100  # unchanged jobs listed in an audit entry
+MAX_NAMED_SIZE: Final = 4_000  # total length of their ids
 SLICE: Final = 50  # jobs per command
-MAX_BUILDERS: Final = 4  # plans that are built at the same time, page by page in turn
+MAX_BUILDERS: Final = 4  # plans that are built at the same time
 
 log = structlog.get_logger("jobd.plans")
 
 
 class Plan(Struct):
-    """A plan and its progress: `at` jobs of it are applied."""
+    """A plan and its progress: `at` of its jobs are done."""
 
     view: PlanView
     expected: list[ExpectedVersion]
@@ -48,7 +48,7 @@ class Plan(Struct):
 
 
 class Planner:
-    """Builds, keeps and applies plans. `close` waits for the current slice."""
+    """Builds, keeps and applies plans. `close` waits for the current slices."""
 
     def __init__(self, actor: Actor, clock: Clock) -> None:
         self._actor = actor
@@ -66,13 +66,13 @@ class Planner:
     # -- building ------------------------------------------------------------------------------------------------------
 
     async def make(self, request: MakePlan, plan_id: str) -> PlanView | ApiError:
-        """Build a plan of what `asked.action` would do now, and keep it as `plan_id`."""
+        """Build a plan of what the action would do now, and keep it as `plan_id`."""
         if self._builders >= MAX_BUILDERS:
-            return ApiError("overloaded", "Other plans are being built. Try again after a second.")
-        search = PlanBuilder(request, self._actor, self._clock, self._lock)
+            return ApiError("overloaded", "Other plans are being built. Try again in a second.")
+        builder = PlanBuilder(request, self._actor, self._clock, self._lock)
         self._builders += 1
         try:
-            error = await search.run()
+            error = await builder.run()
         finally:
             self._builders -= 1
         if error is not None:
@@ -84,29 +84,29 @@ class Planner:
             reason=request.reason,
             filter=request.filter,
             scope=None if request.ids is not None else plan_rules.scope(request.action),
-            count=len(search.jobs),
-            jobs=search.jobs,
-            skipped=search.skipped,
-            skipped_count=search.skipped_count,
-            more=search.more,
-            next_cursor=search.next_cursor,
+            count=len(builder.jobs),
+            jobs=builder.jobs,
+            skipped=builder.skipped,
+            skipped_count=builder.skipped_count,
+            more=builder.more,
+            next_cursor=builder.next_cursor,
             made_at=now,
             expires_at=now + KEPT_MS,
-            with_late_results=sum(job.late_results > 0 for job in search.jobs),
+            with_late_results=sum(job.late_results > 0 for job in builder.jobs),
         )
         until_s = asyncio.get_running_loop().time() + KEPT_MS / SECOND_MS
-        self._keep(Plan(view, search.expected, until_s, PlanSlice(0, [], [])))
+        self._keep(Plan(view, builder.expected, until_s, PlanSlice(0, [], [])))
         return view
 
     def _keep(self, plan: Plan) -> None:
-        """Keep a plan. Empty plans are dropped first, then the oldest, but none that is being applied."""
+        """Keep a plan. Drop empty plans first, then the oldest ones, but none that is being applied."""
         self._forget_old()
         self._plans[plan.view.plan_id] = plan
         waiting = [each for each in self._plans.values() if each.view.result is None]
-        self._make_room(sorted(waiting, key=lambda each: each.view.count > 0), MAX_PLANS, plan)
+        self._drop_excess(sorted(waiting, key=lambda each: each.view.count > 0), MAX_PLANS, plan)
 
-    def _make_room(self, plans: list[Plan], max_plans: int, latest: Plan) -> None:
-        """Drop the first of `plans` until `most` with MAX_JOBS jobs are left. `latest` is never dropped."""
+    def _drop_excess(self, plans: list[Plan], max_plans: int, latest: Plan) -> None:
+        """Drop plans from the start of `plans` until `max_plans` with MAX_JOBS jobs are left, but never `latest`."""
         left, jobs = len(plans), sum(plan.view.count for plan in plans)
         for plan in plans:
             if left <= max_plans and jobs <= MAX_JOBS:
@@ -129,18 +129,18 @@ class Planner:
         if plan is None:
             minutes = KEPT_MS // MINUTE_MS
             message = (
-                f"There is no plan {plan_id}. Plans are kept for {minutes} min, at most {MAX_PLANS} of them, and their "
-                f"results for {APPLIED_KEPT_MS // HOUR_MS} h, but not over a restart. Build the plan again: jobs that "
-                "were changed already are left out. The audit log shows the results of applied plans, too."
+                f"There is no plan {plan_id}. The latest {MAX_PLANS} plans are kept for {minutes} min, and results for "
+                f"{APPLIED_KEPT_MS // HOUR_MS} h, until the daemon restarts. Build the plan again: it leaves out jobs "
+                "that were changed already. The audit log also has the results of applied plans."
             )
             return ApiError("plan_not_found", message, {"plan_id": plan_id})
         return plan.view
 
     async def apply(self, plan_id: str, operator: Operator) -> PlanResult | ApiError:
-        """Apply a plan to every job that did not change since. Repeated calls return the first result.
+        """Apply a plan to its jobs that have not changed since. Repeated calls return the first result.
 
-        The plan continues if the caller disconnects. If it stops early (a full disk), the error says so, and the next
-        call continues with the rest.
+        The plan continues if the caller disconnects. If it ends early, for example on a full disk, the error says so,
+        and the next call continues with the rest.
         """
         found = self.find(plan_id)
         if isinstance(found, ApiError):
@@ -173,24 +173,24 @@ class Planner:
         return result
 
     def _keep_result(self, plan: Plan, result: PlanResult) -> None:
-        """Keep an applied plan for its result."""
+        """Keep the result of an applied plan."""
         plan.view = replace(plan.view, result=result, expires_at=result.applied_at + APPLIED_KEPT_MS)
         plan.until_s = asyncio.get_running_loop().time() + APPLIED_KEPT_MS / SECOND_MS
         plan.expected = []
         self._plans[plan.view.plan_id] = self._plans.pop(plan.view.plan_id, plan)  # newest last
-        self._make_room([each for each in self._plans.values() if each.view.result is not None], MAX_APPLIED, plan)
+        self._drop_excess([each for each in self._plans.values() if each.view.result is not None], MAX_APPLIED, plan)
 
     async def _apply_slice(self, plan: Plan, chunk: list[ExpectedVersion], operator: Operator) -> ApiError | None:
-        """Apply one slice. Return the error if the command was rejected."""
+        """Apply one slice. Return an error if the command was rejected."""
         if self._stopping:
             return ApiError("shutting_down", "The daemon is stopping.")
         view = plan.view
         kind = ApplyEndings if plan_rules.is_ending(view.action) else ApplyPlan
         command = kind(action=view.action, jobs=chunk, reason=view.reason)
-        answer = await self._actor.ask(command, by=operator.by, admin=True, operator=operator)
-        if isinstance(answer, ApiError):
-            return answer
-        done: PlanSlice = answer.data
+        response = await self._actor.ask(command, by=operator.by, admin=True, operator=operator)
+        if isinstance(response, ApiError):
+            return response
+        done: PlanSlice = response.data
         was = {job.id: job.from_ for job in view.jobs[plan.at : plan.at + len(chunk)]}
         plan.done.applied += done.applied
         plan.done.changed += [_from(each, was) for each in done.changed]

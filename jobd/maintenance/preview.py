@@ -1,6 +1,6 @@
-"""Preview recovery and a cleanup run: what they would do now.
+"""Preview what recovery and a cleanup run would do now.
 
-It reads what a cleanup run reads, in slices, yields between them, and has a time limit.
+The preview reads what a cleanup run reads, in slices with pauses, and within a time limit.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from jobd.model.job import Job
 from jobd.model.responses import PreviewResult, PreviewView
 
 MAX_SHOWN: Final = 1_000  # jobs of each kind
-SCAN_S: Final = 0.5  # for jobs with issues, pauses excluded: about 50,000 jobs
-MAX_IDS: Final = 100_000  # ids copied in one go
+SCAN_S: Final = 0.5  # without pauses: enough to validate about 50,000 jobs
+MAX_IDS: Final = 100_000  # ids copied at a time
 
 
 async def preview(context: MaintenanceContext, scan_s: float = SCAN_S) -> PreviewView:
-    """Return what recovery and a cleanup run would do now. Scans take at most `scan_s` seconds each.
+    """Return what recovery and a cleanup run would do now. Each scan takes at most `scan_s` seconds.
 
-    Raises CommandRejected.
+    Raises CommandRejected or Unfinished.
     """
     seen: PreviewResult = await context.ask(Preview(limit=MAX_SHOWN), "daemon")
     at = context.clock.moment()
@@ -48,7 +48,7 @@ async def preview(context: MaintenanceContext, scan_s: float = SCAN_S) -> Previe
 
 
 async def _expired_jobs(context: MaintenanceContext, now: int, scan_s: float) -> tuple[list[str], bool]:
-    """Return finished jobs past their retention, and whether there may be more. Large jobs are read a few at a time."""
+    """Return finished jobs past their retention, and whether there may be more."""
     found: dict[str, None] = {}
     skipped, spent_s = 0, 0.0
     while len(found) <= MAX_SHOWN:
@@ -68,24 +68,25 @@ async def _expired_jobs(context: MaintenanceContext, now: int, scan_s: float) ->
 async def _jobs_with_issues(context: MaintenanceContext, scan_s: float) -> tuple[list[str], bool]:
     """Return jobs that a cleanup run would report or repair, and whether there may be more.
 
-    Imported and hand-edited rows come first, then live jobs. It ends after `scan_s`: any token may ask for this.
+    Imported and hand-edited rows come first, then live jobs. The scan ends after `scan_s`, because a read-only token is
+    enough to request it.
     """
-    book, spent_s = context.actor.book, 0.0
+    state, spent_s = context.actor.book, 0.0
     wrong: dict[str, None] = {}
-    for is_unvalidated, ids in ((True, book.suspects.values()), (False, book.jobs.touched())):
-        noted = list(islice(ids, MAX_IDS + 1))  # they change while this yields
-        left = islice(noted, MAX_IDS)
+    for is_unvalidated, ids in ((True, state.suspects.values()), (False, state.jobs.touched())):
+        snapshot = list(islice(ids, MAX_IDS + 1))  # they change during the pauses
+        left = islice(snapshot, MAX_IDS)
         while page := list(islice(left, SCAN)):
             if spent_s >= scan_s:
                 return list(wrong), True
             began_s = time.perf_counter()
-            jobs = await _loaded(context, page) if is_unvalidated else [book.jobs.find(job_id) for job_id in page]
+            jobs = await _loaded(context, page) if is_unvalidated else [state.jobs.find(job_id) for job_id in page]
             wrong |= {job.id: None for job in jobs if job is not None and _has_issues(context, job)}
             spent_s += time.perf_counter() - began_s
             if len(wrong) > MAX_SHOWN:
                 return list(wrong)[:MAX_SHOWN], True
             await context.yield_to_workers()
-        if len(noted) > MAX_IDS:
+        if len(snapshot) > MAX_IDS:
             return list(wrong), True
     return list(wrong), False
 

@@ -1,4 +1,4 @@
-"""Check the rows of the running daemon's storage: some slices per call, with pauses."""
+"""Check the rows of the running daemon's storage, in short slices with pauses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jobd.model.errors import ApiError
 from jobd.model.responses import CheckedRows, DamagedRow
 from jobd.model.storage import Storage
 
-CALL_S: Final = 0.25  # of one call, pauses included
+CALL_S: Final = 0.25  # duration of one call, pauses included
 
 
 class Scrubber:

@@ -1,6 +1,6 @@
-"""Detect that the daemon was paused: its process was stopped, or the machine was suspended or starved.
+"""Detect that the daemon did not run for a while: its process was stopped, or the machine suspended or overloaded.
 
-The pause is reported before the next command is decided.
+A pause is reported before the next command is decided.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Final
 
 from jobd.engine.clock import boot_clock_ms
 
-BEAT_S: Final = 1.0
-PAUSED_AFTER_MS: Final = 3_000  # an event loop that did not run for this long was paused; a slow disk does not stop it
+CHECK_EVERY_S: Final = 1.0
+PAUSED_AFTER_MS: Final = 3_000  # a slow disk does not stop the event loop for this long
 
 
 class SuspendDetector:
-    """Report pauses to `on_pause`, in ms since the daemon was last seen running.
+    """Report pauses to `on_pause`, in ms since the last check.
 
-    `run` checks periodically until `stop`; `check` is called before commands are decided.
+    `run` checks every second until `stop`. The actor also calls `check` before it decides commands.
     """
 
     def __init__(self, on_pause: Callable[[int], None], *, boot: Callable[[], int] = boot_clock_ms) -> None:
@@ -30,14 +30,14 @@ class SuspendDetector:
 
     def check(self) -> None:
         now = self._boot()
-        away_ms, self._seen = now - self._seen, now
-        if away_ms > PAUSED_AFTER_MS:
-            self._on_pause(away_ms)
+        paused_ms, self._seen = now - self._seen, now
+        if paused_ms > PAUSED_AFTER_MS:
+            self._on_pause(paused_ms)
 
     async def run(self) -> None:
         while not self._stopping:
             self.check()
-            timer = asyncio.get_running_loop().call_later(BEAT_S, self._wake.set)
+            timer = asyncio.get_running_loop().call_later(CHECK_EVERY_S, self._wake.set)
             await self._wake.wait()
             timer.cancel()
             self._wake.clear()

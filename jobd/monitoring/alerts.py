@@ -1,6 +1,6 @@
-"""Alerts: whether each condition holds, since when, and what to do about it.
+"""Evaluate alerts: whether each condition holds, since when, and what to do about it.
 
-Evaluating an alert changes nothing but its own state. Firing and resolving are logged once each.
+An alert is logged once when it fires and once when it resolves.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ SEVERITIES: Final[dict[str, AlertSeverity]] = {
 }
 NAMES: Final = tuple(SEVERITIES)
 EVALUATE_EVERY_S: Final = 5.0
-MEASURE_EVERY_S: Final = 10.0  # health costs a write and an fsync; an alert must fire within 45 s after a part fails
-HOLD_MS: Final = 30 * SECOND_MS  # a condition must hold for this long before its alert fires
-CLEAR_MS: Final = 60 * SECOND_MS  # a condition must be false for this long before its alert resolves
+MEASURE_EVERY_S: Final = 10.0  # measuring costs a write with fsync, but an alert must fire within 45 s of a failure
+HOLD_MS: Final = 30 * SECOND_MS  # an alert fires after its condition has held for this long
+CLEAR_MS: Final = 60 * SECOND_MS  # an alert resolves after its condition has been false for this long
 PAIRS_PER_SLICE: Final = 500  # queue and kind pairs scanned at a time: about a millisecond
 SLICES_PER_CHECK: Final = 50  # enough for 10,000 queues of one kind
-NOTICEABLE_MS: Final = 100  # a smaller difference never counts as slower: twice almost nothing is still almost nothing
-CALM: Final = 0.9  # a ratio resolves below this part of its threshold, so that one at the threshold does not flap
+NOTICEABLE_MS: Final = 100  # a smaller difference never counts as slower, whatever the ratio
+CALM: Final = 0.9  # a ratio resolves at this part of its threshold, so that an alert near it does not flap
 
 
 class Thresholds(Struct, frozen=True):
-    """An alert fires above its threshold, not at it, unless stated otherwise."""
+    """Thresholds of the alerts. Unless noted, an alert fires above its threshold, not at it."""
 
     stuck_jobs: int = 5
     processing_jobs: int = 20
     average_processing_ms: int = 10 * MINUTE_MS
     pass_issues: int = 10
     granted_twice: int = 0  # jobs in the last hour
-    slower_than_usual: float = 2.0  # times the usual
+    slower_than_usual: float = 2.0  # ratio to the usual duration
     webhook_failing_ms: int = 5 * MINUTE_MS
     queue_without_workers_ms: int = 2 * MINUTE_MS
     queue_waits_ms: int = 5 * MINUTE_MS
@@ -99,9 +99,9 @@ class FailingWebhook(Protocol):
 class Condition(Struct, frozen=True):
     """The current state of one condition.
 
-    `value` and `threshold` are jobs, issues, seconds, a ratio, or 1 for unhealthy. `hint` says what to do when it
-    fires. `quiet` describes the state when it does not (None: `hint` applies then, too). A firing alert resolves when
-    `value` is at or below `calm`, if set, and below the threshold. `inclusive`: it holds at the threshold, too.
+    `value` and `threshold` are jobs, issues, seconds, a ratio, or 1 for unhealthy. `hint` says what to do while the
+    condition holds. `quiet` describes the state while it does not (None: as `hint`). If `calm` is set, a firing alert
+    resolves only when `value` is at or below it. An `inclusive` condition also holds at its threshold.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Condition(Struct, frozen=True):
 
 
 class WaitingJob(Struct):
-    """The longest waiting job of one scan over the queues."""
+    """The job that has been waiting for the longest time, as found by a scan over the queues."""
 
     for_ms: int = 0
     queue: str = ""
@@ -123,15 +123,15 @@ class WaitingJob(Struct):
 
 
 class QueueScan(Struct):
-    """One scan over the queues and kinds of queued jobs. It may take several calls."""
+    """A scan over the queues and kinds of queued jobs, which may take several calls."""
 
     left: Iterator[tuple[str, str]]
-    unclaimed: WaitingJob = field(default_factory=WaitingJob)  # no worker has claimed the queue and kind for as long
+    unclaimed: WaitingJob = field(default_factory=WaitingJob)  # no worker has claimed its queue and kind for as long
     oldest: WaitingJob = field(default_factory=WaitingJob)  # in a queue that is not paused
 
 
 class Alerts:
-    """`evaluate` is cheap and may be called at any time; `run` calls `check` every few seconds until `stop`.
+    """Calls `check` every few seconds from `run` until `stop`. `evaluate` is cheap and may be called at any time.
 
     An alert fires after its condition has held for `hold_ms`, and resolves after it has been false for `clear_ms`.
     """
@@ -150,9 +150,8 @@ class Alerts:
         self.thresholds = thresholds or Thresholds()
         self.paces: list[KindPace] = []  # as of the latest check
         self.on_change: list[Callable[[], None]] = []  # called when an alert fires or resolves
-        self.failing_webhook: Callable[[], FailingWebhook | None] = lambda: (
-            None
-        )  # the one that fails for the longest time
+        # Returns the webhook that has been failing for the longest time.
+        self.failing_webhook: Callable[[], FailingWebhook | None] = lambda: None
         self.attempts = Attempts()  # updated with every commit
         self._state = state
         self._clock = clock
@@ -178,15 +177,15 @@ class Alerts:
         return self._views
 
     def known(self) -> list[AlertView] | None:
-        """Return the alerts of the latest check, or None until a condition could have held for long enough.
+        """Return the alerts of the latest check, or None in the first `hold_ms` after the start.
 
-        This keeps a restart from resolving an alert whose condition persists.
+        So a restart does not resolve an alert whose condition persists.
         """
         is_known = self._first is not None and self._clock.moment().lease - self._first >= self._hold_ms
         return self._views if is_known else None
 
     async def check(self) -> list[AlertView]:
-        """Read the free space of the disk, scan the queues in slices, and evaluate."""
+        """Read the free space of the disk, scan the queues in slices, and evaluate the alerts."""
         self._space = await self._health.space()
         for _ in range(SLICES_PER_CHECK):
             if self._scan_queues():
@@ -197,18 +196,18 @@ class Alerts:
     def _scan_queues(self) -> bool:
         """Continue the scan for about a millisecond. Return whether it is complete.
 
-        A suspect jump of the wall clock does not make jobs wait longer.
+        A suspect jump of the wall clock does not lengthen the wait of jobs.
         """
-        book, at = self._state, self._clock.moment()
+        state, at = self._state, self._clock.moment()
         if self._scan is None:
-            self._scan = QueueScan((queue, kind) for queue in list(book.counts) for kind in book.queued_kinds(queue))
-        now, lanes = min(at.now, at.believed), 0
+            self._scan = QueueScan((queue, kind) for queue in list(state.counts) for kind in state.queued_kinds(queue))
+        now, buckets = min(at.now, at.believed), 0
         for queue, kind in self._scan.left:
-            count, entry = book.oldest_of_kind(queue, kind, now)
+            count, entry = state.oldest_of_kind(queue, kind, now)
             if entry is not None:
                 self._compare(self._scan, WaitingJob(now - entry[1], queue, kind, entry[3]), at.lease)
-            lanes += count + 1
-            if lanes >= PAIRS_PER_SLICE:
+            buckets += count + 1
+            if buckets >= PAIRS_PER_SLICE:
                 return False
         self._waiting, self._scan = self._scan, None
         return True
@@ -226,7 +225,7 @@ class Alerts:
             notify()
 
     async def run(self) -> None:
-        """Check every few seconds, and measure health now and then. Survives any error."""
+        """Check every few seconds, and measure health now and then. Errors are logged and retried."""
         loop_time = asyncio.get_running_loop().time
         next_measurement = loop_time()
         while not self._stop.is_set():
@@ -249,7 +248,7 @@ class Alerts:
         self._stop.set()
 
     def _evaluate(self, condition: Condition, at: Moment) -> AlertView:
-        """Update an alert from its condition. Log a change."""
+        """Update an alert from its condition, and log if it fires or resolves."""
         name, limit = condition.name, condition.threshold
         if name in self._since and condition.calm is not None:
             limit = condition.calm
@@ -286,29 +285,29 @@ class Alerts:
 
     def _stuck(self, at: Moment) -> Condition:
         stuck, recovered = len(self._state.stuck), self._state.figures.recovered_lately(at.now)
-        quiet = f"{stuck} jobs are stuck now, {recovered} were recovered in the last 10 minutes."
-        hint = f"{quiet} Look for workers that crash or hang: jobctl workers, jobctl timeline ID"
+        quiet = f"{stuck} jobs are stalled, and {recovered} were recovered in the last 10 minutes."
+        hint = f"{quiet} Check for workers that crash or hang: jobctl workers, jobctl timeline ID"
         return Condition("stuck_jobs", stuck + recovered, self.thresholds.stuck_jobs, hint, quiet)
 
     def _processing(self) -> Condition:
-        hint = "More jobs run at once than usual. Compare with your workers: jobctl workers, jobctl locks"
+        hint = "More jobs than expected are processing. Compare with your workers: jobctl workers, jobctl locks"
         value, threshold = self._state.totals["processing"], self.thresholds.processing_jobs
-        quiet = f"Jobs in processing: {value}, no more than usual."
+        quiet = f"Jobs processing: {value}, no more than expected."
         return Condition("processing_jobs", value, threshold, hint, quiet)
 
     def _average(self, at: Moment) -> Condition:
         value = average_processing_s(self._state, self._state.figures, at)
         threshold = self.thresholds.average_processing_ms / SECOND_MS
-        hint = "Jobs take longer than usual (seconds on average, last hour). Look at the oldest: jobctl stats"
+        hint = "Jobs take longer than expected (seconds on average, last hour). See the oldest: jobctl stats"
         quiet = "No job completed in the last hour."
         if value:
-            quiet = f"Jobs take no longer than usual: {value:g} s on average (last hour)."
+            quiet = f"Jobs take no longer than expected: {value:g} s on average (last hour)."
         return Condition("average_processing", value, threshold, hint, quiet)
 
     def _pass_issues(self) -> Condition:
         report = self._cleanup.last_report
         value, quiet = 0, "No cleanup run has finished yet."
-        where = "The log names them; see one with: jobctl validate ID"
+        where = "The log names them. Inspect one with: jobctl validate ID"
         if report is not None:
             value, quiet = report.validation_issues_found, "The latest cleanup run found no invalid rows."
         if value:
@@ -324,13 +323,13 @@ class Alerts:
             hint = (
                 f"Two workers may have worked on one job at once ({value} in the last hour). The latest: "
                 f"{last.job_id} was taken from {worker} (token {token}) before its lock expired, and granted to "
-                f"{next_worker} (token {next_token}). Compare the tokens where its results are stored. "
+                f"{next_worker} (token {next_token}). Compare these tokens with those stored with its results. "
                 f"See the operator's action: jobctl timeline {last.job_id}"
             )
         return Condition("granted_twice", value, self.thresholds.granted_twice, hint)
 
     def _slower(self, at: Moment) -> Condition:
-        """The kind that differs most from its usual duration."""
+        """Compare each kind with its usual duration, and report the slowest in comparison."""
         self.paces = self._state.figures.paces.view(at.now)
         threshold = self.thresholds.slower_than_usual
         slower = [found for pace in self.paces if (found := _times(pace)) is not None]
@@ -342,12 +341,12 @@ class Alerts:
                 f"Jobs of {kind} take {last_s:g} s (95th percentile, last hour, {pace.completed} jobs); "
                 f"usual is {usual_s:g} s."
             )
-            advice = "Check what they wait for: the machine, the disk, a service; then the oldest jobs: jobctl stats"
+            advice = "Check the machine, the disk and the services that they use, then the oldest jobs: jobctl stats"
             hint = f"{quiet} {advice}"
         return Condition("slower_than_usual", value, threshold, hint, quiet, calm=threshold * CALM)
 
     def _unhealthy(self) -> Iterator[Condition]:
-        """The parts of the latest measured health. A part that was never measured is not unhealthy."""
+        """Report the parts of the latest health. A part that has not been measured yet is not unhealthy."""
         view = self._health.last
         parts: dict[str, DatabaseHealth | PartHealth | None] = {
             "database": None if view is None else view.database,
@@ -359,10 +358,10 @@ class Alerts:
             yield Condition(name, int(wrong), 0, "Not measured yet." if part is None else part.message)
 
     def _webhook(self) -> Condition:
-        """Seconds for which the worst webhook has been failing."""
+        """Report for how many seconds the worst webhook has been failing."""
         threshold, worst = self.thresholds.webhook_failing_ms / SECOND_MS, self.failing_webhook()
         if worst is None:
-            return Condition("webhook_failing", 0, threshold, "No webhook fails.")
+            return Condition("webhook_failing", 0, threshold, "No webhook is failing.")
         value, tried = worst.for_ms // SECOND_MS, f"The latest attempt: {worst.error}"
         hint = (
             f"Webhook {worst.name} accepts no deliveries. Its messages are kept and retried. "
@@ -372,9 +371,9 @@ class Alerts:
         return Condition("webhook_failing", value, threshold, hint, quiet)
 
     def _without_workers(self) -> Condition:
-        """Seconds for which a due job has been waiting and no worker has claimed its queue and kind."""
+        """Report for how many seconds a due job has been waiting without a claim of its queue and kind."""
         waits, threshold = self._waiting.unclaimed, self.thresholds.queue_without_workers_ms / SECOND_MS
-        value, quiet, hint = waits.for_ms // SECOND_MS, "A worker claims each queue and kind that has due jobs.", ""
+        value, quiet, hint = waits.for_ms // SECOND_MS, "Workers claim every queue and kind that has due jobs.", ""
         if value:
             queued = self._state.counts.get(waits.queue, {}).get("queued", 0)
             quiet = (
@@ -386,29 +385,29 @@ class Alerts:
         return Condition("queue_without_workers", value, threshold, hint, quiet)
 
     def _waits(self) -> Condition:
-        """Seconds for which the oldest due job has been waiting."""
+        """Report for how many seconds the oldest due job has been waiting."""
         waits, threshold = self._waiting.oldest, self.thresholds.queue_waits_ms / SECOND_MS
-        value, quiet, hint = waits.for_ms // SECOND_MS, "No due job waits.", ""
+        value, quiet, hint = waits.for_ms // SECOND_MS, "No due job is waiting.", ""
         if value:
-            quiet = f"The oldest due job, {waits.job_id} of {_bucket_name(waits)}, has waited for {value} s."
+            quiet = f"The oldest due job, {waits.job_id} of {_bucket_name(waits)}, has been waiting for {value} s."
             advice = f"See why it waits: jobctl why {waits.job_id}, jobctl queues"
             hint = f"{quiet} Add workers, or find out what creates so many jobs. {advice}"
         return Condition("queue_waits", value, threshold, hint, quiet)
 
     def _failure_rate(self, at: Moment) -> Condition:
-        """The queue with the highest share of failed attempts in the last 10 minutes."""
+        """Report the queue with the highest share of failed attempts in the last 10 minutes."""
         self.attempts.forget(at.now)
         least, threshold = self.thresholds.failure_rate_attempts, self.thresholds.failure_rate
         counted = ((found[1] / found[0], *found, queue) for queue, found in self.attempts.by_queue.items() if found[1])
         share, ended, failed, queue = max((each for each in counted if each[1] >= least), default=(0.0, 0, 0, ""))
-        quiet, hint = f"No queue had {least} attempts with failures in the last 10 minutes.", ""
+        quiet, hint = f"No queue with at least {least} attempts in the last 10 minutes had a failure.", ""
         if failed:
-            quiet = f"In queue {queue} {failed} of {ended} attempts failed in the last 10 minutes."
+            quiet = f"{failed} of {ended} attempts in queue {queue} failed in the last 10 minutes."
             hint = f"{quiet} See its errors: jobctl failures, jobctl jobs --queue {queue} --status failed"
         return Condition("failure_rate", round(share, 4), threshold, hint, quiet, inclusive=True)
 
     def _disk(self) -> Condition:
-        """Percent of the disk that is used. The threshold is that of the limit that is reached first."""
+        """Report the used percentage of the disk. The threshold is that of the limit that is reached first."""
         space, limits = self._space, self.thresholds
         percent = 100 - limits.disk_free_percent
         if space is None or not space.total_bytes:
@@ -421,9 +420,9 @@ class Alerts:
         return Condition("disk_nearly_full", used, threshold, hint, quiet)
 
     def _release_loop(self) -> Condition:
-        """Jobs that workers release again and again."""
+        """Report jobs that workers release repeatedly without progress."""
         loops, threshold = self._state.release_loops, self.thresholds.release_loop
-        quiet, hint = "No job is released again and again.", ""
+        quiet, hint = "No job is released repeatedly.", ""
         if loops:
             job_id, releases = next(iter(loops.items()))
             quiet = f"Job {job_id} was released {releases} times in a row without progress."
@@ -439,7 +438,7 @@ def _bucket_name(waits: WaitingJob) -> str:
 
 
 def _times(pace: KindPace) -> tuple[float, KindPace, float, float] | None:
-    """Return how much slower the last hour was, as a factor, with both durations in seconds, or None."""
+    """Return the ratio of the last hour to the usual duration, and both in seconds; None if unknown or too close."""
     if pace.last_hour_ms is None or pace.usual_ms is None or pace.last_hour_ms - pace.usual_ms < NOTICEABLE_MS:
         return None
     times = round(pace.last_hour_ms / max(pace.usual_ms, 1), 2)

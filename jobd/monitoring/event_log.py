@@ -1,4 +1,4 @@
-"""One log line per committed event: most at debug, recoveries and operator actions at info. It contains no secret."""
+"""Log one line per committed event, without secrets: recoveries and operator actions at info, others at debug."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ AT_INFO: Final = frozenset(
 
 def write_lines(changes: Sequence[Change]) -> None:
     """Log committed changes in their order."""
-    debugs = logging.getLogger("jobd").isEnabledFor(logging.DEBUG)
+    is_debug = logging.getLogger("jobd").isEnabledFor(logging.DEBUG)
     for change in changes:
         event = change.event
         if event.type in AT_INFO or (event.by.startswith("admin") and event.type != "imported"):
             _line(change, log.info)
-        elif debugs:
+        elif is_debug:
             _line(change, log.debug)
 
 
 def _line(change: Change, write: structlog.typing.WrappedLogger) -> None:
     event = change.event
-    about = {
+    fields = {
         "job_id": event.job_id or None,
         "queue": event.queue,
         "from_status": event.before,
@@ -51,4 +51,4 @@ def _line(change: Change, write: structlog.typing.WrappedLogger) -> None:
         "by": event.by,
         "reason": event.reason,
     }
-    write(event.type, **{name: value for name, value in about.items() if value is not None})
+    write(event.type, **{name: value for name, value in fields.items() if value is not None})

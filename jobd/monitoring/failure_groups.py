@@ -1,4 +1,4 @@
-"""Count failed jobs, and jobs that wait for a retry, by the fingerprint of their error.
+"""Group failed jobs, and jobs that wait for a retry, by the fingerprint of their error.
 
 The counts are in memory and follow committed changes. Jobs from before the start are read once, in small slices.
 """
@@ -23,12 +23,12 @@ from jobd.model.storage import JobQuery, JobStorage
 MAX_GROUPS: Final = 1_000  # errors beyond this are counted together
 MAX_FORMER: Final = 1_000  # empty groups whose first occurrence is remembered
 MAX_NAMES: Final = 20  # queues and kinds per group
-MAX_IDS: Final = 20  # latest jobs per group,
-SHOWN_IDS: Final = 5  # of which this many are shown
+MAX_IDS: Final = 20  # latest jobs kept per group
+SHOWN_IDS: Final = 5
 SHOWN_NAMES: Final = 10
 SHOWN_TEXT: Final = 500  # characters of a message; its first line is never shortened
-SCAN: Final = 500  # rows of history read at a time,
-LIMIT: Final = 50  # up to this many failed jobs
+SCAN: Final = 500  # rows scanned per read
+LIMIT: Final = 50  # failed jobs per read
 PAUSE_S: Final = 0.005  # between two reads
 RETRY_S: Final = 5.0  # after a failed read
 
@@ -39,9 +39,9 @@ What = Literal["failed", "retrying"]  # "retrying": queued with the error of its
 
 
 class GroupState(Struct):
-    """Jobs with the same error. `ids` maps the latest of them to the time of their failure."""
+    """The jobs with one error. `ids` maps the latest of them to the time of their failure."""
 
-    first_at: int  # also counts jobs from before the group was empty
+    first_at: int  # kept while the group is empty
     message: str = ""
     code: str | None = None
     failed: int = 0
@@ -70,7 +70,7 @@ class GroupState(Struct):
             del self.ids[min(self.ids, key=self.ids.__getitem__)]
 
     def leave(self, job: Job, what: What) -> bool:
-        """Remove a job. Return False if none of its jobs is counted this way."""
+        """Remove a job. Return False if no job of the group counts as `what`."""
         if (self.failed if what == "failed" else self.retrying) == 0:
             return False
         self._add(what, -1)
@@ -90,18 +90,18 @@ class GroupState(Struct):
 
 
 class FailureGroups:
-    """`committed` follows commits. `run` reads what existed at the start: failed jobs below `top`, and `live` jobs."""
+    """Follows commits with `committed`. `run` reads the jobs of the start: failed ones below `top`, and `live` ones."""
 
     def __init__(self, storage: JobStorage, top: int, live: Iterable[Job] = ()) -> None:
         self._storage = storage
         self._groups: dict[str, GroupState] = {}
         self._gone: dict[str, int] = {}  # first occurrences of groups that are empty now
         self._other: dict[What, int] = {"failed": 0, "retrying": 0}  # jobs whose error has no group
-        # Live jobs as of the start. They are not counted until read, or changed.
+        # Live jobs of the start that are not counted yet.
         self._unseen = {job.id: job for job in live if job.error is not None and job.status == "queued"}
         self._top = top
-        # For each slice read, in descending order: the seq at which it ends (negated, so that bisect finds it), and
-        # the last event that it includes. Earlier events of its jobs are counted already.
+        # For each slice read, in descending order: the seq at which it ends (negated for bisect), and the last event
+        # that it includes. Changes of its jobs up to that event are counted already.
         self._ends: list[int] = []
         self._known: list[int] = []
         self._below = top  # jobs below it are not read yet
@@ -121,7 +121,7 @@ class FailureGroups:
             if was == "retrying" and self._unseen.pop(change.event.job_id, None) is not None:
                 was = None
             if "failed" in (was, now) and change.event.seq <= self._known_of(change.event.job_seq):
-                # The read of the history counts it as a failed job.
+                # The slice has counted this failed job already.
                 was, now = None if was == "failed" else was, None if now == "failed" else now
             self._count(change, was, now)
 

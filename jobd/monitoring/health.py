@@ -1,6 +1,6 @@
-"""Measured health: the disk by a write and a read, memory by a round trip and a recount, artifacts, cleanup.
+"""Measure the health of the database, of memory, of the artifact store and of cleanup.
 
-It changes no job and never raises. A part that cannot be measured is unhealthy.
+Measuring changes no job and never raises. A part that cannot be measured is unhealthy.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ log = structlog.get_logger("jobd.health")
 
 MAX_AGE_S: Final = 5.0
 SPACE_MAX_AGE_S: Final = 1.0
-TIMEOUT_S: Final = 2.0  # for one part; a slower one is unhealthy, and not measured again before it responds
-STORAGE_TIMEOUT_S: Final = 5.0  # a bucket may be far away
+TIMEOUT_S: Final = 2.0  # per part; a slower part is unhealthy, and is not measured again until it responds
+STORAGE_TIMEOUT_S: Final = 5.0  # a bucket may have a high latency
 SAMPLE: Final = 50  # jobs compared with the disk
 SAMPLED_FROM: Final = 10_000  # the oldest live jobs; each sample continues where the previous one ended
 COMPARISONS: Final = 3
@@ -61,9 +61,9 @@ class SweepStatus(Protocol):
 
 
 class Health:
-    """`view` returns health at most 5 s old; `last` is the latest result.
+    """Measures health on demand. `last` is the latest result.
 
-    `faults` are sentences about damage found by the start; `take_faults` returns damage found since, once.
+    `faults` are sentences about damage found at start. `take_faults` returns the damage found since its last call.
     `artifacts` and `sweeper` are None if no artifact store is configured.
     """
 
@@ -90,7 +90,7 @@ class Health:
         self._measured_at = 0.0  # loop time at the start of the measurement
         self._space_at: float | None = None  # loop time at which the free space was read
         self._measuring: asyncio.Task[HealthView] | None = None
-        self._pending: dict[str, asyncio.Task[Any]] = {}  # requests without a response yet
+        self._pending: dict[str, asyncio.Task[Any]] = {}  # measurements without a response yet
         self._next_sample = 0
 
     async def view(self) -> HealthView:
@@ -105,7 +105,7 @@ class Health:
         return await asyncio.shield(self._measuring)
 
     async def space(self) -> DiskSpace | None:
-        """Return free and total space of the store's disk, at most a second old, or older if the disk hangs."""
+        """Return free and total space of the store's disk, at most a second old, unless the disk hangs."""
         loop_time, full_disk = asyncio.get_running_loop().time, self._actor.full_disk
         if self._space_at is None or loop_time() - self._space_at >= SPACE_MAX_AGE_S:
             with contextlib.suppress(TimeoutError):
@@ -114,7 +114,7 @@ class Health:
         return full_disk.space
 
     def _known_now(self) -> tuple[Closed, bool, bool]:
-        """Return the values that are never served from the cache: the limits of a full disk, and a suspect clock."""
+        """Return the values whose change makes the latest result outdated: limits of a full disk, a suspect clock."""
         full_disk = self._actor.full_disk
         return full_disk.closed, full_disk.has_reserve, self._clock.moment().suspect
 
@@ -125,9 +125,9 @@ class Health:
         return replace(last, cleanup_status=now)
 
     async def close(self) -> None:
-        """Wait for pending requests to the disk and the mailbox. Call this before they end.
+        """Wait for pending measurements of the disk and the mailbox. Call this before these are closed.
 
-        Artifacts are not waited for: they may be on a mount that hangs.
+        A measurement of the artifact store is cancelled, because a mount may hang.
         """
         if (storage := self._pending.get("storage")) is not None:
             storage.cancel()
@@ -161,7 +161,7 @@ class Health:
             return PartHealth("unhealthy", f"It cannot be measured: {type(error).__name__}: {error}")
 
     async def _in_time(self, what: str, ask: Callable[[], Awaitable[Any]], timeout_s: float = TIMEOUT_S) -> Any:
-        """Return the response, or raise TimeoutError. The request is not cancelled; the next call waits for it."""
+        """Return the response, or raise TimeoutError. The request continues, and the next call waits for it."""
         task = self._pending.get(what)
         if task is None:
             task = self._pending[what] = asyncio.create_task(_awaited(ask))
@@ -198,7 +198,7 @@ class Health:
         return PartHealth("healthy", f"A write and a read took {took_ms:.1f} ms.")
 
     async def _full_disk(self) -> PartHealth:
-        """Describe a full disk: new jobs are rejected, or the next one will be."""
+        """Describe a full disk, and which writes are rejected."""
         full_disk = self._actor.full_disk
         await self.space()
         described = f"{full_disk.described()}: {_LIMITS[full_disk.closed]}."
@@ -224,13 +224,13 @@ class Health:
         loop_time = asyncio.get_running_loop().time
         began = loop_time()
         try:
-            answer = await self._in_time("ping", self._ping)
+            response = await self._in_time("ping", self._ping)
         except TimeoutError:
             waiting = f"{self._actor.waiting} commands are waiting"
             return PartHealth("unhealthy", f"The mailbox has not responded for {TIMEOUT_S:g} s; {waiting}.")
-        if isinstance(answer, ApiError):
-            status: HealthStatus = "degraded" if answer.code == "overloaded" else "unhealthy"
-            return PartHealth(status, answer.message)
+        if isinstance(response, ApiError):
+            status: HealthStatus = "degraded" if response.code == "overloaded" else "unhealthy"
+            return PartHealth(status, response.message)
         took_ms = (loop_time() - began) * 1000
         wrong = self._miscount()
         if wrong is not None:
@@ -249,21 +249,23 @@ class Health:
 
     def _miscount(self) -> str | None:
         """Return the first counters that disagree with each other or with the jobs, as a sentence, or None."""
-        book = self._actor.book
+        state = self._actor.book
         for status in STATUSES:
-            total, by_queue = book.totals[status], sum(counts.get(status, 0) for counts in book.counts.values())
+            total, by_queue = state.totals[status], sum(counts.get(status, 0) for counts in state.counts.values())
             if total != by_queue:
-                return f"One counter says {total} {status} jobs, another {by_queue}."
-        for status, held in (("processing", len(book.processing)), ("queued", len(book.jobs) - len(book.processing))):
-            if book.totals[status] != held:
-                return f"{held} jobs are {status}, but the counter says {book.totals[status]}."
+                return f"The daemon counts {total} {status} jobs in total, but {by_queue} by queue."
+        processing = len(state.processing)
+        for status, jobs in (("processing", processing), ("queued", len(state.jobs) - processing)):
+            if state.totals[status] != jobs:
+                return f"{jobs} jobs are {status}, but the daemon counts {state.totals[status]}."
         return None
 
     async def _recount(self) -> tuple[list[str], int]:
-        """Compare a sample of live jobs with the disk. Return the ids of different ones and the number compared.
+        """Compare a sample of live jobs with the disk. Return the ids of different jobs and the number compared.
 
-        Memory is ahead of the disk while a batch is written, and for a moment after a rejected one. A job is different
-        only if it differs each time, unchanged in memory, with a round trip through the mailbox in between.
+        Memory is ahead of the disk while a batch is being written, and briefly after a failed one. So a job counts as
+        different only if it differs in each comparison and does not change in memory. The comparisons are separated by
+        round trips through the mailbox.
         """
         sample = self._sample()
         compared = len(sample)
@@ -277,21 +279,21 @@ class Health:
 
     def _sample(self) -> dict[str, Job]:
         """Return processing and queued jobs; each sample continues where the previous one ended."""
-        book = self._actor.book
-        begin = self._next_sample if self._next_sample < min(len(book.jobs), SAMPLED_FROM) else 0
+        state = self._actor.book
+        begin = self._next_sample if self._next_sample < min(len(state.jobs), SAMPLED_FROM) else 0
         self._next_sample = begin + SAMPLE
-        held = islice(book.processing.values(), SAMPLE // 2)
-        window = (book.jobs[job_id] for job_id in islice(book.jobs, begin, begin + SAMPLE))
-        return {job.id: job for job in islice(chain(held, window), SAMPLE)}
+        processing = islice(state.processing.values(), SAMPLE // 2)
+        window = (state.jobs[job_id] for job_id in islice(state.jobs, begin, begin + SAMPLE))
+        return {job.id: job for job in islice(chain(processing, window), SAMPLE)}
 
     async def _differing(self, sample: dict[str, Job]) -> dict[str, Job]:
-        """Return jobs of `sample` that are unchanged in memory and differ on the disk."""
-        book = self._actor.book
+        """Return the jobs of `sample` that are unchanged in memory and differ on the disk."""
+        state = self._actor.book
         loaded = await self._actor.disk.load(list(sample), [], [])
         return {
             job_id: job
             for job_id, job in sample.items()
-            if book.jobs.find(job_id) == job and loaded.jobs.get(job_id) != job
+            if state.jobs.find(job_id) == job and loaded.jobs.get(job_id) != job
         }
 
     # -- artifacts and cleanup ---------------------------------------------------------------------------------------
@@ -332,9 +334,9 @@ async def _awaited(ask: Callable[[], Awaitable[Any]]) -> Any:
 
 
 def _without_reserve(space: DiskSpace | None) -> str:
-    """Describe what a missing reserve file means, and how to get it back."""
+    """Describe the effect of a missing reserve file, and how to restore it."""
     needed = RESERVE_BYTES + SPARE_BYTES
-    where = "" if space is None else f" beside {space.path} ({needed} bytes are needed, {space.free_bytes} are free)"
+    where = "" if space is None else f" next to {space.path} ({needed} bytes are needed, {space.free_bytes} are free)"
     return f"The reserve file is missing{where}. On a full disk, running jobs may not be able to end. Free some space."
 
 

@@ -1,4 +1,4 @@
-"""Metrics as Prometheus text. Values are copied on the event loop and formatted in a thread."""
+"""Export metrics as Prometheus text. Values are copied on the event loop and formatted in a thread."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from jobd.model.storage import DiskSpace
 from jobd.monitoring.alerts import Alerts
 
 QUEUES_SHOWN: Final = 200  # the first ones; the others are summed under OTHER_QUEUES
-MAX_BUCKETS_SCANNED: Final = 2_000  # kinds and priorities scanned to find the oldest due job of a queue
+MAX_BUCKETS_SCANNED: Final = 2_000  # pairs of kind and priority scanned for the oldest due jobs
 LAG_EVERY_S: Final = 1.0
 COMMITS_KEPT: Final = 300  # seconds of commits that `vitals` covers
 LAGS_KEPT: Final = 20  # the worst is exported, so that a scrape every 15 s misses none
 FOUND_KINDS: Final = ("stuck", "expired_locks", "expired", "deleted", "issues")
 ISSUE_TYPES: Final = ("error", "critical")  # cleanup runs do not count warnings
 
-Counts = tuple[list[int], float]  # histogram: counts by bucket, and the sum
+Counts = tuple[list[int], float]  # of a histogram: counts by bucket, and the sum
 
 
 class Snapshot(Struct, frozen=True):
-    """All values at one moment. Nothing else refers to them."""
+    """A copy of all values at one moment."""
 
     jobs: dict[str, int]  # status -> jobs
     queues: list[tuple[str, dict[str, int]]]
@@ -117,9 +117,9 @@ class ListenerCounts(Protocol):
 
 
 class Metrics:
-    """`render` returns the text; `run` measures the lag of the event loop until `stop`.
+    """Renders the metrics. From `run` until `stop` it measures the lag of the event loop.
 
-    `listeners` may grow later: the list is read each time. A store in memory has no files and no sizes.
+    `listeners` is read at each call, so it may grow. A store in memory has no files; their sizes are 0.
     """
 
     def __init__(
@@ -172,31 +172,31 @@ class Metrics:
         return quantile(0.99, [count - then for count, then in zip(now, before, strict=True)], COMMIT_BUCKETS_S)
 
     def snapshot(self) -> Snapshot:
-        """Copy all values. Takes the loop well under a millisecond, or 2 ms with 100 kinds."""
-        actor, book, maintainer = self._actor, self._actor.book, self._maintainer
-        figures, report = book.figures, maintainer.last_success
+        """Copy all values. Blocks the loop for well under a millisecond, or 2 ms with 100 kinds."""
+        actor, state, maintainer = self._actor, self._actor.book, self._maintainer
+        stats, report = state.figures, maintainer.last_success
         alerts = {alert.name: alert.firing for alert in self._alerts.evaluate()}
         return Snapshot(
-            jobs=dict(book.totals),
-            queues=capped(book),
-            paused={name: name in book.paused for name in islice(book.counts, QUEUES_SHOWN)},
-            oldest_due_s=oldest_due_s(book, self._clock.moment().now),
-            stuck=len(book.stuck),
-            locked=book.live_locks(),
-            grants=dict(figures.grants),
+            jobs=dict(state.totals),
+            queues=capped(state),
+            paused={name: name in state.paused for name in islice(state.counts, QUEUES_SHOWN)},
+            oldest_due_s=oldest_due_s(state, self._clock.moment().now),
+            stuck=len(state.stuck),
+            locked=state.live_locks(),
+            grants=dict(stats.grants),
             errors=dict(sum((listener.error_counts for listener in self._listeners), Counter[str]())),
-            stalls=figures.stalls,
-            late={"kept": figures.late_kept, "adopted": figures.late_adopted},
-            recovered={"reset": figures.reset, "failed": figures.failed},
+            stalls=stats.stalls,
+            late={"kept": stats.late_kept, "adopted": stats.late_adopted},
+            recovered={"reset": stats.reset, "failed": stats.failed},
             cleanup_runs=maintainer.totals.runs,
             found=dict(maintainer.totals.found),
             last_cleanup_at=None if report is None else report.timestamp,
             failed_cleanups=maintainer.state().failed_since_last_success,
             issues=dict(maintainer.totals.issues),
-            processing={queue: _copy(histogram) for queue, histogram in figures.processing.items()},
+            processing={queue: _copy(histogram) for queue, histogram in stats.processing.items()},
             paces=self._alerts.paces,
-            granted_twice=figures.overlaps.total,
-            quarantined=len(book.quarantined),
+            granted_twice=stats.overlaps.total,
+            quarantined=len(state.quarantined),
             clock_suspect=self._clock.suspect,
             disk_full=int(actor.full_disk.closed),
             disk=actor.full_disk.space,
@@ -204,7 +204,7 @@ class Metrics:
             batch_commands=_copy(actor.batch_commands),
             mailbox=actor.waiting,
             mailbox_limit=actor.bounds.mailbox,
-            events=dict(figures.events),
+            events=dict(stats.events),
             waiting_claims=len(actor.parked),
             listeners=self._feed.listeners,
             dropped=self._feed.dropped,
@@ -296,10 +296,10 @@ def _cleanup(now: Snapshot) -> Iterator[Metric]:
     yield _counters("validation_issues", "Issues that cleanup runs found since the start, by type.", ["type"], issues)
     help_ = "Artifacts of deleted jobs and late results that wait for deletion."
     yield _gauge("artifact_tombstones", help_, now.sweeps.waiting)
-    help_ = "How long the first of them has been due."
+    help_ = "How long the oldest of them has been due."
     yield _gauge("artifact_sweep_behind_seconds", help_, now.sweeps.behind_ms / SECOND_MS)
     swept = {"deleted": now.sweeps.deleted, "left": now.sweeps.left, "failed": now.sweeps.failures}
-    help_ = "Artifacts of deleted jobs since the start: deleted, kept because another job uses it, failed attempts."
+    help_ = "Artifacts of deleted jobs since the start: deleted, kept because another job uses them, failed attempts."
     yield _counters("artifacts_swept", help_, ["outcome"], swept.items())
     firing = ((name, int(is_firing)) for name, is_firing in now.alerts.items())
     yield _gauges("alert_firing", "1 while the alert fires.", ["alert"], firing)
@@ -326,7 +326,7 @@ def _webhooks(now: Snapshot) -> Iterator[Metric]:
 
 def _machine(now: Snapshot) -> Iterator[Metric]:
     for name, help_, counts, bounds in (
-        ("commit_seconds", "Time of one commit with its fsync.", now.commit_seconds, COMMIT_BUCKETS_S),
+        ("commit_seconds", "Duration of a commit with its fsync.", now.commit_seconds, COMMIT_BUCKETS_S),
         ("batch_commands", "Commands per commit.", now.batch_commands, BATCH_BUCKETS),
     ):
         family = HistogramMetricFamily(f"jobd_{name}", help_)
@@ -337,7 +337,7 @@ def _machine(now: Snapshot) -> Iterator[Metric]:
     yield _gauge("parked_claims", "Claims that wait for work.", now.waiting_claims)
     yield _gauge("event_streams", "Open event streams.", now.listeners)
     yield _counter("event_streams_dropped", "Event streams closed because the client read too slowly.", now.dropped)
-    yield _gauge("loop_lag_seconds", "The worst lag of the event loop in the last 20 s.", now.lag_s)
+    yield _gauge("loop_lag_seconds", "Worst lag of the event loop in the last 20 s.", now.lag_s)
     help_ = "Writes rejected because the disk is full: 0 none, 1 creates, 2 all but endings and deletions, 3 all."
     yield _gauge("disk_full", help_, now.disk_full)
     disks = [] if now.disk is None else [now.disk]
@@ -357,12 +357,12 @@ def _files(store_path: str) -> Iterator[Metric]:
 
 
 def oldest_due_s(state: Book, now: int) -> dict[str, float]:
-    """Return the wait of the oldest due job for each named queue, or 0. Queues with very many kinds are skipped."""
+    """Return how long the oldest due job of each named queue has waited, or 0. Skips queues with very many kinds."""
     found, left = {}, MAX_BUCKETS_SCANNED
     for queue in islice(state.counts, QUEUES_SHOWN):
-        left -= (lanes := state.due_lanes(queue))
+        left -= (buckets := state.due_lanes(queue))
         if left < 0:
-            left += lanes
+            left += buckets
             continue
         oldest = state.oldest_due_at(queue)
         found[queue] = 0.0 if oldest is None else max(now - oldest, 0) / SECOND_MS
@@ -370,7 +370,7 @@ def oldest_due_s(state: Book, now: int) -> dict[str, float]:
 
 
 def capped(state: Book) -> list[tuple[str, dict[str, int]]]:
-    """Return the counts of the first QUEUES_SHOWN queues, and of all others as one, to limit the label values."""
+    """Return the counts of the first QUEUES_SHOWN queues, and of all others together, to limit the label values."""
     shown = [(name, counts.copy()) for name, counts in islice(state.counts.items(), QUEUES_SHOWN)]
     if len(state.counts) <= QUEUES_SHOWN:
         return shown
@@ -379,7 +379,7 @@ def capped(state: Book) -> list[tuple[str, dict[str, int]]]:
 
 
 def quantile(part: float, counts: Sequence[int], bounds: Sequence[float]) -> float | None:
-    """Return the bound of the bucket that contains the quantile; infinity above all bounds, None if empty."""
+    """Return the bound of the bucket with the quantile: infinity above all bounds, None if there are no counts."""
     wanted = part * sum(counts)
     if not wanted:
         return None
@@ -408,12 +408,12 @@ def _gauge(name: str, help_: str, value: float) -> Metric:
 
 
 def _counter(name: str, help_: str, value: float) -> Metric:
-    """Exported as `jobd_<name>_total`."""
+    """Make a counter, which is exported as `jobd_<name>_total`."""
     return CounterMetricFamily(f"jobd_{name}", help_, value=value)
 
 
 def _gauges(name: str, help_: str, labels: list[str], rows: Iterable[tuple[str | float, ...]]) -> Metric:
-    """Each row is the label values and the value."""
+    """Make a gauge with labels. Each row is the label values, then the value."""
     family = GaugeMetricFamily(f"jobd_{name}", help_, labels=labels)
     for *values, number in rows:
         family.add_metric([str(value) for value in values], float(number))

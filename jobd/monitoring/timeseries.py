@@ -1,6 +1,6 @@
-"""Counts of the last hour and the last day, for charts, and of each queue.
+"""Count events in steps of the last hour and the last day, for charts, and per queue.
 
-Charts are saved and survive a restart; the counts of queues do not.
+The counts of charts survive a restart; those of queues do not.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from msgspec import Struct
 from jobd.model.events import Change
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 
-# The series that an event counts for. Every failed attempt counts as a failure, whether or not it is retried. A job
-# that fails without an attempt (it expired, or an operator failed it while it waited) does not.
+# The series that an event type counts for. Every failed attempt counts as a failure, whether or not it is retried. A
+# job that fails without an attempt (it expired, or an operator failed it while it was queued) does not.
 SERIES: Final = {
     "created": 0,
     "imported": 0,
@@ -37,7 +37,7 @@ _NOTHING: Final = (0, 0, 0)
 
 
 class ChartSeries(Struct, frozen=True):
-    """`at` are the starts of the steps in Unix seconds, the others the counts in each."""
+    """Counts by step. `at` has the start of each step, in Unix seconds."""
 
     at: list[int]
     created: list[int]
@@ -46,7 +46,7 @@ class ChartSeries(Struct, frozen=True):
 
 
 class Chart(Struct, frozen=True):
-    """The last hour in steps of 10 s, the last day in steps of 10 min. `since`: the start of counting, Unix ms."""
+    """The last hour in steps of 10 s and the last day in steps of 10 min. Counting began at `since` (Unix ms)."""
 
     hour: ChartSeries
     day: ChartSeries
@@ -62,7 +62,7 @@ class Rates(Struct, frozen=True):
 
 
 class QueueRate(Struct, frozen=True):
-    """Counts of a queue in the last hour (or since the start). `per_minute`: completed jobs, on average."""
+    """Counts of a queue in the last hour (or since the start), and completed jobs `per_minute` on average."""
 
     created: int
     completed: int
@@ -71,13 +71,13 @@ class QueueRate(Struct, frozen=True):
 
     @property
     def failed_share(self) -> float | None:
-        """Failed attempts in percent, or None without attempts."""
+        """The percentage of failed attempts; None without attempts."""
         ended = self.completed + self.failed
         return 100 * self.failed / ended if ended else None
 
 
 class SavedTimeseries(Struct, frozen=True):
-    """The saved form: counts by series in each step of the hour and of the day. Times in Unix ms."""
+    """The saved form: step number to counts by series, for the hour and the day. `since` is in Unix ms."""
 
     since: int
     hour: dict[int, list[int]]
@@ -85,7 +85,7 @@ class SavedTimeseries(Struct, frozen=True):
 
 
 class StepCounts:
-    """Counts in each of the last `max_steps` steps of `step_ms`, starting with `known`."""
+    """Counts in the last `max_steps` steps of `step_ms`. Begins with the counts `known`."""
 
     __slots__ = ("_counts", "_max_steps", "_step_ms")
 
@@ -102,11 +102,11 @@ class StepCounts:
         return self._counts
 
     def counts(self, at: int) -> list[int]:
-        """Return the counts of the step of this time, to be incremented."""
+        """Return the counts of the step at this time. The caller increments them."""
         step = at // self._step_ms
         counts = self._counts.get(step)
         if counts is None:
-            # Steps ahead come from a clock that was set back. They would displace the present and show up later.
+            # Steps in the future come from a clock that was set back. They would displace current steps.
             for ahead in [each for each in self._counts if each > step + 1]:
                 del self._counts[ahead]
             counts = self._counts[step] = [*_NOTHING]
@@ -115,7 +115,7 @@ class StepCounts:
         return counts
 
     def series(self, now: int) -> ChartSeries:
-        """Return the last `most` complete steps."""
+        """Return the counts of the last complete steps."""
         first = now // self._step_ms - self._max_steps
         steps = range(first, first + self._max_steps)
         counts = [self._counts.get(step, _NOTHING) for step in steps]
@@ -123,14 +123,14 @@ class StepCounts:
         return ChartSeries([step * self._step_ms // SECOND_MS for step in steps], *columns)
 
     def sums(self, now: int, back: int) -> list[int]:
-        """Return the sums over the last `back` steps and the current one."""
+        """Return the sums over the last `back` steps, including the current one."""
         last = now // self._step_ms
         chosen = [count for step, count in self._counts.items() if last - back < step <= last]
         return [sum(count[line] for count in chosen) for line in range(3)]
 
 
 class Timeseries:
-    """`since`: the start of counting; `started`: the start of this process, Unix ms."""
+    """Counts events. `since` is the start of counting, `started` that of the process, in Unix ms."""
 
     def __init__(self, started: int, saved: SavedTimeseries | None = None) -> None:
         saved = saved or SavedTimeseries(started, {}, {})
@@ -142,7 +142,7 @@ class Timeseries:
 
     @classmethod
     def opened(cls, body: bytes, now: int) -> Timeseries:
-        """Restore from what `saved` returned. Start empty if it is unusable or of another version."""
+        """Restore the result of `saved`. Begin without counts if it is unusable or from another version."""
         try:
             saved = msgspec.json.decode(body, type=SavedTimeseries)
         except msgspec.MsgspecError:
@@ -151,11 +151,11 @@ class Timeseries:
         return cls(now, saved if saved.since <= now and all(len(row) == len(_NOTHING) for row in rows) else None)
 
     def saved(self) -> bytes:
-        """Return the state for the next start, as JSON."""
+        """Return the counts for the next start, as JSON."""
         return msgspec.json.encode(SavedTimeseries(self.since, self._hour.known, self._day.known))
 
     def record(self, changes: Sequence[Change]) -> None:
-        """Count committed changes. The changes of one batch have nearly the same time."""
+        """Count committed changes. The changes of a batch have nearly the same time."""
         at = -1
         hour: list[int] = []
         day: list[int] = []

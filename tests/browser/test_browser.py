@@ -692,4 +692,4 @@ def test_firing_alerts_are_on_the_overview_with_their_hints(page: Page, tmp_path
         make_busy(daemon)
         sign_in(page, daemon)
         alerts = page.get_by_role("region", name="Firing alerts")
-        expect(alerts).to_contain_text("More jobs run at once than usual")
+        expect(alerts).to_contain_text("More jobs than expected are processing")

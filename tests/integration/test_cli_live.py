@@ -240,7 +240,7 @@ def test_figures_are_not_cut_beside_long_names(width: int, columns: int) -> None
     queues = [QueueView(name, False, 12_345, 67_890, 24_680, 13_579, 11_111, None) for name in ("q", f"{long}-high")]
     queues.append(replace(queues[0], name=f"{long}-low"))
     workers = [WorkerRow("worker-" + "y" * 60 + "-7", "busy", 1, None, None, 54_321, [HeldJob("z" * 200, 1.0)])]
-    alerts = [AlertView("processing_jobs", True, 1, 1_234.0, 1_000.0, "More jobs run at once than usual.")]
+    alerts = [AlertView("processing_jobs", True, 1, 1_234.0, 1_000.0, "More jobs than expected are processing.")]
     rates = {"created": 1234.5, "granted": 1000.1, "completed": 999.9, "failed": 0.5, "retried": 12.3, "stalled": 0.0}
     frame = replace(a_frame(workers=workers, alerts=alerts, per_second=rates), queues=queues)
     lines = drawn(frame, width=width, height=40)

@@ -44,7 +44,7 @@ FAIR: Final = (
     "is not an event type",
     "cannot be combined with",
     "Set either `filter` or `ids`",
-    "requires the `filter` of the plan before",
+    "requires the `filter` of the previous plan",
     "`$.storage_key`",
     "`$.updates.storage_key`",
 )

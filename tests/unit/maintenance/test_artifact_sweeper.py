@@ -137,7 +137,7 @@ async def test_damaged_tombstones_that_cannot_be_quarantined_degrade_health() ->
         assert at.sweeps.waiting == 2
         complaint = at.sweeper.degraded_reason()
         assert complaint is not None
-        assert "Objects of deleted jobs could not be deleted" in complaint
+        assert "Artifacts of deleted jobs cannot be deleted" in complaint
         assert "2 damaged tombstones cannot be quarantined; run: jobd doctor" in complaint
         disk.crowd = 0
         await seconds(POLL_S)
@@ -279,7 +279,7 @@ async def test_an_undeletable_artifact_of_a_late_result_degrades_health() -> Non
         at.store.broken = ArtifactStoreError("away")
         await at.delete("a")
         await seconds(DEGRADED_AFTER_S + POLL_S)
-        assert (at.sweeper.degraded_reason() or "").startswith("1 objects of deleted jobs could not be deleted")
+        assert (at.sweeper.degraded_reason() or "").startswith("1 artifacts of deleted jobs cannot be deleted")
         at.store.broken = None
         await until(lambda: not at.store.objects)
         assert at.sweeper.degraded_reason() is None
@@ -396,7 +396,7 @@ def test_a_store_that_fails_for_long_degrades_health(error: Exception, expected:
             assert at.sweeper.degraded_reason() is None
             await seconds(1 + POLL_S)
             complaint = at.sweeper.degraded_reason() or ""
-            assert complaint.startswith("2 objects of deleted jobs could not be deleted, the first for 3")
+            assert complaint.startswith("2 artifacts of deleted jobs cannot be deleted, the first for 3")
             assert complaint.endswith(expected)
             at.store.broken = None
             await seconds(MAX_RETRY_MS / 1000 + POLL_S)
@@ -461,7 +461,7 @@ async def test_the_sweeper_survives_a_failing_disk_and_degrades_health() -> None
         await at.done("a", "k")
         await at.delete("a")
         await seconds(DEGRADED_AFTER_S + 2 * POLL_S)
-        assert "the store of jobs failed: broken" in (at.sweeper.degraded_reason() or "")
+        assert "the job store failed: broken" in (at.sweeper.degraded_reason() or "")
         at.engine.disk.errors.clear()
         await until(lambda: not at.store.objects)
         assert at.sweeper.degraded_reason() is None

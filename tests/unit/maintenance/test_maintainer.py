@@ -573,7 +573,7 @@ async def test_no_audit_entry_is_old_while_the_clock_is_suspect() -> None:
         ("expired", "deletion: OSError: broken"),
         ("prune", "journal: OSError: broken"),
         ("trim_audit", "audit: OSError: broken"),
-        ("save_figures", "figures: OSError: broken"),
+        ("save_figures", "statistics: OSError: broken"),
     ],
 )
 def test_a_failed_step_is_reported_and_the_others_run(method: str, error: str) -> None:
@@ -640,7 +640,7 @@ async def test_a_bug_in_a_run_does_not_end_cleanup() -> None:
         totals, engine.cleaner.totals = engine.cleaner.totals, None  # type: ignore[assignment]
         engine.keep()
         report = await engine.cleaner.run_cleanup(forced=True)
-        assert report.errors == ["pass: 'NoneType' object has no attribute 'runs'"]
+        assert report.errors == ["run: 'NoneType' object has no attribute 'runs'"]
         engine.cleaner.totals = totals
         assert (await engine.cleaner.run_cleanup(forced=True)).errors == []
 
@@ -797,13 +797,13 @@ async def test_stop_ends_a_run_between_slices_and_resolves_its_waiters() -> None
         await running
         assert 0 < len(deletions(engine)) < 20
         assert report.errors == [
-            "deletion: the daemon is stopping; the next cleanup run does the rest.",
-            "pass: the run ended early because the daemon is stopping.",
+            "deletion: the daemon is stopping; the next cleanup run continues.",
+            "run: it ended early because the daemon is stopping.",
         ]
         assert stored_reports(engine) == []
         assert read_stats(engine.disk.figures).since_report.deleted == len(deletions(engine))
         late = await engine.cleaner.run_cleanup(forced=True)
-        assert late.errors == ["pass: not run because the daemon is stopping."]
+        assert late.errors == ["run: not started because the daemon is stopping."]
 
 
 @in_virtual_time
@@ -813,7 +813,7 @@ async def test_stop_resolves_a_request_whose_run_never_started() -> None:
         await seconds(0)
         engine.cleaner.stop()
         await engine.cleaner.run()
-        assert (await tasks).errors == ["pass: not run because the daemon is stopping."]
+        assert (await tasks).errors == ["run: not started because the daemon is stopping."]
 
 
 @in_virtual_time

@@ -28,7 +28,7 @@ def test_a_long_pause_is_reported_once_and_a_short_one_is_not() -> None:
 
 
 async def test_an_idle_daemon_is_not_paused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suspend_detector, "BEAT_S", 0)
+    monkeypatch.setattr(suspend_detector, "CHECK_EVERY_S", 0)
     reported, reads, enough = list[int](), 0, asyncio.Event()
 
     def boot() -> int:

@@ -93,7 +93,7 @@ async def test_the_hints_of_quiet_alerts_are_true() -> None:
         for name in ("stuck_jobs", "processing_jobs", "average_processing", "slower_than_usual"):
             assert "Look" not in quiet[name].hint
             assert "More work" not in quiet[name].hint
-        assert quiet["average_processing"].hint.startswith("Jobs take no longer than usual: 2 s")
+        assert quiet["average_processing"].hint.startswith("Jobs take no longer than expected: 2 s")
         assert "few invalid rows" in quiet["pass_issues"].hint
         assert quiet["webhook_failing"].hint.startswith("Webhook billing has accepted nothing for 300 s;")
 
@@ -114,7 +114,7 @@ async def test_stuck_jobs_count_now_and_as_recovered_in_the_last_10_minutes() ->
         await engine.cleaner.recover_stuck()
         recovered = one(alerts, "stuck_jobs")
         assert (recovered.firing, recovered.value, recovered.since) == (True, 6, now.since)
-        assert recovered.hint.startswith("0 jobs are stuck now, 6 were recovered in the last 10 minutes.")
+        assert recovered.hint.startswith("0 jobs are stalled, and 6 were recovered in the last 10 minutes.")
         await engine.cleaner.run_cleanup(forced=True)
         assert one(alerts, "stuck_jobs").value == 6, "a pass takes nothing off"
         await seconds(600)
@@ -426,7 +426,7 @@ async def test_an_alert_fires_after_30_s_and_resolves_after_60_s() -> None:
         await engine.yes(Complete(id="a", lock_id=lock_id))
         shown = one(alerts, "processing_jobs")
         assert (shown.firing, shown.value) == (True, 0)
-        assert shown.hint == "Jobs in processing: 0, no more than usual.", "it says what is so now"
+        assert shown.hint == "Jobs processing: 0, no more than expected.", "it says what is so now"
         await seconds(59)
         assert firing(alerts) == ["processing_jobs"]
         await seconds(1)
@@ -503,7 +503,7 @@ async def test_an_incident_of_failing_attempts_and_missing_workers_fires_its_ale
         assert await watched(engine, alerts, 10) == ["failure_rate"]
         failing = one(alerts, "failure_rate")
         assert (failing.value, failing.threshold) == (1.0, 0.5)
-        assert failing.hint.startswith("In queue film 20 of 20 attempts failed in the last 10 minutes.")
+        assert failing.hint.startswith("20 of 20 attempts in queue film failed in the last 10 minutes.")
         assert "jobctl jobs --queue film --status failed" in failing.hint
         assert await watched(engine, alerts, 80) == ["failure_rate"]
         assert await watched(engine, alerts, 45) == ["queue_without_workers", "failure_rate"]

@@ -171,7 +171,7 @@ async def test_a_missing_reserve_file_is_degraded_until_it_is_rebuilt() -> None:
         view = await health.view()
         assert view.status == view.database.status == "degraded"
         assert view.database.message == (
-            "Damage: 2 jobs have vanished. Run: jobd doctor The reserve file is missing beside /disk/jobd.db "
+            "Damage: 2 jobs have vanished. Run: jobd doctor The reserve file is missing next to /disk/jobd.db "
             "(17825792 bytes are needed, 2097152 are free). On a full disk, running jobs may not be able to end. "
             "Free some space."
         )
@@ -343,13 +343,13 @@ def test_counters_that_disagree_are_unhealthy(status: str, name: str) -> None:
             engine.book.totals[status] += 1
             one = (await measured(engine)).cache
             assert one.status == "unhealthy"
-            assert f"{status} jobs, another" in one.message
+            assert f"{status} jobs in total, but" in one.message
             engine.book.counts["default"][status] += 1
             both = (await measured(engine)).cache
             if status == "completed":  # finished jobs are not in memory, so there is nothing to compare
                 assert both.status == "healthy"
             else:
-                assert f"jobs are {status}, but the counter says" in both.message
+                assert f"jobs are {status}, but the daemon counts" in both.message
 
     test()
 
@@ -493,7 +493,7 @@ async def test_close_does_not_wait_for_a_hanging_artifact_store() -> None:
 
 class DegradedSweeper:
     def degraded_reason(self) -> str | None:
-        return "2 objects of deleted jobs could not be deleted."
+        return "2 artifacts of deleted jobs cannot be deleted."
 
 
 async def test_undeletable_artifacts_degrade_the_store(tmp_path: Path) -> None:
@@ -501,7 +501,7 @@ async def test_undeletable_artifacts_degrade_the_store(tmp_path: Path) -> None:
     async with VirtualEngine() as engine:
         view = await health_of(engine, artifacts=store, sweeper=DegradedSweeper()).view()
         assert view.status == view.storage.status == "degraded"
-        assert view.storage.message == "2 objects of deleted jobs could not be deleted."
+        assert view.storage.message == "2 artifacts of deleted jobs cannot be deleted."
     await store.close()
 
 
