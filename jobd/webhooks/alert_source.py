@@ -1,7 +1,7 @@
 """Turn alert changes into messages for one webhook.
 
-A message is kept here until the outbox holds it. While the outbox cannot be written, messages are delivered directly:
-an alert about a full disk must not wait until the disk has room.
+Messages are kept here until they are in the outbox. While the outbox cannot be written, they are delivered directly,
+because an alert about a full disk must not wait for free space.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from jobd.webhooks.context import DispatchContext
 from jobd.webhooks.message import Message, alert_message
 from jobd.webhooks.retry import retry_wait_ms
 
-MAX_PENDING: Final = 4  # kept changes of one alert: two times firing, two times resolved
-MAX_TRIES: Final = 5  # direct attempts for one change, over a bit more than a minute
+MAX_PENDING: Final = 4  # changes kept per alert: firing and resolved, twice
+MAX_TRIES: Final = 5  # direct attempts per change, over a little more than a minute
 
 
 class PendingAlert(Struct, eq=False):
-    """A message that the outbox has not. `due`: not tried before, in ms of a clock that never steps."""
+    """A message that is not in the outbox yet. `due` is the earliest next attempt, in monotonic ms."""
 
     message: Message
     tries: int = 0
     due: int = 0
-    is_done: bool = False  # delivered directly, or out of direct attempts; the outbox still delivers it
+    is_done: bool = False  # delivered directly, or out of attempts; it goes into the outbox in any case
 
 
 class AlertSource:
-    """Collect alert changes with `poll`; then either mark them `written` or `deliver_directly`.
+    """Collects alert changes with `poll`. Then call either `written` or `deliver_directly`.
 
-    `announced` maps the alerts that the receiver knows as firing, once it has all pending messages, to the time since
-    which they fire (Unix ms).
+    `announced` maps alerts to the time since which they fire (Unix ms), as the receiver knows them once it has all
+    pending messages.
     """
 
     def __init__(self, endpoint: WebhookEndpoint, announced: dict[str, int], context: DispatchContext) -> None:
@@ -48,7 +48,7 @@ class AlertSource:
         self._in_flight: dict[str, asyncio.Task[None]] = {}  # by subject
 
     def poll(self) -> list[Message]:
-        """Return all messages that are not in the outbox, oldest first. Repeated calls return the same messages."""
+        """Return all messages that are not in the outbox yet, oldest first. Repeated calls return them again."""
         views = self._context.alerts() if self._endpoint.wants_alerts else None
         announced, now = dict(self.announced), self._context.moment().now
         for view in views or ():
@@ -66,18 +66,19 @@ class AlertSource:
         return [pending.message for pending in self._pending]
 
     def written(self, count: int) -> None:
-        """Forget the first `count` messages of `poll`: they are in the outbox."""
+        """Forget the first `count` messages of `poll`, which are in the outbox now."""
         del self._pending[:count]
 
     def deliver_directly(self, post: Callable[[Message], Awaitable[DeliveryOutcome]]) -> None:
-        """Start the due direct attempts: one at a time per alert, in order."""
+        """Start the direct attempts that are due: one at a time per alert, in order."""
         self.poll()
         ms, newest = _now_ms(), {pending.message.subject: pending for pending in self._pending}
         seen: set[str] = set()
         for pending in self._pending:
             subject = pending.message.subject
-            is_past = pending.tries > 0 and pending is not newest[subject]  # a newer change does not wait for retries
-            if subject in self._in_flight or subject in seen or pending.is_done or is_past:
+            # A newer change does not wait for retries of an older one.
+            is_outdated = pending.tries > 0 and pending is not newest[subject]
+            if subject in self._in_flight or subject in seen or pending.is_done or is_outdated:
                 continue
             seen.add(subject)
             if pending.due <= ms:
@@ -102,7 +103,7 @@ class AlertSource:
         )
 
     def _add(self, message: Message) -> None:
-        """Keep a message. If an alert flaps, drop its oldest firing and resolved pair."""
+        """Keep a message. If an alert flaps, drop its oldest pair of firing and resolved."""
         self._pending.append(PendingAlert(message))
         if Counter(pending.message.subject for pending in self._pending)[message.subject] > MAX_PENDING:
             for old in [pending for pending in self._pending if pending.message.subject == message.subject][:2]:

@@ -1,4 +1,4 @@
-"""Read the `[[webhooks]]` of the configuration into endpoints. The settings that are shown contain no secret."""
+"""Read `[[webhooks]]` of the configuration into endpoints. Settings for display contain no secret."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ BOUNDS: Final = {"timeout": (100, MINUTE_MS), "give_up_after": (MINUTE_MS, 30 * 
 
 
 class BadWebhook(Exception):
-    """An invalid webhook. The message is one line without a secret."""
+    """A webhook is invalid. The message is one line without a secret."""
 
 
 class WebhookSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """One `[[webhooks]]` as it is written. Durations are text, such as "10s"."""
+    """A `[[webhooks]]` table as written. Durations are text, such as "10s"."""
 
     name: WebhookName
     """Name of the webhook. It keeps its position under this name, after a restart or with another `url`."""
@@ -72,7 +72,7 @@ class WebhookSetting(Struct, frozen=True):
 def read(tables: Any, duration: Callable[[str], int]) -> tuple[WebhookSetting, ...]:
     """Read `[[webhooks]]`; `duration` parses a duration into ms. Raises BadWebhook."""
     if not isinstance(tables, list):
-        raise BadWebhook("webhooks must be a list of tables: write [[webhooks]], in two brackets, before each of them")
+        raise BadWebhook("webhooks must be a list of tables: write [[webhooks]], in two brackets, before each table")
     if len(tables) > MAX_WEBHOOKS:
         raise BadWebhook(f"there are {len(tables)} [[webhooks]]; the maximum is {MAX_WEBHOOKS}")
     settings: list[WebhookSetting] = []

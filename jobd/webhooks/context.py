@@ -1,4 +1,4 @@
-"""What the dispatchers of all webhooks share."""
+"""Define what the dispatchers of all webhooks share."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Transport(Protocol):
 
 
 class DispatchContext(Struct):
-    """Shared by all dispatchers. `next_delivery` is the next delivery number; a number is never reused."""
+    """The dependencies of all dispatchers. Delivery numbers are never reused; `next_delivery` is the next one."""
 
     storage: OutboxStorage
     moment: Callable[[], Moment]
     source: str  # the CloudEvents source of this daemon
-    may_write: Callable[[], bool]  # False while the disk is full: the rest of the space is reserved for jobs that end
-    alerts: Callable[[], Sequence[AlertView] | None]  # None until alerts have been evaluated
+    may_write: Callable[[], bool]  # False while the disk is full: the remaining space is for jobs that end
+    alerts: Callable[[], Sequence[AlertView] | None]  # None until the alerts are known
     chance: Callable[[], float]  # 0 to 1
     retry_policy: RetryPolicy = RetryPolicy()
     next_delivery: int = 1
@@ -54,7 +54,7 @@ class DispatchContext(Struct):
 
 
 class DeliveryStats(Struct):
-    """Counters since the process started, and the last results. Times in Unix ms."""
+    """Counters since the process started, and the latest results. Times in Unix ms."""
 
     delivered: int = 0
     failed: int = 0  # attempts

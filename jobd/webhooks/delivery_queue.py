@@ -1,6 +1,6 @@
-"""The waiting deliveries of one endpoint, in order: no message of a subject overtakes another.
+"""Queue the waiting deliveries of one endpoint, in order per subject.
 
-Holds numbers, not messages. Time is an argument, in monotonic ms.
+The queue holds numbers, not messages. Time is an argument, in monotonic ms.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class DeliveryQueue:
         self._subject_of: dict[int, str] = {}
         self._in_flight: dict[str, int] = {}  # subject -> id of its running delivery
         self._expedited: set[int] = set()  # running deliveries that were expedited meanwhile
-        self._ready: list[int] = []  # heaps of first deliveries; stale entries are skipped instead of removed
+        self._ready: list[
+            int
+        ] = []  # heaps of deliveries that are first of their subject; stale entries are skipped later
         self._later: list[tuple[int, int]] = []
         self._now = 0
 
@@ -41,16 +43,16 @@ class DeliveryQueue:
         return id_ in self._subject_of
 
     def has_subject(self, subject: str) -> bool:
-        """Return whether a delivery of `subject` waits or is running."""
+        """Return whether a delivery of `subject` is waiting or running."""
         return subject in self._subjects
 
     def ids(self) -> Iterator[int]:
-        """Return the numbers of all deliveries that are not running, in order."""
-        going = set(self._in_flight.values())
-        return (id_ for id_ in sorted(self._subject_of) if id_ not in going)
+        """Return the numbers of all waiting deliveries, in order."""
+        running = set(self._in_flight.values())
+        return (id_ for id_ in sorted(self._subject_of) if id_ not in running)
 
     def add(self, waiting: QueuedDelivery) -> None:
-        """Insert in order of the number, possibly before others."""
+        """Insert a delivery in the order of the numbers."""
         siblings = self._subjects.setdefault(waiting.subject, [])
         insort(siblings, waiting)
         self._subject_of[waiting.id] = waiting.subject
@@ -66,7 +68,7 @@ class DeliveryQueue:
         return None
 
     def take_probe(self, now: int) -> QueuedDelivery | None:
-        """Start the delivery with the fewest failures: a message that no endpoint accepts must not block others."""
+        """Start the due delivery with the fewest failures, so that a message that always fails blocks no others."""
         self._promote_due(now)
         firsts = [first for id_ in self._ready if (first := self._if_due(id_)) is not None]
         if not firsts:
@@ -87,7 +89,7 @@ class DeliveryQueue:
             self._push(siblings[0])
 
     def postpone(self, id_: int, due: int) -> None:
-        """Return a failed delivery to the queue until `due`, or until now if it was expedited while it was running."""
+        """Return a failed delivery to the queue. It is next due at `due`, or at once if it was expedited meanwhile."""
         subject = self._subject_of[id_]
         siblings = self._subjects[subject]
         waiting = siblings[self._index(siblings, id_)]
@@ -114,7 +116,7 @@ class DeliveryQueue:
                         heapq.heappush(self._ready, waiting.id)
 
     def next_due(self) -> int | None:
-        """Return when the next delivery may start, 0 for now, or None if nothing waits."""
+        """Return when the next delivery may start: 0 for now, None if none is waiting."""
         while self._ready and self._if_due(self._ready[0]) is None:
             heapq.heappop(self._ready)
         if self._ready:
@@ -141,7 +143,7 @@ class DeliveryQueue:
         return first is not None and first.due == due
 
     def _if_due(self, id_: int) -> QueuedDelivery | None:
-        """Return the delivery if it may start now. Entries of deliveries that have failed since are stale."""
+        """Return the delivery if it may start now, or None for a stale entry."""
         first = self._first(id_)
         return first if first is not None and first.due <= self._now else None
 

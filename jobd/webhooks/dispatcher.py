@@ -25,10 +25,10 @@ from jobd.webhooks.retry import BreakerState, CircuitBreaker, is_exhausted, retr
 from jobd.webhooks.url_policy import redacted
 
 PARALLEL: Final = 8  # concurrent deliveries of one endpoint
-GRACE_S: Final = 1.0  # for running deliveries when the daemon stops; later ones are sent again after the next start
+GRACE_S: Final = 1.0  # for running deliveries when the daemon stops; slower ones are sent again after the next start
 DISK_FULL_RETRY_S: Final = 1.0  # between two attempts to write the outbox
 FAILURE_RETRY_S: Final = 5.0  # after an internal error
-MAX_RECENT: Final = 256  # new deliveries kept in memory, so that they are not read back
+MAX_RECENT: Final = 256  # new deliveries kept in memory, to avoid reading them
 SLICE: Final = 200  # deliveries dead-lettered or redelivered in one transaction
 SLICE_PAUSE_S: Final = 0.01  # between slices, so that workers get the disk
 
@@ -36,7 +36,7 @@ log = structlog.get_logger("jobd.webhooks")
 
 
 class Dispatcher:
-    """`run` until `stop`. `committed` is called with every commit, `wake` when alerts change."""
+    """Delivers from `run` until `stop`. Call `committed` with every commit, and `wake` when alerts change."""
 
     def __init__(
         self, endpoint: WebhookEndpoint, outbox: Outbox, context: DispatchContext, stats: DeliveryStats
@@ -52,22 +52,21 @@ class Dispatcher:
         self._stopping = False
         self._next_clearing_s = 0.0
         self._in_flight: dict[int, asyncio.Task[None]] = {}
-        self._sent_before_probe: set[int] = (
-            set()
-        )  # running deliveries that started before the probe; their failures say nothing about it
+        # Running deliveries that started before the probe: their failures say nothing about it.
+        self._sent_before_probe: set[int] = set()
         self._outcomes: list[tuple[Delivery, DeliveryOutcome]] = []  # not stored yet
         self._recent: dict[int, Delivery] = {}
         self._is_failing = False
         now, ms = context.moment().now, self._now_ms()
         for each in outbox.waiting[endpoint.name]:
-            # `due_at` is wall time; a clock step must not delay a delivery for longer than the longest retry delay.
+            # `due_at` is wall time: a clock step must not delay a delivery for longer than the maximum.
             left_ms = min(max(each.due_at - now, 0), context.retry_policy.max_retry_ms)
             self.queue.add(QueuedDelivery(each.id, each.subject, ms + left_ms if left_ms else 0, each.tries))
 
     # -- interface -----------------------------------------------------------------------------------------------------
 
     async def run(self, transport: Transport) -> None:
-        """Run until `stop`, which waits briefly for running deliveries. Survives any error."""
+        """Run until `stop`, then wait briefly for running deliveries. Errors are logged and retried."""
         try:
             while not self._stopping:
                 await self._pause(await self._guarded_round(transport))
@@ -83,12 +82,12 @@ class Dispatcher:
         self._wake.set()
 
     def committed(self, changes: Sequence[Change]) -> None:
-        """Take note of committed changes."""
+        """Wake up if there is work in committed changes."""
         if self.reader.committed(changes):
             self._wake.set()
 
     async def test(self) -> Delivery:
-        """Put a test message into the outbox and close the breaker, so that it is sent now. Raises DiskFull."""
+        """Put a test message into the outbox and let the breaker probe now. Raises DiskFull."""
         context = self._context
         message = test_message(self.endpoint.name, context.next_delivery, context.moment().now, context.source)
         delivery = await self.reader.add(message)
@@ -96,7 +95,7 @@ class Dispatcher:
         return delivery
 
     async def redeliver(self, id_: int) -> Delivery | None:
-        """Send a delivery again now, whatever its state, or return None if there is none with this number.
+        """Send a delivery again, whatever its state. Return None if there is none with this number.
 
         A waiting delivery becomes due now. Raises DiskFull.
         """
@@ -113,7 +112,7 @@ class Dispatcher:
         return found
 
     async def redeliver_all(self, upto: int) -> int:
-        """Send dead-lettered deliveries up to number `upto` again, in slices. Return the count. Raises DiskFull."""
+        """Send dead-lettered deliveries up to number `upto` again, in slices. Return how many. Raises DiskFull."""
         count = 0
         while not self._stopping:
             now = self._context.moment().now
@@ -129,7 +128,7 @@ class Dispatcher:
         return count
 
     def _probe_now(self) -> None:
-        """Let the breaker probe now. Old deliveries are not dead-lettered before the probe."""
+        """Let an open breaker probe now. Old deliveries are not dead-lettered before the probe."""
         if self.breaker.until is not None:
             self.breaker.until = self._now_ms()
             self._sent_before_probe = set(self._in_flight)
@@ -147,7 +146,7 @@ class Dispatcher:
 
     @property
     def next_try_in_ms(self) -> int | None:
-        """Milliseconds until the next attempt, or None if one may start now or nothing waits."""
+        """Milliseconds until the next attempt, or None if one may start now or none is waiting."""
         now = self._now_ms()
         until = max(self.breaker.until or 0, self.queue.next_due() or 0)
         return until - now if until > now else None
@@ -164,7 +163,7 @@ class Dispatcher:
                 log.warning("webhook_waits", webhook=self.endpoint.name, reason="the disk of the store is full")
             wait_s, self._is_failing = DISK_FULL_RETRY_S, True
         except Exception as error:
-            # A storage error or a bug of ours: log the traceback the first time only.
+            # A storage error or an internal error. Log the traceback the first time only.
             name, description = self.endpoint.name, f"{type(error).__name__}: {error}"
             log.error("webhook_failed", webhook=name, error=description, exc_info=not self._is_failing)
             wait_s, self._is_failing = FAILURE_RETRY_S, True
@@ -183,7 +182,7 @@ class Dispatcher:
             await self.reader.save()
         else:
             self._deliver_alerts_directly(transport)
-        if not self._outcomes:  # with results that cannot be stored, messages would be sent again and again
+        if not self._outcomes:  # while results cannot be stored, messages would be sent repeatedly
             await self._start_deliveries(transport)
         return self._wait_s() if may_write else DISK_FULL_RETRY_S
 
@@ -196,7 +195,7 @@ class Dispatcher:
             until = self.breaker.until
             if until is None:
                 waits.append((due - self._now_ms()) / SECOND_MS)
-            elif not self._in_flight:  # its result ends the wait
+            elif not self._in_flight:  # otherwise the result of the probe ends the wait
                 waits.append((max(due, until) - self._now_ms()) / SECOND_MS)
         return max(min(waits), 0.0) if waits else None
 
@@ -205,7 +204,7 @@ class Dispatcher:
         return len(self.queue) + PAGE <= MAX_BACKLOG
 
     async def _pause(self, seconds: float | None) -> None:
-        """Wait until woken, or for `seconds`."""
+        """Wait for `_wake`, and for at most `seconds` if given."""
         timer = None
         if seconds is not None:
             timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
@@ -225,7 +224,7 @@ class Dispatcher:
     # -- deliveries ----------------------------------------------------------------------------------------------------
 
     async def _start_deliveries(self, transport: Transport) -> None:
-        """Start as many deliveries as may run; one if the breaker is half-open."""
+        """Start as many deliveries as may run: none while the breaker is open, one while it is half-open."""
         taken: list[QueuedDelivery] = []
         ms = self._now_ms()
         state = self.breaker.state(ms)
@@ -247,8 +246,8 @@ class Dispatcher:
             if (delivery := deliveries.get(each.id)) is None:
                 self.queue.remove(each.id)  # its row was damaged and is quarantined
             else:
-                going = asyncio.create_task(self._deliver(transport, delivery), name=f"webhook {self.endpoint.name}")
-                self._in_flight[each.id] = going
+                task = asyncio.create_task(self._deliver(transport, delivery), name=f"webhook {self.endpoint.name}")
+                self._in_flight[each.id] = task
 
     async def _load(self, ids: list[int]) -> dict[int, Delivery]:
         found = {id_: self._recent.pop(id_) for id_ in ids if id_ in self._recent}
@@ -278,11 +277,11 @@ class Dispatcher:
             return DeliveryOutcome(None, f"This is a bug in jobd: {type(bug).__name__}.")
 
     def _deliver_alerts_directly(self, transport: Transport) -> None:
-        """Deliver alerts although the outbox cannot be written. The outbox delivers them as well once there is room."""
+        """Deliver alerts while the outbox cannot be written. The outbox delivers them again once it can be written."""
         name = self.endpoint.name
 
         async def post(message: Message) -> DeliveryOutcome:
-            # The number is temporary: the same message gets another one in the outbox.
+            # The number is temporary. In the outbox the message gets another one.
             delivery = self._context.new_delivery(message, name, self._context.moment().now)
             outcome = await self._try(transport, delivery)
             self._update_breaker(outcome)
@@ -293,7 +292,7 @@ class Dispatcher:
         self.reader.alerts.deliver_directly(post)
 
     def _update_breaker(self, outcome: DeliveryOutcome, *, started_before_probe: bool = False) -> None:
-        """Update statistics and breaker. A failure of a delivery that started before a probe opens nothing."""
+        """Update statistics and breaker. The failure of a delivery that started before a probe does not open it."""
         name, now = self.endpoint.name, self._context.moment().now
         if outcome.error is None:
             self.stats.last_success_at = now
@@ -323,8 +322,8 @@ class Dispatcher:
             elif is_exhausted(tried, self.endpoint, at.believed, self._context.retry_policy):
                 tried = replace(tried, state="given_up", ended_at=now)
             else:
-                chance, asked_ms = self._context.chance(), outcome.retry_after_ms
-                wait_ms = retry_wait_ms(tried.tries, chance, self._context.retry_policy, asked_ms)
+                context = self._context
+                wait_ms = retry_wait_ms(tried.tries, context.chance(), context.retry_policy, outcome.retry_after_ms)
                 tried = replace(tried, due_at=now + wait_ms)
             settled.append(tried)
             waits.append(wait_ms)
@@ -349,7 +348,7 @@ class Dispatcher:
             log.info("webhook_not_delivered", **fields, tries=tried.tries, error=tried.error)
 
     async def _give_up_old(self) -> None:
-        """Dead-letter old deliveries of an endpoint that has failed for too long, without another attempt."""
+        """Dead-letter old deliveries, without another attempt, if the endpoint has been failing for too long."""
         failing_ms = self.failing_ms
         if failing_ms is None or self._loop_time() < self._next_clearing_s:
             return
@@ -374,11 +373,11 @@ class Dispatcher:
             self._next_clearing_s = 0.0
 
     async def _shut_down(self, transport: Transport) -> None:
-        """Store results and wait briefly for running deliveries. Everything else is sent after the next start."""
-        going = [*self._in_flight.values(), *self.reader.alerts.in_flight()]
-        if going:
-            await asyncio.wait(going, timeout=GRACE_S)
-        left = [task for task in going if not task.done()]
+        """Wait briefly for running deliveries and store the results. The rest is sent after the next start."""
+        running = [*self._in_flight.values(), *self.reader.alerts.in_flight()]
+        if running:
+            await asyncio.wait(running, timeout=GRACE_S)
+        left = [task for task in running if not task.done()]
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)

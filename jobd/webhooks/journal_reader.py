@@ -1,7 +1,6 @@
 """Read the journal for one endpoint and put messages into its outbox.
 
-The journal is the queue. An event is committed before it is read here, and the cursor moves in the transaction that
-inserts its delivery, so a crash skips no event.
+The cursor moves in the transaction that inserts the deliveries of committed events, so a crash skips no event.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from jobd.webhooks.alert_source import AlertSource
 from jobd.webhooks.context import DispatchContext
 from jobd.webhooks.message import Message, event_message, gap_message
 
-PAGE: Final = 100  # events per read: below 2 ms
+PAGE: Final = 100  # events per read, which takes less than 2 ms
 PAGE_PAUSE_S: Final = 0.002  # between two pages, so that workers get the disk
-READ_INTERVAL_S: Final = 0.05  # between two reads: reading after each commit would slow workers down
-SAVE_S: Final = 10.0  # a cursor that moved only past unwanted events is saved at this interval
-LAGGING_AFTER_S: Final = 60.0  # a journal that was not read to its end for this long counts as lagging
+READ_INTERVAL_S: Final = 0.05  # between two reads at the end of the journal; more would slow workers down
+SAVE_S: Final = 10.0  # interval at which a cursor is saved that moved only past unwanted events
+LAGGING_AFTER_S: Final = 60.0  # a reader lags if it has not reached the end of the journal for this long
 
 log = structlog.get_logger("jobd.webhooks")
 
 
 class JournalReader:
-    """`read` puts new messages into the outbox and passes them to `enqueue`. `committed` is called with every commit.
+    """Puts new messages into the outbox and passes them to `enqueue`. Call `committed` with every commit.
 
-    `position`: every event up to it was read. `newest`: the number of the newest event.
+    Every event up to `position` was read. `newest` is the number of the newest event.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class JournalReader:
         self._writing = asyncio.Lock()
 
     def committed(self, changes: Sequence[Change]) -> bool:
-        """Take note of committed changes. Return whether there is new work.
+        """Follow committed changes. Return whether there is new work.
 
         A reader at the end of the journal skips unwanted events without reading the disk.
         """
@@ -76,18 +75,18 @@ class JournalReader:
 
     @property
     def lag(self) -> int:
-        """The number of events that were not read yet."""
+        """The number of unread events."""
         return max(self.newest - self.position, 0)
 
     @property
     def is_lagging(self) -> bool:
-        """Whether the end of the journal was not reached for a while, or not at all yet."""
+        """Whether the reader has not reached the end of the journal for a while, or since the start."""
         if not self._endpoint.reads_journal:
             return False
         return self._read_at_s is None or (self.has_unread and self._loop_time() - self._read_at_s > LAGGING_AFTER_S)
 
     def next_work_in_s(self, *, has_room: bool) -> list[float]:
-        """Return the seconds until each kind of pending work; empty if only new events bring work."""
+        """Return the seconds until each kind of pending work; empty if there is none before the next event."""
         now_s, waits = self._loop_time(), []
         if self.has_unread and has_room:
             waits.append(self._next_read_s - now_s)
@@ -98,7 +97,7 @@ class JournalReader:
     async def read(self, *, has_room: bool, may_report_gaps: bool) -> None:
         """Put alerts, and a page of the journal if there is room, into the outbox. Raises DiskFull and skips nothing.
 
-        `tells_gaps` is False while the outbox still holds a gap message.
+        `may_report_gaps` is False while the outbox has a gap message.
         """
         now, source, name = self._context.moment().now, self._context.source, self._endpoint.name
         messages, announced = self.alerts.poll(), self.alerts.announced
@@ -126,17 +125,17 @@ class JournalReader:
             self.has_unread, self._read_at_s = self.position < self.newest, self._loop_time()
 
     async def add(self, message: Message) -> Delivery:
-        """Put a message that is not from the journal into the outbox. Raises DiskFull."""
+        """Put a message without an event into the outbox. Raises DiskFull."""
         return (await self._write([message], self._context.moment().now))[0]
 
     async def settle(self, settled: list[Delivery], now: int) -> None:
-        """Store the results of deliveries. If dead letters were dropped, a gap is pending."""
+        """Store the results of deliveries. If that dropped dead letters, report a gap later."""
         async with self._writing:
             if await self._context.storage.settle_deliveries(settled, now):
                 self._cursor = replace(self._cursor, gone_to=GAP_PENDING)
 
     async def save(self, *, at_once: bool = False) -> None:
-        """Save the cursor if it moved long enough ago: pruning behind an old cursor would look like a gap."""
+        """Save the cursor if it moved SAVE_S ago. Pruning past an old cursor would look like a gap."""
         since_s = self._unsaved_since_s
         if since_s is not None and (at_once or self._loop_time() >= since_s + SAVE_S):
             await self._write([], self._context.moment().now)
@@ -174,7 +173,7 @@ class JournalReader:
             self._cursor, self._unsaved_since_s = cursor, None
             self.position = max(self.position, cursor.position)
             if self.position > cursor.position:
-                self._note_unsaved()  # it moved meanwhile
+                self._note_unsaved()  # it moved during the write
         self._enqueue(new)
         if any(message.type == EVENTS_GONE for message in messages):
             self.gaps += 1

@@ -1,6 +1,6 @@
-"""All webhooks: one dispatcher per configured endpoint, and the operations of operators.
+"""Manage webhooks: one dispatcher per configured endpoint, and the actions of operators.
 
-Without a webhook in the configuration it subscribes to nothing and opens no connection.
+If no webhook is configured, nothing runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = structlog.get_logger("jobd.webhooks")
 
 
 class FailingEndpoint(Struct, frozen=True):
-    """The endpoint that has been failing for the longest time."""
+    """An endpoint that has been failing for `for_ms`."""
 
     name: str
     for_ms: int
@@ -46,7 +46,10 @@ class WebhookMetrics(Struct, frozen=True):
 
 
 class WebhookManager:
-    """`run` until `stop`. `listen` is called with `committed` once an endpoint exists; `post` makes its transport."""
+    """Runs the dispatchers until `stop`.
+
+    `listen` subscribes to commits, once there is an endpoint. `post` makes the transport of an endpoint.
+    """
 
     def __init__(
         self,
@@ -77,7 +80,7 @@ class WebhookManager:
         self._wake.set()
 
     async def run(self) -> None:
-        """Run until `stop`. Survives any error."""
+        """Run until `stop`. Errors are logged and retried."""
         while not self._stopping:
             wait_s = None
             try:
@@ -100,12 +103,12 @@ class WebhookManager:
         self._wake.set()
 
     def committed(self, changes: Sequence[Change]) -> None:
-        """Pass committed changes to the dispatchers. Called by the actor: must return quickly."""
+        """Pass committed changes to the dispatchers. The actor calls it, so it must be fast."""
         for dispatcher in self._dispatchers.values():
             dispatcher.committed(changes)
 
     def alerts_changed(self) -> None:
-        """Wake the dispatchers because an alert fired or was resolved."""
+        """Wake the dispatchers after an alert fired or was resolved."""
         for dispatcher in self._dispatchers.values():
             dispatcher.wake()
 
@@ -146,7 +149,7 @@ class WebhookManager:
     def _view(self, endpoint: WebhookEndpoint) -> WebhookView:
         dispatcher, stats = self._dispatchers.get(endpoint.name), self._stats.get(endpoint.name, DeliveryStats())
         failing_ms = None if dispatcher is None else dispatcher.failing_ms
-        put_off_ms = None if dispatcher is None else dispatcher.next_try_in_ms
+        next_try_ms = None if dispatcher is None else dispatcher.next_try_in_ms
         now = self._context.moment().now
         return WebhookView(
             name=endpoint.name,
@@ -155,7 +158,7 @@ class WebhookManager:
             queues=sorted(endpoint.queues),
             state="starting" if dispatcher is None else dispatcher.state,
             failing_since=None if failing_ms is None else now - failing_ms,
-            next_try_at=None if put_off_ms is None else now + put_off_ms,
+            next_try_at=None if next_try_ms is None else now + next_try_ms,
             position=0 if dispatcher is None else dispatcher.reader.position,
             lag=0 if dispatcher is None else dispatcher.reader.lag,
             waiting=0 if dispatcher is None else len(dispatcher.queue),
@@ -178,7 +181,7 @@ class WebhookManager:
         return DeliveryPage(shown, str(shown[-1].id) if len(found) > limit else None)
 
     async def given_up(self, name: str) -> tuple[int, int]:
-        """Return the number of dead-lettered deliveries that are kept, and the number of the newest, or 0."""
+        """Return how many dead-lettered deliveries are kept, and the id of the newest, or 0."""
         return await self._context.storage.dead_letter_counts(name)
 
     async def redeliver(self, name: str, id_: int) -> DeliveryView | None:
@@ -209,7 +212,7 @@ class WebhookManager:
         return max(failing, key=lambda each: each.for_ms, default=None)
 
     def journal_hold_ms(self) -> int:
-        """Return how long the journal must be kept for endpoints that lag behind; 0 if none does."""
+        """Return how long the journal must be kept for lagging endpoints; 0 if there are none."""
         behind = (
             endpoint.give_up_after_ms
             for name, endpoint in self._endpoints.items()
@@ -236,7 +239,7 @@ class WebhookManager:
 
 
 def delivery_view(delivery: Delivery) -> DeliveryView:
-    """Return the view of a delivery: without its body, which repeats the journal."""
+    """Return the view of a delivery, without its body."""
     return DeliveryView(
         id=delivery.id,
         state=delivery.state,

@@ -1,4 +1,4 @@
-"""Webhook messages: CloudEvents, signed by the Standard Webhooks specification."""
+"""Make webhook messages: CloudEvents, signed according to the Standard Webhooks specification."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 class BadSecret(ValueError):
-    """An invalid signing secret. The message is a sentence that does not contain it."""
+    """A signing secret is invalid. The message does not contain it."""
 
 
 def decode_secret(secret: str) -> bytes:
@@ -60,7 +60,7 @@ def headers(keys: Sequence[bytes], event_id: str, timestamp_s: int, body: bytes)
 
 
 class Message(msgspec.Struct, frozen=True):
-    """The content of a delivery that has no number yet."""
+    """The content of a delivery, before it has a number."""
 
     subject: str
     type: str
@@ -70,7 +70,7 @@ class Message(msgspec.Struct, frozen=True):
 
 
 def event_message(event: Event, source: str) -> Message:
-    """Return the message of a journal event. Its id contains the time: a new store numbers events from 1 again."""
+    """Return the message of a journal event. Its id contains the time, because a new store counts from 1 again."""
     subject = f"jobs/{event.job_id}" if event.job_id else f"queues/{event.queue}"
     kind, event_id = webhook_type(event.type), f"evt_{event.at}_{event.seq}"
     more = {"sequence": str(event.seq)}
@@ -79,14 +79,14 @@ def event_message(event: Event, source: str) -> Message:
 
 
 def alert_message(alert: AlertView, at: int, source: str) -> Message:
-    """Return the message of an alert that fires or is resolved. `alert.since` is the time since which it fired."""
+    """Return the message of an alert that fires or is resolved. `alert.since` is when it began to fire."""
     subject, kind = f"alerts/{alert.name}", FIRING if alert.firing else RESOLVED
     event_id = f"alert_{alert.name}_{alert.since}_{kind.partition('.')[2]}"
     return Message(subject, kind, event_id, _body(source, subject, kind, event_id, at, alert))
 
 
 def gap_message(name: str, after: int, upto: int, at: int, source: str) -> Message:
-    """Return a message about events that are no longer in the journal or the outbox and were not delivered."""
+    """Return a message about undelivered events that are no longer in the journal or the outbox."""
     subject, event_id = f"webhooks/{name}", f"gone_{after}_{upto}_{at}"
     message = (
         f"Some events after {after}, up to {upto}, were not delivered and are no longer kept. Read the state again."
@@ -96,7 +96,6 @@ def gap_message(name: str, after: int, upto: int, at: int, source: str) -> Messa
 
 
 def test_message(name: str, number: int, at: int, source: str) -> Message:
-    """Return a test message."""
     subject, event_id = f"webhooks/{name}", f"test_{at}_{number}"
     data = {"message": "This is a test. Nothing has happened."}
     return Message(subject, TEST_TYPE, event_id, _body(source, subject, TEST_TYPE, event_id, at, data))
@@ -121,5 +120,5 @@ def _body(
 
 
 def rfc3339(at: int) -> str:
-    """Unix ms as RFC 3339 in UTC."""
+    """Format Unix ms as RFC 3339 in UTC."""
     return f"{(EPOCH + timedelta(milliseconds=at)).isoformat(timespec='milliseconds')}Z"

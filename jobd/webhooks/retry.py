@@ -1,6 +1,6 @@
-"""When a delivery is retried or dead-lettered, and the circuit breaker of an endpoint.
+"""Decide when a delivery is retried or dead-lettered, and when the circuit breaker of an endpoint opens.
 
-Pure: time is an argument in monotonic ms, and so is chance (0 to 1).
+Pure: time (monotonic ms) and chance (0 to 1) are arguments.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 
 RETRY_MS: Final = 5 * SECOND_MS  # after the first failure; doubles each time
-RETRY_AT_MOST_MS: Final = HOUR_MS
-LEAST_TRIES: Final = (
-    8  # before a delivery is dead-lettered: age alone may come from a clock step or a suspended machine
-)
+MAX_RETRY_MS: Final = HOUR_MS
+# Before a delivery is dead-lettered: its age alone may be due to a clock step or a suspended machine.
+MIN_TRIES: Final = 8
 
 OPENS_AFTER: Final = 5  # consecutive failures
 PAUSE_MS: Final = 10 * SECOND_MS  # of the first open period; doubles each time
-PAUSE_AT_MOST_MS: Final = 5 * MINUTE_MS
+MAX_PAUSE_MS: Final = 5 * MINUTE_MS
 
 BreakerState = Literal["closed", "open", "half_open"]
 
@@ -29,15 +28,15 @@ class RetryPolicy(Struct, frozen=True):
     """Delays and limits of retries and of the circuit breaker."""
 
     retry_ms: int = RETRY_MS
-    max_retry_ms: int = RETRY_AT_MOST_MS
-    min_tries: int = LEAST_TRIES
+    max_retry_ms: int = MAX_RETRY_MS
+    min_tries: int = MIN_TRIES
     opens_after: int = OPENS_AFTER
     pause_ms: int = PAUSE_MS
-    max_pause_ms: int = PAUSE_AT_MOST_MS
+    max_pause_ms: int = MAX_PAUSE_MS
 
 
 def retry_wait_ms(tries: int, chance: float, policy: RetryPolicy, asked_ms: int | None = None) -> int:
-    """Return the delay after `tries` failures: half fixed, half random, and at least `asked_ms`."""
+    """Return the delay after `tries` failures: half fixed, half random, at least `asked_ms`, and limited."""
     whole = min(policy.retry_ms << min(tries - 1, 20), policy.max_retry_ms)
     return max(_spread(whole, chance), min(asked_ms or 0, policy.max_retry_ms))
 
@@ -52,9 +51,9 @@ def _spread(whole_ms: int, chance: float) -> int:
 
 
 class CircuitBreaker:
-    """Closed: deliveries run. Open: none runs for a while. Half-open: one probe closes it or opens it for longer.
+    """A circuit breaker, which opens after several consecutive failures. `since` is the time of the first.
 
-    It opens after several consecutive failures; `since` is the time of the first of them.
+    While it is open, no delivery runs. Then it is half-open: one probe closes it, or opens it for longer.
     """
 
     def __init__(self, policy: RetryPolicy) -> None:

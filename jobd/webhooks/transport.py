@@ -1,6 +1,6 @@
-"""Attempt one delivery over HTTP: signed, with a timeout, to allowed addresses only.
+"""Attempt a delivery over HTTP: signed, with a timeout, and to allowed addresses only.
 
-A receiver's behavior never raises. Errors name the host only: a URL may contain a secret, and so may a response.
+A receiver cannot cause an exception. Errors contain no part of the URL but its host, because it may have a secret.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.webhooks.message import headers
 from jobd.webhooks.url_policy import blocked_reason, redacted
 
-MAX_RESPONSE_BYTES: Final = 64 << 10  # of a response
-MAX_ERROR_LENGTH: Final = 200  # kept characters of a response or an error
+MAX_RESPONSE_BYTES: Final = 64 << 10  # read of a response
+MAX_ERROR_LENGTH: Final = 200  # characters kept of a response or an error
 MAX_LOOKUPS: Final = 16  # concurrent name lookups, hanging ones included
-DRAIN_S: Final = 1.0  # for reading the rest of a successful response
-IDLE_S: Final = 30.0  # keep-alive of an idle connection
+DRAIN_S: Final = 1.0  # timeout for the rest of a successful response
+IDLE_S: Final = 30.0  # after which an idle connection is closed
 
 BLOCKED: Final = "webhooks do not go there"
 
@@ -38,7 +38,7 @@ class AddressBlocked(OSError):
 
 
 class Resolver(AbstractResolver):
-    """Look names up in daemon threads: a hanging name server must not delay the end of the process."""
+    """Resolves names in daemon threads, so that a hanging name server does not delay the end of the process."""
 
     def __init__(self) -> None:
         self._running = 0
@@ -97,7 +97,7 @@ def _resolved(host: str, family: int, _: int, proto: int, __: str, address: Any)
 def _checked_socket(info: Any) -> socket.socket:
     """Return the socket for a connection to an allowed address.
 
-    This checks the address that is actually connected to, so a name that changes between lookups gains nothing.
+    The check is on the address of the connection, so a name that changes between two lookups cannot bypass it.
     """
     family, kind, proto, _, address = info
     if (why := blocked_reason(address[0])) is not None:
@@ -106,7 +106,7 @@ def _checked_socket(info: Any) -> socket.socket:
 
 
 class HttpTransport:
-    """Sends to one endpoint. Close it at the end."""
+    """Sends to one endpoint. Always `close` it."""
 
     def __init__(
         self, *, allow_private: bool, connections: int, wall: Callable[[], int], tls: ssl.SSLContext | None = None
@@ -134,57 +134,56 @@ class HttpTransport:
     async def post(self, endpoint: WebhookEndpoint, delivery: Delivery) -> DeliveryOutcome:
         """Attempt a delivery once and return the result."""
         signed = headers(endpoint.secrets, delivery.event_id, self._wall() // SECOND_MS, delivery.body)
-        nobody = aiohttp.ClientTimeout(total=None)
+        no_timeout = aiohttp.ClientTimeout(total=None)  # the block below has one
         try:
             async with (
                 asyncio.timeout(endpoint.timeout_ms / SECOND_MS) as limit,
                 self._session.post(
-                    endpoint.url, data=delivery.body, headers=signed, allow_redirects=False, timeout=nobody
-                ) as answer,
+                    endpoint.url, data=delivery.body, headers=signed, allow_redirects=False, timeout=no_timeout
+                ) as response,
             ):
-                if 200 <= answer.status < 300:
-                    limit.reschedule(None)  # it was accepted; the rest of the response changes nothing
-                    await _drain(answer)
-                    return DeliveryOutcome(answer.status)
-                wait_ms = _retry_after_ms(answer.headers.get("Retry-After", ""))
-                description = _http_error(answer.status, await _read_start(answer), endpoint)
-                return DeliveryOutcome(answer.status, description, wait_ms, gone=answer.status == 410)
+                if 200 <= response.status < 300:
+                    limit.reschedule(None)  # it was accepted, whatever the rest of the response is
+                    await _drain(response)
+                    return DeliveryOutcome(response.status)
+                wait_ms = _retry_after_ms(response.headers.get("Retry-After", ""))
+                description = _http_error(response.status, await _read_start(response), endpoint)
+                return DeliveryOutcome(response.status, description, wait_ms, gone=response.status == 410)
         except TimeoutError:
             return DeliveryOutcome(None, f"There was no response within {endpoint.timeout_ms / SECOND_MS:g} s.")
         except (aiohttp.ClientError, OSError, ValueError) as error:
             return DeliveryOutcome(None, _one_line(_connection_error(error, endpoint)))
 
 
-async def _read_start(answer: aiohttp.ClientResponse) -> bytes:
+async def _read_start(response: aiohttp.ClientResponse) -> bytes:
     """Return the first MAX_RESPONSE_BYTES of a response. Close the connection of a longer one."""
     read = bytearray()
-    while len(read) <= MAX_RESPONSE_BYTES and (piece := await answer.content.readany()):
+    while len(read) <= MAX_RESPONSE_BYTES and (piece := await response.content.readany()):
         read += piece
     if len(read) > MAX_RESPONSE_BYTES:
-        answer.close()
+        response.close()
     return bytes(read[:MAX_RESPONSE_BYTES])
 
 
-async def _drain(answer: aiohttp.ClientResponse) -> None:
-    """Read the response to its end, so that the connection can be reused; close it if that takes too long."""
+async def _drain(response: aiohttp.ClientResponse) -> None:
+    """Read the response to its end, so that the connection can be reused. Close it if that takes too long."""
     try:
         async with asyncio.timeout(DRAIN_S):
-            await _read_start(answer)
+            await _read_start(response)
     except (aiohttp.ClientError, OSError):  # including TimeoutError
-        answer.close()
+        response.close()
 
 
-def _http_error(status: int, answer: bytes, endpoint: WebhookEndpoint) -> str:
+def _http_error(status: int, body: bytes, endpoint: WebhookEndpoint) -> str:
     if 300 <= status < 400:
-        return f"{status}: redirects are not followed. Set url to where it leads."
-    description = _one_line(
-        redacted(endpoint.url, answer.decode("utf-8", "replace"))
-    )  # before it is shortened: half a secret is a secret, too
+        return f"{status}: redirects are not followed. Set url to the target."
+    # Redact before shortening, because a part of a secret would not be found.
+    description = _one_line(redacted(endpoint.url, body.decode("utf-8", "replace")))
     return f"{status}: {description}" if description else f"{status}"
 
 
 def _retry_after_ms(text: str) -> int | None:
-    """Return a Retry-After in seconds as ms. Dates are ignored."""
+    """Return a Retry-After in seconds as ms, at most an hour. Dates are ignored."""
     return min(int(text) * SECOND_MS, HOUR_MS) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
@@ -212,6 +211,6 @@ def _connection_error(error: Exception, endpoint: WebhookEndpoint) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Return `text` as one short line: it is stored, logged and shown."""
+    """Return `text` as one short line of printable characters."""
     line = " ".join("".join(char if char.isprintable() else " " for char in text[: 4 * MAX_ERROR_LENGTH]).split())
     return line if len(line) <= MAX_ERROR_LENGTH else f"{line[: MAX_ERROR_LENGTH - 2]} …"

@@ -1,4 +1,4 @@
-"""Allowed addresses of webhooks, and what may be shown of a webhook's URL."""
+"""Decide which addresses webhooks may connect to, and redact their URLs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from urllib.parse import SplitResult, unquote, unquote_plus, urlsplit
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 _PUBLIC: Final = IPv6Network("2000::/3")  # the only block from which addresses of hosts are allocated
 _UNIQUE_LOCAL: Final = IPv6Network("fc00::/7")
-_OF_THE_HOST: Final = frozenset(
-    {IPv4Address("168.63.129.16")}
-)  # Azure's platform: a public number that only the host itself can reach
-# Blocks that the registries of special-purpose addresses (RFC 6890) reserve. Python knows only some of them.
+# Azure's platform: a public address that only the virtual machine itself can reach.
+_OF_THE_HOST: Final = frozenset({IPv4Address("168.63.129.16")})
+# Special-purpose blocks (RFC 6890) that the `ipaddress` module does not know.
 _RESERVED: Final = (
     IPv4Network("192.0.0.0/24"),  # IETF protocols
     IPv4Network("192.31.196.0/24"),  # AS112, as 192.175.48.0/24: anycast
@@ -29,7 +28,7 @@ _RESERVED: Final = (
 
 
 def blocked_reason(address: str) -> str | None:
-    """Return in a few words why a numeric address is blocked, or None if it is allowed."""
+    """Return why a numeric address is blocked, in a few words; None if it is allowed."""
     try:
         parsed = ip_address(address)
     except ValueError:
@@ -60,7 +59,7 @@ def _is_unallocated(address: IPv4Address | IPv6Address) -> bool:
 
 
 def _inner(address: IPv6Address) -> IPv4Address | None:
-    """Return the IPv4 address that is embedded in an IPv6 address and reached through it, if any."""
+    """Return the IPv4 address that is reached through an IPv6 address, or None."""
     if address.ipv4_mapped is not None:
         return address.ipv4_mapped
     if address.sixtofour is not None:
@@ -68,15 +67,9 @@ def _inner(address: IPv6Address) -> IPv4Address | None:
     return IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else None
 
 
-ELLIPSIS: Final = "…"  # replaces the parts of a URL that are not shown
-
-
+ELLIPSIS: Final = "…"  # replaces the hidden parts of a URL
 MIN_SECRET: Final = 4  # characters; shorter parts are not treated as secrets
-
-
-MIN_DISTINCT: Final = (
-    8  # characters; a shorter part is only redacted as a whole word ("hook" is not redacted in "webhook")
-)
+MIN_DISTINCT: Final = 8  # characters; shorter parts are only redacted as whole words ("hook", but not in "webhook")
 
 
 def public_url(url: str) -> str:
@@ -97,7 +90,7 @@ def redacted(url: str, text: str) -> str:
 
 
 def _rest(parts: SplitResult) -> str:
-    """Return everything behind the host."""
+    """Return everything after the host."""
     return parts.path + (f"?{parts.query}" if parts.query else "")
 
 

@@ -8,11 +8,11 @@ from msgspec.structs import replace
 from jobd.model.job import DAY_MS
 from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.webhooks.retry import (
-    LEAST_TRIES,
+    MAX_PAUSE_MS,
+    MAX_RETRY_MS,
+    MIN_TRIES,
     OPENS_AFTER,
-    PAUSE_AT_MOST_MS,
     PAUSE_MS,
-    RETRY_AT_MOST_MS,
     RETRY_MS,
     CircuitBreaker,
     RetryPolicy,
@@ -34,11 +34,11 @@ NO = DeliveryOutcome(500, "500")
         (1, 1.0, None, RETRY_MS),
         (2, 1.0, None, 2 * RETRY_MS),
         (3, 0.5, None, 3 * RETRY_MS),
-        (30, 1.0, None, RETRY_AT_MOST_MS),
-        (1_000, 0.0, None, RETRY_AT_MOST_MS // 2),
+        (30, 1.0, None, MAX_RETRY_MS),
+        (1_000, 0.0, None, MAX_RETRY_MS // 2),
         (1, 0.0, 60_000, 60_000),
         (1, 0.0, 1, RETRY_MS // 2),
-        (1, 0.0, 10 * DAY_MS, RETRY_AT_MOST_MS),
+        (1, 0.0, 10 * DAY_MS, MAX_RETRY_MS),
     ],
 )
 def test_delays_double_are_jittered_and_have_a_maximum(
@@ -50,9 +50,9 @@ def test_delays_double_are_jittered_and_have_a_maximum(
 @pytest.mark.parametrize(
     ("tries", "age_ms", "given_up"),
     [
-        (LEAST_TRIES, ENDPOINT.give_up_after_ms, True),
-        (LEAST_TRIES - 1, ENDPOINT.give_up_after_ms * 9, False),
-        (LEAST_TRIES * 9, ENDPOINT.give_up_after_ms - 1, False),
+        (MIN_TRIES, ENDPOINT.give_up_after_ms, True),
+        (MIN_TRIES - 1, ENDPOINT.give_up_after_ms * 9, False),
+        (MIN_TRIES * 9, ENDPOINT.give_up_after_ms - 1, False),
     ],
 )
 def test_a_dead_letter_needs_both_age_and_attempts(tries: int, age_ms: int, given_up: bool) -> None:
@@ -97,7 +97,7 @@ def test_a_failed_probe_lengthens_the_pause_up_to_its_maximum() -> None:
         assert breaker.failed(NO, now, 1.0)
         pauses.append(breaker.until - now)
     assert pauses[:3] == [2 * PAUSE_MS, 4 * PAUSE_MS, 8 * PAUSE_MS]
-    assert pauses[-1] == PAUSE_AT_MOST_MS
+    assert pauses[-1] == MAX_PAUSE_MS
     assert breaker.since == 1_000
     assert breaker.succeeded()
     assert opened(now, breaker).until == now + PAUSE_MS, "it begins with the short one again"
@@ -122,12 +122,12 @@ def test_retry_after_lengthens_the_pause_within_bounds() -> None:
     assert breaker.until == 60_000
     breaker = CircuitBreaker(RetryPolicy(opens_after=1))
     assert breaker.failed(replace(NO, retry_after_ms=DAY_MS), 0, 0.0)
-    assert breaker.until == PAUSE_AT_MOST_MS
+    assert breaker.until == MAX_PAUSE_MS
 
 
 def test_410_gone_opens_the_breaker_after_one_failure() -> None:
     breaker = CircuitBreaker(MANNERS)
     assert breaker.failed(DeliveryOutcome(410, "410", gone=True), 0, 1.0)
-    assert breaker.until == PAUSE_AT_MOST_MS
-    assert breaker.failed(NO, PAUSE_AT_MOST_MS, 1.0), "a trial that fails, whatever it fails with"
-    assert breaker.until == 2 * PAUSE_AT_MOST_MS
+    assert breaker.until == MAX_PAUSE_MS
+    assert breaker.failed(NO, MAX_PAUSE_MS, 1.0), "a trial that fails, whatever it fails with"
+    assert breaker.until == 2 * MAX_PAUSE_MS
