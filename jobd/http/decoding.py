@@ -5,41 +5,18 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Final, Literal, get_args, get_origin
+from functools import partial
+from types import NoneType, UnionType
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 from urllib.parse import parse_qsl
 
 import msgspec
 from msgspec import NODEFAULT, UNSET, Raw, Struct, UnsetType
 from msgspec.structs import FieldInfo, asdict
 
-from jobd.model.commands import (
-    MAX_NAMES,
-    MAX_PLAN,
-    Bulk,
-    Claim,
-    Command,
-    Complete,
-    Create,
-    Import,
-    MakePlan,
-    Transition,
-    Updates,
-)
+from jobd.model.commands import Bulk, Command
 from jobd.model.errors import ApiException, api_error, invalid_request_error, too_large_error
-from jobd.model.fields import (
-    BackupId,
-    Cursor,
-    FailureCode,
-    Fingerprint,
-    Kind,
-    Location,
-    PlanCursor,
-    RowCursor,
-    WorkerCursor,
-    WorkerName,
-)
-from jobd.model.job import EARLIEST_MS, ID_PATTERN, is_job_id, storage_key_error
-from jobd.model.webhooks import WebhookName
+from jobd.model.job import EARLIEST_MS, is_job_id, storage_key_error
 
 MAX_QUERY_FIELDS: Final = 50
 MAX_FORM_FIELDS: Final = 300  # a page of jobs, all of them selected
@@ -61,19 +38,6 @@ _TYPES: Final = {
     "bool": "true or false",
     "array": "a list",
     "object": "a JSON object",
-}
-_PATTERN_WORDS: Final[dict[str, tuple[Any, ...]]] = {
-    "text without NUL characters": (Location,),
-    "text without control characters": (Kind, WorkerName, FailureCode),
-    "the `next_cursor` of the page before": (Cursor, WorkerCursor, RowCursor),
-    "the `next_cursor` of the plan before": (PlanCursor,),
-    "12 hexadecimal digits, as `jobctl failures` shows them": (Fingerprint,),
-    "1 to 64 characters of A-Z a-z 0-9 . _ -": (BackupId,),
-    "1 to 100 characters of A-Z a-z 0-9 . _ : -": (WebhookName,),
-}
-_PATTERNS: Final[dict[str, str]] = {
-    ID_PATTERN: "1 to 200 characters of A-Z a-z 0-9 . _ : -",
-    **{get_args(kind)[1].pattern: words for words, kinds in _PATTERN_WORDS.items() for kind in kinds},
 }
 
 
@@ -109,11 +73,9 @@ class RequestDecoder:
         )
         [self._path_type] = [info.type for info in msgspec.structs.fields(command) if info.name == path_field] or [str]
         self.path_value_words = _pattern_words(self._path_type)
-        self._check = _CHECKS.get(command)
+        self._checks = _field_checks(command)
         self._decode = msgspec.json.Decoder(self.body_type).decode
-        self._scanner = BodyScanner(
-            self.body_type, {name: maximum(limits) for name, maximum in _LISTS.get(command, {}).items()}
-        )
+        self._scanner = BodyScanner(self.body_type, _list_limits(command, limits))
 
     def accepts(self, value: str) -> bool:
         """Return whether `value` is valid for `path_field`."""
@@ -142,8 +104,9 @@ class RequestDecoder:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise malformed_json_error(error) from None
         command = self._build(part, value)
-        if self._check is not None:
-            self._check(command, self.limits)
+        if isinstance(command, Bulk) and len(command.jobs) > self.limits.bulk:
+            raise _too_many("jobs", self.limits.bulk)
+        _check_fields(self._checks, command, "$", self.limits)
         return command
 
     def from_query(self, query: str, value: str | None = None) -> Command:
@@ -246,19 +209,47 @@ def _parse_parameters(
 # Checks beyond types.
 
 
-def _check_payload(payload: Raw, field: str, limits: Limits) -> None:
-    size = memoryview(payload).nbytes
+# Checks the value of a field. `path` names the field in an error.
+FieldCheck = Callable[[Any, str, Limits], None]
+
+
+def _field_checks(struct: type[Struct]) -> dict[str, FieldCheck]:
+    """Return the checks of the fields of `struct`: JSON values have a maximum size, storage keys are relative."""
+    checks: dict[str, FieldCheck] = {}
+    for info in msgspec.structs.fields(struct):
+        item = _item_struct(info.type)
+        inner = item or _first(info.type, lambda part: issubclass(part, Struct))
+        if info.name == "storage_key":
+            checks[info.name] = _check_storage_key
+        elif Raw in _parts(info.type):
+            checks[info.name] = _check_size
+        elif inner is not None and (inner_checks := _field_checks(inner)):
+            checks[info.name] = partial(_check_fields if item is None else _check_items, inner_checks)
+    return checks
+
+
+def _check_fields(checks: dict[str, FieldCheck], value: Any, path: str, limits: Limits) -> None:
+    for name, check in checks.items():
+        check(getattr(value, name), f"{path}.{name}", limits)
+
+
+def _check_items(checks: dict[str, FieldCheck], items: list[Any], path: str, limits: Limits) -> None:
+    for at, item in enumerate(items):
+        _check_fields(checks, item, f"{path}[{at}]", limits)
+
+
+def _check_size(value: Raw | None, path: str, limits: Limits) -> None:
+    size = 0 if value is None else memoryview(value).nbytes
     if size > limits.payload:
-        message = f"`{field}` has {size} bytes, the limit is {limits.payload}. Store the data elsewhere and put a "
-        message += f"reference into the {field.rpartition('.')[2]}."
-        raise too_large_error(message, field=field, limit=limits.payload)
+        message = f"`{path}` has {size} bytes, the limit is {limits.payload}. Store the data elsewhere and put a "
+        message += f"reference into the {path.rpartition('.')[2]}."
+        raise too_large_error(message, field=path, limit=limits.payload)
 
 
-def _check_result(result: Complete | Import | Updates, prefix: str, limits: Limits) -> None:
-    """Check the stored result of a job, in the fields of `prefix`."""
-    _check_storage_key(f"{prefix}.storage_key", result.storage_key)
-    if result.metadata is not None:
-        _check_payload(result.metadata, f"{prefix}.metadata", limits)
+def _check_storage_key(key: str | None, path: str, limits: Limits) -> None:
+    error = None if key is None else storage_key_error(key)
+    if error is not None:
+        raise invalid_request_error(path, f"{error}.")
 
 
 def _too_many(name: str, limit: int) -> ApiException:
@@ -267,38 +258,17 @@ def _too_many(name: str, limit: int) -> ApiException:
     return invalid_request_error(f"$.{name}", f"expected a list of length <= {limit}.")
 
 
-_LISTS: Final[dict[type[Command], dict[str, Callable[[Limits], int]]]] = {
-    Bulk: {"jobs": lambda limits: limits.bulk},
-    MakePlan: {"ids": lambda _: MAX_PLAN},
-    Claim: {"queues": lambda _: MAX_NAMES, "kinds": lambda _: MAX_NAMES},
-}
-
-
-def _check_bulk(command: Bulk, limits: Limits) -> None:
-    if len(command.jobs) > limits.bulk:
-        raise _too_many("jobs", limits.bulk)
-    for at, job in enumerate(command.jobs):
-        _check_payload(job.payload, f"$.jobs[{at}].payload", limits)
-
-
-def _check_import(command: Import, limits: Limits) -> None:
-    _check_payload(command.payload, "$.payload", limits)
-    _check_result(command, "$", limits)
-
-
-def _check_storage_key(field: str, key: str | None) -> None:
-    error = None if key is None else storage_key_error(key)
-    if error is not None:
-        raise invalid_request_error(field, f"{error}.")
-
-
-_CHECKS: Final[dict[type[Command], Callable[[Any, Limits], None]]] = {
-    Create: lambda command, limits: _check_payload(command.payload, "$.payload", limits),
-    Bulk: _check_bulk,
-    Import: _check_import,
-    Complete: lambda command, limits: _check_result(command, "$", limits),
-    Transition: lambda command, limits: _check_result(command.updates, "$.updates", limits),
-}
+def _list_limits(command: type[Command], limits: Limits) -> dict[str, int]:
+    """Return the maximum length of each list of `command`."""
+    if command is Bulk:
+        return {"jobs": limits.bulk}
+    return {
+        info.name: part.max_length
+        for info in msgspec.structs.fields(command)
+        if get_origin(_without_metadata(_without_none(info.type))) is list
+        for part in get_args(_without_none(info.type))
+        if isinstance(part, msgspec.Meta) and part.max_length is not None
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,8 +370,9 @@ def _choices(annotation: Any) -> list[str]:
 
 
 def _pattern_words(annotation: Any) -> str:
-    metas = [part for part in _parts(annotation) if isinstance(part, msgspec.Meta) and part.pattern is not None]
-    return _PATTERNS.get(str(metas[0].pattern), "other text") if metas else "other text"
+    """Return the words that the type declares for its pattern (see model/fields.py)."""
+    extras = [part.extra for part in _parts(annotation) if isinstance(part, msgspec.Meta) and part.extra]
+    return str(extras[0]["expected"]) if extras else "other text"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -475,6 +446,12 @@ def _skipping_type(part: type[Any]) -> type[Struct]:
 def _without_metadata(annotation: Any) -> Any:
     """Return `annotation` without Annotated."""
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _without_none(annotation: Any) -> Any:
+    """Return the type of an optional value."""
+    parts = [part for part in get_args(annotation) if part is not NoneType]
+    return parts[0] if get_origin(annotation) in (Union, UnionType) and len(parts) == 1 else annotation
 
 
 def _item_struct(annotation: Any) -> type[Struct] | None:

@@ -18,16 +18,32 @@ MAX_TEXT: Final = 200  # of a search text
 MAX_OPERATOR: Final = 64
 PRINTABLE: Final = r"^[ -~]*$(?!\n)"  # ASCII
 
+# `expected` describes a pattern in an error message.
+_ID_TEXT: Final = {"expected": "1 to 200 characters of A-Z a-z 0-9 . _ : -"}
+_PLAIN_TEXT: Final = {"expected": "text without control characters"}
+_NEXT_CURSOR: Final = {"expected": "the `next_cursor` of the page before"}
+
 # Types of the wire and of the record. A value outside is 400 invalid_request, never clamped.
-JobId = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200)]
-QueueName = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200, description="Name of the queue.")]
+JobId = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200, extra=_ID_TEXT)]
+QueueName = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200, extra=_ID_TEXT, description="Name of the queue.")]
 Kind = Annotated[
     str,
-    Meta(pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", max_length=200, description="Kind of the job; selects the handler."),
+    Meta(
+        pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)",
+        max_length=200,
+        extra=_PLAIN_TEXT,
+        description="Kind of the job; selects the handler.",
+    ),
 ]
 WorkerName = Annotated[
     str,
-    Meta(pattern=r"^[^\x00-\x1f\x7f]+$(?!\n)", min_length=1, max_length=200, description="Name of the worker."),
+    Meta(
+        pattern=r"^[^\x00-\x1f\x7f]+$(?!\n)",
+        min_length=1,
+        max_length=200,
+        extra=_PLAIN_TEXT,
+        description="Name of the worker.",
+    ),
 ]
 LockId = Annotated[
     str, Meta(min_length=1, max_length=200, description="Secret of the grant. Every call of its holder sends it.")
@@ -70,25 +86,51 @@ MaxProcessingMs = Annotated[
 DelayMs = Annotated[int, Meta(ge=0, le=YEAR_MS)]
 UnixMs = Annotated[int, Meta(ge=EARLIEST_MS, le=LATEST_MS)]
 Text = Annotated[str, Meta(max_length=4096)]
-Location = Annotated[str, Meta(pattern=r"^[^\x00]*$", min_length=1, max_length=4096)]  # URL or path of the caller
+Location = Annotated[  # URL or path of the caller
+    str,
+    Meta(pattern=r"^[^\x00]*$", min_length=1, max_length=4096, extra={"expected": "text without NUL characters"}),
+]
 DownloadUrl = Annotated[Location, Meta(description="Where the result can be downloaded.")]
 FilePath = Annotated[Location, Meta(description="Where the result is stored.")]
 StorageKey = Annotated[Location, Meta(description="Key of the stored result: relative, without a `..` segment.")]
 FailureCode = Annotated[
-    str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", max_length=200, description="A code for the failure.")
+    str,
+    Meta(
+        pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)",
+        max_length=200,
+        extra=_PLAIN_TEXT,
+        description="A code for the failure.",
+    ),
 ]
 
-Fingerprint = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}$(?!\n)")]
+Fingerprint = Annotated[
+    str,
+    Meta(
+        pattern=r"^[0-9a-f]{12}$(?!\n)",
+        extra={"expected": "12 hexadecimal digits, as `jobctl failures` shows them"},
+    ),
+]
 MomentMs = Annotated[int, Meta(ge=0, le=LATEST_MS)]  # Unix ms; any time that can be written as a date
 OperatorName = Annotated[str, Meta(min_length=1, max_length=MAX_OPERATOR)]
 Cursor = Annotated[
-    str, Meta(pattern=r"^[0-9]{1,18}$(?!\n)"), Meta(description="The `next_cursor` of the previous page.")
+    str,
+    Meta(pattern=r"^[0-9]{1,18}$(?!\n)", extra=_NEXT_CURSOR, description="The `next_cursor` of the previous page."),
 ]
-WorkerCursor = Annotated[str, Meta(pattern=r"^[0-9]{1,18} ", max_length=220)]  # the last request of a worker, its name
-RowCursor = Annotated[str, Meta(pattern=r"^[a-z_]{1,20}:[0-9]{1,18}$(?!\n)")]  # a table and a row of it
-PlanCursor = Annotated[str, Meta(pattern=r"^[a-z]{1,20}\.[0-9]{1,18}$(?!\n)")]  # a status and a job of it
+WorkerCursor = Annotated[  # the time of the worker's last request, and its name
+    str, Meta(pattern=r"^[0-9]{1,18} ", max_length=220, extra=_NEXT_CURSOR)
+]
+RowCursor = Annotated[  # a table and a row of it
+    str, Meta(pattern=r"^[a-z_]{1,20}:[0-9]{1,18}$(?!\n)", extra=_NEXT_CURSOR)
+]
+PlanCursor = Annotated[  # a status and a job with it
+    str,
+    Meta(pattern=r"^[a-z]{1,20}\.[0-9]{1,18}$(?!\n)", extra={"expected": "the `next_cursor` of the plan before"}),
+]
 PageLimit = Annotated[int, Meta(ge=1, le=MAX_PAGE, description="Maximum number of entries on the page.")]
-BackupId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$(?!\n)")]
+BackupId = Annotated[
+    str,
+    Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$(?!\n)", extra={"expected": "1 to 64 characters of A-Z a-z 0-9 . _ -"}),
+]
 Metadata = Annotated[JsonValue, Meta(description="Any JSON about the result, stored as sent.")]
 Reason = Annotated[Text, Meta(description="Human-readable reason. Shown in timelines and in the audit log.")]
 DryRun = Annotated[bool, Meta(description="Change nothing; return the would-be result or the error.")]

@@ -10,7 +10,13 @@ from jobd.model.events import HEARTBEATS, Event, EventType
 from jobd.model.job import DAY_MS, SECOND_MS
 from jobd.model.responses import DeliveryState
 
-WebhookName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,100}$(?!\n)")]
+WebhookName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9._:-]{1,100}$(?!\n)",
+        extra={"expected": "1 to 100 characters of A-Z a-z 0-9 . _ : -"},
+    ),
+]
 DELIVERY_STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
 
 FIRING: Final = "alert.firing"
