@@ -1,4 +1,4 @@
-"""Irreversible actions on jobs: --dry-run, a question unless --yes, then the action on each job."""
+"""Run irreversible actions on jobs: support --dry-run, ask unless --yes is given, then act on each job."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 class Confirmation:
     """An action that needs a confirmation, such as force-fail.
 
-    `to` is the resulting status, None if the job is deleted, "" if its status does not change. `allowed_from` lists the
-    statuses that allow the action if not all transitions to `to` do. `details` adds what the operator needs to know of
-    the job. `dry_run` asks the daemon; without it, and with a read-only token, the job's status decides.
+    `to` is the resulting status: None if the job is deleted, "" if its status does not change. `allowed_from` limits
+    the statuses that allow the action; by default, the table of transitions decides. `details` describes the effect on
+    the job. `dry_run` checks the action on the daemon; without it, or with a read-only token, only the status is
+    checked.
     """
 
     action: str
@@ -36,7 +37,7 @@ class Confirmation:
 
 
 def destructive_options(verb: Any) -> Any:
-    """Add --yes, --dry-run and --json to a verb that needs a confirmation."""
+    """Add --yes, --dry-run and --json to a command that needs a confirmation."""
     verb = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per job.")(verb)
     verb = dry_run_option(verb)
     return click.option("-y", "--yes", is_flag=True, help="Do not ask.")(verb)
@@ -47,7 +48,7 @@ def dry_run_option(verb: Any) -> Any:
 
 
 def reason_option(where_stored: str) -> Callable[[Any], Any]:
-    """Add --reason. `kept` says where it is stored."""
+    """Add --reason. `where_stored` is a sentence for the help."""
     return click.option("--reason", metavar="TEXT", help=f"Why you do this. {where_stored}")
 
 
@@ -70,7 +71,7 @@ def _each(ids: Sequence[str], act: Callable[[str], int]) -> int:
         except JobdError as error:
             code = exit_codes.exit_code_of(error.code)
             if len(ids) == 1 or code in (exit_codes.UNREACHABLE, exit_codes.UNAUTHORISED, exit_codes.TRY_AGAIN):
-                raise  # the others would fail, too
+                raise  # the other jobs would fail too
             terminal.say(f"{job_id}: {error.message} [{error.code}]")
         worst = worst or code
     return worst
@@ -110,7 +111,7 @@ def _show_dry_run(
 
 
 def _dry_run(confirmation: Confirmation, job_id: str) -> object | JobdError | None:
-    """Return the response or the error of a dry run; None without one."""
+    """Return the response or the error of a dry run, None if the action has none."""
     from jobd.client.errors import JobdError
 
     if confirmation.dry_run is None:
@@ -119,7 +120,7 @@ def _dry_run(confirmation: Confirmation, job_id: str) -> object | JobdError | No
         return confirmation.dry_run(job_id)
     except JobdError as error:
         if exit_codes.exit_code_of(error.code) not in (exit_codes.REJECTED, exit_codes.UNAUTHORISED):
-            raise  # it says nothing about the job
+            raise  # the error is not about the job
         return error
 
 
@@ -134,7 +135,7 @@ def _allowed(status: str, confirmation: Confirmation) -> bool:
 
     if confirmation.allowed_from and status not in confirmation.allowed_from:
         return False
-    if confirmation.to == "processing":  # only a grant leads there
+    if confirmation.to == "processing":  # only a grant makes a job processing
         return False
     if confirmation.to == "":
         return True
@@ -157,19 +158,20 @@ def need_terminal() -> None:
     """Raise UsageError without a terminal to ask on."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise click.UsageError(
-            "this asks first, but there is no terminal: add --yes to do it, --dry-run to see the effect"
+            "this command asks for confirmation, but there is no terminal: add --yes to skip it, or --dry-run to "
+            "preview the effect"
         )
 
 
 def confirm(what: str) -> None:
-    """Ask whether to do `what`. Raises CliError (1) if the response is no."""
+    """Ask whether to do `what`. Raises CliError (1) if the operator declines."""
     need_terminal()
     if not click.confirm(terminal.clean(f"{what}?"), default=False, err=True):
-        raise exit_codes.CliError("nothing was done")
+        raise exit_codes.CliError("nothing has changed")
 
 
 def confirm_job(confirmation: Confirmation, job: JobView) -> None:
-    """Show the job and ask whether to apply the action. Raises CliError (1) if the response is no."""
+    """Show the job and ask whether to apply the action. Raises CliError (1) if the operator declines."""
     details = confirmation.details(job)
     confirm(f"{confirmation.action}{f'{details}:' if details else ''} job {job.id}, which is {state(job)}")
 

@@ -24,7 +24,7 @@ _LOOPBACK: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # reaches a listener o
 
 
 class ConnectionOptions:
-    """The connection options; None if not given. Kept in `ctx.obj`, so that they may precede or follow the verb."""
+    """The connection options, None if not given. They are in `ctx.obj`, so they may precede or follow the command."""
 
     def __init__(self) -> None:
         self.socket: str | None = None
@@ -48,7 +48,7 @@ _URL = _option("--url", "URL", "Worker API over TCP, instead of the socket.  [en
 _ADMIN = _option("--admin-url", "URL", "Admin API: http://HOST:PORT or unix:PATH.  [env: JOBD_ADMIN_URL]")
 _WORKER_TOKEN_FILE: Final = "JOBD_WORKER_TOKEN_FILE"
 _ADMIN_TOKEN_FILE: Final = "ADMIN_TOKEN_FILE"
-_OPERATOR = _option("--operator", "NAME", "Your name in timelines and the audit log; USER@HOST by default.")
+_OPERATOR = _option("--operator", "NAME", "Your name in timelines and the audit log.  [default: USER@HOST]")
 
 
 def _token_option(variables: str) -> Callable[[Any], Any]:
@@ -57,17 +57,17 @@ def _token_option(variables: str) -> Callable[[Any], Any]:
 
 
 def worker_options(verb: Any) -> Any:
-    """Add the options of a verb that uses the worker API."""
+    """Add the options of a command that uses the worker API."""
     return _SOCKET(_URL(_token_option(_WORKER_TOKEN_FILE)(verb)))
 
 
 def admin_options(verb: Any) -> Any:
-    """Add the options of a verb that uses the admin API."""
+    """Add the options of a command that uses the admin API."""
     return _ADMIN(_token_option(_ADMIN_TOKEN_FILE)(_OPERATOR(verb)))
 
 
 def all_options(verb: Any) -> Any:
-    token = _token_option(f"{_ADMIN_TOKEN_FILE}, over the worker API {_WORKER_TOKEN_FILE}")
+    token = _token_option(f"{_ADMIN_TOKEN_FILE}, or {_WORKER_TOKEN_FILE} for the worker API")
     return _SOCKET(_URL(_ADMIN(token(_OPERATOR(verb)))))
 
 
@@ -88,7 +88,7 @@ def worker_api_endpoint(options: ConnectionOptions) -> Endpoint:
     from jobd.client.endpoint import worker_endpoint
 
     if options.url and options.socket:
-        raise click.UsageError("--socket and --url contradict each other: give one of them")
+        raise click.UsageError("--socket and --url exclude each other: give one of them")
     address = options.url or (os.path.abspath(options.socket.removeprefix("unix:")) if options.socket else None)
     if address is None and not (os.environ.get("JOBD_SOCKET") or os.environ.get("JOBD_URL")):
         address = worker_socket()
@@ -105,7 +105,7 @@ def admin_api_endpoint(options: ConnectionOptions) -> Endpoint:
 
 
 def this_operator() -> str:
-    """Return the user, the one behind sudo if it is used, and the machine: `eve@build-3`."""
+    """Return user and host: `eve@build-3`. Under sudo, the user is the one who called it."""
     try:
         user = os.environ.get("SUDO_USER") or getpass.getuser()
     except (KeyError, OSError):  # a user id without a name
@@ -129,14 +129,15 @@ def admin_token(options: ConnectionOptions) -> str:
         return token
     if path := os.environ.get(_ADMIN_TOKEN_FILE):
         return read_token(path)
-    text = "No admin token: set ADMIN_TOKEN or ADMIN_TOKEN_FILE to the daemon's, or give --token-file FILE"
+    text = "No admin token: set ADMIN_TOKEN or ADMIN_TOKEN_FILE as for the daemon, or give --token-file FILE"
     raise exit_codes.CliError(text, exit_codes.UNAUTHORISED)
 
 
 def has_admin_token() -> bool:
-    """Return whether a verb of both APIs uses the admin API: it has a token for it, and no worker API was named.
+    """Return whether a command that can use either API uses the admin API.
 
-    With a URL of the worker API, --token-file belongs to that API and is sent nowhere else.
+    It does if there is a token for the admin API and no option names the worker API. Together with a URL of the worker
+    API, --token-file holds a token of the worker API and is not sent to the admin API.
     """
     options = current()
     if options.admin_url is None and (options.socket or options.url):
@@ -157,7 +158,7 @@ def worker_token(options: ConnectionOptions) -> str | None:
 
 
 def job_client(*, retry_for_s: float | None = None) -> JobClient:
-    """Return a client of the worker API, which is closed at the end of the verb."""
+    """Return a client of the worker API. It is closed at the end of the command."""
     from jobd.client import JobClient
 
     retry_for_s = RETRY_FOR_S if retry_for_s is None else retry_for_s
@@ -165,7 +166,7 @@ def job_client(*, retry_for_s: float | None = None) -> JobClient:
 
 
 def admin_client(*, timeout_s: float = 30.0) -> AdminClient:
-    """Return a client of the admin API, which is closed at the end of the verb."""
+    """Return a client of the admin API. It is closed at the end of the command."""
     from jobd.client import AdminClient
 
     client = AdminClient(admin_api_endpoint(current()), retry_for_s=RETRY_FOR_S, timeout_s=timeout_s)
@@ -173,12 +174,12 @@ def admin_client(*, timeout_s: float = 30.0) -> AdminClient:
 
 
 def current() -> ConnectionOptions:
-    """Return the options of the running verb."""
+    """Return the options of the running command."""
     return click.get_current_context().ensure_object(ConnectionOptions)
 
 
-# The daemon of this machine: its environment and configuration file. What cannot be read counts as not set, because the
-# daemon would not run with it.
+# The settings of the daemon on this machine, from its environment and configuration file. An unreadable or invalid file
+# counts as empty, because the daemon would not start with it.
 
 
 def worker_socket(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -188,7 +189,7 @@ def worker_socket(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def admin_url(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return `admin.listen` as a URL (https if `admin.tls_cert` is set) or unix:PATH, or None if it is no address."""
+    """Return `admin.listen` as a URL (https if `admin.tls_cert` is set) or unix:PATH. None if it is not an address."""
     tables = _tables(environ)
     listen = _setting("admin.listen", environ, tables) or DEFAULT_LISTEN
     if listen.startswith("unix:"):

@@ -1,6 +1,6 @@
 """Exit codes, and the translation of errors into a line on stderr and an exit code.
 
-A verb raises CliError or lets the client's error pass.
+Commands raise CliError, or do not handle the client's errors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TRY_AGAIN: Final = 75
 CONFIG: Final = 78
 INTERRUPTED: Final = 130
 
-# Error codes with another exit code than "not found or rejected".
+# Error codes with an exit code other than "not found or rejected".
 _BY_CODE: Final = {
     "unauthorized": UNAUTHORISED,
     "forbidden": UNAUTHORISED,
@@ -44,7 +44,7 @@ _BY_CODE: Final = {
 
 
 class CliError(Exception):
-    """An error with a one-line message, which says what to do, and an exit code."""
+    """An error with an exit code and a one-line message that says what to do."""
 
     def __init__(self, message: str, code: int = FAILED) -> None:
         super().__init__(message)
@@ -60,7 +60,7 @@ def run(program: click.Command, name: str, argv: Sequence[str] | None = None) ->
     """Run the command line `argv` (sys.argv by default) and return the exit code. Errors become one line on stderr."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a character that the terminal cannot show is no error
+            stream.reconfigure(errors="backslashreplace")  # for characters that the terminal cannot show
     try:
         code = program.main(args=list(argv) if argv is not None else None, prog_name=name, standalone_mode=False)
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Write a file completely or not at all, and never over a file that a daemon or another program uses."""
+"""Write files completely or not at all, and never over a file that a daemon or another program uses."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def resolve_target(file: Path) -> Path:
     if file.exists() and not file.is_file():
         raise click.UsageError(f"{file} is not a regular file: name a new one, or one to overwrite")
     target = Path(os.path.realpath(file))
-    for name in dict.fromkeys((target, Path(os.path.abspath(file)))):  # the store may be named by a symlink, too
+    for name in dict.fromkeys((target, Path(os.path.abspath(file)))):  # the daemon may have opened it by the symlink
         refuse_used(name)
     return target
 
@@ -91,18 +91,18 @@ def resolve_target(file: Path) -> Path:
 def refuse_used(path: Path) -> None:
     """Raise CliError (75) if a running daemon or another program uses `path` or the store that `path` belongs to.
 
-    Its process would continue to write the replaced file, which no longer has a name, and lose everything that it
-    acknowledges from then on.
+    A daemon would continue to write to the replaced file, which no longer has a name, and lose every commit from then
+    on.
     """
-    for store, words in _stores(path):
+    for store, relation in _stores(path):
         try:
             check_not_held(store)
         except StoreBusy as error:
-            if error.pid is not None:  # without a pid the lock is not a daemon's, and may be our caller's
-                text = f"{path} {words} of a running daemon (process {error.pid}): name another file"
+            if error.pid is not None:  # without a pid, the lock is not a daemon's and may belong to our caller
+                text = f"{path} {relation} of a running daemon (process {error.pid}): name another file"
                 raise exit_codes.CliError(text, exit_codes.TRY_AGAIN) from None
         if os.path.isfile(store) and has_sqlite_lock(store):
-            text = f"{path} {words} that another program uses: name another file"
+            text = f"{path} {relation} that another program uses: name another file"
             raise exit_codes.CliError(text, exit_codes.TRY_AGAIN)
     for suffix in ("-wal", "-journal"):
         left = f"{path}{suffix}"
@@ -112,7 +112,7 @@ def refuse_used(path: Path) -> None:
 
 
 def _stores(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the stores that `path` can belong to, with words for the relation."""
+    """Yield the stores that `path` can belong to, each with a phrase for the error message."""
     yield str(path), "is the store"
     for suffix in _SUFFIXES:
         if path.name.endswith(suffix) and path.name != suffix:

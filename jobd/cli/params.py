@@ -1,4 +1,4 @@
-"""Parameters of the command line: durations, points in time, JSON; and the groups of verbs."""
+"""Parameter types of the command line (durations, times, JSON) and the group of commands."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def moment_ms(text: str, now_ms: int) -> int:
         at = datetime.fromisoformat(text.removesuffix(" UTC"))
         return round((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
     except (ValueError, OverflowError, OSError):
-        raise ValueError(f"a time is {_TIME}, Unix milliseconds, or a duration from now as in 2h") from None
+        raise ValueError(f"a time is {_TIME}, Unix milliseconds, or a duration from now such as 2h") from None
 
 
 def past_ms(text: str, now_ms: int) -> int:
-    """Parse a point in the past like `moment_ms`, but with a duration before now."""
+    """Parse a time like `moment_ms`, except that a duration counts back from now."""
     try:
         return now_ms - duration_ms(text)
     except ValueError:
@@ -59,7 +59,7 @@ def past_ms(text: str, now_ms: int) -> int:
     try:
         return moment_ms(text, now_ms)
     except ValueError:
-        raise ValueError(f"a time is {_TIME}, Unix milliseconds, or how long ago it was as in 2h") from None
+        raise ValueError(f"a time is {_TIME}, Unix milliseconds, or an age such as 2h") from None
 
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class _NameParam(_TextParam):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value == "":
-            self.fail("it is empty. Is a shell variable unset? Leave the option out or give it a value", param, ctx)
+            self.fail("it is empty. Is a shell variable unset? Omit the option or give it a value", param, ctx)
         return str(value)
 
 
@@ -93,7 +93,7 @@ class _DurationParam(_IntParam):
 
 
 class _TimeParam(_IntParam):
-    """A point in time, in Unix ms."""
+    """A time, in Unix ms."""
 
     name = "time"
 
@@ -105,7 +105,7 @@ class _TimeParam(_IntParam):
 
 
 class _PastTimeParam(_IntParam):
-    """A point in the past, in Unix ms."""
+    """A time in the past, in Unix ms."""
 
     name = "time"
 
@@ -123,7 +123,7 @@ MOMENT: Final = _TimeParam()
 
 
 def json_text(text: str, what: str) -> msgspec.Raw:
-    """Check that `text` is JSON and return it unchanged. Raises UsageError, which says how to quote."""
+    """Check that `text` is JSON and return it unchanged. Raises UsageError with a hint on quoting."""
     import msgspec
 
     try:
@@ -145,7 +145,7 @@ def read_stdin(what: str) -> str:
 
 
 class VerbGroup(click.Group):
-    """A group whose help lists its verbs under titles, in the order in which they were added."""
+    """A group whose help lists its commands under titles, in the order in which they were added."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -157,7 +157,7 @@ class VerbGroup(click.Group):
             self.titles[str(verb.name)] = title
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Without a verb, print the help on stderr and exit with 2 (older click exits with 0)."""
+        """Without a command, print the help on stderr and exit with 2 (older click exits with 0)."""
         if not args and not ctx.resilient_parsing:
             click.echo(ctx.get_help(), err=True)
             ctx.exit(2)
@@ -167,7 +167,7 @@ class VerbGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] == "artefact" and "artifact" in self.commands:
-            ctx.fail("The verb is spelled artifact.")
+            ctx.fail("The command is spelled artifact.")
         return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

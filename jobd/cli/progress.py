@@ -1,4 +1,4 @@
-"""Progress displays on stderr, if it is a terminal: for a job, a long call, a stream."""
+"""Progress displays on stderr for a job, a long call or a stream. Nothing is shown unless stderr is a terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Advance(Protocol):
 
 
 def until_finished(client: JobClient, job_id: str) -> JobInfo:
-    """Poll the job, at growing intervals up to 2 s, until it is finished, and return it."""
+    """Poll the job, at growing intervals up to 2 s, until it is finished. Return the finished job."""
     pause = _FIRST_S
     with bar(job_id, unit="%") as advance:
         while True:
@@ -40,7 +40,7 @@ def until_finished(client: JobClient, job_id: str) -> JobInfo:
 
 @contextmanager
 def busy(what: str) -> Iterator[None]:
-    """Show a spinner meanwhile."""
+    """Show a spinner during the block."""
     if not terminal.may_draw(sys.stderr):
         yield
         return

@@ -1,4 +1,4 @@
-"""Tables about jobs: one function per response, on stdout."""
+"""Print responses about jobs on stdout, one function for each kind of response."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def job(view: JobView) -> None:
 
 
 def json_text(raw: Any) -> str | None:
-    """Return JSON text as one line, cut if it is very long; None if there is none."""
+    """Return JSON text, cut if it is very long. None if there is none or it is null."""
     if not isinstance(raw, msgspec.Raw) or bytes(raw) == b"null":
         return None
     text = bytes(raw).decode("utf-8", "replace")
@@ -109,7 +109,7 @@ def timeline(events: Sequence[EventView]) -> None:
             )
             for event in events
         ],
-        empty="No events: the job is older than its journal.",
+        empty="No events: the journal no longer has them.",
     )
 
 
@@ -146,7 +146,7 @@ def _detail(name: str, value: object) -> str:
 
 
 def why(view: WhyView) -> None:
-    """Print the state, its reason, what happens next and what to do."""
+    """Print the state, its reason, the next event and what to do."""
     terminal.emit(f"{view.state}: {view.because}")
     if view.next is not None:
         at = "" if view.next.at is None else f": {terminal.when(view.next.at)}"

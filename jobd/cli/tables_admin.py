@@ -1,4 +1,4 @@
-"""Tables about the daemon: one function per response, on stdout."""
+"""Print responses about the daemon on stdout, one function for each kind of response."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def queues(views: Sequence[QueueView]) -> None:
     columns = ["QUEUE", "STATE", ">QUEUED", ">PROCESSING", ">COMPLETED", ">FAILED", ">CANCELLED", "OLDEST DUE"]
     if is_described:
         columns.append("PAUSED")
-    terminal.table(columns, rows, empty="No queues: no job was ever submitted.")
+    terminal.table(columns, rows, empty="No queues: no job has been submitted yet.")
 
 
 def workers(views: Sequence[WorkerView], page: WorkerList, state: WorkerState | None) -> None:
@@ -70,7 +70,7 @@ def workers(views: Sequence[WorkerView], page: WorkerList, state: WorkerState | 
         for worker in views
     ]
     since = f"since the start at {terminal.instant(page.since)}"
-    empty = f"No worker was seen lately, {since}." if state is None else f"No worker is {state}."
+    empty = f"No worker has been seen recently, {since}." if state is None else f"No worker is {state}."
     terminal.table(["WORKER", "STATE", ">HOLDS", "LAST SEEN", "CLAIMS", "ABOUT", "JOBS"], rows, empty=empty)
     gone = page.by_state["gone"]
     if gone and state is None:
@@ -86,14 +86,14 @@ def claims(worker: WorkerView) -> str | None:
 
 
 def about(worker: About | None) -> str | None:
-    """Describe a worker: `box, pid 42, version 1.0, 4 at once`."""
+    """Describe a worker's process: `box, pid 42, version 1.0, concurrency 4`."""
     if worker is None:
         return None
     parts = [
         worker.host,
         f"pid {worker.pid}" if worker.pid is not None else None,
         f"version {worker.version}" if worker.version else None,
-        f"{worker.concurrency} at once" if worker.concurrency is not None else None,
+        f"concurrency {worker.concurrency}" if worker.concurrency is not None else None,
         worker.instance,
     ]
     return ", ".join(part for part in parts if part)
@@ -106,7 +106,7 @@ def _few(names: Iterable[str]) -> str:
 
 
 def take_back(view: TakeBackView, print_line: Callable[[str], None], *, would: bool) -> None:
-    """Show the effect of a take-back on each job: done, or planned with `would`."""
+    """Print the effect of a take-back on each job. `would`: nothing has changed yet."""
     done = {"reset": "requeued", "failed": "failed"}
     planned = {"reset": "would be requeued", "failed": "would fail"}
     for each in view.details:
@@ -183,8 +183,8 @@ def report(view: CleanupReport) -> None:
 def cleanup_state(view: CleanupState) -> None:
     terminal.emit(_cleanup(view.cleanup_running, view.time_since_last_cleanup))
     if view.last_failure is not None:
-        passes = "1 run has" if view.failed_since_last_success == 1 else f"{view.failed_since_last_success} runs have"
-        terminal.emit(f"{passes} failed since; the last one {terminal.age(view.last_failure.timestamp)}")
+        runs = "1 run has" if view.failed_since_last_success == 1 else f"{view.failed_since_last_success} runs have"
+        terminal.emit(f"{runs} failed since then, the last one {terminal.age(view.last_failure.timestamp)}")
     if view.last_report is not None:
         report(view.last_report)
 
@@ -231,9 +231,9 @@ def failures(view: FailuresView) -> None:
     columns = [">FAILED", ">RETRYING", "ERROR", "CODE", "LAST", "KINDS", "QUEUES", "LATEST MESSAGE"]
     terminal.table(columns, rows, empty="No job has failed.")
     if view.other:
-        terminal.say(f"{view.other} of {view.total} failed jobs are in other groups.")
+        terminal.say(f"{view.other} of {view.total} failed jobs are not in these groups.")
     if view.other_retrying:
-        terminal.say(f"{view.other_retrying} of {view.retrying} jobs that wait for a retry are in other groups.")
+        terminal.say(f"{view.other_retrying} of {view.retrying} jobs that wait for a retry are not in these groups.")
     if not view.whole:
         terminal.say("Jobs from before the start of the daemon are still being counted.")
 
@@ -256,15 +256,15 @@ def preview(view: PreviewView) -> None:
             ("queued jobs to expire", _named(view.expired_jobs)),
             ("finished jobs to delete", _named(view.deleted_jobs)),
             ("jobs with issues", _named(view.mended_jobs)),
-            *([("", "not all jobs were checked for issues: there are too many")] if view.more_mended else []),
-            *([("", "there are more: this counts the first of each kind")] if view.more else []),
+            *([("", "there are too many jobs to check all of them for issues")] if view.more_mended else []),
+            *([("", "there are more: only the first of each kind are counted")] if view.more else []),
             *([("kept while the clock is suspect", held_count(view))] if view.held_jobs else []),
         ]
     )
 
 
 def held_count(view: PreviewView) -> str:
-    """Return how many jobs would be deleted by age if the clock were accepted, with some ids."""
+    """Return the number and some ids of the jobs that would be deleted by age if the clock were accepted."""
     return ("more than " if view.more_held else "") + _named(view.held_jobs)
 
 
@@ -303,7 +303,7 @@ def late_results(views: Sequence[LateResultView]) -> None:
         )
         for late in views
     ]
-    columns = [">RESULT", "TIME", "WORKER", ">TOKEN", "WHERE", "METADATA"]
+    columns = [">RESULT", "TIME", "WORKER", ">TOKEN", "LOCATION", "METADATA"]
     terminal.table(columns, rows, empty="No late results.")
     for late in views:
         if late.refusal is not None:
@@ -317,7 +317,7 @@ def audit(views: Sequence[AuditView]) -> None:
             entry.who,
             entry.address,
             entry.what,
-            _done_to(entry),
+            _target(entry),
             _outcome(entry),
             terminal.clip(entry.reason) if entry.reason else None,
         )
@@ -327,8 +327,8 @@ def audit(views: Sequence[AuditView]) -> None:
     terminal.table(columns, rows, empty="No matching entries.")
 
 
-def _done_to(entry: AuditView) -> str | None:
-    """Return the job, queue or webhook, else the number of jobs."""
+def _target(entry: AuditView) -> str | None:
+    """Return the target of an action: a job, queue or webhook, else the number of jobs."""
     if entry.job_id or entry.queue:
         return entry.job_id or f"queue {entry.queue}"
     if webhook := entry.details.get("webhook"):
@@ -342,7 +342,7 @@ def _outcome(entry: AuditView) -> str:
     if times := entry.details.get("times"):
         return f"{entry.outcome}, {times} times"
     if undone := (entry.details.get("changed_meanwhile") or 0) + (entry.details.get("refused") or 0):
-        return f"{entry.outcome}, {undone} not done"
+        return f"{entry.outcome}, {undone} not changed"
     if entry.outcome != "done" or before is None:
         return entry.outcome
     return f"{before} → {after}" if after else f"{before} → deleted"
@@ -366,7 +366,7 @@ def alerts(views: Sequence[AlertView], *, firing: bool = False) -> None:
 
 
 def _state(view: WebhookView) -> str:
-    """Use the words of the dashboard."""
+    """Return the state as the dashboard shows it."""
     if view.state == "closed":
         return "failing" if view.failing_since is not None else "healthy"
     return {"starting": "starting", "open": "paused after errors", "half_open": "retrying one message"}[view.state]
@@ -388,7 +388,7 @@ def webhooks(views: Sequence[WebhookView]) -> None:
         )
         for view in views
     ]
-    columns = ["WEBHOOK", "URL", "STATE", "NEXT TRY", ">WAITING", ">LAG", ">DELIVERED", ">DEAD-LETTERED"]
+    columns = ["WEBHOOK", "URL", "STATE", "NEXT ATTEMPT", ">WAITING", ">LAG", ">DELIVERED", ">DEAD-LETTERED"]
     columns += ["LAST SUCCESS", "LAST ERROR"]
     terminal.table(columns, rows, empty="No webhook is configured.")
 
@@ -407,7 +407,7 @@ def deliveries(page: DeliveryPage) -> None:
         )
         for each in page.deliveries
     ]
-    columns = [">DELIVERY", "TYPE", "SUBJECT", "STATE", ">TRIES", "SINCE", "DUE OR ENDED", "LAST RESPONSE"]
+    columns = [">DELIVERY", "TYPE", "SUBJECT", "STATE", ">ATTEMPTS", "CREATED", "DUE OR ENDED", "LAST RESPONSE"]
     terminal.table(columns, rows, empty="No deliveries.")
     if page.next_cursor is not None:
         terminal.say(f"There are more: --cursor {page.next_cursor} continues, --all lists all.")

@@ -1,6 +1,6 @@
-"""Output on a terminal and in a pipe: times, durations, sizes, tables, JSON, one-line messages.
+"""Format times, durations, sizes, tables, JSON and messages for a terminal or a pipe.
 
-Escapes all text from outside, so that a job cannot send control characters to a terminal.
+All text from outside is escaped, so that a job cannot send control characters to a terminal.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MINUTE_MS: Final = 60 * SECOND_MS
 HOUR_MS: Final = 60 * MINUTE_MS
 DAY_MS: Final = 24 * HOUR_MS
 
-# C0 and C1 controls (ESC, CSI …), line separators, and the marks that reorder text on screen; lone surrogates.
+# C0 and C1 controls (ESC, CSI …), line separators, marks that reorder text on the screen, and lone surrogates.
 _UNSAFE: Final = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
@@ -91,7 +91,7 @@ def _two_units(ms: int, unit: int, small: int, name: str, small_name: str) -> st
 
 
 def age(at_ms: int, now_ms: int | None = None) -> str:
-    """How far `at_ms` (Unix ms) is from now: `12 m ago`, `in 3 s`."""
+    """Format the distance of `at_ms` (Unix ms) from now: `12 m ago`, `in 3 s`."""
     gap = (now_ms if now_ms is not None else round(time.time() * 1000)) - at_ms
     return f"{_rough(gap)} ago" if gap >= 0 else f"in {_rough(-gap)}"
 
@@ -151,7 +151,7 @@ def as_json(value: Any) -> str:
     raw = msgspec.json.encode(value)
     if sys.stdout.isatty():
         raw = msgspec.json.format(raw, indent=2)
-    # Outside of strings JSON has only spaces and line ends, so this escapes inside strings only.
+    # Outside strings, JSON has only spaces and line ends, so this escapes characters in strings only.
     return _UNSAFE.sub(lambda m: m.group() if m.group() == "\n" else f"\\u{ord(m.group()):04x}", raw.decode())
 
 
@@ -183,20 +183,21 @@ def may_draw(stream: IO[str]) -> bool:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a rich console that does not change text, and does not wrap in a pipe."""
+    """Return a rich console that does not change text, and does not wrap lines in a pipe."""
     from rich.console import Console
 
     file = sys.stderr if stderr else sys.stdout
     width = None if file.isatty() else UNBOUNDED
-    # With NO_COLOR, rich omits colours only and would still send bold text.
+    # With NO_COLOR, rich omits only colours and would still send bold text.
     force = False if os.environ.get("NO_COLOR") else None
     return Console(file=file, width=width, force_terminal=force, highlight=False, markup=False, emoji=False)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str = "none") -> None:
-    """Print aligned columns on stdout, figures (named `>X`) to the right. Without rows, print `empty` on stderr.
+    """Print aligned columns on stdout. Without rows, print `empty` on stderr.
 
-    On a narrow terminal words are folded, figures never. A pipe gets one line per row.
+    Columns named `>X` hold numbers and are aligned to the right. On a narrow terminal, text is folded and numbers are
+    not. A pipe gets one line per row.
     """
     body = [[cell(value) for value in row] for row in rows]
     if not body:
@@ -227,14 +228,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: st
 
 
 def widths(lines: Sequence[Sequence[str]], limit: int) -> list[int]:
-    """Return the width of each column, ignoring cells longer than `most`, so that one long name moves only its row."""
+    """Return the width of each column. Cells longer than `limit` are ignored, so one long name moves only its row."""
     from rich.cells import cell_len
 
     return [max((n for n in map(cell_len, column) if n <= limit), default=0) for column in zip(*lines, strict=True)]
 
 
 def filled(line: Sequence[str], to: Sequence[int], right: Sequence[bool]) -> list[str]:
-    """Pad the cells of a line to the widths in `to`. A longer cell moves the cells after it."""
+    """Pad the cells of a line to the widths in `to`. A longer cell moves the cells that follow it."""
     from rich.cells import cell_len
 
     blanks = [" " * (width - cell_len(text)) for text, width in zip(line, to, strict=True)]
@@ -242,9 +243,9 @@ def filled(line: Sequence[str], to: Sequence[int], right: Sequence[bool]) -> lis
 
 
 def _unfolded(columns: Sequence[str], lines: Sequence[Sequence[str]], available: int) -> list[bool] | None:
-    """Return for each column whether it is not folded: figures, and short words if the others have enough room.
+    """Return for each column whether it stays unfolded: numbers do, and short words if the other columns have space.
 
-    Returns None if the others would be unreadable even so. Then each row becomes a block of lines.
+    Return None if the other columns would be unreadable even then. Each row then becomes a block of lines.
     """
     natural = widths(lines, UNBOUNDED)
     available -= len(GAP) * (len(columns) - 1)
@@ -259,7 +260,7 @@ def _unfolded(columns: Sequence[str], lines: Sequence[Sequence[str]], available:
 
 
 def pairs(fields: Iterable[tuple[str, object]]) -> None:
-    """Print `name  value` lines on stdout, names aligned."""
+    """Print `name  value` lines on stdout, with the values aligned."""
     from rich.table import Table
     from rich.text import Text
 
@@ -282,10 +283,10 @@ def _print(grid: Table) -> None:
 
 
 def print_plain(out: Console, renderable: RenderableType) -> None:
-    """Print on stdout, in a pipe without blanks at the ends of lines."""
+    """Print on stdout. In a pipe, without blanks at the ends of lines."""
     if out.is_terminal:
         out.print(renderable)
         return
-    with out.capture() as held:
+    with out.capture() as captured:
         out.print(renderable)
-    sys.stdout.write("".join(line.rstrip() + "\n" for line in held.get().splitlines()))
+    sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))

@@ -1,4 +1,4 @@
-"""The Python clients of a running daemon: JobClient and AdminClient, the same for asyncio, and Worker."""
+"""The Python clients of a running daemon: JobClient and AdminClient, their asyncio versions, and Worker."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     from jobd.client.worker.task import Discard, Retry, Stopped, SyncTask, Task
     from jobd.client.worker.worker import Worker
 
-# Blocking programs do not need aiohttp, which takes 0.2 s to import.
-_LATER = {
+# Imported on first use: blocking programs do not need aiohttp, which takes 0.2 s to import.
+_LAZY_IMPORTS = {
     "AsyncAdminClient": "jobd.client.aio",
     "AsyncJobClient": "jobd.client.aio",
     "CommandWorker": "jobd.client.worker.command_worker",
@@ -72,9 +72,9 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LATER[name]), name)
+    return getattr(importlib.import_module(_LAZY_IMPORTS[name]), name)
 
 
 __all__ = [

@@ -35,13 +35,13 @@ class AdminClient(AdminApi, BlockingClient):
     def import_jobs(self, jobs: Iterable[Mapping[str, Any] | bytes | str]) -> ImportResult:
         """Import jobs with any status and with their own times: mappings, or lines of JSON.
 
-        Each is created or rejected by itself, and an id that exists is skipped, so an import that was interrupted can
-        be repeated. The client does not retry it. `timeout_s` limits each write and the wait for the response.
+        Each job is created or rejected on its own, and existing ids are skipped, so an interrupted import can be
+        repeated. The client does not retry it. `timeout_s` limits each write and the wait for the response.
         """
         return self._send_lines(admin_requests.import_jobs(), jobs)
 
     def preview_import(self, jobs: Iterable[Mapping[str, Any] | bytes | str]) -> ImportPreview:
-        """Preview what import_jobs would do with the same jobs, line by line. Changes nothing."""
+        """Return what import_jobs would do with the same jobs, line by line. Changes nothing."""
         return self._send_lines(admin_requests.preview_import(), jobs)
 
     def _send_lines(self, request: ApiRequest[T], jobs: Iterable[Mapping[str, Any] | bytes | str]) -> T:
@@ -65,18 +65,19 @@ class AdminClient(AdminApi, BlockingClient):
     def backup(self, file: BinaryIO, *, on_progress: Callable[[BackupView], None] | None = None) -> int:
         """Write a copy of the current database to `file` and return its size in bytes.
 
-        `on_progress` is called twice a second while the daemon copies, checks and sends it. A backup may take any time;
-        `timeout_s` limits the time without progress. Raises Unreachable if it stalls for longer or the stream is
-        interrupted; then `file` is not a backup. An error of `file` is raised unchanged.
+        `on_progress` is called twice a second while the daemon copies, checks and sends the database. The duration of a
+        backup is not limited, but `timeout_s` limits the time without progress. Raises Unreachable if there is no
+        progress for longer, or if the stream is interrupted; `file` is then incomplete. Errors of `file` are raised
+        unchanged.
         """
         stall = StallTimeout(uuid7(), on_progress, self._retry.timeout_s, time.monotonic())
         with contextlib.closing(DaemonConnection(self.endpoint, self._tls)) as connection:
             return self._save(self._await_backup(connection, stall), file, stall)
 
     def _await_backup(self, connection: DaemonConnection, stall: StallTimeout) -> http.client.HTTPResponse:
-        """Wait for the head of the response, however long it takes, while the backup progresses.
+        """Wait for the head of the response as long as the backup makes progress.
 
-        A thread waits, because a socket whose read has timed out cannot be read again.
+        A thread waits, because a socket cannot be read again after a read has timed out.
         """
         head: Future[http.client.HTTPResponse] = Future()
 
@@ -114,9 +115,9 @@ class AdminClient(AdminApi, BlockingClient):
     def download_artifact(self, job_id: str, file: BinaryIO, late_result: int | None = None) -> int:
         """Write the artifact under the job's `storage_key` to `file` and return its size in bytes.
 
-        With `late_result`, the `seq` of a late result, it is the artifact of that one. Raises JobNotFound,
+        `late_result`, the `seq` of a late result, selects the artifact of that result. Raises JobNotFound,
         LateResultNotFound, NotFound (no artifact store, no key, or no artifact), StorageUnavailable, and Unreachable if
-        the stream is interrupted; then `file` is incomplete. An error of `file` is raised unchanged.
+        the stream is interrupted; `file` is then incomplete. Errors of `file` are raised unchanged.
         """
         request = admin_requests.download_artifact(job_id, late_result)
         with contextlib.closing(DaemonConnection(self.endpoint, self._tls)) as connection:
@@ -146,7 +147,7 @@ class AdminClient(AdminApi, BlockingClient):
 
 
 class StallTimeout:
-    """The limit of the time that the backup `id` may make no progress. `on_progress` is called with its state."""
+    """Limit the time that the backup `id` may make no progress. `on_progress` is called with its state."""
 
     def __init__(
         self, id_: str, on_progress: Callable[[BackupView], None] | None, limit_s: float, now_s: float
@@ -158,25 +159,25 @@ class StallTimeout:
         self._seen: BackupView | None = None
 
     def update(self, backups: list[BackupView], now_s: float) -> None:
-        """Take the daemon's list of backups. A backup that is not in it makes no progress."""
+        """Record the daemon's list of backups. A backup that is not listed makes no progress."""
         seen = next((each for each in backups if each.id == self.id), None)
         if seen is not None:
             self._progress_s = max(self._progress_s, now_s - seen.quiet_ms / 1000)
             self._report(seen)
 
     def is_over(self, now_s: float) -> bool:
-        """Return whether the backup has stalled for too long."""
+        """Return whether the backup has made no progress for too long."""
         return now_s - self._progress_s > self.limit_s
 
     def received(self, done: int, total: int | None) -> None:
-        """Take the number of bytes received so far."""
+        """Record the number of bytes received so far."""
         if self._seen is not None:
             self._report(replace(self._seen, state="sending", bytes_done=done, bytes_total=total, quiet_ms=0))
 
     def describe(self) -> str:
         """Return the error message of a stalled backup."""
         last = "" if self._seen is None else f" It was {self._seen.state} at {self._seen.bytes_done} bytes."
-        return f"the backup has not moved for {self.limit_s:g} s.{last}"
+        return f"the backup has made no progress for {self.limit_s:g} s.{last}"
 
     def _report(self, seen: BackupView) -> None:
         self._seen = seen

@@ -1,7 +1,7 @@
 """The calls of the admin API: one function each, which builds the request.
 
-The methods of AdminClient take signature and docstring from here. The API has camel-case names for the dashboards that
-it supports; the results here have snake case.
+The methods of AdminClient get their signatures and docstrings from here. Results have names in snake case, although the
+API uses camel case.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class ValidatedJob(ValidateJobView, frozen=True, rename="camel"):
 
 
 def stats() -> ApiRequest[StatsView]:
-    """Get the counts of jobs by status, of stuck and of locked jobs. The average processing time is in seconds."""
+    """Get the counts of jobs by status, and of stalled and locked jobs. The average processing time is in seconds."""
     return get(f"{BASE}/stats", StatsView)
 
 
@@ -104,22 +104,22 @@ def health() -> ApiRequest[HealthView]:
 
 
 def force_cleanup(reason: str | None = None) -> ApiRequest[CleanupReport]:
-    """Do a cleanup run now, or wait for the current one, and return its report."""
+    """Run cleanup now, or wait for the current run, and return the report."""
     return post(f"{BASE}/cleanup", CleanupReport, {"reason": reason}, wait_ms=_RUN_MS)
 
 
 def cleanup_state() -> ApiRequest[CleanupState]:
-    """Get the latest cleanup report, whether a cleanup is running, and how long ago the latest one was (ms)."""
+    """Get the latest cleanup report, whether cleanup is running, and the time since the latest run (ms)."""
     return get(f"{BASE}/cleanup", CleanupState)
 
 
 def detect_and_recover_stuck_jobs(reason: str | None = None) -> ApiRequest[RecoverStuckView]:
-    """Recover every job that is stuck now, and return what was done to each."""
+    """Recover every job that is stalled now, and return what was done to each."""
     return post(f"{BASE}/recover-stuck", RecoverStuckView, {"reason": reason}, wait_ms=_RUN_MS)
 
 
 def failures(limit: int | None = None) -> ApiRequest[FailuresView]:
-    """Group failed jobs (`count`) and those that wait for a retry (`retrying`) by error, the largest groups first.
+    """Group failed jobs (`count`) and jobs that wait for a retry (`retrying`) by error, largest groups first.
 
     `limit` is at most 200, by default 50.
     """
@@ -127,7 +127,7 @@ def failures(limit: int | None = None) -> ApiRequest[FailuresView]:
 
 
 def preview() -> ApiRequest[PreviewView]:
-    """Preview what recovery and a cleanup run would do now. Changes nothing."""
+    """Get what recovery and a cleanup run would do now. Changes nothing."""
     return get(f"{BASE}/preview", PreviewView)
 
 
@@ -150,10 +150,10 @@ def make_plan(
 ) -> ApiRequest[PlanView]:
     """Plan `action` for the jobs `ids`, or for those that match the filters. Nothing changes before apply_plan.
 
-    `action` is retry, force-reset, cancel, force-fail or delete; or recover-stuck or cleanup, which take no ids, no
-    filter and no cursor, because the daemon finds their jobs. `jobs` are those that would change, at most 10 000;
-    `skipped` would not. The filters are those of list_jobs. If the plan has `more`, its `next_cursor` as `cursor` makes
-    the next one.
+    `action` is retry, force-reset, cancel, force-fail or delete. It can also be recover-stuck or cleanup; these take no
+    ids, filters or cursor, because the daemon selects the jobs. The plan lists the `jobs` that would change, at most
+    10 000, and those that would be `skipped`. The filters are those of list_jobs. If the plan has `more`, pass its
+    `next_cursor` as `cursor` to make the next plan.
     """
     body: dict[str, Any] = {"action": action, "ids": None if ids is None else list(ids), "reason": reason}
     if ids is None:
@@ -174,7 +174,7 @@ def get_plan(plan_id: str) -> ApiRequest[PlanView]:
 def apply_plan(plan_id: str) -> ApiRequest[PlanResult]:
     """Apply the plan to every job that has not changed since. Applying it again returns the same result.
 
-    Raises PlanNotFound: plans are kept for 15 min and not across a restart. What was applied stays.
+    Raises PlanNotFound: plans are kept for 15 min, and lost when the daemon restarts.
     """
     return post(job_path(f"{BASE}/plans", plan_id, "apply"), PlanResult, {}, wait_ms=_RUN_MS)
 
@@ -194,7 +194,7 @@ def force_fail(
 def force_reset(
     job_id: str, reason: str | None = None, *, idempotency_key: str | None = None
 ) -> ApiRequest[TransitionView]:
-    """Return a processing, failed or cancelled job to its queue as new: progress, attempt and stalls are 0.
+    """Return a processing, failed or cancelled job to its queue as new, with progress, attempt and stalls at 0.
 
     A live grant is revoked. Raises JobNotFound, InvalidTransition.
     """
@@ -214,8 +214,8 @@ def transition_job_state(
     """Change the status if it is `from_status` now. Only a grant can make it processing.
 
     `updates` may set error_message, priority, run_at, max_attempts, download_url, file_path, storage_key, metadata.
-    With `dry_run` the response or error is the same, and nothing changes. Raises JobNotFound, InvalidTransition, and
-    InvalidRequest for completed without a download_url if the daemon requires one.
+    With `dry_run`, the result or error is the same, but nothing changes. Raises JobNotFound, InvalidTransition, and
+    InvalidRequest if `to_status` is completed, there is no download_url, and the daemon requires one.
     """
     body: dict[str, Any] = {"jobId": job_id, "from": from_status, "to": to_status, "updates": updates}
     body |= {"reason": reason, "dry_run": dry_run or None}
@@ -255,7 +255,7 @@ def cancel_job(job_id: str, reason: str | None = None, *, idempotency_key: str |
 def run_now(
     job_id: str, reason: str | None = None, *, dry_run: bool = False, idempotency_key: str | None = None
 ) -> ApiRequest[JobInfo]:
-    """Make a queued job due now. With `dry_run` the result is the changed job or the error, but nothing changes.
+    """Make a queued job due now. With `dry_run`, the result or error is the same, but nothing changes.
 
     Raises JobNotFound, InvalidTransition.
     """
@@ -273,10 +273,9 @@ def update_job(
     dry_run: bool = False,
     idempotency_key: str | None = None,
 ) -> ApiRequest[JobInfo]:
-    """Change priority, due time (Unix ms) or the number of attempts.
+    """Change the priority, the due time (Unix ms) or the maximum number of attempts.
 
-    With `dry_run` the result is the changed job or the error, but nothing changes. Raises JobNotFound,
-    InvalidTransition.
+    With `dry_run`, the result or error is the same, but nothing changes. Raises JobNotFound, InvalidTransition.
     """
     body: dict[str, Any] = {"priority": priority, "run_at": run_at, "max_attempts": max_attempts}
     body |= {"reason": reason, "dry_run": dry_run or None}
@@ -284,7 +283,7 @@ def update_job(
 
 
 def late_results(job_id: str) -> ApiRequest[list[LateResultView]]:
-    """List the results that were submitted after the lock was lost, the oldest grant first. Raises JobNotFound."""
+    """List the results that were submitted after the lock was lost, oldest grant first. Raises JobNotFound."""
     return get(job_path(JOBS, job_id, "late-results"), LateResultList).then(lambda found: found.late_results)
 
 
@@ -296,18 +295,18 @@ def adopt(
     dry_run: bool = False,
     idempotency_key: str | None = None,
 ) -> ApiRequest[JobInfo]:
-    """Complete a queued, failed or cancelled job with a late result: the one with this `seq`, or the latest grant's.
+    """Complete a queued, failed or cancelled job with a late result.
 
-    With `dry_run` the result is the changed job or the error, but nothing changes. Raises JobNotFound,
-    LateResultNotFound, InvalidTransition if the job is processing or completed, and InvalidRequest if the result has no
-    download_url and the daemon requires one.
+    `result` is the `seq` of the late result, by default that of the latest grant. With `dry_run`, the response or error
+    is the same, but nothing changes. Raises JobNotFound, LateResultNotFound, InvalidTransition if the job is processing
+    or completed, and InvalidRequest if the result has no download_url and the daemon requires one.
     """
     body = {"result": result, "reason": reason, "dry_run": dry_run or None}
     return post(job_path(JOBS, job_id, "adopt"), JobInfo, body, key=idempotency_key or uuid7())
 
 
 def download_artifact(job_id: str, late_result: int | None = None) -> ApiRequest[bytes]:
-    """Get the artifact under the job's `storage_key`, or under that of its late result with this `seq`."""
+    """Get the artifact under the `storage_key` of the job, or of its late result with the `seq` `late_result`."""
     return ApiRequest("GET", with_query(job_path(JOBS, job_id, "artifact"), late_result=late_result), bytes)
 
 
@@ -339,10 +338,10 @@ def list_jobs(
 ) -> ApiRequest[JobInfoPage]:
     """Get a page of the jobs that match, newest first. `limit` is at most 200, by default 50.
 
-    `worker` selects jobs that this worker holds or was the last to hold. `since` and `until` (Unix ms) bound the time
-    of creation, `finished_since` and `finished_until` that of the end. `q` is a text in the id, payload or error
-    message, `error` the fingerprint of a failure. A page may be short; the last one has no `next_cursor`. `cursor` is
-    the `next_cursor` of the page before.
+    `worker` selects jobs that this worker holds or was the last to hold. `since` and `until` (Unix ms) limit the time
+    of creation, `finished_since` and `finished_until` that of the end. `q` is text in the id, payload or error message,
+    and `error` the fingerprint of a failure group. `cursor` is the `next_cursor` of the previous page. A page may be
+    short; the last page has no `next_cursor`.
     """
     query = {"status": status, "queue": queue, "kind": kind, "worker": worker, "since": since, "until": until, "q": q}
     query |= {"finished_since": finished_since, "finished_until": finished_until}
@@ -360,7 +359,7 @@ def why(job_id: str) -> ApiRequest[WhyView]:
 
 
 def locks(*, limit: int | None = None) -> ApiRequest[list[LockedJob]]:
-    """List the current grants with their workers and expiry times. With a `limit` (up to 200) the oldest."""
+    """List the current grants with their workers and expiry times. With `limit` (up to 200), list the oldest."""
     return get(f"{BASE}/locks", LockList, limit=limit).then(lambda found: found.locks)
 
 
@@ -369,8 +368,8 @@ def queues(
 ) -> ApiRequest[list[QueueView]]:
     """Get a page of queues by name: counts by status, the oldest due job, and the pause if there is one.
 
-    `limit` is at most 200, the default. `cursor` is the name of the last queue of the page before. `busiest` gives one
-    page with the queues that have the most queued and processing jobs.
+    `limit` is at most 200, the default. `cursor` is the name of the last queue of the previous page. With `busiest`,
+    the result is one page of the queues that have the most queued and processing jobs.
     """
     return queue_page(limit=limit, cursor=cursor, busiest="true" if busiest else None).then(lambda page: page.queues)
 
@@ -392,14 +391,16 @@ def worker_page(
 ) -> ApiRequest[WorkerList]:
     """Get a page of workers, most recently seen first. `limit` is at most 200, the default.
 
-    `state` selects workers in that state; without it, all that are not gone. `cursor` is the `next_cursor` of the page
-    before.
+    `state` selects workers in that state, by default all that are not gone. `cursor` is the `next_cursor` of the
+    previous page.
     """
     return get(f"{BASE}/workers", WorkerList, state=state, limit=limit, cursor=cursor)
 
 
 def take_back(worker: str, reason: str | None = None, *, dry_run: bool = False) -> ApiRequest[TakeBackView]:
-    """End the expired grants of a silent worker by their stall rule, now. `dry_run` only lists them, up to 200.
+    """End the expired grants of a silent worker now, by the stall rule of each job.
+
+    With `dry_run`, up to 200 of them are listed, and nothing changes.
 
     Raises WorkerNotFound, WorkerNotSilent.
     """
@@ -423,8 +424,8 @@ def audit(
 ) -> ApiRequest[AuditPage]:
     """Get a page of the audit log, newest entry first. `limit` is at most 200, by default 50.
 
-    `since` is Unix ms. A page may be short; the last one has no `next_cursor`. `cursor` is the `next_cursor` of the
-    page before.
+    `since` is Unix ms. `cursor` is the `next_cursor` of the previous page. A page may be short; the last page has no
+    `next_cursor`.
     """
     query = {"who": who, "what": what, "job_id": job_id, "since": since, "limit": limit, "cursor": cursor}
     return get(f"{BASE}/audit", AuditPage, **query)
@@ -436,9 +437,9 @@ def alerts() -> ApiRequest[list[AlertView]]:
 
 
 def pause_queue(queue: str, reason: str | None = None, *, until: int | None = None) -> ApiRequest[PausedView]:
-    """Grant no job of this queue until an operator resumes it, or until the daemon does so at `until` (Unix ms).
+    """Grant no job of this queue until an operator resumes it, or until `until` (Unix ms).
 
-    Granted jobs continue. A second pause replaces the reason and end of the first one.
+    Running jobs continue. Another pause replaces the reason and the end.
     """
     body = {"reason": reason, "until": until}
     return post(job_path(f"{BASE}/queues", queue, "pause"), PausedView, body, key=uuid7())
@@ -463,7 +464,7 @@ def deliveries(
 ) -> ApiRequest[DeliveryPage]:
     """Get a page of a webhook's pending and latest deliveries, newest first. `limit` is at most 200, by default 50.
 
-    `cursor` is the `next_cursor` of the page before; the last one has none.
+    `cursor` is the `next_cursor` of the previous page; the last page has none.
     """
     path = job_path(f"{BASE}/webhooks", webhook, "deliveries")
     return get(path, DeliveryPage, state=state, limit=limit, cursor=cursor)
@@ -476,7 +477,7 @@ def deliver_again(webhook: str, delivery: int, reason: str | None = None) -> Api
 
 
 def deliver_all_again(webhook: str, upto: int | None = None, reason: str | None = None) -> ApiRequest[int]:
-    """Send all failed deliveries again, or those up to the delivery `upto`. Returns their number."""
+    """Send all dead-lettered deliveries again, or those up to the delivery `upto`. Return their number."""
     path = job_path(f"{BASE}/webhooks", webhook, "resend-given-up")
     return post(path, Resent, {"upto": upto, "reason": reason}).then(lambda found: found.resent)
 
@@ -497,7 +498,7 @@ def accept_clock(reason: str | None = None) -> ApiRequest[ClockView]:
 
 
 def quarantine() -> ApiRequest[list[QuarantinedJob]]:
-    """List the jobs whose rows are damaged, with the damage."""
+    """List the jobs whose rows are damaged, and the damage."""
     return get(f"{BASE}/quarantine", QuarantineList).then(lambda found: found.jobs)
 
 
@@ -515,7 +516,7 @@ _LINE_ENDS_TO_SPACES: Final = bytes.maketrans(b"\r\n", b"  ")
 
 
 def _job_lines(page: _RawExportPage) -> JobLines:
-    """Join each job into one line. Its JSON is unchanged otherwise; a line end in JSON is white space, never text."""
+    """Put each job on one line. A line end in JSON is white space, never part of a string, so this changes no value."""
     return JobLines([bytes(job).translate(_LINE_ENDS_TO_SPACES) for job in page.jobs], page.next_cursor)
 
 
@@ -529,7 +530,7 @@ def export_page(
 ) -> ApiRequest[JobLines]:
     """Get a page of the jobs that match, oldest first, as lines for import_jobs. `limit` is at most 200, the default.
 
-    A page may be short; the last one has no `next_cursor`. `cursor` is the `next_cursor` of the page before.
+    `cursor` is the `next_cursor` of the previous page. A page may be short; the last page has no `next_cursor`.
     """
     page = get(f"{BASE}/export", _RawExportPage, status=status, queue=queue, kind=kind, limit=limit, cursor=cursor)
     return page.then(_job_lines)
@@ -555,9 +556,9 @@ def backup(id_: str | None = None) -> ApiRequest[bytes]:
 
 
 def check_rows(cursor: str | None = None) -> ApiRequest[CheckedRows]:
-    """Check the checksums of rows for a quarter of a second, and quarantine the damaged ones.
+    """Check the checksums of rows for a quarter of a second, and quarantine the damaged rows.
 
-    `cursor` is the `next_cursor` of the call before; the last one has none.
+    `cursor` is the `next_cursor` of the previous call; the last call returns none.
     """
     return get(f"{BASE}/check-rows", CheckedRows, cursor=cursor)
 

@@ -1,4 +1,4 @@
-"""The asyncio client of the worker API, over aiohttp."""
+"""The asyncio clients of both APIs, over aiohttp."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from jobd.client.methods import PageWalk
 from jobd.client.protocol import ApiRequest, ApiResponse, RetryOptions, RetryState, T, read_result
 from jobd.model.events import StreamedEvent
 
-# What aiohttp raises if a connection cannot be made or breaks.
+# Errors that aiohttp raises if a connection cannot be made or breaks.
 _CONNECTION_ERRORS: Final = (aiohttp.ClientError, OSError)
-# Among these, what it raises for an idle connection that the daemon has closed.
+# Those among them that it raises for an idle connection that the daemon has closed.
 _STALE: Final = (aiohttp.ServerDisconnectedError, ConnectionResetError, BrokenPipeError)
 
 
@@ -50,7 +50,7 @@ class AsyncClient(BaseClient):
             await session.close()
 
     def twin(self) -> Self:
-        """Return a client with the same settings and its own connections, for another event loop."""
+        """Return a client for another event loop, with the same settings and its own connections."""
         twin = copy.copy(self)
         twin._reset_connections()
         return twin
@@ -108,7 +108,7 @@ class AsyncClient(BaseClient):
             request = subscription.request()
 
     async def _event_chunks(self, subscription: EventSubscription, request: ApiRequest[Any]) -> AsyncGenerator[bytes]:
-        """Yield what arrives over one connection."""
+        """Yield the chunks that arrive over one connection."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
         try:
             async with self._open(request, timeout) as response:
@@ -120,7 +120,7 @@ class AsyncClient(BaseClient):
             raise self._unreachable(error) from error
 
     async def _exchange(self, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
-        """Send `request` once. If it meets an idle connection that the daemon has closed, repeat it on a new one."""
+        """Send `request` once. If the daemon has closed the idle connection, repeat it on a new one."""
         try:
             try:
                 return await self._exchange_over_http(request, timeout_s)
@@ -149,7 +149,7 @@ class AsyncClient(BaseClient):
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:
             connector: aiohttp.BaseConnector
-            # No limit: a hundred waiting claims must not delay an extension.
+            # No limit, because a hundred waiting claims must not delay an extension.
             if self.endpoint.path is not None:
                 connector = aiohttp.UnixConnector(self.endpoint.path, limit=0, keepalive_timeout=IDLE_S)
             else:
@@ -168,7 +168,7 @@ class AsyncJobClient(WorkerApi, AsyncClient):
     """The worker API for asyncio: JobClient with coroutines as methods. The arguments are the same."""
 
     def stream(self) -> StreamClient:
-        """Return a client with the same calls over one stream, where they share connection and commits.
+        """Return a client that sends its calls over one stream, where they share a connection and commits.
 
         async with client.stream() as jobs:
             await asyncio.gather(*(jobs.create_job(n) for n in range(1_000)))
@@ -179,8 +179,8 @@ class AsyncJobClient(WorkerApi, AsyncClient):
 class StreamClient(AsyncJobClient):
     """AsyncJobClient over a stream of commands, made by its `stream`, for many concurrent calls.
 
-    Calls that a stream does not take, such as claims that wait, lists and timelines, use separate requests. If the
-    stream breaks, calls are retried over a new one by the same rules.
+    Calls that a stream does not support, such as claims that wait, lists and timelines, use separate requests. If the
+    stream breaks, calls are retried over a new stream by the same rules.
     """
 
     def __init__(self, client: AsyncJobClient) -> None:
@@ -192,7 +192,7 @@ class StreamClient(AsyncJobClient):
         self._stream = CommandStream(self._open_stream)
 
     async def close(self) -> None:
-        """End the stream after the responses to all that was sent, and close all connections."""
+        """End the stream after all responses have arrived, and close all connections."""
         await self._stream.close()
         await super().close()
 
@@ -207,5 +207,5 @@ class StreamClient(AsyncJobClient):
 class AsyncAdminClient(AdminApi, AsyncClient):
     """The admin API for asyncio: AdminClient with coroutines as methods. The arguments are the same.
 
-    Only AdminClient has import_jobs, preview_import, backup and download_artifact: call these with asyncio.to_thread.
+    Only AdminClient has import_jobs, preview_import, backup and download_artifact. Call them with asyncio.to_thread.
     """

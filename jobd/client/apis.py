@@ -1,4 +1,4 @@
-"""What the blocking and the asyncio clients share: settings, and the calls of both APIs as methods."""
+"""The settings and methods that the blocking and the asyncio clients share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ITERATE_QUEUES: Final = (
 _EXPORT_JOBS: Final = """Export all jobs that match as lines of JSON for import_jobs, oldest first, page by page.
 
 Takes the arguments of `export_page`. Each job is in its state when its page was read. Jobs created before the first
-page are included unless they are deleted meanwhile.
+page are included unless they are deleted before their page is read.
 """
 
 

@@ -1,4 +1,4 @@
-"""Many calls over one long request (POST /v1/commands): one line for each, with responses in the same order."""
+"""Send many calls over one long request (POST /v1/commands): one line per call, with responses in the same order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _VERBS: Final = frozenset({"start", "progress", "extend", "complete", "fail", "r
 _JOB_PATH: Final = re.compile(r"/v1/jobs/(?P<id>[^/?]+)(?:/(?P<verb>[a-z-]+))?")
 _LINE_ENDS_TO_SPACES: Final = bytes.maketrans(b"\r\n", b"  ")
 
-# Opens a stream with the body that is sent over it.
+# Opens a stream for a request with a body.
 Open = Callable[[ApiRequest[Any], AsyncIterator[bytes]], AbstractAsyncContextManager[aiohttp.ClientResponse]]
 
 
@@ -60,13 +60,13 @@ class _ClaimResponse(Struct):
 
 
 class _StartResponse(Struct):
-    """The same part of a response to a start."""
+    """The part of a response to a start that identifies its grant."""
 
     data: _GrantId
 
 
 def command_line(request: ApiRequest[Any]) -> bytes | None:
-    """Return `request` as a line with its end. None for calls that streams do not take: those that wait or list."""
+    """Return `request` as a line, including its end. None if a stream does not support it: it waits or lists."""
     operation = _operation(request)
     if operation is None:
         return None
@@ -108,14 +108,14 @@ class _Pending(NamedTuple):
 
 
 class CommandStream:
-    """A stream that is opened by the next call after it breaks. Belongs to one event loop."""
+    """A stream that the next call opens again after it breaks. Belongs to one event loop."""
 
     def __init__(self, open_: Open) -> None:
         self._open = open_
         self._connection: _StreamConnection | None = None
 
     async def exchange(self, line: bytes, timeout_s: float) -> ApiResponse:
-        """Send `line` and return its response. Raises Unreachable if the stream breaks or the time is over."""
+        """Send `line` and return its response. Raises Unreachable if the stream breaks or the timeout passes."""
         connection = self._connection
         if connection is None or connection.is_over:
             connection = self._connection = _StreamConnection(self._open)
@@ -128,7 +128,7 @@ class CommandStream:
             raise Unreachable("The stream of commands had no response in time.") from None
 
     async def close(self) -> None:
-        """End the stream after the responses to what was sent."""
+        """End the stream after all responses have arrived."""
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
@@ -165,7 +165,7 @@ class _StreamConnection:
         await asyncio.wait([self._running])
 
     async def _run(self) -> None:
-        """Pass on the responses. A line without a response at the end of the stream may have been applied or not."""
+        """Deliver the responses. A line without a response when the stream ends may or may not have been applied."""
         error: JobdError = Unreachable("The daemon ended the stream of commands.")
         request = ApiRequest("POST", COMMANDS, lambda body: None, headers={"Content-Type": NDJSON_TYPE})
         try:
@@ -180,8 +180,8 @@ class _StreamConnection:
                         self._receive(line)
         except (aiohttp.ClientError, OSError) as broken:
             error = Unreachable(f"The stream of commands broke: {str(broken) or type(broken).__name__}.")
-        except (msgspec.DecodeError, IndexError) as strange:
-            error = BadResponse(f"The stream of commands cannot be read ({strange}): is this the right port?")
+        except (msgspec.DecodeError, IndexError) as invalid:
+            error = BadResponse(f"The stream of commands cannot be read ({invalid}): is this the right port?")
         finally:
             self.is_over = True
             for pending in self._pending:
@@ -189,7 +189,7 @@ class _StreamConnection:
                     pending.response.set_exception(error)
 
     async def _body(self) -> AsyncIterator[bytes]:
-        """Send everything that is buffered at once, then what follows."""
+        """Yield the buffered lines, all at once, until the stream is closed."""
         while self._out or not self._is_closing:
             await self._has_output.wait()
             self._has_output.clear()
@@ -206,7 +206,7 @@ class _StreamConnection:
             self._release(line, is_claim=pending.line.startswith(CLAIM))
 
     def _release(self, line: bytes, *, is_claim: bool) -> None:
-        """Release grants whose caller was cancelled, so that their jobs need not wait until the locks expire."""
+        """Release grants whose call was cancelled, so that their jobs do not wait until the locks expire."""
         decode = msgspec.json.decode
         grants = decode(line, type=_ClaimResponse).data.grants if is_claim else [decode(line, type=_StartResponse).data]
         for grant in grants:

@@ -18,8 +18,8 @@ SYSTEM_DIRECTORY: Final = "/run/jobd"
 class Endpoint:
     """One listener of a daemon: a Unix socket (`path`), or a TCP address with or without `tls`.
 
-    `prefix` comes before every path (a proxy may need one). `repr` and `str` never show the token. `operator` is the
-    name in the audit log for calls of the admin API.
+    `prefix` precedes every path, as a proxy may require. `repr` and `str` never show the token. `operator` is the name
+    in the audit log for calls of the admin API.
     """
 
     path: str | None = None
@@ -50,7 +50,7 @@ class Endpoint:
 
 
 def parse_endpoint(text: str, *, token: str | None = None) -> Endpoint:
-    """Parse `unix:/path`, `/path`, `http://host:port` or `https://host:port`. Raises ValueError with the fault."""
+    """Parse `unix:/path`, `/path`, `http://host:port` or `https://host:port`. Raises ValueError."""
     if text.startswith(("unix:", "/")):
         path = text.removeprefix("unix:")
         path = path.removeprefix("//") if path.startswith("///") else path
@@ -106,7 +106,7 @@ def admin_endpoint(
 def default_socket(environ: Mapping[str, str] = os.environ) -> str:
     """Return the default worker socket of a daemon: the system's for root, else the user's own.
 
-    If the user's own does not exist but the system's does, it is the system's.
+    If only the system's socket exists, it is the system's.
     """
     system = f"{SYSTEM_DIRECTORY}/worker.sock"
     if os.geteuid() == 0:

@@ -1,4 +1,4 @@
-"""The errors of the clients: one exception for each error code, and two for calls without a proper response."""
+"""The errors of the clients: one exception for each error code, and two for calls without a valid response."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Forbidden(JobdError):
 
 
 class NotFound(JobdError):
-    """The path does not exist (the client is newer than the daemon, or the port is wrong), or the artifact does not."""
+    """The artifact or the path does not exist. If the path does not, the daemon is too old or the port is wrong."""
 
     code, status = "not_found", 404
 
@@ -103,7 +103,7 @@ class RequestTimeout(JobdError):
 
 
 class JobExists(JobdError):
-    """Another request created a job with this id."""
+    """A different job with this id exists."""
 
     code, status = "job_exists", 409
 
@@ -120,7 +120,7 @@ class AlreadyLocked(JobdError):
 
     @property
     def lock_expires_at(self) -> int | None:
-        """When its lock expires unless it is extended (Unix ms)."""
+        """When that lock expires unless it is extended (Unix ms)."""
         return _number(self.details.get("lock_expires_at"))
 
 
@@ -143,7 +143,7 @@ class InvalidTransition(JobdError):
 
 
 class LockLost(JobdError):
-    """The job is no longer yours: stop working on it. `reason` is why."""
+    """The job is no longer yours: stop working on it. `reason` says why."""
 
     code, status = "lock_lost", 409
 
@@ -154,7 +154,7 @@ class LockLost(JobdError):
 
     @property
     def late_result(self) -> int | None:
-        """The number of the late result that the daemon kept of this `complete`, if it did."""
+        """The number of the late result, if the daemon kept the result of this `complete`."""
         return _number(self.details.get("late_result"))
 
     @property
@@ -170,7 +170,7 @@ class MaxProcessingTimeExceeded(JobdError):
 
 
 class JobQuarantined(JobdError):
-    """The job's row on disk is damaged; `jobd doctor` shows what to do."""
+    """The job's row on disk is damaged. `jobd doctor` prints how to fix it."""
 
     code, status = "job_quarantined", 409
 
@@ -182,7 +182,7 @@ class WorkerNotSilent(JobdError):
 
 
 class EventsGone(JobdError):
-    """The requested events are no longer in the journal: read the state again, then follow from now on."""
+    """The requested events are no longer in the journal. Read the current state, then follow events from now on."""
 
     code, status = "events_gone", 410
 
@@ -200,7 +200,7 @@ class UnsupportedMediaType(JobdError):
 
 
 class ExpectationFailed(JobdError):
-    """The request had an `Expect` header with another value than `100-continue`."""
+    """The `Expect` header of the request is not `100-continue`."""
 
     code, status = "expectation_failed", 417
 
@@ -212,7 +212,7 @@ class IdempotencyKeyReused(JobdError):
 
 
 class InternalError(JobdError):
-    """An error in the daemon, which its log describes. Nothing was changed."""
+    """A bug in the daemon; its log has the details. Nothing was changed."""
 
     code, status = "internal_error", 500
 
@@ -254,19 +254,19 @@ class TooManyJobs(JobdError):
 
 
 class TooManyQueues(JobdError):
-    """The job would need a new queue, but `limits.queues` queues have jobs; nothing was changed."""
+    """The job needs a new queue, but the number of queues has reached `limits.queues`; nothing was changed."""
 
     code, status = "too_many_queues", 507
 
 
 class Unreachable(JobdError):
-    """No response: the daemon is not running, or the connection broke. The request may have been applied or not."""
+    """There was no response: the daemon is not running, or the connection broke. The request may have been applied."""
 
     code = "unreachable"
 
 
 class BadResponse(JobdError):
-    """The response is not one of jobd: it is from another program, or another version."""
+    """The response is not from jobd, or from another version."""
 
     code = "bad_response"
 

@@ -1,4 +1,4 @@
-"""Subscriptions to events, without IO: what to request, how to read a stream, and where to resume it."""
+"""Subscriptions to events, without IO: the request, the reading of a stream, and the position to resume from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EVENTS: Final = "/v1/events"
 ADMIN_EVENTS: Final = "/admin/job-management/events"
 # The daemon sends something at least every 15 s: a stream that is silent for longer is dead.
 SILENCE_S: Final = 45.0
-# A stream that was lost is reconnected, however long that takes.
+# A lost stream is reconnected without a time limit.
 RECONNECT: Final = RetryOptions(total_s=None)
 _CONTENT_TYPE: Final = "text/event-stream"
 _LINE_BYTES: Final = 16 << 20  # far above the longest event
@@ -36,18 +36,18 @@ def subscribe(
 ) -> EventSubscription:
     """Iterate over events as they happen, each once and in order, across lost connections and restarts of the daemon.
 
-    `queue`, `job_id` and `type` (one name or several) select events. The stream begins now; with `after`, behind the
-    event with that `seq`; with `last`, up to that many events ago. It continues forever; with `follow` False it ends
+    `queue`, `job_id` and `type` (one name or several) select events. The stream starts now; with `after`, after the
+    event with that `seq`; with `last`, up to that many events ago. It never ends unless `follow` is False; then it ends
     at the end of the journal. The first connection is retried like other calls, later ones until they succeed.
-    `on_lost` is called with the error of each connection that is lost. Raises EventsGone if events behind `after` are
-    no longer in the journal: read the state again, then subscribe without `after`.
+    `on_lost` is called with the error of each lost connection. Raises EventsGone if events after `after` are no longer
+    in the journal: read the current state, then subscribe without `after`.
     """
     filters = {"queue": _joined(queue), "job_id": _joined(job_id), "type": _joined(type)}
     return EventSubscription(path, filters, after=after, last=last, follow=follow, on_lost=on_lost)
 
 
 class EventSubscription:
-    """One stream of events, over as many connections as it takes.
+    """One stream of events, over one or more connections.
 
     `position` is the number of the last event that was read or skipped; None before the first connection.
     """

@@ -1,8 +1,8 @@
-"""Describe each call once, for the blocking clients and those for asyncio.
+"""Descriptors that turn a function that builds a request into a method of both kinds of client.
 
-A client class lists its calls as class attributes, and both kinds of client inherit the list. A call is a function that
-builds a request (`worker_requests`, `admin_requests`). The method that a client gets from it has the same arguments and
-docstring; it returns the result in a blocking client, and a coroutine or an async iterator in one for asyncio.
+`WorkerApi` and `AdminApi` list the calls as class attributes, and the blocking and the asyncio clients inherit them. A
+method has the arguments and the docstring of its function (in `worker_requests` or `admin_requests`). It returns the
+result in a blocking client, and a coroutine or an async iterator in an asyncio client.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Page = TypeVar("Page", bound=_HasNextCursor)
 
 
 class _ClientMethod:
-    """Base of the descriptors. The method of a client calls its `run` with what `build` returns."""
+    """Base of the descriptors. The method of a client calls the client's `run` with the result of `build`."""
 
     def __init__(self, build: Callable[..., Any], run: str, doc: str | None = None) -> None:
         self._build = build
@@ -93,7 +93,7 @@ class Method(_ClientMethod, Generic[P, T]):
 
 @dataclass(frozen=True, slots=True)
 class PageWalk(Generic[T]):
-    """All pages of a list. `request` returns the request for the page behind a cursor, None for the first page."""
+    """All pages of a list. `request` returns the request for the page at a cursor (None: the first page)."""
 
     request: Callable[[str | None], ApiRequest[Any]]
     items: Callable[[Any], Iterable[T]]

@@ -1,4 +1,4 @@
-"""What the clients send and receive, without IO: requests, responses, typed results, and when to retry."""
+"""The protocol of the clients, without IO: requests, responses, typed results, and retries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ JSON_TYPE: Final = "application/json"
 NDJSON_TYPE: Final = "application/x-ndjson"
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Typed results that add to the daemon's own views.
+# Typed results that extend the daemon's own views.
 
 
 class JobInfo(JobView):
@@ -49,7 +49,7 @@ class GrantInfo(GrantView):
 class JobInfoPage(Struct):
     """A page of jobs, newest first. `next_cursor` is None on the last one.
 
-    If the daemon stopped early because too few jobs matched, `looked_to_at` (Unix ms) is when the oldest job that it
+    If the daemon stopped its search before the page was full, `looked_to_at` (Unix ms) is when the oldest job that it
     examined was created.
     """
 
@@ -82,7 +82,7 @@ def _decoder(shape: Any) -> msgspec.json.Decoder[_Success[Any]]:
 
 
 def reader(shape: Any) -> Callable[[bytes], Any]:
-    """Return a function that decodes the `data` of a response into `shape`. It skips fields that `shape` lacks."""
+    """Return a function that decodes the `data` of a response into `shape`. It ignores unknown fields."""
     return lambda body: _decoder(shape).decode(body).data
 
 
@@ -95,7 +95,7 @@ class ApiRequest(Generic[T]):
     """One call: what to send, and how to read the response.
 
     `wait_ms` is how long the daemon may delay its response. A `repeatable` request has the same effect if it is sent
-    twice: it only reads, carries an id or an Idempotency-Key, or ends a grant, which the daemon accepts again.
+    twice, because it only reads, has an id or an Idempotency-Key, or ends a grant.
     """
 
     method: str
@@ -161,7 +161,7 @@ def post(
 
 
 def job_path(base: str, job_id: str, verb: str = "") -> str:
-    """Return the path of a job. Escapes the dots of an id that has only dots, which would otherwise be a directory."""
+    """Return the path of a job. An id of dots only is escaped, because `.` and `..` mean directories in a path."""
     if not job_id:
         raise InvalidRequest("The job id is empty.")
     name = quote(job_id, safe=":")
@@ -171,7 +171,7 @@ def job_path(base: str, job_id: str, verb: str = "") -> str:
 
 
 def read_result(request: ApiRequest[T], response: ApiResponse) -> T:
-    """Return the typed result. Raises the JobdError in the response, or BadResponse if the response is not of jobd."""
+    """Return the typed result. Raises the JobdError in the response, or BadResponse if it is not a response of jobd."""
     if response.status >= 400:
         raise_error(response)
     try:
@@ -203,9 +203,10 @@ def raise_error(response: ApiResponse) -> None:
 
 
 def _foreign_error(response: ApiResponse) -> JobdError:
-    """Return the error for a response that is not the daemon's: of a proxy before it, or of another program."""
+    """Return the error for a response from a proxy in front of the daemon, or from another program."""
     if response.status in (502, 503, 504):
-        return Unreachable(f"A proxy before the daemon responded with HTTP {response.status}.", status=response.status)
+        text = f"A proxy in front of the daemon responded with HTTP {response.status}."
+        return Unreachable(text, status=response.status)
     return BadResponse(
         f"HTTP {response.status} without the daemon's error object: is this the right port?", status=response.status
     )
@@ -221,19 +222,19 @@ def _retry_after_ms(response: ApiResponse, details: Mapping[str, Any]) -> int | 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# When to retry.
+# Retries
 
-# After these errors nothing was done, or a repeated request finds out. All others are final.
+# After these errors nothing has changed, or repeating the request is safe. All other errors are final.
 RETRIED: Final = frozenset({"unreachable", "overloaded", "shutting_down", "outcome_unknown"})
 
 
 @dataclass(frozen=True, slots=True)
 class RetryOptions:
-    """When a call is retried. `total_s` is the deadline over all tries (None: no deadline, 0: one try only).
+    """When a call is retried. `total_s` limits the time of all attempts (None: no limit, 0: one attempt only).
 
-    The delay before a retry is random between 0 and `base_s`, twice that, ... up to `max_s` (full jitter), plus the
-    Retry-After of the response. `timeout_s` is the time for one response, plus the time that the daemon may delay it.
-    Only errors with one of `codes` are retried.
+    The delay before a retry is random between 0 and `base_s`, which doubles with each attempt up to `max_s` (full
+    jitter), plus the Retry-After of the response. `timeout_s` limits the wait for one response, in addition to the time
+    that the daemon may delay it. Only errors with one of `codes` are retried.
     """
 
     total_s: float | None = 30.0
@@ -244,7 +245,7 @@ class RetryOptions:
 
 
 class RetryState:
-    """The tries of one call. `now_s` is monotonic time, `chance` is random between 0 and 1."""
+    """The attempts of one call. `now_s` is monotonic time, `chance` is random between 0 and 1."""
 
     def __init__(self, retry: RetryOptions, request: ApiRequest[Any], now_s: float) -> None:
         self._retry = retry
@@ -253,14 +254,14 @@ class RetryState:
         self._count = 0
 
     def timeout_s(self, now_s: float) -> float:
-        """Return the time for the next response. The deadline limits it, except for the first try."""
+        """Return the timeout of the next attempt. The deadline limits it, except for the first attempt."""
         timeout_s = self._retry.timeout_s + self._request.wait_ms / 1000
         if self._deadline_s is None or self._count == 0:
             return timeout_s
         return min(timeout_s, max(self._deadline_s - now_s, 0.1))
 
     def wait_s(self, error: JobdError, now_s: float, chance: float) -> float:
-        """Return the delay before the next try. Raises `error` if there is none."""
+        """Return the delay before the next attempt. Raises `error` if there is none."""
         if error.code not in self._retry.codes or not self._request.repeatable:
             raise error
         wait_s: float = chance * min(self._retry.max_s, self._retry.base_s * 2.0 ** min(self._count, 32))
@@ -273,7 +274,7 @@ class RetryState:
 
 
 def uuid7() -> str:
-    """Return a new UUIDv7. They sort by the time of creation, to the millisecond."""
+    """Return a new UUIDv7. UUIDv7s sort by creation time, to the millisecond."""
     bits = time.time_ns() // 1_000_000 << 80 | 0x7 << 76 | secrets.randbits(12) << 64 | 0b10 << 62
     digits = f"{bits | secrets.randbits(62):032x}"
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))

@@ -1,4 +1,4 @@
-"""The blocking client of the worker API, over http.client. It is safe to use from many threads."""
+"""The blocking client of the worker API, over http.client. It is thread-safe."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ class DaemonConnection(http.client.HTTPConnection):
         super().__init__(endpoint.host, endpoint.port or 80, timeout=CONNECT_S)
         self._endpoint = endpoint
         self._tls = tls
-        self._held: list[bytes] | None = None
+        self._parts: list[bytes] | None = None
         self.idle_since_s = 0.0
 
     def request_at_once(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> None:
-        """Send a request in one write. http.client sends the body separately, so the daemon has to wait for it."""
-        held: list[bytes] = []
-        self._held = held
+        """Send a request in one write. http.client would send the body separately, and the daemon would wait for it."""
+        parts: list[bytes] = []
+        self._parts = parts
         try:
             self.request(method, path, body, headers)
         finally:
-            self._held = None
-        self.send(b"".join(held))
+            self._parts = None
+        self.send(b"".join(parts))
 
     def send(self, data: Any) -> None:
-        if self._held is None:
+        if self._parts is None:
             super().send(data)
         else:
-            self._held.append(data)
+            self._parts.append(data)
 
     def connect(self) -> None:
         if self._endpoint.path is not None:
@@ -127,7 +127,7 @@ class BlockingClient(BaseClient):
             request = subscription.request()
 
     def _event_chunks(self, subscription: EventSubscription, request: ApiRequest[Any]) -> Iterator[bytes]:
-        """Yield what arrives over one connection."""
+        """Yield the chunks that arrive over one connection."""
         connection = DaemonConnection(self.endpoint, self._tls)
         try:
             response = self._response(connection, request, SILENCE_S)
@@ -141,7 +141,7 @@ class BlockingClient(BaseClient):
             connection.close()
 
     def _exchange(self, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
-        """Send `request` once. If it meets an idle connection that the daemon has closed, repeat it on a new one."""
+        """Send `request` once. If the daemon has closed the idle connection, repeat it on a new one."""
         connection = self._take_idle() if request.repeatable else None
         if connection is not None:
             try:
@@ -159,7 +159,7 @@ class BlockingClient(BaseClient):
         try:
             head = self._response(connection, request, timeout_s)
             response = ApiResponse(head.status, lower_headers(head), head.read())
-        except BaseException:  # also KeyboardInterrupt: the rest of this response would be taken for the next one
+        except BaseException:  # also KeyboardInterrupt: the next call would read the rest of this response
             connection.close()
             raise
         self._keep(connection)
@@ -204,7 +204,7 @@ class BlockingClient(BaseClient):
         return None
 
     def _keep(self, connection: DaemonConnection) -> None:
-        """Keep the connection for the next call, unless the daemon closes it."""
+        """Keep the connection for the next call, unless it is closed."""
         connection.idle_since_s = time.monotonic()
         with self._guard:
             if connection.sock is not None and not self._is_closed and len(self._idle) < _IDLE_CONNECTIONS:
@@ -217,7 +217,7 @@ class JobClient(WorkerApi, BlockingClient):
     """The worker API for blocking code. Times are Unix ms, durations `*_ms` milliseconds.
 
     `endpoint` is `unix:/path`, `http://host:port`, or None for $JOBD_SOCKET, $JOBD_URL or the daemon's default. While
-    the daemon is unreachable or overloaded, calls are retried if that is safe, for `retry_for_s` seconds in all (0: no
-    retries). `timeout_s` limits the wait for one response. Every method raises JobdError, usually one of the subclasses
-    that it names. Close the client, or use it as a context manager.
+    the daemon is unreachable or overloaded, calls are retried if that is safe, for `retry_for_s` seconds in total (0:
+    no retries). `timeout_s` limits the wait for one response. Every method raises JobdError, usually one of the
+    subclasses that its documentation names. Close the client, or use it as a context manager.
     """

@@ -1,6 +1,6 @@
 """The calls of the worker API: one function each, which builds the request.
 
-The methods of the clients take signature and docstring from here. Durations are in milliseconds, times in Unix
+The methods of the clients get their signatures and docstrings from here. Durations are in milliseconds, times in Unix
 milliseconds, as in the API.
 """
 
@@ -44,7 +44,7 @@ class _GrantList(Struct):
 def _named(build: Build) -> Build:
     """Reject positional arguments after `job_id` with a TypeError that shows the correct call.
 
-    The manager that jobd replaces orders them differently (`failJob(jobId, message, lockId)`).
+    The job manager that jobd replaces has them in another order (`failJob(jobId, message, lockId)`).
     """
     needed = [p.name for p in inspect.signature(build).parameters.values() if p.default is p.empty]
     call = f"{build.__name__}({', '.join([needed[0], *(f'{name}=...' for name in needed[1:])])})"
@@ -52,7 +52,7 @@ def _named(build: Build) -> Build:
     @functools.wraps(build)
     def checked(*positional: Any, **named: Any) -> ApiRequest[Any]:
         if len(positional) > 1:
-            raise TypeError(f"only job_id may be positional; write {call}")
+            raise TypeError(f"only job_id can be positional; write {call}")
         return build(*positional, **named)
 
     return cast(Build, checked)
@@ -76,12 +76,11 @@ def create_job(
     expires_at: int | None = None,
     idempotency_key: str | None = None,
 ) -> ApiRequest[JobInfo]:
-    """Create a job and return it. Options that are not given have the daemon's defaults.
+    """Create a job and return it. The daemon has defaults for all options.
 
-    `payload` is any value that JSON can express (msgspec.Raw is sent unchanged). Without an `id` the client makes one
-    (UUIDv7), so repeating the call after a lost response does not create a second job. Raises JobExists if another
-    request created a job with this `id`, TooLarge if the payload is above the limit, TooManyJobs, TooManyQueues,
-    StorageFull.
+    `payload` is any value that JSON can express (msgspec.Raw is sent unchanged). Without `id`, the client generates one
+    (UUIDv7), so a retry after a lost response does not create a second job. Raises JobExists if a different job with
+    this `id` exists, TooLarge if the payload is above the limit, TooManyJobs, TooManyQueues, StorageFull.
     """
     body = {
         "id": id or uuid7(),
@@ -103,9 +102,9 @@ def create_job(
 
 
 def create_jobs(jobs: Iterable[Mapping[str, Any]], *, idempotency_key: str | None = None) -> ApiRequest[list[JobInfo]]:
-    """Create up to 1000 jobs, all or none, in the order given.
+    """Create up to 1000 jobs, all or none, in the given order.
 
-    Each is a mapping with the names of `create_job`; one without an `id` gets a UUIDv7. Raises the same errors.
+    Each is a mapping with the arguments of `create_job`; those without an `id` get a UUIDv7. Raises the same errors.
     """
     with_ids = [{"id": job.get("id") or uuid7()} | {name: job[name] for name in job if name != "id"} for job in jobs]
     created = post(f"{JOBS}/bulk", _CreatedJobs, {"jobs": with_ids}, key=idempotency_key or uuid7())
@@ -128,8 +127,8 @@ def list_jobs(
 ) -> ApiRequest[JobInfoPage]:
     """Get a page of the jobs that match, newest first. `limit` is at most 200, by default 50.
 
-    `worker` selects jobs that this worker holds or was the last to hold. A page may be short; the last one has no
-    `next_cursor`. `cursor` is the `next_cursor` of the page before.
+    `worker` selects jobs that this worker holds or was the last to hold. `cursor` is the `next_cursor` of the previous
+    page. A page may be short; the last page has no `next_cursor`.
     """
     return get(JOBS, JobInfoPage, status=status, queue=queue, kind=kind, worker=worker, limit=limit, cursor=cursor)
 
@@ -161,8 +160,8 @@ def start_processing(
 ) -> ApiRequest[GrantInfo]:
     """Lock this job for `worker`. The lock expires after `lock_ttl_ms` (1 s to 24 h) unless it is extended.
 
-    The lock never outlives the latest progress report by more than `max_processing_ms`; 0 means no ceiling. The ceiling
-    of the job itself takes precedence. `jobctl workers` shows `about`.
+    `max_processing_ms` is the progress timeout: the lock expires at most that long after the latest progress report (0:
+    no timeout). A progress timeout of the job itself takes precedence. `jobctl workers` shows `about`.
 
     Raises AlreadyLocked, NotDue, QueuePaused, InvalidTransition, JobNotFound.
     """
@@ -191,8 +190,8 @@ def claim(
 ) -> ApiRequest[list[GrantInfo]]:
     """Lock the first due jobs for `worker`, at most `limit` (1 by default, up to 100). The list may be empty.
 
-    `queues` is `["default"]` by default; without `kinds` all kinds match. With `wait_ms` (up to 60 000) the call waits
-    that long for a job. The other options are those of `start_processing`.
+    `queues` is `["default"]` by default. Without `kinds`, all kinds match. With `wait_ms` (up to 60 000), the call
+    waits up to that long for a job. The other options are those of `start_processing`.
     """
     body = {
         "worker": worker,
@@ -243,9 +242,9 @@ def complete_job(
     metadata: Any = None,
     expires_at: int | None = None,
 ) -> ApiRequest[JobInfo]:
-    """Complete the job with its result. It is deleted at `expires_at` (by default after the daemon's retention).
+    """Complete the job with its result. It is deleted at `expires_at`, by default after the daemon's retention.
 
-    The same call again returns the same. Raises LockLost, and InvalidTransition if you ended the job differently.
+    Repeating the call returns the same result. Raises LockLost, and InvalidTransition if you ended the job differently.
     """
     body = {
         "lock_id": lock_id,
@@ -268,7 +267,7 @@ def fail_job(
     retry: bool = True,
     retry_after_ms: int | None = None,
 ) -> ApiRequest[JobInfo]:
-    """Fail this attempt. If attempts are left, the job returns to its queue, unless `retry` is False.
+    """Fail this attempt. The job returns to its queue if attempts are left and `retry` is not False.
 
     `error_message` has 1 to 4096 characters. Raises LockLost, and InvalidTransition if you ended the job differently.
     """
@@ -286,8 +285,8 @@ def fail_job(
 def release_job(job_id: str, *, lock_id: str, delay_ms: int | None = None) -> ApiRequest[JobInfo]:
     """Return the job to its queue without using an attempt. It is due again after `delay_ms`.
 
-    Without `delay_ms` it keeps its place. From the 5th release in a row without progress, it waits 1 s to 1 min.
-    After your own complete or fail the call changes nothing, so it can be in a `finally`. Raises LockLost.
+    Without `delay_ms`, it keeps its position. From the 5th release in a row without progress, it is delayed by 1 s to
+    1 min. After your own complete or fail, the call changes nothing, so it can be in a `finally`. Raises LockLost.
     """
     return post(job_path(JOBS, job_id, "release"), JobInfo, {"lock_id": lock_id, "delay_ms": delay_ms})
 
@@ -303,7 +302,7 @@ def cancel_job(job_id: str, reason: str | None = None, *, idempotency_key: str |
 def queues(*, limit: int | None = None, cursor: str | None = None) -> ApiRequest[list[QueueView]]:
     """Get a page of queues by name: counts by status, the oldest due job, and the pause if there is one.
 
-    `limit` is at most 200, the default. `cursor` is the name of the last queue of the page before.
+    `limit` is at most 200, the default. `cursor` is the name of the last queue of the previous page.
     """
     return queue_page(limit=limit, cursor=cursor).then(lambda page: page.queues)
 
@@ -323,7 +322,7 @@ def worker_page(
 ) -> ApiRequest[WorkerList]:
     """Get a page of workers, most recently seen first. `limit` is at most 200, the default.
 
-    `state` selects workers in that state; without it, all that are not gone. `cursor` is the `next_cursor` of the page
-    before.
+    `state` selects workers in that state, by default all that are not gone. `cursor` is the `next_cursor` of the
+    previous page.
     """
     return get("/v1/workers", WorkerList, state=state, limit=limit, cursor=cursor)

@@ -1,4 +1,4 @@
-"""The actions of operators on one job, as data: names, descriptions and commands."""
+"""The actions of operators on one job as data: names, descriptions and commands."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ _ALL: Final = (
     JobAction(
         "extend",
         "Extend lock",
-        "The lock lasts for its full TTL again, from now on. The worker keeps the job and is not notified.",
+        "The lock is extended to its full TTL from now. The worker keeps the job and is not notified.",
         ExtendLock,
         api_call="POST extend-lock",
     ),
@@ -110,7 +110,7 @@ _ALL: Final = (
     JobAction(
         "cancel",
         "Cancel",
-        "The job is cancelled. A worker that holds it learns this from its next call.",
+        "The job is cancelled. A worker that holds it loses the lock.",
         Cancel,
         destructive=True,
         cli_command="jobctl cancel",

@@ -14,14 +14,14 @@ from jobd.model.fields import QueueName, WorkerName
 from jobd.model.responses import Response
 
 MAX_LISTED: Final = 50  # jobs of each kind
-PREVIEW_S: Final = 0.01  # scanning for inconsistent jobs; a page does not wait for a full scan
+PREVIEW_S: Final = 0.01  # time limit of the scan for inconsistent jobs
 PREVIEW_LIMIT: Final = 1_000  # jobs of each kind in a preview
 MAX_CLOCK_JOBS: Final = 50
 LABELS: Final = {"run": "Run cleanup", "recover": "Recover stalled jobs"}
 
 
 class QueueForm(ReasonForm, frozen=True, kw_only=True):
-    """`cursor` is that of the page of queues with the form."""
+    """`cursor` is that of the page that contains the form."""
 
     name: QueueName
     cursor: QueueName | None = None
@@ -129,15 +129,15 @@ async def take_back(viewer: Viewer, form: TakeBackForm) -> Response | ApiError:
 
 
 async def confirm_clock(viewer: Viewer, _: Command) -> PageData:
-    """Preview what deletion by age would do once the clock is accepted."""
+    """Preview which jobs would be deleted by age once the clock is accepted."""
     [paused] = await query(viewer, PAUSED_QUEUES)
     preview = await viewer.app.services.maintainer.preview(0)
-    held = [] if isinstance(preview, ApiError) else preview.held_jobs
+    job_ids = [] if isinstance(preview, ApiError) else preview.held_jobs
     return {
         "clock": viewer.app.services.clock_view(),
-        "count": len(held),
+        "count": len(job_ids),
         "is_more": not isinstance(preview, ApiError) and preview.more_held,
-        "named": held[:MAX_CLOCK_JOBS],
+        "named": job_ids[:MAX_CLOCK_JOBS],
         "error": preview.message if isinstance(preview, ApiError) else "",
         **banners(viewer, paused),
     }

@@ -1,6 +1,6 @@
 """Load the data of each page: send queries to the actor, and arrange the responses for the templates.
 
-Every list is bounded, and its page shows what is beyond the bound.
+Every list is bounded, and its page says if there are more items.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ MAX_WORKERS: Final = 50  # and locks
 MAX_EVENTS: Final = 200
 MAX_REPORTS: Final = 50
 MAX_GROUPS: Final = 100  # failure groups
-MAX_SCANNED: Final = 50_000  # jobs; a list whose search scans more does not update itself
+MAX_SCANNED: Final = 50_000  # jobs; a page whose search scans more is not updated automatically
 INDEXED_STATUSES: Final = ("queued", "processing", "failed", "cancelled")
 BULK_ACTIONS: Final = {"retry": "Retry"} | {
     verb: action.label for verb, action in JOB_ACTIONS.items() if verb in PLAN_COMMANDS
 }
-PAUSED_QUEUES: Final = Queues(paused=True, limit=20)  # sent by every page; its cost depends on paused queues only
+PAUSED_QUEUES: Final = Queues(paused=True, limit=20)  # sent by every page; costs little unless many queues are paused
 PAUSE_CHOICES: Final = (("15 minutes", "900000"), ("1 hour", "3600000"), ("4 hours", "14400000"), ("1 day", "86400000"))
 MAX_SILENT_NAMES: Final = 3  # silent workers named in the overview
 MAX_QUEUE_NAMES: Final = 200  # queues suggested in a filter
@@ -202,7 +202,7 @@ async def jobs(viewer: Viewer, request: JobsPageQuery) -> PageData:
 
 
 async def open_job(viewer: Viewer, request: JobPageQuery) -> PageData:
-    """Show a job. An open page shows a note when the job has been deleted meanwhile."""
+    """Show a job. If it is deleted while its page is open, the page says so."""
     try:
         return await job(viewer, request.id)
     except ApiException as exception:
@@ -300,7 +300,7 @@ def own_hosts(viewer: Viewer) -> set[str]:
 
 
 async def external_url(viewer: Viewer, request: ArtifactRequest) -> str:
-    """Return the `download_url` of a job or of its late result. Raise 404 if there is none that may be a link."""
+    """Return the `download_url` of a job or of its late result. Raise 404 if there is none or it may not be a link."""
     if request.late_result is None:
         view: JobView
         [view] = await query(viewer, Get(id=request.id))
@@ -325,7 +325,7 @@ async def failures(viewer: Viewer, _: Command) -> PageData:
 
 
 async def queues(timeseries: Timeseries, viewer: Viewer, request: QueuesPageQuery) -> PageData:
-    """Show queues by name, so that rows do not move while an operator is about to press a button."""
+    """Show queues by name, so that rows do not move under the pointer."""
     listed: QueueList
     listed, paused = await query(viewer, Queues(limit=MAX_QUEUES, cursor=request.cursor), PAUSED_QUEUES)
     return {

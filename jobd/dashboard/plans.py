@@ -1,4 +1,4 @@
-"""Plan an action on many jobs, show the plan, and apply it. The daemon holds the plans."""
+"""Plan an action on many jobs, show the plan, and apply it. The daemon keeps the plans in memory."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ DESCRIPTIONS: Final[dict[str, str]] = {
     "retry": "Failed and cancelled jobs are queued again as if they were new: no attempts, no stalls, no error, due "
     "now.",
     "force-reset": "Failed, cancelled and processing jobs are queued again as if they were new. A worker that holds "
-    "one loses the lock, and may have done part of the work.",
-    "cancel": "Queued and processing jobs are cancelled. A worker that holds one learns this from its next call.",
-    "force-fail": "Queued and processing jobs fail, with the reason as error. A worker that holds one loses the lock.",
+    "one loses the lock; it may have done part of the work.",
+    "cancel": "Queued and processing jobs are cancelled. A worker that holds one loses the lock.",
+    "force-fail": "Queued and processing jobs fail, with the reason as their error. A worker that holds one loses the "
+    "lock.",
     "delete": "Finished jobs and their history are deleted permanently.",
     "recover-stuck": "Stalled jobs are taken from their workers: each is requeued or fails, depending on its on_stall.",
     "cleanup": "As in a cleanup run, without repairs: stalled jobs are recovered, expired queued jobs fail, and "
@@ -45,7 +46,7 @@ DESTRUCTIVE: Final = {"cleanup", *(verb for verb, action in JOB_ACTIONS.items() 
 
 
 class PlanForm(JobFilter, frozen=True, kw_only=True):
-    """`scope`: the jobs in `ids`, or all that match the filters."""
+    """`scope` selects the jobs in `ids`, or all jobs that match the filters."""
 
     action: PlanAction
     scope: Literal["selected", "all"]
@@ -73,7 +74,7 @@ async def create_next_plan(viewer: Viewer, form: NextPlanForm) -> Response | Api
     if isinstance(plan, ApiError):
         return plan
     if plan.next_cursor is None:
-        raise api_error("invalid_request", "No jobs follow this plan: it contains all that its filter found.")
+        raise api_error("invalid_request", "No jobs follow this plan: it contains all jobs that match its filter.")
     command = MakePlan(
         action=plan.action,
         filter=plan.filter,
@@ -103,7 +104,9 @@ def _plan_command(viewer: Viewer, form: PlanForm) -> MakePlan:
     if form.scope == "all":
         if form.error is not None and not form.error.strip():  # an empty filter would match all jobs
             raise api_error(
-                "invalid_request", "This failure group has no fingerprint to find its jobs by.", field="$.error"
+                "invalid_request",
+                "This failure group has no fingerprint, so its jobs cannot be found.",
+                field="$.error",
             )
         try:
             return MakePlan(
@@ -112,7 +115,7 @@ def _plan_command(viewer: Viewer, form: PlanForm) -> MakePlan:
         except msgspec.ValidationError as error:
             raise validation_error(str(error), PlanFilter) from None
     if not form.ids:
-        raise api_error("invalid_request", "No job is selected. Select some, or choose all that match.", field="$.ids")
+        raise api_error("invalid_request", "No job is selected. Select jobs, or choose all that match.", field="$.ids")
     return MakePlan(action=form.action, ids=form.ids, reason=reason)
 
 

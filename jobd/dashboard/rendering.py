@@ -40,7 +40,7 @@ HEADERS: Final = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-# The pages that show the same as these commands.
+# The pages that show the same data as these commands.
 _PAGES: Final = {
     "workers": "/workers",
     "locks": "/workers#h-locks",
@@ -101,7 +101,7 @@ class Renderer:
     async def warm(self) -> None:
         """Compile all templates in the background after the start.
 
-        Compiling holds the GIL, so pauses keep it from delaying requests.
+        Compiling holds the GIL, so pauses between the templates let requests run.
         """
         for name in await asyncio.to_thread(self._environment.list_templates):
             await asyncio.to_thread(self._environment.get_template, name)
@@ -123,7 +123,7 @@ def redirect(url: str, **headers: str) -> RawBody:
 
 
 def visible(value: Any) -> Any:
-    """Make control characters visible: text from outside could move the cursor or reverse the line."""
+    """Make control characters visible. Text from outside could otherwise hide or reverse parts of a line."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return value.translate(_VISIBLE)
@@ -164,12 +164,12 @@ def duration(ms: float) -> str:
 
 
 def utc_time(at: int) -> str:
-    """Format a time for people: 2026-01-31 12:00:00 UTC."""
+    """Format a time: 2026-01-31 12:00:00 UTC."""
     return _utc(at).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def audit_detail(value: object) -> str:
-    """Format a detail of an audit entry: the parts of a filter by name, and times for people."""
+    """Format a detail of an audit entry. A filter becomes a list of its fields, with times as `utc_time` shows them."""
     if not isinstance(value, dict):
         return str(value)
     parts = []

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Annotated, Any, Final
 
 from aiohttp.web import StreamResponse
-from msgspec import Meta
+from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from jobd.api.downloads import ArtifactRequest, send_artifact
@@ -66,6 +66,73 @@ class JobActionForm(JobCommand, frozen=True, kw_only=True):
     csrf: str = ""
 
 
+class PageSpec(Struct, frozen=True):
+    """A page for signed-in viewers. `name` is that of its template.
+
+    Its live region updates on the events of `subscription` (by default all events), or every `interval_s` seconds
+    without them (0: never). `changes`: the page leads to a change, so read-only viewers get 403. `redirect_to` may
+    return another URL.
+    """
+
+    path: str
+    query: type[Command]
+    name: str
+    title: str
+    load: LoadPage
+    interval_s: int = 2
+    changes: bool = False
+    redirect_to: Callable[[Any], str | None] | None = None
+    subscription: Callable[[Any], Subscription] | None = None
+
+
+PAGES: Final = (
+    PageSpec(
+        "/jobs", JobsPageQuery, "jobs", "Jobs", pages.jobs,
+        interval_s=5, redirect_to=job_redirect, subscription=jobs_subscription,
+    ),
+    PageSpec("/plans/{plan_id}", PlanCommand, "plan", "Plan", plans.plan_page),
+    PageSpec("/failures", NoFields, "failures", "Failures", pages.failures),
+    PageSpec("/workers", pages.WorkersPageQuery, "workers", "Workers", pages.workers),
+    PageSpec(
+        "/workers/take-back", maintenance.TakeBackQuery, "take_back", "Workers", maintenance.confirm_take_back,
+        changes=True,
+    ),
+    PageSpec("/cleanup", NoFields, "cleanup", "Cleanup", pages.cleanup),
+    PageSpec(
+        "/cleanup/confirm", maintenance.CleanupConfirmQuery, "cleanup_confirm", "Cleanup", maintenance.confirm_cleanup,
+        changes=True,
+    ),
+    PageSpec("/alerts", NoFields, "alerts", "Alerts", pages.alerts, interval_s=5),
+    PageSpec("/webhooks", NoFields, "webhooks", "Webhooks", webhooks.webhook_list, interval_s=5),
+    PageSpec(
+        "/webhooks/{name}", webhooks.WebhookPageQuery, "webhook", "Webhook", webhooks.webhook_detail, interval_s=5
+    ),
+    PageSpec(
+        "/webhooks/{name}/retry-failed", webhooks.RetryFailedQuery, "webhook_retry", "Retry failed deliveries",
+        webhooks.confirm_retry_failed, changes=True,
+    ),
+    PageSpec("/audit", pages.AuditPageQuery, "audit", "Audit", pages.audit, interval_s=5),
+    PageSpec("/clock", NoFields, "clock", "Clock", maintenance.confirm_clock),
+)  # fmt: skip
+
+FORMS: Final[tuple[tuple[str, type[Command], HandleForm], ...]] = (
+    ("/plans", plans.PlanForm, plans.create_plan),
+    ("/plans/{plan_id}/apply", plans.ApplyPlanForm, plans.apply_plan),
+    ("/plans/{plan_id}/next", plans.NextPlanForm, plans.create_next_plan),
+    ("/queues/pause", maintenance.QueueForm, maintenance.pause_queue),
+    ("/queues/resume", maintenance.QueueForm, maintenance.resume_queue),
+    ("/queues/{name}/pause", maintenance.QueueForm, maintenance.pause_queue),  # for programs, like the next one
+    ("/queues/{name}/resume", maintenance.QueueForm, maintenance.resume_queue),
+    ("/workers/take-back", maintenance.TakeBackForm, maintenance.take_back),
+    ("/cleanup/run", ReasonForm, maintenance.run_cleanup),
+    ("/cleanup/recover", ReasonForm, maintenance.recover_stuck),
+    ("/clock/accept", ReasonForm, maintenance.accept_clock),
+    ("/webhooks/{name}/test", webhooks.TestWebhookForm, webhooks.send_test),
+    ("/webhooks/{name}/resend", webhooks.ResendForm, webhooks.resend),
+    ("/webhooks/{name}/resend-given-up", webhooks.RetryFailedForm, webhooks.retry_failed),
+)
+
+
 class Dashboard:
     """The pages of the admin listener. Reads static files: construct it off the event loop, and `warm` it later."""
 
@@ -84,109 +151,33 @@ class Dashboard:
 
     def routes(self) -> tuple[Route, ...]:
         """Return the routes of all pages, forms and files."""
-        page, form, public, series = self._page_route, self._form_route, self._public_route, self._timeseries
+        page, form, public, sign_in = self._page_route, self._form_route, self._public_route, self._sign_in_pages
+        overview, queues = partial(pages.overview, self._timeseries), partial(pages.queues, self._timeseries)
         return (
-            public("GET", "/sign-in", SignInQuery, self._sign_in_pages.page),
-            public("POST", "/sign-in", SignInForm, self._sign_in_pages.sign_in),
-            form("/sign-out", Form, self._sign_in_pages.sign_out, for_read_only=True),
+            page(PageSpec("/", NoFields, "overview", "Overview", overview)),
+            page(PageSpec("/queues", pages.QueuesPageQuery, "queues", "Queues", queues)),
+            *map(page, PAGES),
+            *(form(path, fields, submit) for path, fields, submit in FORMS),
+            *self._job_routes("/jobs/{id}"),
+            *self._job_routes("/job"),  # for ids that a path cannot hold
+            public("GET", "/sign-in", SignInQuery, sign_in.page),
+            public("POST", "/sign-in", SignInForm, sign_in.sign_in),
+            form("/sign-out", Form, sign_in.sign_out, for_read_only=True),
             public("GET", "/static/{name}", StaticFileQuery, self._static),
             public("GET", "/docs", NoFields, partial(self._docs, "/openapi.json")),
             public("GET", "/docs/worker", NoFields, partial(self._docs, "/docs/worker.json")),
-            Route(
-                method="GET",
-                path="/live",
-                request=Subscription,
-                response=bytes,
-                auth="anyone",
-                handler=self._live,
-                content_type=EVENT_STREAM,
-            ),
-            Route(
-                method="GET", path="/chart.json", request=NoFields, response=bytes, auth="anyone", handler=self._chart
-            ),
-            page("/", NoFields, "overview", "Overview", partial(pages.overview, series)),
-            page(
-                "/jobs",
-                JobsPageQuery,
-                "jobs",
-                "Jobs",
-                pages.jobs,
-                interval_s=5,
-                redirect_to=job_redirect,
-                subscription=jobs_subscription,
-            ),
-            *self._job_routes("/jobs/{id}"),
-            *self._job_routes("/job"),  # for ids that a path cannot hold
-            form("/plans", plans.PlanForm, plans.create_plan),
-            page("/plans/{plan_id}", PlanCommand, "plan", "Plan", plans.plan_page),
-            form("/plans/{plan_id}/apply", plans.ApplyPlanForm, plans.apply_plan),
-            form("/plans/{plan_id}/next", plans.NextPlanForm, plans.create_next_plan),
-            page("/failures", NoFields, "failures", "Failures", pages.failures),
-            page("/queues", pages.QueuesPageQuery, "queues", "Queues", partial(pages.queues, series)),
-            form("/queues/pause", maintenance.QueueForm, maintenance.pause_queue),
-            form("/queues/resume", maintenance.QueueForm, maintenance.resume_queue),
-            form("/queues/{name}/pause", maintenance.QueueForm, maintenance.pause_queue),  # for programs, like the next
-            form("/queues/{name}/resume", maintenance.QueueForm, maintenance.resume_queue),
-            page("/workers", pages.WorkersPageQuery, "workers", "Workers", pages.workers),
-            page(
-                "/workers/take-back",
-                maintenance.TakeBackQuery,
-                "take_back",
-                "Workers",
-                maintenance.confirm_take_back,
-                changes=True,
-            ),
-            form("/workers/take-back", maintenance.TakeBackForm, maintenance.take_back),
-            page("/cleanup", NoFields, "cleanup", "Cleanup", pages.cleanup),
-            page(
-                "/cleanup/confirm",
-                maintenance.CleanupConfirmQuery,
-                "cleanup_confirm",
-                "Cleanup",
-                maintenance.confirm_cleanup,
-                changes=True,
-            ),
-            form("/cleanup/run", ReasonForm, maintenance.run_cleanup),
-            form("/cleanup/recover", ReasonForm, maintenance.recover_stuck),
-            page("/alerts", NoFields, "alerts", "Alerts", pages.alerts, interval_s=5),
-            page("/webhooks", NoFields, "webhooks", "Webhooks", webhooks.webhook_list, interval_s=5),
-            page(
-                "/webhooks/{name}",
-                webhooks.WebhookPageQuery,
-                "webhook",
-                "Webhook",
-                webhooks.webhook_detail,
-                interval_s=5,
-            ),
-            form("/webhooks/{name}/test", webhooks.TestWebhookForm, webhooks.send_test),
-            page(
-                "/webhooks/{name}/retry-failed",
-                webhooks.RetryFailedQuery,
-                "webhook_retry",
-                "Retry failed deliveries",
-                webhooks.confirm_retry_failed,
-                changes=True,
-            ),
-            form("/webhooks/{name}/resend-given-up", webhooks.RetryFailedForm, webhooks.retry_failed),
-            form("/webhooks/{name}/resend", webhooks.ResendForm, webhooks.resend),
-            page("/audit", pages.AuditPageQuery, "audit", "Audit", pages.audit, interval_s=5),
-            page("/clock", NoFields, "clock", "Clock", maintenance.confirm_clock),
-            form("/clock/accept", ReasonForm, maintenance.accept_clock),
+            _data_route("/live", Subscription, self._live, content_type=EVENT_STREAM),
+            _data_route("/chart.json", NoFields, self._chart),
         )
 
     def _job_routes(self, path: str) -> tuple[Route, ...]:
         """Return the routes of one job under `path`."""
         page, form, public = self._page_route, self._form_route, self._public_route
+        job = PageSpec(path, pages.JobPageQuery, "job", "Job", pages.open_job, subscription=_job_subscription)
+        confirm = PageSpec(f"{path}/confirm", pages.ConfirmPageQuery, "confirm", "Confirm", pages.confirm, changes=True)
         return (
-            page(
-                path,
-                pages.JobPageQuery,
-                "job",
-                "Job",
-                pages.open_job,
-                subscription=lambda query: Subscription(job_id=query.id),
-            ),
-            page(f"{path}/confirm", pages.ConfirmPageQuery, "confirm", "Confirm", pages.confirm, changes=True),
+            page(job),
+            page(confirm),
             form(f"{path}/do", JobActionForm, self._run_action),
             public("GET", f"{path}/artifact", ArtifactRequest, self._artifact),
             public("GET", f"{path}/external-link", ArtifactRequest, self._external_link),
@@ -209,48 +200,33 @@ class Dashboard:
             render_error=self.error_page,
         )
 
-    def _page_route(
-        self,
-        path: str,
-        request: type[Command],
-        name: str,
-        title: str,
-        load: LoadPage,
-        *,
-        interval_s: int = 2,
-        changes: bool = False,
-        redirect_to: Callable[[Any], str | None] = lambda query: None,
-        subscription: Callable[[Any], Subscription] = lambda query: Subscription(),
-    ) -> Route:
-        """Return the route of a page for signed-in viewers.
-
-        Its live region updates on the events of `subscription`, or every `interval_s` seconds without them (0: never).
-        `changes`: the page leads to a change, so read-only viewers get 403. `redirect_to` may return another URL.
-        """
+    def _page_route(self, spec: PageSpec) -> Route:
+        """Return the route of a page for signed-in viewers."""
 
         async def handle(app: App[Services], context: RequestContext, query: Any) -> Response:
             viewer = find_viewer(app, context, self.sessions)
             if viewer is None:
                 return redirect_to_sign_in(context)
-            if changes and not viewer.may_change:
+            if spec.changes and not viewer.may_change:
                 raise api_error(
                     "forbidden", "This session is read-only. To make changes, sign in with the admin token."
                 )
-            if (url := redirect_to(query)) is not None:
+            if spec.redirect_to is not None and (url := spec.redirect_to(query)) is not None:
                 return Response(redirect(url), status=303)
-            data = await load(viewer, query)
+            subscription = Subscription() if spec.subscription is None else spec.subscription(query)
+            data = await spec.load(viewer, query)
             status = data.pop("status", 200)
             page = {
-                "name": name,
-                "title": title,
-                "interval_s": interval_s,
-                "events_url": live_url(subscription(query)),
-                "part": f"{name}.live.html",
+                "name": spec.name,
+                "title": spec.title,
+                "interval_s": spec.interval_s,
+                "events_url": live_url(subscription),
+                "part": f"{spec.name}.live.html",
             }
-            template = "live.html" if is_live_update(context) else f"{name}.html"
+            template = "live.html" if is_live_update(context) else f"{spec.name}.html"
             return Response(await self._render(template, viewer, **{**page, **data}), status=status)
 
-        return self._public_route("GET", path, request, handle)
+        return self._public_route("GET", spec.path, spec.query, handle)
 
     def _form_route(self, path: str, form: type[Command], submit: HandleForm, *, for_read_only: bool = False) -> Route:
         """Return the route of a form. It needs a session with its CSRF token, or a token, with full access."""
@@ -380,3 +356,12 @@ class Dashboard:
             "events_url": live_url(Subscription(job_id=job_id)),
         }
         return Response(await self._render("job.html", viewer, **data, **page, api_error=error), status=error.status)
+
+
+def _data_route(path: str, query: type[Command], handler: Any, **options: Any) -> Route:
+    """Return a route for the scripts of the pages. Its handler checks the session."""
+    return Route(method="GET", path=path, request=query, response=bytes, auth="anyone", handler=handler, **options)
+
+
+def _job_subscription(query: pages.JobPageQuery) -> Subscription:
+    return Subscription(job_id=query.id)

@@ -58,7 +58,7 @@ class Sessions:
     def __init__(self, access_of: Callable[[bytes], Permission | None], clock_s: Callable[[], float]) -> None:
         self._access_of = access_of
         self._clock_s = clock_s
-        # One pool for each permission: a holder of a read-only token cannot push out operators' sessions.
+        # One pool for each permission, so that sign-ins with a read-only token do not end the sessions of operators.
         self._pools: dict[Permission, dict[bytes, Session]] = {each: {} for each in get_args(Permission)}  # LRU order
 
     def sign_in(self, token: str, name: str = "", *, by_tls: bool = False) -> tuple[str, Session] | None:
@@ -127,7 +127,7 @@ class LoginThrottle:
         self._audited: deque[float] = deque(maxlen=MAX_AUDITED_FAILURES)
 
     def record_failure(self, address: str) -> FailedSignIn:
-        """Count a failure. The first of a window are audited, then every power of two."""
+        """Count a failure. The first FREE_FAILURES of a window are audited, then numbers 16, 32, 64 and so on."""
         now_s = self._clock_s()
         window = self._windows.get(address)
         if window is None or now_s - window.start_s >= FAILURE_WINDOW_S:
@@ -162,7 +162,7 @@ class SignInLog:
         self._windows: dict[str, SignInWindow] = {}  # in the order of their start
 
     def record(self, what: str, access: Permission, address: str, name: str) -> SignInWindow:
-        """Count one more, and return its window."""
+        """Count a sign-in or sign-out, and return its window."""
         now_s, key = self._clock_s(), f"{what} {access} {address}"
         window = self._windows.get(key)
         if window is None or now_s - window.start_s >= SIGN_IN_WINDOW_S:

@@ -11,11 +11,10 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
 from urllib.parse import quote, urlencode
 
-# Job ids that a path cannot hold: browsers resolve `.` and `..`, also if they are written as %2E.
+# Job ids that a path cannot hold: browsers resolve `.` and `..`, even if they are escaped as %2E.
 DOT_SEGMENTS: Final = frozenset({".", ".."})
 
-# Hosts are accepted in plain spelling only. Browsers interpret others in their own way (user@host, %31, full-width
-# digits).
+# Only hosts in plain spelling are accepted, because browsers also interpret others (user@host, %31, full-width digits).
 _URL: Final = re.compile(
     r"https?://(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?([/?#][^\x00-\x1f\x7f]*)?", re.IGNORECASE
 )

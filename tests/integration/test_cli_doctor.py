@@ -71,7 +71,7 @@ async def test_clock_accept_lists_the_jobs_to_delete_and_asks(
     monkeypatch.setenv("ADMIN_TOKEN", "canary-token-0123456789")
     held = ["old-1", "old-2"]
     assert await _clock(tmp_path, held, "accept") == (2, False)
-    assert "add --yes to do it, --dry-run to see the effect" in capsys.readouterr().err
+    assert "add --yes to skip it, or --dry-run to preview the effect" in capsys.readouterr().err
     assert await _clock(tmp_path, held, "accept", "--dry-run") == (0, False)
     assert "2: old-1 old-2 finished jobs would be deleted by age" in capsys.readouterr().out
     assert await _clock(tmp_path, held, "accept", "--dry-run", "--json") == (0, False)
@@ -100,7 +100,7 @@ def test_webhooks_are_listed_with_their_state(capsys: pytest.CaptureFixture[str]
     ]
     tables_admin.webhooks(states)
     rows = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
-    assert rows[0][2:4] == ["STATE", "NEXT TRY"]
+    assert rows[0][2:4] == ["STATE", "NEXT ATTEMPT"]
     assert {row[0]: row[2:4] for row in rows[1:]} == {
         "a": ["starting", "-"],
         "b": ["healthy", "-"],
@@ -121,7 +121,7 @@ async def test_the_doctor_names_failing_webhooks_and_dead_lettered_messages(tmp_
         harness.fakes.deliveries_page = answers.DeliveryPage([given_up], None)
 
     finding = (await _findings(tmp_path, failing))["webhook q"]
-    assert "3 wait" in finding
+    assert "3 are waiting" in finding
     assert finding.endswith("500: no")
     finding = (await _findings(tmp_path, lambda harness: lost(harness, now)))["webhook q"]
     assert "messages were dead-lettered" in finding
@@ -131,7 +131,7 @@ async def test_the_doctor_names_failing_webhooks_and_dead_lettered_messages(tmp_
 
 MIB = 1 << 20
 PASSED = {
-    "disk": ("jobd_disk_free_bytes {}", 256 * MIB - 1, 256 * MIB, "256.0 MiB are left"),
+    "disk": ("jobd_disk_free_bytes {}", 256 * MIB - 1, 256 * MIB, "256.0 MiB are free"),
     "write-ahead log": ("jobd_wal_bytes {}", 256 * MIB + 1, 256 * MIB, "grown to 256.0 MiB"),
     "event loop": ("jobd_loop_lag_seconds {}", 0.51, 0.5, "blocked for 0.5 s"),
     "mailbox": ("jobd_mailbox_limit_commands 100.0\njobd_mailbox_commands {}", 51, 50, "51% full"),
@@ -143,16 +143,16 @@ PASSED = {
 @pytest.mark.parametrize("where", PASSED)
 def test_the_doctor_compares_figures_with_the_thresholds_of_the_rules(where: str) -> None:
     line, wrong, right, finding = PASSED[where]
-    (found,) = checkup._figures(f"{line.format(wrong)}\n")
+    (found,) = checkup._metrics(f"{line.format(wrong)}\n")
     assert (found.where, finding in found.what) == (where, True), found
-    assert list(checkup._figures(f"{line.format(right)}\n")) == []
-    assert list(checkup._figures("jobd_stuck_jobs 0\n")) == []
+    assert list(checkup._metrics(f"{line.format(right)}\n")) == []
+    assert list(checkup._metrics("jobd_stuck_jobs 0\n")) == []
 
 
 def test_the_doctor_names_some_of_many_queues_and_none_that_is_paused() -> None:
     lines = [f'jobd_queue_oldest_due_seconds{{queue="q-{number}"}} {4_000 + number}' for number in range(13)]
     lines.append('jobd_queue_paused{queue="q-12"} 1')
-    found = list(checkup._figures("\n".join(lines) + "\n"))
+    found = list(checkup._metrics("\n".join(lines) + "\n"))
     assert [each.where for each in found] == [*(f"queue q-{number}" for number in range(11, 1, -1)), "queues"]
     assert "of 2 more queues" in found[-1].what
 

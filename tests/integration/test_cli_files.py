@@ -228,14 +228,14 @@ def test_a_damaged_row_is_named_with_its_fix(
     for verb in (["--accept", "b2"], ["--recount"]):  # there is no terminal
         code, out, err = _jobd(capsys, "doctor", "--store", str(copy), *verb)
         assert (code, out) == (2, "")
-        assert "add --yes to do it, --dry-run to see the effect" in err
+        assert "add --yes to skip it, or --dry-run to preview the effect" in err
     assert _jobd(capsys, "doctor", "--store", str(copy), "--dry-run")[0] == 2
     assert copy.read_bytes() == before
     prompts: list[str] = []
 
     def no(what: str) -> None:
         prompts.append(what)
-        raise exits.CliError("nothing was done")
+        raise exits.CliError("nothing has changed")
 
     with monkeypatch.context() as patched:
         patched.setattr("jobd.cli.daemon.store.need_terminal", lambda: None)

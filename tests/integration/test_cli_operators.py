@@ -268,7 +268,7 @@ def test_every_action_takes_a_reason(jobctl: Jobctl) -> None:
         (["cancel", "a", "--where", "queue=q", "-y"], "either job IDs or --where"),
         (["retry", "--where", "colour=red", "-y"], "NAME one of status"),
         (["retry", "--where", "queue=a", "--where", "queue=b", "-y"], "given twice"),
-        (["retry", "--where", "since=once", "-y"], "how long ago"),
+        (["retry", "--where", "since=once", "-y"], "an age such as 2h"),
         (["delete", "--where", "queue=q"], "--dry-run"),
     ],
 )
@@ -372,7 +372,7 @@ def test_take_back_ends_the_grants_of_a_silent_worker(running: CliDaemon, jobctl
         assert "w-silent (silent)" in jobctl.ok("locks")
         assert "Take its expired jobs back now: jobctl take-back w-silent" in jobctl.ok("why", "back-1")
         code, _, err = jobctl.run("take-back", "w-silent")
-        assert (code, "--dry-run to see the effect" in err) == (2, True)
+        assert (code, "--dry-run to preview the effect" in err) == (2, True)
         seen = jobctl.ok("take-back", "w-silent", "--dry-run")
         assert "back-1: would be requeued: No update from worker w-silent" in seen
         assert "would take back 2 jobs of w-silent: 2 requeued, 0 failed" in seen

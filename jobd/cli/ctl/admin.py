@@ -1,4 +1,4 @@
-"""The verbs of operators that do not change single jobs: state, maintenance, queues, the audit log."""
+"""The commands for operators that do not act on single jobs: state, maintenance, queues, the audit log."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REASON: Final = reason_option("Stored in the audit log.")
 @json_option
 @admin_options
 def stats(as_json: bool) -> None:
-    """Show the number of jobs by status, and how long they take."""
+    """Show the number of jobs by status, and their average duration."""
     from jobd.cli import tables_admin
 
     view = admin_client().stats()
@@ -36,7 +36,7 @@ def stats(as_json: bool) -> None:
 @json_option
 @admin_options
 def health(as_json: bool) -> int:
-    """Show the health of the daemon; exit 1 if it is unhealthy."""
+    """Show the health of the daemon. Exit 1 if it is unhealthy."""
     from jobd.cli import tables_admin
 
     view = admin_client().health()
@@ -51,7 +51,7 @@ def health(as_json: bool) -> int:
 @json_option
 @admin_options
 def cleanup(last: bool, dry_run: bool, reason: str | None, as_json: bool) -> int:
-    """Run cleanup now and show its report; exit 1 if a step failed."""
+    """Run cleanup now and show its report. Exit 1 if a step failed."""
     from jobd.cli import tables_admin
 
     client = admin_client()
@@ -104,7 +104,10 @@ def _with_plan_id(seen: PreviewView, plan: PlanView | None) -> dict[str, Any]:
 @json_option
 @admin_options
 def late(job_id: str, as_json: bool) -> None:
-    """List the results of a job that were submitted after the lock expired."""
+    """List the late results of a job.
+
+    A late result is one that a worker submitted after its lock expired. `jobctl adopt` completes the job with it.
+    """
     from jobd.cli import tables_admin
 
     found = admin_client().late_results(job_id)
@@ -115,7 +118,7 @@ def late(job_id: str, as_json: bool) -> None:
 @json_option
 @admin_options
 def locks(as_json: bool) -> None:
-    """List the current grants: job, worker and expiry."""
+    """List the jobs that workers hold, and when their locks expire."""
     from jobd.cli import tables_admin
 
     found = admin_client().locks()
@@ -126,7 +129,7 @@ def locks(as_json: bool) -> None:
 @json_option
 @admin_options
 def queues(as_json: bool) -> None:
-    """List the queues with their counts."""
+    """List the queues with the number of jobs by status."""
     from jobd.cli import tables_admin
 
     found = list(admin_client().iterate_queues())
@@ -137,7 +140,7 @@ def queues(as_json: bool) -> None:
 @click.option(
     "--state",
     type=click.Choice(["busy", "idle", "silent", "gone"]),
-    help="List only workers in this state.  [all but gone]",
+    help="List only workers in this state.  [default: all but gone]",
 )
 @json_option
 @admin_options
@@ -146,9 +149,9 @@ def workers(state: WorkerState | None, as_json: bool) -> None:
 
     \b
     busy    holds a job
-    silent  holds a job whose lock has expired: jobctl take-back WORKER
-    idle    holds nothing, and was seen in the last 5 min
-    gone    holds nothing, and was not seen for 5 min: listed with --state gone
+    silent  holds a job whose lock has expired (see jobctl take-back)
+    idle    holds no job, and was seen in the last 5 minutes
+    gone    holds no job, and was not seen for 5 minutes
     """
     from jobd.cli import tables_admin
 
@@ -171,10 +174,10 @@ def workers(state: WorkerState | None, as_json: bool) -> None:
 @_REASON
 @admin_options
 def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json: bool) -> None:
-    """End the expired grants of a silent worker.
+    """Take the jobs back whose lock a silent worker has let expire.
 
-    The stall rule of each job decides: by default, a job at progress 0 or with attempts left is requeued, and any other
-    job fails. Live locks do not change.
+    The on_stall rule of each job decides: by default, a job at progress 0 or with attempts left is requeued, and any
+    other job fails. Jobs of the worker with a live lock do not change.
     """
     from jobd.cli import tables_admin
 
@@ -195,12 +198,12 @@ def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json
     "--until",
     type=MOMENT,
     metavar="TIME",
-    help="When the daemon resumes the queue: a time, or a duration from now such as 2h.",
+    help="Resume the queue automatically at this time (UTC), or after a duration such as 2h.",
 )
 @json_option
 @admin_options
 def pause(queue: str, reason: str | None, until: int | None, as_json: bool) -> None:
-    """Grant no jobs of QUEUE until it is resumed.
+    """Pause QUEUE: grant none of its jobs until it is resumed.
 
     Running jobs continue. A queue can be paused before it has jobs.
     """
@@ -215,7 +218,7 @@ def pause(queue: str, reason: str | None, until: int | None, as_json: bool) -> N
 
 
 def _is_known(client: AdminClient, queue: str) -> bool:
-    """Return whether the queue exists. True if that cannot be determined: it is only for a hint."""
+    """Return whether the queue exists, or True if that cannot be determined. Used only for a hint."""
     from jobd.client import JobdError
 
     try:
@@ -230,7 +233,7 @@ def _is_known(client: AdminClient, queue: str) -> bool:
 @json_option
 @admin_options
 def resume(queue: str, reason: str | None, as_json: bool) -> None:
-    """Grant jobs of QUEUE again."""
+    """Resume QUEUE: grant its jobs again."""
     client = admin_client()
     is_known = _is_known(client, queue)
     view = client.resume_queue(queue, reason)
@@ -262,13 +265,13 @@ def alerts(firing: bool, as_json: bool) -> int:
 def clock(what: str | None, reason: str | None, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Show the daemon's clock, or accept it after a jump.
 
-    While the clock is suspect, no job is deleted or failed by age. If the clock is right, run `clock accept`. It lists
-    the jobs that would then be deleted, and asks first.
+    While the clock is suspect, no job expires or is deleted by age. If the clock is right, run `jobctl clock accept`.
+    It lists the jobs that would be deleted, and asks first.
     """
     from jobd.cli import tables_admin
 
     if (yes or dry_run) and what is None:
-        raise click.UsageError("--yes and --dry-run need: clock accept")
+        raise click.UsageError("--yes and --dry-run need `accept`: jobctl clock accept")
     client = admin_client()
     view = client.clock()
     if what == "accept" and (dry_run or (view.suspect and not yes)):
@@ -310,11 +313,13 @@ def failures(limit: int, as_json: bool) -> None:
     """Group failed jobs by error, largest groups first.
 
     RETRYING counts jobs that wait for another attempt. Errors that differ only in numbers, quoted names, paths and the
-    like form one group.
+    like are in one group.
 
     \b
-    Next: jobctl jobs --error ERROR, jobctl retry --where error=ERROR
-    For waiting jobs: jobctl jobs --error ERROR --status queued, jobctl run-now ID
+    List the jobs of a group:    jobctl jobs --error ERROR
+    Retry its failed jobs:       jobctl retry --where error=ERROR
+    List its waiting jobs:       jobctl jobs --error ERROR --status queued
+    Run a waiting job now:       jobctl run-now ID
     """
     from jobd.cli import tables_admin
 
@@ -327,12 +332,12 @@ def failures(limit: int, as_json: bool) -> None:
 @click.option("--action", type=NAME, metavar="ACTION", help="Only this action, such as force-fail.")
 @click.option("--what", type=NAME, hidden=True)
 @click.option("--job", "job_id", type=NAME, metavar="ID", help="Only actions on this job.")
-@click.option("--since", type=PAST, metavar="TIME", help="Only since this time (UTC); 2h: 2 hours ago.")
+@click.option("--since", type=PAST, metavar="TIME", help="Only since this time (UTC), or an age such as 2h.")
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Maximum number of entries.")
 @json_option
 @admin_options
 def audit(limit: int, action: str | None, what: str | None, as_json: bool, **match: Any) -> None:
-    """List the actions of operators, also rejected ones, newest first."""
+    """List the actions of operators, including rejected ones, newest first."""
     from jobd.cli import tables_admin
 
     client, cursor = admin_client(), None

@@ -1,4 +1,4 @@
-"""`jobctl events` and `jobctl top`, over the admin API."""
+"""The commands `jobctl events` and `jobctl top`."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ MIN_INTERVAL_MS: Final = 100
 
 @click.command()
 @click.option("-f", "--follow", is_flag=True, help="Follow new events until Ctrl-C.")
-@click.option("--queue", type=NAME, metavar="Q", multiple=True, help="Only events of this queue; may be repeated.")
+@click.option("--queue", type=NAME, metavar="NAME", multiple=True, help="Only events of this queue; may be repeated.")
 @click.option("--job", type=NAME, metavar="ID", multiple=True, help="Only events of this job; may be repeated.")
 @click.option(
     "--type",
     "type_",
     type=NAME,
-    metavar="T",
+    metavar="TYPE",
     multiple=True,
-    help="Only events of this type (completed, …); may be repeated.",
+    help="Only events of this type, such as completed; may be repeated.",
 )
 @click.option("--after", metavar="SEQ", type=click.IntRange(0), help="Start after the event with this number.")
 @click.option("--last", metavar="N", type=click.IntRange(1, MAX_SHOWN), help="Start N events ago.")
@@ -48,8 +48,8 @@ def events(
 ) -> None:
     """Print events, one per line.
 
-    Prints the matching ones of the last 100 events, or of those that --last or --after select. With -f, follows new
-    events. A lost connection is opened again, and no event is missed.
+    Without --last, --after and -f, prints the last 100 events, as far as they match. With -f, continues with new
+    events; if the connection is lost, it reconnects and misses no event.
     """
     from jobd.cli import tables
 
@@ -64,7 +64,7 @@ def events(
 
     for names in (queue, job, type_):
         if len(names) > MAX_NAMES:
-            raise click.UsageError(f"an option can be given at most {MAX_NAMES} times")
+            raise click.UsageError(f"an option can be repeated at most {MAX_NAMES} times")
     stream = admin_client().events(
         queue=queue, job_id=job, type=type_, after=after, last=last, follow=follow, on_lost=lost
     )
@@ -88,14 +88,14 @@ def _from(position: int | None) -> str:
 def top_command(interval: int, once: bool, as_json: bool) -> int:
     """Watch jobs, throughput, queues, workers and alerts.
 
-    Press q or Ctrl-C to exit. Rates cover the last 10 s; with --once and --json one interval.
+    Press q or Ctrl-C to exit. Rates cover the last 10 s, or one interval with --once or --json.
     """
     from jobd.cli.ctl import top
 
     if interval < MIN_INTERVAL_MS:
         raise click.UsageError(f"--interval must be at least {MIN_INTERVAL_MS}ms")
     if not (once or as_json or sys.stdout.isatty()):
-        raise click.UsageError("top needs a terminal: give --once or --json")
+        raise click.UsageError("top needs a terminal; without one, give --once or --json")
     client = admin_client()
     samples = top.Sampler()
     if once or as_json:

@@ -27,9 +27,9 @@ _ADMIN_FILTERS: Final = frozenset({"since", "until", "finished_since", "finished
 @click.option("--status", type=STATUSES, help="Only jobs with this status.")
 @click.option("--queue", type=NAME, metavar="NAME", help="Only jobs of this queue.")
 @click.option("--kind", metavar="KIND", help="Only jobs of this kind.")
-@click.option("--worker", type=NAME, metavar="NAME", help="Only jobs that this worker holds or held last.")
+@click.option("--worker", type=NAME, metavar="NAME", help="Only jobs that this worker holds or was the last to hold.")
 @click.option(
-    "--since", type=PAST, metavar="TIME", help="Only jobs created at or after this time (UTC); 2h: 2 hours ago. *"
+    "--since", type=PAST, metavar="TIME", help="Only jobs created at or after this time (UTC), or an age such as 2h. *"
 )
 @click.option("--until", type=PAST, metavar="TIME", help="Only jobs created before this time. *")
 @click.option("--finished-since", type=PAST, metavar="TIME", help="Only jobs finished at or after this time. *")
@@ -81,7 +81,7 @@ def _pages(limit: int | None, cursor: str | None, match: dict[str, Any]) -> tupl
 @json_option
 @worker_options
 def job(job_id: str, as_json: bool) -> None:
-    """Show everything about one job."""
+    """Show all fields of a job."""
     from jobd.cli import tables
 
     view = job_client().get_job(job_id)
@@ -117,7 +117,7 @@ def timeline(job_id: str, as_json: bool) -> None:
 @json_option
 @worker_options
 def validate(job_id: str, as_json: bool) -> int:
-    """Check a job's record; exit 0 if it is valid, else 1."""
+    """Check a job's record. Exit 0 if it is valid, else 1."""
     from jobd.cli import tables
 
     found = job_client().validate_job_state(job_id)

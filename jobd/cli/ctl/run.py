@@ -16,7 +16,7 @@ from jobd.cli.params import DURATION, NAME
     type=NAME,
     metavar="NAME",
     multiple=True,
-    help="Claim jobs of this queue; may be repeated.  [default]",
+    help="Claim jobs of this queue; may be repeated.  [default: default]",
 )
 @click.option("--kind", "kinds", metavar="KIND", multiple=True, help="Claim only jobs of this kind; may be repeated.")
 @click.option(
@@ -29,12 +29,12 @@ from jobd.cli.params import DURATION, NAME
 @click.option(
     "--lock-ttl", type=DURATION, default="60s", show_default=True, help="Lifetime of a lock; the worker renews it."
 )
-@click.option("--timeout", type=DURATION, help="Time limit of a run: SIGTERM, and 10 s later SIGKILL.  [none]")
+@click.option("--timeout", type=DURATION, help="Time limit of a run: SIGTERM, and SIGKILL 10 s later.  [default: none]")
 @click.option(
     "--max-processing",
     type=DURATION,
     default="0",
-    help="Longest time without progress; after it the lock is lost.  [0: no limit]",
+    help="Progress timeout: the lock is lost after this time without progress.  [default: none]",
 )
 @click.option(
     "--grace",
@@ -44,7 +44,7 @@ from jobd.cli.params import DURATION, NAME
     help="How long a running job may continue after SIGTERM.",
 )
 @click.option("--once", is_flag=True, help="Exit after one job.")
-@click.option("--drain", is_flag=True, help="Exit when no job is due and report the rest.")
+@click.option("--drain", is_flag=True, help="Exit when no job is due, and report how many are left.")
 @click.option("--name", type=NAME, metavar="NAME", help="Name of this worker.  [default: host and pid]")
 @click.argument("command", metavar="CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
 @worker_options
@@ -63,10 +63,10 @@ def run(
 ) -> int:
     """Claim jobs and run CMD for each.
 
-    CMD reads the payload as JSON from stdin and the job's fields from JOBD_JOB_* variables. It prints
-    "::progress 42 text", "::meta key=value" and "::result file_path=value" to report; all other lines pass through.
-    Exit code 0 completes the job, any other code fails it. A run that exceeds --timeout fails with "timeout". With
-    --once and --drain: exit 0 if all jobs were completed.
+    CMD gets the payload as JSON on stdin and the job's fields in JOBD_JOB_* variables. To report, it prints lines such
+    as "::progress 42 text", "::meta key=value" and "::result file_path=value"; other output is passed on. Exit code 0
+    completes the job, any other code fails it. A run that exceeds --timeout fails with the error code "timeout". With
+    --once or --drain, jobctl exits with 0 if all its jobs were completed, else with 1.
 
     \b
     Example: jobctl run --queue video --concurrency 2 -- ./convert.sh --quality high
@@ -74,9 +74,9 @@ def run(
     if once and drain:
         raise click.UsageError("--once and --drain exclude each other: give one of them")
     if once and concurrency > 1:
-        raise click.UsageError("--once runs one job: leave out --concurrency")
+        raise click.UsageError("--once runs one job: omit --concurrency")
     if timeout == 0:
-        raise click.UsageError("--timeout must be above 0; leave it out for no limit")
+        raise click.UsageError("--timeout must be above 0; omit it for no limit")
     import asyncio
 
     from jobd.client.worker.command_worker import CommandWorker

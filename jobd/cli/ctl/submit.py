@@ -1,4 +1,4 @@
-"""`jobctl submit`: create a job, and wait for its end."""
+"""`jobctl submit`: create a job, and optionally wait for its end."""
 
 from __future__ import annotations
 
@@ -19,43 +19,41 @@ _WAIT_RETRY_FOR_S: Final = 60.0  # --wait survives a restart of the daemon
 @click.option("--queue", type=NAME, metavar="NAME", help="Queue of the job.  [default: default]")
 @click.option("--kind", metavar="KIND", help="Kind of work; workers can claim by kind.")
 @click.option(
-    "--id", "job_id", type=NAME, metavar="ID", help="Id of the job; submitting the same job twice creates one."
+    "--id", "job_id", type=NAME, metavar="ID", help="Id of the job. Submitting the same job twice creates it once."
 )
 @click.option("--priority", type=int, metavar="N", help="-1000 to 1000; smaller numbers run first.")
-@click.option("--delay", "delay_ms", type=DURATION, metavar="10s", help="Due this long from now.")
-@click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time (UTC).")
+@click.option("--delay", "delay_ms", type=DURATION, help="Make the job due after this time, such as 10s.")
+@click.option("--run-at", type=MOMENT, metavar="TIME", help="Make the job due at this time (UTC).")
 @click.option(
     "--expires",
     "expires_at",
     type=MOMENT,
     metavar="TIME",
-    help="Fail the job if it is queued at this time (UTC).",
+    help="Fail the job if it is still queued at this time (UTC).",
 )
 @click.option("--max-attempts", type=int, metavar="N", help="Maximum number of attempts.  [default: 1]")
-@click.option("--max-stalls", type=int, metavar="N", help="Maximum number of stalls.")
-@click.option("--on-stall", type=click.Choice(["auto", "requeue", "fail"]), help="What happens when the job stalls.")
+@click.option("--max-stalls", type=int, metavar="N", help="Maximum number of stalls; the next one fails the job.")
+@click.option("--on-stall", type=click.Choice(["auto", "requeue", "fail"]), help="What to do when the job stalls.")
 @click.option(
     "--stuck-after",
     "stuck_after_ms",
     type=DURATION,
-    metavar="10m",
-    help="Time without a report after which the job is stalled.",
+    help="Time without progress after which the job is stalled, once its lock has expired.",
 )
 @click.option(
     "--max-processing",
     "max_processing_ms",
     type=DURATION,
-    metavar="30m",
-    help="Longest time without progress; 0: no limit.",
+    help="Progress timeout: the longest time without progress; 0: no limit.",
 )
 @click.option("--backoff", type=click.Choice(["exponential", "fixed"]), help="How the delay between attempts grows.")
-@click.option("--backoff-base", type=DURATION, metavar="1s", help="First delay between attempts.")
-@click.option("--backoff-max", type=DURATION, metavar="1h", help="Longest delay between attempts.")
-@click.option("--no-jitter", is_flag=True, help="Use exactly these delays, not random ones up to them.")
+@click.option("--backoff-base", type=DURATION, help="First delay between attempts.")
+@click.option("--backoff-max", type=DURATION, help="Longest delay between attempts.")
+@click.option("--no-jitter", is_flag=True, help="Use exactly these delays instead of random ones up to them.")
 @click.option(
-    "--idempotency-key", type=NAME, metavar="KEY", help="Repeating the command with the same key creates no second job."
+    "--idempotency-key", type=NAME, metavar="KEY", help="Repeating the command with this key creates no second job."
 )
-@click.option("--wait", is_flag=True, help="Wait for the end of the job; exit 0 if it completed, else 1.")
+@click.option("--wait", is_flag=True, help="Wait until the job is finished. Exit 0 if it is completed, else 1.")
 @json_option
 @worker_options
 def submit(

@@ -1,4 +1,4 @@
-"""The live table of `jobctl top`: sample the daemon and draw a frame."""
+"""The display of `jobctl top`: sample the daemon and draw frames."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Sampler:
         self._counts: deque[tuple[float, dict[str, float]]] = deque()
 
     def take(self, client: AdminClient, max_queues: int | None = None) -> TopFrame:
-        """Return a sample with the busiest queues, at most `most_queues` (None: all)."""
+        """Return a sample with the busiest queues, at most `max_queues` (None: all)."""
         stats, queues, seen, locks = (
             client.stats(),
             client.queues(limit=MAX_PAGE if max_queues is None else min(max_queues + 1, MAX_PAGE), busiest=True),
@@ -127,7 +127,7 @@ def _held(locks: Sequence[LockedJob]) -> list[HeldJob]:
 
 
 def watch(client: AdminClient, samples: Sampler, interval_s: float) -> None:
-    """Draw samples until q is pressed. Waits for a daemon that is unreachable."""
+    """Draw samples until q is pressed. While the daemon is unreachable, show the last sample and retry."""
     out = terminal.console()
     frame, note = samples.take(client, min(rows_of(out.height), MAX_WORKERS - 1)), ""
     with _screen(out) as draw, _keys() as wait:
@@ -140,12 +140,12 @@ def watch(client: AdminClient, samples: Sampler, interval_s: float) -> None:
             except JobdError as error:
                 if error.code not in RETRYABLE:
                     raise
-                note = f"This is an earlier state; retrying. {error.message}"
+                note = f"This state is out of date; retrying. {error.message}"
 
 
 @contextmanager
 def _screen(out: Console) -> Iterator[Callable[[TopFrame, str], None]]:
-    """Yield the function that replaces the frame on screen, or appends it if escape sequences are not allowed."""
+    """Yield a function that replaces the frame on the screen, or appends it if escape sequences are not allowed."""
     if not terminal.may_draw(sys.stdout):
         yield lambda frame, note: out.print(render(frame, note, out.height, out.width), "")
         return
@@ -157,7 +157,7 @@ def _screen(out: Console) -> Iterator[Callable[[TopFrame, str], None]]:
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], bool]]:
-    """Yield the function that waits and returns whether to continue: false if q was pressed."""
+    """Yield a function that waits and returns whether to continue: False if q was pressed."""
     if not sys.stdin.isatty():
         yield pause
         return
@@ -178,19 +178,19 @@ def _until_pressed(wait_s: float) -> bool:
         ready, _, _ = select.select([sys.stdin], [], [], left_s)
         if ready:
             pressed = os.read(sys.stdin.fileno(), 64)
-            if not pressed or b"q" in pressed.lower():  # nothing: the terminal is gone
+            if not pressed or b"q" in pressed.lower():  # end of input: the terminal was closed
                 return False
     return True
 
 
 def pause(wait_s: float) -> bool:
-    """Wait and return true: there are no keys to press."""
+    """Wait and return True: without a terminal, no key can be pressed."""
     time.sleep(wait_s)
     return True
 
 
 def draw_once(frame: TopFrame) -> None:
-    """Print a frame with every queue and worker."""
+    """Print one frame with all queues and workers."""
     out = terminal.console()
     everything = 20 + len(frame.queues) + len(frame.workers) + len(frame.alerts)
     terminal.print_plain(out, render(frame, "", 2 * everything, out.width))
@@ -201,7 +201,7 @@ def draw_once(frame: TopFrame) -> None:
 
 
 def rows_of(height: int) -> int:
-    """Return how many queues, and how many workers, fit into `height` lines."""
+    """Return the number of queues, and of workers, that fit into `height` lines."""
     return max((height - 12) // 2, 2)
 
 
@@ -298,17 +298,17 @@ def _table(
     spare: int = 0,
     is_part: bool = False,
 ) -> list[Text]:
-    """Draw at most `most` rows, one line each. On a narrow terminal up to `spare` of the last columns are omitted.
+    """Draw at most `max_rows` rows, one line each. On a narrow terminal, up to `spare` of the last columns are omitted.
 
-    Figures are never cut. A name loses its middle, and without spare columns the last column loses its end. `is_part`:
-    there are more rows than given.
+    Numbers are never cut. Names are cut in the middle, and without spare columns the last column is cut at its end.
+    `is_part`: there are more rows than given.
     """
     from rich.text import Text
 
     lines = [[name.removeprefix(">") for name in columns]]
     lines += [[terminal.cell(value) for value in row] for row in rows[:max_rows]]
     lines = _fitted(lines, width, spare)
-    # As in all tables in a pipe, one long name moves only its own line.
+    # In a pipe, one long name moves only its own line, as in every table.
     to = terminal.widths(lines, terminal.ALIGNED if width >= terminal.UNBOUNDED else width)
     right = [name.startswith(">") for name in columns]
     drawn = []
@@ -349,7 +349,7 @@ def _start(text: str, width: int) -> str:
 
 
 def _ends(text: str, width: int) -> str:
-    """Cut the middle of a name that is too long: many names differ only at one end."""
+    """Cut the middle of a name that is too long, because many names differ only at one end."""
     from rich.cells import cell_len, set_cell_size
 
     if cell_len(text) <= width:

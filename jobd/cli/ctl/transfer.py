@@ -1,4 +1,4 @@
-"""`jobctl export`, `import` and `artifact`: data that moves in and out over the admin API."""
+"""`jobctl export`, `import` and `artifact`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jobd.model.job import Status
     from jobd.model.responses import ImportPreview
 
-_PIECE_S: Final = 120.0  # one piece of a stream, or one page, on a slow disk
+_TIMEOUT_S: Final = 120.0  # for one chunk of a stream, or one page, on a slow disk
 
 
 @click.command()
@@ -33,12 +33,12 @@ _PIECE_S: Final = 120.0  # one piece of a stream, or one page, on a slow disk
 def export(file: Path, status: Status | None, queue: str | None, kind: str | None, yes: bool) -> None:
     """Write jobs to FILE (default: stdout), one JSON object per line.
 
-    Writes the oldest jobs first, with payloads, and changes nothing. `jobctl import` reads the file, also into another
-    daemon. Jobs that are processing end there by their stall rule. History, locks and queue pauses are not exported.
+    The oldest jobs come first. `jobctl import` reads the file, also into another daemon, where jobs that were
+    processing are handled as stalled. Payloads and results are included; history, locks and queue pauses are not.
     """
     if str(file) != "-":
         _may_write(file, yes=yes)
-    client = admin_client(timeout_s=_PIECE_S)
+    client = admin_client(timeout_s=_TIMEOUT_S)
     total = None if kind is not None else _expected(client, status, queue)
     with bar("export", unit="jobs") as advance:
         lines = _counted(client.export_jobs(status=status, queue=queue, kind=kind), advance, total)
@@ -93,10 +93,10 @@ def _write_lines(lines: Iterable[bytes], target: BinaryIO) -> int:
 def import_(file: str, dry_run: bool, as_json: bool) -> int:
     """Import jobs from FILE (- for stdin), one JSON object per line.
 
-    Jobs can have any status and their own times. A job whose id exists is skipped, so an import can be repeated. Exit 1
-    if a line was rejected. With --dry-run, nothing is written and the exit code is that of the import.
+    Jobs keep their status and times. A job whose id exists is skipped, so an import can be repeated. Exit 1 if a line
+    was rejected. With --dry-run, nothing is written, and the exit code is the one that the import would have.
     """
-    client = admin_client(timeout_s=_PIECE_S)
+    client = admin_client(timeout_s=_TIMEOUT_S)
     if dry_run:
         with click.open_file(file, "rb") as lines, bar("import") as advance:
             seen = client.preview_import(_read(lines, file, advance))
@@ -152,15 +152,15 @@ def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
     help="File to write.  [default: stdout]",
 )
 @click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
-@click.option("--late-result", type=int, metavar="N", help="Download late result N (see jobctl late) instead.")
+@click.option("--late-result", type=int, metavar="N", help="Download that of late result N (see jobctl late) instead.")
 @admin_options
 def artifact(job_id: str, file: Path, yes: bool, late_result: int | None) -> None:
     """Download the stored result of a job.
 
-    That is the object that its storage_key names. FILE is written completely or not at all. Do not use output on stdout
-    unless the exit code is 0.
+    The stored result is the object under the job's storage_key. FILE is written completely or not at all. Output on
+    stdout is complete only if the exit code is 0.
     """
-    client = admin_client(timeout_s=_PIECE_S)
+    client = admin_client(timeout_s=_TIMEOUT_S)
     if str(file) == "-":
         if sys.stdout.isatty():
             raise click.UsageError(

@@ -1,4 +1,4 @@
-"""`jobctl webhooks`: their state, their deliveries, and resending."""
+"""`jobctl webhooks`: list webhooks and deliveries, resend deliveries, and send tests."""
 
 from __future__ import annotations
 
@@ -66,8 +66,10 @@ def webhooks(
         terminal.emit_json(page) if as_json else tables_admin.deliveries(page)
     elif what == "resend" and delivery is None:
         if state != "given_up":
-            message = "Which delivery? jobctl webhooks deliveries NAME lists them; --state given_up means all of those."
-            raise click.UsageError(message)
+            raise click.UsageError(
+                "Which delivery? jobctl webhooks deliveries NAME lists them; --state given_up selects all that were "
+                "dead-lettered."
+            )
         _resend_all(name, reason, yes=yes, dry_run=dry_run, as_json=as_json)
     else:
         _send(name, delivery if what == "resend" else None, reason, dry_run=dry_run, as_json=as_json)
@@ -119,7 +121,7 @@ def _send(name: str, delivery: int | None, reason: str | None, *, dry_run: bool,
 
 
 def _would_send(name: str, delivery: int | None, *, as_json: bool) -> None:
-    """Check that the webhook and the delivery exist. Fails like the real command if not."""
+    """Check that the webhook and the delivery exist. If not, fail as the command without --dry-run does."""
     found = _deliveries_of(name, None, 1 if delivery is None else None, None).deliveries
     if delivery is not None and all(each.id != delivery for each in found):
         raise exit_codes.CliError(f"Webhook {name} has no delivery {delivery}.", exit_codes.REJECTED)

@@ -29,7 +29,9 @@ SCENARIOS: Final = {
 @click.argument("names", nargs=-1, metavar="[SCENARIO]...", type=click.Choice(list(SCENARIOS)))
 @click.option("--seconds", type=click.FloatRange(0.05), default=5.0, show_default=True, help="Duration of one run.")
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Number of runs of each scenario.")
-@click.option("--connections", type=click.IntRange(1), default=16, show_default=True, help="Connections of lifecycle.")
+@click.option(
+    "--connections", type=click.IntRange(1), default=16, show_default=True, help="Number of connections of lifecycle."
+)
 @click.option(
     "--dir",
     "directory",
@@ -46,9 +48,9 @@ def bench(
     lifecycle   create, claim and complete jobs, one request each
     claim       claim a job on one connection
 
-    Runs both scenarios unless one is named. Each run starts its own daemon with the default configuration and a new
-    database, which is removed afterwards. The load comes from another process. Every response waits for an fsync, so
-    the result depends on the disk: choose it with --dir.
+    Without SCENARIO, runs both. Each run starts its own daemon with the default configuration and a new
+    database, which is removed afterwards. A separate process generates the load. Every response waits for an fsync, so
+    the results depend on the disk: choose it with --dir.
     """
     found = {}
     for name in dict.fromkeys(names or SCENARIOS):
@@ -80,12 +82,12 @@ def _measure(name: str, seconds: float, connections: int, directory: Path | None
         )
         if load.returncode != 0:
             raise exit_codes.CliError(f"{name}: the load failed: {(load.stderr.splitlines() or ['no output'])[-1]}")
-    figures: dict[str, Any] = json.decode(load.stdout)
-    return figures
+    measurements: dict[str, Any] = json.decode(load.stdout)
+    return measurements
 
 
 def over_runs(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the median, minimum and maximum of each figure. A list is that of the first run."""
+    """Return the median, minimum and maximum of each number. Lists are taken from the first run."""
     found: dict[str, Any] = {}
     for name, first in runs[0].items():
         values = [run[name] for run in runs]

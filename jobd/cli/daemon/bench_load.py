@@ -1,6 +1,6 @@
 """The load of `jobd bench`, in its own process.
 
-`python -m jobd.cli.daemon.bench_load SCENARIO SOCKET SECONDS CONNECTIONS` prints figures as JSON.
+`python -m jobd.cli.daemon.bench_load SCENARIO SOCKET SECONDS CONNECTIONS` prints the measurements as JSON.
 The client is minimal, so that it takes little CPU time from the daemon.
 """
 
@@ -113,7 +113,7 @@ class LoadConnection(SerialConnection):
         return self._data(await self.ask(f"GET {path} HTTP/1.1\r\n{self._own}\r\n".encode()), False)
 
     async def drop(self, path: str) -> None:
-        """Read a response to its end without keeping it."""
+        """Read a response to its end and discard it."""
         self._keeps = False
         try:
             await self.ask(f"GET {path} HTTP/1.1\r\n{self._own}\r\n".encode())
@@ -152,7 +152,7 @@ async def run_one(connection: LoadConnection, worker: bytes, **ending: Any) -> N
 
 
 async def repeat(seconds: float, workers: Sequence[Callable[[], Awaitable[int]]]) -> tuple[float, list[float]]:
-    """Call every worker again and again. Return the sum of what they return per second, and how long each call took."""
+    """Call every worker repeatedly. Return the sum of their results per second, and the duration of each call."""
     began, times, done = clock(), list[float](), 0
 
     async def go_on(work: Callable[[], Awaitable[int]]) -> None:
@@ -199,7 +199,7 @@ async def claim(socket: str, seconds: float, connections: int = 1) -> Measuremen
 
 
 def percentiles(times_s: Sequence[float]) -> dict[str, float]:
-    """Return percentiles of times in seconds, in ms, and the longest. Needs at least one time."""
+    """Return percentiles and the maximum, in ms, of at least one time in seconds."""
     ordered = sorted(times_s)
     found = {name: _at(ordered, percent) for name, percent in _PERCENTILES.items()} | {"max_ms": ordered[-1]}
     return {name: round(seconds * 1000, 3) for name, seconds in found.items()}

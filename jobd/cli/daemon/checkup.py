@@ -1,4 +1,4 @@
-"""The checks of `jobd doctor --running`: a running daemon, over its admin API. Read-only."""
+"""The checks of `jobd doctor --running`, which reads a running daemon over its admin API and changes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jobd.client import AdminClient
 
 OVERDUE_MS: Final = 15 * 60 * 1000  # three cleanup runs at the default interval
-MAX_QUEUES: Final = 10  # named one by one
+MAX_QUEUES: Final = 10  # with a finding of their own
 _MIB: Final = 1 << 20
 
 
@@ -36,7 +36,7 @@ def examine(client: AdminClient) -> list[Finding]:
         *_cleanup(client),
         *_jobs(client),
         *_webhooks(client),
-        *_figures(client.metrics()),
+        *_metrics(client.metrics()),
         *_alerts(client),
     ]
 
@@ -96,19 +96,22 @@ def _webhooks(client: AdminClient) -> Iterator[Finding]:
     for webhook in client.webhooks():
         where = f"webhook {webhook.name}"
         if webhook.failing_since is not None:
-            what = f"has accepted no message since {terminal.when(webhook.failing_since)}, {webhook.waiting} wait"
+            what = (
+                f"has accepted no message since {terminal.when(webhook.failing_since)}, {webhook.waiting} are waiting"
+            )
             fix = f"fix its receiver or its url, then: jobctl webhooks test {webhook.name}"
             yield Finding(where, f"{what}: {webhook.last_error or 'not tried since the start'}", fix)
         for lost in client.deliveries(webhook.name, state="given_up", limit=1).deliveries:
             if (lost.ended_at or lost.at) > since:
-                what = f"messages were dead-lettered, last {terminal.when(lost.ended_at)}: {lost.error or 'untried'}"
+                last = f"the last one {terminal.when(lost.ended_at)}: {lost.error or 'never tried'}"
+                what = f"messages were dead-lettered, {last}"
                 yield Finding(where, what, f"resend them: jobctl webhooks resend {webhook.name} --state given_up")
 
 
 class Threshold(Struct, frozen=True):
     """A metric that is a problem above `bound`, or below it if `is_least`.
 
-    The shipped Prometheus rule `rule` uses the same bound, but waits before it fires.
+    The Prometheus rule `rule` has the same bound, but fires only after some time.
     """
 
     rule: str
@@ -129,8 +132,8 @@ THRESHOLDS: Final = (
         "jobd_disk_free_bytes",
         256 * _MIB,
         "disk",
-        lambda value: f"only {terminal.size(int(value))} are left on the disk of the store",
-        "free some, or shorten [retention]; when the disk is full, new jobs are rejected",
+        lambda value: f"only {terminal.size(int(value))} are free on the disk of the store",
+        "free disk space, or shorten [retention]; when the disk is full, new jobs are rejected",
         is_least=True,
     ),
     Threshold(
@@ -139,7 +142,7 @@ THRESHOLDS: Final = (
         256 * _MIB,
         "write-ahead log",
         lambda value: f"it has grown to {terminal.size(int(value))}",
-        "is a backup running? The log says when one started: journalctl -u jobd --grep backup_started",
+        "is a backup running? The log shows when it started: journalctl -u jobd --grep backup_started",
     ),
     Threshold(
         "JobdLoopLag",
@@ -155,7 +158,7 @@ THRESHOLDS: Final = (
         0.5,
         "mailbox",
         lambda value: f"it is {value:.0%} full",
-        "commands arrive faster than they are committed: check the disk, and the clients that send so much",
+        "commands arrive faster than they are committed: check the disk, and which clients send so many",
     ),
     Threshold(
         "JobdArtifactsBehind",
@@ -176,30 +179,31 @@ THRESHOLDS: Final = (
 )
 
 
-def _figures(text: str) -> Iterator[Finding]:
-    """Compare the daemon's metrics with the thresholds of the shipped rules."""
+def _metrics(text: str) -> Iterator[Finding]:
+    """Compare the daemon's metrics with the thresholds."""
     from prometheus_client.parser import text_string_to_metric_families
 
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    alone = {sample.name: sample.value for sample in samples if not sample.labels}
+    values = {sample.name: sample.value for sample in samples if not sample.labels}
     paused = {each.labels["queue"] for each in samples if each.name == "jobd_queue_paused" and each.value}
     for threshold in THRESHOLDS:
         if threshold.where == "queue":
-            waits = {
+            due_s = {
                 each.labels["queue"]: each.value
                 for each in samples
                 if each.name == threshold.metric and each.labels["queue"] not in paused
             }
-            passed = sorted((value, name) for name, value in waits.items() if threshold.is_exceeded(value))[::-1]
-            for value, name in passed[:MAX_QUEUES]:
+            exceeded = sorted((value, name) for name, value in due_s.items() if threshold.is_exceeded(value))[::-1]
+            for value, name in exceeded[:MAX_QUEUES]:
                 yield Finding(f"queue {name}", threshold.describe(value), threshold.fix)
-            if len(passed) > MAX_QUEUES:
-                yield Finding("queues", f"jobs of {len(passed) - MAX_QUEUES} more queues wait as long", threshold.fix)
-        elif threshold.metric in alone:
-            whole = alone["jobd_mailbox_limit_commands"] if threshold.rule == "JobdMailboxFilling" else 1
-            figure = alone[threshold.metric] / whole
-            if threshold.is_exceeded(figure):
-                yield Finding(threshold.where, threshold.describe(figure), threshold.fix)
+            if len(exceeded) > MAX_QUEUES:
+                what = f"the same is true of {len(exceeded) - MAX_QUEUES} more queues"
+                yield Finding("queues", what, threshold.fix)
+        elif threshold.metric in values:
+            unit = values["jobd_mailbox_limit_commands"] if threshold.rule == "JobdMailboxFilling" else 1
+            value = values[threshold.metric] / unit
+            if threshold.is_exceeded(value):
+                yield Finding(threshold.where, threshold.describe(value), threshold.fix)
 
 
 def _alerts(client: AdminClient) -> Iterator[Finding]:
@@ -211,7 +215,7 @@ def _alerts(client: AdminClient) -> Iterator[Finding]:
 
 
 def check_rows(client: AdminClient) -> list[Finding]:
-    """Return every damaged row, for `--rows`. Takes minutes for millions of rows."""
+    """Return every damaged row, for `--rows`. This takes minutes for millions of rows."""
     found: list[Finding] = []
     done, table, cursor = 0, "", None
     jobs = client.stats().total_jobs
@@ -231,7 +235,7 @@ def _row_fix(where: str) -> str:
     kind, _, name = where.partition(" ")
     if kind == "job":
         return _accept(name)
-    return "the row is not used; check the disk, then stop jobd and check the whole database: jobd doctor"
+    return "the row is not used; check the disk, then stop jobd and check the database: jobd doctor"
 
 
 def _accept(job_id: str) -> str:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.group(cls=VerbGroup, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="jobd")
 def jobd() -> None:
-    """Run the daemon that owns all job state, and maintain its files.
+    """Run the daemon and maintain its files.
 
     \b
     Exit codes: 0 done, 1 failed, 2 usage, 3 daemon unreachable, 4 not found or rejected,
@@ -43,10 +43,10 @@ def serve(config: str | None, flags: dict[str, str]) -> int:
     """Run the daemon in the foreground until SIGTERM.
 
     Flags override environment variables (JOBD_SECTION_KEY), which override the configuration file. SIGTERM and SIGINT
-    drain, SIGHUP reloads the configuration, SIGUSR1 writes all stacks to the log.
+    stop the daemon gracefully, SIGHUP reloads the configuration, and SIGUSR1 writes all stacks to the log.
     """
     loaded = read(config, flags)
-    gc.disable()  # until the start is complete: it creates no garbage
+    gc.disable()  # until the start is complete, which creates no garbage
     _leave_out_rich()
     from jobd import daemon
     from jobd.config_loader import load
@@ -72,7 +72,8 @@ def _leave_out_rich() -> None:
 def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> None:
     """Check the configuration and print the effective values.
 
-    Prints each value with its source, and no secrets. Exit 78 if `jobd serve` would not start with the same flags.
+    Each value is printed with its source; secrets are not printed. Exit 78 if `jobd serve` would not start with the
+    same flags.
     """
     from jobd.config import ConfigError, effective
     from jobd.config_loader import check_artifact_directory
@@ -92,19 +93,19 @@ def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> No
 
 
 @click.command()
-@click.option("--ui", is_flag=True, help="Keep a busy daemon running and print a link to its dashboard, until Ctrl-C.")
-@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Copy the results into this directory.")
+@click.option("--ui", is_flag=True, help="Run a busy daemon until Ctrl-C, and print a link to its dashboard.")
+@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Copy the results to this directory.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of the pictures that the workers draw.")
 def demo(ui: bool, keep: Path | None, seed: int) -> int:
     """Kill a worker in the middle of a job and show the recovery.
 
-    Starts a daemon and three workers in a temporary directory. They draw pictures and films until one of them is killed
-    with SIGKILL in the middle of a job. Shows how jobd notices, requeues the job, and another worker completes it.
-    Exit 0 only if all of that was observed and every result is whole.
+    Starts a daemon and three workers, which draw pictures and films, and kills one worker with SIGKILL in the middle of
+    a job. jobd requeues the job, and another worker completes it. Exit 0 only if every step was observed and every
+    result is complete.
 
-    With --ui: starts a daemon with jobs in every status and prints a link that signs a browser in to its dashboard.
+    With --ui, starts a daemon with jobs in every status and prints a link that signs a browser in to its dashboard.
 
-    Nothing is left behind in either case.
+    All files are in a temporary directory, which is removed at the end.
     """
     if ui:
         from jobd.cli.demo.live import show

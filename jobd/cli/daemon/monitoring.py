@@ -15,7 +15,7 @@ FILES: Final = {"rules": "jobd.rules.yml", "dashboard": "grafana.json"}
 @click.command()
 @click.argument("what", type=click.Choice(list(FILES)))
 def monitoring(what: str) -> None:
-    """Print alerting rules for Prometheus, or a dashboard for Grafana.
+    """Print alerting rules for Prometheus or a dashboard for Grafana.
 
     \b
     jobd monitoring rules > /etc/prometheus/jobd.rules.yml

@@ -30,7 +30,7 @@ _FLAGS: Final = {
 
 
 def flag_options(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the flags that override file and environment. `verb` gets them as `flags`, by key."""
+    """Add the flags that override file and environment. The command gets them as `flags`, by key."""
 
     @functools.wraps(verb)
     def with_flags(*args: Any, others: tuple[str, ...], **options: Any) -> Any:
@@ -41,7 +41,7 @@ def flag_options(verb: Callable[..., Any]) -> Callable[..., Any]:
                 flags[key] = value
         return verb(*args, flags=flags, **options)
 
-    text = "Set any other key, such as locks.ttl=5m."
+    text = "Set any other key, such as locks.ttl=5m; may be repeated."
     found = click.option("--set", "others", metavar="KEY=VALUE", multiple=True, help=text)(with_flags)
     for name, (key, metavar, description) in reversed(_FLAGS.items()):
         found = click.option(f"--{name}", metavar=metavar, help=f"{description}  [{key}]")(found)
@@ -51,7 +51,7 @@ def flag_options(verb: Callable[..., Any]) -> Callable[..., Any]:
 def _pair(text: str) -> tuple[str, str]:
     key, sign, value = text.partition("=")
     if not sign:
-        raise click.UsageError(f"--set {text!r}: it must be KEY=VALUE, such as locks.ttl=5m")
+        raise click.UsageError(f"--set {text!r} must be KEY=VALUE, such as locks.ttl=5m")
     return key, value
 
 

@@ -1,4 +1,4 @@
-"""The verbs of jobd for its files: backup, restore and doctor."""
+"""The commands of jobd for its files: backup, restore and doctor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jobd.client import AdminClient
     from jobd.model.responses import BackupView
 
-SILENT_S: Final = 60.0  # a backup that makes no progress for longer has failed
+STALL_TIMEOUT_S: Final = 60.0  # a backup without progress for longer has failed
 
 
 @click.command("backup")
@@ -29,23 +29,22 @@ SILENT_S: Final = 60.0  # a backup that makes no progress for longer has failed
 @click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
 @admin_options
 def backup_command(file: Path, yes: bool) -> None:
-    """Copy the database of the running daemon to FILE, online.
+    """Back up the database of the running daemon to FILE.
 
-    The copy is complete and checked. A daemon that opens it takes a new epoch and ends the grants in it. A database
-    that a daemon uses is never overwritten.
+    The copy is consistent and checked. Restore it with `jobd restore`. A database that a daemon uses is never
+    overwritten.
     """
     from jobd.cli.files import check_target, whole_file
     from jobd.cli.progress import bar
 
     check_target(file, yes=yes)
     with bar("backup") as advance, whole_file(file, lambda done: None) as target:
-        count = admin_client(timeout_s=SILENT_S).backup(target, on_progress=lambda seen: _show(seen, advance))
+        count = admin_client(timeout_s=STALL_TIMEOUT_S).backup(target, on_progress=lambda seen: _show(seen, advance))
     terminal.emit(f"{file}: {terminal.size(count)}")
 
 
 def _show(seen: BackupView, advance: Advance) -> None:
-    is_known = seen.state in ("copying", "sending")
-    # The duration of a check is not known.
+    is_known = seen.state in ("copying", "sending")  # the duration of a check is unknown
     advance(seen.bytes_done if is_known else 0, seen.bytes_total if is_known else None, f"backup: {seen.state}")
 
 
@@ -56,10 +55,10 @@ def _show(seen: BackupView, advance: Advance) -> None:
 @store_option
 @config_option
 def restore_command(file: Path, yes: bool, is_dry_run: bool, store: str | None, config: str | None) -> None:
-    """Replace the database by a backup; jobd must be stopped.
+    """Replace the database with a backup. The daemon must be stopped.
 
-    The old database is kept beside it. Jobs that were processing when the backup was made end by their stall rule. No
-    fencing token is issued twice.
+    The old database is kept in the same directory. Jobs that were processing when the backup was made are handled as
+    stalled. No fencing token is issued twice.
     """
     path = store_path(store, config)
     if not file.exists():
@@ -77,26 +76,27 @@ def restore_command(file: Path, yes: bool, is_dry_run: bool, store: str | None, 
                 terminal.emit(line)
             return
         if Path(path).exists() and not yes:
-            confirm(f"replace the database {path} by {file} (the old one is kept beside it)")
+            confirm(f"replace the database {path} with {file} (the old one is kept in the same directory)")
         with busy(f"checking and copying {file}"):
-            aside = restore(str(file), path)
+            old_path = restore(str(file), path)
     except DiskFull as error:
-        raise exit_codes.CliError(f"The disk is full: {error}. Free some and try again", exit_codes.IO_ERROR) from None
+        text = f"The disk is full: {error}. Free some space and try again"
+        raise exit_codes.CliError(text, exit_codes.IO_ERROR) from None
     terminal.emit(path)
-    if aside is not None:
-        terminal.say(f"The old database is kept as {aside}.")
+    if old_path is not None:
+        terminal.say(f"The old database is kept as {old_path}.")
 
 
 @click.command("doctor")
 @click.option("--running", is_flag=True, help="Check the running daemon over its admin API.")
-@click.option("--rows", is_flag=True, help="With --running: also check the checksum of every row (takes minutes).")
+@click.option("--rows", is_flag=True, help="With --running: check the checksum of every row, too. Takes minutes.")
 @click.option(
     "--accept",
     metavar="ID",
     multiple=True,
     is_flag=False,
     flag_value="",
-    help="Accept the edited rows of these jobs (--accept ID ...) as they are. Validation then checks the jobs.",
+    help="Accept the edited rows of these jobs as they are (--accept ID ...). The daemon then validates the jobs.",
 )
 @click.option("--all", "everything", is_flag=True, help="With --accept: all jobs in quarantine or with a damaged row.")
 @click.option("--recount", is_flag=True, help="Accept missing rows: count the rows again and store the new counts.")
@@ -120,9 +120,9 @@ def doctor_command(
     store: str | None,
     config: str | None,
 ) -> int:
-    """Print every problem of a database, and its fix.
+    """Find the problems of a database, and print how to fix each.
 
-    Reads all of a database that no daemon has open, or asks a running daemon. Exit 0 if nothing is wrong, else 1.
+    The daemon must be stopped, unless --running is given. Exit 0 if nothing is wrong, else 1.
     """
     from jobd.cli.progress import busy
 
@@ -134,9 +134,9 @@ def doctor_command(
     if running + bool(accept) + recount > 1 or (running and (store or config)):
         raise click.UsageError("--running, --accept and --recount exclude each other; --running takes no database")
     if (yes or is_dry_run) and not accept and not recount:
-        raise click.UsageError("--yes and --dry-run need --accept or --recount: nothing else writes")
+        raise click.UsageError("--yes and --dry-run need --accept or --recount: without them, nothing is written")
     if rows and not running:
-        raise click.UsageError("--rows needs --running: without it, all rows are checked anyway")
+        raise click.UsageError("--rows needs --running: without it, all rows are always checked")
     if running:
         return _diagnosis(_checkup(admin_client(), rows=rows), as_json)
     from jobd.storage import doctor, dry_run
@@ -153,9 +153,8 @@ def doctor_command(
         with busy(f"checking {path}"):
             problems = doctor.check(path)
     except StoreBusy as error:
-        raise exit_codes.CliError(
-            f"{error}; or check the running daemon: jobd doctor --running", exit_codes.TRY_AGAIN
-        ) from None
+        text = f"{error}; or check the running daemon: jobd doctor --running"
+        raise exit_codes.CliError(text, exit_codes.TRY_AGAIN) from None
     return _diagnosis(problems, as_json)
 
 
@@ -182,7 +181,7 @@ def _repair(
             terminal.emit(line) if is_dry_run else terminal.say(line)
         if is_dry_run:
             return exit_codes.DONE
-        confirm("write that")
+        confirm("write these changes")
     terminal.emit(write(path))
     return exit_codes.DONE
 

@@ -1,4 +1,4 @@
-"""`jobd demo --ui`: a daemon with something to see on every page of the dashboard, until Ctrl-C."""
+"""`jobd demo --ui`: run a daemon with content for every page of the dashboard, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ _FIRST: Final[list[dict[str, Any]]] = [
 
 
 class Link:
-    """A sign-in link for one browser: valid once and for ten minutes. `sign_in` returns the session's cookie."""
+    """A sign-in link. It works once, within ten minutes. `sign_in` returns the session's cookie."""
 
     def __init__(self, sign_in: Callable[[], str], clock_s: Callable[[], float] = time.monotonic) -> None:
         self.secret: Final = secrets.token_urlsafe(32)
@@ -91,17 +91,17 @@ class Link:
 
 
 class _LinkHandler(BaseHTTPRequestHandler):
-    """GET of the link signs the browser in. POST receives webhooks."""
+    """Sign the browser in on a GET of the link. Accept webhooks on any POST."""
 
     server: _LocalServer
 
     def do_GET(self) -> None:
         if not self.server.link.matches(self.path.removeprefix("/")):
-            self._respond(404, "This address is not the link that `jobd demo --ui` printed.")
+            self._respond(404, "This is not the link that `jobd demo --ui` printed.")
         elif (cookie := self.server.link.redeem()) is None:
-            self._respond(410, "This link was used or has expired. Start `jobd demo --ui` again for a new one.")
+            self._respond(410, "This link was used or has expired. Restart `jobd demo --ui` for a new one.")
         else:
-            # A refresh and not a redirect: the browser sends a SameSite=Strict cookie only if this site led there.
+            # Not a redirect: after one that another site started, browsers withhold a SameSite=Strict cookie.
             self._respond(
                 200, f'<meta http-equiv="refresh" content="0; url={self.server.dashboard}">', {"Set-Cookie": cookie}
             )
@@ -144,7 +144,7 @@ class _LocalServer(ThreadingHTTPServer):
 
 
 def _sign_in(admin_port: int, token: str) -> str:
-    """Sign in at the dashboard and return the cookie. Its name carries the port, and browsers share it among ports."""
+    """Sign in at the dashboard and return the cookie, which browsers send to every port of the host."""
     form = urlencode({"token": token, "name": "demo"})
     with closing(http.client.HTTPConnection("127.0.0.1", admin_port, timeout=30)) as connection:
         connection.request("POST", "/sign-in", form, {"Content-Type": "application/x-www-form-urlencoded"})
@@ -156,7 +156,7 @@ def _sign_in(admin_port: int, token: str) -> str:
 
 
 def show(stop: threading.Event) -> int:
-    """Run the scene until `stop` is set."""
+    """Run the demo until `stop` is set."""
     port = _free_port()
     secret = b64encode(secrets.token_bytes(32)).decode()
     with Sandbox("", f"127.0.0.1:{port}") as sandbox, _LocalServer(port, sandbox.token) as server, server.running():
@@ -172,7 +172,7 @@ def show(stop: threading.Event) -> int:
             ):
                 sandbox.start_worker(name, queue)
             terminal.emit(f"{server.url}{server.link.secret}")
-            sys.stdout.flush()  # a pipe would hold the link back until the end
+            sys.stdout.flush()  # a pipe is buffered
             terminal.say(
                 "Open this link in a browser on this machine. It works once, for 10 minutes. Ctrl-C ends the demo."
             )
@@ -196,22 +196,22 @@ def _stall(client: JobClient) -> None:
 
 
 def _submit(client: JobClient, stop: threading.Event) -> None:
-    """Submit new jobs, about as many as the workers can do, some of which fail."""
-    dice = random.Random(1)
+    """Submit new jobs, about as many as the workers can process. Some of them fail."""
+    rng = random.Random(1)
     for tick in itertools.count():
         if stop.wait(_TICK_S):
             return
         if tick % _STALL_EVERY == 0:
             _stall(client)
-        fails = dice.choices([None, "smtp", "address"], [18, 1, 1])[0]
+        fails = rng.choices([None, "smtp", "address"], [18, 1, 1])[0]
         newsletter = {"seconds": 1, "fails": fails}
         client.create_job(newsletter, id=f"letter-{tick}", queue="email", kind="newsletter", max_attempts=2)
         if tick % 4 == 0:
-            report = {"seconds": dice.uniform(1, 5)}
+            report = {"seconds": rng.uniform(1, 5)}
             client.create_job(report, id=f"report-{tick}", queue="reports", kind="weekly")
         if tick % 6 == 0:
-            clip = {"seconds": dice.uniform(6, 24), "fails": dice.choice([None] * 9 + ["codec"])}
-            client.create_job(clip, id=f"clip-{tick}", queue="video", kind=dice.choice(["transcode", "thumbnails"]))
+            clip = {"seconds": rng.uniform(6, 24), "fails": rng.choice([None] * 9 + ["codec"])}
+            client.create_job(clip, id=f"clip-{tick}", queue="video", kind=rng.choice(["transcode", "thumbnails"]))
 
 
 def _free_port() -> int:

@@ -1,4 +1,4 @@
-"""The processes of the demo: a daemon and workers in a temporary directory, and the program of the workers."""
+"""The processes of the demo: a daemon and workers in a temporary directory, and the program that the workers run."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from jobd.client import Discard, JobClient, JobdError, SyncTask, Worker
 WIDTH: Final = 160
 HEIGHT: Final = 120
 SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
-_COLOURS: Final = 64  # as many iterations decide whether a point belongs to the Mandelbrot set
+_COLOURS: Final = 64  # also the number of iterations that decide whether a point is in the Mandelbrot set
 _PALETTE: Final = b"".join(bytes((n * 4 % 256, n * 9 % 256, n * 17 % 256)) for n in range(_COLOURS - 1)) + bytes(3)
 _READY_S: Final = 20.0
 _STOP_S: Final = 15.0
 _SOCKET_PATH_BYTES: Final = 100  # the path of a Unix socket can have 107
 _PR_SET_PDEATHSIG: Final = 1
 
-# A job of the live scene fails with one of these if its payload asks for it.
+# A job of the live demo fails with one of these errors if its payload names it.
 FAILURES: Final[dict[str, tuple[type[Exception], str]]] = {
     "address": (Discard, "550 5.1.1 No such mailbox: ada@example.com"),
     "smtp": (ConnectionRefusedError, "smtp.example.com:25 refused the connection"),
@@ -52,10 +52,10 @@ path = "{store}/jobs.db"
 
 
 class Sandbox:
-    """A daemon and workers in a temporary directory. Leaving the context ends them and removes the directory.
+    """A daemon and workers in a temporary directory. Leaving the context stops them and removes the directory.
 
-    `config` is added to the configuration. The admin API listens on a Unix socket unless `admin` is an address. The
-    database is created in another temporary directory in `store_in` if that is given.
+    `config` is appended to the configuration. The admin API listens on `admin`, by default a Unix socket. With
+    `store_in`, the database is created in a temporary directory there.
     """
 
     def __init__(self, config: str, admin: str = "", store_in: Path | None = None) -> None:
@@ -93,7 +93,7 @@ class Sandbox:
         return JobClient(f"unix:{self.folder}/worker.sock", retry_for_s=5.0)
 
     def start_daemon(self) -> int:
-        """Start `jobd serve`, wait until it responds and return its pid. Raises Problem (1) if it does not start."""
+        """Start `jobd serve`, wait until it responds and return its pid. Raises CliError (1) if it does not start."""
         config, log = self.folder / "config.toml", self.folder / "jobd.log"
         admin = self._admin or f"unix:{self.folder}/admin.sock"
         text = _CONFIG.format(folder=self.folder, admin=admin, store=self._store.resolve())
@@ -121,7 +121,7 @@ class Sandbox:
         return self.workers[name].pid
 
     def kill_worker(self, name: str) -> int:
-        """Send SIGKILL, which no process can handle, and return the exit code (-9)."""
+        """Send SIGKILL and return the exit code (-9)."""
         self.workers[name].kill()
         return self.workers[name].wait(_STOP_S)
 
@@ -143,19 +143,19 @@ def _start(module_and_arguments: list[str], log: Path, secret: dict[str, str]) -
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C goes to the demo, which ends them
+            start_new_session=True,  # Ctrl-C signals only the demo, which stops its processes
             preexec_fn=_die_with_parent,
         )
 
 
 def _die_with_parent() -> None:
-    """Let Linux kill this process when the demo ends, even by SIGKILL. Other systems have no such option."""
+    """Make Linux kill this process when the demo ends, even by SIGKILL. Other systems have no such option."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
-    """Send SIGTERM, after 15 s SIGKILL, and return the exit code."""
+    """Send SIGTERM, and SIGKILL after 15 s. Return the exit code."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -200,7 +200,7 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def work(endpoint: str, name: str, lock_ttl_ms: str, results: str, *queues: str) -> None:
-    """Work on jobs of these queues until SIGTERM."""
+    """Run a worker for these queues until SIGTERM."""
     worker = Worker(endpoint, name=name, queues=queues, lock_ttl_ms=int(lock_ttl_ms))
 
     @worker.handler("picture", "film")
@@ -213,7 +213,7 @@ def work(endpoint: str, name: str, lock_ttl_ms: str, results: str, *queues: str)
         return {"file_path": str(target), "metadata": {"worker": name, "sha256": hashlib.sha256(picture).hexdigest()}}
 
     def simulate(task: SyncTask) -> dict[str, Any]:
-        """Take `seconds`, then succeed, or fail as the payload asks."""
+        """Take `seconds`, and fail after 60 % if the payload names a failure."""
         for step in range(1, 11):
             time.sleep(task.payload["seconds"] / 10)
             if step == 6 and (failure := task.payload.get("fails")):

@@ -1,4 +1,4 @@
-"""The demo: workers draw pictures, one of them is killed, and the recovery of its job is checked."""
+"""`jobd demo`: workers draw pictures, one of them is killed, and the recovery of its job is checked."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KILL_AT_PERCENT: Final = 20
 DEADLINE_S: Final = 50.0
 _POLL_S: Final = 0.1
 _FINISHED: Final = frozenset({"completed", "failed", "cancelled"})
-# Points at the edge of the Mandelbrot set, where a zoom shows something.
+# Points at the edge of the Mandelbrot set, where a zoom shows details.
 _EDGES: Final = ((-0.743, 0.126), (0.2925, 0.0149), (-1.2501, 0.0218), (-0.7269, 0.1889))
 
 
@@ -67,7 +67,7 @@ class _Screen:
             self._progress.console.print(line, markup=False, highlight=False)
 
     def update(self, jobs: Sequence[JobInfo]) -> None:
-        """Move the bars: one for all jobs and one for each job in processing."""
+        """Update the bars: one for all jobs, and one for each processing job."""
         if self._progress is None:
             return
         done = sum(job.status in _FINISHED for job in jobs)
@@ -102,21 +102,21 @@ def demonstrate(keep: Path | None, seed: int) -> int:
     """Run the demo and return the exit code: 0 if every claim was observed."""
     with Sandbox(CONFIG) as sandbox:
         with _screen() as screen:
-            story = observe(sandbox, screen, seed)
-        claims = _report(sandbox, story)
-        claims.append(("the daemon stopped cleanly when asked", sandbox.stop_daemon() == 0))
+            observed = observe(sandbox, screen, seed)
+        claims = _report(sandbox, observed)
+        claims.append(("the daemon stopped cleanly on SIGTERM", sandbox.stop_daemon() == 0))
         if keep is not None:
             shutil.copytree(sandbox.results, keep, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.part"))
-            terminal.say(f"The results are in {keep}. Open a film in a browser.")
+            terminal.say(f"The results are in {keep}. Open a film in a browser to watch it.")
     return _verdict(claims)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What happens
+# The run
 
 
 def observe(sandbox: Sandbox, screen: _Screen, seed: int) -> Observations:
-    story = Observations()
+    observed = Observations()
     screen.say(f"jobd is running (pid {sandbox.start_daemon()})")
     with sandbox.jobs() as client:
         jobs = client.create_jobs(_jobs(random.Random(seed)))
@@ -124,51 +124,51 @@ def observe(sandbox: Sandbox, screen: _Screen, seed: int) -> Observations:
         for name in WORKERS:
             pid = sandbox.start_worker(name, "default", lock_ttl_ms=LOCK_TTL_MS)
             screen.say(f"worker {name} started (pid {pid})")
-        _watch(sandbox, client, story, screen)
-    return story
+        _watch(sandbox, client, observed, screen)
+    return observed
 
 
-def _jobs(dice: random.Random) -> list[dict[str, Any]]:
-    """One film first, so that there is a long job to kill; then the pictures, then the other films."""
+def _jobs(rng: random.Random) -> list[dict[str, Any]]:
+    """Return the jobs: one film first, so that there is a long job to kill, then the pictures and the other films."""
 
     def job(kind: str, number: int, frames: int) -> dict[str, Any]:
-        x, y = dice.choice(_EDGES)
-        payload = {"x": x + dice.uniform(-0.02, 0.02) / frames, "y": y + dice.uniform(-0.02, 0.02) / frames}
-        # Three attempts: an attempt that stalls counts as well.
+        x, y = rng.choice(_EDGES)
+        payload = {"x": x + rng.uniform(-0.02, 0.02) / frames, "y": y + rng.uniform(-0.02, 0.02) / frames}
+        # Three attempts, because an attempt that stalls counts.
         return {"id": f"{kind}-{number:02}", "kind": kind, "payload": {**payload, "frames": frames}, "max_attempts": 3}
 
     films = [job("film", number, FRAMES) for number in range(1, FILMS + 1)]
     return films[:1] + [job("picture", number, 1) for number in range(1, PICTURES + 1)] + films[1:]
 
 
-def _watch(sandbox: Sandbox, client: JobClient, story: Observations, screen: _Screen) -> None:
-    """Poll until all jobs are finished. Kill a worker in the middle of its film."""
+def _watch(sandbox: Sandbox, client: JobClient, observed: Observations, screen: _Screen) -> None:
+    """Poll until all jobs are finished. Kill a worker in the middle of a film."""
     until_s = time.monotonic() + DEADLINE_S
     while True:
         jobs = list(client.iterate_jobs(limit=200))
         screen.update(jobs)
         for job in reversed(jobs):
-            _show_change(job, story, screen)
-        if not story.killed_worker:
-            _kill_one(sandbox, client, jobs, story, screen)
-        elif not story.recovery_seen:
-            _show_recovery(client, story, screen)
+            _show_change(job, observed, screen)
+        if not observed.killed_worker:
+            _kill_one(sandbox, client, jobs, observed, screen)
+        elif not observed.recovery_seen:
+            _show_recovery(client, observed, screen)
         if all(job.status in _FINISHED for job in jobs):
             return
         if time.monotonic() > until_s:
-            screen.say(f"not finished after {DEADLINE_S:.0f} s: this machine is too slow")
+            screen.say(f"The jobs are not finished after {DEADLINE_S:.0f} s: this machine is too slow.")
             return
         time.sleep(_POLL_S)
 
 
-def _show_change(job: JobInfo, story: Observations, screen: _Screen) -> None:
+def _show_change(job: JobInfo, observed: Observations, screen: _Screen) -> None:
     state = f"processing:{job.lock.worker}" if job.status == "processing" and job.lock else job.status
-    if state == story.seen.get(job.id, "queued"):
+    if state == observed.seen.get(job.id, "queued"):
         return
-    story.seen[job.id] = state
+    observed.seen[job.id] = state
     if job.status == "processing" and job.lock:
         if job.kind == "film":  # pictures finish too soon
-            screen.say(f"{job.lock.worker} works on {job.id}, attempt {job.attempt} of {job.max_attempts}")
+            screen.say(f"{job.lock.worker} started {job.id}, attempt {job.attempt} of {job.max_attempts}")
     elif job.status == "completed":
         screen.say(f"{_metadata(job).get('worker', '?')} completed {job.id} → {Path(job.file_path or '?').name}")
     elif job.status == "processing":
@@ -182,15 +182,15 @@ def _metadata(job: JobInfo) -> dict[str, object]:
 
 
 def _kill_one(
-    sandbox: Sandbox, client: JobClient, jobs: Sequence[JobInfo], story: Observations, screen: _Screen
+    sandbox: Sandbox, client: JobClient, jobs: Sequence[JobInfo], observed: Observations, screen: _Screen
 ) -> None:
     for job in jobs:
         if job.kind == "film" and job.lock is not None and job.progress >= KILL_AT_PERCENT:
-            story.killed_worker, story.killed_job = job.lock.worker, job.id
-            story.killed_token, story.killed_progress = job.lock.fencing_token, job.progress
+            observed.killed_worker, observed.killed_job = job.lock.worker, job.id
+            observed.killed_token, observed.killed_progress = job.lock.fencing_token, job.progress
             pid = sandbox.workers[job.lock.worker].pid
             screen.say(f"KILL -9 {pid}: {job.lock.worker} dies in the middle of {job.id}, at {job.progress:.0f} %")
-            story.killed_code = sandbox.kill_worker(job.lock.worker)
+            observed.killed_code = sandbox.kill_worker(job.lock.worker)
             why = client.why(job.id)
             screen.say(f"  why {job.id}? {why.because}")
             if why.next is not None:
@@ -199,43 +199,47 @@ def _kill_one(
             return
 
 
-def _show_recovery(client: JobClient, story: Observations, screen: _Screen) -> None:
-    stalled = next((event for event in client.timeline(story.killed_job) if event.type == "stalled"), None)
+def _show_recovery(client: JobClient, observed: Observations, screen: _Screen) -> None:
+    stalled = next((event for event in client.timeline(observed.killed_job) if event.type == "stalled"), None)
     if stalled is not None:
-        story.recovery_seen = True
-        screen.say(f"{stalled.by} recovered {story.killed_job}: {stalled.from_} → {stalled.to}. {stalled.reason or ''}")
-        screen.say(f"  why {story.killed_job}? {client.why(story.killed_job).because}")
+        observed.recovery_seen = True
+        screen.say(
+            f"{stalled.by} recovered {observed.killed_job}: {stalled.from_} → {stalled.to}. {stalled.reason or ''}"
+        )
+        screen.say(f"  why {observed.killed_job}? {client.why(observed.killed_job).because}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is checked
+# The checks
 
 
-def _report(sandbox: Sandbox, story: Observations) -> list[tuple[str, bool]]:
-    """Print which worker did what, and check every claim against timelines, exit codes and files."""
+def _report(sandbox: Sandbox, observed: Observations) -> list[tuple[str, bool]]:
+    """Print the jobs and the timeline of the killed one. Check every claim against timelines, exit codes and files."""
     with sandbox.jobs() as client:
         jobs = list(reversed(list(client.iterate_jobs(limit=200))))
         timelines = {job.id: client.timeline(job.id) for job in jobs}
-        why = client.why(story.killed_job) if story.killed_job else None
-    faults = {job.id: result_error(job, sandbox.results) for job in jobs}
+        why = client.why(observed.killed_job) if observed.killed_job else None
+    errors = {job.id: result_error(job, sandbox.results) for job in jobs}
     rows = []
     for job in jobs:
         grants = [str(event.details.get("worker")) for event in timelines[job.id] if event.type == "granted"]
         took = terminal.span((job.finished_at or job.updated_at) - (job.started_at or job.updated_at))
-        result = faults[job.id] or Path(job.file_path or "").name
+        result = errors[job.id] or Path(job.file_path or "").name
         rows.append((job.id, job.status, " then ".join(grants), job.attempt, job.stalls, took, result))
     terminal.emit("")
     terminal.table(["JOB", "STATUS", "WORKERS", ">ATTEMPTS", ">STALLS", ">TOOK", "RESULT"], rows)
     if why is not None:
         terminal.emit("")
-        terminal.emit(f"The timeline of {story.killed_job}, whose worker {story.killed_worker} was killed:")
-        tables.timeline([event for event in timelines[story.killed_job] if event.type not in ("progress", "extended")])
+        terminal.emit(f"The timeline of {observed.killed_job}, whose worker {observed.killed_worker} was killed:")
+        tables.timeline(
+            [event for event in timelines[observed.killed_job] if event.type not in ("progress", "extended")]
+        )
         tables.why(why)
-    return checks(story, jobs, timelines, faults)
+    return checks(observed, jobs, timelines, errors)
 
 
 def result_error(job: JobInfo, results: Path) -> str:
-    """Read the result of a job back from the disk and return what is wrong with it, or an empty string."""
+    """Read the result of a job from the disk. Return what is wrong with it, or an empty string."""
     if job.status != "completed" or job.file_path != str(results / f"{job.id}.png"):
         return f"{job.status}, result {job.file_path}"
     try:
@@ -267,24 +271,24 @@ def _frames(data: bytes) -> Iterator[bytes]:
 
 
 def checks(
-    story: Observations, jobs: Sequence[JobInfo], timelines: dict[str, list[EventView]], faults: dict[str, str]
+    observed: Observations, jobs: Sequence[JobInfo], timelines: dict[str, list[EventView]], errors: dict[str, str]
 ) -> list[tuple[str, bool]]:
-    """Return each claim of the demo, and whether it was observed."""
-    events = timelines.get(story.killed_job, [])
+    """Return each claim of the demo with whether it was observed."""
+    events = timelines.get(observed.killed_job, [])
     grants = [event for event in events if event.type == "granted"][1:]
-    others = [event for event in grants if event.details.get("worker") != story.killed_worker]
-    newer = [event for event in others if int(event.details.get("fencing_token") or 0) > story.killed_token]
+    others = [event for event in grants if event.details.get("worker") != observed.killed_worker]
+    newer = [event for event in others if int(event.details.get("fencing_token") or 0) > observed.killed_token]
     stalls = [event for event in events if event.type == "stalled" and event.to == "queued"]
     last = events[-1] if events else None
     finisher = f"worker:{others[-1].details.get('worker')}" if others else ""
-    killed = story.killed_code == -signal.SIGKILL and story.killed_progress > 0
+    killed = observed.killed_code == -signal.SIGKILL and observed.killed_progress > 0
     return [
-        (f"a worker was killed by SIGKILL in the middle of a job ({story.killed_job or 'none'})", killed),
-        ("the daemon noticed it and requeued the job", bool(stalls)),
+        (f"a worker was killed with SIGKILL in the middle of a job ({observed.killed_job or 'none'})", killed),
+        ("the daemon detected this and requeued the job", bool(stalls)),
         ("another worker was granted the job, with a higher fencing token", bool(newer) and newer == grants),
         ("that worker completed it", last is not None and last.type == "completed" and last.by == finisher),
         (f"all {len(jobs)} jobs are completed", bool(jobs) and all(job.status == "completed" for job in jobs)),
-        ("every result was read back from the disk and is whole", not any(faults.values())),
+        ("every result was read back from the disk and is complete", not any(errors.values())),
     ]
 
 
@@ -296,5 +300,5 @@ def _verdict(claims: Sequence[tuple[str, bool]]) -> int:
     if failed:
         terminal.say(f"jobd demo: {failed} of {len(claims)} claims could not be confirmed")
         return exit_codes.FAILED
-    terminal.emit("Every claim was confirmed, and nothing is left behind.")
+    terminal.emit("Every claim was confirmed.")
     return exit_codes.DONE

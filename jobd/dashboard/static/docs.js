@@ -1,13 +1,13 @@
-// Shows the OpenAPI document that the page names. A token that is entered here is not stored.
+// Shows the OpenAPI document that the page names. Tokens entered here are not stored.
 "use strict";
 
-// swagger-ui is dark with a class. Set it by the preference of the system, as on all pages.
+// swagger-ui has a class for dark colours. Follow the preference of the system, as all pages do.
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const follow = () => document.documentElement.classList.toggle("dark-mode", dark.matches);
 dark.addEventListener("change", follow);
 follow();
 
-// Its headings skip the second level.
+// The headings of swagger-ui skip the second level.
 const container = document.getElementById("swagger-ui");
 const fixLevels = () => {
   for (const heading of container.querySelectorAll("h3, h4, h5")) heading.setAttribute("aria-level", String(heading.tagName[1] - 1));

@@ -64,7 +64,7 @@ def run(*argv: str) -> int:
         ({"from": "failed", "to": None}, "failed → deleted"),
         ({"times": 3}, "done, 3 times"),
         ({"planned": 9, "changed_meanwhile": 0, "refused": 0}, "done"),
-        ({"planned": 9, "changed_meanwhile": 2, "refused": 1, "left_undone": ["a", "b", "c"]}, "done, 3 not done"),
+        ({"planned": 9, "changed_meanwhile": 2, "refused": 1, "left_undone": ["a", "b", "c"]}, "done, 3 not changed"),
     ],
 )
 def test_the_audit_log_shows_the_outcome_of_an_action(
@@ -250,7 +250,7 @@ def test_points_in_the_past() -> None:
     assert past_ms("2h", NOW) == NOW - 7_200_000
     assert past_ms("0", NOW) == NOW
     assert past_ms(str(NOW - 5), NOW) == NOW - 5
-    with pytest.raises(ValueError, match="how long ago"):
+    with pytest.raises(ValueError, match="an age such as 2h"):
         past_ms("yesterday", NOW)
 
 
@@ -535,7 +535,7 @@ def test_help_names_every_verb_and_needs_neither_rich_nor_the_client() -> None:
     [
         ("run", "[env: JOBD_WORKER_TOKEN_FILE]"),
         ("health", "[env: ADMIN_TOKEN_FILE]"),
-        ("jobs", "[env: ADMIN_TOKEN_FILE, over the worker API JOBD_WORKER_TOKEN_FILE]"),
+        ("jobs", "[env: ADMIN_TOKEN_FILE, or JOBD_WORKER_TOKEN_FILE for the worker API]"),
     ],
 )
 def test_help_names_the_variable_behind_the_token_file(

@@ -251,7 +251,7 @@ async def test_failed_jobs_without_an_error_are_in_no_group(harness: DashboardHa
     await fail_jobs(harness, "a")
     for error in ("", " "):
         response = await browser.post("/plans", csrf=await browser.csrf(), action="retry", scope="all", error=error)
-        assert (response.status, "no fingerprint to find its jobs by" in text(response)) == (400, True)
+        assert (response.status, "no fingerprint, so its jobs cannot be found" in text(response)) == (400, True)
     assert (await browser.get("/jobs?error=&status=failed")).status == 200, "forms send empty fields"
 
 
