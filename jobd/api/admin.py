@@ -552,7 +552,7 @@ _ROUTES: Final = (
             response=RecoverStuckView,
             auth=_A,
             handler=_recover_stuck,
-            summary="Recover the jobs that are stuck now.",
+            summary="Recover the jobs that are stalled now.",
         ),
         Route(method="GET", path=f"{_BASE}/reports", request=Reports, response=ReportList, auth=_A, handler=_reports),
         Route(

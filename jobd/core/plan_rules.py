@@ -71,9 +71,9 @@ def _asked(command: ApplyPlan, job_id: str) -> JobCommand:
 
 
 _MAINTENANCE_SCOPES: Final[dict[PlanAction, str]] = {
-    "recover-stuck": "Only stuck jobs; expired locks of other jobs do not change.",
-    "cleanup": "Only stuck jobs, queued jobs past their expires_at, and finished jobs past their retention; validation "
-    "fixes are not part of a plan.",
+    "recover-stuck": "Only stalled jobs; expired locks of other jobs do not change.",
+    "cleanup": "Only stalled jobs, queued jobs past their expires_at, and finished jobs past their retention; "
+    "validation fixes are not part of a plan.",
 }
 
 

@@ -161,7 +161,7 @@ def _lock(job: Job, at: Moment) -> list[Issue]:
         message = "The job is processing, but no worker holds it."
         return [Issue("critical", "lock", message, "A cleanup run treats it as stalled.")]
     if at.lease >= job.lease.stuck:
-        message = f"The job is stuck: worker {job.grant.worker} did not report in time."
+        message = f"The job is stalled: worker {job.grant.worker} did not report in time."
         return [
             Issue(
                 "error",

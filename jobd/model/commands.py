@@ -804,7 +804,7 @@ class EndGrants(Command, frozen=True, kw_only=True):
 
 
 class Recover(Command, frozen=True, kw_only=True):
-    """Recover up to `limit` stuck jobs and clear up to `limit` expired locks, judged when the command is applied.
+    """Recover up to `limit` stalled jobs and clear up to `limit` expired locks, judged when the command is applied.
 
     `reason` is that of an operator, for the audit log. The timelines say why each job was recovered.
     """

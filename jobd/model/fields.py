@@ -72,7 +72,7 @@ StuckAfterMs = Annotated[
     Meta(
         ge=0,
         le=YEAR_MS,
-        description="How long the job may be silent before it counts as stuck, once its lock has expired, in ms.",
+        description="A job without a live lock is stalled this long after its latest report, in ms.",
     ),
 ]
 MaxProcessingMs = Annotated[
@@ -140,7 +140,7 @@ DueAt = Annotated[UnixMs, Meta(description="When the job is due, in Unix ms.")]
 GrantStuckAfterMs = Annotated[
     StuckAfterMs,
     Meta(
-        description="How long the job may be silent before it counts as stuck, once its lock has expired, in ms. "
+        description="A job without a live lock is stalled this long after its latest report, in ms. "
         "Default: the job's own."
     ),
 ]

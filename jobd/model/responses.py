@@ -100,7 +100,7 @@ class JobView(Struct):
     on_stall: Annotated[str, Meta(description="What happens to the job when its worker goes silent.")]
     stuck_after_ms: Annotated[
         int,
-        Meta(description="How long the job may be silent before it counts as stuck, once its lock has expired, in ms."),
+        Meta(description="A job without a live lock is stalled this long after its latest report, in ms."),
     ]
     max_processing_ms: Annotated[
         int,
@@ -380,7 +380,7 @@ class StatsView(Struct, frozen=True, rename="camel"):
 
     total_jobs: Annotated[int, Meta(description="Number of jobs.")]
     by_status: Annotated[dict[str, int], Meta(description="Number of jobs by status.")]
-    stuck_jobs: Annotated[int, Meta(description="Jobs that count as stuck now.")]
+    stuck_jobs: Annotated[int, Meta(description="Jobs that are stalled now.")]
     locked_jobs: Annotated[int, Meta(description="Jobs with a live lock.")]
     average_processing_time: Annotated[
         float, Meta(description="Seconds, over the completions of the last hour and the jobs that are processing.")
@@ -388,7 +388,7 @@ class StatsView(Struct, frozen=True, rename="camel"):
     oldest_processing_job: Annotated[
         OldestProcessing | None, Meta(description="The job that has been processing longest, or null.")
     ]
-    stuck_jobs_recovered: Annotated[int, Meta(description="Stuck jobs that were recovered.")]
+    stuck_jobs_recovered: Annotated[int, Meta(description="Stalled jobs that were recovered.")]
     timestamp: Timestamp
     cleanup_running: CleanupRunning = False
     time_since_last_cleanup: SinceCleanup = None
@@ -426,7 +426,7 @@ class Recovery(Struct, frozen=True, rename="camel"):
 
 
 class Recovered(Struct, frozen=True):
-    """The result of Recover. `more`: stuck jobs or expired locks are left for the next slice."""
+    """The result of Recover. `more`: stalled jobs or expired locks are left for the next slice."""
 
     details: list[Recovery]
     locks_cleared: int
@@ -437,7 +437,7 @@ class TakeBackView(Struct, frozen=True, rename="camel"):
     """The jobs that a take-back ended, or would end as a dry run."""
 
     worker: WorkerText
-    recovered_jobs: Annotated[int, Meta(description="How many stuck jobs were recovered.")]
+    recovered_jobs: Annotated[int, Meta(description="How many stalled jobs were recovered.")]
     reset_jobs: Annotated[int, Meta(description="How many of them returned to their queue.")]
     failed_jobs: Annotated[int, Meta(description="How many of them failed.")]
     details: Annotated[list[Recovery], Meta(description="What was done to each job.")]
@@ -531,7 +531,7 @@ class CleanupReport(Struct, frozen=True, rename="camel"):
     """What was done since the previous report, in the names that existing dashboards expect."""
 
     timestamp: Timestamp
-    stuck_jobs_recovered: Annotated[int, Meta(description="Stuck jobs that were recovered.")]
+    stuck_jobs_recovered: Annotated[int, Meta(description="Stalled jobs that were recovered.")]
     expired_jobs_deleted: Annotated[int, Meta(description="Finished jobs that were deleted by age.")]
     expired_locks_cleared: Annotated[int, Meta(description="Expired locks that were cleared.")]
     validation_issues_fixed: Annotated[int, Meta(description="Issues that were fixed.")]
@@ -559,7 +559,7 @@ class CleanupState(Struct, frozen=True, rename="camel"):
 class RecoverStuckView(Struct, frozen=True, rename="camel"):
     """The jobs that a recovery ended."""
 
-    recovered_jobs: Annotated[int, Meta(description="How many stuck jobs were recovered.")]
+    recovered_jobs: Annotated[int, Meta(description="How many stalled jobs were recovered.")]
     reset_jobs: Annotated[int, Meta(description="How many of them returned to their queue.")]
     failed_jobs: Annotated[int, Meta(description="How many of them failed.")]
     details: Annotated[list[Recovery], Meta(description="What was done to each job.")]
@@ -938,7 +938,7 @@ class PreviewResult(Struct, frozen=True):
 class PreviewView(Struct, frozen=True, rename="camel"):
     """What recovery and a cleanup run would do now: the first jobs of each kind."""
 
-    recover: Annotated[list[Recovery], Meta(description="Stuck jobs that would be recovered.")]
+    recover: Annotated[list[Recovery], Meta(description="Stalled jobs that would be recovered.")]
     expired_locks: Annotated[int, Meta(description="Number of expired locks that would be cleared.")]
     expired_jobs: Annotated[list[str], Meta(description="Queued jobs past their `expires_at` that would fail.")]
     deleted_jobs: Annotated[list[str], Meta(description="Finished jobs that would be deleted by age.")]

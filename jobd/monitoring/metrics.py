@@ -262,7 +262,9 @@ def _jobs(now: Snapshot) -> Iterator[Metric]:
     refusals = ((code, now.errors.get(code, 0)) for code in ERROR_STATUS)
     yield _counters("refusals", "Error responses, by code; already_locked is lock contention.", ["code"], refusals)
     yield _counter("stalls", "Grants that ended because the worker stalled.", now.stalls)
-    yield _counters("recovered", "Stuck jobs recovered: reset to queued, or failed.", ["action"], now.recovered.items())
+    yield _counters(
+        "recovered", "Stalled jobs recovered: reset to queued, or failed.", ["action"], now.recovered.items()
+    )
     yield _counters("late_results", "Results submitted after the lock expired.", ["action"], now.late.items())
     help_ = "Time from grant to completion, by queue."
     seconds = HistogramMetricFamily("jobd_processing_seconds", help_, labels=["queue"])
