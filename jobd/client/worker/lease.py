@@ -35,6 +35,7 @@ from jobd.model.responses import LockState
 # A call is retried at least every 5 s: one try takes at most 4 s, the delay after it 1 s.
 TRY_S: Final = 4.0
 WAIT_S: Final = 1.0
+EXTENSIONS_PER_TTL: Final = 3
 ONE_TRY: Final = RetryOptions(total_s=0, timeout_s=TRY_S)
 
 # After these errors the grant has ended.
@@ -85,7 +86,7 @@ class LeaseKeeper:
 
     def start(self, *, at_once: bool = False) -> None:
         """Start to extend the lock: after a third of its TTL, or `at_once` if the grant may be old."""
-        self._heartbeat = asyncio.create_task(self._extend(0.0 if at_once else self._ttl_s / 3))
+        self._heartbeat = asyncio.create_task(self._extend(0.0 if at_once else self._ttl_s / EXTENSIONS_PER_TTL))
 
     def report(self, progress: float, message: str | None = None) -> asyncio.Future[None]:
         """Send this progress as soon as possible. Of several pending reports only the latest is sent.
@@ -150,7 +151,7 @@ class LeaseKeeper:
                 raise
             if state is not None:
                 failures, self._extended_s, self._ttl_s = 0, sent, state.ttl_ms / 1000
-                due = sent + self._ttl_s / 3
+                due = sent + self._ttl_s / EXTENSIONS_PER_TTL
                 await asyncio.sleep(self._progress_every_s)
             else:
                 failures += 1
@@ -253,7 +254,7 @@ class LeaseKeeper:
     async def _extend_meanwhile(self) -> None:
         """Extend the lock while its ending is retried. Errors are ignored: the ending may have been applied."""
         now = asyncio.get_running_loop().time()
-        if now - self._extended_s < self._ttl_s / 3:
+        if now - self._extended_s < self._ttl_s / EXTENSIONS_PER_TTL:
             return
         with contextlib.suppress(JobdError):
             await self._client.send(worker_requests.extend_job_lock(self.id, lock_id=self.grant.lock_id), ONE_TRY)

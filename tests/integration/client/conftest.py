@@ -11,6 +11,7 @@ from jobd.client import (
     AsyncJobClient,
     uuid7,
 )
+from jobd.client.worker import lease
 from tests.support.daemon_process import TOKEN, Daemon
 
 
@@ -36,3 +37,9 @@ async def admin(daemon: Daemon) -> AsyncIterator[AsyncAdminClient]:
 def queue() -> str:
     """Return the name of a queue that only this test uses."""
     return uuid7()
+
+
+@pytest.fixture(autouse=True)
+def frequent_extensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Extend a lock of 30 s every 0.3 s, long before it expires: a busy machine may delay an extension for seconds."""
+    monkeypatch.setattr(lease, "EXTENSIONS_PER_TTL", 100)

@@ -40,7 +40,7 @@ from tests.support.scripted_server import ReceivedRequest, ScriptedServer, servi
 
 @pytest.mark.slow
 async def test_the_lock_is_extended_while_the_handler_runs(client: AsyncJobClient, queue: str) -> None:
-    worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+    worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)
     go = asyncio.Event()
 
     @worker.handler()
@@ -49,14 +49,16 @@ async def test_the_lock_is_extended_while_the_handler_runs(client: AsyncJobClien
 
     job = await client.create_job(queue=queue)
     async with running_worker(worker):
+        granted = await wait_for_job(client, job.id, lambda job: job.lock is not None)
 
-        async def is_older_than_one_ttl() -> bool:
-            return (await event_types(client, job.id)).count("extended") >= 4
+        async def is_extended() -> bool:
+            return (await event_types(client, job.id)).count("extended") >= 3
 
-        await wait_until(is_older_than_one_ttl)
+        await wait_until(is_extended)
         held = await client.get_job(job.id)
+        assert granted.lock is not None
         assert held.lock is not None
-        assert held.stalls == 0
+        assert held.lock.expires_at > granted.lock.expires_at
         go.set()
         assert (await wait_until_finished(client, job.id)).attempt == 1
 
@@ -72,12 +74,12 @@ async def test_a_handler_that_blocks_its_loop_keeps_its_lock(
     """A client in another thread reads the job, because this loop is blocked."""
     monkeypatch.setattr(handlers, "LAG_S", 0.2)
     monkeypatch.setattr(handlers, "MEASURE_S", 0.1)
-    worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+    worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)
 
     @worker.handler
     async def work(task: Task) -> int:
         with JobClient(f"unix:{daemon.socket}") as jobs:
-            while [event.type for event in jobs.timeline(task.job.id)].count("extended") < 4:  # longer than the TTL
+            while [event.type for event in jobs.timeline(task.job.id)].count("extended") < 3:
                 time.sleep(0.05)
         return task.job.attempt
 
@@ -86,20 +88,20 @@ async def test_a_handler_that_blocks_its_loop_keeps_its_lock(
         done = await wait_until_finished(client, job.id)
         await wait_until(lambda: "runs again" in caplog.text)
     assert (done.status, done.metadata_value, done.stalls) == ("completed", 1, 0)
-    assert f"job {job.id}: the event loop of the handlers is blocked for 0." in caplog.text
+    assert f"job {job.id}: the event loop of the handlers is blocked for " in caplog.text
 
 
 @pytest.mark.slow
 async def test_a_grant_received_while_the_loop_is_blocked_keeps_its_lock(
     client: AsyncJobClient, queue: str, daemon: Daemon
 ) -> None:
-    worker = Worker(client, queues=[queue], lock_ttl_ms=1000, concurrency=2)
+    worker = Worker(client, queues=[queue], lock_ttl_ms=30_000, concurrency=2)
 
     @worker.handler("blocks")
     async def block(task: Task) -> None:
         with JobClient(f"unix:{daemon.socket}") as jobs:
             other = jobs.create_job(queue=queue, kind="other")
-            while [event.type for event in jobs.timeline(other.id)].count("extended") < 4:
+            while [event.type for event in jobs.timeline(other.id)].count("extended") < 3:
                 time.sleep(0.05)
         task.set_result(metadata=other.id)
 
@@ -116,7 +118,7 @@ async def test_a_grant_received_while_the_loop_is_blocked_keeps_its_lock(
 async def test_a_lock_lost_while_the_loop_is_blocked_cancels_the_handler(
     client: AsyncJobClient, queue: str, daemon: Daemon, caplog: pytest.LogCaptureFixture
 ) -> None:
-    worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+    worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)
     ended: list[BaseException] = []
 
     @worker.handler
@@ -273,7 +275,7 @@ async def test_progress_after_the_end_of_a_run_is_an_error(
 
 
 async def test_cancelling_a_job_cancels_its_async_handler(client: AsyncJobClient, queue: str) -> None:
-    worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+    worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)
     started, stopped = asyncio.Event(), asyncio.Event()
     tasks: list[Task] = []
 
@@ -307,7 +309,7 @@ async def test_cancelling_a_job_cancels_its_async_handler(client: AsyncJobClient
 async def test_a_plain_handler_that_lost_its_lock_reports_nothing(
     client: AsyncJobClient, admin: AsyncAdminClient, queue: str
 ) -> None:
-    worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+    worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)
     started = threading.Event()
     outcome: list[Any] = []
 
@@ -357,7 +359,7 @@ async def test_progress_raises_lock_lost(client: AsyncJobClient, admin: AsyncAdm
 
 
 async def test_a_handler_is_stopped_after_max_processing_ms(client: AsyncJobClient, queue: str) -> None:
-    worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+    worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)
     stopped = asyncio.Event()
 
     @worker.handler()
@@ -382,7 +384,7 @@ async def test_work_continues_while_the_daemon_is_unreachable(
     started, go = asyncio.Event(), asyncio.Event()
     with Daemon(tmp_path) as daemon:
         async with AsyncJobClient(f"unix:{daemon.socket}") as client:
-            worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+            worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)
 
             @worker.handler()
             async def work(task: Task) -> str:
