@@ -241,7 +241,7 @@ def test_a_damaged_row_is_named_with_its_fix(
         patched.setattr("jobd.cli.daemon.store.need_terminal", lambda: None)
         patched.setattr("jobd.cli.daemon.store.confirm", no)
         code, out, err = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2")
-        assert (code, out, prompts) == (1, "", ["write that"])
+        assert (code, out, prompts) == (1, "", ["write these changes"])
         assert "job b2: the row would be accepted" in err
         assert copy.read_bytes() == before
     code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2", "--yes")
