@@ -188,7 +188,7 @@ def test_a_backup_may_take_long_while_it_progresses(
 def test_a_stalled_backup_is_an_error(server: ScriptedServer, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = SlowBackup(server, monkeypatch, polls=10**6, quiet_ms=3_000_000)
     try:
-        with pytest.raises(Unreachable, match=r"has not moved for 5 s\. It was copying at -?[0-9]+ bytes"):
+        with pytest.raises(Unreachable, match=r"has made no progress for 5 s\. It was copying at -?[0-9]+ bytes"):
             slow.take(endpoint, timeout_s=5)
     finally:
         slow.ready.set()
@@ -200,7 +200,7 @@ def test_a_daemon_without_progress_of_backups_counts_as_stalled(
     slow = SlowBackup(server, monkeypatch, polls=1)
     server.always = None  # 404, as from an older daemon
     try:
-        with pytest.raises(Unreachable, match=r"has not moved for 5 s"):
+        with pytest.raises(Unreachable, match=r"has made no progress for 5 s"):
             slow.take(endpoint, timeout_s=5)
     finally:
         slow.ready.set()

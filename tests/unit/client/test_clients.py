@@ -98,9 +98,9 @@ async def test_calls_with_a_lock_take_only_the_job_by_position(
 ) -> None:
     with JobClient(endpoint) as client, pytest.raises(TypeError) as caught:
         getattr(client, name)("j1", *given)
-    assert str(caught.value) == f"only job_id may be positional; write {write}"
+    assert str(caught.value) == f"only job_id can be positional; write {write}"
     async with AsyncJobClient(endpoint) as jobs:
-        with pytest.raises(TypeError, match="only job_id may be positional"):
+        with pytest.raises(TypeError, match="only job_id can be positional"):
             await getattr(jobs, name)("j1", *given)
     assert server.received == []
     assert str(inspect.signature(getattr(JobClient, name))).startswith("(self, /, job_id: 'str', *, lock_id: 'str'")

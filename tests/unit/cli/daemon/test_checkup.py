@@ -1,12 +1,9 @@
-"""`jobd doctor --running`, the clock and webhooks, against a daemon with prepared figures."""
+"""The checks of `jobd doctor --running`, against prepared responses and metrics."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
-import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +13,6 @@ from msgspec.structs import replace
 
 import jobd
 from jobd.api import admin as admin_api
-from jobd.cli import tables_admin
-from jobd.cli.ctl import main as ctl
 from jobd.cli.daemon import checkup
 from jobd.cli.daemon.checkup import examine
 from jobd.client import AdminClient
@@ -56,60 +51,6 @@ async def test_the_doctor_finds_nothing_in_a_healthy_daemon(tmp_path: Path) -> N
     assert set(await _findings(tmp_path, prepare)) == {"job bad-1", "validation", "jobs"}
 
 
-async def _clock(place: Path, held: list[str], *argv: str) -> tuple[int, bool]:
-    """The exit code of `jobctl clock …` against a daemon whose clock is suspect, and whether it is accepted."""
-    async with HttpHarness(admin_api.ROUTES, place, admin=True) as harness:
-        harness.fakes.past_jobs = held
-        where = ["--admin-url", f"unix:{harness.path}"]
-        code = await asyncio.to_thread(ctl.main, ["clock", *argv, *where])
-        return code, harness.fakes.accepted
-
-
-async def test_clock_accept_lists_the_jobs_to_delete_and_asks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ADMIN_TOKEN", "canary-token-0123456789")
-    held = ["old-1", "old-2"]
-    assert await _clock(tmp_path, held, "accept") == (2, False)
-    assert "add --yes to skip it, or --dry-run to preview the effect" in capsys.readouterr().err
-    assert await _clock(tmp_path, held, "accept", "--dry-run") == (0, False)
-    assert "2: old-1 old-2 finished jobs would be deleted by age" in capsys.readouterr().out
-    assert await _clock(tmp_path, held, "accept", "--dry-run", "--json") == (0, False)
-    assert json.loads(capsys.readouterr().out) == {"heldJobs": held, "moreHeld": False}
-    assert await _clock(tmp_path, held, "--yes") == (2, False)
-    assert await _clock(tmp_path, held, "accept", "--yes") == (0, True)
-    requests: list[str] = []
-    monkeypatch.setattr("jobd.cli.ctl.admin.need_terminal", lambda: None)
-    monkeypatch.setattr("jobd.cli.ctl.admin.confirm", requests.append)
-    assert await _clock(tmp_path, held, "accept") == (0, True)
-    assert requests == ["accept the clock"]
-    assert "2: old-1 old-2 finished jobs would be deleted by age" in capsys.readouterr().err
-
-
-def test_webhooks_are_listed_with_their_state(capsys: pytest.CaptureFixture[str]) -> None:
-    soon = round(time.time() * 1000) + 5 * 60_000 + 12_000
-    states = [
-        replace(WEBHOOK, name=name, state=state, failing_since=since, next_try_at=next_)
-        for name, state, since, next_ in (
-            ("a", "starting", None, None),
-            ("b", "closed", None, None),
-            ("c", "closed", 1, soon),
-            ("d", "open", 1, soon),
-            ("e", "half_open", 1, None),
-        )
-    ]
-    tables_admin.webhooks(states)
-    rows = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
-    assert rows[0][2:4] == ["STATE", "NEXT ATTEMPT"]
-    assert {row[0]: row[2:4] for row in rows[1:]} == {
-        "a": ["starting", "-"],
-        "b": ["healthy", "-"],
-        "c": ["failing", "in 5 m"],
-        "d": ["paused after errors", "in 5 m"],
-        "e": ["retrying one message", "-"],
-    }
-
-
 async def test_the_doctor_names_failing_webhooks_and_dead_lettered_messages(tmp_path: Path) -> None:
     now = 1_700_000_000_000
 
@@ -130,6 +71,8 @@ async def test_the_doctor_names_failing_webhooks_and_dead_lettered_messages(tmp_
 
 
 MIB = 1 << 20
+
+
 PASSED = {
     "disk": ("jobd_disk_free_bytes {}", 256 * MIB - 1, 256 * MIB, "256.0 MiB are free"),
     "write-ahead log": ("jobd_wal_bytes {}", 256 * MIB + 1, 256 * MIB, "grown to 256.0 MiB"),

@@ -1,0 +1,184 @@
+"""The command line of jobctl without a daemon: help, usage errors and exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from jobd.cli.ctl import main
+from tests import ROOT
+
+
+def run(*argv: str) -> int:
+    return main.main(list(argv))
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["nonsense"], "nonsense"),
+        (["submit", "--delay", "soon"], "10s or 1h30m"),
+        (["submit", "{size: 3}"], "quote it for the shell"),
+        (["submit", "--url", "http://127.0.0.1:1", "--socket", "/x"], "give one"),
+        (["submit", "--url", "ftp://127.0.0.1"], "expected unix:/path"),
+        (["jobs", "--status", "lost"], "queued"),
+        (["jobs", "--limit", "0"], "0"),
+        (["transition", "j", "queued"], "TO"),
+        (["cancel"], "ID"),
+        (["run"], "CMD"),
+        (["run", "--timeout", "0", "true"], "--timeout must be above 0"),
+    ],
+)
+def test_a_usage_error_exits_with_2_and_one_line(
+    argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("jobctl: ")
+    assert expected in err
+    assert "--help" in err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "submit --id",
+        "submit --queue",
+        "submit --idempotency-key",
+        "jobs --queue",
+        "jobs --worker",
+        "export --queue",
+        "events --queue",
+        "events --job",
+        "events --type",
+        "audit --who",
+        "audit --action",
+        "audit --what",
+        "audit --job",
+        "run --queue",
+        "run --name",
+    ],
+)
+def test_an_empty_name_is_a_usage_error(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Otherwise a job would get a random id, a worker a default name, and a list would be unfiltered."""
+    verb, option = line.split()
+    rest = ["true"] if verb == "run" else []
+    assert run(verb, option, "", *rest) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"Invalid value for '{option}': it is empty. Is a shell variable unset?" in err
+
+
+@pytest.mark.parametrize("argv", [["jobs"], ["submit", "1"], ["why", "j"], ["job", "j"]])
+def test_an_unreachable_worker_api_exits_with_3(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*argv) == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert "missing.sock" in err
+    assert "--socket" in err
+
+
+def test_an_unreachable_admin_api_exits_with_3(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ADMIN_TOKEN", "canary-canary-canary-canary")
+    assert run("stats") == 3
+    assert "canary" not in "".join(capsys.readouterr())
+
+
+def test_a_missing_token_names_its_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("stats") == 5
+    assert "ADMIN_TOKEN_FILE" in capsys.readouterr().err
+
+
+def test_an_unusable_token_file_exits_with_78(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("stats", "--token-file", str(tmp_path / "none")) == 78
+    (tmp_path / "empty").write_text("\n")
+    assert run("stats", "--token-file", str(tmp_path / "empty")) == 78
+    assert "empty" in capsys.readouterr().err
+
+
+def test_no_option_takes_a_token_as_its_value() -> None:
+    verbs = [main.jobctl, *main.jobctl.commands.values()]
+    assert not [option for verb in verbs for param in verb.params for option in param.opts if option == "--token"]
+
+
+def test_options_may_precede_or_follow_the_verb_and_the_last_one_wins(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--socket", "/before.sock", "jobs")
+    run("jobs", "--socket", "/after.sock")
+    run("--socket", "/before.sock", "jobs", "--socket", "/nearer.sock")
+    assert [
+        name for line in capsys.readouterr().err.splitlines() for name in ("before", "after", "nearer") if name in line
+    ] == [
+        "before",
+        "after",
+        "nearer",
+    ]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["cancel", "j"],
+        ["force-fail", "j"],
+        ["force-reset", "j"],
+        ["delete", "j"],
+        ["transition", "j", "queued", "failed"],
+    ],
+)
+def test_a_destructive_verb_asks_first(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ADMIN_TOKEN", "canary-canary-canary-canary")
+    assert run(*argv) == 2
+    assert "--yes" in capsys.readouterr().err
+
+
+def test_help_names_every_verb_and_needs_neither_rich_nor_the_client() -> None:
+    code = (
+        "import sys; from jobd.cli.ctl import main; code = main.main(['--help'])\n"
+        "heavy = {'rich', 'msgspec', 'http.client', 'asyncio', 'aiohttp', 'jobd.client'} & set(sys.modules)\n"
+        "print('HEAVY', sorted(heavy)); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "HEAVY []" in done.stdout
+    verbs = (
+        "submit run jobs job why timeline validate cancel stats health cleanup recover-stuck force-fail force-reset "
+        "transition import locks queues workers pause resume alerts clock reports run-now update delete"
+    )
+    assert set(verbs.split()) <= {line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")}
+
+
+@pytest.mark.parametrize(
+    ("verb", "variables"),
+    [
+        ("run", "[env: JOBD_WORKER_TOKEN_FILE]"),
+        ("health", "[env: ADMIN_TOKEN_FILE]"),
+        ("jobs", "[env: ADMIN_TOKEN_FILE, or JOBD_WORKER_TOKEN_FILE for the worker API]"),
+    ],
+)
+def test_help_names_the_variable_behind_the_token_file(
+    verb: str, variables: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(verb, "--help") == 0
+    assert variables in " ".join(capsys.readouterr().out.split())
+
+
+def test_without_a_verb_the_help_is_printed_and_the_exit_code_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "submit" in err
+
+
+def test_the_old_spelling_artefact_names_the_new_one() -> None:
+    result = CliRunner().invoke(main.jobctl, ["artefact", "a"])
+    assert result.exit_code == 2
+    assert "spelled artifact" in result.stderr

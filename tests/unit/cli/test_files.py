@@ -1,0 +1,74 @@
+"""Writing files completely or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+
+from jobd.cli import exit_codes, files
+from jobd.storage.files import FileLock
+
+
+def test_a_file_is_written_completely_and_only_for_its_owner(tmp_path: Path) -> None:
+    shown: list[int] = []
+    with files.whole_file(tmp_path / "copy.db", shown.append) as file:
+        file.write(b"12345")
+        file.write(b"678")
+        assert not (tmp_path / "copy.db").exists()
+    assert (tmp_path / "copy.db").read_bytes() == b"12345678"
+    assert (tmp_path / "copy.db").stat().st_mode & 0o777 == 0o600
+    assert shown == [5, 8]
+    assert [path.name for path in tmp_path.iterdir()] == ["copy.db"]
+
+
+def test_an_incomplete_file_leaves_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "copy.db").write_bytes(b"old")
+    (tmp_path / "copy.db.part").write_bytes(b"left over from a crash, longer than what comes now")
+    with pytest.raises(OSError, match="broke"):
+        _break_off(tmp_path / "copy.db")
+    assert (tmp_path / "copy.db").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["copy.db"]
+
+
+def _break_off(path: Path) -> None:
+    with files.whole_file(path, lambda _: None) as file:
+        file.write(b"new")
+        raise OSError("the stream broke")
+
+
+def test_two_programs_do_not_write_one_file(tmp_path: Path) -> None:
+    with files.whole_file(tmp_path / "copy.db", lambda _: None) as file:
+        file.write(b"first")
+        with pytest.raises(exit_codes.CliError) as caught, files.whole_file(tmp_path / "copy.db", lambda _: None):
+            pass
+        assert caught.value.code == 75
+    assert (tmp_path / "copy.db").read_bytes() == b"first"
+
+
+def test_a_store_that_a_daemon_opened_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "copy.db").write_bytes(b"old")
+    with pytest.raises(exit_codes.CliError) as caught:
+        _write_while_taken(tmp_path / "copy.db")
+    assert caught.value.code == 75
+    assert (tmp_path / "copy.db").read_bytes() == b"old"
+    assert not (tmp_path / "copy.db.part").exists()
+
+
+def _write_while_taken(path: Path) -> None:
+    with contextlib.ExitStack() as stack, files.whole_file(path, lambda _: None) as file:
+        file.write(b"new")
+        stack.enter_context(FileLock(str(path)))
+
+
+def test_the_partial_file_is_not_a_store_or_a_symlink(tmp_path: Path) -> None:
+    """The .part name of one file may be another file."""
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    (tmp_path / "copy.db.part").symlink_to(tmp_path / "theirs")
+    with pytest.raises(OSError, match="symbolic"), files.whole_file(tmp_path / "copy.db", lambda _: None):
+        pass
+    with FileLock(str(tmp_path / "store.part")), pytest.raises(exit_codes.CliError) as caught:
+        _break_off(tmp_path / "store")
+    assert caught.value.code == 75
+    assert (tmp_path / "theirs").read_bytes() == b"theirs"

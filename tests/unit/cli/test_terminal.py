@@ -1,0 +1,161 @@
+"""Formatting of text, times, sizes and tables."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobd.cli import terminal
+from jobd.dashboard import rendering
+
+NOW = 1_772_366_400_000
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain ÄÖ 漢字", "plain ÄÖ 漢字"),
+        ("a\nb\tc\r", "a\\nb\\tc\\r"),
+        ("\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
+        ("\x07\x7f\x9b2J", "\\x07\\x7f\\x9b2J"),
+        ("abc\u202edcba", "abc\\u202edcba"),
+        ("a\u2028b", "a\\u2028b"),
+        ("\ud800", "\\ud800"),
+    ],
+)
+def test_clean_escapes_control_characters(text: str, shown: str) -> None:
+    assert terminal.clean(text) == shown
+    assert terminal.clean(shown) == shown
+
+
+@given(st.text())
+def test_clean_text_is_one_printable_line(text: str) -> None:
+    cleaned = terminal.clean(text)
+    assert cleaned.splitlines() in ([], [cleaned])
+    assert not any(ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0 for char in cleaned)
+
+
+@given(st.recursive(st.text() | st.integers(-(2**53), 2**53) | st.none(), lambda inner: st.lists(inner, max_size=3)))
+def test_json_has_the_same_value_without_control_characters(value: Any) -> None:
+    if _has_surrogate(value):
+        return
+    text = terminal.as_json(value)
+    assert json.loads(text) == value
+    assert terminal.clean(text) == text
+
+
+def _has_surrogate(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_has_surrogate, value))
+    return isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value)
+
+
+@pytest.mark.parametrize(
+    ("ms", "shown"),
+    [
+        (0, "0 ms"),
+        (999, "999 ms"),
+        (1_000, "1.0 s"),
+        (9_999, "10.0 s"),
+        (10_000, "10 s"),
+        (59_999, "59 s"),
+        (60_000, "1 m"),
+        (200_000, "3 m 20 s"),
+        (3_600_000, "1 h"),
+        (7_500_000, "2 h 5 m"),
+        (90_000_000, "1 d 1 h"),
+        (-5_000, "-5.0 s"),
+    ],
+)
+def test_span(ms: int, shown: str) -> None:
+    assert terminal.span(ms) == shown
+
+
+@pytest.mark.parametrize(
+    ("gap_ms", "shown"),
+    [(0, "0 s ago"), (119_000, "119 s ago"), (720_000, "12 m ago"), (-30_000, "in 30 s"), (-172_800_000, "in 2 d")],
+)
+def test_age(gap_ms: int, shown: str) -> None:
+    assert terminal.age(NOW - gap_ms, NOW) == shown
+
+
+def test_a_time_is_shown_as_in_the_dashboard_with_its_age(zone: str) -> None:
+    assert terminal.instant(1_772_366_400_000) == "2026-03-01 12:00:00 UTC" == rendering.utc_time(1_772_366_400_000)
+    assert terminal.when(1_772_366_400_000, 1_772_367_120_000) == "2026-03-01 12:00:00 UTC (12 m ago)"
+    assert terminal.when(None) == "-"
+    assert terminal.instant(10**18) == f"{10**18} ms"
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 20, "5.0 MiB"), (1 << 40, "1.0 TiB")]
+)
+def test_size(count: int, shown: str) -> None:
+    assert terminal.size(count) == shown
+
+
+def test_a_table_in_a_pipe_is_not_wrapped_or_cut_and_its_cells_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "x" * 500
+    terminal.table(["ID", ">N"], [("\x1b]0;evil\x07", 1), (long, 22)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert "\\x1b]0;evil\\x07" in lines[1]
+    assert lines[2].split() == [long, "22"]
+
+
+def test_in_a_pipe_a_long_cell_moves_only_its_own_line(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.table(
+        ["ID", "STATUS", ">N"], [("x" * 200, "queued", 1), ("short", "failed", 22), ("other", "queued", 333)]
+    )
+    head, long, *others = capsys.readouterr().out.splitlines()
+    assert long == "x" * 200 + "  queued    1"
+    assert [head, *others] == ["ID     STATUS    N", "short  failed   22", "other  queued  333"]
+
+
+class TerminalOutput(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, width: int, columns: list[str], rows: list[tuple[object, ...]]) -> list[str]:
+    """Return the lines of a table on a terminal of this width, without styles."""
+    for name, value in {"COLUMNS": str(width), "LINES": "50", "NO_COLOR": "1", "TERM": "dumb"}.items():
+        monkeypatch.setenv(name, value)
+    out = TerminalOutput()
+    monkeypatch.setattr(sys, "stdout", out)
+    terminal.table(columns, rows)
+    return out.getvalue().splitlines()
+
+
+def test_on_a_terminal_words_are_folded_and_figures_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = drawn(
+        monkeypatch, 40, ["ID", "STATUS", ">QUEUED"], [("x" * 60, "processing", 1_234_567), ("y", "queued", 8)]
+    )
+    assert max(map(len, lines)) <= 40
+    assert sum(line.count("x") for line in lines) == 60, "nothing is left out"
+    assert [line.count("1234567") for line in lines] == [0, 1, *[0] * (len(lines) - 2)]
+    assert sum("processing" in line for line in lines) == 1
+
+
+def test_a_table_without_room_becomes_a_block_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = ["ID", "QUEUE", "KIND", ">TRIES", ">TOKEN"]
+    rows: list[tuple[object, ...]] = [(f"{name}" * 9, "videos-of-all", "transcoding", 3, 10**12) for name in "ab"]
+    lines = drawn(monkeypatch, 30, columns, rows)
+    assert lines.count("") == 1
+    assert [line.split() for line in lines[:5]] == [
+        ["ID", "a" * 9],
+        ["QUEUE", "videos-of-all"],
+        ["KIND", "transcoding"],
+        ["TRIES", "3"],
+        ["TOKEN", str(10**12)],
+    ]
+
+
+def test_an_empty_table_says_so_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.table(["ID"], [], empty="No jobs.")
+    assert capsys.readouterr() == ("", "No jobs.\n")
