@@ -87,7 +87,7 @@ class MaintenanceContext:
     async def recover(
         self, by: str, details: list[Recovery], operator: Operator | None = None, reason: str | None = None
     ) -> None:
-        """Recover all stuck jobs and clear expired locks, in slices. Append the results to `details`."""
+        """Recover all stalled jobs and clear expired locks, in slices. Append the results to `details`."""
         while True:
             done: Recovered = await self.ask(Recover(limit=self.schedule.batch, reason=reason), by, operator)
             details += done.details

@@ -1,6 +1,6 @@
 """Run recovery, ticks and cleanup runs, all as commands.
 
-Maintenance finds work, and the rules decide again when they apply its commands. It is stopped, never cancelled.
+Maintenance finds work, and the rules decide again when they apply its commands. Never cancel it: call `stop`.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Maintainer:
     async def recover_stuck(
         self, operator: Operator | None = None, reason: str | None = None
     ) -> RecoverStuckView | ApiError:
-        """Recover every stuck job for an operator. Returns an error if nothing could be done."""
+        """Recover every stalled job for an operator. Returns an error if nothing could be done."""
         details: list[Recovery] = []
         try:
             await self._context.recover("admin" if operator is None else operator.by, details, operator, reason)
@@ -191,7 +191,7 @@ class Maintainer:
             await self._context.expire("recovery")
 
     def _has_expired(self) -> bool:
-        """Return whether a lock has expired or a job is stuck. Takes constant time."""
+        """Return whether a lock has expired or a job has stalled. Takes constant time."""
         if self._state.stuck or self._state.expired_locks:
             return True
         deadline = self._state.next_deadline()

@@ -90,7 +90,7 @@ class GroupState(Struct):
 
 
 class FailureGroups:
-    """Follows commits with `committed`. `run` reads the jobs of the start: failed ones below `top`, and `live` ones."""
+    """Follows commits with `committed`. `run` reads the earlier jobs: failed ones below `top`, and `live` ones."""
 
     def __init__(self, storage: JobStorage, top: int, live: Iterable[Job] = ()) -> None:
         self._storage = storage

@@ -27,7 +27,7 @@ _STEP_PAGES: Final = 100
 # Pauses between steps let the daemon commit.
 _PAUSE_S: Final = 0.002
 _SPARE_BYTES: Final = 32 << 20
-# Steps of SQLite's virtual machine between two progress calls of a check, which take some milliseconds.
+# Steps of SQLite's virtual machine between two progress calls of a check: some milliseconds.
 _CHECK_STEPS: Final = 20_000
 
 
@@ -69,7 +69,7 @@ async def make_copy(
 
 
 def _copy_and_open(conn: sqlite3.Connection, path: str, step: BackupProgress) -> BinaryIO:
-    """Return the copy as an open file without a name, so that nothing is left on disk in any case."""
+    """Return the copy as an open file without a name, so that no file is left on the disk."""
     name = os.urandom(8).hex()
     target = f"{tempfile.gettempdir()}/jobd-{name}" if path == MEMORY else f"{path}.backup-{name}"
     try:
@@ -93,8 +93,8 @@ def copy_marked(
 ) -> None:
     """Copy a database to the new file `target`, mark it and check it.
 
-    With `step`, the copy yields to other users of `source`. A temporary copy need not be `durable`: to flush it would
-    delay the store's commits.
+    With `step`, the copy yields to other users of `source`. A temporary copy need not be `durable`, because flushing it
+    would delay the store's commits.
     """
     files.create_private(target)
     with _raising_disk_full(), contextlib.closing(_connect(target)) as copy:
@@ -161,7 +161,7 @@ def _reporting(conn: sqlite3.Connection, step: BackupProgress | None) -> Iterato
     """Call `step` regularly while `conn` works. If `step` raises BackupStopped, end the work and raise it."""
     stopped: list[Exception] = []
 
-    def look() -> bool:
+    def is_stopped() -> bool:
         try:
             if step is not None:
                 step("checking", 0, 0)
@@ -169,7 +169,7 @@ def _reporting(conn: sqlite3.Connection, step: BackupProgress | None) -> Iterato
             stopped.append(error)
         return bool(stopped)
 
-    conn.set_progress_handler(look, _CHECK_STEPS)
+    conn.set_progress_handler(is_stopped, _CHECK_STEPS)
     try:
         yield
     except sqlite3.OperationalError:
@@ -255,11 +255,11 @@ def _checkpoint_old(path: str) -> int:
     try:
         startup.peek(path)
     except StoreUnreadable:
-        return 0  # not a database: SQLite would delete its log
+        return 0  # not a database, and SQLite would delete its log
     try:
         startup.check_wal(path)
     except StoreUnreadable:
-        return 0  # keep what SQLite cannot read
+        return 0  # keep the log, which SQLite cannot read completely
     try:
         with contextlib.closing(_connect(path)) as old:
             old.execute("PRAGMA locking_mode = EXCLUSIVE")

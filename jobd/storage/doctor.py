@@ -1,6 +1,6 @@
-"""Find what is wrong with a store that no daemon holds, with a fix for each problem; and accept edited rows.
+"""Check a store that no daemon holds and suggest a fix for each problem, accept edited rows, and recount.
 
-`check` writes nothing. Validation of the values of a job is in `core/validation.py`.
+`check` writes nothing. The values of jobs are validated in `core/validation.py`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from jobd.storage.quarantine import true_id
 from jobd.storage.queries import key_fault, read_job
 from jobd.storage.writers import AUDIT_SQL, insert
 
-MAX_LISTED: Final = 100  # problems listed of one kind; the rest is counted
+MAX_LISTED: Final = 100  # problems listed per kind; the others are counted
 NOTHING_DAMAGED: Final = "no job is in quarantine, and no row is damaged"
-OVERDUE_MS: Final = DAY_MS  # for a tombstone; an artifact store may be unavailable for a while
+OVERDUE_MS: Final = DAY_MS  # of a tombstone; an artifact store may be unavailable for a while
 
 _ACCEPT: Final = "repair the row with sqlite3, then run `jobd doctor --accept {}`"
-_RECOUNT: Final = "compare with a backup; `jobd doctor --recount` accepts the rows that are there"
+_RECOUNT: Final = "compare with a backup; `jobd doctor --recount` accepts the current rows"
 _REBUILD: Final = "rebuild all indexes from the rows with `jobd doctor --recount`"
 _SWEEP: Final = "see artifact_not_deleted in the log; check artifacts.url and the daemon's permission to delete there"
 _RESTORE: Final = "restore a backup with `jobd restore`"
@@ -58,7 +58,7 @@ class StoreProblem(msgspec.Struct, frozen=True, rename={"fix": "mend"}):
 
 
 class RepairRejected(StoreError):
-    """The edited row cannot be accepted; the message says why."""
+    """The edited row is not accepted. The message says why."""
 
     exit_code = 4
 
@@ -89,7 +89,7 @@ def check(path: str) -> list[StoreProblem]:
 
 
 def problems(conn: sqlite3.Connection, path: str) -> list[StoreProblem]:
-    """Return all problems of an open store of this schema version that nothing writes to."""
+    """Return all problems of an open store. It has the current schema version, and nothing writes to it."""
     found: list[StoreProblem] = []
     tables = (_jobs, _payloads, _late, _journal, _keys, queues, _small_tables, _tombstones)
     for part in (_meta, _file, *tables, _quarantined, _files):
@@ -115,7 +115,7 @@ def _limited(problems: Iterator[StoreProblem]) -> list[StoreProblem]:
 
 
 def _all_rows(conn: sqlite3.Connection, sql: str) -> Iterator[Row]:
-    """Yield the rows of a query, also rows with text that is not UTF-8."""
+    """Yield the rows of a query, including rows with text that is not UTF-8."""
     with lenient_text(conn):
         yield from conn.execute(sql)
 
@@ -167,9 +167,9 @@ def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
         stored = [meta[f"{name}_count"], meta[f"{name}_xor"]]
         if sums[live] != stored:
             if sums[live][0] != stored[0]:
-                problem = f"{sums[live][0]} rows, but {stored[0]} had been written"
+                problem = f"there are {sums[live][0]} rows, but {stored[0]} are recorded"
             else:
-                problem = f"the {stored[0]} rows differ from those that had been written"
+                problem = f"the {stored[0]} rows differ from those that are recorded"
             yield StoreProblem(f"{name} jobs", problem, _RECOUNT)
     if next_job > meta["next_job"] or next_token > (meta["epoch"] << TOKEN_COUNTER_BITS) + meta["next_token"]:
         yield StoreProblem("meta", "a job has a number that is not assigned yet", _RESTORE)
@@ -232,7 +232,7 @@ def queues(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     stored: dict[str, tuple[int, int, int]] = {}
     for row in _all_rows(conn, f"SELECT {QUEUE_SQL} FROM queues NOT INDEXED"):
         if (error := fault(row)) is not None:
-            fix = "the daemon counts its jobs at the next start; pause it again if it was paused"
+            fix = "nothing to do: the daemon counts its jobs at the next start; pause it again if it was paused"
             yield StoreProblem(f"queue {readable(row[0])}", error, fix)
         else:
             stored[row[0]] = row[2:5]
@@ -241,7 +241,7 @@ def queues(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     for name in sorted(stored.keys() | counted.keys()):
         expected, actual = stored.get(name, (0, 0, 0)), counted.get(name, (0, 0, 0))
         if expected != actual:
-            problem = f"it has {actual} completed, failed and cancelled jobs, but {expected} had been written"
+            problem = f"it has {actual} completed, failed and cancelled jobs, but {expected} are recorded"
             yield StoreProblem(f"queue {readable(name)}", problem, _RECOUNT)
 
 
@@ -315,11 +315,11 @@ def _files(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
 
 
 def accept(path: str, ids: Sequence[str] | None) -> str:
-    """Accept the edited rows of jobs, in place or in quarantine, and return a line about each.
+    """Accept edited rows of jobs, in their table or in quarantine. Return a line about each.
 
-    `ids` None means all jobs that are in quarantine or have a damaged row. The rows get new checksums, and validation
-    checks the jobs. All rows are one transaction. If a named row is not a valid job, this raises RepairRejected and
-    writes nothing. With `ids` None such rows do not change, and a line names each.
+    If `ids` is None, this accepts all jobs that are in quarantine or have a damaged row, and skips rows that are not
+    valid jobs; a line names each. If a row of `ids` is not a valid job, it raises RepairRejected and writes nothing.
+    Accepted rows get new checksums, and the daemon validates the jobs. All rows are written in one transaction.
     """
     return _repair(path, lambda db: db.commit(_accept, db, path, ids))
 
@@ -337,7 +337,7 @@ def damaged(db: Database, path: str) -> list[str]:
 
 
 def recount(path: str) -> str:
-    """Accept the rows that are there: rebuild all indexes, the totals of jobs and the counts of queues."""
+    """Accept all current rows: rebuild all indexes, the totals of jobs and the counts of queues."""
 
     def change(db: Database) -> str:
         db.commit(db.conn.execute, "REINDEX")

@@ -1,6 +1,6 @@
-"""Describe what a restore or an offline repair would check, find and change. Writes nothing.
+"""Describe what a restore or an offline repair would find and change. Writes nothing.
 
-Raises the errors that the real call would raise.
+Raises the errors that the actual call would raise.
 """
 
 from __future__ import annotations
@@ -109,13 +109,13 @@ def _ended(source: sqlite3.Connection) -> Iterator[str]:
     counts = dict(source.execute("SELECT status, count(*) FROM jobs NOT INDEXED GROUP BY status").fetchall())
     each = ", ".join(f"{count} {readable(status)}" for status, count in counts.items())
     total = sum(counts.values())
-    yield f"    it holds {total} {'job' if total == 1 else 'jobs'}{f': {each}' if each else ''}"
+    yield f"    it has {total} {'job' if total == 1 else 'jobs'}{f': {each}' if each else ''}"
     processing = counts.get("processing", 0)
     yield f"    processing: {processing}; their grants would end by their stall rule"
 
 
 def _replaced(path: str) -> tuple[int, str]:
-    """Return the epoch of the existing database (0 if none can be read), and what would happen to it."""
+    """Return the epoch of the existing database (0 if it cannot be read), and a line that says what happens to it."""
     if not os.path.exists(path):
         return 0, "    no database would be replaced"
     if files.has_sqlite_lock(path):
@@ -183,7 +183,7 @@ def recount(path: str) -> list[str]:
         totals = doctor.totals(db.conn)
         lines = ["all indexes would be rebuilt from the rows", *_counts(db, (totals[0], totals[2]))]
         if totals != db.totals and totals[::2] == db.totals[::2]:
-            lines.append("the rows differ from those that had been written; they would be accepted")
+            lines.append("the rows differ from those that are recorded; they would be accepted")
         lines += [f"{each.where}: {each.what}" for each in doctor.queues(db.conn, path)]
         return lines
 
@@ -193,12 +193,12 @@ def _counts(db: Database, counted: tuple[int, int]) -> list[str]:
     if counted == before:
         return [f"the counts would not change: {counted[0]} live and {counted[1]} finished jobs"]
     now = f"{counted[0]} live and {counted[1]} finished jobs"
-    return [f"the counts would be: {now} (written: {before[0]} and {before[1]})"]
+    return [f"the counts would be: {now} (recorded: {before[0]} and {before[1]})"]
 
 
 @contextlib.contextmanager
 def _opened_read_only(path: str) -> Iterator[Database | str]:
-    """Yield the database for reads; for an older schema version, what would have to happen first."""
+    """Yield the database for reads; for an older schema version, a sentence about its migration."""
     with contextlib.ExitStack() as stack:
         if os.path.exists(f"{path}.lock"):
             stack.enter_context(FileLock(path))

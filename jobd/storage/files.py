@@ -1,4 +1,4 @@
-"""Files next to the database (lock, epoch, reserve file), disk space, and the errors of opening a store.
+"""Handle the files next to the database (lock, epoch, reserve file) and disk space. Define the errors of a store.
 
 All calls block: do not call them on the event loop.
 """
@@ -69,7 +69,7 @@ class StoreBroken(StoreError):
 
 
 class FileLock:
-    """An exclusive lock on a store: an open, locked `<path>.lock`. It ends with the process; the file stays."""
+    """An exclusive lock on a store, held through an open `<path>.lock`. It ends with the process; the file remains."""
 
     def __init__(self, path: str) -> None:
         """Lock the store at `path` or raise StoreBusy. Touches no other file."""
@@ -247,7 +247,7 @@ def _epoch_of(fields: list[bytes]) -> EpochFile | None:
         return None
     epoch = int(fields[0])
     if len(fields) == 1 or fields[1:] == [b"%d" % TOKEN_COUNTER_BITS, _epoch_crc(epoch)]:
-        return EpochFile(epoch, is_current=True)  # one word: an operator wrote it
+        return EpochFile(epoch, is_current=True)  # a single number, written by an operator
     if fields[1:] == [b"%08x" % zlib.crc32(fields[0])]:
         return EpochFile(epoch << 16 | _OLD_EPOCH)
     return None
@@ -258,7 +258,7 @@ def _epoch_crc(epoch: int) -> bytes:
 
 
 def write_epoch(path: str, epoch: int) -> None:
-    """Store `epoch` as the highest one of the store at `path`, with its owner and mode. Raises DiskFull."""
+    """Write the epoch file of the store at `path`, with the owner and mode of the store. Raises DiskFull."""
     replace(f"{path}.epoch", b"%d %d %s\n" % (epoch, TOKEN_COUNTER_BITS, _epoch_crc(epoch)), like=path)
 
 
@@ -274,7 +274,7 @@ def space(path: str) -> DiskSpace | None:
 
 @contextlib.contextmanager
 def occupied(path: str, size: int) -> Iterator[None]:
-    """Occupy `size` bytes beside `path` inside the context. Raises DiskFull.
+    """Occupy `size` bytes in the directory of `path` inside the context. Raises DiskFull.
 
     On a disk smaller than 16 times `size`, a sixteenth of the disk is enough.
     """
@@ -284,7 +284,7 @@ def occupied(path: str, size: int) -> Iterator[None]:
         try:
             file = stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(path) or "."))
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
-        except OSError as error:  # any error: it says nothing about the database
+        except OSError as error:  # any error, because none says anything about the database
             raise DiskFull(str(error)) from error
         yield
 

@@ -1,6 +1,6 @@
 """Create the schema, and migrate databases of older schema versions.
 
-All steps of a migration run in one transaction; a step does not commit.
+All steps of a migration run in one transaction. A step does not commit.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _add_tombstones(conn: sqlite3.Connection) -> None:
 
 
 def _add_audit(conn: sqlite3.Connection) -> None:
-    """Add the audit log. For earlier actions the journal only has `admin`."""
+    """Add the audit log. For earlier actions, the journal only has `admin`."""
     conn.execute(
         "CREATE TABLE audit (seq INTEGER PRIMARY KEY, at INTEGER NOT NULL, who TEXT NOT NULL, address TEXT NOT NULL, "
         "what TEXT NOT NULL, job_id TEXT, queue TEXT, reason TEXT, outcome TEXT NOT NULL, jobs INTEGER NOT NULL, "
@@ -182,7 +182,7 @@ def token_numbers(meta: dict[str, int]) -> tuple[int, int]:
 
 
 def epoch_of(conn: sqlite3.Connection) -> int:
-    """Return the epoch of a database of any schema version, in today's numbering; 0 if its meta row is damaged."""
+    """Return the epoch of a database of any schema version, in the current numbering; 0 if its meta row is damaged."""
     meta = read_meta(conn)
     if meta is None or fault(tuple(meta.values())) is not None:
         return 0
@@ -207,14 +207,14 @@ def change_meta(conn: sqlite3.Connection, **values: int) -> None:
 
 
 def _record_missing_events(conn: sqlite3.Connection) -> None:
-    """Mark all events until now as pruned, because version 1 did not store which events it had pruned."""
+    """Mark all existing events as possibly pruned, because version 1 did not record what it pruned."""
     meta = read_meta(conn)
     assert meta is not None
     _rewrite_meta(conn, {**meta, "events_gone_to": meta["next_event"] - 1})
 
 
 def _rewrite_meta(conn: sqlite3.Connection, row: dict[str, int]) -> None:
-    """Rebuild the meta table with the columns of `row`. The checksum has to stay the last column."""
+    """Rebuild the meta table with the columns of `row`. The checksum remains the last column."""
     row["crc"] = row.pop("crc")
     columns = ", ".join(f"{name} INTEGER NOT NULL" for name in row)
     conn.execute("DROP TABLE meta")
@@ -224,7 +224,7 @@ def _rewrite_meta(conn: sqlite3.Connection, row: dict[str, int]) -> None:
 
 
 def _describe_pauses_and_count_releases(conn: sqlite3.Connection) -> None:
-    """Add columns for the details of a pause, releases in a row, and a suspect clock."""
+    """Add columns for the details of a pause, consecutive releases, and a suspect clock."""
     pause = {"paused_at": "INTEGER", "paused_by": "TEXT", "pause_reason": "TEXT", "paused_until": "INTEGER"}
     _add_columns(conn, "queues", pause, None)
     live_xor, finished_xor = _add_columns(conn, "jobs", {"releases": "INTEGER NOT NULL"}, 0)
@@ -243,21 +243,20 @@ def _describe_pauses_and_count_releases(conn: sqlite3.Connection) -> None:
 
 
 def _add_columns(conn: sqlite3.Connection, table: str, types: dict[str, str], value: int | None) -> tuple[int, int]:
-    """Add columns that hold `value` before the checksum of every row, and recompute the checksums.
+    """Add columns with `value` before the checksum of every row, and recompute the checksums.
 
-    Return the changes to the XOR of the checksums of live jobs, and to that of all other rows.
+    Return the changes of the XOR of the checksums, for live jobs and for all other rows.
     """
     old = f"old_{table}"
     sql = "SELECT sql FROM sqlite_schema WHERE tbl_name = ? AND type = ? AND sql IS NOT NULL"
     [(create_sql,)] = conn.execute(sql, (table, "table"))
     indexes = conn.execute(sql, (table, "index")).fetchall()
-    names = ", ".join(name for (name,) in conn.execute("SELECT name FROM pragma_table_info(?)", (table,)))[
-        : -len(", crc")
-    ]
+    *before, _ = (name for (name,) in conn.execute("SELECT name FROM pragma_table_info(?)", (table,)))
+    names = ", ".join(before)
     columns = "".join(f"{name} {type_}, " for name, type_ in types.items())
     conn.execute(f"ALTER TABLE {table} RENAME TO {old}")
     conn.execute(create_sql.replace("crc INTEGER NOT NULL", f"{columns}crc INTEGER NOT NULL"))
-    # SQLite copies the rows, because it does not change text that is not UTF-8.
+    # SQLite copies the rows, so that text that is not UTF-8 does not change.
     added = "".join(f"{'NULL' if value is None else value}, " for _ in types)
     conn.execute(f"INSERT INTO {table} ({names}, {', '.join(types)}, crc) SELECT {names}, {added}crc FROM {old}")
     conn.execute(f"DROP TABLE {old}")

@@ -62,7 +62,7 @@ def delivery(row: Row) -> Delivery:
 
 
 def open_outbox(db: Database, names: list[str], now: int) -> Outbox:
-    """Return cursors and waiting deliveries of the endpoints. A new one begins at the end of the journal."""
+    """Return cursors and waiting deliveries of the endpoints. A new endpoint begins at the end of the journal."""
     db.check()
     last = db.numbers.next_event - 1
     known, some_damaged = _cursors(db)
@@ -82,7 +82,7 @@ def open_outbox(db: Database, names: list[str], now: int) -> Outbox:
         except DiskFull:
             if not known.keys() >= cursors.keys():
                 raise
-            # Updating the cursors can wait, but alerts about the full disk have to be delivered.
+            # The cursors can be updated later, but alerts about the full disk must be delivered now.
             return Outbox(cursors, waiting, last, next_delivery)
     if old := [name for name, each in known.items() if name not in names and each.updated_at < now - FORGET_MS]:
         db.commit(_forget, db, old)
@@ -92,8 +92,8 @@ def open_outbox(db: Database, names: list[str], now: int) -> Outbox:
 def _begin(db: Database, name: str, last: int) -> tuple[int, int]:
     """Return `position` and `gone_to` for an endpoint whose cursor may have been damaged.
 
-    All events up to the last of its deliveries are in its outbox. Without a delivery, it continues at the end of the
-    journal and gets a message about the gap.
+    The endpoint continues after the last event in its outbox. If the outbox is empty, it continues at the end of the
+    journal, and gets a message about the gap.
     """
     sql = "SELECT ifnull(max(seq), 0) FROM deliveries NOT INDEXED WHERE endpoint = ?"
     (reached,) = db.conn.execute(sql, (name,)).fetchone()
@@ -161,16 +161,16 @@ def _settle(db: Database, settled: list[Delivery], now: int) -> bool:
 
 
 def _trim(db: Database, name: str, state: DeliveryState) -> bool:
-    """Delete all but the latest deliveries of this state. Return as `_drop`."""
+    """Delete all but the latest deliveries of this state. Return the result of `_drop`."""
     args = (name, state, KEEP_ENDED[state])
     edge = db.conn.execute(f"{_IDS} ORDER BY id DESC LIMIT 1 OFFSET ?", args).fetchone()
     return edge is not None and _drop(db, state, f"id IN ({_IDS} AND id <= ?)", (name, state, edge[0]))
 
 
 def _trim_by_age(db: Database, name: str, now: int) -> bool:
-    """Delete the two oldest deliveries of each state if they are too old. Return as `_drop`.
+    """Delete the two oldest deliveries of each state if they are too old. Return the result of `_drop`.
 
-    Two are enough, because deliveries end one by one.
+    Two are enough, because deliveries end one at a time.
     """
     is_lost = False
     for state, keep_ms in KEEP_ENDED_MS.items():
@@ -181,14 +181,14 @@ def _trim_by_age(db: Database, name: str, now: int) -> bool:
 
 
 def _drop(db: Database, state: DeliveryState, condition: str, args: tuple[Any, ...]) -> bool:
-    """Delete deliveries. Return whether one of them failed permanently and was about an event or a gap."""
+    """Delete deliveries. Return whether a dead-lettered one of them was about an event or a gap."""
     sql = f"DELETE FROM deliveries WHERE {condition} RETURNING seq > 0 OR type = ?"
     dropped = db.conn.execute(sql, (*args, EVENTS_GONE)).fetchall()
     return state == "given_up" and any(matters for (matters,) in dropped)
 
 
 def given_up(db: Database, endpoint: str) -> tuple[int, int]:
-    """Return how many deliveries of an endpoint failed permanently, and the id of the newest (0 if none)."""
+    """Return how many deliveries of an endpoint are dead-lettered, and the id of the newest (0 if none)."""
     db.check()
     sql = f"SELECT count(*), ifnull(max(id), 0) FROM ({_IDS})"
     count, newest = db.conn.execute(sql, (endpoint, "given_up")).fetchone()
@@ -206,7 +206,7 @@ def retry(db: Database, endpoint: str, id_: int, now: int) -> Delivery | None:
 
 
 def retry_all(db: Database, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
-    """Requeue the oldest `limit` permanently failed deliveries with ids up to `upto`. Return them without bodies."""
+    """Requeue the oldest `limit` dead-lettered deliveries with ids up to `upto`. Return them without bodies."""
     db.check()
     sql = f"{_IDS} AND id <= ? ORDER BY id LIMIT ?"
     ids = [id_ for (id_,) in db.conn.execute(sql, (endpoint, "given_up", upto, limit))]

@@ -1,6 +1,6 @@
-"""Move damaged rows to quarantine, report them, and remove them from all counts. Nothing is deleted.
+"""Move damaged rows to quarantine, report them, and remove them from all counts. No row is lost.
 
-Each row is moved in a separate transaction.
+Each row is moved in a transaction of its own.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _WAS_LIVE: Final = f"SELECT 1 FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL} AN
 
 
 def quarantine_jobs(db: Database, damaged: list[tuple[Row, str]]) -> dict[str, str]:
-    """Quarantine job rows (columns and checksum), each with its error. Return ids and errors.
+    """Quarantine job rows (columns and checksum), each because of its error. Return errors by job id.
 
-    On a full disk or in a damaged tree, a row stays in its table. It is reported, and quarantined by a later read.
+    On a full disk or in a damaged tree, a row stays in its table and is reported. A later read quarantines it.
     """
     reasons: dict[str, str] = {}
     for row, reason in damaged:
@@ -55,7 +55,7 @@ def quarantine_jobs(db: Database, damaged: list[tuple[Row, str]]) -> dict[str, s
 
 
 def true_id(db: Database, row: Row) -> str:
-    """Return the id that a damaged row was written with, from its columns, its journal and the index of ids."""
+    """Return the id with which a damaged row was written, from its columns, its journal and the index of ids."""
     seq, read = row[0], readable(row[1])
     try:
         rows = db.rows(f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1", (seq,))
@@ -81,7 +81,7 @@ def _quarantine_job(db: Database, row: Row, payload: Row | None, id_: str, reaso
 
 
 def _move_job(db: Database, row: Row, payload: Row | None, id_: str, reason: str) -> tuple[str, str] | None:
-    """Move the row. Return the queue and the status whose count of finished jobs included it, or None."""
+    """Move the row. Return the queue and status whose count of finished jobs included it, or None."""
     run = db.conn.execute
     seq = row[0]
     row_text = codec.as_text((*JOB_COLUMNS, "crc"), row)

@@ -1,4 +1,4 @@
-"""Read committed data: jobs by id, pages of jobs, journals, late results, reports, the audit log.
+"""Read committed data: jobs by id, pages of jobs, journals, late results, reports and the audit log.
 
 Damaged rows are quarantined when a query finds them. All calls block; the storage thread makes them.
 """
@@ -67,12 +67,12 @@ _CREATED: Final = "SELECT created_at FROM jobs NOT INDEXED WHERE seq = ?"
 _METADATA: Final = JOB_COLUMNS.index("metadata")
 _LATE: Final = f"SELECT {LATE_SQL} FROM late_results NOT INDEXED WHERE seq = ?"
 SLICE_BYTES: Final = 256 << 10  # of rows read between two batches, which takes less than 2 ms
-GRANT_SEARCH_EVENTS: Final = 1_000  # the latest events of a job that are searched for a lost grant
+GRANT_SEARCH_EVENTS: Final = 1_000  # latest events of a job that are searched for an ended grant
 _GRANTS: Final = (
     f"SELECT {EVENT_SQL} FROM (SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? "
     "ORDER BY seq DESC LIMIT ?) CROSS JOIN events NOT INDEXED ON seq = found WHERE type = 'granted'"
 )
-MAX_DAMAGED_SLICES: Final = 10  # of tombstones that cannot be quarantined, before the search ends
+MAX_DAMAGED_SLICES: Final = 10  # slices of damaged tombstones after which the search ends
 _REFERENCED_LATE: Final = "SELECT 1 FROM late_results INDEXED BY late_results_storage_key WHERE storage_key = ?"
 _DUE: Final = f"SELECT {TOMBSTONE_SQL} FROM tombstones WHERE due_at {{}} ? ORDER BY due_at LIMIT ?"
 TEXT_BYTES: Final = 2 << 20  # of payloads searched per query
@@ -82,14 +82,14 @@ _HAS_TEXT: Final = (
     "WHERE job_seq = jobs.seq AND instr(lower(CAST(body AS TEXT)), ?)))"
 )
 _TABLE: Final = "NOT INDEXED WHERE true"
-# The index that finds the jobs of a status. No index has completed jobs.
+# The index for the jobs of a status. Completed jobs have none.
 _SCOPES: Final = {
     **dict.fromkeys(LIVE, f"INDEXED BY jobs_live WHERE {LIVE_SQL} AND status = ?"),
     **dict.fromkeys(("failed", "cancelled"), f"INDEXED BY jobs_failed WHERE {FAILED_SQL} AND status = ?"),
 }
 _CAPITALS: Final = {ord(capital): ord(capital) + 32 for capital in ascii_uppercase}
 _NO_PAYLOAD: Final = Payload(b"null", "")
-# Also quarantined jobs, because an operator may accept them.
+# Includes quarantined jobs, because an operator may accept them.
 _REFERENCED: Final = (
     "SELECT 1 FROM jobs INDEXED BY jobs_storage_key WHERE storage_key = ?1 "
     "UNION ALL SELECT 1 FROM quarantined_jobs WHERE json_valid(row) AND json_extract(row, '$.storage_key') = ?1"
@@ -199,7 +199,7 @@ def key_fault(row: Row) -> str | None:
 
 
 def find(db: Database, query: JobQuery) -> JobRows:
-    """See Storage.find."""
+    """See Storage.find_jobs."""
     db.check()
     try:
         page = _page(db, query)
@@ -250,7 +250,7 @@ def _page(db: Database, query: JobQuery) -> JobRows:
 
 
 def _page_one_by_one(db: Database, query: JobQuery) -> JobRows:
-    """Return a page of a damaged table. Reads each seq; rows that cannot be read are reported and skipped."""
+    """Return a page of a damaged table. Reads row by row; unreadable rows are reported and skipped."""
     _, _, filters, args = _conditions(query)
     sql = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq = ?{filters}"
     top = db.numbers.next_job
@@ -277,7 +277,7 @@ def _conditions(query: JobQuery) -> tuple[str, tuple[Any, ...], str, tuple[Any, 
         "status = ?": query.status,
         "queue = ?": query.queue,
         "kind = ?": query.kind,
-        "ifnull(worker, ended_worker) = ?": query.worker,  # of the latest grant; a job also keeps the one before it
+        "ifnull(worker, ended_worker) = ?": query.worker,  # of the latest grant
         "created_at >= ?": query.since,
         "created_at < ?": query.until,
         "finished_at >= ?": query.finished_since,
@@ -354,9 +354,7 @@ def _timeline(db: Database, job_seq: int, limit: int) -> list[Row]:
     sql = f"SELECT {EVENT_SQL} FROM ({inner}) CROSS JOIN events NOT INDEXED ON seq = found ORDER BY found"
     try:
         rows = db.rows(sql, (job_seq, limit))
-        if any(
-            row[_JOB_SEQ] != job_seq and fault(row) is None for row in rows
-        ):  # the index led to events of other jobs
+        if any(row[_JOB_SEQ] != job_seq and fault(row) is None for row in rows):  # the index is damaged
             db.rebuild_indexes()
             rows = db.rows(sql, (job_seq, limit))
     except sqlite3.DatabaseError as error:
@@ -381,7 +379,7 @@ def _timeline_of_a_damaged_table(db: Database, job_seq: int) -> list[Row]:
 def journal(db: Database, after: int, limit: int) -> JournalPage:
     """Return up to `limit` events of the store with a seq above `after`, oldest first; fewer if they are large.
 
-    Damaged events count as missing, also those that cannot be quarantined, so that no reader silently skips them.
+    All damaged events count as missing, even if they cannot be quarantined, so that no reader silently skips them.
     """
     db.check()
     last = db.numbers.next_event - 1
@@ -429,7 +427,7 @@ def late(db: Database, requested: list[LateResultQuery]) -> LateResultRows:
 
 
 def _late_results(db: Database, job_seq: int, *, whole: bool) -> list[LateResult]:
-    """Return the late results of a job, the oldest grant first, and quarantine damaged rows."""
+    """Return the late results of a job, oldest grant first. Quarantine damaged rows."""
     try:
         sql = "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ? ORDER BY seq"
         seqs = [seq for (seq,) in db.rows(sql, (job_seq,))]
@@ -464,7 +462,7 @@ def count_late(db: Database, job_seqs: list[int]) -> dict[int, int]:
 
 
 def _latest_grants(db: Database, job_seq: int) -> list[Grant]:
-    """Return the grants in the latest GRANT_SEARCH_EVENTS events of a job. Batches wait for it, so it is limited."""
+    """Return the grants in the latest GRANT_SEARCH_EVENTS events of a job, limited because batches wait for it."""
     try:
         rows = db.rows(_GRANTS, (job_seq, GRANT_SEARCH_EVENTS))
     except sqlite3.DatabaseError as error:
@@ -476,10 +474,7 @@ def _latest_grants(db: Database, job_seq: int) -> list[Grant]:
 
 
 def expired(db: Database, now: int, limit: int, skip: int = 0) -> list[str]:
-    """Return ids of finished jobs whose `expires_at` is at or before `now`, oldest first, after `skip` others.
-
-    Skips damaged rows that cannot be quarantined.
-    """
+    """See Storage.expired_jobs. Skips damaged rows that cannot be quarantined."""
     db.check()
     inner = (  # the index also has jobs with an invalid status
         f"SELECT seq AS found, expires_at AS due FROM jobs INDEXED BY jobs_expiry "
@@ -539,7 +534,7 @@ def is_referenced(db: Database, key: str) -> bool:
 
 
 def read_audit(db: Database, query: AuditQuery) -> AuditRows:
-    """See Storage.audit."""
+    """See Storage.read_audit."""
     db.check()
     try:
         return _audit_page(db, query)

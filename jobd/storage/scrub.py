@@ -1,6 +1,6 @@
-"""Verify the checksums of all rows of the open store, in slices. Damaged rows are quarantined.
+"""Check the checksums of all rows of the open store, in slices. Damaged rows are quarantined.
 
-Each call checks one slice, takes about SLICE_S, and runs in the storage thread between batches.
+Each call checks one slice in about SLICE_S. It runs in the storage thread, between batches.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SLICE_S: Final = 0.002
 MAX_ROWS: Final = 100  # per query
 MAX_BYTES: Final = 1 << 20
 
-# The columns of each table, with the checksum last. Damaged rows are quarantined if the names are given, else reported:
-# the code that uses such a row quarantines it.
+# The columns of each table, with the checksum last. If the names are given, damaged rows are quarantined here. If not,
+# they are only reported, and quarantined by the code that uses them.
 _COLUMNS: Final[dict[str, tuple[str, tuple[str, ...] | None]]] = {
     "events": (EVENT_SQL, (*EVENT_COLUMNS, "crc")),
     "late_results": (LATE_SQL, (*LATE_COLUMNS, "crc")),

@@ -1,6 +1,7 @@
-"""Open a store: connect, migrate the schema, settle the epoch, and read and verify everything that is alive.
+"""Open a store: connect, migrate the schema, settle the epoch, and read and verify all live data.
 
-Changes nothing until the lock is held and the schema version is known. All calls block; the storage thread makes them.
+Nothing is changed before the lock is held and the schema version is known. All calls block; the storage thread makes
+them.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def peek(path: str) -> tuple[int, int]:
 
 
 def _peek_wal(path: str, in_file: tuple[int, int]) -> tuple[int, int]:
-    """Return the same if the write-ahead log may hold a newer header, through a read-only connection."""
+    """Return the same through a read-only connection, because the write-ahead log may have a newer header."""
     try:
         with read_only(path) as conn:
             (application,) = conn.execute("PRAGMA application_id").fetchone()
@@ -152,7 +153,7 @@ def _peek_wal(path: str, in_file: tuple[int, int]) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def read_only(path: str) -> Iterator[sqlite3.Connection]:
-    """Yield a read-only connection. The caller ensures that nothing else writes, by the lock or by owning the file."""
+    """Yield a read-only connection. The caller ensures that nothing else writes, for example with the lock."""
     log = f"{path}-wal"
     shared = f"{path}-shm"
     with_log = os.path.exists(log) and os.path.getsize(log) > 0
@@ -202,7 +203,7 @@ def check_wal(path: str) -> None:
 
 
 def start(conn: sqlite3.Connection, path: str) -> tuple[Database, OpenedStore]:
-    """Migrate the schema, settle the epoch, and read and verify everything that is alive."""
+    """Migrate the schema, settle the epoch, and read and verify all live data."""
     with translated_errors(path):
         prepare_schema(conn, path)
         db = read_meta(conn, path)
@@ -315,8 +316,8 @@ def _settle_epoch(db: Database, path: str) -> bool:
 def _begin_epoch(db: Database, epoch: int, is_restored: bool) -> None:
     """Begin `epoch`. The mark of a backup stays until every grant has ended (Batch.unmark).
 
-    After a restore, clients may have seen events that it lacks. Their numbers are not used again: new events
-    begin above them, and a client that resumes from an older number gets an error that later events are gone.
+    After a restore, clients may have seen events that the store no longer has. New events get higher numbers, and a
+    client that resumes from an older number gets the error that events are gone.
     """
     db.numbers = replace(db.numbers, epoch=epoch, next_token=1)
     if is_restored:
@@ -328,7 +329,7 @@ def _begin_epoch(db: Database, epoch: int, is_restored: bool) -> None:
 
 
 def epoch_warning(epoch: int, now: int) -> str | None:
-    """Describe the effect of a wrong wall clock on fencing tokens; None if it is right now and was before."""
+    """Describe the effect of a wrong wall clock on fencing tokens; None if it is and was right."""
     seconds = epoch_seconds(now)
     if epoch > SAFE_EPOCH:
         return f"epoch {epoch} gives fencing tokens of 2^53 and more, which JavaScript cannot read exactly"
@@ -336,7 +337,7 @@ def epoch_warning(epoch: int, now: int) -> str | None:
         return "the wall clock is past 2036: epochs only count up by 1, and copies of this store may use the same one"
     if epoch > seconds + _EPOCH_SLACK_S:
         behind = f"the wall clock is {epoch - seconds} s behind epoch {epoch} of the fencing tokens"
-        return f"{behind}: until it has caught up, copies of this store may use the same epoch"
+        return f"{behind}: until the clock has caught up, copies of this store may use the same epoch"
     return None
 
 
@@ -422,9 +423,9 @@ def _live_jobs(db: Database) -> tuple[list[Job], list[CompactJob]]:
             except (DiskFull, StructureDamaged):
                 break
     db.faults.append(
-        f"{totals[0]} live jobs were found, but {stored[0]} had been written"
+        f"{totals[0]} live jobs were found, but {stored[0]} are recorded"
         if totals[0] != stored[0]
-        else f"the {totals[0]} live jobs differ from those that had been written"
+        else f"the {totals[0]} live jobs differ from those that are recorded"
     )
     # A damaged tree may return a row twice.
     by_seq = {job.seq: job for job in live.jobs}
@@ -459,7 +460,7 @@ def _scan_once(db: Database) -> _Live:
 
 
 def _scan_new(db: Database, live: _Live) -> list[int]:
-    """Add the jobs that have not changed since their creation. Return the seqs of all others, also of damaged rows."""
+    """Add the jobs that have not changed since their creation. Return the seqs of all other rows, damaged or not."""
     others: list[int] = []
     xor = 0
     new = db.reader.new

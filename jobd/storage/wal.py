@@ -24,7 +24,7 @@ Sums = tuple[int, int]
 
 
 def frames_used(shared: str) -> int:
-    """Return how many frames of the log SQLite uses, from the shared memory file of a connection that has read it."""
+    """Return how many frames of the log SQLite uses. `shared` is the shared memory file of a connection."""
     with open(shared, "rb") as file:
         file.seek(_USED_FRAMES_AT)
         return int.from_bytes(file.read(4), sys.byteorder)
@@ -47,11 +47,11 @@ def is_damaged(log: str, used: int) -> bool:
 
 @dataclass(frozen=True)
 class _Frame:
-    """A frame of the current generation of the log. It is whole if its checksum continues the one before."""
+    """A frame of the current generation of the log. It is whole if its checksum continues that of the previous one."""
 
     is_whole: bool
     is_commit: bool
-    has_whole_head: bool  # it lies in one sector, so it is not a mix of two writes
+    has_whole_head: bool  # the head is in one sector, so it cannot be a mix of two writes
 
 
 def _frames_after(file: BinaryIO, used: int) -> Iterator[_Frame]:
@@ -61,7 +61,7 @@ def _frames_after(file: BinaryIO, used: int) -> Iterator[_Frame]:
     magic, _, page, _, *salts, first, second = _HEADER.unpack(header)
     if _checksum((0, 0), header[:24], big=bool(magic & 1)) == (first, second) and magic | 1 == _MAGIC | 1:
         big = bool(magic & 1)
-    else:  # the header is damaged: SQLite uses no frame; the frames have the same salts
+    else:  # the header is damaged, so SQLite uses no frame; take the salts from the first one
         salts, page, big = [], _DEFAULT_PAGE, False
     sums: Sums = (first, second)
     offset = _HEADER.size + max(0, used - 1) * (_FRAME.size + page)

@@ -1,4 +1,4 @@
-"""Define what the dispatchers of all webhooks share."""
+"""Define the context that the dispatchers of all webhooks share."""
 
 from __future__ import annotations
 

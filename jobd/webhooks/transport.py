@@ -1,6 +1,6 @@
 """Attempt a delivery over HTTP: signed, with a timeout, and to allowed addresses only.
 
-A receiver cannot cause an exception. Errors contain no part of the URL but its host, because it may have a secret.
+A receiver cannot cause an exception. Errors show only the host of the URL, because the rest may be a secret.
 """
 
 from __future__ import annotations
@@ -52,26 +52,26 @@ class Resolver(AbstractResolver):
         if self._running >= MAX_LOOKUPS:
             raise OSError("too many name lookups are already running")
 
-        def settle(answer: list[Any] | OSError) -> None:
+        def settle(result: list[Any] | OSError) -> None:
             self._running -= 1
             if found.done():
                 return
-            if isinstance(answer, OSError):
-                found.set_exception(answer)
+            if isinstance(result, OSError):
+                found.set_exception(result)
             else:
-                found.set_result(answer)
+                found.set_result(result)
 
         def look_up() -> None:
             try:
-                answer: list[Any] | OSError = socket.getaddrinfo(
+                result: list[Any] | OSError = socket.getaddrinfo(
                     host, port, type=socket.SOCK_STREAM, family=family, flags=socket.AI_ADDRCONFIG
                 )
             except OSError as error:
-                answer = error
+                result = error
             except UnicodeError:
-                answer = OSError("it is not a valid host name")
+                result = OSError("it is not a valid host name")
             try:
-                loop.call_soon_threadsafe(settle, answer)
+                loop.call_soon_threadsafe(settle, result)
             except RuntimeError:
                 return  # the loop is closed
 

@@ -12,7 +12,7 @@ _PUBLIC: Final = IPv6Network("2000::/3")  # the only block from which addresses 
 _UNIQUE_LOCAL: Final = IPv6Network("fc00::/7")
 # Azure's platform: a public address that only the virtual machine itself can reach.
 _OF_THE_HOST: Final = frozenset({IPv4Address("168.63.129.16")})
-# Special-purpose blocks (RFC 6890) that the `ipaddress` module does not know.
+# Reserved special-purpose blocks (RFC 6890). The `ipaddress` module knows only some of them.
 _RESERVED: Final = (
     IPv4Network("192.0.0.0/24"),  # IETF protocols
     IPv4Network("192.31.196.0/24"),  # AS112, as 192.175.48.0/24: anycast

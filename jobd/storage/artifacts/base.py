@@ -1,6 +1,6 @@
-"""The interface of artifact stores, and which objects of deleted jobs may be deleted.
+"""Define the interface of artifact stores, and decide which objects of deleted jobs may be deleted.
 
-`filesystem.py` and `s3.py` implement it. `maintenance/artifact_sweeper.py` decides when to delete.
+`filesystem.py` and `s3.py` implement the interface. `maintenance/artifact_sweeper.py` decides when to delete.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jobd.model.job import HOUR_MS, MINUTE_MS
 from jobd.model.storage import Tombstone
 
 Verdict = Literal["delete", "wait", "leave"]
-Judge = Callable[[int], Verdict]  # of the time at which an object was last modified, Unix ms
+Judge = Callable[[int], Verdict]  # takes the time of the last change of an object, in Unix ms
 
 
 class Margins(Struct, frozen=True):
@@ -45,7 +45,7 @@ class Deletion(Struct, frozen=True):
 
 
 class ArtifactReader(Protocol):
-    """Reads one object of `size` bytes, even if another object replaces it during the read."""
+    """Reads an object of `size` bytes, even if another object replaces it meanwhile."""
 
     size: int
 
@@ -57,7 +57,7 @@ class ArtifactReader(Protocol):
 
 
 class ArtifactStore(Protocol):
-    """A store of objects. A call may be cancelled; it does no harm if it still takes effect."""
+    """A store of objects. A cancelled call may still take effect."""
 
     place: str  # a directory or URL, for messages
 
@@ -77,9 +77,10 @@ class ArtifactStore(Protocol):
 
 
 def judge(tombstone: Tombstone, margins: Margins, now: int, modified_at: int) -> Verdict:
-    """Decide whether to delete the object of a deleted job, by the time at which the object was last modified.
+    """Decide whether to delete the object of a deleted job, by the time of its last change.
 
-    An object written after the deletion belongs to another job. A recent one may belong to a job that has not named it.
+    An object that was written after the deletion belongs to another job. A recent object may belong to a job that has
+    not named it yet.
     """
     if modified_at > tombstone.at + margins.skew_ms:
         return "leave"

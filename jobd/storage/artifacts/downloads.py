@@ -1,4 +1,4 @@
-"""Read artifacts for downloads: a limited number at a time, piece by piece, as fast as the client reads."""
+"""Read artifacts for downloads: a limited number at a time, in pieces, as fast as the client reads."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import structlog
 from jobd.model.errors import api_error
 from jobd.storage.artifacts.base import ArtifactReader, ArtifactStore, ArtifactStoreError
 
-CALL_S: Final = 10.0  # for one piece from the artifact store
-CLOSING_S: Final = 1.0  # for the last pieces when the daemon stops
+CALL_S: Final = 10.0  # timeout per piece
+CLOSING_S: Final = 1.0  # after which running downloads are cut when the daemon stops
 
 log = structlog.get_logger("jobd.artifacts")
 
 
 class Downloads:
-    """Starts downloads, at most `limit` at a time. `store` is None if artifacts.url is not set."""
+    """Starts downloads, at most `limit` at a time. Without artifacts.url, `store` is None."""
 
     def __init__(self, store: ArtifactStore | None, limit: int) -> None:
         self._store = store
@@ -33,21 +33,21 @@ class Downloads:
     async def start(self, key: str, cut: Callable[[], None]) -> Download:
         """Start to download the object `key`. `cut` closes the connection of a slow client. Raises ApiException."""
         if self._store is None:
-            message = "This daemon has no artifact store, so there is nothing to download: see artifacts.url."
+            message = "This daemon has no artifact store, so there is nothing to download. See artifacts.url."
             raise api_error("not_found", message)
         if self._is_closed:
-            raise api_error("shutting_down", "The daemon is stopping; try again in a moment.")
+            raise api_error("shutting_down", "The daemon is stopping. Try again in a moment.")
         if len(self._open) >= self._limit:
-            message = f"{self._limit} downloads are in progress (limits.downloads); try again in a moment."
+            message = f"{self._limit} downloads are in progress (limits.downloads). Try again in a moment."
             raise api_error("overloaded", message)
-        download = Download(self._open, cut)  # counts while the object is opened
+        download = Download(self._open, cut)  # counted while the object is being opened
         try:
             async with asyncio.timeout(CALL_S):
                 reading = await self._store.open(key)
         except (ArtifactStoreError, TimeoutError) as fault:
             download.close()
             log.warning("artifact_not_read", key=key, error=str(fault) or f"no response within {CALL_S:g} s")
-            raise api_error("storage_unavailable", "The artifact store cannot be read now; try again.") from fault
+            raise api_error("storage_unavailable", "The artifact store cannot be read now. Try again.") from fault
         except BaseException:
             download.close()
             raise

@@ -1,4 +1,4 @@
-"""Artifacts in a directory. Paths never lead out of it.
+"""Store artifacts in a directory. No key leads out of it.
 
 One thread makes all file system calls, so that a hanging mount blocks nothing else.
 """
@@ -39,7 +39,7 @@ def _no_undo(_: object) -> None:
 
 
 class FileArtifactStore:
-    """The artifact store of `file:///DIRECTORY`. Keys are paths in it. `daemon_directories` are never touched."""
+    """The artifact store of `file:///DIRECTORY`. Keys are paths in it. `daemon_directories` are never accessed."""
 
     def __init__(self, directory: str, owner: str, daemon_directories: Iterable[str] = ()) -> None:
         self.place = directory
@@ -186,7 +186,7 @@ class FileArtifactStore:
 
 
 def _is_invalid_name(folders: list[str], name: str) -> bool:
-    """Return whether the path is invalid. The API rejects such keys, but edited rows may have them."""
+    """Return whether the path is invalid. The API rejects such keys, but edited rows may contain them."""
     return any(part in ("", ".", "..") or "\0" in part for part in (*folders, name))
 
 
@@ -218,7 +218,7 @@ class FileReader:
 
 
 def _run_calls(calls: CallQueue) -> None:
-    """Run calls one after the other, until None. The target of the thread."""
+    """Run calls one after the other until None comes. This is the target of the thread."""
     while (call := calls.get()) is not None:
         future, work, undo = call
         if future is not None and future.cancelled():
@@ -252,15 +252,15 @@ def _settle(
 def _delete_in(folder: int, name: str, judge: Judge) -> Deletion:
     """Delete a file that was judged, but not a file that replaces it in the meantime.
 
-    `unlink` deletes any file that has the name by then. So this renames the file to a name that no other program uses,
-    and compares it again. A crash in between leaves the renamed file, which the next attempt finds.
+    `unlink` deletes any file that has the name at that moment. So this first renames the file to a name that no other
+    program uses, and compares it again. A crash in between leaves the renamed file, which the next attempt finds.
     """
     renamed = f".jobd-gone-{blake2b(os.fsencode(name), digest_size=8).hexdigest()}"
     _recover(folder, name, renamed, judge)
     status = os.stat(name, dir_fd=folder, follow_symlinks=False)
     if stat.S_ISDIR(status.st_mode):
         return Deletion("left", "it is a directory")
-    # Only the system sets ctime: a copy that keeps the mtime of its source is still new.
+    # Programs cannot set ctime: a copy that keeps the mtime of its source is still new.
     modified_at = max(status.st_mtime_ns, status.st_ctime_ns) // 1_000_000
     verdict = judge(modified_at)
     if verdict != "delete":
@@ -280,7 +280,7 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 
 
 def _recover(folder: int, name: str, renamed: str, judge: Judge) -> None:
-    """Judge a renamed file again that a crash has left, because it may not be the file that was judged."""
+    """Judge a renamed file that a crash has left once more, because it may not be the file that was judged."""
     try:
         status = os.stat(renamed, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:

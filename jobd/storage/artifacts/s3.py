@@ -1,4 +1,4 @@
-"""Artifacts in a bucket of S3 or a compatible store, with obstore (extra `s3`): endpoint and keys from AWS_*.
+"""Store artifacts in a bucket of S3 or a compatible store, with obstore (extra `s3`). Configured by AWS_* variables.
 
 Imported only if artifacts.url names a bucket. Messages contain no key, token or signature.
 """
@@ -41,7 +41,7 @@ class S3ArtifactStore:
         self.place = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
         try:
             self._store = S3Store(bucket, prefix=prefix or None, retry_config=_RETRIES, client_options=_client())
-        except (BaseError, ValueError) as error:  # in AWS_*
+        except (BaseError, ValueError) as error:  # invalid AWS_* variables
             raise ArtifactStoreError(f"{self.place}: {_short_message(error)}") from error
         self._prefix = f"{prefix}/" if prefix else ""
         self._probe_name = f".jobd-probe-{owner}"
@@ -120,8 +120,8 @@ class S3ArtifactStore:
     async def _delete(self, key: str, e_tag: str | None) -> bool:
         """Delete the object if it still has this tag. Return whether it had.
 
-        obstore cannot delete with a condition, so it only signs this request. A store that ignores the condition also
-        deletes an object that arrives between the two requests.
+        obstore cannot delete with a condition, so it only signs the request. A store that ignores the condition also
+        deletes an object that was written between the two requests.
         """
         condition = {} if e_tag is None else {"If-Match": e_tag}
         url = await self._call(obstore.sign_async(self._store, "DELETE", key, _SIGNED_FOR))
@@ -131,7 +131,7 @@ class S3ArtifactStore:
         if status in _CHANGED:
             return False
         if status >= 300 and status != 404:
-            raise ArtifactStoreError(f"{self.place} refused to delete an object: HTTP {status}. Check the credentials.")
+            raise ArtifactStoreError(f"{self.place} did not delete an object: HTTP {status}. Check the credentials.")
         return True
 
     async def _send_delete(self, url: str, headers: dict[str, str]) -> int:
@@ -185,7 +185,7 @@ def _client() -> Any:
 
 
 def _short_message(error: Exception) -> str:
-    """Shorten an error for a message: without a signed URL or a whole document."""
+    """Shorten an error for a message: no signed URL, no whole document."""
     line = str(error).partition("\n")[0] or f"no response within {CALL_S:g} s"
     text = line.partition(" - ")[2] or line
     code = _CODE.search(text)

@@ -173,7 +173,7 @@ async def test_an_artifact_named_by_a_quarantined_job_stays() -> None:
 
 
 @in_virtual_time
-async def test_an_artifact_named_by_a_late_result_waits_for_its_end() -> None:
+async def test_an_artifact_stays_while_a_late_result_names_it() -> None:
     async with sweeping() as at:
         await at.done("a", "k")
         at.engine.disk.late_results[77] = (
@@ -480,7 +480,7 @@ async def test_nothing_is_deleted_while_the_clock_is_suspect() -> None:
 
 
 @in_virtual_time
-async def test_a_clock_step_back_postpones_nothing_for_ever() -> None:
+async def test_a_clock_step_back_postpones_nothing_forever() -> None:
     async with sweeping() as at:
         at.engine.step_ms = 40 * DAY_MS
         at.engine.clock.accept()

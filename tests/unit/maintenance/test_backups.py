@@ -55,7 +55,7 @@ class SteppedCopy:
             pass
 
     async def go(self) -> None:
-        """Allow one step, and wait until the disk is there."""
+        """Allow one step, and wait until the copy reaches it."""
         self.steps.release()
         await asyncio.to_thread(self.reached.acquire)
 

@@ -665,7 +665,7 @@ async def test_health_is_degraded_after_three_intervals_without_success() -> Non
         assert engine.cleaner.degraded_reason() is None
 
 
-# -- reports and figures over a restart -------------------------------------------------------------------------------
+# -- reports and statistics after a restart ------------------------------------------------------------------------
 
 
 @in_virtual_time
@@ -856,14 +856,14 @@ async def test_failed_runs_do_not_reset_the_time_since_the_last_success() -> Non
             assert (state.failed_since_last_success, state.last_failure) == (number, failed)
         assert (state.time_since_last_cleanup or 0) >= 110_000
         assert engine.cleaner.last_success == first
-        assert await engine.cleaner.run_cleanup(forced=False) is failed, "within min_interval no pass is made"
+        assert await engine.cleaner.run_cleanup(forced=False) is failed, "there is no run within min_interval"
     async with VirtualEngine(disk) as engine:
         assert engine.cleaner.state().last_failure is None
         disk.gate.clear()
         engine.keep()
         await disk.at_gate.wait()
         state = engine.cleaner.state()
-        assert (state.failed_since_last_success, engine.cleaner.last_success) == (2, first), "a start reads it back"
+        assert (state.failed_since_last_success, engine.cleaner.last_success) == (2, first), "it is read at the start"
         assert (state.time_since_last_cleanup or 0) >= 110_000
         del disk.errors["expired"]
         disk.gate.set()

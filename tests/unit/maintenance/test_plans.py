@@ -568,7 +568,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "MAX_JOBS", 5)
 
 
-async def walked(planner: Planner, **request: Any) -> list[list[str]]:
+async def all_plans(planner: Planner, **request: Any) -> list[list[str]]:
     """Return the jobs of each plan, from the first to the last."""
     found: list[list[str]] = []
     cursor: str | None = None
@@ -586,16 +586,16 @@ async def test_a_plan_has_a_maximum_size_and_the_next_one_continues() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await failed(engine, "a", "b", "c")
-        assert await walked(planner, action="retry", filter=PlanFilter()) == [["c", "b", "a"]]
+        assert await all_plans(planner, action="retry", filter=PlanFilter()) == [["c", "b", "a"]]
         for n in range(3):
             await engine.yes(Create(id=f"live{n}"))
             await engine.yes(Create(id=f"x{n}"))
             await engine.yes(Cancel(id=f"x{n}"))
         await failed(engine, "d")
         wholes = [["d", "c", "b"], ["a", "x2", "x1"], ["x0"]]
-        assert await walked(planner, action="retry", filter=PlanFilter()) == wholes
+        assert await all_plans(planner, action="retry", filter=PlanFilter()) == wholes
         assert isinstance(planner.find("p0"), ApiError)  # together they had too many jobs
-        assert await walked(planner, action="cancel", filter=PlanFilter()) == [["live2", "live1", "live0"]]
+        assert await all_plans(planner, action="cancel", filter=PlanFilter()) == [["live2", "live1", "live0"]]
 
 
 @pytest.mark.usefixtures("small")
@@ -647,7 +647,7 @@ async def test_a_plan_that_takes_too_long_ends_and_the_next_one_continues() -> N
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await failed(engine, "a", "b", "c", "d")
-        found = await walked(planner, action="retry", filter=PlanFilter(queue="default"))
+        found = await all_plans(planner, action="retry", filter=PlanFilter(queue="default"))
         assert len(found) > 2
         assert [job_id for each in found for job_id in each] == ["d", "c", "b", "a"]
 
@@ -835,7 +835,7 @@ async def test_a_preview_lists_expired_jobs_even_if_few_are_read_at_a_time() -> 
             assert await seen(engine) == (6, False, False)
             patch.setattr(preview, "MAX_SHOWN", 5)
             assert await seen(engine) == (5, True, False)
-            assert await seen(engine, 1e-9) == (1, True, False), "one look takes longer"
+            assert await seen(engine, 1e-9) == (1, True, False), "one read takes longer"
             engine.step_ms = 2 * DAY_MS
             assert await seen(engine) == (5, False, True)
 

@@ -116,7 +116,7 @@ async def test_stuck_jobs_count_now_and_as_recovered_in_the_last_10_minutes() ->
         assert (recovered.firing, recovered.value, recovered.since) == (True, 6, now.since)
         assert recovered.hint.startswith("0 jobs are stalled, and 6 were recovered in the last 10 minutes.")
         await engine.cleaner.run_cleanup(forced=True)
-        assert one(alerts, "stuck_jobs").value == 6, "a pass takes nothing off"
+        assert one(alerts, "stuck_jobs").value == 6, "a cleanup run does not change it"
         await seconds(600)
         after = one(alerts, "stuck_jobs")
         assert (after.firing, after.value, after.since) == (False, 0, None)
@@ -222,11 +222,11 @@ async def test_the_slowest_kind_fires_once_and_does_not_flap() -> None:
                 "Jobs of kind film take 3.071 s (95th percentile, last hour, 22 jobs); usual is 1.023 s." in found.hint
             )
             alerts.thresholds = Thresholds(slower_than_usual=3.1)
-            assert firing(alerts) == ["slower_than_usual"], "just below the threshold it goes on"
+            assert firing(alerts) == ["slower_than_usual"], "it continues just below the threshold"
             alerts.thresholds = Thresholds(slower_than_usual=3.4)
             assert firing(alerts) == []
             alerts.thresholds = Thresholds(slower_than_usual=3.1)
-            assert firing(alerts) == [], "and does not begin again there"
+            assert firing(alerts) == [], "but it does not begin there"
         assert [line["event"] for line in logs] == ["alert_firing", "alert_resolved"]
 
 
@@ -426,7 +426,7 @@ async def test_an_alert_fires_after_30_s_and_resolves_after_60_s() -> None:
         await engine.yes(Complete(id="a", lock_id=lock_id))
         shown = one(alerts, "processing_jobs")
         assert (shown.firing, shown.value) == (True, 0)
-        assert shown.hint == "Jobs processing: 0, no more than expected.", "it says what is so now"
+        assert shown.hint == "Jobs processing: 0, no more than expected.", "it describes the current state"
         await seconds(59)
         assert firing(alerts) == ["processing_jobs"]
         await seconds(1)
@@ -515,7 +515,9 @@ async def test_an_incident_of_failing_attempts_and_missing_workers_fires_its_ale
         waits = one(alerts, "queue_waits")
         assert waits.value > waits.threshold == 300
         assert "cat-0 of queue film, kind encode" in waits.hint
-        assert await watched(engine, alerts, 340) == ["queue_without_workers", "queue_waits"], "its attempts are past"
+        assert await watched(engine, alerts, 340) == ["queue_without_workers", "queue_waits"], (
+            "its attempts are too old"
+        )
         await engine.yes(Claim(queues=["film"], kinds=["encode"], worker="w-1", limit=10, lock_ttl_ms=HOUR_MS))
         await engine.yes(Pause(name="film"))
         assert await watched(engine, alerts, 55) == ["queue_without_workers", "queue_waits"]
@@ -558,7 +560,7 @@ async def test_many_kinds_are_scanned_in_slices_and_none_is_omitted() -> None:
             options = Options(kind=f"k-{number}")
             engine.book.swap(None, Job(number + 1, f"job-{number}", options, "queued", due, due, due))
         await alerts.check()
-        assert one(alerts, "queue_waits").value == 0, "the round goes on at the next look"
+        assert one(alerts, "queue_waits").value == 0, "the scan continues at the next check"
         await alerts.check()
         assert one(alerts, "queue_waits").value == kinds - 1
 

@@ -119,7 +119,7 @@ async def test_removed_jobs_are_no_longer_counted() -> None:
         await engine.yes(moved)
         await engine.yes(Import(id="e", status="failed"))
         assert groups(known) == counted(engine)
-        assert (known.view(9).total, known.view(9).other) == (2, 1), "what has no error is in no group"
+        assert (known.view(9).total, known.view(9).other) == (2, 1), "a job without an error is in no group"
         await engine.yes(Delete(id="e"))
         assert (known.view(9).total, known.view(9).other) == (1, 0)
 
@@ -136,7 +136,7 @@ async def test_jobs_that_wait_for_a_retry_are_counted_separately() -> None:
         known = watching(engine)
         assert not known.is_whole
         await engine.yes(RunNow(id="moved"))
-        assert sum(groups_waiting(known).values()) == 1, "what happens to it is heard before the look"
+        assert sum(groups_waiting(known).values()) == 1, "its changes are counted before it is read"
         await known.run()
         assert known.is_whole
         view = known.view(9)
@@ -152,7 +152,7 @@ async def test_jobs_that_wait_for_a_retry_are_counted_separately() -> None:
         assert sorted(group.job_ids) == ["early", "moved"]
         assert (groups(known), groups_waiting(known)) == (counted(engine), waiting(engine))
         await engine.yes(Start(id="early", worker="w"))
-        assert (known.view(9).total, known.view(9).retrying) == (1, 0), "it is at work"
+        assert (known.view(9).total, known.view(9).retrying) == (1, 0), "it is processing"
         assert [len(known.view(0).groups), known.view(0).other, known.view(0).other_retrying] == [0, 1, 0]
 
 
@@ -308,7 +308,7 @@ async def test_everything_kept_is_limited() -> None:
         await fail(engine, "j8", "alpha")
         await fail(engine, "j9", "beta")
         since = {group.message: group.first_at for group in known.view(9).groups}
-        assert since["alpha"] < later <= since["beta"], "of that one too much has come and gone since"
+        assert since["alpha"] < later <= since["beta"], "its first occurrence was forgotten"
         await engine.yes(Create(id="j10", max_attempts=2))
         await try_once(engine, "j10", "gamma")
         assert (known.view(9).retrying, known.view(9).other_retrying) == (1, 1)

@@ -82,7 +82,7 @@ class StaleOnce(MemoryStorage):
 
 
 @in_virtual_time
-async def test_a_daemon_at_work_is_healthy() -> None:
+async def test_a_working_daemon_is_healthy() -> None:
     async with VirtualEngine() as engine:
         await engine.held("a")
         await engine.yes(Create(id="b"))
@@ -124,7 +124,7 @@ async def test_callers_share_one_measurement() -> None:
 
 
 @in_virtual_time
-async def test_a_caller_that_goes_away_does_not_end_the_measurement() -> None:
+async def test_a_disconnected_caller_does_not_end_the_measurement() -> None:
     async with VirtualEngine() as engine:
         health = health_of(engine)
         callers = [asyncio.create_task(health.view()) for _ in range(2)]
@@ -216,7 +216,7 @@ async def test_a_hanging_disk_leaves_the_last_free_space() -> None:
         assert found == [known] * 3
         assert asyncio.get_running_loop().time() - began < 2 * TIMEOUT_S
         assert await health.space() == known
-        assert disk.calls["space"] == 2  # asked once meanwhile
+        assert disk.calls["space"] == 2  # measured once meanwhile
         disk.answers.set()
         await health.close()
 
@@ -245,7 +245,7 @@ def test_the_message_names_the_writes_that_a_full_disk_rejects(closed: Closed, e
 
 
 @in_virtual_time
-async def test_a_hanging_disk_is_unhealthy_and_not_asked_again() -> None:
+async def test_a_hanging_disk_is_unhealthy_and_not_probed_again() -> None:
     disk = BlockableStorage()
     async with VirtualEngine(disk) as engine:
         health = health_of(engine)

@@ -212,7 +212,7 @@ async def test_job_lifecycles_on_a_real_store_are_counted(tmp_path: Path) -> Non
         body = await daemon.metrics.render()
         assert value(body, "jobd_jobs", status="queued") == 1
         queues = {sample.labels["queue"] for sample in read(body)["jobd_queue_jobs"].samples}
-        assert "video" not in queues, "it has no jobs any more"
+        assert "video" not in queues, "it has no jobs now"
         assert value(body, "jobd_grants_total", queue="video") == 5
         assert value(body, "jobd_stalls_total") == value(body, "jobd_recovered_total", action="reset") == 1
         assert value(body, "jobd_cleanup_found_total", kind="deleted") == 5

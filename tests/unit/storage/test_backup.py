@@ -204,14 +204,14 @@ async def test_a_restore_keeps_the_old_store(path: str, copy: str) -> None:
         later = [maker.any_batch(30) for _ in range(5)]
         for batch in later:
             await store.write(batch)
-    aside = restore(copy, path)
-    assert aside is not None
-    assert os.path.dirname(aside) == os.path.dirname(path)
+    old_path = restore(copy, path)
+    assert old_path is not None
+    assert os.path.dirname(old_path) == os.path.dirname(path)
     async with open_store(path) as (store, found):
         assert (found.marked, found.numbers.epoch, found.numbers.next_event) == (True, 2, 2 << 24)
         assert {job.seq for job in found.live()} == {seq for seq, job in jobs.items() if job.status in LIVE}
         await store.write(Batch([], found.numbers, unmark=True))
-    async with open_store(aside) as (_, found):  # the old store is complete; it has no epoch file
+    async with open_store(old_path) as (_, found):  # the old store is complete; it has no epoch file
         assert found.numbers == replace(maker.numbers, epoch=2, next_token=1)
         assert found.faults == []
 
@@ -246,10 +246,10 @@ async def test_the_write_ahead_log_of_the_old_store_is_kept_with_it(path: str, c
         left = {suffix: read_file(path + suffix) for suffix in ("", "-wal")}
     for suffix, content in left.items():  # as after a kill
         write_file(path + suffix, content)
-    aside = restore(copy, path)
+    old_path = restore(copy, path)
     assert not exists(f"{path}-wal")
-    assert aside is not None
-    async with open_store(aside) as (store, found):
+    assert old_path is not None
+    async with open_store(old_path) as (store, found):
         maker.numbers = replace(maker.numbers, epoch=2, next_token=1)
         await assert_holds(store, found, maker)
 
@@ -258,19 +258,19 @@ async def test_an_unreadable_store_is_kept_unchanged(path: str, copy: str) -> No
     await make_store(copy)
     write_file(path, b"rubbish" * 1_000)
     write_file(f"{path}-wal", b"more rubbish")
-    aside = restore(copy, path)
-    assert aside is not None
-    assert read_file(aside) == b"rubbish" * 1_000
-    assert read_file(f"{aside}-wal") == b"more rubbish"
+    old_path = restore(copy, path)
+    assert old_path is not None
+    assert read_file(old_path) == b"rubbish" * 1_000
+    assert read_file(f"{old_path}-wal") == b"more rubbish"
     async with open_store(path) as (_, found):
         assert found.marked
 
 
 async def test_two_restores_in_one_second_keep_both_stores(path: str, copy: str) -> None:
     await make_store(copy)
-    asides = [restore(copy, path) for _ in range(4)]
-    assert asides[0] is None
-    assert len({aside for aside in asides if aside and exists(aside)}) == 3
+    old_paths = [restore(copy, path) for _ in range(4)]
+    assert old_paths[0] is None
+    assert len({old_path for old_path in old_paths if old_path and exists(old_path)}) == 3
 
 
 async def test_a_restore_is_rejected_while_a_daemon_runs(path: str, copy: str) -> None:

@@ -223,9 +223,9 @@ def test_keys_and_queues_are_the_same_after_encoding_and_decoding() -> None:
     assert codec.key(codec.key_row(granted)[:-1]) == granted
     for queue in (QueueRow(True, 1, 2, 3), QueueRow(True, 1, 2, 3, NOW, "ann", "deploy", NOW + 1)):
         assert codec.queue(codec.queue_row("q", queue)) == queue
-    buried = Tombstone(7, "a", "k/ü", 1, 2, 3)
-    assert codec.tombstone(codec.tombstone_row(buried)) == buried
-    assert codec.fault(codec.tombstone_row(buried)) is None
+    waiting = Tombstone(7, "a", "k/ü", 1, 2, 3)
+    assert codec.tombstone(codec.tombstone_row(waiting)) == waiting
+    assert codec.fault(codec.tombstone_row(waiting)) is None
 
 
 def test_an_audit_entry_is_the_same_after_encoding_and_decoding() -> None:
@@ -251,7 +251,7 @@ def test_a_quarantined_row_is_readable_and_editable() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Signs of life
+# Heartbeats
 
 
 def journal_with(signs: int, seed: int) -> tuple[Job, list[Event]]:

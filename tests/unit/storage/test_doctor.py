@@ -114,11 +114,11 @@ async def test_an_older_store_has_to_be_migrated_first(path: str, monkeypatch: p
         ("UPDATE meta SET next_job = next_job + 1", "meta", "checksum"),
         ("UPDATE payloads SET body = X'31' WHERE job_seq = {live}", "job {live_id}", "the payload is damaged"),
         ("DELETE FROM payloads WHERE job_seq = {live}", "job {live_id}", "the payload is missing"),
-        ("DELETE FROM jobs WHERE seq = {live}", "live jobs", "had been written"),
+        ("DELETE FROM jobs WHERE seq = {live}", "live jobs", "are recorded"),
         ("DELETE FROM jobs WHERE seq = {live}", "payload {live}", "its job does not exist"),
         ("DELETE FROM jobs WHERE seq = {live}", "job {live_id}", "it was not deleted"),
-        ("DELETE FROM jobs WHERE seq = {done}", "finished jobs", "had been written"),
-        ("DELETE FROM jobs WHERE seq = {done}", "queue {done_queue}", "had been written"),
+        ("DELETE FROM jobs WHERE seq = {done}", "finished jobs", "are recorded"),
+        ("DELETE FROM jobs WHERE seq = {done}", "queue {done_queue}", "are recorded"),
         ("UPDATE events SET by = 'me' WHERE seq = 3", "event 3", "checksum"),
         ("UPDATE keys SET at = 1 WHERE digest = 'd1'", "key d1", "checksum"),
         ("UPDATE keys SET answer = X'31' WHERE digest = 'd1'", "key d1", "stored response"),
@@ -200,9 +200,9 @@ async def test_numbers_that_are_not_assigned_yet_are_reported(path: str) -> None
 async def test_a_tombstone_that_waits_too_long_is_reported(path: str) -> None:
     maker = await make_store(path)
     times = [now_ms() - DAY_MS + 60_000, now_ms() - 3 * DAY_MS - 1]
-    buried = [Tombstone(900 + n, f"gone-{n}", f"k/{n}", at, at, tries=n) for n, at in enumerate(times)]
+    tombstones = [Tombstone(900 + n, f"gone-{n}", f"k/{n}", at, at, tries=n) for n, at in enumerate(times)]
     async with open_store(path) as (store, _):
-        await store.write(maker.batch([], tombstones=buried))
+        await store.write(maker.batch([], tombstones=tombstones))
     (problem,) = check(path)
     assert problem.where == "artifact k/1"
     assert problem.what == "job gone-1 was deleted 3 days ago, but its artifact was not (failed attempts: 1)"
@@ -305,27 +305,27 @@ async def test_a_row_is_accepted_from_quarantine(path: str) -> None:
 
 async def test_all_damaged_rows_that_are_valid_jobs_are_accepted_at_once(path: str) -> None:
     maker = await busy_store(path)
-    aside, in_place, hopeless = (
+    moved, in_place, invalid = (
         pick(maker, frozenset({"queued"})),
         *[job for job in maker.jobs.values() if job.status in FINISHED][:2],
     )
-    flip(path, "jobs", "queue", "seq", aside.seq)
+    flip(path, "jobs", "queue", "seq", moved.seq)
     async with open_store(path):
         pass
     with edit_store(path) as conn:
-        conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (aside.options.queue,))
+        conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (moved.options.queue,))
         conn.execute("UPDATE jobs SET attempt = attempt + 1 WHERE seq = ?", (in_place.seq,))
-        conn.execute("UPDATE jobs SET ended_lock_id = 'l', ended_worker = NULL WHERE seq = ?", (hopeless.seq,))
-    named = [aside.id, in_place.id, hopeless.id]
+        conn.execute("UPDATE jobs SET ended_lock_id = 'l', ended_worker = NULL WHERE seq = ?", (invalid.seq,))
+    named = [moved.id, in_place.id, invalid.id]
     with pytest.raises(doctor.RepairRejected, match="is not a valid job"):
         accept(path, named)
     assert sorted(places(check(path))) == sorted(f"job {id_}" for id_ in named), "nothing was written"
-    foreseen = dry_run.accept(path, None)
+    expected = dry_run.accept(path, None)
     lines = accept(path, None).splitlines()
     assert [line.partition(":")[0] for line in lines] == [*(f"job {id_}" for id_ in named), "Counted"]
     assert "The row does not change" in lines[2]
-    assert any("The row would not change" in line for line in foreseen)
-    assert places(check(path)) == [f"job {hopeless.id}"]
+    assert any("The row would not change" in line for line in expected)
+    assert places(check(path)) == [f"job {invalid.id}"]
     assert accept(path, [in_place.id, in_place.id]).count("was accepted") == 1
 
 

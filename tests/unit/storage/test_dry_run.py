@@ -55,7 +55,7 @@ async def test_a_restore_shows_what_it_would_end_and_replace(path: str, copy: st
         f"would restore {copy} to {path}",
         "it is a jobd store and its structure is intact",
         "the checksums of all rows are correct",
-        f"it holds {len(maker.jobs)} jobs",
+        f"it has {len(maker.jobs)} jobs",
         f"{held} processing",
         f"processing: {held}; their grants would end by their stall rule",
         "epoch 5 or later would begin",
@@ -251,7 +251,7 @@ async def test_different_rows_are_reported_even_if_the_counts_agree(path: str) -
     job = pick(maker, LIVE)
     with edit_store(path) as conn:
         conn.execute("UPDATE jobs SET crc = crc + 1 WHERE seq = ?", (job.seq,))
-    assert "the rows differ from those that had been written" in "\n".join(dry_run.recount(path))
+    assert "the rows differ from those that are recorded" in "\n".join(dry_run.recount(path))
 
 
 async def test_repairs_are_shown_only_for_a_jobd_store_that_is_not_in_use(path: str) -> None:

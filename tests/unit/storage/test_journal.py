@@ -52,19 +52,19 @@ async def test_each_batch_thins_one_journal(path: str) -> None:
         held = [maker.grant(job_of(change)) for change in created]
         await store.write(maker.batch(held))
 
-        def signs() -> list[int]:
+        def heartbeats() -> list[int]:
             sql = "SELECT count(*) FROM events WHERE type = 'progress' GROUP BY job_seq ORDER BY job_seq"
             return [count for (count,) in store._connection.raw.execute(sql)]
 
         for _ in range(KEEP_HEARTBEATS + 1):
             held = [maker.progress(job_of(change)) for change in held]
             await store.write(maker.batch(held))
-        assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS + 1]
+        assert heartbeats() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS + 1]
         await store.write(maker.batch([maker.finish(job_of(held[1])), maker.create()]))
-        assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
+        assert heartbeats() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
         assert list(store._database._heartbeats) == [1], "a job whose grant has ended is no longer watched"
         await store.write(maker.batch([maker.create()]))
-        assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
+        assert heartbeats() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
 
 
 async def test_a_pending_journal_is_thinned_from_its_recorded_grant(path: str) -> None:
@@ -83,10 +83,10 @@ async def test_a_pending_journal_is_thinned_from_its_recorded_grant(path: str) -
         assert store._connection.raw.execute(sql).fetchone() == (KEEP_HEARTBEATS,)
 
 
-def round_of(maker: ChangeFactory, job: Job, signs: int = 0) -> tuple[Job, list[Change]]:
+def round_of(maker: ChangeFactory, job: Job, heartbeats: int = 0) -> tuple[Job, list[Change]]:
     """A grant that is released."""
     changes = [maker.grant(job)]
-    for _ in range(signs):
+    for _ in range(heartbeats):
         changes.append(maker.extend(job_of(changes[-1])))
     changes.append(maker.requeue(job_of(changes[-1])))
     return job_of(changes[-1]), changes
@@ -146,7 +146,7 @@ async def test_a_long_journal_is_compacted_in_slices(path: str, monkeypatch: pyt
     change = maker.create()
     job, changes = job_of(change), [change]
     for number in range(2 * KEEP_GRANTS):
-        job, more = round_of(maker, job, signs=40 if number == 50 else 0)
+        job, more = round_of(maker, job, heartbeats=40 if number == 50 else 0)
         changes += more
     expected = 1 + 2 * (KEEP_FIRST_GRANTS + KEEP_GRANTS)
     async with open_store(path) as (store, _):

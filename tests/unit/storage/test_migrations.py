@@ -46,7 +46,7 @@ def next_version(monkeypatch: pytest.MonkeyPatch) -> int:
     return version
 
 
-def test_the_head_of_the_schema_names_no_version() -> None:
+def test_the_header_of_the_schema_names_no_version() -> None:
     head, table, _ = Path(migrations.__file__).with_name("schema.sql").read_text("utf-8").partition("CREATE TABLE")
     assert table
     assert not re.search(r"version [0-9]", head)

@@ -62,8 +62,8 @@ async def test_a_damaged_live_row_is_quarantined_at_the_start(path: str, column:
         assert job.seq not in seqs(found.live())
         assert (await store.load([job.id], [], [])) == LoadedRows(bad={job.id: reason})
         assert store._database.totals == recounted(store)
-        aside = store._connection.raw.execute("SELECT id, payload FROM quarantined_jobs").fetchall()
-        assert aside == [(job.id, maker.payloads[job.seq])]
+        moved = store._connection.raw.execute("SELECT id, payload FROM quarantined_jobs").fetchall()
+        assert moved == [(job.id, maker.payloads[job.seq])]
     remove_quarantined(maker, job)
     async with open_store(path) as (store, found):
         assert found.quarantined == {job.id: reason}
@@ -380,13 +380,13 @@ async def test_damaged_queues_stats_and_reports_are_quarantined_and_queues_recou
 async def test_a_damaged_tombstone_is_quarantined_and_deletes_nothing(path: str) -> None:
     maker = await make_store(path)
     async with open_store(path) as (store, _):
-        buried = [Tombstone(seq, f"gone-{seq}", f"k/{seq}", NOW, NOW) for seq in (901, 902)]
-        await store.write(maker.batch([], tombstones=buried))
+        waiting = [Tombstone(seq, f"gone-{seq}", f"k/{seq}", NOW, NOW) for seq in (901, 902)]
+        await store.write(maker.batch([], tombstones=waiting))
     flip(path, "tombstones", "key", "job_seq", 901)
     async with open_store(path) as (store, found):
         assert found.tombstones == 2
         due = await store.due_tombstones(NOW, 9)
-        assert due == DueTombstones([(buried[1], False)], damaged=1)
+        assert due == DueTombstones([(waiting[1], False)], damaged=1)
         assert store.take_faults() == ["tombstones 901: its checksum is wrong; the row was quarantined"]
         assert (await store.due_tombstones(NOW, 9)).damaged == 0
 
@@ -409,20 +409,20 @@ async def test_damaged_tombstones_that_cannot_be_moved_do_not_hide_later_ones(
 ) -> None:
     maker = ChangeFactory()
     async with open_store(path) as (store, _):
-        buried = [Tombstone(seq, f"gone-{seq}", f"k/{seq}", NOW, NOW + seq) for seq in range(1, 30)]
-        await store.write(maker.batch([], tombstones=buried))
+        waiting = [Tombstone(seq, f"gone-{seq}", f"k/{seq}", NOW, NOW + seq) for seq in range(1, 30)]
+        await store.write(maker.batch([], tombstones=waiting))
         store._connection.raw.execute("UPDATE tombstones SET tries = 7 WHERE job_seq <= 25")
         with monkeypatch.context() as patch:
             patch.setattr(quarantine, "_quarantine_row", no_room)
             for _ in range(2):
                 assert await store.due_tombstones(NOW + 99, 10) == DueTombstones(
-                    [(each, False) for each in buried[25:]], unmoved=25
+                    [(each, False) for each in waiting[25:]], unmoved=25
                 )
                 assert (await store.due_tombstones(NOW + 99, 2)).unmoved == 20  # it skips some of them, not all
         assert (await store.due_tombstones(NOW + 99, 10)) == DueTombstones(
-            [(each, False) for each in buried[25:]], damaged=25
+            [(each, False) for each in waiting[25:]], damaged=25
         )
-        assert (await store.due_tombstones(NOW + 99, 10)) == DueTombstones([(each, False) for each in buried[25:]])
+        assert (await store.due_tombstones(NOW + 99, 10)) == DueTombstones([(each, False) for each in waiting[25:]])
 
 
 async def test_a_missing_live_row_is_reported_at_every_start(path: str) -> None:
@@ -433,7 +433,7 @@ async def test_a_missing_live_row_is_reported_at_every_start(path: str) -> None:
         conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
     for _ in range(2):
         async with open_store(path) as (store, found):
-            assert f"{live - 1} live jobs were found, but {live} had been written" in found.faults
+            assert f"{live - 1} live jobs were found, but {live} are recorded" in found.faults
             await store.write(maker.batch([maker.create()]))
             live += 1
 
@@ -448,7 +448,7 @@ async def test_an_older_version_of_a_row_is_reported(path: str) -> None:
     with edit_store(path) as conn:
         conn.execute(f"REPLACE INTO jobs VALUES ({', '.join('?' * len(old))})", old)
     async with open_store(path) as (_, found):
-        assert "the 1 live jobs differ from those that had been written" in found.faults
+        assert "the 1 live jobs differ from those that are recorded" in found.faults
 
 
 async def test_a_damaged_index_of_live_jobs_is_rebuilt_at_the_start(path: str) -> None:

@@ -20,13 +20,13 @@ from tests.support.store_files import edit_store, make_store, open_store, pick
 from tests.unit.storage.test_doctor import busy_store
 
 
-async def walked(store: Store) -> tuple[Counter[str], dict[str, str]]:
+async def scan_all(store: Store) -> tuple[Counter[str], dict[str, str]]:
     """Return how many rows of each table were checked, and the damaged ones with their errors."""
-    walk, cursor = Scrubber(store), None
+    checker, cursor = Scrubber(store), None
     counts: Counter[str] = Counter()
     damaged: dict[str, str] = {}
     while True:
-        seen = await walk.scan(cursor)
+        seen = await checker.scan(cursor)
         assert isinstance(seen, CheckedRows)
         counts[seen.table] += seen.checked
         damaged |= {each.where: each.what for each in seen.damaged}
@@ -48,7 +48,7 @@ async def test_every_row_is_checked_once(path: str, monkeypatch: pytest.MonkeyPa
         expected = rows_of(store)
         assert expected["jobs"] > 10
         assert expected["events"] > scrub.MAX_ROWS
-        assert await walked(store) == (Counter(expected), {})
+        assert await scan_all(store) == (Counter(expected), {})
 
 
 async def test_a_scrub_is_split_into_calls(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,17 +56,17 @@ async def test_a_scrub_is_split_into_calls(path: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(scrub, "MAX_ROWS", 5)
     await make_store(path)
     async with open_store(path) as (store, _):
-        walk = Scrubber(store)
-        first = await walk.scan(None)
+        checker = Scrubber(store)
+        first = await checker.scan(None)
         assert isinstance(first, CheckedRows)
         assert (first.table, first.checked) == ("jobs", 5)
         assert first.next_cursor is not None
-        second = await walk.scan(first.next_cursor)
+        second = await checker.scan(first.next_cursor)
         assert isinstance(second, CheckedRows)
         assert second.table == "jobs"
         assert second.next_cursor != first.next_cursor
-        assert (await walked(store))[0] == Counter(rows_of(store))
-        refused = await walk.scan("nowhere:7")
+        assert (await scan_all(store))[0] == Counter(rows_of(store))
+        refused = await checker.scan("nowhere:7")
         assert isinstance(refused, ApiError)
         assert refused.code == "invalid_request"
 
@@ -79,7 +79,7 @@ async def test_one_slice_reads_a_limited_amount_of_payload(path: str, monkeypatc
         seen = await store.check_rows(None)
         assert seen is not None
         assert seen.checked == 1
-        assert (await walked(store))[0] == Counter(rows_of(store))
+        assert (await scan_all(store))[0] == Counter(rows_of(store))
 
 
 @pytest.mark.parametrize("statuses", [LIVE, FINISHED], ids=["live", "finished"])
@@ -89,12 +89,12 @@ async def test_a_damaged_job_is_quarantined(path: str, statuses: frozenset[str])
     async with open_store(path) as (store, _):
         store._connection.raw.execute("UPDATE jobs SET priority = priority + 1 WHERE seq = ?", (job.seq,))
         quarantined: list[str] = []
-        store.on_quarantined = lambda aside: quarantined.append(aside.id)
-        _, damaged = await walked(store)
+        store.on_quarantined = lambda found: quarantined.append(found.id)
+        _, damaged = await scan_all(store)
         assert list(damaged) == [f"job {job.id}"]
         assert "checksum" in damaged[f"job {job.id}"]
         assert quarantined == [job.id]
-        assert (await walked(store))[1] == {}
+        assert (await scan_all(store))[1] == {}
     with edit_store(path) as conn:
         assert conn.execute("SELECT id FROM quarantined_jobs").fetchall() == [(job.id,)]
 
@@ -105,7 +105,7 @@ async def test_a_damaged_payload_quarantines_its_job(path: str, how: str) -> Non
     job = pick(maker, FINISHED)
     async with open_store(path) as (store, _):
         store._connection.raw.execute(f"{how} WHERE job_seq = ?", (job.seq,))
-        _, damaged = await walked(store)
+        _, damaged = await scan_all(store)
         assert list(damaged) == [f"job {job.id}"]
         assert "payload" in damaged[f"job {job.id}"]
 
@@ -119,20 +119,20 @@ async def test_damaged_rows_of_other_tables_are_reported_or_quarantined(path: st
             store._connection.raw.execute(
                 f"UPDATE {table} SET crc = crc + 1 WHERE rowid = (SELECT min(rowid) FROM {table})"
             )
-        _, damaged = await walked(store)
+        _, damaged = await scan_all(store)
         assert sorted({where.split()[0] for where in damaged}) == sorted(expected)
-        again = {where.split()[0] for where in (await walked(store))[1]}
+        again = {where.split()[0] for where in (await scan_all(store))[1]}
         assert again == set(expected) - {"events", "late_results", "audit"}
         if "keys" in expected:
             store._connection.raw.execute("UPDATE keys SET answer = X'00' WHERE rowid = (SELECT max(rowid) FROM keys)")
-            assert "the checksum of the stored response is wrong" in (await walked(store))[1].values()
+            assert "the checksum of the stored response is wrong" in (await scan_all(store))[1].values()
 
 
 async def test_other_work_runs_between_slices(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scrub, "MAX_ROWS", 2)
     maker = await make_store(path)
     async with open_store(path) as (store, _):
-        task = asyncio.create_task(walked(store))
+        task = asyncio.create_task(scan_all(store))
         batches = 0
         while not task.done() and batches < 200:  # the scrub is so slow here that the journal might grow faster
             await store.write(maker.any_batch(1))
@@ -153,7 +153,7 @@ async def test_an_unreadable_page_ends_only_its_table(path: str) -> None:
     content[(root - 1) * 4096] = 0xFF  # an invalid page type
     Path(path).write_bytes(content)
     async with open_store(path) as (store, _):
-        counts, damaged = await walked(store)
+        counts, damaged = await scan_all(store)
         assert damaged["audit after 0"].startswith("rows cannot be read")
         assert counts["jobs"] == rows_of_jobs(store)
 

@@ -1,4 +1,4 @@
-"""Tombstones: artifacts that are to be deleted."""
+"""Tombstones: artifacts to be deleted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import edit_store, flip, job_of, late_of, late_results, open_store
 
 
-def buried(seq: int, key: str = "k", due_at: int = NOW) -> Tombstone:
+def waiting_tombstone(seq: int, key: str = "k", due_at: int = NOW) -> Tombstone:
     return Tombstone(seq, f"job-{seq}", key, NOW, due_at)
 
 
@@ -30,14 +30,23 @@ async def due(store: Store, now: int = NOW, limit: int = 99) -> list[int]:
 async def test_a_tombstone_is_written_with_its_batch_and_due_later(path: str) -> None:
     maker = ChangeFactory()
     async with open_store(path) as (store, _):
-        await store.write(maker.batch([], tombstones=[buried(1, due_at=NOW + 2), buried(2, due_at=NOW + 1), buried(3)]))
+        await store.write(
+            maker.batch(
+                [],
+                tombstones=[
+                    waiting_tombstone(1, due_at=NOW + 2),
+                    waiting_tombstone(2, due_at=NOW + 1),
+                    waiting_tombstone(3),
+                ],
+            )
+        )
         assert await due(store, NOW - 1) == []
         assert await due(store, NOW) == [3]
         assert await due(store, NOW + 2) == [3, 2, 1]
         assert await due(store, NOW + 2, limit=2) == [3, 2]
     async with open_store(path) as (store, found):
         assert found.tombstones == 3
-        assert (await store.due_tombstones(NOW, 1)).found == [(buried(3), False)]
+        assert (await store.due_tombstones(NOW, 1)).found == [(waiting_tombstone(3), False)]
 
 
 async def test_a_failed_batch_leaves_no_tombstone(path: str) -> None:
@@ -45,22 +54,22 @@ async def test_a_failed_batch_leaves_no_tombstone(path: str) -> None:
     async with open_store(path) as (store, _):
         ghost = maker.create("ghost")
         with pytest.raises(BadRows):
-            await store.write(maker.batch([], tombstones=[buried(1)], payloads=[job_of(ghost).seq]))
+            await store.write(maker.batch([], tombstones=[waiting_tombstone(1)], payloads=[job_of(ghost).seq]))
         assert await due(store) == []
 
 
 async def test_tombstones_are_deleted_and_postponed(store: Store) -> None:
-    await store.write(ChangeFactory().batch([], tombstones=[buried(seq) for seq in (1, 2, 3)]))
-    late = replace(buried(3), due_at=NOW + 5, tries=1)
+    await store.write(ChangeFactory().batch([], tombstones=[waiting_tombstone(seq) for seq in (1, 2, 3)]))
+    late = replace(waiting_tombstone(3), due_at=NOW + 5, tries=1)
     await store.settle_tombstones([1, 99], [late])
     assert await due(store) == [2]
-    assert (await store.due_tombstones(NOW + 5, 9)).found == [(buried(2), False), (late, False)]
+    assert (await store.due_tombstones(NOW + 5, 9)).found == [(waiting_tombstone(2), False), (late, False)]
     await store.settle_tombstones([2, 3], [])
     assert await store.due_tombstones(NOW + 5, 9) == DueTombstones([])
 
 
 async def test_a_tombstone_postponed_by_a_wrong_clock_is_due(store: Store) -> None:
-    await store.write(ChangeFactory().batch([], tombstones=[buried(1, due_at=NOW + MAX_POSTPONE_MS + 1)]))
+    await store.write(ChangeFactory().batch([], tombstones=[waiting_tombstone(1, due_at=NOW + MAX_POSTPONE_MS + 1)]))
     assert await due(store, NOW + 1) == []
     assert await due(store, NOW) == [1]
 
@@ -69,7 +78,12 @@ async def test_a_tombstone_postponed_by_a_wrong_clock_is_due(store: Store) -> No
 async def test_a_key_is_referenced_while_any_job_has_it(store: Store, status: str) -> None:
     maker = ChangeFactory()
     change = maker.create("holder", status=status, result=Result(storage_key="k/ü'\n"))
-    await store.write(maker.batch([change], tombstones=[buried(90, "k/ü'\n"), buried(91, "k/"), buried(92, "K/ü'\n")]))
+    await store.write(
+        maker.batch(
+            [change],
+            tombstones=[waiting_tombstone(90, "k/ü'\n"), waiting_tombstone(91, "k/"), waiting_tombstone(92, "K/ü'\n")],
+        )
+    )
     assert [named for _, named in (await store.due_tombstones(NOW, 9)).found] == [True, False, False]
     await store.quarantine(job_of(change), "by hand")
     assert [named for _, named in (await store.due_tombstones(NOW, 9)).found] == [True, False, False]
@@ -78,16 +92,16 @@ async def test_a_key_is_referenced_while_any_job_has_it(store: Store, status: st
 async def test_a_late_result_keeps_its_artifact_until_its_job_is_deleted(store: Store) -> None:
     maker = ChangeFactory()
     job = job_of(maker.create("a", status="cancelled"))
-    batch = maker.batch([], tombstones=[buried(90)])
+    batch = maker.batch([], tombstones=[waiting_tombstone(90)])
     maker.jobs.clear()
     maker.payloads.clear()
     created = maker.create("b", status="cancelled")
     late = maker.late(job_of(created), 3, Result(storage_key="k"))
     assert job.seq != job_of(created).seq
     await store.write(maker.batch([created, late], tombstones=batch.tombstones))
-    assert await store.due_tombstones(NOW, 9) == DueTombstones([(buried(90), False)], held={90})
+    assert await store.due_tombstones(NOW, 9) == DueTombstones([(waiting_tombstone(90), False)], held={90})
     await store.write(maker.batch([maker.delete(job_of(created))]))
-    assert await store.due_tombstones(NOW, 9) == DueTombstones([(buried(90), False)])
+    assert await store.due_tombstones(NOW, 9) == DueTombstones([(waiting_tombstone(90), False)])
 
 
 def came_late(maker: ChangeFactory, job: Job, token: int, key: str | None) -> Change:
@@ -209,19 +223,19 @@ async def test_the_key_of_a_damaged_late_result_is_not_deleted(path: str) -> Non
         faults = [fault for fault in store.take_faults() if fault.startswith("late_results")]
         assert [fault.partition(":")[0] for fault in faults] == [f"late_results {late_of(one).seq}" for one in late[:2]]
         assert all("its artifact is not deleted" in fault for fault in faults)
-        aside = store._connection.raw.execute("SELECT place, row FROM bad_rows").fetchall()
-        assert [place for place, _ in aside] == ["late_results"] * 2
-        assert "ff6b" in aside[1][1]
+        bad_rows = store._connection.raw.execute("SELECT place, row FROM bad_rows").fetchall()
+        assert [place for place, _ in bad_rows] == ["late_results"] * 2
+        assert "ff6b" in bad_rows[1][1]
 
 
 async def test_a_job_without_its_key_keeps_no_artifact(store: Store) -> None:
     maker = ChangeFactory()
     job = job_of(maker.create("holder", status="failed", result=Result(storage_key="k")))
-    first = maker.batch([], tombstones=[buried(90)])
+    first = maker.batch([], tombstones=[waiting_tombstone(90)])
     await store.write(maker.batch([maker.create("x", status="failed", result=Result(storage_key="k"))]))
     await store.write(first)
-    assert (await store.due_tombstones(NOW, 9)).found == [(buried(90), True)]
+    assert (await store.due_tombstones(NOW, 9)).found == [(waiting_tombstone(90), True)]
     (other,) = (each for each in maker.jobs.values() if each.id == "x")
     del maker.jobs[job.seq]
     await store.write(maker.batch([maker.delete(other)]))
-    assert (await store.due_tombstones(NOW, 9)).found == [(buried(90), False)]
+    assert (await store.due_tombstones(NOW, 9)).found == [(waiting_tombstone(90), False)]

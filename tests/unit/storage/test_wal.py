@@ -113,9 +113,9 @@ async def test_a_log_too_short_for_a_header_has_no_frames(path: str, killed: Cha
 async def test_a_restore_of_the_store_to_itself_continues_before_the_damage(path: str, killed: ChangeFactory) -> None:
     change(path, commits(path)[-5] + FRAME + 24)
     damaged = read_file(f"{path}-wal")
-    aside = restore(path, path)
-    assert aside is not None
-    assert read_file(f"{aside}-wal") == damaged
+    old_path = restore(path, path)
+    assert old_path is not None
+    assert read_file(f"{old_path}-wal") == damaged
     async with open_store(path) as (_, found):
         assert [job.id for job in found.live()] == [f"job-{number}" for number in range(8)]
         assert found.marked

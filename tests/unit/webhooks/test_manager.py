@@ -103,7 +103,7 @@ async def test_events_are_delivered_in_order_and_once(path: Path) -> None:
     assert len(at.posts.tried) == 4
 
 
-async def test_every_endpoint_gets_the_events_it_asked_for(path: Path) -> None:
+async def test_every_endpoint_gets_the_events_it_subscribed_to(path: Path) -> None:
     ends = endpoint("ends", events=FINISHED)
     mail = endpoint("mail", queues=frozenset({"mail"}))
     signs = endpoint("signs", events=frozenset({"job.progress"}))
@@ -158,10 +158,10 @@ async def test_an_idle_webhook_does_no_work(path: Path) -> None:
 
 async def test_without_webhooks_nothing_subscribes(path: Path) -> None:
     async with running_webhooks(path) as at:
-        nobody = WebhookManager(at.context, listen=lambda _: pytest.fail("it listens"), post=at.posts)
-        nobody.set_endpoints([])
-        assert nobody.views() == []
-        assert (nobody.worst(), nobody.journal_hold_ms(), nobody.metrics()) == (None, 0, {})
+        manager = WebhookManager(at.context, listen=lambda _: pytest.fail("it listens"), post=at.posts)
+        manager.set_endpoints([])
+        assert manager.views() == []
+        assert (manager.worst(), manager.journal_hold_ms(), manager.metrics()) == (None, 0, {})
 
 
 async def test_concurrent_deliveries_are_limited(path: Path) -> None:
@@ -268,7 +268,7 @@ async def test_a_view_shows_the_time_of_the_next_attempt(path: Path) -> None:
             return None if view.next_try_at is None else view.next_try_at - clock.moment().now
 
         at.context.retry_policy = slow
-        await _more_patient(at)  # a slow breaker, too
+        await _slow_down(at)  # a slow breaker, too
         assert left_ms() is None
         await at.commit(at.maker.create("a"))
         await wait_until(lambda: left_ms() is not None)
@@ -276,7 +276,7 @@ async def test_a_view_shows_the_time_of_the_next_attempt(path: Path) -> None:
         assert 0 < (left_ms() or 0) <= 100_000
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(6)))
         await wait_until(lambda: at.webhooks.views()[0].state == "open")
-        assert 250_000 < (left_ms() or 0) <= 600_000, "not before the end of the break"
+        assert 250_000 < (left_ms() or 0) <= 600_000, "not before the breaker is half-open"
         clock.step_ms += HOUR_MS  # a clock step does not change the time of an attempt
         assert 250_000 < (left_ms() or 0) <= 600_000
 
@@ -649,7 +649,7 @@ async def test_dropped_dead_letters_cause_a_gap_message(path: Path, monkeypatch:
         }
         assert all(data["upto"] >= 4 for data in gap_data.values())
         await asyncio.sleep(0.1)
-        assert at.webhooks.views()[0].waiting == 0, "it is not told again and again"
+        assert at.webhooks.views()[0].waiting == 0, "it is not sent repeatedly"
     async with running_webhooks(path, maker=at.maker) as later:
         await later.commit(later.maker.create("b"))
         await wait_until(lambda: later.posts.types() == ["job.created"])
@@ -708,7 +708,7 @@ async def test_alerts_are_delivered_at_least_once_over_a_restart(path: Path) -> 
         ]
 
 
-async def test_an_endpoint_can_ask_for_resolved_alerts_only(path: Path) -> None:
+async def test_an_endpoint_can_subscribe_to_resolved_alerts_only(path: Path) -> None:
     async with running_webhooks(path, endpoint(events=frozenset({"alert.resolved"}))) as at:
         at.fire("database")
         await asyncio.sleep(0.1)
@@ -731,7 +731,7 @@ async def test_on_a_full_disk_an_alert_is_delivered_directly_and_later_through_t
         await wait_until(lambda: at.posts.types() == ["alert.firing", "alert.firing", "alert.resolved"])
         await at.commit(*a_life(at.maker, "a"))
         await asyncio.sleep(0.2)
-        assert len(at.posts.tried) == 3, "each once: it was taken"
+        assert len(at.posts.tried) == 3, "each once, because it was accepted"
         assert disk.calls["plan_deliveries"] == disk.calls["settle_deliveries"] == 0
         posted = list(at.posts.delivered)
         at.may_write = True
@@ -841,8 +841,8 @@ async def test_a_delivery_in_any_state_can_be_sent_again(path: Path) -> None:
         assert await at.webhooks.redeliver("e", 999) is None
 
 
-async def _more_patient(at: Any) -> None:
-    """Replace the running dispatcher by a slower one."""
+async def _slow_down(at: Any) -> None:
+    """Give the running dispatcher longer delays."""
     before = at.webhooks._dispatchers["e"]
     at.webhooks.set_endpoints([endpoint(timeout_ms=5_000)])
     await wait_until(lambda: at.webhooks._dispatchers.get("e") not in (None, before))
@@ -854,7 +854,7 @@ async def test_a_waiting_delivery_can_be_sent_at_once_while_the_breaker_is_open(
     down = True
     async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED if down else DELIVERED)) as at:
         at.context.retry_policy = slow
-        await _more_patient(at)
+        await _slow_down(at)
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(6)))
         await wait_until(lambda: at.webhooks.views()[0].state == "open")
         await wait_until(lambda: all(each.tries == 1 for each in at.posts.tried) or len(at.posts.tried) >= 5)
@@ -870,7 +870,7 @@ async def test_a_test_message_probes_an_open_breaker(path: Path) -> None:
     down = True
     async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED if down else DELIVERED)) as at:
         at.context.retry_policy = replace(FAST_RETRY, pause_ms=600_000, max_pause_ms=600_000)
-        await _more_patient(at)
+        await _slow_down(at)
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(6)))
         await wait_until(lambda: at.webhooks.views()[0].state == "open")
         down = False
@@ -910,7 +910,7 @@ async def test_failures_from_before_a_probe_do_not_open_the_breaker(path: Path) 
     posts = Hanging(lambda _: REJECTED if down else DELIVERED)
     async with running_webhooks(path, posts=posts) as at:
         at.context.retry_policy = slow
-        await _more_patient(at)
+        await _slow_down(at)
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(8)))
         await wait_until(lambda: len(posts.tried) == 8 and at.webhooks.views()[0].state == "open")
         down = False

@@ -100,7 +100,7 @@ def test_a_failed_probe_lengthens_the_pause_up_to_its_maximum() -> None:
     assert pauses[-1] == MAX_PAUSE_MS
     assert breaker.since == 1_000
     assert breaker.succeeded()
-    assert opened(now, breaker).until == now + PAUSE_MS, "it begins with the short one again"
+    assert opened(now, breaker).until == now + PAUSE_MS, "it begins with the shortest pause again"
 
 
 def test_deliveries_that_were_running_do_not_lengthen_the_pause() -> None:
@@ -129,5 +129,5 @@ def test_410_gone_opens_the_breaker_after_one_failure() -> None:
     breaker = CircuitBreaker(MANNERS)
     assert breaker.failed(DeliveryOutcome(410, "410", gone=True), 0, 1.0)
     assert breaker.until == MAX_PAUSE_MS
-    assert breaker.failed(NO, MAX_PAUSE_MS, 1.0), "a trial that fails, whatever it fails with"
+    assert breaker.failed(NO, MAX_PAUSE_MS, 1.0), "a failed probe, whatever its error"
     assert breaker.until == 2 * MAX_PAUSE_MS

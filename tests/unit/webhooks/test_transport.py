@@ -42,8 +42,8 @@ async def sender() -> AsyncIterator[HttpTransport]:
 
 
 @pytest.fixture
-async def careful() -> AsyncIterator[HttpTransport]:
-    """A receiver address that is not private."""
+async def restricted() -> AsyncIterator[HttpTransport]:
+    """A transport that allows no private addresses."""
     made = HttpTransport(allow_private=False, connections=4, wall=lambda: time.time_ns() // 1_000_000)
     yield made
     await made.close()
@@ -234,13 +234,13 @@ async def test_an_invalid_url_shows_only_its_host(sender: HttpTransport, host: s
 
 @pytest.mark.slow
 async def test_a_wrong_certificate_shows_only_the_host_of_the_url(
-    sender: HttpTransport, careful: HttpTransport, tmp_path: Path
+    sender: HttpTransport, restricted: HttpTransport, tmp_path: Path
 ) -> None:
     with raw_server(lambda _: b"", (await tls_pair(tmp_path))[0]) as port:
         for each, place in (
             (sender, f"localhost:{port}"),
             (sender, f"127.0.0.1:{port}"),
-            (careful, f"127.0.0.1:{port}"),
+            (restricted, f"127.0.0.1:{port}"),
         ):
             outcome = await each.post(to(f"https://{place}{PLACE}"), DELIVERY)
             assert outcome.error is not None
@@ -287,15 +287,15 @@ async def test_a_trusted_certificate_is_accepted(tmp_path: Path) -> None:
     "host",
     ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "127.1", "2130706433", "0x7f.1", "0.0.0.0", "10.0.0.1"],
 )
-async def test_private_addresses_are_blocked(careful: HttpTransport, receiver: Receiver, host: str) -> None:
-    outcome = await careful.post(to(f"http://{host}:{receiver.port}/hook", timeout_ms=2_000), DELIVERY)
+async def test_private_addresses_are_blocked(restricted: HttpTransport, receiver: Receiver, host: str) -> None:
+    outcome = await restricted.post(to(f"http://{host}:{receiver.port}/hook", timeout_ms=2_000), DELIVERY)
     assert outcome.error is not None
     assert "webhooks do not go there" in outcome.error or "canonical" in outcome.error
     assert receiver.received == []
 
 
 async def test_the_connected_address_is_checked_not_an_earlier_lookup(
-    careful: HttpTransport, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+    restricted: HttpTransport, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A name server that returns another address each time: the connected address is the one that is checked."""
     lookups = []
@@ -306,7 +306,7 @@ async def test_the_connected_address_is_checked_not_an_earlier_lookup(
 
     monkeypatch.setattr(socket, "getaddrinfo", rebinding)
     for _ in range(2):
-        outcome = await careful.post(to(f"http://rebinding.test:{receiver.port}/"), DELIVERY)
+        outcome = await restricted.post(to(f"http://rebinding.test:{receiver.port}/"), DELIVERY)
         assert "127.0.0.1 is loopback" in (outcome.error or "")
         assert "set allow_private" in (outcome.error or "")
     assert lookups == ["rebinding.test"] * 2

@@ -47,7 +47,7 @@ def yes(_: int) -> Verdict:
     return "delete"
 
 
-def left_aside(place: Path) -> list[Path]:
+def renamed_files(place: Path) -> list[Path]:
     return [path for path in place.rglob("*") if path.name.startswith(".jobd-")]
 
 
@@ -62,7 +62,7 @@ async def test_delete_removes_only_the_object_of_the_key(place: Path, store: Fil
     assert other.read_text() == "result"
     assert path.parent.is_dir()
     assert await store.delete(key, yes) == Deletion("missing")
-    assert not left_aside(place)
+    assert not renamed_files(place)
 
 
 @pytest.mark.parametrize("key", ["none", "no/such/way", "file/below", "x" * 300, "y" * 300 + "/z"])
@@ -206,7 +206,7 @@ async def test_the_directory_itself_can_be_a_link(tmp_path: Path, place: Path) -
     assert not path.exists()
 
 
-# -- in between -------------------------------------------------------------------------------------------------------
+# -- concurrent changes ------------------------------------------------------------------------------------------------
 
 
 def replaced(path: Path, text: str) -> None:
@@ -245,7 +245,7 @@ async def test_a_file_that_replaces_the_judged_one_is_put_back(
     assert (await store.delete("k", first_only)).what == "left"
     assert len(calls) == 2
     assert path.read_text() == "the result of another job"
-    assert not left_aside(place)
+    assert not renamed_files(place)
 
 
 async def test_a_file_created_during_the_rollback_is_kept(
@@ -257,7 +257,7 @@ async def test_a_file_created_during_the_rollback_is_kept(
     verdicts = iter(["delete", "leave"])
     assert (await store.delete("k", lambda modified_at: next(verdicts))).what == "left"  # type: ignore[arg-type]
     assert path.read_text() == "third"
-    assert not left_aside(place)
+    assert not renamed_files(place)
 
 
 KILLED = """
@@ -291,7 +291,7 @@ async def test_a_kill_during_a_deletion_leaks_nothing(place: Path, store: FileAr
     killed(call, place)
     await store.delete("folder/k", yes)
     assert not path.exists()
-    assert not left_aside(place)
+    assert not renamed_files(place)
 
 
 async def test_a_kill_during_a_deletion_loses_no_other_object(
@@ -302,7 +302,7 @@ async def test_a_kill_during_a_deletion_loses_no_other_object(
     assert not path.exists()
     assert (await store.delete("folder/k", lambda modified_at: "leave")).what == "left"
     assert path.read_text() == "the result of another job"
-    assert not left_aside(place)
+    assert not renamed_files(place)
 
 
 async def test_after_a_kill_a_new_object_is_kept_and_the_renamed_one_is_deleted(
@@ -313,7 +313,7 @@ async def test_after_a_kill_a_new_object_is_kept_and_the_renamed_one_is_deleted(
     path.write_text("stored again")
     assert (await store.delete("folder/k", lambda modified_at: "leave")).what == "left"
     assert path.read_text() == "stored again"
-    assert not left_aside(place)
+    assert not renamed_files(place)
 
 
 async def test_a_deletion_is_durable(place: Path, store: FileArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,8 +234,8 @@ async def test_the_sweeper_deletes_objects_of_deleted_jobs(
         now = clock.moment().now
         keys = [f"k/{number}" for number in range(25)]
         bucket.put(*(f"pre/fix/{key}" for key in keys), "pre/fix/other")
-        buried = [Tombstone(900 + n, f"job-{n}", key, now, now) for n, key in enumerate(keys)]
-        await disk.write(maker.batch([], tombstones=buried))
+        waiting = [Tombstone(900 + n, f"job-{n}", key, now, now) for n, key in enumerate(keys)]
+        await disk.write(maker.batch([], tombstones=waiting))
         sweeper = ArtifactSweeper(disk, store, clock, SweepStats(waiting=len(keys)), Margins(young_ms=0))
         running = asyncio.create_task(sweeper.run())
         await until(lambda: not sweeper.stats.waiting)
