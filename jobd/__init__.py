@@ -1,3 +1,3 @@
-"""jobd: one daemon that owns all job state. docs/architecture.md is the way into the code."""
+"""jobd: one daemon that owns all job state. Start with docs/architecture.md."""
 
 __version__ = "0.1.0"

@@ -11,9 +11,9 @@ from msgspec import Meta, Struct
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, LatePolicy, OnStall, Policy
 from jobd.webhooks.config import WebhookSetting
 
-MAX_ERROR_CHARS: Final = 500  # characters of an error message; it may contain a value of any length
+MAX_ERROR_CHARS: Final = 500  # of an error message, which may contain a value of any length
 
-WEBHOOKS: Final = "webhooks"  # the only list of tables; it can be set in the file only
+WEBHOOKS: Final = "webhooks"  # the only list of tables, and only in the file
 
 _UNITS: Final = {"ms": 1, "s": SECOND_MS, "m": MINUTE_MS, "h": HOUR_MS, "d": DAY_MS}
 _DURATION: Final = re.compile(r"([0-9]{1,12})(ms|s|m|h|d)?")
@@ -44,14 +44,14 @@ class WorkerSection(Struct, frozen=True, forbid_unknown_fields=True):
     socket: str = ""
     """Path of the worker API's Unix socket. Empty: `worker.sock` in the runtime directory."""
     socket_mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$(?!\n)")] = "0660"
-    """Octal permissions of the socket. A process that can connect to it can work on jobs.
+    """Octal permissions of the socket, and of a Unix socket in `admin.listen`.
 
-    They apply to a Unix socket in `admin.listen` as well.
+    Any process that can connect to the socket can work on jobs.
     """
     listen: str = ""
     """TCP address of the worker API, such as `127.0.0.1:8771`. Empty: no TCP. Requires `worker.token_file`."""
     token_file: str = ""
-    """File with the token that workers send over TCP. During a rotation, it holds two, one per line."""
+    """File with the token that workers send over TCP. During a rotation it has two tokens, one per line."""
     tls_cert: str = ""
     """PEM certificate chain for the TCP address."""
     tls_key: str = ""
@@ -71,21 +71,21 @@ class AdminSection(Struct, frozen=True, forbid_unknown_fields=True):
     readonly_token_file: str = ""
     """File with a read-only token. `ADMIN_READONLY_TOKEN_FILE` takes precedence.
 
-    The token gives access to every page and every GET except the backup, and shows no lock ids.
+    The token gives access to every page and every GET except the backup. It shows no lock ids.
     """
     hosts: list[str] = []
     """Additional names allowed in the `Host` header, such as that of a reverse proxy. Ports are ignored."""
     tls_cert: str = ""
-    """PEM certificate chain. Without one, an address other than loopback logs a warning."""
+    """PEM certificate chain. Without one, an address other than loopback causes a warning."""
     tls_key: str = ""
     """PEM private key of that certificate."""
 
 
 class ServerSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """HTTP, on both listeners."""
+    """HTTP, on all listeners."""
 
     python_parser: bool = False
-    """Start even if aiohttp's C parser is missing. Its Python parser accepts some malformed requests.
+    """Start even if aiohttp's C parser is missing. The Python parser accepts some malformed requests.
 
     If this is `false` and the C parser is missing, the start fails with exit code 78.
     """
@@ -107,19 +107,19 @@ class LocksSection(Struct, frozen=True, forbid_unknown_fields=True):
     """How long a worker can hold a job without reporting."""
 
     ttl: Duration = Duration(15 * MINUTE_MS)
-    """Lifetime of a lock, unless the grant asks for another. Progress reports and extensions renew it."""
+    """Lifetime of a lock, unless the worker requests another. Progress reports and extensions renew it."""
     max_processing: Duration = Duration(30 * MINUTE_MS)
-    """Ceiling: the longest time that a lock can last after the latest progress report. `"0"`: no ceiling.
+    """Progress timeout: without a progress report, a lock ends after this time even if it is extended. `"0"`: none.
 
-    `max_processing_ms` of a job or a grant overrides it. `Worker` and `jobctl run` ask for no ceiling.
+    `max_processing_ms` of a job or a grant overrides it. `Worker` and `jobctl run` request no timeout.
     """
 
 
 class StuckSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """What happens to a job whose worker stopped reporting."""
+    """What happens to a job whose worker has stopped reporting."""
 
     after: Duration = Duration(10 * MINUTE_MS)
-    """Time since the last report after which a processing job without a live lock is stalled."""
+    """Time without a report after which a processing job without a live lock is stalled."""
     max_stalls: Annotated[int, Meta(ge=0, le=1000)] = 3
     """A job that stalls more often than this fails."""
     on_stall: OnStall = "auto"
@@ -144,7 +144,7 @@ class CleanupSection(Struct, frozen=True, forbid_unknown_fields=True):
     batch: Annotated[int, Meta(ge=1, le=1000)] = 200
     """Number of jobs that a cleanup run handles at a time, 1 to 1000.
 
-    Workers wait for one such batch at most.
+    A request waits for at most one such batch.
     """
 
 
@@ -158,7 +158,7 @@ class RetentionSection(Struct, frozen=True, forbid_unknown_fields=True):
     cancelled: Duration = Duration(7 * DAY_MS)
     """How long cancelled jobs are kept."""
     journal: Duration = Duration(DAY_MS)
-    """How long the journal keeps the events of a deleted job."""
+    """How long the journal keeps the events of a job after its deletion."""
     audit: Duration = Duration(90 * DAY_MS)
     """How long audit entries are kept. At most 100,000 changes are kept."""
 
@@ -169,18 +169,18 @@ class ValidationSection(Struct, frozen=True, forbid_unknown_fields=True):
     require_download_url: bool = False
     """Reject a `complete` without a `download_url`.
 
-    Completion by an operator is rejected as well; an import is not.
+    This includes completion by an operator, but not imports.
     """
 
 
 class LateSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """Results that a worker submits after it lost its lock."""
+    """Results that a worker submits after its lock was lost."""
 
     results: LatePolicy = "keep"
     """What happens to a late result: `keep`, `adopt_if_unclaimed` or `drop`.
 
-    `keep` stores it beside the job until an operator adopts it. `adopt_if_unclaimed` completes the job with it if
-    nothing has happened to the job since recovery ended the grant, and keeps it otherwise. `drop` discards it.
+    `keep` stores it with the job until an operator adopts it. `adopt_if_unclaimed` completes the job with it if nothing
+    has happened to the job since recovery ended the grant, and keeps it otherwise. `drop` discards it.
     """
     queues: dict[str, LatePolicy] = {}
     """Exceptions by queue, such as `{video = "adopt_if_unclaimed"}`."""
@@ -206,11 +206,11 @@ class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
     event_streams: Positive = 100
     """Open event streams of both APIs and the dashboard together; beyond that `503 overloaded`."""
     downloads: Positive = 20
-    """Stored results that can be downloaded at the same time; beyond that `503 overloaded`."""
+    """Downloads of stored results at the same time; beyond that `503 overloaded`."""
     live_jobs: Positive = 5_000_000
     """Unfinished jobs; beyond that `507 too_many_jobs`."""
     queues: Positive = 10_000
-    """Queues with jobs, finished jobs included; the first job of one more queue gets `507 too_many_queues`."""
+    """Queues with jobs, including finished jobs; beyond that, the first job of a queue gets `507 too_many_queues`."""
     idempotency_keys: Positive = 200_000
     """Stored responses to requests with an `Idempotency-Key`.
 
@@ -244,7 +244,7 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     queue_waits: Duration = Duration(5 * MINUTE_MS)
     """Time for which the oldest due job of a queue has waited. Paused queues are ignored."""
     failure_rate: Annotated[float, Meta(ge=0, le=1)] = 0.5
-    """Share of a queue's attempts in the last 10 minutes that failed. Also fires at the threshold."""
+    """Share of a queue's attempts in the last 10 minutes that failed. Fires at the threshold, too."""
     failure_rate_attempts: Annotated[int, Meta(ge=1)] = 20
     """Number of attempts in the last 10 minutes from which `failure_rate` applies."""
     disk_free_percent: Annotated[float, Meta(ge=0, le=100)] = 10.0
@@ -252,11 +252,11 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     disk_free_bytes: Annotated[int, Meta(ge=0)] = 1 << 30
     """Free space on the store's disk, in bytes. Fires below the threshold."""
     release_loop: Annotated[int, Meta(ge=0)] = 0
-    """Jobs released 20 times in a row without progress, the last time with a delay below 1 s."""
+    """Jobs that were released 20 times in a row without progress, the last time with a delay below 1 s."""
 
 
 class ArtifactsSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where stored results are kept."""
+    """Where the stored results of jobs are."""
 
     url: str = ""
     """Store of the objects that `storage_key` names: `file:///DIRECTORY` or `s3://BUCKET/PREFIX`. Empty: none.
@@ -326,7 +326,7 @@ class LoadedConfig(Struct, frozen=True):
     read_only_tokens: tuple[str, ...] = ()
     development: bool = False
     warnings: tuple[str, ...] = ()
-    own_directories: tuple[str, ...] = ()  # of the daemon's files; no artifacts may be there
+    own_directories: tuple[str, ...] = ()  # of the daemon's files; not allowed for artifacts
     webhooks: tuple[WebhookSetting, ...] = ()
 
 
@@ -370,7 +370,7 @@ BOUNDS: Final[dict[str, tuple[int, int]]] = {
 
 
 def parse_duration(text: str) -> int:
-    """Return the milliseconds of "15m", "500ms", "10s", "7d" or "0". Raises ValueError."""
+    """Return the milliseconds of a duration such as "15m", "500ms" or "0". Raises ValueError."""
     match = _DURATION.fullmatch(text.strip())
     if match is None or (match[2] is None and int(match[1]) != 0):
         raise ValueError(f'"{text}" is not a duration: write a number and ms, s, m, h or d, such as "15m"')
@@ -378,7 +378,7 @@ def parse_duration(text: str) -> int:
 
 
 def show_duration(ms: int) -> str:
-    """Return the shortest text that `parse_duration` reads as `ms`."""
+    """Return the shortest text that `parse_duration` converts to `ms`."""
     if ms == 0:
         return "0"
     unit = next(unit for unit in ("d", "h", "m", "s", "ms") if ms % _UNITS[unit] == 0)

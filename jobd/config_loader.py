@@ -54,7 +54,7 @@ def load(
 ) -> LoadedConfig:
     """Load the effective configuration. `flags` maps "section.key" to text; `path` is that of --config.
 
-    `need_token` is false for commands that work on files and need no token. Raises ConfigError.
+    `need_token` is false for commands that only work on files. Raises ConfigError.
     """
     file = _find_file(environ, path)
     values: dict[str, dict[str, Any]] = {}
@@ -84,7 +84,7 @@ def load(
     if not admin_tokens and need_token and not development:
         raise ConfigError(
             "no admin token: set ADMIN_TOKEN, ADMIN_TOKEN_FILE or [admin] token_file (a systemd credential named "
-            f"admin_token works too). Make one with: {MAKE_TOKEN}"
+            f"admin_token works too). Create one with: {MAKE_TOKEN}"
         )
     warnings = (
         *_unencrypted_listeners(config),
@@ -215,7 +215,7 @@ def _duration(key: str, value: Any) -> int:
 
 
 def _from_text(hint: Any, text: str) -> Any:
-    """Convert `text` to the type of a key. Lists and tables can also be written as in the file."""
+    """Convert `text` to the type of a key. Lists and tables can be in TOML, as in the file."""
     if (hint == list[str] or get_origin(hint) is dict) and (parsed := _parse_toml(text)) is not None:
         return parsed
     if hint == list[str]:
@@ -233,7 +233,7 @@ def _from_text(hint: Any, text: str) -> Any:
 
 
 def _parse_toml(text: str) -> list[Any] | dict[str, Any] | None:
-    """Return the list or table that `text` is in TOML. None if it is neither, such as an IPv6 address in brackets."""
+    """Parse a list or table in TOML. Return None if `text` is neither, such as an IPv6 address in brackets."""
     try:
         values = tomllib.loads(f"it = {text}")
     except (ValueError, RecursionError):
@@ -250,7 +250,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _choices(hint: object) -> str:
-    """Return the values that a key takes, if they are a few words."""
+    """Return a hint with the allowed values of a key, empty if the type has no list of values."""
     if get_origin(hint) is dict:
         return _choices(get_args(hint)[1])
     words = get_args(hint) if get_origin(hint) is Literal else ()
@@ -268,7 +268,7 @@ def _convert(values: dict[str, dict[str, Any]], sources: Mapping[str, str]) -> C
 
 
 def _fill_in_paths(config: Config, environ: Mapping[str, str], sources: dict[str, str]) -> Config:
-    """Fill in the default paths: in systemd's directories, else root's, else the user's."""
+    """Fill in the default paths: in the directories of systemd, of root, or of the user."""
     worker, store = config.worker, config.store
     if not worker.socket:
         worker = msgspec.structs.replace(worker, socket=str(runtime_directory(environ) / "worker.sock"))
@@ -307,7 +307,7 @@ def state_directory(environ: Mapping[str, str]) -> Path:
 
 
 def _with_sources(message: str, sources: Mapping[str, str]) -> str:
-    """Put the sources of the keys that `message` names in front of it. Defaults have no source."""
+    """Prefix `message` with the sources of the keys that it names. Defaults have no source."""
     named_sources = dict.fromkeys(
         source for key, source in sources.items() if re.search(rf"\b{re.escape(key)}\b", message)
     )
@@ -322,16 +322,16 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{key}: the value contains a NUL character. Remove it")
     for name, section in (("worker", config.worker), ("admin", config.admin)):
         if bool(section.tls_cert) != bool(section.tls_key):
-            raise ConfigError(f"{name}.tls_cert and {name}.tls_key go together: set both or none")
+            raise ConfigError(f"{name}.tls_cert and {name}.tls_key belong together: set both or neither")
     if isinstance(parse_listen(config.admin.listen, "admin.listen"), str) and config.admin.tls_cert:
-        raise ConfigError("admin.tls_cert: a Unix socket has no TLS; listen on HOST:PORT or remove it")
+        raise ConfigError("admin.tls_cert: a Unix socket has no TLS. Listen on HOST:PORT, or remove the certificate")
     if config.worker.listen:
         if isinstance(parse_listen(config.worker.listen, "worker.listen"), str):
-            raise ConfigError("worker.listen: expected HOST:PORT; the Unix socket is worker.socket")
+            raise ConfigError("worker.listen: expected HOST:PORT. The path of the Unix socket is worker.socket")
         if not config.worker.token_file:
-            raise ConfigError("worker.listen needs worker.token_file: a TCP port is never open without a token")
+            raise ConfigError("worker.listen requires worker.token_file: a TCP port is never open without a token")
     elif config.worker.tls_cert:
-        raise ConfigError("worker.tls_cert needs worker.listen: a Unix socket has no TLS")
+        raise ConfigError("worker.tls_cert requires worker.listen: a Unix socket has no TLS")
     if config.limits.payload > config.limits.body:
         raise ConfigError("limits.payload must not be larger than limits.body")
     if config.limits.inflight_bytes < 2 * config.limits.body:
@@ -354,12 +354,12 @@ def is_host(text: str) -> bool:
         return _is_address(host)
     if is_bracketed or len(host.removesuffix(".")) > _LONGEST_HOST or not _HOST_NAME.fullmatch(host):
         return False
-    ends_in_number = host.removesuffix(".").rpartition(".")[2].isdigit()  # browsers take it for an address
+    ends_in_number = host.removesuffix(".").rpartition(".")[2].isdigit()  # browsers parse it as an address
     return _is_address(host) if ends_in_number else True
 
 
 def _is_address(text: str) -> bool:
-    """Return whether `text` is an IP address, but not one with a zone or the unspecified one."""
+    """Return whether `text` is an IP address without a zone, and not the unspecified one."""
     try:
         return "%" not in text and not ipaddress.ip_address(text).is_unspecified
     except ValueError:
@@ -367,7 +367,7 @@ def _is_address(text: str) -> bool:
 
 
 def _check_artifacts(url: str) -> None:
-    """Reject a URL that names no artifact store, or one whose package is not installed."""
+    """Reject a malformed URL, and one that requires a package that is not installed."""
     expected = "expected file:///DIRECTORY or s3://BUCKET/PREFIX"
     if "@" in url.partition("://")[2].partition("/")[0]:
         raise ConfigError(f"artifacts.url: {expected}, without a key: set AWS_ACCESS_KEY_ID and related variables")
@@ -389,14 +389,14 @@ def _check_parser(config: Config) -> None:
         return
     raise ConfigError(
         "aiohttp has no C parser here, and its Python parser accepts malformed requests. Unset AIOHTTP_NO_EXTENSIONS "
-        "and reinstall aiohttp from a wheel or with a C compiler; or accept it: [server] python_parser = true"
+        "and reinstall aiohttp from a wheel or with a C compiler, or accept the risk: [server] python_parser = true"
     )
 
 
 def check_artifact_directory(
     url: str, own_directories: tuple[str, ...], resolve: Callable[[str], str] = os.path.realpath
 ) -> None:
-    """Raise ConfigError if a file of the daemon lies in the artifact directory, where workers choose what is deleted.
+    """Raise ConfigError if a file of the daemon is in the artifact directory, where workers choose what is deleted.
 
     `resolve` makes a path absolute. The default follows links, which may hang on a network file system.
     """
@@ -405,7 +405,7 @@ def check_artifact_directory(
     directory = resolve(unquote(url.removeprefix("file://")))
     for own_directory in own_directories:
         if os.path.commonpath((directory, own_directory)) == directory:
-            reason = f"the daemon's own files lie in {own_directory}, and workers choose what is deleted in {directory}"
+            reason = f"the daemon's own files are in {own_directory}, and workers choose what is deleted in {directory}"
             raise ConfigError(f'artifacts.url: "{url}": {reason}. Use a separate directory for artifacts')
 
 
@@ -429,7 +429,7 @@ def _own_directories(
 
 
 def _secret_files(config: Config, environ: Mapping[str, str], webhooks: Iterable[WebhookSetting]) -> list[str]:
-    """Return the configured files with tokens, keys and secrets. systemd's credentials are not among them."""
+    """Return the configured files with tokens, keys and secrets, without systemd's credentials."""
     files = [
         *(path for section in (config.worker, config.admin) for path in (section.token_file, section.tls_key)),
         config.admin.readonly_token_file,
@@ -452,7 +452,7 @@ def _unencrypted_listeners(config: Config) -> tuple[str, ...]:
         address = parse_listen(section.listen, f"{name}.listen")
         if not isinstance(address, str) and not _is_loopback(address[0]):
             warnings.append(
-                f"[{name}] listens on {section.listen} WITHOUT TLS: tokens travel in the clear. Set tls_cert."
+                f"[{name}] listens on {section.listen} WITHOUT TLS: tokens are sent unencrypted. Set tls_cert."
             )
     return tuple(warnings)
 
@@ -467,19 +467,21 @@ def _is_loopback(host: str) -> bool:
 def _exposed_secrets(
     path: Path | None, secret_files: list[str], webhooks: tuple[WebhookSetting, ...]
 ) -> tuple[str, ...]:
-    """Warn about files with secrets that every user may read."""
+    """Warn about files with secrets that every user can read."""
     warnings = [
-        f"{each} holds a secret, and EVERYBODY may read it: chmod 640"
+        f"{each} contains a secret and is readable by EVERY user: chmod 640"
         for each in secret_files
         if _is_world_readable(each)
     ]
     if path is not None and any(each.is_inline for each in webhooks) and _is_world_readable(path):
-        warnings.append(f"{path} holds secrets of webhooks, and EVERYBODY may read it: chmod 640, or use secret_file.")
+        warnings.append(
+            f"{path} contains secrets of webhooks and is readable by EVERY user: chmod 640, or use secret_file."
+        )
     return tuple(warnings)
 
 
 def _is_world_readable(path: str | Path) -> bool:
-    """Return whether every user may read `path`. False if it is missing, which is reported when it is read."""
+    """Return whether every user can read `path`. False if it is missing, which is reported when it is read."""
     try:
         return bool(os.stat(path).st_mode & 0o004)
     except OSError:

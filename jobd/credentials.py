@@ -1,4 +1,4 @@
-"""Read the tokens of the listeners, and check them. No error message contains a token."""
+"""Read and check the tokens of the listeners. No error message contains a token."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read_only_tokens(file: str, environ: Mapping[str, str], admin_tokens: tuple[
     tokens = read_tokens(path, source)
     if set(tokens) & set(admin_tokens):
         raise InvalidToken(
-            f"{source}: {path}: it contains the admin token, which allows everything. Make another token"
+            f"{source}: {path}: it contains the admin token, which allows everything. Create another token"
         )
     return tokens
 
@@ -66,9 +66,9 @@ def read_tokens(path: str, source: str) -> tuple[str, ...]:
 def check_token(token: str, source: str) -> str:
     """Check that a token has at least 24 printable ASCII characters and return it. Raises InvalidToken."""
     if len(token) < MIN_TOKEN:
-        raise InvalidToken(f"{source}: the token is shorter than {MIN_TOKEN} characters. Make one with: {MAKE_TOKEN}")
+        raise InvalidToken(f"{source}: the token is shorter than {MIN_TOKEN} characters. Create one with: {MAKE_TOKEN}")
     if not re.fullmatch(r"[!-~]+", token):
-        raise InvalidToken(f"{source}: a token must be printable ASCII without spaces. Make one with: {MAKE_TOKEN}")
+        raise InvalidToken(f"{source}: a token must be printable ASCII without spaces. Create one with: {MAKE_TOKEN}")
     return token
 
 

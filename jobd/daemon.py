@@ -1,4 +1,4 @@
-"""Wire the parts of the daemon together, run it, and take it down in the opposite order.
+"""Wire the parts of the daemon together, run it, and stop it in the reverse order.
 
 Exit codes: 0 stopped, 74 I/O error, 75 another daemon has the store or an address, 78 configuration.
 """
@@ -102,7 +102,7 @@ async def _serve(loaded: LoadedConfig, reload: Callable[[], LoadedConfig]) -> in
     async with contextlib.AsyncExitStack() as stack:
         daemon = Daemon(loaded, reload, stack)
         await daemon.start()
-        gc.freeze()  # the jobs loaded at the start need not be traversed by every collection
+        gc.freeze()  # so that no collection traverses the jobs loaded at the start
         gc.enable()
         await daemon.wait_stopped()
     log.info("stopped")
@@ -115,7 +115,7 @@ class BackgroundPart(Protocol):
 
 
 class Daemon:
-    """A running daemon. `stack` stops what `start` has started, in the opposite order."""
+    """A running daemon. `stack` stops what `start` has started, in the reverse order."""
 
     def __init__(
         self, loaded: LoadedConfig, reload: Callable[[], LoadedConfig], stack: contextlib.AsyncExitStack
@@ -149,7 +149,7 @@ class Daemon:
         self._add_signal_handlers()
         self._run_until_cancelled("watchdog", self._feed_watchdog())
         if self._running.done():
-            await self._running  # the disk failed during the start: never report ready
+            await self._running  # the disk failed during the start; raises before the daemon reports that it is ready
         self.services.is_open = True
         systemd.ready()
         self._run_until_cancelled("templates", self._compile_templates())
@@ -188,7 +188,7 @@ class Daemon:
     def _recover_processing(self, opened: OpenedStore) -> None:
         """Extend the locks of processing jobs, or end their grants if the store was restored from a backup.
 
-        The actor applies these commands before any other; on a full disk, as soon as there is space.
+        The actor applies these commands before any other. On a full disk, it applies them once there is space.
         """
         if not opened.marked:
             self._extend_locks(self.clock.moment().lease)
@@ -203,17 +203,17 @@ class Daemon:
         return [ids[first : first + SLICE] for first in range(0, len(ids), SLICE)]
 
     def _extend_locks(self, since: int) -> None:
-        """Extend the locks of processing jobs: since that lease time, no worker could report."""
+        """Extend the locks of processing jobs, because no worker could report since the lease time `since`."""
         for ids in self._processing_slices():
             self.actor.owe(ExtendAfterPause(ids=ids, grace_ms=GRACE_MS, since=since))
 
     def _on_pause(self, pause_ms: int) -> None:
-        """Extend locks after the process was stopped, or its machine was suspended or starved."""
+        """Extend locks after a time in which the process was stopped, or its machine was suspended or starved."""
         log.warning("was_away", away_ms=pause_ms, processing=len(self.actor.book.processing))
         self._extend_locks(self.clock.moment().lease - pause_ms)
 
     async def _start_sweeper(self, store: Store, opened: OpenedStore) -> ArtifactSweeper | None:
-        """Start deleting the artifacts of deleted jobs, if there is an artifact store."""
+        """Start the deletion of the artifacts of deleted jobs, if there is an artifact store."""
         self._sweeps = SweepStats(waiting=opened.tombstones)
         self._artifacts = await open_artifacts(self._loaded)
         if self._artifacts is None:
@@ -227,7 +227,7 @@ class Daemon:
         return sweeper
 
     def _make_webhooks(self, store: Store) -> WebhookManager:
-        """Make the webhooks. They hold the journal from now on, and are started later."""
+        """Make the webhooks. From now on the journal keeps the events that they need. They are started later."""
 
         def transport(endpoint: WebhookEndpoint) -> HttpTransport:
             return HttpTransport(
@@ -324,14 +324,14 @@ class Daemon:
             listeners.append(await open_listener(name, app, settings, self._passed_sockets))
 
     async def _close_listeners(self, listeners: list[HttpListener]) -> None:
-        """Reject new requests, finish pending ones, return empty responses to waiting claims, and end event streams."""
+        """Close the listeners after the responses to pending requests. Waiting claims and event streams end at once."""
         self.actor.stop_parking()
         self.services.feed.close()
         self.services.downloads.close()
         await asyncio.gather(*(listener.stop(STOP_S) for listener in listeners))
 
     def _admin_tokens(self) -> tuple[str, ...]:
-        """Return the configured tokens. In development, if there are none, generate and print one."""
+        """Return the configured tokens. Without any, in development, generate and print one."""
         if self._loaded.admin_tokens:
             return self._loaded.admin_tokens
         if not hasattr(self, "_generated_token"):
@@ -341,7 +341,7 @@ class Daemon:
         return (self._generated_token,)
 
     def _run_in_background(self, name: str, part: BackgroundPart) -> None:
-        """Run `part` until the daemon stops. It is stopped by a message, and the daemon waits for its end."""
+        """Run `part` until the daemon stops, which calls its `stop` and waits until it ends."""
         task = asyncio.create_task(part.run(), name=name)
 
         async def end() -> None:
@@ -377,7 +377,7 @@ class Daemon:
     def _on_stop_signal(self, name: str) -> None:
         now = time.monotonic()
         if self._stop.is_set() and now - self._stop_requested_at < SAME_SIGNAL_S:
-            return  # one request, sent to the process and to its group
+            return  # the same request, sent to the process and to its group
         was_requested, self._stop_requested_at = self._stop_requested_at > 0, now
         if was_requested:
             log.critical("aborted", signal=name)
@@ -386,7 +386,7 @@ class Daemon:
         self._stop.set()
 
     def _on_reload_signal(self) -> None:
-        """Apply the reloadable settings. If the configuration has an error, keep the old one."""
+        """Reload the configuration and apply the settings that need no restart. Keep the old one on an error."""
         systemd.reloading()
         try:
             new = self._reload()
@@ -430,7 +430,7 @@ class Daemon:
             log.info("dump_thread", thread=number, stack=" < ".join(traceback.format_stack(frame)[-3:]))
 
     async def _feed_watchdog(self) -> None:
-        """Report to systemd's watchdog while the actor responds to commands from the mailbox."""
+        """Report to systemd's watchdog as long as the actor responds to a command in its mailbox."""
         interval_s = systemd.watchdog_s()
         while interval_s is not None:
             if isinstance(await self.actor.ask(Ping(), by="daemon"), Response):
@@ -471,7 +471,7 @@ def _make_actor(store: Store, opened: OpenedStore, clock: Clock, settings: Confi
 
 
 def current_responses(rows: list[StoredResponse], state: Book) -> list[StoredResponse]:
-    """Drop stored responses to starts and claims none of whose grants is still current."""
+    """Drop the stored responses to starts and claims without a current grant."""
     kept_rows = []
     for row in rows:
         if row.grants is not None:

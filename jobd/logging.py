@@ -1,7 +1,7 @@
 """Log to stderr: one line per event, without secrets and control characters.
 
-Lines of the standard library's loggers are included. A thread writes the lines, so that a reader of stderr that stops
-reading costs lines but never blocks the daemon.
+This includes the lines of the standard library's loggers. A thread writes the lines: if the reader of stderr stops
+reading, lines are lost, but the daemon is not blocked.
 """
 
 from __future__ import annotations
@@ -26,16 +26,12 @@ from msgspec import Struct, structs
 Fields: TypeAlias = MutableMapping[str, Any]
 
 REDACTED: Final = "[redacted]"
-MAX_DEPTH: Final = 6  # deeper values are cut; a value may contain itself
+MAX_DEPTH: Final = 6  # deeper values are cut, because a value may contain itself
 FRAMES: Final = 6  # innermost frames of an error that are logged in one line
-MAX_QUEUED_CHARS: Final = 1 << 20  # that may wait while stderr is not read; more is dropped and counted
-
-
-PIECE_CHARS: Final = 64 << 10  # lines are written in pieces, because each write needs the GIL
-
-
-EXIT_FLUSH_S: Final = 2.0  # for the remaining lines when the process ends
-CRITICAL_FLUSH_S: Final = 1.0  # for a critical line to be written, because the process may end right after it
+MAX_QUEUED_CHARS: Final = 1 << 20  # while stderr is not read; further lines are dropped and counted
+PIECE_CHARS: Final = 64 << 10  # of lines per write, because each write needs the GIL
+EXIT_FLUSH_S: Final = 2.0  # to write the remaining lines when the process ends
+CRITICAL_FLUSH_S: Final = 1.0  # to write a critical line, because the process may end right after it
 
 _SECRET: Final = frozenset({"lock_id", "lockid", "token", "authorization", "admin_token", "worker_token"})
 _BEARER: Final = re.compile(r"(bearer\s+)\S+", re.IGNORECASE)
@@ -47,11 +43,11 @@ _COLOURS: Final = {"debug": "2", "info": "32", "warning": "33", "error": "31", "
 
 
 def configure(level: str, format: str) -> None:
-    """Log every event of `level` and above as `console`, `json` or `logfmt`.
+    """Log every event of `level` and above in the format `console`, `json` or `logfmt`.
 
-    `auto` is console on a terminal, else logfmt. Raises ValueError for other names. May be called again.
+    `auto` is `console` on a terminal, else `logfmt`. Raises ValueError for other names. May be called again.
     """
-    terminal = sys.stderr is not None and sys.stderr.isatty()  # None: the process was started without one
+    terminal = sys.stderr is not None and sys.stderr.isatty()  # None: the process has no stderr
     chosen = ("console" if terminal else "logfmt") if format == "auto" else format
     render: dict[str, structlog.typing.Processor] = {
         "console": _ConsoleRenderer(terminal and not os.environ.get("NO_COLOR")),
@@ -80,7 +76,7 @@ def configure(level: str, format: str) -> None:
 def set_level(level: str) -> None:
     """Drop events below `level` (debug, info, warning, error, critical). Raises ValueError.
 
-    Other packages log warnings and above only: their debug lines contain payloads and lock ids.
+    Other packages log only warnings and above, because their debug lines contain payloads and lock ids.
     """
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
@@ -94,7 +90,7 @@ def set_level(level: str) -> None:
 
 
 def flush(timeout_s: float = CRITICAL_FLUSH_S) -> bool:
-    """Wait until every line is written. False if that takes longer than `timeout_s`."""
+    """Wait until every line is written. Return False if that takes longer than `timeout_s`."""
     return _writer.flush(timeout_s)
 
 
@@ -119,12 +115,12 @@ class _StderrLogger:
 
 
 class _StdlibHandler(logging.Handler):
-    """Pass on lines of the standard library's loggers (aiohttp, asyncio, warnings)."""
+    """Log the lines of the standard library's loggers (aiohttp, asyncio, warnings)."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             event = record.getMessage()
-        except (TypeError, ValueError):  # arguments that do not fit
+        except (TypeError, ValueError):  # the arguments do not match the message
             event = str(record.msg)
         level = min(max(record.levelno // 10 * 10, logging.DEBUG), logging.CRITICAL)
         structlog.get_logger(record.name).log(level, event, exc_info=record.exc_info)
@@ -151,7 +147,7 @@ def _add_traceback(_: Any, __: str, event: Fields) -> Fields:
 
 
 def _add_short_error(_: Any, __: str, event: Fields) -> Fields:
-    """Log an error as `exception` and `at`, innermost frame first, because logfmt has no room for a traceback."""
+    """Log an error as `exception` and `at`, innermost frame first, because a traceback is too long for logfmt."""
     if (error := _error(event)) is not None:
         event["exception"] = "".join(traceback.format_exception_only(error)).rstrip()
         frames = traceback.extract_tb(error.__traceback__)[-FRAMES:]
@@ -183,7 +179,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 
 def _value(value: Any) -> str:
-    """Format a value: a plain word as it is, nothing for None, anything else as JSON."""
+    """Format a value: a plain word unchanged, None as nothing, anything else as JSON."""
     if value is None:
         return ""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
@@ -212,7 +208,7 @@ def _json(_: Any, __: str, event: Fields) -> str:
 
 
 class _ConsoleRenderer:
-    """For terminals: time, level, event, then the fields as in logfmt."""
+    """Render a line for a terminal: time, level, event, then the fields as in logfmt."""
 
     def __init__(self, colours: bool) -> None:
         self._colours = colours
@@ -229,7 +225,7 @@ class _ConsoleRenderer:
 class LogWriter:
     """Write lines to stderr in a thread, in their order.
 
-    `on_dropped` is called with the number of dropped lines once there is room again. It writes a line about them.
+    `on_dropped` logs the number of dropped lines once lines are accepted again.
     """
 
     def __init__(self, on_dropped: Callable[[int], object]) -> None:
@@ -242,7 +238,7 @@ class LogWriter:
         self._thread: threading.Thread | None = None
 
     def write(self, line: str) -> None:
-        """Queue `line`, or drop it if too much waits."""
+        """Queue `line`, or drop it if the queue is full."""
         with self._change:
             if self._lines and self._chars + len(line) > MAX_QUEUED_CHARS:
                 self._dropped += 1
@@ -257,7 +253,7 @@ class LogWriter:
             self._change.notify_all()
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until every line is written. False if that takes longer than `timeout_s`."""
+        """Wait until every line is written. Return False if that takes longer than `timeout_s`."""
         with self._change:
             return self._change.wait_for(lambda: not (self._lines or self._dropped or self._is_writing), timeout_s)
 
@@ -277,7 +273,7 @@ class LogWriter:
 
 
 def _pieces(lines: deque[str]) -> Iterator[str]:
-    """Join lines to pieces of about PIECE_CHARS."""
+    """Join lines into pieces of about PIECE_CHARS."""
     piece: list[str] = []
     chars = 0
     for line in lines:
@@ -290,8 +286,8 @@ def _pieces(lines: deque[str]) -> Iterator[str]:
 
 
 def _write(text: str) -> None:
-    """Write to stderr without Python's buffers, whose locks could block the end of the process. Ignores errors."""
-    if sys.stderr is None:  # the process was started without stderr
+    """Write to stderr without Python's buffers, whose locks could block the exit of the process. Ignores errors."""
+    if sys.stderr is None:  # the process has no stderr
         return
     with contextlib.suppress(OSError, ValueError):
         stream: Any = getattr(sys.stderr.buffer, "raw", sys.stderr.buffer)

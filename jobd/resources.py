@@ -53,14 +53,14 @@ class CannotStart(Exception):
 
 
 class RandomPool:
-    """Read the system's randomness in large pieces, because each read releases the GIL to the storage thread."""
+    """Random bytes, read from the system in large pieces because each read yields the GIL to the storage thread."""
 
     def __init__(self) -> None:
         self._drawn = b""
         self._used = 0
 
     def __call__(self, size: int) -> bytes:
-        """Return `size` bytes (about 16) that were never returned before."""
+        """Return the next `size` bytes (about 16)."""
         start, self._used = self._used, self._used + size
         if self._used > len(self._drawn):
             self._drawn, start, self._used = os.urandom(8192), 0, size
@@ -68,7 +68,7 @@ class RandomPool:
 
 
 async def open_store(settings: Config, on_locked: Callable[[], None]) -> tuple[Store, OpenedStore]:
-    """Open the store and log what is wrong with it. `on_locked` runs before anything is written."""
+    """Open the store, and log its faults. `on_locked` runs before anything is written."""
     path = settings.store.path
     synchronous: Synchronous = "EXTRA" if settings.store.synchronous == "extra" else "FULL"
     try:
@@ -94,7 +94,9 @@ async def open_store(settings: Config, on_locked: Callable[[], None]) -> tuple[S
 
 def _cannot_open(path: str, error: OSError) -> CannotStart:
     if error.errno in (errno.EACCES, errno.EPERM):
-        hint = f"user {os.geteuid()} may not write there. Give it the directory or choose another store.path"
+        hint = (
+            f"user {os.geteuid()} may not write there. Change the owner of the directory or choose another store.path"
+        )
         return CannotStart(f"{path}: {error.strerror}: {hint}", EXIT_CONFIG)
     if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
         return CannotStart(f"{path}: {error.strerror}: store.path must name a file in a directory", EXIT_CONFIG)
@@ -102,7 +104,7 @@ def _cannot_open(path: str, error: OSError) -> CannotStart:
 
 
 async def open_artifacts(loaded: LoadedConfig) -> ArtifactStore | None:
-    """Open the store that artifacts.url names. None if it is empty."""
+    """Open the artifact store at artifacts.url. Return None if that is empty."""
     settings = loaded.config
     if not settings.artifacts.url:
         return None
@@ -116,7 +118,7 @@ async def open_artifacts(loaded: LoadedConfig) -> ArtifactStore | None:
                 await store.run(check)
         except ConfigError as error:
             raise CannotStart(str(error), EXIT_CONFIG) from None
-        except TimeoutError:  # health reports it, and the store checks again before use
+        except TimeoutError:  # health reports it, and the store is checked again before use
             log.warning("artifacts_wait", place=store.place, reason=f"no response within {ARTIFACT_CHECK_S:g} s")
         return store
     from jobd.storage.artifacts.s3 import S3ArtifactStore
@@ -141,7 +143,7 @@ def check_addresses_free(settings: Config, passed: PassedSockets) -> None:
 
 
 async def open_listener(name: str, app: App[Services], settings: Config, passed: PassedSockets) -> HttpListener:
-    """Open the listener `name` for `app`: on the sockets that systemd passed, else on its configured address."""
+    """Open the listener `name` for `app` on the sockets that systemd passed, else on its configured address."""
     listener, address = HttpListener(app), addresses(settings)[name]
     section = settings.admin if name == "admin" else settings.worker
     tls = None if name == "worker" else _tls_context(section.tls_cert, section.tls_key)

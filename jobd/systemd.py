@@ -28,7 +28,7 @@ def stopping() -> bool:
 
 
 def alive() -> bool:
-    """Report to the watchdog. Call it at least every `watchdog_s() / 2` seconds."""
+    """Report to the watchdog. Call this at least every `watchdog_s() / 2` seconds."""
     return _send("WATCHDOG=1")
 
 
@@ -49,7 +49,7 @@ def watchdog_s() -> float | None:
 
 
 def sockets() -> dict[str, list[socket.socket]]:
-    """Return the sockets that systemd passed, by FileDescriptorName=; those without a name are `unknown`.
+    """Return the sockets that systemd passed, by FileDescriptorName=. Those without a name are `unknown`.
 
     The caller closes them. Removes the variables from the environment, so that child processes do not use them.
     Raises ValueError if they are not numbers, OSError if a descriptor is not a socket.
@@ -69,9 +69,9 @@ def sockets() -> dict[str, list[socket.socket]]:
 
 
 def _send(*lines: str) -> bool:
-    """Send to $NOTIFY_SOCKET, a path or an abstract name after an @. Return whether that succeeded.
+    """Send `lines` to $NOTIFY_SOCKET: a path, or an abstract name after an @. Return whether that succeeded.
 
-    Errors are ignored, because the manager may be restarting or its queue may be full.
+    Errors are ignored, because systemd may be restarting or its queue may be full.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):

@@ -1,8 +1,8 @@
-"""Commands: the typed bodies of both APIs and the internal requests to the actor.
+"""Commands: the typed requests of both APIs and the internal requests to the actor.
 
 A command class declares everything about its command: the bounds and descriptions of its fields, its admission class,
-the name of its audit entries, and its error codes. The first paragraph of its docstring is the summary of the call in
-the OpenAPI document.
+the name of its audit entries, its error codes, and the statuses that allow it. The first paragraph of its docstring is
+the summary of the call in the OpenAPI document.
 """
 
 from __future__ import annotations
@@ -67,18 +67,18 @@ MAX_NAMES: Final = 100  # queues or kinds of one claim
 MAX_WAIT_MS: Final = 60_000
 MAX_EVENTS: Final = 1_000  # of a timeline with a limit
 
-# How commands are admitted (engine/mailbox.py, engine/disk_full.py). `create` is rejected first when the mailbox fills
-# up, then `read` and `grant`. A full disk first rejects `create`, then everything but `ending`, `read` and `ping`.
-# `ending` frees space or keeps the result of work that was done.
+# The admission class of a command (engine/mailbox.py, engine/disk_full.py). As the mailbox fills up, `create` is
+# rejected first, then `read` and `grant`. A full disk first rejects `create`, then everything but `ending`, `read` and
+# `ping`. `ending` commands free space or store the result of work that was done.
 Admission = Literal["create", "read", "ping", "grant", "change", "ending"]
 
 
 class Command(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A request to the actor, as a typed value. Decoded straight from a body; unknown fields are rejected."""
+    """A request to the actor. Decoded directly from a body; unknown fields are rejected."""
 
     admission: ClassVar[Admission]  # of commands that reach the actor
-    audit_name: ClassVar[str | None] = None  # `what` of its audit entries; None: it has none
-    errors: ClassVar[tuple[str, ...]] = ()  # codes besides those that every call can return
+    audit_name: ClassVar[str | None] = None  # `what` of its audit entries; None: no entries
+    errors: ClassVar[tuple[str, ...]] = ()  # in addition to those that every call can return
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ class Command(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Create(Command, frozen=True, kw_only=True):
-    """Create a job. The same request again returns the same job."""
+    """Create a job. Repeating the request returns the same job."""
 
     admission = "create"
     errors = ("job_exists", "job_quarantined", "too_many_jobs", "too_many_queues")
@@ -99,7 +99,7 @@ class Create(Command, frozen=True, kw_only=True):
     max_attempts: MaxAttempts = 1
     backoff: Annotated[Backoff, Meta(description="Wait between a failed attempt and the next one.")] = Backoff()
     max_stalls: MaxStalls | None = None
-    on_stall: Annotated[OnStall | None, Meta(description="What happens to the job when its worker goes silent.")] = None
+    on_stall: Annotated[OnStall | None, Meta(description="What happens to the job when it stalls.")] = None
     stuck_after_ms: StuckAfterMs | None = None
     max_processing_ms: MaxProcessingMs | None = None
     run_at: DueAt | None = None
@@ -110,7 +110,7 @@ class Create(Command, frozen=True, kw_only=True):
 
 
 class Bulk(Command, frozen=True, kw_only=True):
-    """Create many jobs, all or none, in the order given."""
+    """Create many jobs in the given order, all or none."""
 
     admission = "create"
     errors = Create.errors
@@ -161,8 +161,8 @@ class Validate(JobCommand, frozen=True, kw_only=True):
 class ListJobs(Command, frozen=True, kw_only=True):
     """List jobs, newest first.
 
-    A page may be short: `looked_to_at` then says how far it was read. The last page has no `next_cursor`. `worker`
-    matches the worker of the latest grant: it holds the job, or was the last to hold it.
+    A page may be short; `looked_to_at` then says how far jobs were read. The last page has no `next_cursor`. `worker`
+    matches the worker of the latest grant, which holds the job or was the last to hold it.
     """
 
     admission = "read"
@@ -178,8 +178,8 @@ class ListJobs(Command, frozen=True, kw_only=True):
 class SearchJobs(ListJobs, frozen=True, kw_only=True):
     """List jobs, newest first, with the filters of operators.
 
-    The search takes half a second at most, so a page may be short: `looked_to_at` then says how far it was read. The
-    last page has no `next_cursor`. `finished_since` and `finished_until` leave out jobs that are not finished.
+    A search ends after half a second, so a page may be short; `looked_to_at` then says how far jobs were read. The last
+    page has no `next_cursor`. `finished_since` and `finished_until` select only finished jobs.
     """
 
     since: Since | None = None
@@ -191,7 +191,7 @@ class SearchJobs(ListJobs, frozen=True, kw_only=True):
 
 
 class About(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True, gc=False):
-    """A worker's description of itself. It is only shown. The bounds keep it below 1 KiB."""
+    """A worker's description of itself, for display only. The bounds keep it below 1 KiB."""
 
     instance: (
         Annotated[
@@ -224,7 +224,7 @@ class Start(JobCommand, frozen=True, kw_only=True):
     lock_ttl_ms: LockTtlMs | None = None
     stuck_after_ms: GrantStuckAfterMs | None = None
     max_processing_ms: GrantMaxProcessingMs | None = None
-    about: Annotated[About | None, Meta(description="The worker's description of itself. It is only shown.")] = None
+    about: Annotated[About | None, Meta(description="The worker's description of itself, for display only.")] = None
 
 
 class Claim(Command, frozen=True, kw_only=True):
@@ -248,11 +248,11 @@ class Claim(Command, frozen=True, kw_only=True):
     lock_ttl_ms: LockTtlMs | None = None
     stuck_after_ms: GrantStuckAfterMs | None = None
     max_processing_ms: GrantMaxProcessingMs | None = None
-    about: Annotated[About | None, Meta(description="The worker's description of itself. It is only shown.")] = None
+    about: Annotated[About | None, Meta(description="The worker's description of itself, for display only.")] = None
 
 
 class Progress(JobCommand, frozen=True, kw_only=True):
-    """Report progress. Renews the lock."""
+    """Report progress and renew the lock."""
 
     admission = "change"
     errors = ("lock_lost", "invalid_transition", "max_processing_time_exceeded")
@@ -260,12 +260,12 @@ class Progress(JobCommand, frozen=True, kw_only=True):
     lock_id: LockId
     progress: Percent
     message: Annotated[
-        Text | None, Meta(description="Human-readable message. A report without a message clears the previous one.")
+        Text | None, Meta(description="A human-readable message. Without one, the previous message is cleared.")
     ] = None
 
 
 class Extend(JobCommand, frozen=True, kw_only=True):
-    """Keep the lock for at least this long from now. Never shortens it."""
+    """Extend the lock. It is never shortened."""
 
     admission = "change"
     errors = Progress.errors
@@ -285,7 +285,7 @@ class Complete(JobCommand, frozen=True, kw_only=True):
     file_path: FilePath | None = None
     storage_key: StorageKey | None = None
     metadata: Metadata = None
-    expires_at: Annotated[UnixMs | None, Meta(description="When the finished job is deleted, in Unix ms.")] = None
+    expires_at: Annotated[UnixMs | None, Meta(description="When the completed job is deleted, in Unix ms.")] = None
 
 
 class Fail(JobCommand, frozen=True, kw_only=True):
@@ -304,7 +304,7 @@ class Fail(JobCommand, frozen=True, kw_only=True):
 
 
 class Release(JobCommand, frozen=True, kw_only=True):
-    """Put the job back into its queue. The attempt does not count."""
+    """Return the job to its queue. The attempt does not count."""
 
     admission = "ending"
     errors = Complete.errors
@@ -313,14 +313,14 @@ class Release(JobCommand, frozen=True, kw_only=True):
     delay_ms: Annotated[
         DelayMs | None,
         Meta(
-            description="Time from now until the job is due, in ms. Without it, the job is delayed only from the 5th "
-            "release in a row without progress."
+            description="Time from now until the job is due, in ms. Default: 0; from the 5th release in a row without "
+            "progress on, a growing delay."
         ),
     ] = None
 
 
 class Cancel(JobCommand, frozen=True, kw_only=True):
-    """Cancel a queued or processing job. The next call of the holder gets `lock_lost`."""
+    """Cancel a queued or processing job. The next call of its worker gets `lock_lost`."""
 
     admission = "ending"
     audit_name = "cancel"
@@ -333,16 +333,17 @@ class Cancel(JobCommand, frozen=True, kw_only=True):
 
 
 class Queues(Command, frozen=True, kw_only=True):
-    """List the queues that have jobs or are paused: counts, oldest due job and pause. A page has up to 200 queues.
+    """List the queues that have jobs or are paused, with their counts, oldest due job and pause.
 
-    Pages are ordered by name. With `busiest` there is one page, of the queues with the most queued and processing jobs.
+    Pages are ordered by name and have up to 200 queues. With `busiest` there is one page: the queues with the most
+    queued and processing jobs.
     """
 
     admission = "read"
 
     limit: PageLimit = MAX_PAGE
     cursor: Annotated[QueueName | None, Meta(description="The `next_cursor` of the previous page.")] = None
-    paused: Annotated[bool | None, Meta(description="Only paused, or only unpaused queues.")] = None
+    paused: Annotated[bool | None, Meta(description="Only queues that are paused, or only those that are not.")] = None
     busiest: Annotated[
         bool,
         Meta(
@@ -355,7 +356,10 @@ WorkerState = Literal["busy", "idle", "silent", "gone"]
 
 
 class Workers(Command, frozen=True, kw_only=True):
-    """List workers, most recently seen first: state, latest claim and jobs held. Gone ones only with `state=gone`."""
+    """List workers with their state, latest claim and jobs, most recently seen first.
+
+    Workers that are gone are listed only with `state=gone`.
+    """
 
     admission = "read"
 
@@ -365,13 +369,13 @@ class Workers(Command, frozen=True, kw_only=True):
         WorkerState | None,
         Meta(
             description="Only workers in this state: `busy`, `idle`, `silent` (it holds a job whose lock has expired) "
-            "or `gone`. Default: all that are not gone."
+            "or `gone`. Default: all but `gone`."
         ),
     ] = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Commands of operators. `jobId` and similar names are those that existing dashboards send.
+# Commands of operators. Names such as `jobId` are those that existing dashboards send.
 
 
 class NamedJobCommand(JobCommand, frozen=True, kw_only=True):
@@ -384,7 +388,7 @@ NO_REASON: Final = "Failed by an operator."  # error message of a force-fail wit
 
 
 class ForceFail(NamedJobCommand, frozen=True, kw_only=True):
-    """Fail a queued or processing job. Its grant ends at once."""
+    """Fail a queued or processing job. A grant ends at once."""
 
     admission = "ending"
     audit_name = "force-fail"
@@ -397,7 +401,7 @@ class ForceFail(NamedJobCommand, frozen=True, kw_only=True):
 
 
 class ForceReset(NamedJobCommand, frozen=True, kw_only=True):
-    """Put a processing, failed or cancelled job back into its queue, as if new."""
+    """Requeue a processing, failed or cancelled job as if it were new."""
 
     admission = "change"
     audit_name = "force-reset"
@@ -410,14 +414,14 @@ class ForceReset(NamedJobCommand, frozen=True, kw_only=True):
 
 
 class Retry(ForceReset, frozen=True, kw_only=True):
-    """Put a failed or cancelled job back into its queue, as if new. Only plans contain it."""
+    """Requeue a failed or cancelled job as if it were new. Sent only by plans."""
 
     allowed_from = ("failed", "cancelled")
     plan_scope = "Only failed and cancelled jobs can be retried."
 
 
 class Updates(Struct, frozen=True, forbid_unknown_fields=True):
-    """Fields that a transition sets besides the status. Fields that are not given stay unchanged."""
+    """Fields that a transition sets in addition to the status. Omitted fields stay unchanged."""
 
     error_message: ErrorMessage | None = None
     priority: Priority | None = None
@@ -430,7 +434,7 @@ class Updates(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Transition(NamedJobCommand, frozen=True, kw_only=True):
-    """Change the status of a job if it still is `from`. Never into `processing`."""
+    """Change the status of a job from `from` to `to`, if it still is `from`. `to` cannot be `processing`."""
 
     admission = "change"
     audit_name = "transition"
@@ -439,14 +443,14 @@ class Transition(NamedJobCommand, frozen=True, kw_only=True):
     from_: Annotated[Status, Meta(description="The expected status of the job.")] = field(name="from")
     to: Annotated[Status, Meta(description="The new status.")]
     updates: Annotated[
-        Updates, Meta(description="Fields that are set with the status. Fields that are not given stay unchanged.")
+        Updates, Meta(description="Fields to set together with the status. Omitted fields stay unchanged.")
     ] = Updates()
     reason: Reason | None = None
     dry_run: DryRun = False
 
 
 class ExtendLock(NamedJobCommand, frozen=True, kw_only=True):
-    """Extend a lock in place of its holder."""
+    """Extend a lock on behalf of its worker."""
 
     admission = "change"
     audit_name = "extend-lock"
@@ -459,7 +463,7 @@ class ExtendLock(NamedJobCommand, frozen=True, kw_only=True):
 
 
 class ReleaseLock(NamedJobCommand, frozen=True, kw_only=True):
-    """Put a job back into its queue in place of its holder."""
+    """Return a job to its queue on behalf of its worker."""
 
     admission = "ending"
     audit_name = "release-lock"
@@ -484,7 +488,7 @@ class RunNow(JobCommand, frozen=True, kw_only=True):
 
 
 class Update(JobCommand, frozen=True, kw_only=True):
-    """Change priority, due time or attempts of a job that is not completed."""
+    """Change the priority, due time or maximum attempts of a job that is not completed."""
 
     admission = "change"
     audit_name = "update"
@@ -505,7 +509,7 @@ class GetVersion(JobCommand, frozen=True, kw_only=True):
 
 
 class LateResults(JobCommand, frozen=True, kw_only=True):
-    """List the results that workers of this job submitted after losing their lock, oldest grant first."""
+    """List the results that workers submitted for this job after their lock was lost, oldest grant first."""
 
     admission = "read"
 
@@ -541,7 +545,7 @@ class Delete(JobCommand, frozen=True, kw_only=True):
 
 
 class Pause(Command, frozen=True, kw_only=True):
-    """Grant no job of a queue until an operator resumes it, or until `until`."""
+    """Grant no jobs of a queue until an operator resumes it, or until `until`."""
 
     admission = "change"
     audit_name = "pause"
@@ -562,9 +566,9 @@ class Resume(Command, frozen=True, kw_only=True):
 
 
 class TakeBack(Command, frozen=True, kw_only=True):
-    """End the expired grants of a silent worker by their stall rule, now.
+    """End the expired grants of a silent worker now, each by its stall rule.
 
-    Live locks do not change. `dry_run` only lists the grants.
+    Live locks do not change. With `dry_run` the grants are only listed.
     """
 
     admission = "ending"
@@ -579,8 +583,8 @@ class TakeBack(Command, frozen=True, kw_only=True):
 class Import(Command, frozen=True, kw_only=True):
     """Import jobs from a stream of JSON lines, one job per line.
 
-    Each line is created, skipped (its id exists) or rejected by itself. Missing times become the time of the import. A
-    job that was processing is ended by its stall rule.
+    Each line is created, skipped (its id exists) or rejected independently. Missing times become the time of the
+    import. The stall rule ends the grant of a job that was processing.
     """
 
     admission = "create"
@@ -598,9 +602,9 @@ class Import(Command, frozen=True, kw_only=True):
     attempt: Annotated[int, Meta(ge=0, le=1000, description="Attempts used.")] = 0
     max_attempts: MaxAttempts = 1
     backoff: Annotated[Backoff, Meta(description="Wait between a failed attempt and the next one.")] = Backoff()
-    stalls: Annotated[Stalls, Meta(description="How often the worker of the job went silent.")] = 0
+    stalls: Annotated[Stalls, Meta(description="How often the job stalled.")] = 0
     max_stalls: MaxStalls | None = None
-    on_stall: Annotated[OnStall | None, Meta(description="What happens to the job when its worker goes silent.")] = None
+    on_stall: Annotated[OnStall | None, Meta(description="What happens to the job when it stalls.")] = None
     stuck_after_ms: StuckAfterMs | None = None
     max_processing_ms: MaxProcessingMs | None = None
     created_at: Annotated[UnixMs | None, Meta(description="When the job was created, in Unix ms.")] = None
@@ -641,7 +645,7 @@ class Export(Command, frozen=True, kw_only=True):
 
 
 class AuditLog(Command, frozen=True, kw_only=True):
-    """List the changes and rejected requests of operators, newest first.
+    """List audit entries, newest first: changes and rejected requests of operators.
 
     A page may be short. The last page has no `next_cursor`.
     """
@@ -662,8 +666,8 @@ class AuditLog(Command, frozen=True, kw_only=True):
 
 
 PlanAction = Literal["retry", "force-reset", "cancel", "force-fail", "delete", "recover-stuck", "cleanup"]
-MAINTENANCE_ACTIONS: Final = frozenset({"recover-stuck", "cleanup"})  # what cleanup runs do anyway
-# The command that the other actions send for each job.
+MAINTENANCE_ACTIONS: Final = frozenset({"recover-stuck", "cleanup"})  # cleanup runs do the same
+# The command that each of the other actions sends for a job.
 PLAN_COMMANDS: Final[dict[PlanAction, type[ForceReset | Cancel | ForceFail | Delete]]] = {
     "retry": Retry,
     "force-reset": ForceReset,
@@ -672,11 +676,11 @@ PLAN_COMMANDS: Final[dict[PlanAction, type[ForceReset | Cancel | ForceFail | Del
     "delete": Delete,
 }
 MAX_PLAN: Final = 10_000  # jobs of one plan
-MAX_PLANNING_S: Final = 10.0  # a plan that reads for longer ends; the next one continues from there
+MAX_PLANNING_S: Final = 10.0  # a plan stops reading after this time; the next plan continues
 
 
 class PlanFilter(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Selects jobs, with the filters of the job list."""
+    """Selects jobs by the filters of the job list."""
 
     status: StatusFilter | None = None
     queue: QueueFilter | None = None
@@ -691,17 +695,17 @@ class PlanFilter(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class MakePlan(Command, frozen=True, kw_only=True):
-    """Plan an action on the jobs that match a filter, on the given jobs, or on those that are due. Changes nothing yet.
+    """Plan an action on many jobs: those that match a filter, or those with the given ids. Changes nothing yet.
 
-    `cursor` is the `next_cursor` of a plan with the same action and filter: this plan continues after it. The actions
-    `recover-stuck` and `cleanup` take neither `filter` nor `ids` nor `cursor`: the daemon selects the jobs.
+    `cursor` is the `next_cursor` of a plan with the same action and filter; the new plan continues after it. The
+    actions `recover-stuck` and `cleanup` take no `filter`, `ids` or `cursor`, because the daemon selects the jobs.
     """
 
-    action: Annotated[PlanAction, Meta(description="What to do to each job.")]
-    filter: Annotated[PlanFilter | None, Meta(description="Which jobs, by the filters of the job list.")] = None
+    action: Annotated[PlanAction, Meta(description="The action on each job.")]
+    filter: Annotated[PlanFilter | None, Meta(description="Only jobs that match these filters.")] = None
     cursor: Annotated[PlanCursor | None, Meta(description="The `next_cursor` of the previous plan.")] = None
     ids: (
-        Annotated[list[JobId], Meta(min_length=1, max_length=MAX_PLAN, description="Which jobs, by their ids.")] | None
+        Annotated[list[JobId], Meta(min_length=1, max_length=MAX_PLAN, description="Only jobs with these ids.")] | None
     ) = None
     reason: Reason | None = None
 
@@ -715,14 +719,14 @@ class PlanCommand(Command, frozen=True, kw_only=True):
 
 
 class ExpectedVersion(Struct, frozen=True, gc=False):
-    """A job of a plan, with its version when the plan was made (plan_rules.version)."""
+    """A job of a plan, with its version (plan_rules.version) when the plan was made."""
 
     id: str
     version: str
 
 
 class ApplyPlan(Command, frozen=True, kw_only=True):
-    """Apply `action` to those of `jobs` that have not changed since the plan was made. A slice of a plan."""
+    """Apply a slice of a plan: `action` on those of `jobs` that have not changed since the plan was made."""
 
     admission: ClassVar[Admission] = "change"
 
@@ -732,7 +736,7 @@ class ApplyPlan(Command, frozen=True, kw_only=True):
 
 
 class ApplyEndings(ApplyPlan, frozen=True, kw_only=True):
-    """The same for actions that end or delete jobs: on a full disk they free space."""
+    """Apply a slice of a plan that ends or deletes jobs, which is allowed on a full disk."""
 
     admission = "ending"
 
@@ -770,7 +774,7 @@ def is_dry_run(command: Command) -> bool:
 
 
 class Undelivered(JobCommand, frozen=True, kw_only=True):
-    """The connection closed before the first byte of the grant was written: the job returns to its queue at once."""
+    """Return a job to its queue at once: the connection closed before the first byte of the grant was written."""
 
     admission = "ending"
 
@@ -778,10 +782,10 @@ class Undelivered(JobCommand, frozen=True, kw_only=True):
 
 
 class ExtendAfterPause(Command, frozen=True, kw_only=True):
-    """The daemon was not running: no deadline of the processing jobs in `ids` passes in the next `grace_ms`.
+    """Extend the deadlines of the processing jobs `ids` by `grace_ms` after a time in which the daemon did not run.
 
-    `since` is the lease time of the start (None: now). A lock that was live then is not lost while this command waits
-    for a slow disk.
+    `since` is the lease time at which the daemon runs again (None: now). A lock that was live then is not lost while
+    this command waits for a slow disk.
     """
 
     admission = "ending"
@@ -792,9 +796,9 @@ class ExtendAfterPause(Command, frozen=True, kw_only=True):
 
 
 class EndGrants(Command, frozen=True, kw_only=True):
-    """A backup was restored: end the grants of the processing jobs in `ids` by their stall rule.
+    """End the grants of the processing jobs `ids` by their stall rule, after a backup was restored.
 
-    With `last`, the mark of the store as a restored backup is removed in the same transaction.
+    With `last`, the mark of a restored backup is removed from the store in the same transaction.
     """
 
     admission = "ending"
@@ -806,7 +810,7 @@ class EndGrants(Command, frozen=True, kw_only=True):
 class Recover(Command, frozen=True, kw_only=True):
     """Recover up to `limit` stalled jobs and clear up to `limit` expired locks, judged when the command is applied.
 
-    `reason` is that of an operator, for the audit log. The timelines say why each job was recovered.
+    `reason` is the operator's, for the audit log. The timeline of each job says why it was recovered.
     """
 
     admission = "ending"
@@ -825,7 +829,7 @@ class Expire(Command, frozen=True, kw_only=True):
 
 
 class DeleteExpired(Command, frozen=True, kw_only=True):
-    """Delete those of `ids` that are finished and expired when the command is applied."""
+    """Delete the jobs in `ids` that are finished and expired when the command is applied."""
 
     admission = "ending"
 
@@ -833,7 +837,7 @@ class DeleteExpired(Command, frozen=True, kw_only=True):
 
 
 class RepairJobs(Command, frozen=True, kw_only=True):
-    """Validate the jobs `ids` and apply the safe fixes."""
+    """Validate the jobs `ids` and apply the fixes that are safe."""
 
     admission = "change"
 
@@ -872,7 +876,7 @@ class RecordAction(Command, frozen=True, kw_only=True):
 
 
 class EndPauses(Command, frozen=True, kw_only=True):
-    """Resume the queues whose pause is over."""
+    """Resume the queues whose pause has ended."""
 
     admission = "change"
 
@@ -909,9 +913,9 @@ class IdempotencyKey(Struct, frozen=True):
 
 
 class Operator(Struct, frozen=True):
-    """An operator: the name given with the request ("" for none), and the address that it came from.
+    """An operator: the name given in the request ("" for none), and the address that it came from.
 
-    `part_of` names an action of many commands (an import, a plan), which has one audit entry.
+    `part_of` identifies an action that consists of many commands (an import, a plan) and has one audit entry.
     """
 
     name: str
@@ -933,17 +937,17 @@ class Moment(Struct, frozen=True):
 
     now: int
     lease: int
-    offset: int  # wall time minus lease time; constant between steps of the wall clock, so shown times do not flicker
+    offset: int  # wall time minus lease time; constant between steps of the wall clock, so displayed times are stable
     trusted: int | None = None  # the expected wall time while the clock is suspect, else None
 
     @property
     def suspect(self) -> bool:
-        """Whether wall time is too far ahead of its expected value. Then nothing is deleted or failed by age."""
+        """Whether wall time is too far ahead of the expected time. While it is, nothing is deleted or failed by age."""
         return self.trusted is not None
 
     @property
     def believed(self) -> int:
-        """The wall time to persist, and to age stored responses by: a suspect jump ages nothing."""
+        """The wall time to persist, and by which stored responses age. It ignores a suspect jump."""
         return self.now if self.trusted is None else self.trusted
 
     def wall(self, lease_ms: int) -> int:
@@ -1022,8 +1026,8 @@ AUDITED_ACTIONS: Final = tuple(
 class Call(Struct, frozen=True):
     """A command with its caller and the randomness that it may use. `admin` callers see lock ids.
 
-    `operator` is set if the command came in through an operators' listener. `expected` is the version
-    (plan_rules.version) of the job that the caller has seen: if the job has changed since, nothing is done.
+    `operator` is set for requests of operators. `expected` is the version (plan_rules.version) of the job that the
+    caller has seen: if the job has changed since, the command is rejected.
     """
 
     command: AnyCommand

@@ -8,7 +8,7 @@ from msgspec import Struct
 
 
 class ErrorCode(Struct, frozen=True):
-    """The HTTP status and meaning of a code. `description` has no capital and no full stop: it is an item of a list."""
+    """The HTTP status and meaning of a code. `description` is an item of a list: no capital letter, no full stop."""
 
     status: int
     description: str
@@ -21,10 +21,10 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "unauthorized": ErrorCode(401, "the token is missing or wrong"),
     "forbidden": ErrorCode(
         403,
-        "over TCP: the `Host` is not a name of this daemon, or the `Origin` is another site; or the token is read-only",
+        "the token is read-only; or, over TCP, the `Host` is not a name of this daemon or the `Origin` is another site",
     ),
     "not_found": ErrorCode(
-        404, "the path, webhook or delivery does not exist; or the job has no stored result, or the result is gone"
+        404, "the path, webhook or delivery does not exist; or the job has no stored result, or the result was deleted"
     ),
     "job_not_found": ErrorCode(404, "no job has this id: it was never created, or was deleted by age"),
     "late_result_not_found": ErrorCode(404, "the job has no late result, or none with this `seq`"),
@@ -37,12 +37,12 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "not_due": ErrorCode(409, "the `run_at` of the job is in the future"),
     "queue_paused": ErrorCode(409, "an operator paused the queue"),
     "invalid_transition": ErrorCode(409, "the status of the job does not allow this; nothing was changed"),
-    "lock_lost": ErrorCode(409, "the lock is not that of the latest grant; stop working on the job"),
+    "lock_lost": ErrorCode(409, "the lock is not that of the current grant; stop working on the job"),
     "max_processing_time_exceeded": ErrorCode(409, "no progress report within `max_processing_ms`"),
-    "job_quarantined": ErrorCode(409, "the row of the job on disk is damaged"),
+    "job_quarantined": ErrorCode(409, "the stored row of the job is damaged"),
     "worker_not_silent": ErrorCode(409, "the worker holds no job whose lock has expired; nothing was changed"),
     "events_gone": ErrorCode(
-        410, "the journal no longer has the events after the given one, or the id is of another store"
+        410, "the journal no longer has the events after the given one, or the id is from another store"
     ),
     "too_large": ErrorCode(413, "the body, payload, metadata or number of jobs exceeds its limit"),
     "unsupported_media_type": ErrorCode(415, "the body has another type, or is compressed"),
@@ -54,7 +54,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "storage_unavailable": ErrorCode(503, "the artifact store cannot be read now"),
     "outcome_unknown": ErrorCode(
         503,
-        "the write failed, and it is not known whether it is on disk; send the request again with the same id or key",
+        "the write failed, and its outcome is unknown; send the request again with the same id or key",
     ),
     "storage_full": ErrorCode(507, "the disk is full; nothing was done"),
     "too_many_jobs": ErrorCode(507, "the number of unfinished jobs has reached `limits.live_jobs`"),
@@ -84,15 +84,15 @@ class ApiException(Exception):
 
 
 def api_error(code: str, message: str, **details: Any) -> ApiException:
-    """Return an exception to raise; `details` are those of the response."""
+    """Return an exception to raise. `details` are those of the response."""
     return ApiException(ApiError(code, message, details))
 
 
 def invalid_request_error(field: str, message: str) -> ApiException:
-    """Return a 400 invalid_request that names the path of the field."""
+    """Return a 400 invalid_request that names the field by its path."""
     return api_error("invalid_request", f"`{field}`: {message}", field=field)
 
 
 def too_large_error(message: str, **details: Any) -> ApiException:
-    """Return a 413 too_large; `message` says what is too large and what the limit is."""
+    """Return a 413 too_large. `message` says what is too large and what the limit is."""
     return api_error("too_large", message, **details)

@@ -1,6 +1,6 @@
-"""Events: the facts that are journaled, streamed and shown, and how they fold into rows.
+"""Events: the facts that are journaled, streamed and displayed, and how they fold into rows.
 
-An event carries the new value of every field that it changed, so folding the events of a job in order gives its row.
+An event has the new value of every field that it changed, so folding the events of a job in order gives its row.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Event(Struct, frozen=True, gc=False):
 
     `at` is wall time in Unix ms. `by` is the author: `worker:NAME`, `client`, `admin`, `admin:NAME`, `recovery`,
     `cleanup` or `daemon`. Events of a queue have `job_seq` 0 and an empty `job_id`. `details` is public. `changes` can
-    contain a lock_id and is never shown.
+    contain a lock_id and is never sent to a client.
     """
 
     seq: int
@@ -123,7 +123,7 @@ class QueuePause(Struct, frozen=True, gc=False):
     until: int | None = None
 
     def describe(self) -> str:
-        """Describe it after the word "paused": `by operator ana at 2026-03-01 12:03 UTC, until resumed: deploy`."""
+        """Return the words after "paused", such as `by operator ana at 2026-03-01 12:03 UTC, until resumed: deploy`."""
         by = "" if self.by is None else f"by {describe_author(self.by)} "
         since = "since an unknown time" if self.at is None else f"at {_utc(self.at)}"
         until = "until resumed" if self.until is None else f"until {_utc(self.until)}"
@@ -153,7 +153,7 @@ class EventView(Struct, frozen=True, rename={"from_": "from"}):
     by: Annotated[
         str,
         Meta(
-            description="Who caused it: `worker:NAME`, `client`, `admin:NAME` (`admin` if no name was given), "
+            description="The author: `worker:NAME`, `client`, `admin:NAME` (`admin` if no name was given), "
             "`recovery`, `cleanup` or `daemon`."
         ),
     ]
@@ -218,7 +218,7 @@ def fold(job: Job | None, event: Event) -> Job | None:
 
 
 def initial_changes(job: Job) -> Changes:
-    """Return the changes of the first event of `job`: all fields, or only those without a default if it is as new."""
+    """Return the changes of the first event of `job`: all fields, or only those without a default for a new job."""
     values = astuple(job)  # the same fields, in the same order
     return Changes(UNSET, UNSET, *values[2:_OWN]) if values[_OWN:] == _AS_NEW else Changes(*values)
 
@@ -238,7 +238,7 @@ def event_view(event: Event) -> EventView:
 
 
 def streamed_event(event: Event) -> StreamedEvent:
-    """Return the same with its job and queue, for streams."""
+    """Return the public form of `event` with its job and queue, for streams."""
     return StreamedEvent(
         seq=event.seq,
         at=event.at,

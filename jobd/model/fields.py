@@ -11,10 +11,10 @@ from jobd.model.job import DAY_MS, EARLIEST_MS, ID_PATTERN, LATEST_MS, MAX_PRIOR
 if TYPE_CHECKING:
     JsonValue = Raw | None
 else:
-    JsonValue = Raw  # msgspec reads `Raw | None` as null only; an omitted field is None all the same
+    JsonValue = Raw  # msgspec accepts only null for `Raw | None`; the default of a field can still be None
 
 MAX_PAGE: Final = 200
-MAX_TEXT: Final = 200  # of a search text
+MAX_TEXT: Final = 200  # characters of a search text
 MAX_OPERATOR: Final = 64
 PRINTABLE: Final = r"^[ -~]*$(?!\n)"  # ASCII
 
@@ -23,7 +23,7 @@ _ID_TEXT: Final = {"expected": "1 to 200 characters of A-Z a-z 0-9 . _ : -"}
 _PLAIN_TEXT: Final = {"expected": "text without control characters"}
 _NEXT_CURSOR: Final = {"expected": "the `next_cursor` of the page before"}
 
-# Types of the wire and of the record. A value outside is 400 invalid_request, never clamped.
+# Types of request fields and of the job record. A value out of bounds is rejected, never clamped.
 JobId = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200, extra=_ID_TEXT)]
 QueueName = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200, extra=_ID_TEXT, description="Name of the queue.")]
 Kind = Annotated[
@@ -46,7 +46,12 @@ WorkerName = Annotated[
     ),
 ]
 LockId = Annotated[
-    str, Meta(min_length=1, max_length=200, description="Secret of the grant. Every call of its holder sends it.")
+    str,
+    Meta(
+        min_length=1,
+        max_length=200,
+        description="Secret of the grant. The worker sends it with every call about the job.",
+    ),
 ]
 Priority = Annotated[
     int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Priority. Jobs with smaller values run first.")
@@ -60,12 +65,16 @@ LockTtlMs = Annotated[
     Meta(
         ge=SECOND_MS,
         le=DAY_MS,
-        description="How long the lock lasts, and by how much a progress report renews it, in ms.",
+        description="How long the lock lasts after the grant and after each progress report, in ms.",
     ),
 ]
 AdditionalMs = Annotated[
     int,
-    Meta(ge=1, le=DAY_MS, description="At least this long from now, in ms. Default: the TTL of the grant."),
+    Meta(
+        ge=1,
+        le=DAY_MS,
+        description="How long the lock lasts from now on, at least, in ms. Default: the TTL of the grant.",
+    ),
 ]
 StuckAfterMs = Annotated[
     int,
@@ -80,7 +89,8 @@ MaxProcessingMs = Annotated[
     Meta(
         ge=0,
         le=YEAR_MS,
-        description="Ceiling: the lock never outlives the latest progress report by more, in ms. 0: no ceiling.",
+        description="Progress timeout, in ms: without a progress report, the lock ends after this time even if it is "
+        "extended. 0: no timeout.",
     ),
 ]
 DelayMs = Annotated[int, Meta(ge=0, le=YEAR_MS)]
@@ -110,7 +120,7 @@ Fingerprint = Annotated[
         extra={"expected": "12 hexadecimal digits, as `jobctl failures` shows them"},
     ),
 ]
-MomentMs = Annotated[int, Meta(ge=0, le=LATEST_MS)]  # Unix ms; any time that can be written as a date
+MomentMs = Annotated[int, Meta(ge=0, le=LATEST_MS)]  # Unix ms, up to the year 9999
 OperatorName = Annotated[str, Meta(min_length=1, max_length=MAX_OPERATOR)]
 Cursor = Annotated[
     str,
@@ -133,22 +143,22 @@ BackupId = Annotated[
 ]
 Metadata = Annotated[JsonValue, Meta(description="Any JSON about the result, stored as sent.")]
 Reason = Annotated[Text, Meta(description="Human-readable reason. Shown in timelines and in the audit log.")]
-DryRun = Annotated[bool, Meta(description="Change nothing; return the would-be result or the error.")]
+DryRun = Annotated[bool, Meta(description="Change nothing. The response is that of the change, or its error.")]
 NamedJobId = Annotated[JobId, Meta(description="Id of the job.")]
 ErrorMessage = Annotated[str, Meta(min_length=1, max_length=4096, description="A human-readable error message.")]
 DueAt = Annotated[UnixMs, Meta(description="When the job is due, in Unix ms.")]
 GrantStuckAfterMs = Annotated[
     StuckAfterMs,
     Meta(
-        description="A job without a live lock is stalled this long after its latest report, in ms. "
-        "Default: the job's own."
+        description="A job without a live lock is stalled this long after its latest report, in ms. Default: that "
+        "of the job."
     ),
 ]
 GrantMaxProcessingMs = Annotated[
     MaxProcessingMs,
     Meta(
-        description="Ceiling of this grant, in ms: the lock never outlives the latest progress report by more. 0: no "
-        "ceiling. Applies only if the job itself has none."
+        description="Progress timeout of this grant, in ms: without a progress report, the lock ends after this time "
+        "even if it is extended. 0: no timeout. A timeout of the job takes precedence."
     ),
 ]
 
@@ -166,10 +176,10 @@ SearchText = Annotated[
     Meta(
         min_length=1,
         max_length=MAX_TEXT,
-        description="A text in the id, the payload or the error message. A to Z match regardless of case.",
+        description="A text in the id, payload or error message. Case is ignored for A to Z.",
     ),
 ]
 ErrorFilter = Annotated[
     Fingerprint,
-    Meta(description="Fingerprint of an error, see `failures`. Selects failed jobs unless `status` is given."),
+    Meta(description="Fingerprint of an error, as `failures` returns it. Only failed jobs, unless `status` is given."),
 ]

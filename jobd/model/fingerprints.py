@@ -1,6 +1,6 @@
-"""Fingerprints: short names for errors that differ only in details of the job.
+"""Fingerprints: the same short name for errors that differ only in details of the job.
 
-They are stable: a fingerprint matches the same errors in later versions.
+Fingerprints are stable across versions.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Final
 
-MAX_NORMALIZED: Final = 1_000  # characters of a normalized message; the rest is usually a traceback
+MAX_NORMALIZED: Final = 1_000  # characters of a normalized message that count; the rest is usually a traceback
 MAX_MESSAGE: Final = 4_096  # characters of a message that are normalized
 DIGEST_BYTES: Final = 6  # twelve hexadecimal digits
 

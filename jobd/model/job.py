@@ -40,7 +40,7 @@ HOUR_MS: Final = 60 * MINUTE_MS
 DAY_MS: Final = 24 * HOUR_MS
 YEAR_MS: Final = 365 * DAY_MS
 
-# A Unix time below this is in seconds, not milliseconds: 10^11 ms is March 1973.
+# A Unix time below this is probably in seconds, not milliseconds: 10^11 ms is March 1973.
 EARLIEST_MS: Final = 100_000_000_000
 LATEST_MS: Final = 253_402_300_799_999  # 9999-12-31T23:59:59.999Z
 
@@ -106,7 +106,7 @@ def is_release_loop(job: Job) -> bool:
 
 
 def storage_key_error(key: str) -> str | None:
-    """Return why `key` is not a valid key of a stored object (relative, without `..` or NUL), or None."""
+    """Return what is wrong with the key of a stored object, None if it is relative and without `..` or NUL."""
     if "\x00" in key:
         return "contains NUL"
     if key.startswith("/") or key.startswith("\\"):
@@ -134,7 +134,7 @@ def epoch_seconds(now_ms: int) -> int:
 
 
 def new_epoch(highest: int, now_ms: int) -> int:
-    """Return the epoch that begins at the wall time `now_ms`, above `highest`, the highest one known.
+    """Return the epoch that begins at the wall time `now_ms`. It is above `highest`, the highest known one.
 
     Copies of one store get different epochs, because they begin in different seconds. If the clock is past SAFE_EPOCH,
     the epoch is `highest` + 1, which keeps tokens below 2^53 as long as possible.
@@ -182,7 +182,7 @@ class Grant(Struct, frozen=True, gc=False, array_like=True):
     """A grant: the worker of a job, the secret of its lock and its fencing token.
 
     The durations are fixed when the grant is made; later changes of the configuration do not affect them.
-    `max_processing_ms` 0 means no ceiling.
+    `max_processing_ms` 0 means no progress timeout.
     """
 
     lock_id: str
@@ -197,9 +197,9 @@ class Grant(Struct, frozen=True, gc=False, array_like=True):
 class Lease(Struct, frozen=True, gc=False, array_like=True):
     """The deadlines of a grant, in lease time (engine/clock.py), in ms.
 
-    `expires`: the lock expires. `silent`: latest grant, progress or extend + stuck_after_ms. `ceiling`: latest grant or
-    progress + max_processing_ms; None without a ceiling. `cleared`: recovery recorded the expiry; an extend or progress
-    of the holder resets it.
+    `expires`: the lock expires. `silent`: stuck_after_ms after the latest grant, progress or extend. `ceiling`: the
+    progress timeout, max_processing_ms after the latest grant or progress; None without one. `cleared`: recovery has
+    recorded the expiry; the next extend or progress resets it.
     """
 
     expires: int
@@ -208,7 +208,7 @@ class Lease(Struct, frozen=True, gc=False, array_like=True):
     cleared: bool = False
 
     def is_live(self, lease_ms: int) -> bool:
-        """Return whether the lock is live. At `expires` it is not."""
+        """Return whether the lock is live. It is not at `expires`."""
         return not self.cleared and lease_ms < self.expires
 
     def is_past_ceiling(self, lease_ms: int) -> bool:
@@ -216,16 +216,16 @@ class Lease(Struct, frozen=True, gc=False, array_like=True):
 
     @property
     def stuck(self) -> int:
-        """The lease time from which the job counts as stuck."""
+        """The lease time from which the job is stalled."""
         silent = max(self.expires, self.silent)
         return silent if self.ceiling is None else min(silent, self.ceiling)
 
 
 class PreviousGrant(Struct, frozen=True, gc=False, array_like=True):
-    """The last ended grant of a job, to answer a repeated ending and to explain a late one.
+    """The last ended grant of a job, for responses to a repeated ending or a late one.
 
-    `verb` and `body_hash` are set if the holder ended it (complete, fail, release). `rule` is the rule that ended
-    it and `reason` the reason, both in the words of a `lock_lost` error.
+    `verb` and `body_hash` are set if its worker ended it (complete, fail, release). `rule` is the rule that ended it,
+    and `reason` the reason, as in a `lock_lost` error.
     """
 
     lock_id: str
@@ -250,8 +250,8 @@ class Result(Struct, frozen=True, gc=False, array_like=True):
 class LateResult(Struct, frozen=True, gc=False):
     """The result of a complete whose grant had ended. Stored separately from the job, at most one for each grant.
 
-    `seq` is that of its event, `expires_at` the deletion time that the worker requested. Late results are not kept in
-    memory: a read without results leaves `result` empty.
+    `seq` is that of its event, `expires_at` the deletion time that the worker requested. `result` is empty if the query
+    did not ask for results.
     """
 
     seq: int
@@ -304,7 +304,7 @@ class Job(Struct, frozen=True, gc=False):
 class CompactJob(Struct, frozen=True, gc=False):
     """A queued job that was due when it was created and has not changed since.
 
-    Nearly all waiting jobs are such. In memory they take 48 bytes; a Job takes 176 (state.LiveJobs).
+    Nearly all waiting jobs are like this. A CompactJob takes 48 bytes in memory, a Job 176 (state.LiveJobs).
     """
 
     seq: int
@@ -318,13 +318,13 @@ class CompactJob(Struct, frozen=True, gc=False):
 
 
 def compact(job: Job) -> CompactJob | None:
-    """Return the compact form of `job`; None if it has more fields set, or lacks an id or queue, which is invalid."""
+    """Return the compact form of `job`, None if that would lose a field. A job without an id or queue is invalid."""
     short = CompactJob(job.seq, job.id, job.options, job.created_at)
     return short if job.id and job.options.queue and short.expand() == job else None
 
 
 class Policy(Struct, frozen=True):
-    """The settings of the rules: defaults, retention, limits. Times in ms, sizes in bytes."""
+    """The settings that the rules use: defaults, retention, limits. Times are in ms, sizes in bytes."""
 
     lock_ttl_ms: int = 15 * MINUTE_MS
     max_processing_ms: int = 30 * MINUTE_MS

@@ -1,6 +1,6 @@
-"""Responses: the types of `data` in both APIs, and the response as the actor gives it.
+"""Responses: the types of `data` in both APIs, and the response that the actor returns.
 
-The field names are the contract of the APIs. Docstrings and descriptions are those of the OpenAPI document.
+The field names are the contract of the APIs. Docstrings and descriptions appear in the OpenAPI document.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ MessageText = Annotated[str, Meta(description="A human-readable message.")]
 FencingToken = Annotated[
     int,
     Meta(
-        description="Rises with every grant of this store, and is below 2^53. A resource can reject requests with an "
-        "older one."
+        description="Rises with every grant of this store and stays below 2^53. A resource can reject requests with a "
+        "lower token."
     ),
 ]
-LockSecret = Annotated[str, Meta(description="Secret of the grant. Every call of its holder sends it.")]
+LockSecret = Annotated[str, Meta(description="Secret of the grant. The worker sends it with every call about the job.")]
 LockExpiresAt = Annotated[int, Meta(description="When the lock expires unless it is renewed, in Unix ms.")]
-TtlMs = Annotated[int, Meta(description="By how much a progress report renews the lock, in ms.")]
+TtlMs = Annotated[int, Meta(description="How long the lock lasts after each progress report, in ms.")]
 CeilingAt = Annotated[
     int | None,
-    Meta(description="The lock never lasts beyond this time without a progress report, in Unix ms. Null: no ceiling."),
+    Meta(description="When the progress timeout ends the lock, in Unix ms. Null: no timeout."),
 ]
 ProgressPercent = Annotated[int | float, Meta(description="Progress in percent, 0 to 100.")]
 ResultUrl = Annotated[str | None, Meta(description="Where the result can be downloaded, as the worker gave it.")]
@@ -43,9 +43,7 @@ ResultPath = Annotated[str | None, Meta(description="Where the result is stored,
 ResultKey = Annotated[str | None, Meta(description="Key of the stored result: relative, without a `..` segment.")]
 NextCursor = Annotated[str | None, Meta(description="Cursor of the next page. Null on the last page.")]
 PausedAt = Annotated[int | None, Meta(description="When the queue was paused, in Unix ms, or null.")]
-PausedBy = Annotated[
-    str | None, Meta(description="The operator who paused the queue, in the form of `by` in events, or null.")
-]
+PausedBy = Annotated[str | None, Meta(description="The operator who paused the queue, as in `by` of events, or null.")]
 PauseReason = Annotated[str | None, Meta(description="Why the queue is paused, or null.")]
 PausedUntil = Annotated[int | None, Meta(description="When the daemon resumes the queue, in Unix ms, or null.")]
 IsPaused = Annotated[bool, Meta(description="Whether the queue is paused.")]
@@ -54,7 +52,7 @@ Timestamp = Annotated[int, Meta(description="Time of the response, in Unix ms.")
 DiskPath = Annotated[str | None, Meta(description="Path of the store. Null for an in-memory store.")]
 FreeBytes = Annotated[
     int | None,
-    Meta(description="Space on the disk of the store that the daemon's user can use. Null for an in-memory store."),
+    Meta(description="Space on the disk of the store that is available to the daemon. Null for an in-memory store."),
 ]
 TotalBytes = Annotated[int | None, Meta(description="Size of the disk of the store. Null for an in-memory store.")]
 CleanupRunning = Annotated[bool, Meta(description="Whether a cleanup run is in progress.")]
@@ -79,15 +77,15 @@ def public_lock(lock: LockView | None) -> LockView | None:
 class JobView(Struct):
     """A job.
 
-    `worker` is present only while the lock has expired and `lock` is null: that worker may still end the job.
+    `worker` is present only while the lock has expired (`lock` is null) and that worker may still end the job.
     """
 
-    # `payload` is read from the disk before the response is sent.
+    # `payload` is read from disk before the response is sent.
 
     id: JobIdText
     queue: QueueText
     kind: KindText
-    payload: Annotated[Raw | UnsetType, Meta(description="The payload as its creator sent it.")]
+    payload: Annotated[Raw | UnsetType, Meta(description="The payload as sent by the creator.")]
     priority: Annotated[int, Meta(description="Priority. Jobs with smaller values run first.")]
     status: StatusText
     progress: ProgressPercent
@@ -95,22 +93,25 @@ class JobView(Struct):
     attempt: Annotated[int, Meta(description="Attempts used, including the running one.")]
     max_attempts: Annotated[int, Meta(description="How often the job is tried.")]
     backoff: Annotated[Backoff, Meta(description="Wait between a failed attempt and the next one.")]
-    stalls: Annotated[int, Meta(description="How often the worker of the job went silent.")]
+    stalls: Annotated[int, Meta(description="How often the job stalled.")]
     max_stalls: Annotated[int, Meta(description="A job that stalls more often fails.")]
-    on_stall: Annotated[str, Meta(description="What happens to the job when its worker goes silent.")]
+    on_stall: Annotated[str, Meta(description="What happens to the job when it stalls.")]
     stuck_after_ms: Annotated[
         int,
         Meta(description="A job without a live lock is stalled this long after its latest report, in ms."),
     ]
     max_processing_ms: Annotated[
         int,
-        Meta(description="Ceiling: the lock never outlives the latest progress report by more, in ms. 0: no ceiling."),
+        Meta(
+            description="Progress timeout, in ms: without a progress report, the lock ends after this time even if "
+            "it is extended. 0: no timeout."
+        ),
     ]
     created_at: Annotated[int, Meta(description="When the job was created, in Unix ms.")]
     updated_at: Annotated[int, Meta(description="When the job last changed, in Unix ms.")]
     run_at: Annotated[int, Meta(description="When the job is due, in Unix ms.")]
     started_at: Annotated[int | None, Meta(description="When the job was last granted, in Unix ms.")]
-    finished_at: Annotated[int | None, Meta(description="When the job was finished, in Unix ms.")]
+    finished_at: Annotated[int | None, Meta(description="When the job finished, in Unix ms.")]
     expires_at: Annotated[
         int | None,
         Meta(description="When a finished job is deleted, or a job that is still queued fails, in Unix ms."),
@@ -126,7 +127,7 @@ class JobView(Struct):
         str | UnsetType, Meta(description="The worker whose lock has expired and that may still end the job.")
     ] = UNSET
     repeated: Annotated[
-        bool | UnsetType, Meta(description="True if the job had been ended by the same request before.")
+        bool | UnsetType, Meta(description="True if an earlier request with the same content ended the job.")
     ] = UNSET
 
 
@@ -138,14 +139,14 @@ class JobPage(Struct):
     looked_to_at: Annotated[
         int | None,
         Meta(
-            description="Creation time of the oldest job that was read, in Unix ms, if the page ended early; "
-            "null if it is full or the last one."
+            description="Creation time of the oldest job that was read, in Unix ms, if the page ended early. Null if "
+            "it is full or the last page."
         ),
     ] = None
 
 
 class ExportPage(Struct):
-    """A page of jobs, oldest first, in the form that an import takes. Options that the creator left unset are null."""
+    """A page of jobs, oldest first, in the form that an import takes. Options that the creator did not set are null."""
 
     jobs: Annotated[list[Import], Meta(description="The jobs.")]
     next_cursor: NextCursor
@@ -173,7 +174,7 @@ class ErrorView(Struct, frozen=True):
 class LateResultView(Struct, frozen=True):
     """A result that was submitted after the lock of its grant was lost."""
 
-    seq: Annotated[int, Meta(description="Position of its event in the journal. Names the late result.")]
+    seq: Annotated[int, Meta(description="Position of its event in the journal. Identifies the late result.")]
     at: Annotated[int, Meta(description="When it was submitted, in Unix ms.")]
     worker: WorkerText
     fencing_token: FencingToken
@@ -185,8 +186,8 @@ class LateResultView(Struct, frozen=True):
     refusal: Annotated[
         ErrorView | None,
         Meta(
-            description="The error that adopting it would return under the current configuration, whatever the status "
-            "of the job, or null."
+            description="The error with which the current configuration rejects its adoption, whatever the status of "
+            "the job, or null."
         ),
     ] = None
 
@@ -220,14 +221,14 @@ class LockState(Struct):
     lock_expires_at: LockExpiresAt
     ttl_ms: TtlMs
     ceiling_at: CeilingAt
-    cancel_requested: Annotated[bool, Meta(description="Whether the work should stop.")] = False
-    extended: Annotated[bool | UnsetType, Meta(description="Only after an extension. False if it changed nothing.")] = (
-        UNSET
-    )
+    cancel_requested: Annotated[bool, Meta(description="Whether the worker should stop working on the job.")] = False
+    extended: Annotated[
+        bool | UnsetType, Meta(description="Only in responses to an extension. False if it changed nothing.")
+    ] = UNSET
 
 
 class NextEvent(Struct, frozen=True):
-    """The next event of a job that happens by itself."""
+    """What happens to a job next without an action of a worker or an operator."""
 
     what: Annotated[str, Meta(description="What will happen.")]
     at: Annotated[int | None, Meta(description="When, in Unix ms. Null if it depends on a worker.")]
@@ -241,12 +242,12 @@ class WhyView(Struct, frozen=True):
     because: Annotated[
         str,
         Meta(
-            description="The reason, in words. For a finished job, it includes its ending while its timeline has "
+            description="The reason, in words. For a finished job it says how the job ended, while the timeline has "
             "that event."
         ),
     ]
-    next: Annotated[NextEvent | None, Meta(description="What happens next by itself, or null.")]
-    blocked_by: Annotated[str | None, Meta(description="What keeps the job from running, or null.")]
+    next: Annotated[NextEvent | None, Meta(description="What happens next without an action, or null.")]
+    blocked_by: Annotated[str | None, Meta(description="What prevents the job from running, or null.")]
     do: Annotated[list[str], Meta(description="What an operator can do about it.")]
 
 
@@ -256,7 +257,7 @@ class Issue(Struct, frozen=True):
     type: Annotated[Literal["warning", "error", "critical"], Meta(description="How serious it is.")]
     field: Annotated[str, Meta(description="The field that is wrong.")]
     message: MessageText
-    fix: Annotated[str, Meta(description="What fixes it.")]
+    fix: Annotated[str, Meta(description="How to fix it.")]
 
 
 class Validation(Struct, frozen=True, rename="camel"):
@@ -277,9 +278,7 @@ class QueueView(Struct, frozen=True):
     completed: Annotated[int, Meta(description="Number of completed jobs.")]
     failed: Annotated[int, Meta(description="Number of failed jobs.")]
     cancelled: Annotated[int, Meta(description="Number of cancelled jobs.")]
-    oldest_due_at: Annotated[
-        int | None, Meta(description="Since when the oldest due job has been due, in Unix ms, or null.")
-    ]
+    oldest_due_at: Annotated[int | None, Meta(description="When the oldest due job became due, in Unix ms, or null.")]
     paused_at: PausedAt = None
     paused_by: PausedBy = None
     pause_reason: PauseReason = None
@@ -307,12 +306,13 @@ class WorkerView(Struct, frozen=True):
     jobs: Annotated[list[str], Meta(description="Ids of the first jobs that the worker holds.")]
     held: Annotated[int, Meta(description="How many jobs the worker holds.")]
     expired: Annotated[int, Meta(description="How many of the jobs have an expired lock.")]
-    queues: Annotated[list[str] | None, Meta(description="Queues of the latest claim. Null if no claim is remembered.")]
+    queues: Annotated[list[str] | None, Meta(description="Queues of the latest claim. Null if none is known.")]
     kinds: Annotated[list[str] | None, Meta(description="Kinds of the latest claim. Null: all kinds.")]
     waiting: Annotated[bool, Meta(description="Whether a claim of the worker waits for a job now.")]
     about: Annotated[About | None, Meta(description="The worker's description of itself, or null.")]
     last_seen_at: Annotated[
-        int, Meta(description="When the worker was last seen, in Unix ms. Now while a claim of it waits.")
+        int,
+        Meta(description="When the worker was last seen, in Unix ms. The current time while one of its claims waits."),
     ]
 
 
@@ -322,9 +322,7 @@ class WorkerList(Struct):
     workers: Annotated[list[WorkerView], Meta(description="The workers.")]
     next_cursor: NextCursor
     by_state: Annotated[dict[WorkerState, int], Meta(description="Number of workers in each state, over all pages.")]
-    since: Annotated[
-        int, Meta(description="Start of the daemon, in Unix ms. Workers from before it are not remembered.")
-    ]
+    since: Annotated[int, Meta(description="Start of the daemon, in Unix ms. Workers last seen before it are unknown.")]
 
 
 class LockedJob(Struct, frozen=True, kw_only=True):
@@ -340,7 +338,7 @@ class LockedJob(Struct, frozen=True, kw_only=True):
     expires_at: LockExpiresAt
     live: Annotated[bool, Meta(description="False if the lock has expired.")]
     ceiling_at: CeilingAt
-    stuck_at: Annotated[int, Meta(description="When recovery acts if the worker stays silent, in Unix ms.")]
+    stuck_at: Annotated[int, Meta(description="When the job is stalled if the worker sends no report, in Unix ms.")]
     progress: ProgressPercent
 
 
@@ -360,7 +358,7 @@ class OldestProcessing(Struct, frozen=True):
 
 
 class OldestDue(Struct, frozen=True):
-    """The job that has been due longest, and since when (Unix ms)."""
+    """The job that has been due longest. `due_at` is in Unix ms."""
 
     id: str
     queue: str
@@ -371,7 +369,7 @@ class DiskView(Struct, frozen=True, rename="camel"):
     """The disk of the store."""
 
     path: Annotated[str, Meta(description="Path of the store.")]
-    free_bytes: Annotated[int, Meta(description="Space on the disk of the store that the daemon's user can use.")]
+    free_bytes: Annotated[int, Meta(description="Space on the disk of the store that is available to the daemon.")]
     total_bytes: Annotated[int, Meta(description="Size of the disk of the store.")]
 
 
@@ -383,7 +381,8 @@ class StatsView(Struct, frozen=True, rename="camel"):
     stuck_jobs: Annotated[int, Meta(description="Jobs that are stalled now.")]
     locked_jobs: Annotated[int, Meta(description="Jobs with a live lock.")]
     average_processing_time: Annotated[
-        float, Meta(description="Seconds, over the completions of the last hour and the jobs that are processing.")
+        float,
+        Meta(description="In seconds, over the jobs completed in the last hour and the jobs that are processing."),
     ]
     oldest_processing_job: Annotated[
         OldestProcessing | None, Meta(description="The job that has been processing longest, or null.")
@@ -421,7 +420,7 @@ class Recovery(Struct, frozen=True, rename="camel"):
     """What recovery did to one job."""
 
     job_id: JobIdText
-    action: Annotated[Literal["reset", "failed"], Meta(description="What was done to the job, or would be.")]
+    action: Annotated[Literal["reset", "failed"], Meta(description="What was done to the job, or would be done.")]
     reason: Annotated[str, Meta(description="Why, in words.")]
 
 
@@ -434,7 +433,7 @@ class Recovered(Struct, frozen=True):
 
 
 class TakeBackView(Struct, frozen=True, rename="camel"):
-    """The jobs that a take-back ended, or would end as a dry run."""
+    """The grants that a take-back ended, or would end."""
 
     worker: WorkerText
     recovered_jobs: Annotated[int, Meta(description="How many stalled jobs were recovered.")]
@@ -470,14 +469,14 @@ class PausedView(Struct, frozen=True):
 
 
 class Imported(Struct, frozen=True):
-    """The result of one line of an import. `job_id` exists afterwards in both cases."""
+    """The result of one line of an import. `skipped`: the job existed before."""
 
     job_id: str
     skipped: bool
 
 
 class ImportCheckResult(Struct, frozen=True):
-    """What one line of an import would do. `room`: how many unfinished jobs can still be created."""
+    """What one line of an import would do. `room` is the number of unfinished jobs that can still be created."""
 
     job_id: str
     what: Literal["create", "skip"]
@@ -498,7 +497,7 @@ class ImportResult(Struct, rename="camel"):
     """The result of an import."""
 
     imported: Annotated[int, Meta(description="How many jobs were created.")] = 0
-    skipped: Annotated[int, Meta(description="How many lines have an id that exists.")] = 0
+    skipped: Annotated[int, Meta(description="How many lines have the id of an existing job.")] = 0
     refused_count: Annotated[int, Meta(description="How many lines were rejected.")] = 0
     refused: Annotated[list[RejectedLine], Meta(description="The first 1000 rejected lines.")] = []
 
@@ -518,17 +517,17 @@ class ImportPreview(Struct, rename="camel"):
 
     would_import: Annotated[int, Meta(description="How many jobs would be created.")] = 0
     would_skip: Annotated[
-        int, Meta(description="How many lines have an id that exists, or that an earlier line has.")
+        int, Meta(description="How many lines have the id of an existing job or of an earlier line.")
     ] = 0
     would_refuse: Annotated[int, Meta(description="How many lines would be rejected.")] = 0
-    lines: Annotated[list[PreviewedLine], Meta(description="The first 10 000 lines.")] = []
+    lines: Annotated[list[PreviewedLine], Meta(description="The first 10,000 lines.")] = []
     more: Annotated[bool, Meta(description="Whether there are more lines than are shown.")] = False
-    stops_at: Annotated[int | None, Meta(description="The line at which the import would end early, or null.")] = None
-    stop_reason: Annotated[str | None, Meta(description="Why it would end there, or null.")] = None
+    stops_at: Annotated[int | None, Meta(description="The line at which the import would stop early, or null.")] = None
+    stop_reason: Annotated[str | None, Meta(description="Why it would stop there, or null.")] = None
 
 
 class CleanupReport(Struct, frozen=True, rename="camel"):
-    """What was done since the previous report, in the names that existing dashboards expect."""
+    """What cleanup and recovery did since the previous report, with the names that existing dashboards expect."""
 
     timestamp: Timestamp
     stuck_jobs_recovered: Annotated[int, Meta(description="Stalled jobs that were recovered.")]
@@ -542,7 +541,7 @@ class CleanupReport(Struct, frozen=True, rename="camel"):
 
 
 class CleanupState(Struct, frozen=True, rename="camel"):
-    """The state of cleanup. A run with errors is a failed one."""
+    """The state of cleanup. A run with errors is a failed run."""
 
     last_report: Annotated[CleanupReport | None, Meta(description="The report of the last run, or null.")]
     cleanup_running: CleanupRunning
@@ -557,7 +556,7 @@ class CleanupState(Struct, frozen=True, rename="camel"):
 
 
 class RecoverStuckView(Struct, frozen=True, rename="camel"):
-    """The jobs that a recovery ended."""
+    """The result of a recovery."""
 
     recovered_jobs: Annotated[int, Meta(description="How many stalled jobs were recovered.")]
     reset_jobs: Annotated[int, Meta(description="How many of them returned to their queue.")]
@@ -567,7 +566,7 @@ class RecoverStuckView(Struct, frozen=True, rename="camel"):
 
 
 class ValidateJobView(Struct, frozen=True, rename="camel"):
-    """A job, and what is wrong with its record."""
+    """A job and what is wrong with its record."""
 
     job_id: JobIdText
     job: Annotated[JobView, Meta(description="The job.")]
@@ -624,7 +623,7 @@ class AlertView(Struct, frozen=True):
 
     name: Annotated[str, Meta(description="Name of the alert.")]
     firing: Annotated[bool, Meta(description="Whether it fires now.")]
-    since: Annotated[int | None, Meta(description="Since when it has been firing, in Unix ms, or null.")]
+    since: Annotated[int | None, Meta(description="When it began to fire, in Unix ms, or null.")]
     value: Annotated[float, Meta(description="The measured value.")]
     threshold: Annotated[float, Meta(description="The value from which it fires.")]
     hint: Annotated[str, Meta(description="What to check while it fires; otherwise the current state.")]
@@ -653,20 +652,20 @@ class WebhookView(Struct, frozen=True):
             "delivery as a trial."
         ),
     ]
-    failing_since: Annotated[int | None, Meta(description="Since when all tries have failed, in Unix ms, or null.")]
+    failing_since: Annotated[int | None, Meta(description="Since when every try has failed, in Unix ms, or null.")]
     next_try_at: Annotated[
         int | None,
         Meta(description="When the next try is possible, in Unix ms. Null: now, or no delivery waits for a retry."),
     ]
     position: Annotated[int, Meta(description="The newest event that was read for it.")]
-    lag: Annotated[int, Meta(description="How many events were not read for it yet.")]
+    lag: Annotated[int, Meta(description="How many events have not been read for it yet.")]
     waiting: Annotated[int, Meta(description="How many deliveries are waiting.")]
     delivered: Annotated[int, Meta(description="How many deliveries succeeded.")]
     failed: Annotated[int, Meta(description="How many tries failed.")]
     given_up: Annotated[int, Meta(description="How many deliveries were dead-lettered.")]
     last_success_at: Annotated[int | None, Meta(description="When a delivery last succeeded, in Unix ms, or null.")]
     last_error: Annotated[str | None, Meta(description="The error of the last try that failed, or null.")]
-    last_error_at: Annotated[int | None, Meta(description="When that was, in Unix ms, or null.")]
+    last_error_at: Annotated[int | None, Meta(description="When that try failed, in Unix ms, or null.")]
 
 
 class WebhookList(Struct):
@@ -703,7 +702,7 @@ class DeliveryPage(Struct):
 
 
 class Resent(Struct):
-    """The result of sending dead-lettered deliveries again."""
+    """The result of retrying dead-lettered deliveries."""
 
     resent: Annotated[int, Meta(description="How many dead-lettered deliveries are queued again.")]
 
@@ -720,7 +719,9 @@ class ClockView(Struct, frozen=True):
     now: Annotated[int, Meta(description="Wall time of the daemon, in Unix ms.")]
     suspect: Annotated[
         bool,
-        Meta(description="Whether the clock has jumped ahead. While it has, nothing is deleted or failed by age."),
+        Meta(
+            description="Whether the clock has jumped ahead. While it is suspect, nothing is deleted or failed by age."
+        ),
     ]
     message: MessageText
 
@@ -741,7 +742,7 @@ class QuarantineList(Struct):
 class ProcessStats(Struct, frozen=True):
     """Measurements of the process, and the job that has been due longest.
 
-    `commit_p99_s` is an upper bound: 99 of 100 commits of the last minutes took no longer. None without commits.
+    `commit_p99_s`: 99 % of the commits in the last minutes took at most this long. None without commits.
     """
 
     mailbox: int
@@ -804,7 +805,7 @@ class SkippedJob(Struct, frozen=True, gc=False):
 
 
 class ChangedJob(Struct, frozen=True, gc=False, rename={"from_": "from"}):
-    """A job of a plan that was not changed by it."""
+    """A job of a plan that the plan did not change."""
 
     id: JobIdText
     from_: Annotated[str, Meta(description="The status when the plan was made.")]
@@ -817,12 +818,12 @@ class PlanResult(Struct, frozen=True):
 
     plan_id: Annotated[str, Meta(description="Id of the plan.")]
     action: Annotated[str, Meta(description="The action of the plan.")]
-    applied: Annotated[int, Meta(description="How many jobs were changed by the plan.")]
+    applied: Annotated[int, Meta(description="How many jobs the plan changed.")]
     changed: Annotated[list[ChangedJob], Meta(description="The jobs that had changed since the plan was made.")]
     refused: Annotated[list[ChangedJob], Meta(description="The jobs that a rule rejected.")]
     applied_at: Annotated[int, Meta(description="When the last job was changed, in Unix ms.")]
     repeated: Annotated[
-        bool, Meta(description="Whether the plan had been applied before, and nothing was done this time.")
+        bool, Meta(description="Whether the plan had been applied before, so that this request changed nothing.")
     ] = False
 
 
@@ -851,7 +852,7 @@ class BackupView(Struct, frozen=True):
     id: Annotated[str, Meta(description="Id of the backup, as its caller gave it.")]
     state: Annotated[BackupState, Meta(description="State of the backup.")]
     bytes_done: Annotated[int, Meta(description="How many bytes are copied, or sent.")]
-    bytes_total: Annotated[int | None, Meta(description="How many bytes there are. Null until it is known.")]
+    bytes_total: Annotated[int | None, Meta(description="How many bytes there are in total. Null until known.")]
     quiet_ms: Annotated[int, Meta(description="Time since the last progress, in ms.")]
     started_at: Annotated[int, Meta(description="When the backup began, in Unix ms.")]
     ended_at: Annotated[int | None, Meta(description="When it was sent or failed, in Unix ms, or null.")]
@@ -867,8 +868,8 @@ class BackupList(Struct, frozen=True):
 class PlanView(Struct, frozen=True):
     """A plan: what an action would do to many jobs.
 
-    `more`: the plan is full, or reached its time limit, before all jobs were read. `next_cursor` continues in the next
-    plan; if it is null, create the plan again after applying this one.
+    `more`: the plan was full, or its time limit passed, before all jobs were read. The next plan continues at
+    `next_cursor`; if that is null, create the plan again after applying this one.
     """
 
     plan_id: Annotated[str, Meta(description="Id of the plan.")]
@@ -878,7 +879,7 @@ class PlanView(Struct, frozen=True):
         PlanFilter | None,
         Meta(description="The filter of the plan. Null for a plan by ids, for `recover-stuck` and for `cleanup`."),
     ]
-    scope: Annotated[str | None, Meta(description="Which jobs were read, in words. Null for a plan by ids.")]
+    scope: Annotated[str | None, Meta(description="Which jobs the plan contains, in words. Null for a plan by ids.")]
     count: Annotated[int, Meta(description="How many jobs the plan would change.")]
     jobs: Annotated[list[PlannedJob], Meta(description="The jobs that the plan would change.")]
     skipped: Annotated[list[SkippedJob], Meta(description="The first 1000 jobs that are skipped.")]
@@ -886,7 +887,7 @@ class PlanView(Struct, frozen=True):
     more: Annotated[bool, Meta(description="Whether the plan may not cover all jobs.")]
     next_cursor: Annotated[str | None, Meta(description="Cursor of the next plan, or null.")]
     made_at: Annotated[int, Meta(description="When the plan was made, in Unix ms.")]
-    expires_at: Annotated[int, Meta(description="Until when the plan is kept, in Unix ms.")]
+    expires_at: Annotated[int, Meta(description="When the plan is removed, in Unix ms.")]
     result: Annotated[PlanResult | None, Meta(description="The result. Null until the plan is applied.")] = None
     with_late_results: Annotated[
         int, Meta(description="How many of the jobs have late results that were not adopted.")
@@ -894,7 +895,7 @@ class PlanView(Struct, frozen=True):
 
 
 def late_results_note(action: str, late: Sequence[int]) -> str | None:
-    """Return what a caller of `action` should know about late results; None if there are none.
+    """Return a warning about late results for a caller of `action`; None if there are none.
 
     `late` has the number of late results of each job.
     """
@@ -919,7 +920,7 @@ def plan_late_results_note(action: str, jobs: Sequence[PlannedJob]) -> str | Non
 
 
 class PlanSlice(Struct):
-    """The result of ApplyPlan: how many jobs were changed, and which were not."""
+    """The result of ApplyPlan: the number of changed jobs, and the jobs that were not changed."""
 
     applied: int
     changed: list[ChangedJob]
@@ -955,13 +956,13 @@ class PreviewView(Struct, frozen=True, rename="camel"):
 
 
 class FailureGroup(Struct, frozen=True):
-    """Jobs with the same error, apart from numbers, names and the like."""
+    """Jobs with the same error, apart from numbers, quoted texts, paths and ids."""
 
     fingerprint: Annotated[
         str,
         Meta(
-            description="Name of the error: the same for errors that differ only in numbers, quoted texts, paths, the "
-            "id of the job and the like."
+            description="Identifies the error. Errors that differ only in numbers, quoted texts, URLs, paths or the "
+            "id of the job have the same fingerprint."
         ),
     ]
     message: Annotated[str, Meta(description="The error message of the latest job.")]
@@ -972,10 +973,7 @@ class FailureGroup(Struct, frozen=True):
     queues: Annotated[list[str], Meta(description="Queues of the jobs.")]
     first_at: Annotated[
         int,
-        Meta(
-            description="When the first job failed, in Unix ms. Includes jobs from before the group was empty for a "
-            "while."
-        ),
+        Meta(description="When the first job failed, in Unix ms. Not reset while the group is empty."),
     ]
     last_at: Annotated[int, Meta(description="When the latest job failed, in Unix ms.")]
     job_ids: Annotated[list[str], Meta(description="Ids of some of the latest jobs.")]
@@ -987,9 +985,9 @@ class FailuresView(Struct, frozen=True):
     groups: Annotated[list[FailureGroup], Meta(description="The groups, the largest first.")]
     total: Annotated[int, Meta(description="Number of failed jobs.")]
     retrying: Annotated[int, Meta(description="Number of queued jobs that wait for a retry after an error.")]
-    other: Annotated[int, Meta(description="Number of failed jobs in none of these groups.")]
-    other_retrying: Annotated[int, Meta(description="Number of retrying jobs in none of these groups.")]
-    whole: Annotated[bool, Meta(description="False while the jobs from before the start are still being counted.")]
+    other: Annotated[int, Meta(description="Number of failed jobs that are in none of these groups.")]
+    other_retrying: Annotated[int, Meta(description="Number of retrying jobs that are in none of these groups.")]
+    whole: Annotated[bool, Meta(description="False until the jobs from before the start of the daemon are counted.")]
 
 
 class EmptyResponse(Struct, frozen=True):
@@ -999,8 +997,8 @@ class EmptyResponse(Struct, frozen=True):
 class HistoryRead(Struct, frozen=True):
     """A read of history that the actor leaves to the storage.
 
-    `timeline` is the seq of a job (with `events`: only that many of its latest events), `late` the same for its late
-    results. `page`, `export` and `audit` are pages. `ended` is a finished job whose timeline is read for its ending.
+    `timeline` is the seq of a job whose events are read (only the latest `events`, if set), `late` that of a job whose
+    late results are read. `page`, `export` and `audit` are pages. `ended` is a finished job whose ending is read.
     """
 
     timeline: int | None = None
@@ -1015,9 +1013,9 @@ class HistoryRead(Struct, frozen=True):
 class Response(Struct):
     """A success.
 
-    `unread_payloads` has the job views whose payload is still to be read, with the seq of the job. `grants` has (job
-    id, lock id) of each grant in the response, so that an undelivered response can be taken back. With `read`, the
-    data comes from the storage; `scanned` is an upper bound of the jobs that a page of it read.
+    `unread_payloads` has the job views whose payload has not been read yet, with the seq of the job. `grants` has (job
+    id, lock id) of each grant in the response, so that the grants of an undelivered response can be released. With
+    `read`, the data comes from the storage; `scanned` is an upper bound of the number of jobs read for a page.
     """
 
     data: Any

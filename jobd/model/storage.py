@@ -19,7 +19,7 @@ MAX_POSTPONE_MS: Final = 2 * HOUR_MS  # a tombstone that is postponed for longer
 
 
 class DiskFull(Exception):
-    """The disk is full (SQLITE_FULL, ENOSPC). The transaction was rolled back; reads still work."""
+    """The disk is full (SQLITE_FULL, ENOSPC). The transaction was rolled back. Reads still work."""
 
 
 class DiskSpace(Struct, frozen=True):
@@ -31,7 +31,7 @@ class DiskSpace(Struct, frozen=True):
 
 
 class BadRows(Exception):
-    """Rows that the batch needs are damaged or in quarantine; nothing was written. `jobs` maps ids to reasons."""
+    """Rows that the batch needs are damaged or in quarantine. Nothing was written. `jobs` maps ids to reasons."""
 
     def __init__(self, jobs: dict[str, str]) -> None:
         super().__init__(f"bad rows: {jobs}")
@@ -41,8 +41,9 @@ class BadRows(Exception):
 class Quarantined(Struct, frozen=True):
     """A job whose damaged rows were quarantined, and why.
 
-    `uncounted` is the queue and status in whose count of finished jobs it no longer is, if they could be read. Without
-    `is_moved` the rows could not be moved (for example on a full disk): they are still counted and will be found again.
+    `uncounted` is the queue and status whose count of finished jobs no longer includes it, if they could be read.
+    Without `is_moved` the rows could not be moved, for example on a full disk. They are still counted and are found
+    again by the next read.
     """
 
     id: str
@@ -52,7 +53,7 @@ class Quarantined(Struct, frozen=True):
 
 
 class BackupError(Exception):
-    """A backup could not be made. The text is a sentence for the operator."""
+    """A backup could not be made. The message is a sentence for the operator."""
 
 
 BackupStep = Literal["copying", "checking"]
@@ -61,7 +62,7 @@ BackupProgress = Callable[[BackupStep, int, int], None]
 
 
 class Numbers(Struct, frozen=True, gc=False):
-    """The high-water marks and clocks that are persisted with each commit. `next_*` is the next number to give."""
+    """The high-water marks and clocks that are persisted with each commit. `next_*` is the next number to assign."""
 
     epoch: int = 1
     next_token: int = 1  # the counter of the next fencing token, 2^24 if the counter is full (see job.py)
@@ -76,7 +77,7 @@ class QueueRow(Struct, frozen=True, gc=False):
     """The stored state of a queue: its pause, and the number of its finished jobs by status.
 
     `paused_at`, `paused_by`, `pause_reason` and `paused_until` are the start, operator, reason and end of the pause.
-    They are None if the queue is not paused or if they are not known. Times are wall time, Unix ms.
+    They are None if the queue is not paused or if they are unknown. Times are wall time, Unix ms.
     """
 
     paused: bool = False
@@ -100,7 +101,7 @@ class QueueRow(Struct, frozen=True, gc=False):
         return replace(self, completed=completed, failed=failed, cancelled=cancelled)
 
     def without(self, status: str) -> QueueRow:
-        """Return this row with one finished job of `status` less, but not below 0."""
+        """Return this row with one finished job of `status` less, at least 0."""
         return replace(self, **{status: max(getattr(self, status) - 1, 0)})
 
 
@@ -121,7 +122,7 @@ class StoredResponse(Struct, frozen=True, gc=False):
 
 
 class Tombstone(Struct, frozen=True, gc=False):
-    """A stored object whose job or late result was deleted. It is deleted too, unless another job names it.
+    """A stored object whose job or late result was deleted. The object is deleted too, unless another job names it.
 
     Times are wall time, Unix ms. Each deleted job or late result leaves at most one, which is smaller than it was, so
     tombstones need no limit.
@@ -138,8 +139,8 @@ class Tombstone(Struct, frozen=True, gc=False):
 class AuditEntry(Struct, frozen=True, gc=False):
     """An audit entry: an action or a rejected request of an operator. `at` is wall time, Unix ms.
 
-    `job_id` and `queue` are set if it was about one. `outcome` is "done" or an error code, `jobs` the number of changed
-    jobs. Entries with the same `part_of` become one entry, with the sum of their jobs and the last details.
+    `job_id` and `queue` are set if the action was about one. `outcome` is "done" or an error code, `jobs` the number of
+    changed jobs. Entries with the same `part_of` become one entry, with the sum of their jobs and the last details.
     """
 
     at: int
@@ -162,7 +163,7 @@ AuditShare = Literal["changes", "rejected", "unknown callers", "sign-ins", "read
 
 
 def audit_share(action: str, outcome: str) -> AuditShare:
-    """Return the share of the audit log that an entry belongs to. Each share has its own maximum number of entries."""
+    """Return the share of the audit log that an entry belongs to. Each share has its own limit of entries."""
     if action in SIGN_INS:
         return "sign-ins" if outcome == "done" else "unknown callers"
     if outcome != "done":
@@ -193,7 +194,7 @@ class DueTombstones(Struct):
     """Due tombstones, each with whether a job names its key.
 
     `held` has the numbers of those whose key is named by a late result, which can be adopted or deleted with its job.
-    `damaged` counts rows that were quarantined, `unmoved` damaged rows that could not be.
+    `damaged` counts the rows that were quarantined, `unmoved` the damaged rows that could not be.
     """
 
     found: list[tuple[Tombstone, bool]]
@@ -213,7 +214,7 @@ def tombstones(changes: Iterable[Change]) -> list[Tombstone]:
 
 
 def distinct_tombstones(items: Iterable[Tombstone]) -> list[Tombstone]:
-    """Drop duplicates: a job can name the same object in its result and in a late result."""
+    """Drop duplicates. A job can name the same object in its result and in a late result."""
     return list({(each.job_id, each.key): each for each in items}.values())
 
 
@@ -228,9 +229,9 @@ class Batch(Struct):
     checked: list[int] = []  # job seqs whose rows were validated
     report: bytes | None = None
     payloads: list[int] = []  # job seqs whose payload the responses need; read in the transaction
-    unmark: bool = False  # all grants of a restored backup were ended: remove its mark
+    unmark: bool = False  # remove the mark of a restored backup, because all its grants were ended
     tombstones: list[Tombstone] = []  # of the deleted jobs
-    sweeps: bool = False  # there is an artifact store: deleted late results leave tombstones too
+    sweeps: bool = False  # with an artifact store, deleted late results leave tombstones too
     audit: list[AuditEntry] = []
 
 
@@ -252,7 +253,7 @@ class LoadedRows(Struct):
 
 
 class LateResultQuery(Struct, frozen=True):
-    """The late results that a decision needs: all of a job, and whether `lock_id` was a grant of it.
+    """The late results that a decision needs: all those of a job, and whether `lock_id` was one of its grants.
 
     Without `with_results`, the results themselves are not read.
     """
@@ -326,7 +327,7 @@ class JournalPage(Struct, frozen=True):
     events: list[Event]
     last: int
     gone_to: int
-    more: bool = False  # it ends before `last`, because of the number or the size of its events
+    more: bool = False  # the page ends before `last`, because of the number or size of its events
 
     @property
     def end(self) -> int:
@@ -355,7 +356,7 @@ class OpenedStore(Struct):
     stats: bytes | None = None
     full: bool = False  # the disk is full at start
     has_reserve: bool = True  # the reserve file exists
-    marked: bool = False  # a restored backup: end every grant by its stall rule, then Batch.unmark
+    marked: bool = False  # the store is a restored backup: end every grant by its stall rule, then set Batch.unmark
     tombstones: int = 0  # how many are waiting
 
     def live(self) -> list[Job]:
@@ -374,10 +375,9 @@ class JobStorage(JournalStorage, Protocol):
     """The storage behind the actor.
 
     Every method but `cached_payloads` is one thread switch. Results are from committed state. Damaged rows are
-    quarantined and left out of results. `on_quarantined` is called in the event loop before the method that found them
-    returns.
-    `on_tombstones` is called with the number of tombstones that a batch left: only the storage knows the stored objects
-    of late results.
+    quarantined and omitted from results; `on_quarantined` is called in the event loop before the method that found them
+    returns. `on_tombstones` is called with the number of tombstones that a batch left, because only the storage knows
+    the stored objects of late results.
     """
 
     on_quarantined: Callable[[Quarantined], None]
@@ -410,14 +410,14 @@ class JobStorage(JournalStorage, Protocol):
     async def expired_jobs(self, now: int, limit: int, skip: int = 0) -> list[str]:
         """Return ids of finished jobs whose `expires_at` is at or before `now`, oldest first, after skipping `skip`.
 
-        May return fewer than `limit` although there are more.
+        May return fewer than `limit` even if there are more.
         """
 
     async def reports(self, limit: int) -> list[bytes]:
         """Read the stored cleanup reports, newest first."""
 
     async def quarantine(self, job: Job, reason: str) -> None:
-        """Move the rows of `job` to quarantine, out of every count."""
+        """Move the rows of `job` to quarantine. Counts no longer include it."""
 
     async def prune(self, before: int, limit: int) -> int:
         """Delete up to `limit` journal rows of jobs deleted before wall time `before`. Returns how many."""
@@ -426,9 +426,9 @@ class JobStorage(JournalStorage, Protocol):
         """Read a page of audit entries, newest first."""
 
     async def trim_audit(self, before: int, limit: int) -> int:
-        """Delete up to `limit` audit entries: older than wall time `before`, or beyond the maximum of their kind.
+        """Delete up to `limit` audit entries: older than wall time `before`, or over the limit of their share.
 
-        Returns how many, and `limit` also if not all rows were read yet.
+        Returns how many, or `limit` if rows are left to read.
         """
 
     async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
@@ -438,13 +438,13 @@ class JobStorage(JournalStorage, Protocol):
         """Delete the tombstones with the numbers `deleted`, and replace others by their new values `postponed`."""
 
     async def save_stats(self, body: bytes) -> None:
-        """Store the counters that outlive a restart. No promise depends on them."""
+        """Store the statistics that survive a restart."""
 
     async def probe(self, spare_bytes: int = 0) -> None:
-        """Commit a write and read it back, with `spare_bytes` left free. Raises DiskFull, or any other error."""
+        """Commit a write that leaves `spare_bytes` free, and read it back. Raises DiskFull or another error."""
 
     async def measure_space(self) -> DiskSpace | None:
-        """Return free and total space of the disk; None for a store in memory, or if it is not known."""
+        """Return the free and total space of the disk. None for an in-memory store, or if unknown."""
 
     async def drop_reserve(self) -> bool:
         """Delete the reserve file, so that endings and deletions have space. Returns whether there was one."""
@@ -475,7 +475,7 @@ class OutboxStorage(JournalStorage, Protocol):
         """Read deliveries by number."""
 
     async def dead_letter_counts(self, endpoint: str) -> tuple[int, int]:
-        """Return how many dead-lettered deliveries of a webhook are stored, and the number of the latest."""
+        """Return the count of stored dead-lettered deliveries of a webhook, and the number of the latest one."""
 
     async def list_deliveries(
         self, endpoint: str, state: DeliveryState | None, before: int, limit: int

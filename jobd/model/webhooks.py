@@ -22,8 +22,8 @@ DELIVERY_STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
 FIRING: Final = "alert.firing"
 RESOLVED: Final = "alert.resolved"
 ALERTS: Final = (FIRING, RESOLVED)
-EVENTS_GONE: Final = "events.gone"  # sent to webhooks that read the journal, if they missed events
-GAP_PENDING: Final = -1  # WebhookCursor.gone_to: a gap must be reported
+EVENTS_GONE: Final = "events.gone"  # sent to a webhook that missed events of the journal
+GAP_PENDING: Final = -1  # WebhookCursor.gone_to if a gap has not been reported yet
 MAX_BACKLOG: Final = 10_000  # per webhook: waiting deliveries, and dead-lettered ones that are kept
 TEST_TYPE: Final = "webhook.test"  # sent on request of an operator
 
@@ -36,14 +36,14 @@ def webhook_type(event_type: str) -> str:
 
 _TYPES: Final = {each: webhook_type(each) for each in get_args(EventType)}
 TYPES: Final = (*_TYPES.values(), *ALERTS)  # that a webhook can subscribe to
-# Without progress and extensions, which are many: patterns leave them out.
+# What patterns match: all but progress and extensions, which are frequent.
 _QUIET: Final = frozenset(TYPES) - {webhook_type(each) for each in HEARTBEATS}
 
 
 def types_matching(pattern: str) -> frozenset[str]:
     """Return the types that `pattern` matches: a type, `job.*`, `queue.*`, `alert.*` or `*`. Empty if it is invalid.
 
-    Patterns leave out `job.progress` and `job.extended`.
+    No pattern matches `job.progress` and `job.extended`.
     """
     if pattern in TYPES:
         return frozenset({pattern})
@@ -67,7 +67,7 @@ class WebhookEndpoint(Struct, frozen=True):
     give_up_after_ms: int = 3 * DAY_MS
 
     def __repr__(self) -> str:
-        """Leave out the secrets, and the URL, which can contain one."""
+        """Omit the secrets, and the URL, which can contain one."""
         return f"Endpoint({self.name})"
 
     def selects(self, event: Event) -> bool:
@@ -101,7 +101,7 @@ class Delivery(Struct, frozen=True, gc=False):
     subject: str
     type: str
     event_id: str  # the same at each try, so that receivers can detect duplicates
-    seq: int  # of the event in the journal; 0 if it is not an event
+    seq: int  # of the event in the journal; 0 if the message is not an event
     at: int  # when it was created
     due_at: int  # when it is tried next
     tries: int
@@ -116,7 +116,7 @@ class WebhookCursor(Struct, frozen=True, gc=False):
 
     name: str
     position: int
-    gone_to: int = 0  # gaps up to this event were reported; GAP_PENDING: one must be reported
+    gone_to: int = 0  # gaps up to this event were reported; GAP_PENDING: one was not
     next_delivery: int = 1  # higher numbers are unused or belong to other webhooks
     alerts: dict[str, int] = {}  # alerts reported as firing, and since when (Unix ms)
     updated_at: int = 0

@@ -490,9 +490,9 @@ def test_artifacts_cannot_share_a_directory_with_the_daemons_files(tmp_path: Pat
         load({**places, "artifacts.url": f"file://{tmp_path / apart}"}, environ, file)
     linked = f"file://{tmp_path / 'link'}"
     found = load({**places, "artifacts.url": linked}, environ, file)  # it follows no link, which could hang
-    with pytest.raises(ConfigError, match="own files lie in"):
+    with pytest.raises(ConfigError, match="own files are in"):
         config_loader.check_artifact_directory(linked, found.own_directories)
-    with pytest.raises(ConfigError, match=r"artifacts\.url: .*own files lie in .*a separate directory"):
+    with pytest.raises(ConfigError, match=r"artifacts\.url: .*own files are in .*a separate directory"):
         load({**places, "artifacts.url": f"file://{tmp_path}/{where}"}, environ, file)
 
 
@@ -522,13 +522,13 @@ def test_valid_combinations_are_accepted(write: Write) -> None:
 @pytest.mark.parametrize(
     ("flags", "environ", "wanted"),
     [
-        ({}, {}, "file {}: worker.listen needs worker.token_file"),
+        ({}, {}, "file {}: worker.listen requires worker.token_file"),
         (
             {"worker.listen": ""},
             {"JOBD_LIMITS_PAYLOAD": "2000"},
             "file {}, env JOBD_LIMITS_PAYLOAD: limits.payload must not be larger than limits.body",
         ),
-        ({"worker.listen": "", "admin.tls_cert": "c"}, {}, "flag: admin.tls_cert and admin.tls_key go together"),
+        ({"worker.listen": "", "admin.tls_cert": "c"}, {}, "flag: admin.tls_cert and admin.tls_key belong together"),
         ({"worker.listen": "", "limits.body": "1048576", "artifacts.url": "ftp://x"}, {}, "flag: artifacts.url"),
     ],
 )
@@ -549,7 +549,7 @@ def test_a_world_readable_token_file_is_a_warning(write: Write) -> None:
     flags |= {"admin.listen": "127.0.0.1:8770", "admin.tls_cert": "no-such-file", "admin.tls_key": key}
 
     def warned() -> list[str]:
-        return [text.partition(" holds a secret, and EVERYBODY may read it")[0] for text in found.warnings]
+        return [text.partition(" contains a secret and is readable by EVERY user")[0] for text in found.warnings]
 
     found = load(flags, {"ADMIN_TOKEN_FILE": files[1]})
     assert warned() == []

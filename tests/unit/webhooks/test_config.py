@@ -94,7 +94,7 @@ def test_a_world_readable_secret_file_causes_a_warning(read: Read, tmp_path: Pat
     assert read(block()).warnings == ()
     os.chmod(tmp_path / "config.toml", 0o644)
     (warning,) = load({}, ENVIRON, str(tmp_path / "config.toml")).warnings
-    assert "EVERYBODY may read it" in warning
+    assert "is readable by EVERY user" in warning
 
 
 @pytest.mark.parametrize(
