@@ -99,7 +99,7 @@ async def test_a_page_says_how_far_it_has_searched(harness: DashboardHarness, mo
     assert "data-interval-s" not in text(await browser.get("/jobs?queue=b")), "expensive searches do not update"
     monkeypatch.setattr(history, "MOST_LOOKED", 6)
     page = text(await browser.get("/jobs?queue=b&worker=w%261"))
-    assert "No matches in jobs created since <time" in page
+    assert "No matches in jobs created in the last <time" in page
     assert '<a href="/jobs?status=failed&amp;queue=b&amp;worker=w%261">failed</a>' in page
     page = text(await browser.get("/jobs?queue=b&status=completed"))
     assert "continues" in page

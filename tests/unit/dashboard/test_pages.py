@@ -297,7 +297,7 @@ async def test_the_charts_show_an_hour_and_a_day(harness: DashboardHarness) -> N
     await harness.start_job()
     page = text(await browser.get("/"))
     assert re.search(r'<span class="number">1</span> created in the last minute', page)
-    assert re.search(r"counted since <time[^>]*>\d+ m?s ago</time>", page)
+    assert re.search(r"of the last <time[^>]*>\d+ m?s</time>", page)
     chart = (await browser.get("/chart.json")).json["data"]
     for name, steps, step_s in (("hour", STEPS, 10), ("day", SLOTS, 600)):
         lines = chart[name]
