@@ -1,4 +1,4 @@
-"""Fixtures of every test: the daemon's event loop, detection of blocking calls in our code, no skipped tests in CI."""
+"""Fixtures for all tests: the daemon's event loop, detection of blocking calls in jobd, no skipped tests in CI."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def no_blocking(request: pytest.FixtureRequest) -> Iterator[None]:
     alarm = BlockBuster("jobd")
     for guarded in alarm.functions.values():
         guarded.can_block_predicate = _or_asked_for(guarded.can_block_predicate)
-    # Intended, and short: see there.
+    # Intended and short: the docstring of run_yielding_gil says why.
     alarm.functions["threading.Lock.acquire"].can_block_in("jobd/storage/store.py", "run_yielding_gil")
     alarm.activate()
     try:

@@ -1,4 +1,4 @@
-"""Work beside the load, and the latency of a request meanwhile: cleanup, deletion, backups, history, scrapes."""
+"""Work that runs beside a load (cleanup, deletion, backups, history, scrapes), and the latency of a request then."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROBE_EVERY_S: Final = 0.002
 
 @asynccontextmanager
 async def running_beside(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run `works` meanwhile. Raises the error of one that fails."""
+    """Run `works` while the block runs. Raise the error of one that fails."""
     running = [asyncio.ensure_future(work) for work in works]
     try:
         yield
@@ -67,7 +67,7 @@ async def _scrape(request: LoadRequest) -> None:
 
 
 async def _back_up(request: LoadRequest) -> None:
-    """Make one backup after the other, without keeping them: that would delay the probes."""
+    """Make one backup after the other, and discard them, because storing them would delay the probes."""
     wire = await LoadConnection.open(request.admin, request.token)
     while True:
         await wire.drop(f"{BASE}/backup")

@@ -1,8 +1,8 @@
 """Measure each step of a command without sockets: `python -m tests.benchmarks.core` prints JSON.
 
-Batches of creates, then claims, then completes pass the steps of a request: decode the bodies, decide the batch, write
-it with fsync, and encode the responses. Times are microseconds per command, the median over the rounds. The sum is less
-than the cost of a request, because HTTP and the change of threads are missing.
+Batches of creates, then claims, then completes go through the steps of a request: decode the bodies, decide the batch,
+write it with fsync, and encode the responses. Times are microseconds per command, the median over the rounds. Their sum
+is less than the cost of a request, because HTTP and the thread switches are not included.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ Measure = Callable[[BenchDaemon, Size], dict[str, Any]]
 
 
 class BenchmarkScenario(Struct, frozen=True):
-    """`says` is one line; `once`: it takes too long to repeat. `settings` are environment variables of its daemon."""
+    """A measurement. It runs only `once` if it takes too long to repeat. `settings` are environment variables."""
 
     name: str
     description: str

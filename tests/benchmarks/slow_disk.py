@@ -1,7 +1,7 @@
 """Measure throughput and reads on a disk with slow syncs: `python -m tests.benchmarks.slow_disk` prints JSON.
 
 strace slows the disk down and is attached in both runs, so this needs root. For each run: lifecycles per second,
-figures of the commits, and the duration of concurrent reads of a live job. `explained` is the share of time spent in
+statistics of the commits, and the duration of concurrent reads of a live job. `explained` is the share of time spent in
 commits: near 1, nothing else delays the work, and each commit carries the commands that arrived during the previous
 one.
 """

@@ -31,7 +31,7 @@ class BenchFailed(Exception):
 
 
 class BenchDaemon:
-    """`with Stage(place) as stage`: a running daemon in a new directory in `place` (None: the default).
+    """A daemon in a new directory in `place` (None: the default). It runs while the context is open.
 
     `settings` are additional environment variables of the daemon.
     """

@@ -80,7 +80,7 @@ class Scene(Daemon):
 
 
 def save_history(directory: Path) -> None:
-    """Save a day of counts for the charts. Call it before the scene starts."""
+    """Save a day of counts for the charts. Call this before the daemon starts."""
     chance, now = random.Random(7), time.time_ns() // 1_000_000
 
     def counted(at_ms: int, span_ms: int) -> list[int]:

@@ -52,7 +52,7 @@ def jobctl(daemon: Daemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def some_work(daemon: Daemon) -> None:
-    """Events 1 to 6."""
+    """Cause events 1 to 6."""
     for job_id, queue in (("a", "video"), ("b", "mail")):
         daemon.post("/v1/jobs", {"id": job_id, "queue": queue})
     lock = daemon.post("/v1/jobs/a/start", {"worker": "w-1"}).data["lock_id"]

@@ -249,7 +249,7 @@ async def test_responses_with_line_breaks_stay_one_line(server: WorkerApiServer)
 # With the actor.
 
 
-async def test_the_life_of_a_job(server: WorkerApiServer) -> None:
+async def test_a_job_lifecycle_over_a_stream(server: WorkerApiServer) -> None:
     stream = await RawCommandStream.open(server.harness)
     stream.send({"op": "create", "id": "j"}, {"op": "create", "id": "j"}, {"op": "get", "id": "j"})
     assert [(await stream.receive())["status"] for _ in range(3)] == [201, 200, 200]

@@ -226,7 +226,7 @@ def test_no_lock_expires_while_the_daemon_stops(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_restore_ends_the_grants_of_the_copy_and_hands_out_higher_tokens(tmp_path: Path) -> None:
+def test_a_restore_ends_the_grants_of_the_copy_and_issues_higher_tokens(tmp_path: Path) -> None:
     """The backup does not contain what the holders did since, so they get `lock_lost`."""
     copy = tmp_path / "copy.db"
     with Daemon(tmp_path) as daemon:

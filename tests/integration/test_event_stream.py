@@ -190,7 +190,7 @@ async def test_other_origins_and_hosts_are_rejected(tmp_path: Path) -> None:
             assert (await harness.request("GET", path, headers={**auth, **wrong})).status == 403
 
 
-async def test_places_are_counted_and_released(harness: HttpHarness, commit: CommitPublisher) -> None:
+async def test_open_streams_count_towards_the_limit(harness: HttpHarness, commit: CommitPublisher) -> None:
     lines = [await opened_stream(harness) for _ in range(3)]
     response = await harness.request("GET", "/v1/events")
     assert (response.status, response.error, response.headers["retry-after"]) == (503, "overloaded", "1")
@@ -416,7 +416,7 @@ def test_a_pruned_journal_is_an_error_and_no_stream_contains_a_secret(tmp_path: 
 
 
 @pytest.mark.slow
-def test_both_listeners_share_their_places_and_metrics_show_them(tmp_path: Path) -> None:
+def test_both_listeners_share_the_limit_of_streams_and_metrics_show_it(tmp_path: Path) -> None:
     with Daemon(tmp_path, "[limits]\nevent_streams = 1\n") as daemon, stream(daemon) as received:
         lifecycle(daemon, "a")
         received.until(3)

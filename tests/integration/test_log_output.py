@@ -27,7 +27,7 @@ for number in range(int(sys.argv[1])):
 
 
 class UnreadPipe:
-    """A pipe in place of stderr that holds one page and is not read until `read` is called."""
+    """A pipe of one page in place of stderr. It is not read until `read` is called."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ours, theirs = os.pipe()

@@ -1,6 +1,6 @@
 """Prometheus' rules and Grafana's dashboard: they are well-formed, use existing metrics, and every rule can fire.
 
-PromQL is judged by promtool; names, labels and values by what a real daemon shows.
+promtool checks the PromQL. Names, labels and values are compared with a scrape of a real daemon.
 """
 
 from __future__ import annotations

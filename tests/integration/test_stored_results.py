@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(180)  # several starts of a daemon under libfak
 
 @pytest.fixture(autouse=True)
 def _faketime() -> None:
-    if not FAKETIME.is_here():
+    if not FAKETIME.is_available():
         tool_missing("libfaketime", "faketime")
 
 

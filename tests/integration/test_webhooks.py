@@ -124,7 +124,7 @@ def test_a_daemon_without_webhooks_opens_no_connection(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_kill_9_before_a_result_is_stored_repeats_the_delivery(tmp_path: Path, receiver: Receiver) -> None:
-    """The receiver kills the daemon before it responds: the daemon cannot know that the message was accepted."""
+    """The receiver kills the daemon before it responds, so the daemon does not know that the message was accepted."""
     with Daemon(tmp_path, config(receiver)) as daemon:
 
         async def deadly(_: web.Request) -> web.StreamResponse:

@@ -1,4 +1,4 @@
-"""A daemon for the tests of the command line, and jobctl in this process."""
+"""A daemon for the command-line tests, and jobctl in the test process."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class CliDaemon:
 
     @contextmanager
     def configured(self, text: str) -> Iterator[None]:
-        """Reload the daemon with this configuration, and with the one before afterwards."""
+        """Reload the daemon with this configuration, and restore the empty one afterwards."""
         self._reload(text)
         try:
             yield
@@ -100,7 +100,10 @@ class CliDaemon:
 
 
 class Jobctl:
-    """jobctl in this process: `ok` expects exit 0 and returns stdout, `json` its value, `no` (exit code, stderr)."""
+    """Run jobctl in the test process.
+
+    `ok` expects exit code 0 and returns stdout, `json` returns it decoded. `rejected` returns the exit code and stderr.
+    """
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys
@@ -135,9 +138,9 @@ JOB_FIELDS = fields_of(answers.JobView) - {"repeated", "worker"}
 def on_a_terminal(
     running: CliDaemon, answer: bytes, *argv: str, meanwhile: Callable[[], object] | None = None
 ) -> tuple[int, str, str]:
-    """Run jobctl on a terminal that answers `answer`: exit code, stdout, terminal output.
+    """Run jobctl on a terminal that answers `answer`. Return the exit code, stdout and the terminal output.
 
-    `meanwhile` is called between question and answer.
+    `meanwhile` is called between the question and the answer.
     """
     ours, theirs = pty.openpty()
     try:
@@ -159,7 +162,7 @@ def on_a_terminal(
 
 
 def rejected_on_a_terminal(running: CliDaemon, *argv: str) -> tuple[int, str]:
-    """Run jobctl on a terminal with a command that is rejected before a question: exit code, terminal output."""
+    """Run jobctl on a terminal with a command that is rejected without a question. Return exit code and output."""
     ours, theirs = pty.openpty()
     try:
         process = running.start("jobd.cli.ctl.main", *argv, stdin=theirs, stderr=theirs, stdout=subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""Helpers of the client and worker tests: workers that run during a test, and a daemon that follows a script."""
+"""Workers that run during a test, and a daemon that follows a script, for the tests of the clients."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ GRANT = {
 
 
 class ScriptedDaemon:
-    """A daemon that grants one job and responds to the calls on it by a script. It repeats the last response."""
+    """A daemon that grants one job and responds to calls on it by a script, whose last response repeats."""
 
     def __init__(self, **responses: list[Step]) -> None:
         self.server = ScriptedServer()
@@ -122,7 +122,7 @@ class ScriptedDaemon:
         return [received.json for received in self.server.received if received.path.endswith(f"/{verb}")]
 
     async def receive(self, verb: str, count: int = 1) -> None:
-        """Wait until it has received this call."""
+        """Wait until the daemon has received `count` calls of this verb."""
         await wait_until(lambda: len(self.bodies(verb)) >= count)
 
 

@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_us() -> None:
-    """For `preexec_fn`: let Linux kill the child when the thread that started it ends, even if pytest is killed."""
+    """Let Linux kill the child when the thread that started it ends, even if pytest is killed. Used as `preexec_fn`."""
     if sys.platform == "linux":
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -154,7 +154,7 @@ class Daemon(ApiCalls):
         return subprocess.Popen(command, env=self.environ, stderr=stderr, preexec_fn=die_with_us)
 
     def start(self) -> None:
-        """Wait until the log says that the daemon is ready. Fails with the log if it ends instead."""
+        """Start the daemon and wait until it logs that it is ready. Fail with its log if it ends instead."""
         self.launch()
         self.wait_for_log(READY)
 
@@ -165,7 +165,7 @@ class Daemon(ApiCalls):
         self._log_reader.start()
 
     def gets_ready(self) -> bool:
-        """Wait until it is ready. False if it ends instead."""
+        """Wait until the daemon is ready. Return False if it ends instead."""
         return self._next_line(READY) is not None
 
     def _read_log(self, process: subprocess.Popen[bytes]) -> None:
@@ -197,7 +197,7 @@ class Daemon(ApiCalls):
         return line
 
     def _next_line(self, text: bytes) -> str | None:
-        """Like `wait_for_log`, but None if the daemon ends without such a line."""
+        """Do as `wait_for_log`, but return None if the daemon ends without such a line."""
         with self._has_output:
             while True:
                 while self._next_index < len(self._lines):

@@ -23,7 +23,7 @@ from jobd.webhooks.retry import RetryPolicy
 
 
 def hung_actor() -> None:
-    """Let the actor hang from SIGUSR2 on, while the event loop still runs."""
+    """Let the actor hang after SIGUSR2. The event loop still runs."""
 
     async def hang(*_: Any) -> None:
         await asyncio.Event().wait()
@@ -55,7 +55,7 @@ def short_pages() -> None:
 
 
 def reported_stop() -> None:
-    """Report on stderr in which order the parts stop."""
+    """Print to stderr in which order the parts stop."""
     _report(HttpListener, "stop", "listener")
     _report(Actor, "stop", "actor")
     _report(Store, "close", "store")
@@ -79,7 +79,7 @@ def _report(kind: type, name: str, part: str) -> None:
 
 
 def _print(text: str) -> None:
-    """Write in one piece, because the log writes to stderr from another thread."""
+    """Write the line in one call, because the log writes to stderr from another thread."""
     os.write(2, f"{text}\n".encode())
 
 

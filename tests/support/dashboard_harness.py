@@ -1,4 +1,4 @@
-"""A real actor behind the worker and admin listeners with the dashboard, and a browser that keeps its cookie."""
+"""A real actor behind both listeners and the dashboard, and a browser that keeps its cookie."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs, changes and batches as the rules would make them, and the content that a store must have after them."""
+"""Jobs, changes and batches as the rules make them, and the content that a store must have after them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def between(before: Job, after: Job) -> Changes:
 
 
 class ChangeFactory:
-    """Makes successive changes, and keeps the resulting rows."""
+    """Make successive changes, and keep the resulting rows."""
 
     def __init__(self, seed: int = 0, numbers: Numbers | None = None) -> None:
         self.random = random.Random(seed)
@@ -178,7 +178,7 @@ class ChangeFactory:
         return Batch(changes, self.numbers, queues=dict(self.queues), **fields)
 
     def any_change(self) -> Change:
-        """Return a random change that is possible now."""
+        """Return a random change that is valid now."""
         live = [job for job in self.jobs.values() if job.status in LIVE]
         choices: list[Callable[[], Change]] = [self.create]
         if self.jobs:

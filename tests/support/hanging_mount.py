@@ -1,4 +1,4 @@
-"""Run jobd with an artifact directory that never responds. SIGUSR2 breaks the disk of the store.
+"""Run jobd with an artifact directory that never responds. SIGUSR2 makes the writes of the store fail.
 
 `python -m tests.support.hanging_mount …`
 """
@@ -24,7 +24,7 @@ def break_disk(*_: Any) -> None:
 
 
 def no_disk(*_: Any) -> Any:
-    raise OSError("the disk of this test is broken")
+    raise OSError("simulated disk error")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An app behind a real listener with a fake actor and fake services, and a client that speaks raw HTTP."""
+"""An app behind a real listener with a fake actor and fake services, and a client that sends raw HTTP."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class ReceivedCommand(Struct):
 
 
 class FakeActor:
-    """Records the commands that it receives, and responds as the test says."""
+    """Record the received commands, and respond with `respond`."""
 
     def __init__(
         self, answer: Callable[[Any], Response | ApiError | Awaitable[Response | ApiError]] | None = None
@@ -290,7 +290,7 @@ class FakePlanner:
 
 
 class FakeClock:
-    """Does not advance, and is suspect until it is accepted."""
+    """A clock that does not advance and is suspect until it is accepted."""
 
     def __init__(self, fakes: Fakes, now: Callable[[], int] = lambda: 1_700_000_000_000) -> None:
         self._fakes = fakes
@@ -473,7 +473,7 @@ class RawConnection:
         return await self.receive(head_only=method == "HEAD")
 
     async def is_closed(self) -> bool:
-        """Wait for the end of the connection. False if bytes arrive instead."""
+        """Wait for the end of the connection. Return False if bytes arrive instead."""
         try:
             return await self.reader.read(1) == b""
         except ConnectionError:

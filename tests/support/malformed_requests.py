@@ -22,7 +22,7 @@ HOSTILE = {
     "coding in disguise": POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
     "bad chunk size": POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
     "chunk size over 64 bits": POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 40 + b"\r\n{}\r\n0\r\n\r\n",
-    "chunk longer than said": POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{}\r\n0\r\n\r\n",
+    "chunk longer than announced": POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{}\r\n0\r\n\r\n",
     "space before the colon": POST + b"Content-Length : 2\r\n\r\n{}",
     "folded header": GET + b"X-A: a\r\n b\r\n\r\n",
     "bare line feeds": b"GET /v1/jobs HTTP/1.1\nHost: x\n\n",
@@ -60,9 +60,9 @@ EXTENDED = {
     "NUL, escaped": b"GET /v1/jobs/a%00b HTTP/1.1\r\nHost: x\r\n\r\n",
     "surrogates, escaped": b"GET /v1/jobs/%ed%a0%80 HTTP/1.1\r\nHost: x\r\n\r\n",
     "half an escape": b"GET /v1/jobs/%4 HTTP/1.1\r\nHost: x\r\n\r\n",
-    "up and out": b"GET /v1/../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
-    "up and out, escaped": b"GET /v1/jobs/%2e%2e%2f%2e%2e%2fetc%2fpasswd HTTP/1.1\r\nHost: x\r\n\r\n",
-    "up and out, escaped twice": b"GET /v1/jobs/%252e%252e%252fetc HTTP/1.1\r\nHost: x\r\n\r\n",
+    "parent directories": b"GET /v1/../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
+    "parent directories, escaped": b"GET /v1/jobs/%2e%2e%2f%2e%2e%2fetc%2fpasswd HTTP/1.1\r\nHost: x\r\n\r\n",
+    "parent directories, escaped twice": b"GET /v1/jobs/%252e%252e%252fetc HTTP/1.1\r\nHost: x\r\n\r\n",
     "to the other API": b"GET /v1/jobs/../../admin/../admin/job-management/locks HTTP/1.1\r\nHost: x\r\n\r\n",
     "absolute form, with a user": b"GET http://x@evil.example/v1/jobs HTTP/1.1\r\nHost: x\r\n\r\n",
     "backslashes": b"GET \\v1\\jobs HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -71,11 +71,8 @@ EXTENDED = {
     "TRACE": b"TRACE /v1/jobs HTTP/1.1\r\nHost: x\r\n\r\n",
     "method of a kilobyte": b"A" * 1_000 + b" /v1/jobs HTTP/1.1\r\nHost: x\r\n\r\n",
     "a thousand parameters": b"GET /v1/jobs?" + b"&".join([b"a=1"] * 1_000) + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-    "the same header over and over": GET
-    + b"Authorization: Bearer x\r\n" * 100
-    + b"Content-Length: 0\r\n" * 2
-    + b"\r\n",
-    "compressed on its way": POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "repeated headers": GET + b"Authorization: Bearer x\r\n" * 100 + b"Content-Length: 0\r\n" * 2 + b"\r\n",
+    "compressed transfer": POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
     "chunk size with a sign": CHUNKED + b"+2\r\n{}\r\n0\r\n\r\n",
     "chunk size with a blank": CHUNKED + b" 2\r\n{}\r\n0\r\n\r\n",
     "chunk extension of 100 KB": CHUNKED + b"2;" + b"a" * 100_000 + b"\r\n{]\r\n0\r\n\r\n",
@@ -85,7 +82,7 @@ EXTENDED = {
     "length far too large": POST + b"Content-Length: 9223372036854775807\r\n\r\n{}",
 }
 
-_ALL = 1 << 20  # the largest body that is read
+_ALL = 1 << 20  # the limit of a body
 
 
 def _fill(head: bytes, one: bytes, tail: bytes, between: bytes = b",") -> bytes:
@@ -98,9 +95,9 @@ EXPENSIVE = {
     "a third of a million jobs": ("/v1/jobs/bulk", _fill(b'{"jobs":[', b"{}", b"]}")),
     "a quarter of a million queues": ("/v1/claim", _fill(b'{"worker":"w","queues":[', b'"a"', b"]}")),
     "a quarter of a million kinds": ("/v1/claim", _fill(b'{"worker":"w","kinds":[', b'"a"', b"]}")),
-    "one field again and again": ("/v1/jobs", _fill(b"{", b'"queue":"a"', b"}")),
-    "one field of a job again and again": ("/v1/jobs/bulk", _fill(b'{"jobs":[{', b'"kind":"a"', b"}]}")),
-    "just not too many fields": ("/v1/jobs", b"{" + b",".join([b'"queue":"a"'] * 24_000) + b',"queue":""}'),
+    "one field repeated": ("/v1/jobs", _fill(b"{", b'"queue":"a"', b"}")),
+    "one field of a job repeated": ("/v1/jobs/bulk", _fill(b'{"jobs":[{', b'"kind":"a"', b"}]}")),
+    "as many fields as are allowed": ("/v1/jobs", b"{" + b",".join([b'"queue":"a"'] * 24_000) + b',"queue":""}'),
     "one name of a megabyte": ("/v1/jobs", b'{"' + b"a" * (_ALL - 10) + b'":1}'),
     "a name that looks like a message": ("/v1/jobs", _fill(b'{"', b" - at `$", b'":1}', b"")),
     "a number of a megabyte": ("/v1/jobs", b'{"priority":' + b"9" * (_ALL - 20) + b"}"),

@@ -9,9 +9,9 @@ from jobd.storage.artifacts.base import ArtifactReader, ArtifactStoreError, Dele
 
 
 class MemoryArtifacts:
-    """Objects by key, with the wall time of their upload. `faults`: keys that cannot be deleted, with the error.
+    """Objects by key, with the wall time of their upload. `faults` has the keys that cannot be deleted, with the error.
 
-    `gate`: while cleared, deletions wait for it after their check. `broken`: every call raises this.
+    While `gate` is cleared, deletions wait for it after their check. Every call raises `broken` if it is set.
     """
 
     place = "memory"
@@ -29,7 +29,7 @@ class MemoryArtifacts:
         self.objects[key] = self._wall()
 
     async def open(self, key: str) -> ArtifactReader | None:
-        raise NotImplementedError("what is read is tested on real stores")
+        raise NotImplementedError("reads are tested on real stores")
 
     async def delete(self, key: str, judge: Judge) -> Deletion:
         self.tried.append(key)
@@ -49,14 +49,11 @@ class MemoryArtifacts:
             await self.gate.wait()
             if self.objects.get(key) == modified_at:  # as with an ETag
                 del self.objects[key]
-                self.deleted(key)
+
                 return Deletion("deleted")
 
     async def pause(self) -> None:
         await asyncio.sleep(0)
-
-    def deleted(self, key: str) -> None:
-        """Delete an object."""
 
     async def probe(self) -> None:
         if self.broken is not None:

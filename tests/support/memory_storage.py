@@ -111,14 +111,14 @@ class MemoryStorage(Storage):
         self._reported = 0  # of these
         self._ids: dict[str, int] = {}  # id -> seq
 
-    # -- what a test does to it ---------------------------------------------------------------------------------------
+    # -- for tests ----------------------------------------------------------------------------------------------------
 
     def fill(self) -> None:
-        """Nothing fits until the reserve file is released; then everything fits, as 16 MiB are plenty for a test."""
+        """Let nothing fit until the reserve file is released, and everything after that."""
         self.fits = lambda batch: not self.has_reserve
 
     def fill_nearly(self) -> None:
-        """Only new jobs do not fit."""
+        """Let everything fit except new jobs."""
         self.fits = lambda batch: all(change.payload is None for change in batch.changes)
 
     def free(self) -> None:
@@ -191,7 +191,7 @@ class MemoryStorage(Storage):
         return loaded
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
-        told = self._reported
+        reported = self._reported
         await self._enter("write")
         if not self.gate.is_set():
             self.at_gate.set()
@@ -201,7 +201,7 @@ class MemoryStorage(Storage):
             raise error
         if not self.fits(batch):
             raise DiskFull("the disk of this test is full")
-        shown = self._commit(batch, told)
+        shown = self._commit(batch, reported)
         if self.lost_commits:
             self.lost_commits -= 1
             raise OSError("fsync failed; the batch may be there or not")
@@ -343,7 +343,7 @@ class MemoryStorage(Storage):
         return DueTombstones([(each, self.is_referenced(each.key)) for each in due[:limit]], held=held)
 
     def is_referenced(self, key: str) -> bool:
-        """Return whether a job has it as its storage_key, also a quarantined one."""
+        """Return whether a job has `key` as its storage_key. Quarantined jobs count."""
         jobs = [*self.jobs.values(), *self.damaged_tombstones.values()]
         return any(job.result is not None and job.result.storage_key == key for job in jobs)
 
@@ -352,7 +352,7 @@ class MemoryStorage(Storage):
         for seq in pruned:
             del self.tombstones[seq]
         for tombstone in later:
-            assert tombstone.job_seq in self.tombstones, f"there is no tombstone of {tombstone.job_id} to put off"
+            assert tombstone.job_seq in self.tombstones, f"there is no tombstone of {tombstone.job_id} to postpone"
             self.tombstones[tombstone.job_seq] = tombstone
 
     async def save_stats(self, body: bytes) -> None:
@@ -378,7 +378,7 @@ class MemoryStorage(Storage):
         self.has_reserve = True
         if not self.fits(Batch([], self.numbers)):
             self.has_reserve = False
-            raise DiskFull("there is no room for the ballast")
+            raise DiskFull("there is no space for the reserve file")
 
     async def check_rows(self, cursor: str | None) -> CheckedRows | None:
         """Check all jobs in one slice."""
@@ -620,7 +620,7 @@ class MemoryStorage(Storage):
         )
 
     async def _report_quarantined(self) -> None:
-        """Call it a moment later, as from another thread."""
+        """Call `on_quarantined` a moment later, as from another thread."""
         if self._reported < len(self._all_quarantined):
             await self._pause()
         while self._reported < len(self._all_quarantined):

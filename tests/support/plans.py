@@ -1,4 +1,4 @@
-"""Helpers that build and apply plans as an operator does."""
+"""Make and apply plans as an operator does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real rules over state in memory: each command is decided, applied and compared with a naive recount."""
+"""The real rules over in-memory state: each command is decided, applied and compared with a naive recount."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ PLAIN: Final = [
 
 
 class RuleHarness:
-    """Decides commands. `rows` are the jobs as folded from the events; they must equal those of the book."""
+    """Decide commands. `rows` are the jobs folded from the events, and must equal those in the state."""
 
     def __init__(self, policy: Policy | None = None, *, now: int = NOW, lease: int = 1_000) -> None:
         self.policy = policy or Policy()
@@ -89,7 +89,7 @@ class RuleHarness:
     def decide(
         self, command: AnyCommand, *, admin: bool = False, by: str = "client", expected: str | None = None
     ) -> Decision:
-        """Decide, check that the book was only read, apply the changes and compare everything with a recount."""
+        """Decide, check that the state was only read, apply the changes and compare everything with a recount."""
         self.book.advance(self.now, self.lease)
         self.book.request_hashes = dict(self.requests)  # as the actor reads them from the disk
         self.book.late = self._known_late(command)

@@ -68,28 +68,28 @@ def _running(command: list[str], place: Path, port: int) -> Iterator[None]:
     with (place / "output").open("wb") as output:
         process = subprocess.Popen(command, cwd=place, stdout=output, stderr=output, preexec_fn=die_with_us)
         try:
-            while not _answers(port):
+            while not _accepts(port):
                 assert process.poll() is None, (place / "output").read_text()
                 time.sleep(0.05)
             yield
         finally:
             process.terminate()
-            _gone(process)
+            _wait_or_kill(process)
 
 
 def _create_user(command: list[str]) -> None:
     """Run radosgw-admin until it exits or prints the user, because it may hang at exit."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=die_with_us)
     try:
-        said, complained = process.communicate(timeout=END_S)
+        output, errors = process.communicate(timeout=END_S)
     except subprocess.TimeoutExpired:
         process.kill()
-        said, complained = process.communicate()
-    assert b'"user_id": "tests"' in said, complained.decode()
+        output, errors = process.communicate()
+    assert b'"user_id": "tests"' in output, errors.decode()
 
 
-def _gone(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a process that was asked to end, and kill it if it hangs."""
+def _wait_or_kill(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a terminated process, and kill it if it hangs."""
     try:
         process.wait(END_S)
     except subprocess.TimeoutExpired:
@@ -97,7 +97,7 @@ def _gone(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _answers(port: int) -> bool:
+def _accepts(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), 1).close()
     except OSError:

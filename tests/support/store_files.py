@@ -44,7 +44,7 @@ async def open_store(path: str) -> AsyncIterator[tuple[Store, OpenedStore]]:
 
 @contextlib.contextmanager
 def edit_store(path: str) -> Iterator[sqlite3.Connection]:
-    """Yield a connection to the closed store, as an operator would edit it."""
+    """Yield a connection to the closed store, as for a manual edit."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as conn:
         yield conn
 

@@ -1,6 +1,6 @@
-"""The real actor and maintainer on storage in memory, in virtual time.
+"""The real actor and maintainer on in-memory storage, in virtual time.
 
-Hours pass in a moment, and tests are deterministic: time moves only when all tasks wait.
+Hours pass in a moment, and tests are deterministic: time advances only when all tasks wait.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class VirtualTime(selectors.DefaultSelector):
     def select(self, timeout: float | None = None) -> Any:
         ready = super().select(0)
         if not ready:
-            assert timeout is not None, "all tasks wait for something that never happens"
+            assert timeout is not None, "deadlock: every task waits, and no timer is set"
             self.now_s += max(timeout, 0)
         return ready
 
@@ -73,7 +73,7 @@ def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[
 
 
 class VirtualEngine:
-    """`async with VirtualEngine() as engine`: runs the actor, and the maintainer after `keep`. Times in ms."""
+    """`async with VirtualEngine() as engine` runs the actor, and the maintainer after `keep`."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ async def until(condition: Callable[[], bool]) -> None:
         if condition():
             return
         await asyncio.sleep(0.001)
-    raise AssertionError("it never happened")
+    raise AssertionError("the condition did not hold within an hour")
 
 
 def key(name: str, body: str = "body") -> IdempotencyKey:
@@ -188,7 +188,7 @@ def start_task(ask: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
 
 
 async def settle() -> None:
-    """Run all tasks that need no time to pass."""
+    """Run every task until it waits for time to pass."""
     for _ in range(50):
         await asyncio.sleep(0)
 

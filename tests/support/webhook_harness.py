@@ -1,4 +1,4 @@
-"""Helpers for tests of webhooks: a fake transport, a clock, and webhooks with a store."""
+"""Webhooks on a real store, with a fake transport and a clock that can be stepped."""
 
 from __future__ import annotations
 

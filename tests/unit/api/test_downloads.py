@@ -158,7 +158,9 @@ async def test_the_artifact_of_a_late_result_can_be_downloaded_before_it_is_adop
     assert (await harness.request("GET", f"{PATH}?late_result=7", headers=AUTH)).error == "job_not_found"
 
 
-async def test_the_number_of_downloads_is_limited_and_places_are_released(harness: HttpHarness, place: Path) -> None:
+async def test_the_number_of_downloads_is_limited_and_ended_ones_do_not_count(
+    harness: HttpHarness, place: Path
+) -> None:
     put(harness, place, "k", bytes(64 << 20))
     lines = [await harness.connect() for _ in range(MOST)]
     for line in lines:

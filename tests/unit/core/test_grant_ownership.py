@@ -289,7 +289,7 @@ def test_the_hash_of_a_request_does_not_change_with_an_upgrade(command: Any, dig
     assert worker_rules.digest(command) == digest
 
 
-def test_undelivered_puts_the_job_back(rules: RuleHarness) -> None:
+def test_an_undelivered_grant_requeues_the_job(rules: RuleHarness) -> None:
     lock_id = rules.held()
     view = rules.accept(Undelivered(id="a", lock_id=lock_id), by="daemon")
     assert (view.status, view.attempt, view.run_at) == ("queued", 0, NOW)

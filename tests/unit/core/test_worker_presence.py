@@ -159,7 +159,7 @@ def test_after_a_start_workers_were_last_seen_when_their_jobs_changed() -> None:
     jobs = [replace(held(seq, f"w-{seq}"), updated_at=NOW + at) for seq, at in ((1, -50), (2, -10), (3, -90))]
     book = Book.opened(OpenedStore(Numbers(wall_ms=NOW, lease_ms=400), jobs))
     rules = RuleHarness()
-    rules.book, rules.now, rules.lease = book, NOW + HOUR_MS, 450  # an hour later, of which the locks know nothing
+    rules.book, rules.now, rules.lease = book, NOW + HOUR_MS, 450  # an hour later; downtime does not age locks
     page = workers(book, rules.moment, Workers())
     assert [(each.worker, each.jobs, each.last_seen_at) for each in page.workers] == [
         ("w-2", ["job-2"], NOW - 10),

@@ -435,7 +435,7 @@ async def test_damaged_rows_of_unknown_jobs_end_the_actor() -> None:
 
 
 @in_virtual_time
-async def test_damaged_rows_already_in_quarantine_do_no_harm() -> None:
+async def test_damaged_rows_already_in_quarantine_change_nothing() -> None:
     async with checked_engine() as engine:
         await engine.yes(Create(id="a"))
         engine.disk.bad_jobs["a"] = "checksum"

@@ -1,4 +1,4 @@
-"""Notifications of changes for dashboard pages. Their stream is tested in test_dashboard.py."""
+"""Notifications of changes for dashboard pages. Their stream is tested in tests/unit/dashboard/test_live_updates.py."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ async def test_each_watcher_is_notified_of_its_changes(feed: EventFeed) -> None:
     assert woken(everything, queue, job) == [True, True, True], "every page shows paused queues"
 
 
-async def test_a_watcher_that_leaves_is_not_notified_and_frees_its_place(feed: EventFeed) -> None:
+async def test_a_watcher_that_leaves_is_not_notified_and_does_not_count_towards_the_limit(feed: EventFeed) -> None:
     places = [feed.watch(queue=None, job_id=None, cut=nothing), feed.watch(queue="q", job_id=None, cut=nothing)]
     places += [feed.watch(queue=None, job_id="a", cut=nothing) for _ in range(2)]
     assert feed.listeners == MOST

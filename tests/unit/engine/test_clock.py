@@ -258,7 +258,7 @@ def test_the_jump_is_logged_in_words(sources: ManualClocks, ahead_ms: int, words
     assert f"is {words} ahead" in (daemon_clock.doubt() or "")
 
 
-def test_the_first_way_out_is_an_operator(sources: ManualClocks) -> None:
+def test_an_operator_can_accept_a_suspect_clock(sources: ManualClocks) -> None:
     daemon_clock = clock(sources)
     daemon_clock.accept()
     sources.wall_ms += 40 * DAY_MS
@@ -274,7 +274,7 @@ def test_the_first_way_out_is_an_operator(sources: ManualClocks) -> None:
 
 
 @pytest.mark.parametrize("left_ms", [-3 * DAY_MS, 0, DAY_MS])
-def test_the_second_way_out_is_a_wall_time_that_agrees_again(sources: ManualClocks, left_ms: int) -> None:
+def test_a_wall_time_that_agrees_again_is_trusted(sources: ManualClocks, left_ms: int) -> None:
     daemon_clock = clock(sources)
     sources.wall_ms += 40 * DAY_MS
     assert daemon_clock.suspect
@@ -304,7 +304,7 @@ def after(sources: ManualClocks, daemon_clock: Clock, ms: int, *, step_ms: int =
     return daemon_clock.suspect
 
 
-def test_the_third_way_out_is_a_kernel_that_is_synchronised_for_ten_minutes(sources: ManualClocks) -> None:
+def test_a_kernel_that_is_synchronised_for_ten_minutes_is_trusted(sources: ManualClocks) -> None:
     daemon_clock = clock(sources)
     sources.wall_ms += 40 * DAY_MS
     assert daemon_clock.suspect
@@ -323,7 +323,7 @@ def test_the_third_way_out_is_a_kernel_that_is_synchronised_for_ten_minutes(sour
     assert daemon_clock.suspect, "reads before the step no longer count"
 
 
-def test_the_ten_minutes_start_again_after_a_gap(sources: ManualClocks) -> None:
+def test_the_ten_minutes_of_synchronisation_restart_after_a_gap(sources: ManualClocks) -> None:
     daemon_clock = clock(sources)
     sources.wall_ms += 40 * DAY_MS
     sources.synchronised = True

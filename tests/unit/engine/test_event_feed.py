@@ -271,7 +271,7 @@ async def test_pieces_have_a_limited_size() -> None:
 
 
 @in_virtual_time
-async def test_the_number_of_streams_is_limited_and_places_are_freed() -> None:
+async def test_the_number_of_streams_is_limited_and_ended_ones_do_not_count() -> None:
     stage = FeedHarness(max_events=2)
     first, second = await stage.begun(), await stage.begun(after=0)
     with pytest.raises(ApiException) as no:

@@ -50,12 +50,12 @@ PASSES: Final = CleanupSchedule(interval_ms=5 * MINUTE_MS, min_interval_ms=2 * M
 
 
 async def done(engine: VirtualEngine, job_id: str = "done", **fields: Any) -> None:
-    """A completed job."""
+    """Create a completed job."""
     await engine.yes(Complete(id=job_id, lock_id=await engine.held(job_id), download_url="https://x/y", **fields))
 
 
 async def waiting(engine: VirtualEngine, job_id: str = "waits") -> None:
-    """A queued job that expires after 20 days."""
+    """Create a queued job that expires after 20 days."""
     await engine.yes(Create(id=job_id, expires_at=engine.now + 20 * DAY_MS))
 
 
@@ -90,7 +90,7 @@ async def test_the_first_command_after_a_step_fails_and_deletes_nothing() -> Non
 
 
 @in_virtual_time
-async def test_a_start_of_an_overdue_job_is_refused_and_the_job_not_failed() -> None:
+async def test_a_start_of_an_overdue_job_is_rejected_and_does_not_fail_the_job() -> None:
     async with VirtualEngine() as engine:
         await waiting(engine)
         engine.step_ms = STEP_MS
@@ -263,7 +263,7 @@ async def test_after_acceptance_jobs_are_deleted_and_failed_by_age_again() -> No
 
 @pytest.mark.slow
 @in_virtual_time
-async def test_a_job_that_ends_meanwhile_is_kept_for_its_whole_retention_either_way() -> None:
+async def test_a_job_that_ends_while_the_clock_is_suspect_is_kept_for_its_whole_retention() -> None:
     for is_right in (True, False):
         async with VirtualEngine(schedule=PASSES) as engine:
             engine.keep()

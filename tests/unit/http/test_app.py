@@ -437,7 +437,7 @@ async def test_requests_on_one_connection_get_their_responses_in_order(harness: 
 
 
 @pytest.mark.parametrize(("header", "answered"), [("keep-alive", "keep-alive"), ("close", "close"), (None, "close")])
-async def test_http_1_0_clients_are_told_whether_the_connection_stays_open(
+async def test_responses_to_http_1_0_clients_say_whether_the_connection_stays_open(
     harness: HttpHarness, header: str | None, answered: str
 ) -> None:
     client = await harness.connect()

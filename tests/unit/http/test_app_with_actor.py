@@ -64,7 +64,7 @@ async def apis(tmp_path: Path) -> AsyncIterator[BothApis]:
     await running
 
 
-async def test_the_life_of_a_job(apis: BothApis) -> None:
+async def test_a_job_lifecycle_over_a_stream(apis: BothApis) -> None:
     response = await apis.worker.request("POST", "/v1/jobs", '{"id":"job-1","payload":{"n":[1,2.50]}}')
     assert (response.status, response.data["status"], response.data["payload"]) == (201, "queued", {"n": [1, 2.5]})
     assert (await apis.worker.request("POST", "/v1/jobs", '{"id":"job-1","payload":{"n":[1,2.50]}}')).status == 200

@@ -140,7 +140,7 @@ async def test_bodies_that_arrive_during_a_request_stay_in_the_socket(tmp_path: 
         assert (await client.request("POST", "/v1/jobs", '{"queue":"last"}')).data == "last"
 
 
-async def test_requests_with_late_bodies_release_their_places(harness: HttpHarness) -> None:
+async def test_requests_with_late_bodies_release_their_slots(harness: HttpHarness) -> None:
     client = await harness.connect()
     for _ in range(MAX_MSG_QUEUE_SIZE):
         await in_two_writes(client, request_bytes("POST", "/v1/jobs", "{}"))
