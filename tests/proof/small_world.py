@@ -98,7 +98,7 @@ class World(Struct, frozen=True):
     ttl: int = 2
     stuck_after: int = 1
     ceiling: int = 3
-    kept: int = 1
+    keep: int = 1
     max_attempts: int = 1
     max_stalls: int = 1
     on_stall: Any = "auto"
@@ -109,7 +109,7 @@ class World(Struct, frozen=True):
     late: LatePolicy = "keep"
 
     def policy(self) -> Policy:
-        kept_ms = self.kept * TICK_MS
+        kept_ms = self.keep * TICK_MS
         return Policy(
             lock_ttl_ms=self.ttl * TICK_MS,
             stuck_after_ms=self.stuck_after * TICK_MS,
@@ -252,7 +252,7 @@ class Exploration(DecisionChecks):
                 key = self._key(after)
                 if key not in self.states:
                     self.states[key] = (self._key(state), how)
-                    self._look(after)
+                    self._check_state(after)
                     ahead.append(after)
         return len(self.states)
 
@@ -276,20 +276,20 @@ class Exploration(DecisionChecks):
             if abs(state.off + ticks) <= self.world.furthest:
                 yield f"the wall clock steps by {ticks}", replace(state, now=state.now + ticks * TICK_MS)
         for step in self._steps(state):
-            after = self._decided(state, step)
+            after = self._decide(state, step)
             if after is not None:
                 yield step, after
 
     def _steps(self, state: WorldState) -> Iterator[Step]:
         """Return all commands that can be sent now."""
-        yield from self._of_everybody()
+        yield from self._common_steps()
         for worker, name in enumerate(WORKERS):
             yield from (Step(Start(id=ID, worker=name), worker), Step(Claim(worker=name), worker))
             lock_id = state.locks[worker]
             if lock_id is not None and lock_id not in state.locks[:worker]:
-                yield from (Step(command, worker) for command in self._of_holder(lock_id))
+                yield from (Step(command, worker) for command in self._holder_steps(lock_id))
         yield Step(Start(id=ID, worker=WORKERS[0]), 0, lost=True)
-        yield from (Step(command) for command in self._of_holder("a lock of long ago"))
+        yield from (Step(command) for command in self._holder_steps("a lock of long ago"))
         job = state.job
         if job is not None and job.grant is not None:
             lock_id = job.grant.lock_id
@@ -300,7 +300,7 @@ class Exploration(DecisionChecks):
             yield Step(Undelivered(id=ID, lock_id=job.ended.lock_id))
             yield Step(ReleaseLock(id=ID, lock_id=job.ended.lock_id), admin=True)
 
-    def _of_everybody(self) -> Iterator[Step]:
+    def _common_steps(self) -> Iterator[Step]:
         world = self.world
         yield Step(Create(id=ID, max_attempts=world.max_attempts, delay_ms=world.delay * TICK_MS or None))
         yield Step(Bulk(jobs=[Create(id=ID, max_attempts=world.max_attempts)]))
@@ -329,14 +329,14 @@ class Exploration(DecisionChecks):
         if world.grace:
             yield Step(ExtendAfterPause(ids=[ID], grace_ms=world.grace * TICK_MS))
 
-    def _of_holder(self, lock_id: str) -> Iterator[AnyCommand]:
+    def _holder_steps(self, lock_id: str) -> Iterator[AnyCommand]:
         yield from (Progress(id=ID, lock_id=lock_id, progress=percent) for percent in (0, 50))
         yield Extend(id=ID, lock_id=lock_id)
         yield Complete(id=ID, lock_id=lock_id, download_url="u")
         yield from (_failing(lock_id, retry) for retry in (True, False))
         yield Release(id=ID, lock_id=lock_id)
 
-    def _decided(self, state: WorldState, step: Step) -> WorldState | None:
+    def _decide(self, state: WorldState, step: Step) -> WorldState | None:
         """Return the state after the real decision; None if nothing changed."""
         command = step.command
         if isinstance(command, Create) and self.world.expires is not None:
@@ -377,7 +377,7 @@ class Exploration(DecisionChecks):
 
     # -- every state --------------------------------------------------------------------------------------------------
 
-    def _look(self, state: WorldState) -> None:
+    def _check_state(self, state: WorldState) -> None:
         """Check what must hold in every state."""
         job = state.job
         book = state.book()
@@ -396,7 +396,7 @@ class Exploration(DecisionChecks):
         self._ask(book, state, Get(id=ID))
         self._ask(book, state, Stats())
         if job.status == "processing":
-            self._check_left_alone(state)
+            self._check_recovery_alone(state)
 
     def _ask(self, book: Book, state: WorldState, command: AnyCommand) -> Any:
         self._begin(state)
@@ -406,11 +406,11 @@ class Exploration(DecisionChecks):
         assert isinstance(decision.answer, Response)
         return decision.answer.data
 
-    def _check_left_alone(self, state: WorldState) -> None:
+    def _check_recovery_alone(self, state: WorldState) -> None:
         """Check that recovery alone soon ends the grant."""
         for _ in range(SOON):
             state = replace(state, now=state.now + TICK_MS, lease=state.lease + TICK_MS)
-            after = self._decided(state, Step(Recover(limit=1)))
+            after = self._decide(state, Step(Recover(limit=1)))
             state = after or state
             if state.job is None or state.job.status != "processing":
                 return

@@ -163,9 +163,9 @@ BAD: Final[dict[str, list[Operation]]] = {
 def test_a_history_that_some_order_explains_is_accepted(name: str) -> None:
     verdict = judge(GOOD[name], ENDLESS)
     assert verdict.is_explained
-    answered = [each for each in GOOD[name] if each.said is not None]
+    answered = [each for each in GOOD[name] if each.response is not None]
     assert sorted(answered, key=lambda each: each.call_ns) == sorted(
-        (each for each in verdict.order if each.said is not None), key=lambda each: each.call_ns
+        (each for each in verdict.order if each.response is not None), key=lambda each: each.call_ns
     )
 
 
@@ -268,7 +268,7 @@ def plainly(
 ) -> bool:
     """Try every order."""
     began = max((each.call_ns for index, each in enumerate(operations) if index not in left), default=0)
-    ends = [operations[index].return_ns or NEVER for index in left if operations[index].said]
+    ends = [operations[index].return_ns or NEVER for index in left if operations[index].response]
     if not ends:
         return True
     for index in left:
@@ -303,20 +303,20 @@ def drawn(dice: Random) -> tuple[list[Operation], HistoryConditions]:
         if expected.code == "granted":
             locks += 1
             seen |= {"lock": f"L{locks}", "token": locks}
-        operation = replace(operation, said=SeenResponse(expected.code, seen))
+        operation = replace(operation, response=SeenResponse(expected.code, seen))
         after = step(state, operation, world)
         assert after is not None
         state = after
         if dice.random() < 0.25:  # its response is lost, with or without the daemon
             latest_ns = dice.choice([None, call_ns + dice.randint(0, 12) * MS])
-            operation = replace(operation, said=None, return_ns=None, latest_ns=latest_ns)
+            operation = replace(operation, response=None, return_ns=None, latest_ns=latest_ns)
         calls.append(operation)
-    answered = [index for index, each in enumerate(calls) if each.said]
+    answered = [index for index, each in enumerate(calls) if each.response]
     if len(answered) > 1 and dice.random() < 0.6:
         first, second = dice.sample(answered, 2)
         calls[first], calls[second] = (
-            replace(calls[first], said=calls[second].said),
-            replace(calls[second], said=calls[first].said),
+            replace(calls[first], response=calls[second].response),
+            replace(calls[second], response=calls[first].response),
         )
     return calls, world
 
@@ -338,7 +338,7 @@ def test_histories_of_a_real_daemon_are_explained_and_mutants_are_not(capsys: py
     figures = program.run(24, seed=1)
     assert not figures.broken, "\n".join(figures.broken)
     assert figures.shortcomings() == []
-    assert set(figures.refused) == set(KINDS)
+    assert set(figures.rejected) == set(KINDS)
     assert {"disconnected", "response not read", "request cut off", "repeated"} <= set(figures.faults)
     assert figures.faults["kill -9 and restart"] + figures.faults["SIGTERM and restart"] == 4
     assert figures.unknown > 50

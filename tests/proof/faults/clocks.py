@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from jobd.model.events import fold
 from jobd.model.job import Grant, Job, Lease
-from tests.proof.faults.daemons import stopped
+from tests.proof.faults.daemons import sigstopped
 from tests.proof.faults.harness import Check, Counts, Tool, Trial
 from tests.proof.faults.store_check import StoreContents, checked_contents
 from tests.proof.faults.workers import LATE_MS, RealWorker
@@ -66,11 +66,11 @@ class SteppedClockDaemon(Daemon):
     def now_ms(self) -> int:
         return int((time.time() + self._offset_s) * 1000)
 
-    def made(self, job_id: str, **options: Any) -> str:
+    def create_job(self, job_id: str, **options: Any) -> str:
         assert self.post("/v1/jobs", {"id": job_id, "max_attempts": 3, **options}).status == 201
         return job_id
 
-    def grant(self, job_id: str, ttl_ms: int) -> dict[str, str]:
+    def start_job(self, job_id: str, ttl_ms: int) -> dict[str, str]:
         """Start a job as a worker with automatic extension; return the fields that its holder sends."""
         body = {"worker": "w", "lock_ttl_ms": ttl_ms, "stuck_after_ms": 0}
         return {"lock_id": self.post(f"/v1/jobs/{job_id}/start", body).data["lock_id"]}
@@ -95,20 +95,20 @@ def clock_steps(trial: Trial) -> Counts:
         for number in range(trial.rounds):
             step_s = STEPS_S[number % len(STEPS_S)] * dice.uniform(0.5, 1)
             counts["steps forward" if step_s > 0 else "steps back"] += 1
-            _step(daemon, f"{number}", step_s, trial, counts)
+            _step_clock(daemon, f"{number}", step_s, trial, counts)
         report = daemon.admin("POST", "cleanup", {}).data
         assert report["validationIssuesFound"] == 0, report
-        _for_six_seconds(daemon)
+        _check_short_jump(daemon)
         assert daemon.stop() == 0
-    counts["events in order"] = _times_in_order(checked_contents(daemon.store))
+    counts["events in order"] = _check_times(checked_contents(daemon.store))
     return {**counts}
 
 
-def _for_six_seconds(daemon: SteppedClockDaemon) -> None:
+def _check_short_jump(daemon: SteppedClockDaemon) -> None:
     """Check that a forced cleanup run during six seconds with the clock 40 days ahead deletes nothing."""
-    ids = [daemon.made(f"done-{number}") for number in range(3)]
+    ids = [daemon.create_job(f"done-{number}") for number in range(3)]
     for job_id in ids:
-        daemon.post(f"/v1/jobs/{job_id}/complete", {**daemon.grant(job_id, LONG_TTL_MS), "metadata": 1})
+        daemon.post(f"/v1/jobs/{job_id}/complete", {**daemon.start_job(job_id, LONG_TTL_MS), "metadata": 1})
     daemon.step(40 * DAY_S)
     assert daemon.admin("POST", "cleanup", {}).data["expiredJobsDeleted"] == 0
     daemon.wait_for_log(b"level=warning event=clock_suspect")
@@ -118,25 +118,25 @@ def _for_six_seconds(daemon: SteppedClockDaemon) -> None:
     assert not daemon.admin("GET", "clock").data["suspect"]
 
 
-def _step(daemon: SteppedClockDaemon, name: str, step_s: float, trial: Trial, counts: Counter[str]) -> None:
+def _step_clock(daemon: SteppedClockDaemon, name: str, step_s: float, trial: Trial, counts: Counter[str]) -> None:
     """Step the clock once, with held, delayed and expiring jobs, and end them all afterwards."""
     step_ms = int(step_s * 1000)
-    held = daemon.made(f"held-{name}")
-    holder = daemon.grant(held, LONG_TTL_MS)
+    held = daemon.create_job(f"held-{name}")
+    holder = daemon.start_job(held, LONG_TTL_MS)
     now = daemon.now_ms()
     between = now + (step_ms // 2 if step_ms > 0 else 300_000)  # passes with a step forward
     beyond = now + abs(step_ms) + 600_000
     for job_id, run_at in ((f"delayed-{name}", between), (f"later-{name}", beyond)):
-        daemon.made(job_id, queue=f"delayed-{name}", run_at=run_at)
+        daemon.create_job(job_id, queue=f"delayed-{name}", run_at=run_at)
     for job_id, expires_at in ((f"expiring-{name}", between), (f"lasting-{name}", beyond)):
-        daemon.made(job_id, queue=f"expiring-{name}", expires_at=expires_at)
-    forgotten = daemon.made(f"forgotten-{name}", queue=f"forgotten-{name}")
+        daemon.create_job(job_id, queue=f"expiring-{name}", expires_at=expires_at)
+    forgotten = daemon.create_job(f"forgotten-{name}", queue=f"forgotten-{name}")
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(daemon.claim, f"delayed-{name}", CLAIM_WAIT_MS) if step_ms > 0 else None
         began_s = time.monotonic()
-        daemon.grant(forgotten, SHORT_TTL_MS)
+        daemon.start_job(forgotten, SHORT_TTL_MS)
         daemon.step(step_s)
-        assert _ended(daemon, forgotten)["status"] == "queued"
+        assert _wait_until_ended(daemon, forgotten)["status"] == "queued"
         held_ms = round((time.monotonic() - began_s) * 1000)
         assert held_ms >= SHORT_TTL_MS, f"a step of {step_s:.0f} s has freed a lock after {held_ms} ms"
         assert held_ms <= SHORT_TTL_MS + RECOVER_EVERY_MS + LATE_MS or not trial.timed, (
@@ -145,18 +145,18 @@ def _step(daemon: SteppedClockDaemon, name: str, step_s: float, trial: Trial, co
         counts["ms until a lock of 1 s was recovered, at most"] = max(
             counts["ms until a lock of 1 s was recovered, at most"], held_ms
         )
-        _still_held(daemon, held, holder)
+        _check_lock(daemon, held, holder)
         granted = daemon.claim(f"delayed-{name}") if waiting is None else waiting.result()
     if step_s > DAY_S:
-        _held_back(daemon, f"expiring-{name}")
+        _check_suspect_clock(daemon, f"expiring-{name}")
         counts["steps that made the clock suspect"] += 1
-    _judged_by_the_wall(daemon, name, granted, step_ms > 0)
+    _check_wall_times(daemon, name, granted, step_ms > 0)
     assert daemon.post(f"/v1/jobs/{held}/complete", {**holder, "metadata": 1}).status == 200
     for job_id in (f"delayed-{name}", f"later-{name}", f"expiring-{name}", f"lasting-{name}", forgotten):
         daemon.post(f"/v1/jobs/{job_id}/cancel")
 
 
-def _still_held(daemon: SteppedClockDaemon, job_id: str, holder: dict[str, str]) -> None:
+def _check_lock(daemon: SteppedClockDaemon, job_id: str, holder: dict[str, str]) -> None:
     other = daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "other"})
     assert (other.status, other.error) == (409, "already_locked"), other.body
     assert 0 < other.body["details"]["retry_after_ms"] <= LONG_TTL_MS
@@ -165,7 +165,7 @@ def _still_held(daemon: SteppedClockDaemon, job_id: str, holder: dict[str, str])
     assert LONG_TTL_MS / 2 < daemon.left_ms(job_id) <= LONG_TTL_MS
 
 
-def _held_back(daemon: SteppedClockDaemon, overdue: str) -> None:
+def _check_suspect_clock(daemon: SteppedClockDaemon, overdue: str) -> None:
     """Check that nothing fails by age after a step of more than a day until an operator accepts the clock."""
     assert daemon.admin("GET", "clock").data["suspect"]
     assert daemon.admin("GET", "health").data["status"] == "degraded"
@@ -176,7 +176,7 @@ def _held_back(daemon: SteppedClockDaemon, overdue: str) -> None:
     assert not daemon.admin("POST", "clock/accept", {}).data["suspect"]
 
 
-def _judged_by_the_wall(daemon: SteppedClockDaemon, name: str, granted: list[str], forward: bool) -> None:
+def _check_wall_times(daemon: SteppedClockDaemon, name: str, granted: list[str], forward: bool) -> None:
     """Check that run_at and expires_at follow the wall clock as it is now."""
     assert granted == ([f"delayed-{name}"] if forward else []), granted
     later = daemon.post(f"/v1/jobs/later-{name}/start", {"worker": "w"})
@@ -185,12 +185,12 @@ def _judged_by_the_wall(daemon: SteppedClockDaemon, name: str, granted: list[str
     assert daemon.claim(f"expiring-{name}") == ([f"lasting-{name}"] if forward else [])
     # The claim passes an overdue job, and the next recovery fails it.
     overdue = f"expiring-{name}"
-    expiring = _left(daemon, overdue, "queued") if forward else daemon.get(f"/v1/jobs/{overdue}").data
+    expiring = _wait_until_not(daemon, overdue, "queued") if forward else daemon.get(f"/v1/jobs/{overdue}").data
     expected = ("failed", "expired") if forward else ("queued", None)
     assert (expiring["status"], expiring["error_code"]) == expected, expiring
 
 
-def _times_in_order(store: StoreContents) -> int:
+def _check_times(store: StoreContents) -> int:
     """Check that lease time never goes back in the journal and that times are in order; return the number of events."""
     rows: dict[str, Job | None] = {}
     lease_ms = 0
@@ -217,11 +217,11 @@ def steps_while_down(trial: Trial) -> Counts:
     counts: Counter[str] = Counter()
     daemon = SteppedClockDaemon(trial.directory)
     with daemon:
-        daemon.made("done")
-        daemon.post("/v1/jobs/done/complete", {**daemon.grant("done", LONG_TTL_MS), "metadata": 1})
+        daemon.create_job("done")
+        daemon.post("/v1/jobs/done/complete", {**daemon.start_job("done", LONG_TTL_MS), "metadata": 1})
         for number in range(trial.rounds):
-            job_id = daemon.made(f"held-{number}")
-            holder = daemon.grant(job_id, 2 * LONG_TTL_MS)
+            job_id = daemon.create_job(f"held-{number}")
+            holder = daemon.start_job(job_id, 2 * LONG_TTL_MS)
             before_ms = daemon.left_ms(job_id)
             daemon.kill() if number % 2 else daemon.stop()
             step_s = STEPS_S[number % len(STEPS_S)] / 3
@@ -232,13 +232,13 @@ def steps_while_down(trial: Trial) -> Counts:
             assert daemon.post(f"/v1/jobs/{job_id}/complete", {**holder, "metadata": 1}).status == 200
             daemon.step(-step_s)
             counts["restarts with another clock"] += 1
-        _leap(daemon, again=trial.timed)
+        _start_40_days_ahead(daemon, again=trial.timed)
         assert daemon.stop() == 0
-    _times_in_order(checked_contents(daemon.store))
+    _check_times(checked_contents(daemon.store))
     return {**counts, "jumps of 40 days": 1}
 
 
-def _leap(daemon: SteppedClockDaemon, *, again: bool) -> None:
+def _start_40_days_ahead(daemon: SteppedClockDaemon, *, again: bool) -> None:
     """Start with the clock 40 days ahead: old jobs stay until an operator accepts the clock."""
     daemon.stop()
     daemon.step(40 * DAY_S)
@@ -269,30 +269,30 @@ def suspended(trial: Trial) -> Counts:
                 alive, dead = f"alive-{number}", f"dead-{number}"
                 for job_id, queue in ((alive, "q"), (dead, "none")):
                     assert daemon.post("/v1/jobs", {"id": job_id, "queue": queue}).status == 201
-                assert worker.said()["job"] == alive
+                assert worker.next_report()["job"] == alive
                 body = {"worker": "dead", "lock_ttl_ms": 2_000, "stuck_after_ms": 0}
                 assert daemon.post(f"/v1/jobs/{dead}/start", body).status == 200
-                with stopped(daemon):
+                with sigstopped(daemon):
                     time.sleep(4)  # the fault: twice as long as a lock lives
                 other = daemon.post(f"/v1/jobs/{dead}/start", {"worker": "other"})
                 assert other.error == "already_locked", other.body
                 assert other.body["details"]["retry_after_ms"] <= GRACE_MS
-                worker.end_its_job()
-                assert worker.said()["said"] == "done"
-                assert _ended(daemon, alive)["status"] == "completed"
+                worker.finish_job()
+                assert worker.next_report()["said"] == "done"
+                assert _wait_until_ended(daemon, alive)["status"] == "completed"
                 counts["jobs kept over a suspend"] += 1
-            dead_job = _ended(daemon, "dead-0") if trial.timed else None
+            dead_job = _wait_until_ended(daemon, "dead-0") if trial.timed else None
         assert daemon.stop() == 0
     assert dead_job is None or (dead_job["status"], dead_job["stalls"]) == ("queued", 1)
     checked_contents(daemon.store)
     return {**counts}
 
 
-def _ended(daemon: Daemon, job_id: str) -> dict[str, Any]:
-    return _left(daemon, job_id, "processing")
+def _wait_until_ended(daemon: Daemon, job_id: str) -> dict[str, Any]:
+    return _wait_until_not(daemon, job_id, "processing")
 
 
-def _left(daemon: Daemon, job_id: str, status: str) -> dict[str, Any]:
+def _wait_until_not(daemon: Daemon, job_id: str, status: str) -> dict[str, Any]:
     """Wait until the job has left this status; return it."""
     deadline_s = time.monotonic() + 60
     while (job := daemon.get(f"/v1/jobs/{job_id}").data)["status"] == status:

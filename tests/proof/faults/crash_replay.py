@@ -31,7 +31,7 @@ BY_DAEMON: Final = 100  # one of this many states is tested with a daemon, all w
 
 def replay(trial: Trial) -> Counts:
     ledger = Ledger()
-    log = _logged(trial, ledger, acknowledgements=200 if trial.timed else 40)
+    log = _log_writes(trial, ledger, acknowledgements=200 if trial.timed else 40)
     states = [(cut, manner) for cut in range(len(log) + 1) for manner in MANNERS]
     chosen = sorted(random.Random(0).sample(states, min(trial.rounds, len(states))))
     counts: Counter[str] = Counter(
@@ -42,20 +42,20 @@ def replay(trial: Trial) -> Counts:
     place.mkdir()
     for number, (cut, manner) in enumerate(chosen):
         for record in log[taken:cut]:
-            disk.take(record)
+            disk.apply(record)
         taken = cut
         until_s = log[cut].time_s if cut < len(log) else float("inf")
         state = CrashState(place / "jobd.db", f"after {cut} of {len(log)} calls, unsynced ones {manner}")
-        state.put(disk.after_a_crash(manner, f"{cut} {manner}"))
+        state.write(disk.after_a_crash(manner, f"{cut} {manner}"))
         counts[f"with unsynced writes {manner}"] += disk.has_unsynced()
         try:
             counts["acknowledgements checked"] += state.check(ledger, until_s, with_daemon=number % BY_DAEMON == 0)
         except AssertionError as error:
-            raise AssertionError(f"{state.story}: {error}") from error
+            raise AssertionError(f"{state.description}: {error}") from error
     return dict(counts)
 
 
-def _logged(trial: Trial, ledger: Ledger, acknowledgements: int) -> list[LoggedCall]:
+def _log_writes(trial: Trial, ledger: Ledger, acknowledgements: int) -> list[LoggedCall]:
     """Log a store from its creation: load, kill -9, load, a stop with its checkpoint, load and a stop."""
     library, log = trial.directory / "writes.so", trial.directory / "writes.log"
     subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(SOURCE), "-ldl"], check=True)
@@ -65,7 +65,7 @@ def _logged(trial: Trial, ledger: Ledger, acknowledgements: int) -> list[LoggedC
     with Daemon(home, **environ) as daemon:
         for number, ends_by in enumerate(("kill", "stop", "stop")):
             with load(daemon, ledger, f"load-{number}"):
-                assert ledger.until(acknowledgements), daemon.log[-2000:]
+                assert ledger.wait_for(acknowledgements), daemon.log[-2000:]
                 if ends_by == "kill":
                     daemon.kill()
             if ends_by == "stop":
@@ -83,9 +83,9 @@ class CrashState:
     """What a crash left, at `path`, and how it was built."""
 
     path: Path
-    story: str
+    description: str
 
-    def put(self, files: dict[str, bytes]) -> None:
+    def write(self, files: dict[str, bytes]) -> None:
         for old in self.path.parent.iterdir():
             old.unlink()
         for suffix, content in files.items():
@@ -101,13 +101,13 @@ class CrashState:
         if with_daemon:
             with Daemon(self.path.parent) as daemon:
                 assert daemon.stop() == 0
-        next_token = asyncio.run(_opened(path))
+        next_token = asyncio.run(_next_token(path))
         given = [token for token, at_s in ledger.granted_s.items() if at_s < until_s]
         assert next_token > max(given, default=0), f"token {next_token} would be given, and {max(given)} was"
         return ledger.check(contents(path), until_s=until_s)
 
 
-async def _opened(path: str) -> int:
+async def _next_token(path: str) -> int:
     """Open the store; return the next token that it would issue."""
     store, opened = await Store.open(path)
     async with store:

@@ -103,10 +103,10 @@ class ReplayedDisk:
 
     def __init__(self) -> None:
         self._named: dict[int, _File] = {}  # as the process sees it
-        self._kept: dict[int, _File] = {}  # as it certainly is on disk
+        self._durable: dict[int, _File] = {}  # as it certainly is on disk
         self._renamings: list[tuple[int, _File | None]] = []  # name changes since the directory was synced
 
-    def take(self, record: LoggedCall) -> None:
+    def apply(self, record: LoggedCall) -> None:
         file = self._named.get(record.file)
         match record.what:
             case FileCall.OPEN if file is None:
@@ -116,7 +116,7 @@ class ReplayedDisk:
                 self._named.pop(record.file, None)
                 self._renamings.append((record.file, None))
             case FileCall.SYNC_NAMES:
-                self._kept = dict(self._named)
+                self._durable = dict(self._named)
                 self._renamings.clear()
             case FileCall.SYNC if file is not None:
                 file.sync()
@@ -129,7 +129,7 @@ class ReplayedDisk:
     def after_a_crash(self, manner: Manner, seed: str) -> dict[str, bytes]:
         """Return the contents by suffix. Name changes apply in order; writes do not."""
         chance = random.Random(seed)
-        here = dict(self._kept)
+        here = dict(self._durable)
         kept = {"dropped": 0, "kept": len(self._renamings)}.get(manner, chance.randint(0, len(self._renamings)))
         for number, file in self._renamings[:kept]:
             if file is None:

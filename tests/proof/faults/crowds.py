@@ -25,7 +25,7 @@ from tests.proof.faults.crowd_process import connection_limit
 from tests.proof.faults.harness import Check, Counts, Tool, Trial, program
 from tests.support.daemon_process import Daemon, call, die_with_us
 
-SLOWER: Final = 2.0  # the highest p99 with the others, relative to the one without
+MAX_SLOWDOWN: Final = 2.0  # the highest p99 with the others, relative to the one without
 LIFECYCLES: Final = 150
 FLOODERS: Final = 24
 DESCRIPTORS: Final = 200
@@ -90,7 +90,7 @@ def p99_ms(daemon: Daemon, lifecycles: int) -> float:
     return statistics.quantiles(took_s, n=100)[98] * 1000
 
 
-def beside(kind: str, count: int, trial: Trial, prepare: Any = None) -> Counts:
+def measure_with_crowd(kind: str, count: int, trial: Trial, prepare: Any = None) -> Counts:
     """Measure a normal client's p99 with and without the others, alternating."""
     alone: list[float] = []
     together: list[float] = []
@@ -112,18 +112,18 @@ def beside(kind: str, count: int, trial: Trial, prepare: Any = None) -> Counts:
         assert daemon.stop() == 0
         assert b" level=error " not in daemon.log
     ratio = statistics.median(together) / statistics.median(alone)
-    assert ratio <= SLOWER or not trial.timed, f"p99 {alone} ms alone, {together} ms beside them"
+    assert ratio <= MAX_SLOWDOWN or not trial.timed, f"p99 {alone} ms alone, {together} ms beside them"
     times = {"p99 alone, us": alone, "p99 with them, us": together}
     figures = {what: round(statistics.median(values) * 1000) for what, values in times.items()}
     return {"connections": count, **figures, "percent of its own p99": round(ratio * 100), **outcomes}
 
 
 def idle_connections(trial: Trial) -> Counts:
-    return beside("idle", IDLE if trial.timed else 1_000, trial)
+    return measure_with_crowd("idle", IDLE if trial.timed else 1_000, trial)
 
 
 def half_sent_bodies(trial: Trial) -> Counts:
-    return beside("half", 500 if trial.timed else 100, trial)
+    return measure_with_crowd("half", 500 if trial.timed else 100, trial)
 
 
 def slow_readers(trial: Trial) -> Counts:
@@ -132,7 +132,7 @@ def slow_readers(trial: Trial) -> Counts:
         for _ in range(3):
             assert daemon.post("/v1/jobs/bulk", {"jobs": jobs}).status == 201
 
-    return beside("slow", 100 if trial.timed else 20, trial, long_list)
+    return measure_with_crowd("slow", 100 if trial.timed else 20, trial, long_list)
 
 
 # -- a full mailbox ----------------------------------------------------------------------------------------------------

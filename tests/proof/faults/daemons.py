@@ -27,12 +27,12 @@ from tests.support.daemon_process import ApiCalls, Daemon, DaemonResponse, call,
 
 BUSY: Final = 75
 RIVALS: Final = 4  # daemons that start at the same moment
-PARKED: Final = 8
+WAITING_CLAIMS: Final = 8
 STOPPED_S: Final = 10.0  # the longest stop if every request in flight can be answered
 
 
 @contextmanager
-def stopped(daemon: Daemon) -> Iterator[None]:
+def sigstopped(daemon: Daemon) -> Iterator[None]:
     """Stop a daemon with SIGSTOP, so that any change meanwhile was made by another process."""
     assert daemon.process is not None
     os.kill(daemon.process.pid, signal.SIGSTOP)
@@ -43,7 +43,7 @@ def stopped(daemon: Daemon) -> Iterator[None]:
         os.kill(daemon.process.pid, signal.SIGCONT)
 
 
-def ended(daemon: Daemon) -> tuple[int, str]:
+def failed_start(daemon: Daemon) -> tuple[int, str]:
     """Start a daemon that must fail; return its exit code and output."""
     process = daemon.spawn()
     try:
@@ -65,15 +65,15 @@ def snapshot(directory: Path) -> dict[str, tuple[Any, ...]]:
 
 def two_daemons(trial: Trial) -> Counts:
     refused: Counter[str] = Counter()
-    with Daemon(_made(trial, "first")) as first:
+    with Daemon(_make_directory(trial, "first")) as first:
         assert first.process is not None
         assert first.post("/v1/jobs", {"id": "a"}).status == 201
         for number in range(trial.rounds):
-            each = _rivals(_made(trial, f"rival-{number}"), first)
+            each = _contested_resources(_make_directory(trial, f"rival-{number}"), first)
             for want, second, culprit in each if trial.timed else itertools.islice(each, 3):
-                with stopped(first):
+                with sigstopped(first):
                     before = [snapshot(first.directory), snapshot(second.directory)]
-                    code, log = ended(second)
+                    code, log = failed_start(second)
                     assert code == BUSY, f"the same {want}: exit {code}\n{log}"
                     assert culprit in log, f"the same {want}: {log}"
                     after = [snapshot(first.directory), snapshot(second.directory)]
@@ -88,13 +88,13 @@ def two_daemons(trial: Trial) -> Counts:
     return {**refused}
 
 
-def _made(trial: Trial, name: str) -> Path:
+def _make_directory(trial: Trial, name: str) -> Path:
     directory = trial.directory / name
     directory.mkdir()
     return directory
 
 
-def _rivals(directory: Path, first: Daemon) -> Iterator[tuple[str, Daemon, str]]:
+def _contested_resources(directory: Path, first: Daemon) -> Iterator[tuple[str, Daemon, str]]:
     """Yield each contested resource, the second daemon and its expected message. Its own store has a processing job."""
     assert first.process is not None
     holder = f"process {first.process.pid}"
@@ -115,15 +115,15 @@ def _sockets(daemon: Daemon) -> dict[str, str]:
     return {"JOBD_WORKER_SOCKET": daemon.socket, "JOBD_ADMIN_LISTEN": f"unix:{daemon.admin_socket}"}
 
 
-def rivals(trial: Trial) -> Counts:
+def racing_daemons(trial: Trial) -> Counts:
     """Start daemons at the same moment: one gets the resource and keeps it, the others fail."""
     refused = 0
     for number in range(trial.rounds):
-        directory = _made(trial, f"race-{number}")
+        directory = _make_directory(trial, f"race-{number}")
         shared = {"JOBD_WORKER_SOCKET": str(directory / "worker.sock")}
         if number % 2:
             shared["JOBD_STORE_PATH"] = str(directory / "jobd.db")
-        each = [Daemon(_made(trial, f"race-{number}-{rival}"), **shared) for rival in range(RIVALS)]
+        each = [Daemon(_make_directory(trial, f"race-{number}-{rival}"), **shared) for rival in range(RIVALS)]
         with ExitStack() as stack, ThreadPoolExecutor(RIVALS) as pool:
             for daemon in each:
                 stack.push(daemon.__exit__)
@@ -197,19 +197,19 @@ class HalfSentCreate:
     def __init__(self, daemon: Daemon, job_id: str) -> None:
         self.job_id = job_id
         self._text = json.dumps({"id": job_id, "payload": "late"}).encode()
-        self._line = daemon.worker()
-        self._line.putrequest("POST", "/v1/jobs")
-        self._line.putheader("Content-Type", "application/json")
-        self._line.putheader("Content-Length", str(len(self._text)))
-        self._line.endheaders(self._text[:10])
+        self._connection = daemon.worker()
+        self._connection.putrequest("POST", "/v1/jobs")
+        self._connection.putheader("Content-Type", "application/json")
+        self._connection.putheader("Content-Length", str(len(self._text)))
+        self._connection.endheaders(self._text[:10])
 
-    def rest(self) -> DaemonResponse:
-        self._line.send(self._text[10:])
-        with closing(self._line):
-            return DaemonResponse(self._line.getresponse())
+    def send_rest(self) -> DaemonResponse:
+        self._connection.send(self._text[10:])
+        with closing(self._connection):
+            return DaemonResponse(self._connection.getresponse())
 
 
-def parked(daemon: ApiCalls) -> http.client.HTTPConnection:
+def waiting_claim(daemon: ApiCalls) -> http.client.HTTPConnection:
     connection = daemon.worker()
     body = json.dumps({"worker": "parked", "queues": ["idle"], "wait_ms": 60_000})
     connection.request("POST", "/v1/claim", body, {"Content-Type": "application/json"})
@@ -256,11 +256,11 @@ def _wait_until_rejected(daemon: Daemon) -> None:
 def graceful_stop(trial: Trial) -> Counts:
     ledger = Ledger()
     grants, slowest_s = 0, 0.0
-    with Daemon(trial.directory) as daemon, ThreadPoolExecutor(PARKED) as pool:
+    with Daemon(trial.directory) as daemon, ThreadPoolExecutor(WAITING_CLAIMS) as pool:
         claimers = Claimers(daemon)
         for number in range(trial.rounds):
-            waiting = [parked(daemon) for _ in range(PARKED)]
-            _wait_for(daemon, f"jobd_parked_claims {PARKED}.0")
+            waiting = [waiting_claim(daemon) for _ in range(WAITING_CLAIMS)]
+            _wait_for(daemon, f"jobd_parked_claims {WAITING_CLAIMS}.0")
             half = HalfSentCreate(daemon, f"half-{number}")
             with ExitStack() as stack:
                 if number % 2:
@@ -269,13 +269,13 @@ def graceful_stop(trial: Trial) -> Counts:
                     pool.submit(claimers.create, str(number))
                 ]
                 with load(daemon, ledger, f"round-{number}"):
-                    assert ledger.until(60), daemon.log[-2000:]
+                    assert ledger.wait_for(60), daemon.log[-2000:]
                     began_s = time.monotonic()
                     assert daemon.process is not None
                     daemon.process.send_signal(signal.SIGTERM)
                     _wait_until_rejected(daemon)
                     assert daemon.process.poll() is None, "a request that had come half was not waited for"
-                    late = half.rest()
+                    late = half.send_rest()
                     assert late.status == 201, late.body
                     assert daemon.process.wait(60) == 0
                     slowest_s = max(slowest_s, time.monotonic() - began_s)
@@ -299,7 +299,7 @@ def graceful_stop(trial: Trial) -> Counts:
         "stops": trial.rounds,
         "acknowledgements checked": checked,
         "grants by claim": grants,
-        "waiting claims answered": trial.rounds * PARKED,
+        "waiting claims answered": trial.rounds * WAITING_CLAIMS,
         "ms until exit, at most": round(slowest_s * 1000),
     }
 
@@ -323,7 +323,7 @@ CHECKS = (
     Check(
         "daemons-racing",
         "of daemons that start at the same moment one gets the store or socket; the others exit with 75",
-        rivals,
+        racing_daemons,
         rounds=20,
     ),
     Check(

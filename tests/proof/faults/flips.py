@@ -29,7 +29,7 @@ from tests.support.daemon_process import Daemon, call
 PAGE: Final = 4096
 KINDS: Final = {2: "index branches", 5: "table branches", 10: "index leaves", 13: "table leaves"}
 BY_DAEMON: Final = 100  # one of this many flips is tested with a daemon, all with the store
-REFUSED: Final = (74, 78)
+EXIT_CODES: Final = (74, 78)
 
 
 class OriginalStore:
@@ -42,21 +42,21 @@ class OriginalStore:
         with Daemon(home) as daemon:
             for number in range(3 if trial.timed else 1):
                 with load(daemon, ledger, f"load-{number}"):
-                    assert ledger.until(80), daemon.log[-2000:]
-            _odd_jobs(daemon)
+                    assert ledger.wait_for(80), daemon.log[-2000:]
+            _write_unusual_rows(daemon)
             if killed:
                 daemon.kill()
             else:
                 assert daemon.stop() == 0
         self.path = home / "jobd.db"
-        self.holds = contents(self.path)
+        self.contents = contents(self.path)
         self.files = {
             suffix: Path(f"{self.path}{suffix}").read_bytes()
             for suffix in ("", "-wal", ".epoch")
             if Path(f"{self.path}{suffix}").exists()
         }
 
-    def put(self, place: Path, suffix: str, at: int, bit: int) -> Path:
+    def write_flipped(self, place: Path, suffix: str, at: int, bit: int) -> Path:
         """Write the store to `place` with one bit flipped."""
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
@@ -70,7 +70,7 @@ class OriginalStore:
         return place / "jobd.db"
 
 
-def _odd_jobs(daemon: Daemon) -> None:
+def _write_unusual_rows(daemon: Daemon) -> None:
     """Write rows of all other kinds: long payloads, a result, a deleted job, a paused queue, a report, keys."""
     for number in range(4):
         job = {"id": f"odd-{number}", "queue": f"queue-{number}", "payload": "y" * (5000 * number), "priority": number}
@@ -90,7 +90,7 @@ def _odd_jobs(daemon: Daemon) -> None:
 # What a store serves, compared with what was in it
 
 
-async def _serves(path: Path, holds: StoreContents) -> tuple[str, bool, set[str]]:
+async def _compare_store(path: Path, holds: StoreContents) -> tuple[str, bool, set[str]]:
     """Open the store. Return whether it was rejected, reported damage or neither, and what is missing of which jobs."""
     try:
         store, opened = await Store.open(str(path))
@@ -104,13 +104,13 @@ async def _serves(path: Path, holds: StoreContents) -> tuple[str, bool, set[str]
             assert holds.jobs[job.id] == job, "another live job is in memory"
         missing = {job_id for job_id in holds.jobs if job_id not in loaded.jobs and job_id not in loaded.bad}
         noticed |= bool(loaded.bad)
-        lost = await _payloads(store, holds, set(loaded.jobs)) or await _pages(store, holds)
-        lost = await _journals(store, holds, set(loaded.jobs)) or lost
+        lost = await _compare_payloads(store, holds, set(loaded.jobs)) or await _compare_pages(store, holds)
+        lost = await _compare_journals(store, holds, set(loaded.jobs)) or lost
         noticed |= bool(store.take_faults())
     return "detected" if noticed else "without effect", lost or bool(missing), missing
 
 
-async def _payloads(store: Store, holds: StoreContents, ids: set[str]) -> bool:
+async def _compare_payloads(store: Store, holds: StoreContents, ids: set[str]) -> bool:
     seqs = {holds.jobs[job_id].seq: job_id for job_id in ids}
     loaded = await store.load([], list(seqs), [])
     for seq, payload in loaded.payloads.items():
@@ -118,7 +118,7 @@ async def _payloads(store: Store, holds: StoreContents, ids: set[str]) -> bool:
     return False  # a payload that is not served is in `bad`, which the check of the jobs covers
 
 
-async def _pages(store: Store, holds: StoreContents) -> bool:
+async def _compare_pages(store: Store, holds: StoreContents) -> bool:
     seen = 0
     query = JobQuery(limit=50)
     while True:
@@ -132,7 +132,7 @@ async def _pages(store: Store, holds: StoreContents) -> bool:
         query = replace(query, before=page.next_before)
 
 
-async def _journals(store: Store, holds: StoreContents, ids: set[str]) -> bool:
+async def _compare_journals(store: Store, holds: StoreContents, ids: set[str]) -> bool:
     lost = False
     for job_id in ids:
         written = {event.seq: event for event in holds.events[job_id]}
@@ -143,7 +143,7 @@ async def _journals(store: Store, holds: StoreContents, ids: set[str]) -> bool:
     return lost
 
 
-def _doctor_names(path: Path) -> bool:
+def _doctor_reports(path: Path) -> bool:
     try:
         return bool(doctor.check(str(path)))
     except StoreError:
@@ -152,8 +152,8 @@ def _doctor_names(path: Path) -> bool:
 
 def _inspect(path: Path, holds: StoreContents) -> tuple[str, bool]:
     """Return the result of a flip in a word, and whether anything was missing. Fails if a response was wrong."""
-    named = _doctor_names(path)
-    verdict, lost, missing = asyncio.run(_serves(path, holds))
+    named = _doctor_reports(path)
+    verdict, lost, missing = asyncio.run(_compare_store(path, holds))
     assert not lost or verdict == "detected" or named, f"missing and not reported: {missing or 'events'}"
     if verdict == "without effect" and named:
         verdict = "reported by the doctor"
@@ -164,13 +164,13 @@ def _inspect(path: Path, holds: StoreContents) -> tuple[str, bool]:
 # The same over HTTP
 
 
-def _served_by_a_daemon(path: Path, original: OriginalStore, answers: dict[str, Any]) -> None:
+def _check_over_http(path: Path, original: OriginalStore, answers: dict[str, Any]) -> None:
     """Check that each response equals the one before, or is an error about damage."""
     with Daemon.not_started(path.parent) as daemon:
         daemon.launch()
         if not daemon.gets_ready():
             assert daemon.process is not None
-            assert daemon.process.wait() in REFUSED
+            assert daemon.process.wait() in EXIT_CODES
             assert b"event=cannot_start" in daemon.log, daemon.log.decode()
             return
         missing = []
@@ -178,7 +178,7 @@ def _served_by_a_daemon(path: Path, original: OriginalStore, answers: dict[str, 
             for job_id, before in answers.items():
                 reply = call(connection, "GET", f"/v1/jobs/{job_id}")
                 if reply.status == 200:
-                    assert _same(reply.data) == before, f"{job_id} is served as {reply.data}, it was {before}"
+                    assert _stable_fields(reply.data) == before, f"{job_id} is served as {reply.data}, it was {before}"
                 elif reply.error != "job_quarantined":
                     assert reply.error == "job_not_found", reply.body
                     missing.append(job_id)
@@ -186,15 +186,15 @@ def _served_by_a_daemon(path: Path, original: OriginalStore, answers: dict[str, 
         assert daemon.stop() == 0, daemon.log.decode()
 
 
-def _same(job: dict[str, Any]) -> dict[str, Any]:
+def _stable_fields(job: dict[str, Any]) -> dict[str, Any]:
     """Return what a restart does not change: locks keep the time that they had left."""
     return {name: value for name, value in job.items() if name not in ("lock", "updated_at")}
 
 
-def _answers(trial: Trial, original: OriginalStore) -> dict[str, Any]:
-    path = original.put(trial.directory / "whole", "none", 0, 0)
+def _read_jobs(trial: Trial, original: OriginalStore) -> dict[str, Any]:
+    path = original.write_flipped(trial.directory / "whole", "none", 0, 0)
     with Daemon(path.parent) as daemon:
-        found = {job_id: _same(daemon.get(f"/v1/jobs/{job_id}").data) for job_id in original.holds.jobs}
+        found = {job_id: _stable_fields(daemon.get(f"/v1/jobs/{job_id}").data) for job_id in original.contents.jobs}
         assert daemon.stop() == 0
     return found
 
@@ -207,23 +207,23 @@ def flips(trial: Trial, *, killed: bool) -> Counts:
     original = OriginalStore(trial, killed=killed)
     suffix = "-wal" if killed else ""
     content = original.files[suffix]
-    answers = _answers(trial, original)
+    answers = _read_jobs(trial, original)
     chance = random.Random(0)
-    counts: Counter[str] = Counter({"flips": trial.rounds, "bytes": len(content), "jobs": len(original.holds.jobs)})
+    counts: Counter[str] = Counter({"flips": trial.rounds, "bytes": len(content), "jobs": len(original.contents.jobs)})
     last = LastTransaction(content) if killed else None
     for number in range(trial.rounds):
         at = (number * len(content) + chance.randrange(len(content))) // trial.rounds
         bit = chance.randrange(8)
-        path = original.put(trial.directory / "flipped", suffix, at, bit)
+        path = original.write_flipped(trial.directory / "flipped", suffix, at, bit)
         try:
-            if last is not None and last.holds(at):
+            if last is not None and last.contains(at):
                 counts["in the last transaction, not told from a torn write"] += 1
                 continue
-            verdict, lost = _inspect(path, original.holds)
+            verdict, lost = _inspect(path, original.contents)
             assert not verdict.startswith("refused without"), verdict
             if number % BY_DAEMON == 0:
-                path = original.put(trial.directory / "flipped", suffix, at, bit)
-                _served_by_a_daemon(path, original, answers)
+                path = original.write_flipped(trial.directory / "flipped", suffix, at, bit)
+                _check_over_http(path, original, answers)
                 counts["opened by a daemon"] += 1
         except Exception as error:
             raise AssertionError(f"bit {bit} of byte {at} of jobd.db{suffix}: {error!r}") from error
@@ -255,7 +255,7 @@ class LastTransaction:
         self._begins = commits[-2] + self.FRAME if len(commits) > 1 else 32
         self._ends = ours[-1] + self.FRAME
 
-    def holds(self, at: int) -> bool:
+    def contains(self, at: int) -> bool:
         return self._begins <= at < self._ends or 0 <= at - self._head_before < 24
 
 

@@ -52,7 +52,7 @@ class RecordingClient:
         record = self._ledger.begin(job_id, {"n": job_id})
         return record, self.ask("created", record, "", {"id": job_id, "payload": {"n": job_id}})
 
-    def hold(self, job_id: str) -> tuple[JobRecord, str]:
+    def create_and_start(self, job_id: str) -> tuple[JobRecord, str]:
         """Create and start a job; return it with its lock."""
         record, reply = self.create(job_id)
         assert reply.status == 201, reply.body
@@ -68,7 +68,7 @@ def full_disk(trial: Trial) -> Counts:
         with Daemon.not_started(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
             daemon.start()
             for number in range(trial.rounds):
-                endings += _fills_up(daemon, ledger, place, f"round-{number}")
+                endings += _fill_and_free(daemon, ledger, place, f"round-{number}")
             assert daemon.stop() == 0
         checked = ledger.check(checked_contents(store))
     return {
@@ -79,11 +79,11 @@ def full_disk(trial: Trial) -> Counts:
     }
 
 
-def _fills_up(daemon: Daemon, ledger: Ledger, place: Path, name: str) -> int:
+def _fill_and_free(daemon: Daemon, ledger: Ledger, place: Path, name: str) -> int:
     """Fill the disk, then free it; return how many jobs ended in between."""
     assert daemon.process is not None
     caller = RecordingClient(daemon, ledger)
-    held = [caller.hold(f"{name}-held-{number}") for number in range(HELD)]
+    held = [caller.create_and_start(f"{name}-held-{number}") for number in range(HELD)]
     filler = fill(place)
     created, extended = 0, 0
     # A log that was longer before takes more writes without new space.
@@ -126,14 +126,14 @@ def tiny_disk(trial: Trial) -> Counts:
             store = place / "jobd.db"
             with Daemon.not_started(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
                 daemon.start()
-                _filled_and_freed(daemon, ledger, place)
+                _fill_and_free_tiny_disk(daemon, ledger, place)
                 assert daemon.stop() == 0
             checked += ledger.check(checked_contents(store))
         refused += ledger.codes["storage_full"]
     return {"times full": trial.rounds, "rejected with storage_full": refused, "acknowledgements checked": checked}
 
 
-def _filled_and_freed(daemon: Daemon, ledger: Ledger, place: Path) -> None:
+def _fill_and_free_tiny_disk(daemon: Daemon, ledger: Ledger, place: Path) -> None:
     caller = RecordingClient(daemon, ledger)
     jobs = 0
     filler = fill(place)

@@ -33,7 +33,7 @@ from tests.proof.faults.harness import Check, Counts, Trial
 from tests.support.daemon_process import TOKEN, Daemon
 
 # Rules that no schema expresses: a well-formed request may get these messages, and no others.
-FAIR: Final = (
+ALLOWED_REJECTIONS: Final = (
     "got a number.",  # in JSON Schema 5.0 is an integer
     "run_at or delay_ms",
     "is not in the future",
@@ -51,7 +51,7 @@ FAIR: Final = (
 STATES: Final = {"held": "processing", "waiting": "queued", "finished": "cancelled"}  # and the status of each
 _P: Final = "/admin/job-management"
 # Calls about things that this daemon does not have or that cannot be guessed: they may fail each time.
-NOT_THERE: Final = frozenset(
+ALWAYS_FAILING: Final = frozenset(
     {
         f"GET {_P}/jobs/{{id}}/artifact",
         f"GET {_P}/plans/{{plan_id}}",
@@ -63,7 +63,7 @@ NOT_THERE: Final = frozenset(
         f"POST {_P}/workers/{{name}}/take-back",  # no worker is silent
     }
 )
-UNASKED: Final[list[CheckFunction]] = [positive_data_acceptance]  # FAIR is more exact
+EXCLUDED_CHECKS: Final[list[CheckFunction]] = [positive_data_acceptance]  # FAIR is more exact
 
 
 @schemathesis.serializer(LINES)
@@ -71,7 +71,7 @@ def _lines(_: schemathesis.SerializationContext, value: Any) -> bytes:
     return value.encode() if isinstance(value, str) else json.dumps(value).encode()
 
 
-def strict(title: str, table: Iterable[Route]) -> dict[str, Any]:
+def strict_document(title: str, table: Iterable[Route]) -> dict[str, Any]:
     """Return the document of a TCP listener: it requires the token, and responses have no undocumented fields."""
     root: dict[str, Any] = json.loads(json.dumps(document(title, table)))
     for schema in root["components"]["schemas"].values():
@@ -90,7 +90,7 @@ class ExistingJobs:
         self._count = 0
         self.locks: dict[str, str] = {}
 
-    def fresh(self, state: str) -> str:
+    def create(self, state: str) -> str:
         """Make a job that is queued, was just granted, or is cancelled and has a late result."""
         self._count += 1
         job_id = f"known-{self._count}"
@@ -102,7 +102,7 @@ class ExistingJobs:
             self._daemon.post(f"/v1/jobs/{job_id}/complete", {"lock_id": self.locks.pop(job_id), "metadata": 1})
         return job_id
 
-    def put_into(self, case: Case[Any], job_id: str, status: str) -> None:
+    def insert_into(self, case: Case[Any], job_id: str, status: str) -> None:
         """Put this job and its status into `case`, if it names a job."""
         if isinstance(case.path_parameters, dict) and "id" in case.path_parameters:
             case.path_parameters["id"] = job_id
@@ -122,7 +122,7 @@ class ApiFuzzer:
     """One API of a daemon, with its document."""
 
     def __init__(self, title: str, table: Iterable[Route], port: int, known: ExistingJobs) -> None:
-        self._schema = schemathesis.openapi.from_dict(strict(title, table))
+        self._schema = schemathesis.openapi.from_dict(strict_document(title, table))
         self._url = f"http://127.0.0.1:{port}"
         self._known = known
         self._session = requests.Session()
@@ -130,7 +130,7 @@ class ApiFuzzer:
         self.statuses: Counter[str] = Counter()
         self.succeeded: set[str] = set()
         self.calls: set[str] = set()
-        self.nothing_to_get_wrong: set[str] = set()
+        self.without_input: set[str] = set()
 
     def run(self, examples: int) -> None:
         """Send `examples` valid requests and as many invalid ones for each call."""
@@ -157,14 +157,14 @@ class ApiFuzzer:
         def ask(case: Case[Any]) -> None:
             state = next(states)
             if mode == GenerationMode.POSITIVE and state in STATES:
-                self._known.put_into(case, self._known.fresh(state), STATES[state])
+                self._known.insert_into(case, self._known.create(state), STATES[state])
             self._ask(case, mode)
 
         try:
             ask()
         except Unsatisfiable:
             assert mode == GenerationMode.NEGATIVE
-            self.nothing_to_get_wrong.add(operation.label)
+            self.without_input.add(operation.label)
         except FailureGroup as found:
             raise AssertionError(f"{operation.label}: {found}") from None
 
@@ -179,11 +179,13 @@ class ApiFuzzer:
         # A parameter that is an empty list is not sent, so the request may be valid.
         sent = parse_qs(urlsplit(str(response.request.url)).query, keep_blank_values=True)
         is_lost = isinstance(case.query, dict) and bool(case.query.keys() - sent.keys())
-        unasked = [*UNASKED, negative_data_rejection] if is_lost or case.media_type == LINES else UNASKED
+        unasked = (
+            [*EXCLUDED_CHECKS, negative_data_rejection] if is_lost or case.media_type == LINES else EXCLUDED_CHECKS
+        )
         case.validate_response(response, excluded_checks=unasked)
         if mode == GenerationMode.POSITIVE and response.status_code == 400:
             message = response.json()["message"]
-            assert any(words in message for words in FAIR), f"{case.as_curl_command()}\n{message}"
+            assert any(words in message for words in ALLOWED_REJECTIONS), f"{case.as_curl_command()}\n{message}"
 
 
 def free_port() -> int:
@@ -194,7 +196,7 @@ def free_port() -> int:
         return port
 
 
-def by_the_documents(trial: Trial) -> Counts:
+def fuzz_both_apis(trial: Trial) -> Counts:
     token = trial.directory / "worker-token"
     token.write_text(TOKEN)
     ports = {"WORKER": free_port(), "ADMIN": free_port()}
@@ -207,13 +209,13 @@ def by_the_documents(trial: Trial) -> Counts:
         ]
         for api in apis:
             api.run(trial.rounds)
-            unmet = api.calls - api.succeeded - NOT_THERE
+            unmet = api.calls - api.succeeded - ALWAYS_FAILING
             assert not unmet, f"never a success: {sorted(unmet)}"
         assert b" level=error " not in daemon.log, daemon.log[-4000:]
         assert daemon.stop() == 0
     statuses = apis[0].statuses + apis[1].statuses
     assert all(int(status) < 500 for status in statuses), statuses
-    spared = sum(len(api.nothing_to_get_wrong) for api in apis)
+    spared = sum(len(api.without_input) for api in apis)
     counts = {f"responses {status}": statuses[status] for status in sorted(statuses)}
     return {
         "calls": sum(len(api.calls) for api in apis),
@@ -227,7 +229,7 @@ CHECKS = (
     Check(
         "openapi",
         "requests that follow or violate the OpenAPI documents: never a 5xx, each response is as documented",
-        by_the_documents,
+        fuzz_both_apis,
         rounds=200,
         few=12,
     ),

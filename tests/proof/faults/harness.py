@@ -46,7 +46,7 @@ class Tool:
 
     name: str
     package: str
-    is_here: Callable[[], bool]
+    is_available: Callable[[], bool]
 
 
 def program(name: str, package: str | None = None) -> Tool:
@@ -129,7 +129,7 @@ def run_check(check: Check, rounds: int, *, timed: bool) -> CheckOutcome:
         python=platform.python_version(),
         needs=[tool.name for tool in check.needs],
     )
-    missing = [f"{tool.name} (Debian: {tool.package})" for tool in check.needs if not tool.is_here()]
+    missing = [f"{tool.name} (Debian: {tool.package})" for tool in check.needs if not tool.is_available()]
     if missing:
         return replace(begun, story=f"missing: {', '.join(missing)}")
     began_s = time.monotonic()

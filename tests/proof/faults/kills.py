@@ -30,7 +30,7 @@ def kill_under_load(trial: Trial) -> Counts:
     with Daemon(trial.directory) as daemon:
         for number in range(trial.rounds):
             with load(daemon, ledger, f"round-{number}"):
-                assert ledger.until(150 + 37 * (number % 7)), daemon.log[-2000:]
+                assert ledger.wait_for(150 + 37 * (number % 7)), daemon.log[-2000:]
                 daemon.kill()
             ledger.check(checked_contents(daemon.store))
             slowest_s = max(slowest_s, _ready_again(daemon, trial))
@@ -56,7 +56,7 @@ def kill_with_many_jobs(trial: Trial) -> Counts:
             assert daemon.post("/v1/jobs/bulk", {"jobs": jobs}).status == 201
         for number in range(trial.rounds):
             with load(daemon, ledger, f"round-{number}"):
-                assert ledger.until(200), daemon.log[-2000:]
+                assert ledger.wait_for(200), daemon.log[-2000:]
                 daemon.kill()
             slowest_s = max(slowest_s, _ready_again(daemon, trial))
             ledger.settle(daemon)

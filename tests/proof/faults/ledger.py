@@ -20,7 +20,7 @@ from tests.proof.faults.store_check import StoreContents
 from tests.support.daemon_process import ApiCalls
 
 # Events of the daemon itself may occur between those of clients.
-OWN_DOING: Final = frozenset({"daemon", "recovery", "cleanup"})
+DAEMON_ACTORS: Final = frozenset({"daemon", "recovery", "cleanup"})
 _SETTLED: Final = frozenset({200, 201})
 
 
@@ -53,7 +53,7 @@ class JobRecord:
         self.events.append(event)
         self.answered_s.append(time.monotonic())
 
-    def maybe(self, event: str) -> None:
+    def note_optional(self, event: str) -> None:
         """Note an event that may also have happened before the open request."""
         self.events.append(f"({event};)?")
         self.answered_s.append(time.monotonic())
@@ -62,7 +62,7 @@ class JobRecord:
         """Return the pattern of a journal that has everything answered before `until_s`."""
         sure = bisect.bisect_left(self.answered_s, until_s)
         maybe = [*self.events[sure:], *([] if self.open is None else [self.open.event])]
-        return events_pattern(self.events[:sure]) + _one_after_the_other(maybe)
+        return events_pattern(self.events[:sure]) + _prefix_pattern(maybe)
 
 
 class Ledger:
@@ -78,7 +78,7 @@ class Ledger:
         self._enough = 0
         self._got_enough = threading.Event()
 
-    def until(self, more: int, timeout_s: float = 60.0) -> bool:
+    def wait_for(self, more: int, timeout_s: float = 60.0) -> bool:
         """Wait for this many more acknowledgements; return whether they came."""
         with self._lock:
             self._enough = self.acknowledged + more
@@ -169,7 +169,7 @@ def events_pattern(events: Iterable[str]) -> str:
     return "".join(event if event.endswith("?") else f"{event};" for event in events)
 
 
-def _one_after_the_other(events: list[str]) -> str:
+def _prefix_pattern(events: list[str]) -> str:
     """Return a pattern for any number of them, from the first on."""
     pattern = ""
     for event in reversed(events):
@@ -179,4 +179,4 @@ def _one_after_the_other(events: list[str]) -> str:
 
 def caused_by_clients(events: Iterable[Event]) -> list[str]:
     """Return the events that clients caused, without notes of rejected calls."""
-    return [event.type for event in events if event.by not in OWN_DOING and event.type != "late_call"]
+    return [event.type for event in events if event.by not in DAEMON_ACTORS and event.type != "late_call"]

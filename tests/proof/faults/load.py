@@ -75,10 +75,10 @@ class LoadClient:
             reply = call(connection, "POST", request.path, request.body, **request.headers)
         except (OSError, http.client.HTTPException) as error:
             raise Disconnected from error
-        self._judge(record, request, reply)
+        self._record(record, request, reply)
         return reply.data
 
-    def _judge(self, record: JobRecord, request: SentRequest, reply: DaemonResponse) -> None:
+    def _record(self, record: JobRecord, request: SentRequest, reply: DaemonResponse) -> None:
         if reply.status in (200, 201):
             self._ledger.succeeded(record, request, reply.data)
             return

@@ -27,7 +27,7 @@ from tests.support.daemon_process import Daemon, DaemonResponse, call, die_with_
 
 CALLS: Final = itertools.count(1)
 LIFECYCLES: Final = 40
-AGAIN: Final = frozenset({"progress", "extended"})  # without a key, these happen again
+NOT_IDEMPOTENT: Final = frozenset({"progress", "extended"})  # without a key, these happen again
 
 
 class RetryingClient(LoadClient):
@@ -59,7 +59,7 @@ class RetryingClient(LoadClient):
                     first = first or lost
                     continue
             self._compare(request, first, reply)
-            self._judge(record, request, reply)
+            self._record(record, request, reply)
             return reply.data
         raise AssertionError(f"no response in 50 tries: {request}")
 
@@ -67,14 +67,14 @@ class RetryingClient(LoadClient):
         """Note events that may occur once more: a repeated report, a released grant."""
         if lost is not None:
             assert lost[0] in (200, 201), f"{request} was rejected: {lost}"
-        if request.event in AGAIN and lost is not None:
+        if request.event in NOT_IDEMPOTENT and lost is not None:
             record.note(request.event)
             record.open = request
-        elif request.event in AGAIN or (request.event == "granted" and lost is None):
-            record.maybe(request.event)
+        elif request.event in NOT_IDEMPOTENT or (request.event == "granted" and lost is None):
+            record.note_optional(request.event)
 
     def _compare(self, request: SentRequest, first: tuple[int, Any] | None, reply: DaemonResponse) -> None:
-        if first is None or request.event in AGAIN:
+        if first is None or request.event in NOT_IDEMPOTENT:
             return
         self.compared += 1
         if request.key is not None:
@@ -94,7 +94,7 @@ def lost_responses(trial: Trial) -> Counts:
         with ThreadPoolExecutor(CLIENTS) as pool:
             done = [pool.submit(client.work, daemon.worker) for client in each]
             try:
-                assert ledger.until(trial.rounds * LIFECYCLES), daemon.log[-2000:]
+                assert ledger.wait_for(trial.rounds * LIFECYCLES), daemon.log[-2000:]
             finally:
                 stop.set()
             for one in done:
@@ -142,7 +142,7 @@ def lost_grants(trial: Trial) -> Counts:
             jobs = [{"id": job_id, "queue": queue} for job_id in ids]
             assert daemon.post("/v1/jobs/bulk", {"jobs": jobs}).status == 201
             for each in range(3):
-                _hang_up(daemon, queue, f"key-{number}-{each}" if number % 2 else None, after_s=0.012 * each)
+                _disconnect(daemon, queue, f"key-{number}-{each}" if number % 2 else None, after_s=0.012 * each)
             granted = _claim_all(daemon, queue, len(ids))
             assert list(granted) == ids, f"another order: {list(granted)}"
             for job_id, grant in granted.items():
@@ -157,7 +157,7 @@ def lost_grants(trial: Trial) -> Counts:
     return {"claims with a closed connection": 3 * trial.rounds, "grants taken back": counts["grants taken back"]}
 
 
-def _hang_up(daemon: Daemon, queue: str, key: str | None, after_s: float) -> None:
+def _disconnect(daemon: Daemon, queue: str, key: str | None, after_s: float) -> None:
     body = json.dumps({"worker": "gone", "queues": [queue], "limit": 2})
     fields = {"Content-Type": "application/json"} | ({} if key is None else {"Idempotency-Key": key})
     with closing(daemon.worker()) as connection:
@@ -166,7 +166,7 @@ def _hang_up(daemon: Daemon, queue: str, key: str | None, after_s: float) -> Non
         if select.select([connection.sock], [], [], 0)[0]:
             # It waited longer than intended and got its response, so that grant is not lost.
             for grant in json.loads(connection.getresponse().read())["data"]["grants"]:
-                _give_back(daemon, grant)
+                _release(daemon, grant)
 
 
 def _claim_all(daemon: Daemon, queue: str, count: int) -> dict[str, Any]:
@@ -178,10 +178,10 @@ def _claim_all(daemon: Daemon, queue: str, count: int) -> dict[str, Any]:
         if len(grants) == count:
             return {grant["job"]["id"]: grant for grant in grants}
         for grant in grants:
-            _give_back(daemon, grant)
+            _release(daemon, grant)
 
 
-def _give_back(daemon: Daemon, grant: dict[str, Any]) -> None:
+def _release(daemon: Daemon, grant: dict[str, Any]) -> None:
     path = f"/v1/jobs/{grant['job']['id']}/release"
     assert daemon.post(path, {"lock_id": grant["lock_id"]}).status == 200
 
@@ -196,8 +196,8 @@ def killed_before_reply(trial: Trial) -> Counts:
     with Daemon(trial.directory) as daemon:
         for number in range(trial.rounds):
             with load(daemon, ledger, f"round-{number}"):
-                assert ledger.until(20), daemon.log[-2000:]
-                _killed_at_write(daemon, 1 + number)
+                assert ledger.wait_for(20), daemon.log[-2000:]
+                _kill_at_write(daemon, 1 + number)
                 daemon.kill()
             store = checked_contents(daemon.store)
             ledger.check(store)
@@ -228,7 +228,7 @@ def _was_done(record: JobRecord, store: StoreContents) -> bool:
     )
 
 
-def _killed_at_write(daemon: Daemon, number: int) -> None:
+def _kill_at_write(daemon: Daemon, number: int) -> None:
     """Kill the daemon at the Nth write of its event loop's thread, which sends the responses."""
     assert daemon.process is not None
     inject = ["-e", "trace=write", "-e", f"inject=write:signal=SIGKILL:when={number}"]

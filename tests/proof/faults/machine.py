@@ -80,7 +80,7 @@ class SystemdMachine(ApiCalls):
         self._variant = "unix-only" if unix_only else "tcp"
         self.pid = 0  # of its systemd, as seen from outside
         self._cgroup = _own_cgroup() / f"jobd-box-{os.getpid()}"
-        self._said: list[bytes] = []
+        self._output: list[bytes] = []
 
     def __enter__(self) -> SystemdMachine:
         self._cgroup.mkdir()
@@ -88,31 +88,31 @@ class SystemdMachine(ApiCalls):
         command = ["unshare", *SPACES, "--fork", "--propagation", "private"]
         command += [sys.executable, "-m", "tests.proof.faults.machine"]
         command += [str(self.directory), os.ttyname(console), self._variant]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=console, preexec_fn=self._settle)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=console, preexec_fn=self._join_cgroup)
         os.close(console)
-        self._listener = threading.Thread(target=self._listen)
-        self._listener.start()
+        self._console_reader = threading.Thread(target=self._read_console)
+        self._console_reader.start()
         try:
-            self._get_up()
+            self._wait_until_booted()
         except BaseException:
             self.__exit__()
             raise
         return self
 
-    def _settle(self) -> None:
+    def _join_cgroup(self) -> None:
         die_with_us()
         (self._cgroup / "cgroup.procs").write_text("0")
 
-    def _listen(self) -> None:
+    def _read_console(self) -> None:
         with suppress(OSError):  # the other end is closed
             while output := os.read(self._console, 4096):
-                self._said.append(output)
+                self._output.append(output)
 
-    def _get_up(self) -> None:
+    def _wait_until_booted(self) -> None:
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
-        self._until("its first process", lambda: children.read_text() != "")
+        self._wait_for("its first process", lambda: children.read_text() != "")
         self.pid = int(children.read_text())
-        self._until("systemd", lambda: self.ask("systemctl", "is-active", "trial.target") == "active")
+        self._wait_for("systemd", lambda: self.output_of("systemctl", "is-active", "trial.target") == "active")
         self.socket = f"/proc/{self.pid}/root/run/jobd/worker.sock"
         self.admin_socket = f"/proc/{self.pid}/root/run/jobd/admin.sock"
 
@@ -127,8 +127,8 @@ class SystemdMachine(ApiCalls):
         assert self._process.stdin is not None
         self._process.stdin.close()
         os.close(self._console)
-        self._listener.join()
-        self._until("the end", self._remove_cgroups)
+        self._console_reader.join()
+        self._wait_for("the end", self._remove_cgroups)
 
     def _remove_cgroups(self) -> bool:
         for place, _, _ in os.walk(self._cgroup, topdown=False):
@@ -136,7 +136,7 @@ class SystemdMachine(ApiCalls):
                 os.rmdir(place)
         return not self._cgroup.exists()
 
-    def _until(self, what: str, is_so: Callable[[], bool]) -> None:
+    def _wait_for(self, what: str, is_so: Callable[[], bool]) -> None:
         deadline_s = time.monotonic() + UP_S
         while not is_so():
             assert self.pid == 0 or self._process.poll() is None, f"{what} did not come\n{self.console}"
@@ -146,10 +146,10 @@ class SystemdMachine(ApiCalls):
     @property
     def console(self) -> str:
         """The output of systemd."""
-        return b"".join(self._said).decode(errors="replace")
+        return b"".join(self._output).decode(errors="replace")
 
     @property
-    def story(self) -> str:
+    def output_tail(self) -> str:
         """The end of the outputs of systemd and jobd."""
         return f"{self.console[-3000:]}\n{self.log[-3000:]}"
 
@@ -183,32 +183,32 @@ class SystemdMachine(ApiCalls):
                 else:
                     return subprocess.CompletedProcess(command, process.returncode, out, err)
             process.kill()
-        raise AssertionError(f"{command} does not end\n{self.story}")
+        raise AssertionError(f"{command} does not end\n{self.output_tail}")
 
-    def ask(self, *command: str) -> str:
+    def output_of(self, *command: str) -> str:
         """Return the output of a command."""
         return self.run(*command).stdout.strip()
 
-    def do(self, *command: str) -> str:
+    def run_checked(self, *command: str) -> str:
         """Run a command that must succeed."""
         done = self.run(*command)
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}\n{self.story}"
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}\n{self.output_tail}"
         return done.stdout.strip()
 
     def show(self, unit: str, name: str) -> str:
         """Return a property of a unit."""
-        return self.ask("systemctl", "show", "--value", f"--property={name}", unit)
+        return self.output_of("systemctl", "show", "--value", f"--property={name}", unit)
 
-    def until_ready(self, not_pid: str = "0") -> str:
+    def wait_until_ready(self, not_pid: str = "0") -> str:
         """Wait until the daemon is ready, with a pid other than `not_pid`; return its pid in the box."""
-        self._until("a daemon", lambda: self.show(SERVICE, "MainPID") not in ("0", not_pid))
-        self._until("readiness", lambda: self.show(SERVICE, "ActiveState") == "active")
+        self._wait_for("a daemon", lambda: self.show(SERVICE, "MainPID") not in ("0", not_pid))
+        self._wait_for("readiness", lambda: self.show(SERVICE, "ActiveState") == "active")
         return self.show(SERVICE, "MainPID")
 
     def drop_in(self, text: str) -> None:
         """Change settings of the daemon's unit, from its next start on."""
         self.path(f"/etc/systemd/system/{SERVICE}.d/more.conf").write_text(text, encoding="utf-8")
-        self.do("systemctl", "daemon-reload")
+        self.run_checked("systemctl", "daemon-reload")
 
     def admin_port(self) -> http.client.HTTPConnection:
         """Connect to the admin port, which only the network of the box reaches."""
@@ -307,7 +307,7 @@ def _install(root: Path, variant: str) -> None:
     subprocess.run(["systemd-sysusers", f"--root={root}"], check=True, capture_output=True)
 
 
-def _end_with(lifeline: int) -> None:
+def _halt_with(lifeline: int) -> None:
     """Start a process that halts this machine when its creator is gone."""
     if os.fork() == 0:
         os.setsid()
@@ -321,7 +321,7 @@ def main(directory: Path, console: str, variant: str) -> None:
     os.environ["PATH"] += ":/usr/sbin:/sbin"  # pivot_root may be missing from the path
     root = _build(directory, console)
     _install(root, variant)
-    _end_with(os.dup(0))
+    _halt_with(os.dup(0))
     os.chdir(root)
     subprocess.run(["pivot_root", ".", "mnt"], check=True)
     subprocess.run(["umount", "--lazy", "/mnt"], check=True)

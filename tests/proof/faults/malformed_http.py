@@ -64,31 +64,31 @@ class NormalClient:
                     self._turn.notify_all()
 
     @contextmanager
-    def worst(self) -> Iterator[list[float]]:
+    def longest_wait(self) -> Iterator[list[float]]:
         """Yield a list that receives the longest wait in ms, after the block and the request pending at its end."""
         waits: list[float] = []
-        self._settle(1)
+        self._wait_for_responses(1)
         with self._turn:
             self._worst_s = 0.0
         yield waits
-        self._settle(2)
+        self._wait_for_responses(2)
         with self._turn:
             waits.append(self._worst_s * 1000)
 
-    def _settle(self, more: int) -> None:
+    def _wait_for_responses(self, more: int) -> None:
         with self._turn:
             until = self._asked + more
             assert self._turn.wait_for(lambda: self._asked >= until or not self._thread.is_alive(), ANSWERED_S)
             assert self._thread.is_alive(), "the normal client got no response"
 
 
-def answer_to(connect: Connect, request: bytes) -> int:
+def status_of(connect: Connect, request: bytes) -> int:
     """Return the status of the response, or 0 if the connection was closed. Neither in time is a failure."""
-    received = head_of(connect, request)
+    received = response_head(connect, request)
     return int(received.split(b" ", 2)[1]) if received.startswith(b"HTTP/1.1 ") else 0
 
 
-def head_of(connect: Connect, request: bytes) -> bytes:
+def response_head(connect: Connect, request: bytes) -> bytes:
     """Return the start of the response, at least its head; empty if the connection was closed."""
     with connect() as sock:
         sock.settimeout(ANSWERED_S)
@@ -130,7 +130,7 @@ def _listeners(daemon: Daemon, port: int) -> dict[str, Connect]:
 
 
 @contextmanager
-def opened(directory: Path) -> Iterator[tuple[Daemon, dict[str, Connect]]]:
+def running_daemon(directory: Path) -> Iterator[tuple[Daemon, dict[str, Connect]]]:
     """Run a daemon with three listeners: two for workers, one for operators."""
     token, port = directory / "worker-token", free_port()
     token.write_text(TOKEN)
@@ -147,13 +147,13 @@ def hostile_requests(trial: Trial) -> Counts:
     statuses: Counter[int] = Counter()
     lags: dict[str, list[float]] = {}
     sys.setswitchinterval(0.0005)  # the normal client does not wait for this one
-    with opened(trial.directory) as (daemon, listeners), NormalClient(daemon) as probe:
+    with running_daemon(trial.directory) as (daemon, listeners), NormalClient(daemon) as probe:
         for _ in range(trial.rounds):
             for listener, connect in listeners.items():
                 for name, request in _requests().items():
                     for sent in {request, with_token(request)} if listener != "worker socket" else {request}:
-                        with probe.worst() as waits:
-                            status = answer_to(connect, sent)
+                        with probe.longest_wait() as waits:
+                            status = status_of(connect, sent)
                         assert status == 0 or 400 <= status < 500, f"{name} on the {listener}: {status}"
                         statuses[status] += 1
                         lags.setdefault(f"{name} on the {listener}, {len(sent)} bytes", []).extend(waits)
@@ -167,7 +167,7 @@ def hostile_requests(trial: Trial) -> Counts:
 def smuggled(trial: Trial) -> Counts:
     """Send many requests in one piece, some of them malformed: responses come in order, and nothing is done."""
     requests = ended = 0
-    with opened(trial.directory) as (daemon, listeners):
+    with running_daemon(trial.directory) as (daemon, listeners):
         for number in range(trial.rounds):
             count = 100 + number % 400
             lines = b"".join(f"GET /v1/jobs/none-{n} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for n in range(count))
@@ -182,7 +182,9 @@ def smuggled(trial: Trial) -> Counts:
                 requests += count
             for name, carrier in {**HOSTILE, **EXTENDED}.items():
                 hidden = f"smuggled-{number}-{name.replace(' ', '-').replace(',', '')}"
-                head = head_of(listeners["worker socket"], carrier + post("/v1/jobs", f'{{"id":"{hidden}"}}'.encode()))
+                head = response_head(
+                    listeners["worker socket"], carrier + post("/v1/jobs", f'{{"id":"{hidden}"}}'.encode())
+                )
                 is_over = not head or b"\r\nConnection: close\r\n" in head
                 # With sound framing it was a separate request after a rejected one.
                 assert is_over or not any(word in name for word in FRAMED), f"{name}: {head!r}"

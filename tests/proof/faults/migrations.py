@@ -39,13 +39,13 @@ def _old_store(trial: Trial, ledger: Ledger) -> Path:
     home.mkdir()
     with Daemon(home) as daemon:
         with load(daemon, ledger, "load"):
-            assert ledger.until(150 if trial.timed else 50), daemon.log[-2000:]
+            assert ledger.wait_for(150 if trial.timed else 50), daemon.log[-2000:]
         assert daemon.stop() == 0
     ledger.check(checked_contents(daemon.store))
     return home
 
 
-def _copied(old: Path, place: Path) -> Path:
+def _copy_store(old: Path, place: Path) -> Path:
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     for name in ("jobd.db", "jobd.db.epoch"):
@@ -53,31 +53,31 @@ def _copied(old: Path, place: Path) -> Path:
     return place
 
 
-def cut_short(trial: Trial) -> Counts:
+def interrupted_migration(trial: Trial) -> Counts:
     ledger = Ledger()
     old = _old_store(trial, ledger)
-    places = _places(_copied(old, trial.directory / "measured"))
+    places = _fault_positions(_copy_store(old, trial.directory / "measured"))
     chosen = random.Random(0).sample(places, min(trial.rounds, len(places)))
     counts: Counter[str] = Counter({"points and faults": len(places), "tried": len(chosen)})
     for place in chosen:
-        home = _copied(old, trial.directory / "migrated")
+        home = _copy_store(old, trial.directory / "migrated")
         try:
-            counts[_fails(home, place)] += 1
-            counts[_left(home / "jobd.db", ledger)] += 1
-            _goes_on(home, ledger)
+            counts[_migrate_with_fault(home, place)] += 1
+            counts[_check_store(home / "jobd.db", ledger)] += 1
+            _check_next_start(home, ledger)
         except AssertionError as error:
             raise AssertionError(f"{place}: {error}") from error
     return dict(counts)
 
 
-def _places(home: Path) -> list[FaultPosition]:
+def _fault_positions(home: Path) -> list[FaultPosition]:
     """Return all writes and syncs of a start that migrates and of the stop after it, with the possible faults."""
     with Daemon.not_started(home) as daemon:
         daemon.module = NEXT
         strace = Strace(daemon, (*SYNCS, *WRITES))
         daemon.start()
         assert daemon.stop() == 0
-    found = strace.seen()
+    found = strace.traced_calls()
     (thread, _), *_ = Counter(seen.thread for seen in found).most_common()
     made = Counter(seen.call for seen in found if seen.thread == thread)
     return [
@@ -85,7 +85,7 @@ def _places(home: Path) -> list[FaultPosition]:
     ]
 
 
-def _fails(home: Path, place: FaultPosition) -> str:
+def _migrate_with_fault(home: Path, place: FaultPosition) -> str:
     with Daemon.not_started(home) as daemon:
         daemon.module = NEXT
         Strace(daemon, (*SYNCS, *WRITES), place.inject)
@@ -99,7 +99,7 @@ def _fails(home: Path, place: FaultPosition) -> str:
     return "failed with exit code 74" if code else "without effect"
 
 
-def _left(path: Path, ledger: Ledger) -> str:
+def _check_store(path: Path, ledger: Ledger) -> str:
     """Check that the store is either the unchanged old one, or the new one with a copy of the old one."""
     version = startup.peek(str(path))[1]
     ledger.check(contents(path))
@@ -114,7 +114,7 @@ def _left(path: Path, ledger: Ledger) -> str:
     return "migrated"
 
 
-def _goes_on(home: Path, ledger: Ledger) -> None:
+def _check_next_start(home: Path, ledger: Ledger) -> None:
     """Check that the next start finishes the migration and leaves no partial copies."""
     with Daemon.not_started(home) as daemon:
         daemon.module = NEXT
@@ -128,13 +128,13 @@ def _goes_on(home: Path, ledger: Ledger) -> None:
     assert glob.glob(f"{daemon.store}.v{OLD}-*"), "the old store was not kept"
 
 
-def newer(trial: Trial) -> Counts:
+def newer_store(trial: Trial) -> Counts:
     """Check that a store of a newer version, also with the migration only in its log, is rejected and unchanged."""
     ledger = Ledger()
     old = _old_store(trial, ledger)
     compared = 0
     for number in range(trial.rounds):
-        home = _copied(old, trial.directory / "newer")
+        home = _copy_store(old, trial.directory / "newer")
         with Daemon.not_started(home) as daemon:
             daemon.module = NEXT
             daemon.start()
@@ -164,7 +164,7 @@ CHECKS: Final = (
     Check(
         "migration-cut-short",
         "kill -9 or a failing disk at any write of a migration: the old store is unchanged, or migrated with its copy",
-        cut_short,
+        interrupted_migration,
         rounds=50,
         few=1,
         needs=(STRACE,),
@@ -172,7 +172,7 @@ CHECKS: Final = (
     Check(
         "newer-schema",
         "a store of a newer version is rejected with exit code 78 and not changed by a byte",
-        newer,
+        newer_store,
         rounds=4,
         few=1,
     ),

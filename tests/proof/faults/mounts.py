@@ -21,7 +21,7 @@ _NO_LOG_FLUSH: Final = 2
 
 
 @functools.cache
-def _alone() -> None:
+def _enter_mount_namespace() -> None:
     """Give this process its own mount namespace."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS) != 0:
@@ -38,7 +38,7 @@ def _run(*command: str) -> None:
 @contextmanager
 def tmpfs(place: Path, size: int) -> Iterator[Path]:
     """Mount a disk in memory with `size` bytes."""
-    _alone()
+    _enter_mount_namespace()
     place.mkdir()
     _run("mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "jobd-fault", str(place))
     try:
@@ -51,7 +51,7 @@ class LoopDisk:
     """An ext4 file system in a file, mounted at `place` until `unmount`."""
 
     def __init__(self, place: Path, size: int) -> None:
-        _alone()
+        _enter_mount_namespace()
         self.place = place
         self._image = place.with_name(f"{place.name}.img")
         with open(self._image, "wb") as image:

@@ -22,12 +22,12 @@ def _rewrite(conn: sqlite3.Connection) -> None:
     conn.execute("UPDATE payloads SET request_hash = request_hash || ''")
 
 
-def come_true() -> None:
+def install_migrations() -> None:
     now = migrations.VERSION
     migrations.MIGRATIONS.update({now: _add_notes, now + 1: _rewrite})
     migrations.VERSION = now + AHEAD  # type: ignore[misc]
 
 
 if __name__ == "__main__":
-    come_true()
+    install_migrations()
     main()

@@ -29,7 +29,7 @@ def cut_power(trial: Trial) -> Counts:
             assert daemon.process is not None
             for number in range(trial.rounds):
                 with load(daemon, ledger, f"round-{number}"):
-                    assert ledger.until(150 + 37 * (number % 7)), daemon.log[-2000:]
+                    assert ledger.wait_for(150 + 37 * (number % 7)), daemon.log[-2000:]
                     cut_s = time.monotonic()
                     disk.cut_power()
                     code = daemon.process.wait(30)

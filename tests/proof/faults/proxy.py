@@ -39,7 +39,7 @@ class Proxy:
     def __enter__(self) -> Proxy:
         self._listener.bind(self._path)
         self._listener.listen(64)
-        self._threads.append(threading.Thread(target=self._let_in))
+        self._threads.append(threading.Thread(target=self._accept))
         self._threads[0].start()
         return self
 
@@ -53,15 +53,15 @@ class Proxy:
     def connect(self) -> http.client.HTTPConnection:
         return UnixConnection(self._path)
 
-    def _let_in(self) -> None:
+    def _accept(self) -> None:
         with suppress(OSError):  # no listener
             while True:
                 sock, _ = self._listener.accept()
-                thread = threading.Thread(target=self._carry, args=(sock,))
+                thread = threading.Thread(target=self._forward, args=(sock,))
                 self._threads.append(thread)
                 thread.start()
 
-    def _carry(self, sock: socket.socket) -> None:
+    def _forward(self, sock: socket.socket) -> None:
         """Forward the requests of one connection until one has a fault."""
         with closing(sock), closing(socket.socket(socket.AF_UNIX)) as behind, suppress(OSError, EOFError):
             behind.connect(self._behind)

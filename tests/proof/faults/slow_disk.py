@@ -73,7 +73,7 @@ def slow_disk(trial: Trial) -> Counts:
             most_waiting = max(most_waiting, _read_all(daemon, asking, looks))
             for one in asking:
                 assert one.reply is not None
-                outcomes[_judged(one, one.reply)] += 1
+                outcomes[_check_response(one, one.reply)] += 1
                 if one.reply.status == 201:
                     made.add(one.reply.data["id"])
         assert daemon.stop() == 0
@@ -96,7 +96,7 @@ def slow_disk(trial: Trial) -> Counts:
     }
 
 
-def _judged(request: PendingRequest, reply: DaemonResponse) -> str:
+def _check_response(request: PendingRequest, reply: DaemonResponse) -> str:
     if request.path != "/v1/jobs":
         assert reply.status == 200, f"running work has to be heard: {reply.body}"
         return "taken"

@@ -49,7 +49,7 @@ class Strace:
         if only is not None:
             daemon.prefix += ["-P", str(only)]
 
-    def seen(self) -> list[TracedCall]:
+    def traced_calls(self) -> list[TracedCall]:
         """Return all calls of the daemon, which has ended."""
         process = self._daemon.process
         assert process is not None
@@ -58,10 +58,10 @@ class Strace:
         while not end.search(text := self._log.read_text()):  # strace may write its last lines after the end
             assert time.monotonic() < deadline_s, f"strace does not end: {text[-500:]}"
             time.sleep(0.01)
-        return [seen for line in text.splitlines() if (seen := _seen(line)) is not None]
+        return [seen for line in text.splitlines() if (seen := _parse(line)) is not None]
 
 
-def _seen(line: str) -> TracedCall | None:
+def _parse(line: str) -> TracedCall | None:
     if (match := _LINE.match(line)) is None:
         return None
     injected = "(INJECTED)" in line or line.endswith(" = ?")  # a call with an injected kill never ends

@@ -26,7 +26,7 @@ from tests.proof.faults.strace import STRACE, SYNCS, WRITES, Strace, TracedCall
 from tests.support.daemon_process import READY, Daemon
 
 ERRORS: Final = ("EIO", "ENOSPC", "EROFS")
-EVERY: Final = 1_000_000  # rounds: one for each position
+ALL_POSITIONS: Final = 1_000_000  # rounds: one for each position
 LIFECYCLES: Final = 3
 PAYLOAD: Final = "x" * 200_000  # 50 pages each: 1000 pages make a checkpoint
 LARGE_JOBS: Final = 26
@@ -40,12 +40,12 @@ class FaultPosition:
     call: str
     number: int
     error: str | None  # None: killed
-    on: bool = False
+    is_persistent: bool = False
 
     @property
     def inject(self) -> str:
         what = "signal=SIGKILL" if self.error is None else f"error={self.error}"
-        return f"{self.call}:{what}:when={self.number}{'+' if self.on else ''}"
+        return f"{self.call}:{what}:when={self.number}{'+' if self.is_persistent else ''}"
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class DaemonExit:
     asked_to_stop_s: float
     calls: list[TracedCall]
 
-    def story(self) -> str:
+    def description(self) -> str:
         return f"exit code {self.code} after {self.calls[:1]}:\n{self.daemon.log.decode()}"
 
-    def no_commit_was_hit(self) -> bool:
+    def no_commit_was_affected(self) -> bool:
         """Whether the failed call was not part of a commit, as far as its trace shows."""
         hit = self.calls[0]
         if hit.file == self.daemon.directory.name:
@@ -111,7 +111,7 @@ def sweep(
     trial: Trial, *, calls: tuple[str, ...], errors: tuple[str | None, ...], work: Work, at_checkpoints: bool = False
 ) -> Counts:
     """Test `trial.rounds` of all positions, or all if they are fewer."""
-    made = _made(trial, calls, work, at_checkpoints)
+    made = _count_calls(trial, calls, work, at_checkpoints)
     pool = [
         FaultPosition(call, number, error, on)
         for call in calls
@@ -133,28 +133,28 @@ def sweep(
     return dict(counts)
 
 
-def _made(trial: Trial, calls: tuple[str, ...], work: Work, at_checkpoints: bool) -> dict[str, int]:
+def _count_calls(trial: Trial, calls: tuple[str, ...], work: Work, at_checkpoints: bool) -> dict[str, int]:
     """Return the number of calls of each name; a fixed estimate in the test suite."""
     if not trial.timed:
         return {"fdatasync": 8, "pwrite64": 100}
-    return Counter(seen.call for seen in _measured(trial, calls, work, at_checkpoints))
+    return Counter(seen.call for seen in _trace_calls(trial, calls, work, at_checkpoints))
 
 
-def _only(directory: Path, at_checkpoints: bool) -> Path | None:
+def _traced_file(directory: Path, at_checkpoints: bool) -> Path | None:
     """Return the file to restrict to: checkpoints write the database, everything else the log."""
     return directory / "jobd.db" if at_checkpoints else None
 
 
-def _measured(trial: Trial, calls: tuple[str, ...], work: Work, at_checkpoints: bool) -> list[TracedCall]:
+def _trace_calls(trial: Trial, calls: tuple[str, ...], work: Work, at_checkpoints: bool) -> list[TracedCall]:
     """Return the calls of a run without faults, of the thread that makes most of them."""
     directory = trial.directory / "measured"
     directory.mkdir()
     with Daemon.not_started(directory) as daemon:
-        strace = Strace(daemon, calls, only=_only(directory, at_checkpoints))
+        strace = Strace(daemon, calls, only=_traced_file(directory, at_checkpoints))
         daemon.start()
         work(daemon, Ledger(), "work")
         assert daemon.stop() == 0
-    found = strace.seen()
+    found = strace.traced_calls()
     (thread, _), *_ = Counter(seen.thread for seen in found).most_common()
     shutil.rmtree(directory)
     return [seen for seen in found if seen.thread == thread]
@@ -163,19 +163,19 @@ def _measured(trial: Trial, calls: tuple[str, ...], work: Work, at_checkpoints: 
 def _round(directory: Path, place: FaultPosition, work: Work, at_checkpoints: bool, counts: Counter[str]) -> None:
     ledger = Ledger()
     with Daemon.not_started(directory) as daemon:
-        strace = Strace(daemon, (*SYNCS, *WRITES), place.inject, _only(directory, at_checkpoints))
+        strace = Strace(daemon, (*SYNCS, *WRITES), place.inject, _traced_file(directory, at_checkpoints))
         daemon.launch()
         ready = daemon.gets_ready()
         if ready:
             work(daemon, ledger, "work")
-            if place.error == "ENOSPC" and not place.on:
-                _has_room_again(daemon, ledger)
+            if place.error == "ENOSPC" and not place.is_persistent:
+                _check_creates_accepted(daemon, ledger)
         asked_to_stop_s = time.time()
-        code = _stopped(daemon)
-        calls = strace.seen()
+        code = _stop(daemon)
+        calls = strace.traced_calls()
         hit = next((number for number, seen in enumerate(calls) if seen.injected), len(calls))
         ending = DaemonExit(daemon, ready, code, asked_to_stop_s, calls[hit:])
-        counts[_judged(place, ending)] += 1
+        counts[_check_exit(place, ending)] += 1
         if READY in daemon.log:
             ledger.check(checked_contents(daemon.store))
         daemon.prefix = []
@@ -190,13 +190,13 @@ def _round(directory: Path, place: FaultPosition, work: Work, at_checkpoints: bo
         counts["with outcome unknown"] += ledger.codes["outcome_unknown"]
 
 
-def _stopped(daemon: Daemon) -> int:
+def _stop(daemon: Daemon) -> int:
     """Stop the daemon, if it has not ended already, and return its exit code."""
     assert daemon.process is not None
     return code if (code := daemon.process.poll()) is not None else daemon.stop(signal.SIGTERM)
 
 
-def _has_room_again(daemon: Daemon, ledger: Ledger) -> None:
+def _check_creates_accepted(daemon: Daemon, ledger: Ledger) -> None:
     """Check that creates are accepted again without a restart after one call with a full disk."""
     if b"event=disk_full" in daemon.log:
         daemon.wait_for_log(b"event=disk_has_room")
@@ -205,9 +205,9 @@ def _has_room_again(daemon: Daemon, ledger: Ledger) -> None:
         assert ledger.codes.total() == refused, f"there is room again: {ledger.codes}"
 
 
-def _judged(place: FaultPosition, ending: DaemonExit) -> str:
+def _check_exit(place: FaultPosition, ending: DaemonExit) -> str:
     """Return the result in a word. Raise AssertionError if a promise is broken."""
-    log, code, story = ending.daemon.log, ending.code, ending.story()
+    log, code, story = ending.daemon.log, ending.code, ending.description()
     no_room = place.error == "ENOSPC" and place.call in WRITES
     assert b"Traceback" not in log, story
     if place.error is None:
@@ -229,7 +229,7 @@ def _judged(place: FaultPosition, ending: DaemonExit) -> str:
         return "full disk, continues"
     if place.error == "ENOSPC" and b"event=reserve_file_missing" in log:
         return "no space for the reserve file, continues"
-    assert ending.no_commit_was_hit(), story
+    assert ending.no_commit_was_affected(), story
     return "no commit hit, continues"
 
 
@@ -241,14 +241,14 @@ CHECKS: Final = (
     _check(
         "kill-at-each-write",
         "kill -9 at any sync or write of the storage thread: nothing acknowledged is lost, the next start continues",
-        rounds=EVERY,
+        rounds=ALL_POSITIONS,
         few=1,
         run=partial(sweep, calls=(*SYNCS, *WRITES), errors=(None,), work=lifecycles),
     ),
     _check(
         "failed-syncs",
         "a sync fails (EIO, ENOSPC, EROFS): 503 outcome unknown, exit code 74, the next start continues",
-        rounds=EVERY,
+        rounds=ALL_POSITIONS,
         few=1,
         run=partial(sweep, calls=SYNCS, errors=ERRORS, work=lifecycles),
     ),

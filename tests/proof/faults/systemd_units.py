@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests import ROOT
-from tests.proof.faults.daemons import check_all_answered, parked
+from tests.proof.faults.daemons import check_all_answered, waiting_claim
 from tests.proof.faults.harness import Check, Counts, Trial, program
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
@@ -30,8 +30,8 @@ from tests.support.daemon_process import TOKEN, DaemonResponse, call
 SOCKETS: Final = UNITS[1:]
 STATE: Final = "/var/lib/private/jobd"
 CONFIG: Final = "/etc/jobd/config.toml"
-KNOCKERS: Final = 3
-UP_AGAIN_S: Final = 5.0  # after a crash: the longest delay of the unit, and a start
+CLIENTS: Final = 3
+MAX_DOWNTIME_S: Final = 5.0  # after a crash: the longest delay of the unit, and a start
 WATCHDOG_S: Final = 2
 MOST_EXPOSED: Final = {"tcp": 13, "unix-only": 6}  # tenths
 
@@ -42,8 +42,8 @@ class ConnectingClients:
     def __init__(self, box: SystemdMachine) -> None:
         self._box = box
         self._stop = threading.Event()
-        self.met: Counter[str] = Counter()
-        self._threads = [threading.Thread(target=self._knock) for _ in range(KNOCKERS)]
+        self.outcomes: Counter[str] = Counter()
+        self._threads = [threading.Thread(target=self._connect) for _ in range(CLIENTS)]
 
     def __enter__(self) -> ConnectingClients:
         for thread in self._threads:
@@ -55,35 +55,35 @@ class ConnectingClients:
         for thread in self._threads:
             thread.join()
 
-    def _knock(self) -> None:
+    def _connect(self) -> None:
         while not self._stop.is_set():
             try:
                 outcome = str(self._box.get("/readyz").status)
             except (OSError, http.client.HTTPException) as error:
                 outcome = type(error).__name__
-            self.met[outcome] += 1
+            self.outcomes[outcome] += 1
             time.sleep(0.01)
 
     @property
     def rejected(self) -> int:
         """How often the socket was missing or had no listener."""
-        return self.met["FileNotFoundError"] + self.met["ConnectionRefusedError"]
+        return self.outcomes["FileNotFoundError"] + self.outcomes["ConnectionRefusedError"]
 
     def wait_for_more(self, count: int) -> None:
         """Wait until this many more have connected, with any result."""
-        least, deadline_s = self.met.total() + count, time.monotonic() + 60
-        while self.met.total() < least:
-            assert time.monotonic() < deadline_s, f"clients wait for ever: {self.met}"
+        least, deadline_s = self.outcomes.total() + count, time.monotonic() + 60
+        while self.outcomes.total() < least:
+            assert time.monotonic() < deadline_s, f"clients wait for ever: {self.outcomes}"
             time.sleep(0.01)
 
 
-def _examined(box: SystemdMachine, copy: Path) -> StoreContents:
+def _check_copy(box: SystemdMachine, copy: Path) -> StoreContents:
     """Check a copy of the store of a stopped daemon: SQLite cannot open files in another mount namespace."""
     shutil.copytree(box.path(STATE), copy)
     return checked_contents(copy / "jobd.db")
 
 
-def _down(box: SystemdMachine) -> bool:
+def _is_stopped(box: SystemdMachine) -> bool:
     return all(box.show(unit, "ActiveState") == "inactive" for unit in UNITS)
 
 
@@ -93,54 +93,54 @@ def _ttl_ms(box: SystemdMachine, job_id: str) -> int:
     return ttl_ms
 
 
-def started(trial: Trial) -> Counts:
+def activation(trial: Trial) -> Counts:
     counts: Counter[str] = Counter()
     for number in range(trial.rounds):
         unix_only = number % 2 == 1
         directory = trial.directory / str(number)
         directory.mkdir()
         with SystemdMachine(directory, unix_only=unix_only) as box:
-            box.do("systemctl", "start", *SOCKETS)
+            box.run_checked("systemctl", "start", *SOCKETS)
             assert box.show(SERVICE, "ActiveState") == "inactive"
             assert box.get("/readyz").status == 200, "the first client has to start the daemon"
-            box.until_ready()
+            box.wait_until_ready()
             counts["started by a client"] += 1
             assert box.post("/v1/jobs", {"id": "a"}).status == 201
             with ConnectingClients(box) as clients:
-                _restarts(box, clients)
-                counts["clients during restarts"] += clients.met.total()
-                _stays_down(box, clients)
-            box.do("systemctl", "start", *SOCKETS)
+                _check_restarts(box, clients)
+                counts["clients during restarts"] += clients.outcomes.total()
+                _check_stays_down(box, clients)
+            box.run_checked("systemctl", "start", *SOCKETS)
             assert _stats(box, unix_only)["totalJobs"] == 1, "the first operator has to start the daemon"
-            box.until_ready()
+            box.wait_until_ready()
             counts["started by an operator"] += 1
-            ids = _reloads(box)
+            ids = _check_reloads(box)
             counts["reloads"] += 2
-            box.do("systemctl", "stop", *UNITS)
-            assert list(_examined(box, directory / "copy").jobs) == ["a", *ids]
+            box.run_checked("systemctl", "stop", *UNITS)
+            assert list(_check_copy(box, directory / "copy").jobs) == ["a", *ids]
     return {**counts}
 
 
-def _restarts(box: SystemdMachine, clients: ConnectingClients) -> None:
+def _check_restarts(box: SystemdMachine, clients: ConnectingClients) -> None:
     """Check that the daemon is ready when systemctl returns, and that clients could always connect."""
     for _ in range(2):
         clients.wait_for_more(5)
-        box.do("systemctl", "restart", SERVICE)
+        box.run_checked("systemctl", "restart", SERVICE)
         assert box.show(SERVICE, "ActiveState") == "active"
         assert box.log.splitlines()[-1].count(" event=") == 1
         assert box.get("/readyz").status == 200
-    assert clients.rejected == 0, f"sockets were lost at a restart: {clients.met}"
+    assert clients.rejected == 0, f"sockets were lost at a restart: {clients.outcomes}"
     assert box.get("/v1/jobs/a").data["status"] == "queued"
 
 
-def _stays_down(box: SystemdMachine, clients: ConnectingClients) -> None:
+def _check_stays_down(box: SystemdMachine, clients: ConnectingClients) -> None:
     """Check that after a stop with its sockets clients do not start it, and that a start brings the sockets back."""
-    box.do("systemctl", "stop", *UNITS)
+    box.run_checked("systemctl", "stop", *UNITS)
     clients.wait_for_more(20)
-    assert _down(box), f"it came up by itself\n{box.console[-2000:]}"
-    box.do("systemctl", "start", SERVICE)
+    assert _is_stopped(box), f"it came up by itself\n{box.console[-2000:]}"
+    box.run_checked("systemctl", "start", SERVICE)
     assert box.get("/v1/jobs/a").data["status"] == "queued"
-    box.do("systemctl", "stop", *UNITS)
+    box.run_checked("systemctl", "stop", *UNITS)
 
 
 def _stats(box: SystemdMachine, unix_only: bool) -> dict[str, Any]:
@@ -153,13 +153,13 @@ def _stats(box: SystemdMachine, unix_only: bool) -> dict[str, Any]:
         return found
 
 
-def _reloads(box: SystemdMachine) -> list[str]:
+def _check_reloads(box: SystemdMachine) -> list[str]:
     """Check that a reload is in force when systemctl returns, and that an invalid one changes nothing."""
     box.path(CONFIG).write_text("[locks]\nttl = '5m'\n", encoding="utf-8")
-    box.do("systemctl", "reload", SERVICE)
+    box.run_checked("systemctl", "reload", SERVICE)
     assert _ttl_ms(box, "b") == 300_000
     box.path(CONFIG).write_text("[locks]\nttl = 'soon'\n", encoding="utf-8")
-    box.do("systemctl", "reload", SERVICE)
+    box.run_checked("systemctl", "reload", SERVICE)
     assert "reload_failed" in box.log
     assert _ttl_ms(box, "c") == 300_000
     box.path(CONFIG).unlink()
@@ -169,41 +169,41 @@ def _reloads(box: SystemdMachine) -> list[str]:
 # -- deaths ------------------------------------------------------------------------------------------------------------
 
 
-def deaths(trial: Trial) -> Counts:
+def crashes(trial: Trial) -> Counts:
     """Kill the daemon repeatedly, then hang it; clients can always connect."""
     slowest_s, hung_s = 0.0, 0.0
     with SystemdMachine(trial.directory) as box:
         box.drop_in(f"[Service]\nWatchdogSec={WATCHDOG_S}s\n")
-        box.do("systemctl", "start", SERVICE)
+        box.run_checked("systemctl", "start", SERVICE)
         assert box.post("/v1/jobs", {"id": "a"}).status == 201
         lock = {"lock_id": box.post("/v1/jobs/a/start", {"worker": "w"}).data["lock_id"]}
         with ConnectingClients(box) as clients:
             for number in range(trial.rounds):
-                slowest_s = max(slowest_s, _seconds_away(box, "KILL"))
+                slowest_s = max(slowest_s, _downtime_s(box, "KILL"))
                 assert box.post("/v1/jobs/a/progress", {**lock, "progress": number}).status == 200
-            assert slowest_s <= UP_AGAIN_S or not trial.timed, f"{slowest_s:.1f} s after a kill"
-            hung_s = _seconds_away(box, "STOP")
+            assert slowest_s <= MAX_DOWNTIME_S or not trial.timed, f"{slowest_s:.1f} s after a kill"
+            hung_s = _downtime_s(box, "STOP")
             assert "Watchdog timeout" in box.console
             assert box.post("/v1/jobs/a/complete", lock).status == 200
-        assert hung_s <= 2 * WATCHDOG_S + UP_AGAIN_S or not trial.timed, f"{hung_s:.1f} s after it hung"
+        assert hung_s <= 2 * WATCHDOG_S + MAX_DOWNTIME_S or not trial.timed, f"{hung_s:.1f} s after it hung"
         assert int(box.show(SERVICE, "NRestarts")) == trial.rounds + 1
-        assert clients.rejected == 0, f"sockets were lost: {clients.met}"
-        box.do("systemctl", "stop", *UNITS)
-        store = _examined(box, trial.directory / "copy")
+        assert clients.rejected == 0, f"sockets were lost: {clients.outcomes}"
+        box.run_checked("systemctl", "stop", *UNITS)
+        store = _check_copy(box, trial.directory / "copy")
         assert store.jobs["a"].status == "completed"
     return {
         "kills": trial.rounds,
         "ms until it was ready, at most": round(slowest_s * 1000),
         f"ms from a hang to readiness (watchdog {WATCHDOG_S} s)": round(hung_s * 1000),
-        "clients during these": clients.met.total(),
+        "clients during these": clients.outcomes.total(),
     }
 
 
-def _seconds_away(box: SystemdMachine, signal_name: str) -> float:
+def _downtime_s(box: SystemdMachine, signal_name: str) -> float:
     pid = box.show(SERVICE, "MainPID")
     began_s = time.monotonic()
-    box.do("kill", f"-{signal_name}", pid)
-    box.until_ready(pid)
+    box.run_checked("kill", f"-{signal_name}", pid)
+    box.wait_until_ready(pid)
     assert box.get("/readyz").status == 200
     return time.monotonic() - began_s
 
@@ -211,28 +211,28 @@ def _seconds_away(box: SystemdMachine, signal_name: str) -> float:
 # -- stops -------------------------------------------------------------------------------------------------------------
 
 
-def stopped(trial: Trial) -> Counts:
+def stop_under_load(trial: Trial) -> Counts:
     """Run systemctl stop with requests in flight: as SIGTERM, and systemd reports success."""
     ledger = Ledger()
     with SystemdMachine(trial.directory) as box:
         for number in range(trial.rounds):
-            box.do("systemctl", "start", SERVICE)
+            box.run_checked("systemctl", "start", SERVICE)
             ledger.settle(box)
-            waiting = parked(box)
+            waiting = waiting_claim(box)
             with load(box, ledger, f"round-{number}"):
-                assert ledger.until(150), box.log[-2000:]
-                box.do("systemctl", "stop", *UNITS)
+                assert ledger.wait_for(150), box.log[-2000:]
+                box.run_checked("systemctl", "stop", *UNITS)
             with closing(waiting):
                 assert DaemonResponse(waiting.getresponse()).data == {"grants": []}
             assert box.show(SERVICE, "Result") == "success"
             assert box.show(SERVICE, "ExecMainStatus") == "0"
-            store = _examined(box, trial.directory / f"copy-{number}")
+            store = _check_copy(box, trial.directory / f"copy-{number}")
             checked = ledger.check(store)
             check_all_answered(ledger, store)
     return {"stops": trial.rounds, "acknowledgements checked": checked}
 
 
-def misconfigured(trial: Trial) -> Counts:
+def wrong_configuration(trial: Trial) -> Counts:
     """Exit 78 is retried only for connecting clients; they start the daemon once the configuration is fixed."""
     by_clients = 0
     with SystemdMachine(trial.directory) as box:
@@ -244,13 +244,13 @@ def misconfigured(trial: Trial) -> Counts:
             assert box.show(SERVICE, "NRestarts") == "0"
             assert box.show(SERVICE, "ActiveState") == "failed", "it was started again"
             assert "locks.ttl" in box.log.splitlines()[-1]
-            by_clients += _starts_by_clients(box)
+            by_clients += _count_client_starts(box)
             assert box.get("/readyz").status == 200
-            box.do("systemctl", "stop", *UNITS)
+            box.run_checked("systemctl", "stop", *UNITS)
     return {"failed starts": trial.rounds, "starts by waiting clients": by_clients}
 
 
-def _starts_by_clients(box: SystemdMachine) -> int:
+def _count_client_starts(box: SystemdMachine) -> int:
     """Count the starts that clients cause: one in two seconds, and the socket stays open."""
     before, began_s = box.log.count("locks.ttl"), time.monotonic()
     with ConnectingClients(box):
@@ -266,7 +266,7 @@ def _starts_by_clients(box: SystemdMachine) -> int:
 # -- what systemd says of the units ------------------------------------------------------------------------------------
 
 
-def judged(trial: Trial) -> Counts:
+def analyze_units(trial: Trial) -> Counts:
     counts: dict[str, int] = {}
     for variant, most in MOST_EXPOSED.items():
         directory = _units(trial.directory / variant, variant)
@@ -301,35 +301,35 @@ CHECKS = (
     Check(
         "systemd-start",
         "started by its first client, ready when systemd says so, sockets stay open at a restart, down when stopped",
-        started,
+        activation,
         rounds=4,
         needs=NEEDS,
     ),
     Check(
         "systemd-deaths",
         "killed ten times in a row, or hung: up again within seconds each time, clients can always connect",
-        deaths,
+        crashes,
         rounds=10,
         needs=NEEDS,
     ),
     Check(
         "systemd-stop",
         "systemctl stop with requests in flight: all are answered, nothing else is done, success",
-        stopped,
+        stop_under_load,
         rounds=10,
         needs=NEEDS,
     ),
     Check(
         "systemd-misconfigured",
         "exit 78 is retried only for connecting clients, every two seconds; the daemon starts once it is fixed",
-        misconfigured,
+        wrong_configuration,
         rounds=3,
         needs=NEEDS,
     ),
     Check(
         "systemd-verdict",
         "systemd-analyze finds nothing wrong with the units; exposure at most 1.3 with an admin port, 0.6 without",
-        judged,
+        analyze_units,
         rounds=1,
         needs=(program("systemd-analyze", "systemd"),),
     ),

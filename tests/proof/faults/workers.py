@@ -38,13 +38,13 @@ class RealWorker:
             text=True,
             preexec_fn=die_with_us,
         )
-        self._complaints: list[str] = []
-        self._listener = threading.Thread(target=self._listen)
-        self._listener.start()
+        self._stderr_lines: list[str] = []
+        self._stderr_reader = threading.Thread(target=self._read_stderr)
+        self._stderr_reader.start()
 
-    def _listen(self) -> None:
+    def _read_stderr(self) -> None:
         assert self.process.stderr is not None
-        self._complaints += self.process.stderr  # until it ends
+        self._stderr_lines += self.process.stderr  # until it ends
 
     def __enter__(self) -> RealWorker:
         return self
@@ -52,31 +52,31 @@ class RealWorker:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
-        self._listener.join()
+        self._stderr_reader.join()
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             assert pipe is not None
             pipe.close()
 
     @property
-    def complaints(self) -> str:
+    def stderr(self) -> str:
         """Its stderr; complete after its end."""
-        return "".join(self._complaints)
+        return "".join(self._stderr_lines)
 
-    def said(self) -> dict[str, Any]:
+    def next_report(self) -> dict[str, Any]:
         """Return the next line of its stdout."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, f"the worker has ended: {self.complaints}"
+        assert line, f"the worker has ended: {self.stderr}"
         said: dict[str, Any] = json.loads(line)
         return said
 
-    def end_its_job(self) -> None:
+    def finish_job(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
 
     @contextmanager
-    def stopped(self) -> Iterator[None]:
+    def sigstopped(self) -> Iterator[None]:
         """Stop the process while the block runs."""
         os.kill(self.process.pid, signal.SIGSTOP)
         try:
@@ -86,7 +86,7 @@ class RealWorker:
             os.kill(self.process.pid, signal.SIGCONT)
 
 
-def _until_expired(daemon: Daemon, job_id: str) -> None:
+def _wait_until_expired(daemon: Daemon, job_id: str) -> None:
     """Wait until the daemon shows the lock as expired."""
     deadline_s = time.monotonic() + TIMEOUT_S
     while True:
@@ -98,7 +98,7 @@ def _until_expired(daemon: Daemon, job_id: str) -> None:
         time.sleep(0.05)
 
 
-def _until_ended(daemon: Daemon, job_id: str) -> dict[str, Any]:
+def _wait_until_ended(daemon: Daemon, job_id: str) -> dict[str, Any]:
     deadline_s = time.monotonic() + TIMEOUT_S
     while (job := daemon.get(f"/v1/jobs/{job_id}").data)["status"] == "processing":
         assert time.monotonic() < deadline_s, job
@@ -115,9 +115,9 @@ def sleeping_worker(trial: Trial) -> Counts:
             for number in range(trial.rounds):
                 job_id = f"job-{number}"
                 assert daemon.post("/v1/jobs", {"id": job_id, "queue": "q", "max_attempts": 3}).status == 201
-                begun = worker.said()
-                assert (begun["said"], begun["job"]) == ("begun", job_id), worker.complaints
-                (_taken, _refused, _stopped)[number % 3](daemon, worker, begun)
+                begun = worker.next_report()
+                assert (begun["said"], begun["job"]) == ("begun", job_id), worker.stderr
+                (_check_accepted, _check_rejected, _check_stopped)[number % 3](daemon, worker, begun)
                 counts[tuple(counts)[number % 3]] += 1
         assert daemon.stop() == 0
     store = checked_contents(daemon.store)
@@ -125,16 +125,16 @@ def sleeping_worker(trial: Trial) -> Counts:
     return {**counts, "tokens": len(store.tokens)}
 
 
-def _taken(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -> None:
+def _check_accepted(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -> None:
     """Check that no other worker gets the job and its holder can end it."""
-    with worker.stopped():
-        _until_expired(daemon, begun["job"])
-        worker.end_its_job()
-    assert worker.said()["said"] == "done"
-    assert _until_ended(daemon, begun["job"])["status"] == "completed"
+    with worker.sigstopped():
+        _wait_until_expired(daemon, begun["job"])
+        worker.finish_job()
+    assert worker.next_report()["said"] == "done"
+    assert _wait_until_ended(daemon, begun["job"])["status"] == "completed"
 
 
-def _recovered(daemon: Daemon, begun: dict[str, Any]) -> dict[str, Any]:
+def _recover(daemon: Daemon, begun: dict[str, Any]) -> dict[str, Any]:
     """Recover the job and grant it to another worker; return the new grant."""
     recovered = daemon.admin("POST", "recover-stuck", {}).data
     assert [(one["jobId"], one["action"]) for one in recovered["details"]] == [(begun["job"], "reset")]
@@ -143,40 +143,40 @@ def _recovered(daemon: Daemon, begun: dict[str, Any]) -> dict[str, Any]:
     return grant
 
 
-def _refused(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -> None:
+def _check_rejected(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -> None:
     """Check that a worker whose work ended while it slept cannot complete the job of another."""
-    with worker.stopped():
-        _until_expired(daemon, begun["job"])
-        grant = _recovered(daemon, begun)
+    with worker.sigstopped():
+        _wait_until_expired(daemon, begun["job"])
+        grant = _recover(daemon, begun)
         before = daemon.get(f"/v1/jobs/{begun['job']}").data
-        worker.end_its_job()
-    assert worker.said()["said"] in ("done", "lost")  # it may notice before it completes
-    _next_job(daemon, worker)
-    _still_the_next_ones(daemon, before, grant)
+        worker.finish_job()
+    assert worker.next_report()["said"] in ("done", "lost")  # it may notice before it completes
+    _check_next_job(daemon, worker)
+    _check_new_grant(daemon, before, grant)
 
 
-def _stopped(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -> None:
+def _check_stopped(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -> None:
     """Check that a worker that wakes up gets lock_lost, stops the work and claims another job."""
-    with worker.stopped():
-        _until_expired(daemon, begun["job"])
-        grant = _recovered(daemon, begun)
+    with worker.sigstopped():
+        _wait_until_expired(daemon, begun["job"])
+        grant = _recover(daemon, begun)
         before = daemon.get(f"/v1/jobs/{begun['job']}").data
-    assert worker.said() == {"said": "lost", "job": begun["job"]}
-    _next_job(daemon, worker)
-    _still_the_next_ones(daemon, before, grant)
+    assert worker.next_report() == {"said": "lost", "job": begun["job"]}
+    _check_next_job(daemon, worker)
+    _check_new_grant(daemon, before, grant)
 
 
-def _next_job(daemon: Daemon, worker: RealWorker) -> None:
+def _check_next_job(daemon: Daemon, worker: RealWorker) -> None:
     """Check that the worker claims again, so it has given up the lost job."""
     job_id = daemon.post("/v1/jobs", {"queue": "q"}).data["id"]
-    begun = worker.said()
+    begun = worker.next_report()
     assert (begun["said"], begun["job"]) == ("begun", job_id)
-    worker.end_its_job()
-    assert worker.said()["said"] == "done"
-    assert _until_ended(daemon, job_id)["status"] == "completed"
+    worker.finish_job()
+    assert worker.next_report()["said"] == "done"
+    assert _wait_until_ended(daemon, job_id)["status"] == "completed"
 
 
-def _still_the_next_ones(daemon: Daemon, before: dict[str, Any], grant: dict[str, Any]) -> None:
+def _check_new_grant(daemon: Daemon, before: dict[str, Any], grant: dict[str, Any]) -> None:
     path = f"/v1/jobs/{before['id']}"
     assert daemon.get(path).data == before, "the one that came back has changed the job"
     # Its late calls and result are stored beside the job and do not change it.
@@ -203,13 +203,13 @@ def dead_worker(trial: Trial) -> Counts:
                     job = {"id": f"job-{number}-{each}", "queue": f"q-{number}-{each}", "max_attempts": 2}
                     assert daemon.post("/v1/jobs", job).status == 201
                 for each, worker in enumerate(workers):
-                    assert worker.said()["job"] == f"job-{number}-{each}"
+                    assert worker.next_report()["job"] == f"job-{number}-{each}"
                 offered = [pool.submit(_wait_for_job, daemon, f"q-{number}-{each}") for each in range(at_once)]
                 for worker in workers:
                     worker.process.kill()
                     worker.process.wait()
                 at_ms = [one.result() for one in offered]
-            late_ms += [_on_time(daemon, f"job-{number}-{each}", at, trial) for each, at in enumerate(at_ms)]
+            late_ms += [_check_grant_time(daemon, f"job-{number}-{each}", at, trial) for each, at in enumerate(at_ms)]
         assert daemon.stop() == 0
     checked_contents(daemon.store)
     return {
@@ -228,7 +228,7 @@ def _wait_for_job(daemon: Daemon, queue: str) -> int:
     return int(time.time() * 1000)
 
 
-def _on_time(daemon: Daemon, job_id: str, offered_at: int, trial: Trial) -> int:
+def _check_grant_time(daemon: Daemon, job_id: str, offered_at: int, trial: Trial) -> int:
     """Return the ms between the expiry of the lock and the next grant."""
     events = daemon.get(f"/v1/jobs/{job_id}/timeline").data["events"]
     seen = [event["type"] for event in events]

@@ -20,7 +20,7 @@ from msgspec import Struct, field
 from tests.proof.linearizability.history import overlapping
 from tests.proof.linearizability.model import HistoryConditions
 from tests.proof.linearizability.mutate import KINDS, mutants
-from tests.proof.linearizability.record import Recording, a_daemon, record_history
+from tests.proof.linearizability.record import Recording, record_history, shared_daemon
 from tests.proof.linearizability.report import describe, line
 from tests.proof.linearizability.search import judge
 
@@ -41,7 +41,7 @@ class CheckResults(Struct):
     clients: Counter[int] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
-    refused: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
 
     @property
@@ -56,7 +56,7 @@ class CheckResults(Struct):
             found.append(f"Only {self.share:.1%} of the operations overlap: the clients did not contend.")
         if min(self.clients, default=0) < WANTED_CLIENTS:
             found.append(f"A history had fewer than {WANTED_CLIENTS} clients.")
-        if self.histories >= ENOUGH and (never := [kind for kind in KINDS if not self.refused[kind]]):
+        if self.histories >= ENOUGH and (never := [kind for kind in KINDS if not self.rejected[kind]]):
             found.append(f"No mutant of these kinds occurred: {', '.join(never)}.")
         return found
 
@@ -68,12 +68,12 @@ class CheckResults(Struct):
         together = overlapping(history.operations)
         self.overlapping += together
         self.least_share = min(self.least_share, together / max(len(history.operations), 1))
-        self.unknown += sum(each.said is None for each in history.operations)
+        self.unknown += sum(each.response is None for each in history.operations)
         self.clients[len({each.client for each in history.operations})] += 1
         self.faults.update(gathered.faults)
         for each in history.operations:
-            self.answers[each.said.code if each.said else "(lost)"] += 1
-            self.answers["(after a stall)"] += bool(each.said and each.said.seen.get("stalls"))
+            self.answers[each.response.code if each.response else "(lost)"] += 1
+            self.answers["(after a stall)"] += bool(each.response and each.response.seen.get("stalls"))
         for job in history.terms:
             self._judge(gathered, job)
 
@@ -93,7 +93,7 @@ class CheckResults(Struct):
                 order = [line(each, first_ns) for each in verdict.order]
                 self.broken = [f"The mutant {kind} of history {gathered.number}, job {job}, was accepted:", *order]
                 return
-            self.refused[kind] += 1
+            self.rejected[kind] += 1
 
 
 def lines(figures: CheckResults, took_s: float) -> Iterator[str]:
@@ -104,14 +104,14 @@ def lines(figures: CheckResults, took_s: float) -> Iterator[str]:
     yield f"{figures.operations:,} operations, {overlap}, {figures.unknown:,} unknown outcomes"
     for title, counts in (("faults", figures.faults), ("responses", figures.answers)):
         yield f"{title}: " + ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
-    yield "mutants rejected: " + ", ".join(f"{kind} {figures.refused[kind]:,}" for kind in KINDS)
-    yield f"{figures.jobs} jobs explained, {figures.refused.total():,} mutants rejected, in {took_s:.1f} s"
+    yield "mutants rejected: " + ", ".join(f"{kind} {figures.rejected[kind]:,}" for kind in KINDS)
+    yield f"{figures.jobs} jobs explained, {figures.rejected.total():,} mutants rejected, in {took_s:.1f} s"
 
 
 def run(histories: int, seed: int) -> CheckResults:
     """Check this many histories, or stop at the first broken one."""
     figures = CheckResults()
-    with a_daemon() as daemon:
+    with shared_daemon() as daemon:
         for number in range(histories):
             figures.add(record_history(daemon, seed, number))
             if figures.broken:

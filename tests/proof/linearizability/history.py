@@ -32,7 +32,7 @@ class Operation(Struct, frozen=True):
     body: dict[str, Any]
     call_ns: int
     return_ns: int | None = None
-    said: SeenResponse | None = None
+    response: SeenResponse | None = None
     key: str | None = None
     replayed: bool = False
     latest_ns: int | None = None
@@ -40,11 +40,11 @@ class Operation(Struct, frozen=True):
     @property
     def lock(self) -> str:
         """The lock that a holder's call names, or that a response granted."""
-        granted = self.said.seen.get("lock") if self.said else None
+        granted = self.response.seen.get("lock") if self.response else None
         return str(self.body.get("lock_id", granted))
 
     @property
-    def asked(self) -> str:
+    def content(self) -> str:
         """The call without its lock: two calls of one verb with equal content are repeats."""
         return json.dumps({name: self.body[name] for name in sorted(self.body) if name != "lock_id"})
 
@@ -80,67 +80,67 @@ class CallHistory(Struct):
                 by_key.setdefault(operation.key, []).append(operation)
         settled = [operation for operation in mine if operation.key is None]
         for tries in by_key.values():
-            settled += _settled(sorted(tries, key=lambda each: each.call_ns))
-        settled = [operation for operation in settled if operation.said or operation.verb != "get"]
+            settled += _settle(sorted(tries, key=lambda each: each.call_ns))
+        settled = [operation for operation in settled if operation.response or operation.verb != "get"]
         return sorted(settled, key=lambda each: each.call_ns)
 
     def _bounded(self, operation: Operation) -> Operation:
         """Bound lost calls by the death of their daemon."""
-        if operation.said is not None:
+        if operation.response is not None:
             return operation
         ends = (outage.down_ns for outage in self.outages if outage.down_ns > operation.call_ns)
         return replace(operation, latest_ns=min(ends, default=None))
 
 
-def _settled(tries: list[Operation]) -> Iterator[Operation]:
+def _settle(tries: list[Operation]) -> Iterator[Operation]:
     """Settle calls with one key: a stored response tells the outcome of a first call whose own response was lost."""
-    known = [each for each in tries if each.said and not each.replayed]
+    known = [each for each in tries if each.response and not each.replayed]
     replays = sorted((each for each in tries if each.replayed), key=lambda each: each.return_ns or 0)
-    unknown = [each for each in tries if each.said is None]
+    unknown = [each for each in tries if each.response is None]
     # Any of the lost calls may have had the effect: each counts from the first call until the end of the last.
     ends = [each.latest_ns for each in unknown]
     latest_ns = None if None in ends else max((end for end in ends if end is not None), default=None)
     unknown = [replace(each, call_ns=unknown[0].call_ns, latest_ns=latest_ns) for each in unknown]
     for replay in replays:
-        assert replay.said is not None
+        assert replay.response is not None
         told = next((each for each in known if _is_same(each, replay)), None)
         if told is None and unknown:
             lost, *unknown = unknown
-            told = replace(lost, return_ns=replay.return_ns, said=_effect(replay))
+            told = replace(lost, return_ns=replay.return_ns, response=_effect(replay))
             known.append(told)
-        yield replace(replay, verb="replay", said=replay.said if told else SeenResponse("answered_by_nobody"))
+        yield replace(replay, verb="replay", response=replay.response if told else SeenResponse("answered_by_nobody"))
     if not any(each.verb in GRANTING for each in tries):
         if any(map(_is_stored, known)):
             unknown = []  # the key names the one call that had an effect; no other had or will have one
-        known = [_judged_anew(each, known) for each in known]
+        known = [_differs_from_stored(each, known) for each in known]
     yield from known
     yield from unknown
 
 
-def _judged_anew(operation: Operation, known: list[Operation]) -> Operation:
+def _differs_from_stored(operation: Operation, known: list[Operation]) -> Operation:
     """Return whether the response differs from one that was stored and sent before the call, which nothing explains."""
     told = (each.return_ns for each in known if _is_stored(each) and each is not operation)
     if any(end is not None and end < operation.call_ns for end in told):
-        return replace(operation, said=SeenResponse("a stored answer, judged anew"))
+        return replace(operation, response=SeenResponse("a stored answer, judged anew"))
     return operation
 
 
 def _is_stored(operation: Operation) -> bool:
-    return operation.said is not None and operation.said.code in ("created", "done")
+    return operation.response is not None and operation.response.code in ("created", "done")
 
 
 def _is_same(first: Operation, replay: Operation) -> bool:
     if first.verb in GRANTING:
         return first.lock == replay.lock
-    return first.said == replay.said
+    return first.response == replay.response
 
 
 def _effect(replay: Operation) -> SeenResponse:
     """Return the effect of the first call as its repeat shows it. A repeated grant shows the job as it is then."""
-    assert replay.said is not None
+    assert replay.response is not None
     if replay.verb not in GRANTING:
-        return replay.said
-    return SeenResponse(replay.said.code, {name: replay.said.seen[name] for name in ("lock", "token")})
+        return replay.response
+    return SeenResponse(replay.response.code, {name: replay.response.seen[name] for name in ("lock", "token")})
 
 
 def overlapping(operations: Iterable[Operation]) -> int:

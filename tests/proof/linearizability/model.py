@@ -24,12 +24,12 @@ MOVES: Final = {  # allowed transitions
 }
 
 
-class Ended(NamedTuple):
+class EndedGrant(NamedTuple):
     """The last grant that ended: by its holder (`verb` and content), or otherwise (a reason)."""
 
     lock: str | None
     verb: str | None
-    asked: str
+    content: str
     reason: str
 
 
@@ -50,8 +50,8 @@ class ModelState(NamedTuple):
     stalls: int = 0
     error: str | None = None
     mark: str | None = None
-    made_by: str = ""
-    ended: Ended | None = None
+    created_with: str = ""
+    ended: EndedGrant | None = None
     safe_until: int = NEVER
     last_token: int = 0
 
@@ -74,7 +74,7 @@ class HistoryConditions(NamedTuple):
 def step(state: ModelState, operation: Operation, world: HistoryConditions) -> ModelState | None:
     """Return the state after `operation`, or None if `state` does not explain its response. A lost one always fits."""
     expected = RULES[operation.verb](state, operation, world)
-    said = operation.said
+    said = operation.response
     if said is None:
         return expected.after
     if said.code != expected.code:
@@ -87,18 +87,18 @@ def step(state: ModelState, operation: Operation, world: HistoryConditions) -> M
 
 def may_change(operation: Operation) -> bool:
     """Return whether this call, with this response, changes any state."""
-    if operation.said is None:
+    if operation.response is None:
         return True
     if operation.verb in ("get", "extend", "replay"):
         return False
-    return operation.said.code in ("created", "granted", "alive", "done")
+    return operation.response.code in ("created", "granted", "alive", "done")
 
 
 def comes_after(lost: Operation, other: Operation) -> bool:
     """Return whether a lost call can only take effect after `other`, which found no stored response of their key."""
-    if lost.said is not None or lost.key is None or lost.verb in GRANTING:
+    if lost.response is not None or lost.key is None or lost.verb in GRANTING:
         return False  # the key answers for a grant while it is current; see `_is_repeat`
-    return lost.key == other.key and other.said is not None and other.verb != "replay"
+    return lost.key == other.key and other.response is not None and other.verb != "replay"
 
 
 def drifts(state: ModelState, operation_must_end_ns: int, world: HistoryConditions) -> Iterator[ModelState]:
@@ -136,23 +136,23 @@ def _shown(state: ModelState) -> dict[str, Any]:
     return shown
 
 
-def _done(after: ModelState, code: str = "done") -> Expected:
+def _success(after: ModelState, code: str = "done") -> Expected:
     return Expected(code, _shown(after), after)
 
 
-def _no(state: ModelState, code: str, **seen: Any) -> Expected:
+def _error(state: ModelState, code: str, **seen: Any) -> Expected:
     return Expected(code, seen, state)
 
 
-def _gone(state: ModelState) -> Expected:
-    return _no(state, "job_not_found")
+def _not_found(state: ModelState) -> Expected:
+    return _error(state, "job_not_found")
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
 def _without_grant(state: ModelState, reason: str, verb: str | None = None, asked: str = "") -> ModelState:
-    ended = state.ended if state.lock is None else Ended(state.lock, verb, asked, reason)
+    ended = state.ended if state.lock is None else EndedGrant(state.lock, verb, asked, reason)
     return state._replace(lock=None, worker=None, token=None, key=None, safe_until=NEVER, ended=ended)
 
 
@@ -186,22 +186,24 @@ def _safe_until(operation: Operation, world: HistoryConditions) -> int:
 
 def _create(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     if state.status == "absent":
-        return _done(ModelState(status="queued", made_by=operation.asked, last_token=state.last_token), "created")
-    if state.made_by == operation.asked:
-        return _done(state, "existing")
-    return _no(state, "job_exists", status=state.status)
+        return _success(
+            ModelState(status="queued", created_with=operation.content, last_token=state.last_token), "created"
+        )
+    if state.created_with == operation.content:
+        return _success(state, "existing")
+    return _error(state, "job_exists", status=state.status)
 
 
 def _get(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
-    return _gone(state) if state.status == "absent" else _done(state)
+    return _not_found(state) if state.status == "absent" else _success(state)
 
 
 def _cancel(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     if state.status == "absent":
-        return _gone(state)
+        return _not_found(state)
     if state.status in FINISHED:
-        return _no(state, "invalid_transition", status=state.status)
-    return _done(_without_grant(state, "cancelled")._replace(status="cancelled"))
+        return _error(state, "invalid_transition", status=state.status)
+    return _success(_without_grant(state, "cancelled")._replace(status="cancelled"))
 
 
 # -- grants -----------------------------------------------------------------------------------------------------------
@@ -209,20 +211,20 @@ def _cancel(state: ModelState, operation: Operation, world: HistoryConditions) -
 
 def _start(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     if state.status == "absent":
-        return _gone(state)
+        return _not_found(state)
     if state.status == "processing":
         if _is_repeat(state, operation):
-            return _no(state, "the grant of its first call")
-        return _no(state, "already_locked", worker=state.worker)
+            return _error(state, "the grant of its first call")
+        return _error(state, "already_locked", worker=state.worker)
     if state.status != "queued":
-        return _no(state, "invalid_transition", status=state.status)
+        return _error(state, "invalid_transition", status=state.status)
     return _granted(state, operation, world)
 
 
 def _claim(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     if state.status == "queued":
         return _granted(state, operation, world)
-    return _no(state, "the grant of its first call" if _is_repeat(state, operation) else "nothing")
+    return _error(state, "the grant of its first call" if _is_repeat(state, operation) else "nothing")
 
 
 def _is_repeat(state: ModelState, operation: Operation) -> bool:
@@ -231,10 +233,10 @@ def _is_repeat(state: ModelState, operation: Operation) -> bool:
 
 
 def _granted(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
-    seen = operation.said.seen if operation.said else {}
+    seen = operation.response.seen if operation.response else {}
     token = seen.get("token")
     if token is not None and token <= state.last_token:
-        return _no(state, "a token that is greater than every earlier one")
+        return _error(state, "a token that is greater than every earlier one")
     after = state._replace(
         status="processing",
         lock=seen.get("lock", f"?{operation.client}-{operation.call_ns}"),
@@ -246,47 +248,49 @@ def _granted(state: ModelState, operation: Operation, world: HistoryConditions) 
         safe_until=_safe_until(operation, world),
         last_token=token or state.last_token,
     )
-    return _done(after, "granted")
+    return _success(after, "granted")
 
 
 def _replay(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     """Return the stored response of a repeated call; that of a grant only while the grant is current."""
-    assert operation.said is not None
-    if "lock" not in operation.said.seen:
+    assert operation.response is not None
+    if "lock" not in operation.response.seen:
         # It shows the job as it was, and that response is checked where it was first given.
-        return _no(state, "no such answer" if operation.said.code == "answered_by_nobody" else operation.said.code)
+        return _error(
+            state, "no such answer" if operation.response.code == "answered_by_nobody" else operation.response.code
+        )
     if state.lock != operation.lock:
-        return _no(state, "no current grant")
-    return _done(state, "granted")
+        return _error(state, "no current grant")
+    return _success(state, "granted")
 
 
 # -- holders: the latest grant wins -----------------------------------------------------------------------------------
 
 
-def _refused(state: ModelState, operation: Operation) -> Expected | None:
+def _grant_error(state: ModelState, operation: Operation) -> Expected | None:
     """Return None if `operation` names the latest grant, else its error."""
     if state.status == "absent":
-        return _gone(state)
+        return _not_found(state)
     if state.status == "processing" and state.lock == operation.lock:
         return None
     ended = state.ended
     if ended is None or ended.lock != operation.lock:
-        return _no(state, "lock_lost", status=state.status, worker=state.worker, reason="not_current")
+        return _error(state, "lock_lost", status=state.status, worker=state.worker, reason="not_current")
     if ended.verb is None:
-        return _no(state, "lock_lost", status=state.status, worker=state.worker, reason=ended.reason)
-    is_repeat = operation.verb == ended.verb and operation.asked == ended.asked
+        return _error(state, "lock_lost", status=state.status, worker=state.worker, reason=ended.reason)
+    is_repeat = operation.verb == ended.verb and operation.content == ended.content
     if is_repeat or (operation.verb == "release" and ended.verb in ("complete", "fail")):
-        return _done(state, "repeated")
-    return _no(state, "invalid_transition", status=state.status)
+        return _success(state, "repeated")
+    return _error(state, "invalid_transition", status=state.status)
 
 
-def _sign_of_life(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
-    refused = _refused(state, operation)
+def _heartbeat(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
+    refused = _grant_error(state, operation)
     if refused is not None:
         return refused
-    if operation.said and operation.said.code == "max_processing_time_exceeded":
+    if operation.response and operation.response.code == "max_processing_time_exceeded":
         is_past = (operation.return_ns or NEVER) >= state.safe_until
-        return _no(state, "max_processing_time_exceeded" if is_past else "a lock that is alive")
+        return _error(state, "max_processing_time_exceeded" if is_past else "a lock that is alive")
     if operation.verb == "extend":
         return Expected("alive", {}, state)
     safe_until = max(state.safe_until, _safe_until(operation, world))  # no deadline ever moves back
@@ -294,19 +298,19 @@ def _sign_of_life(state: ModelState, operation: Operation, world: HistoryConditi
 
 
 def _ending(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
-    refused = _refused(state, operation)
+    refused = _grant_error(state, operation)
     if refused is not None:
         return refused
     verb, body = operation.verb, operation.body
-    after = _without_grant(state, verb, verb, operation.asked)
+    after = _without_grant(state, verb, verb, operation.content)
     if verb == "complete":
-        return _done(after._replace(status="completed", progress=100, error=None, mark=body["metadata"]["by"]))
+        return _success(after._replace(status="completed", progress=100, error=None, mark=body["metadata"]["by"]))
     if verb == "release":
-        return _done(after._replace(status="queued", progress=0, attempt=max(state.attempt - 1, 0)))
+        return _success(after._replace(status="queued", progress=0, attempt=max(state.attempt - 1, 0)))
     after = after._replace(error=body["error_message"])
     if body["retry"] and state.attempt < world.terms.max_attempts:
-        return _done(after._replace(status="queued", progress=0))
-    return _done(after._replace(status="failed"))
+        return _success(after._replace(status="queued", progress=0))
+    return _success(after._replace(status="failed"))
 
 
 # -- operators --------------------------------------------------------------------------------------------------------
@@ -318,27 +322,27 @@ def _forced(state: ModelState, after: ModelState) -> Expected:
 
 def _force_fail(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     if state.status == "absent":
-        return _gone(state)
+        return _not_found(state)
     if state.status in FINISHED:
-        return _no(state, "invalid_transition", status=state.status)
+        return _error(state, "invalid_transition", status=state.status)
     after = _without_grant(state, "force_failed")
     return _forced(state, after._replace(status="failed", error=operation.body["reason"]))
 
 
 def _force_reset(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     if state.status == "absent":
-        return _gone(state)
+        return _not_found(state)
     if state.status in ("queued", "completed"):
-        return _no(state, "invalid_transition", status=state.status)
+        return _error(state, "invalid_transition", status=state.status)
     return _forced(state, _queued(state, "force_reset", attempt=0, stalls=0, error=None))
 
 
 def _transition(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     if state.status == "absent":
-        return _gone(state)
+        return _not_found(state)
     to = operation.body["to"]
     if state.status != operation.body["from"] or to not in MOVES.get(state.status, ()):
-        return _no(state, "invalid_transition", status=state.status)
+        return _error(state, "invalid_transition", status=state.status)
     if to == "queued":
         return _forced(state, _queued(state, "transitioned", attempt=max(state.attempt - 1, 0)))
     after = _without_grant(state, "transitioned")._replace(status=to)
@@ -351,9 +355,9 @@ def _transition(state: ModelState, operation: Operation, world: HistoryCondition
 
 def _delete(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     if state.status == "absent":
-        return _gone(state)
+        return _not_found(state)
     if state.status not in FINISHED:
-        return _no(state, "invalid_transition", status=state.status)
+        return _error(state, "invalid_transition", status=state.status)
     return Expected("done", _shown(state), ModelState(last_token=state.last_token))
 
 
@@ -364,8 +368,8 @@ RULES: Final[dict[str, Callable[[ModelState, Operation, HistoryConditions], Expe
     "start": _start,
     "claim": _claim,
     "replay": _replay,
-    "progress": _sign_of_life,
-    "extend": _sign_of_life,
+    "progress": _heartbeat,
+    "extend": _heartbeat,
     "complete": _ending,
     "fail": _ending,
     "release": _ending,

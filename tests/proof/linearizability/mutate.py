@@ -30,11 +30,11 @@ def _granted(operation: Operation) -> bool:
 
 
 def _code(operation: Operation) -> str:
-    return operation.said.code if operation.said else ""
+    return operation.response.code if operation.response else ""
 
 
 def _seen(operation: Operation) -> dict[str, Any]:
-    return operation.said.seen if operation.said else {}
+    return operation.response.seen if operation.response else {}
 
 
 def _before(first: Operation, then: Operation) -> bool:
@@ -42,9 +42,9 @@ def _before(first: Operation, then: Operation) -> bool:
     return first.return_ns is not None and first.return_ns + 3 < then.call_ns
 
 
-def _insert(history: History, verb: str, at_ns: int, said: SeenResponse, **body: Any) -> History:
+def _insert(history: History, verb: str, at_ns: int, response: SeenResponse, **body: Any) -> History:
     job = history[0].job
-    return [*history, Operation(STRANGER, verb, job, body, at_ns + 1, at_ns + 2, said)]
+    return [*history, Operation(STRANGER, verb, job, body, at_ns + 1, at_ns + 2, response)]
 
 
 def _swap(history: History, old: Operation, **fields: Any) -> History:
@@ -87,7 +87,7 @@ def old_lock_accepted(history: History, world: HistoryConditions) -> Iterator[Hi
         for late in history:
             if late.verb in HOLDERS and late.lock == first.lock and _before(second, late) and not _accepted(late):
                 code = "alive" if late.verb in ("progress", "extend") else "done"
-                yield _swap(history, late, return_ns=late.return_ns or late.call_ns + 1, said=SeenResponse(code))
+                yield _swap(history, late, return_ns=late.return_ns or late.call_ns + 1, response=SeenResponse(code))
 
 
 def completion_lost(history: History, world: HistoryConditions) -> Iterator[History]:
@@ -98,12 +98,12 @@ def completion_lost(history: History, world: HistoryConditions) -> Iterator[Hist
             yield _insert(history, "get", end_ns, SeenResponse("done", {"status": "queued"}))
 
 
-def completion_by_nobody(history: History, world: HistoryConditions) -> Iterator[History]:
+def completion_without_call(history: History, world: HistoryConditions) -> Iterator[History]:
     """A result is seen without the call that stored it."""
     for done in history:
         if done.verb != "complete" or not _accepted(done):
             continue
-        rest = [each for each in history if (each.verb, each.asked) != (done.verb, done.asked)]
+        rest = [each for each in history if (each.verb, each.content) != (done.verb, done.content)]
         if any(_seen(each).get("mark") == done.body["metadata"]["by"] for each in rest):
             yield rest
 
@@ -119,11 +119,11 @@ def token_goes_back(history: History, world: HistoryConditions) -> Iterator[Hist
     for first, second in permutations(filter(_granted, history), 2):
         if _before(first, second):
             one, other = _seen(first), _seen(second)
-            swapped = _swap(history, first, said=SeenResponse("granted", {**one, "token": other["token"]}))
-            yield _swap(swapped, second, said=SeenResponse("granted", {**other, "token": one["token"]}))
+            swapped = _swap(history, first, response=SeenResponse("granted", {**one, "token": other["token"]}))
+            yield _swap(swapped, second, response=SeenResponse("granted", {**other, "token": one["token"]}))
 
 
-def grant_by_nobody(history: History, world: HistoryConditions) -> Iterator[History]:
+def grant_without_response(history: History, world: HistoryConditions) -> Iterator[History]:
     """A lock is accepted that no response contained."""
     for grant, _ in _uses(history):
         yield [each for each in history if each is not grant]
@@ -133,7 +133,7 @@ def recovered_too_early(history: History, world: HistoryConditions) -> Iterator[
     """A holder gets the error of a stall although its lock outlives the history."""
     if not world.terms.max_processing_ms:
         for _, use in _uses(history):
-            yield _swap(history, use, said=SeenResponse("lock_lost", {"reason": "stalled"}))
+            yield _swap(history, use, response=SeenResponse("lock_lost", {"reason": "stalled"}))
 
 
 def ended_twice(history: History, world: HistoryConditions) -> Iterator[History]:
@@ -141,7 +141,7 @@ def ended_twice(history: History, world: HistoryConditions) -> Iterator[History]
     ends = {each.lock for each in history if _accepted(each) and each.verb in ("complete", "fail", "release")}
     for again in history:
         if _code(again) == "repeated" and again.lock in ends:
-            yield _swap(history, again, said=SeenResponse("done"))
+            yield _swap(history, again, response=SeenResponse("done"))
 
 
 def created_twice(history: History, world: HistoryConditions) -> Iterator[History]:
@@ -151,14 +151,14 @@ def created_twice(history: History, world: HistoryConditions) -> Iterator[Histor
         for first in made:
             end_ns = again.return_ns or 0
             if _code(again) == "existing" and _before(first, again) and _no_deletion(history, first, end_ns):
-                yield _swap(history, again, said=SeenResponse("created"))
+                yield _swap(history, again, response=SeenResponse("created"))
 
 
 def attempts_miscounted(history: History, world: HistoryConditions) -> Iterator[History]:
     """More attempts are seen than there were calls."""
     for look in history:
         if look.verb == "get" and _code(look) == "done":
-            yield _swap(history, look, said=SeenResponse("done", {**_seen(look), "attempt": len(history) + 1}))
+            yield _swap(history, look, response=SeenResponse("done", {**_seen(look), "attempt": len(history) + 1}))
 
 
 def two_holders_seen(history: History, world: HistoryConditions) -> Iterator[History]:
@@ -181,10 +181,10 @@ KINDS: Final[dict[str, Callable[[History, HistoryConditions], Iterator[History]]
         granted_twice,
         old_lock_accepted,
         completion_lost,
-        completion_by_nobody,
+        completion_without_call,
         before_its_grant,
         token_goes_back,
-        grant_by_nobody,
+        grant_without_response,
         recovered_too_early,
         ended_twice,
         created_twice,

@@ -40,7 +40,7 @@ class Recording(Struct):
 
 
 @contextmanager
-def a_daemon() -> Iterator[Daemon]:
+def shared_daemon() -> Iterator[Daemon]:
     """Run one daemon for many histories, in a temporary directory."""
     with tempfile.TemporaryDirectory(prefix="jobd-histories-") as place, Daemon(Path(place), CONFIG) as daemon:
         yield daemon
@@ -60,7 +60,7 @@ def record_history(daemon: Daemon, seed: int, number: int) -> Recording:
     with ThreadPoolExecutor(len(clients)) as pool:
         done = [pool.submit(client.run, CALLS) for client in clients]
         if kill_at is not None:
-            scene.until_called(kill_at)
+            scene.wait_for_calls(kill_at)
             _restart(scene, dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
         for each in done:
             each.result()

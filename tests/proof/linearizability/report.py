@@ -35,7 +35,9 @@ def describe(operations: Sequence[Operation], world: HistoryConditions, verdict:
 def line(operation: Operation, start_ns: int) -> str:
     end = "     lost" if operation.return_ns is None else f"{(operation.return_ns - start_ns) / MS:9.3f}"
     body = {name: value for name, value in operation.body.items() if operation.verb != "create" or name == "payload"}
-    said = "?" if operation.said is None else f"{operation.said.code} {short(json.dumps(operation.said.seen))}"
+    said = (
+        "?" if operation.response is None else f"{operation.response.code} {short(json.dumps(operation.response.seen))}"
+    )
     who = f"{(operation.call_ns - start_ns) / MS:9.3f} {end} {f'c{operation.client}':>4}"
     return f"{who} {operation.verb} {short(json.dumps(body))} -> {said}"
 

@@ -82,7 +82,7 @@ class _Search(Struct):
         self.tried.add((done, state))
         for index in self._next(done, ends_ns):
             after = self._step(state, index)
-            if after is None or (after == state and self.operations[index].said is None):
+            if after is None or (after == state and self.operations[index].response is None):
                 continue  # a lost call that changes nothing does not matter
             self.path.append(index)
             if self.explore(done | 1 << index, after):
@@ -114,7 +114,7 @@ class _Search(Struct):
 
     def _next_end_ns(self, done: int) -> int:
         """Return the earliest end of the answered calls that are left. The next operation began before it."""
-        left = (each.return_ns for index, each in enumerate(self.operations) if each.said and not done >> index & 1)
+        left = (each.return_ns for index, each in enumerate(self.operations) if each.response and not done >> index & 1)
         return min((end for end in left if end is not None), default=NEVER)
 
     def _next(self, done: int, ends_ns: int) -> Iterator[int]:

@@ -106,10 +106,10 @@ class Connections:
 _CODES: Final = {"get": "done", "progress": "alive", "extend": "alive", "start": "granted"}
 
 
-def said(verb: str, reply: DaemonResponse) -> SeenResponse:
+def reduced_response(verb: str, reply: DaemonResponse) -> SeenResponse:
     """Return the response to a call on one job (for claims see `claimed`)."""
     if not reply.body["success"]:
-        return _refusal(reply)
+        return _error(reply)
     data = reply.data
     if verb == "create":
         return SeenResponse("created" if reply.status == 201 else "existing", shown(data))
@@ -128,7 +128,7 @@ def granted(grant: dict[str, Any]) -> SeenResponse:
 def claimed(job: str, reply: DaemonResponse) -> SeenResponse:
     """Return the part of a response to a claim that concerns `job`."""
     if not reply.body["success"]:
-        return _refusal(reply)
+        return _error(reply)
     mine = [grant for grant in reply.data["grants"] if grant["job"]["id"] == job]
     return granted(mine[0]) if mine else SeenResponse("nothing")
 
@@ -148,7 +148,7 @@ def shown(view: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refusal(reply: DaemonResponse) -> SeenResponse:
+def _error(reply: DaemonResponse) -> SeenResponse:
     """Return an error with what its details show of the job."""
     details = reply.body["details"]
     seen = {name: details[name] for name in ("status", "reason") if name in details}

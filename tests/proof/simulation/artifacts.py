@@ -110,11 +110,11 @@ class SimArtifacts(MemoryArtifacts):
             self._locks[after.grant.fencing_token] = after.grant.lock_id
         if after is None and before is not None:
             self.relied_on.pop(before.seq, None)
-            self._let_go(change, [its for its in self.uploads.values() if its.job_seq == before.seq])
-            self._let_go(change, self._left_to(before))
+            self._orphan(change, [its for its in self.uploads.values() if its.job_seq == before.seq])
+            self._orphan(change, self._left_to(before))
             return
         if change.late is not None:
-            self._came_late(change, change.late)
+            self._assign_late_object(change, change.late)
             return
         if change.event.type != "completed" or after is None or after.result is None or before is None:
             return
@@ -131,20 +131,22 @@ class SimArtifacts(MemoryArtifacts):
         its = None if job.result is None else self.uploads.get(job.result.storage_key or "")
         return [its] if its is not None and its.job_seq in self._machine.monitor.deleted else []
 
-    def _came_late(self, change: Change, late: LateResult) -> None:
+    def _assign_late_object(self, change: Change, late: LateResult) -> None:
         """Give the object of a late result to its job while the late result is kept. It may have displaced another."""
         upload = self.uploads.get(late.result.storage_key or "")
         if upload is not None and upload.lock_id == self._locks.get(late.fencing_token):
             upload.job_seq, upload.late_seq = change.event.job_seq, late.seq
-        gone = [its for its in self.uploads.values() if its.job_seq == change.event.job_seq and self._made_room(its)]
-        self._let_go(change, gone)
+        gone = [
+            its for its in self.uploads.values() if its.job_seq == change.event.job_seq and self._was_displaced(its)
+        ]
+        self._orphan(change, gone)
 
-    def _let_go(self, change: Change, uploads: list[Upload]) -> None:
+    def _orphan(self, change: Change, uploads: list[Upload]) -> None:
         for its in uploads:  # after a step back of the clock it looks like the object of another job
             too_new = its.modified_at > change.event.at + self._machine.scenario.margins.skew_ms
             its.is_lost = its.is_lost or too_new
 
-    def _made_room(self, upload: Upload) -> bool:
+    def _was_displaced(self, upload: Upload) -> bool:
         return upload.late_seq is not None and not self._is_kept(upload)
 
     def _is_kept(self, upload: Upload) -> bool:
@@ -160,7 +162,7 @@ class SimArtifacts(MemoryArtifacts):
             and age_s < machine.scenario.margins.young_ms / SECOND_MS - 0.1
         )
 
-    def put_back(self) -> None:
+    def restored(self) -> None:
         """Handle a restored older disk: its rows may name deleted objects and do not name later ones."""
         disk = self._machine.disk
         self.relied_on.clear()
@@ -185,7 +187,7 @@ class SimArtifacts(MemoryArtifacts):
         return [
             key
             for key, upload in self.uploads.items()
-            if (upload.job_seq in deleted or self._made_room(upload))
+            if (upload.job_seq in deleted or self._was_displaced(upload))
             and not upload.is_lost
             and not disk.is_referenced(key)
             and key not in held

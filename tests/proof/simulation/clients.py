@@ -110,7 +110,7 @@ class SimClient:
             )  # ideally while the batch is written
         unread = self.has("response not read", 0.08)
         return await self.machine.call(
-            self.name, command, by=by, admin=self.admin, key=key, hang_up_s=hang_up_s, unread=unread
+            self.name, command, by=by, admin=self.admin, key=key, disconnect_after_s=hang_up_s, unread=unread
         )
 
     def _key(self, command: AnyCommand) -> IdempotencyKey | None:
@@ -156,11 +156,11 @@ class SimOperator(SimClient):
         elif roll < 0.85:
             await self.ask(self.requests.read())
         elif roll < 0.9:
-            await self.machine.call("cleanup", self.requests.of_time(), by="cleanup")
+            await self.machine.call("cleanup", self.requests.maintenance(), by="cleanup")
         else:
-            await self._by_cleaner(roll)
+            await self._run_maintenance(roll)
 
-    async def _by_cleaner(self, roll: float) -> None:
+    async def _run_maintenance(self, roll: float) -> None:
         """Call the maintainer outside the mailbox. If the daemon dies meanwhile, there is no response."""
         daemon = self.machine.daemon
         if daemon is None or not daemon.is_open:
@@ -188,7 +188,7 @@ class SimWorker(SimClient):
     async def act(self) -> None:
         roll = self.dice.random()
         if roll < 0.08 and self.old:
-            await self.ask(self._late_word(*self.dice.choice(self.old)), tries=1)
+            await self.ask(self._late_call(*self.dice.choice(self.old)), tries=1)
         elif roll < 0.12:
             await self.ask(self.requests.read())
         elif roll < 0.3:
@@ -209,10 +209,10 @@ class SimWorker(SimClient):
                 await asyncio.sleep(self.dice.choice((0.05, 1.0, 4.0)))
         return await super().ask(command, tries=tries)
 
-    def _late_word(self, job_id: str, lock_id: str) -> AnyCommand:
-        return self.dice.choice((self._sign, self._ending))(job_id, lock_id)
+    def _late_call(self, job_id: str, lock_id: str) -> AnyCommand:
+        return self.dice.choice((self._heartbeat, self._ending))(job_id, lock_id)
 
-    def _sign(self, job_id: str, lock_id: str) -> AnyCommand:
+    def _heartbeat(self, job_id: str, lock_id: str) -> AnyCommand:
         if self.dice.random() < 0.6:
             progress = self.dice.choice((0, 10, 42.5, 100))
             return Progress(id=job_id, lock_id=lock_id, progress=progress, message=self.requests.maybe(0.3, "so far"))
@@ -247,20 +247,20 @@ class SimWorker(SimClient):
             await self.ask(Release(id=job_id, lock_id=lock_id, delay_ms=self.requests.maybe(0.1, 0, 900)))
             return
         for _ in range(self.dice.randrange(4)):
-            await self._toil(granted)
-            answer = await self.ask(self._sign(job_id, lock_id))
+            await self._report_progress(granted)
+            answer = await self.ask(self._heartbeat(job_id, lock_id))
             if isinstance(answer, ApiError) and not self.has("worker ignores lock_lost", 0.3):
                 return
             if self.machine.closing or self.has("worker dies", 0.05):
                 return
-        await self._toil(granted)
+        await self._report_progress(granted)
         ending = self._ending(job_id, lock_id)
         await self.ask(ending)
         if self.has("repeated ending", 0.2):
             release = Release(id=job_id, lock_id=lock_id)  # as a `finally` block does
             await self.ask(self.dice.choice((ending, ending, release, self._ending(job_id, lock_id))))
 
-    async def _toil(self, granted: GrantView) -> None:
+    async def _report_progress(self, granted: GrantView) -> None:
         ttl_s = granted.ttl_ms / SECOND_MS
         if self.has("worker sleeps", 0.1):
             await asyncio.sleep(ttl_s * self.dice.choice((1.0, 1.2, 3.0)))

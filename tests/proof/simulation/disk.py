@@ -63,7 +63,7 @@ class SimDisk(MemoryStorage):
         self.pruning: Callable[[int], None] = lambda before: None
         self._dice = dice
         self._fired = fired
-        self._stay: dict[int, int] = {}  # seq -> how many more times its row cannot be quarantined
+        self._failed_moves_left: dict[int, int] = {}  # seq -> how many more times its row cannot be quarantined
         self._written: tuple[Batch, int] | None = None  # not flushed yet, and what its counts know of
         self.is_broken = False
         self.on_broken: Callable[[Exception], None] = lambda error: None
@@ -77,17 +77,17 @@ class SimDisk(MemoryStorage):
 
     def _can_move(self, job: Job) -> bool:
         """Return whether a damaged row can be quarantined. That needs space, and intact pages around it."""
-        tries = self._stay.get(job.seq, 0)
-        self._stay[job.seq] = max(tries - 1, 0)
+        tries = self._failed_moves_left.get(job.seq, 0)
+        self._failed_moves_left[job.seq] = max(tries - 1, 0)
         self._fired["damaged row not moved"] += self.full > 0 or tries > 0
         return self.full == 0 and tries == 0
 
     # -- what happens to it -------------------------------------------------------------------------------------------
 
-    def heal(self) -> None:
+    def clear_faults(self) -> None:
         """Stop all faults."""
         self.full, self.slowness_s, self.failing, self.write_fault, self.armed = 0, 0.0, frozenset(), None, None
-        self._stay.clear()
+        self._failed_moves_left.clear()
 
     def crash(self, *, power_cut: bool) -> None:
         """Crash: what was written and not flushed is kept or lost as a whole."""
@@ -98,13 +98,13 @@ class SimDisk(MemoryStorage):
         self._fired["crash: unflushed write " + ("kept" if kept else "lost")] += 1
         if kept:
             with contextlib.suppress(BadRows):
-                self._keep(*written)
+                self._flush(*written)
 
     def snapshot(self) -> Snapshot:
         """Return a copy, as a backup makes it."""
         return {name: copy.copy(getattr(self, name)) for name in STATE}
 
-    def put_back(self, snapshot: Snapshot) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Replace the content with an older copy, marked as a backup. The epoch file stays."""
         self.epoch_file = max(self.epoch_file, self.numbers.epoch)
         for name, value in snapshot.items():
@@ -147,7 +147,7 @@ class SimDisk(MemoryStorage):
         await self._reach("written")
         await self._pause()
         self._written = None
-        shown = self._keep(batch, told)
+        shown = self._flush(batch, told)
         await self._reach("flushed")
         await self._pause()
         if fault == "lost_answer":
@@ -168,7 +168,7 @@ class SimDisk(MemoryStorage):
             strike()
             await asyncio.sleep(0)  # the writer is gone
 
-    def _keep(self, batch: Batch, told_aside: int) -> dict[int, bytes]:
+    def _flush(self, batch: Batch, told_aside: int) -> dict[int, bytes]:
         try:
             shown = self._commit(batch, told_aside)
         except AssertionError as error:
@@ -211,9 +211,9 @@ class SimDisk(MemoryStorage):
 
     # -- damage -------------------------------------------------------------------------------------------------------
 
-    def rot(self, seq: int, *, payload: bool, stays: int) -> None:
+    def corrupt(self, seq: int, *, payload: bool, stays: int) -> None:
         """Flip a bit in the row or payload of a job. It can be quarantined only after it was found this many times."""
-        self._stay[seq] = stays
+        self._failed_moves_left[seq] = stays
         if payload:
             self.bad_payloads[seq] = "the checksum of its payload is wrong"
         else:

@@ -42,10 +42,10 @@ class FinalPhase:
         """L1: every command is answered."""
         machine = self.machine
         machine.closing = True
-        machine.disk.heal()
+        machine.disk.clear_faults()
         limit_s = ALL_TIME_S
         _, waiting = await asyncio.wait(tasks, timeout=limit_s) if tasks else (None, None)
-        machine.disk.heal()  # of a fault that is not over yet
+        machine.disk.clear_faults()  # of a fault that is not over yet
         machine.artifacts.fault = None
         if waiting:
             self.watch.fail("L1", f"{len(waiting)} callers have no response after {limit_s:.0f} s")

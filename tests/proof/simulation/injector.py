@@ -42,14 +42,14 @@ class FaultInjector:
         while not self.machine.closing and plan.faults:
             await asyncio.sleep(self.dice.expovariate(1 / plan.pace_s))
             if not self.machine.closing:
-                await self._strike(self.dice.choice(plan.faults))
+                await self._inject(self.dice.choice(plan.faults))
 
-    async def _strike(self, name: str) -> None:
+    async def _inject(self, name: str) -> None:
         """Inject one fault and wait until it is over."""
         machine, disk, dice = self.machine, self.machine.disk, self.dice
         match name:
             case "kill" | "power cut":
-                self._die(name)
+                self._crash(name)
             case "stop":
                 await self._stop()
             case "restore":
@@ -69,16 +69,16 @@ class FaultInjector:
             case "read error":
                 await self._failing(frozenset({"load"}), 0.5)
             case "upkeep error":
-                await self._upkeep()
+                await self._fail_maintenance()
             case "rot":
-                self._rot()
+                self._corrupt_row()
             case "wall step" | "long wall step":
                 steps = STEPS_MS if name == "wall step" else LONG_STEPS_MS
                 step_ms = dice.choice(steps) * dice.choice((1, -1)) + dice.random()
                 machine.move_clocks(wall_ms=step_ms)
                 machine.fault(name, step_ms)
             case "leap":
-                await self._leap()
+                await self._jump_clock()
             case "suspend":
                 asleep_ms = dice.choice((500, 20_000, 4_000_000))
                 machine.move_clocks(wall_ms=asleep_ms, boot_ms=asleep_ms)
@@ -99,7 +99,7 @@ class FaultInjector:
             case _:
                 self._backup()
 
-    def _die(self, name: str) -> None:
+    def _crash(self, name: str) -> None:
         """Crash at once, or at a stage of the next write."""
         machine = self.machine
         downtime_s = self.dice.choice((0.0, 0.3, 20.0))
@@ -156,7 +156,7 @@ class FaultInjector:
             machine.disk.full = dice.randint(1, 3)
             machine.fault(f"full disk {machine.disk.full}")
             if dice.random() < 0.15:
-                self._die("kill")
+                self._crash("kill")
             await asyncio.sleep(dice.uniform(0.2, 8))
         machine.disk.full = 0
         machine.note("fault", "the disk has room")
@@ -171,26 +171,26 @@ class FaultInjector:
         await asyncio.sleep(self.dice.uniform(0.05, longest_s))
         machine.disk.failing = frozenset()
 
-    async def _upkeep(self) -> None:
+    async def _fail_maintenance(self) -> None:
         """Fail one or more of the calls that cleanup and queries make outside batches."""
         methods = frozenset(self.dice.sample(UPKEEP, self.dice.randint(1, len(UPKEEP))))
         await self._failing(methods, self.dice.choice((8, 8, 8, 200)))
 
-    async def _leap(self) -> None:
+    async def _jump_clock(self) -> None:
         """Set the wall clock far ahead for a while, then correct it. Nothing may age by it unless it is accepted."""
         machine = self.machine
-        machine.leap(LEAP_MS)
+        machine.jump_clock(LEAP_MS)
         machine.fault("leap")
         await asyncio.sleep(self.dice.uniform(0.2, 30))
-        machine.leap(-LEAP_MS)
+        machine.jump_clock(-LEAP_MS)
 
-    def _rot(self) -> None:
+    def _corrupt_row(self) -> None:
         machine = self.machine
         seqs = list(machine.disk.jobs)
         if seqs:
             seq, payload = self.dice.choice(seqs), self.dice.random() < 0.5
             machine.fault("rot payload" if payload else "rot row", machine.disk.jobs[seq].id)
-            machine.disk.rot(seq, payload=payload, stays=self.dice.choice((0, 0, 1, 3)))
+            machine.disk.corrupt(seq, payload=payload, stays=self.dice.choice((0, 0, 1, 3)))
 
     async def _artifacts(self, name: str) -> None:
         machine = self.machine

@@ -92,7 +92,7 @@ class Machine:
         self.backups: list[Backup] = []
         self.boot_shift_ms = 0.0
         self.clocks_moved_s = 0.0  # loop time of the latest step of a clock
-        self.leap_ms = 0  # error of the wall clock that was not accepted
+        self.jump_ms = 0  # error of the wall clock that was not accepted
         self.synchronised = Random(f"{seed}: kernel").random() < 0.3
         self.downtime_s = 0.5
         self.off = False
@@ -114,13 +114,13 @@ class Machine:
         self.boot_shift_ms += boot_ms
         self.clocks_moved_s = self.loop.now_s
 
-    def leap(self, ms: int) -> None:
+    def jump_clock(self, ms: int) -> None:
         """Step the wall clock ahead, to be undone later. Skipped if the store may have seen that time before."""
         self.move_clocks(wall_ms=ms)
-        self.leap_ms = ms if ms > 0 and self.disk.numbers.wall_ms < self.wall() - ms + DAY_MS else 0
+        self.jump_ms = ms if ms > 0 and self.disk.numbers.wall_ms < self.wall() - ms + DAY_MS else 0
 
     def accept_clock(self, daemon: SimDaemon) -> None:
-        self.leap_ms = 0
+        self.jump_ms = 0
         daemon.clock.accept()
 
     def note(self, what: str, *details: Any) -> None:
@@ -163,8 +163,8 @@ class Machine:
     def restore(self, backup: Backup) -> None:
         """Restore an earlier copy of the disk while no daemon runs."""
         snapshot, acknowledged = backup
-        self.disk.put_back(snapshot)
-        self.artifacts.put_back()
+        self.disk.restore(snapshot)
+        self.artifacts.restored()
         self.monitor.note_restore(acknowledged)
 
     # -- connections --------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ class Machine:
         by: str = "client",
         admin: bool = False,
         key: IdempotencyKey | None = None,
-        hang_up_s: float | None = None,
+        disconnect_after_s: float | None = None,
         unread: bool = False,
     ) -> Response | ApiError | None:
         """Send a command and return its response; None if none came. `hang_up_s`: the caller disconnects then.
@@ -192,8 +192,8 @@ class Machine:
         daemon.lines[line] = None
         self.note("asks", who, type(command).__name__, command, key and key.digest)
         handler = daemon.spawn(self._handle(daemon, line, command, by, admin, key))
-        if hang_up_s is not None:
-            self.loop.call_later(hang_up_s, self._hang_up, line, handler)
+        if disconnect_after_s is not None:
+            self.loop.call_later(disconnect_after_s, self._disconnect, line, handler)
         try:
             answer = await line.reply
         finally:
@@ -228,7 +228,7 @@ class Machine:
             self.monitor.note_delivery(line.who if key is None else key.digest, answer)
         line.reply.set_result(answer)
 
-    def _hang_up(self, line: SimConnection, handler: asyncio.Task[None]) -> None:
+    def _disconnect(self, line: SimConnection, handler: asyncio.Task[None]) -> None:
         if line.reply.done():
             return
         roll = self.dice.random()
@@ -281,7 +281,7 @@ class SimDaemon:
     def kill(self) -> None:
         """End all tasks at once, without responses or cleanup."""
         self.is_open = False
-        self._drop_lines()
+        self._close_connections()
         for task in self._tasks:
             if not task.done():
                 task.cancel()
@@ -355,7 +355,7 @@ class SimDaemon:
             self.how = "disk broken"
             if not isinstance(broken.__cause__, (OSError, DiskFull)):
                 machine.monitor.fail("S8", f"the daemon ended by a bug of its own: {broken.__cause__!r}")
-        self._drop_lines()
+        self._close_connections()
         self.gone.set()
 
     def _sweep(self) -> asyncio.Task[None] | None:
@@ -386,6 +386,6 @@ class SimDaemon:
             await asyncio.sleep(0.02)
         self.machine.monitor.fail("L1", f"{len(self.lines)} requests in flight were not answered before the end")
 
-    def _drop_lines(self) -> None:
+    def _close_connections(self) -> None:
         for line in self.lines:
             line.close()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tests.proof.simulation.machine import Machine, SimDaemon
 
 RECOUNT_EVERY: Final = 25  # commits
-LOOKS: Final = 4  # one slow step of the disk may outlast the slow phase
+RELEASE_CHECKS: Final = 4  # one slow step of the disk may outlast the slow phase
 LOOK_EVERY_S: Final = 0.8
 PICTURE_EVERY: Final = 500  # decisions
 
@@ -157,7 +157,7 @@ class Monitor(DecisionChecks):
     def check_aging(self, job: Job, at: Moment) -> None:
         """S13: nothing ages by a clock that is wrong, whether the daemon suspects it or not."""
         super().check_aging(job, at)
-        self.must(not self.machine.leap_ms, "S13", f"a {job.status} job is old by a leap of the clock", job.id)
+        self.must(not self.machine.jump_ms, "S13", f"a {job.status} job is old by a leap of the clock", job.id)
 
     def check_recovery(self, job: Job, at: Moment) -> None:
         """Check L2, after the faults have stopped."""
@@ -212,7 +212,7 @@ class Monitor(DecisionChecks):
                 self.must(token > self.highest_token, "S2", f"token {token} after {self.highest_token}", after.id)
                 self.highest_token = max(token, self.highest_token)
                 if daemon is not None:
-                    self._expect_delivery(daemon, after.id, after.grant, LOOKS)
+                    self._expect_delivery(daemon, after.id, after.grant, RELEASE_CHECKS)
         kept = batch.numbers.lease_ms
         self.must(kept >= self._last_lease, "S12", f"lease time is {self._last_lease}, {kept} is kept")
         counter = self.highest_token & ((1 << TOKEN_COUNTER_BITS) - 1)
@@ -279,7 +279,7 @@ class Monitor(DecisionChecks):
 
     def check_prune(self, before: int) -> None:
         """S13: the journal of a deleted job is kept for its time."""
-        kept_ms = self.machine.wall() - self.machine.leap_ms - before
+        kept_ms = self.machine.wall() - self.machine.jump_ms - before
         self.must(
             kept_ms >= self.machine.scenario.schedule.journal_ms, "S13", f"journals are deleted after {kept_ms} ms"
         )
@@ -342,16 +342,16 @@ class Monitor(DecisionChecks):
 
     def _expect_delivery(self, daemon: SimDaemon, job_id: str, grant: Grant, looks: int) -> None:
         """Expect a grant that was not delivered to be released."""
-        self.machine.loop.call_later(LOOK_EVERY_S, self._look_for_leak, daemon, job_id, grant, looks)
+        self.machine.loop.call_later(LOOK_EVERY_S, self._check_released, daemon, job_id, grant, looks)
 
-    def _look_for_leak(self, daemon: SimDaemon, job_id: str, grant: Grant, looks: int) -> None:
+    def _check_released(self, daemon: SimDaemon, job_id: str, grant: Grant, checks_left: int) -> None:
         disk = self.machine.disk
         if self.daemon is not daemon or not daemon.is_open or grant.fencing_token in self.received:
             return
         if not daemon.book.holds(job_id, grant.lock_id) or daemon.actor._decider._handed.get(grant.lock_id):
             return
-        if looks or disk.full or disk.slowness_s or disk.slowed:
-            self._expect_delivery(daemon, job_id, grant, max(looks - 1, 0))
+        if checks_left or disk.full or disk.slowness_s or disk.slowed:
+            self._expect_delivery(daemon, job_id, grant, max(checks_left - 1, 0))
             return
         self.fail("S1", f"nobody has received grant {grant.fencing_token}, and it was not taken back", job_id)
 

@@ -191,7 +191,7 @@ class RequestGenerator:
             case 13 | 14:
                 return self.adoption(job_id) if self.chance(0.7) else self.planned(job_id)
             case _:
-                return self.brought(now)
+                return self.import_job(now)
 
     def planned(self, job_id: str) -> ApplyPlan:
         """Return a slice of a plan, of which some jobs have changed since."""
@@ -202,9 +202,9 @@ class RequestGenerator:
         ]
         kind = ApplyPlan if self.chance(0.5) else ApplyEndings
         plan: ApplyPlan = kind(action=self.dice.choice(("retry", "cancel", "force-fail", "delete")), jobs=seen)
-        return self._of_time(known) if self.time_dice.random() < 0.3 else plan
+        return self._maintenance_plan(known) if self.time_dice.random() < 0.3 else plan
 
-    def _of_time(self, known: list[tuple[str, Job | None]]) -> ApplyPlan:
+    def _maintenance_plan(self, known: list[tuple[str, Job | None]]) -> ApplyPlan:
         """Return the same jobs as a plan of recovery or cleanup."""
         dice = self.time_dice
         action: PlanAction = dice.choice(("recover-stuck", "cleanup"))
@@ -242,7 +242,7 @@ class RequestGenerator:
         )
         return Transition(id=job_id, from_=status, to=self.dice.choice(STATUSES), updates=updates)
 
-    def brought(self, now: int) -> Import:
+    def import_job(self, now: int) -> Import:
         """Import a job with arbitrary fields."""
         kind = ImportCheck if self.chance(0.2) else Import
         return kind(
@@ -264,7 +264,7 @@ class RequestGenerator:
             error_message=self.maybe(0.3, "once"),
         )
 
-    def of_time(self) -> AnyCommand:
+    def maintenance(self) -> AnyCommand:
         """Send a command of cleanup, but about any job at any time: each is checked when it is applied."""
         ids = [self.job_id() for _ in range(self.dice.randint(1, 3))]
         return self.dice.choice((Recover(limit=1), Expire(limit=1), DeleteExpired(ids=ids), RepairJobs(ids=ids)))

@@ -21,7 +21,7 @@ AT_ONCE_S: Final = 3.0
 # Seconds by which a fault may delay a response.
 HELD_UP_S: Final = {"slow disk": 30.0, "freeze": 45.0}
 LOOK_EVERY_S: Final = 0.8
-LOOKS: Final = 3  # how often a claim may be seen waiting while its job is due
+MAX_SEEN_WAITING: Final = 3  # how often a claim may be seen waiting while its job is due
 
 
 class ResponseTimes:
@@ -56,7 +56,7 @@ class ResponseTimes:
         job_id = self._due_job(daemon, command)
         seen = 0 if job_id is None or self._is_delayed(daemon, since_s) else seen + 1
         late = f"a claim waits although {job_id} is due"
-        self.machine.monitor.must(seen < LOOKS, "L3", late, job_id)
+        self.machine.monitor.must(seen < MAX_SEEN_WAITING, "L3", late, job_id)
         self.machine.loop.call_later(LOOK_EVERY_S, self._check_claim, daemon, command, since_s, seen)
 
     def _due_job(self, daemon: SimDaemon, command: Claim) -> str | None:
