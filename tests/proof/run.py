@@ -2,8 +2,8 @@
 
 `python -m tests.proof.run [PART ...] [--out DIR] [--write]`
 
-Each part is a separate program (see PARTS). Its output for this commit is kept in DIR and not made again, so an
-interrupted run continues. `--write` fills docs/reliability.md from DIR; every figure has its commit, command and
+Each part is a separate program (see PARTS). Its output for this commit is stored in DIR and reused, so that an
+interrupted run continues. `--write` fills docs/reliability.md from DIR. Every figure has its commit, command and
 interpreter. `--rows FILE` replaces single faults with the output of `python -m tests.proof.faults NAME ... --json`.
 Exit code 1 if a part failed.
 """
@@ -45,7 +45,7 @@ KINDS: Final = {
     "mishap": "client mishap",
     "event": "event",
     "command": "command",
-    "refusal": "error",
+    "error": "error",
 }
 
 
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prove(name: str, out: Path) -> bool:
-    """Run one part unless its output is kept. Return whether it passed; a skipped check counts as failed."""
+    """Run one part unless its output is stored. Return whether it passed. A skipped check counts as failed."""
     kept = out / f"{name}.txt"
     if kept.exists():
         return True

@@ -92,7 +92,7 @@ LATE: Final = LateResult(1, NOW, "w-old", 1, "of old", None, Result(file_path="/
 
 
 class World(Struct, frozen=True):
-    """What all states of a world share: the daemon's policy and the job's options, in ticks."""
+    """The constants of a world, with times in ticks: the daemon's policy and the job's options."""
 
     name: str
     ttl: int = 2
@@ -161,8 +161,11 @@ class WorldState(Struct, frozen=True):
         return book
 
     def key(self, world: World) -> tuple[Any, ...]:
-        """What the rules can distinguish in this state. Which worker knows a lock does not matter, and older locks
-        are never valid again. The shortest path to a state has fewer releases than delay a job: they are left out."""
+        """Return everything that the rules can distinguish in this state.
+
+        Left out: the worker that knows a lock, older locks, which are never valid again, and the count of releases,
+        because the shortest path to a state has too few of them to delay a job.
+        """
         job, off, furthest = self.job, self.off, world.furthest
         if job is None:
             return (None, self.paused, off)
@@ -191,7 +194,7 @@ class WorldState(Struct, frozen=True):
 
     @property
     def off(self) -> int:
-        """Ticks by which the wall clock was moved."""
+        """Return the ticks by which the wall clock was moved."""
         return (self.now - NOW - (self.lease - LEASE)) // TICK_MS
 
     def _wall(self, time_ms: int | None, furthest: int) -> int | None:
@@ -210,7 +213,7 @@ def _grant(grant: Grant | None) -> tuple[Any, ...] | None:
 
 
 def _ended(ended: PreviousGrant | None) -> tuple[Any, ...] | None:
-    """Reduce the hash, which includes the lock id, to which of the two ways to fail it was."""
+    """Replace the hash, which includes the lock id, by whether the failure allowed a retry."""
     if ended is None:
         return None
     return (ended.rule, ended.reason, ended.verb, ended.body_hash == worker_rules.digest(_failing(ended.lock_id, True)))
@@ -230,7 +233,7 @@ class Step(Struct, frozen=True):
 
 
 class Exploration(DecisionChecks):
-    """All states of one world. `states` maps the key of each to the step by which it was first reached."""
+    """The exploration of one world. `states` maps the key of each state to the step that first reached it."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -371,7 +374,7 @@ class Exploration(DecisionChecks):
 
     def _count(self, answer: Response | ApiError) -> None:
         if isinstance(answer, ApiError):
-            name = f"refusal {answer.code}"
+            name = f"error {answer.code}"
             self.fired[name] = self.fired.get(name, 0) + 1
             self.must(answer.code != "internal_error", "S8", answer.message)
 

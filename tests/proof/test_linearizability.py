@@ -94,7 +94,7 @@ GOOD: Final[dict[str, list[Operation]]] = {
         held("release", 8, 9, "L1", "repeated"),
         held("fail", 10, 11, "L1", "invalid_transition", by="y"),
     ],
-    "an old lock is told so": [
+    "an old lock is rejected": [
         created(),
         granted(2, 3, "L1"),
         op("cancel", 4, 5, "done"),
@@ -132,7 +132,7 @@ BAD: Final[dict[str, list[Operation]]] = {
         got(20, 21, status="completed"),
         got(30, 31, status="processing"),
     ],
-    "a result that nobody left": [created(), granted(2, 3, "L1"), got(4, 5, status="completed")],
+    "a result without a call that stored it": [created(), granted(2, 3, "L1"), got(4, 5, status="completed")],
     "an old lock is taken": [
         created(),
         granted(2, 3, "L1"),
@@ -238,8 +238,10 @@ def test_a_call_with_a_used_key_is_not_decided_again() -> None:
     assert not is_explained(created(), own, op("start", 4, 5, "already_locked"))
     assert is_explained(created(), own, held("release", 4, 5, "L1", "done"), granted(6, 7, "L2", 2))
     assert not is_explained(created(), op("cancel", 2, 3, "done"), op("cancel", 4, 5, "invalid_transition"))
-    lost, refused = op("cancel", 2, None), op("cancel", 4, 5, "invalid_transition")
-    assert not is_explained(created(), lost, refused)  # it had not taken effect by then, or the key would have answered
+    lost, rejected = op("cancel", 2, None), op("cancel", 4, 5, "invalid_transition")
+    assert not is_explained(
+        created(), lost, rejected
+    )  # it had not taken effect by then, or the key would have answered
     assert is_explained(created(0, 9), lost, op("cancel", 4, 5, "job_not_found"), got(20, 21, status="cancelled"))
     assert not is_explained(
         created(), lost, op("cancel", 4, 5, "done"), op("force-reset", 6, 7, "done"), got(8, 9, status="cancelled")

@@ -1,4 +1,4 @@
-"""The output of the proofs is kept by commit and written into the document, only between its marks."""
+"""The output of the proofs is stored by commit and written into the document, only between its marks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def test_each_part_has_its_place_in_the_document() -> None:
 
 
 def test_the_counts_of_the_simulation_become_a_table_by_kind() -> None:
-    counted = "command Create   1,200\nevent created  9\nfault kill   3\nmishap hang up 1\nrefusal lock_lost 2\n"
+    counted = (
+        "command Create   1,200\nevent created  9\nfault kill   3\nmishap client disconnects 1\nerror lock_lost 2\n"
+    )
     shown = proof.SHOWN["simulation"](f"{counted}never happened: nothing\n2 seeds: every promise held\n")
     assert "| fault | kill 3 |" in shown
     assert "| command | Create 1,200 |" in shown
@@ -126,13 +128,13 @@ def test_every_figure_in_the_document_has_commit_command_and_interpreter() -> No
 
 def test_the_table_of_skipped_checks_names_every_program_that_tests_need() -> None:
     skips = {row[0]: row[1] for row in rows(proof.DOCUMENT, "missing", "skipped")}
-    asked = {
+    required = {
         name
         for file in (ROOT / "tests").rglob("*.py")
         for name in re.findall(r'tool_missing\("([^"]+)"', file.read_text("utf-8"))
     }
-    assert len(asked) > 5
-    for name in asked:
+    assert len(required) > 5
+    for name in required:
         assert any(f"`{name}`" in missing for missing in skips), name
     for check in checks().values():
         named = [cell for cell in skips.values() if f"`{check.name}`" in cell]

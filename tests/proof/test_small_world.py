@@ -46,7 +46,7 @@ EVENTS = {
     "cancelled", "stalled", "late_result", "late_call", "adopted", "force_failed", "force_reset", "transitioned",
     "fixed", "deleted", "queue_paused", "queue_resumed",
 }  # fmt: skip
-REFUSALS = {
+ERRORS = {
     "job_not_found", "job_exists", "already_locked", "queue_paused", "invalid_transition", "lock_lost",
     "max_processing_time_exceeded", "late_result_not_found", "worker_not_found", "worker_not_silent",
 }  # fmt: skip
@@ -83,7 +83,7 @@ def test_every_state_of_a_world_is_explored() -> None:
     assert walk.run() > 3_000
     assert walk.decisions > 50 * len(walk.states)
     assert walk.played | NOT_PLAYED == set(get_args(AnyCommand))
-    assert walk.fired.keys() == {f"event {kind}" for kind in EVENTS} | {f"refusal {code}" for code in REFUSALS}
+    assert walk.fired.keys() == {f"event {kind}" for kind in EVENTS} | {f"error {code}" for code in ERRORS}
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)

@@ -1,4 +1,4 @@
-"""Clock faults: the wall clock steps, while the daemon runs and while it is down, and the daemon is suspended.
+"""Clock faults: the wall clock steps while the daemon runs and while it is down, and the daemon is suspended.
 
 libfaketime changes only the daemon's wall clock. It reads its offset from a file.
 """
@@ -57,7 +57,7 @@ class SteppedClockDaemon(Daemon):
         )
 
     def step(self, seconds: float) -> None:
-        """Step the wall clock, from its next read on."""
+        """Step the wall clock. The daemon sees it at its next read."""
         self._offset_s += seconds
         new = self._file.with_suffix(".new")
         new.write_text(f"{self._offset_s:+}\n", encoding="utf-8")
@@ -71,7 +71,7 @@ class SteppedClockDaemon(Daemon):
         return job_id
 
     def start_job(self, job_id: str, ttl_ms: int) -> dict[str, str]:
-        """Start a job as a worker with automatic extension; return the fields that its holder sends."""
+        """Start a job; return the fields that its holder sends."""
         body = {"worker": "w", "lock_ttl_ms": ttl_ms, "stuck_after_ms": 0}
         return {"lock_id": self.post(f"/v1/jobs/{job_id}/start", body).data["lock_id"]}
 
@@ -209,7 +209,7 @@ def _check_times(store: StoreContents) -> int:
     return sum(map(len, store.events.values()))
 
 
-# -- while it is down --------------------------------------------------------------------------------------------------
+# -- while the daemon is down ------------------------------------------------------------------------------------------
 
 
 def steps_while_down(trial: Trial) -> Counts:

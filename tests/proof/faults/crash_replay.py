@@ -56,7 +56,7 @@ def replay(trial: Trial) -> Counts:
 
 
 def _log_writes(trial: Trial, ledger: Ledger, acknowledgements: int) -> list[LoggedCall]:
-    """Log a store from its creation: load, kill -9, load, a stop with its checkpoint, load and a stop."""
+    """Log the writes of a store from its creation over three loads: one ends by kill -9, two by a stop."""
     library, log = trial.directory / "writes.so", trial.directory / "writes.log"
     subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(SOURCE), "-ldl"], check=True)
     home = trial.directory / "logged"
@@ -80,7 +80,7 @@ def _log_writes(trial: Trial, ledger: Ledger, acknowledgements: int) -> list[Log
 
 @dataclass(frozen=True)
 class CrashState:
-    """What a crash left, at `path`, and how it was built."""
+    """The store that a crash left at `path`, and how that state was built."""
 
     path: Path
     description: str
@@ -93,7 +93,7 @@ class CrashState:
             Path(f"{self.path}{suffix}").chmod(0o600)
 
     def check(self, ledger: Ledger, until_s: float, *, with_daemon: bool) -> int:
-        """Check the store: it has everything acknowledged before `until_s`."""
+        """Check that the store has everything acknowledged before `until_s`."""
         path = str(self.path)
         if self.path.exists() and startup.peek(path) != (0, 0):
             problems = doctor.check(path)

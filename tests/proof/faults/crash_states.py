@@ -1,6 +1,6 @@
-"""What a disk may hold after a crash: everything synced, and none, all or some of the rest, down to sectors.
+"""The states that a disk may have after a crash: everything synced, and none, all or some of the rest, down to sectors.
 
-Reads the records that writes.c makes.
+They are built from the log of system calls that writes.c writes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MANNERS: Final[tuple[Manner, ...]] = ("dropped", "kept", "partly kept", "torn")
 
 
 class FileCall(IntEnum):
-    """As in writes.c."""
+    """The kinds of logged calls. The values are those in writes.c."""
 
     OPEN = 1
     WRITE = 2
@@ -36,7 +36,7 @@ _HEAD: Final = struct.Struct("<BBHIqq")
 
 @dataclass(frozen=True)
 class LoggedCall:
-    """One call that succeeded. `file` counts SUFFIXES; `at` is an offset, or a size; `time_s` is time.monotonic()."""
+    """A call that succeeded. `file` indexes SUFFIXES, `at` is an offset or a size, `time_s` is time.monotonic()."""
 
     what: int
     file: int
@@ -46,7 +46,7 @@ class LoggedCall:
 
 
 def records(log: Path) -> Iterator[LoggedCall]:
-    """Return all records in the order in which the calls returned."""
+    """Yield all logged calls in the order in which they returned."""
     text = memoryview(log.read_bytes())
     place = 0
     while place < len(text):
@@ -58,7 +58,7 @@ def records(log: Path) -> Iterator[LoggedCall]:
 
 @dataclass
 class _File:
-    """`synced` is certainly on disk; `later` came after the last sync, in order."""
+    """A file. `synced` is certainly on disk; `later` has the calls since the last sync, in order."""
 
     synced: bytearray = field(default_factory=bytearray)
     later: list[LoggedCall] = field(default_factory=list)
@@ -99,7 +99,7 @@ def _sectors(record: LoggedCall) -> Iterator[LoggedCall]:
 
 
 class ReplayedDisk:
-    """The files of one store after a prefix of its records."""
+    """The files of a store after a prefix of its logged calls."""
 
     def __init__(self) -> None:
         self._named: dict[int, _File] = {}  # as the process sees it

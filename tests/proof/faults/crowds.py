@@ -1,5 +1,4 @@
-"""Many abusive clients beside a normal one: idle connections, slow readers, half-sent bodies, a full mailbox, no
-descriptors left.
+"""Many abusive clients beside a normal one: idle connections, slow readers, half-sent bodies, too many connections.
 
 The abusive clients run in other processes (crowd_process.py). These checks measure the delay of a normal client.
 """
@@ -30,9 +29,7 @@ LIFECYCLES: Final = 150
 FLOODERS: Final = 24
 DESCRIPTORS: Final = 200
 IDLE: Final = 10_000
-MANY_FILES = Tool(
-    f"room for {IDLE} connections", "none: raise the limit of open files", lambda: connection_limit() > IDLE
-)
+MANY_FILES = Tool(f"{IDLE} open connections", "none: raise the limit of open files", lambda: connection_limit() > IDLE)
 
 
 @contextmanager
@@ -106,7 +103,7 @@ def measure_with_crowd(kind: str, count: int, trial: Trial, prepare: Any = None)
             with crowd(kind, daemon, count) as report:
                 wait_until(daemon, report["count"], math.inf)
                 together.append(p99_ms(daemon, lifecycles))
-                assert descriptors(daemon) >= report["count"] * 0.5, "the crowd went away"
+                assert descriptors(daemon) >= report["count"] * 0.5, "the other clients disconnected"
             outcomes.update({what: number for what, number in report.items() if what != "count"})
             wait_until(daemon, 0, few + 2)
         assert daemon.stop() == 0
@@ -190,7 +187,7 @@ def mailbox_flood(trial: Trial) -> Counts:
 
 def no_descriptors(trial: Trial) -> Counts:
     """Open more connections than the daemon has descriptors: it survives, and later connections are served."""
-    refused = 0
+    excess = 0
     daemon = Daemon(trial.directory)
     prlimit = shutil.which("prlimit")
     assert prlimit is not None
@@ -207,13 +204,13 @@ def no_descriptors(trial: Trial) -> Counts:
                 assert call(early, "POST", "/v1/jobs", {"payload": 2}).status == 201
                 for line in lines:
                     line.close()
-                refused += 2 * DESCRIPTORS - (DESCRIPTORS - few)
+                excess += 2 * DESCRIPTORS - (DESCRIPTORS - few)
                 wait_until(daemon, 0, few + 3)
                 assert daemon.get("/readyz").status == 200
         assert daemon.get(f"/v1/jobs/{job_id}").data["payload"] == 1
         assert daemon.stop() == 0
         assert len(daemon.log) < 1_000_000, "the log was flooded"
-    return {"connections over the limit": refused, "bytes of log": len(daemon.log)}
+    return {"connections over the limit": excess, "bytes of log": len(daemon.log)}
 
 
 CHECKS = (

@@ -64,7 +64,7 @@ def snapshot(directory: Path) -> dict[str, tuple[Any, ...]]:
 
 
 def two_daemons(trial: Trial) -> Counts:
-    refused: Counter[str] = Counter()
+    rejected: Counter[str] = Counter()
     with Daemon(_make_directory(trial, "first")) as first:
         assert first.process is not None
         assert first.post("/v1/jobs", {"id": "a"}).status == 201
@@ -79,13 +79,13 @@ def two_daemons(trial: Trial) -> Counts:
                     after = [snapshot(first.directory), snapshot(second.directory)]
                 after[1].pop(f"{second.store.name}.lock", None)  # a file for locks, not part of the store
                 before[1].pop(f"{second.store.name}.lock", None)
-                assert after == before, f"the same {want}: something was touched"
-                refused[f"rejected for the same {want}"] += 1
+                assert after == before, f"the same {want}: a file was changed"
+                rejected[f"rejected for the same {want}"] += 1
             assert first.get("/v1/jobs/a").data["status"] == "queued"
             assert first.admin("GET", "stats").data["totalJobs"] == 1
         assert first.stop() == 0
     checked_contents(first.store)
-    return {**refused}
+    return {**rejected}
 
 
 def _make_directory(trial: Trial, name: str) -> Path:
@@ -95,7 +95,10 @@ def _make_directory(trial: Trial, name: str) -> Path:
 
 
 def _contested_resources(directory: Path, first: Daemon) -> Iterator[tuple[str, Daemon, str]]:
-    """Yield each contested resource, the second daemon and its expected message. Its own store has a processing job."""
+    """Yield the name of each contested resource, the second daemon and its expected message.
+
+    The store of the second daemon has a processing job.
+    """
     assert first.process is not None
     holder = f"process {first.process.pid}"
     yield "store and sockets", Daemon(directory, JOBD_STORE_PATH=str(first.store), **_sockets(first)), holder
@@ -117,7 +120,7 @@ def _sockets(daemon: Daemon) -> dict[str, str]:
 
 def racing_daemons(trial: Trial) -> Counts:
     """Start daemons at the same moment: one gets the resource and keeps it, the others fail."""
-    refused = 0
+    rejected = 0
     for number in range(trial.rounds):
         directory = _make_directory(trial, f"race-{number}")
         shared = {"JOBD_WORKER_SOCKET": str(directory / "worker.sock")}
@@ -135,12 +138,12 @@ def racing_daemons(trial: Trial) -> Counts:
             for loser in each:
                 assert loser.process is not None
                 assert loser.process.wait(60) == BUSY, loser.log.decode()
-                refused += 1
+                rejected += 1
             assert winner.post("/v1/jobs", {"id": "a"}).status == 201
             assert winner.admin("GET", "jobs/a").status == 200, "the socket is another daemon's"
             assert winner.stop() == 0
         checked_contents(winner.environ["JOBD_STORE_PATH"])
-    return {"races": trial.rounds, "rejected": refused}
+    return {"races": trial.rounds, "rejected": rejected}
 
 
 # -- graceful stops ---------------------------------------------------------------------------------------------------
@@ -219,7 +222,7 @@ def waiting_claim(daemon: ApiCalls) -> http.client.HTTPConnection:
 def _wait_for(daemon: Daemon, metric: str) -> None:
     deadline_s = time.monotonic() + 30
     while metric not in daemon.admin("GET", "/metrics").body.decode().splitlines():
-        assert time.monotonic() < deadline_s, f"{metric} was not to be seen"
+        assert time.monotonic() < deadline_s, f"{metric} did not appear"
 
 
 @contextmanager
@@ -274,7 +277,7 @@ def graceful_stop(trial: Trial) -> Counts:
                     assert daemon.process is not None
                     daemon.process.send_signal(signal.SIGTERM)
                     _wait_until_rejected(daemon)
-                    assert daemon.process.poll() is None, "a request that had come half was not waited for"
+                    assert daemon.process.poll() is None, "the stop did not wait for a half-sent request"
                     late = half.send_rest()
                     assert late.status == 201, late.body
                     assert daemon.process.wait(60) == 0

@@ -1,4 +1,4 @@
-"""Flip single bits of a closed store, all over its files: nothing wrong is ever served.
+"""Flip single bits of a closed store, all over its files: no wrong data is ever served.
 
 The expected result does not depend on the position of the bit, only on what is missing or wrong.
 """
@@ -33,7 +33,7 @@ EXIT_CODES: Final = (74, 78)
 
 
 class OriginalStore:
-    """A store as the daemon left it: its files and contents."""
+    """The files and contents of a store as the daemon left it."""
 
     def __init__(self, trial: Trial, *, killed: bool) -> None:
         home = trial.directory / "original"
@@ -71,7 +71,7 @@ class OriginalStore:
 
 
 def _write_unusual_rows(daemon: Daemon) -> None:
-    """Write rows of all other kinds: long payloads, a result, a deleted job, a paused queue, a report, keys."""
+    """Write rows of every other kind: long payloads, a result, a deleted job, a paused queue, a report, keys."""
     for number in range(4):
         job = {"id": f"odd-{number}", "queue": f"queue-{number}", "payload": "y" * (5000 * number), "priority": number}
         assert daemon.post("/v1/jobs", job, Idempotency_Key=f"key-{number}").status == 201
@@ -91,11 +91,11 @@ def _write_unusual_rows(daemon: Daemon) -> None:
 
 
 async def _compare_store(path: Path, holds: StoreContents) -> tuple[str, bool, set[str]]:
-    """Open the store. Return whether it was rejected, reported damage or neither, and what is missing of which jobs."""
+    """Open the store. Return the result in a word, whether anything is missing, and the missing jobs."""
     try:
         store, opened = await Store.open(str(path))
     except StoreError as error:
-        return "rejected" if str(path) in str(error) else f"refused without naming the file: {error}", False, set()
+        return "rejected" if str(path) in str(error) else f"rejected without naming the file: {error}", False, set()
     async with store:
         noticed = bool(opened.faults or opened.quarantined)
         loaded = await store.load(list(holds.jobs), [], [])
@@ -217,10 +217,10 @@ def flips(trial: Trial, *, killed: bool) -> Counts:
         path = original.write_flipped(trial.directory / "flipped", suffix, at, bit)
         try:
             if last is not None and last.contains(at):
-                counts["in the last transaction, not told from a torn write"] += 1
+                counts["in the last transaction, indistinguishable from a torn write"] += 1
                 continue
             verdict, lost = _inspect(path, original.contents)
-            assert not verdict.startswith("refused without"), verdict
+            assert not verdict.startswith("rejected without"), verdict
             if number % BY_DAEMON == 0:
                 path = original.write_flipped(trial.directory / "flipped", suffix, at, bit)
                 _check_over_http(path, original, answers)
@@ -242,7 +242,7 @@ def _kind(content: bytes, at: int) -> str:
 
 
 class LastTransaction:
-    """The last transaction of a log, which may be incomplete after a crash, so that damage to it is not detectable."""
+    """The last transaction of a log. A crash may leave it incomplete, so damage to it cannot be detected."""
 
     FRAME: Final = 24 + PAGE
 

@@ -17,7 +17,7 @@ from tests.proof.faults.mounts import MOUNTS, tmpfs
 from tests.proof.faults.store_check import checked_contents
 from tests.support.daemon_process import Daemon, DaemonResponse
 
-ROOM_BYTES: Final = 16 << 20  # the log may use 4 MiB before it is reused, and the jobs need more
+FREE_BYTES: Final = 16 << 20  # the log may use 4 MiB before it is reused, and the jobs need more
 HELD: Final = 12
 FULL: Final = b"event=disk_full"
 
@@ -32,7 +32,7 @@ def fill(place: Path) -> Path:
 
 
 class RecordingClient:
-    """A client that notes its responses in the ledger."""
+    """A client that records its responses in the ledger."""
 
     def __init__(self, daemon: Daemon, ledger: Ledger) -> None:
         self._daemon = daemon
@@ -63,7 +63,7 @@ class RecordingClient:
 def full_disk(trial: Trial) -> Counts:
     ledger = Ledger()
     endings = 0
-    with tmpfs(trial.directory / "disk", RESERVE_FILE_BYTES + ROOM_BYTES) as place:
+    with tmpfs(trial.directory / "disk", RESERVE_FILE_BYTES + FREE_BYTES) as place:
         store = place / "jobd.db"
         with Daemon.not_started(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
             daemon.start()
@@ -86,7 +86,7 @@ def _fill_and_free(daemon: Daemon, ledger: Ledger, place: Path, name: str) -> in
     held = [caller.create_and_start(f"{name}-held-{number}") for number in range(HELD)]
     filler = fill(place)
     created, extended = 0, 0
-    # A log that was longer before takes more writes without new space.
+    # A log that was longer before accepts more writes without new space.
     while (reply := caller.create(f"{name}-new-{created}")[1]).status == 201:
         created += 1
     assert (reply.status, reply.error) == (507, "storage_full"), reply.body
@@ -99,18 +99,18 @@ def _fill_and_free(daemon: Daemon, ledger: Ledger, place: Path, name: str) -> in
     assert reply.error == "storage_full", reply.body
     assert "refused=all_but_endings" in daemon.wait_for_log(FULL)
     assert not Path(f"{place}/jobd.db.ballast").exists()
-    assert daemon.get(f"/v1/jobs/{record.job_id}").status == 200, "reads go on"
+    assert daemon.get(f"/v1/jobs/{record.job_id}").status == 200, "reads continue"
     for record, lock in held:
         reply = caller.ask("completed", record, "complete", {"lock_id": lock})
-        assert reply.status == 200, f"the ballast is for endings: {reply.body}"
+        assert reply.status == 200, f"an ending was rejected although the reserve file was released: {reply.body}"
     daemon.wait_for_log(b"event=disk_has_room")  # the space of the reserve file
     assert not Path(f"{place}/jobd.db.ballast").exists()
     assert caller.create(f"{name}-before")[1].status == 201
     filler.unlink()
     daemon.wait_for_log(b"event=reserve_file_rebuilt")
-    refused = ledger.codes.total()
+    rejected = ledger.codes.total()
     work_alone(daemon, ledger, f"{name}-after", 5)
-    assert ledger.codes.total() == refused, f"there is room again: {ledger.codes}"
+    assert ledger.codes.total() == rejected, f"rejected although there is space: {ledger.codes}"
     assert Path(f"{place}/jobd.db.ballast").stat().st_blocks * 512 >= RESERVE_FILE_BYTES
     assert daemon.process.poll() is None
     return len(held)
@@ -118,7 +118,7 @@ def _fill_and_free(daemon: Daemon, ledger: Ledger, place: Path, name: str) -> in
 
 def tiny_disk(trial: Trial) -> Counts:
     """Start without space for the reserve file: nothing acknowledged is lost, and no restart is needed."""
-    checked = refused = 0
+    checked = rejected = 0
     for number in range(trial.rounds):
         # Each on its own disk: after some rounds the write-ahead log alone would fill one of this size.
         ledger = Ledger()
@@ -129,8 +129,8 @@ def tiny_disk(trial: Trial) -> Counts:
                 _fill_and_free_tiny_disk(daemon, ledger, place)
                 assert daemon.stop() == 0
             checked += ledger.check(checked_contents(store))
-        refused += ledger.codes["storage_full"]
-    return {"times full": trial.rounds, "rejected with storage_full": refused, "acknowledgements checked": checked}
+        rejected += ledger.codes["storage_full"]
+    return {"times full": trial.rounds, "rejected with storage_full": rejected, "acknowledgements checked": checked}
 
 
 def _fill_and_free_tiny_disk(daemon: Daemon, ledger: Ledger, place: Path) -> None:
@@ -142,9 +142,9 @@ def _fill_and_free_tiny_disk(daemon: Daemon, ledger: Ledger, place: Path) -> Non
     daemon.wait_for_log(FULL)
     filler.unlink()
     daemon.wait_for_log(b"event=disk_has_room")
-    refused = ledger.codes.total()
+    rejected = ledger.codes.total()
     work_alone(daemon, ledger, "after", 2)
-    assert ledger.codes.total() == refused, f"there is room again: {ledger.codes}"
+    assert ledger.codes.total() == rejected, f"rejected although there is space: {ledger.codes}"
 
 
 CHECKS: Final = (

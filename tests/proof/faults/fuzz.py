@@ -1,6 +1,6 @@
 """Valid and invalid requests generated from the OpenAPI documents, for every call of both APIs.
 
-Responses are checked against the documents. Nothing here depends on single calls, except how to name existing jobs.
+Responses are checked against the documents. Nothing here depends on single calls, except for the ids of existing jobs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from jobd.model.job import STATUSES
 from tests.proof.faults.harness import Check, Counts, Trial
 from tests.support.daemon_process import TOKEN, Daemon
 
-# Rules that no schema expresses: a well-formed request may get these messages, and no others.
+# Rules that no schema expresses: only these messages may reject a request that is valid by its schema.
 ALLOWED_REJECTIONS: Final = (
     "got a number.",  # in JSON Schema 5.0 is an integer
     "run_at or delay_ms",
@@ -50,7 +50,7 @@ ALLOWED_REJECTIONS: Final = (
 )
 STATES: Final = {"held": "processing", "waiting": "queued", "finished": "cancelled"}  # and the status of each
 _P: Final = "/admin/job-management"
-# Calls about things that this daemon does not have or that cannot be guessed: they may fail each time.
+# Calls about objects that this daemon does not have or whose id cannot be guessed: they may always fail.
 ALWAYS_FAILING: Final = frozenset(
     {
         f"GET {_P}/jobs/{{id}}/artifact",
@@ -175,7 +175,7 @@ class ApiFuzzer:
         self.statuses[str(response.status_code)] += 1
         if response.status_code < 300:
             self.succeeded.add(case.operation.label)
-        # A stream is accepted whatever its lines are: its response has the errors.
+        # A stream is always accepted. Its response has the errors of its lines.
         # A parameter that is an empty list is not sent, so the request may be valid.
         sent = parse_qs(urlsplit(str(response.request.url)).query, keep_blank_values=True)
         is_lost = isinstance(case.query, dict) and bool(case.query.keys() - sent.keys())

@@ -1,4 +1,4 @@
-"""The checks of faults: their promises, required tools, runs and outcomes."""
+"""The fault checks: their promises, required tools, runs and outcomes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Final, Literal
 
 from tests import ROOT
 
-# Each has a tuple CHECKS.
+# Each module has a tuple CHECKS.
 MODULES: Final = (
     "kills",
     "syscall_faults",
@@ -84,9 +84,9 @@ class Check:
 
 @dataclass(frozen=True)
 class CheckOutcome:
-    """The outcome of a check; `story` says what broke, or which tools are missing.
+    """The outcome of a check. `story` says what broke, or which tools are missing.
 
-    `command` repeats the check. `commit` is that of the code, with `-dirty` if it was changed since.
+    `command` repeats the check. `commit` is that of the code, with `-dirty` if files have changed since.
     `needs` names the tools without which the check is skipped.
     """
 

@@ -1,6 +1,6 @@
-"""A ledger of responses: every acknowledgement and every open request, compared with a store or a daemon.
+"""A ledger of every acknowledgement and every unanswered request of the load, to compare with a store.
 
-load.py makes the load.
+load.py generates the load.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from jobd.model.events import Event
 from tests.proof.faults.store_check import StoreContents
 from tests.support.daemon_process import ApiCalls
 
-# Events of the daemon itself may occur between those of clients.
+# Authors of events that the daemon causes itself. They may occur between those of clients.
 DAEMON_ACTORS: Final = frozenset({"daemon", "recovery", "cleanup"})
 _SETTLED: Final = frozenset({200, 201})
 
 
 @dataclass(frozen=True)
 class SentRequest:
-    """A request that can be repeated: `event` is the journal entry if it was accepted."""
+    """A request that can be repeated. `event` is its journal entry if it is accepted."""
 
     event: str
     path: str
@@ -40,7 +40,7 @@ class SentRequest:
 
 @dataclass
 class JobRecord:
-    """One job as its client knows it. `open` is the unanswered request; `events` are patterns for its journal."""
+    """A job as its client knows it. `open` is the unanswered request, `events` are patterns for its journal."""
 
     job_id: str
     payload: Any
@@ -66,7 +66,7 @@ class JobRecord:
 
 
 class Ledger:
-    """All jobs of all clients. Thread-safe."""
+    """The jobs of all clients. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -90,7 +90,7 @@ class Ledger:
             return self.jobs.setdefault(job_id, JobRecord(job_id, payload))
 
     def succeeded(self, record: JobRecord, request: SentRequest, data: Any) -> None:
-        """Note a successful response."""
+        """Record a successful response."""
         with self._lock:
             record.note(request.event)
             self._count(1)
@@ -98,7 +98,7 @@ class Ledger:
                 self._note_token(record, data["fencing_token"])
 
     def rejected(self, record: JobRecord, request: SentRequest, code: str) -> None:
-        """Note a definite error: nothing was changed."""
+        """Record a definite error: nothing was changed."""
         with self._lock:
             record.open = None
             self.codes[code] += 1
@@ -116,7 +116,7 @@ class Ledger:
     # -- afterwards ---------------------------------------------------------------------------------------------------
 
     def settle(self, daemon: ApiCalls) -> int:
-        """Repeat unanswered requests with their keys, so that each has happened. Return their number."""
+        """Repeat unanswered requests with their keys, so that each has taken effect. Return their number."""
         settled = 0
         for record in [record for record in self.jobs.values() if record.open is not None]:
             request = record.open
@@ -131,7 +131,7 @@ class Ledger:
         return settled
 
     def check(self, store: StoreContents, *, until_s: float = math.inf) -> int:
-        """Check that the store has every acknowledgement once and nothing rejected; return how many were checked.
+        """Check that the store has every acknowledged change once and no rejected one. Return how many were checked.
 
         Changes answered at `until_s` (time.monotonic()) or later may be missing.
         """
@@ -149,7 +149,7 @@ class Ledger:
         return checked
 
     def forget_lost(self, store: StoreContents, since_s: float) -> int:
-        """Forget responses from `since_s` on that the store does not have; return how many."""
+        """Remove responses since `since_s` whose changes the store does not have. Return their number."""
         forgotten = 0
         for record in self.jobs.values():
             late = len(record.events) - bisect.bisect_left(record.answered_s, since_s)
@@ -165,12 +165,12 @@ class Ledger:
 
 
 def events_pattern(events: Iterable[str]) -> str:
-    """Return a pattern for these events. An item that ends with ? is a pattern already."""
+    """Return a regular expression for these events. An item that ends with ? is an expression already."""
     return "".join(event if event.endswith("?") else f"{event};" for event in events)
 
 
 def _prefix_pattern(events: list[str]) -> str:
-    """Return a pattern for any number of them, from the first on."""
+    """Return a regular expression for any prefix of these events."""
     pattern = ""
     for event in reversed(events):
         pattern = f"({events_pattern([event])}{pattern})?"
@@ -178,5 +178,5 @@ def _prefix_pattern(events: list[str]) -> str:
 
 
 def caused_by_clients(events: Iterable[Event]) -> list[str]:
-    """Return the events that clients caused, without notes of rejected calls."""
+    """Return the types of the events that clients caused, without records of rejected calls."""
     return [event.type for event in events if event.by not in DAEMON_ACTORS and event.type != "late_call"]

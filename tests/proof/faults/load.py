@@ -1,4 +1,4 @@
-"""Load: lifecycles of every kind from several threads, with every response noted in a ledger."""
+"""A load: lifecycles of every kind from several threads, with every response recorded in a ledger."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ ENDINGS: Final = ("completed", "failed", "retried", "released", "cancelled", "he
 
 
 class Disconnected(Exception):
-    """No response, or `outcome_unknown`: the client stops."""
+    """No response, or `outcome_unknown`. The client stops."""
 
 
 class Rejected(Exception):
-    """A definite error."""
+    """A definite error. The client continues with another job."""
 
 
 class LoadClient:
-    """One connection and its jobs. Job ids begin with `name`, which is unique in a store."""
+    """A client with one connection. Its job ids begin with `name`, which is unique in a store."""
 
     def __init__(self, ledger: Ledger, name: str, stop: threading.Event) -> None:
         self._ledger = ledger

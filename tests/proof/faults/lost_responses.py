@@ -31,7 +31,7 @@ NOT_IDEMPOTENT: Final = frozenset({"progress", "extended"})  # without a key, th
 
 
 class RetryingClient(LoadClient):
-    """A client behind a proxy that repeats each request until a response comes, and compares it with the lost ones."""
+    """A client behind a proxy that repeats each request until it gets a response, and compares it with the lost one."""
 
     def __init__(self, ledger: Ledger, name: str, stop: threading.Event, proxy: Proxy) -> None:
         super().__init__(ledger, name, stop)
@@ -64,7 +64,7 @@ class RetryingClient(LoadClient):
         raise AssertionError(f"no response in 50 tries: {request}")
 
     def _note_lost(self, record: JobRecord, request: SentRequest, lost: tuple[int, Any] | None) -> None:
-        """Note events that may occur once more: a repeated report, a released grant."""
+        """Record events that may occur once more: a repeated report, a released grant."""
         if lost is not None:
             assert lost[0] in (200, 201), f"{request} was rejected: {lost}"
         if request.event in NOT_IDEMPOTENT and lost is not None:
@@ -146,7 +146,7 @@ def lost_grants(trial: Trial) -> Counts:
             granted = _claim_all(daemon, queue, len(ids))
             assert list(granted) == ids, f"another order: {list(granted)}"
             for job_id, grant in granted.items():
-                assert grant["job"]["attempt"] == 1, "the attempt of a lost grant was not given back"
+                assert grant["job"]["attempt"] == 1, "the attempt of a lost grant was not refunded"
                 events = daemon.get(f"/v1/jobs/{job_id}/timeline").data["events"]
                 seen = events_pattern(event["type"] for event in events)
                 assert re.fullmatch("created;(granted;(undelivered|released);)*granted;", seen), seen
@@ -164,7 +164,7 @@ def _disconnect(daemon: Daemon, queue: str, key: str | None, after_s: float) -> 
         connection.request("POST", "/v1/claim", body, fields)
         time.sleep(after_s)  # the fault: the caller waits this long
         if select.select([connection.sock], [], [], 0)[0]:
-            # It waited longer than intended and got its response, so that grant is not lost.
+            # The wait took longer than intended and the response arrived, so the grant is not lost.
             for grant in json.loads(connection.getresponse().read())["data"]["grants"]:
                 _release(daemon, grant)
 
@@ -190,9 +190,9 @@ def _release(daemon: Daemon, grant: dict[str, Any]) -> None:
 
 
 def killed_before_reply(trial: Trial) -> Counts:
-    """Kill the daemon when its Nth response would be sent: its change is committed and its caller does not know."""
+    """Kill the daemon when it would send its Nth response: the change is committed, and its caller does not know it."""
     ledger = Ledger()
-    unheard = 0
+    applied = 0
     with Daemon(trial.directory) as daemon:
         for number in range(trial.rounds):
             with load(daemon, ledger, f"round-{number}"):
@@ -204,7 +204,7 @@ def killed_before_reply(trial: Trial) -> Counts:
             daemon.start()
             done = [record for record in ledger.jobs.values() if record.open is not None and _was_done(record, store)]
             assert done, "every change was answered"
-            unheard += len(done)
+            applied += len(done)
             for record in done:
                 assert record.open is not None
                 if record.open.key is not None:
@@ -216,7 +216,7 @@ def killed_before_reply(trial: Trial) -> Counts:
     return {
         "kills": trial.rounds,
         "acknowledgements checked": checked,
-        "applied without a response, confirmed by a repeat": unheard,
+        "applied without a response, confirmed by a repeat": applied,
     }
 
 

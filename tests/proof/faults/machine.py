@@ -73,13 +73,13 @@ def _own_cgroup() -> Path:
 
 
 class SystemdMachine(ApiCalls):
-    """`with Box(directory) as box`: systemd runs, jobd is installed and not started. Use one at a time."""
+    """A running systemd with jobd installed and not started. Use one at a time."""
 
     def __init__(self, directory: Path, *, unix_only: bool = False) -> None:
         self.directory = directory
         self._variant = "unix-only" if unix_only else "tcp"
-        self.pid = 0  # of its systemd, as seen from outside
-        self._cgroup = _own_cgroup() / f"jobd-box-{os.getpid()}"
+        self.pid = 0  # of systemd, as seen from the host
+        self._cgroup = _own_cgroup() / f"jobd-machine-{os.getpid()}"
         self._output: list[bytes] = []
 
     def __enter__(self) -> SystemdMachine:
@@ -145,17 +145,17 @@ class SystemdMachine(ApiCalls):
 
     @property
     def console(self) -> str:
-        """The output of systemd."""
+        """Return the output of systemd."""
         return b"".join(self._output).decode(errors="replace")
 
     @property
     def output_tail(self) -> str:
-        """The end of the outputs of systemd and jobd."""
+        """Return the end of the outputs of systemd and jobd."""
         return f"{self.console[-3000:]}\n{self.log[-3000:]}"
 
     @property
     def log(self) -> str:
-        """The output of the daemon, over all its runs."""
+        """Return the output of the daemon, over all its runs."""
         path = self.path(LOG)
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
@@ -163,11 +163,11 @@ class SystemdMachine(ApiCalls):
         return UnixConnection(self.socket, timeout=2 * UP_S)  # the first response may wait for a start
 
     def path(self, inside: str) -> Path:
-        """The path of a file in the box, as seen from outside."""
+        """Return the path of a file of the machine, as seen from the host."""
         return Path(f"/proc/{self.pid}/root{inside}")
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in it."""
+        """Run a command in the machine."""
         into = ["--mount", "--pid", "--net", "--ipc", "--cgroup", "--root", "--wd=/"]
         enter = ["nsenter", f"--target={self.pid}", *into, *command]
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
@@ -200,7 +200,7 @@ class SystemdMachine(ApiCalls):
         return self.output_of("systemctl", "show", "--value", f"--property={name}", unit)
 
     def wait_until_ready(self, not_pid: str = "0") -> str:
-        """Wait until the daemon is ready, with a pid other than `not_pid`; return its pid in the box."""
+        """Wait until the daemon is ready, with a pid other than `not_pid`; return its pid in the machine."""
         self._wait_for("a daemon", lambda: self.show(SERVICE, "MainPID") not in ("0", not_pid))
         self._wait_for("readiness", lambda: self.show(SERVICE, "ActiveState") == "active")
         return self.show(SERVICE, "MainPID")
@@ -211,11 +211,11 @@ class SystemdMachine(ApiCalls):
         self.run_checked("systemctl", "daemon-reload")
 
     def admin_port(self) -> http.client.HTTPConnection:
-        """Connect to the admin port, which only the network of the box reaches."""
+        """Connect to the admin port, which only the network of the machine reaches."""
         connection = http.client.HTTPConnection("127.0.0.1", 8770, timeout=60)
         made: list[socket.socket] = []
 
-        def connect() -> None:  # in its own thread, because this moves the thread into the box
+        def connect() -> None:  # in its own thread, because this moves the thread into the machine's network
             with open(f"/proc/{self.pid}/ns/net", encoding="utf-8") as space:
                 if _LIBC.setns(space.fileno(), _CLONE_NEWNET) == 0:
                     with suppress(OSError):
@@ -331,7 +331,7 @@ def main(directory: Path, console: str, variant: str) -> None:
     with open("/dev/null", "r+b") as null:
         for number in range(3):
             os.dup2(null.fileno(), number)
-    environ = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "container": "jobd-box"}
+    environ = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "container": "jobd-machine"}
     os.execve(SYSTEMD, ["systemd", "--system", "--unit=trial.target", "--log-target=console"], environ)
 
 

@@ -1,5 +1,4 @@
-"""Giant, malformed, compressed and smuggled requests to every listener: 4xx or a closed connection, without delay for
-other clients.
+"""Giant, malformed, compressed and smuggled requests to every listener: 4xx or a closed connection, no delay elsewhere.
 
 The requests are in tests/support/malformed_requests.py.
 """
@@ -35,7 +34,7 @@ Connect = Callable[[], socket.socket]
 
 
 class NormalClient:
-    """A normal client that sends requests continuously; `worst` is its longest wait while a block runs."""
+    """A normal client that sends requests continuously. `longest_wait` measures it while a block runs."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
@@ -83,7 +82,7 @@ class NormalClient:
 
 
 def status_of(connect: Connect, request: bytes) -> int:
-    """Return the status of the response, or 0 if the connection was closed. Neither in time is a failure."""
+    """Return the status of the response, or 0 if the connection was closed. Fail if neither happens in time."""
     received = response_head(connect, request)
     return int(received.split(b" ", 2)[1]) if received.startswith(b"HTTP/1.1 ") else 0
 
@@ -186,7 +185,7 @@ def smuggled(trial: Trial) -> Counts:
                     listeners["worker socket"], carrier + post("/v1/jobs", f'{{"id":"{hidden}"}}'.encode())
                 )
                 is_over = not head or b"\r\nConnection: close\r\n" in head
-                # With sound framing it was a separate request after a rejected one.
+                # With unambiguous framing it was a separate request after a rejected one.
                 assert is_over or not any(word in name for word in FRAMED), f"{name}: {head!r}"
                 assert not is_over or daemon.get(f"/v1/jobs/{hidden}").status == 404, f"smuggled behind {name}"
                 ended += is_over

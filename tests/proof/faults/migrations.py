@@ -56,17 +56,17 @@ def _copy_store(old: Path, place: Path) -> Path:
 def interrupted_migration(trial: Trial) -> Counts:
     ledger = Ledger()
     old = _old_store(trial, ledger)
-    places = _fault_positions(_copy_store(old, trial.directory / "measured"))
-    chosen = random.Random(0).sample(places, min(trial.rounds, len(places)))
-    counts: Counter[str] = Counter({"points and faults": len(places), "tried": len(chosen)})
-    for place in chosen:
+    positions = _fault_positions(_copy_store(old, trial.directory / "measured"))
+    chosen = random.Random(0).sample(positions, min(trial.rounds, len(positions)))
+    counts: Counter[str] = Counter({"points and faults": len(positions), "tried": len(chosen)})
+    for position in chosen:
         home = _copy_store(old, trial.directory / "migrated")
         try:
-            counts[_migrate_with_fault(home, place)] += 1
+            counts[_migrate_with_fault(home, position)] += 1
             counts[_check_store(home / "jobd.db", ledger)] += 1
             _check_next_start(home, ledger)
         except AssertionError as error:
-            raise AssertionError(f"{place}: {error}") from error
+            raise AssertionError(f"{position}: {error}") from error
     return dict(counts)
 
 
@@ -85,22 +85,22 @@ def _fault_positions(home: Path) -> list[FaultPosition]:
     ]
 
 
-def _migrate_with_fault(home: Path, place: FaultPosition) -> str:
+def _migrate_with_fault(home: Path, position: FaultPosition) -> str:
     with Daemon.not_started(home) as daemon:
         daemon.module = NEXT
-        Strace(daemon, (*SYNCS, *WRITES), place.inject)
+        Strace(daemon, (*SYNCS, *WRITES), position.inject)
         daemon.launch()
         assert daemon.process is not None
         code = daemon.stop() if daemon.gets_ready() else daemon.process.wait(30)
         assert b"Traceback" not in daemon.log, daemon.log.decode()
-    if place.error is None and code == -signal.SIGKILL:
+    if position.error is None and code == -signal.SIGKILL:
         return "killed"
     assert code in (0, EXIT_IO), f"exit code {code}:\n{daemon.log.decode()}"
     return "failed with exit code 74" if code else "without effect"
 
 
 def _check_store(path: Path, ledger: Ledger) -> str:
-    """Check that the store is either the unchanged old one, or the new one with a copy of the old one."""
+    """Check that the store is either unchanged, or migrated with a copy of the old one."""
     version = startup.peek(str(path))[1]
     ledger.check(contents(path))
     copies = [Path(name) for name in glob.glob(f"{path}.v{OLD}-*")]

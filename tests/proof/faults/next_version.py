@@ -1,4 +1,4 @@
-"""`python -m tests.proof.faults.next_version serve …` is a jobd two schema versions ahead, with real migrations."""
+"""A jobd two schema versions ahead, with real migrations: `python -m tests.proof.faults.next_version serve …`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A proxy between clients and a daemon that loses responses, requests and connections, as each X-Fault header asks.
+"""A proxy between clients and a daemon that drops responses, requests and connections as the X-Fault header says.
 
-It keeps the lost responses for comparison with those of the repeats.
+It records the dropped responses for comparison with those of the repeats.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FAULTS: Final = (
 
 
 class Proxy:
-    """`with Proxy(directory, daemon_socket) as proxy`: `proxy.connect()` gives connections that go through it."""
+    """A proxy on a Unix socket in `directory`. `connect` returns connections through it."""
 
     def __init__(self, directory: Path, behind: str) -> None:
         self._path = str(directory / "proxy.sock")

@@ -1,6 +1,6 @@
 """Every sync takes half a second: health checks stay fast, the mailbox stays bounded, and excess requests get 503.
 
-strace delays the syncs. One thread with many sockets makes the load, so that it does not slow itself down.
+strace delays the syncs. The load comes from one thread with many sockets, so that it does not slow itself down.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class PendingRequest:
 
 
 def slow_disk(trial: Trial) -> Counts:
-    looks: list[float] = []
+    health_times_s: list[float] = []
     outcomes: Counter[str] = Counter()
     most_waiting = 0
     made: set[str] = set()
@@ -63,15 +63,15 @@ def slow_disk(trial: Trial) -> Counts:
         assert daemon.post("/v1/jobs/bulk", {"jobs": jobs}).status == 201
         grants = daemon.post("/v1/claim", {"worker": "w", "limit": HELD}).data["grants"]
         for number in range(trial.rounds):
-            asking = [
+            pending = [
                 PendingRequest(daemon, "/v1/jobs", {"id": f"round-{number}-{each}", "queue": "new"})
                 for each in range(CREATES)
             ]
             for grant in grants:  # they come last, with a full mailbox
                 path = f"/v1/jobs/{grant['job']['id']}/progress"
-                asking.append(PendingRequest(daemon, path, {"lock_id": grant["lock_id"], "progress": number % 100}))
-            most_waiting = max(most_waiting, _read_all(daemon, asking, looks))
-            for one in asking:
+                pending.append(PendingRequest(daemon, path, {"lock_id": grant["lock_id"], "progress": number % 100}))
+            most_waiting = max(most_waiting, _read_all(daemon, pending, health_times_s))
+            for one in pending:
                 assert one.reply is not None
                 outcomes[_check_response(one, one.reply)] += 1
                 if one.reply.status == 201:
@@ -79,18 +79,18 @@ def slow_disk(trial: Trial) -> Counts:
         assert daemon.stop() == 0
     stored = checked_contents(daemon.store)
     assert {job_id for job_id in stored.jobs if job_id.startswith("round")} == made, "rejected jobs exist"
-    assert outcomes["overloaded"], f"the crowd was too small: {outcomes}"
+    assert outcomes["overloaded"], f"the load was too small: {outcomes}"
     assert most_waiting <= MAILBOX, f"{most_waiting} commands waited"
-    usual_ms, slowest_ms = statistics.quantiles(looks, n=20)[-1] * 1000, max(looks) * 1000
+    usual_ms, slowest_ms = statistics.quantiles(health_times_s, n=20)[-1] * 1000, max(health_times_s) * 1000
     on_time = usual_ms <= ANSWERS_MS and slowest_ms < SYNC_US / 1000
     assert on_time or not trial.timed, f"/healthz took {usual_ms:.0f} ms, and {slowest_ms:.0f} ms at most"
     return {
         "bursts of 410": trial.rounds,
         "created": outcomes["created"],
         "rejected with overloaded": outcomes["overloaded"],
-        "reports of running jobs accepted": outcomes["taken"],
+        "reports of running jobs accepted": outcomes["accepted"],
         "commands waiting, at most": most_waiting,
-        "requests of /healthz": len(looks),
+        "requests of /healthz": len(health_times_s),
         "ms for 19 of 20 of these": round(usual_ms),
         "ms for one of these, at most": round(slowest_ms),
     }
@@ -98,8 +98,8 @@ def slow_disk(trial: Trial) -> Counts:
 
 def _check_response(request: PendingRequest, reply: DaemonResponse) -> str:
     if request.path != "/v1/jobs":
-        assert reply.status == 200, f"running work has to be heard: {reply.body}"
-        return "taken"
+        assert reply.status == 200, f"a report of a running job was rejected: {reply.body}"
+        return "accepted"
     if reply.status == 201:
         return "created"
     assert (reply.status, reply.error) == (503, "overloaded"), reply.body
@@ -107,16 +107,16 @@ def _check_response(request: PendingRequest, reply: DaemonResponse) -> str:
     return "overloaded"
 
 
-def _read_all(daemon: Daemon, asking: list[PendingRequest], looks: list[float]) -> int:
+def _read_all(daemon: Daemon, pending: list[PendingRequest], health_times_s: list[float]) -> int:
     """Read all responses and poll the daemon in between; return the highest number of waiting commands."""
     waiting = 0
     with selectors.DefaultSelector() as selector, closing(daemon.worker()) as connection:
-        for one in asking:
+        for one in pending:
             selector.register(one.line, selectors.EVENT_READ, one)
         while selector.get_map():
             began_s = time.monotonic()
             assert call(connection, "GET", "/healthz").status == 200
-            looks.append(time.monotonic() - began_s)
+            health_times_s.append(time.monotonic() - began_s)
             text = daemon.admin("GET", "/metrics").body.decode()
             found = re.search(r"^jobd_mailbox_commands (\d+)", text, re.MULTILINE)
             assert found is not None

@@ -1,6 +1,6 @@
 """Check a closed store: the offline doctor finds nothing, and the journal folds to the rows.
 
-Reads row by row with the daemon's codec, but checks independently.
+Rows are read with the daemon's codec. The checks are independent.
 """
 
 from __future__ import annotations

@@ -62,13 +62,13 @@ class DaemonExit:
         return f"exit code {self.code} after {self.calls[:1]}:\n{self.daemon.log.decode()}"
 
     def no_commit_was_affected(self) -> bool:
-        """Whether the failed call was not part of a commit, as far as its trace shows."""
+        """Return whether the failed call was not part of a commit, as far as the trace shows."""
         hit = self.calls[0]
         if hit.file == self.daemon.directory.name:
             # SQLite ignores this error when it creates a file, so the daemon syncs once more.
             return any(seen.file == hit.file and seen.call == "fsync" and not seen.injected for seen in self.calls)
-        # At a checkpoint: the pages are still in the log, and the next checkpoint writes them.
-        # The pid in the lock file is informative; the lock holds without it.
+        # After a failed checkpoint the pages are still in the log, and the next checkpoint writes them.
+        # The pid in the lock file is informative: the lock is held without it.
         return hit.file in ("jobd.db", "jobd.db.lock") or hit.at_s >= self.asked_to_stop_s
 
 
@@ -121,15 +121,15 @@ def sweep(
     ]
     chosen = random.Random(0).sample(pool, min(trial.rounds, len(pool)))
     counts: Counter[str] = Counter({"points and faults": len(pool), "tried": len(chosen)})
-    for number, place in enumerate(chosen):
+    for number, position in enumerate(chosen):
         directory = trial.directory / f"{number}"
         directory.mkdir()
         try:
-            _round(directory, place, work, at_checkpoints, counts)
+            _round(directory, position, work, at_checkpoints, counts)
         except AssertionError as error:
-            raise AssertionError(f"{place}: {error}") from error
+            raise AssertionError(f"{position}: {error}") from error
         shutil.rmtree(directory)
-    assert counts["not reached"] <= len(chosen) // 4, f"most places have to be reached: {counts}"
+    assert counts["not reached"] <= len(chosen) // 4, f"too many positions were not reached: {counts}"
     return dict(counts)
 
 
@@ -160,30 +160,30 @@ def _trace_calls(trial: Trial, calls: tuple[str, ...], work: Work, at_checkpoint
     return [seen for seen in found if seen.thread == thread]
 
 
-def _round(directory: Path, place: FaultPosition, work: Work, at_checkpoints: bool, counts: Counter[str]) -> None:
+def _round(directory: Path, position: FaultPosition, work: Work, at_checkpoints: bool, counts: Counter[str]) -> None:
     ledger = Ledger()
     with Daemon.not_started(directory) as daemon:
-        strace = Strace(daemon, (*SYNCS, *WRITES), place.inject, _traced_file(directory, at_checkpoints))
+        strace = Strace(daemon, (*SYNCS, *WRITES), position.inject, _traced_file(directory, at_checkpoints))
         daemon.launch()
         ready = daemon.gets_ready()
         if ready:
             work(daemon, ledger, "work")
-            if place.error == "ENOSPC" and not place.is_persistent:
+            if position.error == "ENOSPC" and not position.is_persistent:
                 _check_creates_accepted(daemon, ledger)
         asked_to_stop_s = time.time()
         code = _stop(daemon)
         calls = strace.traced_calls()
         hit = next((number for number, seen in enumerate(calls) if seen.injected), len(calls))
-        ending = DaemonExit(daemon, ready, code, asked_to_stop_s, calls[hit:])
-        counts[_check_exit(place, ending)] += 1
+        ended = DaemonExit(daemon, ready, code, asked_to_stop_s, calls[hit:])
+        counts[_check_exit(position, ended)] += 1
         if READY in daemon.log:
             ledger.check(checked_contents(daemon.store))
         daemon.prefix = []
         daemon.start()
         counts["without a response, settled by a repeat"] += ledger.settle(daemon)
-        refused = ledger.codes.total()
+        rejected = ledger.codes.total()
         lifecycles(daemon, ledger, "again")
-        assert ledger.codes.total() == refused, f"after the start all goes on: {ledger.codes}"
+        assert ledger.codes.total() == rejected, f"requests were rejected after the start: {ledger.codes}"
         assert daemon.stop() == 0
         counts["acknowledgements checked"] += ledger.check(checked_contents(daemon.store))
         counts["rejected with storage_full"] += ledger.codes["storage_full"]
@@ -200,23 +200,23 @@ def _check_creates_accepted(daemon: Daemon, ledger: Ledger) -> None:
     """Check that creates are accepted again without a restart after one call with a full disk."""
     if b"event=disk_full" in daemon.log:
         daemon.wait_for_log(b"event=disk_has_room")
-        refused = ledger.codes.total()
+        rejected = ledger.codes.total()
         lifecycles(daemon, ledger, "room")
-        assert ledger.codes.total() == refused, f"there is room again: {ledger.codes}"
+        assert ledger.codes.total() == rejected, f"rejected although there is space: {ledger.codes}"
 
 
-def _check_exit(place: FaultPosition, ending: DaemonExit) -> str:
+def _check_exit(position: FaultPosition, ended: DaemonExit) -> str:
     """Return the result in a word. Raise AssertionError if a promise is broken."""
-    log, code, story = ending.daemon.log, ending.code, ending.description()
-    no_room = place.error == "ENOSPC" and place.call in WRITES
+    log, code, story = ended.daemon.log, ended.code, ended.description()
+    no_room = position.error == "ENOSPC" and position.call in WRITES
     assert b"Traceback" not in log, story
-    if place.error is None:
+    if position.error is None:
         assert code in (0, -signal.SIGKILL), story
         return "killed" if code else "not reached"
-    if not ending.calls:
+    if not ended.calls:
         assert code == 0, story
         return "not reached"
-    if not ending.ready:
+    if not ended.ready:
         assert code == EXIT_IO, story
         assert b"event=cannot_start" in log or b"event=stopped_by_disk" in log, story
         return "not started, exit code 74"
@@ -227,9 +227,9 @@ def _check_exit(place: FaultPosition, ending: DaemonExit) -> str:
     assert code == 0, story
     if no_room:
         return "full disk, continues"
-    if place.error == "ENOSPC" and b"event=reserve_file_missing" in log:
+    if position.error == "ENOSPC" and b"event=reserve_file_missing" in log:
         return "no space for the reserve file, continues"
-    assert ending.no_commit_was_affected(), story
+    assert ended.no_commit_was_affected(), story
     return "no commit hit, continues"
 
 

@@ -1,7 +1,6 @@
-"""The units of systemd/ under a real systemd: activation, readiness, reload, watchdog, crashes, stops, a wrong
-configuration.
+"""The units of systemd/ under a real systemd: activation, readiness, reload, watchdog, crashes, stops, exit code 78.
 
-machine.py makes the machine. Warnings of systemd about the units count too.
+machine.py starts systemd. A warning of systemd about a unit is a failure, too.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ MOST_EXPOSED: Final = {"tcp": 13, "unix-only": 6}  # tenths
 
 
 class ConnectingClients:
-    """Clients that connect continuously while the block runs, each on a new connection, and their results."""
+    """Clients that connect repeatedly while the block runs, and the outcome of each connection."""
 
-    def __init__(self, box: SystemdMachine) -> None:
-        self._box = box
+    def __init__(self, machine: SystemdMachine) -> None:
+        self._machine = machine
         self._stop = threading.Event()
         self.outcomes: Counter[str] = Counter()
         self._threads = [threading.Thread(target=self._connect) for _ in range(CLIENTS)]
@@ -58,7 +57,7 @@ class ConnectingClients:
     def _connect(self) -> None:
         while not self._stop.is_set():
             try:
-                outcome = str(self._box.get("/readyz").status)
+                outcome = str(self._machine.get("/readyz").status)
             except (OSError, http.client.HTTPException) as error:
                 outcome = type(error).__name__
             self.outcomes[outcome] += 1
@@ -66,30 +65,30 @@ class ConnectingClients:
 
     @property
     def rejected(self) -> int:
-        """How often the socket was missing or had no listener."""
+        """Return how often the socket was missing or had no listener."""
         return self.outcomes["FileNotFoundError"] + self.outcomes["ConnectionRefusedError"]
 
     def wait_for_more(self, count: int) -> None:
         """Wait until this many more have connected, with any result."""
         least, deadline_s = self.outcomes.total() + count, time.monotonic() + 60
         while self.outcomes.total() < least:
-            assert time.monotonic() < deadline_s, f"clients wait for ever: {self.outcomes}"
+            assert time.monotonic() < deadline_s, f"clients wait forever: {self.outcomes}"
             time.sleep(0.01)
 
 
-def _check_copy(box: SystemdMachine, copy: Path) -> StoreContents:
+def _check_copy(machine: SystemdMachine, copy: Path) -> StoreContents:
     """Check a copy of the store of a stopped daemon: SQLite cannot open files in another mount namespace."""
-    shutil.copytree(box.path(STATE), copy)
+    shutil.copytree(machine.path(STATE), copy)
     return checked_contents(copy / "jobd.db")
 
 
-def _is_stopped(box: SystemdMachine) -> bool:
-    return all(box.show(unit, "ActiveState") == "inactive" for unit in UNITS)
+def _is_stopped(machine: SystemdMachine) -> bool:
+    return all(machine.show(unit, "ActiveState") == "inactive" for unit in UNITS)
 
 
-def _ttl_ms(box: SystemdMachine, job_id: str) -> int:
-    assert box.post("/v1/jobs", {"id": job_id, "queue": "reload"}).status == 201
-    ttl_ms: int = box.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}).data["ttl_ms"]
+def _ttl_ms(machine: SystemdMachine, job_id: str) -> int:
+    assert machine.post("/v1/jobs", {"id": job_id, "queue": "reload"}).status == 201
+    ttl_ms: int = machine.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}).data["ttl_ms"]
     return ttl_ms
 
 
@@ -99,97 +98,97 @@ def activation(trial: Trial) -> Counts:
         unix_only = number % 2 == 1
         directory = trial.directory / str(number)
         directory.mkdir()
-        with SystemdMachine(directory, unix_only=unix_only) as box:
-            box.run_checked("systemctl", "start", *SOCKETS)
-            assert box.show(SERVICE, "ActiveState") == "inactive"
-            assert box.get("/readyz").status == 200, "the first client has to start the daemon"
-            box.wait_until_ready()
+        with SystemdMachine(directory, unix_only=unix_only) as machine:
+            machine.run_checked("systemctl", "start", *SOCKETS)
+            assert machine.show(SERVICE, "ActiveState") == "inactive"
+            assert machine.get("/readyz").status == 200, "the first client has to start the daemon"
+            machine.wait_until_ready()
             counts["started by a client"] += 1
-            assert box.post("/v1/jobs", {"id": "a"}).status == 201
-            with ConnectingClients(box) as clients:
-                _check_restarts(box, clients)
+            assert machine.post("/v1/jobs", {"id": "a"}).status == 201
+            with ConnectingClients(machine) as clients:
+                _check_restarts(machine, clients)
                 counts["clients during restarts"] += clients.outcomes.total()
-                _check_stays_down(box, clients)
-            box.run_checked("systemctl", "start", *SOCKETS)
-            assert _stats(box, unix_only)["totalJobs"] == 1, "the first operator has to start the daemon"
-            box.wait_until_ready()
+                _check_stays_down(machine, clients)
+            machine.run_checked("systemctl", "start", *SOCKETS)
+            assert _stats(machine, unix_only)["totalJobs"] == 1, "the first operator has to start the daemon"
+            machine.wait_until_ready()
             counts["started by an operator"] += 1
-            ids = _check_reloads(box)
+            ids = _check_reloads(machine)
             counts["reloads"] += 2
-            box.run_checked("systemctl", "stop", *UNITS)
-            assert list(_check_copy(box, directory / "copy").jobs) == ["a", *ids]
+            machine.run_checked("systemctl", "stop", *UNITS)
+            assert list(_check_copy(machine, directory / "copy").jobs) == ["a", *ids]
     return {**counts}
 
 
-def _check_restarts(box: SystemdMachine, clients: ConnectingClients) -> None:
+def _check_restarts(machine: SystemdMachine, clients: ConnectingClients) -> None:
     """Check that the daemon is ready when systemctl returns, and that clients could always connect."""
     for _ in range(2):
         clients.wait_for_more(5)
-        box.run_checked("systemctl", "restart", SERVICE)
-        assert box.show(SERVICE, "ActiveState") == "active"
-        assert box.log.splitlines()[-1].count(" event=") == 1
-        assert box.get("/readyz").status == 200
+        machine.run_checked("systemctl", "restart", SERVICE)
+        assert machine.show(SERVICE, "ActiveState") == "active"
+        assert machine.log.splitlines()[-1].count(" event=") == 1
+        assert machine.get("/readyz").status == 200
     assert clients.rejected == 0, f"sockets were lost at a restart: {clients.outcomes}"
-    assert box.get("/v1/jobs/a").data["status"] == "queued"
+    assert machine.get("/v1/jobs/a").data["status"] == "queued"
 
 
-def _check_stays_down(box: SystemdMachine, clients: ConnectingClients) -> None:
+def _check_stays_down(machine: SystemdMachine, clients: ConnectingClients) -> None:
     """Check that after a stop with its sockets clients do not start it, and that a start brings the sockets back."""
-    box.run_checked("systemctl", "stop", *UNITS)
+    machine.run_checked("systemctl", "stop", *UNITS)
     clients.wait_for_more(20)
-    assert _is_stopped(box), f"it came up by itself\n{box.console[-2000:]}"
-    box.run_checked("systemctl", "start", SERVICE)
-    assert box.get("/v1/jobs/a").data["status"] == "queued"
-    box.run_checked("systemctl", "stop", *UNITS)
+    assert _is_stopped(machine), f"the daemon was started by a client\n{machine.console[-2000:]}"
+    machine.run_checked("systemctl", "start", SERVICE)
+    assert machine.get("/v1/jobs/a").data["status"] == "queued"
+    machine.run_checked("systemctl", "stop", *UNITS)
 
 
-def _stats(box: SystemdMachine, unix_only: bool) -> dict[str, Any]:
+def _stats(machine: SystemdMachine, unix_only: bool) -> dict[str, Any]:
     if unix_only:
-        found: dict[str, Any] = box.admin("GET", "stats").data
+        found: dict[str, Any] = machine.admin("GET", "stats").data
         return found
-    with closing(box.admin_port()) as connection:
+    with closing(machine.admin_port()) as connection:
         who = {"Authorization": f"Bearer {TOKEN}"}
         found = call(connection, "GET", "/admin/job-management/stats", **who).data
         return found
 
 
-def _check_reloads(box: SystemdMachine) -> list[str]:
+def _check_reloads(machine: SystemdMachine) -> list[str]:
     """Check that a reload is in force when systemctl returns, and that an invalid one changes nothing."""
-    box.path(CONFIG).write_text("[locks]\nttl = '5m'\n", encoding="utf-8")
-    box.run_checked("systemctl", "reload", SERVICE)
-    assert _ttl_ms(box, "b") == 300_000
-    box.path(CONFIG).write_text("[locks]\nttl = 'soon'\n", encoding="utf-8")
-    box.run_checked("systemctl", "reload", SERVICE)
-    assert "reload_failed" in box.log
-    assert _ttl_ms(box, "c") == 300_000
-    box.path(CONFIG).unlink()
+    machine.path(CONFIG).write_text("[locks]\nttl = '5m'\n", encoding="utf-8")
+    machine.run_checked("systemctl", "reload", SERVICE)
+    assert _ttl_ms(machine, "b") == 300_000
+    machine.path(CONFIG).write_text("[locks]\nttl = 'soon'\n", encoding="utf-8")
+    machine.run_checked("systemctl", "reload", SERVICE)
+    assert "reload_failed" in machine.log
+    assert _ttl_ms(machine, "c") == 300_000
+    machine.path(CONFIG).unlink()
     return ["b", "c"]
 
 
-# -- deaths ------------------------------------------------------------------------------------------------------------
+# -- crashes ----------------------------------------------------------------------------------------------------------
 
 
 def crashes(trial: Trial) -> Counts:
     """Kill the daemon repeatedly, then hang it; clients can always connect."""
     slowest_s, hung_s = 0.0, 0.0
-    with SystemdMachine(trial.directory) as box:
-        box.drop_in(f"[Service]\nWatchdogSec={WATCHDOG_S}s\n")
-        box.run_checked("systemctl", "start", SERVICE)
-        assert box.post("/v1/jobs", {"id": "a"}).status == 201
-        lock = {"lock_id": box.post("/v1/jobs/a/start", {"worker": "w"}).data["lock_id"]}
-        with ConnectingClients(box) as clients:
+    with SystemdMachine(trial.directory) as machine:
+        machine.drop_in(f"[Service]\nWatchdogSec={WATCHDOG_S}s\n")
+        machine.run_checked("systemctl", "start", SERVICE)
+        assert machine.post("/v1/jobs", {"id": "a"}).status == 201
+        lock = {"lock_id": machine.post("/v1/jobs/a/start", {"worker": "w"}).data["lock_id"]}
+        with ConnectingClients(machine) as clients:
             for number in range(trial.rounds):
-                slowest_s = max(slowest_s, _downtime_s(box, "KILL"))
-                assert box.post("/v1/jobs/a/progress", {**lock, "progress": number}).status == 200
+                slowest_s = max(slowest_s, _downtime_s(machine, "KILL"))
+                assert machine.post("/v1/jobs/a/progress", {**lock, "progress": number}).status == 200
             assert slowest_s <= MAX_DOWNTIME_S or not trial.timed, f"{slowest_s:.1f} s after a kill"
-            hung_s = _downtime_s(box, "STOP")
-            assert "Watchdog timeout" in box.console
-            assert box.post("/v1/jobs/a/complete", lock).status == 200
+            hung_s = _downtime_s(machine, "STOP")
+            assert "Watchdog timeout" in machine.console
+            assert machine.post("/v1/jobs/a/complete", lock).status == 200
         assert hung_s <= 2 * WATCHDOG_S + MAX_DOWNTIME_S or not trial.timed, f"{hung_s:.1f} s after it hung"
-        assert int(box.show(SERVICE, "NRestarts")) == trial.rounds + 1
+        assert int(machine.show(SERVICE, "NRestarts")) == trial.rounds + 1
         assert clients.rejected == 0, f"sockets were lost: {clients.outcomes}"
-        box.run_checked("systemctl", "stop", *UNITS)
-        store = _check_copy(box, trial.directory / "copy")
+        machine.run_checked("systemctl", "stop", *UNITS)
+        store = _check_copy(machine, trial.directory / "copy")
         assert store.jobs["a"].status == "completed"
     return {
         "kills": trial.rounds,
@@ -199,12 +198,12 @@ def crashes(trial: Trial) -> Counts:
     }
 
 
-def _downtime_s(box: SystemdMachine, signal_name: str) -> float:
-    pid = box.show(SERVICE, "MainPID")
+def _downtime_s(machine: SystemdMachine, signal_name: str) -> float:
+    pid = machine.show(SERVICE, "MainPID")
     began_s = time.monotonic()
-    box.run_checked("kill", f"-{signal_name}", pid)
-    box.wait_until_ready(pid)
-    assert box.get("/readyz").status == 200
+    machine.run_checked("kill", f"-{signal_name}", pid)
+    machine.wait_until_ready(pid)
+    assert machine.get("/readyz").status == 200
     return time.monotonic() - began_s
 
 
@@ -212,58 +211,58 @@ def _downtime_s(box: SystemdMachine, signal_name: str) -> float:
 
 
 def stop_under_load(trial: Trial) -> Counts:
-    """Run systemctl stop with requests in flight: as SIGTERM, and systemd reports success."""
+    """Run `systemctl stop` with requests in flight: it acts as SIGTERM, and systemd reports success."""
     ledger = Ledger()
-    with SystemdMachine(trial.directory) as box:
+    with SystemdMachine(trial.directory) as machine:
         for number in range(trial.rounds):
-            box.run_checked("systemctl", "start", SERVICE)
-            ledger.settle(box)
-            waiting = waiting_claim(box)
-            with load(box, ledger, f"round-{number}"):
-                assert ledger.wait_for(150), box.log[-2000:]
-                box.run_checked("systemctl", "stop", *UNITS)
+            machine.run_checked("systemctl", "start", SERVICE)
+            ledger.settle(machine)
+            waiting = waiting_claim(machine)
+            with load(machine, ledger, f"round-{number}"):
+                assert ledger.wait_for(150), machine.log[-2000:]
+                machine.run_checked("systemctl", "stop", *UNITS)
             with closing(waiting):
                 assert DaemonResponse(waiting.getresponse()).data == {"grants": []}
-            assert box.show(SERVICE, "Result") == "success"
-            assert box.show(SERVICE, "ExecMainStatus") == "0"
-            store = _check_copy(box, trial.directory / f"copy-{number}")
+            assert machine.show(SERVICE, "Result") == "success"
+            assert machine.show(SERVICE, "ExecMainStatus") == "0"
+            store = _check_copy(machine, trial.directory / f"copy-{number}")
             checked = ledger.check(store)
             check_all_answered(ledger, store)
     return {"stops": trial.rounds, "acknowledgements checked": checked}
 
 
 def wrong_configuration(trial: Trial) -> Counts:
-    """Exit 78 is retried only for connecting clients; they start the daemon once the configuration is fixed."""
+    """Check that only connecting clients cause retries after exit 78, and that they start the daemon once it can."""
     by_clients = 0
-    with SystemdMachine(trial.directory) as box:
+    with SystemdMachine(trial.directory) as machine:
         for _ in range(trial.rounds):
-            box.path(CONFIG).write_text("[locks]\nttl = 15\n", encoding="utf-8")
-            assert box.run("systemctl", "start", SERVICE).returncode != 0
-            assert box.show(SERVICE, "ExecMainStatus") == "78"
+            machine.path(CONFIG).write_text("[locks]\nttl = 15\n", encoding="utf-8")
+            assert machine.run("systemctl", "start", SERVICE).returncode != 0
+            assert machine.show(SERVICE, "ExecMainStatus") == "78"
             time.sleep(0.5)  # several times RestartSec
-            assert box.show(SERVICE, "NRestarts") == "0"
-            assert box.show(SERVICE, "ActiveState") == "failed", "it was started again"
-            assert "locks.ttl" in box.log.splitlines()[-1]
-            by_clients += _count_client_starts(box)
-            assert box.get("/readyz").status == 200
-            box.run_checked("systemctl", "stop", *UNITS)
+            assert machine.show(SERVICE, "NRestarts") == "0"
+            assert machine.show(SERVICE, "ActiveState") == "failed", "it was started again"
+            assert "locks.ttl" in machine.log.splitlines()[-1]
+            by_clients += _count_client_starts(machine)
+            assert machine.get("/readyz").status == 200
+            machine.run_checked("systemctl", "stop", *UNITS)
     return {"failed starts": trial.rounds, "starts by waiting clients": by_clients}
 
 
-def _count_client_starts(box: SystemdMachine) -> int:
-    """Count the starts that clients cause: one in two seconds, and the socket stays open."""
-    before, began_s = box.log.count("locks.ttl"), time.monotonic()
-    with ConnectingClients(box):
+def _count_client_starts(machine: SystemdMachine) -> int:
+    """Count the starts that clients cause, at most one in two seconds, and check that the socket stays open."""
+    before, began_s = machine.log.count("locks.ttl"), time.monotonic()
+    with ConnectingClients(machine):
         while (took_s := time.monotonic() - began_s) < 12:
             time.sleep(0.1)
-        starts = box.log.count("locks.ttl") - before
-        assert box.show(SOCKETS[0], "ActiveState") != "failed"
-        box.path(CONFIG).write_text("", encoding="utf-8")  # fixed: the next client starts it
+        starts = machine.log.count("locks.ttl") - before
+        assert machine.show(SOCKETS[0], "ActiveState") != "failed"
+        machine.path(CONFIG).write_text("", encoding="utf-8")  # fixed: the next client starts it
     assert 1 <= starts <= took_s / 2 + 1, f"{starts} starts in {took_s:.0f} s"
     return starts
 
 
-# -- what systemd says of the units ------------------------------------------------------------------------------------
+# -- the units as systemd-analyze checks them ------------------------------------------------------------------------
 
 
 def analyze_units(trial: Trial) -> Counts:

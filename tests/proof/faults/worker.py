@@ -1,6 +1,6 @@
 """A real worker in its own process: `python -m tests.proof.faults.worker SOCKET QUEUE LOCK_TTL_MS`.
 
-Prints a line of JSON when it starts a job, and when the job ended or was lost. A line on stdin ends the job.
+Prints a line of JSON when a job starts, and when it has ended or was lost. A line on stdin ends the job.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Workers that die, and workers that sleep past their lock: real processes (worker.py), killed and stopped."""
+"""Workers that die, and workers that are suspended past the end of their lock: real processes (worker.py)."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ class RealWorker:
 
     @property
     def stderr(self) -> str:
-        """Its stderr; complete after its end."""
+        """Return the stderr of the process. It is complete once the process has ended."""
         return "".join(self._stderr_lines)
 
     def next_report(self) -> dict[str, Any]:
-        """Return the next line of its stdout."""
+        """Return the next line of stdout, decoded."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, f"the worker has ended: {self.stderr}"
@@ -108,7 +108,7 @@ def _wait_until_ended(daemon: Daemon, job_id: str) -> dict[str, Any]:
 
 
 def sleeping_worker(trial: Trial) -> Counts:
-    """Recovery runs on request, so that there is time between the expiry of a lock and its recovery."""
+    """Suspend workers past the end of their lock. Recovery runs on request, so that it does not come first."""
     counts = {"endings accepted after the lock expired": 0, "endings rejected": 0, "running jobs stopped": 0}
     with Daemon(trial.directory, "[cleanup]\nrecover_every = '0'\ninterval = '1h'\n") as daemon:
         with RealWorker(daemon, "q") as worker:
@@ -144,7 +144,7 @@ def _recover(daemon: Daemon, begun: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_rejected(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -> None:
-    """Check that a worker whose work ended while it slept cannot complete the job of another."""
+    """Check that a worker whose work ended while it was suspended cannot complete a job that was granted again."""
     with worker.sigstopped():
         _wait_until_expired(daemon, begun["job"])
         grant = _recover(daemon, begun)
@@ -178,8 +178,8 @@ def _check_next_job(daemon: Daemon, worker: RealWorker) -> None:
 
 def _check_new_grant(daemon: Daemon, before: dict[str, Any], grant: dict[str, Any]) -> None:
     path = f"/v1/jobs/{before['id']}"
-    assert daemon.get(path).data == before, "the one that came back has changed the job"
-    # Its late calls and result are stored beside the job and do not change it.
+    assert daemon.get(path).data == before, "the former holder has changed the job"
+    # Late calls and results of the former holder are stored, but do not change the job.
     timeline = daemon.get(f"{path}/timeline").data["events"]
     events = [event for event in timeline if event["type"] not in ("late_result", "late_call")]
     assert events[-1]["type"] == "granted", events[-1]
@@ -192,7 +192,7 @@ def _check_new_grant(daemon: Daemon, before: dict[str, Any], grant: dict[str, An
 
 
 def dead_worker(trial: Trial) -> Counts:
-    """Kill workers at different moments; others wait for their jobs and get them in time, not before."""
+    """Kill workers at different moments: other workers get their jobs in time, and not too early."""
     late_ms: list[int] = []
     at_once = WORKERS if trial.timed else WORKERS // 2
     with Daemon(trial.directory, f"[cleanup]\nrecover_every = '{RECOVER_EVERY_MS}ms'\n") as daemon:

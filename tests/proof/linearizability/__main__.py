@@ -3,7 +3,7 @@
 `python -m tests.proof.linearizability --histories N [--seed K]`
 
 Each history is also mutated so that no order explains it; the checker must reject every mutant. Exit code 0 if every
-history was explained and every mutant rejected; otherwise 1, with the history in question.
+history was explained and every mutant rejected. Otherwise it is 1, and the history is printed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ENOUGH = 20  # histories within which every kind of mutant must occur
 
 
 class CheckResults(Struct):
-    """The results. `broken` describes the first unexplained history or accepted mutant."""
+    """The results of a run. `broken` describes the first unexplained history or accepted mutant."""
 
     histories: int = 0
     jobs: int = 0
@@ -46,7 +46,7 @@ class CheckResults(Struct):
 
     @property
     def share(self) -> float:
-        """The share of operations that overlap in time with another one on the same job."""
+        """Return the share of operations that overlap in time with another one on the same job."""
         return self.overlapping / max(self.operations, 1)
 
     def shortcomings(self) -> list[str]:

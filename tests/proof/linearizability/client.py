@@ -79,7 +79,7 @@ class SharedContext:
 
 
 class ContendingClient:
-    """A client. `play` makes a number of calls, one after the other."""
+    """A client. `run` makes calls, one after the other."""
 
     def __init__(self, context: SharedContext, number: int, dice: Random) -> None:
         self._context = context
@@ -126,7 +126,7 @@ class ContendingClient:
         fates: list[Fate] = ["hung up", "unread"] if verb in ("get", "delete") else ["hung up", "unread", "cut"]
         return self._dice.choice(fates)
 
-    # -- what to ask --------------------------------------------------------------------------------------------------
+    # -- requests --------------------------------------------------------------------------------------------------
 
     def _body(self, verb: str, job: str) -> dict[str, Any]:
         build: Callable[[str], dict[str, Any]] | None = {
@@ -192,7 +192,7 @@ class ContendingClient:
             body["delay_ms"] = 0  # without it, the fifth release in a row without progress would delay the job
         return body
 
-    # -- asking -------------------------------------------------------------------------------------------------------
+    # -- calls -------------------------------------------------------------------------------------------------------
 
     def _ask(self, verb: str, job: str, body: dict[str, Any], *, fate: Fate, key: str | None = None) -> bool:
         """Return whether a response came."""

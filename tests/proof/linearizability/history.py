@@ -1,4 +1,4 @@
-"""What clients did and saw: one record for each call on a job, with the times between which it took effect."""
+"""The calls of clients and their responses: one record for each call on a job with bounds of the time of its effect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GRANTING: Final = ("start", "claim")
 
 
 class SeenResponse(Struct, frozen=True):
-    """A response: its `code`, and in `seen` what it showed of the job."""
+    """A response reduced to its `code` and, in `seen`, the fields of the job that it showed."""
 
     code: str
     seen: dict[str, Any] = {}
@@ -22,8 +22,8 @@ class SeenResponse(Struct, frozen=True):
 class Operation(Struct, frozen=True):
     """One call on one job. Times are nanoseconds since boot.
 
-    `said` is None if the outcome is unknown: the call may have taken effect at any time until `latest_ns` (None: at any
-    later time), or not at all. `key` is its Idempotency-Key; `replayed` says that the response was a stored one.
+    `response` is None if the outcome is unknown: the call may have taken effect at any time until `latest_ns` (None: at
+    any later time), or not at all. `key` is its Idempotency-Key. `replayed`: the response was a stored one.
     """
 
     client: int
@@ -39,13 +39,13 @@ class Operation(Struct, frozen=True):
 
     @property
     def lock(self) -> str:
-        """The lock that a holder's call names, or that a response granted."""
+        """Return the lock that a holder's call names, or that a response granted."""
         granted = self.response.seen.get("lock") if self.response else None
         return str(self.body.get("lock_id", granted))
 
     @property
     def content(self) -> str:
-        """The call without its lock: two calls of one verb with equal content are repeats."""
+        """Return the body without its lock. Two calls of one verb with equal content are repeats."""
         return json.dumps({name: self.body[name] for name in sorted(self.body) if name != "lock_id"})
 
 
@@ -58,21 +58,21 @@ class Terms(Struct, frozen=True):
 
 
 class Outage(Struct, frozen=True):
-    """An outage: the daemon was certainly down from `down_ns` until it was started again at `up_ns`."""
+    """A time in which the daemon was certainly down, from `down_ns` until its start at `up_ns`."""
 
     down_ns: int
     up_ns: int
 
 
 class CallHistory(Struct):
-    """All calls on a few jobs."""
+    """All calls of one history, on a few jobs."""
 
     terms: dict[str, Terms]
     operations: list[Operation] = field(default_factory=list)
     outages: list[Outage] = field(default_factory=list)
 
     def of(self, job: str) -> list[Operation]:
-        """The operations on `job` in the order of the calls, one for each effect."""
+        """Return the operations on `job` in the order of the calls, one for each effect."""
         mine = [self._bounded(operation) for operation in self.operations if operation.job == job]
         by_key: dict[str, list[Operation]] = {}
         for operation in mine:
@@ -85,7 +85,7 @@ class CallHistory(Struct):
         return sorted(settled, key=lambda each: each.call_ns)
 
     def _bounded(self, operation: Operation) -> Operation:
-        """Bound lost calls by the death of their daemon."""
+        """Bound a lost call by the end of its daemon."""
         if operation.response is not None:
             return operation
         ends = (outage.down_ns for outage in self.outages if outage.down_ns > operation.call_ns)
@@ -103,12 +103,14 @@ def _settle(tries: list[Operation]) -> Iterator[Operation]:
     unknown = [replace(each, call_ns=unknown[0].call_ns, latest_ns=latest_ns) for each in unknown]
     for replay in replays:
         assert replay.response is not None
-        told = next((each for each in known if _is_same(each, replay)), None)
-        if told is None and unknown:
+        original = next((each for each in known if _is_same(each, replay)), None)
+        if original is None and unknown:
             lost, *unknown = unknown
-            told = replace(lost, return_ns=replay.return_ns, response=_effect(replay))
-            known.append(told)
-        yield replace(replay, verb="replay", response=replay.response if told else SeenResponse("answered_by_nobody"))
+            original = replace(lost, return_ns=replay.return_ns, response=_effect(replay))
+            known.append(original)
+        yield replace(
+            replay, verb="replay", response=replay.response if original else SeenResponse("unexplained replay")
+        )
     if not any(each.verb in GRANTING for each in tries):
         if any(map(_is_stored, known)):
             unknown = []  # the key names the one call that had an effect; no other had or will have one
@@ -118,10 +120,10 @@ def _settle(tries: list[Operation]) -> Iterator[Operation]:
 
 
 def _differs_from_stored(operation: Operation, known: list[Operation]) -> Operation:
-    """Return whether the response differs from one that was stored and sent before the call, which nothing explains."""
-    told = (each.return_ns for each in known if _is_stored(each) and each is not operation)
-    if any(end is not None and end < operation.call_ns for end in told):
-        return replace(operation, response=SeenResponse("a stored answer, judged anew"))
+    """Mark a call that was decided again after a stored response of its key was sent, which nothing explains."""
+    ends = (each.return_ns for each in known if _is_stored(each) and each is not operation)
+    if any(end is not None and end < operation.call_ns for end in ends):
+        return replace(operation, response=SeenResponse("decided again although stored"))
     return operation
 
 

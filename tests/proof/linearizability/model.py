@@ -1,6 +1,6 @@
-"""The sequential specification of one job, from the documented contract.
+"""The sequential specification of one job, written from the documented contract.
 
-It shares no code with jobd's rules, so that an error in them is not repeated here.
+It shares no code with jobd's rules, so that it does not repeat their errors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOVES: Final = {  # allowed transitions
 
 
 class EndedGrant(NamedTuple):
-    """The last grant that ended: by its holder (`verb` and content), or otherwise (a reason)."""
+    """The last grant that ended: by its holder (`verb` and `content`), or otherwise (`reason`)."""
 
     lock: str | None
     verb: str | None
@@ -34,10 +34,10 @@ class EndedGrant(NamedTuple):
 
 
 class ModelState(NamedTuple):
-    """A job. `lock` is "?…" if the response of the grant was lost, so that no client knows it; `key` is the key of
-    the grant.
+    """A job. `lock` starts with "?" if the response of the grant was lost, so that no client knows the lock.
 
-    `safe_until` is the time (ns) before which its lock cannot have ended by itself. `last_token` outlives the job.
+    `key` is the key of the grant. The lock cannot have ended by itself before `safe_until` (ns). `last_token` outlives
+    the job.
     """
 
     status: str = "absent"
@@ -57,7 +57,7 @@ class ModelState(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """The response in a state, and the next state. Fields that `seen` does not name are not compared."""
+    """The expected response in a state, and the next state. Fields that are not in `seen` are not compared."""
 
     code: str
     seen: dict[str, Any]
@@ -72,15 +72,19 @@ class HistoryConditions(NamedTuple):
 
 
 def step(state: ModelState, operation: Operation, world: HistoryConditions) -> ModelState | None:
-    """Return the state after `operation`, or None if `state` does not explain its response. A lost one always fits."""
+    """Return the state after `operation`, or None if `state` does not explain its response. A lost call always fits."""
     expected = RULES[operation.verb](state, operation, world)
-    said = operation.response
-    if said is None:
+    response = operation.response
+    if response is None:
         return expected.after
-    if said.code != expected.code:
+    if response.code != expected.code:
         return None
     for name, value in expected.seen.items():
-        if name in said.seen and said.seen[name] != value and not _has_cleared(name, said.seen[name], state, operation):
+        if (
+            name in response.seen
+            and response.seen[name] != value
+            and not _has_cleared(name, response.seen[name], state, operation)
+        ):
             return None
     return expected.after
 
@@ -97,12 +101,12 @@ def may_change(operation: Operation) -> bool:
 def comes_after(lost: Operation, other: Operation) -> bool:
     """Return whether a lost call can only take effect after `other`, which found no stored response of their key."""
     if lost.response is not None or lost.key is None or lost.verb in GRANTING:
-        return False  # the key answers for a grant while it is current; see `_is_repeat`
+        return False  # a repeat gets the response of the grant while it is current; see `_is_repeat`
     return lost.key == other.key and other.response is not None and other.verb != "replay"
 
 
 def drifts(state: ModelState, operation_must_end_ns: int, world: HistoryConditions) -> Iterator[ModelState]:
-    """Return the states that time alone may lead to before the next call, which ends by `operation_must_end_ns`."""
+    """Yield the states that time alone may cause before the next call, which ends by `operation_must_end_ns`."""
     if state.status != "processing" or state.lock is None:
         return
     if state.lock.startswith("?"):
@@ -112,7 +116,7 @@ def drifts(state: ModelState, operation_must_end_ns: int, world: HistoryConditio
 
 
 def _has_cleared(name: str, value: object, state: ModelState, operation: Operation) -> bool:
-    """Return the state with an expired lock, which is not shown. The grant stays until recovery."""
+    """Return whether `value` is missing because the lock has expired. The grant stays until recovery."""
     cleared = name in ("worker", "token") and value is None and state.status == "processing"
     return cleared and (operation.return_ns or NEVER) >= state.safe_until
 
@@ -151,8 +155,8 @@ def _not_found(state: ModelState) -> Expected:
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
-def _without_grant(state: ModelState, reason: str, verb: str | None = None, asked: str = "") -> ModelState:
-    ended = state.ended if state.lock is None else EndedGrant(state.lock, verb, asked, reason)
+def _without_grant(state: ModelState, reason: str, verb: str | None = None, content: str = "") -> ModelState:
+    ended = state.ended if state.lock is None else EndedGrant(state.lock, verb, content, reason)
     return state._replace(lock=None, worker=None, token=None, key=None, safe_until=NEVER, ended=ended)
 
 
@@ -171,7 +175,7 @@ def _stalled(state: ModelState, terms: Terms) -> ModelState:
 
 
 def _safe_until(operation: Operation, world: HistoryConditions) -> int:
-    """Return the time until which a lock renewed by `operation` certainly lives."""
+    """Return the time until which a lock renewed by `operation` is certainly live."""
     if not world.terms.max_processing_ms:
         return NEVER
     until = operation.call_ns + world.terms.max_processing_ms * MS - ROUNDING
@@ -255,9 +259,9 @@ def _replay(state: ModelState, operation: Operation, world: HistoryConditions) -
     """Return the stored response of a repeated call; that of a grant only while the grant is current."""
     assert operation.response is not None
     if "lock" not in operation.response.seen:
-        # It shows the job as it was, and that response is checked where it was first given.
+        # It shows the job as it was. That response is checked at the call that got it first.
         return _error(
-            state, "no such answer" if operation.response.code == "answered_by_nobody" else operation.response.code
+            state, "no such response" if operation.response.code == "unexplained replay" else operation.response.code
         )
     if state.lock != operation.lock:
         return _error(state, "no current grant")
@@ -268,7 +272,7 @@ def _replay(state: ModelState, operation: Operation, world: HistoryConditions) -
 
 
 def _grant_error(state: ModelState, operation: Operation) -> Expected | None:
-    """Return None if `operation` names the latest grant, else its error."""
+    """Return None if `operation` names the latest grant, and otherwise the expected response."""
     if state.status == "absent":
         return _not_found(state)
     if state.status == "processing" and state.lock == operation.lock:
@@ -285,9 +289,9 @@ def _grant_error(state: ModelState, operation: Operation) -> Expected | None:
 
 
 def _heartbeat(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
-    refused = _grant_error(state, operation)
-    if refused is not None:
-        return refused
+    error = _grant_error(state, operation)
+    if error is not None:
+        return error
     if operation.response and operation.response.code == "max_processing_time_exceeded":
         is_past = (operation.return_ns or NEVER) >= state.safe_until
         return _error(state, "max_processing_time_exceeded" if is_past else "a lock that is alive")
@@ -298,9 +302,9 @@ def _heartbeat(state: ModelState, operation: Operation, world: HistoryConditions
 
 
 def _ending(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
-    refused = _grant_error(state, operation)
-    if refused is not None:
-        return refused
+    error = _grant_error(state, operation)
+    if error is not None:
+        return error
     verb, body = operation.verb, operation.body
     after = _without_grant(state, verb, verb, operation.content)
     if verb == "complete":

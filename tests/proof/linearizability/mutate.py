@@ -1,6 +1,6 @@
-"""Mutate good histories into ones that no order explains. Each kind breaks one guarantee.
+"""Mutate explained histories into ones that no order explains. Each kind of mutant breaks one guarantee.
 
-A checker that accepts a mutant is blind to that error.
+If the checker accepts a mutant, it cannot detect that error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.proof.linearizability.model import HistoryConditions
 
 History = list[Operation]
 HOLDERS: Final = ("progress", "extend", "complete", "fail", "release")
-STRANGER: Final = 99
+OTHER_CLIENT: Final = 99
 
 
 def _accepted(operation: Operation) -> bool:
@@ -44,7 +44,7 @@ def _before(first: Operation, then: Operation) -> bool:
 
 def _insert(history: History, verb: str, at_ns: int, response: SeenResponse, **body: Any) -> History:
     job = history[0].job
-    return [*history, Operation(STRANGER, verb, job, body, at_ns + 1, at_ns + 2, response)]
+    return [*history, Operation(OTHER_CLIENT, verb, job, body, at_ns + 1, at_ns + 2, response)]
 
 
 def _swap(history: History, old: Operation, **fields: Any) -> History:
@@ -72,7 +72,7 @@ def _no_deletion(history: History, after: Operation, until_ns: int) -> bool:
 
 
 def granted_twice(history: History, world: HistoryConditions) -> Iterator[History]:
-    """The job is granted again while a holder has it whose next call is accepted."""
+    """The job is granted again although the next call of its holder is accepted."""
     for grant, _ in _uses(history):
         yield _insert(
             history, "start", grant.return_ns or 0, SeenResponse("granted", {"lock": "mutant"}), worker="mutant"
@@ -91,7 +91,7 @@ def old_lock_accepted(history: History, world: HistoryConditions) -> Iterator[Hi
 
 
 def completion_lost(history: History, world: HistoryConditions) -> Iterator[History]:
-    """A completed job that was not deleted is seen in the queue."""
+    """A completed job that was not deleted is queued."""
     for done in history:
         end_ns = done.return_ns or 0
         if done.verb == "complete" and _accepted(done) and _no_deletion(history, done, end_ns + 2):
@@ -156,9 +156,9 @@ def created_twice(history: History, world: HistoryConditions) -> Iterator[Histor
 
 def attempts_miscounted(history: History, world: HistoryConditions) -> Iterator[History]:
     """More attempts are seen than there were calls."""
-    for look in history:
-        if look.verb == "get" and _code(look) == "done":
-            yield _swap(history, look, response=SeenResponse("done", {**_seen(look), "attempt": len(history) + 1}))
+    for read in history:
+        if read.verb == "get" and _code(read) == "done":
+            yield _swap(history, read, response=SeenResponse("done", {**_seen(read), "attempt": len(history) + 1}))
 
 
 def two_holders_seen(history: History, world: HistoryConditions) -> Iterator[History]:
@@ -170,9 +170,9 @@ def two_holders_seen(history: History, world: HistoryConditions) -> Iterator[His
 def stale_answer(history: History, world: HistoryConditions) -> Iterator[History]:
     """A read before the job was created returns what a later one showed."""
     first_ns = min((each.call_ns for each in history if each.verb == "create"), default=0)
-    for look in history:
-        if look.verb == "get" and _code(look) == "done":
-            yield _swap(history, look, call_ns=first_ns - 2, return_ns=first_ns - 1)
+    for read in history:
+        if read.verb == "get" and _code(read) == "done":
+            yield _swap(history, read, call_ns=first_ns - 2, return_ns=first_ns - 1)
 
 
 KINDS: Final[dict[str, Callable[[History, HistoryConditions], Iterator[History]]]] = {

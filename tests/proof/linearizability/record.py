@@ -32,7 +32,7 @@ KILLS_EVERY: Final = 6  # one of this many histories loses its daemon
 
 
 class Recording(Struct):
-    """A history and its faults."""
+    """A recorded history and its faults."""
 
     number: int
     history: CallHistory

@@ -1,7 +1,7 @@
 """Wing and Gong's search, with memoization, for an order that explains the history of one job.
 
 An order explains a history if it respects real time (a call that ended before another began comes first) and the model
-gives each response. A call without a response may take effect at any time after it was made, or never.
+predicts each response. A call without a response may take effect at any time after it was made, or never.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MOST_STEPS: Final = 2_000_000  # above this limit the result is unknown, which i
 
 
 class TooHard(Exception):
-    """The search exceeded its limit."""
+    """The search has exceeded its limit."""
 
 
 class SearchResult(Struct):
@@ -47,7 +47,7 @@ def judge(operations: Sequence[Operation], world: HistoryConditions, first: Mode
 
 
 class _Search(Struct):
-    """The search. Sets of operations are integers: bit n is operation n."""
+    """The state of a search. Sets of operations are integers: bit n is operation n."""
 
     operations: list[Operation]
     world: HistoryConditions
@@ -91,9 +91,9 @@ class _Search(Struct):
         return any(self.explore(done, drifted) for drifted in drifts(state, ends_ns, self.world))
 
     def _take_what_changes_nothing(self, done: int, state: ModelState) -> int:
-        """Take operations first that fit here and change nothing. No order is lost by that.
+        """Take operations that fit here and change nothing. Taking them first excludes no order.
 
-        The exception is a lost call that had to take effect before the daemon died.
+        The exception is a lost call, which had to take effect before its daemon ended.
         """
         found = True
         while found:

@@ -1,4 +1,4 @@
-"""A client's connections to the daemon: a call with its times, answered or lost in one of several ways.
+"""A client's connections to the daemon. Each call has its times, and is answered or lost in one of several ways.
 
 Responses are reduced to what the model compares.
 """
@@ -23,7 +23,7 @@ NOTHING_DONE: Final = frozenset({"shutting_down", "overloaded"})
 
 
 def boot_ns() -> int:
-    """Return the boot time, on which the daemon's locks run."""
+    """Return the time since boot, by which the daemon's locks run."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
@@ -48,7 +48,7 @@ class Exchange(Struct, frozen=True):
 
 
 class Connections:
-    """A connection to each listener, opened when needed. `socket_path` gives the path of the worker or admin socket."""
+    """A connection to each listener, opened when needed. `socket_path` returns the path of the worker or admin one."""
 
     def __init__(self, socket_path: Callable[[bool], str]) -> None:
         self._socket_path = socket_path
@@ -101,7 +101,7 @@ class Connections:
         return DaemonResponse(connection.getresponse()) if fate == "answered" else None
 
 
-# -- answers in the model's words -------------------------------------------------------------------------------------
+# -- responses as the model has them ----------------------------------------------------------------------------------
 
 _CODES: Final = {"get": "done", "progress": "alive", "extend": "alive", "start": "granted"}
 

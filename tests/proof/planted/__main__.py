@@ -27,7 +27,7 @@ _TESTS_FAILED: Final = 1  # pytest's exit code
 
 
 class BugResult(Struct, frozen=True):
-    """The result of one bug. `failed` is the test that found it; empty if none did, then `output` says more."""
+    """The result of one bug. `failed` is the test that found it, or empty; then `output` says more."""
 
     bug: Bug
     seconds: float

@@ -35,8 +35,7 @@ SIMULATION: Final = "tests/proof/test_simulation.py"
 class Bug(Struct, frozen=True):
     """One bug: `replacement` is called in place of `target`, with `target` as its first argument.
 
-    `breaks` describes the effect. `found_by` is the directory, file or test in which
-    a test must fail.
+    `breaks` describes the effect. A test must fail in `found_by`, a directory, a file or a single test.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""The bucket of a simulated machine. It survives crashes, fails and is slow on demand, and records owners.
+"""The artifact store of a simulated machine. It survives crashes, fails and is slow on demand, and records owners.
 
-A deletion that was sent takes effect although its sender has died meanwhile or no longer waits.
+A deletion that was sent takes effect even if its sender has ended or no longer waits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MARGIN_S: Final = 120.0  # a request sent before a clock step may take effect af
 
 
 class Upload(Struct):
-    """The object under a key: which grant stored it and which job owns it. `lost` objects are no longer checked."""
+    """An object: the grant that stored it and the job that owns it. It is no longer checked if `is_lost`."""
 
     lock_id: str
     at_s: float  # loop time
@@ -36,7 +36,7 @@ class Upload(Struct):
 
 
 class SimArtifacts(MemoryArtifacts):
-    """A simulated artifact store. `fault`: away (every call fails), flaky (every second one), slow."""
+    """A simulated artifact store. `fault` is away (every call fails), flaky (half of them fail) or slow."""
 
     def __init__(self, machine: Machine, dice: Random) -> None:
         super().__init__(machine.wall)
@@ -77,15 +77,15 @@ class SimArtifacts(MemoryArtifacts):
         await self.pause()
         return Deletion("deleted")
 
-    def _take_effect(self, key: str, modified_at: int, tell: Callable[[None], object]) -> None:
+    def _take_effect(self, key: str, modified_at: int, report: Callable[[None], object]) -> None:
         if self.objects.get(key) == modified_at:
             del self.objects[key]
             self._machine.note("artifact", "deleted", key)
             self._judge_deletion(key)
         try:
-            tell(None)
+            report(None)
         except asyncio.InvalidStateError:  # the caller no longer waits
-            self._machine.fired["artifact deleted unheard"] += 1
+            self._machine.fired["artifact deleted, caller gone"] += 1
 
     async def pause(self) -> None:
         await asyncio.sleep(self._delay_s())
@@ -142,9 +142,9 @@ class SimArtifacts(MemoryArtifacts):
         self._orphan(change, gone)
 
     def _orphan(self, change: Change, uploads: list[Upload]) -> None:
-        for its in uploads:  # after a step back of the clock it looks like the object of another job
-            too_new = its.modified_at > change.event.at + self._machine.scenario.margins.skew_ms
-            its.is_lost = its.is_lost or too_new
+        for upload in uploads:  # after a backward step of the clock it seems to belong to another job
+            too_new = upload.modified_at > change.event.at + self._machine.scenario.margins.skew_ms
+            upload.is_lost = upload.is_lost or too_new
 
     def _was_displaced(self, upload: Upload) -> bool:
         return upload.late_seq is not None and not self._is_kept(upload)

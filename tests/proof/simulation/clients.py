@@ -1,7 +1,7 @@
 """The clients of a simulated daemon: creators, workers and operators.
 
-They lose responses and repeat requests, sleep past their locks, die, and ignore `lock_lost`. They know only the
-responses that they received.
+They lose responses, repeat requests, pause for longer than their locks last, end without a message, and ignore
+`lock_lost`. They know only the responses that they received.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class SimClient:
         await asyncio.sleep(self.dice.expovariate(1 / (mean_s or self.machine.scenario.think_s)))
 
     def has(self, mishap: str, chance: float) -> bool:
-        """Return whether this mishap happens now."""
+        """Draw whether this mishap happens now."""
         if self.dice.random() >= chance or mishap not in self.machine.scenario.mishaps:
             return False
         if mishap != "client disconnects":  # counted if it had an effect
@@ -85,7 +85,7 @@ class SimClient:
         return True
 
     async def ask(self, command: AnyCommand, *, tries: int = 4) -> Response | ApiError | None:
-        """Repeat a request with the same key until its outcome is known; None if it gives up."""
+        """Repeat a request with the same key until its outcome is known. Return None if the client gives up."""
         key = self._key(command)
         answer: Response | ApiError | None = None
         for _ in range(tries):
@@ -139,7 +139,7 @@ class SimCreator(SimClient):
 
 
 class SimOperator(SimClient):
-    """An operator. In some seeds it sometimes makes a dry run first."""
+    """An operator that makes a dry run first in some seeds."""
 
     def __init__(self, machine: Machine, name: str) -> None:
         super().__init__(machine, name, admin=True)

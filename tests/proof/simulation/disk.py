@@ -1,7 +1,7 @@
-"""The disk of a simulated machine: MemoryStorage with seeded delays, every kind of failure, and crashes in mid-write.
+"""The disk of a simulated machine: MemoryStorage with seeded delays, every kind of failure, and crashes during a write.
 
-A write is written, then flushed, then answered. A crash after the first step may keep it (the process was killed) or
-lose it (the power was cut); after the second it is kept. What was committed is never touched.
+A batch is written, then flushed, then acknowledged. A crash after the first step may keep the batch (the process was
+killed) or lose it (the power was cut). After the second step it is kept. Committed data never changes.
 """
 
 from __future__ import annotations
@@ -32,17 +32,19 @@ Snapshot = dict[str, Any]
 
 
 class InjectedError(OSError):
-    """A failure that the simulation asked for."""
+    """An injected failure."""
 
     def __init__(self, what: str) -> None:
         super().__init__(errno.EIO, f"simulated: {what}")
 
 
 class SimDisk(MemoryStorage):
-    """`dice` draws delays and failures. `full`: 0 no, 1 for new jobs, 2 until the reserve is released, 3 for all.
+    """Storage whose delays and failures are drawn from `dice`.
 
-    `failing` names methods that raise with a chance of one half. `write_fault` of the next write: `refused` and
-    `unknown` raise with nothing written, `lost_answer` raises although it was. `committed` is called with each batch.
+    `full` is 0 (no), 1 (for new jobs), 2 (until the reserve file is released) or 3 (for everything).
+
+    `failing` names methods that raise with a chance of one half. `write_fault` of the next write: `unknown` raises with
+    nothing written, `lost_answer` raises although it was written. `committed` is called with each batch.
     """
 
     def __init__(self, dice: Random, fired: Counter[str], wall: Callable[[], int]) -> None:
@@ -82,7 +84,7 @@ class SimDisk(MemoryStorage):
         self._fired["damaged row not moved"] += self.full > 0 or tries > 0
         return self.full == 0 and tries == 0
 
-    # -- what happens to it -------------------------------------------------------------------------------------------
+    # -- faults and copies --------------------------------------------------------------------------------------------
 
     def clear_faults(self) -> None:
         """Stop all faults."""
@@ -90,7 +92,7 @@ class SimDisk(MemoryStorage):
         self._failed_moves_left.clear()
 
     def crash(self, *, power_cut: bool) -> None:
-        """Crash: what was written and not flushed is kept or lost as a whole."""
+        """Crash. A batch that was written and not flushed is kept or lost as a whole."""
         written, self._written = self._written, None
         if written is None:
             return
@@ -101,11 +103,11 @@ class SimDisk(MemoryStorage):
                 self._flush(*written)
 
     def snapshot(self) -> Snapshot:
-        """Return a copy, as a backup makes it."""
+        """Return a copy of the content, like a backup."""
         return {name: copy.copy(getattr(self, name)) for name in STATE}
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Replace the content with an older copy, marked as a backup. The epoch file stays."""
+        """Replace the content with an older copy, marked as a backup. The epoch file does not change."""
         self.epoch_file = max(self.epoch_file, self.numbers.epoch)
         for name, value in snapshot.items():
             setattr(self, name, copy.copy(value))
@@ -133,7 +135,7 @@ class SimDisk(MemoryStorage):
     # -- model.storage.Storage
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
-        told = self._reported
+        reported = self._reported
         await self._enter("write")
         await self._reach("entered")
         fault, self.write_fault = self.write_fault, None
@@ -143,11 +145,11 @@ class SimDisk(MemoryStorage):
         if not self.fits(batch):
             self._fired[f"write on a full disk ({self.full})"] += 1
             raise DiskFull("the simulated disk is full")
-        self._written = batch, told
+        self._written = batch, reported
         await self._reach("written")
         await self._pause()
         self._written = None
-        shown = self._flush(batch, told)
+        shown = self._flush(batch, reported)
         await self._reach("flushed")
         await self._pause()
         if fault == "lost_answer":
@@ -168,9 +170,9 @@ class SimDisk(MemoryStorage):
             strike()
             await asyncio.sleep(0)  # the writer is gone
 
-    def _flush(self, batch: Batch, told_aside: int) -> dict[int, bytes]:
+    def _flush(self, batch: Batch, reported: int) -> dict[int, bytes]:
         try:
-            shown = self._commit(batch, told_aside)
+            shown = self._commit(batch, reported)
         except AssertionError as error:
             self.broken(str(error))
             raise
@@ -212,7 +214,7 @@ class SimDisk(MemoryStorage):
     # -- damage -------------------------------------------------------------------------------------------------------
 
     def corrupt(self, seq: int, *, payload: bool, stays: int) -> None:
-        """Flip a bit in the row or payload of a job. It can be quarantined only after it was found this many times."""
+        """Flip a bit in the row or payload of a job. The row can be moved only after it was found `stays` times."""
         self._failed_moves_left[seq] = stays
         if payload:
             self.bad_payloads[seq] = "the checksum of its payload is wrong"

@@ -15,7 +15,7 @@ from tests.proof.simulation.injector import UPKEEP
 from tests.proof.simulation.scenario import FAULTS, MISHAPS
 
 # Errors of the HTTP layer, not of the core.
-OF_THE_DOORS: Final = frozenset(
+HTTP_ONLY: Final = frozenset(
     {
         "unauthorized",
         "forbidden",
@@ -65,13 +65,13 @@ ON_DISK: Final = (
     "save_figures failed",
 )
 OTHERS: Final = (
-    "answer replayed",
+    "response replayed",
     "dry run",
-    "look that may go first",
+    "read that may go first",
     "cleanup degraded",
     "mishap client disconnects at the response",
     "grant undelivered",
-    "late result taken",
+    "late result adopted",
     "release delayed",
     "operator cleanup",
     "operator recover-stuck",
@@ -90,7 +90,7 @@ def names() -> list[str]:
     return [
         *(f"command {kind.__name__}" for kind in get_args(AnyCommand)),
         *(f"event {kind}" for kind in get_args(EventType)),
-        *(f"refusal {code}" for code in ERROR_STATUS if code not in OF_THE_DOORS),
+        *(f"error {code}" for code in ERROR_STATUS if code not in HTTP_ONLY),
         *(f"fault {name}" for name in faults),
         *(f"mishap {name}" for name in MISHAPS),
         *ON_DISK,

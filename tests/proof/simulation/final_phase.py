@@ -117,11 +117,11 @@ class FinalPhase:
         """L5: cleanup has survived every fault. A forced run deletes everything that is old enough."""
         machine = self.machine
         if daemon.cleaning.done():
-            self.watch.fail("L5", "the cleaner has ended")
+            self.watch.fail("L5", "the maintainer has ended")
             return
         report = await self._pass(daemon)
         if daemon.cleaner.degraded_reason() is not None and not report.errors:
-            self.watch.fail("L5", f"a complaint after a good pass: {daemon.cleaner.degraded_reason()}")
+            self.watch.fail("L5", f"degraded after a successful cleanup run: {daemon.cleaner.degraded_reason()}")
         if machine.dice.random() < 0.5:
             return
         await self._read_all_pages()
@@ -179,7 +179,7 @@ class FinalPhase:
         if daemon.cleaner.is_running or report.errors:
             report = await daemon.cleaner.run_cleanup(forced=True)  # the first may have begun before the faults stopped
         if report.errors:
-            self.watch.fail("L5", f"a pass without faults: {report.errors}")
+            self.watch.fail("L5", f"errors of a cleanup run without faults: {report.errors}")
         return report
 
     async def _yes(self, command: AnyCommand, *, admin: bool = False) -> Response | None:
@@ -190,5 +190,5 @@ class FinalPhase:
         return answer if isinstance(answer, Response) else None
 
     def _may_reject(self, answer: ApiError) -> bool:
-        """Return whether an error is allowed: a damaged row is found now, or a job expires or passes its ceiling."""
+        """Return whether an error is allowed: a damaged row was found, or a job expired or passed its ceiling."""
         return answer.code in ("job_quarantined", "invalid_transition", "job_not_found")

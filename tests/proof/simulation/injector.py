@@ -177,7 +177,7 @@ class FaultInjector:
         await self._failing(methods, self.dice.choice((8, 8, 8, 200)))
 
     async def _jump_clock(self) -> None:
-        """Set the wall clock far ahead for a while, then correct it. Nothing may age by it unless it is accepted."""
+        """Set the wall clock far ahead for a while, then correct it. No job may age by it unless it is accepted."""
         machine = self.machine
         machine.jump_clock(LEAP_MS)
         machine.fault("leap")

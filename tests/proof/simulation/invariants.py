@@ -146,7 +146,7 @@ class DecisionChecks:
             self._check_holder(command, decision, job, at)
         elif isinstance(decision.answer, ApiError):
             made = {change.event.type for change in decision.changes}
-            self.must(made <= BY_TIME, "S6", f"a refused {type(command).__name__} made {made}")
+            self.must(made <= BY_TIME, "S6", f"a rejected {type(command).__name__} made {made}")
         if isinstance(command, Claim):
             self._check_claim(book, command, decision, at)
         elif isinstance(command, Recover):
@@ -195,7 +195,7 @@ class DecisionChecks:
             changed = [change.event.job_id for change in decision.changes]
             right = is_latest and changed == [command.id]
             self.must(right, "S3", f"{verb} of an old grant changed {changed}", command.id)
-            self.must(isinstance(decision.answer, Response), "S3", f"a refused {verb} changed {changed}", command.id)
+            self.must(isinstance(decision.answer, Response), "S3", f"a rejected {verb} changed {changed}", command.id)
         elif isinstance(decision.answer, Response):
             ended = job is not None and job.ended is not None and job.ended.lock_id == lock_id
             self.must(ended, "S3", f"{verb} was taken from an older grant", command.id)
@@ -203,7 +203,7 @@ class DecisionChecks:
             code, ceiling = decision.answer.code, job.lease.ceiling
             past = ceiling is not None and at.lease >= ceiling
             allowed = {"invalid_request"} | ({"max_processing_time_exceeded"} if past else set())
-            self.must(code in allowed, "S3", f"{verb} of the latest grant was refused: {code}", command.id)
+            self.must(code in allowed, "S3", f"{verb} of the latest grant was rejected: {code}", command.id)
 
     def _check_late(self, command: Complete, decision: Decision, job: Job | None) -> None:
         """A complete from an ended grant is rejected and noted, or adopted if the job was not granted since."""
@@ -214,8 +214,8 @@ class DecisionChecks:
             self._check_late_call(command, decision, job)
             return
         if kinds == ["late_result"]:
-            refused = isinstance(decision.answer, ApiError) and decision.answer.code == "lock_lost"
-            self.must(refused, "S3", "a late result was kept, and its complete not refused", command.id)
+            rejected = isinstance(decision.answer, ApiError) and decision.answer.code == "lock_lost"
+            self.must(rejected, "S3", "a late result was kept, and its complete not rejected", command.id)
             return
         ended = job.ended if job is not None else None
         is_last = ended is not None and ended.lock_id == command.lock_id and ended.rule == "recovery"
@@ -225,13 +225,13 @@ class DecisionChecks:
     def _check_late_call(self, command: Any, decision: Decision, job: Job | None) -> None:
         """A rejected call is noted if its grant was the job's last one and its holder had not ended it."""
         answer, event = decision.answer, decision.changes[0].event
-        refused = isinstance(answer, ApiError) and answer.code == "lock_lost"
+        rejected = isinstance(answer, ApiError) and answer.code == "lock_lost"
         ended = job.ended if job is not None else None
         was_theirs = ended is not None and ended.lock_id == command.lock_id and ended.verb is None
-        self.must(refused and was_theirs, "S3", f"a {type(command).__name__} was recorded as a late call", command.id)
-        told = (event.details or {}).get("fencing_token"), (event.details or {}).get("verb")
-        right = ended is not None and told == (ended.fencing_token, type(command).__name__.lower())
-        self.must(right, "S3", f"a {type(command).__name__} was recorded as {told}", command.id)
+        self.must(rejected and was_theirs, "S3", f"a {type(command).__name__} was recorded as a late call", command.id)
+        recorded = (event.details or {}).get("fencing_token"), (event.details or {}).get("verb")
+        right = ended is not None and recorded == (ended.fencing_token, type(command).__name__.lower())
+        self.must(right, "S3", f"a {type(command).__name__} was recorded as {recorded}", command.id)
 
     # -- one change ---------------------------------------------------------------------------------------------------
 
@@ -345,9 +345,11 @@ class DecisionChecks:
         ends = f"the lock ends at {lease.expires}, its ceiling is {lease.ceiling}"
         self.must(within, "S11", f"{kind}: {ends}", job.id)
         if kind == "granted":
-            own, asked = job.options.max_processing_ms, getattr(command, "max_processing_ms", None)
-            fits = own == grant.max_processing_ms or (own is None and asked in (None, grant.max_processing_ms))
-            self.must(fits, "S11", f"{kind}: its ceiling is {grant.max_processing_ms}, not {own} or {asked}", job.id)
+            own, requested = job.options.max_processing_ms, getattr(command, "max_processing_ms", None)
+            fits = own == grant.max_processing_ms or (own is None and requested in (None, grant.max_processing_ms))
+            self.must(
+                fits, "S11", f"{kind}: its ceiling is {grant.max_processing_ms}, not {own} or {requested}", job.id
+            )
         credited = before.ceiling if before is not None else None
         if kind in ("granted", "progress"):
             ceiling = at.lease + grant.max_processing_ms if grant.max_processing_ms else None
@@ -356,8 +358,8 @@ class DecisionChecks:
         elif kind != "resumed" and before is not None:
             self.must(lease.ceiling == before.ceiling, "S11", f"{kind} moved the ceiling", job.id)
         if kind in ("granted", "progress", "extended"):
-            asked = getattr(command, "additional_ms", None) or grant.ttl_ms
-            until = min(at.lease + asked, at.lease + asked if lease.ceiling is None else lease.ceiling)
+            requested = getattr(command, "additional_ms", None) or grant.ttl_ms
+            until = min(at.lease + requested, at.lease + requested if lease.ceiling is None else lease.ceiling)
             long = lease.expires == (until if before is None else max(until, before.expires))
             self.must(long and not lease.cleared, "S11", f"{kind}: {ends}, it should end at {until}", job.id)
             self.must(lease.silent >= at.lease + grant.stuck_after_ms, "S11", f"{kind}: stuck too early", job.id)

@@ -58,7 +58,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         else:
             self._turns += 1
         if self._turns == BUSY:
-            self.on_error(f"busy: nobody waits for anything, {BUSY} turns of the loop at one time")
+            self.on_error(f"busy loop: no task waits, {BUSY} turns of the loop at one time")
         while timers and timers[0].when() <= self.now_s:
             loop._ready.append(self._take(timers))
         if len(loop._ready) > 1:

@@ -67,7 +67,7 @@ class SimConnection:
 
 
 class Machine:
-    """`note` writes to the trace; `finished` is set when an invariant broke or enough steps were made."""
+    """A simulated machine. `finished` is set when an invariant broke or enough steps were made."""
 
     def __init__(self, seed: int, plan: Scenario, loop: SimLoop, journal: Trace) -> None:
         self.seed = seed
@@ -138,7 +138,7 @@ class Machine:
     # -- the supervisor -----------------------------------------------------------------------------------------------
 
     async def keep_running(self) -> None:
-        """Restart the daemon whenever it ends, as systemd does."""
+        """Restart the daemon whenever it ends, like systemd."""
         while not self.off:
             daemon = self.daemon = SimDaemon(self)
             self.note("machine", "start", self.disk.numbers)
@@ -157,7 +157,7 @@ class Machine:
         self.disk.crash(power_cut=power_cut)
 
     def back_up(self) -> Backup:
-        """Copy the disk, with what is acknowledged by now."""
+        """Copy the disk and the list of acknowledged changes."""
         return self.disk.snapshot(), dict(self.monitor.acknowledged)
 
     def restore(self, backup: Backup) -> None:
@@ -188,56 +188,56 @@ class Machine:
         if daemon is None or not daemon.is_open:
             return None
         command = msgspec.structs.replace(command)  # a new request, even if it repeats another
-        line = SimConnection(who, self.loop)
-        daemon.lines[line] = None
-        self.note("asks", who, type(command).__name__, command, key and key.digest)
-        handler = daemon.spawn(self._handle(daemon, line, command, by, admin, key))
+        connection = SimConnection(who, self.loop)
+        daemon.connections[connection] = None
+        self.note("request", who, type(command).__name__, command, key and key.digest)
+        handler = daemon.spawn(self._handle(daemon, connection, command, by, admin, key))
         if disconnect_after_s is not None:
-            self.loop.call_later(disconnect_after_s, self._disconnect, line, handler)
+            self.loop.call_later(disconnect_after_s, self._disconnect, connection, handler)
         try:
-            answer = await line.reply
+            answer = await connection.reply
         finally:
-            daemon.lines.pop(line, None)
+            daemon.connections.pop(connection, None)
         if answer is None or unread:
             return None
         outcome = answer.code if isinstance(answer, ApiError) else "yes"
-        self.note("told", who, type(command).__name__, getattr(command, "id", None), outcome)
+        self.note("response", who, type(command).__name__, getattr(command, "id", None), outcome)
         return answer
 
     async def _handle(
         self,
         daemon: SimDaemon,
-        line: SimConnection,
+        connection: SimConnection,
         command: AnyCommand,
         by: str,
         admin: bool,
         key: IdempotencyKey | None,
     ) -> None:
-        """Handle a request as the HTTP layer does: ask, then respond or report that the response was not delivered."""
+        """Handle a request like the HTTP layer: ask the actor, then respond or report an undelivered response."""
         size = 100 if self.scenario.bounds.inflight_bytes < 1000 else 0
         with self.monitor.pending(command):
             operator = Operator("", "simulated") if admin else None
             answer = await daemon.actor.ask(command, by=by, admin=admin, key=key, size=size, operator=operator)
             self.monitor.check_response(command, key, answer)
-        if line.reply.done():  # the connection is closed or the caller has left
+        if connection.reply.done():  # the connection is closed or the caller has left
             if isinstance(answer, Response) and answer.grants:
                 self.fired["grant undelivered"] += 1
                 daemon.actor.undelivered(answer)
             return
         if isinstance(answer, Response):
-            self.monitor.note_delivery(line.who if key is None else key.digest, answer)
-        line.reply.set_result(answer)
+            self.monitor.note_delivery(connection.who if key is None else key.digest, answer)
+        connection.reply.set_result(answer)
 
-    def _disconnect(self, line: SimConnection, handler: asyncio.Task[None]) -> None:
-        if line.reply.done():
+    def _disconnect(self, connection: SimConnection, handler: asyncio.Task[None]) -> None:
+        if connection.reply.done():
             return
         roll = self.dice.random()
         waits_for: asyncio.Future[Any] | None = handler._fut_waiter  # type: ignore[attr-defined]  # its answer
         if roll < 0.25 and waits_for is not None:
-            waits_for.add_done_callback(lambda _: self._disconnect_at_response(line, handler))
+            waits_for.add_done_callback(lambda _: self._disconnect_at_response(connection, handler))
             return
         self.fired["mishap client disconnects"] += 1
-        line.close()
+        connection.close()
         if roll < 0.35:
             handler.cancel()
         elif roll < 0.6:
@@ -245,20 +245,20 @@ class Machine:
         else:
             self.loop.call_later(roll / 100, handler.cancel)  # a writer sees it before the handler does
 
-    def _disconnect_at_response(self, line: SimConnection, handler: asyncio.Task[None]) -> None:
+    def _disconnect_at_response(self, connection: SimConnection, handler: asyncio.Task[None]) -> None:
         """Break the connection when the response is ready and the handler may not have read it yet."""
-        if not line.reply.done():
+        if not connection.reply.done():
             self.fired["mishap client disconnects at the response"] += 1
-            line.close()
+            connection.close()
             handler.cancel()
 
 
 class SimDaemon:
-    """One run of the daemon. `is_open`: it accepts requests."""
+    """One run of the daemon. It accepts requests while `is_open`."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.lines: dict[SimConnection, None] = {}
+        self.connections: dict[SimConnection, None] = {}
         self.is_open = False
         self.how = "killed"
         self.gone = asyncio.Event()
@@ -381,11 +381,11 @@ class SimDaemon:
     async def _answer_pending(self) -> None:
         """L1: answer requests in flight before stopping the rest."""
         for _ in range(int(STOP_S / 0.02)):
-            if all(line.reply.done() for line in self.lines):
+            if all(connection.reply.done() for connection in self.connections):
                 return
             await asyncio.sleep(0.02)
-        self.machine.monitor.fail("L1", f"{len(self.lines)} requests in flight were not answered before the end")
+        self.machine.monitor.fail("L1", f"{len(self.connections)} requests in flight were not answered before the end")
 
     def _close_connections(self) -> None:
-        for line in self.lines:
-            line.close()
+        for connection in self.connections:
+            connection.close()

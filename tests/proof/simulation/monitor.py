@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 RECOUNT_EVERY: Final = 25  # commits
 RELEASE_CHECKS: Final = 4  # one slow step of the disk may outlast the slow phase
-LOOK_EVERY_S: Final = 0.8
+CHECK_EVERY_S: Final = 0.8
 PICTURE_EVERY: Final = 500  # decisions
 
 
@@ -120,7 +120,7 @@ class Monitor(DecisionChecks):
             self.must(one_each, "S6", f"job {job_seq} has late results of grants {tokens}")
 
     def note_restore(self, acknowledged: dict[int, tuple[str, int, str]]) -> None:
-        """Forget what was acknowledged after the copy that was restored."""
+        """Forget the changes that were acknowledged after the restored copy."""
         self.acknowledged = dict(acknowledged)
         self._key_rows = dict(self.machine.disk.keys)
 
@@ -142,7 +142,7 @@ class Monitor(DecisionChecks):
         if isinstance(call.command, Claim):
             self._check_arrival(call.command, decision)
         if self.daemon is not None:
-            self.fired["look that may go first"] += (
+            self.fired["read that may go first"] += (
                 self.daemon.actor.looks_go_first and call.command.admission == "read"
             )
             self._check_clock(self.daemon, at)
@@ -191,7 +191,7 @@ class Monitor(DecisionChecks):
             self._durable[event.seq] = event.type
             self.fired[f"event {event.type}"] += 1
             self.fired["release delayed"] += event.type == "released" and event.details is not None
-            self.fired["late result taken"] += event.type == "adopted" and event.by.startswith("worker:")
+            self.fired["late result adopted"] += event.type == "adopted" and event.by.startswith("worker:")
             self.machine.note("event", event)
             if event.job_seq == 0:
                 continue
@@ -203,7 +203,7 @@ class Monitor(DecisionChecks):
             self.must(fold(before, event) == after, "S7", f"{event.type} does not say what happened", event.job_id)
             if event.type == "undelivered" and before is not None and before.grant is not None:
                 token = before.grant.fencing_token
-                self.must(token not in self.received, "S1", f"grant {token} was received, and taken back", before.id)
+                self.must(token not in self.received, "S1", f"grant {token} was received and then released", before.id)
             if after is None:
                 self.deleted.add(event.job_seq)
                 self._check_tombstone(batch, change)
@@ -242,7 +242,7 @@ class Monitor(DecisionChecks):
 
     def _check_audit(self, batch: Batch) -> None:
         """S15: an operator's change is on disk with its audit entry."""
-        told = {entry.job_id or entry.queue for entry in batch.audit if entry.outcome == "done"}
+        audited = {entry.job_id or entry.queue for entry in batch.audit if entry.outcome == "done"}
         moved_in = {change.event.job_id for change in batch.changes if change.event.type == "imported"}
         recovered = any(entry.what in ("recover-stuck", "take-back") for entry in batch.audit)
         entries = sum(entry.jobs for entry in batch.audit if entry.what == "import")
@@ -250,11 +250,11 @@ class Monitor(DecisionChecks):
         planned: set[str] = set()
         counted = sum(entry.jobs for entry in batch.audit if entry.what.startswith("plan-"))
         for event in (change.event for change in batch.changes if change.event.by == "admin"):
-            is_told = event.job_id in moved_in or (event.job_id or event.queue) in told
-            if not is_told and not (recovered and event.type in ("stalled", "lock_expired")):
+            is_audited = event.job_id in moved_in or (event.job_id or event.queue) in audited
+            if not is_audited and not (recovered and event.type in ("stalled", "lock_expired")):
                 planned.add(event.job_id)
-            is_told = len(planned) <= counted
-            self.must(is_told, "S15", f"{event.type} by an operator is not in the audit log", event.job_id)
+            is_audited = len(planned) <= counted
+            self.must(is_audited, "S15", f"{event.type} by an operator is not in the audit log", event.job_id)
 
     def _check_cleanup(self, batch: Batch) -> None:
         """L5: if no cleanup run has succeeded for three periods, health reports it."""
@@ -264,11 +264,11 @@ class Monitor(DecisionChecks):
         if daemon is not None and daemon.is_open:
             schedule = daemon.cleaner.schedule
             late_s = 3 * max(schedule.interval_ms, schedule.min_interval_ms) / SECOND_MS
-            told = daemon.cleaner.degraded_reason() is not None
-            self.fired["cleanup degraded"] += told
+            is_reported = daemon.cleaner.degraded_reason() is not None
+            self.fired["cleanup degraded"] += is_reported
             silent_s = now_s - self._good_pass_s
             self.must(
-                told or silent_s <= late_s + 1,
+                is_reported or silent_s <= late_s + 1,
                 "L5",
                 f"no cleanup run has succeeded for {silent_s:.0f} s, and health does not report it",
             )
@@ -316,7 +316,7 @@ class Monitor(DecisionChecks):
                 kept_ms = SAFE_MS if len(rows) >= limit - len(batch.keys) else KEPT_MS
                 suspect = self.daemon is not None and self.daemon.clock.suspect
                 old_enough = now >= old.at + kept_ms or suspect
-                self.must(old_enough, "S9", f"an answer of {now - old.at} ms ago was forgotten or made again")
+                self.must(old_enough, "S9", f"a response of {now - old.at} ms ago was forgotten or made again")
         for digest in batch.forget_keys:
             rows.pop(digest, None)
         rows |= added
@@ -327,7 +327,7 @@ class Monitor(DecisionChecks):
             return False  # no caller can use it
         return job is not None and job.grant is not None and job.grant.lock_id == lock_id
 
-    # -- an answer ----------------------------------------------------------------------------------------------------
+    # -- a response ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def pending(self, command: AnyCommand) -> Iterator[None]:
@@ -340,9 +340,9 @@ class Monitor(DecisionChecks):
             del self._decided[id(command)]
             self.response_times.forget(command)
 
-    def _expect_delivery(self, daemon: SimDaemon, job_id: str, grant: Grant, looks: int) -> None:
+    def _expect_delivery(self, daemon: SimDaemon, job_id: str, grant: Grant, checks_left: int) -> None:
         """Expect a grant that was not delivered to be released."""
-        self.machine.loop.call_later(LOOK_EVERY_S, self._check_released, daemon, job_id, grant, looks)
+        self.machine.loop.call_later(CHECK_EVERY_S, self._check_released, daemon, job_id, grant, checks_left)
 
     def _check_released(self, daemon: SimDaemon, job_id: str, grant: Grant, checks_left: int) -> None:
         disk = self.machine.disk
@@ -353,7 +353,7 @@ class Monitor(DecisionChecks):
         if checks_left or disk.full or disk.slowness_s or disk.slowed:
             self._expect_delivery(daemon, job_id, grant, max(checks_left - 1, 0))
             return
-        self.fail("S1", f"nobody has received grant {grant.fencing_token}, and it was not taken back", job_id)
+        self.fail("S1", f"grant {grant.fencing_token} was not delivered, and not released", job_id)
 
     def check_response(self, command: AnyCommand, key: IdempotencyKey | None, answer: Response | ApiError) -> None:
         """Check a response of the actor before it is sent."""
@@ -362,16 +362,16 @@ class Monitor(DecisionChecks):
         job_id = getattr(command, "id", None)
         name = type(command).__name__
         if isinstance(answer, ApiError):
-            self.fired[f"refusal {answer.code}"] += 1
+            self.fired[f"error {answer.code}"] += 1
             self._check_error(name, answer, decision, job_id)
             return
         if answer.replayed:
-            self.fired["answer replayed"] += 1
+            self.fired["response replayed"] += 1
             row = self._key_rows.get(key.digest) if key is not None else None
             same = row is None or key is None or row.body_hash == key.body_hash
-            self.must(same, "S9", f"{name} got the answer to another body", job_id)
+            self.must(same, "S9", f"{name} got the response to another body", job_id)
             if row is not None and isinstance(answer.data, Raw):
-                self.must(row.body == bytes(answer.data), "S9", "a replay differs from the first answer", job_id)
+                self.must(row.body == bytes(answer.data), "S9", "a replay differs from the first response", job_id)
         elif decision is not None and decision.answer is answer:
             self._check_written(name, decision, key, answer)
         elif decision is not None:  # the wait of a claim ended before it was served
@@ -390,10 +390,10 @@ class Monitor(DecisionChecks):
             return
         if decision.answer is answer:
             self._check_notes(decision)
-        self._check_undone(name, decision, f"refused ({answer.code})", job_id)
+        self._check_undone(name, decision, f"rejected ({answer.code})", job_id)
 
     def _check_notes(self, decision: Decision) -> None:
-        """Check that what an error says was stored is on disk before the error is sent."""
+        """Check that the late call or result of an error is on disk before the error is sent."""
         for change in decision.changes:
             event = change.event
             if event.type in NOTES:
@@ -416,7 +416,7 @@ class Monitor(DecisionChecks):
         if key is not None and decision.changes and name != "Claim" and not answer.grants:
             row = self._key_rows.get(key.digest)
             same = row is not None and row.body == msgspec.json.encode(answer.data)
-            self.must(same, "S9", f"the answer of {name} was not stored under its key")
+            self.must(same, "S9", f"the response of {name} was not stored under its key")
 
     def note_delivery(self, who: str, answer: Response) -> None:
         """Note that the caller has received the response."""

@@ -65,7 +65,7 @@ from tests.proof.simulation.scenario import Scenario
 
 
 class RequestGenerator:
-    """Draw commands. `now` returns wall time in Unix ms, for the times in a request."""
+    """Draw commands. The argument `now` is wall time in Unix ms."""
 
     def __init__(self, dice: Random, plan: Scenario, disk: SimDisk) -> None:
         self.dice = dice

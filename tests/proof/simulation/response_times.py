@@ -1,4 +1,4 @@
-"""Response times: every response comes in time (L1), and no claim waits while a job for it is due (L3).
+"""Response times: every response is in time (L1), and no claim waits while a job for it is due (L3).
 
 Times are loop time. Delays that a fault explains are allowed.
 """

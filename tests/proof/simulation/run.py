@@ -31,7 +31,7 @@ LONGEST_S: Final = 24 * 3_600.0  # virtual time, for seeds in which little happe
 
 
 class SeedOutcome(Struct):
-    """The result of a seed. `broken` is (invariant, description, job id), None if every invariant held."""
+    """The result of a seed. `broken` is (invariant, description, job id), or None if every invariant held."""
 
     seed: int
     steps: int

@@ -56,7 +56,7 @@ RARE: Final = frozenset({"rot", "restore", "long wall step", "leap", "read error
 
 
 class Scenario(Struct, frozen=True):
-    """`faults` are injected, `mishaps` are errors of clients. `pace_s`: average seconds between faults."""
+    """The conditions of a seed. `faults` are injected every `pace_s` on average, `mishaps` are errors of clients."""
 
     faults: tuple[str, ...]
     mishaps: tuple[str, ...]
