@@ -142,7 +142,7 @@ def test_on_a_terminal_words_are_folded_and_figures_are_not(monkeypatch: pytest.
     assert sum("processing" in line for line in lines) == 1
 
 
-def test_a_table_without_room_becomes_a_block_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_that_is_too_wide_becomes_a_block_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = ["ID", "QUEUE", "KIND", ">TRIES", ">TOKEN"]
     rows: list[tuple[object, ...]] = [(f"{name}" * 9, "videos-of-all", "transcoding", 3, 10**12) for name in "ab"]
     lines = drawn(monkeypatch, 30, columns, rows)
