@@ -29,7 +29,9 @@ LIFECYCLES: Final = 150
 FLOODERS: Final = 24
 DESCRIPTORS: Final = 200
 IDLE: Final = 10_000
-MANY_FILES = Tool(f"{IDLE} open connections", "none: raise the limit of open files", lambda: connection_limit() > IDLE)
+MANY_FILES = Tool(
+    f"room for {IDLE} connections", "none: raise the limit of open files", lambda: connection_limit() > IDLE
+)
 
 
 @contextmanager
