@@ -101,7 +101,7 @@ async def resend(viewer: Viewer, form: ResendForm) -> Response | ApiError:
 async def confirm_retry_failed(viewer: Viewer, confirmation: RetryFailedQuery) -> PageData:
     """Count the dead-lettered deliveries before they are sent again."""
     webhook = _find(viewer, confirmation.name)
-    count, newest = await viewer.app.services.webhooks.given_up(confirmation.name)
+    count, newest = await viewer.app.services.webhooks.dead_letter_counts(confirmation.name)
     [paused] = await query(viewer, PAUSED_QUEUES)
     return {"webhook": webhook, "count": count, "newest": newest, "max_kept": MAX_BACKLOG, **banners(viewer, paused)}
 

@@ -238,8 +238,8 @@ class Maintainer:
     def _announce_next_run(self) -> None:
         """Store the time of the next cleanup run in the state if only cleanup runs recover jobs."""
         wait_s = self._next_run() - asyncio.get_running_loop().time()
-        recovers = self.schedule.recover_every_ms == 0
-        self._state.next_cleanup_at = self._clock.moment().now + round(wait_s * SECOND_MS) if recovers else None
+        is_only_recovery = self.schedule.recover_every_ms == 0
+        self._state.next_cleanup_at = self._clock.moment().now + round(wait_s * SECOND_MS) if is_only_recovery else None
 
     async def _run_once(self) -> None:
         loop_time = asyncio.get_running_loop().time

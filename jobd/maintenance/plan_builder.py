@@ -49,7 +49,7 @@ class PlanBuilder:
         self._storage = actor.disk
         self._state = actor.book
         self._lock = lock  # shared with other builders; each holds it for one page
-        self._taken: set[str] = set()
+        self._added: set[str] = set()
 
     @property
     def more(self) -> bool:
@@ -59,24 +59,24 @@ class PlanBuilder:
         """Find the jobs. Return an error if the request is invalid."""
         request = self._request
         if request.action in MAINTENANCE_ACTIONS:
-            return await self._by_time()
+            return await self._find_due()
         if (request.filter is None) == (request.ids is None):
             return _invalid("filter", "Set either `filter` or `ids`.")
         if request.ids is not None:
             if request.cursor is not None:
                 return _invalid("cursor", "A `cursor` requires the `filter` of the previous plan.")
-            await self._named(list(dict.fromkeys(request.ids)))
+            await self._find_ids(list(dict.fromkeys(request.ids)))
             return None
         assert request.filter is not None
-        return await self._filtered(request.filter)
+        return await self._find_matching(request.filter)
 
-    async def _named(self, ids: list[str]) -> None:
+    async def _find_ids(self, ids: list[str]) -> None:
         for first in range(0, len(ids), PAGE):
             page = ids[first : first + PAGE]
             async with self._lock:
                 loaded = await self._storage.load(page, [], [])
                 found = [loaded.jobs[job_id] for job_id in page if job_id in loaded.jobs]
-                await self._take([job for job in found if plan_rules.why_not(self._request.action, job) is None])
+                await self._add([job for job in found if plan_rules.why_not(self._request.action, job) is None])
             for job_id in page:
                 job = loaded.jobs.get(job_id)
                 if job is None:
@@ -86,7 +86,7 @@ class PlanBuilder:
                     self._skip(job_id, job.status, why)
             await asyncio.sleep(PAUSE_S)
 
-    async def _by_time(self) -> ApiError | None:
+    async def _find_due(self) -> ApiError | None:
         """Find the jobs that recovery or cleanup would change, in the order of a cleanup run."""
         for name in ("filter", "ids", "cursor"):
             if getattr(self._request, name) is not None:
@@ -96,14 +96,14 @@ class PlanBuilder:
         if isinstance(response, ApiError):
             return response
         until_s = asyncio.get_running_loop().time() + MAX_PLANNING_S
-        await self._live_jobs(self._state.stuck, lambda job: job.id in self._state.stuck, until_s)
+        await self._add_live(self._state.stuck, lambda job: job.id in self._state.stuck, until_s)
         at = self._clock.moment()
         if self._request.action == "cleanup" and not at.suspect:
-            await self._live_jobs(self._state.overdue(), lambda job: job.status == "queued", until_s)
-            await self._expired_jobs(at.now, until_s)
+            await self._add_live(self._state.overdue(), lambda job: job.status == "queued", until_s)
+            await self._add_expired(at.now, until_s)
         return None
 
-    async def _live_jobs(self, due: Iterable[str], is_due: Callable[[Job], bool], until_s: float) -> None:
+    async def _add_live(self, due: Iterable[str], is_due: Callable[[Job], bool], until_s: float) -> None:
         """Add due jobs that are in memory. Leave out a job that is no longer due when it is read."""
         capacity = MAX_PLAN - len(self.jobs)
         ids = list(islice(due, capacity + 1))
@@ -115,19 +115,19 @@ class PlanBuilder:
             page = ids[first : min(first + PAGE, capacity)]
             async with self._lock:
                 jobs = map(self._state.jobs.find, page)
-                await self._take([job for job in jobs if job is not None and is_due(job)])
+                await self._add([job for job in jobs if job is not None and is_due(job)])
             await asyncio.sleep(PAUSE_S)
 
-    async def _expired_jobs(self, now: int, until_s: float) -> None:
+    async def _add_expired(self, now: int, until_s: float) -> None:
         """Find finished jobs past their retention, oldest first."""
         skipped = 0
         while True:
             async with self._lock:
                 ids = await self._storage.expired_jobs(now, PAGE, skipped)
                 loaded = await self._storage.load(ids, [], [])
-                old = [loaded.jobs[job_id] for job_id in ids if job_id in loaded.jobs and job_id not in self._taken]
+                old = [loaded.jobs[job_id] for job_id in ids if job_id in loaded.jobs and job_id not in self._added]
                 capacity = MAX_PLAN - len(self.jobs)
-                await self._take([job for job in old if job.status in FINISHED][:capacity])
+                await self._add([job for job in old if job.status in FINISHED][:capacity])
             skipped += len(ids)
             if not ids or len(old) > capacity:
                 self._is_cut |= len(old) > capacity
@@ -137,7 +137,7 @@ class PlanBuilder:
                 return
             await asyncio.sleep(PAUSE_S)
 
-    async def _filtered(self, filter_: PlanFilter) -> ApiError | None:
+    async def _find_matching(self, filter_: PlanFilter) -> ApiError | None:
         statuses, before = plan_rules.statuses(self._request.action, filter_), None
         if self._request.cursor is not None:
             status, _, number = self._request.cursor.partition(".")
@@ -152,8 +152,8 @@ class PlanBuilder:
                 async with self._lock:
                     page = await self._storage.find_jobs(as_query(filter_, status, before))
                     # A job that changes meanwhile is also found in its next status.
-                    new = [job for job, _ in page.jobs if job.id not in self._taken]
-                    await self._take(new[:capacity])
+                    new = [job for job, _ in page.jobs if job.id not in self._added]
+                    await self._add(new[:capacity])
                 if len(new) > capacity:
                     self.next_cursor = f"{status}.{new[capacity].seq + 1}"
                 else:
@@ -165,9 +165,9 @@ class PlanBuilder:
                 await asyncio.sleep(PAUSE_S)
         return None
 
-    async def _take(self, jobs: list[Job]) -> None:
+    async def _add(self, jobs: list[Job]) -> None:
         """Add jobs to the plan. Read their versions before their late results: a later one changes the version."""
-        self._taken.update(job.id for job in jobs)
+        self._added.update(job.id for job in jobs)
         action, latest_late = self._request.action, self._state.latest_late
         self.expected += [
             ExpectedVersion(job.id, plan_rules.version(job, latest_late(job.seq), action)) for job in jobs

@@ -193,8 +193,8 @@ class Planner:
         done: PlanSlice = response.data
         was = {job.id: job.from_ for job in view.jobs[plan.at : plan.at + len(chunk)]}
         plan.done.applied += done.applied
-        plan.done.changed += [_from(each, was) for each in done.changed]
-        plan.done.refused += [_from(each, was) for each in done.refused]
+        plan.done.changed += [_with_from(each, was) for each in done.changed]
+        plan.done.refused += [_with_from(each, was) for each in done.refused]
         return None
 
     async def _audit(self, plan: Plan, operator: Operator) -> None:
@@ -206,7 +206,7 @@ class Planner:
             "changed_meanwhile": len(done.changed),
         }
         details["refused"] = len(done.refused)
-        if undone := _named([*done.changed, *done.refused]):
+        if undone := _first_ids([*done.changed, *done.refused]):
             details["left_undone"] = undone
         if view.filter is not None:
             details["filter"] = {name: value for name, value in asdict(view.filter).items() if value is not None}
@@ -215,11 +215,11 @@ class Planner:
             log.warning("audit_missed", what=f"plan-{view.action}", by=operator.by, reason=response.code)
 
 
-def _named(jobs: list[ChangedJob]) -> list[str]:
+def _first_ids(jobs: list[ChangedJob]) -> list[str]:
     """Return the first ids: at most MAX_NAMED, and at most MAX_NAMED_SIZE characters."""
     sizes = itertools.accumulate(len(job.id) for job in jobs[:MAX_NAMED])
     return [job.id for job, size in zip(jobs, sizes, strict=False) if size <= MAX_NAMED_SIZE]
 
 
-def _from(changed: ChangedJob, was: dict[str, str]) -> ChangedJob:
+def _with_from(changed: ChangedJob, was: dict[str, str]) -> ChangedJob:
     return replace(changed, from_=was[changed.id])

@@ -51,7 +51,7 @@ CLEAR_MS: Final = 60 * SECOND_MS  # an alert resolves after its condition has be
 PAIRS_PER_SLICE: Final = 500  # queue and kind pairs scanned at a time: about a millisecond
 SLICES_PER_CHECK: Final = 50  # enough for 10,000 queues of one kind
 NOTICEABLE_MS: Final = 100  # a smaller difference never counts as slower, whatever the ratio
-CALM: Final = 0.9  # a ratio resolves at this part of its threshold, so that an alert near it does not flap
+RESOLVE_RATIO: Final = 0.9  # a ratio resolves at this part of its threshold, so that an alert near it does not flap
 
 
 class Thresholds(Struct, frozen=True):
@@ -100,8 +100,8 @@ class Condition(Struct, frozen=True):
     """The current state of one condition.
 
     `value` and `threshold` are jobs, issues, seconds, a ratio, or 1 for unhealthy. `hint` says what to do while the
-    condition holds. `quiet` describes the state while it does not (None: as `hint`). If `calm` is set, a firing alert
-    resolves only when `value` is at or below it. An `inclusive` condition also holds at its threshold.
+    condition holds. `quiet` describes the state while it does not (None: as `hint`). If `resolve_at` is set, a firing
+    alert resolves only when `value` is at or below it. An `inclusive` condition also holds at its threshold.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Condition(Struct, frozen=True):
     threshold: float
     hint: str
     quiet: str | None = None
-    calm: float | None = None
+    resolve_at: float | None = None
     inclusive: bool = False
 
 
@@ -160,7 +160,7 @@ class Alerts:
         self._health = health
         self._cleanup = cleanup
         self._since: dict[str, int] = {}  # firing alert -> wall time, Unix ms
-        self._turned: dict[str, int] = {}  # alert -> lease time since which its condition differs from its state
+        self._differs_since: dict[str, int] = {}  # alert -> lease time since which its condition differs from its state
         self._first: int | None = None  # lease time of the first check with measured health
         self._space: DiskSpace | None = None
         self._scan: QueueScan | None = None  # the current one
@@ -250,16 +250,16 @@ class Alerts:
     def _evaluate(self, condition: Condition, at: Moment) -> AlertView:
         """Update an alert from its condition, and log if it fires or resolves."""
         name, limit = condition.name, condition.threshold
-        if name in self._since and condition.calm is not None:
-            limit = condition.calm
+        if name in self._since and condition.resolve_at is not None:
+            limit = condition.resolve_at
         holds = condition.value > limit or (condition.inclusive and condition.value == limit)
         hint = condition.hint if holds or condition.quiet is None else condition.quiet
         severity = SEVERITIES[name]
         fields = {"alert": name, "severity": severity, "value": condition.value, "threshold": condition.threshold}
         if holds == (name in self._since):
-            self._turned.pop(name, None)
-        elif at.lease - self._turned.setdefault(name, at.lease) >= (self._hold_ms if holds else self._clear_ms):
-            del self._turned[name]
+            self._differs_since.pop(name, None)
+        elif at.lease - self._differs_since.setdefault(name, at.lease) >= (self._hold_ms if holds else self._clear_ms):
+            del self._differs_since[name]
             if holds:
                 self._since[name] = at.now
                 log.warning("alert_firing", **fields, hint=hint)
@@ -332,7 +332,7 @@ class Alerts:
         """Compare each kind with its usual duration, and report the slowest in comparison."""
         self.paces = self._state.figures.paces.view(at.now)
         threshold = self.thresholds.slower_than_usual
-        slower = [found for pace in self.paces if (found := _times(pace)) is not None]
+        slower = [found for pace in self.paces if (found := _ratio(pace)) is not None]
         value, quiet, hint = 0.0, "No kind of job takes longer than usual.", ""
         if slower:
             value, pace, last_s, usual_s = max(slower, key=lambda found: found[0])
@@ -343,7 +343,7 @@ class Alerts:
             )
             advice = "Check the machine, the disk and the services that they use, then the oldest jobs: jobctl stats"
             hint = f"{quiet} {advice}"
-        return Condition("slower_than_usual", value, threshold, hint, quiet, calm=threshold * CALM)
+        return Condition("slower_than_usual", value, threshold, hint, quiet, resolve_at=threshold * RESOLVE_RATIO)
 
     def _unhealthy(self) -> Iterator[Condition]:
         """Report the parts of the latest health. A part that has not been measured yet is not unhealthy."""
@@ -437,7 +437,7 @@ def _bucket_name(waits: WaitingJob) -> str:
     return f"queue {waits.queue}, kind {waits.kind}" if waits.kind else f"queue {waits.queue}"
 
 
-def _times(pace: KindPace) -> tuple[float, KindPace, float, float] | None:
+def _ratio(pace: KindPace) -> tuple[float, KindPace, float, float] | None:
     """Return the ratio of the last hour to the usual duration, and both in seconds; None if unknown or too close."""
     if pace.last_hour_ms is None or pace.usual_ms is None or pace.last_hour_ms - pace.usual_ms < NOTICEABLE_MS:
         return None

@@ -55,13 +55,13 @@ class GroupState(Struct):
     def count(self) -> int:
         return self.failed + self.retrying
 
-    def enter(self, job: Job, what: What, at: int) -> None:
+    def add(self, job: Job, what: What, at: int) -> None:
         if at >= self.last_at:
             self.message = (job.error.message if job.error else None) or ""
             self.code = job.error.code if job.error else None
         self.first_at = min(self.first_at, at)
         self.last_at = max(self.last_at, at)
-        self._add(what, 1)
+        self._change(what, 1)
         for names, name in ((self.queues, job.options.queue), (self.kinds, job.options.kind)):
             if name in names or len(names) < MAX_NAMES:
                 names[name] += 1
@@ -69,11 +69,11 @@ class GroupState(Struct):
         if len(self.ids) > MAX_IDS:
             del self.ids[min(self.ids, key=self.ids.__getitem__)]
 
-    def leave(self, job: Job, what: What) -> bool:
+    def remove(self, job: Job, what: What) -> bool:
         """Remove a job. Return False if no job of the group counts as `what`."""
         if (self.failed if what == "failed" else self.retrying) == 0:
             return False
-        self._add(what, -1)
+        self._change(what, -1)
         self.ids.pop(job.id, None)
         for names, name in ((self.queues, job.options.queue), (self.kinds, job.options.kind)):
             if names[name] > 1:
@@ -82,7 +82,7 @@ class GroupState(Struct):
                 del names[name]
         return True
 
-    def _add(self, what: What, step: int) -> None:
+    def _change(self, what: What, step: int) -> None:
         if what == "failed":
             self.failed += step
         else:
@@ -95,7 +95,7 @@ class FailureGroups:
     def __init__(self, storage: JobStorage, top: int, live: Iterable[Job] = ()) -> None:
         self._storage = storage
         self._groups: dict[str, GroupState] = {}
-        self._gone: dict[str, int] = {}  # first occurrences of groups that are empty now
+        self._former: dict[str, int] = {}  # first occurrences of groups that are empty now
         self._other: dict[What, int] = {"failed": 0, "retrying": 0}  # jobs whose error has no group
         # Live jobs of the start that are not counted yet.
         self._unseen = {job.id: job for job in live if job.error is not None and job.status == "queued"}
@@ -130,9 +130,9 @@ class FailureGroups:
         if before is not None and after is not None and was == now and before.error == after.error:
             return
         if before is not None and was is not None:
-            self._leave(before, was)
+            self._remove(before, was)
         if after is not None and now is not None:
-            self._enter(after, now, after.finished_at or change.event.at)
+            self._add(after, now, after.finished_at or change.event.at)
         if before is not None and was is not None:  # after `_enter`: it may be the same group
             self._forget_if_empty(_name(before))
 
@@ -144,17 +144,17 @@ class FailureGroups:
             return float("inf")
         return self._known[bisect_left(self._ends, -job_seq)]
 
-    def _enter(self, job: Job, what: What, at: int) -> None:
+    def _add(self, job: Job, what: What, at: int) -> None:
         group = self._group(job, at)
         if group is None:
             self._other[what] += 1
         else:
-            group.enter(job, what, at)
+            group.add(job, what, at)
 
-    def _leave(self, job: Job, what: What) -> None:
+    def _remove(self, job: Job, what: What) -> None:
         name = _name(job)
         group = None if name is None else self._groups.get(name)
-        if group is None or not group.leave(job, what):
+        if group is None or not group.remove(job, what):
             self._other[what] = max(self._other[what] - 1, 0)
 
     def _forget_if_empty(self, name: str | None) -> None:
@@ -162,9 +162,9 @@ class FailureGroups:
         if name is None or group is None or group.count > 0:
             return
         del self._groups[name]
-        self._gone[name] = group.first_at
-        if len(self._gone) > MAX_FORMER:
-            del self._gone[next(iter(self._gone))]
+        self._former[name] = group.first_at
+        if len(self._former) > MAX_FORMER:
+            del self._former[next(iter(self._former))]
 
     def _group(self, job: Job, at: int) -> GroupState | None:
         """Return the group of a job, or None if all groups are taken or the job has no error."""
@@ -172,7 +172,7 @@ class FailureGroups:
         if name is None:
             return None
         if name not in self._groups and len(self._groups) < MAX_GROUPS:
-            self._groups[name] = GroupState(self._gone.pop(name, at))
+            self._groups[name] = GroupState(self._former.pop(name, at))
         return self._groups.get(name)
 
     # -- history -------------------------------------------------------------------------------------------------------
@@ -201,13 +201,13 @@ class FailureGroups:
         if self._unseen:
             for _ in range(min(LIMIT, len(self._unseen))):
                 _, job = self._unseen.popitem()
-                self._enter(job, "retrying", job.updated_at)
+                self._add(job, "retrying", job.updated_at)
             return
         query = JobQuery(status="failed", limit=LIMIT, before=self._below, scan=SCAN, payloads=False)
         page = await self._storage.find_jobs(query)
         # No await below: nothing else changes before the slice is recorded.
         for job, _ in page.jobs:
-            self._enter(job, "failed", job.finished_at or job.updated_at)
+            self._add(job, "failed", job.finished_at or job.updated_at)
         self._below = page.next_before or 0
         self._ends.append(-self._below)
         self._known.append(page.last_event)

@@ -138,11 +138,11 @@ class Health:
         try:
             timestamp = self._clock.moment().now
             database, cache, storage = await asyncio.gather(
-                self._tried("database", self._database),
-                self._tried("cache", self._cache),
-                self._tried("storage", self._storage),
+                self._measure_part("database", self._database),
+                self._measure_part("cache", self._cache),
+                self._measure_part("storage", self._storage),
             )
-            cleanup, cleanup_status = self._tried_cleanup()
+            cleanup, cleanup_status = self._measure_cleanup()
             worst = max((database.status, cache.status, storage.status, cleanup_status), key=_WORST.index)
             total, disk = self._actor.book.total(), self._actor.full_disk.space
             health = DatabaseHealth(database.status, database.message, total)
@@ -153,7 +153,7 @@ class Health:
         finally:
             self._measuring = None
 
-    async def _tried(self, part: str, measure: Callable[[], Awaitable[PartHealth]]) -> PartHealth:
+    async def _measure_part(self, part: str, measure: Callable[[], Awaitable[PartHealth]]) -> PartHealth:
         try:
             return await measure()
         except Exception as error:
@@ -314,7 +314,7 @@ class Health:
         took_ms = (loop_time() - began) * 1000
         return PartHealth("healthy", f"{place}: a write, a read and a deletion took {took_ms:.1f} ms.")
 
-    def _tried_cleanup(self) -> tuple[CleanupHealth, HealthStatus]:
+    def _measure_cleanup(self) -> tuple[CleanupHealth, HealthStatus]:
         try:
             return self._cleanup_health()
         except Exception as error:

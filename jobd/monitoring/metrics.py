@@ -144,7 +144,7 @@ class Metrics:
         self.webhooks: Callable[[], Mapping[str, WebhookCounters]] = dict
         self._lags: deque[float] = deque(maxlen=LAGS_KEPT)
         self._commits: deque[list[int]] = deque([actor.commit_seconds.counts.copy()], COMMITS_KEPT)
-        self._born_s = time.monotonic()
+        self._started_s = time.monotonic()
         self._stop = asyncio.Event()
 
     async def render(self) -> bytes:
@@ -162,7 +162,7 @@ class Metrics:
             loop_lag_s=max(self._lags, default=0.0),
             database_bytes=database,
             wal_bytes=wal,
-            uptime_ms=int((time.monotonic() - self._born_s) * SECOND_MS),
+            uptime_ms=int((time.monotonic() - self._started_s) * SECOND_MS),
             oldest_due=views.oldest_due(self._actor.book),
         )
 

@@ -32,7 +32,7 @@ from jobd.storage.database import (
 )
 from jobd.storage.files import FileLock, StoreError
 from jobd.storage.outbox import CURSOR_SQL, DELIVERY_SQL
-from jobd.storage.quarantine import true_id
+from jobd.storage.quarantine import original_id
 from jobd.storage.queries import key_fault, read_job
 from jobd.storage.writers import AUDIT_SQL, insert
 
@@ -155,7 +155,7 @@ def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
         group[0] += 1
         group[1] ^= codec.first_checksum(row)
         if job is None:
-            id_ = true_id(db, row)
+            id_ = original_id(db, row)
             yield StoreProblem(f"job {id_}", error, _ACCEPT.format(id_))
             continue
         next_job = max(next_job, job.seq + 1)

@@ -187,7 +187,7 @@ def _drop(db: Database, state: DeliveryState, condition: str, args: tuple[Any, .
     return state == "given_up" and any(matters for (matters,) in dropped)
 
 
-def given_up(db: Database, endpoint: str) -> tuple[int, int]:
+def dead_letter_counts(db: Database, endpoint: str) -> tuple[int, int]:
     """Return how many deliveries of an endpoint are dead-lettered, and the id of the newest (0 if none)."""
     db.check()
     sql = f"SELECT count(*), ifnull(max(id), 0) FROM ({_IDS})"

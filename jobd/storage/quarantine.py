@@ -39,7 +39,7 @@ def quarantine_jobs(db: Database, damaged: list[tuple[Row, str]]) -> dict[str, s
     """
     reasons: dict[str, str] = {}
     for row, reason in damaged:
-        id_ = true_id(db, row)
+        id_ = original_id(db, row)
         uncounted, is_moved = None, False
         try:
             # Read before the transaction: SQLite allows no write in a transaction that has read a damaged page.
@@ -54,7 +54,7 @@ def quarantine_jobs(db: Database, damaged: list[tuple[Row, str]]) -> dict[str, s
     return reasons
 
 
-def true_id(db: Database, row: Row) -> str:
+def original_id(db: Database, row: Row) -> str:
     """Return the id with which a damaged row was written, from its columns, its journal and the index of ids."""
     seq, read = row[0], readable(row[1])
     try:

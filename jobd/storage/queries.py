@@ -198,7 +198,7 @@ def key_fault(row: Row) -> str | None:
 # Pages
 
 
-def find(db: Database, query: JobQuery) -> JobRows:
+def find_jobs(db: Database, query: JobQuery) -> JobRows:
     """See Storage.find_jobs."""
     db.check()
     try:
@@ -408,7 +408,7 @@ def _events(db: Database, rows: list[Row]) -> list[Event]:
     return [codec.event(row) for row in rows]
 
 
-def late(db: Database, requested: list[LateResultQuery]) -> LateResultRows:
+def read_late_results(db: Database, requested: list[LateResultQuery]) -> LateResultRows:
     """See Storage.read_late_results. Reads each job once."""
     db.check()
     whole: dict[int, bool] = {}
@@ -447,7 +447,7 @@ def _late_results(db: Database, job_seq: int, *, whole: bool) -> list[LateResult
     return sorted(results, key=lambda result: result.fencing_token)
 
 
-def count_late(db: Database, job_seqs: list[int]) -> dict[int, int]:
+def count_late_results(db: Database, job_seqs: list[int]) -> dict[int, int]:
     """See Storage.count_late_results."""
     db.check()
     sql = "SELECT count(*) FROM late_results INDEXED BY late_results_job WHERE job_seq = ?"
@@ -473,7 +473,7 @@ def _latest_grants(db: Database, job_seq: int) -> list[Grant]:
     return [event.changes.grant for event in events if event.changes and isinstance(event.changes.grant, Grant)]
 
 
-def expired(db: Database, now: int, limit: int, skip: int = 0) -> list[str]:
+def expired_jobs(db: Database, now: int, limit: int, skip: int = 0) -> list[str]:
     """See Storage.expired_jobs. Skips damaged rows that cannot be quarantined."""
     db.check()
     inner = (  # the index also has jobs with an invalid status

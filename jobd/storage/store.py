@@ -182,23 +182,23 @@ class Store(Storage):
         )
 
     async def find_jobs(self, query: JobQuery) -> JobRows:
-        return await self._run(queries.find, self._database, query)
+        return await self._run(queries.find_jobs, self._database, query)
 
     async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
         return await self._run(queries.timeline, self._database, job_seq, limit)
 
     async def read_late_results(self, requested: list[LateResultQuery]) -> LateResultRows:
-        return await self._run(queries.late, self._database, requested)
+        return await self._run(queries.read_late_results, self._database, requested)
 
     async def count_late_results(self, job_seqs: list[int]) -> dict[int, int]:
-        return await self._run(queries.count_late, self._database, job_seqs)
+        return await self._run(queries.count_late_results, self._database, job_seqs)
 
     async def journal(self, after: int, limit: int) -> JournalPage:
         """Return up to `limit` events of the store with a seq above `after`, oldest first."""
         return await self._run(queries.journal, self._database, after, limit)
 
     async def expired_jobs(self, now: int, limit: int, skip: int = 0) -> list[str]:
-        return await self._run(queries.expired, self._database, now, limit, skip)
+        return await self._run(queries.expired_jobs, self._database, now, limit, skip)
 
     async def reports(self, limit: int) -> list[bytes]:
         return await self._run(queries.reports, self._database, limit)
@@ -242,7 +242,7 @@ class Store(Storage):
         return await self._run(outbox.by_ids, self._database, ids)
 
     async def dead_letter_counts(self, endpoint: str) -> tuple[int, int]:
-        return await self._run(outbox.given_up, self._database, endpoint)
+        return await self._run(outbox.dead_letter_counts, self._database, endpoint)
 
     async def list_deliveries(
         self, endpoint: str, state: DeliveryState | None, before: int, limit: int

@@ -175,7 +175,7 @@ class Dispatcher:
         may_write = self._context.may_write()
         if may_write:
             await self._save_outcomes()
-            await self._give_up_old()
+            await self._dead_letter_old()
             await self.reader.read(
                 has_room=self._has_room, may_report_gaps=not self.queue.has_subject(self.endpoint.subject)
             )
@@ -347,7 +347,7 @@ class Dispatcher:
         else:
             log.info("webhook_not_delivered", **fields, tries=tried.tries, error=tried.error)
 
-    async def _give_up_old(self) -> None:
+    async def _dead_letter_old(self) -> None:
         """Dead-letter old deliveries, without another attempt, if the endpoint has been failing for too long."""
         failing_ms = self.failing_ms
         if failing_ms is None or self._loop_time() < self._next_clearing_s:

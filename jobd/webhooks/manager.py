@@ -180,7 +180,7 @@ class WebhookManager:
         shown = [delivery_view(each) for each in found[:limit]]
         return DeliveryPage(shown, str(shown[-1].id) if len(found) > limit else None)
 
-    async def given_up(self, name: str) -> tuple[int, int]:
+    async def dead_letter_counts(self, name: str) -> tuple[int, int]:
         """Return how many dead-lettered deliveries are kept, and the id of the newest, or 0."""
         return await self._context.storage.dead_letter_counts(name)
 

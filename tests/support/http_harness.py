@@ -342,7 +342,7 @@ class FakeWebhooks:
         self._fakes.asked_deliveries.append((name, state, before, limit))
         return self._fakes.deliveries_page
 
-    async def given_up(self, name: str) -> tuple[int, int]:
+    async def dead_letter_counts(self, name: str) -> tuple[int, int]:
         return self._fakes.lost if self.has(name) else (0, 0)
 
     async def redeliver(self, name: str, id_: int) -> DeliveryView | None:

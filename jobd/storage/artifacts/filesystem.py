@@ -268,7 +268,7 @@ def _delete_in(folder: int, name: str, judge: Judge) -> Deletion:
         return Deletion("left" if verdict == "leave" else "young", why, modified_at)
     os.rename(name, renamed, src_dir_fd=folder, dst_dir_fd=folder)
     if _identity(os.stat(renamed, dir_fd=folder, follow_symlinks=False)) != _identity(status):
-        _put_back(folder, name, renamed)
+        _restore_name(folder, name, renamed)
         return _delete_in(folder, name, judge)
     os.unlink(renamed, dir_fd=folder)
     os.fsync(folder)
@@ -288,11 +288,11 @@ def _recover(folder: int, name: str, renamed: str, judge: Judge) -> None:
     if judge(status.st_mtime_ns // 1_000_000) == "delete":  # the rename has changed its ctime
         os.unlink(renamed, dir_fd=folder)
     else:
-        _put_back(folder, name, renamed)
+        _restore_name(folder, name, renamed)
     os.fsync(folder)
 
 
-def _put_back(folder: int, name: str, renamed: str) -> None:
+def _restore_name(folder: int, name: str, renamed: str) -> None:
     with contextlib.suppress(FileExistsError):  # a newer file took the name
         os.link(renamed, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
     os.unlink(renamed, dir_fd=folder)

@@ -637,7 +637,7 @@ async def test_dropped_dead_letters_cause_a_gap_message(path: Path, monkeypatch:
         for number in range(12):
             await at.commit(*a_life(at.maker, f"job-{number}"))
         await wait_until(lambda: at.webhooks.views()[0].given_up >= 12)
-        count, _ = await at.webhooks.given_up("e")
+        count, _ = await at.webhooks.dead_letter_counts("e")
         assert count == 5
         gaps = at.webhooks.metrics()["e"].gaps
         assert gaps >= 1
