@@ -1,4 +1,4 @@
-"""Ways to wait that asyncio lacks."""
+"""Helpers to wait for futures and events."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 async def first_of(*futures: asyncio.Future[Any]) -> None:
-    """Wait until one of them is done."""
+    """Wait until one of the futures is done."""
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
@@ -21,6 +21,6 @@ async def within(time_s: float, event: asyncio.Event) -> bool:
 
 
 def settle(future: asyncio.Future[None]) -> None:
-    """Mark `future` as done unless it is."""
+    """Mark `future` as done, unless it is done already."""
     if not future.done():
         future.set_result(None)

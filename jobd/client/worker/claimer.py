@@ -1,4 +1,4 @@
-"""Claim jobs, up to N at a time, and start the work on each."""
+"""Claim jobs, several at a time, and start the work on each."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ RETRIED_CLAIM: Final = RETRIED | {"storage_full", "internal_error", "request_tim
 class ClaimOptions:
     """Which jobs to claim, and for which worker.
 
-    Another worker can get a job whose lock was not extended for `lock_ttl_ms`. The locks have no ceiling
-    (`max_processing_ms` 0), so long work without progress reports keeps its lock.
+    Another worker can get a job whose lock was not extended for `lock_ttl_ms`. By default there is no progress timeout
+    (`max_processing_ms` is 0), so long work without progress reports keeps its lock.
     """
 
     worker: str
@@ -46,9 +46,9 @@ class ClaimOptions:
 class Claimer:
     """The main loop of a worker. It calls `work` with each grant, for at most `concurrency` grants at a time.
 
-    `work` also gets whether the claim was sent more than once; then the grant may be old. `once` ends the loop after
-    one job, `drain` when no job is due and none is running. If the daemon is unreachable, a claim is retried for
-    `retry_for_s`, or forever if that is None.
+    The second argument of `work` says whether the claim was sent more than once, in which case the grant may be old.
+    `once` ends the loop after one job, `drain` when no job is due and none is running. If the daemon is unreachable, a
+    claim is retried for `retry_for_s`, or forever if that is None.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Claimer:
         self._stopping.set()
 
     async def run(self) -> None:
-        """Claim until stopped, then wait for the running work. Raises the error that made claiming impossible."""
+        """Claim until stopped, then wait for running work. Raises the JobdError that prevents claiming."""
         try:
             await self._loop()
         finally:
@@ -140,7 +140,7 @@ class Claimer:
         finally:
             stopping.cancel()
             if not claim.done():
-                claim.cancel()  # the daemon undoes a grant whose response it cannot deliver
+                claim.cancel()  # the daemon takes back a grant whose response it cannot deliver
                 await asyncio.gather(claim, return_exceptions=True)
         if claim.cancelled():
             return []
@@ -156,7 +156,7 @@ class Claimer:
 
 
 def describe_process(concurrency: int) -> About:
-    """Describe this process for the operators."""
+    """Describe this process for operators."""
     host = socket.gethostname()
     return About(
         instance=uuid7(),

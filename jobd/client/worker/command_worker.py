@@ -52,21 +52,21 @@ FIELDS: Final = (
 class CommandWorker:
     """Claim jobs and run `command` for each, `concurrency` at a time.
 
-    The program gets the payload as JSON on its stdin and the job's fields as JOBD_JOB_* variables. jobd takes the lines
-    `::progress 42 text`, `::meta key=value` and `::result download_url|file_path|storage_key=value` from its stdout;
-    the rest, and stderr, is passed on. Exit status 0 completes the job, every other one fails it with the last lines of
-    stderr.
+    The program gets the payload as JSON on its stdin and the job's fields as JOBD_JOB_* variables. Its stdout can
+    contain the directives `::progress 42 text`, `::meta key=value` and
+    `::result download_url|file_path|storage_key=value`, one per line. All other output is passed on, and so is stderr.
+    Exit status 0 completes the job, any other fails it with the last lines of stderr.
 
-    If the lock is lost, the job is cancelled, or the grace after `stop` is over, the program's whole process group gets
-    SIGTERM, and SIGKILL `kill_after_s` later. Children that outlive their program are stopped in the same way. So is a
-    run that takes longer than `timeout` (a timedelta, or seconds): its attempt fails with `error_code` "timeout". If
-    this process is killed, a watchdog process ends the groups, with SIGKILL at the latest after half the TTL of the
-    lock.
+    If the lock is lost, the job is cancelled, or the grace after `stop` is over, the process group of the program gets
+    SIGTERM, and SIGKILL `kill_after_s` later. Children that outlive their program are stopped in the same way. A run
+    that takes longer than `timeout` (a timedelta, or seconds) is stopped too, and its attempt fails with `error_code`
+    "timeout". If this process is killed, a watchdog process stops the groups, with SIGKILL after at most half the TTL
+    of the lock.
 
     `once` ends the worker after one job. `drain` ends it when no job is due and none is running, and logs how many jobs
-    are left, and why. `log` gets messages, one line each (stderr by default), in another thread. Locks live
-    `lock_ttl_ms` and are extended automatically in a separate thread. They have no ceiling unless `max_processing_ms`
-    sets one.
+    are left, and why. `log` is called with one-line messages in another thread; by default they go to stderr. Locks
+    live `lock_ttl_ms` and are extended automatically in a separate thread. There is no progress timeout unless
+    `max_processing_ms` sets one.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class CommandWorker:
         self._stop: Callable[[], None] | None = None
 
     def stop(self) -> None:
-        """Do the same as SIGTERM: stop claiming, let programs end. Thread-safe.
+        """Stop like on SIGTERM: claim no more jobs, and let running programs end. Thread-safe.
 
         A second call ends the grace, a third kills the programs.
         """
@@ -127,7 +127,7 @@ class CommandWorker:
         """Work until stopped (or `once`, `drain`) and return the exit status.
 
         With `signals`, SIGTERM and SIGINT stop it. The status is 1 if the program could not be started or, with `once`
-        and `drain`, not every job was completed; else 0. Raises the JobdError that made claiming impossible.
+        or `drain`, if a job was not completed; else 0. Raises the JobdError that prevents claiming.
         """
         if (fault := await asyncio.to_thread(_fault, self._command[0])) is not None:
             self._log(f"cannot run {self._command[0]!r}: {fault}. No job was claimed.")
@@ -230,10 +230,10 @@ class _ProgramExecution:
 
 
 def _fault(program: str) -> str | None:
-    """Return why `program` cannot be started, as far as this can be checked before."""
+    """Return why `program` cannot be started, as far as this can be checked in advance."""
     if shutil.which(program) is not None:
         return None
-    if "/" in program:  # a name without a slash is searched in PATH only
+    if "/" in program:  # names without a slash are looked up in PATH only
         if os.path.isdir(program):
             return "it is a directory"
         if os.path.isfile(program):
@@ -242,7 +242,7 @@ def _fault(program: str) -> str | None:
 
 
 def environment(grant: GrantInfo, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Return the program's environment: what it inherits, and the job's fields without the secret `lock_id`."""
+    """Return the program's environment: the inherited one, and the job's fields without the secret `lock_id`."""
     values: dict[str, Any] = {field: getattr(grant.job, field) for field in FIELDS}
     values["fencing_token"] = grant.fencing_token
     values["worker"] = None if grant.job.lock is None else grant.job.lock.worker

@@ -16,7 +16,7 @@ _PAGE: Final = 200
 
 
 async def remaining_jobs(client: AsyncJobClient, options: ClaimOptions) -> str | None:
-    """Describe how many jobs of `options` are still queued, and why. None if unknown or none."""
+    """Return how many jobs that match `options` are still queued, and why. None if there are none or it is unknown."""
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             counts = {view: await _count(client, view, options) for view in await _queues(client, options)}
@@ -34,7 +34,7 @@ async def _queues(client: AsyncJobClient, options: ClaimOptions) -> list[QueueVi
 
 
 async def _count(client: AsyncJobClient, view: QueueView, options: ClaimOptions) -> int:
-    """Count queued jobs. The daemon counts all jobs of a queue; for single kinds they are read page by page."""
+    """Count queued jobs. The daemon counts the jobs of a queue, but jobs of a kind have to be listed page by page."""
     if options.kinds is None:
         return view.queued
     return sum([await _count_kind(client, view.name, kind) for kind in dict.fromkeys(options.kinds)])

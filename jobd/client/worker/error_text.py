@@ -1,4 +1,4 @@
-"""Error messages of failed handlers: `Type: message`, then the traceback without jobd's own frames."""
+"""Format the error messages of failed handlers: `Type: message`, then the traceback without jobd's own frames."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def describe_error(error: BaseException) -> str:
     first, *more = headed(type(error).__name__, safe_text(error)).split("\n")
     try:
         rest = [*map(safe_text, getattr(error, "__notes__", ())), _trace(error)]
-    except Exception as failed:  # such as notes that are no list
+    except Exception as failed:  # for example, __notes__ can be of any type
         rest = [f"<no traceback: {type(failed).__name__}>"]
     return fitted(first, "\n".join([*more, *rest]).strip("\n"))
 
@@ -28,7 +28,7 @@ def headed(name: str, message: str) -> str:
 
 
 def fitted(first: str, rest: str) -> str:
-    """Join both into an `error_message` of legal length, escaping what JSON cannot carry."""
+    """Join both into an `error_message` of valid length. Escape characters that JSON cannot express."""
     first, rest = (each.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00") for each in (first, rest))
     space = MESSAGE_CHARACTERS - len(first) - 1
     if len(rest) > space:
@@ -41,7 +41,7 @@ def fitted(first: str, rest: str) -> str:
 
 
 def safe_text(value: object) -> str:
-    """`str(value)`, or a placeholder if that fails: the class of a handler's error may do anything."""
+    """Return `str(value)`, or a placeholder if it fails, because the error of a handler can have any `__str__`."""
     try:
         return str(value)
     except BaseException:  # SystemExit too: it ends the job, not the worker

@@ -1,4 +1,4 @@
-"""Run handlers on the event loop of the caller or in threads."""
+"""Run handlers on the caller's event loop or in threads."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class HandlerLoop:
         return task
 
     async def watch(self) -> None:
-        """Measure, in the service thread, how long the loop is blocked and how long this thread does not run."""
+        """Measure how long the handlers' loop is blocked, and how long this thread does not run. Log long times."""
         here = asyncio.get_running_loop()
         while True:
             called_s, ran = here.time(), asyncio.Event()
@@ -65,8 +65,8 @@ class HandlerLoop:
             if not await within(LAG_S, ran) and self._jobs:
                 jobs = self._running()
                 self._log(
-                    f"{jobs}: the event loop of the handlers is blocked for {here.time() - called_s:.1f} s. Locks "
-                    "are extended, but other async handlers wait. Use asyncio.to_thread or a plain handler."
+                    f"{jobs}: the event loop of the handlers has been blocked for {here.time() - called_s:.1f} s. "
+                    "Locks are extended, but other async handlers wait. Use asyncio.to_thread or a plain handler."
                 )
                 await ran.wait()
                 self._log(f"{jobs}: the event loop of the handlers runs again, after {here.time() - called_s:.1f} s.")
@@ -79,7 +79,7 @@ class HandlerLoop:
                 )
 
     def _running(self) -> str:
-        """Name the job whose task is running now, or all jobs that may be."""
+        """Name the job whose task is running now or, if that is unknown, all async jobs."""
         task = asyncio.current_task(self._loop)
         jobs = [self._jobs[task]] if task in self._jobs else list(self._jobs.values())
         return f"job {', '.join(jobs)}" if jobs else "no async job"
@@ -106,7 +106,7 @@ class _HandlerExecution(ABC):
             self.done.set_result(None)
 
     async def stop(self, at_once: asyncio.Event) -> None:
-        """Tell the handler to stop, and wait up to STOP_S for its end."""
+        """Ask the handler to stop, and wait up to STOP_S for its end."""
         self.abort()
         timeout = asyncio.ensure_future(within(STOP_S, at_once))
         await first_of(self.done, timeout)
@@ -114,14 +114,14 @@ class _HandlerExecution(ABC):
 
     @abstractmethod
     def abort(self) -> None:
-        """Tell the handler to stop."""
+        """Ask the handler to stop."""
 
     def describe_timeout(self) -> str:
-        return "" if self.done.done() else " The handler was told to stop, but it still runs."
+        return "" if self.done.done() else " The handler was asked to stop, but it is still running."
 
     async def finish(self, keeper: LeaseKeeper, give_up: asyncio.Event) -> bool:
         """Complete the job with the return value of the handler, or fail it with the exception."""
-        ending = await asyncio.to_thread(self._ending, keeper.id)  # runs code of the handler's objects, writes the log
+        ending = await asyncio.to_thread(self._ending, keeper.id)  # may block: it calls user code and writes the log
         if isinstance(ending, _HandlerFailure):
             await keeper.fail(give_up, ending.message, **ending.options)
             return False
@@ -168,7 +168,7 @@ class AsyncExecution(_HandlerExecution):
     async def _run(self, function: Callable[[Task], Any]) -> tuple[Any, BaseException | None]:
         try:
             return await function(self.task), None
-        except BaseException as error:  # SystemExit too: it ends the job, not the worker
+        except BaseException as error:  # including SystemExit, which ends the job, not the worker
             return None, error
 
     def _on_done(self, running: asyncio.Task[Any]) -> None:
@@ -180,7 +180,7 @@ class AsyncExecution(_HandlerExecution):
     def _cancel(self) -> None:
         self.task.cancelled.set()
         assert self._running is not None, "it was begun by an earlier call"
-        # After calls that are already scheduled, so that the handler gets LockLost from `progress`, not a cancellation.
+        # Calls that are scheduled already run first, so that `progress` raises LockLost and not CancelledError.
         asyncio.get_running_loop().call_soon(self._running.cancel)
 
 
@@ -206,7 +206,7 @@ class ThreadExecution(_HandlerExecution):
 
 
 def merged_result(set_: dict[str, Any], returned: Any) -> dict[str, Any]:
-    """Merge what was set on the task with the return value of the handler, which takes precedence."""
+    """Merge the result set on the task with the return value of the handler, which takes precedence."""
     if returned is None:
         return set_
     if not isinstance(returned, dict):
@@ -217,12 +217,12 @@ def merged_result(set_: dict[str, Any], returned: Any) -> dict[str, Any]:
         return result
     metadata = result.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
-        raise TypeError("a result with other keys than the result fields needs a dict as its metadata")
+        raise TypeError("a result with keys other than the result fields needs a dict as its metadata")
     return {**result, "metadata": {**(metadata or {}), **rest}}
 
 
 def failure_message(error: BaseException) -> str:
-    """Return the `error_message`: of Retry and Discard their text, else the error with its traceback."""
+    """Return the `error_message`: the text of a Retry or Discard, or any other error with its traceback."""
     if isinstance(error, Retry | Discard):
         first, _, rest = (safe_text(error) or type(error).__name__).partition("\n")
         return fitted(first, rest)
@@ -230,7 +230,7 @@ def failure_message(error: BaseException) -> str:
 
 
 def failure_options(error: BaseException) -> dict[str, Any]:
-    """Return the other options of `fail`: the class of the error, and whether and when to retry."""
+    """Return the other arguments of `fail`: the class of the error, and whether and when to retry."""
     options: dict[str, Any] = {"error_code": type(error).__name__[:200]}
     if isinstance(error, Retry):
         options["retry_after_ms"] = error.after_ms

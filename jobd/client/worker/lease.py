@@ -1,7 +1,7 @@
-"""Keep one lease: extend the lock, report progress, detect a lost lock, and end the grant.
+"""Keep the lease of a job: extend the lock, report progress, detect a lost lock, and end the grant.
 
-Only a response of the daemon means a lost lock. While the daemon is unreachable, the work continues and calls are
-retried.
+A lock is lost only if a response of the daemon says so. While the daemon is unreachable, the work continues and calls
+are retried.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from jobd.client.worker.error_text import MESSAGE_CHARACTERS
 from jobd.client.worker.service_thread import Log
 from jobd.model.responses import LockState
 
-# A call is retried at least every 5 s: one try takes at most 4 s, the delay after it 1 s.
-TRY_S: Final = 4.0
+# A call is retried at least every 5 s: an attempt takes at most 4 s, the delay after it 1 s.
+ATTEMPT_S: Final = 4.0
 WAIT_S: Final = 1.0
 EXTENSIONS_PER_TTL: Final = 3
-ONE_TRY: Final = RetryOptions(total_s=0, timeout_s=TRY_S)
+ONE_ATTEMPT: Final = RetryOptions(total_s=0, timeout_s=ATTEMPT_S)
 
 # After these errors the grant has ended.
 LOST: Final = (LockLost, MaxProcessingTimeExceeded, JobNotFound, JobQuarantined)
@@ -47,7 +47,7 @@ _MAX_INTERNAL_ERRORS: Final = 5  # responses `internal_error` to one ending befo
 
 @dataclass(slots=True)
 class _ProgressReport:
-    """Progress to send. `reported` is done when it was sent or cannot be sent now."""
+    """Progress to send. `reported` is done when the progress was sent, or if the daemon is unreachable."""
 
     progress: float
     message: str | None
@@ -57,8 +57,8 @@ class _ProgressReport:
 class LeaseKeeper:
     """The lease of one job during its execution. Begin with `start`, end with complete, fail or release.
 
-    `lost` is done as soon as a response says that the lock is lost; its result is that error. Progress is sent at most
-    every `progress_every_s`, for a source that does not wait for its reports.
+    `lost` is done when a response says that the lock is lost; its result is that error. Progress is sent at most every
+    `progress_every_s`, for callers that do not wait until a report is sent.
     """
 
     def __init__(self, client: AsyncJobClient, grant: GrantInfo, log: Log, *, progress_every_s: float = 0) -> None:
@@ -77,7 +77,7 @@ class LeaseKeeper:
 
     @property
     def _is_ended(self) -> bool:
-        """Whether the daemon no longer accepts an ending. After the ceiling it accepts one until recovery has run."""
+        """Whether the daemon no longer accepts an ending. After a progress timeout, it does until recovery has run."""
         return self.lost.done() and not isinstance(self.lost.result(), MaxProcessingTimeExceeded)
 
     @property
@@ -85,14 +85,14 @@ class LeaseKeeper:
         return self.grant.job.id
 
     def start(self, *, at_once: bool = False) -> None:
-        """Start to extend the lock: after a third of its TTL, or `at_once` if the grant may be old."""
+        """Start to extend the lock, first after a third of its TTL, or `at_once` if the grant may be old."""
         self._heartbeat = asyncio.create_task(self._extend(0.0 if at_once else self._ttl_s / EXTENSIONS_PER_TTL))
 
     def report(self, progress: float, message: str | None = None) -> asyncio.Future[None]:
         """Send this progress as soon as possible. Of several pending reports only the latest is sent.
 
-        The future is done after the response. While the daemon is unreachable it is done at once, and the report is
-        sent later. It raises the daemon's error, or LockLost.
+        The future is done after the response and raises the daemon's error, if any. While the daemon is unreachable, it
+        is done at once, and the report is sent later.
         """
         reported = self._pending.reported if self._pending else asyncio.get_running_loop().create_future()
         if self.lost.done() or self._is_over:
@@ -106,18 +106,18 @@ class LeaseKeeper:
         return reported
 
     async def complete(self, give_up: asyncio.Event, **result: Any) -> bool:
-        """Complete the job. Return whether the daemon accepts it. If it rejects the result, fail the job."""
+        """Complete the job, or fail it if the daemon rejects the result. Return whether it is completed."""
         request = worker_requests.complete_job(self.id, lock_id=self.grant.lock_id, **result)
         return await self._end("complete", request, give_up)
 
     async def fail(self, give_up: asyncio.Event, message: str, **how: Any) -> bool:
-        """Fail the job. Return whether the daemon accepts it. Pending progress is sent first if possible."""
+        """Fail the job. Return whether the daemon accepts this. Pending progress is sent first if possible."""
         await self.stop(flush=True)
         request = worker_requests.fail_job(self.id, lock_id=self.grant.lock_id, error_message=message, **how)
         return await self._end("fail", request, give_up)
 
     async def release(self, give_up: asyncio.Event, delay_ms: int | None = None) -> bool:
-        """Release the job. Return whether the daemon accepts it."""
+        """Release the job. Return whether the daemon accepts this."""
         request = worker_requests.release_job(self.id, lock_id=self.grant.lock_id, delay_ms=delay_ms)
         return await self._end("release", request, give_up, is_final=True)
 
@@ -158,7 +158,7 @@ class LeaseKeeper:
                 due = loop.time() + _wait_s(failures)
 
     async def _try(self, report: _ProgressReport | None) -> LockState | None:
-        """Send the pending progress or an extension once. Return None if the daemon does not accept it."""
+        """Send `report`, or else an extension, once. Return None if the daemon does not accept it."""
         lock_id = self.grant.lock_id
         request = (
             worker_requests.extend_job_lock(self.id, lock_id=lock_id)
@@ -168,7 +168,7 @@ class LeaseKeeper:
             )
         )
         try:
-            state = await self._client.send(request, ONE_TRY)
+            state = await self._client.send(request, ONE_ATTEMPT)
         except LOST as error:
             self._on_lost(error, report)
         except JobdError as error:
@@ -188,7 +188,7 @@ class LeaseKeeper:
             self.lost.set_result(error)
 
     def _on_error(self, error: JobdError, report: _ProgressReport | None) -> None:
-        """Handle an error that does not mean a lost lock. Rejected progress is dropped, other progress is kept."""
+        """Handle an error other than a lost lock. Rejected progress is dropped, other progress is kept."""
         if error.code not in RETRIED and report is not None:
             self._on_response()
             _settle(report.reported, error)
@@ -216,7 +216,7 @@ class LeaseKeeper:
         internal_errors, failures = 0, 0
         while not self._is_ended:
             try:
-                await self._client.send(request, ONE_TRY)
+                await self._client.send(request, ONE_ATTEMPT)
             except LOST as error:
                 self._on_lost(error, None)
                 break
@@ -232,7 +232,7 @@ class LeaseKeeper:
                     return False
                 failures += 1
                 if failures == 1:
-                    self._log(f"job {self.id}: cannot {verb} it yet: {error.message} Retrying.")
+                    self._log(f"job {self.id}: cannot {verb} the job: {error.message} Retrying.")
                 if not await self._wait_to_retry(verb, error, give_up, failures):
                     return False
                 await self._extend_meanwhile()
@@ -243,10 +243,10 @@ class LeaseKeeper:
         return False
 
     async def _wait_to_retry(self, verb: str, error: JobdError, give_up: asyncio.Event, failures: int) -> bool:
-        """Wait before the next try. Return False if there is none."""
+        """Wait before the next attempt. Return False if there is none."""
         self._is_reachable = False
         if give_up.is_set():
-            self._log(f"job {self.id}: could not {verb} it: {error.message} Its lock will expire.")
+            self._log(f"job {self.id}: could not {verb} the job: {error.message} Its lock will expire.")
             return False
         await within(_wait_s(failures), give_up)
         return True
@@ -257,7 +257,7 @@ class LeaseKeeper:
         if now - self._extended_s < self._ttl_s / EXTENSIONS_PER_TTL:
             return
         with contextlib.suppress(JobdError):
-            await self._client.send(worker_requests.extend_job_lock(self.id, lock_id=self.grant.lock_id), ONE_TRY)
+            await self._client.send(worker_requests.extend_job_lock(self.id, lock_id=self.grant.lock_id), ONE_ATTEMPT)
             self._extended_s = now
 
     async def _fail_instead(self, verb: str, error: JobdError, give_up: asyncio.Event) -> None:
@@ -270,7 +270,7 @@ class LeaseKeeper:
 
 
 def _wait_s(failures: int) -> float:
-    """Return the delay after that many consecutive tries without a response."""
+    """Return the delay after this number of consecutive attempts without a response."""
     return random.uniform(0.5, 1) * min(WAIT_S, 0.1 * 2.0 ** min(failures, 10))
 
 
@@ -281,4 +281,4 @@ def _settle(reported: asyncio.Future[None], error: JobdError | None = None) -> N
         reported.set_result(None)
     else:
         reported.set_exception(error)
-        reported.exception()  # marks it as retrieved: the caller may ignore it
+        reported.exception()  # marks it as retrieved, because the caller may ignore it

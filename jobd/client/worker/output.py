@@ -1,4 +1,4 @@
-"""The output of a program: take the directives out, pass on the rest, keep the last lines."""
+"""Process the output of a program: handle the directives, pass on the rest, keep the last lines."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _VERBS: Final = (b"::progress", b"::meta", b"::result")
 
 
 class BadDirective(ValueError):
-    """A line that begins like a directive but is not valid; the text is the reason."""
+    """A line starts like a directive but is not valid. The message is the reason."""
 
 
 class Directives:
-    """The content of a program's directives so far. `on_progress` is called for each progress."""
+    """The result and metadata in a program's directives so far. `on_progress` is called for each progress directive."""
 
     def __init__(self, on_progress: Callable[[float, str | None], object]) -> None:
         self._on_progress = on_progress
@@ -36,11 +36,11 @@ class Directives:
 
     @property
     def result(self) -> dict[str, Any]:
-        """The fields of `complete`."""
+        """The arguments of `complete`."""
         return {**self.result_fields, "metadata": self.metadata or None}
 
     def take(self, line: bytes) -> bool:
-        """Take `line` (without its end) if it is a directive, and return whether it is. Raises BadDirective."""
+        """Handle `line` (without its end) if it is a directive. Return whether it is. Raises BadDirective."""
         verb, _, rest = line.partition(b" ")
         if verb not in _VERBS:
             return False
@@ -64,7 +64,7 @@ class Directives:
         except ValueError:
             raise BadDirective(f"expected a number from 0 to {MAX_PERCENT} after ::progress") from None
         if not math.isfinite(progress) or not 0 <= progress <= MAX_PERCENT:
-            raise BadDirective(f"progress is out of 0 to {MAX_PERCENT}")
+            raise BadDirective(f"progress must be from 0 to {MAX_PERCENT}")
         if len(message) > TEXT_CHARACTERS:
             raise BadDirective(f"its text is over {TEXT_CHARACTERS} characters")
         self._on_progress(int(progress) if progress.is_integer() else progress, message.strip() or None)
@@ -95,10 +95,10 @@ def _json_or_text(value: str) -> Any:
 
 
 class OutputFilter:
-    """Split one stream into directives (none if `directives` is None) and the rest, which passes unchanged, at once.
+    """Remove the directives from a stream (none if `directives` is None), and pass on the rest unchanged, at once.
 
-    Only the start of a line that may be a directive is held back; with `whole_lines` every line until its end, so that
-    the lines of several programs do not mix.
+    Only the start of a line that may be a directive is buffered. With `whole_lines`, every line is buffered up to its
+    end, so that the lines of several programs do not mix.
     """
 
     def __init__(
@@ -107,23 +107,23 @@ class OutputFilter:
         self._directives = directives
         self._warn = warn
         self._whole_lines = whole_lines
-        self._held = b""
-        self._is_inside = False  # the start of the current line has passed
+        self._buffer = b""
+        self._is_inside = False  # the start of the current line was passed on
 
     def feed(self, data: bytes) -> bytes:
-        """Return the output to pass on, of `data` and of what was held back."""
-        text = self._held + data
+        """Return the output to pass on, from the buffer and `data`."""
+        text = self._buffer + data
         end = text.rfind(b"\n") + 1
-        passed, self._held = self._without_directives(text[:end]), text[end:]
+        passed, self._buffer = self._without_directives(text[:end]), text[end:]
         self._is_inside = self._is_inside and not end
-        if len(self._held) > LINE_BYTES or not (self._whole_lines or self._may_be_directive()):
-            passed += self._held
-            self._is_inside = self._is_inside or bool(self._held)
-            self._held = b""
+        if len(self._buffer) > LINE_BYTES or not (self._whole_lines or self._may_be_directive()):
+            passed += self._buffer
+            self._is_inside = self._is_inside or bool(self._buffer)
+            self._buffer = b""
         return passed
 
     def _without_directives(self, lines: bytes) -> bytes:
-        """Return whole lines without the directives. The first is not one if its start has passed."""
+        """Return complete lines without the directives. The first is not one if its start was passed on before."""
         if b"::" not in lines:
             return lines
         passed = [
@@ -134,14 +134,14 @@ class OutputFilter:
         return b"".join(line + b"\n" for line in passed)
 
     def end(self) -> bytes:
-        """Return what is left at the end of the stream: the last line may have no end."""
-        rest, self._held = self._held, b""
+        """Return the rest of the output at the end of the stream, whose last line may have no line end."""
+        rest, self._buffer = self._buffer, b""
         return b"" if not self._is_inside and self._is_directive(rest) else rest
 
     def _may_be_directive(self) -> bool:
         if self._directives is None:
             return False
-        start = self._held[:12]
+        start = self._buffer[:12]
         return not self._is_inside and any(start.startswith(verb) or verb.startswith(start) for verb in _VERBS)
 
     def _is_directive(self, line: bytes) -> bool:
@@ -177,9 +177,9 @@ class Tail:
 
 
 class OutputWriter:
-    """Write to a file descriptor from a thread. A slow reader then delays the program, but not the event loop.
+    """Write to a file descriptor from a thread, so that a slow reader delays the program but not the event loop.
 
-    If writing fails (a closed pipe, a full disk), the rest is dropped and the work continues.
+    If a write fails (a closed pipe, a full disk), all further output is dropped and the work continues.
     """
 
     def __init__(self, fd: int) -> None:
@@ -190,7 +190,7 @@ class OutputWriter:
         threading.Thread(target=self._run, name=f"writer of fd {fd}", daemon=True).start()
 
     async def write(self, data: bytes) -> None:
-        """Write `data` as a whole. Returns when it is written."""
+        """Write `data`, and return when it is written."""
         if data and not self._is_broken:
             written: asyncio.Future[None] = self._loop.create_future()
             self._queue.put((data, written))

@@ -16,11 +16,11 @@ from typing import IO, Final
 from jobd.client.worker.aio_utils import first_of, settle, within
 from jobd.client.worker.watchdog import Watchdog
 
-KILLED_S: Final = 5.0  # after SIGKILL only a process that hangs in the kernel is left
+KILLED_S: Final = 5.0  # for processes to end after SIGKILL, unless they hang in the kernel
 POLL_S: Final = 0.05  # there is no notification of the end of grandchildren
 PIECE_BYTES: Final = 64 << 10
-# A child in another group may keep the output open, or even write to it forever. After the end of everything else,
-# reading stops when the output is silent for LINGER_S, or longer than a pipe can hold.
+# A child in another group may keep the output open, or even write to it forever. After all other processes have ended,
+# reading stops when there is no output for LINGER_S, or after LINGER_BYTES, which is more than a pipe can hold.
 LINGER_S: Final = 0.5
 LINGER_BYTES: Final = 1 << 20
 
@@ -62,9 +62,9 @@ class Program:
         watchdog: Watchdog | None = None,
         token: int = 0,
     ) -> Program:
-        """Start a program. The feeds get its output piece by piece, and b"" at the end. Raises OSError.
+        """Start a program. The feeds get its output in pieces, and b"" at the end. Raises OSError.
 
-        `watchdog` ends the program if this process is killed; `token` identifies it there.
+        `watchdog` stops the program if this process is killed; `token` identifies the program to the watchdog.
         """
 
         def popen() -> subprocess.Popen[bytes]:
@@ -113,7 +113,7 @@ class Program:
     async def stop(self, at_once: asyncio.Event) -> None:
         """Send SIGTERM to the whole group, and SIGKILL after `kill_after_s` or `at_once`.
 
-        Returns when the program has ended, or cannot be killed.
+        Return when the program has ended, or cannot be killed.
         """
         self._terminate()
         await self._wait_for_end(self._kill_after_s, at_once)
@@ -126,13 +126,13 @@ class Program:
         self._signal(signal.SIGKILL)
 
     async def _wait_for_end(self, time_s: float, event: asyncio.Event) -> None:
-        """Wait until the program has ended, but neither longer than `time_s` nor after `event`."""
+        """Wait until the program has ended, `time_s` has passed or `event` is set."""
         timeout = asyncio.ensure_future(within(time_s, event))
         await first_of(self.done, timeout)
         timeout.cancel()
 
     async def _write(self, pipe: IO[bytes], data: bytes) -> None:
-        """Write the program's input. The program may leave it unread."""
+        """Write the program's input. The program need not read it."""
         rest = memoryview(data)
         with pipe, contextlib.suppress(BrokenPipeError):
             while rest:
@@ -141,7 +141,7 @@ class Program:
                     rest = rest[os.write(pipe.fileno(), rest) :]
 
     async def _read(self, pipe: IO[bytes], feed: Feed) -> None:
-        """Pass on the program's output, at the speed of the feed."""
+        """Pass the program's output to the feed, at the speed of the feed."""
         piece = b"-"
         with pipe:
             while piece and self._read_bytes < self._enough_bytes:
@@ -166,7 +166,7 @@ class Program:
 
     async def _end(self, exited: asyncio.Future[None]) -> None:
         """Wait for the program's exit, then for its group and its output."""
-        await exited  # it is not reaped yet, so the id of its group cannot be reused
+        await exited  # the program is not reaped yet, so the id of its group cannot be reused
         await self._end_group()
         await self._end_output()
         if self._writer is not None:
@@ -175,7 +175,7 @@ class Program:
         self.returncode = self._process.wait()
 
     async def _end_group(self) -> None:
-        """Stop children that outlive the program, because they could disturb the next attempt."""
+        """Stop children that outlive the program, because they could interfere with the next attempt."""
         loop = asyncio.get_running_loop()
         while await asyncio.to_thread(has_members, self._process.pid):
             if self._kill_at_s is None:
@@ -210,8 +210,8 @@ class Program:
 async def _ready(pipe: IO[bytes], *, to_write: bool = False) -> None:
     """Wait until `pipe` can be read or written.
 
-    The pipe transports of the loop are not used, because uvloop closes their descriptors twice. The second time it may
-    close one that another thread has just opened.
+    The loop's pipe transports are not used, because uvloop closes their descriptors twice, and the second close can hit
+    a descriptor that another thread has just opened.
     """
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
@@ -224,7 +224,7 @@ async def _ready(pipe: IO[bytes], *, to_write: bool = False) -> None:
 
 
 def _wait_for(pid: int, exited: asyncio.Future[None]) -> None:
-    """Wait, in a thread, until the child has ended, and leave it unreaped."""
+    """Wait, in a thread, until the child has ended. Leave it unreaped."""
     with contextlib.suppress(ChildProcessError):
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -232,7 +232,7 @@ def _wait_for(pid: int, exited: asyncio.Future[None]) -> None:
 
 
 def has_members(group: int) -> bool:
-    """Return whether a process of this group is alive. Zombies are not."""
+    """Return whether a process of this group is alive. Zombies do not count."""
     with os.scandir("/proc") as entries:
         return any(entry.name.isdigit() and _is_alive_in(group, entry.path) for entry in entries)
 

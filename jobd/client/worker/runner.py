@@ -1,4 +1,4 @@
-"""Run a worker from its first claim to the end of its drain: execute each job, stop it in time, and end its grant."""
+"""Run a worker from the first claim to the end of its drain: execute each job, stop it in time, and end its grant."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class Execution(Protocol):
 
     @property
     def done(self) -> asyncio.Future[None]:
-        """Done when nothing of the work is running."""
+        """Done when no part of the work is running any more."""
 
     @property
     def timeout_s(self) -> float | None:
-        """The limit of the whole run in seconds; None: no limit."""
+        """The time limit of the whole run in seconds; None: no limit."""
 
     async def stop(self, at_once: asyncio.Event) -> None:
-        """Stop the work before its end. Returns when it has ended or does not stop; then `done` is not done.
+        """Stop the work before its end. Return when it has ended, or if it does not stop; `done` is then not done.
 
-        If `at_once` is set, there is no time left to end gracefully.
+        If `at_once` is set, there is no time for a graceful end.
         """
 
     def abort(self) -> None:
@@ -48,7 +48,7 @@ class Execution(Protocol):
         """Complete or fail the job after the work has ended by itself. Return whether it is completed."""
 
     def describe_timeout(self) -> str:
-        """Return a suffix for the message of a run that took too long. The work was stopped, and may still run."""
+        """Return a suffix for the error message of a timeout. The work was stopped, but may still be running."""
 
 
 Begin = Callable[[LeaseKeeper], Awaitable[Execution]]
@@ -57,7 +57,7 @@ Begin = Callable[[LeaseKeeper], Awaitable[Execution]]
 class WorkerRunner:
     """Claim jobs, begin an Execution for each and wait for its end.
 
-    `stop` stops claiming and gives running work `grace_s`. A second `stop` ends the grace, a third every other wait.
+    `stop` stops claiming and gives running work `grace_s`. A second `stop` ends the grace, a third all other waits.
     A job whose work was stopped with the worker is released after the work has ended.
     """
 
@@ -93,13 +93,13 @@ class WorkerRunner:
         )
         self._stopping = asyncio.Event()
         self._grace_is_over = asyncio.Event()  # executions are stopped
-        self._give_up = asyncio.Event()  # neither executions nor an unreachable daemon are waited for
+        self._give_up = asyncio.Event()  # do not wait for executions or an unreachable daemon any longer
         self.completed = 0
         self.not_completed = 0
         self.fault: str | None = None  # why no execution can begin
 
     def stop(self) -> None:
-        """Do the same as SIGTERM. Further calls shorten the waits; see the class."""
+        """Stop like on SIGTERM. Further calls shorten the waits, as described above."""
         if self._grace_is_over.is_set():
             self._give_up.set()
         elif self._stopping.is_set():
@@ -108,7 +108,7 @@ class WorkerRunner:
         self._claimer.stop()
 
     def stop_claiming(self) -> None:
-        """Stop claiming. Running work continues without a limit; a `stop` follows."""
+        """Stop claiming. Running work continues without a time limit until `stop` is called."""
         self._claimer.stop()
 
     def abandon(self) -> None:
@@ -118,13 +118,13 @@ class WorkerRunner:
 
     @property
     def was_stopped(self) -> bool:
-        """Whether it ended for another reason than that no job was left."""
+        """Whether it ended for a reason other than that no job was left."""
         return self._stopping.is_set() or self.fault is not None
 
     async def run(self) -> None:
         """Work until stopped, or until no job is left (`once`, `drain`).
 
-        Raises the JobdError that made claiming impossible.
+        Raises the JobdError that prevents claiming.
         """
         grace = asyncio.ensure_future(self._end_grace())
         try:
@@ -171,7 +171,7 @@ class WorkerRunner:
                 execution.abort()
 
     async def _wait_for_end(self, execution: Execution, keeper: LeaseKeeper) -> bool:
-        """Wait until the work has ended. Stop it if the lock is lost, the grace is over, or the timeout has passed."""
+        """Wait until the work has ended. Stop it if the lock is lost, the grace is over, or the timeout passes."""
         grace_is_over = asyncio.ensure_future(self._grace_is_over.wait())
         try:
             with contextlib.suppress(TimeoutError):

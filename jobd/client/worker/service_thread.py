@@ -15,7 +15,7 @@ Log = Callable[[str], None]
 class ServiceThread:
     """Run one coroutine on a separate event loop in a separate thread.
 
-    The thread is a daemon thread and ends with the process. Otherwise it could extend locks of work that has ended.
+    It is a daemon thread, which ends with the process. Otherwise it could extend the locks of work that has ended.
     """
 
     def __init__(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""What a handler gets, and the exceptions that it can raise."""
+"""The argument of a handler, and the exceptions that it can raise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Retry(Exception):
 
     def __init__(self, message: str = "The handler asked for a retry.", *, after_ms: int | None = None) -> None:
         if not isinstance(after_ms, int | None):
-            raise TypeError(f"after_ms is a whole number of milliseconds, got {type(after_ms).__name__}")
+            raise TypeError(f"after_ms must be a whole number of milliseconds, not {type(after_ms).__name__}")
         super().__init__(message)
         self.after_ms = after_ms
 
@@ -59,7 +59,7 @@ class BaseTask:
         storage_key: str | None = None,
         metadata: Any = None,
     ) -> None:
-        """Set fields of the result with which the job completes. Fields that are not given stay unchanged."""
+        """Set fields of the job's result. Fields that are not given do not change."""
         named = {
             "download_url": download_url,
             "file_path": file_path,
@@ -99,7 +99,7 @@ def _copy(target: Future[None], source: asyncio.Future[None]) -> None:
 class Task(BaseTask):
     """The job of an async handler.
 
-    `payload` is decoded; pass `fencing_token` to resources that check it. If the lock is lost or the job is cancelled,
+    `payload` is decoded. Pass `fencing_token` to resources that check it. If the lock is lost or the job is cancelled,
     the handler is cancelled (CancelledError), and `cancelled` is set.
     """
 

@@ -1,7 +1,7 @@
-"""End the programs of a worker that was killed, from a process that reads a pipe from the worker and outlives it.
+"""Stop the programs of a worker that was killed, from a process that reads a pipe from the worker and outlives it.
 
 A parent-death signal reaches only the direct child, and is sent when the parent thread ends. The end of a pipe has
-neither limit. This file is also the program of that process, and then imports nothing of jobd.
+neither limit. This file is also the main program of that process, so it imports nothing of jobd.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Watchdog:
         self._send(token, group)
 
     def ended(self, token: int) -> None:
-        """Announce that no process of it is left, or that it did not start. Call this before its pid can be reused."""
+        """Announce that the program and its group have ended, or did not start. Call this before the pid is reused."""
         self._send(token, -1)
 
     def close(self) -> None:
-        """End the process. It first ends the groups that are left."""
+        """End the process. It first stops the groups that are left."""
         with self._guard:
             process, self._process = self._process, None
             if process is not None:
@@ -60,7 +60,7 @@ class Watchdog:
                 self._groups[token] = group
             try:
                 self._write({token: group})
-            except OSError:  # the process was killed: start another one, and send it all groups
+            except OSError:  # the process was killed: start another and send it all groups
                 self.close()
                 self._write(self._groups)
 
@@ -89,7 +89,7 @@ class Watchdog:
 
 
 def watch(fd: int, kill_after_s: float) -> None:
-    """Read lines until the worker has ended, then end the programs that are left."""
+    """Read lines until the worker has ended, then stop the programs that are left."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a signal that stops the worker must not stop this process
     groups: dict[int, int] = {}

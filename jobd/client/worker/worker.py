@@ -21,7 +21,7 @@ from jobd.client.worker.lease import LeaseKeeper
 from jobd.client.worker.runner import Execution, WorkerRunner, on_signals, seconds
 from jobd.client.worker.service_thread import ServiceThread
 
-STREAM_FROM: Final = 8  # the concurrency from which on calls share one stream of commands
+STREAM_FROM: Final = 8  # from this concurrency on, calls share one stream of commands
 HandlerFunction = TypeVar("HandlerFunction", bound=Callable[..., Any])
 
 
@@ -37,23 +37,23 @@ class Worker:
 
         worker.run()
 
-    Async handlers run on the event loop, plain ones in threads. The return value is the job's result: a dict with
-    download_url, file_path, storage_key or metadata (other keys are metadata too); any other value is metadata. An
-    exception fails the job with its class as `error_code`; the `error_message` is `Type: message`, then the traceback.
-    Retry and Discard decide whether there is another attempt. Locks live `lock_ttl_ms` and are extended automatically.
-    If a lock is lost or a job is cancelled, its handler is stopped. SIGTERM and SIGINT drain: the worker stops
-    claiming, running handlers get `grace_s` seconds, then they are stopped and their jobs released. The worker logs to
-    `jobd.client`.
+    Async handlers run on the event loop, plain handlers in threads. The return value is the job's result: a dict with
+    download_url, file_path, storage_key or metadata (other keys are added to the metadata); any other value is
+    metadata. An exception fails the job with its class as `error_code`; the `error_message` is `Type: message`, then
+    the traceback. Retry and Discard decide whether there is another attempt. Locks live `lock_ttl_ms` and are extended
+    automatically. If a lock is lost or a job is cancelled, its handler is stopped. On SIGTERM and SIGINT the worker
+    drains: it stops claiming, gives running handlers `grace_s` seconds, then stops them and releases their jobs. It
+    logs to `jobd.client`.
 
     A service thread with its own event loop and connections claims jobs and extends locks, so a handler that blocks its
     loop does not lose its lock. A loop that is blocked for 5 s is logged. A C extension that holds the GIL for longer
     than a lock lives stops every thread, and the lock is lost.
 
     `timeout` (a timedelta, or seconds) limits a whole run; a handler may have its own. When it has passed, an async
-    handler is cancelled. A plain one finds `cancelled` set, and `progress` raises Stopped. Both have 10 s to end. Then
-    the attempt fails with `error_code` "timeout", whatever the handler returns. A thread cannot be killed: a plain
-    handler that continues may run beside the job's next attempt. Its result is dropped, and it counts against
-    `concurrency` until it returns. Locks have no ceiling unless `max_processing_ms` sets one.
+    handler is cancelled; for a plain handler, `cancelled` is set and `progress` raises Stopped. Both have 10 s to end.
+    Then the attempt fails with `error_code` "timeout", regardless of the return value. A thread cannot be killed, so a
+    plain handler that continues may run at the same time as the job's next attempt. Its result is dropped, and it
+    counts against `concurrency` until it returns. There is no progress timeout unless `max_processing_ms` sets one.
     """
 
     def __init__(
@@ -92,9 +92,9 @@ class Worker:
     def handler(self, *kinds: Any, timeout: timedelta | float | None = None) -> Any:
         """Register a function for jobs of these kinds, or, without a kind, for every kind without its own handler.
 
-        `@worker.handler` means `@worker.handler()`. Raises TypeError for anything but names and one function, and for a
-        function that cannot be called with a task; ValueError if a kind already has a handler. `timeout` takes
-        precedence over that of the worker.
+        `@worker.handler` is the same as `@worker.handler()`. `timeout` takes precedence over that of the worker. Raises
+        TypeError for a kind that is not a string and for a function that cannot be called with a task, and ValueError
+        if a kind already has a handler.
         """
         timeout_s = seconds(timeout)
         if len(kinds) == 1 and callable(kinds[0]):
@@ -123,7 +123,7 @@ class Worker:
         return function
 
     def run(self) -> None:
-        """Work until SIGTERM or SIGINT, then drain. Raises the JobdError that made claiming impossible."""
+        """Work until SIGTERM or SIGINT, then drain. Raises the JobdError that prevents claiming."""
         asyncio.run(self.serve(signals=True))
 
     def stop(self) -> None:

@@ -352,7 +352,7 @@ async def test_the_program_continues_while_the_daemon_is_unreachable(
             await asyncio.to_thread(daemon.kill)
             await wait_until(lambda: any("The work continues" in text for text in run.messages))
             go.touch()
-            await wait_until(lambda: any("cannot complete it yet" in text for text in run.messages))
+            await wait_until(lambda: any("cannot complete the job" in text for text in run.messages))
             await asyncio.to_thread(daemon.start)
             assert await running == 0
             done = await client.get_job(job.id)

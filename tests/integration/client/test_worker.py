@@ -216,7 +216,7 @@ async def test_an_error_of_any_class_fails_its_job_not_the_worker(
     assert [(job.error_code, (job.error_message or "").split("\n")[0]) for job in failed] == [
         ("NoText", "<exception str() failed>"),
         ("NoNotes", "NoNotes: with a text"),
-        ("TypeError", "TypeError: after_ms is a whole number of milliseconds, got object"),
+        ("TypeError", "TypeError: after_ms must be a whole number of milliseconds, not object"),
     ]
 
 

@@ -88,7 +88,7 @@ async def test_a_handler_that_blocks_its_loop_keeps_its_lock(
         done = await wait_until_finished(client, job.id)
         await wait_until(lambda: "runs again" in caplog.text)
     assert (done.status, done.metadata_value, done.stalls) == ("completed", 1, 0)
-    assert f"job {job.id}: the event loop of the handlers is blocked for " in caplog.text
+    assert f"job {job.id}: the event loop of the handlers has been blocked for " in caplog.text
 
 
 @pytest.mark.slow
@@ -228,7 +228,7 @@ async def test_a_thread_that_continues_after_its_timeout_counts_against_concurre
         await wait_until_finished(client, after.id)
     assert failed.error_code == "timeout"
     assert failed.error_message == (
-        "The run took longer than its timeout of 0.1 s. The handler was told to stop, but it still runs."
+        "The run took longer than its timeout of 0.1 s. The handler was asked to stop, but it is still running."
     )
     assert (await client.get_job(job.id)).metadata_value is None
 
@@ -400,7 +400,7 @@ async def test_work_continues_while_the_daemon_is_unreachable(
                 await asyncio.to_thread(daemon.kill)
                 await wait_until(lambda: "The work continues" in caplog.text)
                 go.set()
-                await wait_until(lambda: "cannot complete it yet" in caplog.text)
+                await wait_until(lambda: "cannot complete the job" in caplog.text)
                 assert not serving.done()
                 await asyncio.to_thread(daemon.start)
                 done = await wait_until_finished(client, job.id)

@@ -118,7 +118,7 @@ def test_there_is_no_retry_after_the_deadline() -> None:
         tries.wait_s(Unreachable("x"), 106, 1)
 
 
-def test_no_retries_means_one_try() -> None:
+def test_no_retries_means_one_attempt() -> None:
     with pytest.raises(Unreachable):
         RetryState(RetryOptions(total_s=0), READ, 0).wait_s(Unreachable("x"), 0, 0)
 

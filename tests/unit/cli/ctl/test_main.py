@@ -110,7 +110,7 @@ def test_no_option_takes_a_token_as_its_value() -> None:
     assert not [option for verb in verbs for param in verb.params for option in param.opts if option == "--token"]
 
 
-def test_options_may_precede_or_follow_the_verb_and_the_last_one_wins(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_may_precede_or_follow_the_command_and_the_last_one_wins(capsys: pytest.CaptureFixture[str]) -> None:
     run("--socket", "/before.sock", "jobs")
     run("jobs", "--socket", "/after.sock")
     run("--socket", "/before.sock", "jobs", "--socket", "/nearer.sock")
@@ -133,7 +133,7 @@ def test_options_may_precede_or_follow_the_verb_and_the_last_one_wins(capsys: py
         ["transition", "j", "queued", "failed"],
     ],
 )
-def test_a_destructive_verb_asks_first(
+def test_a_destructive_command_asks_first(
     argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ADMIN_TOKEN", "canary-canary-canary-canary")
@@ -141,7 +141,7 @@ def test_a_destructive_verb_asks_first(
     assert "--yes" in capsys.readouterr().err
 
 
-def test_help_names_every_verb_and_needs_neither_rich_nor_the_client() -> None:
+def test_help_lists_every_command_and_needs_neither_rich_nor_the_client() -> None:
     code = (
         "import sys; from jobd.cli.ctl import main; code = main.main(['--help'])\n"
         "heavy = {'rich', 'msgspec', 'http.client', 'asyncio', 'aiohttp', 'jobd.client'} & set(sys.modules)\n"
@@ -171,7 +171,7 @@ def test_help_names_the_variable_behind_the_token_file(
     assert variables in " ".join(capsys.readouterr().out.split())
 
 
-def test_without_a_verb_the_help_is_printed_and_the_exit_code_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_command_the_help_is_printed_and_the_exit_code_is_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 2
     out, err = capsys.readouterr()
     assert out == ""

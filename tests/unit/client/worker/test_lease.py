@@ -34,7 +34,7 @@ def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "WAIT_S", 2 * TTL_MS / 1000)
 
 
-async def test_locks_have_no_ceiling_by_default(tmp_path: Path) -> None:
+async def test_there_is_no_progress_timeout_by_default(tmp_path: Path) -> None:
     limits: list[tuple[dict[str, Any], int]] = [({}, 0), ({"max_processing_ms": 5000}, 5000)]
     for limit, sent in limits:
         daemon = ScriptedDaemon()

@@ -108,7 +108,7 @@ def test_a_prompt_without_a_line_end_is_passed_on_at_once() -> None:
     assert ParsedOutput().pieces(b"password: ", b"ok\n") == [b"password: ", b"ok\n", b""]
 
 
-def test_the_start_of_a_directive_is_held_back() -> None:
+def test_the_start_of_a_directive_is_buffered() -> None:
     assert ParsedOutput().pieces(b":", b":pro", b"gram\n") == [b"", b"", b"::program\n", b""]
     assert ParsedOutput().pieces(b"::pro", b"x") == [b"", b"::prox", b""]
     parsed = ParsedOutput()
@@ -138,7 +138,7 @@ def test_an_endless_line_is_passed_on_in_pieces() -> None:
     assert parsed.progress == []
 
 
-def test_with_whole_lines_a_line_is_held_until_its_end() -> None:
+def test_with_whole_lines_a_line_is_buffered_until_its_end() -> None:
     assert ParsedOutput(whole_lines=True).pieces(b"ab", b"c\nd", b"e") == [b"", b"abc\n", b"", b"de"]
 
 
