@@ -174,10 +174,10 @@ def workers(state: WorkerState | None, as_json: bool) -> None:
 @_REASON
 @admin_options
 def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json: bool) -> None:
-    """Take the jobs back whose lock a silent worker has let expire.
+    """Take back the jobs of a silent worker.
 
-    The on_stall rule of each job decides: by default, a job at progress 0 or with attempts left is requeued, and any
-    other job fails. Jobs of the worker with a live lock do not change.
+    These are the jobs whose lock has expired. The on_stall rule of each decides: by default, a job at progress 0 or
+    with attempts left is requeued, and any other job fails. Jobs of the worker with a live lock do not change.
     """
     from jobd.cli import tables_admin
 

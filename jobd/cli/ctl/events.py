@@ -34,7 +34,7 @@ MIN_INTERVAL_MS: Final = 100
     help="Only events of this type, such as completed; may be repeated.",
 )
 @click.option("--after", metavar="SEQ", type=click.IntRange(0), help="Start after the event with this number.")
-@click.option("--last", metavar="N", type=click.IntRange(1, MAX_SHOWN), help="Start N events ago.")
+@click.option("--last", metavar="N", type=click.IntRange(1, MAX_SHOWN), help="Start with the last N events.")
 @json_option
 @admin_options
 def events(

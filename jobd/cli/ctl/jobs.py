@@ -34,7 +34,7 @@ _ADMIN_FILTERS: Final = frozenset({"since", "until", "finished_since", "finished
 @click.option("--until", type=PAST, metavar="TIME", help="Only jobs created before this time. *")
 @click.option("--finished-since", type=PAST, metavar="TIME", help="Only jobs finished at or after this time. *")
 @click.option("--finished-until", type=PAST, metavar="TIME", help="Only jobs finished before this time. *")
-@click.option("--text", "q", metavar="TEXT", help="Only jobs with this text in id, payload or error message. *")
+@click.option("--text", "q", metavar="TEXT", help="Only jobs with this text in their id, payload or error message. *")
 @click.option("--error", metavar="ERROR", help="Only jobs whose error is in this group of jobctl failures. *")
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Maximum number of jobs.")
 @click.option("--all", "everything", is_flag=True, help="List all jobs.")

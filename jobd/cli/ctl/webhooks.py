@@ -45,9 +45,10 @@ def webhooks(
     reason: str | None,
     as_json: bool,
 ) -> None:
-    """List the webhooks and their state.
+    """List webhooks and deliveries, resend deliveries, send tests.
 
     \b
+    webhooks                                list the webhooks and their state
     webhooks deliveries NAME                list waiting and recent deliveries
     webhooks resend NAME DELIVERY           resend one delivery
     webhooks resend NAME --state given_up   resend all dead-lettered deliveries

@@ -89,7 +89,7 @@ def restore_command(file: Path, yes: bool, is_dry_run: bool, store: str | None, 
 
 @click.command("doctor")
 @click.option("--running", is_flag=True, help="Check the running daemon over its admin API.")
-@click.option("--rows", is_flag=True, help="With --running: check the checksum of every row, too. Takes minutes.")
+@click.option("--rows", is_flag=True, help="With --running: also verify the checksum of every row (takes minutes).")
 @click.option(
     "--accept",
     metavar="ID",
@@ -124,8 +124,6 @@ def doctor_command(
 
     The daemon must be stopped, unless --running is given. Exit 0 if nothing is wrong, else 1.
     """
-    from jobd.cli.progress import busy
-
     named = [*filter(None, accept), *ids]
     if (ids or everything) and not accept:
         raise click.UsageError("job ids and --all need --accept")
@@ -140,7 +138,6 @@ def doctor_command(
     if running:
         return _diagnosis(_checkup(admin_client(), rows=rows), as_json)
     from jobd.storage import doctor, dry_run
-    from jobd.storage.files import StoreBusy
 
     path = store_path(store, config)
     if recount:
@@ -149,13 +146,21 @@ def doctor_command(
         chosen = None if everything else named
         preview, write = partial(dry_run.accept, ids=chosen), partial(doctor.accept, ids=chosen)
         return _repair(path, preview, write, yes=yes, is_dry_run=is_dry_run)
+    return _diagnosis(_check(path), as_json)
+
+
+def _check(path: str) -> Sequence[Any]:
+    """Return the problems of a database that no daemon has open. Raises CliError (75) if one has."""
+    from jobd.cli.progress import busy
+    from jobd.storage import doctor
+    from jobd.storage.files import StoreBusy
+
     try:
         with busy(f"checking {path}"):
-            problems = doctor.check(path)
+            return doctor.check(path)
     except StoreBusy as error:
         text = f"{error}; or check the running daemon: jobd doctor --running"
         raise exit_codes.CliError(text, exit_codes.TRY_AGAIN) from None
-    return _diagnosis(problems, as_json)
 
 
 def _checkup(client: AdminClient, *, rows: bool) -> list[Finding]:
