@@ -36,15 +36,15 @@ class Confirmation:
     dry_run: Callable[[str], object] | None = None
 
 
-def destructive_options(verb: Any) -> Any:
+def destructive_options(command: Any) -> Any:
     """Add --yes, --dry-run and --json to a command that needs a confirmation."""
-    verb = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per job.")(verb)
-    verb = dry_run_option(verb)
-    return click.option("-y", "--yes", is_flag=True, help="Do not ask.")(verb)
+    command = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per job.")(command)
+    command = dry_run_option(command)
+    return click.option("-y", "--yes", is_flag=True, help="Do not ask.")(command)
 
 
-def dry_run_option(verb: Any) -> Any:
-    return click.option("--dry-run", is_flag=True, help="Only print what would be done.")(verb)
+def dry_run_option(command: Any) -> Any:
+    return click.option("--dry-run", is_flag=True, help="Only print what would be done.")(command)
 
 
 def reason_option(where_stored: str) -> Callable[[Any], Any]:

@@ -56,19 +56,19 @@ def _token_option(variables: str) -> Callable[[Any], Any]:
     return _option("--token-file", "FILE", text)
 
 
-def worker_options(verb: Any) -> Any:
+def worker_options(command: Any) -> Any:
     """Add the options of a command that uses the worker API."""
-    return _SOCKET(_URL(_token_option(_WORKER_TOKEN_FILE)(verb)))
+    return _SOCKET(_URL(_token_option(_WORKER_TOKEN_FILE)(command)))
 
 
-def admin_options(verb: Any) -> Any:
+def admin_options(command: Any) -> Any:
     """Add the options of a command that uses the admin API."""
-    return _ADMIN(_token_option(_ADMIN_TOKEN_FILE)(_OPERATOR(verb)))
+    return _ADMIN(_token_option(_ADMIN_TOKEN_FILE)(_OPERATOR(command)))
 
 
-def all_options(verb: Any) -> Any:
+def all_options(command: Any) -> Any:
     token = _token_option(f"{_ADMIN_TOKEN_FILE}, or {_WORKER_TOKEN_FILE} for the worker API")
-    return _SOCKET(_URL(_ADMIN(token(_OPERATOR(verb)))))
+    return _SOCKET(_URL(_ADMIN(token(_OPERATOR(command)))))
 
 
 def read_token(path: str) -> str:

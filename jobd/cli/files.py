@@ -105,9 +105,9 @@ def refuse_used(path: Path) -> None:
             text = f"{path} {relation} that another program uses: name another file"
             raise exit_codes.CliError(text, exit_codes.TRY_AGAIN)
     for suffix in ("-wal", "-journal"):
-        left = f"{path}{suffix}"
-        if os.path.isfile(left) and os.path.getsize(left) > 0:
-            text = f"{left} is left over from another database, and SQLite would read it into {path}"
+        log = f"{path}{suffix}"
+        if os.path.isfile(log) and os.path.getsize(log) > 0:
+            text = f"{log} is left over from another database, and SQLite would read it into {path}"
             raise click.UsageError(f"{text}: remove it if nothing needs it, or name another file")
 
 

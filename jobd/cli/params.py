@@ -144,17 +144,17 @@ def read_stdin(what: str) -> str:
         raise click.UsageError(f"{what} on stdin is not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
-class VerbGroup(click.Group):
+class CommandGroup(click.Group):
     """A group whose help lists its commands under titles, in the order in which they were added."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.titles: dict[str, str] = {}
 
-    def add_all(self, title: str, *verbs: click.Command) -> None:
-        for verb in verbs:
-            self.add_command(verb)
-            self.titles[str(verb.name)] = title
+    def add_all(self, title: str, *commands: click.Command) -> None:
+        for command in commands:
+            self.add_command(command)
+            self.titles[str(command.name)] = title
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Without a command, print the help on stderr and exit with 2 (older click exits with 0)."""
@@ -182,5 +182,5 @@ class VerbGroup(click.Group):
                 formatter.write_dl(rows)
 
 
-def json_option(verb: Any) -> Any:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(verb)
+def json_option(command: Any) -> Any:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)

@@ -129,7 +129,7 @@ def event_line(event: StreamedEvent) -> str:
 
 
 def _status_change(event: EventView) -> str:
-    return event.to or "" if event.from_ in (None, event.to) else f"{event.from_} → {event.to or 'gone'}"
+    return event.to or "" if event.from_ in (None, event.to) else f"{event.from_} → {event.to or 'deleted'}"
 
 
 def _details(details: dict[str, Any]) -> str:

@@ -413,7 +413,7 @@ class ForceReset(NamedJobCommand, frozen=True, kw_only=True):
     reason: Reason | None = None
 
 
-class Retry(ForceReset, frozen=True, kw_only=True):
+class RetryJob(ForceReset, frozen=True, kw_only=True):
     """Requeue a failed or cancelled job as if it were new. Sent only by plans."""
 
     allowed_from = ("failed", "cancelled")
@@ -669,7 +669,7 @@ PlanAction = Literal["retry", "force-reset", "cancel", "force-fail", "delete", "
 MAINTENANCE_ACTIONS: Final = frozenset({"recover-stuck", "cleanup"})  # cleanup runs do the same
 # The command that each of the other actions sends for a job.
 PLAN_COMMANDS: Final[dict[PlanAction, type[ForceReset | Cancel | ForceFail | Delete]]] = {
-    "retry": Retry,
+    "retry": RetryJob,
     "force-reset": ForceReset,
     "cancel": Cancel,
     "force-fail": ForceFail,

@@ -351,7 +351,7 @@ def audit(limit: int, action: str | None, what: str | None, as_json: bool, **mat
     terminal.emit_json({"entries": found, "next_cursor": cursor}) if as_json else tables_admin.audit(found)
 
 
-VERBS: Final = (
+COMMANDS: Final = (
     stats,
     health,
     alerts,

@@ -137,8 +137,8 @@ def _settings(fields: dict[str, Any]) -> str:
         updates = msgspec.json.decode(msgspec.json.encode(fields), type=Updates)
     except msgspec.ValidationError as error:
         raise click.UsageError(f"--set: {str(error).replace('$.', '')}") from None
-    if updates.storage_key is not None and (fault := storage_key_error(updates.storage_key)) is not None:
-        raise click.UsageError(f"--set: storage_key {fault}")
+    if updates.storage_key is not None and (invalid := storage_key_error(updates.storage_key)) is not None:
+        raise click.UsageError(f"--set: storage_key {invalid}")
     shown = [f"{name} {terminal.clip(msgspec.json.encode(value).decode())}" for name, value in fields.items()]
     return f" and set {', '.join(shown)}" if shown else ""
 
@@ -335,6 +335,6 @@ def _fields(job: JobView) -> str:
     return f"{job.status}, priority {job.priority}, due {terminal.when(job.run_at)}"
 
 
-VERBS: Final = (
+COMMANDS: Final = (
     plans.retry, force_fail, force_reset, transition, adopt, run_now, update, delete, plans.apply_plans,
 )  # fmt: skip

@@ -108,4 +108,4 @@ def top_command(interval: int, once: bool, as_json: bool) -> int:
     return exit_codes.DONE
 
 
-VERBS: Final = (events, top_command)
+COMMANDS: Final = (events, top_command)

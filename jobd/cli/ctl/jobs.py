@@ -68,8 +68,8 @@ def _pages(limit: int | None, cursor: str | None, match: dict[str, Any]) -> tupl
     client = admin_client() if _ADMIN_FILTERS & filters.keys() else job_client()
     found: list[JobInfo] = []
     while True:
-        left = _PAGE if limit is None else min(_PAGE, limit - len(found))
-        page = client.list_jobs(limit=left, cursor=cursor, **filters)
+        page_size = _PAGE if limit is None else min(_PAGE, limit - len(found))
+        page = client.list_jobs(limit=page_size, cursor=cursor, **filters)
         found += page.jobs
         cursor = page.next_cursor
         if cursor is None or (limit is not None and len(found) >= limit):

@@ -11,10 +11,10 @@ from jobd import __version__
 from jobd.cli import exit_codes
 from jobd.cli.connection import all_options
 from jobd.cli.ctl import admin, change, events, jobs, run, submit, transfer, webhooks
-from jobd.cli.params import SETTINGS, VerbGroup
+from jobd.cli.params import SETTINGS, CommandGroup
 
 
-@click.group(cls=VerbGroup, context_settings=SETTINGS)
+@click.group(cls=CommandGroup, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="jobctl")
 @all_options
 def jobctl() -> None:
@@ -39,11 +39,11 @@ jobctl.add_all(
 )
 jobctl.add_all(
     "Operators (admin API)",
-    *admin.VERBS,
+    *admin.COMMANDS,
     webhooks.webhooks,
-    *events.VERBS,
-    *transfer.VERBS,
-    *change.VERBS,
+    *events.COMMANDS,
+    *transfer.COMMANDS,
+    *change.COMMANDS,
 )
 
 

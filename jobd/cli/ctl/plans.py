@@ -27,14 +27,14 @@ _SHOWN: Final = 20  # jobs of a plan; --json shows all
 _MAX_PLANS: Final = 5  # plans that one question covers; the daemon keeps 20 plans, of 100 000 jobs in all
 
 
-def where_option(verb: Any) -> Any:
+def where_option(command: Any) -> Any:
     """Add --where NAME=VALUE, which can be repeated."""
     text = (
         "Select jobs by a filter instead of by ID; may be repeated, and a job must match every filter. NAME is status, "
         "queue, kind, worker, text, error (an ERROR of jobctl failures), since or until (creation time), "
         "finished_since or finished_until. A time is in UTC, or an age such as 2h."
     )
-    return click.option("--where", "where", metavar="NAME=VALUE", multiple=True, help=text)(verb)
+    return click.option("--where", "where", metavar="NAME=VALUE", multiple=True, help=text)(command)
 
 
 def is_plan(ids: Sequence[str], where: Sequence[str]) -> bool:
@@ -86,24 +86,24 @@ def run_plans(
     code, cursor, is_first = exit_codes.DONE, None, True
     while is_first or cursor is not None:
         plans, cursor = _make_plans(client, action, cursor, {"reason": reason, **wanted})
-        is_left = bool(ids) and any(plan.skipped_count for plan in plans)
+        is_incomplete = bool(ids) and any(plan.skipped_count for plan in plans)
         count = sum(plan.count for plan in plans)
         if dry_run:
             _show_all(plans, cursor, as_json=as_json)
-            return exit_codes.REJECTED if is_left else exit_codes.DONE
+            return exit_codes.REJECTED if is_incomplete else exit_codes.DONE
         if not yes:
             _show_plans(plans, is_more=cursor is not None)
             if count:
                 confirm.confirm(f"{action} {_jobs(count)}")
         if count:
-            is_left = not _apply(client, plans, as_json=as_json) or is_left
+            is_incomplete = not _apply(client, plans, as_json=as_json) or is_incomplete
         elif is_first or any(plan.skipped_count for plan in plans):
-            left = " ".join(_skipped(plan) for plan in plans if plan.skipped_count)
-            terminal.say(f"No job can be changed: {left}" if left else "No jobs match.")
-            is_left = bool(ids)
+            skipped = " ".join(_skipped(plan) for plan in plans if plan.skipped_count)
+            terminal.say(f"No job can be changed: {skipped}" if skipped else "No jobs match.")
+            is_incomplete = bool(ids)
             if as_json and is_first:
                 terminal.emit_json(_empty_result(plans[0]))
-        code, is_first = exit_codes.REJECTED if is_left else code, False
+        code, is_first = exit_codes.REJECTED if is_incomplete else code, False
     return code
 
 
@@ -178,9 +178,9 @@ def _show_late_of_one(
 
 
 def _rejection(confirmation: Confirmation, plan: PlanView) -> str:
-    left = plan.skipped[0]
-    is_ = f"it is {left.status}. " if left.status else ""
-    return f"{left.id}: {confirmation.action} is rejected: {is_}{left.why}"
+    skipped = plan.skipped[0]
+    status = f"it is {skipped.status}. " if skipped.status else ""
+    return f"{skipped.id}: {confirmation.action} is rejected: {status}{skipped.why}"
 
 
 def _make_plans(
@@ -319,15 +319,15 @@ def _show_not_done(results: Sequence[PlanResult]) -> None:
     """List the jobs that were not changed, and why."""
     changed = [job for result in results for job in result.changed]
     refused = [job for result in results for job in result.refused]
-    for title, left in (("changed since the plan", changed), ("rejected", refused)):
-        for job in left[:_SHOWN]:
+    for title, jobs in (("changed since the plan", changed), ("rejected", refused)):
+        for job in jobs[:_SHOWN]:
             terminal.say(f"{job.id}: {title}: {_change_of(job)}")
-        if len(left) > _SHOWN:
-            terminal.say(f"… and {len(left) - _SHOWN} more {title} (--json shows all)")
+        if len(jobs) > _SHOWN:
+            terminal.say(f"… and {len(jobs) - _SHOWN} more {title} (--json shows all)")
 
 
 def _change_of(job: ChangedJob) -> str:
-    return f"{job.from_} → {job.now or 'gone'}. {job.why}"
+    return f"{job.from_} → {job.now or 'deleted'}. {job.why}"
 
 
 def _jobs(count: int) -> str:

@@ -177,4 +177,4 @@ def artifact(job_id: str, file: Path, yes: bool, late_result: int | None) -> Non
     terminal.emit(f"{file}: {terminal.size(count)}")
 
 
-VERBS: Final = (export, import_, artifact)
+COMMANDS: Final = (export, import_, artifact)

@@ -82,8 +82,8 @@ def _deliveries_of(name: str, state: DeliveryState | None, limit: int | None, cu
 
     client, found = admin_client(), DeliveryPage([], cursor)
     while True:
-        left = _PAGE if limit is None else min(_PAGE, limit - len(found.deliveries))
-        page = client.deliveries(name, state=state, limit=left, cursor=found.next_cursor)
+        page_size = _PAGE if limit is None else min(_PAGE, limit - len(found.deliveries))
+        page = client.deliveries(name, state=state, limit=page_size, cursor=found.next_cursor)
         found.deliveries += page.deliveries
         found.next_cursor = page.next_cursor
         if page.next_cursor is None or len(found.deliveries) == limit:

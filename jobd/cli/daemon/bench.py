@@ -76,9 +76,12 @@ def _measure(name: str, seconds: float, connections: int, directory: Path | None
 
     with Sandbox('[log]\nlevel = "warning"\n', store_in=directory) as sandbox:
         sandbox.start_daemon()
-        words = [name, f"{sandbox.folder}/worker.sock", str(seconds), str(connections)]
+        arguments = [name, f"{sandbox.folder}/worker.sock", str(seconds), str(connections)]
         load = subprocess.run(
-            [sys.executable, "-m", "jobd.cli.daemon.bench_load", *words], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "jobd.cli.daemon.bench_load", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if load.returncode != 0:
             raise exit_codes.CliError(f"{name}: the load failed: {(load.stderr.splitlines() or ['no output'])[-1]}")

@@ -19,13 +19,13 @@ from jobd.cli.daemon import store
 from jobd.cli.daemon.bench import bench
 from jobd.cli.daemon.monitoring import monitoring
 from jobd.cli.daemon.settings import config_option, flag_options, read
-from jobd.cli.params import SETTINGS, VerbGroup, json_option
+from jobd.cli.params import SETTINGS, CommandGroup, json_option
 
 if TYPE_CHECKING:
     from jobd.config import LoadedConfig
 
 
-@click.group(cls=VerbGroup, context_settings=SETTINGS)
+@click.group(cls=CommandGroup, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="jobd")
 def jobd() -> None:
     """Run the daemon and maintain its files.

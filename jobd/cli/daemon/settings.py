@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from jobd.config import LoadedConfig
 
 
-def config_option(verb: Any) -> Any:
+def config_option(command: Any) -> Any:
     text = "Configuration file.  [env: JOBD_CONFIG; default: /etc/jobd/config.toml]"
-    return click.option("--config", metavar="FILE", help=text)(verb)
+    return click.option("--config", metavar="FILE", help=text)(command)
 
 
 _FLAGS: Final = {
@@ -29,17 +29,17 @@ _FLAGS: Final = {
 }
 
 
-def flag_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+def flag_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the flags that override file and environment. The command gets them as `flags`, by key."""
 
-    @functools.wraps(verb)
+    @functools.wraps(command)
     def with_flags(*args: Any, others: tuple[str, ...], **options: Any) -> Any:
         flags = dict(map(_pair, others))
         for name, (key, _, _) in _FLAGS.items():
             value = options.pop(name.replace("-", "_"))
             if value is not None:
                 flags[key] = value
-        return verb(*args, flags=flags, **options)
+        return command(*args, flags=flags, **options)
 
     text = "Set any other key, such as locks.ttl=5m; may be repeated."
     found = click.option("--set", "others", metavar="KEY=VALUE", multiple=True, help=text)(with_flags)
@@ -55,8 +55,8 @@ def _pair(text: str) -> tuple[str, str]:
     return key, value
 
 
-def store_option(verb: Any) -> Any:
-    return click.option("--store", metavar="PATH", help="Path of the database, instead of the configured one.")(verb)
+def store_option(command: Any) -> Any:
+    return click.option("--store", metavar="PATH", help="Path of the database, instead of the configured one.")(command)
 
 
 def read(config: str | None, flags: Mapping[str, str] | None = None, *, need_token: bool = True) -> LoadedConfig:

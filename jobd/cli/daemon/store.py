@@ -192,7 +192,7 @@ def _repair(
 
 
 def _diagnosis(problems: Sequence[Any], as_json: bool) -> int:
-    """Print problems (`where`, `what`, `mend`) and return the exit code: 0 without problems."""
+    """Print problems and return the exit code: 0 without problems."""
     if as_json:
         terminal.emit_json({"problems": problems})
     elif not problems:

@@ -129,8 +129,8 @@ class CommandWorker:
         With `signals`, SIGTERM and SIGINT stop it. The status is 1 if the program could not be started or, with `once`
         or `drain`, if a job was not completed; else 0. Raises the JobdError that prevents claiming.
         """
-        if (fault := await asyncio.to_thread(_fault, self._command[0])) is not None:
-            self._log(f"cannot run {self._command[0]!r}: {fault}. No job was claimed.")
+        if (error := await asyncio.to_thread(_start_error, self._command[0])) is not None:
+            self._log(f"cannot run {self._command[0]!r}: {error}. No job was claimed.")
             return 1
         client = self._client.twin() if isinstance(self._client, AsyncJobClient) else AsyncJobClient(self._client)
         options = replace(self._options, about=describe_process(self._concurrency))
@@ -164,8 +164,8 @@ class CommandWorker:
         self._stop = functools.partial(service.call, runner.stop)
         with on_signals(self._stop) if signals else contextlib.nullcontext():
             await service.run(work, runner.abandon)
-        if runner.fault is not None:
-            self._log(f"cannot run {self._command[0]!r}: {runner.fault}. Its job was released.")
+        if runner.start_error is not None:
+            self._log(f"cannot run {self._command[0]!r}: {runner.start_error}. Its job was released.")
             return 1
         return int((self._drain or self._once) and (runner.not_completed > 0 or (self._once and not runner.completed)))
 
@@ -229,7 +229,7 @@ class _ProgramExecution:
         return f" Last lines of stderr:\n{self._tail.text}" if self._tail.text else ""
 
 
-def _fault(program: str) -> str | None:
+def _start_error(program: str) -> str | None:
     """Return why `program` cannot be started, as far as this can be checked in advance."""
     if shutil.which(program) is not None:
         return None

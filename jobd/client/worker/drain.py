@@ -46,10 +46,10 @@ async def _count_kind(client: AsyncJobClient, queue: str, kind: str) -> int:
 
 
 def _reasons(left: dict[QueueView, int]) -> Iterator[str]:
-    for due, words in ((False, "not due yet"), (True, "not due yet, or only since the last claim")):
+    for due, reason in ((False, "not due yet"), (True, "not due yet, or only since the last claim")):
         count = sum(left[view] for view in left if not view.paused and (view.oldest_due_at is not None) == due)
         if count:
-            yield f"{_are(count)} {words}"
+            yield f"{_are(count)} {reason}"
     for view in left:
         if view.paused:
             yield f"{_are(left[view])} in queue {view.name}, which is paused {view.pause.describe()}"

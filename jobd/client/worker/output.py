@@ -74,9 +74,9 @@ class Directives:
             raise BadDirective(f"expected one of {', '.join(RESULT_FIELDS)}")
         if not 1 <= len(value) <= TEXT_CHARACTERS or "\x00" in value:
             raise BadDirective(f"{name} needs 1 to {TEXT_CHARACTERS} characters, none of them NUL")
-        fault = storage_key_error(value) if name == "storage_key" else None
-        if fault is not None:
-            raise BadDirective(f"storage_key {fault}")
+        error = storage_key_error(value) if name == "storage_key" else None
+        if error is not None:
+            raise BadDirective(f"storage_key {error}")
         self.result_fields[name] = value
 
 

@@ -96,7 +96,7 @@ class WorkerRunner:
         self._give_up = asyncio.Event()  # do not wait for executions or an unreachable daemon any longer
         self.completed = 0
         self.not_completed = 0
-        self.fault: str | None = None  # why no execution can begin
+        self.start_error: str | None = None  # why no execution can begin
 
     def stop(self) -> None:
         """Stop like on SIGTERM. Further calls shorten the waits, as described above."""
@@ -119,7 +119,7 @@ class WorkerRunner:
     @property
     def was_stopped(self) -> bool:
         """Whether it ended for a reason other than that no job was left."""
-        return self._stopping.is_set() or self.fault is not None
+        return self._stopping.is_set() or self.start_error is not None
 
     async def run(self) -> None:
         """Work until stopped, or until no job is left (`once`, `drain`).
@@ -160,7 +160,7 @@ class WorkerRunner:
         try:
             execution = await self._begin(keeper)
         except OSError as error:
-            self.fault = str(error)
+            self.start_error = str(error)
             self._claimer.stop()  # the next job would fail in the same way
             await keeper.release(self._give_up)
             return False
