@@ -57,9 +57,9 @@ class SweeperHarness:
 
 @asynccontextmanager
 async def sweeping(
-    disk: MemoryStorage | None = None, store: MemoryArtifacts | None = None
+    storage: MemoryStorage | None = None, store: MemoryArtifacts | None = None
 ) -> AsyncIterator[SweeperHarness]:
-    async with VirtualEngine(disk, policy=Policy(artifacts=True)) as engine:
+    async with VirtualEngine(storage, policy=Policy(artifacts=True)) as engine:
         store = store or MemoryArtifacts(lambda: engine.now)
         sweeper = ArtifactSweeper(engine.disk, store, engine.clock, SweepStats(waiting=len(engine.disk.tombstones)))
         engine.disk.on_tombstones = sweeper.expect
@@ -127,8 +127,8 @@ class FullQuarantineStorage(MemoryStorage):
 
 @in_virtual_time
 async def test_damaged_tombstones_that_cannot_be_quarantined_degrade_health() -> None:
-    disk = FullQuarantineStorage()
-    async with sweeping(disk) as at:
+    storage = FullQuarantineStorage()
+    async with sweeping(storage) as at:
         at.sweeps.waiting = 2
         await at.done("a", "k")
         await at.delete("a")
@@ -139,7 +139,7 @@ async def test_damaged_tombstones_that_cannot_be_quarantined_degrade_health() ->
         assert complaint is not None
         assert "Artifacts of deleted jobs cannot be deleted" in complaint
         assert "2 damaged tombstones cannot be quarantined; run: jobd doctor" in complaint
-        disk.crowd = 0
+        storage.crowd = 0
         await seconds(POLL_S)
         assert at.sweeper.degraded_reason() is None
 
@@ -162,11 +162,11 @@ async def test_an_artifact_stays_until_the_last_job_that_names_it_is_deleted() -
 
 @in_virtual_time
 async def test_an_artifact_named_by_a_quarantined_job_stays() -> None:
-    disk = MemoryStorage()
-    disk.put(row(1, "b", "completed", result=Result(storage_key="shared"), finished_at=WALL, progress=100))
-    async with sweeping(disk) as at:
+    storage = MemoryStorage()
+    storage.put(row(1, "b", "completed", result=Result(storage_key="shared"), finished_at=WALL, progress=100))
+    async with sweeping(storage) as at:
         await at.done("a", "shared")
-        await disk.quarantine(disk.jobs[1], "damaged")
+        await storage.quarantine(storage.jobs[1], "damaged")
         await at.delete("a")
         await until(lambda: at.sweeps.left == 1)
         assert "shared" in at.store.objects
@@ -420,8 +420,8 @@ async def test_a_store_that_hangs_times_out() -> None:
 
 @in_virtual_time
 async def test_the_delay_of_the_oldest_tombstone_is_reported() -> None:
-    disk = MemoryStorage()
-    async with sweeping(disk) as at:
+    storage = MemoryStorage()
+    async with sweeping(storage) as at:
         for number in range(3 * SLICE):
             await at.done(f"job-{number}", f"k/{number}")
         at.store.gate.clear()
@@ -497,19 +497,19 @@ async def test_a_clock_step_back_postpones_nothing_forever() -> None:
 
 @in_virtual_time
 async def test_a_restart_continues_the_deletions() -> None:
-    disk, store = MemoryStorage(), MemoryArtifacts(lambda: 0)
-    async with sweeping(disk, store) as at:
+    storage, store = MemoryStorage(), MemoryArtifacts(lambda: 0)
+    async with sweeping(storage, store) as at:
         await at.done("a", "k")
         store.objects["k"] = at.engine.now - DAY_MS
         store.broken = ArtifactStoreError("down")
         await at.delete("a")
         await until(lambda: at.sweeps.failures == 1)
-    (tombstone,) = disk.tombstones.values()
+    (tombstone,) = storage.tombstones.values()
     assert (tombstone.job_id, tombstone.key, tombstone.tries) == ("a", "k", 1)
     store.broken = None
-    async with sweeping(disk, store) as at:
+    async with sweeping(storage, store) as at:
         assert at.sweeps.waiting == 1
-        await until(lambda: not disk.tombstones)
+        await until(lambda: not storage.tombstones)
         assert not store.objects
         assert at.sweeps.waiting == 0
 

@@ -440,12 +440,12 @@ async def test_undeletable_expired_rows_end_the_step_with_an_error() -> None:
 
 @in_virtual_time
 async def test_a_damaged_expired_row_is_quarantined_and_the_run_continues() -> None:
-    disk = MemoryStorage()
+    storage = MemoryStorage()
     for seq, name in enumerate(("a", "b"), 1):
-        disk.put(row(seq, name, "completed", progress=100, finished_at=WALL, expires_at=WALL))
-    async with VirtualEngine(disk) as engine:
+        storage.put(row(seq, name, "completed", progress=100, finished_at=WALL, expires_at=WALL))
+    async with VirtualEngine(storage) as engine:
         await engine.yes(Get(id="a"))  # loads it into memory
-        disk.bad_jobs["a"] = "its checksum is wrong"
+        storage.bad_jobs["a"] = "its checksum is wrong"
         engine.keep()
         await until(lambda: engine.cleaner.totals.runs == 1)
         assert stored_reports(engine)[0].errors == []
@@ -456,13 +456,13 @@ async def test_a_damaged_expired_row_is_quarantined_and_the_run_continues() -> N
 
 @in_virtual_time
 async def test_a_run_repairs_imported_and_hand_edited_rows() -> None:
-    disk = MemoryStorage()
-    disk.put(row(1, "over", progress=120))
-    disk.put(row(2, "silent", "failed", finished_at=WALL))
-    disk.put(row(3, "fine"))
-    disk.put(row(4, "nobody", "processing", started_at=WALL))
-    disk.put(row(5, "odd", "completed", progress=50, finished_at=WALL - 1, started_at=WALL))
-    async with VirtualEngine(disk, schedule=replace(PASSES, batch=2)) as engine:
+    storage = MemoryStorage()
+    storage.put(row(1, "over", progress=120))
+    storage.put(row(2, "silent", "failed", finished_at=WALL))
+    storage.put(row(3, "fine"))
+    storage.put(row(4, "nobody", "processing", started_at=WALL))
+    storage.put(row(5, "odd", "completed", progress=50, finished_at=WALL - 1, started_at=WALL))
+    async with VirtualEngine(storage, schedule=replace(PASSES, batch=2)) as engine:
         assert len(engine.book.suspects) == 5
         engine.keep()
         await until(lambda: engine.cleaner.totals.runs == 1)
@@ -471,8 +471,8 @@ async def test_a_run_repairs_imported_and_hand_edited_rows() -> None:
         assert report.validation_issues_found == report.validation_issues_fixed == 5
         assert engine.cleaner.totals.issues == Counter(error=4, critical=1)
         assert not engine.book.suspects
-        assert not disk.suspects
-        over, silent, nobody, odd = (disk.job(name) for name in ("over", "silent", "nobody", "odd"))
+        assert not storage.suspects
+        over, silent, nobody, odd = (storage.job(name) for name in ("over", "silent", "nobody", "odd"))
         assert over is not None
         assert over.progress == 0
         assert silent is not None
@@ -488,17 +488,17 @@ async def test_a_run_repairs_imported_and_hand_edited_rows() -> None:
 @in_virtual_time
 async def test_issues_without_a_safe_fix_are_reported_by_every_run() -> None:
     policy = Policy(require_download_url=True)
-    disk = MemoryStorage()
-    disk.put(row(1, "bare", "completed", progress=100, finished_at=WALL))
+    storage = MemoryStorage()
+    storage.put(row(1, "bare", "completed", progress=100, finished_at=WALL))
     live = row(2, "nameless")
-    disk.put(replace(live, options=replace(live.options, queue="")))
-    async with VirtualEngine(disk, policy=policy) as engine:
+    storage.put(replace(live, options=replace(live.options, queue="")))
+    async with VirtualEngine(storage, policy=policy) as engine:
         engine.keep()
         first = await engine.cleaner.run_cleanup(forced=True)
         assert (first.validation_issues_found, first.validation_issues_fixed) == (2, 0)
         second = await engine.cleaner.run_cleanup(forced=True)
         assert (second.validation_issues_found, second.validation_issues_fixed) == (2, 0)
-        assert disk.job("nameless") is not None
+        assert storage.job("nameless") is not None
 
 
 @in_virtual_time
@@ -536,32 +536,32 @@ def entry(at: int) -> AuditEntry:
 
 @in_virtual_time
 async def test_old_audit_entries_are_deleted_and_the_newest_stays() -> None:
-    disk = MemoryStorage()
+    storage = MemoryStorage()
     schedule = CleanupSchedule(audit_ms=10 * SECOND_MS, batch=2)
-    async with VirtualEngine(disk, schedule=schedule) as engine:
-        disk.audited = {seq: entry(engine.now) for seq in range(1, 6)}
-        disk.audited[6] = entry(engine.now + 5 * SECOND_MS)
+    async with VirtualEngine(storage, schedule=schedule) as engine:
+        storage.audited = {seq: entry(engine.now) for seq in range(1, 6)}
+        storage.audited[6] = entry(engine.now + 5 * SECOND_MS)
         await seconds(12)
         engine.keep()
         await engine.cleaner.run_cleanup(forced=True)
-        assert list(disk.audited) == [6]
+        assert list(storage.audited) == [6]
         await seconds(60)
         await engine.cleaner.run_cleanup(forced=True)
-        assert list(disk.audited) == [6]
+        assert list(storage.audited) == [6]
 
 
 @in_virtual_time
 async def test_no_audit_entry_is_old_while_the_clock_is_suspect() -> None:
-    disk = MemoryStorage()
-    async with VirtualEngine(disk) as engine:
-        disk.audited = {1: entry(1), 2: entry(engine.now)}
+    storage = MemoryStorage()
+    async with VirtualEngine(storage) as engine:
+        storage.audited = {1: entry(1), 2: entry(engine.now)}
         engine.step_ms = 2 * DAY_MS
         engine.keep()
         await engine.cleaner.run_cleanup(forced=True)
-        assert list(disk.audited) == [1, 2]
+        assert list(storage.audited) == [1, 2]
         engine.step_ms = 0
         await engine.cleaner.run_cleanup(forced=True)
-        assert list(disk.audited) == [2]
+        assert list(storage.audited) == [2]
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------
@@ -579,28 +579,28 @@ async def test_no_audit_entry_is_old_while_the_clock_is_suspect() -> None:
 def test_a_failed_step_is_reported_and_the_others_run(method: str, error: str) -> None:
     @in_virtual_time
     async def test() -> None:
-        disk = MemoryStorage()
-        disk.put(row(1, "over", progress=120))
-        async with VirtualEngine(disk) as engine:
+        storage = MemoryStorage()
+        storage.put(row(1, "over", progress=120))
+        async with VirtualEngine(storage) as engine:
             await engine.yes(Create(id="old", expires_at=engine.now + 1))
             await seconds(1)
-            disk.errors[method] = OSError("broken")
+            storage.errors[method] = OSError("broken")
             engine.keep()
             report = await engine.cleaner.run_cleanup(forced=True)
             assert report.errors == [error]
             assert report.validation_issues_fixed == 1
             assert engine.cleaner.totals.found["expired"] == 1
             assert len(stored_reports(engine)) == 1
-            disk.errors.clear()
+            storage.errors.clear()
 
     test()
 
 
 @in_virtual_time
 async def test_writes_rejected_by_a_full_disk_are_reported_and_counted_next_time() -> None:
-    disk = MemoryStorage()
-    disk.put(row(1, "over", progress=120))
-    async with VirtualEngine(disk) as engine:
+    storage = MemoryStorage()
+    storage.put(row(1, "over", progress=120))
+    async with VirtualEngine(storage) as engine:
         await finished(engine, "old", expires_at=engine.now + 1)
         await seconds(1)
         engine.actor.full_disk.closed = Closed.ALL_BUT_ENDINGS
@@ -670,48 +670,48 @@ async def test_health_is_degraded_after_three_intervals_without_success() -> Non
 
 @in_virtual_time
 async def test_the_last_report_and_the_statistics_survive_a_restart() -> None:
-    disk = MemoryStorage()
-    async with VirtualEngine(disk) as engine:
+    storage = MemoryStorage()
+    async with VirtualEngine(storage) as engine:
         engine.keep()
         await engine.held("a")
         await seconds(61)
         await engine.cleaner.recover_stuck()
         await engine.cleaner.run_cleanup(forced=True)
         report = engine.cleaner.last_report
-    disk.gate.clear()
-    async with VirtualEngine(disk) as engine:
+    storage.gate.clear()
+    async with VirtualEngine(storage) as engine:
         assert engine.book.figures.recovered_last_day(engine.now) == 1
         await seconds(5)
         engine.keep()
-        await disk.at_gate.wait()
+        await storage.at_gate.wait()
         state = engine.cleaner.state()
         assert state.last_report == report
         assert 5000 <= (state.time_since_last_cleanup or 0) < 6000
         assert await engine.cleaner.reports(10) == stored_reports(engine)[::-1]
-        disk.gate.set()
+        storage.gate.set()
 
 
 @in_virtual_time
 async def test_counts_since_the_last_report_survive_a_restart() -> None:
-    disk = MemoryStorage()
-    async with VirtualEngine(disk) as engine:
+    storage = MemoryStorage()
+    async with VirtualEngine(storage) as engine:
         engine.keep()
         await engine.held("a")
         await seconds(61)
         await engine.cleaner.recover_stuck()
-    async with VirtualEngine(disk) as engine:
+    async with VirtualEngine(storage) as engine:
         engine.keep()
         assert (await engine.cleaner.run_cleanup(forced=True)).stuck_jobs_recovered == 1
 
 
 @in_virtual_time
 async def test_unreadable_reports_are_omitted() -> None:
-    disk = MemoryStorage()
-    async with VirtualEngine(disk) as engine:
+    storage = MemoryStorage()
+    async with VirtualEngine(storage) as engine:
         engine.keep()
         report = await engine.cleaner.run_cleanup(forced=True)
-    disk.kept_reports.append(b"{}")
-    async with VirtualEngine(disk) as engine:
+    storage.kept_reports.append(b"{}")
+    async with VirtualEngine(storage) as engine:
         assert await engine.cleaner.reports(10) == [report]
         assert await engine.cleaner.reports(1) == []
 
@@ -842,8 +842,8 @@ async def test_operators_see_the_same_state() -> None:
 
 @in_virtual_time
 async def test_failed_runs_do_not_reset_the_time_since_the_last_success() -> None:
-    disk = MemoryStorage()
-    async with VirtualEngine(disk) as engine:
+    storage = MemoryStorage()
+    async with VirtualEngine(storage) as engine:
         engine.keep()
         first = await engine.cleaner.run_cleanup(forced=True)
         await seconds(10)
@@ -857,16 +857,16 @@ async def test_failed_runs_do_not_reset_the_time_since_the_last_success() -> Non
         assert (state.time_since_last_cleanup or 0) >= 110_000
         assert engine.cleaner.last_success == first
         assert await engine.cleaner.run_cleanup(forced=False) is failed, "there is no run within min_interval"
-    async with VirtualEngine(disk) as engine:
+    async with VirtualEngine(storage) as engine:
         assert engine.cleaner.state().last_failure is None
-        disk.gate.clear()
+        storage.gate.clear()
         engine.keep()
-        await disk.at_gate.wait()
+        await storage.at_gate.wait()
         state = engine.cleaner.state()
         assert (state.failed_since_last_success, engine.cleaner.last_success) == (2, first), "it is read at the start"
         assert (state.time_since_last_cleanup or 0) >= 110_000
-        del disk.errors["expired"]
-        disk.gate.set()
+        del storage.errors["expired"]
+        storage.gate.set()
         await engine.cleaner.run_cleanup(forced=True)  # the running one had failed already
         await engine.cleaner.run_cleanup(forced=True)
         state = engine.cleaner.state()

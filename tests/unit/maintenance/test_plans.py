@@ -358,10 +358,10 @@ async def test_a_late_result_during_planning_is_counted_or_changes_its_job() -> 
 
 @in_virtual_time
 async def test_a_plan_of_named_jobs_reports_missing_ones() -> None:
-    disk = MemoryStorage()
-    disk.put(row(1, "bad"))
-    disk.bad_jobs = {"bad": "its checksum is wrong"}
-    async with VirtualEngine(disk) as engine:
+    storage = MemoryStorage()
+    storage.put(row(1, "bad"))
+    storage.bad_jobs = {"bad": "its checksum is wrong"}
+    async with VirtualEngine(storage) as engine:
         planner = Planner(engine.actor, engine.clock)
         await failed(engine, "a")
         await engine.yes(Create(id="live"))
@@ -450,8 +450,8 @@ async def test_on_a_full_disk_a_plan_stops_and_later_continues() -> None:
         engine.disk.fits = lambda batch: len(engine.disk.batches) < 2 * (plans.SLICE + 5) + 1
         refusal = await planner.apply("p", EVE)
         assert isinstance(refusal, ApiError)
-        disk = {"path": "/disk/jobd.db", "free_bytes": 8 << 30, "total_bytes": 16 << 30}
-        assert (refusal.code, refusal.details) == ("storage_full", {**disk, "applied": plans.SLICE, "left": 5})
+        storage = {"path": "/disk/jobd.db", "free_bytes": 8 << 30, "total_bytes": 16 << 30}
+        assert (refusal.code, refusal.details) == ("storage_full", {**storage, "applied": plans.SLICE, "left": 5})
         engine.disk.write_errors.clear()
         engine.disk.free()
         await asyncio.sleep(2)
@@ -766,9 +766,9 @@ def test_a_preview_reports_that_it_is_incomplete() -> None:
 
 @in_virtual_time
 async def test_a_preview_of_a_cleanup_run_matches_the_run() -> None:
-    disk = MemoryStorage()
-    disk.put(row(1, "over", progress=120))
-    async with VirtualEngine(disk) as engine:
+    storage = MemoryStorage()
+    storage.put(row(1, "over", progress=120))
+    async with VirtualEngine(storage) as engine:
         await engine.held("stuck", lock_ttl_ms=SECOND_MS)
         await engine.yes(Create(id="late", expires_at=engine.now + SECOND_MS))
         await engine.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
@@ -789,9 +789,9 @@ async def test_a_preview_of_a_cleanup_run_matches_the_run() -> None:
 
 @in_virtual_time
 async def test_the_scan_for_issues_is_limited() -> None:
-    disk = MemoryStorage()
+    storage = MemoryStorage()
     for number in range(1, 31):
-        disk.put(row(number, f"over-{number}", progress=120))
+        storage.put(row(number, f"over-{number}", progress=120))
 
     async def found(engine: VirtualEngine, scan_s: float) -> tuple[int, bool]:
         view = await engine.cleaner.preview(scan_s)
@@ -801,7 +801,7 @@ async def test_the_scan_for_issues_is_limited() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preview, "SCAN", 10)
-        async with VirtualEngine(disk) as engine:
+        async with VirtualEngine(storage) as engine:
             assert await found(engine, 60) == (30, False)
             assert await found(engine, 1e-9) == (10, True), "one slice takes longer"
             assert await found(engine, 0) == (0, True)
@@ -814,10 +814,10 @@ async def test_the_scan_for_issues_is_limited() -> None:
 @in_virtual_time
 async def test_a_preview_lists_expired_jobs_even_if_few_are_read_at_a_time() -> None:
     """Jobs with large results."""
-    disk = MemoryStorage()
+    storage = MemoryStorage()
 
     async def one(now: int, limit: int, skip: int = 0) -> list[str]:
-        return (await MemoryStorage.expired_jobs(disk, now, limit, skip))[:1]
+        return (await MemoryStorage.expired_jobs(storage, now, limit, skip))[:1]
 
     async def seen(engine: VirtualEngine, scan_s: float = 60) -> tuple[int, bool, bool]:
         view = await engine.cleaner.preview(scan_s)
@@ -825,12 +825,12 @@ async def test_a_preview_lists_expired_jobs_even_if_few_are_read_at_a_time() -> 
         assert not (view.deleted_jobs and view.held_jobs)
         return len(view.deleted_jobs or view.held_jobs), view.more, view.more_held
 
-    async with VirtualEngine(disk) as engine:
+    async with VirtualEngine(storage) as engine:
         for number in range(1, 7):
             await engine.yes(Import(id=f"old-{number}", status="failed", error_message="x", expires_at=WALL + number))
         await asyncio.sleep(60)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(disk, "expired_jobs", one)
+            patch.setattr(storage, "expired_jobs", one)
             patch.setattr(preview, "MAX_SHOWN", 6)
             assert await seen(engine) == (6, False, False)
             patch.setattr(preview, "MAX_SHOWN", 5)

@@ -153,10 +153,10 @@ async def test_average_processing_is_in_seconds() -> None:
 
 @in_virtual_time
 async def test_pass_issues_fires_until_a_run_finds_few_issues() -> None:
-    disk = MemoryStorage()
+    storage = MemoryStorage()
     for number in range(11):
-        disk.put(row(number + 1, progress=120))
-    async with VirtualEngine(disk) as engine:
+        storage.put(row(number + 1, progress=120))
+    async with VirtualEngine(storage) as engine:
         alerts = alerts_of(engine)
         assert firing(alerts) == []
         engine.keep()
@@ -256,8 +256,8 @@ async def test_only_completed_jobs_count_for_durations() -> None:
         assert firing(alerts) == ["slower_than_usual"]
         engine.keep()
         await engine.cleaner.run_cleanup(forced=True)
-        disk = engine.disk
-    async with VirtualEngine(disk) as after_a_restart:
+        storage = engine.disk
+    async with VirtualEngine(storage) as after_a_restart:
         assert one(alerts_of(after_a_restart), "slower_than_usual").value >= 3.5
 
 

@@ -162,11 +162,11 @@ async def test_a_full_disk_is_unhealthy_and_says_what_to_do() -> None:
 
 @in_virtual_time
 async def test_a_missing_reserve_file_is_degraded_until_it_is_rebuilt() -> None:
-    disk = MemoryStorage()
-    disk.has_reserve = False
-    disk.errors["build_reserve"] = DiskFull("no room for 16 MiB")
-    disk.disk_space = DiskSpace("/disk/jobd.db", 2 << 20, 20 << 20)
-    async with VirtualEngine(disk) as engine:
+    storage = MemoryStorage()
+    storage.has_reserve = False
+    storage.errors["build_reserve"] = DiskFull("no room for 16 MiB")
+    storage.disk_space = DiskSpace("/disk/jobd.db", 2 << 20, 20 << 20)
+    async with VirtualEngine(storage) as engine:
         health = health_of(engine, ["2 jobs have vanished"])
         view = await health.view()
         assert view.status == view.database.status == "degraded"
@@ -176,9 +176,9 @@ async def test_a_missing_reserve_file_is_degraded_until_it_is_rebuilt() -> None:
             "Free some space."
         )
         await engine.yes(Create(id="a"))  # it is not rejected
-        disk.disk_space = None
+        storage.disk_space = None
         assert "The reserve file is missing. On a full" in (await measured(engine)).database.message
-        del disk.errors["build_reserve"]
+        del storage.errors["build_reserve"]
         await seconds(1.1)
         assert (await measured(engine)).status == "healthy"
         assert "reserve" not in (await health.view()).database.message
@@ -204,20 +204,20 @@ async def test_the_free_space_is_at_most_a_second_old() -> None:
 
 @in_virtual_time
 async def test_a_hanging_disk_leaves_the_last_free_space() -> None:
-    disk = BlockableStorage()
-    async with VirtualEngine(disk) as engine:
+    storage = BlockableStorage()
+    async with VirtualEngine(storage) as engine:
         health = health_of(engine)
         known = await health.space()
         assert known is not None
-        disk.answers.clear()
+        storage.answers.clear()
         await seconds(SPACE_MAX_AGE_S)
         began = asyncio.get_running_loop().time()
         found = await asyncio.gather(*(health.space() for _ in range(3)))
         assert found == [known] * 3
         assert asyncio.get_running_loop().time() - began < 2 * TIMEOUT_S
         assert await health.space() == known
-        assert disk.calls["space"] == 2  # measured once meanwhile
-        disk.answers.set()
+        assert storage.calls["space"] == 2  # measured once meanwhile
+        storage.answers.set()
         await health.close()
 
 
@@ -246,10 +246,10 @@ def test_the_message_names_the_writes_that_a_full_disk_rejects(closed: Closed, e
 
 @in_virtual_time
 async def test_a_hanging_disk_is_unhealthy_and_not_probed_again() -> None:
-    disk = BlockableStorage()
-    async with VirtualEngine(disk) as engine:
+    storage = BlockableStorage()
+    async with VirtualEngine(storage) as engine:
         health = health_of(engine)
-        disk.answers.clear()
+        storage.answers.clear()
         began = asyncio.get_running_loop().time()
         view = await health.view()
         assert asyncio.get_running_loop().time() - began < 3 * TIMEOUT_S
@@ -257,33 +257,33 @@ async def test_a_hanging_disk_is_unhealthy_and_not_probed_again() -> None:
         assert view.cache.status == "degraded"
         await seconds(MAX_AGE_S)
         assert (await health.view()).database.status == "unhealthy"
-        assert disk.calls["probe"] == 1
-        disk.answers.set()
+        assert storage.calls["probe"] == 1
+        storage.answers.set()
         await seconds(MAX_AGE_S)
         assert (await health.view()).status == "healthy"
 
 
 @in_virtual_time
 async def test_close_waits_for_pending_requests() -> None:
-    disk = BlockableStorage()
-    async with VirtualEngine(disk) as engine:
+    storage = BlockableStorage()
+    async with VirtualEngine(storage) as engine:
         health = health_of(engine)
-        disk.answers.clear()
+        storage.answers.clear()
         await health.view()
         closing = asyncio.create_task(health.close())
         await seconds(60)
         assert not closing.done()
-        disk.answers.set()
+        storage.answers.set()
         await closing
 
 
 @in_virtual_time
 async def test_damage_is_named_with_its_repair() -> None:
-    disk = MemoryStorage()
+    storage = MemoryStorage()
     for number in range(7):
-        disk.put(row(number + 1, f"job-{number}"))
-        disk.bad_jobs[f"job-{number}"] = "its checksum is wrong"
-    async with VirtualEngine(disk) as engine:
+        storage.put(row(number + 1, f"job-{number}"))
+        storage.bad_jobs[f"job-{number}"] = "its checksum is wrong"
+    async with VirtualEngine(storage) as engine:
         later = [["keys k: the row was quarantined"], ["keys k: the row was quarantined"]]
         health = health_of(engine, ["2 jobs have vanished"], lambda: later.pop() if later else [])
         for _ in range(3):
@@ -375,19 +375,19 @@ async def test_a_row_missing_on_the_disk_is_detected() -> None:
 
 @in_virtual_time
 async def test_a_comparison_during_a_write_is_repeated() -> None:
-    disk = StaleOnce()
-    async with VirtualEngine(disk) as engine:
+    storage = StaleOnce()
+    async with VirtualEngine(storage) as engine:
         await engine.held("a")
-        disk.stale = row(1, "a", progress=9)
+        storage.stale = row(1, "a", progress=9)
         assert (await measured(engine)).status == "healthy"
-        assert disk.stale is None
+        assert storage.stale is None
 
 
 @in_virtual_time
 async def test_concurrent_work_never_looks_like_damage() -> None:
     """Commits, rejected commits and errors while health is measured."""
-    disk = MemoryStorage()
-    async with VirtualEngine(disk) as engine:
+    storage = MemoryStorage()
+    async with VirtualEngine(storage) as engine:
         locks = {f"job-{number}": await engine.held(f"job-{number}") for number in range(8)}
         stop = asyncio.Event()
 
@@ -396,7 +396,7 @@ async def test_concurrent_work_never_looks_like_damage() -> None:
                 if stop.is_set():
                     return
                 if turn % 5 == 0:
-                    disk.write_errors.append(DiskFull("now and then"))
+                    storage.write_errors.append(DiskFull("now and then"))
                 await engine.actor.ask(Progress(id=job_id, lock_id=locks[job_id], progress=turn % 100))
                 await engine.actor.ask(Create(id=f"{job_id}-{turn}"))
 
@@ -405,7 +405,7 @@ async def test_concurrent_work_never_looks_like_damage() -> None:
             view = await measured(engine)
             assert view.cache.status == "healthy", view.cache
         stop.set()
-        disk.write_errors.clear()
+        storage.write_errors.clear()
         await asyncio.gather(*working)
 
 

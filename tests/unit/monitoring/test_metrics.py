@@ -161,12 +161,12 @@ async def real(path: Path) -> AsyncIterator[RealStoreParts]:
     store, opened = await Store.open(str(path))
     async with store:
         clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms)
-        book = Book.opened(opened)
+        state = Book.opened(opened)
         policy = Policy(keep_completed_ms=1)
-        actor = Actor(store, book, Keys(opened.keys, 1000), clock, policy, random=os.urandom)
+        actor = Actor(store, state, Keys(opened.keys, 1000), clock, policy, random=os.urandom)
         cleaner = Maintainer(actor, clock, CleanupSchedule(batch=2))
         health = Health(actor, clock, cleaner, take_faults=store.take_faults)
-        alerts = Alerts(book, clock, health, cleaner)
+        alerts = Alerts(state, clock, health, cleaner)
         metrics = Metrics(actor, cleaner, alerts, clock, SweepStats(), str(path), [], EventFeed(store, 0, 1))
         running = [asyncio.create_task(run()) for run in (actor.run, cleaner.run, alerts.run, metrics.run)]
         yield RealStoreParts(store, actor, cleaner, metrics)
@@ -223,9 +223,9 @@ async def test_job_lifecycles_on_a_real_store_are_counted(tmp_path: Path) -> Non
         assert value(body, "jobd_cleanup_passes_total") == daemon.cleaner.totals.runs >= 1
         assert value(body, "jobd_commit_seconds_count") == value(body, "jobd_batch_commands_count") >= 10
         assert value(body, "jobd_database_bytes") > 0
-        disk = shutil.disk_usage(tmp_path)
-        assert value(body, "jobd_disk_free_bytes") == pytest.approx(disk.free, abs=1 << 28)
-        assert value(body, "jobd_disk_total_bytes") == disk.total
+        storage = shutil.disk_usage(tmp_path)
+        assert value(body, "jobd_disk_free_bytes") == pytest.approx(storage.free, abs=1 << 28)
+        assert value(body, "jobd_disk_total_bytes") == storage.total
         assert value(body, "jobd_wal_bytes") == (tmp_path / "jobd.db-wal").stat().st_size
         vitals = await daemon.metrics.vitals()
         assert (vitals.commit_p99_s or 0) > 0
@@ -377,11 +377,11 @@ async def test_the_write_limit_of_a_full_disk() -> None:
 
 @in_virtual_time
 async def test_validation_issues_by_type_and_alerts() -> None:
-    disk = MemoryStorage()
+    storage = MemoryStorage()
     for number in range(11):
-        disk.put(row(number + 1, progress=120))
-    disk.put(row(20, "nobody", "processing"))
-    async with VirtualEngine(disk) as engine:
+        storage.put(row(number + 1, progress=120))
+    storage.put(row(20, "nobody", "processing"))
+    async with VirtualEngine(storage) as engine:
         assert not read(shown(engine))["jobd_cleanup_last_timestamp_seconds"].samples
         engine.keep()
         await engine.cleaner.run_cleanup(forced=True)
@@ -411,10 +411,10 @@ async def test_queue_labels_are_limited_and_the_rest_is_summed() -> None:
 
 @pytest.mark.parametrize("count", [0, QUEUES_SHOWN, QUEUES_SHOWN + 1])
 def test_capped_at_its_boundary(count: int) -> None:
-    book = Book()
+    state = Book()
     for number in range(count):
-        book.swap(None, Job(number, f"job-{number}", Options(f"q-{number}"), "queued", 1, 1, 1))
-    shown_queues = capped(book)
+        state.swap(None, Job(number, f"job-{number}", Options(f"q-{number}"), "queued", 1, 1, 1))
+    shown_queues = capped(state)
     assert len(shown_queues) == min(count, QUEUES_SHOWN + 1)
     assert sum(counts["queued"] for _, counts in shown_queues) == count
     assert (shown_queues[-1][0] == OTHER_QUEUES) == (count > QUEUES_SHOWN) if shown_queues else True

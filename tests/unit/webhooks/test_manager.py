@@ -121,13 +121,13 @@ async def test_every_endpoint_gets_the_events_it_subscribed_to(path: Path) -> No
 async def test_unwanted_events_are_skipped_without_reading_the_disk(path: Path) -> None:
     only_ends = endpoint(events=frozenset({"job.failed"}))
     async with running_webhooks(path, only_ends, wrap=CountingStore) as at:
-        disk: Any = at.context.storage
-        await wait_until(lambda: disk.calls["journal"] == 1)
+        storage: Any = at.context.storage
+        await wait_until(lambda: storage.calls["journal"] == 1)
         await asyncio.sleep(0.1)
         for number in range(20):
             await at.commit(at.maker.create(f"job-{number}"))
         assert at.webhooks.views()[0].position == at.maker.numbers.next_event - 1
-        assert (disk.calls["journal"], disk.calls["plan_deliveries"]) == (1, 0)
+        assert (storage.calls["journal"], storage.calls["plan_deliveries"]) == (1, 0)
 
 
 async def test_a_cursor_that_only_skipped_events_is_saved(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,13 +147,13 @@ async def test_a_cursor_that_only_skipped_events_is_saved(path: Path, monkeypatc
 
 async def test_an_idle_webhook_does_no_work(path: Path) -> None:
     async with running_webhooks(path, wrap=CountingStore) as at:
-        disk: Any = at.context.storage
+        storage: Any = at.context.storage
         await at.commit(*a_life(at.maker, "a"))
         await wait_until(lambda: at.webhooks.views()[0].delivered == 3)
         await asyncio.sleep(0.2)
-        calls = dict(disk.calls)
+        calls = dict(storage.calls)
         await asyncio.sleep(0.5)
-        assert disk.calls == calls
+        assert storage.calls == calls
 
 
 async def test_without_webhooks_nothing_subscribes(path: Path) -> None:
@@ -404,8 +404,8 @@ async def test_a_new_endpoint_gets_no_earlier_events(path: Path) -> None:
 
 async def test_a_delivery_whose_result_was_not_stored_is_repeated(path: Path) -> None:
     async with running_webhooks(path, wrap=CountingStore) as at:
-        disk: Any = at.context.storage
-        disk.faults["settle_deliveries"] = RuntimeError("crash")
+        storage: Any = at.context.storage
+        storage.faults["settle_deliveries"] = RuntimeError("crash")
         await at.commit(*a_life(at.maker, "a"))
         await wait_until(lambda: at.posts.types() == ["job.created"])
         await asyncio.sleep(0.1)
@@ -420,16 +420,16 @@ async def test_on_a_full_disk_nothing_is_sent_without_the_outbox_and_nothing_is_
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     async with running_webhooks(path, wrap=CountingStore) as at:
-        disk: Any = at.context.storage
-        disk.faults["settle_deliveries"] = DiskFull("no room")
+        storage: Any = at.context.storage
+        storage.faults["settle_deliveries"] = DiskFull("no room")
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(30)))
         await wait_until(lambda: len(at.posts.delivered) >= dispatcher.PARALLEL)
-        disk.faults["plan_deliveries"] = DiskFull("no room")
+        storage.faults["plan_deliveries"] = DiskFull("no room")
         await at.commit(*a_life(at.maker, "late"))
         await asyncio.sleep(0.2)
         sent = len(at.posts.delivered)
         assert sent <= 2 * dispatcher.PARALLEL
-        disk.faults.clear()
+        storage.faults.clear()
         await wait_until(lambda: at.webhooks.views()[0].delivered == 33)
         assert len(at.posts.delivered) == 33  # none of them twice
 
@@ -437,11 +437,11 @@ async def test_on_a_full_disk_nothing_is_sent_without_the_outbox_and_nothing_is_
 async def test_webhooks_do_not_use_the_reserve_of_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     async with running_webhooks(path, wrap=CountingStore) as at:
-        disk: Any = at.context.storage
+        storage: Any = at.context.storage
         at.may_write = False
         await at.commit(*a_life(at.maker, "a"))
         await asyncio.sleep(0.2)
-        assert disk.calls["plan_deliveries"] == disk.calls["settle_deliveries"] == 0
+        assert storage.calls["plan_deliveries"] == storage.calls["settle_deliveries"] == 0
         assert at.webhooks.views()[0].lag == 4
         with pytest.raises(DiskFull):
             await at.webhooks.test("e")
@@ -471,17 +471,17 @@ async def test_a_dispatcher_waits_for_a_disk_that_is_full_at_the_start(
 ) -> None:
     monkeypatch.setattr("jobd.webhooks.manager.DISK_FULL_RETRY_S", 0.02)
     async with running_webhooks(path, wrap=CountingStore) as at:
-        disk: Any = at.context.storage
-        disk.faults["open_outbox"] = DiskFull("no room")
+        storage: Any = at.context.storage
+        storage.faults["open_outbox"] = DiskFull("no room")
         at.webhooks.set_endpoints([endpoint(), endpoint("f")])
-        await wait_until(lambda: disk.calls["open_outbox"] > 2)
+        await wait_until(lambda: storage.calls["open_outbox"] > 2)
         assert [view.state for view in at.webhooks.views()] == ["closed", "starting"]
         assert at.webhooks.journal_hold_ms() > 0
-        disk.faults["open_outbox"] = RuntimeError("oops")
+        storage.faults["open_outbox"] = RuntimeError("oops")
         monkeypatch.setattr("jobd.webhooks.manager.FAILURE_RETRY_S", 0.02)
-        calls = disk.calls["open_outbox"]
-        await wait_until(lambda: disk.calls["open_outbox"] > calls + 1)
-        disk.faults.clear()
+        calls = storage.calls["open_outbox"]
+        await wait_until(lambda: storage.calls["open_outbox"] > calls + 1)
+        storage.faults.clear()
         await wait_until(lambda: [view.state for view in at.webhooks.views()] == ["closed", "closed"])
         await at.commit(at.maker.create("a"))
         await wait_until(lambda: len(at.posts.delivered) == 2)
@@ -543,12 +543,12 @@ async def test_every_event_arrives_in_order_despite_failures_and_crashes(
     for _ in range(60):
         posts = FakeTransport(lambda _: REJECTED if chance.random() < 0.4 else DELIVERED)
         async with running_webhooks(path, maker=maker, posts=posts, wrap=CountingStore) as at:
-            disk: Any = at.context.storage
+            storage: Any = at.context.storage
             for _ in range(chance.randint(1, 4)):
                 left = sum(3 - len(was) for was in jobs.values())
                 if some := min(left, chance.randint(0, 8)):
                     await at.commit(*(next_change() for _ in range(some)))
-                disk.faults = {
+                storage.faults = {
                     name: DiskFull("no room") if chance.random() < 0.5 else RuntimeError("crash")
                     for name in ("settle_deliveries", "plan_deliveries", "journal", "deliveries")
                     if chance.random() < 0.15
@@ -721,7 +721,7 @@ async def test_on_a_full_disk_an_alert_is_delivered_directly_and_later_through_t
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     async with running_webhooks(path, wrap=CountingStore) as at:
-        disk: Any = at.context.storage
+        storage: Any = at.context.storage
         at.may_write = False
         at.fire("database")
         await wait_until(lambda: at.posts.types() == ["alert.firing"])
@@ -732,7 +732,7 @@ async def test_on_a_full_disk_an_alert_is_delivered_directly_and_later_through_t
         await at.commit(*a_life(at.maker, "a"))
         await asyncio.sleep(0.2)
         assert len(at.posts.tried) == 3, "each once, because it was accepted"
-        assert disk.calls["plan_deliveries"] == disk.calls["settle_deliveries"] == 0
+        assert storage.calls["plan_deliveries"] == storage.calls["settle_deliveries"] == 0
         posted = list(at.posts.delivered)
         at.may_write = True
         await wait_until(lambda: at.webhooks.views()[0].delivered == 6)
@@ -754,12 +754,12 @@ async def test_an_alert_whose_write_fills_the_disk_is_delivered_directly(
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     async with running_webhooks(path, wrap=CountingStore) as at:
-        disk: Any = at.context.storage
-        disk.faults["plan_deliveries"] = DiskFull("no room")
+        storage: Any = at.context.storage
+        storage.faults["plan_deliveries"] = DiskFull("no room")
         at.fire("database")
         await wait_until(lambda: at.posts.types() == ["alert.firing"])
         await asyncio.sleep(0.1)
-        disk.faults.clear()
+        storage.faults.clear()
         await wait_until(lambda: at.webhooks.views()[0].delivered == 1)
         first, second = at.posts.delivered
         assert (first.event_id, first.body) == (second.event_id, second.body)

@@ -228,22 +228,22 @@ async def test_the_sweeper_deletes_objects_of_deleted_jobs(
     bucket: ServerBucket, store: S3ArtifactStore, tmp_path: Path
 ) -> None:
     maker = ChangeFactory()
-    disk, _ = await Store.open(str(tmp_path / "jobd.db"))
-    async with disk:
+    storage, _ = await Store.open(str(tmp_path / "jobd.db"))
+    async with storage:
         clock = Clock(0, 0)
         now = clock.moment().now
         keys = [f"k/{number}" for number in range(25)]
         bucket.put(*(f"pre/fix/{key}" for key in keys), "pre/fix/other")
         waiting = [Tombstone(900 + n, f"job-{n}", key, now, now) for n, key in enumerate(keys)]
-        await disk.write(maker.batch([], tombstones=waiting))
-        sweeper = ArtifactSweeper(disk, store, clock, SweepStats(waiting=len(keys)), Margins(young_ms=0))
+        await storage.write(maker.batch([], tombstones=waiting))
+        sweeper = ArtifactSweeper(storage, store, clock, SweepStats(waiting=len(keys)), Margins(young_ms=0))
         running = asyncio.create_task(sweeper.run())
         await until(lambda: not sweeper.stats.waiting)
         sweeper.stop()
         await running
         assert sweeper.stats == SweepStats(waiting=0, deleted=len(keys))
         assert bucket.keys() == ["pre/fix/other"]
-        assert (await disk.due_tombstones(now + 10**9, 99)).found == []
+        assert (await storage.due_tombstones(now + 10**9, 99)).found == []
 
 
 # -- without a server -------------------------------------------------------------------------------------------------
