@@ -135,10 +135,10 @@ async def test_damaged_tombstones_that_cannot_be_quarantined_degrade_health() ->
         await until(lambda: at.sweeps.deleted == 1)
         await seconds(DEGRADED_AFTER_S + POLL_S)
         assert at.sweeps.waiting == 2
-        complaint = at.sweeper.degraded_reason()
-        assert complaint is not None
-        assert "Artifacts of deleted jobs cannot be deleted" in complaint
-        assert "2 damaged tombstones cannot be quarantined; run: jobd doctor" in complaint
+        reason = at.sweeper.degraded_reason()
+        assert reason is not None
+        assert "Artifacts of deleted jobs cannot be deleted" in reason
+        assert "2 damaged tombstones cannot be quarantined; run: jobd doctor" in reason
         storage.crowd = 0
         await seconds(POLL_S)
         assert at.sweeper.degraded_reason() is None
@@ -196,8 +196,8 @@ async def late(at: SweeperHarness, job_id: str, key: str) -> str:
     await at.engine.yes(ForceFail(id=job_id), by="admin", admin=True)
     at.store.upload(key)
     at.store.objects[key] -= YOUNG_MS
-    refusal = await at.engine.no(Complete(id=job_id, lock_id=lock_id, storage_key=key))
-    assert "late_result" in refusal.details
+    rejected = await at.engine.no(Complete(id=job_id, lock_id=lock_id, storage_key=key))
+    assert "late_result" in rejected.details
     return lock_id
 
 
@@ -395,9 +395,9 @@ def test_a_store_that_fails_for_long_degrades_health(error: Exception, expected:
             await seconds(DEGRADED_AFTER_S - 1)
             assert at.sweeper.degraded_reason() is None
             await seconds(1 + POLL_S)
-            complaint = at.sweeper.degraded_reason() or ""
-            assert complaint.startswith("2 artifacts of deleted jobs cannot be deleted, the first for 3")
-            assert complaint.endswith(expected)
+            reason = at.sweeper.degraded_reason() or ""
+            assert reason.startswith("2 artifacts of deleted jobs cannot be deleted, the first for 3")
+            assert reason.endswith(expected)
             at.store.broken = None
             await seconds(MAX_RETRY_MS / 1000 + POLL_S)
             assert at.sweeper.degraded_reason() is None

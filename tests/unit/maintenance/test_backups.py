@@ -162,9 +162,9 @@ async def test_backups_run_one_after_the_other_and_are_limited(store: Store, mon
     await slow.go()
     one, other = manager.views()  # a waiting backup is not quiet while the other one progresses
     assert abs(one.quiet_ms - other.quiet_ms) < 50
-    refused = await manager.begin("third")
-    assert isinstance(refused, ApiError)
-    assert refused.code == "overloaded"
+    rejected = await manager.begin("third")
+    assert isinstance(rejected, ApiError)
+    assert rejected.code == "overloaded"
     first.cancel()
     while not first.done():  # its thread checks at each step whether it is cancelled
         slow.steps.release()

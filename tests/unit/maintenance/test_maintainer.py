@@ -656,10 +656,10 @@ async def test_health_is_degraded_after_three_intervals_without_success() -> Non
         await seconds(899)
         assert engine.cleaner.degraded_reason() is None
         await seconds(2)
-        complaint = engine.cleaner.degraded_reason()
-        assert complaint is not None
-        assert complaint.startswith("No cleanup run has succeeded for 90")
-        assert "journal: OSError: broken" in complaint
+        reason = engine.cleaner.degraded_reason()
+        assert reason is not None
+        assert reason.startswith("No cleanup run has succeeded for 90")
+        assert "journal: OSError: broken" in reason
         engine.disk.errors.clear()
         await engine.cleaner.run_cleanup(forced=True)
         assert engine.cleaner.degraded_reason() is None
@@ -775,9 +775,9 @@ async def test_recover_stuck_returns_the_action_for_each_job() -> None:
 async def test_recover_stuck_returns_errors() -> None:
     async with VirtualEngine() as engine:
         engine.actor.stop()
-        refusal = await engine.cleaner.recover_stuck()
-        assert isinstance(refusal, ApiError)
-        assert refusal.code == "shutting_down"
+        rejected = await engine.cleaner.recover_stuck()
+        assert isinstance(rejected, ApiError)
+        assert rejected.code == "shutting_down"
 
 
 # -- the end ----------------------------------------------------------------------------------------------------------

@@ -448,10 +448,10 @@ async def test_on_a_full_disk_a_plan_stops_and_later_continues() -> None:
         engine.disk.write_errors.extend([None, *(DiskFull("full") for _ in range(3))])
         engine.disk.has_reserve = False
         engine.disk.fits = lambda batch: len(engine.disk.batches) < 2 * (plans.SLICE + 5) + 1
-        refusal = await planner.apply("p", EVE)
-        assert isinstance(refusal, ApiError)
-        storage = {"path": "/disk/jobd.db", "free_bytes": 8 << 30, "total_bytes": 16 << 30}
-        assert (refusal.code, refusal.details) == ("storage_full", {**storage, "applied": plans.SLICE, "left": 5})
+        rejected = await planner.apply("p", EVE)
+        assert isinstance(rejected, ApiError)
+        space = {"path": "/disk/jobd.db", "free_bytes": 8 << 30, "total_bytes": 16 << 30}
+        assert (rejected.code, rejected.details) == ("storage_full", {**space, "applied": plans.SLICE, "left": 5})
         engine.disk.write_errors.clear()
         engine.disk.free()
         await asyncio.sleep(2)
@@ -715,8 +715,8 @@ async def test_concurrent_plans_are_limited_and_need_a_filter_or_ids() -> None:
             assert isinstance(wrong, ApiError)
             assert wrong.code == "invalid_request"
         request = MakePlan(action="retry", filter=PlanFilter())
-        answers = await asyncio.gather(*(planner.make(request, f"p{n}") for n in range(plans.MAX_BUILDERS + 1)))
-        assert [answer.code for answer in answers if isinstance(answer, ApiError)] == ["overloaded"]
+        responses = await asyncio.gather(*(planner.make(request, f"p{n}") for n in range(plans.MAX_BUILDERS + 1)))
+        assert [response.code for response in responses if isinstance(response, ApiError)] == ["overloaded"]
 
 
 @in_virtual_time
@@ -728,9 +728,9 @@ async def test_a_stopping_daemon_ends_a_plan_after_its_slice() -> None:
         waiting = asyncio.create_task(planner.apply("p", EVE))
         await asyncio.sleep(plan_builder.PAUSE_S / 2)
         await planner.close()
-        refusal = await waiting
-        assert isinstance(refusal, ApiError)
-        assert (refusal.code, refusal.details["applied"] % plans.SLICE) == ("shutting_down", 0)
+        rejected = await waiting
+        assert isinstance(rejected, ApiError)
+        assert (rejected.code, rejected.details["applied"] % plans.SLICE) == ("shutting_down", 0)
 
 
 # -- jobs that are due by time --------------------------------------------------------------------------------------
@@ -857,6 +857,6 @@ async def test_a_preview_while_the_clock_is_suspect_deletes_nothing() -> None:
         stopped = await engine.cleaner.preview()
         assert isinstance(stopped, PreviewView | ApiError)
         engine.actor.stop()
-        refused = await engine.cleaner.preview()
-        assert isinstance(refused, ApiError)
-        assert refused.code == "shutting_down"
+        rejected = await engine.cleaner.preview()
+        assert isinstance(rejected, ApiError)
+        assert rejected.code == "shutting_down"

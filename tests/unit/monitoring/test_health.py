@@ -45,24 +45,24 @@ async def measured(engine: VirtualEngine) -> HealthView:
 
 
 class BlockableStorage(MemoryStorage):
-    """Probes and loads wait while `answers` is cleared."""
+    """Probes and loads wait while `responding` is cleared."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.answers = asyncio.Event()
-        self.answers.set()
+        self.responding = asyncio.Event()
+        self.responding.set()
 
     async def probe(self, spare_bytes: int = 0) -> None:
         await super().probe(spare_bytes)
-        await self.answers.wait()
+        await self.responding.wait()
 
     async def measure_space(self) -> DiskSpace | None:
         found = await super().measure_space()
-        await self.answers.wait()
+        await self.responding.wait()
         return found
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
-        await self.answers.wait()
+        await self.responding.wait()
         return await super().load(ids, payloads, digests)
 
 
@@ -209,7 +209,7 @@ async def test_a_hanging_disk_leaves_the_last_free_space() -> None:
         health = health_of(engine)
         known = await health.space()
         assert known is not None
-        storage.answers.clear()
+        storage.responding.clear()
         await seconds(SPACE_MAX_AGE_S)
         began = asyncio.get_running_loop().time()
         found = await asyncio.gather(*(health.space() for _ in range(3)))
@@ -217,7 +217,7 @@ async def test_a_hanging_disk_leaves_the_last_free_space() -> None:
         assert asyncio.get_running_loop().time() - began < 2 * TIMEOUT_S
         assert await health.space() == known
         assert storage.calls["space"] == 2  # measured once meanwhile
-        storage.answers.set()
+        storage.responding.set()
         await health.close()
 
 
@@ -249,7 +249,7 @@ async def test_a_hanging_disk_is_unhealthy_and_not_probed_again() -> None:
     storage = BlockableStorage()
     async with VirtualEngine(storage) as engine:
         health = health_of(engine)
-        storage.answers.clear()
+        storage.responding.clear()
         began = asyncio.get_running_loop().time()
         view = await health.view()
         assert asyncio.get_running_loop().time() - began < 3 * TIMEOUT_S
@@ -258,7 +258,7 @@ async def test_a_hanging_disk_is_unhealthy_and_not_probed_again() -> None:
         await seconds(MAX_AGE_S)
         assert (await health.view()).database.status == "unhealthy"
         assert storage.calls["probe"] == 1
-        storage.answers.set()
+        storage.responding.set()
         await seconds(MAX_AGE_S)
         assert (await health.view()).status == "healthy"
 
@@ -268,12 +268,12 @@ async def test_close_waits_for_pending_requests() -> None:
     storage = BlockableStorage()
     async with VirtualEngine(storage) as engine:
         health = health_of(engine)
-        storage.answers.clear()
+        storage.responding.clear()
         await health.view()
         closing = asyncio.create_task(health.close())
         await seconds(60)
         assert not closing.done()
-        storage.answers.set()
+        storage.responding.set()
         await closing
 
 

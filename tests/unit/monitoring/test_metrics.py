@@ -151,9 +151,9 @@ class RealStoreParts:
         self.metrics = metrics
 
     async def yes(self, command: AnyCommand) -> Response:
-        answer = await self.actor.ask(command)
-        assert isinstance(answer, Response), answer
-        return answer
+        response = await self.actor.ask(command)
+        assert isinstance(response, Response), response
+        return response
 
 
 @asynccontextmanager

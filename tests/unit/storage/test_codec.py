@@ -216,9 +216,9 @@ def test_the_journal_keeps_any_json_metadata(metadata: bytes | None) -> None:
 
 def test_keys_and_queues_are_the_same_after_encoding_and_decoding() -> None:
     answered = StoredResponse("d", "b", NOW, 201, b'{"x":1}')
-    *columns, answer = codec.key_row(answered)
+    *columns, response = codec.key_row(answered)
     assert codec.fault(tuple(columns)) is None
-    assert codec.key(tuple(columns), answer) == answered
+    assert codec.key(tuple(columns), response) == answered
     granted = StoredResponse("d", "b", NOW, 200, None, [("job", "lock")])
     assert codec.key(codec.key_row(granted)[:-1]) == granted
     for queue in (QueueRow(True, 1, 2, 3), QueueRow(True, 1, 2, 3, NOW, "ann", "deploy", NOW + 1)):

@@ -66,9 +66,9 @@ async def test_a_scrub_is_split_into_calls(path: str, monkeypatch: pytest.Monkey
         assert second.table == "jobs"
         assert second.next_cursor != first.next_cursor
         assert (await scan_all(store))[0] == Counter(rows_of(store))
-        refused = await checker.scan("nowhere:7")
-        assert isinstance(refused, ApiError)
-        assert refused.code == "invalid_request"
+        rejected = await checker.scan("nowhere:7")
+        assert isinstance(rejected, ApiError)
+        assert rejected.code == "invalid_request"
 
 
 async def test_one_slice_reads_a_limited_amount_of_payload(path: str, monkeypatch: pytest.MonkeyPatch) -> None:

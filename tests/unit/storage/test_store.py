@@ -127,17 +127,17 @@ async def test_a_job_created_and_deleted_in_one_batch_leaves_its_journal(path: s
 
 
 async def test_stored_responses_are_kept_replaced_and_deleted(path: str) -> None:
-    answer, grant = (
+    response, grant = (
         StoredResponse("d1", "b1", NOW, 201, b'{"x":1}'),
         StoredResponse("d2", "b2", NOW + 1, 200, None, [("a", "lock")]),
     )
     maker = ChangeFactory()
     async with open_store(path) as (store, _):
-        await store.write(maker.batch([], keys=[answer, grant]))
+        await store.write(maker.batch([], keys=[response, grant]))
     async with open_store(path) as (store, found):
-        assert found.keys == [replace(answer, body=None), grant]
-        assert (await store.load([], [], ["d1", "d2"])).responses == {"d1": answer, "d2": grant}
-        newer = replace(answer, body=b"[]", at=NOW + 2)
+        assert found.keys == [replace(response, body=None), grant]
+        assert (await store.load([], [], ["d1", "d2"])).responses == {"d1": response, "d2": grant}
+        newer = replace(response, body=b"[]", at=NOW + 2)
         await store.write(maker.batch([], keys=[newer], forget_keys=["d2"]))
         assert (await store.load([], [], ["d1", "d2"])).responses == {"d1": newer}
 

@@ -73,8 +73,8 @@ async def bucket(at: str, request: pytest.FixtureRequest) -> ServerBucket:
     name = f"test-{abs(hash(request.node.nodeid)):x}"
     store = S3Store(name)
     url = await obstore.sign_async(store, "PUT", "", timedelta(seconds=60))
-    async with aiohttp.ClientSession() as http, http.put(URL(url, encoded=True)) as answer:
-        assert answer.status == 200, await answer.text()
+    async with aiohttp.ClientSession() as http, http.put(URL(url, encoded=True)) as response:
+        assert response.status == 200, await response.text()
     return ServerBucket(name, store)
 
 
