@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 PARALLEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check coverage faults planted mutation format demo bench bench-peers vendor screenshots linearizability simulation world proof pins clean
+.PHONY: help venv test check lint coverage faults planted mutation format demo bench bench-peers vendor screenshots linearizability simulation world proof pins clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,17 +33,16 @@ test: $(READY)  ## run the fast tests, in under three minutes (ARGS="-k name": a
 	$(BIN)/pytest $(or $(ARGS),-m "not slow" --numprocesses $(PARALLEL))
 	@$(if $(ARGS),,echo "These were the fast tests. make check also runs the slow ones, make proof the long proofs.")
 
-# Daemon and tests use uvloop. The asynchronous tests of these packages also run on the loop of asyncio.
-LOOPS := $(addprefix tests/unit/,api client engine http maintenance webhooks)
-check: $(READY)  ## run what CI runs: format, lint, types, all tests, coverage, the demo
+# One process more than in `make test`, because many slow tests wait for other processes.
+check: $(READY)  ## run what CI runs: format, lint, types, coverage, all tests, the demo
+	$(MAKE) --jobs $(PARALLEL) --output-sync=target lint coverage
+	$(BIN)/pytest --loop both --numprocesses $$(($(PARALLEL) + 1)) --dist worksteal --durations 20
+	$(BIN)/jobd demo
+
+lint: $(READY)  ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(MAKE) test
-	$(BIN)/pytest --loop stock -m asyncio --numprocesses $(PARALLEL) $(LOOPS)
-	$(MAKE) coverage
-	$(BIN)/pytest -m slow --numprocesses $(PARALLEL) --dist worksteal
-	$(BIN)/jobd demo
 
 # Deterministic tests only, so that no branch is covered by chance.
 COVERING := $(addprefix tests/unit/,model core engine maintenance/test_plans.py \

@@ -25,8 +25,7 @@ from tests.proof.simulation.run import SeedOutcome, reduce_failure, simulate
 from tests.proof.simulation.scenario import FAULTS, MISHAPS, draw
 from tests.proof.simulation.trace import Trace
 
-CHUNKS: Final = 6
-SEEDS: Final = 15  # of each chunk
+FIRST_SEED: Final = 90  # from here, everything happens within some 200 seeds
 ENOUGH: Final = 400  # seeds within which everything must happen
 STEPS: Final = 300
 
@@ -41,16 +40,10 @@ def held(outcome: SeedOutcome) -> str:
     return f"{outcome.broken[:2]}: python -m tests.proof.simulation --seed {outcome.seed} --seeds 1 --steps {STEPS}"
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_every_invariant_holds(chunk: int) -> None:
-    for seed in range(chunk * SEEDS, (chunk + 1) * SEEDS):
-        assert not held(simulate(seed, STEPS))
-
-
-def test_every_event_error_and_fault_occurs() -> None:
+def test_every_invariant_holds_and_every_event_error_and_fault_occurs() -> None:
     """Stops as soon as everything has happened."""
     fired: Counter[str] = Counter()
-    for seed in range(CHUNKS * SEEDS, CHUNKS * SEEDS + ENOUGH):
+    for seed in range(FIRST_SEED, FIRST_SEED + ENOUGH):
         outcome = simulate(seed, STEPS)
         assert not held(outcome)
         fired.update(outcome.fired)
