@@ -90,7 +90,7 @@ class PlanBuilder:
         """Find the jobs that recovery or cleanup would change, in the order of a cleanup run."""
         for name in ("filter", "ids", "cursor"):
             if getattr(self._request, name) is not None:
-                message = f"{self._request.action} takes no `{name}`: the daemon chooses the jobs."
+                message = f"{self._request.action} does not accept `{name}`: the daemon chooses the jobs."
                 return _invalid(name, message)
         response = await self._actor.ask(Preview(limit=0), by="daemon")  # moves passed deadlines in the state
         if isinstance(response, ApiError):

@@ -285,7 +285,7 @@ class Alerts:
 
     def _stuck(self, at: Moment) -> Condition:
         stuck, recovered = len(self._state.stuck), self._state.figures.recovered_lately(at.now)
-        quiet = f"{stuck} jobs are stalled, and {recovered} were recovered in the last 10 minutes."
+        quiet = f"{stuck} jobs have stalled, and {recovered} were recovered in the last 10 minutes."
         hint = f"{quiet} Check for workers that crash or hang: jobctl workers, jobctl timeline ID"
         return Condition("stuck_jobs", stuck + recovered, self.thresholds.stuck_jobs, hint, quiet)
 
@@ -339,7 +339,7 @@ class Alerts:
             kind = f"kind {pace.kind}" if pace.kind else "no kind"
             quiet = (
                 f"Jobs of {kind} take {last_s:g} s (95th percentile, last hour, {pace.completed} jobs); "
-                f"usual is {usual_s:g} s."
+                f"the usual is {usual_s:g} s."
             )
             advice = "Check the machine, the disk and the services that they use, then the oldest jobs: jobctl stats"
             hint = f"{quiet} {advice}"

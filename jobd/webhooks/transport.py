@@ -28,7 +28,7 @@ MAX_LOOKUPS: Final = 16  # concurrent name lookups, hanging ones included
 DRAIN_S: Final = 1.0  # timeout for the rest of a successful response
 IDLE_S: Final = 30.0  # after which an idle connection is closed
 
-BLOCKED: Final = "webhooks do not go there"
+BLOCKED: Final = "webhooks may not connect to it"
 
 log = structlog.get_logger("jobd.webhooks")
 

@@ -276,7 +276,7 @@ async def test_maintenance_plans_take_no_selection() -> None:
                 if action in MAINTENANCE_ACTIONS:
                     assert isinstance(wrong, ApiError)
                     assert (wrong.code, wrong.details["field"]) == ("invalid_request", f"$.{name}")
-                    assert f"{action} takes no `{name}`" in wrong.message
+                    assert f"{action} does not accept `{name}`" in wrong.message
         engine.actor.stop()
         refused = await planner.make(MakePlan(action="cleanup"), "x")
         assert isinstance(refused, ApiError)

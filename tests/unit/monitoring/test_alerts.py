@@ -114,7 +114,7 @@ async def test_stuck_jobs_count_now_and_as_recovered_in_the_last_10_minutes() ->
         await engine.cleaner.recover_stuck()
         recovered = one(alerts, "stuck_jobs")
         assert (recovered.firing, recovered.value, recovered.since) == (True, 6, now.since)
-        assert recovered.hint.startswith("0 jobs are stalled, and 6 were recovered in the last 10 minutes.")
+        assert recovered.hint.startswith("0 jobs have stalled, and 6 were recovered in the last 10 minutes.")
         await engine.cleaner.run_cleanup(forced=True)
         assert one(alerts, "stuck_jobs").value == 6, "a cleanup run does not change it"
         await seconds(600)
@@ -219,7 +219,8 @@ async def test_the_slowest_kind_fires_once_and_does_not_flap() -> None:
             found = one(alerts, "slower_than_usual")
             assert (found.firing, found.value) == (True, 3.0)
             assert (
-                "Jobs of kind film take 3.071 s (95th percentile, last hour, 22 jobs); usual is 1.023 s." in found.hint
+                "Jobs of kind film take 3.071 s (95th percentile, last hour, 22 jobs); the usual is 1.023 s."
+                in found.hint
             )
             alerts.thresholds = Thresholds(slower_than_usual=3.1)
             assert firing(alerts) == ["slower_than_usual"], "it continues just below the threshold"
