@@ -408,7 +408,10 @@ class MemoryStorage(Storage):
         next_id = max([next_id, *(each.next_delivery for each in self.cursors.values())])
         for name in names:
             self.cursors.setdefault(name, WebhookCursor(name, last, last, next_id, {}, now))
-        waiting = {name: [each for each in self._outbox_of(name) if each.state == "waiting"] for name in names}
+        waiting = {
+            name: [replace(each, body=b"") for each in self._outbox_of(name) if each.state == "waiting"]
+            for name in names
+        }
         return Outbox({name: self.cursors[name] for name in names}, waiting, last, next_id)
 
     async def plan_deliveries(self, moved: WebhookCursor, new: list[Delivery]) -> None:
@@ -428,7 +431,7 @@ class MemoryStorage(Storage):
     async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
         await self._enter("deliver_all_again")
         failed = [each for each in self._outbox_of(endpoint) if each.state == "given_up" and each.id <= upto]
-        return [self._requeue(each, now) for each in failed[:limit]]
+        return [replace(self._requeue(each, now), body=b"") for each in failed[:limit]]
 
     async def deliveries(self, ids: list[int]) -> list[Delivery]:
         await self._enter("deliveries")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.model.job import DAY_MS
-from jobd.model.storage import DiskFull
+from jobd.model.storage import DiskFull, Storage
 from jobd.model.webhooks import GAP_PENDING, Delivery, WebhookCursor
 from jobd.storage import outbox as webhook_tables
 from jobd.storage.codec import fault
-from jobd.storage.store import Store
 from tests.support.factories import NOW, ChangeFactory
+from tests.support.memory_storage import MemoryStorage
 from tests.support.store_files import edit_store, flip, make_store, open_store
 
 
@@ -39,9 +40,19 @@ def made(id_: int, endpoint: str = "e", **fields: Any) -> Delivery:
     return Delivery(id_, endpoint, **(values | fields))
 
 
-async def planned(store: Store, *deliveries: Delivery, name: str = "e", position: int = 9) -> None:
+async def planned(store: Storage, *deliveries: Delivery, name: str = "e", position: int = 9) -> None:
     top = max((each.id for each in deliveries), default=0)
     await store.plan_deliveries(WebhookCursor(name, position, 0, top + 1, {}, NOW), list(deliveries))
+
+
+@pytest.fixture(params=["SQLite", "memory"])
+async def storage(request: pytest.FixtureRequest, path: str) -> AsyncIterator[Storage]:
+    """The storage of the daemon, then the storage in memory that other tests use."""
+    if request.param == "memory":
+        yield MemoryStorage()
+        return
+    async with open_store(path) as (store, _):
+        yield store
 
 
 def bare(*deliveries: Delivery) -> list[Delivery]:
@@ -112,46 +123,43 @@ async def test_deliveries_and_cursor_are_written_in_one_transaction(path: str) -
         assert len((await store.open_outbox(["e"], NOW)).waiting["e"]) == 98
 
 
-async def test_pages_have_one_endpoint_and_state_newest_first(path: str) -> None:
-    async with open_store(path) as (store, _):
-        states = ("waiting", "delivered", "given_up")
-        everything = [made(id_, "ef"[id_ % 2], state=states[id_ % 3]) for id_ in range(1, 40)]
-        await planned(store, *everything)
-        own = [each for each in reversed(everything) if each.endpoint == "f"]
-        assert await store.list_deliveries("f", None, 1 << 60, 99) == own
-        assert await store.list_deliveries("f", None, own[4].id, 5) == own[5:10]
-        given_up = [each for each in own if each.state == "given_up"]
-        assert await store.list_deliveries("f", "given_up", given_up[0].id, 2) == given_up[1:3]
-        assert await store.list_deliveries("nobody", None, 1 << 60, 9) == []
+async def test_pages_have_one_endpoint_and_state_newest_first(storage: Storage) -> None:
+    states = ("waiting", "delivered", "given_up")
+    everything = [made(id_, "ef"[id_ % 2], state=states[id_ % 3]) for id_ in range(1, 40)]
+    await planned(storage, *everything)
+    own = [each for each in reversed(everything) if each.endpoint == "f"]
+    assert await storage.list_deliveries("f", None, 1 << 60, 99) == own
+    assert await storage.list_deliveries("f", None, own[4].id, 5) == own[5:10]
+    given_up = [each for each in own if each.state == "given_up"]
+    assert await storage.list_deliveries("f", "given_up", given_up[0].id, 2) == given_up[1:3]
+    assert await storage.list_deliveries("nobody", None, 1 << 60, 9) == []
 
 
-async def test_a_retried_delivery_is_queued_as_if_it_were_new(path: str) -> None:
-    async with open_store(path) as (store, _):
-        await planned(store, made(1, state="given_up", tries=9, ended_at=NOW, status=500, error="500"))
-        renewed = await store.deliver_again("e", 1, NOW + 7)
-        assert renewed == made(1, due_at=NOW + 7, status=500, error="500")
-        assert await store.deliveries([1]) == [renewed]
-        assert await store.deliver_again("f", 1, NOW) is None
-        assert await store.deliver_again("e", 2, NOW) is None
+async def test_a_retried_delivery_is_queued_as_if_it_were_new(storage: Storage) -> None:
+    await planned(storage, made(1, state="given_up", tries=9, ended_at=NOW, status=500, error="500"))
+    renewed = await storage.deliver_again("e", 1, NOW + 7)
+    assert renewed == made(1, due_at=NOW + 7, status=500, error="500")
+    assert await storage.deliveries([1]) == [renewed]
+    assert await storage.deliver_again("f", 1, NOW) is None
+    assert await storage.deliver_again("e", 2, NOW) is None
 
 
-async def test_failed_deliveries_are_retried_oldest_first_up_to_an_id(path: str) -> None:
-    async with open_store(path) as (store, _):
-        states = ("waiting", "delivered", "given_up")
-        everything = [made(id_, "ef"[id_ % 2], state=states[id_ % 3], tries=9, ended_at=NOW) for id_ in range(1, 40)]
-        await planned(store, *everything)
-        lost = [each.id for each in everything if (each.endpoint, each.state) == ("e", "given_up")]
-        found = await store.deliver_all_again("e", lost[-2], 2, NOW + 7)
-        renewed = [made(id_, "e", due_at=NOW + 7) for id_ in lost[:2]]
-        assert found == [replace(each, body=b"") for each in renewed]
-        assert await store.deliveries(lost[:2]) == renewed
-        assert [each.id for each in await store.deliver_all_again("e", lost[-2], 99, NOW)] == lost[2:-1]
-        assert await store.deliver_all_again("e", lost[-2], 99, NOW) == []
-        left = await store.list_deliveries("e", "given_up", 1 << 60, 99)
-        assert [each.id for each in left] == lost[-1:]
-        assert len(await store.list_deliveries("f", "given_up", 1 << 60, 99)) > 1, (
-            "those of other endpoints are not changed"
-        )
+async def test_failed_deliveries_are_retried_oldest_first_up_to_an_id(storage: Storage) -> None:
+    states = ("waiting", "delivered", "given_up")
+    everything = [made(id_, "ef"[id_ % 2], state=states[id_ % 3], tries=9, ended_at=NOW) for id_ in range(1, 40)]
+    await planned(storage, *everything)
+    lost = [each.id for each in everything if (each.endpoint, each.state) == ("e", "given_up")]
+    found = await storage.deliver_all_again("e", lost[-2], 2, NOW + 7)
+    renewed = [made(id_, "e", due_at=NOW + 7) for id_ in lost[:2]]
+    assert found == [replace(each, body=b"") for each in renewed]
+    assert await storage.deliveries(lost[:2]) == renewed
+    assert [each.id for each in await storage.deliver_all_again("e", lost[-2], 99, NOW)] == lost[2:-1]
+    assert await storage.deliver_all_again("e", lost[-2], 99, NOW) == []
+    left = await storage.list_deliveries("e", "given_up", 1 << 60, 99)
+    assert [each.id for each in left] == lost[-1:]
+    assert len(await storage.list_deliveries("f", "given_up", 1 << 60, 99)) > 1, (
+        "those of other endpoints are not changed"
+    )
 
 
 async def test_only_the_latest_ended_deliveries_are_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
