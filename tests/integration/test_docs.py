@@ -357,9 +357,9 @@ def test_every_exit_code_is_documented() -> None:
     assert [int(code) for code, _ in rows(CLI, "exit code", "meaning")] == sorted(codes)
 
 
-def test_every_verb_is_documented() -> None:
+def test_every_command_of_a_program_is_documented() -> None:
     documented = {
-        name: {verb for verbs, _ in rows(CLI, f"`{name}` verb") for verb in ticked(verbs)} for name in PROGRAMS
+        name: {command for names, _ in rows(CLI, f"`{name}` command") for command in ticked(names)} for name in PROGRAMS
     }
     assert documented == {name: set(program.commands) for name, program in PROGRAMS.items()}
 
