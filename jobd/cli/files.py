@@ -43,7 +43,7 @@ def whole_file(path: Path, report: Callable[[int], None]) -> Iterator[BinaryIO]:
     """
     target = resolve_target(path)
     part = target.with_name(target.name + ".part")
-    refuse_used(part)
+    check_unused(part)
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,11 +84,11 @@ def resolve_target(file: Path) -> Path:
         raise click.UsageError(f"{file} is not a regular file: name a new one, or one to overwrite")
     target = Path(os.path.realpath(file))
     for name in dict.fromkeys((target, Path(os.path.abspath(file)))):  # the daemon may have opened it by the symlink
-        refuse_used(name)
+        check_unused(name)
     return target
 
 
-def refuse_used(path: Path) -> None:
+def check_unused(path: Path) -> None:
     """Raise CliError (75) if a running daemon or another program uses `path` or the store that `path` belongs to.
 
     A daemon would continue to write to the replaced file, which no longer has a name, and lose every commit from then

@@ -1,4 +1,4 @@
-"""The blocking client of the admin API. It is safe to use from many threads."""
+"""The blocking client of the admin API. It is thread-safe."""
 
 from __future__ import annotations
 

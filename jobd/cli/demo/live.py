@@ -101,7 +101,7 @@ class _LinkHandler(BaseHTTPRequestHandler):
         elif (cookie := self.server.link.redeem()) is None:
             self._respond(410, "This link was used or has expired. Restart `jobd demo --ui` for a new one.")
         else:
-            # Not a redirect: after one that another site started, browsers withhold a SameSite=Strict cookie.
+            # Not a redirect: after a link on another site, browsers send no SameSite=Strict cookie with redirects.
             self._respond(
                 200, f'<meta http-equiv="refresh" content="0; url={self.server.dashboard}">', {"Set-Cookie": cookie}
             )

@@ -77,7 +77,7 @@ class LeaseKeeper:
 
     @property
     def _is_ended(self) -> bool:
-        """Whether the daemon no longer accepts an ending. After a progress timeout, it does until recovery has run."""
+        """Whether the daemon no longer accepts an ending. A progress timeout ends the grant only with the recovery."""
         return self.lost.done() and not isinstance(self.lost.result(), MaxProcessingTimeExceeded)
 
     @property
