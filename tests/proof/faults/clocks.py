@@ -264,16 +264,16 @@ def suspended(trial: Trial) -> Counts:
     """Suspend the daemon for longer than locks live. Live workers keep their jobs, dead ones lose them."""
     counts: Counter[str] = Counter()
     with Daemon(trial.directory, f"[cleanup]\nrecover_every = '{RECOVER_EVERY_MS}ms'\n") as daemon:
-        with RealWorker(daemon, "q", 2_000) as worker:
+        with RealWorker(daemon, "q", 4_000) as worker:
             for number in range(trial.rounds):
                 alive, dead = f"alive-{number}", f"dead-{number}"
                 for job_id, queue in ((alive, "q"), (dead, "none")):
                     assert daemon.post("/v1/jobs", {"id": job_id, "queue": queue}).status == 201
                 assert worker.next_report()["job"] == alive
-                body = {"worker": "dead", "lock_ttl_ms": 2_000, "stuck_after_ms": 0}
+                body = {"worker": "dead", "lock_ttl_ms": 4_000, "stuck_after_ms": 0}
                 assert daemon.post(f"/v1/jobs/{dead}/start", body).status == 200
                 with sigstopped(daemon):
-                    time.sleep(4)  # the fault: twice as long as a lock lives
+                    time.sleep(6)  # the fault: longer than a lock lives
                 other = daemon.post(f"/v1/jobs/{dead}/start", {"worker": "other"})
                 assert other.error == "already_locked", other.body
                 assert other.body["details"]["retry_after_ms"] <= GRACE_MS
