@@ -34,10 +34,9 @@ test: $(READY)  ## run the fast tests, in under three minutes (ARGS="-k name": a
 	@$(if $(ARGS),,echo "These were the fast tests. make check also runs the slow ones, make proof the long proofs.")
 
 # One process more than in `make test`, because many slow tests wait for other processes.
-check: $(READY)  ## run what CI runs: format, lint, types, coverage, all tests, the demo
-	$(MAKE) --jobs $(PARALLEL) --output-sync=target lint coverage
+check: $(READY)  ## run what CI runs: format, lint, types, coverage, the demo, all tests
+	$(MAKE) --jobs $(PARALLEL) --output-sync=target lint coverage demo
 	$(BIN)/pytest --loop both --numprocesses $$(($(PARALLEL) + 1)) --dist worksteal --durations 20
-	$(BIN)/jobd demo
 
 lint: $(READY)  ## check format, style and types
 	$(BIN)/ruff format --check .

@@ -17,8 +17,7 @@ import msgspec
 
 from jobd.monitoring.timeseries import SLOT_MS, SLOTS, STEP_MS, STEPS, SavedTimeseries
 from jobd.storage.store import Store
-from tests.proof.faults.fuzz import free_port
-from tests.support.daemon_process import TOKEN, Daemon
+from tests.support.daemon_process import TOKEN, Daemon, free_port
 
 CHROMIUM: Final = "/usr/bin/chromium"
 # CI runs as root, where the sandbox does not work. The other flags stop traffic at the start.

@@ -27,8 +27,7 @@ from jobd.model.storage import Batch
 from jobd.storage.backup import restore
 from jobd.storage.store import Store
 from tests.conftest import tool_missing
-from tests.proof.faults.fuzz import free_port
-from tests.support.daemon_process import Daemon, call
+from tests.support.daemon_process import Daemon, call, free_port
 
 RACERS = 16
 

@@ -19,8 +19,7 @@ import pytest
 
 from jobd.api import admin as admin_api
 from jobd.api import worker as worker_api
-from tests.proof.faults.fuzz import free_port
-from tests.support.daemon_process import Daemon, DaemonResponse, call
+from tests.support.daemon_process import Daemon, DaemonResponse, call, free_port
 from tests.support.http_harness import tls_pair
 from tests.support.webhook_receiver import Receiver, echoing, raw_server
 

@@ -98,7 +98,7 @@ def test_a_fault_reports_its_commit_command_interpreter_and_tools(
         9,
         needs=(Tool("saw", "tools", lambda: is_here),),
     )
-    monkeypatch.setattr(faults, "checks", lambda: {"kill": check})
+    monkeypatch.setattr(faults, "checks", lambda _: {"kill": check})
     monkeypatch.setattr(harness, "commit", lambda: "0123456789ab")
     monkeypatch.delenv("CI", raising=False)
     assert faults.main(["--report"]) == 0

@@ -30,6 +30,14 @@ def die_with_us() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def free_port() -> int:
+    """Return a free port."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
 class UnixConnection(http.client.HTTPConnection):
     """An HTTP connection over a Unix socket."""
 

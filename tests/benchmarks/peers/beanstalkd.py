@@ -12,7 +12,7 @@ import uvloop
 from jobd.cli.daemon.bench_load import SerialConnection
 from tests.benchmarks.peers.clock import PAYLOAD, lifecycles
 from tests.benchmarks.peers.server import running, tool
-from tests.proof.faults.fuzz import free_port
+from tests.support.daemon_process import free_port
 
 
 def durable(place: Path, connections: int, seconds: float) -> float:

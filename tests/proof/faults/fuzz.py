@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import socket
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Final
@@ -30,7 +29,7 @@ from jobd.http.auth import LINES
 from jobd.http.routing import Route
 from jobd.model.job import STATUSES
 from tests.proof.faults.harness import Check, Counts, Trial
-from tests.support.daemon_process import TOKEN, Daemon
+from tests.support.daemon_process import TOKEN, Daemon, free_port
 
 # Rules that no schema expresses: only these messages may reject a request that is valid by its schema.
 ALLOWED_REJECTIONS: Final = (
@@ -186,14 +185,6 @@ class ApiFuzzer:
         if mode == GenerationMode.POSITIVE and response.status_code == 400:
             message = response.json()["message"]
             assert any(words in message for words in ALLOWED_REJECTIONS), f"{case.as_curl_command()}\n{message}"
-
-
-def free_port() -> int:
-    """Return a free port."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 def fuzz_both_apis(trial: Trial) -> Counts:

@@ -19,9 +19,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final
 
-from tests.proof.faults.fuzz import free_port
 from tests.proof.faults.harness import Check, Counts, Trial
-from tests.support.daemon_process import TOKEN, Daemon, call
+from tests.support.daemon_process import TOKEN, Daemon, call, free_port
 from tests.support.malformed_requests import EXPENSIVE, EXTENDED, HOSTILE, post
 
 LAG_MS: Final = 20.0
