@@ -415,7 +415,7 @@ def test_a_job_and_queue_named_like_a_dot_segment_work(
     page.get_by_role("button", name="Cancel").click()
     expect(page.get_by_role("status").first).to_contain_text("Cancel: done. queued → cancelled")
     expect(page).to_have_url(f"{daemon.url}/job?id={name}")
-    response = json.loads(subprocess.run(shlex.split(call), capture_output=True, check=True, timeout=60).stdout)
+    response = json.loads(subprocess.run(shlex.split(call), capture_output=True, check=True, timeout=150).stdout)
     assert "invalid_transition" in json.dumps(response), (
         response
     )  # the command reached the job, which is cancelled already

@@ -110,7 +110,7 @@ _OUT: Final = {
 
 
 def _written(running: CliDaemon, verb: str, file: Path) -> subprocess.CompletedProcess[str]:
-    return running.run(*_OUT[verb], str(file), timeout=60)
+    return running.run(*_OUT[verb], str(file), timeout=150)
 
 
 @pytest.mark.slow

@@ -273,4 +273,4 @@ assert "structlog" in sys.modules
 assert "rich" not in sys.modules
 import rich.table  # still importable
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=150)

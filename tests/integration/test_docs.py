@@ -549,7 +549,7 @@ def run(document: Path, context: DocumentEnvironment, directory: Path, *, cleanu
             script += [block.text, f"echo; echo '{_END}'"]
     done = subprocess.run(
         ["bash", "-c", "\n".join(script)],
-        cwd=context.directory, env=dict(context.environ), capture_output=True, text=True, timeout=55,
+        cwd=context.directory, env=dict(context.environ), capture_output=True, text=True, timeout=150,
         preexec_fn=die_with_us,
     )  # fmt: skip
     output = f"{done.stdout}\n--- stderr:\n{done.stderr}"
@@ -610,7 +610,7 @@ def test_the_quickstart_from_top_to_bottom(context: DocumentEnvironment) -> None
     run(QUICKSTART, context, directory, cleanup='kill $(cat "$HOME"/jobd-try/*.pid) 2>/dev/null || true')
     assert "event=stopped" in (directory / "jobd.log").read_text()
     [clean] = (block.text for block in blocks(QUICKSTART) if block.mark == "clean")
-    subprocess.run(["bash", "-euc", clean], cwd=directory, env=dict(context.environ), check=True, timeout=30)
+    subprocess.run(["bash", "-euc", clean], cwd=directory, env=dict(context.environ), check=True, timeout=150)
     assert not directory.exists()
 
 
@@ -648,7 +648,7 @@ def test_the_examples_of_a_page_against_a_daemon(name: str, context: DocumentEnv
                 continue
             file = context.directory / block.mark.removeprefix("file: ")
             done = subprocess.run(
-                [sys.executable, str(file)], env=environ, capture_output=True, text=True, timeout=30, check=True
+                [sys.executable, str(file)], env=environ, capture_output=True, text=True, timeout=150, check=True
             )
             assert done.stdout == "completed\n"
         assert daemon.stop() == 0
@@ -680,7 +680,7 @@ def test_the_typescript_example(context: DocumentEnvironment) -> None:
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=context.directory, env={**context.environ, "JOBD_URL": f"http://{address}", "ADMIN_TOKEN": TOKEN},
-        capture_output=True, text=True, timeout=55, preexec_fn=die_with_us,
+        capture_output=True, text=True, timeout=150, preexec_fn=die_with_us,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ready, _, printed = done.stdout.partition("\n")

@@ -115,7 +115,7 @@ def test_a_process_whose_stderr_is_not_read_still_ends(kind: str) -> None:
     try:
         end = "structlog.get_logger().critical('aborted')"
         process = subprocess.Popen([sys.executable, "-c", SAY + end, "5000"], stderr=theirs)
-        assert process.wait(30) == 0
+        assert process.wait(150) == 0
     finally:
         os.close(ours)
         os.close(theirs)
@@ -137,7 +137,7 @@ def test_a_daemon_whose_log_is_not_read_continues_and_reports_dropped_lines(tmp_
             assert daemon.admin("GET", "health").data["status"] == "healthy"
             daemon.process.terminate()
             rest = log.read().decode().splitlines()
-            assert daemon.process.wait(30) == 0
+            assert daemon.process.wait(150) == 0
         finally:
             daemon.process.kill()
             daemon.process.wait()

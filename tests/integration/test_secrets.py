@@ -84,7 +84,7 @@ class TokenDaemon:
         """Run a command of jobd or jobctl."""
         command = [sys.executable, "-m", module, *arguments]
         environ = {**self.daemon.environ, "JOBD_ADMIN_URL": f"http://127.0.0.1:{self.ports['admin']}", **environ}
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=150, check=False)
         self.said.append((" ".join(arguments), f"{done.stdout}{done.stderr}"))
 
 
@@ -249,7 +249,7 @@ def _tried(running: TokenDaemon) -> int:
 
 
 def _until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 150
     while not condition():
         assert time.monotonic() < end, "it never happened"
         time.sleep(0.05)

@@ -39,7 +39,7 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("NOTIFY_SOCKET", shown)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
         receiver.bind(address)
-        receiver.settimeout(10)
+        receiver.settimeout(60)
         yield receiver
 
 

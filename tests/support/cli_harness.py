@@ -25,7 +25,7 @@ from tests.support.daemon_process import die_with_us
 
 TOKEN = "canary-token-0123456789abcdef"
 READ_ONLY_TOKEN = "canary-reader-0123456789abcdef"
-READY_S = 20.0
+READY_S = 150.0
 
 
 class CliDaemon:

@@ -168,7 +168,7 @@ def serving(server: ScriptedServer, path: Path | None = None, tls: ssl.SSLContex
     ready: queue.SimpleQueue[tuple[str, Callable[[], object]]] = queue.SimpleQueue()
     thread = threading.Thread(target=lambda: asyncio.run(_serve(server, path, tls, ready)))
     thread.start()
-    endpoint, stop = ready.get(timeout=10)
+    endpoint, stop = ready.get(timeout=60)
     try:
         yield endpoint
     finally:

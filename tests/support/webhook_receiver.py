@@ -92,7 +92,7 @@ class Receiver:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(60)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -106,7 +106,7 @@ class Receiver:
         return f"http://127.0.0.1:{self.port}/hook"
 
     def wait_for(
-        self, condition: Callable[[list[ReceivedMessage]], bool], seconds: float = 30.0
+        self, condition: Callable[[list[ReceivedMessage]], bool], seconds: float = 150.0
     ) -> list[ReceivedMessage]:
         """Wait until `condition` holds. Return the requests received so far."""
         end = time.monotonic() + seconds

@@ -294,7 +294,7 @@ def _wait_until_ended(daemon: Daemon, job_id: str) -> dict[str, Any]:
 
 def _wait_until_not(daemon: Daemon, job_id: str, status: str) -> dict[str, Any]:
     """Wait until the job has left this status; return it."""
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 150
     while (job := daemon.get(f"/v1/jobs/{job_id}").data)["status"] == status:
         assert time.monotonic() < deadline_s, job
         time.sleep(0.02)

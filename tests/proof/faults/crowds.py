@@ -49,7 +49,7 @@ def crowd(kind: str, daemon: Daemon, count: int) -> Iterator[dict[str, int]]:
         yield report
         process.stdin.close()
         report |= json.loads(process.stdout.readline())
-        assert process.wait(60) == 0
+        assert process.wait(150) == 0
     finally:
         process.kill()
         process.wait()
@@ -64,7 +64,7 @@ def descriptors(daemon: Daemon) -> int:
 
 def wait_until(daemon: Daemon, least: float, most: float) -> None:
     """Wait until the daemon has this number of descriptors open."""
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 150
     while not least <= descriptors(daemon) <= most:
         assert time.monotonic() < deadline_s, f"{descriptors(daemon)} descriptors, not {least:.0f} to {most:.0f}"
         time.sleep(0.01)

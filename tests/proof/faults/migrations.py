@@ -91,7 +91,7 @@ def _migrate_with_fault(home: Path, position: FaultPosition) -> str:
         Strace(daemon, (*SYNCS, *WRITES), position.inject)
         daemon.launch()
         assert daemon.process is not None
-        code = daemon.stop() if daemon.gets_ready() else daemon.process.wait(30)
+        code = daemon.stop() if daemon.gets_ready() else daemon.process.wait(150)
         assert b"Traceback" not in daemon.log, daemon.log.decode()
     if position.error is None and code == -signal.SIGKILL:
         return "killed"
@@ -147,7 +147,7 @@ def newer_store(trial: Trial) -> Counts:
             daemon.launch()
             assert not daemon.gets_ready()
             assert daemon.process is not None
-            assert daemon.process.wait(30) == EXIT_CONFIG, daemon.log.decode()
+            assert daemon.process.wait(150) == EXIT_CONFIG, daemon.log.decode()
             assert f"has schema version {NEW}, but this jobd supports {OLD}".encode() in daemon.log
         assert _fingerprints(home) == before, "the files are not as they were"
         compared += len(before)

@@ -32,7 +32,7 @@ def cut_power(trial: Trial) -> Counts:
                     assert ledger.wait_for(150 + 37 * (number % 7)), daemon.log[-2000:]
                     cut_s = time.monotonic()
                     disk.cut_power()
-                    code = daemon.process.wait(30)
+                    code = daemon.process.wait(150)
                 assert code == EXIT_IO, f"exit code {code}:\n{daemon.log[-2000:].decode()}"
                 daemon.kill()
                 disk.unmount()

@@ -70,7 +70,7 @@ class ConnectingClients:
 
     def wait_for_more(self, count: int) -> None:
         """Wait until this many more have connected, with any result."""
-        least, deadline_s = self.outcomes.total() + count, time.monotonic() + 60
+        least, deadline_s = self.outcomes.total() + count, time.monotonic() + 150
         while self.outcomes.total() < least:
             assert time.monotonic() < deadline_s, f"clients wait forever: {self.outcomes}"
             time.sleep(0.01)

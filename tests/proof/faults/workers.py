@@ -22,7 +22,7 @@ LOCK_TTL_MS: Final = 1_000
 RECOVER_EVERY_MS: Final = 2_000
 LATE_MS: Final = 1_000  # beyond the recovery period
 WORKERS: Final = 4
-TIMEOUT_S: Final = 60.0
+TIMEOUT_S: Final = 150.0
 
 
 class RealWorker:

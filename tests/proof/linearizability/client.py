@@ -25,7 +25,7 @@ from tests.proof.linearizability.transport import (
 )
 from tests.support.daemon_process import Daemon
 
-READY_S: Final = 40.0
+READY_S: Final = 150.0
 TRIES: Final = 5
 ADMIN: Final = "/admin/job-management"
 KEYED: Final = frozenset({"create", "start", "claim", "cancel", "force-fail", "force-reset", "transition"})
