@@ -1,7 +1,7 @@
 """Explore breadth-first, with the real rules, every state that one job, three workers and an operator can reach.
 
 `python -m tests.proof.small_world` explores all worlds and prints the number of states of each. There is no model: a
-step is the real `decide`. Two states are equal if no rule can tell them apart: times are relative to now, tokens count
+step is the real `decide`. Two states are equal if no rule can distinguish them: times are relative to now, tokens count
 by their order, and all past times are equal.
 """
 

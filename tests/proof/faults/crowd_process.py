@@ -91,7 +91,7 @@ KINDS: Final[dict[str, Callable[[str, Outcomes, asyncio.Event], Coroutine[Any, A
 
 async def main(kind: str, path: str, count: int) -> None:
     outcomes: Outcomes = Counter()
-    assert count <= connection_limit(), f"no room for {count} connections"
+    assert count <= connection_limit(), f"the limit of open files is too low for {count} connections"
     tasks = []
     for _ in range(count):
         is_there = asyncio.Event()

@@ -164,7 +164,7 @@ def _inspect(path: Path, holds: StoreContents) -> tuple[str, bool]:
 # The same over HTTP
 
 
-def _check_over_http(path: Path, original: OriginalStore, answers: dict[str, Any]) -> None:
+def _check_over_http(path: Path, answers: dict[str, Any]) -> None:
     """Check that each response equals the one before, or is an error about damage."""
     with Daemon.not_started(path.parent) as daemon:
         daemon.launch()
@@ -223,7 +223,7 @@ def flips(trial: Trial, *, killed: bool) -> Counts:
             assert not verdict.startswith("rejected without"), verdict
             if number % BY_DAEMON == 0:
                 path = original.write_flipped(trial.directory / "flipped", suffix, at, bit)
-                _check_over_http(path, original, answers)
+                _check_over_http(path, answers)
                 counts["opened by a daemon"] += 1
         except Exception as error:
             raise AssertionError(f"bit {bit} of byte {at} of jobd.db{suffix}: {error!r}") from error

@@ -93,7 +93,7 @@ class CallHistory(Struct):
 
 
 def _settle(tries: list[Operation]) -> Iterator[Operation]:
-    """Settle calls with one key: a stored response tells the outcome of a first call whose own response was lost."""
+    """Settle calls with one key: a stored response shows the outcome of a first call whose own response was lost."""
     known = [each for each in tries if each.response and not each.replayed]
     replays = sorted((each for each in tries if each.replayed), key=lambda each: each.return_ns or 0)
     unknown = [each for each in tries if each.response is None]

@@ -11,7 +11,7 @@ from tests.proof.linearizability.model import MS, HistoryConditions
 from tests.proof.linearizability.search import SearchResult
 
 SHOWN: Final = 12
-SECRET: Final = 8  # characters that tell locks apart
+SECRET: Final = 8  # characters that distinguish locks
 
 
 def describe(operations: Sequence[Operation], world: HistoryConditions, verdict: SearchResult) -> Iterator[str]:

@@ -159,7 +159,7 @@ class FaultInjector:
                 self._crash("kill")
             await asyncio.sleep(dice.uniform(0.2, 8))
         machine.disk.full = 0
-        machine.note("fault", "the disk has room")
+        machine.note("fault", "the disk has space")
 
     async def _failing(self, methods: frozenset[str], longest_s: float) -> None:
         machine = self.machine

@@ -271,7 +271,7 @@ class SimDaemon:
 
     def begin(self) -> None:
         self._build(self.machine.disk.opened())
-        self._main = self.spawn(self._live())
+        self.spawn(self._live())
 
     def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         if len(self._tasks) > 500:

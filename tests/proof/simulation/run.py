@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections import Counter
 from collections.abc import Iterator, MutableMapping
 from random import Random
 from typing import Any, Final
@@ -152,10 +151,3 @@ def reduce_failure(seed: int, steps: int, broken: tuple[str, str, str | None]) -
         if tried.broken is not None and tried.broken[0] == broken[0]:
             without |= {name}
     return simulate(seed, steps, without=without, tell=True)
-
-
-def total(outcomes: list[SeedOutcome]) -> Counter[str]:
-    fired: Counter[str] = Counter()
-    for outcome in outcomes:
-        fired.update(outcome.fired)
-    return fired
