@@ -25,14 +25,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.benchmarks.work import LoadRequest
 from tests.proof.faults.slow_disk import FIRST_SLOW_SYNC
 from tests.proof.faults.strace import SYNCS, Strace
-from tests.support.daemon_process import Daemon, call
+from tests.support.daemon_process import DaemonProcess, call
 
 PAUSE_S: Final = 0.005  # between two reads, so that the reads are not a load themselves
 SUMS: Final = ("jobd_commit_seconds_count", "jobd_commit_seconds_sum", "jobd_batch_commands_sum")
 
 
 def measure(delay_ms: float, seconds: float, connections: int) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as directory, Daemon.not_started(Path(directory), "") as daemon:
+    with tempfile.TemporaryDirectory() as directory, DaemonProcess.not_started(Path(directory), "") as daemon:
         Strace(daemon, SYNCS, f"fdatasync:delay_enter={delay_ms * 1000:.0f}:when={FIRST_SLOW_SYNC}+")
         daemon.start()
         assert daemon.post("/v1/jobs", {"id": "read", "queue": "aside"}).status == 201
@@ -59,7 +59,7 @@ def measure(delay_ms: float, seconds: float, connections: int) -> dict[str, floa
     }
 
 
-def read_repeatedly(daemon: Daemon, load: subprocess.Popen[str]) -> list[float]:
+def read_repeatedly(daemon: DaemonProcess, load: subprocess.Popen[str]) -> list[float]:
     """Read one live job repeatedly while the load runs; return the duration of each read in ms."""
     found = []
     with closing(daemon.worker()) as connection:
@@ -71,7 +71,7 @@ def read_repeatedly(daemon: Daemon, load: subprocess.Popen[str]) -> list[float]:
     return found
 
 
-def sums(daemon: Daemon) -> dict[str, float]:
+def sums(daemon: DaemonProcess) -> dict[str, float]:
     families = text_string_to_metric_families(daemon.admin("GET", "/metrics").body.decode())
     found = {sample.name: sample.value for family in families for sample in family.samples}
     return {name: found[name] for name in SUMS}

@@ -17,7 +17,7 @@ import msgspec
 
 from jobd.monitoring.timeseries import SLOT_MS, SLOTS, STEP_MS, STEPS, SavedTimeseries
 from jobd.storage.store import Store
-from tests.support.daemon_process import TOKEN, Daemon, free_port
+from tests.support.daemon_process import TOKEN, DaemonProcess, free_port
 
 CHROMIUM: Final = "/usr/bin/chromium"
 # CI runs as root, where the sandbox does not work. The other flags stop traffic at the start.
@@ -53,7 +53,7 @@ url = "file:///nonexistent/artifacts"
 {WEBHOOK}"""
 
 
-class Scene(Daemon):
+class Scene(DaemonProcess):
     """A daemon with an admin listener on TCP and a read-only token."""
 
     def __init__(self, directory: Path, config: str = "") -> None:

@@ -14,8 +14,8 @@ from tests.support.cli_harness import TOKEN, CliDaemon, Jobctl
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CliDaemon]:
     daemon = CliDaemon(tmp_path_factory.mktemp("d"))
     yield daemon
-    assert daemon.stop() == 0, (daemon.folder / "log").read_text()
-    assert TOKEN not in (daemon.folder / "log").read_text()
+    assert daemon.stop() == 0, (daemon.directory / "log").read_text()
+    assert TOKEN not in (daemon.directory / "log").read_text()
 
 
 @pytest.fixture
@@ -23,6 +23,6 @@ def jobctl(running: CliDaemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     for name in list(os.environ):
         if name.startswith(("JOBD_", "ADMIN_")):
             monkeypatch.delenv(name)
-    for name, value in running.places.items():
+    for name, value in running.client_environ.items():
         monkeypatch.setenv(name, value)
     return Jobctl(capsys)

@@ -22,7 +22,7 @@ from jobd.model import responses as answers
 from jobd.model.storage import RESERVE_BYTES
 from tests.support.cli_harness import TOKEN, CliDaemon, Jobctl
 from tests.support.daemon_process import TOKEN as DAEMON_TOKEN
-from tests.support.daemon_process import Daemon
+from tests.support.daemon_process import DaemonProcess
 from tests.support.http_harness import FakeActor, HttpHarness
 
 
@@ -32,7 +32,7 @@ def test_a_disk_that_rejects_new_jobs_is_unhealthy_and_exit_1(
 ) -> None:
     store = small_disk / "jobd.db"
     monkeypatch.setenv("ADMIN_TOKEN", DAEMON_TOKEN)
-    with Daemon(tmp_path, JOBD_STORE_PATH=str(store)) as daemon:
+    with DaemonProcess(tmp_path, JOBD_STORE_PATH=str(store)) as daemon:
         monkeypatch.setenv("JOBD_ADMIN_URL", f"unix:{daemon.admin_socket}")
         filler = small_disk / "filler"
         with suppress(OSError), open(filler, "wb", buffering=0) as file:
@@ -120,19 +120,19 @@ def test_the_store_of_a_running_daemon_is_not_overwritten(
     jobctl: Jobctl, running: CliDaemon, verb: str, suffix: str
 ) -> None:
     file = running.store.with_name(running.store.name + suffix)
-    before = {path.name: path.stat().st_ino for path in running.folder.iterdir()}
+    before = {path.name: path.stat().st_ino for path in running.directory.iterdir()}
     done = _written(running, verb, file)
     assert (done.returncode, done.stdout) == (75, "")
     of = "belongs to" if suffix else "is"
     message = f"{file} {of} the store of a running daemon (process {running.process.pid}): name another file"
     assert message in done.stderr
-    assert {path.name: path.stat().st_ino for path in running.folder.iterdir()} == before
+    assert {path.name: path.stat().st_ino for path in running.directory.iterdir()} == before
     assert running.process.poll() is None
 
 
 def test_a_store_is_not_overwritten_through_another_name(running: CliDaemon, tmp_path: Path) -> None:
     (tmp_path / "link.db").symlink_to(running.store)
-    (tmp_path / "folder").symlink_to(running.folder)
+    (tmp_path / "folder").symlink_to(running.directory)
     for file in (tmp_path / "link.db", tmp_path / "folder" / running.store.name):
         before = running.store.stat().st_ino
         done = _written(running, "backup", file)
@@ -147,7 +147,7 @@ def test_a_store_that_its_daemon_opened_by_a_symlink_is_not_overwritten(running:
     folder.mkdir()
     (tmp_path / "jobd.db").symlink_to(folder / "real.db")
     (folder / "real.db").touch()
-    with Daemon(tmp_path):
+    with DaemonProcess(tmp_path):
         for name in ("real.db", "real.db-wal"):
             before = (folder / name).stat().st_ino
             done = _written(running, "backup", folder / name)
@@ -164,7 +164,7 @@ def test_only_a_regular_file_is_replaced(running: CliDaemon, tmp_path: Path, ver
         bound.bind(str(tmp_path / "socket"))
     (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout, which is a pipe here
     files = [tmp_path / name for name in ("pipe", "socket", "stdout")]
-    for file in (*files, running.folder / "worker.sock"):
+    for file in (*files, running.directory / "worker.sock"):
         before = file.lstat()
         done = _written(running, verb, file)
         assert done.returncode == 2
@@ -287,7 +287,7 @@ async def test_damaged_rows_of_a_running_daemon_are_named_once(
 
 
 def test_a_second_daemon_on_a_store_exits_with_75(running: CliDaemon) -> None:
-    second = running.run("jobd", *running.argv[:3], "--socket", f"{running.folder}/other.sock")
+    second = running.run("jobd", *running.argv[:3], "--socket", f"{running.directory}/other.sock")
     assert second.returncode == 75
     assert str(running.process.pid) in second.stderr + second.stdout
 

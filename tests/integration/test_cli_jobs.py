@@ -255,7 +255,7 @@ def _node_runs_typescript() -> bool:
 @pytest.mark.skipif(not _node_runs_typescript(), reason="the TypeScript example runs on node 22.18 and later")
 def test_the_typescript_worker_of_the_docs(running: CliDaemon) -> None:
     running.client.create_job([1, 2, 3.5], id="r6", priority=-1000)  # before what other tests have left there
-    env = {**running.env, **running.places, "ONCE": "1"}
+    env = {**running.env, **running.client_environ, "ONCE": "1"}
     subprocess.run(["node", str(ROOT / "docs/examples/worker.mts")], env=env, check=True, capture_output=True)
     job = running.client.get_job("r6")
     assert (job.status, job.metadata_value) == ("completed", {"sum": 6.5, "count": 3})

@@ -34,8 +34,8 @@ def test_a_stored_result_is_downloaded(jobctl: Jobctl, running: CliDaemon, tmp_p
     running.client.complete_job("c7", lock_id=grant.lock_id, storage_key="c7/report.pdf")
     assert "has no object" in jobctl.rejected("artifact", "c7", "-o", str(target))[1]
     assert not list(tmp_path.iterdir())
-    (running.folder / "artifacts" / "c7").mkdir()
-    (running.folder / "artifacts" / "c7" / "report.pdf").write_bytes(content)
+    (running.directory / "artifacts" / "c7").mkdir()
+    (running.directory / "artifacts" / "c7" / "report.pdf").write_bytes(content)
     assert jobctl.ok("artifact", "c7", "-o", str(target)) == f"{target}: 293.0 KiB\n"
     assert target.read_bytes() == content
     target.write_text("mine")
@@ -45,14 +45,14 @@ def test_a_stored_result_is_downloaded(jobctl: Jobctl, running: CliDaemon, tmp_p
     assert target.read_bytes() == content
     done = subprocess.run(
         [sys.executable, "-m", "jobd.cli.ctl.main", "artifact", "c7"],
-        env={**running.env, **running.places},
+        env={**running.env, **running.client_environ},
         cwd=ROOT,
         capture_output=True,
         check=True,
     )
     assert (done.stdout, done.stderr) == (content, b"")
     assert "would delete with its stored result c7/report.pdf" in jobctl.ok("delete", "c7", "--dry-run")
-    (running.folder / "artifacts" / "c7" / "report.pdf").unlink()
+    (running.directory / "artifacts" / "c7" / "report.pdf").unlink()
 
 
 def test_a_late_result_can_be_downloaded_before_it_is_adopted(
@@ -61,8 +61,8 @@ def test_a_late_result_can_be_downloaded_before_it_is_adopted(
     jobctl.ok("submit", "--id", "c8", "--queue", "c8")
     grant = running.client.claim("w-late", queues=["c8"])[0]
     jobctl.ok("force-reset", "c8", "-y")
-    (running.folder / "artifacts" / "c8").mkdir()
-    (running.folder / "artifacts" / "c8" / "late.bin").write_bytes(b"late")
+    (running.directory / "artifacts" / "c8").mkdir()
+    (running.directory / "artifacts" / "c8" / "late.bin").write_bytes(b"late")
     with pytest.raises(LockLost) as lost:
         running.client.complete_job("c8", lock_id=grant.lock_id, storage_key="c8/late.bin")
     target = tmp_path / "late.bin"
@@ -107,7 +107,7 @@ def test_an_operator_adopts_a_late_result(jobctl: Jobctl, running: CliDaemon) ->
 def test_a_dry_run_respects_a_required_download_url(
     jobctl: Jobctl, running: CliDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _came_late(running, jobctl, "du1")
+    _create_late_results(running, jobctl, "du1")
     (late,) = jobctl.json("late", "du1")["late_results"]
     move = ("transition", "du1", "failed", "completed")
     assert "would adopt" in jobctl.ok("adopt", "du1", "--dry-run")
@@ -143,10 +143,10 @@ def test_a_dry_run_respects_a_required_download_url(
     assert running.client.get_job("du1").status == "failed"
     monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
     done = [each["what"] for each in jobctl.json("audit", "--job", "du1", "--limit", "9")["entries"]]
-    assert done == ["transition", "adopt", "force-fail"], "a dry run is no deed"
+    assert done == ["transition", "adopt", "force-fail"], "a dry run is no action"
 
 
-def _came_late(running: CliDaemon, jobctl: Jobctl, *ids: str) -> None:
+def _create_late_results(running: CliDaemon, jobctl: Jobctl, *ids: str) -> None:
     """Create failed jobs in a queue of this name, each with a late result."""
     for job_id in ids:
         running.client.create_job(id=job_id, queue=ids[0])
@@ -163,7 +163,7 @@ _INSTEAD: Final = "1 late result that was not adopted. Check whether it can be a
 def test_late_results_are_mentioned_before_they_are_deleted(
     jobctl: Jobctl, running: CliDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _came_late(running, jobctl, "lt1")
+    _create_late_results(running, jobctl, "lt1")
     running.client.create_job(id="lt2", queue="lt2")
     running.client.cancel_job("lt2")
     shown = f"It has {_GOES} See: jobctl late lt1\n"

@@ -24,22 +24,22 @@ from jobd.cli.ctl.top import HeldJob, Sampler, TopFrame, render, rows_of
 from jobd.client import AdminClient
 from jobd.model.events import StreamedEvent
 from jobd.model.responses import QueueView
-from tests.support.daemon_process import TOKEN, Daemon, die_with_us
+from tests.support.daemon_process import TOKEN, DaemonProcess, die_with_us
 
 
 @pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Daemon]:
-    with Daemon(tmp_path) as running:
+def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
+    with DaemonProcess(tmp_path) as running:
         yield running
 
 
-def environ(daemon: Daemon) -> dict[str, str]:
+def environ(daemon: DaemonProcess) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JOBD_", "ADMIN_"))}
     return {**inherited, "JOBD_ADMIN_URL": f"unix:{daemon.admin_socket}", "ADMIN_TOKEN": TOKEN}
 
 
 @pytest.fixture
-def jobctl(daemon: Daemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def jobctl(daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     for name, value in environ(daemon).items():
         monkeypatch.setenv(name, value)
 
@@ -51,7 +51,7 @@ def jobctl(daemon: Daemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     return run
 
 
-def some_work(daemon: Daemon) -> None:
+def some_work(daemon: DaemonProcess) -> None:
     """Cause events 1 to 6."""
     for job_id, queue in (("a", "video"), ("b", "mail")):
         daemon.post("/v1/jobs", {"id": job_id, "queue": queue})
@@ -64,7 +64,7 @@ def some_work(daemon: Daemon) -> None:
 # -- events
 
 
-def test_without_follow_past_events_are_printed(daemon: Daemon, jobctl: Any) -> None:
+def test_without_follow_past_events_are_printed(daemon: DaemonProcess, jobctl: Any) -> None:
     some_work(daemon)
     code, out, err = jobctl("events")
     lines = [line.split("  ") for line in out.splitlines()]
@@ -76,7 +76,7 @@ def test_without_follow_past_events_are_printed(daemon: Daemon, jobctl: Any) -> 
     assert "\x1b" not in out
 
 
-def test_events_can_be_filtered(daemon: Daemon, jobctl: Any) -> None:
+def test_events_can_be_filtered(daemon: DaemonProcess, jobctl: Any) -> None:
     some_work(daemon)
 
     def seqs(*argv: str) -> list[int]:
@@ -96,7 +96,7 @@ def test_events_can_be_filtered(daemon: Daemon, jobctl: Any) -> None:
 
 
 @pytest.mark.slow
-def test_impossible_options_are_explained(daemon: Daemon, jobctl: Any) -> None:
+def test_impossible_options_are_explained(daemon: DaemonProcess, jobctl: Any) -> None:
     some_work(daemon)
     code, out, err = jobctl("events", "--after", "7")
     assert (code, out) == (4, "")
@@ -109,7 +109,7 @@ def test_impossible_options_are_explained(daemon: Daemon, jobctl: Any) -> None:
 
 
 @pytest.mark.slow
-def test_follow_survives_a_restart_until_ctrl_c(daemon: Daemon) -> None:
+def test_follow_survives_a_restart_until_ctrl_c(daemon: DaemonProcess) -> None:
     command = [sys.executable, "-m", "jobd.cli.ctl.main", "events", "-f", "--after", "0", "--json"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with (
@@ -156,7 +156,7 @@ class RecordingAdminClient:
         return self._client.queues(**asked)
 
 
-def test_only_the_queues_that_fit_are_requested(daemon: Daemon) -> None:
+def test_only_the_queues_that_fit_are_requested(daemon: DaemonProcess) -> None:
     for number in range(9):
         daemon.post("/v1/jobs/bulk", {"jobs": [{"queue": f"busy-{number}"}] * (number + 1)})
     with AdminClient(f"unix:{daemon.admin_socket}", token=TOKEN) as client:
@@ -178,7 +178,7 @@ def rows_of_height(rows: int) -> int:
 
 
 @pytest.mark.slow
-def test_an_empty_daemon_has_a_frame(daemon: Daemon, jobctl: Any) -> None:
+def test_an_empty_daemon_has_a_frame(daemon: DaemonProcess, jobctl: Any) -> None:
     code, out, err = jobctl("top", "--once", "--interval", "100ms")
     assert (code, err) == (0, "")
     assert "queued 0  processing 0" in out
@@ -186,7 +186,7 @@ def test_an_empty_daemon_has_a_frame(daemon: Daemon, jobctl: Any) -> None:
 
 
 @pytest.mark.slow
-def test_once_prints_a_table_and_json(daemon: Daemon, jobctl: Any) -> None:
+def test_once_prints_a_table_and_json(daemon: DaemonProcess, jobctl: Any) -> None:
     some_work(daemon)
     daemon.admin("POST", "queues/mail/pause", {})
     code, out, err = jobctl("top", "--once", "--interval", "100ms")
@@ -213,7 +213,7 @@ def test_without_a_terminal_top_names_its_options(jobctl: Any) -> None:
 class TopTerminal:
     """jobctl top on its own terminal."""
 
-    def __init__(self, daemon: Daemon, **more: str) -> None:
+    def __init__(self, daemon: DaemonProcess, **more: str) -> None:
         self.said = b""
         env = {**environ(daemon), "TERM": "xterm", "COLUMNS": "80", "LINES": "24", **more}
         if not more:
@@ -257,7 +257,7 @@ class TopTerminal:
         return self.process.wait()
 
 
-def test_q_ends_top_and_restores_the_screen(daemon: Daemon) -> None:
+def test_q_ends_top_and_restores_the_screen(daemon: DaemonProcess) -> None:
     with TopTerminal(daemon) as terminal:
         terminal.until(b"queued 0")
         daemon.post("/v1/jobs", {"id": "a", "queue": "video"})
@@ -270,7 +270,7 @@ def test_q_ends_top_and_restores_the_screen(daemon: Daemon) -> None:
 
 
 @pytest.mark.slow
-def test_top_waits_for_an_unreachable_daemon_and_ctrl_c_ends_it(daemon: Daemon) -> None:
+def test_top_waits_for_an_unreachable_daemon_and_ctrl_c_ends_it(daemon: DaemonProcess) -> None:
     with TopTerminal(daemon) as terminal:
         terminal.until(b"queued 0")
         daemon.kill()
@@ -284,7 +284,7 @@ def test_top_waits_for_an_unreachable_daemon_and_ctrl_c_ends_it(daemon: Daemon) 
 
 
 @pytest.mark.slow
-def test_without_escape_sequences_frames_are_appended(daemon: Daemon) -> None:
+def test_without_escape_sequences_frames_are_appended(daemon: DaemonProcess) -> None:
     with TopTerminal(daemon, NO_COLOR="1") as terminal:
         terminal.until(b"queued 0")
         terminal.until(b"queued 0")

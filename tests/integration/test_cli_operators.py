@@ -51,7 +51,7 @@ def test_errors_of_some_jobs_are_named_and_the_others_are_done(jobctl: Jobctl, m
 def test_cancel_with_an_admin_token_is_audited_and_without_one_uses_the_worker_api(
     jobctl: Jobctl, running: CliDaemon, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    socket_ = running.places["JOBD_SOCKET"]
+    socket_ = running.client_environ["JOBD_SOCKET"]
     (tmp_path / "token").write_text(TOKEN)
     running.client.create_jobs([{"id": f"cw{n}", "queue": "cw"} for n in range(4)])
     jobctl.ok("cancel", "cw0", "-y", "--reason", "not wanted", "--operator", "eve@desk")

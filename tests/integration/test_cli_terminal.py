@@ -19,7 +19,7 @@ from jobd.cli.ctl import change as ctl_change
 from jobd.client import LockLost
 from tests import ROOT
 from tests.support.cli_harness import READ_ONLY_TOKEN, TOKEN, CliDaemon, Jobctl, on_a_terminal, rejected_on_a_terminal
-from tests.support.daemon_process import Daemon, die_with_us
+from tests.support.daemon_process import DaemonProcess, die_with_us
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_the_effect_on_several_jobs_is_shown_before_the_question(running: CliDae
     running.client.create_job(id="t3", queue="t3")
     running.client.create_job(id="t4", queue="t3")
     running.client.cancel_job("t4")
-    over_there = ["--socket", running.places["JOBD_SOCKET"]]
+    over_there = ["--socket", running.client_environ["JOBD_SOCKET"]]
     code, out, shown = on_a_terminal(running, b"y\n", "cancel", "t3", "t4", *over_there)
     assert (code, out) == (4, "t3: cancelled\n")
     assert "t3: would cancel: it is queued" in shown
@@ -206,7 +206,7 @@ def test_the_effect_on_several_jobs_is_shown_before_the_question(running: CliDae
 def _drawn(running: CliDaemon, module: str, *argv: str, no_color: str) -> str:
     """Return the output of a program whose stdout and stderr are a terminal."""
     ours, theirs = pty.openpty()
-    env = {**running.env, **running.places, "NO_COLOR": no_color, "TERM": "xterm-256color"}
+    env = {**running.env, **running.client_environ, "NO_COLOR": no_color, "TERM": "xterm-256color"}
     command = [sys.executable, "-m", module, *argv]
     with os.fdopen(ours, "rb", buffering=0) as terminal:
         process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=theirs, stderr=theirs, preexec_fn=die_with_us)
@@ -245,7 +245,7 @@ def test_no_color_prevents_every_escape_sequence(
 
 @pytest.mark.slow
 def test_jobctl_and_backup_find_a_daemon_by_its_own_settings(tmp_path: Path) -> None:
-    with Daemon(tmp_path) as daemon:
+    with DaemonProcess(tmp_path) as daemon:
         for command in (
             "jobd.cli.ctl.main submit --id a",
             "jobd.cli.ctl.main stats",
@@ -255,7 +255,7 @@ def test_jobctl_and_backup_find_a_daemon_by_its_own_settings(tmp_path: Path) -> 
             done = subprocess.run(argv, env=daemon.environ, cwd=ROOT, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
     settings = f'[worker]\nsocket = "{daemon.socket}"\n[admin]\nlisten = "unix:{daemon.admin_socket}"\n'
-    with Daemon(tmp_path, settings) as daemon:
+    with DaemonProcess(tmp_path, settings) as daemon:
         shown = {"ADMIN_TOKEN": daemon.environ["ADMIN_TOKEN"], "JOBD_CONFIG": str(daemon.config)}
         env = {name: value for name, value in daemon.environ.items() if not name.startswith("JOBD_")} | shown
         for command in ("jobd.cli.ctl.main job a", "jobd.cli.ctl.main stats"):

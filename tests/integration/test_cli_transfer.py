@@ -78,7 +78,7 @@ def fill(daemon: CliDaemon) -> None:
 def exported(daemon: CliDaemon, *argv: str) -> list[bytes]:
     done = subprocess.run(
         [sys.executable, "-m", "jobd.cli.ctl.main", "export", *argv],
-        env={**daemon.env, **daemon.places}, cwd=ROOT, capture_output=True, check=True,
+        env={**daemon.env, **daemon.client_environ}, cwd=ROOT, capture_output=True, check=True,
     )  # fmt: skip
     lines = done.stdout.splitlines()
     assert done.stdout == b"".join(line + b"\n" for line in lines)
@@ -166,14 +166,14 @@ def test_a_terminal_shows_progress(source: CliDaemon) -> None:
 def test_a_file_that_cannot_be_written_says_so(
     source: CliDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in source.places.items():
+    for name, value in source.client_environ.items():
         monkeypatch.setenv(name, value)
     assert main.main(["export", str(tmp_path / "nowhere" / "jobs")]) == 74
     assert "No such file" in capsys.readouterr().err
 
 
 def test_export_reads_page_after_page(source: CliDaemon) -> None:
-    with AdminClient(source.places["JOBD_ADMIN_URL"], token=TOKEN) as admin:
+    with AdminClient(source.client_environ["JOBD_ADMIN_URL"], token=TOKEN) as admin:
         cursor: str | None = None
         found: list[Any] = []
         while True:

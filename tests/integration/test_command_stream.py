@@ -23,7 +23,7 @@ from jobd.http.protocol import ServerConnection
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Grants, Response
 from jobd.model.storage import DiskFull
-from tests.support.daemon_process import Daemon
+from tests.support.daemon_process import DaemonProcess
 from tests.support.http_harness import TOKEN, FakeActor, HeldResponse, HttpHarness, RawConnection, request_bytes
 from tests.support.virtual_engine import until
 from tests.support.worker_api_server import WorkerApiServer, worker_api_server
@@ -601,7 +601,7 @@ async def test_a_stream_that_begins_during_a_stop_ends_at_once(harness: HttpHarn
 
 @pytest.mark.slow
 def test_a_real_daemon_serves_a_stream_and_stops_under_it(tmp_path: Path) -> None:
-    with Daemon(tmp_path) as daemon, closing(socket.socket(socket.AF_UNIX)) as client:
+    with DaemonProcess(tmp_path) as daemon, closing(socket.socket(socket.AF_UNIX)) as client:
         client.connect(daemon.socket)
         client.settimeout(30)
         client.sendall(request_bytes("POST", "/v1/commands", None, KIND))

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.support.daemon_process import TOKEN, Daemon, DaemonResponse
+from tests.support.daemon_process import TOKEN, DaemonProcess, DaemonResponse
 
 OLD_MS = 1_600_000_000_000
 JOB_FIELDS = {
@@ -21,10 +21,10 @@ JOB_FIELDS = {
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     """One daemon for all tests. Each test has its own jobs and queue."""
     config = "[cleanup]\ninterval = '1h'\nrecover_every = '0'\n"
-    with Daemon(tmp_path_factory.mktemp("contract"), config) as running:
+    with DaemonProcess(tmp_path_factory.mktemp("contract"), config) as running:
         yield running
 
 
@@ -37,23 +37,23 @@ def now() -> int:
     return time.time_ns() // 1_000_000
 
 
-def create(daemon: Daemon, queue: str, **options: Any) -> dict[str, Any]:
+def create(daemon: DaemonProcess, queue: str, **options: Any) -> dict[str, Any]:
     reply = daemon.post("/v1/jobs", {"queue": queue, **options})
     assert reply.status == 201, reply.body
     return dict(reply.data)
 
 
-def start(daemon: Daemon, job_id: str, **options: Any) -> dict[str, Any]:
+def start(daemon: DaemonProcess, job_id: str, **options: Any) -> dict[str, Any]:
     reply = daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w-1", **options})
     assert reply.status == 200, reply.body
     return dict(reply.data)
 
 
-def job(daemon: Daemon, job_id: str) -> dict[str, Any]:
+def job(daemon: DaemonProcess, job_id: str) -> dict[str, Any]:
     return dict(daemon.get(f"/v1/jobs/{job_id}").data)
 
 
-def refused(reply: DaemonResponse, status: int, code: str) -> dict[str, Any]:
+def assert_error(reply: DaemonResponse, status: int, code: str) -> dict[str, Any]:
     assert (reply.status, reply.body.get("error")) == (status, code), reply.body
     assert set(reply.body) == {"success", "error", "message", "details"}
     assert reply.body["message"].endswith((".", "?", "`", '"')) or " " in reply.body["message"]
@@ -63,7 +63,7 @@ def refused(reply: DaemonResponse, status: int, code: str) -> dict[str, Any]:
 # -- create -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_has_the_documented_fields_and_defaults(daemon: Daemon, queue: str) -> None:
+def test_a_job_has_the_documented_fields_and_defaults(daemon: DaemonProcess, queue: str) -> None:
     before = now()
     made = create(daemon, queue, payload={"a": [1, None, "ü"]})
     assert set(made) == JOB_FIELDS
@@ -82,13 +82,13 @@ def test_a_job_has_the_documented_fields_and_defaults(daemon: Daemon, queue: str
     assert made["id"][14] == "7"  # a UUIDv7
 
 
-def test_a_repeated_create_is_200_and_a_different_one_409(daemon: Daemon, queue: str) -> None:
+def test_a_repeated_create_is_200_and_a_different_one_409(daemon: DaemonProcess, queue: str) -> None:
     body = {"id": f"{queue}:1", "queue": queue, "payload": 1}
     assert daemon.post("/v1/jobs", body).status == 201
     repeated = daemon.post("/v1/jobs", body)
     assert repeated.status == 200
     assert repeated.data["payload"] == 1
-    refused(daemon.post("/v1/jobs", {**body, "payload": 2}), 409, "job_exists")
+    assert_error(daemon.post("/v1/jobs", {**body, "payload": 2}), 409, "job_exists")
     grant = start(daemon, f"{queue}:1")
     daemon.post(f"/v1/jobs/{queue}:1/complete", {"lock_id": grant["lock_id"]})
     finished = daemon.post("/v1/jobs", body)
@@ -104,12 +104,12 @@ def test_a_repeated_create_is_200_and_a_different_one_409(daemon: Daemon, queue:
         ("expires_at", 1), ("unknown", 1), ("backoff", {"kind": "linear"}), ("max_stalls", -1), ("status", "queued"),
     ],
 )  # fmt: skip
-def test_a_field_outside_its_bounds_is_a_400_that_names_it(daemon: Daemon, field: str, value: Any) -> None:
-    details = refused(daemon.post("/v1/jobs", {field: value}), 400, "invalid_request")
+def test_a_field_outside_its_bounds_is_a_400_that_names_it(daemon: DaemonProcess, field: str, value: Any) -> None:
+    details = assert_error(daemon.post("/v1/jobs", {field: value}), 400, "invalid_request")
     assert field in str(details["field"]) or field == "unknown"
 
 
-def test_bulk_is_all_or_nothing_and_in_order(daemon: Daemon, queue: str) -> None:
+def test_bulk_is_all_or_nothing_and_in_order(daemon: DaemonProcess, queue: str) -> None:
     reply = daemon.post("/v1/jobs/bulk", {"jobs": [{"queue": queue, "payload": n} for n in range(20)]})
     assert reply.status == 201
     assert [made["payload"] for made in reply.data["jobs"]] == list(range(20))
@@ -117,24 +117,24 @@ def test_bulk_is_all_or_nothing_and_in_order(daemon: Daemon, queue: str) -> None
     assert [grant["job"]["payload"] for grant in grants] == list(range(20))
     daemon.post("/v1/jobs", {"id": f"{queue}:taken", "queue": queue})
     bad = [{"id": f"{queue}:new", "queue": queue}, {"id": f"{queue}:taken", "queue": queue, "payload": 1}]
-    refused(daemon.post("/v1/jobs/bulk", {"jobs": bad}), 409, "job_exists")
-    refused(daemon.get(f"/v1/jobs/{queue}:new"), 404, "job_not_found")
-    refused(daemon.post("/v1/jobs/bulk", {"jobs": [{}] * 1001}), 413, "too_large")
+    assert_error(daemon.post("/v1/jobs/bulk", {"jobs": bad}), 409, "job_exists")
+    assert_error(daemon.get(f"/v1/jobs/{queue}:new"), 404, "job_not_found")
+    assert_error(daemon.post("/v1/jobs/bulk", {"jobs": [{}] * 1001}), 413, "too_large")
 
 
-def test_size_and_content_type_of_bodies_are_checked(daemon: Daemon, queue: str) -> None:
-    refused(daemon.post("/v1/jobs", {"payload": "x" * (256 * 1024)}), 413, "too_large")
-    refused(daemon.post("/v1/jobs", {"payload": "x" * (1024 * 1024)}), 413, "too_large")
-    refused(daemon.post("/v1/jobs", {}, Content_Type="text/plain"), 415, "unsupported_media_type")
-    refused(daemon.post("/v1/jobs", {}, Content_Encoding="gzip"), 415, "unsupported_media_type")
-    refused(daemon.get("/v1/nothing"), 404, "not_found")
-    refused(daemon.get("/v1/claim"), 405, "method_not_allowed")
+def test_size_and_content_type_of_bodies_are_checked(daemon: DaemonProcess, queue: str) -> None:
+    assert_error(daemon.post("/v1/jobs", {"payload": "x" * (256 * 1024)}), 413, "too_large")
+    assert_error(daemon.post("/v1/jobs", {"payload": "x" * (1024 * 1024)}), 413, "too_large")
+    assert_error(daemon.post("/v1/jobs", {}, Content_Type="text/plain"), 415, "unsupported_media_type")
+    assert_error(daemon.post("/v1/jobs", {}, Content_Encoding="gzip"), 415, "unsupported_media_type")
+    assert_error(daemon.get("/v1/nothing"), 404, "not_found")
+    assert_error(daemon.get("/v1/claim"), 405, "method_not_allowed")
 
 
 # -- start and claim --------------------------------------------------------------------------------------------------
 
 
-def test_a_grant_names_the_lock_and_only_its_holder_sees_the_secret(daemon: Daemon, queue: str) -> None:
+def test_a_grant_names_the_lock_and_only_its_holder_sees_the_secret(daemon: DaemonProcess, queue: str) -> None:
     made = create(daemon, queue, payload={"n": 1})
     grant = start(daemon, made["id"], lock_ttl_ms=60_000)
     assert set(grant) == {"job", "lock_id", "fencing_token", "lock_expires_at", "ttl_ms", "ceiling_at"}
@@ -151,30 +151,34 @@ def test_a_grant_names_the_lock_and_only_its_holder_sees_the_secret(daemon: Daem
     assert daemon.admin("GET", f"jobs/{made['id']}").data["lock"]["lock_id"] == grant["lock_id"]
 
 
-def test_a_start_has_its_error_codes(daemon: Daemon, queue: str) -> None:
+def test_a_start_has_its_error_codes(daemon: DaemonProcess, queue: str) -> None:
     made = create(daemon, queue)
     grant = start(daemon, made["id"])
-    details = refused(daemon.post(f"/v1/jobs/{made['id']}/start", {"worker": "w-2"}), 409, "already_locked")
+    details = assert_error(daemon.post(f"/v1/jobs/{made['id']}/start", {"worker": "w-2"}), 409, "already_locked")
     assert details["locked_by"] == "w-1"
     assert details["lock_expires_at"] == grant["lock_expires_at"]
     assert 0 < details["retry_after_ms"] <= 900_000
     later = create(daemon, queue, run_at=now() + 60_000)
-    details = refused(daemon.post(f"/v1/jobs/{later['id']}/start", {"worker": "w"}), 409, "not_due")
+    details = assert_error(daemon.post(f"/v1/jobs/{later['id']}/start", {"worker": "w"}), 409, "not_due")
     assert 0 < details["retry_after_ms"] <= 60_000
     waiting = create(daemon, queue)
     daemon.admin("POST", f"queues/{queue}/pause")
-    refused(daemon.post(f"/v1/jobs/{waiting['id']}/start", {"worker": "w"}), 409, "queue_paused")
+    assert_error(daemon.post(f"/v1/jobs/{waiting['id']}/start", {"worker": "w"}), 409, "queue_paused")
     assert daemon.post("/v1/claim", {"worker": "w", "queues": [queue]}).data == {"grants": []}
     daemon.admin("POST", f"queues/{queue}/resume")
     start(daemon, waiting["id"])
     daemon.post(f"/v1/jobs/{made['id']}/complete", {"lock_id": grant["lock_id"]})
-    refused(daemon.post(f"/v1/jobs/{made['id']}/start", {"worker": "w"}), 409, "invalid_transition")
-    refused(daemon.post("/v1/jobs/nowhere/start", {"worker": "w"}), 404, "job_not_found")
-    refused(daemon.post(f"/v1/jobs/{made['id']}/start", {}), 400, "invalid_request")
-    refused(daemon.post(f"/v1/jobs/{made['id']}/start", {"worker": "w", "lock_ttl_ms": 999}), 400, "invalid_request")
+    assert_error(daemon.post(f"/v1/jobs/{made['id']}/start", {"worker": "w"}), 409, "invalid_transition")
+    assert_error(daemon.post("/v1/jobs/nowhere/start", {"worker": "w"}), 404, "job_not_found")
+    assert_error(daemon.post(f"/v1/jobs/{made['id']}/start", {}), 400, "invalid_request")
+    assert_error(
+        daemon.post(f"/v1/jobs/{made['id']}/start", {"worker": "w", "lock_ttl_ms": 999}), 400, "invalid_request"
+    )
 
 
-def test_claim_is_by_priority_then_run_at_then_creation_over_queues_and_kinds(daemon: Daemon, queue: str) -> None:
+def test_claim_is_by_priority_then_run_at_then_creation_over_queues_and_kinds(
+    daemon: DaemonProcess, queue: str
+) -> None:
     other = f"{queue}-b"
     past = now() - 60_000
     create(daemon, queue, id=f"{queue}:3", kind="a")
@@ -195,7 +199,7 @@ def test_claim_is_by_priority_then_run_at_then_creation_over_queues_and_kinds(da
 # -- the lock holder --------------------------------------------------------------------------------------------------
 
 
-def test_reports_renew_a_lock_and_never_shorten_it(daemon: Daemon, queue: str) -> None:
+def test_reports_renew_a_lock_and_never_shorten_it(daemon: DaemonProcess, queue: str) -> None:
     made = create(daemon, queue)
     grant = start(daemon, made["id"], lock_ttl_ms=60_000)
     lock = {"lock_id": grant["lock_id"]}
@@ -213,10 +217,12 @@ def test_reports_renew_a_lock_and_never_shorten_it(daemon: Daemon, queue: str) -
     cut = daemon.post(f"/v1/jobs/{made['id']}/extend", {**lock, "additional_ms": 86_400_000}).data
     assert cut["lock_expires_at"] == cut["ceiling_at"]
     for wrong in (-1, 101, "1", None):
-        refused(daemon.post(f"/v1/jobs/{made['id']}/progress", {**lock, "progress": wrong}), 400, "invalid_request")
+        assert_error(
+            daemon.post(f"/v1/jobs/{made['id']}/progress", {**lock, "progress": wrong}), 400, "invalid_request"
+        )
 
 
-def test_a_complete_can_be_repeated(daemon: Daemon, queue: str) -> None:
+def test_a_complete_can_be_repeated(daemon: DaemonProcess, queue: str) -> None:
     made = create(daemon, queue)
     grant = start(daemon, made["id"])
     path, lock = f"/v1/jobs/{made['id']}", {"lock_id": grant["lock_id"]}
@@ -229,24 +235,24 @@ def test_a_complete_can_be_repeated(daemon: Daemon, queue: str) -> None:
     assert (repeated.status, repeated.data["repeated"]) == (200, True)
     released = daemon.post(f"{path}/release", lock)
     assert (released.status, released.data["repeated"], released.data["status"]) == (200, True, "completed")
-    refused(daemon.post(f"{path}/complete", {**lock, "download_url": "https://other"}), 409, "invalid_transition")
-    refused(daemon.post(f"{path}/fail", {**lock, "error_message": "x"}), 409, "invalid_transition")
-    refused(daemon.post(f"{path}/cancel"), 409, "invalid_transition")
-    refused(daemon.post(f"{path}/complete", {"lock_id": "other"}), 409, "lock_lost")
+    assert_error(daemon.post(f"{path}/complete", {**lock, "download_url": "https://other"}), 409, "invalid_transition")
+    assert_error(daemon.post(f"{path}/fail", {**lock, "error_message": "x"}), 409, "invalid_transition")
+    assert_error(daemon.post(f"{path}/cancel"), 409, "invalid_transition")
+    assert_error(daemon.post(f"{path}/complete", {"lock_id": "other"}), 409, "lock_lost")
 
 
 @pytest.mark.parametrize("key", ["/abs", "a/../b", "..", "a\x00b", ""])
-def test_a_storage_key_cannot_leave_the_store(daemon: Daemon, queue: str, key: str) -> None:
+def test_a_storage_key_cannot_leave_the_store(daemon: DaemonProcess, queue: str, key: str) -> None:
     made = create(daemon, queue)
     lock = {"lock_id": start(daemon, made["id"])["lock_id"]}
-    refused(daemon.post(f"/v1/jobs/{made['id']}/complete", {**lock, "storage_key": key}), 400, "invalid_request")
+    assert_error(daemon.post(f"/v1/jobs/{made['id']}/complete", {**lock, "storage_key": key}), 400, "invalid_request")
     for late in (1_700_000_000, now() - 1000):
         body = {**lock, "expires_at": late}
-        refused(daemon.post(f"/v1/jobs/{made['id']}/complete", body), 400, "invalid_request")
+        assert_error(daemon.post(f"/v1/jobs/{made['id']}/complete", body), 400, "invalid_request")
     assert job(daemon, made["id"])["status"] == "processing"
 
 
-def test_fail_retries_with_backoff_and_then_fails(daemon: Daemon, queue: str) -> None:
+def test_fail_retries_with_backoff_and_then_fails(daemon: DaemonProcess, queue: str) -> None:
     backoff = {"kind": "fixed", "base_ms": 40, "jitter": False}
     made = create(daemon, queue, max_attempts=2, backoff=backoff)
     path = f"/v1/jobs/{made['id']}"
@@ -255,7 +261,7 @@ def test_fail_retries_with_backoff_and_then_fails(daemon: Daemon, queue: str) ->
     assert (back["status"], back["error_message"], back["error_code"]) == ("queued", "disk on fire", "E1")
     assert back["run_at"] == back["updated_at"] + 40
     assert (back["attempt"], back["progress"], back["started_at"]) == (1, 0, None)
-    refused(daemon.post(f"{path}/extend", lock), 409, "invalid_transition")
+    assert_error(daemon.post(f"{path}/extend", lock), 409, "invalid_transition")
     grants: list[Any] = []
     while not grants:
         grants = daemon.post("/v1/claim", {"worker": "w", "queues": [queue], "wait_ms": 5000}).data["grants"]
@@ -264,7 +270,7 @@ def test_fail_retries_with_backoff_and_then_fails(daemon: Daemon, queue: str) ->
     assert last["expires_at"] == last["finished_at"] + 30 * 86_400_000
 
 
-def test_fail_can_forbid_a_retry_or_set_its_delay(daemon: Daemon, queue: str) -> None:
+def test_fail_can_forbid_a_retry_or_set_its_delay(daemon: DaemonProcess, queue: str) -> None:
     made = create(daemon, queue, max_attempts=5)
     lock = {"lock_id": start(daemon, made["id"])["lock_id"]}
     body = {**lock, "error_message": "x", "retry_after_ms": 5000}
@@ -276,7 +282,7 @@ def test_fail_can_forbid_a_retry_or_set_its_delay(daemon: Daemon, queue: str) ->
     assert failed["status"] == "failed"
 
 
-def test_release_refunds_the_attempt_and_keeps_the_position(daemon: Daemon, queue: str) -> None:
+def test_release_refunds_the_attempt_and_keeps_the_position(daemon: DaemonProcess, queue: str) -> None:
     first, second = create(daemon, queue), create(daemon, queue)
     lock = {"lock_id": start(daemon, first["id"])["lock_id"]}
     back = daemon.post(f"/v1/jobs/{first['id']}/release", lock).data
@@ -288,24 +294,24 @@ def test_release_refunds_the_attempt_and_keeps_the_position(daemon: Daemon, queu
     assert delayed["run_at"] == delayed["updated_at"] + 60_000
 
 
-def test_cancel_ends_the_grant_at_once(daemon: Daemon, queue: str) -> None:
+def test_cancel_ends_the_grant_at_once(daemon: DaemonProcess, queue: str) -> None:
     made = create(daemon, queue)
     lock = {"lock_id": start(daemon, made["id"])["lock_id"]}
     done = daemon.post(f"/v1/jobs/{made['id']}/cancel", {"reason": "not wanted"}).data
     assert (done["status"], done["lock"]) == ("cancelled", None)
     for verb, body in (("progress", {"progress": 1}), ("extend", {}), ("complete", {}), ("release", {})):
-        details = refused(daemon.post(f"/v1/jobs/{made['id']}/{verb}", {**lock, **body}), 409, "lock_lost")
+        details = assert_error(daemon.post(f"/v1/jobs/{made['id']}/{verb}", {**lock, **body}), 409, "lock_lost")
         assert (details["reason"], details["cancel_requested"]) == ("cancelled", True)
 
 
-def test_past_the_ceiling_only_results_are_accepted(daemon: Daemon, queue: str) -> None:
+def test_past_the_ceiling_only_results_are_accepted(daemon: DaemonProcess, queue: str) -> None:
     made = create(daemon, queue, max_processing_ms=1)
     lock = {"lock_id": start(daemon, made["id"])["lock_id"]}
     while daemon.admin("GET", "stats").data["stuckJobs"] == 0:
         pass
     for verb, body in (("progress", {"progress": 1}), ("extend", {})):
         reply = daemon.post(f"/v1/jobs/{made['id']}/{verb}", {**lock, **body})
-        refused(reply, 409, "max_processing_time_exceeded")
+        assert_error(reply, 409, "max_processing_time_exceeded")
         assert "max_processing" in reply.body["message"]
     assert daemon.post(f"/v1/jobs/{made['id']}/complete", lock).data["status"] == "completed"
 
@@ -313,18 +319,18 @@ def test_past_the_ceiling_only_results_are_accepted(daemon: Daemon, queue: str) 
 # -- keys -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_idempotency_key_repeats_the_response_and_not_the_effect(daemon: Daemon, queue: str) -> None:
+def test_an_idempotency_key_repeats_the_response_and_not_the_effect(daemon: DaemonProcess, queue: str) -> None:
     key = {"Idempotency_Key": f"key {queue}"}
     first = daemon.post("/v1/jobs", {"queue": queue}, **key)
     repeated = daemon.post("/v1/jobs", {"queue": queue}, **key)
     assert (repeated.status, repeated.data) == (201, first.data)
     assert repeated.headers["Idempotent-Replayed"] == "true"
     assert "Idempotent-Replayed" not in first.headers
-    refused(daemon.post("/v1/jobs", {"queue": f"{queue}x"}, **key), 422, "idempotency_key_reused")
-    refused(daemon.post("/v1/jobs", {}, Idempotency_Key="x" * 201), 400, "invalid_request")
+    assert_error(daemon.post("/v1/jobs", {"queue": f"{queue}x"}, **key), 422, "idempotency_key_reused")
+    assert_error(daemon.post("/v1/jobs", {}, Idempotency_Key="x" * 201), 400, "invalid_request")
 
 
-def test_the_key_of_a_claim_lasts_as_long_as_its_grants(daemon: Daemon, queue: str) -> None:
+def test_the_key_of_a_claim_lasts_as_long_as_its_grants(daemon: DaemonProcess, queue: str) -> None:
     for _ in range(2):
         create(daemon, queue)
     key = {"Idempotency_Key": f"claim {queue}"}
@@ -342,7 +348,7 @@ def test_the_key_of_a_claim_lasts_as_long_as_its_grants(daemon: Daemon, queue: s
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def test_jobs_are_paged_newest_first(daemon: Daemon, queue: str) -> None:
+def test_jobs_are_paged_newest_first(daemon: DaemonProcess, queue: str) -> None:
     ids = [create(daemon, queue)["id"] for _ in range(5)]
     start(daemon, ids[0])
     page = daemon.get(f"/v1/jobs?queue={queue}&limit=2").data
@@ -355,10 +361,10 @@ def test_jobs_are_paged_newest_first(daemon: Daemon, queue: str) -> None:
     held = daemon.get(f"/v1/jobs?queue={queue}&status=processing&worker=w-1").data["jobs"]
     assert [found["id"] for found in held] == [ids[0]]
     for wrong in ("limit=0", "limit=201", "status=lost", "colour=red", "limit=1&limit=2"):
-        refused(daemon.get(f"/v1/jobs?{wrong}"), 400, "invalid_request")
+        assert_error(daemon.get(f"/v1/jobs?{wrong}"), 400, "invalid_request")
 
 
-def test_timeline_why_and_validate_describe_a_job(daemon: Daemon, queue: str) -> None:
+def test_timeline_why_and_validate_describe_a_job(daemon: DaemonProcess, queue: str) -> None:
     made = create(daemon, queue)
     path = f"/v1/jobs/{made['id']}"
     why = daemon.get(f"{path}/why").data
@@ -382,7 +388,7 @@ def test_timeline_why_and_validate_describe_a_job(daemon: Daemon, queue: str) ->
     assert set(found["issues"][0]) == {"type", "field", "message", "fix"}
 
 
-def test_queues_and_workers_are_listed(daemon: Daemon, queue: str) -> None:
+def test_queues_and_workers_are_listed(daemon: DaemonProcess, queue: str) -> None:
     made = create(daemon, queue)
     start(daemon, made["id"], worker=f"worker-{queue}")
     waiting = create(daemon, queue)
@@ -396,15 +402,15 @@ def test_queues_and_workers_are_listed(daemon: Daemon, queue: str) -> None:
 # -- operators --------------------------------------------------------------------------------------------------------
 
 
-def test_admin_needs_a_token_before_anything_else(daemon: Daemon) -> None:
+def test_admin_needs_a_token_before_anything_else(daemon: DaemonProcess) -> None:
     for token in ("Bearer wrong", f"Basic {TOKEN}", "", "Bearer"):
-        refused(daemon.admin("GET", "stats", Authorization=token), 401, "unauthorized")
-    refused(daemon.admin("POST", "nothing", {}, Authorization="Bearer no"), 401, "unauthorized")
+        assert_error(daemon.admin("GET", "stats", Authorization=token), 401, "unauthorized")
+    assert_error(daemon.admin("POST", "nothing", {}, Authorization="Bearer no"), 401, "unauthorized")
     assert daemon.admin("GET", "/healthz", Authorization="").status == 200
     assert daemon.admin("GET", "/readyz", Authorization="").status == 200
 
 
-def test_stats_health_and_cleanup_have_the_names_of_existing_dashboards(daemon: Daemon, queue: str) -> None:
+def test_stats_health_and_cleanup_have_the_names_of_existing_dashboards(daemon: DaemonProcess, queue: str) -> None:
     create(daemon, queue)
     start(daemon, create(daemon, queue)["id"])
     stats = daemon.admin("GET", "stats").data
@@ -434,23 +440,23 @@ def test_stats_health_and_cleanup_have_the_names_of_existing_dashboards(daemon: 
     assert daemon.admin("GET", "reports").data["reports"][0] == report
 
 
-def test_operators_can_force_transitions(daemon: Daemon, queue: str) -> None:
+def test_operators_can_force_transitions(daemon: DaemonProcess, queue: str) -> None:
     made = create(daemon, queue)
     job_id = made["id"]
     lock = {"lock_id": start(daemon, job_id)["lock_id"]}
     failed = daemon.admin("POST", "force-fail", {"jobId": job_id, "reason": "hung"}).data
     assert (failed["jobId"], failed["previousStatus"], failed["reason"]) == (job_id, "processing", "hung")
     assert job(daemon, job_id)["error_message"] == "hung"
-    assert refused(daemon.post(f"/v1/jobs/{job_id}/complete", lock), 409, "lock_lost")["rule"] == "force-fail"
+    assert assert_error(daemon.post(f"/v1/jobs/{job_id}/complete", lock), 409, "lock_lost")["rule"] == "force-fail"
     reset = daemon.admin("POST", "force-reset", {"jobId": job_id}).data
     assert reset["previousStatus"] == "failed"
     fresh = job(daemon, job_id)
     expected = ("queued", 0, 0, None, None)
     assert (fresh["status"], fresh["attempt"], fresh["stalls"], fresh["error_message"], fresh["expires_at"]) == expected
-    refused(daemon.admin("POST", "force-reset", {"jobId": job_id}), 409, "invalid_transition")
+    assert_error(daemon.admin("POST", "force-reset", {"jobId": job_id}), 409, "invalid_transition")
     move = {"jobId": job_id, "from": "processing", "to": "failed"}
-    refused(daemon.admin("POST", "transition", move), 409, "invalid_transition")
-    refused(
+    assert_error(daemon.admin("POST", "transition", move), 409, "invalid_transition")
+    assert_error(
         daemon.admin("POST", "transition", {**move, "from": "queued", "to": "processing"}), 409, "invalid_transition"
     )
     moved = daemon.admin(
@@ -458,22 +464,22 @@ def test_operators_can_force_transitions(daemon: Daemon, queue: str) -> None:
     )
     assert moved.data["previousStatus"] == "queued"
     assert (job(daemon, job_id)["status"], job(daemon, job_id)["priority"]) == ("cancelled", 7)
-    refused(daemon.admin("POST", "force-fail", {"jobId": job_id}), 409, "invalid_transition")
-    refused(daemon.admin("POST", "force-fail", {}), 400, "invalid_request")
-    refused(daemon.admin("POST", "force-fail", {"jobId": "nowhere"}), 404, "job_not_found")
+    assert_error(daemon.admin("POST", "force-fail", {"jobId": job_id}), 409, "invalid_transition")
+    assert_error(daemon.admin("POST", "force-fail", {}), 400, "invalid_request")
+    assert_error(daemon.admin("POST", "force-fail", {"jobId": "nowhere"}), 404, "job_not_found")
     assert daemon.admin("DELETE", f"jobs/{job_id}").data["id"] == job_id
-    refused(daemon.get(f"/v1/jobs/{job_id}"), 404, "job_not_found")
+    assert_error(daemon.get(f"/v1/jobs/{job_id}"), 404, "job_not_found")
 
 
-def test_a_late_result_is_kept_and_adopted(daemon: Daemon, queue: str) -> None:
+def test_a_late_result_is_kept_and_adopted(daemon: DaemonProcess, queue: str) -> None:
     job_id = create(daemon, queue, payload={"n": 1})["id"]
     lock = {"lock_id": start(daemon, job_id)["lock_id"]}
-    refused(daemon.admin("POST", f"jobs/{job_id}/adopt"), 409, "invalid_transition")
+    assert_error(daemon.admin("POST", f"jobs/{job_id}/adopt"), 409, "invalid_transition")
     daemon.admin("POST", "force-reset", {"jobId": job_id})
-    refused(daemon.admin("POST", f"jobs/{job_id}/adopt"), 404, "late_result_not_found")
+    assert_error(daemon.admin("POST", f"jobs/{job_id}/adopt"), 404, "late_result_not_found")
     done = {**lock, "file_path": "/out", "metadata": {"a": [1, None]}}
-    response = refused(daemon.post(f"/v1/jobs/{job_id}/complete", done), 409, "lock_lost")
-    assert refused(daemon.post(f"/v1/jobs/{job_id}/complete", done), 409, "lock_lost") == response
+    response = assert_error(daemon.post(f"/v1/jobs/{job_id}/complete", done), 409, "lock_lost")
+    assert assert_error(daemon.post(f"/v1/jobs/{job_id}/complete", done), 409, "lock_lost") == response
     (late,) = daemon.admin("GET", f"jobs/{job_id}/late-results").data["late_results"]
     assert (late["seq"], late["file_path"], late["metadata"]) == (response["late_result"], "/out", {"a": [1, None]})
     assert set(late) == {
@@ -481,17 +487,19 @@ def test_a_late_result_is_kept_and_adopted(daemon: Daemon, queue: str) -> None:
         "refusal",
     }  # fmt: skip
     assert f"jobctl adopt {job_id}" in daemon.get(f"/v1/jobs/{job_id}/why").data["do"][0]
-    refused(daemon.admin("POST", f"jobs/{job_id}/adopt", {"result": late["seq"] + 1}), 404, "late_result_not_found")
-    refused(daemon.admin("POST", f"jobs/{job_id}/adopt", {"result": 0}), 400, "invalid_request")
+    assert_error(
+        daemon.admin("POST", f"jobs/{job_id}/adopt", {"result": late["seq"] + 1}), 404, "late_result_not_found"
+    )
+    assert_error(daemon.admin("POST", f"jobs/{job_id}/adopt", {"result": 0}), 400, "invalid_request")
     adopted = daemon.admin("POST", f"jobs/{job_id}/adopt", {"result": late["seq"], "reason": "whole"}).data
     assert (adopted["status"], adopted["file_path"], adopted["payload"]) == ("completed", "/out", {"n": 1})
-    refused(daemon.admin("POST", f"jobs/{job_id}/adopt"), 409, "invalid_transition")
+    assert_error(daemon.admin("POST", f"jobs/{job_id}/adopt"), 409, "invalid_transition")
     kinds = [event["type"] for event in daemon.get(f"/v1/jobs/{job_id}/timeline").data["events"]]
     assert kinds == ["created", "granted", "force_reset", "late_result", "adopted"]
-    refused(daemon.get(f"/v1/jobs/{job_id}/late-results"), 404, "not_found")
+    assert_error(daemon.get(f"/v1/jobs/{job_id}/late-results"), 404, "not_found")
 
 
-def test_operators_can_release_locks_and_update_jobs(daemon: Daemon, queue: str) -> None:
+def test_operators_can_release_locks_and_update_jobs(daemon: DaemonProcess, queue: str) -> None:
     made = create(daemon, queue, run_at=now() + 60_000)
     job_id = made["id"]
     assert daemon.admin("POST", f"jobs/{job_id}/run-now").data["run_at"] <= now()
@@ -504,12 +512,12 @@ def test_operators_can_release_locks_and_update_jobs(daemon: Daemon, queue: str)
     assert grant["lock_id"] in {held["lock_id"] for held in daemon.admin("GET", "locks").data["locks"]}
     back = daemon.admin("POST", "release-lock", named).data
     assert (back["status"], back["lock"]) == ("queued", None)
-    refused(daemon.admin("POST", "extend-lock", named), 409, "lock_lost")
+    assert_error(daemon.admin("POST", "extend-lock", named), 409, "lock_lost")
     assert daemon.admin("GET", f"validate-job?jobId={job_id}").data["job"]["id"] == job_id
-    refused(daemon.admin("GET", "validate-job"), 400, "invalid_request")
+    assert_error(daemon.admin("GET", "validate-job"), 400, "invalid_request")
 
 
-def test_an_import_keeps_jobs_unchanged(daemon: Daemon, queue: str) -> None:
+def test_an_import_keeps_jobs_unchanged(daemon: DaemonProcess, queue: str) -> None:
     lines = [
         f'{{"id": "{queue}:done", "queue": "{queue}", "status": "completed", "progress": 40, "created_at": {OLD_MS}}}',
         f'{{"id": "{queue}:lost", "queue": "{queue}", "status": "processing", "progress": 10, "worker": "old-1"}}',
@@ -536,7 +544,7 @@ def test_an_import_keeps_jobs_unchanged(daemon: Daemon, queue: str) -> None:
     assert job(daemon, f"{queue}:done")["progress"] == 100
 
 
-def test_metrics_have_the_documented_names(daemon: Daemon) -> None:
+def test_metrics_have_the_documented_names(daemon: DaemonProcess) -> None:
     text = daemon.admin("GET", "/metrics").body.decode()
     for name in (
         "jobs", "queue_jobs", "stuck_jobs", "locked_jobs", "grants_total", "refusals_total", "stalls_total",

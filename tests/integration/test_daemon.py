@@ -27,7 +27,7 @@ from jobd.model.storage import Batch
 from jobd.storage.backup import restore
 from jobd.storage.store import Store
 from tests.conftest import tool_missing
-from tests.support.daemon_process import Daemon, call, free_port
+from tests.support.daemon_process import DaemonProcess, call, free_port
 
 RACERS = 16
 
@@ -41,7 +41,7 @@ def test_sixteen_processes_race_for_one_job_and_one_gets_it(tmp_path: Path) -> N
         "connection.close()\n"
         "print(reply.status, reply.body.get('error'))"
     )
-    with Daemon(tmp_path) as daemon:
+    with DaemonProcess(tmp_path) as daemon:
         daemon.post("/v1/jobs", {"id": "prize"})
         runs = [
             subprocess.Popen([sys.executable, "-c", racer, daemon.socket, f"w-{n}"], stdout=subprocess.PIPE, text=True)
@@ -53,7 +53,7 @@ def test_sixteen_processes_race_for_one_job_and_one_gets_it(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_many_claimers_get_every_job_once(tmp_path: Path) -> None:
-    with Daemon(tmp_path) as daemon:
+    with DaemonProcess(tmp_path) as daemon:
         daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"job-{n}"} for n in range(300)]})
 
         def claim_all(number: int) -> list[tuple[str, int]]:
@@ -69,21 +69,21 @@ def test_many_claimers_get_every_job_once(tmp_path: Path) -> None:
     assert len({token for _, token in granted}) == 300
 
 
-class ShuttingDown(Exception):
+class DaemonStopping(Exception):
     """The daemon responded that it is shutting down, so nothing was done."""
 
 
 def _ask(connection: http.client.HTTPConnection, path: str, body: Any) -> Any:
     reply = call(connection, "POST", path, body)
     if reply.status == 503 and reply.error == "shutting_down":
-        raise ShuttingDown
+        raise DaemonStopping
     return reply.data
 
 
 class RecordedLoad:
     """Job lifecycles from several threads. Records every acknowledged change."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: DaemonProcess) -> None:
         self._daemon = daemon
         self._lock = threading.Lock()
         self.created: set[str] = set()
@@ -93,7 +93,7 @@ class RecordedLoad:
 
     def work(self, number: int) -> None:
         # If the daemon is killed, the outcome of pending requests is unknown.
-        with suppress(OSError, http.client.HTTPException, ShuttingDown), closing(self._daemon.worker()) as connection:
+        with suppress(OSError, http.client.HTTPException, DaemonStopping), closing(self._daemon.worker()) as connection:
             for step in range(10_000):
                 self._lifecycle(connection, f"{id(self)}-{number}-{step}")
 
@@ -120,7 +120,7 @@ class RecordedLoad:
 
 @pytest.mark.slow
 def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
-    with Daemon(tmp_path) as daemon:
+    with DaemonProcess(tmp_path) as daemon:
         highest = 0
         loads = []
         for _ in range(3):
@@ -148,7 +148,7 @@ def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_sigterm_answers_pending_requests_and_waiting_claims(tmp_path: Path) -> None:
-    with Daemon(tmp_path) as daemon, closing(daemon.worker()) as parked:
+    with DaemonProcess(tmp_path) as daemon, closing(daemon.worker()) as parked:
         body = '{"worker": "w-1", "wait_ms": 60000, "queues": ["idle"]}'
         parked.request("POST", "/v1/claim", body, {"Content-Type": "application/json"})
         _wait_for(daemon, "jobd_parked_claims 1.0")
@@ -169,7 +169,7 @@ def test_sigterm_answers_pending_requests_and_waiting_claims(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_listeners_close_before_the_actor_and_the_store_last(tmp_path: Path) -> None:
-    with Daemon.not_started(tmp_path) as daemon:
+    with DaemonProcess.not_started(tmp_path) as daemon:
         daemon.module = "tests.support.daemon_variants reported_stop"
         daemon.start()
         daemon.post("/v1/jobs", {"id": "a"})
@@ -181,7 +181,7 @@ def test_listeners_close_before_the_actor_and_the_store_last(tmp_path: Path) -> 
     assert sorted(listeners) == ["begins listener"] * 2 + ["ended listener"] * 2, order
 
 
-def _wait_for(daemon: Daemon, metric: str) -> None:
+def _wait_for(daemon: DaemonProcess, metric: str) -> None:
     """Wait for a metric. The timeout of the test ends the wait."""
     while metric not in daemon.admin("GET", "/metrics").body.decode().splitlines():
         pass
@@ -189,7 +189,7 @@ def _wait_for(daemon: Daemon, metric: str) -> None:
 
 @pytest.mark.slow
 def test_a_restart_keeps_a_lock_and_its_remaining_time(tmp_path: Path) -> None:
-    with Daemon(tmp_path) as daemon:
+    with DaemonProcess(tmp_path) as daemon:
         daemon.post("/v1/jobs", {"id": "a"})
         grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 10_000, "stuck_after_ms": 0}).data
         daemon.kill()
@@ -205,7 +205,7 @@ def test_a_restart_keeps_a_lock_and_its_remaining_time(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_no_lock_expires_while_the_daemon_stops(tmp_path: Path) -> None:
     """A slow request delays the stop for longer than a lock lasts."""
-    with Daemon(tmp_path, '[cleanup]\nrecover_every = "1s"\n') as daemon, closing(daemon.worker()) as slow:
+    with DaemonProcess(tmp_path, '[cleanup]\nrecover_every = "1s"\n') as daemon, closing(daemon.worker()) as slow:
         daemon.post("/v1/jobs", {"id": "a"})
         slow.connect()
         slow.sock.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: jobd\r\nContent-Type: application/json\r\n")
@@ -228,7 +228,7 @@ def test_no_lock_expires_while_the_daemon_stops(tmp_path: Path) -> None:
 def test_a_restore_ends_the_grants_of_the_copy_and_issues_higher_tokens(tmp_path: Path) -> None:
     """The backup does not contain what the holders did since, so they get `lock_lost`."""
     copy = tmp_path / "copy.db"
-    with Daemon(tmp_path) as daemon:
+    with DaemonProcess(tmp_path) as daemon:
         daemon.post("/v1/jobs", {"id": "a"})
         daemon.post("/v1/jobs", {"id": "waits"})
         old = daemon.post("/v1/jobs/a/start", {"worker": "w-1"}).data
@@ -249,7 +249,7 @@ def test_a_restore_ends_the_grants_of_the_copy_and_issues_higher_tokens(tmp_path
 
 @pytest.mark.slow
 def test_a_second_daemon_does_not_start_and_changes_nothing(tmp_path: Path) -> None:
-    with Daemon(tmp_path) as daemon:
+    with DaemonProcess(tmp_path) as daemon:
         assert daemon.process is not None
         before = os.stat(daemon.socket).st_ino
         second = daemon.spawn()
@@ -271,7 +271,7 @@ def test_a_second_daemon_does_not_start_and_changes_nothing(tmp_path: Path) -> N
     ],
 )
 def test_a_wrong_configuration_is_exit_78(tmp_path: Path, config: str, expected: str) -> None:
-    run = Daemon(tmp_path, config).spawn()
+    run = DaemonProcess(tmp_path, config).spawn()
     _, log = run.communicate(timeout=150)
     assert run.returncode == 78
     assert expected in log.decode()
@@ -282,7 +282,10 @@ def test_workers_may_use_any_host_name_over_tcp(tmp_path: Path) -> None:
     token, port = tmp_path / "worker-token", free_port()
     token.write_text("w" * 32)
     places = {"JOBD_WORKER_LISTEN": f"127.0.0.1:{port}", "JOBD_WORKER_TOKEN_FILE": str(token)}
-    with Daemon(tmp_path, **places), closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as client:
+    with (
+        DaemonProcess(tmp_path, **places),
+        closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as client,
+    ):
 
         def status(path: str, bearer: str) -> int:
             client.request("GET", path, headers={"Host": f"jobs.example:{port}", "Authorization": f"Bearer {bearer}"})
@@ -301,7 +304,7 @@ def test_workers_may_use_any_host_name_over_tcp(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", [".", "link"])
 def test_artifacts_in_the_daemons_own_directory_are_exit_78(tmp_path: Path, place: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
-    daemon = Daemon(tmp_path, JOBD_ARTIFACTS_URL=f"file://{tmp_path / place}")
+    daemon = DaemonProcess(tmp_path, JOBD_ARTIFACTS_URL=f"file://{tmp_path / place}")
     run = daemon.spawn()
     _, log = run.communicate(timeout=150)
     assert run.returncode == 78
@@ -313,7 +316,7 @@ def test_artifacts_in_the_daemons_own_directory_are_exit_78(tmp_path: Path, plac
 @pytest.mark.slow
 def test_a_hanging_artifact_directory_does_not_block_the_stop(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
-    with Daemon.not_started(tmp_path, JOBD_ARTIFACTS_URL=f"file://{tmp_path / 'results'}") as daemon:
+    with DaemonProcess.not_started(tmp_path, JOBD_ARTIFACTS_URL=f"file://{tmp_path / 'results'}") as daemon:
         daemon.module = "tests.support.hanging_mount"
         daemon.start()
         assert daemon.admin("GET", "health").data["storage"]["status"] == "unhealthy"
@@ -335,7 +338,7 @@ def test_a_hanging_actor_does_not_feed_the_watchdog(tmp_path: Path) -> None:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(150)
         own = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "100000"}
-        with Daemon.not_started(tmp_path, **own) as daemon:
+        with DaemonProcess.not_started(tmp_path, **own) as daemon:
             daemon.module = "tests.support.daemon_variants hung_actor"
             daemon.start()
             while systemd.recv(4096) != b"WATCHDOG=1":
@@ -351,7 +354,7 @@ def test_a_hanging_actor_does_not_feed_the_watchdog(tmp_path: Path) -> None:
 
 
 def test_no_token_or_a_short_one_is_exit_78_and_is_not_shown(tmp_path: Path) -> None:
-    run = Daemon(tmp_path, ADMIN_TOKEN="hunter2").spawn()
+    run = DaemonProcess(tmp_path, ADMIN_TOKEN="hunter2").spawn()
     _, log = run.communicate(timeout=150)
     assert run.returncode == 78
     assert "24 characters" in log.decode()
@@ -359,7 +362,7 @@ def test_no_token_or_a_short_one_is_exit_78_and_is_not_shown(tmp_path: Path) -> 
 
 
 def test_sighup_applies_reloadable_keys_and_keeps_the_old_on_error(tmp_path: Path) -> None:
-    with Daemon(tmp_path) as daemon:
+    with DaemonProcess(tmp_path) as daemon:
         assert daemon.process is not None
 
         def reload(config: str) -> str:
@@ -378,7 +381,7 @@ def test_sighup_applies_reloadable_keys_and_keeps_the_old_on_error(tmp_path: Pat
 
 
 def test_a_start_and_a_reload_warn_about_doubtful_settings(tmp_path: Path) -> None:
-    with Daemon(tmp_path, "[cleanup]\ninterval = '30s'\n", JOBD_LOCKS_TTL="1h") as daemon:
+    with DaemonProcess(tmp_path, "[cleanup]\ninterval = '30s'\n", JOBD_LOCKS_TTL="1h") as daemon:
         assert daemon.process is not None
         assert daemon.log.count(b"event=config_warning") == 2
         assert b"cleanup.min_interval" in daemon.log
@@ -401,7 +404,7 @@ async def _left_suspect(store: Path, expected_ms: int) -> None:
 def test_a_suspect_clock_survives_restarts_until_it_is_accepted(tmp_path: Path) -> None:
     # Two days are more than a running daemon accepts, and less than a start accepts.
     asyncio.run(_left_suspect(tmp_path / "jobd.db", wall_clock_ms() - 2 * DAY_MS))
-    with Daemon(tmp_path) as daemon:
+    with DaemonProcess(tmp_path) as daemon:
         for _ in range(2):
             clock = daemon.admin("GET", "clock").data
             assert clock["suspect"], clock
@@ -420,7 +423,7 @@ def test_a_suspect_clock_survives_restarts_until_it_is_accepted(tmp_path: Path) 
 
 def test_a_reloaded_retention_limits_how_far_ahead_the_clock_may_be(tmp_path: Path) -> None:
     asyncio.run(_left_suspect(tmp_path / "jobd.db", wall_clock_ms() - 20 * HOUR_MS))
-    with Daemon(tmp_path) as daemon:
+    with DaemonProcess(tmp_path) as daemon:
         assert daemon.process is not None
         assert not daemon.admin("GET", "clock").data["suspect"]
         daemon.config.write_text("[retention]\ncancelled = '1d'\n")
@@ -430,14 +433,14 @@ def test_a_reloaded_retention_limits_how_far_ahead_the_clock_may_be(tmp_path: Pa
 
 
 def test_sigusr1_dumps_tasks_to_the_log(tmp_path: Path) -> None:
-    with Daemon(tmp_path) as daemon:
+    with DaemonProcess(tmp_path) as daemon:
         assert daemon.process is not None
         daemon.process.send_signal(signal.SIGUSR1)
         assert "mailbox=" in daemon.wait_for_log(b"event=dump ")
 
 
 def test_a_zombie_worker_is_accepted_until_recovery_then_rejected(tmp_path: Path) -> None:
-    with Daemon(tmp_path, "[cleanup]\nrecover_every = '0'\ninterval = '1h'\n") as daemon:
+    with DaemonProcess(tmp_path, "[cleanup]\nrecover_every = '0'\ninterval = '1h'\n") as daemon:
         daemon.post("/v1/jobs", {"id": "a", "max_processing_ms": 1})
         grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1"}).data
         recovered: dict[str, Any] = {"recoveredJobs": 0}
@@ -460,7 +463,7 @@ def test_any_failed_fsync_ends_the_daemon(tmp_path: Path) -> None:
     """The health probe writes too. After its fsync fails, nothing may be acknowledged."""
     if shutil.which("strace") is None:
         tool_missing("strace", "strace")
-    with Daemon(tmp_path) as daemon:
+    with DaemonProcess(tmp_path) as daemon:
         assert daemon.process is not None
         assert daemon.post("/v1/jobs", {"id": "a"}).status == 201
         inject = ["-e", "trace=fdatasync,fsync", "-e", "inject=fdatasync,fsync:error=EIO"]
@@ -484,7 +487,7 @@ def test_any_failed_fsync_ends_the_daemon(tmp_path: Path) -> None:
 def test_a_commit_that_fails_while_the_daemon_stops_is_exit_74(tmp_path: Path) -> None:
     if shutil.which("strace") is None:
         tool_missing("strace", "strace")
-    with Daemon(tmp_path) as daemon, ThreadPoolExecutor(1) as pool:
+    with DaemonProcess(tmp_path) as daemon, ThreadPoolExecutor(1) as pool:
         assert daemon.process is not None
         inject = ["-e", "trace=fdatasync", "-e", "inject=fdatasync:error=EIO:delay_enter=1s"]
         with subprocess.Popen(
@@ -506,7 +509,7 @@ def test_a_commit_that_fails_while_the_daemon_stops_is_exit_74(tmp_path: Path) -
 def test_a_disk_that_fails_at_the_start_is_exit_74_in_one_line(tmp_path: Path, number: int) -> None:
     if shutil.which("strace") is None:
         tool_missing("strace", "strace")
-    with Daemon.not_started(tmp_path) as daemon:
+    with DaemonProcess.not_started(tmp_path) as daemon:
         inject = ["-e", "trace=fdatasync", "-e", f"inject=fdatasync:error=EIO:when={number}"]
         daemon.prefix = ["strace", "-D", "-f", "-o", str(tmp_path / "strace"), *inject]
         daemon.launch()
@@ -523,7 +526,7 @@ def test_a_disk_that_fails_at_the_start_is_exit_74_in_one_line(tmp_path: Path, n
 def test_a_store_path_that_cannot_work_is_exit_78(tmp_path: Path, place: str) -> None:
     (tmp_path / "a-directory").mkdir()
     (tmp_path / "a-file").touch()
-    run = Daemon(tmp_path, JOBD_STORE_PATH=str(tmp_path / place)).spawn()
+    run = DaemonProcess(tmp_path, JOBD_STORE_PATH=str(tmp_path / place)).spawn()
     _, log = run.communicate(timeout=150)
     assert run.returncode == 78, log
     assert "store.path must name a file in a directory" in log.decode()

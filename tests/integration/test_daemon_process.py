@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
-from tests.support.daemon_process import Daemon, die_with_us
+from tests.support.daemon_process import DaemonProcess, die_with_us
 
 STARTER = """
 import sys, time
 from pathlib import Path
-from tests.support.daemon_process import Daemon
-with Daemon(Path(sys.argv[1])) as daemon:
+from tests.support.daemon_process import DaemonProcess
+with DaemonProcess(Path(sys.argv[1])) as daemon:
     print(daemon.process.pid, flush=True)
     time.sleep(1000)
 """
@@ -41,7 +41,7 @@ def test_a_daemon_dies_with_the_tests_that_were_killed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_daemon_that_logs_more_than_a_pipe_holds_continues(tmp_path: Path) -> None:
-    with Daemon(tmp_path, "[log]\nlevel = 'debug'\n") as daemon:
+    with DaemonProcess(tmp_path, "[log]\nlevel = 'debug'\n") as daemon:
         jobs = [{"id": f"job-{number}"} for number in range(1_000)]
         daemon.post("/v1/jobs/bulk", {"jobs": jobs})
         assert "job_id=job-999" in daemon.wait_for_log(b"event=created logger=jobd.facts job_id=job-999")

@@ -38,7 +38,7 @@ from jobd.monitoring import alerts
 from tests import ROOT
 from tests.conftest import tool_missing
 from tests.support import config_reference
-from tests.support.daemon_process import TOKEN, Daemon, die_with_us
+from tests.support.daemon_process import TOKEN, DaemonProcess, die_with_us
 
 PACKAGE: Final = Path(jobd.__file__).parent
 DOCUMENTS: Final = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "systemd" / "README.md"]
@@ -328,7 +328,7 @@ def test_every_metric_is_documented(tmp_path: Path) -> None:
         ticked(name)[0]: (kind, set(ticked(labels)))
         for name, kind, labels, _ in rows(OPERATIONS, "metric", "type", "labels")
     }
-    with Daemon(tmp_path, UNREACHABLE_WEBHOOK) as daemon:
+    with DaemonProcess(tmp_path, UNREACHABLE_WEBHOOK) as daemon:
         complete_some(daemon, SAMPLES_NEEDED)
         text = daemon.admin("GET", "/metrics").body.decode()
     given: dict[str, tuple[str, set[str]]] = {}
@@ -339,7 +339,7 @@ def test_every_metric_is_documented(tmp_path: Path) -> None:
     assert documented == given
 
 
-def complete_some(daemon: Daemon, count: int) -> None:
+def complete_some(daemon: DaemonProcess, count: int) -> None:
     daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"m{number}"} for number in range(count)]})
     for grant in daemon.post("/v1/claim", {"worker": "w", "limit": count}).data["grants"]:
         done = {"lock_id": grant["lock_id"], "metadata": 1}
@@ -627,7 +627,7 @@ STOP_WORKER: Final = "kill $(cat worker.pid 2>/dev/null) 2>/dev/null || true"
 def test_the_examples_of_a_page_against_a_daemon(name: str, context: DocumentEnvironment) -> None:
     token = context.directory / "admin_token"
     token.write_text(TOKEN)
-    with Daemon(context.directory) as daemon:
+    with DaemonProcess(context.directory) as daemon:
         environ = {
             **context.environ,
             "JOBD_SOCKET": daemon.socket,

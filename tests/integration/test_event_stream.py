@@ -21,7 +21,7 @@ from jobd.engine import event_feed
 from jobd.http import streaming
 from jobd.http.auth import Authenticator
 from tests.support.daemon_process import TOKEN as ADMIN_TOKEN
-from tests.support.daemon_process import Daemon, UnixConnection
+from tests.support.daemon_process import DaemonProcess, UnixConnection
 from tests.support.factories import ChangeFactory
 from tests.support.http_harness import TOKEN, HttpHarness, RawConnection, request_bytes
 from tests.support.virtual_engine import until
@@ -326,7 +326,7 @@ class EventStreamClient:
 
 
 @contextmanager
-def stream(daemon: Daemon, query: str = "", after: str = "") -> Iterator[EventStreamClient]:
+def stream(daemon: DaemonProcess, query: str = "", after: str = "") -> Iterator[EventStreamClient]:
     with closing(UnixConnection(daemon.socket)) as connection:
         connection.request("GET", f"/v1/events{query}", headers={"Last-Event-ID": after} if after else {})
         response = connection.getresponse()
@@ -340,7 +340,7 @@ def stream(daemon: Daemon, query: str = "", after: str = "") -> Iterator[EventSt
             received.ended()
 
 
-def lifecycle(daemon: Daemon, job_id: str) -> None:
+def lifecycle(daemon: DaemonProcess, job_id: str) -> None:
     daemon.post("/v1/jobs", {"id": job_id})
     lock = daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}).data["lock_id"]
     daemon.post(f"/v1/jobs/{job_id}/complete", {"lock_id": lock, "metadata": 1})
@@ -350,7 +350,7 @@ def lifecycle(daemon: Daemon, job_id: str) -> None:
 def test_a_client_that_reconnects_receives_everything_once_across_kills(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     position = "0"
-    with Daemon(tmp_path) as daemon:
+    with DaemonProcess(tmp_path) as daemon:
         for generation in range(3):
             with stream(daemon, after=position) as received:
                 for number in range(20):
@@ -380,7 +380,11 @@ def test_a_client_that_reconnects_receives_everything_once_across_kills(tmp_path
 
 @pytest.mark.slow
 def test_a_stop_ends_streams_and_does_not_wait_for_clients_that_do_not_read(tmp_path: Path) -> None:
-    with Daemon(tmp_path) as daemon, stream(daemon) as received, closing(UnixConnection(daemon.socket)) as slow_client:
+    with (
+        DaemonProcess(tmp_path) as daemon,
+        stream(daemon) as received,
+        closing(UnixConnection(daemon.socket)) as slow_client,
+    ):
         slow_client.request("GET", "/v1/events")
         slow_client.getresponse()
         lifecycle(daemon, "a")
@@ -393,7 +397,7 @@ def test_a_stop_ends_streams_and_does_not_wait_for_clients_that_do_not_read(tmp_
 
 @pytest.mark.slow
 def test_a_pruned_journal_is_an_error_and_no_stream_contains_a_secret(tmp_path: Path) -> None:
-    with Daemon(tmp_path, '[retention]\njournal = "0s"\n') as daemon, stream(daemon) as received:
+    with DaemonProcess(tmp_path, '[retention]\njournal = "0s"\n') as daemon, stream(daemon) as received:
         lifecycle(daemon, "a")
         daemon.post("/v1/jobs", {"id": "b"})
         lock = daemon.post("/v1/jobs/b/start", {"worker": "w"}).data["lock_id"]
@@ -417,7 +421,7 @@ def test_a_pruned_journal_is_an_error_and_no_stream_contains_a_secret(tmp_path: 
 
 @pytest.mark.slow
 def test_both_listeners_share_the_limit_of_streams_and_metrics_show_it(tmp_path: Path) -> None:
-    with Daemon(tmp_path, "[limits]\nevent_streams = 1\n") as daemon, stream(daemon) as received:
+    with DaemonProcess(tmp_path, "[limits]\nevent_streams = 1\n") as daemon, stream(daemon) as received:
         lifecycle(daemon, "a")
         received.until(3)
         no = daemon.admin("GET", "events", Authorization=f"Bearer {ADMIN_TOKEN}")

@@ -17,7 +17,7 @@ from jobd.http.decoding import Limits
 from jobd.model.commands import ImportCheck
 from jobd.model.errors import ApiError
 from jobd.model.responses import ImportCheckResult, Response
-from tests.support.daemon_process import Daemon
+from tests.support.daemon_process import DaemonProcess
 from tests.support.http_harness import TOKEN, HttpHarness, ReceivedResponse
 
 PREVIEW = "/admin/job-management/import/preview"
@@ -105,7 +105,7 @@ def test_the_preview_matches_the_import(tmp_path: Path) -> None:
         {"id": "x", "priority": 5_000},
         {"queue": "q"},
     ]
-    with Daemon(tmp_path) as daemon:
+    with DaemonProcess(tmp_path) as daemon:
         endpoint, token = f"unix:{daemon.admin_socket}", daemon.environ["ADMIN_TOKEN"]
         assert daemon.post("/v1/jobs", {"id": "old"}).status == 201
         with AdminClient(endpoint, token=token) as client:

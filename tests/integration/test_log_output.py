@@ -15,7 +15,7 @@ import pytest
 
 from jobd import logging
 from jobd.logging import LogWriter
-from tests.support.daemon_process import Daemon
+from tests.support.daemon_process import DaemonProcess
 
 SAY = """
 import os, sys, structlog
@@ -123,7 +123,7 @@ def test_a_process_whose_stderr_is_not_read_still_ends(kind: str) -> None:
 
 @pytest.mark.slow
 def test_a_daemon_whose_log_is_not_read_continues_and_reports_dropped_lines(tmp_path: Path) -> None:
-    daemon = Daemon(tmp_path, "[log]\nlevel = 'debug'\n")
+    daemon = DaemonProcess(tmp_path, "[log]\nlevel = 'debug'\n")
     ours, theirs = os.pipe()
     daemon.process = daemon.spawn(stderr=theirs)
     os.close(theirs)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from jobd import logging as log
 from jobd.model.commands import Release
-from tests.support.daemon_process import TOKEN, Daemon
+from tests.support.daemon_process import TOKEN, DaemonProcess
 
 SECRET = "canary-0123456789-0123456789"
 NASTY = 'a\x1b[2Jb\nlevel=error event=forged\r\x00\x7f\x9b\u2028\u202e\ud800 \\ " é'
@@ -169,16 +169,16 @@ def test_a_new_level_applies_to_loggers_in_use(capsys: pytest.CaptureFixture[str
     log.configure("warning", "logfmt")
     ours, other = structlog.get_logger(), logging.getLogger("asyncio")
 
-    def heard() -> int:
+    def count_lines() -> int:
         for say in (ours.debug, ours.info, ours.warning, other.debug, other.info, other.warning):
             say("x")
         return len(lines(capsys))
 
-    assert heard() == 2
+    assert count_lines() == 2
     log.set_level("debug")
-    assert heard() == 4  # of other packages nothing below a warning
+    assert count_lines() == 4  # of other packages nothing below a warning
     log.set_level("error")
-    assert heard() == 0
+    assert count_lines() == 0
 
 
 def test_configuring_again_logs_nothing_twice(capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,7 +202,7 @@ def test_other_packages_log_warnings_and_above_only(capsys: pytest.CaptureFixtur
 
 
 def test_at_level_debug_the_daemon_writes_no_payload_and_no_lock_id(tmp_path: Path) -> None:
-    with Daemon(tmp_path, "[log]\nlevel = 'debug'\n") as daemon:
+    with DaemonProcess(tmp_path, "[log]\nlevel = 'debug'\n") as daemon:
         daemon.post("/v1/jobs", {"id": "j", "payload": {"secret": SECRET}, "max_attempts": 2})
         grant = daemon.post("/v1/jobs/j/start", {"worker": "w"}).data
         daemon.post("/v1/jobs/j/progress", {"lock_id": grant["lock_id"], "progress": 5, "message": SECRET})

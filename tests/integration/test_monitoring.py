@@ -34,7 +34,7 @@ from jobd.storage.store import Store
 from tests import ROOT
 from tests.conftest import tool_missing
 from tests.integration.test_docs import UNREACHABLE_WEBHOOK, complete_some
-from tests.support.daemon_process import Daemon
+from tests.support.daemon_process import DaemonProcess
 
 SHIPPED: Final = Path(jobd.__file__).parent / "monitoring"
 RULES, DASHBOARD = SHIPPED / FILES["rules"], SHIPPED / FILES["dashboard"]
@@ -98,7 +98,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     """Return the sample names of a real scrape with their labels. The daemon knows usual durations."""
     directory = tmp_path_factory.mktemp("scraped")
     asyncio.run(save_usual(directory / "jobd.db"))
-    with Daemon(directory, UNREACHABLE_WEBHOOK) as daemon:
+    with DaemonProcess(directory, UNREACHABLE_WEBHOOK) as daemon:
         complete_some(daemon, SAMPLES_NEEDED)
         text = daemon.admin("GET", "/metrics").body.decode()
     families: list[Metric] = list(text_string_to_metric_families(text))

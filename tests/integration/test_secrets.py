@@ -19,7 +19,7 @@ import pytest
 
 from jobd.api import admin as admin_api
 from jobd.api import worker as worker_api
-from tests.support.daemon_process import Daemon, DaemonResponse, call, free_port
+from tests.support.daemon_process import DaemonProcess, DaemonResponse, call, free_port
 from tests.support.http_harness import tls_pair
 from tests.support.webhook_receiver import Receiver, echoing, raw_server
 
@@ -51,7 +51,7 @@ class TokenDaemon:
         self.write(ADMIN[:2], WORKER[:2])
         places = {f"JOBD_{name.upper()}_LISTEN": f"127.0.0.1:{port}" for name, port in self.ports.items()}
         files = {f"JOBD_{name.upper()}_TOKEN_FILE": str(path) for name, path in self.files.items()}
-        self.daemon = Daemon(directory, f"[log]\nlevel = 'debug'\n{more}", **places, **files)
+        self.daemon = DaemonProcess(directory, f"[log]\nlevel = 'debug'\n{more}", **places, **files)
         del self.daemon.environ["ADMIN_TOKEN"]
         self.daemon.module = "tests.support.daemon_variants prompt_alerts"  # alert messages are checked too
         self.said: list[tuple[str, str]] = []
@@ -150,7 +150,7 @@ def test_no_output_contains_a_secret(running: TokenDaemon, tmp_path: Path) -> No
     locks = _work(running)
     _read_everything(running)
     _send_wrong_requests(running, locks)
-    _inspect_process(running, locks)
+    _inspect_process(running)
     running.run("doctor", "--running", ADMIN_TOKEN=ADMIN[0])
     running.run("doctor", "--running", ADMIN_TOKEN=WRONG)
     running.run("check-config", "--config", str(running.daemon.config))
@@ -310,7 +310,7 @@ def _send_wrong_requests(running: TokenDaemon, locks: list[str]) -> None:
         assert running.ask(api, WRONG, "POST", f"/v1/{token}", {"token": token}).status == 401
 
 
-def _inspect_process(running: TokenDaemon, locks: list[str]) -> None:
+def _inspect_process(running: TokenDaemon) -> None:
     """Read metrics, dumps and /proc while jobs are processing."""
     process = running.daemon.process
     assert process is not None

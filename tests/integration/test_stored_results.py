@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import tool_missing
 from tests.proof.faults.clocks import FAKETIME, _library
-from tests.support.daemon_process import Daemon
+from tests.support.daemon_process import DaemonProcess
 
 AHEAD_S = 7200
 METRICS = "/metrics"
@@ -34,8 +34,8 @@ def results(tmp_path: Path) -> Path:
     return place
 
 
-def daemon_of(tmp_path: Path, url: str) -> Daemon:
-    return Daemon(
+def daemon_of(tmp_path: Path, url: str) -> DaemonProcess:
+    return DaemonProcess(
         tmp_path,
         JOBD_ARTIFACTS_URL=url,
         JOBD_LOG_LEVEL="debug",
@@ -48,7 +48,7 @@ def daemon_of(tmp_path: Path, url: str) -> Daemon:
     )
 
 
-def done(daemon: Daemon, place: Path, job_id: str, key: str) -> Path:
+def done(daemon: DaemonProcess, place: Path, job_id: str, key: str) -> Path:
     """Store a result and complete the job."""
     daemon.post("/v1/jobs", {"id": job_id})
     lock_id = daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}).data["lock_id"]
@@ -59,7 +59,7 @@ def done(daemon: Daemon, place: Path, job_id: str, key: str) -> Path:
     return path
 
 
-def metric(daemon: Daemon, name: str) -> float:
+def metric(daemon: DaemonProcess, name: str) -> float:
     lines = daemon.admin("GET", METRICS).body.decode().splitlines()
     return float(next(line for line in lines if line.startswith(f"{name} ")).split()[-1])
 

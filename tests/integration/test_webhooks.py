@@ -28,7 +28,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 from jobd.cli import exit_codes
 from jobd.storage.store import Store
 from tests.integration.test_docs import OPERATIONS, blocks
-from tests.support.daemon_process import TOKEN, Daemon, DaemonResponse
+from tests.support.daemon_process import TOKEN, DaemonProcess, DaemonResponse
 from tests.support.webhook_receiver import ReceivedMessage, Receiver, accept, responding
 
 SECRET: Final = f"whsec_{base64.b64encode(b'sssssssssssssssssssssssssssssss!').decode()}"
@@ -47,7 +47,7 @@ def receiver() -> Iterator[Receiver]:
         yield opened
 
 
-def work(daemon: Daemon, job_id: str) -> None:
+def run_lifecycle(daemon: DaemonProcess, job_id: str) -> None:
     """Run one job lifecycle, which has three events."""
     daemon.post("/v1/jobs", {"id": job_id})
     grant = daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w-1"}).data
@@ -57,7 +57,7 @@ def work(daemon: Daemon, job_id: str) -> None:
 LIFE: Final = ["job.created", "job.granted", "job.completed"]
 
 
-def of(messages: list[ReceivedMessage], job_id: str) -> list[str]:
+def types_about(messages: list[ReceivedMessage], job_id: str) -> list[str]:
     """Return the types of the messages about a job, each once, in order of first arrival."""
     return list(dict.fromkeys(each.event["type"] for each in messages if each.event["subject"] == f"jobs/{job_id}"))
 
@@ -67,23 +67,23 @@ def subject_and_type(message: ReceivedMessage) -> tuple[str, str]:
 
 
 def done(messages: list[ReceivedMessage], *job_ids: str) -> bool:
-    return all(len(of(messages, job_id)) == 3 for job_id in job_ids)
+    return all(len(types_about(messages, job_id)) == 3 for job_id in job_ids)
 
 
 def has_message_about(job_id: str, messages: list[ReceivedMessage]) -> bool:
-    return bool(of(messages, job_id))
+    return bool(types_about(messages, job_id))
 
 
 def has_repeat_of(message: ReceivedMessage, messages: list[ReceivedMessage]) -> bool:
     return sum(each.body == message.body for each in messages) > 1
 
 
-def view(daemon: Daemon) -> dict[str, Any]:
+def view(daemon: DaemonProcess) -> dict[str, Any]:
     (found,) = daemon.admin("GET", "webhooks").data["webhooks"]
     return dict(found)
 
 
-def soon(condition: Any, seconds: float = 150) -> None:
+def wait_until(condition: Any, seconds: float = 150) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never happened"
@@ -93,11 +93,11 @@ def soon(condition: Any, seconds: float = 150) -> None:
 def test_a_lifecycle_is_delivered_in_order_and_the_documented_receiver_accepts_it(
     tmp_path: Path, receiver: Receiver
 ) -> None:
-    with Daemon(tmp_path, config(receiver)) as daemon:
-        work(daemon, "a")
+    with DaemonProcess(tmp_path, config(receiver)) as daemon:
+        run_lifecycle(daemon, "a")
         messages = receiver.wait_for(lambda messages: done(messages, "a"))
         assert daemon.stop() == 0
-    assert of(messages, "a") == LIFE
+    assert types_about(messages, "a") == LIFE
     (example,) = (block for block in blocks(OPERATIONS) if block.mark == "file: check_webhook.py")
     schema: dict[str, Any] = {}
     exec(example.text.replace("whsec_…", SECRET), schema)
@@ -113,8 +113,8 @@ def test_a_lifecycle_is_delivered_in_order_and_the_documented_receiver_accepts_i
 
 
 def test_a_daemon_without_webhooks_opens_no_connection(tmp_path: Path) -> None:
-    with Daemon(tmp_path) as daemon:
-        work(daemon, "a")
+    with DaemonProcess(tmp_path) as daemon:
+        run_lifecycle(daemon, "a")
         assert daemon.admin("GET", "webhooks").data == {"webhooks": []}
         assert daemon.admin("GET", "webhooks/none/deliveries").status == 404
         assert daemon.admin("POST", "webhooks/none/test", {}).error == "not_found"
@@ -125,19 +125,19 @@ def test_a_daemon_without_webhooks_opens_no_connection(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_kill_9_before_a_result_is_stored_repeats_the_delivery(tmp_path: Path, receiver: Receiver) -> None:
     """The receiver kills the daemon before it responds, so the daemon does not know that the message was accepted."""
-    with Daemon(tmp_path, config(receiver)) as daemon:
+    with DaemonProcess(tmp_path, config(receiver)) as daemon:
 
         async def deadly(_: web.Request) -> web.StreamResponse:
             assert daemon.process is not None
             daemon.process.kill()
             return web.Response(status=204)
 
-        work(daemon, "a")
+        run_lifecycle(daemon, "a")
         receiver.wait_for(lambda messages: done(messages, "a"))
         for round_ in range(2):
             receiver.answer = deadly
             with contextlib.suppress(OSError, http.client.HTTPException):  # responses to a daemon that was killed
-                work(daemon, f"killed-{round_}")
+                run_lifecycle(daemon, f"killed-{round_}")
             killed = receiver.wait_for(partial(has_message_about, f"killed-{round_}"))
             assert daemon.process is not None
             daemon.process.wait(150)
@@ -148,7 +148,7 @@ def test_kill_9_before_a_result_is_stored_repeats_the_delivery(tmp_path: Path, r
             messages = receiver.wait_for(partial(has_repeat_of, first))
             ids = {each.headers["webhook-id"] for each in messages if each.body == first.body}
             assert len(ids) == 1
-            soon(
+            wait_until(
                 lambda: view(daemon)["waiting"] == view(daemon)["lag"] == 0
             )  # otherwise one of these kills the next round
         assert daemon.stop() == 0
@@ -158,8 +158,8 @@ def test_kill_9_before_a_result_is_stored_repeats_the_delivery(tmp_path: Path, r
 def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, receiver: Receiver) -> None:
     chance, names = random.Random(7), list[str]()
 
-    def kill_at(daemon: Daemon, names: list[str], goal: int, delay_s: float) -> None:
-        soon(lambda: len(names) >= goal)
+    def kill_at(daemon: DaemonProcess, names: list[str], goal: int, delay_s: float) -> None:
+        wait_until(lambda: len(names) >= goal)
         time.sleep(delay_s)
         daemon.kill()
 
@@ -167,7 +167,7 @@ def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, 
         return web.Response(status=500 if chance.random() < 0.2 else 204)
 
     receiver.answer = moody
-    with Daemon.not_started(tmp_path, config(receiver)) as daemon:
+    with DaemonProcess.not_started(tmp_path, config(receiver)) as daemon:
         daemon.module = "tests.support.daemon_variants quick_retries"
         daemon.start()
         for round_ in range(3):
@@ -176,7 +176,7 @@ def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, 
             killer.start()
             with contextlib.suppress(OSError, http.client.HTTPException):  # of a daemon that was killed
                 for number in itertools.count():
-                    work(daemon, f"r{round_}-{number}")
+                    run_lifecycle(daemon, f"r{round_}-{number}")
                     names.append(f"r{round_}-{number}")
             killer.join()
             daemon.start()
@@ -185,21 +185,21 @@ def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, 
         messages = receiver.wait_for(lambda messages: wanted <= set(map(subject_and_type, messages)), 120)
         assert daemon.stop() == 0
     for name in names:
-        assert of(messages, name) == LIFE
+        assert types_about(messages, name) == LIFE
 
 
 @pytest.mark.slow
 def test_waiting_deliveries_continue_after_a_restart(tmp_path: Path, receiver: Receiver) -> None:
     receiver.answer = responding(503)
-    with Daemon.not_started(tmp_path, config(receiver)) as daemon:
+    with DaemonProcess.not_started(tmp_path, config(receiver)) as daemon:
         daemon.module = "tests.support.daemon_variants quick_retries"
         daemon.start()
-        work(daemon, "a")
+        run_lifecycle(daemon, "a")
         receiver.wait_for(lambda messages: len(messages) >= 1)
         assert daemon.stop() == 0
         receiver.answer = accept
         daemon.start()
-        assert of(receiver.wait_for(lambda messages: done(messages, "a")), "a") == LIFE
+        assert types_about(receiver.wait_for(lambda messages: done(messages, "a")), "a") == LIFE
         assert daemon.stop() == 0
 
 
@@ -211,11 +211,11 @@ def test_stop_does_not_wait_for_a_hanging_receiver(tmp_path: Path, receiver: Rec
         return web.Response(status=204)
 
     receiver.answer = hanging
-    with Daemon.not_started(tmp_path, config(receiver, 'timeout = "1m"')) as daemon:
+    with DaemonProcess.not_started(tmp_path, config(receiver, 'timeout = "1m"')) as daemon:
         daemon.module = "tests.support.daemon_variants quick_retries"
         daemon.start()
         for number in range(12):
-            work(daemon, f"job-{number}")
+            run_lifecycle(daemon, f"job-{number}")
         receiver.wait_for(lambda messages: len(messages) >= 8)
         assert daemon.stop() == 0
         receiver.answer = accept
@@ -227,9 +227,9 @@ def test_stop_does_not_wait_for_a_hanging_receiver(tmp_path: Path, receiver: Rec
 @pytest.mark.slow
 def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Receiver) -> None:
     receiver.answer = responding(500, "not today")
-    with Daemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
-        work(daemon, "a")
-        soon(lambda: view(daemon)["failed"] > 0)
+    with DaemonProcess(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
+        run_lifecycle(daemon, "a")
+        wait_until(lambda: view(daemon)["failed"] > 0)
         shown = view(daemon)
         assert (shown["name"], shown["waiting"], shown["events"]) == ("billing", 1, ["job.created"])
         assert shown["last_error"] == "500: not today"
@@ -238,7 +238,7 @@ def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Rec
         (waiting,) = daemon.admin("GET", "webhooks/billing/deliveries?state=waiting").data["deliveries"]
         assert (waiting["type"], waiting["subject"], waiting["status"]) == ("job.created", "jobs/a", 500)
         assert daemon.admin("POST", "webhooks/billing/resend", {"id": waiting["id"]}).status == 200
-        soon(lambda: view(daemon)["delivered"] == 1)
+        wait_until(lambda: view(daemon)["delivered"] == 1)
         before = len(receiver.received)
         assert daemon.admin("POST", "webhooks/billing/resend", {"id": waiting["id"]}).data["state"] == "waiting"
         messages = receiver.wait_for(lambda messages: len(messages) > before)
@@ -284,11 +284,11 @@ def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Rec
 def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receiver: Receiver) -> None:
     """After an outage of days, simulated by the store of a stopped daemon."""
     receiver.answer = responding(500, "not today")
-    with Daemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
+    with DaemonProcess(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
         daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"job-{number}"} for number in range(450)]})
-        soon(lambda: view(daemon)["waiting"] == 450)
+        wait_until(lambda: view(daemon)["waiting"] == 450)
         assert daemon.stop() == 0
-    asyncio.run(give_up(daemon.store))
+    asyncio.run(dead_letter_all(daemon.store))
     receiver.answer = accept
     with daemon:
         environ = {**os.environ, "JOBD_ADMIN_URL": f"unix:{daemon.admin_socket}", "ADMIN_TOKEN": TOKEN}
@@ -317,7 +317,7 @@ def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receive
         assert view(daemon)["delivered"] == 0
         done = jobctl("resend", "billing", "--state", "given_up", "--yes", "--reason", "it is up again")
         assert (done.returncode, done.stdout.startswith("450 deliveries queued")) == (0, True), done.stderr
-        soon(lambda: view(daemon)["delivered"] == 450)
+        wait_until(lambda: view(daemon)["delivered"] == 450)
         assert {each.event["subject"] for each in receiver.received if each.headers} >= {"jobs/job-0", "jobs/job-449"}
         repeated = jobctl("resend", "billing", "--state", "given_up", "--yes", "--json")
         assert (repeated.returncode, json.loads(repeated.stdout)) == (0, {"resent": 0, "would": 0})
@@ -328,7 +328,7 @@ def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receive
         assert daemon.stop() == 0
 
 
-async def give_up(path: Path) -> None:
+async def dead_letter_all(path: Path) -> None:
     store, _ = await Store.open(str(path))
     async with store:
         waiting = (await store.open_outbox(["billing"], 1)).waiting["billing"]
@@ -341,8 +341,8 @@ async def give_up(path: Path) -> None:
 @pytest.mark.slow
 def test_no_secret_is_in_any_output(tmp_path: Path, receiver: Receiver) -> None:
     receiver.answer = responding(302, Location="/elsewhere")
-    with Daemon(tmp_path, config(receiver, rest='[log]\nlevel = "debug"')) as daemon:
-        work(daemon, "a")
+    with DaemonProcess(tmp_path, config(receiver, rest='[log]\nlevel = "debug"')) as daemon:
+        run_lifecycle(daemon, "a")
         receiver.wait_for(lambda messages: len(messages) >= 2)
         assert daemon.process is not None
         daemon.process.send_signal(signal.SIGUSR1)
@@ -363,23 +363,23 @@ def test_no_secret_is_in_any_output(tmp_path: Path, receiver: Receiver) -> None:
 
 
 def test_a_reload_applies_new_webhooks(tmp_path: Path, receiver: Receiver) -> None:
-    with Daemon(tmp_path) as daemon:
-        work(daemon, "before")
+    with DaemonProcess(tmp_path) as daemon:
+        run_lifecycle(daemon, "before")
         daemon.config.write_text(config(receiver))
         assert daemon.process is not None
         daemon.process.send_signal(signal.SIGHUP)
         assert "webhooks" in daemon.wait_for_log(b"event=reloaded")
-        soon(lambda: view(daemon)["state"] == "closed")
-        work(daemon, "a")
+        wait_until(lambda: view(daemon)["state"] == "closed")
+        run_lifecycle(daemon, "a")
         messages = receiver.wait_for(lambda messages: done(messages, "a"))
-        assert of(messages, "before") == []
+        assert types_about(messages, "before") == []
         daemon.config.write_text(config(receiver).replace(SECRET, "whsec_x"))
         daemon.process.send_signal(signal.SIGHUP)
         assert "secret" in daemon.wait_for_log(b"event=reload_failed")
         daemon.config.write_text("")
         daemon.process.send_signal(signal.SIGHUP)
         daemon.wait_for_log(b"event=reloaded")
-        soon(lambda: daemon.admin("GET", "webhooks").data == {"webhooks": []})
+        wait_until(lambda: daemon.admin("GET", "webhooks").data == {"webhooks": []})
         assert daemon.stop() == 0
 
 
@@ -390,7 +390,7 @@ def test_alerts_are_delivered(tmp_path: Path, receiver: Receiver) -> None:
         'events = ["alert.*"]',
         rest="[alerts]\nprocessing_jobs = 0\ndisk_free_percent = 0\ndisk_free_bytes = 0",
     )
-    with Daemon.not_started(tmp_path, settings) as daemon:
+    with DaemonProcess.not_started(tmp_path, settings) as daemon:
         daemon.module = "tests.support.daemon_variants prompt_alerts"
         daemon.start()
         daemon.post("/v1/jobs", {"id": "a"})
@@ -405,16 +405,16 @@ def test_alerts_are_delivered(tmp_path: Path, receiver: Receiver) -> None:
 @pytest.mark.slow
 def test_a_webhook_that_fails_for_long_fires_an_alert(tmp_path: Path, receiver: Receiver) -> None:
     receiver.answer = responding(500, "not today")
-    with Daemon.not_started(tmp_path, config(receiver, rest='[alerts]\nwebhook_failing = "0"')) as daemon:
+    with DaemonProcess.not_started(tmp_path, config(receiver, rest='[alerts]\nwebhook_failing = "0"')) as daemon:
         daemon.module = "tests.support.daemon_variants prompt_alerts"
         daemon.start()
-        work(daemon, "a")
+        run_lifecycle(daemon, "a")
 
         def alert() -> dict[str, Any]:
             listed = daemon.admin("GET", "alerts").data["alerts"]
             return {each["name"]: dict(each) for each in listed}["webhook_failing"]
 
-        soon(lambda: alert()["firing"])
+        wait_until(lambda: alert()["firing"])
         assert "billing" in alert()["hint"]
         assert "500: not today" in alert()["hint"]
         assert daemon.stop() == 0
@@ -423,9 +423,9 @@ def test_a_webhook_that_fails_for_long_fires_an_alert(tmp_path: Path, receiver: 
 def test_private_addresses_are_blocked_unless_allowed(tmp_path: Path, receiver: Receiver) -> None:
     """The address behind the name is checked at each attempt, and `localhost` is this machine."""
     outside = config(receiver).replace("allow_private = true\n", "").replace("http://127.0.0.1", "https://localhost")
-    with Daemon(tmp_path, outside) as daemon:
-        work(daemon, "a")
-        soon(lambda: view(daemon)["failed"] > 0)
+    with DaemonProcess(tmp_path, outside) as daemon:
+        run_lifecycle(daemon, "a")
+        wait_until(lambda: view(daemon)["failed"] > 0)
         assert "is loopback" in view(daemon)["last_error"]
         assert receiver.received == []
         assert daemon.stop() == 0
@@ -435,12 +435,12 @@ def test_private_addresses_are_blocked_unless_allowed(tmp_path: Path, receiver: 
 def test_the_alert_about_a_full_disk_is_delivered_while_it_is_full(
     tmp_path: Path, small_disk: Path, receiver: Receiver
 ) -> None:
-    def heard_of(type_: str) -> list[bytes]:
+    def messages_of_type(type_: str) -> list[bytes]:
         return [each.body for each in receiver.received if each.event["type"] == type_]
 
     rest = "[alerts]\ndisk_free_percent = 0\ndisk_free_bytes = 0"
     settings = config(receiver, 'events = ["alert.*", "job.created"]', rest=rest)
-    with Daemon.not_started(tmp_path, settings, JOBD_STORE_PATH=str(small_disk / "jobd.db")) as daemon:
+    with DaemonProcess.not_started(tmp_path, settings, JOBD_STORE_PATH=str(small_disk / "jobd.db")) as daemon:
         daemon.module = "tests.support.daemon_variants prompt_alerts"
         daemon.start()
         filler = small_disk / "filler"
@@ -457,20 +457,20 @@ def test_the_alert_about_a_full_disk_is_delivered_while_it_is_full(
 
         rejected()
         daemon.admin("GET", "health")  # measures at once
-        receiver.wait_for(lambda _: bool(heard_of("alert.firing")))
+        receiver.wait_for(lambda _: bool(messages_of_type("alert.firing")))
         assert rejected().error == "storage_full", "it is still full"
         no = daemon.admin("POST", "webhooks/billing/test", {})
         assert (no.status, no.error) == (507, "storage_full")
         assert f"bytes free at {small_disk}/jobd.db" in no.body["message"]
-        message = heard_of("alert.firing")[0]
+        message = messages_of_type("alert.firing")[0]
         assert json.loads(message)["data"]["name"] == "database"
         filler.unlink()
         daemon.wait_for_log(b"event=disk_has_room")
         receiver.wait_for(
-            lambda _: heard_of("alert.firing").count(message) == 2
+            lambda _: messages_of_type("alert.firing").count(message) == 2
         )  # the same message, through the outbox
         assert daemon.post("/v1/jobs", {"id": "after"}).status == 201
         receiver.wait_for(lambda messages: has_message_about("after", messages))
         daemon.admin("GET", "health")
-        receiver.wait_for(lambda _: bool(heard_of("alert.resolved")))
+        receiver.wait_for(lambda _: bool(messages_of_type("alert.resolved")))
         assert daemon.stop() == 0

@@ -53,7 +53,7 @@ def test_every_invariant_holds_and_every_event_error_and_fault_occurs() -> None:
 
 
 def test_the_same_seed_gives_the_same_trace() -> None:
-    first, second = simulate(7, 400, tell=True), simulate(7, 400)
+    first, second = simulate(7, 400, with_story=True), simulate(7, 400)
     assert first.digest == second.digest
     assert (first.steps, first.fired) == (second.steps, second.fired)
     assert simulate(8, 400).digest != first.digest
@@ -125,7 +125,7 @@ def test_a_caller_that_left_gets_nothing() -> None:
     loop = SimLoop(Random("gone"))
 
     async def ask_and_go() -> None:
-        machine = Machine(0, draw(0, frozenset(FAULTS) | frozenset(MISHAPS)), loop, Trace(tell=False))
+        machine = Machine(0, draw(0, frozenset(FAULTS) | frozenset(MISHAPS)), loop, Trace(keep_lines=False))
         loop.on_error = expected.append
         running = asyncio.create_task(machine.keep_running())
         while machine.daemon is None or not machine.daemon.is_open:  # noqa: ASYNC110 - the machine has no event for it

@@ -32,10 +32,10 @@ class CliDaemon:
     """A daemon of `python -m jobd serve`, with the environment of its clients."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.directory = folder
         self.store = folder / "jobs.db"
         self.env = {name: value for name, value in os.environ.items() if not name.startswith(("JOBD_", "ADMIN_"))}
-        self.places = {
+        self.client_environ = {
             "JOBD_SOCKET": str(folder / "worker.sock"),
             "JOBD_ADMIN_URL": f"unix:{folder}/admin.sock",
             "ADMIN_TOKEN": TOKEN,
@@ -54,11 +54,11 @@ class CliDaemon:
         self._until_ready()
 
     def start(self, module: str, *argv: str, **options: Any) -> subprocess.Popen[str]:
-        command, env = [sys.executable, "-m", module, *argv], {**self.env, **self.places}
+        command, env = [sys.executable, "-m", module, *argv], {**self.env, **self.client_environ}
         return subprocess.Popen(command, env=env, cwd=ROOT, text=True, preexec_fn=die_with_us, **options)
 
     def run(self, module: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        env = {**self.env, **self.places}
+        env = {**self.env, **self.client_environ}
         return subprocess.run(
             [sys.executable, "-m", module, *argv], env=env, cwd=ROOT, text=True, capture_output=True, **options
         )
@@ -70,8 +70,8 @@ class CliDaemon:
                 self.client.list_jobs(limit=1)
                 return
             except JobdError:
-                assert self.process.poll() is None, (self.folder / "log").read_text()
-                assert time.monotonic() < until, (self.folder / "log").read_text()
+                assert self.process.poll() is None, (self.directory / "log").read_text()
+                assert time.monotonic() < until, (self.directory / "log").read_text()
             time.sleep(0.05)
 
     @contextmanager
@@ -84,9 +84,9 @@ class CliDaemon:
             self._reload("")
 
     def _reload(self, text: str) -> None:
-        log = self.folder / "log"
+        log = self.directory / "log"
         before = log.read_text().count("event=reloaded")
-        (self.folder / "config.toml").write_text(text)
+        (self.directory / "config.toml").write_text(text)
         self.process.send_signal(signal.SIGHUP)
         until = time.monotonic() + READY_S
         while log.read_text().count("event=reloaded") == before:

@@ -113,8 +113,8 @@ class ApiCalls:
             return call(connection, method, path, body, **headers)
 
 
-class Daemon(ApiCalls):
-    """A daemon process. `with Daemon(tmp_path) as daemon` waits until it is ready, and stops it at the end."""
+class DaemonProcess(ApiCalls):
+    """A daemon process. Its context waits until the daemon is ready, and kills it at the end if it still runs."""
 
     def __init__(self, directory: Path, config: str = "", **environ: str) -> None:
         self.directory = directory
@@ -152,7 +152,7 @@ class Daemon(ApiCalls):
 
     @classmethod
     @contextmanager
-    def not_started(cls, directory: Path, config: str = "", **environ: str) -> Iterator[Daemon]:
+    def not_started(cls, directory: Path, config: str = "", **environ: str) -> Iterator[DaemonProcess]:
         """Prepare the daemon without starting it."""
         with ExitStack() as stack:
             yield stack.push(cls(directory, config, **environ))

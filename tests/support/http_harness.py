@@ -535,7 +535,7 @@ class HttpHarness:
     def __init__(
         self,
         routes: tuple[Route, ...],
-        place: Path,
+        directory: Path,
         *,
         authenticator: Authenticator | None = None,
         limits: Limits | None = None,
@@ -556,7 +556,7 @@ class HttpHarness:
             pages=pages,
         )
         self.listener = HttpListener(self.app)
-        self.path = str(place / "api.sock")
+        self.path = str(directory / "api.sock")
         self.port = 0
         self._connections: list[RawConnection] = []
         self._is_stopped = False

@@ -128,7 +128,7 @@ class VirtualEngine:
         self.actor.stop()
         await self._tasks[0]
 
-    def keep(self) -> asyncio.Task[None]:
+    def run_maintainer(self) -> asyncio.Task[None]:
         """Run the maintainer."""
         task = asyncio.create_task(self.cleaner.run())
         self._tasks.append(task)

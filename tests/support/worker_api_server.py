@@ -34,14 +34,14 @@ class WorkerApiServer:
 
 @asynccontextmanager
 async def worker_api_server(
-    place: Path, *, bounds: Bounds | None = None, **options: Any
+    directory: Path, *, bounds: Bounds | None = None, **options: Any
 ) -> AsyncIterator[WorkerApiServer]:
     """Serve the worker API. `options` are those of HttpHarness."""
     disk = MemoryStorage()
     keys = Keys([], 100)
     actor = Actor(disk, Book.opened(disk.opened()), keys, Clock(), Policy(), random=os.urandom, bounds=bounds)
     running = asyncio.create_task(actor.run())
-    async with HttpHarness(ROUTES, place, actor=actor, **options) as harness:
+    async with HttpHarness(ROUTES, directory, actor=actor, **options) as harness:
         yield WorkerApiServer(harness, actor, disk)
         disk.gate.set()
         actor.stop_parking()

@@ -52,7 +52,7 @@ def loaded(path: str | None = None, flags: dict[str, str] | None = None, **envir
     return load(flags or {}, {"ADMIN_TOKEN": TOKEN, **environ}, path)
 
 
-def refusal(path: str | None = None, flags: dict[str, str] | None = None, **environ: str) -> str:
+def config_error(path: str | None = None, flags: dict[str, str] | None = None, **environ: str) -> str:
     with pytest.raises(ConfigError) as caught:
         loaded(path, flags, **environ)
     assert "canary" not in str(caught.value)
@@ -181,8 +181,8 @@ def test_the_configuration_file_is_found(write: Write, monkeypatch: pytest.Monke
 
 def test_a_named_file_must_exist(tmp_path: Path) -> None:
     missing = str(tmp_path / "gone.toml")
-    assert missing in refusal(missing)
-    assert missing in refusal(JOBD_CONFIG=missing)
+    assert missing in config_error(missing)
+    assert missing in config_error(JOBD_CONFIG=missing)
 
 
 def test_the_environment_is_converted_by_type() -> None:
@@ -288,7 +288,7 @@ def test_the_read_only_token_has_several_sources(write: Write, tmp_path: Path) -
 
 def test_the_read_only_token_must_differ_from_the_admin_token(write: Write) -> None:
     path = write(TOKEN, "readers")
-    message = refusal(ADMIN_TOKEN=TOKEN, ADMIN_READONLY_TOKEN_FILE=path)
+    message = config_error(ADMIN_TOKEN=TOKEN, ADMIN_READONLY_TOKEN_FILE=path)
     assert "it contains the admin token" in message
     assert TOKEN not in message
 
@@ -306,7 +306,7 @@ def test_two_tokens_are_valid_during_a_rotation(write: Write) -> None:
     "token", ["canary-too-short-012345", "canary-with-é-0123456789abcdef", "canary with spaces in it 0123"]
 )
 def test_an_invalid_token_is_rejected_and_never_shown(token: str, write: Write) -> None:
-    message = refusal(ADMIN_TOKEN=token)
+    message = config_error(ADMIN_TOKEN=token)
     assert message.startswith("ADMIN_TOKEN: ")
     assert "token_urlsafe" in message or "ASCII" in message
     with pytest.raises(ConfigError) as caught:
@@ -316,7 +316,7 @@ def test_an_invalid_token_is_rejected_and_never_shown(token: str, write: Write) 
 
 def test_the_shortest_token_has_24_characters() -> None:
     assert loaded(ADMIN_TOKEN="x" * 24).admin_tokens == ("x" * 24,)
-    assert "24" in refusal(ADMIN_TOKEN="x" * 23)
+    assert "24" in config_error(ADMIN_TOKEN="x" * 23)
 
 
 def test_the_daemon_does_not_start_without_a_token() -> None:
@@ -349,7 +349,7 @@ def test_the_environment_can_name_the_worker_token_file(write: Write) -> None:
 
 def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     missing = str(tmp_path / "gone")
-    assert missing in refusal(flags={"worker.listen": "127.0.0.1:1", "worker.token_file": missing})
+    assert missing in config_error(flags={"worker.listen": "127.0.0.1:1", "worker.token_file": missing})
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
@@ -385,7 +385,7 @@ def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 )
 def test_an_error_in_the_file_names_file_and_key(text: str, parts: list[str], write: Write) -> None:
     path = write(text)
-    message = refusal(path)
+    message = config_error(path)
     for part in [path, *parts]:
         assert part in message, message
 
@@ -411,14 +411,14 @@ def test_an_error_in_the_file_names_file_and_key(text: str, parts: list[str], wr
     ],
 )
 def test_an_error_in_a_variable_names_it(name: str, value: str, parts: list[str]) -> None:
-    message = refusal(None, None, **{name: value})
+    message = config_error(None, None, **{name: value})
     for part in parts:
         assert part in message, message
 
 
 def test_an_error_in_a_flag_names_the_key() -> None:
-    assert "locks.tll" in refusal(flags={"locks.tll": "1m"})
-    assert "limits.mailbox" in refusal(flags={"limits.mailbox": "0"})
+    assert "locks.tll" in config_error(flags={"locks.tll": "1m"})
+    assert "limits.mailbox" in config_error(flags={"limits.mailbox": "0"})
 
 
 COMBINATIONS: list[tuple[dict[str, str], str]] = [
@@ -451,7 +451,7 @@ COMBINATIONS: list[tuple[dict[str, str], str]] = [
 
 @pytest.mark.parametrize(("flags", "named"), COMBINATIONS, ids=lambda value: str(value))
 def test_impossible_combinations_are_rejected(flags: dict[str, str], named: str) -> None:
-    assert named in refusal(flags=flags)
+    assert named in config_error(flags=flags)
 
 
 @pytest.mark.parametrize("url", ["s3://bucket", "s3://my.bucket-1/", "s3://bucket/a/b c/", "file:///srv/a%20b"])
@@ -497,14 +497,14 @@ def test_artifacts_cannot_share_a_directory_with_the_daemons_files(tmp_path: Pat
 
 
 def test_a_key_in_the_artifact_url_is_rejected_and_not_shown() -> None:
-    message = refusal(flags={"artifacts.url": "s3://AKIAXYZ:hush@bucket/prefix"})
+    message = config_error(flags={"artifacts.url": "s3://AKIAXYZ:hush@bucket/prefix"})
     assert "AWS_ACCESS_KEY_ID" in message
     assert "hush" not in message
 
 
 def test_a_bucket_without_its_package_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
-    message = refusal(flags={"artifacts.url": "s3://bucket"})
+    message = config_error(flags={"artifacts.url": "s3://bucket"})
     assert "pip install 'jobd[s3]'" in message
     assert loaded(flags={"artifacts.url": "file:///srv"}).config.artifacts.url
 
@@ -779,7 +779,7 @@ def test_any_environment_is_a_configuration_or_one_clear_message(values: dict[st
 )
 def test_former_tracebacks_are_clear_messages(text: str, part: str, write: Write) -> None:
     path = write(text)
-    message = refusal(path)
+    message = config_error(path)
     assert part in message
     _is_clear(message, path)
 

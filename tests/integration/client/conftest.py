@@ -12,23 +12,23 @@ from jobd.client import (
     uuid7,
 )
 from jobd.client.worker import lease
-from tests.support.daemon_process import TOKEN, Daemon
+from tests.support.daemon_process import TOKEN, DaemonProcess
 
 
 @pytest.fixture(scope="session")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with Daemon(tmp_path_factory.mktemp("d")) as running:
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    with DaemonProcess(tmp_path_factory.mktemp("d")) as running:
         yield running
 
 
 @pytest.fixture
-async def client(daemon: Daemon) -> AsyncIterator[AsyncJobClient]:
+async def client(daemon: DaemonProcess) -> AsyncIterator[AsyncJobClient]:
     async with AsyncJobClient(f"unix:{daemon.socket}") as client:
         yield client
 
 
 @pytest.fixture
-async def admin(daemon: Daemon) -> AsyncIterator[AsyncAdminClient]:
+async def admin(daemon: DaemonProcess) -> AsyncIterator[AsyncAdminClient]:
     async with AsyncAdminClient(f"unix:{daemon.admin_socket}", token=TOKEN) as client:
         yield client
 

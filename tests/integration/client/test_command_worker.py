@@ -27,7 +27,7 @@ from tests.support.client_harness import (
     wait_for_job,
     watchdogs_of,
 )
-from tests.support.daemon_process import Daemon, die_with_us
+from tests.support.daemon_process import DaemonProcess, die_with_us
 from tests.support.polling import wait_until
 from tests.support.scripted_server import ScriptedServer, ok, serving
 
@@ -147,26 +147,26 @@ async def test_drain_executes_all_due_jobs_and_ends(client: AsyncJobClient, queu
 
 
 async def test_drain_reports_the_remaining_jobs(
-    client: AsyncJobClient, daemon: Daemon, queue: str, tmp_path: Path
+    client: AsyncJobClient, daemon: DaemonProcess, queue: str, tmp_path: Path
 ) -> None:
     """Only for its own queues and kinds."""
     paused = f"{queue}-paused"
     await client.create_jobs({"queue": queue, "kind": kind, "delay_ms": 3_600_000} for kind in ("a", "a", "b"))
     await client.create_job(queue=paused, kind="c")
     daemon.admin("POST", f"queues/{paused}/pause", {})
-    (message,) = await _messages_of_drain(client, tmp_path, queue, paused)
+    (message,) = await _messages_of_drain(client, queue, paused)
     assert message.startswith(
         f"drained; 4 jobs are left: 3 are not due yet, 1 is in queue {paused}, which is paused by "
     )
     expected = "drained; 2 jobs are left: 2 are not due yet."
-    assert await _messages_of_drain(client, tmp_path, queue, paused, kinds=["a", "z"]) == [expected]
+    assert await _messages_of_drain(client, queue, paused, kinds=["a", "z"]) == [expected]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drain, "_PAGE", 1)
-        assert await _messages_of_drain(client, tmp_path, queue, paused, kinds=["a", "z"]) == [expected]
-    assert await _messages_of_drain(client, tmp_path, queue, paused, kinds=["z"]) == []
+        assert await _messages_of_drain(client, queue, paused, kinds=["a", "z"]) == [expected]
+    assert await _messages_of_drain(client, queue, paused, kinds=["z"]) == []
 
 
-async def _messages_of_drain(client: AsyncJobClient, tmp_path: Path, *queues: str, **options: Any) -> list[str]:
+async def _messages_of_drain(client: AsyncJobClient, *queues: str, **options: Any) -> list[str]:
     messages: list[str] = []
     worker = CommandWorker(client, ["true"], queues=queues, drain=True, log=messages.append, **options)
     assert await worker.run(signals=False) == 0
@@ -342,7 +342,7 @@ async def test_the_program_continues_while_the_daemon_is_unreachable(
 ) -> None:
     monkeypatch.setattr(lease, "WAIT_S", 0.05)
     go = tmp_path / "go"
-    with Daemon(tmp_path) as daemon:
+    with DaemonProcess(tmp_path) as daemon:
         async with AsyncJobClient(f"unix:{daemon.socket}") as client:
             job = await client.create_job(queue=queue)
             script = f"echo ::progress 1; while [ ! -e {go} ]; do sleep 0.01; done; echo ::meta done=true"
@@ -361,7 +361,7 @@ async def test_the_program_continues_while_the_daemon_is_unreachable(
 
 @pytest.mark.parametrize("what", ["claim", "progress", "complete"])
 async def test_lost_responses_cause_no_second_run(
-    daemon: Daemon, client: AsyncJobClient, queue: str, tmp_path: Path, what: str
+    daemon: DaemonProcess, client: AsyncJobClient, queue: str, tmp_path: Path, what: str
 ) -> None:
     server = ScriptedServer(behind=daemon.socket)
     server.loses = lambda received: (
@@ -386,7 +386,9 @@ async def test_a_result_that_the_daemon_rejects_fails_the_job(
     assert (failed.status, failed.error_code) == ("failed", "complete:too_large")
 
 
-async def test_sigterm_to_jobctl_run_releases_the_job(client: AsyncJobClient, daemon: Daemon, queue: str) -> None:
+async def test_sigterm_to_jobctl_run_releases_the_job(
+    client: AsyncJobClient, daemon: DaemonProcess, queue: str
+) -> None:
     job = await client.create_job(queue=queue)
     script = "echo ::progress 1; echo $$; sleep 1000"
     command = [sys.executable, "-m", "jobd.cli.ctl.main", "--socket", daemon.socket, "run", "--queue", queue]
@@ -444,7 +446,7 @@ async def test_locks_have_no_ceiling_by_default(tmp_path: Path, limit: dict[str,
 
 @pytest.mark.parametrize("is_stubborn", [False, True], ids=["SIGTERM ends it", "it ignores SIGTERM"])
 async def test_killing_the_worker_ends_its_programs_and_their_children(
-    client: AsyncJobClient, daemon: Daemon, queue: str, tmp_path: Path, is_stubborn: bool
+    client: AsyncJobClient, daemon: DaemonProcess, queue: str, tmp_path: Path, is_stubborn: bool
 ) -> None:
     trap = "trap '' TERM;" if is_stubborn else ""
     script = f"{trap} sleep 1000 & echo ::meta child=$!; echo $$ $! > {tmp_path}/pids.new; "

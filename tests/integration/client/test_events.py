@@ -17,10 +17,10 @@ from jobd.client import (
     sync,
 )
 from jobd.client.protocol import RetryOptions
-from tests.support.daemon_process import TOKEN, Daemon
+from tests.support.daemon_process import TOKEN, DaemonProcess
 
 
-def create(daemon: Daemon, *ids: str) -> None:
+def create(daemon: DaemonProcess, *ids: str) -> None:
     for job_id in ids:
         assert daemon.post("/v1/jobs", {"id": job_id}).status == 201
 
@@ -29,7 +29,7 @@ def create(daemon: Daemon, *ids: str) -> None:
 def test_every_client_gets_every_event_once_across_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (aio, sync):
         monkeypatch.setattr(module, "RECONNECT", RetryOptions(total_s=None, max_s=0.1))
-    with Daemon(tmp_path) as daemon:
+    with DaemonProcess(tmp_path) as daemon:
         worker, admin = f"unix:{daemon.socket}", f"unix:{daemon.admin_socket}"
         received: dict[str, list[str | None]] = {name: [] for name in ("job", "admin", "aio", "aio admin")}
         ready = threading.Barrier(5)

@@ -28,7 +28,7 @@ from tests.support.client_harness import (
     running_worker,
     wait_for_job,
 )
-from tests.support.daemon_process import Daemon, die_with_us
+from tests.support.daemon_process import DaemonProcess, die_with_us
 
 
 async def test_stop_lets_a_running_handler_end_and_claims_no_more(client: AsyncJobClient, queue: str) -> None:
@@ -159,7 +159,7 @@ worker.run()
 """
 
 
-async def test_sigterm_drains_a_worker_process(client: AsyncJobClient, daemon: Daemon, queue: str) -> None:
+async def test_sigterm_drains_a_worker_process(client: AsyncJobClient, daemon: DaemonProcess, queue: str) -> None:
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SCRIPT, f"unix:{daemon.socket}", queue]
     job = await client.create_job(queue=queue)

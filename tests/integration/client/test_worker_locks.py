@@ -33,7 +33,7 @@ from tests.support.client_harness import (
     wait_for_job,
     wait_until_finished,
 )
-from tests.support.daemon_process import Daemon
+from tests.support.daemon_process import DaemonProcess
 from tests.support.polling import wait_until
 from tests.support.scripted_server import ReceivedRequest, ScriptedServer, serving
 
@@ -67,7 +67,7 @@ async def test_the_lock_is_extended_while_the_handler_runs(client: AsyncJobClien
 async def test_a_handler_that_blocks_its_loop_keeps_its_lock(
     client: AsyncJobClient,
     queue: str,
-    daemon: Daemon,
+    daemon: DaemonProcess,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -93,7 +93,7 @@ async def test_a_handler_that_blocks_its_loop_keeps_its_lock(
 
 @pytest.mark.slow
 async def test_a_grant_received_while_the_loop_is_blocked_keeps_its_lock(
-    client: AsyncJobClient, queue: str, daemon: Daemon
+    client: AsyncJobClient, queue: str, daemon: DaemonProcess
 ) -> None:
     worker = Worker(client, queues=[queue], lock_ttl_ms=30_000, concurrency=2)
 
@@ -116,7 +116,7 @@ async def test_a_grant_received_while_the_loop_is_blocked_keeps_its_lock(
 
 
 async def test_a_lock_lost_while_the_loop_is_blocked_cancels_the_handler(
-    client: AsyncJobClient, queue: str, daemon: Daemon, caplog: pytest.LogCaptureFixture
+    client: AsyncJobClient, queue: str, daemon: DaemonProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)
     ended: list[BaseException] = []
@@ -382,7 +382,7 @@ async def test_work_continues_while_the_daemon_is_unreachable(
     monkeypatch.setattr(lease, "WAIT_S", 0.05)
     caplog.set_level(logging.WARNING, "jobd.client")
     started, go = asyncio.Event(), asyncio.Event()
-    with Daemon(tmp_path) as daemon:
+    with DaemonProcess(tmp_path) as daemon:
         async with AsyncJobClient(f"unix:{daemon.socket}") as client:
             worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)
 
@@ -411,7 +411,7 @@ async def test_work_continues_while_the_daemon_is_unreachable(
 
 @pytest.mark.parametrize("what", ["claim", "progress", "complete", "fail"])
 async def test_a_lost_response_causes_no_second_run(
-    daemon: Daemon, client: AsyncJobClient, queue: str, tmp_path: Path, what: str
+    daemon: DaemonProcess, client: AsyncJobClient, queue: str, tmp_path: Path, what: str
 ) -> None:
     server = ScriptedServer(behind=daemon.socket)
     server.loses = lambda received: received.path.endswith(f"/{what}") and not _seen(server, received)

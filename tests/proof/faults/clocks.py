@@ -19,7 +19,7 @@ from tests.proof.faults.daemons import sigstopped
 from tests.proof.faults.harness import Check, Counts, Tool, Trial
 from tests.proof.faults.store_check import StoreContents, checked_contents
 from tests.proof.faults.workers import LATE_MS, RealWorker
-from tests.support.daemon_process import Daemon
+from tests.support.daemon_process import DaemonProcess
 
 RECOVER_EVERY_MS: Final = 1_000
 SHORT_TTL_MS: Final = 1_000
@@ -39,7 +39,7 @@ def _library() -> Path | None:
 FAKETIME: Final = Tool("libfaketime", "faketime", lambda: _library() is not None)
 
 
-class SteppedClockDaemon(Daemon):
+class SteppedClockDaemon(DaemonProcess):
     """A daemon whose wall clock `step` moves."""
 
     def __init__(self, directory: Path) -> None:
@@ -263,7 +263,7 @@ def _start_40_days_ahead(daemon: SteppedClockDaemon, *, again: bool) -> None:
 def suspended(trial: Trial) -> Counts:
     """Suspend the daemon for longer than locks live. Live workers keep their jobs, dead ones lose them."""
     counts: Counter[str] = Counter()
-    with Daemon(trial.directory, f"[cleanup]\nrecover_every = '{RECOVER_EVERY_MS}ms'\n") as daemon:
+    with DaemonProcess(trial.directory, f"[cleanup]\nrecover_every = '{RECOVER_EVERY_MS}ms'\n") as daemon:
         with RealWorker(daemon, "q", 4_000) as worker:
             for number in range(trial.rounds):
                 alive, dead = f"alive-{number}", f"dead-{number}"
@@ -288,11 +288,11 @@ def suspended(trial: Trial) -> Counts:
     return {**counts}
 
 
-def _wait_until_ended(daemon: Daemon, job_id: str) -> dict[str, Any]:
+def _wait_until_ended(daemon: DaemonProcess, job_id: str) -> dict[str, Any]:
     return _wait_until_not(daemon, job_id, "processing")
 
 
-def _wait_until_not(daemon: Daemon, job_id: str, status: str) -> dict[str, Any]:
+def _wait_until_not(daemon: DaemonProcess, job_id: str, status: str) -> dict[str, Any]:
     """Wait until the job has left this status; return it."""
     deadline_s = time.monotonic() + 150
     while (job := daemon.get(f"/v1/jobs/{job_id}").data)["status"] == status:

@@ -21,7 +21,7 @@ from tests.proof.faults.harness import Check, Counts, Tool, Trial, program
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.store_check import contents
-from tests.support.daemon_process import Daemon
+from tests.support.daemon_process import DaemonProcess
 
 COMPILER: Final = program("cc", "gcc")
 HEADERS: Final = Tool("C headers", "libc6-dev", lambda: Path("/usr/include/stdio.h").exists())
@@ -62,7 +62,7 @@ def _log_writes(trial: Trial, ledger: Ledger, acknowledgements: int) -> list[Log
     home = trial.directory / "logged"
     home.mkdir()
     environ = {"LD_PRELOAD": str(library), "WRITES_OF": str(home / "jobd.db"), "WRITES_LOG": str(log)}
-    with Daemon(home, **environ) as daemon:
+    with DaemonProcess(home, **environ) as daemon:
         for number, ends_by in enumerate(("kill", "stop", "stop")):
             with load(daemon, ledger, f"load-{number}"):
                 assert ledger.wait_for(acknowledgements), daemon.log[-2000:]
@@ -99,7 +99,7 @@ class CrashState:
             problems = doctor.check(path)
             assert not problems, f"the doctor finds {problems[:5]}"
         if with_daemon:
-            with Daemon(self.path.parent) as daemon:
+            with DaemonProcess(self.path.parent) as daemon:
                 assert daemon.stop() == 0
         next_token = asyncio.run(_next_token(path))
         given = [token for token, at_s in ledger.granted_s.items() if at_s < until_s]

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from tests.proof.faults.crowd_process import connection_limit
 from tests.proof.faults.harness import Check, Counts, Tool, Trial, program
-from tests.support.daemon_process import Daemon, call, die_with_us
+from tests.support.daemon_process import DaemonProcess, call, die_with_us
 
 MAX_SLOWDOWN: Final = 2.0  # the highest p99 with the others, relative to the one without
 LIFECYCLES: Final = 150
@@ -35,7 +35,7 @@ MANY_FILES = Tool(
 
 
 @contextmanager
-def crowd(kind: str, daemon: Daemon, count: int) -> Iterator[dict[str, int]]:
+def crowd(kind: str, daemon: DaemonProcess, count: int) -> Iterator[dict[str, int]]:
     """Keep many connections open while the block runs. Yield their number and, after the block, their results."""
     command = [sys.executable, "-m", "tests.proof.faults.crowd_process", kind, daemon.socket, str(count)]
     process = subprocess.Popen(
@@ -56,13 +56,13 @@ def crowd(kind: str, daemon: Daemon, count: int) -> Iterator[dict[str, int]]:
         process.stdout.close()
 
 
-def descriptors(daemon: Daemon) -> int:
+def descriptors(daemon: DaemonProcess) -> int:
     """Return the number of files and sockets that the daemon has open."""
     assert daemon.process is not None
     return len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
 
 
-def wait_until(daemon: Daemon, least: float, most: float) -> None:
+def wait_until(daemon: DaemonProcess, least: float, most: float) -> None:
     """Wait until the daemon has this number of descriptors open."""
     deadline_s = time.monotonic() + 150
     while not least <= descriptors(daemon) <= most:
@@ -70,7 +70,7 @@ def wait_until(daemon: Daemon, least: float, most: float) -> None:
         time.sleep(0.01)
 
 
-def p99_ms(daemon: Daemon, lifecycles: int) -> float:
+def p99_ms(daemon: DaemonProcess, lifecycles: int) -> float:
     """Return the p99 of the calls of whole lifecycles on one connection."""
     took_s: list[float] = []
     with closing(daemon.worker()) as connection:
@@ -95,7 +95,7 @@ def measure_with_crowd(kind: str, count: int, trial: Trial, prepare: Any = None)
     together: list[float] = []
     outcomes: Counter[str] = Counter()
     lifecycles = LIFECYCLES if trial.timed else LIFECYCLES // 5
-    with Daemon(trial.directory) as daemon:
+    with DaemonProcess(trial.directory) as daemon:
         if prepare is not None:
             prepare(daemon)
         p99_ms(daemon, lifecycles)
@@ -126,7 +126,7 @@ def half_sent_bodies(trial: Trial) -> Counts:
 
 
 def slow_readers(trial: Trial) -> Counts:
-    def long_list(daemon: Daemon) -> None:
+    def long_list(daemon: DaemonProcess) -> None:
         jobs = [{"queue": "long", "payload": "x" * 10_000} for _ in range(90)]
         for _ in range(3):
             assert daemon.post("/v1/jobs/bulk", {"jobs": jobs}).status == 201
@@ -137,7 +137,7 @@ def slow_readers(trial: Trial) -> Counts:
 # -- a full mailbox ----------------------------------------------------------------------------------------------------
 
 
-def _flood(daemon: Daemon, stop: threading.Event, answers: Counter[str], lock: threading.Lock) -> None:
+def _flood(daemon: DaemonProcess, stop: threading.Event, answers: Counter[str], lock: threading.Lock) -> None:
     with closing(daemon.worker()) as connection:
         while not stop.is_set():
             reply = call(connection, "POST", "/v1/jobs/bulk", {"jobs": [{"queue": "flood"}] * 50})
@@ -153,7 +153,7 @@ def mailbox_flood(trial: Trial) -> Counts:
     answers: Counter[str] = Counter()
     lock, stop = threading.Lock(), threading.Event()
     reports = 0
-    with Daemon(trial.directory, "[limits]\nmailbox = 10\n") as daemon, ExitStack() as threads:
+    with DaemonProcess(trial.directory, "[limits]\nmailbox = 10\n") as daemon, ExitStack() as threads:
         assert daemon.post("/v1/jobs", {"id": "held"}).status == 201
         held = {"lock_id": daemon.post("/v1/jobs/held/start", {"worker": "w"}).data["lock_id"]}
         for _ in range(FLOODERS):
@@ -190,7 +190,7 @@ def mailbox_flood(trial: Trial) -> Counts:
 def no_descriptors(trial: Trial) -> Counts:
     """Open more connections than the daemon has descriptors: it survives, and later connections are served."""
     excess = 0
-    daemon = Daemon(trial.directory)
+    daemon = DaemonProcess(trial.directory)
     prlimit = shutil.which("prlimit")
     assert prlimit is not None
     daemon.prefix = [prlimit, f"--nofile={DESCRIPTORS}"]

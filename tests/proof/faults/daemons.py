@@ -23,7 +23,7 @@ from tests.proof.faults.harness import Check, Counts, Trial, program
 from tests.proof.faults.ledger import Ledger, caused_by_clients, events_pattern
 from tests.proof.faults.load import load
 from tests.proof.faults.store_check import StoreContents, checked_contents
-from tests.support.daemon_process import ApiCalls, Daemon, DaemonResponse, call, die_with_us
+from tests.support.daemon_process import ApiCalls, DaemonProcess, DaemonResponse, call, die_with_us
 
 BUSY: Final = 75
 RIVALS: Final = 4  # daemons that start at the same moment
@@ -32,7 +32,7 @@ STOPPED_S: Final = 10.0  # the longest stop if every request in flight can be an
 
 
 @contextmanager
-def sigstopped(daemon: Daemon) -> Iterator[None]:
+def sigstopped(daemon: DaemonProcess) -> Iterator[None]:
     """Stop a daemon with SIGSTOP, so that any change meanwhile was made by another process."""
     assert daemon.process is not None
     os.kill(daemon.process.pid, signal.SIGSTOP)
@@ -43,7 +43,7 @@ def sigstopped(daemon: Daemon) -> Iterator[None]:
         os.kill(daemon.process.pid, signal.SIGCONT)
 
 
-def failed_start(daemon: Daemon) -> tuple[int, str]:
+def failed_start(daemon: DaemonProcess) -> tuple[int, str]:
     """Start a daemon that must fail; return its exit code and output."""
     process = daemon.spawn()
     try:
@@ -65,7 +65,7 @@ def snapshot(directory: Path) -> dict[str, tuple[Any, ...]]:
 
 def two_daemons(trial: Trial) -> Counts:
     rejected: Counter[str] = Counter()
-    with Daemon(_make_directory(trial, "first")) as first:
+    with DaemonProcess(_make_directory(trial, "first")) as first:
         assert first.process is not None
         assert first.post("/v1/jobs", {"id": "a"}).status == 201
         for number in range(trial.rounds):
@@ -94,27 +94,31 @@ def _make_directory(trial: Trial, name: str) -> Path:
     return directory
 
 
-def _contested_resources(directory: Path, first: Daemon) -> Iterator[tuple[str, Daemon, str]]:
+def _contested_resources(directory: Path, first: DaemonProcess) -> Iterator[tuple[str, DaemonProcess, str]]:
     """Yield the name of each contested resource, the second daemon and its expected message.
 
     The store of the second daemon has a processing job.
     """
     assert first.process is not None
     holder = f"process {first.process.pid}"
-    yield "store and sockets", Daemon(directory, JOBD_STORE_PATH=str(first.store), **_sockets(first)), holder
-    with Daemon(directory) as early:
+    yield "store and sockets", DaemonProcess(directory, JOBD_STORE_PATH=str(first.store), **_sockets(first)), holder
+    with DaemonProcess(directory) as early:
         assert early.post("/v1/jobs", {"id": "b"}).status == 201
         assert early.post("/v1/jobs/b/start", {"worker": "w", "lock_ttl_ms": 1000}).status == 200
         assert early.stop() == 0
-    yield "worker socket", Daemon(directory, JOBD_WORKER_SOCKET=first.socket), "[worker] cannot listen"
-    yield "admin socket", Daemon(directory, JOBD_ADMIN_LISTEN=f"unix:{first.admin_socket}"), "[admin] cannot listen"
+    yield "worker socket", DaemonProcess(directory, JOBD_WORKER_SOCKET=first.socket), "[worker] cannot listen"
+    yield (
+        "admin socket",
+        DaemonProcess(directory, JOBD_ADMIN_LISTEN=f"unix:{first.admin_socket}"),
+        "[admin] cannot listen",
+    )
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = f"127.0.0.1:{taken.getsockname()[1]}"
-        yield "admin port", Daemon(directory, JOBD_ADMIN_LISTEN=port), "[admin] cannot listen"
-    yield "store", Daemon(directory, JOBD_STORE_PATH=str(first.store)), holder
+        yield "admin port", DaemonProcess(directory, JOBD_ADMIN_LISTEN=port), "[admin] cannot listen"
+    yield "store", DaemonProcess(directory, JOBD_STORE_PATH=str(first.store)), holder
 
 
-def _sockets(daemon: Daemon) -> dict[str, str]:
+def _sockets(daemon: DaemonProcess) -> dict[str, str]:
     return {"JOBD_WORKER_SOCKET": daemon.socket, "JOBD_ADMIN_LISTEN": f"unix:{daemon.admin_socket}"}
 
 
@@ -126,12 +130,12 @@ def racing_daemons(trial: Trial) -> Counts:
         shared = {"JOBD_WORKER_SOCKET": str(directory / "worker.sock")}
         if number % 2:
             shared["JOBD_STORE_PATH"] = str(directory / "jobd.db")
-        each = [Daemon(_make_directory(trial, f"race-{number}-{rival}"), **shared) for rival in range(RIVALS)]
+        each = [DaemonProcess(_make_directory(trial, f"race-{number}-{rival}"), **shared) for rival in range(RIVALS)]
         with ExitStack() as stack, ThreadPoolExecutor(RIVALS) as pool:
             for daemon in each:
                 stack.push(daemon.__exit__)
                 daemon.launch()
-            ready = list(pool.map(Daemon.gets_ready, each))
+            ready = list(pool.map(DaemonProcess.gets_ready, each))
             assert ready.count(True) == 1, f"{ready.count(True)} of {RIVALS} are ready"
             winner = each.pop(ready.index(True))
             winner.socket = shared["JOBD_WORKER_SOCKET"]
@@ -152,7 +156,7 @@ def racing_daemons(trial: Trial) -> Counts:
 class Claimers:
     """Workers that wait for jobs and hold them, and clients that create jobs, so that claims are answered steadily."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: DaemonProcess) -> None:
         self._daemon = daemon
         self.tokens: set[int] = set()  # every grant that was received
         self.created: set[str] = set()
@@ -197,7 +201,7 @@ class Claimers:
 class HalfSentCreate:
     """A create with half of its body sent."""
 
-    def __init__(self, daemon: Daemon, job_id: str) -> None:
+    def __init__(self, daemon: DaemonProcess, job_id: str) -> None:
         self.job_id = job_id
         self._text = json.dumps({"id": job_id, "payload": "late"}).encode()
         self._connection = daemon.worker()
@@ -219,14 +223,14 @@ def waiting_claim(daemon: ApiCalls) -> http.client.HTTPConnection:
     return connection
 
 
-def _wait_for(daemon: Daemon, metric: str) -> None:
+def _wait_for(daemon: DaemonProcess, metric: str) -> None:
     deadline_s = time.monotonic() + 150
     while metric not in daemon.admin("GET", "/metrics").body.decode().splitlines():
         assert time.monotonic() < deadline_s, f"{metric} did not appear"
 
 
 @contextmanager
-def slow_disk(daemon: Daemon, delay_ms: int) -> Iterator[None]:
+def slow_disk(daemon: DaemonProcess, delay_ms: int) -> Iterator[None]:
     """Delay every fdatasync until the daemon ends."""
     assert daemon.process is not None
     inject = ["-e", "trace=fdatasync", "-e", f"inject=fdatasync:delay_enter={1000 * delay_ms}"]
@@ -241,7 +245,7 @@ def slow_disk(daemon: Daemon, delay_ms: int) -> Iterator[None]:
             strace.terminate()
 
 
-def _wait_until_rejected(daemon: Daemon) -> None:
+def _wait_until_rejected(daemon: DaemonProcess) -> None:
     """Wait until new connections are rejected."""
     deadline_s = time.monotonic() + 150
     while True:
@@ -259,7 +263,7 @@ def _wait_until_rejected(daemon: Daemon) -> None:
 def graceful_stop(trial: Trial) -> Counts:
     ledger = Ledger()
     grants, slowest_s = 0, 0.0
-    with Daemon(trial.directory) as daemon, ThreadPoolExecutor(WAITING_CLAIMS) as pool:
+    with DaemonProcess(trial.directory) as daemon, ThreadPoolExecutor(WAITING_CLAIMS) as pool:
         claimers = Claimers(daemon)
         for number in range(trial.rounds):
             waiting = [waiting_claim(daemon) for _ in range(WAITING_CLAIMS)]

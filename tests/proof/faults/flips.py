@@ -24,7 +24,7 @@ from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.store_check import StoreContents, contents
-from tests.support.daemon_process import Daemon, call
+from tests.support.daemon_process import DaemonProcess, call
 
 PAGE: Final = 4096
 KINDS: Final = {2: "index branches", 5: "table branches", 10: "index leaves", 13: "table leaves"}
@@ -39,7 +39,7 @@ class OriginalStore:
         home = trial.directory / "original"
         home.mkdir()
         ledger = Ledger()
-        with Daemon(home) as daemon:
+        with DaemonProcess(home) as daemon:
             for number in range(3 if trial.timed else 1):
                 with load(daemon, ledger, f"load-{number}"):
                     assert ledger.wait_for(80), daemon.log[-2000:]
@@ -70,7 +70,7 @@ class OriginalStore:
         return place / "jobd.db"
 
 
-def _write_unusual_rows(daemon: Daemon) -> None:
+def _write_unusual_rows(daemon: DaemonProcess) -> None:
     """Write rows of every other kind: long payloads, a result, a deleted job, a paused queue, a report, keys."""
     for number in range(4):
         job = {"id": f"odd-{number}", "queue": f"queue-{number}", "payload": "y" * (5000 * number), "priority": number}
@@ -166,7 +166,7 @@ def _inspect(path: Path, holds: StoreContents) -> tuple[str, bool]:
 
 def _check_over_http(path: Path, answers: dict[str, Any]) -> None:
     """Check that each response equals the one before, or is an error about damage."""
-    with Daemon.not_started(path.parent) as daemon:
+    with DaemonProcess.not_started(path.parent) as daemon:
         daemon.launch()
         if not daemon.gets_ready():
             assert daemon.process is not None
@@ -193,7 +193,7 @@ def _stable_fields(job: dict[str, Any]) -> dict[str, Any]:
 
 def _read_jobs(trial: Trial, original: OriginalStore) -> dict[str, Any]:
     path = original.write_flipped(trial.directory / "whole", "none", 0, 0)
-    with Daemon(path.parent) as daemon:
+    with DaemonProcess(path.parent) as daemon:
         found = {job_id: _stable_fields(daemon.get(f"/v1/jobs/{job_id}").data) for job_id in original.contents.jobs}
         assert daemon.stop() == 0
     return found

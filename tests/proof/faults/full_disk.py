@@ -15,7 +15,7 @@ from tests.proof.faults.ledger import JobRecord, Ledger, SentRequest
 from tests.proof.faults.load import work_alone
 from tests.proof.faults.mounts import MOUNTS, tmpfs
 from tests.proof.faults.store_check import checked_contents
-from tests.support.daemon_process import Daemon, DaemonResponse
+from tests.support.daemon_process import DaemonProcess, DaemonResponse
 
 FREE_BYTES: Final = 16 << 20  # the log may use 4 MiB before it is reused, and the jobs need more
 HELD: Final = 12
@@ -34,7 +34,7 @@ def fill(place: Path) -> Path:
 class RecordingClient:
     """A client that records its responses in the ledger."""
 
-    def __init__(self, daemon: Daemon, ledger: Ledger) -> None:
+    def __init__(self, daemon: DaemonProcess, ledger: Ledger) -> None:
         self._daemon = daemon
         self._ledger = ledger
 
@@ -65,7 +65,7 @@ def full_disk(trial: Trial) -> Counts:
     endings = 0
     with tmpfs(trial.directory / "disk", RESERVE_FILE_BYTES + FREE_BYTES) as place:
         store = place / "jobd.db"
-        with Daemon.not_started(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
+        with DaemonProcess.not_started(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
             daemon.start()
             for number in range(trial.rounds):
                 endings += _fill_and_free(daemon, ledger, place, f"round-{number}")
@@ -79,7 +79,7 @@ def full_disk(trial: Trial) -> Counts:
     }
 
 
-def _fill_and_free(daemon: Daemon, ledger: Ledger, place: Path, name: str) -> int:
+def _fill_and_free(daemon: DaemonProcess, ledger: Ledger, place: Path, name: str) -> int:
     """Fill the disk, then free it; return how many jobs ended in between."""
     assert daemon.process is not None
     caller = RecordingClient(daemon, ledger)
@@ -124,7 +124,7 @@ def tiny_disk(trial: Trial) -> Counts:
         ledger = Ledger()
         with tmpfs(trial.directory / f"disk-{number}", 1 << 20) as place:
             store = place / "jobd.db"
-            with Daemon.not_started(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
+            with DaemonProcess.not_started(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
                 daemon.start()
                 _fill_and_free_tiny_disk(daemon, ledger, place)
                 assert daemon.stop() == 0
@@ -133,7 +133,7 @@ def tiny_disk(trial: Trial) -> Counts:
     return {"times full": trial.rounds, "rejected with storage_full": rejected, "acknowledgements checked": checked}
 
 
-def _fill_and_free_tiny_disk(daemon: Daemon, ledger: Ledger, place: Path) -> None:
+def _fill_and_free_tiny_disk(daemon: DaemonProcess, ledger: Ledger, place: Path) -> None:
     caller = RecordingClient(daemon, ledger)
     jobs = 0
     filler = fill(place)

@@ -29,7 +29,7 @@ from jobd.http.auth import LINES
 from jobd.http.routing import Route
 from jobd.model.job import STATUSES
 from tests.proof.faults.harness import Check, Counts, Trial
-from tests.support.daemon_process import TOKEN, Daemon, free_port
+from tests.support.daemon_process import TOKEN, DaemonProcess, free_port
 
 # Rules that no schema expresses: only these messages may reject a request that is valid by its schema.
 ALLOWED_REJECTIONS: Final = (
@@ -84,7 +84,7 @@ def strict_document(title: str, table: Iterable[Route]) -> dict[str, Any]:
 class ExistingJobs:
     """Existing jobs in many states, so that requests do not all fail with job_not_found."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: DaemonProcess) -> None:
         self._daemon = daemon
         self._count = 0
         self.locks: dict[str, str] = {}
@@ -192,7 +192,7 @@ def fuzz_both_apis(trial: Trial) -> Counts:
     token.write_text(TOKEN)
     ports = {"WORKER": free_port(), "ADMIN": free_port()}
     environ = {f"JOBD_{name}_LISTEN": f"127.0.0.1:{port}" for name, port in ports.items()}
-    with Daemon(trial.directory, "", JOBD_WORKER_TOKEN_FILE=str(token), **environ) as daemon:
+    with DaemonProcess(trial.directory, "", JOBD_WORKER_TOKEN_FILE=str(token), **environ) as daemon:
         known = ExistingJobs(daemon)
         apis = [
             ApiFuzzer("worker", worker.ROUTES, ports["WORKER"], known),

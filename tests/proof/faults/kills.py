@@ -9,13 +9,13 @@ from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.store_check import checked_contents
-from tests.support.daemon_process import Daemon
+from tests.support.daemon_process import DaemonProcess
 
 READY_S: Final = 2.0
 LIVE_JOBS: Final = 100_000
 
 
-def _ready_again(daemon: Daemon, trial: Trial) -> float:
+def _ready_again(daemon: DaemonProcess, trial: Trial) -> float:
     """Return the seconds from a start after a kill until the daemon is ready."""
     began_s = time.monotonic()
     daemon.start()
@@ -27,7 +27,7 @@ def _ready_again(daemon: Daemon, trial: Trial) -> float:
 def kill_under_load(trial: Trial) -> Counts:
     ledger = Ledger()
     settled, slowest_s = 0, 0.0
-    with Daemon(trial.directory) as daemon:
+    with DaemonProcess(trial.directory) as daemon:
         for number in range(trial.rounds):
             with load(daemon, ledger, f"round-{number}"):
                 assert ledger.wait_for(150 + 37 * (number % 7)), daemon.log[-2000:]
@@ -50,7 +50,7 @@ def kill_with_many_jobs(trial: Trial) -> Counts:
     ledger = Ledger()
     live = LIVE_JOBS if trial.timed else LIVE_JOBS // 10
     slowest_s = 0.0
-    with Daemon(trial.directory) as daemon:
+    with DaemonProcess(trial.directory) as daemon:
         for start in range(0, live, 1000):
             jobs = [{"id": f"waiting-{number}", "queue": "waiting"} for number in range(start, start + 1000)]
             assert daemon.post("/v1/jobs/bulk", {"jobs": jobs}).status == 201

@@ -23,7 +23,7 @@ from tests.proof.faults.ledger import JobRecord, Ledger, SentRequest, caused_by_
 from tests.proof.faults.load import CLIENTS, LoadClient, load
 from tests.proof.faults.proxy import FAULTS, Proxy
 from tests.proof.faults.store_check import StoreContents, checked_contents
-from tests.support.daemon_process import Daemon, DaemonResponse, call, die_with_us
+from tests.support.daemon_process import DaemonProcess, DaemonResponse, call, die_with_us
 
 CALLS: Final = itertools.count(1)
 LIFECYCLES: Final = 40
@@ -89,7 +89,7 @@ class RetryingClient(LoadClient):
 def lost_responses(trial: Trial) -> Counts:
     ledger = Ledger()
     stop = threading.Event()
-    with Daemon(trial.directory) as daemon, Proxy(trial.directory, daemon.socket) as proxy:
+    with DaemonProcess(trial.directory) as daemon, Proxy(trial.directory, daemon.socket) as proxy:
         each = [RetryingClient(ledger, f"client-{number}", stop, proxy) for number in range(CLIENTS)]
         with ThreadPoolExecutor(CLIENTS) as pool:
             done = [pool.submit(client.work, daemon.worker) for client in each]
@@ -135,7 +135,7 @@ def _released_grants(ledger: Ledger, store: StoreContents) -> int:
 def lost_grants(trial: Trial) -> Counts:
     """Disconnect claims while they are decided, written and answered; the next claim gets all jobs in order."""
     counts = Counter[str]()
-    with Daemon(trial.directory) as daemon, slow_disk(daemon, 20):
+    with DaemonProcess(trial.directory) as daemon, slow_disk(daemon, 20):
         for number in range(trial.rounds):
             queue = f"q-{number}"
             ids = [f"{queue}-{each}" for each in range(6)]
@@ -157,7 +157,7 @@ def lost_grants(trial: Trial) -> Counts:
     return {"claims with a closed connection": 3 * trial.rounds, "grants taken back": counts["grants taken back"]}
 
 
-def _disconnect(daemon: Daemon, queue: str, key: str | None, after_s: float) -> None:
+def _disconnect(daemon: DaemonProcess, queue: str, key: str | None, after_s: float) -> None:
     body = json.dumps({"worker": "gone", "queues": [queue], "limit": 2})
     fields = {"Content-Type": "application/json"} | ({} if key is None else {"Idempotency-Key": key})
     with closing(daemon.worker()) as connection:
@@ -169,7 +169,7 @@ def _disconnect(daemon: Daemon, queue: str, key: str | None, after_s: float) -> 
                 _release(daemon, grant)
 
 
-def _claim_all(daemon: Daemon, queue: str, count: int) -> dict[str, Any]:
+def _claim_all(daemon: DaemonProcess, queue: str, count: int) -> dict[str, Any]:
     """Claim until all jobs of a queue come together; return all grants by job, in order."""
     deadline_s = time.monotonic() + 150
     while True:
@@ -181,7 +181,7 @@ def _claim_all(daemon: Daemon, queue: str, count: int) -> dict[str, Any]:
             _release(daemon, grant)
 
 
-def _release(daemon: Daemon, grant: dict[str, Any]) -> None:
+def _release(daemon: DaemonProcess, grant: dict[str, Any]) -> None:
     path = f"/v1/jobs/{grant['job']['id']}/release"
     assert daemon.post(path, {"lock_id": grant["lock_id"]}).status == 200
 
@@ -193,7 +193,7 @@ def killed_before_reply(trial: Trial) -> Counts:
     """Kill the daemon when it would send its Nth response: the change is committed, and its caller does not know it."""
     ledger = Ledger()
     applied = 0
-    with Daemon(trial.directory) as daemon:
+    with DaemonProcess(trial.directory) as daemon:
         for number in range(trial.rounds):
             with load(daemon, ledger, f"round-{number}"):
                 assert ledger.wait_for(20), daemon.log[-2000:]
@@ -228,7 +228,7 @@ def _was_done(record: JobRecord, store: StoreContents) -> bool:
     )
 
 
-def _kill_at_write(daemon: Daemon, number: int) -> None:
+def _kill_at_write(daemon: DaemonProcess, number: int) -> None:
     """Kill the daemon at the Nth write of its event loop's thread, which sends the responses."""
     assert daemon.process is not None
     inject = ["-e", "trace=write", "-e", f"inject=write:signal=SIGKILL:when={number}"]

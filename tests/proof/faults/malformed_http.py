@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.proof.faults.harness import Check, Counts, Trial
-from tests.support.daemon_process import TOKEN, Daemon, call, free_port
+from tests.support.daemon_process import TOKEN, DaemonProcess, call, free_port
 from tests.support.malformed_requests import EXPENSIVE, EXTENDED, HOSTILE, post
 
 LAG_MS: Final = 20.0
@@ -35,7 +35,7 @@ Connect = Callable[[], socket.socket]
 class NormalClient:
     """A normal client that sends requests continuously. `longest_wait` measures it while a block runs."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: DaemonProcess) -> None:
         self._daemon = daemon
         self._stop = threading.Event()
         self._turn = threading.Condition()
@@ -114,7 +114,7 @@ def _requests() -> dict[str, bytes]:
     return {**HOSTILE, **EXTENDED, **dear, **bombs}
 
 
-def _listeners(daemon: Daemon, port: int) -> dict[str, Connect]:
+def _listeners(daemon: DaemonProcess, port: int) -> dict[str, Connect]:
     def unix(path: str) -> socket.socket:
         opened = socket.socket(socket.AF_UNIX)
         opened.connect(path)
@@ -128,12 +128,12 @@ def _listeners(daemon: Daemon, port: int) -> dict[str, Connect]:
 
 
 @contextmanager
-def running_daemon(directory: Path) -> Iterator[tuple[Daemon, dict[str, Connect]]]:
+def running_daemon(directory: Path) -> Iterator[tuple[DaemonProcess, dict[str, Connect]]]:
     """Run a daemon with three listeners: two for workers, one for operators."""
     token, port = directory / "worker-token", free_port()
     token.write_text(TOKEN)
     environ = {"JOBD_WORKER_LISTEN": f"127.0.0.1:{port}", "JOBD_WORKER_TOKEN_FILE": str(token)}
-    with Daemon(directory, "", **environ) as daemon:
+    with DaemonProcess(directory, "", **environ) as daemon:
         yield daemon, _listeners(daemon, port)
         assert daemon.post("/v1/jobs", {"payload": "honest"}).status == 201
         assert daemon.stop() == 0

@@ -24,7 +24,7 @@ from tests.proof.faults.next_version import AHEAD
 from tests.proof.faults.store_check import checked_contents, contents
 from tests.proof.faults.strace import STRACE, SYNCS, WRITES, Strace
 from tests.proof.faults.syscall_faults import EXIT_IO, FaultPosition
-from tests.support.daemon_process import Daemon
+from tests.support.daemon_process import DaemonProcess
 
 NEXT: Final = "tests.proof.faults.next_version"
 OLD: Final = migrations.VERSION
@@ -37,7 +37,7 @@ def _old_store(trial: Trial, ledger: Ledger) -> Path:
     """Make the directory of a store of this version, after a graceful stop."""
     home = trial.directory / "old"
     home.mkdir()
-    with Daemon(home) as daemon:
+    with DaemonProcess(home) as daemon:
         with load(daemon, ledger, "load"):
             assert ledger.wait_for(150 if trial.timed else 50), daemon.log[-2000:]
         assert daemon.stop() == 0
@@ -72,7 +72,7 @@ def interrupted_migration(trial: Trial) -> Counts:
 
 def _fault_positions(home: Path) -> list[FaultPosition]:
     """Return all writes and syncs of a start that migrates and of the stop after it, with the possible faults."""
-    with Daemon.not_started(home) as daemon:
+    with DaemonProcess.not_started(home) as daemon:
         daemon.module = NEXT
         strace = Strace(daemon, (*SYNCS, *WRITES))
         daemon.start()
@@ -86,7 +86,7 @@ def _fault_positions(home: Path) -> list[FaultPosition]:
 
 
 def _migrate_with_fault(home: Path, position: FaultPosition) -> str:
-    with Daemon.not_started(home) as daemon:
+    with DaemonProcess.not_started(home) as daemon:
         daemon.module = NEXT
         Strace(daemon, (*SYNCS, *WRITES), position.inject)
         daemon.launch()
@@ -116,7 +116,7 @@ def _check_store(path: Path, ledger: Ledger) -> str:
 
 def _check_next_start(home: Path, ledger: Ledger) -> None:
     """Check that the next start finishes the migration and leaves no partial copies."""
-    with Daemon.not_started(home) as daemon:
+    with DaemonProcess.not_started(home) as daemon:
         daemon.module = NEXT
         daemon.start()
         assert daemon.stop() == 0
@@ -135,7 +135,7 @@ def newer_store(trial: Trial) -> Counts:
     compared = 0
     for number in range(trial.rounds):
         home = _copy_store(old, trial.directory / "newer")
-        with Daemon.not_started(home) as daemon:
+        with DaemonProcess.not_started(home) as daemon:
             daemon.module = NEXT
             daemon.start()
             if number % 2:

@@ -13,7 +13,7 @@ from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.mounts import LOOP_MOUNTS, loop_disk
 from tests.proof.faults.store_check import checked_contents
-from tests.support.daemon_process import Daemon
+from tests.support.daemon_process import DaemonProcess
 
 DISK_BYTES: Final = 128 << 20
 EXIT_IO: Final = 74
@@ -24,7 +24,7 @@ def cut_power(trial: Trial) -> Counts:
     settled, forgotten = 0, 0
     with loop_disk(trial.directory / "disk", DISK_BYTES) as disk:
         store = disk.place / "jobd.db"
-        with Daemon.not_started(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
+        with DaemonProcess.not_started(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
             daemon.start()
             assert daemon.process is not None
             for number in range(trial.rounds):

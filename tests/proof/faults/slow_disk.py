@@ -19,7 +19,7 @@ from typing import Any, Final
 from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.store_check import checked_contents
 from tests.proof.faults.strace import STRACE, SYNCS, Strace
-from tests.support.daemon_process import Daemon, DaemonResponse, call
+from tests.support.daemon_process import DaemonProcess, DaemonResponse, call
 
 SYNC_US: Final = 500_000
 FIRST_SLOW_SYNC: Final = 12  # about as many as the start makes
@@ -32,7 +32,7 @@ ANSWERS_MS: Final = 100.0  # 19 of 20 polls, because of other processes; none wa
 class PendingRequest:
     """A pending request on its own connection."""
 
-    def __init__(self, daemon: Daemon, path: str, body: dict[str, Any]) -> None:
+    def __init__(self, daemon: DaemonProcess, path: str, body: dict[str, Any]) -> None:
         self.path = path
         self.reply: DaemonResponse | None = None
         self.line = socket.socket(socket.AF_UNIX)
@@ -56,7 +56,7 @@ def slow_disk(trial: Trial) -> Counts:
     outcomes: Counter[str] = Counter()
     most_waiting = 0
     made: set[str] = set()
-    with Daemon.not_started(trial.directory, f"[limits]\nmailbox = {MAILBOX}\n") as daemon:
+    with DaemonProcess.not_started(trial.directory, f"[limits]\nmailbox = {MAILBOX}\n") as daemon:
         Strace(daemon, SYNCS, f"fdatasync:delay_enter={SYNC_US}:when={FIRST_SLOW_SYNC}+")
         daemon.start()
         jobs = [{"id": f"held-{number}"} for number in range(HELD)]
@@ -107,7 +107,7 @@ def _check_response(request: PendingRequest, reply: DaemonResponse) -> str:
     return "overloaded"
 
 
-def _read_all(daemon: Daemon, pending: list[PendingRequest], health_times_s: list[float]) -> int:
+def _read_all(daemon: DaemonProcess, pending: list[PendingRequest], health_times_s: list[float]) -> int:
     """Read all responses and poll the daemon in between; return the highest number of waiting commands."""
     waiting = 0
     with selectors.DefaultSelector() as selector, closing(daemon.worker()) as connection:

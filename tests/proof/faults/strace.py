@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.proof.faults.harness import program
-from tests.support.daemon_process import TIMEOUT_S, Daemon
+from tests.support.daemon_process import TIMEOUT_S, DaemonProcess
 
 STRACE: Final = program("strace")
 WRITES: Final = ("pwrite64",)
@@ -35,7 +35,9 @@ class Strace:
     `when` counts the calls of each thread separately. With `only`, only calls on that file count.
     """
 
-    def __init__(self, daemon: Daemon, calls: tuple[str, ...], inject: str = "", only: Path | None = None) -> None:
+    def __init__(
+        self, daemon: DaemonProcess, calls: tuple[str, ...], inject: str = "", only: Path | None = None
+    ) -> None:
         self._daemon = daemon
         self._log = daemon.directory / "strace"
         self._log.unlink(missing_ok=True)

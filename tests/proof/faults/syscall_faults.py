@@ -23,7 +23,7 @@ from tests.proof.faults.ledger import Ledger, SentRequest
 from tests.proof.faults.load import work_alone
 from tests.proof.faults.store_check import checked_contents
 from tests.proof.faults.strace import STRACE, SYNCS, WRITES, Strace, TracedCall
-from tests.support.daemon_process import READY, Daemon
+from tests.support.daemon_process import READY, DaemonProcess
 
 ERRORS: Final = ("EIO", "ENOSPC", "EROFS")
 ALL_POSITIONS: Final = 1_000_000  # rounds: one for each position
@@ -52,7 +52,7 @@ class FaultPosition:
 class DaemonExit:
     """How a daemon ended. `calls` start with the one that failed."""
 
-    daemon: Daemon
+    daemon: DaemonProcess
     ready: bool
     code: int
     asked_to_stop_s: float
@@ -72,14 +72,14 @@ class DaemonExit:
         return hit.file in ("jobd.db", "jobd.db.lock") or hit.at_s >= self.asked_to_stop_s
 
 
-Work = Callable[[Daemon, Ledger, str], None]
+Work = Callable[[DaemonProcess, Ledger, str], None]
 
 
-def lifecycles(daemon: Daemon, ledger: Ledger, name: str) -> None:
+def lifecycles(daemon: DaemonProcess, ledger: Ledger, name: str) -> None:
     work_alone(daemon, ledger, name, LIFECYCLES)
 
 
-def large_jobs(daemon: Daemon, ledger: Ledger, name: str) -> None:
+def large_jobs(daemon: DaemonProcess, ledger: Ledger, name: str) -> None:
     """Create enough for a checkpoint while the daemon runs, and for another one if that fails."""
     work_alone(daemon, ledger, f"{name}-before", 1)
     for number in range(LARGE_JOBS):
@@ -88,7 +88,7 @@ def large_jobs(daemon: Daemon, ledger: Ledger, name: str) -> None:
     work_alone(daemon, ledger, f"{name}-after", 1)
 
 
-def _create(daemon: Daemon, ledger: Ledger, job_id: str) -> bool:
+def _create(daemon: DaemonProcess, ledger: Ledger, job_id: str) -> bool:
     """Create a large job; return False if its outcome is unknown."""
     record = ledger.begin(job_id, PAYLOAD)
     record.open = request = SentRequest("created", "/v1/jobs", {"id": job_id, "payload": PAYLOAD})
@@ -149,7 +149,7 @@ def _trace_calls(trial: Trial, calls: tuple[str, ...], work: Work, at_checkpoint
     """Return the calls of a run without faults, of the thread that makes most of them."""
     directory = trial.directory / "measured"
     directory.mkdir()
-    with Daemon.not_started(directory) as daemon:
+    with DaemonProcess.not_started(directory) as daemon:
         strace = Strace(daemon, calls, only=_traced_file(directory, at_checkpoints))
         daemon.start()
         work(daemon, Ledger(), "work")
@@ -162,7 +162,7 @@ def _trace_calls(trial: Trial, calls: tuple[str, ...], work: Work, at_checkpoint
 
 def _round(directory: Path, position: FaultPosition, work: Work, at_checkpoints: bool, counts: Counter[str]) -> None:
     ledger = Ledger()
-    with Daemon.not_started(directory) as daemon:
+    with DaemonProcess.not_started(directory) as daemon:
         strace = Strace(daemon, (*SYNCS, *WRITES), position.inject, _traced_file(directory, at_checkpoints))
         daemon.launch()
         ready = daemon.gets_ready()
@@ -190,13 +190,13 @@ def _round(directory: Path, position: FaultPosition, work: Work, at_checkpoints:
         counts["with outcome unknown"] += ledger.codes["outcome_unknown"]
 
 
-def _stop(daemon: Daemon) -> int:
+def _stop(daemon: DaemonProcess) -> int:
     """Stop the daemon, if it has not ended already, and return its exit code."""
     assert daemon.process is not None
     return code if (code := daemon.process.poll()) is not None else daemon.stop(signal.SIGTERM)
 
 
-def _check_creates_accepted(daemon: Daemon, ledger: Ledger) -> None:
+def _check_creates_accepted(daemon: DaemonProcess, ledger: Ledger) -> None:
     """Check that creates are accepted again without a restart after one call with a full disk."""
     if b"event=disk_full" in daemon.log:
         daemon.wait_for_log(b"event=disk_has_room")

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.store_check import checked_contents
-from tests.support.daemon_process import Daemon, call, die_with_us
+from tests.support.daemon_process import DaemonProcess, call, die_with_us
 
 LOCK_TTL_MS: Final = 1_000
 RECOVER_EVERY_MS: Final = 2_000
@@ -28,7 +28,7 @@ TIMEOUT_S: Final = 150.0
 class RealWorker:
     """A worker's process and its output."""
 
-    def __init__(self, daemon: Daemon, queue: str, lock_ttl_ms: int = LOCK_TTL_MS) -> None:
+    def __init__(self, daemon: DaemonProcess, queue: str, lock_ttl_ms: int = LOCK_TTL_MS) -> None:
         command = [sys.executable, "-m", "tests.proof.faults.worker", daemon.socket, queue, str(lock_ttl_ms)]
         self.process = subprocess.Popen(
             command,
@@ -86,7 +86,7 @@ class RealWorker:
             os.kill(self.process.pid, signal.SIGCONT)
 
 
-def _wait_until_expired(daemon: Daemon, job_id: str) -> None:
+def _wait_until_expired(daemon: DaemonProcess, job_id: str) -> None:
     """Wait until the daemon shows the lock as expired."""
     deadline_s = time.monotonic() + TIMEOUT_S
     while True:
@@ -98,7 +98,7 @@ def _wait_until_expired(daemon: Daemon, job_id: str) -> None:
         time.sleep(0.05)
 
 
-def _wait_until_ended(daemon: Daemon, job_id: str) -> dict[str, Any]:
+def _wait_until_ended(daemon: DaemonProcess, job_id: str) -> dict[str, Any]:
     deadline_s = time.monotonic() + TIMEOUT_S
     while (job := daemon.get(f"/v1/jobs/{job_id}").data)["status"] == "processing":
         assert time.monotonic() < deadline_s, job
@@ -110,7 +110,7 @@ def _wait_until_ended(daemon: Daemon, job_id: str) -> dict[str, Any]:
 def sleeping_worker(trial: Trial) -> Counts:
     """Suspend workers past the end of their lock. Recovery runs on request, so that it does not come first."""
     counts = {"endings accepted after the lock expired": 0, "endings rejected": 0, "running jobs stopped": 0}
-    with Daemon(trial.directory, "[cleanup]\nrecover_every = '0'\ninterval = '1h'\n") as daemon:
+    with DaemonProcess(trial.directory, "[cleanup]\nrecover_every = '0'\ninterval = '1h'\n") as daemon:
         with RealWorker(daemon, "q") as worker:
             for number in range(trial.rounds):
                 job_id = f"job-{number}"
@@ -125,7 +125,7 @@ def sleeping_worker(trial: Trial) -> Counts:
     return {**counts, "tokens": len(store.tokens)}
 
 
-def _check_accepted(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -> None:
+def _check_accepted(daemon: DaemonProcess, worker: RealWorker, begun: dict[str, Any]) -> None:
     """Check that no other worker gets the job and its holder can end it."""
     with worker.sigstopped():
         _wait_until_expired(daemon, begun["job"])
@@ -134,7 +134,7 @@ def _check_accepted(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -
     assert _wait_until_ended(daemon, begun["job"])["status"] == "completed"
 
 
-def _recover(daemon: Daemon, begun: dict[str, Any]) -> dict[str, Any]:
+def _recover(daemon: DaemonProcess, begun: dict[str, Any]) -> dict[str, Any]:
     """Recover the job and grant it to another worker; return the new grant."""
     recovered = daemon.admin("POST", "recover-stuck", {}).data
     assert [(one["jobId"], one["action"]) for one in recovered["details"]] == [(begun["job"], "reset")]
@@ -143,7 +143,7 @@ def _recover(daemon: Daemon, begun: dict[str, Any]) -> dict[str, Any]:
     return grant
 
 
-def _check_rejected(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -> None:
+def _check_rejected(daemon: DaemonProcess, worker: RealWorker, begun: dict[str, Any]) -> None:
     """Check that a worker whose work ended while it was suspended cannot complete a job that was granted again."""
     with worker.sigstopped():
         _wait_until_expired(daemon, begun["job"])
@@ -155,7 +155,7 @@ def _check_rejected(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -
     _check_new_grant(daemon, before, grant)
 
 
-def _check_stopped(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -> None:
+def _check_stopped(daemon: DaemonProcess, worker: RealWorker, begun: dict[str, Any]) -> None:
     """Check that a worker that wakes up gets lock_lost, stops the work and claims another job."""
     with worker.sigstopped():
         _wait_until_expired(daemon, begun["job"])
@@ -166,7 +166,7 @@ def _check_stopped(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) ->
     _check_new_grant(daemon, before, grant)
 
 
-def _check_next_job(daemon: Daemon, worker: RealWorker) -> None:
+def _check_next_job(daemon: DaemonProcess, worker: RealWorker) -> None:
     """Check that the worker claims again, so it has given up the lost job."""
     job_id = daemon.post("/v1/jobs", {"queue": "q"}).data["id"]
     begun = worker.next_report()
@@ -176,7 +176,7 @@ def _check_next_job(daemon: Daemon, worker: RealWorker) -> None:
     assert _wait_until_ended(daemon, job_id)["status"] == "completed"
 
 
-def _check_new_grant(daemon: Daemon, before: dict[str, Any], grant: dict[str, Any]) -> None:
+def _check_new_grant(daemon: DaemonProcess, before: dict[str, Any], grant: dict[str, Any]) -> None:
     path = f"/v1/jobs/{before['id']}"
     assert daemon.get(path).data == before, "the former holder has changed the job"
     # Late calls and results of the former holder are stored, but do not change the job.
@@ -195,7 +195,7 @@ def dead_worker(trial: Trial) -> Counts:
     """Kill workers at different moments: other workers get their jobs in time, and not too early."""
     late_ms: list[int] = []
     at_once = WORKERS if trial.timed else WORKERS // 2
-    with Daemon(trial.directory, f"[cleanup]\nrecover_every = '{RECOVER_EVERY_MS}ms'\n") as daemon:
+    with DaemonProcess(trial.directory, f"[cleanup]\nrecover_every = '{RECOVER_EVERY_MS}ms'\n") as daemon:
         for number in range(trial.rounds):
             with ExitStack() as stack, ThreadPoolExecutor(at_once) as pool:
                 workers = [stack.enter_context(RealWorker(daemon, f"q-{number}-{each}")) for each in range(at_once)]
@@ -219,7 +219,7 @@ def dead_worker(trial: Trial) -> Counts:
     }
 
 
-def _wait_for_job(daemon: Daemon, queue: str) -> int:
+def _wait_for_job(daemon: DaemonProcess, queue: str) -> int:
     """Return the wall time at which the job was granted again."""
     with closing(daemon.worker()) as connection:
         wait = {"worker": "the next", "queues": [queue], "wait_ms": 30_000}
@@ -228,7 +228,7 @@ def _wait_for_job(daemon: Daemon, queue: str) -> int:
     return int(time.time() * 1000)
 
 
-def _check_grant_time(daemon: Daemon, job_id: str, offered_at: int, trial: Trial) -> int:
+def _check_grant_time(daemon: DaemonProcess, job_id: str, offered_at: int, trial: Trial) -> int:
     """Return the ms between the expiry of the lock and the next grant."""
     events = daemon.get(f"/v1/jobs/{job_id}/timeline").data["events"]
     seen = [event["type"] for event in events]

@@ -23,7 +23,7 @@ from tests.proof.linearizability.transport import (
     claimed,
     reduced_response,
 )
-from tests.support.daemon_process import Daemon
+from tests.support.daemon_process import DaemonProcess
 
 READY_S: Final = 150.0
 TRIES: Final = 5
@@ -44,7 +44,7 @@ ALONE: Final = {
 class SharedContext:
     """What the clients of one history share: the daemon, the jobs, and the locks in responses so far."""
 
-    def __init__(self, daemon: Daemon, history: CallHistory, *, lossy: bool, alone: bool) -> None:
+    def __init__(self, daemon: DaemonProcess, history: CallHistory, *, lossy: bool, alone: bool) -> None:
         self.daemon = daemon
         self.history = history
         self.lossy = lossy

@@ -20,7 +20,7 @@ from msgspec import Struct
 from tests.proof.linearizability.client import ContendingClient, SharedContext
 from tests.proof.linearizability.history import CallHistory, Outage, Terms
 from tests.proof.linearizability.transport import boot_ns
-from tests.support.daemon_process import Daemon
+from tests.support.daemon_process import DaemonProcess
 
 # Recovery runs often. Responses are sent after the commit, as always.
 CONFIG: Final = """
@@ -40,13 +40,13 @@ class Recording(Struct):
 
 
 @contextmanager
-def shared_daemon() -> Iterator[Daemon]:
+def shared_daemon() -> Iterator[DaemonProcess]:
     """Run one daemon for many histories, in a temporary directory."""
-    with tempfile.TemporaryDirectory(prefix="jobd-histories-") as place, Daemon(Path(place), CONFIG) as daemon:
+    with tempfile.TemporaryDirectory(prefix="jobd-histories-") as place, DaemonProcess(Path(place), CONFIG) as daemon:
         yield daemon
 
 
-def record_history(daemon: Daemon, seed: int, number: int) -> Recording:
+def record_history(daemon: DaemonProcess, seed: int, number: int) -> Recording:
     """Record history `number` of `seed`: new jobs on a daemon that is ready before and after."""
     dice = Random(f"{seed}-{number}")
     kills = number % KILLS_EVERY == KILLS_EVERY - 1

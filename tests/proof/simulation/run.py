@@ -41,9 +41,9 @@ class SeedOutcome(Struct):
     without: list[str] = field(default_factory=list)
 
 
-def simulate(seed: int, steps: int, *, without: frozenset[str] = frozenset(), tell: bool = False) -> SeedOutcome:
+def simulate(seed: int, steps: int, *, without: frozenset[str] = frozenset(), with_story: bool = False) -> SeedOutcome:
     """Run `seed` until this many commands were decided, then its final phase."""
-    journal = Trace(tell=tell)
+    journal = Trace(keep_lines=with_story)
     loop = SimLoop(Random(f"{seed}: loop"))
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         machine = runner.run(_run(seed, steps, loop, journal, without))
@@ -54,7 +54,7 @@ def simulate(seed: int, steps: int, *, without: frozenset[str] = frozenset(), te
         digest=journal.digest,
         fired=dict(machine.fired),
         broken=None if broken is None else (broken.rule, broken.what, broken.job_id),
-        story=journal.story(broken.job_id if broken else None) if tell else [],
+        story=journal.story(broken.job_id if broken else None) if with_story else [],
         without=sorted(without),
     )
 
@@ -150,4 +150,4 @@ def reduce_failure(seed: int, steps: int, broken: tuple[str, str, str | None]) -
         tried = simulate(seed, steps, without=without | {name})
         if tried.broken is not None and tried.broken[0] == broken[0]:
             without |= {name}
-    return simulate(seed, steps, without=without, tell=True)
+    return simulate(seed, steps, without=without, with_story=True)

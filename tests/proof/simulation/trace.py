@@ -13,9 +13,9 @@ import msgspec
 
 
 class Trace:
-    def __init__(self, *, tell: bool = False) -> None:
+    def __init__(self, *, keep_lines: bool = False) -> None:
         self.lines: list[str] = []
-        self._tell = tell
+        self._keep_lines = keep_lines
         self._sum = blake2b(digest_size=16)
         self._encode = msgspec.json.Encoder().encode
 
@@ -24,7 +24,7 @@ class Trace:
         line = self._encode((round(at_s, 6), what, facts))
         self._sum.update(line)
         self._sum.update(b"\n")
-        if self._tell:
+        if self._keep_lines:
             self.lines.append(line.decode())
 
     @property

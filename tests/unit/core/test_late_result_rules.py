@@ -319,7 +319,7 @@ def touched_given(rules: RuleHarness) -> None:
     rules.accept(Claim(worker="w-2"))
 
 
-def touched_given_back(rules: RuleHarness) -> None:
+def touched_released(rules: RuleHarness) -> None:
     lock_id = rules.start(worker="w-2")
     rules.accept(ReleaseLock(id="a", lock_id=lock_id), admin=True)
 
@@ -341,7 +341,7 @@ def touched_moved(rules: RuleHarness) -> None:
 TOUCHES = [
     touched_update,
     touched_given,
-    touched_given_back,
+    touched_released,
     touched_cancelled,
     touched_force_failed,
     touched_moved,
@@ -568,7 +568,7 @@ def test_the_requested_deletion_time_counts_if_it_is_in_the_future(rules: RuleHa
     assert rules.job().expires_at == (command.expires_at if used else rules.now + 7 * DAY_MS)
 
 
-# -- looked at --------------------------------------------------------------------------------------------------------
+# -- reads ------------------------------------------------------------------------------------------------------------
 
 
 def test_late_results_are_read_from_the_storage(rules: RuleHarness) -> None:

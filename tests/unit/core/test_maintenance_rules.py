@@ -52,7 +52,7 @@ def no_ceiling(**fields: Any) -> dict[str, Any]:
     return {"max_processing_ms": 0} | fields
 
 
-# -- time: stalls, expiry, deletion, mending --------------------------------------------------------------------------
+# -- time: stalls, expiry, deletion, repair ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ grants = st.one_of(
         stuck_after_ms=maybe_wait,
     ),
 )
-rehearsals = st.sampled_from([False, False, False, True])
+dry_runs = st.sampled_from([False, False, False, True])
 operators = st.one_of(
     st.builds(ForceFail, id=ids, reason=maybe_text),
     st.builds(ForceReset, id=ids),
@@ -191,18 +191,18 @@ operators = st.one_of(
         from_=st.sampled_from(STATUSES),
         to=st.sampled_from(STATUSES),
         updates=updates,
-        dry_run=rehearsals,
+        dry_run=dry_runs,
     ),
-    st.builds(RunNow, id=ids, dry_run=rehearsals),
+    st.builds(RunNow, id=ids, dry_run=dry_runs),
     st.builds(
         Update,
         id=ids,
         priority=st.none() | priorities,
         run_at=maybe_time,
         max_attempts=st.none() | st.integers(1, 3),
-        dry_run=rehearsals,
+        dry_run=dry_runs,
     ),
-    st.builds(Adopt, id=ids, result=st.sampled_from([None, None, None, 1]), dry_run=rehearsals),
+    st.builds(Adopt, id=ids, result=st.sampled_from([None, None, None, 1]), dry_run=dry_runs),
     st.builds(Delete, id=ids),
     st.builds(Pause, name=queues),
     st.builds(Resume, name=queues),
@@ -279,8 +279,8 @@ class PropertyRun(RuleHarness):
         before = dict(self.rows)
         expected = self._expected_claim(command)
         decision = self.decide(command, admin=admin, by="admin" if admin else "client")
-        self._check_refusal(decision)
-        self._check_who_spoke(command, decision, before)
+        self._check_error(decision)
+        self._check_holder(command, decision, before)
         self._check_changes(command, decision)
         self._check_rows()
         if expected is not None:
@@ -312,14 +312,14 @@ class PropertyRun(RuleHarness):
         wanted = [job_id for job_id in order if not transitions.is_overdue(self.rows[job_id], self.now)]
         return wanted[: command.limit]
 
-    def _check_refusal(self, decision: Decision) -> None:
+    def _check_error(self, decision: Decision) -> None:
         """An error changes nothing, except for what was due before the command."""
         if isinstance(decision.answer, ApiError):
             assert all(change.event.type in ("stalled", "expired", *NOTES) for change in decision.changes)
             assert decision.answer.status in range(400, 600)
             assert decision.answer.message.endswith(".") or "jobctl" in decision.answer.message
 
-    def _check_who_spoke(self, command: AnyCommand, decision: Decision, before: dict[str, Job]) -> None:
+    def _check_holder(self, command: AnyCommand, decision: Decision, before: dict[str, Job]) -> None:
         """Only the latest grant of a processing job changes it."""
         held = (Progress, Extend, Complete, Fail, Release, ExtendLock, ReleaseLock, Undelivered)
         if not isinstance(command, held) or not decision.changes:
@@ -472,7 +472,7 @@ def test_a_cleanup_run_leaves_no_row_that_it_could_repair(job: Job) -> None:
     rules.book.swap(None, job)
     rules.book.suspects[job.seq] = job.id
 
-    def mend() -> Any:
+    def repair() -> Any:
         rules.book.advance(rules.now, rules.lease)
         decision = decide.decide(rules.book, Call(RepairJobs(ids=["a"]), "cleanup", SEED), rules.moment, POLICY)
         for change in decision.changes:
@@ -480,7 +480,7 @@ def test_a_cleanup_run_leaves_no_row_that_it_could_repair(job: Job) -> None:
         assert isinstance(decision.answer, Response)
         return decision.answer.data
 
-    mend()
-    repeated = mend()
+    repair()
+    repeated = repair()
     assert repeated.done == 0
     assert all(issue.field in ("status", "lock") for _, issue in repeated.issues)

@@ -56,7 +56,7 @@ def presence() -> WorkerPresence:
     return made
 
 
-def passes(presence: WorkerPresence, ms: int) -> None:
+def advance(presence: WorkerPresence, ms: int) -> None:
     presence.tell_time(presence.now + ms, presence.lease + ms)
 
 
@@ -207,11 +207,11 @@ def test_equal_sets_are_stored_once(presence: WorkerPresence) -> None:
 
 def test_the_time_of_the_latest_claim_of_a_queue_and_kind(presence: WorkerPresence) -> None:
     presence.asks(claim("resize", "q", "resize"))
-    passes(presence, 100)
+    advance(presence, 100)
     presence.asks(claim("both", "q r", "resize crop"))
-    passes(presence, 100)
+    advance(presence, 100)
     presence.asks(claim("any", "r"))
-    passes(presence, 1_000)
+    advance(presence, 1_000)
     found = [(queue, kind, presence.last_claim(queue, kind)) for queue in "qrs" for kind in ("resize", "crop", "other")]
     assert found == [
         ("q", "resize", 1_100), ("q", "crop", 1_100), ("q", "other", None),
@@ -225,16 +225,16 @@ def test_the_time_of_the_latest_claim_of_a_queue_and_kind(presence: WorkerPresen
 
 def test_a_waiting_claim_counts_all_the_time(presence: WorkerPresence) -> None:
     claims = presence.waits(claim(queues="q", kinds="k", wait_ms=60_000))
-    passes(presence, HOUR_MS)
+    advance(presence, HOUR_MS)
     worker = presence.workers["w-1"]
     assert (presence.state(worker), presence.heard_at(worker)) == ("idle", NOW + HOUR_MS)
     assert presence.last_claim("q", "k") == presence.lease
     assert presence.unclaimed_ms("q", "k", presence.lease + 9) == 0
-    passes(presence, DAY_MS)
+    advance(presence, DAY_MS)
     assert [name for name, _ in presence.remembered()] == ["w-1"]
     presence.waits_no_more("w-1", claims)
     assert presence.unclaimed_ms("q", "k", presence.lease + 9) == 9
-    passes(presence, GONE_AFTER_MS)
+    advance(presence, GONE_AFTER_MS)
     assert presence.state(worker) == "gone"
 
 
@@ -494,7 +494,7 @@ def test_claim_sets_are_bounded_and_forgetting_one_moves_since(
     presence._names_kept = 40
     waiting = presence.waits(claim("waiting", "waiting", "k"))
     for number in range(200):
-        passes(presence, 10)
+        advance(presence, 10)
         presence.asks(claim(f"w-{number % 7}", f"q-{number}", "k l m"))
         check_sets(presence)
         assert presence._names <= 40 + 4
@@ -549,7 +549,7 @@ def test_any_claims_in_any_order_match_a_recount(seed: int, monkeypatch: pytest.
     waits: list[tuple[str, ClaimSet]] = []
     claims: list[tuple[int, Claim]] = []
     for _ in range(400):
-        passes(presence, dice.randint(0, 50))
+        advance(presence, dice.randint(0, 50))
         worker = f"w-{dice.randint(1, 12)}"
         queues = " ".join(dice.choices("qrstuv", k=dice.randint(1, 3)))
         kinds = dice.choice([None, "k", "k l", "l m n"])

@@ -29,10 +29,10 @@ class ManualClocks:
         self.wall_ms = WALL
         self.boot_ms = 5_000
         self.synchronised = False
-        self.looks = 0  # of the kernel's synchronisation
+        self.synchronisation_reads = 0  # of the kernel's synchronisation
 
     def is_synchronised(self) -> bool:
-        self.looks += 1
+        self.synchronisation_reads += 1
         return self.synchronised
 
     def wall(self) -> int:
@@ -41,7 +41,7 @@ class ManualClocks:
     def boot(self) -> int:
         return self.boot_ms
 
-    def pass_ms(self, ms: int) -> None:
+    def advance(self, ms: int) -> None:
         self.wall_ms += ms
         self.boot_ms += ms
 
@@ -73,14 +73,14 @@ def log_events(logs: list[MutableMapping[str, Any]]) -> list[tuple[str, str]]:
 def test_lease_time_continues_from_its_persisted_value(sources: ManualClocks) -> None:
     daemon_clock = clock(sources, lease_ms=1_000)
     assert daemon_clock.moment() == Moment(now=WALL, lease=1_000, offset=WALL - 1_000)
-    sources.pass_ms(250)
+    sources.advance(250)
     assert daemon_clock.moment() == Moment(now=WALL + 250, lease=1_250, offset=WALL - 1_000)
 
 
 @pytest.mark.parametrize("step_ms", [-3_600_000, 3_600_000, 40 * 86_400_000])
 def test_a_step_of_the_wall_clock_moves_no_lease(sources: ManualClocks, step_ms: int) -> None:
     daemon_clock = clock(sources, lease_ms=1_000)
-    sources.pass_ms(10)
+    sources.advance(10)
     sources.wall_ms += step_ms
     at = daemon_clock.moment()
     assert at.lease == 1_010
@@ -101,7 +101,7 @@ def test_the_offset_does_not_flicker(sources: ManualClocks) -> None:
 
 def test_lease_time_never_goes_back(sources: ManualClocks) -> None:
     daemon_clock = clock(sources, lease_ms=100)
-    sources.pass_ms(50)
+    sources.advance(50)
     assert daemon_clock.moment().lease == 150
     sources.boot_ms -= 40
     assert daemon_clock.moment().lease == 150
@@ -113,16 +113,16 @@ def test_lease_time_never_goes_back(sources: ManualClocks) -> None:
 
 def test_a_hold_stops_lease_time_and_only_that(sources: ManualClocks) -> None:
     daemon_clock = clock(sources)
-    sources.pass_ms(10)
+    sources.advance(10)
     daemon_clock.hold()
     daemon_clock.hold()
     assert daemon_clock.held
-    sources.pass_ms(1_000)
+    sources.advance(1_000)
     at = daemon_clock.moment()
     assert (at.lease, at.now, at.wall(at.lease)) == (10, WALL + 1_010, WALL + 1_010)
     daemon_clock.resume()
     assert not daemon_clock.held
-    sources.pass_ms(5)
+    sources.advance(5)
     assert daemon_clock.moment().lease == 15
     daemon_clock.resume()
     assert daemon_clock.moment().lease == 15
@@ -130,11 +130,11 @@ def test_a_hold_stops_lease_time_and_only_that(sources: ManualClocks) -> None:
 
 def test_a_stop_is_a_permanent_hold(sources: ManualClocks) -> None:
     daemon_clock = clock(sources)
-    sources.pass_ms(10)
+    sources.advance(10)
     daemon_clock.stop()
     daemon_clock.hold()
     daemon_clock.resume()
-    sources.pass_ms(1_000)
+    sources.advance(1_000)
     assert (daemon_clock.moment().lease, daemon_clock.moment().now) == (10, WALL + 1_010)
 
 
@@ -149,7 +149,7 @@ def test_while_running_a_day_or_half_the_shortest_retention_ahead_is_suspect(
     sources: ManualClocks, keep_ms: int, bound_ms: int
 ) -> None:
     daemon_clock = clock(sources, keep_ms=keep_ms)
-    sources.pass_ms(10 * DAY_MS)  # boot time also continues
+    sources.advance(10 * DAY_MS)  # boot time also continues
     assert not daemon_clock.suspect
     sources.wall_ms += bound_ms
     assert not daemon_clock.moment().suspect
@@ -163,16 +163,16 @@ def test_the_first_moment_after_a_step_is_suspect_and_expects_boot_time_to_conti
     daemon_clock = clock(sources)
     sources.wall_ms += 40 * DAY_MS
     assert daemon_clock.moment().believed == WALL
-    sources.pass_ms(HOUR_MS)
+    sources.advance(HOUR_MS)
     assert daemon_clock.moment().believed == WALL + HOUR_MS
     daemon_clock.hold()  # the full disk stops lease time, not the expected time
-    sources.pass_ms(HOUR_MS)
+    sources.advance(HOUR_MS)
     assert daemon_clock.moment().believed == WALL + 2 * HOUR_MS
 
 
 def test_small_steps_ahead_add_up_and_suspend_is_none(sources: ManualClocks) -> None:
     daemon_clock = clock(sources)
-    sources.pass_ms(30 * DAY_MS)  # a suspend, which boot time includes
+    sources.advance(30 * DAY_MS)  # a suspend, which boot time includes
     assert not daemon_clock.suspect
     for _ in range(2):
         sources.wall_ms += 12 * HOUR_MS
@@ -237,7 +237,7 @@ def test_a_suspect_clock_is_logged_once_with_the_jump_and_what_to_do(sources: Ma
         sources.wall_ms += 40 * DAY_MS
         for _ in range(3):
             daemon_clock.moment()
-            sources.pass_ms(SECOND_MS)
+            sources.advance(SECOND_MS)
     assert log_events(logs) == [("clock_suspect", "warning")]
     assert logs[0]["ahead_ms"] == 40 * DAY_MS
     for text in (logs[0]["message"], daemon_clock.doubt()):
@@ -278,7 +278,7 @@ def test_a_wall_time_that_agrees_again_is_trusted(sources: ManualClocks, left_ms
     daemon_clock = clock(sources)
     sources.wall_ms += 40 * DAY_MS
     assert daemon_clock.suspect
-    sources.pass_ms(HOUR_MS)
+    sources.advance(HOUR_MS)
     sources.wall_ms += left_ms - 40 * DAY_MS + 1
     assert daemon_clock.suspect is (left_ms == DAY_MS)
     with capture_logs() as logs:
@@ -299,7 +299,7 @@ def test_a_clock_that_is_set_right_while_the_daemon_is_down_is_trusted_at_the_st
 def after(sources: ManualClocks, daemon_clock: Clock, ms: int, *, step_ms: int = 10 * SECOND_MS) -> bool:
     """Return whether the clock is suspect after that time, with a read every `step_ms`."""
     for _ in range(ms // step_ms):
-        sources.pass_ms(step_ms)
+        sources.advance(step_ms)
         daemon_clock.moment()
     return daemon_clock.suspect
 
@@ -316,9 +316,9 @@ def test_a_kernel_that_is_synchronised_for_ten_minutes_is_trusted(sources: Manua
     assert log_events(logs) == [("clock_trusted", "info")]
     assert logs[0]["because"] == "the kernel has reported the clock as synchronised for 10 min"
     assert daemon_clock.moment().believed == sources.wall_ms
-    looks = sources.looks
+    looks = sources.synchronisation_reads
     assert not after(sources, daemon_clock, HOUR_MS)
-    assert sources.looks == looks, "a trusted clock needs no read"
+    assert sources.synchronisation_reads == looks, "a trusted clock needs no read"
     sources.wall_ms += 2 * DAY_MS
     assert daemon_clock.suspect, "reads before the step no longer count"
 
@@ -332,7 +332,7 @@ def test_the_ten_minutes_of_synchronisation_restart_after_a_gap(sources: ManualC
     assert after(sources, daemon_clock, 10 * SECOND_MS)
     sources.synchronised = True
     assert after(sources, daemon_clock, 10 * MINUTE_MS)
-    sources.pass_ms(MINUTE_MS + 1)  # no read in this time, so synchronisation is unknown
+    sources.advance(MINUTE_MS + 1)  # no read in this time, so synchronisation is unknown
     assert daemon_clock.suspect
     assert after(sources, daemon_clock, 10 * MINUTE_MS - 10 * SECOND_MS)
     sources.wall_ms += HOUR_MS  # the kernel has not confirmed this time long enough
@@ -345,7 +345,7 @@ def test_a_busy_daemon_asks_the_kernel_once_a_second(sources: ManualClocks) -> N
     daemon_clock = clock(sources)
     sources.wall_ms += 40 * DAY_MS
     assert after(sources, daemon_clock, 10 * SECOND_MS, step_ms=10)
-    assert sources.looks == 10
+    assert sources.synchronisation_reads == 10
 
 
 @pytest.mark.parametrize(

@@ -49,12 +49,12 @@ STEP_MS: Final = 40 * DAY_MS
 PASSES: Final = CleanupSchedule(interval_ms=5 * MINUTE_MS, min_interval_ms=2 * MINUTE_MS, recover_every_ms=0)
 
 
-async def done(engine: VirtualEngine, job_id: str = "done", **fields: Any) -> None:
+async def create_completed(engine: VirtualEngine, job_id: str = "done", **fields: Any) -> None:
     """Create a completed job."""
     await engine.yes(Complete(id=job_id, lock_id=await engine.held(job_id), download_url="https://x/y", **fields))
 
 
-async def waiting(engine: VirtualEngine, job_id: str = "waits") -> None:
+async def create_expiring(engine: VirtualEngine, job_id: str = "waits") -> None:
     """Create a queued job that expires after 20 days."""
     await engine.yes(Create(id=job_id, expires_at=engine.now + 20 * DAY_MS))
 
@@ -70,8 +70,8 @@ def status(engine: VirtualEngine, job_id: str) -> str | None:
 @in_virtual_time
 async def test_the_first_command_after_a_step_fails_and_deletes_nothing() -> None:
     async with VirtualEngine() as engine:
-        await done(engine)
-        await waiting(engine)
+        await create_completed(engine)
+        await create_expiring(engine)
         for command in (
             Claim(worker="w"),
             Expire(limit=10),
@@ -92,7 +92,7 @@ async def test_the_first_command_after_a_step_fails_and_deletes_nothing() -> Non
 @in_virtual_time
 async def test_a_start_of_an_overdue_job_is_rejected_and_does_not_fail_the_job() -> None:
     async with VirtualEngine() as engine:
-        await waiting(engine)
+        await create_expiring(engine)
         engine.step_ms = STEP_MS
         refusal = await engine.no(Start(id="waits", worker="w"))
         assert refusal.code == "invalid_transition"
@@ -164,7 +164,7 @@ def test_why_and_validation_name_the_suspect_clock_and_the_action() -> None:
 async def test_a_plan_made_before_the_step_does_nothing_by_age_after_it() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await done(engine, expires_at=engine.now + SECOND_MS)
+        await create_completed(engine, expires_at=engine.now + SECOND_MS)
         await engine.yes(Create(id="waits", expires_at=engine.now + SECOND_MS))
         await seconds(2)
         assert [job.id for job in (await make_plan(planner, action="cleanup")).jobs] == ["waits", "done"]
@@ -179,8 +179,8 @@ async def test_a_plan_made_before_the_step_does_nothing_by_age_after_it() -> Non
 async def test_a_plan_made_after_the_step_names_no_job_by_age() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await done(engine)
-        await waiting(engine)
+        await create_completed(engine)
+        await create_expiring(engine)
         engine.step_ms = STEP_MS
         assert (await make_plan(planner, action="cleanup")).jobs == []
 
@@ -192,10 +192,10 @@ async def test_a_plan_made_after_the_step_names_no_job_by_age() -> None:
 async def test_forty_days_ahead_for_six_seconds_and_a_forced_cleanup_run_lose_nothing() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk, schedule=PASSES) as engine:
-        engine.keep()
+        engine.run_maintainer()
         for job_id in ("a", "b", "c", "gone"):
-            await done(engine, job_id)
-        await waiting(engine)
+            await create_completed(engine, job_id)
+        await create_expiring(engine)
         await engine.yes(Delete(id="gone"))
         disk.audited = {1: AuditEntry(1, "admin", "", "pause")}
         engine.step_ms = STEP_MS
@@ -215,7 +215,7 @@ async def test_forty_days_ahead_for_six_seconds_and_a_forced_cleanup_run_lose_no
 async def test_a_clock_that_steps_between_scan_and_rule_costs_no_job_and_no_cleanup_run() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk) as engine:
-        await done(engine)
+        await create_completed(engine)
         expired_jobs = disk.expired_jobs
 
         async def expired(now: int, limit: int, skip: int = 0) -> list[str]:
@@ -224,7 +224,7 @@ async def test_a_clock_that_steps_between_scan_and_rule_costs_no_job_and_no_clea
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(disk, "expired_jobs", expired)
-            engine.keep()
+            engine.run_maintainer()
             report = await engine.cleaner.run_cleanup(forced=True)
         assert (report.expired_jobs_deleted, report.errors) == (0, [])
         assert status(engine, "done") == "completed"
@@ -233,10 +233,10 @@ async def test_a_clock_that_steps_between_scan_and_rule_costs_no_job_and_no_clea
 @in_virtual_time
 async def test_recovery_fails_no_overdue_job() -> None:
     async with VirtualEngine(schedule=CleanupSchedule(recover_every_ms=SECOND_MS)) as engine:
-        await waiting(engine)
+        await create_expiring(engine)
         await engine.yes(Create(id="due", expires_at=engine.now + SECOND_MS))
         engine.step_ms = STEP_MS
-        engine.keep()
+        engine.run_maintainer()
         await seconds(30)
         assert (status(engine, "waits"), status(engine, "due")) == ("queued", "queued")
         engine.step_ms = 0
@@ -247,9 +247,9 @@ async def test_recovery_fails_no_overdue_job() -> None:
 @in_virtual_time
 async def test_after_acceptance_jobs_are_deleted_and_failed_by_age_again() -> None:
     async with VirtualEngine(schedule=PASSES) as engine:
-        engine.keep()
-        await done(engine)
-        await waiting(engine)
+        engine.run_maintainer()
+        await create_completed(engine)
+        await create_expiring(engine)
         engine.step_ms = STEP_MS
         await engine.cleaner.run_cleanup(forced=True)
         engine.clock.accept()
@@ -266,9 +266,9 @@ async def test_after_acceptance_jobs_are_deleted_and_failed_by_age_again() -> No
 async def test_a_job_that_ends_while_the_clock_is_suspect_is_kept_for_its_whole_retention() -> None:
     for is_right in (True, False):
         async with VirtualEngine(schedule=PASSES) as engine:
-            engine.keep()
+            engine.run_maintainer()
             engine.step_ms = STEP_MS
-            await done(engine)
+            await create_completed(engine)
             if is_right:
                 engine.clock.accept()
             else:
@@ -282,7 +282,7 @@ async def test_times_given_by_a_caller_are_not_rejected() -> None:
     async with VirtualEngine() as engine:
         right = engine.now
         engine.step_ms = STEP_MS
-        await done(engine, expires_at=right + DAY_MS)
+        await create_completed(engine, expires_at=right + DAY_MS)
         await engine.yes(Create(id="new", expires_at=right + DAY_MS))
         refusal = await engine.no(Create(id="past", expires_at=right - DAY_MS))
         assert refusal.code == "invalid_request"
@@ -313,7 +313,7 @@ async def test_idempotency_keys_age_by_the_expected_time() -> None:
 async def test_the_suspicion_is_on_disk_with_the_first_batch_and_stays_with_the_next_write_and_start() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk) as engine:
-        await done(engine, expires_at=engine.now + DAY_MS)
+        await create_completed(engine, expires_at=engine.now + DAY_MS)
         writes = len(disk.batches)
         right = engine.now
         engine.step_ms = 2 * DAY_MS  # less than half of the shortest retention: the next start would not notice
@@ -326,20 +326,20 @@ async def test_the_suspicion_is_on_disk_with_the_first_batch_and_stays_with_the_
         assert (disk.numbers.clock_suspect, disk.numbers.wall_ms) == (True, right + 3 * SECOND_MS)
     for _ in range(2):
         async with VirtualEngine(disk, step_ms=2 * DAY_MS) as engine:
-            engine.keep()
+            engine.run_maintainer()
             assert engine.clock.suspect
             assert (await engine.cleaner.run_cleanup(forced=True)).expired_jobs_deleted == 0
             await engine.yes(Tick())
             assert disk.numbers.clock_suspect
             assert status(engine, "done") == "completed"
     async with VirtualEngine(disk, step_ms=2 * DAY_MS) as engine:
-        engine.keep()
+        engine.run_maintainer()
         engine.clock.accept()
         await engine.yes(Get(id="done"))
         assert not disk.numbers.clock_suspect
         assert disk.numbers.wall_ms == engine.now
     async with VirtualEngine(disk, step_ms=2 * DAY_MS) as engine:
-        engine.keep()
+        engine.run_maintainer()
         assert not engine.clock.suspect
         assert (await engine.cleaner.run_cleanup(forced=True)).expired_jobs_deleted == 1
 
@@ -348,9 +348,9 @@ async def test_the_suspicion_is_on_disk_with_the_first_batch_and_stays_with_the_
 async def test_a_restart_29_days_ahead_deletes_nothing() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk) as engine:
-        await done(engine)
+        await create_completed(engine)
     async with VirtualEngine(disk, step_ms=29 * DAY_MS) as engine:
-        engine.keep()
+        engine.run_maintainer()
         assert (await engine.cleaner.run_cleanup(forced=True)).expired_jobs_deleted == 0
         assert status(engine, "done") == "completed"
 
@@ -359,7 +359,7 @@ async def test_a_restart_29_days_ahead_deletes_nothing() -> None:
 async def test_a_short_retention_does_not_make_the_clock_suspect_after_idle_time() -> None:
     disk, policy = MemoryStorage(), Policy(keep_cancelled_ms=MINUTE_MS)
     async with VirtualEngine(disk, policy=policy) as engine:
-        engine.keep()
+        engine.run_maintainer()
         await seconds(30 * 60)
         left_ms = engine.now
     assert disk.numbers.wall_ms >= left_ms - 10 * SECOND_MS
@@ -372,7 +372,7 @@ async def test_a_short_retention_does_not_make_the_clock_suspect_after_idle_time
 async def test_an_idle_daemon_notices_a_step_and_its_end_by_itself() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk) as engine:
-        engine.keep()
+        engine.run_maintainer()
         await seconds(60)
         engine.step_ms = STEP_MS
         await until(lambda: disk.numbers.clock_suspect)
@@ -391,7 +391,7 @@ async def test_an_idle_daemon_notices_a_step_and_its_end_by_itself() -> None:
 async def test_on_a_full_disk_the_suspicion_is_written_when_there_is_space() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk) as engine:
-        engine.keep()
+        engine.run_maintainer()
         await engine.yes(Create(id="a"))
         disk.fill()
         await engine.no(Create(id="b"))

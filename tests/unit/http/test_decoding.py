@@ -56,7 +56,7 @@ SHAPES: dict[str, RequestDecoder] = {
 }
 
 
-def refusal(shape: RequestDecoder, body: bytes, value: str | None = None) -> ApiError:
+def error_of(shape: RequestDecoder, body: bytes, value: str | None = None) -> ApiError:
     with pytest.raises(ApiException) as caught:
         shape.from_body(body, value)
     return caught.value.error
@@ -77,7 +77,7 @@ def test_the_path_sets_the_id() -> None:
 def test_the_same_id_in_the_body_is_accepted_and_another_is_rejected() -> None:
     shape = SHAPES["progress"]
     assert shape.from_body(b'{"id":"a","lock_id":"x","progress":1}', "a") == Progress(id="a", lock_id="x", progress=1)
-    no = refusal(shape, b'{"id":"b","lock_id":"x","progress":1}', "a")
+    no = error_of(shape, b'{"id":"b","lock_id":"x","progress":1}', "a")
     assert (no.code, no.details) == ("invalid_request", {"field": "$.id"})
 
 
@@ -88,7 +88,7 @@ def test_the_path_sets_the_name_of_a_queue() -> None:
 def test_an_empty_body_is_an_empty_object() -> None:
     assert RequestDecoder(Cancel, "id", LIMITS).from_body(b"", "a") == Cancel(id="a")
     assert SHAPES["create"].from_body(b"") == Create()
-    assert refusal(SHAPES["progress"], b"", "a").details == {"field": "$.lock_id"}
+    assert error_of(SHAPES["progress"], b"", "a").details == {"field": "$.lock_id"}
 
 
 def test_default_factories_survive_the_split() -> None:
@@ -152,7 +152,7 @@ def test_default_factories_survive_the_split() -> None:
 )  # fmt: skip
 def test_a_field_out_of_its_bounds_is_named(shape: str, body: str, field: str) -> None:
     given_id = "job-1" if SHAPES[shape].path_field else None
-    no = refusal(SHAPES[shape], body.encode(), given_id)
+    no = error_of(SHAPES[shape], body.encode(), given_id)
     assert no.code == "invalid_request"
     assert no.details == {"field": field}
     assert field in no.message
@@ -167,7 +167,7 @@ def test_the_bounds_themselves_are_accepted(progress: float) -> None:
 
 
 def test_a_time_in_seconds_gets_a_hint() -> None:
-    no = refusal(SHAPES["complete"], b'{"lock_id":"x","expires_at":1700000000}', "a")
+    no = error_of(SHAPES["complete"], b'{"lock_id":"x","expires_at":1700000000}', "a")
     assert no.details == {"field": "$.expires_at"}
     assert "milliseconds" in no.message
     assert "1000" in no.message
@@ -175,28 +175,28 @@ def test_a_time_in_seconds_gets_a_hint() -> None:
 
 
 def test_the_message_helps() -> None:
-    assert "Did you mean `progress`?" in refusal(SHAPES["progress"], b'{"lock_id":"x","progres":1}', "a").message
-    assert "queued, processing" in refusal(SHAPES["transition"], b'{"jobId":"a","from":"x","to":"failed"}').message
-    assert "exponential, fixed" in refusal(SHAPES["create"], b'{"backoff":{"kind":"x"}}').message
-    assert "A-Z a-z 0-9" in refusal(SHAPES["create"], b'{"id":"a b"}').message
-    assert "control" in refusal(SHAPES["create"], b'{"kind":"a\\u0001"}').message
-    assert "NUL" in refusal(SHAPES["complete"], b'{"lock_id":"x","file_path":"\\u0000"}', "a").message
-    assert "a whole number or null" in refusal(RequestDecoder(Update, "id", LIMITS), b'{"priority":"x"}', "a").message
-    assert "is missing" in refusal(SHAPES["progress"], b"{}", "a").message
+    assert "Did you mean `progress`?" in error_of(SHAPES["progress"], b'{"lock_id":"x","progres":1}', "a").message
+    assert "queued, processing" in error_of(SHAPES["transition"], b'{"jobId":"a","from":"x","to":"failed"}').message
+    assert "exponential, fixed" in error_of(SHAPES["create"], b'{"backoff":{"kind":"x"}}').message
+    assert "A-Z a-z 0-9" in error_of(SHAPES["create"], b'{"id":"a b"}').message
+    assert "control" in error_of(SHAPES["create"], b'{"kind":"a\\u0001"}').message
+    assert "NUL" in error_of(SHAPES["complete"], b'{"lock_id":"x","file_path":"\\u0000"}', "a").message
+    assert "a whole number or null" in error_of(RequestDecoder(Update, "id", LIMITS), b'{"priority":"x"}', "a").message
+    assert "is missing" in error_of(SHAPES["progress"], b"{}", "a").message
 
 
 def test_an_unknown_field_name_is_shown_short_and_printable() -> None:
     name = "\x1b[31m" + "x" * 500
-    no = refusal(SHAPES["create"], json.dumps({name: 1}).encode())
+    no = error_of(SHAPES["create"], json.dumps({name: 1}).encode())
     assert no.message.isprintable()
     assert len(no.message) < 600
 
 
 @pytest.mark.parametrize("name", ["a" * 900_000, " - at `$" * 100_000, "x` - at `$.y", "x` - at `$." + "y" * 900_000])
 def test_the_error_is_short_for_any_field_name(name: str) -> None:
-    no = refusal(SHAPES["create"], json.dumps({name: 1}).encode())
+    no = error_of(SHAPES["create"], json.dumps({name: 1}).encode())
     assert len(no.message) + len(no.details["field"]) < 900
-    no = refusal(SHAPES["bulk"], json.dumps({"jobs": [{name: 1}]}).encode())
+    no = error_of(SHAPES["bulk"], json.dumps({"jobs": [{name: 1}]}).encode())
     assert no.details["field"].startswith("$.jobs[0].")
     assert len(no.message) + len(no.details["field"]) < 900
 
@@ -226,14 +226,14 @@ def test_the_error_is_short_for_any_field_name(name: str) -> None:
     ],
 )
 def test_malformed_json_is_a_400_about_the_whole_body(body: bytes) -> None:
-    no = refusal(SHAPES["create"], body)
+    no = error_of(SHAPES["create"], body)
     assert (no.code, no.details) == ("invalid_request", {"field": "$"})
     assert no.message.startswith("The body is not valid JSON")
 
 
 def test_the_error_does_not_repeat_the_body() -> None:
-    assert "canary" not in refusal(SHAPES["create"], b'{"payload": canary}').message
-    assert "canary" not in refusal(SHAPES["progress"], b'{"lock_id":"canary","progress":"canary"}', "a").message
+    assert "canary" not in error_of(SHAPES["create"], b'{"payload": canary}').message
+    assert "canary" not in error_of(SHAPES["progress"], b'{"lock_id":"canary","progress":"canary"}', "a").message
 
 
 @given(st.binary(max_size=200))
@@ -266,7 +266,7 @@ def test_any_object_gives_a_command_or_a_400(name: str, fields: dict[str, Any]) 
 def test_a_payload_at_its_limit_is_accepted_and_one_byte_more_is_not() -> None:
     shape = RequestDecoder(Create, None, Limits(payload=10))
     assert shape.from_body(b'{"payload":"12345678"}')
-    no = refusal(shape, b'{"payload":"123456789"}')
+    no = error_of(shape, b'{"payload":"123456789"}')
     assert (no.code, no.details) == ("too_large", {"field": "$.payload", "limit": 10})
 
 
@@ -274,7 +274,7 @@ def test_a_payload_at_its_limit_is_accepted_and_one_byte_more_is_not() -> None:
 def test_payloads_of_bulks_and_imports_have_the_same_limit(command: type[Command], field: str) -> None:
     shape = RequestDecoder(command, None, Limits(payload=10))
     body = b'{"id":"a","payload":"123456789"}'
-    no = refusal(shape, b'{"jobs":[{},%b]}' % body if command is Bulk else body)
+    no = error_of(shape, b'{"jobs":[{},%b]}' % body if command is Bulk else body)
     assert (no.code, no.details["field"]) == ("too_large", field)
 
 
@@ -290,14 +290,14 @@ def test_metadata_has_the_limit_of_payloads(command: type[Command], field: str, 
     """Metadata is in every view of the job, in pages and in events."""
     shape = RequestDecoder(command, None, Limits(payload=10))
     assert shape.from_body(body % b'"12345678"')
-    no = refusal(shape, body % b'"123456789"')
+    no = error_of(shape, body % b'"123456789"')
     assert (no.code, no.details) == ("too_large", {"field": field, "limit": 10})
 
 
 def test_a_bulk_at_its_limit_is_accepted_and_one_job_more_is_not() -> None:
     shape = RequestDecoder(Bulk, None, Limits(bulk=3))
     assert shape.from_body(b'{"jobs":[{},{},{}]}')
-    no = refusal(shape, b'{"jobs":[{},{},{},{}]}')
+    no = error_of(shape, b'{"jobs":[{},{},{},{}]}')
     assert (no.code, no.details) == ("too_large", {"field": "$.jobs", "limit": 3})
 
 
@@ -312,7 +312,7 @@ def test_a_bulk_at_its_limit_is_accepted_and_one_job_more_is_not() -> None:
 def test_a_list_that_is_too_long_is_not_decoded_to_its_end(shape: str, field: str, one: str, code: str) -> None:
     """Errors after the limit are not found, so the cost does not grow with the length."""
     body = f'{{"{field}":[' + ",".join([one] * 30_000) + ", nonsense"
-    no = refusal(SHAPES[shape], body.encode())
+    no = error_of(SHAPES[shape], body.encode())
     assert (no.code, no.details["field"]) == (code, f"$.{field}")
 
 
@@ -322,8 +322,8 @@ def test_a_large_body_with_short_lists_is_accepted() -> None:
     assert isinstance(command, Bulk)
     assert len(command.jobs) == 1000
     blank = b" " * 100_000
-    assert refusal(SHAPES["bulk"], blank + b'{"jobs":1}').details["field"] == "$.jobs"
-    assert refusal(SHAPES["bulk"], blank + b'{"jobs":[{}],').message.startswith("The body is not valid JSON")
+    assert error_of(SHAPES["bulk"], blank + b'{"jobs":1}').details["field"] == "$.jobs"
+    assert error_of(SHAPES["bulk"], blank + b'{"jobs":[{}],').message.startswith("The body is not valid JSON")
     assert isinstance(SHAPES["claim"].from_body(blank + b'{"worker":"w"}'), Claim)
 
 
@@ -337,7 +337,7 @@ def test_a_large_body_with_short_lists_is_accepted() -> None:
     ],
 )
 def test_a_large_body_of_repeated_fields_is_rejected(shape: str, body: str) -> None:
-    no = refusal(SHAPES[shape], body.encode())
+    no = error_of(SHAPES[shape], body.encode())
     assert (no.code, no.details) == ("invalid_request", {"field": "$"})
     assert "repeated fields" in no.message
 
@@ -369,7 +369,7 @@ def test_the_payload_is_kept_unchanged() -> None:
 # -- queries -----------------------------------------------------------------------------------------------------------
 
 
-def query_refusal(query: str) -> ApiError:
+def query_error(query: str) -> ApiError:
     with pytest.raises(ApiException) as caught:
         RequestDecoder(ListJobs, None, LIMITS).from_query(query)
     return caught.value.error
@@ -402,7 +402,7 @@ def test_a_query_gives_a_command() -> None:
     ],
 )
 def test_an_unknown_parameter_is_named(query: str, field: str) -> None:
-    no = query_refusal(query)
+    no = query_error(query)
     assert (no.code, no.details) == ("invalid_request", {"field": field})
 
 
@@ -429,9 +429,9 @@ def test_the_error_describes_the_pattern_of_a_parameter(command: type[Command], 
 
 def test_the_errors_of_a_plan_describe_its_filter_and_cursor() -> None:
     shape = RequestDecoder(MakePlan, None, LIMITS)
-    no = refusal(shape, b'{"action":"retry","filter":{"error":"zz"}}')
+    no = error_of(shape, b'{"action":"retry","filter":{"error":"zz"}}')
     assert no.message == "`$.filter.error`: must be 12 hexadecimal digits, as `jobctl failures` shows them."
-    no = refusal(shape, b'{"action":"retry","cursor":"1"}')
+    no = error_of(shape, b'{"action":"retry","cursor":"1"}')
     assert no.message == "`$.cursor`: must be the `next_cursor` of the plan before."
 
 

@@ -32,14 +32,14 @@ async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
         yield opened
 
 
-async def arrived(harness: HttpHarness, count: int) -> None:
+async def wait_for_commands(harness: HttpHarness, count: int) -> None:
     """Wait until the actor has received this many commands."""
     while len(harness.actor.received) < count:
         harness.actor.arrived.clear()
         await harness.actor.arrived.wait()
 
 
-async def emptied(harness: HttpHarness, left: int = 0) -> None:
+async def wait_until_closed(harness: HttpHarness, left: int = 0) -> None:
     """Wait until at most `left` connections are open."""
     while harness.listener.connections > left:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0.001)
@@ -100,7 +100,7 @@ async def test_requests_that_arrive_during_another_are_answered_after_it(harness
     held = HeldResponse(harness)
     client = await harness.connect()
     await send(client, request_bytes("POST", "/v1/jobs", '{"queue":"first"}'))
-    await arrived(harness, 1)
+    await wait_for_commands(harness, 1)
     harness.actor.respond = lambda command: Response(command.queue)
     client.send(request_bytes("POST", "/v1/jobs", '{"queue":"second"}'))
     await asyncio.sleep(0)
@@ -121,7 +121,7 @@ async def test_bodies_that_arrive_during_a_request_stay_in_the_socket(tmp_path: 
         held = HeldResponse(harness)
         client = await harness.connect()
         await send(client, CLAIM)
-        await arrived(harness, 1)
+        await wait_for_commands(harness, 1)
         harness.actor.respond = lambda command: Response(command.queue)
         [connection] = harness.listener._server.connections
         assert isinstance(connection, ServerConnection)
@@ -154,7 +154,7 @@ async def test_a_client_that_disconnects_abandons_its_command(harness: HttpHarne
     HeldResponse(harness)
     client = await harness.connect()
     await send(client, CLAIM)
-    await arrived(harness, 1)
+    await wait_for_commands(harness, 1)
     await client.close()
     await harness.actor.cancelled.wait()
     await harness.app.wait_idle()  # no request is pending
@@ -166,7 +166,7 @@ async def test_a_response_to_a_closing_connection_is_undelivered(harness: HttpHa
     held = HeldResponse(harness, answer)
     client = await harness.connect()
     await send(client, CLAIM)
-    await arrived(harness, 1)
+    await wait_for_commands(harness, 1)
     [connection] = harness.listener._server.connections
     assert connection.transport is not None
     held.go.set()  # the response is written in the next iteration of the loop,
@@ -198,7 +198,7 @@ async def test_a_response_to_a_disconnected_client_is_undelivered(harness: HttpH
         await loop.sock_sendall(client, body)
     else:
         await loop.sock_sendall(client, CLAIM)
-    await emptied(harness)
+    await wait_until_closed(harness)
     await harness.app.wait_idle()
     assert harness.actor.undelivered_responses == [answer]
 
@@ -208,7 +208,7 @@ async def test_a_slow_client_keeps_its_response_and_its_connection(harness: Http
     harness.actor.respond = lambda _: Response("x" * 3_000_000)
     client = await harness.connect()
     await send(client, CLAIM)
-    await arrived(harness, 1)
+    await wait_for_commands(harness, 1)
     client.writer.transport.pause_reading()  # type: ignore[attr-defined]
     harness.actor.respond = lambda _: Response(EmptyResponse())
     client.send(CLAIM)
@@ -232,14 +232,14 @@ async def test_a_client_that_reads_too_slowly_is_cut_off(
     client.writer.transport.set_write_buffer_limits(0)
     await send(client, CLAIM)
     client.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    await arrived(harness, 1)
+    await wait_for_commands(harness, 1)
     await asyncio.sleep(0)
     if end == "client":
         client.writer.transport.abort()
     elif end == "stop":
         with capture_logs():
             await harness.stop(0.01)
-    await emptied(harness)
+    await wait_until_closed(harness)
     await harness.app.wait_idle()
     assert harness.actor.undelivered_responses == []  # its first byte has been written
 
@@ -262,7 +262,7 @@ async def test_a_few_unread_bytes_do_not_keep_a_connection_open(
             connection.transport.write(b"x" * 1000)
         assert connection.transport.get_write_buffer_size() < 60_000
         client.send(request_bytes("POST", "/v1/claim", '{"worker":"w"}', close))
-        await emptied(harness)
+        await wait_until_closed(harness)
 
 
 @WRITES
@@ -272,12 +272,12 @@ async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(
     held = HeldResponse(harness)
     busy = await harness.connect()
     busy.send(CLAIM)
-    await arrived(harness, 1)
+    await wait_for_commands(harness, 1)
     harness.actor.respond = lambda _: Response("x" * 3_000_000)
     slow = await harness.connect()
     await send(slow, CLAIM)
     slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    await arrived(harness, 2)
+    await wait_for_commands(harness, 2)
     for _ in range(5):  # its response has been written as far as possible
         await asyncio.sleep(0)
     with capture_logs() as logs:
@@ -299,7 +299,7 @@ async def test_a_response_at_the_deadline_of_a_stop_does_no_harm(harness: HttpHa
     client = await harness.connect()
     assert (await client.request("GET", "/healthz")).status == 200
     client.send(CLAIM)
-    await arrived(harness, 1)
+    await wait_for_commands(harness, 1)
     [connection] = harness.listener._server.connections
     assert isinstance(connection, ServerConnection)
     flight = connection._flight
@@ -320,7 +320,7 @@ async def test_a_stop_waits_for_the_response_and_closes_the_connection(harness: 
     held = HeldResponse(harness)
     client = await harness.connect()
     await send(client, CLAIM)
-    await arrived(harness, 1)
+    await wait_for_commands(harness, 1)
     client.send(request_bytes("GET", "/v1/jobs"))  # is never started
     stopping = asyncio.ensure_future(harness.stop(30))
     while not harness.app.closing:  # noqa: ASYNC110 - it is in the first step of the stop
@@ -337,7 +337,7 @@ async def test_after_the_deadline_of_a_stop_a_request_is_abandoned(harness: Http
     HeldResponse(harness)
     client = await harness.connect()
     await send(client, CLAIM)
-    await arrived(harness, 1)
+    await wait_for_commands(harness, 1)
     with capture_logs() as logs:
         await harness.stop(0.01)
     assert harness.actor.cancelled.is_set()
@@ -388,15 +388,15 @@ async def test_a_bug_while_responding_never_reaches_the_actor(
     lines = [await harness.connect(), await harness.connect()]
     for line in lines:
         line.send(CLAIM)
-    await arrived(harness, 2)
+    await wait_for_commands(harness, 2)
     for envelope in harness.actor.sent:
         envelope.reply(Response(EmptyResponse()))  # raises nothing
     lines[1].writer.transport.abort()
-    await emptied(harness, 1)
+    await wait_until_closed(harness, 1)
     assert [type(context["exception"]) for context in failed] == [ValueError, ValueError]
     monkeypatch.undo()
     await lines[0].close()
-    await emptied(harness)
+    await wait_until_closed(harness)
     await harness.app.wait_idle()
 
 
@@ -404,7 +404,7 @@ async def test_a_prepared_response_is_sent_unchanged(harness: HttpHarness, monke
     HeldResponse(harness)
     client = await harness.connect()
     client.send(CLAIM)
-    await arrived(harness, 1)
+    await wait_for_commands(harness, 1)
     [envelope] = harness.actor.sent
     made = count_calls(monkeypatch, harness.app, "_ok_response")
     answer = Response(EmptyResponse())
@@ -424,7 +424,7 @@ async def test_a_prepared_response_that_no_longer_fits_is_encoded_again(
     HeldResponse(harness)
     client = await harness.connect()
     client.send(CLAIM)
-    await arrived(harness, 1)
+    await wait_for_commands(harness, 1)
     [envelope] = harness.actor.sent
     answer: Response | ApiError = Response(object() if why == "a bug" else EmptyResponse())
     assert isinstance(answer, Response)
@@ -458,7 +458,7 @@ async def test_a_connection_is_idle_again_after_its_request(tmp_path: Path) -> N
         held = HeldResponse(harness)
         client = await harness.connect()
         client.send(CLAIM)
-        await arrived(harness, 1)
+        await wait_for_commands(harness, 1)
         for _ in range(2):  # later connections have been closed as idle
             assert await (await harness.connect()).is_closed()
         held.go.set()
@@ -562,7 +562,7 @@ async def test_a_half_closed_client_gets_its_responses_and_then_the_end(either: 
     held = HeldResponse(either)
     client = await either.connect()
     await send(client, request_bytes("POST", "/v1/jobs", '{"queue":"first"}'))
-    await arrived(either, 1)
+    await wait_for_commands(either, 1)
     either.actor.respond = lambda command: Response(command.queue)
     client.send(
         b"".join(request_bytes("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2))
@@ -572,7 +572,7 @@ async def test_a_half_closed_client_gets_its_responses_and_then_the_end(either: 
     response = [(await client.receive()).data for _ in range(1 + MAX_MSG_QUEUE_SIZE * 2)]
     assert response[1:] == [str(n) for n in range(MAX_MSG_QUEUE_SIZE * 2)]
     assert await client.is_closed()
-    await emptied(either)
+    await wait_until_closed(either)
 
 
 @WRITES
@@ -581,7 +581,7 @@ async def test_a_half_closed_client_may_wait(either: HttpHarness, send: Any) -> 
     held = HeldResponse(either, answer)
     client = await either.connect()
     await send(client, CLAIM)
-    await arrived(either, 1)
+    await wait_for_commands(either, 1)
     client.writer.write_eof()
     connection = await half_closed(either)
     connection._check_hangup(0)  # the client is still connected
@@ -639,10 +639,10 @@ async def test_a_client_that_closes_while_it_waits_abandons_its_claim(either: Ht
     held = HeldResponse(either, Response(EmptyResponse(), grants=[("a", "lock")]))
     client = await either.connect()
     await send(client, CLAIM)
-    await arrived(either, 1)
+    await wait_for_commands(either, 1)
     await client.close()
     await either.actor.cancelled.wait()
-    await emptied(either)
+    await wait_until_closed(either)
     await either.app.wait_idle()
     assert not held.go.is_set()
 
@@ -652,12 +652,12 @@ async def test_a_client_that_half_closes_and_then_closes_abandons_its_claim(harn
     HeldResponse(harness)
     client = await harness.connect()
     await send(client, CLAIM)
-    await arrived(harness, 1)
+    await wait_for_commands(harness, 1)
     client.writer.write_eof()
     await half_closed(harness)
     await client.close()
     await harness.actor.cancelled.wait()
-    await emptied(harness)
+    await wait_until_closed(harness)
     await harness.app.wait_idle()
 
 
@@ -671,7 +671,7 @@ async def test_the_probe_is_a_part_of_the_response(
     held = HeldResponse(either, answer)
     client = await either.connect()
     await send(client, CLAIM)
-    await arrived(either, 1)
+    await wait_for_commands(either, 1)
     if either.port:
         await client.close()
         await half_closed(either)
@@ -680,7 +680,7 @@ async def test_the_probe_is_a_part_of_the_response(
         await half_closed(either)
         await client.close()
     held.go.set()
-    await emptied(either)
+    await wait_until_closed(either)
     await either.app.wait_idle()
     assert either.actor.undelivered_responses == [answer]
 
@@ -705,13 +705,13 @@ async def test_a_response_with_grants_waits_for_the_probe(
     held = HeldResponse(tcp, answer)
     client = await tcp.connect()
     await send(client, CLAIM)
-    await arrived(tcp, 1)
+    await wait_for_commands(tcp, 1)
     client.writer.write_eof()
     await half_closed(tcp)
     held.go.set()
     if is_there:
         assert (await client.receive()).status == 200
-    await emptied(tcp)
+    await wait_until_closed(tcp)
     await tcp.app.wait_idle()
     assert tcp.actor.undelivered_responses == ([] if is_there else [answer])
     assert len(checks) >= 3
@@ -732,14 +732,14 @@ async def test_a_connection_that_closes_during_the_probe_releases_its_grants(
     held = HeldResponse(tcp, answer)
     client = await tcp.connect()
     await send(client, CLAIM)
-    await arrived(tcp, 1)
+    await wait_for_commands(tcp, 1)
     client.writer.write_eof()
     connection = await half_closed(tcp)
     held.go.set()
     await checked.wait()
     assert connection.transport is not None
     connection.transport.abort()
-    await emptied(tcp)
+    await wait_until_closed(tcp)
     await tcp.app.wait_idle()
     assert tcp.actor.undelivered_responses == [answer]
 
@@ -753,10 +753,10 @@ async def test_tls_has_no_half_closed_connections(tmp_path: Path) -> None:
             *await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost")
         )
         connection.send(CLAIM)
-        await arrived(harness, 1)
+        await wait_for_commands(harness, 1)
         await connection.close()
         await harness.actor.cancelled.wait()
-        await emptied(harness)
+        await wait_until_closed(harness)
 
 
 # -- malformed requests ------------------------------------------------------------------------------------------------
@@ -782,7 +782,7 @@ async def test_a_malformed_request_after_a_waiting_one_is_answered_after_it(harn
     held = HeldResponse(harness)
     client = await harness.connect()
     client.send(CLAIM)
-    await arrived(harness, 1)
+    await wait_for_commands(harness, 1)
     client.send(request_bytes("GET", "/v1/jobs") + HOSTILE["NUL in a header"])
     await asyncio.sleep(0.01)
     client.send(HOSTILE["NUL in a header"])

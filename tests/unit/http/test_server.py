@@ -34,7 +34,7 @@ async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
         yield opened
 
 
-async def emptied(harness: HttpHarness) -> None:
+async def wait_until_closed(harness: HttpHarness) -> None:
     """Wait until the last connection is closed."""
     while harness.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0.001)
@@ -140,7 +140,7 @@ async def test_a_client_that_disconnects_during_its_request_leaves_nothing_behin
         client = await harness.connect()
         client.send(sent)
         await client.close()
-        await emptied(harness)
+        await wait_until_closed(harness)
     assert harness.actor.received == []
     assert logs == []
 
@@ -153,7 +153,7 @@ async def test_a_client_that_resets_the_connection_leaves_nothing_behind(harness
     client.writer.transport.abort()
     await harness.actor.cancelled.wait()
     held.go.set()
-    await emptied(harness)
+    await wait_until_closed(harness)
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ async def test_many_chunks_within_the_limit_are_accepted(tmp_path: Path) -> None
         client.send(CHUNKED + chunks)
         await asyncio.sleep(0)
         client.writer.transport.abort()
-        await emptied(harness)
+        await wait_until_closed(harness)
         assert len(harness.actor.received) == 3
 
 
@@ -268,7 +268,7 @@ async def test_a_client_that_never_reads_is_cut_off(harness: HttpHarness, monkey
     slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
     slow.send(request_bytes("GET", "/v1/jobs"))
     await harness.actor.arrived.wait()
-    await emptied(harness)
+    await wait_until_closed(harness)
 
 
 # -- stop --------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def lines_of(harness: HttpHarness) -> list[Any]:
     return [envelope for envelope in harness.actor.received if not isinstance(envelope.command, RecordAction)]
 
 
-def head(harness: HttpHarness) -> bytes:
+def head() -> bytes:
     return request_bytes("POST", IMPORT, headers={**KIND, "Transfer-Encoding": "chunked"})
 
 
@@ -78,7 +78,7 @@ async def test_each_line_is_one_command_in_the_order_of_the_lines(harness: HttpH
 
 async def test_an_import_that_is_cut_short_fails_after_its_lines(harness: HttpHarness) -> None:
     client = await harness.connect()
-    client.send(head(harness) + chunk(b'{"id":"a"}\n{"id":"b"}\n{"id":'))
+    client.send(head() + chunk(b'{"id":"a"}\n{"id":"b"}\n{"id":'))
     client.writer.write_eof()
     response = await client.receive()
     assert (response.status, response.error, response.json["details"]["line"]) == (400, "invalid_request", 3)
@@ -147,7 +147,7 @@ async def test_the_number_of_shown_rejections_is_limited(harness: HttpHarness, m
 
 async def test_lines_may_be_split_anywhere(harness: HttpHarness) -> None:
     client = await harness.connect()
-    client.send(head(harness))
+    client.send(head())
     body = b'{"id":"a"}\r\n{"id":"b","kind":"\xc3\xa4"}\n\n{"id":"c"}'
     for at in range(len(body)):
         client.send(chunk(body[at : at + 1]))
@@ -165,7 +165,7 @@ async def test_an_import_reads_no_further_than_a_few_lines_ahead(harness: HttpHa
 
     answering(harness, hold)
     client = await harness.connect()
-    client.send(head(harness) + chunk(b"".join(b'{"id":"job-%d"}\n' % n for n in range(500))) + b"0\r\n\r\n")
+    client.send(head() + chunk(b"".join(b'{"id":"job-%d"}\n' % n for n in range(500))) + b"0\r\n\r\n")
     while len(harness.actor.received) <= imports.AHEAD_LINES:  # noqa: ASYNC110 - the actor has no event for it
         await asyncio.sleep(0.001)
     assert (
@@ -194,7 +194,7 @@ async def test_an_error_that_affects_all_lines_stops_the_import(harness: HttpHar
 async def test_a_line_that_does_not_arrive_is_a_408(harness: HttpHarness) -> None:
     harness.app.limits = Limits(body_deadline_s=0.05)
     client = await harness.connect()
-    client.send(head(harness) + chunk(b'{"id":"a"}\n{"id"'))
+    client.send(head() + chunk(b'{"id":"a"}\n{"id"'))
     response = await client.receive()
     assert (response.status, response.error, response.json["details"]) == (408, "request_timeout", {"line": 2})
     assert await client.is_closed()
@@ -203,7 +203,7 @@ async def test_a_line_that_does_not_arrive_is_a_408(harness: HttpHarness) -> Non
 
 async def test_a_malformed_stream_is_a_400(harness: HttpHarness) -> None:
     client = await harness.connect()
-    client.send(head(harness) + chunk(b'{"id":"a"}\n') + b"zz\r\n")
+    client.send(head() + chunk(b'{"id":"a"}\n') + b"zz\r\n")
     response = await client.receive()
     assert (response.status, response.error) == (400, "invalid_request")
     assert await client.is_closed()
@@ -212,7 +212,7 @@ async def test_a_malformed_stream_is_a_400(harness: HttpHarness) -> None:
 async def test_a_stream_that_is_malformed_later_is_a_400_too(harness: HttpHarness) -> None:
     """It is not the 408 of a line that does not arrive."""
     client = await harness.connect()
-    client.send(head(harness) + chunk(b'{"id":"a"}\n'))
+    client.send(head() + chunk(b'{"id":"a"}\n'))
     await harness.actor.arrived.wait()
     with capture_logs() as logs:
         client.send(b"zz\r\n")
@@ -229,7 +229,7 @@ async def test_an_import_ends_when_its_client_disconnects(harness: HttpHarness) 
 
     answering(harness, never)
     client = await harness.connect()
-    client.send(head(harness) + chunk(b'{"id":"a"}\n'))
+    client.send(head() + chunk(b'{"id":"a"}\n'))
     await harness.actor.arrived.wait()
     await client.close()
     await harness.actor.cancelled.wait()

@@ -42,7 +42,7 @@ class SweeperHarness:
     def sweeps(self) -> SweepStats:
         return self.sweeper.stats
 
-    async def done(self, job_id: str, key: str, *, upload: bool = True, old: bool = True) -> None:
+    async def complete(self, job_id: str, key: str, *, upload: bool = True, old: bool = True) -> None:
         """Make a completed job with an old artifact."""
         lock_id = await self.engine.held(job_id)
         if upload:
@@ -72,8 +72,8 @@ async def sweeping(
 @in_virtual_time
 async def test_the_artifact_of_a_deleted_job_is_deleted() -> None:
     async with sweeping() as at:
-        await at.done("a", "k/a")
-        await at.done("b", "k/b")
+        await at.complete("a", "k/a")
+        await at.complete("b", "k/b")
         await at.delete("a")
         await until(lambda: at.sweeps.deleted == 1)
         assert list(at.store.objects) == ["k/b"]
@@ -85,7 +85,7 @@ async def test_the_artifact_of_a_deleted_job_is_deleted() -> None:
 async def test_the_artifact_of_an_expired_job_is_deleted() -> None:
     async with sweeping() as at:
         for number in range(3 * SLICE + 1):
-            await at.done(f"job-{number}", f"k/{number}")
+            await at.complete(f"job-{number}", f"k/{number}")
         at.engine.step_ms = 8 * DAY_MS
         at.engine.clock.accept()
         await at.engine.yes(DeleteExpired(ids=[f"job-{number}" for number in range(3 * SLICE + 1)]))
@@ -130,7 +130,7 @@ async def test_damaged_tombstones_that_cannot_be_quarantined_degrade_health() ->
     storage = FullQuarantineStorage()
     async with sweeping(storage) as at:
         at.sweeps.waiting = 2
-        await at.done("a", "k")
+        await at.complete("a", "k")
         await at.delete("a")
         await until(lambda: at.sweeps.deleted == 1)
         await seconds(DEGRADED_AFTER_S + POLL_S)
@@ -147,8 +147,8 @@ async def test_damaged_tombstones_that_cannot_be_quarantined_degrade_health() ->
 @in_virtual_time
 async def test_an_artifact_stays_until_the_last_job_that_names_it_is_deleted() -> None:
     async with sweeping() as at:
-        await at.done("a", "shared")
-        await at.done("b", "shared")
+        await at.complete("a", "shared")
+        await at.complete("b", "shared")
         with capture_logs() as lines:
             await at.delete("a")
             await until(lambda: at.sweeps.left == 1)
@@ -165,7 +165,7 @@ async def test_an_artifact_named_by_a_quarantined_job_stays() -> None:
     storage = MemoryStorage()
     storage.put(row(1, "b", "completed", result=Result(storage_key="shared"), finished_at=WALL, progress=100))
     async with sweeping(storage) as at:
-        await at.done("a", "shared")
+        await at.complete("a", "shared")
         await storage.quarantine(storage.jobs[1], "damaged")
         await at.delete("a")
         await until(lambda: at.sweeps.left == 1)
@@ -175,7 +175,7 @@ async def test_an_artifact_named_by_a_quarantined_job_stays() -> None:
 @in_virtual_time
 async def test_an_artifact_stays_while_a_late_result_names_it() -> None:
     async with sweeping() as at:
-        await at.done("a", "k")
+        await at.complete("a", "k")
         at.engine.disk.late_results[77] = (
             LateResult(1, at.engine.now, "w", 1, "hash", result=Result(storage_key="k")),
         )
@@ -260,7 +260,7 @@ async def test_a_young_artifact_of_a_late_result_waits_and_a_named_one_stays() -
         await late(at, "a", "shared")
         await late(at, "b", "young")
         at.store.upload("young")
-        await at.done("c", "shared")
+        await at.complete("c", "shared")
         for job_id in ("a", "b"):
             await at.delete(job_id)
         await until(lambda: at.sweeps.left == 1)
@@ -288,7 +288,7 @@ async def test_an_undeletable_artifact_of_a_late_result_degrades_health() -> Non
 @in_virtual_time
 async def test_a_young_artifact_is_kept_until_a_job_could_name_it() -> None:
     async with sweeping() as at:
-        await at.done("a", "k")
+        await at.complete("a", "k")
         lock_id = await at.engine.held("b")
         at.store.upload("k")  # b has stored it again and not reported it yet
         await at.delete("a")
@@ -305,7 +305,7 @@ async def test_a_young_artifact_is_kept_until_a_job_could_name_it() -> None:
 @in_virtual_time
 async def test_an_unnamed_artifact_is_deleted_when_it_is_old_enough() -> None:
     async with sweeping() as at:
-        await at.done("a", "k", old=False)
+        await at.complete("a", "k", old=False)
         uploaded_at = at.engine.now
         await at.delete("a")
         tried = len(at.store.tried)
@@ -319,7 +319,7 @@ async def test_an_unnamed_artifact_is_deleted_when_it_is_old_enough() -> None:
 @in_virtual_time
 async def test_an_artifact_written_after_the_deletion_stays() -> None:
     async with sweeping() as at:
-        await at.done("a", "k")
+        await at.complete("a", "k")
         at.store.broken = ArtifactStoreError("down")
         await at.delete("a")
         await until(lambda: at.sweeps.failures > 0)
@@ -335,7 +335,7 @@ async def test_an_artifact_written_after_the_deletion_stays() -> None:
 @in_virtual_time
 async def test_an_artifact_replaced_before_its_deletion_stays() -> None:
     async with sweeping() as at:
-        await at.done("a", "k")
+        await at.complete("a", "k")
         at.store.gate.clear()
         await at.delete("a")
         await until(lambda: bool(at.store.tried))
@@ -349,7 +349,7 @@ async def test_an_artifact_replaced_before_its_deletion_stays() -> None:
 @in_virtual_time
 async def test_a_missing_artifact_counts_as_deleted() -> None:
     async with sweeping() as at:
-        await at.done("a", "k", upload=False, old=False)
+        await at.complete("a", "k", upload=False, old=False)
         await at.delete("a")
         await until(lambda: at.sweeps.waiting == 0 and not at.engine.disk.tombstones)
         assert at.sweeps.deleted == 0
@@ -358,8 +358,8 @@ async def test_a_missing_artifact_counts_as_deleted() -> None:
 @in_virtual_time
 async def test_failures_are_retried_with_backoff_and_delay_no_other_artifact() -> None:
     async with sweeping() as at:
-        await at.done("a", "bad")
-        await at.done("b", "good")
+        await at.complete("a", "bad")
+        await at.complete("b", "good")
         at.store.faults["bad"] = "access denied"
         await at.delete("a")
         await at.delete("b")
@@ -387,8 +387,8 @@ def test_a_store_that_fails_for_long_degrades_health(error: Exception, expected:
     @in_virtual_time
     async def run() -> None:
         async with sweeping() as at:
-            await at.done("a", "k/a")
-            await at.done("b", "k/b")
+            await at.complete("a", "k/a")
+            await at.complete("b", "k/b")
             at.store.broken = error
             await at.delete("a")
             await at.delete("b")
@@ -409,7 +409,7 @@ def test_a_store_that_fails_for_long_degrades_health(error: Exception, expected:
 @in_virtual_time
 async def test_a_store_that_hangs_times_out() -> None:
     async with sweeping() as at:
-        await at.done("a", "k")
+        await at.complete("a", "k")
         at.store.gate.clear()
         await at.delete("a")
         await seconds(CALL_TIMEOUT_S + 1)
@@ -423,7 +423,7 @@ async def test_the_delay_of_the_oldest_tombstone_is_reported() -> None:
     storage = MemoryStorage()
     async with sweeping(storage) as at:
         for number in range(3 * SLICE):
-            await at.done(f"job-{number}", f"k/{number}")
+            await at.complete(f"job-{number}", f"k/{number}")
         at.store.gate.clear()
         for number in range(3 * SLICE):
             await at.delete(f"job-{number}")
@@ -443,7 +443,7 @@ async def test_the_delay_of_the_oldest_tombstone_is_reported() -> None:
 @in_virtual_time
 async def test_the_sweeper_waits_while_the_disk_is_full() -> None:
     async with sweeping() as at:
-        await at.done("a", "k")
+        await at.complete("a", "k")
         at.engine.disk.errors["settle_tombstones"] = DiskFull("full")
         await at.delete("a")
         await until(lambda: not at.store.objects)
@@ -458,7 +458,7 @@ async def test_the_sweeper_waits_while_the_disk_is_full() -> None:
 async def test_the_sweeper_survives_a_failing_disk_and_degrades_health() -> None:
     async with sweeping() as at:
         at.engine.disk.errors["due_tombstones"] = OSError("broken")
-        await at.done("a", "k")
+        await at.complete("a", "k")
         await at.delete("a")
         await seconds(DEGRADED_AFTER_S + 2 * POLL_S)
         assert "the job store failed: broken" in (at.sweeper.degraded_reason() or "")
@@ -470,7 +470,7 @@ async def test_the_sweeper_survives_a_failing_disk_and_degrades_health() -> None
 @in_virtual_time
 async def test_nothing_is_deleted_while_the_clock_is_suspect() -> None:
     async with sweeping() as at:
-        await at.done("a", "k")
+        await at.complete("a", "k")
         at.engine.step_ms = 2 * DAY_MS
         await at.delete("a")
         await seconds(60)
@@ -484,7 +484,7 @@ async def test_a_clock_step_back_postpones_nothing_forever() -> None:
     async with sweeping() as at:
         at.engine.step_ms = 40 * DAY_MS
         at.engine.clock.accept()
-        await at.done("a", "k")
+        await at.complete("a", "k")
         at.store.broken = ArtifactStoreError("down")
         await at.delete("a")
         await until(lambda: at.sweeps.failures > 0)
@@ -499,7 +499,7 @@ async def test_a_clock_step_back_postpones_nothing_forever() -> None:
 async def test_a_restart_continues_the_deletions() -> None:
     storage, store = MemoryStorage(), MemoryArtifacts(lambda: 0)
     async with sweeping(storage, store) as at:
-        await at.done("a", "k")
+        await at.complete("a", "k")
         store.objects["k"] = at.engine.now - DAY_MS
         store.broken = ArtifactStoreError("down")
         await at.delete("a")
@@ -519,7 +519,7 @@ async def test_a_restart_continues_the_deletions() -> None:
 async def test_the_number_of_remembered_failures_is_limited() -> None:
     async with sweeping() as at:
         for number in range(MAX_FAILING + 50):
-            await at.done(f"job-{number}", f"k/{number}")
+            await at.complete(f"job-{number}", f"k/{number}")
         at.store.broken = ArtifactStoreError("down")
         at.engine.step_ms = 8 * DAY_MS
         at.engine.clock.accept()

@@ -50,7 +50,7 @@ async def finished(engine: VirtualEngine, job_id: str, **fields: object) -> None
 @in_virtual_time
 async def test_a_stuck_job_is_recovered_within_a_period_and_a_second() -> None:
     async with VirtualEngine(schedule=RECOVERING) as engine:
-        engine.keep()
+        engine.run_maintainer()
         await engine.held("a", lock_ttl_ms=60_000)
         await seconds(59)
         assert engine.book.jobs["a"].status == "processing"
@@ -81,7 +81,7 @@ async def test_a_job_that_reports_after_the_scan_is_not_recovered() -> None:
 @in_virtual_time
 async def test_an_expired_lock_is_cleared_and_the_grant_kept_until_its_stuck_time() -> None:
     async with VirtualEngine(schedule=RECOVERING) as engine:
-        engine.keep()
+        engine.run_maintainer()
         lock_id = await engine.held("a", lock_ttl_ms=60_000, stuck_after_ms=10 * MINUTE_MS)
         await seconds(75)
         assert last_of(engine, "a").type == "lock_expired"
@@ -97,7 +97,7 @@ async def test_recovery_runs_in_slices_until_nothing_is_stuck() -> None:
     async with VirtualEngine(schedule=replace(RECOVERING, batch=2)) as engine:
         for number in range(7):
             await engine.held(f"job-{number}", stuck_after_ms=HOUR_MS if number == 6 else 0)
-        engine.keep()
+        engine.run_maintainer()
         await seconds(75)
         assert [job.status for job in engine.book.jobs.values()].count("queued") == 6
         assert engine.book.cleared_locks.keys() == {"job-6"}
@@ -108,7 +108,7 @@ async def test_an_idle_daemon_sends_no_recovery_commands() -> None:
     async with VirtualEngine(schedule=RECOVERING) as engine:
         for number in range(50):
             await engine.yes(Create(id=f"job-{number}"))
-        engine.keep()
+        engine.run_maintainer()
         await seconds(60)
         calls = dict(engine.disk.calls)
         await seconds(3600)
@@ -120,7 +120,7 @@ async def test_a_lock_that_is_kept_alive_costs_no_write() -> None:
     """A deadline that has moved on changes nothing."""
     async with VirtualEngine(schedule=RECOVERING) as engine:
         lock_id = await engine.held("a", lock_ttl_ms=20_000)
-        engine.keep()
+        engine.run_maintainer()
         for _ in range(12):
             await seconds(10)
             await engine.yes(Progress(id="a", lock_id=lock_id, progress=1))
@@ -131,7 +131,7 @@ async def test_a_lock_that_is_kept_alive_costs_no_write() -> None:
 @in_virtual_time
 async def test_recover_every_0_leaves_recovery_to_cleanup_runs() -> None:
     async with VirtualEngine(schedule=PASSES) as engine:
-        engine.keep()
+        engine.run_maintainer()
         await seconds(1)
         await engine.held("a")
         await seconds(200)
@@ -146,7 +146,7 @@ async def test_recover_every_0_leaves_recovery_to_cleanup_runs() -> None:
 async def test_the_next_cleanup_run_is_known_if_only_cleanup_runs_recover_jobs() -> None:
     async with VirtualEngine(schedule=replace(RECOVERING, recover_every_ms=0)) as engine:
         assert engine.book.next_cleanup_at == engine.now, "the first one comes with the start"
-        engine.keep()
+        engine.run_maintainer()
         await seconds(1)
         announced = engine.book.next_cleanup_at
         assert announced is not None
@@ -165,7 +165,7 @@ async def test_the_next_cleanup_run_is_known_if_only_cleanup_runs_recover_jobs()
 @in_virtual_time
 async def test_lease_time_is_persisted_while_a_job_is_processing_and_only_then() -> None:
     async with VirtualEngine(schedule=RECOVERING) as engine:
-        engine.keep()
+        engine.run_maintainer()
         await engine.yes(Create(id="b", priority=1))
         await seconds(60)
         batches = len(engine.disk.batches)
@@ -184,7 +184,7 @@ async def test_lease_time_is_persisted_while_a_job_is_processing_and_only_then()
 @in_virtual_time
 async def test_a_pause_ends_by_itself_also_without_recovery() -> None:
     async with VirtualEngine(schedule=replace(RECOVERING, recover_every_ms=0)) as engine:
-        engine.keep()
+        engine.run_maintainer()
         await engine.yes(Pause(name="q", until=engine.clock.moment().now + 60_000))
         await seconds(60 - TICK_S)
         assert list(engine.book.paused) == ["q"]
@@ -196,7 +196,7 @@ async def test_a_pause_ends_by_itself_also_without_recovery() -> None:
 @in_virtual_time
 async def test_recovery_and_ticks_survive_rejections() -> None:
     async with VirtualEngine(schedule=RECOVERING) as engine:
-        engine.keep()
+        engine.run_maintainer()
         await engine.held("a")
         engine.actor.full_disk.closed = Closed.ALL_WRITES
         engine.disk.errors["probe"] = engine.disk.errors["build_reserve"] = DiskFull("full")
@@ -220,7 +220,7 @@ async def test_a_long_cleanup_run_delays_no_recovery() -> None:
     async with VirtualEngine(Slow(), schedule=replace(RECOVERING, interval_ms=MINUTE_MS)) as engine:
         await engine.held("a")
         await seconds(1)
-        engine.keep()
+        engine.run_maintainer()
         await seconds(75)
         assert engine.cleaner.is_running
         assert not engine.book.processing
@@ -234,7 +234,7 @@ async def test_a_long_cleanup_run_delays_no_recovery() -> None:
 async def test_cleanup_runs_at_the_start_and_then_every_interval() -> None:
     async with VirtualEngine(schedule=PASSES) as engine:
         assert engine.cleaner.state().time_since_last_cleanup is None
-        engine.keep()
+        engine.run_maintainer()
         await seconds(1)
         assert engine.cleaner.totals.runs == 1
         state = engine.cleaner.state()
@@ -250,7 +250,7 @@ async def test_cleanup_runs_at_the_start_and_then_every_interval() -> None:
 @in_virtual_time
 async def test_a_forced_run_starts_at_once_an_unforced_one_not_within_two_minutes() -> None:
     async with VirtualEngine(schedule=PASSES) as engine:
-        engine.keep()
+        engine.run_maintainer()
         await seconds(10)
         first = engine.cleaner.last_report
         assert await engine.cleaner.run_cleanup(forced=False) is first
@@ -267,7 +267,7 @@ async def test_the_schedule_keeps_its_distance_from_a_forced_run() -> None:
     async with VirtualEngine(
         schedule=CleanupSchedule(interval_ms=10_000, min_interval_ms=60_000, recover_every_ms=0)
     ) as engine:
-        engine.keep()
+        engine.run_maintainer()
         await seconds(50)
         await engine.cleaner.run_cleanup(forced=True)
         await seconds(59)
@@ -280,7 +280,7 @@ async def test_the_schedule_keeps_its_distance_from_a_forced_run() -> None:
 async def test_a_request_during_a_run_gets_its_report() -> None:
     async with VirtualEngine() as engine:
         engine.disk.gate.clear()
-        engine.keep()
+        engine.run_maintainer()
         await engine.disk.at_gate.wait()
         assert engine.cleaner.state().cleanup_running
         tasks = [asyncio.create_task(engine.cleaner.run_cleanup(forced=forced)) for forced in (True, False)]
@@ -297,7 +297,7 @@ async def test_requests_before_a_run_starts_share_it() -> None:
     async with VirtualEngine() as engine:
         tasks = [asyncio.create_task(engine.cleaner.run_cleanup(forced=forced)) for forced in (False, True)]
         await seconds(0)
-        engine.keep()
+        engine.run_maintainer()
         reports = await asyncio.gather(*tasks)
         assert reports[0] is reports[1]
         assert reports[0].forced
@@ -307,7 +307,7 @@ async def test_requests_before_a_run_starts_share_it() -> None:
 @in_virtual_time
 async def test_a_cancelled_request_does_not_end_the_run() -> None:
     async with VirtualEngine() as engine:
-        engine.keep()
+        engine.run_maintainer()
         await seconds(1)
         engine.disk.gate.clear()
         tasks = asyncio.create_task(engine.cleaner.run_cleanup(forced=True))
@@ -322,7 +322,7 @@ async def test_a_cancelled_request_does_not_end_the_run() -> None:
 @in_virtual_time
 async def test_a_new_schedule_applies_at_once() -> None:
     async with VirtualEngine() as engine:
-        engine.keep()
+        engine.run_maintainer()
         await seconds(30)
         await engine.held("a")
         engine.cleaner.set_schedule(CleanupSchedule(interval_ms=60_000, min_interval_ms=0, recover_every_ms=10_000))
@@ -339,7 +339,7 @@ async def test_a_new_schedule_applies_at_once() -> None:
 async def test_overdue_queued_jobs_fail_with_the_next_recovery() -> None:
     """No worker can claim them; they must not stay queued until the next cleanup run."""
     async with VirtualEngine(schedule=RECOVERING) as engine:
-        engine.keep()
+        engine.run_maintainer()
         await until(lambda: engine.cleaner.totals.runs == 1)
         await engine.yes(Create(id="old", expires_at=engine.now + 1000))
         await engine.yes(Create(id="new", expires_at=engine.now + HOUR_MS))
@@ -356,7 +356,7 @@ async def test_overdue_queued_jobs_fail() -> None:
             await engine.yes(Create(id=f"old-{number}", expires_at=engine.now + 1000))
         await engine.yes(Create(id="new", expires_at=engine.now + HOUR_MS))
         await seconds(1)
-        engine.keep()
+        engine.run_maintainer()
         await until(lambda: engine.cleaner.totals.runs == 1)
         assert engine.book.jobs.keys() == {"new"}
         assert engine.book.totals["failed"] == 5
@@ -375,7 +375,7 @@ async def test_finished_jobs_are_deleted_after_their_retention() -> None:
         await finished(engine, "young", storage_key="k", expires_at=engine.now + HOUR_MS)
         await seconds(1)
         report_at = engine.now
-        engine.keep()
+        engine.run_maintainer()
         await until(lambda: engine.cleaner.totals.runs == 1)
         assert sorted(deletions(engine)) == [f"old-{number}" for number in range(5)]
         report = stored_reports(engine)[0]
@@ -389,7 +389,7 @@ async def test_deletions_by_operators_do_not_count_as_deletions_by_age() -> None
     async with VirtualEngine() as engine:
         await finished(engine, "a")
         await engine.yes(Delete(id="a"), by="admin", admin=True)
-        engine.keep()
+        engine.run_maintainer()
         await until(lambda: engine.cleaner.totals.runs == 1)
         assert stored_reports(engine)[0].expired_jobs_deleted == 0
 
@@ -401,7 +401,7 @@ async def test_nothing_is_deleted_by_age_while_the_clock_is_suspect() -> None:
         await finished(engine, "gone", expires_at=engine.now + 1000)
         await engine.yes(Delete(id="gone"), by="admin", admin=True)
         engine.step_ms = 40 * DAY_MS
-        engine.keep()
+        engine.run_maintainer()
         await until(lambda: engine.cleaner.totals.runs == 1)
         assert engine.disk.job("a") is not None
         assert [event.type for event in engine.disk.events if event.job_id == "gone"][-1] == "deleted"
@@ -416,7 +416,7 @@ async def test_nothing_is_deleted_by_age_while_the_clock_is_suspect() -> None:
 async def test_the_journal_of_a_deleted_job_is_kept_for_another_day() -> None:
     async with VirtualEngine(schedule=replace(PASSES, batch=1, interval_ms=HOUR_MS)) as engine:
         await finished(engine, "a", expires_at=engine.now + 1000)
-        engine.keep()
+        engine.run_maintainer()
         await seconds(24 * 3600)
         assert len(await engine.disk.timeline(1)) == 4
         await seconds(3 * 3600)
@@ -433,7 +433,7 @@ class UndeletableJobStorage(MemoryStorage):
 @in_virtual_time
 async def test_undeletable_expired_rows_end_the_step_with_an_error() -> None:
     async with VirtualEngine(UndeletableJobStorage()) as engine:
-        engine.keep()
+        engine.run_maintainer()
         await until(lambda: engine.cleaner.totals.runs == 1)
         assert stored_reports(engine)[0].errors == ["deletion: 1 expired jobs could not be deleted, the first is a."]
 
@@ -446,7 +446,7 @@ async def test_a_damaged_expired_row_is_quarantined_and_the_run_continues() -> N
     async with VirtualEngine(storage) as engine:
         await engine.yes(Get(id="a"))  # loads it into memory
         storage.bad_jobs["a"] = "its checksum is wrong"
-        engine.keep()
+        engine.run_maintainer()
         await until(lambda: engine.cleaner.totals.runs == 1)
         assert stored_reports(engine)[0].errors == []
         assert engine.book.quarantined == {"a": "its checksum is wrong"}
@@ -464,7 +464,7 @@ async def test_a_run_repairs_imported_and_hand_edited_rows() -> None:
     storage.put(row(5, "odd", "completed", progress=50, finished_at=WALL - 1, started_at=WALL))
     async with VirtualEngine(storage, schedule=replace(PASSES, batch=2)) as engine:
         assert len(engine.book.suspects) == 5
-        engine.keep()
+        engine.run_maintainer()
         await until(lambda: engine.cleaner.totals.runs == 1)
         report = stored_reports(engine)[0]
         assert report.errors == []
@@ -493,7 +493,7 @@ async def test_issues_without_a_safe_fix_are_reported_by_every_run() -> None:
     live = row(2, "nameless")
     storage.put(replace(live, options=replace(live.options, queue="")))
     async with VirtualEngine(storage, policy=policy) as engine:
-        engine.keep()
+        engine.run_maintainer()
         first = await engine.cleaner.run_cleanup(forced=True)
         assert (first.validation_issues_found, first.validation_issues_fixed) == (2, 0)
         second = await engine.cleaner.run_cleanup(forced=True)
@@ -507,7 +507,7 @@ async def test_valid_jobs_cost_no_command() -> None:
         for number in range(1200):
             await engine.yes(Create(id=f"job-{number}"))
         batches = len(engine.disk.batches)
-        engine.keep()
+        engine.run_maintainer()
         await until(lambda: engine.cleaner.totals.runs == 1)
         assert len(engine.disk.batches) - batches == 1  # the report
 
@@ -519,7 +519,7 @@ async def test_workers_are_served_between_slices() -> None:
             await finished(engine, f"old-{number}", expires_at=engine.now + 1000)
         await seconds(1)
         lock_id = await engine.held("a")
-        engine.keep()
+        engine.run_maintainer()
         await until(lambda: bool(deletions(engine)))
         await engine.yes(Progress(id="a", lock_id=lock_id, progress=1))
         assert len(deletions(engine)) < 40
@@ -542,7 +542,7 @@ async def test_old_audit_entries_are_deleted_and_the_newest_stays() -> None:
         storage.audited = {seq: entry(engine.now) for seq in range(1, 6)}
         storage.audited[6] = entry(engine.now + 5 * SECOND_MS)
         await seconds(12)
-        engine.keep()
+        engine.run_maintainer()
         await engine.cleaner.run_cleanup(forced=True)
         assert list(storage.audited) == [6]
         await seconds(60)
@@ -556,7 +556,7 @@ async def test_no_audit_entry_is_old_while_the_clock_is_suspect() -> None:
     async with VirtualEngine(storage) as engine:
         storage.audited = {1: entry(1), 2: entry(engine.now)}
         engine.step_ms = 2 * DAY_MS
-        engine.keep()
+        engine.run_maintainer()
         await engine.cleaner.run_cleanup(forced=True)
         assert list(storage.audited) == [1, 2]
         engine.step_ms = 0
@@ -585,7 +585,7 @@ def test_a_failed_step_is_reported_and_the_others_run(method: str, error: str) -
             await engine.yes(Create(id="old", expires_at=engine.now + 1))
             await seconds(1)
             storage.errors[method] = OSError("broken")
-            engine.keep()
+            engine.run_maintainer()
             report = await engine.cleaner.run_cleanup(forced=True)
             assert report.errors == [error]
             assert report.validation_issues_fixed == 1
@@ -605,7 +605,7 @@ async def test_writes_rejected_by_a_full_disk_are_reported_and_counted_next_time
         await seconds(1)
         engine.actor.full_disk.closed = Closed.ALL_BUT_ENDINGS
         engine.disk.errors["probe"] = DiskFull("full")
-        engine.keep()
+        engine.run_maintainer()
         report = await engine.cleaner.run_cleanup(forced=True)
         assert report.expired_jobs_deleted == 1
         assert [error.partition(":")[0] for error in report.errors] == ["validation", "report"]
@@ -621,7 +621,7 @@ async def test_writes_rejected_by_a_full_disk_are_reported_and_counted_next_time
 @in_virtual_time
 async def test_changes_during_the_write_of_a_report_are_in_the_next_one() -> None:
     async with VirtualEngine() as engine:
-        engine.keep()
+        engine.run_maintainer()
         await seconds(1)
         engine.disk.gate.clear()
         tasks = asyncio.create_task(engine.cleaner.run_cleanup(forced=True))
@@ -638,7 +638,7 @@ async def test_a_bug_in_a_run_does_not_end_cleanup() -> None:
     async with VirtualEngine(schedule=PASSES) as engine:
         await engine.yes(Create(id="a"))
         totals, engine.cleaner.totals = engine.cleaner.totals, None  # type: ignore[assignment]
-        engine.keep()
+        engine.run_maintainer()
         report = await engine.cleaner.run_cleanup(forced=True)
         assert report.errors == ["run: 'NoneType' object has no attribute 'runs'"]
         engine.cleaner.totals = totals
@@ -649,7 +649,7 @@ async def test_a_bug_in_a_run_does_not_end_cleanup() -> None:
 @in_virtual_time
 async def test_health_is_degraded_after_three_intervals_without_success() -> None:
     async with VirtualEngine(schedule=PASSES) as engine:
-        engine.keep()
+        engine.run_maintainer()
         await seconds(1)
         assert engine.cleaner.degraded_reason() is None
         engine.disk.errors["prune"] = OSError("broken")
@@ -672,7 +672,7 @@ async def test_health_is_degraded_after_three_intervals_without_success() -> Non
 async def test_the_last_report_and_the_statistics_survive_a_restart() -> None:
     storage = MemoryStorage()
     async with VirtualEngine(storage) as engine:
-        engine.keep()
+        engine.run_maintainer()
         await engine.held("a")
         await seconds(61)
         await engine.cleaner.recover_stuck()
@@ -682,7 +682,7 @@ async def test_the_last_report_and_the_statistics_survive_a_restart() -> None:
     async with VirtualEngine(storage) as engine:
         assert engine.book.figures.recovered_last_day(engine.now) == 1
         await seconds(5)
-        engine.keep()
+        engine.run_maintainer()
         await storage.at_gate.wait()
         state = engine.cleaner.state()
         assert state.last_report == report
@@ -695,12 +695,12 @@ async def test_the_last_report_and_the_statistics_survive_a_restart() -> None:
 async def test_counts_since_the_last_report_survive_a_restart() -> None:
     storage = MemoryStorage()
     async with VirtualEngine(storage) as engine:
-        engine.keep()
+        engine.run_maintainer()
         await engine.held("a")
         await seconds(61)
         await engine.cleaner.recover_stuck()
     async with VirtualEngine(storage) as engine:
-        engine.keep()
+        engine.run_maintainer()
         assert (await engine.cleaner.run_cleanup(forced=True)).stuck_jobs_recovered == 1
 
 
@@ -708,7 +708,7 @@ async def test_counts_since_the_last_report_survive_a_restart() -> None:
 async def test_unreadable_reports_are_omitted() -> None:
     storage = MemoryStorage()
     async with VirtualEngine(storage) as engine:
-        engine.keep()
+        engine.run_maintainer()
         report = await engine.cleaner.run_cleanup(forced=True)
     storage.kept_reports.append(b"{}")
     async with VirtualEngine(storage) as engine:
@@ -720,7 +720,7 @@ async def test_unreadable_reports_are_omitted() -> None:
 async def test_cleanup_starts_even_if_no_report_can_be_read() -> None:
     async with VirtualEngine() as engine:
         engine.disk.errors["reports"] = OSError("broken")
-        engine.keep()
+        engine.run_maintainer()
         assert (await engine.cleaner.run_cleanup(forced=True)).errors == []
 
 
@@ -729,7 +729,7 @@ async def test_extra_data_is_saved_with_the_statistics() -> None:
     async with VirtualEngine() as engine:
         engine.book.figures.stalls = 3
         engine.cleaner.save_extra(lambda: b'{"hour":[1]}')
-        engine.keep()
+        engine.run_maintainer()
         await engine.cleaner.run_cleanup(forced=True)
         assert read_extra(engine.disk.figures) == b'{"hour":[1]}'
         assert read_stats(engine.disk.figures).stalls == 3
@@ -789,7 +789,7 @@ async def test_stop_ends_a_run_between_slices_and_resolves_its_waiters() -> None
         for number in range(20):
             await finished(engine, f"old-{number}", expires_at=engine.now + 1000)
         await seconds(1)
-        running = engine.keep()
+        running = engine.run_maintainer()
         tasks = asyncio.create_task(engine.cleaner.run_cleanup(forced=True))
         await until(lambda: bool(deletions(engine)))
         engine.cleaner.stop()
@@ -819,7 +819,7 @@ async def test_stop_resolves_a_request_whose_run_never_started() -> None:
 @in_virtual_time
 async def test_a_failed_save_of_statistics_does_not_raise_at_the_end() -> None:
     async with VirtualEngine() as engine:
-        running = engine.keep()
+        running = engine.run_maintainer()
         await seconds(1)
         engine.disk.errors["save_figures"] = OSError("broken")
         engine.cleaner.stop()
@@ -833,7 +833,7 @@ async def test_operators_see_the_same_state() -> None:
         await engine.held("a")
         await engine.yes(ForceFail(id="a", reason="enough"), by="admin", admin=True)
         await seconds(61)
-        engine.keep()
+        engine.run_maintainer()
         await engine.cleaner.run_cleanup(forced=True)
         events = (await engine.yes(Timeline(id="a"))).events
         assert [event.type for event in events] == ["created", "granted", "force_failed"]
@@ -844,7 +844,7 @@ async def test_operators_see_the_same_state() -> None:
 async def test_failed_runs_do_not_reset_the_time_since_the_last_success() -> None:
     storage = MemoryStorage()
     async with VirtualEngine(storage) as engine:
-        engine.keep()
+        engine.run_maintainer()
         first = await engine.cleaner.run_cleanup(forced=True)
         await seconds(10)
         engine.disk.errors["expired"] = OSError("broken")
@@ -860,7 +860,7 @@ async def test_failed_runs_do_not_reset_the_time_since_the_last_success() -> Non
     async with VirtualEngine(storage) as engine:
         assert engine.cleaner.state().last_failure is None
         storage.gate.clear()
-        engine.keep()
+        engine.run_maintainer()
         await storage.at_gate.wait()
         state = engine.cleaner.state()
         assert (state.failed_since_last_success, engine.cleaner.last_success) == (2, first), "it is read at the start"

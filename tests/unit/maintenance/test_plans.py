@@ -278,7 +278,7 @@ def test_the_sentence_about_late_results(action: PlanAction, late: list[int], no
 # -- building, keeping, applying ------------------------------------------------------------------------------------
 
 
-async def failed(engine: VirtualEngine, *ids: str, **fields: Any) -> None:
+async def create_failed(engine: VirtualEngine, *ids: str, **fields: Any) -> None:
     for job_id in ids:
         await engine.yes(Create(id=job_id, **fields))
         await engine.yes(ForceFail(id=job_id))
@@ -288,7 +288,7 @@ async def failed(engine: VirtualEngine, *ids: str, **fields: Any) -> None:
 async def test_a_plan_lists_its_changes_and_applies_them() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await failed(engine, "a", "b")
+        await create_failed(engine, "a", "b")
         await engine.yes(Create(id="c"))
         plan = await make_plan(planner, action="retry", filter=PlanFilter(), reason="mended")
         assert [(job.id, job.from_, job.to) for job in plan.jobs] == [
@@ -308,7 +308,7 @@ async def test_a_plan_lists_its_changes_and_applies_them() -> None:
         assert shown.result == result
 
 
-async def came_late(engine: VirtualEngine, job_id: str, times: int = 1) -> None:
+async def create_with_late_results(engine: VirtualEngine, job_id: str, times: int = 1) -> None:
     """Make a failed job with this many late results."""
     await engine.yes(Create(id=job_id))
     for _ in range(times):
@@ -322,11 +322,11 @@ async def came_late(engine: VirtualEngine, job_id: str, times: int = 1) -> None:
 @in_virtual_time
 async def test_a_plan_counts_late_results_also_from_before_a_restart() -> None:
     async with VirtualEngine() as engine:
-        await came_late(engine, "a", times=2)
-        await came_late(engine, "b")
-        await came_late(engine, "done")
+        await create_with_late_results(engine, "a", times=2)
+        await create_with_late_results(engine, "b")
+        await create_with_late_results(engine, "done")
         await engine.yes(Adopt(id="done"))
-        await failed(engine, "c")
+        await create_failed(engine, "c")
     async with VirtualEngine(engine.disk) as engine:
         planner = Planner(engine.actor, engine.clock)
         for request in ({"ids": ["a", "b", "c", "done"]}, {"filter": PlanFilter()}):
@@ -363,7 +363,7 @@ async def test_a_plan_of_named_jobs_reports_missing_ones() -> None:
     storage.bad_jobs = {"bad": "its checksum is wrong"}
     async with VirtualEngine(storage) as engine:
         planner = Planner(engine.actor, engine.clock)
-        await failed(engine, "a")
+        await create_failed(engine, "a")
         await engine.yes(Create(id="live"))
         plan = await make_plan(planner, action="delete", ids=["a", "none", "bad", "a", "live"])
         assert [(job.id, job.to) for job in plan.jobs] == [("a", None)]
@@ -377,7 +377,7 @@ async def test_a_plan_of_named_jobs_reports_missing_ones() -> None:
 async def test_jobs_that_change_meanwhile_are_skipped_and_reported() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await failed(engine, "a", "b", "c")
+        await create_failed(engine, "a", "b", "c")
         await make_plan(planner, action="retry", filter=PlanFilter(status="failed"))
         await engine.yes(ForceReset(id="a"))
         await engine.yes(Delete(id="b"))
@@ -393,7 +393,7 @@ async def test_jobs_that_change_meanwhile_are_skipped_and_reported() -> None:
 async def test_a_plan_is_applied_once() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await failed(engine, "a")
+        await create_failed(engine, "a")
         await make_plan(planner, action="retry", filter=PlanFilter())
         first, second = await asyncio.gather(apply_plan(planner), apply_plan(planner))
         assert first == second
@@ -407,7 +407,7 @@ async def test_a_plan_is_applied_once() -> None:
 async def test_a_disconnected_caller_does_not_stop_a_plan() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await failed(engine, *(f"j{n}" for n in range(plans.SLICE + 1)))
+        await create_failed(engine, *(f"j{n}" for n in range(plans.SLICE + 1)))
         await make_plan(planner, action="retry", filter=PlanFilter())
         waiting = asyncio.create_task(planner.apply("p", EVE))
         await asyncio.sleep(0)
@@ -421,7 +421,7 @@ async def test_a_disconnected_caller_does_not_stop_a_plan() -> None:
 async def test_a_plan_is_applied_in_slices_and_is_one_audit_entry() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await failed(engine, *(f"j{n}" for n in range(2 * plans.SLICE + 1)), queue="q")
+        await create_failed(engine, *(f"j{n}" for n in range(2 * plans.SLICE + 1)), queue="q")
         await make_plan(planner, action="delete", filter=PlanFilter(queue="q", since=1))
         before = len(engine.disk.batches)
         await apply_plan(planner)
@@ -443,7 +443,7 @@ async def test_a_plan_is_applied_in_slices_and_is_one_audit_entry() -> None:
 async def test_on_a_full_disk_a_plan_stops_and_later_continues() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await failed(engine, *(f"j{n}" for n in range(plans.SLICE + 5)))
+        await create_failed(engine, *(f"j{n}" for n in range(plans.SLICE + 5)))
         await make_plan(planner, action="retry", filter=PlanFilter())
         engine.disk.write_errors.extend([None, *(DiskFull("full") for _ in range(3))])
         engine.disk.has_reserve = False
@@ -463,7 +463,7 @@ async def test_on_a_full_disk_a_plan_stops_and_later_continues() -> None:
 async def test_a_plan_that_ends_jobs_is_applied_on_a_full_disk_too() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await failed(engine, "a")
+        await create_failed(engine, "a")
         await make_plan(planner, action="delete", filter=PlanFilter())
         await make_plan(planner, "r", action="retry", filter=PlanFilter())
         engine.disk.fill()
@@ -491,7 +491,7 @@ async def test_a_plan_is_kept_for_a_limited_time() -> None:
 async def test_the_result_of_a_plan_can_be_read_for_hours() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await failed(engine, "a", "b")
+        await create_failed(engine, "a", "b")
         await make_plan(planner, action="retry", filter=PlanFilter())
         await asyncio.sleep(plans.KEPT_MS / SECOND_MS - 1)
         await engine.yes(Delete(id="b"))
@@ -514,7 +514,7 @@ async def test_new_plans_displace_no_results_and_results_no_plans() -> None:
         monkeypatch.setattr(plans, "MAX_APPLIED", 3)
         async with VirtualEngine() as engine:
             planner = Planner(engine.actor, engine.clock)
-            await failed(engine, "a")
+            await create_failed(engine, "a")
 
             def kept_ids() -> list[str]:
                 return [name for name in "wxyz01234" if isinstance(planner.find(name), PlanView)]
@@ -540,7 +540,7 @@ async def test_the_audit_log_names_a_limited_number_of_unchanged_jobs() -> None:
             monkeypatch.setattr(plans, "MAX_NAMED", 3)
             for size, named in ((4_000, ["j4", "j3", "j2"]), (5, ["j4", "j3"]), (1, None)):
                 monkeypatch.setattr(plans, "MAX_NAMED_SIZE", size)
-                await failed(engine, *(f"j{n}" for n in range(5)))
+                await create_failed(engine, *(f"j{n}" for n in range(5)))
                 await make_plan(planner, f"p{size}", action="retry", filter=PlanFilter())
                 for n in range(5):
                     await engine.yes(Delete(id=f"j{n}"))
@@ -585,13 +585,13 @@ async def all_plans(planner: Planner, **request: Any) -> list[list[str]]:
 async def test_a_plan_has_a_maximum_size_and_the_next_one_continues() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await failed(engine, "a", "b", "c")
+        await create_failed(engine, "a", "b", "c")
         assert await all_plans(planner, action="retry", filter=PlanFilter()) == [["c", "b", "a"]]
         for n in range(3):
             await engine.yes(Create(id=f"live{n}"))
             await engine.yes(Create(id=f"x{n}"))
             await engine.yes(Cancel(id=f"x{n}"))
-        await failed(engine, "d")
+        await create_failed(engine, "d")
         wholes = [["d", "c", "b"], ["a", "x2", "x1"], ["x0"]]
         assert await all_plans(planner, action="retry", filter=PlanFilter()) == wholes
         assert isinstance(planner.find("p0"), ApiError)  # together they had too many jobs
@@ -614,7 +614,7 @@ async def test_jobs_that_the_action_does_not_apply_to_are_not_read() -> None:
     """Hundreds of younger queued jobs do not slow this down."""
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await failed(engine, "needle")
+        await create_failed(engine, "needle")
         for n in range(300):
             await engine.yes(Create(id=f"j{n}"))
         engine.disk.calls.clear()
@@ -630,7 +630,7 @@ async def test_jobs_that_the_action_does_not_apply_to_are_not_read() -> None:
 async def test_a_plan_finds_a_text_in_every_searched_field() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await failed(engine, "needle", *(f"j{n}" for n in range(20)))
+        await create_failed(engine, "needle", *(f"j{n}" for n in range(20)))
         plan = await make_plan(planner, action="retry", filter=PlanFilter(q="NEEDLE"))
         assert [job.id for job in plan.jobs] == ["needle"]
 
@@ -646,7 +646,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_plan_that_takes_too_long_ends_and_the_next_one_continues() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await failed(engine, "a", "b", "c", "d")
+        await create_failed(engine, "a", "b", "c", "d")
         found = await all_plans(planner, action="retry", filter=PlanFilter(queue="default"))
         assert len(found) > 2
         assert [job_id for each in found for job_id in each] == ["d", "c", "b", "a"]
@@ -685,7 +685,7 @@ async def test_a_job_that_changes_status_during_planning_is_listed_once() -> Non
 async def test_a_short_plan_does_not_wait_for_a_long_one() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await failed(engine, *(f"j{n}" for n in range(3 * plan_builder.PAGE)))
+        await create_failed(engine, *(f"j{n}" for n in range(3 * plan_builder.PAGE)))
         long = asyncio.create_task(make_plan(planner, "long", action="delete", filter=PlanFilter()))
         await asyncio.sleep(plan_builder.PAUSE_S / 2)
         short = await make_plan(planner, "short", action="delete", ids=["j3"])
@@ -697,7 +697,7 @@ async def test_a_short_plan_does_not_wait_for_a_long_one() -> None:
 async def test_empty_plans_displace_no_others() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await failed(engine, "a")
+        await create_failed(engine, "a")
         await make_plan(planner, "full", action="retry", filter=PlanFilter())
         for n in range(plans.MAX_PLANS + 2):
             await make_plan(planner, f"p{n}", action="cancel", filter=PlanFilter())
@@ -723,7 +723,7 @@ async def test_concurrent_plans_are_limited_and_need_a_filter_or_ids() -> None:
 async def test_a_stopping_daemon_ends_a_plan_after_its_slice() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await failed(engine, *(f"j{n}" for n in range(3 * plans.SLICE)))
+        await create_failed(engine, *(f"j{n}" for n in range(3 * plans.SLICE)))
         await make_plan(planner, action="retry", filter=PlanFilter())
         waiting = asyncio.create_task(planner.apply("p", EVE))
         await asyncio.sleep(plan_builder.PAUSE_S / 2)
@@ -779,7 +779,7 @@ async def test_a_preview_of_a_cleanup_run_matches_the_run() -> None:
         assert (view.expired_jobs, view.deleted_jobs, view.mended_jobs) == (["late"], ["old"], ["over"])
         assert not view.more
         assert 0 <= engine.now - view.timestamp < SECOND_MS
-        engine.keep()
+        engine.run_maintainer()
         report = await engine.cleaner.run_cleanup(forced=True)
         assert (report.stuck_jobs_recovered, report.expired_jobs_deleted, report.validation_issues_fixed) == (1, 1, 1)
         after = await engine.cleaner.preview()

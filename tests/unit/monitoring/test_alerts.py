@@ -55,13 +55,13 @@ async def test_an_idle_daemon_lists_every_alert_and_fires_none() -> None:
 @in_virtual_time
 async def test_the_hints_of_quiet_alerts_are_true() -> None:
     """Evaluate the same state with two thresholds, below and at the value."""
-    failing = FailingWebhook()
+    failing = FakeFailingWebhook()
     async with VirtualEngine() as engine:
         alerts = alerts_of(engine)
         alerts.failing_webhook = lambda: failing
         assert one(alerts, "pass_issues").hint == "No cleanup run has finished yet."
         assert one(alerts, "average_processing").hint == "No job completed in the last hour."
-        engine.keep()
+        engine.run_maintainer()
         await engine.cleaner.run_cleanup(forced=True)
         assert one(alerts, "pass_issues").hint == "The latest cleanup run found no invalid rows."
         for _ in range(HOURS_NEEDED):
@@ -102,7 +102,7 @@ async def test_the_hints_of_quiet_alerts_are_true() -> None:
 async def test_stuck_jobs_count_now_and_as_recovered_in_the_last_10_minutes() -> None:
     async with VirtualEngine() as engine:
         alerts = alerts_of(engine)
-        engine.keep()
+        engine.run_maintainer()
         await seconds(1)
         for number in range(6):
             await engine.held(f"job-{number}")
@@ -159,7 +159,7 @@ async def test_pass_issues_fires_until_a_run_finds_few_issues() -> None:
     async with VirtualEngine(storage) as engine:
         alerts = alerts_of(engine)
         assert firing(alerts) == []
-        engine.keep()
+        engine.run_maintainer()
         await engine.cleaner.run_cleanup(forced=True)
         assert firing(alerts) == ["pass_issues"]
         await engine.cleaner.run_cleanup(forced=True)
@@ -255,7 +255,7 @@ async def test_only_completed_jobs_count_for_durations() -> None:
                 await engine.yes(Complete(id=f"{hour}-{number}", lock_id=lock_id))
             await seconds(3600 if hour < HOURS_NEEDED else 0)
         assert firing(alerts) == ["slower_than_usual"]
-        engine.keep()
+        engine.run_maintainer()
         await engine.cleaner.run_cleanup(forced=True)
         storage = engine.disk
     async with VirtualEngine(storage) as after_a_restart:
@@ -355,7 +355,7 @@ async def test_a_bug_does_not_end_the_evaluation() -> None:
         await running
 
 
-class FailingWebhook:
+class FakeFailingWebhook:
     name = "billing"
     for_ms = 300_000
     error = "500: broken"
@@ -365,7 +365,7 @@ class FailingWebhook:
 async def test_webhook_failing_fires_with_the_last_error() -> None:
     async with VirtualEngine() as engine:
         alerts = alerts_of(engine)
-        failing = FailingWebhook()
+        failing = FakeFailingWebhook()
         alerts.failing_webhook = lambda: failing
         assert not one(alerts, "webhook_failing").firing
         failing.for_ms += 1_000
@@ -381,7 +381,7 @@ async def test_webhook_failing_fires_with_the_last_error() -> None:
 @in_virtual_time
 async def test_listeners_are_notified_of_changes_only() -> None:
     async with VirtualEngine() as engine:
-        alerts, announced, failing = alerts_of(engine), [], FailingWebhook()
+        alerts, announced, failing = alerts_of(engine), [], FakeFailingWebhook()
         alerts.on_change.append(lambda: announced.append(alerts.known()))
         alerts.evaluate()
         assert alerts.known() is None
@@ -481,7 +481,7 @@ async def test_a_restart_resolves_nothing_too_early() -> None:
 # -- queues without workers, waiting jobs, failing jobs --------------------------------------------------------------
 
 
-async def watched(engine: VirtualEngine, alerts: Alerts, number: int) -> list[str]:
+async def firing_after(alerts: Alerts, number: int) -> list[str]:
     """Return the alerts that fire after this many seconds, checked as often as in the daemon."""
     shown = await alerts.check()
     for _ in range(0, number, 5):
@@ -500,29 +500,27 @@ async def test_an_incident_of_failing_attempts_and_missing_workers_fires_its_ale
         for number in range(20):
             lock_id = await engine.held(f"old-{number}", queue="film", kind="encode")
             await engine.yes(Fail(id=f"old-{number}", lock_id=lock_id, error_message="no codec", retry=False))
-        assert await watched(engine, alerts, 25) == []
-        assert await watched(engine, alerts, 10) == ["failure_rate"]
+        assert await firing_after(alerts, 25) == []
+        assert await firing_after(alerts, 10) == ["failure_rate"]
         failing = one(alerts, "failure_rate")
         assert (failing.value, failing.threshold) == (1.0, 0.5)
         assert failing.hint.startswith("20 of 20 attempts in queue film failed in the last 10 minutes.")
         assert "jobctl jobs --queue film --status failed" in failing.hint
-        assert await watched(engine, alerts, 80) == ["failure_rate"]
-        assert await watched(engine, alerts, 45) == ["queue_without_workers", "failure_rate"]
+        assert await firing_after(alerts, 80) == ["failure_rate"]
+        assert await firing_after(alerts, 45) == ["queue_without_workers", "failure_rate"]
         without = one(alerts, "queue_without_workers")
         assert without.value > without.threshold == 120
         for expected in ("queue film, kind encode", "cat-0", "520 queued jobs", "jobctl workers", "jobctl why cat-0"):
             assert expected in without.hint
-        assert await watched(engine, alerts, 180) == ["queue_without_workers", "queue_waits", "failure_rate"]
+        assert await firing_after(alerts, 180) == ["queue_without_workers", "queue_waits", "failure_rate"]
         waits = one(alerts, "queue_waits")
         assert waits.value > waits.threshold == 300
         assert "cat-0 of queue film, kind encode" in waits.hint
-        assert await watched(engine, alerts, 340) == ["queue_without_workers", "queue_waits"], (
-            "its attempts are too old"
-        )
+        assert await firing_after(alerts, 340) == ["queue_without_workers", "queue_waits"], "its attempts are too old"
         await engine.yes(Claim(queues=["film"], kinds=["encode"], worker="w-1", limit=10, lock_ttl_ms=HOUR_MS))
         await engine.yes(Pause(name="film"))
-        assert await watched(engine, alerts, 55) == ["queue_without_workers", "queue_waits"]
-        assert await watched(engine, alerts, 10) == []
+        assert await firing_after(alerts, 55) == ["queue_without_workers", "queue_waits"]
+        assert await firing_after(alerts, 10) == []
 
 
 @in_virtual_time
@@ -533,11 +531,11 @@ async def test_a_claim_of_another_kind_is_no_worker_for_the_queue() -> None:
         for _ in range(25):
             await engine.yes(Claim(queues=["default"], kinds=["mail"], worker="w-1"))
             await seconds(5)
-        assert await watched(engine, alerts, 0) == ["queue_without_workers"]
+        assert await firing_after(alerts, 0) == ["queue_without_workers"]
         await engine.yes(Pause(name="default"))
         await engine.yes(Claim(queues=["default"], kinds=["film"], worker="w-1"))
-        assert await watched(engine, alerts, 0) == []
-        assert await watched(engine, alerts, 300) == ["queue_without_workers"], "a paused queue waits on purpose"
+        assert await firing_after(alerts, 0) == []
+        assert await firing_after(alerts, 300) == ["queue_without_workers"], "a paused queue waits on purpose"
 
 
 @in_virtual_time

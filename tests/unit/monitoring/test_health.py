@@ -86,7 +86,7 @@ async def test_a_working_daemon_is_healthy() -> None:
     async with VirtualEngine() as engine:
         await engine.held("a")
         await engine.yes(Create(id="b"))
-        engine.keep()
+        engine.run_maintainer()
         await seconds(1)
         view = await measured(engine)
         statuses = (view.status, view.database.status, view.cache.status, view.storage.status)

@@ -383,7 +383,7 @@ async def test_validation_issues_by_type_and_alerts() -> None:
     storage.put(row(20, "nobody", "processing"))
     async with VirtualEngine(storage) as engine:
         assert not read(shown(engine))["jobd_cleanup_last_timestamp_seconds"].samples
-        engine.keep()
+        engine.run_maintainer()
         await engine.cleaner.run_cleanup(forced=True)
         body = shown(engine)
         assert value(body, "jobd_validation_issues_total", type="error") == 11

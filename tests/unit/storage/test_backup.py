@@ -21,7 +21,7 @@ from jobd.storage import backup, files, migrations
 from jobd.storage.backup import BackupStopped, restore
 from jobd.storage.files import FileLock, StoreBusy, StoreTooNew, StoreUnreadable
 from jobd.storage.store import MEMORY, Store, StoreBroken
-from tests.support.daemon_process import Daemon
+from tests.support.daemon_process import DaemonProcess
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import (
     assert_holds,
@@ -321,7 +321,7 @@ async def test_a_copy_never_fills_the_disk_of_the_store(small_disk: Path, copy: 
 
 def test_jobd_backup_exits_with_75_without_disk_space(small_disk: Path, tmp_path: Path) -> None:
     target = tmp_path / "copy.db"
-    with Daemon(tmp_path, JOBD_STORE_PATH=str(small_disk / "jobd.db")) as daemon:
+    with DaemonProcess(tmp_path, JOBD_STORE_PATH=str(small_disk / "jobd.db")) as daemon:
         command = [sys.executable, "-m", "jobd", "backup", str(target), "--admin-url", f"unix:{daemon.admin_socket}"]
         done = subprocess.run(command, env=daemon.environ, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (75, "")

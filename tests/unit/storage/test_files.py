@@ -147,7 +147,7 @@ def test_spare_space_is_occupied_and_freed(path: str, monkeypatch: pytest.Monkey
     assert calls == [SPARE_BYTES, (4 << 20) // 16]
     monkeypatch.undo()
     with pytest.raises(DiskFull), files.occupied(path, 1 << 60):
-        raise AssertionError("there is no such room")
+        raise AssertionError("the disk has no such space")
     with pytest.raises(PermissionError), files.occupied(path, SPARE_BYTES):
         raise PermissionError("of the caller")
     assert not [name for name in os.listdir(os.path.dirname(path)) if name.startswith("tmp")]

@@ -210,7 +210,7 @@ async def test_on_a_full_disk_a_damaged_row_is_moved_later_and_counted_until_the
             "its checksum is wrong" if damage.startswith("jobs") else "the payload is damaged: its checksum is wrong"
         )
         with monkeypatch.context() as patch:
-            patch.setattr(quarantine, "_move_job", no_room)
+            patch.setattr(quarantine, "_move_job", raise_disk_full)
             for _ in range(2):
                 assert (await store.find_jobs(JobQuery())).jobs == []
             assert await store.expired_jobs(maker.now * 2, 10) == []
@@ -230,7 +230,7 @@ async def test_repeatedly_found_damage_uses_no_more_memory_each_time(
         await store.write(maker.batch([maker.create() for _ in range(10)]))
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq <= 5")
         with monkeypatch.context() as patch:
-            patch.setattr(quarantine, "_move_job", no_room)
+            patch.setattr(quarantine, "_move_job", raise_disk_full)
             for _ in range(20):
                 assert len((await store.find_jobs(JobQuery())).jobs) == 5
         tables = store._database
@@ -243,7 +243,7 @@ async def test_repeatedly_found_damage_uses_no_more_memory_each_time(
         assert (tables.recently_quarantined, tables.unmoved) == ({}, {})
 
 
-def no_room(*_: object) -> None:
+def raise_disk_full(*_: object) -> None:
     error = sqlite3.OperationalError("database or disk is full")
     error.sqlite_errorcode = sqlite3.SQLITE_FULL
     raise error
@@ -276,7 +276,7 @@ async def test_damaged_rows_that_cannot_be_moved_do_not_hide_later_ones(
             granted = maker.grant(job_of(created))
             await store.write(maker.batch([created, granted, maker.finish(job_of(granted))]))
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
-        monkeypatch.setattr(quarantine, "_move_job", no_room)
+        monkeypatch.setattr(quarantine, "_move_job", raise_disk_full)
         assert await store.expired_jobs(maker.now * 2, 1) == ["c"]
         assert await store.expired_jobs(maker.now * 2, 10) == ["c", "d"]
         assert await store.expired_jobs(maker.now * 2, 1, 4) == []
@@ -413,7 +413,7 @@ async def test_damaged_tombstones_that_cannot_be_moved_do_not_hide_later_ones(
         await store.write(maker.batch([], tombstones=waiting))
         store._connection.raw.execute("UPDATE tombstones SET tries = 7 WHERE job_seq <= 25")
         with monkeypatch.context() as patch:
-            patch.setattr(quarantine, "_quarantine_row", no_room)
+            patch.setattr(quarantine, "_quarantine_row", raise_disk_full)
             for _ in range(2):
                 assert await store.due_tombstones(NOW + 99, 10) == DueTombstones(
                     [(each, False) for each in waiting[25:]], unmoved=25

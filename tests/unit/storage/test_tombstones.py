@@ -23,7 +23,7 @@ def waiting_tombstone(seq: int, key: str = "k", due_at: int = NOW) -> Tombstone:
     return Tombstone(seq, f"job-{seq}", key, NOW, due_at)
 
 
-async def due(store: Store, now: int = NOW, limit: int = 99) -> list[int]:
+async def due_seqs(store: Store, now: int = NOW, limit: int = 99) -> list[int]:
     return [tombstone.job_seq for tombstone, _ in (await store.due_tombstones(now, limit)).found]
 
 
@@ -40,10 +40,10 @@ async def test_a_tombstone_is_written_with_its_batch_and_due_later(path: str) ->
                 ],
             )
         )
-        assert await due(store, NOW - 1) == []
-        assert await due(store, NOW) == [3]
-        assert await due(store, NOW + 2) == [3, 2, 1]
-        assert await due(store, NOW + 2, limit=2) == [3, 2]
+        assert await due_seqs(store, NOW - 1) == []
+        assert await due_seqs(store, NOW) == [3]
+        assert await due_seqs(store, NOW + 2) == [3, 2, 1]
+        assert await due_seqs(store, NOW + 2, limit=2) == [3, 2]
     async with open_store(path) as (store, found):
         assert found.tombstones == 3
         assert (await store.due_tombstones(NOW, 1)).found == [(waiting_tombstone(3), False)]
@@ -55,14 +55,14 @@ async def test_a_failed_batch_leaves_no_tombstone(path: str) -> None:
         ghost = maker.create("ghost")
         with pytest.raises(BadRows):
             await store.write(maker.batch([], tombstones=[waiting_tombstone(1)], payloads=[job_of(ghost).seq]))
-        assert await due(store) == []
+        assert await due_seqs(store) == []
 
 
 async def test_tombstones_are_deleted_and_postponed(store: Store) -> None:
     await store.write(ChangeFactory().batch([], tombstones=[waiting_tombstone(seq) for seq in (1, 2, 3)]))
     late = replace(waiting_tombstone(3), due_at=NOW + 5, tries=1)
     await store.settle_tombstones([1, 99], [late])
-    assert await due(store) == [2]
+    assert await due_seqs(store) == [2]
     assert (await store.due_tombstones(NOW + 5, 9)).found == [(waiting_tombstone(2), False), (late, False)]
     await store.settle_tombstones([2, 3], [])
     assert await store.due_tombstones(NOW + 5, 9) == DueTombstones([])
@@ -70,8 +70,8 @@ async def test_tombstones_are_deleted_and_postponed(store: Store) -> None:
 
 async def test_a_tombstone_postponed_by_a_wrong_clock_is_due(store: Store) -> None:
     await store.write(ChangeFactory().batch([], tombstones=[waiting_tombstone(1, due_at=NOW + MAX_POSTPONE_MS + 1)]))
-    assert await due(store, NOW + 1) == []
-    assert await due(store, NOW) == [1]
+    assert await due_seqs(store, NOW + 1) == []
+    assert await due_seqs(store, NOW) == [1]
 
 
 @pytest.mark.parametrize("status", ["queued", "failed", "completed"])
@@ -104,17 +104,17 @@ async def test_a_late_result_keeps_its_artifact_until_its_job_is_deleted(store: 
     assert await store.due_tombstones(NOW, 9) == DueTombstones([(waiting_tombstone(90), False)])
 
 
-def came_late(maker: ChangeFactory, job: Job, token: int, key: str | None) -> Change:
+def late_result(maker: ChangeFactory, job: Job, token: int, key: str | None) -> Change:
     return maker.late(job, token, Result(file_path="/f", storage_key=key, metadata=Raw(b"[1]")))
 
 
-def left_by(*changes: Change, at: int = NOW) -> list[Tombstone]:
+def tombstones_of(*changes: Change, at: int = NOW) -> list[Tombstone]:
     """Return the tombstones that deleted late results leave, in the order of their numbers."""
     lates = [(change.event.job_id, late_of(change)) for change in reversed(changes)]
     return [Tombstone(-late.seq, job_id, late.result.storage_key or "", at, at) for job_id, late in lates]
 
 
-async def numbered(store: Store, now: int = NOW) -> list[Tombstone]:
+async def tombstones_by_seq(store: Store, now: int = NOW) -> list[Tombstone]:
     found = [tombstone for tombstone, _ in (await store.due_tombstones(now, 99)).found]
     return sorted(found, key=lambda each: each.job_seq)
 
@@ -128,9 +128,9 @@ async def test_artifacts_of_late_results_are_deleted_with_their_job(path: str) -
         made_b = maker.create("b", status="failed")
         job, other = job_of(made_a), job_of(made_b)
         keys = {1: "late/1", 2: None, 3: "own", 4: "late/4"}
-        late = [came_late(maker, job, token, key) for token, key in keys.items()]
-        await store.write(maker.batch([made_a, made_b, *late, came_late(maker, other, 5, "late/5")], sweeps=True))
-        assert (await numbered(store), reported) == ([], [])
+        late = [late_result(maker, job, token, key) for token, key in keys.items()]
+        await store.write(maker.batch([made_a, made_b, *late, late_result(maker, other, 5, "late/5")], sweeps=True))
+        assert (await tombstones_by_seq(store), reported) == ([], [])
         maker.now += 7
         own = Tombstone(job.seq, job.id, "own", maker.now, maker.now)
         await store.write(maker.batch([maker.delete(job)], tombstones=[own], sweeps=True))
@@ -138,19 +138,19 @@ async def test_artifacts_of_late_results_are_deleted_with_their_job(path: str) -
         assert [each.fencing_token for each in await late_results(store, other)] == [5]
     async with open_store(path) as (store, found):
         assert found.tombstones == 3
-        assert await numbered(store, maker.now) == [*left_by(late[0], late[3], at=maker.now), own]
+        assert await tombstones_by_seq(store, maker.now) == [*tombstones_of(late[0], late[3], at=maker.now), own]
         assert (await store.due_tombstones(maker.now, 9)).held == set()
 
 
 async def test_the_artifact_of_a_displaced_late_result_is_deleted(store: Store) -> None:
     maker = ChangeFactory()
     created = maker.create("a")
-    late = [came_late(maker, job_of(created), token, f"late/{token}") for token in (5, 3, 9, 1, 8)]
+    late = [late_result(maker, job_of(created), token, f"late/{token}") for token in (5, 3, 9, 1, 8)]
     await store.write(maker.batch([created, *late], sweeps=True))
-    assert await numbered(store) == []
-    late += [came_late(maker, job_of(created), token, f"late/{token}") for token in (7, 2)]
+    assert await tombstones_by_seq(store) == []
+    late += [late_result(maker, job_of(created), token, f"late/{token}") for token in (7, 2)]
     await store.write(maker.batch(late[5:], sweeps=True))
-    assert await numbered(store) == left_by(late[3], late[6])
+    assert await tombstones_by_seq(store) == tombstones_of(late[3], late[6])
     assert [each.fencing_token for each in await late_results(store, job_of(created))] == [3, 5, 7, 8, 9]
 
 
@@ -158,35 +158,35 @@ async def test_a_late_result_in_the_batch_that_deletes_its_job_leaves_a_tombston
     maker = ChangeFactory()
     created = maker.create("a", status="failed")
     await store.write(maker.batch([created]))
-    late = came_late(maker, job_of(created), 3, "late/3")
+    late = late_result(maker, job_of(created), 3, "late/3")
     await store.write(maker.batch([late, maker.delete(job_of(created))], sweeps=True))
-    assert await numbered(store) == left_by(late)
+    assert await tombstones_by_seq(store) == tombstones_of(late)
 
 
 async def test_a_key_referenced_by_another_late_result_is_kept(store: Store) -> None:
     maker = ChangeFactory()
     created = [maker.create(name, status="failed") for name in "ab"]
-    late = [came_late(maker, job_of(change), token, "shared") for token, change in enumerate(created)]
+    late = [late_result(maker, job_of(change), token, "shared") for token, change in enumerate(created)]
     await store.write(maker.batch([*created, *late]))
     await store.write(maker.batch([maker.delete(job_of(created[0]))], sweeps=True))
-    (gone,) = left_by(late[0])
+    (gone,) = tombstones_of(late[0])
     assert await store.due_tombstones(NOW, 9) == DueTombstones([(gone, False)], held={gone.job_seq})
     await store.settle_tombstones([], [replace(gone, due_at=NOW + 1)])
     await store.write(maker.batch([maker.delete(job_of(created[1]))], sweeps=True))
     assert await store.due_tombstones(NOW + 1, 9) == DueTombstones(
-        [(left_by(late[1])[0], False), (replace(gone, due_at=NOW + 1), False)]
+        [(tombstones_of(late[1])[0], False), (replace(gone, due_at=NOW + 1), False)]
     )
     await store.settle_tombstones([gone.job_seq], [])
-    assert await numbered(store) == left_by(late[1])
+    assert await tombstones_by_seq(store) == tombstones_of(late[1])
 
 
 async def test_without_sweeping_late_results_leave_no_tombstones(store: Store) -> None:
     maker = ChangeFactory()
     created = maker.create("a", status="failed")
-    late = [came_late(maker, job_of(created), token, f"late/{token}") for token in range(MAX_LATE_RESULTS + 1)]
+    late = [late_result(maker, job_of(created), token, f"late/{token}") for token in range(MAX_LATE_RESULTS + 1)]
     await store.write(maker.batch([created, *late]))
     await store.write(maker.batch([maker.delete(job_of(created))]))
-    assert await numbered(store) == []
+    assert await tombstones_by_seq(store) == []
     assert store._connection.raw.execute("SELECT count(*) FROM late_results").fetchone() == (0,)
 
 
@@ -196,20 +196,20 @@ async def test_a_failed_deletion_keeps_late_results_and_leaves_no_tombstone(path
     async with open_store(path) as (store, _):
         store.on_tombstones = reported.append
         created, ghost = maker.create("a", status="failed"), maker.create("ghost")
-        await store.write(maker.batch([created, late := came_late(maker, job_of(created), 1, "late/1")], sweeps=True))
+        await store.write(maker.batch([created, late := late_result(maker, job_of(created), 1, "late/1")], sweeps=True))
         deleted = maker.delete(job_of(created))
         with pytest.raises(BadRows):
             await store.write(maker.batch([deleted], sweeps=True, payloads=[job_of(ghost).seq]))
-        assert (await numbered(store), reported) == ([], [])
+        assert (await tombstones_by_seq(store), reported) == ([], [])
         assert await late_results(store, job_of(created)) == [late_of(late)]
         await store.write(maker.batch([deleted], sweeps=True))
-        assert (await numbered(store), reported) == (left_by(late), [1])
+        assert (await tombstones_by_seq(store), reported) == (tombstones_of(late), [1])
 
 
 async def test_the_key_of_a_damaged_late_result_is_not_deleted(path: str) -> None:
     maker = ChangeFactory()
     created = maker.create("a", status="failed")
-    late = [came_late(maker, job_of(created), token, f"late/{token}") for token in (1, 2, 3)]
+    late = [late_result(maker, job_of(created), token, f"late/{token}") for token in (1, 2, 3)]
     async with open_store(path) as (store, _):
         await store.write(maker.batch([created, *late]))
     flip(path, "late_results", "storage_key", "seq", late_of(late[0]).seq)
@@ -219,7 +219,7 @@ async def test_the_key_of_a_damaged_late_result_is_not_deleted(path: str) -> Non
         )
     async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.delete(job_of(created))], sweeps=True))
-        assert await numbered(store) == left_by(late[2])
+        assert await tombstones_by_seq(store) == tombstones_of(late[2])
         faults = [fault for fault in store.take_faults() if fault.startswith("late_results")]
         assert [fault.partition(":")[0] for fault in faults] == [f"late_results {late_of(one).seq}" for one in late[:2]]
         assert all("its artifact is not deleted" in fault for fault in faults)

@@ -16,7 +16,7 @@ def queue_of(*waiting: tuple[int, str, int]) -> DeliveryQueue:
     return made
 
 
-def taken(made: DeliveryQueue, now: int = 0) -> list[int]:
+def take_all(made: DeliveryQueue, now: int = 0) -> list[int]:
     found = []
     while (waiting := made.take(now)) is not None:
         found.append(waiting.id)
@@ -25,17 +25,17 @@ def taken(made: DeliveryQueue, now: int = 0) -> list[int]:
 
 def test_only_the_first_delivery_of_each_subject_starts() -> None:
     made = queue_of((1, "a", 0), (2, "a", 0), (3, "b", 0), (4, "a", 0))
-    assert taken(made) == [1, 3]
+    assert take_all(made) == [1, 3]
     assert len(made) == 4
     assert list(made.ids()) == [2, 4]
     made.remove(1)
-    assert taken(made) == [2]
+    assert take_all(made) == [2]
     made.postpone(2, 50)
-    assert taken(made, 49) == []
-    assert taken(made, 50) == [2]
+    assert take_all(made, 49) == []
+    assert take_all(made, 50) == [2]
     made.remove(2)
     made.remove(3)
-    assert taken(made, 50) == [4]
+    assert take_all(made, 50) == [4]
     assert 4 in made
     made.remove(4)
     assert len(made) == 0
@@ -47,13 +47,13 @@ def test_only_the_first_delivery_of_each_subject_starts() -> None:
 def test_next_due_is_the_time_of_the_next_delivery() -> None:
     made = queue_of((1, "a", 30), (2, "b", 20))
     assert made.next_due() == 20
-    assert taken(made, 10) == []
+    assert take_all(made, 10) == []
     assert made.next_due() == 20
-    assert taken(made, 25) == [2]
+    assert take_all(made, 25) == [2]
     assert made.next_due() == 30
     made.add(QueuedDelivery(3, "c", 0))
     assert made.next_due() == 0
-    assert taken(made, 25) == [3]
+    assert take_all(made, 25) == [3]
     made.postpone(2, 40)
     made.remove(1)
     assert made.next_due() == 40
@@ -62,13 +62,13 @@ def test_next_due_is_the_time_of_the_next_delivery() -> None:
 def test_a_retried_delivery_stays_the_first_of_its_subject() -> None:
     made = queue_of((5, "a", 0), (6, "a", 0))
     made.add(QueuedDelivery(2, "a", 0))
-    assert taken(made) == [2]
+    assert take_all(made) == [2]
     made.add(QueuedDelivery(1, "a", 0))
-    assert taken(made) == []
+    assert take_all(made) == []
     made.remove(2)
-    assert taken(made) == [1]
+    assert take_all(made) == [1]
     made.requeue(1)
-    assert taken(made) == [1]
+    assert take_all(made) == [1]
 
 
 def test_a_probe_takes_the_delivery_with_the_fewest_failures() -> None:
@@ -81,7 +81,7 @@ def test_a_probe_takes_the_delivery_with_the_fewest_failures() -> None:
     assert first is not None
     assert first.id == 2
     made.remove(2)
-    assert taken(made, 9) == [1, 3]
+    assert take_all(made, 9) == [1, 3]
 
 
 def test_a_stale_entry_starts_no_delivery_early() -> None:
@@ -90,9 +90,9 @@ def test_a_stale_entry_starts_no_delivery_early() -> None:
     made.remove(1)  # 2 has two entries in the heap now
     assert made.take(0) == QueuedDelivery(2, "a", 0)
     made.postpone(2, 99)
-    assert taken(made, 98) == []
+    assert take_all(made, 98) == []
     made.expedite()
-    assert taken(made, 98) == [2]
+    assert take_all(made, 98) == [2]
     made.postpone(2, 200)
     assert made.next_due() == 200
 
@@ -107,73 +107,73 @@ def test_each_failure_is_counted() -> None:
 def test_expedite_makes_all_deliveries_due() -> None:
     made = queue_of((1, "a", 90), (2, "b", 80), (3, "b", 70))
     made.expedite(2)
-    assert taken(made, 5) == [2]
+    assert take_all(made, 5) == [2]
     made.expedite()
-    assert taken(made, 5) == [1]
+    assert take_all(made, 5) == [1]
     made.remove(2)
-    assert taken(made, 5) == [3]
+    assert take_all(made, 5) == [3]
 
 
 def test_a_delivery_expedited_while_running_is_due_at_once_after_a_failure() -> None:
     made = queue_of((1, "a", 0), (2, "b", 0), (3, "c", 0))
-    assert taken(made) == [1, 2, 3]
+    assert take_all(made) == [1, 2, 3]
     made.expedite(1)
     made.expedite(3)
     made.postpone(1, 10)
     made.postpone(2, 10)
     made.requeue(3)
-    assert taken(made) == [1, 3]
+    assert take_all(made) == [1, 3]
     made.postpone(1, 10)  # once
     made.postpone(3, 10)
-    assert (taken(made), made.next_due()) == ([], 10)
-    assert taken(made, 10) == [1, 2, 3]
+    assert (take_all(made), made.next_due()) == ([], 10)
+    assert take_all(made, 10) == [1, 2, 3]
     made.expedite(2)
     made.remove(2)
     made.add(QueuedDelivery(2, "b", 0))
-    assert taken(made, 10) == [2]
+    assert take_all(made, 10) == [2]
     made.postpone(2, 20)
-    assert taken(made, 10) == []
+    assert take_all(made, 10) == []
 
 
 def test_a_delivery_expedited_before_it_starts_waits_after_a_failure() -> None:
     made = queue_of((1, "a", 50))
     made.expedite(1)
-    assert taken(made) == [1]
+    assert take_all(made) == [1]
     made.postpone(1, 60)
-    assert (taken(made), made.next_due()) == ([], 60)
+    assert (take_all(made), made.next_due()) == ([], 60)
 
 
 def test_a_delivery_expedited_behind_another_starts_right_after_it() -> None:
     made = queue_of((1, "a", 0), (2, "a", 50))
-    assert taken(made) == [1]
+    assert take_all(made) == [1]
     made.expedite(2)
     made.remove(1)
     assert made.next_due() == 0
     made.expedite(2)
-    assert taken(made) == [2]
+    assert take_all(made) == [2]
     made.expedite(2)
     made.postpone(2, 90)
     assert made.next_due() == 0, "it was expedited while it was running"
-    assert taken(made) == [2]
+    assert take_all(made) == [2]
 
 
 def test_expediting_all_does_not_expedite_running_deliveries() -> None:
     made = queue_of((1, "a", 0))
-    assert taken(made) == [1]
+    assert take_all(made) == [1]
     made.expedite()
     made.postpone(1, 10)
-    assert (taken(made), made.next_due()) == ([], 10)
+    assert (take_all(made), made.next_due()) == ([], 10)
 
 
 def test_a_delivery_with_two_ready_entries_does_not_start_early() -> None:
     made = queue_of((1, "a", 10), (2, "b", 10))
-    assert taken(made, 10) == [1, 2]
+    assert take_all(made, 10) == [1, 2]
     made.requeue(1)
     made.requeue(2)
     made.expedite()
-    assert taken(made, 10) == [1, 2]
+    assert take_all(made, 10) == [1, 2]
     made.postpone(1, 99)
-    assert taken(made, 50) == []
+    assert take_all(made, 50) == []
     assert made.next_due() == 99
     assert made.take_probe(50) is None
 
@@ -258,7 +258,7 @@ class NaiveDeliveryQueue:
 
 def test_has_subject_covers_waiting_and_running_deliveries() -> None:
     made = queue_of((1, "a", 0), (2, "b", 0))
-    assert taken(made) == [1, 2]
+    assert take_all(made) == [1, 2]
     assert (made.has_subject("a"), made.has_subject("b"), made.has_subject("c")) == (True, True, False)
     made.remove(1)
     assert (made.has_subject("a"), made.has_subject("b")) == (False, True)
@@ -266,8 +266,8 @@ def test_has_subject_covers_waiting_and_running_deliveries() -> None:
 
 def test_removing_a_waiting_delivery_starts_nothing_while_another_of_its_subject_runs() -> None:
     made = queue_of((1, "a", 0), (2, "a", 0), (3, "a", 0))
-    assert taken(made) == [1]
+    assert take_all(made) == [1]
     made.remove(2)
-    assert taken(made) == []
+    assert take_all(made) == []
     made.remove(1)
-    assert taken(made) == [3]
+    assert take_all(made) == [3]

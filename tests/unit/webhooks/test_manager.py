@@ -71,7 +71,7 @@ class CountingStore:
         return call
 
 
-def a_life(maker: ChangeFactory, job_id: str) -> list[Change]:
+def lifecycle(maker: ChangeFactory, job_id: str) -> list[Change]:
     """Commit four events of one job."""
     created = maker.create(job_id)
     granted = maker.grant(job_of(created))
@@ -84,7 +84,7 @@ def a_life(maker: ChangeFactory, job_id: str) -> list[Change]:
 
 async def test_events_are_delivered_in_order_and_once(path: Path) -> None:
     async with running_webhooks(path) as at:
-        await at.commit(*a_life(at.maker, "a"))
+        await at.commit(*lifecycle(at.maker, "a"))
         await at.commit(at.maker.queue_event("video", True))
         await wait_until(lambda: len(at.posts.delivered) == 4)
         assert [each for each in at.posts.subjects() if each[0] == "jobs/a"] == [
@@ -108,7 +108,7 @@ async def test_every_endpoint_gets_the_events_it_subscribed_to(path: Path) -> No
     mail = endpoint("mail", queues=frozenset({"mail"}))
     signs = endpoint("signs", events=frozenset({"job.progress"}))
     async with running_webhooks(path, ends, mail, signs) as at:
-        lives = [a_life(at.maker, f"job-{number}") for number in range(12)]
+        lives = [lifecycle(at.maker, f"job-{number}") for number in range(12)]
         await at.commit(*(change for life in lives for change in life))
         of_mail = sum(job_of(life[0]).options.queue == "mail" for life in lives)
         assert 0 < of_mail < 12
@@ -148,7 +148,7 @@ async def test_a_cursor_that_only_skipped_events_is_saved(path: Path, monkeypatc
 async def test_an_idle_webhook_does_no_work(path: Path) -> None:
     async with running_webhooks(path, wrap=CountingStore) as at:
         storage: Any = at.context.storage
-        await at.commit(*a_life(at.maker, "a"))
+        await at.commit(*lifecycle(at.maker, "a"))
         await wait_until(lambda: at.webhooks.views()[0].delivered == 3)
         await asyncio.sleep(0.2)
         calls = dict(storage.calls)
@@ -223,7 +223,7 @@ async def test_a_failing_message_blocks_only_its_own_job(path: Path) -> None:
         return DELIVERED
 
     async with running_webhooks(path, posts=FakeTransport(answer)) as at:
-        lives = [a_life(at.maker, name) for name in "abc"]
+        lives = [lifecycle(at.maker, name) for name in "abc"]
         await at.commit(*(change for step in zip(*lives, strict=True) for change in step))
         await wait_until(lambda: at.webhooks.views()[0].delivered == 9)
         types = ["job.created", "job.granted", "job.completed"]
@@ -301,7 +301,7 @@ async def test_an_old_message_is_dead_lettered_after_enough_attempts_and_the_nex
     async with running_webhooks(
         path, endpoint(give_up_after_ms=HOUR_MS), posts=FakeTransport(answer), clock=clock
     ) as at:
-        await at.commit(*a_life(at.maker, "a"))
+        await at.commit(*lifecycle(at.maker, "a"))
         await wait_until(lambda: len(at.posts.tried) > FAST_RETRY.min_tries)
         assert at.posts.delivered == []
         clock.step_ms += HOUR_MS
@@ -373,7 +373,7 @@ async def test_a_bug_in_the_transport_is_a_failed_attempt_and_does_not_show_the_
 
 async def test_waiting_messages_are_sent_unchanged_after_a_restart(path: Path) -> None:
     async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED)) as at:
-        await at.commit(*a_life(at.maker, "a"))
+        await at.commit(*lifecycle(at.maker, "a"))
         await wait_until(lambda: bool(at.posts.tried))
     first = at.posts.tried[0]
     async with running_webhooks(path, maker=at.maker) as then:
@@ -388,14 +388,14 @@ async def test_events_from_before_a_restart_are_delivered_after_it(path: Path) -
         pass
     store, _ = await Store.open(str(path))
     async with store:
-        await store.write(at.maker.batch(a_life(at.maker, "a")))
+        await store.write(at.maker.batch(lifecycle(at.maker, "a")))
     async with running_webhooks(path, maker=at.maker) as then:
         await wait_until(lambda: then.posts.types() == ["job.created", "job.granted", "job.completed"])
 
 
 async def test_a_new_endpoint_gets_no_earlier_events(path: Path) -> None:
     async with running_webhooks(path) as at:
-        await at.commit(*a_life(at.maker, "a"))
+        await at.commit(*lifecycle(at.maker, "a"))
         await wait_until(lambda: len(at.posts.delivered) == 3)
     async with running_webhooks(path, endpoint("new"), maker=at.maker) as then:
         await then.commit(then.maker.create("b"))
@@ -406,7 +406,7 @@ async def test_a_delivery_whose_result_was_not_stored_is_repeated(path: Path) ->
     async with running_webhooks(path, wrap=CountingStore) as at:
         storage: Any = at.context.storage
         storage.faults["settle_deliveries"] = RuntimeError("crash")
-        await at.commit(*a_life(at.maker, "a"))
+        await at.commit(*lifecycle(at.maker, "a"))
         await wait_until(lambda: at.posts.types() == ["job.created"])
         await asyncio.sleep(0.1)
         assert at.posts.types() == ["job.created"]  # the next one waits until this result is stored
@@ -425,7 +425,7 @@ async def test_on_a_full_disk_nothing_is_sent_without_the_outbox_and_nothing_is_
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(30)))
         await wait_until(lambda: len(at.posts.delivered) >= dispatcher.PARALLEL)
         storage.faults["plan_deliveries"] = DiskFull("no room")
-        await at.commit(*a_life(at.maker, "late"))
+        await at.commit(*lifecycle(at.maker, "late"))
         await asyncio.sleep(0.2)
         sent = len(at.posts.delivered)
         assert sent <= 2 * dispatcher.PARALLEL
@@ -439,7 +439,7 @@ async def test_webhooks_do_not_use_the_reserve_of_a_full_disk(path: Path, monkey
     async with running_webhooks(path, wrap=CountingStore) as at:
         storage: Any = at.context.storage
         at.may_write = False
-        await at.commit(*a_life(at.maker, "a"))
+        await at.commit(*lifecycle(at.maker, "a"))
         await asyncio.sleep(0.2)
         assert storage.calls["plan_deliveries"] == storage.calls["settle_deliveries"] == 0
         assert at.webhooks.views()[0].lag == 4
@@ -489,7 +489,7 @@ async def test_a_dispatcher_waits_for_a_disk_that_is_full_at_the_start(
 
 async def test_a_damaged_message_is_skipped(path: Path) -> None:
     async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED)) as at:
-        await at.commit(*a_life(at.maker, "a"))
+        await at.commit(*lifecycle(at.maker, "a"))
         await wait_until(lambda: at.webhooks.views()[0].waiting == 3)
     async with running_webhooks(path, maker=at.maker, posts=FakeTransport(lambda _: REJECTED)) as then:
         then.posts.gate.clear()
@@ -635,7 +635,7 @@ async def test_dropped_dead_letters_cause_a_gap_message(path: Path, monkeypatch:
     posts = FakeTransport(lambda _: REJECTED)
     async with running_webhooks(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
         for number in range(12):
-            await at.commit(*a_life(at.maker, f"job-{number}"))
+            await at.commit(*lifecycle(at.maker, f"job-{number}"))
         await wait_until(lambda: at.webhooks.views()[0].given_up >= 12)
         count, _ = await at.webhooks.dead_letter_counts("e")
         assert count == 5
@@ -662,7 +662,7 @@ async def test_a_waiting_gap_message_is_not_repeated(path: Path, monkeypatch: py
     async with running_webhooks(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
         at.context.retry_policy = replace(FAST_RETRY, max_retry_ms=60_000)
         for number in range(9):
-            await at.commit(*a_life(at.maker, f"job-{number}"))
+            await at.commit(*lifecycle(at.maker, f"job-{number}"))
         await wait_until(lambda: at.webhooks.views()[0].given_up == 9)
         page = await at.webhooks.page("e", None, None, 99)
         assert [each.type for each in page.deliveries if each.state == "waiting"] == ["events.gone"]
@@ -729,7 +729,7 @@ async def test_on_a_full_disk_an_alert_is_delivered_directly_and_later_through_t
         await wait_until(lambda: len(at.posts.delivered) == 2)
         at.resolve("database")
         await wait_until(lambda: at.posts.types() == ["alert.firing", "alert.firing", "alert.resolved"])
-        await at.commit(*a_life(at.maker, "a"))
+        await at.commit(*lifecycle(at.maker, "a"))
         await asyncio.sleep(0.2)
         assert len(at.posts.tried) == 3, "each once, because it was accepted"
         assert storage.calls["plan_deliveries"] == storage.calls["settle_deliveries"] == 0
@@ -927,7 +927,7 @@ async def test_dead_letters_are_sent_again_in_order(path: Path, monkeypatch: pyt
     posts = FakeTransport(lambda _: REJECTED if down else DELIVERED)
     async with running_webhooks(path, endpoint(give_up_after_ms=200), posts=posts) as at:
         for number in range(15):
-            await at.commit(*a_life(at.maker, f"job-{number}"))
+            await at.commit(*lifecycle(at.maker, f"job-{number}"))
         await wait_until(lambda: at.webhooks.views()[0].given_up == 45)
         page = await at.webhooks.page("e", "given_up", None, 99)
         newest = page.deliveries[0].id
@@ -976,7 +976,7 @@ async def test_a_new_configuration_is_applied_while_running(path: Path) -> None:
         await wait_until(lambda: at.posts.open == 3)
         await wait_until(lambda: all(view.state == "closed" for view in at.webhooks.views()))
         await asyncio.sleep(0.1)
-        await at.commit(*a_life(at.maker, "a"))
+        await at.commit(*lifecycle(at.maker, "a"))
         await wait_until(lambda: len(at.posts.delivered) == 7)
         assert Counter(each.endpoint for each in at.posts.delivered) == {"stays": 3, "changes": 1, "comes": 3}
         at.webhooks.set_endpoints([])

@@ -21,7 +21,7 @@ from jobd.webhooks.retry import (
 )
 from tests.support.factories import NOW
 
-MANNERS = RetryPolicy()
+POLICY = RetryPolicy()
 ENDPOINT = WebhookEndpoint("e", "https://x", (b"k" * 24,))
 DELIVERY = Delivery(1, "e", "waiting", "jobs/a", "job.completed", "evt", 1, 0, 0, 0, None, None, None, b"{}")
 NO = DeliveryOutcome(500, "500")
@@ -44,7 +44,7 @@ NO = DeliveryOutcome(500, "500")
 def test_delays_double_are_jittered_and_have_a_maximum(
     tries: int, chance: float, asked_ms: int | None, wait_ms: int
 ) -> None:
-    assert retry_wait_ms(tries, chance, MANNERS, asked_ms) == wait_ms
+    assert retry_wait_ms(tries, chance, POLICY, asked_ms) == wait_ms
 
 
 @pytest.mark.parametrize(
@@ -57,11 +57,11 @@ def test_delays_double_are_jittered_and_have_a_maximum(
 )
 def test_a_dead_letter_needs_both_age_and_attempts(tries: int, age_ms: int, given_up: bool) -> None:
     for at in (0, NOW):
-        assert is_exhausted(replace(DELIVERY, tries=tries, at=at), ENDPOINT, at + age_ms, MANNERS) is given_up
+        assert is_exhausted(replace(DELIVERY, tries=tries, at=at), ENDPOINT, at + age_ms, POLICY) is given_up
 
 
 def opened(at: int = 1_000, breaker: CircuitBreaker | None = None) -> CircuitBreaker:
-    breaker = breaker or CircuitBreaker(MANNERS)
+    breaker = breaker or CircuitBreaker(POLICY)
     for number in range(OPENS_AFTER):
         assert breaker.state(at) == "closed"
         assert breaker.failed(NO, at, 1.0) is (number == OPENS_AFTER - 1)
@@ -69,7 +69,7 @@ def opened(at: int = 1_000, breaker: CircuitBreaker | None = None) -> CircuitBre
 
 
 def test_consecutive_failures_open_the_breaker() -> None:
-    breaker = CircuitBreaker(MANNERS)
+    breaker = CircuitBreaker(POLICY)
     for _ in range(OPENS_AFTER - 1):
         assert not breaker.failed(NO, 5, 1.0)
     assert breaker.since == 5
@@ -126,7 +126,7 @@ def test_retry_after_lengthens_the_pause_within_bounds() -> None:
 
 
 def test_410_gone_opens_the_breaker_after_one_failure() -> None:
-    breaker = CircuitBreaker(MANNERS)
+    breaker = CircuitBreaker(POLICY)
     assert breaker.failed(DeliveryOutcome(410, "410", gone=True), 0, 1.0)
     assert breaker.until == MAX_PAUSE_MS
     assert breaker.failed(NO, MAX_PAUSE_MS, 1.0), "a failed probe, whatever its error"

@@ -43,7 +43,7 @@ def put(place: Path, key: str, text: str = "result") -> Path:
     return path
 
 
-def yes(_: int) -> Verdict:
+def delete_any(_: int) -> Verdict:
     return "delete"
 
 
@@ -57,18 +57,18 @@ def renamed_files(place: Path) -> list[Path]:
 @pytest.mark.parametrize("key", ["a", "2026/11/job-1.mp4", "ü ß\n*", "a\\b", ".hidden", "x" * 255])
 async def test_delete_removes_only_the_object_of_the_key(place: Path, store: FileArtifactStore, key: str) -> None:
     path, other = put(place, key), put(place, "other/one")
-    assert await store.delete(key, yes) == Deletion("deleted")
+    assert await store.delete(key, delete_any) == Deletion("deleted")
     assert not path.exists()
     assert other.read_text() == "result"
     assert path.parent.is_dir()
-    assert await store.delete(key, yes) == Deletion("missing")
+    assert await store.delete(key, delete_any) == Deletion("missing")
     assert not renamed_files(place)
 
 
 @pytest.mark.parametrize("key", ["none", "no/such/way", "file/below", "x" * 300, "y" * 300 + "/z"])
 async def test_a_missing_object_is_reported_as_missing(place: Path, store: FileArtifactStore, key: str) -> None:
     put(place, "file")
-    assert await store.delete(key, yes) == Deletion("missing")
+    assert await store.delete(key, delete_any) == Deletion("missing")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ async def test_an_invalid_key_deletes_nothing(place: Path, store: FileArtifactSt
     outside = put(place.parent, "outside")
     put(place, "folder/inside")
     put(place, "a/b")
-    assert (await store.delete(key, yes)).what == "left"
+    assert (await store.delete(key, delete_any)).what == "left"
     assert await store.open(key) is None
     assert (place / "a/b").exists()
     assert (place / "folder/inside").exists()
@@ -87,7 +87,7 @@ async def test_an_invalid_key_deletes_nothing(place: Path, store: FileArtifactSt
 
 async def test_a_directory_is_not_deleted(place: Path, store: FileArtifactStore) -> None:
     put(place, "folder/inside")
-    assert await store.delete("folder", yes) == Deletion("left", "it is a directory")
+    assert await store.delete("folder", delete_any) == Deletion("left", "it is a directory")
     assert (place / "folder/inside").exists()
 
 
@@ -119,11 +119,11 @@ async def test_files_next_to_the_daemons_own_files_are_not_deleted(tmp_path: Pat
     own, other = put(place, "state/jobd.db"), put(place, "k")
     (tmp_path / "by-name").symlink_to(place / "state")
     store = FileArtifactStore(str(place), "test", [str(tmp_path / "none"), str(tmp_path / "by-name")])
-    outcome = await store.delete("state/jobd.db", yes)
+    outcome = await store.delete("state/jobd.db", delete_any)
     assert outcome == Deletion("left", "the directory has files of the daemon")
     assert own.exists()
     assert await store.open("state/jobd.db") is None
-    assert await store.delete("k", yes) == Deletion("deleted")
+    assert await store.delete("k", delete_any) == Deletion("deleted")
     assert not other.exists()
 
 
@@ -185,7 +185,7 @@ async def test_a_symbolic_link_in_the_path_is_not_followed(
     (place / "deep/way").symlink_to("../../outside")
     for key in ("way/secret", "deep/way/secret"):
         with pytest.raises(ArtifactStoreError, match="way is a symbolic link, which jobd does not follow"):
-            await store.delete(key, yes)
+            await store.delete(key, delete_any)
     assert outside.read_text() == "result"
 
 
@@ -194,7 +194,7 @@ async def test_deleting_a_symbolic_link_deletes_only_the_link(
 ) -> None:
     outside = put(tmp_path, "outside/secret")
     (place / "link").symlink_to(outside)
-    assert await store.delete("link", yes) == Deletion("deleted")
+    assert await store.delete("link", delete_any) == Deletion("deleted")
     assert not (place / "link").is_symlink()
     assert outside.read_text() == "result"
 
@@ -202,21 +202,21 @@ async def test_deleting_a_symbolic_link_deletes_only_the_link(
 async def test_the_directory_itself_can_be_a_link(tmp_path: Path, place: Path) -> None:
     path = put(place, "k")
     (tmp_path / "by-name").symlink_to(place)
-    assert await FileArtifactStore(str(tmp_path / "by-name"), "test").delete("k", yes) == Deletion("deleted")
+    assert await FileArtifactStore(str(tmp_path / "by-name"), "test").delete("k", delete_any) == Deletion("deleted")
     assert not path.exists()
 
 
 # -- concurrent changes ------------------------------------------------------------------------------------------------
 
 
-def replaced(path: Path, text: str) -> None:
+def replace_object(path: Path, text: str) -> None:
     """Store an object as a worker does: write another file, then rename it."""
     beside = path.with_name("beside")
     beside.write_text(text)
     os.replace(beside, path)
 
 
-def at(monkeypatch: pytest.MonkeyPatch, call: str, happens: Callable[[], object], *, times: int = 1) -> None:
+def before_call(monkeypatch: pytest.MonkeyPatch, call: str, happens: Callable[[], object], *, times: int = 1) -> None:
     """Call a function right before the first calls of a function of `os`."""
     real = getattr(os, call)
     left = [times]
@@ -230,7 +230,7 @@ def at(monkeypatch: pytest.MonkeyPatch, call: str, happens: Callable[[], object]
     monkeypatch.setattr(os, call, now)
 
 
-@pytest.mark.parametrize("how", [replaced, lambda path, text: path.write_text(text)])
+@pytest.mark.parametrize("how", [replace_object, lambda path, text: path.write_text(text)])
 async def test_a_file_that_replaces_the_judged_one_is_put_back(
     place: Path, store: FileArtifactStore, monkeypatch: pytest.MonkeyPatch, how: Callable[[Path, str], None]
 ) -> None:
@@ -241,7 +241,7 @@ async def test_a_file_that_replaces_the_judged_one_is_put_back(
         calls.append(modified_at)
         return "delete" if len(calls) == 1 else "leave"
 
-    at(monkeypatch, "rename", lambda: how(path, "the result of another job"))
+    before_call(monkeypatch, "rename", lambda: how(path, "the result of another job"))
     assert (await store.delete("k", first_only)).what == "left"
     assert len(calls) == 2
     assert path.read_text() == "the result of another job"
@@ -252,8 +252,8 @@ async def test_a_file_created_during_the_rollback_is_kept(
     place: Path, store: FileArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = put(place, "k")
-    at(monkeypatch, "rename", lambda: replaced(path, "second"))
-    at(monkeypatch, "link", lambda: replaced(path, "third"))
+    before_call(monkeypatch, "rename", lambda: replace_object(path, "second"))
+    before_call(monkeypatch, "link", lambda: replace_object(path, "third"))
     verdicts = iter(["delete", "leave"])
     assert (await store.delete("k", lambda modified_at: next(verdicts))).what == "left"  # type: ignore[arg-type]
     assert path.read_text() == "third"
@@ -279,7 +279,7 @@ asyncio.run(FileArtifactStore(place, "test").delete("folder/k", lambda modified_
 """
 
 
-def killed(call: str, place: Path, new: str = "") -> None:
+def kill_deletion(call: str, place: Path, new: str = "") -> None:
     run = subprocess.run([sys.executable, "-c", KILLED, call, str(place), new], check=False)
     assert run.returncode == -signal.SIGKILL
 
@@ -288,8 +288,8 @@ def killed(call: str, place: Path, new: str = "") -> None:
 async def test_a_kill_during_a_deletion_leaks_nothing(place: Path, store: FileArtifactStore, call: str) -> None:
     path = put(place, "folder/k")
     os.utime(path, (OLD_S, OLD_S))
-    killed(call, place)
-    await store.delete("folder/k", yes)
+    kill_deletion(call, place)
+    await store.delete("folder/k", delete_any)
     assert not path.exists()
     assert not renamed_files(place)
 
@@ -298,7 +298,7 @@ async def test_a_kill_during_a_deletion_loses_no_other_object(
     tmp_path: Path, place: Path, store: FileArtifactStore
 ) -> None:
     path, new = put(place, "folder/k"), put(tmp_path, "new", "the result of another job")
-    killed("rename", place, str(new))
+    kill_deletion("rename", place, str(new))
     assert not path.exists()
     assert (await store.delete("folder/k", lambda modified_at: "leave")).what == "left"
     assert path.read_text() == "the result of another job"
@@ -309,7 +309,7 @@ async def test_after_a_kill_a_new_object_is_kept_and_the_renamed_one_is_deleted(
     place: Path, store: FileArtifactStore
 ) -> None:
     path = put(place, "folder/k")
-    killed("rename", place)
+    kill_deletion("rename", place)
     path.write_text("stored again")
     assert (await store.delete("folder/k", lambda modified_at: "leave")).what == "left"
     assert path.read_text() == "stored again"
@@ -328,7 +328,7 @@ async def test_a_deletion_is_durable(place: Path, store: FileArtifactStore, monk
             return _real(*args, **named)
 
         monkeypatch.setattr(os, call, note)
-    await store.delete("folder/k", yes)
+    await store.delete("folder/k", delete_any)
     assert done == ["unlink", "fsync"]
 
 
@@ -338,10 +338,10 @@ async def test_a_deletion_is_durable(place: Path, store: FileArtifactStore, monk
 async def test_a_missing_directory_is_an_error_and_not_a_deletion(place: Path, store: FileArtifactStore) -> None:
     place.rmdir()
     with pytest.raises(ArtifactStoreError, match="is not a directory"):
-        await store.delete("k", yes)
+        await store.delete("k", delete_any)
     place.write_text("a file")
     with pytest.raises(ArtifactStoreError, match="Not a directory"):
-        await store.delete("k", yes)
+        await store.delete("k", delete_any)
 
 
 async def test_an_error_of_the_system_names_the_path(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +352,7 @@ async def test_an_error_of_the_system_names_the_path(place: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(ArtifactStoreError, match=f"^{place}/k: Permission denied$"):
-        await FileArtifactStore(str(place), "test").delete("k", yes)
+        await FileArtifactStore(str(place), "test").delete("k", delete_any)
 
 
 async def test_no_file_descriptor_leaks(tmp_path: Path, place: Path, store: FileArtifactStore) -> None:
@@ -360,9 +360,9 @@ async def test_no_file_descriptor_leaks(tmp_path: Path, place: Path, store: File
     put(place, "a/b/c")
     before = _open_below(tmp_path)
     for key in ("a/b/c", "a/b/none", "a/x/y", "a"):
-        await store.delete(key, yes)
+        await store.delete(key, delete_any)
     with pytest.raises(ArtifactStoreError):
-        await store.delete("way/x", yes)
+        await store.delete("way/x", delete_any)
     await store.probe()
     assert _open_below(tmp_path) == before
 
@@ -377,15 +377,15 @@ async def test_a_hanging_call_does_not_block_the_event_loop(
         begun.set()
         go_on.wait()
 
-    at(monkeypatch, "rename", hang)
-    task = asyncio.create_task(store.delete("k", yes))
+    before_call(monkeypatch, "rename", hang)
+    task = asyncio.create_task(store.delete("k", delete_any))
     await asyncio.to_thread(begun.wait)
     assert not task.done()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     go_on.set()
-    assert await store.delete("k", yes) == Deletion("missing")  # it took effect in the end
+    assert await store.delete("k", delete_any) == Deletion("missing")  # it took effect in the end
     await store.close()
 
 
@@ -511,7 +511,7 @@ async def test_an_open_file_is_read_completely_even_if_it_is_replaced(place: Pat
     path = put(place, "k", "the first")
     reading = await store.open("k")
     assert reading is not None
-    assert await store.delete("k", yes) == Deletion("deleted")
+    assert await store.delete("k", delete_any) == Deletion("deleted")
     put(place, "k", "another one")
     assert await reading.more() == b"the first"
     reading.close()

@@ -85,7 +85,7 @@ async def store(bucket: ServerBucket) -> AsyncIterator[S3ArtifactStore]:
     await store.close()
 
 
-def yes(_: int) -> Verdict:
+def delete_any(_: int) -> Verdict:
     return "delete"
 
 
@@ -95,9 +95,9 @@ async def test_delete_removes_only_the_object_of_the_key(
 ) -> None:
     others = [key, f"pre/fix/{key}2", f"pre/{key}"]
     bucket.put(f"pre/fix/{key}", *others)
-    assert await store.delete(key, yes) == Deletion("deleted")
+    assert await store.delete(key, delete_any) == Deletion("deleted")
     assert bucket.keys() == sorted(others)
-    assert await store.delete(key, yes) == Deletion("missing")
+    assert await store.delete(key, delete_any) == Deletion("missing")
 
 
 @pytest.mark.parametrize("server", ["moto"], indirect=True)
@@ -106,14 +106,14 @@ async def test_delete_removes_only_the_object_of_the_key(
     ["a~b", "a*b", "a{b}", "a|b", 'a"b', "a\\b", "a[b]^`<>", "%2F", " x ", "\ufeffx", "\x85", "x" * 1016],
 )
 async def test_unusual_keys_are_encoded_correctly(bucket: ServerBucket, store: S3ArtifactStore, key: str) -> None:
-    assert await store.delete(key, yes) == Deletion("missing")
+    assert await store.delete(key, delete_any) == Deletion("missing")
 
 
 async def test_a_bucket_needs_no_prefix(bucket: ServerBucket) -> None:
     bucket.put("a/k", "k")
     store = S3ArtifactStore(bucket.name, "", "test")
     assert store.place == f"s3://{bucket.name}"
-    assert await store.delete("k", yes) == Deletion("deleted")
+    assert await store.delete("k", delete_any) == Deletion("deleted")
     assert bucket.keys() == ["a/k"]
     await store.close()
 
@@ -132,7 +132,7 @@ async def test_young_objects_and_those_of_other_jobs_are_not_deleted(
     "key", ["", ".", "a//b", "a/./b", "a/", "..", "a/../b", "a\tb", "a\x01b", "a\nb", "a\x7f", "x" * 1017, "é" * 509]
 )
 async def test_an_invalid_key_deletes_nothing(store: S3ArtifactStore, key: str) -> None:
-    assert (await store.delete(key, yes)).what == "left"
+    assert (await store.delete(key, delete_any)).what == "left"
     assert await store.open(key) is None
 
 
@@ -200,7 +200,7 @@ async def test_a_probe_leaves_nothing(bucket: ServerBucket, store: S3ArtifactSto
 async def test_a_missing_bucket_is_an_error_and_not_a_deletion(at: str) -> None:
     store = S3ArtifactStore("test-nowhere", "", "test")
     with pytest.raises(ArtifactStoreError, match="the bucket does not exist"):
-        await store.delete("k", yes)
+        await store.delete("k", delete_any)
     with pytest.raises(ArtifactStoreError, match="404 Not Found"):
         await store.probe()
     await store.close()
@@ -213,7 +213,7 @@ async def test_rejected_credentials_are_reported_without_their_values(
     bucket.put("k")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush-hush")
     store = S3ArtifactStore(bucket.name, "", "test")
-    for call in (store.delete("k", yes), store.probe()):
+    for call in (store.delete("k", delete_any), store.probe()):
         with pytest.raises(ArtifactStoreError) as caught:
             await call
         assert "403" in str(caught.value)
@@ -262,7 +262,7 @@ async def test_an_unreachable_server_is_an_error(monkeypatch: pytest.MonkeyPatch
         port = server.getsockname()[1]
     store = store_at(monkeypatch, f"http://127.0.0.1:{port}")
     with pytest.raises(ArtifactStoreError, match=r"^s3://bucket: "):
-        await store.delete("k", yes)
+        await store.delete("k", delete_any)
     await store.close()
 
 
@@ -304,10 +304,10 @@ async def test_every_response_to_a_deletion_is_handled(
     monkeypatch.setattr(obstore, "head_async", head)
     monkeypatch.setattr(store, "_send_delete", send)
     if outcome == "deleted":
-        assert await store.delete("k", yes) == Deletion("deleted")
+        assert await store.delete("k", delete_any) == Deletion("deleted")
     else:
         with pytest.raises(ArtifactStoreError, match=outcome):
-            await store.delete("k", yes)
+            await store.delete("k", delete_any)
     assert len(sent) == len(statuses)
     assert sent[0] == {"If-Match": '"tag"'}
     if 501 in statuses:
