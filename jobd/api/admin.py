@@ -1,6 +1,6 @@
-"""Routes of the admin API, with the handlers of calls that are not one command for the actor.
+"""Routes of the admin API, and the handlers of calls that are not one command for the actor.
 
-Paths, names and units match what existing dashboards call.
+Paths, names and units are those that existing dashboards expect.
 """
 
 from __future__ import annotations
@@ -107,23 +107,23 @@ METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class WithReason(Command, frozen=True, kw_only=True):
-    """A call whose only field is its reason, for the audit log."""
+    """A call whose only field is the reason for the audit log."""
 
     reason: Reason | None = None
 
 
 class ValidateJob(NamedJobCommand, frozen=True, kw_only=True):
-    """Get a job with what is wrong with its record."""
+    """Get a job, and what is wrong with its record."""
 
 
 class Reports(Command, frozen=True, kw_only=True):
-    """List the reports of cleanup runs, newest first. The last 500 are kept."""
+    """List the reports of cleanup runs, newest first. The latest 500 are kept."""
 
     limit: Annotated[int, Meta(ge=1, le=MAX_REPORTS, description="Maximum number of reports.")] = 50
 
 
 class FailuresRequest(Command, frozen=True, kw_only=True):
-    """Group failed and retrying jobs by error, the largest groups first."""
+    """Group failed and retrying jobs by error, largest groups first."""
 
     limit: Annotated[int, Meta(ge=1, le=MAX_GROUPS, description="Maximum number of groups.")] = 50
 
@@ -145,20 +145,20 @@ class Deliveries(WebhookCommand, frozen=True, kw_only=True):
 
 
 class RowCheckRequest(Command, frozen=True, kw_only=True):
-    """Check the next rows of the store against their checksums. Damaged rows are quarantined and listed."""
+    """Check the next rows of the store against their checksums. Quarantine and list the damaged ones."""
 
     cursor: Annotated[RowCursor | None, Meta(description="The `next_cursor` of the previous call.")] = None
 
 
 class DeliverAgain(WebhookCommand, frozen=True, kw_only=True):
-    """Send a delivery again now, whatever its state."""
+    """Send a delivery again now, in any state."""
 
     id: Annotated[int, Meta(ge=1, le=MAX_NUMBER, description="Number of the delivery.")]
     reason: Reason | None = None
 
 
 class DeliverAllAgain(WebhookCommand, frozen=True, kw_only=True):
-    """Send all stored dead-lettered deliveries again, or those up to a delivery number."""
+    """Send all dead-lettered deliveries again, or those up to a delivery number."""
 
     upto: Annotated[int, Meta(ge=1, le=MAX_NUMBER, description="Only deliveries up to this number.")] | None = None
     reason: Reason | None = None
@@ -424,7 +424,7 @@ _ROUTES: Final = (
             response=PlanView,
             auth=_A,
             handler=_plan,
-            summary="Get a plan, with its result if it was applied. Plans are kept for 15 min, applied ones for 12 h.",
+            summary="Get a plan, with its result if it was applied. Plans are kept for 15 min, applied plans for 12 h.",
         ),
         Route(
             method="POST",
@@ -525,7 +525,7 @@ _ROUTES: Final = (
             auth=_A,
             handler=_health,
             summary="Return the health of database, memory, artifact store and cleanup, measured at most 5 s ago.",
-            other_statuses={503: "Something is unhealthy; the same body says what."},
+            other_statuses={503: "A part is unhealthy; the same body says which."},
         ),
         Route(
             method="POST",
@@ -534,7 +534,7 @@ _ROUTES: Final = (
             response=CleanupReport,
             auth=_A,
             handler=_cleanup,
-            summary="Start a cleanup run, or wait for the one in progress.",
+            summary="Start a cleanup run, or wait for the one in progress, and return its report.",
         ),
         Route(
             method="GET",
@@ -543,7 +543,7 @@ _ROUTES: Final = (
             response=CleanupState,
             auth=_A,
             handler=_cleanup_state,
-            summary="Return the report of the last cleanup run.",
+            summary="Return the state of cleanup and the report of the last run.",
         ),
         Route(
             method="POST",
@@ -571,7 +571,7 @@ _ROUTES: Final = (
             response=ClockView,
             auth=_A,
             handler=_clock,
-            summary="Return the daemon's clock, and whether it is suspect.",
+            summary="Return the time of the daemon's clock, and whether the clock is suspect.",
         ),
         Route(
             method="POST",
@@ -580,7 +580,7 @@ _ROUTES: Final = (
             response=ClockView,
             auth=_A,
             handler=_accept_clock,
-            summary="Accept the clock as correct, so that jobs are deleted and failed by age again.",
+            summary="Accept the clock as correct. Jobs are deleted and failed by age again.",
         ),
         Route(
             method="GET",
@@ -590,7 +590,7 @@ _ROUTES: Final = (
             auth=_A,
             handler=_metrics,
             content_type=METRICS_TYPE,
-            summary="Return metrics as Prometheus text.",
+            summary="Return metrics in the Prometheus text format.",
         ),
     ),
     *tagged(
@@ -629,7 +629,7 @@ _ROUTES: Final = (
             response=BackupList,
             auth=_A,
             handler=_backups,
-            summary="List the backups in progress with their progress, and the last ones that ended, newest first.",
+            summary="List the backups in progress and the last ones that ended, newest first.",
         ),
     ),
     *PROBES,

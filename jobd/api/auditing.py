@@ -1,4 +1,4 @@
-"""Record in the audit log the actions and reads of operators that are not job commands."""
+"""Record audit entries for actions and reads of operators that are not job commands."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def audit_action(
 async def audit_read(
     app: App[Services], ctx: RequestContext, action: RecordedAction, *, name: str = "", job_id: str | None = None
 ) -> None:
-    """Record an audited read, as one entry per minute, operator, job and kind of read."""
+    """Record an audited read: one entry per minute, operator, job and kind of read."""
     operator, details = reading_operator(ctx, name), {"access": "read"} if ctx.by == "reader" else None
     minute = app.services.clock.moment().now // MINUTE_MS
     part_of = " ".join((action, operator.who, operator.address, job_id or "", str(minute)))

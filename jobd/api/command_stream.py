@@ -1,6 +1,6 @@
-"""Stream commands over one request: one command per line, one response line each, in the same order.
+"""Stream commands over one request, one per line. Each gets one response line, in the same order.
 
-The number of pending commands is limited, so a client that does not read its responses is not read either.
+The number of pending commands is limited: if a client does not read responses, its lines are not read either.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from jobd.model.commands import (
 from jobd.model.errors import ApiError, ApiException, invalid_request_error, too_large_error
 from jobd.model.responses import Response
 
-AHEAD_WEIGHT: Final = 256  # pending commands of one stream; bulks and claims count by their jobs
+AHEAD_WEIGHT: Final = 256  # of the pending commands of one stream; a bulk or claim weighs as much as its jobs
 AHEAD_BYTES: Final = 1 << 20  # of pending lines
-PIECE_BYTES: Final = 64 << 10  # of responses per write
-TURN_LINES: Final = 64  # lines read before the event loop gets a turn
-NEXT_CHUNK: Final = b"0"  # a leading zero of the next chunk size: a probe that changes nothing
+PIECE_BYTES: Final = 64 << 10  # of response lines per write
+TURN_LINES: Final = 64  # lines read before other tasks run
+NEXT_CHUNK: Final = b"0"  # a probe that changes nothing: a leading zero of the size of the next chunk
 
 log = structlog.get_logger("jobd.web")
 
@@ -58,22 +58,22 @@ OpName = Literal[
 ]  # fmt: skip
 
 
-# The kinds of lines, with the command that a line of each carries. The route of the command gives its call.
+# The kinds of lines with their commands. Method and path of the call are those of the command's route.
 OPS: Final[dict[str, type[Command]]] = {
     command.__name__.lower(): command
     for command in (Create, Bulk, Start, Claim, Progress, Extend, Complete, Fail, Release, Cancel, Get)
 }
 
 
-OP_TEXT: Final = Meta(description="Which call the line is.")
-KEY_TEXT: Final = Meta(description="Like the header `Idempotency-Key`; for create, bulk, start, claim and cancel.")
+OP_TEXT: Final = Meta(description="The call that the line stands for.")
+KEY_TEXT: Final = Meta(description="Like the header `Idempotency-Key`. For create, bulk, start, claim and cancel.")
 
 
 class StreamedCommand(Command, frozen=True, kw_only=True):
     """Send a stream of commands, one per line. Each gets a response line, in order, after its commit.
 
-    `op` names the call. `id` is that of the job if the path of the call has one (of `create`: of the new job). The
-    fields of the call's body stand beside them.
+    `op` is the call that a line stands for. `id` is the job id in the path of the call; for `create`, it is that of the
+    new job. The other fields are those of the call's body.
     """
 
     op: Annotated[OpName, OP_TEXT]
@@ -82,7 +82,7 @@ class StreamedCommand(Command, frozen=True, kw_only=True):
 
 
 class StreamedResponse(Struct, frozen=True, omit_defaults=True):
-    """The response to a line: that of its call, with the HTTP status."""
+    """The response to a line: the response of its call, with the HTTP status."""
 
     success: Annotated[bool, Meta(description="Whether the command succeeded.")]
     status: Annotated[int, Meta(description="The HTTP status that the call would have.")]
@@ -103,7 +103,7 @@ class DecodedLine(Struct, frozen=True):
 
 
 class _LineHeader(Struct):
-    """The fields that are decoded first, to find the kind of a line."""
+    """The fields that are decoded first, to determine the kind of a line."""
 
     op: OpName
     idempotency_key: str | None = None
@@ -113,7 +113,7 @@ _read_header: Final = msgspec.json.Decoder(_LineHeader).decode
 
 
 def _line_type(op: str, command: type[Command]) -> type[Any]:
-    """Make the type of the lines that carry `command`."""
+    """Make the type of the lines with `command`."""
     return make_body_type(
         command,
         None,
@@ -130,7 +130,7 @@ LINE_TYPES: Final = {op: _line_type(op, command) for op, command in OPS.items()}
 
 
 class _LineDecoder(RequestDecoder):
-    """Decode lines of one kind: bodies of the call, with the additional fields of a line."""
+    """Decode lines of one kind: the body of the call with the additional fields of a line."""
 
     def __init__(self, op: str, command: type[Command], limits: Limits) -> None:
         super().__init__(command, None, limits, body_type=LINE_TYPES[op])
@@ -166,7 +166,7 @@ class LineReader:
         command: Any = self._decoders[header.op].from_body(line)
         if isinstance(command, Claim) and command.wait_ms:
             message = (
-                "a claim in a stream cannot wait: later lines would wait too. Leave it out, or send POST /v1/claim."
+                "a claim in a stream cannot wait, because later lines would wait too. Omit it, or send POST /v1/claim."
             )
             raise invalid_request_error("$.wait_ms", message)
         job_id = command.id if isinstance(command, (Create, JobCommand)) else None
@@ -175,7 +175,7 @@ class LineReader:
         return DecodedLine(command, by, job_id, self._key(route, job_id, header.idempotency_key, line))
 
     def _key(self, route: Route, job_id: str | None, key: str | None, line: bytes) -> IdempotencyKey | None:
-        """Return the key in the scope of its call. A repetition must send the same line."""
+        """Return the key in the scope of its call. A repetition must be the same line."""
         if key is None or not route.key:
             return None
         return self._authenticator.idempotency_key(key, route.method, route.path.replace("{id}", job_id or ""), line)
@@ -188,7 +188,7 @@ async def serve_command_stream(app: App[Services], ctx: RequestContext, _: Any) 
 
 
 class _PendingResponse:
-    """The response to a line, in its place in the order. It is the actor's `Waiter`."""
+    """The response to a line, in the order of the lines. The actor sets it as it would a future."""
 
     __slots__ = ("_is_cancelled", "_stream", "by", "envelope", "job_id", "response", "size", "weight")
 
@@ -214,12 +214,12 @@ class _PendingResponse:
         self._stream.has_responses.set()
 
     def cancel(self) -> None:
-        """Mark the response as no longer wanted."""
+        """Mark the response as unwanted, unless it has arrived."""
         self._is_cancelled = self.response is None
 
 
 class _StreamSession:
-    """One stream. `_slots` are the responses that have not been written, in order."""
+    """One stream. `_slots` are the unwritten responses, in order."""
 
     def __init__(self, app: App[Services], ctx: RequestContext) -> None:
         assert ctx.request is not None
@@ -263,7 +263,7 @@ class _StreamSession:
         except TimeoutError:
             log.info("command_stream_cut_off", reason=f"the client read nothing for {WRITE_TIMEOUT_S:g} s")
             raise self._cut() from None
-        except Exception as bug:  # too late for a 500: abort the connection, so that the client notices
+        except Exception as bug:  # too late for a 500, so abort the connection
             self._app.log_internal_error(self._ctx, bug)
             raise self._cut() from None
         finally:
@@ -290,7 +290,7 @@ class _StreamSession:
             self._response.force_close()
 
     def _on_read_end(self, reading: asyncio.Future[None]) -> None:
-        """Note that no more lines come. Closing the daemon cancels the task, perhaps before it began."""
+        """Note that no more lines will arrive. A stop of the daemon cancels the task, perhaps before it has started."""
         self._is_read = True
         self.has_responses.set()
         if reading.cancelled():
@@ -333,7 +333,7 @@ class _StreamSession:
     # -- writing -------------------------------------------------------------------------------------------------------
 
     async def _write(self, writer: StreamWriter) -> None:
-        """Write responses in the order of their lines, as many at once as are ready."""
+        """Write responses in the order of their lines, all that are ready at once."""
         while not (self._is_read and not self._slots):
             await self.has_responses.wait()
             self.has_responses.clear()
@@ -341,7 +341,7 @@ class _StreamSession:
                 await self._write_piece(writer)
 
     async def _write_piece(self, writer: StreamWriter) -> None:
-        """Write the next responses in one piece. Release the grants of which no byte was written."""
+        """Write the next responses in one piece. Release the grants in lines of which no byte was written."""
         piece, grants = self._next_piece()
         self._has_capacity.set()
         connection, written = self._ctx.connection, 0
@@ -355,7 +355,7 @@ class _StreamSession:
             if not connection.writing_paused:
                 written = len(piece)
                 return
-            # The rest waits behind bytes that the client has not read, and may never be sent.
+            # The rest is buffered behind bytes that the client has not read, and may never be sent.
             written = len(piece) + len(b"\r\n") - transport.get_write_buffer_size()
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await writer.drain()
@@ -366,7 +366,7 @@ class _StreamSession:
                     self._app.actor.undelivered(response)
 
     def _next_piece(self) -> tuple[bytes, list[tuple[int, Response]]]:
-        """Return the next response lines, and the offsets of those with grants."""
+        """Return the next response lines, and the offset of each line with grants."""
         piece, grants = bytearray(), []
         while self._slots and len(piece) < PIECE_BYTES and (response := self._slots[0].response) is not None:
             slot = self._slots.popleft()

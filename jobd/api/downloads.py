@@ -1,6 +1,6 @@
-"""Send stored results and backups, piece by piece as fast as the client reads.
+"""Send stored results and backups piece by piece, as fast as the client reads.
 
-Artifacts contain bytes of any origin, so their headers keep browsers from rendering them.
+Artifacts may contain anything, so their headers prevent browsers from rendering them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ArtifactRequest(JobCommand, frozen=True, kw_only=True):
     errors = ("not_found", "storage_unavailable", "late_result_not_found")
 
     late_result: (
-        Annotated[int, Meta(ge=1, description="The `seq` of a late result. Default: the job's own result.")] | None
+        Annotated[int, Meta(ge=1, description="The `seq` of a late result. Default: the result of the job.")] | None
     ) = None
 
 
@@ -52,7 +52,7 @@ async def send_artifact(
 ) -> web.StreamResponse | ApiError:
     """Send the requested artifact as a file. If reading it fails, abort the connection.
 
-    `name` is that of the operator, if the session has one.
+    `name` is the name of the operator, if the session has one.
     """
     key = await _key(app, ctx, query)
     if isinstance(key, ApiError):
@@ -121,21 +121,21 @@ def _headers(key: str) -> dict[str, str]:
 
 
 def disposition(key: str) -> str:
-    """Return a Content-Disposition that saves a file under the last part of its key."""
+    """Return a Content-Disposition with the last part of the key as the file name."""
     name = key.rpartition("/")[2][-MAX_NAME_CHARS:].lstrip(".") or "artifact"
     ascii_name = "".join(each if each.isascii() and (each.isalnum() or each in " ._-+") else "_" for each in name)
     return f"attachment; filename=\"{ascii_name}\"; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
 
 
-CONNECTION_CHECK_S: Final = 0.5  # between two checks for whether the client of a backup is connected
+CONNECTION_CHECK_S: Final = 0.5  # between two checks of the connection of a client that waits for a backup
 BACKUP_TYPE: Final = "application/vnd.sqlite3"
 T = TypeVar("T")
 
 
 class BackupRequest(Command, frozen=True, kw_only=True):
-    """Download the whole database as a file while the daemon runs. The response begins when the copy is checked.
+    """Download the whole database as a file while the daemon runs. The response begins once the copy has been checked.
 
-    Meanwhile, `backups` shows the progress under `id`.
+    Until then, `backups` shows the progress under `id`.
     """
 
     errors = ("storage_full",)
@@ -144,7 +144,7 @@ class BackupRequest(Command, frozen=True, kw_only=True):
 
 
 async def send_backup(app: App[Services], ctx: RequestContext, request: BackupRequest) -> web.StreamResponse | ApiError:
-    """Make a backup, then send it. If sending fails, abort the connection, so that the client notices."""
+    """Make a backup, then send it. If sending fails, abort the connection."""
     await audit_action(app, ctx.operator, "backup")
     log.info("backup_started", by="admin")
     try:
@@ -156,7 +156,7 @@ async def send_backup(app: App[Services], ctx: RequestContext, request: BackupRe
         return ApiError("shutting_down" if app.closing else "internal_error", f"No backup: {error}.")
     if isinstance(copy, ApiError):
         return copy
-    failure: str | None = "it was not read to its end"
+    failure: str | None = "the client did not read all of it"
     try:
         response = web.StreamResponse(headers={"Content-Type": BACKUP_TYPE, "Server": "jobd", **SAFE_HEADERS})
         response.content_length = copy.size
@@ -192,7 +192,7 @@ async def _send_backup(response: web.StreamResponse, copy: Backup, ctx: RequestC
         while remaining > 0 and (piece := await copy.read()):
             remaining -= len(piece)
             await write(response, piece)
-        with contextlib.suppress(ConnectionError):  # a client that has received everything may disconnect at once
+        with contextlib.suppress(ConnectionError):  # a client that has received everything may disconnect
             await _drain(ctx)
             await finish(response)
     except Exception as error:
@@ -203,7 +203,7 @@ async def _send_backup(response: web.StreamResponse, copy: Backup, ctx: RequestC
 
 
 async def _drain(ctx: RequestContext) -> None:
-    """Wait until everything is sent. `write_eof` does not wait for a response with a Content-Length."""
+    """Wait until everything is sent, which `write_eof` does not if there is a Content-Length."""
     assert ctx.request is not None
     async with asyncio.timeout(WRITE_TIMEOUT_S):
         await ctx.request.writer.drain()

@@ -32,9 +32,9 @@ Names = Annotated[str, Meta(min_length=1, max_length=MAX_NAMES * 201)]
 
 
 class EventsRequest(Command, frozen=True, kw_only=True):
-    """Stream events as they happen (Server-Sent Events), after `Last-Event-ID` without gap or repetition.
+    """Stream events as they happen (Server-Sent Events). It resumes after `Last-Event-ID` without gap or repetition.
 
-    An event must match all filters given. The stream begins after the event of the header `Last-Event-ID`, else after
+    An event must match all filters. The stream begins after the event in the header `Last-Event-ID`, else after
     `last_event_id`, else `last` events ago, else now. Without `follow` it ends at the end of the journal.
     """
 
@@ -57,7 +57,7 @@ class EventsRequest(Command, frozen=True, kw_only=True):
     last: (
         Annotated[
             int,
-            Meta(ge=1, le=MAX_BACK, description="Begin this many events ago, with what the journal still has of them."),
+            Meta(ge=1, le=MAX_BACK, description="Begin this many events ago, with those that the journal still has."),
         ]
         | None
     ) = None
@@ -65,7 +65,7 @@ class EventsRequest(Command, frozen=True, kw_only=True):
 
 
 async def send_events(app: App[Services], ctx: RequestContext, query: EventsRequest) -> web.StreamResponse:
-    """Send the stream, until the client disconnects or the daemon stops. A client that reads too slowly is cut off."""
+    """Send the stream until the client disconnects or the daemon stops. Disconnects a client that reads too slowly."""
     event_filter, after = _event_filter(query), _after(query, ctx)
     transport, request = ctx.connection.transport, ctx.request
     if transport is None or request is None:
@@ -73,7 +73,7 @@ async def send_events(app: App[Services], ctx: RequestContext, query: EventsRequ
     subscriber = app.services.feed.listen(event_filter, follow=query.follow, cut=transport.abort)
     try:
         first = await subscriber.begin(after, query.last or 0)
-        # X-Accel-Buffering keeps nginx from holding events back until its buffer is full.
+        # X-Accel-Buffering: otherwise nginx would delay events until its buffer is full.
         headers = {"Content-Type": EVENT_STREAM, "X-Accel-Buffering": "no", "Server": "jobd", **SAFE_HEADERS}
         response = web.StreamResponse(headers=headers)
         await response.prepare(request)
@@ -92,7 +92,7 @@ async def _send_pieces(response: web.StreamResponse, first: bytes, subscriber: S
             piece = await subscriber.more()
         await finish(response)
     except Exception as error:
-        # Too late for an error response. The client reconnects, and receives the error then.
+        # Too late for an error response. The client receives the error when it reconnects.
         _log_end(error, ctx)
         if ctx.connection.transport is not None:
             ctx.connection.transport.abort()
@@ -106,18 +106,18 @@ def _log_end(error: Exception, ctx: RequestContext) -> None:
         case TimeoutError():
             log.info("event_stream_cut_off", reason=f"the client read nothing for {WRITE_TIMEOUT_S:g} s")
         case ConnectionError() if ctx.is_disconnected:
-            pass  # the client has disconnected
+            pass
         case _:
             log.error("event_stream_cut_off", error=type(error).__name__)
 
 
 def _after(query: EventsRequest, ctx: RequestContext) -> int | None:
-    """Return the event to continue after. A browser that reconnects sends the header with its original query."""
+    """Return the event after which to continue. When a browser reconnects, it sends the header and the same query."""
     header = ctx.head.headers.get(LAST_EVENT_ID, "").strip()
     if header:
-        # Check the length first, because int() rejects thousands of digits with another error.
+        # Check the length first, because int() raises another error for thousands of digits.
         if not (header.isascii() and header.isdigit()) or len(header) > len(str(MAX_SEQ)) or int(header) > MAX_SEQ:
-            raise invalid_request_error("Last-Event-ID", "must be the `id` of an event, or left out.")
+            raise invalid_request_error("Last-Event-ID", "must be the `id` of an event. To begin now, omit it.")
         return int(header)
     if query.last_event_id is not None and query.last is not None:
         raise invalid_request_error("$.last", "cannot be combined with `last_event_id`. Send one of them.")
@@ -137,7 +137,7 @@ def _ids(field: str, text: str | None) -> frozenset[str]:
     names = _names(field, text)
     if not all(map(is_job_id, names)):
         raise invalid_request_error(
-            f"$.{field}", "must be names of 1 to 200 characters of A-Z a-z 0-9 . _ : -, separated by commas."
+            f"$.{field}", "must be names, separated by commas, of 1 to 200 characters of A-Z a-z 0-9 . _ : - each."
         )
     return names
 

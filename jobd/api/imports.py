@@ -29,12 +29,12 @@ from jobd.model.responses import (
     Response,
 )
 
-AHEAD_LINES: Final = 64  # commands of one import that are pending at the same time
-AHEAD_BYTES: Final = 4 << 20
-SHOWN_LINES: Final = 10_000
-MAX_PREVIEW_LINES: Final = 1_000_000  # whose ids are kept to find duplicates
+AHEAD_LINES: Final = 64  # pending lines of one import
+AHEAD_BYTES: Final = 4 << 20  # of pending lines
+SHOWN_LINES: Final = 10_000  # of a preview
+MAX_PREVIEW_LINES: Final = 1_000_000  # their ids are kept to find duplicates
 SHOWN_REJECTIONS: Final = 1_000
-# Errors that the next line would get as well. The import stops there, and can be sent again later.
+# Errors that the next line would get as well. The import stops, and can be sent again later.
 STOP_CODES: Final = frozenset({"overloaded", "shutting_down", "outcome_unknown", "storage_full", "too_many_jobs"})
 
 
@@ -52,13 +52,13 @@ class PendingLine(Struct):
 
 
 async def import_jobs(app: App[Services], ctx: RequestContext, _: Any) -> Response | ApiError:
-    """Import each line of the body independently, in order: create the job, skip it or reject it."""
+    """Import the lines of the body independently and in order: create, skip or reject each job."""
     send_continue(ctx)
     return await Importer(app, ctx).run()
 
 
 class Importer:
-    """One import. Some lines are pending while the next ones are read."""
+    """One import. Lines are read while earlier ones are pending."""
 
     def __init__(self, app: App[Services], ctx: RequestContext) -> None:
         self._app = app
@@ -85,7 +85,7 @@ class Importer:
                 line.task.cancel()
 
     async def _record_counts(self) -> None:
-        """Record the counts. The created jobs are one audit entry already."""
+        """Record the counts in the audit entry of the created jobs."""
         report = self._report
         counts = {"imported": report.imported, "skipped": report.skipped, "refused": report.refused_count}
         await audit_action(self._app, self._operator, "import", counts)
@@ -144,13 +144,13 @@ class Importer:
             self._reject(line.line, line.job_id, response.message)
 
     def _stop_error(self, error: ApiError, line: int) -> ApiError:
-        """Return the error of an import that stops early. Its jobs stay, and a second run skips them."""
+        """Return the error of an import that stops early. Its jobs remain, and a second run skips them."""
         message = f"The import stopped at line {line}: {error.message} Send it again; existing jobs are skipped."
         return ApiError(error.code, message, {**error.details, "line": line})
 
 
 def _id_of(line: bytes) -> str | None:
-    """Return the id in a malformed line, for the report."""
+    """Return the id in an invalid line, for the report."""
     try:
         job_id = msgspec.json.decode(line, type=_Id).id
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -170,7 +170,7 @@ class _ImportPreviewer(Importer):
     def __init__(self, app: App[Services], ctx: RequestContext) -> None:
         super().__init__(app, ctx)
         self._preview = ImportPreview()
-        self._first: dict[int, int] = {}  # hash of an id that would be created -> its line
+        self._first: dict[int, int] = {}  # hash of an id that would be created -> its first line
         self._live = 0
 
     async def run(self) -> Response | ApiError:

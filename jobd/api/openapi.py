@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document of an API, built from its route table, and the call that returns it."""
+"""The OpenAPI 3.1 document of an API, built from its routes, and the call that returns it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ ADMIN_PREFIX: Final = "/admin/job-management"
 
 ABOUT: Final = (
     "Times are Unix milliseconds, named `*_at`; durations are milliseconds, named `*_ms`. The admin API keeps the "
-    "names and units that existing dashboards use. A field that is unknown, has the wrong type or is out of bounds is "
-    "a 400; values are never clamped. A success is sent after the change is on disk. Over a Unix socket workers need "
-    "no token."
+    "names and units that existing dashboards use. A field that is unknown, has the wrong type or is out of bounds "
+    "causes a 400; values are never clamped. A success is sent after the change is on disk. Over a Unix socket, "
+    "workers need no token."
 )
 Tag = Literal["Jobs", "Many jobs", "Queues and workers", "Events", "The daemon", "The store"]
 # The tags of the document, in its order, with their descriptions.
@@ -47,13 +47,13 @@ TAGS: Final[dict[Tag, str]] = {
     "The store": "The database file.",
 }
 HEADERS: Final = {
-    "Idempotency-Key": "The same key with the same body returns the stored response for 24 h. Two such headers in one "
-    "request are rejected.",
+    "Idempotency-Key": "For 24 h, the same key with the same body returns the stored response. A request with two such "
+    "headers is rejected.",
     "Idempotent-Replayed": "Present, and `true`, if a stored response was returned.",
     "Last-Event-ID": "The `id` of the last event received. The stream continues after it.",
-    "X-Jobd-Operator": "Name of the operator, for timelines and the audit log: up to 64 characters. Characters that "
-    "cannot be shown become blanks.",
-    "Retry-After": "Seconds to wait, if the code is `overloaded`.",
+    "X-Jobd-Operator": "Name of the operator for timelines and the audit log: up to 64 characters. Unprintable "
+    "characters become blanks.",
+    "Retry-After": "Seconds to wait if the code is `overloaded`.",
     "WWW-Authenticate": "How to send the token.",
 }
 
@@ -64,16 +64,16 @@ def tagged(tag: Tag, *routes: Route) -> Iterator[Route]:
 
 
 def with_document(title: str, routes: Iterable[Route]) -> tuple[Route, ...]:
-    """Return `routes` and one more: GET /openapi.json, which describes them all."""
+    """Return `routes` and GET /openapi.json, which describes all of them."""
     document_route = document_at(PATH, title, lambda: table)
     table = (*routes, document_route)
     return table
 
 
 def document_at(path: str, title: str, routes: Callable[[], Iterable[Route]]) -> Route:
-    """Return the route GET `path` of the document of `routes`. It contains no secret and needs no token."""
+    """Return the route GET `path` of the document of `routes`. The document has no secrets and needs no token."""
 
-    async def give(app: App[Any], ctx: RequestContext, query: NoFields) -> Response:
+    async def send_document(app: App[Any], ctx: RequestContext, query: NoFields) -> Response:
         return Response(RawBody(JSON, await asyncio.to_thread(text)))
 
     @cache
@@ -86,14 +86,14 @@ def document_at(path: str, title: str, routes: Callable[[], Iterable[Route]]) ->
         request=NoFields,
         response=bytes,
         auth="anyone",
-        handler=give,
+        handler=send_document,
         tag="The daemon",
         summary="Return this document.",
     )
 
 
 def document(title: str, routes: Iterable[Route]) -> JsonObject:
-    """Return the OpenAPI document of `routes`, as plain values."""
+    """Return the OpenAPI document of `routes` as JSON values."""
     schemas = Schemas()
     table = tuple(routes)
     used = {route.tag for route in table}
@@ -115,7 +115,7 @@ def document(title: str, routes: Iterable[Route]) -> JsonObject:
 
 
 def _texts(route: Route) -> JsonObject:
-    """Return the summary of a call, and its description if it has one: its own, or those of its request."""
+    """Return the summary of a call, and its description if any, from the route or from the docstring of its request."""
     summary, *more = (
         route.summary.split("\n\n") if route.summary else cleandoc(route.request.__doc__ or "").split("\n\n")
     )
@@ -171,7 +171,7 @@ def _parameters(route: Route) -> list[JsonObject]:
 
 
 def _lines(route: Route, schemas: Schemas) -> JsonObject:
-    text = f"JSON lines; each is one `{route.request.__name__}`, in one line."
+    text = f"JSON lines, each with one `{route.request.__name__}`."
     kinds = [schemas.of_request(part) for part in LINE_TYPES.values()] if route.request is StreamedCommand else []
     line = {"oneOf": kinds} if kinds else schemas.of_request(route.request)
     schema = {"type": "string", "contentMediaType": LINES, "description": text, "x-line": line}
@@ -210,9 +210,13 @@ def _success(route: Route, schemas: Schemas) -> JsonObject:
         text = {"type": "string"}
         data = {**text, "contentMediaType": JSON, "contentSchema": schemas.of_response(route.response)}
         fields = {"id": text, "event": text, "data": data, "retry": {"type": "integer"}}
-        return {"type": "object", "description": description, "properties": fields}  # of one event, as clients parse it
+        return {
+            "type": "object",
+            "description": description,
+            "properties": fields,
+        }  # of one event, as parsed by clients
     if route.content_type == LINES:
-        description = f"JSON lines; each is one `{route.response.__name__}`, in the order of the request lines."
+        description = f"JSON lines, each with one `{route.response.__name__}`, in the order of the request lines."
         return {
             "type": "string",
             "contentMediaType": LINES,
@@ -243,7 +247,7 @@ def _error(codes: list[str], schemas: Schemas) -> JsonObject:
 
 
 def _either(success: JsonObject, error: JsonObject) -> JsonObject:
-    """Return one response for a success and an error of the same status."""
+    """Return one response for a success and an error with the same status."""
     schemas = [each["content"][JSON]["schema"] for each in (success, error)]
     text = f"{success['description']} Or {error['description']}"
     return {**success, **error, "description": text, "content": {JSON: {"schema": {"oneOf": schemas}}}}

@@ -1,4 +1,4 @@
-"""Liveness and readiness probes: the same on every listener, without a token."""
+"""Liveness and readiness probes, the same on every listener. They need no token."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ PROBES: Final = (
         auth="anyone",
         tag="The daemon",
         handler=_ready,
-        summary="Return whether the daemon accepts requests. Succeeds also while a full disk makes it reject new jobs.",
+        summary="Return whether the daemon accepts requests. It does even if a full disk makes it reject new jobs.",
         other_statuses={503: "The daemon does not accept requests yet, or is stopping."},
     ),
 )

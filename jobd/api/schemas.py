@@ -1,7 +1,7 @@
 """Types of commands and responses as JSON Schema.
 
-msgspec makes the schemas, from twins of the types that show what it cannot see: which fields a response always has,
-and default payloads.
+msgspec makes the schemas from variants of the types (twins), which add what the types do not declare: that a response
+always has certain fields, and default payloads.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ REFS: Final = "#/components"
 
 
 class Schemas:
-    """Collects the schemas of one document. `components` are its components by section and name."""
+    """The schemas of one document. `components` are its components by section and name."""
 
     def __init__(self) -> None:
         self.components: dict[str, dict[str, Any]] = {"schemas": {}}
         self._twins: dict[tuple[type[Struct], str | None], type[Struct]] = {}
 
     def of_request(self, command: type[Struct], path_field: str | None = None) -> dict[str, Any]:
-        """Return the schema of a body or query, without the field that the path gives."""
+        """Return the schema of a body or query, without the field in the path."""
         return self._add(self._twin(command, path_field))
 
     def of_response(self, response: type[Struct]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class Schemas:
 
 
 def description_of(annotation: Any) -> str:
-    """Return the description of a type, the outermost one; an empty text if it has none."""
+    """Return the outermost description of a type, empty if it has none."""
     parts = get_args(annotation)
     descriptions = [part.description for part in parts if isinstance(part, Meta) and part.description is not None]
     if descriptions:
@@ -111,7 +111,7 @@ def description_of(annotation: Any) -> str:
 
 
 def _without_description(part: Any) -> Any:
-    """Return a Meta without its description, which stands beside the field."""
+    """Return a Meta without its description, which is added to the field."""
     if not isinstance(part, Meta) or part.description is None:
         return part
     bounds = ("gt", "ge", "lt", "le", "multiple_of", "pattern", "min_length", "max_length")

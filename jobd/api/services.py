@@ -1,4 +1,4 @@
-"""The parts of a running daemon that the handlers of both APIs and the dashboard use."""
+"""The parts of a running daemon, as used by the handlers of both APIs and the dashboard."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ log = structlog.get_logger("jobd.daemon")
 class Services(Struct, kw_only=True):
     """The parts of a running daemon, and the operations that need several of them.
 
-    `is_open` is true from the moment the listeners are open until they close.
+    `is_open` is true while the listeners are open.
     """
 
     actor: Actor
@@ -77,10 +77,10 @@ class Services(Struct, kw_only=True):
 
     def clock_view(self) -> ClockView:
         at, doubt = self.clock.moment(), self.clock.doubt()
-        return ClockView(at.now, doubt is not None, doubt or "The wall clock agrees with the time stored last.")
+        return ClockView(at.now, doubt is not None, doubt or "The wall clock agrees with the last stored time.")
 
     async def accept_clock(self) -> ClockView | ApiError:
-        """Accept the wall clock. Commit that before the response, so that the next start trusts the clock too."""
+        """Accept the wall clock, and commit that before the response, so that the next start trusts the clock too."""
         if (error := self.actor.full_disk.refuse(Tick())) is not None:
             return error
         self.clock.accept()
@@ -91,7 +91,7 @@ class Services(Struct, kw_only=True):
         return [QuarantinedJob(job_id, reason) for job_id, reason in sorted(self.actor.book.quarantined.items())]
 
     def queue_names(self, limit: int) -> list[str]:
-        """Return the first queue names, for completion in a form."""
+        """Return the first queue names, as suggestions in a form."""
         return list(islice(self.actor.book.queue_names, limit))
 
     async def deliveries(
@@ -109,7 +109,7 @@ class Services(Struct, kw_only=True):
         except DiskFull:
             return await self._outbox_error()
         if stored is None:
-            return ApiError("not_found", f"Webhook {webhook} has no delivery {delivery}. It may have been removed.")
+            return ApiError("not_found", f"Webhook {webhook} has no delivery {delivery}. It may have been deleted.")
         log.info("webhook_sent_again", webhook=webhook, delivery=delivery)
         return stored
 
@@ -141,4 +141,4 @@ class Services(Struct, kw_only=True):
 
 
 def _unknown_webhook(name: str) -> ApiError:
-    return ApiError("not_found", f"There is no webhook {name} in the configuration. Its [[webhooks]] name them.")
+    return ApiError("not_found", f"There is no webhook {name}. The [[webhooks]] of the configuration name them.")

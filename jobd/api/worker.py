@@ -57,7 +57,7 @@ _ROUTES: Final = (
             auth=_W,
             key=True,
             status=201,
-            other_statuses={200: "The same request created this job before."},
+            other_statuses={200: "An earlier request with the same content created this job."},
         ),
         Route(method="POST", path="/v1/jobs/bulk", request=Bulk, response=JobList, auth=_W, key=True, status=201),
         Route(method="GET", path="/v1/jobs", request=ListJobs, response=JobPage, auth=_W),

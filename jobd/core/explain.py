@@ -277,11 +277,11 @@ def _processing(job: Job, book: Book, at: Moment) -> WhyView:
 def _ceiling(grant: Grant, lease: Lease, at: Moment) -> str:
     """Return a sentence about the ceiling of this grant; empty once it has passed."""
     if lease.ceiling is None:
-        return " This grant has no ceiling (max_processing_ms 0)."
+        return " This grant has no progress timeout (max_processing_ms 0)."
     left = lease.ceiling - at.lease
     if left <= 0:
         return ""
-    return f" Its ceiling is in {in_words(left)} (max_processing_ms {grant.max_processing_ms}); progress moves it."
+    return f" Its progress timeout ends in {in_words(left)} (max_processing_ms {grant.max_processing_ms})."
 
 
 def _cleanup_at(book: Book, at: Moment) -> int:

@@ -430,7 +430,7 @@ def _past_ceiling(draft: Draft, job: Job) -> ApiError:
     message = (
         f"Job {job.id} had no progress report for {transitions.in_words(limit)} (max_processing_ms {limit}). "
         "Complete, fail or release it now. Next time report progress in time, or raise max_processing_ms of the "
-        "job, of the start or claim, or max_processing under [locks]; 0 means no ceiling."
+        "job, of the start or claim, or max_processing under [locks]; 0 means no timeout."
     )
     details = {"max_processing_ms": limit, "ceiling_at": draft.at.wall(job.lease.ceiling)}
     return ApiError("max_processing_time_exceeded", message, details)

@@ -1,7 +1,8 @@
 """Turn HTTP requests into commands for the actor, and its responses into HTTP responses.
 
-The fast path is `App.send` (bytes to command), the actor, then `App.respond`. The slow path, `App.handle`, does all of
-that in a separate task, for a request that waits for its body or gets a streamed response.
+On the fast path, `App.send` decodes the command and sends it to the actor, and `App.respond` encodes the response. On
+the slow path, `App.handle` does all of that in a task of its own, for a request whose body has not arrived or whose
+response is streamed.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ INTERNAL_ERROR: Final = ApiError(
 )
 
 IDEMPOTENCY_KEY: Final = istr("Idempotency-Key")
-ACCEPTED_EXPECT: Final = frozenset({"", "100-continue"})  # values of the Expect header that are accepted
-MAX_LINES_PER_SECOND: Final = 20  # of each kind
+ACCEPTED_EXPECT: Final = frozenset({"", "100-continue"})  # values of the Expect header
+MAX_LINES_PER_SECOND: Final = 20
 BODY_TYPES: Final = {"json": JSON, "lines": LINES, "form": FORM}
 
 log = structlog.get_logger("jobd.web")
@@ -47,7 +48,7 @@ S = TypeVar("S")  # the services behind an API
 
 
 class LogRateLimiter:
-    """Limit the log lines of each kind to some per second. `now` is a monotonic time in seconds."""
+    """Limit the log lines of each kind to MAX_LINES_PER_SECOND. `now` returns a monotonic time in seconds."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
@@ -56,7 +57,7 @@ class LogRateLimiter:
         self._suppressed: Counter[str] = Counter()
 
     def suppressed(self, kind: str) -> int | None:
-        """Return how many lines were suppressed since the last one of this kind. None: suppress this one too."""
+        """Return how many lines of this kind were suppressed since the last one. None: suppress this one too."""
         second = int(self._now())
         if second != self._second:
             self._second = second
@@ -84,7 +85,8 @@ class ActorClient(Protocol):
     ) -> Response | ApiError:
         """Send a command and wait for the response.
 
-        `size` is the memory that the waiting command holds, in bytes. `expected` is the version of its job.
+        `size` is the memory that the command holds while it waits, in bytes. `expected` is the version of the job that
+        the caller has seen.
         """
 
     def send(
@@ -105,7 +107,7 @@ class ActorClient(Protocol):
         """
 
     def abandon(self, envelope: Envelope) -> None:
-        """Drop a command whose client is gone, if it has not been decided."""
+        """Drop a command whose client has disconnected, if it has not been decided."""
 
     def undelivered(self, response: Response) -> None:
         """Release the grants of a response that could not be delivered."""
@@ -119,7 +121,7 @@ class BrowserPages(Protocol):
 
 
 async def run_command(app: App[Any], ctx: RequestContext, command: Any) -> Response | ApiError:
-    """Send the command of a request to the actor. The handler of almost every route."""
+    """Handle a request that is one command for the actor, as most are."""
     return await app.actor.ask(command, by=ctx.by, admin=ctx.admin, key=ctx.key, size=ctx.size, operator=ctx.operator)
 
 
@@ -207,11 +209,11 @@ class App(Generic[S]):
         return self.error_response(ctx, response)
 
     def prepare(self, ctx: RequestContext, response: Response) -> HttpResponse | None:
-        """Encode `response` before its commit. None if that is not possible yet."""
+        """Encode `response` before its commit. Return None if that is not possible yet."""
         try:
             return None if self.closing else self._ok_response(ctx, response)
         except Exception:
-            return None  # `respond` fails in the same way, and logs it
+            return None  # `respond` fails in the same way and logs the bug
 
     def request_finished(self) -> None:
         """Count a request as no longer pending."""
@@ -222,7 +224,7 @@ class App(Generic[S]):
     # -- slow path: called by aiohttp ----------------------------------------------------------------------------------
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Handle a request. A bug gives a 500 and one log line."""
+        """Handle a request. A bug causes a 500 and one log line."""
         assert isinstance(request, HttpRequest)
         self._pending += 1
         try:
@@ -232,7 +234,7 @@ class App(Generic[S]):
         return PreparedResponse(response, request) if isinstance(response, HttpResponse) else response
 
     def close(self) -> None:
-        """End the open streams, because the daemon stops."""
+        """End the open streams because the daemon is stopping."""
         self.closing = True
         for end in tuple(self.on_close):
             end()
@@ -273,12 +275,12 @@ class App(Generic[S]):
         )
 
     def _authorize(self, ctx: RequestContext, match: RouteMatch) -> AuthorizedRequest:
-        """Check everything that does not need the body."""
+        """Check the request except for its body. Raises ApiException."""
         resolved = self._resolve(ctx, match)
         if ctx.head.expects not in ACCEPTED_EXPECT:
             raise api_error(
                 "expectation_failed",
-                "The only value of the `Expect` header that is supported is `100-continue`. Leave it out.",
+                "The only supported value of the `Expect` header is `100-continue`. Omit the header.",
             )
         decoder, value = resolved.decoder, None
         if decoder.path_field is not None:
@@ -289,14 +291,14 @@ class App(Generic[S]):
                 raise api_error("invalid_request", "A GET request must not have a body.", field="$")
         elif ctx.query:
             raise api_error(
-                "invalid_request", "This call takes no query parameters. Put the fields into the body.", field="$"
+                "invalid_request", "This call takes no query parameters. Send the fields in the body.", field="$"
             )
         elif not (ctx.head.is_json and resolved.route.body == "json"):
             _check_body_type(ctx.head, resolved.route.body)
         return AuthorizedRequest(resolved, value)
 
     def _decode(self, ctx: RequestContext, authorized: AuthorizedRequest, body: bytes) -> Command:
-        """Decode the command, and note the caller and the job that it names."""
+        """Decode the command, and set the caller and the job in the context."""
         resolved = authorized.resolved
         if ctx.method == hdrs.METH_GET:
             return resolved.decoder.from_query(ctx.query, authorized.path_value)
@@ -344,16 +346,16 @@ class App(Generic[S]):
                 message = f"This path is spelled artifact: {ctx.path.removesuffix('/artefact')}/artifact"
             raise api_error("not_found", message)
         ctx.allow = match.allowed
-        raise api_error("method_not_allowed", f"This path takes {', '.join(sorted(match.allowed))}.")
+        raise api_error("method_not_allowed", f"This path supports {', '.join(sorted(match.allowed))}.")
 
     def _requires_token(self, ctx: RequestContext, resolved: ResolvedRoute | None) -> bool:
-        """Return whether the request needs a token. A signed-in browser gets a 404 without one."""
+        """Return whether the request needs a token. A browser with a session needs none to get a 404."""
         if resolved is not None:
             return resolved.route.auth != "anyone"
         return self._pages is None or not self._pages.is_signed_in(ctx)
 
     def _error_page(self, ctx: RequestContext, error: ApiError) -> RawBody | None:
-        """Render the error as a page, for a route of a page or a browser that requests an unknown path."""
+        """Render the error as a page if the route is that of a page, or if a browser requests an unknown path."""
         if ctx.route is not None:
             return None if ctx.route.render_error is None else ctx.route.render_error(ctx, error)
         is_browser = "text/html" in ctx.head.headers.get(hdrs.ACCEPT, "")
@@ -372,7 +374,7 @@ class App(Generic[S]):
         return body
 
     async def _read_slow_body(self, ctx: RequestContext, payload: StreamReader) -> bytes:
-        """Read a body that has not arrived yet, up to one chunk over its limit."""
+        """Wait for a body that has not arrived completely. Reads at most one chunk more than the limit."""
         if int(ctx.head.headers.get(hdrs.CONTENT_LENGTH, 0)) > self.limits.body:
             raise self._body_too_large()
         send_continue(ctx)
@@ -392,19 +394,19 @@ class App(Generic[S]):
     def _read_idempotency_key(self, ctx: RequestContext, route: Route, body: bytes) -> None:
         if IDEMPOTENCY_KEY in ctx.head.headers:
             keys = ctx.head.headers.getall(IDEMPOTENCY_KEY)
-            if len(keys) > 1:  # a repetition with only one of them would not be recognized
-                message = "Idempotency-Key was sent more than once. Send one."
+            if len(keys) > 1:  # a repetition with one of them would not be recognized
+                message = "The Idempotency-Key header was sent more than once. Send one."
                 raise api_error("invalid_request", message, field="Idempotency-Key")
             ctx.key = self.authenticator.idempotency_key(keys[0], route.method, unquote(ctx.path), body)
 
     def error_response(self, ctx: RequestContext, error: ApiError, *, close: bool = False) -> HttpResponse:
-        """Record an error and return its response."""
+        """Record an error, and return its response."""
         self.record_error(ctx.route, ctx.method, error, by=ctx.by, job_id=ctx.job_id)
         close = close or self.closing or error.code == "too_large"
         return error_response(ctx, error, allow=ctx.allow, close=close, page=self._error_page(ctx, error))
 
     def record_error(self, route: Route | None, method: str, error: ApiError, *, by: str, job_id: str | None) -> None:
-        """Count an error and log it in one line without secrets. The log is rate-limited by code."""
+        """Count an error, and log it in one line without secrets, rate-limited by code."""
         self.error_counts[error.code] += 1
         if (suppressed := self._log_limiter.suppressed(error.code)) is None:
             return
@@ -413,7 +415,7 @@ class App(Generic[S]):
         log.info("refused", method=method, path=path, code=error.code, by=by, job_id=job_id, **more)
 
     def log_internal_error(self, ctx: RequestContext, bug: Exception) -> ApiError:
-        """Log a bug by its type and place, because its text may contain a secret."""
+        """Log the type and place of a bug. Its message may contain a secret."""
         route = ctx.route
         at = traceback.extract_tb(bug.__traceback__)[-1]
         log.error(
@@ -434,9 +436,9 @@ def check_read_only(route: Route) -> None:
         raise api_error("forbidden", "The response contains lock ids. Use the admin token to read it.")
 
 
-def _check_body_type(head: RequestHead, reads: str) -> None:
-    if head.has_body or reads == "lines":
-        check_content_type(head.headers, BODY_TYPES[reads])
+def _check_body_type(head: RequestHead, body: str) -> None:
+    if head.has_body or body == "lines":
+        check_content_type(head.headers, BODY_TYPES[body])
 
 
 def send_continue(ctx: RequestContext) -> None:

@@ -1,6 +1,6 @@
 """Check the headers of a request: bearer token, Host and Origin, Content-Type, idempotency key.
 
-Tokens are stored and compared as digests. None appears in a response or a log line.
+Tokens are stored and compared as digests. They never appear in a response or a log line.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ _PLAIN = {JSON: frozenset({"application/json", "application/json; charset=utf-8"
 
 
 class Authenticator:
-    """Authenticate the requests of one listener. `name` ("worker", "admin", ...) is the scope of its idempotency keys.
+    """Authenticate the requests of one listener.
 
-    `tokens` None: no token is needed. `hosts` None: every Host and Origin is accepted, as on a Unix socket.
+    `name` ("worker", "admin", ...) is the scope of its idempotency keys. If `tokens` is None, no token is needed. If
+    `hosts` is None, every Host and Origin is accepted, as on a Unix socket.
     """
 
     def __init__(
@@ -60,26 +61,26 @@ class Authenticator:
         self._digests = (*full, *((token_digest(token), "read") for token in read_only_tokens))
 
     def authenticate(self, headers: MultiMapping[str]) -> Permission:
-        """Return what the request's token allows. Raises a 401 error without exactly one valid token."""
+        """Return the permission of the request's token. Raises a 401 error unless there is exactly one valid token."""
         if self._digests is None:
             return "full"
         scheme, _, token = ", ".join(headers.getall("Authorization", ())).partition(" ")
-        access = self.permission_of(token_digest(token.strip()))
-        if access is None or scheme.lower() != "bearer":
+        permission = self.permission_of(token_digest(token.strip()))
+        if permission is None or scheme.lower() != "bearer":
             raise api_error("unauthorized", "A valid token is required: send `Authorization: Bearer <token>`.")
-        return access
+        return permission
 
     def permission_of(self, digest: bytes) -> Permission | None:
-        """Return what the token with this digest allows, None if it is invalid. Takes the same time for all tokens."""
+        """Return the permission of the token with this digest, None if it is invalid. Takes constant time."""
         permissions = [
-            access for valid_digest, access in self._digests or () if hmac.compare_digest(digest, valid_digest)
+            permission for valid_digest, permission in self._digests or () if hmac.compare_digest(digest, valid_digest)
         ]
         return permissions[0] if permissions else None
 
     def check_origin(self, headers: MultiMapping[str], address: object) -> None:
         """Raise a 403 error if Host is not a name of this daemon or Origin is another site.
 
-        This prevents DNS rebinding and cross-site requests. `address` is that of the socket, which Host may name.
+        This prevents DNS rebinding and cross-site requests. Host may also be `address`, that of the socket.
         """
         if self.hosts is None:
             return
@@ -99,11 +100,11 @@ class Authenticator:
             return False
         if netloc == host.lower():
             return True
-        site_names = (self.hosts or frozenset()) - LOOPBACK  # another port of this machine is another site
+        site_names = (self.hosts or frozenset()) - LOOPBACK  # another port on this machine is another site
         return host_name(netloc) in site_names
 
     def idempotency_key(self, key: str, method: str, path: str, body: bytes) -> IdempotencyKey:
-        """Return the digest of an Idempotency-Key, scoped to listener, method and path. Raises a 400 error."""
+        """Return the digest of an Idempotency-Key, in the scope of listener, method and path. Raises a 400 error."""
         if _KEY.fullmatch(key) is None:
             message = "Idempotency-Key must be 1 to 200 printable ASCII characters."
             raise api_error("invalid_request", message, field="Idempotency-Key")
@@ -118,7 +119,7 @@ def operator_name(name: str) -> str:
 
 
 def token_digest(token: str) -> bytes:
-    """Return the form in which a token is stored and compared."""
+    """Return the digest by which a token is stored and compared."""
     return sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
@@ -135,7 +136,7 @@ def host_name(host: str) -> str:
 def accepted_hosts(listen: str, hosts: Iterable[str] = ()) -> frozenset[str]:
     """Return the host names of a daemon that listens on `listen` (with or without a port).
 
-    They include `hosts`, and the loopback names if the daemon listens on loopback or on every address.
+    These include `hosts`, and the loopback names if the daemon listens on loopback or on all addresses.
     """
     name = _normalized_host(listen)
     names = {name, *map(_normalized_host, hosts)} - ANY_ADDRESS
@@ -155,7 +156,7 @@ def _normalized_address(address: str) -> str:
 
 
 def is_plain_json(headers: MultiMapping[str]) -> bool:
-    """Return whether the body is JSON by a quick check that covers nearly all requests."""
+    """Return whether the body is JSON. A quick check, which is false for some unusual JSON requests."""
     content_type = headers.get(CONTENT_TYPE, "")
     return content_type in _PLAIN[JSON] and CONTENT_ENCODING not in headers and TRANSFER_ENCODING not in headers
 

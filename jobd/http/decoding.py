@@ -1,4 +1,4 @@
-"""Decode bodies and queries into commands, and describe what is wrong with one in plain words."""
+"""Decode bodies and queries into commands, and describe their errors in plain words."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from jobd.model.errors import ApiException, api_error, invalid_request_error, to
 from jobd.model.job import EARLIEST_MS, is_job_id, storage_key_error
 
 MAX_QUERY_FIELDS: Final = 50
-MAX_FORM_FIELDS: Final = 300  # a page of jobs, all of them selected
-MAX_SHOWN_CHARS: Final = 80  # characters of an unknown field name that an error repeats
+MAX_FORM_FIELDS: Final = 300  # a page of jobs with all of them selected
+MAX_SHOWN_CHARS: Final = 80  # of an unknown field name in an error message
 BIG_BODY: Final = 64 << 10  # bytes; smaller bodies are not scanned
-MANY_KEYS: Final = 25_000  # a body with fewer fields, payloads included, is decoded in a few milliseconds
+MANY_KEYS: Final = 25_000  # a body with fewer fields, including those of payloads, is decoded in a few milliseconds
 MAX_COUNTED_FIELD: Final = 64 << 10  # bytes that are counted of a field other than a payload
 NAME_ALLOWANCE: Final = 60  # bytes for the name of a field and the blanks around it
 _FAULTS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # a ValidationError is one too
@@ -86,10 +86,10 @@ class RequestDecoder:
         return True
 
     def from_body(self, body: bytes, value: str | None = None) -> Command:
-        """Decode a body. An empty one is `{}`. `value` is that of `path_field`."""
+        """Decode a body. An empty body is `{}`. `value` is that of `path_field`."""
         try:
             if not body.isascii():
-                body.decode()  # the decoder does not check the UTF-8 of raw values
+                body.decode()  # the decoder does not check that raw values are UTF-8
             if len(body) > BIG_BODY:
                 self._scanner.check(body)
             part = self._decode(body or b"{}")
@@ -121,9 +121,9 @@ class RequestDecoder:
 
     def _convert(self, fields: dict[str, Any]) -> Any:
         for name, value in fields.items():
-            # msgspec converts the text "null" to None.
+            # msgspec would convert the text "null" to None.
             if name not in self._text_fields and isinstance(value, str) and value.lower() == "null":
-                raise invalid_request_error(f"$.{name}", "must not be null. Leave it out.")
+                raise invalid_request_error(f"$.{name}", "must not be null. Omit it.")
         try:
             return msgspec.convert(fields, self.body_type, strict=False)
         except msgspec.ValidationError as error:
@@ -138,7 +138,7 @@ class RequestDecoder:
         body_value = fields[self.path_field]
         if body_value is not UNSET and body_value != value:
             raise invalid_request_error(
-                f"$.{self.path_field}", "differs from the one in the path. Leave it out of the body."
+                f"$.{self.path_field}", "differs from the one in the path. Omit it in the body."
             )
         fields[self.path_field] = value
         return self.command(**fields)
@@ -149,7 +149,7 @@ def make_body_type(
 ) -> type[Any]:
     """Make a variant of `command` in which `path_field` is optional.
 
-    `extra_fields` are added in front, in the form that defstruct takes. `suffix` ends the name of the type.
+    `extra_fields` come first, in the form that defstruct takes. The name of the type ends in `suffix`.
     """
     fields: list[Any] = list(extra_fields)
     for info in msgspec.structs.fields(command):
@@ -172,12 +172,12 @@ def make_body_type(
 
 
 def _takes_text(kind: Any) -> bool:
-    """Return whether `kind` accepts any text. A choice of words, such as a status, does not."""
+    """Return whether `kind` accepts any text, and not only certain words such as a status."""
     return kind is str or (get_origin(kind) is not Literal and any(map(_takes_text, get_args(kind))))
 
 
 def path_value(decoder: RequestDecoder, value: str) -> str:
-    """Check the id or name in the path, which is percent-decoded already. Raises a 400 error."""
+    """Check the percent-decoded id or name in the path. Raises a 400 error."""
     if not is_job_id(value) and not decoder.accepts(value):
         raise invalid_request_error(
             f"$.{decoder.path_field}", f"the path must contain {decoder.path_value_words} here."
@@ -188,7 +188,7 @@ def path_value(decoder: RequestDecoder, value: str) -> str:
 def _parse_parameters(
     query: str, lists: frozenset[str] = frozenset(), max_fields: int = MAX_QUERY_FIELDS
 ) -> dict[str, Any]:
-    """Parse names and values. A name may be repeated only if it is in `lists`."""
+    """Parse names and values. Only the names in `lists` may be repeated."""
     try:
         pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=max_fields)
     except ValueError:
@@ -199,7 +199,7 @@ def _parse_parameters(
         if name in lists:
             fields.setdefault(name, []).append(value)
         elif name in fields:
-            raise invalid_request_error(f"$.{_printable(name)}", "is given more than once. Give it once.")
+            raise invalid_request_error(f"$.{_printable(name)}", "is given more than once. Send it once.")
         else:
             fields[name] = value
     return fields
@@ -254,7 +254,7 @@ def _check_storage_key(key: str | None, path: str, limits: Limits) -> None:
 
 def _too_many(name: str, limit: int) -> ApiException:
     if name == "jobs":
-        return too_large_error(f"Over {limit} jobs in one bulk. Send several bulks.", field="$.jobs", limit=limit)
+        return too_large_error(f"The bulk has over {limit} jobs. Split it.", field="$.jobs", limit=limit)
     return invalid_request_error(f"$.{name}", f"expected a list of length <= {limit}.")
 
 
@@ -291,7 +291,7 @@ def validation_error(error: str, body_type: type[Any]) -> ApiException:
     text, path = _split_path(error)
     match = _ABOUT_FIELD.fullmatch(text)
     if match is None and (match := _ABOUT_FIELD.fullmatch(error)) is not None:
-        path = "$"  # what looked like a path was a part of the name
+        path = "$"  # the text that looked like a path is a part of the name
     if match is not None:
         name = _printable(match["name"])
         return invalid_request_error(f"{path}.{name}", _field_error(match["how"], name, _struct_at(body_type, path)))
@@ -299,7 +299,7 @@ def validation_error(error: str, body_type: type[Any]) -> ApiException:
 
 
 def _split_path(error: str) -> tuple[str, str]:
-    """Split a message of msgspec into the error and the path. Names in the path are chosen by the caller."""
+    """Split a message of msgspec into the error and the path. The path may contain names that the caller chose."""
     text, mark, path = error.rpartition(" - at `")
     return (text, path[:-1]) if mark and _PATH.fullmatch(path) else (error, "$")
 
@@ -307,11 +307,11 @@ def _split_path(error: str) -> tuple[str, str]:
 def _field_error(how: str, name: str, struct: type[Any] | None) -> str:
     fields = () if struct is None else msgspec.structs.fields(struct)
     if how == "missing required":
-        return "is missing and has no default. Add it."
+        return "is missing. Add it."
     names = sorted(info.encode_name for info in fields)
     similar = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean `{similar[0]}`?" if similar else ""
-    known = f" Known fields: {', '.join(names)}." if names else " There are no fields here."
+    known = f" Known fields: {', '.join(names)}." if names else " The object has no fields."
     return f"is not a field of this request.{hint}{known}"
 
 
@@ -330,12 +330,12 @@ def _value_error(text: str, field: FieldInfo | None) -> str:
 
 
 def _printable(name: str) -> str:
-    """Return a field name that the caller chose, shortened and printable."""
+    """Return a field name of the caller in a short and printable form."""
     return "".join(char if char.isprintable() else "?" for char in name[:MAX_SHOWN_CHARS])
 
 
 def _struct_at(body_type: type[Any], path: str) -> type[Any] | None:
-    """Return the struct at a path such as `$.jobs[3].backoff`, None if there is none."""
+    """Return the struct type at a path such as `$.jobs[3].backoff`, None if there is none."""
     struct: type[Any] | None = body_type
     for step in _STEP.finditer(path):
         if step[1] is None or struct is None:
@@ -355,7 +355,7 @@ def _field_at(body_type: type[Any], path: str) -> FieldInfo | None:
 
 
 def _parts(annotation: Any) -> list[Any]:
-    """Return `annotation` and all types in it."""
+    """Return `annotation` and all types that it contains."""
     return [annotation, *(deep for part in get_args(annotation) for deep in _parts(part))]
 
 
@@ -364,7 +364,7 @@ def _first(annotation: Any, predicate: Any) -> Any:
 
 
 def _choices(annotation: Any) -> list[str]:
-    """Return the allowed words, without the empty one that forms may send."""
+    """Return the allowed words except the empty one, which forms may send."""
     literals = [part for part in _parts(annotation) if get_origin(part) is Literal]
     return [str(choice) for literal in literals for choice in get_args(literal) if choice != ""]
 
@@ -377,7 +377,7 @@ def _pattern_words(annotation: Any) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Large bodies are scanned before they are decoded. msgspec checks the length of a list only after decoding all of it,
-# and decodes every repetition of a field: a body of 1 MB with 300,000 empty jobs would block the event loop.
+# and decodes every repetition of a field. A body of 1 MB with 300,000 empty jobs would block the event loop.
 
 
 class ListTooLong(Exception):
@@ -394,7 +394,7 @@ class BodyTooComplex(Exception):
 
 
 class BodyScanner:
-    """Scan bodies of the type `part` without decoding their values. `lists` has the maximum length of each list."""
+    """Scan bodies of a type without decoding their values. `lists` has the maximum length of each list."""
 
     def __init__(self, part: type[Any], lists: Mapping[str, int]) -> None:
         self._list_decoders = [(name, limit, _decoder({name: _bounded_list(limit)})) for name, limit in lists.items()]
@@ -428,12 +428,12 @@ def _decoder(fields: Mapping[str, Any]) -> msgspec.json.Decoder[Any]:
 
 
 def _bounded_list(limit: int) -> Any:
-    """Make a type for a list of up to `limit` raw items. One more fails, because its type accepts no value."""
+    """Make a type for a list of at most `limit` raw items. The type of the next item accepts no value."""
     return tuple[(*[Raw] * limit, Annotated[int, msgspec.Meta(gt=0, lt=0)])]  # type: ignore[misc]
 
 
 def _skipping_type(part: type[Any]) -> type[Struct]:
-    """Make a variant of `part` that keeps values raw, also those in lists of structs."""
+    """Make a variant of `part` whose values stay raw, also those in lists of structs."""
     fields: list[Any] = []
     for info in msgspec.structs.fields(part):
         inner = _item_struct(info.type)
@@ -455,14 +455,14 @@ def _without_none(annotation: Any) -> Any:
 
 
 def _item_struct(annotation: Any) -> type[Struct] | None:
-    """Return the struct type of the items if this is a list of structs."""
+    """Return the type of the items of a list of structs, None for other types."""
     annotation = _without_metadata(annotation)
     inner = get_args(annotation)[0] if get_origin(annotation) is list else None
     return inner if isinstance(inner, type) and issubclass(inner, Struct) else None
 
 
 def _expected_size(part: Any) -> int:
-    """Return the size of a body that has each of these fields once."""
+    """Return the size of a body with each of these fields once."""
     total = 0
     for name in part.__struct_fields__:
         value = getattr(part, name)

@@ -29,13 +29,13 @@ _URI: Final = re.compile(r"https?://([^/?#@]+)([/?].*)?", re.IGNORECASE)
 
 
 class RequestHead(Struct, frozen=True):
-    """The headers of a request and what they say about its body and connection."""
+    """The headers of a request, and what follows from them for its body and connection."""
 
     headers: MultiMapping[str]
     version: HttpVersion
     keep_alive: bool
     has_body: bool
-    is_json: bool  # by a quick check of the headers
+    is_json: bool  # by is_plain_json
     expects: str  # the header Expect, in lower case
 
     @classmethod
@@ -47,7 +47,7 @@ class RequestHead(Struct, frozen=True):
 
 
 class RequestContext:
-    """A request as handlers see it. `request` is aiohttp's object; None on the fast path."""
+    """A request as handlers see it. `request` is aiohttp's object, None on the fast path."""
 
     __slots__ = (
         "admin", "allow", "by", "connection", "head", "job_id", "key", "method", "operator", "path", "query", "request",
@@ -69,7 +69,7 @@ class RequestContext:
         self.request = request
         self.by = "client"
         self.admin = False  # whether the response may contain lock ids
-        self.operator: Operator | None = None  # of a change
+        self.operator: Operator | None = None  # if the call may change state
         self.route: Route | None = None
         self.allow: frozenset[str] = frozenset()
         self.key: IdempotencyKey | None = None
@@ -84,7 +84,7 @@ class RequestContext:
         connection: RequestHandler,
         request: HttpRequest | None = None,
     ) -> RequestContext:
-        """Make the context of a parsed request. Clients behind a proxy send a whole URI as its target."""
+        """Make the context of a parsed request. A client may send an absolute URI as the target, as to a proxy."""
         target, head = message.path, RequestHead.of(message, payload)
         if not target.startswith("/"):
             target, head = _without_authority(target, head)
@@ -122,12 +122,12 @@ def client_address(ctx: RequestContext) -> str:
 
 
 def operator_of(ctx: RequestContext, name: str = "") -> Operator:
-    """Return the operator that requests a change. `name` takes precedence over the header."""
+    """Return the operator who requests a change. `name` takes precedence over the header."""
     return Operator(name or operator_name(ctx.head.headers.get(OPERATOR_HEADER, "")), client_address(ctx))
 
 
 def reading_operator(ctx: RequestContext, name: str = "") -> Operator:
-    """Return the operator that reads audited data. A read-only token without a name is `reader`."""
+    """Return the operator who reads audited data. A read-only token without a name is `reader`."""
     if ctx.operator is not None:
         return ctx.operator
     name = name or operator_name(ctx.head.headers.get(OPERATOR_HEADER, ""))
@@ -135,7 +135,7 @@ def reading_operator(ctx: RequestContext, name: str = "") -> Operator:
 
 
 def as_one_entry(operator: Operator | None) -> Operator | None:
-    """Return `operator` for an action of many commands that are one audit entry."""
+    """Return `operator` for an action of many commands with one audit entry."""
     return None if operator is None else replace(operator, part_of=secrets.token_hex(8))
 
 

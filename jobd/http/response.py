@@ -1,4 +1,4 @@
-"""Encode responses, each as one piece of bytes."""
+"""Encode responses, each into one bytes object."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from jobd.http.request import HttpRequest, RequestContext
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
-WRITE_TIMEOUT_S: Final = 75.0  # for a client to read a response
+WRITE_TIMEOUT_S: Final = 75.0  # for the client to read a response
 RETRY_AFTER_S: Final = 1
 
 HTTP_VERSION: Final = b"HTTP/1.1 "  # every response begins with it
 
-# Headers of every response: it may contain secrets, and browsers must not guess its type.
+# Headers of every response. It may contain secrets, and browsers must not guess its type.
 SAFE_HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -47,7 +47,7 @@ class _SuccessBody(Struct, frozen=True, gc=False):
 
 
 class ErrorBody(Struct, frozen=True):
-    """An error."""
+    """An error response."""
 
     error: Annotated[str, Meta(description="The error code.")]
     message: Annotated[str, Meta(description="A human-readable message.")]
@@ -56,7 +56,7 @@ class ErrorBody(Struct, frozen=True):
 
 
 class LineError(ErrorBody, frozen=True, kw_only=True):
-    """The error object in a stream of responses."""
+    """An error in a stream of responses."""
 
     status: int
 
@@ -90,9 +90,9 @@ _REPLAYED: Final = b"Idempotent-Replayed: true\r\n"
 
 
 class HttpResponse:
-    """A complete response as bytes. It is much faster than aiohttp's Response.
+    """A complete response as bytes, which is much faster than aiohttp's Response.
 
-    `on_lost` is called if the connection is gone before the first byte is written. `close` ends the connection after
+    `on_lost` is called if the connection closes before the first byte is written. `close` closes the connection after
     the rest of the request has been read and dropped, `close_at_once` without reading it.
     """
 
@@ -122,7 +122,7 @@ class HttpResponse:
         """Write the response. If that fails, call `on_lost` and return False. `ahead` bytes have been sent already."""
         if transport is not None and not transport.is_closing():
             transport.write(self.data[ahead:] if ahead else self.data)
-            if not transport.is_closing():  # a write shows whether the client has disconnected
+            if not transport.is_closing():  # a failed write closes the transport
                 return True
         if self.on_lost is not None:
             self.on_lost()
@@ -130,7 +130,7 @@ class HttpResponse:
 
 
 class PreparedResponse(web.StreamResponse):
-    """An HttpResponse as aiohttp accepts it from a handler."""
+    """An HttpResponse in the form that aiohttp accepts from a handler."""
 
     def __init__(self, response: HttpResponse, request: HttpRequest) -> None:
         self._response = response
@@ -158,7 +158,7 @@ class PreparedResponse(web.StreamResponse):
             transport.close()
 
     async def _drain(self, transport: asyncio.Transport) -> None:
-        """Wait for a slow client, at most WRITE_TIMEOUT_S."""
+        """Wait for a slow client for at most WRITE_TIMEOUT_S."""
         try:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await self._request.writer.drain()
@@ -180,7 +180,7 @@ def ok_response(
     close: bool = False,
     on_lost: Callable[[], None] | None = None,
 ) -> HttpResponse:
-    """Build the response `{"success": true, "data": …}`, or one with a raw body. `status` may be any, also 503."""
+    """Build the response `{"success": true, "data": …}`, or one with a raw body. `status` may be 503, too."""
     if type(data) is RawBody:
         return HttpResponse(ctx, _head(status, data.content_type, **data.headers), data.body, close=close)
     body = _encode(_SuccessBody(True, data))
@@ -189,7 +189,7 @@ def ok_response(
 
 
 def response_line(response: Response) -> bytes:
-    """Build one line of a stream of responses: the usual object with its status."""
+    """Build one line of a stream of responses: the response object with its status."""
     more = b',"replayed":true' if response.replayed else b""
     return b'{"success":true,"data":%b,"status":%d%b}\n' % (_in_one_line(_encode(response.data)), response.status, more)
 
@@ -216,7 +216,7 @@ def error_response(
     close: bool = False,
     page: RawBody | None = None,
 ) -> HttpResponse:
-    """Build the response to an error: the error object or `page`, with the headers that its status requires."""
+    """Build the response to an error: the error object or `page`, with the headers that the error requires."""
     more: dict[str, str] = {}
     if allow:
         more["Allow"] = ", ".join(sorted(allow))

@@ -1,4 +1,4 @@
-"""Define routes as data, and match a path to its route."""
+"""Routes as data, and the router that matches a path to its route."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ResolvedRoute(Struct, frozen=True):
 
 
 class RouteMatch(Struct, frozen=True):
-    """The result of a match: the route, the decoded path part in braces, and the allowed methods."""
+    """The result of a match: the route, the value of the path part in braces, and the allowed methods."""
 
     resolved: ResolvedRoute | None
     path_value: str | None = None
@@ -83,13 +83,12 @@ class RouteMatch(Struct, frozen=True):
 
 
 class Router:
-    """Match paths to routes: exact paths first, then those with a part in braces."""
+    """Match paths to routes: exact paths first, then paths with a part in braces."""
 
     def __init__(self, routes: Iterable[Route], limits: Limits) -> None:
         exact: dict[str, dict[str, ResolvedRoute]] = {}
-        self._patterns: dict[
-            str, dict[str, dict[str, ResolvedRoute]]
-        ] = {}  # by the text before the braces, then by the text after them
+        # By the text before the braces, then by the text after them.
+        self._patterns: dict[str, dict[str, dict[str, ResolvedRoute]]] = {}
         for route in routes:
             prefix, brace, rest = route.path.partition("{")
             methods = (
@@ -123,7 +122,7 @@ class Router:
 
 
 def _resolved(route: Route, limits: Limits) -> ResolvedRoute:
-    shape = RequestDecoder(route.request, route.path_field, limits)
+    decoder = RequestDecoder(route.request, route.path_field, limits)
     return ResolvedRoute(
-        route, shape, issubclass(route.request, Start | Claim), issubclass(route.request, Create | NamedJobCommand)
+        route, decoder, issubclass(route.request, Start | Claim), issubclass(route.request, Create | NamedJobCommand)
     )

@@ -23,14 +23,14 @@ from jobd.http.head_cache import Heads
 from jobd.http.protocol import ServerConnection, begin
 
 BACKLOG: Final = 1024
-LINGER_S: Final = 5.0  # to read the rest of a rejected body, so that the client receives the response
-CANCEL_GRACE_S: Final = 0.1  # for cancelled handlers to end after the deadline of a stop
+LINGER_S: Final = 5.0  # to read the rest of a rejected body, without which the client would not get the response
+CANCEL_GRACE_S: Final = 0.1  # for cancelled handlers, after the deadline of a stop
 
 log = structlog.get_logger("jobd.web")
 
 
 class _Server(web.Server):
-    """Use ServerConnection in place of aiohttp's protocol."""
+    """aiohttp's server with ServerConnection as its protocol."""
 
     def __init__(self, app: App[Any], **options: Any) -> None:
         super().__init__(app.handle, request_factory=begin, handler_cancellation=True)
@@ -58,7 +58,7 @@ class HttpListener:
         self._paths: list[str] = []
 
     async def open_tcp(self, host: str, port: int, *, tls: ssl.SSLContext | None = None) -> list[tuple[str, int]]:
-        """Listen on `host` and `port` (0: any free one). Return the addresses. Raises OSError."""
+        """Listen on `host` and `port` (0: any free port). Return the addresses. Raises OSError."""
         loop = asyncio.get_running_loop()
         server = await loop.create_server(self._server, host, port, ssl=tls, backlog=BACKLOG)
         self._sockets.append(server)
@@ -67,8 +67,8 @@ class HttpListener:
     async def open_unix(self, path: str, mode: int) -> None:
         """Listen on the Unix socket `path` with the permissions `mode`. Replaces a stale socket.
 
-        Raises OSError if the directory is missing, the path is longer than 107 bytes, it is not a socket, or another
-        process listens on it (EADDRINUSE).
+        Raises OSError if the directory is missing, the path is longer than 107 bytes, the file is not a socket, or
+        another process listens on it (EADDRINUSE).
         """
         await self.open_socket(await asyncio.to_thread(_bind, path, mode))
         self._paths.append(path)
@@ -90,22 +90,22 @@ class HttpListener:
         return len(self._server.connections)
 
     async def stop(self, deadline_s: float) -> None:
-        """Take no more requests, close idle connections, wait for the responses to pending requests, then close.
+        """Accept no more requests, close idle connections, wait for the responses to pending requests, then close.
 
-        Aborts the rest after `deadline_s` seconds. Waiting claims are pending: the actor must end them.
+        Aborts the rest after `deadline_s` seconds. Waiting claims are pending requests, which the actor must end.
         """
         self.app.close()
-        # Unlink while still listening: later, the paths could be those of another daemon's sockets.
+        # Unlink while still listening: later, the paths could belong to another daemon.
         await asyncio.to_thread(_unlink, self._paths)
         for server in self._sockets:
             server.close()
         self._close_idle()
-        for _ in range(3):  # let requests that have just been read reach their handlers
+        for _ in range(3):  # until the handlers of requests that have just been read have started
             await asyncio.sleep(0)
         try:
             async with asyncio.timeout(deadline_s):
                 await self.app.wait_idle()
-                self._close_idle()  # connections whose slow clients were still reading an earlier response
+                self._close_idle()  # connections whose slow clients were reading an earlier response
                 await self._server.shutdown(None)
         except TimeoutError:
             log.warning("requests_cut_off", door=self.app.authenticator.name, connections=self.connections)
@@ -118,9 +118,9 @@ class HttpListener:
 
 
 def is_in_use(endpoint: str | tuple[str, int]) -> bool:
-    """Return whether a process listens on a Unix socket path, or a host and port. Blocks.
+    """Return whether a process listens on a Unix socket path, or on a host and port. Blocks.
 
-    Other errors are left to the code that opens the listener.
+    Other errors are ignored; opening the listener reports them.
     """
     try:
         _connect_or_bind(endpoint)
@@ -145,12 +145,12 @@ def _connect_or_bind(endpoint: str | tuple[str, int]) -> None:
 
 
 def _bind(path: str, mode: int) -> socket.socket:
-    """Create a listening Unix socket that has its permissions before a client can connect, in one atomic step.
+    """Create a listening Unix socket at `path`, which has its permissions before a client can connect.
 
     If several processes bind the same path at the same time, one of them succeeds.
     """
     if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise OSError(f"{path} exists and is not a socket: move it away or choose another path")
+        raise OSError(f"{path} exists and is not a socket. Move it or choose another path")
     draft = f"{path}.{os.getpid()}"
     opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

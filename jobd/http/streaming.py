@@ -16,9 +16,9 @@ log = structlog.get_logger("jobd.web")
 
 
 class LineStream:
-    """The lines of a body without their line feeds; None in place of a line over `limits.body` bytes.
+    """Iterate over the lines of a body, without line feeds. A line over `limits.body` bytes is None.
 
-    `idle_allowed`: any time may pass between two lines. Raises ApiException if a line does not arrive within its
+    With `idle_allowed`, any time may pass between two lines. Raises ApiException if a line does not arrive within its
     deadline (408), the framing is malformed (400), or the body ends too early (400, after its complete lines).
     """
 
@@ -39,7 +39,7 @@ class LineStream:
             await self._fill()
         if self._is_last and self._request.is_truncated:
             message = (
-                "The stream ended too early. The bytes after the last line feed were not read. Send that line again."
+                "The stream ended too early. The bytes after the last line feed were ignored. Send that line again."
             )
             raise api_error("invalid_request", message)
         if self._is_last and not self._buffer:
@@ -55,30 +55,30 @@ class LineStream:
         return self._is_last or b"\n" in self._buffer
 
     async def _fill(self) -> None:
-        """Read until a whole line has arrived, or the end."""
+        """Read until a whole line or the end has arrived."""
         try:
             if self._idle_allowed and not self._buffer:
-                await self._take_piece()
+                await self._read_piece()
             async with asyncio.timeout(self._limits.body_deadline_s):
                 while not self._has_line():
                     if len(self._buffer) > self._limits.body:
                         self._is_too_long = True
                         self._buffer.clear()
-                    await self._take_piece()
+                    await self._read_piece()
         except TimeoutError:
-            message = f"No whole line arrived within {self._limits.body_deadline_s:g} s."
+            message = f"No complete line arrived within {self._limits.body_deadline_s:g} s. Send it again."
             raise api_error("request_timeout", message) from None
         except web.RequestPayloadError:
             raise api_error("invalid_request", "The stream is malformed: its chunks or its length are wrong.") from None
 
-    async def _take_piece(self) -> None:
+    async def _read_piece(self) -> None:
         piece = await self._content.readany()
         self._buffer += piece
         self._is_last = not piece
 
 
 def probe_for_hangup(request: HttpRequest, response: web.StreamResponse) -> None:
-    """Let the connection send a comment when the client half-closes it, which a closed client answers with a reset."""
+    """Send a comment when the client half-closes the connection. A client that has closed it responds with a reset."""
     request.probe = b"3\r\n:\n\n\r\n" if response.chunked else b":\n\n"
 
 

@@ -89,7 +89,7 @@ def test_a_scenario_has_settings_of_its_own(tmp_path: Path) -> None:
     narrow = BenchmarkScenario(
         "narrow", "", lambda stage, size: stage.load("fill", count=6), settings={"JOBD_LIMITS_BULK": "5"}
     )
-    with pytest.raises(BenchFailed, match="Over 5 jobs in one bulk"):
+    with pytest.raises(BenchFailed, match="The bulk has over 5 jobs"):
         measure(narrow, TINY, tmp_path)
 
 

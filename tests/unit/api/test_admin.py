@@ -111,7 +111,7 @@ COMMANDS: list[tuple[str, str, str, Command, bool]] = [
 plain_view = msgspec.to_builtins
 
 # Calls that a service answers: call, data.
-TRUSTED = "The wall clock agrees with the time stored last."
+TRUSTED = "The wall clock agrees with the last stored time."
 SERVICE_CALLS: list[tuple[str, str, Any]] = [
     ("POST", f"{P}/cleanup", REPORT),
     ("GET", f"{P}/cleanup", {"lastReport": REPORT, "cleanupRunning": True, "timeSinceLastCleanup": 1234,

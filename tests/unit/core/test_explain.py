@@ -303,7 +303,7 @@ def test_the_worker_of_an_expired_lock_is_silent(rules: RuleHarness) -> None:
         rules.accept(Recover(limit=1))
 
 
-def test_past_the_ceiling_no_report_is_suggested(rules: RuleHarness) -> None:
+def test_after_the_progress_timeout_no_report_is_suggested(rules: RuleHarness) -> None:
     rules.held(max_processing_ms=TTL)
     rules.advance(TTL)
     because = why(rules).because
@@ -311,7 +311,7 @@ def test_past_the_ceiling_no_report_is_suggested(rules: RuleHarness) -> None:
     assert "can no longer report progress" in because
 
 
-def test_the_ceiling_is_named(rules: RuleHarness) -> None:
+def test_the_progress_timeout_is_named(rules: RuleHarness) -> None:
     rules.held(stuck_after_ms=HOUR_MS, max_processing_ms=TTL + 1)
     rules.advance(TTL)
     view = why(rules)
@@ -322,16 +322,16 @@ def test_the_ceiling_is_named(rules: RuleHarness) -> None:
     )
 
 
-def test_the_ceiling_of_the_grant_is_shown(rules: RuleHarness) -> None:
+def test_the_progress_timeout_of_the_grant_is_shown(rules: RuleHarness) -> None:
     rules.create("a")
     lock_id = rules.start("a", max_processing_ms=0)
-    assert why(rules).because.endswith(" This grant has no ceiling (max_processing_ms 0).")
+    assert why(rules).because.endswith(" This grant has no progress timeout (max_processing_ms 0).")
     rules.accept(Release(id="a", lock_id=lock_id))
     rules.start("a", max_processing_ms=40 * MINUTE_MS)
     rules.advance(MINUTE_MS)
-    assert why(rules).because.endswith(" Its ceiling is in 39 min (max_processing_ms 2400000); progress moves it.")
+    assert why(rules).because.endswith(" Its progress timeout ends in 39 min (max_processing_ms 2400000).")
     rules.advance(39 * MINUTE_MS)
-    assert "ceiling" not in why(rules).because
+    assert "progress timeout" not in why(rules).because
 
 
 def test_repeated_releases_are_explained(rules: RuleHarness) -> None:

@@ -360,7 +360,7 @@ async def test_a_backup_that_fails_half_way_never_looks_complete(harness: HttpHa
     with capture_logs() as logs, pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await harness.request("GET", BACKUP, headers=AUTH)
     assert [(entry["event"], entry["error"]) for entry in logs[1:]] == [("backup cut off", "OSError")]
-    assert harness.fakes.left == ["it was not read to its end"]
+    assert harness.fakes.left == ["the client did not read all of it"]
 
 
 async def test_a_backup_whose_client_disconnects_is_aborted(harness: HttpHarness) -> None:
