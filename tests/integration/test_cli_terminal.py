@@ -112,7 +112,7 @@ def test_a_dry_run_shows_old_and_new_values(
     monkeypatch.setenv("ADMIN_TOKEN", token)
     before, at = running.client.get_job(name), r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
     output = jobctl.ok("run-now", name, "--dry-run")
-    assert re.fullmatch(rf"{name}: would run-now \(due {at} \(in .*\) → {at} \(\d s ago\)\): it is queued\n", output)
+    assert re.fullmatch(rf"{name}: would run-now \(due {at} \(in .*\) → {at} \(\d+ s ago\)\): it is queued\n", output)
     output = jobctl.ok("update", name, "--priority", "5", "--max-attempts", "1", "--dry-run", "--reason", "r")
     assert output == f"{name}: would update (priority 4 → 5): it is queued\n"
     output = jobctl.ok("update", name, "--priority", "5", "--max-attempts", "3", "--run-at", "1h", "--dry-run")

@@ -85,8 +85,7 @@ def test_a_result_is_deleted_with_its_job_by_an_operator_and_by_age(tmp_path: Pa
         eventually(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
         assert metric(daemon, 'jobd_artifacts_swept_total{outcome="deleted"}') == 2
         assert stored.read_text() == "result"
-        storage = daemon.admin("GET", "health").data["storage"]
-        assert storage["status"] == "healthy"
+        eventually(lambda: daemon.admin("GET", "health").data["storage"]["status"] == "healthy")
         assert [path.name for path in results.rglob("*") if path.is_file()] == ["kept.mp4"]
         assert daemon.stop() == 0
 

@@ -29,7 +29,7 @@ from tests.support.daemon_process import TOKEN, ApiCalls, UnixConnection, die_wi
 
 SYSTEMD: Final = Path("/usr/lib/systemd/systemd")
 SPACES: Final = ("--mount", "--pid", "--net", "--ipc", "--cgroup")
-UP_S: Final = 60  # for any wait
+UP_S: Final = 150  # for any wait
 PATIENCE_S: Final = 5
 SERVICE: Final = "jobd.service"
 UNITS: Final = (SERVICE, "jobd-worker.socket", "jobd-admin.socket")
