@@ -57,18 +57,9 @@ def load(
     `need_token` is false for commands that only work on files. Raises ConfigError.
     """
     file = _find_file(environ, path)
-    values: dict[str, dict[str, Any]] = {}
-    sources: dict[str, str] = {}
-    webhooks: tuple[WebhookSetting, ...] = ()
-    if file is not None:
-        tables = _read_file(file)
-        webhooks = _webhooks(file, tables.pop(WEBHOOKS, []))
-        for key, value in tables.items():
-            _set(values, sources, key, value, f"file {file}")
-    for name, key in _environment(environ).items():
-        _set(values, sources, key, environ[name], f"env {name}")
-    for key, text in flags.items():
-        _set(values, sources, key, text, "flag")
+    in_file = {} if file is None else _read_file(file)
+    webhooks = () if file is None else _webhooks(file, in_file.pop(WEBHOOKS, []))
+    values, sources = _merge(in_file, file, environ, flags)
     config = _fill_in_paths(_convert(values, sources), environ, sources)
     try:
         _check(config)
@@ -141,6 +132,21 @@ def _read_file(path: Path) -> dict[str, Any]:
         for name, value in table.items():
             values[f"{section}.{name}"] = value
     return values
+
+
+def _merge(
+    in_file: Mapping[str, Any], file: Path | None, environ: Mapping[str, str], flags: Mapping[str, str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Return the value of each key that is set, by section, and the source of each key."""
+    values: dict[str, dict[str, Any]] = {}
+    sources: dict[str, str] = {}
+    for key, value in in_file.items():
+        _set(values, sources, key, value, f"file {file}")
+    for name, key in _environment(environ).items():
+        _set(values, sources, key, environ[name], f"env {name}")
+    for key, text in flags.items():
+        _set(values, sources, key, text, "flag")
+    return values, sources
 
 
 def _rename_hint(section: str) -> str:
