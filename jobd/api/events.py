@@ -32,7 +32,7 @@ Names = Annotated[str, Meta(min_length=1, max_length=MAX_NAMES * 201)]
 
 
 class EventsRequest(Command, frozen=True, kw_only=True):
-    """Stream events as they happen (Server-Sent Events). It resumes after `Last-Event-ID` without gap or repetition.
+    """Stream events as they happen (Server-Sent Events), without gap or repetition after `Last-Event-ID`.
 
     An event must match all filters. The stream begins after the event in the header `Last-Event-ID`, else after
     `last_event_id`, else `last` events ago, else now. Without `follow` it ends at the end of the journal.

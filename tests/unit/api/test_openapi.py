@@ -155,7 +155,7 @@ async def test_a_document_is_served_without_a_token(listener: tuple[str, HttpHar
 # -- bodies: schema and decoder agree ----------------------------------------------------------------------------------
 
 # Call, or kind of line -> its document, the name of its schema, its decoder, the value of its path.
-READERS: dict[str, tuple[str, str, RequestDecoder, str | None]] = {
+DECODERS: dict[str, tuple[str, str, RequestDecoder, str | None]] = {
     call_of(route): (
         name,
         route.request.__name__,
@@ -166,8 +166,8 @@ READERS: dict[str, tuple[str, str, RequestDecoder, str | None]] = {
     for route in table
     if route.method != "GET" and route.request is not StreamedCommand
 }
-READERS |= {
-    f"line {op}": ("worker", LINE_TYPES[op].__name__, shape, None) for op, shape in line_decoders(Limits()).items()
+DECODERS |= {
+    f"line {op}": ("worker", LINE_TYPES[op].__name__, decoder, None) for op, decoder in line_decoders(Limits()).items()
 }
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
@@ -203,7 +203,7 @@ def near(name: str, schema: dict[str, Any]) -> st.SearchStrategy[Any]:
 @cache
 def body_of(call: str) -> tuple[st.SearchStrategy[Any], Draft202012Validator]:
     """Return a strategy of bodies for a call, and the validator of its schema."""
-    name, called, _, _ = READERS[call]
+    name, called, _, _ = DECODERS[call]
     schema = {"$ref": f"#/components/schemas/{called}"}
     return near(name, schema), Draft202012Validator(schema | {"components": DOCUMENTS[name]["components"]})
 
@@ -256,21 +256,21 @@ def test_some_checks_go_beyond_the_schema(body: Any, field: str, message: str, f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("call", READERS)
+@pytest.mark.parametrize("call", DECODERS)
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_the_decoder_accepts_a_body_exactly_if_its_schema_does(call: str, data: st.DataObject) -> None:
     """The decoder also checks values, such as the segments of a storage key and the size of a payload."""
-    _, _, shape, given_by_path = READERS[call]
+    _, _, decoder, given_by_path = DECODERS[call]
     strategy, schema = body_of(call)
     body = data.draw(strategy)
     try:
-        taken: object = shape.from_body(json.dumps(body).encode(), given_by_path)
+        taken: object = decoder.from_body(json.dumps(body).encode(), given_by_path)
     except ApiException as no:
         taken = no.error
     if isinstance(taken, errors.ApiError):
         assert taken.code == "invalid_request"
         assert is_beside_its_schema(taken, body) or not schema.is_valid(body), taken.message
     else:
-        assert type(taken) is shape.command
+        assert type(taken) is decoder.command
         assert schema.is_valid(body)

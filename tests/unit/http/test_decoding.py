@@ -43,7 +43,7 @@ from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import Backoff
 
 LIMITS = Limits()
-SHAPES: dict[str, RequestDecoder] = {
+DECODERS: dict[str, RequestDecoder] = {
     "create": RequestDecoder(Create, None, LIMITS),
     "bulk": RequestDecoder(Bulk, None, LIMITS),
     "claim": RequestDecoder(Claim, None, LIMITS),
@@ -56,28 +56,28 @@ SHAPES: dict[str, RequestDecoder] = {
 }
 
 
-def error_of(shape: RequestDecoder, body: bytes, value: str | None = None) -> ApiError:
+def error_of(decoder: RequestDecoder, body: bytes, value: str | None = None) -> ApiError:
     with pytest.raises(ApiException) as caught:
-        shape.from_body(body, value)
+        decoder.from_body(body, value)
     return caught.value.error
 
 
-def outcome(shape: RequestDecoder, body: bytes) -> Command | ApiError:
+def outcome(decoder: RequestDecoder, body: bytes) -> Command | ApiError:
     try:
-        return shape.from_body(body, "a" if shape.path_field else None)
+        return decoder.from_body(body, "a" if decoder.path_field else None)
     except ApiException as no:
         return no.error
 
 
 def test_the_path_sets_the_id() -> None:
-    command = SHAPES["progress"].from_body(b'{"lock_id":"x","progress":1.5}', "job-1")
+    command = DECODERS["progress"].from_body(b'{"lock_id":"x","progress":1.5}', "job-1")
     assert command == Progress(id="job-1", lock_id="x", progress=1.5)
 
 
 def test_the_same_id_in_the_body_is_accepted_and_another_is_rejected() -> None:
-    shape = SHAPES["progress"]
-    assert shape.from_body(b'{"id":"a","lock_id":"x","progress":1}', "a") == Progress(id="a", lock_id="x", progress=1)
-    no = error_of(shape, b'{"id":"b","lock_id":"x","progress":1}', "a")
+    decoder = DECODERS["progress"]
+    assert decoder.from_body(b'{"id":"a","lock_id":"x","progress":1}', "a") == Progress(id="a", lock_id="x", progress=1)
+    no = error_of(decoder, b'{"id":"b","lock_id":"x","progress":1}', "a")
     assert (no.code, no.details) == ("invalid_request", {"field": "$.id"})
 
 
@@ -87,8 +87,8 @@ def test_the_path_sets_the_name_of_a_queue() -> None:
 
 def test_an_empty_body_is_an_empty_object() -> None:
     assert RequestDecoder(Cancel, "id", LIMITS).from_body(b"", "a") == Cancel(id="a")
-    assert SHAPES["create"].from_body(b"") == Create()
-    assert error_of(SHAPES["progress"], b"", "a").details == {"field": "$.lock_id"}
+    assert DECODERS["create"].from_body(b"") == Create()
+    assert error_of(DECODERS["progress"], b"", "a").details == {"field": "$.lock_id"}
 
 
 def test_default_factories_survive_the_split() -> None:
@@ -97,7 +97,7 @@ def test_default_factories_survive_the_split() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "body", "field"),
+    ("decoder", "body", "field"),
     [
         ("progress", '{"lock_id":"x","progress":-0.1}', "$.progress"),
         ("progress", '{"lock_id":"x","progress":100.1}', "$.progress"),
@@ -150,9 +150,9 @@ def test_default_factories_survive_the_split() -> None:
         ("import", '{"id":"a","storage_key":"/x"}', "$.storage_key"),
     ],
 )  # fmt: skip
-def test_a_field_out_of_its_bounds_is_named(shape: str, body: str, field: str) -> None:
-    given_id = "job-1" if SHAPES[shape].path_field else None
-    no = error_of(SHAPES[shape], body.encode(), given_id)
+def test_a_field_out_of_its_bounds_is_named(decoder: str, body: str, field: str) -> None:
+    given_id = "job-1" if DECODERS[decoder].path_field else None
+    no = error_of(DECODERS[decoder], body.encode(), given_id)
     assert no.code == "invalid_request"
     assert no.details == {"field": field}
     assert field in no.message
@@ -161,42 +161,42 @@ def test_a_field_out_of_its_bounds_is_named(shape: str, body: str, field: str) -
 @pytest.mark.parametrize("progress", [0, 100, 0.0, 99.9])
 def test_the_bounds_themselves_are_accepted(progress: float) -> None:
     body = json.dumps({"lock_id": "x", "progress": progress}).encode()
-    command = SHAPES["progress"].from_body(body, "a")
+    command = DECODERS["progress"].from_body(body, "a")
     assert isinstance(command, Progress)
     assert command.progress == progress
 
 
 def test_a_time_in_seconds_gets_a_hint() -> None:
-    no = error_of(SHAPES["complete"], b'{"lock_id":"x","expires_at":1700000000}', "a")
+    no = error_of(DECODERS["complete"], b'{"lock_id":"x","expires_at":1700000000}', "a")
     assert no.details == {"field": "$.expires_at"}
     assert "milliseconds" in no.message
     assert "1000" in no.message
-    assert SHAPES["complete"].from_body(b'{"lock_id":"x","expires_at":100000000000}', "a")
+    assert DECODERS["complete"].from_body(b'{"lock_id":"x","expires_at":100000000000}', "a")
 
 
 def test_the_message_helps() -> None:
-    assert "Did you mean `progress`?" in error_of(SHAPES["progress"], b'{"lock_id":"x","progres":1}', "a").message
-    assert "queued, processing" in error_of(SHAPES["transition"], b'{"jobId":"a","from":"x","to":"failed"}').message
-    assert "exponential, fixed" in error_of(SHAPES["create"], b'{"backoff":{"kind":"x"}}').message
-    assert "A-Z a-z 0-9" in error_of(SHAPES["create"], b'{"id":"a b"}').message
-    assert "control" in error_of(SHAPES["create"], b'{"kind":"a\\u0001"}').message
-    assert "NUL" in error_of(SHAPES["complete"], b'{"lock_id":"x","file_path":"\\u0000"}', "a").message
+    assert "Did you mean `progress`?" in error_of(DECODERS["progress"], b'{"lock_id":"x","progres":1}', "a").message
+    assert "queued, processing" in error_of(DECODERS["transition"], b'{"jobId":"a","from":"x","to":"failed"}').message
+    assert "exponential, fixed" in error_of(DECODERS["create"], b'{"backoff":{"kind":"x"}}').message
+    assert "A-Z a-z 0-9" in error_of(DECODERS["create"], b'{"id":"a b"}').message
+    assert "control" in error_of(DECODERS["create"], b'{"kind":"a\\u0001"}').message
+    assert "NUL" in error_of(DECODERS["complete"], b'{"lock_id":"x","file_path":"\\u0000"}', "a").message
     assert "a whole number or null" in error_of(RequestDecoder(Update, "id", LIMITS), b'{"priority":"x"}', "a").message
-    assert "is missing" in error_of(SHAPES["progress"], b"{}", "a").message
+    assert "is missing" in error_of(DECODERS["progress"], b"{}", "a").message
 
 
 def test_an_unknown_field_name_is_shown_short_and_printable() -> None:
     name = "\x1b[31m" + "x" * 500
-    no = error_of(SHAPES["create"], json.dumps({name: 1}).encode())
+    no = error_of(DECODERS["create"], json.dumps({name: 1}).encode())
     assert no.message.isprintable()
     assert len(no.message) < 600
 
 
 @pytest.mark.parametrize("name", ["a" * 900_000, " - at `$" * 100_000, "x` - at `$.y", "x` - at `$." + "y" * 900_000])
 def test_the_error_is_short_for_any_field_name(name: str) -> None:
-    no = error_of(SHAPES["create"], json.dumps({name: 1}).encode())
+    no = error_of(DECODERS["create"], json.dumps({name: 1}).encode())
     assert len(no.message) + len(no.details["field"]) < 900
-    no = error_of(SHAPES["bulk"], json.dumps({"jobs": [{name: 1}]}).encode())
+    no = error_of(DECODERS["bulk"], json.dumps({"jobs": [{name: 1}]}).encode())
     assert no.details["field"].startswith("$.jobs[0].")
     assert len(no.message) + len(no.details["field"]) < 900
 
@@ -226,19 +226,19 @@ def test_the_error_is_short_for_any_field_name(name: str) -> None:
     ],
 )
 def test_malformed_json_is_a_400_about_the_whole_body(body: bytes) -> None:
-    no = error_of(SHAPES["create"], body)
+    no = error_of(DECODERS["create"], body)
     assert (no.code, no.details) == ("invalid_request", {"field": "$"})
     assert no.message.startswith("The body is not valid JSON")
 
 
 def test_the_error_does_not_repeat_the_body() -> None:
-    assert "canary" not in error_of(SHAPES["create"], b'{"payload": canary}').message
-    assert "canary" not in error_of(SHAPES["progress"], b'{"lock_id":"canary","progress":"canary"}', "a").message
+    assert "canary" not in error_of(DECODERS["create"], b'{"payload": canary}').message
+    assert "canary" not in error_of(DECODERS["progress"], b'{"lock_id":"canary","progress":"canary"}', "a").message
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_give_a_command_or_a_400(body: bytes) -> None:
-    answer = outcome(SHAPES["create"], body)
+    answer = outcome(DECODERS["create"], body)
     code = answer.code if isinstance(answer, ApiError) else None
     assert code == "invalid_request" or isinstance(answer, Create)
 
@@ -248,33 +248,35 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
     max_leaves=12,
 )
-_FIELDS = sorted({info.encode_name for shape in SHAPES.values() for info in msgspec.structs.fields(shape.body_type)})
+_FIELDS = sorted(
+    {info.encode_name for decoder in DECODERS.values() for info in msgspec.structs.fields(decoder.body_type)}
+)
 
 
 @pytest.mark.slow
-@given(st.sampled_from(sorted(SHAPES)), st.dictionaries(st.sampled_from(_FIELDS) | st.text(max_size=8), _JSON))
+@given(st.sampled_from(sorted(DECODERS)), st.dictionaries(st.sampled_from(_FIELDS) | st.text(max_size=8), _JSON))
 def test_any_object_gives_a_command_or_a_400(name: str, fields: dict[str, Any]) -> None:
-    shape = SHAPES[name]
-    answer = outcome(shape, json.dumps(fields).encode())
+    decoder = DECODERS[name]
+    answer = outcome(decoder, json.dumps(fields).encode())
     if isinstance(answer, ApiError):
         assert answer.code == "invalid_request"
         assert answer.details["field"].startswith("$")
     else:
-        assert type(answer) is shape.command
+        assert type(answer) is decoder.command
 
 
 def test_a_payload_at_its_limit_is_accepted_and_one_byte_more_is_not() -> None:
-    shape = RequestDecoder(Create, None, Limits(payload=10))
-    assert shape.from_body(b'{"payload":"12345678"}')
-    no = error_of(shape, b'{"payload":"123456789"}')
+    decoder = RequestDecoder(Create, None, Limits(payload=10))
+    assert decoder.from_body(b'{"payload":"12345678"}')
+    no = error_of(decoder, b'{"payload":"123456789"}')
     assert (no.code, no.details) == ("too_large", {"field": "$.payload", "limit": 10})
 
 
 @pytest.mark.parametrize(("command", "field"), [(Bulk, "$.jobs[1].payload"), (Import, "$.payload")])
 def test_payloads_of_bulks_and_imports_have_the_same_limit(command: type[Command], field: str) -> None:
-    shape = RequestDecoder(command, None, Limits(payload=10))
+    decoder = RequestDecoder(command, None, Limits(payload=10))
     body = b'{"id":"a","payload":"123456789"}'
-    no = error_of(shape, b'{"jobs":[{},%b]}' % body if command is Bulk else body)
+    no = error_of(decoder, b'{"jobs":[{},%b]}' % body if command is Bulk else body)
     assert (no.code, no.details["field"]) == ("too_large", field)
 
 
@@ -288,47 +290,47 @@ def test_payloads_of_bulks_and_imports_have_the_same_limit(command: type[Command
 )
 def test_metadata_has_the_limit_of_payloads(command: type[Command], field: str, body: bytes) -> None:
     """Metadata is in every view of the job, in pages and in events."""
-    shape = RequestDecoder(command, None, Limits(payload=10))
-    assert shape.from_body(body % b'"12345678"')
-    no = error_of(shape, body % b'"123456789"')
+    decoder = RequestDecoder(command, None, Limits(payload=10))
+    assert decoder.from_body(body % b'"12345678"')
+    no = error_of(decoder, body % b'"123456789"')
     assert (no.code, no.details) == ("too_large", {"field": field, "limit": 10})
 
 
 def test_a_bulk_at_its_limit_is_accepted_and_one_job_more_is_not() -> None:
-    shape = RequestDecoder(Bulk, None, Limits(bulk=3))
-    assert shape.from_body(b'{"jobs":[{},{},{}]}')
-    no = error_of(shape, b'{"jobs":[{},{},{},{}]}')
+    decoder = RequestDecoder(Bulk, None, Limits(bulk=3))
+    assert decoder.from_body(b'{"jobs":[{},{},{}]}')
+    no = error_of(decoder, b'{"jobs":[{},{},{},{}]}')
     assert (no.code, no.details) == ("too_large", {"field": "$.jobs", "limit": 3})
 
 
 @pytest.mark.parametrize(
-    ("shape", "field", "one", "code"),
+    ("decoder", "field", "one", "code"),
     [
         ("bulk", "jobs", "{}", "too_large"),
         ("claim", "queues", '"a"', "invalid_request"),
         ("claim", "kinds", '"a"', "invalid_request"),
     ],
 )
-def test_a_list_that_is_too_long_is_not_decoded_to_its_end(shape: str, field: str, one: str, code: str) -> None:
+def test_a_list_that_is_too_long_is_not_decoded_to_its_end(decoder: str, field: str, one: str, code: str) -> None:
     """Errors after the limit are not found, so the cost does not grow with the length."""
     body = f'{{"{field}":[' + ",".join([one] * 30_000) + ", nonsense"
-    no = error_of(SHAPES[shape], body.encode())
+    no = error_of(DECODERS[decoder], body.encode())
     assert (no.code, no.details["field"]) == (code, f"$.{field}")
 
 
 def test_a_large_body_with_short_lists_is_accepted() -> None:
     jobs = [{"payload": "x" * 200} for _ in range(1000)]
-    command = SHAPES["bulk"].from_body(json.dumps({"jobs": jobs}).encode())
+    command = DECODERS["bulk"].from_body(json.dumps({"jobs": jobs}).encode())
     assert isinstance(command, Bulk)
     assert len(command.jobs) == 1000
     blank = b" " * 100_000
-    assert error_of(SHAPES["bulk"], blank + b'{"jobs":1}').details["field"] == "$.jobs"
-    assert error_of(SHAPES["bulk"], blank + b'{"jobs":[{}],').message.startswith("The body is not valid JSON")
-    assert isinstance(SHAPES["claim"].from_body(blank + b'{"worker":"w"}'), Claim)
+    assert error_of(DECODERS["bulk"], blank + b'{"jobs":1}').details["field"] == "$.jobs"
+    assert error_of(DECODERS["bulk"], blank + b'{"jobs":[{}],').message.startswith("The body is not valid JSON")
+    assert isinstance(DECODERS["claim"].from_body(blank + b'{"worker":"w"}'), Claim)
 
 
 @pytest.mark.parametrize(
-    ("shape", "body"),
+    ("decoder", "body"),
     [
         ("create", "{" + ",".join(['"queue":"a"'] * 50_000) + "}"),
         ("create", '{"backoff":{' + ",".join(['"jitter":true'] * 50_000) + "}}"),
@@ -336,8 +338,8 @@ def test_a_large_body_with_short_lists_is_accepted() -> None:
         ("transition", '{"jobId":"a","from":"queued","to":"failed",' + ",".join(['"reason":"a"'] * 50_000) + "}"),
     ],
 )
-def test_a_large_body_of_repeated_fields_is_rejected(shape: str, body: str) -> None:
-    no = error_of(SHAPES[shape], body.encode())
+def test_a_large_body_of_repeated_fields_is_rejected(decoder: str, body: str) -> None:
+    no = error_of(DECODERS[decoder], body.encode())
     assert (no.code, no.details) == ("invalid_request", {"field": "$"})
     assert "repeated fields" in no.message
 
@@ -361,7 +363,7 @@ def test_large_bodies_with_many_distinct_fields_are_accepted(indent: int | None)
 
 
 def test_the_payload_is_kept_unchanged() -> None:
-    command = SHAPES["create"].from_body(b'{"payload": {"b": 1e5,  "a": [1.0]} }')
+    command = DECODERS["create"].from_body(b'{"payload": {"b": 1e5,  "a": [1.0]} }')
     assert isinstance(command, Create)
     assert bytes(command.payload) == b'{"b": 1e5,  "a": [1.0]}'
 
@@ -376,10 +378,10 @@ def query_error(query: str) -> ApiError:
 
 
 def test_a_query_gives_a_command() -> None:
-    shape = RequestDecoder(ListJobs, None, LIMITS)
-    assert shape.from_query("") == ListJobs()
+    decoder = RequestDecoder(ListJobs, None, LIMITS)
+    assert decoder.from_query("") == ListJobs()
     query = "status=queued&queue=mail&limit=200&cursor=17&worker=w%201&kind="
-    assert shape.from_query(query) == ListJobs(
+    assert decoder.from_query(query) == ListJobs(
         status="queued", queue="mail", limit=200, cursor="17", worker="w 1", kind=""
     )
 
@@ -428,10 +430,10 @@ def test_the_error_describes_the_pattern_of_a_parameter(command: type[Command], 
 
 
 def test_the_errors_of_a_plan_describe_its_filter_and_cursor() -> None:
-    shape = RequestDecoder(MakePlan, None, LIMITS)
-    no = error_of(shape, b'{"action":"retry","filter":{"error":"zz"}}')
+    decoder = RequestDecoder(MakePlan, None, LIMITS)
+    no = error_of(decoder, b'{"action":"retry","filter":{"error":"zz"}}')
     assert no.message == "`$.filter.error`: must be 12 hexadecimal digits, as `jobctl failures` shows them."
-    no = error_of(shape, b'{"action":"retry","cursor":"1"}')
+    no = error_of(decoder, b'{"action":"retry","cursor":"1"}')
     assert no.message == "`$.cursor`: must be the `next_cursor` of the plan before."
 
 
@@ -452,9 +454,9 @@ def test_every_pattern_has_a_description() -> None:
 
 
 def test_a_query_cannot_set_the_field_of_the_path() -> None:
-    shape = RequestDecoder(Extend, "id", LIMITS)
+    decoder = RequestDecoder(Extend, "id", LIMITS)
     with pytest.raises(ApiException):
-        shape.from_query("id=b&lock_id=x", "a")
+        decoder.from_query("id=b&lock_id=x", "a")
 
 
 @pytest.mark.parametrize("value", ["", "a b", "a/b", "a\n", "ä", "a" * 201, "\x00", "\udcff"])
