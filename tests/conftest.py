@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -21,6 +22,10 @@ from tests import ROOT
 
 OURS = str(Path(jobd.__file__).parent) + os.sep
 TESTS = str(Path(__file__).parent) + os.sep
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell ignores SIGINT in a background process, which the programs that tests interrupt would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 EPOCH_1_MS = 1_577_836_801_000  # wall time that yields epoch 1
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
