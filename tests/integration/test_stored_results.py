@@ -1,6 +1,6 @@
-"""From `complete` to the deleted file, on the real process: by hand, by age, after a kill, and while the store is away.
+"""Deletion of stored results by a real daemon: by hand, by age, after a kill, and while the store is unavailable.
 
-The daemon's wall clock is two hours ahead of the files', as if they had been stored two hours ago (libfaketime).
+libfaketime sets the daemon's wall clock two hours ahead, so the files seem to have been stored two hours ago.
 """
 
 from __future__ import annotations

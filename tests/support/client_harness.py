@@ -146,7 +146,7 @@ class ProgramRun:
 
 
 class CommandRun:
-    """A CommandWorker whose output goes to files and whose messages are kept."""
+    """A CommandWorker whose output goes to files and whose messages are collected."""
 
     def __init__(self, client: Any, directory: Path, queue: str, script: str, **options: Any) -> None:
         self.messages: list[str] = []

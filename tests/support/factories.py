@@ -189,7 +189,7 @@ class ChangeFactory:
         return self.random.choice(choices)()
 
     def any_batch(self, size: int) -> Batch:
-        """Return a batch of `size` changes that sometimes also stores, forgets and reads other things."""
+        """Return a batch of `size` changes that sometimes also stores, deletes and reads other rows."""
         changes = [self.any_change() for _ in range(size)]
         batch = self.batch(changes)
         if self.random.random() < 0.3 and self.jobs:

@@ -32,7 +32,7 @@ def endpoint(name: str = "e", **fields: Any) -> WebhookEndpoint:
 
 
 class SteppedWallClock:
-    """A wall clock that advances by itself and can be stepped."""
+    """A wall clock that runs and can be stepped."""
 
     def __init__(self) -> None:
         self.step_ms = NOW - time.time_ns() // 1_000_000
@@ -43,7 +43,7 @@ class SteppedWallClock:
 
 
 class FakeTransport:
-    """The transport of every endpoint: records deliveries and returns what `answer` says."""
+    """The transport of every endpoint. Record deliveries, and return the outcomes that `answer` gives."""
 
     def __init__(self, answer: Callable[[Delivery], DeliveryOutcome] = lambda _: DELIVERED) -> None:
         self.answer = answer

@@ -46,7 +46,7 @@ RawHandler = Callable[[bytes], bytes]
 
 
 def echoing(head: bytes, more: int = 0) -> RawHandler:
-    """Build a response that starts with `head`, echoes the request target, and has `more` bytes."""
+    """Build a response of `head`, the request target, and `more` bytes."""
 
     def answer(request: bytes) -> bytes:
         target = request.partition(b" ")[2].partition(b" ")[0]
@@ -57,7 +57,7 @@ def echoing(head: bytes, more: int = 0) -> RawHandler:
 
 @contextmanager
 def raw_server(answer: RawHandler, tls: ssl.SSLContext | None = None) -> Iterator[int]:
-    """Run a server that answers the start of each request with `answer` and closes. Yields its port."""
+    """Run a server that sends `answer` after the start of each request and closes. Yield its port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -78,7 +78,7 @@ def raw_server(answer: RawHandler, tls: ssl.SSLContext | None = None) -> Iterato
 
 
 class Receiver:
-    """`with Receiver() as receiver` listens at `url`. `answer` can be changed at any time."""
+    """A receiver that listens at `url` while its context is open. `answer` can be replaced at any time."""
 
     def __init__(self, answer: Handler = accept) -> None:
         self.answer = answer

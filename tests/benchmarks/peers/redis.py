@@ -1,4 +1,4 @@
-"""BullMQ on Redis that syncs its log before each answer (appendfsync always)."""
+"""BullMQ on Redis that syncs its log before each response (appendfsync always)."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def _step_clock(daemon: SteppedClockDaemon, name: str, step_s: float, trial: Tri
     held = daemon.create_job(f"held-{name}")
     holder = daemon.start_job(held, LONG_TTL_MS)
     now = daemon.now_ms()
-    between = now + (step_ms // 2 if step_ms > 0 else 300_000)  # passes with a step forward
+    between = now + (step_ms // 2 if step_ms > 0 else 300_000)  # in the past after a step forward
     beyond = now + abs(step_ms) + 600_000
     for job_id, run_at in ((f"delayed-{name}", between), (f"later-{name}", beyond)):
         daemon.create_job(job_id, queue=f"delayed-{name}", run_at=run_at)
@@ -183,7 +183,7 @@ def _check_wall_times(daemon: SteppedClockDaemon, name: str, granted: list[str],
     assert (later.status, later.error) == (409, "not_due"), later.body
     # After a step back, a job that was due at once waits too: its run_at is in the future again.
     assert daemon.claim(f"expiring-{name}") == ([f"lasting-{name}"] if forward else [])
-    # The claim passes an overdue job, and the next recovery fails it.
+    # The claim skips an overdue job, and the next recovery fails it.
     overdue = f"expiring-{name}"
     expiring = _wait_until_not(daemon, overdue, "queued") if forward else daemon.get(f"/v1/jobs/{overdue}").data
     expected = ("failed", "expired") if forward else ("queued", None)

@@ -39,7 +39,7 @@ async def test_an_undelivered_grant_is_released() -> None:
         assert (view.status, view.attempt) == ("queued", 0)
         assert [event.type for event in engine.disk.events] == ["created", "granted", "undelivered"]
         repeated = await engine.actor.ask(Start(id="a", worker="w"))
-        engine.actor.undelivered(answer)  # an old answer ends no newer grant
+        engine.actor.undelivered(answer)  # an old response ends no newer grant
         await settle()
         assert isinstance(repeated, Response)
         assert engine.book.holds("a", repeated.data.lock_id)
