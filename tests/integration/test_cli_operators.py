@@ -505,7 +505,7 @@ def test_resume_of_an_unknown_queue_says_so(jobctl: Jobctl) -> None:
         assert jobctl.run("resume", "c-typo") == (0, "c-typo is open\n", "")
 
 
-def test_figures_and_lists_have_the_shapes_of_the_api(jobctl: Jobctl) -> None:
+def test_figures_and_lists_have_the_shapes_of_the_api(jobctl: Jobctl, running: CliDaemon) -> None:
     assert set(jobctl.json("stats")) == fields_of(answers.StatsView)
     assert set(jobctl.json("health")) == fields_of(answers.HealthView)
     assert set(jobctl.json("cleanup")) == fields_of(answers.CleanupReport)
@@ -514,6 +514,7 @@ def test_figures_and_lists_have_the_shapes_of_the_api(jobctl: Jobctl) -> None:
     assert set(jobctl.json("clock")) == fields_of(answers.ClockView)
     assert set(jobctl.json("reports")["reports"][0]) == fields_of(answers.CleanupReport)
     assert set(jobctl.json("alerts")["alerts"][0]) == fields_of(answers.AlertView)
+    assert running.client.claim("w", queues=["no-jobs"]) == []
     assert jobctl.json("workers")["workers"]
     assert "locks" in jobctl.json("locks")
 
