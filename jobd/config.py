@@ -101,6 +101,12 @@ class StoreSection(Struct, frozen=True, forbid_unknown_fields=True):
     """
     synchronous: Literal["full", "extra"] = "full"
     """`full`: fsync the database before every response. `extra`: fsync its directory as well."""
+    commit: Literal["auto", "inline", "thread"] = "auto"
+    """`inline`: commit in the event loop. `thread`: commit in the storage thread. `auto`: inline if the disk is fast.
+
+    Fast: each of the latest 8 commits took less than 2 ms, and their median is less than 1 ms. With `inline`, every
+    request waits for a slow disk, also `/healthz`.
+    """
 
 
 class LocksSection(Struct, frozen=True, forbid_unknown_fields=True):

@@ -74,7 +74,8 @@ async def open_store(settings: Config, on_locked: Callable[[], None]) -> tuple[S
     try:
         if path != ":memory:":
             Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        store, opened = await Store.open(path, synchronous=synchronous, on_locked=on_locked)
+        commit = settings.store.commit
+        store, opened = await Store.open(path, synchronous=synchronous, commit=commit, on_locked=on_locked)
     except StoreError as error:
         raise CannotStart(str(error), error.exit_code) from None
     except DiskFull as error:

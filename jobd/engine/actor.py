@@ -277,10 +277,11 @@ class Actor:
         """What has arrived already is read before a batch is taken: one commit for all of it. Nothing is waited for."""
         if self._untold is not None:
             return  # answers wait for this batch to be on its way
-        waiting = -1
-        while waiting < len(self._mailbox) < BATCH_WEIGHT:
+        while True:  # at least once: a turn with an inline commit does not yield otherwise
             waiting = len(self._mailbox)
             await asyncio.sleep(0)
+            if not waiting < len(self._mailbox) < BATCH_WEIGHT:
+                break
 
     def _owes(self) -> bool:
         """Whether something of our own can be done at once."""
@@ -360,6 +361,8 @@ class Actor:
     def _may_tell_later(self, plan: DecidedBatch) -> bool:
         """Whether those who wait are worth a commit of their own: few are better off with those who come back soon."""
         waiting = len(self._mailbox)
+        if self.disk.commits_inline:
+            return False  # nothing leaves while the disk is at work
         return 0 < waiting <= TELL_LATER and 2 * waiting >= len(plan.replies)
 
     def _tell(self) -> None:
@@ -383,7 +386,7 @@ class Actor:
         """Answers are made ready while the disk is at work, where all that they show is known: so they leave sooner."""
         wanted = plan.wanted_payloads()
         plan.known.payloads |= self.disk.cached_payloads(wanted)
-        if plan.writes and plan.known.payloads.keys() >= set(wanted):
+        if plan.writes and not self.disk.commits_inline and plan.known.payloads.keys() >= set(wanted):
             plan.fill({})
             asyncio.get_running_loop().call_soon(self._prepare, plan)
 

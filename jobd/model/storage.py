@@ -374,12 +374,14 @@ class JournalStorage(Protocol):
 class JobStorage(JournalStorage, Protocol):
     """The storage behind the actor.
 
-    Every method but `cached_payloads` is one thread switch. Results are from committed state. Damaged rows are
-    quarantined and omitted from results; `on_quarantined` is called in the event loop before the method that found them
-    returns. `on_tombstones` is called with the number of tombstones that a batch left, because only the storage knows
-    the stored objects of late results.
+    Every method but `cached_payloads` is one thread switch, but `write` is none if it commits inline: then it blocks
+    the event loop. `commits_inline` is whether it does so next, unless it waits for earlier calls. Results are from
+    committed state. Damaged rows are quarantined and omitted from results; `on_quarantined` is called in the event loop
+    before the method that found them returns. `on_tombstones` is called with the number of tombstones that a batch
+    left, because only the storage knows the stored objects of late results.
     """
 
+    commits_inline: bool
     on_quarantined: Callable[[Quarantined], None]
     on_tombstones: Callable[[int], None]
 

@@ -74,6 +74,7 @@ class Snapshot(Struct, frozen=True):
     clock_suspect: bool
     disk_full: int  # full_disk.Closed
     disk: DiskSpace | None
+    commits_inline: bool
     commit_seconds: Counts
     batch_commands: Counts
     mailbox: int
@@ -200,6 +201,7 @@ class Metrics:
             clock_suspect=self._clock.suspect,
             disk_full=int(actor.full_disk.closed),
             disk=actor.full_disk.space,
+            commits_inline=actor.disk.commits_inline,
             commit_seconds=_copy(actor.commit_seconds),
             batch_commands=_copy(actor.batch_commands),
             mailbox=actor.waiting,
@@ -327,6 +329,8 @@ def _webhooks(now: Snapshot) -> Iterator[Metric]:
 
 
 def _machine(now: Snapshot) -> Iterator[Metric]:
+    modes = (("inline", int(now.commits_inline)), ("thread", int(not now.commits_inline)))
+    yield _gauges("commit_mode", "1 for where commits run now: in the event loop, or in a thread.", ["mode"], modes)
     for name, help_, counts, bounds in (
         ("commit_seconds", "Duration of a commit with its fsync.", now.commit_seconds, COMMIT_BUCKETS_S),
         ("batch_commands", "Commands per commit.", now.batch_commands, BATCH_BUCKETS),

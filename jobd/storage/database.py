@@ -1,6 +1,6 @@
 """Read and write the tables of a store through one SQLite connection.
 
-All calls block. `startup.py` makes the connection, and `store.py` calls this module from the storage thread.
+All calls block. `startup.py` makes the connection, and `store.py` calls this module.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ from jobd.storage.codec import (
 )
 from jobd.storage.files import StoreBroken
 from jobd.storage.migrations import VERSION, meta_row
+from jobd.storage.wal import LogGauge
 from jobd.storage.writers import AuditWriter, JobWriter, LateWriter, RowsMissing, Totals, insert
 
 T = TypeVar("T")
 
 KEEP_REPORTS: Final = 500
-COMPACTED_AT_ONCE: Final = 1_000  # events of a journal that are read after one batch
+COMPACTED_AT_ONCE: Final = 1_000  # events of a journal that are read by one `upkeep`
+CHECKPOINT_FRAMES: Final = 1000  # measured: fewer checkpoint too often, more make single commits wait longer
 GIVEN_BACK_KEPT: Final = 10_000  # jobs whose returned grants are counted
 
 LIVE_SQL: Final = "status IN ('queued', 'processing')"
@@ -162,7 +164,8 @@ class Database:
         self._audit = AuditWriter(conn)
         self.store_epoch: Callable[[int], object] = lambda epoch: None  # writes the epoch file
         self.stored_epoch = numbers.epoch  # the highest epoch in the epoch file
-        self.before_commit: Callable[[], object] = lambda: None  # called right before COMMIT
+        self.commit_s: float | None = None  # duration of the latest COMMIT, None if the transaction did not reach it
+        self.batch_commit_s: float | None = None  # of the latest batch
         self.quarantined: dict[str, str] = {}
         self.faults: list[str] = []
         self._directory = directory
@@ -179,6 +182,8 @@ class Database:
         self._returned_grants: dict[int, tuple[int, int]] = {}
         # Journals to thin or compact, oldest first, with the event to start from.
         self._to_shorten: dict[tuple[Callable[[int, int], None], int], int] = {}
+        self.log: LogGauge | None = None  # None: SQLite itself makes checkpoints, or there is no log
+        self._log_is_long = False
 
     # ------------------------------------------------------------------------------------------- one transaction
 
@@ -199,12 +204,16 @@ class Database:
         """
         self.check()
         saved = (self.numbers, self.totals, self.marked, self.gone_to)
+        self.commit_s = None
         for retried in (False, True):
             try:
                 self.conn.execute("BEGIN IMMEDIATE")
                 result = fn(*args)
-                self.before_commit()
-                self.conn.execute("COMMIT")
+                began_s = time.perf_counter()
+                try:
+                    self.conn.execute("COMMIT")
+                finally:
+                    self.commit_s = time.perf_counter() - began_s
             except BaseException as error:
                 self.numbers, self.totals, self.marked, self.gone_to = saved
                 self._roll_back(error)
@@ -216,6 +225,7 @@ class Database:
                     self._broken = error
                     raise
             else:
+                self._log_is_long = self.log is not None and self.log.has(CHECKPOINT_FRAMES)
                 return result
             self.rebuild_indexes()
         raise AssertionError("unreachable")
@@ -313,19 +323,36 @@ class Database:
 
         The counts of `batch` already consider the first `reported` quarantined jobs.
         """
+        self.batch_commit_s = None
         if batch.numbers.epoch > self.stored_epoch:
             self._advance_epoch(batch.numbers.epoch)
-        payloads, new_tombstones = self.commit(self._apply, batch, reported)
+        try:
+            payloads, new_tombstones = self.commit(self._apply, batch, reported)
+        finally:
+            self.batch_commit_s = self.commit_s
         self.tombstones_written += new_tombstones
         for number in [number for number in self.recently_quarantined if number < reported]:
             del self.recently_quarantined[number]
+        return payloads
+
+    @property
+    def needs_upkeep(self) -> bool:
+        """Whether earlier calls have left work for `upkeep`."""
+        return not self.is_broken and (bool(self._to_shorten) or self._log_is_long)
+
+    def upkeep(self) -> None:
+        """Shorten one journal, and checkpoint the log if it is long. The next commands may wait for it."""
+        self.check()
         if self._to_shorten:
-            # One journal per batch, because commands wait for it. In its own transaction, so that a failure does not
-            # undo the batch.
             shorten, job_seq = next(iter(self._to_shorten))
+            # In its own transaction, so that a failure does not undo a batch.
             with contextlib.suppress(DiskFull, StructureDamaged):
                 self.commit(shorten, job_seq, self._to_shorten.pop((shorten, job_seq)))
-        return payloads
+        if self._log_is_long:
+            # A failed checkpoint loses nothing: the pages stay in the log, and the next commit finds it long again.
+            with contextlib.suppress(sqlite3.DatabaseError):
+                self.conn.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            self._log_is_long = False
 
     def _advance_epoch(self, epoch: int) -> None:
         """Store a new epoch before its first token is granted, in the database first (see `startup._settle_epoch`)."""
@@ -587,6 +614,12 @@ class Database:
 
     def save_figures(self, body: bytes) -> None:
         self.commit(self.conn.execute, insert("figures", ("id", "body", "crc"), "REPLACE"), sealed((1, body)))
+
+    def close(self) -> None:
+        """Close the gauge of the log. The connection is closed elsewhere."""
+        if self.log is not None:
+            self.log.close()
+            self.log = None
 
     def probe(self) -> None:
         """Write a random value and read it back, each committed."""

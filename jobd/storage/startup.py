@@ -24,7 +24,9 @@ from jobd.model.job import LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS, CompactJo
 from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, OpenedStore, QueueRow, StoredResponse
 from jobd.storage import codec, files, migrations, wal
 from jobd.storage.codec import AS_CREATED, KEY_COLUMNS, META_COLUMNS, NEW_COLUMNS, QUEUE_COLUMNS, Row, fault
+from jobd.storage.connection import FunctionConnection
 from jobd.storage.database import (
+    CHECKPOINT_FRAMES,
     FINISHED_SQL,
     JOB_SQL,
     KEY_SQL,
@@ -44,7 +46,6 @@ from jobd.storage.queries import read_job
 
 MEMORY: Final = ":memory:"
 PAGE_CACHE_KIB: Final = 8 << 10  # enough for the rows of running jobs
-_WAL_PAGES: Final = 1000  # measured: fewer checkpoint too often, more make single commits wait longer
 _LOG_BYTES: Final = 32 << 20  # the log shrinks to this after a large transaction
 _MAGIC: Final = b"SQLite format 3\0"
 # The index finds live jobs, which are then read by seq. Most have not changed since their creation: a third of the
@@ -67,12 +68,12 @@ _NO_ADAPTERS: Final[dict[None, None]] = {}
 sqlite3.register_adapter(type(None), _NO_ADAPTERS.get)
 
 
-def connect(path: str, synchronous: str) -> sqlite3.Connection:
+def connect(path: str, synchronous: str) -> FunctionConnection:
     """Return an exclusive connection to the store at `path`. The caller holds the lock file."""
     if path != MEMORY and not files.create_private(path):
         check_version(path, peek(path))
         check_wal(path)
-    conn = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False, cached_statements=256)
+    conn = FunctionConnection(path, timeout=1.0, isolation_level=None, check_same_thread=False, cached_statements=256)
     try:
         with translated_errors(path):
             # EXCLUSIVE before WAL prevents other connections and the shared memory file.
@@ -80,7 +81,7 @@ def connect(path: str, synchronous: str) -> sqlite3.Connection:
             if path != MEMORY:
                 journal_mode(conn, path, "wal")
             conn.execute(f"PRAGMA synchronous = {synchronous}")
-            conn.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
+            conn.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_FRAMES}")
             conn.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
             conn.execute(f"PRAGMA cache_size = -{PAGE_CACHE_KIB}")
             conn.execute("PRAGMA temp_store = MEMORY")
@@ -216,6 +217,10 @@ def start(conn: sqlite3.Connection, path: str) -> tuple[Database, OpenedStore]:
             opened.full = not _has_space(db, path)
             opened.has_reserve = _has_reserve(path)
         opened.faults = db.faults.copy()
+        if path != MEMORY:  # from now on Database.upkeep makes checkpoints, outside commits
+            (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
+            db.log = wal.LogGauge(f"{path}-wal", page_bytes)
+            conn.execute("PRAGMA wal_autocheckpoint = 0")
         return db, opened
 
 

@@ -1,18 +1,17 @@
-"""Store jobs in SQLite: one connection with its own thread, and one call of that thread per batch.
+"""Store jobs in SQLite through one connection: one call per batch, inline in the event loop or in the storage thread.
 
-`startup.py` opens the database. `database.py`, `queries.py` and `quarantine.py` run in the storage thread.
+`startup.py` opens the database. `queries.py`, `quarantine.py` and everything of `database.py` but batches run in the
+storage thread.
 """
 
 from __future__ import annotations
 
 import asyncio
-import sqlite3
+import contextlib
 import threading
-from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import Any, BinaryIO, Final, Literal, TypeVar
-
-import aiosqlite
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, Literal, Self, TypeVar
 
 from jobd.model.events import Event
 from jobd.model.job import Job
@@ -37,6 +36,8 @@ from jobd.model.storage import (
 )
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
 from jobd.storage import backup, files, outbox, quarantine, queries, scrub, startup
+from jobd.storage.commit_mode import CommitMode, CommitSetting
+from jobd.storage.connection import FunctionConnection, StoreConnection
 from jobd.storage.database import Database
 from jobd.storage.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew, StoreUnreadable
 from jobd.storage.startup import MEMORY
@@ -45,64 +46,38 @@ __all__ = ["MEMORY", "Store", "StoreBroken", "StoreBusy", "StoreError", "StoreTo
 
 T = TypeVar("T")
 Synchronous = Literal["FULL", "EXTRA"]
-_CHUNK: Final = 64
-YIELD_S: Final = 0.002  # a batch of a dozen commands reaches COMMIT in a fifth of this
-
-
-class StoreConnection(aiosqlite.Connection):
-    """An aiosqlite connection that runs whole functions in its thread, because each call costs a switch of threads."""
-
-    async def run_in_thread(self, fn: Callable[..., T], *args: Any) -> T:
-        """Run `fn` in the connection's thread, after all earlier calls."""
-        result: T = await self._execute(fn, *args)  # type: ignore[no-untyped-call]
-        return result
-
-    async def run_yielding_gil(self, until: threading.Event, fn: Callable[..., T], *args: Any) -> T:
-        """Run `fn` as `run_in_thread` does, but block the event loop until `fn` sets `until`, for at most YIELD_S.
-
-        Without this, both threads compete for the GIL and the transaction is slow to reach COMMIT. The event loop works
-        while the disk writes.
-        """
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        until.clear()
-        self._tx.put_nowait((future, partial(fn, *args)))
-        until.wait(YIELD_S)
-        return await future
-
-    async def close_and_join(self) -> None:
-        """Close the connection and wait for its thread, even if connecting failed."""
-        await self.close()
-        thread: Any = getattr(self, "_thread", self)  # before aiosqlite 0.22 the connection is the thread
-        await asyncio.to_thread(thread.join)
-
-    @property
-    def raw(self) -> sqlite3.Connection:
-        """The sqlite3 connection, for code in the connection's thread and for online backups."""
-        return self._conn
 
 
 class Store(Storage):
     """The SQLite storage. Create it with `open`; always `close` it."""
 
-    def __init__(self, path: str, connection: StoreConnection, db: Database, lock: FileLock | None) -> None:
+    def __init__(
+        self, path: str, connection: StoreConnection, db: Database, lock: FileLock | None, mode: CommitMode
+    ) -> None:
         self.path = path
         self._connection = connection
         self._database = db
         self._lock = lock
+        self._mode = mode
+        self.commits_inline = mode.is_inline
         self.on_broken: Callable[[Exception], None] = lambda error: None
         self.on_quarantined: Callable[[Quarantined], None] = lambda quarantined: None
         self.on_tombstones: Callable[[int], None] = lambda count: None
-        self._committing = threading.Event()
-        db.before_commit = self._committing.set
         self._reported = db.quarantined_count  # `OpenedStore` reports those found at the start
         self._reported_tombstones = 0
+        self._upkeep: asyncio.Task[None] | None = None
         self._closing = threading.Event()
         self._backup_lock = asyncio.Lock()
 
     @classmethod
     async def open(
-        cls, path: str, *, synchronous: Synchronous = "FULL", on_locked: Callable[[], None] | None = None
-    ) -> tuple[Store, OpenedStore]:
+        cls,
+        path: str,
+        *,
+        synchronous: Synchronous = "FULL",
+        commit: CommitSetting = "auto",
+        on_locked: Callable[[], None] | None = None,
+    ) -> tuple[Self, OpenedStore]:
         """Open the store at `path` (or MEMORY). Creates it with mode 0600 if it does not exist.
 
         Calls `on_locked` when the lock is held and before anything else is touched; an error in it ends the opening.
@@ -110,31 +85,48 @@ class Store(Storage):
         """
         if synchronous not in ("FULL", "EXTRA"):
             raise ValueError("synchronous must be FULL or EXTRA: anything less loses acknowledged work")
-        lock = None if path == MEMORY else await asyncio.to_thread(FileLock, path)
 
-        def connect() -> sqlite3.Connection:
+        def connect() -> FunctionConnection:
             if on_locked is not None:
                 on_locked()
             return startup.connect(path, synchronous)
 
-        connection = StoreConnection(connect, _CHUNK)
+        opening = asyncio.ensure_future(cls._open(path, connect, CommitMode(commit)))
         try:
-            await connection
-            db, opened = await connection.run_in_thread(startup.start, connection.raw, path)
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:  # the thread cannot be stopped, so wait for it
+            await asyncio.wait([opening])
+            if opening.exception() is None:
+                await opening.result()[0].close()
+            raise
+
+    @classmethod
+    async def _open(
+        cls, path: str, connect: Callable[[], FunctionConnection], mode: CommitMode
+    ) -> tuple[Self, OpenedStore]:
+        lock = None if path == MEMORY else await asyncio.to_thread(FileLock, path)
+        try:
+            connection = await StoreConnection.open(connect)
+            try:
+                db, opened = await connection.run(startup.start, connection.raw, path)
+            except BaseException:
+                await connection.close()
+                raise
         except BaseException:
-            await connection.close_and_join()
             if lock is not None:
                 lock.release()
             raise
-        return cls(path, connection, db, lock), opened
+        return cls(path, connection, db, lock, mode), opened
 
     async def close(self) -> None:
         """Close the connection, end its thread and release the lock. Stops a running backup."""
         self._closing.set()
         async with self._backup_lock:
             try:
+                await self.finish_upkeep()
                 await self._connection.close()
             finally:
+                self._database.close()
                 if self._lock is not None:
                     self._lock.release()
 
@@ -146,11 +138,13 @@ class Store(Storage):
 
     async def _run(self, fn: Callable[..., T], *args: Any) -> T:
         """Run `fn` in the storage thread. Calls `on_broken` if it leaves the content of the disk unknown."""
-        return await self._watch(self._connection.run_in_thread(fn, *args))
+        with self._reporting():
+            return await self._connection.run(fn, *args)
 
-    async def _watch(self, call: Awaitable[T]) -> T:
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
         try:
-            return await call
+            yield
         except Exception as error:
             if self._database.is_broken:
                 self.on_broken(error)
@@ -162,6 +156,23 @@ class Store(Storage):
             if new := self._database.tombstones_written - self._reported_tombstones:
                 self._reported_tombstones += new
                 self.on_tombstones(new)
+            self._start_upkeep()
+
+    def _start_upkeep(self) -> None:
+        is_running = self._upkeep is not None and not self._upkeep.done()
+        if not is_running and not self._closing.is_set() and self._database.needs_upkeep:
+            self._upkeep = asyncio.create_task(self._keep_up())
+
+    async def _keep_up(self) -> None:
+        try:
+            await self._run(self._database.upkeep)
+        except Exception as error:  # no caller waits for it
+            self.on_broken(error)
+
+    async def finish_upkeep(self) -> None:
+        """Wait for the work that the latest calls left for the storage thread."""
+        if self._upkeep is not None:
+            await self._upkeep
 
     def take_faults(self) -> list[str]:
         """Return descriptions of the damage found since the last call."""
@@ -177,9 +188,16 @@ class Store(Storage):
         return self._database.cached_payloads(job_seqs)
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
-        return await self._watch(
-            self._connection.run_yielding_gil(self._committing, self._database.write, batch, self._reported)
-        )
+        db, connection = self._database, self._connection
+        try:
+            with self._reporting():
+                if self.commits_inline and connection.is_idle:
+                    return connection.run_inline(db.write, batch, self._reported)
+                return await connection.run(db.write, batch, self._reported)
+        finally:
+            if db.batch_commit_s is not None:
+                self._mode.add(db.batch_commit_s, time.monotonic())
+                self.commits_inline = self._mode.is_inline
 
     async def find_jobs(self, query: JobQuery) -> JobRows:
         return await self._run(queries.find_jobs, self._database, query)
@@ -258,7 +276,8 @@ class Store(Storage):
         async with self._backup_lock:
             if self._closing.is_set():
                 raise StoreBroken("the store is closed")
-            return await backup.make_copy(self._connection.raw, self.path, self._closing, progress)
+            with self._connection.lend() as raw:
+                return await backup.make_copy(raw, self.path, self._closing, progress)
 
     async def save_stats(self, body: bytes) -> None:
         await self._run(self._database.save_figures, body)

@@ -15,6 +15,8 @@ from typing import BinaryIO, Final
 
 _HEADER: Final = struct.Struct(">8I")  # magic, version, page size, checkpoint, two salts, two checksums
 _FRAME: Final = struct.Struct(">6I")  # page, size of the database at a commit (else 0), two salts, two checksums
+_HEADER_SALTS: Final = slice(16, 24)
+_FRAME_SALTS: Final = slice(8, 16)
 _MAGIC: Final = 0x377F0682  # the last bit is the byte order of the checksums
 _USED_FRAMES_AT: Final = 16  # offset in the shared memory file of the number of valid frames
 _SECTOR: Final = 512
@@ -28,6 +30,24 @@ def frames_used(shared: str) -> int:
     with open(shared, "rb") as file:
         file.seek(_USED_FRAMES_AT)
         return int.from_bytes(file.read(4), sys.byteorder)
+
+
+class LogGauge:
+    """Measures the log of an open store by two reads of its file, which are from the page cache."""
+
+    def __init__(self, log: str, page_bytes: int) -> None:
+        self._file = os.open(log, os.O_RDONLY | os.O_CLOEXEC)
+        self._page_bytes = page_bytes
+
+    def has(self, frames: int) -> bool:
+        """Return whether at least so many frames were written since the log was last restarted."""
+        header = os.pread(self._file, _HEADER.size, 0)
+        at = _HEADER.size + (frames - 1) * (_FRAME.size + self._page_bytes)
+        frame = os.pread(self._file, _FRAME.size, at)
+        return frame[_FRAME_SALTS] == header[_HEADER_SALTS] != b""
+
+    def close(self) -> None:
+        os.close(self._file)
 
 
 def is_damaged(log: str, used: int) -> bool:

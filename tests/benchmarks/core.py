@@ -87,6 +87,8 @@ class MeasuredCore:
         plan = self._timed("decide", count, lambda: self._decider.decide(envelopes, at, Known(), self._policy))
         batch = self._timed("gather", count, lambda: self._decider.batch(plan, self._policy))
         plan.fill(self._timed("write and fsync", count, lambda: self._tables.write(batch, 0)))
+        if self._tables.needs_upkeep:
+            self._tables.upkeep()
         self._timed("note", count, lambda: self._note(plan))
         answers = [answer for _, answer in plan.replies if isinstance(answer, Response)]
         assert len(answers) == count, "an error was measured"

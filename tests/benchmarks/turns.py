@@ -1,9 +1,8 @@
 """Measure the steps of one turn of the actor under load: `python -m tests.benchmarks.turns` prints JSON.
 
-In a turn the batch is decided and its rows are written while the event loop waits. During its COMMIT the loop sends
-responses and reads requests; the rest follows. Shown are the mean microseconds of each step without the first turns,
-the part of it in which the loop was on a processor, and how many turns had each number of commands. The daemon is the
-real one, with two of its functions wrapped at the start.
+Shown are the mean microseconds of each step without the first turns, the part of it in which the loop was on a
+processor, and how many turns had each number of commands. The daemon is the real one, with two of its functions
+wrapped at the start. `--commit` is its commit mode.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ import os
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
+from jobd.storage.commit_mode import CommitSetting
 from tests.benchmarks.stage import BenchDaemon
 
 SKIPPED: Final = 4  # the first quarter of the turns, while the daemon warms up
-STEPS: Final = ("decide", "gather", "rows", "commit", "rest")  # in the order of a turn
+STEPS: Final = ("decide", "gather", "write", "rest")  # in the order of a turn
 OUTPUT: Final = "TURNS_OUTPUT"  # environment variable with the path of the output
 AROUND: Final = """
 import atexit, json, os, sys
@@ -27,24 +27,16 @@ from time import perf_counter as wall, thread_time as busy
 
 def around():
     from jobd.engine.batch import Decider
-    from jobd.storage.store import StoreConnection
+    from jobd.storage.store import Store
 
-    decide, yielding = Decider.decide, StoreConnection.run_yielding_gil
+    decide, write = Decider.decide, Store.write
     turns, marks = [], []
 
     def mark():
         marks.append((wall(), busy()))
 
-    class Until:
-        def __init__(self, event):
-            self.clear, self._wait = event.clear, event.wait
-
-        def wait(self, most):
-            self._wait(most)
-            mark()
-
     def decided(self, *args, **kw):
-        if len(marks) == 5:
+        if len(marks) == 4:
             turns.append([*marks, (wall(), busy()), commands[0]])
         marks.clear()
         mark()
@@ -53,15 +45,15 @@ def around():
         mark()
         return plan
 
-    async def hop(self, until, fn, *args):
+    async def written(self, batch):
         mark()
         try:
-            return await yielding(self, Until(until), fn, *args)
+            return await write(self, batch)
         finally:
             mark()
 
     commands = [0]
-    Decider.decide, StoreConnection.run_yielding_gil = decided, hop
+    Decider.decide, Store.write = decided, written
     atexit.register(lambda: open(os.environ["TURNS_OUTPUT"], "w").write(json.dumps(turns)))
 
 if "serve" in sys.orig_argv:
@@ -69,12 +61,12 @@ if "serve" in sys.orig_argv:
 """
 
 
-def measure(kind: str, seconds: float, connections: int) -> dict[str, Any]:
+def measure(kind: str, seconds: float, connections: int, commit: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "sitecustomize.py").write_text(AROUND)
         output = Path(directory) / "turns"
         os.environ |= {"PYTHONPATH": directory, OUTPUT: str(output)}
-        with BenchDaemon(None) as stage:
+        with BenchDaemon(None, {"JOBD_STORE_COMMIT": commit}) as stage:
             stage.load(kind, seconds=1.0, connections=connections)
             figures = stage.load(kind, seconds=seconds, connections=connections)
             stage.stop()
@@ -108,8 +100,9 @@ def main() -> None:
     options.add_argument("--kind", default="lifecycle", help="the load, as in load.py")
     options.add_argument("--seconds", type=float, default=5.0)
     options.add_argument("--connections", type=int, default=16)
+    options.add_argument("--commit", default="auto", choices=get_args(CommitSetting))
     chosen = options.parse_args()
-    print(json.dumps(measure(chosen.kind, chosen.seconds, chosen.connections), indent=1))
+    print(json.dumps(measure(chosen.kind, chosen.seconds, chosen.connections, chosen.commit), indent=1))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ def test_a_scenario_reports_the_median_of_its_runs(tmp_path: Path) -> None:
     assert shown.exception is None, shown.output
     assert "claim: claim a job" in shown.output
     assert "OF 2" in shown.output
+    assert re.search("^commit mode: (inline|thread), (inline|thread)$", shown.output, re.MULTILINE), shown.output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -28,4 +30,5 @@ def test_json_names_the_machine_and_each_figure() -> None:
     assert found["machine"]["CPUs"] >= 1
     assert list(found["scenarios"]) == ["lifecycle", "claim"]
     assert found["scenarios"]["lifecycle"]["lifecycles_per_s"]["median"] > 0
+    assert found["scenarios"]["lifecycle"]["commit_modes"][0] in ("inline", "thread")
     assert found["scenarios"]["claim"]["claim"]["p50_ms"]["median"] > 0

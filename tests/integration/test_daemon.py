@@ -485,6 +485,32 @@ def test_any_failed_fsync_ends_the_daemon(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_requests_wait_for_a_slow_inline_commit_and_succeed(tmp_path: Path) -> None:
+    """The first slow commit is always in the event loop."""
+    if shutil.which("strace") is None:
+        tool_missing("strace", "strace")
+    with DaemonProcess(tmp_path, '[store]\ncommit = "inline"\n') as daemon, ThreadPoolExecutor(1) as pool:
+        assert daemon.process is not None
+        inject = ["-e", "trace=fdatasync", "-e", "inject=fdatasync:delay_enter=2s:when=1"]
+        with subprocess.Popen(
+            ["strace", "-f", "-p", str(daemon.process.pid), *inject], stderr=subprocess.PIPE, bufsize=0
+        ) as strace:
+            assert strace.stderr is not None
+            strace.stderr.readline()  # attached
+            pending = pool.submit(daemon.post, "/v1/jobs", {"id": "a"})
+            output = b""
+            while b"fdatasync(" not in output:  # the commit has reached the disk
+                output += strace.stderr.read(100)
+            assert daemon.get("/healthz").status == 200
+            assert pending.result().status == 201
+            assert daemon.get("/v1/jobs/a").data["status"] == "queued"
+            strace.terminate()
+            strace.stderr.read()
+        assert daemon.admin("GET", "health").status == 200
+        assert daemon.stop() == 0, daemon.log.decode()
+
+
+@pytest.mark.slow
 def test_a_commit_that_fails_while_the_daemon_stops_is_exit_74(tmp_path: Path) -> None:
     if shutil.which("strace") is None:
         tool_missing("strace", "strace")

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from jobd.model.job import LIVE
 from jobd.model.storage import SPARE_BYTES, DiskFull, JobQuery, Numbers
+from jobd.storage.commit_mode import CommitSetting
 from jobd.storage.store import Store, StoreBroken, StoreBusy
 from tests import ROOT
 from tests.support.factories import ChangeFactory, full_job
@@ -26,6 +27,9 @@ from tests.support.store_files import assert_holds, exists, flip, job_of, make_s
 @pytest.fixture
 def path(tmp_path: Path) -> str:
     return str(tmp_path / "jobd.db")
+
+
+both_modes = pytest.mark.parametrize("commit", ["inline", "thread"])
 
 
 def fill(place: Path) -> Path:
@@ -45,9 +49,10 @@ def descriptor_of(name: str) -> int:
     raise AssertionError(f"{name} is not open")
 
 
-async def test_after_an_unknown_outcome_every_call_fails(path: str) -> None:
+@both_modes
+async def test_after_an_unknown_outcome_every_call_fails(path: str, commit: CommitSetting) -> None:
     maker = ChangeFactory()
-    async with open_store(path) as (store, _):
+    async with open_store(path, commit) as (store, _):
         first = maker.create("a")
         await store.write(maker.batch([first]))
         log = os.open("/dev/null", os.O_RDONLY)
@@ -72,9 +77,10 @@ async def test_after_an_unknown_outcome_every_call_fails(path: str) -> None:
         assert [job.id for job in found.live()] == ["a"]
 
 
-async def test_a_batch_that_does_not_continue_the_rows_breaks_the_store(path: str) -> None:
+@both_modes
+async def test_a_batch_that_does_not_continue_the_rows_breaks_the_store(path: str, commit: CommitSetting) -> None:
     maker = ChangeFactory()
-    async with open_store(path) as (store, _):
+    async with open_store(path, commit) as (store, _):
         first = maker.create("a")
         await store.write(maker.batch([first]))
         with pytest.raises(sqlite3.IntegrityError):
@@ -87,9 +93,12 @@ async def test_a_batch_that_does_not_continue_the_rows_breaks_the_store(path: st
             await store.write(maker.batch([maker.grant(replace(full_job(99), status="queued"))]))
 
 
-async def test_a_write_ahead_log_without_space_is_a_full_disk_and_the_store_continues(path: str) -> None:
+@both_modes
+async def test_a_write_ahead_log_without_space_is_a_full_disk_and_the_store_continues(
+    path: str, commit: CommitSetting
+) -> None:
     maker = ChangeFactory()
-    async with open_store(path) as (store, _):
+    async with open_store(path, commit) as (store, _):
         first = maker.create("a")
         await store.write(maker.batch([first]))
         before = store._database.totals
@@ -111,10 +120,11 @@ async def test_a_write_ahead_log_without_space_is_a_full_disk_and_the_store_cont
         assert [job.id for job in found.live()] == ["a", "b"]
 
 
-async def test_an_exceeded_quota_is_distinguished_from_a_broken_disk(small_disk: Path) -> None:
+@both_modes
+async def test_an_exceeded_quota_is_distinguished_from_a_broken_disk(small_disk: Path, commit: CommitSetting) -> None:
     path = str(small_disk / "jobd.db")
     maker = ChangeFactory()
-    async with open_store(path) as (store, _):
+    async with open_store(path, commit) as (store, _):
         await store.write(maker.batch([maker.create("a")]))
         fill(small_disk)
         number = descriptor_of(f"{path}-wal")
@@ -123,21 +133,24 @@ async def test_an_exceeded_quota_is_distinguished_from_a_broken_disk(small_disk:
         os.close(closed)
         with pytest.raises(DiskFull):
             await store.probe()
+        with pytest.raises(DiskFull):
+            await store.write(maker.batch([maker.create("b")]))
         os.dup2(saved, number)
         os.close(saved)
         assert list((await store.load(["a"], [], [])).jobs) == ["a"]
 
 
 FAILING = """
-import asyncio, sys
-from jobd.model.storage import DiskFull
+import asyncio, os, sys, traceback
+from msgspec.structs import replace
+from jobd.model.storage import Batch, DiskFull
 from jobd.storage.store import Store, StoreBroken
 
 async def main():
-    store, _ = await Store.open(sys.argv[1])
+    store, opened = await Store.open(sys.argv[1], commit=sys.argv[2])
     try:
-        for _ in range(100):
-            await store.probe()
+        for number in range(100):
+            await store.write(Batch([], replace(opened.numbers, next_event=number + 2)))
     except DiskFull:
         print("full")
     except Exception as error:
@@ -156,23 +169,25 @@ except BaseException:
 """
 
 
+@both_modes
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
-async def test_a_failed_fsync_is_an_unknown_outcome_for_any_error(path: str, error: str) -> None:
+async def test_a_failed_fsync_is_an_unknown_outcome_for_any_error(path: str, error: str, commit: CommitSetting) -> None:
     if shutil.which("strace") is None:
         pytest.skip("test of a failed fsync: there is no strace here")
     inject = ["-f", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", f"inject=fdatasync:error={error}:when=20+"]
     process = await asyncio.create_subprocess_exec(
-        "strace", *inject, sys.executable, "-c", FAILING, path, stdout=subprocess.PIPE
+        "strace", *inject, sys.executable, "-c", FAILING, path, commit, stdout=subprocess.PIPE
     )
     out, _ = await process.communicate()
     assert out.split() == [b"OperationalError", b"broken"]
     assert process.returncode == 0
 
 
-async def test_a_disk_that_fills_up_and_frees_up_loses_nothing(small_disk: Path) -> None:
+@both_modes
+async def test_a_disk_that_fills_up_and_frees_up_loses_nothing(small_disk: Path, commit: CommitSetting) -> None:
     path = str(small_disk / "jobd.db")
     maker = ChangeFactory(4)
-    store, found = await Store.open(path)
+    store, found = await Store.open(path, commit=commit)
     async with store:
         assert not found.full
         for _ in range(10):

@@ -55,7 +55,7 @@ KEPT_REPORTS: Final = 500
 
 
 class MemoryStorage(Storage):
-    """Committed rows in dicts. Every method yields to the event loop once, as the real storage does.
+    """Committed rows in dicts. Every method yields to the event loop once, as calls of the storage thread do.
 
     Failures on demand:
     - `write_errors`: the next writes raise these in order and write nothing (None: that write succeeds).
@@ -65,8 +65,11 @@ class MemoryStorage(Storage):
     - `bad_jobs` (id to reason), `bad_payloads` (job seq to reason): rows whose checksum is wrong.
     - `can_move`: if it returns false for a damaged job, its rows cannot be quarantined, as on a full disk.
     - `errors`: method name to the error that it raises.
+    - `commits_inline`: a write does not yield to the event loop.
     - `gate`: while cleared, writes wait for it (a slow disk); `at_gate` is set while one waits.
     """
+
+    commits_inline = False
 
     def __init__(self, numbers: Numbers | None = None) -> None:
         self.numbers = numbers or Numbers()
@@ -463,7 +466,8 @@ class MemoryStorage(Storage):
 
     async def _enter(self, name: str) -> None:
         self.calls[name] = self.calls.get(name, 0) + 1
-        await asyncio.sleep(0)
+        if name != "write" or not self.commits_inline:
+            await asyncio.sleep(0)
         if (error := self.errors.get(name)) is not None:
             raise error
 

@@ -14,6 +14,7 @@ from jobd.model.events import Change, fold
 from jobd.model.job import FINISHED, LIVE, Job, LateResult
 from jobd.model.storage import LateResultQuery, OpenedStore
 from jobd.storage import migrations
+from jobd.storage.commit_mode import CommitSetting
 from jobd.storage.store import Store
 from tests.support.factories import ChangeFactory
 
@@ -36,8 +37,8 @@ def remove(*paths: str) -> None:
 
 
 @contextlib.asynccontextmanager
-async def open_store(path: str) -> AsyncIterator[tuple[Store, OpenedStore]]:
-    store, found = await Store.open(path)
+async def open_store(path: str, commit: CommitSetting = "auto") -> AsyncIterator[tuple[Store, OpenedStore]]:
+    store, found = await Store.open(path, commit=commit)
     async with store:
         yield store, found
 

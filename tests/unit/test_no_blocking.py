@@ -11,6 +11,8 @@ import pytest
 from blockbuster import BlockingError
 
 import jobd
+from jobd.storage.store import Store
+from tests.support.factories import ChangeFactory
 
 SOURCE = """
 async def asked(): time.sleep(0)
@@ -57,3 +59,13 @@ async def test_tests_and_threads_may_block(ours: dict[str, Any]) -> None:
 
 def test_code_outside_a_loop_may_block(ours: dict[str, Any]) -> None:
     ours["plain"]()
+
+
+async def test_of_the_storage_only_an_inline_commit_may_block(tmp_path: Path) -> None:
+    async with (await Store.open(str(tmp_path / "jobd.db"), commit="inline"))[0] as store:
+        reading: dict[str, Any] = {"store": store}
+        source = "async def read(): return store._database.rows('SELECT 1')"
+        exec(compile(source, str(Path(jobd.__file__).with_name("imagined.py")), "exec"), reading)
+        with pytest.raises(BlockingError):
+            await reading["read"]()
+        await store.write(ChangeFactory().any_batch(3))

@@ -50,15 +50,19 @@ def bench(
 
     Without SCENARIO, runs both. Each run starts its own daemon with the default configuration and a new
     database, which is removed afterwards. A separate process generates the load. Every response waits for an fsync, so
-    the results depend on the disk: choose it with --dir.
+    the results depend on the disk: choose it with --dir. The commit mode is where commits ran at the end of each run:
+    inline in the event loop, or in the storage thread of a slower disk.
     """
     found = {}
     for name in dict.fromkeys(names or SCENARIOS):
-        measured = []
+        measured: list[dict[str, Any]] = []
+        modes: list[str] = []
         for number in range(1, runs + 1):
             with busy(f"{name}: {SCENARIOS[name]} ({number} of {runs})"):
-                measured.append(_measure(name, seconds, connections, directory))
-        found[name] = {"runs": runs, **over_runs(measured)}
+                figures, mode = _measure(name, seconds, connections, directory)
+            measured.append(figures)
+            modes.append(mode)
+        found[name] = {"runs": runs, "commit_modes": modes, **over_runs(measured)}
         if not as_json:
             terminal.emit(f"{name}: {SCENARIOS[name]}")
             show(found[name])
@@ -69,10 +73,12 @@ def bench(
     return exit_codes.DONE
 
 
-def _measure(name: str, seconds: float, connections: int, directory: Path | None) -> dict[str, Any]:
+def _measure(name: str, seconds: float, connections: int, directory: Path | None) -> tuple[dict[str, Any], str]:
+    """Return the figures of a run, and the commit mode at its end."""
     from msgspec import json
 
     from jobd.cli.demo.processes import Sandbox
+    from jobd.client import AdminClient
 
     with Sandbox('[log]\nlevel = "warning"\n', store_in=directory) as sandbox:
         sandbox.start_daemon()
@@ -85,8 +91,9 @@ def _measure(name: str, seconds: float, connections: int, directory: Path | None
         )
         if load.returncode != 0:
             raise exit_codes.CliError(f"{name}: the load failed: {(load.stderr.splitlines() or ['no output'])[-1]}")
-    measurements: dict[str, Any] = json.decode(load.stdout)
-    return measurements
+        with AdminClient(f"unix:{sandbox.folder}/admin.sock", token=sandbox.token) as admin:
+            is_inline = 'jobd_commit_mode{mode="inline"} 1' in admin.metrics()
+    return json.decode(load.stdout), "inline" if is_inline else "thread"
 
 
 def over_runs(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -108,6 +115,7 @@ def _rounded(value: float) -> float:
 
 
 def show(figures: dict[str, Any]) -> None:
+    terminal.emit(f"commit mode: {', '.join(figures['commit_modes'])}")
     rows: Iterable[tuple[str, ...]] = [
         (name, *map(_number, (each["median"], each["min"], each["max"]))) for name, each in _flat(figures)
     ]

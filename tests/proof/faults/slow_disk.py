@@ -22,7 +22,8 @@ from tests.proof.faults.strace import STRACE, SYNCS, Strace
 from tests.support.daemon_process import DaemonProcess, DaemonResponse, call
 
 SYNC_US: Final = 500_000
-FIRST_SLOW_SYNC: Final = 12  # about as many as the start makes
+FIRST_SLOW_SYNC: Final = 12  # of each thread; about as many as the start makes
+COMMITS_INLINE: Final = 'jobd_commit_mode{mode="inline"} 1'
 MAILBOX: Final = 100
 CREATES: Final = 400
 HELD: Final = 10
@@ -62,6 +63,8 @@ def slow_disk(trial: Trial) -> Counts:
         jobs = [{"id": f"held-{number}"} for number in range(HELD)]
         assert daemon.post("/v1/jobs/bulk", {"jobs": jobs}).status == 201
         grants = daemon.post("/v1/claim", {"worker": "w", "limit": HELD}).data["grants"]
+        while COMMITS_INLINE in daemon.admin("GET", "/metrics").body.decode():  # until the first slow commit
+            assert daemon.post("/v1/jobs", {"queue": "new"}).status == 201
         for number in range(trial.rounds):
             pending = [
                 PendingRequest(daemon, "/v1/jobs", {"id": f"round-{number}-{each}", "queue": "new"})

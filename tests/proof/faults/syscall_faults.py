@@ -27,6 +27,7 @@ from tests.support.daemon_process import READY, DaemonProcess
 
 ERRORS: Final = ("EIO", "ENOSPC", "EROFS")
 ALL_POSITIONS: Final = 1_000_000  # rounds: one for each position
+CONFIG: Final = '[store]\ncommit = "thread"\n'  # strace counts the calls of each thread separately
 LIFECYCLES: Final = 3
 PAYLOAD: Final = "x" * 200_000  # 50 pages each: 1000 pages make a checkpoint
 LARGE_JOBS: Final = 26
@@ -149,7 +150,7 @@ def _trace_calls(trial: Trial, calls: tuple[str, ...], work: Work, at_checkpoint
     """Return the calls of a run without faults, of the thread that makes most of them."""
     directory = trial.directory / "measured"
     directory.mkdir()
-    with DaemonProcess.not_started(directory) as daemon:
+    with DaemonProcess.not_started(directory, CONFIG) as daemon:
         strace = Strace(daemon, calls, only=_traced_file(directory, at_checkpoints))
         daemon.start()
         work(daemon, Ledger(), "work")
@@ -162,7 +163,7 @@ def _trace_calls(trial: Trial, calls: tuple[str, ...], work: Work, at_checkpoint
 
 def _round(directory: Path, position: FaultPosition, work: Work, at_checkpoints: bool, counts: Counter[str]) -> None:
     ledger = Ledger()
-    with DaemonProcess.not_started(directory) as daemon:
+    with DaemonProcess.not_started(directory, CONFIG) as daemon:
         strace = Strace(daemon, (*SYNCS, *WRITES), position.inject, _traced_file(directory, at_checkpoints))
         daemon.launch()
         ready = daemon.gets_ready()

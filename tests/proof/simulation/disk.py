@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, epoch_seconds, new_epoch
 from jobd.model.storage import BadRows, Batch, DiskFull, Numbers, OpenedStore
+from jobd.storage.commit_mode import CommitSetting
 from tests.support.memory_storage import MemoryStorage
 
 STATE: Final = (
@@ -44,11 +45,22 @@ class SimDisk(MemoryStorage):
     `full` is 0 (no), 1 (for new jobs), 2 (until the reserve file is released) or 3 (for everything).
 
     `failing` names methods that raise with a chance of one half. `write_fault` of the next write: `unknown` raises with
-    nothing written, `lost_answer` raises although it was written. `committed` is called with each batch.
+    nothing written, `lost_answer` raises although it was written. `committed` is called with each batch. While commits
+    are inline, time passes in a write only by `freeze`, and nothing else runs.
     """
 
-    def __init__(self, dice: Random, fired: Counter[str], wall: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        dice: Random,
+        fired: Counter[str],
+        wall: Callable[[], int],
+        commit: CommitSetting,
+        freeze: Callable[[float], None],
+    ) -> None:
         super().__init__()
+        self.commits_inline = commit == "inline"
+        self._commit_setting = commit
+        self._freeze = freeze
         self.full = 0
         self.slowness_s = 0.0
         self.slowed = 0  # calls that a slow phase has delayed, also after it is over
@@ -135,8 +147,17 @@ class SimDisk(MemoryStorage):
     # -- model.storage.Storage
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
+        blocks = self.commits_inline
+        try:
+            return await self._write(batch, blocks)
+        finally:
+            self._fired["write inline" if blocks else "write in the thread"] += 1
+            if self._commit_setting == "auto" and self._dice.random() < 0.1:
+                self.commits_inline = not self.commits_inline
+
+    async def _write(self, batch: Batch, blocks: bool) -> dict[int, bytes]:
         reported = self._reported
-        await self._enter("write")
+        await self._enter("write", blocks)
         await self._reach("entered")
         fault, self.write_fault = self.write_fault, None
         if fault == "unknown":
@@ -147,11 +168,11 @@ class SimDisk(MemoryStorage):
             raise DiskFull("the simulated disk is full")
         self._written = batch, reported
         await self._reach("written")
-        await self._pause()
+        await self._pause(blocks)
         self._written = None
         shown = self._flush(batch, reported)
         await self._reach("flushed")
-        await self._pause()
+        await self._pause(blocks)
         if fault == "lost_answer":
             self._fired["write failed, yet written"] += 1
             raise self._break("fsync")
@@ -182,8 +203,8 @@ class SimDisk(MemoryStorage):
         self.committed(batch)
         return shown
 
-    async def _enter(self, name: str) -> None:
-        await self._pause()
+    async def _enter(self, name: str, blocks: bool = False) -> None:
+        await self._pause(blocks)
         if self.is_broken:
             raise InjectedError("an earlier write failed")
         if name in COMMITS and self.full == 3:
@@ -199,9 +220,11 @@ class SimDisk(MemoryStorage):
         self.on_broken(error)
         return error
 
-    async def _pause(self) -> None:
+    async def _pause(self, blocks: bool = False) -> None:
         roll = self._dice.random()
-        if roll < 0.5 and not self.slowness_s:
+        if blocks:
+            self._freeze(roll * (self.slowness_s or 0.002))
+        elif roll < 0.5 and not self.slowness_s:
             await asyncio.sleep(0)
         else:
             slowness_s = self.slowness_s

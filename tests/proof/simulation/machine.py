@@ -76,7 +76,7 @@ class Machine:
         self.trace = journal
         self.fired: Counter[str] = Counter()
         self.wall_shift_ms = 0.3
-        self.disk = SimDisk(Random(f"{seed}: disk"), self.fired, self.wall)
+        self.disk = SimDisk(Random(f"{seed}: disk"), self.fired, self.wall, plan.commit, loop.freeze)
         self.finished = asyncio.Event()
         self.monitor = Monitor(self, self.fired)
         self.artifacts = SimArtifacts(self, Random(f"{seed}: artifacts"))

@@ -15,6 +15,7 @@ from jobd.engine.actor import SLOW_COMMIT_S, Bounds
 from jobd.maintenance.cleanup_pass import CleanupSchedule
 from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS, Policy
 from jobd.storage.artifacts.base import Margins
+from jobd.storage.commit_mode import CommitSetting
 
 FAULTS: Final = (
     "kill",
@@ -74,6 +75,7 @@ class Scenario(Struct, frozen=True):
     keys: int
     margins: Margins  # of the artifact store, if the policy has one
     slow_commit_s: float  # after a commit of this duration reads go first
+    commit: CommitSetting  # "auto": the mode changes at random
 
 
 def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
@@ -101,6 +103,7 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
             skew_ms=dice.choice((SECOND_MS, 15 * MINUTE_MS)),
         ),
         slow_commit_s=dice.choice((0.0, SLOW_COMMIT_S)),
+        commit=dice.choice(("auto", "inline", "thread")),
     )
 
 

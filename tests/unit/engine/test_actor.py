@@ -390,6 +390,7 @@ async def assert_ended(engine: VirtualEngine, running: asyncio.Task[None]) -> No
     assert refusal.code == "shutting_down"
 
 
+@pytest.mark.usefixtures("both_commit_modes")
 @in_virtual_time
 async def test_an_unknown_outcome_is_reported_and_ends_the_actor() -> None:
     engine = VirtualEngine()
@@ -411,6 +412,7 @@ async def test_an_unknown_outcome_is_reported_and_ends_the_actor() -> None:
     assert engine.disk.job("b") is None
 
 
+@pytest.mark.usefixtures("both_commit_modes")
 @pytest.mark.parametrize("method", ["write", "load"])
 def test_any_disk_error_ends_the_actor(method: str) -> None:
     async def test() -> None:
@@ -424,6 +426,7 @@ def test_any_disk_error_ends_the_actor(method: str) -> None:
     in_virtual_time(test)()
 
 
+@pytest.mark.usefixtures("both_commit_modes")
 @in_virtual_time
 async def test_damaged_rows_of_unknown_jobs_end_the_actor() -> None:
     """Nothing could be quarantined, so deciding again would fail forever."""
@@ -434,6 +437,7 @@ async def test_damaged_rows_of_unknown_jobs_end_the_actor() -> None:
     await assert_ended(engine, running)
 
 
+@pytest.mark.usefixtures("both_commit_modes")
 @in_virtual_time
 async def test_damaged_rows_already_in_quarantine_change_nothing() -> None:
     async with checked_engine() as engine:
@@ -444,6 +448,7 @@ async def test_damaged_rows_already_in_quarantine_change_nothing() -> None:
         assert (await engine.no(Start(id="a", worker="w"))).code == "job_quarantined"
 
 
+@pytest.mark.usefixtures("both_commit_modes")
 @in_virtual_time
 async def test_a_row_quarantined_by_a_concurrent_read_affects_only_its_command() -> None:
     """Found by simulation, seed 5000: a read of history quarantined the row between decision and write."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from jobd.engine.actor import DiskBroken
+from jobd.engine.actor import BATCH_WEIGHT, DiskBroken
 from jobd.model.commands import (
     AnyCommand,
     Cancel,
@@ -21,6 +22,7 @@ from jobd.model.commands import (
     Stats,
     Why,
 )
+from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 from jobd.model.storage import (
     Batch,
@@ -30,6 +32,7 @@ from jobd.model.storage import (
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import (
     VirtualEngine,
+    ask_all,
     checked_engine,
     granted_ids,
     in_virtual_time,
@@ -81,6 +84,82 @@ def test_few_waiting_commands_join_the_next_commit(waiting: int, written: list[i
             assert disk.written == written
 
     creating()
+
+
+class CountingResponder:
+    """Notes how many batches are committed when it gets a response."""
+
+    def __init__(self, disk: MemoryStorage) -> None:
+        self._disk = disk
+        self.committed: list[int] = []
+
+    def done(self) -> bool:
+        return False
+
+    def cancelled(self) -> bool:
+        return False
+
+    def set_result(self, answer: Response | ApiError) -> None:
+        self.committed.append(len(self._disk.batches))
+
+
+class BusyStorage(MemoryStorage):
+    """More work arrives during the first write."""
+
+    at_first_write: Callable[[], object]
+
+    async def write(self, batch: Batch) -> dict[int, bytes]:
+        if not self.batches:
+            self.at_first_write()
+        return await super().write(batch)
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_responses_do_not_wait_for_the_next_inline_commit(inline: bool) -> None:
+    """They could not leave while it blocks the event loop. A commit in the thread runs beside them."""
+
+    @in_virtual_time
+    async def test() -> None:
+        disk = BusyStorage()
+        disk.commits_inline = inline
+        async with checked_engine(disk) as engine:
+            waiter = CountingResponder(disk)
+            disk.at_first_write = lambda: engine.actor.send(Create(), waiter)
+            engine.actor.send(Create(), waiter)
+            sent: list[bool] = []
+            turn = engine.actor._turn
+
+            async def note(*args: Any, **kwargs: Any) -> None:
+                sent.append(bool(waiter.committed))
+                await turn(*args, **kwargs)
+
+            engine.actor._turn = note  # type: ignore[method-assign]
+            await settle()
+            assert waiter.committed == [1, 2]
+            assert sent == [False, inline], "before the second batch is decided"
+
+    test()
+
+
+@in_virtual_time
+async def test_a_full_mailbox_with_inline_commits_leaves_the_event_loop_to_others() -> None:
+    disk = MemoryStorage()
+    disk.commits_inline = True
+    async with checked_engine(disk) as engine:
+        turns = 0
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += bool(disk.batches)
+
+        other = start_task(others())
+        last = ask_all(engine, [Create()] * (3 * BATCH_WEIGHT + 1))[-1]
+        await last
+        other.cancel()
+        assert len(disk.batches) == 4
+        assert turns >= 3
 
 
 class BusyEngine:

@@ -78,6 +78,7 @@ EXPECTED = {
     "jobd_processing_p95_seconds": "gauge",
     "jobd_granted_twice_total": "counter",
     "jobd_quarantined_jobs": "gauge",
+    "jobd_commit_mode": "gauge",
     "jobd_commit_seconds": "histogram",
     "jobd_batch_commands": "histogram",
     "jobd_mailbox_commands": "gauge",
@@ -234,6 +235,19 @@ async def test_job_lifecycles_on_a_real_store_are_counted(tmp_path: Path) -> Non
         assert (vitals.mailbox, vitals.parked) == (0, 0)
         assert vitals.uptime_ms > 0
         assert value(body, "jobd_build_info", version=jobd.__version__, python=platform.python_version()) == 1
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_the_commit_mode_is_shown(inline: bool) -> None:
+    @in_virtual_time
+    async def test() -> None:
+        async with VirtualEngine() as engine:
+            engine.disk.commits_inline = inline
+            body = text(metrics_of(engine).snapshot(), ":memory:")
+            assert value(body, "jobd_commit_mode", mode="inline") == inline
+            assert value(body, "jobd_commit_mode", mode="thread") == (not inline)
+
+    test()
 
 
 @pytest.mark.parametrize(

@@ -176,10 +176,16 @@ async def test_rows_of_a_rolled_back_trim_are_deleted_by_the_next(
     monkeypatch.setattr(writers, "KEEP_BESIDE", 1)
     await write(store, *(entry(n, outcome="lock_lost") for n in range(4)), entry(4))
     tables = store._database
-    original, tables.before_commit = tables.before_commit, lambda: tables.conn.execute("nonsense")
-    with pytest.raises(sqlite3.OperationalError):
-        await store.trim_audit(0, 99)
-    tables.before_commit = original
+    trim = tables._audit.trim
+
+    def fail(*args: int) -> int:
+        trim(*args)
+        raise sqlite3.OperationalError("the disk failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tables._audit, "trim", fail)
+        with pytest.raises(sqlite3.OperationalError):
+            await store.trim_audit(0, 99)
     tables._broken = None
     assert len(await seqs(store)) == 5
     assert await store.trim_audit(0, 99) == 3

@@ -16,6 +16,18 @@ from tests.support.factories import NOW, OPTIONS, ChangeFactory
 from tests.support.store_files import edit_store, job_of, open_store
 
 
+@pytest.fixture(autouse=True)
+def upkeep_after_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Store.write
+
+    async def write_and_wait(self: Store, batch: Batch) -> dict[int, bytes]:
+        payloads = await write(self, batch)
+        await self.finish_upkeep()
+        return payloads
+
+    monkeypatch.setattr(Store, "write", write_and_wait)
+
+
 async def test_the_last_heartbeats_of_each_grant_are_kept(path: str) -> None:
     maker = ChangeFactory(1)
     job = job_of(maker.create(options=OPTIONS[1]))

@@ -7,6 +7,7 @@ import errno
 import os
 import stat
 import threading
+from sqlite3 import SQLITE_DENY, SQLITE_OK, SQLITE_PRAGMA
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -24,7 +25,9 @@ from jobd.model.storage import (
     OpenedStore,
     StoredResponse,
 )
-from jobd.storage import files
+from jobd.storage import database, files
+from jobd.storage.commit_mode import WORST_S, CommitSetting
+from jobd.storage.database import CHECKPOINT_FRAMES, Database
 from jobd.storage.store import MEMORY, Store
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import assert_holds, exists, job_of, open_store, recounted
@@ -95,12 +98,200 @@ async def test_a_batch_returns_the_payload_of_a_job_that_it_creates(store: Store
 
 async def test_a_batch_behind_other_work_does_not_block_the_event_loop(store: Store) -> None:
     maker, busy = ChangeFactory(), threading.Event()
-    other = asyncio.create_task(store._connection.run_in_thread(busy.wait))
+    other = asyncio.create_task(store._connection.run(busy.wait))
     writing = asyncio.create_task(store.write(maker.batch([maker.create()])))
     await asyncio.sleep(0)
     busy.set()  # impossible if the loop waited for the thread
     assert await other is True
     assert await writing == {}
+
+
+@pytest.fixture
+def writers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The thread of each batch."""
+    found: list[int] = []
+    write = Database.write
+
+    def note(self: Database, batch: Batch, reported: int) -> dict[int, bytes]:
+        found.append(threading.get_ident())
+        return write(self, batch, reported)
+
+    monkeypatch.setattr(Database, "write", note)
+    return found
+
+
+@pytest.mark.parametrize("commit", ["inline", "thread"])
+async def test_a_fixed_mode_commits_in_its_thread(path: str, writers: list[int], commit: CommitSetting) -> None:
+    maker = ChangeFactory()
+    async with open_store(path, commit) as (store, _):
+        for _ in range(3):
+            await store.write(maker.any_batch(5))
+        assert store.commits_inline == (commit == "inline")
+    assert {writer == threading.get_ident() for writer in writers} == {commit == "inline"}
+    async with open_store(path) as (store, found):
+        await assert_holds(store, found, maker)
+
+
+class FakeClock:
+    """Time passes only between two reads, which are before and after COMMIT."""
+
+    def __init__(self) -> None:
+        self.commit_s = self._now_s = 0.0
+
+    def perf_counter(self) -> float:
+        self._now_s += self.commit_s
+        return self._now_s
+
+
+async def test_a_slow_commit_moves_the_next_ones_to_the_thread(
+    path: str, writers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker, clock = ChangeFactory(), FakeClock()
+    monkeypatch.setattr(database, "time", clock)
+    async with open_store(path) as (store, _):
+        for clock.commit_s in (WORST_S / 2, WORST_S, 0.0, 0.0):
+            await store.write(maker.batch([maker.create()]))
+        assert not store.commits_inline
+    assert [writer == threading.get_ident() for writer in writers] == [True, True, False, False]
+
+
+async def test_an_inline_commit_waits_in_the_thread_behind_a_call_in_flight(path: str, writers: list[int]) -> None:
+    maker, busy, order = ChangeFactory(), threading.Event(), list[str]()
+    async with open_store(path, "inline") as (store, _):
+        await store.write(maker.batch([maker.create()]))
+        reading = asyncio.create_task(store._connection.run(busy.wait))
+        writing = asyncio.create_task(store.write(maker.batch([maker.create()])))
+        reading.add_done_callback(lambda _: order.append("read"))
+        writing.add_done_callback(lambda _: order.append("write"))
+        await asyncio.sleep(0)
+        busy.set()
+        await asyncio.gather(reading, writing)
+        assert order == ["read", "write"]
+        await store.write(maker.batch([maker.create()]))
+    assert [writer == threading.get_ident() for writer in writers] == [True, False, True]
+
+
+async def test_an_inline_commit_waits_for_the_read_of_a_cancelled_caller(path: str, writers: list[int]) -> None:
+    maker, busy = ChangeFactory(), threading.Event()
+    async with open_store(path, "inline") as (store, _):
+        reading = asyncio.create_task(store._connection.run(busy.wait))
+        await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait([reading])
+        writing = asyncio.create_task(store.write(maker.batch([maker.create()])))
+        await asyncio.sleep(0)
+        assert writers == []
+        busy.set()
+        await writing
+    assert writers != [threading.get_ident()]
+
+
+async def test_commits_run_in_the_thread_during_a_backup(path: str, writers: list[int]) -> None:
+    maker = ChangeFactory()
+    idle: list[bool] = []
+    async with open_store(path, "inline") as (store, _):
+        (await store.backup(lambda *_: idle.append(store._connection.is_idle))).close()
+        with store._connection.lend():
+            await store.write(maker.batch([maker.create()]))
+        await store.write(maker.batch([maker.create()]))
+    assert set(idle) == {False}
+    assert [writer == threading.get_ident() for writer in writers] == [False, True]
+
+
+@pytest.mark.parametrize("commit", ["inline", "thread"])
+async def test_reads_and_commits_in_turns_keep_every_batch(path: str, commit: CommitSetting) -> None:
+    """Reads, scrubs and copies use the thread while batches are committed wherever that is possible."""
+    maker = ChangeFactory(3)
+    async with open_store(path, commit) as (store, _):
+        is_over = False
+
+        async def read() -> None:
+            while not is_over:
+                await store.find_jobs(JobQuery())
+                await store.check_rows(None)
+
+        async def copy() -> None:
+            while not is_over:
+                (await store.backup()).close()
+
+        others = [asyncio.create_task(each()) for each in (read, read, copy)]
+        for _ in range(60):
+            await store.write(maker.any_batch(10))
+            await asyncio.sleep(0)
+        is_over = True
+        await asyncio.gather(*others)
+    async with open_store(path) as (store, found):
+        await assert_holds(store, found, maker)
+
+
+@pytest.mark.parametrize("commit", ["inline", "thread"])
+async def test_checkpoints_keep_the_log_short(path: str, commit: CommitSetting) -> None:
+    """Also if few rows fill many pages."""
+    maker, longest = ChangeFactory(), 0
+    large = b'"%s"' % (b"x" * 300_000)
+    async with open_store(path, commit) as (store, _):
+        for number in range(60):
+            change = maker.create()
+            await store.write(maker.batch([replace(change, payload=large) if number % 2 else change]))
+            await store.finish_upkeep()
+            longest = max(longest, os.path.getsize(f"{path}-wal"))
+    assert os.path.getsize(path) > 8 << 20
+    assert longest < 1.2 * CHECKPOINT_FRAMES * 4120
+
+
+async def test_a_failed_checkpoint_is_repeated(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "CHECKPOINT_FRAMES", 5)
+    maker, conn, log, statements = ChangeFactory(), store._connection.raw, store._database.log, list[str]()
+    assert log is not None
+
+    def note(statement: str) -> None:
+        if "checkpoint" in statement:
+            statements.append(statement)
+
+    conn.set_trace_callback(note)
+    conn.set_authorizer(lambda action, *_: SQLITE_DENY if action == SQLITE_PRAGMA else SQLITE_OK)
+    for _ in range(3):
+        await store.write(maker.any_batch(5))
+        await store.finish_upkeep()
+        assert log.has(5)
+    conn.set_authorizer(None)
+    for _ in range(3):
+        await store.write(maker.batch([maker.create()]))
+        await store.finish_upkeep()
+    conn.set_trace_callback(None)
+    assert statements == ["PRAGMA wal_checkpoint(PASSIVE)"] * len(statements)
+    assert len(statements) >= 3, "only those that are not denied are traced"
+    assert not log.has(40), "the log was restarted"
+
+
+async def test_an_error_in_upkeep_breaks_the_store(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No caller waits for upkeep, so the actor learns of it."""
+    errors: list[Exception] = []
+    store.on_broken = errors.append
+    monkeypatch.setattr(database, "CHECKPOINT_FRAMES", 1)
+    monkeypatch.setattr(Database, "upkeep", lambda self: 1 // 0)
+    assert await store.write(ChangeFactory().any_batch(1)) is not None
+    await store.finish_upkeep()
+    assert [type(error) for error in errors] == [ZeroDivisionError]
+
+
+async def test_cancelling_the_opening_waits_for_it_and_releases_the_lock(path: str) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def on_locked() -> None:
+        begun.set()
+        goes_on.wait()
+
+    opening = asyncio.create_task(Store.open(path, on_locked=on_locked))
+    await asyncio.to_thread(begun.wait)
+    opening.cancel()
+    await asyncio.sleep(0)
+    assert not opening.done()
+    goes_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    async with open_store(path):
+        pass
 
 
 async def test_an_empty_batch_keeps_the_numbers(path: str) -> None:

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from jobd.model.storage import Batch
 from jobd.storage import files, migrations, outbox, startup
+from jobd.storage.connection import StoreConnection
 from jobd.storage.database import Database
 from tests.proof.planted.registry import bug
 
@@ -63,6 +64,19 @@ def _(commit: Any, self: Database, fn: Any, *args: Any) -> Any:
     except BaseException:
         self.totals = totals
         raise
+
+
+@bug(
+    "inline-commit-error-swallowed",
+    StoreConnection.run_inline,
+    breaks="a batch is acknowledged although its inline commit failed",
+    found_by=OUTAGES,
+)
+def _(run_inline: Any, self: StoreConnection, fn: Any, *args: Any) -> Any:
+    try:
+        return run_inline(self, fn, *args)
+    except Exception:
+        return {}
 
 
 @bug("commit-before-fsync", startup.connect, breaks="a commit returns before its fsync", found_by=STORE)

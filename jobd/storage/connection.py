@@ -1,0 +1,95 @@
+"""One SQLite connection that runs functions in its own thread, or in the caller's thread while it is idle."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Final, Self, TypeVar
+
+import aiosqlite
+
+T = TypeVar("T")
+_CHUNK: Final = 64
+
+
+class FunctionConnection(sqlite3.Connection):
+    """A connection in autocommit mode whose `commit` runs the next queued function.
+
+    aiosqlite calls methods of a connection in its thread. A function of ours runs a whole batch with one switch of
+    threads, and `commit` has nothing else to do: transactions end with the statement COMMIT.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.queued: deque[Callable[[], object]] = deque()
+
+    def commit(self) -> None:
+        self.queued.popleft()()
+
+
+class StoreConnection:
+    """The connection of a store. It has one owner at a time.
+
+    Functions that were passed to `run` own it from the call until they return in the connection's thread, even if the
+    caller is cancelled. A backup owns it inside `lend`. Otherwise it is idle, and the event loop can use it.
+    """
+
+    def __init__(self, raw: FunctionConnection, thread: aiosqlite.Connection) -> None:
+        self.raw = raw
+        self._thread = thread
+        self._started = 0  # functions passed to `run`; written by the event loop
+        self._finished = 0  # of these; written by the thread
+        self._lent = 0
+
+    @classmethod
+    async def open(cls, connect: Callable[[], FunctionConnection]) -> Self:
+        """Start the thread, and call `connect` in it."""
+        made: list[FunctionConnection] = []
+
+        def connector() -> FunctionConnection:
+            made.append(connect())
+            return made[0]
+
+        thread = await aiosqlite.Connection(connector, _CHUNK)
+        return cls(made[0], thread)
+
+    async def close(self) -> None:
+        """Close the connection after all earlier calls, and end its thread."""
+        await self._thread.close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no other thread uses the connection, or will before the event loop runs again."""
+        return self._started == self._finished and not self._lent
+
+    async def run(self, fn: Callable[..., T], *args: Any) -> T:
+        """Run `fn` in the connection's thread, after all earlier calls."""
+        results: list[T] = []
+
+        def call() -> None:
+            try:
+                results.append(fn(*args))
+            finally:
+                self._finished += 1
+
+        self._started += 1
+        self.raw.queued.append(call)
+        await self._thread.commit()
+        return results[0]
+
+    def run_inline(self, fn: Callable[..., T], *args: Any) -> T:
+        """Run `fn` in the calling thread, which is that of the event loop and blocks. The connection must be idle."""
+        if not self.is_idle:
+            raise AssertionError("another thread uses the connection")
+        return fn(*args)
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[sqlite3.Connection]:
+        """Yield the connection for an online backup in another thread. It is not idle until the end."""
+        self._lent += 1
+        try:
+            yield self.raw
+        finally:
+            self._lent -= 1

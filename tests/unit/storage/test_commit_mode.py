@@ -1,0 +1,101 @@
+"""The choice between commits in the event loop and in the storage thread."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobd.storage.commit_mode import FAST_IN_A_ROW, MEDIAN_S, PAUSE_S, RECENT, WORST_S, CommitMode, CommitSetting
+
+FAST_S = MEDIAN_S / 2
+
+
+def after(mode: CommitMode, took_s: float, times: int, now_s: float = 0.0) -> bool:
+    for _ in range(times):
+        mode.add(took_s, now_s)
+    return mode.is_inline
+
+
+def slowed_down(now_s: float = 0.0) -> CommitMode:
+    mode = CommitMode("auto")
+    assert after(mode, FAST_S, 50)
+    assert not after(mode, WORST_S, 1, now_s)
+    return mode
+
+
+@pytest.mark.parametrize(("setting", "is_inline"), [("inline", True), ("thread", False)])
+def test_a_fixed_mode_does_not_change(setting: CommitSetting, is_inline: bool) -> None:
+    mode = CommitMode(setting)
+    assert after(mode, 1.0, 20) == is_inline
+    assert after(mode, FAST_S, 2 * FAST_IN_A_ROW, 100.0) == is_inline
+
+
+def test_fast_commits_stay_inline() -> None:
+    assert CommitMode("auto").is_inline
+    assert after(CommitMode("auto"), FAST_S, 1000)
+
+
+def test_the_first_slow_commit_ends_the_inline_mode() -> None:
+    slowed_down()
+    assert not after(CommitMode("auto"), WORST_S, 1), "also the first of all"
+
+
+def test_commits_that_are_a_little_slow_end_the_inline_mode_together() -> None:
+    mode = CommitMode("auto")
+    assert after(mode, MEDIAN_S, RECENT - 1), "too few for a median"
+    assert not after(mode, MEDIAN_S, 1)
+    mode = CommitMode("auto")
+    after(mode, FAST_S, RECENT)
+    assert after(mode, MEDIAN_S, RECENT // 2 - 1)
+    assert not after(mode, MEDIAN_S, 1)
+
+
+def test_commits_are_inline_again_after_enough_fast_ones_in_a_row() -> None:
+    mode = slowed_down()
+    later_s = PAUSE_S
+    still_slow = RECENT - 1  # the slow commit is among the latest ones
+    assert not after(mode, FAST_S, still_slow + FAST_IN_A_ROW - 1, later_s)
+    assert after(mode, FAST_S, 1, later_s)
+    mode = slowed_down()
+    assert not after(mode, FAST_S, still_slow + FAST_IN_A_ROW - 1, later_s)
+    assert not after(mode, WORST_S, 1, later_s)
+    assert not after(mode, FAST_S, still_slow + FAST_IN_A_ROW - 1, later_s)
+    assert after(mode, FAST_S, 1, later_s)
+
+
+def test_commits_are_not_inline_again_before_the_pause_is_over() -> None:
+    mode = slowed_down(5.0)
+    assert not after(mode, FAST_S, 10 * FAST_IN_A_ROW, 5.0 + PAUSE_S - 0.001)
+    assert after(mode, FAST_S, 1, 5.0 + PAUSE_S)
+
+
+def test_the_pause_begins_with_the_latest_change() -> None:
+    mode = slowed_down(0.0)
+    assert after(mode, FAST_S, 2 * FAST_IN_A_ROW, 20.0)
+    assert not after(mode, WORST_S, 1, 21.0), "a slow commit ends the inline mode at once"
+    assert not after(mode, FAST_S, 2 * FAST_IN_A_ROW, 21.0 + PAUSE_S - 0.001)
+    assert after(mode, FAST_S, 1, 21.0 + PAUSE_S)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0001, 0.0009, 0.0011, 0.0019, 0.0021, 0.5]), st.floats(0, 3)), max_size=60)
+)
+def test_inline_commits_were_fast_and_changes_are_apart(commits: list[tuple[float, float]]) -> None:
+    """Each element is repeated, so that rows of fast commits occur."""
+    mode, now_s, recent, returns = CommitMode("auto"), 0.0, deque[float](maxlen=RECENT), list[float]()
+    for took_s, passed_s in commits:
+        for _ in range(40):
+            now_s += passed_s / 40
+            was_inline = mode.is_inline
+            mode.add(took_s, now_s)
+            recent.append(took_s)
+            if mode.is_inline:
+                assert max(recent) < WORST_S
+                assert len(recent) < RECENT or sorted(recent)[RECENT // 2] < MEDIAN_S
+                if not was_inline:
+                    returns.append(now_s)
+    assert all(second - first >= PAUSE_S for first, second in pairwise(returns))

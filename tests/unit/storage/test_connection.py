@@ -1,0 +1,110 @@
+"""The connection of a store: one owner at a time, in its own thread or in the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+from collections.abc import AsyncIterator
+
+import pytest
+
+from jobd.storage import startup
+from jobd.storage.connection import FunctionConnection, StoreConnection
+from jobd.storage.store import MEMORY
+
+
+@pytest.fixture
+async def connection() -> AsyncIterator[StoreConnection]:
+    connection = await StoreConnection.open(lambda: startup.connect(MEMORY, "FULL"))
+    yield connection
+    await connection.close()
+
+
+async def test_functions_run_in_one_other_thread_in_the_order_of_the_calls(connection: StoreConnection) -> None:
+    order: list[int] = []
+
+    def note(number: int) -> int:
+        order.append(number)
+        return threading.get_ident()
+
+    threads = await asyncio.gather(*(connection.run(note, number) for number in range(20)))
+    assert order == list(range(20))
+    assert len(set(threads)) == 1
+    assert threads[0] != threading.get_ident()
+
+
+async def test_results_and_errors_reach_their_callers(connection: StoreConnection) -> None:
+    def divide(by: int) -> float:
+        return 6 / by
+
+    found = await asyncio.gather(*(connection.run(divide, by) for by in (0, 1, 0, 3)), return_exceptions=True)
+    assert [each if isinstance(each, float) else type(each) for each in found] == [
+        ZeroDivisionError, 6.0, ZeroDivisionError, 2.0,
+    ]  # fmt: skip
+    assert connection.is_idle
+
+
+async def test_a_function_in_the_event_loop_uses_the_same_connection(connection: StoreConnection) -> None:
+    await connection.run(connection.raw.execute, "CREATE TABLE t (a)")
+    assert connection.run_inline(threading.get_ident) == threading.get_ident()
+    connection.run_inline(connection.raw.execute, "INSERT INTO t VALUES (1)")
+    rows = await connection.run(lambda: connection.raw.execute("SELECT a FROM t").fetchall())
+    assert rows == [(1,)]
+
+
+async def test_the_connection_is_not_idle_while_a_function_waits_or_runs(connection: StoreConnection) -> None:
+    busy = threading.Event()
+    running = asyncio.create_task(connection.run(busy.wait))
+    waiting = asyncio.create_task(connection.run(busy.wait))
+    await asyncio.sleep(0)
+    assert not connection.is_idle
+    with pytest.raises(AssertionError, match="another thread"):
+        connection.run_inline(threading.get_ident)
+    busy.set()
+    await asyncio.gather(running, waiting)
+    assert connection.is_idle
+
+
+async def test_a_function_of_a_cancelled_caller_keeps_the_connection(connection: StoreConnection) -> None:
+    busy = threading.Event()
+    running = asyncio.create_task(connection.run(busy.wait))
+    waiting = asyncio.create_task(connection.run(threading.get_ident))
+    await asyncio.sleep(0)
+    for task in (running, waiting):
+        task.cancel()
+    await asyncio.wait([running, waiting])
+    assert running.cancelled()
+    assert not connection.is_idle, "its function still runs"
+    busy.set()
+    await connection.run(threading.get_ident)
+    assert connection.is_idle
+
+
+async def test_a_lent_connection_is_not_idle(connection: StoreConnection) -> None:
+    with connection.lend() as raw:
+        assert raw is connection.raw
+        assert not connection.is_idle
+        await connection.run(threading.get_ident)
+        assert not connection.is_idle
+    assert connection.is_idle
+
+
+async def test_an_error_while_connecting_ends_the_thread() -> None:
+    def fail() -> FunctionConnection:
+        raise sqlite3.OperationalError("no such disk")
+
+    before = threading.active_count()
+    with pytest.raises(sqlite3.OperationalError, match="no such disk"):
+        await StoreConnection.open(fail)
+    for thread in threading.enumerate():
+        if thread.name.startswith("Thread-"):
+            await asyncio.to_thread(thread.join, 5)
+    assert threading.active_count() <= before + 1, "only the thread of the join is left"
+
+
+async def test_a_closed_connection_runs_nothing(connection: StoreConnection) -> None:
+    await connection.close()
+    with pytest.raises(ValueError, match="no active connection"):
+        await connection.run(threading.get_ident)
+    assert not connection.is_idle
