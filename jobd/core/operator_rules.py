@@ -49,7 +49,7 @@ def force_reset(draft: Draft, command: ForceReset) -> Response | ApiError:
     if isinstance(job, ApiError):
         return job
     job = transitions.met(draft, job)
-    if job.status not in ForceReset.allowed_from:
+    if job.status in ("queued", "completed"):  # also a job whose row has an unknown status can be reset
         what = "It is already waiting." if job.status == "queued" else "completed is final; create a new job instead."
         return transitions.refuse_transition(job, "queued", what)
     ended = transitions.ended_by(job, draft.at.now, "force-reset", "force_reset")
@@ -150,7 +150,7 @@ def update(draft: Draft, command: Update) -> Response | ApiError:
     if isinstance(job, ApiError):
         return job
     job = transitions.met(draft, job)
-    if job.status not in Update.allowed_from:
+    if job.status == "completed":
         return transitions.refuse_transition(job, "completed", "completed is final: it cannot be changed.")
     fields = _rescheduled(draft, job, command.priority, command.run_at, command.max_attempts)
     if fields:
