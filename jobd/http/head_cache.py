@@ -17,20 +17,20 @@ from multidict import CIMultiDict, CIMultiDictProxy, istr
 
 from jobd.http.request import RequestHead
 
-MOST_KNOWN: Final = 512
-LONGEST: Final = 2048  # bytes
+MAX_HEADS: Final = 512
+MAX_HEAD_BYTES: Final = 2048
 
-# Heads that nobody can read in two ways.
+# Only heads that every parser reads in the same way are cached.
 _FIRST_LINE: Final = re.compile(rb"(GET|POST) (/[A-Za-z0-9._:%/-]*(?:\?[A-Za-z0-9._:%=&-]*)?) HTTP/1\.1")
 _OTHER_LINES: Final = re.compile(rb"(?:\r\n[A-Za-z0-9-]+: ?[!-~](?:[ -~]*[!-~])?)+\r\n\r\n")
 _VALUE: Final = re.compile(rb"[!-~](?:[ -~]{0,300}[!-~])?")
-# What is secret or new each time is cut out: the head is kept without it.
+# Headers that are secret or differ in each request. A head is cached without them.
 _CUT_OUT: Final = ((b"\r\nAuthorization: ", hdrs.AUTHORIZATION), (b"\r\nIdempotency-Key: ", istr("Idempotency-Key")))
-_NOT_KEPT: Final = (hdrs.COOKIE, hdrs.PROXY_AUTHORIZATION, *(name for _, name in _CUT_OUT))
+_NEVER_CACHED: Final = (hdrs.COOKIE, hdrs.PROXY_AUTHORIZATION, *(name for _, name in _CUT_OUT))
 
 
-class Whole(Struct, frozen=True):
-    """A request with all of its body."""
+class CachedRequest(Struct, frozen=True):
+    """A complete request with a cached head."""
 
     method: str
     target: str
@@ -38,8 +38,8 @@ class Whole(Struct, frozen=True):
     body: bytes
 
 
-class _Known(Struct, frozen=True):
-    """A head, the length of the body that it announces, and the first line that it came with: many come again."""
+class _CachedHead(Struct, frozen=True):
+    """A cached head, the length of its body, and its latest request line, which is often repeated."""
 
     head: RequestHead
     length: int
@@ -48,17 +48,17 @@ class _Known(Struct, frozen=True):
     target: str
 
 
-class Heads:
-    """What heads mean, but for their first lines. Where there are too many it begins anew."""
+class HeadCache:
+    """Parsed heads by their header lines. A full cache is cleared."""
 
     def __init__(self) -> None:
-        self._known: dict[bytes, _Known] = {}
+        self._heads: dict[bytes, _CachedHead] = {}
 
-    def read(self, data: bytes) -> Whole | None:
-        """The one request that `data` is, where its head is known."""
+    def read(self, data: bytes) -> CachedRequest | None:
+        """Return the request if `data` is exactly one request whose head is cached, else None."""
         at, end = _bounds(data)
         lines, values = _cut(data[at:end])
-        known = self._known.get(lines)
+        known = self._heads.get(lines)
         if known is None or len(data) != end + known.length:
             return None
         if data.startswith(known.line):
@@ -67,12 +67,15 @@ class Heads:
             method, target = line[1].decode(), line[2].decode()
         else:
             return None
-        return Whole(method, target, _with(known.head, values) if values else known.head, data[end:])
+        return CachedRequest(method, target, _with(known.head, values) if values else known.head, data[end:])
 
     def learn(self, data: bytes, message: object, payload: StreamReader) -> bool:
-        """Whether `data` was one request, of which the parser made `message` with all of its `payload`."""
+        """Cache the head of `data`, which the parser has read as `message` and `payload`.
+
+        Return whether `data` was exactly one complete request, even if its head cannot be cached.
+        """
         at, end = _bounds(data)
-        if not is_whole(message, payload) or _OTHER_LINES.fullmatch(data, at, end) is None:
+        if not is_complete(message, payload) or _OTHER_LINES.fullmatch(data, at, end) is None:
             return False
         head = RequestHead.of(message, payload)
         length = int(head.headers.get(hdrs.CONTENT_LENGTH, 0))
@@ -80,31 +83,31 @@ class Heads:
         if len(data) != end + length or message.upgrade or line is None:
             return False
         if head.keep_alive and not message.chunked:
-            known = _Known(head, length, data[: at + 2], line[1].decode(), line[2].decode())
-            self._keep(*_cut(data[at:end]), known)
+            known = _CachedHead(head, length, data[: at + 2], line[1].decode(), line[2].decode())
+            self._store(*_cut(data[at:end]), known)
         return True
 
-    def _keep(self, lines: bytes, values: list[tuple[istr, str]], known: _Known) -> None:
+    def _store(self, lines: bytes, values: list[tuple[istr, str]], known: _CachedHead) -> None:
         if not lines:
             return
         headers = CIMultiDict(known.head.headers)
         for name, value in values:
             if headers.popall(name) != [value]:
                 return
-        if any(name in headers for name in _NOT_KEPT):
+        if any(name in headers for name in _NEVER_CACHED):
             return
-        if len(self._known) >= MOST_KNOWN:
-            self._known.clear()
-        self._known[lines] = replace(known, head=replace(known.head, headers=CIMultiDictProxy(headers)))
+        if len(self._heads) >= MAX_HEADS:
+            self._heads.clear()
+        self._heads[lines] = replace(known, head=replace(known.head, headers=CIMultiDictProxy(headers)))
 
 
-def is_whole(message: object, payload: StreamReader) -> TypeGuard[RawRequestMessage]:
-    """Whether this is a request, and not a fault, and its body is there."""
+def is_complete(message: object, payload: StreamReader) -> TypeGuard[RawRequestMessage]:
+    """Return whether this is a valid request (not a parse error) with its complete body."""
     return isinstance(message, RawRequestMessage) and payload.is_eof() and payload.exception() is None
 
 
 def _cut(lines: bytes) -> tuple[bytes, list[tuple[istr, str]]]:
-    """A head without the values that are cut out of it, and those; nothing where one of them is not plain."""
+    """Return the header lines without the headers in _CUT_OUT, and their values; nothing if a value is unusual."""
     values = []
     for mark, name in _CUT_OUT:
         at = lines.find(mark)
@@ -127,6 +130,6 @@ def _with(head: RequestHead, values: list[tuple[istr, str]]) -> RequestHead:
 
 
 def _bounds(data: bytes) -> tuple[int, int]:
-    """Where the first line of a head ends, and where the head does; nothing is between them where it does not."""
-    at = data.find(b"\r\n", 0, LONGEST)
-    return at, data.find(b"\r\n\r\n", 0, LONGEST) + 4
+    """Return the ends of the request line and of the head. An incomplete head has no header lines between them."""
+    at = data.find(b"\r\n", 0, MAX_HEAD_BYTES)
+    return at, data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4

@@ -26,27 +26,28 @@ from aiohttp.web_protocol import RequestHandler
 
 from jobd.engine.mailbox import Envelope
 from jobd.http.app import INTERNAL_ERROR, App
-from jobd.http.head_cache import Heads, is_whole
+from jobd.http.head_cache import HeadCache, is_complete
 from jobd.http.request import HttpRequest, RequestContext
 from jobd.http.response import HTTP_VERSION, HttpResponse, PreparedResponse, abort_later
 from jobd.http.routing import RouteMatch
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
-PIECE: Final = 16 << 10  # bytes that are parsed in one turn of the loop, where they have
-PIECE_LINES: Final = 2_000  # more lines than this
+# Input of more than PIECE bytes and PIECE_LINES lines is parsed in pieces of PIECE bytes, one per turn of the loop.
+PIECE: Final = 16 << 10
+PIECE_LINES: Final = 2_000
 WRONG_HEAD: Final = (
-    "its head or its framing is wrong (a line without a colon or with a forbidden character, a header that may come "
-    "only once, such as Content-Length, given twice, chunks of a wrong length)"
+    "its head or its framing is wrong (a line without a colon or with a forbidden character, a repeated header that "
+    "may occur only once, such as Content-Length, or chunks of a wrong length)"
 )
-# Bytes of bodies that are read while another request is being answered, and what one read gives.
+# Bytes of request bodies that may wait behind the current request. One read can exceed this.
 AHEAD: Final = 256 << 10
-# The delay between two checks whether the client of a half-closed connection has closed it. It doubles.
+# Delay between two checks whether the client has closed a half-closed connection. It doubles up to CHECK_S.
 FIRST_CHECK_S: Final = 0.01
 CHECK_S: Final = 1.0
-# How long a response with grants waits until the client's system has received the probe, and between two looks at it.
+# How long a response with grants waits for the client's system to acknowledge the probe, and the polling interval.
 PROBE_S: Final = 5.0
-PROBE_LOOK_S: Final = 0.002
+PROBE_POLL_S: Final = 0.002
 
 log = structlog.get_logger("jobd.web")
 
@@ -58,97 +59,105 @@ def begin(
     writer: AbstractStreamWriter,
     task: asyncio.Task[None],
 ) -> HttpRequest:
-    """A request as aiohttp's loop hands it on."""
+    """Make the request object when aiohttp's loop starts to handle a request."""
     assert isinstance(connection, ServerConnection)
     if not payload.is_eof():
-        payload.on_eof(connection.free_place_soon)
+        payload.on_eof(connection.free_slot_soon)
     request = HttpRequest(message, payload, connection, writer, task, asyncio.get_running_loop())
-    connection.note_begun(request)
+    connection.record_start(request)
     return request
 
 
-class Flight:
-    """A request on its short way. The actor takes it for the future that waits for the answer."""
+class PendingRequest:
+    """A request on the fast path. The actor sets its response as it would set the result of a future."""
 
     __slots__ = (
         "_connection",
         "_is_cancelled",
-        "_is_over",
-        "asked",
+        "_is_done",
         "ctx",
-        "held",
-        "idle",
-        "ready",
-        "reply",
-        "unread",
-    )  # fmt: skip
+        "encoded",
+        "envelope",
+        "probe_timer",
+        "response",
+        "waiter",
+        "write_timer",
+    )
 
-    def __init__(self, connection: ServerConnection, ctx: RequestContext, idle: asyncio.Future[None]) -> None:
+    def __init__(self, connection: ServerConnection, ctx: RequestContext, waiter: asyncio.Future[None]) -> None:
         self.ctx = ctx
-        self.idle = idle  # what aiohttp's loop waits for meanwhile
-        self.asked: Envelope | None = None
-        self.ready: tuple[Response, HttpResponse] | None = None  # an answer that is not on the disk yet
-        self.reply: HttpResponse | None = None
-        self.held: asyncio.TimerHandle | None = None  # runs while the reply waits for the end of the probe
-        self.unread: asyncio.TimerHandle | None = None  # runs while the client does not read the reply
+        self.waiter = waiter  # the future that aiohttp's loop waits for meanwhile
+        self.envelope: Envelope | None = None
+        self.encoded: tuple[Response, HttpResponse] | None = None  # encoded before its commit
+        self.response: HttpResponse | None = None
+        self.probe_timer: asyncio.TimerHandle | None = None  # runs while the response waits for the probe
+        self.write_timer: asyncio.TimerHandle | None = None  # aborts the connection if the client does not read
         self._connection = connection
-        self._is_over = False
+        self._is_done = False
         self._is_cancelled = False
 
     def done(self) -> bool:
-        return self._is_over
+        return self._is_done
 
     def cancelled(self) -> bool:
         return self._is_cancelled
 
-    def prepare(self, answer: Response) -> None:
-        reply = self._connection.prepared(self, answer)
-        self.ready = None if reply is None else (answer, reply)
+    def prepare(self, response: Response) -> None:
+        http_response = self._connection.prepare(self, response)
+        self.encoded = None if http_response is None else (response, http_response)
 
-    def set_result(self, answer: Response | ApiError, /) -> None:
-        self._is_over = True
-        self._connection.answer(self, answer)
+    def set_result(self, response: Response | ApiError, /) -> None:
+        self._is_done = True
+        self._connection.respond(self, response)
 
     def cancel(self) -> None:
-        """The connection is gone."""
-        self._is_cancelled = not self._is_over
-        self._is_over = True
-        if self.unread is not None:
-            self.unread.cancel()
-        if self.held is not None:
-            self.held.cancel()
-            assert self.reply is not None and self.reply.on_lost is not None
-            self.reply.on_lost()
+        """Cancel the request because its connection is lost."""
+        self._is_cancelled = not self._is_done
+        self._is_done = True
+        if self.write_timer is not None:
+            self.write_timer.cancel()
+        if self.probe_timer is not None:
+            self.probe_timer.cancel()
+            assert self.response is not None and self.response.on_lost is not None
+            self.response.on_lost()
 
 
 class ServerConnection(RequestHandler):
-    """aiohttp's connection with a short way, our error object where it would send text, and without its tracebacks.
+    """aiohttp's connection with a fast path, with errors as JSON, and without logged tracebacks.
 
-    `_waiter` is aiohttp's: the future that its loop waits for while nothing is to be done, None while something is.
+    `_waiter` belongs to aiohttp: the future that its loop waits for while it is idle, and None while it is busy.
     """
 
     __slots__ = (
-        "_ahead", "_flight", "_hangup_check", "_heads", "_is_between", "_is_half_closed", "_latest", "_rest",
-        "_truncated", "_web",
+        "_ahead",
+        "_hangup_check",
+        "_heads",
+        "_is_between",
+        "_is_half_closed",
+        "_latest",
+        "_pending",
+        "_rest",
+        "_truncated",
+        "_web",
     )  # fmt: skip
 
-    def __init__(self, manager: web.Server, app: App[Any], heads: Heads, **options: Any) -> None:
+    def __init__(self, manager: web.Server, app: App[Any], heads: HeadCache, **options: Any) -> None:
         super().__init__(manager, **options)
         self._web = app
         self._heads = heads
-        self._is_between = True  # all that came so far was read: with what comes next a request begins
-        self._flight: Flight | None = None
-        self._rest = bytearray()  # has been read, and is parsed in the next turns of the loop
-        self._latest: HttpRequest | None = None  # the request that aiohttp's loop began last
+        self._is_between = True  # all input has been consumed: the next bytes begin a request
+        self._pending: PendingRequest | None = None
+        self._rest = bytearray()  # input to be parsed in the next turns of the loop
+        self._latest: HttpRequest | None = None  # the latest request that aiohttp's loop started
         self._is_half_closed = False  # the client sends no more
         self._truncated: StreamReader | None = None  # the body whose end the client has not sent
         self._ahead = 0  # bytes of the pending response that were sent as a probe
         self._hangup_check: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Whatever of an answer the system does not take at once has a slow reader, for whom nobody waits for ever.
+        """Set the write buffer limits to 0, so that `writing_paused` reveals a client that reads slowly.
 
-        A transport waits without an end where it is closed before all is written. That of TLS has a deadline there.
+        A closed transport waits forever for its unsent data. TLS transports have a deadline for that.
         """
         super().connection_made(transport)
         if transport.get_extra_info("sslcontext") is None:
@@ -158,7 +167,7 @@ class ServerConnection(RequestHandler):
     # -- bytes ---------------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """What is made of ever so many lines (chunks of one byte) is parsed piece by piece: others get their turns."""
+        """Parse data, in pieces if it has very many lines (such as chunks of one byte), so that other tasks run."""
         if not data or (not self._rest and (len(data) <= PIECE or data.count(b"\r\n") <= PIECE_LINES)):
             self._parse(data)
             return
@@ -182,15 +191,15 @@ class ServerConnection(RequestHandler):
             transport.resume_reading()
 
     def _parse(self, data: bytes) -> None:
-        """aiohttp's parser gets what is not known already, its loop what does not go the short way."""
+        """Parse data, with aiohttp's parser if the head is not cached. Start its request on the fast or slow path."""
         waiter = self._waiter
         idle = None if waiter is None or waiter.done() else waiter
-        if idle is not None and self._is_between and (whole := self._heads.read(data)) is not None:
-            ctx = RequestContext(whole.method, whole.target, whole.head, self)
-            if self._depart(ctx, whole.body):
+        if idle is not None and self._is_between and (cached := self._heads.read(data)) is not None:
+            ctx = RequestContext(cached.method, cached.target, cached.head, self)
+            if self._dispatch(ctx, cached.body):
                 return
         before = len(self._messages)
-        self._waiter = None  # it is not to be woken before we have seen what has come
+        self._waiter = None  # aiohttp must not wake its loop before the path is chosen
         super().data_received(data)
         self._waiter = waiter
         if len(self._messages) > before and not isinstance(self._messages[-1][0], RawRequestMessage):
@@ -200,7 +209,7 @@ class ServerConnection(RequestHandler):
             self._pause_reading_for_buffer()
         is_one = len(self._messages) == before + 1
         self._is_between = self._is_between and is_one and self._heads.learn(data, *self._messages[-1])
-        if idle is not None and self._messages and not (is_one and self._depart_parsed()):
+        if idle is not None and self._messages and not (is_one and self._dispatch_parsed()):
             idle.set_result(None)
 
     def _keep_earlier(self) -> None:
@@ -218,36 +227,39 @@ class ServerConnection(RequestHandler):
         self._messages.append(error)
 
     def _break_body(self) -> None:
-        """The bytes are no HTTP any more. Whoever still reads a body hears of it; aiohttp's parser does not tell."""
+        """Fail the body that is being read, because the input is malformed. aiohttp's parser does not do that."""
         request = self._current_request
         if request is not None and not request.content.is_eof():
             request.content.set_exception(web.RequestPayloadError("the framing is broken"))
-            request.content.feed_eof()  # there is nothing to be read and dropped before the end
+            request.content.feed_eof()  # aiohttp would read and drop the rest of the body
             self.close()
 
     def _is_far_ahead(self) -> bool:
-        """aiohttp lets up to 32 requests wait for the one before them, and does not count the bytes of their bodies."""
+        """Return whether the waiting requests have more than AHEAD bytes of bodies.
+
+        aiohttp limits the number of waiting requests to 32, but not the bytes of their bodies.
+        """
         return sum(payload.total_bytes for _, payload in self._messages) > AHEAD
 
     def _resume_reading_if_drained(self) -> None:
-        """aiohttp's loop has taken one of those that waited."""
+        """Resume reading after aiohttp's loop has taken a waiting request, unless too many bytes still wait."""
         if not self._is_far_ahead():
             super()._resume_reading_if_drained()
 
     def resume_reading(self, resume_parser: bool = True) -> None:
-        """A body that is read asks for more each time: that costs a turn of the parser, so only where it has paused."""
+        """Resume reading only if it is paused, because each read of a body calls this and runs the parser."""
         if self._reading_paused:
             super().resume_reading(resume_parser)
 
-    def free_place_soon(self) -> None:
-        """The last of a body is being parsed, which had not come when its request was begun."""
-        self._loop.call_soon(self._free_place)
+    def free_slot_soon(self) -> None:
+        """Call `_free_slot` after the parser has returned."""
+        self._loop.call_soon(self._free_slot)
 
-    def _free_place(self) -> None:
-        """The body has come of a request that was begun before it had.
+    def _free_slot(self) -> None:
+        """Tell the parser that a request was consumed whose body has just arrived completely.
 
-        aiohttp's parser stops where 32 requests wait. It counts one when its body has come, and counts it back when it
-        is begun: this one would count for ever, and in the end one request would wait for the bytes of the next.
+        aiohttp's parser stops at 32 waiting requests. It counts a request when its body is complete, and uncounts it
+        when the loop starts the request. A request that was started before that would stay counted forever.
         """
         if self._parser is not None:
             self._parser.message_consumed()
@@ -258,10 +270,10 @@ class ServerConnection(RequestHandler):
     def eof_received(self) -> bool:  # type: ignore[override]
         """Answer the requests that have arrived, then close. TLS has no half-closed state and closes at once.
 
-        A client that has closed its socket must not keep a grant. A Unix socket tells closed from half-closed clients.
-        TCP does so only after a write: a closed client resets the connection. So the bytes with which every response
-        begins are sent at once, and its grants are released if nothing else of it has been written.
-        A response with grants continues after the client's system has acknowledged these bytes.
+        A client that has closed its socket must not keep a grant. A Unix socket distinguishes closed from half-closed
+        clients. TCP does so only after a write: a closed client resets the connection. So the bytes with which every
+        response begins are sent at once as a probe. A response with grants continues only after the client's system has
+        acknowledged the probe; if nothing more of it was written, its grants are released.
         """
         transport = self.transport
         if transport is None or transport.get_extra_info("sslcontext") is not None:
@@ -278,22 +290,22 @@ class ServerConnection(RequestHandler):
         self._check_later(FIRST_CHECK_S)
         return True
 
-    def note_begun(self, request: HttpRequest) -> None:
-        """Note that aiohttp's loop begins `request`."""
+    def record_start(self, request: HttpRequest) -> None:
+        """Record that aiohttp's loop starts `request`."""
         self._latest = request
         if self._is_half_closed:
             request.is_truncated = request.content is self._truncated
             self._close_after_last()
 
     def _is_idle(self) -> bool:
-        """Return whether no request is being answered or waits to be. An incomplete head does not count."""
-        if self._flight is not None or self._messages:
+        """Return whether no request is in progress or waiting. An incomplete head does not count."""
+        if self._pending is not None or self._messages:
             return False
         return self._latest is None or (self._waiter is not None and not self._waiter.done())
 
     def _truncate_body(self) -> None:
-        """End a body that is incomplete."""
-        request = self._latest if self._flight is None and not self._messages else None
+        """End an incomplete body."""
+        request = self._latest if self._pending is None and not self._messages else None
         payload = self._messages[-1][1] if self._messages else None if request is None else request.content
         if payload is None or payload.is_eof():
             return
@@ -308,9 +320,9 @@ class ServerConnection(RequestHandler):
             self.close()
 
     def _send_probe(self, transport: asyncio.Transport) -> None:
-        """Send the next bytes of the current response that are certain, so that a closed client resets."""
-        if self._flight is not None:
-            if self._flight.reply is None:
+        """Send the next bytes of the current response that are known already, so that a closed client resets."""
+        if self._pending is not None:
+            if self._pending.response is None:
                 self._ahead = len(HTTP_VERSION)
                 transport.write(HTTP_VERSION)
         elif self._latest is not None and self._latest.probe:
@@ -345,10 +357,10 @@ class ServerConnection(RequestHandler):
             if self._loop.time() >= ends_at_s:
                 transport.abort()
             else:
-                await asyncio.sleep(PROBE_LOOK_S)
+                await asyncio.sleep(PROBE_POLL_S)
 
     def _is_probing(self, transport: asyncio.Transport) -> bool:
-        """Whether bytes are on their way whose receipt the client's system has neither acknowledged nor denied."""
+        """Return whether the client's system has neither acknowledged all sent bytes nor reset the connection."""
         if transport.is_closing() or self._is_hung_up(transport):
             return False
         count = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
@@ -360,25 +372,25 @@ class ServerConnection(RequestHandler):
         super().connection_lost(exc)
         self._latest = None  # it refers to this connection: break the cycle
 
-    # -- the short way -------------------------------------------------------------------------------------------------
+    # -- fast path -----------------------------------------------------------------------------------------------------
 
-    def _depart_parsed(self) -> bool:
-        """Send the one request that has come, if it is whole and may go the short way."""
+    def _dispatch_parsed(self) -> bool:
+        """Dispatch the only parsed request, if it is complete and may take the fast path. Return whether it was."""
         message, payload = self._messages[0]
-        if not is_whole(message, payload) or message.upgrade:
+        if not is_complete(message, payload) or message.upgrade:
             return False
-        return self._depart(RequestContext.of(message, payload, self))
+        return self._dispatch(RequestContext.of(message, payload, self))
 
-    def _depart(self, ctx: RequestContext, body: bytes | None = None) -> bool:
-        """`body` is None where it has been parsed."""
-        found = self._web.match(ctx)
-        if found.resolved is not None and found.resolved.route.handler is not None:
+    def _dispatch(self, ctx: RequestContext, body: bytes | None = None) -> bool:
+        """Dispatch a request on the fast path unless its route has a handler. `body` None: take the parsed body."""
+        match = self._web.match(ctx)
+        if match.resolved is not None and match.resolved.route.handler is not None:
             return False
         assert self._waiter is not None
-        flight = self._flight = Flight(self, ctx, self._waiter)
+        pending = self._pending = PendingRequest(self, ctx, self._waiter)
         self._waiter = None
         self._request_in_progress = True
-        self._send(flight, found, self._parsed_body() if body is None else body)
+        self._send(pending, match, self._parsed_body() if body is None else body)
         return True
 
     def _parsed_body(self) -> bytes:
@@ -387,102 +399,104 @@ class ServerConnection(RequestHandler):
         self._parser.message_consumed()
         return payload.read_nowait()
 
-    def _send(self, flight: Flight, found: RouteMatch, body: bytes) -> None:
+    def _send(self, pending: PendingRequest, match: RouteMatch, body: bytes) -> None:
         try:
-            sent = self._web.send(flight.ctx, found, body, flight)
+            result = self._web.send(pending.ctx, match, body, pending)
         except Exception as bug:
-            sent = self._refusal(flight.ctx, bug)
-        if isinstance(sent, Envelope):
-            flight.asked = sent
+            result = self._error_response(pending.ctx, bug)
+        if isinstance(result, Envelope):
+            pending.envelope = result
         else:
-            self._leave(flight, sent)
+            self._write(pending, result)
 
-    def prepared(self, flight: Flight, answer: Response) -> HttpResponse | None:
-        return self._web.prepare(flight.ctx, answer)
+    def prepare(self, pending: PendingRequest, response: Response) -> HttpResponse | None:
+        return self._web.prepare(pending.ctx, response)
 
-    def answer(self, flight: Flight, answer: Response | ApiError) -> None:
-        """The actor's answer leaves. Raises nothing: the actor has nothing to do with what goes wrong here."""
-        if flight.ready is not None and flight.ready[0] is answer and not self._web.closing:
-            self._leave(flight, flight.ready[1])
+    def respond(self, pending: PendingRequest, response: Response | ApiError) -> None:
+        """Write the actor's response. Raises nothing, because the actor is not concerned by errors here."""
+        if pending.encoded is not None and pending.encoded[0] is response and not self._web.closing:
+            self._write(pending, pending.encoded[1])
             return
         try:
-            reply = self._web.respond(flight.ctx, answer)
+            http_response = self._web.respond(pending.ctx, response)
         except Exception as bug:
-            self._loop.call_soon(self._fail, flight, bug)
+            self._loop.call_soon(self._fail, pending, bug)
         else:
-            self._leave(flight, reply)
+            self._write(pending, http_response)
 
-    def _fail(self, flight: Flight, bug: Exception) -> None:
-        if self._flight is flight:
-            self._leave(flight, self._refusal(flight.ctx, bug))
+    def _fail(self, pending: PendingRequest, bug: Exception) -> None:
+        if self._pending is pending:
+            self._write(pending, self._error_response(pending.ctx, bug))
 
-    def _leave(self, flight: Flight, reply: HttpResponse, waits_s: float = PROBE_S) -> None:
-        flight.reply, flight.held = reply, None
+    def _write(self, pending: PendingRequest, http_response: HttpResponse, timeout_s: float = PROBE_S) -> None:
+        pending.response, pending.probe_timer = http_response, None
         transport = self.transport
-        if self._ahead and reply.on_lost is not None and transport is not None and self._is_probing(transport):
-            if waits_s > 0:
-                flight.held = self._loop.call_later(PROBE_LOOK_S, self._leave, flight, reply, waits_s - PROBE_LOOK_S)
+        if self._ahead and http_response.on_lost is not None and transport is not None and self._is_probing(transport):
+            if timeout_s > 0:
+                pending.probe_timer = self._loop.call_later(
+                    PROBE_POLL_S, self._write, pending, http_response, timeout_s - PROBE_POLL_S
+                )
                 return
             transport.abort()
-        if reply.write(transport, self._ahead) and self.writing_paused:
+        if http_response.write(transport, self._ahead) and self.writing_paused:
             assert transport is not None
-            flight.unread = abort_later(transport)
+            pending.write_timer = abort_later(transport)
         else:
-            self._land(flight)
+            self._finish(pending)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        flight = self._flight
-        if flight is not None and flight.unread is not None:
-            flight.unread.cancel()
-            self._land(flight)
+        pending = self._pending
+        if pending is not None and pending.write_timer is not None:
+            pending.write_timer.cancel()
+            self._finish(pending)
 
-    def _land(self, flight: Flight) -> None:
-        """The request is done with: aiohttp's loop has the connection again, with what has come meanwhile."""
-        self._end_flight(flight)
-        self._waiter = flight.idle
-        if flight.reply is None or flight.reply.close or self._close or self._force_close:
+    def _finish(self, pending: PendingRequest) -> None:
+        """Return the connection to aiohttp's loop, which handles the requests that have arrived meanwhile."""
+        self._end_pending(pending)
+        self._waiter = pending.waiter
+        if pending.response is None or pending.response.close or self._close or self._force_close:
             self.force_close()
         elif self._messages:
-            flight.idle.set_result(None)
+            pending.waiter.set_result(None)
         else:
-            self._stay()
+            self._arm_keepalive()
 
-    def _stay(self) -> None:
-        """Wait for the next request, but not for ever."""
+    def _arm_keepalive(self) -> None:
+        """Start the timer that closes an idle connection."""
         closes_at = self._loop.time() + self._keepalive_timeout
         self._next_keepalive_close_time = closes_at
         if self._keepalive_handle is None:
             self._keepalive_handle = self._loop.call_at(closes_at, self._process_keepalive)
 
-    def _end_flight(self, flight: Flight) -> None:
-        flight.asked = None  # it knows the flight: a circle, and every request would be left to the garbage collector
-        self._flight = None
+    def _end_pending(self, pending: PendingRequest) -> None:
+        pending.envelope = None  # break the reference cycle, or only the garbage collector would free requests
+        self._pending = None
         self._ahead = 0
         self._request_in_progress = False
-        if self._handler_waiter is not None and not self._handler_waiter.done():  # a stop waits, and has not given up
+        if self._handler_waiter is not None and not self._handler_waiter.done():  # a shutdown waits for it
             self._handler_waiter.set_result(None)
         self._web.request_finished()
 
-    # -- ends ----------------------------------------------------------------------------------------------------------
+    # -- closing -------------------------------------------------------------------------------------------------------
 
     def force_close(self) -> None:
-        """The end, also for a request that is on its short way. aiohttp calls this where the client has gone, too."""
-        flight = self._flight
-        if flight is not None:
-            asked = flight.asked
-            flight.cancel()
-            self._end_flight(flight)
-            if flight.cancelled() and asked is not None:
-                self._web.actor.abandon(asked)
+        """Close the connection, and cancel a request on the fast path. aiohttp calls this after a disconnect, too."""
+        pending = self._pending
+        if pending is not None:
+            envelope = pending.envelope
+            pending.cancel()
+            self._end_pending(pending)
+            if pending.cancelled() and envelope is not None:
+                self._web.actor.abandon(envelope)
         super().force_close()
 
     def close_if_idle(self) -> None:
-        """End the connection where no request, or only a part of its head, has come."""
+        """Close the connection if no request, or only a part of its head, has arrived."""
         if self._waiter is not None and not self._waiter.done():
             self.force_close()
 
-    # -- what is wrong -------------------------------------------------------------------------------------------------
+    # -- errors --------------------------------------------------------------------------------------------------------
 
     def handle_error(
         self,
@@ -491,35 +505,36 @@ class ServerConnection(RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """The answer to what is not HTTP, and to a bug."""
+        """Return the response to malformed HTTP, or to a bug."""
         assert isinstance(request, HttpRequest)
         if isinstance(exc, ConnectionError):
             raise exc
-        return PreparedResponse(self._refusal(request.ctx, exc), request)
+        return PreparedResponse(self._error_response(request.ctx, exc), request)
 
-    def _refusal(self, ctx: RequestContext, exc: BaseException | None) -> HttpResponse:
-        """Its own text stays out of it: it may hold a token."""
+    def _error_response(self, ctx: RequestContext, exc: BaseException | None) -> HttpResponse:
+        """Return the response to an error. It omits the text of `exc`, which may contain a token."""
         if isinstance(exc, HttpProcessingError):
             line = f"a line of its head is over {self.max_line_size} bytes"
             why = line if isinstance(exc, LineTooLong) else WRONG_HEAD
-            refusal = ApiError("invalid_request", f"The request is not valid HTTP/1.1: {why}.")
+            error = ApiError("invalid_request", f"The request is not valid HTTP/1.1: {why}.")
         else:
             self.log_exception("connection_bug", exc_info=exc)
-            refusal = INTERNAL_ERROR
-        return self._web.error_response(ctx, refusal, close=True)
+            error = INTERNAL_ERROR
+        return self._web.error_response(ctx, error, close=True)
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
         exc = kw.get("exc_info")
         log.error("connection_bug", error=type(exc).__name__)
 
     def log_debug(self, *args: Any, **kw: Any) -> None:
-        """aiohttp's own chatter about clients that went away."""
+        """Drop aiohttp's messages about clients that disconnected."""
 
 
 def _take_parsed(parser: object) -> list[tuple[RawRequestMessage, StreamReader]]:
     """Take the requests that aiohttp's parser has read before the malformed one.
 
-    The parser keeps them in a list, and raises without them. The list is emptied, so that no request is read twice.
+    The parser holds them in an internal list and does not return them when it raises. Emptying the list
+    prevents reading them twice.
     """
     for kept in gc.get_referents(parser):
         if isinstance(kept, list) and kept and isinstance(kept[0], tuple) and type(kept[0][0]) is RawRequestMessage:

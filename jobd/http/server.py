@@ -19,7 +19,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from jobd.http.app import App
-from jobd.http.head_cache import Heads
+from jobd.http.head_cache import HeadCache
 from jobd.http.protocol import ServerConnection, begin
 
 BACKLOG: Final = 1024
@@ -35,7 +35,7 @@ class _Server(web.Server):
     def __init__(self, app: App[Any], **options: Any) -> None:
         super().__init__(app.handle, request_factory=begin, handler_cancellation=True)
         self._app = app
-        self._heads = Heads()
+        self._heads = HeadCache()
         self._options = options
 
     def __call__(self) -> RequestHandler:

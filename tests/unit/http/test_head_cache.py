@@ -13,7 +13,7 @@ from aiohttp.streams import StreamReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobd.http.head_cache import LONGEST, MOST_KNOWN, Heads
+from jobd.http.head_cache import MAX_HEAD_BYTES, MAX_HEADS, HeadCache
 from jobd.http.request import RequestHead
 from tests.support.http_harness import TOKEN, request_bytes
 from tests.support.malformed_requests import HOSTILE
@@ -50,7 +50,7 @@ def parser() -> Any:
     parser.close()
 
 
-def learn(heads: Heads, parser: Parser, data: bytes) -> bool:
+def learn(heads: HeadCache, parser: Parser, data: bytes) -> bool:
     [(parsed, payload)] = parser.parse(data)
     return heads.learn(data, parsed, payload)
 
@@ -65,7 +65,7 @@ def fields_of(head: RequestHead) -> tuple[Any, ...]:
     "data", [POST, GET, request_bytes("POST", "/v1/jobs", ""), request_bytes("POST", "/v1/jobs/a/cancel")]
 )
 def test_a_cached_head_gives_the_same_request_as_the_parser(parser: Parser, data: bytes) -> None:
-    heads = Heads()
+    heads = HeadCache()
     assert heads.read(data) is None
     [(parsed, payload)] = parser.parse(data)
     assert heads.learn(data, parsed, payload)
@@ -77,7 +77,7 @@ def test_a_cached_head_gives_the_same_request_as_the_parser(parser: Parser, data
 
 
 def test_the_first_line_and_the_body_may_differ(parser: Parser) -> None:
-    heads = Heads()
+    heads = HeadCache()
     learn(heads, parser, POST)
     cached = heads.read(POST.replace(b"/a/complete", b"/b:2/fail").replace(b"1}", b"2}"))
     assert cached is not None
@@ -107,16 +107,16 @@ def test_the_first_line_and_the_body_may_differ(parser: Parser) -> None:
     ],
 )
 def test_heads_that_differ_or_are_unusual_are_not_cached(parser: Parser, spoiled: bytes) -> None:
-    heads = Heads()
+    heads = HeadCache()
     learn(heads, parser, POST)
     assert heads.read(spoiled) is None
 
 
 @pytest.mark.parametrize("name", ["Authorization", "Idempotency-Key"])
 def test_tokens_and_keys_are_read_but_not_cached(parser: Parser, name: str) -> None:
-    heads = Heads()
+    heads = HeadCache()
     assert learn(heads, parser, request_bytes("GET", "/v1/jobs", headers={name: TOKEN, "X-A": "b"}))
-    assert TOKEN not in str(heads._known)
+    assert TOKEN not in str(heads._heads)
     for value in (TOKEN, "another one", "x"):
         data = request_bytes("GET", "/v1/jobs", headers={name: value, "X-A": "b"})
         cached = heads.read(data)
@@ -132,7 +132,7 @@ def test_tokens_and_keys_are_read_but_not_cached(parser: Parser, name: str) -> N
 @pytest.mark.parametrize("name", ["Authorization", "Idempotency-Key"])
 @pytest.mark.parametrize("second", ["k", "l", ""])
 def test_two_tokens_or_keys_are_left_to_the_parser(parser: Parser, name: str, second: str) -> None:
-    heads = Heads()
+    heads = HeadCache()
     two = request_bytes("POST", "/v1/jobs", "{}", {name: f"k\r\nX-A: b\r\n{name}: {second}"})
     for data in (request_bytes("POST", "/v1/jobs", "{}", {name: "k", "X-A": "b"}), two):
         for parsed, payload in parser.parse(data):
@@ -142,12 +142,12 @@ def test_two_tokens_or_keys_are_left_to_the_parser(parser: Parser, name: str, se
 
 @pytest.mark.parametrize("name", ["authorization", "Cookie", "Proxy-Authorization", "idempotency-key"])
 def test_other_secrets_are_left_to_the_parser(parser: Parser, name: str) -> None:
-    heads = Heads()
+    heads = HeadCache()
     for headers in ({name: TOKEN}, {"Authorization": "x", name: TOKEN}, {"Idempotency-Key": "x" * 400, "X-A": TOKEN}):
         data = request_bytes("GET", "/v1/jobs", headers=headers)
         assert learn(heads, parser, data)
         assert heads.read(data) is None
-        assert heads._known == {}
+        assert heads._heads == {}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_other_secrets_are_left_to_the_parser(parser: Parser, name: str) -> None
             b"Content-Length: 12\r\n", b""
         ),
         request_bytes("GET", "/v1/jobs", headers={"Connection": "Upgrade", "Upgrade": "websocket"}),
-        request_bytes("GET", "/v1/jobs", headers={"X-Long": "x" * LONGEST}),
+        request_bytes("GET", "/v1/jobs", headers={"X-Long": "x" * MAX_HEAD_BYTES}),
         request_bytes("GET", "/v1/jobs", headers={"X_Odd": "x"}),
         request_bytes("GET", "/v1/jobs", headers={"X-Tab": "a\tb"}),
         request_bytes("PUT", "/v1/jobs", "{}"),
@@ -166,13 +166,13 @@ def test_other_secrets_are_left_to_the_parser(parser: Parser, name: str) -> None
     ],
 )
 def test_unusual_requests_are_left_to_the_parser(parser: Parser, data: bytes) -> None:
-    heads = Heads()
+    heads = HeadCache()
     learn(heads, parser, data)
     assert heads.read(data) is None
 
 
 def test_half_a_request_or_two_are_left_to_the_parser(parser: Parser) -> None:
-    heads = Heads()
+    heads = HeadCache()
     [(parsed, payload)] = parser.parse(POST[:-1])
     assert not heads.learn(POST[:-1], parsed, payload)
     parser.begin()
@@ -186,8 +186,8 @@ def test_half_a_request_or_two_are_left_to_the_parser(parser: Parser) -> None:
 
 
 def test_the_cache_is_cleared_when_it_is_full(parser: Parser) -> None:
-    heads = Heads()
-    for number in range(MOST_KNOWN):
+    heads = HeadCache()
+    for number in range(MAX_HEADS):
         assert learn(heads, parser, request_bytes("GET", "/v1/jobs", headers={"X-Number": str(number)}))
     assert heads.read(request_bytes("GET", "/v1/jobs", headers={"X-Number": "0"})) is not None
     learn(heads, parser, POST)
@@ -239,7 +239,7 @@ def test_a_cached_head_agrees_with_the_parser(taught: list[bytes], line: str, bo
     """Request smuggling needs two parsers that disagree. The cache always agrees with aiohttp's parser."""
     parser = Parser()
     try:
-        heads = Heads()
+        heads = HeadCache()
         for data in taught:
             parser.begin()
             for parsed, payload in parser.parse(data):
@@ -266,7 +266,7 @@ def test_a_cached_head_agrees_with_the_parser(taught: list[bytes], line: str, bo
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_malformed_requests_are_not_cached(parser: Parser, name: str) -> None:
-    heads = Heads()
+    heads = HeadCache()
     for parsed, payload in parser.parse(HOSTILE[name]):
         heads.learn(HOSTILE[name], parsed, payload)
     assert heads.read(HOSTILE[name]) is None

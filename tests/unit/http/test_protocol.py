@@ -302,13 +302,13 @@ async def test_a_response_at_the_deadline_of_a_stop_does_no_harm(harness: HttpHa
     await wait_for_commands(harness, 1)
     [connection] = harness.listener._server.connections
     assert isinstance(connection, ServerConnection)
-    flight = connection._flight
-    assert flight is not None
+    pending = connection._pending
+    assert pending is not None
     stopping = asyncio.ensure_future(connection.shutdown(30))
     while connection._handler_waiter is None:  # noqa: ASYNC110 - it is in the first step of the stop
         await asyncio.sleep(0)
     connection._handler_waiter.cancel()  # its deadline
-    flight.set_result(Response(EmptyResponse()))
+    pending.set_result(Response(EmptyResponse()))
     assert (await client.receive()).status == 200
     assert await client.is_closed()
     await stopping
