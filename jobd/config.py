@@ -102,10 +102,11 @@ class StoreSection(Struct, frozen=True, forbid_unknown_fields=True):
     synchronous: Literal["full", "extra"] = "full"
     """`full`: fsync the database before every response. `extra`: fsync its directory as well."""
     commit: Literal["auto", "inline", "thread"] = "auto"
-    """`inline`: commit in the event loop. `thread`: commit in the storage thread. `auto`: inline if the disk is fast.
+    """`inline`: commit in the event loop. `thread`: commit in the storage thread. `auto`: by disk speed.
 
-    Fast: each of the latest 8 commits took less than 2 ms, and their median is less than 1 ms. With `inline`, every
-    request waits for a slow disk, also `/healthz`.
+    With `auto`, commits are inline while each of the latest 8 took less than 2 ms, with a median below 1 ms. After a
+    slow commit, the thread is used for at least 10 s, and until 200 commits in a row were fast. With `inline` on a slow
+    disk, every request waits for commits, even `/healthz`.
     """
 
 

@@ -40,11 +40,11 @@ Tag = Literal["Jobs", "Many jobs", "Queues and workers", "Events", "The daemon",
 # The tags of the document, in its order, with their descriptions.
 TAGS: Final[dict[Tag, str]] = {
     "Jobs": "Create, run, inspect and change single jobs.",
-    "Many jobs": "Inspect, change and move many jobs at once.",
-    "Queues and workers": "Where jobs wait, and which workers take them.",
-    "Events": "What happened, and where it is sent.",
-    "The daemon": "State of the daemon, and its maintenance.",
-    "The store": "The database file.",
+    "Many jobs": "Inspect, change and move many jobs in one call.",
+    "Queues and workers": "Inspect, pause and resume queues, and inspect workers.",
+    "Events": "Follow events, and manage the webhooks that deliver them.",
+    "The daemon": "Inspect the daemon, and control its maintenance.",
+    "The store": "Check the database, and back it up.",
 }
 HEADERS: Final = {
     "Idempotency-Key": "For 24 h, the same key with the same body returns the stored response. A request with two such "
@@ -52,7 +52,7 @@ HEADERS: Final = {
     "Idempotent-Replayed": "Present, and `true`, if a stored response was returned.",
     "Last-Event-ID": "The `id` of the last event received. The stream continues after it.",
     "X-Jobd-Operator": "Name of the operator for timelines and the audit log: up to 64 characters. Unprintable "
-    "characters become blanks.",
+    "characters are replaced by spaces.",
     "Retry-After": "Seconds to wait if the code is `overloaded`.",
     "WWW-Authenticate": "How to send the token.",
 }
@@ -233,7 +233,8 @@ def _success(route: Route, schemas: Schemas) -> JsonObject:
 
 def _error(codes: list[str], schemas: Schemas) -> JsonObject:
     """Return the error response of `codes`, which share a status."""
-    text = "; ".join(f"`{code}`: {ERROR_CODES[code].description}" for code in codes) + "."
+    texts = [f"`{code}`: {ERROR_CODES[code].description}." for code in codes]
+    text = texts[0] if len(texts) == 1 else "\n".join(f"- {each}" for each in texts)
     narrow = {"properties": {"success": {"const": False}, "error": {"enum": codes}}}
     response: JsonObject = {
         "description": text,
@@ -249,7 +250,7 @@ def _error(codes: list[str], schemas: Schemas) -> JsonObject:
 def _either(success: JsonObject, error: JsonObject) -> JsonObject:
     """Return one response for a success and an error with the same status."""
     schemas = [each["content"][JSON]["schema"] for each in (success, error)]
-    text = f"{success['description']} Or {error['description']}"
+    text = f"{success['description']} Or:\n\n{error['description']}"
     return {**success, **error, "description": text, "content": {JSON: {"schema": {"oneOf": schemas}}}}
 
 

@@ -103,7 +103,9 @@ def _pause_ends(pause: QueuePause, expires: NextEvent | None) -> NextEvent | Non
 def _resuming(queue: str, pause: QueuePause) -> list[str]:
     """Suggest to resume the queue, and quote the reason for the pause."""
     by = "the operator who paused it" if pause.by is None else describe_author(pause.by)
-    reason = f" Reason of the pause: {pause.reason}" if pause.reason else " The pause has no reason; ask first."
+    reason = (
+        f" Reason of the pause: {pause.reason}" if pause.reason else " No reason was given for the pause; ask first."
+    )
     return [f"If {by} no longer needs the pause: jobctl resume {queue}.{reason}"]
 
 
@@ -256,7 +258,7 @@ def _released(job: Job, when: str = "") -> str:
 def _processing(job: Job, book: Book, at: Moment) -> WhyView:
     grant, lease = job.grant, job.lease
     if grant is None or lease is None:
-        because = "The row says processing, but no worker holds the job. Such rows come from imports or manual edits."
+        because = "Its status is processing, but no worker holds it. Such rows come from imports or manual edits."
         soon = NextEvent("The next cleanup run treats it as stalled.", _cleanup_at(book, at), "validation")
         return WhyView("processing", because, soon, None, ["Start a cleanup run: jobctl cleanup"])
     since = in_words(at.now - grant.acquired_at)
@@ -292,14 +294,13 @@ def _cleanup_at(book: Book, at: Moment) -> int:
 def _next_of(grant: Grant, lease: Lease, book: Book, at: Moment) -> NextEvent:
     if at.lease >= lease.stuck:
         if book.next_cleanup_at is not None:
-            what = "The next cleanup run (recover_every is 0) ends its grant: on_stall puts it back into its queue or "
-            what += "fails it."
+            what = "The next cleanup run (recover_every is 0) ends its grant. Its on_stall decides whether it is "
+            what += "requeued or fails."
             return NextEvent(what, _cleanup_at(book, at), "cleanup")
-        return NextEvent(
-            "Recovery ends its grant: on_stall puts it back into its queue or fails it.", at.now, "recovery"
-        )
+        what = "Recovery ends its grant. Its on_stall decides whether it is requeued or fails."
+        return NextEvent(what, at.now, "recovery")
     if lease.is_live(at.lease) and lease.expires < lease.stuck:
-        what = f"The lock expires, unless worker {grant.worker} extends it or reports progress."
+        what = f"Its lock expires unless worker {grant.worker} extends it or reports progress."
         return NextEvent(what, at.wall(lease.expires), "lock expiry")
     by = "" if book.next_cleanup_at is None else " by the next cleanup run after that"
     what = f"It counts as stalled and is recovered{by}, unless worker {grant.worker}"
@@ -350,7 +351,7 @@ def ending(job: Job, events: Sequence[Event] = ()) -> str:
 def _failed(job: Job, end: Event | None) -> str:
     message = (job.error.message if job.error else None) or "no error message was recorded."
     if end is not None and end.type == "failed":
-        return f"It failed at {describe_author(end.by)}: {message}"
+        return f"It failed on {describe_author(end.by)}: {message}"
     if end is None or end.type not in _BY_HAND:
         return f"It failed: {message}"
     is_said = message in (end.reason, NO_REASON)

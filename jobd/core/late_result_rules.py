@@ -158,7 +158,7 @@ def _taken(draft: Draft, job: Job, late: LateResult) -> Response:
     ended = replace(
         job.ended, at=late.at, rule="complete", reason="complete", verb="complete", body_hash=late.body_hash
     )
-    reason = f"Worker {late.worker} had lost its lock, but no other worker got the job since: its result was accepted."
+    reason = f"Worker {late.worker} had lost its lock, but the job had not been granted again: its result was accepted."
     details = {"worker": late.worker, "fencing_token": late.fencing_token}
     fields: dict[str, Any] = {"reason": reason, "details": details, "expires_at": late.expires_at}
     by = f"worker:{late.worker}"
@@ -228,6 +228,6 @@ def _chosen(known: list[LateResult], seq: int | None) -> LateResult | None:
 
 def _advice(job: Job) -> str:
     if job.status == "completed":
-        return "completed is final: its late results can be read, but not adopted."
+        return "The late results of a completed job can be read, but not adopted."
     holder = f"Worker {job.grant.worker} holds it. " if job.grant is not None else ""
-    return f"{holder}Wait until it ends, or end its grant first (jobctl force-fail {job.id}), then adopt."
+    return f"{holder}Wait until its grant ends, or end it (jobctl force-fail {job.id}); then adopt."

@@ -86,7 +86,7 @@ def _recovery(draft: Draft, job: Job) -> Recovery:
 
 
 def recover_one(draft: Draft, command: JobCommand) -> Response | ApiError:
-    """Recover this job, if it is stuck at this moment."""
+    """Recover this job, if it is stalled at this moment."""
     job = transitions.find(draft, command.id)
     if isinstance(job, ApiError):
         return job
@@ -126,7 +126,7 @@ def preview(draft: Draft, command: Preview) -> Response:
 
 
 def _clear_lock(draft: Draft, job: Job, lease: Lease) -> None:
-    """Record that the lock has expired. The holder can revive it until the job counts as stuck."""
+    """Record that the lock has expired. The holder can revive it until the job is stalled."""
     details = {"worker": job.grant.worker if job.grant else None}
     draft.step(job, "lock_expired", details=details, lease=replace(lease, cleared=True))
 
@@ -206,7 +206,7 @@ def end_pauses(draft: Draft) -> Response:
         if pause.until is not None and pause.until <= draft.at.believed
     ]
     for name in over:
-        draft.queue(name, "queue_resumed", "The pause ended at its set time.")
+        draft.queue(name, "queue_resumed", "The pause ended as scheduled.")
     return Response(MaintenanceResult(len(over)))
 
 

@@ -50,7 +50,7 @@ def force_reset(draft: Draft, command: ForceReset) -> Response | ApiError:
         return job
     job = transitions.met(draft, job)
     if job.status in ("queued", "completed"):  # also a job whose row has an unknown status can be reset
-        what = "It is already waiting." if job.status == "queued" else "completed is final; create a new job instead."
+        what = "It needs no reset." if job.status == "queued" else "A completed job is final; create a new job instead."
         return transitions.refuse_transition(job, "queued", what)
     ended = transitions.ended_by(job, draft.at.now, "force-reset", "force_reset")
     fresh = {"attempt": 0, "stalls": 0, "error": None, "run_at": draft.at.now} | _wanted_again(draft, job)
@@ -73,9 +73,7 @@ def transition(draft: Draft, command: Transition) -> Response | ApiError:
         what = f"The transition expected {command.from_}. Check the job again before you decide."
         return transitions.refuse_transition(job, command.to, what)
     if command.to == "processing":
-        return transitions.refuse_transition(
-            job, command.to, "Only a grant makes a job processing: use start or claim."
-        )
+        return transitions.refuse_transition(job, command.to, "Only start and claim can make a job processing.")
     if (job.status, command.to) not in TRANSITIONS:
         return transitions.refuse_transition(job, command.to, f"It cannot go from {job.status} to {command.to}.")
     fields = _updated(draft, job, command.updates)
@@ -151,7 +149,7 @@ def update(draft: Draft, command: Update) -> Response | ApiError:
         return job
     job = transitions.met(draft, job)
     if job.status == "completed":
-        return transitions.refuse_transition(job, "completed", "completed is final: it cannot be changed.")
+        return transitions.refuse_transition(job, "completed", "A completed job cannot be changed.")
     fields = _rescheduled(draft, job, command.priority, command.run_at, command.max_attempts)
     if fields:
         asked = {"priority": command.priority, "run_at": command.run_at, "max_attempts": command.max_attempts}

@@ -100,7 +100,7 @@ def invalid(field: str, message: str) -> ApiError:
 
 def refuse_expiry(draft: Draft, expires_at: int | None) -> ApiError | None:
     if expires_at is not None and expires_at <= draft.at.believed:
-        return invalid("expires_at", f"expires_at {expires_at} is not in the future; it is Unix milliseconds.")
+        return invalid("expires_at", f"expires_at {expires_at} is not in the future; it is in Unix milliseconds.")
     return None
 
 
@@ -297,7 +297,7 @@ def stall(draft: Draft, job: Job, cause: str, *, rule: str = "recovery", why: st
 
 
 def silence(draft: Draft, job: Job) -> str:
-    """Return a sentence for operators that says why the job counts as stuck."""
+    """Return a sentence for operators that says why the job is stalled."""
     made, lease = job.grant, job.lease
     if made is None or lease is None:
         return "The job was processing, but no worker held it."

@@ -403,7 +403,7 @@ def _held(draft: Draft, command: Holders, verb: str) -> Job | Response | ApiErro
         return transitions.job_answer(draft, job, repeated=True)
     if verb == "release" and ended.verb in ("complete", "fail"):
         return transitions.job_answer(draft, job, repeated=True)
-    message = f"This grant of job {job.id} already ended by {ended.verb}; {verb} changes nothing."
+    message = f"This grant of job {job.id} has already ended with {ended.verb}; {verb} changes nothing."
     return ApiError("invalid_transition", message, {"status": job.status, "ended_by": ended.verb, "ended_at": ended.at})
 
 

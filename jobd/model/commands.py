@@ -176,7 +176,7 @@ class ListJobs(Command, frozen=True, kw_only=True):
 
 
 class SearchJobs(ListJobs, frozen=True, kw_only=True):
-    """List jobs, newest first, with the filters of operators.
+    """List jobs, newest first, with more filters than the worker API has.
 
     A search ends after half a second, so a page may be short; `looked_to_at` then says how far jobs were read. The last
     page has no `next_cursor`. `finished_since` and `finished_until` select only finished jobs.
@@ -209,9 +209,9 @@ class About(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True,
     version: (
         Annotated[str, Meta(pattern=PRINTABLE, max_length=100, description="The version of the worker.")] | None
     ) = None
-    concurrency: Annotated[int, Meta(ge=1, le=100_000, description="How many jobs the worker runs at once.")] | None = (
-        None
-    )
+    concurrency: (
+        Annotated[int, Meta(ge=1, le=100_000, description="How many jobs the worker runs at the same time.")] | None
+    ) = None
 
 
 class Start(JobCommand, frozen=True, kw_only=True):
@@ -388,7 +388,7 @@ NO_REASON: Final = "Failed by an operator."  # error message of a force-fail wit
 
 
 class ForceFail(NamedJobCommand, frozen=True, kw_only=True):
-    """Fail a queued or processing job. A grant ends at once."""
+    """Fail a queued or processing job. Its grant ends immediately."""
 
     admission = "ending"
     audit_name = "force-fail"
@@ -602,7 +602,7 @@ class Import(Command, frozen=True, kw_only=True):
     attempt: Annotated[int, Meta(ge=0, le=1000, description="Attempts used.")] = 0
     max_attempts: MaxAttempts = 1
     backoff: Annotated[Backoff, Meta(description="Wait between a failed attempt and the next one.")] = Backoff()
-    stalls: Annotated[Stalls, Meta(description="How often the job stalled.")] = 0
+    stalls: Annotated[Stalls, Meta(description="Number of times the job has stalled.")] = 0
     max_stalls: MaxStalls | None = None
     on_stall: Annotated[OnStall | None, Meta(description="What happens to the job when it stalls.")] = None
     stuck_after_ms: StuckAfterMs | None = None

@@ -26,7 +26,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "not_found": ErrorCode(
         404, "the path, webhook or delivery does not exist; or the job has no stored result, or the result was deleted"
     ),
-    "job_not_found": ErrorCode(404, "no job has this id: it was never created, or was deleted by age"),
+    "job_not_found": ErrorCode(404, "no job has this id: it was never created, or was deleted"),
     "late_result_not_found": ErrorCode(404, "the job has no late result, or none with this `seq`"),
     "worker_not_found": ErrorCode(404, "no worker of this name is known"),
     "plan_not_found": ErrorCode(404, "the plan does not exist or is no longer kept; create it again"),
@@ -49,7 +49,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "expectation_failed": ErrorCode(417, "the `Expect` header has a value other than `100-continue`"),
     "idempotency_key_reused": ErrorCode(422, "the key was used with another body"),
     "internal_error": ErrorCode(500, "a bug in jobd; nothing was changed"),
-    "overloaded": ErrorCode(503, "too many requests are waiting; nothing was done. Wait `Retry-After` seconds"),
+    "overloaded": ErrorCode(503, "too many requests are waiting; nothing was done; wait `Retry-After` seconds"),
     "shutting_down": ErrorCode(503, "the daemon is stopping; nothing was done"),
     "storage_unavailable": ErrorCode(503, "the artifact store cannot be read now"),
     "outcome_unknown": ErrorCode(

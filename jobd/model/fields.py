@@ -57,7 +57,7 @@ Priority = Annotated[
     int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Priority. Jobs with smaller values run first.")
 ]
 Percent = Annotated[float, Meta(ge=0, le=100, description="Progress in percent, 0 to 100.")]
-MaxAttempts = Annotated[int, Meta(ge=1, le=1000, description="How often the job is tried.")]
+MaxAttempts = Annotated[int, Meta(ge=1, le=1000, description="Maximum number of attempts.")]
 Stalls = Annotated[int, Meta(ge=0, le=1000)]
 MaxStalls = Annotated[Stalls, Meta(description="A job that stalls more often fails.")]
 LockTtlMs = Annotated[

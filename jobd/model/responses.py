@@ -91,9 +91,9 @@ class JobView(Struct):
     progress: ProgressPercent
     progress_message: Annotated[str | None, Meta(description="The latest message of the worker.")]
     attempt: Annotated[int, Meta(description="Attempts used, including the running one.")]
-    max_attempts: Annotated[int, Meta(description="How often the job is tried.")]
+    max_attempts: Annotated[int, Meta(description="Maximum number of attempts.")]
     backoff: Annotated[Backoff, Meta(description="Wait between a failed attempt and the next one.")]
-    stalls: Annotated[int, Meta(description="How often the job stalled.")]
+    stalls: Annotated[int, Meta(description="Number of times the job has stalled.")]
     max_stalls: Annotated[int, Meta(description="A job that stalls more often fails.")]
     on_stall: Annotated[str, Meta(description="What happens to the job when it stalls.")]
     stuck_after_ms: Annotated[
@@ -652,20 +652,20 @@ class WebhookView(Struct, frozen=True):
             "delivery as a trial."
         ),
     ]
-    failing_since: Annotated[int | None, Meta(description="Since when every try has failed, in Unix ms, or null.")]
+    failing_since: Annotated[int | None, Meta(description="Since when every attempt has failed, in Unix ms, or null.")]
     next_try_at: Annotated[
         int | None,
-        Meta(description="When the next try is possible, in Unix ms. Null: now, or no delivery waits for a retry."),
+        Meta(description="When the next attempt is possible, in Unix ms. Null: now, or no delivery waits for a retry."),
     ]
     position: Annotated[int, Meta(description="The newest event that was read for it.")]
     lag: Annotated[int, Meta(description="How many events have not been read for it yet.")]
     waiting: Annotated[int, Meta(description="How many deliveries are waiting.")]
     delivered: Annotated[int, Meta(description="How many deliveries succeeded.")]
-    failed: Annotated[int, Meta(description="How many tries failed.")]
+    failed: Annotated[int, Meta(description="How many attempts failed.")]
     given_up: Annotated[int, Meta(description="How many deliveries were dead-lettered.")]
     last_success_at: Annotated[int | None, Meta(description="When a delivery last succeeded, in Unix ms, or null.")]
-    last_error: Annotated[str | None, Meta(description="The error of the last try that failed, or null.")]
-    last_error_at: Annotated[int | None, Meta(description="When that try failed, in Unix ms, or null.")]
+    last_error: Annotated[str | None, Meta(description="The error of the last attempt that failed, or null.")]
+    last_error_at: Annotated[int | None, Meta(description="When that attempt failed, in Unix ms, or null.")]
 
 
 class WebhookList(Struct):
@@ -687,11 +687,11 @@ class DeliveryView(Struct, frozen=True):
     event_id: Annotated[str, Meta(description="Id of the message: its header `webhook-id`.")]
     seq: Annotated[int | None, Meta(description="Position of the event in the journal. Null if it is not an event.")]
     at: Annotated[int, Meta(description="When the delivery was created, in Unix ms.")]
-    due_at: Annotated[int | None, Meta(description="When it is tried next, in Unix ms. Null once it has ended.")]
-    tries: Annotated[int, Meta(description="How often it was tried.")]
+    due_at: Annotated[int | None, Meta(description="When the next attempt is due, in Unix ms. Null once it has ended.")]
+    tries: Annotated[int, Meta(description="Number of attempts so far.")]
     ended_at: Annotated[int | None, Meta(description="When it was delivered or dead-lettered, in Unix ms, or null.")]
     status: Annotated[int | None, Meta(description="HTTP status of the last response, or null.")]
-    error: Annotated[str | None, Meta(description="What was wrong with the last try, or null.")]
+    error: Annotated[str | None, Meta(description="What was wrong with the last attempt, or null.")]
 
 
 class DeliveryPage(Struct):

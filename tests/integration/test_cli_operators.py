@@ -106,7 +106,7 @@ def test_an_operator_changes_a_job_from_status_to_status(jobctl: Jobctl, running
         'c4: would transition queued → completed and set file_path "/srv/out", metadata {"a":[1]}: it is queued\n'
     )
     assert jobctl.ok("transition", "c4", "queued", "completed", "--dry-run", *set_) == expected
-    rejected = "c4: transition queued → processing would be rejected: Job c4 is queued. Only a grant"
+    rejected = "c4: transition queued → processing would be rejected: Job c4 is queued. Only start"
     assert rejected in jobctl.rejected("transition", "c4", "queued", "processing", "--dry-run")[1]
     for wrong, why in (("foo=1", "foo"), ("priority=99999", "priority"), ("storage_key=/etc", "must be relative")):
         for how in ("--dry-run", "-y"):

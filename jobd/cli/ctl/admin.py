@@ -106,7 +106,8 @@ def _with_plan_id(seen: PreviewView, plan: PlanView | None) -> dict[str, Any]:
 def late(job_id: str, as_json: bool) -> None:
     """List the late results of a job.
 
-    A late result is one that a worker submitted after its lock expired. `jobctl adopt` completes the job with it.
+    A late result is one that a worker submitted after it had lost its lock. `jobctl adopt` completes the job with
+    it.
     """
     from jobd.cli import tables_admin
 

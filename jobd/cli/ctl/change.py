@@ -192,7 +192,8 @@ def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **h
 def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> int:
     """Complete a job with a late result.
 
-    A late result is one that a worker submitted after its lock expired. The job must be queued, failed or cancelled.
+    A late result is one that a worker submitted after it had lost its lock. The job must be queued, failed or
+    cancelled.
     """
     from jobd.model.commands import Adopt
 

@@ -48,7 +48,7 @@ def events(
 ) -> None:
     """Print events, one per line.
 
-    Without --last, --after and -f, prints the last 100 events, as far as they match. With -f, continues with new
+    Without --last, --after and -f, prints those of the last 100 events that match. With -f, continues with new
     events; if the connection is lost, it reconnects and misses no event.
     """
     from jobd.cli import tables

@@ -343,7 +343,7 @@ def _jobs(count: int) -> str:
 def retry(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Requeue failed and cancelled jobs as new.
 
-    Shows a plan and asks before it is applied. Jobs that change in between are skipped.
+    Shows a plan and asks before applying it. Jobs that change in the meantime are skipped.
 
     \b
     Example: jobctl retry --where queue=video --where status=failed --where since=1d

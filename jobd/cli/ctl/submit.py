@@ -38,7 +38,7 @@ _WAIT_RETRY_FOR_S: Final = 60.0  # --wait survives a restart of the daemon
     "--stuck-after",
     "stuck_after_ms",
     type=DURATION,
-    help="Time without progress after which the job is stalled, once its lock has expired.",
+    help="Time without a report after which a job without a live lock is stalled.",
 )
 @click.option(
     "--max-processing",
@@ -49,7 +49,7 @@ _WAIT_RETRY_FOR_S: Final = 60.0  # --wait survives a restart of the daemon
 @click.option("--backoff", type=click.Choice(["exponential", "fixed"]), help="How the delay between attempts grows.")
 @click.option("--backoff-base", type=DURATION, help="First delay between attempts.")
 @click.option("--backoff-max", type=DURATION, help="Longest delay between attempts.")
-@click.option("--no-jitter", is_flag=True, help="Use exactly these delays instead of random ones up to them.")
+@click.option("--no-jitter", is_flag=True, help="Use exactly these delays instead of random shorter ones.")
 @click.option(
     "--idempotency-key", type=NAME, metavar="KEY", help="Repeating the command with this key creates no second job."
 )

@@ -211,7 +211,8 @@ def test_paused(rules: RuleHarness) -> None:
     paused = "Queue default is paused by operator ana at 2023-11-14 22:13 UTC, until resumed: no reason given."
     assert view.because == f"{paused} None of its jobs is granted."
     assert view.do == [
-        "If operator ana no longer needs the pause: jobctl resume default. The pause has no reason; ask first."
+        "If operator ana no longer needs the pause: jobctl resume default. "
+        "No reason was given for the pause; ask first."
     ]
     rules.create("b", expires_at=NOW + 9)
     assert at_and_rule(why(rules, "b")) == (NOW + 9, "expires_at")
@@ -285,7 +286,8 @@ def test_the_next_cleanup_run_is_named_if_recovery_is_left_to_it(rules: RuleHarn
     view = why(rules)
     assert view.next is not None
     assert view.next.what == (
-        "The next cleanup run (recover_every is 0) ends its grant: on_stall puts it back into its queue or fails it."
+        "The next cleanup run (recover_every is 0) ends its grant. "
+        "Its on_stall decides whether it is requeued or fails."
     )
     assert at_and_rule(view) == (NOW + 45 * MINUTE_MS, "cleanup")
     rules.advance(HOUR_MS)
@@ -376,7 +378,7 @@ def test_a_processing_row_without_a_holder(rules: RuleHarness) -> None:
     rules.row(replace(whole, grant=None, lease=None))
     view = why(rules)
     assert (view.state, view.blocked_by, at_and_rule(view)) == ("processing", None, (NOW, "validation"))
-    assert view.because.startswith("The row says processing, but no worker holds the job.")
+    assert view.because.startswith("Its status is processing, but no worker holds it.")
     assert view.do == ["Start a cleanup run: jobctl cleanup"]
     for half in ({"grant": None}, {"lease": None}):
         rules.row(replace(whole, **half))
@@ -438,7 +440,7 @@ def test_the_worker_that_ended_a_job_is_named(rules: RuleHarness) -> None:
     rules.completed()
     assert ending(rules.job(), rules.events) == "It was completed by worker w-1; that is final."
     rules.accept(Fail(id="b", lock_id=rules.held("b"), error_message="boom"), by="worker:w-1")
-    assert ending(rules.job("b"), rules.events) == "It failed at worker w-1: boom"
+    assert ending(rules.job("b"), rules.events) == "It failed on worker w-1: boom"
 
 
 def test_events_after_the_end_are_ignored(rules: RuleHarness) -> None:

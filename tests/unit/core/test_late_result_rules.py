@@ -277,7 +277,7 @@ def test_the_result_for_an_unclaimed_job_is_adopted() -> None:
     assert (view.status, view.progress, view.file_path, view.expires_at) == ("completed", 100, "/out", rules.now + 7)
     assert (event.type, event.by, event.before, event.after) == ("adopted", "worker:w-1", "queued", "completed")
     assert event.details == {"worker": "w-1", "fencing_token": rules.tokens[-1]}
-    assert "no other worker got the job since" in (event.reason or "")
+    assert "the job had not been granted again" in (event.reason or "")
     assert job.finished_at == rules.now
     assert rules.late() == []
     assert rules.accept(completing(lock_id, expires_at=rules.now + 7)).repeated is True
@@ -488,17 +488,19 @@ def test_a_processing_job_cannot_adopt_and_the_error_names_its_holder(rules: Rul
     rules.start(worker="w-2")
     refusal = rules.reject(Adopt(id="a"), "invalid_transition", admin=True)
     assert refusal.message == (
-        "Job a is processing. Worker w-2 holds it. Wait until it ends, or end its grant first "
-        "(jobctl force-fail a), then adopt."
+        "Job a is processing. Worker w-2 holds it. Wait until its grant ends, or end it "
+        "(jobctl force-fail a); then adopt."
     )
     rules.row(replace(rules.job(), grant=None, lease=None))
-    assert "processing. Wait until it ends" in rules.reject(Adopt(id="a"), "invalid_transition", admin=True).message
+    assert (
+        "processing. Wait until its grant ends" in rules.reject(Adopt(id="a"), "invalid_transition", admin=True).message
+    )
 
 
 def test_completed_is_final(rules: RuleHarness) -> None:
     rules.completed()
     refusal = rules.reject(Adopt(id="a"), "invalid_transition", admin=True)
-    assert "completed is final" in refusal.message
+    assert "can be read, but not adopted" in refusal.message
     assert refusal.details == {"status": "completed", "to": "completed", "allowed": []}
 
 

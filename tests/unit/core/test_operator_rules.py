@@ -119,10 +119,10 @@ def test_force_reset_makes_the_job_as_new(rules: RuleHarness) -> None:
     ("status", "command", "to", "words"),
     [
         ("completed", ForceFail(id="a"), "failed", "Only a queued or processing job can be failed."),
-        ("queued", ForceReset(id="a"), "queued", "It is already waiting."),
-        ("completed", ForceReset(id="a"), "queued", "completed is final; create a new job instead."),
+        ("queued", ForceReset(id="a"), "queued", "It needs no reset."),
+        ("completed", ForceReset(id="a"), "queued", "A completed job is final; create a new job instead."),
         ("processing", RunNow(id="a"), "queued", "Only a queued job can be run now."),
-        ("completed", Update(id="a", priority=1), "completed", "completed is final: it cannot be changed."),
+        ("completed", Update(id="a", priority=1), "completed", "A completed job cannot be changed."),
         ("queued", Delete(id="a"), "deleted", "Only a finished job can be deleted: cancel it first."),
         ("failed", Cancel(id="a"), "cancelled", "Only a queued or processing job can be cancelled."),
     ],
@@ -359,7 +359,7 @@ def test_a_pause_that_is_over_ends(rules: RuleHarness) -> None:
     assert rules.accept(EndPauses(), by="daemon").done == 1
     last = rules.last()
     assert (last.type, last.queue, last.by, last.reason) == (
-        "queue_resumed", "default", "daemon", "The pause ended at its set time.",
+        "queue_resumed", "default", "daemon", "The pause ended as scheduled.",
     )  # fmt: skip
     assert list(rules.book.paused) == ["other"]
     rules.start()
