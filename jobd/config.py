@@ -137,7 +137,7 @@ class StuckSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CleanupSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """How often stalled jobs are recovered and cleanup runs."""
+    """How often stalled jobs are recovered, and how often cleanup runs start."""
 
     interval: Duration = Duration(5 * MINUTE_MS)
     """Time between two cleanup runs."""

@@ -33,8 +33,8 @@ ADMIN_PREFIX: Final = "/admin/job-management"
 ABOUT: Final = (
     "Times are Unix milliseconds, named `*_at`; durations are milliseconds, named `*_ms`. The admin API keeps the "
     "names and units that existing dashboards use. A field that is unknown, has the wrong type or is out of bounds "
-    "causes a 400; values are never clamped. A success is sent after the change is on disk. Over a Unix socket, "
-    "workers need no token."
+    "causes a 400; values are never clamped, except that a lock never outlasts its progress timeout. A success is sent "
+    "only after the change is on disk. Over a Unix socket, workers need no token."
 )
 Tag = Literal["Jobs", "Many jobs", "Queues and workers", "Events", "The daemon", "The store"]
 # The tags of the document, in its order, with their descriptions.

@@ -74,7 +74,7 @@ def _queued(job: Job, book: Book, at: Moment) -> WhyView:
     if job.expires_at is not None:
         expires = NextEvent("It fails as expired if no worker has taken it by then.", job.expires_at, "expires_at")
     if (pause := book.paused.get(queue)) is not None:
-        because = f"Queue {queue} is paused {pause.describe()}. None of its jobs is granted.{back}"
+        because = f"Queue {queue} was paused {pause.describe()}. None of its jobs is granted.{back}"
         return WhyView("queued", because, _pause_ends(pause, expires), "queue_paused", _resuming(queue, pause))
     if job.run_at > at.now:
         because = f"It is not due for another {in_words(job.run_at - at.now)}.{back}"
@@ -159,7 +159,7 @@ def _outlook(job: Job, book: Book, at: Moment) -> _Outlook:
     if busy:
         offered = NextEvent("The first worker of its queue that becomes free gets it.", None, "claim")
         silent = [
-            f"Take the jobs of {name} back: jobctl take-back {quote(name)}" for name, each in busy if each.expired
+            f"Take back the jobs of {name}: jobctl take-back {quote(name)}" for name, each in busy if each.expired
         ]
         return _Outlook(_busy(busy, book, at), offered, "no free worker", [see, *silent[:MOST_NAMED], start])
     offered = NextEvent("The first worker that claims its queue and kind gets it.", None, "claim")
@@ -311,7 +311,9 @@ def _next_of(grant: Grant, lease: Lease, book: Book, at: Moment) -> NextEvent:
 
 def _advice(job: Job, grant: Grant, lease: Lease, at: Moment) -> list[str]:
     take_back = (
-        [] if lease.is_live(at.lease) else [f"Take its expired jobs back now: jobctl take-back {quote(grant.worker)}"]
+        []
+        if lease.is_live(at.lease)
+        else [f"Take back its jobs with expired locks: jobctl take-back {quote(grant.worker)}"]
     )
     return [
         f"Check whether worker {grant.worker} is alive.",

@@ -153,7 +153,7 @@ def _refuse_start(draft: Draft, job: Job) -> ApiError | None:
         return ApiError("not_due", message, {"run_at": job.run_at, "retry_after_ms": wait_ms})
     queue = job.options.queue
     if (pause := draft.book.paused.get(queue)) is not None:
-        message = f"Queue {queue} is paused {pause.describe()}. An operator can resume it: jobctl resume {queue}"
+        message = f"Queue {queue} was paused {pause.describe()}. An operator can resume it: jobctl resume {queue}"
         details = msgspec.to_builtins(views.paused_view(queue, pause))
         return ApiError("queue_paused", message, details)
     return None

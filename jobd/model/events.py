@@ -125,7 +125,7 @@ class QueuePause(Struct, frozen=True, gc=False):
     def describe(self) -> str:
         """Return the words after "paused", such as `by operator ana at 2026-03-01 12:03 UTC, until resumed: deploy`."""
         by = "" if self.by is None else f"by {describe_author(self.by)} "
-        since = "since an unknown time" if self.at is None else f"at {_utc(self.at)}"
+        since = "at an unknown time" if self.at is None else f"at {_utc(self.at)}"
         until = "until resumed" if self.until is None else f"until {_utc(self.until)}"
         return f"{by}{since}, {until}: {self.reason or 'no reason given'}"
 

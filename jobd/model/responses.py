@@ -242,8 +242,8 @@ class WhyView(Struct, frozen=True):
     because: Annotated[
         str,
         Meta(
-            description="The reason, in words. For a finished job it says how the job ended, while the timeline has "
-            "that event."
+            description="The reason, in words. For a finished job, it says how the job ended, if the "
+            "timeline still has that event."
         ),
     ]
     next: Annotated[NextEvent | None, Meta(description="What happens next without an action, or null.")]

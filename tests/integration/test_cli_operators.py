@@ -370,7 +370,7 @@ def test_take_back_ends_the_grants_of_a_silent_worker(running: CliDaemon, jobctl
         _stuck(running, "back-1", "back-2")
         assert jobctl.json("workers", "--state", "silent")["workers"][0]["worker"] == "w-silent"
         assert "w-silent (silent)" in jobctl.ok("locks")
-        assert "Take its expired jobs back now: jobctl take-back w-silent" in jobctl.ok("why", "back-1")
+        assert "Take back its jobs with expired locks: jobctl take-back w-silent" in jobctl.ok("why", "back-1")
         code, _, err = jobctl.run("take-back", "w-silent")
         assert (code, "--dry-run to preview the effect" in err) == (2, True)
         seen = jobctl.ok("take-back", "w-silent", "--dry-run")

@@ -215,7 +215,7 @@ def pause(queue: str, reason: str | None, until: int | None, as_json: bool) -> N
         terminal.say(
             f"Queue {view.queue} has no jobs yet. If the name is wrong, undo the pause: jobctl resume {view.queue}"
         )
-    terminal.emit_json(view) if as_json else terminal.emit(f"{view.queue} is paused {view.pause.describe()}")
+    terminal.emit_json(view) if as_json else terminal.emit(f"{view.queue} was paused {view.pause.describe()}")
 
 
 def _is_known(client: AdminClient, queue: str) -> bool:

@@ -33,8 +33,8 @@ _TIMEOUT_S: Final = 120.0  # for one chunk of a stream, or one page, on a slow d
 def export(file: Path, status: Status | None, queue: str | None, kind: str | None, yes: bool) -> None:
     """Write jobs to FILE (default: stdout), one JSON object per line.
 
-    The oldest jobs come first. `jobctl import` reads the file, also into another daemon, where jobs that were
-    processing are handled as stalled. Payloads and results are included; history, locks and queue pauses are not.
+    The oldest jobs come first. `jobctl import` reads the file, for example into another daemon, which handles
+    jobs that were processing as stalled. Payloads and results are included; history, locks and queue pauses are not.
     """
     if str(file) != "-":
         _may_write(file, yes=yes)

@@ -52,7 +52,7 @@ def _reasons(left: dict[QueueView, int]) -> Iterator[str]:
             yield f"{_are(count)} {reason}"
     for view in left:
         if view.paused:
-            yield f"{_are(left[view])} in queue {view.name}, which is paused {view.pause.describe()}"
+            yield f"{_are(left[view])} in queue {view.name}, which was paused {view.pause.describe()}"
 
 
 def _are(count: int) -> str:

@@ -156,7 +156,7 @@ async def test_drain_reports_the_remaining_jobs(
     daemon.admin("POST", f"queues/{paused}/pause", {})
     (message,) = await _messages_of_drain(client, queue, paused)
     assert message.startswith(
-        f"drained; 4 jobs are left: 3 are not due yet, 1 is in queue {paused}, which is paused by "
+        f"drained; 4 jobs are left: 3 are not due yet, 1 is in queue {paused}, which was paused by "
     )
     expected = "drained; 2 jobs are left: 2 are not due yet."
     assert await _messages_of_drain(client, queue, paused, kinds=["a", "z"]) == [expected]

@@ -132,7 +132,7 @@ def test_a_busy_worker_that_is_silent_is_named(rules: RuleHarness) -> None:
     assert clause(rules) == (
         "w 1, the only worker of this queue, has been busy for 15 min; silent, with an expired lock: w 1"
     )
-    assert view.do[1] == "Take the jobs of w 1 back: jobctl take-back 'w 1'"
+    assert view.do[1] == "Take back the jobs of w 1: jobctl take-back 'w 1'"
 
 
 def test_no_worker_waits_but_one_claimed_recently(rules: RuleHarness) -> None:
@@ -208,7 +208,7 @@ def test_paused(rules: RuleHarness) -> None:
     rules.accept(Pause(name="default"), by="admin:ana")
     view = why(rules)
     assert (view.state, view.blocked_by, view.next) == ("queued", "queue_paused", None)
-    paused = "Queue default is paused by operator ana at 2023-11-14 22:13 UTC, until resumed: no reason given."
+    paused = "Queue default was paused by operator ana at 2023-11-14 22:13 UTC, until resumed: no reason given."
     assert view.because == f"{paused} None of its jobs is granted."
     assert view.do == [
         "If operator ana no longer needs the pause: jobctl resume default. "
@@ -233,7 +233,7 @@ def test_a_pause_of_an_older_store_says_that_its_origin_is_unknown(rules: RuleHa
     rules.create()
     rules.book.set_paused("default", QueuePause())
     view = why(rules)
-    assert "paused since an unknown time, until resumed: no reason given." in view.because
+    assert "paused at an unknown time, until resumed: no reason given." in view.because
     assert view.do[0].startswith("If the operator who paused it no longer needs the pause:")
 
 
@@ -301,7 +301,7 @@ def test_the_worker_of_an_expired_lock_is_silent(rules: RuleHarness) -> None:
     for _ in range(2):
         view = why(rules)
         assert "Its lock has expired: the worker is silent. It may still end the job or report." in view.because
-        assert view.do[1] == "Take its expired jobs back now: jobctl take-back 'w 7'"
+        assert view.do[1] == "Take back its jobs with expired locks: jobctl take-back 'w 7'"
         rules.accept(Recover(limit=1))
 
 
