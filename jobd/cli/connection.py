@@ -88,7 +88,7 @@ def worker_api_endpoint(options: ConnectionOptions) -> Endpoint:
     from jobd.client.endpoint import worker_endpoint
 
     if options.url and options.socket:
-        raise click.UsageError("--socket and --url exclude each other: give one of them")
+        raise click.UsageError("--socket and --url are mutually exclusive: give one of them")
     address = options.url or (os.path.abspath(options.socket.removeprefix("unix:")) if options.socket else None)
     if address is None and not (os.environ.get("JOBD_SOCKET") or os.environ.get("JOBD_URL")):
         address = worker_socket()

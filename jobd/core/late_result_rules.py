@@ -25,12 +25,12 @@ _BY_HAND: Final = (
 )
 
 Calls = Progress | Extend | Complete | Fail | Release
-_CALLS: Final[dict[type, tuple[str, str]]] = {  # the verb, and the verb in a sentence
-    Progress: ("progress", "reported progress"),
-    Extend: ("extend", "requested an extension"),
-    Complete: ("complete", "completed the job"),
-    Fail: ("fail", "failed the job"),
-    Release: ("release", "released the job"),
+_CALLS: Final[dict[type, tuple[str, str]]] = {  # the verb, and what the worker tried to do
+    Progress: ("progress", "report progress"),
+    Extend: ("extend", "extend the lock"),
+    Complete: ("complete", "complete the job"),
+    Fail: ("fail", "fail the job"),
+    Release: ("release", "release the job"),
 }
 
 
@@ -90,11 +90,11 @@ def tell(draft: Draft, job: Job, command: Calls) -> None:
     ended = job.ended
     if ended is None or ended.lock_id != command.lock_id or not draft.policy.late_calls:
         return
-    verb, did = _CALLS[type(command)]
+    verb, action = _CALLS[type(command)]
     if draft.book.was_told(job.seq, ended.fencing_token, verb):
         return
     lost = f"after its lock was lost ({ended.rule})"
-    reason = f"Worker {ended.worker} {did} {lost}; {_holder(job)}. The call was rejected."
+    reason = f"Worker {ended.worker} tried to {action} {lost}; {_holder(job)}. The call was rejected."
     details = {"verb": verb, "worker": ended.worker, "fencing_token": ended.fencing_token, **_said(command)}
     draft.note_call(job, ended.worker, reason, details)
 

@@ -54,7 +54,7 @@ def events(
     from jobd.cli import tables
 
     if after is not None and last is not None:
-        raise click.UsageError("--after and --last exclude each other: give one of them")
+        raise click.UsageError("--after and --last are mutually exclusive: give one of them")
     if after is None and last is None and not follow:
         last = SHOWN
     position = [after]

@@ -72,7 +72,7 @@ def run(
     Example: jobctl run --queue video --concurrency 2 -- ./convert.sh --quality high
     """
     if once and drain:
-        raise click.UsageError("--once and --drain exclude each other: give one of them")
+        raise click.UsageError("--once and --drain are mutually exclusive: give one of them")
     if once and concurrency > 1:
         raise click.UsageError("--once runs one job: omit --concurrency")
     if timeout == 0:

@@ -130,7 +130,7 @@ def doctor_command(
     if accept and bool(named) == everything:
         raise click.UsageError("--accept needs job ids or --all, not both")
     if running + bool(accept) + recount > 1 or (running and (store or config)):
-        raise click.UsageError("--running, --accept and --recount exclude each other; --running takes no database")
+        raise click.UsageError("--running, --accept and --recount are mutually exclusive; --running takes no database")
     if (yes or is_dry_run) and not accept and not recount:
         raise click.UsageError("--yes and --dry-run need --accept or --recount: without them, nothing is written")
     if rows and not running:

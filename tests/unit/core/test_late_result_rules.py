@@ -683,11 +683,11 @@ CALLS: dict[str, Any] = {
     "complete": (Complete, {"file_path": "/out"}, {}),
 }
 WORDS = {
-    "progress": "reported progress",
-    "extend": "requested an extension",
-    "fail": "failed the job",
-    "release": "released the job",
-    "complete": "completed the job",
+    "progress": "report progress",
+    "extend": "extend the lock",
+    "fail": "fail the job",
+    "release": "release the job",
+    "complete": "complete the job",
 }
 
 
@@ -718,7 +718,8 @@ def test_the_first_rejected_call_of_an_ended_grant_is_recorded_with_its_content(
     event = rules.last()
     assert (event.type, event.by, event.before, event.after) == ("late_call", "worker:w-1", "failed", "failed")
     assert event.reason == (
-        f"Worker w-1 {WORDS[verb]} after its lock was lost (force-fail); the job is failed. The call was rejected."
+        f"Worker w-1 tried to {WORDS[verb]} after its lock was lost (force-fail); the job is failed. "
+        "The call was rejected."
     )
     details = {"verb": verb, "worker": "w-1", "fencing_token": rules.tokens[-1], **CALLS[verb][2]}
     assert event.details == details
