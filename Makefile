@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 PARALLEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check lint coverage faults planted mutation format demo bench bench-peers vendor screenshots linearizability simulation world proof pins clean
+.PHONY: help venv test check stock lint coverage faults planted mutation format demo bench bench-peers vendor screenshots linearizability simulation world proof pins clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,13 +30,18 @@ $(READY): pyproject.toml .ci/constraints.txt
 	@touch $@
 
 test: $(READY)  ## run the fast tests, in under three minutes (ARGS="-k name": a selection of all tests, in one process)
-	$(BIN)/pytest $(or $(ARGS),-m "not slow" --numprocesses $(PARALLEL))
-	@$(if $(ARGS),,echo "These were the fast tests. make check also runs the slow ones, make proof the long proofs.")
+	$(BIN)/pytest $(or $(ARGS),-m "not slow" --numprocesses $(PARALLEL); code=$$?; echo $(REST); exit $$code)
+REST := "These were the fast tests. make check also runs the slow ones, make proof the long proofs."
 
-# One process more than in `make test`, because many slow tests wait for other processes.
+# Many slow tests wait for other processes, so one process more runs them.
 check: $(READY)  ## run what CI runs: format, lint, types, coverage, the demo, all tests
-	$(MAKE) --jobs $(PARALLEL) --output-sync=target lint coverage demo
-	$(BIN)/pytest --loop both --numprocesses $$(($(PARALLEL) + 1)) --dist worksteal --durations 20
+	$(MAKE) --jobs $(PARALLEL) --output-sync=target lint coverage demo stock
+	$(MAKE) test
+	$(BIN)/pytest -m slow --numprocesses $$(($(PARALLEL) + 1)) --dist worksteal --durations 20
+
+# Daemon and tests use uvloop. The code of these packages depends on the event loop most.
+stock: $(READY)  ## run the asynchronous tests of some packages on the event loop of asyncio
+	$(BIN)/pytest --quiet --loop stock -m asyncio $(addprefix tests/unit/,api client engine http maintenance webhooks)
 
 lint: $(READY)  ## check format, style and types
 	$(BIN)/ruff format --check .

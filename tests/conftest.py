@@ -32,23 +32,15 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "uvloop": uvloop.new_event_loop,
     "stock": asyncio.new_event_loop,
 }
-# The code of these packages depends on the loop most.
-ON_BOTH_LOOPS = [ROOT / "tests/unit" / name for name in ("api", "client", "engine", "http", "maintenance", "webhooks")]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    about = "the event loop of async tests; both: uvloop for all, and asyncio's for those of some packages"
-    parser.addoption("--loop", choices=[*LOOPS, "both"], default="uvloop", help=about)
+    parser.addoption("--loop", choices=[*LOOPS, "both"], default="uvloop", help="the event loop of async tests")
 
 
-def pytest_asyncio_loop_factories(
-    config: pytest.Config, item: pytest.Item
-) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+def pytest_asyncio_loop_factories(config: pytest.Config) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     chosen = config.getoption("--loop")
-    if chosen == "both" and any(item.path.is_relative_to(place) for place in ON_BOTH_LOOPS):
-        return LOOPS
-    name = "uvloop" if chosen == "both" else chosen
-    return {name: LOOPS[name]}
+    return LOOPS if chosen == "both" else {chosen: LOOPS[chosen]}
 
 
 @pytest.fixture(autouse=True)
