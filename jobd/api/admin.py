@@ -113,7 +113,7 @@ class WithReason(Command, frozen=True, kw_only=True):
 
 
 class ValidateJob(NamedJobCommand, frozen=True, kw_only=True):
-    """Get a job, and what is wrong with its record."""
+    """Get a job, and the issues in its record."""
 
 
 class Reports(Command, frozen=True, kw_only=True):

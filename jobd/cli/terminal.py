@@ -219,9 +219,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: st
     from rich.text import Text
 
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name, is_whole in zip(columns, unfolded, strict=True):
+    for name, is_unfolded in zip(columns, unfolded, strict=True):
         side: Literal["left", "right"] = "right" if name.startswith(">") else "left"
-        grid.add_column(name.removeprefix(">"), justify=side, overflow="fold", no_wrap=is_whole)
+        grid.add_column(name.removeprefix(">"), justify=side, overflow="fold", no_wrap=is_unfolded)
     for row in body:
         grid.add_row(*(Text(text, style=_STYLES.get(text, "")) for text in row))
     _print(grid)

@@ -63,7 +63,7 @@ class AsyncClient(BaseClient):
     ) -> T:
         """Send `request`, with retries if that is safe, and return its result. Raises JobdError.
 
-        `on_retry` is called with each error that leads to another try.
+        `on_retry` is called with each error that leads to another attempt.
         """
         state = RetryState(retry or self._retry, request, time.monotonic())
         while True:

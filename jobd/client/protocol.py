@@ -161,7 +161,7 @@ def post(
 
 
 def job_path(base: str, job_id: str, verb: str = "") -> str:
-    """Return the path of a job. An id of dots only is escaped, because `.` and `..` mean directories in a path."""
+    """Return the path of a job. The ids `.` and `..` are escaped, because they mean directories in a path."""
     if not job_id:
         raise InvalidRequest("The job id is empty.")
     name = quote(job_id, safe=":")

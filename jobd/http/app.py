@@ -415,7 +415,7 @@ class App(Generic[S]):
         log.info("refused", method=method, path=path, code=error.code, by=by, job_id=job_id, **more)
 
     def log_internal_error(self, ctx: RequestContext, bug: Exception) -> ApiError:
-        """Log the type and place of a bug. Its message may contain a secret."""
+        """Log the type and location of a bug. Its message may contain a secret."""
         route = ctx.route
         at = traceback.extract_tb(bug.__traceback__)[-1]
         log.error(

@@ -45,7 +45,7 @@ class SweepStats(Struct):
 
 
 class SweepResult(Struct, frozen=True):
-    """The result of one tombstone. `error` is a sentence."""
+    """The result of processing one tombstone. `error` is a sentence."""
 
     tombstone: Tombstone
     outcome: Deletion | None
@@ -69,7 +69,7 @@ class ArtifactSweeper:
         self._failing: dict[int | str, tuple[float, str]] = {}
 
     async def run(self) -> None:
-        """Sweep until `stop`, and finish the current slice then. Errors are logged and retried."""
+        """Sweep until `stop`, which lets the current slice finish. Log errors and continue."""
         while not self._stopping:
             pause_s = POLL_S
             try:
@@ -78,7 +78,7 @@ class ArtifactSweeper:
             except DiskFull:
                 log.warning("artifact_sweep_waits", reason="the disk of the store is full")
             except Exception as error:
-                self._record_bug(error)
+                self._record_exception(error)
             else:
                 self._failing.pop(STORE, None)
             await self._pause(pause_s)
@@ -186,7 +186,7 @@ class ArtifactSweeper:
         else:
             self._failing.pop(DAMAGED, None)
 
-    def _record_bug(self, error: Exception) -> None:
+    def _record_exception(self, error: Exception) -> None:
         """Record a storage error or an internal error. Log the traceback the first time only."""
         self.stats.failures += 1
         log.warning(

@@ -26,7 +26,7 @@ log = structlog.get_logger("jobd.daemon")
 
 
 class Backups:
-    """Makes backups one after the other. `now` returns Unix ms."""
+    """Makes one backup at a time. `now` returns Unix ms."""
 
     def __init__(self, storage: Storage, now: Callable[[], int]) -> None:
         self._storage = storage
@@ -83,10 +83,10 @@ class Backup:
 
     def view(self) -> BackupView:
         # A waiting backup progresses with the one that is being copied.
-        moved_s = (
+        progressed_s = (
             max(self._progressed_s, self._backups.progressed_s) if self._state == "waiting" else self._progressed_s
         )
-        quiet_ms = 0 if self._ended_at is not None else round(max(time.monotonic() - moved_s, 0.0) * 1000)
+        quiet_ms = 0 if self._ended_at is not None else round(max(time.monotonic() - progressed_s, 0.0) * 1000)
         return BackupView(
             id=self._id,
             state=self._state,

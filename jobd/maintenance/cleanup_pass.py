@@ -124,7 +124,7 @@ class MaintenanceContext:
 
 
 class CleanupRun:
-    """A cleanup run. `run` returns its report, which names the steps that failed. They do not stop the others."""
+    """A cleanup run. `run` returns its report. A failed step does not stop the others; the report names it."""
 
     def __init__(self, context: MaintenanceContext, *, forced: bool) -> None:
         self.errors: list[str] = []

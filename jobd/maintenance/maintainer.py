@@ -73,12 +73,12 @@ class Maintainer:
     # -- interface -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Run until `stop`, then save the statistics. Errors are logged and retried."""
+        """Run until `stop`, then save the statistics. Log errors and continue."""
         await self._restore()
         try:
             await asyncio.gather(self._run_recovery(), self._run_cleanups())
         finally:
-            self._resolve_pending_report(self._report_of_no_run())
+            self._resolve_pending_report(self._report_without_run())
 
     def stop(self) -> None:
         """End after the current slice. Call this while the actor still accepts commands."""
@@ -100,7 +100,7 @@ class Maintainer:
         """
         if self._pending_report is None:
             if self._context.stopping:
-                return self._report_of_no_run()
+                return self._report_without_run()
             if not forced and self.last_report is not None and not self._may_run():
                 return self.last_report
             self._pending_report = asyncio.get_running_loop().create_future()
@@ -205,12 +205,12 @@ class Maintainer:
     async def _tick(self) -> None:
         """End due pauses of queues. Persist lease time while a job is processing, and changes of a suspect clock.
 
-        An idle daemon notices here that its clock has stepped, or is trusted again.
+        This is how an idle daemon detects that its clock has stepped or is trusted again.
         """
         if any(pause.until is not None for pause in self._state.paused.values()):
             await self._actor.ask(EndPauses(), by="daemon")  # an error is harmless: the next tick tries again
-        # A start compares the clock with the last persisted time. The reports of cleanup runs keep that time recent,
-        # unless the shortest retention is about as short as the interval between runs.
+        # At start, the daemon compares the clock with the last persisted time. The reports of cleanup runs keep that time
+        # recent, unless the shortest retention is about as short as the interval between runs.
         is_short = self._clock.keep_ms < 4 * self.schedule.interval_ms
         if self._state.processing or is_short or self._clock.moment().suspect or self._state.clock_suspect:
             # An error is harmless: on a full disk lease time stands still.
@@ -248,7 +248,7 @@ class Maintainer:
             report = await self._run_steps()
         except Exception as error:
             log.exception("cleanup_pass_failed")
-            report = self._report_of_no_run(f"run: {error}")
+            report = self._report_without_run(f"run: {error}")
         finally:
             self.is_running, self._last_end = False, loop_time()
         self._record(report)
@@ -299,8 +299,8 @@ class Maintainer:
         for report in reversed(found):
             self._record(report)
 
-    def _report_of_no_run(self, error: str = "run: not started because the daemon is stopping.") -> CleanupReport:
-        """Return the report for callers of a run that cannot take place."""
+    def _report_without_run(self, error: str = "run: not started because the daemon is stopping.") -> CleanupReport:
+        """Return a report for callers that wait for a run that cannot start or has crashed."""
         return CleanupReport(self._clock.moment().now, 0, 0, 0, 0, 0, 0, [error], self._forced)
 
     def _resolve_pending_report(self, report: CleanupReport) -> None:

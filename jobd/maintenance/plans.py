@@ -1,4 +1,4 @@
-"""Build, keep and apply plans of operators. Plans are in memory only, and are applied once, in slices."""
+"""Build, keep and apply operators' plans. Plans are in memory only, and are applied once, in slices."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Scrubber:
         self._lock = asyncio.Lock()
 
     async def scan(self, cursor: str | None) -> CheckedRows | ApiError:
-        """Continue the scan at `cursor` (None: from the beginning). The result is about one table."""
+        """Continue the scan at `cursor` (None: from the beginning). The result covers one table."""
         checked, damaged = 0, list[DamagedRow]()
         loop = asyncio.get_running_loop()
         async with self._lock:

@@ -153,7 +153,7 @@ class Why(JobCommand, frozen=True, kw_only=True):
 
 
 class Validate(JobCommand, frozen=True, kw_only=True):
-    """List what is wrong with the record of a job."""
+    """List the issues in the record of a job."""
 
     admission = "read"
 

@@ -87,7 +87,7 @@ def requeues_on_stall(job: Job) -> bool:
 def release_delay_ms(releases: int) -> int | None:
     """Return the delay after `releases` releases in a row without progress: 1 s after the fifth, doubling to 1 min.
 
-    Before the fifth it is None: the job keeps its place in the queue.
+    Before the fifth it is None: the job keeps its position in the queue.
     """
     if releases < DELAYED_FROM:
         return None
@@ -106,7 +106,7 @@ def is_release_loop(job: Job) -> bool:
 
 
 def storage_key_error(key: str) -> str | None:
-    """Return what is wrong with the key of a stored object, None if it is relative and without `..` or NUL."""
+    """Return why the key of a stored object is invalid. It must be relative, without `..` and NUL."""
     if "\x00" in key:
         return "contains NUL"
     if key.startswith("/") or key.startswith("\\"):

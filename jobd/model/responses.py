@@ -252,19 +252,19 @@ class WhyView(Struct, frozen=True):
 
 
 class Issue(Struct, frozen=True):
-    """Something that is wrong with the record of a job."""
+    """An issue in the record of a job."""
 
     type: Annotated[Literal["warning", "error", "critical"], Meta(description="How serious it is.")]
-    field: Annotated[str, Meta(description="The field that is wrong.")]
+    field: Annotated[str, Meta(description="The affected field.")]
     message: MessageText
     fix: Annotated[str, Meta(description="How to fix it.")]
 
 
 class Validation(Struct, frozen=True, rename="camel"):
-    """What is wrong with the record of a job."""
+    """The issues in the record of a job."""
 
-    is_valid: Annotated[bool, Meta(description="Whether nothing is wrong.")]
-    issues: Annotated[list[Issue], Meta(description="What is wrong.")]
+    is_valid: Annotated[bool, Meta(description="Whether there are no issues.")]
+    issues: Annotated[list[Issue], Meta(description="The issues.")]
     can_proceed: Annotated[bool, Meta(description="False if an issue is critical.")]
 
 
@@ -566,11 +566,11 @@ class RecoverStuckView(Struct, frozen=True, rename="camel"):
 
 
 class ValidateJobView(Struct, frozen=True, rename="camel"):
-    """A job and what is wrong with its record."""
+    """A job and the issues in its record."""
 
     job_id: JobIdText
     job: Annotated[JobView, Meta(description="The job.")]
-    validation: Annotated[Validation, Meta(description="What is wrong with its record.")]
+    validation: Annotated[Validation, Meta(description="The issues in its record.")]
     timestamp: Timestamp
 
 
@@ -730,7 +730,7 @@ class QuarantinedJob(Struct, frozen=True):
     """A damaged job in quarantine."""
 
     id: JobIdText
-    reason: Annotated[str, Meta(description="What is wrong with it.")]
+    reason: Annotated[str, Meta(description="The damage.")]
 
 
 class QuarantineList(Struct):
@@ -831,7 +831,7 @@ class DamagedRow(Struct, frozen=True):
     """A row whose checksum is wrong, or that cannot be read."""
 
     where: Annotated[str, Meta(description="The row.")]
-    what: Annotated[str, Meta(description="What is wrong with it.")]
+    what: Annotated[str, Meta(description="The damage.")]
 
 
 class CheckedRows(Struct, frozen=True):

@@ -132,8 +132,8 @@ class Tombstone(Struct, frozen=True, gc=False):
     job_id: str
     key: str  # the storage_key
     at: int  # when the job or late result was deleted
-    due_at: int  # when the deletion is tried next
-    tries: int = 0  # failed ones
+    due_at: int  # when the next attempt is due
+    tries: int = 0  # failed attempts
 
 
 class AuditEntry(Struct, frozen=True, gc=False):
@@ -365,7 +365,7 @@ class OpenedStore(Struct):
 
 
 class JournalStorage(Protocol):
-    """The journal of the whole store, as readers of events see it."""
+    """Read access to the journal of the whole store."""
 
     async def journal(self, after: int, limit: int) -> JournalPage:
         """Read up to `limit` committed events with a seq above `after`, oldest first."""
@@ -465,13 +465,13 @@ class OutboxStorage(JournalStorage, Protocol):
         """Store new deliveries together with the moved cursor of their webhook."""
 
     async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool:
-        """Store deliveries after a try. Returns whether old dead-lettered ones were dropped."""
+        """Store deliveries after an attempt. Returns whether old dead-lettered ones were dropped."""
 
     async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
-        """Make a delivery wait again, whatever its state. Returns None if it is not stored."""
+        """Return a delivery to the waiting state, from any state. Returns None if it is not stored."""
 
     async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
-        """Make up to `limit` dead-lettered deliveries with numbers up to `upto` wait again."""
+        """Return up to `limit` dead-lettered deliveries with numbers up to `upto` to the waiting state."""
 
     async def deliveries(self, ids: list[int]) -> list[Delivery]:
         """Read deliveries by number."""

@@ -63,7 +63,7 @@ class WebhookEndpoint(Struct, frozen=True):
     events: frozenset[str] = _QUIET
     queues: frozenset[str] = frozenset()
     allow_private: bool = False
-    timeout_ms: int = 10 * SECOND_MS  # for one try, from name resolution to the end of the response
+    timeout_ms: int = 10 * SECOND_MS  # for one attempt, from name resolution to the end of the response
     give_up_after_ms: int = 3 * DAY_MS
 
     def __repr__(self) -> str:
@@ -92,7 +92,7 @@ class WebhookEndpoint(Struct, frozen=True):
 class Delivery(Struct, frozen=True, gc=False):
     """One message to one webhook: a row of the outbox. Its fields are the columns. Times are wall time, Unix ms.
 
-    A delivery waits for earlier ones of the same `subject`. Each try sends the same `body`, byte for byte.
+    A delivery waits for earlier ones of the same `subject`. Each attempt sends the same `body`, byte for byte.
     """
 
     id: int  # unique in the store, rising, never reused
@@ -100,14 +100,14 @@ class Delivery(Struct, frozen=True, gc=False):
     state: DeliveryState
     subject: str
     type: str
-    event_id: str  # the same at each try, so that receivers can detect duplicates
+    event_id: str  # the same for each attempt, so that receivers can detect duplicates
     seq: int  # of the event in the journal; 0 if the message is not an event
     at: int  # when it was created
-    due_at: int  # when it is tried next
+    due_at: int  # when the next attempt is due
     tries: int
     ended_at: int | None  # when it was delivered or dead-lettered
     status: int | None  # HTTP status of the last response
-    error: str | None  # what was wrong with the last try
+    error: str | None  # of the last attempt
     body: bytes
 
 
@@ -135,7 +135,7 @@ class Outbox(Struct, frozen=True):
 
 
 class DeliveryOutcome(Struct, frozen=True):
-    """The result of one try. `error` is a sentence; None if the message was delivered."""
+    """The result of one attempt. `error` is a sentence; None if the message was delivered."""
 
     status: int | None
     error: str | None = None

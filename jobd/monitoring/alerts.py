@@ -225,7 +225,7 @@ class Alerts:
             notify()
 
     async def run(self) -> None:
-        """Check every few seconds, and measure health now and then. Errors are logged and retried."""
+        """Check every few seconds, and measure health now and then. Errors are logged."""
         loop_time = asyncio.get_running_loop().time
         next_measurement = loop_time()
         while not self._stop.is_set():

@@ -75,15 +75,15 @@ JOB_FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "releases": ("releases",),
 }
 JOB_COLUMNS: Final = tuple(column for columns in JOB_FIELDS.values() for column in columns)
-# Columns in which a part that is there must have a value.
+# Columns that must not be null if their part of the job exists.
 _NEEDED: Final = {
     "grant": JOB_FIELDS["grant"],
     "lease": ("lock_expires_lease_ms", "silent_lease_ms", "lock_cleared"),
     "ended": JOB_FIELDS["ended"][:6],
 }
 
-# Of a job to which nothing has happened since its creation these columns say all: updated_at is created_at, and the
-# others hold what they hold in every such job.
+# The columns that describe a new job, to which nothing has happened since its creation. Its `updated_at` equals
+# `created_at`, and its other columns have the values in AS_CREATED.
 NEW_COLUMNS: Final = ("seq", "id", "expires_at", *JOB_FIELDS["options"], "created_at", "run_at")
 AS_CREATED: Final[dict[str, Any]] = {
     column: {"status": "queued", "progress": 0.0, "attempt": 0, "stalls": 0, "releases": 0}.get(column)
@@ -130,21 +130,21 @@ _json = msgspec.json.Encoder().encode
 
 
 class Unreadable(Exception):
-    """A row that makes no value; the message says which column is wrong and how."""
+    """A row cannot be decoded. The message names the column and the problem."""
 
 
 def checksum(row: Row) -> int:
-    """CRC-32 of all columns but the checksum itself. Its form knows integer, float, text, bytes and null apart."""
+    """Return the CRC-32 of columns without a checksum. It depends on their types: 1, 1.0, "1" and b"1" differ."""
     return zlib.crc32(_pack(row))
 
 
 def sealed(row: Row) -> Row:
-    """`row` with its checksum as the last column."""
+    """Return `row` with its checksum appended."""
     return (*row, zlib.crc32(_pack(row)))
 
 
 def fault(row: Row) -> str | None:
-    """What is wrong with a row read from the disk, its checksum last; None where it is as it was written."""
+    """Return the problem of a row whose last column is its checksum, or None if it is undamaged."""
     try:
         found = zlib.crc32(_pack(row[:-1]))
     except (UnicodeEncodeError, OverflowError):
@@ -153,9 +153,10 @@ def fault(row: Row) -> str | None:
 
 
 def first_checksum(row: Row) -> int:
-    """The checksum that a bad row most likely had when it was written.
+    """Return the checksum that a damaged row most likely had when it was written.
 
-    One flipped bit in the checksum itself leaves the two a single bit apart; one in the other columns never does.
+    If one bit of the checksum itself was flipped, it differs in one bit from the computed one. If one bit of another
+    column was flipped, it never does.
     """
     stored = row[-1] if isinstance(row[-1], int) else 0
     try:
@@ -170,10 +171,10 @@ def first_checksum(row: Row) -> int:
 
 
 def job_row(job: Job) -> Row:
-    """The columns of `job` in the order of JOB_COLUMNS, without the checksum.
+    """Return the columns of `job` in the order of JOB_COLUMNS, without the checksum.
 
-    Only plain integers, floats, text, bytes and None: the checksum tells True from 1. `progress` is always a float,
-    as the disk gives it back.
+    All values are integers, floats, text, bytes or None, because the checksum distinguishes True from 1. `progress` is
+    always a float, as SQLite returns it.
     """
     options, grant, lease = job.options, job.grant, job.lease
     ended, result, error = job.ended, job.result, job.error
@@ -243,15 +244,15 @@ def _result_columns(result: Result) -> Row:
 
 
 class JobReader:
-    """Makes jobs of rows; what many jobs have in common (options, names) exists once in memory."""
+    """Decodes rows of jobs. Equal options and names of different jobs share one object, to save memory."""
 
     def __init__(self) -> None:
         self._options: dict[Row, Options] = {}
         self._last: tuple[Row, Options] = (), Options()
-        self._words: Any = {}  # text to itself; not typed, as some words are literals
+        self._words: Any = {}  # interned text; untyped, because some words are literals
 
     def job(self, row: Row) -> Job:
-        """The job of a row whose checksum is right. Raises Unreadable where a part of it is missing."""
+        """Return the job of an undamaged row. Raises Unreadable if a required column is null."""
         (seq, id_, status, expires_at) = row[:4]
         (created_at, updated_at, run_at, progress, message, attempt, stalls, started_at, finished_at) = row[16:25]
         grant, lease, ended = row[25:32], row[32:36], row[36:44]
@@ -281,9 +282,9 @@ class JobReader:
         )
 
     def new(self, row: Row) -> Job | CompactJob | None:
-        """The job of a row of NEW_COLUMNS and its checksum, whose other columns are AS_CREATED.
+        """Return the new job of a row of NEW_COLUMNS and the checksum, or None if the checksum is wrong.
 
-        None where the checksum is wrong: fault says more of the whole row.
+        The checksum covers all columns, so this checks AS_CREATED as well.
         """
         seq, id_, expires_at = row[:3]
         columns = row[3:15]
@@ -294,7 +295,7 @@ class JobReader:
                 return None
         except (UnicodeEncodeError, OverflowError):
             return None
-        if columns != self._last[0]:  # neighbours are often alike, and to compare is quicker than to look up
+        if columns != self._last[0]:  # adjacent jobs often have equal options, and comparing is faster than a lookup
             self._last = columns, self._options.get(columns) or self._new_options(columns)
         options = self._last[1]
         if run_at == created_at and expires_at is None and id_ and options.queue:
@@ -318,7 +319,7 @@ class JobReader:
             stuck_after_ms,
             max_processing_ms,
         )
-        if len(self._options) >= 10_000:  # options that all differ: sharing has no use then
+        if len(self._options) >= 10_000:  # sharing is useless if most options differ
             self._options.clear()
             self._words.clear()
         self._options[columns] = options
@@ -359,7 +360,7 @@ def _missing(part: str, columns: Row) -> str:
 
 
 class _Result(Struct, frozen=True, gc=False, array_like=True):
-    """Result as JSON gives it back: msgspec reads Raw only where nothing else may stand."""
+    """Result as decoded from JSON. Its `metadata` is never None, because msgspec cannot decode Raw | None."""
 
     download_url: str | None = None
     file_path: str | None = None
@@ -368,19 +369,19 @@ class _Result(Struct, frozen=True, gc=False, array_like=True):
 
 
 def _decoder(read_as: Mapping[type, type]) -> Callable[[bytes], Any]:
-    """Reads the JSON of Changes, with each part of a job as the type that it is `read_as`."""
+    """Return a decoder for the JSON of Changes. `read_as` maps parts of a job to the types to decode them as."""
     types = ((field.name, get_args(field.type)) for field in msgspec.structs.fields(Changes))
     fields = [(name, reduce(or_, (read_as.get(part, part) for part in parts)), UNSET) for name, parts in types]
     return msgspec.json.Decoder(msgspec.defstruct("_Changes", fields, gc=False)).decode
 
 
 def _with_names(part: type[Struct]) -> type[Struct]:
-    """`part` as an object with the names of its fields."""
+    """Return a variant of `part` that is encoded as a JSON object instead of an array."""
     fields = [(field.name, field.type, field.default) for field in msgspec.structs.fields(part)]
     return msgspec.defstruct(part.__name__, fields, gc=False)
 
 
-# Until schema version 8 the parts of a job were objects with names. Such events are read as long as there are any.
+# Up to schema version 8, events stored the parts of a job as JSON objects. Such events can still be in the journal.
 _NAMED: Final[dict[type, type]] = {
     part: _with_names(part) for part in (Options, Grant, Lease, PreviousGrant, _Result, Failure)
 }
@@ -392,9 +393,9 @@ _decode_grants = msgspec.json.Decoder(list[tuple[str, str]]).decode
 
 
 def event_row(event: Event) -> Row:
-    """The columns of `event` in the order of EVENT_COLUMNS, without the checksum.
+    """Return the columns of `event` in the order of EVENT_COLUMNS, without the checksum.
 
-    JSON as bytearray, which sqlite3 takes as it is; for bytes it would first look for a way to adapt them.
+    JSON is a bytearray, because sqlite3 would first search for an adapter for bytes.
     """
     return (
         event.seq,
@@ -413,7 +414,7 @@ def event_row(event: Event) -> Row:
 
 
 def event(row: Row) -> Event:
-    """The event of a row whose checksum is right."""
+    """Return the event of an undamaged row."""
     seq, at, type_, job_seq, job_id, queue_, before, after, by, reason, details, changes, _ = row
     details = None if details is None else _decode_json(details)
     changes = None if changes is None else _changes(changes)
@@ -429,7 +430,7 @@ def _changes(body: bytes) -> Changes:
 
 
 def _part(value: Any) -> Any:
-    """A value as Changes has it."""
+    """Convert a decoded value to the type that Changes declares."""
     if (part := _PART_OF.get(type(value))) is not None:
         value = part(*astuple(value))
     if isinstance(value, _Result):
@@ -439,11 +440,10 @@ def _part(value: Any) -> Any:
 
 
 def thin(events: list[Event]) -> tuple[list[int], list[Event]]:
-    """Which signs of life in one job's journal may be forgotten, by seq, and the events that change thereby.
+    """Return the seqs of heartbeats in one job's journal that can be deleted, and the events that change.
 
-    The last KEEP_HEARTBEATS of each type and grant stay. What a forgotten event set goes into the event behind it,
-    which has the last word: folding gives the same row as before. `events` are in order and begin at a grant or
-    earlier.
+    The last KEEP_HEARTBEATS of each type and grant are kept. The values that a deleted event set are merged into the
+    next event, so that folding gives the same row as before. `events` are in order and begin at a grant or earlier.
     """
     seen = dict.fromkeys(HEARTBEATS, 0)
     gone: set[int] = set()
@@ -464,7 +464,7 @@ def compact(events: list[Event]) -> tuple[list[int], list[Event]]:
     folding gives the same row as before.
     """
     gone: set[int] = set()
-    routine: list[int] = []  # events of the grant at hand; none before the first grant
+    routine: list[int] = []  # events of the current grant; none before the first grant
     is_given_back = False
     for event in events:
         if event.type == "granted":
@@ -503,36 +503,36 @@ def _merged(first: Changes | None, then: Changes | None) -> Changes | None:
 
 
 def key_row(key: StoredResponse) -> Row:
-    """The columns of `key`: KEY_COLUMNS, the checksum over them, and the answer."""
+    """Return the columns of `key`: KEY_COLUMNS, their checksum, and the body of the response."""
     answer_crc = None if key.body is None else zlib.crc32(key.body)
     grants = None if key.grants is None else _json(key.grants)
     return (*sealed((key.digest, key.body_hash, key.at, key.status, grants, answer_crc)), key.body)
 
 
 def key(row: Row, answer: bytes | None = None) -> StoredResponse:
-    """The key of a row of KEY_COLUMNS whose checksum is right."""
+    """Return the stored response of an undamaged row of KEY_COLUMNS. `answer` is its body."""
     digest, body_hash, at, status, grants = row[:5]
     return StoredResponse(digest, body_hash, at, status, answer, None if grants is None else _decode_grants(grants))
 
 
 def queue_row(name: str, queue: QueueRow) -> Row:
-    """The columns of a queue in the order of QUEUE_COLUMNS, with the checksum."""
+    """Return the columns of a queue in the order of QUEUE_COLUMNS, with the checksum."""
     paused, *others = astuple(queue)
     return sealed((name, int(paused), *others))
 
 
 def queue(row: Row) -> QueueRow:
-    """The queue of a row whose checksum is right."""
+    """Return the queue of an undamaged row."""
     return QueueRow(bool(row[1]), *row[2:-1])
 
 
 def tombstone_row(tombstone: Tombstone) -> Row:
-    """The columns of a tombstone in the order of TOMBSTONE_COLUMNS, with the checksum."""
+    """Return the columns of a tombstone in the order of TOMBSTONE_COLUMNS, with the checksum."""
     return sealed(astuple(tombstone))
 
 
 def tombstone(row: Row) -> Tombstone:
-    """The tombstone of a row whose checksum is right."""
+    """Return the tombstone of an undamaged row."""
     return Tombstone(*row[:-1])
 
 
@@ -541,13 +541,13 @@ def tombstone(row: Row) -> Tombstone:
 
 
 def audit_row(seq: int, audited: AuditEntry) -> Row:
-    """The columns of a row of the audit log in the order of AUDIT_COLUMNS, with the checksum."""
+    """Return the columns of an audit entry in the order of AUDIT_COLUMNS, with the checksum."""
     *about, details, part_of = astuple(audited)
     return sealed((seq, *about, None if details is None else _json(details), part_of))
 
 
 def audited(row: Row) -> AuditEntry:
-    """What a row of the audit log says whose checksum is right."""
+    """Return the audit entry of an undamaged row."""
     *about, details, part_of = row[1:-1]
     return AuditEntry(*(*about, None if details is None else msgspec.json.decode(details), part_of))
 
@@ -557,25 +557,27 @@ def audited(row: Row) -> AuditEntry:
 
 
 def late_row(job_seq: int, late: LateResult) -> Row:
-    """The columns of a late result in the order of LATE_COLUMNS, with the checksum."""
+    """Return the columns of a late result in the order of LATE_COLUMNS, with the checksum."""
     about = (late.seq, job_seq, late.at, late.worker, late.fencing_token, late.body_hash, late.expires_at)
     return sealed((*about, *_result_columns(late.result)))
 
 
 def late(row: Row, *, whole: bool) -> LateResult:
-    """The late result of a row whose checksum is right; `whole` with all that it brought, else with its address alone:
-    by that is judged whether it can be adopted."""
+    """Return the late result of an undamaged row. Unless `whole`, its result has only the `download_url`.
+
+    The URL is enough to decide whether the late result can be adopted.
+    """
     seq, _, at, worker, fencing_token, body_hash, expires_at = row[:7]
     result = _result(row[7:11]) if whole else Result(row[7])
     return LateResult(seq, at, worker, fencing_token, body_hash, expires_at, result)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows set aside
+# Rows in quarantine
 
 
 def as_text(columns: tuple[str, ...], row: Row) -> str:
-    """A row as JSON for people, column to value: bytes as {"hex": ...}, text that is no UTF-8 as its bytes."""
+    """Return a row as readable JSON, column to value. Bytes, and text that is not UTF-8, become {"hex": ...}."""
     return msgspec.json.encode(dict(zip(columns, map(_plain, row), strict=True))).decode()
 
 
@@ -589,7 +591,7 @@ def _plain(value: Any) -> Any:
 
 
 def from_text(columns: tuple[str, ...], text: str) -> Row:
-    """The row of as_text. Raises Unreadable where a column is missing or there is no such JSON."""
+    """Return the row of a result of `as_text`. Raises Unreadable if it is not such JSON or lacks a column."""
     try:
         values = msgspec.json.decode(text, type=dict[str, Any])
         return tuple(_unplain(values[column]) for column in columns)

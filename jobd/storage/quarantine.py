@@ -59,8 +59,8 @@ def original_id(db: Database, row: Row) -> str:
     seq, read = row[0], readable(row[1])
     try:
         rows = db.rows(f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1", (seq,))
-        is_whole = bool(rows) and codec.fault(rows[0]) is None
-        journaled = readable(rows[0][_JOB_ID]) if is_whole else read
+        is_undamaged = bool(rows) and codec.fault(rows[0]) is None
+        journaled = readable(rows[0][_JOB_ID]) if is_undamaged else read
         if journaled == read or not is_job_id(journaled):
             return read
         indexed = db.rows("SELECT seq FROM jobs INDEXED BY jobs_id WHERE id = ?", (journaled,))

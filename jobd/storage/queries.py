@@ -393,8 +393,8 @@ def journal(db: Database, after: int, limit: int) -> JournalPage:
         return JournalPage([], last, last)
     events = _events(db, rows)
     if len(events) < len(rows):
-        whole = {event.seq for event in events}
-        db.note_missing(max(row[0] for row in rows if row[0] not in whole))
+        undamaged = {event.seq for event in events}
+        db.note_missing(max(row[0] for row in rows if row[0] not in undamaged))
     return JournalPage(events, last, db.gone_to, is_cut or len(rows) == limit)
 
 
@@ -487,11 +487,11 @@ def expired_jobs(db: Database, now: int, limit: int, skip: int = 0) -> list[str]
         # If a job could not be quarantined, its row may be undamaged and only the payload damaged.
         damaged = [(row, error) for row in rows if (error := fault(row) or db.unmoved.get(row[0])) is not None]
         damaged_seqs = {row[0] for row, _ in damaged}
-        whole = [row[1] for row in rows if row[0] not in damaged_seqs]
+        undamaged = [row[1] for row in rows if row[0] not in damaged_seqs]
         if damaged:
             quarantine_jobs(db, damaged)
-        if whole or not rows:
-            return whole
+        if undamaged or not rows:
+            return undamaged
         skip += sum(bool(db.rows(BY_SEQ, (row[0],))) for row, _ in damaged)
 
 
@@ -520,11 +520,11 @@ def due_tombstones(db: Database, now: int, limit: int) -> DueTombstones:
         new = [(row[0], row, error) for row in rows if row[0] not in damaged_seqs and (error := fault(row)) is not None]
         unmoved |= quarantine_rows(db, "tombstones", (*TOMBSTONE_COLUMNS, "crc"), new)
         damaged_seqs |= {seq for seq, _, _ in new}
-        whole = [codec.tombstone(row) for row in rows if row[0] not in damaged_seqs]
-        if not new or len(whole) >= limit:
+        undamaged = [codec.tombstone(row) for row in rows if row[0] not in damaged_seqs]
+        if not new or len(undamaged) >= limit:
             break
-    late = {each.job_seq for each in whole if db.conn.execute(_REFERENCED_LATE, (each.key,)).fetchone() is not None}
-    due = [(each, is_referenced(db, each.key)) for each in whole]
+    late = {each.job_seq for each in undamaged if db.conn.execute(_REFERENCED_LATE, (each.key,)).fetchone() is not None}
+    due = [(each, is_referenced(db, each.key)) for each in undamaged]
     return DueTombstones(due, len(damaged_seqs) - len(unmoved), late, len(unmoved))
 
 

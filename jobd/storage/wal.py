@@ -55,9 +55,9 @@ def is_damaged(log: str, used: int) -> bool:
     commits, broken_commit = 0, False
     with open(log, "rb") as file:
         for frame in _frames_after(file, used):
-            if frame.is_whole and frame.is_commit:
+            if frame.is_valid and frame.is_commit:
                 commits += 1
-            elif frame.is_commit and frame.has_whole_head and not commits:
+            elif frame.is_commit and frame.is_head_in_one_sector and not commits:
                 broken_commit = True
             # The first commit may belong to a torn last transaction. A second one began after the first was synced.
             if commits + broken_commit >= 2:
@@ -67,11 +67,11 @@ def is_damaged(log: str, used: int) -> bool:
 
 @dataclass(frozen=True)
 class _Frame:
-    """A frame of the current generation of the log. It is whole if its checksum continues that of the previous one."""
+    """A frame of the current generation of the log. It is valid if its checksum continues that of the previous one."""
 
-    is_whole: bool
+    is_valid: bool
     is_commit: bool
-    has_whole_head: bool  # the head is in one sector, so it cannot be a mix of two writes
+    is_head_in_one_sector: bool  # so the head cannot be a mix of two writes
 
 
 def _frames_after(file: BinaryIO, used: int) -> Iterator[_Frame]:
@@ -91,8 +91,8 @@ def _frames_after(file: BinaryIO, used: int) -> Iterator[_Frame]:
         _, size, *frame_salts, first_sum, second_sum = _FRAME.unpack_from(frame)
         salts = salts or frame_salts
         if frame_salts == salts and number >= used:
-            whole = _checksum(_checksum(sums, frame[:8], big), frame[_FRAME.size :], big) == (first_sum, second_sum)
-            yield _Frame(whole, size > 0, offset // _SECTOR == (offset + 15) // _SECTOR)
+            is_valid = _checksum(_checksum(sums, frame[:8], big), frame[_FRAME.size :], big) == (first_sum, second_sum)
+            yield _Frame(is_valid, size > 0, offset // _SECTOR == (offset + 15) // _SECTOR)
         sums = (first_sum, second_sum)
         offset += len(frame)
         number += 1

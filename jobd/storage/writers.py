@@ -21,12 +21,12 @@ from jobd.model.storage import AuditEntry, AuditShare, Tombstone, audit_share
 from jobd.storage import codec
 from jobd.storage.codec import AUDIT_COLUMNS, JOB_COLUMNS, JOB_FIELDS, LATE_COLUMNS, Row, fault, sealed
 
-Totals = tuple[int, int, int, int]  # number and XOR of the checksums of the live jobs, then of the finished ones
-Statement = tuple[str, Callable[[Row], Row]]  # and what picks its values out of a whole row
+Totals = tuple[int, int, int, int]  # count and XOR of the checksums of live jobs, then of finished jobs
+Statement = tuple[str, Callable[[Row], Row]]  # SQL, and a function that selects its values from a complete row
 
-KEEP_CHECKSUMS: Final = 1000  # each with its job
+KEEP_CHECKSUMS: Final = 1000  # cached, each with its job
 KEEP_PAYLOAD_BYTES: Final = 2 << 20
-_SHAPES: Final = 200  # statements that are kept ready
+_MAX_STATEMENTS: Final = 200  # cached statements
 
 
 def insert(table: str, columns: Iterable[str], verb: str = "INSERT") -> str:
@@ -39,23 +39,23 @@ _INSERT_PAYLOAD: Final = insert("payloads", ("job_seq", "body", "request_hash", 
 
 
 class RowsMissing(sqlite3.IntegrityError):
-    """The batch names jobs that are not on the disk."""
+    """The batch changes jobs that have no row on the disk."""
 
 
 class JobWriter:
-    """Writes the rows of jobs and their payloads, and keeps the payloads of the last jobs at hand."""
+    """Writes the rows of jobs and their payloads, and caches the payloads of the latest jobs."""
 
     def __init__(self, conn: sqlite3.Connection) -> None:
         self._conn = conn
-        # By seq: a live job and the checksum of its row. Used only for an equal job, so that a batch that was rolled
-        # back leaves nothing wrong here.
+        # By seq: a live job and the checksum of its row. An entry is only used for an equal job, so entries of a batch
+        # that was rolled back do no harm.
         self._checksums: dict[int, tuple[Job, int]] = {}
         self._payloads: dict[int, bytes] = {}
         self._payload_bytes = 0
         self._statements: dict[Any, Statement] = {}
 
     def write(self, changes: list[Change], totals: Totals) -> Totals:
-        """Write the last row of each job, and the payloads of new ones; gives the new totals."""
+        """Write the final row of each job and the payloads of new jobs. Return the new totals."""
         spans: dict[int, tuple[Job | None, Job | None]] = {}
         payloads: dict[int, Row] = {}
         gone: list[tuple[int, str, int]] = []
@@ -81,7 +81,7 @@ class JobWriter:
                 payloads.pop(seq, None)
         totals = self._write_rows(spans, totals)
         self._conn.executemany(_INSERT_PAYLOAD, map(sealed, payloads.values()))
-        self._keep_payloads(payloads)
+        self._cache_payloads(payloads)
         if suspects:
             self._conn.executemany("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", suspects)
             if gone:
@@ -89,12 +89,12 @@ class JobWriter:
         return totals
 
     def payload(self, seq: int) -> bytes | None:
-        """The payload of a job that was made lately. A seq is never given twice, so it cannot be another's."""
+        """Return the cached payload of a recently created job, or None. A seq is never reused."""
         return self._payloads.get(seq)
 
-    def _keep_payloads(self, payloads: dict[int, Row]) -> None:
+    def _cache_payloads(self, payloads: dict[int, Row]) -> None:
         for seq, row in payloads.items():
-            known = self._payloads.get(seq, b"")  # from a transaction that was rolled back and is run again
+            known = self._payloads.get(seq, b"")  # from a transaction that was rolled back and is repeated
             self._payload_bytes += len(row[1]) - len(known)
             self._payloads[seq] = row[1]
         while self._payload_bytes > KEEP_PAYLOAD_BYTES:
@@ -118,7 +118,7 @@ class JobWriter:
             crc = row[-1]
             if after.status in LIVE:
                 live, live_xor = live + 1, live_xor ^ crc
-                self._keep_checksum(after, crc)
+                self._cache_checksum(after, crc)
             else:
                 finished, finished_xor = finished + 1, finished_xor ^ crc
             sql, values = self._insert(after) if before is None else self._update(before, after)
@@ -130,7 +130,7 @@ class JobWriter:
         return live, live_xor, finished, finished_xor
 
     def _each_row(self, sql: str, many: Sequence[Row]) -> None:
-        """Run `sql` for each; every one has to find its row."""
+        """Run `sql` for each row. Raises RowsMissing if it does not find one of them."""
         if self._conn.executemany(sql, many).rowcount != len(many):
             raise RowsMissing("a job that is in memory has no row on the disk")
 
@@ -138,53 +138,58 @@ class JobWriter:
         kept = self._checksums.pop(job.seq, None)
         return kept[1] if kept is not None and kept[0] == job else codec.checksum(codec.job_row(job))
 
-    def _keep_checksum(self, job: Job, crc: int) -> None:
+    def _cache_checksum(self, job: Job, crc: int) -> None:
         if len(self._checksums) >= KEEP_CHECKSUMS:
             self._checksums.clear()
         self._checksums[job.seq] = (job, crc)
 
-    # A statement names only the columns that it has to: each value costs time. What is not named in an INSERT is null;
-    # an UPDATE that leaves status and expires_at alone touches no index. What has changed is told by the parts of a job
-    # that are other objects than before, which takes half the time of comparing all columns. A part that is the same
-    # object cannot have changed, as jobs and their parts are frozen; an equal one that is another is written once more.
+    # A statement names only the columns that it needs, because each value costs time. Columns that an INSERT omits are
+    # null. An UPDATE that omits status and expires_at changes no index. Parts of a job are compared by identity, which
+    # takes half the time of comparing all columns. Jobs and their parts are frozen, so an identical part is unchanged;
+    # an equal part that is another object is written again.
 
     def _insert(self, job: Job) -> Statement:
-        """What inserts the row of `job`."""
+        """Return the statement that inserts the row of `job`."""
         shape = bytes(map(is_not, astuple(job), repeat(None)))
-        return self._statements.get(shape) or self._keep_statement(shape, _inserting(shape))
+        return self._statements.get(shape) or self._cache_statement(shape, _insert_statement(shape))
 
     def _update(self, before: Job, after: Job) -> Statement:
-        """What makes the row of `after` of that of `before`."""
+        """Return the statement that updates the row of `before` to that of `after`."""
         parts = astuple(after)
         changed = bytes(map(is_not, astuple(before), parts))
         shape = changed, bytes(map(is_not, compress(parts, changed), repeat(None)))
-        return self._statements.get(shape) or self._keep_statement(shape, _updating(*shape))
+        return self._statements.get(shape) or self._cache_statement(shape, _update_statement(*shape))
 
-    def _keep_statement(self, shape: Any, statement: Statement) -> Statement:
-        if len(self._statements) >= _SHAPES:
+    def _cache_statement(self, shape: Any, statement: Statement) -> Statement:
+        if len(self._statements) >= _MAX_STATEMENTS:
             self._statements.clear()
         self._statements[shape] = statement
         return statement
 
     def _delete(self, gone: list[tuple[int, str, int]], on_disk: list[Row]) -> None:
-        """`on_disk` are those that this batch has not made itself."""
+        """Delete the jobs `gone`. `on_disk` are those that this batch did not create."""
         self._each_row("DELETE FROM jobs WHERE seq = ?", on_disk)
         for table in ("payloads", "suspects"):
             self._conn.executemany(f"DELETE FROM {table} WHERE job_seq = ?", on_disk)
         self._conn.executemany("INSERT INTO deleted_jobs (job_seq, id, at) VALUES (?, ?, ?)", gone)
 
 
-def _inserting(there: bytes) -> Statement:
-    """Inserts the columns of the parts that are `there`."""
-    columns = _columns(compress(_PARTS, there))
+def _insert_statement(present: bytes) -> Statement:
+    """Return a statement that inserts the columns of `present` parts, a mask of the parts that are not None."""
+    columns = _columns(compress(_PARTS, present))
     return insert("jobs", columns), _values(columns)
 
 
-def _updating(changed: bytes, there: bytes) -> Statement:
-    """Sets the columns of the parts that have `changed`: to null those of parts that are not `there` any more."""
+def _update_statement(changed: bytes, present: bytes) -> Statement:
+    """Return a statement that sets the columns of `changed` parts, to null for parts that are not `present`.
+
+    `changed` is a mask of all parts, `present` a mask of the changed ones.
+    """
     parts = list(compress(_PARTS, changed))
-    columns = _columns(compress(parts, there))
-    gone = [column for part, is_there in zip(parts, there, strict=True) if not is_there for column in JOB_FIELDS[part]]
+    columns = _columns(compress(parts, present))
+    gone = [
+        column for part, is_present in zip(parts, present, strict=True) if not is_present for column in JOB_FIELDS[part]
+    ]
     settings = [*(f"{column} = ?" for column in columns), *(f"{column} = NULL" for column in gone)]
     return f"UPDATE jobs SET {', '.join(settings)} WHERE seq = ?", _values([*columns, "seq"])
 
@@ -194,22 +199,22 @@ def _columns(parts: Iterable[str]) -> list[str]:
 
 
 def _values(columns: list[str]) -> Callable[[Row], Row]:
-    """Picks the values of `columns` out of a whole row."""
+    """Return a function that selects the values of `columns` from a complete row."""
     return itemgetter(*map((*JOB_COLUMNS, "crc").index, columns))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Audit log
 
-KEEP_AUDIT: Final = 100_000  # changes; of a busy operator's room more than the time that they are kept for
-KEEP_BESIDE: Final = 10_000  # of each other share: a script that goes in circles pushes out its like alone
-LOOK: Final = 2_000  # rows that are counted in one go: below a millisecond
-OPEN_DEEDS: Final = 64  # deeds of many parts that go on side by side; beyond it the oldest goes on in a new row
+KEEP_CHANGES: Final = 100_000  # entries
+KEEP_OTHERS: Final = 10_000  # entries of each other share, so that a looping script displaces only similar entries
+COUNT_ROWS: Final = 2_000  # rows counted per call, in less than a millisecond
+MAX_OPEN_ACTIONS: Final = 64  # concurrent actions of many parts; above it, the oldest continues in a new row
 AUDIT_SQL: Final = f"{', '.join(AUDIT_COLUMNS)}, crc"
 _PUT_AUDIT: Final = insert("audit", (*AUDIT_COLUMNS, "crc"), "REPLACE")
 _AUDIT_ROW: Final = f"SELECT {AUDIT_SQL} FROM audit WHERE seq = ?"
 _LAST_AUDIT: Final = "SELECT ifnull(max(seq), 0) FROM audit"
-# Only the oldest are looked at: a row that seems young keeps those behind it until there are too many.
+# Only the oldest rows are examined. A row with a later time keeps the rows after it until there are too many.
 _TRIM_AUDIT: Final = (
     "DELETE FROM audit WHERE seq IN (SELECT seq FROM (SELECT seq, at FROM audit ORDER BY seq LIMIT ?) "
     "WHERE at < ? AND seq < ?)"
@@ -219,15 +224,15 @@ _AUDIT_SHARE: Final = "SELECT what, outcome FROM audit WHERE seq = ?"
 
 
 class AuditWriter:
-    """Writes through one connection. What a transaction took back is found to be missing, and written anew."""
+    """Writes audit entries through one connection. Rows that a rollback removed are detected and written again."""
 
     def __init__(self, conn: sqlite3.Connection) -> None:
         self._conn = conn
         self._open: dict[str, int] = {}  # part_of -> seq of its row
-        self._seen: dict[AuditShare, array[int]] = {
+        self._counted: dict[AuditShare, array[int]] = {
             share: array("q") for share in get_args(AuditShare)
-        }  # rows, as of `look_on`
-        self._seen_to = 0
+        }  # counted rows, see `look_on`
+        self._counted_to = 0
 
     def write(self, audit: list[AuditEntry]) -> None:
         (last,) = self._conn.execute(_LAST_AUDIT).fetchone()
@@ -240,11 +245,11 @@ class AuditWriter:
             self._conn.execute(_PUT_AUDIT, codec.audit_row(seq, whole))
             if audited.part_of is not None:
                 self._open[audited.part_of] = seq
-        while len(self._open) > OPEN_DEEDS:
+        while len(self._open) > MAX_OPEN_ACTIONS:
             del self._open[next(iter(self._open))]
 
     def _known(self, part: AuditEntry) -> tuple[int, AuditEntry] | None:
-        """The row that `part` belongs to, with what it adds."""
+        """Return the seq and the updated entry of the row that `part` belongs to, or None if there is none."""
         seq = None if part.part_of is None else self._open.pop(part.part_of, None)
         if seq is None:
             return None
@@ -258,32 +263,32 @@ class AuditWriter:
         return seq, replace(before, jobs=before.jobs + part.jobs, details=details)
 
     def look_on(self) -> bool:
-        """Count up to LOOK rows that were not counted yet; whether there are no more. Not within a transaction."""
-        found = self._conn.execute(_UNCOUNTED_AUDIT, (self._seen_to, LOOK)).fetchall()
+        """Count up to COUNT_ROWS more rows. Return whether all are counted. Do not call this in a transaction."""
+        found = self._conn.execute(_UNCOUNTED_AUDIT, (self._counted_to, COUNT_ROWS)).fetchall()
         for seq, what, outcome in found:
-            self._seen[audit_share(what, outcome)].append(seq)
-            self._seen_to = seq
-        return len(found) < LOOK
+            self._counted[audit_share(what, outcome)].append(seq)
+            self._counted_to = seq
+        return len(found) < COUNT_ROWS
 
     def trim(self, before: int, limit: int) -> int:
-        """Delete up to `limit` of the oldest rows: what was written before wall time `before`, and what is too many of
-        the rows of its share that `look_on` has counted.
+        """Delete up to `limit` rows: those written before wall time `before` (Unix ms), and excess ones.
 
-        The newest stays, so that its number is not given again.
+        Each share has its own maximum, which applies to the rows that `look_on` has counted. The newest row is kept, so
+        that its number is not reused. Return the number of deleted rows.
         """
         (last,) = self._conn.execute(_LAST_AUDIT).fetchone()
         gone = self._conn.execute(_TRIM_AUDIT, (limit, before, last)).rowcount
-        for share, seqs in self._seen.items():
-            keep = KEEP_AUDIT if share == "changes" else KEEP_BESIDE
-            self._forget_gone(share)
+        for share, seqs in self._counted.items():
+            keep = KEEP_CHANGES if share == "changes" else KEEP_OTHERS
+            self._drop_deleted(share)
             chosen = [seq for seq in seqs[: max(min(len(seqs) - keep, limit - gone), 0)] if seq < last]
             self._conn.executemany("DELETE FROM audit WHERE seq = ?", [(seq,) for seq in chosen])
             gone += len(chosen)
         return gone
 
-    def _forget_gone(self, share: AuditShare) -> None:
-        """Rows that were deleted are counted until they are found missing: a deletion may have been taken back."""
-        seqs = self._seen[share]
+    def _drop_deleted(self, share: AuditShare) -> None:
+        """Stop counting deleted rows. They are detected here, because a deletion may have been rolled back."""
+        seqs = self._counted[share]
         for count, seq in enumerate(seqs):
             found = self._conn.execute(_AUDIT_SHARE, (seq,)).fetchone()
             if found is not None and audit_share(*found) == share:
@@ -308,7 +313,7 @@ _QUARANTINE_ROW: Final = insert("bad_rows", ("place", "what", "at", "row"))
 
 
 class LateWriter:
-    """Writes through one connection. `read` gives the rows of a query, whatever bytes they hold."""
+    """Writes late results through one connection. `read` runs a query, also on text that is not UTF-8."""
 
     def __init__(self, conn: sqlite3.Connection, read: ReadRows, note: Callable[[str], object]) -> None:
         self._conn = conn
@@ -316,16 +321,16 @@ class LateWriter:
         self._note = note
 
     def write(self, changes: list[Change], *, sweeps: bool) -> list[Tombstone]:
-        """Keep what came late, of each job the latest few; what belongs to a job that is deleted goes with it.
+        """Write new late results. Delete those above the maximum of their job, and those of deleted jobs.
 
-        Gives what that leaves to be deleted of stored objects, where anybody `sweeps`: the object of each that goes.
+        Return tombstones for the artifacts of the deleted ones if an artifact store `sweeps`.
         """
         touched = [change for change in changes if change.late is not None or change.after is None]
         kept = [(change.event.job_seq, change.late) for change in touched if change.late is not None]
         if kept:
             self._conn.executemany(_INSERT_LATE, [codec.late_row(job_seq, late) for job_seq, late in kept])
         left: list[Tombstone] = []
-        # A job's last event says when: those of one that is deleted in this very batch go with it.
+        # The last event of each job decides: late results of a job that this batch deletes are deleted too.
         for event in {change.event.job_seq: change.event for change in touched}.values():
             if event.job_seq:
                 going = self._read(_EXCESS_LATE if event.type == "late_result" else _LATE_OF_JOB, (event.job_seq,))
@@ -340,7 +345,7 @@ class LateWriter:
         return [Tombstone(-seq, event.job_id, key, event.at, event.at) for seq, key in keys if key is not None]
 
     def _key(self, row: Row, now: int) -> str | None:
-        """The storage_key that it names."""
+        """Return the storage key of a late result, or None. Quarantine a damaged row."""
         if (wrong := fault(row)) is None:
             return codec.late(row, whole=True).result.storage_key
         shown = codec.as_text((*LATE_COLUMNS, "crc"), row)

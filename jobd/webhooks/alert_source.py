@@ -36,8 +36,8 @@ class PendingAlert(Struct, eq=False):
 class AlertSource:
     """Collects alert changes with `poll`. Then call either `written` or `deliver_directly`.
 
-    `announced` maps alerts to the time since which they fire (Unix ms), as the receiver knows them once it has all
-    pending messages.
+    `announced` maps each firing alert to the time when it began to fire (Unix ms), according to all messages made so
+    far, including pending ones.
     """
 
     def __init__(self, endpoint: WebhookEndpoint, announced: dict[str, int], context: DispatchContext) -> None:

@@ -66,7 +66,7 @@ class Dispatcher:
     # -- interface -----------------------------------------------------------------------------------------------------
 
     async def run(self, transport: Transport) -> None:
-        """Run until `stop`, then wait briefly for running deliveries. Errors are logged and retried."""
+        """Run until `stop`, then wait briefly for running deliveries. Log errors and continue."""
         try:
             while not self._stopping:
                 await self._pause(await self._guarded_round(transport))

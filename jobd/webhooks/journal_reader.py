@@ -22,7 +22,7 @@ from jobd.webhooks.message import Message, event_message, gap_message
 PAGE: Final = 100  # events per read, which takes less than 2 ms
 PAGE_PAUSE_S: Final = 0.002  # between two pages, so that workers get the disk
 READ_INTERVAL_S: Final = 0.05  # between two reads at the end of the journal; more would slow workers down
-SAVE_S: Final = 10.0  # interval at which a cursor is saved that moved only past unwanted events
+SAVE_S: Final = 10.0  # after which a cursor that moved only past unwanted events is saved
 LAGGING_AFTER_S: Final = 60.0  # a reader lags if it has not reached the end of the journal for this long
 
 log = structlog.get_logger("jobd.webhooks")
@@ -95,7 +95,7 @@ class JournalReader:
         return waits
 
     async def read(self, *, has_room: bool, may_report_gaps: bool) -> None:
-        """Put alerts, and a page of the journal if there is room, into the outbox. Raises DiskFull and skips nothing.
+        """Put alerts, and a page of the journal if there is room, into the outbox. Raises DiskFull; then nothing is skipped.
 
         `may_report_gaps` is False while the outbox has a gap message.
         """
@@ -103,7 +103,7 @@ class JournalReader:
         messages, announced = self.alerts.poll(), self.alerts.announced
         alerts = len(messages)
         gone_to, position = self._cursor.gone_to, self.position
-        is_whole = False
+        reached_end = False
         if gone_to == GAP_PENDING and may_report_gaps:
             messages.append(gap_message(name, 0, position, now, source))
             gone_to = position
@@ -113,7 +113,7 @@ class JournalReader:
                 gone_to = page.gone_to
                 messages.append(gap_message(name, position, gone_to, now, source))
             messages += [event_message(event, source) for event in page.events if self._endpoint.selects(event)]
-            is_whole = not page.more
+            reached_end = not page.more
             position = page.end
         if messages or announced != self._cursor.alerts:
             await self._write(messages, now, position, gone_to, announced)
@@ -121,7 +121,7 @@ class JournalReader:
         elif position != self.position:
             self.position = position
             self._note_unsaved()
-        if is_whole:
+        if reached_end:
             self.has_unread, self._read_at_s = self.position < self.newest, self._loop_time()
 
     async def add(self, message: Message) -> Delivery:

@@ -80,7 +80,7 @@ class WebhookManager:
         self._wake.set()
 
     async def run(self) -> None:
-        """Run until `stop`. Errors are logged and retried."""
+        """Run until `stop`. Log errors and continue."""
         while not self._stopping:
             wait_s = None
             try:

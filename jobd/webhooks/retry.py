@@ -37,8 +37,8 @@ class RetryPolicy(Struct, frozen=True):
 
 def retry_wait_ms(tries: int, chance: float, policy: RetryPolicy, asked_ms: int | None = None) -> int:
     """Return the delay after `tries` failures: half fixed, half random, at least `asked_ms`, and limited."""
-    whole = min(policy.retry_ms << min(tries - 1, 20), policy.max_retry_ms)
-    return max(_spread(whole, chance), min(asked_ms or 0, policy.max_retry_ms))
+    delay_ms = min(policy.retry_ms << min(tries - 1, 20), policy.max_retry_ms)
+    return max(_with_jitter(delay_ms, chance), min(asked_ms or 0, policy.max_retry_ms))
 
 
 def is_exhausted(delivery: Delivery, endpoint: WebhookEndpoint, now: int, policy: RetryPolicy) -> bool:
@@ -46,8 +46,8 @@ def is_exhausted(delivery: Delivery, endpoint: WebhookEndpoint, now: int, policy
     return delivery.tries >= policy.min_tries and now - delivery.at >= endpoint.give_up_after_ms
 
 
-def _spread(whole_ms: int, chance: float) -> int:
-    return whole_ms // 2 + int(whole_ms / 2 * chance)
+def _with_jitter(delay_ms: int, chance: float) -> int:
+    return delay_ms // 2 + int(delay_ms / 2 * chance)
 
 
 class CircuitBreaker:
@@ -85,6 +85,6 @@ class CircuitBreaker:
             return False
         self._breaks = 20 if outcome.gone else min(self._breaks + 1, 20)
         pause_ms = min(self._policy.pause_ms << (self._breaks - 1), self._policy.max_pause_ms)
-        pause_ms = max(_spread(pause_ms, chance), min(outcome.retry_after_ms or 0, self._policy.max_pause_ms))
+        pause_ms = max(_with_jitter(pause_ms, chance), min(outcome.retry_after_ms or 0, self._policy.max_pause_ms))
         self.until = now + pause_ms
         return True

@@ -10,8 +10,8 @@ from urllib.parse import SplitResult, unquote, unquote_plus, urlsplit
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 _PUBLIC: Final = IPv6Network("2000::/3")  # the only block from which addresses of hosts are allocated
 _UNIQUE_LOCAL: Final = IPv6Network("fc00::/7")
-# Azure's platform: a public address that only the virtual machine itself can reach.
-_OF_THE_HOST: Final = frozenset({IPv4Address("168.63.129.16")})
+# The platform services of Azure: a public address that is reachable only from inside a virtual machine.
+_AZURE_PLATFORM: Final = frozenset({IPv4Address("168.63.129.16")})
 # Reserved special-purpose blocks (RFC 6890). The `ipaddress` module knows only some of them.
 _RESERVED: Final = (
     IPv4Network("192.0.0.0/24"),  # IETF protocols
@@ -42,14 +42,14 @@ def _judge(address: IPv4Address | IPv6Address) -> str | None:
             return _judge(inner)
         if address.is_site_local or address in _UNIQUE_LOCAL:
             return "private"
-    for kind, is_so in (
+    for kind, applies in (
         ("loopback", address.is_loopback),
         ("link-local, the range of cloud metadata services", address.is_link_local),
         ("multicast", address.is_multicast),
         ("reserved", any(address in network for network in _RESERVED) or _is_unallocated(address)),
-        ("private", not address.is_global or address in _OF_THE_HOST),
+        ("private", not address.is_global or address in _AZURE_PLATFORM),
     ):
-        if is_so:
+        if applies:
             return kind
     return None
 
@@ -75,8 +75,8 @@ MIN_DISTINCT: Final = 8  # characters; shorter parts are only redacted as whole 
 def public_url(url: str) -> str:
     """Return scheme and host, with an ellipsis if there is more."""
     parts = urlsplit(url)
-    place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
-    return f"{place}/{ELLIPSIS}" if _rest(parts).strip("/") else place
+    origin = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    return f"{origin}/{ELLIPSIS}" if _rest(parts).strip("/") else origin
 
 
 def redacted(url: str, text: str) -> str:

@@ -49,7 +49,7 @@ from jobd.model.storage import (
 )
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
 from jobd.storage import codec as rows
-from jobd.storage.writers import KEEP_AUDIT, KEEP_BESIDE
+from jobd.storage.writers import KEEP_CHANGES, KEEP_OTHERS
 
 KEPT_REPORTS: Final = 500
 
@@ -328,7 +328,7 @@ class MemoryStorage(Storage):
         old = [seq for seq in sorted(self.audited)[:limit] if seq < last]
         pruned = [seq for seq in old if self.audited[seq].at < before]
         for share in get_args(AuditShare):
-            keep = KEEP_AUDIT if share == "changes" else KEEP_BESIDE
+            keep = KEEP_CHANGES if share == "changes" else KEEP_OTHERS
             rows = [seq for seq, row in sorted(self.audited.items()) if audit_share(row.what, row.outcome) == share]
             pruned += [seq for seq in rows[: max(len(rows) - keep, 0)] if seq < last and seq not in pruned]
         pruned = pruned[:limit]

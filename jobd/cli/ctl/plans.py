@@ -392,5 +392,5 @@ def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json:
     for plan in plans if as_json else ():
         if not plan.count:
             terminal.emit_json(_empty_result(plan))
-    is_whole = all([_apply(client, [plan], as_json=as_json) for plan in plans if plan.count])
-    return exit_codes.DONE if is_whole else exit_codes.REJECTED
+    is_complete = all([_apply(client, [plan], as_json=as_json) for plan in plans if plan.count])
+    return exit_codes.DONE if is_complete else exit_codes.REJECTED

@@ -239,7 +239,7 @@ def _report(sandbox: Sandbox, observed: Observations) -> list[tuple[str, bool]]:
 
 
 def result_error(job: JobInfo, results: Path) -> str:
-    """Read the result of a job from the disk. Return what is wrong with it, or an empty string."""
+    """Read the result of a job from the disk. Return its first problem, or an empty string."""
     if job.status != "completed" or job.file_path != str(results / f"{job.id}.png"):
         return f"{job.status}, result {job.file_path}"
     try:

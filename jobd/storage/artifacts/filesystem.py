@@ -1,4 +1,4 @@
-"""Store artifacts in a directory. No key leads out of it.
+"""Store artifacts in a directory. No key can name a file outside it.
 
 One thread makes all file system calls, so that a hanging mount blocks nothing else.
 """
@@ -28,7 +28,7 @@ CallQueue = SimpleQueue[tuple[asyncio.Future[Any] | None, Callable[[], Any], Und
 
 MAX_QUEUED: Final = 100  # calls in the queue of the thread
 
-# Symbolic links are not followed, because a user with write access to the directory could lead out of it.
+# Symbolic links are not followed, because they could point outside the directory.
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OBJECT: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe must not block
 _PROBE: Final = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -218,7 +218,7 @@ class FileReader:
 
 
 def _run_calls(calls: CallQueue) -> None:
-    """Run calls one after the other until None comes. This is the target of the thread."""
+    """Run the queued calls in order until None arrives. This is the target of the thread."""
     while (call := calls.get()) is not None:
         future, work, undo = call
         if future is not None and future.cancelled():
