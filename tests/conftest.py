@@ -45,7 +45,7 @@ def pytest_asyncio_loop_factories(config: pytest.Config) -> Mapping[str, Callabl
 
 @pytest.fixture(autouse=True)
 def first_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a store take its epoch in the first second of 2020: 1 if it is new, and the next number each time."""
+    """Make a store take its epoch in the first second of 2020: 1 if it is new, and the next number each time."""
     monkeypatch.setattr(startup, "now_ms", lambda: EPOCH_1_MS)
     monkeypatch.setattr(dry_run, "now_ms", lambda: EPOCH_1_MS)
 

@@ -213,7 +213,7 @@ class ServerConnection(RequestHandler):
             idle.set_result(None)
 
     def _keep_earlier(self) -> None:
-        """Put requests that arrived in one segment with a malformed one before its error, so they are answered first.
+        """Put requests that arrived in one segment with a malformed one before its error, to respond to them first.
 
         A request with an incomplete body, or with a transfer coding other than chunked, is the malformed one itself.
         """
@@ -315,7 +315,7 @@ class ServerConnection(RequestHandler):
         payload.feed_eof()
 
     def _close_after_last(self) -> None:
-        """Let aiohttp's loop end after the current request, unless others wait."""
+        """Make aiohttp's loop end after the current request, unless others wait."""
         if not self._messages and not self._message_tail:
             self.close()
 

@@ -209,8 +209,8 @@ class Maintainer:
         """
         if any(pause.until is not None for pause in self._state.paused.values()):
             await self._actor.ask(EndPauses(), by="daemon")  # an error is harmless: the next tick tries again
-        # At start, the daemon compares the clock with the last persisted time. The reports of cleanup runs keep that time
-        # recent, unless the shortest retention is about as short as the interval between runs.
+        # At start, the daemon compares the clock with the last persisted time. Reports of cleanup runs keep it recent,
+        # unless the shortest retention is about as short as the interval between runs.
         is_short = self._clock.keep_ms < 4 * self.schedule.interval_ms
         if self._state.processing or is_short or self._clock.moment().suspect or self._state.clock_suspect:
             # An error is harmless: on a full disk lease time stands still.

@@ -26,7 +26,7 @@ Statement = tuple[str, Callable[[Row], Row]]  # SQL, and a function that selects
 
 KEEP_CHECKSUMS: Final = 1000  # cached, each with its job
 KEEP_PAYLOAD_BYTES: Final = 2 << 20
-_MAX_STATEMENTS: Final = 200  # cached statements
+_SHAPES: Final = 200  # cached statements
 
 
 def insert(table: str, columns: Iterable[str], verb: str = "INSERT") -> str:
@@ -161,7 +161,7 @@ class JobWriter:
         return self._statements.get(shape) or self._cache_statement(shape, _update_statement(*shape))
 
     def _cache_statement(self, shape: Any, statement: Statement) -> Statement:
-        if len(self._statements) >= _MAX_STATEMENTS:
+        if len(self._statements) >= _SHAPES:
             self._statements.clear()
         self._statements[shape] = statement
         return statement
@@ -206,10 +206,10 @@ def _values(columns: list[str]) -> Callable[[Row], Row]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Audit log
 
-KEEP_CHANGES: Final = 100_000  # entries
-KEEP_OTHERS: Final = 10_000  # entries of each other share, so that a looping script displaces only similar entries
-COUNT_ROWS: Final = 2_000  # rows counted per call, in less than a millisecond
-MAX_OPEN_ACTIONS: Final = 64  # concurrent actions of many parts; above it, the oldest continues in a new row
+KEEP_AUDIT: Final = 100_000  # entries about changes
+KEEP_BESIDE: Final = 10_000  # entries of each other share, so that a looping script displaces only similar entries
+LOOK: Final = 2_000  # rows counted per call, in less than a millisecond
+OPEN_DEEDS: Final = 64  # concurrent actions of many parts; above it, the oldest continues in a new row
 AUDIT_SQL: Final = f"{', '.join(AUDIT_COLUMNS)}, crc"
 _PUT_AUDIT: Final = insert("audit", (*AUDIT_COLUMNS, "crc"), "REPLACE")
 _AUDIT_ROW: Final = f"SELECT {AUDIT_SQL} FROM audit WHERE seq = ?"
@@ -245,7 +245,7 @@ class AuditWriter:
             self._conn.execute(_PUT_AUDIT, codec.audit_row(seq, whole))
             if audited.part_of is not None:
                 self._open[audited.part_of] = seq
-        while len(self._open) > MAX_OPEN_ACTIONS:
+        while len(self._open) > OPEN_DEEDS:
             del self._open[next(iter(self._open))]
 
     def _known(self, part: AuditEntry) -> tuple[int, AuditEntry] | None:
@@ -263,12 +263,12 @@ class AuditWriter:
         return seq, replace(before, jobs=before.jobs + part.jobs, details=details)
 
     def look_on(self) -> bool:
-        """Count up to COUNT_ROWS more rows. Return whether all are counted. Do not call this in a transaction."""
-        found = self._conn.execute(_UNCOUNTED_AUDIT, (self._counted_to, COUNT_ROWS)).fetchall()
+        """Count up to LOOK more rows. Return whether all are counted. Do not call this in a transaction."""
+        found = self._conn.execute(_UNCOUNTED_AUDIT, (self._counted_to, LOOK)).fetchall()
         for seq, what, outcome in found:
             self._counted[audit_share(what, outcome)].append(seq)
             self._counted_to = seq
-        return len(found) < COUNT_ROWS
+        return len(found) < LOOK
 
     def trim(self, before: int, limit: int) -> int:
         """Delete up to `limit` rows: those written before wall time `before` (Unix ms), and excess ones.
@@ -279,7 +279,7 @@ class AuditWriter:
         (last,) = self._conn.execute(_LAST_AUDIT).fetchone()
         gone = self._conn.execute(_TRIM_AUDIT, (limit, before, last)).rowcount
         for share, seqs in self._counted.items():
-            keep = KEEP_CHANGES if share == "changes" else KEEP_OTHERS
+            keep = KEEP_AUDIT if share == "changes" else KEEP_BESIDE
             self._drop_deleted(share)
             chosen = [seq for seq in seqs[: max(min(len(seqs) - keep, limit - gone), 0)] if seq < last]
             self._conn.executemany("DELETE FROM audit WHERE seq = ?", [(seq,) for seq in chosen])

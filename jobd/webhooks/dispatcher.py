@@ -128,7 +128,7 @@ class Dispatcher:
         return count
 
     def _probe_now(self) -> None:
-        """Let an open breaker probe now. Old deliveries are not dead-lettered before the probe."""
+        """Make an open breaker probe now. Old deliveries are not dead-lettered before the probe."""
         if self.breaker.until is not None:
             self.breaker.until = self._now_ms()
             self._sent_before_probe = set(self._in_flight)

@@ -173,7 +173,7 @@ def test_the_adopted_result_is_the_one_that_was_shown(running: CliDaemon, jobctl
     running.client.create_job(id="late-1", queue="late-1")
 
     def move_to(path: str) -> None:
-        """Let a worker lose the job and complete it all the same."""
+        """Make a worker lose the job and complete it anyway."""
         grant = running.client.start_processing("late-1", f"w-{path}")
         jobctl.ok("force-reset", "late-1", "-y")
         with pytest.raises(LockLost):

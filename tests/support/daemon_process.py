@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_us() -> None:
-    """Let Linux kill the child when the thread that started it ends, even if pytest is killed. Used as `preexec_fn`."""
+    """Make Linux kill the child when its parent thread ends, even if pytest is killed. Used as `preexec_fn`."""
     if sys.platform == "linux":
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

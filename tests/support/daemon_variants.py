@@ -23,7 +23,7 @@ from jobd.webhooks.retry import RetryPolicy
 
 
 def hung_actor() -> None:
-    """Let the actor hang after SIGUSR2. The event loop still runs."""
+    """Make the actor hang after SIGUSR2. The event loop still runs."""
 
     async def hang(*_: Any) -> None:
         await asyncio.Event().wait()
@@ -35,7 +35,7 @@ def hung_actor() -> None:
 
 
 def prompt_alerts() -> None:
-    """Let alerts fire and resolve as soon as a check finds a change."""
+    """Make alerts fire and resolve as soon as a check finds a change."""
     patched: Any = daemon
     patched.Alerts = partial(Alerts, hold_ms=0, clear_ms=0)
 
@@ -48,7 +48,7 @@ def quick_retries() -> None:
 
 
 def short_pages() -> None:
-    """Let pages of jobs scan 20 jobs each, in slices of 10."""
+    """Make pages of jobs scan 20 jobs each, in slices of 10."""
     patched: Any = history
     assert {"JobQuery", "MOST_LOOKED", "SLICE"} <= patched.__dict__.keys()
     patched.JobQuery, patched.MOST_LOOKED, patched.SLICE = partial(JobQuery, scan=10), 20, 10

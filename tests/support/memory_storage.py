@@ -49,7 +49,7 @@ from jobd.model.storage import (
 )
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
 from jobd.storage import codec as rows
-from jobd.storage.writers import KEEP_CHANGES, KEEP_OTHERS
+from jobd.storage.writers import KEEP_AUDIT, KEEP_BESIDE
 
 KEPT_REPORTS: Final = 500
 
@@ -117,11 +117,11 @@ class MemoryStorage(Storage):
     # -- for tests ----------------------------------------------------------------------------------------------------
 
     def fill(self) -> None:
-        """Let nothing fit until the reserve file is released, and everything after that."""
+        """Reject every batch until the reserve file is released, and none after that."""
         self.fits = lambda batch: not self.has_reserve
 
     def fill_nearly(self) -> None:
-        """Let everything fit except new jobs."""
+        """Reject only batches with new jobs."""
         self.fits = lambda batch: all(change.payload is None for change in batch.changes)
 
     def free(self) -> None:
@@ -328,7 +328,7 @@ class MemoryStorage(Storage):
         old = [seq for seq in sorted(self.audited)[:limit] if seq < last]
         pruned = [seq for seq in old if self.audited[seq].at < before]
         for share in get_args(AuditShare):
-            keep = KEEP_CHANGES if share == "changes" else KEEP_OTHERS
+            keep = KEEP_AUDIT if share == "changes" else KEEP_BESIDE
             rows = [seq for seq, row in sorted(self.audited.items()) if audit_share(row.what, row.outcome) == share]
             pruned += [seq for seq in rows[: max(len(rows) - keep, 0)] if seq < last and seq not in pruned]
         pruned = pruned[:limit]

@@ -166,7 +166,7 @@ def row(seq: int, job_id: str = "", status: str = "queued", **fields: Any) -> Jo
 
 
 async def seconds(count: float) -> None:
-    """Let virtual time pass."""
+    """Advance virtual time."""
     await asyncio.sleep(count)
 
 

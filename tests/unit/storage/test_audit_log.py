@@ -74,7 +74,7 @@ async def test_no_part_is_added_to_a_damaged_row(path: str) -> None:
 
 
 async def test_the_oldest_of_many_open_actions_continues_in_a_new_row(store: Store) -> None:
-    many = writers.MAX_OPEN_ACTIONS
+    many = writers.OPEN_DEEDS
     await write(store, *(entry(n, part_of=f"p{n}") for n in range(many + 1)))
     await write(store, entry(many, part_of=f"p{many}"), entry(1, part_of="p1"), entry(0, part_of="p0"))
     assert len(await seqs(store, limit=200)) == many + 2
@@ -122,7 +122,7 @@ async def test_old_rows_are_deleted_in_slices_and_the_newest_is_kept(store: Stor
 
 
 async def test_rows_beyond_the_limit_are_deleted_at_any_age(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writers, "KEEP_CHANGES", 4)
+    monkeypatch.setattr(writers, "KEEP_AUDIT", 4)
     await write(store, *(entry(n) for n in range(10)))
     assert await store.trim_audit(0, 99) == 6
     assert await seqs(store) == [10, 9, 8, 7]
@@ -132,9 +132,9 @@ async def test_rows_beyond_the_limit_are_deleted_at_any_age(store: Store, monkey
 async def test_errors_and_reads_displace_only_their_own_kind(
     store: Store, monkeypatch: pytest.MonkeyPatch, look: int
 ) -> None:
-    monkeypatch.setattr(writers, "KEEP_CHANGES", 6)
-    monkeypatch.setattr(writers, "KEEP_OTHERS", 3)
-    monkeypatch.setattr(writers, "COUNT_ROWS", look)
+    monkeypatch.setattr(writers, "KEEP_AUDIT", 6)
+    monkeypatch.setattr(writers, "KEEP_BESIDE", 3)
+    monkeypatch.setattr(writers, "LOOK", look)
     kinds = [{}, {"outcome": "job_not_found"}, {"what": "export"}, {"outcome": "invalid_transition"}]
     await write(store, *(entry(n, **kinds[n % 4]) for n in range(20)))
     calls = 0
@@ -153,7 +153,7 @@ async def test_errors_and_reads_displace_only_their_own_kind(
 
 
 async def test_sign_ins_displace_no_exports_and_no_errors(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writers, "KEEP_OTHERS", 2)
+    monkeypatch.setattr(writers, "KEEP_BESIDE", 2)
     rows = [entry(0, what="export"), entry(1, what="backup"), entry(2, outcome="lock_lost"), entry(3)]
     wrong = [entry(n, what="sign-in", outcome="unauthorized") for n in range(4, 8)]
     await write(store, *rows, *wrong, *(entry(n, what=("sign-in", "sign-out")[n % 2]) for n in range(8, 12)))
@@ -162,7 +162,7 @@ async def test_sign_ins_displace_no_exports_and_no_errors(store: Store, monkeypa
 
 
 async def test_the_kinds_of_rows_are_counted_after_a_restart(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writers, "KEEP_OTHERS", 2)
+    monkeypatch.setattr(writers, "KEEP_BESIDE", 2)
     async with open_store(path) as (store, _):
         await write(store, *(entry(n, outcome="lock_lost") for n in range(5)), entry(5))
     async with open_store(path) as (store, _):
@@ -173,7 +173,7 @@ async def test_the_kinds_of_rows_are_counted_after_a_restart(path: str, monkeypa
 async def test_rows_of_a_rolled_back_trim_are_deleted_by_the_next(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writers, "KEEP_OTHERS", 1)
+    monkeypatch.setattr(writers, "KEEP_BESIDE", 1)
     await write(store, *(entry(n, outcome="lock_lost") for n in range(4)), entry(4))
     tables = store._database
     trim = tables._audit.trim
@@ -194,7 +194,7 @@ async def test_rows_of_a_rolled_back_trim_are_deleted_by_the_next(
 
 async def test_a_reused_number_is_not_mistaken_for_its_old_row(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """This happens if the newest row is damaged and quarantined."""
-    monkeypatch.setattr(writers, "KEEP_OTHERS", 0)
+    monkeypatch.setattr(writers, "KEEP_BESIDE", 0)
     await write(store, entry(0), entry(1, outcome="lock_lost"))
     assert await store.trim_audit(0, 99) == 0, "the newest is kept"
     store._connection.raw.execute("DELETE FROM audit WHERE seq = 2")

@@ -123,7 +123,7 @@ def test_a_payload_written_twice_counts_once(db: Database) -> None:
     assert cache._payload_bytes == sum(map(len, cache._payloads.values())) > 0
 
 
-@pytest.mark.parametrize("limit", ["KEEP_CHECKSUMS", "_MAX_STATEMENTS", "KEEP_PAYLOAD_BYTES"])
+@pytest.mark.parametrize("limit", ["KEEP_CHECKSUMS", "_SHAPES", "KEEP_PAYLOAD_BYTES"])
 def test_the_payload_cache_is_limited(db: Database, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     monkeypatch.setattr(writers, limit, 1)
     maker = ChangeFactory(3)
@@ -133,7 +133,7 @@ def test_the_payload_cache_is_limited(db: Database, monkeypatch: pytest.MonkeyPa
     cache = db._jobs
     held: dict[str, Sized] = {
         "KEEP_CHECKSUMS": cache._checksums,
-        "_MAX_STATEMENTS": cache._statements,
+        "_SHAPES": cache._statements,
         "KEEP_PAYLOAD_BYTES": cache._payloads,
     }
     assert len(held[limit]) <= 1
