@@ -49,7 +49,7 @@ class DroppingResponder:
     def cancelled(self) -> bool:
         return False
 
-    def set_result(self, answer: object, /) -> None: ...
+    def set_result(self, response: object, /) -> None: ...
 
 
 class MeasuredCore:
@@ -73,7 +73,7 @@ class MeasuredCore:
         """Create, claim and complete `size` jobs in three batches."""
         self._batch(Create, [(f'{{"payload":{PAYLOAD}}}'.encode(), None)] * size)
         claims = [(f'{{"worker":"w-{number}"}}'.encode(), None) for number in range(size)]
-        granted = [answer.grants[0] for answer in self._batch(Claim, claims)]
+        granted = [response.grants[0] for response in self._batch(Claim, claims)]
         self._batch(Complete, [(f'{{"lock_id":"{lock_id}"}}'.encode(), job_id) for job_id, lock_id in granted])
 
     def _batch(self, kind: type[Command], bodies: Sequence[tuple[bytes, str | None]]) -> list[Response]:
@@ -90,10 +90,10 @@ class MeasuredCore:
         if self._tables.needs_upkeep:
             self._tables.upkeep()
         self._timed("note", count, lambda: self._note(plan))
-        answers = [answer for _, answer in plan.replies if isinstance(answer, Response)]
-        assert len(answers) == count, "an error was measured"
-        self._timed("encode", count, lambda: list(map(response_line, answers)))
-        return answers
+        responses = [response for _, response in plan.replies if isinstance(response, Response)]
+        assert len(responses) == count, "an error was measured"
+        self._timed("encode", count, lambda: list(map(response_line, responses)))
+        return responses
 
     def _note(self, plan: DecidedBatch) -> None:
         self._decider.committed(plan)

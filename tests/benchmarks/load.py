@@ -73,8 +73,8 @@ async def stream(request: LoadRequest) -> Measurements:
         under_way = at_once
         while under_way:
             lines = []
-            for answer in await flow.answers():
-                data = answer["data"]
+            for response in await flow.responses():
+                data = response["data"]
                 if "grants" in data:
                     for grant in data["grants"]:
                         ended = {"op": "complete", "id": grant["job"]["id"], "lock_id": grant["lock_id"], "metadata": 1}

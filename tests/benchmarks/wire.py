@@ -36,7 +36,7 @@ class BenchmarkStream:
         """Send complete lines."""
         self._writer.write(b"%x\r\n%b\r\n" % (len(lines), lines))
 
-    async def answers(self) -> list[Any]:
+    async def responses(self) -> list[Any]:
         """Return the responses that have arrived, at least one."""
         while not self._lines:
             size = int(await self._reader.readuntil(b"\r\n"), 16)
@@ -45,9 +45,9 @@ class BenchmarkStream:
             self._lines.extend(lines)
         found = [decode(line) for line in self._lines]
         self._lines.clear()
-        for answer in found:
-            if not answer["success"]:
-                raise RequestFailed(f"{answer['error']}: {answer['message']}")
+        for response in found:
+            if not response["success"]:
+                raise RequestFailed(f"{response['error']}: {response['message']}")
         return found
 
     def close(self) -> None:

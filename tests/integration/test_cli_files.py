@@ -19,7 +19,7 @@ from jobd.api import admin as admin_api
 from jobd.cli import exit_codes as exits
 from jobd.cli.ctl import main as ctl
 from jobd.cli.daemon import main as jobd_cli
-from jobd.model import responses as answers
+from jobd.model import responses
 from jobd.model.storage import RESERVE_BYTES
 from tests.support.cli_harness import TOKEN, CliDaemon, Jobctl
 from tests.support.daemon_process import TOKEN as DAEMON_TOKEN
@@ -277,9 +277,9 @@ async def test_damaged_rows_of_a_running_daemon_are_named_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ADMIN_TOKEN", "canary-token-0123456789")
-    stats = answers.StatsView(9, {}, 0, 0, 0.0, None, 0, 1_772_366_400_000)
+    stats = responses.StatsView(9, {}, 0, 0, 0.0, None, 0, 1_772_366_400_000)
     async with HttpHarness(
-        admin_api.ROUTES, tmp_path, admin=True, actor=FakeActor(lambda _: answers.Response(stats))
+        admin_api.ROUTES, tmp_path, admin=True, actor=FakeActor(lambda _: responses.Response(stats))
     ) as harness:
         argv = ["doctor", "--running", "--rows", "--json", "--admin-url", f"unix:{harness.path}"]
         assert await asyncio.to_thread(jobd_cli.main, argv) == 1

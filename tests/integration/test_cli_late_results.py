@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 
 from jobd.client import LockLost
-from jobd.model import responses as answers
+from jobd.model import responses
 from tests import ROOT
 from tests.support.cli_harness import (
     READ_ONLY_TOKEN,
@@ -82,7 +82,7 @@ def test_an_operator_adopts_a_late_result(jobctl: Jobctl, running: CliDaemon) ->
     with pytest.raises(LockLost) as lost:
         running.client.complete_job("c6", lock_id=grant.lock_id, file_path="/srv/6", metadata={"a": 1})
     (late,) = jobctl.json("late", "c6")["late_results"]
-    assert set(late) == fields_of(answers.LateResultView)
+    assert set(late) == fields_of(responses.LateResultView)
     assert late["seq"] == lost.value.late_result
     code, out, _ = jobctl.run("late", "c6")
     assert code == 0

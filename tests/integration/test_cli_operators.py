@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from jobd.cli.ctl import plans as ctl_plan
 from jobd.client import InvalidRequest, JobdError, JobInfo
-from jobd.model import responses as answers
+from jobd.model import responses
 from tests.support.cli_harness import JOB_FIELDS, READ_ONLY_TOKEN, TOKEN, CliDaemon, Jobctl, fields_of, on_a_terminal
 
 
@@ -93,7 +93,7 @@ def test_an_operator_changes_a_job_from_status_to_status(jobctl: Jobctl, running
     grant = running.client.claim("w", queues=["c4"])[0]
     assert "held by w" in jobctl.ok("force-fail", "c4", "--dry-run")
     forced = jobctl.json("force-fail", "c4", "--yes", "--reason", "hung")
-    assert set(forced) == fields_of(answers.TransitionView)
+    assert set(forced) == fields_of(responses.TransitionView)
     assert (forced["previousStatus"], forced["reason"]) == ("processing", "hung")
     with pytest.raises(JobdError, match="lock_lost"):
         running.client.complete_job("c4", lock_id=grant.lock_id)
@@ -150,10 +150,10 @@ def test_a_plan_of_many_jobs_is_shown_and_applied(jobctl: Jobctl) -> None:
     assert jobctl.json("job", "pl0")["error_message"] == "wrong input"
     assert jobctl.json("job", "pl-other")["status"] == "queued"
     plan = jobctl.json("retry", "--where", "text=PL1", "--where", "status=failed", "--dry-run")
-    assert set(plan) == fields_of(answers.PlanView)
+    assert set(plan) == fields_of(responses.PlanView)
     assert plan["jobs"] == [{"id": "pl1", "from": "failed", "to": "queued", "late_results": 0}]
     result = jobctl.json("retry", "pl1", "pl2", "--yes")
-    assert set(result) == fields_of(answers.PlanResult)
+    assert set(result) == fields_of(responses.PlanResult)
     assert (result["applied"], result["changed"]) == (2, [])
     code, out, err = jobctl.run("retry", "pl0", "pl1", "none", "-y")
     assert (code, out) == (4, "retry: 1 job done\n")
@@ -302,7 +302,7 @@ def test_jobs_with_the_same_error_form_one_group(jobctl: Jobctl) -> None:
         jobctl.ok("submit", "--id", f"fa{n}", "--queue", "fa")
         jobctl.ok("force-fail", f"fa{n}", "-y", "--reason", f"no picture after {n} s")
     found = [each for each in jobctl.json("failures")["groups"] if each["message"] == "no picture after 2 s"]
-    assert set(found[0]) == fields_of(answers.FailureGroup)
+    assert set(found[0]) == fields_of(responses.FailureGroup)
     assert (found[0]["count"], found[0]["queues"], found[0]["error_code"]) == (3, ["fa"], "force_failed")
     name = found[0]["fingerprint"]
     assert found[0]["retrying"] == 0
@@ -315,7 +315,7 @@ def test_jobs_with_the_same_error_form_one_group(jobctl: Jobctl) -> None:
 
 
 def test_a_dry_run_of_maintenance_shows_its_effect(jobctl: Jobctl) -> None:
-    assert set(jobctl.json("cleanup", "--dry-run")) == fields_of(answers.PreviewView) | {"plan_id"}
+    assert set(jobctl.json("cleanup", "--dry-run")) == fields_of(responses.PreviewView) | {"plan_id"}
     assert "finished jobs to delete" in jobctl.ok("cleanup", "--dry-run")
     assert jobctl.json("recover-stuck", "--dry-run") == {"recover": [], "more": False, "plan_id": None}
     assert jobctl.run("recover-stuck", "--dry-run") == (0, "0 would be recovered\n", "")
@@ -426,7 +426,7 @@ def test_a_read_only_token_gets_no_plan_of_maintenance(
 
 
 def test_a_maintenance_plan_that_is_not_complete_says_so(jobctl: Jobctl, capsys: pytest.CaptureFixture[str]) -> None:
-    view = msgspec.convert(jobctl.json("retry", "--where", "queue=none", "--dry-run"), answers.PlanView)
+    view = msgspec.convert(jobctl.json("retry", "--where", "queue=none", "--dry-run"), responses.PlanView)
     ctl_plan.show_apply_command(replace(view, action="recover-stuck", more=True))
     assert "repeat --dry-run for the next one" in capsys.readouterr().err
 
@@ -439,7 +439,7 @@ def test_actions_are_in_the_audit_log(jobctl: Jobctl, monkeypatch: pytest.Monkey
     jobctl.ok("pause", "au-q")
     jobctl.ok("resume", "au-q")
     found = jobctl.json("audit", "--job", "au1")["entries"]
-    assert set(found[0]) == fields_of(answers.AuditView)
+    assert set(found[0]) == fields_of(responses.AuditView)
     host = socket.gethostname()
     assert [(each["who"], each["what"], each["outcome"], each["changed"]) for each in found] == [
         (f"bob@{host}", "force-fail", "invalid_transition", 0),
@@ -491,7 +491,7 @@ def test_a_queue_is_paused_and_resumed(jobctl: Jobctl) -> None:
     assert 7_190_000 < paused["paused_until"] - paused["paused_at"] <= 7_200_000
     assert "by operator" in jobctl.ok("queues")
     assert "UTC: deploy" in jobctl.ok("queues")
-    assert set(listed["c5"]) == fields_of(answers.QueueView)
+    assert set(listed["c5"]) == fields_of(responses.QueueView)
     assert jobctl.ok("resume", "c5") == "c5 is open\n"
 
 
@@ -506,14 +506,14 @@ def test_resume_of_an_unknown_queue_says_so(jobctl: Jobctl) -> None:
 
 
 def test_figures_and_lists_have_the_shapes_of_the_api(jobctl: Jobctl, running: CliDaemon) -> None:
-    assert set(jobctl.json("stats")) == fields_of(answers.StatsView)
-    assert set(jobctl.json("health")) == fields_of(answers.HealthView)
-    assert set(jobctl.json("cleanup")) == fields_of(answers.CleanupReport)
-    assert set(jobctl.json("cleanup", "--last")) == fields_of(answers.CleanupState)
-    assert set(jobctl.json("recover-stuck")) == fields_of(answers.RecoverStuckView)
-    assert set(jobctl.json("clock")) == fields_of(answers.ClockView)
-    assert set(jobctl.json("reports")["reports"][0]) == fields_of(answers.CleanupReport)
-    assert set(jobctl.json("alerts")["alerts"][0]) == fields_of(answers.AlertView)
+    assert set(jobctl.json("stats")) == fields_of(responses.StatsView)
+    assert set(jobctl.json("health")) == fields_of(responses.HealthView)
+    assert set(jobctl.json("cleanup")) == fields_of(responses.CleanupReport)
+    assert set(jobctl.json("cleanup", "--last")) == fields_of(responses.CleanupState)
+    assert set(jobctl.json("recover-stuck")) == fields_of(responses.RecoverStuckView)
+    assert set(jobctl.json("clock")) == fields_of(responses.ClockView)
+    assert set(jobctl.json("reports")["reports"][0]) == fields_of(responses.CleanupReport)
+    assert set(jobctl.json("alerts")["alerts"][0]) == fields_of(responses.AlertView)
     assert running.client.claim("w", queues=["no-jobs"]) == []
     assert jobctl.json("workers")["workers"]
     assert "locks" in jobctl.json("locks")
@@ -560,9 +560,9 @@ def test_json_prints_a_result_even_if_there_was_nothing_to_do(jobctl: Jobctl, ar
     ended, out, err = jobctl.run(*argv, "--yes", "--json")
     assert ended == code
     assert err.startswith("No job")
-    found = msgspec.json.decode(out, type=answers.PlanResult)
+    found = msgspec.json.decode(out, type=responses.PlanResult)
     assert (found.action, found.applied, found.changed, found.refused) == (argv[0], 0, [], [])
-    assert set(json.loads(out)) == fields_of(answers.PlanResult)
+    assert set(json.loads(out)) == fields_of(responses.PlanResult)
     applied, out, _ = jobctl.run("apply", found.plan_id, "--yes", "--json")
     assert applied == 0
-    assert msgspec.json.decode(out, type=answers.PlanResult) == found
+    assert msgspec.json.decode(out, type=responses.PlanResult) == found

@@ -66,8 +66,8 @@ class RawCommandStream:
             if not size:
                 assert not self._received
                 return None
-        answer, _, self._received = self._received.partition(b"\n")
-        return json.loads(answer)
+        response, _, self._received = self._received.partition(b"\n")
+        return json.loads(response)
 
     async def ask(self, **command: Any) -> Any:
         self.send(command)
@@ -131,8 +131,8 @@ async def test_the_lines_of_an_aborted_stream_get_their_responses(either: HttpHa
 
 
 async def test_grants_of_a_stream_whose_client_has_closed_are_released(either: HttpHarness) -> None:
-    answer = Response(EmptyResponse(), grants=[("a", "lock")])
-    held = HeldResponse(either, answer)
+    response = Response(EmptyResponse(), grants=[("a", "lock")])
+    held = HeldResponse(either, response)
     stream = await RawCommandStream.open(either)
     stream.send({"op": "claim", "worker": "w"})
     while not either.actor.received:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
@@ -142,7 +142,7 @@ async def test_grants_of_a_stream_whose_client_has_closed_are_released(either: H
         await asyncio.sleep(0.001)
     held.go.set()
     await either.app.wait_idle()
-    assert either.actor.cancelled.is_set() or either.actor.undelivered_responses == [answer]
+    assert either.actor.cancelled.is_set() or either.actor.undelivered_responses == [response]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,8 +166,8 @@ async def test_a_line_gives_the_command_of_its_call(harness: HttpHarness) -> Non
     ]
     assert {line["op"] for line, _, _ in lines} == OPS.keys()
     for line, path, by in lines:
-        answer = await stream.ask(**line)
-        assert (answer["success"], answer["status"]) == (True, 200), answer
+        response = await stream.ask(**line)
+        assert (response["success"], response["status"]) == (True, 200), response
         streamed = harness.actor.received[-1]
         body = {name: value for name, value in line.items() if name != "op" and (name != "id" or "{id}" not in path)}
         if line["op"] == "get":
@@ -230,9 +230,9 @@ async def test_an_error_is_the_usual_object_with_its_status(tmp_path: Path) -> N
     async with HttpHarness(ROUTES, tmp_path, actor=actor) as harness:
         stream = await RawCommandStream.open(harness)
         with capture_logs() as logs:
-            answer = await stream.ask(op="get", id="job-7")
+            response = await stream.ask(op="get", id="job-7")
         wanted = {"success": False, "error": "overloaded", "message": "Full.", "details": {"retry_after_ms": 1000}}
-        assert answer == {**wanted, "status": 503}
+        assert response == {**wanted, "status": 503}
         [line] = [line for line in logs if line["event"] == "refused"]
         assert (line["path"], line["code"], line["job_id"]) == ("/v1/commands", "overloaded", "job-7")
 
@@ -255,12 +255,12 @@ async def test_a_job_lifecycle_over_a_stream(server: WorkerApiServer) -> None:
     assert [(await stream.receive())["status"] for _ in range(3)] == [201, 200, 200]
     grant = (await stream.ask(op="start", id="j", worker="w", max_processing_ms=0))["data"]
     assert (grant["ceiling_at"], grant["job"]["max_processing_ms"]) == (None, 0)
-    answer = await stream.ask(op="progress", id="j", lock_id=grant["lock_id"], progress=5)
-    assert answer["data"]["cancel_requested"] is False
-    answer = await stream.ask(op="complete", id="j", lock_id="another")
-    assert (answer["status"], answer["error"]) == (409, "lock_lost")
-    answer = await stream.ask(op="complete", id="j", lock_id=grant["lock_id"], metadata={"n": 1})
-    assert (answer["data"]["status"], answer["data"]["metadata"]) == ("completed", {"n": 1})
+    response = await stream.ask(op="progress", id="j", lock_id=grant["lock_id"], progress=5)
+    assert response["data"]["cancel_requested"] is False
+    response = await stream.ask(op="complete", id="j", lock_id="another")
+    assert (response["status"], response["error"]) == (409, "lock_lost")
+    response = await stream.ask(op="complete", id="j", lock_id=grant["lock_id"], metadata={"n": 1})
+    assert (response["data"]["status"], response["data"]["metadata"]) == ("completed", {"n": 1})
     stream.end()
     assert await stream.receive() is None
     repeated = await stream.connection.request("GET", "/v1/jobs/j")  # the connection stays open
@@ -274,10 +274,12 @@ async def test_responses_come_in_the_order_of_the_lines(server: WorkerApiServer)
         stream.send({"op": "create", "id": f"j-{number}"})
         stream.raw(b"no\n" if number % 7 == 0 else b"\n")
     stream.end()
-    answers = [await stream.receive() for _ in range(300 + 43)]
-    made = [answer["data"]["id"] for answer in answers if answer["success"]]
+    responses = [await stream.receive() for _ in range(300 + 43)]
+    made = [response["data"]["id"] for response in responses if response["success"]]
     assert made == [f"j-{number}" for number in range(300)]
-    assert [at for at, answer in enumerate(answers) if not answer["success"]] == [8 * each + 1 for each in range(43)]
+    assert [at for at, response in enumerate(responses) if not response["success"]] == [
+        8 * each + 1 for each in range(43)
+    ]
     assert await stream.receive() is None
 
 
@@ -311,8 +313,8 @@ async def test_a_key_is_scoped_to_its_call_and_job(server: WorkerApiServer) -> N
     for job_id in ("a", "b"):
         assert (await stream.ask(op="create", id=job_id))["status"] == 201
     for job_id in ("a", "b"):
-        answer = await stream.ask(op="start", id=job_id, worker="w", idempotency_key="k")
-        assert (answer["data"]["job"]["id"], answer.get("replayed")) == (job_id, None)
+        response = await stream.ask(op="start", id=job_id, worker="w", idempotency_key="k")
+        assert (response["data"]["job"]["id"], response.get("replayed")) == (job_id, None)
 
 
 async def test_finished_jobs_are_found(server: WorkerApiServer) -> None:
@@ -417,8 +419,8 @@ async def test_an_incomplete_line_times_out_and_an_idle_stream_does_not(tmp_path
         await asyncio.sleep(0.3)
         assert (await stream.ask(op="get", id="j"))["success"]
         stream.raw(b'{"op":"ge')
-        answer = await stream.receive()
-        assert (answer["error"], answer["status"]) == ("request_timeout", 408)
+        response = await stream.receive()
+        assert (response["error"], response["status"]) == ("request_timeout", 408)
         assert await stream.receive() is None
         assert await stream.connection.is_closed()
 
@@ -428,8 +430,8 @@ async def test_malformed_framing_ends_the_stream_after_the_responses_to_its_line
     assert (await stream.ask(op="get", id="j"))["success"]
     with capture_logs() as logs:
         stream.connection.send(b"zz\r\nno chunk\r\n")
-        answer = await stream.receive()
-        assert (answer["error"], answer["status"]) == ("invalid_request", 400)
+        response = await stream.receive()
+        assert (response["error"], response["status"]) == ("invalid_request", 400)
         assert await stream.receive() is None
         assert await stream.connection.is_closed()
     assert [line["event"] for line in logs] == ["refused"]
@@ -539,8 +541,8 @@ async def test_a_response_that_cannot_be_encoded_releases_its_grants(tmp_path: P
     async with HttpHarness(ROUTES, tmp_path, actor=actor) as harness:
         stream = await RawCommandStream.open(harness)
         with capture_logs() as logs:
-            answer = await stream.ask(op="claim", worker="w")
-        assert (answer["error"], answer["status"]) == ("internal_error", 500)
+            response = await stream.ask(op="claim", worker="w")
+        assert (response["error"], response["status"]) == ("internal_error", 500)
         assert actor.undelivered_responses == [grant]
         assert [line["event"] for line in logs if line["log_level"] == "error"] == ["request_bug"]
 

@@ -160,9 +160,9 @@ def test_sigterm_answers_pending_requests_and_waiting_claims(tmp_path: Path) -> 
             assert daemon.stop() == 0
         for thread in threads:
             thread.result()
-        answer = parked.getresponse()
-        assert answer.status == 200
-        assert answer.read() == b'{"success":true,"data":{"grants":[]}}'
+        response = parked.getresponse()
+        assert response.status == 200
+        assert response.read() == b'{"success":true,"data":{"grants":[]}}'
         daemon.start()
         for job_id in load.completed:
             assert daemon.get(f"/v1/jobs/{job_id}").data["status"] == "completed"

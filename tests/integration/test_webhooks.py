@@ -135,14 +135,14 @@ def test_kill_9_before_a_result_is_stored_repeats_the_delivery(tmp_path: Path, r
         run_lifecycle(daemon, "a")
         receiver.wait_for(lambda messages: done(messages, "a"))
         for round_ in range(2):
-            receiver.answer = deadly
+            receiver.respond = deadly
             with contextlib.suppress(OSError, http.client.HTTPException):  # responses to a daemon that was killed
                 run_lifecycle(daemon, f"killed-{round_}")
             killed = receiver.wait_for(partial(has_message_about, f"killed-{round_}"))
             assert daemon.process is not None
             daemon.process.wait(150)
             daemon._join_reader()
-            receiver.answer = accept
+            receiver.respond = accept
             daemon.start()
             first = next(each for each in reversed(killed) if each.event["subject"] == f"jobs/killed-{round_}")
             messages = receiver.wait_for(partial(has_repeat_of, first))
@@ -166,7 +166,7 @@ def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, 
     async def moody(_: web.Request) -> web.StreamResponse:
         return web.Response(status=500 if chance.random() < 0.2 else 204)
 
-    receiver.answer = moody
+    receiver.respond = moody
     with DaemonProcess.not_started(tmp_path, config(receiver)) as daemon:
         daemon.module = "tests.support.daemon_variants quick_retries"
         daemon.start()
@@ -180,7 +180,7 @@ def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, 
                     names.append(f"r{round_}-{number}")
             killer.join()
             daemon.start()
-        receiver.answer = accept
+        receiver.respond = accept
         wanted = {(f"jobs/{name}", type_) for name in names for type_ in LIFE}
         messages = receiver.wait_for(lambda messages: wanted <= set(map(subject_and_type, messages)), 120)
         assert daemon.stop() == 0
@@ -190,14 +190,14 @@ def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, 
 
 @pytest.mark.slow
 def test_waiting_deliveries_continue_after_a_restart(tmp_path: Path, receiver: Receiver) -> None:
-    receiver.answer = responding(503)
+    receiver.respond = responding(503)
     with DaemonProcess.not_started(tmp_path, config(receiver)) as daemon:
         daemon.module = "tests.support.daemon_variants quick_retries"
         daemon.start()
         run_lifecycle(daemon, "a")
         receiver.wait_for(lambda messages: len(messages) >= 1)
         assert daemon.stop() == 0
-        receiver.answer = accept
+        receiver.respond = accept
         daemon.start()
         assert types_about(receiver.wait_for(lambda messages: done(messages, "a")), "a") == LIFE
         assert daemon.stop() == 0
@@ -206,11 +206,11 @@ def test_waiting_deliveries_continue_after_a_restart(tmp_path: Path, receiver: R
 @pytest.mark.slow
 def test_stop_does_not_wait_for_a_hanging_receiver(tmp_path: Path, receiver: Receiver) -> None:
     async def hanging(_: web.Request) -> web.StreamResponse:
-        while receiver.answer is hanging:  # noqa: ASYNC110 - the answer changes in another thread
+        while receiver.respond is hanging:  # noqa: ASYNC110 - the answer changes in another thread
             await asyncio.sleep(0.05)
         return web.Response(status=204)
 
-    receiver.answer = hanging
+    receiver.respond = hanging
     with DaemonProcess.not_started(tmp_path, config(receiver, 'timeout = "1m"')) as daemon:
         daemon.module = "tests.support.daemon_variants quick_retries"
         daemon.start()
@@ -218,7 +218,7 @@ def test_stop_does_not_wait_for_a_hanging_receiver(tmp_path: Path, receiver: Rec
             run_lifecycle(daemon, f"job-{number}")
         receiver.wait_for(lambda messages: len(messages) >= 8)
         assert daemon.stop() == 0
-        receiver.answer = accept
+        receiver.respond = accept
         daemon.start()
         receiver.wait_for(lambda messages: done(messages, *(f"job-{number}" for number in range(12))))
         assert daemon.stop() == 0
@@ -226,7 +226,7 @@ def test_stop_does_not_wait_for_a_hanging_receiver(tmp_path: Path, receiver: Rec
 
 @pytest.mark.slow
 def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Receiver) -> None:
-    receiver.answer = responding(500, "not today")
+    receiver.respond = responding(500, "not today")
     with DaemonProcess(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
         run_lifecycle(daemon, "a")
         wait_until(lambda: view(daemon)["failed"] > 0)
@@ -234,7 +234,7 @@ def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Rec
         assert (shown["name"], shown["waiting"], shown["events"]) == ("billing", 1, ["job.created"])
         assert shown["last_error"] == "500: not today"
         assert shown["url"] == f"http://127.0.0.1:{receiver.port}/…"
-        receiver.answer = accept
+        receiver.respond = accept
         (waiting,) = daemon.admin("GET", "webhooks/billing/deliveries?state=waiting").data["deliveries"]
         assert (waiting["type"], waiting["subject"], waiting["status"]) == ("job.created", "jobs/a", 500)
         assert daemon.admin("POST", "webhooks/billing/resend", {"id": waiting["id"]}).status == 200
@@ -283,13 +283,13 @@ def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Rec
 @pytest.mark.slow
 def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receiver: Receiver) -> None:
     """After an outage of days, simulated by the store of a stopped daemon."""
-    receiver.answer = responding(500, "not today")
+    receiver.respond = responding(500, "not today")
     with DaemonProcess(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
         daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"job-{number}"} for number in range(450)]})
         wait_until(lambda: view(daemon)["waiting"] == 450)
         assert daemon.stop() == 0
     asyncio.run(dead_letter_all(daemon.store))
-    receiver.answer = accept
+    receiver.respond = accept
     with daemon:
         environ = {**os.environ, "JOBD_ADMIN_URL": f"unix:{daemon.admin_socket}", "ADMIN_TOKEN": TOKEN}
 
@@ -340,7 +340,7 @@ async def dead_letter_all(path: Path) -> None:
 
 @pytest.mark.slow
 def test_no_secret_is_in_any_output(tmp_path: Path, receiver: Receiver) -> None:
-    receiver.answer = responding(302, Location="/elsewhere")
+    receiver.respond = responding(302, Location="/elsewhere")
     with DaemonProcess(tmp_path, config(receiver, rest='[log]\nlevel = "debug"')) as daemon:
         run_lifecycle(daemon, "a")
         receiver.wait_for(lambda messages: len(messages) >= 2)
@@ -404,7 +404,7 @@ def test_alerts_are_delivered(tmp_path: Path, receiver: Receiver) -> None:
 
 @pytest.mark.slow
 def test_a_webhook_that_fails_for_long_fires_an_alert(tmp_path: Path, receiver: Receiver) -> None:
-    receiver.answer = responding(500, "not today")
+    receiver.respond = responding(500, "not today")
     with DaemonProcess.not_started(tmp_path, config(receiver, rest='[alerts]\nwebhook_failing = "0"')) as daemon:
         daemon.module = "tests.support.daemon_variants prompt_alerts"
         daemon.start()

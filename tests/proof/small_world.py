@@ -372,11 +372,11 @@ class Exploration(DecisionChecks):
         self._last_lease = state.lease
         self._last_token = (1 << TOKEN_COUNTER_BITS | state.next_token) - 1
 
-    def _count(self, answer: Response | ApiError) -> None:
-        if isinstance(answer, ApiError):
-            name = f"error {answer.code}"
+    def _count(self, response: Response | ApiError) -> None:
+        if isinstance(response, ApiError):
+            name = f"error {response.code}"
             self.fired[name] = self.fired.get(name, 0) + 1
-            self.must(answer.code != "internal_error", "S8", answer.message)
+            self.must(response.code != "internal_error", "S8", response.message)
 
     # -- every state --------------------------------------------------------------------------------------------------
 

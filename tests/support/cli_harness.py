@@ -19,7 +19,7 @@ import pytest
 
 from jobd.cli.ctl import main as ctl
 from jobd.client import JobClient, JobdError
-from jobd.model import responses as answers
+from jobd.model import responses
 from tests import ROOT
 from tests.support.daemon_process import die_with_us
 
@@ -132,7 +132,7 @@ def fields_of(shape: type[msgspec.Struct]) -> set[str]:
     return set(shape.__struct_encode_fields__)
 
 
-JOB_FIELDS = fields_of(answers.JobView) - {"repeated", "worker"}
+JOB_FIELDS = fields_of(responses.JobView) - {"repeated", "worker"}
 
 
 def on_a_terminal(

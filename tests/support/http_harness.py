@@ -82,13 +82,13 @@ class FakeActor:
     """Record the received commands, and respond with `respond`."""
 
     def __init__(
-        self, answer: Callable[[Any], Response | ApiError | Awaitable[Response | ApiError]] | None = None
+        self, response: Callable[[Any], Response | ApiError | Awaitable[Response | ApiError]] | None = None
     ) -> None:
         self.received: list[ReceivedCommand] = []
         self.undelivered_responses: list[Response] = []
         self.cancelled = asyncio.Event()
         self.arrived = asyncio.Event()
-        self.respond = answer or (lambda command: Response(EmptyResponse()))
+        self.respond = response or (lambda command: Response(EmptyResponse()))
         self.book = SimpleNamespace(queue_names=["mail", "video"], quarantined={"bad-1": "checksum"})
         self.full_disk = SimpleNamespace(refuse=lambda command: None)
         self._tasks: dict[mailbox.Envelope, asyncio.Task[None]] = {}
@@ -107,8 +107,8 @@ class FakeActor:
         self.received.append(ReceivedCommand(command, by, admin, key, size, operator))
         self.arrived.set()
         try:
-            answer = self.respond(command)
-            return answer if isinstance(answer, Response | ApiError) else await answer
+            response = self.respond(command)
+            return response if isinstance(response, Response | ApiError) else await response
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
@@ -131,9 +131,9 @@ class FakeActor:
         self._tasks[asked] = asyncio.ensure_future(self._respond(waiter, self.respond(command)))
         return asked
 
-    async def _respond(self, waiter: Waiter, answer: Response | ApiError | Awaitable[Response | ApiError]) -> None:
+    async def _respond(self, waiter: Waiter, response: Response | ApiError | Awaitable[Response | ApiError]) -> None:
         try:
-            result = answer if isinstance(answer, Response | ApiError) else await answer
+            result = response if isinstance(response, Response | ApiError) else await response
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
@@ -149,8 +149,8 @@ class FakeActor:
     def abandon(self, asked: mailbox.Envelope) -> None:
         self._tasks[asked].cancel()
 
-    def undelivered(self, answer: Response) -> None:
-        self.undelivered_responses.append(answer)
+    def undelivered(self, response: Response) -> None:
+        self.undelivered_responses.append(response)
 
 
 WEBHOOK = WebhookView(
@@ -603,9 +603,9 @@ class HttpHarness:
 class HeldResponse:
     """Hold back the responses of the fake actor until the test sets `go`."""
 
-    def __init__(self, harness: HttpHarness, answer: Response | ApiError | None = None) -> None:
+    def __init__(self, harness: HttpHarness, response: Response | ApiError | None = None) -> None:
         self.go = asyncio.Event()
-        self._answer = answer or Response(EmptyResponse())
+        self._answer = response or Response(EmptyResponse())
         harness.actor.respond = self._respond
 
     async def _respond(self, _: Any) -> Response | ApiError:

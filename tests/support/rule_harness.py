@@ -111,9 +111,9 @@ class RuleHarness:
 
     def accept(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Any:
         """Decide a command that must succeed; return the data of the response."""
-        answer = self.ask(command, admin=admin, by=by)
-        assert isinstance(answer, Response), answer
-        return answer.data
+        response = self.ask(command, admin=admin, by=by)
+        assert isinstance(response, Response), response
+        return response.data
 
     def reject(self, command: AnyCommand, code: str, *, admin: bool = False, by: str = "client") -> ApiError:
         """Decide a command that must return the error `code` and change no job; late calls may be recorded."""

@@ -140,14 +140,14 @@ class VirtualEngine:
 
     async def yes(self, command: AnyCommand, **asked: Any) -> Any:
         """Return the data of a successful response."""
-        answer = await self.actor.ask(command, **asked)
-        assert isinstance(answer, Response), answer
-        return answer.data
+        response = await self.actor.ask(command, **asked)
+        assert isinstance(response, Response), response
+        return response.data
 
     async def no(self, command: AnyCommand, **asked: Any) -> ApiError:
-        answer = await self.actor.ask(command, **asked)
-        assert isinstance(answer, ApiError), answer
-        return answer
+        response = await self.actor.ask(command, **asked)
+        assert isinstance(response, ApiError), response
+        return response
 
     async def held(
         self, job_id: str = "a", *, lock_ttl_ms: int = 60_000, stuck_after_ms: int = 0, **fields: Any
@@ -203,9 +203,9 @@ async def waiting_claim(engine: VirtualEngine, worker: str, **fields: Any) -> as
     return task
 
 
-def granted_ids(answer: Any) -> list[str]:
-    assert isinstance(answer, Response), answer
-    return [granted.job.id for granted in answer.data.grants]
+def granted_ids(response: Any) -> list[str]:
+    assert isinstance(response, Response), response
+    return [granted.job.id for granted in response.data.grants]
 
 
 def assert_consistent(engine: VirtualEngine) -> None:

@@ -43,10 +43,10 @@ class SteppedWallClock:
 
 
 class FakeTransport:
-    """The transport of every endpoint. Record deliveries, and return the outcomes that `answer` gives."""
+    """The transport of every endpoint. Record deliveries, and return the outcomes that `respond` gives."""
 
-    def __init__(self, answer: Callable[[Delivery], DeliveryOutcome] = lambda _: DELIVERED) -> None:
-        self.answer = answer
+    def __init__(self, respond: Callable[[Delivery], DeliveryOutcome] = lambda _: DELIVERED) -> None:
+        self.respond = respond
         self.tried: list[Delivery] = []
         self.delivered: list[Delivery] = []
         self.open = 0
@@ -68,7 +68,7 @@ class FakeTransport:
             await asyncio.sleep(0)
         finally:
             self._at_once -= 1
-        outcome = self.answer(delivery)
+        outcome = self.respond(delivery)
         if outcome.error is None:
             self.delivered.append(delivery)
         return outcome

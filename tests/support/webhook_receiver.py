@@ -36,10 +36,10 @@ async def accept(_: web.Request) -> web.StreamResponse:
 
 
 def responding(status: int, text: str = "", **headers: str) -> Handler:
-    async def answer(_: web.Request) -> web.StreamResponse:
+    async def respond(_: web.Request) -> web.StreamResponse:
         return web.Response(status=status, text=text, headers=headers)
 
-    return answer
+    return respond
 
 
 RawHandler = Callable[[bytes], bytes]
@@ -48,16 +48,16 @@ RawHandler = Callable[[bytes], bytes]
 def echoing(head: bytes, more: int = 0) -> RawHandler:
     """Build a response of `head`, the request target, and `more` bytes."""
 
-    def answer(request: bytes) -> bytes:
+    def respond(request: bytes) -> bytes:
         target = request.partition(b" ")[2].partition(b" ")[0]
         return head + b"Cannot POST " + target + b"\r\n" + b"x" * more
 
-    return answer
+    return respond
 
 
 @contextmanager
-def raw_server(answer: RawHandler, tls: ssl.SSLContext | None = None) -> Iterator[int]:
-    """Run a server that sends `answer` after the start of each request and closes. Yield its port."""
+def raw_server(respond: RawHandler, tls: ssl.SSLContext | None = None) -> Iterator[int]:
+    """Run a server that sends `respond` after the start of each request and closes. Yield its port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -67,7 +67,7 @@ def raw_server(answer: RawHandler, tls: ssl.SSLContext | None = None) -> Iterato
                     with connection, suppress(OSError):
                         sock = connection if tls is None else tls.wrap_socket(connection, server_side=True)
                         sock.settimeout(10)
-                        sock.sendall(answer(sock.recv(10_000)))
+                        sock.sendall(respond(sock.recv(10_000)))
                         sock.close()
 
         thread = threading.Thread(target=serve, daemon=True)
@@ -78,10 +78,10 @@ def raw_server(answer: RawHandler, tls: ssl.SSLContext | None = None) -> Iterato
 
 
 class Receiver:
-    """A receiver that listens at `url` while its context is open. `answer` can be replaced at any time."""
+    """A receiver that listens at `url` while its context is open. `respond` can be replaced at any time."""
 
-    def __init__(self, answer: Handler = accept) -> None:
-        self.answer = answer
+    def __init__(self, respond: Handler = accept) -> None:
+        self.respond = respond
         self.received: list[ReceivedMessage] = []
         self.port = 0
         self._news = threading.Condition()
@@ -132,4 +132,4 @@ class Receiver:
         with self._news:
             self.received.append(ReceivedMessage(request.path, request.headers.copy(), body))
             self._news.notify_all()
-        return await self.answer(request)  # type: ignore[arg-type]  # the server passes no other type
+        return await self.respond(request)  # type: ignore[arg-type]  # the server passes no other type

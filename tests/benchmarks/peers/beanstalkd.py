@@ -72,7 +72,7 @@ async def _load(port: int, connections: int, seconds: float) -> float:
     return await lifecycles([await worker() for _ in range(connections)], seconds)
 
 
-def _expect(answer: bytes, word: bytes) -> bytes:
-    if not answer.startswith(word):
-        raise SystemExit(f"beanstalkd: {answer!r}")
-    return answer
+def _expect(response: bytes, word: bytes) -> bytes:
+    if not response.startswith(word):
+        raise SystemExit(f"beanstalkd: {response!r}")
+    return response

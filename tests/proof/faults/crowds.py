@@ -137,7 +137,7 @@ def slow_readers(trial: Trial) -> Counts:
 # -- a full mailbox ----------------------------------------------------------------------------------------------------
 
 
-def _flood(daemon: DaemonProcess, stop: threading.Event, answers: Counter[str], lock: threading.Lock) -> None:
+def _flood(daemon: DaemonProcess, stop: threading.Event, responses: Counter[str], lock: threading.Lock) -> None:
     with closing(daemon.worker()) as connection:
         while not stop.is_set():
             reply = call(connection, "POST", "/v1/jobs/bulk", {"jobs": [{"queue": "flood"}] * 50})
@@ -145,23 +145,23 @@ def _flood(daemon: DaemonProcess, stop: threading.Event, answers: Counter[str], 
                 assert (reply.status, reply.error) == (503, "overloaded"), reply.body
                 assert int(reply.headers["Retry-After"]) >= 1
             with lock:
-                answers[str(reply.status)] += 1
+                responses[str(reply.status)] += 1
 
 
 def mailbox_flood(trial: Trial) -> Counts:
     """Fill a small mailbox with creates: running work still reports, and operators act."""
-    answers: Counter[str] = Counter()
+    responses: Counter[str] = Counter()
     lock, stop = threading.Lock(), threading.Event()
     reports = 0
     with DaemonProcess(trial.directory, "[limits]\nmailbox = 10\n") as daemon, ExitStack() as threads:
         assert daemon.post("/v1/jobs", {"id": "held"}).status == 201
         held = {"lock_id": daemon.post("/v1/jobs/held/start", {"worker": "w"}).data["lock_id"]}
         for _ in range(FLOODERS):
-            thread = threading.Thread(target=_flood, args=(daemon, stop, answers, lock))
+            thread = threading.Thread(target=_flood, args=(daemon, stop, responses, lock))
             thread.start()
             threads.callback(thread.join)
         threads.callback(stop.set)
-        while answers["503"] < 100:  # from here on the mailbox is full
+        while responses["503"] < 100:  # from here on the mailbox is full
             assert daemon.post("/v1/jobs/held/extend", held).status == 200
         for _ in range(trial.rounds):
             for number in range(10):
@@ -174,13 +174,13 @@ def mailbox_flood(trial: Trial) -> Counts:
         stop.set()
         threads.close()
         assert daemon.post("/v1/jobs/held/complete", held).status == 200
-        created = answers["201"] * 50
+        created = responses["201"] * 50
         assert daemon.admin("GET", "stats").data["byStatus"]["queued"] == created, "a rejected create left a job"
         assert daemon.stop() == 0
     return {
         "reports and operator actions accepted": reports,
-        "creates accepted": answers["201"],
-        "creates rejected": answers["503"],
+        "creates accepted": responses["201"],
+        "creates rejected": responses["503"],
     }
 
 

@@ -164,7 +164,7 @@ def _inspect(path: Path, holds: StoreContents) -> tuple[str, bool]:
 # The same over HTTP
 
 
-def _check_over_http(path: Path, answers: dict[str, Any]) -> None:
+def _check_over_http(path: Path, responses: dict[str, Any]) -> None:
     """Check that each response equals the one before, or is an error about damage."""
     with DaemonProcess.not_started(path.parent) as daemon:
         daemon.launch()
@@ -175,7 +175,7 @@ def _check_over_http(path: Path, answers: dict[str, Any]) -> None:
             return
         missing = []
         with closing(daemon.worker()) as connection:
-            for job_id, before in answers.items():
+            for job_id, before in responses.items():
                 reply = call(connection, "GET", f"/v1/jobs/{job_id}")
                 if reply.status == 200:
                     assert _stable_fields(reply.data) == before, f"{job_id} is served as {reply.data}, it was {before}"
@@ -207,7 +207,7 @@ def flips(trial: Trial, *, killed: bool) -> Counts:
     original = OriginalStore(trial, killed=killed)
     suffix = "-wal" if killed else ""
     content = original.files[suffix]
-    answers = _read_jobs(trial, original)
+    responses = _read_jobs(trial, original)
     chance = random.Random(0)
     counts: Counter[str] = Counter({"flips": trial.rounds, "bytes": len(content), "jobs": len(original.contents.jobs)})
     last = LastTransaction(content) if killed else None
@@ -223,7 +223,7 @@ def flips(trial: Trial, *, killed: bool) -> Counts:
             assert not verdict.startswith("rejected without"), verdict
             if number % BY_DAEMON == 0:
                 path = original.write_flipped(trial.directory / "flipped", suffix, at, bit)
-                _check_over_http(path, answers)
+                _check_over_http(path, responses)
                 counts["opened by a daemon"] += 1
         except Exception as error:
             raise AssertionError(f"bit {bit} of byte {at} of jobd.db{suffix}: {error!r}") from error

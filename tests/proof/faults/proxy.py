@@ -78,13 +78,13 @@ class Proxy:
                     behind.sendall(head + body)
                     if fault == "client gone":
                         return
-                    answer, reason, _ = _message(answering)
+                    response, reason, _ = _message(answering)
                     if fault:
-                        self.lost[named["x-call"]] = (int(answer.split()[1]), json.loads(reason))
+                        self.lost[named["x-call"]] = (int(response.split()[1]), json.loads(reason))
                         if fault == "response cut":
-                            sock.sendall((answer + reason)[: (len(answer) + len(reason)) // 2])
+                            sock.sendall((response + reason)[: (len(response) + len(reason)) // 2])
                         return
-                    sock.sendall(answer + reason)
+                    sock.sendall(response + reason)
 
 
 def _message(stream: Any) -> tuple[bytes, bytes, dict[str, str]]:

@@ -40,7 +40,7 @@ class CheckResults(Struct):
     unknown: int = 0
     clients: Counter[int] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
-    answers: Counter[str] = field(default_factory=Counter)
+    responses: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
 
@@ -72,8 +72,8 @@ class CheckResults(Struct):
         self.clients[len({each.client for each in history.operations})] += 1
         self.faults.update(gathered.faults)
         for each in history.operations:
-            self.answers[each.response.code if each.response else "(lost)"] += 1
-            self.answers["(after a stall)"] += bool(each.response and each.response.seen.get("stalls"))
+            self.responses[each.response.code if each.response else "(lost)"] += 1
+            self.responses["(after a stall)"] += bool(each.response and each.response.seen.get("stalls"))
         for job in history.terms:
             self._judge(gathered, job)
 
@@ -102,7 +102,7 @@ def lines(figures: CheckResults, took_s: float) -> Iterator[str]:
     yield f"{figures.histories} histories of {clients}, {figures.jobs} jobs"
     overlap = f"{figures.share:.1%} of them overlapping (at least {figures.least_share:.1%} in each history)"
     yield f"{figures.operations:,} operations, {overlap}, {figures.unknown:,} unknown outcomes"
-    for title, counts in (("faults", figures.faults), ("responses", figures.answers)):
+    for title, counts in (("faults", figures.faults), ("responses", figures.responses)):
         yield f"{title}: " + ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
     yield "mutants rejected: " + ", ".join(f"{kind} {figures.rejected[kind]:,}" for kind in KINDS)
     yield f"{figures.jobs} jobs explained, {figures.rejected.total():,} mutants rejected, in {took_s:.1f} s"

@@ -87,19 +87,19 @@ class SimClient:
     async def ask(self, command: AnyCommand, *, tries: int = 4) -> Response | ApiError | None:
         """Repeat a request with the same key until its outcome is known. Return None if the client gives up."""
         key = self._key(command)
-        answer: Response | ApiError | None = None
+        response: Response | ApiError | None = None
         for _ in range(tries):
             if key is not None and self.has("concurrent repeat", 0.1):
                 first, second = await asyncio.gather(self._once(command, key), self._once(command, key))
-                answer = first or second
+                response = first or second
             else:
-                answer = await self._once(command, key)
-            if answer is not None and not (isinstance(answer, ApiError) and answer.code in IN_DOUBT):
-                return answer
+                response = await self._once(command, key)
+            if response is not None and not (isinstance(response, ApiError) and response.code in IN_DOUBT):
+                return response
             if self.machine.closing or self.dice.random() < 0.15:
-                return answer
+                return response
             await self.think()
-        return answer
+        return response
 
     async def _once(self, command: AnyCommand, key: IdempotencyKey | None) -> Response | ApiError | None:
         by = f"worker:{command.worker}" if isinstance(command, (Start, Claim)) else "admin" if self.admin else "client"
@@ -192,13 +192,13 @@ class SimWorker(SimClient):
         elif roll < 0.12:
             await self.ask(self.requests.read())
         elif roll < 0.3:
-            answer = await self.ask(self.requests.start(self.name))
-            if isinstance(answer, Response) and answer.grants:
-                await self.work(answer.data)
+            response = await self.ask(self.requests.start(self.name))
+            if isinstance(response, Response) and response.grants:
+                await self.work(response.data)
         else:
-            answer = await self.ask(self.requests.claim(self.name))
-            if isinstance(answer, Response):
-                for granted in answer.data.grants:
+            response = await self.ask(self.requests.claim(self.name))
+            if isinstance(response, Response):
+                for granted in response.data.grants:
                     await self.work(granted)
 
     async def ask(self, command: AnyCommand, *, tries: int = 4) -> Response | ApiError | None:
@@ -248,8 +248,8 @@ class SimWorker(SimClient):
             return
         for _ in range(self.dice.randrange(4)):
             await self._report_progress(granted)
-            answer = await self.ask(self._heartbeat(job_id, lock_id))
-            if isinstance(answer, ApiError) and not self.has("worker ignores lock_lost", 0.3):
+            response = await self.ask(self._heartbeat(job_id, lock_id))
+            if isinstance(response, ApiError) and not self.has("worker ignores lock_lost", 0.3):
                 return
             if self.machine.closing or self.has("worker dies", 0.05):
                 return

@@ -99,10 +99,10 @@ class FinalPhase:
         for _ in range(500):
             if self.watch.first or not book.jobs:
                 break
-            answer = await self._yes(Claim(worker=WHO, queues=queues, limit=5, wait_ms=1_000, lock_ttl_ms=60_000))
-            if answer is None or not answer.grants:
+            response = await self._yes(Claim(worker=WHO, queues=queues, limit=5, wait_ms=1_000, lock_ttl_ms=60_000))
+            if response is None or not response.grants:
                 break
-            for granted in answer.data.grants:
+            for granted in response.data.grants:
                 await self._finish(granted)
         left = sorted(job.id for job in book.jobs.values() if not is_overdue(job, self.machine.wall()))
         if left and not self.watch.first:
@@ -136,8 +136,8 @@ class FinalPhase:
     async def _read_all_pages(self) -> None:
         """Read all pages, so that damaged rows that did not fit into quarantine are found again and moved."""
         cursor = None
-        while (answer := await self._yes(ListJobs(limit=MAX_PAGE, cursor=cursor))) is not None:
-            cursor = answer.data.next_cursor
+        while (response := await self._yes(ListJobs(limit=MAX_PAGE, cursor=cursor))) is not None:
+            cursor = response.data.next_cursor
             if cursor is None:
                 break
         if self.machine.disk.unmoved:
@@ -183,12 +183,12 @@ class FinalPhase:
         return report
 
     async def _yes(self, command: AnyCommand, *, admin: bool = False) -> Response | None:
-        answer = await self.machine.call(WHO, command, admin=admin)
-        if isinstance(answer, ApiError) and not self._may_reject(answer):
+        response = await self.machine.call(WHO, command, admin=admin)
+        if isinstance(response, ApiError) and not self._may_reject(response):
             job_id = getattr(command, "id", None)
-            self.watch.fail("L3", f"{type(command).__name__} was rejected without a fault: {answer.code}", job_id)
-        return answer if isinstance(answer, Response) else None
+            self.watch.fail("L3", f"{type(command).__name__} was rejected without a fault: {response.code}", job_id)
+        return response if isinstance(response, Response) else None
 
-    def _may_reject(self, answer: ApiError) -> bool:
+    def _may_reject(self, response: ApiError) -> bool:
         """Return whether an error is allowed: a damaged row was found, or a job expired or passed its ceiling."""
-        return answer.code in ("job_quarantined", "invalid_transition", "job_not_found")
+        return response.code in ("job_quarantined", "invalid_transition", "job_not_found")

@@ -177,8 +177,8 @@ class DecisionChecks:
             )
 
     def _check_start(self, job: Job, decision: Decision, at: Moment) -> None:
-        answer = decision.answer
-        if isinstance(answer, ApiError) and answer.code == "already_locked":
+        response = decision.answer
+        if isinstance(response, ApiError) and response.code == "already_locked":
             self.must(not is_stuck(job, at.lease), "S5", "a stuck job was called locked", job.id)
 
     def _check_holder(self, command: Any, decision: Decision, job: Job | None, at: Moment) -> None:
@@ -224,8 +224,8 @@ class DecisionChecks:
 
     def _check_late_call(self, command: Any, decision: Decision, job: Job | None) -> None:
         """A rejected call is noted if its grant was the job's last one and its holder had not ended it."""
-        answer, event = decision.answer, decision.changes[0].event
-        rejected = isinstance(answer, ApiError) and answer.code == "lock_lost"
+        response, event = decision.answer, decision.changes[0].event
+        rejected = isinstance(response, ApiError) and response.code == "lock_lost"
         ended = job.ended if job is not None else None
         was_theirs = ended is not None and ended.lock_id == command.lock_id and ended.verb is None
         self.must(rejected and was_theirs, "S3", f"a {type(command).__name__} was recorded as a late call", command.id)

@@ -195,14 +195,14 @@ class Machine:
         if disconnect_after_s is not None:
             self.loop.call_later(disconnect_after_s, self._disconnect, connection, handler)
         try:
-            answer = await connection.reply
+            response = await connection.reply
         finally:
             daemon.connections.pop(connection, None)
-        if answer is None or unread:
+        if response is None or unread:
             return None
-        outcome = answer.code if isinstance(answer, ApiError) else "yes"
+        outcome = response.code if isinstance(response, ApiError) else "yes"
         self.note("response", who, type(command).__name__, getattr(command, "id", None), outcome)
-        return answer
+        return response
 
     async def _handle(
         self,
@@ -217,16 +217,16 @@ class Machine:
         size = 100 if self.scenario.bounds.inflight_bytes < 1000 else 0
         with self.monitor.pending(command):
             operator = Operator("", "simulated") if admin else None
-            answer = await daemon.actor.ask(command, by=by, admin=admin, key=key, size=size, operator=operator)
-            self.monitor.check_response(command, key, answer)
+            response = await daemon.actor.ask(command, by=by, admin=admin, key=key, size=size, operator=operator)
+            self.monitor.check_response(command, key, response)
         if connection.reply.done():  # the connection is closed or the caller has left
-            if isinstance(answer, Response) and answer.grants:
+            if isinstance(response, Response) and response.grants:
                 self.fired["grant undelivered"] += 1
-                daemon.actor.undelivered(answer)
+                daemon.actor.undelivered(response)
             return
-        if isinstance(answer, Response):
-            self.monitor.note_delivery(connection.who if key is None else key.digest, answer)
-        connection.reply.set_result(answer)
+        if isinstance(response, Response):
+            self.monitor.note_delivery(connection.who if key is None else key.digest, response)
+        connection.reply.set_result(response)
 
     def _disconnect(self, connection: SimConnection, handler: asyncio.Task[None]) -> None:
         if connection.reply.done():

@@ -355,42 +355,42 @@ class Monitor(DecisionChecks):
             return
         self.fail("S1", f"grant {grant.fencing_token} was not delivered, and not released", job_id)
 
-    def check_response(self, command: AnyCommand, key: IdempotencyKey | None, answer: Response | ApiError) -> None:
+    def check_response(self, command: AnyCommand, key: IdempotencyKey | None, response: Response | ApiError) -> None:
         """Check a response of the actor before it is sent."""
         self.response_times.answered(command)
         decision = self._decided[id(command)]
         job_id = getattr(command, "id", None)
         name = type(command).__name__
-        if isinstance(answer, ApiError):
-            self.fired[f"error {answer.code}"] += 1
-            self._check_error(name, answer, decision, job_id)
+        if isinstance(response, ApiError):
+            self.fired[f"error {response.code}"] += 1
+            self._check_error(name, response, decision, job_id)
             return
-        if answer.replayed:
+        if response.replayed:
             self.fired["response replayed"] += 1
             row = self._key_rows.get(key.digest) if key is not None else None
             same = row is None or key is None or row.body_hash == key.body_hash
             self.must(same, "S9", f"{name} got the response to another body", job_id)
-            if row is not None and isinstance(answer.data, Raw):
-                self.must(row.body == bytes(answer.data), "S9", "a replay differs from the first response", job_id)
-        elif decision is not None and decision.answer is answer:
-            self._check_written(name, decision, key, answer)
+            if row is not None and isinstance(response.data, Raw):
+                self.must(row.body == bytes(response.data), "S9", "a replay differs from the first response", job_id)
+        elif decision is not None and decision.answer is response:
+            self._check_written(name, decision, key, response)
         elif decision is not None:  # the wait of a claim ended before it was served
             self._check_undone(name, decision, "answered otherwise", job_id)
-        for _, granted in _grants(answer):
+        for _, granted in _grants(response):
             token = granted.fencing_token
             committed = token <= self.highest_token
             self.must(committed, "S6", f"grant {token} was answered before its commit", granted.job.id)
 
-    def _check_error(self, name: str, answer: ApiError, decision: Decision | None, job_id: str | None) -> None:
-        if answer.code == "internal_error":
+    def _check_error(self, name: str, response: ApiError, decision: Decision | None, job_id: str | None) -> None:
+        if response.code == "internal_error":
             disk = self.machine.disk
             failing = disk.failing & {"find", "timeline"} or self.machine.had_read_errors or disk.is_broken
-            self.must(failing, "S8", f"{name}: {answer.message}", job_id)
-        if decision is None or answer.code in ("outcome_unknown", "shutting_down"):
+            self.must(failing, "S8", f"{name}: {response.message}", job_id)
+        if decision is None or response.code in ("outcome_unknown", "shutting_down"):
             return
-        if decision.answer is answer:
+        if decision.answer is response:
             self._check_notes(decision)
-        self._check_undone(name, decision, f"rejected ({answer.code})", job_id)
+        self._check_undone(name, decision, f"rejected ({response.code})", job_id)
 
     def _check_notes(self, decision: Decision) -> None:
         """Check that the late call or result of an error is on disk before the error is sent."""
@@ -407,28 +407,28 @@ class Monitor(DecisionChecks):
         made = [seq for seq in seqs if self._durable.get(seq, "stalled") not in BY_TIME | NOTES]
         self.must(not made, "S6", f"{name} was {how} and is on the disk: events {made}", job_id)
 
-    def _check_written(self, name: str, decision: Decision, key: IdempotencyKey | None, answer: Response) -> None:
+    def _check_written(self, name: str, decision: Decision, key: IdempotencyKey | None, response: Response) -> None:
         for change in decision.changes:
             event = change.event
             written = event.seq in self._durable
             self.must(written, "S6", f"{name} was answered and {event.type} is not on the disk", event.job_id)
             self.acknowledged[event.seq] = (event.type, event.job_seq, event.job_id)
-        if key is not None and decision.changes and name != "Claim" and not answer.grants:
+        if key is not None and decision.changes and name != "Claim" and not response.grants:
             row = self._key_rows.get(key.digest)
-            same = row is not None and row.body == msgspec.json.encode(answer.data)
+            same = row is not None and row.body == msgspec.json.encode(response.data)
             self.must(same, "S9", f"the response of {name} was not stored under its key")
 
-    def note_delivery(self, who: str, answer: Response) -> None:
+    def note_delivery(self, who: str, response: Response) -> None:
         """Note that the caller has received the response."""
-        for job_id, granted in _grants(answer):
+        for job_id, granted in _grants(response):
             owner = self.received.setdefault(granted.fencing_token, who)
             self.must(owner == who, "S1", f"grant {granted.fencing_token} was given to {owner} and to {who}", job_id)
 
 
-def _grants(answer: Response) -> list[tuple[str, GrantView]]:
-    if not answer.grants:
+def _grants(response: Response) -> list[tuple[str, GrantView]]:
+    if not response.grants:
         return []
-    data = answer.data
+    data = response.data
     views = [data] if isinstance(data, GrantView) else data.grants
     return [(view.job.id, view) for view in views]
 

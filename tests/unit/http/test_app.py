@@ -466,19 +466,19 @@ def granted() -> Response:
 
 
 async def test_a_response_is_undelivered_if_the_connection_closed_before_its_first_byte(harness: HttpHarness) -> None:
-    answer = granted()
+    response = granted()
 
     async def close_then_answer(_: Any) -> Response:
         [connection] = harness.listener._server.connections
         assert connection.transport is not None
         connection.transport.close()
-        return answer
+        return response
 
     harness.actor.respond = close_then_answer
     client = await harness.connect()
     client.send(request_bytes("POST", "/v1/claim", '{"worker":"w"}'))
     assert await client.is_closed()
-    assert harness.actor.undelivered_responses == [answer]
+    assert harness.actor.undelivered_responses == [response]
 
 
 async def test_the_grants_of_a_delivered_response_are_kept(harness: HttpHarness) -> None:

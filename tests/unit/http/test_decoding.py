@@ -238,9 +238,9 @@ def test_the_error_does_not_repeat_the_body() -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_give_a_command_or_a_400(body: bytes) -> None:
-    answer = outcome(DECODERS["create"], body)
-    code = answer.code if isinstance(answer, ApiError) else None
-    assert code == "invalid_request" or isinstance(answer, Create)
+    response = outcome(DECODERS["create"], body)
+    code = response.code if isinstance(response, ApiError) else None
+    assert code == "invalid_request" or isinstance(response, Create)
 
 
 _JSON = st.recursive(
@@ -257,12 +257,12 @@ _FIELDS = sorted(
 @given(st.sampled_from(sorted(DECODERS)), st.dictionaries(st.sampled_from(_FIELDS) | st.text(max_size=8), _JSON))
 def test_any_object_gives_a_command_or_a_400(name: str, fields: dict[str, Any]) -> None:
     decoder = DECODERS[name]
-    answer = outcome(decoder, json.dumps(fields).encode())
-    if isinstance(answer, ApiError):
-        assert answer.code == "invalid_request"
-        assert answer.details["field"].startswith("$")
+    response = outcome(decoder, json.dumps(fields).encode())
+    if isinstance(response, ApiError):
+        assert response.code == "invalid_request"
+        assert response.details["field"].startswith("$")
     else:
-        assert type(answer) is decoder.command
+        assert type(response) is decoder.command
 
 
 def test_a_payload_at_its_limit_is_accepted_and_one_byte_more_is_not() -> None:

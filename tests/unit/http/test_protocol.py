@@ -162,8 +162,8 @@ async def test_a_client_that_disconnects_abandons_its_command(harness: HttpHarne
 
 @WRITES
 async def test_a_response_to_a_closing_connection_is_undelivered(harness: HttpHarness, send: Any) -> None:
-    answer = Response(EmptyResponse(), grants=[("a", "lock")])
-    held = HeldResponse(harness, answer)
+    response = Response(EmptyResponse(), grants=[("a", "lock")])
+    held = HeldResponse(harness, response)
     client = await harness.connect()
     await send(client, CLAIM)
     await wait_for_commands(harness, 1)
@@ -173,18 +173,18 @@ async def test_a_response_to_a_closing_connection_is_undelivered(harness: HttpHa
     connection.transport.close()  # and the lost connection is reported after that
     assert await client.is_closed()
     await harness.app.wait_idle()
-    assert harness.actor.undelivered_responses == [answer]
+    assert harness.actor.undelivered_responses == [response]
 
 
 @pytest.mark.parametrize("path", ["fast", "slow"])
 async def test_a_response_to_a_disconnected_client_is_undelivered(harness: HttpHarness, path: str) -> None:
-    answer = Response(EmptyResponse(), grants=[("a", "lock")])
+    response = Response(EmptyResponse(), grants=[("a", "lock")])
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     client.setblocking(False)
 
     async def close_client(_: Any) -> Response:
         client.close()  # the write fails at once, without an iteration of the loop in between
-        return answer
+        return response
 
     harness.actor.respond = close_client
     client.connect(harness.path)
@@ -200,7 +200,7 @@ async def test_a_response_to_a_disconnected_client_is_undelivered(harness: HttpH
         await loop.sock_sendall(client, CLAIM)
     await wait_until_closed(harness)
     await harness.app.wait_idle()
-    assert harness.actor.undelivered_responses == [answer]
+    assert harness.actor.undelivered_responses == [response]
 
 
 @WRITES
@@ -226,8 +226,8 @@ async def test_a_client_that_reads_too_slowly_is_cut_off(
 ) -> None:
     if end == "patience":
         monkeypatch.setattr("jobd.http.response.WRITE_TIMEOUT_S", 0.05)
-    answer = Response("x" * 3_000_000, grants=[("a", "lock")])
-    harness.actor.respond = lambda _: answer
+    response = Response("x" * 3_000_000, grants=[("a", "lock")])
+    harness.actor.respond = lambda _: response
     client = await harness.connect()
     client.writer.transport.set_write_buffer_limits(0)
     await send(client, CLAIM)
@@ -366,12 +366,12 @@ async def test_a_bug_while_responding_costs_one_connection(
 
 @WRITES
 async def test_the_grants_of_a_response_that_cannot_be_encoded_are_released(harness: HttpHarness, send: Any) -> None:
-    answer = Response(object(), grants=[("a", "lock")])
-    harness.actor.respond = lambda _: answer
+    response = Response(object(), grants=[("a", "lock")])
+    harness.actor.respond = lambda _: response
     client = await harness.connect()
     await send(client, CLAIM)
     assert (await client.receive()).status == 500
-    assert harness.actor.undelivered_responses == [answer]
+    assert harness.actor.undelivered_responses == [response]
 
 
 async def test_a_bug_while_responding_never_reaches_the_actor(
@@ -407,16 +407,16 @@ async def test_a_prepared_response_is_sent_unchanged(harness: HttpHarness, monke
     await wait_for_commands(harness, 1)
     [envelope] = harness.actor.sent
     made = count_calls(monkeypatch, harness.app, "_ok_response")
-    answer = Response(EmptyResponse())
-    envelope.prepare(answer)
+    response = Response(EmptyResponse())
+    envelope.prepare(response)
     hearing = asyncio.ensure_future(client.receive())
     await asyncio.sleep(0.01)
-    assert (made, hearing.done()) == ([answer], False), "no response is sent yet"
-    envelope.reply(answer)
-    assert ((await hearing).status, made) == (200, [answer])
+    assert (made, hearing.done()) == ([response], False), "no response is sent yet"
+    envelope.reply(response)
+    assert ((await hearing).status, made) == (200, [response])
 
 
-@pytest.mark.parametrize("why", ["another answer", "a refusal", "a stop", "a bug"])
+@pytest.mark.parametrize("why", ["another response", "an error", "a stop", "a bug"])
 async def test_a_prepared_response_that_no_longer_fits_is_encoded_again(
     harness: HttpHarness, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
@@ -429,15 +429,15 @@ async def test_a_prepared_response_that_no_longer_fits_is_encoded_again(
     answer: Response | ApiError = Response(object() if why == "a bug" else EmptyResponse())
     assert isinstance(answer, Response)
     envelope.prepare(answer)
-    if why == "another answer":
+    if why == "another response":
         answer = Response(EmptyResponse(), status=202)
-    elif why == "a refusal":
+    elif why == "an error":
         answer = ApiError("storage_full", "The disk is full.")
     elif why == "a stop":
         monkeypatch.setattr(harness.app, "closing", True)
     envelope.reply(answer)
     response = await client.receive()
-    wanted = {"another answer": 202, "a refusal": 507, "a stop": 200, "a bug": 500}
+    wanted = {"another response": 202, "an error": 507, "a stop": 200, "a bug": 500}
     assert (response.status, response.headers.get("connection")) == (wanted[why], "close" if why == "a stop" else None)
 
 
@@ -577,8 +577,8 @@ async def test_a_half_closed_client_gets_its_responses_and_then_the_end(either: 
 
 @WRITES
 async def test_a_half_closed_client_may_wait(either: HttpHarness, send: Any) -> None:
-    answer = Response(EmptyResponse(), grants=[("a", "lock")])
-    held = HeldResponse(either, answer)
+    response = Response(EmptyResponse(), grants=[("a", "lock")])
+    held = HeldResponse(either, response)
     client = await either.connect()
     await send(client, CLAIM)
     await wait_for_commands(either, 1)
@@ -667,8 +667,8 @@ async def test_the_probe_is_a_part_of_the_response(
 ) -> None:
     """A closed client resets the connection at the probe, before the check: the rest of the response finds it gone."""
     monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
-    answer = Response(EmptyResponse(), grants=[("a", "lock")])
-    held = HeldResponse(either, answer)
+    response = Response(EmptyResponse(), grants=[("a", "lock")])
+    held = HeldResponse(either, response)
     client = await either.connect()
     await send(client, CLAIM)
     await wait_for_commands(either, 1)
@@ -682,7 +682,7 @@ async def test_the_probe_is_a_part_of_the_response(
     held.go.set()
     await wait_until_closed(either)
     await either.app.wait_idle()
-    assert either.actor.undelivered_responses == [answer]
+    assert either.actor.undelivered_responses == [response]
 
 
 @pytest.mark.slow
@@ -701,8 +701,8 @@ async def test_a_response_with_grants_waits_for_the_probe(
     monkeypatch.setattr(ServerConnection, "_is_probing", is_probing)
     monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
     monkeypatch.setattr("jobd.http.protocol.PROBE_S", 3600 if is_there else 0.01)
-    answer = Response(EmptyResponse(), grants=[("a", "lock")])
-    held = HeldResponse(tcp, answer)
+    response = Response(EmptyResponse(), grants=[("a", "lock")])
+    held = HeldResponse(tcp, response)
     client = await tcp.connect()
     await send(client, CLAIM)
     await wait_for_commands(tcp, 1)
@@ -713,7 +713,7 @@ async def test_a_response_with_grants_waits_for_the_probe(
         assert (await client.receive()).status == 200
     await wait_until_closed(tcp)
     await tcp.app.wait_idle()
-    assert tcp.actor.undelivered_responses == ([] if is_there else [answer])
+    assert tcp.actor.undelivered_responses == ([] if is_there else [response])
     assert len(checks) >= 3
 
 
@@ -728,8 +728,8 @@ async def test_a_connection_that_closes_during_the_probe_releases_its_grants(
         return not transport.is_closing()
 
     monkeypatch.setattr(ServerConnection, "_is_probing", is_probing)
-    answer = Response(EmptyResponse(), grants=[("a", "lock")])
-    held = HeldResponse(tcp, answer)
+    response = Response(EmptyResponse(), grants=[("a", "lock")])
+    held = HeldResponse(tcp, response)
     client = await tcp.connect()
     await send(client, CLAIM)
     await wait_for_commands(tcp, 1)
@@ -741,7 +741,7 @@ async def test_a_connection_that_closes_during_the_probe_releases_its_grants(
     connection.transport.abort()
     await wait_until_closed(tcp)
     await tcp.app.wait_idle()
-    assert tcp.actor.undelivered_responses == [answer]
+    assert tcp.actor.undelivered_responses == [response]
 
 
 async def test_tls_has_no_half_closed_connections(tmp_path: Path) -> None:

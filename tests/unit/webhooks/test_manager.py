@@ -216,13 +216,13 @@ async def test_a_page_of_damaged_events_is_reported_as_a_gap_and_skipped(
 async def test_a_failing_message_blocks_only_its_own_job(path: Path) -> None:
     bad = {"jobs/a": 3}
 
-    def answer(delivery: Delivery) -> DeliveryOutcome:
+    def response(delivery: Delivery) -> DeliveryOutcome:
         if bad.get(delivery.subject, 0) > 0:
             bad[delivery.subject] -= 1
             return REJECTED
         return DELIVERED
 
-    async with running_webhooks(path, posts=FakeTransport(answer)) as at:
+    async with running_webhooks(path, posts=FakeTransport(response)) as at:
         lives = [lifecycle(at.maker, name) for name in "abc"]
         await at.commit(*(change for step in zip(*lives, strict=True) for change in step))
         await wait_until(lambda: at.webhooks.views()[0].delivered == 9)
@@ -295,11 +295,11 @@ async def test_a_message_that_always_fails_does_not_keep_the_breaker_open(path: 
 async def test_an_old_message_is_dead_lettered_after_enough_attempts_and_the_next_one_starts(path: Path) -> None:
     clock = SteppedWallClock()
 
-    def answer(delivery: Delivery) -> DeliveryOutcome:
+    def response(delivery: Delivery) -> DeliveryOutcome:
         return REJECTED if delivery.type == "job.created" else DELIVERED
 
     async with running_webhooks(
-        path, endpoint(give_up_after_ms=HOUR_MS), posts=FakeTransport(answer), clock=clock
+        path, endpoint(give_up_after_ms=HOUR_MS), posts=FakeTransport(response), clock=clock
     ) as at:
         await at.commit(*lifecycle(at.maker, "a"))
         await wait_until(lambda: len(at.posts.tried) > FAST_RETRY.min_tries)
@@ -353,12 +353,12 @@ async def test_a_bug_in_the_transport_is_a_failed_attempt_and_does_not_show_the_
 ) -> None:
     bugs = [ValueError("https://e.test/hook?token=hush is odd")]
 
-    def answer(_: Delivery) -> DeliveryOutcome:
+    def response(_: Delivery) -> DeliveryOutcome:
         if bugs:
             raise bugs.pop()
         return DELIVERED
 
-    async with running_webhooks(path, posts=FakeTransport(answer)) as at:
+    async with running_webhooks(path, posts=FakeTransport(response)) as at:
         await at.commit(at.maker.create("a"))
         await wait_until(lambda: len(at.posts.delivered) == 1)
         assert at.webhooks.views()[0].last_error == "This is a bug in jobd: ValueError."
@@ -494,7 +494,7 @@ async def test_a_damaged_message_is_skipped(path: Path) -> None:
     async with running_webhooks(path, maker=at.maker, posts=FakeTransport(lambda _: REJECTED)) as then:
         then.posts.gate.clear()
         then.store._connection.raw.execute("UPDATE deliveries SET body = X'31' WHERE type = 'job.created'")
-        then.posts.answer = lambda _: DELIVERED
+        then.posts.respond = lambda _: DELIVERED
         then.posts.gate.set()
         await wait_until(lambda: "job.completed" in then.posts.types())
 
@@ -641,7 +641,7 @@ async def test_dropped_dead_letters_cause_a_gap_message(path: Path, monkeypatch:
         assert count == 5
         gaps = at.webhooks.metrics()["e"].gaps
         assert gaps >= 1
-        posts.answer = lambda _: DELIVERED
+        posts.respond = lambda _: DELIVERED
         await wait_until(lambda: "events.gone" in posts.types())
         await wait_until(lambda: at.webhooks.views()[0].waiting == 0)
         gap_data = {
@@ -776,7 +776,7 @@ async def test_on_a_full_disk_each_change_gets_a_few_direct_attempts_in_order(
         await asyncio.sleep(0.3)
         assert len(at.posts.tried) == alert_source.MAX_TRIES
         assert at.webhooks.views()[0].last_error == REJECTED.error
-        at.posts.answer = lambda each: DELIVERED if each.type == "alert.resolved" else REJECTED
+        at.posts.respond = lambda each: DELIVERED if each.type == "alert.resolved" else REJECTED
         at.fire("stuck_jobs")
         await wait_until(lambda: at.posts.tried[-1].subject == "alerts/stuck_jobs")
         at.resolve("stuck_jobs")  # it does not wait for the retry of its firing message
@@ -785,7 +785,7 @@ async def test_on_a_full_disk_each_change_gets_a_few_direct_attempts_in_order(
         assert own == sorted(own)
         await asyncio.sleep(0.2)
         assert len(at.posts.tried) == alert_source.MAX_TRIES + len(own)
-        at.posts.answer = lambda _: DELIVERED
+        at.posts.respond = lambda _: DELIVERED
         at.may_write = True
         await wait_until(lambda: at.webhooks.views()[0].delivered == 3)
 
@@ -802,7 +802,7 @@ async def test_only_the_latest_changes_of_a_flapping_alert_are_kept(
             if number < 8:
                 at.resolve("database")
                 await wait_until(lambda: at.posts.tried[-1].type == "alert.resolved")
-        at.posts.answer = lambda _: DELIVERED
+        at.posts.respond = lambda _: DELIVERED
         at.posts.tried.clear()
         at.may_write = True
         await wait_until(lambda: at.webhooks.views()[0].delivered >= 3)

@@ -70,12 +70,12 @@ async def test_a_signed_message_is_verified_by_another_implementation(
 async def test_a_connection_is_reused(sender: HttpTransport, receiver: Receiver) -> None:
     ports = set()
 
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def response(request: web.Request) -> web.StreamResponse:
         assert request.transport is not None
         ports.add(request.transport.get_extra_info("peername")[1])
         return web.Response(text="thanks")
 
-    receiver.answer = answer
+    receiver.respond = response
     for _ in range(3):
         assert (await sender.post(to(receiver.url), DELIVERY)).error is None
     assert len(ports) == 1
@@ -83,13 +83,13 @@ async def test_a_connection_is_reused(sender: HttpTransport, receiver: Receiver)
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
 async def test_every_2xx_is_a_success(sender: HttpTransport, receiver: Receiver, status: int) -> None:
-    receiver.answer = responding(status)
+    receiver.respond = responding(status)
     assert await sender.post(to(receiver.url), DELIVERY) == DeliveryOutcome(status)
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 async def test_no_redirect_is_followed(sender: HttpTransport, receiver: Receiver, status: int) -> None:
-    receiver.answer = responding(status, Location=f"http://127.0.0.1:{receiver.port}/elsewhere")
+    receiver.respond = responding(status, Location=f"http://127.0.0.1:{receiver.port}/elsewhere")
     outcome = await sender.post(to(receiver.url), DELIVERY)
     assert outcome.status == status
     assert "redirects are not followed" in (outcome.error or "")
@@ -97,13 +97,13 @@ async def test_no_redirect_is_followed(sender: HttpTransport, receiver: Receiver
 
 
 async def test_an_error_response_is_shown_in_one_short_line(sender: HttpTransport, receiver: Receiver) -> None:
-    receiver.answer = responding(500, "böse\n\x1b[31mrot " + "x" * 5_000)
+    receiver.respond = responding(500, "böse\n\x1b[31mrot " + "x" * 5_000)
     outcome = await sender.post(to(receiver.url), DELIVERY)
     assert outcome.error is not None
     assert outcome.error.startswith("500: böse [31mrot xxx")
     assert len(outcome.error) < 250
     assert outcome.error.isprintable()
-    receiver.answer = responding(401)
+    receiver.respond = responding(401)
     assert await sender.post(to(receiver.url), DELIVERY) == DeliveryOutcome(401, "401")
 
 
@@ -114,12 +114,12 @@ async def test_an_error_response_is_shown_in_one_short_line(sender: HttpTranspor
 async def test_retry_after_is_respected(
     sender: HttpTransport, receiver: Receiver, header: str, wait_ms: int | None
 ) -> None:
-    receiver.answer = responding(503, **{"Retry-After": header})
+    receiver.respond = responding(503, **{"Retry-After": header})
     assert (await sender.post(to(receiver.url), DELIVERY)).retry_after_ms == wait_ms
 
 
 async def test_410_is_reported_as_gone(sender: HttpTransport, receiver: Receiver) -> None:
-    receiver.answer = responding(410)
+    receiver.respond = responding(410)
     assert (await sender.post(to(receiver.url), DELIVERY)).gone
 
 
@@ -135,11 +135,11 @@ async def test_only_the_start_of_an_endless_response_is_read(
     sender: HttpTransport, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
     monkeypatch.setattr(transport, "DRAIN_S", 3_600)
-    receiver.answer = lambda request: endless(status, request)
+    receiver.respond = lambda request: endless(status, request)
     outcome = await sender.post(to(receiver.url, timeout_ms=3_600_000), DELIVERY)
     assert outcome.status == status
     assert (outcome.error is None) == (status == 200)
-    receiver.answer = responding(204)
+    receiver.respond = responding(204)
     assert (await sender.post(to(receiver.url), DELIVERY)).error is None  # over another connection
 
 
@@ -154,7 +154,7 @@ async def test_a_2xx_with_a_slow_body_is_a_success(
     sender: HttpTransport, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transport, "DRAIN_S", 0.1)
-    receiver.answer = lambda request: slow(200, request)
+    receiver.respond = lambda request: slow(200, request)
     assert await sender.post(to(receiver.url), DELIVERY) == DeliveryOutcome(200)
 
 
@@ -164,14 +164,14 @@ async def test_a_slow_response_times_out(sender: HttpTransport, receiver: Receiv
         await asyncio.sleep(20)
         raise AssertionError
 
-    receiver.answer = (lambda request: slow(500, request)) if begins else silent
+    receiver.respond = (lambda request: slow(500, request)) if begins else silent
     outcome = await sender.post(to(receiver.url, timeout_ms=300), DELIVERY)
     assert outcome == DeliveryOutcome(None, "There was no response within 0.3 s.")
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200\x00 OK\r\n" + b"x" * 100_000, b"SSH-2.0-x\r\n"])
-async def test_a_closed_connection_or_invalid_http_is_a_failure(sender: HttpTransport, answer: bytes) -> None:
-    with raw_server(lambda _: answer) as port:
+async def test_a_closed_connection_or_invalid_http_is_a_failure(sender: HttpTransport, response: bytes) -> None:
+    with raw_server(lambda _: response) as port:
         outcome = await sender.post(to(f"http://127.0.0.1:{port}/"), DELIVERY)
     assert outcome.status is None
     assert outcome.error
@@ -322,7 +322,7 @@ async def test_proxies_of_the_environment_are_ignored(
 
 
 async def test_cookies_are_not_stored(sender: HttpTransport, receiver: Receiver) -> None:
-    receiver.answer = responding(200, **{"Set-Cookie": "session=1; Path=/"})
+    receiver.respond = responding(200, **{"Set-Cookie": "session=1; Path=/"})
     for _ in range(2):
         await sender.post(to(receiver.url), DELIVERY)
     assert all("Cookie" not in received.headers for received in receiver.received)

@@ -14,10 +14,10 @@ async def test_a_connection_reads_responses_in_any_pieces_and_notices_its_end(tm
     whole = b'HTTP/1.1 200 OK\r\nA: b\r\nContent-Length: 32\r\n\r\n{"success":true,"data":[1,2,3]}\n'
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        for answer in (whole, whole, whole, whole[:-1]):
+        for response in (whole, whole, whole, whole[:-1]):
             await reader.readuntil(b"\r\n\r\n")
-            for at in range(len(answer)):
-                writer.write(answer[at : at + 1])
+            for at in range(len(response)):
+                writer.write(response[at : at + 1])
                 await asyncio.sleep(0)
         writer.close()
 

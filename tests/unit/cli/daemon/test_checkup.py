@@ -16,17 +16,17 @@ from jobd.api import admin as admin_api
 from jobd.cli.daemon import checkup
 from jobd.cli.daemon.checkup import examine
 from jobd.client import AdminClient
-from jobd.model import responses as answers
+from jobd.model import responses
 from tests.support.http_harness import DELIVERY, WEBHOOK, FakeActor, HttpHarness
 
 
 async def _findings(place: Path, prepare: Callable[[HttpHarness], None]) -> dict[str, str]:
     """Return the findings of `jobd doctor --running` for prepared responses."""
-    stats = answers.StatsView(9, {}, 2, 0, 0.0, None, 0, 1_772_366_400_000)
+    stats = responses.StatsView(9, {}, 2, 0, 0.0, None, 0, 1_772_366_400_000)
     async with HttpHarness(
-        admin_api.ROUTES, place, admin=True, actor=FakeActor(lambda _: answers.Response(stats))
+        admin_api.ROUTES, place, admin=True, actor=FakeActor(lambda _: responses.Response(stats))
     ) as harness:
-        harness.fakes.deliveries_page = answers.DeliveryPage([], None)
+        harness.fakes.deliveries_page = responses.DeliveryPage([], None)
         prepare(harness)
         with AdminClient(f"unix:{harness.path}", token="canary-token-0123456789", retry_for_s=0) as client:
             found = await asyncio.to_thread(examine, client)
@@ -59,7 +59,7 @@ async def test_the_doctor_names_failing_webhooks_and_dead_lettered_messages(tmp_
 
     def lost(harness: HttpHarness, ended_at: int) -> None:
         given_up = replace(DELIVERY, state="given_up", ended_at=ended_at, error="401")
-        harness.fakes.deliveries_page = answers.DeliveryPage([given_up], None)
+        harness.fakes.deliveries_page = responses.DeliveryPage([given_up], None)
 
     finding = (await _findings(tmp_path, failing))["webhook q"]
     assert "3 are waiting" in finding
