@@ -35,7 +35,7 @@ class ProgressFile:
 
 
 @contextmanager
-def whole_file(path: Path, report: Callable[[int], None]) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, report: Callable[[int], None]) -> Iterator[BinaryIO]:
     """Yield a file that becomes `path` (mode 0600) at the end of the block, or is removed if the block raises.
 
     Raises OSError, UsageError if `path` is not a regular file, and CliError (75) if it belongs to a store in use or

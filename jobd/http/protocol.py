@@ -52,7 +52,7 @@ PROBE_POLL_S: Final = 0.002
 log = structlog.get_logger("jobd.web")
 
 
-def begin(
+def make_request(
     message: RawRequestMessage,
     payload: StreamReader,
     connection: RequestHandler,

@@ -20,7 +20,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from jobd.http.app import App
 from jobd.http.head_cache import HeadCache
-from jobd.http.protocol import ServerConnection, begin
+from jobd.http.protocol import ServerConnection, make_request
 
 BACKLOG: Final = 1024
 LINGER_S: Final = 5.0  # to read the rest of a rejected body, without which the client would not get the response
@@ -33,7 +33,7 @@ class _Server(web.Server):
     """aiohttp's server with ServerConnection as its protocol."""
 
     def __init__(self, app: App[Any], **options: Any) -> None:
-        super().__init__(app.handle, request_factory=begin, handler_cancellation=True)
+        super().__init__(app.handle, request_factory=make_request, handler_cancellation=True)
         self._app = app
         self._heads = HeadCache()
         self._options = options

@@ -39,7 +39,7 @@ class SweepStats(Struct):
 
     waiting: int = 0
     deleted: int = 0
-    left: int = 0  # kept because another job uses the artifact
+    kept: int = 0  # because another job uses the artifact
     failures: int = 0
     behind_ms: int = 0  # since the oldest due tombstone became due
 
@@ -176,7 +176,7 @@ class ArtifactSweeper:
             self.stats.deleted += 1
             log.debug("artifact_deleted", **fields)
         elif outcome.what == "left":
-            self.stats.left += 1
+            self.stats.kept += 1
             log.info("artifact_left", **fields, why=outcome.why)
 
     def _record_unmoved(self, count: int) -> None:

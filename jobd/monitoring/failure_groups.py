@@ -120,7 +120,7 @@ class FailureGroups:
             was, now = _what(before), _what(after)
             if was == "retrying" and self._unseen.pop(change.event.job_id, None) is not None:
                 was = None
-            if "failed" in (was, now) and change.event.seq <= self._known_of(change.event.job_seq):
+            if "failed" in (was, now) and change.event.seq <= self._last_counted(change.event.job_seq):
                 # The slice has counted this failed job already.
                 was, now = None if was == "failed" else was, None if now == "failed" else now
             self._count(change, was, now)
@@ -133,10 +133,10 @@ class FailureGroups:
             self._remove(before, was)
         if after is not None and now is not None:
             self._add(after, now, after.finished_at or change.event.at)
-        if before is not None and was is not None:  # after `_enter`: it may be the same group
+        if before is not None and was is not None:  # after `_add`, because both may be the same group
             self._forget_if_empty(_name(before))
 
-    def _known_of(self, job_seq: int) -> float:
+    def _last_counted(self, job_seq: int) -> float:
         """Return the last event of the job that is counted already; infinity if the job is not read yet."""
         if job_seq >= self._top:
             return 0
@@ -178,13 +178,13 @@ class FailureGroups:
     # -- history -------------------------------------------------------------------------------------------------------
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether all jobs are counted."""
         return self._below <= 0 and not self._unseen
 
     async def run(self) -> None:
         """Run until `stop`, or until all jobs are counted."""
-        while not (self._stopping or self.is_whole):
+        while not (self._stopping or self.is_complete):
             pause_s = PAUSE_S
             try:
                 await self._slice()
@@ -232,7 +232,7 @@ class FailureGroups:
             retrying=retrying,
             other=failed - sum(group.count for group in shown),
             other_retrying=retrying - sum(group.retrying for group in shown),
-            whole=self.is_whole,
+            whole=self.is_complete,
         )
 
 

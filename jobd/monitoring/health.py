@@ -236,7 +236,7 @@ class Health:
         if wrong is not None:
             return PartHealth("unhealthy", f"{wrong} Restart the daemon to count again.")
         try:
-            differing, compared = await self._in_time("sample", self._recount)
+            differing, compared = await self._in_time("sample", self._compare_with_disk)
         except TimeoutError:
             return PartHealth("degraded", f"The disk has not completed a read for {TIMEOUT_S:g} s.")
         if differing:
@@ -260,8 +260,8 @@ class Health:
                 return f"{jobs} jobs are {status}, but the daemon counts {state.totals[status]}."
         return None
 
-    async def _recount(self) -> tuple[list[str], int]:
-        """Compare a sample of live jobs with the disk. Return the ids of different jobs and the number compared.
+    async def _compare_with_disk(self) -> tuple[list[str], int]:
+        """Compare a sample of live jobs with the disk. Return the ids of jobs that differ, and the number compared.
 
         Memory is ahead of the disk while a batch is being written, and briefly after a failed one. So a job counts as
         different only if it differs in each comparison and does not change in memory. The comparisons are separated by

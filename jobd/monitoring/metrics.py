@@ -302,7 +302,7 @@ def _cleanup(now: Snapshot) -> Iterator[Metric]:
     yield _gauge("artifact_tombstones", help_, now.sweeps.waiting)
     help_ = "How long the oldest of them has been due."
     yield _gauge("artifact_sweep_behind_seconds", help_, now.sweeps.behind_ms / SECOND_MS)
-    swept = {"deleted": now.sweeps.deleted, "left": now.sweeps.left, "failed": now.sweeps.failures}
+    swept = {"deleted": now.sweeps.deleted, "left": now.sweeps.kept, "failed": now.sweeps.failures}
     help_ = "Artifacts of deleted jobs since the start: deleted, kept because another job uses them, failed attempts."
     yield _counters("artifacts_swept", help_, ["outcome"], swept.items())
     firing = ((name, int(is_firing)) for name, is_firing in now.alerts.items())

@@ -286,7 +286,7 @@ class EventStreamClient:
         self.events: list[dict[str, Any]] = []
         self.position = self._next = ""
         self._data = b""
-        self.is_whole = False
+        self.is_complete = False
         self._response = response
         self._has_events = threading.Condition()
         self._thread = threading.Thread(target=self._read)
@@ -300,9 +300,9 @@ class EventStreamClient:
                 with self._has_events:
                     self._note(lines)
                     self._has_events.notify_all()
-            self.is_whole = True
+            self.is_complete = True
         except (OSError, HTTPException):
-            pass  # cut off: `is_whole` stays false
+            pass  # cut off: `is_complete` stays false
 
     def _note(self, lines: list[bytes]) -> None:
         for line in lines:
@@ -359,13 +359,13 @@ def test_a_client_that_reconnects_receives_everything_once_across_kills(tmp_path
                     received.until(20)  # killed while some events may be in flight
                 daemon.kill()
                 received.ended()
-                assert not received.is_whole
+                assert not received.is_complete
             events += received.events
             position = received.position or position
             daemon.start()
         with stream(daemon, "?follow=false", after=position) as later_events:
             later_events.ended()
-            assert later_events.is_whole
+            assert later_events.is_complete
         events += later_events.events
         assert [event["seq"] for event in events] == sorted({event["seq"] for event in events})
         with stream(daemon, "?follow=false&last_event_id=0") as complete:
@@ -391,7 +391,7 @@ def test_a_stop_ends_streams_and_does_not_wait_for_clients_that_do_not_read(tmp_
         received.until(3)
         assert daemon.stop() == 0
         received.ended()
-        assert received.is_whole
+        assert received.is_complete
         assert b"requests_cut_off" not in daemon.log
 
 

@@ -231,7 +231,7 @@ class Fakes:
         self.no_backup: ApiError | None = None
         self.held: asyncio.Event | None = None  # what a backup waits for
         self.begun = asyncio.Event()
-        self.left: list[str | None] = []
+        self.close_reasons: list[str | None] = []
         self.closed = asyncio.Event()
         self.hooks = [WEBHOOK]
         self.deliveries_page = DeliveryPage([DELIVERY], "7")
@@ -322,7 +322,7 @@ class FakeBackups:
                 raise
         if isinstance(fakes.pieces[0], Exception):
             raise fakes.pieces[0]
-        return fakes.no_backup or fakes.backup_type(fakes.pieces, fakes.left, fakes.closed)
+        return fakes.no_backup or fakes.backup_type(fakes.pieces, fakes.close_reasons, fakes.closed)
 
     def views(self) -> list[BackupView]:
         return [BACKUP]

@@ -71,9 +71,9 @@ def _write(lines: Iterable[bytes], file: Path) -> int:
         count = _write_lines(lines, sys.stdout.buffer)
         sys.stdout.flush()
         return count
-    from jobd.cli.files import whole_file
+    from jobd.cli.files import atomic_file
 
-    with whole_file(file, lambda size: None) as target:
+    with atomic_file(file, lambda size: None) as target:
         return _write_lines(lines, target)
 
 
@@ -170,9 +170,9 @@ def artifact(job_id: str, file: Path, yes: bool, late_result: int | None) -> Non
         sys.stdout.flush()
         return
     _may_write(file, yes=yes)
-    from jobd.cli.files import whole_file
+    from jobd.cli.files import atomic_file
 
-    with bar("artifact") as advance, whole_file(file, lambda done: advance(done, None)) as target:
+    with bar("artifact") as advance, atomic_file(file, lambda done: advance(done, None)) as target:
         count = client.download_artifact(job_id, target, late_result=late_result)
     terminal.emit(f"{file}: {terminal.size(count)}")
 

@@ -34,11 +34,11 @@ def backup_command(file: Path, yes: bool) -> None:
     The copy is consistent and checked. Restore it with `jobd restore`. A database that a daemon uses is never
     overwritten.
     """
-    from jobd.cli.files import check_target, whole_file
+    from jobd.cli.files import atomic_file, check_target
     from jobd.cli.progress import bar
 
     check_target(file, yes=yes)
-    with bar("backup") as advance, whole_file(file, lambda done: None) as target:
+    with bar("backup") as advance, atomic_file(file, lambda done: None) as target:
         count = admin_client(timeout_s=STALL_TIMEOUT_S).backup(target, on_progress=lambda seen: _show(seen, advance))
     terminal.emit(f"{file}: {terminal.size(count)}")
 

@@ -13,7 +13,7 @@ from jobd.storage.files import FileLock
 
 def test_a_file_is_written_completely_and_only_for_its_owner(tmp_path: Path) -> None:
     shown: list[int] = []
-    with files.whole_file(tmp_path / "copy.db", shown.append) as file:
+    with files.atomic_file(tmp_path / "copy.db", shown.append) as file:
         file.write(b"12345")
         file.write(b"678")
         assert not (tmp_path / "copy.db").exists()
@@ -33,15 +33,15 @@ def test_an_incomplete_file_leaves_the_old_one(tmp_path: Path) -> None:
 
 
 def _break_off(path: Path) -> None:
-    with files.whole_file(path, lambda _: None) as file:
+    with files.atomic_file(path, lambda _: None) as file:
         file.write(b"new")
         raise OSError("the stream broke")
 
 
 def test_two_programs_do_not_write_one_file(tmp_path: Path) -> None:
-    with files.whole_file(tmp_path / "copy.db", lambda _: None) as file:
+    with files.atomic_file(tmp_path / "copy.db", lambda _: None) as file:
         file.write(b"first")
-        with pytest.raises(exit_codes.CliError) as caught, files.whole_file(tmp_path / "copy.db", lambda _: None):
+        with pytest.raises(exit_codes.CliError) as caught, files.atomic_file(tmp_path / "copy.db", lambda _: None):
             pass
         assert caught.value.code == 75
     assert (tmp_path / "copy.db").read_bytes() == b"first"
@@ -57,7 +57,7 @@ def test_a_store_that_a_daemon_opened_meanwhile_is_not_overwritten(tmp_path: Pat
 
 
 def _write_while_taken(path: Path) -> None:
-    with contextlib.ExitStack() as stack, files.whole_file(path, lambda _: None) as file:
+    with contextlib.ExitStack() as stack, files.atomic_file(path, lambda _: None) as file:
         file.write(b"new")
         stack.enter_context(FileLock(str(path)))
 
@@ -66,7 +66,7 @@ def test_the_partial_file_is_not_a_store_or_a_symlink(tmp_path: Path) -> None:
     """The .part name of one file may be another file."""
     (tmp_path / "theirs").write_bytes(b"theirs")
     (tmp_path / "copy.db.part").symlink_to(tmp_path / "theirs")
-    with pytest.raises(OSError, match="symbolic"), files.whole_file(tmp_path / "copy.db", lambda _: None):
+    with pytest.raises(OSError, match="symbolic"), files.atomic_file(tmp_path / "copy.db", lambda _: None):
         pass
     with FileLock(str(tmp_path / "store.part")), pytest.raises(exit_codes.CliError) as caught:
         _break_off(tmp_path / "store")

@@ -259,7 +259,7 @@ async def test_a_backup_is_streamed_to_its_end(harness: HttpHarness) -> None:
     assert response.headers["cache-control"] == "no-store"
     assert response.headers["server"] == "jobd"
     assert response.body == b"".join(piece for piece in harness.fakes.pieces if isinstance(piece, bytes))
-    assert harness.fakes.left == [None]
+    assert harness.fakes.close_reasons == [None]
     assert (await harness.request("GET", f"{BACKUP}?id=mine", headers=AUTH)).status == 200
     assert harness.fakes.backup_ids[1] == "mine"
     assert harness.fakes.backup_ids[0]
@@ -283,7 +283,7 @@ async def test_a_client_may_disconnect_as_soon_as_it_has_the_whole_backup(harnes
         await client.reader.readexactly(16 + 100_000)
         client.writer.transport.abort()
         await harness.fakes.closed.wait()
-    assert harness.fakes.left == [None]
+    assert harness.fakes.close_reasons == [None]
     assert logs == []
 
 
@@ -360,7 +360,7 @@ async def test_a_backup_that_fails_half_way_never_looks_complete(harness: HttpHa
     with capture_logs() as logs, pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await harness.request("GET", BACKUP, headers=AUTH)
     assert [(entry["event"], entry["error"]) for entry in logs[1:]] == [("backup cut off", "OSError")]
-    assert harness.fakes.left == ["the client did not read all of it"]
+    assert harness.fakes.close_reasons == ["the client did not read all of it"]
 
 
 async def test_a_backup_whose_client_disconnects_is_aborted(harness: HttpHarness) -> None:

@@ -151,7 +151,7 @@ async def test_an_artifact_stays_until_the_last_job_that_names_it_is_deleted() -
         await at.complete("b", "shared")
         with capture_logs() as lines:
             await at.delete("a")
-            await until(lambda: at.sweeps.left == 1)
+            await until(lambda: at.sweeps.kept == 1)
         assert [line["why"] for line in lines if line["event"] == "artifact_left"] == ["another job names its key"]
         assert "shared" in at.store.objects
         assert not at.engine.disk.tombstones
@@ -168,7 +168,7 @@ async def test_an_artifact_named_by_a_quarantined_job_stays() -> None:
         await at.complete("a", "shared")
         await storage.quarantine(storage.jobs[1], "damaged")
         await at.delete("a")
-        await until(lambda: at.sweeps.left == 1)
+        await until(lambda: at.sweeps.kept == 1)
         assert "shared" in at.store.objects
 
 
@@ -263,7 +263,7 @@ async def test_a_young_artifact_of_a_late_result_waits_and_a_named_one_stays() -
         await at.complete("c", "shared")
         for job_id in ("a", "b"):
             await at.delete(job_id)
-        await until(lambda: at.sweeps.left == 1)
+        await until(lambda: at.sweeps.kept == 1)
         await seconds(3500)
         assert sorted(at.store.objects) == ["shared", "young"]
         await until(lambda: "young" not in at.store.objects)
@@ -298,7 +298,7 @@ async def test_a_young_artifact_is_kept_until_a_job_could_name_it() -> None:
         await seconds(2 * 3600)
         assert "k" in at.store.objects
         assert not at.engine.disk.tombstones
-        assert at.sweeps.left == 1
+        assert at.sweeps.kept == 1
 
 
 @pytest.mark.slow
@@ -329,7 +329,7 @@ async def test_an_artifact_written_after_the_deletion_stays() -> None:
         await seconds(2 * 3600)
         assert "k" in at.store.objects
         assert not at.engine.disk.tombstones
-        assert at.sweeps.left == 1
+        assert at.sweeps.kept == 1
 
 
 @in_virtual_time

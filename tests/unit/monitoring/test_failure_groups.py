@@ -76,7 +76,7 @@ async def test_a_group_shows_what_its_jobs_have_in_common() -> None:
     async with VirtualEngine() as engine:
         known = watching(engine)
         await known.run()
-        assert known.is_whole
+        assert known.is_complete
         await fail(engine, "a", "took 12 s", queue="video", kind="convert")
         first = engine.now
         await asyncio.sleep(5)
@@ -134,11 +134,11 @@ async def test_jobs_that_wait_for_a_retry_are_counted_separately() -> None:
         await try_once(engine, "moved", "took 8 s", wait_ms=3_600_000)
         await engine.yes(Create(id="new"))
         known = watching(engine)
-        assert not known.is_whole
+        assert not known.is_complete
         await engine.yes(RunNow(id="moved"))
         assert sum(groups_waiting(known).values()) == 1, "its changes are counted before it is read"
         await known.run()
-        assert known.is_whole
+        assert known.is_complete
         view = known.view(9)
         assert (view.total, view.retrying, view.other, view.other_retrying) == (0, 2, 0, 0)
         [group] = view.groups
@@ -214,7 +214,7 @@ def test_history_is_counted_correctly_while_jobs_change(seed: int) -> None:
                 if dice.random() < 0.5:
                     await asyncio.sleep(dice.choice((0, failure_groups.PAUSE_S / 2, failure_groups.PAUSE_S)))
             await running
-            assert known.is_whole
+            assert known.is_complete
             assert groups(known) == counted(engine)
             assert groups_waiting(known) == waiting(engine)
 
@@ -229,7 +229,7 @@ async def test_a_failed_read_is_repeated() -> None:
         engine.disk.errors["find"] = OSError("broken")
         running = asyncio.create_task(known.run())
         await asyncio.sleep(1)
-        assert not known.is_whole
+        assert not known.is_complete
         assert not known.view(9).whole
         engine.disk.errors.clear()
         await asyncio.sleep(failure_groups.RETRY_S)
@@ -247,7 +247,7 @@ async def test_stop_ends_the_reading() -> None:
         await asyncio.sleep(1)
         known.stop()
         await running
-        assert not known.is_whole
+        assert not known.is_complete
 
 
 @pytest.fixture
