@@ -108,8 +108,8 @@ class MeasuredCore:
         return done
 
 
-def measure(place: Path, size: int, rounds: int) -> dict[str, float]:
-    path = str(place / f"core-{size}.db")
+def measure(directory: Path, size: int, rounds: int) -> dict[str, float]:
+    path = str(directory / f"core-{size}.db")
     conn = startup.connect(path, "FULL")
     try:
         steps = MeasuredCore(startup.start(conn, path)[0])

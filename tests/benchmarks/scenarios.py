@@ -116,7 +116,7 @@ SCENARIOS: Final = {
 }
 
 
-def measure(scenario: BenchmarkScenario, size: Size, place: Path | None) -> dict[str, Any]:
+def measure(scenario: BenchmarkScenario, size: Size, directory: Path | None) -> dict[str, Any]:
     """Return the figures of one run."""
-    with BenchDaemon(place, scenario.settings) as stage:
+    with BenchDaemon(directory, scenario.settings) as stage:
         return scenario.measure(stage, size)

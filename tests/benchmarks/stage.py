@@ -36,9 +36,9 @@ class BenchDaemon:
     `settings` are additional environment variables of the daemon.
     """
 
-    def __init__(self, place: Path | None, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(self, directory: Path | None, settings: Mapping[str, str] | None = None) -> None:
         self._settings = dict(settings or {})
-        self._directory = Path(tempfile.mkdtemp(prefix="jobd-bench-", dir=place))
+        self._directory = Path(tempfile.mkdtemp(prefix="jobd-bench-", dir=directory))
         self._sockets = tempfile.mkdtemp(prefix="jobd-bench-")  # the path of a socket can have 107 bytes
         self._token = secrets.token_urlsafe(32)
         self._process: subprocess.Popen[bytes] | None = None

@@ -64,14 +64,14 @@ README: Final[dict[str, tuple[Literal["light", "dark"], str]]] = {
 IMAGES: Final = ROOT / "docs/images"
 
 
-def shoot(browser: Browser, daemon: Scene, name: str, place: Path, only: list[str]) -> None:
+def shoot(browser: Browser, daemon: Scene, name: str, directory: Path, only: list[str]) -> None:
     for scheme in ("light", "dark"):
         for width, pixels in WIDTHS.items():
             context = browser.new_context(viewport={"width": pixels, "height": 800}, color_scheme=scheme)
             page = context.new_page()
             if name == "empty" and not only:
                 page.goto(f"{daemon.url}/sign-in")
-                page.screenshot(path=place / f"sign-in-{scheme}-{width}.png")
+                page.screenshot(path=directory / f"sign-in-{scheme}-{width}.png")
             sign_in(page, daemon)
             for title, path in PAGES.items():
                 if (only and title not in only) or name not in ONLY_IN.get(title, SCENES):
@@ -80,7 +80,7 @@ def shoot(browser: Browser, daemon: Scene, name: str, place: Path, only: list[st
                 if title == "plan":
                     make_plan(page)
                 page.wait_for_load_state("networkidle")
-                page.screenshot(path=place / f"{title}-{name}-{scheme}-{width}.png", full_page="docs" not in title)
+                page.screenshot(path=directory / f"{title}-{name}-{scheme}-{width}.png", full_page="docs" not in title)
             context.close()
 
 

@@ -32,9 +32,9 @@ def path(tmp_path: Path) -> str:
 both_modes = pytest.mark.parametrize("commit", ["inline", "thread"])
 
 
-def fill(place: Path) -> Path:
+def fill(directory: Path) -> Path:
     """Fill the disk."""
-    name = place / "filler"
+    name = directory / "filler"
     with contextlib.suppress(OSError), open(name, "wb", buffering=0) as file:
         while True:
             file.write(b"x" * 4096)

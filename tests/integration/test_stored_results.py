@@ -48,11 +48,11 @@ def daemon_of(tmp_path: Path, url: str) -> DaemonProcess:
     )
 
 
-def done(daemon: DaemonProcess, place: Path, job_id: str, key: str) -> Path:
+def done(daemon: DaemonProcess, directory: Path, job_id: str, key: str) -> Path:
     """Store a result and complete the job."""
     daemon.post("/v1/jobs", {"id": job_id})
     lock_id = daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}).data["lock_id"]
-    path = place / key
+    path = directory / key
     path.parent.mkdir(exist_ok=True)
     path.write_text("result")
     daemon.post(f"/v1/jobs/{job_id}/complete", {"lock_id": lock_id, "storage_key": key}).data  # noqa: B018

@@ -515,11 +515,11 @@ def wrong_tokens(token: str, count: int = 5_000) -> list[str]:
     return wrong
 
 
-async def tls_pair(place: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+async def tls_pair(directory: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     """Return the server and client contexts for TLS on "localhost", with a self-signed certificate."""
     if shutil.which("openssl") is None:
         tool_missing("openssl", "openssl")
-    key, cert = place / "key.pem", place / "cert.pem"
+    key, cert = directory / "key.pem", directory / "cert.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "1", "-nodes"]
     files = ["-keyout", str(key), "-out", str(cert), "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
     done = await asyncio.create_subprocess_exec("openssl", "req", "-x509", *files, *subject, stderr=-3)

@@ -30,46 +30,51 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def radosgw(place: Path) -> Iterator[str]:
+def radosgw(directory: Path) -> Iterator[str]:
     """Run Debian's object gateway on its dbstore, an SQLite file. Yield the endpoint."""
     for program in ("radosgw", "radosgw-admin"):
         if shutil.which(program) is None:
             tool_missing(program, "radosgw")
     port = free_port()
-    (place / "ceph.conf").write_text("[global]\n")
+    (directory / "ceph.conf").write_text("[global]\n")
     options = [
         "--no-mon-config",
-        f"--conf={place}/ceph.conf",
+        f"--conf={directory}/ceph.conf",
         "--rgw-backend-store=dbstore",
         "--rgw-config-store=dbstore",
-        f"--dbstore-db-dir={place}",
-        f"--dbstore-config-uri=file://{place}/config.db",
-        f"--rgw-data={place}",
-        f"--run-dir={place}",
+        f"--dbstore-db-dir={directory}",
+        f"--dbstore-config-uri=file://{directory}/config.db",
+        f"--rgw-data={directory}",
+        f"--run-dir={directory}",
         "--admin-socket=",
     ]
     user = ["user", "create", "--uid=tests", "--display-name=tests", f"--access-key={KEY}", f"--secret-key={SECRET}"]
     _create_user(["radosgw-admin", *options, *user])
-    serving = ["--name=client.rgw", "-f", f"--log-file={place}/log", f"--rgw-frontends=beast endpoint=127.0.0.1:{port}"]
-    with _running(["radosgw", *options, *serving], place, port):
+    serving = [
+        "--name=client.rgw",
+        "-f",
+        f"--log-file={directory}/log",
+        f"--rgw-frontends=beast endpoint=127.0.0.1:{port}",
+    ]
+    with _running(["radosgw", *options, *serving], directory, port):
         yield f"http://127.0.0.1:{port}"
 
 
 @contextlib.contextmanager
-def moto(place: Path) -> Iterator[str]:
+def moto(directory: Path) -> Iterator[str]:
     """Run moto, which supports conditional deletions. Yield the endpoint."""
     port = free_port()
-    with _running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], place, port):
+    with _running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], directory, port):
         yield f"http://127.0.0.1:{port}"
 
 
 @contextlib.contextmanager
-def _running(command: list[str], place: Path, port: int) -> Iterator[None]:
-    with (place / "output").open("wb") as output:
-        process = subprocess.Popen(command, cwd=place, stdout=output, stderr=output, preexec_fn=die_with_us)
+def _running(command: list[str], directory: Path, port: int) -> Iterator[None]:
+    with (directory / "output").open("wb") as output:
+        process = subprocess.Popen(command, cwd=directory, stdout=output, stderr=output, preexec_fn=die_with_us)
         try:
             while not _accepts(port):
-                assert process.poll() is None, (place / "output").read_text()
+                assert process.poll() is None, (directory / "output").read_text()
                 time.sleep(0.05)
             yield
         finally:

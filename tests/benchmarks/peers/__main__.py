@@ -36,8 +36,8 @@ class Peer(Struct, frozen=True):
 
 
 def _ours(kind: str) -> Measure:
-    def measure(place: Path, connections: int, seconds: float) -> float:
-        with BenchDaemon(place) as stage:
+    def measure(directory: Path, connections: int, seconds: float) -> float:
+        with BenchDaemon(directory) as stage:
             return float(stage.load(kind, connections=connections, seconds=seconds)["lifecycles_per_s"])
 
     return measure

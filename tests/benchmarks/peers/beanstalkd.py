@@ -15,15 +15,15 @@ from tests.benchmarks.peers.server import running, tool
 from tests.support.daemon_process import free_port
 
 
-def durable(place: Path, connections: int, seconds: float) -> float:
-    return _measure(place, connections, seconds, ["-b", str(place), "-f0"])
+def durable(directory: Path, connections: int, seconds: float) -> float:
+    return _measure(directory, connections, seconds, ["-b", str(directory), "-f0"])
 
 
-def in_memory(place: Path, connections: int, seconds: float) -> float:
-    return _measure(place, connections, seconds, [])
+def in_memory(directory: Path, connections: int, seconds: float) -> float:
+    return _measure(directory, connections, seconds, [])
 
 
-def _measure(place: Path, connections: int, seconds: float, options: list[str]) -> float:
+def _measure(directory: Path, connections: int, seconds: float, options: list[str]) -> float:
     port = free_port()
     words = [tool("beanstalkd", "beanstalkd"), "-l", "127.0.0.1", "-p", str(port), *options]
 
@@ -31,7 +31,7 @@ def _measure(place: Path, connections: int, seconds: float, options: list[str]) 
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    with running(words, place, is_up):
+    with running(words, directory, is_up):
         return uvloop.run(_load(port, connections, seconds))
 
 

@@ -10,8 +10,8 @@ from tests.benchmarks.peers.clock import PAYLOAD
 from tests.benchmarks.peers.server import module
 
 
-def measure(place: Path, connections: int, seconds: float) -> float:
-    queue = module("huey").SqliteHuey("jobs", filename=str(place / "huey.db"), fsync=True, timeout=60)
+def measure(directory: Path, connections: int, seconds: float) -> float:
+    queue = module("huey").SqliteHuey("jobs", filename=str(directory / "huey.db"), fsync=True, timeout=60)
 
     @queue.task()  # type: ignore[untyped-decorator]
     def work(payload: str) -> int:

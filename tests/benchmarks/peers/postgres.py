@@ -36,17 +36,17 @@ _COMPLETE: Final = """
 """
 
 
-def measure(place: Path, connections: int, seconds: float) -> float:
+def measure(directory: Path, connections: int, seconds: float) -> float:
     asyncpg = module("asyncpg")
     bins = sorted(glob.glob("/usr/lib/postgresql/*/bin"))
-    data = place / "data"
-    shutil.chown(place, USER, USER)
-    os.chmod(place, 0o755)
+    data = directory / "data"
+    shutil.chown(directory, USER, USER)
+    os.chmod(directory, 0o755)
     words = [tool("initdb", "postgresql", *bins), "-D", str(data), "-A", "trust", "-U", USER]
-    subprocess.run(words, user=USER, cwd=place, check=True, capture_output=True)
-    server = [tool("postgres", "postgresql", *bins), "-D", str(data), "-k", str(place), "-c", "listen_addresses="]
-    with running(server, place, lambda: (place / ".s.PGSQL.5432").exists(), user=USER):
-        return uvloop.run(_load(asyncpg, str(place), connections, seconds))
+    subprocess.run(words, user=USER, cwd=directory, check=True, capture_output=True)
+    server = [tool("postgres", "postgresql", *bins), "-D", str(data), "-k", str(directory), "-c", "listen_addresses="]
+    with running(server, directory, lambda: (directory / ".s.PGSQL.5432").exists(), user=USER):
+        return uvloop.run(_load(asyncpg, str(directory), connections, seconds))
 
 
 async def _connected(asyncpg: Any, place: str) -> Any:

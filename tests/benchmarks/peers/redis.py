@@ -12,14 +12,14 @@ from tests.benchmarks.peers.server import Missing, running, tool
 SCRIPT = Path(__file__).with_name("bullmq.mjs")
 
 
-def measure(place: Path, connections: int, seconds: float) -> float:
+def measure(directory: Path, connections: int, seconds: float) -> float:
     modules = Path(os.environ.get("JOBD_PEERS_NODE", "build/peers/node_modules")).absolute()
     if not (modules / "bullmq").exists():
         raise Missing(f"bullmq is not in {modules}: make bench-peers installs it")
-    socket = place / "redis.sock"
-    words = [tool("redis-server", "redis-server"), "--port", "0", "--unixsocket", str(socket), "--dir", str(place)]
+    socket = directory / "redis.sock"
+    words = [tool("redis-server", "redis-server"), "--port", "0", "--unixsocket", str(socket), "--dir", str(directory)]
     words += ["--appendonly", "yes", "--appendfsync", "always", "--save", "", "--maxmemory-policy", "noeviction"]
-    with running(words, place, socket.exists):
+    with running(words, directory, socket.exists):
         command = [tool("node", "nodejs"), str(SCRIPT), str(modules), str(socket), str(connections), str(seconds)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:

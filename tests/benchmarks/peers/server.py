@@ -39,15 +39,15 @@ def module(name: str) -> Any:
 
 
 @contextmanager
-def running(words: list[str], place: Path, is_up: Callable[[], bool], *, user: str | None = None) -> Iterator[None]:
+def running(words: list[str], directory: Path, is_up: Callable[[], bool], *, user: str | None = None) -> Iterator[None]:
     """Run a server until the end of the block, with its log in `place`."""
-    with (place / "server.log").open("wb") as log:
-        server = subprocess.Popen(words, stdout=log, stderr=log, cwd=place, user=user, preexec_fn=die_with_us)
+    with (directory / "server.log").open("wb") as log:
+        server = subprocess.Popen(words, stdout=log, stderr=log, cwd=directory, user=user, preexec_fn=die_with_us)
     try:
         began = time.monotonic()
         while not is_up():
             if server.poll() is not None or time.monotonic() - began > READY_S:
-                raise SystemExit(f"{words[0]} did not start:\n{(place / 'server.log').read_text()[-2000:]}")
+                raise SystemExit(f"{words[0]} did not start:\n{(directory / 'server.log').read_text()[-2000:]}")
             time.sleep(0.02)
         yield
     finally:

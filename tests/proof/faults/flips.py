@@ -56,18 +56,18 @@ class OriginalStore:
             if Path(f"{self.path}{suffix}").exists()
         }
 
-    def write_flipped(self, place: Path, suffix: str, at: int, bit: int) -> Path:
+    def write_flipped(self, directory: Path, suffix: str, at: int, bit: int) -> Path:
         """Write the store to `place` with one bit flipped."""
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
         for each, content in self.files.items():
             text = bytearray(content)
             if each == suffix:
                 text[at] ^= 1 << bit
-            file = place / f"jobd.db{each}"
+            file = directory / f"jobd.db{each}"
             file.write_bytes(text)
             file.chmod(0o600)
-        return place / "jobd.db"
+        return directory / "jobd.db"
 
 
 def _write_unusual_rows(daemon: DaemonProcess) -> None:

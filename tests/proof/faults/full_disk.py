@@ -22,9 +22,9 @@ HELD: Final = 12
 FULL: Final = b"event=disk_full"
 
 
-def fill(place: Path) -> Path:
+def fill(directory: Path) -> Path:
     """Use up all space of the disk."""
-    name = place / "filler"
+    name = directory / "filler"
     with contextlib.suppress(OSError), open(name, "wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
@@ -79,12 +79,12 @@ def full_disk(trial: Trial) -> Counts:
     }
 
 
-def _fill_and_free(daemon: DaemonProcess, ledger: Ledger, place: Path, name: str) -> int:
+def _fill_and_free(daemon: DaemonProcess, ledger: Ledger, directory: Path, name: str) -> int:
     """Fill the disk, then free it; return how many jobs ended in between."""
     assert daemon.process is not None
     caller = RecordingClient(daemon, ledger)
     held = [caller.create_and_start(f"{name}-held-{number}") for number in range(HELD)]
-    filler = fill(place)
+    filler = fill(directory)
     created, extended = 0, 0
     # A log that was longer before accepts more writes without new space.
     while (reply := caller.create(f"{name}-new-{created}")[1]).status == 201:
@@ -98,20 +98,20 @@ def _fill_and_free(daemon: DaemonProcess, ledger: Ledger, place: Path, name: str
         extended += 1
     assert reply.error == "storage_full", reply.body
     assert "refused=all_but_endings" in daemon.wait_for_log(FULL)
-    assert not Path(f"{place}/jobd.db.ballast").exists()
+    assert not Path(f"{directory}/jobd.db.ballast").exists()
     assert daemon.get(f"/v1/jobs/{record.job_id}").status == 200, "reads continue"
     for record, lock in held:
         reply = caller.ask("completed", record, "complete", {"lock_id": lock})
         assert reply.status == 200, f"an ending was rejected although the reserve file was released: {reply.body}"
     daemon.wait_for_log(b"event=disk_has_room")  # the space of the reserve file
-    assert not Path(f"{place}/jobd.db.ballast").exists()
+    assert not Path(f"{directory}/jobd.db.ballast").exists()
     assert caller.create(f"{name}-before")[1].status == 201
     filler.unlink()
     daemon.wait_for_log(b"event=reserve_file_rebuilt")
     rejected = ledger.codes.total()
     work_alone(daemon, ledger, f"{name}-after", 5)
     assert ledger.codes.total() == rejected, f"rejected although there is space: {ledger.codes}"
-    assert Path(f"{place}/jobd.db.ballast").stat().st_blocks * 512 >= RESERVE_FILE_BYTES
+    assert Path(f"{directory}/jobd.db.ballast").stat().st_blocks * 512 >= RESERVE_FILE_BYTES
     assert daemon.process.poll() is None
     return len(held)
 
@@ -133,10 +133,10 @@ def tiny_disk(trial: Trial) -> Counts:
     return {"times full": trial.rounds, "rejected with storage_full": rejected, "acknowledgements checked": checked}
 
 
-def _fill_and_free_tiny_disk(daemon: DaemonProcess, ledger: Ledger, place: Path) -> None:
+def _fill_and_free_tiny_disk(daemon: DaemonProcess, ledger: Ledger, directory: Path) -> None:
     caller = RecordingClient(daemon, ledger)
     jobs = 0
-    filler = fill(place)
+    filler = fill(directory)
     while caller.create(f"new-{jobs}")[1].status == 201:
         jobs += 1
     daemon.wait_for_log(FULL)

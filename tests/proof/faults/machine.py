@@ -232,18 +232,18 @@ class SystemdMachine(ApiCalls):
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _mount(kind: str, place: Path | str, *, source: str = "none", options: str = "") -> None:
-    Path(place).mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "-t", kind, *(["-o", options] if options else []), source, str(place)], check=True)
+def _mount(kind: str, target: Path | str, *, source: str = "none", options: str = "") -> None:
+    Path(target).mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", kind, *(["-o", options] if options else []), source, str(target)], check=True)
 
 
-def _bind(source: Path | str, place: Path) -> None:
+def _bind(source: Path | str, target: Path) -> None:
     if Path(source).is_dir():
-        place.mkdir(parents=True, exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
     else:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.touch()
-    subprocess.run(["mount", "--bind", str(source), str(place)], check=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch()
+    subprocess.run(["mount", "--bind", str(source), str(target)], check=True)
 
 
 def _build(directory: Path, console: str) -> Path:

@@ -45,12 +45,12 @@ def _old_store(trial: Trial, ledger: Ledger) -> Path:
     return home
 
 
-def _copy_store(old: Path, place: Path) -> Path:
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
+def _copy_store(old: Path, directory: Path) -> Path:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
     for name in ("jobd.db", "jobd.db.epoch"):
-        shutil.copy2(old / name, place / name)
-    return place
+        shutil.copy2(old / name, directory / name)
+    return directory
 
 
 def interrupted_migration(trial: Trial) -> Counts:

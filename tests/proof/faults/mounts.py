@@ -36,28 +36,28 @@ def _run(*command: str) -> None:
 
 
 @contextmanager
-def tmpfs(place: Path, size: int) -> Iterator[Path]:
+def tmpfs(directory: Path, size: int) -> Iterator[Path]:
     """Mount a disk in memory with `size` bytes."""
     _enter_mount_namespace()
-    place.mkdir()
-    _run("mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "jobd-fault", str(place))
+    directory.mkdir()
+    _run("mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "jobd-fault", str(directory))
     try:
-        yield place
+        yield directory
     finally:
-        _run("umount", "--lazy", str(place))
+        _run("umount", "--lazy", str(directory))
 
 
 class LoopDisk:
     """An ext4 file system in a file, mounted at `place` until `unmount`."""
 
-    def __init__(self, place: Path, size: int) -> None:
+    def __init__(self, directory: Path, size: int) -> None:
         _enter_mount_namespace()
-        self.place = place
-        self._image = place.with_name(f"{place.name}.img")
+        self.place = directory
+        self._image = directory.with_name(f"{directory.name}.img")
         with open(self._image, "wb") as image:
             image.truncate(size)
         _run("mkfs.ext4", "-q", str(self._image))
-        place.mkdir()
+        directory.mkdir()
 
     def mount(self) -> None:
         _run("mount", "-o", "loop", str(self._image), str(self.place))
@@ -76,9 +76,9 @@ class LoopDisk:
 
 
 @contextmanager
-def loop_disk(place: Path, size: int) -> Iterator[LoopDisk]:
+def loop_disk(directory: Path, size: int) -> Iterator[LoopDisk]:
     """Mount a LoopDisk at `place` while the block runs."""
-    disk = LoopDisk(place, size)
+    disk = LoopDisk(directory, size)
     disk.mount()
     try:
         yield disk

@@ -13,9 +13,9 @@ from jobd.cli.ctl import main as ctl
 from tests.support.http_harness import HttpHarness
 
 
-async def _clock(place: Path, held: list[str], *argv: str) -> tuple[int, bool]:
+async def _clock(directory: Path, held: list[str], *argv: str) -> tuple[int, bool]:
     """The exit code of `jobctl clock …` against a daemon whose clock is suspect, and whether it is accepted."""
-    async with HttpHarness(admin_api.ROUTES, place, admin=True) as harness:
+    async with HttpHarness(admin_api.ROUTES, directory, admin=True) as harness:
         harness.fakes.past_jobs = held
         where = ["--admin-url", f"unix:{harness.path}"]
         code = await asyncio.to_thread(ctl.main, ["clock", *argv, *where])

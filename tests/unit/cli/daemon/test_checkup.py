@@ -20,11 +20,11 @@ from jobd.model import responses
 from tests.support.http_harness import DELIVERY, WEBHOOK, FakeActor, HttpHarness
 
 
-async def _findings(place: Path, prepare: Callable[[HttpHarness], None]) -> dict[str, str]:
+async def _findings(directory: Path, prepare: Callable[[HttpHarness], None]) -> dict[str, str]:
     """Return the findings of `jobd doctor --running` for prepared responses."""
     stats = responses.StatsView(9, {}, 2, 0, 0.0, None, 0, 1_772_366_400_000)
     async with HttpHarness(
-        admin_api.ROUTES, place, admin=True, actor=FakeActor(lambda _: responses.Response(stats))
+        admin_api.ROUTES, directory, admin=True, actor=FakeActor(lambda _: responses.Response(stats))
     ) as harness:
         harness.fakes.deliveries_page = responses.DeliveryPage([], None)
         prepare(harness)
