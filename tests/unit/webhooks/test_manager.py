@@ -365,7 +365,7 @@ async def test_a_bug_in_the_transport_is_a_failed_attempt_and_does_not_show_the_
     (posted,) = (line["exc_info"] for line in logged if line["event"] == "webhook_bug")
     assert str(posted) == "ValueError: https://e.test… is odd"
     assert posted.__context__ is posted.__cause__ is None
-    assert "answer" in [frame.f_code.co_name for frame, _ in walk_tb(posted.__traceback__)]
+    assert "response" in [frame.f_code.co_name for frame, _ in walk_tb(posted.__traceback__)]
 
 
 # -- restarts, crashes, full disks -------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ async def test_a_slow_response_times_out(sender: HttpTransport, receiver: Receiv
     assert outcome == DeliveryOutcome(None, "There was no response within 0.3 s.")
 
 
-@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200\x00 OK\r\n" + b"x" * 100_000, b"SSH-2.0-x\r\n"])
+@pytest.mark.parametrize("response", [b"", b"HTTP/1.1 200\x00 OK\r\n" + b"x" * 100_000, b"SSH-2.0-x\r\n"])
 async def test_a_closed_connection_or_invalid_http_is_a_failure(sender: HttpTransport, response: bytes) -> None:
     with raw_server(lambda _: response) as port:
         outcome = await sender.post(to(f"http://127.0.0.1:{port}/"), DELIVERY)
