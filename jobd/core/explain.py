@@ -245,7 +245,7 @@ def _returned(job: Job) -> str:
         return f"{back} Its last attempt failed: {job.error.message}"
     if job.ended is None:
         return back
-    return f"{back} Its last grant, to worker {job.ended.worker}, ended by {job.ended.rule}."
+    return f"{back} Its last grant, to worker {job.ended.worker}, was ended by {job.ended.rule}."
 
 
 def _released(job: Job, when: str = "") -> str:

@@ -403,7 +403,7 @@ def _held(draft: Draft, command: Holders, verb: str) -> Job | Response | ApiErro
         return transitions.job_answer(draft, job, repeated=True)
     if verb == "release" and ended.verb in ("complete", "fail"):
         return transitions.job_answer(draft, job, repeated=True)
-    message = f"This grant of job {job.id} has already ended with {ended.verb}; {verb} changes nothing."
+    message = f"This grant of job {job.id} was already ended by {ended.verb}; {verb} changes nothing."
     return ApiError("invalid_transition", message, {"status": job.status, "ended_by": ended.verb, "ended_at": ended.at})
 
 
@@ -416,7 +416,7 @@ def _lock_lost(job: Job, lock_id: str) -> ApiError:
         details |= {"reason": ended.reason, "at": ended.at, "rule": ended.rule}
         if ended.reason == "cancelled":
             details["cancel_requested"] = True
-        what = f"it ended by {ended.rule}"
+        what = f"it was ended by {ended.rule}"
     else:
         details |= {"reason": "not_current", "at": job.updated_at, "rule": "the latest grant wins"}
         what = "there is a later grant, or it never was a lock of this job"

@@ -566,7 +566,7 @@ class Resume(Command, frozen=True, kw_only=True):
 
 
 class TakeBack(Command, frozen=True, kw_only=True):
-    """End the expired grants of a silent worker now, each by its stall rule.
+    """End the expired grants of a silent worker now. The stall rule requeues or fails each job.
 
     Live locks do not change. With `dry_run` the grants are only listed.
     """
@@ -584,7 +584,7 @@ class Import(Command, frozen=True, kw_only=True):
     """Import jobs from a stream of JSON lines, one job per line.
 
     Each line is created, skipped (its id exists) or rejected independently. Missing times become the time of the
-    import. The stall rule ends the grant of a job that was processing.
+    import. A job that was processing is handled as stalled.
     """
 
     admission = "create"

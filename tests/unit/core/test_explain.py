@@ -240,7 +240,7 @@ def test_a_pause_of_an_older_store_says_that_its_origin_is_unknown(rules: RuleHa
 def test_the_previous_attempt_is_explained(rules: RuleHarness) -> None:
     lock_id = rules.held(max_attempts=2)
     rules.accept(Release(id="a", lock_id=lock_id))
-    assert why(rules).because.endswith("Its last grant, to worker w-1, ended by release.")
+    assert why(rules).because.endswith("Its last grant, to worker w-1, was ended by release.")
     rules.accept(Fail(id="a", lock_id=rules.start(), error_message="out of memory", retry_after_ms=0))
     assert why(rules).because.endswith("Its last attempt failed: out of memory")
     rules.accept(Import(id="b", error_code="E"))  # an error without a message
@@ -345,10 +345,10 @@ def test_repeated_releases_are_explained(rules: RuleHarness) -> None:
         return why(rules).because
 
     for _ in range(4):
-        assert release().endswith("Its last grant, to worker w-7, ended by release.")
+        assert release().endswith("Its last grant, to worker w-7, was ended by release.")
     assert release() == (
         "It is not due for another 1 s. It was released 5 times in a row without progress. "
-        "Its last grant, to worker w-7, ended by release."
+        "Its last grant, to worker w-7, was ended by release."
     )
     view = why(rules)
     assert view.next == NextEvent("The next worker gets it.", rules.now + 1_000, "release delay")

@@ -224,7 +224,7 @@ def test_another_ending_after_the_first_changes_nothing(rules: RuleHarness, verb
         return
     refusal = rules.reject(others[second], "invalid_transition")
     assert refusal.details == {"status": rules.job().status, "ended_by": verb, "ended_at": NOW}
-    assert refusal.message == f"This grant of job a has already ended with {verb}; {second} changes nothing."
+    assert refusal.message == f"This grant of job a was already ended by {verb}; {second} changes nothing."
 
 
 def test_the_next_ended_grant_replaces_the_previous_one(rules: RuleHarness) -> None:
