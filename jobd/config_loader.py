@@ -64,7 +64,7 @@ def load(
     try:
         _check(config)
         own_directories = _own_directories(config, environ, file, webhooks)
-        # Does not follow links: the file system behind them may hang, also during a reload.
+        # Does not follow links: the file system behind them may hang, even during a reload.
         check_artifact_directory(config.artifacts.url, own_directories, os.path.abspath)
     except ConfigError as error:
         raise ConfigError(_with_sources(str(error), sources)) from None

@@ -30,7 +30,7 @@ def admin_tokens(file: str, environ: Mapping[str, str]) -> tuple[str, ...]:
 def read_only_tokens(file: str, environ: Mapping[str, str], admin_tokens: tuple[str, ...]) -> tuple[str, ...]:
     """Return the read-only tokens, () if none is configured. `file` is [admin] readonly_token_file.
 
-    Raises InvalidToken, also if one of them is an admin token.
+    Raises InvalidToken if one cannot be read or is also an admin token.
     """
     credential = _credential(environ, "admin_readonly_token")
     if environ.get("ADMIN_READONLY_TOKEN_FILE"):

@@ -433,7 +433,7 @@ def _bounded_list(limit: int) -> Any:
 
 
 def _skipping_type(part: type[Any]) -> type[Struct]:
-    """Make a variant of `part` whose values stay raw, also those in lists of structs."""
+    """Make a variant of `part` whose values stay raw, including those in lists of structs."""
     fields: list[Any] = []
     for info in msgspec.structs.fields(part):
         inner = _item_struct(info.type)

@@ -313,7 +313,7 @@ _QUARANTINE_ROW: Final = insert("bad_rows", ("place", "what", "at", "row"))
 
 
 class LateWriter:
-    """Writes late results through one connection. `read` runs a query, also on text that is not UTF-8."""
+    """Writes late results through one connection. `read` runs a query and accepts text that is not UTF-8."""
 
     def __init__(self, conn: sqlite3.Connection, read: ReadRows, note: Callable[[str], object]) -> None:
         self._conn = conn

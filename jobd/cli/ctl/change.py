@@ -301,7 +301,7 @@ def _change(
 ) -> int:
     """Set fields of a job without changing its status. A dry run shows old and new values.
 
-    `new_values` returns the new values as far as they are known without the daemon, for read-only tokens.
+    `new_values` returns the new values that can be computed without the daemon, for read-only tokens.
     """
     would_be: JobView | None = None
 

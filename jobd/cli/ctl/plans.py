@@ -290,7 +290,7 @@ def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:
 
 
 def _show_late(action: PlanAction, jobs: Sequence[PlannedJob]) -> None:
-    """List the jobs with late results that can be adopted, also if the table omits them."""
+    """List the jobs with late results that can be adopted, even those that the table omits."""
     from jobd.model.responses import plan_late_results_note
 
     if (note := plan_late_results_note(action, jobs)) is None:

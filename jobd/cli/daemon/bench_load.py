@@ -76,7 +76,7 @@ class LoadConnection(SerialConnection):
     def __init__(self, token: str | None = None) -> None:
         super().__init__()
         self._own = f"Host: x\r\nAuthorization: Bearer {token}\r\n" if token else "Host: x\r\n"
-        self._head = b""  # of the response, as far as it has arrived
+        self._head = b""  # the part of the response head that has arrived
         self._left: int | None = None  # bytes of the body to come, once the head is complete
         self._body: list[bytes] = []
         self._keeps = True

@@ -57,7 +57,7 @@ class CommandWorker:
     `::result download_url|file_path|storage_key=value`, one per line. All other output is passed on, and so is stderr.
     Exit status 0 completes the job, any other fails it with the last lines of stderr.
 
-    If the lock is lost, the job is cancelled, or the grace after `stop` is over, the process group of the program gets
+    If the lock is lost, the job is cancelled, or the grace after `stop` has ended, the program's process group gets
     SIGTERM, and SIGKILL `kill_after_s` later. Children that outlive their program are stopped in the same way. A run
     that takes longer than `timeout` (a timedelta, or seconds) is stopped too, and its attempt fails with `error_code`
     "timeout". If this process is killed, a watchdog process stops the groups, with SIGKILL after at most half the TTL
@@ -230,7 +230,7 @@ class _ProgramExecution:
 
 
 def _start_error(program: str) -> str | None:
-    """Return why `program` cannot be started, as far as this can be checked in advance."""
+    """Return why `program` cannot be started, or None if no reason is known in advance."""
     if shutil.which(program) is not None:
         return None
     if "/" in program:  # names without a slash are looked up in PATH only

@@ -42,7 +42,7 @@ class Execution(Protocol):
         """
 
     def abort(self) -> None:
-        """Stop the work as far as possible, without waiting."""
+        """Ask the work to stop, without waiting."""
 
     async def finish(self, keeper: LeaseKeeper, give_up: asyncio.Event) -> bool:
         """Complete or fail the job after the work has ended by itself. Return whether it is completed."""
@@ -118,7 +118,7 @@ class WorkerRunner:
 
     @property
     def was_stopped(self) -> bool:
-        """Whether it ended for a reason other than that no job was left."""
+        """Whether the worker was stopped, or no execution could begin, before its queues were empty."""
         return self._stopping.is_set() or self.start_error is not None
 
     async def run(self) -> None:
@@ -171,7 +171,7 @@ class WorkerRunner:
                 execution.abort()
 
     async def _wait_for_end(self, execution: Execution, keeper: LeaseKeeper) -> bool:
-        """Wait until the work has ended. Stop it if the lock is lost, the grace is over, or the timeout passes."""
+        """Wait until the work has ended. Stop it if the lock is lost, the grace has ended, or the timeout passes."""
         grace_is_over = asyncio.ensure_future(self._grace_is_over.wait())
         try:
             with contextlib.suppress(TimeoutError):

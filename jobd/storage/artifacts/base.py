@@ -50,7 +50,7 @@ class ArtifactReader(Protocol):
     size: int
 
     async def more(self) -> bytes:
-        """Return the next piece, empty at the end. Raises ArtifactStoreError, also if the object is too short."""
+        """Return the next piece, empty at the end. Raises ArtifactStoreError, e.g. if the object is too short."""
 
     def close(self) -> None:
         """Stop reading. Does not wait."""

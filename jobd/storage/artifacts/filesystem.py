@@ -154,7 +154,7 @@ class FileArtifactStore:
             os.close(folder)
 
     def _has_daemon_files(self, folder: int) -> bool:
-        """Return whether the directory has files of the daemon, also through a bind mount."""
+        """Return whether the directory has files of the daemon, even through a bind mount."""
         folder_status = os.fstat(folder)
         for path in self._daemon_directories:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -226,8 +226,8 @@ def _run_calls(calls: CallQueue) -> None:
         result, error = None, None
         try:
             result = work()
-        except BaseException as fault:
-            error = fault
+        except BaseException as raised:
+            error = raised
         if future is None or (error is not None and future.cancelled()):
             continue
         if future.cancelled():
