@@ -159,10 +159,10 @@ class LineReader:
         """Decode a line. Raises ApiException."""
         try:
             header = _read_header(line)
-        except msgspec.ValidationError as fault:
-            raise validation_error(str(fault), _LineHeader) from None
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as fault:
-            raise malformed_json_error(fault) from None
+        except msgspec.ValidationError as error:
+            raise validation_error(str(error), _LineHeader) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise malformed_json_error(error) from None
         command: Any = self._decoders[header.op].from_body(line)
         if isinstance(command, Claim) and command.wait_ms:
             message = (

@@ -147,8 +147,8 @@ class ArtifactSweeper:
             return SweepResult(tombstone, outcome)
         except TimeoutError:
             return SweepResult(tombstone, None, f"{self._artifacts.place} has not responded for {CALL_TIMEOUT_S:g} s.")
-        except ArtifactStoreError as fault:
-            return SweepResult(tombstone, None, str(fault))
+        except ArtifactStoreError as error:
+            return SweepResult(tombstone, None, str(error))
         except Exception as error:
             log.exception("artifact_store_failed", key=tombstone.key)
             return SweepResult(tombstone, None, f"{self._artifacts.place}: {type(error).__name__}: {error}")

@@ -307,8 +307,8 @@ class Health:
             await self._in_time("storage", self._artifacts.probe, STORAGE_TIMEOUT_S)
         except TimeoutError:
             return PartHealth("unhealthy", f"{place} has not responded for {STORAGE_TIMEOUT_S:g} s.")
-        except ArtifactStoreError as fault:
-            return PartHealth("unhealthy", str(fault))
+        except ArtifactStoreError as error:
+            return PartHealth("unhealthy", str(error))
         if self._sweeper is not None and (reason := self._sweeper.degraded_reason()) is not None:
             return PartHealth("degraded", reason)
         took_ms = (loop_time() - began) * 1000

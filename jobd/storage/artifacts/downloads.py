@@ -44,10 +44,10 @@ class Downloads:
         try:
             async with asyncio.timeout(CALL_S):
                 reading = await self._store.open(key)
-        except (ArtifactStoreError, TimeoutError) as fault:
+        except (ArtifactStoreError, TimeoutError) as error:
             download.close()
-            log.warning("artifact_not_read", key=key, error=str(fault) or f"no response within {CALL_S:g} s")
-            raise api_error("storage_unavailable", "The artifact store cannot be read now. Try again.") from fault
+            log.warning("artifact_not_read", key=key, error=str(error) or f"no response within {CALL_S:g} s")
+            raise api_error("storage_unavailable", "The artifact store cannot be read now. Try again.") from error
         except BaseException:
             download.close()
             raise
