@@ -17,7 +17,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
-from tests.browser.scenarios import WEBHOOK, Scene
+from tests.browser.scenarios import WEBHOOK, DashboardDaemon
 from tests.support.daemon_process import TOKEN
 
 BULK: Final = 1_000
@@ -58,7 +58,7 @@ PATHS: Final = {
 }
 
 
-def fill(daemon: Scene, count: int, processing: int, failed: int, completed: int) -> None:
+def fill(daemon: DashboardDaemon, count: int, processing: int, failed: int, completed: int) -> None:
     create_job_with_long_timeline(daemon)
     for first in range(0, count, BULK):
         numbers = range(first, min(first + BULK, count))
@@ -82,7 +82,7 @@ def fill(daemon: Scene, count: int, processing: int, failed: int, completed: int
         daemon.operator("POST", "force-fail", {"jobId": f"job-{count - 1 - number}", "reason": "benchmark"})
 
 
-def create_job_with_long_timeline(daemon: Scene) -> None:
+def create_job_with_long_timeline(daemon: DashboardDaemon) -> None:
     """Create a job with a large payload and many attempts."""
     daemon.do("jobs", id="story", queue="story", max_attempts=TRIES + 1, payload={"text": "x" * 200_000})
     for _ in range(TRIES):
@@ -92,7 +92,7 @@ def create_job_with_long_timeline(daemon: Scene) -> None:
         daemon.do("jobs/story/fail", lock_id=lock_id, error_message="not yet", retry_after_ms=0)
 
 
-def plan_path(daemon: Scene) -> str:
+def plan_path(daemon: DashboardDaemon) -> str:
     """Make a plan and return the path of its page."""
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
     with closing(http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=60)) as connection:
@@ -102,7 +102,7 @@ def plan_path(daemon: Scene) -> str:
     return f"/plans/{response['data']['plan_id']}"
 
 
-def measure(daemon: Scene, rounds: int) -> dict[str, Any]:
+def measure(daemon: DashboardDaemon, rounds: int) -> dict[str, Any]:
     measured = {}
     paths = PATHS | {"plan for thousands": plan_path(daemon)}
     with closing(http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=60)) as connection:
@@ -135,7 +135,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=40)
     options.add_argument("--max-ms", type=float, default=ENOUGH_MS, help="median of a page above which it is slow")
     chosen = options.parse_args()
-    with tempfile.TemporaryDirectory() as directory, Scene(Path(directory), HOOK) as daemon:
+    with tempfile.TemporaryDirectory() as directory, DashboardDaemon(Path(directory), HOOK) as daemon:
         fill(daemon, chosen.jobs, chosen.processing, chosen.failed, chosen.completed)
         pages = measure(daemon, chosen.rounds)
     names = ("jobs", "processing", "failed", "completed", "rounds")

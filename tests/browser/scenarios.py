@@ -53,7 +53,7 @@ url = "file:///nonexistent/artifacts"
 {WEBHOOK}"""
 
 
-class Scene(DaemonProcess):
+class DashboardDaemon(DaemonProcess):
     """A daemon with an admin listener on TCP and a read-only token."""
 
     def __init__(self, directory: Path, config: str = "") -> None:
@@ -103,7 +103,7 @@ def save_history(directory: Path) -> None:
     asyncio.run(save())
 
 
-def make_busy(daemon: Scene) -> None:
+def make_busy(daemon: DashboardDaemon) -> None:
     """Fill several queues: running jobs, results, failures, and one paused queue."""
     kinds = {"video": "transcode", "mail": "newsletter", "reports": "monthly", "imports": "csv"}
     for queue, kind in kinds.items():
@@ -132,7 +132,7 @@ def make_busy(daemon: Scene) -> None:
     daemon.operator("POST", "cleanup")
 
 
-def make_trouble(daemon: Scene) -> None:
+def make_trouble(daemon: DashboardDaemon) -> None:
     """Fill queues, exceed alert thresholds, and add text that looks like markup."""
     make_busy(daemon)
     nasty = "<script>alert(1)</script>\u202e\u0007 & a very long word " + "x" * 120

@@ -1,4 +1,4 @@
-"""Take screenshots of every page in every scene: light and dark, wide and narrow (`make screenshots`).
+"""Take screenshots of every page in every scenario: light and dark, wide and narrow (`make screenshots`).
 
 `ARGS=--readme` takes those of the README into docs/images instead.
 """
@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests import ROOT
 from tests.benchmarks.pages import fill
-from tests.browser.scenarios import CHROMIUM, FLAGS, TROUBLE, Scene, make_busy, make_trouble, save_history
+from tests.browser.scenarios import CHROMIUM, FLAGS, TROUBLE, DashboardDaemon, make_busy, make_trouble, save_history
 from tests.support.daemon_process import TOKEN
 
 PAGES: Final = {
@@ -40,7 +40,7 @@ PAGES: Final = {
     "docs": "/docs",
     "docs-worker": "/docs/worker",
 }
-# Pages that exist in some scenes only.
+# Pages that exist in some scenarios only.
 ONLY_IN: Final = {
     "job": {"busy", "trouble"},
     "confirm": {"busy", "trouble"},
@@ -50,7 +50,7 @@ ONLY_IN: Final = {
     "webhook-retry": {"trouble"},
     "plan": {"busy", "trouble", "crowd"},
 }
-SCENES: Final[dict[str, Callable[[Scene], None]]] = {
+SCENARIOS: Final[dict[str, Callable[[DashboardDaemon], None]]] = {
     "empty": lambda daemon: None,
     "busy": make_busy,
     "trouble": make_trouble,
@@ -64,7 +64,7 @@ README: Final[dict[str, tuple[Literal["light", "dark"], str]]] = {
 IMAGES: Final = ROOT / "docs/images"
 
 
-def shoot(browser: Browser, daemon: Scene, name: str, directory: Path, only: list[str]) -> None:
+def shoot(browser: Browser, daemon: DashboardDaemon, name: str, directory: Path, only: list[str]) -> None:
     for scheme in ("light", "dark"):
         for width, pixels in WIDTHS.items():
             context = browser.new_context(viewport={"width": pixels, "height": 800}, color_scheme=scheme)
@@ -74,7 +74,7 @@ def shoot(browser: Browser, daemon: Scene, name: str, directory: Path, only: lis
                 page.screenshot(path=directory / f"sign-in-{scheme}-{width}.png")
             sign_in(page, daemon)
             for title, path in PAGES.items():
-                if (only and title not in only) or name not in ONLY_IN.get(title, SCENES):
+                if (only and title not in only) or name not in ONLY_IN.get(title, SCENARIOS):
                     continue
                 page.goto(daemon.url + path)
                 if title == "plan":
@@ -84,7 +84,7 @@ def shoot(browser: Browser, daemon: Scene, name: str, directory: Path, only: lis
             context.close()
 
 
-def sign_in(page: Page, daemon: Scene) -> None:
+def sign_in(page: Page, daemon: DashboardDaemon) -> None:
     page.goto(f"{daemon.url}/sign-in")
     page.fill("input[name=token]", TOKEN)
     page.click("main button")
@@ -94,7 +94,7 @@ def sign_in(page: Page, daemon: Scene) -> None:
 def shoot_for_readme() -> None:
     with tempfile.TemporaryDirectory() as directory:
         save_history(Path(directory))
-        with Scene(Path(directory)) as daemon, sync_playwright() as playwright:
+        with DashboardDaemon(Path(directory)) as daemon, sync_playwright() as playwright:
             make_busy(daemon)
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
             for name, (scheme, path) in README.items():
@@ -118,7 +118,7 @@ def make_plan(page: Page) -> None:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("pages", nargs="*", choices=[[], *PAGES], help="take these pages only")
-    options.add_argument("--scene", choices=[*SCENES], help="take this scene only")
+    options.add_argument("--scenario", "--scene", choices=[*SCENARIOS], help="take this scenario only")
     options.add_argument("--to", type=Path, default=Path("build/screenshots"))
     options.add_argument(
         "--readme", action="store_true", help="take the screenshots of the README only, into docs/images"
@@ -130,11 +130,11 @@ def main() -> None:
     chosen.to.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        for name, make in SCENES.items():
-            if chosen.scene in (None, name):
+        for name, make in SCENARIOS.items():
+            if chosen.scenario in (None, name):
                 with (
                     tempfile.TemporaryDirectory() as directory,
-                    Scene(Path(directory), TROUBLE * (name == "trouble")) as on,
+                    DashboardDaemon(Path(directory), TROUBLE * (name == "trouble")) as on,
                 ):
                     make(on)
                     shoot(browser, on, name, chosen.to, chosen.pages)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Route, expect, sync_playwright
 
-from tests.browser.scenarios import CHROMIUM, FLAGS, READ_ONLY_TOKEN, TROUBLE, Scene, make_busy, make_trouble
+from tests.browser.scenarios import CHROMIUM, FLAGS, READ_ONLY_TOKEN, TROUBLE, DashboardDaemon, make_busy, make_trouble
 from tests.conftest import tool_missing
 from tests.support.daemon_process import TOKEN
 
@@ -69,8 +69,8 @@ TROUBLED = pytest.mark.parametrize("daemon", [TROUBLE], ids=["troubled"], indire
 
 
 @pytest.fixture
-def daemon(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
-    with Scene(tmp_path, getattr(request, "param", "")) as opened:
+def daemon(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[DashboardDaemon]:
+    with DashboardDaemon(tmp_path, getattr(request, "param", "")) as opened:
         yield opened
 
 
@@ -88,27 +88,29 @@ def console_errors(page: Page) -> list[str]:
     return messages
 
 
-def sign_in(page: Page, daemon: Scene, token: str = TOKEN, path: str = "/") -> None:
+def sign_in(page: Page, daemon: DashboardDaemon, token: str = TOKEN, path: str = "/") -> None:
     page.goto(daemon.url + path)
     page.get_by_label("Admin token").fill(token)
     page.get_by_role("button", name="Sign in").click()
     expect(page).to_have_url(daemon.url + path)
 
 
-def start_job(daemon: Scene, job_id: str) -> str:
+def start_job(daemon: DashboardDaemon, job_id: str) -> str:
     """Create and start a job. Return its lock id."""
     daemon.do("jobs", id=job_id, queue="video")
     return str(daemon.do(f"jobs/{job_id}/start", worker="w-1")["lock_id"])
 
 
-def visit(page: Page, daemon: Scene, path: str) -> None:
+def visit(page: Page, daemon: DashboardDaemon, path: str) -> None:
     """Open a page and wait until its scripts have run."""
     page.goto(daemon.url + path)
     drawn = {"/": ".chart canvas", "/docs": ".opblock", "/docs/worker": ".opblock"}.get(path, "main")
     expect(page.locator(drawn).first).to_be_visible()
 
 
-def test_a_job_is_watched_from_queued_to_completed(page: Page, daemon: Scene, console_errors: list[str]) -> None:
+def test_a_job_is_watched_from_queued_to_completed(
+    page: Page, daemon: DashboardDaemon, console_errors: list[str]
+) -> None:
     daemon.do("jobs", id="watched", queue="video", payload={"file": "a.mov"})
     sign_in(page, daemon, path="/jobs/watched")
     heading = page.get_by_role("heading", level=1)
@@ -128,7 +130,9 @@ def test_a_job_is_watched_from_queued_to_completed(page: Page, daemon: Scene, co
     assert console_errors == []
 
 
-def test_a_page_updates_on_events_without_polling(page: Page, daemon: Scene, console_errors: list[str]) -> None:
+def test_a_page_updates_on_events_without_polling(
+    page: Page, daemon: DashboardDaemon, console_errors: list[str]
+) -> None:
     """The page's clock is stopped, so its timers never fire."""
     page.clock.install()
     lock = start_job(daemon, "watched")
@@ -148,7 +152,7 @@ def test_a_page_updates_on_events_without_polling(page: Page, daemon: Scene, con
 
 
 def test_a_page_without_a_stream_polls(page: Page, tmp_path: Path) -> None:
-    with Scene(tmp_path, "[limits]\nevent_streams = 1\n") as daemon:
+    with DashboardDaemon(tmp_path, "[limits]\nevent_streams = 1\n") as daemon:
         lock = start_job(daemon, "watched")
         sign_in(page, daemon, path="/jobs/watched")
         expect(page.get_by_role("button", name="Live")).to_be_visible()
@@ -159,7 +163,7 @@ def test_a_page_without_a_stream_polls(page: Page, tmp_path: Path) -> None:
         expect(second.get_by_role("heading", level=1)).to_contain_text("completed")
 
 
-def test_filters_are_in_the_url(page: Page, daemon: Scene, console_errors: list[str]) -> None:
+def test_filters_are_in_the_url(page: Page, daemon: DashboardDaemon, console_errors: list[str]) -> None:
     make_busy(daemon)
     sign_in(page, daemon, path="/jobs")
     page.get_by_role("combobox", name="Status").select_option("failed")
@@ -182,7 +186,9 @@ def test_filters_are_in_the_url(page: Page, daemon: Scene, console_errors: list[
     assert console_errors == []
 
 
-def test_a_processing_job_is_reset_with_a_reason(page: Page, daemon: Scene, console_errors: list[str]) -> None:
+def test_a_processing_job_is_reset_with_a_reason(
+    page: Page, daemon: DashboardDaemon, console_errors: list[str]
+) -> None:
     daemon.do("jobs", id="hung", queue="video")
     lock = daemon.do("jobs/hung/start", worker="w-1")["lock_id"]
     sign_in(page, daemon, path="/jobs/hung")
@@ -200,7 +206,7 @@ def test_a_processing_job_is_reset_with_a_reason(page: Page, daemon: Scene, cons
     assert console_errors == []
 
 
-def test_an_action_on_a_changed_job_fails_on_its_page(page: Page, daemon: Scene) -> None:
+def test_an_action_on_a_changed_job_fails_on_its_page(page: Page, daemon: DashboardDaemon) -> None:
     daemon.do("jobs", id="moved")
     sign_in(page, daemon, path="/jobs/moved")
     page.get_by_role("link", name="Fail", exact=True).click()
@@ -211,7 +217,7 @@ def test_an_action_on_a_changed_job_fails_on_its_page(page: Page, daemon: Scene)
     expect(page.get_by_role("heading", level=1)).to_contain_text("completed")
 
 
-def test_a_plan_retries_many_jobs(page: Page, daemon: Scene, console_errors: list[str]) -> None:
+def test_a_plan_retries_many_jobs(page: Page, daemon: DashboardDaemon, console_errors: list[str]) -> None:
     make_busy(daemon)
     sign_in(page, daemon, path="/jobs?status=failed")
     page.get_by_role("checkbox", name="Select video-003").check()
@@ -237,7 +243,9 @@ def test_a_plan_retries_many_jobs(page: Page, daemon: Scene, console_errors: lis
     assert console_errors == []
 
 
-def test_the_list_does_not_update_during_a_selection(page: Page, daemon: Scene, console_errors: list[str]) -> None:
+def test_the_list_does_not_update_during_a_selection(
+    page: Page, daemon: DashboardDaemon, console_errors: list[str]
+) -> None:
     """The page's clock runs fast, so that all of its timers fire."""
     page.clock.install()
     daemon.do("jobs/bulk", jobs=[{"id": f"old-{number:02}", "queue": "video"} for number in range(50)])
@@ -268,7 +276,7 @@ def test_the_list_does_not_update_during_a_selection(page: Page, daemon: Scene, 
     assert console_errors == []
 
 
-def test_a_late_update_does_not_change_the_selection(page: Page, daemon: Scene) -> None:
+def test_a_late_update_does_not_change_the_selection(page: Page, daemon: DashboardDaemon) -> None:
     """The update was requested before the first selection."""
     daemon.do("jobs/bulk", jobs=[{"id": f"old-{number:02}", "queue": "video"} for number in range(50)])
     sign_in(page, daemon, path="/jobs")
@@ -288,7 +296,7 @@ def test_a_late_update_does_not_change_the_selection(page: Page, daemon: Scene) 
     expect(page.locator("#job-new")).to_be_visible()
 
 
-def test_going_back_to_the_list_selects_no_other_job(page: Page, daemon: Scene) -> None:
+def test_going_back_to_the_list_selects_no_other_job(page: Page, daemon: DashboardDaemon) -> None:
     """On going back, browsers restore checkboxes by position, where other jobs may be."""
     for name in ("a", "b", "c"):
         daemon.do("jobs", id=name, queue="video")
@@ -303,7 +311,7 @@ def test_going_back_to_the_list_selects_no_other_job(page: Page, daemon: Scene) 
     expect(page.locator("input:checked")).to_have_count(0)
 
 
-def test_a_late_result_is_adopted(page: Page, daemon: Scene, console_errors: list[str]) -> None:
+def test_a_late_result_is_adopted(page: Page, daemon: DashboardDaemon, console_errors: list[str]) -> None:
     daemon.do("jobs", id="late", queue="video")
     lock = daemon.do("jobs/late/start", worker="w-slow")["lock_id"]
     daemon.operator("POST", "force-fail", {"jobId": "late", "reason": "w-slow is silent"})
@@ -340,7 +348,9 @@ class _WorkerServer(BaseHTTPRequestHandler):
         pass
 
 
-def test_external_links_do_not_leak_the_session_cookie(page: Page, daemon: Scene, console_errors: list[str]) -> None:
+def test_external_links_do_not_leak_the_session_cookie(
+    page: Page, daemon: DashboardDaemon, console_errors: list[str]
+) -> None:
     """Browsers send cookies to all ports of a host. A link to another port of this host would leak the cookie, and so
     would a link to another host that redirects there."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _WorkerServer) as server:
@@ -368,7 +378,7 @@ def test_external_links_do_not_leak_the_session_cookie(page: Page, daemon: Scene
     assert console_errors == []
 
 
-def test_a_paused_queue_is_shown_everywhere(page: Page, daemon: Scene, console_errors: list[str]) -> None:
+def test_a_paused_queue_is_shown_everywhere(page: Page, daemon: DashboardDaemon, console_errors: list[str]) -> None:
     make_busy(daemon)
     daemon.operator("POST", "queues/imports/resume")
     sign_in(page, daemon, path="/queues")
@@ -396,7 +406,7 @@ def test_a_paused_queue_is_shown_everywhere(page: Page, daemon: Scene, console_e
 
 @pytest.mark.parametrize("name", [".", ".."])
 def test_a_job_and_queue_named_like_a_dot_segment_work(
-    page: Page, daemon: Scene, console_errors: list[str], name: str
+    page: Page, daemon: DashboardDaemon, console_errors: list[str], name: str
 ) -> None:
     daemon.do("jobs", id=name, queue=name)
     sign_in(page, daemon, path="/queues")
@@ -426,7 +436,7 @@ def test_a_job_and_queue_named_like_a_dot_segment_work(
     assert console_errors == []
 
 
-def test_a_cleanup_run_is_previewed(page: Page, daemon: Scene, console_errors: list[str]) -> None:
+def test_a_cleanup_run_is_previewed(page: Page, daemon: DashboardDaemon, console_errors: list[str]) -> None:
     make_busy(daemon)
     sign_in(page, daemon, path="/cleanup")
     page.get_by_role("link", name="Run cleanup").click()
@@ -443,7 +453,7 @@ def test_a_cleanup_run_is_previewed(page: Page, daemon: Scene, console_errors: l
 
 
 @TROUBLED
-def test_a_read_only_session_has_no_buttons(page: Page, daemon: Scene, console_errors: list[str]) -> None:
+def test_a_read_only_session_has_no_buttons(page: Page, daemon: DashboardDaemon, console_errors: list[str]) -> None:
     make_trouble(daemon)
     sign_in(page, daemon, READ_ONLY_TOKEN)
     expect(page.get_by_text("read-only")).to_be_visible()
@@ -461,7 +471,7 @@ def test_a_read_only_session_has_no_buttons(page: Page, daemon: Scene, console_e
 
 
 @TROUBLED
-def test_no_page_violates_its_policy(page: Page, daemon: Scene, console_errors: list[str]) -> None:
+def test_no_page_violates_its_policy(page: Page, daemon: DashboardDaemon, console_errors: list[str]) -> None:
     make_trouble(daemon)
     sign_in(page, daemon)
     for path in PATHS:
@@ -477,7 +487,7 @@ def test_no_page_violates_its_policy(page: Page, daemon: Scene, console_errors: 
 
 @TROUBLED
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_page_fits_a_phone(daemon: Scene, context: BrowserContext, scheme: Any) -> None:
+def test_every_page_fits_a_phone(daemon: DashboardDaemon, context: BrowserContext, scheme: Any) -> None:
     make_trouble(daemon)
     page = context.new_page()
     page.emulate_media(color_scheme=scheme)
@@ -496,7 +506,7 @@ def test_every_page_fits_a_phone(daemon: Scene, context: BrowserContext, scheme:
     assert inspector.send("Page.getLayoutMetrics")["cssContentSize"]["width"] <= 390
 
 
-def test_the_keyboard_focus_survives_updates(page: Page, daemon: Scene) -> None:
+def test_the_keyboard_focus_survives_updates(page: Page, daemon: DashboardDaemon) -> None:
     make_busy(daemon)
     sign_in(page, daemon, path="/queues")
     page.goto(f"{daemon.url}/queues")
@@ -515,9 +525,9 @@ def test_the_keyboard_focus_survives_updates(page: Page, daemon: Scene) -> None:
 
 
 def test_a_page_without_matches_continues_its_search(page: Page, tmp_path: Path, console_errors: list[str]) -> None:
-    scene = Scene(tmp_path)
-    scene.module = "tests.support.daemon_variants short_pages"
-    with scene as daemon:
+    daemon = DashboardDaemon(tmp_path)
+    daemon.module = "tests.support.daemon_variants short_pages"
+    with daemon:
         daemon.do("jobs", id="rare", queue="rare")
         daemon.do("jobs/bulk", jobs=[{"id": f"often-{number}", "queue": "often"} for number in range(100)])
         sign_in(page, daemon, path="/jobs")
@@ -535,9 +545,9 @@ def test_the_result_of_a_continued_search_does_not_update(
     page: Page, tmp_path: Path, console_errors: list[str]
 ) -> None:
     """An update would begin with the newest jobs again, where nothing matches."""
-    scene = Scene(tmp_path)
-    scene.module = "tests.support.daemon_variants short_pages"
-    with scene as daemon:
+    daemon = DashboardDaemon(tmp_path)
+    daemon.module = "tests.support.daemon_variants short_pages"
+    with daemon:
         daemon.do("jobs", id="rare", queue="rare")
         lock = daemon.do("jobs/rare/start", worker="w-1")["lock_id"]
         daemon.do("jobs/rare/fail", lock_id=lock, error_message="rare")
@@ -565,7 +575,7 @@ def test_the_result_of_a_continued_search_does_not_update(
         assert console_errors == []
 
 
-def test_updates_can_be_stopped(page: Page, daemon: Scene) -> None:
+def test_updates_can_be_stopped(page: Page, daemon: DashboardDaemon) -> None:
     daemon.do("jobs", id="a")
     sign_in(page, daemon, path="/jobs/a")
     page.get_by_role("button", name="Live").click()
@@ -576,7 +586,9 @@ def test_updates_can_be_stopped(page: Page, daemon: Scene) -> None:
     expect(page.get_by_role("heading", level=1)).to_contain_text("cancelled")
 
 
-def test_an_open_page_of_a_deleted_job_offers_no_actions(page: Page, daemon: Scene, console_errors: list[str]) -> None:
+def test_an_open_page_of_a_deleted_job_offers_no_actions(
+    page: Page, daemon: DashboardDaemon, console_errors: list[str]
+) -> None:
     daemon.do("jobs", id="old")
     daemon.do("jobs/old/cancel", reason="r")
     sign_in(page, daemon, path="/jobs/old")
@@ -594,7 +606,7 @@ def test_an_open_page_of_a_deleted_job_offers_no_actions(page: Page, daemon: Sce
     assert console_errors == []
 
 
-def test_the_api_reference_follows_the_colour_scheme(page: Page, daemon: Scene) -> None:
+def test_the_api_reference_follows_the_colour_scheme(page: Page, daemon: DashboardDaemon) -> None:
     page.emulate_media(color_scheme="dark")
     visit(page, daemon, "/docs")
     frame = page.locator("#swagger-ui")
@@ -604,7 +616,7 @@ def test_the_api_reference_follows_the_colour_scheme(page: Page, daemon: Scene) 
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_api_reference_has_enough_contrast(browser: Browser, daemon: Scene, scheme: Any) -> None:
+def test_the_api_reference_has_enough_contrast(browser: Browser, daemon: DashboardDaemon, scheme: Any) -> None:
     """Measure the colours of swagger-ui as rendered, with the policy bypassed."""
     context = browser.new_context(bypass_csp=True, color_scheme=scheme)
     page = context.new_page()
@@ -647,7 +659,9 @@ COLOURED = """() => {
 
 
 @pytest.mark.parametrize("jobs", [1, 3_000, 30_000, 6_000_000])
-def test_the_charts_have_whole_numbers_and_show_isolated_values(browser: Browser, daemon: Scene, jobs: int) -> None:
+def test_the_charts_have_whole_numbers_and_show_isolated_values(
+    browser: Browser, daemon: DashboardDaemon, jobs: int
+) -> None:
     context = browser.new_context(bypass_csp=True, color_scheme="light")
     context.add_init_script(DRAWN)
     page = context.new_page()
@@ -669,7 +683,7 @@ def test_the_charts_have_whole_numbers_and_show_isolated_values(browser: Browser
     context.close()
 
 
-def test_a_daemon_that_does_not_respond_is_shown(page: Page, daemon: Scene) -> None:
+def test_a_daemon_that_does_not_respond_is_shown(page: Page, daemon: DashboardDaemon) -> None:
     sign_in(page, daemon)
     expect(page.locator("#offline")).to_be_hidden()
     assert daemon.stop() == 0
@@ -678,7 +692,7 @@ def test_a_daemon_that_does_not_respond_is_shown(page: Page, daemon: Scene) -> N
     expect(page).to_have_url(re.compile("/sign-in"))  # sessions are in memory
 
 
-def test_a_session_ends_with_its_token(page: Page, daemon: Scene) -> None:
+def test_a_session_ends_with_its_token(page: Page, daemon: DashboardDaemon) -> None:
     sign_in(page, daemon, READ_ONLY_TOKEN)
     (daemon.directory / "readers").write_text("another-reader-token-0123456789")
     assert daemon.process is not None
@@ -688,7 +702,7 @@ def test_a_session_ends_with_its_token(page: Page, daemon: Scene) -> None:
 
 
 def test_firing_alerts_are_on_the_overview_with_their_hints(page: Page, tmp_path: Path) -> None:
-    with Scene(tmp_path, TROUBLE) as daemon:
+    with DashboardDaemon(tmp_path, TROUBLE) as daemon:
         make_busy(daemon)
         sign_in(page, daemon)
         alerts = page.get_by_role("region", name="Firing alerts")

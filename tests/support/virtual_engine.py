@@ -83,7 +83,7 @@ class VirtualEngine:
         policy: Policy | None = None,
         bounds: Bounds | None = None,
         step_ms: int = 0,
-        **cleaner: Any,
+        **maintainer_options: Any,
     ) -> None:
         self.disk = disk or MemoryStorage()
         opened = self.disk.opened()
@@ -115,7 +115,7 @@ class VirtualEngine:
             is_full=opened.full,
             has_reserve=opened.has_reserve,
         )
-        self.cleaner = Maintainer(self.actor, self.clock, schedule, **cleaner)
+        self.maintainer = Maintainer(self.actor, self.clock, schedule, **maintainer_options)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> VirtualEngine:
@@ -123,14 +123,14 @@ class VirtualEngine:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.cleaner.stop()
+        self.maintainer.stop()
         await asyncio.gather(*self._tasks[1:])
         self.actor.stop()
         await self._tasks[0]
 
     def run_maintainer(self) -> asyncio.Task[None]:
         """Run the maintainer."""
-        task = asyncio.create_task(self.cleaner.run())
+        task = asyncio.create_task(self.maintainer.run())
         self._tasks.append(task)
         return task
 

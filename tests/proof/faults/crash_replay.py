@@ -16,7 +16,7 @@ from typing import Final
 from jobd.model.job import TOKEN_COUNTER_BITS
 from jobd.storage import doctor, startup
 from jobd.storage.store import Store
-from tests.proof.faults.crash_states import MANNERS, LoggedCall, ReplayedDisk, records
+from tests.proof.faults.crash_states import UNSYNCED_OUTCOMES, LoggedCall, ReplayedDisk, records
 from tests.proof.faults.harness import Check, Counts, Tool, Trial, program
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
@@ -32,7 +32,7 @@ BY_DAEMON: Final = 100  # one of this many states is tested with a daemon, all w
 def replay(trial: Trial) -> Counts:
     ledger = Ledger()
     log = _log_writes(trial, ledger, acknowledgements=200 if trial.timed else 40)
-    states = [(cut, manner) for cut in range(len(log) + 1) for manner in MANNERS]
+    states = [(cut, outcome) for cut in range(len(log) + 1) for outcome in UNSYNCED_OUTCOMES]
     chosen = sorted(random.Random(0).sample(states, min(trial.rounds, len(states))))
     counts: Counter[str] = Counter(
         {"writes and syncs logged": len(log), "acknowledged": ledger.acknowledged, "states": len(chosen)}
@@ -40,14 +40,14 @@ def replay(trial: Trial) -> Counts:
     disk, taken = ReplayedDisk(), 0
     place = trial.directory / "state"
     place.mkdir()
-    for number, (cut, manner) in enumerate(chosen):
+    for number, (cut, outcome) in enumerate(chosen):
         for record in log[taken:cut]:
             disk.apply(record)
         taken = cut
         until_s = log[cut].time_s if cut < len(log) else float("inf")
-        state = CrashState(place / "jobd.db", f"after {cut} of {len(log)} calls, unsynced ones {manner}")
-        state.write(disk.after_a_crash(manner, f"{cut} {manner}"))
-        counts[f"with unsynced writes {manner}"] += disk.has_unsynced()
+        state = CrashState(place / "jobd.db", f"after {cut} of {len(log)} calls, unsynced ones {outcome}")
+        state.write(disk.after_a_crash(outcome, f"{cut} {outcome}"))
+        counts[f"with unsynced writes {outcome}"] += disk.has_unsynced()
         try:
             counts["acknowledgements checked"] += state.check(ledger, until_s, with_daemon=number % BY_DAEMON == 0)
         except AssertionError as error:

@@ -16,8 +16,8 @@ from typing import Final, Literal
 SUFFIXES: Final = ("", "-wal", "-journal")
 SECTOR: Final = 512
 
-Manner = Literal["dropped", "kept", "partly kept", "torn"]
-MANNERS: Final[tuple[Manner, ...]] = ("dropped", "kept", "partly kept", "torn")
+UnsyncedOutcome = Literal["dropped", "kept", "partly kept", "torn"]
+UNSYNCED_OUTCOMES: Final[tuple[UnsyncedOutcome, ...]] = ("dropped", "kept", "partly kept", "torn")
 
 
 class FileCall(IntEnum):
@@ -68,14 +68,14 @@ class _File:
             _change(self.synced, record)
         self.later.clear()
 
-    def after_a_crash(self, manner: Manner, chance: random.Random) -> bytes:
+    def after_a_crash(self, outcome: UnsyncedOutcome, chance: random.Random) -> bytes:
         content = bytearray(self.synced)
-        for record in self.later if manner != "dropped" else ():
-            if manner == "torn" and record.what == FileCall.WRITE:
+        for record in self.later if outcome != "dropped" else ():
+            if outcome == "torn" and record.what == FileCall.WRITE:
                 for sector in _sectors(record):
                     if chance.random() < 0.5:
                         _change(content, sector)
-            elif manner == "kept" or chance.random() < 0.5:
+            elif outcome == "kept" or chance.random() < 0.5:
                 _change(content, record)
         return bytes(content)
 
@@ -126,14 +126,14 @@ class ReplayedDisk:
     def has_unsynced(self) -> bool:
         return bool(self._renamings) or any(file.later for file in self._named.values())
 
-    def after_a_crash(self, manner: Manner, seed: str) -> dict[str, bytes]:
+    def after_a_crash(self, outcome: UnsyncedOutcome, seed: str) -> dict[str, bytes]:
         """Return the contents by suffix. Name changes apply in order; writes do not."""
         chance = random.Random(seed)
         here = dict(self._durable)
-        kept = {"dropped": 0, "kept": len(self._renamings)}.get(manner, chance.randint(0, len(self._renamings)))
+        kept = {"dropped": 0, "kept": len(self._renamings)}.get(outcome, chance.randint(0, len(self._renamings)))
         for number, file in self._renamings[:kept]:
             if file is None:
                 here.pop(number, None)
             else:
                 here[number] = file
-        return {SUFFIXES[number]: file.after_a_crash(manner, chance) for number, file in here.items()}
+        return {SUFFIXES[number]: file.after_a_crash(outcome, chance) for number, file in here.items()}

@@ -52,21 +52,21 @@ def record_history(daemon: DaemonProcess, seed: int, number: int) -> Recording:
     kills = number % KILLS_EVERY == KILLS_EVERY - 1
     alone = dice.random() < (0.6 if kills else 0.3)
     terms = {f"h{number}-{letter}": _terms(dice, alone, kills) for letter in "abc"[: dice.randint(2, 3)]}
-    scene = SharedContext(daemon, CallHistory(terms), lossy=dice.random() < 0.6, alone=alone)
+    context = SharedContext(daemon, CallHistory(terms), lossy=dice.random() < 0.6, alone=alone)
     clients = [
-        ContendingClient(scene, index, Random(f"{seed}-{number}-{index}")) for index in range(dice.randint(4, 6))
+        ContendingClient(context, index, Random(f"{seed}-{number}-{index}")) for index in range(dice.randint(4, 6))
     ]
     kill_at = dice.randint(10, CALLS * len(clients) * 3 // 4) if kills else None
     with ThreadPoolExecutor(len(clients)) as pool:
         done = [pool.submit(client.run, CALLS) for client in clients]
         if kill_at is not None:
-            scene.wait_for_calls(kill_at)
-            _restart(scene, dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+            context.wait_for_calls(kill_at)
+            _restart(context, dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
         for each in done:
             each.result()
     for job in terms:
         clients[0].read(job)
-    return Recording(number, scene.history, scene.faults)
+    return Recording(number, context.history, context.faults)
 
 
 def _terms(dice: Random, alone: bool, kills: bool) -> Terms:
@@ -78,15 +78,15 @@ def _terms(dice: Random, alone: bool, kills: bool) -> Terms:
     return Terms(dice.randint(1, 3), patience_ms, dice.choice(["auto", "requeue", "fail"]))
 
 
-def _restart(scene: SharedContext, how: signal.Signals) -> None:
+def _restart(context: SharedContext, how: signal.Signals) -> None:
     """Kill or stop the daemon while clients are active, and start it again."""
-    scene.up.clear()
+    context.up.clear()
     if how == signal.SIGKILL:
-        scene.daemon.kill()
+        context.daemon.kill()
     else:
-        assert scene.daemon.stop(how) == 0
+        assert context.daemon.stop(how) == 0
     down_ns = boot_ns()
-    scene.history.outages.append(Outage(down_ns, boot_ns()))
-    scene.faults["kill -9 and restart" if how == signal.SIGKILL else "SIGTERM and restart"] += 1
-    scene.daemon.start()
-    scene.up.set()
+    context.history.outages.append(Outage(down_ns, boot_ns()))
+    context.faults["kill -9 and restart" if how == signal.SIGKILL else "SIGTERM and restart"] += 1
+    context.daemon.start()
+    context.up.set()

@@ -22,7 +22,7 @@ from tests.proof.simulation.scenario import draw
 
 ENOUGH: Final = 1_000  # seeds within which everything must happen
 CHUNK: Final = 10
-TOLD_EVERY_S: Final = 5.0
+REPORT_EVERY_S: Final = 5.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed: list[SeedOutcome] = []
     seeds = steps = 0
     fewest = given.steps
-    told_s = began_s
+    reported_s = began_s
     for outcome in _outcomes(given.seed, given.seeds, given.steps, given.jobs):
         seeds, steps = seeds + 1, steps + outcome.steps
         fired.update(outcome.fired)
@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"seed {outcome.seed} failed: {outcome.broken}", file=sys.stderr)
             if len(failed) == given.failing:
                 break
-        if (now_s := time.perf_counter()) - told_s > TOLD_EVERY_S:
-            told_s = now_s
+        if (now_s := time.perf_counter()) - reported_s > REPORT_EVERY_S:
+            reported_s = now_s
             print(f"{seeds} of {given.seeds} seeds, {steps / (now_s - began_s):,.0f} steps/s", file=sys.stderr)
     if failed:
         print(f"{seeds - len(failed)} seeds held, {len(failed)} failed.")

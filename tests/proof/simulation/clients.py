@@ -49,7 +49,7 @@ KEYED = (
     Create, Bulk, Start, Claim, Cancel, ForceFail, ForceReset, Transition, ExtendLock, ReleaseLock, RunNow, Update,
     Adopt, Delete, Pause, Resume,
 )  # fmt: skip
-REHEARSED = (Transition, RunNow, Update, Adopt)
+WITH_DRY_RUN = (Transition, RunNow, Update, Adopt)
 IN_DOUBT = ("outcome_unknown", "shutting_down", "overloaded")
 OLD_LOCKS = 6
 
@@ -143,14 +143,14 @@ class SimOperator(SimClient):
 
     def __init__(self, machine: Machine, name: str) -> None:
         super().__init__(machine, name, admin=True)
-        dice = Random(f"{machine.seed}: rehearsals")  # its own dice, so that the other draws stay the same
+        dice = Random(f"{machine.seed}: dry runs")  # its own dice, so that the other draws stay the same
         self._careful = dice if dice.random() < 0.3 else None
 
     async def act(self) -> None:
         roll = self.dice.random()
         if roll < 0.7:
             command = self.requests.operation(self.machine.wall())
-            if isinstance(command, REHEARSED) and self._careful is not None and self._careful.random() < 0.4:
+            if isinstance(command, WITH_DRY_RUN) and self._careful is not None and self._careful.random() < 0.4:
                 await self.machine.call(self.name, replace(command, dry_run=True), by="admin", admin=True)
             await self.ask(command)
         elif roll < 0.85:
@@ -167,10 +167,10 @@ class SimOperator(SimClient):
             return
         if roll < 0.93:
             self.machine.fired["operator recover-stuck"] += 1
-            work: Any = daemon.cleaner.recover_stuck(commands.Operator("", "simulated", "recovery"))
+            work: Any = daemon.maintainer.recover_stuck(commands.Operator("", "simulated", "recovery"))
         elif roll < 0.97:
             self.machine.fired["operator cleanup"] += 1
-            work = daemon.cleaner.run_cleanup(forced=self.dice.random() < 0.5)
+            work = daemon.maintainer.run_cleanup(forced=self.dice.random() < 0.5)
         else:
             self.machine.accept_clock(daemon)
             return

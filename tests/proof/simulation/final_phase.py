@@ -116,12 +116,12 @@ class FinalPhase:
     async def _check_cleanup(self, daemon: SimDaemon) -> None:
         """L5: cleanup has survived every fault. A forced run deletes everything that is old enough."""
         machine = self.machine
-        if daemon.cleaning.done():
+        if daemon.maintaining.done():
             self.watch.fail("L5", "the maintainer has ended")
             return
         report = await self._pass(daemon)
-        if daemon.cleaner.degraded_reason() is not None and not report.errors:
-            self.watch.fail("L5", f"degraded after a successful cleanup run: {daemon.cleaner.degraded_reason()}")
+        if daemon.maintainer.degraded_reason() is not None and not report.errors:
+            self.watch.fail("L5", f"degraded after a successful cleanup run: {daemon.maintainer.degraded_reason()}")
         if machine.dice.random() < 0.5:
             return
         await self._read_all_pages()
@@ -175,9 +175,10 @@ class FinalPhase:
         await self._pass(daemon)
 
     async def _pass(self, daemon: SimDaemon) -> CleanupReport:
-        report = await daemon.cleaner.run_cleanup(forced=True)
-        if daemon.cleaner.is_running or report.errors:
-            report = await daemon.cleaner.run_cleanup(forced=True)  # the first may have begun before the faults stopped
+        report = await daemon.maintainer.run_cleanup(forced=True)
+        if daemon.maintainer.is_running or report.errors:
+            # The first may have begun before the faults stopped.
+            report = await daemon.maintainer.run_cleanup(forced=True)
         if report.errors:
             self.watch.fail("L5", f"errors of a cleanup run without faults: {report.errors}")
         return report

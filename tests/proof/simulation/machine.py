@@ -333,8 +333,8 @@ class SimDaemon:
         self._settle()
         running = self.spawn(self.actor.run())
         running.add_done_callback(lambda _: self.stopped.set())
-        self.cleaner = Maintainer(self.actor, self.clock, machine.scenario.schedule)
-        self.cleaning = self.spawn(self.cleaner.run())
+        self.maintainer = Maintainer(self.actor, self.clock, machine.scenario.schedule)
+        self.maintaining = self.spawn(self.maintainer.run())
         sweeping = self._sweep()
         self.is_open, self.opened_s = True, machine.loop.now_s
         machine.note("machine", "open", self.book.numbers(0, 0, False), self.clock.suspect)
@@ -346,8 +346,8 @@ class SimDaemon:
         if sweeping is not None and self.sweeper is not None:
             self.sweeper.stop()
             await sweeping
-        self.cleaner.stop()
-        await self.cleaning
+        self.maintainer.stop()
+        await self.maintaining
         self.actor.stop()
         try:
             await running

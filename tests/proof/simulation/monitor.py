@@ -262,9 +262,9 @@ class Monitor(DecisionChecks):
         if batch.report is not None and not msgspec.json.decode(batch.report, type=CleanupReport).errors:
             self._good_pass_s = now_s
         if daemon is not None and daemon.is_open:
-            schedule = daemon.cleaner.schedule
+            schedule = daemon.maintainer.schedule
             late_s = 3 * max(schedule.interval_ms, schedule.min_interval_ms) / SECOND_MS
-            is_reported = daemon.cleaner.degraded_reason() is not None
+            is_reported = daemon.maintainer.degraded_reason() is not None
             self.fired["cleanup degraded"] += is_reported
             silent_s = now_s - self._good_pass_s
             self.must(

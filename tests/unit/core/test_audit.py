@@ -270,8 +270,8 @@ async def test_recovery_has_an_entry_only_if_an_operator_requested_it() -> None:
     async with VirtualEngine() as engine:
         await engine.held("a", lock_ttl_ms=SECOND_MS)
         await asyncio.sleep(60)
-        await engine.cleaner.recover_stuck(replace(EVE, part_of="p"), "the rack is dark")
-        await engine.cleaner.recover_stuck()
+        await engine.maintainer.recover_stuck(replace(EVE, part_of="p"), "the rack is dark")
+        await engine.maintainer.recover_stuck()
         found = [(row.what, row.who, row.jobs, row.reason) for row in audit_entries(engine)]
         assert found == [("recover-stuck", "eve", 1, "the rack is dark")]
         assert "No update from worker" in (engine.disk.events[-1].reason or "")

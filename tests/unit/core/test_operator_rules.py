@@ -227,8 +227,8 @@ def test_a_transition_to_completed_needs_a_required_download_url() -> None:
     refused = Transition(id="a", from_="queued", to="completed", updates=Updates(file_path="/f"))
     assert rules.reject(refused, "invalid_request", admin=True).details == {"field": "$.updates.download_url"}
     rules.row(replace(rules.job(), result=Result("kept")))
-    rehearsed = rules.accept_admin(Transition(id="a", from_="queued", to="completed", dry_run=True))
-    assert (rehearsed.previous_status, rehearsed.status, rules.job().status) == ("queued", "completed", "queued")
+    dry_run = rules.accept_admin(Transition(id="a", from_="queued", to="completed", dry_run=True))
+    assert (dry_run.previous_status, dry_run.status, rules.job().status) == ("queued", "completed", "queued")
     rules.accept_admin(Transition(id="a", from_="queued", to="failed"))
     rules.accept_admin(Transition(id="a", from_="failed", to="completed"))
     assert rules.job().result == Result("kept")
@@ -245,10 +245,10 @@ def test_a_dry_run_changes_nothing(rules: RuleHarness) -> None:
     ]
     for command in commands:
         before = rules.job()
-        rehearsed = rules.decide(replace(command, dry_run=True), admin=True)
-        assert (rehearsed.changes, rules.job()) == ([], before)
-        assert isinstance(rehearsed.answer, Response)
-        assert rehearsed.answer.data == rules.accept_admin(command)
+        dry_run = rules.decide(replace(command, dry_run=True), admin=True)
+        assert (dry_run.changes, rules.job()) == ([], before)
+        assert isinstance(dry_run.answer, Response)
+        assert dry_run.answer.data == rules.accept_admin(command)
         assert rules.job() != before
     for command in commands:
         refusal = rules.reject(replace(command, dry_run=True), "invalid_transition", admin=True)

@@ -374,14 +374,14 @@ async def test_a_take_back_of_many_jobs_has_one_response() -> None:
         for number in range(5):
             await engine.held(f"job-{number}", stuck_after_ms=HOUR_MS)
         command, operator = TakeBack(name="w-1"), Operator("ana", "here", "part")
-        refused = await engine.cleaner.take_back(command, operator)
+        refused = await engine.maintainer.take_back(command, operator)
         assert isinstance(refused, ApiError)
         assert refused.code == "worker_not_silent"
         await seconds(60)
-        seen = await engine.cleaner.take_back(replace(command, dry_run=True), operator)
+        seen = await engine.maintainer.take_back(replace(command, dry_run=True), operator)
         assert isinstance(seen, TakeBackView)
         assert (len(seen.details), seen.more) == (2, True)
-        done = await engine.cleaner.take_back(command, operator)
+        done = await engine.maintainer.take_back(command, operator)
         assert isinstance(done, TakeBackView)
         assert (done.recovered_jobs, done.reset_jobs, len(done.details), done.more) == (5, 5, 5, False)
 
@@ -394,7 +394,7 @@ async def test_an_interrupted_take_back_reports_its_progress() -> None:
         for number in range(6):
             locks[f"job-{number}"] = await engine.held(f"job-{number}", stuck_after_ms=HOUR_MS)
         await seconds(60)
-        taking = asyncio.create_task(engine.cleaner.take_back(TakeBack(name="w-1"), None))
+        taking = asyncio.create_task(engine.maintainer.take_back(TakeBack(name="w-1"), None))
         await until(lambda: engine.book.totals["queued"] == 2)
         for job_id in ("job-2", "job-3", "job-4", "job-5"):
             await engine.yes(Extend(id=job_id, lock_id=locks[job_id]))
@@ -402,9 +402,9 @@ async def test_an_interrupted_take_back_reports_its_progress() -> None:
         assert isinstance(done, TakeBackView)
         assert (done.recovered_jobs, done.more) == (2, False)
         await seconds(60)
-        taking = asyncio.create_task(engine.cleaner.take_back(TakeBack(name="w-1"), None))
+        taking = asyncio.create_task(engine.maintainer.take_back(TakeBack(name="w-1"), None))
         await until(lambda: engine.book.totals["queued"] == 4)
-        engine.cleaner.stop()
+        engine.maintainer.stop()
         done = await taking
         assert isinstance(done, TakeBackView)
         assert (done.recovered_jobs, done.more) == (2, True)

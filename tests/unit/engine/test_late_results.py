@@ -135,8 +135,8 @@ async def test_the_current_policy_decides_whether_a_late_result_can_be_adopted()
         engine.actor.policy = Policy()
         assert await refusal_now() is None
         written = len(engine.disk.batches)
-        rehearsed = await engine.yes(Adopt(id="a", dry_run=True), admin=True, key=key("k"))
-        assert (rehearsed.status, rehearsed.file_path) == ("completed", "/out")
+        dry_run = await engine.yes(Adopt(id="a", dry_run=True), admin=True, key=key("k"))
+        assert (dry_run.status, dry_run.file_path) == ("completed", "/out")
         assert (len(engine.disk.batches), engine.disk.keys) == (written, {})
         assert (await engine.yes(Get(id="a"))).status == "failed"
 

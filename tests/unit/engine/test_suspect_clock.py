@@ -199,13 +199,13 @@ async def test_forty_days_ahead_for_six_seconds_and_a_forced_cleanup_run_lose_no
         await engine.yes(Delete(id="gone"))
         disk.audited = {1: AuditEntry(1, "admin", "", "pause")}
         engine.step_ms = STEP_MS
-        report = await engine.cleaner.run_cleanup(forced=True)
+        report = await engine.maintainer.run_cleanup(forced=True)
         assert (report.expired_jobs_deleted, report.errors) == (0, [])
         await seconds(6)
         assert [event.type for event in disk.events if event.job_id == "gone"][-1] == "deleted"
         assert list(disk.audited) == [1]
         engine.step_ms = 0
-        report = await engine.cleaner.run_cleanup(forced=True)
+        report = await engine.maintainer.run_cleanup(forced=True)
         assert (report.expired_jobs_deleted, report.errors) == (0, [])
         assert [status(engine, job_id) for job_id in ("a", "b", "c")] == ["completed"] * 3
         assert status(engine, "waits") == "queued"
@@ -225,7 +225,7 @@ async def test_a_clock_that_steps_between_scan_and_rule_costs_no_job_and_no_clea
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(disk, "expired_jobs", expired)
             engine.run_maintainer()
-            report = await engine.cleaner.run_cleanup(forced=True)
+            report = await engine.maintainer.run_cleanup(forced=True)
         assert (report.expired_jobs_deleted, report.errors) == (0, [])
         assert status(engine, "done") == "completed"
 
@@ -251,9 +251,9 @@ async def test_after_acceptance_jobs_are_deleted_and_failed_by_age_again() -> No
         await create_completed(engine)
         await create_expiring(engine)
         engine.step_ms = STEP_MS
-        await engine.cleaner.run_cleanup(forced=True)
+        await engine.maintainer.run_cleanup(forced=True)
         engine.clock.accept()
-        report = await engine.cleaner.run_cleanup(forced=True)
+        report = await engine.maintainer.run_cleanup(forced=True)
         assert report.expired_jobs_deleted == 1
         assert (status(engine, "done"), status(engine, "waits")) == (None, "failed")
 
@@ -328,7 +328,7 @@ async def test_the_suspicion_is_on_disk_with_the_first_batch_and_stays_with_the_
         async with VirtualEngine(disk, step_ms=2 * DAY_MS) as engine:
             engine.run_maintainer()
             assert engine.clock.suspect
-            assert (await engine.cleaner.run_cleanup(forced=True)).expired_jobs_deleted == 0
+            assert (await engine.maintainer.run_cleanup(forced=True)).expired_jobs_deleted == 0
             await engine.yes(Tick())
             assert disk.numbers.clock_suspect
             assert status(engine, "done") == "completed"
@@ -341,7 +341,7 @@ async def test_the_suspicion_is_on_disk_with_the_first_batch_and_stays_with_the_
     async with VirtualEngine(disk, step_ms=2 * DAY_MS) as engine:
         engine.run_maintainer()
         assert not engine.clock.suspect
-        assert (await engine.cleaner.run_cleanup(forced=True)).expired_jobs_deleted == 1
+        assert (await engine.maintainer.run_cleanup(forced=True)).expired_jobs_deleted == 1
 
 
 @in_virtual_time
@@ -351,7 +351,7 @@ async def test_a_restart_29_days_ahead_deletes_nothing() -> None:
         await create_completed(engine)
     async with VirtualEngine(disk, step_ms=29 * DAY_MS) as engine:
         engine.run_maintainer()
-        assert (await engine.cleaner.run_cleanup(forced=True)).expired_jobs_deleted == 0
+        assert (await engine.maintainer.run_cleanup(forced=True)).expired_jobs_deleted == 0
         assert status(engine, "done") == "completed"
 
 

@@ -89,7 +89,7 @@ async def test_an_expired_lock_is_cleared_and_the_grant_kept_until_its_stuck_tim
         assert engine.book.live_locks() == 1
         await seconds(11 * 60)
         assert last_of(engine, "a").type == "stalled"
-        assert engine.cleaner.totals.found == Counter(expired_locks=2, stuck=1)
+        assert engine.maintainer.totals.found == Counter(expired_locks=2, stuck=1)
 
 
 @in_virtual_time
@@ -138,8 +138,8 @@ async def test_recover_every_0_leaves_recovery_to_cleanup_runs() -> None:
         assert engine.book.processing.keys() == {"a"}
         await seconds(100)
         assert not engine.book.processing
-        assert engine.cleaner.last_report is not None
-        assert engine.cleaner.last_report.stuck_jobs_recovered == 1
+        assert engine.maintainer.last_report is not None
+        assert engine.maintainer.last_report.stuck_jobs_recovered == 1
 
 
 @in_virtual_time
@@ -150,15 +150,15 @@ async def test_the_next_cleanup_run_is_known_if_only_cleanup_runs_recover_jobs()
         await seconds(1)
         announced = engine.book.next_cleanup_at
         assert announced is not None
-        report = engine.cleaner.last_report
+        report = engine.maintainer.last_report
         assert report is not None
         await seconds((announced - engine.now) / 1000 - 1)
-        assert engine.cleaner.last_report is report
+        assert engine.maintainer.last_report is report
         await seconds(2)
-        assert engine.cleaner.last_report is not report
+        assert engine.maintainer.last_report is not report
         assert engine.book.next_cleanup_at is not None
         assert engine.book.next_cleanup_at > engine.now
-        engine.cleaner.set_schedule(RECOVERING)
+        engine.maintainer.set_schedule(RECOVERING)
         assert engine.book.next_cleanup_at is None
 
 
@@ -222,7 +222,7 @@ async def test_a_long_cleanup_run_delays_no_recovery() -> None:
         await seconds(1)
         engine.run_maintainer()
         await seconds(75)
-        assert engine.cleaner.is_running
+        assert engine.maintainer.is_running
         assert not engine.book.processing
         release.set()
 
@@ -233,17 +233,17 @@ async def test_a_long_cleanup_run_delays_no_recovery() -> None:
 @in_virtual_time
 async def test_cleanup_runs_at_the_start_and_then_every_interval() -> None:
     async with VirtualEngine(schedule=PASSES) as engine:
-        assert engine.cleaner.state().time_since_last_cleanup is None
+        assert engine.maintainer.state().time_since_last_cleanup is None
         engine.run_maintainer()
         await seconds(1)
-        assert engine.cleaner.totals.runs == 1
-        state = engine.cleaner.state()
+        assert engine.maintainer.totals.runs == 1
+        state = engine.maintainer.state()
         assert not state.cleanup_running
         assert 900 <= (state.time_since_last_cleanup or 0) <= 1000
         await seconds(298)
-        assert engine.cleaner.totals.runs == 1
+        assert engine.maintainer.totals.runs == 1
         await seconds(2)
-        assert engine.cleaner.totals.runs == 2
+        assert engine.maintainer.totals.runs == 2
         assert [report.forced for report in stored_reports(engine)] == [False, False]
 
 
@@ -252,14 +252,14 @@ async def test_a_forced_run_starts_at_once_an_unforced_one_not_within_two_minute
     async with VirtualEngine(schedule=PASSES) as engine:
         engine.run_maintainer()
         await seconds(10)
-        first = engine.cleaner.last_report
-        assert await engine.cleaner.run_cleanup(forced=False) is first
-        forced = await engine.cleaner.run_cleanup(forced=True)
+        first = engine.maintainer.last_report
+        assert await engine.maintainer.run_cleanup(forced=False) is first
+        forced = await engine.maintainer.run_cleanup(forced=True)
         assert forced.forced
-        assert engine.cleaner.totals.runs == 2
+        assert engine.maintainer.totals.runs == 2
         await seconds(120)
-        assert not (await engine.cleaner.run_cleanup(forced=False)).forced
-        assert engine.cleaner.totals.runs == 3
+        assert not (await engine.maintainer.run_cleanup(forced=False)).forced
+        assert engine.maintainer.totals.runs == 3
 
 
 @in_virtual_time
@@ -269,11 +269,11 @@ async def test_the_schedule_keeps_its_distance_from_a_forced_run() -> None:
     ) as engine:
         engine.run_maintainer()
         await seconds(50)
-        await engine.cleaner.run_cleanup(forced=True)
+        await engine.maintainer.run_cleanup(forced=True)
         await seconds(59)
-        assert engine.cleaner.totals.runs == 2
+        assert engine.maintainer.totals.runs == 2
         await seconds(2)
-        assert engine.cleaner.totals.runs == 3
+        assert engine.maintainer.totals.runs == 3
 
 
 @in_virtual_time
@@ -282,26 +282,26 @@ async def test_a_request_during_a_run_gets_its_report() -> None:
         engine.disk.gate.clear()
         engine.run_maintainer()
         await engine.disk.at_gate.wait()
-        assert engine.cleaner.state().cleanup_running
-        tasks = [asyncio.create_task(engine.cleaner.run_cleanup(forced=forced)) for forced in (True, False)]
+        assert engine.maintainer.state().cleanup_running
+        tasks = [asyncio.create_task(engine.maintainer.run_cleanup(forced=forced)) for forced in (True, False)]
         await seconds(1)
         engine.disk.gate.set()
         first, second = await asyncio.gather(*tasks)
-        assert first is second is engine.cleaner.last_report
+        assert first is second is engine.maintainer.last_report
         assert not first.forced
-        assert engine.cleaner.totals.runs == 1
+        assert engine.maintainer.totals.runs == 1
 
 
 @in_virtual_time
 async def test_requests_before_a_run_starts_share_it() -> None:
     async with VirtualEngine() as engine:
-        tasks = [asyncio.create_task(engine.cleaner.run_cleanup(forced=forced)) for forced in (False, True)]
+        tasks = [asyncio.create_task(engine.maintainer.run_cleanup(forced=forced)) for forced in (False, True)]
         await seconds(0)
         engine.run_maintainer()
         reports = await asyncio.gather(*tasks)
         assert reports[0] is reports[1]
         assert reports[0].forced
-        assert engine.cleaner.totals.runs == 1
+        assert engine.maintainer.totals.runs == 1
 
 
 @in_virtual_time
@@ -310,12 +310,12 @@ async def test_a_cancelled_request_does_not_end_the_run() -> None:
         engine.run_maintainer()
         await seconds(1)
         engine.disk.gate.clear()
-        tasks = asyncio.create_task(engine.cleaner.run_cleanup(forced=True))
+        tasks = asyncio.create_task(engine.maintainer.run_cleanup(forced=True))
         await engine.disk.at_gate.wait()
         tasks.cancel()
         await asyncio.wait({tasks})
         engine.disk.gate.set()
-        await until(lambda: engine.cleaner.totals.runs == 2)
+        await until(lambda: engine.maintainer.totals.runs == 2)
         assert [report.forced for report in stored_reports(engine)] == [False, True]
 
 
@@ -325,11 +325,11 @@ async def test_a_new_schedule_applies_at_once() -> None:
         engine.run_maintainer()
         await seconds(30)
         await engine.held("a")
-        engine.cleaner.set_schedule(CleanupSchedule(interval_ms=60_000, min_interval_ms=0, recover_every_ms=10_000))
+        engine.maintainer.set_schedule(CleanupSchedule(interval_ms=60_000, min_interval_ms=0, recover_every_ms=10_000))
         await seconds(31)
-        assert engine.cleaner.totals.runs == 2
+        assert engine.maintainer.totals.runs == 2
         await seconds(40)
-        assert engine.cleaner.totals.found["stuck"] == 1
+        assert engine.maintainer.totals.found["stuck"] == 1
 
 
 # -- steps of a cleanup run ---------------------------------------------------------------------------------------
@@ -340,14 +340,14 @@ async def test_overdue_queued_jobs_fail_with_the_next_recovery() -> None:
     """No worker can claim them; they must not stay queued until the next cleanup run."""
     async with VirtualEngine(schedule=RECOVERING) as engine:
         engine.run_maintainer()
-        await until(lambda: engine.cleaner.totals.runs == 1)
+        await until(lambda: engine.maintainer.totals.runs == 1)
         await engine.yes(Create(id="old", expires_at=engine.now + 1000))
         await engine.yes(Create(id="new", expires_at=engine.now + HOUR_MS))
         await seconds(11.5)
         assert engine.book.jobs.keys() == {"new"}
         assert last_of(engine, "old").by == "recovery"
-        assert engine.cleaner.totals.runs == 1
-        assert engine.cleaner.totals.found == Counter(expired=1)
+        assert engine.maintainer.totals.runs == 1
+        assert engine.maintainer.totals.found == Counter(expired=1)
 
 
 async def test_overdue_queued_jobs_fail() -> None:
@@ -357,14 +357,14 @@ async def test_overdue_queued_jobs_fail() -> None:
         await engine.yes(Create(id="new", expires_at=engine.now + HOUR_MS))
         await seconds(1)
         engine.run_maintainer()
-        await until(lambda: engine.cleaner.totals.runs == 1)
+        await until(lambda: engine.maintainer.totals.runs == 1)
         assert engine.book.jobs.keys() == {"new"}
         assert engine.book.totals["failed"] == 5
         old = engine.disk.job("old-3")
         assert old is not None
         assert old.error is not None
         assert old.error.code == "expired"
-        assert engine.cleaner.totals.found == Counter(expired=5)
+        assert engine.maintainer.totals.found == Counter(expired=5)
 
 
 @in_virtual_time
@@ -376,7 +376,7 @@ async def test_finished_jobs_are_deleted_after_their_retention() -> None:
         await seconds(1)
         report_at = engine.now
         engine.run_maintainer()
-        await until(lambda: engine.cleaner.totals.runs == 1)
+        await until(lambda: engine.maintainer.totals.runs == 1)
         assert sorted(deletions(engine)) == [f"old-{number}" for number in range(5)]
         report = stored_reports(engine)[0]
         assert (report.expired_jobs_deleted, report.errors) == (5, [])
@@ -390,7 +390,7 @@ async def test_deletions_by_operators_do_not_count_as_deletions_by_age() -> None
         await finished(engine, "a")
         await engine.yes(Delete(id="a"), by="admin", admin=True)
         engine.run_maintainer()
-        await until(lambda: engine.cleaner.totals.runs == 1)
+        await until(lambda: engine.maintainer.totals.runs == 1)
         assert stored_reports(engine)[0].expired_jobs_deleted == 0
 
 
@@ -402,7 +402,7 @@ async def test_nothing_is_deleted_by_age_while_the_clock_is_suspect() -> None:
         await engine.yes(Delete(id="gone"), by="admin", admin=True)
         engine.step_ms = 40 * DAY_MS
         engine.run_maintainer()
-        await until(lambda: engine.cleaner.totals.runs == 1)
+        await until(lambda: engine.maintainer.totals.runs == 1)
         assert engine.disk.job("a") is not None
         assert [event.type for event in engine.disk.events if event.job_id == "gone"][-1] == "deleted"
         assert stored_reports(engine)[0].errors == []
@@ -434,7 +434,7 @@ class UndeletableJobStorage(MemoryStorage):
 async def test_undeletable_expired_rows_end_the_step_with_an_error() -> None:
     async with VirtualEngine(UndeletableJobStorage()) as engine:
         engine.run_maintainer()
-        await until(lambda: engine.cleaner.totals.runs == 1)
+        await until(lambda: engine.maintainer.totals.runs == 1)
         assert stored_reports(engine)[0].errors == ["deletion: 1 expired jobs could not be deleted, the first is a."]
 
 
@@ -447,7 +447,7 @@ async def test_a_damaged_expired_row_is_quarantined_and_the_run_continues() -> N
         await engine.yes(Get(id="a"))  # loads it into memory
         storage.bad_jobs["a"] = "its checksum is wrong"
         engine.run_maintainer()
-        await until(lambda: engine.cleaner.totals.runs == 1)
+        await until(lambda: engine.maintainer.totals.runs == 1)
         assert stored_reports(engine)[0].errors == []
         assert engine.book.quarantined == {"a": "its checksum is wrong"}
         assert engine.book.totals["completed"] == 0
@@ -465,11 +465,11 @@ async def test_a_run_repairs_imported_and_hand_edited_rows() -> None:
     async with VirtualEngine(storage, schedule=replace(PASSES, batch=2)) as engine:
         assert len(engine.book.suspects) == 5
         engine.run_maintainer()
-        await until(lambda: engine.cleaner.totals.runs == 1)
+        await until(lambda: engine.maintainer.totals.runs == 1)
         report = stored_reports(engine)[0]
         assert report.errors == []
         assert report.validation_issues_found == report.validation_issues_fixed == 5
-        assert engine.cleaner.totals.issues == Counter(error=4, critical=1)
+        assert engine.maintainer.totals.issues == Counter(error=4, critical=1)
         assert not engine.book.suspects
         assert not storage.suspects
         over, silent, nobody, odd = (storage.job(name) for name in ("over", "silent", "nobody", "odd"))
@@ -481,7 +481,7 @@ async def test_a_run_repairs_imported_and_hand_edited_rows() -> None:
         assert nobody.status == "queued"
         assert odd is not None
         assert (odd.progress, odd.finished_at) == (100, WALL)
-        repeated = await engine.cleaner.run_cleanup(forced=True)
+        repeated = await engine.maintainer.run_cleanup(forced=True)
         assert (repeated.validation_issues_found, repeated.validation_issues_fixed) == (0, 0)
 
 
@@ -494,9 +494,9 @@ async def test_issues_without_a_safe_fix_are_reported_by_every_run() -> None:
     storage.put(replace(live, options=replace(live.options, queue="")))
     async with VirtualEngine(storage, policy=policy) as engine:
         engine.run_maintainer()
-        first = await engine.cleaner.run_cleanup(forced=True)
+        first = await engine.maintainer.run_cleanup(forced=True)
         assert (first.validation_issues_found, first.validation_issues_fixed) == (2, 0)
-        second = await engine.cleaner.run_cleanup(forced=True)
+        second = await engine.maintainer.run_cleanup(forced=True)
         assert (second.validation_issues_found, second.validation_issues_fixed) == (2, 0)
         assert storage.job("nameless") is not None
 
@@ -508,7 +508,7 @@ async def test_valid_jobs_cost_no_command() -> None:
             await engine.yes(Create(id=f"job-{number}"))
         batches = len(engine.disk.batches)
         engine.run_maintainer()
-        await until(lambda: engine.cleaner.totals.runs == 1)
+        await until(lambda: engine.maintainer.totals.runs == 1)
         assert len(engine.disk.batches) - batches == 1  # the report
 
 
@@ -523,7 +523,7 @@ async def test_workers_are_served_between_slices() -> None:
         await until(lambda: bool(deletions(engine)))
         await engine.yes(Progress(id="a", lock_id=lock_id, progress=1))
         assert len(deletions(engine)) < 40
-        await until(lambda: engine.cleaner.totals.runs == 1)
+        await until(lambda: engine.maintainer.totals.runs == 1)
         assert len(deletions(engine)) == 200
 
 
@@ -543,10 +543,10 @@ async def test_old_audit_entries_are_deleted_and_the_newest_stays() -> None:
         storage.audited[6] = entry(engine.now + 5 * SECOND_MS)
         await seconds(12)
         engine.run_maintainer()
-        await engine.cleaner.run_cleanup(forced=True)
+        await engine.maintainer.run_cleanup(forced=True)
         assert list(storage.audited) == [6]
         await seconds(60)
-        await engine.cleaner.run_cleanup(forced=True)
+        await engine.maintainer.run_cleanup(forced=True)
         assert list(storage.audited) == [6]
 
 
@@ -557,10 +557,10 @@ async def test_no_audit_entry_is_old_while_the_clock_is_suspect() -> None:
         storage.audited = {1: entry(1), 2: entry(engine.now)}
         engine.step_ms = 2 * DAY_MS
         engine.run_maintainer()
-        await engine.cleaner.run_cleanup(forced=True)
+        await engine.maintainer.run_cleanup(forced=True)
         assert list(storage.audited) == [1, 2]
         engine.step_ms = 0
-        await engine.cleaner.run_cleanup(forced=True)
+        await engine.maintainer.run_cleanup(forced=True)
         assert list(storage.audited) == [2]
 
 
@@ -586,10 +586,10 @@ def test_a_failed_step_is_reported_and_the_others_run(method: str, error: str) -
             await seconds(1)
             storage.errors[method] = OSError("broken")
             engine.run_maintainer()
-            report = await engine.cleaner.run_cleanup(forced=True)
+            report = await engine.maintainer.run_cleanup(forced=True)
             assert report.errors == [error]
             assert report.validation_issues_fixed == 1
-            assert engine.cleaner.totals.found["expired"] == 1
+            assert engine.maintainer.totals.found["expired"] == 1
             assert len(stored_reports(engine)) == 1
             storage.errors.clear()
 
@@ -606,16 +606,16 @@ async def test_writes_rejected_by_a_full_disk_are_reported_and_counted_next_time
         engine.actor.full_disk.closed = Closed.ALL_BUT_ENDINGS
         engine.disk.errors["probe"] = DiskFull("full")
         engine.run_maintainer()
-        report = await engine.cleaner.run_cleanup(forced=True)
+        report = await engine.maintainer.run_cleanup(forced=True)
         assert report.expired_jobs_deleted == 1
         assert [error.partition(":")[0] for error in report.errors] == ["validation", "report"]
         assert stored_reports(engine) == []
         del engine.disk.errors["probe"]
         await seconds(2)
-        report = await engine.cleaner.run_cleanup(forced=True)
+        report = await engine.maintainer.run_cleanup(forced=True)
         assert report.errors == []
         assert (report.expired_jobs_deleted, report.validation_issues_fixed) == (1, 1)
-        assert (await engine.cleaner.run_cleanup(forced=True)).expired_jobs_deleted == 0
+        assert (await engine.maintainer.run_cleanup(forced=True)).expired_jobs_deleted == 0
 
 
 @in_virtual_time
@@ -624,12 +624,12 @@ async def test_changes_during_the_write_of_a_report_are_in_the_next_one() -> Non
         engine.run_maintainer()
         await seconds(1)
         engine.disk.gate.clear()
-        tasks = asyncio.create_task(engine.cleaner.run_cleanup(forced=True))
+        tasks = asyncio.create_task(engine.maintainer.run_cleanup(forced=True))
         await engine.disk.at_gate.wait()
         engine.book.figures.since_report.recovered += 3
         engine.disk.gate.set()
         assert (await tasks).stuck_jobs_recovered == 0
-        assert (await engine.cleaner.run_cleanup(forced=True)).stuck_jobs_recovered == 3
+        assert (await engine.maintainer.run_cleanup(forced=True)).stuck_jobs_recovered == 3
         assert engine.book.figures.since_report.recovered == 0
 
 
@@ -637,12 +637,12 @@ async def test_changes_during_the_write_of_a_report_are_in_the_next_one() -> Non
 async def test_a_bug_in_a_run_does_not_end_cleanup() -> None:
     async with VirtualEngine(schedule=PASSES) as engine:
         await engine.yes(Create(id="a"))
-        totals, engine.cleaner.totals = engine.cleaner.totals, None  # type: ignore[assignment]
+        totals, engine.maintainer.totals = engine.maintainer.totals, None  # type: ignore[assignment]
         engine.run_maintainer()
-        report = await engine.cleaner.run_cleanup(forced=True)
+        report = await engine.maintainer.run_cleanup(forced=True)
         assert report.errors == ["run: 'NoneType' object has no attribute 'runs'"]
-        engine.cleaner.totals = totals
-        assert (await engine.cleaner.run_cleanup(forced=True)).errors == []
+        engine.maintainer.totals = totals
+        assert (await engine.maintainer.run_cleanup(forced=True)).errors == []
 
 
 @pytest.mark.slow
@@ -651,18 +651,18 @@ async def test_health_is_degraded_after_three_intervals_without_success() -> Non
     async with VirtualEngine(schedule=PASSES) as engine:
         engine.run_maintainer()
         await seconds(1)
-        assert engine.cleaner.degraded_reason() is None
+        assert engine.maintainer.degraded_reason() is None
         engine.disk.errors["prune"] = OSError("broken")
         await seconds(899)
-        assert engine.cleaner.degraded_reason() is None
+        assert engine.maintainer.degraded_reason() is None
         await seconds(2)
-        reason = engine.cleaner.degraded_reason()
+        reason = engine.maintainer.degraded_reason()
         assert reason is not None
         assert reason.startswith("No cleanup run has succeeded for 90")
         assert "journal: OSError: broken" in reason
         engine.disk.errors.clear()
-        await engine.cleaner.run_cleanup(forced=True)
-        assert engine.cleaner.degraded_reason() is None
+        await engine.maintainer.run_cleanup(forced=True)
+        assert engine.maintainer.degraded_reason() is None
 
 
 # -- reports and statistics after a restart ------------------------------------------------------------------------
@@ -675,19 +675,19 @@ async def test_the_last_report_and_the_statistics_survive_a_restart() -> None:
         engine.run_maintainer()
         await engine.held("a")
         await seconds(61)
-        await engine.cleaner.recover_stuck()
-        await engine.cleaner.run_cleanup(forced=True)
-        report = engine.cleaner.last_report
+        await engine.maintainer.recover_stuck()
+        await engine.maintainer.run_cleanup(forced=True)
+        report = engine.maintainer.last_report
     storage.gate.clear()
     async with VirtualEngine(storage) as engine:
         assert engine.book.figures.recovered_last_day(engine.now) == 1
         await seconds(5)
         engine.run_maintainer()
         await storage.at_gate.wait()
-        state = engine.cleaner.state()
+        state = engine.maintainer.state()
         assert state.last_report == report
         assert 5000 <= (state.time_since_last_cleanup or 0) < 6000
-        assert await engine.cleaner.reports(10) == stored_reports(engine)[::-1]
+        assert await engine.maintainer.reports(10) == stored_reports(engine)[::-1]
         storage.gate.set()
 
 
@@ -698,10 +698,10 @@ async def test_counts_since_the_last_report_survive_a_restart() -> None:
         engine.run_maintainer()
         await engine.held("a")
         await seconds(61)
-        await engine.cleaner.recover_stuck()
+        await engine.maintainer.recover_stuck()
     async with VirtualEngine(storage) as engine:
         engine.run_maintainer()
-        assert (await engine.cleaner.run_cleanup(forced=True)).stuck_jobs_recovered == 1
+        assert (await engine.maintainer.run_cleanup(forced=True)).stuck_jobs_recovered == 1
 
 
 @in_virtual_time
@@ -709,11 +709,11 @@ async def test_unreadable_reports_are_omitted() -> None:
     storage = MemoryStorage()
     async with VirtualEngine(storage) as engine:
         engine.run_maintainer()
-        report = await engine.cleaner.run_cleanup(forced=True)
+        report = await engine.maintainer.run_cleanup(forced=True)
     storage.kept_reports.append(b"{}")
     async with VirtualEngine(storage) as engine:
-        assert await engine.cleaner.reports(10) == [report]
-        assert await engine.cleaner.reports(1) == []
+        assert await engine.maintainer.reports(10) == [report]
+        assert await engine.maintainer.reports(1) == []
 
 
 @in_virtual_time
@@ -721,16 +721,16 @@ async def test_cleanup_starts_even_if_no_report_can_be_read() -> None:
     async with VirtualEngine() as engine:
         engine.disk.errors["reports"] = OSError("broken")
         engine.run_maintainer()
-        assert (await engine.cleaner.run_cleanup(forced=True)).errors == []
+        assert (await engine.maintainer.run_cleanup(forced=True)).errors == []
 
 
 @in_virtual_time
 async def test_extra_data_is_saved_with_the_statistics() -> None:
     async with VirtualEngine() as engine:
         engine.book.figures.stalls = 3
-        engine.cleaner.save_extra(lambda: b'{"hour":[1]}')
+        engine.maintainer.save_extra(lambda: b'{"hour":[1]}')
         engine.run_maintainer()
-        await engine.cleaner.run_cleanup(forced=True)
+        await engine.maintainer.run_cleanup(forced=True)
         assert read_extra(engine.disk.figures) == b'{"hour":[1]}'
         assert read_stats(engine.disk.figures).stalls == 3
     without = msgspec.json.encode(Figures(stalls=3))  # as an older version saved them
@@ -759,14 +759,14 @@ async def test_recover_stuck_returns_the_action_for_each_job() -> None:
         await engine.yes(Progress(id="b", lock_id=lock_id, progress=45))
         await engine.held("live", lock_ttl_ms=HOUR_MS)
         await seconds(61)
-        view = await engine.cleaner.recover_stuck()
+        view = await engine.maintainer.recover_stuck()
         assert isinstance(view, RecoverStuckView)
         assert (view.recovered_jobs, view.reset_jobs, view.failed_jobs) == (2, 1, 1)
         assert [(each.job_id, each.action) for each in view.details] == [("a", "reset"), ("b", "failed")]
         assert "No update from worker w-1" in view.details[0].reason
         assert view.timestamp == engine.now
         assert last_of(engine, "a").by == "admin"
-        nothing = await engine.cleaner.recover_stuck()
+        nothing = await engine.maintainer.recover_stuck()
         assert isinstance(nothing, RecoverStuckView)
         assert nothing.details == []
 
@@ -775,7 +775,7 @@ async def test_recover_stuck_returns_the_action_for_each_job() -> None:
 async def test_recover_stuck_returns_errors() -> None:
     async with VirtualEngine() as engine:
         engine.actor.stop()
-        rejected = await engine.cleaner.recover_stuck()
+        rejected = await engine.maintainer.recover_stuck()
         assert isinstance(rejected, ApiError)
         assert rejected.code == "shutting_down"
 
@@ -790,9 +790,9 @@ async def test_stop_ends_a_run_between_slices_and_resolves_its_waiters() -> None
             await finished(engine, f"old-{number}", expires_at=engine.now + 1000)
         await seconds(1)
         running = engine.run_maintainer()
-        tasks = asyncio.create_task(engine.cleaner.run_cleanup(forced=True))
+        tasks = asyncio.create_task(engine.maintainer.run_cleanup(forced=True))
         await until(lambda: bool(deletions(engine)))
-        engine.cleaner.stop()
+        engine.maintainer.stop()
         report = await tasks
         await running
         assert 0 < len(deletions(engine)) < 20
@@ -802,17 +802,17 @@ async def test_stop_ends_a_run_between_slices_and_resolves_its_waiters() -> None
         ]
         assert stored_reports(engine) == []
         assert read_stats(engine.disk.figures).since_report.deleted == len(deletions(engine))
-        late = await engine.cleaner.run_cleanup(forced=True)
+        late = await engine.maintainer.run_cleanup(forced=True)
         assert late.errors == ["run: not started because the daemon is stopping."]
 
 
 @in_virtual_time
 async def test_stop_resolves_a_request_whose_run_never_started() -> None:
     async with VirtualEngine() as engine:
-        tasks = asyncio.create_task(engine.cleaner.run_cleanup(forced=True))
+        tasks = asyncio.create_task(engine.maintainer.run_cleanup(forced=True))
         await seconds(0)
-        engine.cleaner.stop()
-        await engine.cleaner.run()
+        engine.maintainer.stop()
+        await engine.maintainer.run()
         assert (await tasks).errors == ["run: not started because the daemon is stopping."]
 
 
@@ -822,7 +822,7 @@ async def test_a_failed_save_of_statistics_does_not_raise_at_the_end() -> None:
         running = engine.run_maintainer()
         await seconds(1)
         engine.disk.errors["save_figures"] = OSError("broken")
-        engine.cleaner.stop()
+        engine.maintainer.stop()
         await running
 
 
@@ -834,7 +834,7 @@ async def test_operators_see_the_same_state() -> None:
         await engine.yes(ForceFail(id="a", reason="enough"), by="admin", admin=True)
         await seconds(61)
         engine.run_maintainer()
-        await engine.cleaner.run_cleanup(forced=True)
+        await engine.maintainer.run_cleanup(forced=True)
         events = (await engine.yes(Timeline(id="a"))).events
         assert [event.type for event in events] == ["created", "granted", "force_failed"]
         assert (await engine.yes(Get(id="a"))).error_message == "enough"
@@ -845,30 +845,32 @@ async def test_failed_runs_do_not_reset_the_time_since_the_last_success() -> Non
     storage = MemoryStorage()
     async with VirtualEngine(storage) as engine:
         engine.run_maintainer()
-        first = await engine.cleaner.run_cleanup(forced=True)
+        first = await engine.maintainer.run_cleanup(forced=True)
         await seconds(10)
         engine.disk.errors["expired"] = OSError("broken")
         for number in (1, 2):
             await seconds(50)
-            failed = await engine.cleaner.run_cleanup(forced=True)
+            failed = await engine.maintainer.run_cleanup(forced=True)
             assert failed.errors
-            state = engine.cleaner.state()
+            state = engine.maintainer.state()
             assert (state.failed_since_last_success, state.last_failure) == (number, failed)
         assert (state.time_since_last_cleanup or 0) >= 110_000
-        assert engine.cleaner.last_success == first
-        assert await engine.cleaner.run_cleanup(forced=False) is failed, "there is no run within min_interval"
+        assert engine.maintainer.last_success == first
+        assert await engine.maintainer.run_cleanup(forced=False) is failed, "there is no run within min_interval"
     async with VirtualEngine(storage) as engine:
-        assert engine.cleaner.state().last_failure is None
+        assert engine.maintainer.state().last_failure is None
         storage.gate.clear()
         engine.run_maintainer()
         await storage.at_gate.wait()
-        state = engine.cleaner.state()
-        assert (state.failed_since_last_success, engine.cleaner.last_success) == (2, first), "it is read at the start"
+        state = engine.maintainer.state()
+        assert (state.failed_since_last_success, engine.maintainer.last_success) == (2, first), (
+            "it is read at the start"
+        )
         assert (state.time_since_last_cleanup or 0) >= 110_000
         del storage.errors["expired"]
         storage.gate.set()
-        await engine.cleaner.run_cleanup(forced=True)  # the running one had failed already
-        await engine.cleaner.run_cleanup(forced=True)
-        state = engine.cleaner.state()
+        await engine.maintainer.run_cleanup(forced=True)  # the running one had failed already
+        await engine.maintainer.run_cleanup(forced=True)
+        state = engine.maintainer.state()
         assert (state.failed_since_last_success, state.last_failure) == (0, None)
         assert (state.time_since_last_cleanup or 0) < 1_000

@@ -773,16 +773,16 @@ async def test_a_preview_of_a_cleanup_run_matches_the_run() -> None:
         await engine.yes(Create(id="late", expires_at=engine.now + SECOND_MS))
         await engine.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
         await asyncio.sleep(120)
-        view = await engine.cleaner.preview()
+        view = await engine.maintainer.preview()
         assert isinstance(view, PreviewView)
         assert [(each.job_id, each.action) for each in view.recover] == [("stuck", "reset")]
         assert (view.expired_jobs, view.deleted_jobs, view.mended_jobs) == (["late"], ["old"], ["over"])
         assert not view.more
         assert 0 <= engine.now - view.timestamp < SECOND_MS
         engine.run_maintainer()
-        report = await engine.cleaner.run_cleanup(forced=True)
+        report = await engine.maintainer.run_cleanup(forced=True)
         assert (report.stuck_jobs_recovered, report.expired_jobs_deleted, report.validation_issues_fixed) == (1, 1, 1)
-        after = await engine.cleaner.preview()
+        after = await engine.maintainer.preview()
         assert isinstance(after, PreviewView)
         assert (after.recover, after.expired_jobs, after.deleted_jobs, after.mended_jobs) == ([], [], [], [])
 
@@ -794,7 +794,7 @@ async def test_the_scan_for_issues_is_limited() -> None:
         storage.put(row(number, f"over-{number}", progress=120))
 
     async def found(engine: VirtualEngine, scan_s: float) -> tuple[int, bool]:
-        view = await engine.cleaner.preview(scan_s)
+        view = await engine.maintainer.preview(scan_s)
         assert isinstance(view, PreviewView)
         assert view.more == view.more_mended
         return len(view.mended_jobs), view.more_mended
@@ -820,7 +820,7 @@ async def test_a_preview_lists_expired_jobs_even_if_few_are_read_at_a_time() -> 
         return (await MemoryStorage.expired_jobs(storage, now, limit, skip))[:1]
 
     async def seen(engine: VirtualEngine, scan_s: float = 60) -> tuple[int, bool, bool]:
-        view = await engine.cleaner.preview(scan_s)
+        view = await engine.maintainer.preview(scan_s)
         assert isinstance(view, PreviewView)
         assert not (view.deleted_jobs and view.held_jobs)
         return len(view.deleted_jobs or view.held_jobs), view.more, view.more_held
@@ -846,17 +846,17 @@ async def test_a_preview_while_the_clock_is_suspect_deletes_nothing() -> None:
         await engine.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
         await asyncio.sleep(60)
         engine.step_ms = 2 * DAY_MS
-        view = await engine.cleaner.preview()
+        view = await engine.maintainer.preview()
         assert isinstance(view, PreviewView)
         assert (view.deleted_jobs, view.held_jobs, view.more_held) == ([], ["old"], False)
         engine.step_ms = 0
-        view = await engine.cleaner.preview()
+        view = await engine.maintainer.preview()
         assert isinstance(view, PreviewView)
         assert (view.deleted_jobs, view.held_jobs) == (["old"], [])
-        engine.cleaner.stop()
-        stopped = await engine.cleaner.preview()
+        engine.maintainer.stop()
+        stopped = await engine.maintainer.preview()
         assert isinstance(stopped, PreviewView | ApiError)
         engine.actor.stop()
-        rejected = await engine.cleaner.preview()
+        rejected = await engine.maintainer.preview()
         assert isinstance(rejected, ApiError)
         assert rejected.code == "shutting_down"

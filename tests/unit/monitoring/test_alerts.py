@@ -30,8 +30,8 @@ from tests.support.virtual_engine import VirtualEngine, in_virtual_time, row, se
 
 
 def alerts_of(engine: VirtualEngine, thresholds: Thresholds | None = None) -> Alerts:
-    health = Health(engine.actor, engine.clock, engine.cleaner)
-    return Alerts(engine.book, engine.clock, health, engine.cleaner, thresholds, hold_ms=0, clear_ms=0)
+    health = Health(engine.actor, engine.clock, engine.maintainer)
+    return Alerts(engine.book, engine.clock, health, engine.maintainer, thresholds, hold_ms=0, clear_ms=0)
 
 
 def one(alerts: Alerts, name: str) -> AlertView:
@@ -62,7 +62,7 @@ async def test_the_hints_of_quiet_alerts_are_true() -> None:
         assert one(alerts, "pass_issues").hint == "No cleanup run has finished yet."
         assert one(alerts, "average_processing").hint == "No job completed in the last hour."
         engine.run_maintainer()
-        await engine.cleaner.run_cleanup(forced=True)
+        await engine.maintainer.run_cleanup(forced=True)
         assert one(alerts, "pass_issues").hint == "The latest cleanup run found no invalid rows."
         for _ in range(HOURS_NEEDED):
             work(engine, "film", 1000)
@@ -71,9 +71,9 @@ async def test_the_hints_of_quiet_alerts_are_true() -> None:
         await engine.held("a", lock_ttl_ms=HOUR_MS)
         await seconds(2)
         engine.book.figures.recovered[engine.now // STEP_MS] = 1
-        report = engine.cleaner.last_report
+        report = engine.maintainer.last_report
         assert report is not None
-        engine.cleaner.last_report = replace(report, validation_issues_found=1)
+        engine.maintainer.last_report = replace(report, validation_issues_found=1)
         quiet = {alert.name: alert for alert in alerts.evaluate()}
         alerts.thresholds = Thresholds(0, 0, 0, 0, slower_than_usual=1, webhook_failing_ms=0)
         loud = {alert.name: alert for alert in alerts.evaluate()}
@@ -111,11 +111,11 @@ async def test_stuck_jobs_count_now_and_as_recovered_in_the_last_10_minutes() ->
         await seconds(1)
         now = one(alerts, "stuck_jobs")
         assert (now.firing, now.value, now.since) == (True, 6, engine.now)
-        await engine.cleaner.recover_stuck()
+        await engine.maintainer.recover_stuck()
         recovered = one(alerts, "stuck_jobs")
         assert (recovered.firing, recovered.value, recovered.since) == (True, 6, now.since)
         assert recovered.hint.startswith("0 jobs have stalled, and 6 were recovered in the last 10 minutes.")
-        await engine.cleaner.run_cleanup(forced=True)
+        await engine.maintainer.run_cleanup(forced=True)
         assert one(alerts, "stuck_jobs").value == 6, "a cleanup run does not change it"
         await seconds(600)
         after = one(alerts, "stuck_jobs")
@@ -160,9 +160,9 @@ async def test_pass_issues_fires_until_a_run_finds_few_issues() -> None:
         alerts = alerts_of(engine)
         assert firing(alerts) == []
         engine.run_maintainer()
-        await engine.cleaner.run_cleanup(forced=True)
+        await engine.maintainer.run_cleanup(forced=True)
         assert firing(alerts) == ["pass_issues"]
-        await engine.cleaner.run_cleanup(forced=True)
+        await engine.maintainer.run_cleanup(forced=True)
         assert firing(alerts) == []
 
 
@@ -256,7 +256,7 @@ async def test_only_completed_jobs_count_for_durations() -> None:
             await seconds(3600 if hour < HOURS_NEEDED else 0)
         assert firing(alerts) == ["slower_than_usual"]
         engine.run_maintainer()
-        await engine.cleaner.run_cleanup(forced=True)
+        await engine.maintainer.run_cleanup(forced=True)
         storage = engine.disk
     async with VirtualEngine(storage) as after_a_restart:
         assert one(alerts_of(after_a_restart), "slower_than_usual").value >= 3.5
@@ -274,8 +274,8 @@ class MissingArtifactStore:
 @in_virtual_time
 async def test_an_unhealthy_part_fires_with_its_message() -> None:
     async with VirtualEngine() as engine:
-        health = Health(engine.actor, engine.clock, engine.cleaner, artifacts=MissingArtifactStore())
-        alerts = Alerts(engine.book, engine.clock, health, engine.cleaner, hold_ms=0, clear_ms=0)
+        health = Health(engine.actor, engine.clock, engine.maintainer, artifacts=MissingArtifactStore())
+        alerts = Alerts(engine.book, engine.clock, health, engine.maintainer, hold_ms=0, clear_ms=0)
         assert one(alerts, "database").hint == one(alerts, "storage").hint == "Not measured yet."
         engine.disk.errors["probe"] = OSError("broken")
         await engine.yes(Create(id="a"))
@@ -407,7 +407,7 @@ async def test_listeners_are_notified_of_changes_only() -> None:
 def slow_alerts_of(engine: VirtualEngine, thresholds: Thresholds | None = None) -> Alerts:
     """With the default durations, and fed with commits."""
     alerts = Alerts(
-        engine.book, engine.clock, Health(engine.actor, engine.clock, engine.cleaner), engine.cleaner, thresholds
+        engine.book, engine.clock, Health(engine.actor, engine.clock, engine.maintainer), engine.maintainer, thresholds
     )
     engine.actor.on_commit.append(alerts.attempts.note)
     return alerts

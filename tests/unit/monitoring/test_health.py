@@ -37,7 +37,7 @@ def health_of(
     take_faults: Callable[[], Iterable[str]] = tuple,
     **artifacts: Any,
 ) -> Health:
-    return Health(engine.actor, engine.clock, engine.cleaner, faults=faults, take_faults=take_faults, **artifacts)
+    return Health(engine.actor, engine.clock, engine.maintainer, faults=faults, take_faults=take_faults, **artifacts)
 
 
 async def measured(engine: VirtualEngine) -> HealthView:
@@ -97,7 +97,7 @@ async def test_a_working_daemon_is_healthy() -> None:
         assert view.storage.message == "not configured"
         assert view.cleanup_status.message == "Cleanup runs in time."
         assert not view.cleanup_status.running
-        assert view.cleanup_status.time_since_last_cleanup == engine.cleaner.state().time_since_last_cleanup
+        assert view.cleanup_status.time_since_last_cleanup == engine.maintainer.state().time_since_last_cleanup
         assert view.timestamp == engine.now
 
 
@@ -532,7 +532,7 @@ async def test_late_cleanup_is_degraded() -> None:
 
 @in_virtual_time
 async def test_a_bug_in_cleanup_is_unhealthy_and_nothing_is_raised() -> None:
-    class Broken:
+    class FailingMaintainer:
         def state(self) -> CleanupState:
             raise ValueError("a bug")
 
@@ -540,7 +540,7 @@ async def test_a_bug_in_cleanup_is_unhealthy_and_nothing_is_raised() -> None:
             return None
 
     async with VirtualEngine() as engine:
-        view = await Health(engine.actor, engine.clock, Broken()).view()
+        view = await Health(engine.actor, engine.clock, FailingMaintainer()).view()
         assert view.status == "unhealthy"
         assert "ValueError: a bug" in view.cleanup_status.message
         assert view.timestamp == engine.now

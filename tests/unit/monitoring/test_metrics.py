@@ -108,11 +108,11 @@ class FakeListener:
 
 
 def metrics_of(engine: VirtualEngine, *listeners: FakeListener, store_path: str = ":memory:") -> Metrics:
-    health = Health(engine.actor, engine.clock, engine.cleaner)
-    alerts = Alerts(engine.book, engine.clock, health, engine.cleaner, hold_ms=0, clear_ms=0)
+    health = Health(engine.actor, engine.clock, engine.maintainer)
+    alerts = Alerts(engine.book, engine.clock, health, engine.maintainer, hold_ms=0, clear_ms=0)
     return Metrics(
         engine.actor,
-        engine.cleaner,
+        engine.maintainer,
         alerts,
         engine.clock,
         SweepStats(),
@@ -145,10 +145,10 @@ def shown(engine: VirtualEngine, *listeners: FakeListener) -> bytes:
 class RealStoreParts:
     """Everything on a real store."""
 
-    def __init__(self, store: Store, actor: Actor, cleaner: Maintainer, metrics: Metrics) -> None:
+    def __init__(self, store: Store, actor: Actor, maintainer: Maintainer, metrics: Metrics) -> None:
         self.store = store
         self.actor = actor
-        self.cleaner = cleaner
+        self.maintainer = maintainer
         self.metrics = metrics
 
     async def yes(self, command: AnyCommand) -> Response:
@@ -165,13 +165,13 @@ async def real(path: Path) -> AsyncIterator[RealStoreParts]:
         state = Book.opened(opened)
         policy = Policy(keep_completed_ms=1)
         actor = Actor(store, state, Keys(opened.keys, 1000), clock, policy, random=os.urandom)
-        cleaner = Maintainer(actor, clock, CleanupSchedule(batch=2))
-        health = Health(actor, clock, cleaner, take_faults=store.take_faults)
-        alerts = Alerts(state, clock, health, cleaner)
-        metrics = Metrics(actor, cleaner, alerts, clock, SweepStats(), str(path), [], EventFeed(store, 0, 1))
-        running = [asyncio.create_task(run()) for run in (actor.run, cleaner.run, alerts.run, metrics.run)]
-        yield RealStoreParts(store, actor, cleaner, metrics)
-        for part in (metrics, alerts, cleaner):
+        maintainer = Maintainer(actor, clock, CleanupSchedule(batch=2))
+        health = Health(actor, clock, maintainer, take_faults=store.take_faults)
+        alerts = Alerts(state, clock, health, maintainer)
+        metrics = Metrics(actor, maintainer, alerts, clock, SweepStats(), str(path), [], EventFeed(store, 0, 1))
+        running = [asyncio.create_task(run()) for run in (actor.run, maintainer.run, alerts.run, metrics.run)]
+        yield RealStoreParts(store, actor, maintainer, metrics)
+        for part in (metrics, alerts, maintainer):
             part.stop()
         await asyncio.gather(*running[1:])
         await health.close()
@@ -181,7 +181,7 @@ async def real(path: Path) -> AsyncIterator[RealStoreParts]:
 
 async def test_metric_names_match_the_dashboards(tmp_path: Path) -> None:
     async with real(tmp_path / "jobd.db") as daemon:
-        await daemon.cleaner.run_cleanup(forced=True)
+        await daemon.maintainer.run_cleanup(forced=True)
         body = await daemon.metrics.render()
     lines = body.decode().splitlines()
     assert {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE")} == EXPECTED
@@ -201,10 +201,10 @@ async def test_job_lifecycles_on_a_real_store_are_counted(tmp_path: Path) -> Non
         await daemon.yes(Create(id="dead"))
         await daemon.yes(Start(id="dead", worker="w", lock_ttl_ms=1, stuck_after_ms=0))
         while "dead" in daemon.actor.book.processing:
-            await daemon.cleaner.recover_stuck()
+            await daemon.maintainer.recover_stuck()
             await asyncio.sleep(0.05)
-        report = await daemon.cleaner.run_cleanup(forced=True)
-        reports = await daemon.cleaner.reports(9)  # that of the first timer may be among them
+        report = await daemon.maintainer.run_cleanup(forced=True)
+        reports = await daemon.maintainer.reports(9)  # that of the first timer may be among them
         assert reports[0] == report
         assert [error for each in reports for error in each.errors] == []
         assert sum(each.expired_jobs_deleted for each in reports) == 5
@@ -221,7 +221,7 @@ async def test_job_lifecycles_on_a_real_store_are_counted(tmp_path: Path) -> Non
         assert value(body, "jobd_processing_seconds_bucket", queue="video", le="+Inf") == 5
         assert value(body, "jobd_cleanup_last_timestamp_seconds") * 1000 == pytest.approx(report.timestamp)
         assert report.timestamp >= now
-        assert value(body, "jobd_cleanup_passes_total") == daemon.cleaner.totals.runs >= 1
+        assert value(body, "jobd_cleanup_passes_total") == daemon.maintainer.totals.runs >= 1
         assert value(body, "jobd_commit_seconds_count") == value(body, "jobd_batch_commands_count") >= 10
         assert value(body, "jobd_database_bytes") > 0
         storage = shutil.disk_usage(tmp_path)
@@ -398,7 +398,7 @@ async def test_validation_issues_by_type_and_alerts() -> None:
     async with VirtualEngine(storage) as engine:
         assert not read(shown(engine))["jobd_cleanup_last_timestamp_seconds"].samples
         engine.run_maintainer()
-        await engine.cleaner.run_cleanup(forced=True)
+        await engine.maintainer.run_cleanup(forced=True)
         body = shown(engine)
         assert value(body, "jobd_validation_issues_total", type="error") == 11
         assert value(body, "jobd_validation_issues_total", type="critical") == 1

@@ -73,10 +73,10 @@ def test_an_error_without_frames_of_the_handler_is_one_line() -> None:
 
 
 def test_an_error_whose_str_raises_has_a_message() -> None:
-    class Broken(Exception):
+    class ErrorWithoutText(Exception):
         def __str__(self) -> str:
             raise ValueError("no text")
 
-    assert failure_message(Broken()) == "Broken: <exception str() failed>"
+    assert failure_message(ErrorWithoutText()) == "ErrorWithoutText: <exception str() failed>"
     assert failure_message(OSError("no such file: \udcff\x00")) == "OSError: no such file: \\udcff\\x00"
     assert failure_message(Retry("line one\nline two")) == "line one\nline two"
