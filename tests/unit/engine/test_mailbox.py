@@ -71,7 +71,7 @@ def _effects(kind: Any) -> set[str]:
         rules.advance(rules.policy.keep_completed_ms + 1)
         locks["running"] = rules.held("running")
         rules.create("due")
-        known = {"id": job_id, "ids": [job_id], "lock_id": locks.get(job_id, "other"), "name": "silent"}
+        known: dict[str, Any] = {"id": job_id, "ids": [job_id], "lock_id": locks.get(job_id, "other"), "name": "silent"}
         if kind is Bulk:
             known["jobs"] = [Create()]
         decision = rules.decide(kind(**{name: known.get(name, value) for name, value in required.items()}), admin=True)
