@@ -26,22 +26,7 @@ from jobd.http.request import RequestContext
 from jobd.http.response import SAFE_HEADERS, WRITE_TIMEOUT_S, error_line, response_line
 from jobd.http.routing import Route
 from jobd.http.streaming import LineStream
-from jobd.model.commands import (
-    Bulk,
-    Cancel,
-    Claim,
-    Command,
-    Complete,
-    Create,
-    Extend,
-    Fail,
-    Get,
-    IdempotencyKey,
-    JobCommand,
-    Progress,
-    Release,
-    Start,
-)
+from jobd.model.commands import STREAMED_COMMANDS, Claim, Command, Create, IdempotencyKey, JobCommand, Start
 from jobd.model.errors import ApiError, ApiException, invalid_request_error, too_large_error
 from jobd.model.responses import Response
 
@@ -52,18 +37,6 @@ TURN_LINES: Final = 64  # lines read before other tasks run
 NEXT_CHUNK: Final = b"0"  # a probe that changes nothing: a leading zero of the size of the next chunk
 
 log = structlog.get_logger("jobd.web")
-
-OpName = Literal[
-    "create", "bulk", "start", "claim", "progress", "extend", "complete", "fail", "release", "cancel", "get"
-]  # fmt: skip
-
-
-# The kinds of lines with their commands. Method and path of the call are those of the command's route.
-OPS: Final[dict[str, type[Command]]] = {
-    command.__name__.lower(): command
-    for command in (Create, Bulk, Start, Claim, Progress, Extend, Complete, Fail, Release, Cancel, Get)
-}
-
 
 OP_TEXT: Final = Meta(description="The call that the line stands for.")
 KEY_TEXT: Final = Meta(description="Like the header `Idempotency-Key`. For create, bulk, start, claim and cancel.")
@@ -76,7 +49,7 @@ class StreamedCommand(Command, frozen=True, kw_only=True):
     new job. The other fields are those of the call's body.
     """
 
-    op: Annotated[OpName, OP_TEXT]
+    op: Annotated[str, OP_TEXT]
     id: Annotated[str | None, Meta(description="Id of the job.")] = None
     idempotency_key: Annotated[str | None, KEY_TEXT] = None
 
@@ -102,14 +75,11 @@ class DecodedLine(Struct, frozen=True):
     key: IdempotencyKey | None
 
 
-class _LineHeader(Struct):
-    """The fields that are decoded first, to determine the kind of a line."""
-
-    op: OpName
-    idempotency_key: str | None = None
-
-
-_read_header: Final = msgspec.json.Decoder(_LineHeader).decode
+# The fields that are decoded first, to determine the kind of a line.
+_LineHeader: Final = msgspec.defstruct(
+    "_LineHeader", [("op", Literal[tuple(STREAMED_COMMANDS)]), ("idempotency_key", str | None, None)]
+)
+_read_header: Final = msgspec.json.Decoder[Any](_LineHeader).decode
 
 
 def _line_type(op: str, command: type[Command]) -> type[Any]:
@@ -126,7 +96,7 @@ def _line_type(op: str, command: type[Command]) -> type[Any]:
 
 
 # The type of each kind of line.
-LINE_TYPES: Final = {op: _line_type(op, command) for op, command in OPS.items()}
+LINE_TYPES: Final = {op: _line_type(op, command) for op, command in STREAMED_COMMANDS.items()}
 
 
 class _LineDecoder(RequestDecoder):
@@ -144,7 +114,7 @@ class _LineDecoder(RequestDecoder):
 @cache
 def line_decoders(limits: Limits) -> dict[str, RequestDecoder]:
     """Return the decoder of each kind of line."""
-    return {op: _LineDecoder(op, command, limits) for op, command in OPS.items()}
+    return {op: _LineDecoder(op, command, limits) for op, command in STREAMED_COMMANDS.items()}
 
 
 class LineReader:
@@ -171,7 +141,7 @@ class LineReader:
             raise invalid_request_error("$.wait_ms", message)
         job_id = command.id if isinstance(command, (Create, JobCommand)) else None
         by = f"worker:{command.worker}" if isinstance(command, (Start, Claim)) else "client"
-        route = self._routes[OPS[header.op]]
+        route = self._routes[STREAMED_COMMANDS[header.op]]
         return DecodedLine(command, by, job_id, self._key(route, job_id, header.idempotency_key, line))
 
     def _key(self, route: Route, job_id: str | None, key: str | None, line: bytes) -> IdempotencyKey | None:

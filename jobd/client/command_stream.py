@@ -16,11 +16,13 @@ from msgspec import Struct
 
 from jobd.client.errors import BadResponse, JobdError, Unreachable
 from jobd.client.protocol import NDJSON_TYPE, ApiRequest, ApiResponse
+from jobd.model.commands import STREAMED_COMMANDS, JobCommand
 
 COMMANDS: Final = "/v1/commands"
 CLOSE_S: Final = 5.0  # a closing stream waits this long for its last responses
 
-_VERBS: Final = frozenset({"start", "progress", "extend", "complete", "fail", "release", "cancel"})
+# The calls whose path ends in their name, after the id of the job.
+_VERBS: Final = {op for op, command in STREAMED_COMMANDS.items() if issubclass(command, JobCommand)} - {"get"}
 _JOB_PATH: Final = re.compile(r"/v1/jobs/(?P<id>[^/?]+)(?:/(?P<verb>[a-z-]+))?")
 _LINE_ENDS_TO_SPACES: Final = bytes.maketrans(b"\r\n", b"  ")
 

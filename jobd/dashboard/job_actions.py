@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec import UNSET, Struct
 
+from jobd.api.admin import ROUTES
 from jobd.dashboard.urls import curl_prefix
 from jobd.model.commands import (
     Adopt,
@@ -36,8 +37,8 @@ class ActionTarget(Struct, frozen=True):
 class JobAction(Struct, frozen=True):
     """An action on one job.
 
-    `command` declares the statuses that allow it and the status afterwards. `cli_command` is the equivalent of jobctl,
-    if any. `api_call` is the method and path in the admin API; without `{id}` in the path, the body names the job.
+    `description` continues "The job" or "Each job". `command` declares the statuses that allow it and the status
+    afterwards. `cli_command` is the equivalent of jobctl, if any.
     """
 
     verb: Verb
@@ -46,7 +47,6 @@ class JobAction(Struct, frozen=True):
     command: type[JobCommand]
     destructive: bool = False
     cli_command: str = ""
-    api_call: str = ""
 
     @property
     def needs_lock(self) -> bool:
@@ -69,73 +69,65 @@ _ALL: Final = (
     JobAction(
         "run-now",
         "Run now",
-        "The job becomes due now. Among jobs of the same priority it is ordered by this time.",
+        "becomes due now. Among jobs of the same priority it is ordered by this time.",
         RunNow,
         cli_command="jobctl run-now",
-        api_call="POST jobs/{id}/run-now",
     ),
     JobAction(
         "extend",
         "Extend lock",
-        "The lock is extended to its full TTL from now. The worker keeps the job and is not notified.",
+        "keeps its worker: the lock is extended to its full TTL from now. The worker is not notified.",
         ExtendLock,
-        api_call="POST extend-lock",
     ),
     JobAction(
         "release",
         "Release",
-        "The job returns to its queue and keeps its position; the attempt does not count. The worker loses the lock.",
+        "returns to its queue and keeps its position; the attempt does not count. The worker loses the lock.",
         ReleaseLock,
-        api_call="POST release-lock",
     ),
     JobAction(
         "force-reset",
         "Reset",
-        "The job is queued again as if it were new: no attempts, no stalls, no error, due now. A worker that holds it "
+        "is queued again as if it were new: no attempts, no stalls, no error, due now. A worker that holds it "
         "loses the lock, and may have done part of the work.",
         ForceReset,
         destructive=True,
         cli_command="jobctl force-reset",
-        api_call="POST force-reset",
     ),
     JobAction(
         "force-fail",
         "Fail",
-        "The job fails, with your reason as its error. A worker that holds it loses the lock.",
+        "fails, with your reason as its error. A worker that holds it loses the lock.",
         ForceFail,
         destructive=True,
         cli_command="jobctl force-fail",
-        api_call="POST force-fail",
     ),
     JobAction(
         "cancel",
         "Cancel",
-        "The job is cancelled. A worker that holds it loses the lock.",
+        "is cancelled. A worker that holds it loses the lock.",
         Cancel,
         destructive=True,
         cli_command="jobctl cancel",
-        api_call="POST jobs/{id}/cancel",
     ),
     JobAction(
         "delete",
         "Delete",
-        "The job and its history are deleted permanently.",
+        "is deleted permanently, with its history.",
         Delete,
         destructive=True,
         cli_command="jobctl delete",
-        api_call="DELETE jobs/{id}",
     ),
     JobAction(
         "adopt",
         "Adopt",
-        "The job is completed with the result that this worker submitted after its lock expired. It will not "
-        "run again.",
+        "is completed with the result that this worker submitted after its lock expired. It will not run again.",
         Adopt,
         cli_command="jobctl adopt",
-        api_call="POST jobs/{id}/adopt",
     ),
 )
 JOB_ACTIONS: Final[dict[str, JobAction]] = {action.verb: action for action in _ALL}
+_ROUTES: Final = {route.request: route for route in ROUTES}
 
 
 def visible_lock_id(job: JobView) -> str:
@@ -156,14 +148,14 @@ def is_allowed(action: JobAction, job: JobView, now: int) -> bool:
 
 def curl_command(action: JobAction, target: ActionTarget, base_url: str) -> str:
     """Return the action as a curl command, with a placeholder for the secret of the lock."""
-    method, _, path = action.api_call.partition(" ")
-    body: dict[str, object] = {} if "{id}" in path else {"jobId": target.id}
+    route = _ROUTES[action.command]
+    body: dict[str, object] = {} if route.path_field else {"jobId": target.id}
     if action.needs_lock:
         body["lockId"] = "LOCK_ID"
     if action.needs_late_result and target.result is not None:
         body["result"] = target.result
     body["reason"] = "REASON"
     content = f" -H 'Content-Type: application/json' -d '{msgspec.json.encode(body).decode()}'"
-    url = f"{base_url}/admin/job-management/{path.replace('{id}', target.id)}"
-    curl = curl_prefix(target.id if "{id}" in path else "")
-    return f'{curl} -X {method} -H "Authorization: Bearer $ADMIN_TOKEN"{content} {url}'
+    url = base_url + route.path.replace("{id}", target.id)
+    curl = curl_prefix(target.id if route.path_field else "")
+    return f'{curl} -X {route.method} -H "Authorization: Bearer $ADMIN_TOKEN"{content} {url}'

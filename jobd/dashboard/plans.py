@@ -29,19 +29,13 @@ from jobd.model.responses import PlanView, Response, plan_late_results_note
 
 MAX_LISTED: Final = 200
 DESCRIPTIONS: Final[dict[str, str]] = {
-    "retry": "Failed and cancelled jobs are queued again as if they were new: no attempts, no stalls, no error, due "
-    "now.",
-    "force-reset": "Failed, cancelled and processing jobs are queued again as if they were new. A worker that holds "
-    "one loses the lock; it may have done part of the work.",
-    "cancel": "Queued and processing jobs are cancelled. A worker that holds one loses the lock.",
-    "force-fail": "Queued and processing jobs fail, with the reason as their error. A worker that holds one loses the "
-    "lock.",
-    "delete": "Finished jobs and their history are deleted permanently.",
+    **{verb: f"Each job {action.description}" for verb, action in JOB_ACTIONS.items()},
+    "retry": "Each job is queued again as if it were new: no attempts, no stalls, no error, due now.",
     "recover-stuck": "Stalled jobs are taken from their workers: each is requeued or fails, depending on its on_stall.",
     "cleanup": "As in a cleanup run, without repairs: stalled jobs are recovered, expired queued jobs fail, and "
     "finished jobs past their retention are deleted with their history.",
 }
-LABELS: Final = BULK_ACTIONS | {"recover-stuck": "Recover", "cleanup": "Clean up"}
+LABELS: Final = BULK_ACTIONS | {action: name.capitalize() for action, name in MAINTENANCE_ACTIONS.items()}
 DESTRUCTIVE: Final = {"cleanup", *(verb for verb, action in JOB_ACTIONS.items() if action.destructive)}
 
 

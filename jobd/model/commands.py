@@ -332,6 +332,13 @@ class Cancel(JobCommand, frozen=True, kw_only=True):
     reason: Reason | None = None
 
 
+# The commands of a stream, by the `op` of their lines.
+STREAMED_COMMANDS: Final[dict[str, type[Command]]] = {
+    command.__name__.lower(): command
+    for command in (Create, Bulk, Start, Claim, Progress, Extend, Complete, Fail, Release, Cancel, Get)
+}
+
+
 class Queues(Command, frozen=True, kw_only=True):
     """List the queues that have jobs or are paused, with their counts, oldest due job and pause.
 
@@ -666,7 +673,8 @@ class AuditLog(Command, frozen=True, kw_only=True):
 
 
 PlanAction = Literal["retry", "force-reset", "cancel", "force-fail", "delete", "recover-stuck", "cleanup"]
-MAINTENANCE_ACTIONS: Final = frozenset({"recover-stuck", "cleanup"})  # cleanup runs do the same
+# The actions that cleanup runs do too, with their names in a question.
+MAINTENANCE_ACTIONS: Final[dict[PlanAction, str]] = {"recover-stuck": "recover", "cleanup": "clean up"}
 # The command that each of the other actions sends for a job.
 PLAN_COMMANDS: Final[dict[PlanAction, type[ForceReset | Cancel | ForceFail | Delete]]] = {
     "retry": RetryJob,

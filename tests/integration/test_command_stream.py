@@ -14,12 +14,12 @@ import pytest
 from structlog.testing import capture_logs
 
 from jobd.api import admin, command_stream
-from jobd.api.command_stream import OPS
 from jobd.api.worker import ROUTES
 from jobd.engine.actor import Bounds
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
 from jobd.http.protocol import ServerConnection
+from jobd.model.commands import STREAMED_COMMANDS
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Grants, Response
 from jobd.model.storage import DiskFull
@@ -164,7 +164,7 @@ async def test_a_line_gives_the_command_of_its_call(harness: HttpHarness) -> Non
         ({"op": "cancel", "id": "j", "reason": "r"}, "/v1/jobs/{id}/cancel", "client"),
         ({"op": "get", "id": "j"}, "/v1/jobs/{id}", "client"),
     ]
-    assert {line["op"] for line, _, _ in lines} == OPS.keys()
+    assert {line["op"] for line, _, _ in lines} == STREAMED_COMMANDS.keys()
     for line, path, by in lines:
         response = await stream.ask(**line)
         assert (response["success"], response["status"]) == (True, 200), response

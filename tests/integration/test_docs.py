@@ -26,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import jobd
 from jobd import config
 from jobd.api import admin, worker
-from jobd.api.command_stream import OPS, StreamedResponse
+from jobd.api.command_stream import StreamedResponse
 from jobd.cli import exit_codes
 from jobd.cli.ctl.main import jobctl as jobctl_program
 from jobd.cli.daemon.main import jobd as jobd_program
@@ -34,6 +34,7 @@ from jobd.client.worker.command_worker import FIELDS, PREFIX
 from jobd.core.duration_baseline import SAMPLES_NEEDED
 from jobd.http.routing import Route
 from jobd.model import commands, errors, events, responses
+from jobd.model.commands import STREAMED_COMMANDS
 from jobd.monitoring import alerts
 from tests import ROOT
 from tests.conftest import tool_missing
@@ -166,7 +167,8 @@ def body_fields(shape: Any, given: str | None = None) -> list[str]:
 def test_every_stream_operation_is_documented() -> None:
     documented = {ticked(op)[0]: ticked(call)[0].split() for op, call, *_ in rows(API, "op", "call")}
     routes = {route.request: route for route in worker.ROUTES}
-    assert documented == {op: [routes[command].method, routes[command].path] for op, command in OPS.items()}
+    calls = {op: routes[command] for op, command in STREAMED_COMMANDS.items()}
+    assert documented == {op: [route.method, route.path] for op, route in calls.items()}
 
 
 SHAPES: Final[dict[str, Any]] = {

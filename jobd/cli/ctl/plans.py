@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 _TIMES: Final = ("since", "until", "finished_since", "finished_until")
 _NAMES: Final = ("status", "queue", "kind", "worker", *_TIMES, "text", "error")
 _DELETED_TOO: Final = "Their history and stored results are deleted too."
-_VERB_NAMES: Final = {"recover-stuck": "recover", "cleanup": "clean up"}
 _SHOWN: Final = 20  # jobs of a plan; --json shows all
 _MAX_PLANS: Final = 5  # plans that one question covers; the daemon keeps 20 plans, of 100 000 jobs in all
 
@@ -366,6 +365,8 @@ def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json:
     \b
     Example: jobctl delete --where status=completed --dry-run; jobctl apply 3fa29c01d2e4b587
     """
+    from jobd.model.commands import MAINTENANCE_ACTIONS
+
     if not (yes or dry_run):
         confirm.need_terminal()
     client = admin_client(timeout_s=60.0)
@@ -387,7 +388,7 @@ def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json:
         return exit_codes.DONE
     if new and not yes:
         confirm.confirm(
-            " and ".join(f"{_VERB_NAMES.get(plan.action, plan.action)} {_jobs(plan.count)}" for plan in new)
+            " and ".join(f"{MAINTENANCE_ACTIONS.get(plan.action, plan.action)} {_jobs(plan.count)}" for plan in new)
         )
     for plan in plans if as_json else ():
         if not plan.count:

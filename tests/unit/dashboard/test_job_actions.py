@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from jobd.api import admin as admin_api
 from jobd.dashboard.job_actions import JOB_ACTIONS
 from jobd.model.commands import ForceFail
 from jobd.model.job import Policy
@@ -187,13 +186,6 @@ async def test_a_late_result_of_a_changed_job_is_not_adopted(harness: DashboardH
     response = await browser.post("/jobs/held/do", **{**now, "result": "77"})
     assert (response.status, "late_result_not_found" in text(response)) == (404, True)
     assert await harness.status("held") == "queued"
-
-
-def test_each_action_is_a_call_of_the_admin_api() -> None:
-    calls = {(route.method, route.path) for route in admin_api.ROUTES}
-    for action in JOB_ACTIONS.values():
-        method, _, path = action.api_call.partition(" ")
-        assert (method, f"/admin/job-management/{path}") in calls
 
 
 @pytest.mark.slow

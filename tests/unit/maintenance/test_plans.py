@@ -173,7 +173,7 @@ def test_changed_jobs_are_skipped_and_rejected_ones_affect_no_other() -> None:
     assert all("changed since" in each.why or "no job" in each.why for each in done.changed)
 
 
-@pytest.mark.parametrize("action", sorted(set(get_args(PlanAction)) - MAINTENANCE_ACTIONS))
+@pytest.mark.parametrize("action", sorted(set(get_args(PlanAction)) - MAINTENANCE_ACTIONS.keys()))
 def test_the_reason_of_a_plan_is_the_reason_of_its_changes(action: PlanAction) -> None:
     rules = RuleHarness()
     rules.create("a")
