@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 from msgspec import Meta
 from msgspec.structs import replace
 
-from jobd.api.auditing import audit_action, audit_read
+from jobd.api.auditing import audit_action, audit_read, check_audit_filter
 from jobd.api.downloads import ARTIFACT_TYPE, BACKUP_TYPE, ArtifactRequest, BackupRequest, send_artifact, send_backup
 from jobd.api.events import EVENT_STREAM, EventsRequest, send_events
 from jobd.api.imports import import_jobs, preview_import
@@ -285,6 +285,11 @@ async def _test_webhook(app: App[Services], ctx: RequestContext, command: TestWe
     return _as_response(sent)
 
 
+async def _audit(app: App[Services], ctx: RequestContext, command: AuditLog) -> Response | ApiError:
+    check_audit_filter(command)
+    return await run_command(app, ctx, command)
+
+
 async def _clock(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
     return Response(app.services.clock_view())
 
@@ -462,7 +467,7 @@ _ROUTES: Final = (
     ),
     *tagged(
         "Events",
-        Route(method="GET", path=f"{_BASE}/audit", request=AuditLog, response=AuditPage, auth=_A),
+        Route(method="GET", path=f"{_BASE}/audit", request=AuditLog, response=AuditPage, auth=_A, handler=_audit),
         Route(
             method="GET",
             path=f"{_BASE}/events",

@@ -9,9 +9,18 @@ from msgspec.structs import replace
 from jobd.api.services import Services
 from jobd.http.app import App, log
 from jobd.http.request import RequestContext, reading_operator
-from jobd.model.commands import Operator, RecordAction, RecordedAction
-from jobd.model.errors import ApiError
+from jobd.model.commands import AuditLog, Operator, RecordAction, RecordedAction
+from jobd.model.errors import ApiError, invalid_request_error
 from jobd.model.job import MINUTE_MS
+
+
+def check_audit_filter(query: AuditLog) -> None:
+    """Raise ApiException for the former spelling of an action. Other unknown actions may be in rows of older versions.
+
+    The filter `artifact` matches rows of both spellings.
+    """
+    if query.what == "artefact":
+        raise invalid_request_error("$.what", "the action is spelled artifact.")
 
 
 async def audit_action(

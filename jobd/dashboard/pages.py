@@ -15,6 +15,7 @@ import msgspec
 from msgspec import UNSET, Meta, Raw
 from msgspec.structs import replace
 
+from jobd.api.auditing import check_audit_filter
 from jobd.api.downloads import ArtifactRequest
 from jobd.dashboard.context import Viewer, is_live_update, is_secure
 from jobd.dashboard.filters import JobsPageQuery, active_filters, filtered_url, parse_time_field, search_command
@@ -414,6 +415,7 @@ async def audit(viewer: Viewer, request: AuditPageQuery) -> PageData:
         if request.since.strip():
             fields["since"] = parse_time_field("since", request.since.strip(), viewer.now)
         command = msgspec.convert(fields, AuditLog)
+        check_audit_filter(command)
     except (ApiException, msgspec.ValidationError) as exception:
         known = exception if isinstance(exception, ApiException) else validation_error(str(exception), AuditLog)
         return {

@@ -575,6 +575,7 @@ def _audit_page(db: Database, query: AuditQuery) -> AuditRows:
 
 def _audit_conditions(query: AuditQuery) -> tuple[str, tuple[Any, ...]]:
     """Return SQL and arguments for the rows that match."""
-    conditions = {"who = ?": query.who, "what = ?": query.what, "job_id = ?": query.job_id, "at >= ?": query.since}
+    what = "what IN (?, 'artefact')" if query.what == "artifact" else "what = ?"  # the former spelling
+    conditions = {"who = ?": query.who, what: query.what, "job_id = ?": query.job_id, "at >= ?": query.since}
     conditions = {condition: value for condition, value in conditions.items() if value is not None}
     return "".join(f" AND {condition}" for condition in conditions), tuple(conditions.values())

@@ -471,3 +471,9 @@ async def test_the_old_spelling_of_artifact_gets_a_hint(harness: HttpHarness) ->
     response = await harness.request("GET", f"{P}/jobs/a/artefact", headers=AUTH)
     assert (response.status, response.error) == (404, "not_found")
     assert f"{P}/jobs/a/artifact" in response.json["message"]
+
+
+async def test_the_old_spelling_of_artifact_in_a_filter_of_the_audit_log_is_rejected(harness: HttpHarness) -> None:
+    response = await harness.request("GET", f"{P}/audit?what=artefact", headers=AUTH)
+    assert (response.status, response.error) == (400, "invalid_request")
+    assert response.json["message"] == "`$.what`: the action is spelled artifact."

@@ -76,6 +76,7 @@ async def test_the_audit_log_shows_actions_operators_and_reasons(harness: Dashbo
         assert page.count('id="audit-') == count, query
     assert (await eve.get("/audit?job_id=a%20b")).status == 400
     assert "must be a time" in text(await eve.get("/audit?since=then"))
+    assert "spelled artifact" in text(await eve.get("/audit?what=artefact"))
 
 
 async def test_the_audit_log_suggests_every_action(harness: DashboardHarness) -> None:

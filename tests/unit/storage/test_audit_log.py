@@ -38,6 +38,11 @@ async def test_an_entry_is_written_with_its_batch_and_survives_a_restart(path: s
         assert found.next_before is None
 
 
+async def test_the_filter_artifact_finds_entries_with_the_former_spelling(store: Store) -> None:
+    await write(store, entry(what="artefact"), entry(what="artifact"), entry(what="export"))
+    assert await seqs(store, what="artifact") == [2, 1]
+
+
 async def test_a_failed_batch_leaves_no_entry(store: Store) -> None:
     maker = ChangeFactory()
     ghost = job_of(maker.create())
