@@ -36,7 +36,8 @@ class AdminClient(AdminApi, BlockingClient):
         """Import jobs with any status and with their own times: mappings, or lines of JSON.
 
         Each job is created or rejected on its own, and existing ids are skipped, so an interrupted import can be
-        repeated. The client does not retry it. `timeout_s` limits each write and the wait for the response.
+        repeated. The client does not retry it. `timeout_s` limits each write and the wait for the response. Raises
+        StorageFull, TooManyJobs.
         """
         return self._send_lines(admin_requests.import_jobs(), jobs)
 

@@ -230,7 +230,10 @@ def extend_lock(
     *,
     idempotency_key: str | None = None,
 ) -> ApiRequest[AdminLockView]:
-    """Extend the lock of a worker to at least `additional_ms` from now. Raises LockLost, JobNotFound."""
+    """Extend the lock of a worker to at least `additional_ms` from now.
+
+    Raises JobNotFound, InvalidTransition, LockLost, MaxProcessingTimeExceeded.
+    """
     body = {"jobId": job_id, "lockId": lock_id, "additionalTime": additional_ms, "reason": reason}
     return _change("extend-lock", AdminLockView, body, idempotency_key)
 
@@ -238,7 +241,7 @@ def extend_lock(
 def release_lock(
     job_id: str, lock_id: str, reason: str | None = None, *, idempotency_key: str | None = None
 ) -> ApiRequest[AdminLockView]:
-    """Release the lock of a worker: the job returns to its queue. Raises LockLost, JobNotFound."""
+    """Release the lock of a worker: the job returns to its queue. Raises JobNotFound, InvalidTransition, LockLost."""
     body = {"jobId": job_id, "lockId": lock_id, "reason": reason}
     return _change("release-lock", AdminLockView, body, idempotency_key)
 
@@ -306,7 +309,10 @@ def adopt(
 
 
 def download_artifact(job_id: str, late_result: int | None = None) -> ApiRequest[bytes]:
-    """Get the artifact under the `storage_key` of the job, or of its late result with the `seq` `late_result`."""
+    """Get the artifact under the `storage_key` of the job, or of its late result with the `seq` `late_result`.
+
+    Raises JobNotFound, LateResultNotFound, StorageUnavailable, and NotFound if there is no artifact.
+    """
     return ApiRequest("GET", with_query(job_path(JOBS, job_id, "artifact"), late_result=late_result), bytes)
 
 
@@ -464,26 +470,32 @@ def deliveries(
 ) -> ApiRequest[DeliveryPage]:
     """Get a page of a webhook's pending and latest deliveries, newest first. `limit` is at most 200, by default 50.
 
-    `cursor` is the `next_cursor` of the previous page; the last page has none.
+    `cursor` is the `next_cursor` of the previous page; the last page has none. Raises NotFound for an unknown webhook.
     """
     path = job_path(f"{BASE}/webhooks", webhook, "deliveries")
     return get(path, DeliveryPage, state=state, limit=limit, cursor=cursor)
 
 
 def deliver_again(webhook: str, delivery: int, reason: str | None = None) -> ApiRequest[DeliveryView]:
-    """Send a delivery again now, in any state. It keeps its `webhook-id`."""
+    """Send a delivery again now, in any state. It keeps its `webhook-id`.
+
+    Raises NotFound for an unknown webhook or delivery, StorageFull.
+    """
     body = {"id": delivery, "reason": reason}
     return post(job_path(f"{BASE}/webhooks", webhook, "resend"), DeliveryView, body)
 
 
 def deliver_all_again(webhook: str, upto: int | None = None, reason: str | None = None) -> ApiRequest[int]:
-    """Send all dead-lettered deliveries again, or those up to the delivery `upto`. Return their number."""
+    """Send all dead-lettered deliveries again, or those up to the delivery `upto`. Return their number.
+
+    Raises NotFound for an unknown webhook, StorageFull.
+    """
     path = job_path(f"{BASE}/webhooks", webhook, "resend-given-up")
     return post(path, Resent, {"upto": upto, "reason": reason}).then(lambda found: found.resent)
 
 
 def test_webhook(webhook: str, reason: str | None = None) -> ApiRequest[DeliveryView]:  # noqa: PT028 - no test function
-    """Send a test message to a webhook."""
+    """Send a test message to a webhook. Raises NotFound for an unknown webhook, StorageFull."""
     return post(job_path(f"{BASE}/webhooks", webhook, "test"), DeliveryView, {"reason": reason})
 
 
@@ -493,7 +505,7 @@ def clock() -> ApiRequest[ClockView]:
 
 
 def accept_clock(reason: str | None = None) -> ApiRequest[ClockView]:
-    """Accept the daemon's clock as correct, which resumes deletion by age."""
+    """Accept the daemon's clock as correct, which resumes deletion by age. Raises StorageFull."""
     return post(f"{BASE}/clock/accept", ClockView, {"reason": reason})
 
 
@@ -537,7 +549,7 @@ def export_page(
 
 
 def import_jobs() -> ApiRequest[ImportResult]:
-    """Import jobs. The body is a stream of JSON lines."""
+    """Import jobs. The body is a stream of JSON lines. Raises StorageFull, TooManyJobs."""
     return _lines(f"{BASE}/import", ImportResult)
 
 
@@ -551,7 +563,10 @@ def _lines(path: str, shape: type[T]) -> ApiRequest[T]:
 
 
 def backup(id_: str | None = None) -> ApiRequest[bytes]:
-    """Get a copy of the database; the response is the file. `backups` shows the progress under the same id."""
+    """Get a copy of the database; the response is the file. `backups` shows the progress under the same id.
+
+    Raises StorageFull if the disk has no space for the copy.
+    """
     return ApiRequest("GET", with_query(f"{BASE}/backup", id=id_), bytes)
 
 
