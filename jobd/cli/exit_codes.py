@@ -78,7 +78,8 @@ def _report(error: BaseException, name: str) -> int:
     match error:
         case click.UsageError():
             path = error.ctx.command_path if error.ctx else name
-            terminal.say(f"{name}: {_sentence(error.format_message())}. See: {path} --help")
+            text = _sentence(error.format_message())
+            terminal.say(f"{name}: {text}{'' if text.endswith('?') else '.'} See: {path} --help")
             return USAGE
         case click.FileError():
             terminal.say(f"{name}: {_sentence(error.format_message())}")

@@ -378,7 +378,7 @@ class Alerts:
             queued = self._state.counts.get(waits.queue, {}).get("queued", 0)
             quiet = (
                 f"No worker has claimed {_bucket_name(waits)} for {value} s. Its job {waits.job_id} is due; "
-                f"the queue has {queued} queued jobs."
+                f"the queue has {queued} queued {'job' if queued == 1 else 'jobs'}."
             )
             advice = f"See which workers claim what: jobctl workers, jobctl why {waits.job_id}"
             hint = f"{quiet} Start a worker for it. {advice}"

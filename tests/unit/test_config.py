@@ -418,6 +418,7 @@ def test_an_error_in_a_variable_names_it(name: str, value: str, parts: list[str]
 
 def test_an_error_in_a_flag_names_the_key() -> None:
     assert "locks.tll" in config_error(flags={"locks.tll": "1m"})
+    assert "There is no section [artefacts]. [artefacts] was renamed" in config_error(flags={"artefacts.url": "x"})
     assert "limits.mailbox" in config_error(flags={"limits.mailbox": "0"})
 
 

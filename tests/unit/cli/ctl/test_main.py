@@ -178,6 +178,13 @@ def test_without_a_command_the_help_is_printed_and_the_exit_code_is_2(capsys: py
     assert "submit" in err
 
 
+def test_an_unknown_command_names_a_similar_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("artifcat", "a") == 2
+    err = capsys.readouterr().err
+    assert "?." not in err
+    assert "artifcat" in err
+
+
 def test_the_old_spelling_artefact_names_the_new_one() -> None:
     result = CliRunner().invoke(main.jobctl, ["artefact", "a"])
     assert result.exit_code == 2
