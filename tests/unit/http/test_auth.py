@@ -243,3 +243,18 @@ def test_a_bad_key_is_a_400(key: str) -> None:
 @pytest.mark.parametrize("key", ["a", "a b", "~" * 200, "!"])
 def test_a_valid_key_is_accepted(key: str) -> None:
     assert code(Authenticator("worker").idempotency_key, key, "POST", "/", b"") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("Jobs.Example.", "jobs.example"), ("[2001:DB8:0:0::7]", "2001:db8::7"), ("2001:db8::7", "2001:db8::7")],
+)
+def test_a_name_is_compared_in_its_normalized_form(text: str, name: str) -> None:
+    assert accepted_hosts("10.9.9.9", [text]) == {"10.9.9.9", name}
+
+
+@pytest.mark.parametrize("sent", ["[2001:DB8:0:0::7]:8770", "[2001:db8::7]", "[2001:db8:0:0:0:0:0:7]:1"])
+def test_an_address_matches_in_every_notation(sent: str) -> None:
+    """Both the configured address and the header are normalized."""
+    for names in (accepted_hosts("[2001:db8:0:0::7]:8770"), accepted_hosts("10.9.9.9", ["2001:DB8::7"])):
+        Authenticator("admin", hosts=names).check_origin(CIMultiDict({"Host": sent}), None)
