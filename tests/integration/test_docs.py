@@ -171,6 +171,12 @@ def test_every_stream_operation_is_documented() -> None:
     assert documented == {op: [route.method, route.path] for op, route in calls.items()}
 
 
+def test_every_audit_action_is_documented() -> None:
+    listed = re.search(r"\*\*Action\*\* \(`what`\): ([^.]*)\.", section(API, "Audit log"))
+    assert listed is not None
+    assert sorted(ticked(listed[1])) == sorted(commands.AUDITED_ACTIONS)
+
+
 SHAPES: Final[dict[str, Any]] = {
     "job": responses.JobView,
     "lock": responses.LockView,
