@@ -296,8 +296,8 @@ def test_an_adopted_result_is_like_a_complete_in_time() -> None:
     ended = in_time.job().ended
     assert ended is not None
     assert rules.job().ended == replace(ended, at=rules.now)
-    told = rules.reject(completing(command.lock_id, file_path="/other"), "invalid_transition")
-    assert told.details == {"status": "completed", "ended_by": "complete", "ended_at": rules.now}
+    error = rules.reject(completing(command.lock_id, file_path="/other"), "invalid_transition")
+    assert error.details == {"status": "completed", "ended_by": "complete", "ended_at": rules.now}
 
 
 def test_a_job_that_failed_by_the_stall_is_adopted_too() -> None:
@@ -730,8 +730,8 @@ def test_absent_fields_of_a_rejected_call_are_not_recorded(dropping: RuleHarness
     lock_id = dropping.held()
     dropping.accept(ForceFail(id="a"), admin=True)
     late(dropping, call("progress", lock_id, message=None), is_stored=False, is_recorded=True)
-    told = {"verb": "progress", "worker": "w-1", "fencing_token": dropping.tokens[-1], "progress": 42}
-    assert dropping.last().details == told
+    expected = {"verb": "progress", "worker": "w-1", "fencing_token": dropping.tokens[-1], "progress": 42}
+    assert dropping.last().details == expected
 
 
 def test_one_rejected_call_of_each_verb_is_recorded(dropping: RuleHarness) -> None:

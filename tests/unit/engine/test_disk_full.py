@@ -164,8 +164,8 @@ def test_writes_are_accepted_without_space_for_the_reserve_file(error: Exception
                 await asyncio.sleep(5)
             assert closed_level(engine) == "NOTHING"
             assert not engine.actor.full_disk.has_reserve
-            told = ["disk_has_room"] + ["reserve_file_not_rebuilt"] * isinstance(error, OSError)
-            assert [line["event"] for line in lines] == told
+            expected = ["disk_has_room"] + ["reserve_file_not_rebuilt"] * isinstance(error, OSError)
+            assert [line["event"] for line in lines] == expected
             engine.disk.free()
             del engine.disk.errors["build_reserve"]
             await asyncio.sleep(1.1)
@@ -226,8 +226,8 @@ async def test_a_disk_that_stays_full_is_logged_once_per_step() -> None:
             await asyncio.sleep(1.1)
             engine.disk.fits = lambda batch: False
             await engine.no(Complete(id="a", lock_id=lock_id))
-        told = ["disk_has_room", "reserve_file_rebuilt", "disk_full", "disk_full", "disk_full"]
-        assert [line["event"] for line in lines] == told
+        expected = ["disk_has_room", "reserve_file_rebuilt", "disk_full", "disk_full", "disk_full"]
+        assert [line["event"] for line in lines] == expected
 
 
 @in_virtual_time
@@ -667,10 +667,10 @@ async def test_responses_are_prepared_while_the_disk_writes() -> None:
             assert [what for what, _ in waiter.received] == ["ready"] * ready
             disk.gate.set()
             await settle()
-            *before, (what, told) = waiter.received
+            *before, (what, final) = waiter.received
             assert what == "response"
-            assert bytes(told.data.job.payload) == (b"1" if ready else b"2")
-            assert all(answer is told for _, answer in before)
+            assert bytes(final.data.job.payload) == (b"1" if ready else b"2")
+            assert all(answer is final for _, answer in before)
 
 
 @in_virtual_time
@@ -681,10 +681,10 @@ async def test_a_response_is_not_sent_if_its_commit_fails() -> None:
         disk.write_errors.append(DiskFull("full"))
         assert isinstance(engine.actor.send(Create(id="a"), waiter), Envelope)
         await settle()
-        *prepared, (_, told) = waiter.received
+        *prepared, (_, final) = waiter.received
         assert [type(ready) for _, ready in prepared] == [Response] * (not disk.commits_inline)
-        assert isinstance(told, ApiError)
-        assert told.code == "storage_full"
+        assert isinstance(final, ApiError)
+        assert final.code == "storage_full"
 
 
 @in_virtual_time
