@@ -267,7 +267,7 @@ def _jobs(now: Snapshot) -> Iterator[Metric]:
     yield _counters(
         "recovered", "Stalled jobs recovered: reset to queued, or failed.", ["action"], now.recovered.items()
     )
-    yield _counters("late_results", "Results submitted after the lock expired.", ["action"], now.late.items())
+    yield _counters("late_results", "Results submitted after the lock was lost.", ["action"], now.late.items())
     help_ = "Time from grant to completion, by queue."
     seconds = HistogramMetricFamily("jobd_processing_seconds", help_, labels=["queue"])
     for queue, counts in now.processing.items():
@@ -330,7 +330,7 @@ def _webhooks(now: Snapshot) -> Iterator[Metric]:
 
 def _machine(now: Snapshot) -> Iterator[Metric]:
     modes = (("inline", int(now.commits_inline)), ("thread", int(not now.commits_inline)))
-    yield _gauges("commit_mode", "1 for where commits run now: in the event loop, or in a thread.", ["mode"], modes)
+    yield _gauges("commit_mode", "1 for the current mode: `inline` in the event loop, or `thread`.", ["mode"], modes)
     for name, help_, counts, bounds in (
         ("commit_seconds", "Duration of a commit with its fsync.", now.commit_seconds, COMMIT_BUCKETS_S),
         ("batch_commands", "Commands per commit.", now.batch_commands, BATCH_BUCKETS),

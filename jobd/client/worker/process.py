@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 import os
+import select
 import signal
 import subprocess
 import threading
@@ -188,12 +189,20 @@ class Program:
         self._enough_bytes = self._read_bytes + LINGER_BYTES
         pending: set[asyncio.Task[None]] = set(self._readers)
         seen = -1
-        while pending and (self._feeding or seen != self._read_bytes):
+        while pending and (self._feeding or seen != self._read_bytes or self._has_output()):
             seen = self._read_bytes
             _, pending = await asyncio.wait(pending, timeout=LINGER_S)
         for reader in pending:
             reader.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)
+
+    def _has_output(self) -> bool:
+        """Return whether a pipe has output or its end, which the readers had no time to read."""
+        poll = select.poll()
+        for pipe in (self._process.stdout, self._process.stderr):
+            if pipe is not None and not pipe.closed:
+                poll.register(pipe, select.POLLIN)
+        return bool(poll.poll(0))
 
     def _terminate(self) -> None:
         if self._kill_at_s is None:
