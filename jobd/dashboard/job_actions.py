@@ -121,7 +121,7 @@ _ALL: Final = (
     JobAction(
         "adopt",
         "Adopt",
-        "is completed with the result that this worker submitted after its lock expired. It will not run again.",
+        "is completed with the result that this worker submitted after it lost its lock. It will not run again.",
         Adopt,
         cli_command="jobctl adopt",
     ),

@@ -219,7 +219,7 @@ def start(conn: sqlite3.Connection, path: str) -> tuple[Database, OpenedStore]:
         opened.faults = db.faults.copy()
         if path != MEMORY:  # from now on Database.upkeep makes checkpoints, outside commits
             (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
-            db.log = wal.LogGauge(f"{path}-wal", page_bytes)
+            db.log = wal.LogGauge(f"{os.path.realpath(path)}-wal", page_bytes)  # SQLite follows symbolic links
             conn.execute("PRAGMA wal_autocheckpoint = 0")
         return db, opened
 
