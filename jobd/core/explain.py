@@ -155,7 +155,7 @@ def _outlook(job: Job, book: Book, at: Moment) -> _Outlook:
     busy = [each for each in workers if each[1].jobs]
     if idle:
         offered = NextEvent("The next worker that claims its queue gets it.", None, "claim")
-        return _Outlook(_idle(idle, presence), offered, "no waiting worker", [see, start])
+        return _Outlook(_idle(idle, busy, book, at), offered, "no waiting worker", [see, start])
     if busy:
         offered = NextEvent("The first worker of its queue that becomes free gets it.", None, "claim")
         silent = [
@@ -176,17 +176,22 @@ def _outlook(job: Job, book: Book, at: Moment) -> _Outlook:
     return _Outlook(f"no worker has claimed {what} {_since(presence, at)}", offered, "no worker", [see, start])
 
 
-def _idle(idle: list[tuple[str, WorkerSeen]], presence: WorkerPresence) -> str:
+def _idle(idle: list[tuple[str, WorkerSeen]], busy: list[tuple[str, WorkerSeen]], book: Book, at: Moment) -> str:
+    """Describe the live busy workers first: a worker that stopped counts as idle until it is gone."""
     name, latest = max(idle, key=lambda each: each[1].claimed)
+    last = f"{name} claimed this queue {in_words(book.presence.lease - latest.claimed)} ago"
     others = "" if len(idle) == 1 else f"; {len(idle) - 1} more {'is' if len(idle) == 2 else 'are'} idle"
-    return (
-        f"no worker is waiting now; {name} claimed this queue {in_words(presence.lease - latest.claimed)} ago{others}"
-    )
+    live = [each for each in busy if not each[1].expired]
+    if not live:
+        return f"no worker is waiting now; {last}{others}"
+    who, longest = f"{len(live)} are busy, the longest", _longest(live, book, at)
+    if len(live) == 1:
+        who = f"{live[0][0]} has been busy"
+    return f"no worker is waiting now: {who} for {longest}; {last}{others}"
 
 
 def _busy(busy: list[tuple[str, WorkerSeen]], book: Book, at: Moment) -> str:
-    since = min(_busy_since(worker, book) for _, worker in busy)
-    longest = in_words(at.now - since)
+    longest = _longest(busy, book, at)
     count, silent = len(busy), [name for name, worker in busy if worker.expired]
     if count == 1:
         clause = f"{busy[0][0]}, the only worker of this queue, has been busy for {longest}"
@@ -194,6 +199,10 @@ def _busy(busy: list[tuple[str, WorkerSeen]], book: Book, at: Moment) -> str:
         everyone = "both" if count == 2 else f"all {count}"
         clause = f"{everyone} workers of this queue are busy, the longest for {longest}"
     return f"{clause}; silent, with an expired lock: {_listed(silent)}" if silent else clause
+
+
+def _longest(busy: list[tuple[str, WorkerSeen]], book: Book, at: Moment) -> str:
+    return in_words(at.now - min(_busy_since(worker, book) for _, worker in busy))
 
 
 def _busy_since(worker: WorkerSeen, book: Book) -> int:

@@ -146,6 +146,27 @@ def test_no_worker_waits_but_one_claimed_recently(rules: RuleHarness) -> None:
     assert clause(rules) == ("no worker is waiting now; worker-2 claimed this queue 0 ms ago; 1 more is idle")
 
 
+def test_busy_workers_are_named_before_one_that_stopped_a_moment_ago(rules: RuleHarness) -> None:
+    rules.create("a", queue="q")
+    rules.held("b", worker="w-1", queue="q", stuck_after_ms=0)
+    claims(rules, "w-1")
+    rules.advance(TTL - 4_000)
+    claims(rules, "w-1")
+    rules.held("c", worker="w-2", queue="q")
+    claims(rules, "w-2")
+    rules.advance(4_000)
+    rules.accept(Recover(limit=9))
+    last = "w-1 claimed this queue 4 s ago"
+    assert clause(rules) == f"no worker is waiting now: w-2 has been busy for 4 s; {last}"
+    rules.held("d", worker="w-3", queue="q")
+    claims(rules, "w-3")
+    claims(rules, "w-4")
+    last = "w-4 claimed this queue 0 ms ago; 1 more is idle"
+    assert clause(rules) == f"no worker is waiting now: 2 are busy, the longest for 4 s; {last}"
+    view = why(rules)
+    assert (view.blocked_by, at_and_rule(view)) == ("no waiting worker", (None, "claim"))
+
+
 def test_a_worker_waits(rules: RuleHarness) -> None:
     """On a full disk a claim can wait although a job is due."""
     rules.create(queue="q")
