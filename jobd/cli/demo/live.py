@@ -15,6 +15,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
 from typing import Any, Final
 from urllib.parse import urlencode
 
@@ -23,6 +24,7 @@ from jobd.cli.demo.processes import Sandbox
 from jobd.client import AdminClient, JobClient
 
 LINK_TTL_S: Final = 600.0
+_ICON: Final = files("jobd") / "dashboard/static/icon.svg"  # the dashboard serves it to its own origin only
 _BODY_BYTES: Final = 1 << 20
 _TICK_S: Final = 1.5  # between two new e-mails
 _STALL_EVERY: Final = 10  # ticks between two attempts to stall the archive job
@@ -111,7 +113,7 @@ class _LinkHandler(BaseHTTPRequestHandler):
         self._respond(200, "")
 
     def _respond(self, status: int, text: str, more: dict[str, str] | None = None) -> None:
-        body = f"<!doctype html>{text}".encode()
+        body = f'<!doctype html><link rel="icon" href="{self.server.icon}">{text}'.encode()
         self.send_response(status)
         headers = {"Content-Type": "text/html; charset=utf-8", "Content-Length": str(len(body)), **(more or {})}
         for name, value in (headers | {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}).items():
@@ -130,6 +132,7 @@ class _LocalServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _LinkHandler)
         self.dashboard = f"http://127.0.0.1:{admin_port}/"
         self.url = f"http://127.0.0.1:{self.server_port}/"
+        self.icon = f"data:image/svg+xml;base64,{b64encode(_ICON.read_bytes()).decode()}"
         self.link = Link(lambda: _sign_in(admin_port, token))
 
     @contextmanager
