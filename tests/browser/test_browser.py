@@ -486,6 +486,25 @@ def test_no_page_violates_its_policy(page: Page, daemon: DashboardDaemon, consol
 
 
 @TROUBLED
+def test_names_are_not_broken_in_a_wide_window(daemon: DashboardDaemon, page: Page) -> None:
+    make_trouble(daemon)
+    for kind in ("newsletter", "thumbnails"):
+        daemon.do("jobs", id=kind, queue="mediaprocessing", kind=kind)
+    daemon.do("claim", worker="mediaprocessing-1", queues=["mediaprocessing"], limit=2)
+    page.set_viewport_size({"width": 1280, "height": 800})
+    sign_in(page, daemon)
+    visit(page, daemon, "/jobs")
+    for kind in ("newsletter", "thumbnails"):
+        cell = page.locator(f"#job-{kind} td[data-label=Kind]")
+        lines = """cell => {
+          const word = document.createRange();
+          word.selectNodeContents(cell);
+          return word.getClientRects().length;
+        }"""
+        assert cell.evaluate(lines) == 1, kind
+
+
+@TROUBLED
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_page_fits_a_phone(daemon: DashboardDaemon, context: BrowserContext, scheme: Any) -> None:
     make_trouble(daemon)
