@@ -295,9 +295,11 @@ def stats(book: Book, figures: Figures, at: Moment) -> StatsView:
 
 
 def oldest_due(book: Book) -> OldestDue | None:
-    """Return the job that has been due longest."""
-    found = book.oldest_due()
-    return None if found is None else OldestDue(found[1][3], found[0], found[1][1])
+    """Return the job that has been due longest. Its queue may be paused."""
+    if (found := book.oldest_due()) is None:
+        return None
+    queue, entry = found
+    return OldestDue(entry[3], queue, entry[1], queue in book.paused)
 
 
 def average_processing_s(book: Book, figures: Figures, at: Moment) -> float:

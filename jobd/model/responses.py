@@ -363,6 +363,7 @@ class OldestDue(Struct, frozen=True):
     id: str
     queue: str
     due_at: int
+    queue_paused: bool = False
 
 
 class DiskView(Struct, frozen=True, rename="camel"):

@@ -51,6 +51,7 @@ CLEAR_MS: Final = 60 * SECOND_MS  # an alert resolves after its condition has be
 PAIRS_PER_SLICE: Final = 500  # queue and kind pairs scanned at a time: about a millisecond
 SLICES_PER_CHECK: Final = 50  # enough for 10,000 queues of one kind
 NOTICEABLE_MS: Final = 100  # a smaller difference never counts as slower, whatever the ratio
+GIB: Final = 1 << 30
 RESOLVE_RATIO: Final = 0.9  # a ratio resolves at this part of its threshold, so that an alert near it does not flap
 
 
@@ -69,7 +70,7 @@ class Thresholds(Struct, frozen=True):
     failure_rate: float = 0.5  # of the attempts of a queue; also fires at the threshold
     failure_rate_attempts: int = 20
     disk_free_percent: float = 10.0
-    disk_free_bytes: int = 1 << 30
+    disk_free_bytes: int = GIB
     release_loop: int = 0  # jobs
 
 
@@ -285,7 +286,8 @@ class Alerts:
 
     def _stuck(self, at: Moment) -> Condition:
         stuck, recovered = len(self._state.stuck), self._state.figures.recovered_lately(at.now)
-        quiet = f"{stuck} jobs have stalled, and {recovered} were recovered in the last 10 minutes."
+        stalled = f"{stuck} {'job has' if stuck == 1 else 'jobs have'} stalled"
+        quiet = f"{stalled}, and {recovered} {'was' if recovered == 1 else 'were'} recovered in the last 10 minutes."
         hint = f"{quiet} Check for workers that crash or hang: jobctl workers, jobctl timeline ID"
         return Condition("stuck_jobs", stuck + recovered, self.thresholds.stuck_jobs, hint, quiet)
 
@@ -376,18 +378,21 @@ class Alerts:
         value, quiet, hint = waits.for_ms // SECOND_MS, "Workers claim every queue and kind that has due jobs.", ""
         if value:
             queued = self._state.counts.get(waits.queue, {}).get("queued", 0)
-            quiet = (
-                f"No worker has claimed {_bucket_name(waits)} for {value} s. Its job {waits.job_id} is due; "
-                f"the queue has {queued} queued {'job' if queued == 1 else 'jobs'}."
-            )
+            has = f"the queue has {queued} queued {'job' if queued == 1 else 'jobs'}"
+            rest, when = f"Its job {waits.job_id} is due; {has}.", "for it"
+            if (pause := self._state.paused.get(waits.queue)) is not None:
+                rest, when = f"{has.capitalize()} and was paused {pause.describe()}.", "before you resume it"
+            quiet = f"No worker has claimed {_bucket_name(waits)} for {value} s. {rest}"
             advice = f"See which workers claim what: jobctl workers, jobctl why {waits.job_id}"
-            hint = f"{quiet} Start a worker for it. {advice}"
+            hint = f"{quiet} Start a worker {when}. {advice}"
         return Condition("queue_without_workers", value, threshold, hint, quiet)
 
     def _waits(self) -> Condition:
-        """Report for how many seconds the oldest due job has been waiting."""
+        """Report for how many seconds the oldest due job has been waiting. Paused queues do not count."""
         waits, threshold = self._waiting.oldest, self.thresholds.queue_waits_ms / SECOND_MS
         value, quiet, hint = waits.for_ms // SECOND_MS, "No due job is waiting.", ""
+        if self._state.paused:
+            quiet = "No due job is waiting. Jobs of paused queues do not count."
         if value:
             quiet = f"The oldest due job, {waits.job_id} of {_bucket_name(waits)}, has been waiting for {value} s."
             advice = f"See why it waits: jobctl why {waits.job_id}, jobctl queues"
@@ -414,7 +419,8 @@ class Alerts:
             return Condition("disk_nearly_full", 0, percent, "The free space of the disk is unknown.")
         threshold = max(min(percent, 100 - 100 * limits.disk_free_bytes / space.total_bytes), 0)
         used = 100 - 100 * space.free_bytes / space.total_bytes
-        quiet = f"{space.free_bytes} of {space.total_bytes} bytes are free on the disk of {space.path}."
+        free, total = space.free_bytes / GIB, space.total_bytes / GIB
+        quiet = f"{free:.1f} of {total:.1f} GiB are free on the disk of {space.path}."
         advice = "See what is stored: jobctl stats"
         hint = f"{quiet} On a full disk the daemon rejects new jobs. Free some space, or shorten [retention]. {advice}"
         return Condition("disk_nearly_full", used, threshold, hint, quiet)

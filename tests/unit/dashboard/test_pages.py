@@ -361,7 +361,11 @@ async def test_the_overview_links_to_the_oldest_due_job(harness: DashboardHarnes
     browser = await harness.browser()
     assert "<dd>none</dd>" in text(await browser.get("/"))
     harness.admin.fakes.oldest_due = OldestDue("first", "a", 1_700_000_000_000)
-    assert '<a href="/jobs/first">first</a>, due' in text(await browser.get("/"))
+    page = text(await browser.get("/"))
+    assert '<a href="/jobs/first">first</a>, due' in page
+    assert 'href="/queues">paused</a>' not in page
+    harness.admin.fakes.oldest_due = OldestDue("first", "a", 1_700_000_000_000, queue_paused=True)
+    assert 'href="/queues">paused</a>' in text(await browser.get("/"))
 
 
 async def test_locks_have_pages(harness: DashboardHarness) -> None:

@@ -16,6 +16,7 @@ from jobd.model.responses import AlertView
 from jobd.model.storage import DiskSpace
 from jobd.monitoring.alerts import (
     EVALUATE_EVERY_S,
+    GIB,
     MEASURE_EVERY_S,
     NAMES,
     PAIRS_PER_SLICE,
@@ -111,6 +112,7 @@ async def test_stuck_jobs_count_now_and_as_recovered_in_the_last_10_minutes() ->
         await seconds(1)
         now = one(alerts, "stuck_jobs")
         assert (now.firing, now.value, now.since) == (True, 6, engine.now)
+        assert now.hint.startswith("6 jobs have stalled, and 0 were recovered")
         await engine.maintainer.recover_stuck()
         recovered = one(alerts, "stuck_jobs")
         assert (recovered.firing, recovered.value, recovered.since) == (True, 6, now.since)
@@ -120,6 +122,10 @@ async def test_stuck_jobs_count_now_and_as_recovered_in_the_last_10_minutes() ->
         await seconds(600)
         after = one(alerts, "stuck_jobs")
         assert (after.firing, after.value, after.since) == (False, 0, None)
+        engine.book.stuck["later"] = None
+        engine.book.figures.recovered[engine.now // STEP_MS] = 1
+        assert one(alerts, "stuck_jobs").hint == "1 job has stalled, and 1 was recovered in the last 10 minutes."
+        del engine.book.stuck["later"]
 
 
 @in_virtual_time
@@ -536,6 +542,11 @@ async def test_a_claim_of_another_kind_is_no_worker_for_the_queue() -> None:
         await engine.yes(Claim(queues=["default"], kinds=["film"], worker="w-1"))
         assert await firing_after(alerts, 0) == []
         assert await firing_after(alerts, 300) == ["queue_without_workers"], "a paused queue waits on purpose"
+        assert one(alerts, "queue_waits").hint == "No due job is waiting. Jobs of paused queues do not count."
+        without = one(alerts, "queue_without_workers").hint
+        assert "The queue has 1 queued job and was paused by a client at " in without
+        assert "until resumed: no reason given. Start a worker before you resume it." in without
+        assert "due" not in without
 
 
 @in_virtual_time
@@ -600,7 +611,8 @@ def test_disk_nearly_full_fires_below_a_tenth_or_one_gibibyte(free: int, total: 
             await alerts.check()
             shown = one(alerts, "disk_nearly_full")
             assert shown.firing == fires
-            assert "/srv/jobd.db" in shown.hint
+            expected = f"{free / GIB:.1f} of {total / GIB:.1f} GiB are free on the disk of /srv/jobd.db."
+            assert shown.hint.startswith(expected)
             assert ("retention" in shown.hint) == fires
 
     in_virtual_time(evaluate)()
