@@ -1,7 +1,8 @@
 """Choose where batches are committed: inline in the event loop, or in the storage thread.
 
 Two switches of threads and the GIL cost more than the fsync of a fast disk. But the event loop must not wait for a slow
-one.
+one. Fast disks stall now and then, in virtual machines about once in 200 commits, so a single stall decides nothing
+unless it is long.
 """
 
 from __future__ import annotations
@@ -12,43 +13,44 @@ from typing import Final, Literal
 
 CommitSetting = Literal["auto", "inline", "thread"]
 
-RECENT: Final = 8  # commits that are considered
-WORST_S: Final = 0.002  # all of them were faster than this,
-MEDIAN_S: Final = 0.001  # and the median of them than this
-FAST_IN_A_ROW: Final = 200  # so many fast commits until commits are inline again,
-PAUSE_S: Final = 10.0  # and at least so long after the last change
+RECENT: Final = 8  # commits that decide whether the disk has become slow
+STALL_S: Final = 0.002  # a commit that takes as long is a stall
+LONG_STALL_S: Final = 0.05  # decides alone
+MEDIAN_S: Final = 0.001  # of the recent commits
+TRIAL: Final = 200  # commits in the thread that decide whether the disk has become fast
+TRIAL_STALLS: Final = 4  # among them
+PAUSE_S: Final = 10.0  # between the change to the thread and the change back
 
 
 class CommitMode:
-    """`is_inline`: where to commit next. With the setting "auto" the durations of commits decide, else it is fixed.
-
-    A slow commit ends the inline mode at once, because each one blocks the event loop. The way back takes longer, so
-    that the mode is not inline again before PAUSE_S have passed.
-    """
+    """`is_inline`: where to commit next. With the setting "auto" the durations of commits decide, else it is fixed."""
 
     def __init__(self, setting: CommitSetting) -> None:
         self.is_inline = setting != "thread"
         self._is_fixed = setting != "auto"
-        self._recent: deque[float] = deque(maxlen=RECENT)
-        self._fast_in_a_row = 0
+        self._latest: deque[float] = deque(maxlen=RECENT)  # while inline; in the thread TRIAL of them
         self._changed_at_s = -math.inf
 
     def add(self, took_s: float, now_s: float) -> None:
         """Note that a COMMIT took `took_s` and ended at `now_s`, a time in seconds that never goes back."""
         if self._is_fixed:
             return
-        self._recent.append(took_s)
-        is_fast = self._is_fast()
-        self._fast_in_a_row = self._fast_in_a_row + 1 if is_fast else 0
-        if self.is_inline:
-            is_due = not is_fast
-        else:
-            is_due = self._fast_in_a_row >= FAST_IN_A_ROW and now_s - self._changed_at_s >= PAUSE_S
-        if is_due:
+        self._latest.append(took_s)
+        if self._has_become_slow() if self.is_inline else self._has_become_fast(now_s):
             self.is_inline = not self.is_inline
+            self._latest = deque(maxlen=RECENT if self.is_inline else TRIAL)
             self._changed_at_s = now_s
 
-    def _is_fast(self) -> bool:
-        by_duration = sorted(self._recent)
-        median_s = by_duration[RECENT // 2] if len(by_duration) == RECENT else 0.0
-        return by_duration[-1] < WORST_S and median_s < MEDIAN_S
+    def _has_become_slow(self) -> bool:
+        return self._latest[-1] >= LONG_STALL_S or self._stalls() > 1 or self._has_slow_median()
+
+    def _has_become_fast(self, now_s: float) -> bool:
+        if len(self._latest) < TRIAL or now_s - self._changed_at_s < PAUSE_S or self._latest[-1] >= STALL_S:
+            return False
+        return self._stalls() <= TRIAL_STALLS and not self._has_slow_median()
+
+    def _stalls(self) -> int:
+        return sum(took_s >= STALL_S for took_s in self._latest)
+
+    def _has_slow_median(self) -> bool:
+        return len(self._latest) == self._latest.maxlen and sorted(self._latest)[len(self._latest) // 2] >= MEDIAN_S

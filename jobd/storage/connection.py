@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from typing import Any, Final, Self, TypeVar
 
 import aiosqlite
 
 T = TypeVar("T")
 _CHUNK: Final = 64
+LENT_S: Final = 0.002  # a batch of a dozen commands reaches COMMIT in a fifth of this
 
 
 class FunctionConnection(sqlite3.Connection):
@@ -64,8 +66,12 @@ class StoreConnection:
         """Whether no other thread uses the connection, or will before the event loop runs again."""
         return self._started == self._finished and not self._lent
 
-    async def run(self, fn: Callable[..., T], *args: Any) -> T:
-        """Run `fn` in the connection's thread, after all earlier calls."""
+    async def run(self, fn: Callable[..., T], *args: Any, until: threading.Event | None = None) -> T:
+        """Run `fn` in the connection's thread, after all earlier calls.
+
+        With `until`, block the event loop until `fn` sets it, for at most LENT_S. Otherwise both threads compete for
+        the GIL, and a transaction is slow to reach COMMIT. Afterwards the event loop works while the disk writes.
+        """
         results: list[T] = []
 
         def call() -> None:
@@ -76,7 +82,7 @@ class StoreConnection:
 
         self._started += 1
         self.raw.queued.append(call)
-        await self._thread.commit()
+        await (self._thread.commit() if until is None else _Lending(self._thread.commit(), until))
         return results[0]
 
     def run_inline(self, fn: Callable[..., T], *args: Any) -> T:
@@ -93,3 +99,22 @@ class StoreConnection:
             yield self.raw
         finally:
             self._lent -= 1
+
+
+class _Lending:
+    """Awaits `call`, and blocks the event loop until `until` is set once the thread has the call."""
+
+    def __init__(self, call: Awaitable[None], until: threading.Event) -> None:
+        self._call = call
+        self._until = until
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        steps = self._call.__await__()
+        future = next(steps)
+        self._until.wait(LENT_S)
+        try:
+            yield future
+        except BaseException as error:
+            steps.throw(error)
+            raise
+        yield from steps

@@ -164,6 +164,7 @@ class Database:
         self._audit = AuditWriter(conn)
         self.store_epoch: Callable[[int], object] = lambda epoch: None  # writes the epoch file
         self.stored_epoch = numbers.epoch  # the highest epoch in the epoch file
+        self.before_commit: Callable[[], object] = lambda: None  # called right before COMMIT
         self.commit_s: float | None = None  # duration of the latest COMMIT, None if the transaction did not reach it
         self.batch_commit_s: float | None = None  # of the latest batch
         self.quarantined: dict[str, str] = {}
@@ -183,7 +184,7 @@ class Database:
         # Journals to thin or compact, oldest first, with the event to start from.
         self._to_shorten: dict[tuple[Callable[[int, int], None], int], int] = {}
         self.log: LogGauge | None = None  # None: SQLite itself makes checkpoints, or there is no log
-        self._log_is_long = False
+        self._has_new_frames = False  # in the log, since the last checkpoint
 
     # ------------------------------------------------------------------------------------------- one transaction
 
@@ -209,6 +210,7 @@ class Database:
             try:
                 self.conn.execute("BEGIN IMMEDIATE")
                 result = fn(*args)
+                self.before_commit()
                 began_s = time.perf_counter()
                 try:
                     self.conn.execute("COMMIT")
@@ -225,7 +227,7 @@ class Database:
                     self._broken = error
                     raise
             else:
-                self._log_is_long = self.log is not None and self.log.has(CHECKPOINT_FRAMES)
+                self._has_new_frames = True
                 return result
             self.rebuild_indexes()
         raise AssertionError("unreachable")
@@ -338,7 +340,10 @@ class Database:
     @property
     def needs_upkeep(self) -> bool:
         """Whether earlier calls have left work for `upkeep`."""
-        return not self.is_broken and (bool(self._to_shorten) or self._log_is_long)
+        return not self.is_broken and (bool(self._to_shorten) or self._has_long_log())
+
+    def _has_long_log(self) -> bool:
+        return self._has_new_frames and self.log is not None and self.log.has(CHECKPOINT_FRAMES)
 
     def upkeep(self) -> None:
         """Shorten one journal, and checkpoint the log if it is long. The next commands may wait for it."""
@@ -348,11 +353,11 @@ class Database:
             # In its own transaction, so that a failure does not undo a batch.
             with contextlib.suppress(DiskFull, StructureDamaged):
                 self.commit(shorten, job_seq, self._to_shorten.pop((shorten, job_seq)))
-        if self._log_is_long:
+        if self._has_long_log():
             # A failed checkpoint loses nothing: the pages stay in the log, and the next commit finds it long again.
             with contextlib.suppress(sqlite3.DatabaseError):
                 self.conn.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-            self._log_is_long = False
+            self._has_new_frames = False
 
     def _advance_epoch(self, epoch: int) -> None:
         """Store a new epoch before its first token is granted, in the database first (see `startup._settle_epoch`)."""

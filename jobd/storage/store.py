@@ -66,6 +66,8 @@ class Store(Storage):
         self._reported = db.quarantined_count  # `OpenedStore` reports those found at the start
         self._reported_tombstones = 0
         self._upkeep: asyncio.Task[None] | None = None
+        self._committing = threading.Event()
+        db.before_commit = self._committing.set
         self._closing = threading.Event()
         self._backup_lock = asyncio.Lock()
 
@@ -193,7 +195,8 @@ class Store(Storage):
             with self._reporting():
                 if self.commits_inline and connection.is_idle:
                     return connection.run_inline(db.write, batch, self._reported)
-                return await connection.run(db.write, batch, self._reported)
+                self._committing.clear()
+                return await connection.run(db.write, batch, self._reported, until=self._committing)
         finally:
             if db.batch_commit_s is not None:
                 self._mode.add(db.batch_commit_s, time.monotonic())

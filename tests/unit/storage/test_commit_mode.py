@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections import deque
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobd.storage.commit_mode import FAST_IN_A_ROW, MEDIAN_S, PAUSE_S, RECENT, WORST_S, CommitMode, CommitSetting
+from jobd.storage.commit_mode import (
+    LONG_STALL_S,
+    MEDIAN_S,
+    PAUSE_S,
+    RECENT,
+    STALL_S,
+    TRIAL,
+    TRIAL_STALLS,
+    CommitMode,
+    CommitSetting,
+)
 
 FAST_S = MEDIAN_S / 2
 
@@ -23,7 +32,7 @@ def after(mode: CommitMode, took_s: float, times: int, now_s: float = 0.0) -> bo
 def slowed_down(now_s: float = 0.0) -> CommitMode:
     mode = CommitMode("auto")
     assert after(mode, FAST_S, 50)
-    assert not after(mode, WORST_S, 1, now_s)
+    assert not after(mode, LONG_STALL_S, 1, now_s)
     return mode
 
 
@@ -31,7 +40,7 @@ def slowed_down(now_s: float = 0.0) -> CommitMode:
 def test_a_fixed_mode_does_not_change(setting: CommitSetting, is_inline: bool) -> None:
     mode = CommitMode(setting)
     assert after(mode, 1.0, 20) == is_inline
-    assert after(mode, FAST_S, 2 * FAST_IN_A_ROW, 100.0) == is_inline
+    assert after(mode, FAST_S, 2 * TRIAL, 100.0) == is_inline
 
 
 def test_fast_commits_stay_inline() -> None:
@@ -39,9 +48,23 @@ def test_fast_commits_stay_inline() -> None:
     assert after(CommitMode("auto"), FAST_S, 1000)
 
 
-def test_the_first_slow_commit_ends_the_inline_mode() -> None:
+def test_single_short_stalls_do_not_end_the_inline_mode() -> None:
+    mode = CommitMode("auto")
+    for _ in range(20):
+        assert after(mode, LONG_STALL_S - 0.001, 1)
+        assert after(mode, FAST_S, RECENT - 1)
+
+
+def test_a_long_stall_ends_the_inline_mode() -> None:
     slowed_down()
-    assert not after(CommitMode("auto"), WORST_S, 1), "also the first of all"
+    assert not after(CommitMode("auto"), LONG_STALL_S, 1), "also the first commit"
+
+
+def test_two_recent_stalls_end_the_inline_mode() -> None:
+    mode = CommitMode("auto")
+    assert after(mode, STALL_S, 1)
+    assert after(mode, FAST_S, RECENT - 2)
+    assert not after(mode, STALL_S, 1)
 
 
 def test_commits_that_are_a_little_slow_end_the_inline_mode_together() -> None:
@@ -54,30 +77,49 @@ def test_commits_that_are_a_little_slow_end_the_inline_mode_together() -> None:
     assert not after(mode, MEDIAN_S, 1)
 
 
-def test_commits_are_inline_again_after_enough_fast_ones_in_a_row() -> None:
+def test_commits_are_inline_again_after_enough_fast_ones() -> None:
     mode = slowed_down()
-    later_s = PAUSE_S
-    still_slow = RECENT - 1  # the slow commit is among the latest ones
-    assert not after(mode, FAST_S, still_slow + FAST_IN_A_ROW - 1, later_s)
-    assert after(mode, FAST_S, 1, later_s)
+    assert not after(mode, FAST_S, TRIAL - 1, PAUSE_S)
+    assert after(mode, FAST_S, 1, PAUSE_S)
+
+
+def test_a_few_stalls_do_not_keep_commits_in_the_thread() -> None:
     mode = slowed_down()
-    assert not after(mode, FAST_S, still_slow + FAST_IN_A_ROW - 1, later_s)
-    assert not after(mode, WORST_S, 1, later_s)
-    assert not after(mode, FAST_S, still_slow + FAST_IN_A_ROW - 1, later_s)
-    assert after(mode, FAST_S, 1, later_s)
+    assert not after(mode, STALL_S, TRIAL_STALLS, PAUSE_S)
+    assert not after(mode, FAST_S, TRIAL - TRIAL_STALLS - 1, PAUSE_S)
+    assert after(mode, FAST_S, 1, PAUSE_S)
+
+
+def test_more_stalls_keep_commits_in_the_thread() -> None:
+    mode = slowed_down()
+    assert not after(mode, STALL_S, TRIAL_STALLS + 1, PAUSE_S)
+    assert not after(mode, FAST_S, TRIAL - TRIAL_STALLS - 1, PAUSE_S)
+    assert after(mode, FAST_S, 1, PAUSE_S), "the first stall is no longer among the latest commits"
+
+
+def test_commits_with_a_slow_median_stay_in_the_thread() -> None:
+    mode = slowed_down()
+    assert not after(mode, MEDIAN_S, 3 * TRIAL, PAUSE_S)
+
+
+def test_commits_do_not_become_inline_with_a_stall() -> None:
+    mode = slowed_down()
+    assert not after(mode, FAST_S, TRIAL - 1, PAUSE_S)
+    assert not after(mode, STALL_S, 1, PAUSE_S)
+    assert after(mode, FAST_S, 1, PAUSE_S)
 
 
 def test_commits_are_not_inline_again_before_the_pause_is_over() -> None:
     mode = slowed_down(5.0)
-    assert not after(mode, FAST_S, 10 * FAST_IN_A_ROW, 5.0 + PAUSE_S - 0.001)
+    assert not after(mode, FAST_S, 10 * TRIAL, 5.0 + PAUSE_S - 0.001)
     assert after(mode, FAST_S, 1, 5.0 + PAUSE_S)
 
 
-def test_the_pause_begins_with_the_latest_change() -> None:
+def test_the_pause_begins_with_the_latest_change_to_the_thread() -> None:
     mode = slowed_down(0.0)
-    assert after(mode, FAST_S, 2 * FAST_IN_A_ROW, 20.0)
-    assert not after(mode, WORST_S, 1, 21.0), "a slow commit ends the inline mode at once"
-    assert not after(mode, FAST_S, 2 * FAST_IN_A_ROW, 21.0 + PAUSE_S - 0.001)
+    assert after(mode, FAST_S, 2 * TRIAL, 20.0)
+    assert not after(mode, LONG_STALL_S, 1, 21.0), "a slow disk ends the inline mode at once"
+    assert not after(mode, FAST_S, 2 * TRIAL, 21.0 + PAUSE_S - 0.001)
     assert after(mode, FAST_S, 1, 21.0 + PAUSE_S)
 
 
@@ -86,16 +128,17 @@ def test_the_pause_begins_with_the_latest_change() -> None:
 )
 def test_inline_commits_were_fast_and_changes_are_apart(commits: list[tuple[float, float]]) -> None:
     """Each element is repeated, so that rows of fast commits occur."""
-    mode, now_s, recent, returns = CommitMode("auto"), 0.0, deque[float](maxlen=RECENT), list[float]()
+    mode, now_s, recent, returns = CommitMode("auto"), 0.0, list[float](), list[float]()
     for took_s, passed_s in commits:
         for _ in range(40):
             now_s += passed_s / 40
             was_inline = mode.is_inline
             mode.add(took_s, now_s)
-            recent.append(took_s)
-            if mode.is_inline:
-                assert max(recent) < WORST_S
+            recent = [*recent, took_s][-RECENT:] if was_inline else []
+            if mode.is_inline and not was_inline:
+                returns.append(now_s)
+            elif mode.is_inline:
+                assert max(recent) < LONG_STALL_S
+                assert sum(each >= STALL_S for each in recent) < 2
                 assert len(recent) < RECENT or sorted(recent)[RECENT // 2] < MEDIAN_S
-                if not was_inline:
-                    returns.append(now_s)
     assert all(second - first >= PAUSE_S for first, second in pairwise(returns))

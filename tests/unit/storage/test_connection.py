@@ -108,3 +108,41 @@ async def test_a_closed_connection_runs_nothing(connection: StoreConnection) -> 
     with pytest.raises(ValueError, match="no active connection"):
         await connection.run(threading.get_ident)
     assert not connection.is_idle
+
+
+async def test_the_event_loop_lends_the_interpreter_until_the_function_says_so(connection: StoreConnection) -> None:
+    """Other tasks run only after that."""
+    order, until = list[str](), threading.Event()
+
+    def write() -> str:
+        order.append("rows")
+        until.set()
+        return "written"
+
+    asyncio.get_running_loop().call_soon(order.append, "another task")
+    assert await connection.run(write, until=until) == "written"
+    assert order == ["rows", "another task"]
+
+
+async def test_a_function_that_never_says_so_does_not_block_the_event_loop(connection: StoreConnection) -> None:
+    busy = threading.Event()
+    running = asyncio.create_task(connection.run(busy.wait, until=threading.Event()))
+    await asyncio.sleep(0)
+    assert not running.done()
+    busy.set()
+    assert await running
+
+
+async def test_errors_and_cancellations_reach_the_caller_of_a_lent_call(connection: StoreConnection) -> None:
+    with pytest.raises(ZeroDivisionError):
+        await connection.run(lambda: 1 // 0, until=threading.Event())
+    busy = threading.Event()
+    running = asyncio.create_task(connection.run(busy.wait, until=threading.Event()))
+    await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert not connection.is_idle, "its function still runs"
+    busy.set()
+    await connection.run(threading.get_ident)
+    assert connection.is_idle

@@ -26,7 +26,7 @@ from jobd.model.storage import (
     StoredResponse,
 )
 from jobd.storage import database, files
-from jobd.storage.commit_mode import WORST_S, CommitSetting
+from jobd.storage.commit_mode import LONG_STALL_S, CommitSetting
 from jobd.storage.database import CHECKPOINT_FRAMES, Database
 from jobd.storage.store import MEMORY, Store
 from tests.support.factories import NOW, ChangeFactory
@@ -149,7 +149,7 @@ async def test_a_slow_commit_moves_the_next_ones_to_the_thread(
     maker, clock = ChangeFactory(), FakeClock()
     monkeypatch.setattr(database, "time", clock)
     async with open_store(path) as (store, _):
-        for clock.commit_s in (WORST_S / 2, WORST_S, 0.0, 0.0):
+        for clock.commit_s in (LONG_STALL_S / 2, LONG_STALL_S, 0.0, 0.0):
             await store.write(maker.batch([maker.create()]))
         assert not store.commits_inline
     assert [writer == threading.get_ident() for writer in writers] == [True, True, False, False]
