@@ -35,13 +35,14 @@ REST := "These were the fast tests. make check also runs the slow ones, make pro
 
 # Many slow tests wait for other processes, so one process more runs them.
 check: $(READY)  ## run what CI runs: format, lint, types, coverage, the demo, all tests
-	$(MAKE) --jobs $(PARALLEL) --output-sync=target lint coverage demo stock
+	$(MAKE) --jobs $(PARALLEL) --output-sync=target lint coverage demo stock STOCK=client
 	$(MAKE) test
 	$(BIN)/pytest -m slow --numprocesses $$(($(PARALLEL) + 1)) --dist worksteal --durations 20
 
-# Daemon and tests use uvloop. The code of these packages depends on the event loop most.
+# Daemon and tests use uvloop. Programs that use the clients may run them on the event loop of asyncio.
+STOCK := api client engine http maintenance webhooks
 stock: $(READY)  ## run the asynchronous tests of some packages on the event loop of asyncio
-	$(BIN)/pytest --quiet --loop stock -m asyncio $(addprefix tests/unit/,api client engine http maintenance webhooks)
+	$(BIN)/pytest --quiet --loop stock -m asyncio $(addprefix tests/unit/,$(STOCK))
 
 lint: $(READY)  ## check format, style and types
 	$(BIN)/ruff format --check .

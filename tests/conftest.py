@@ -89,10 +89,12 @@ def _called_by_the_test() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the browser and of the proofs as slow."""
+    """Mark the tests of the browser and of the proofs as slow. Begin with the proofs, which have the longest tests."""
+    proof, browser = ROOT / "tests/proof", ROOT / "tests/browser"
     for item in items:
-        if item.path.is_relative_to(ROOT / "tests/browser") or item.path.is_relative_to(ROOT / "tests/proof"):
+        if item.path.is_relative_to(browser) or item.path.is_relative_to(proof):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: not item.path.is_relative_to(proof))
 
 
 @pytest.hookimpl(wrapper=True)
