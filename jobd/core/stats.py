@@ -1,4 +1,4 @@
-"""Statistics of recent changes, counted from commits.
+"""Statistics of recent changes, counted from commits: counters, duration baselines, double grants.
 
 They survive a restart as of their last save. No promise depends on them.
 """
@@ -6,17 +6,231 @@ They survive a restart as of their last save. No promise depends on them.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from msgspec import Struct, field
 
-from jobd.core.double_grants import Overlaps
-from jobd.core.duration_baseline import Paces
-from jobd.model.events import Change
-from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
+from jobd.model.events import Change, Event
+from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS, Grant, Lease
+
+# -- double grants: a job granted twice within the life of one lock, so that two workers may have worked on it ---------
+
+TAKEN_KEPT: Final = 1_000  # grants to watch; the oldest are forgotten
+TAKE_BACK: Final = "take-back"  # the rule that ended such a grant
+
+
+class Taken(Struct, frozen=True):
+    """A grant that ended without its worker. `until` is the lease time until which its lock would have been live."""
+
+    until: int
+    fencing_token: int
+    worker: str
+
+
+class Overlap(Struct, frozen=True):
+    """A job that was granted while the lock of its previous grant would have been live. Previous and new grant."""
+
+    job_id: str
+    tokens: tuple[int, int]
+    workers: tuple[str, str]
+
+
+class Overlaps(Struct):
+    """Double grants, and the grants that could become one.
+
+    After an ordinary stall there is none, because the lock expires before the next grant. A grant that ended at its
+    ceiling or by a restored backup counts: its worker may still be at work. A grant that an operator ended does not,
+    nor one whose worker has received `lock_lost`.
+    """
+
+    taken: dict[int, Taken] = field(default_factory=dict)  # job seq -> its last grant
+    minutes: dict[int, int] = field(default_factory=dict)  # minute -> jobs
+    total: int = 0
+    last: Overlap | None = None
+
+    def ended(self, change: Change) -> None:
+        """Record that a job stalled or was taken back."""
+        before, after = change.before, change.after
+        assert before is not None and after is not None  # a stall does not delete the job
+        if before.grant is None or before.lease is None:
+            return
+        if after.ended is not None and after.ended.rule == TAKE_BACK:
+            return
+        made = before.grant
+        self.taken[before.seq] = Taken(lock_end(made, before.lease), made.fencing_token, made.worker)
+        if len(self.taken) > TAKEN_KEPT:
+            del self.taken[next(iter(self.taken))]
+
+    def refused(self, event: Event) -> None:
+        """Record that a worker received `lock_lost` for its ended grant."""
+        taken = self.taken.get(event.job_seq)
+        if taken is not None and (event.details or {}).get("fencing_token") == taken.fencing_token:
+            del self.taken[event.job_seq]
+
+    def granted(self, change: Change) -> None:
+        """Record a grant. Most jobs have no watched grant."""
+        taken = self.taken.pop(change.event.job_seq, None)
+        if taken is None:
+            return
+        after = change.after
+        assert after is not None and after.grant is not None and after.lease is not None  # it was granted
+        made = after.grant
+        if after.lease.silent - made.stuck_after_ms >= taken.until:  # the lease time of the grant
+            return
+        minute = change.event.at // MINUTE_MS
+        self.minutes[minute] = self.minutes.get(minute, 0) + 1
+        self.minutes = self._hour_before(change.event.at)
+        self.total += 1
+        self.last = Overlap(after.id, (taken.fencing_token, made.fencing_token), (taken.worker, made.worker))
+
+    def last_hour(self, now: int) -> int:
+        """Return the number in the last 60 minutes of wall time."""
+        return sum(self._hour_before(now).values())
+
+    def _hour_before(self, now: int) -> dict[int, int]:
+        this = now // MINUTE_MS
+        return {minute: count for minute, count in self.minutes.items() if this - 60 < minute <= this}
+
+
+def lock_end(made: Grant, lease: Lease) -> int:
+    """Return the lease time until which the lock would have been live without its ceiling.
+
+    For a lock that was cut to its ceiling, that is one TTL after the last report.
+    """
+    if lease.ceiling is None or lease.expires < lease.ceiling:
+        return lease.expires
+    return max(lease.expires, lease.silent - made.stuck_after_ms + made.ttl_ms)
+
+
+# -- duration baseline: the 95th percentile of the last hour of each kind of job, and its usual value ------------------
+
+KINDS_KEPT: Final = 100  # those with the latest completions
+SLOT_MS: Final = 10 * MINUTE_MS
+SLOTS: Final = HOUR_MS // SLOT_MS
+SAMPLES_NEEDED: Final = 20  # completions of an hour that counts
+HOURS_NEEDED: Final = 3  # hours that count, before there is a usual value
+# The usual value is the median of the hours, not a percentile over all of them, which an hour of slow jobs would soon
+# move. Hours with too few jobs do not count, so that nightly work is compared with previous nights.
+HOURS_KEPT: Final = 48
+STEP_BITS: Final = 3  # eight buckets for each doubling: durations have an error of one eighth
+
+
+class KindPace(Struct, frozen=True):
+    """One kind: completions of the last hour, and 95th percentiles in ms; None if there are too few jobs."""
+
+    kind: str
+    completed: int
+    last_hour_ms: int | None
+    usual_ms: int | None
+
+
+class Pace(Struct):
+    """Completions of one kind by wall time: `slots` of ten minutes, and the percentile of each earlier hour."""
+
+    last: int = 0  # time of the last one
+    hour: int = 0  # the clock hour of the latest slot
+    slots: dict[int, dict[int, int]] = field(default_factory=dict)  # slot -> bucket -> completions
+    hours: list[int] = field(default_factory=list)  # 95th percentiles in ms, the oldest first
+
+    def add(self, at: int, ms: int) -> None:
+        self.last, slot = at, at // SLOT_MS
+        if slot not in self.slots:
+            self._begin(slot)
+        counts, place = self.slots[slot], bucket(ms)
+        counts[place] = counts.get(place, 0) + 1
+
+    def last_hour(self, now: int) -> dict[int, int]:
+        """Return the completions by bucket, of this slot and the five before it: 50 to 60 minutes."""
+        slot = now // SLOT_MS
+        return _sum(counts for key, counts in self.slots.items() if slot - SLOTS < key <= slot)
+
+    def usual(self) -> int | None:
+        if len(self.hours) < HOURS_NEEDED:
+            return None
+        return sorted(self.hours)[len(self.hours) // 2]
+
+    def _begin(self, slot: int) -> None:
+        """End a slot. If an hour has ended too, keep its percentile if it counts."""
+        if slot // SLOTS != self.hour:
+            self._close_hour()
+            self.hour = slot // SLOTS
+        self.slots = {key: kept for key, kept in self.slots.items() if slot - SLOTS < key < slot}
+        self.slots[slot] = {}
+
+    def _close_hour(self) -> None:
+        counts = _sum(counts for slot, counts in self.slots.items() if slot // SLOTS == self.hour)
+        if sum(counts.values()) >= SAMPLES_NEEDED:
+            self.hours = [*self.hours, percentile_95(counts)][-HOURS_KEPT:]
+
+
+class Paces(Struct):
+    """The kinds with the latest completions, in that order.
+
+    If there are KINDS_KEPT, a new kind replaces the first one, if that had no completion for a slot; otherwise it is
+    ignored. So many alternating kinds do not displace each other before any of them has a baseline.
+    """
+
+    kinds: dict[str, Pace] = field(default_factory=dict)
+
+    def add(self, kind: str, at: int, ms: int) -> None:
+        """Add a job of `kind` that completed at wall time `at`, `ms` after its grant."""
+        pace = self.kinds.pop(kind, None)
+        if pace is None:
+            if len(self.kinds) >= KINDS_KEPT:
+                oldest = next(iter(self.kinds))
+                if abs(at - self.kinds[oldest].last) < SLOT_MS:
+                    return
+                del self.kinds[oldest]
+            pace = Pace()
+        self.kinds[kind] = pace
+        pace.add(at, ms)
+
+    def view(self, now: int) -> list[KindPace]:
+        """Return every kind with completions in the last hour."""
+        counted = ((kind, pace, pace.last_hour(now)) for kind, pace in self.kinds.items())
+        return [_seen(kind, pace, counts) for kind, pace, counts in counted if counts]
+
+
+def bucket(ms: int) -> int:
+    """Return the bucket of a duration: exact below 16 ms, then eight for each doubling."""
+    shift = ms.bit_length() - STEP_BITS - 1
+    return ms if shift <= 0 else (shift << STEP_BITS) + (ms >> shift)
+
+
+def top(place: int) -> int:
+    """Return the longest duration of the bucket `place`, in ms."""
+    shift = max((place >> STEP_BITS) - 1, 0)
+    return ((place - (shift << STEP_BITS) + 1) << shift) - 1
+
+
+def percentile_95(counts: dict[int, int]) -> int:
+    """Return the 95th percentile in ms. Of fewer than 20 durations it is the longest."""
+    needed = (95 * sum(counts.values()) + 99) // 100
+    for place in sorted(counts):
+        needed -= counts[place]
+        if needed <= 0:
+            return top(place)
+    return 0  # empty
+
+
+def _seen(kind: str, pace: Pace, counts: dict[int, int]) -> KindPace:
+    completed = sum(counts.values())
+    last_hour_ms = percentile_95(counts) if completed >= SAMPLES_NEEDED else None
+    return KindPace(kind, completed, last_hour_ms, pace.usual())
+
+
+def _sum(parts: Iterable[dict[int, int]]) -> dict[int, int]:
+    total: dict[int, int] = {}
+    for counts in parts:
+        for place, count in counts.items():
+            total[place] = total.get(place, 0) + count
+    return total
+
 
 # Upper bounds of the processing-time histogram, in seconds.
+# -- counters ---------------------------------------------------------------------------------------------------------
+
 PROCESSING_BUCKETS_S: Final = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 1800, 3600, 14400)
 STEP_MS: Final = 10 * SECOND_MS
 LATELY: Final = 60  # steps: ten minutes

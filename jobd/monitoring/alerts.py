@@ -14,9 +14,8 @@ import structlog
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from jobd.core.duration_baseline import KindPace
 from jobd.core.state import Book
-from jobd.core.stats import Attempts
+from jobd.core.stats import Attempts, KindPace
 from jobd.core.views import average_processing_s
 from jobd.engine.clock import Clock
 from jobd.model.commands import Moment

@@ -23,9 +23,8 @@ from prometheus_client.utils import floatToGoString
 
 from jobd import __version__
 from jobd.core import views
-from jobd.core.duration_baseline import KindPace
 from jobd.core.state import Book
-from jobd.core.stats import OTHER_QUEUES, PROCESSING_BUCKETS_S, Histogram
+from jobd.core.stats import OTHER_QUEUES, PROCESSING_BUCKETS_S, Histogram, KindPace
 from jobd.engine.actor import BATCH_BUCKETS, COMMIT_BUCKETS_S, Actor
 from jobd.engine.clock import Clock
 from jobd.maintenance.artifact_sweeper import SweepStats

@@ -31,7 +31,7 @@ from jobd.cli import exit_codes
 from jobd.cli.ctl.main import jobctl as jobctl_program
 from jobd.cli.daemon.main import jobd as jobd_program
 from jobd.client.worker.command_worker import FIELDS, PREFIX
-from jobd.core.duration_baseline import SAMPLES_NEEDED
+from jobd.core.stats import SAMPLES_NEEDED
 from jobd.http.routing import Route
 from jobd.model import commands, errors, events, responses
 from jobd.model.commands import STREAMED_COMMANDS

@@ -27,8 +27,7 @@ from jobd.cli.ctl.main import jobctl as jobctl_program
 from jobd.cli.daemon.main import jobd as jobd_program
 from jobd.cli.daemon.main import main
 from jobd.cli.daemon.monitoring import FILES
-from jobd.core.duration_baseline import HOURS_NEEDED, SAMPLES_NEEDED, Pace
-from jobd.core.stats import Figures
+from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED, Figures, Pace
 from jobd.monitoring import alerts
 from jobd.storage.store import Store
 from tests import ROOT

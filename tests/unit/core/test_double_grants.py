@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from jobd.core import double_grants
-from jobd.core.double_grants import Overlap, Overlaps, lock_end
+from jobd.core import stats
+from jobd.core.stats import Overlap, Overlaps, lock_end
 from jobd.model.commands import (
     AnyCommand,
     Cancel,
@@ -291,7 +291,7 @@ def test_after_a_backward_step_of_the_clock_later_entries_do_not_count(rules: Co
 
 
 def test_memory_is_bounded(rules: CountingHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(double_grants, "TAKEN_KEPT", 2)
+    monkeypatch.setattr(stats, "TAKEN_KEPT", 2)
     for job_id in "abc":
         held(rules, job_id)
         rules.accept(restored(job_id))

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobd.core import duration_baseline
-from jobd.core.duration_baseline import (
+from jobd.core import stats
+from jobd.core.stats import (
     HOURS_KEPT,
     HOURS_NEEDED,
     KINDS_KEPT,
@@ -160,7 +160,7 @@ def test_slots_are_bounded_even_if_the_clock_steps_back() -> None:
 
 def test_kinds_are_bounded_and_active_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert KINDS_KEPT == 100
-    monkeypatch.setattr(duration_baseline, "KINDS_KEPT", 2)
+    monkeypatch.setattr(stats, "KINDS_KEPT", 2)
     paces = Paces()
     for slot, kind in enumerate(("film", "mail", "film", "once", "film", "once more")):
         paces.add(kind, HOUR + slot * SLOT_MS // 2, 10)
@@ -172,7 +172,7 @@ def test_kinds_are_bounded_and_active_ones_stay(monkeypatch: pytest.MonkeyPatch)
 def test_a_kind_is_replaced_after_a_slot_without_completions(
     monkeypatch: pytest.MonkeyPatch, silent_ms: int, expected: str
 ) -> None:
-    monkeypatch.setattr(duration_baseline, "KINDS_KEPT", 1)
+    monkeypatch.setattr(stats, "KINDS_KEPT", 1)
     paces = Paces()
     paces.add("film", HOUR, 10)
     paces.add("mail", HOUR + silent_ms, 10)
@@ -181,7 +181,7 @@ def test_a_kind_is_replaced_after_a_slot_without_completions(
 
 def test_many_alternating_kinds_do_not_displace_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """With more active kinds than are kept, the first ones get a baseline."""
-    monkeypatch.setattr(duration_baseline, "KINDS_KEPT", 4)
+    monkeypatch.setattr(stats, "KINDS_KEPT", 4)
     paces = Paces()
     hours = HOURS_NEEDED + 1
     for step in range(hours * 6 * SAMPLES_NEEDED):

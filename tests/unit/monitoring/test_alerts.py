@@ -8,8 +8,7 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from jobd.core.duration_baseline import HOURS_NEEDED, SAMPLES_NEEDED
-from jobd.core.stats import STEP_MS
+from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED, STEP_MS
 from jobd.model.commands import Claim, Complete, Create, EndGrants, Fail, Pause, Progress, Start
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
 from jobd.model.responses import AlertView

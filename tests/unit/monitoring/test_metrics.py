@@ -19,9 +19,8 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 import jobd
-from jobd.core.duration_baseline import HOURS_NEEDED, SAMPLES_NEEDED
 from jobd.core.state import Book
-from jobd.core.stats import OTHER_QUEUES
+from jobd.core.stats import HOURS_NEEDED, OTHER_QUEUES, SAMPLES_NEEDED
 from jobd.engine.actor import COMMIT_BUCKETS_S, Actor
 from jobd.engine.clock import Clock
 from jobd.engine.disk_full import Closed
