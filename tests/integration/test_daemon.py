@@ -13,8 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from jobd.model.storage import Batch
 from jobd.storage.backup import restore
 from jobd.storage.store import Store
 from tests.conftest import tool_missing
-from tests.support.daemon_process import DaemonProcess, call, free_port
+from tests.support.daemon_process import DaemonProcess, DaemonResponse, call, free_port
 
 RACERS = 16
 
@@ -484,50 +485,44 @@ def test_any_failed_fsync_ends_the_daemon(tmp_path: Path) -> None:
         assert daemon.get("/v1/jobs/a").data["status"] == "queued"
 
 
+@contextmanager
+def creating_a_job(daemon: DaemonProcess, fault: str) -> Iterator[Future[DaemonResponse]]:
+    """Create the job `a` with `fault` in its fdatasync. Yield the pending response once the commit is there."""
+    if shutil.which("strace") is None:
+        tool_missing("strace", "strace")
+    assert daemon.process is not None
+    inject = ["-e", "trace=fdatasync", "-e", f"inject=fdatasync:{fault}"]
+    command = ["strace", "-f", "-p", str(daemon.process.pid), *inject]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, bufsize=0) as strace, ThreadPoolExecutor(1) as pool:
+        assert strace.stderr is not None
+        strace.stderr.readline()  # attached
+        pending = pool.submit(daemon.post, "/v1/jobs", {"id": "a"})
+        output = b""
+        while b"fdatasync(" not in output:
+            output += strace.stderr.read(100)
+        try:
+            yield pending
+        finally:
+            strace.terminate()
+            strace.stderr.read()
+
+
 @pytest.mark.slow
 def test_requests_wait_for_a_slow_inline_commit_and_succeed(tmp_path: Path) -> None:
     """The first slow commit is always in the event loop."""
-    if shutil.which("strace") is None:
-        tool_missing("strace", "strace")
-    with DaemonProcess(tmp_path, '[store]\ncommit = "inline"\n') as daemon, ThreadPoolExecutor(1) as pool:
-        assert daemon.process is not None
-        inject = ["-e", "trace=fdatasync", "-e", "inject=fdatasync:delay_enter=2s:when=1"]
-        with subprocess.Popen(
-            ["strace", "-f", "-p", str(daemon.process.pid), *inject], stderr=subprocess.PIPE, bufsize=0
-        ) as strace:
-            assert strace.stderr is not None
-            strace.stderr.readline()  # attached
-            pending = pool.submit(daemon.post, "/v1/jobs", {"id": "a"})
-            output = b""
-            while b"fdatasync(" not in output:  # the commit has reached the disk
-                output += strace.stderr.read(100)
+    with DaemonProcess(tmp_path, '[store]\ncommit = "inline"\n') as daemon:
+        with creating_a_job(daemon, "delay_enter=2s:when=1") as pending:
             assert daemon.get("/healthz").status == 200
             assert pending.result().status == 201
             assert daemon.get("/v1/jobs/a").data["status"] == "queued"
-            strace.terminate()
-            strace.stderr.read()
         assert daemon.admin("GET", "health").status == 200
         assert daemon.stop() == 0, daemon.log.decode()
 
 
 @pytest.mark.slow
 def test_a_commit_that_fails_while_the_daemon_stops_is_exit_74(tmp_path: Path) -> None:
-    if shutil.which("strace") is None:
-        tool_missing("strace", "strace")
-    with DaemonProcess(tmp_path) as daemon, ThreadPoolExecutor(1) as pool:
-        assert daemon.process is not None
-        inject = ["-e", "trace=fdatasync", "-e", "inject=fdatasync:error=EIO:delay_enter=1s"]
-        with subprocess.Popen(
-            ["strace", "-f", "-p", str(daemon.process.pid), *inject], stderr=subprocess.PIPE, bufsize=0
-        ) as strace:
-            assert strace.stderr is not None
-            strace.stderr.readline()  # attached
-            pending = pool.submit(daemon.post, "/v1/jobs", {"id": "a"})
-            output = b""
-            while b"fdatasync(" not in output:  # the commit has reached the disk
-                output += strace.stderr.read(100)
-            assert daemon.stop() == 74, daemon.log.decode()
-            strace.stderr.read()
+    with DaemonProcess(tmp_path) as daemon, creating_a_job(daemon, "error=EIO:delay_enter=1s") as pending:
+        assert daemon.stop() == 74, daemon.log.decode()
         assert pending.result().error == "outcome_unknown"
 
 
