@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobd.core.changeset import Decision
 from jobd.model.commands import (
     AnyCommand,
     ApplyPlan,
@@ -24,8 +23,8 @@ from jobd.model.responses import Response
 from jobd.model.storage import AuditEntry
 
 
-def entry(call: Call, decision: Decision, at: int) -> AuditEntry | None:
-    """Return the audit entry of `call`; None if it needs none. `at` is wall time."""
+def entry(call: Call, response: Response | ApiError, changes: list[Change], at: int) -> AuditEntry | None:
+    """Return the audit entry of `call` and its changes; None if it needs none. `at` is wall time."""
     if call.operator is None or is_dry_run(call.command):
         return None
     command = call.command
@@ -33,9 +32,9 @@ def entry(call: Call, decision: Decision, at: int) -> AuditEntry | None:
         told = {"job_id": command.job_id, "outcome": command.outcome, "details": command.details}
         return _row(call.operator, at, command.what, reason=command.reason, **told)
     what = f"plan-{command.action}" if isinstance(command, ApplyPlan) else command.audit_name
-    if what is None or (isinstance(command, Import) and not decision.changes):
+    if what is None or (isinstance(command, Import) and not changes):
         return None  # a read, or a line of an import that was skipped or rejected, which is in the report
-    changes, queue = decision.changes, command.name if isinstance(command, Pause | Resume) else None
+    queue = command.name if isinstance(command, Pause | Resume) else None
     is_one = isinstance(command, JobCommand)
     return _row(
         call.operator,
@@ -44,17 +43,17 @@ def entry(call: Call, decision: Decision, at: int) -> AuditEntry | None:
         job_id=_job_of(command),
         queue=changes[0].event.queue if is_one and changes else queue,
         reason=getattr(command, "reason", None),
-        outcome=decision.answer.code if isinstance(decision.answer, ApiError) else "done",
+        outcome=response.code if isinstance(response, ApiError) else "done",
         jobs=len({change.event.job_seq for change in changes if change.event.job_seq}),
-        details=_details(command, decision),
+        details=_details(command, response, changes),
     )
 
 
-def _details(command: AnyCommand, decision: Decision) -> dict[str, Any] | None:
+def _details(command: AnyCommand, response: Response | ApiError, changes: list[Change]) -> dict[str, Any] | None:
     if isinstance(command, TakeBack):
         return {"worker": command.name}
-    is_done = isinstance(command, JobCommand) and isinstance(decision.answer, Response)
-    return _told(decision.changes) if is_done else None
+    is_done = isinstance(command, JobCommand) and isinstance(response, Response)
+    return _told(changes) if is_done else None
 
 
 def _job_of(command: AnyCommand) -> str | None:

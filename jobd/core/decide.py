@@ -1,12 +1,11 @@
-"""Decide a command: call its rule and return the response with the changes to write."""
+"""Decide a command: call its rule and return the response."""
 
 from __future__ import annotations
 
 from typing import assert_never
 
 from jobd.core import late_result_rules, maintenance_rules, operator_rules, plan_rules, queries
-from jobd.core.changeset import Decision, Draft
-from jobd.core.state import Book
+from jobd.core.transaction import Transaction
 from jobd.core.worker_rules import (
     _PLANNED,
     bulk,
@@ -53,7 +52,6 @@ from jobd.model.commands import (
     LateResults,
     ListJobs,
     Locks,
-    Moment,
     Pause,
     Ping,
     Preview,
@@ -78,48 +76,49 @@ from jobd.model.commands import (
     Validate,
     Why,
     Workers,
-    is_dry_run,
 )
 from jobd.model.errors import ApiError
-from jobd.model.job import Policy
 from jobd.model.responses import EmptyResponse, Response
 
 
-def decide(book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
-    """What `call` comes to at `at`: an answer or a refusal, and the changes to write. The book is only read."""
-    draft = Draft(book, call, at, policy)
-    moved = None if call.expected is None else plan_rules.moved(draft, call.command, call.expected)
-    answer = moved or _answer(draft, call.command)
-    if is_dry_run(call.command):
-        draft.changes.clear()  # the answer alone was asked for
-    report = call.command.body if isinstance(call.command, Report) else None
-    return Decision(answer, draft.changes, draft.checked, report)
+def decide(tx: Transaction, call: Call) -> Response | ApiError:
+    """Decide `call` in the transaction. If its rule raises, or it is a dry run, its changes are undone."""
+    tx.begin(call)
+    try:
+        moved = None if call.expected is None else plan_rules.moved(tx, call.command, call.expected)
+        response = moved or _answer(tx, call.command)
+    except Exception:
+        tx.undo()
+        raise
+    if tx.is_dry_run:
+        tx.undo()
+    return response
 
 
-def _answer(draft: Draft, command: AnyCommand) -> Response | ApiError:
+def _answer(tx: Transaction, command: AnyCommand) -> Response | ApiError:
     match command:
         case Claim():
-            return claim(draft, command)
+            return claim(tx, command)
         case Create():
-            return create(draft, command)
+            return create(tx, command)
         case Start():
-            return start(draft, command)
+            return start(tx, command)
         case Complete():
-            return complete(draft, command)
+            return complete(tx, command)
         case Progress():
-            return progress(draft, command)
+            return progress(tx, command)
         case Extend():
-            return extend(draft, command)
+            return extend(tx, command)
         case Fail():
-            return fail(draft, command)
+            return fail(tx, command)
         case Release():
-            return release(draft, command)
+            return release(tx, command)
         case Cancel():
-            return cancel(draft, command)
+            return cancel(tx, command)
         case Bulk():
-            return bulk(draft, command)
+            return bulk(tx, command)
         case Undelivered():
-            return undelivered(draft, command)
+            return undelivered(tx, command)
         case (
             Get()
             | GetVersion()
@@ -135,53 +134,53 @@ def _answer(draft: Draft, command: AnyCommand) -> Response | ApiError:
             | Export()
             | AuditLog()
         ):
-            return queries.answer(draft, command)
+            return queries.answer(tx, command)
         case ForceFail():
-            return operator_rules.force_fail(draft, command)
+            return operator_rules.force_fail(tx, command)
         case ForceReset():
-            return operator_rules.force_reset(draft, command)
+            return operator_rules.force_reset(tx, command)
         case Transition():
-            return operator_rules.transition(draft, command)
+            return operator_rules.transition(tx, command)
         case ExtendLock():
-            return extend_lock(draft, command)
+            return extend_lock(tx, command)
         case ReleaseLock():
-            return release_lock(draft, command)
+            return release_lock(tx, command)
         case RunNow():
-            return operator_rules.run_now(draft, command)
+            return operator_rules.run_now(tx, command)
         case Update():
-            return operator_rules.update(draft, command)
+            return operator_rules.update(tx, command)
         case Adopt():
-            return late_result_rules.adopt(draft, command)
+            return late_result_rules.adopt(tx, command)
         case Delete():
-            return operator_rules.delete(draft, command)
+            return operator_rules.delete(tx, command)
         case Pause():
-            return operator_rules.pause(draft, command)
+            return operator_rules.pause(tx, command)
         case Resume():
-            return operator_rules.resume(draft, command)
+            return operator_rules.resume(tx, command)
         case ImportCheck():
-            return operator_rules.check_import(draft, command)
+            return operator_rules.check_import(tx, command)
         case Import():
-            return operator_rules.import_job(draft, command)
+            return operator_rules.import_job(tx, command)
         case ApplyPlan():
-            return plan_rules.apply(draft, command, _PLANNED)
+            return plan_rules.apply(tx, command, _PLANNED)
         case Preview():
-            return maintenance_rules.preview(draft, command)
+            return maintenance_rules.preview(tx, command)
         case TakeBack():
-            return maintenance_rules.take_back(draft, command)
+            return maintenance_rules.take_back(tx, command)
         case Recover():
-            return maintenance_rules.recover(draft, command)
+            return maintenance_rules.recover(tx, command)
         case Expire():
-            return maintenance_rules.expire(draft, command)
+            return maintenance_rules.expire(tx, command)
         case DeleteExpired():
-            return maintenance_rules.delete_expired(draft, command)
+            return maintenance_rules.delete_expired(tx, command)
         case RepairJobs():
-            return maintenance_rules.mend(draft, command)
+            return maintenance_rules.mend(tx, command)
         case ExtendAfterPause():
-            return maintenance_rules.credit_absence(draft, command)
+            return maintenance_rules.credit_absence(tx, command)
         case EndGrants():
-            return maintenance_rules.end_grants(draft, command)
+            return maintenance_rules.end_grants(tx, command)
         case EndPauses():
-            return maintenance_rules.end_pauses(draft)
+            return maintenance_rules.end_pauses(tx)
         case Tick() | Ping() | Report() | RecordAction():
             return Response(EmptyResponse())
         case _:

@@ -11,8 +11,8 @@ from typing import Any, Final
 from msgspec.structs import replace
 
 from jobd.core import transitions
-from jobd.core.changeset import Draft
 from jobd.core.state import Book
+from jobd.core.transaction import Transaction
 from jobd.model.commands import Adopt, AnyCommand, Complete, Extend, Fail, Progress, Release, Why
 from jobd.model.errors import ApiError
 from jobd.model.job import MAX_LATE_RESULTS, Job, LateResult, Policy, Result, storage_key_error
@@ -56,68 +56,77 @@ def is_late(book: Book, command: Complete) -> bool:
     return not book.holds(command.id, command.lock_id)
 
 
-def complete(draft: Draft, command: Complete, refusal: ApiError, body_hash: str) -> Response | ApiError:
+def complete(tx: Transaction, command: Complete, refusal: ApiError, body_hash: str) -> Response | ApiError:
     """Decide a complete that gets `lock_lost`: drop, store or accept its result, by the policy of the queue.
 
     Only a former grant of this job leaves anything, and of each grant only the first complete counts.
     """
-    job = draft.book.get(command.id)
+    job = tx.state.get(command.id)
     assert job is not None  # its lock was checked
-    granted = _granted(draft.book, job, command.lock_id)
-    policy = draft.policy.late_policy(job.options.queue)
+    granted = _granted(tx.state, job, command.lock_id)
+    policy = tx.policy.late_policy(job.options.queue)
     if granted is None:
         return refusal
     if policy == "drop":
-        return _not_kept(draft, job, command, refusal)
+        return _not_kept(tx, job, command, refusal)
     worker, token = granted
     result = (
         transitions.kept_result(Result(command.download_url, command.file_path, command.storage_key, command.metadata))
         or Result()
     )
-    late = LateResult(0, draft.at.now, worker, token, body_hash, command.expires_at, result)
-    is_free = policy == "adopt_if_unclaimed" and _is_unclaimed(draft, job, command.lock_id)
-    if is_free and transitions.refuse_result(draft, command) is None:
-        return _taken(draft, job, late)
-    return _kept(draft, job, late, refusal) or _not_kept(draft, job, command, refusal)
+    late = LateResult(0, tx.at.now, worker, token, body_hash, command.expires_at, result)
+    is_free = policy == "adopt_if_unclaimed" and _is_unclaimed(tx, job, command.lock_id)
+    if is_free and transitions.refuse_result(tx, command) is None:
+        return _taken(tx, job, late)
+    return _kept(tx, job, late, refusal) or _not_kept(tx, job, command, refusal)
 
 
-def tell(draft: Draft, job: Job, command: Calls) -> None:
+def tell(tx: Transaction, job: Job, command: Calls) -> None:
     """Record the first rejected call of each verb of an ended grant in the journal.
 
     Only calls of the last ended grant, which is in memory, are recorded: unknown locks leave nothing, and no call needs
     a read from disk.
     """
     ended = job.ended
-    if ended is None or ended.lock_id != command.lock_id or not draft.policy.late_calls:
+    if ended is None or ended.lock_id != command.lock_id or not tx.policy.late_calls:
         return
     verb, action = _CALLS[type(command)]
-    if draft.book.was_told(job.seq, ended.fencing_token, verb):
+    if tx.state.was_told(job.seq, ended.fencing_token, verb):
         return
     lost = f"after its lock was lost ({ended.rule})"
     reason = f"Worker {ended.worker} tried to {action} {lost}; {_holder(job)}. The call was rejected."
     details = {"verb": verb, "worker": ended.worker, "fencing_token": ended.fencing_token, **_said(command)}
-    draft.note_call(job, ended.worker, reason, details)
+    tx.note_call(job, ended.worker, reason, details)
 
 
-def adopt(draft: Draft, command: Adopt) -> Response | ApiError:
+def adopt(tx: Transaction, command: Adopt) -> Response | ApiError:
     """Complete the job with one of its late results."""
-    job = transitions.find(draft, command.id)
+    job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
     if job.status not in Adopt.allowed_from:
         return transitions.refuse_transition(job, "completed", _advice(job))
-    late = _chosen(draft.book.late.results.get(job.seq, []), command.result)
+    late = _chosen(tx.state.late.results.get(job.seq, []), command.result)
     if late is None:
         which = "late result" if command.result is None else f"late result {command.result}"
         message = f"Job {job.id} has no {which}. List its late results: jobctl late {job.id}"
         return ApiError("late_result_not_found", message, {"job_id": job.id})
-    refusal = refuse_adoption(late, draft.policy)
+    refusal = refuse_adoption(late, tx.policy)
     if refusal is not None:
         return refusal
     details = {"late_result": late.seq, "worker": late.worker, "fencing_token": late.fencing_token}
-    expires_at = late.expires_at if late.expires_at is not None and late.expires_at > draft.at.now else None
-    fields: dict[str, Any] = {"reason": command.reason, "details": details, "expires_at": expires_at}
-    return transitions.job_answer(draft, transitions.complete(draft, job, "adopted", job.ended, late.result, **fields))
+    expires_at = late.expires_at if late.expires_at is not None and late.expires_at > tx.at.now else None
+    job = transitions.complete(
+        tx,
+        job,
+        "adopted",
+        job.ended,
+        late.result,
+        {"expires_at": expires_at},
+        reason=command.reason,
+        details=details,
+    )
+    return transitions.job_answer(tx, job)
 
 
 def refuse_adoption(late: LateResult, policy: Policy) -> ApiError | None:
@@ -137,7 +146,7 @@ def _granted(book: Book, job: Job, lock_id: str) -> tuple[str, int] | None:
     return None if older is None else (older.worker, older.fencing_token)
 
 
-def _is_unclaimed(draft: Draft, job: Job, lock_id: str) -> bool:
+def _is_unclaimed(tx: Transaction, job: Job, lock_id: str) -> bool:
     """Return whether nothing has happened to the job since recovery ended this grant.
 
     A later grant or operator action would have changed `updated_at`, a reset also `stalls`.
@@ -145,14 +154,14 @@ def _is_unclaimed(draft: Draft, job: Job, lock_id: str) -> bool:
     ended = job.ended
     if ended is None or ended.lock_id != lock_id or ended.rule != "recovery":
         return False
-    if job.updated_at != ended.at or not job.stalls or transitions.is_overdue(job, draft.at.now):
+    if job.updated_at != ended.at or not job.stalls or transitions.is_overdue(job, tx.at.now):
         return False
     return job.status == "queued" or (
         job.status == "failed" and job.error is not None and job.error.code == transitions.STALLED
     )
 
 
-def _taken(draft: Draft, job: Job, late: LateResult) -> Response:
+def _taken(tx: Transaction, job: Job, late: LateResult) -> Response:
     """Accept the result as if the grant had not ended. A repeated complete gets the same response."""
     assert job.ended is not None  # of this grant
     ended = replace(
@@ -160,46 +169,46 @@ def _taken(draft: Draft, job: Job, late: LateResult) -> Response:
     )
     reason = f"Worker {late.worker} had lost its lock, but the job had not been granted again: its result was accepted."
     details = {"worker": late.worker, "fencing_token": late.fencing_token}
-    fields: dict[str, Any] = {"reason": reason, "details": details, "expires_at": late.expires_at}
-    by = f"worker:{late.worker}"
-    return transitions.job_answer(
-        draft, transitions.complete(draft, job, "adopted", ended, late.result, by=by, **fields)
+    fields = {"expires_at": late.expires_at}
+    job = transitions.complete(
+        tx, job, "adopted", ended, late.result, fields, worker=late.worker, reason=reason, details=details
     )
+    return transitions.job_answer(tx, job)
 
 
-def _not_kept(draft: Draft, job: Job, command: Complete, refusal: ApiError) -> ApiError:
-    tell(draft, job, command)
+def _not_kept(tx: Transaction, job: Job, command: Complete, refusal: ApiError) -> ApiError:
+    tell(tx, job, command)
     return refusal
 
 
-def _kept(draft: Draft, job: Job, late: LateResult, refusal: ApiError) -> ApiError | None:
+def _kept(tx: Transaction, job: Job, late: LateResult, refusal: ApiError) -> ApiError | None:
     """Store the result if it is the first of its grant, not too large, and among those of the latest grants.
 
     A grant whose late result was replaced by later ones stores none again, so repeated calls add nothing. Returns None
     if the result is not stored.
     """
-    known = draft.book.late.results.get(job.seq, [])
+    known = tx.state.late.results.get(job.seq, [])
     same = next((each for each in known if each.fencing_token == late.fencing_token), None)
     if same is not None:
-        return _told(draft, job, same, refusal) if same.body_hash == late.body_hash else None
+        return _told(tx, job, same, refusal) if same.body_hash == late.body_hash else None
     result = late.result
     latest = sorted([late.fencing_token, *(each.fencing_token for each in known)])[-MAX_LATE_RESULTS:]
     if late.fencing_token not in latest:
         return None
-    if result.metadata is not None and len(bytes(result.metadata)) > draft.policy.late_bytes:
+    if result.metadata is not None and len(bytes(result.metadata)) > tx.policy.late_bytes:
         return None
     if result.storage_key is not None and storage_key_error(result.storage_key) is not None:
         return None
     reason = f"Worker {late.worker} completed the job after its lock was lost; {_holder(job)}. Its result is stored."
     details = {"worker": late.worker, "fencing_token": late.fencing_token}
-    return _told(draft, job, draft.keep_late(job, late, reason, details), refusal)
+    return _told(tx, job, tx.keep_late(job, late, reason, details), refusal)
 
 
-def _told(draft: Draft, job: Job, late: LateResult, refusal: ApiError) -> ApiError:
+def _told(tx: Transaction, job: Job, late: LateResult, refusal: ApiError) -> ApiError:
     kept = f"Its result is stored as late result {late.seq}"
     if job.status == "completed":
         kept += "."
-    elif transitions.refuse_without_url(draft.policy, late.result.download_url) is not None:
+    elif transitions.refuse_without_url(tx.policy, late.result.download_url) is not None:
         kept += f", but cannot be adopted: it has no download_url, which {_ASKING} requires."
     else:
         kept += f"; an operator can adopt it: jobctl adopt {job.id}"

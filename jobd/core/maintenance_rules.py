@@ -11,7 +11,7 @@ from typing import Final, Literal
 from msgspec.structs import replace
 
 from jobd.core import transitions
-from jobd.core.changeset import Draft
+from jobd.core.transaction import Transaction
 from jobd.core.validation import counts, safe_fixes, validate
 from jobd.model.commands import (
     DeleteExpired,
@@ -32,28 +32,30 @@ from jobd.model.responses import Issue, MaintenanceResult, PreviewResult, Recove
 TAKEN_BACK: Final = 200  # jobs of one take-back command
 
 
-def recover(draft: Draft, command: Recover) -> Response:
+def recover(tx: Transaction, command: Recover) -> Response:
     """Recover stuck jobs by their stall rule and clear expired locks, up to `limit` of each."""
-    book, lease = draft.book, draft.at.lease
+    state, lease = tx.state, tx.at.lease
+    more = len(state.stuck) > command.limit or len(state.expired_locks) > command.limit
+    stuck = list(islice(state.stuck, command.limit))
+    expired = list(islice(state.expired_locks, command.limit))
     details = []
-    for job_id in islice(book.stuck, command.limit):
-        job = book.processing[job_id]
+    for job_id in stuck:
+        job = state.processing[job_id]
         if transitions.is_stuck(job, lease):
-            job = transitions.stall(draft, job, transitions.silence(draft, job))
-            details.append(_recovery(draft, job))
+            job = transitions.stall(tx, job, transitions.silence(tx, job))
+            details.append(_recovery(tx, job))
     cleared = 0
-    for job_id in islice(book.expired_locks, command.limit):
-        job = book.processing[job_id]
+    for job_id in expired:
+        job = state.processing[job_id]
         if job.lease is not None and lease >= job.lease.expires and not transitions.is_stuck(job, lease):
-            _clear_lock(draft, job, job.lease)
+            _clear_lock(tx, job, job.lease)
             cleared += 1
-    more = len(book.stuck) > command.limit or len(book.expired_locks) > command.limit
     return Response(Recovered(details, cleared, more))
 
 
-def take_back(draft: Draft, command: TakeBack) -> Response | ApiError:
+def take_back(tx: Transaction, command: TakeBack) -> Response | ApiError:
     """End the first expired grants of a silent worker by their stall rule. Live locks do not change."""
-    name, presence = command.name, draft.book.presence
+    name, presence = command.name, tx.state.presence
     worker = presence.workers.get(name)
     if worker is None:
         message = f"Worker {name} has not been seen since the start. List the workers: jobctl workers"
@@ -68,45 +70,45 @@ def take_back(draft: Draft, command: TakeBack) -> Response | ApiError:
         why = held if worker.jobs else "it holds no job"
         message = f"Worker {name} is {state}, not silent: {why}. To end a live grant: jobctl force-reset ID"
         return ApiError("worker_not_silent", message, {"worker": name, "state": state})
+    more = len(worker.expired) > TAKEN_BACK
     details = []
-    for job_id in islice(worker.expired, TAKEN_BACK):
-        job = draft.book.processing[job_id]
-        cause = f"{transitions.silence(draft, job)} An operator took the job back."
-        job = transitions.stall(draft, job, cause, rule="take-back", why="taken_back")
-        details.append(_recovery(draft, job))
+    for job_id in list(islice(worker.expired, TAKEN_BACK)):
+        job = tx.state.processing[job_id]
+        cause = f"{transitions.silence(tx, job)} An operator took the job back."
+        job = transitions.stall(tx, job, cause, rule="take-back", why="taken_back")
+        details.append(_recovery(tx, job))
     reset = sum(each.action == "reset" for each in details)
-    more = len(worker.expired) > len(details)
-    return Response(TakeBackView(name, len(details), reset, len(details) - reset, details, more, draft.at.now))
+    return Response(TakeBackView(name, len(details), reset, len(details) - reset, details, more, tx.at.now))
 
 
-def _recovery(draft: Draft, job: Job) -> Recovery:
+def _recovery(tx: Transaction, job: Job) -> Recovery:
     """Describe what the last step did to a stalled job."""
     action: Literal["reset", "failed"] = "reset" if job.status == "queued" else "failed"
-    return Recovery(job.id, action, draft.changes[-1].event.reason or "")
+    return Recovery(job.id, action, tx.changes[-1].event.reason or "")
 
 
-def recover_one(draft: Draft, command: JobCommand) -> Response | ApiError:
+def recover_one(tx: Transaction, command: JobCommand) -> Response | ApiError:
     """Recover this job, if it is stalled at this moment."""
-    job = transitions.find(draft, command.id)
+    job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
-    if transitions.is_stuck(job, draft.at.lease):
-        transitions.stall(draft, job, transitions.silence(draft, job))
+    if transitions.is_stuck(job, tx.at.lease):
+        transitions.stall(tx, job, transitions.silence(tx, job))
         return Response(MaintenanceResult(1))
-    return _not_due(job, draft.at)
+    return _not_due(job, tx.at)
 
 
-def clean_one(draft: Draft, command: JobCommand) -> Response | ApiError:
+def clean_one(tx: Transaction, command: JobCommand) -> Response | ApiError:
     """Do what a cleanup run would do to this job now, without repairs: recover, fail or delete it."""
-    job = transitions.find(draft, command.id)
+    job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
-    if transitions.may_expire(job, draft.at):
-        transitions.expire(draft, job)
-    elif _is_past(job, draft.at):
-        draft.delete(job)
+    if transitions.may_expire(job, tx.at):
+        transitions.expire(tx, job)
+    elif _is_past(job, tx.at):
+        tx.delete(job)
     else:
-        return recover_one(draft, command)
+        return recover_one(tx, command)
     return Response(MaintenanceResult(1))
 
 
@@ -115,46 +117,45 @@ def _not_due(job: Job, at: Moment) -> ApiError:
     return ApiError("invalid_transition", message, {"job_id": job.id, "status": job.status})
 
 
-def preview(draft: Draft, command: Preview) -> Response:
-    """Return what `recover` and `expire` would do now, by running them in a draft that is not written."""
-    recovered = recover(draft, Recover(limit=command.limit)).data
-    overdue, more_overdue = _overdue(draft, command.limit)
-    expired = [job.id for job in overdue if transitions.may_expire(job, draft.at)]
-    draft.changes.clear()
+def preview(tx: Transaction, command: Preview) -> Response:
+    """Return what `recover` and `expire` would do now. The command is a dry run."""
+    recovered = recover(tx, Recover(limit=command.limit)).data
+    overdue, more_overdue = _overdue(tx, command.limit)
+    expired = [job.id for job in overdue if transitions.may_expire(job, tx.at)]
     more = recovered.more or more_overdue
     return Response(PreviewResult(recovered.details, recovered.locks_cleared, expired, more))
 
 
-def _clear_lock(draft: Draft, job: Job, lease: Lease) -> None:
+def _clear_lock(tx: Transaction, job: Job, lease: Lease) -> None:
     """Record that the lock has expired. The holder can revive it until the job is stalled."""
     details = {"worker": job.grant.worker if job.grant else None}
-    draft.step(job, "lock_expired", details=details, lease=replace(lease, cleared=True))
+    tx.update(job, "lock_expired", {"lease": replace(lease, cleared=True)}, details=details)
 
 
-def end_grants(draft: Draft, command: EndGrants) -> Response:
+def end_grants(tx: Transaction, command: EndGrants) -> Response:
     """End grants that were made before the store was restored from a backup."""
     done = 0
     for job_id in dict.fromkeys(command.ids):
-        job = draft.book.processing.get(job_id)
+        job = tx.state.processing.get(job_id)
         if job is not None:
             cause = "The store was restored from a backup, which ends every grant in it."
-            transitions.stall(draft, job, cause, rule="restore", why="restored")
+            transitions.stall(tx, job, cause, rule="restore", why="restored")
             done += 1
     return Response(MaintenanceResult(done))
 
 
-def credit_absence(draft: Draft, command: ExtendAfterPause) -> Response:
+def credit_absence(tx: Transaction, command: ExtendAfterPause) -> Response:
     """Postpone deadlines of processing jobs to at least `grace_ms` from now: after a start, workers must reconnect."""
-    until = draft.at.lease + command.grace_ms
-    since = draft.at.lease if command.since is None else command.since
+    until = tx.at.lease + command.grace_ms
+    since = tx.at.lease if command.since is None else command.since
     done = 0
     for job_id in dict.fromkeys(command.ids):
-        job = draft.book.processing.get(job_id)
+        job = tx.state.processing.get(job_id)
         if job is None or job.lease is None:
             continue
         lease = _credited(job.lease, since, until)
         if lease != job.lease:
-            draft.step(job, "resumed", details={"grace_ms": command.grace_ms}, lease=lease)
+            tx.update(job, "resumed", {"lease": lease}, details={"grace_ms": command.grace_ms})
             done += 1
     return Response(MaintenanceResult(done))
 
@@ -166,29 +167,29 @@ def _credited(lease: Lease, since: int, until: int) -> Lease:
     return replace(lease, expires=expires, silent=max(lease.silent, until), ceiling=ceiling)
 
 
-def expire(draft: Draft, command: Expire) -> Response:
+def expire(tx: Transaction, command: Expire) -> Response:
     """Fail queued jobs past their `expires_at`."""
-    overdue, more = _overdue(draft, command.limit)
-    late = [job for job in overdue if transitions.may_expire(job, draft.at)]
+    overdue, more = _overdue(tx, command.limit)
+    late = [job for job in overdue if transitions.may_expire(job, tx.at)]
     for job in late:
-        transitions.expire(draft, job)
+        transitions.expire(tx, job)
     return Response(MaintenanceResult(len(late), more=more))
 
 
-def _overdue(draft: Draft, limit: int) -> tuple[list[Job], bool]:
+def _overdue(tx: Transaction, limit: int) -> tuple[list[Job], bool]:
     """Return the jobs that have been overdue longest, and whether there are more."""
-    found = list(islice(draft.book.overdue(), limit + 1))
-    return [draft.book.jobs[job_id] for job_id in found[:limit]], len(found) > limit
+    found = list(islice(tx.state.overdue(), limit + 1))
+    return [tx.state.jobs[job_id] for job_id in found[:limit]], len(found) > limit
 
 
-def delete_expired(draft: Draft, command: DeleteExpired) -> Response:
+def delete_expired(tx: Transaction, command: DeleteExpired) -> Response:
     """Delete those of the named jobs that are finished and past their `expires_at` now."""
     done = 0
     for job_id in dict.fromkeys(command.ids):
-        job = draft.book.get(job_id)
-        if job is None or not _is_past(job, draft.at):
+        job = tx.state.get(job_id)
+        if job is None or not _is_past(job, tx.at):
             continue
-        draft.delete(job)
+        tx.delete(job)
         done += 1
     return Response(MaintenanceResult(done))
 
@@ -198,42 +199,41 @@ def _is_past(job: Job, at: Moment) -> bool:
     return not at.suspect and job.status in FINISHED and job.expires_at is not None and job.expires_at <= at.now
 
 
-def end_pauses(draft: Draft) -> Response:
+def end_pauses(tx: Transaction) -> Response:
     """Resume the queues whose pause is over, by the trusted wall time."""
     over = [
-        name
-        for name, pause in draft.book.paused.items()
-        if pause.until is not None and pause.until <= draft.at.believed
+        name for name, pause in tx.state.paused.items() if pause.until is not None and pause.until <= tx.at.believed
     ]
     for name in over:
-        draft.queue(name, "queue_resumed", "The pause ended as scheduled.")
+        tx.resume(name, "The pause ended as scheduled.")
     return Response(MaintenanceResult(len(over)))
 
 
-def mend(draft: Draft, command: RepairJobs) -> Response:
+def mend(tx: Transaction, command: RepairJobs) -> Response:
     """Validate the named jobs and apply the safe fixes. Other issues are reported in every run."""
     found: list[tuple[str, Issue]] = []
     fixed = 0
     for job_id in dict.fromkeys(command.ids):
-        job = draft.book.get(job_id)
+        job = tx.state.get(job_id)
         if job is None:
             continue
-        issues = [issue for issue in validate(job, draft.at, draft.policy).issues if counts(issue)]
+        issues = [issue for issue in validate(job, tx.at, tx.policy).issues if counts(issue)]
         found.extend((job_id, issue) for issue in issues)
         left = issues
         if issues:
-            left = [issue for issue in validate(_mend(draft, job), draft.at, draft.policy).issues if counts(issue)]
+            left = [issue for issue in validate(_mend(tx, job), tx.at, tx.policy).issues if counts(issue)]
             fixed += len(issues) - len(left)
         if not left:
-            draft.checked.append(job.seq)
+            tx.checked.append(job.seq)
     return Response(MaintenanceResult(fixed, found=len(found), issues=found))
 
 
-def _mend(draft: Draft, job: Job) -> Job:
+def _mend(tx: Transaction, job: Job) -> Job:
     """Apply the safe fixes to one job and return its row."""
     fixes = safe_fixes(job)
     if fixes:
-        job = draft.step(job, "fixed", reason="validation", details={"fields": sorted(fixes)}, **fixes)
+        details = {"fields": sorted(fixes)}
+        job = tx.update(job, "fixed", fixes, reason="validation", details=details)
     if job.status == "processing" and (job.grant is None or job.lease is None):
-        job = transitions.stall(draft, job, transitions.silence(draft, job))
+        job = transitions.stall(tx, job, transitions.silence(tx, job))
     return job

@@ -10,7 +10,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from jobd.core import transitions, views
-from jobd.core.changeset import Draft
+from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     NO_REASON,
     Delete,
@@ -31,44 +31,44 @@ from jobd.model.job import FINISHED, LIVE, MAX_PERCENT, TRANSITIONS, Failure, Gr
 from jobd.model.responses import AdminLockView, ImportCheckResult, Imported, LockState, Response, TransitionView
 
 
-def force_fail(draft: Draft, command: ForceFail) -> Response | ApiError:
-    job = transitions.find(draft, command.id)
+def force_fail(tx: Transaction, command: ForceFail) -> Response | ApiError:
+    job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
     if job.status not in ForceFail.allowed_from:
         return transitions.refuse_transition(job, "failed", "Only a queued or processing job can be failed.")
     reason = command.reason or NO_REASON
-    ended = transitions.ended_by(job, draft.at.now, "force-fail", "force_failed")
+    ended = transitions.ended_by(job, tx.at.now, "force-fail", "force_failed")
     error = Failure(reason, "force_failed")
-    after = transitions.finish(draft, job, "force_failed", "failed", ended, reason=reason, error=error)
-    return _forced(draft, job, after, reason)
+    after = transitions.finish(tx, job, "force_failed", "failed", ended, {"error": error}, reason=reason)
+    return _forced(tx, job, after, reason)
 
 
-def force_reset(draft: Draft, command: ForceReset) -> Response | ApiError:
-    job = transitions.find(draft, command.id)
+def force_reset(tx: Transaction, command: ForceReset) -> Response | ApiError:
+    job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
-    job = transitions.met(draft, job)
+    job = transitions.met(tx, job)
     if job.status in ("queued", "completed"):  # also a job whose row has an unknown status can be reset
         what = "It needs no reset." if job.status == "queued" else "A completed job is final; create a new job instead."
         return transitions.refuse_transition(job, "queued", what)
-    ended = transitions.ended_by(job, draft.at.now, "force-reset", "force_reset")
-    fresh = {"attempt": 0, "stalls": 0, "error": None, "run_at": draft.at.now} | _wanted_again(draft, job)
-    after = transitions.requeue(draft, job, "force_reset", ended, reason=command.reason, **fresh)
-    return _forced(draft, job, after, command.reason)
+    ended = transitions.ended_by(job, tx.at.now, "force-reset", "force_reset")
+    fresh = {"attempt": 0, "stalls": 0, "error": None, "run_at": tx.at.now} | _wanted_again(tx, job)
+    after = transitions.requeue(tx, job, "force_reset", ended, fresh, reason=command.reason)
+    return _forced(tx, job, after, command.reason)
 
 
-def _wanted_again(draft: Draft, job: Job) -> dict[str, Any]:
+def _wanted_again(tx: Transaction, job: Job) -> dict[str, Any]:
     """Clear an `expires_at` that has passed, because the job would fail again at once."""
-    return {"expires_at": None} if job.expires_at is not None and job.expires_at <= draft.at.now else {}
+    return {"expires_at": None} if job.expires_at is not None and job.expires_at <= tx.at.now else {}
 
 
-def transition(draft: Draft, command: Transition) -> Response | ApiError:
+def transition(tx: Transaction, command: Transition) -> Response | ApiError:
     """Compare and set: change the status only if it still is `from_`."""
-    job = transitions.find(draft, command.id)
+    job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
-    job = transitions.met(draft, job)
+    job = transitions.met(tx, job)
     if job.status != command.from_:
         what = f"The transition expected {command.from_}. Check the job again before you decide."
         return transitions.refuse_transition(job, command.to, what)
@@ -76,36 +76,35 @@ def transition(draft: Draft, command: Transition) -> Response | ApiError:
         return transitions.refuse_transition(job, command.to, "Only start and claim can make a job processing.")
     if (job.status, command.to) not in TRANSITIONS:
         return transitions.refuse_transition(job, command.to, f"It cannot go from {job.status} to {command.to}.")
-    fields = _updated(draft, job, command.updates)
+    fields = _updated(tx, job, command.updates)
     if command.to == "completed":
         result = fields.get("result", job.result) or Result()
-        refusal = transitions.refuse_without_url(draft.policy, result.download_url, "updates.download_url")
+        refusal = transitions.refuse_without_url(tx.policy, result.download_url, "updates.download_url")
         if refusal is not None:
             return refusal
-    after = _moved(draft, job, command, fields)
-    return _forced(draft, job, after, command.reason)
+    after = _moved(tx, job, command, fields)
+    return _forced(tx, job, after, command.reason)
 
 
-def _moved(draft: Draft, job: Job, command: Transition, fields: dict[str, Any]) -> Job:
+def _moved(tx: Transaction, job: Job, command: Transition, fields: dict[str, Any]) -> Job:
     reason = command.reason
-    ended = transitions.ended_by(job, draft.at.now, "transition", "transitioned")
+    ended = transitions.ended_by(job, tx.at.now, "transition", "transitioned")
     if command.to == "queued":
         # The last attempt does not count.
-        fields |= _wanted_again(draft, job)
-        return transitions.requeue(
-            draft, job, "transitioned", ended, reason=reason, attempt=transitions.given_back(job), **fields
-        )
+        fields |= _wanted_again(tx, job)
+        fields["attempt"] = transitions.given_back(job)
+        return transitions.requeue(tx, job, "transitioned", ended, fields, reason=reason)
     if command.to == "completed":
         result = fields.pop("result", job.result) or Result()
-        return transitions.complete(draft, job, "transitioned", ended, result, reason=reason, **fields)
+        return transitions.complete(tx, job, "transitioned", ended, result, fields, reason=reason)
     if command.to == "failed":
         fields.setdefault("error", Failure(reason or NO_REASON, "transitioned"))
-    return transitions.finish(draft, job, "transitioned", command.to, ended, reason=reason, **fields)
+    return transitions.finish(tx, job, "transitioned", command.to, ended, fields, reason=reason)
 
 
-def _updated(draft: Draft, job: Job, updates: Updates) -> dict[str, Any]:
+def _updated(tx: Transaction, job: Job, updates: Updates) -> dict[str, Any]:
     """Return the fields of the job that `updates` set."""
-    fields: dict[str, Any] = _rescheduled(draft, job, updates.priority, updates.run_at, updates.max_attempts)
+    fields: dict[str, Any] = _rescheduled(tx, job, updates.priority, updates.run_at, updates.max_attempts)
     if updates.error_message is not None:
         fields["error"] = Failure(updates.error_message, "transitioned")
     given = {name: value for name in Result.__struct_fields__ if (value := getattr(updates, name)) is not None}
@@ -115,7 +114,7 @@ def _updated(draft: Draft, job: Job, updates: Updates) -> dict[str, Any]:
 
 
 def _rescheduled(
-    draft: Draft, job: Job, priority: int | None, run_at: int | None, max_attempts: int | None
+    tx: Transaction, job: Job, priority: int | None, run_at: int | None, max_attempts: int | None
 ) -> dict[str, Any]:
     options = job.options
     if priority is not None:
@@ -124,55 +123,55 @@ def _rescheduled(
         options = replace(options, max_attempts=max_attempts)
     fields: dict[str, Any] = {}
     if options != job.options:
-        fields["options"] = draft.book.shared(options)
+        fields["options"] = tx.state.shared(options)
     if run_at is not None:
         fields["run_at"] = run_at
     return fields
 
 
-def run_now(draft: Draft, command: RunNow) -> Response | ApiError:
-    job = transitions.find(draft, command.id)
+def run_now(tx: Transaction, command: RunNow) -> Response | ApiError:
+    job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
-    job = transitions.met(draft, job)
+    job = transitions.met(tx, job)
     if job.status not in RunNow.allowed_from:
         return transitions.refuse_transition(job, "queued", "Only a queued job can be run now.")
-    if job.run_at > draft.at.now:
+    if job.run_at > tx.at.now:
         reason = command.reason or "run now"
-        job = draft.step(job, "updated", reason=reason, details={"run_at": draft.at.now}, run_at=draft.at.now)
-    return transitions.job_answer(draft, job)
+        job = tx.update(job, "updated", {"run_at": tx.at.now}, reason=reason, details={"run_at": tx.at.now})
+    return transitions.job_answer(tx, job)
 
 
-def update(draft: Draft, command: Update) -> Response | ApiError:
-    job = transitions.find(draft, command.id)
+def update(tx: Transaction, command: Update) -> Response | ApiError:
+    job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
-    job = transitions.met(draft, job)
+    job = transitions.met(tx, job)
     if job.status == "completed":
         return transitions.refuse_transition(job, "completed", "A completed job cannot be changed.")
-    fields = _rescheduled(draft, job, command.priority, command.run_at, command.max_attempts)
+    fields = _rescheduled(tx, job, command.priority, command.run_at, command.max_attempts)
     if fields:
         asked = {"priority": command.priority, "run_at": command.run_at, "max_attempts": command.max_attempts}
         details = {name: value for name, value in asked.items() if value is not None}
-        job = draft.step(job, "updated", reason=command.reason, details=details, **fields)
-    return transitions.job_answer(draft, job)
+        job = tx.update(job, "updated", fields, reason=command.reason, details=details)
+    return transitions.job_answer(tx, job)
 
 
-def delete(draft: Draft, command: Delete) -> Response | ApiError:
-    job = transitions.find(draft, command.id)
+def delete(tx: Transaction, command: Delete) -> Response | ApiError:
+    job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
     if job.status not in Delete.allowed_from:
         return transitions.refuse_transition(job, "deleted", "Only a finished job can be deleted: cancel it first.")
-    answer = transitions.job_answer(draft, job)
-    draft.delete(job, command.reason)
+    answer = transitions.job_answer(tx, job)
+    tx.delete(job, command.reason)
     return answer
 
 
-def pause(draft: Draft, command: Pause) -> Response | ApiError:
+def pause(tx: Transaction, command: Pause) -> Response | ApiError:
     """Pause a queue. A second pause with another reason or end replaces both and keeps the start of the first one."""
-    now, known = draft.at.now, draft.book.paused.get(command.name)
-    if command.until is not None and command.until <= draft.at.believed:
+    now, known = tx.at.now, tx.state.paused.get(command.name)
+    if command.until is not None and command.until <= tx.at.believed:
         message = (
             f"until {command.until} is not in the future; it is in Unix milliseconds. Leave it out to pause until an "
             "operator resumes the queue."
@@ -181,53 +180,52 @@ def pause(draft: Draft, command: Pause) -> Response | ApiError:
     asked = command.reason, command.until
     if known is not None and asked in ((None, None), (known.reason, known.until)):
         return Response(views.paused_view(command.name, known))
-    pause = QueuePause(now if known is None else known.at, draft.call.by, *asked)
-    draft.queue(command.name, "queue_paused", pause.reason, {"since": pause.at, "until": pause.until})
+    pause = QueuePause(now if known is None else known.at, tx.call.by, *asked)
+    tx.pause(command.name, pause)
     return Response(views.paused_view(command.name, pause))
 
 
-def resume(draft: Draft, command: Resume) -> Response:
-    if command.name in draft.book.paused:
-        draft.queue(command.name, "queue_resumed", command.reason)
+def resume(tx: Transaction, command: Resume) -> Response:
+    if command.name in tx.state.paused:
+        tx.resume(command.name, command.reason)
     return Response(views.paused_view(command.name, None))
 
 
-def import_job(draft: Draft, command: Import) -> Response | ApiError:
+def import_job(tx: Transaction, command: Import) -> Response | ApiError:
     """Import a job as it was. An id that exists is skipped, so that an import can be repeated."""
-    if draft.book.get(command.id) is not None or command.id in draft.book.quarantined:
+    if tx.state.get(command.id) is not None or command.id in tx.state.quarantined:
         return Response(Imported(command.id, skipped=True))
-    if command.status in LIVE and draft.book.totals["queued"] + len(draft.book.processing) >= draft.policy.live_jobs:
-        return transitions.too_many_jobs(draft)
-    if (refusal := transitions.refuse_queue(draft, command.queue)) is not None:
+    if command.status in LIVE and tx.state.totals["queued"] + len(tx.state.processing) >= tx.policy.live_jobs:
+        return transitions.too_many_jobs(tx)
+    if (refusal := transitions.refuse_queue(tx, command.queue)) is not None:
         return refusal
-    job = draft.create(_imported(draft, command), "imported", bytes(command.payload), "")
+    job = tx.create(_imported(tx, command), "imported", bytes(command.payload), "")
     if job.status == "processing":
-        transitions.stall(draft, job, "The job was processing when it was imported; its worker is unknown here.")
+        transitions.stall(tx, job, "The job was processing when it was imported; its worker is unknown here.")
     return Response(Imported(command.id, skipped=False), status=201)
 
 
-def check_import(draft: Draft, command: ImportCheck) -> Response | ApiError:
-    """Return what `import_job` would do, by running it in a separate draft that is discarded."""
-    live = draft.book.totals["queued"] + len(draft.book.processing)
-    room = max(draft.policy.live_jobs - live, 0)
-    if command.id in draft.book.quarantined:
+def check_import(tx: Transaction, command: ImportCheck) -> Response | ApiError:
+    """Return what `import_job` would do. The command is a dry run."""
+    live = tx.state.totals["queued"] + len(tx.state.processing)
+    room = max(tx.policy.live_jobs - live, 0)
+    if command.id in tx.state.quarantined:
         reason = "A job with this id exists, but its row is damaged."
         return Response(ImportCheckResult(command.id, "skip", None, reason, room))
-    there = draft.book.get(command.id)
+    there = tx.state.get(command.id)
     if there is not None:
         reason = f"A job with this id exists: it is {there.status}."
         return Response(ImportCheckResult(command.id, "skip", there.status, reason, room))
-    trial = Draft(draft.book, draft.call, draft.at, draft.policy)
-    answer = import_job(trial, command)
-    if isinstance(answer, ApiError):
-        return answer
-    last = trial.changes[-1]
+    refusal = import_job(tx, command)
+    if isinstance(refusal, ApiError):
+        return refusal
+    last = tx.changes[-1]
     assert last.after is not None
     return Response(ImportCheckResult(command.id, "create", last.after.status, last.event.reason, room))
 
 
-def _imported(draft: Draft, command: Import) -> Job:
-    now = draft.at.now
+def _imported(tx: Transaction, command: Import) -> Job:
+    now = tx.at.now
     given = (command.started_at, command.finished_at, command.updated_at)
     created = command.created_at or min([now, *(time for time in given if time is not None)])
     updated = command.updated_at or max(created, command.finished_at or now)
@@ -235,12 +233,12 @@ def _imported(draft: Draft, command: Import) -> Job:
     expires = command.expires_at
     if expires is None and command.status in FINISHED:
         expires = now + transitions.keep_ms(
-            draft.policy, command.status
+            tx.policy, command.status
         )  # from now on, so that no imported job is deleted at once
     job = Job(
-        seq=draft.job_number(),
+        seq=tx.job_number(),
         id=command.id,
-        options=transitions.asked_options(draft, command),
+        options=transitions.asked_options(tx, command),
         status=command.status,
         created_at=created,
         updated_at=updated,
@@ -257,7 +255,7 @@ def _imported(draft: Draft, command: Import) -> Job:
         ),
         error=_imported_error(command),
     )
-    return _held_elsewhere(draft, job, command.worker or "unknown") if command.status == "processing" else job
+    return _held_elsewhere(tx, job, command.worker or "unknown") if command.status == "processing" else job
 
 
 def _progress(status: Status, progress: float | None) -> float:
@@ -272,30 +270,30 @@ def _imported_error(command: Import) -> Failure | None:
     return Failure(command.error_message, command.error_code)
 
 
-def _held_elsewhere(draft: Draft, job: Job, worker: str) -> Job:
+def _held_elsewhere(tx: Transaction, job: Job, worker: str) -> Job:
     """Add the grant that the job had where it came from, as far as it is known. The stall rule needs a grant to end."""
-    now, lease, policy = draft.at.now, draft.at.lease, draft.policy
-    token = draft.token()
+    now, lease, policy = tx.at.now, tx.at.lease, tx.policy
+    token = tx.token()
     started = job.started_at or job.updated_at
-    made = Grant(draft.secret(token), token, worker, started, policy.lock_ttl_ms, policy.stuck_after_ms, 0)
+    made = Grant(tx.secret(token), token, worker, started, policy.lock_ttl_ms, policy.stuck_after_ms, 0)
     attempt = max(job.attempt, 1)
     return replace(job, grant=made, lease=Lease(lease, lease, None), started_at=min(started, now), attempt=attempt)
 
 
-def lock_answer(draft: Draft, job: Job, state: LockState | None) -> Response:
+def lock_answer(tx: Transaction, job: Job, state: LockState | None) -> Response:
     """Return the lock after extend-lock or release-lock, in the names that existing dashboards expect."""
     return Response(
         AdminLockView(
             job_id=job.id,
             status=job.status,
-            lock=views.lock_view(job, draft.at, admin=True),
+            lock=views.lock_view(job, tx.at, admin=True),
             lock_expires_at=state.lock_expires_at if state else None,
             ceiling_at=state.ceiling_at if state else None,
             extended=bool(state and state.extended),
-            timestamp=draft.at.now,
+            timestamp=tx.at.now,
         )
     )
 
 
-def _forced(draft: Draft, before: Job, after: Job, reason: str | None) -> Response:
-    return Response(TransitionView(before.id, before.status, after.status, reason, draft.at.now))
+def _forced(tx: Transaction, before: Job, after: Job, reason: str | None) -> Response:
+    return Response(TransitionView(before.id, before.status, after.status, reason, tx.at.now))

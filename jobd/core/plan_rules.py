@@ -12,7 +12,7 @@ from typing import Any, Final
 import msgspec
 
 from jobd.core import transitions
-from jobd.core.changeset import Draft
+from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     MAINTENANCE_ACTIONS,
     PLAN_COMMANDS,
@@ -27,37 +27,37 @@ from jobd.model.errors import ApiError
 from jobd.model.job import Job, requeues_on_stall
 from jobd.model.responses import ChangedJob, PlanSlice, Response
 
-Rules = Mapping[PlanAction, Callable[[Draft, Any], Response | ApiError]]
+Rules = Mapping[PlanAction, Callable[[Transaction, Any], Response | ApiError]]
 
 
-def apply(draft: Draft, command: ApplyPlan, rules: Rules) -> Response:
+def apply(tx: Transaction, command: ApplyPlan, rules: Rules) -> Response:
     done = PlanSlice(0, [], [])
     for expected in command.jobs:
-        _one(draft, command, rules, expected, done)
+        _one(tx, command, rules, expected, done)
     return Response(done)
 
 
-def moved(draft: Draft, command: AnyCommand, expected: str) -> ApiError | None:
+def moved(tx: Transaction, command: AnyCommand, expected: str) -> ApiError | None:
     """Return an error if the job of `command` is no longer in the version that the caller expects."""
     assert isinstance(command, JobCommand)
-    job = transitions.find(draft, command.id)
+    job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
-    if version(job, draft.book.latest_late(job.seq)) == expected:
+    if version(job, tx.state.latest_late(job.seq)) == expected:
         return None
     message = f"The job has changed since you read it: it is {job.status} now. Nothing was done."
     return ApiError("invalid_transition", message, {"job_id": job.id, "status": job.status})
 
 
-def _one(draft: Draft, command: ApplyPlan, rules: Rules, expected: ExpectedVersion, done: PlanSlice) -> None:
-    job = transitions.find(draft, expected.id)
+def _one(tx: Transaction, command: ApplyPlan, rules: Rules, expected: ExpectedVersion, done: PlanSlice) -> None:
+    job = transitions.find(tx, expected.id)
     if isinstance(job, ApiError):
         done.changed.append(ChangedJob(expected.id, "", None, job.message))
-    elif version(job, draft.book.latest_late(job.seq), command.action) != expected.version:
+    elif version(job, tx.state.latest_late(job.seq), command.action) != expected.version:
         what = "It has changed since the plan was made."
         done.changed.append(ChangedJob(job.id, "", job.status, what))
     else:
-        answer = rules[command.action](draft, _asked(command, job.id))
+        answer = rules[command.action](tx, _asked(command, job.id))
         if isinstance(answer, ApiError):
             done.refused.append(ChangedJob(job.id, "", job.status, answer.message))
         else:

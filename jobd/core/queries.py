@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import assert_never
 
 from jobd.core import plan_rules, transitions, views
-from jobd.core.changeset import Draft
 from jobd.core.explain import explain
+from jobd.core.transaction import Transaction
 from jobd.core.validation import validate
 from jobd.model.commands import (
     AuditLog,
@@ -44,10 +44,10 @@ OfJob = Get | GetVersion | Timeline | Why | Validate | LateResults
 Reading = OfJob | ListJobs | Queues | Workers | Stats | Locks | Export | AuditLog
 
 
-def answer(draft: Draft, command: Reading) -> Response | ApiError:
+def answer(tx: Transaction, command: Reading) -> Response | ApiError:
     match command:
         case Get() | GetVersion() | Timeline() | Why() | Validate() | LateResults():
-            return _of_job(draft, command)
+            return _of_job(tx, command)
         case ListJobs():
             return Response(JobPage([], None), read=HistoryRead(page=command))
         case Export():
@@ -55,27 +55,27 @@ def answer(draft: Draft, command: Reading) -> Response | ApiError:
         case AuditLog():
             return Response(AuditPage([], None), read=HistoryRead(audit=command))
         case Queues():
-            return Response(views.queues(draft.book, command))
+            return Response(views.queues(tx.state, command))
         case Workers():
-            return Response(views.workers(draft.book, draft.at, command))
+            return Response(views.workers(tx.state, tx.at, command))
         case Stats():
-            return Response(views.stats(draft.book, draft.book.figures, draft.at))
+            return Response(views.stats(tx.state, tx.state.figures, tx.at))
         case Locks():
-            return Response(views.locks(draft.book, draft.at, command, admin=draft.call.admin))
+            return Response(views.locks(tx.state, tx.at, command, admin=tx.call.admin))
         case _:
             assert_never(command)
 
 
-def _of_job(draft: Draft, command: OfJob) -> Response | ApiError:
-    job = transitions.find(draft, command.id)
+def _of_job(tx: Transaction, command: OfJob) -> Response | ApiError:
+    job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
     match command:
         case Get():
-            return transitions.job_answer(draft, job)
+            return transitions.job_answer(tx, job)
         case GetVersion():
-            shown = transitions.job_answer(draft, job)
-            shown.data = VersionedJob(shown.data, plan_rules.version(job, draft.book.latest_late(job.seq)))
+            shown = transitions.job_answer(tx, job)
+            shown.data = VersionedJob(shown.data, plan_rules.version(job, tx.state.latest_late(job.seq)))
             return shown
         case Timeline():
             return Response(TimelineView([]), read=HistoryRead(timeline=job.seq, events=command.limit))
@@ -83,13 +83,13 @@ def _of_job(draft: Draft, command: OfJob) -> Response | ApiError:
             return Response(LateResultList([]), read=HistoryRead(late=job.seq))
         case Why():
             ended = HistoryRead(ended=job) if job.status in FINISHED else None
-            return Response(explain(job, draft.book, draft.at, draft.policy), read=ended)
+            return Response(explain(job, tx.state, tx.at, tx.policy), read=ended)
         case Validate():
-            found = validate(job, draft.at, draft.policy)
-            if not draft.call.admin:
+            found = validate(job, tx.at, tx.policy)
+            if not tx.call.admin:
                 return Response(found)
-            shown = transitions.job_answer(draft, job)
-            shown.data = ValidateJobView(job.id, shown.data, found, draft.at.now)
+            shown = transitions.job_answer(tx, job)
+            shown.data = ValidateJobView(job.id, shown.data, found, tx.at.now)
             return shown
         case _:
             assert_never(command)

@@ -17,16 +17,15 @@ from msgspec.structs import astuple
 from jobd.core.ready_queue import DueEntry, Lane, LaneName, LazyHeap, QueuedJobs, Sorted, TimeEntry, entry_of
 from jobd.core.stats import Figures
 from jobd.core.worker_presence import WorkerPresence
-from jobd.model.events import Change, Event, QueuePause
+from jobd.model.events import Event, QueuePause
 from jobd.model.job import (
-    COUNTER_MASK,
     FINISHED,
     LIVE,
     LOOP_FROM,
     STATUSES,
-    TOKEN_COUNTER_BITS,
     CompactJob,
     Job,
+    LateResult,
     Options,
     compact,
     is_release_loop,
@@ -41,7 +40,7 @@ LATE_RESULTS_KEPT: Final = 10_000  # jobs with late results since the start
 
 
 class Book:
-    """All live jobs. `swap` is the only way to change a row, so that every order and counter stays consistent."""
+    """All live jobs. `reindex` is the only way to change a row, so that every order and counter stays consistent."""
 
     def __init__(self, numbers: Numbers | None = None) -> None:
         numbers = numbers or Numbers()
@@ -105,7 +104,7 @@ class Book:
                 book.set_paused(name, row.pause)
         book._enter_all(found.compact_jobs)
         for job in found.jobs:
-            book.swap(None, job)
+            book.reindex(None, job)
         book.order_processing()
         return book
 
@@ -214,70 +213,39 @@ class Book:
 
     # -- changing -----------------------------------------------------------------------------------------------------
 
-    def put(self, change: Change) -> None:
-        """Apply one decided change, so that the next command of the batch sees it. Its numbers are used up."""
-        event, after = change.event, change.after
-        if event.seq >= self.next_event:
-            self.next_event = event.seq + 1
-        if change.late is not None:
-            self.late.results.setdefault(event.job_seq, []).append(change.late)
-            self._note_late(event)
-        if event.job_seq == 0:
-            self.set_paused(event.queue, _pause_of(event))
-            return
-        if change.before is None and after is not None:
-            if event.job_seq >= self.next_job:
-                self.next_job = event.job_seq + 1
-            if change.request_hash is not None:
-                self.request_hashes[after.id] = change.request_hash
-            if event.type == "imported":
-                self.suspects[event.job_seq] = event.job_id
-        if after is not None and after.grant is not None:
-            self._burn_token(after.grant.fencing_token)
-        if event.by.startswith("worker:"):
-            self.presence.saw(event.by[7:], event.at)
-        if after is not change.before:
-            self.swap(change.before, after)
-        elif event.type == "late_call":
-            self._note_call(event)
-
-    def _burn_token(self, token: int) -> None:
-        """Never issue `token` again, nor a lower one. A grant of an earlier epoch does not move the counter."""
-        epoch, counter = token >> TOKEN_COUNTER_BITS, token & COUNTER_MASK
-        if epoch > self.epoch:
-            self.epoch, self.next_token = epoch, counter + 1
-        elif epoch == self.epoch and counter >= self.next_token:
-            self.next_token = counter + 1
-
     def was_told(self, job_seq: int, fencing_token: int, verb: str) -> bool:
         """Return whether the journal is known to have this rejected call."""
         return (job_seq, fencing_token, verb) in self._late_calls
 
-    def _note_call(self, event: Event) -> None:
+    def add_late_call(self, event: Event) -> None:
+        """Remember the rejected call of `event`."""
         self._late_calls[_call_of(event)] = None
         if len(self._late_calls) > LATE_CALLS_KEPT:
             del self._late_calls[next(iter(self._late_calls))]
 
-    def forget_call(self, event: Event) -> None:
-        """Forget the call, because its batch is rolled back."""
+    def forget_late_call(self, event: Event) -> None:
+        """Forget the call, because it is undone."""
         self._late_calls.pop(_call_of(event), None)
 
     def latest_late(self, job_seq: int) -> int | None:
         """Return the seq of the latest late result of a job since the start, as far as remembered."""
         return self._late_results.get(job_seq)
 
-    def _note_late(self, event: Event) -> None:
-        self._late_results.pop(event.job_seq, None)
-        self._late_results[event.job_seq] = event.seq
+    def add_late(self, job_seq: int, late: LateResult) -> None:
+        """Add a late result of a job."""
+        self.late.results.setdefault(job_seq, []).append(late)
+        self._late_results.pop(job_seq, None)
+        self._late_results[job_seq] = late.seq
         if len(self._late_results) > LATE_RESULTS_KEPT:
             del self._late_results[next(iter(self._late_results))]
 
-    def forget_late(self, event: Event) -> None:
-        """Forget the late result, because its batch is rolled back."""
-        self._late_results.pop(event.job_seq, None)
+    def forget_late(self, job_seq: int, late: LateResult) -> None:
+        """Forget the late result, because it is undone."""
+        self.late.results[job_seq].remove(late)
+        self._late_results.pop(job_seq, None)
 
-    def swap(self, before: Job | None, after: Job | None) -> None:
-        """Replace the row of a job in every order and counter. None: the job did not exist, or was deleted."""
+    def reindex(self, before: Job | None, after: Job | None) -> None:
+        """Replace the row of a job in every order and counter. None: no such job. Exchange both to undo it."""
         self._count(before, after)
         if before is not None:
             self._leave(before, after)
@@ -285,9 +253,15 @@ class Book:
             self._enter(before, after)
 
     def order_processing(self) -> None:
-        """Sort processing jobs by grant, after a start or a rollback added rows in another order."""
+        """Sort processing jobs by grant, after a start or an undo added them in another order."""
         by_token = sorted(self.processing.items(), key=lambda item: item[1].grant.fencing_token if item[1].grant else 0)
         self.processing = dict(by_token)
+        place = {job_id: number for number, job_id in enumerate(self.processing)}
+        for ids in (*self._not_live, *(worker.expired for worker in self.presence.workers.values())):
+            if len(ids) > 1:
+                ordered = sorted(ids, key=place.__getitem__)
+                ids.clear()
+                ids.update(dict.fromkeys(ordered))
 
     def loaded(self, job: Job) -> None:
         """Keep a finished job that was read from disk."""
@@ -319,7 +293,7 @@ class Book:
         if is_moved:
             counted = self.unmoved.pop(job_id, None) or uncounted
             if job is not None:
-                self.swap(job, None)
+                self.reindex(job, None)
             else:
                 self._count_as(counted, -1)
         elif job is not None and job.status in FINISHED:
@@ -327,7 +301,7 @@ class Book:
             self.unmoved[job_id] = job.options.queue, job.status
         else:
             if job is not None:
-                self.swap(job, None)
+                self.reindex(job, None)
             self.unmoved.setdefault(job_id, None)
 
     def recount_unmoved(self, job_id: str, before: Job | None) -> None:
@@ -533,16 +507,18 @@ class Book:
     # -- counters and validity ----------------------------------------------------------------------------------------
 
     def _count(self, before: Job | None, after: Job | None) -> None:
-        # A job never changes its queue, but a rollback can replace it by another job of the same id. Rows with an
-        # unknown status, from manual edits, are not counted.
+        # A job never changes its queue, but undo can replace it by another job of the same id. Rows with an unknown
+        # status, from manual edits, are not counted.
+        is_counted = False
+        if after is not None and after.status in self.totals:
+            is_counted = True
+            self._counts_of(after.options.queue)[after.status] += 1
+            self.totals[after.status] += 1
         if before is not None and before.status in self.totals:
             self._counts_of(before.options.queue)[before.status] -= 1
             self.totals[before.status] -= 1
-        if after is not None and after.status in self.totals:
-            self._counts_of(after.options.queue)[after.status] += 1
-            self.totals[after.status] += 1
-        if before is not None and (after is None or after.options.queue != before.options.queue):
-            self._end_if_empty(before.options.queue)
+            if not is_counted or after is None or after.options.queue != before.options.queue:
+                self._end_if_empty(before.options.queue)
 
     def _count_as(self, place: tuple[str, str] | None, step: int) -> None:
         """Add `step` to the finished jobs of a queue and status."""
@@ -587,13 +563,6 @@ class Book:
 
     def _is_deadline(self, entry: TimeEntry) -> bool:
         return self._deadline_of.get(entry[2]) == entry[0] and self.processing[entry[2]].seq == entry[1]
-
-
-def _pause_of(event: Event) -> QueuePause | None:
-    if event.type != "queue_paused":
-        return None
-    details = event.details or {}
-    return QueuePause(details.get("since", event.at), event.by, event.reason, details.get("until"))
 
 
 def _call_of(event: Event) -> tuple[int, int, str]:

@@ -1,6 +1,6 @@
 """The transitions of a job: grant, requeue, finish, stall, expire.
 
-Each transition adds one event to the draft and returns the new row. The rules check whether it is allowed.
+Each transition adds one event and returns the new row. The rules check whether it is allowed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from msgspec import UNSET, Raw, UnsetType
 from msgspec.structs import replace
 
 from jobd.core import views
-from jobd.core.changeset import Draft
+from jobd.core.transaction import Transaction
 from jobd.model.commands import Claim, Complete, Create, Import, Moment, Start
 from jobd.model.errors import ApiError
 from jobd.model.events import EventType
@@ -42,13 +42,13 @@ CLOCK_SUSPECT: Final = (
 )
 
 
-def find(draft: Draft, job_id: str) -> Job | ApiError:
+def find(tx: Transaction, job_id: str) -> Job | ApiError:
     """Return the job, or an error if it does not exist or is in quarantine."""
-    reason = draft.book.quarantined.get(job_id)
+    reason = tx.state.quarantined.get(job_id)
     if reason is not None:
         message = f"Job {job_id} is in quarantine: {reason}. An operator can repair it: jobd doctor shows how."
         return ApiError("job_quarantined", message, {"job_id": job_id, "reason": reason})
-    job = draft.book.get(job_id)
+    job = tx.state.get(job_id)
     if job is None:
         message = (
             f"There is no job {job_id}: it was never created, or it was deleted. "
@@ -65,29 +65,26 @@ def refuse_transition(job: Job, to: str, what: str) -> ApiError:
     return ApiError("invalid_transition", f"Job {job.id} is {job.status}. {what}", details)
 
 
-def job_answer(draft: Draft, job: Job, *, repeated: bool | UnsetType = UNSET) -> Response:
+def job_answer(tx: Transaction, job: Job, *, repeated: bool | UnsetType = UNSET) -> Response:
     """Return the current view of the job. The actor adds the payload before the response is sent."""
-    view = views.job_view(job, draft.at, draft.policy, admin=draft.call.admin)
+    view = views.job_view(job, tx.at, tx.policy, admin=tx.call.admin)
     view.repeated = repeated
     return Response(view, unread_payloads=[(job.seq, view)])
 
 
-def too_many_jobs(draft: Draft) -> ApiError:
-    limit = draft.policy.live_jobs
+def too_many_jobs(tx: Transaction) -> ApiError:
+    limit = tx.policy.live_jobs
     message = f"There are {limit} unfinished jobs (limits.live_jobs). Wait until some are finished, or raise the limit."
     return ApiError("too_many_jobs", message, {"limit": limit})
 
 
-def refuse_queue(draft: Draft, queue: str) -> ApiError | None:
+def refuse_queue(tx: Transaction, queue: str) -> ApiError | None:
     """Return an error if `queue` may not get its first job. Queues that exist above a lowered limit still get jobs."""
-    limit, known = draft.policy.queues, draft.book.counts
-    if queue in known or len(known) + len(draft.changes) < limit:
-        return None
-    new = {change.event.queue for change in draft.changes} - known.keys()
-    if queue in new or len(known) + len(new) < limit:
+    known, limit = tx.state.counts, tx.policy.queues
+    if queue in known or len(known) < limit:
         return None
     message = (
-        f"Queue {queue} would be new, and {len(known) + len(new)} queues have jobs (limits.queues {limit}). "
+        f"Queue {queue} would be new, and {len(known)} queues have jobs (limits.queues {limit}). "
         "Use a queue that has jobs, raise the limit, or wait until a queue has none. Finished jobs count too, until "
         "they are deleted."
     )
@@ -98,17 +95,17 @@ def invalid(field: str, message: str) -> ApiError:
     return ApiError("invalid_request", message, {"field": f"$.{field}"})
 
 
-def refuse_expiry(draft: Draft, expires_at: int | None) -> ApiError | None:
-    if expires_at is not None and expires_at <= draft.at.believed:
+def refuse_expiry(tx: Transaction, expires_at: int | None) -> ApiError | None:
+    if expires_at is not None and expires_at <= tx.at.believed:
         return invalid("expires_at", f"expires_at {expires_at} is not in the future; it is in Unix milliseconds.")
     return None
 
 
-def refuse_result(draft: Draft, command: Complete) -> ApiError | None:
+def refuse_result(tx: Transaction, command: Complete) -> ApiError | None:
     """Return an error if the result of `command` may not complete a job."""
     if command.storage_key is not None and (fault := storage_key_error(command.storage_key)) is not None:
         return invalid("storage_key", f"storage_key {fault}.")
-    return refuse_expiry(draft, command.expires_at) or refuse_without_url(draft.policy, command.download_url)
+    return refuse_expiry(tx, command.expires_at) or refuse_without_url(tx.policy, command.download_url)
 
 
 def refuse_without_url(policy: Policy, download_url: str | None, field: str = "download_url") -> ApiError | None:
@@ -118,9 +115,9 @@ def refuse_without_url(policy: Policy, download_url: str | None, field: str = "d
     return None
 
 
-def asked_options(draft: Draft, asked: Create | Import) -> Options:
+def asked_options(tx: Transaction, asked: Create | Import) -> Options:
     """Return the options of a new job. max_stalls and on_stall get their defaults here, so that the job shows them."""
-    policy = draft.policy
+    policy = tx.policy
     options = Options(
         queue=asked.queue,
         kind=asked.kind,
@@ -132,7 +129,7 @@ def asked_options(draft: Draft, asked: Create | Import) -> Options:
         stuck_after_ms=asked.stuck_after_ms,
         max_processing_ms=asked.max_processing_ms,
     )
-    return draft.book.shared(options)
+    return tx.state.shared(options)
 
 
 def whole(progress: float) -> int | float:
@@ -140,42 +137,35 @@ def whole(progress: float) -> int | float:
     return int(progress) if progress == int(progress) else progress
 
 
-def grant(draft: Draft, job: Job, asked: Start | Claim) -> Job:
+def grant(tx: Transaction, job: Job, request: Start | Claim) -> Job:
     """Grant a queued job to the worker of the request: a new lock, a new fencing token, one more attempt.
 
     The stall time of the request takes precedence over that of the job. The ceiling of the job takes precedence over
     that of the request, so that a worker cannot raise it.
     """
-    worker = asked.worker
-    policy, options, lease = draft.policy, job.options, draft.at.lease
-    token = draft.token()
-    made = Grant(
-        lock_id=draft.secret(token),
-        fencing_token=token,
-        worker=worker,
-        acquired_at=draft.at.now,
-        ttl_ms=asked.lock_ttl_ms or policy.lock_ttl_ms,
-        stuck_after_ms=default_if_none(
-            asked.stuck_after_ms, default_if_none(options.stuck_after_ms, policy.stuck_after_ms)
-        ),
-        max_processing_ms=default_if_none(
-            options.max_processing_ms, default_if_none(asked.max_processing_ms, policy.max_processing_ms)
-        ),
+    worker = request.worker
+    policy, options, lease = tx.policy, job.options, tx.at.lease
+    token = tx.token()
+    stuck_after_ms = default_if_none(
+        request.stuck_after_ms, default_if_none(options.stuck_after_ms, policy.stuck_after_ms)
     )
-    ceiling = lease + made.max_processing_ms if made.max_processing_ms else None
-    return draft.step(
-        job,
-        "granted",
-        by=f"worker:{worker}",
-        details={"worker": worker, "fencing_token": token, "attempt": job.attempt + 1, "ttl_ms": made.ttl_ms},
-        status="processing",
-        started_at=max(draft.at.now, job.created_at),
-        progress=0,
-        progress_message=None,
-        attempt=job.attempt + 1,
-        grant=made,
-        lease=Lease(_cut(lease + made.ttl_ms, ceiling), lease + made.stuck_after_ms, ceiling),
+    max_processing_ms = default_if_none(
+        options.max_processing_ms, default_if_none(request.max_processing_ms, policy.max_processing_ms)
     )
+    ttl_ms = request.lock_ttl_ms or policy.lock_ttl_ms
+    ceiling = lease + max_processing_ms if max_processing_ms else None
+    attempt = job.attempt + 1
+    fields = {
+        "status": "processing",
+        "started_at": max(tx.at.now, job.created_at),
+        "progress": 0,
+        "progress_message": None,
+        "attempt": attempt,
+        "grant": Grant(tx.secret(token), token, worker, tx.at.now, ttl_ms, stuck_after_ms, max_processing_ms),
+        "lease": Lease(_cut(lease + ttl_ms, ceiling), lease + stuck_after_ms, ceiling),
+    }
+    details = {"worker": worker, "fencing_token": token, "attempt": attempt, "ttl_ms": ttl_ms}
+    return tx.update(job, "granted", fields, worker=worker, details=details)
 
 
 def keep_alive(made: Grant, lease: Lease, now: int, additional_ms: int, *, progressed: bool) -> Lease:
@@ -192,54 +182,68 @@ def keep_alive(made: Grant, lease: Lease, now: int, additional_ms: int, *, progr
 
 
 def requeue(
-    draft: Draft,
+    tx: Transaction,
     job: Job,
     event_type: EventType,
     ended: PreviousGrant | None,
+    fields: dict[str, Any],
     *,
+    worker: str | None = None,
     reason: str | None = None,
-    by: str | None = None,
-    **fields: Any,
+    details: dict[str, Any] | None = None,
 ) -> Job:
     """Put the job back into its queue. It keeps its last error and, unless `fields` set run_at, its place."""
-    fields = {"progress": 0, "progress_message": None, "started_at": None, "finished_at": None, "releases": 0} | fields
-    if fields["releases"] == job.releases:
+    fields["status"] = "queued"
+    fields["progress"], fields["progress_message"] = 0, None
+    fields["started_at"] = fields["finished_at"] = None
+    if fields.setdefault("releases", 0) == job.releases:
         del fields["releases"]
     if job.status != "processing":
         fields.setdefault("expires_at", None)  # the deletion time of a finished job
     _end_grant(fields, job, ended)
-    return draft.step(job, event_type, by=by, reason=reason, status="queued", **fields)
+    return tx.update(job, event_type, fields, worker=worker, reason=reason, details=details)
 
 
 def finish(
-    draft: Draft,
+    tx: Transaction,
     job: Job,
     event_type: EventType,
     status: str,
     ended: PreviousGrant | None,
+    fields: dict[str, Any],
     *,
-    reason: str | None = None,
+    worker: str | None = None,
     by: str | None = None,
-    **fields: Any,
+    reason: str | None = None,
+    details: dict[str, Any] | None = None,
 ) -> Job:
     """Move the job to a finished status. It is deleted after its retention, or at `expires_at` in `fields`."""
-    now = draft.at.now
+    now = tx.at.now
     if fields.get("expires_at") is None:
-        fields["expires_at"] = now + keep_ms(draft.policy, status)
+        fields["expires_at"] = now + keep_ms(tx.policy, status)
     fields["status"] = status
     fields["finished_at"] = max(now, job.created_at, job.started_at or 0)  # even if the wall clock stepped back
     if job.releases:
         fields["releases"] = 0
     _end_grant(fields, job, ended)
-    return draft.step(job, event_type, by=by, reason=reason, **fields)
+    return tx.update(job, event_type, fields, worker=worker, by=by, reason=reason, details=details)
 
 
 def complete(
-    draft: Draft, job: Job, event_type: EventType, ended: PreviousGrant | None, result: Result, **fields: Any
+    tx: Transaction,
+    job: Job,
+    event_type: EventType,
+    ended: PreviousGrant | None,
+    result: Result,
+    fields: dict[str, Any],
+    *,
+    worker: str | None = None,
+    reason: str | None = None,
+    details: dict[str, Any] | None = None,
 ) -> Job:
     """Complete the job: progress 100, no error. Final."""
     fields["progress"], fields["result"], fields["error"] = MAX_PERCENT, kept_result(result), None
-    return finish(draft, job, event_type, "completed", ended, **fields)
+    return finish(tx, job, event_type, "completed", ended, fields, worker=worker, reason=reason, details=details)
 
 
 def keep_ms(policy: Policy, status: str) -> int:
@@ -273,17 +277,18 @@ def given_back(job: Job) -> int:
     return max(job.attempt - 1, 0)
 
 
-def stall(draft: Draft, job: Job, cause: str, *, rule: str = "recovery", why: str = STALLED) -> Job:
+def stall(tx: Transaction, job: Job, cause: str, *, rule: str = "recovery", why: str = STALLED) -> Job:
     """End the grant of a stalled job by its `on_stall`. `cause` is a sentence.
 
     `rule` and `why` explain the lost lock to the holder if it returns.
     """
     options, stalls = job.options, job.stalls + 1
     attempt = given_back(job) if job.progress == 0 else job.attempt
-    ended = ended_by(job, draft.at.now, rule, why)
+    ended = ended_by(job, tx.at.now, rule, why)
     details = {"worker": job.grant.worker if job.grant else None, "progress": job.progress, "stalls": stalls}
     if requeues_on_stall(job):
-        return requeue(draft, job, "stalled", ended, reason=cause, attempt=attempt, stalls=stalls, details=details)
+        fields = {"attempt": attempt, "stalls": stalls}
+        return requeue(tx, job, "stalled", ended, fields, reason=cause, details=details)
     if stalls > options.max_stalls:
         times = "once" if stalls == 1 else f"{stalls} times"
         advice = f"It stalled {times} (max_stalls {options.max_stalls}); find out what kills its workers."
@@ -292,36 +297,36 @@ def stall(draft: Draft, job: Job, cause: str, *, rule: str = "recovery", why: st
     else:
         advice = "The work may be half done; check it, then force-reset the job to run it again."
     error = Failure(f"{cause} {advice}", STALLED)
-    failed: dict[str, Any] = {"attempt": attempt, "stalls": stalls, "error": error, "details": details}
-    return finish(draft, job, "stalled", "failed", ended, reason=error.message, **failed)
+    failed: dict[str, Any] = {"attempt": attempt, "stalls": stalls, "error": error}
+    return finish(tx, job, "stalled", "failed", ended, failed, reason=error.message, details=details)
 
 
-def silence(draft: Draft, job: Job) -> str:
+def silence(tx: Transaction, job: Job) -> str:
     """Return a sentence for operators that says why the job is stalled."""
     made, lease = job.grant, job.lease
     if made is None or lease is None:
         return "The job was processing, but no worker held it."
     where = f"at {job.progress:g} % (attempt {job.attempt} of {job.options.max_attempts})"
-    if lease.is_past_ceiling(draft.at.lease):
+    if lease.is_past_ceiling(tx.at.lease):
         limit = in_words(made.max_processing_ms)
         return f"Worker {made.worker} reported no progress for {limit} (max_processing_ms) {where}."
-    silent_ms = draft.at.lease - (lease.silent - made.stuck_after_ms)
+    silent_ms = tx.at.lease - (lease.silent - made.stuck_after_ms)
     return f"No update from worker {made.worker} for {in_words(silent_ms)} {where}. The lock had expired."
 
 
-def expire(draft: Draft, job: Job, by: str | None = None) -> Job:
+def expire(tx: Transaction, job: Job, by: str | None = None) -> Job:
     """Fail a queued job whose `expires_at` has passed. The message repeats the error of its last attempt."""
     waited = "before a worker took the job" if job.ended is None else "while it waited for a retry"
     message = f"Its expires_at passed {waited}. Create it again if it is still needed."
     if job.error is not None and job.error.message:
         message += f" Its last attempt failed: {job.error.message[:TOLD_OF_ERROR]}"
     error = Failure(message, EXPIRED)
-    return finish(draft, job, "expired", "failed", job.ended, by=by, reason=message, error=error)
+    return finish(tx, job, "expired", "failed", job.ended, {"error": error}, by=by, reason=message)
 
 
-def met(draft: Draft, job: Job) -> Job:
+def met(tx: Transaction, job: Job) -> Job:
     """Return the job, failed first if it is queued and past its `expires_at`. Every command on it does this."""
-    return expire(draft, job, by="daemon") if may_expire(job, draft.at) else job
+    return expire(tx, job, by="daemon") if may_expire(job, tx.at) else job
 
 
 def may_expire(job: Job, at: Moment) -> bool:

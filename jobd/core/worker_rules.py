@@ -12,7 +12,7 @@ from typing import Any, Final
 import msgspec
 
 from jobd.core import late_result_rules, maintenance_rules, operator_rules, plan_rules, transitions, views
-from jobd.core.changeset import Draft
+from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     AnyCommand,
     Bulk,
@@ -36,15 +36,15 @@ from jobd.model.responses import Grants, JobList, JobView, Response
 # -- create -----------------------------------------------------------------------------------------------------------
 
 
-def create(draft: Draft, command: Create) -> Response | ApiError:
-    made = _create(draft, command)
+def create(tx: Transaction, command: Create) -> Response | ApiError:
+    made = _create(tx, command)
     if isinstance(made, ApiError):
         return made
     job, view, is_new = made
     return Response(view, status=201) if is_new else Response(view, unread_payloads=[(job.seq, view)])
 
 
-def bulk(draft: Draft, command: Bulk) -> Response | ApiError:
+def bulk(tx: Transaction, command: Bulk) -> Response | ApiError:
     """Create all jobs or none, in the order given. Jobs that the same request created before are returned."""
     ids = [asked.id for asked in command.jobs if asked.id is not None]
     if len(ids) != len(set(ids)):
@@ -52,9 +52,9 @@ def bulk(draft: Draft, command: Bulk) -> Response | ApiError:
         return transitions.invalid("jobs", f"The id {twice} is in the list twice; give each job its own id.")
     answer = Response(JobList([]), status=201)
     for index, asked in enumerate(command.jobs):
-        made = _create(draft, asked)
+        made = _create(tx, asked)
         if isinstance(made, ApiError):
-            draft.changes.clear()
+            tx.undo()
             message = f"jobs[{index}]: {made.message} No job was created."
             details = made.details | {"index": index}
             if "field" in made.details:
@@ -67,80 +67,80 @@ def bulk(draft: Draft, command: Bulk) -> Response | ApiError:
     return answer
 
 
-def _create(draft: Draft, command: Create) -> tuple[Job, JobView, bool] | ApiError:
+def _create(tx: Transaction, command: Create) -> tuple[Job, JobView, bool] | ApiError:
     """Return the new job or the one that the same request created before, its view, and whether it is new."""
     # A request without an id cannot be repeated, so it needs no hash.
     request_hash = "" if command.id is None else digest(command)
-    if command.id is not None and (existing := _existing(draft, command.id, request_hash)) is not None:
+    if command.id is not None and (existing := _existing(tx, command.id, request_hash)) is not None:
         if isinstance(existing, ApiError):
             return existing
-        return existing, views.job_view(existing, draft.at, draft.policy, admin=draft.call.admin), False
-    refusal = _refuse_times(draft, command) or _refuse_more(draft) or transitions.refuse_queue(draft, command.queue)
+        return existing, views.job_view(existing, tx.at, tx.policy, admin=tx.call.admin), False
+    refusal = _refuse_times(tx, command) or _refuse_more(tx) or transitions.refuse_queue(tx, command.queue)
     if refusal is not None:
         return refusal
-    now = draft.at.now
-    number = draft.job_number()
+    now = tx.at.now
+    number = tx.job_number()
     job = Job(
         seq=number,
-        id=command.id or draft.job_id(number),
-        options=transitions.asked_options(draft, command),
+        id=command.id or tx.job_id(number),
+        options=transitions.asked_options(tx, command),
         status="queued",
         created_at=now,
         updated_at=now,
         run_at=command.run_at or now + (command.delay_ms or 0),
         expires_at=command.expires_at,
     )
-    draft.create(job, "created", bytes(command.payload), request_hash)
-    return job, views.job_view(job, draft.at, draft.policy, admin=draft.call.admin, payload=command.payload), True
+    tx.create(job, "created", bytes(command.payload), request_hash)
+    return job, views.job_view(job, tx.at, tx.policy, admin=tx.call.admin, payload=command.payload), True
 
 
-def _existing(draft: Draft, job_id: str, request_hash: str) -> Job | ApiError | None:
-    if job_id in draft.book.quarantined:
-        return transitions.find(draft, job_id)
-    job = draft.book.get(job_id)
-    if job is None or draft.book.request_hashes.get(job_id) == request_hash:
+def _existing(tx: Transaction, job_id: str, request_hash: str) -> Job | ApiError | None:
+    if job_id in tx.state.quarantined:
+        return transitions.find(tx, job_id)
+    job = tx.state.get(job_id)
+    if job is None or tx.state.request_hashes.get(job_id) == request_hash:
         return job
     message = f"Job {job_id} exists and was created by another request. Use another id, or omit it."
     return ApiError("job_exists", message, {"job_id": job_id, "status": job.status})
 
 
-def _refuse_times(draft: Draft, command: Create) -> ApiError | None:
+def _refuse_times(tx: Transaction, command: Create) -> ApiError | None:
     if command.run_at is not None and command.delay_ms is not None:
         return transitions.invalid("run_at", "Give run_at or delay_ms, not both.")
-    return transitions.refuse_expiry(draft, command.expires_at)
+    return transitions.refuse_expiry(tx, command.expires_at)
 
 
-def _refuse_more(draft: Draft) -> ApiError | None:
-    totals = draft.book.totals
-    if totals["queued"] + totals["processing"] + len(draft.changes) >= draft.policy.live_jobs:
-        return transitions.too_many_jobs(draft)
+def _refuse_more(tx: Transaction) -> ApiError | None:
+    totals = tx.state.totals
+    if totals["queued"] + totals["processing"] >= tx.policy.live_jobs:
+        return transitions.too_many_jobs(tx)
     return None
 
 
 # -- grants -----------------------------------------------------------------------------------------------------------
 
 
-def start(draft: Draft, command: Start) -> Response | ApiError:
+def start(tx: Transaction, command: Start) -> Response | ApiError:
     """Grant the named job: queued, due, and its queue not paused. A stuck job is recovered first."""
-    job = transitions.find(draft, command.id)
+    job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
-    if transitions.is_stuck(job, draft.at.lease):
-        job = transitions.stall(draft, job, transitions.silence(draft, job))
-    job = transitions.met(draft, job)
-    refusal = _refuse_start(draft, job)
+    if transitions.is_stuck(job, tx.at.lease):
+        job = transitions.stall(tx, job, transitions.silence(tx, job))
+    job = transitions.met(tx, job)
+    refusal = _refuse_start(tx, job)
     if refusal is not None:
         return refusal
-    job = transitions.grant(draft, job, command)
-    answer = _granted(draft, [job])
+    job = transitions.grant(tx, job, command)
+    answer = _granted(tx, [job])
     answer.data = answer.data.grants[0]
     return answer
 
 
-def _refuse_start(draft: Draft, job: Job) -> ApiError | None:
-    at = draft.at
+def _refuse_start(tx: Transaction, job: Job) -> ApiError | None:
+    at = tx.at
     if job.status == "processing":
-        return _already_locked(draft, job)
+        return _already_locked(tx, job)
     if job.status != "queued":
         why = f" ({job.error.message})" if job.error and job.error.message else ""
         return transitions.refuse_transition(job, "processing", f"Only a queued job can be started{why}.")
@@ -152,15 +152,15 @@ def _refuse_start(draft: Draft, job: Job) -> ApiError | None:
         message = f"Job {job.id} is not due for another {transitions.in_words(wait_ms)}."
         return ApiError("not_due", message, {"run_at": job.run_at, "retry_after_ms": wait_ms})
     queue = job.options.queue
-    if (pause := draft.book.paused.get(queue)) is not None:
+    if (pause := tx.state.paused.get(queue)) is not None:
         message = f"Queue {queue} was paused {pause.describe()}. An operator can resume it: jobctl resume {queue}"
         details = msgspec.to_builtins(views.paused_view(queue, pause))
         return ApiError("queue_paused", message, details)
     return None
 
 
-def _already_locked(draft: Draft, job: Job) -> ApiError:
-    at = draft.at
+def _already_locked(tx: Transaction, job: Job) -> ApiError:
+    at = tx.at
     assert job.grant is not None and job.lease is not None  # otherwise the job is stuck
     free_at = job.lease.expires if job.lease.is_live(at.lease) else job.lease.stuck
     wait_ms = free_at - at.lease
@@ -173,135 +173,127 @@ def _already_locked(draft: Draft, job: Job) -> ApiError:
     return ApiError("already_locked", message, details)
 
 
-def claim(draft: Draft, command: Claim) -> Response:
+def claim(tx: Transaction, command: Claim) -> Response:
     """Grant the first due jobs of the queues, by priority, run_at and creation."""
-    due = islice(draft.book.due(command.queues, command.kinds), command.limit)
-    return _granted(draft, [transitions.grant(draft, job, command) for job in due])
+    due = list(islice(tx.state.due(command.queues, command.kinds), command.limit))
+    return _granted(tx, [transitions.grant(tx, job, command) for job in due])
 
 
-def _granted(draft: Draft, jobs: list[Job]) -> Response:
+def _granted(tx: Transaction, jobs: list[Job]) -> Response:
     answer = Response(Grants([]), unread_payloads=[], grants=[])
     for job in jobs:
-        view = views.job_view(job, draft.at, draft.policy, admin=draft.call.admin)
-        answer.data.grants.append(views.grant_view(job, draft.at, view))
+        view = views.job_view(job, tx.at, tx.policy, admin=tx.call.admin)
+        answer.data.grants.append(views.grant_view(job, tx.at, view))
         answer.unread_payloads.append((job.seq, view))
         assert job.grant is not None
         answer.grants.append((job.id, job.grant.lock_id))
     return answer
 
 
-def undelivered(draft: Draft, command: Undelivered) -> Response | ApiError:
+def undelivered(tx: Transaction, command: Undelivered) -> Response | ApiError:
     """Put a job back whose grant was not delivered. It keeps its place, and the attempt does not count."""
-    job = transitions.find(draft, command.id)
+    job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
     if job.status != "processing" or job.grant is None or job.grant.lock_id != command.lock_id:
         return _lock_lost(job, command.lock_id)
-    ended = transitions.ended_by(job, draft.at.now, "undelivered", "undelivered")
+    ended = transitions.ended_by(job, tx.at.now, "undelivered", "undelivered")
     reason = "The connection closed before the grant was sent."
-    fields: dict[str, Any] = {"attempt": transitions.given_back(job), "releases": job.releases}
-    return transitions.job_answer(draft, transitions.requeue(draft, job, "undelivered", ended, reason=reason, **fields))
+    fields = {"attempt": transitions.given_back(job), "releases": job.releases}
+    return transitions.job_answer(tx, transitions.requeue(tx, job, "undelivered", ended, fields, reason=reason))
 
 
 # -- the holder's commands: the latest grant wins ---------------------------------------------------------------------
 
 
-def progress(draft: Draft, command: Progress) -> Response | ApiError:
+def progress(tx: Transaction, command: Progress) -> Response | ApiError:
     """Record progress, renew the lock and move the ceiling."""
-    job = _held(draft, command, "progress")
+    job = _held(tx, command, "progress")
     if not isinstance(job, Job):
         return job
     assert job.grant is not None and job.lease is not None
-    if job.lease.is_past_ceiling(draft.at.lease):
-        return _past_ceiling(draft, job)
-    lease = transitions.keep_alive(job.grant, job.lease, draft.at.lease, job.grant.ttl_ms, progressed=True)
+    if job.lease.is_past_ceiling(tx.at.lease):
+        return _past_ceiling(tx, job)
+    lease = transitions.keep_alive(job.grant, job.lease, tx.at.lease, job.grant.ttl_ms, progressed=True)
     value = transitions.whole(command.progress)
     details: dict[str, Any] = {"progress": value}
     if command.message is not None:
         details["message"] = command.message
-    fields: dict[str, Any] = {"releases": 0} if value > 0 and job.releases else {}
-    draft.step(
-        job,
-        "progress",
-        by=f"worker:{job.grant.worker}",
-        details=details,
-        progress=value,
-        progress_message=command.message,
-        lease=lease,
-        **fields,
-    )
-    return Response(views.lock_state(job.grant, lease, draft.at))
+    fields: dict[str, Any] = {"progress": value, "progress_message": command.message, "lease": lease}
+    if value > 0 and job.releases:
+        fields["releases"] = 0
+    tx.update(job, "progress", fields, worker=job.grant.worker, details=details)
+    return Response(views.lock_state(job.grant, lease, tx.at))
 
 
-def extend(draft: Draft, command: Extend) -> Response | ApiError:
-    return _extend(draft, command, command.additional_ms)
+def extend(tx: Transaction, command: Extend) -> Response | ApiError:
+    return _extend(tx, command, command.additional_ms)
 
 
-def extend_lock(draft: Draft, command: ExtendLock) -> Response | ApiError:
+def extend_lock(tx: Transaction, command: ExtendLock) -> Response | ApiError:
     """Extend the lock in place of its holder."""
-    answer = _extend(draft, command, command.additional_ms, command.reason)
+    answer = _extend(tx, command, command.additional_ms, command.reason)
     if isinstance(answer, ApiError):
         return answer
-    return operator_rules.lock_answer(draft, _latest(draft), answer.data)
+    return operator_rules.lock_answer(tx, _latest(tx), answer.data)
 
 
 def _extend(
-    draft: Draft, command: Extend | ExtendLock, additional_ms: int | None, reason: str | None = None
+    tx: Transaction, command: Extend | ExtendLock, additional_ms: int | None, reason: str | None = None
 ) -> Response | ApiError:
     """Extend the lock to at least `additional_ms` from now, never shortening it, up to the ceiling."""
-    job = _held(draft, command, "extend")
+    job = _held(tx, command, "extend")
     if not isinstance(job, Job):
         return job
     assert job.grant is not None and job.lease is not None
-    if job.lease.is_past_ceiling(draft.at.lease):
-        return _past_ceiling(draft, job)
+    if job.lease.is_past_ceiling(tx.at.lease):
+        return _past_ceiling(tx, job)
     lease = transitions.keep_alive(
-        job.grant, job.lease, draft.at.lease, additional_ms or job.grant.ttl_ms, progressed=False
+        job.grant, job.lease, tx.at.lease, additional_ms or job.grant.ttl_ms, progressed=False
     )
     extended = lease.expires > job.lease.expires
-    by = None if draft.call.admin else f"worker:{job.grant.worker}"
-    details = {"lock_expires_at": draft.at.wall(lease.expires)}
-    draft.step(job, "extended", by=by, reason=reason, details=details, lease=lease)
-    return Response(views.lock_state(job.grant, lease, draft.at, extended))
+    worker = None if tx.call.admin else job.grant.worker
+    details = {"lock_expires_at": tx.at.wall(lease.expires)}
+    tx.update(job, "extended", {"lease": lease}, worker=worker, reason=reason, details=details)
+    return Response(views.lock_state(job.grant, lease, tx.at, extended))
 
 
-def complete(draft: Draft, command: Complete) -> Response | ApiError:
+def complete(tx: Transaction, command: Complete) -> Response | ApiError:
     """Complete the job. The result of an ended grant is late: it may still be stored or adopted."""
-    job = _held(draft, command, "complete")
+    job = _held(tx, command, "complete")
     if isinstance(job, ApiError) and job.code == "lock_lost":
-        return late_result_rules.complete(draft, command, job, digest(command))
+        return late_result_rules.complete(tx, command, job, digest(command))
     if not isinstance(job, Job):
         return job
-    refusal = transitions.refuse_result(draft, command)
+    refusal = transitions.refuse_result(tx, command)
     if refusal is not None:
         return refusal
-    ended = _ended_by_holder(draft, job, command, "complete")
+    ended = _ended_by_holder(tx, job, command, "complete")
     result = Result(command.download_url, command.file_path, command.storage_key, command.metadata)
-    by = f"worker:{ended.worker}"
-    job = transitions.complete(draft, job, "completed", ended, result, by=by, expires_at=command.expires_at)
-    return transitions.job_answer(draft, job)
+    fields = {"expires_at": command.expires_at}
+    job = transitions.complete(tx, job, "completed", ended, result, fields, worker=ended.worker)
+    return transitions.job_answer(tx, job)
 
 
-def fail(draft: Draft, command: Fail) -> Response | ApiError:
+def fail(tx: Transaction, command: Fail) -> Response | ApiError:
     """Put the job back into its queue after a delay if attempts are left; otherwise fail it."""
-    job = _held(draft, command, "fail")
+    job = _held(tx, command, "fail")
     if not isinstance(job, Job):
         return job
-    ended = _ended_by_holder(draft, job, command, "fail")
+    ended = _ended_by_holder(tx, job, command, "fail")
     error = Failure(command.error_message, command.error_code)
-    by = f"worker:{ended.worker}"
+    worker, reason = ended.worker, error.message
     if not command.retry or job.attempt >= job.options.max_attempts:
-        job = transitions.finish(draft, job, "failed", "failed", ended, by=by, reason=error.message, error=error)
-        return transitions.job_answer(draft, job)
+        job = transitions.finish(tx, job, "failed", "failed", ended, {"error": error}, worker=worker, reason=reason)
+        return transitions.job_answer(tx, job)
     wait_ms = command.retry_after_ms
     if wait_ms is None:
-        wait_ms = backoff_ms(job.options.backoff, job.attempt, draft.fraction(job.attempt))
-    run_at = draft.at.now + wait_ms
+        wait_ms = backoff_ms(job.options.backoff, job.attempt, tx.fraction(job.attempt))
+    run_at = tx.at.now + wait_ms
     details = {"attempt": job.attempt, "run_at": run_at}
-    job = transitions.requeue(
-        draft, job, "retried", ended, by=by, reason=error.message, details=details, run_at=run_at, error=error
-    )
-    return transitions.job_answer(draft, job)
+    fields = {"run_at": run_at, "error": error}
+    job = transitions.requeue(tx, job, "retried", ended, fields, worker=worker, reason=reason, details=details)
+    return transitions.job_answer(tx, job)
 
 
 def backoff_ms(backoff: Backoff, attempt: int, fraction: float) -> int:
@@ -316,57 +308,55 @@ def backoff_ms(backoff: Backoff, attempt: int, fraction: float) -> int:
     return int(full * fraction) if backoff.jitter else full
 
 
-def release(draft: Draft, command: Release) -> Response | ApiError:
-    return _release(draft, command, command.delay_ms)
+def release(tx: Transaction, command: Release) -> Response | ApiError:
+    return _release(tx, command, command.delay_ms)
 
 
-def release_lock(draft: Draft, command: ReleaseLock) -> Response | ApiError:
+def release_lock(tx: Transaction, command: ReleaseLock) -> Response | ApiError:
     """Release the job in place of its holder."""
-    answer = _release(draft, command, None)
+    answer = _release(tx, command, None)
     if isinstance(answer, ApiError):
         return answer
-    job = _latest(draft) if draft.changes else transitions.find(draft, command.id)
+    job = _latest(tx) if tx.has_changed else transitions.find(tx, command.id)
     assert isinstance(job, Job)
-    return operator_rules.lock_answer(draft, job, None)
+    return operator_rules.lock_answer(tx, job, None)
 
 
-def _release(draft: Draft, command: Release | ReleaseLock, delay_ms: int | None) -> Response | ApiError:
+def _release(tx: Transaction, command: Release | ReleaseLock, delay_ms: int | None) -> Response | ApiError:
     """Put the job back into its place in the queue. The attempt does not count.
 
     The job is due later if the holder asks for a delay, or after DELAYED_FROM releases in a row without progress.
     """
-    job = _held(draft, command, "release")
+    job = _held(tx, command, "release")
     if not isinstance(job, Job):
         return job
     if isinstance(command, ReleaseLock):
         # The holder did not end it: its next call gets lock_lost.
-        ended, by, reason = transitions.ended_by(job, draft.at.now, "release-lock", "released"), None, command.reason
+        ended, worker, reason = transitions.ended_by(job, tx.at.now, "release-lock", "released"), None, command.reason
     else:
-        ended, reason = _ended_by_holder(draft, job, command, "release"), None
-        by = f"worker:{ended.worker}"
+        ended, reason = _ended_by_holder(tx, job, command, "release"), None
+        worker = ended.worker
     releases = job.releases + 1
-    fields: dict[str, Any] = {"releases": releases}
+    fields: dict[str, Any] = {"releases": releases, "attempt": transitions.given_back(job)}
     if delay_ms is None:
         delay_ms = release_delay_ms(releases)
     if delay_ms is not None:
-        fields["run_at"] = draft.at.now + delay_ms
-    if releases >= DELAYED_FROM:
-        fields["details"] = {"releases": releases, "delay_ms": delay_ms}
-    attempt = transitions.given_back(job)
-    job = transitions.requeue(draft, job, "released", ended, by=by, reason=reason, attempt=attempt, **fields)
-    return transitions.job_answer(draft, job)
+        fields["run_at"] = tx.at.now + delay_ms
+    details = {"releases": releases, "delay_ms": delay_ms} if releases >= DELAYED_FROM else None
+    job = transitions.requeue(tx, job, "released", ended, fields, worker=worker, reason=reason, details=details)
+    return transitions.job_answer(tx, job)
 
 
-def cancel(draft: Draft, command: Cancel) -> Response | ApiError:
+def cancel(tx: Transaction, command: Cancel) -> Response | ApiError:
     """Cancel the job at once. The next call of a holder gets lock_lost."""
-    job = transitions.find(draft, command.id)
+    job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
     if job.status not in Cancel.allowed_from:
         return transitions.refuse_transition(job, "cancelled", "Only a queued or processing job can be cancelled.")
-    ended = transitions.ended_by(job, draft.at.now, "cancel", "cancelled")
+    ended = transitions.ended_by(job, tx.at.now, "cancel", "cancelled")
     return transitions.job_answer(
-        draft, transitions.finish(draft, job, "cancelled", "cancelled", ended, reason=command.reason)
+        tx, transitions.finish(tx, job, "cancelled", "cancelled", ended, {}, reason=command.reason)
     )
 
 
@@ -386,9 +376,9 @@ _PLANNED: Final[plan_rules.Rules] = {
 Holders = Progress | Extend | Complete | Fail | Release | ExtendLock | ReleaseLock
 
 
-def _held(draft: Draft, command: Holders, verb: str) -> Job | Response | ApiError:
+def _held(tx: Transaction, command: Holders, verb: str) -> Job | Response | ApiError:
     """Return the job if `command` names its latest grant; else the response to a repeated ending, or an error."""
-    job = transitions.find(draft, command.id)
+    job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
     if job.status == "processing" and job.grant is not None and job.grant.lock_id == command.lock_id:
@@ -397,12 +387,12 @@ def _held(draft: Draft, command: Holders, verb: str) -> Job | Response | ApiErro
     ended = job.ended
     if ended is None or ended.lock_id != command.lock_id or ended.verb is None:
         if isinstance(command, (Progress, Extend, Fail, Release)):
-            late_result_rules.tell(draft, job, command)
+            late_result_rules.tell(tx, job, command)
         return _lock_lost(job, command.lock_id)
     if verb == ended.verb and digest(command) == ended.body_hash:
-        return transitions.job_answer(draft, job, repeated=True)
+        return transitions.job_answer(tx, job, repeated=True)
     if verb == "release" and ended.verb in ("complete", "fail"):
-        return transitions.job_answer(draft, job, repeated=True)
+        return transitions.job_answer(tx, job, repeated=True)
     message = f"This grant of job {job.id} was already ended by {ended.verb}; {verb} changes nothing."
     return ApiError("invalid_transition", message, {"status": job.status, "ended_by": ended.verb, "ended_at": ended.at})
 
@@ -424,7 +414,7 @@ def _lock_lost(job: Job, lock_id: str) -> ApiError:
     return ApiError("lock_lost", f"This lock of job {job.id} is lost: {what}; {now}. Stop working on the job.", details)
 
 
-def _past_ceiling(draft: Draft, job: Job) -> ApiError:
+def _past_ceiling(tx: Transaction, job: Job) -> ApiError:
     assert job.grant is not None and job.lease is not None and job.lease.ceiling is not None
     limit = job.grant.max_processing_ms
     message = (
@@ -432,18 +422,18 @@ def _past_ceiling(draft: Draft, job: Job) -> ApiError:
         "Complete, fail or release it now. Next time report progress in time, or raise max_processing_ms of the "
         "job, of the start or claim, or max_processing under [locks]; 0 means no timeout."
     )
-    details = {"max_processing_ms": limit, "ceiling_at": draft.at.wall(job.lease.ceiling)}
+    details = {"max_processing_ms": limit, "ceiling_at": tx.at.wall(job.lease.ceiling)}
     return ApiError("max_processing_time_exceeded", message, details)
 
 
-def _ended_by_holder(draft: Draft, job: Job, command: Holders, verb: str) -> PreviousGrant:
-    ended = transitions.ended_by(job, draft.at.now, verb, verb, verb, digest(command))
+def _ended_by_holder(tx: Transaction, job: Job, command: Holders, verb: str) -> PreviousGrant:
+    ended = transitions.ended_by(job, tx.at.now, verb, verb, verb, digest(command))
     assert ended is not None  # the job is held
     return ended
 
 
-def _latest(draft: Draft) -> Job:
-    after = draft.changes[-1].after
+def _latest(tx: Transaction) -> Job:
+    after = tx.changes[-1].after
     assert after is not None
     return after
 

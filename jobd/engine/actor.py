@@ -345,13 +345,13 @@ class Actor:
                 plan.fill(await self._write(plan))
                 break
             except DiskFull:
-                await self._take_back(plan)
+                self._decider.roll_back(plan)
                 await self.full_disk.close_further()
             except BadRows as bad:
-                await self._take_back(plan)
+                self._decider.roll_back(plan)
                 await self._set_aside(bad.jobs)
             except _Again:
-                await self._take_back(plan)
+                self._decider.roll_back(plan)
         self._tell()  # of the batch before, where this one had nothing to wait for
         self._untold, self._under_way = plan, None
         self.book.trim_finished()
@@ -499,12 +499,6 @@ class Actor:
             asked.reply(Response(Grants([])))
 
     # -- when something is wrong --------------------------------------------------------------------------------------
-
-    async def _take_back(self, plan: DecidedBatch) -> None:
-        """The batch was not written: its jobs are read again from the disk."""
-        ids = {change.event.job_id: None for change in plan.changes if change.event.job_seq}
-        loaded = await self.disk.load(list(ids), [], [])
-        self._decider.take_back(plan, loaded)
 
     async def _set_aside(self, bad: dict[str, str]) -> None:
         for job_id in bad:

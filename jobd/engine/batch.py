@@ -14,8 +14,8 @@ import structlog
 from msgspec import Raw, Struct, field
 
 from jobd.core import audit, decide, late_result_rules, views
-from jobd.core.changeset import Decision
 from jobd.core.state import Book
+from jobd.core.transaction import Transaction
 from jobd.engine.idempotency import Keys
 from jobd.engine.mailbox import Envelope
 from jobd.engine.waiting_claims import Parked
@@ -28,16 +28,17 @@ from jobd.model.commands import (
     EndGrants,
     IdempotencyKey,
     Moment,
+    Report,
     Start,
     Tick,
     Undelivered,
     is_dry_run,
 )
 from jobd.model.errors import ApiError
-from jobd.model.events import Change, QueuePause
-from jobd.model.job import LIVE, Job, Policy
+from jobd.model.events import Change
+from jobd.model.job import LIVE, Policy
 from jobd.model.responses import Grants, Response
-from jobd.model.storage import AuditEntry, Batch, LateResultRows, LoadedRows, StoredResponse, audit_share, tombstones
+from jobd.model.storage import AuditEntry, Batch, LateResultRows, StoredResponse, audit_share, tombstones
 
 log = structlog.get_logger("jobd.actor")
 
@@ -56,9 +57,8 @@ class DecidedBatch(Struct):
 
     at: Moment
     known: Known
+    tx: Transaction
     replies: list[tuple[Envelope, Response | ApiError]] = field(default_factory=list)
-    changes: list[Change] = field(default_factory=list)
-    checked: list[int] = field(default_factory=list)
     report: bytes | None = None
     tick: bool = False
     unmark: bool = False
@@ -66,14 +66,17 @@ class DecidedBatch(Struct):
     parked: list[Envelope] = field(default_factory=list)  # claims that this batch parked
     payloads: dict[int, bytes] = field(default_factory=dict)  # of the jobs that this batch makes
     audit: list[AuditEntry] = field(default_factory=list)
-    pauses: dict[str, QueuePause | None] = field(default_factory=dict)  # as they were before this batch
     ended: list[str] = field(default_factory=list)  # lock ids that are no longer those of current grants
     is_filled: bool = False  # the answers show all payloads that they have to
 
     @property
+    def changes(self) -> list[Change]:
+        return self.tx.changes
+
+    @property
     def writes(self) -> bool:
         is_more = self.report is not None or self.tick or self.unmark
-        return bool(self.changes or self.checked or self.audit or is_more)
+        return bool(self.changes or self.tx.checked or self.audit or is_more)
 
     def wanted_payloads(self) -> list[int]:
         """Job seqs whose payload the answers show and nobody has read yet."""
@@ -128,7 +131,7 @@ class Decider:
         self, batch: list[Envelope], at: Moment, known: Known, policy: Policy, *, serves: bool = True
     ) -> DecidedBatch:
         """`serves`: parked claims get what has become due; where it is not, what they get waits for the next batch."""
-        plan = DecidedBatch(at, known)
+        plan = DecidedBatch(at, known, Transaction(self.book, at, policy))
         if at.suspect != self.book.clock_suspect and self._refuse(Create()) is None:
             plan.tick = True  # durable with the first batch that knows it; on a full disk with the first that writes
         self.served = plan.served
@@ -157,7 +160,7 @@ class Decider:
             queues={queue: self.book.queue_row(queue) for queue in queues},
             keys=keys,
             forget_keys=forgotten,
-            checked=plan.checked,
+            checked=plan.tx.checked,
             report=plan.report,
             payloads=plan.wanted_payloads(),
             unmark=plan.unmark,
@@ -175,11 +178,11 @@ class Decider:
         for change in plan.changes:
             if change.after is None:
                 self.book.suspects.pop(change.event.job_seq, None)
-        for seq in plan.checked:
+        for seq in plan.tx.checked:
             self.book.suspects.pop(seq, None)
 
-    def take_back(self, plan: DecidedBatch, loaded: LoadedRows) -> None:
-        """The plan was not written: its jobs are what the disk says (`loaded`). Numbers that it used stay used."""
+    def roll_back(self, plan: DecidedBatch) -> None:
+        """Undo the plan, because it was not written. Numbers that it used stay used."""
         self.keys.rollback()
         # First the claims that wait: the jobs that come back below may be due for them.
         for asked in plan.parked:
@@ -187,24 +190,7 @@ class Decider:
         for asked in plan.served:
             if asked not in plan.parked:
                 self.parked.add(asked)
-        before: dict[str, Job | None] = {}
-        for change in plan.changes:
-            if change.event.job_seq:
-                before.setdefault(change.event.job_id, change.before)
-        for job_id, job in before.items():
-            found = None if job_id in self.book.quarantined else loaded.jobs.get(job_id)
-            self.book.swap(self.book.get(job_id), found)
-            self.book.recount_unmoved(job_id, job)
-        self.book.order_processing()
-        for change in reversed(plan.changes):
-            if change.event.type == "imported":
-                self.book.suspects.pop(change.event.job_seq, None)
-            if change.event.type == "late_call":
-                self.book.forget_call(change.event)
-            if change.late is not None:
-                self.book.forget_late(change.event)
-        for queue, pause in plan.pauses.items():
-            self.book.set_paused(queue, pause)
+        plan.tx.roll_back()
         for asked, answer in plan.replies:
             if asked.key is not None and isinstance(answer, Response):
                 self._hand(asked, answer, -len(asked.futures))
@@ -252,43 +238,41 @@ class Decider:
             plan.tick = True
         elif isinstance(command, EndGrants):
             plan.unmark = plan.unmark or command.last
-        decision = self._decided(plan, asked.call, policy)
-        if isinstance(command, Claim) and self._parks(command, decision):
+        response = self._decided(plan, asked.call)
+        if isinstance(command, Claim) and self._parks(command, response):
             asked.deadline = self._loop_time() + command.wait_ms / 1000
             self.parked.add(asked)
             plan.parked.append(asked)
             return None
         if key is not None:
-            self._keep_answer(plan, asked, key, decision)
-        return decision.answer
+            self._keep_answer(plan, asked, key, response)
+        return response
 
-    def _decided(self, plan: DecidedBatch, call: Call, policy: Policy) -> Decision:
-        """Ask the rules and take their steps in. A bug in a rule costs one command."""
+    def _decided(self, plan: DecidedBatch, call: Call) -> Response | ApiError:
+        """Decide one command. A bug in a rule costs one command."""
+        tx = plan.tx
         try:
-            decision = decide.decide(self.book, call, plan.at, policy)
+            response = decide.decide(tx, call)
         except Exception:
             log.exception("rule_failed", command=type(call.command).__name__, by=call.by)
             message = "A rule failed for this command, and nothing was changed. See the log for details."
-            return Decision(ApiError("internal_error", message))
-        for change in decision.changes:
-            if not change.event.job_seq:
-                plan.pauses.setdefault(change.event.queue, self.book.paused.get(change.event.queue))
-            self.book.put(change)
+            return ApiError("internal_error", message)
+        changes = tx.changed()
+        for change in changes:
             if change.payload is not None:
                 plan.payloads[change.event.job_seq] = change.payload
             if change.before is not None and change.before.grant is not None and grant_ended(change):
                 self.keys.ended(change.before.grant.lock_id)
                 plan.ended.append(change.before.grant.lock_id)
-        plan.changes += decision.changes
-        plan.checked += decision.checked
-        plan.report = decision.report or plan.report
+        if isinstance(call.command, Report):
+            plan.report = call.command.body
         if call.operator is not None:
-            self._audit(plan, call, decision)
-        return decision
+            self._audit(plan, call, response, changes)
+        return response
 
-    def _audit(self, plan: DecidedBatch, call: Call, decision: Decision) -> None:
+    def _audit(self, plan: DecidedBatch, call: Call, response: Response | ApiError, changes: list[Change]) -> None:
         """What an operator changed is written with the change; all else, where the disk has room for it."""
-        audited = audit.entry(call, decision, plan.at.now)
+        audited = audit.entry(call, response, changes, plan.at.now)
         if audited is None:
             return
         if audit_share(audited.what, audited.outcome) == "changes" or self._refuse(Create()) is None:
@@ -296,10 +280,10 @@ class Decider:
 
     # -- parked claims ------------------------------------------------------------------------------------------------
 
-    def _parks(self, claim: Claim, decision: Decision) -> bool:
+    def _parks(self, claim: Claim, response: Response | ApiError) -> bool:
         if not self.parking or claim.wait_ms == 0:
             return False
-        return isinstance(decision.answer, Response) and not decision.answer.grants
+        return isinstance(response, Response) and not response.grants
 
     def _note_due(self, queue: str, kind: str) -> None:
         if self.parked:
@@ -332,14 +316,14 @@ class Decider:
 
     def _serve(self, plan: DecidedBatch, asked: Envelope, policy: Policy) -> bool:
         """Whether the parked claim got something."""
-        decision = self._decided(plan, asked.call, policy)
-        if not isinstance(decision.answer, Response) or not decision.answer.grants:
+        response = self._decided(plan, asked.call)
+        if not isinstance(response, Response) or not response.grants:
             return False
         self.parked.remove(asked)
         plan.served.append(asked)
-        plan.replies.append((asked, decision.answer))
+        plan.replies.append((asked, response))
         if asked.key is not None:
-            self._keep_answer(plan, asked, asked.key, decision)
+            self._keep_answer(plan, asked, asked.key, response)
         return True
 
     # -- idempotency keys ---------------------------------------------------------------------------------------------
@@ -382,10 +366,11 @@ class Decider:
         self._hand(asked, answer, len(asked.futures))
         return answer
 
-    def _keep_answer(self, plan: DecidedBatch, asked: Envelope, key: IdempotencyKey, decision: Decision) -> None:
+    def _keep_answer(
+        self, plan: DecidedBatch, asked: Envelope, key: IdempotencyKey, answer: Response | ApiError
+    ) -> None:
         """The answer to a keyed call that changed something is stored in the transaction of the change."""
-        answer = decision.answer
-        if not decision.changes or not isinstance(answer, Response):
+        if not plan.tx.has_changed or not isinstance(answer, Response):
             return
         if answer.grants:
             self._hand(asked, answer, len(asked.futures))

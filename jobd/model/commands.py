@@ -637,6 +637,7 @@ class ImportCheck(Import, frozen=True, kw_only=True):
 
     audit_name = None
     errors = ()
+    dry_run: ClassVar[bool] = True
 
 
 class Export(Command, frozen=True, kw_only=True):
@@ -753,6 +754,7 @@ class Preview(Command, frozen=True, kw_only=True):
     """Return what recovery and expiry would do now, up to `limit` jobs of each. Changes nothing."""
 
     admission = "read"
+    dry_run: ClassVar[bool] = True
 
     limit: int
 

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from jobd.core import decide, worker_rules
 from jobd.core.state import Book
+from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     Adopt,
     AnyCommand,
@@ -153,7 +154,7 @@ class WorldState(Struct, frozen=True):
         numbers = Numbers(next_token=self.next_token, next_job=2, next_event=1, lease_ms=self.lease, wall_ms=self.now)
         book = Book.opened(OpenedStore(numbers))
         if self.job is not None:
-            book.swap(None, self.job)
+            book.reindex(None, self.job)
             book.late = LateResultRows({self.job.seq: [LATE]})
         if self.paused:
             book.set_paused("default", QueuePause(self.now, "admin"))
@@ -347,13 +348,12 @@ class Exploration(DecisionChecks):
         book = state.book()
         self._begin(state)
         call = Call(command, "admin" if step.admin else "client", SEED, step.admin)
-        decision = self.check(decide.decide, book, call, state.at, self.policy)
+        decision = self.check(decide.decide, Transaction(book, state.at, self.policy), call)
         self.decisions += 1
         self.played.add(type(command))
         self._count(decision.answer)
         for change in decision.changes:
             self.fired[f"event {change.event.type}"] = self.fired.get(f"event {change.event.type}", 0) + 1
-            book.put(change)
         locks = list(state.locks)
         if (
             isinstance(decision.answer, Response)
@@ -403,7 +403,7 @@ class Exploration(DecisionChecks):
 
     def _ask(self, book: Book, state: WorldState, command: AnyCommand) -> Any:
         self._begin(state)
-        decision = self.check(decide.decide, book, Call(command, "client", SEED), state.at, self.policy)
+        decision = self.check(decide.decide, Transaction(book, state.at, self.policy), Call(command, "client", SEED))
         self.played.add(type(command))
         self.must(isinstance(decision.answer, Response) and not decision.changes, "S8", f"{decision.answer}", ID)
         assert isinstance(decision.answer, Response)

@@ -14,7 +14,7 @@ from typing import Final
 import pytest
 
 from jobd.engine.actor import Actor
-from jobd.engine.batch import DecidedBatch
+from jobd.engine.batch import DecidedBatch, Decider
 from jobd.model.commands import Stats
 from tests import ROOT
 from tests.proof.simulation import __main__ as program
@@ -105,10 +105,10 @@ def test_an_object_stored_by_a_clock_that_went_back_is_deleted_in_time() -> None
 def test_the_faults_that_matter_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the faults without which the invariant holds are left."""
 
-    async def take_back(self: Actor, plan: DecidedBatch) -> None:
-        self._decider.keys.rollback()  # the jobs stay as the rejected batch had them
+    def roll_back(self: Decider, plan: DecidedBatch) -> None:
+        self.keys.rollback()  # the jobs stay as the rejected batch had them
 
-    monkeypatch.setattr(Actor, "_take_back", take_back)
+    monkeypatch.setattr(Decider, "roll_back", roll_back)
     found = next(outcome for seed in range(50) if (outcome := simulate(seed, 300)).broken is not None)
     assert found.broken is not None
     least = reduce_failure(found.seed, 300, found.broken)

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.core import transitions, worker_rules
-from jobd.core.changeset import Draft
+from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     AnyCommand,
     ApplyEndings,
@@ -107,14 +107,14 @@ def test_a_rule_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     right, grant = worker_rules._held, transitions.grant
 
-    def anybody(draft: Draft, command: worker_rules.Holders, verb: str) -> object:
-        job = draft.book.get(command.id)
+    def anybody(tx: Transaction, command: worker_rules.Holders, verb: str) -> object:
+        job = tx.state.get(command.id)
         if job is not None and job.grant is not None:
             command = replace(command, lock_id=job.grant.lock_id)
-        return right(draft, command, verb)
+        return right(tx, command, verb)
 
-    def free(draft: Draft, job: Job, *given: object) -> Job:
-        return grant(draft, replace(job, attempt=job.attempt - 1), *given)  # type: ignore[arg-type]
+    def free(tx: Transaction, job: Job, *given: object) -> Job:
+        return grant(tx, replace(job, attempt=job.attempt - 1), *given)  # type: ignore[arg-type]
 
     for layer, name, wrong in (
         (transitions, "is_stuck", late),

@@ -1,4 +1,4 @@
-"""The real rules over in-memory state: each command is decided, applied and compared with a naive recount."""
+"""The real rules over in-memory state: each command is decided and compared with a naive recount."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import copy
 from collections.abc import Iterable
 from typing import Any, Final
 
+from msgspec import Struct
+
 from jobd.core import decide, late_result_rules, transitions
-from jobd.core.changeset import Decision
 from jobd.core.state import Book
+from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     AnyCommand,
     Call,
@@ -40,11 +42,9 @@ PLAIN: Final = [
     "next_job",
     "next_event",
     "jobs",
-    "finished",
     "quarantined",
     "request_hashes",
     "late",
-    "_late_calls",
     "release_loops",
     "paused",
     "counts",
@@ -59,6 +59,14 @@ PLAIN: Final = [
 ]
 
 
+class Decision(Struct):
+    """The response to a command and its changes. `checked` has the seqs of jobs whose rows were validated."""
+
+    answer: Response | ApiError
+    changes: list[Change]
+    checked: list[int]
+
+
 class RuleHarness:
     """Decide commands. `rows` are the jobs folded from the events, and must equal those in the state."""
 
@@ -71,7 +79,6 @@ class RuleHarness:
         self.rows: dict[str, Job] = {}
         self.events: list[Event] = []
         self.checked: list[int] = []
-        self.reports: list[bytes] = []
         self.requests: dict[str, str] = {}
         self.tokens: list[int] = []
         self.late_results: dict[int, list[LateResult]] = {}
@@ -89,22 +96,27 @@ class RuleHarness:
     def decide(
         self, command: AnyCommand, *, admin: bool = False, by: str = "client", expected: str | None = None
     ) -> Decision:
-        """Decide, check that the state was only read, apply the changes and compare everything with a recount."""
+        """Decide, undo and decide again; compare the state with that before, and with a recount of the rows."""
         self.book.advance(self.now, self.lease)
         self.book.request_hashes = dict(self.requests)  # as the actor reads them from the disk
         self.book.late = self._known_late(command)
         if isinstance(command, Start | Claim):
             self.book.presence.asks(command)
+        tx, call = Transaction(self.book, self.moment, self.policy), Call(command, by, SEED, admin, expected=expected)
         before = snapshot(self.book)
-        decision = decide.decide(self.book, Call(command, by, SEED, admin, expected=expected), self.moment, self.policy)
-        assert snapshot(self.book) == before, "decide changed the book"
-        for change in decision.changes:
+        first = decide.decide(tx, call)
+        events = [change.event for change in tx.changes]
+        tx.undo()
+        after = snapshot(self.book)
+        assert after == before, f"undo left a change: {[name for name in before if before[name] != after[name]]}"
+        response = decide.decide(tx, call)
+        assert response == first
+        assert [change.event for change in tx.changes] == events
+        for change in tx.changes:
             self._apply(change)
-        self.checked += decision.checked
-        if decision.report is not None:
-            self.reports.append(decision.report)
+        self.checked += tx.checked
         compare(self.book, self.rows, self.moment)
-        return decision
+        return Decision(response, tx.changes, tx.checked)
 
     def ask(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Response | ApiError:
         return self.decide(command, admin=admin, by=by).answer
@@ -166,8 +178,8 @@ class RuleHarness:
 
     def row(self, job: Job) -> Job:
         """Put a row into the book without any rule, like a manual edit."""
-        self.book.swap(self.rows.get(job.id), None)
-        self.book.swap(None, job)
+        self.book.reindex(self.rows.get(job.id), None)
+        self.book.reindex(None, job)
         self.rows[job.id] = job
         return job
 
@@ -215,7 +227,6 @@ class RuleHarness:
             self.requests[event.job_id] = change.request_hash
         self._note_token(change)
         self._store_late_result(change)
-        self.book.put(change)
 
     def _note_token(self, change: Change) -> None:
         grant = change.after.grant if change.after is not None else None
@@ -239,11 +250,11 @@ def holder_commands(lock_id: str) -> list[Any]:
 
 
 def snapshot(book: Book) -> dict[str, Any]:
-    """Return everything in a book that a decision must not change, without caches and stale heap entries."""
-    shown = {name: copy.deepcopy(getattr(book, name)) for name in PLAIN}
+    """Return everything in a book that an undone command must not change, without caches and stale heap entries."""
+    shown = {name: copy.deepcopy(getattr(book, name)) for name in PLAIN} | {"finished": dict(book.finished)}
     shown["overdue"] = list(book.overdue())
     shown["order"] = [job.id for job in book.due(list(book.counts), None)]
-    shown["workers"] = {name: (list(seen.jobs), seen.last_seen_at) for name, seen in book.presence.workers.items()}
+    shown["workers"] = {name: set(seen.jobs) for name, seen in book.presence.workers.items() if seen.jobs}
     return shown
 
 

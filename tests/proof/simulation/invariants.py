@@ -4,18 +4,18 @@ The checks follow the text of the invariants (docs/reliability.md) and share no 
 
 S1 one grant per job, S2 tokens increase, S3 only the latest grant changes a job, S4 completed is final and a run ends
 once, S5 only stalled jobs are recovered, S6 acknowledged means on disk and rejected means nothing done, S7 journal,
-memory and rows are equal, S8 a rule always returns and only reads, S9 the same key gets the same response, S10 counters
+memory and rows are equal, S8 a rule always returns, S9 the same key gets the same response, S10 counters
 equal a recount, S11 no lock outlives its ceiling, S12 lease time never goes back, S13 only old finished jobs are
 deleted, S14 claims keep the order, S15 changes of operators are in the audit log, and a dry run changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from jobd.core.changeset import Decision
 from jobd.core.state import Book
+from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     Adopt,
     AnyCommand,
@@ -40,9 +40,9 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError
 from jobd.model.events import Change, Event, fold
-from jobd.model.job import FINISHED, STATUSES, TRANSITIONS, Job, Lease, Policy, release_delay_ms
+from jobd.model.job import FINISHED, STATUSES, TRANSITIONS, Job, Lease, release_delay_ms
 from jobd.model.responses import Recovered, Response
-from tests.support.rule_harness import due_order
+from tests.support.rule_harness import Decision, due_order
 
 HOLDERS: Final = (Progress, Extend, Complete, Fail, Release, ExtendLock, ReleaseLock, Undelivered)
 CALLS: Final = (Progress, Extend, Complete, Fail, Release)  # calls of workers
@@ -51,7 +51,7 @@ NOTES: Final = frozenset({"late_result", "late_call"})  # events that change no 
 ENDINGS: Final = frozenset({"completed", "failed", "retried", "released", "undelivered", "stalled"})
 BY_HAND: Final = frozenset({"cancelled", "force_failed", "force_reset", "transitioned"})  # also end a grant
 
-Decide = Callable[[Book, Call, Moment, Policy], Decision]
+Decide = Callable[[Transaction, Call], Response | ApiError]
 
 
 class Violation(Exception):
@@ -116,56 +116,70 @@ class DecisionChecks:
 
     # -- one decision -------------------------------------------------------------------------------------------------
 
-    def check(self, decide: Decide, book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
-        """Check a decision and return it."""
-        command = call.command
+    def check(self, decide: Decide, tx: Transaction, call: Call) -> Decision:
+        """Decide a command, check the decision and return it."""
+        book, at, command = tx.state, tx.at, call.command
         name, job_id = type(command).__name__, getattr(command, "id", None)
         job = book.get(job_id) if job_id is not None else None
-        brief = _brief(book, job)
+        brief, rows, paused = _brief(book, job), {**book.finished, **book.jobs}, set(book.paused)
         try:
-            decision = decide(book, call, at, policy)
+            decision = Decision(decide(tx, call), tx.changed(), tx.checked)
         except Exception as error:
             self.fail("S8", f"{name} raised {error!r}", job_id)
             raise
-        self.must(brief == _brief(book, job), "S8", f"{name} changed the book", job_id)
         self.must(at.lease >= self._last_lease, "S12", f"lease time went from {self._last_lease} to {at.lease}")
         self._last_lease = at.lease
-        self._check_answer(book, command, decision, job, at)
+        self._check_answer(rows, paused, command, decision, job, at)
         self.must(not is_dry_run(command) or not decision.changes, "S15", f"a dry run of {name} did something", job_id)
-        rows: dict[str, Job | None] = {}
+        self.must(decision.changes or brief == _brief(book, job), "S8", f"{name} changed the state silently", job_id)
         for change in decision.changes:
             changed = change.event.job_id
-            goes_on = change.before == (rows[changed] if changed in rows else book.get(changed))
+            goes_on = change.before == rows.get(changed)
             self.must(goes_on, "S7", f"{change.event.type} does not go on from the row before it", changed)
-            rows[changed] = change.after
+            if change.after is None:
+                rows.pop(changed, None)
+            else:
+                rows[changed] = change.after
             self._check_change(change, command, at)
+        for changed in {change.event.job_id for change in decision.changes}:
+            self.must(book.get(changed) == rows.get(changed), "S7", "the state has another row than the event", changed)
         return decision
 
-    def _check_answer(self, book: Book, command: AnyCommand, decision: Decision, job: Job | None, at: Moment) -> None:
+    def _check_answer(
+        self,
+        rows: Mapping[str, Job],
+        paused: set[str],
+        command: AnyCommand,
+        decision: Decision,
+        job: Job | None,
+        at: Moment,
+    ) -> None:
+        """Check the response. `rows` and `paused` are as before the command."""
         if isinstance(command, HOLDERS):
             self._check_holder(command, decision, job, at)
         elif isinstance(decision.answer, ApiError):
             made = {change.event.type for change in decision.changes}
             self.must(made <= BY_TIME, "S6", f"a rejected {type(command).__name__} made {made}")
         if isinstance(command, Claim):
-            self._check_claim(book, command, decision, at)
+            self._check_claim(rows, paused, command, decision, at)
         elif isinstance(command, Recover):
-            self._check_recovery(book, command, decision, at)
+            self._check_recovery(rows, command, decision, at)
         elif isinstance(command, Start) and job is not None:
             self._check_start(job, decision, at)
 
-    def _check_claim(self, book: Book, command: Claim, decision: Decision, at: Moment) -> None:
-        order = due_order(book.jobs.values(), at.now, command.queues, command.kinds, book.paused)
-        expected = [job_id for job_id in order if not is_overdue(book.jobs[job_id], at.now)][: command.limit]
+    def _check_claim(
+        self, rows: Mapping[str, Job], paused: set[str], command: Claim, decision: Decision, at: Moment
+    ) -> None:
+        order = due_order(rows.values(), at.now, command.queues, command.kinds, paused)
+        expected = [job_id for job_id in order if not is_overdue(rows[job_id], at.now)][: command.limit]
         granted = _ids(decision.changes, "granted")
         job_id = granted[0] if granted else None
         self.must(granted == expected, "S14", f"a claim got {granted}, its order is {expected}", job_id)
 
-    def _check_recovery(self, book: Book, command: Recover, decision: Decision, at: Moment) -> None:
+    def _check_recovery(self, rows: Mapping[str, Job], command: Recover, decision: Decision, at: Moment) -> None:
         """Recovery takes every stalled job up to the limit. Rows without a grant are left to cleanup runs."""
         stuck = sum(
-            is_stuck(job, at.lease) and job.grant is not None and job.lease is not None
-            for job in book.processing.values()
+            is_stuck(job, at.lease) and job.grant is not None and job.lease is not None for job in rows.values()
         )
         done = len(_ids(decision.changes, "stalled"))
         self.must(done == min(stuck, command.limit), "S5", f"{done} jobs were recovered, {stuck} are stuck")

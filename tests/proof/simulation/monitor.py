@@ -15,19 +15,19 @@ import msgspec
 from msgspec import Raw
 
 from jobd.core import decide
-from jobd.core.changeset import Decision
 from jobd.core.state import Book
+from jobd.core.transaction import Transaction
 from jobd.engine.disk_full import Closed
 from jobd.engine.idempotency import KEPT_MS, SAFE_MS
 from jobd.model.commands import AnyCommand, Call, Claim, IdempotencyKey, Moment, is_dry_run
 from jobd.model.errors import ApiError
 from jobd.model.events import Change, fold
-from jobd.model.job import FINISHED, MAX_LATE_RESULTS, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job, Policy
+from jobd.model.job import FINISHED, MAX_LATE_RESULTS, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job
 from jobd.model.responses import CleanupReport, GrantView, Response
 from jobd.model.storage import Batch, StoredResponse
 from tests.proof.simulation.invariants import BY_TIME, NOTES, Decide, DecisionChecks, Violation
 from tests.proof.simulation.response_times import ResponseTimes
-from tests.support.rule_harness import compare, snapshot
+from tests.support.rule_harness import Decision, compare, snapshot
 
 if TYPE_CHECKING:
     from tests.proof.simulation.machine import Machine, SimDaemon
@@ -126,17 +126,21 @@ class Monitor(DecisionChecks):
 
     # -- a decision ---------------------------------------------------------------------------------------------------
 
-    def decide(self, book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
-        """Call the real `decide`, with checks before and after."""
+    def decide(self, tx: Transaction, call: Call) -> Response | ApiError:
+        """Call the real `decide`, with checks before and after. Now and then, do and undo the command first."""
         self.steps += 1
         if self.steps == self.machine.enough:
             self.machine.finished.set()
         self.fired[f"command {type(call.command).__name__}"] += 1
         self.fired["dry run"] += is_dry_run(call.command)
-        whole = snapshot(book) if self.steps % PICTURE_EVERY == 0 else None
-        decision = self.check(self._decide, book, call, at, policy)
-        self.must(whole is None or whole == snapshot(book), "S8", f"{type(call.command).__name__} changed the book")
-        self._latest_wall = max(self._latest_wall, at.believed)
+        if self.steps % PICTURE_EVERY == 0:
+            before = snapshot(tx.state)
+            with contextlib.suppress(Exception):  # the checked decision raises it too
+                self._decide(tx, call)
+            tx.undo()
+            self.must(before == snapshot(tx.state), "S8", f"undoing {type(call.command).__name__} left a change")
+        decision = self.check(self._decide, tx, call)
+        self._latest_wall = max(self._latest_wall, tx.at.believed)
         if id(call.command) in self._decided:
             self._decided[id(call.command)] = decision
         if isinstance(call.command, Claim):
@@ -145,8 +149,8 @@ class Monitor(DecisionChecks):
             self.fired["read that may go first"] += (
                 self.daemon.actor.looks_go_first and call.command.admission == "read"
             )
-            self._check_clock(self.daemon, at)
-        return decision
+            self._check_clock(self.daemon, tx.at)
+        return decision.answer
 
     def _check_clock(self, daemon: SimDaemon, at: Moment) -> None:
         """Check that lease time stands still while the disk is full."""

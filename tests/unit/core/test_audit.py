@@ -10,7 +10,6 @@ from msgspec.structs import replace
 
 from jobd.api import admin
 from jobd.core import audit
-from jobd.core.changeset import Decision
 from jobd.core.plan_rules import version
 from jobd.engine.disk_full import Closed
 from jobd.model.commands import (
@@ -60,7 +59,7 @@ def audit_entries(engine: VirtualEngine) -> list[AuditEntry]:
 def entry(rules: RuleHarness, command: AnyCommand, operator: Operator | None = EVE) -> AuditEntry | None:
     by = "client" if operator is None else operator.by
     decision = rules.decide(command, by=by, admin=True)
-    return audit.entry(Call(command, by, b"", True, operator), decision, rules.now)
+    return audit.entry(Call(command, by, b"", True, operator), decision.answer, decision.changes, rules.now)
 
 
 def test_every_command_of_operators_is_audited() -> None:
@@ -166,7 +165,7 @@ def test_a_plan_of_one_job_names_it() -> None:
 
 def test_a_recorded_action_is_stored_unchanged() -> None:
     call = Call(RecordAction(what="backup", details={"n": 1}, reason="why"), operator=EVE)
-    found = audit.entry(call, Decision(Response(EmptyResponse())), 5)
+    found = audit.entry(call, Response(EmptyResponse()), [], 5)
     assert found == AuditEntry(5, "eve", "10.0.0.7", "backup", reason="why", details={"n": 1})
 
 

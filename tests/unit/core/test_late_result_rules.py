@@ -9,7 +9,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd.core import decide, late_result_rules, state
-from jobd.core.changeset import Draft
+from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     Adopt,
     Call,
@@ -224,9 +224,10 @@ def test_a_lock_that_ends_in_the_same_batch_leaves_its_result(rules: RuleHarness
     lock_id = rules.held()
     rules.accept(ForceReset(id="a"), admin=True)
     rules.book.late = LateResultRows()
-    decision = decide.decide(rules.book, Call(completing(lock_id)), rules.moment, rules.policy)
-    assert isinstance(decision.answer, ApiError)
-    assert decision.answer.details["late_result"] == decision.changes[0].event.seq
+    tx = Transaction(rules.book, rules.moment, rules.policy)
+    refusal = decide.decide(tx, Call(completing(lock_id)))
+    assert isinstance(refusal, ApiError)
+    assert refusal.details["late_result"] == tx.changes[0].event.seq
 
 
 @pytest.mark.parametrize(
@@ -508,7 +509,8 @@ def test_a_job_created_in_the_same_batch_has_no_late_results(rules: RuleHarness)
     """Before the batch it did not exist, so nothing was read from disk."""
     rules.create()
     rules.book.late = LateResultRows()
-    refusal = decide.decide(rules.book, Call(Adopt(id="a"), admin=True), rules.moment, rules.policy).answer
+    tx = Transaction(rules.book, rules.moment, rules.policy)
+    refusal = decide.decide(tx, Call(Adopt(id="a"), admin=True))
     assert isinstance(refusal, ApiError)
     assert refusal.code == "late_result_not_found"
 
@@ -658,14 +660,16 @@ def test_the_late_results_to_read_before_a_decision(rules: RuleHarness) -> None:
     assert asks(Complete(id="c", lock_id=other)) is None, "it repeats what its holder said"
 
 
-def test_a_draft_numbers_late_results(rules: RuleHarness) -> None:
-    """Two events of one decision have two numbers."""
+def test_a_transaction_numbers_late_results(rules: RuleHarness) -> None:
+    """Two events of one command have two numbers."""
     late(rules, completing(stalled(rules)))
-    draft = Draft(rules.book, Call(Get(id="a")), rules.moment, rules.policy)
-    first = draft.keep_late(rules.job(), rules.late()[0], "r", {})
-    second = draft.keep_late(rules.job(), first, "r", {})
-    assert (first.seq, second.seq) == (rules.book.next_event, rules.book.next_event + 1)
-    assert all(change.before is change.after for change in draft.changes)
+    expected = rules.book.next_event
+    tx = Transaction(rules.book, rules.moment, rules.policy)
+    tx.begin(Call(Get(id="a")))
+    first = tx.keep_late(rules.job(), rules.late()[0], "r", {})
+    second = tx.keep_late(rules.job(), first, "r", {})
+    assert (first.seq, second.seq) == (expected, expected + 1)
+    assert all(change.before is change.after for change in tx.changes)
 
 
 # -- recorded calls ---------------------------------------------------------------------------------------------------

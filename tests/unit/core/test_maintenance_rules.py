@@ -9,6 +9,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd.core import decide, transitions
+from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     AnyCommand,
     Call,
@@ -223,18 +224,19 @@ def test_time_is_judged_when_a_command_is_applied(rules: RuleHarness) -> None:
         (Expire(limit=9), MaintenanceResult(0)),
     ]
     for command, nothing in nothings:
-        decision = decide.decide(rules.book, Call(command, seed=SEED), before, rules.policy)
-        assert not isinstance(decision.answer, ApiError)
-        assert decision.answer.data == nothing
-        assert not decision.changes
+        tx = Transaction(rules.book, before, rules.policy)
+        response = decide.decide(tx, Call(command, seed=SEED))
+        assert not isinstance(response, ApiError)
+        assert response.data == nothing
+        assert not tx.changes
 
 
 def test_the_lock_of_a_stuck_job_is_not_cleared(rules: RuleHarness) -> None:
     rules.held(stuck_after_ms=HOUR_MS, **no_ceiling())
     rules.advance(TTL)
     later = Moment(rules.now + HOUR_MS, rules.lease + HOUR_MS, NOW - rules.lease)
-    decision = decide.decide(rules.book, Call(Recover(limit=9), seed=SEED), later, rules.policy)
-    assert decision.answer == Response(Recovered([], 0, False))
+    tx = Transaction(rules.book, later, rules.policy)
+    assert decide.decide(tx, Call(Recover(limit=9), seed=SEED)) == Response(Recovered([], 0, False))
 
 
 def test_a_live_lock_is_never_stuck(rules: RuleHarness) -> None:

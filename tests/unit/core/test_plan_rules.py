@@ -9,8 +9,8 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.core import maintenance_rules, plan_rules
-from jobd.core.changeset import Draft
 from jobd.core.plan_rules import version
+from jobd.core.transaction import Transaction
 from jobd.maintenance import plan_builder, plans
 from jobd.maintenance.plans import Planner
 from jobd.model.commands import (
@@ -101,12 +101,18 @@ def test_a_cleanup_plan_notes_only_late_results_that_it_deletes() -> None:
     assert plan_late_results_note("retry", [stuck]) is not None
 
 
+def transaction(rules: RuleHarness) -> Transaction:
+    tx = Transaction(rules.book, rules.moment, rules.policy)
+    tx.begin(Call(Recover(limit=1), "daemon", b"s" * 16))
+    return tx
+
+
 def test_maintenance_of_one_job_returns_the_result_or_an_error() -> None:
     rules = RuleHarness()
     rules.create("a")
     for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
-        draft = Draft(rules.book, Call(Recover(limit=1), "daemon", b"s" * 16), rules.moment, rules.policy)
-        refusal = rule(draft, JobCommand(id="a"))
+        tx = transaction(rules)
+        refusal = rule(tx, JobCommand(id="a"))
         assert refusal == ApiError("invalid_transition", NO_MORE, {"job_id": "a", "status": "queued"})
     rules.start("a")
     rules.advance(HOUR_MS)
@@ -117,9 +123,10 @@ def test_maintenance_of_one_job_returns_the_result_or_an_error() -> None:
         (maintenance_rules.clean_one, "a"),
         (maintenance_rules.clean_one, "b"),
     ):
-        draft = Draft(rules.book, Call(Recover(limit=1), "daemon", b"s" * 16), rules.moment, rules.policy)
-        assert rule(draft, JobCommand(id=job_id)) == Response(MaintenanceResult(1))
-        assert len(draft.changes) == 1
+        tx = transaction(rules)
+        assert rule(tx, JobCommand(id=job_id)) == Response(MaintenanceResult(1))
+        assert len(tx.changes) == 1
+        tx.undo()
 
 
 # -- the rule ---------------------------------------------------------------------------------------------------------
@@ -198,9 +205,9 @@ def test_a_plan_skips_revived_jobs(action: PlanAction, how: str) -> None:
 def test_maintenance_of_an_unknown_job_is_rejected() -> None:
     """They check for themselves, like the rule of any other action."""
     rules = RuleHarness()
-    draft = Draft(rules.book, Call(Recover(limit=1), "daemon", b"s" * 16), rules.moment, rules.policy)
+    tx = transaction(rules)
     for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
-        version = rule(draft, JobCommand(id="gone"))
+        version = rule(tx, JobCommand(id="gone"))
         assert isinstance(version, ApiError)
         assert version.code == "job_not_found"
 

@@ -14,7 +14,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd.core import decide, transitions
-from jobd.core.changeset import Decision
+from jobd.core.transaction import Transaction
 from jobd.core.validation import counts, validate
 from jobd.model.commands import (
     Adopt,
@@ -82,7 +82,7 @@ from jobd.model.job import (
 )
 from jobd.model.responses import Response
 from tests.proof.simulation.invariants import NOTES
-from tests.support.rule_harness import NOW, SEED, RuleHarness, due_order
+from tests.support.rule_harness import NOW, SEED, Decision, RuleHarness, due_order
 
 # Short times, so that a few steps cross every boundary.
 POLICY: Final = Policy(
@@ -449,15 +449,13 @@ def test_rules_accept_any_manually_edited_row(job: Job, sequence: list[tuple[Any
     """`decide` is total: for any state there is a response or an error, and the state remains usable."""
     rules = RuleHarness(POLICY)
     book = rules.book
-    book.swap(None, job)
+    book.reindex(None, job)
     for command, ms in sequence:
         rules.now += ms
         rules.lease += ms
         book.advance(rules.now, rules.lease)
-        decision = decide.decide(book, Call(_aimed(command), "client", SEED), rules.moment, POLICY)
-        assert isinstance(decision.answer, (Response, ApiError))
-        for change in decision.changes:
-            book.put(change)
+        tx = Transaction(book, rules.moment, POLICY)
+        assert isinstance(decide.decide(tx, Call(_aimed(command), "client", SEED)), (Response, ApiError))
         assert book.total() == sum(each.status in STATUSES for each in [*book.jobs.values(), *book.finished.values()])
 
 
@@ -469,16 +467,15 @@ def _aimed(command: AnyCommand) -> AnyCommand:
 @given(hand_made)
 def test_a_cleanup_run_leaves_no_row_that_it_could_repair(job: Job) -> None:
     rules = RuleHarness(POLICY)
-    rules.book.swap(None, job)
+    rules.book.reindex(None, job)
     rules.book.suspects[job.seq] = job.id
 
     def repair() -> Any:
         rules.book.advance(rules.now, rules.lease)
-        decision = decide.decide(rules.book, Call(RepairJobs(ids=["a"]), "cleanup", SEED), rules.moment, POLICY)
-        for change in decision.changes:
-            rules.book.put(change)
-        assert isinstance(decision.answer, Response)
-        return decision.answer.data
+        tx = Transaction(rules.book, rules.moment, POLICY)
+        response = decide.decide(tx, Call(RepairJobs(ids=["a"]), "cleanup", SEED))
+        assert isinstance(response, Response)
+        return response.data
 
     repair()
     repeated = repair()

@@ -25,12 +25,10 @@ from jobd.model.commands import (
     Resume,
     Update,
 )
-from jobd.model.events import Change, Event, QueuePause
+from jobd.model.events import QueuePause
 from jobd.model.job import (
-    COUNTER_MASK,
     HOUR_MS,
     MINUTE_MS,
-    TOKEN_COUNTER_BITS,
     CompactJob,
     Grant,
     Job,
@@ -106,7 +104,7 @@ def test_compact_jobs_can_be_added_at_once_or_one_by_one(seed: int) -> None:
         assert {lane.name: lane.live for lane in at_once._lanes} == {lane.name: lane.live for lane in one_by_one._lanes}
     for book in (at_once, one_by_one):
         for job in rows.values():
-            book.swap(job, None)
+            book.reindex(job, None)
         compare_nothing_left(book)
 
 
@@ -124,32 +122,6 @@ def test_only_new_jobs_are_compact(rules: RuleHarness) -> None:
     rules.accept(Update(id="a", priority=1))
     assert rules.book.jobs.touched() == {"a", "b", "c"}
     assert rules.claim(limit=9) == ["c", "a"]
-
-
-def test_used_numbers_are_never_reused() -> None:
-    book = Book(Numbers(epoch=3))
-    job = replace(held(7, "w"), grant=Grant("l", (3 << TOKEN_COUNTER_BITS) | 40, "w", NOW, 1, 1, 0))
-    book.put(Change(None, job, Event(9, NOW, "imported", 7, job.id, "default", None, "processing", "admin")))
-    assert (book.next_event, book.next_job, book.next_token) == (10, 8, 41)
-    assert book.suspects == {7: job.id}
-    earlier = queued(3)
-    book.put(Change(None, earlier, Event(5, NOW, "created", 3, earlier.id, "default", None, "queued", "client")))
-    assert (book.next_event, book.next_job, book.next_token) == (10, 8, 41)
-
-
-def test_a_grant_of_an_earlier_epoch_does_not_use_up_the_counter() -> None:
-    book = Book(Numbers(epoch=3, next_token=5))
-    for epoch, counter, numbers in [
-        (2, COUNTER_MASK, (3, 5)),
-        (3, 4, (3, 5)),
-        (3, 5, (3, 6)),
-        (3, COUNTER_MASK, (3, COUNTER_MASK + 1)),
-        (8, 1, (8, 2)),
-        (3, COUNTER_MASK, (8, 2)),
-    ]:
-        job = replace(held(7, "w"), grant=Grant("l", (epoch << TOKEN_COUNTER_BITS) | counter, "w", NOW, 1, 1, 0))
-        book.put(Change(job, job, Event(9, NOW, "extended", 7, job.id, "default", "processing", "processing", "w")))
-        assert (book.epoch, book.next_token) == numbers
 
 
 def test_the_request_hash_of_a_new_job_is_known_in_its_batch(rules: RuleHarness) -> None:
@@ -190,13 +162,13 @@ def test_the_size_of_finished_jobs_is_counted(monkeypatch: pytest.MonkeyPatch) -
         book.loaded(replace(queued(seq), status="completed", result=result))  # the same again adds nothing
     book.trim_finished()
     assert list(book.finished) == ["job-3", "job-4", "job-5"]
-    book.swap(book.finished["job-4"], None)
+    book.reindex(book.finished["job-4"], None)
     book.loaded(replace(queued(6), status="completed", result=Result(file_path="/x")))
     book.trim_finished()
     assert (list(book.finished), book._finished_bytes) == (["job-3", "job-5", "job-6"], 2_000)
     book.loaded(replace(queued(8), status="cancelled"))
     assert book._finished_bytes == 2_000, "who has no result weighs nothing"
-    book.swap(book.finished["job-8"], None)
+    book.reindex(book.finished["job-8"], None)
     book.loaded(replace(queued(7), status="completed", result=Result(metadata=Raw(b'"%s"' % (b"y" * 3_000)))))
     book.trim_finished()
     assert (list(book.finished), book._finished_bytes) == ([], 0)
@@ -264,10 +236,10 @@ def test_the_holder_of_a_job() -> None:
     book = Book()
     assert not book.holds("a", "l")
     job = held(1, "w")
-    book.swap(None, job)
+    book.reindex(None, job)
     assert book.holds(job.id, "lock-1")
     assert not book.holds(job.id, "lock-2")
-    book.swap(job, queued(1))
+    book.reindex(job, queued(1))
     assert not book.holds(job.id, "lock-1")
 
 
@@ -280,11 +252,12 @@ def test_delayed_jobs_become_due_and_are_announced(rules: RuleHarness) -> None:
     rules.create("a", delay_ms=5, kind="k")
     rules.create("b", delay_ms=5, kind="k")
     rules.create("c", queue="q")
-    assert announced == [("q", "")]
+    assert set(announced) == {("q", "")}
+    announced.clear()
     rules.advance(4)
-    assert len(announced) == 1
+    assert announced == []
     rules.advance(1)
-    assert announced[1:] == [("default", "k")]
+    assert announced == [("default", "k")]
     assert rules.claim(limit=9) == ["a", "b"]
 
 
@@ -369,11 +342,11 @@ def test_a_backward_step_reads_only_lanes_with_newly_due_jobs(
     for number in range(1, 1_001):
         book.advance(NOW + number, 0)
         job = rows[f"job-{number}"] = queued(number, run_at=NOW + number, options=Options("q", f"k-{number // 10}"))
-        book.swap(None, job)
+        book.reindex(None, job)
     lanes.clear()
     book.advance(NOW + 999, 0)
     assert [lane.name for lane in lanes] == [("q", "k-100", 0)]
-    book.swap(
+    book.reindex(
         None, queued(2_000, run_at=NOW + 5_000, options=Options("q", "later"))
     )  # its queue and kind do not hide the others
     lanes.clear()
@@ -448,7 +421,7 @@ def test_resuming_announces_every_due_kind(rules: RuleHarness) -> None:
     rules.accept(Resume(name="empty"))
     assert announced == []
     rules.accept(Resume(name="default"))
-    assert sorted(announced) == [("default", "x"), ("default", "y")]
+    assert set(announced) == {("default", "x"), ("default", "y")}
 
 
 def test_a_moved_deadline_is_checked_when_the_old_one_passes(rules: RuleHarness) -> None:
@@ -468,10 +441,10 @@ def test_heaps_do_not_grow_while_jobs_come_and_go(rules: RuleHarness) -> None:
     book = rules.book
     for number in range(1, 500):
         job = queued(number, run_at=NOW + number, expires_at=NOW + 1_000)
-        book.swap(None, job)
+        book.reindex(None, job)
         taken = held(number, "w")
-        book.swap(job, taken)
-        book.swap(taken, None)
+        book.reindex(job, taken)
+        book.reindex(taken, None)
     for heap in (book._wakes, book._deadlines):
         assert len(heap.entries) <= SLACK + 2
     assert not book._expiries
@@ -491,10 +464,10 @@ def test_a_start_knows_which_grant_is_the_oldest() -> None:
 def test_rolling_back_a_grant_restores_the_former_holder() -> None:
     book = Book()
     former, new = held(1, "w-1"), replace(held(2, "w-2"), seq=1, id="job-1")
-    book.swap(None, former)
-    book.swap(former, replace(queued(1)))
-    book.swap(book.get("job-1"), new)
-    book.swap(new, former)  # the disk was full, so nothing has happened
+    book.reindex(None, former)
+    book.reindex(former, replace(queued(1)))
+    book.reindex(book.get("job-1"), new)
+    book.reindex(new, former)  # the disk was full, so nothing has happened
     holders = {name: list(seen.jobs) for name, seen in book.presence.workers.items()}
     assert holders == {"w-1": ["job-1"], "w-2": []}
     assert (book.live_locks(), book.next_deadline()) == (1, 500)
@@ -506,12 +479,12 @@ def test_rolling_back_an_extension_restores_the_former_deadline() -> None:
     assert job.lease is not None
     stays = replace(job, lease=replace(job.lease, silent=900))
     extended = replace(job, lease=replace(job.lease, expires=99_000))
-    book.swap(None, stays)
+    book.reindex(None, stays)
     book.advance(NOW, 600)
     assert list(book.expired_locks) == ["job-1"]
-    book.swap(stays, extended)
+    book.reindex(stays, extended)
     assert book.next_deadline() == 99_000
-    book.swap(extended, stays)  # the disk was full, so nothing has happened
+    book.reindex(extended, stays)  # the disk was full, so nothing has happened
     assert list(book.expired_locks) == ["job-1"]
     book.advance(NOW, 900)
     assert list(book.stuck) == ["job-1"]
@@ -528,10 +501,10 @@ def test_a_deadline_that_moves_back_takes_effect_at_once(before: Lease, for_a_wh
     book = Book()
     job = held(1, "w-1")
     stays, moved = replace(job, lease=before), replace(job, lease=for_a_while)
-    book.swap(None, moved)
+    book.reindex(None, moved)
     book.advance(NOW, 600)
     assert book.live_locks() == 1
-    book.swap(moved, stays)
+    book.reindex(moved, stays)
     assert list(getattr(book, sorted_into)) == ["job-1"]
     assert book.live_locks() == 0
 
@@ -548,23 +521,23 @@ def test_a_cleared_lock_that_is_revived_is_live_again(rules: RuleHarness) -> Non
 
 def test_a_row_without_a_lease_has_no_holder(rules: RuleHarness) -> None:
     book, job = Book(), held(1, "w-1")
-    book.swap(None, job)
+    book.reindex(None, job)
     book.advance(NOW, 500)
     assert list(book.stuck) == ["job-1"]
-    book.swap(job, replace(job, lease=None))
+    book.reindex(job, replace(job, lease=None))
     assert (list(book.stuck), list(book.unheld)) == ([], ["job-1"])
 
 
 def test_the_start_times_of_processing_jobs_are_summed() -> None:
     book = Book()
     job = replace(held(1, "w-1"), created_at=NOW - 9)
-    book.swap(None, job)
+    book.reindex(None, job)
     assert book.started_sum == NOW
-    book.swap(job, replace(job, started_at=NOW + 2))
+    book.reindex(job, replace(job, started_at=NOW + 2))
     assert book.started_sum == NOW + 2
-    book.swap(replace(job, started_at=NOW + 2), replace(job, started_at=None))
+    book.reindex(replace(job, started_at=NOW + 2), replace(job, started_at=None))
     assert book.started_sum == NOW - 9
-    book.swap(replace(job, started_at=None), None)
+    book.reindex(replace(job, started_at=None), None)
     assert book.started_sum == 0
 
 
@@ -578,7 +551,7 @@ def test_manually_edited_rows_do_not_break_the_counts(rules: RuleHarness) -> Non
     compare(rules.book, rules.rows, rules.moment)
     assert (rules.book.live_locks(), rules.book.total()) == (0, 2)
     for job_id in list(rules.rows):
-        rules.book.swap(rules.rows.pop(job_id), None)
+        rules.book.reindex(rules.rows.pop(job_id), None)
     compare(rules.book, {}, rules.moment)
 
 
@@ -602,7 +575,7 @@ def test_any_rows_in_any_order_match_a_recount(rules: RuleHarness, seed: int) ->
         known = list(rules.rows)
         if known and dice.random() < 0.5:
             job_id = dice.choice(known)
-            rules.book.swap(rules.rows.pop(job_id), None)
+            rules.book.reindex(rules.rows.pop(job_id), None)
         else:
             shift = dice.randint(-20, 20)
             options = Options(queue=dice.choice("qr"), kind=dice.choice("kl"), priority=dice.randint(-1, 1))

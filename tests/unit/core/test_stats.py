@@ -6,7 +6,6 @@ import msgspec
 import pytest
 
 from jobd.core import stats
-from jobd.core.changeset import Decision
 from jobd.core.stats import ATTEMPT_QUEUES, OTHER_QUEUES, PROCESSING_BUCKETS_S, Attempts, Figures, Histogram
 from jobd.model.commands import (
     Adopt,
@@ -23,7 +22,7 @@ from jobd.model.commands import (
 )
 from jobd.model.events import Change, Event
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
-from tests.support.rule_harness import NOW, RuleHarness
+from tests.support.rule_harness import NOW, Decision, RuleHarness
 
 
 class CountingHarness(RuleHarness):

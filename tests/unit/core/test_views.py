@@ -112,7 +112,7 @@ def test_the_worker_of_a_cleared_lock_is_named() -> None:
 def book(*jobs: Job) -> Book:
     filled = Book()
     for job in jobs:
-        filled.swap(None, job)
+        filled.reindex(None, job)
     return filled
 
 

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from jobd.core import decide
 from jobd.core.state import Book
+from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     AnyCommand,
     Bulk,
@@ -216,10 +217,10 @@ def test_a_queue_without_jobs_is_listed_only_while_it_is_paused(rules: RuleHarne
 
 def test_a_page_of_queues_reads_no_other_queue(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(1_000):
-        rules.book.swap(None, Job(number, f"j-{number}", Options(f"q-{number:03}"), "queued", NOW, NOW, NOW))
+        rules.book.reindex(None, Job(number, f"j-{number}", Options(f"q-{number:03}"), "queued", NOW, NOW, NOW))
     scanned: list[str] = []
     monkeypatch.setattr(Book, "oldest_due_at", lambda book, queue: scanned.append(queue))
-    found = decide.decide(rules.book, Call(Queues(cursor="q-499")), rules.moment, rules.policy).answer
+    found = decide.decide(Transaction(rules.book, rules.moment, rules.policy), Call(Queues(cursor="q-499")))
     assert isinstance(found, Response)
     assert [each.name for each in found.data.queues] == [f"q-{number}" for number in range(500, 700)]
     assert (found.data.next_cursor, len(scanned)) == ("q-699", 200)

@@ -12,8 +12,7 @@ from msgspec import Raw
 from structlog.testing import capture_logs
 
 from jobd.core import decide
-from jobd.core.changeset import Decision
-from jobd.core.state import Book
+from jobd.core.transaction import Transaction
 from jobd.engine.actor import BATCH_WEIGHT, Bounds, DiskBroken
 from jobd.model.commands import (
     Adopt,
@@ -33,7 +32,6 @@ from jobd.model.commands import (
     Get,
     Import,
     ListJobs,
-    Moment,
     Pause,
     Ping,
     Progress,
@@ -46,7 +44,7 @@ from jobd.model.commands import (
     Why,
 )
 from jobd.model.errors import ApiError
-from jobd.model.job import DAY_MS, Policy
+from jobd.model.job import DAY_MS
 from jobd.model.responses import EmptyResponse, JobView, Response
 from jobd.model.storage import (
     BadRows,
@@ -179,10 +177,10 @@ async def test_a_bug_in_a_rule_costs_one_command() -> None:
     engine = VirtualEngine()
     original = decide.decide
 
-    def broken(book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
+    def broken(tx: Transaction, call: Call) -> Response | ApiError:
         if isinstance(call.command, Pause):
             raise ZeroDivisionError
-        return original(book, call, at, policy)
+        return original(tx, call)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decide, "decide", broken)

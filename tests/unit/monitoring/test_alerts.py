@@ -567,7 +567,7 @@ async def test_many_kinds_are_scanned_in_slices_and_none_is_omitted() -> None:
         for number in range(kinds):
             due = engine.now - 1000 * number
             options = Options(kind=f"k-{number}")
-            engine.book.swap(None, Job(number + 1, f"job-{number}", options, "queued", due, due, due))
+            engine.book.reindex(None, Job(number + 1, f"job-{number}", options, "queued", due, due, due))
         await alerts.check()
         assert one(alerts, "queue_waits").value == 0, "the scan continues at the next check"
         await alerts.check()

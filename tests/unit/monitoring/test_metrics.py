@@ -426,7 +426,7 @@ async def test_queue_labels_are_limited_and_the_rest_is_summed() -> None:
 def test_capped_at_its_boundary(count: int) -> None:
     state = Book()
     for number in range(count):
-        state.swap(None, Job(number, f"job-{number}", Options(f"q-{number}"), "queued", 1, 1, 1))
+        state.reindex(None, Job(number, f"job-{number}", Options(f"q-{number}"), "queued", 1, 1, 1))
     shown_queues = capped(state)
     assert len(shown_queues) == min(count, QUEUES_SHOWN + 1)
     assert sum(counts["queued"] for _, counts in shown_queues) == count

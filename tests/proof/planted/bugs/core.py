@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec import UNSET
 from msgspec.structs import replace
 
 from jobd.core import late_result_rules, maintenance_rules, plan_rules, transitions, worker_rules
-from jobd.core.changeset import Draft
 from jobd.core.state import Book
+from jobd.core.transaction import Transaction
 from jobd.model.commands import Adopt, Bulk, Moment, PlanAction, Recover
-from jobd.model.events import Change
+from jobd.model.errors import ApiError
+from jobd.model.events import Change, QueuePause
 from jobd.model.job import COUNTER_MASK, Job, new_epoch
 from jobd.model.storage import OpenedStore
 from tests.proof.planted.registry import ACTOR, RULES, SIMULATION, bug
@@ -23,11 +25,11 @@ from tests.proof.planted.registry import ACTOR, RULES, SIMULATION, bug
     breaks="complete accepts an older grant",
     found_by=RULES,
 )
-def _(held: Any, draft: Draft, command: worker_rules.Holders, verb: str) -> Any:
-    job = draft.book.get(command.id)
+def _(held: Any, tx: Transaction, command: worker_rules.Holders, verb: str) -> Any:
+    job = tx.state.get(command.id)
     if verb == "complete" and job is not None and job.status == "processing" and job.lease is not None:
         return job
-    return held(draft, command, verb)
+    return held(tx, command, verb)
 
 
 @bug(
@@ -36,12 +38,11 @@ def _(held: Any, draft: Draft, command: worker_rules.Holders, verb: str) -> Any:
     breaks="a rejected bulk keeps its first jobs",
     found_by=RULES,
 )
-def _(bulk: Any, draft: Draft, command: Bulk) -> Any:
-    class Kept(list[Change]):
-        def clear(self) -> None: ...
-
-    draft.changes = Kept()
-    return bulk(draft, command)
+def _(bulk: Any, tx: Transaction, command: Bulk) -> Any:
+    response = bulk(tx, command)
+    if isinstance(response, ApiError):
+        worker_rules.create(tx, command.jobs[0])
+    return response
 
 
 @bug(
@@ -50,10 +51,10 @@ def _(bulk: Any, draft: Draft, command: Bulk) -> Any:
     breaks="an expired lock counts as stalled",
     found_by=RULES,
 )
-def _(recover: Any, draft: Draft, command: Recover) -> Any:
-    for job_id in list(draft.book.expired_locks):
-        transitions.stall(draft, draft.book.processing[job_id], "too early")
-    return recover(draft, command)
+def _(recover: Any, tx: Transaction, command: Recover) -> Any:
+    for job_id in list(tx.state.expired_locks):
+        transitions.stall(tx, tx.state.processing[job_id], "too early")
+    return recover(tx, command)
 
 
 @bug("downtime-not-credited", maintenance_rules._credited, breaks="downtime ends locks", found_by=RULES)
@@ -77,14 +78,14 @@ def _(is_past: Any, job: Job, at: Moment) -> Any:
     breaks="a late result replaces the result of a completed job",
     found_by=RULES,
 )
-def _(adopt: Any, draft: Draft, command: Adopt) -> Any:
-    job = draft.book.get(command.id)
-    late = draft.book.late.results.get(job.seq, []) if job is not None else []
+def _(adopt: Any, tx: Transaction, command: Adopt) -> Any:
+    job = tx.state.get(command.id)
+    late = tx.state.late.results.get(job.seq, []) if job is not None else []
     if job is not None and job.status == "completed" and late:
         return transitions.job_answer(
-            draft, transitions.complete(draft, job, "adopted", job.ended, late[-1].result, reason=command.reason)
+            tx, transitions.complete(tx, job, "adopted", job.ended, late[-1].result, {}, reason=command.reason)
         )
-    return adopt(draft, command)
+    return adopt(tx, command)
 
 
 @bug(
@@ -93,7 +94,7 @@ def _(adopt: Any, draft: Draft, command: Adopt) -> Any:
     breaks="a job that an operator put back is completed by the worker that lost it",
     found_by=RULES,
 )
-def _(is_unclaimed: Any, draft: Draft, job: Job, lock_id: str) -> bool:
+def _(is_unclaimed: Any, tx: Transaction, job: Job, lock_id: str) -> bool:
     ended = job.ended
     return ended is not None and ended.lock_id == lock_id and ended.rule == "recovery" and job.status == "queued"
 
@@ -109,19 +110,20 @@ def _(version: Any, job: Job, late: int | None = None, action: PlanAction | None
 
 
 @bug(
-    "rule-changes-the-state",
-    Draft.token,
-    breaks="a decision takes its token from the state at once",
-    found_by=SIMULATION,
+    "undo-forgets-an-index",
+    Transaction._restore,
+    breaks="an undone command leaves its mark in the average processing time",
+    found_by=RULES,
 )
-def _(token: Any, self: Draft) -> int:
-    self.book.next_token += 1
-    return int(token(self))
+def _(restore: Any, self: Transaction, changes: Sequence[Change], pauses: dict[str, QueuePause | None]) -> None:
+    started_sum = self.state.started_sum
+    restore(self, changes, pauses)
+    self.state.started_sum = started_sum
 
 
-@bug("event-omits-a-change", Draft.step, breaks="the journal lacks a change of updated_at", found_by=SIMULATION)
-def _(step: Any, /, self: Draft, job: Job, event_type: Any, **fields: Any) -> Job:
-    after: Job = step(self, job, event_type, **fields)
+@bug("event-omits-a-change", Transaction.update, breaks="the journal lacks updated_at", found_by=SIMULATION)
+def _(update: Any, /, self: Transaction, job: Job, event_type: Any, *fields: Any, **more: Any) -> Job:
+    after: Job = update(self, job, event_type, *fields, **more)
     change = self.changes[-1]
     assert change.event.changes is not None
     changes = replace(change.event.changes, updated_at=UNSET)

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 from msgspec.structs import replace
 
+from jobd.core.transaction import Transaction
 from jobd.engine.actor import Actor
 from jobd.engine.batch import DecidedBatch, Decider
 from jobd.engine.clock import Clock
@@ -16,7 +17,7 @@ from jobd.engine.mailbox import Envelope, may_go_first
 from jobd.model.commands import IdempotencyKey, Undelivered
 from jobd.model.job import Policy
 from jobd.model.responses import Response
-from jobd.model.storage import AuditEntry, Batch, DiskFull, LoadedRows, StoredResponse
+from jobd.model.storage import AuditEntry, Batch, DiskFull, StoredResponse
 from tests.proof.planted.registry import ACTOR, SIMULATION, bug
 
 
@@ -53,19 +54,18 @@ def _(not_told: Any, self: Decider, asked: Envelope, answer: Response, told: int
 
 @bug(
     "token-reused-after-a-rollback",
-    Decider.take_back,
+    Decider.roll_back,
     breaks="a rejected batch returns its tokens",
     found_by=SIMULATION,
 )
-def _(take_back: Any, self: Decider, plan: DecidedBatch, loaded: LoadedRows) -> None:
-    take_back(self, plan, loaded)
+def _(roll_back: Any, self: Decider, plan: DecidedBatch) -> None:
+    roll_back(self, plan)
     self.book.next_token -= sum(change.event.type == "granted" for change in plan.changes)
 
 
-@bug("rollback-forgotten", Decider.take_back, breaks="memory keeps what the disk rejected", found_by=SIMULATION)
-def _(take_back: Any, self: Decider, plan: DecidedBatch, loaded: LoadedRows) -> None:
-    jobs = {change.event.job_id: self.book.get(change.event.job_id) for change in plan.changes}
-    take_back(self, plan, replace(loaded, jobs={job_id: job for job_id, job in jobs.items() if job is not None}))
+@bug("rollback-forgotten", Decider.roll_back, breaks="memory keeps what the disk rejected", found_by=SIMULATION)
+def _(roll_back: Any, self: Decider, plan: DecidedBatch) -> None:
+    roll_back(self, replace(plan, tx=Transaction(self.book, plan.at, Policy())))
 
 
 @bug("keys-not-rolled-back", Keys.rollback, breaks="a rejected call is answered as if it was done", found_by=SIMULATION)

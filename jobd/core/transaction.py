@@ -1,0 +1,257 @@
+"""A transaction: rules change the state through it, and it can undo the changes of a command or of the whole batch.
+
+It applies each change at once, with one event, so that the next command of the batch sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Any
+
+from msgspec.structs import replace
+
+from jobd.core.state import Book
+from jobd.model.commands import Call, Moment, is_dry_run
+from jobd.model.events import Change, Changes, Event, EventType, QueuePause, initial_changes
+from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, LateResult, Policy, new_epoch
+
+
+class Transaction:
+    """The changes of one batch. `changes` and `checked` are those of all its commands, `call` is the current command.
+
+    The changes of a dry run are not applied to the state, so that it costs nothing and leaves no trace.
+    `checked` has the seqs of jobs whose rows were validated. `pauses` has the pause of each changed queue before the
+    batch.
+    """
+
+    __slots__ = (
+        "_first", "_first_checked", "_numbers", "_pauses",
+        "at", "call", "changes", "checked", "is_dry_run", "pauses", "policy", "state",
+    )  # fmt: skip
+
+    def __init__(self, state: Book, at: Moment, policy: Policy) -> None:
+        self.state = state
+        self.at = at
+        self.policy = policy
+        self.changes: list[Change] = []
+        self.checked: list[int] = []
+        self.pauses: dict[str, QueuePause | None] = {}
+        self._pauses: dict[str, QueuePause | None] = {}  # of the queues that the current command changed, before it
+        self._first = 0  # the changes before the current command
+        self._first_checked = 0
+        self._numbers = (0, 0, 0, 0)
+        self.is_dry_run = False
+
+    def begin(self, call: Call) -> None:
+        """Begin the next command."""
+        state = self.state
+        self.call = call
+        self._numbers = state.next_event, state.next_job, state.epoch, state.next_token
+        self._first = len(self.changes)
+        self._first_checked = len(self.checked)
+        self.is_dry_run = is_dry_run(call.command)
+        if self._pauses:
+            self._pauses = {}
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether the current command has changed anything."""
+        return len(self.changes) > self._first
+
+    def changed(self) -> list[Change]:
+        """Return the changes of the current command."""
+        return self.changes[self._first :]
+
+    def undo(self) -> None:
+        """Undo the current command. Its numbers are assigned again, because no response has them."""
+        state = self.state
+        undone = self.changed()
+        del self.changes[self._first :], self.checked[self._first_checked :]
+        if not self.is_dry_run:
+            self._restore(undone, self._pauses)
+        self._pauses = {}
+        state.next_event, state.next_job, state.epoch, state.next_token = self._numbers
+        for job_id in [change.event.job_id for change in undone if change.request_hash]:
+            state.request_hashes.pop(job_id, None)
+
+    def roll_back(self) -> None:
+        """Undo all changes, because the batch was not written. Its numbers stay used."""
+        self._restore(self.changes, self.pauses)
+
+    # -- changes ------------------------------------------------------------------------------------------------------
+
+    def create(self, job: Job, event_type: EventType, payload: bytes, request_hash: str) -> Job:
+        """Add a new job. Its number was assigned by `job_number`."""
+        event = self._event(job, None, job.status, event_type, None, None, None, initial_changes(job))
+        self.changes.append(Change(None, job, event, payload, request_hash))
+        if not self.is_dry_run:
+            state = self.state
+            if request_hash:
+                state.request_hashes[job.id] = request_hash
+            if event_type == "imported":
+                state.suspects[job.seq] = job.id
+            state.reindex(None, job)
+        return job
+
+    def update(
+        self,
+        job: Job,
+        event_type: EventType,
+        fields: dict[str, Any],
+        *,
+        worker: str | None = None,
+        by: str | None = None,
+        reason: str | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> Job:
+        """Set `fields` of `job` and its `updated_at`; return the new row. `worker` is the one that makes the call."""
+        # The times of a job stay in order even if the wall clock stepped back.
+        started_at, finished_at = fields.get("started_at", job.started_at), fields.get("finished_at", job.finished_at)
+        fields["updated_at"] = max(self.at.now, job.created_at, started_at or 0, finished_at or 0)
+        after = replace(job, **fields)
+        if worker is not None:
+            by = f"worker:{worker}"
+            self.state.presence.saw(worker, self.at.now)
+        event = self._event(job, job.status, after.status, event_type, by, reason, details, Changes(**fields))
+        self.changes.append(Change(job, after, event))
+        if not self.is_dry_run:
+            self.state.reindex(job, after)
+        return after
+
+    def delete(self, job: Job, reason: str | None = None) -> None:
+        event = self._event(job, job.status, None, "deleted", None, reason, None, None)
+        self.changes.append(Change(job, None, event))
+        if not self.is_dry_run:
+            self.state.reindex(job, None)
+
+    def keep_late(self, job: Job, late: LateResult, reason: str, details: dict[str, Any]) -> LateResult:
+        """Store a late result beside the unchanged row of `job`; return it with the number of its event."""
+        event = self._note(job, "late_result", late.worker, reason, details)
+        late = replace(late, seq=event.seq)
+        self.changes.append(Change(job, job, event, late=late))
+        self.state.add_late(job.seq, late)
+        return late
+
+    def note_call(self, job: Job, worker: str, reason: str, details: dict[str, Any]) -> None:
+        """Record a rejected call. The row of `job` does not change."""
+        event = self._note(job, "late_call", worker, reason, details)
+        self.changes.append(Change(job, job, event))
+        self.state.add_late_call(event)
+
+    def pause(self, queue: str, pause: QueuePause) -> None:
+        """Pause a queue, or replace its pause."""
+        self._set_pause(queue, pause, "queue_paused", pause.reason, {"since": pause.at, "until": pause.until})
+
+    def resume(self, queue: str, reason: str | None) -> None:
+        """End the pause of a queue."""
+        self._set_pause(queue, None, "queue_resumed", reason, None)
+
+    # -- numbers and secrets ------------------------------------------------------------------------------------------
+
+    def job_number(self) -> int:
+        """Return the seq of a new job, in the order of creation, never reused."""
+        state = self.state
+        number, state.next_job = state.next_job, state.next_job + 1
+        return number
+
+    def token(self) -> int:
+        """Return the fencing token of a new grant, greater than all before. A full counter begins the next epoch."""
+        state = self.state
+        if state.next_token > COUNTER_MASK:
+            state.epoch, state.next_token = new_epoch(state.epoch, self.at.believed), 1
+        counter, state.next_token = state.next_token, state.next_token + 1
+        return (state.epoch << TOKEN_COUNTER_BITS) | counter
+
+    def secret(self, number: int) -> str:
+        """Return an unguessable lock id from the seed of the call. A replay returns the same."""
+        return blake2b(number.to_bytes(8, "big"), key=self.call.seed, digest_size=16).hexdigest()
+
+    def job_id(self, number: int) -> str:
+        """Return a UUIDv7 (RFC 9562): 48 bits of Unix milliseconds, then bits from the seed of the call."""
+        tail = blake2b(number.to_bytes(8, "big"), key=self.call.seed, digest_size=10, person=b"job id").hexdigest()
+        at = f"{self.at.now & (2**48 - 1):012x}"
+        variant = "89ab"[int(tail[4], 16) & 0b11]  # 0b10 and two bits more
+        return f"{at[:8]}-{at[8:]}-7{tail[1:4]}-{variant}{tail[5:8]}-{tail[8:]}"  # 7 is the version
+
+    def fraction(self, number: int) -> float:
+        """Return a number in [0, 1) from the seed of the call."""
+        digest = blake2b(number.to_bytes(8, "big"), key=self.call.seed, digest_size=8, person=b"jitter").digest()
+        return int.from_bytes(digest, "big") / 2**64
+
+    # -- internals ----------------------------------------------------------------------------------------------------
+
+    def _restore(self, changes: Sequence[Change], pauses: dict[str, QueuePause | None]) -> None:
+        """Restore the jobs of `changes` and the pauses of queues. A job that was quarantined meanwhile stays out."""
+        state = self.state
+        rows: dict[str, Job | None] = {}
+        for change in changes:
+            if change.event.job_seq:
+                rows.setdefault(change.event.job_id, change.before)
+        for job_id, row in rows.items():
+            if job_id in state.quarantined:
+                state.recount_unmoved(job_id, row)
+            else:
+                state.reindex(state.get(job_id), row)
+        if any(row is not None and row.status == "processing" for row in rows.values()):
+            state.order_processing()
+        for change in reversed(changes):
+            if change.event.type == "imported":
+                state.suspects.pop(change.event.job_seq, None)
+            elif change.event.type == "late_call":
+                state.forget_late_call(change.event)
+            elif change.late is not None:
+                state.forget_late(change.event.job_seq, change.late)
+        for queue, pause in pauses.items():
+            state.set_paused(queue, pause)
+
+    def _set_pause(
+        self,
+        queue: str,
+        pause: QueuePause | None,
+        event_type: EventType,
+        reason: str | None,
+        details: dict[str, Any] | None,
+    ) -> None:
+        before = self.state.paused.get(queue)
+        self.pauses.setdefault(queue, before)
+        self._pauses.setdefault(queue, before)
+        by = self.call.by
+        event = Event(self._event_number(), self.at.now, event_type, 0, "", queue, None, None, by, reason, details)
+        self.changes.append(Change(None, None, event))
+        self.state.set_paused(queue, pause)
+
+    def _note(self, job: Job, event_type: EventType, worker: str, reason: str, details: dict[str, Any]) -> Event:
+        self.state.presence.saw(worker, self.at.now)
+        return self._event(job, job.status, job.status, event_type, f"worker:{worker}", reason, details, None)
+
+    def _event(
+        self,
+        job: Job,
+        before: str | None,
+        after: str | None,
+        event_type: EventType,
+        by: str | None,
+        reason: str | None,
+        details: dict[str, Any] | None,
+        changes: Changes | None,
+    ) -> Event:
+        return Event(
+            self._event_number(),
+            self.at.now,
+            event_type,
+            job.seq,
+            job.id,
+            job.options.queue,
+            before,
+            after,
+            by or self.call.by,
+            reason,
+            details,
+            changes,
+        )
+
+    def _event_number(self) -> int:
+        state = self.state
+        number, state.next_event = state.next_event, state.next_event + 1
+        return number

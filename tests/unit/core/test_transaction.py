@@ -1,0 +1,188 @@
+"""A transaction: rising numbers, ordered times, undo, and secrets that depend only on the seed."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import and_, or_
+from typing import Any
+from uuid import UUID
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.core import decide, transitions
+from jobd.core.state import Book
+from jobd.core.transaction import Transaction
+from jobd.model.commands import Call, Cancel, Complete, Create, Moment, Pause, Ping, Progress, Recover
+from jobd.model.errors import ApiError
+from jobd.model.events import QueuePause
+from jobd.model.job import COUNTER_MASK, DAY_MS, TOKEN_COUNTER_BITS, Job, Options, Policy, new_epoch
+from jobd.model.responses import Response
+from jobd.model.storage import Numbers
+from tests.support.rule_harness import NOW, SEED, RuleHarness, snapshot
+
+AT = Moment(NOW, 1_000, NOW - 1_000)
+JOB = Job(1, "a", Options(), "queued", NOW, NOW, NOW)
+MANY = range(1, 500)
+
+
+def transaction(seed: bytes = SEED, at: Moment = AT, state: Book | None = None) -> Transaction:
+    tx = Transaction(state or Book(), at, Policy())
+    tx.begin(Call(Ping(), "client", seed))
+    return tx
+
+
+def test_numbers_go_up_by_one() -> None:
+    tx = transaction()
+    assert [tx.job_number() for _ in range(3)] == [1, 2, 3]
+    tokens = [tx.token() for _ in range(3)]
+    assert [token - tokens[0] for token in tokens] == [0, 1, 2]
+    tx.create(JOB, "created", b"null", "")
+    for _ in range(2):
+        tx.update(JOB, "updated", {})
+    tx.pause("q", QueuePause(NOW))
+    assert [change.event.seq for change in tx.changes] == [1, 2, 3, 4]
+    assert (tx.changes[-1].event.job_seq, tx.changes[-1].event.job_id) == (0, "")
+
+
+def test_a_full_counter_begins_an_epoch_of_the_trusted_time() -> None:
+    for trusted, believed in ((None, NOW), (NOW - DAY_MS, NOW - DAY_MS)):
+        book = Book(Numbers(epoch=3, next_token=COUNTER_MASK))
+        tx = transaction(at=Moment(NOW, 0, NOW, trusted), state=book)
+        epoch = new_epoch(3, believed)
+        assert epoch > 4
+        tokens = [tx.token() for _ in range(3)]
+        assert tokens == [
+            (3 << TOKEN_COUNTER_BITS) + COUNTER_MASK,
+            (epoch << TOKEN_COUNTER_BITS) + 1,
+            (epoch << TOKEN_COUNTER_BITS) + 2,
+        ]
+        assert (book.epoch, book.next_token) == (epoch, 3)
+        tx.undo()
+        assert (book.epoch, book.next_token) == (3, COUNTER_MASK)
+
+
+def test_updated_at_is_the_latest_time_of_a_row() -> None:
+    """Also if the wall clock stepped back, or a repaired row has later times."""
+    tx = transaction()
+
+    def updated_at(job: Job, **fields: Any) -> int:
+        tx.state.reindex(None, job)
+        after = tx.update(job, "updated", fields)
+        tx.state.reindex(after, None)
+        return after.updated_at
+
+    assert updated_at(replace(JOB, created_at=NOW - 9)) == NOW
+    assert updated_at(replace(JOB, created_at=NOW + 1)) == NOW + 1
+    ahead = replace(JOB, started_at=NOW + 2)
+    assert updated_at(ahead) == NOW + 2
+    assert updated_at(ahead, started_at=NOW + 3) == NOW + 3
+    assert updated_at(ahead, started_at=None) == NOW
+    ended = replace(JOB, finished_at=NOW + 4)
+    assert updated_at(ended) == NOW + 4
+    assert updated_at(ended, finished_at=NOW + 5, updated_at=NOW + 1) == NOW + 5
+    assert updated_at(ended, finished_at=None) == NOW
+
+
+def test_a_lock_id_cannot_be_guessed() -> None:
+    """Its number is public; the secret is in the seed. The same seed gives the same id."""
+    secret = transaction().secret(7)
+    assert len(bytes.fromhex(secret)) == 16
+    assert secret == transaction().secret(7)
+    assert secret not in {transaction(b"another seed").secret(7), transaction().secret(8)}
+    assert len(transaction().secret(2**64 - 1)) == 32  # the greatest possible token
+
+
+def test_a_job_id_is_a_uuid_of_its_time_and_otherwise_random() -> None:
+    made = [UUID(transaction().job_id(number)) for number in MANY]
+    assert len(set(made)) == len(made)
+    assert {(each.version, each.variant) for each in made} == {(7, "specified in RFC 4122")}
+    assert {each.int >> 80 for each in made} == {NOW}
+    fixed = 0xF << 76 | 0x3 << 62
+    random = (1 << 80) - 1 & ~fixed
+    assert reduce(or_, (each.int for each in made)) & random == random
+    assert reduce(and_, (each.int for each in made)) & random == 0
+    assert transaction().job_id(1) == str(made[0]) == "018bcfe5-6800-74bc-bc40-bbfcea251b17"  # no id is issued twice
+    assert transaction(b"another seed").job_id(1) != str(made[0])
+    assert UUID(transaction().job_id(2**64 - 1)).version == 7
+
+
+def test_a_job_id_is_valid_at_any_time() -> None:
+    for now, shown in ((2**48 - 1, 2**48 - 1), (2**48 + 5, 5)):
+        assert UUID(transaction(at=replace(AT, now=now)).job_id(1)).int >> 80 == shown
+
+
+def test_the_random_fraction_is_uniform_and_depends_on_the_seed() -> None:
+    thrown = [transaction().fraction(number) for number in MANY]
+    assert 0 <= min(thrown) < 0.05
+    assert 0.95 < max(thrown) < 1
+    assert 0.4 < sum(thrown) / len(thrown) < 0.6
+    assert transaction().fraction(1) == thrown[0] != transaction(b"another seed").fraction(1)
+    assert 0 <= transaction().fraction(2**64 - 1) < 1
+
+
+# -- undo -------------------------------------------------------------------------------------------------------------
+
+
+def test_undo_restores_everything_that_a_command_changed(rules: RuleHarness) -> None:
+    """Rows, pauses, hashes, numbers and validated rows; the commands before it stay."""
+    for job_id in ("a", "b", "c"):
+        rules.held(job_id)
+    rules.accept(Pause(name="p", reason="before"))
+    before = snapshot(rules.book)
+    tx = Transaction(rules.book, rules.moment, rules.policy)
+    tx.begin(Call(Ping(), seed=SEED))
+    tx.update(rules.job("b"), "updated", {"run_at": 5})
+    between = snapshot(rules.book)
+    tx.begin(Call(Ping(), seed=SEED))
+    transitions.stall(tx, rules.job("a"), "It was slow.")
+    tx.create(replace(JOB, id="new", seq=tx.job_number()), "imported", b"null", "hash")
+    tx.token()
+    tx.pause("p", QueuePause(NOW))
+    tx.resume("p", None)
+    tx.pause("q", QueuePause(NOW))
+    tx.checked.append(1)
+    assert tx.has_changed
+    tx.undo()
+    assert not tx.has_changed
+    assert (snapshot(rules.book), len(tx.changes), tx.checked) == (between, 1, [])
+    assert list(rules.book.processing) == ["a", "b", "c"]
+    tx.begin(Call(Ping(), seed=SEED))
+    tx.resume("p", None)
+    numbers = rules.book.numbers(0, 0, False)
+    tx.roll_back()
+    assert rules.book.numbers(0, 0, False) == numbers, "a batch that was not written keeps its numbers"
+    assert snapshot(rules.book) | {"next_event": before["next_event"]} == before
+
+
+def test_undo_forgets_the_hash_of_an_undone_job_only(rules: RuleHarness) -> None:
+    tx = Transaction(rules.book, rules.moment, rules.policy)
+    assert isinstance(decide.decide(tx, Call(Create(id="a"))), Response)
+    known = dict(rules.book.request_hashes)
+    assert isinstance(decide.decide(tx, Call(Create(id="b"))), Response)
+    tx.undo()
+    assert rules.book.request_hashes == known
+    assert isinstance(decide.decide(tx, Call(Create(id="a"))), Response)
+
+
+def test_undo_forgets_late_results_and_calls(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    rules.advance(rules.policy.lock_ttl_ms + rules.policy.stuck_after_ms)
+    rules.accept(Recover(limit=1))
+    for command in (Complete(id="a", lock_id=lock_id), Progress(id="a", lock_id=lock_id, progress=1)):
+        tx = Transaction(rules.book, rules.moment, rules.policy)
+        for _ in range(2):
+            assert isinstance(decide.decide(tx, Call(command)), ApiError)
+            assert tx.has_changed, "it is known from the undone command"
+            tx.undo()
+        assert (rules.book.late.results.get(1, []), rules.book.latest_late(1)) == ([], None)
+
+
+def test_a_rule_that_raises_leaves_nothing(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules.held()
+    before = snapshot(rules.book)
+    monkeypatch.setattr(transitions, "job_answer", lambda *_: 1 / 0)
+    tx = Transaction(rules.book, rules.moment, rules.policy)
+    with pytest.raises(ZeroDivisionError):
+        decide.decide(tx, Call(Cancel(id="a")))
+    assert (snapshot(rules.book), tx.changes) == (before, [])
