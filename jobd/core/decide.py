@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-from typing import assert_never
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
-from jobd.core import late_result_rules, maintenance_rules, operator_rules, plan_rules, queries
+from jobd.core import late_result_rules, maintenance_rules, operator_rules, plan_rules, queries, worker_rules
 from jobd.core.transaction import Transaction
-from jobd.core.worker_rules import (
-    _PLANNED,
-    bulk,
-    cancel,
-    claim,
-    complete,
-    create,
-    extend,
-    extend_lock,
-    fail,
-    progress,
-    release,
-    release_lock,
-    start,
-    undelivered,
-)
 from jobd.model.commands import (
     Adopt,
-    AnyCommand,
+    ApplyEndings,
     ApplyPlan,
     AuditLog,
     Bulk,
     Call,
     Cancel,
     Claim,
+    Command,
     Complete,
     Create,
     Delete,
@@ -65,6 +51,7 @@ from jobd.model.commands import (
     Report,
     Resume,
     RunNow,
+    SearchJobs,
     Start,
     Stats,
     TakeBack,
@@ -80,108 +67,97 @@ from jobd.model.commands import (
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Response
 
+Rule = Callable[[Transaction, Any], Response | ApiError]
+
+
+def _accept(tx: Transaction, command: Command) -> Response:
+    """Accept a command that changes no job."""
+    return Response(EmptyResponse())
+
+
+_PLANNED: Final[plan_rules.Rules] = {
+    "retry": operator_rules.force_reset,
+    "force-reset": operator_rules.force_reset,
+    "cancel": worker_rules.cancel,
+    "force-fail": operator_rules.force_fail,
+    "delete": operator_rules.delete,
+    "recover-stuck": maintenance_rules.recover_one,
+    "cleanup": maintenance_rules.clean_one,
+}
+
+
+def _apply_plan(tx: Transaction, command: ApplyPlan) -> Response:
+    return plan_rules.apply(tx, command, _PLANNED)
+
+
+RULES: Final[Mapping[type[Command], Rule]] = {
+    Claim: worker_rules.claim,
+    Create: worker_rules.create,
+    Bulk: worker_rules.bulk,
+    Start: worker_rules.start,
+    Progress: worker_rules.progress,
+    Extend: worker_rules.extend,
+    Complete: worker_rules.complete,
+    Fail: worker_rules.fail,
+    Release: worker_rules.release,
+    Cancel: worker_rules.cancel,
+    Undelivered: worker_rules.undelivered,
+    ExtendLock: worker_rules.extend_lock,
+    ReleaseLock: worker_rules.release_lock,
+    ForceFail: operator_rules.force_fail,
+    ForceReset: operator_rules.force_reset,
+    Transition: operator_rules.transition,
+    RunNow: operator_rules.run_now,
+    Update: operator_rules.update,
+    Delete: operator_rules.delete,
+    Pause: operator_rules.pause,
+    Resume: operator_rules.resume,
+    Import: operator_rules.import_job,
+    ImportCheck: operator_rules.check_import,
+    Adopt: late_result_rules.adopt,
+    ApplyPlan: _apply_plan,
+    ApplyEndings: _apply_plan,
+    Preview: maintenance_rules.preview,
+    TakeBack: maintenance_rules.take_back,
+    Recover: maintenance_rules.recover,
+    Expire: maintenance_rules.expire,
+    DeleteExpired: maintenance_rules.delete_expired,
+    RepairJobs: maintenance_rules.mend,
+    ExtendAfterPause: maintenance_rules.credit_absence,
+    EndGrants: maintenance_rules.end_grants,
+    EndPauses: maintenance_rules.end_pauses,
+    Get: queries.answer,
+    GetVersion: queries.answer,
+    Timeline: queries.answer,
+    Why: queries.answer,
+    Validate: queries.answer,
+    LateResults: queries.answer,
+    ListJobs: queries.answer,
+    SearchJobs: queries.answer,
+    Queues: queries.answer,
+    Workers: queries.answer,
+    Stats: queries.answer,
+    Locks: queries.answer,
+    Export: queries.answer,
+    AuditLog: queries.answer,
+    Tick: _accept,
+    Ping: _accept,
+    Report: _accept,
+    RecordAction: _accept,
+}
+
 
 def decide(tx: Transaction, call: Call) -> Response | ApiError:
     """Decide `call` in the transaction. If its rule raises, or it is a dry run, its changes are undone."""
     tx.begin(call)
+    command = call.command
     try:
-        moved = None if call.expected is None else plan_rules.moved(tx, call.command, call.expected)
-        response = moved or _answer(tx, call.command)
+        if call.expected is not None and (moved := plan_rules.moved(tx, command, call.expected)) is not None:
+            return moved
+        response = RULES[type(command)](tx, command)
     except Exception:
         tx.undo()
         raise
     if tx.is_dry_run:
         tx.undo()
     return response
-
-
-def _answer(tx: Transaction, command: AnyCommand) -> Response | ApiError:
-    match command:
-        case Claim():
-            return claim(tx, command)
-        case Create():
-            return create(tx, command)
-        case Start():
-            return start(tx, command)
-        case Complete():
-            return complete(tx, command)
-        case Progress():
-            return progress(tx, command)
-        case Extend():
-            return extend(tx, command)
-        case Fail():
-            return fail(tx, command)
-        case Release():
-            return release(tx, command)
-        case Cancel():
-            return cancel(tx, command)
-        case Bulk():
-            return bulk(tx, command)
-        case Undelivered():
-            return undelivered(tx, command)
-        case (
-            Get()
-            | GetVersion()
-            | Timeline()
-            | Why()
-            | Validate()
-            | LateResults()
-            | ListJobs()
-            | Queues()
-            | Workers()
-            | Stats()
-            | Locks()
-            | Export()
-            | AuditLog()
-        ):
-            return queries.answer(tx, command)
-        case ForceFail():
-            return operator_rules.force_fail(tx, command)
-        case ForceReset():
-            return operator_rules.force_reset(tx, command)
-        case Transition():
-            return operator_rules.transition(tx, command)
-        case ExtendLock():
-            return extend_lock(tx, command)
-        case ReleaseLock():
-            return release_lock(tx, command)
-        case RunNow():
-            return operator_rules.run_now(tx, command)
-        case Update():
-            return operator_rules.update(tx, command)
-        case Adopt():
-            return late_result_rules.adopt(tx, command)
-        case Delete():
-            return operator_rules.delete(tx, command)
-        case Pause():
-            return operator_rules.pause(tx, command)
-        case Resume():
-            return operator_rules.resume(tx, command)
-        case ImportCheck():
-            return operator_rules.check_import(tx, command)
-        case Import():
-            return operator_rules.import_job(tx, command)
-        case ApplyPlan():
-            return plan_rules.apply(tx, command, _PLANNED)
-        case Preview():
-            return maintenance_rules.preview(tx, command)
-        case TakeBack():
-            return maintenance_rules.take_back(tx, command)
-        case Recover():
-            return maintenance_rules.recover(tx, command)
-        case Expire():
-            return maintenance_rules.expire(tx, command)
-        case DeleteExpired():
-            return maintenance_rules.delete_expired(tx, command)
-        case RepairJobs():
-            return maintenance_rules.mend(tx, command)
-        case ExtendAfterPause():
-            return maintenance_rules.credit_absence(tx, command)
-        case EndGrants():
-            return maintenance_rules.end_grants(tx, command)
-        case EndPauses():
-            return maintenance_rules.end_pauses(tx)
-        case Tick() | Ping() | Report() | RecordAction():
-            return Response(EmptyResponse())
-        case _:
-            assert_never(command)

@@ -16,6 +16,7 @@ from jobd.core.validation import counts, safe_fixes, validate
 from jobd.model.commands import (
     DeleteExpired,
     EndGrants,
+    EndPauses,
     Expire,
     ExtendAfterPause,
     JobCommand,
@@ -199,7 +200,7 @@ def _is_past(job: Job, at: Moment) -> bool:
     return not at.suspect and job.status in FINISHED and job.expires_at is not None and job.expires_at <= at.now
 
 
-def end_pauses(tx: Transaction) -> Response:
+def end_pauses(tx: Transaction, command: EndPauses) -> Response:
     """Resume the queues whose pause is over, by the trusted wall time."""
     over = [
         name for name, pause in tx.state.paused.items() if pause.until is not None and pause.until <= tx.at.believed

@@ -199,7 +199,8 @@ def import_job(tx: Transaction, command: Import) -> Response | ApiError:
         return transitions.too_many_jobs(tx)
     if (refusal := transitions.refuse_queue(tx, command.queue)) is not None:
         return refusal
-    job = tx.create(_imported(tx, command), "imported", bytes(command.payload), "")
+    job = _imported(tx, command)
+    tx.create(job, "imported", bytes(command.payload), "")
     if job.status == "processing":
         transitions.stall(tx, job, "The job was processing when it was imported; its worker is unknown here.")
     return Response(Imported(command.id, skipped=False), status=201)

@@ -251,7 +251,7 @@ class Fifo:
 
     def takes(self, job: CompactJob) -> bool:
         """Return whether `job` belongs after all others."""
-        if not self:
+        if self._first >= len(self._jobs):
             return True
         last = self._jobs[-1]
         return last.created_at <= job.created_at and last.seq < job.seq
@@ -369,7 +369,7 @@ class QueuedJobs:
             return self.add(kind, short_entry(job), now)
         lane.live += 1
         lane.line.append(job)
-        if lane.line.first(self._waits) is job:
+        if self._count > 1 and lane.line.first(self._waits) is job:
             self.offer(lane, now)
         return lane
 
@@ -382,11 +382,12 @@ class QueuedJobs:
         self.offer(lane, now)
         return lane
 
-    def remove(self, kind: str, entry: DueEntry, now: int) -> Lane | None:
+    def remove(self, kind: str, entry: DueEntry, now: int, *, is_compact: bool = False) -> Lane | None:
         """Remove a job; a compact one no longer waits. Return its lane if that is now empty."""
         lane = self.lanes[kind][entry[0]]
         lane.live -= 1
-        lane.others.remove(entry)
+        if not is_compact or lane.others:
+            lane.others.remove(entry)
         if lane.live == 0:
             self._end_lane(kind, entry[0])
             return lane

@@ -20,7 +20,6 @@ from jobd.core.worker_presence import WorkerPresence
 from jobd.model.events import Event, QueuePause
 from jobd.model.job import (
     FINISHED,
-    LIVE,
     LOOP_FROM,
     STATUSES,
     CompactJob,
@@ -246,9 +245,12 @@ class Book:
 
     def reindex(self, before: Job | None, after: Job | None) -> None:
         """Replace the row of a job in every order and counter. None: no such job. Exchange both to undo it."""
+        if before is not None and after is not None and _is_same_grant(before, after):
+            self._renew(before, after)
+            return
         self._count(before, after)
         if before is not None:
-            self._leave(before, after)
+            self._leave(before)
         if after is not None:
             self._enter(before, after)
 
@@ -330,38 +332,48 @@ class Book:
 
     # -- moving jobs between the orders --------------------------------------------------------------------------------
 
-    def _leave(self, job: Job, after: Job | None) -> None:
+    def _leave(self, job: Job) -> None:
         if job.releases >= LOOP_FROM:
             self.release_loops.pop(job.id, None)
-        if after is None or after.status not in LIVE:
-            self.jobs.drop(job.id)
-        if job.status not in LIVE:
-            self._drop_finished(job.id)
         if job.status == "queued":
-            if after is not None and after.status in LIVE:
-                self.jobs.keep(after)  # makes its old entries stale
-            self._leave_queue(job)
+            self._leave_queue(job, is_compact=self.jobs.drop(job.id))
         elif job.status == "processing":
+            self.jobs.drop(job.id)
             self.started_sum -= job.started_at or job.created_at
-            if after is None or after.status != "processing" or _lock(after) != _lock(job):
-                self._end_processing(job)  # a processing job gets another grant only in a rollback
+            self._end_processing(job)
+        else:
+            self._drop_finished(job.id)
 
     def _enter(self, before: Job | None, job: Job) -> None:
-        if job.status not in LIVE:
+        if job.status == "queued":
+            short = compact(job) if before is None else None
+            if short is None:
+                self.jobs.keep(job)
+            else:
+                self.jobs.keep_short(short)
+            self._enter_queue(job, short)
+        elif job.status == "processing":
+            self.jobs.keep(job)
+            self.started_sum += job.started_at or job.created_at
+            self._hold(job)
+        else:
             self.loaded(job)
             return
-        short = compact(job) if before is None and job.status == "queued" else None
         if job.releases >= LOOP_FROM and is_release_loop(job):
             self.release_loops[job.id] = job.releases
-        if short is None:
-            self.jobs.keep(job)
-        else:
-            self.jobs.keep_short(short)
-        if job.status == "queued":
-            self._enter_queue(job, short)
-        else:
-            self.started_sum += job.started_at or job.created_at
-            self._hold(before, job)
+
+    def _renew(self, before: Job, job: Job) -> None:
+        """Replace the row of a processing job that has the same grant."""
+        self.jobs.keep(job)
+        self.processing[job.id] = job
+        if before.releases >= LOOP_FROM or job.releases >= LOOP_FROM:
+            self.release_loops.pop(job.id, None)
+            if is_release_loop(job):
+                self.release_loops[job.id] = job.releases
+        if before.started_at != job.started_at or before.created_at != job.created_at:  # repaired
+            self.started_sum += (job.started_at or job.created_at) - (before.started_at or before.created_at)
+        if job.lease is not before.lease:
+            self._hold(job)
 
     def _enter_all(self, jobs: Iterable[CompactJob]) -> None:
         """Add compact jobs to an empty book, at a quarter of the cost of single ones."""
@@ -408,13 +420,14 @@ class Book:
             self._lanes[lane] = None
             self._lanes.move_to_end(lane)
 
-    def _leave_queue(self, job: Job) -> None:
-        queued = self._queued[job.options.queue]
-        ended = queued.remove(job.options.kind, entry_of(job), self._now)
+    def _leave_queue(self, job: Job, *, is_compact: bool) -> None:
+        options = job.options
+        queued = self._queued[options.queue]
+        ended = queued.remove(options.kind, entry_of(job), self._now, is_compact=is_compact)
         if ended is not None:
             del self._lanes[ended]
             if not queued.lanes:
-                del self._queued[job.options.queue]
+                del self._queued[options.queue]
         if job.expires_at is not None:
             self._expiries.remove((job.expires_at, job.seq, job.id))
 
@@ -436,19 +449,20 @@ class Book:
             self._wakes.push((run_at, lane.name))
             self._wakes.trim(len(self._lanes), self._is_wake)
 
-    def _hold(self, before: Job | None, job: Job) -> None:
-        self.processing[job.id] = job
-        if job.grant is None or job.lease is None:
+    def _hold(self, job: Job) -> None:
+        """Keep a job that is processing, or has another lease."""
+        job_id, grant, lease = job.id, job.grant, job.lease
+        self.processing[job_id] = job
+        if grant is None or lease is None:
             self._unsort(job)
-            self.unheld[job.id] = None  # an invalid row; validation reports it
+            self.unheld[job_id] = None  # an invalid row; validation reports it
             return
-        if before is None or before.grant is None or before.grant.lock_id != job.grant.lock_id:
-            self.presence.holds(job.grant.worker, job.id, job.updated_at)
+        self.presence.holds(grant.worker, job_id, job.updated_at)
+        known = self._deadline_of.get(job_id)
         # An entry that is too early is checked again when it comes up, so moving a deadline costs nothing here.
-        # Deadlines move back only in a rollback.
-        known = self._deadline_of.get(job.id)
-        too_late = known is None or known > job.lease.expires or known > job.lease.stuck
-        if too_late or job.id in self.expired_locks or job.id in self.cleared_locks:
+        # Deadlines move back only if they are undone.
+        too_late = known is None or known > lease.expires or known > lease.stuck
+        if too_late or job_id in self.expired_locks or job_id in self.cleared_locks:
             self._schedule(job)
 
     def _end_processing(self, job: Job) -> None:
@@ -509,16 +523,18 @@ class Book:
     def _count(self, before: Job | None, after: Job | None) -> None:
         # A job never changes its queue, but undo can replace it by another job of the same id. Rows with an unknown
         # status, from manual edits, are not counted.
-        is_counted = False
-        if after is not None and after.status in self.totals:
-            is_counted = True
-            self._counts_of(after.options.queue)[after.status] += 1
-            self.totals[after.status] += 1
-        if before is not None and before.status in self.totals:
-            self._counts_of(before.options.queue)[before.status] -= 1
-            self.totals[before.status] -= 1
-            if not is_counted or after is None or after.options.queue != before.options.queue:
-                self._end_if_empty(before.options.queue)
+        totals = self.totals
+        queue = None
+        if after is not None and after.status in totals:
+            queue = after.options.queue
+            self._counts_of(queue)[after.status] += 1
+            totals[after.status] += 1
+        if before is not None and before.status in totals:
+            former = before.options.queue
+            self._counts_of(former)[before.status] -= 1
+            totals[before.status] -= 1
+            if former != queue:
+                self._end_if_empty(former)
 
     def _count_as(self, place: tuple[str, str] | None, step: int) -> None:
         """Add `step` to the finished jobs of a queue and status."""
@@ -571,8 +587,10 @@ def _call_of(event: Event) -> tuple[int, int, str]:
     return event.job_seq, details["fencing_token"], details["verb"]
 
 
-def _lock(job: Job) -> str | None:
-    return None if job.grant is None else job.grant.lock_id
+def _is_same_grant(before: Job, after: Job) -> bool:
+    if before.status != "processing" or after.status != "processing" or before.grant is None or after.grant is None:
+        return False
+    return before.grant.lock_id == after.grant.lock_id
 
 
 def _metadata_bytes(job: Job) -> int:
@@ -627,7 +645,9 @@ class LiveJobs(Mapping[str, Job]):
         """Add compact jobs that are not present yet."""
         self._short.update({job.id: job for job in jobs})
 
-    def drop(self, job_id: str) -> None:
-        """Remove the job if it is present."""
-        if self._short.pop(job_id, None) is None:
-            self._whole.pop(job_id, None)
+    def drop(self, job_id: str) -> bool:
+        """Remove the job if it is present. Return whether it was compact."""
+        if self._short.pop(job_id, None) is not None:
+            return True
+        self._whole.pop(job_id, None)
+        return False

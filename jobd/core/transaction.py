@@ -18,62 +18,73 @@ from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, LateResult, Po
 
 
 class Transaction:
-    """The changes of one batch. `changes` and `checked` are those of all its commands, `call` is the current command.
+    """The changes of one batch. `call` is the current command; the lists are those of all commands so far.
 
-    The changes of a dry run are not applied to the state, so that it costs nothing and leaves no trace.
-    `checked` has the seqs of jobs whose rows were validated. `pauses` has the pause of each changed queue before the
-    batch.
+    `checked` has the seqs of jobs whose rows were validated, `ended` the lock ids of ended grants, `payloads` those of
+    new jobs by seq, and `pauses` the pause of each changed queue before the batch. The changes of a dry run are not
+    applied to the state, so that it costs nothing and leaves no trace.
     """
 
     __slots__ = (
-        "_first", "_first_checked", "_numbers", "_pauses",
-        "at", "call", "changes", "checked", "is_dry_run", "pauses", "policy", "state",
+        "_mark", "_pauses",
+        "at", "call", "changes", "checked", "ended", "is_dry_run", "now", "pauses", "payloads", "policy", "state",
     )  # fmt: skip
 
     def __init__(self, state: Book, at: Moment, policy: Policy) -> None:
         self.state = state
         self.at = at
+        self.now = at.now
         self.policy = policy
         self.changes: list[Change] = []
         self.checked: list[int] = []
+        self.ended: list[str] = []
+        self.payloads: dict[int, bytes] = {}
         self.pauses: dict[str, QueuePause | None] = {}
         self._pauses: dict[str, QueuePause | None] = {}  # of the queues that the current command changed, before it
-        self._first = 0  # the changes before the current command
-        self._first_checked = 0
-        self._numbers = (0, 0, 0, 0)
+        self._mark = (0, 0, 0, 0, 0, 0, 0)  # lengths of the lists and numbers before the current command
         self.is_dry_run = False
 
     def begin(self, call: Call) -> None:
         """Begin the next command."""
         state = self.state
         self.call = call
-        self._numbers = state.next_event, state.next_job, state.epoch, state.next_token
-        self._first = len(self.changes)
-        self._first_checked = len(self.checked)
         self.is_dry_run = is_dry_run(call.command)
+        self._mark = (
+            len(self.changes),
+            len(self.checked),
+            len(self.ended),
+            state.next_event,
+            state.next_job,
+            state.epoch,
+            state.next_token,
+        )
         if self._pauses:
             self._pauses = {}
 
     @property
     def has_changed(self) -> bool:
         """Whether the current command has changed anything."""
-        return len(self.changes) > self._first
+        return len(self.changes) > self._mark[0]
 
     def changed(self) -> list[Change]:
         """Return the changes of the current command."""
-        return self.changes[self._first :]
+        return self.changes[self._mark[0] :]
 
     def undo(self) -> None:
         """Undo the current command. Its numbers are assigned again, because no response has them."""
         state = self.state
         undone = self.changed()
-        del self.changes[self._first :], self.checked[self._first_checked :]
+        changes, checked, ended, *numbers = self._mark
+        del self.changes[changes:], self.checked[checked:], self.ended[ended:]
         if not self.is_dry_run:
             self._restore(undone, self._pauses)
         self._pauses = {}
-        state.next_event, state.next_job, state.epoch, state.next_token = self._numbers
-        for job_id in [change.event.job_id for change in undone if change.request_hash]:
-            state.request_hashes.pop(job_id, None)
+        state.next_event, state.next_job, state.epoch, state.next_token = numbers
+        for change in undone:
+            if change.before is None:
+                self.payloads.pop(change.event.job_seq, None)
+                if change.request_hash:
+                    state.request_hashes.pop(change.event.job_id, None)
 
     def roll_back(self) -> None:
         """Undo all changes, because the batch was not written. Its numbers stay used."""
@@ -81,18 +92,19 @@ class Transaction:
 
     # -- changes ------------------------------------------------------------------------------------------------------
 
-    def create(self, job: Job, event_type: EventType, payload: bytes, request_hash: str) -> Job:
+    def create(self, job: Job, event_type: EventType, payload: bytes, request_hash: str) -> None:
         """Add a new job. Its number was assigned by `job_number`."""
-        event = self._event(job, None, job.status, event_type, None, None, None, initial_changes(job))
+        event = self._event(job, None, job.status, event_type, self.call.by, None, None, initial_changes(job))
         self.changes.append(Change(None, job, event, payload, request_hash))
-        if not self.is_dry_run:
-            state = self.state
-            if request_hash:
-                state.request_hashes[job.id] = request_hash
-            if event_type == "imported":
-                state.suspects[job.seq] = job.id
-            state.reindex(None, job)
-        return job
+        if self.is_dry_run:
+            return
+        state = self.state
+        self.payloads[job.seq] = payload
+        if request_hash:
+            state.request_hashes[job.id] = request_hash
+        if event_type == "imported":
+            state.suspects[job.seq] = job.id
+        state.reindex(None, job)
 
     def update(
         self,
@@ -107,22 +119,32 @@ class Transaction:
     ) -> Job:
         """Set `fields` of `job` and its `updated_at`; return the new row. `worker` is the one that makes the call."""
         # The times of a job stay in order even if the wall clock stepped back.
-        started_at, finished_at = fields.get("started_at", job.started_at), fields.get("finished_at", job.finished_at)
-        fields["updated_at"] = max(self.at.now, job.created_at, started_at or 0, finished_at or 0)
+        updated_at = max(self.now, job.created_at)
+        if (started_at := fields.get("started_at", job.started_at)) is not None and started_at > updated_at:
+            updated_at = started_at
+        if (finished_at := fields.get("finished_at", job.finished_at)) is not None and finished_at > updated_at:
+            updated_at = finished_at
+        fields["updated_at"] = updated_at
         after = replace(job, **fields)
         if worker is not None:
             by = f"worker:{worker}"
-            self.state.presence.saw(worker, self.at.now)
-        event = self._event(job, job.status, after.status, event_type, by, reason, details, Changes(**fields))
+            self.state.presence.saw(worker, self.now)
+        event = self._event(
+            job, job.status, after.status, event_type, by or self.call.by, reason, details, Changes(**fields)
+        )
         self.changes.append(Change(job, after, event))
         if not self.is_dry_run:
+            if job.grant is not None and after.grant is not job.grant:
+                self.ended.append(job.grant.lock_id)
             self.state.reindex(job, after)
         return after
 
     def delete(self, job: Job, reason: str | None = None) -> None:
-        event = self._event(job, job.status, None, "deleted", None, reason, None, None)
+        event = self._event(job, job.status, None, "deleted", self.call.by, reason, None, None)
         self.changes.append(Change(job, None, event))
         if not self.is_dry_run:
+            if job.grant is not None:
+                self.ended.append(job.grant.lock_id)
             self.state.reindex(job, None)
 
     def keep_late(self, job: Job, late: LateResult, reason: str, details: dict[str, Any]) -> LateResult:
@@ -217,12 +239,12 @@ class Transaction:
         self.pauses.setdefault(queue, before)
         self._pauses.setdefault(queue, before)
         by = self.call.by
-        event = Event(self._event_number(), self.at.now, event_type, 0, "", queue, None, None, by, reason, details)
+        event = Event(self._event_number(), self.now, event_type, 0, "", queue, None, None, by, reason, details)
         self.changes.append(Change(None, None, event))
         self.state.set_paused(queue, pause)
 
     def _note(self, job: Job, event_type: EventType, worker: str, reason: str, details: dict[str, Any]) -> Event:
-        self.state.presence.saw(worker, self.at.now)
+        self.state.presence.saw(worker, self.now)
         return self._event(job, job.status, job.status, event_type, f"worker:{worker}", reason, details, None)
 
     def _event(
@@ -231,21 +253,21 @@ class Transaction:
         before: str | None,
         after: str | None,
         event_type: EventType,
-        by: str | None,
+        by: str,
         reason: str | None,
         details: dict[str, Any] | None,
         changes: Changes | None,
     ) -> Event:
         return Event(
             self._event_number(),
-            self.at.now,
+            self.now,
             event_type,
             job.seq,
             job.id,
             job.options.queue,
             before,
             after,
-            by or self.call.by,
+            by,
             reason,
             details,
             changes,

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from hashlib import blake2b
 from itertools import islice
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
-from jobd.core import late_result_rules, maintenance_rules, operator_rules, plan_rules, transitions, views
+from jobd.core import late_result_rules, operator_rules, transitions, views
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     AnyCommand,
@@ -358,17 +358,6 @@ def cancel(tx: Transaction, command: Cancel) -> Response | ApiError:
     return transitions.job_answer(
         tx, transitions.finish(tx, job, "cancelled", "cancelled", ended, {}, reason=command.reason)
     )
-
-
-_PLANNED: Final[plan_rules.Rules] = {
-    "retry": operator_rules.force_reset,
-    "force-reset": operator_rules.force_reset,
-    "cancel": cancel,
-    "force-fail": operator_rules.force_fail,
-    "delete": operator_rules.delete,
-    "recover-stuck": maintenance_rules.recover_one,
-    "cleanup": maintenance_rules.clean_one,
-}
 
 
 # -- the holder of a job ----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from heapq import heappop, heappush
+from typing import Final
 
 import msgspec
 import structlog
@@ -20,6 +21,7 @@ from jobd.engine.idempotency import Keys
 from jobd.engine.mailbox import Envelope
 from jobd.engine.waiting_claims import Parked
 from jobd.model.commands import (
+    AnyCommand,
     Call,
     Claim,
     Command,
@@ -41,6 +43,9 @@ from jobd.model.responses import Grants, Response
 from jobd.model.storage import AuditEntry, Batch, LateResultRows, StoredResponse, audit_share, tombstones
 
 log = structlog.get_logger("jobd.actor")
+
+_GRANTING: Final = frozenset({Start, Claim})
+_NOTED: Final = frozenset({Start, Claim, Undelivered, Tick, EndGrants, Report})
 
 
 class Known(Struct):
@@ -64,9 +69,7 @@ class DecidedBatch(Struct):
     unmark: bool = False
     served: list[Envelope] = field(default_factory=list)  # parked claims that this batch answers
     parked: list[Envelope] = field(default_factory=list)  # claims that this batch parked
-    payloads: dict[int, bytes] = field(default_factory=dict)  # of the jobs that this batch makes
     audit: list[AuditEntry] = field(default_factory=list)
-    ended: list[str] = field(default_factory=list)  # lock ids that are no longer those of current grants
     is_filled: bool = False  # the answers show all payloads that they have to
 
     @property
@@ -84,14 +87,14 @@ class DecidedBatch(Struct):
             return []
         answers = (answer for _, answer in self.replies if isinstance(answer, Response))
         seqs = dict.fromkeys(seq for answer in answers for seq, _ in answer.unread_payloads)
-        return [seq for seq in seqs if seq not in self.payloads and seq not in self.known.payloads]
+        return [seq for seq in seqs if seq not in self.tx.payloads and seq not in self.known.payloads]
 
     def fill(self, read: dict[int, bytes]) -> None:
         """Put the payloads into the job views of the answers, once."""
         if self.is_filled:
             return
         self.is_filled = True
-        payloads = self.known.payloads | self.payloads | read
+        payloads = self.known.payloads | self.tx.payloads | read
         for _, answer in self.replies:
             if isinstance(answer, Response):
                 for seq, shown in answer.unread_payloads:
@@ -139,15 +142,15 @@ class Decider:
         self.book.late = known.late
         self.book.advance(at.now, at.lease)
         if serves:
-            self._serve_parked(plan, policy)
+            self._serve_parked(plan)
         for asked in batch:
-            if isinstance(asked.call.command, (Start, Claim)) and asked.key is None and asked.is_abandoned:
+            if type(asked.call.command) in _GRANTING and asked.key is None and asked.is_abandoned:
                 continue  # nobody is left to take the grant
-            answer = self._decide_one(plan, asked, policy)
+            answer = self._decide_one(plan, asked)
             if answer is not None:
                 plan.replies.append((asked, answer))
             if serves and self._became_due:
-                self._serve_parked(plan, policy)
+                self._serve_parked(plan)
         return plan
 
     def batch(self, plan: DecidedBatch, policy: Policy) -> Batch:
@@ -173,7 +176,7 @@ class Decider:
         """The plan is on disk."""
         self.keys.commit()
         self.book.clock_suspect = plan.at.suspect
-        for lock_id in plan.ended:
+        for lock_id in plan.tx.ended:
             self._handed.pop(lock_id, None)
         for change in plan.changes:
             if change.after is None:
@@ -212,7 +215,7 @@ class Decider:
 
     # -- one command --------------------------------------------------------------------------------------------------
 
-    def _decide_one(self, plan: DecidedBatch, asked: Envelope, policy: Policy) -> Response | ApiError | None:
+    def _decide_one(self, plan: DecidedBatch, asked: Envelope) -> Response | ApiError | None:
         """The answer to one command, or None where it waits: parked, or for its first call that is parked."""
         command = asked.call.command
         key = asked.key
@@ -222,22 +225,14 @@ class Decider:
             first = self.parked.waiting_with(key.digest)
             if first is not None and first is not asked:
                 return _join(first, asked)
-            known = self._known_answer(plan, asked, key, policy)
+            known = self._known_answer(plan, asked, key)
             if known is not None:
                 return known  # on a full disk too: what was done is not refused afterwards
         refusal = self._refuse(command)
-        if refusal is not None and not (
-            isinstance(command, Complete) and late_result_rules.is_late(self.book, command)
-        ):
+        if refusal is not None and not (type(command) is Complete and late_result_rules.is_late(self.book, command)):
             return refusal  # who has lost the lock hears that on a full disk too: it writes nothing
-        if isinstance(command, (Start, Claim)):
-            self.book.presence.asks(command)
-        elif isinstance(command, Undelivered) and self._handed.get(command.lock_id, 0) > 0:
-            return ApiError("lock_lost", "Another connection has received this grant.")
-        elif isinstance(command, Tick):
-            plan.tick = True
-        elif isinstance(command, EndGrants):
-            plan.unmark = plan.unmark or command.last
+        if type(command) in _NOTED and (refusal := self._note(plan, command)) is not None:
+            return refusal
         response = self._decided(plan, asked.call)
         if isinstance(command, Claim) and self._parks(command, response):
             asked.deadline = self._loop_time() + command.wait_ms / 1000
@@ -248,26 +243,35 @@ class Decider:
             self._keep_answer(plan, asked, key, response)
         return response
 
+    def _note(self, plan: DecidedBatch, command: AnyCommand) -> ApiError | None:
+        """Note what the batch does beside the change of `command`. Returns why it is refused, if it is."""
+        if isinstance(command, (Start, Claim)):
+            self.book.presence.asks(command)
+        elif isinstance(command, Undelivered):
+            if self._handed.get(command.lock_id, 0) > 0:
+                return ApiError("lock_lost", "Another connection has received this grant.")
+        elif isinstance(command, Tick):
+            plan.tick = True
+        elif isinstance(command, EndGrants):
+            plan.unmark = plan.unmark or command.last
+        elif isinstance(command, Report):
+            plan.report = command.body
+        return None
+
     def _decided(self, plan: DecidedBatch, call: Call) -> Response | ApiError:
         """Decide one command. A bug in a rule costs one command."""
         tx = plan.tx
+        ended = len(tx.ended)
         try:
             response = decide.decide(tx, call)
         except Exception:
             log.exception("rule_failed", command=type(call.command).__name__, by=call.by)
             message = "A rule failed for this command, and nothing was changed. See the log for details."
             return ApiError("internal_error", message)
-        changes = tx.changed()
-        for change in changes:
-            if change.payload is not None:
-                plan.payloads[change.event.job_seq] = change.payload
-            if change.before is not None and change.before.grant is not None and grant_ended(change):
-                self.keys.ended(change.before.grant.lock_id)
-                plan.ended.append(change.before.grant.lock_id)
-        if isinstance(call.command, Report):
-            plan.report = call.command.body
+        for lock_id in tx.ended[ended:]:
+            self.keys.ended(lock_id)
         if call.operator is not None:
-            self._audit(plan, call, response, changes)
+            self._audit(plan, call, response, tx.changed())
         return response
 
     def _audit(self, plan: DecidedBatch, call: Call, response: Response | ApiError, changes: list[Change]) -> None:
@@ -289,7 +293,7 @@ class Decider:
         if self.parked:
             self._became_due[(queue, kind)] = None
 
-    def _serve_parked(self, plan: DecidedBatch, policy: Policy) -> None:
+    def _serve_parked(self, plan: DecidedBatch) -> None:
         """Jobs became due while claims wait for them: who has waited longest is served first, before anybody new.
 
         Longest over all queues at once: a claim may take jobs of a queue for which another has waited longer.
@@ -307,14 +311,14 @@ class Decider:
                 # They stay due for whoever waits, until the disk has room.
                 self._became_due = dict.fromkeys([(queue, kind), *((queue, kind) for _, queue, kind in waiting)])
                 return
-            if asked is not None and (asked.ticket != ticket or self._serve(plan, asked, policy)):
+            if asked is not None and (asked.ticket != ticket or self._serve(plan, asked)):
                 self._line_up(waiting, queue, kind)
 
     def _line_up(self, waiting: list[tuple[int, str, str]], queue: str, kind: str) -> None:
         if (asked := self.parked.first(queue, kind)) is not None:
             heappush(waiting, (asked.ticket, queue, kind))
 
-    def _serve(self, plan: DecidedBatch, asked: Envelope, policy: Policy) -> bool:
+    def _serve(self, plan: DecidedBatch, asked: Envelope) -> bool:
         """Whether the parked claim got something."""
         response = self._decided(plan, asked.call)
         if not isinstance(response, Response) or not response.grants:
@@ -328,9 +332,7 @@ class Decider:
 
     # -- idempotency keys ---------------------------------------------------------------------------------------------
 
-    def _known_answer(
-        self, plan: DecidedBatch, asked: Envelope, key: IdempotencyKey, policy: Policy
-    ) -> Response | ApiError | None:
+    def _known_answer(self, plan: DecidedBatch, asked: Envelope, key: IdempotencyKey) -> Response | ApiError | None:
         """The stored answer of a repeated call; None where it has to be judged."""
         row = self.keys.find(key.digest, plan.at.believed)
         if row is None:
@@ -340,22 +342,20 @@ class Decider:
         if row.body_hash != key.body_hash:
             return _key_reused()
         if row.grants is not None:
-            return self._current_grants(plan, asked, row.grants, policy)
+            return self._current_grants(plan, asked, row.grants)
         stored = row if row.body is not None else plan.known.answers.get(key.digest)
         if stored is None or stored.body is None:
             message = "The stored response of this key is damaged. Check what the first request did and use a new key."
             return ApiError("internal_error", message)
         return Response(Raw(stored.body), status=stored.status, replayed=True)
 
-    def _current_grants(
-        self, plan: DecidedBatch, asked: Envelope, grants: list[tuple[str, str]], policy: Policy
-    ) -> Response | None:
+    def _current_grants(self, plan: DecidedBatch, asked: Envelope, grants: list[tuple[str, str]]) -> Response | None:
         """The grants of the first call that are still current; None where none is: the call is judged anew."""
         answer = Response(Grants([]), unread_payloads=[], grants=[], replayed=True)
         for job_id, lock_id in grants:
             if self.book.holds(job_id, lock_id):
                 job = self.book.jobs[job_id]
-                shown = views.job_view(job, plan.at, policy, admin=asked.call.admin)
+                shown = views.job_view(job, plan.at, plan.tx.policy, admin=asked.call.admin)
                 answer.data.grants.append(views.grant_view(job, plan.at, shown))
                 answer.unread_payloads.append((job.seq, shown))
                 answer.grants.append((job_id, lock_id))
@@ -376,7 +376,7 @@ class Decider:
             self._hand(asked, answer, len(asked.futures))
             self.keys.add(StoredResponse(key.digest, key.body_hash, plan.at.believed, grants=list(answer.grants)))
             return
-        known = plan.known.payloads | plan.payloads
+        known = plan.known.payloads | plan.tx.payloads
         for seq, shown in answer.unread_payloads:
             shown.payload = Raw(known[seq])
         answer.unread_payloads = []
@@ -387,13 +387,6 @@ class Decider:
         if asked.key is not None:
             for _, lock_id in answer.grants:
                 self._handed[lock_id] += connections
-
-
-def grant_ended(change: Change) -> bool:
-    """Whether the grant that the job had before is no longer its current one."""
-    before, after = change.before, change.after
-    assert before is not None and before.grant is not None
-    return after is None or after.grant is None or after.grant.lock_id != before.grant.lock_id
 
 
 def _join(first: Envelope, asked: Envelope) -> ApiError | None:

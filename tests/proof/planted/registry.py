@@ -65,7 +65,7 @@ def bug(
 
 
 def plant(planted: Bug, patch: pytest.MonkeyPatch) -> None:
-    """Replace the target of `planted` in its class or module, and under every name by which jobd imported it."""
+    """Replace the target of `planted` in its class or module, in tables, and under every name in a module of jobd."""
     target = planted.target
 
     @functools.wraps(target)
@@ -82,3 +82,6 @@ def plant(planted: Bug, patch: pytest.MonkeyPatch) -> None:
     for other in [other for key, other in sys.modules.items() if key.startswith("jobd.")]:
         for alias in [alias for alias, value in vars(other).items() if value is target]:
             patch.setattr(other, alias, call)
+        for table in [value for value in vars(other).values() if isinstance(value, dict)]:
+            for key in [key for key, value in table.items() if value is target]:
+                patch.setitem(table, key, call)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import reduce
 from operator import and_, or_
-from typing import Any
+from typing import Any, get_args
 from uuid import UUID
 
 import pytest
@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from jobd.core import decide, transitions
 from jobd.core.state import Book
 from jobd.core.transaction import Transaction
-from jobd.model.commands import Call, Cancel, Complete, Create, Moment, Pause, Ping, Progress, Recover
+from jobd.model.commands import AnyCommand, Call, Cancel, Complete, Create, Moment, Pause, Ping, Progress, Recover
 from jobd.model.errors import ApiError
 from jobd.model.events import QueuePause
 from jobd.model.job import COUNTER_MASK, DAY_MS, TOKEN_COUNTER_BITS, Job, Options, Policy, new_epoch
@@ -186,3 +186,7 @@ def test_a_rule_that_raises_leaves_nothing(rules: RuleHarness, monkeypatch: pyte
     with pytest.raises(ZeroDivisionError):
         decide.decide(tx, Call(Cancel(id="a")))
     assert (snapshot(rules.book), tx.changes) == (before, [])
+
+
+def test_every_command_has_a_rule() -> None:
+    assert set(decide.RULES) == set(get_args(AnyCommand))

@@ -123,11 +123,9 @@ def _(find: Any, self: Keys, digest: str, now: int) -> Any:
     breaks="a key answers any request with the first's",
     found_by=SIMULATION,
 )
-def _(
-    known_answer: Any, self: Decider, plan: DecidedBatch, asked: Envelope, key: IdempotencyKey, policy: Policy
-) -> Any:
+def _(known_answer: Any, self: Decider, plan: DecidedBatch, asked: Envelope, key: IdempotencyKey) -> Any:
     row = self.keys.find(key.digest, plan.at.believed)
-    return known_answer(self, plan, asked, key if row is None else replace(key, body_hash=row.body_hash), policy)
+    return known_answer(self, plan, asked, key if row is None else replace(key, body_hash=row.body_hash))
 
 
 @bug(
