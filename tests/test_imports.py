@@ -23,7 +23,8 @@ SOURCES: Final = sorted(PACKAGE.rglob("*.py"))
 ARROWS: Final[dict[str, set[str]]] = {
     "model": set(),
     "core": {"model"},
-    "storage": {"model"},
+    "journal": {"model"},
+    "storage": {"model", "journal"},
     "engine": {"model", "core"},
     "http": {"model", "engine"},
     "webhooks": {"model"},

@@ -136,17 +136,29 @@ def _raising_disk_full() -> Iterator[None]:
 
 
 def mark_copy(path: str, step: BackupProgress | None = None) -> None:
-    """Mark the copy at `path`, turn its write-ahead log off, and check it."""
+    """Mark the copy at `path`, turn its write-ahead log off, and check it.
+
+    The tail of its journal is written into its tables first, because a record in it may remove an earlier mark.
+    """
     with _raising_disk_full(), startup.translated_errors(path), contextlib.closing(_connect(path)) as copy:
         startup.journal_mode(copy, path, "delete")
         copy.execute("PRAGMA synchronous = OFF")  # the file is not in use yet
         startup.check_application_id(copy, path)
         migrations.check_meta(copy, path)
+        if has_tail(copy):
+            startup.project_tail(copy, path)
         copy.execute("BEGIN IMMEDIATE")
-        migrations.change_meta(copy, marked=1)
+        (last,) = copy.execute("SELECT ifnull(max(number), 0) FROM journal").fetchone()
+        migrations.change_meta(copy, marked=last + 1)
         copy.execute("COMMIT")
         with _reporting(copy, step):
             check_whole(copy, path)
+
+
+def has_tail(conn: sqlite3.Connection) -> bool:
+    """Return whether the journal has records that the tables lack. Older schema versions have no journal."""
+    (version,) = conn.execute("PRAGMA user_version").fetchone()
+    return version == migrations.VERSION and conn.execute("SELECT 1 FROM journal LIMIT 1").fetchone() is not None
 
 
 def check_whole(conn: sqlite3.Connection, path: str) -> None:
@@ -215,6 +227,9 @@ def _check_and_copy(file: str, new: str) -> None:
     startup.check_version(file, startup.peek(file))
     with startup.translated_errors(file), startup.read_only(file) as source:
         startup.check_application_id(source, file)
+        migrations.check_meta(source, file)
+        if has_tail(source):
+            startup.check_tail(source, file)
         copy_marked(source, new)
 
 

@@ -6,16 +6,12 @@ A row is a tuple in the order of its columns, with its checksum last.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
-from functools import reduce
-from operator import or_
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import msgspec
-from msgspec import UNSET, Raw, Struct
+from msgspec import Raw
 from msgspec.structs import astuple
 
-from jobd.model.events import GIVEN_BACK, HEARTBEATS, KEEP_HEARTBEATS, ROUTINE, Changes, Event
 from jobd.model.job import Backoff, CompactJob, Failure, Grant, Job, LateResult, Lease, Options, PreviousGrant, Result
 from jobd.model.storage import AuditEntry, Numbers, QueueRow, StoredResponse, Tombstone
 
@@ -92,7 +88,6 @@ AS_CREATED: Final[dict[str, Any]] = {
 }
 _NEW_END: Final = tuple(AS_CREATED[column] for column in JOB_COLUMNS[JOB_COLUMNS.index("progress") :])
 
-EVENT_COLUMNS: Final = Event.__struct_fields__
 KEY_COLUMNS: Final = ("digest", "body_hash", "at", "status", "grants", "answer_crc")
 LATE_COLUMNS: Final = (
     "seq",
@@ -116,6 +111,7 @@ META_COLUMNS: Final = (
     "finished_xor",
     "marked",
     "events_gone_to",
+    "projected_to",
 )
 
 _NO_GRANT: Final = (None,) * 7
@@ -359,143 +355,7 @@ def _missing(part: str, columns: Row) -> str:
 # Events
 
 
-class _Result(Struct, frozen=True, gc=False, array_like=True):
-    """Result as decoded from JSON. Its `metadata` is never None, because msgspec cannot decode Raw | None."""
-
-    download_url: str | None = None
-    file_path: str | None = None
-    storage_key: str | None = None
-    metadata: Raw = Raw(_NULL)
-
-
-def _decoder(read_as: Mapping[type, type]) -> Callable[[bytes], Any]:
-    """Return a decoder for the JSON of Changes. `read_as` maps parts of a job to the types to decode them as."""
-    types = ((field.name, get_args(field.type)) for field in msgspec.structs.fields(Changes))
-    fields = [(name, reduce(or_, (read_as.get(part, part) for part in parts)), UNSET) for name, parts in types]
-    return msgspec.json.Decoder(msgspec.defstruct("_Changes", fields, gc=False)).decode
-
-
-def _with_names(part: type[Struct]) -> type[Struct]:
-    """Return a variant of `part` that is encoded as a JSON object instead of an array."""
-    fields = [(field.name, field.type, field.default) for field in msgspec.structs.fields(part)]
-    return msgspec.defstruct(part.__name__, fields, gc=False)
-
-
-# Up to schema version 8, events stored the parts of a job as JSON objects. Such events can still be in the journal.
-_NAMED: Final[dict[type, type]] = {
-    part: _with_names(part) for part in (Options, Grant, Lease, PreviousGrant, _Result, Failure)
-}
-_PART_OF: Final = {named: part for part, named in _NAMED.items()}
-_decode_changes = _decoder({Result: _Result})
-_decode_named_changes = _decoder({**_NAMED, Result: _NAMED[_Result]})
-_decode_json = msgspec.json.Decoder().decode
 _decode_grants = msgspec.json.Decoder(list[tuple[str, str]]).decode
-
-
-def event_row(event: Event) -> Row:
-    """Return the columns of `event` in the order of EVENT_COLUMNS, without the checksum.
-
-    JSON is a bytearray, because sqlite3 would first search for an adapter for bytes.
-    """
-    return (
-        event.seq,
-        event.at,
-        event.type,
-        event.job_seq,
-        event.job_id,
-        event.queue,
-        event.before,
-        event.after,
-        event.by,
-        event.reason,
-        None if event.details is None else bytearray(_json(event.details)),
-        None if event.changes is None else bytearray(_json(event.changes)),
-    )
-
-
-def event(row: Row) -> Event:
-    """Return the event of an undamaged row."""
-    seq, at, type_, job_seq, job_id, queue_, before, after, by, reason, details, changes, _ = row
-    details = None if details is None else _decode_json(details)
-    changes = None if changes is None else _changes(changes)
-    return Event(seq, at, type_, job_seq, job_id, queue_, before, after, by, reason, details, changes)
-
-
-def _changes(body: bytes) -> Changes:
-    try:
-        read = _decode_changes(body)
-    except msgspec.ValidationError:
-        read = _decode_named_changes(body)
-    return Changes(*map(_part, astuple(read)))
-
-
-def _part(value: Any) -> Any:
-    """Convert a decoded value to the type that Changes declares."""
-    if (part := _PART_OF.get(type(value))) is not None:
-        value = part(*astuple(value))
-    if isinstance(value, _Result):
-        metadata = None if bytes(value.metadata) == _NULL else value.metadata.copy()
-        return Result(value.download_url, value.file_path, value.storage_key, metadata)
-    return value
-
-
-def thin(events: list[Event]) -> tuple[list[int], list[Event]]:
-    """Return the seqs of heartbeats in one job's journal that can be deleted, and the events that change.
-
-    The last KEEP_HEARTBEATS of each type and grant are kept. The values that a deleted event set are merged into the
-    next event, so that folding gives the same row as before. `events` are in order and begin at a grant or earlier.
-    """
-    seen = dict.fromkeys(HEARTBEATS, 0)
-    gone: set[int] = set()
-    for event in reversed(events):
-        if event.type in HEARTBEATS:
-            seen[event.type] += 1
-            if seen[event.type] > KEEP_HEARTBEATS:
-                gone.add(event.seq)
-        elif event.type == "granted":
-            seen = dict.fromkeys(HEARTBEATS, 0)
-    return sorted(gone), _carried(events, gone)
-
-
-def compact(events: list[Event]) -> tuple[list[int], list[Event]]:
-    """Return the seqs of events in a part of one job's journal that can be deleted: their grants were given back.
-
-    Events before the first grant are kept, and so is the last grant. Also return the events that change; as in `thin`,
-    folding gives the same row as before.
-    """
-    gone: set[int] = set()
-    routine: list[int] = []  # events of the current grant; none before the first grant
-    is_given_back = False
-    for event in events:
-        if event.type == "granted":
-            if is_given_back:
-                gone.update(routine)
-            routine, is_given_back = [event.seq], False
-        elif routine and event.type in ROUTINE:
-            routine.append(event.seq)
-            is_given_back = is_given_back or event.type in GIVEN_BACK
-    return sorted(gone), _carried(events, gone)
-
-
-def _carried(events: list[Event], gone: set[int]) -> list[Event]:
-    """Return the events that carry the values set by `gone` events before them."""
-    changed: list[Event] = []
-    carried: Changes | None = None
-    for event in events:
-        both = _merged(carried, event.changes)
-        if event.seq in gone:
-            carried = both
-        elif carried is not None:
-            changed.append(msgspec.structs.replace(event, changes=both))
-            carried = None
-    return changed
-
-
-def _merged(first: Changes | None, then: Changes | None) -> Changes | None:
-    if first is None or then is None:
-        return then if first is None else first
-    later = {n: v for n in Changes.__struct_fields__ if (v := getattr(then, n)) is not UNSET}
-    return msgspec.structs.replace(first, **later)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

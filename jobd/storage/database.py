@@ -15,23 +15,18 @@ from typing import Any, Final, TypeVar
 
 from msgspec.structs import replace
 
-from jobd.model.events import GIVEN_BACK, HEARTBEATS, KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_HEARTBEATS, Change, Event
+from jobd.journal.facts import EVENT_COLUMNS
 from jobd.model.fingerprints import fingerprint_of_bytes
-from jobd.model.job import LIVE
 from jobd.model.storage import (
     BadRows,
-    Batch,
     DiskFull,
     Numbers,
     Payload,
     Quarantined,
-    QueueRow,
     Tombstone,
-    distinct_tombstones,
 )
 from jobd.storage import codec, files
 from jobd.storage.codec import (
-    EVENT_COLUMNS,
     JOB_COLUMNS,
     KEY_COLUMNS,
     LATE_COLUMNS,
@@ -45,7 +40,7 @@ from jobd.storage.codec import (
 from jobd.storage.files import StoreBroken
 from jobd.storage.migrations import VERSION, meta_row
 from jobd.storage.wal import LogGauge
-from jobd.storage.writers import AuditWriter, JobWriter, LateWriter, RowsMissing, Totals, insert
+from jobd.storage.writers import AuditWriter, RowDamaged, RowMissing, Totals, insert
 
 T = TypeVar("T")
 
@@ -144,45 +139,47 @@ class StructureDamaged(Exception):
 
 
 class Database:
-    """The tables, and the counts and checksums over them that every commit updates.
+    """The tables, and the counts and checksums over them that every slice updates.
 
-    After an error that leaves the content of the disk unknown, every call raises StoreBroken.
+    `numbers` are those of the latest record of the journal, `totals` those of the tables, which have the records up to
+    `projected_to`. After an error that leaves the content of the disk unknown, every call raises StoreBroken.
     """
 
     def __init__(
-        self, conn: sqlite3.Connection, directory: str, numbers: Numbers, totals: Totals, marked: bool, gone_to: int
+        self,
+        conn: sqlite3.Connection,
+        directory: str,
+        numbers: Numbers,
+        totals: Totals,
+        marked: int,
+        gone_to: int,
+        projected_to: int,
     ) -> None:
         self.conn = conn
         self.numbers = numbers
         self.totals = totals
-        self.marked = marked
+        self.marked = marked  # 0, or of a restored backup the first record that may remove the mark
         self.gone_to = gone_to  # events up to this number may be missing
+        self.projected_to = projected_to
         self.reader = codec.JobReader()
-        self._jobs = JobWriter(conn)
         conn.create_function("fingerprint", 3, fingerprint_of_bytes, deterministic=True)
-        self._late = LateWriter(conn, self.rows, self.note_fault)
-        self._audit = AuditWriter(conn)
+        self.audit = AuditWriter(conn)
         self.store_epoch: Callable[[int], object] = lambda epoch: None  # writes the epoch file
         self.stored_epoch = numbers.epoch  # the highest epoch in the epoch file
         self.before_commit: Callable[[], object] = lambda: None  # called right before COMMIT
         self.commit_s: float | None = None  # duration of the latest COMMIT, None if the transaction did not reach it
-        self.batch_commit_s: float | None = None  # of the latest batch
         self.quarantined: dict[str, str] = {}
         self.faults: list[str] = []
         self._directory = directory
         self._broken: BaseException | None = None
         self._rebuilding = False
-        # For each grant seen since the start: the seq of its event, and its heartbeats since the last thinning.
-        self._heartbeats: dict[int, tuple[int, int]] = {}
-        self.tombstones_written = 0
+        self._is_uncommitted = False  # a transaction for reading is open, and no other can be
         self.quarantined_count = 0  # jobs
         # Numbered from 0. A batch that was decided with knowledge of an entry drops it.
         self.recently_quarantined: dict[int, Quarantined] = {}
         self.unmoved: dict[int, str] = {}  # seq -> reason, for jobs whose damaged rows could not be moved
-        # For each job: the event up to which its journal is compact (0: unknown), and the grants returned since then.
-        self._returned_grants: dict[int, tuple[int, int]] = {}
-        # Journals to thin or compact, oldest first, with the event to start from.
-        self._to_shorten: dict[tuple[Callable[[int, int], None], int], int] = {}
+        self.on_rollback: Callable[[], object] = lambda: None
+        self.catch_up: Callable[[], object] = lambda: None  # writes the records that the tables lack
         self.log: LogGauge | None = None  # None: SQLite itself makes checkpoints, or there is no log
         self._has_new_frames = False  # in the log, since the last checkpoint
 
@@ -198,13 +195,20 @@ class Database:
         if self._broken is not None:
             raise StoreBroken(f"an earlier write failed: {self._broken!r}") from self._broken
 
+    def break_off(self, error: BaseException) -> None:
+        """Let every later call raise StoreBroken."""
+        self._broken = error
+
     def commit(self, fn: Callable[..., T], *args: Any) -> T:
         """Run `fn` in one transaction and return its result.
 
-        Raises DiskFull, BadRows or StructureDamaged if nothing was written. Any other error breaks the store.
+        Raises DiskFull, BadRows, RowDamaged, RowMissing or StructureDamaged if nothing was written. Any other error
+        breaks the store.
         """
         self.check()
-        saved = (self.numbers, self.totals, self.marked, self.gone_to)
+        if self._is_uncommitted:
+            raise DiskFull("the disk is full, and a read uses a transaction that cannot be committed")
+        saved = (self.numbers, self.totals, self.marked, self.gone_to, self.projected_to)
         self.commit_s = None
         for retried in (False, True):
             try:
@@ -217,9 +221,9 @@ class Database:
                 finally:
                     self.commit_s = time.perf_counter() - began_s
             except BaseException as error:
-                self.numbers, self.totals, self.marked, self.gone_to = saved
+                self.numbers, self.totals, self.marked, self.gone_to, self.projected_to = saved
                 self._roll_back(error)
-                if isinstance(error, BadRows | StructureDamaged):
+                if isinstance(error, BadRows | RowDamaged | RowMissing | StructureDamaged):
                     raise
                 if self._is_full(error):
                     raise DiskFull(str(error)) from error
@@ -232,8 +236,27 @@ class Database:
             self.rebuild_indexes()
         raise AssertionError("unreachable")
 
+    def uncommitted(self, change: Callable[[], object], read: Callable[[], T]) -> T:
+        """Call `change` and then `read` in a transaction that is rolled back. Uses memory in place of disk space."""
+        self.check()
+        saved = (self.numbers, self.totals, self.marked, self.gone_to, self.projected_to)
+        self.conn.execute("PRAGMA cache_spill = OFF")
+        self.conn.execute("BEGIN IMMEDIATE")
+        self._is_uncommitted = True
+        try:
+            change()
+            return read()
+        finally:
+            self._is_uncommitted = False
+            self.numbers, self.totals, self.marked, self.gone_to, self.projected_to = saved
+            self.on_rollback()
+            if self.conn.in_transaction:
+                self.conn.execute("ROLLBACK")
+            self.conn.execute("PRAGMA cache_spill = ON")
+
     def _roll_back(self, error: BaseException) -> None:
         """Roll back the transaction that raised `error`. If that fails too, the store is broken."""
+        self.on_rollback()
         try:
             if self.conn.in_transaction:
                 self.conn.execute("ROLLBACK")
@@ -318,48 +341,20 @@ class Database:
             self.faults.append(f"{label} {min(lost)} to {max(lost)}: {len(lost)} cannot be read; run `jobd doctor`")
         return rows
 
-    # ------------------------------------------------------------------------------------------------ the batch
-
-    def write(self, batch: Batch, reported: int) -> dict[int, bytes]:
-        """Commit `batch` and return the payloads that it asks for.
-
-        The counts of `batch` already consider the first `reported` quarantined jobs.
-        """
-        self.batch_commit_s = None
-        if batch.numbers.epoch > self.stored_epoch:
-            self._advance_epoch(batch.numbers.epoch)
-        try:
-            payloads, new_tombstones = self.commit(self._apply, batch, reported)
-        finally:
-            self.batch_commit_s = self.commit_s
-        self.tombstones_written += new_tombstones
-        for number in [number for number in self.recently_quarantined if number < reported]:
-            del self.recently_quarantined[number]
-        return payloads
+    # ------------------------------------------------------------------------------------------------ bookkeeping
 
     @property
-    def needs_upkeep(self) -> bool:
-        """Whether earlier calls have left work for `upkeep`."""
-        return not self.is_broken and (bool(self._to_shorten) or self._has_long_log())
-
-    def _has_long_log(self) -> bool:
+    def has_long_log(self) -> bool:
+        """Whether `checkpoint` has work to do."""
         return self._has_new_frames and self.log is not None and self.log.has(CHECKPOINT_FRAMES)
 
-    def upkeep(self) -> None:
-        """Shorten one journal, and checkpoint the log if it is long. The next commands may wait for it."""
-        self.check()
-        if self._to_shorten:
-            shorten, job_seq = next(iter(self._to_shorten))
-            # In its own transaction, so that a failure does not undo a batch.
-            with contextlib.suppress(DiskFull, StructureDamaged):
-                self.commit(shorten, job_seq, self._to_shorten.pop((shorten, job_seq)))
-        if self._has_long_log():
-            # A failed checkpoint loses nothing: the pages stay in the log, and the next commit finds it long again.
-            with contextlib.suppress(sqlite3.DatabaseError):
-                self.conn.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-            self._has_new_frames = False
+    def checkpoint(self) -> None:
+        """Copy the log into the database file. A failure loses nothing: the next commit finds the log long again."""
+        with contextlib.suppress(sqlite3.DatabaseError):
+            self.conn.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        self._has_new_frames = False
 
-    def _advance_epoch(self, epoch: int) -> None:
+    def advance_epoch(self, epoch: int) -> None:
         """Store a new epoch before its first token is granted, in the database first (see `startup._settle_epoch`)."""
         if epoch > self.numbers.epoch:
             self.commit(self._begin_epoch, epoch)
@@ -370,68 +365,11 @@ class Database:
         self.numbers = replace(self.numbers, epoch=epoch, next_token=1)
         self.write_meta()
 
-    def _apply(self, batch: Batch, reported: int) -> tuple[dict[int, bytes], int]:
-        """Write `batch`. Return the payloads that it asks for, and the number of tombstones."""
-        tombstones = batch.tombstones
-        if batch.changes:
-            if late_tombstones := self._late.write(batch.changes, sweeps=batch.sweeps):
-                tombstones = distinct_tombstones([*late_tombstones, *tombstones])
-            self._write_jobs(batch.changes)
-            self._write_events(batch.changes)
-        if batch.queues:
-            self._write_queues(
-                batch.queues, [self.recently_quarantined[number] for number in range(reported, self.quarantined_count)]
-            )
-        if tombstones:
-            self.conn.executemany(_PUT_TOMBSTONE, map(codec.tombstone_row, tombstones))
-        self._write_rest(batch)
-        self.numbers = batch.numbers
-        self.marked = self.marked and not batch.unmark
-        self.write_meta()
-        return self._read_payloads(batch), len(tombstones)
-
-    def _write_jobs(self, changes: list[Change]) -> None:
-        try:
-            self.totals = self._jobs.write(changes, self.totals)
-        except RowsMissing as error:
-            # A read of history may have quarantined a row after the batch was decided.
-            quarantined_ids = {
-                change.before.id for change in changes if change.before is not None
-            } & self.quarantined.keys()
-            if not quarantined_ids:
-                raise
-            raise BadRows({id_: self.quarantined[id_] for id_ in quarantined_ids}) from error
-
     def write_meta(self) -> None:
-        self.conn.execute(_UPDATE_META, meta_row(self.numbers, self.totals, int(self.marked), self.gone_to, VERSION))
-
-    def _write_events(self, changes: list[Change]) -> None:
-        self.conn.executemany(_INSERT_EVENT, [sealed(codec.event_row(change.event)) for change in changes])
-        for change in changes:
-            event = change.event
-            if event.type in HEARTBEATS:
-                # For a grant made before the start the count is unknown, so thin its journal once.
-                begin, heartbeats = self._heartbeats.get(event.job_seq, (0, KEEP_HEARTBEATS))
-                self._heartbeats[event.job_seq] = (begin, heartbeats + 1)
-                if heartbeats >= KEEP_HEARTBEATS:
-                    self._to_shorten.setdefault((self._thin, event.job_seq), begin)
-            elif event.type == "granted":
-                self._heartbeats[event.job_seq] = (event.seq, 0)
-            elif event.after != "processing":
-                self._heartbeats.pop(event.job_seq, None)
-                if event.type in GIVEN_BACK:
-                    self._count_returned_grant(event.job_seq)
-                elif event.after not in LIVE:
-                    self._returned_grants.pop(event.job_seq, None)
-
-    def _count_returned_grant(self, job_seq: int) -> None:
-        """Count a returned grant of this job. Above the limit, forget the job that was counted longest ago."""
-        begin, count = self._returned_grants.pop(job_seq, (0, 0))
-        self._returned_grants[job_seq] = (begin, (count + 1) % KEEP_GRANTS)
-        if count + 1 == KEEP_GRANTS:
-            self._to_shorten.setdefault((self._compact, job_seq), begin)
-        if len(self._returned_grants) > GIVEN_BACK_KEPT:
-            del self._returned_grants[next(iter(self._returned_grants))]
+        self.conn.execute(
+            _UPDATE_META,
+            meta_row(self.numbers, self.totals, self.marked, self.gone_to, self.projected_to, VERSION),
+        )
 
     def note_quarantined(self, job_seq: int, quarantined: Quarantined) -> None:
         """Report that damaged rows of this job were found. A job that still cannot be moved is reported once."""
@@ -452,95 +390,6 @@ class Database:
         """Queue `quarantined` for `Storage.on_quarantined`."""
         self.recently_quarantined[self.quarantined_count] = quarantined
         self.quarantined_count += 1  # last, because the event loop reads it from another thread
-
-    def _thin(self, job_seq: int, begin: int) -> None:
-        if job_seq in self._heartbeats:  # else the job no longer has a grant
-            self._heartbeats[job_seq] = (self._heartbeats[job_seq][0], 0)
-        sql = f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? AND seq >= ? ORDER BY seq"
-        rows = self._journal_rows(sql, (job_seq, begin))
-        if any(fault(row) for row in rows):
-            return  # timeline quarantines the row and names it
-        self._shorten(*codec.thin([codec.event(row) for row in rows]))
-
-    def _compact(self, job_seq: int, begin: int) -> None:
-        """Compact the journal of a job from the event `begin` on (0: after its first grants) up to its last grants."""
-        if not begin:
-            begin = self._nth_grant(job_seq, "ASC", KEEP_FIRST_GRANTS)
-        end = self._nth_grant(job_seq, "DESC", KEEP_GRANTS - 1)
-        if begin >= end:
-            return
-        sql = f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? AND seq BETWEEN ? AND ? ORDER BY seq LIMIT ?"
-        rows = self._journal_rows(sql, (job_seq, begin, end, COMPACTED_AT_ONCE))
-        damaged = [index for index, row in enumerate(rows) if fault(row)]
-        events = [codec.event(row) for row in rows[damaged[-1] + 1 if damaged else 0 :]]
-        self._shorten(*codec.compact(events))
-        if rows and rows[-1][0] < end:  # continue after the next batch, from the last grant, which did not change
-            grants = [event.seq for event in events[1:] if event.type == "granted"]
-            end = grants[-1] if grants else rows[-1][0] + 1
-            self._to_shorten[self._compact, job_seq] = end
-        if job_seq in self._returned_grants:
-            self._returned_grants[job_seq] = (end, self._returned_grants[job_seq][1])
-
-    def _nth_grant(self, job_seq: int, order: str, skipped: int) -> int:
-        """Return the seq of the grant after `skipped` others (from the end with DESC); 0 if there is none."""
-        sql = (
-            "SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ? AND type = 'granted' "
-            f"ORDER BY seq {order} LIMIT 1 OFFSET ?"
-        )
-        return next((seq for (seq,) in self._journal_rows(sql, (job_seq, skipped))), 0)
-
-    def _journal_rows(self, sql: str, args: tuple[Any, ...]) -> list[Row]:
-        try:
-            return self.rows(sql, args)
-        except sqlite3.DatabaseError as error:
-            if is_corrupt(error):
-                raise StructureDamaged(str(error)) from error
-            raise
-
-    def _shorten(self, deleted: list[int], changed: list[Event]) -> None:
-        self.conn.executemany("DELETE FROM events WHERE seq = ?", [(seq,) for seq in deleted])
-        merged = [sealed(codec.event_row(event)) for event in changed]
-        self.conn.executemany(_UPDATE_EVENT, [(*row[-2:], row[0]) for row in merged])
-
-    def _write_queues(self, queues: dict[str, QueueRow], unreported: list[Quarantined]) -> None:
-        """Write the rows of `queues`, minus the jobs quarantined since the batch was decided."""
-        rows = dict(queues)
-        for name, status in (each.uncounted for each in unreported if each.uncounted is not None):
-            if name in rows:
-                rows[name] = rows[name].without(status)
-        self.conn.executemany(PUT_QUEUE, [codec.queue_row(name, queue) for name, queue in rows.items()])
-
-    def _write_rest(self, batch: Batch) -> None:
-        executemany = self.conn.executemany
-        if batch.forget_keys:
-            executemany("DELETE FROM keys WHERE digest = ?", [(digest,) for digest in batch.forget_keys])
-        if batch.keys:
-            executemany(_REPLACE_KEY, map(codec.key_row, batch.keys))
-        if batch.checked:
-            executemany("DELETE FROM suspects WHERE job_seq = ?", [(seq,) for seq in batch.checked])
-        if batch.audit:
-            self._audit.write(batch.audit)
-        if batch.report is not None:
-            (last,) = self.conn.execute("SELECT ifnull(max(seq), 0) FROM reports").fetchone()
-            self.conn.execute(insert("reports", ("seq", "body", "crc")), sealed((last + 1, bytes(batch.report))))
-            self.conn.execute("DELETE FROM reports WHERE seq <= ?", (last + 1 - KEEP_REPORTS,))
-
-    def _read_payloads(self, batch: Batch) -> dict[int, bytes]:
-        payloads: dict[int, bytes] = {}
-        bad: dict[str, str] = {}
-        for seq in batch.payloads:
-            payload, error = self.payload(seq)
-            if payload is not None:
-                payloads[seq] = payload.body
-            else:
-                bad[self.job_id_of(seq) or f"seq {seq}"] = error
-        if bad:
-            raise BadRows(bad)
-        return payloads
-
-    def cached_payloads(self, seqs: Iterable[int]) -> dict[int, bytes]:
-        """Return those of the payloads that were written recently. Safe outside the storage thread."""
-        return {seq: body for seq in seqs if (body := self._jobs.payload(seq)) is not None}
 
     def job_id_of(self, seq: int) -> str | None:
         """Return the id of a job, also of a quarantined one; None if there is no such job."""
@@ -601,13 +450,13 @@ class Database:
         """See Storage.trim_audit."""
         self.check()
         try:
-            is_counted = self._audit.look_on()
+            is_counted = self.audit.look_on()
         except sqlite3.DatabaseError as error:
             if not is_corrupt(error):
                 raise
             self.faults.append(f"the audit log cannot be read: {error}; run `jobd doctor`")
             return 0
-        return self.commit(self._audit.trim, before, limit) if is_counted else limit
+        return self.commit(self.audit.trim, before, limit) if is_counted else limit
 
     def settle_tombstones(self, deleted: list[int], postponed: list[Tombstone]) -> None:
         """Delete tombstones by job seq, and replace others."""

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
+from jobd.journal.sqlite import SqliteJournal
 from jobd.model.job import DAY_MS, LIVE, TOKEN_COUNTER_BITS, is_job_id
 from jobd.model.storage import Numbers, QueueRow
 from jobd.storage import codec, files, migrations, startup
@@ -34,6 +35,9 @@ from jobd.storage.files import FileLock, StoreError
 from jobd.storage.outbox import CURSOR_SQL, DELIVERY_SQL
 from jobd.storage.quarantine import original_id
 from jobd.storage.queries import key_fault, read_job
+from jobd.storage.refold import differences
+from jobd.storage.tail import Tail, jobs_without_row, read_tail
+from jobd.storage.tail import fix as tail_fix
 from jobd.storage.writers import AUDIT_SQL, insert
 
 MAX_LISTED: Final = 100  # problems listed per kind; the others are counted
@@ -46,6 +50,7 @@ _REBUILD: Final = "rebuild all indexes from the rows with `jobd doctor --recount
 _SWEEP: Final = "see artifact_not_deleted in the log; check artifacts.url and the daemon's permission to delete there"
 _RESTORE: Final = "restore a backup with `jobd restore`"
 _ON_ACCESS: Final = "nothing to do: the daemon quarantines it when it reads it"
+_REFOLDED: Final = "compare with a backup; an edited row that was accepted differs from its events for good"
 _UNUSED: Final = "nothing to do: it only takes up space"
 
 
@@ -67,8 +72,13 @@ class RepairRejected(StoreError):
 # Check
 
 
-def check(path: str) -> list[StoreProblem]:
+def check(
+    path: str, *, refold: bool = False, on_note: Callable[[str], object] = lambda note: None
+) -> list[StoreProblem]:
     """Return all problems of the store at `path`. Reads all of it, which takes about a minute for ten million rows.
+
+    With `refold`, also compare each job with its events. Calls `on_note` with a sentence about committed batches that
+    the tables lack, because that is no problem.
 
     Raises StoreBusy while a daemon holds it, StoreTooNew, or StoreUnreadable if it is not a store.
     """
@@ -85,14 +95,18 @@ def check(path: str) -> list[StoreProblem]:
         stack.enter_context(startup.translated_errors(path))
         conn = stack.enter_context(startup.read_only(path))
         startup.check_application_id(conn, path)
-        return problems(conn, path)
+        found = problems(conn, path)
+        tail = _read_tail(conn)
+        if tail.pending:
+            on_note(f"the tables lack {tail} of the journal: the daemon writes them at its next start")
+        return found + _limited(_refolded(conn, tail)) if refold else found
 
 
 def problems(conn: sqlite3.Connection, path: str) -> list[StoreProblem]:
     """Return all problems of an open store. It has the current schema version, and nothing writes to it."""
     found: list[StoreProblem] = []
     tables = (_jobs, _payloads, _late, _journal, _keys, queues, _small_tables, _tombstones)
-    for part in (_meta, _file, *tables, _quarantined, _files):
+    for part in (_meta, _file, _tail, *tables, _quarantined, _files):
         found += _limited(part(conn, path))
     return found
 
@@ -144,6 +158,25 @@ def _file(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
         yield StoreProblem(f"schema {name}", "it is missing", _RESTORE)
 
 
+def _read_tail(conn: sqlite3.Connection) -> Tail:
+    meta = _known_meta(conn)
+    return Tail() if meta is None else read_tail(SqliteJournal(conn, conn.execute), meta["projected_to"])
+
+
+def _tail(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+    tail = _read_tail(conn)
+    if tail.error is not None:
+        yield StoreProblem("journal", f"{tail.error}, and the tables lack it", tail_fix(tail.error))
+    for id_ in jobs_without_row(conn, tail.pending):
+        problem = "the journal has later changes of it, but its row is missing"
+        yield StoreProblem(f"job {id_}", problem, "compare with a backup; the next start skips these changes")
+
+
+def _refolded(conn: sqlite3.Connection, tail: Tail) -> Iterator[StoreProblem]:
+    for id_, difference in differences(conn, tail.pending):
+        yield StoreProblem(f"job {id_}", difference, _REFOLDED)
+
+
 def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     meta = _known_meta(conn)
     db = _database_of(conn, path)
@@ -177,7 +210,7 @@ def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
 
 def _database_of(conn: sqlite3.Connection, path: str) -> Database:
     """Return a database for reads. Its totals are not valid."""
-    return Database(conn, os.path.dirname(path) or ".", Numbers(), (0, 0, 0, 0), False, 0)
+    return Database(conn, os.path.dirname(path) or ".", Numbers(), (0, 0, 0, 0), False, 0, 0)
 
 
 def _payloads(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
@@ -352,7 +385,7 @@ def _repair(path: str, change: Callable[[Database], str]) -> str:
             raise files.StoreUnreadable(f"{path} does not exist")
         with contextlib.closing(startup.connect(path, "FULL")) as conn, startup.translated_errors(path):
             startup.prepare_schema(conn, path)
-            return change(startup.read_meta(conn, path))
+            return change(startup.project_tail(conn, path))
 
 
 class Edited(msgspec.Struct, frozen=True):

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from jobd.model.job import LIVE, new_epoch
 from jobd.model.storage import DiskFull
-from jobd.storage import backup, doctor, files, migrations, startup
+from jobd.storage import backup, doctor, files, journal_cut, migrations, startup
 from jobd.storage.codec import JOB_COLUMNS
 from jobd.storage.database import Database, now_ms, readable
 from jobd.storage.files import FileLock, StoreBusy, StoreError, StoreUnreadable
@@ -49,8 +49,11 @@ def restore(file: str, path: str) -> list[str]:
         size = _size(source)
         free = _check_space(path, size)
         migrations.check_meta(source, file)
+        tail = startup.check_tail(source, file) if backup.has_tail(source) else None
         backup.check_whole(source, file)
         lines = [f"would restore {file} to {path}", *_checked(source, file, header[1], size, free)]
+        if tail is not None:
+            lines.append(f"    its tables lack {tail}: they would be written, and these counts are without them")
         backup_epoch = migrations.epoch_of(source)
         lines += _ended(source)
     old, replaced = _replaced(path)
@@ -158,7 +161,8 @@ def accept(path: str, ids: Sequence[str] | None) -> list[str]:
                 live + (is_new and row["status"] in LIVE),
                 finished + (is_new and row["status"] not in LIVE),
             )
-        return [*lines, *_counts(db, (live, finished))] if lines else [doctor.NOTHING_DAMAGED]
+        lines = [*lines, *_counts(db, (live, finished))] if lines else [doctor.NOTHING_DAMAGED]
+        return [*_written_first(db, path), *lines]
 
 
 def _accepted(db: Database, id_: str) -> tuple[dict[str, Any], list[str]]:
@@ -181,11 +185,32 @@ def recount(path: str) -> list[str]:
         if isinstance(db, str):
             return [db]
         totals = doctor.totals(db.conn)
-        lines = ["all indexes would be rebuilt from the rows", *_counts(db, (totals[0], totals[2]))]
+        lines = [*_written_first(db, path), "all indexes would be rebuilt from the rows"]
+        lines += _counts(db, (totals[0], totals[2]))
         if totals != db.totals and totals[::2] == db.totals[::2]:
             lines.append("the rows differ from those that are recorded; they would be accepted")
         lines += [f"{each.where}: {each.what}" for each in doctor.queues(db.conn, path)]
         return lines
+
+
+def cut_journal(path: str, number: int) -> list[str]:
+    """Describe what `journal_cut.cut` would delete. Raises the errors that it would raise."""
+    with _opened_read_only(path) as db:
+        if isinstance(db, str):
+            return [db]
+        return [
+            f"would delete {journal_cut.find(db, number)}",
+            f"would keep a copy of the store as {path}.{journal_cut.LABEL}-TIME",
+            "the next start would begin a new epoch and end all grants by their stall rule, because workers may hold "
+            "grants of the deleted records",
+        ]
+
+
+def _written_first(db: Database, path: str) -> Iterator[str]:
+    """Yield a line about the tail of the journal, if there is one. Raises StoreUnreadable if it cannot be used."""
+    tail = startup.check_tail(db.conn, path)
+    if tail.pending:
+        yield f"the tables lack {tail}: they would be written first, and can change what follows"
 
 
 def _counts(db: Database, counted: tuple[int, int]) -> list[str]:

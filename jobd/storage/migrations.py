@@ -17,7 +17,7 @@ from jobd.storage.codec import META_COLUMNS, Row, checksum, fault, first_checksu
 from jobd.storage.files import StoreUnreadable
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
-VERSION: Final = 10
+VERSION: Final = 11
 _RESEALED_AT_ONCE: Final = 10_000  # rows
 
 
@@ -98,6 +98,7 @@ MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
     7: _replace_index_of_expiry,
     8: _keep_old_events,
     9: lambda conn: _describe_pauses_and_count_releases(conn),
+    10: lambda conn: _add_journal(conn),
 }
 
 
@@ -112,7 +113,7 @@ def statements(script: str) -> Iterator[str]:
 
 
 def meta_row(
-    numbers: Numbers, totals: tuple[int, int, int, int], marked: int, gone_to: int, version: int
+    numbers: Numbers, totals: tuple[int, int, int, int], marked: int, gone_to: int, projected_to: int, version: int
 ) -> tuple[int, ...]:
     """Return the row of META_COLUMNS with its checksum."""
     return sealed(
@@ -128,6 +129,7 @@ def meta_row(
             *totals,
             marked,
             gone_to,
+            projected_to,
         )
     )
 
@@ -138,7 +140,7 @@ def create(conn: sqlite3.Connection) -> None:
     conn.execute("BEGIN IMMEDIATE")
     for statement in statements(script):
         conn.execute(statement)
-    row = meta_row(Numbers(epoch=0), (0, 0, 0, 0), 0, 0, VERSION)  # startup.py begins the first epoch
+    row = meta_row(Numbers(epoch=0), (0, 0, 0, 0), 0, 0, 0, VERSION)  # startup.py begins the first epoch
     names = ", ".join((*META_COLUMNS, "crc"))
     conn.execute(f"INSERT INTO meta (id, {names}) VALUES (1{', ?' * len(row)})", row)
     conn.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -211,6 +213,17 @@ def _record_missing_events(conn: sqlite3.Connection) -> None:
     meta = read_meta(conn)
     assert meta is not None
     _rewrite_meta(conn, {**meta, "events_gone_to": meta["next_event"] - 1})
+
+
+def _add_journal(conn: sqlite3.Connection) -> None:
+    """Add the journal. The tables have all that was committed before."""
+    conn.execute(
+        "CREATE TABLE journal (number INTEGER PRIMARY KEY, first_event INTEGER NOT NULL, last_event INTEGER NOT NULL, "
+        "epoch INTEGER NOT NULL, at INTEGER NOT NULL, body BLOB NOT NULL, crc INTEGER NOT NULL) STRICT"
+    )
+    meta = read_meta(conn)
+    assert meta is not None
+    _rewrite_meta(conn, {**meta, "projected_to": 0})
 
 
 def _rewrite_meta(conn: sqlite3.Connection, row: dict[str, int]) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import sqlite3
 from typing import Final
 
+from jobd.journal.facts import EVENT_COLUMNS
 from jobd.model.job import FINISHED, Job, is_job_id
 from jobd.model.storage import DiskFull, Quarantined
 from jobd.storage import codec
-from jobd.storage.codec import EVENT_COLUMNS, JOB_COLUMNS, Row
+from jobd.storage.codec import JOB_COLUMNS, Row
 from jobd.storage.database import (
     BY_SEQ,
     EVENT_SQL,
@@ -42,6 +43,7 @@ def quarantine_jobs(db: Database, damaged: list[tuple[Row, str]]) -> dict[str, s
         id_ = original_id(db, row)
         uncounted, is_moved = None, False
         try:
+            db.catch_up()  # pending records have counts from before the row is moved
             # Read before the transaction: SQLite allows no write in a transaction that has read a damaged page.
             payload = _payload_columns(db, row[0])
             uncounted, is_moved = db.commit(_quarantine_job, db, row, payload, id_, reason), True

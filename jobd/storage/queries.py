@@ -12,6 +12,8 @@ from itertools import chain
 from string import ascii_uppercase
 from typing import Any, Final
 
+from jobd.journal import facts
+from jobd.journal.facts import EVENT_COLUMNS
 from jobd.model.events import Event
 from jobd.model.job import LIVE, Grant, Job, LateResult
 from jobd.model.storage import (
@@ -30,16 +32,7 @@ from jobd.model.storage import (
     StoredResponse,
 )
 from jobd.storage import codec
-from jobd.storage.codec import (
-    AUDIT_COLUMNS,
-    EVENT_COLUMNS,
-    JOB_COLUMNS,
-    KEY_COLUMNS,
-    LATE_COLUMNS,
-    TOMBSTONE_COLUMNS,
-    Row,
-    fault,
-)
+from jobd.storage.codec import AUDIT_COLUMNS, JOB_COLUMNS, KEY_COLUMNS, LATE_COLUMNS, TOMBSTONE_COLUMNS, Row, fault
 from jobd.storage.database import (
     BY_ID,
     BY_SEQ,
@@ -344,7 +337,7 @@ def timeline(db: Database, job_seq: int, limit: int | None = None) -> list[Event
     db.check()
     rows = _timeline(db, job_seq, _ALL if limit is None else limit)
     events = [event for event in _events(db, rows) if event.job_seq == job_seq]
-    dropped, changed = codec.thin(events)
+    dropped, changed = facts.thin(events)
     forgotten, new = set(dropped), {event.seq: event for event in changed}
     return [new.get(event.seq, event) for event in events if event.seq not in forgotten]
 
@@ -405,7 +398,7 @@ def _events(db: Database, rows: list[Row]) -> list[Event]:
         quarantine_rows(db, "events", (*EVENT_COLUMNS, "crc"), damaged)
         bad = {seq for seq, _, _ in damaged}
         rows = [row for row in rows if row[0] not in bad]
-    return [codec.event(row) for row in rows]
+    return [facts.event(row) for row in rows]
 
 
 def read_late_results(db: Database, requested: list[LateResultQuery]) -> LateResultRows:

@@ -18,8 +18,21 @@ CREATE TABLE meta (
     live_xor INTEGER NOT NULL,
     finished_count INTEGER NOT NULL,   -- all others
     finished_xor INTEGER NOT NULL,
-    marked INTEGER NOT NULL,           -- 1: a backup; the daemon that opens it begins a new epoch and ends its grants
+    marked INTEGER NOT NULL,           -- of a backup the first record that may remove the mark, else 0. The daemon
+                                       -- that opens it begins a new epoch and ends its grants
     events_gone_to INTEGER NOT NULL,   -- events up to this one may be missing; above it the journal is complete
+    projected_to INTEGER NOT NULL,     -- the tables have the records of the journal up to this number
+    crc INTEGER NOT NULL
+) STRICT;
+
+-- Committed batches that the tables lack. A slice that writes the tables deletes its records.
+CREATE TABLE journal (
+    number INTEGER PRIMARY KEY,
+    first_event INTEGER NOT NULL,
+    last_event INTEGER NOT NULL,
+    epoch INTEGER NOT NULL,
+    at INTEGER NOT NULL,
+    body BLOB NOT NULL,                -- journal/record.py
     crc INTEGER NOT NULL
 ) STRICT;
 

@@ -11,8 +11,9 @@ from typing import Final
 
 from msgspec import Struct
 
+from jobd.journal.facts import EVENT_COLUMNS
 from jobd.model.responses import CheckedRows, DamagedRow
-from jobd.storage.codec import AUDIT_COLUMNS, EVENT_COLUMNS, LATE_COLUMNS, Row, fault
+from jobd.storage.codec import AUDIT_COLUMNS, LATE_COLUMNS, Row, fault
 from jobd.storage.database import EVENT_SQL, JOB_SQL, KEY_SQL, LATE_SQL, TOMBSTONE_SQL, Database, is_corrupt, readable
 from jobd.storage.outbox import DELIVERY_SQL
 from jobd.storage.quarantine import quarantine_jobs, quarantine_rows

@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from jobd.journal.sqlite import SqliteJournal
 from jobd.model.job import LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS, CompactJob, Job, epoch_seconds, new_epoch
 from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, OpenedStore, QueueRow, StoredResponse
 from jobd.storage import codec, files, migrations, wal
@@ -41,8 +42,10 @@ from jobd.storage.database import (
     result_code,
 )
 from jobd.storage.files import EpochFile, StoreBusy, StoreFailed, StoreTooNew, StoreUnreadable
+from jobd.storage.projection import Projection
 from jobd.storage.quarantine import quarantine_jobs, quarantine_rows
 from jobd.storage.queries import read_job
+from jobd.storage.tail import Tail, read_tail
 
 MEMORY: Final = ":memory:"
 PAGE_CACHE_KIB: Final = 8 << 10  # enough for the rows of running jobs
@@ -203,13 +206,15 @@ def check_wal(path: str) -> None:
 # Read the store
 
 
-def start(conn: sqlite3.Connection, path: str) -> tuple[Database, OpenedStore]:
-    """Migrate the schema, settle the epoch, and read and verify all live data."""
+def start(conn: sqlite3.Connection, path: str) -> tuple[Projection, OpenedStore]:
+    """Migrate the schema, settle the epoch, write the tables up to the end of the journal, and read all live data."""
     with translated_errors(path):
         prepare_schema(conn, path)
-        db = read_meta(conn, path)
-        marked = _settle_epoch(db, path)
-        opened = _read_all(db)
+        projection = Projection(read_meta(conn, path))
+        db = projection.db
+        projection.read_tail(path)
+        marked = _settle_epoch(projection, path)
+        opened = projection.start(path, _read_all)
         opened.marked = marked
         opened.epoch_warning = epoch_warning(db.numbers.epoch, now_ms())
         if path != MEMORY:
@@ -221,7 +226,7 @@ def start(conn: sqlite3.Connection, path: str) -> tuple[Database, OpenedStore]:
             (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
             db.log = wal.LogGauge(f"{os.path.realpath(path)}-wal", page_bytes)  # SQLite follows symbolic links
             conn.execute("PRAGMA wal_autocheckpoint = 0")
-        return db, opened
+        return projection, opened
 
 
 def prepare_schema(conn: sqlite3.Connection, path: str) -> None:
@@ -237,7 +242,7 @@ def prepare_schema(conn: sqlite3.Connection, path: str) -> None:
     if version < migrations.VERSION:
         migrations.check_meta(conn, path)
         if path != MEMORY:
-            _copy_before_migration(conn, path, version)
+            copy_aside(conn, path, f"v{version}")
         migrations.migrate(conn, version)
     if lacking := missing_from_schema(conn):
         raise StoreUnreadable(f"{path}: the schema lacks {', '.join(lacking)}: restore a backup with `jobd restore`")
@@ -268,9 +273,12 @@ def check_application_id(conn: sqlite3.Connection, path: str) -> None:
         raise StoreUnreadable(f"{path} belongs to another program: set store.path to another file")
 
 
-def _copy_before_migration(conn: sqlite3.Connection, path: str, version: int) -> None:
-    """Copy the store. The copy gets its final name when it is complete; the next start removes an incomplete one."""
-    part = f"{path}.backup-v{version}"
+def copy_aside(conn: sqlite3.Connection, path: str, label: str) -> str:
+    """Copy the store to `<path>.<label>-<time>` and return this name.
+
+    The copy gets its final name when it is complete. The next start removes an incomplete one.
+    """
+    part, whole = f"{path}.backup-{label}", f"{path}.{label}-{now_ms()}"
     try:
         Path(part).unlink(missing_ok=True)
         files.create_private(part)
@@ -278,8 +286,9 @@ def _copy_before_migration(conn: sqlite3.Connection, path: str, version: int) ->
             conn.backup(copy)
             journal_mode(copy, part, "delete")
         files.sync(part)
-        os.replace(part, f"{path}.v{version}-{now_ms()}")
+        os.replace(part, whole)
         files.sync_directory(path)
+        return whole
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
@@ -289,27 +298,44 @@ def read_meta(conn: sqlite3.Connection, path: str) -> Database:
     """Return the database with the numbers and totals of its meta row. Raises StoreUnreadable."""
     migrations.check_meta(conn, path)
     row = conn.execute(f"SELECT {', '.join(META_COLUMNS)} FROM meta WHERE id = 1").fetchone()
-    _, epoch, next_token, next_job, next_event, lease_ms, wall_ms, suspect, *sums, marked, gone_to = row
+    _, epoch, next_token, next_job, next_event, lease_ms, wall_ms, suspect, *sums, marked, gone_to, projected_to = row
     numbers = Numbers(epoch, next_token, next_job, next_event, lease_ms, wall_ms, bool(suspect))
     live, live_xor, finished, finished_xor = sums
     totals = (live, live_xor, finished, finished_xor)
-    return Database(conn, os.path.dirname(path) or ".", numbers, totals, bool(marked), gone_to)
+    return Database(conn, os.path.dirname(path) or ".", numbers, totals, marked, gone_to, projected_to)
 
 
-def _settle_epoch(db: Database, path: str) -> bool:
+def check_tail(conn: sqlite3.Connection, path: str) -> Tail:
+    """Return the tail of the journal. Raises StoreUnreadable if a record of it cannot be used."""
+    db = read_meta(conn, path)
+    tail = read_tail(SqliteJournal(conn, db.commit), db.projected_to)
+    tail.check(path)
+    return tail
+
+
+def project_tail(conn: sqlite3.Connection, path: str) -> Database:
+    """Write the tables up to the end of the journal, and return them. Raises StoreUnreadable or DiskFull."""
+    projection = Projection(read_meta(conn, path))
+    projection.read_tail(path)
+    projection.project()
+    return projection.db
+
+
+def _settle_epoch(projection: Projection, path: str) -> bool:
     """Begin a new epoch for a new store, a backup, and a database whose epoch file is missing or newer.
 
     Return whether a backup or an older copy was restored, so that its grants have to end. An epoch is written to the
     database before the file, so a file that is ahead of its database means that the database is an older copy.
     """
+    db = projection.db
     file = EpochFile(is_current=True) if path == MEMORY else files.read_epoch(path)
     stored_epoch = db.numbers.epoch
-    is_restored = db.marked or file.is_ahead_of(stored_epoch)
+    is_restored = db.marked > 0 or file.is_ahead_of(stored_epoch)
     if is_restored or stored_epoch == 0 or not file.is_current:
         epoch = new_epoch(max(stored_epoch, file.epoch), now_ms())
         if epoch > LAST_EPOCH:
             raise StoreUnreadable(f"{path}: there is no epoch for fencing tokens above {epoch - 1}")
-        db.commit(_begin_epoch, db, epoch, is_restored)
+        db.commit(_begin_epoch, db, epoch, projection.last + 1 if is_restored else 0)
     if path != MEMORY:
         if file != EpochFile(db.numbers.epoch, is_current=True):
             files.write_epoch(path, db.numbers.epoch)
@@ -318,18 +344,18 @@ def _settle_epoch(db: Database, path: str) -> bool:
     return is_restored
 
 
-def _begin_epoch(db: Database, epoch: int, is_restored: bool) -> None:
-    """Begin `epoch`. The mark of a backup stays until every grant has ended (Batch.unmark).
+def _begin_epoch(db: Database, epoch: int, mark: int) -> None:
+    """Begin `epoch`. The `mark` of a backup is 0 or the first record that may remove it (Batch.unmark).
 
     After a restore, clients may have seen events that the store no longer has. New events get higher numbers, and a
     client that resumes from an older number gets the error that events are gone.
     """
     db.numbers = replace(db.numbers, epoch=epoch, next_token=1)
-    if is_restored:
+    if mark:
         next_event = max(db.numbers.next_event, epoch << TOKEN_COUNTER_BITS)
         db.numbers = replace(db.numbers, next_event=next_event)
         db.gone_to = next_event - 1
-        db.marked = True
+        db.marked = mark
     db.write_meta()
 
 
@@ -378,8 +404,6 @@ def _has_reserve(path: str) -> bool:
 
 
 def _read_all(db: Database) -> OpenedStore:
-    for id_, reason in db.rows("SELECT id, reason FROM quarantined_jobs"):
-        db.quarantined[readable(id_)] = reason
     bad_rows = db.rows("SELECT place, count(*) FROM bad_rows GROUP BY place")
     db.faults += [f"damaged rows of {place} in quarantine: {count}; run `jobd doctor`" for place, count in bad_rows]
     jobs, compact_jobs = _live_jobs(db)

@@ -11,7 +11,9 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, Literal, Self, TypeVar
+from typing import Any, BinaryIO, Final, Literal, Self, TypeVar
+
+import structlog
 
 from jobd.model.events import Event
 from jobd.model.job import Job
@@ -21,6 +23,7 @@ from jobd.model.storage import (
     AuditRows,
     BackupProgress,
     Batch,
+    DiskFull,
     DiskSpace,
     DueTombstones,
     JobQuery,
@@ -40,11 +43,16 @@ from jobd.storage.commit_mode import CommitMode, CommitSetting
 from jobd.storage.connection import FunctionConnection, StoreConnection
 from jobd.storage.database import Database
 from jobd.storage.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew, StoreUnreadable
+from jobd.storage.projection import SLICE_EVENTS, Projection
 from jobd.storage.startup import MEMORY
 
 __all__ = ["MEMORY", "Store", "StoreBroken", "StoreBusy", "StoreError", "StoreTooNew", "StoreUnreadable"]
 
+log = structlog.get_logger("jobd.storage")
+
 T = TypeVar("T")
+SLICE_DELAY_S: Final = 0.1  # until the tables are written, if there is not enough for a slice before
+RETRY_S: Final = 1.0  # until they are written again after the disk was full
 Synchronous = Literal["FULL", "EXTRA"]
 
 
@@ -52,11 +60,12 @@ class Store(Storage):
     """The SQLite storage. Create it with `open`; always `close` it."""
 
     def __init__(
-        self, path: str, connection: StoreConnection, db: Database, lock: FileLock | None, mode: CommitMode
+        self, path: str, connection: StoreConnection, projection: Projection, lock: FileLock | None, mode: CommitMode
     ) -> None:
         self.path = path
         self._connection = connection
-        self._database = db
+        self._projection = projection
+        self._database = db = projection.db
         self._lock = lock
         self._mode = mode
         self.commits_inline = mode.is_inline
@@ -64,8 +73,11 @@ class Store(Storage):
         self.on_quarantined: Callable[[Quarantined], None] = lambda quarantined: None
         self.on_tombstones: Callable[[int], None] = lambda count: None
         self._reported = db.quarantined_count  # `OpenedStore` reports those found at the start
-        self._reported_tombstones = 0
+        self._reported_tombstones = projection.tombstones_written  # `OpenedStore` counts those
         self._upkeep: asyncio.Task[None] | None = None
+        self._slicing: asyncio.Task[None] | None = None
+        self._slice: asyncio.Handle | None = None  # of the next call of `_write_slice`
+        self._slice_is_next = False
         self._committing = threading.Event()
         db.before_commit = self._committing.set
         self._closing = threading.Event()
@@ -110,7 +122,7 @@ class Store(Storage):
         try:
             connection = await StoreConnection.open(connect)
             try:
-                db, opened = await connection.run(startup.start, connection.raw, path)
+                projection, opened = await connection.run(startup.start, connection.raw, path)
             except BaseException:
                 await connection.close()
                 raise
@@ -118,7 +130,7 @@ class Store(Storage):
             if lock is not None:
                 lock.release()
             raise
-        return cls(path, connection, db, lock, mode), opened
+        return cls(path, connection, projection, lock, mode), opened
 
     async def close(self) -> None:
         """Close the connection, end its thread and release the lock. Stops a running backup."""
@@ -143,6 +155,10 @@ class Store(Storage):
         with self._reporting():
             return await self._connection.run(fn, *args)
 
+    async def _read(self, fn: Callable[..., T], *args: Any) -> T:
+        """Call `fn` with the tables in the storage thread, when they have all that was committed."""
+        return await self._run(self._projection.read, fn, self._database, *args)
+
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
         try:
@@ -155,26 +171,68 @@ class Store(Storage):
             while self._reported < self._database.quarantined_count:
                 self._reported += 1
                 self.on_quarantined(self._database.recently_quarantined[self._reported - 1])
-            if new := self._database.tombstones_written - self._reported_tombstones:
+            if new := self._projection.tombstones_written - self._reported_tombstones:
                 self._reported_tombstones += new
                 self.on_tombstones(new)
             self._start_upkeep()
 
     def _start_upkeep(self) -> None:
         is_running = self._upkeep is not None and not self._upkeep.done()
-        if not is_running and not self._closing.is_set() and self._database.needs_upkeep:
-            self._upkeep = asyncio.create_task(self._keep_up())
+        if not is_running and not self._closing.is_set() and self._projection.needs_upkeep:
+            self._upkeep = asyncio.create_task(self._aside(self._projection.upkeep))
 
-    async def _keep_up(self) -> None:
+    def _plan_slice(self) -> None:
+        """Write the tables at once if there is enough for a slice, else after SLICE_DELAY_S."""
+        if self._closing.is_set() or not self._projection.behind:
+            return
+        is_enough = self._projection.behind >= SLICE_EVENTS
+        if self._slice is not None:
+            if self._slice_is_next or not is_enough:
+                return
+            self._slice.cancel()
+        loop = asyncio.get_running_loop()
+        self._slice_is_next = is_enough
+        self._slice = (
+            loop.call_soon(self._write_slice) if is_enough else loop.call_later(SLICE_DELAY_S, self._write_slice)
+        )
+
+    def _write_slice(self) -> None:
+        self._slice = None
+        if self.commits_inline and self._connection.is_idle:
+            try:
+                with self._reporting():
+                    self._connection.run_inline(self._projection.project)
+            except DiskFull:
+                self._plan_retry()
+            except Exception as error:  # `on_broken` has it
+                log.debug("slice_failed", error=str(error))
+        elif self._slicing is None or self._slicing.done():
+            self._slicing = asyncio.create_task(self._aside(self._projection.project))
+
+    def _plan_retry(self) -> None:
+        if self._slice is None and not self._closing.is_set():
+            self._slice_is_next = True  # it is not brought forward
+            self._slice = asyncio.get_running_loop().call_later(RETRY_S, self._write_slice)
+
+    async def _aside(self, work: Callable[[], object]) -> None:
+        """Run `work` in the storage thread; no caller waits for it."""
         try:
-            await self._run(self._database.upkeep)
-        except Exception as error:  # no caller waits for it
+            await self._run(work)
+        except DiskFull:
+            self._plan_retry()
+        except Exception as error:
             self.on_broken(error)
 
     async def finish_upkeep(self) -> None:
-        """Wait for the work that the latest calls left for the storage thread."""
-        if self._upkeep is not None:
-            await self._upkeep
+        """Write the tables, and wait for the work that the latest calls left for the storage thread."""
+        if self._slice is not None:
+            self._slice.cancel()
+            self._slice = None
+        if not self._database.is_broken:
+            await self._aside(self._projection.project)
+        for task in (self._slicing, self._upkeep):
+            if task is not None:
+                await task
 
     def take_faults(self) -> list[str]:
         """Return descriptions of the damage found since the last call."""
@@ -184,63 +242,74 @@ class Store(Storage):
     # -- jobs
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
-        return await self._run(queries.load, self._database, ids, payloads, digests)
+        return await self._run(self._load, ids, payloads, digests)
+
+    def _load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
+        if self._projection.touches(ids, payloads, digests):
+            return self._projection.read(queries.load, self._database, ids, payloads, digests)
+        return queries.load(self._database, ids, payloads, digests)
+
+    def _read_late_results(self, requested: list[LateResultQuery]) -> LateResultRows:
+        if self._projection.touches([], [each.job_seq for each in requested], []):
+            return self._projection.read(queries.read_late_results, self._database, requested)
+        return queries.read_late_results(self._database, requested)
 
     def cached_payloads(self, job_seqs: list[int]) -> dict[int, bytes]:
-        return self._database.cached_payloads(job_seqs)
+        return self._projection.cached_payloads(job_seqs)
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
-        db, connection = self._database, self._connection
+        projection, connection = self._projection, self._connection
         try:
             with self._reporting():
                 if self.commits_inline and connection.is_idle:
-                    return connection.run_inline(db.write, batch, self._reported)
+                    return connection.run_inline(projection.append, batch, self._reported)
                 self._committing.clear()
-                return await connection.run(db.write, batch, self._reported, until=self._committing)
+                return await connection.run(projection.append, batch, self._reported, until=self._committing)
         finally:
-            if db.batch_commit_s is not None:
-                self._mode.add(db.batch_commit_s, time.monotonic())
+            if projection.append_s is not None:
+                self._mode.add(projection.append_s, time.monotonic())
                 self.commits_inline = self._mode.is_inline
+            self._plan_slice()
 
     async def find_jobs(self, query: JobQuery) -> JobRows:
-        return await self._run(queries.find_jobs, self._database, query)
+        return await self._read(queries.find_jobs, query)
 
     async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
-        return await self._run(queries.timeline, self._database, job_seq, limit)
+        return await self._read(queries.timeline, job_seq, limit)
 
     async def read_late_results(self, requested: list[LateResultQuery]) -> LateResultRows:
-        return await self._run(queries.read_late_results, self._database, requested)
+        return await self._run(self._read_late_results, requested)
 
     async def count_late_results(self, job_seqs: list[int]) -> dict[int, int]:
-        return await self._run(queries.count_late_results, self._database, job_seqs)
+        return await self._read(queries.count_late_results, job_seqs)
 
     async def journal(self, after: int, limit: int) -> JournalPage:
         """Return up to `limit` events of the store with a seq above `after`, oldest first."""
-        return await self._run(queries.journal, self._database, after, limit)
+        return await self._read(queries.journal, after, limit)
 
     async def expired_jobs(self, now: int, limit: int, skip: int = 0) -> list[str]:
-        return await self._run(queries.expired_jobs, self._database, now, limit, skip)
+        return await self._read(queries.expired_jobs, now, limit, skip)
 
     async def reports(self, limit: int) -> list[bytes]:
-        return await self._run(queries.reports, self._database, limit)
+        return await self._read(queries.reports, limit)
 
     async def quarantine(self, job: Job, reason: str) -> None:
-        await self._run(quarantine.quarantine_job, self._database, job, reason)
+        await self._read(quarantine.quarantine_job, job, reason)
 
     async def prune(self, before: int, limit: int) -> int:
-        return await self._run(self._database.prune, before, limit)
+        return await self._read(Database.prune, before, limit)
 
     async def read_audit(self, query: AuditQuery) -> AuditRows:
-        return await self._run(queries.read_audit, self._database, query)
+        return await self._read(queries.read_audit, query)
 
     async def trim_audit(self, before: int, limit: int) -> int:
-        return await self._run(self._database.trim_audit, before, limit)
+        return await self._read(Database.trim_audit, before, limit)
 
     async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
-        return await self._run(queries.due_tombstones, self._database, now, limit)
+        return await self._read(queries.due_tombstones, now, limit)
 
     async def settle_tombstones(self, deleted: list[int], postponed: list[Tombstone]) -> None:
-        await self._run(self._database.settle_tombstones, deleted, postponed)
+        await self._read(Database.settle_tombstones, deleted, postponed)
 
     # -------------------------------------------------------------------------------------------- webhook outbox
 
@@ -273,12 +342,14 @@ class Store(Storage):
     # ----------------------------------------------------------------------------------------- miscellaneous
 
     async def check_rows(self, cursor: str | None) -> CheckedRows | None:
-        return await self._run(scrub.check_slice, self._database, cursor)
+        return await self._read(scrub.check_slice, cursor)
 
     async def backup(self, progress: BackupProgress | None = None) -> BinaryIO:
         async with self._backup_lock:
             if self._closing.is_set():
                 raise StoreBroken("the store is closed")
+            with contextlib.suppress(DiskFull):  # the copy then has records that its tables lack
+                await self._run(self._projection.project)
             with self._connection.lend() as raw:
                 return await backup.make_copy(raw, self.path, self._closing, progress)
 

@@ -1,6 +1,6 @@
-"""Write jobs, late results and audit entries. `database.py` calls this inside a transaction.
+"""Write jobs, late results and audit entries. `projection.py` calls this inside a transaction.
 
-A batch writes each job row once, and of an existing row only the columns that changed.
+A slice writes each job row once, and of an existing row only the columns that changed.
 """
 
 from __future__ import annotations
@@ -8,14 +8,16 @@ from __future__ import annotations
 import sqlite3
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
+from copy import copy
 from itertools import compress, repeat
 from operator import is_not, itemgetter
 from typing import Any, Final, get_args
 
+from msgspec import Struct
 from msgspec.structs import astuple, replace
 
-from jobd.model.events import Change, Event
+from jobd.model.events import Change, Event, fold
 from jobd.model.job import LIVE, MAX_LATE_RESULTS, Job
 from jobd.model.storage import AuditEntry, AuditShare, Tombstone, audit_share
 from jobd.storage import codec
@@ -24,7 +26,7 @@ from jobd.storage.codec import AUDIT_COLUMNS, JOB_COLUMNS, JOB_FIELDS, LATE_COLU
 Totals = tuple[int, int, int, int]  # count and XOR of the checksums of live jobs, then of finished jobs
 Statement = tuple[str, Callable[[Row], Row]]  # SQL, and a function that selects its values from a complete row
 
-KEEP_CHECKSUMS: Final = 1000  # cached, each with its job
+KEEP_ROWS: Final = 1000  # cached rows of live jobs
 KEEP_PAYLOAD_BYTES: Final = 2 << 20
 _SHAPES: Final = 200  # cached statements
 
@@ -38,110 +40,144 @@ _PARTS: Final = Job.__struct_fields__
 _INSERT_PAYLOAD: Final = insert("payloads", ("job_seq", "body", "request_hash", "crc"))
 
 
-class RowsMissing(sqlite3.IntegrityError):
-    """The batch changes jobs that have no row on the disk."""
+class RowMissing(Exception):
+    """An event changes a job that has no row on the disk."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__("its row is missing")
+        self.job_id = job_id
+
+
+class RowDamaged(Exception):
+    """An event changes a job whose row is damaged. `row` has its columns and checksum."""
+
+    def __init__(self, row: Row, reason: str) -> None:
+        super().__init__(reason)
+        self.row = row
+        self.reason = reason
+
+
+class StoredJob(Struct, frozen=True, gc=False):
+    """A job as its row has it, and the checksum of the row."""
+
+    job: Job
+    crc: int
 
 
 class JobWriter:
-    """Writes the rows of jobs and their payloads, and caches the payloads of the latest jobs."""
+    """Folds events into the rows of jobs, and writes each row once. Caches the rows and payloads written last.
 
-    def __init__(self, conn: sqlite3.Connection) -> None:
+    `find` returns the row of a seq, or None. It raises RowDamaged.
+    """
+
+    def __init__(self, conn: sqlite3.Connection, find: Callable[[int], StoredJob | None]) -> None:
         self._conn = conn
-        # By seq: a live job and the checksum of its row. An entry is only used for an equal job, so entries of a batch
-        # that was rolled back do no harm.
-        self._checksums: dict[int, tuple[Job, int]] = {}
+        self._find = find
+        self._rows: dict[int, StoredJob] = {}  # of live jobs, by seq
         self._payloads: dict[int, bytes] = {}
         self._payload_bytes = 0
         self._statements: dict[Any, Statement] = {}
 
-    def write(self, changes: list[Change], totals: Totals) -> Totals:
-        """Write the final row of each job and the payloads of new jobs. Return the new totals."""
-        spans: dict[int, tuple[Job | None, Job | None]] = {}
+    def write(self, changes: Sequence[Change], totals: Totals, skipped: Container[str]) -> Totals:
+        """Write the final row of each job and the payloads of new jobs. Return the new totals.
+
+        Jobs with the ids `skipped` are in quarantine. Their rows are not changed.
+        """
+        before: dict[int, StoredJob | None] = {}  # None: a new job
+        after: dict[int, Job | None] = {}
         payloads: dict[int, Row] = {}
         gone: list[tuple[int, str, int]] = []
         suspects: list[tuple[int]] = []
         for change in changes:
-            before, after = change.before, change.after
-            if after is not None:
-                seq = after.seq
-                if before is None:
-                    payloads[seq] = (seq, bytes(change.payload or b"null"), change.request_hash or "")
-                if change.event.type == "imported":
+            event = change.event
+            seq = event.job_seq
+            if event.changes is None and event.type != "deleted":
+                continue  # it changes no row
+            if seq not in after:
+                stored = None if event.before is None else self._stored(event, skipped)
+                if stored is None and event.before is not None:
+                    continue
+                before[seq], after[seq] = stored, None if stored is None else copy(stored.job)
+            after[seq] = fold(after[seq], event)
+            if event.before is None:
+                payloads[seq] = (seq, change.payload or b"null", change.request_hash or "")
+                if event.type == "imported":
                     suspects.append((seq,))
-            elif before is not None:
-                seq = before.seq
-                gone.append((seq, before.id, change.event.at))
-            else:
-                continue
-            span = spans.get(seq)
-            spans[seq] = (before if span is None else span[0], after)
+            elif event.type == "deleted":
+                gone.append((seq, event.job_id, event.at))
         if gone:
-            self._delete(gone, [(seq,) for seq, _, _ in gone if spans[seq][0] is not None])
+            self._delete(gone, [(seq,) for seq, _, _ in gone if before[seq] is not None])
             for seq, _, _ in gone:
                 payloads.pop(seq, None)
-        totals = self._write_rows(spans, totals)
+        totals = self._write_rows(before, after, totals)
         self._conn.executemany(_INSERT_PAYLOAD, map(sealed, payloads.values()))
-        self._cache_payloads(payloads)
         if suspects:
             self._conn.executemany("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", suspects)
             if gone:
                 self._conn.execute("DELETE FROM suspects WHERE job_seq NOT IN (SELECT seq FROM jobs)")
         return totals
 
+    def forget_rows(self) -> None:
+        """Clear the cache of rows, after a transaction that was rolled back."""
+        self._rows.clear()
+
     def payload(self, seq: int) -> bytes | None:
         """Return the cached payload of a recently created job, or None. A seq is never reused."""
         return self._payloads.get(seq)
 
-    def _cache_payloads(self, payloads: dict[int, Row]) -> None:
-        for seq, row in payloads.items():
-            known = self._payloads.get(seq, b"")  # from a transaction that was rolled back and is repeated
-            self._payload_bytes += len(row[1]) - len(known)
-            self._payloads[seq] = row[1]
+    def cache_payload(self, seq: int, payload: bytes) -> None:
+        """Cache the payload of a new job."""
+        self._payload_bytes += len(payload)
+        self._payloads[seq] = payload
         while self._payload_bytes > KEEP_PAYLOAD_BYTES:
             oldest = list(self._payloads)[: 1 + len(self._payloads) // 4]
             self._payload_bytes -= sum(len(self._payloads.pop(seq)) for seq in oldest)
 
-    def _write_rows(self, spans: dict[int, tuple[Job | None, Job | None]], totals: Totals) -> Totals:
+    def _stored(self, event: Event, skipped: Container[str]) -> StoredJob | None:
+        """Return the row that `event` changes, None if its job is in quarantine. Raises RowMissing or RowDamaged."""
+        try:
+            stored = self._rows.pop(event.job_seq, None) or self._find(event.job_seq)
+        except RowDamaged:
+            if event.job_id not in skipped:
+                raise
+            return None
+        if stored is None and event.job_id not in skipped:
+            raise RowMissing(event.job_id)
+        return stored
+
+    def _write_rows(self, stored: dict[int, StoredJob | None], after: dict[int, Job | None], totals: Totals) -> Totals:
         live, live_xor, finished, finished_xor = totals
         new: defaultdict[str, list[Row]] = defaultdict(list)
         changed: defaultdict[str, list[Row]] = defaultdict(list)
-        for before, after in spans.values():
+        for seq, job in after.items():
+            before = stored[seq]
             if before is not None:
-                crc = self._checksum(before)
-                if before.status in LIVE:
-                    live, live_xor = live - 1, live_xor ^ crc
+                if before.job.status in LIVE:
+                    live, live_xor = live - 1, live_xor ^ before.crc
                 else:
-                    finished, finished_xor = finished - 1, finished_xor ^ crc
-            if after is None:
+                    finished, finished_xor = finished - 1, finished_xor ^ before.crc
+            if job is None:
                 continue
-            row = codec.sealed(codec.job_row(after))
+            row = codec.sealed(codec.job_row(job))
             crc = row[-1]
-            if after.status in LIVE:
+            if job.status in LIVE:
                 live, live_xor = live + 1, live_xor ^ crc
-                self._cache_checksum(after, crc)
+                self._cache_row(job, crc)
             else:
                 finished, finished_xor = finished + 1, finished_xor ^ crc
-            sql, values = self._insert(after) if before is None else self._update(before, after)
+            sql, values = self._insert(job) if before is None else self._update(before.job, job)
             (new if before is None else changed)[sql].append(values(row))
         for sql, many in changed.items():
-            self._each_row(sql, many)
+            if self._conn.executemany(sql, many).rowcount != len(many):
+                raise sqlite3.IntegrityError("a cached row is not on the disk")
         for sql, many in new.items():
             self._conn.executemany(sql, many)
         return live, live_xor, finished, finished_xor
 
-    def _each_row(self, sql: str, many: Sequence[Row]) -> None:
-        """Run `sql` for each row. Raises RowsMissing if it does not find one of them."""
-        if self._conn.executemany(sql, many).rowcount != len(many):
-            raise RowsMissing("a job that is in memory has no row on the disk")
-
-    def _checksum(self, job: Job) -> int:
-        kept = self._checksums.pop(job.seq, None)
-        return kept[1] if kept is not None and kept[0] == job else codec.checksum(codec.job_row(job))
-
-    def _cache_checksum(self, job: Job, crc: int) -> None:
-        if len(self._checksums) >= KEEP_CHECKSUMS:
-            self._checksums.clear()
-        self._checksums[job.seq] = (job, crc)
+    def _cache_row(self, job: Job, crc: int) -> None:
+        if len(self._rows) >= KEEP_ROWS:
+            self._rows.clear()
+        self._rows[job.seq] = StoredJob(job, crc)
 
     # A statement names only the columns that it needs, because each value costs time. Columns that an INSERT omits are
     # null. An UPDATE that omits status and expires_at changes no index. Parts of a job are compared by identity, which
@@ -167,8 +203,8 @@ class JobWriter:
         return statement
 
     def _delete(self, gone: list[tuple[int, str, int]], on_disk: list[Row]) -> None:
-        """Delete the jobs `gone`. `on_disk` are those that this batch did not create."""
-        self._each_row("DELETE FROM jobs WHERE seq = ?", on_disk)
+        """Delete the jobs `gone`. `on_disk` are those that this slice did not create."""
+        self._conn.executemany("DELETE FROM jobs WHERE seq = ?", on_disk)
         for table in ("payloads", "suspects"):
             self._conn.executemany(f"DELETE FROM {table} WHERE job_seq = ?", on_disk)
         self._conn.executemany("INSERT INTO deleted_jobs (job_seq, id, at) VALUES (?, ?, ?)", gone)
@@ -320,23 +356,22 @@ class LateWriter:
         self._read = read
         self._note = note
 
-    def write(self, changes: list[Change], *, sweeps: bool) -> list[Tombstone]:
+    def write(self, changes: Sequence[Change], *, sweeps: bool) -> list[Tombstone]:
         """Write new late results. Delete those above the maximum of their job, and those of deleted jobs.
 
         Return tombstones for the artifacts of the deleted ones if an artifact store `sweeps`.
         """
-        touched = [change for change in changes if change.late is not None or change.after is None]
+        touched = [change for change in changes if change.late is not None or change.event.type == "deleted"]
         kept = [(change.event.job_seq, change.late) for change in touched if change.late is not None]
         if kept:
             self._conn.executemany(_INSERT_LATE, [codec.late_row(job_seq, late) for job_seq, late in kept])
         left: list[Tombstone] = []
-        # The last event of each job decides: late results of a job that this batch deletes are deleted too.
+        # The last event of each job decides: late results of a job that this slice deletes are deleted too.
         for event in {change.event.job_seq: change.event for change in touched}.values():
-            if event.job_seq:
-                going = self._read(_EXCESS_LATE if event.type == "late_result" else _LATE_OF_JOB, (event.job_seq,))
-                if sweeps:
-                    left += self._named(event, going)
-                self._conn.executemany(_DELETE_LATE, going)
+            going = self._read(_EXCESS_LATE if event.type == "late_result" else _LATE_OF_JOB, (event.job_seq,))
+            if sweeps:
+                left += self._named(event, going)
+            self._conn.executemany(_DELETE_LATE, going)
         return left
 
     def _named(self, event: Event, going: list[Row]) -> list[Tombstone]:

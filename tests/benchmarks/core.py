@@ -29,7 +29,7 @@ from jobd.model.commands import Call, Claim, Command, Complete, Create, Moment
 from jobd.model.job import Policy
 from jobd.model.responses import Response
 from jobd.storage import startup
-from jobd.storage.database import Database
+from jobd.storage.projection import SLICE_EVENTS, Projection
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class DroppingResponder:
 class MeasuredCore:
     """The core of a daemon. `times` has the microseconds per command of each step."""
 
-    def __init__(self, tables: Database) -> None:
+    def __init__(self, tables: Projection) -> None:
         self.times: defaultdict[str, list[float]] = defaultdict(list)
         self._tables = tables
         self._book = Book()
@@ -86,7 +86,10 @@ class MeasuredCore:
         at = Moment(now, lease, now - lease)
         plan = self._timed("decide", count, lambda: self._decider.decide(envelopes, at, Known(), self._policy))
         batch = self._timed("gather", count, lambda: self._decider.batch(plan, self._policy))
-        plan.fill(self._timed("write and fsync", count, lambda: self._tables.write(batch, 0)))
+        plan.fill(self._timed("write and fsync", count, lambda: self._tables.append(batch, 0)))
+        if self._tables.behind >= SLICE_EVENTS:
+            slice_events = self._tables.behind
+            self._timed("slice", slice_events, self._tables.project)
         if self._tables.needs_upkeep:
             self._tables.upkeep()
         self._timed("note", count, lambda: self._note(plan))

@@ -18,7 +18,8 @@ from msgspec.structs import replace
 from jobd.model.job import LIVE
 from jobd.model.storage import SPARE_BYTES, DiskFull, JobQuery, Numbers
 from jobd.storage.commit_mode import CommitSetting
-from jobd.storage.store import Store, StoreBroken, StoreBusy
+from jobd.storage.store import Store, StoreBroken, StoreBusy, StoreUnreadable
+from jobd.storage.writers import RowMissing
 from tests import ROOT
 from tests.support.factories import ChangeFactory, full_job
 from tests.support.store_files import assert_holds, exists, flip, job_of, make_store, open_store, pick, remove, seqs
@@ -83,14 +84,27 @@ async def test_a_batch_that_does_not_continue_the_rows_breaks_the_store(path: st
     async with open_store(path, commit) as (store, _):
         first = maker.create("a")
         await store.write(maker.batch([first]))
+        await store.write(maker.batch([maker.create("a")]))
         with pytest.raises(sqlite3.IntegrityError):
-            await store.write(maker.batch([maker.create("a")]))
+            await store.timeline(1)
+        with pytest.raises(StoreBroken):
+            await store.timeline(1)
+    with pytest.raises(StoreUnreadable, match=r"record 1 of the journal or a later one contradicts .* --cut-journal 1"):
+        await Store.open(path)
+
+
+@both_modes
+async def test_a_change_of_a_job_without_a_row_breaks_the_store(path: str, commit: CommitSetting) -> None:
+    maker = ChangeFactory()
+    async with open_store(path, commit) as (store, _):
+        await store.write(maker.batch([maker.grant(replace(full_job(99), status="queued"))]))
+        with pytest.raises(RowMissing, match="its row is missing"):
+            await store.timeline(1)
         with pytest.raises(StoreBroken):
             await store.timeline(1)
     async with open_store(path) as (store, found):
-        assert [job.seq for job in found.live()] == [1]
-        with pytest.raises(sqlite3.IntegrityError, match="no row on the disk"):
-            await store.write(maker.batch([maker.grant(replace(full_job(99), status="queued"))]))
+        assert found.faults == ["job job-99: its row is missing"]
+        assert [event.type for event in await store.timeline(99)] == ["granted"]
 
 
 @both_modes
@@ -286,6 +300,7 @@ async def test_damaged_rows_that_cannot_be_moved_end_the_search(small_disk: Path
     finished = maker.finish(job_of(granted))
     async with open_store(path) as (store, _):
         await store.write(maker.batch([created, granted, finished]))
+        await store.finish_upkeep()
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1")
         store._connection.raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         fill(small_disk)

@@ -12,7 +12,7 @@ from typing import Any
 
 from jobd.cli.daemon.main import main
 from jobd.storage.artifacts.filesystem import FileArtifactStore
-from jobd.storage.database import Database
+from jobd.storage.projection import Projection
 
 
 def hang(*_: Any) -> None:
@@ -20,7 +20,7 @@ def hang(*_: Any) -> None:
 
 
 def break_disk(*_: Any) -> None:
-    Database._apply = no_disk  # type: ignore[method-assign,assignment]
+    Projection.append = no_disk  # type: ignore[method-assign,assignment]
 
 
 def no_disk(*_: Any) -> Any:

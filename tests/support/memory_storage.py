@@ -1,29 +1,34 @@
 """Storage in memory that fails on demand, for tests of the actor and its callers.
 
-It serves only committed data. A batch that does not continue the committed rows fails the test.
+A batch is committed when its record is in the journal. The tables are written from the records, at once or in slices. A
+batch that does not continue the committed rows fails the test.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from io import BytesIO
-from typing import BinaryIO, Final, get_args
+from typing import BinaryIO
 
 import msgspec
 from msgspec.structs import replace
 
-from jobd.model.events import Change, Event
+from jobd.journal import facts, record
+from jobd.journal.memory import MemoryJournal
+from jobd.model.events import Change, Event, fold
 from jobd.model.fingerprints import fingerprint
-from jobd.model.job import FINISHED, LIVE, MAX_LATE_RESULTS, Grant, Job, LateResult, Result, compact
+from jobd.model.job import FINISHED, LIVE, Grant, Job, Result, compact
+from jobd.model.journal import Record
 from jobd.model.responses import CheckedRows, DamagedRow, DeliveryState
 from jobd.model.storage import (
     MAX_POSTPONE_MS,
     AuditEntry,
     AuditQuery,
     AuditRows,
-    AuditShare,
     BackupProgress,
     BadRows,
     Batch,
@@ -40,22 +45,21 @@ from jobd.model.storage import (
     OpenedStore,
     Payload,
     Quarantined,
-    QueueRow,
     Storage,
-    StoredResponse,
     Tombstone,
-    audit_share,
-    distinct_tombstones,
 )
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
-from jobd.storage import codec as rows
-from jobd.storage.writers import KEEP_AUDIT, KEEP_BESIDE
+from jobd.storage.projection import MAX_BEHIND, SLICE_EVENTS
+from tests.support.memory_tables import MemoryTables
 
-KEPT_REPORTS: Final = 500
+Pending = tuple[int, Batch]  # number of a record that the tables lack, and its batch as decoded
 
 
-class MemoryStorage(Storage):
-    """Committed rows in dicts. Every method yields to the event loop once, as calls of the storage thread do.
+class MemoryStorage(MemoryTables, Storage):
+    """The committed data in dicts. Every method yields to the event loop once, as calls of the storage thread do.
+
+    The attributes of this object have the committed data. With `slices_wait`, `tables` lack the `pending` records until
+    `project`, a read, or `max_behind` events. Without it, `tables` is this object.
 
     Failures on demand:
     - `write_errors`: the next writes raise these in order and write nothing (None: that write succeeds).
@@ -67,28 +71,24 @@ class MemoryStorage(Storage):
     - `errors`: method name to the error that it raises.
     - `commits_inline`: a write does not yield to the event loop.
     - `gate`: while cleared, writes wait for it (a slow disk); `at_gate` is set while one waits.
+    - `slice_fits`: if it returns false, a slice raises DiskFull.
     """
 
     commits_inline = False
 
-    def __init__(self, numbers: Numbers | None = None) -> None:
-        self.numbers = numbers or Numbers()
-        self.jobs: dict[int, Job] = {}  # seq -> row
-        self.payloads: dict[int, Payload] = {}
-        self.events: list[Event] = []
-        self.late_results: dict[int, tuple[LateResult, ...]] = {}  # job seq -> its late results, the oldest grant first
-        self.queues: dict[str, QueueRow] = {}
-        self.keys: dict[str, StoredResponse] = {}
-        self.suspects: dict[int, str] = {}
+    def __init__(self, numbers: Numbers | None = None, *, slices_wait: bool = False) -> None:
+        super().__init__(numbers)
+        self.log = MemoryJournal()
+        self.tables: MemoryTables = MemoryTables(numbers) if slices_wait else self
+        self.pending: deque[Pending] = deque()
+        self.behind = 0  # events of the pending records, each record at least one
+        self.slice_events = SLICE_EVENTS
+        self.max_behind = MAX_BEHIND
+        self.slice_fits: Callable[[], bool] = lambda: True
         self.quarantined: dict[str, str] = {}
-        self.deleted: dict[int, int] = {}  # seq -> wall time of the deletion
-        self.kept_reports: deque[bytes] = deque(maxlen=KEPT_REPORTS)
         self.figures: bytes | None = None
-        self.tombstones: dict[int, Tombstone] = {}  # job seq -> row
-        self.audited: dict[int, AuditEntry] = {}  # seq -> audit entry as written; parts are not merged
         self.cursors: dict[str, WebhookCursor] = {}
         self.outbox: dict[int, Delivery] = {}  # id -> row
-        self.marked = False
         self.gone_to = 0
         self.has_reserve = True
         self.disk_space: DiskSpace | None = DiskSpace("/disk/jobd.db", 8 << 30, 16 << 30)
@@ -112,7 +112,8 @@ class MemoryStorage(Storage):
         self.on_tombstones: Callable[[int], None] = lambda count: None
         self._all_quarantined: list[Quarantined] = []  # in order
         self._reported = 0  # of these
-        self._ids: dict[str, int] = {}  # id -> seq
+        self._last_record = 0
+        self._marked_at = 0  # the last record when a backup was restored: earlier ones do not remove its mark
 
     # -- for tests ----------------------------------------------------------------------------------------------------
 
@@ -130,28 +131,21 @@ class MemoryStorage(Storage):
 
     def put(self, job: Job, payload: bytes = b"null", request_hash: str = "") -> None:
         """Add an edited or imported row, which is not validated yet."""
-        self.jobs[job.seq] = job
-        self._ids[job.id] = job.seq
-        self.payloads[job.seq] = Payload(payload, request_hash)
-        self.suspects[job.seq] = job.id
-        if job.status in FINISHED:
-            self._count(job.options.queue, job.status, +1)
-        numbers = self.numbers
-        self.numbers = replace(numbers, next_job=max(numbers.next_job, job.seq + 1))
-
-    def job(self, job_id: str) -> Job | None:
-        """Return the committed row."""
-        seq = self._ids.get(job_id)
-        return None if seq is None else self.jobs[seq]
+        for tables in self._both():
+            tables.put_row(job, Payload(payload, request_hash))
 
     def opened(self) -> OpenedStore:
-        """Return what a start would read."""
+        """Return what a start would read, after whatever was in memory only is lost. Raises BadRecord."""
+        self.read_tail()
+        self.settle_epoch()
+        with contextlib.suppress(DiskFull):
+            self.project()
         self.on_quarantined = lambda aside: None
         self.on_tombstones = lambda count: None
         self.unmoved.clear()
-        bad = {job_id: reason for job_id, reason in self.bad_jobs.items() if job_id in self._ids}
+        bad = {job_id: reason for job_id, reason in self.bad_jobs.items() if job_id in self.ids}
         for job_id, reason in bad.items():
-            self._quarantine(self.jobs[self._ids[job_id]], reason)
+            self._quarantine(self.jobs[self.ids[job_id]], reason)
         self._reported = len(self._all_quarantined)
         undamaged = [job for _, job in sorted(self.jobs.items()) if job.id not in self.unmoved]
         live = [(compact(job), job) for job in undamaged if job.status in LIVE]
@@ -171,6 +165,106 @@ class MemoryStorage(Storage):
             tombstones=len(self.tombstones),
         )
 
+    # -- the journal and the tables behind it
+
+    def append(self, batch: Batch, reported: int) -> dict[int, bytes]:
+        """Append all of `batch` to the journal, or nothing if it raises. Return the payloads that it asks for.
+
+        It considers the first `reported` quarantined jobs.
+        """
+        self._check_numbers(batch)
+        self._check_changes(batch.changes)
+        if self.behind >= self.max_behind:
+            self.project()
+        new = {each.event.job_seq: each.payload for each in batch.changes if each.payload is not None}
+        self._check_payloads(batch, new)
+        payloads = {seq: new[seq] if seq in new else self.payloads[seq].body for seq in batch.payloads}
+        for aside in self._all_quarantined[reported:]:
+            if aside.uncounted is not None and aside.uncounted[0] in batch.queues:
+                name, status = aside.uncounted
+                batch.queues[name] = batch.queues[name].without(status)
+        body, events = record.encode(batch)
+        numbers, number = batch.numbers, self._last_record + 1
+        last = events[-1][0] if events else numbers.next_event - 1
+        first = events[0][0] if events else last + 1
+        made = Record(number, first, last, numbers.epoch, numbers.wall_ms, body)
+        self.log.append(made)
+        self._last_record = number
+        self.batches.append(batch)
+        self._add(number, record.decode(made)[0])
+        if self.tables is not self:
+            self.apply(batch)
+        for change in batch.changes:
+            if change.event.type == "deleted":
+                self.bad_jobs.pop(change.event.job_id, None)
+                self.unmoved.pop(change.event.job_id, None)
+        return payloads
+
+    def _add(self, number: int, batch: Batch) -> None:
+        self.pending.append((number, batch))
+        self.behind += max(len(batch.changes), 1)
+
+    def read_tail(self) -> None:
+        """Forget what is in memory only, and read the records that the tables lack. Raises BadRecord."""
+        if not self.pending and self.tables is self:
+            return
+        self.pending.clear()
+        self.behind, self._last_record = 0, self.tables.projected_to
+        self.become(self.tables)
+        while records := self.log.read(self._last_record, 10):
+            for each in records:
+                batch, _ = record.decode(each)
+                if each.number <= self._marked_at:
+                    batch.unmark = False
+                self._add(each.number, batch)
+                self.apply(batch)
+            self._last_record = records[-1].number
+        if (begun := self.tables.numbers).epoch > self.numbers.epoch:  # after the tail, and before it was projected
+            self.numbers = replace(
+                self.numbers, epoch=begun.epoch, next_token=begun.next_token, next_event=begun.next_event
+            )
+
+    def settle_epoch(self) -> None:
+        """Begin a new epoch if the store is a restored backup. Here it never is."""
+
+    def project(self) -> None:
+        """Write all pending records into the tables. Raises DiskFull."""
+        while self.pending:
+            self.write_slice()
+
+    def write_slice(self) -> None:
+        """Write the next pending records into the tables, and trim the journal. Raises DiskFull."""
+        if not self.slice_fits():
+            raise DiskFull("the disk of this test has no space for a slice")
+        written = 0
+        while self.pending and written < self.slice_events:
+            number, batch = self.pending.popleft()
+            size = max(len(batch.changes), 1)
+            written, self.behind = written + size, self.behind - size
+            if left := self.tables.apply(batch):
+                self.on_tombstones(len(left))
+            self.tables.projected_to = number
+        self.tables.numbers = self.numbers  # those of the last record, or of an epoch that has begun since
+        self.log.trim(self.tables.projected_to)
+
+    def _project_for_read(self) -> None:
+        """Write all pending records. On a full disk a read has them in a transaction that is rolled back."""
+        with contextlib.suppress(DiskFull):
+            self.project()
+
+    def _touches(self, ids: Iterable[str], seqs: Iterable[int], digests: Iterable[str] = ()) -> bool:
+        """Return whether the pending records concern one of these jobs or stored responses."""
+        events = [change.event for _, batch in self.pending for change in batch.changes]
+        keys = {key.digest for _, batch in self.pending for key in batch.keys}
+        changed, numbers = {event.job_id for event in events}, {event.job_seq for event in events}
+        return not (changed.isdisjoint(ids) and numbers.isdisjoint(seqs) and keys.isdisjoint(digests))
+
+    def _both(self) -> Iterator[MemoryTables]:
+        """Return the tables and the committed data, for what is written past the journal."""
+        yield self
+        if self.tables is not self:
+            yield self.tables
+
     # -- model.storage.Storage
 
     def cached_payloads(self, job_seqs: list[int]) -> dict[int, bytes]:
@@ -178,6 +272,8 @@ class MemoryStorage(Storage):
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
         await self._enter("load")
+        if self._touches(ids, payloads, digests):
+            self._project_for_read()
         loaded = LoadedRows({}, {}, {}, {})
         for job_id in ids:
             self._load_job(job_id, loaded)
@@ -204,7 +300,9 @@ class MemoryStorage(Storage):
             raise error
         if not self.fits(batch):
             raise DiskFull("the disk of this test is full")
-        shown = self._commit(batch, reported)
+        shown = self.append(batch, reported)
+        if self.tables is self:
+            self.project()
         if self.lost_commits:
             self.lost_commits -= 1
             raise OSError("fsync failed; the batch may be there or not")
@@ -217,6 +315,7 @@ class MemoryStorage(Storage):
 
     async def find_jobs(self, query: JobQuery) -> JobRows:
         await self._enter("find")
+        self._project_for_read()
         page = JobRows([], None)
         size, scanned = 0, 0
         for seq in self._in_order(query, query.before if query.after is None else query.after):
@@ -252,13 +351,16 @@ class MemoryStorage(Storage):
 
     async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
         await self._enter("timeline")
+        self._project_for_read()
         events = [event for event in self.events if event.job_seq == job_seq][-limit if limit else 0 :]
-        pruned, changed = rows.thin(events)
+        pruned, changed = facts.thin(events)
         new = {event.seq: event for event in changed}
         return [new.get(event.seq, event) for event in events if event.seq not in pruned]
 
     async def read_late_results(self, wanted: list[LateResultQuery]) -> LateResultRows:
         await self._enter("late")
+        if self._touches((), [each.job_seq for each in wanted]):
+            self._project_for_read()
         known = LateResultRows()
         for each in wanted:
             kept = self.late_results.get(each.job_seq, ())
@@ -273,16 +375,19 @@ class MemoryStorage(Storage):
 
     async def count_late_results(self, job_seqs: list[int]) -> dict[int, int]:
         await self._enter("count_late")
+        self._project_for_read()
         return {seq: len(self.late_results[seq]) for seq in job_seqs if self.late_results.get(seq)}
 
     async def journal(self, after: int, limit: int) -> JournalPage:
         """Return up to `limit` events with a seq above `after`, oldest first."""
         await self._enter("journal")
+        self._project_for_read()
         found = [event for event in self.events if event.seq > after][:limit]
         return JournalPage(found, self.numbers.next_event - 1, self.gone_to, len(found) == limit)
 
     async def expired_jobs(self, now: int, limit: int, skip: int = 0) -> list[str]:
         await self._enter("expired")
+        self._project_for_read()
         old = [job for job in self.jobs.values() if job.status in FINISHED and _expires(job) <= now]
         undamaged: list[str] = []
         for job in sorted(old, key=_expires):
@@ -295,26 +400,25 @@ class MemoryStorage(Storage):
 
     async def reports(self, limit: int) -> list[bytes]:
         await self._enter("reports")
+        self._project_for_read()
         return list(reversed(self.kept_reports))[:limit]
 
     async def quarantine(self, job: Job, reason: str) -> None:
         await self._enter("quarantine")
+        self._project_for_read()
         self._quarantine(self.jobs.get(job.seq, job), reason)
         await self._report_quarantined()
 
     async def prune(self, before: int, limit: int) -> int:
         await self._enter("prune")
-        old = {seq for seq, at in self.deleted.items() if at < before}
-        pruned = [event for event in self.events if event.job_seq in old or (event.job_seq == 0 and event.at < before)]
-        numbers = {event.seq for event in pruned[:limit]}
-        self.gone_to = max(self.gone_to, *numbers, 0)
-        self.events = [event for event in self.events if event.seq not in numbers]
-        for seq in old - {event.job_seq for event in self.events}:
-            del self.deleted[seq]
-        return len(numbers)
+        self.project()
+        pruned, *_ = [tables.prune_events(before, limit) for tables in self._both()]
+        self.gone_to = max([self.gone_to, *pruned])
+        return len(pruned)
 
     async def read_audit(self, query: AuditQuery) -> AuditRows:
         await self._enter("audit")
+        self._project_for_read()
         below = [seq for seq in sorted(self.audited, reverse=True) if query.before is None or seq < query.before]
         scanned = below[: query.scan]
         found = [(seq, self.audited[seq]) for seq in scanned if _is_asked(self.audited[seq], query)]
@@ -324,20 +428,13 @@ class MemoryStorage(Storage):
 
     async def trim_audit(self, before: int, limit: int) -> int:
         await self._enter("trim_audit")
-        last = max(self.audited, default=0)
-        old = [seq for seq in sorted(self.audited)[:limit] if seq < last]
-        pruned = [seq for seq in old if self.audited[seq].at < before]
-        for share in get_args(AuditShare):
-            keep = KEEP_AUDIT if share == "changes" else KEEP_BESIDE
-            rows = [seq for seq, row in sorted(self.audited.items()) if audit_share(row.what, row.outcome) == share]
-            pruned += [seq for seq in rows[: max(len(rows) - keep, 0)] if seq < last and seq not in pruned]
-        pruned = pruned[:limit]
-        for seq in pruned:
-            del self.audited[seq]
-        return len(pruned)
+        self.project()
+        count, *_ = [tables.trim_audit_rows(before, limit) for tables in self._both()]
+        return count
 
     async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
         await self._enter("due_tombstones")
+        self._project_for_read()
         waiting = self.tombstones.values()
         due = [each for each in waiting if each.due_at <= now or each.due_at > now + MAX_POSTPONE_MS]
         due.sort(key=lambda each: each.due_at)
@@ -352,11 +449,9 @@ class MemoryStorage(Storage):
 
     async def settle_tombstones(self, pruned: list[int], later: list[Tombstone]) -> None:
         await self._enter("settle_tombstones")
-        for seq in pruned:
-            del self.tombstones[seq]
-        for tombstone in later:
-            assert tombstone.job_seq in self.tombstones, f"there is no tombstone of {tombstone.job_id} to postpone"
-            self.tombstones[tombstone.job_seq] = tombstone
+        self.project()
+        for tables in self._both():
+            tables.settle(pruned, later)
 
     async def save_stats(self, body: bytes) -> None:
         await self._enter("save_figures")
@@ -386,6 +481,7 @@ class MemoryStorage(Storage):
     async def check_rows(self, cursor: str | None) -> CheckedRows | None:
         """Check all jobs in one slice."""
         await self._enter("check_rows")
+        self._project_for_read()
         if cursor is not None:
             return None
         bad = [(job, reason) for job in self.jobs.values() if (reason := self._bad_row(job)) is not None]
@@ -398,6 +494,7 @@ class MemoryStorage(Storage):
     async def backup(self, progress: BackupProgress | None = None) -> BinaryIO:
         """Return the live and finished jobs as JSON."""
         await self._enter("backup")
+        self._project_for_read()
         body = msgspec.json.encode(list(self.jobs.values()))
         if progress is not None:
             progress("copying", len(body), len(body))
@@ -482,60 +579,6 @@ class MemoryStorage(Storage):
         else:
             loaded.jobs[job_id] = job
 
-    def _commit(self, batch: Batch, reported: int) -> dict[int, bytes]:
-        """Apply all of `batch`, or nothing if it raises. It considers the first `reported` quarantined jobs."""
-        self._check_numbers(batch)
-        after = self._after(batch.changes)
-        new = {
-            c.event.job_seq: Payload(c.payload, c.request_hash or "") for c in batch.changes if c.payload is not None
-        }
-        self._check_payloads(batch, after, new)
-        shown = {seq: (new.get(seq) or self.payloads[seq]).body for seq in batch.payloads}
-        self.numbers = batch.numbers
-        self.payloads |= new
-        left = distinct_tombstones([*self._write_late_results(batch), *batch.tombstones])
-        for seq, job in after.items():
-            self._replace(seq, job)
-        for change in batch.changes:
-            self._note(change)
-        self.queues |= batch.queues
-        for aside in self._all_quarantined[reported:]:
-            if aside.uncounted is not None and aside.uncounted[0] in batch.queues:
-                self._count(*aside.uncounted, -1)
-        for digest in batch.forget_keys:
-            self.keys.pop(digest, None)
-        self.keys |= {key.digest: key for key in batch.keys}
-        for seq in batch.checked:
-            self.suspects.pop(seq, None)
-        for tombstone in left:
-            assert tombstone.job_seq not in self.jobs, f"job {tombstone.job_id} is there, and has a tombstone"
-            self.tombstones[tombstone.job_seq] = tombstone
-        if left:
-            self.on_tombstones(len(left))
-        for audited in batch.audit:
-            self.audited[max(self.audited, default=0) + 1] = audited
-        if batch.report is not None:
-            self.kept_reports.append(bytes(batch.report))
-        self.marked = self.marked and not batch.unmark
-        self.batches.append(batch)
-        return shown
-
-    def _write_late_results(self, batch: Batch) -> list[Tombstone]:
-        """Store late results; delete excess ones and those of deleted jobs, and return their tombstones."""
-        left = []
-        for change in batch.changes:
-            event = change.event
-            kept = [*self.late_results.get(event.job_seq, ()), *([change.late] if change.late is not None else [])]
-            if not kept:
-                continue
-            kept.sort(key=lambda late: late.fencing_token)
-            going = kept[:-MAX_LATE_RESULTS] if change.after is not None else kept
-            self.late_results[event.job_seq] = tuple(kept[len(going) :])
-            for late in going:
-                if batch.sweeps and (key := late.result.storage_key) is not None:
-                    left.append(Tombstone(-late.seq, event.job_id, key, event.at, event.at))
-        return left
-
     def _check_numbers(self, batch: Batch) -> None:
         """Check that high-water marks and lease time never go back."""
         for name in ("epoch", "next_job", "next_event", "lease_ms"):
@@ -543,61 +586,40 @@ class MemoryStorage(Storage):
         if batch.numbers.epoch == self.numbers.epoch:
             assert batch.numbers.next_token >= self.numbers.next_token, "next_token went back"
 
-    def _after(self, changes: list[Change]) -> dict[int, Job | None]:
-        """Return the rows after `changes` by seq. Check that each change continues from the one before."""
-        after: dict[int, Job | None] = {}
+    def _check_changes(self, changes: list[Change]) -> None:
+        """Check that each change continues from the one before, and that its event says everything that changed."""
+        rows: dict[int, Job | None] = {}
         ids: dict[str, int | None] = {}
         last = self.events[-1].seq if self.events else 0
         for change in changes:
-            event, before, job = change.event, change.before, change.after
+            event, seq = change.event, change.event.job_seq
             assert event.seq > last, f"event {event.seq} comes after {last}"
             last = event.seq
-            if event.job_seq == 0:
+            if seq == 0:
                 continue
-            on_disk = after[event.job_seq] if event.job_seq in after else self.jobs.get(event.job_seq)
-            if on_disk is None and before is not None and before.id in self.quarantined:
-                raise BadRows({before.id: self.quarantined[before.id]})  # quarantined since the batch was decided
-            assert on_disk == before, f"job {event.job_id} is not on the disk as the batch has it"
+            before = rows[seq] if seq in rows else self.jobs.get(seq)
+            if before is None and event.before is not None and event.job_id in self.quarantined:
+                raise BadRows({event.job_id: self.quarantined[event.job_id]})  # quarantined since the batch was decided
+            assert before == change.before, f"job {event.job_id} is not on the disk as the batch has it"
             if before is None:
-                taken = ids[event.job_id] if event.job_id in ids else self._ids.get(event.job_id)
+                taken = ids[event.job_id] if event.job_id in ids else self.ids.get(event.job_id)
                 assert taken is None, f"there is a job {event.job_id} already"
                 assert change.payload is not None, f"job {event.job_id} comes without its payload"
-            after[event.job_seq] = job
-            ids[event.job_id] = None if job is None else event.job_seq
-        return after
+            after = fold(copy(before), event)
+            assert after == change.after, f"{event.type} of job {event.job_id} does not say what happened"
+            rows[seq] = after
+            ids[event.job_id] = None if after is None else seq
 
-    def _replace(self, seq: int, job: Job | None) -> None:
-        if (old := self.jobs.pop(seq, None)) is not None and self._ids.get(old.id) == seq:
-            del self._ids[old.id]
-        if job is None:
-            if old is not None:
-                self.bad_jobs.pop(old.id, None)
-                self.unmoved.pop(old.id, None)
-            self.payloads.pop(seq, None)
-            self.suspects.pop(seq, None)
-            self.late_results.pop(seq, None)
-            return
-        self.jobs[seq] = job
-        self._ids[job.id] = seq
-
-    def _check_payloads(self, batch: Batch, after: dict[int, Job | None], new: dict[int, Payload]) -> None:
+    def _check_payloads(self, batch: Batch, new: dict[int, bytes]) -> None:
         bad = {}
         for seq in batch.payloads:
             reason = self._bad_payload(seq)
             if reason is not None or (seq not in self.payloads and seq not in new):
-                job = after.get(seq) or self.jobs.get(seq)
+                job = self.jobs.get(seq)
                 name = job.id if job else self.quarantined_ids.get(seq, f"seq {seq}")
                 bad[name] = reason or "the payload is missing"
         if bad:
             raise BadRows(bad)
-
-    def _note(self, change: Change) -> None:
-        event = change.event
-        self.events.append(event)
-        if event.type == "imported" and event.job_seq in self.jobs:
-            self.suspects[event.job_seq] = event.job_id
-        if event.job_seq and change.after is None:
-            self.deleted[event.job_seq] = event.at
 
     def _bad_payload(self, seq: int) -> str | None:
         return self.bad_payloads.get(seq) if seq in self.jobs else None
@@ -606,25 +628,22 @@ class MemoryStorage(Storage):
         return self.bad_jobs.get(job.id) or self._bad_payload(job.seq)
 
     def _quarantine(self, job: Job, reason: str) -> None:
-        if job.seq in self.jobs and not self.can_move(job):
+        """Move the rows of `job`. The tables have to be complete, so that the counts are those of its last row."""
+        self._project_for_read()
+        if job.seq in self.jobs and (self.pending or not self.can_move(job)):
             self.unmoved[job.id] = reason
             self._all_quarantined.append(Quarantined(job.id, reason, is_moved=False))
             return
         self.unmoved.pop(job.id, None)
         self.quarantined[job.id] = reason
-        is_here = self.jobs.pop(job.seq, None) is not None
-        is_counted = is_here and job.status in FINISHED
+        is_here = job.seq in self.jobs
+        for tables in self._both():
+            tables.remove(job.seq)
         if is_here:
-            del self._ids[job.id]
-            self.payloads.pop(job.seq, None)
-            self.suspects.pop(job.seq, None)
             self.quarantined_ids[job.seq] = job.id
             self.damaged_tombstones[job.seq] = job
-        if is_counted:
-            self._count(job.options.queue, job.status, -1)
-        self._all_quarantined.append(
-            Quarantined(job.id, reason, (job.options.queue, job.status) if is_counted else None)
-        )
+        uncounted = (job.options.queue, job.status) if is_here and job.status in FINISHED else None
+        self._all_quarantined.append(Quarantined(job.id, reason, uncounted))
 
     async def _report_quarantined(self) -> None:
         """Call `on_quarantined` a moment later, as from another thread."""
@@ -633,10 +652,6 @@ class MemoryStorage(Storage):
         while self._reported < len(self._all_quarantined):
             self._reported += 1
             self.on_quarantined(self._all_quarantined[self._reported - 1])
-
-    def _count(self, name: str, status: str, step: int) -> None:
-        queue = self.queues.get(name, QueueRow())
-        self.queues[name] = replace(queue, **{status: max(getattr(queue, status) + step, 0)})
 
 
 def _expires(job: Job) -> float:

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from jobd.model.events import Change, fold
 from jobd.model.job import FINISHED, LIVE, Job, LateResult
-from jobd.model.storage import LateResultQuery, OpenedStore
+from jobd.model.storage import Batch, LateResultQuery, OpenedStore
 from jobd.storage import migrations
 from jobd.storage.commit_mode import CommitSetting
 from jobd.storage.store import Store
@@ -104,6 +104,26 @@ async def make_store(path: str, seed: int = 11) -> ChangeFactory:
         for _ in range(20):
             await store.write(maker.any_batch(15))
     return maker
+
+
+@contextlib.asynccontextmanager
+async def killed_store(path: str) -> AsyncIterator[tuple[Store, OpenedStore]]:
+    """Yield a store that writes no slices, and leave its files as a kill does."""
+    async with open_store(path, "inline") as (store, found):
+        store._plan_slice = lambda: None  # type: ignore[method-assign]
+        yield store, found
+        left = {name: read_file(name) for name in (path, f"{path}-wal")}
+    for name, content in left.items():
+        write_file(name, content)
+
+
+async def leave_tail(path: str, *batches: Batch) -> list[int]:
+    """Write `batches` into the journal and not into the tables. Return the numbers of their records."""
+    async with killed_store(path) as (store, _):
+        first = store._projection.last + 1
+        for batch in batches:
+            await store.write(batch)
+    return list(range(first, first + len(batches)))
 
 
 def pick(maker: ChangeFactory, statuses: frozenset[str]) -> Job:

@@ -100,8 +100,18 @@ def restore_command(file: Path, yes: bool, is_dry_run: bool, store: str | None, 
 )
 @click.option("--all", "everything", is_flag=True, help="With --accept: all jobs in quarantine or with a damaged row.")
 @click.option("--recount", is_flag=True, help="Accept missing rows: count the rows again and store the new counts.")
-@click.option("-y", "--yes", is_flag=True, help="Do not ask (--accept, --recount).")
-@click.option("--dry-run", "is_dry_run", is_flag=True, help="Only print what would be written (--accept, --recount).")
+@click.option("--refold", is_flag=True, help="Also fold the events of each job, and compare the result with its row.")
+@click.option(
+    "--cut-journal",
+    "cut_from",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Delete record N of the journal and all later ones, which the tables lack. Keeps a copy of the database.",
+)
+@click.option("-y", "--yes", is_flag=True, help="Do not ask (--accept, --recount, --cut-journal).")
+@click.option(
+    "--dry-run", "is_dry_run", is_flag=True, help="Only print the changes (--accept, --recount, --cut-journal)."
+)
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @json_option
 @store_option
@@ -114,6 +124,8 @@ def doctor_command(
     everything: bool,
     ids: tuple[str, ...],
     recount: bool,
+    refold: bool,
+    cut_from: int | None,
     yes: bool,
     is_dry_run: bool,
     as_json: bool,
@@ -129,15 +141,18 @@ def doctor_command(
         raise click.UsageError("job ids and --all need --accept")
     if accept and bool(named) == everything:
         raise click.UsageError("--accept needs job ids or --all, not both")
-    if running + bool(accept) + recount > 1 or (running and (store or config)):
-        raise click.UsageError("--running, --accept and --recount are mutually exclusive; --running takes no database")
-    if (yes or is_dry_run) and not accept and not recount:
-        raise click.UsageError("--yes and --dry-run need --accept or --recount: without them, nothing is written")
+    repairs = bool(accept) + recount + (cut_from is not None)
+    if running + refold + repairs > 1 or (running and (store or config)):
+        names = "--running, --refold, --accept, --recount and --cut-journal"
+        raise click.UsageError(f"{names} are mutually exclusive; --running takes no database")
+    if (yes or is_dry_run) and not repairs:
+        names = "--accept, --recount or --cut-journal"
+        raise click.UsageError(f"--yes and --dry-run need {names}: without them, nothing is written")
     if rows and not running:
         raise click.UsageError("--rows needs --running: without it, all rows are always checked")
     if running:
         return _diagnosis(_checkup(admin_client(), rows=rows), as_json)
-    from jobd.storage import doctor, dry_run
+    from jobd.storage import doctor, dry_run, journal_cut
 
     path = store_path(store, config)
     if recount:
@@ -146,10 +161,14 @@ def doctor_command(
         chosen = None if everything else named
         preview, write = partial(dry_run.accept, ids=chosen), partial(doctor.accept, ids=chosen)
         return _repair(path, preview, write, yes=yes, is_dry_run=is_dry_run)
-    return _diagnosis(_check(path), as_json)
+    if cut_from is not None:
+        preview, write = partial(dry_run.cut_journal, number=cut_from), partial(journal_cut.cut, number=cut_from)
+        return _repair(path, preview, write, yes=yes, is_dry_run=is_dry_run)
+    notes: list[str] = []
+    return _diagnosis(_check(path, notes, refold=refold), as_json, notes)
 
 
-def _check(path: str) -> Sequence[Any]:
+def _check(path: str, notes: list[str], *, refold: bool) -> Sequence[Any]:
     """Return the problems of a database that no daemon has open. Raises CliError (75) if one has."""
     from jobd.cli.progress import busy
     from jobd.storage import doctor
@@ -157,7 +176,7 @@ def _check(path: str) -> Sequence[Any]:
 
     try:
         with busy(f"checking {path}"):
-            return doctor.check(path)
+            return doctor.check(path, refold=refold, on_note=notes.append)
     except StoreBusy as error:
         text = f"{error}; or check the running daemon: jobd doctor --running"
         raise exit_codes.CliError(text, exit_codes.TRY_AGAIN) from None
@@ -191,11 +210,13 @@ def _repair(
     return exit_codes.DONE
 
 
-def _diagnosis(problems: Sequence[Any], as_json: bool) -> int:
-    """Print problems and return the exit code: 0 without problems."""
+def _diagnosis(problems: Sequence[Any], as_json: bool, notes: Sequence[str] = ()) -> int:
+    """Print problems, and notes about what is not one. Return the exit code: 0 without problems."""
     if as_json:
-        terminal.emit_json({"problems": problems})
-    elif not problems:
+        terminal.emit_json({"problems": problems, "notes": notes})
+    for note in () if as_json else notes:
+        terminal.emit(note)
+    if not problems and not as_json:
         terminal.emit("nothing is wrong")
     for problem in () if as_json else problems:
         terminal.emit(f"{problem.where}: {problem.what}")

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
+import sqlite3
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec.structs import replace
@@ -32,10 +34,16 @@ BY_DAEMON: Final = 100  # one of this many flips is tested with a daemon, all wi
 EXIT_CODES: Final = (74, 78)
 
 
-class OriginalStore:
-    """The files and contents of a store as the daemon left it."""
+Where = Literal["database", "log", "journal"]
 
-    def __init__(self, trial: Trial, *, killed: bool) -> None:
+
+class OriginalStore:
+    """The files and contents of a store as the daemon left it.
+
+    For flips in the log or in the journal, the daemon was killed. For the journal, the log was then checkpointed.
+    """
+
+    def __init__(self, trial: Trial, where: Where) -> None:
         home = trial.directory / "original"
         home.mkdir()
         ledger = Ledger()
@@ -44,11 +52,14 @@ class OriginalStore:
                 with load(daemon, ledger, f"load-{number}"):
                     assert ledger.wait_for(80), daemon.log[-2000:]
             _write_unusual_rows(daemon)
-            if killed:
-                daemon.kill()
-            else:
+            if where == "database":
                 assert daemon.stop() == 0
+            else:
+                daemon.kill()
         self.path = home / "jobd.db"
+        if where == "journal":
+            with closing(sqlite3.connect(self.path)) as conn:
+                conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.contents = contents(self.path)
         self.files = {
             suffix: Path(f"{self.path}{suffix}").read_bytes()
@@ -202,17 +213,18 @@ def _read_jobs(trial: Trial, original: OriginalStore) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def flips(trial: Trial, *, killed: bool) -> Counts:
-    """Flip `trial.rounds` bits, evenly spread over the database, or over the write-ahead log that a kill left."""
-    original = OriginalStore(trial, killed=killed)
-    suffix = "-wal" if killed else ""
+def flips(trial: Trial, where: Where) -> Counts:
+    """Flip `trial.rounds` bits, evenly spread over the database, its journal or the log (see OriginalStore)."""
+    original = OriginalStore(trial, where)
+    suffix = "-wal" if where == "log" else ""
     content = original.files[suffix]
+    places = _journal_bytes(original.path) if where == "journal" else range(len(content))
     responses = _read_jobs(trial, original)
     chance = random.Random(0)
-    counts: Counter[str] = Counter({"flips": trial.rounds, "bytes": len(content), "jobs": len(original.contents.jobs)})
-    last = LastTransaction(content) if killed else None
+    counts: Counter[str] = Counter({"flips": trial.rounds, "bytes": len(places), "jobs": len(original.contents.jobs)})
+    last = LastTransaction(content) if where == "log" else None
     for number in range(trial.rounds):
-        at = (number * len(content) + chance.randrange(len(content))) // trial.rounds
+        at = places[(number * len(places) + chance.randrange(len(places))) // trial.rounds]
         bit = chance.randrange(8)
         path = original.write_flipped(trial.directory / "flipped", suffix, at, bit)
         try:
@@ -229,9 +241,17 @@ def flips(trial: Trial, *, killed: bool) -> Counts:
             raise AssertionError(f"bit {bit} of byte {at} of jobd.db{suffix}: {error!r}") from error
         counts[verdict] += 1
         counts["with missing rows, all reported"] += lost
-        if not killed:
+        if where == "database":
             counts[f"in {_kind(content, at)}"] += 1
     return dict(counts)
+
+
+def _journal_bytes(path: Path) -> Sequence[int]:
+    """Return the places of the bytes of the table `journal`, which has a tail."""
+    with closing(sqlite3.connect(path)) as conn:
+        assert conn.execute("SELECT count(*) FROM journal").fetchone() != (0,)
+        pages = conn.execute("SELECT pageno FROM dbstat WHERE name = 'journal' ORDER BY pageno").fetchall()
+    return [at for (page,) in pages for at in range((page - 1) * PAGE, page * PAGE)]
 
 
 def _kind(content: bytes, at: int) -> str:
@@ -263,14 +283,21 @@ CHECKS: Final = (
     Check(
         "flipped-bits",
         "one bit of the closed database is flipped: no wrong response, missing rows are reported",
-        lambda trial: flips(trial, killed=False),
+        lambda trial: flips(trial, "database"),
         rounds=3_000,
         few=40,
     ),
     Check(
         "flipped-bits-in-the-log",
         "one bit of the write-ahead log is flipped after a kill: no commit is skipped silently",
-        lambda trial: flips(trial, killed=True),
+        lambda trial: flips(trial, "log"),
+        rounds=1_000,
+        few=20,
+    ),
+    Check(
+        "flipped-bits-in-the-journal",
+        "one bit of the journal is flipped after a kill, before the tables are written: no commit is skipped silently",
+        lambda trial: flips(trial, "journal"),
         rounds=1_000,
         few=20,
     ),

@@ -5,16 +5,20 @@ Rows are read with the daemon's codec. The checks are independent.
 
 from __future__ import annotations
 
+import sqlite3
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from jobd.journal import facts
+from jobd.journal.sqlite import SqliteJournal
 from jobd.model.events import Event, fold
 from jobd.model.job import Grant, Job
 from jobd.storage import codec, doctor, startup
 from jobd.storage.database import EVENT_SQL, JOB_SQL
+from jobd.storage.tail import read_tail
 
 
 @dataclass
@@ -46,9 +50,29 @@ def contents(path: str | Path) -> StoreContents:
         for seq, body in conn.execute("SELECT job_seq, body FROM payloads"):
             found.payloads[by_seq[seq]] = msgspec.json.decode(body)
         for row in conn.execute(f"SELECT {EVENT_SQL} FROM events NOT INDEXED ORDER BY seq"):
-            _note(found, codec.event(row))
+            _note(found, facts.event(row))
+        _fold_tail(found, conn)
     _compare(found)
     return found
+
+
+def _fold_tail(found: StoreContents, conn: sqlite3.Connection) -> None:
+    """Add what a kill left in the journal and not in the tables."""
+    (projected_to,) = conn.execute("SELECT projected_to FROM meta").fetchone()
+    tail = read_tail(SqliteJournal(conn, conn.execute), projected_to)
+    assert tail.error is None, tail.error
+    for change in (change for pending in tail.pending for change in pending.batch.changes):
+        event = change.event
+        _note(found, event)
+        if event.job_seq == 0:
+            continue
+        job = fold(found.jobs.get(event.job_id), event)
+        if job is None:
+            del found.jobs[event.job_id], found.payloads[event.job_id]
+            continue
+        found.jobs[job.id] = job
+        if change.payload is not None:
+            found.payloads[job.id] = msgspec.json.decode(change.payload)
 
 
 def _note(found: StoreContents, event: Event) -> None:

@@ -37,6 +37,7 @@ class FinalPhase:
         await self._check_cleanup(daemon)
         self.watch.recount(daemon.book)
         self.watch.check_disk()
+        self.machine.disk.project()
 
     async def _check_all_answered(self, tasks: list[asyncio.Task[Any]]) -> None:
         """L1: every command is answered."""

@@ -66,6 +66,14 @@ class FaultInjector:
                 disk.write_fault = "unknown"
             case "lost fsync result":
                 disk.write_fault = "lost_answer"
+            case "crash at a slice":
+                self._crash_at_slice()
+            case "slice error":
+                disk.slice_fault = "unknown"
+            case "lost slice result":
+                disk.slice_fault = "lost_answer"
+            case "torn record":
+                self._tear()
             case "read error":
                 await self._failing(frozenset({"load"}), 0.5)
             case "upkeep error":
@@ -110,9 +118,31 @@ class FaultInjector:
             machine.crash(power_cut=name == "power cut")
 
         if self.dice.random() < 0.6:
-            machine.disk.armed = (self.dice.choice(("entered", "written", "written", "flushed")), strike)
+            stage = self.dice.choice(("entered", "written", "written", "flushed"))
+            machine.disk.armed = (f"write {stage}", strike)
         else:
             strike()
+
+    def _crash_at_slice(self) -> None:
+        """Crash before the next slice, or after it."""
+        machine, power_cut = self.machine, self.dice.random() < 0.5
+
+        def strike() -> None:
+            machine.fault("crash at a slice", power_cut)
+            machine.crash(power_cut=power_cut)
+
+        machine.disk.armed = (self.dice.choice(("slice begun", "slice written")), strike)
+
+    def _tear(self) -> None:
+        """Kill the daemon after the next write, and damage a record that the tables lack."""
+        machine = self.machine
+
+        def strike() -> None:
+            machine.crash(power_cut=False)
+            if machine.disk.tear():
+                machine.fault("torn record")
+
+        machine.disk.armed = ("write flushed", strike)
 
     async def _stop(self) -> None:
         machine, daemon = self.machine, self.machine.daemon
@@ -138,7 +168,7 @@ class FaultInjector:
             return
         backup = self.dice.choice(machine.backups)
         machine.downtime_s = 0.3
-        machine.fault("restore", backup[0]["numbers"])
+        machine.fault("restore", backup[0].tables.numbers)
         machine.crash(power_cut=False)
         machine.restore(backup)
 

@@ -24,6 +24,7 @@ from jobd.maintenance.maintainer import Maintainer, read_stats
 from jobd.model.commands import AnyCommand, EndGrants, ExtendAfterPause, IdempotencyKey, Operator
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS
+from jobd.model.journal import BadRecord
 from jobd.model.responses import Response
 from jobd.model.storage import DiskFull, OpenedStore
 from jobd.monitoring import event_log
@@ -76,7 +77,15 @@ class Machine:
         self.trace = journal
         self.fired: Counter[str] = Counter()
         self.wall_shift_ms = 0.3
-        self.disk = SimDisk(Random(f"{seed}: disk"), self.fired, self.wall, plan.commit, loop.freeze)
+        self.disk = SimDisk(
+            Random(f"{seed}: disk"),
+            self.fired,
+            self.wall,
+            plan.commit,
+            loop.freeze,
+            plan.slices,
+            Random(f"{seed}: slices"),
+        )
         self.finished = asyncio.Event()
         self.monitor = Monitor(self, self.fired)
         self.artifacts = SimArtifacts(self, Random(f"{seed}: artifacts"))
@@ -142,12 +151,28 @@ class Machine:
         while not self.off:
             daemon = self.daemon = SimDaemon(self)
             self.note("machine", "start", self.disk.numbers)
-            daemon.begin()
+            is_torn = self.disk.is_torn
+            try:
+                daemon.begin()
+            except BadRecord as error:
+                self._refuse_start(str(error), is_expected=is_torn)
+                await asyncio.sleep(self.downtime_s)
+                continue
+            if is_torn:
+                self.monitor.fail("S6", "the daemon has started without a record that the tables lack")
             await daemon.gone.wait()
             self.daemon = None
             self.note("machine", "ended", daemon.how)
             self.fired[f"daemon ended: {daemon.how}"] += 1
             await asyncio.sleep(self.downtime_s)
+
+    def _refuse_start(self, why: str, *, is_expected: bool) -> None:
+        """The start was refused; an operator mends the journal."""
+        self.daemon = None
+        self.note("machine", "refused", why)
+        self.fired["start refused"] += 1
+        self.monitor.must(is_expected, "S6", f"the start was refused: {why}")
+        self.disk.mend()
 
     def crash(self, *, power_cut: bool) -> None:
         """End the daemon between two awaits."""
@@ -355,6 +380,7 @@ class SimDaemon:
             self.how = "disk broken"
             if not isinstance(broken.__cause__, (OSError, DiskFull)):
                 machine.monitor.fail("S8", f"the daemon ended by a bug of its own: {broken.__cause__!r}")
+        machine.disk.close()
         self._close_connections()
         self.gone.set()
 

@@ -86,7 +86,7 @@ class RequestGenerator:
 
     def job_id(self) -> str:
         """Return the id of a job, usually of one that exists."""
-        ids = list(self.disk._ids)
+        ids = list(self.disk.ids)
         if ids and self.chance(0.95):
             return self.dice.choice(ids[-12:])
         return self.new_id()

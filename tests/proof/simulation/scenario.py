@@ -16,7 +16,9 @@ from jobd.maintenance.cleanup_pass import CleanupSchedule
 from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS, Policy
 from jobd.storage.artifacts.base import Margins
 from jobd.storage.commit_mode import CommitSetting
+from tests.proof.simulation.disk import SliceOptions
 
+SLICE_FAULTS: Final = ("crash at a slice", "slice error", "lost slice result", "torn record")
 FAULTS: Final = (
     "kill",
     "power cut",
@@ -41,6 +43,7 @@ FAULTS: Final = (
     "artifacts away",
     "artifacts flaky",
     "artifacts slow",
+    *SLICE_FAULTS,
 )
 MISHAPS: Final = (
     "response not read",
@@ -53,7 +56,20 @@ MISHAPS: Final = (
     "repeated ending",
     "worker releases",
 )
-RARE: Final = frozenset({"rot", "restore", "long wall step", "leap", "read error", "lost fsync result", "write error"})
+RARE: Final = frozenset(
+    {
+        "rot",
+        "restore",
+        "long wall step",
+        "leap",
+        "read error",
+        "lost fsync result",
+        "write error",
+        "slice error",
+        "lost slice result",
+        "torn record",
+    }
+)
 
 
 class Scenario(Struct, frozen=True):
@@ -76,12 +92,17 @@ class Scenario(Struct, frozen=True):
     margins: Margins  # of the artifact store, if the policy has one
     slow_commit_s: float  # after a commit of this duration reads go first
     commit: CommitSetting  # "auto": the mode changes at random
+    slices: SliceOptions
 
 
 def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
     """Draw the scenario of `seed`, without the faults and mishaps in `without` (to find those that matter)."""
-    dice = Random(f"{seed}: plan")
-    faults = [name for name in FAULTS if dice.random() < (0.15 if name in RARE else 0.45)]
+    dice, slice_dice = Random(f"{seed}: plan"), Random(f"{seed}: plan of slices")
+    faults = [
+        name
+        for name in FAULTS
+        if (slice_dice if name in SLICE_FAULTS else dice).random() < (0.15 if name in RARE else 0.45)
+    ]
     mishaps = [name for name in MISHAPS if dice.random() < 0.6]
     return Scenario(
         faults=tuple(name for name in faults if name not in without),
@@ -104,6 +125,11 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
         ),
         slow_commit_s=dice.choice((0.0, SLOW_COMMIT_S)),
         commit=dice.choice(("auto", "inline", "thread")),
+        slices=SliceOptions(
+            events=slice_dice.choice((1, 5, 300)),
+            max_behind=slice_dice.choice((10, 60, 30_000)),
+            delay_s=slice_dice.choice((0.0, 0.2, 5.0)),
+        ),
     )
 
 

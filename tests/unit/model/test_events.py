@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from msgspec import UNSET, Raw
 
+from jobd.journal import facts
 from jobd.model.commands import Complete, Delete, Extend, Fail, Pause
 from jobd.model.events import (
     HEARTBEATS,
@@ -69,7 +70,7 @@ def test_an_event_is_unchanged_after_encoding_and_decoding() -> None:
         finished_at=NOW,
     )
     happened = event(changes)
-    decoded = codec.event(codec.sealed(codec.event_row(happened)))
+    decoded = facts.event(codec.sealed(facts.event_row(happened)))
     assert decoded == happened
     assert decoded.changes is not None
     assert decoded.changes.error is None

@@ -369,7 +369,7 @@ async def test_memory_that_differs_from_the_disk_is_unhealthy() -> None:
 async def test_a_row_missing_on_the_disk_is_detected() -> None:
     async with VirtualEngine() as engine:
         await engine.yes(Create(id="a"))
-        engine.disk._replace(1, None)
+        engine.disk.delete(1)
         assert (await measured(engine)).cache.message.startswith("Memory and disk differ for a.")
 
 

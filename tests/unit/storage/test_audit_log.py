@@ -73,6 +73,7 @@ async def test_no_part_is_added_to_a_damaged_row(path: str) -> None:
     part = entry(part_of="p")
     async with open_store(path) as (store, _):
         await write(store, part)
+        await store.finish_upkeep()
         store._connection.raw.execute("UPDATE audit SET jobs = 77")
         await write(store, part)
         assert (await store.read_audit(AuditQuery())).found == [(2, part)]
@@ -81,6 +82,7 @@ async def test_no_part_is_added_to_a_damaged_row(path: str) -> None:
 async def test_the_oldest_of_many_open_actions_continues_in_a_new_row(store: Store) -> None:
     many = writers.OPEN_DEEDS
     await write(store, *(entry(n, part_of=f"p{n}") for n in range(many + 1)))
+    await store.finish_upkeep()
     await write(store, entry(many, part_of=f"p{many}"), entry(1, part_of="p1"), entry(0, part_of="p0"))
     assert len(await seqs(store, limit=200)) == many + 2
 
@@ -181,14 +183,14 @@ async def test_rows_of_a_rolled_back_trim_are_deleted_by_the_next(
     monkeypatch.setattr(writers, "KEEP_BESIDE", 1)
     await write(store, *(entry(n, outcome="lock_lost") for n in range(4)), entry(4))
     tables = store._database
-    trim = tables._audit.trim
+    trim = tables.audit.trim
 
     def fail(*args: int) -> int:
         trim(*args)
         raise sqlite3.OperationalError("the disk failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tables._audit, "trim", fail)
+        patch.setattr(tables.audit, "trim", fail)
         with pytest.raises(sqlite3.OperationalError):
             await store.trim_audit(0, 99)
     tables._broken = None
@@ -202,6 +204,7 @@ async def test_a_reused_number_is_not_mistaken_for_its_old_row(store: Store, mon
     monkeypatch.setattr(writers, "KEEP_BESIDE", 0)
     await write(store, entry(0), entry(1, outcome="lock_lost"))
     assert await store.trim_audit(0, 99) == 0, "the newest is kept"
+    await store.finish_upkeep()
     store._connection.raw.execute("DELETE FROM audit WHERE seq = 2")
     await write(store, entry(2), entry(3))
     assert await store.trim_audit(0, 99) == 0

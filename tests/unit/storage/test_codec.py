@@ -11,6 +11,7 @@ import pytest
 from msgspec import UNSET, Raw
 from msgspec.structs import replace
 
+from jobd.journal import facts
 from jobd.model.commands import (
     Complete,
     Extend,
@@ -59,8 +60,8 @@ def test_the_other_tables_have_the_columns_of_their_values(table: str, columns: 
 
 
 def test_the_meta_row_holds_every_number() -> None:
-    row = migrations.meta_row(Numbers(2, 3, 4, 5, 6, 7, True), (8, 9, 10, 11), 1, 13, 12)
-    assert row[:-1] == (12, 2, 3, 4, 5, 6, 7, 1, 8, 9, 10, 11, 1, 13)
+    row = migrations.meta_row(Numbers(2, 3, 4, 5, 6, 7, True), (8, 9, 10, 11), 1, 13, 14, 12)
+    assert row[:-1] == (12, 2, 3, 4, 5, 6, 7, 1, 8, 9, 10, 11, 1, 13, 14)
     assert codec.fault(row) is None
 
 
@@ -174,17 +175,17 @@ def test_none_zero_and_empty_are_not_the_same_to_a_checksum() -> None:
 def test_an_event_is_the_same_after_encoding_and_decoding() -> None:
     job = full_job()
     event = Event(9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", "why", {"a": [1, None]}, all_of(job))
-    row = codec.sealed(codec.event_row(event))
+    row = codec.sealed(facts.event_row(event))
     assert codec.fault(row) is None
-    assert codec.event(row) == event
-    assert fold(None, codec.event(row)) == job
+    assert facts.event(row) == event
+    assert fold(None, facts.event(row)) == job
 
 
 def test_parts_are_stored_in_the_journal_as_arrays_in_a_fixed_order() -> None:
     """Rows written by this version must stay readable."""
     job = full_job()
     event = Event(9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", None, None, all_of(job))
-    decoded = msgspec.json.decode(codec.event_row(event)[-1])
+    decoded = msgspec.json.decode(facts.event_row(event)[-1])
     token = 1 << 24
     backoff = {"kind": "exponential", "base_ms": 1000, "max_ms": 3600000, "jitter": True}
     assert {name: value for name, value in decoded.items() if isinstance(value, list)} == {
@@ -200,7 +201,7 @@ def test_parts_are_stored_in_the_journal_as_arrays_in_a_fixed_order() -> None:
 def test_clearing_a_field_differs_from_not_changing_it() -> None:
     changes = Changes(grant=None, result=None, error=None, expires_at=None)
     event = Event(1, NOW, "force_reset", 7, "a", "q", None, None, "admin", None, None, changes)
-    back = codec.event(codec.sealed(codec.event_row(event)))
+    back = facts.event(codec.sealed(facts.event_row(event)))
     assert back.changes == changes
     assert back.changes is not None
     assert back.changes.lease is UNSET
@@ -210,7 +211,7 @@ def test_clearing_a_field_differs_from_not_changing_it() -> None:
 def test_the_journal_keeps_any_json_metadata(metadata: bytes | None) -> None:
     result = Result(file_path="/f", metadata=None if metadata is None else Raw(metadata))
     event = Event(1, NOW, "completed", 7, "a", "q", None, None, "w", None, None, Changes(result=result))
-    back = codec.event(codec.sealed(codec.event_row(event)))
+    back = facts.event(codec.sealed(facts.event_row(event)))
     assert back.changes == Changes(result=result)
 
 
@@ -281,7 +282,7 @@ def journal_with(signs: int, seed: int) -> tuple[Job, list[Event]]:
 @pytest.mark.parametrize("seed", range(8))
 def test_deleting_heartbeats_does_not_change_the_row(seed: int) -> None:
     job, events = journal_with(350, seed)
-    deleted, changed = codec.thin(events)
+    deleted, changed = facts.thin(events)
     new = {event.seq: event for event in changed}
     left = [new.get(event.seq, event) for event in events if event.seq not in set(deleted)]
     row = None
@@ -294,12 +295,12 @@ def test_deleting_heartbeats_does_not_change_the_row(seed: int) -> None:
         part = left[grants[begin] : grants[end]]
         assert sum(event.type == "progress" for event in part) == KEEP_HEARTBEATS
         assert sum(event.type == "extended" for event in part) == KEEP_HEARTBEATS
-    assert codec.thin(left) == ([], [])
+    assert facts.thin(left) == ([], [])
 
 
 def test_few_heartbeats_are_all_kept() -> None:
     _, events = journal_with(KEEP_HEARTBEATS, 1)
-    assert codec.thin(events) == ([], [])
+    assert facts.thin(events) == ([], [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,7 +349,7 @@ def rows_after(events: list[Event]) -> dict[int, Job | None]:
 
 def without(events: list[Event], begin: int, end: int) -> list[Event]:
     """Return `events` with those from `begin` to `end` compacted."""
-    deleted, changed = codec.compact(events[begin:end])
+    deleted, changed = facts.compact(events[begin:end])
     new, lost = {event.seq: event for event in changed}, set(deleted)
     return [new.get(event.seq, event) for event in events if event.seq not in lost]
 
@@ -366,7 +367,7 @@ def test_a_compacted_journal_yields_the_same_row_after_each_remaining_event(seed
         assert after == {seq: before[seq] for seq in after}
     left = without(left, 0, len(left))
     assert rows_after(left)[left[-1].seq] == rules.job()
-    assert codec.compact(left) == ([], [])
+    assert facts.compact(left) == ([], [])
     assert len(left) < len(events) / 2
 
 

@@ -385,10 +385,11 @@ async def test_a_row_that_is_not_a_valid_job_is_rejected_without_changes(path: s
 async def test_a_reused_id_is_rejected(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, LIVE)
+    other = next(each for each in maker.jobs.values() if each.id != job.id)
     async with open_store(path) as (store, _):
         await store.quarantine(job, "for a test")
-        remove_quarantined(maker, job)
-        await store.write(maker.batch([maker.create(job.id)]))
+    with edit_store(path) as conn:
+        conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.id', ?)", (other.id,))
     with pytest.raises(RepairRejected, match="UNIQUE"):
         accept(path, [job.id])
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from jobd.journal import facts
 from jobd.model.events import KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_HEARTBEATS, Change, Event, fold
 from jobd.model.job import Grant, Job
 from jobd.model.storage import (
     Batch,
     JournalPage,
 )
-from jobd.storage import codec, database
+from jobd.storage import shortening
 from jobd.storage.store import Store
 from tests.support.factories import NOW, OPTIONS, ChangeFactory
 from tests.support.store_files import edit_store, job_of, open_store
@@ -30,12 +31,10 @@ def upkeep_after_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_the_last_heartbeats_of_each_grant_are_kept(path: str) -> None:
     maker = ChangeFactory(1)
-    job = job_of(maker.create(options=OPTIONS[1]))
+    created = maker.create(options=OPTIONS[1])
     async with open_store(path) as (store, _):
-        await store.write(
-            Batch([Change(None, job, Event(1, NOW, "created", 1, job.id, "video", None, "queued", "c"))], maker.numbers)
-        )
-        change = maker.grant(job)
+        await store.write(maker.batch([created]))
+        change = maker.grant(job_of(created))
         await store.write(maker.batch([change]))
         for number in range(450):
             change = (
@@ -74,7 +73,7 @@ async def test_each_batch_thins_one_journal(path: str) -> None:
         assert heartbeats() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS + 1]
         await store.write(maker.batch([maker.finish(job_of(held[1])), maker.create()]))
         assert heartbeats() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
-        assert list(store._database._heartbeats) == [1], "a job whose grant has ended is no longer watched"
+        assert list(store._projection._shortener._heartbeats) == [1], "a job whose grant has ended is no longer watched"
         await store.write(maker.batch([maker.create()]))
         assert heartbeats() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
 
@@ -117,7 +116,7 @@ def folded(events: list[Event]) -> Job | None:
 
 
 async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    maker, compact = ChangeFactory(), codec.compact
+    maker, compact = ChangeFactory(), facts.compact
     read: list[int] = []
     tokens: list[int] = []
 
@@ -125,7 +124,7 @@ async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatc
         read.append(len(events))
         return compact(events)
 
-    monkeypatch.setattr(codec, "compact", counting)
+    monkeypatch.setattr(facts, "compact", counting)
     change = maker.create()
     job, count = job_of(change), 0
     most = 1 + 2 * (KEEP_FIRST_GRANTS + 2 * KEEP_GRANTS)
@@ -153,7 +152,7 @@ async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatc
 
 async def test_a_long_journal_is_compacted_in_slices(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No batch waits for more than one slice, even if a grant has more events than that."""
-    monkeypatch.setattr(database, "COMPACTED_AT_ONCE", 20)
+    monkeypatch.setattr(shortening, "COMPACTED_AT_ONCE", 20)
     maker = ChangeFactory()
     change = maker.create()
     job, changes = job_of(change), [change]
@@ -164,7 +163,7 @@ async def test_a_long_journal_is_compacted_in_slices(path: str, monkeypatch: pyt
     async with open_store(path) as (store, _):
         await store.write(maker.batch(changes))
         counts = []
-        while store._database._to_shorten:
+        while store._projection._shortener._waiting:
             counts.append(store._connection.raw.execute("SELECT count(*) FROM events").fetchone()[0])
             await store.write(maker.batch([maker.create()]))
         assert counts[0] == len(changes) - 18, "two slices would remove more: the grant at the end of a slice stays"
@@ -197,7 +196,7 @@ async def test_a_journal_is_compacted_after_a_damaged_row(path: str) -> None:
 async def test_returned_grants_are_counted_for_a_limited_number_of_jobs(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "GIVEN_BACK_KEPT", 2)
+    monkeypatch.setattr(shortening, "GIVEN_BACK_KEPT", 2)
     maker = ChangeFactory()
     created = [maker.create() for _ in range(3)]
     async with open_store(path) as (store, _):
@@ -207,9 +206,9 @@ async def test_returned_grants_are_counted_for_a_limited_number_of_jobs(
             job, changes = round_of(maker, maker.jobs[job_of(change).seq])
             jobs.append(job)
             await store.write(maker.batch(changes))
-        assert store._database._returned_grants == {3: (0, 1), 2: (0, 2)}
+        assert store._projection._shortener._returned_grants == {3: (0, 1), 2: (0, 2)}
         await store.write(maker.batch([maker.finish(jobs[2], "failed")]))
-        assert store._database._returned_grants == {2: (0, 2)}
+        assert store._projection._shortener._returned_grants == {2: (0, 2)}
 
 
 async def test_recently_written_payloads_are_cached(store: Store, path: str) -> None:

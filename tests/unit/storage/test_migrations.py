@@ -81,6 +81,13 @@ async def test_a_migration_does_not_fix_the_checksum_of_a_damaged_meta_row(path:
         await Store.open(path)
 
 
+def _make_version_10(conn: sqlite3.Connection) -> None:
+    """Remove the journal that version 11 added."""
+    conn.execute("DROP TABLE journal")
+    conn.execute("ALTER TABLE meta DROP COLUMN projected_to")
+    migrations.change_meta(conn)
+
+
 def _make_version_9(conn: sqlite3.Connection) -> None:
     """Remove the columns that version 10 added."""
     for table, columns in {
@@ -188,8 +195,10 @@ def as_of(version: int, path: str) -> None:
         numbers = migrations.read_meta(conn)
         assert numbers is not None
         next_token = (numbers["epoch"] << TOKEN_COUNTER_BITS) + numbers["next_token"]
-        migrations.change_meta(conn, epoch=next_token >> 40, next_token=next_token & ((1 << 40) - 1))
-        _make_version_9(conn)
+        _make_version_10(conn)
+        if version < 10:
+            migrations.change_meta(conn, epoch=next_token >> 40, next_token=next_token & ((1 << 40) - 1))
+            _make_version_9(conn)
         if version == 1:
             _make_version_1(conn)
         if version < 9:

@@ -62,6 +62,7 @@ async def test_a_damaged_live_row_is_quarantined_at_the_start(path: str, column:
         assert job.seq not in seqs(found.live())
         assert (await store.load([job.id], [], [])) == LoadedRows(bad={job.id: reason})
         assert store._database.totals == recounted(store)
+        await store.finish_upkeep()
         moved = store._connection.raw.execute("SELECT id, payload FROM quarantined_jobs").fetchall()
         assert moved == [(job.id, maker.payloads[job.seq])]
     remove_quarantined(maker, job)
@@ -149,6 +150,7 @@ async def test_a_batch_with_a_row_quarantined_meanwhile_fails_completely(path: s
         finished = maker.finish(job_of(granted))
         await store.write(maker.batch([created, other, granted, *([finished] if how == "deleted" else [])]))
         late = maker.delete(job_of(finished)) if how == "deleted" else maker.progress(job_of(granted), 5)
+        await store.finish_upkeep()
         store._connection.raw.execute(
             "UPDATE jobs SET created_at = created_at + 1 WHERE seq = ?", (job_of(created).seq,)
         )
@@ -172,6 +174,7 @@ async def test_counts_decided_before_a_quarantine_are_written_without_the_row(pa
         granted = [maker.grant(job_of(change)) for change in changes]
         finished = [maker.finish(job_of(change)) for change in granted]
         await store.write(maker.batch([*changes, *granted, *finished[:2]]))
+        await store.finish_upkeep()
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id = 'a'")
         reported: list[Quarantined] = []
         store.on_quarantined = reported.append
@@ -205,6 +208,7 @@ async def test_on_a_full_disk_a_damaged_row_is_moved_later_and_counted_until_the
         granted = maker.grant(job_of(created))
         await store.write(maker.batch([created, granted, maker.finish(job_of(granted))]))
         store.on_quarantined = quarantined.append
+        await store.finish_upkeep()
         store._connection.raw.execute(f"UPDATE {damage} = 1")
         reason = (
             "its checksum is wrong" if damage.startswith("jobs") else "the payload is damaged: its checksum is wrong"
@@ -228,6 +232,7 @@ async def test_repeatedly_found_damage_uses_no_more_memory_each_time(
     maker = ChangeFactory()
     async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.create() for _ in range(10)]))
+        await store.finish_upkeep()
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq <= 5")
         with monkeypatch.context() as patch:
             patch.setattr(quarantine, "_move_job", raise_disk_full)
@@ -260,6 +265,7 @@ async def test_damaged_expired_rows_do_not_hide_later_ones(path: str) -> None:
             await store.write(maker.batch([created, granted, finished]))
         expires = job_of(finished).expires_at
         assert expires is not None
+        await store.finish_upkeep()
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
         assert await store.expired_jobs(expires, 1) == ["c"]
         assert store._database.totals == recounted(store)
@@ -275,6 +281,7 @@ async def test_damaged_rows_that_cannot_be_moved_do_not_hide_later_ones(
             created = maker.create(name)
             granted = maker.grant(job_of(created))
             await store.write(maker.batch([created, granted, maker.finish(job_of(granted))]))
+        await store.finish_upkeep()
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
         monkeypatch.setattr(quarantine, "_move_job", raise_disk_full)
         assert await store.expired_jobs(maker.now * 2, 1) == ["c"]
@@ -308,6 +315,7 @@ async def test_a_payload_quarantined_with_its_row_is_reported_with_the_job(path:
     async with open_store(path) as (store, _):
         await store.write(maker.batch([created]))
     async with open_store(path) as (store, _):  # a new process, so that the payload is not cached
+        await store.finish_upkeep()
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq = 1")
         assert "a" not in {job.id for job, _ in (await store.find_jobs(JobQuery())).jobs}
         assert await store.load([], [1], []) == LoadedRows(bad={"a": "its checksum is wrong"})
@@ -411,6 +419,7 @@ async def test_damaged_tombstones_that_cannot_be_moved_do_not_hide_later_ones(
     async with open_store(path) as (store, _):
         waiting = [Tombstone(seq, f"gone-{seq}", f"k/{seq}", NOW, NOW + seq) for seq in range(1, 30)]
         await store.write(maker.batch([], tombstones=waiting))
+        await store.finish_upkeep()
         store._connection.raw.execute("UPDATE tombstones SET tries = 7 WHERE job_seq <= 25")
         with monkeypatch.context() as patch:
             patch.setattr(quarantine, "_quarantine_row", raise_disk_full)
@@ -443,6 +452,7 @@ async def test_an_older_version_of_a_row_is_reported(path: str) -> None:
     change = maker.create("a")
     async with open_store(path) as (store, _):
         await store.write(maker.batch([change]))
+        await store.finish_upkeep()
         old = store._connection.raw.execute("SELECT * FROM jobs").fetchone()
         await store.write(maker.batch([maker.grant(job_of(change))]))
     with edit_store(path) as conn:
@@ -710,9 +720,10 @@ async def assert_never_wrong(store: Store, found: OpenedStore, maker: ChangeFact
 async def test_a_journal_that_cannot_be_thinned_does_not_reject_a_heartbeat(path: str) -> None:
     maker = ChangeFactory(2)
     async with open_store(path) as (store, _):
-        change = maker.grant(job_of(maker.create()))
+        created = maker.create()
+        change = maker.grant(job_of(created))
         first = maker.jobs[1]
-        await store.write(maker.batch([replace(change, before=None, payload=b"1", request_hash="h")]))
+        await store.write(maker.batch([created, change]))
         for _ in range(50):
             change = maker.extend(job_of(change))
             await store.write(maker.batch([change]))

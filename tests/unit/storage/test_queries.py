@@ -228,7 +228,9 @@ async def test_a_job_with_an_invalid_status_does_not_expire(store: Store) -> Non
     jobs = [maker.create(expires_at=NOW - 5) for _ in range(3)]
     await store.write(maker.batch(jobs))
     ends = [maker.finish(job_of(job)) for job in jobs]
-    ends[0] = replace(ends[0], after=replace(job_of(ends[0]), status="complete"))
+    event = ends[0].event
+    assert event.changes is not None
+    ends[0] = replace(ends[0], event=replace(event, changes=replace(event.changes, status="complete")))
     await store.write(maker.batch(ends))
     assert await store.expired_jobs(NOW + 1_000, 10) == ["job-2", "job-3"]
     assert await store.expired_jobs(NOW + 1_000, 1, 1) == ["job-3"]
@@ -289,6 +291,7 @@ async def test_late_results_are_deleted_with_their_job(store: Store) -> None:
     await store.write(maker.batch([maker.late(job_of(cancelled), 1), maker.late(job_of(other), 2)]))
     # A late result in the batch that deletes its job is deleted too.
     await store.write(maker.batch([maker.late(job_of(cancelled), 3), maker.delete(job_of(cancelled))]))
+    await store.finish_upkeep()
     assert store._connection.raw.execute("SELECT fencing_token FROM late_results").fetchall() == [(2,)]
 
 

@@ -27,7 +27,8 @@ from jobd.model.storage import (
 )
 from jobd.storage import database, files
 from jobd.storage.commit_mode import LONG_STALL_S, CommitSetting
-from jobd.storage.database import CHECKPOINT_FRAMES, Database
+from jobd.storage.database import CHECKPOINT_FRAMES
+from jobd.storage.projection import Projection
 from jobd.storage.store import MEMORY, Store
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import assert_holds, exists, job_of, open_store, recounted
@@ -72,7 +73,7 @@ async def test_a_batch_survives_a_restart(path: str) -> None:
         assert loaded.payloads[2].request_hash == "hash-2"
 
 
-async def test_a_batch_is_one_transaction(store: Store) -> None:
+async def test_a_batch_is_one_transaction_and_a_slice_is_another(store: Store) -> None:
     """Jobs, events, stored responses, queues, a report and audit entries."""
     maker, statements = ChangeFactory(), list[str]()
     old = StoredResponse("d0", "b0", NOW, 200, b"{}")
@@ -82,12 +83,19 @@ async def test_a_batch_is_one_transaction(store: Store) -> None:
     keys = [StoredResponse("d1", "b1", NOW, 201, b'{"x":1}')]
     store._connection.raw.set_trace_callback(statements.append)
     await store.write(maker.batch(changes, keys=keys, forget_keys=["d0"], report=b"{}", checked=[1]))
+    assert [each.split()[:3] for each in statements] == [
+        ["BEGIN", "IMMEDIATE"],
+        ["INSERT", "INTO", "journal"],
+        ["COMMIT"],
+    ]
+    statements.clear()
+    await store.finish_upkeep()
     store._connection.raw.set_trace_callback(None)
     words = [each.split()[0] for each in statements]
     assert words[0] == "BEGIN"
     assert words[-1] == "COMMIT"
     assert (words.count("BEGIN"), words.count("COMMIT")) == (1, 1)
-    for table in ("jobs", "events", "keys", "reports", "meta"):
+    for table in ("jobs", "events", "keys", "reports", "meta", "journal"):
         assert any(table in each for each in statements[1:-1]), table
 
 
@@ -110,13 +118,13 @@ async def test_a_batch_behind_other_work_does_not_block_the_event_loop(store: St
 def writers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The thread of each batch."""
     found: list[int] = []
-    write = Database.write
+    append = Projection.append
 
-    def note(self: Database, batch: Batch, reported: int) -> dict[int, bytes]:
+    def note(self: Projection, batch: Batch, reported: int) -> dict[int, bytes]:
         found.append(threading.get_ident())
-        return write(self, batch, reported)
+        return append(self, batch, reported)
 
-    monkeypatch.setattr(Database, "write", note)
+    monkeypatch.setattr(Projection, "append", note)
     return found
 
 
@@ -269,7 +277,7 @@ async def test_an_error_in_upkeep_breaks_the_store(store: Store, monkeypatch: py
     errors: list[Exception] = []
     store.on_broken = errors.append
     monkeypatch.setattr(database, "CHECKPOINT_FRAMES", 1)
-    monkeypatch.setattr(Database, "upkeep", lambda self: 1 // 0)
+    monkeypatch.setattr(Projection, "upkeep", lambda self: 1 // 0)
     assert await store.write(ChangeFactory().any_batch(1)) is not None
     await store.finish_upkeep()
     assert [type(error) for error in errors] == [ZeroDivisionError]

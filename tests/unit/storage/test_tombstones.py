@@ -134,6 +134,7 @@ async def test_artifacts_of_late_results_are_deleted_with_their_job(path: str) -
         maker.now += 7
         own = Tombstone(job.seq, job.id, "own", maker.now, maker.now)
         await store.write(maker.batch([maker.delete(job)], tombstones=[own], sweeps=True))
+        await store.finish_upkeep()
         assert reported == [3], "the key of the job itself has one tombstone"
         assert [each.fencing_token for each in await late_results(store, other)] == [5]
     async with open_store(path) as (store, found):
@@ -187,6 +188,7 @@ async def test_without_sweeping_late_results_leave_no_tombstones(store: Store) -
     await store.write(maker.batch([created, *late]))
     await store.write(maker.batch([maker.delete(job_of(created))]))
     assert await tombstones_by_seq(store) == []
+    await store.finish_upkeep()
     assert store._connection.raw.execute("SELECT count(*) FROM late_results").fetchone() == (0,)
 
 
@@ -223,6 +225,7 @@ async def test_the_key_of_a_damaged_late_result_is_not_deleted(path: str) -> Non
         faults = [fault for fault in store.take_faults() if fault.startswith("late_results")]
         assert [fault.partition(":")[0] for fault in faults] == [f"late_results {late_of(one).seq}" for one in late[:2]]
         assert all("its artifact is not deleted" in fault for fault in faults)
+        await store.finish_upkeep()
         bad_rows = store._connection.raw.execute("SELECT place, row FROM bad_rows").fetchall()
         assert [place for place, _ in bad_rows] == ["late_results"] * 2
         assert "ff6b" in bad_rows[1][1]

@@ -11,6 +11,7 @@ import pytest
 from jobd.storage import doctor, wal
 from jobd.storage.backup import restore
 from jobd.storage.files import StoreUnreadable
+from jobd.storage.store import Store
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import open_store, read_file, write_file
 
@@ -19,8 +20,9 @@ FRAME = 24 + 4096
 
 
 @pytest.fixture
-async def killed(path: str, tmp_path: Path) -> ChangeFactory:
-    """A store with twelve jobs, each written by its own commit, as after a kill."""
+async def killed(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ChangeFactory:
+    """A store with twelve jobs, each written by its own commit, as after a kill. No slice has written the tables."""
+    monkeypatch.setattr(Store, "_plan_slice", lambda self: None)
     maker = ChangeFactory()
     other = str(tmp_path / "running.db")
     async with open_store(other) as (store, _):

@@ -2,38 +2,120 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from msgspec.structs import replace
 
+from jobd.journal import record
+from jobd.journal.facts import EventRow
+from jobd.journal.sqlite import SqliteJournal
+from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import Batch
 from jobd.storage import files, migrations, outbox, startup
 from jobd.storage.connection import StoreConnection
 from jobd.storage.database import Database
-from tests.proof.planted.registry import bug
+from jobd.storage.projection import Projection
+from jobd.storage.tail import Pending
+from tests.proof.planted.registry import SIMULATION, bug
 
+PROJECTION = "tests/unit/storage/test_projection_faults.py"
 STORE = "tests/unit/storage/test_store.py"
 OUTAGES = "tests/integration/test_outages.py"
 
+_late_records: WeakKeyDictionary[SqliteJournal, Record] = WeakKeyDictionary()
 
-@bug("key-in-its-own-transaction", Database.write, breaks="a crash leaves a change without its key", found_by=STORE)
-def _(write: Any, self: Database, batch: Batch, reported: int) -> Any:
-    shown = write(self, replace(batch, keys=[]), reported)
+
+@bug(
+    "key-in-its-own-record",
+    Projection.append,
+    breaks="a crash leaves a change without its key",
+    found_by=PROJECTION,
+)
+def _(append: Any, self: Projection, batch: Batch, reported: int) -> Any:
+    shown = append(self, replace(batch, keys=[]), reported)
     if batch.keys:
-        write(self, replace(batch, changes=[], queues={}, audit=[], tombstones=[], report=None), reported)
+        append(self, replace(batch, changes=[], queues={}, audit=[], tombstones=[], report=None), reported)
     return shown
 
 
 @bug(
-    "journal-in-its-own-transaction",
-    Database._write_events,
-    breaks="a crash leaves rows without events",
-    found_by=STORE,
+    "record-without-its-keys",
+    record.encode,
+    breaks="a restart forgets the responses of the last commands",
+    found_by=SIMULATION,
 )
-def _(write_events: Any, self: Database, changes: Any) -> None:
-    self.conn.execute("COMMIT")
-    self.conn.execute("BEGIN IMMEDIATE")
-    write_events(self, changes)
+def _(encode: Any, batch: Batch) -> tuple[bytes, list[EventRow]]:
+    body: tuple[bytes, list[EventRow]] = encode(replace(batch, keys=[]))
+    return body
+
+
+@bug(
+    "response-before-its-record",
+    SqliteJournal.append,
+    breaks="a crash loses a change that was acknowledged",
+    found_by=PROJECTION,
+)
+def _(append: Any, /, self: SqliteJournal, record: Record) -> None:
+    late, _late_records[self] = _late_records.get(self), record
+    if late is not None:
+        append(self, late)
+
+
+@bug(
+    "slice-marked-before-it-is-written",
+    Projection._apply,
+    breaks="a crash in a slice loses its changes",
+    found_by=PROJECTION,
+)
+def _(apply: Any, self: Projection, pending: Iterable[Pending]) -> int:
+    chosen = list(pending)
+    if not self.db._is_uncommitted:
+        self.db.projected_to = chosen[-1].number
+        self.db.write_meta()
+        self.db.conn.execute("COMMIT")
+        self.db.conn.execute("BEGIN IMMEDIATE")
+    return int(apply(self, chosen))
+
+
+@bug(
+    "journal-trimmed-ahead-of-the-tables",
+    Projection._add,
+    breaks="a start does not find the records that the tables lack",
+    found_by=PROJECTION,
+)
+def _(add: Any, self: Projection, pending: Pending) -> None:
+    add(self, pending)
+    self.journal.trim(pending.number - 1)
+
+
+@bug("history-read-before-the-slices", Projection.read, breaks="a read lacks the last changes", found_by=PROJECTION)
+def _(read: Any, self: Projection, fn: Any, *args: object) -> Any:
+    return fn(*args)
+
+
+@bug(
+    "pending-job-read-from-the-tables",
+    Projection.touches,
+    breaks="a repeated request does not find its key",
+    found_by=PROJECTION,
+)
+def _(touches: Any, self: Projection, ids: Any, seqs: Any, digests: Any) -> bool:
+    return bool(touches(self, ids, seqs, []))
+
+
+@bug(
+    "gap-in-the-journal-skipped",
+    SqliteJournal.read,
+    breaks="a start goes on without a record that is missing",
+    found_by=PROJECTION,
+)
+def _(read: Any, self: SqliteJournal, after: int, limit: int) -> Any:
+    try:
+        return read(self, after, limit)
+    except BadRecord as error:
+        return read(self, error.number, limit)
 
 
 @bug(

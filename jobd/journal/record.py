@@ -1,0 +1,139 @@
+"""Encode a batch as the body of a record, and decode it.
+
+The first byte is the format. The rest is a MessagePack array. Events are rows of `facts.py`, and other values are
+arrays of their fields. A reader that meets an unknown format stops, because later formats may have other meanings.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+from msgspec import Raw, Struct
+from msgspec.structs import astuple
+
+from jobd.journal import facts
+from jobd.journal.facts import EventRow
+from jobd.model.events import Change, Event
+from jobd.model.job import LateResult, Result
+from jobd.model.journal import BadRecord, Record
+from jobd.model.storage import AuditEntry, Batch, Numbers, QueueRow, StoredResponse, Tombstone
+
+FORMAT: Final = 1
+
+
+class _Body(Struct, array_like=True, gc=False):
+    events: list[tuple[Any, ...]]
+    created: list[tuple[bytes, str]]  # payload and request hash of the new jobs, in the order of their events
+    late: list[tuple[Any, ...]]  # late results, in the order of their events
+    numbers: tuple[Any, ...]
+    queues: dict[str, tuple[Any, ...]]
+    keys: list[tuple[Any, ...]]
+    forget_keys: list[str]
+    checked: list[int]
+    report: bytes | None
+    unmark: bool
+    tombstones: list[tuple[Any, ...]]
+    sweeps: bool
+    audit: list[tuple[Any, ...]]
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Body).decode
+_json = msgspec.json.Encoder().encode
+_parse = msgspec.json.Decoder().decode
+
+
+def encode(batch: Batch) -> tuple[bytes, list[EventRow]]:
+    """Return the body of `batch`, and the rows of its events."""
+    events = [facts.event_row(change.event) for change in batch.changes]
+    body = _Body(
+        events,
+        [(change.payload or b"null", change.request_hash or "") for change in batch.changes if _is_new(change.event)],
+        [_late_row(change.late) for change in batch.changes if change.late is not None],
+        astuple(batch.numbers),
+        {name: astuple(row) for name, row in batch.queues.items()} if batch.queues else {},
+        [astuple(key) for key in batch.keys] if batch.keys else [],
+        batch.forget_keys,
+        batch.checked,
+        batch.report,
+        batch.unmark,
+        [astuple(tombstone) for tombstone in batch.tombstones] if batch.tombstones else [],
+        batch.sweeps,
+        [_audit_row(entry) for entry in batch.audit] if batch.audit else [],
+    )
+    return bytes((FORMAT,)) + _encode(body), events
+
+
+def decode(record: Record) -> tuple[Batch, list[EventRow]]:
+    """Return the batch of `record`, without rows of jobs, and the rows of its events. Raises BadRecord."""
+    if not record.body or record.body[0] != FORMAT:
+        found = record.body[0] if record.body else "none"
+        raise BadRecord(record.number, f"has format {found}, but this jobd supports format {FORMAT}")
+    try:
+        body = _decode(memoryview(record.body)[1:])
+        return _batch(body), body.events
+    except (msgspec.MsgspecError, TypeError, ValueError, StopIteration) as error:
+        raise BadRecord(record.number, f"cannot be decoded: {error}") from error
+
+
+def _batch(body: _Body) -> Batch:
+    created, late = iter(body.created), iter(body.late)
+    changes = []
+    for row in body.events:
+        event = facts.event(row)
+        payload, request_hash = next(created) if _is_new(event) else (None, None)
+        kept = _late(next(late)) if event.type == "late_result" else None
+        changes.append(Change(None, None, event, payload, request_hash, kept))
+    return Batch(
+        changes,
+        Numbers(*body.numbers),
+        {name: QueueRow(*row) for name, row in body.queues.items()},
+        [_key(row) for row in body.keys],
+        body.forget_keys,
+        body.checked,
+        body.report,
+        unmark=body.unmark,
+        tombstones=[Tombstone(*row) for row in body.tombstones],
+        sweeps=body.sweeps,
+        audit=[_audit(row) for row in body.audit],
+    )
+
+
+def _is_new(event: Event) -> bool:
+    return event.before is None and event.job_seq != 0
+
+
+def _key(row: tuple[Any, ...]) -> StoredResponse:
+    digest, body_hash, at, status, body, grants = row
+    pairs = None if grants is None else [(job_id, lock_id) for job_id, lock_id in grants]
+    return StoredResponse(digest, body_hash, at, status, body, pairs)
+
+
+def _late_row(late: LateResult) -> tuple[Any, ...]:
+    *about, result = astuple(late)
+    url, path, key, metadata = astuple(result)
+    return (*about, url, path, key, None if metadata is None else bytes(metadata))
+
+
+def _late(row: tuple[Any, ...]) -> LateResult:
+    seq, at, worker, fencing_token, body_hash, expires_at, url, path, key, metadata = row
+    return LateResult(
+        seq,
+        at,
+        worker,
+        fencing_token,
+        body_hash,
+        expires_at,
+        Result(url, path, key, None if metadata is None else Raw(metadata)),
+    )
+
+
+def _audit_row(entry: AuditEntry) -> tuple[Any, ...]:
+    *about, details, part_of = astuple(entry)
+    return (*about, None if details is None else _json(details), part_of)
+
+
+def _audit(row: tuple[Any, ...]) -> AuditEntry:
+    *about, details, part_of = row
+    return AuditEntry(*(*about, None if details is None else _parse(details), part_of))

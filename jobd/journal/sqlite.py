@@ -1,0 +1,67 @@
+"""A journal in a table of the store, next to the tables that are written from it."""
+
+from __future__ import annotations
+
+import sqlite3
+import zlib
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+from msgspec.structs import astuple
+
+from jobd.model.journal import BadRecord, Record
+
+_INSERT: Final = (
+    "INSERT INTO journal (number, first_event, last_event, epoch, at, body, crc) VALUES (?, ?, ?, ?, ?, ?, ?)"
+)
+_READ: Final = (
+    "SELECT number, first_event, last_event, epoch, at, body, crc FROM journal WHERE number > ? ORDER BY number LIMIT ?"
+)
+_LEFT: Final = "SELECT number FROM journal WHERE number <= ?"
+_TRIM: Final = "DELETE FROM journal WHERE number <= ?"
+_pack = msgspec.msgpack.Encoder().encode
+
+
+class SqliteJournal:
+    """The journal of one store. `commit` runs a function in a transaction, and translates its errors.
+
+    `trim` belongs to the transaction that writes the tables, so it has none of its own.
+    """
+
+    def __init__(self, conn: sqlite3.Connection, commit: Callable[..., Any]) -> None:
+        self._conn = conn
+        self._commit = commit
+
+    def check(self, upto: int) -> None:
+        """Raise BadRecord if the table is damaged, or still has a record up to `upto`, which a slice has deleted.
+
+        `read` does not see either.
+        """
+        (line,) = self._conn.execute("PRAGMA integrity_check(journal)").fetchone()
+        if line != "ok":
+            raise BadRecord(upto + 1, f"cannot be read: {line}")
+        if (left := self._conn.execute(_LEFT, (upto,)).fetchone()) is not None:
+            raise BadRecord(upto + 1, f"may be missing: there is a record {left[0]}, which was deleted")
+
+    def append(self, record: Record) -> None:
+        self._commit(self._conn.execute, _INSERT, (*astuple(record), _checksum(record)))
+
+    def read(self, after: int, limit: int) -> list[Record]:
+        records = []
+        for *columns, crc in self._conn.execute(_READ, (after, limit)).fetchall():
+            after += 1
+            record = Record(*columns)
+            if record.number != after:
+                raise BadRecord(after, "is missing")
+            if _checksum(record) != crc:
+                raise BadRecord(after, "is damaged: its checksum is wrong")
+            records.append(record)
+        return records
+
+    def trim(self, upto: int) -> None:
+        self._conn.execute(_TRIM, (upto,))
+
+
+def _checksum(record: Record) -> int:
+    return zlib.crc32(record.body, zlib.crc32(_pack(astuple(record)[:-1])))

@@ -1,0 +1,84 @@
+"""Delete the end of the journal of a store that no daemon holds, from a record that cannot be used."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Final
+
+from msgspec import Struct
+
+from jobd.journal import record
+from jobd.journal.sqlite import SqliteJournal
+from jobd.model.journal import BadRecord
+from jobd.storage import startup
+from jobd.storage.database import Database
+from jobd.storage.doctor import RepairRejected
+from jobd.storage.files import FileLock, StoreUnreadable
+from jobd.storage.tail import Pending, counted
+
+LABEL: Final = "before-cut"  # in the name of the copy
+_MAX_IDS: Final = 20  # jobs named
+_NUMBERS: Final = "SELECT number FROM journal WHERE number >= ? OR number <= ? ORDER BY number"
+_DELETE: Final = "DELETE FROM journal WHERE number >= ? OR number <= ?"
+
+
+class Cut(Struct):
+    """The records to delete. Nothing is known about the content of `unreadable` ones."""
+
+    number: int
+    readable: list[Pending] = []
+    unreadable: int = 0
+
+    def __str__(self) -> str:
+        changes = [change for each in self.readable for change in each.batch.changes]
+        ids = list(dict.fromkeys(change.event.job_id for change in changes if change.event.job_seq))
+        records = counted(len(self.readable) + self.unreadable, "record")
+        text = f"{records} of the journal, from {self.number} on, with {counted(len(changes), 'event')}"
+        text += f" of {counted(len(ids), 'job')}"
+        if ids:
+            text += f" ({', '.join(ids[:_MAX_IDS])}{', …' if len(ids) > _MAX_IDS else ''})"
+        if self.unreadable:
+            text += f"; {self.unreadable} of them cannot be read, so their events and jobs are unknown"
+        return text
+
+
+def find(db: Database, number: int) -> Cut:
+    """Return the records from `number` on, and those that a slice should have deleted. Raises RepairRejected."""
+    numbers = [each for (each,) in db.conn.execute(_NUMBERS, (number, db.projected_to))]
+    if number <= db.projected_to:
+        raise RepairRejected(f"the tables have the records up to {db.projected_to}: only later ones can be deleted")
+    if not numbers:
+        raise RepairRejected(f"the journal has no record {number} or later")
+    cut = Cut(number)
+    journal = SqliteJournal(db.conn, db.commit)
+    for each in numbers:
+        try:
+            [found] = journal.read(each - 1, 1)
+            cut.readable.append(Pending(each, *record.decode(found)))
+        except BadRecord:
+            cut.unreadable += 1
+    return cut
+
+
+def cut(path: str, number: int) -> str:
+    """Copy the store, delete the records from `number` on, and mark the store like a backup. Return a line about it.
+
+    Workers may hold grants of the deleted records, so the next start has to begin a new epoch and end all grants.
+    """
+    with FileLock(path):
+        if not os.path.exists(path):
+            raise StoreUnreadable(f"{path} does not exist")
+        with contextlib.closing(startup.connect(path, "FULL")) as conn, startup.translated_errors(path):
+            startup.prepare_schema(conn, path)
+            db = startup.read_meta(conn, path)
+            found = find(db, number)
+            copy = startup.copy_aside(conn, path, LABEL)
+            db.commit(_cut, db, number)
+    return f"deleted {found}. The store from before is kept as {copy}. The next start begins a new epoch"
+
+
+def _cut(db: Database, number: int) -> None:
+    db.conn.execute(_DELETE, (number, db.projected_to))
+    db.marked = number
+    db.write_meta()

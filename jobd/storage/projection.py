@@ -1,0 +1,324 @@
+"""Append batches to the journal, and write the tables behind it, in slices.
+
+A batch is durable when its record is. The tables follow: the records that they lack are kept in memory, and those that
+a crash leaves in the journal are read back at the start. All calls block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Final, TypeVar
+
+from msgspec.structs import replace
+
+from jobd.journal import record
+from jobd.journal.facts import EVENT_COLUMNS
+from jobd.journal.sqlite import SqliteJournal
+from jobd.model.events import Change
+from jobd.model.journal import BadRecord, Record
+from jobd.model.storage import BadRows, Batch, DiskFull, QueueRow, StoredResponse, distinct_tombstones
+from jobd.storage import codec
+from jobd.storage.codec import KEY_COLUMNS, TOMBSTONE_COLUMNS, sealed
+from jobd.storage.database import BY_SEQ, PUT_QUEUE, Database, readable
+from jobd.storage.files import StoreUnreadable
+from jobd.storage.quarantine import quarantine_jobs
+from jobd.storage.queries import read_job
+from jobd.storage.shortening import JournalShortener
+from jobd.storage.tail import Pending, fix, read_tail
+from jobd.storage.writers import JobWriter, LateWriter, RowDamaged, RowMissing, StoredJob, insert
+
+T = TypeVar("T")
+
+SLICE_EVENTS: Final = 300  # of one transaction, at least: it takes some milliseconds
+MAX_BEHIND: Final = 30_000  # events that the tables may lack, for example on a full disk
+KEEP_REPORTS: Final = 500
+_INSERT_EVENT: Final = insert("events", (*EVENT_COLUMNS, "crc"))
+_REPLACE_KEY: Final = insert("keys", (*KEY_COLUMNS, "crc", "answer"), "REPLACE")
+_PUT_TOMBSTONE: Final = insert("tombstones", (*TOMBSTONE_COLUMNS, "crc"), "REPLACE")
+
+
+class Projection:
+    """The journal of a store and the tables behind it. `db` has the tables as of `db.projected_to`."""
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+        self.journal = SqliteJournal(db.conn, db.commit)
+        self.behind = 0  # events that the tables lack
+        self.append_s: float | None = None  # duration of the COMMIT of the latest `append`; None if it made none
+        self._is_starting = True  # memory has no job yet
+        self.tombstones_written = 0
+        self.last = db.projected_to  # number of the last record
+        self._pending: deque[Pending] = deque()
+        # What the pending records concern. Cleared when the tables have caught up.
+        self._ids: set[str] = set()
+        self._seqs: set[int] = set()
+        self._digests: set[str] = set()
+        self._payloads: dict[int, bytes] = {}
+        self._jobs = JobWriter(db.conn, self._find)
+        self._late = LateWriter(db.conn, db.rows, db.note_fault)
+        self._shortener = JournalShortener(db)
+        self._is_projecting = False
+        db.on_rollback = self._jobs.forget_rows
+        db.catch_up = self._catch_up
+
+    # ------------------------------------------------------------------------------------------------ the journal
+
+    def append(self, batch: Batch, reported: int) -> dict[int, bytes]:
+        """Append `batch` and return the payloads that it asks for.
+
+        `batch` already considers the first `reported` quarantined jobs. Raises BadRows or DiskFull if nothing was
+        written.
+        """
+        db = self.db
+        db.check()
+        self.append_s = None
+        self._check_quarantined(batch)
+        if self.behind >= MAX_BEHIND:
+            self.project()
+        payloads = self._read_payloads(batch)
+        if batch.numbers.epoch > db.stored_epoch:
+            db.advance_epoch(batch.numbers.epoch)
+        self._subtract_quarantined(batch.queues, reported)
+        body, events = record.encode(batch)
+        numbers, number = batch.numbers, self.last + 1
+        first = batch.changes[0].event.seq if batch.changes else numbers.next_event
+        last = batch.changes[-1].event.seq if batch.changes else numbers.next_event - 1
+        try:
+            self.journal.append(Record(number, first, last, numbers.epoch, numbers.wall_ms, body))
+        finally:
+            self.append_s = db.commit_s
+        self.last = number
+        self._add(Pending(number, batch, events))
+        for forgotten in [each for each in db.recently_quarantined if each < reported]:
+            del db.recently_quarantined[forgotten]
+        return payloads
+
+    def _check_quarantined(self, batch: Batch) -> None:
+        """Raise BadRows if `batch` changes a job that a read has quarantined since the batch was decided."""
+        if quarantined := self.db.quarantined:
+            ids = {
+                change.event.job_id for change in batch.changes if change.event.before is not None
+            } & quarantined.keys()
+            if ids:
+                raise BadRows({id_: quarantined[id_] for id_ in ids})
+
+    def _subtract_quarantined(self, queues: dict[str, QueueRow], reported: int) -> None:
+        """Subtract the jobs quarantined since the batch was decided from its counts of finished jobs."""
+        for number in range(reported, self.db.quarantined_count):
+            uncounted = self.db.recently_quarantined[number].uncounted
+            if uncounted is not None and uncounted[0] in queues:
+                queues[uncounted[0]] = queues[uncounted[0]].without(uncounted[1])
+
+    def _read_payloads(self, batch: Batch) -> dict[int, bytes]:
+        if not batch.payloads:
+            return {}
+        payloads: dict[int, bytes] = {}
+        bad: dict[str, str] = {}
+        new = {change.event.job_seq: change.payload for change in batch.changes if change.payload is not None}
+        for seq in batch.payloads:
+            if (body := self._payloads.get(seq) or new.get(seq)) is not None:
+                payloads[seq] = body
+                continue
+            payload, error = self.db.payload(seq)
+            if payload is not None:
+                payloads[seq] = payload.body
+            else:
+                bad[self.db.job_id_of(seq) or f"seq {seq}"] = error
+        if bad:
+            raise BadRows(bad)
+        return payloads
+
+    def cached_payloads(self, seqs: Iterable[int]) -> dict[int, bytes]:
+        """Return those of the payloads that were written recently. Safe outside the storage thread."""
+        return {seq: body for seq in seqs if (body := self._jobs.payload(seq)) is not None}
+
+    def _add(self, pending: Pending) -> None:
+        batch = pending.batch
+        self.db.numbers = batch.numbers
+        self._pending.append(pending)
+        self.behind += pending.size
+        for change in batch.changes:
+            event = change.event
+            if event.job_seq:
+                self._ids.add(event.job_id)
+                self._seqs.add(event.job_seq)
+                if event.before is None and change.payload is not None:
+                    self._payloads[event.job_seq] = change.payload
+                    self._jobs.cache_payload(event.job_seq, change.payload)
+        for key in batch.keys:
+            self._digests.add(key.digest)
+
+    def read_tail(self, path: str) -> None:
+        """Read the quarantine, and the records that the tables lack. Raises StoreUnreadable if one is unusable."""
+        db = self.db
+        for id_, reason in db.rows("SELECT id, reason FROM quarantined_jobs"):
+            db.quarantined[readable(id_)] = reason
+        begun = db.numbers
+        tail = read_tail(self.journal, db.projected_to)
+        tail.check(path)
+        for pending in tail.pending:
+            self._add(pending)
+            self.last = pending.number
+            self._unmark(pending)
+            pending.batch.unmark = False  # the mark of a start that follows stays
+        if begun.epoch > db.numbers.epoch:  # an earlier start began an epoch, and wrote none of these records
+            marks = {"epoch": begun.epoch, "next_token": begun.next_token, "next_event": begun.next_event}
+            db.numbers = replace(db.numbers, **marks)
+
+    def start(self, path: str, read: Callable[[Database], T]) -> T:
+        """Write the tables and call `read` with them. Raises StoreUnreadable if a record contradicts them."""
+        try:
+            return self.read(read, self.db)
+        except sqlite3.IntegrityError as error:
+            number = self._pending[0].number
+            bad = BadRecord(number, f"or a later one contradicts the tables ({error})")
+            raise StoreUnreadable(f"{path}: {bad}: {fix(bad)}") from error
+        finally:
+            self._is_starting = False
+
+    # ------------------------------------------------------------------------------------------------- the tables
+
+    def touches(self, ids: Iterable[str], seqs: Iterable[int], digests: Iterable[str]) -> bool:
+        """Return whether the tables may lack a change of these jobs or stored responses."""
+        if not self._pending:
+            return False
+        return not (self._ids.isdisjoint(ids) and self._seqs.isdisjoint(seqs) and self._digests.isdisjoint(digests))
+
+    def read(self, fn: Callable[..., T], *args: object) -> T:
+        """Return the result of a query as of the last record.
+
+        If the tables cannot be written because the disk is full, it reads from a transaction that is rolled back.
+        """
+        while True:
+            try:
+                self.project()
+                return fn(*args)
+            except DiskFull:
+                with self._quarantining():
+                    return self.db.uncommitted(lambda: self._apply(self._pending), lambda: fn(*args))
+
+    def project(self) -> None:
+        """Write all pending records into the tables. Raises DiskFull."""
+        self._is_projecting = True
+        try:
+            while self._pending:
+                self._project_slice()
+        finally:
+            self._is_projecting = False
+        self._ids.clear()
+        self._seqs.clear()
+        self._digests.clear()
+        self._payloads.clear()
+
+    def _catch_up(self) -> None:
+        if not self._is_projecting:
+            self.project()
+
+    def _project_slice(self) -> None:
+        chosen: list[Pending] = []
+        events = 0
+        for pending in self._pending:
+            chosen.append(pending)
+            events += pending.size
+            if events >= SLICE_EVENTS:
+                break
+        with self._quarantining():
+            self.tombstones_written += self.db.commit(self._apply, chosen)
+            self._shortener.note([change for pending in chosen for change in pending.batch.changes])
+            for _ in chosen:
+                self.behind -= self._pending.popleft().size
+
+    @contextlib.contextmanager
+    def _quarantining(self) -> Iterator[None]:
+        """Quarantine the job whose row is damaged, so that the caller can repeat what it did.
+
+        A missing row breaks the store. At the start no job is in memory yet, so the daemon runs without this one.
+        """
+        try:
+            yield
+        except RowDamaged as damaged:
+            quarantine_jobs(self.db, [(damaged.row, damaged.reason)])
+        except RowMissing as missing:
+            if not self._is_starting:
+                self.db.break_off(missing)
+                raise
+            self.db.quarantined[missing.job_id] = str(missing)
+            self.db.note_fault(f"job {missing.job_id}: {missing}")
+
+    def _apply(self, pending: Iterable[Pending]) -> int:
+        """Write records in a transaction. Return the number of tombstones."""
+        db = self.db
+        batches = [each.batch for each in pending]
+        changes: list[Change] = list(chain.from_iterable(batch.changes for batch in batches))
+        tombstones = [tombstone for batch in batches for tombstone in batch.tombstones]
+        if changes:
+            if late := self._late.write(changes, sweeps=batches[-1].sweeps):
+                tombstones = distinct_tombstones([*late, *tombstones])
+            db.totals = self._jobs.write(changes, db.totals, db.quarantined)
+            db.conn.executemany(_INSERT_EVENT, [sealed(row) for each in pending for row in each.events])
+        if queues := {name: row for batch in batches for name, row in batch.queues.items()}:
+            db.conn.executemany(PUT_QUEUE, [codec.queue_row(name, row) for name, row in queues.items()])
+        if tombstones:
+            db.conn.executemany(_PUT_TOMBSTONE, map(codec.tombstone_row, tombstones))
+        self._write_keys(batches)
+        self._write_rest(batches)
+        for each in pending:
+            db.projected_to = each.number
+            self._unmark(each)
+        self.journal.trim(db.projected_to)
+        db.write_meta()
+        return len(tombstones)
+
+    def _unmark(self, pending: Pending) -> None:
+        if pending.batch.unmark and pending.number >= self.db.marked:
+            self.db.marked = 0
+
+    def _write_keys(self, batches: list[Batch]) -> None:
+        keys: dict[str, StoredResponse | None] = {}
+        for batch in batches:
+            keys.update(dict.fromkeys(batch.forget_keys))
+            keys.update((key.digest, key) for key in batch.keys)
+        if keys:
+            executemany = self.db.conn.executemany
+            executemany("DELETE FROM keys WHERE digest = ?", [(digest,) for digest, key in keys.items() if key is None])
+            executemany(_REPLACE_KEY, [codec.key_row(key) for key in keys.values() if key is not None])
+
+    def _write_rest(self, batches: list[Batch]) -> None:
+        conn = self.db.conn
+        if checked := [(seq,) for batch in batches for seq in batch.checked]:
+            conn.executemany("DELETE FROM suspects WHERE job_seq = ?", checked)
+        if audit := [entry for batch in batches for entry in batch.audit]:
+            self.db.audit.write(audit)
+        for report in (batch.report for batch in batches if batch.report is not None):
+            (last,) = conn.execute("SELECT ifnull(max(seq), 0) FROM reports").fetchone()
+            conn.execute(insert("reports", ("seq", "body", "crc")), sealed((last + 1, bytes(report))))
+            conn.execute("DELETE FROM reports WHERE seq <= ?", (last + 1 - KEEP_REPORTS,))
+
+    def _find(self, seq: int) -> StoredJob | None:
+        """Return the row of a job that is not new. Raises RowDamaged."""
+        rows = self.db.rows(BY_SEQ, (seq,))
+        if not rows:
+            return None
+        job, error = read_job(self.db, rows[0])
+        if job is None:
+            raise RowDamaged(rows[0], error)
+        return StoredJob(job, rows[0][-1])
+
+    # --------------------------------------------------------------------------------------------------- upkeep
+
+    @property
+    def needs_upkeep(self) -> bool:
+        """Whether earlier calls have left work for `upkeep`."""
+        return not self.db.is_broken and (self._shortener.has_work or self.db.has_long_log)
+
+    def upkeep(self) -> None:
+        """Shorten the journal of one job, and checkpoint the log if it is long. The next commands may wait for it."""
+        self.db.check()
+        if self._shortener.has_work:
+            self._shortener.shorten()
+        if self.db.has_long_log:
+            self.db.checkpoint()

@@ -1,0 +1,90 @@
+"""Read the tail of the journal: the records of committed batches that the tables lack. Writes nothing."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from typing import Final
+
+from msgspec import Struct
+
+from jobd.journal import record
+from jobd.journal.facts import EventRow
+from jobd.journal.sqlite import SqliteJournal
+from jobd.model.journal import BadRecord
+from jobd.model.storage import Batch
+from jobd.storage.files import StoreUnreadable
+
+_READ_AT_ONCE: Final = 100  # records
+
+
+class Pending(Struct, gc=False):
+    """A record that the tables lack. `events` are its rows of events, and `size` their number, at least 1."""
+
+    number: int
+    batch: Batch
+    events: list[EventRow]
+
+    @property
+    def size(self) -> int:
+        return max(len(self.events), 1)
+
+
+class Tail(Struct):
+    """The usable records of a tail, up to the first that cannot be used because of `error`."""
+
+    pending: list[Pending] = []
+    error: BadRecord | None = None
+
+    def __str__(self) -> str:
+        """Describe its size, for example "3 committed batches (17 events)"."""
+        batches, events = len(self.pending), sum(len(each.events) for each in self.pending)
+        return f"{counted(batches, 'committed batch', 'es')} ({counted(events, 'event')})"
+
+    def check(self, path: str) -> None:
+        """Raise StoreUnreadable if a record cannot be used."""
+        if self.error is not None:
+            raise StoreUnreadable(f"{path}: {self.error}, and the tables lack it: {fix(self.error)}") from self.error
+
+
+def counted(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count} {noun}{'' if count == 1 else plural}"
+
+
+def fix(error: BadRecord) -> str:
+    """Say how to continue without the record that cannot be used."""
+    return (
+        f"run `jobd doctor --cut-journal {error.number}` to continue without it and all later changes, "
+        "or restore a backup with `jobd restore`"
+    )
+
+
+def read_tail(journal: SqliteJournal, projected_to: int) -> Tail:
+    """Read and check the records after `projected_to`."""
+    tail = Tail()
+    last = projected_to
+    try:
+        journal.check(projected_to)
+        while records := journal.read(last, _READ_AT_ONCE):
+            for each in records:
+                tail.pending.append(Pending(each.number, *record.decode(each)))
+            last = records[-1].number
+    except BadRecord as error:
+        tail.error = error
+    return tail
+
+
+def jobs_without_row(conn: sqlite3.Connection, tail: Iterable[Pending]) -> list[str]:
+    """Return the ids of the jobs that the tail changes, but that have no row and are not created in it."""
+    known: set[int] = set()
+    missing: dict[int, str] = {}
+    for change in (change for pending in tail for change in pending.batch.changes):
+        event = change.event
+        if event.job_seq == 0 or event.job_seq in known:
+            continue
+        known.add(event.job_seq)
+        if event.before is not None:
+            sql = "SELECT 1 FROM jobs NOT INDEXED WHERE seq = ?"
+            if conn.execute(sql, (event.job_seq,)).fetchone() is None:
+                missing[event.job_seq] = event.job_id
+    return list(missing.values())

@@ -1,0 +1,222 @@
+"""The tables of a store as dicts, into which batches are folded."""
+
+from __future__ import annotations
+
+from collections import deque
+from copy import copy
+from typing import Any, Final, get_args
+
+from msgspec.structs import replace
+
+from jobd.model.events import Change, Event, fold
+from jobd.model.job import FINISHED, MAX_LATE_RESULTS, Job, LateResult
+from jobd.model.storage import (
+    AuditEntry,
+    AuditShare,
+    Batch,
+    Numbers,
+    Payload,
+    QueueRow,
+    StoredResponse,
+    Tombstone,
+    audit_share,
+    distinct_tombstones,
+)
+from jobd.storage.writers import KEEP_AUDIT, KEEP_BESIDE
+
+KEPT_REPORTS: Final = 500
+
+
+class MemoryTables:
+    """What batches change. It has the records of the journal up to `projected_to`."""
+
+    def __init__(self, numbers: Numbers | None = None) -> None:
+        self.numbers = numbers or Numbers()
+        self.projected_to = 0
+        self.jobs: dict[int, Job] = {}  # seq -> row
+        self.ids: dict[str, int] = {}  # id -> seq
+        self.payloads: dict[int, Payload] = {}
+        self.events: list[Event] = []
+        self.late_results: dict[int, tuple[LateResult, ...]] = {}  # job seq -> its late results, the oldest grant first
+        self.queues: dict[str, QueueRow] = {}
+        self.keys: dict[str, StoredResponse] = {}
+        self.suspects: dict[int, str] = {}
+        self.deleted: dict[int, int] = {}  # seq -> wall time of the deletion
+        self.kept_reports: deque[bytes] = deque(maxlen=KEPT_REPORTS)
+        self.tombstones: dict[int, Tombstone] = {}  # job seq -> row
+        self.audited: dict[int, AuditEntry] = {}  # seq -> audit entry as written; parts are not merged
+        self.marked = False
+
+    # -- copies
+
+    def content(self) -> dict[str, Any]:
+        """Return the tables by name."""
+        return {name: getattr(self, name) for name in TABLES}
+
+    def copy_tables(self) -> MemoryTables:
+        made = MemoryTables()
+        made.become(self)
+        return made
+
+    def become(self, other: MemoryTables) -> None:
+        """Take over a copy of the tables of `other`."""
+        for name, table in other.content().items():
+            setattr(self, name, copy(table))
+
+    def differences(self, other: MemoryTables) -> list[str]:
+        """Return descriptions of the tables that differ from those of `other`. Their numbers may differ."""
+        mine, others = self.content(), other.content()
+        skipped = {"numbers", "projected_to"}
+        return [
+            f"{name}: {_first_difference(mine[name], others[name])}"
+            for name in TABLES
+            if name not in skipped and mine[name] != others[name]
+        ]
+
+    # -- batches
+
+    def apply(self, batch: Batch) -> list[Tombstone]:
+        """Fold `batch` into the tables. Return the tombstones that it left."""
+        left: list[Tombstone] = []
+        for change in batch.changes:
+            left += self._write_late_results(change, sweeps=batch.sweeps)
+            self._write_row(change)
+        self.numbers = batch.numbers
+        self.queues |= batch.queues
+        for digest in batch.forget_keys:
+            self.keys.pop(digest, None)
+        self.keys |= {key.digest: key for key in batch.keys}
+        for seq in batch.checked:
+            self.suspects.pop(seq, None)
+        left = distinct_tombstones([*left, *batch.tombstones])
+        for tombstone in left:
+            assert tombstone.job_seq not in self.jobs, f"job {tombstone.job_id} is there, and has a tombstone"
+            self.tombstones[tombstone.job_seq] = tombstone
+        for audited in batch.audit:
+            self.audited[max(self.audited, default=0) + 1] = audited
+        if batch.report is not None:
+            self.kept_reports.append(bytes(batch.report))
+        self.marked = self.marked and not batch.unmark
+        return left
+
+    def _write_late_results(self, change: Change, *, sweeps: bool) -> list[Tombstone]:
+        """Store a late result; delete excess ones and those of a deleted job, and return their tombstones."""
+        event = change.event
+        kept = [*self.late_results.get(event.job_seq, ()), *([change.late] if change.late is not None else [])]
+        if not kept:
+            return []
+        kept.sort(key=lambda late: late.fencing_token)
+        going = kept if event.type == "deleted" else kept[:-MAX_LATE_RESULTS]
+        self.late_results[event.job_seq] = tuple(kept[len(going) :])
+        named = [(late.seq, late.result.storage_key) for late in going]
+        return [
+            Tombstone(-seq, event.job_id, key, event.at, event.at) for seq, key in named if sweeps and key is not None
+        ]
+
+    def _write_row(self, change: Change) -> None:
+        event, seq = change.event, change.event.job_seq
+        self.events.append(event)
+        if not seq:
+            return
+        job = fold(copy(self.jobs.get(seq)), event)
+        if job is None:
+            self.delete(seq)
+            self.deleted[seq] = event.at
+            return
+        self.jobs[seq] = job
+        self.ids[job.id] = seq
+        if event.before is None:
+            self.payloads[seq] = Payload(change.payload or b"null", change.request_hash or "")
+        if event.type == "imported":
+            self.suspects[seq] = event.job_id
+
+    # -- changes past the journal
+
+    def job(self, job_id: str) -> Job | None:
+        """Return the row of a job."""
+        seq = self.ids.get(job_id)
+        return None if seq is None else self.jobs[seq]
+
+    def put_row(self, job: Job, payload: Payload) -> None:
+        """Add an edited or imported row, which is not validated yet."""
+        self.jobs[job.seq] = job
+        self.ids[job.id] = job.seq
+        self.payloads[job.seq] = payload
+        self.suspects[job.seq] = job.id
+        if job.status in FINISHED:
+            self._count(job, +1)
+        numbers = self.numbers
+        self.numbers = replace(numbers, next_job=max(numbers.next_job, job.seq + 1))
+
+    def delete(self, seq: int) -> None:
+        """Delete the rows of a job, if there are any."""
+        old = self.jobs.pop(seq, None)
+        if old is not None and self.ids.get(old.id) == seq:
+            del self.ids[old.id]
+        self.payloads.pop(seq, None)
+        self.suspects.pop(seq, None)
+        self.late_results.pop(seq, None)
+
+    def remove(self, seq: int) -> None:
+        """Remove the row of a job that goes to quarantine, and uncount it. Its late results stay."""
+        job = self.jobs.get(seq)
+        if job is None:
+            return
+        late = self.late_results.get(seq)
+        self.delete(seq)
+        if late is not None:
+            self.late_results[seq] = late
+        if job.status in FINISHED:
+            self._count(job, -1)
+
+    def prune_events(self, before: int, limit: int) -> list[int]:
+        """Delete up to `limit` events of jobs deleted before wall time `before`. Return their seqs."""
+        old = {seq for seq, at in self.deleted.items() if at < before}
+        pruned = [event for event in self.events if event.job_seq in old or (event.job_seq == 0 and event.at < before)]
+        numbers = [event.seq for event in pruned[:limit]]
+        gone = set(numbers)
+        self.events = [event for event in self.events if event.seq not in gone]
+        for seq in old - {event.job_seq for event in self.events}:
+            del self.deleted[seq]
+        return numbers
+
+    def trim_audit_rows(self, before: int, limit: int) -> int:
+        """Delete up to `limit` audit entries: older than wall time `before`, or over the limit of their share."""
+        last = max(self.audited, default=0)
+        old = [seq for seq in sorted(self.audited)[:limit] if seq < last]
+        pruned = [seq for seq in old if self.audited[seq].at < before]
+        for share in get_args(AuditShare):
+            keep = KEEP_AUDIT if share == "changes" else KEEP_BESIDE
+            rows = [seq for seq, row in sorted(self.audited.items()) if audit_share(row.what, row.outcome) == share]
+            pruned += [seq for seq in rows[: max(len(rows) - keep, 0)] if seq < last and seq not in pruned]
+        pruned = pruned[:limit]
+        for seq in pruned:
+            del self.audited[seq]
+        return len(pruned)
+
+    def settle(self, deleted: list[int], postponed: list[Tombstone]) -> None:
+        """Delete tombstones, and replace others."""
+        for seq in deleted:
+            del self.tombstones[seq]
+        for tombstone in postponed:
+            assert tombstone.job_seq in self.tombstones, f"there is no tombstone of {tombstone.job_id} to postpone"
+            self.tombstones[tombstone.job_seq] = tombstone
+
+    def _count(self, job: Job, step: int) -> None:
+        queue = self.queues.get(job.options.queue, QueueRow())
+        count = max(getattr(queue, job.status) + step, 0)
+        self.queues[job.options.queue] = replace(queue, **{job.status: count})
+
+
+TABLES: Final = tuple(vars(MemoryTables()))
+
+
+def _first_difference(mine: Any, other: Any) -> str:
+    if isinstance(mine, dict):
+        keys = [key for key in [*mine, *other] if mine.get(key) != other.get(key)]
+        return f"{keys[0]}: {mine.get(keys[0])} is not {other.get(keys[0])}" if keys else "another order"
+    if isinstance(mine, list | deque):
+        pairs = zip(mine, other, strict=False)
+        found = next((f"{a} is not {b}" for a, b in pairs if a != b), None)
+        return found or f"{len(mine)} entries are not {len(other)}"
+    return f"{mine} is not {other}"

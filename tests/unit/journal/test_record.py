@@ -1,0 +1,98 @@
+"""The body of a record: a batch survives encoding and decoding."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from msgspec import Raw
+
+from jobd.journal import record
+from jobd.model.job import Result
+from jobd.model.journal import BadRecord, Record
+from jobd.model.storage import AuditEntry, Batch, StoredResponse, Tombstone
+from tests.support.factories import NOW, ChangeFactory
+from tests.support.store_files import job_of
+
+
+def recorded(body: bytes) -> Record:
+    return Record(7, 1, 1, 1, NOW, body)
+
+
+def back(batch: Batch) -> Batch:
+    """Return `batch` after encoding and decoding."""
+    body, events = record.encode(batch)
+    decoded, rows = record.decode(recorded(body))
+    assert [tuple(row) for row in rows] == [tuple(map(plain, row)) for row in events]
+    return decoded
+
+
+def plain(value: object) -> object:
+    return bytes(value) if isinstance(value, bytearray) else value
+
+
+def written(batch: Batch) -> Batch:
+    """Return `batch` without what a record does not keep: rows of jobs, and the payloads that responses need."""
+    changes = [msgspec.structs.replace(change, before=None, after=None) for change in batch.changes]
+    return msgspec.structs.replace(batch, changes=changes, payloads=[])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_batch_survives(seed: int) -> None:
+    maker = ChangeFactory(seed)
+    for _ in range(10):
+        batch = maker.any_batch(15)
+        assert back(batch) == written(batch)
+
+
+def test_every_part_of_a_batch_survives() -> None:
+    maker = ChangeFactory()
+    created = maker.create("é", type_="imported")
+    late = maker.late(job_of(created), 3, Result("https://x", "/y", "z", Raw(b'{"a": [1, null]}')))
+    batch = maker.batch(
+        [created, late, maker.late(job_of(created), 4), maker.queue_event("video", paused=True)],
+        keys=[
+            StoredResponse("d1", "b1", NOW, 201, b'{"x":1}'),
+            StoredResponse("d2", "b2", NOW, grants=[("a", "lock-1"), ("b", "lock-2")]),
+        ],
+        forget_keys=["d3"],
+        checked=[4, 5],
+        report=b'{"r":1}',
+        unmark=True,
+        tombstones=[Tombstone(9, "x", "key", NOW, NOW + 1, 2)],
+        sweeps=True,
+        audit=[
+            AuditEntry(NOW, "eve", "::1", "cancel", "a", "video", "why", "done", 1, {"big": 2**70, "n": None}, "p1"),
+            AuditEntry(NOW, "eve", "::1", "pause"),
+        ],
+    )
+    assert back(batch) == written(batch)
+
+
+def test_an_empty_batch_survives() -> None:
+    batch = ChangeFactory().batch([])
+    assert back(batch) == batch
+
+
+def test_an_unknown_format_is_rejected_with_its_number() -> None:
+    body, _ = record.encode(ChangeFactory().batch([]))
+    with pytest.raises(BadRecord, match="record 7 of the journal has format 2, but this jobd supports format 1"):
+        record.decode(recorded(b"\x02" + body[1:]))
+    with pytest.raises(BadRecord, match="has format none"):
+        record.decode(recorded(b""))
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40])
+def test_a_body_that_cannot_be_decoded_is_rejected(cut: int) -> None:
+    maker = ChangeFactory()
+    body, _ = record.encode(maker.batch([maker.create()]))
+    with pytest.raises(BadRecord, match="cannot be decoded"):
+        record.decode(recorded(body[:cut]))
+
+
+def test_an_event_without_its_payload_is_rejected() -> None:
+    maker = ChangeFactory()
+    body, _ = record.encode(maker.batch([maker.create()]))
+    parts = msgspec.msgpack.decode(body[1:])
+    parts[1] = []
+    with pytest.raises(BadRecord, match="cannot be decoded"):
+        record.decode(recorded(body[:1] + msgspec.msgpack.encode(parts)))

@@ -1,0 +1,99 @@
+"""The end of a journal that cannot be used is deleted: nothing before it is lost, and no number is used twice."""
+
+from __future__ import annotations
+
+import glob
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.model.storage import Numbers
+from jobd.storage import doctor, dry_run, journal_cut
+from jobd.storage.doctor import RepairRejected
+from jobd.storage.files import StoreUnreadable
+from jobd.storage.store import StoreBusy
+from tests.support.factories import ChangeFactory
+from tests.support.store_files import (
+    assert_holds,
+    edit_store,
+    leave_tail,
+    make_store,
+    open_store,
+    read_file,
+)
+
+
+async def store_with_tail(path: str, keep: int) -> tuple[ChangeFactory, list[int], set[str]]:
+    """A store whose tables lack three records. Return the model after the first `keep`, their numbers, and all ids."""
+    maker = await make_store(path)
+    batches = []
+    back = maker.snapshot()
+    numbers: Numbers = maker.numbers
+    for count in range(3):
+        if count == keep:
+            back, numbers = maker.snapshot(), maker.numbers
+        batches.append(maker.any_batch(4))
+    ids = {change.event.job_id for batch in batches[keep:] for change in batch.changes}
+    found = await leave_tail(path, *batches)
+    back()
+    maker.numbers = numbers
+    return maker, found, ids
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+async def test_a_damaged_record_and_all_later_ones_are_deleted(path: str, damaged: int) -> None:
+    maker, numbers, _ = await store_with_tail(path, keep=damaged)
+    with edit_store(path) as conn:
+        conn.execute("UPDATE journal SET at = 0 WHERE number = ?", (numbers[damaged],))
+    before = {name: read_file(name) for name in (path, f"{path}.epoch")}
+    lines = dry_run.cut_journal(path, numbers[damaged])
+    assert {name: read_file(name) for name in before} == before
+    records = {0: "3 records", 1: "2 records", 2: "1 record"}[damaged]
+    assert lines[0].startswith(f"would delete {records} of the journal, from {numbers[damaged]} on, with ")
+    assert lines[0].endswith("; 1 of them cannot be read, so their events and jobs are unknown")
+    assert journal_cut.cut(path, numbers[damaged]).startswith(f"deleted {records} of the journal")
+    assert doctor.check(path, refold=True) == []
+    async with open_store(path) as (store, found):
+        assert (found.marked, found.numbers.epoch, found.numbers.next_event) == (True, 2, 2 << 24)
+        maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
+        await assert_holds(store, found, maker)
+
+
+async def test_the_store_from_before_is_kept(path: str) -> None:
+    _, numbers, ids = await store_with_tail(path, keep=0)
+    line = journal_cut.cut(path, numbers[0])
+    (copy,) = glob.glob(f"{path}.before-cut-*")
+    assert f"kept as {copy}" in line
+    assert all(id_ in line for id_ in ids if id_)
+    with edit_store(copy) as conn:
+        assert [number for (number,) in conn.execute("SELECT number FROM journal")] == numbers
+        assert conn.execute("SELECT marked FROM meta").fetchone() == (0,)
+
+
+async def test_records_below_the_tail_are_deleted_too(path: str) -> None:
+    maker, numbers, _ = await store_with_tail(path, keep=0)
+    with edit_store(path) as conn:
+        conn.execute("UPDATE journal SET number = number - 100 WHERE number = ?", (numbers[0],))
+    (problem,) = doctor.check(path)
+    assert f"--cut-journal {numbers[0]}" in problem.fix
+    journal_cut.cut(path, numbers[0])
+    async with open_store(path) as (store, found):
+        maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
+        await assert_holds(store, found, maker)
+
+
+async def test_only_records_of_the_tail_can_be_deleted(path: str) -> None:
+    _, numbers, _ = await store_with_tail(path, keep=0)
+    before = read_file(path)
+    for call in (dry_run.cut_journal, journal_cut.cut):
+        with pytest.raises(RepairRejected, match=f"the tables have the records up to {numbers[0] - 1}"):
+            call(path, numbers[0] - 1)
+        with pytest.raises(RepairRejected, match=f"the journal has no record {numbers[-1] + 1}"):
+            call(path, numbers[-1] + 1)
+    assert glob.glob(f"{path}.before-cut-*") == []
+    assert read_file(path)[:0] == before[:0]
+    async with open_store(path):
+        with pytest.raises(StoreBusy):
+            journal_cut.cut(path, numbers[0])
+    with pytest.raises(StoreUnreadable, match="does not exist"):
+        journal_cut.cut(f"{path}-other", 1)

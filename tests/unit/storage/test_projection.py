@@ -1,0 +1,299 @@
+"""The tables follow the journal: slices, reads that wait for them, and a start after a crash."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobd.model.storage import DiskFull, JobQuery, LateResultQuery, StoredResponse
+from jobd.storage import projection as projections
+from jobd.storage import store as stores
+from jobd.storage.store import Store, StoreUnreadable
+from tests.support.factories import NOW, ChangeFactory
+from tests.support.polling import wait_until
+from tests.support.store_files import assert_holds, edit_store, job_of, open_store, recounted
+
+
+def tail(path: str) -> list[int]:
+    """Return the numbers of the records that the tables lack."""
+    with edit_store(path) as conn:
+        return [number for (number,) in conn.execute("SELECT number FROM journal ORDER BY number")]
+
+
+def crashed(path: str, directory: Path) -> str:
+    """Return the path of a copy of an open store, as a crash of the daemon leaves it."""
+    for file in Path(path).parent.glob(f"{Path(path).name}*"):
+        shutil.copy(file, directory / file.name)
+    return str(directory / Path(path).name)
+
+
+@pytest.fixture
+def no_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only reads and the end write the tables."""
+    monkeypatch.setattr(Store, "_plan_slice", lambda self: None)
+
+
+def fill_for_slices(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Let every slice of an open store find the disk full. Return a function that frees it."""
+    db = store._database
+    commit, apply = db.commit, store._projection._apply
+
+    def full(fn: Any, *args: Any) -> Any:
+        if fn == apply:
+            raise DiskFull("the disk of this test is full")
+        return commit(fn, *args)
+
+    monkeypatch.setattr(db, "commit", full)
+    return lambda: monkeypatch.setattr(db, "commit", commit)
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_a_crash_before_a_slice_loses_nothing(path: str, tmp_path: Path, no_slices: None, seed: int) -> None:
+    maker = ChangeFactory(seed)
+    (tmp_path / "after").mkdir()
+    async with open_store(path) as (store, _):
+        for _ in range(30):
+            await store.write(maker.any_batch(15))
+            if maker.random.random() < 0.1:
+                await store.finish_upkeep()
+        copy = crashed(path, tmp_path / "after")
+        assert store._projection.behind > 0
+    records = tail(copy)
+    assert records == list(range(records[0], 31))
+    async with open_store(copy) as (store, found):
+        await assert_holds(store, found, maker)
+        assert store._database.totals == recounted(store)
+        await store.write(maker.batch([maker.create()]))
+    async with open_store(copy) as (store, found):
+        await assert_holds(store, found, maker)
+    assert tail(copy) == []
+
+
+async def test_a_slice_writes_a_job_once(store: Store, no_slices: None) -> None:
+    maker, statements = ChangeFactory(), list[str]()
+    created = maker.create()
+    granted = maker.grant(job_of(created))
+    for change in (created, granted, maker.finish(job_of(granted))):
+        await store.write(maker.batch([change]))
+    store._connection.raw.set_trace_callback(statements.append)
+    await store.finish_upkeep()
+    store._connection.raw.set_trace_callback(None)
+    assert len([each for each in statements if " jobs " in each]) == 1
+
+
+async def test_a_clean_end_leaves_no_tail(path: str, no_slices: None) -> None:
+    maker = ChangeFactory()
+    async with open_store(path) as (store, _):
+        await store.write(maker.batch([maker.create()]))
+    assert tail(path) == []
+
+
+async def test_the_tables_are_written_soon(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "SLICE_DELAY_S", 0.001)
+    maker = ChangeFactory()
+    await store.write(maker.batch([maker.create()]))
+    assert store._projection.behind == 1
+    await wait_until(lambda: not store._projection.behind)
+
+
+@pytest.mark.parametrize("commit", ["inline", "thread"])
+async def test_enough_events_are_written_at_once(path: str, commit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "SLICE_DELAY_S", 3_600)
+    maker = ChangeFactory()
+    async with open_store(path, commit) as (store, _):
+        await store.write(maker.batch([maker.create()]))
+        await store.write(maker.batch([maker.create() for _ in range(projections.SLICE_EVENTS)]))
+        assert store._projection.behind > projections.SLICE_EVENTS
+        await wait_until(lambda: not store._projection.behind)
+
+
+async def test_reads_by_id_write_the_tables_only_for_what_they_lack(store: Store, no_slices: None) -> None:
+    maker = ChangeFactory()
+    first = maker.create("a")
+    await store.write(maker.batch([first]))
+    await store.finish_upkeep()
+    second = maker.create("b")
+    late = maker.late(job_of(second), 1)
+    key = StoredResponse("d1", "b1", NOW, 201, b"{}")
+    await store.write(maker.batch([second, late], keys=[key]))
+    assert (await store.load(["a", "none"], [1], ["d2"])).jobs == {"a": job_of(first)}
+    await store.read_late_results([LateResultQuery(1)])
+    assert store._projection.behind == 2
+    for read in (
+        lambda: store.load(["b"], [], []),
+        lambda: store.load([], [2], []),
+        lambda: store.load([], [], ["d1"]),
+        lambda: store.read_late_results([LateResultQuery(2)]),
+        lambda: store.timeline(1),
+        lambda: store.find_jobs(JobQuery()),
+    ):
+        await read()
+        assert store._projection.behind == 0
+        await store.write(
+            maker.batch([maker.update(maker.jobs[2], progress_message=str(maker.numbers.next_event))], keys=[key])
+        )
+
+
+async def test_payloads_that_the_tables_lack_are_read_from_memory(store: Store, no_slices: None) -> None:
+    maker = ChangeFactory()
+    await store.write(maker.batch([maker.create()]))
+    assert await store.write(maker.batch([maker.create()], payloads=[1, 2])) == maker.payloads
+    assert store._projection.behind == 2
+
+
+async def test_keys_stored_and_forgotten_in_one_slice_keep_their_order(store: Store, no_slices: None) -> None:
+    maker = ChangeFactory()
+    keys = [StoredResponse(f"d{number}", "b", NOW, 201, b"{}") for number in range(2)]
+    await store.write(maker.batch([maker.create()], keys=keys))
+    await store.write(maker.batch([maker.create()], forget_keys=["d0", "d1"]))
+    await store.write(maker.batch([maker.create()], keys=keys[:1]))
+    assert (await store.load([], [], ["d0", "d1"])).responses == {"d0": keys[0]}
+
+
+# -- a full disk ------------------------------------------------------------------------------------------------------
+
+
+async def test_reads_see_everything_while_the_tables_cannot_be_written(
+    path: str, no_slices: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = ChangeFactory()
+    async with open_store(path) as (store, _):
+        created = maker.create("a")
+        await store.write(maker.batch([created]))
+        await store.finish_upkeep()
+        free = fill_for_slices(store, monkeypatch)
+        granted = maker.grant(job_of(created))
+        await store.write(maker.batch([granted, maker.create("b")]))
+        totals = store._database.totals
+        for _ in range(2):
+            assert [job.id for job, _ in (await store.find_jobs(JobQuery())).jobs] == ["b", "a"]
+            assert (await store.load(["a"], [], [])).jobs == {"a": job_of(granted)}
+            assert [event.type for event in await store.timeline(1)] == ["created", "granted"]
+            assert (store._projection.behind, store._database.totals) == (2, totals)
+        with pytest.raises(DiskFull):
+            await store._read(lambda db: db.commit(lambda: None))
+        free()
+        assert [job.id for job, _ in (await store.find_jobs(JobQuery())).jobs] == ["b", "a"]
+        assert store._projection.behind == 0
+    async with open_store(path) as (store, found):
+        await assert_holds(store, found, maker)
+
+
+async def test_a_slice_is_repeated_after_a_full_disk(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "SLICE_DELAY_S", 0.001)
+    monkeypatch.setattr(stores, "RETRY_S", 0.001)
+    maker = ChangeFactory()
+    free = fill_for_slices(store, monkeypatch)
+    for mode in ("inline", "thread"):
+        store.commits_inline = mode == "inline"
+        await store.write(maker.batch([maker.create()]))
+        await asyncio.sleep(0.02)
+        assert store._projection.behind > 0
+    free()
+    await wait_until(lambda: not store._projection.behind)
+
+
+async def test_too_many_events_behind_a_full_disk_reject_batches(
+    store: Store, no_slices: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projections, "MAX_BEHIND", 3)
+    maker = ChangeFactory()
+    free = fill_for_slices(store, monkeypatch)
+    await store.write(maker.batch([maker.create(), maker.create(), maker.create()]))
+    back = maker.snapshot()
+    with pytest.raises(DiskFull):
+        await store.write(maker.batch([maker.create()]))
+    back()
+    free()
+    await store.write(maker.batch([maker.create()]))
+    assert store._projection.behind == 1
+
+
+async def test_a_tail_on_a_full_disk_is_in_what_the_start_reads(
+    path: str, tmp_path: Path, no_slices: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = ChangeFactory()
+    (tmp_path / "after").mkdir()
+    async with open_store(path) as (store, _):
+        await store.write(maker.batch([maker.create("a"), maker.create("b")]))
+        copy = crashed(path, tmp_path / "after")
+    with monkeypatch.context() as patch:
+        patch.setattr(projections.Projection, "project", raise_disk_full)
+        async with open_store(copy) as (store, found):
+            assert sorted(job.id for job in found.live()) == ["a", "b"]
+            assert [job.id for job, _ in (await store.find_jobs(JobQuery())).jobs] == ["b", "a"]
+    assert tail(copy) == [1]
+    async with open_store(copy) as (store, found):
+        await assert_holds(store, found, maker)
+
+
+def raise_disk_full(*_: Any) -> None:
+    raise DiskFull("the disk of this test is full")
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        ("UPDATE journal SET body = zeroblob(9) WHERE number = 2", "record 2 of the journal is damaged"),
+        ("DELETE FROM journal WHERE number = 2", "record 2 of the journal is missing"),
+    ],
+)
+async def test_a_start_with_an_unusable_tail_is_refused_and_changes_nothing(
+    path: str, tmp_path: Path, no_slices: None, edit: str, reason: str
+) -> None:
+    maker = ChangeFactory()
+    (tmp_path / "after").mkdir()
+    async with open_store(path) as (store, _):
+        for _ in range(3):
+            await store.write(maker.batch([maker.create()]))
+        copy = crashed(path, tmp_path / "after")
+    with edit_store(copy) as conn:
+        conn.execute(edit)
+    left = tail(copy)
+    with pytest.raises(StoreUnreadable, match=rf"{reason}.*jobd doctor --cut-journal 2"):
+        await Store.open(copy)
+    assert tail(copy) == left
+
+
+async def test_a_row_found_damaged_by_a_slice_is_quarantined(path: str, no_slices: None) -> None:
+    maker = ChangeFactory()
+    async with open_store(path) as (store, _):
+        made = [maker.create("a"), maker.create("b")]
+        await store.write(maker.batch(made))
+    async with open_store(path) as (store, _):
+        reported: list[str] = []
+        store.on_quarantined = lambda found: reported.append(found.id)
+        await store.write(maker.batch([maker.grant(job_of(each)) for each in made]))
+        store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id = 'a'")
+        assert (await store.load(["b"], [], [])).jobs == {"b": maker.jobs[2]}
+        assert reported == ["a"]
+        assert [event.type for event in await store.timeline(1)] == ["created", "granted"]
+        assert store._database.totals == recounted(store)
+    async with open_store(path) as (_, found):
+        assert found.quarantined == {"a": "its checksum is wrong"}
+        assert [job.id for job in found.live()] == ["b"]
+        assert found.faults == []
+
+
+async def test_an_error_in_a_slice_is_reported(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "SLICE_DELAY_S", 0.001)
+    broken: list[Exception] = []
+    store.on_broken = broken.append
+    maker = ChangeFactory()
+
+    def fail(_: object) -> None:
+        raise sqlite3.OperationalError("the disk failed")
+
+    monkeypatch.setattr(store._projection, "_apply", fail)
+    await store.write(maker.batch([maker.create()]))
+    await wait_until(lambda: bool(broken))
+    assert store._database.is_broken

@@ -1,0 +1,377 @@
+"""The journal and the tables behind it when the disk is full, the process is killed, or a record is damaged.
+
+The tables are compared with batches that were folded in memory (tests/support/memory_tables.py).
+"""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.journal import record
+from jobd.model.job import Result
+from jobd.model.journal import BadRecord, Record
+from jobd.model.storage import (
+    AuditEntry,
+    AuditQuery,
+    Batch,
+    DiskFull,
+    JobQuery,
+    LateResultQuery,
+    OpenedStore,
+    StoredResponse,
+    Tombstone,
+)
+from jobd.storage import projection as projections
+from jobd.storage import queries, startup
+from jobd.storage.backup import mark_copy
+from jobd.storage.database import Database
+from jobd.storage.files import StoreBroken, StoreUnreadable
+from jobd.storage.projection import Projection
+from jobd.storage.startup import connect, start
+from jobd.storage.store import Store
+from tests.support.factories import OPTIONS, ChangeFactory
+from tests.support.memory_tables import MemoryTables
+from tests.support.store_files import edit_store, flip, job_of, open_store, remove, remove_quarantined
+
+EVERYTHING: Final = JobQuery(limit=10_000, scan=10_000)
+
+
+class Writer:
+    """Makes random batches. `tables` is what a store must have after those that were written."""
+
+    def __init__(self, seed: int) -> None:
+        self.maker = ChangeFactory(seed)
+        self.dice = Random(seed)
+        self.tables = MemoryTables()
+        self._token = 1 << 40
+
+    def batch(self) -> Batch:
+        """Return a batch that may contain everything that a batch can contain."""
+        maker, dice = self.maker, self.dice
+        batch = maker.any_batch(dice.randrange(8))
+        batch.payloads = []
+        if maker.jobs and dice.random() < 0.3:
+            self._token += 1
+            job = dice.choice(list(maker.jobs.values()))
+            change = maker.late(job, self._token, Result(storage_key=f"late-{self._token}"))
+            batch.changes.append(change)
+            batch.numbers = maker.numbers
+        for event in (change.event for change in batch.changes):
+            if event.type == "deleted":
+                batch.tombstones.append(Tombstone(event.job_seq, event.job_id, event.job_id, event.at, event.at))
+        batch.sweeps = True
+        if dice.random() < 0.3:
+            batch.audit = [AuditEntry(maker.now, "admin", "", "pause", details={"n": dice.random()})]
+        if dice.random() < 0.3:
+            batch.report = b"%d" % dice.randrange(1_000)
+        return batch
+
+    def write(self, projection: Projection) -> None:
+        batch = self.batch()
+        projection.append(batch, 0)
+        self.tables.apply(batch)
+
+
+def content_of(db: Database, found: OpenedStore) -> MemoryTables:
+    """Return the content of a store."""
+    tables = MemoryTables(found.numbers)
+    page = queries.find_jobs(db, EVERYTHING)
+    loaded = queries.load(db, [], [job.seq for job, _ in page.jobs], [key.digest for key in found.keys])
+    for job, body in reversed(page.jobs):
+        tables.jobs[job.seq], tables.ids[job.id] = job, job.seq
+        tables.payloads[job.seq] = loaded.payloads[job.seq]
+        assert loaded.payloads[job.seq].body == body
+    tables.events = queries.journal(db, 0, 10_000).events
+    requested = [LateResultQuery(seq, with_results=True) for seq in tables.jobs]
+    late = queries.read_late_results(db, requested).results
+    tables.late_results = {seq: tuple(kept) for seq, kept in late.items() if kept}
+    tables.queues, tables.keys, tables.suspects = found.queues, loaded.responses, found.unvalidated
+    tables.deleted = dict(db.rows("SELECT job_seq, at FROM deleted_jobs"))
+    tables.kept_reports.extend(reversed(queries.reports(db, 1_000)))
+    tables.tombstones = {each.job_seq: each for each, _ in queries.due_tombstones(db, 1 << 60, 1_000).found}
+    tables.audited = dict(reversed(queries.read_audit(db, AuditQuery(limit=1_000)).found))
+    tables.marked = found.marked
+    return tables
+
+
+def differences(expected: MemoryTables, tables: MemoryTables) -> list[str]:
+    numbers = [] if tables.numbers == expected.numbers else [f"numbers: {tables.numbers} is not {expected.numbers}"]
+    late = {seq: kept for seq, kept in expected.late_results.items() if kept}
+    expected.late_results = late
+    return [*tables.differences(expected), *numbers]
+
+
+def restarted(path: str) -> MemoryTables:
+    """Return the content of a store that is opened after its process was killed."""
+    conn = connect(path, "FULL")
+    try:
+        projection, found = start(conn, path)
+        assert found.faults == []
+        return content_of(projection.db, found)
+    finally:
+        conn.close()
+
+
+def read_now(projection: Projection) -> MemoryTables:
+    """Return the content of an open store, as a read of history has it."""
+    db = projection.db
+    return projection.read(lambda: content_of(db, startup._read_all(db)))
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projections, "SLICE_EVENTS", 10)
+
+
+@pytest.fixture
+def opened(path: str) -> Iterator[Projection]:
+    conn = connect(path, "FULL")
+    yield start(conn, path)[0]
+    conn.close()
+
+
+def fail_commits(projection: Projection, code: int) -> None:
+    """Let every commit fail with this result code of SQLite."""
+
+    def fail() -> None:
+        error = sqlite3.OperationalError("the disk of this test fails")
+        error.sqlite_errorcode = code
+        raise error
+
+    projection.db.before_commit = fail
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_crash_at_any_moment_keeps_every_acknowledged_batch(
+    opened: Projection, path: str, tmp_path: Path, seed: int
+) -> None:
+    """Copies of the files at many statements are opened, as after a kill."""
+    writer, dice = Writer(seed), Random(seed)
+    states = [writer.tables.copy_tables()]
+    images: list[tuple[str, int]] = []
+
+    def copy_files(statement: str) -> None:
+        if statement.startswith(("BEGIN", "COMMIT", "UPDATE meta")) or dice.random() < 0.02:
+            target = tmp_path / f"image-{len(images)}"
+            target.mkdir()
+            for name in (path, f"{path}-wal", f"{path}.epoch"):
+                shutil.copy(name, target)
+            images.append((str(target / Path(path).name), len(states) - 1))
+
+    opened.db.conn.set_trace_callback(copy_files)
+    for _ in range(12):
+        writer.write(opened)
+        states.append(writer.tables.copy_tables())
+        if dice.random() < 0.3:
+            opened.project()
+    opened.db.conn.set_trace_callback(None)
+    for image, acknowledged in images:
+        assert differences(states[acknowledged], restarted(image)) == [], f"{image} after {acknowledged} batches"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_full_disk_delays_slices_and_hides_nothing(opened: Projection, path: str, seed: int) -> None:
+    writer = Writer(seed)
+    for _ in range(10):
+        writer.write(opened)
+    opened.project()
+    for _ in range(10):
+        writer.write(opened)
+    behind = opened.behind
+    fail_commits(opened, sqlite3.SQLITE_FULL)
+    with pytest.raises(DiskFull):
+        opened.project()
+    with pytest.raises(DiskFull):
+        opened.append(writer.maker.batch([]), 0)
+    assert opened.behind == behind
+    assert differences(writer.tables, read_now(opened)) == []
+    assert opened.behind == behind
+    opened.db.before_commit = lambda: None
+    for _ in range(3):
+        writer.write(opened)
+    opened.project()
+    assert opened.behind == 0
+    assert differences(writer.tables, read_now(opened)) == []
+    opened.db.conn.close()
+    assert differences(writer.tables, restarted(path)) == []
+
+
+def test_too_many_pending_records_stop_the_next_append(opened: Projection, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = Writer(0)
+    monkeypatch.setattr(projections, "MAX_BEHIND", 5)
+    while opened.behind < 5:
+        writer.write(opened)
+    with monkeypatch.context() as full:
+        full.setattr(opened.db, "commit", pytest.fail)
+        full.setattr(opened, "project", lambda: raise_full())
+        with pytest.raises(DiskFull):
+            opened.append(writer.maker.batch([]), 0)
+    opened.append(writer.maker.batch([]), 0)
+    assert opened.behind == 1
+
+
+def raise_full() -> None:
+    raise DiskFull("full")
+
+
+@pytest.mark.parametrize("act", ["append", "slice"])
+def test_a_commit_of_unknown_outcome_breaks_the_store(opened: Projection, act: str) -> None:
+    writer = Writer(0)
+    writer.write(opened)
+    fail_commits(opened, sqlite3.SQLITE_IOERR_FSYNC)
+    with pytest.raises(sqlite3.OperationalError):
+        writer.write(opened) if act == "append" else opened.project()
+    opened.db.before_commit = lambda: None
+    with pytest.raises(StoreBroken):
+        opened.append(writer.batch(), 0)
+    with pytest.raises(StoreBroken):
+        opened.read(lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("DELETE FROM journal WHERE number = 2", "record 2 of the journal is missing"),
+        ("UPDATE journal SET body = zeroblob(9) WHERE number = 2", "record 2 of the journal is damaged"),
+        ("UPDATE journal SET first_event = first_event + 1 WHERE number = 2", "record 2 of the journal is damaged"),
+        ("UPDATE journal SET number = 9 WHERE number = 3", "record 3 of the journal is missing"),
+    ],
+)
+def test_a_record_that_cannot_be_read_stops_the_start(opened: Projection, path: str, damage: str, reason: str) -> None:
+    writer = Writer(0)
+    for _ in range(3):
+        writer.write(opened)
+    opened.db.conn.close()
+    with edit_store(path) as conn:
+        conn.execute(damage)
+    with pytest.raises(StoreUnreadable, match=f"{reason}.*--cut-journal"):
+        restarted(path)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_part_of_a_record_is_rejected(seed: int) -> None:
+    """A record that was cut off, or that a later version wrote."""
+    writer = Writer(seed)
+    for _ in range(5):
+        batch = writer.batch()
+        body, events = record.encode(batch)
+        made = Record(1, 1, 1, 1, 0, body)
+        decoded, _ = record.decode(made)
+        assert [change.event for change in decoded.changes] == [change.event for change in batch.changes]
+        assert len(events) == len(batch.changes)
+        for length in (0, 1, len(body) // 2, len(body) - 1):
+            with pytest.raises(BadRecord):
+                record.decode(replace(made, body=body[:length]))
+        with pytest.raises(BadRecord, match="has format 2"):
+            record.decode(replace(made, body=b"\x02" + body[1:]))
+
+
+READS: Final[dict[str, Callable[[Store], Awaitable[Any]]]] = {
+    "load by id": lambda store: store.load(["a"], [], []),
+    "load by number": lambda store: store.load([], [1, 2], []),
+    "load by key": lambda store: store.load([], [], ["digest"]),
+    "find_jobs": lambda store: store.find_jobs(EVERYTHING),
+    "timeline": lambda store: store.timeline(1),
+    "read_late_results": lambda store: store.read_late_results([LateResultQuery(1, with_results=True)]),
+    "count_late_results": lambda store: store.count_late_results([1]),
+    "journal": lambda store: store.journal(0, 100),
+    "expired_jobs": lambda store: store.expired_jobs(1 << 60, 100),
+    "reports": lambda store: store.reports(10),
+    "read_audit": lambda store: store.read_audit(AuditQuery()),
+    "due_tombstones": lambda store: store.due_tombstones(1 << 60, 10),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+async def test_a_read_has_everything_that_was_committed(path: str, name: str) -> None:
+    maker, read = ChangeFactory(), READS[name]
+    async with open_store(path) as (store, _):
+        await store.write(maker.batch([maker.create("a"), maker.create("b"), maker.create("c")]))
+        await store.finish_upkeep()
+        before = await read(store)
+        granted = maker.grant(maker.jobs[1])
+        finished = maker.finish(job_of(granted))
+        late = maker.late(job_of(finished), 1 << 41)
+        ended = maker.finish(maker.jobs[3], "cancelled")
+        batch = maker.batch([granted, finished, late, ended, maker.delete(job_of(ended))], report=b"{}")
+        batch.keys = [StoredResponse("digest", "body", maker.now, 201, b"{}")]
+        batch.audit = [AuditEntry(maker.now, "admin", "", "pause")]
+        batch.tombstones = [Tombstone(3, "c", "key", maker.now, maker.now)]
+        payloads, maker.payloads[1] = dict(maker.payloads), b"1"
+        await store.write(batch)
+        shown = await read(store)
+        await store.finish_upkeep()
+        assert shown == await read(store)
+        assert shown != before or name == "load by number"
+        assert payloads
+
+
+async def test_a_payload_is_read_before_its_row_is_written(path: str) -> None:
+    maker = ChangeFactory()
+    async with open_store(path) as (store, _):
+        await store.write(maker.batch([maker.create()]))
+        assert (await store.load([], [1], [])).payloads[1].body == maker.payloads[1]
+        await store.write(maker.batch([maker.create()]))
+        assert await store.write(maker.batch([], payloads=[2])) == {2: maker.payloads[2]}
+
+
+async def test_a_job_quarantined_before_a_slice_is_not_counted_by_it(path: str) -> None:
+    maker = ChangeFactory()
+    async with open_store(path) as (store, _):
+        first, second = maker.create("a", options=OPTIONS[1]), maker.create("b", options=OPTIONS[1])
+        await store.write(maker.batch([first, second, maker.finish(job_of(first))]))
+    flip(path, "jobs", "created_at", "seq", 1)
+    async with open_store(path) as (store, _):
+        await store.write(maker.batch([maker.finish(job_of(second))]))
+        assert list((await store.load(["a"], [], [])).bad) == ["a"]
+    remove_quarantined(maker, maker.jobs[1])
+    async with open_store(path) as (store, found):
+        assert found.queues == maker.queues
+
+
+async def test_tombstones_written_at_the_start_are_reported_once(path: str) -> None:
+    maker = ChangeFactory()
+    conn = connect(path, "FULL")
+    projection, _ = start(conn, path)
+    projection.append(maker.batch([], tombstones=[Tombstone(1, "a", "key", maker.now, maker.now)]), 0)
+    conn.close()
+    async with open_store(path) as (store, found):
+        reported: list[int] = []
+        store.on_tombstones = reported.append
+        assert found.tombstones == 1
+        await store.find_jobs(EVERYTHING)
+        assert reported == []
+
+
+def test_a_restored_backup_is_marked_although_its_journal_removed_a_mark(opened: Projection, path: str) -> None:
+    """The copy has a record that removed an earlier mark, and its tables lack it."""
+    opened.append(replace(Writer(0).batch(), unmark=True), 0)
+    opened.db.conn.close()
+    mark_copy(path)
+    conn = connect(path, "FULL")
+    _, found = start(conn, path)
+    conn.close()
+    assert found.marked
+
+
+def test_an_epoch_that_began_before_a_crash_ends_no_grant(opened: Projection, path: str) -> None:
+    """The epoch file was lost, and the tables lack a record of the epoch before."""
+    Writer(0).write(opened)
+    opened.db.conn.close()
+    remove(f"{path}.epoch")
+    conn = connect(path, "FULL")
+    projection = Projection(startup.read_meta(conn, path))
+    projection.read_tail(path)
+    startup._settle_epoch(projection, path)
+    begun = projection.db.numbers
+    conn.close()
+    tables = restarted(path)
+    assert (tables.marked, tables.numbers) == (0, begun)

@@ -1,0 +1,79 @@
+"""Fold the journal again: an undamaged store has no difference, and each kind of difference is named."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobd.storage import codec, doctor
+from tests.support.factories import ChangeFactory
+from tests.support.store_files import edit_store, leave_tail, make_store, pick
+
+
+def refolded(path: str) -> dict[str, str]:
+    return {problem.where: problem.what for problem in doctor.check(path, refold=True)}
+
+
+async def test_the_events_of_a_store_give_its_rows(path: str) -> None:
+    maker = await make_store(path)
+    assert maker.deleted
+    assert refolded(path) == {}
+    await leave_tail(path, *(maker.any_batch(20) for _ in range(5)))
+    assert refolded(path) == {}
+
+
+async def test_an_accepted_row_differs_from_its_events(path: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, frozenset({"processing"}))
+    assert job.grant is not None
+    with edit_store(path) as conn:
+        conn.execute("UPDATE jobs SET attempt = attempt + 7, worker = 'me' WHERE seq = ?", (job.seq,))
+    assert refolded(path) == {f"job {job.id}": "its checksum is wrong"}, "a damaged row is not compared"
+    doctor.accept(path, [job.id])
+    assert doctor.check(path) == []
+    difference = refolded(path)[f"job {job.id}"]
+    assert f"attempt is {job.attempt + 7}, but its events give {job.attempt}" in difference
+    assert "grant is not what its events give" in difference
+    assert job.grant.lock_id not in difference
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        ("UPDATE events SET reason = 'x' WHERE seq = {first}", "its event {first} is damaged (its checksum is wrong)"),
+        ("DELETE FROM events WHERE seq = {first}", "there is no event before its event "),
+        ("DELETE FROM events WHERE job_seq = {seq}", "it has no events"),
+    ],
+)
+async def test_missing_events_are_named(path: str, damage: str, what: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, frozenset({"processing"}))
+    with edit_store(path) as conn:
+        (first,) = conn.execute("SELECT min(seq) FROM events WHERE job_seq = ?", (job.seq,)).fetchone()
+        conn.execute(damage.format(first=first, seq=job.seq))
+    assert what.format(first=first) in refolded(path)[f"job {job.id}"]
+
+
+async def test_a_deletion_without_effect_is_named(path: str) -> None:
+    maker: ChangeFactory = await make_store(path)
+    job = pick(maker, frozenset({"queued"}))
+    with edit_store(path) as conn:
+        sql = "SELECT * FROM events WHERE job_seq = ? ORDER BY seq DESC LIMIT 1"
+        seq, at, _, *rest, _, _ = conn.execute(sql, (job.seq,)).fetchone()
+        row = codec.sealed((seq, at, "deleted", *rest, None))
+        conn.execute("DELETE FROM events WHERE seq = ?", (seq,))
+        conn.execute(f"INSERT INTO events VALUES ({', '.join('?' * len(row))})", row)
+    assert refolded(path)[f"job {job.id}"] == "its last event says that it was deleted"
+
+
+async def test_a_tail_that_does_not_fit_the_rows_is_named(path: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, frozenset({"processing"}))
+    await leave_tail(path, maker.batch([maker.progress(job), maker.progress(job)]))
+    with edit_store(path) as conn:
+        conn.execute("UPDATE jobs SET status = 'queued' WHERE seq = ?", (job.seq,))
+    problems = [each.what for each in doctor.check(path, refold=True) if each.where == f"job {job.id}"]
+    assert problems[0] == "its checksum is wrong"
+    assert problems[1].endswith("of the journal is about a processing job, but it is queued")
+    with edit_store(path) as conn:
+        conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
+    assert any("about a processing job, but it has no row" in what for what in refolded(path).values())
