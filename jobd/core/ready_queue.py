@@ -265,9 +265,9 @@ class Fifo:
     def first(self, waits: Callable[[CompactJob], bool]) -> CompactJob | None:
         """Return the first job that is still waiting. Drops those before it."""
         jobs, first = self._jobs, self._first
-        while first < len(jobs):
-            if waits(jobs[first]):
-                break
+        if first < len(jobs) and waits(jobs[first]):
+            return jobs[first]
+        while first < len(jobs) and not waits(jobs[first]):
             first += 1
         if first > SLACK and (2 * first > len(jobs) or first >= _GONE_AT_ONCE):
             del jobs[:first]
@@ -288,7 +288,7 @@ class Fifo:
 
     def trim(self, live: int, waits: Callable[[CompactJob], bool]) -> None:
         """Drop removed jobs if they outnumber the `live` ones."""
-        if len(self) > 2 * live + SLACK:
+        if len(self._jobs) - self._first > 2 * live + SLACK:
             self._jobs, self._first = list(filter(waits, self)), 0
 
     def _from(self, place: int) -> Iterator[CompactJob]:
@@ -343,12 +343,13 @@ class QueuedJobs:
     compact jobs are still waiting.
     """
 
-    __slots__ = ("_count", "_name", "_waits", "heads", "lanes")
+    __slots__ = ("_count", "_name", "_only", "_waits", "heads", "lanes")
 
     def __init__(self, name: str, waits: Callable[[CompactJob], bool]) -> None:
         self.lanes: dict[str, dict[int, Lane]] = {}  # kind -> priority -> lane
         self.heads: LazyHeap[tuple[int, int, int, str, str]] = LazyHeap()  # a due entry and its kind
         self._count = 0  # of lanes
+        self._only: Lane | None = None  # the lane, if there is only one; its order is that of the queue
         self._name = name
         self._waits = waits
 
@@ -369,7 +370,7 @@ class QueuedJobs:
             return self.add(kind, short_entry(job), now)
         lane.live += 1
         lane.line.append(job)
-        if self._count > 1 and lane.line.first(self._waits) is job:
+        if self._only is None and lane.line.first(self._waits) is job:
             self.offer(lane, now)
         return lane
 
@@ -382,23 +383,35 @@ class QueuedJobs:
         self.offer(lane, now)
         return lane
 
-    def remove(self, kind: str, entry: DueEntry, now: int, *, is_compact: bool = False) -> Lane | None:
-        """Remove a job; a compact one no longer waits. Return its lane if that is now empty."""
+    def remove(self, kind: str, entry: DueEntry, now: int) -> Lane | None:
+        """Remove a job that is not compact. Return its lane if that is now empty."""
         lane = self.lanes[kind][entry[0]]
+        lane.others.remove(entry)
+        return self._removed(lane, now)
+
+    def remove_compact(self, job: Job | CompactJob, now: int) -> Lane | None:
+        """Remove a job that was compact and no longer waits. Return its lane if that is now empty."""
+        lane = self.lanes[job.options.kind][job.options.priority]
+        if lane.others:
+            lane.others.remove((job.options.priority, job.created_at, job.seq, job.id, NEVER))
+        return self._removed(lane, now)
+
+    def _removed(self, lane: Lane, now: int) -> Lane | None:
         lane.live -= 1
-        if not is_compact or lane.others:
-            lane.others.remove(entry)
         if lane.live == 0:
-            self._end_lane(kind, entry[0])
+            self._end_lane(lane.name[1], lane.name[2])
             return lane
         lane.line.trim(lane.live, self._waits)
-        self.offer(lane, now)
+        if self._only is None:
+            self.offer(lane, now)
+        else:
+            lane.line.first(self._waits)  # drops the removed jobs before it
         return None
 
     def eligible(self, kinds: Iterable[str] | None, now: int) -> Iterator[DueEntry]:
         """Iterate over jobs of `kinds` (None: all) that are due and not overdue, in order. Nothing may change."""
-        if kinds is None and (only := self._only_lane()) is not None:
-            yield from only.eligible(now)
+        if kinds is None and self._only is not None:
+            yield from self._only.eligible(now)
             return
         heads = self._all_heads(now) if kinds is None else self._heads_of(kinds, now)
         upcoming = next(heads, None)
@@ -413,9 +426,9 @@ class QueuedJobs:
             if (next_entry := next(following, None)) is not None:
                 heapq.heappush(frontier, (next_entry, following))
 
-    def in_line(self, kinds: Iterable[str] | None, now: int) -> Iterator[CompactJob] | None:
+    def in_line(self, now: int) -> Iterator[CompactJob] | None:
         """Return the due jobs in order if all are in one Fifo; None if orders must be merged."""
-        only = self._only_lane() if kinds is None else None
+        only = self._only
         if only is None or only.others or not only.line.ends_by(now):
             return None
         return filter(self._waits, only.line)
@@ -429,26 +442,21 @@ class QueuedJobs:
         """Update `heads` after a change of this lane. A lane whose first job is not due is offered when it is."""
         first = lane.head()
         assert first is not None  # the lane has a job
-        if self._count > 1 and first[1] <= now:
+        if self._only is None and first[1] <= now:
             self.heads.push((*first[:4], lane.name[1]))
             self.heads.trim(self._count, self._is_head)
-
-    def _only_lane(self) -> Lane | None:
-        """Return the lane of a queue with only one, whose order is that of the queue."""
-        if self._count != 1:
-            return None
-        (lanes,) = self.lanes.values()
-        (lane,) = lanes.values()
-        return lane
 
     def _lane(self, kind: str, priority: int, now: int) -> Lane:
         lanes = self.lanes.setdefault(kind, {})
         lane = lanes.get(priority)
         if lane is None:
             self._count += 1
+            self._only = None
             if self._count == 2:
                 self._begin_heads(now)
             lane = lanes[priority] = Lane((self._name, kind, priority), self._waits)
+            if self._count == 1:
+                self._only = lane
         return lane
 
     def _end_lane(self, kind: str, priority: int) -> None:
@@ -456,8 +464,11 @@ class QueuedJobs:
         if not self.lanes[kind]:
             del self.lanes[kind]
         self._count -= 1
+        self._only = None
         if self._count == 1:
             self.heads.entries.clear()
+            (lanes,) = self.lanes.values()
+            (self._only,) = lanes.values()
 
     def _begin_heads(self, now: int) -> None:
         """Offer all lanes, because a second one is about to be added."""

@@ -6,7 +6,7 @@ Finished jobs are kept only for a while.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
 from heapq import merge
 from itertools import chain, takewhile
 from operator import itemgetter
@@ -118,16 +118,15 @@ class Book:
         job = self.jobs.find(job_id)
         return job is not None and job.grant is not None and job.grant.lock_id == lock_id
 
-    def due(self, queues: Iterable[str], kinds: Iterable[str] | None) -> Iterator[Job]:
+    def due(self, queues: Sequence[str], kinds: Iterable[str] | None) -> Iterator[Job]:
         """Iterate over due jobs of unpaused `queues` that are not overdue, by priority, run_at and creation.
 
-        Due and overdue are as of the last `advance`. The book must not change meanwhile.
+        Due and overdue are as of the last `advance`. The state must not change meanwhile.
         """
         now = self._now
-        named = [
-            self._queued[queue] for queue in dict.fromkeys(queues) if queue in self._queued and queue not in self.paused
-        ]
-        if len(named) == 1 and (line := named[0].in_line(kinds, now)) is not None:
+        names = queues if len(queues) == 1 else dict.fromkeys(queues)
+        named = [self._queued[queue] for queue in names if queue in self._queued and queue not in self.paused]
+        if len(named) == 1 and kinds is None and (line := named[0].in_line(now)) is not None:
             return map(CompactJob.expand, line)  # the common case
         orders = [queued.eligible(kinds, now) for queued in named]
         entries = orders[0] if len(orders) == 1 else merge(*orders)
@@ -245,14 +244,28 @@ class Book:
 
     def reindex(self, before: Job | None, after: Job | None) -> None:
         """Replace the row of a job in every order and counter. None: no such job. Exchange both to undo it."""
-        if before is not None and after is not None and _is_same_grant(before, after):
+        if before is not None and after is not None and before.status == after.status and _is_same_grant(before, after):
             self._renew(before, after)
             return
         self._count(before, after)
         if before is not None:
-            self._leave(before)
+            if before.status == "queued":
+                self._leave_queue(before)
+            elif before.status == "processing":
+                self._end_processing(before)
+            else:
+                self._drop_finished(before.id)
+            if before.releases >= LOOP_FROM:
+                self.release_loops.pop(before.id, None)
         if after is not None:
-            self._enter(before, after)
+            if after.status == "queued":
+                self._enter_queue(after, compact(after) if before is None else None)
+            elif after.status == "processing":
+                self._begin_processing(after)
+            else:
+                self.loaded(after)
+            if after.releases >= LOOP_FROM and after.id in self.jobs and is_release_loop(after):
+                self.release_loops[after.id] = after.releases
 
     def order_processing(self) -> None:
         """Sort processing jobs by grant, after a start or an undo added them in another order."""
@@ -328,52 +341,31 @@ class Book:
                 self._wake(self._lane(wake[1]))
         for entry in self._deadlines.pop_until(lease):
             if self._is_deadline(entry):
-                self._schedule(self.processing[entry[2]])
+                job = self.processing[entry[2]]
+                self._unsort(job)
+                self._schedule(job)
 
     # -- moving jobs between the orders --------------------------------------------------------------------------------
 
-    def _leave(self, job: Job) -> None:
-        if job.releases >= LOOP_FROM:
-            self.release_loops.pop(job.id, None)
-        if job.status == "queued":
-            self._leave_queue(job, is_compact=self.jobs.drop(job.id))
-        elif job.status == "processing":
-            self.jobs.drop(job.id)
-            self.started_sum -= job.started_at or job.created_at
-            self._end_processing(job)
-        else:
-            self._drop_finished(job.id)
-
-    def _enter(self, before: Job | None, job: Job) -> None:
-        if job.status == "queued":
-            short = compact(job) if before is None else None
-            if short is None:
-                self.jobs.keep(job)
-            else:
-                self.jobs.keep_short(short)
-            self._enter_queue(job, short)
-        elif job.status == "processing":
-            self.jobs.keep(job)
-            self.started_sum += job.started_at or job.created_at
-            self._hold(job)
-        else:
-            self.loaded(job)
-            return
-        if job.releases >= LOOP_FROM and is_release_loop(job):
-            self.release_loops[job.id] = job.releases
-
     def _renew(self, before: Job, job: Job) -> None:
         """Replace the row of a processing job that has the same grant."""
+        job_id, lease = job.id, job.lease
         self.jobs.keep(job)
-        self.processing[job.id] = job
+        self.processing[job_id] = job
         if before.releases >= LOOP_FROM or job.releases >= LOOP_FROM:
-            self.release_loops.pop(job.id, None)
+            self.release_loops.pop(job_id, None)
             if is_release_loop(job):
-                self.release_loops[job.id] = job.releases
-        if before.started_at != job.started_at or before.created_at != job.created_at:  # repaired
+                self.release_loops[job_id] = job.releases
+        if before.started_at != job.started_at:  # repaired
             self.started_sum += (job.started_at or job.created_at) - (before.started_at or before.created_at)
-        if job.lease is not before.lease:
-            self._hold(job)
+        assert lease is not None
+        # An entry that is too early is checked again when it comes up, so moving a deadline costs nothing here.
+        # Deadlines move back only if they are undone.
+        known = self._deadline_of.get(job_id)
+        is_too_late = known is None or known > lease.expires or known > lease.stuck
+        if is_too_late or job_id in self.expired_locks or job_id in self.cleared_locks:
+            self._unsort(job)
+            self._schedule(job)
 
     def _enter_all(self, jobs: Iterable[CompactJob]) -> None:
         """Add compact jobs to an empty book, at a quarter of the cost of single ones."""
@@ -395,7 +387,12 @@ class Book:
     def _enter_queue(self, job: Job, short: CompactJob | None) -> None:
         options, now = job.options, self._now
         queued = self._queued_of(options.queue)
-        lane = queued.add(options.kind, entry_of(job), now) if short is None else queued.join(short, now)
+        if short is None:
+            self.jobs.keep(job)
+            lane = queued.add(options.kind, entry_of(job), now)
+        else:
+            self.jobs.keep_short(short)
+            lane = queued.join(short, now)
         if job.run_at <= now:
             self._became_due(lane)
             self.on_due(options.queue, options.kind)
@@ -420,10 +417,13 @@ class Book:
             self._lanes[lane] = None
             self._lanes.move_to_end(lane)
 
-    def _leave_queue(self, job: Job, *, is_compact: bool) -> None:
-        options = job.options
+    def _leave_queue(self, job: Job) -> None:
+        options, now = job.options, self._now
         queued = self._queued[options.queue]
-        ended = queued.remove(options.kind, entry_of(job), self._now, is_compact=is_compact)
+        if self.jobs.drop(job.id):
+            ended = queued.remove_compact(job, now)
+        else:
+            ended = queued.remove(options.kind, entry_of(job), now)
         if ended is not None:
             del self._lanes[ended]
             if not queued.lanes:
@@ -449,56 +449,54 @@ class Book:
             self._wakes.push((run_at, lane.name))
             self._wakes.trim(len(self._lanes), self._is_wake)
 
-    def _hold(self, job: Job) -> None:
-        """Keep a job that is processing, or has another lease."""
-        job_id, grant, lease = job.id, job.grant, job.lease
+    def _begin_processing(self, job: Job) -> None:
+        job_id, grant = job.id, job.grant
+        self.jobs.keep(job)
         self.processing[job_id] = job
-        if grant is None or lease is None:
-            self._unsort(job)
+        self.started_sum += job.started_at or job.created_at
+        if grant is None or job.lease is None:
             self.unheld[job_id] = None  # an invalid row; validation reports it
             return
         self.presence.holds(grant.worker, job_id, job.updated_at)
-        known = self._deadline_of.get(job_id)
-        # An entry that is too early is checked again when it comes up, so moving a deadline costs nothing here.
-        # Deadlines move back only if they are undone.
-        too_late = known is None or known > lease.expires or known > lease.stuck
-        if too_late or job_id in self.expired_locks or job_id in self.cleared_locks:
-            self._schedule(job)
+        self._schedule(job)
 
     def _end_processing(self, job: Job) -> None:
-        self.processing.pop(job.id, None)
+        job_id = job.id
+        self.jobs.drop(job_id)
+        self.processing.pop(job_id, None)
+        self.started_sum -= job.started_at or job.created_at
         self._unsort(job)
-        if self._deadline_of.pop(job.id, None) is not None:
+        if self._deadline_of.pop(job_id, None) is not None:
             self._deadlines.trim(len(self._deadline_of), self._is_deadline)
         if job.grant is not None:
-            self.presence.lets_go(job.grant.worker, job.id)
+            self.presence.lets_go(job.grant.worker, job_id)
 
     def _schedule(self, job: Job) -> None:
         """Sort a processing job into live, expired or stuck, and set its next deadline."""
-        grant, lease = job.grant, job.lease
+        job_id, grant, lease, now = job.id, job.grant, job.lease, self._lease
         assert grant is not None and lease is not None
-        self._unsort(job)
-        stuck = lease.stuck
-        if not lease.is_live(self._lease):
-            self.presence.set_expired(grant.worker, job.id, True)
-        if self._lease >= stuck:
-            self.stuck[job.id] = None
-            self._deadline_of.pop(job.id, None)
-            return
-        if lease.is_live(self._lease):
-            deadline = min(lease.expires, stuck)
+        deadline = lease.stuck
+        if lease.is_live(now):
+            if lease.expires < deadline:
+                deadline = lease.expires
         else:
-            (self.cleared_locks if lease.cleared else self.expired_locks)[job.id] = None
-            deadline = stuck
-        self._deadline_of[job.id] = deadline
-        self._deadlines.push((deadline, job.seq, job.id))
+            self.presence.set_expired(grant.worker, job_id, True)
+            if now < deadline:
+                (self.cleared_locks if lease.cleared else self.expired_locks)[job_id] = None
+        if now >= deadline:
+            self.stuck[job_id] = None
+            self._deadline_of.pop(job_id, None)
+            return
+        self._deadline_of[job_id] = deadline
+        self._deadlines.push((deadline, job.seq, job_id))
 
     def _unsort(self, job: Job) -> None:
+        job_id = job.id
         for order in self._not_live:
-            if order and job.id in order:
-                del order[job.id]
+            if order and job_id in order:
+                del order[job_id]
                 if job.grant is not None:
-                    self.presence.set_expired(job.grant.worker, job.id, False)
+                    self.presence.set_expired(job.grant.worker, job_id, False)
 
     def _rewind(self, now: int) -> None:
         """Apply a step back of the wall clock: due jobs may have to wait again, and overdue jobs may be due again.
@@ -588,9 +586,9 @@ def _call_of(event: Event) -> tuple[int, int, str]:
 
 
 def _is_same_grant(before: Job, after: Job) -> bool:
-    if before.status != "processing" or after.status != "processing" or before.grant is None or after.grant is None:
+    if before.status != "processing" or before.lease is None or after.lease is None:
         return False
-    return before.grant.lock_id == after.grant.lock_id
+    return before.grant is not None and after.grant is not None and before.grant.lock_id == after.grant.lock_id
 
 
 def _metadata_bytes(job: Job) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Final
 
 from msgspec.structs import replace
 
@@ -15,6 +15,8 @@ from jobd.core.state import Book
 from jobd.model.commands import Call, Moment, is_dry_run
 from jobd.model.events import Change, Changes, Event, EventType, QueuePause, initial_changes
 from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, LateResult, Policy, new_epoch
+
+_VARIANTS: Final = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))  # the bits 0b10, and two bits more
 
 
 class Transaction:
@@ -26,7 +28,7 @@ class Transaction:
     """
 
     __slots__ = (
-        "_mark", "_pauses",
+        "_first", "_first_checked", "_pauses", "_tokens", "_uuid_time",
         "at", "call", "changes", "checked", "ended", "is_dry_run", "now", "pauses", "payloads", "policy", "state",
     )  # fmt: skip
 
@@ -41,50 +43,55 @@ class Transaction:
         self.payloads: dict[int, bytes] = {}
         self.pauses: dict[str, QueuePause | None] = {}
         self._pauses: dict[str, QueuePause | None] = {}  # of the queues that the current command changed, before it
-        self._mark = (0, 0, 0, 0, 0, 0, 0)  # lengths of the lists and numbers before the current command
+        self._first = 0  # the changes before the current command
+        self._first_checked = 0
+        self._tokens = state.epoch, state.next_token
         self.is_dry_run = False
+        time = f"{at.now & (2**48 - 1):012x}"
+        self._uuid_time = f"{time[:8]}-{time[8:]}-7"  # 7 is the version
 
     def begin(self, call: Call) -> None:
         """Begin the next command."""
-        state = self.state
         self.call = call
         self.is_dry_run = is_dry_run(call.command)
-        self._mark = (
-            len(self.changes),
-            len(self.checked),
-            len(self.ended),
-            state.next_event,
-            state.next_job,
-            state.epoch,
-            state.next_token,
-        )
+        self._first = len(self.changes)
+        self._first_checked = len(self.checked)
+        self._tokens = self.state.epoch, self.state.next_token
         if self._pauses:
             self._pauses = {}
 
     @property
     def has_changed(self) -> bool:
         """Whether the current command has changed anything."""
-        return len(self.changes) > self._mark[0]
+        return len(self.changes) > self._first
 
     def changed(self) -> list[Change]:
         """Return the changes of the current command."""
-        return self.changes[self._mark[0] :]
+        return self.changes[self._first :]
 
     def undo(self) -> None:
-        """Undo the current command. Its numbers are assigned again, because no response has them."""
-        state = self.state
+        """Undo the changes of the current command. Its numbers are assigned again, because no response has them."""
         undone = self.changed()
-        changes, checked, ended, *numbers = self._mark
-        del self.changes[changes:], self.checked[checked:], self.ended[ended:]
-        if not self.is_dry_run:
-            self._restore(undone, self._pauses)
+        del self.changes[self._first :], self.checked[self._first_checked :]
+        state = self.state
+        state.epoch, state.next_token = self._tokens
+        if not undone:
+            return
+        state.next_event = undone[0].event.seq
+        made = [change for change in undone if change.before is None and change.after is not None]
+        if made:
+            state.next_job = made[0].event.job_seq
+        if self.is_dry_run:
+            return
+        self._restore(undone, self._pauses)
         self._pauses = {}
-        state.next_event, state.next_job, state.epoch, state.next_token = numbers
-        for change in undone:
-            if change.before is None:
-                self.payloads.pop(change.event.job_seq, None)
-                if change.request_hash:
-                    state.request_hashes.pop(change.event.job_id, None)
+        for change in made:
+            self.payloads.pop(change.event.job_seq, None)
+            if change.request_hash:
+                state.request_hashes.pop(change.event.job_id, None)
+        grants = [change.before.grant for change in undone if change.before is not None]
+        lost = {grant.lock_id for grant in grants if grant is not None}
+        self.ended = [lock_id for lock_id in self.ended if lock_id not in lost]
 
     def roll_back(self) -> None:
         """Undo all changes, because the batch was not written. Its numbers stay used."""
@@ -119,24 +126,38 @@ class Transaction:
     ) -> Job:
         """Set `fields` of `job` and its `updated_at`; return the new row. `worker` is the one that makes the call."""
         # The times of a job stay in order even if the wall clock stepped back.
-        updated_at = max(self.now, job.created_at)
+        updated_at = self.now
+        if job.created_at > updated_at:
+            updated_at = job.created_at
         if (started_at := fields.get("started_at", job.started_at)) is not None and started_at > updated_at:
             updated_at = started_at
         if (finished_at := fields.get("finished_at", job.finished_at)) is not None and finished_at > updated_at:
             updated_at = finished_at
         fields["updated_at"] = updated_at
         after = replace(job, **fields)
+        state = self.state
         if worker is not None:
             by = f"worker:{worker}"
-            self.state.presence.saw(worker, self.now)
-        event = self._event(
-            job, job.status, after.status, event_type, by or self.call.by, reason, details, Changes(**fields)
+            state.presence.saw(worker, self.now)
+        event = Event(
+            self._event_number(),
+            self.now,
+            event_type,
+            job.seq,
+            job.id,
+            job.options.queue,
+            job.status,
+            after.status,
+            by or self.call.by,
+            reason,
+            details,
+            Changes(**fields),
         )
         self.changes.append(Change(job, after, event))
         if not self.is_dry_run:
             if job.grant is not None and after.grant is not job.grant:
                 self.ended.append(job.grant.lock_id)
-            self.state.reindex(job, after)
+            state.reindex(job, after)
         return after
 
     def delete(self, job: Job, reason: str | None = None) -> None:
@@ -187,18 +208,16 @@ class Transaction:
 
     def secret(self, number: int) -> str:
         """Return an unguessable lock id from the seed of the call. A replay returns the same."""
-        return blake2b(number.to_bytes(8, "big"), key=self.call.seed, digest_size=16).hexdigest()
+        return blake2b(b"lock id" + self.call.seed + number.to_bytes(8, "big"), digest_size=16).hexdigest()
 
     def job_id(self, number: int) -> str:
         """Return a UUIDv7 (RFC 9562): 48 bits of Unix milliseconds, then bits from the seed of the call."""
-        tail = blake2b(number.to_bytes(8, "big"), key=self.call.seed, digest_size=10, person=b"job id").hexdigest()
-        at = f"{self.at.now & (2**48 - 1):012x}"
-        variant = "89ab"[int(tail[4], 16) & 0b11]  # 0b10 and two bits more
-        return f"{at[:8]}-{at[8:]}-7{tail[1:4]}-{variant}{tail[5:8]}-{tail[8:]}"  # 7 is the version
+        tail = blake2b(b"job id" + self.call.seed + number.to_bytes(8, "big"), digest_size=10).hexdigest()
+        return f"{self._uuid_time}{tail[:3]}-{_VARIANTS[tail[3]]}{tail[4:7]}-{tail[7:19]}"
 
     def fraction(self, number: int) -> float:
         """Return a number in [0, 1) from the seed of the call."""
-        digest = blake2b(number.to_bytes(8, "big"), key=self.call.seed, digest_size=8, person=b"jitter").digest()
+        digest = blake2b(b"jitter" + self.call.seed + number.to_bytes(8, "big"), digest_size=8).digest()
         return int.from_bytes(digest, "big") / 2**64
 
     # -- internals ----------------------------------------------------------------------------------------------------

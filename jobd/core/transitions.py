@@ -146,12 +146,12 @@ def grant(tx: Transaction, job: Job, request: Start | Claim) -> Job:
     worker = request.worker
     policy, options, lease = tx.policy, job.options, tx.at.lease
     token = tx.token()
-    stuck_after_ms = default_if_none(
-        request.stuck_after_ms, default_if_none(options.stuck_after_ms, policy.stuck_after_ms)
-    )
-    max_processing_ms = default_if_none(
-        options.max_processing_ms, default_if_none(request.max_processing_ms, policy.max_processing_ms)
-    )
+    stuck_after_ms = request.stuck_after_ms
+    if stuck_after_ms is None:
+        stuck_after_ms = default_if_none(options.stuck_after_ms, policy.stuck_after_ms)
+    max_processing_ms = options.max_processing_ms
+    if max_processing_ms is None:
+        max_processing_ms = default_if_none(request.max_processing_ms, policy.max_processing_ms)
     ttl_ms = request.lock_ttl_ms or policy.lock_ttl_ms
     ceiling = lease + max_processing_ms if max_processing_ms else None
     attempt = job.attempt + 1
@@ -165,7 +165,7 @@ def grant(tx: Transaction, job: Job, request: Start | Claim) -> Job:
         "lease": Lease(_cut(lease + ttl_ms, ceiling), lease + stuck_after_ms, ceiling),
     }
     details = {"worker": worker, "fencing_token": token, "attempt": attempt, "ttl_ms": ttl_ms}
-    return tx.update(job, "granted", fields, worker=worker, details=details)
+    return tx.update(job, "granted", fields, by=f"worker:{worker}", details=details)  # its request was noted
 
 
 def keep_alive(made: Grant, lease: Lease, now: int, additional_ms: int, *, progressed: bool) -> Lease:

@@ -48,11 +48,11 @@ def lock_view(job: Job, at: Moment, *, admin: bool = False) -> LockView | None:
         return None
     grant = job.grant
     return LockView(
-        worker=grant.worker,
-        fencing_token=grant.fencing_token,
-        acquired_at=grant.acquired_at,
-        expires_at=at.wall(job.lease.expires),
-        lock_id=grant.lock_id if admin else UNSET,
+        grant.worker,
+        grant.fencing_token,
+        grant.acquired_at,
+        at.wall(job.lease.expires),
+        grant.lock_id if admin else UNSET,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from hashlib import blake2b
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -32,6 +32,8 @@ from jobd.model.commands import (
 from jobd.model.errors import ApiError
 from jobd.model.job import DELAYED_FROM, Backoff, Failure, Job, PreviousGrant, Result, release_delay_ms
 from jobd.model.responses import Grants, JobList, JobView, Response
+
+_encode: Final = msgspec.json.Encoder().encode
 
 # -- create -----------------------------------------------------------------------------------------------------------
 
@@ -429,4 +431,4 @@ def _latest(tx: Transaction) -> Job:
 
 def digest(command: AnyCommand) -> str:
     """Return a hash of a command, the same for equal commands however their JSON was written."""
-    return blake2b(msgspec.json.encode(command), digest_size=16).hexdigest()
+    return blake2b(_encode(command), digest_size=16).hexdigest()

@@ -73,7 +73,7 @@ MAX_EVENTS: Final = 1_000  # of a timeline with a limit
 Admission = Literal["create", "read", "ping", "grant", "change", "ending"]
 
 
-class Command(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Command(Struct, frozen=True, gc=False, forbid_unknown_fields=True, kw_only=True):
     """A request to the actor. Decoded directly from a body; unknown fields are rejected."""
 
     admission: ClassVar[Admission]  # of commands that reach the actor
@@ -942,7 +942,7 @@ class Operator(Struct, frozen=True):
         return f"admin:{self.name}" if self.name else "admin"
 
 
-class Moment(Struct, frozen=True):
+class Moment(Struct, frozen=True, gc=False):
     """The time at which a batch is decided: wall time, lease time and their difference, in ms."""
 
     now: int
@@ -1033,7 +1033,7 @@ AUDITED_ACTIONS: Final = tuple(
 )
 
 
-class Call(Struct, frozen=True):
+class Call(Struct, frozen=True, gc=False):
     """A command with its caller and the randomness that it may use. `admin` callers see lock ids.
 
     `operator` is set for requests of operators. `expected` is the version (plan_rules.version) of the job that the

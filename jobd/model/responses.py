@@ -59,7 +59,7 @@ CleanupRunning = Annotated[bool, Meta(description="Whether a cleanup run is in p
 SinceCleanup = Annotated[int | None, Meta(description="Time since the last successful cleanup run, in ms, or null.")]
 
 
-class LockView(Struct, frozen=True):
+class LockView(Struct, frozen=True, gc=False):
     """A live lock. Only operators see the `lock_id`."""
 
     worker: WorkerText
@@ -74,7 +74,7 @@ def public_lock(lock: LockView | None) -> LockView | None:
     return None if lock is None else msgspec.structs.replace(lock, lock_id=UNSET)
 
 
-class JobView(Struct):
+class JobView(Struct, gc=False):
     """A job.
 
     `worker` is present only while the lock has expired (`lock` is null) and that worker may still end the job.
@@ -198,7 +198,7 @@ class LateResultList(Struct):
     late_results: Annotated[list[LateResultView], Meta(description="The late results, oldest grant first.")]
 
 
-class GrantView(Struct):
+class GrantView(Struct, gc=False):
     """A grant: a job and the lock under which the worker holds it."""
 
     job: Annotated[JobView, Meta(description="The job.")]
@@ -209,13 +209,13 @@ class GrantView(Struct):
     ceiling_at: CeilingAt
 
 
-class Grants(Struct):
+class Grants(Struct, gc=False):
     """The grants of a claim."""
 
     grants: Annotated[list[GrantView], Meta(description="One grant for each job. Empty if no job is due.")]
 
 
-class LockState(Struct):
+class LockState(Struct, gc=False):
     """The lock after a progress report or an extension."""
 
     lock_expires_at: LockExpiresAt
@@ -1011,7 +1011,7 @@ class HistoryRead(Struct, frozen=True):
     audit: AuditLog | None = None
 
 
-class Response(Struct):
+class Response(Struct, gc=False):
     """A success.
 
     `unread_payloads` has the job views whose payload has not been read yet, with the seq of the job. `grants` has (job

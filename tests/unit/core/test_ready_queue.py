@@ -209,8 +209,11 @@ class NaiveReadyQueue:
 
     def remove(self, item: tuple[str, DueEntry]) -> None:
         self.live.remove(item)
-        self.short.pop(item[1], None)
-        self.due.remove(*item, self.now)
+        short = self.short.pop(item[1], None)
+        if short is None:
+            self.due.remove(*item, self.now)
+        else:
+            self.due.remove_compact(short, self.now)
 
     def at(self, now: int) -> None:
         """Advance to `now` and offer lanes whose first job becomes due, like the book."""
@@ -226,7 +229,7 @@ class NaiveReadyQueue:
             expected = sorted(found for kind, found in eligible if kinds is None or kind in kinds)
             assert list(self.due.eligible(kinds, now)) == expected
             assert list(islice(self.due.eligible(kinds, now), 2)) == expected[:2]
-            if (line := self.due.in_line(kinds, now)) is not None:
+            if kinds is None and (line := self.due.in_line(now)) is not None:
                 assert list(map(short_entry, line)) == expected
         counts = Counter((kind, found[0]) for kind, found in self.live)
         lanes = [(kind, priority, lane) for kind, of in self.due.lanes.items() for priority, lane in of.items()]
