@@ -8,7 +8,6 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
 
-import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 from msgspec.structs import astuple
 
@@ -205,22 +204,58 @@ class Change(Struct, frozen=True, gc=False):
 
 
 def fold(job: Job | None, event: Event) -> Job | None:
-    """Return the row after `event`, given the row before it. Folding the journal of a job from None gives its row."""
-    if event.type == "deleted":
-        return None
-    if event.changes is None:
-        return job
-    fields = ((name, getattr(event.changes, name)) for name in Changes.__struct_fields__)
-    changed = {name: value for name, value in fields if value is not UNSET}
+    """Return the row after `event`, given the row before it. Folding the journal of a job from None gives its row.
+
+    Raises ValueError if the first event lacks a field that has no default.
+    """
+    new = event.changes
+    if new is None or event.type == "deleted":
+        return None if event.type == "deleted" else job
     if job is None:
-        return Job(**{"seq": event.job_seq, "id": event.job_id, **changed})
-    return msgspec.structs.replace(job, **changed)
+        job = _first_row(event, new)
+    # By position and without a loop, because every event of a store passes here.
+    return Job(
+        job.seq,
+        job.id,
+        job.options if new.options is UNSET else new.options,
+        job.status if new.status is UNSET else new.status,
+        job.created_at if new.created_at is UNSET else new.created_at,
+        job.updated_at if new.updated_at is UNSET else new.updated_at,
+        job.run_at if new.run_at is UNSET else new.run_at,
+        job.progress if new.progress is UNSET else new.progress,
+        job.progress_message if new.progress_message is UNSET else new.progress_message,
+        job.attempt if new.attempt is UNSET else new.attempt,
+        job.stalls if new.stalls is UNSET else new.stalls,
+        job.started_at if new.started_at is UNSET else new.started_at,
+        job.finished_at if new.finished_at is UNSET else new.finished_at,
+        job.expires_at if new.expires_at is UNSET else new.expires_at,
+        job.grant if new.grant is UNSET else new.grant,
+        job.lease if new.lease is UNSET else new.lease,
+        job.ended if new.ended is UNSET else new.ended,
+        job.result if new.result is UNSET else new.result,
+        job.error if new.error is UNSET else new.error,
+        job.releases if new.releases is UNSET else new.releases,
+    )
+
+
+def _first_row(event: Event, new: Changes) -> Job:
+    if (
+        new.options is UNSET
+        or new.status is UNSET
+        or new.created_at is UNSET
+        or new.updated_at is UNSET
+        or new.run_at is UNSET
+    ):
+        raise ValueError(f"event {event.seq} ({event.type}) is not the first of a job: fields are missing")
+    return Job(event.job_seq, event.job_id, new.options, new.status, new.created_at, new.updated_at, new.run_at)
 
 
 def initial_changes(job: Job) -> Changes:
     """Return the changes of the first event of `job`: all fields, or only those without a default for a new job."""
     values = astuple(job)  # the same fields, in the same order
-    return Changes(UNSET, UNSET, *values[2:_OWN]) if values[_OWN:] == _AS_NEW else Changes(*values)
+    if values[_OWN:] != _AS_NEW:
+        return Changes(*values)
+    return Changes(UNSET, UNSET, job.options, job.status, job.created_at, job.updated_at, job.run_at)
 
 
 def event_view(event: Event) -> EventView:

@@ -52,6 +52,11 @@ def test_fold_begins_with_a_row_and_ends_with_none() -> None:
     assert fold(JOB, event(None, "deleted")) is None
 
 
+def test_the_first_event_of_a_job_has_every_field_without_a_default() -> None:
+    with pytest.raises(ValueError, match="is not the first of a job"):
+        fold(None, event(Changes(status="queued"), "created"))
+
+
 def test_the_first_event_of_a_job_leaves_out_the_defaults() -> None:
     changes = initial_changes(JOB)
     assert changes == Changes(options=Options(), status="queued", created_at=NOW, updated_at=NOW, run_at=NOW)
