@@ -76,9 +76,9 @@ class Projection:
         db = self.db
         db.check()
         self.append_s = None
-        self._check_quarantined(batch)
         if self.behind >= MAX_BEHIND:
             self.project()
+        self._check_quarantined(batch)
         payloads = self._read_payloads(batch)
         if batch.numbers.epoch > db.stored_epoch:
             db.advance_epoch(batch.numbers.epoch)

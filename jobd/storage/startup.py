@@ -216,6 +216,7 @@ def start(conn: sqlite3.Connection, path: str) -> tuple[Projection, OpenedStore]
         marked = _settle_epoch(projection, path)
         opened = projection.start(path, _read_all)
         opened.marked = marked
+        opened.tombstones = conn.execute("SELECT count(*) FROM tombstones").fetchone()[0]
         opened.epoch_warning = epoch_warning(db.numbers.epoch, now_ms())
         if path != MEMORY:
             _remove_leftovers(path)
@@ -417,7 +418,6 @@ def _read_all(db: Database) -> OpenedStore:
         unvalidated=dict(db.rows("SELECT seq, id FROM suspects CROSS JOIN jobs ON seq = job_seq")),
         faults=[],
         stats=_stats(db),
-        tombstones=db.conn.execute("SELECT count(*) FROM tombstones").fetchone()[0],
     )
     opened.quarantined = db.quarantined.copy()
     return opened

@@ -21,6 +21,7 @@ from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import (
     AuditEntry,
     AuditQuery,
+    BadRows,
     Batch,
     DiskFull,
     JobQuery,
@@ -39,7 +40,7 @@ from jobd.storage.startup import connect, start
 from jobd.storage.store import Store
 from tests.support.factories import OPTIONS, ChangeFactory
 from tests.support.memory_tables import MemoryTables
-from tests.support.store_files import edit_store, flip, job_of, open_store, remove, remove_quarantined
+from tests.support.store_files import edit_store, flip, job_of, leave_tail, open_store, remove, remove_quarantined
 
 EVERYTHING: Final = JobQuery(limit=10_000, scan=10_000)
 
@@ -218,6 +219,21 @@ def test_too_many_pending_records_stop_the_next_append(opened: Projection, monke
     assert opened.behind == 1
 
 
+def test_a_job_that_the_slices_of_an_append_quarantine_is_not_changed(
+    opened: Projection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = ChangeFactory()
+    opened.append(maker.batch([maker.create("a"), maker.grant(maker.jobs[1])]), 0)
+    opened.project()
+    opened.db.on_rollback()  # clears the cache of rows
+    opened.db.conn.execute("UPDATE jobs SET created_at = created_at + 1")
+    opened.append(maker.batch([maker.progress(maker.jobs[1])]), 0)
+    monkeypatch.setattr(projections, "MAX_BEHIND", 1)
+    with pytest.raises(BadRows, match="checksum"):
+        opened.append(maker.batch([maker.progress(maker.jobs[1])]), 0)
+    assert opened.behind == 0
+
+
 def raise_full() -> None:
     raise DiskFull("full")
 
@@ -349,6 +365,21 @@ async def test_tombstones_written_at_the_start_are_reported_once(path: str) -> N
         assert found.tombstones == 1
         await store.find_jobs(EVERYTHING)
         assert reported == []
+
+
+async def test_tombstones_that_the_start_could_not_write_are_reported_later(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = ChangeFactory()
+    await leave_tail(path, maker.batch([], tombstones=[Tombstone(1, "a", "key", maker.now, maker.now)]))
+    with monkeypatch.context() as full:
+        full.setattr(Projection, "project", lambda self: raise_full())
+        store, found = await Store.open(path)
+    async with store:
+        reported: list[int] = []
+        store.on_tombstones = reported.append
+        await store.find_jobs(EVERYTHING)
+        assert found.tombstones + sum(reported) == 1
 
 
 def test_a_restored_backup_is_marked_although_its_journal_removed_a_mark(opened: Projection, path: str) -> None:
