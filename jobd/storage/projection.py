@@ -19,6 +19,7 @@ from jobd.journal import record
 from jobd.journal.facts import EVENT_COLUMNS
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.events import Change
+from jobd.model.job import FINISHED
 from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import BadRows, Batch, DiskFull, QueueRow, StoredResponse, distinct_tombstones
 from jobd.storage import codec
@@ -241,13 +242,25 @@ class Projection:
         try:
             yield
         except RowDamaged as damaged:
-            quarantine_jobs(self.db, [(damaged.row, damaged.reason)])
+            quarantine_jobs(self.db, [(damaged.row, damaged.reason)], self._uncount)
         except RowMissing as missing:
             if not self._is_starting:
                 self.db.break_off(missing)
                 raise
             self.db.quarantined[missing.job_id] = str(missing)
             self.db.note_fault(f"job {missing.job_id}: {missing}")
+
+    def _uncount(self, seq: int) -> tuple[str, str] | None:
+        """Subtract a job from the counts of the pending records. Return its queue and status if it is finished."""
+        events = [change.event for each in self._pending for change in each.batch.changes]
+        first = next(event for event in events if event.job_seq == seq)
+        queue, status = first.queue, first.before
+        for batch in (each.batch for each in self._pending):
+            for event in (change.event for change in batch.changes if change.event.job_seq == seq):
+                status = event.after
+            if status in FINISHED and queue in batch.queues:
+                batch.queues[queue] = batch.queues[queue].without(status)
+        return (queue, status) if status in FINISHED else None
 
     def _apply(self, pending: Iterable[Pending]) -> int:
         """Write records in a transaction. Return the number of tombstones."""

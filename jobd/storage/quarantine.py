@@ -6,6 +6,7 @@ Each row is moved in a transaction of its own.
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from typing import Final
 
 from jobd.journal.facts import EVENT_COLUMNS
@@ -33,10 +34,13 @@ _JOB_ID: Final = EVENT_COLUMNS.index("job_id")
 _WAS_LIVE: Final = f"SELECT 1 FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL} AND seq = ?"
 
 
-def quarantine_jobs(db: Database, damaged: list[tuple[Row, str]]) -> dict[str, str]:
+def quarantine_jobs(
+    db: Database, damaged: list[tuple[Row, str]], uncount: Callable[[int], tuple[str, str] | None] | None = None
+) -> dict[str, str]:
     """Quarantine job rows (columns and checksum), each because of its error. Return errors by job id.
 
     On a full disk or in a damaged tree, a row stays in its table and is reported. A later read quarantines it.
+    `uncount` subtracts a job from the counts of pending records. It returns the `uncounted` of a job that they change.
     """
     reasons: dict[str, str] = {}
     for row, reason in damaged:
@@ -47,6 +51,8 @@ def quarantine_jobs(db: Database, damaged: list[tuple[Row, str]]) -> dict[str, s
             # Read before the transaction: SQLite allows no write in a transaction that has read a damaged page.
             payload = _payload_columns(db, row[0])
             uncounted, is_moved = db.commit(_quarantine_job, db, row, payload, id_, reason), True
+            if uncount is not None:
+                uncounted = uncount(row[0])
         except DiskFull:
             db.note_fault(f"job {id_} could not be quarantined: the disk is full")
         except StructureDamaged as error:
