@@ -19,7 +19,7 @@ import msgspec
 from msgspec.structs import replace
 
 from jobd.model.storage import JobQuery
-from jobd.storage import doctor
+from jobd.storage import doctor, startup
 from jobd.storage.files import StoreError
 from jobd.storage.store import Store
 from tests.proof.faults.harness import Check, Counts, Trial
@@ -55,7 +55,7 @@ class OriginalStore:
             if where == "database":
                 assert daemon.stop() == 0
             else:
-                daemon.kill()
+                _kill_with_tail(daemon)
         self.path = home / "jobd.db"
         if where == "journal":
             with closing(sqlite3.connect(self.path)) as conn:
@@ -79,6 +79,19 @@ class OriginalStore:
             file.write_bytes(text)
             file.chmod(0o600)
         return directory / "jobd.db"
+
+
+def _kill_with_tail(daemon: DaemonProcess) -> None:
+    """Kill the daemon before it has written its latest batches into the tables."""
+    for number in range(10):
+        for each in range(10):
+            assert daemon.post("/v1/jobs", {"id": f"last-{number}-{each}"}).status == 201
+        daemon.kill()
+        with startup.read_only(str(daemon.store)) as conn:
+            if conn.execute("SELECT count(*) FROM journal").fetchone() != (0,):
+                return
+        daemon.start()
+    raise AssertionError("the tables had every batch at each kill")
 
 
 def _write_unusual_rows(daemon: DaemonProcess) -> None:
@@ -249,7 +262,6 @@ def flips(trial: Trial, where: Where) -> Counts:
 def _journal_bytes(path: Path) -> Sequence[int]:
     """Return the places of the bytes of the table `journal`, which has a tail."""
     with closing(sqlite3.connect(path)) as conn:
-        assert conn.execute("SELECT count(*) FROM journal").fetchone() != (0,)
         pages = conn.execute("SELECT pageno FROM dbstat WHERE name = 'journal' ORDER BY pageno").fetchall()
     return [at for (page,) in pages for at in range((page - 1) * PAGE, page * PAGE)]
 
