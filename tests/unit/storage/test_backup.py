@@ -17,8 +17,9 @@ from msgspec.structs import replace
 
 from jobd.model.job import FINISHED, LIVE
 from jobd.model.storage import Batch, DiskFull
-from jobd.storage import backup, files, migrations
+from jobd.storage import backup, dry_run, files, migrations, startup
 from jobd.storage.backup import BackupStopped, restore
+from jobd.storage.database import Database
 from jobd.storage.files import FileLock, StoreBusy, StoreTooNew, StoreUnreadable
 from jobd.storage.store import MEMORY, Store, StoreBroken
 from tests.support.daemon_process import DaemonProcess
@@ -28,6 +29,7 @@ from tests.support.store_files import (
     damage_backup,
     edit_store,
     exists,
+    leave_tail,
     make_store,
     open_store,
     read_file,
@@ -191,8 +193,76 @@ async def test_a_damaged_store_cannot_be_copied(path: str, copy: str) -> None:
     assert not exists(copy)
 
 
+async def test_a_copy_of_a_store_with_a_tail_has_its_tables_written(path: str, copy: str) -> None:
+    """A record in the tail that removes an earlier mark does not remove that of the copy."""
+    maker = await make_store(path)
+    async with open_store(path) as (store, _):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(store._projection, "project", full_disk)
+            await store.write(maker.any_batch(20))
+            await store.write(Batch([], maker.numbers, unmark=True))
+            await take(store, copy)
+    with edit_store(copy) as conn:
+        assert conn.execute("SELECT count(*) FROM journal").fetchone() == (0,)
+    async with open_store(copy) as (store, found):
+        assert found.marked
+        maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
+        await assert_holds(store, found, maker)
+
+
+def full_disk() -> None:
+    raise DiskFull("for a test")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Restore
+
+
+async def test_a_killed_store_is_restored_with_its_tail(path: str, copy: str) -> None:
+    maker = await make_store(copy)
+    await leave_tail(copy, maker.any_batch(20), Batch([], maker.numbers, unmark=True))
+    assert any("its tables lack 2 committed batches (20 events)" in line for line in dry_run.restore(copy, path))
+    restore(copy, path)
+    with edit_store(path) as conn:
+        assert conn.execute("SELECT count(*) FROM journal").fetchone() == (0,)
+    async with open_store(path) as (store, found):
+        assert found.marked
+        maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
+        await assert_holds(store, found, maker)
+
+
+async def test_a_file_whose_tail_is_damaged_is_not_restored(path: str, copy: str) -> None:
+    maker = await make_store(copy)
+    [number] = await leave_tail(copy, maker.any_batch(4))
+    with edit_store(copy) as conn:
+        conn.execute("UPDATE journal SET at = 0")
+    for call in (dry_run.restore, restore):
+        with pytest.raises(
+            StoreUnreadable, match=f"^{copy}: record {number} of the journal is damaged.* --cut-journal"
+        ):
+            call(copy, path)
+    assert not exists(path)
+
+
+async def test_a_store_older_than_its_epoch_file_is_marked_after_its_tail(path: str) -> None:
+    """A record of the tail that removes an earlier mark is in the tables before the new mark, in case of a crash."""
+    maker = await make_store(path)
+    await leave_tail(path, Batch([], maker.numbers, unmark=True))
+    files.write_epoch(path, 5)
+    marks: list[tuple[int, ...]] = []
+    begin = startup._begin_epoch
+
+    def observed(db: Database, epoch: int, is_restored: bool) -> None:
+        marks.append((db.conn.execute("SELECT count(*) FROM journal").fetchone()[0], int(db.marked)))
+        begin(db, epoch, is_restored)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(startup, "_begin_epoch", observed)
+        async with open_store(path) as (_, found):
+            assert found.marked
+    assert marks == [(0, 0)]
+    async with open_store(path) as (_, found):
+        assert found.marked
 
 
 async def test_a_restore_keeps_the_old_store(path: str, copy: str) -> None:
