@@ -138,7 +138,7 @@ def _raising_disk_full() -> Iterator[None]:
 def mark_copy(path: str, step: BackupProgress | None = None) -> None:
     """Mark the copy at `path`, turn its write-ahead log off, and check it.
 
-    The tail of its journal is written into its tables first, because a record in it may remove an earlier mark.
+    The tail of its journal is written into its tables first, so that no record in it can remove the mark.
     """
     with _raising_disk_full(), startup.translated_errors(path), contextlib.closing(_connect(path)) as copy:
         startup.journal_mode(copy, path, "delete")
@@ -148,8 +148,7 @@ def mark_copy(path: str, step: BackupProgress | None = None) -> None:
         if has_tail(copy):
             startup.project_tail(copy, path)
         copy.execute("BEGIN IMMEDIATE")
-        (last,) = copy.execute("SELECT ifnull(max(number), 0) FROM journal").fetchone()
-        migrations.change_meta(copy, marked=last + 1)
+        migrations.change_meta(copy, marked=1)
         copy.execute("COMMIT")
         with _reporting(copy, step):
             check_whole(copy, path)

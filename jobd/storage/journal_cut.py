@@ -80,5 +80,5 @@ def cut(path: str, number: int) -> str:
 
 def _cut(db: Database, number: int) -> None:
     db.conn.execute(_DELETE, (number, db.projected_to))
-    db.marked = number
+    db.marked = number  # a record that stays cannot remove the mark
     db.write_meta()

@@ -250,7 +250,8 @@ def test_a_damaged_row_is_named_with_its_fix(
     assert code == 0
     assert "job b2: the row was accepted" in out
     assert "Counted:" in _jobd(capsys, "doctor", "--store", str(copy), "--recount", "--yes")[1]
-    for wrong in (["b2"], ["--all"], ["--accept"], ["--accept", "b2", "--all"]):
+    assert _jobd(capsys, "doctor", "--store", str(copy), "--refold")[0] == 1
+    for wrong in (["b2"], ["--all"], ["--accept"], ["--accept", "b2", "--all"], ["--refold"]):
         assert _jobd(capsys, "doctor", "--store", str(copy), *wrong, "--dry-run")[0] == 2, wrong
     for several in (["--accept", "b2", "b3"], ["--accept", "b2", "--accept", "b3"]):
         code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), *several, "--dry-run")

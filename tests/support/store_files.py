@@ -126,6 +126,14 @@ async def leave_tail(path: str, *batches: Batch) -> list[int]:
     return list(range(first, first + len(batches)))
 
 
+def as_version_10(path: str) -> None:
+    """Convert a closed store to schema version 10, which has no journal."""
+    with edit_store(path) as conn:
+        conn.execute("DROP TABLE journal")
+        conn.execute("ALTER TABLE meta DROP COLUMN projected_to")
+        migrations.set_version(conn, 10)
+
+
 def pick(maker: ChangeFactory, statuses: frozenset[str]) -> Job:
     return next(job for job in maker.jobs.values() if job.status in statuses)
 

@@ -17,14 +17,14 @@ from msgspec.structs import replace
 
 from jobd.model.job import FINISHED, LIVE
 from jobd.model.storage import Batch, DiskFull
-from jobd.storage import backup, dry_run, files, migrations, startup
+from jobd.storage import backup, dry_run, files, migrations
 from jobd.storage.backup import BackupStopped, restore
-from jobd.storage.database import Database
 from jobd.storage.files import FileLock, StoreBusy, StoreTooNew, StoreUnreadable
 from jobd.storage.store import MEMORY, Store, StoreBroken
 from tests.support.daemon_process import DaemonProcess
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import (
+    as_version_10,
     assert_holds,
     damage_backup,
     edit_store,
@@ -244,25 +244,14 @@ async def test_a_file_whose_tail_is_damaged_is_not_restored(path: str, copy: str
     assert not exists(path)
 
 
-async def test_a_store_older_than_its_epoch_file_is_marked_after_its_tail(path: str) -> None:
-    """A record of the tail that removes an earlier mark is in the tables before the new mark, in case of a crash."""
-    maker = await make_store(path)
-    await leave_tail(path, Batch([], maker.numbers, unmark=True))
-    files.write_epoch(path, 5)
-    marks: list[tuple[int, ...]] = []
-    begin = startup._begin_epoch
-
-    def observed(db: Database, epoch: int, is_restored: bool) -> None:
-        marks.append((db.conn.execute("SELECT count(*) FROM journal").fetchone()[0], int(db.marked)))
-        begin(db, epoch, is_restored)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(startup, "_begin_epoch", observed)
-        async with open_store(path) as (_, found):
-            assert found.marked
-    assert marks == [(0, 0)]
-    async with open_store(path) as (_, found):
+async def test_a_file_of_an_older_schema_version_is_restored(path: str, copy: str) -> None:
+    maker = await make_store(copy)
+    as_version_10(copy)
+    restore(copy, path)
+    async with open_store(path) as (store, found):
         assert found.marked
+        maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
+        await assert_holds(store, found, maker)
 
 
 async def test_a_restore_keeps_the_old_store(path: str, copy: str) -> None:

@@ -23,7 +23,15 @@ from jobd.storage.files import EpochFile
 from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
 from tests import ROOT
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import assert_holds, edit_store, make_store, open_store, read_file, write_file
+from tests.support.store_files import (
+    as_version_10,
+    assert_holds,
+    edit_store,
+    make_store,
+    open_store,
+    read_file,
+    write_file,
+)
 
 
 def add_table(conn: sqlite3.Connection) -> None:
@@ -79,13 +87,6 @@ async def test_a_migration_does_not_fix_the_checksum_of_a_damaged_meta_row(path:
         conn.execute("UPDATE meta SET next_token = next_token + 1")
     with pytest.raises(StoreUnreadable, match="meta row"):
         await Store.open(path)
-
-
-def _make_version_10(conn: sqlite3.Connection) -> None:
-    """Remove the journal that version 11 added."""
-    conn.execute("DROP TABLE journal")
-    conn.execute("ALTER TABLE meta DROP COLUMN projected_to")
-    migrations.change_meta(conn)
 
 
 def _make_version_9(conn: sqlite3.Connection) -> None:
@@ -195,7 +196,8 @@ def as_of(version: int, path: str) -> None:
         numbers = migrations.read_meta(conn)
         assert numbers is not None
         next_token = (numbers["epoch"] << TOKEN_COUNTER_BITS) + numbers["next_token"]
-        _make_version_10(conn)
+    as_version_10(path)
+    with edit_store(path) as conn:
         if version < 10:
             migrations.change_meta(conn, epoch=next_token >> 40, next_token=next_token & ((1 << 40) - 1))
             _make_version_9(conn)
