@@ -15,9 +15,10 @@ from typing import Any, Final
 
 from jobd.model.job import LIVE, new_epoch
 from jobd.model.storage import DiskFull
-from jobd.storage import backup, doctor, files, journal_cut, migrations, startup
+from jobd.storage import backup, doctor, edited_rows, files, journal_cut, migrations, startup
 from jobd.storage.codec import JOB_COLUMNS
 from jobd.storage.database import Database, now_ms, readable
+from jobd.storage.edited_rows import RepairRejected
 from jobd.storage.files import FileLock, StoreBusy, StoreError, StoreUnreadable
 
 MAX_SHOWN: Final = 10  # problems of a file to restore
@@ -150,7 +151,7 @@ def accept(path: str, ids: Sequence[str] | None) -> list[str]:
         for id_ in doctor.damaged(db, path) if ids is None else dict.fromkeys(ids):
             try:
                 row, described = _accepted(db, id_)
-            except doctor.RepairRejected as rejected:
+            except RepairRejected as rejected:
                 if ids is not None:
                     raise
                 lines.append(f"{rejected}. The row would not change")
@@ -167,11 +168,11 @@ def accept(path: str, ids: Sequence[str] | None) -> list[str]:
 
 def _accepted(db: Database, id_: str) -> tuple[dict[str, Any], list[str]]:
     """Return the row of job `id_` as it would be accepted, and lines that describe it."""
-    edited = doctor.edited(db, id_)
+    edited = edited_rows.edited(db, id_)
     row = dict(zip(JOB_COLUMNS, edited.row, strict=True))
     duplicates = db.rows("SELECT seq FROM jobs NOT INDEXED WHERE id = ? AND seq <> ?", (row["id"], row["seq"]))
     if duplicates:
-        raise doctor.RepairRejected(f"job {id_}: another row has this id")
+        raise RepairRejected(f"job {id_}: another row has this id")
     values = ", ".join(f"{name} {readable(row[name])}" for name in _SHOWN_COLUMNS if row[name] not in (None, ""))
     return row, [
         f"job {id_}: {edited.where} would be accepted with a new checksum; validation would check it",

@@ -13,7 +13,7 @@ from jobd.journal.sqlite import SqliteJournal
 from jobd.model.journal import BadRecord
 from jobd.storage import startup
 from jobd.storage.database import Database
-from jobd.storage.doctor import RepairRejected
+from jobd.storage.edited_rows import RepairRejected
 from jobd.storage.files import FileLock, StoreUnreadable
 from jobd.storage.tail import Pending, counted
 

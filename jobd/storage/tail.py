@@ -16,6 +16,9 @@ from jobd.model.storage import Batch
 from jobd.storage.files import StoreUnreadable
 
 _READ_AT_ONCE: Final = 100  # records
+_ROW: Final = (
+    "SELECT 1 FROM jobs NOT INDEXED WHERE seq = :seq UNION ALL SELECT 1 FROM quarantined_jobs WHERE seq = :seq"
+)
 
 
 class Pending(Struct, gc=False):
@@ -84,7 +87,6 @@ def jobs_without_row(conn: sqlite3.Connection, tail: Iterable[Pending]) -> list[
             continue
         known.add(event.job_seq)
         if event.before is not None:
-            sql = "SELECT 1 FROM jobs NOT INDEXED WHERE seq = ?"
-            if conn.execute(sql, (event.job_seq,)).fetchone() is None:
+            if conn.execute(_ROW, {"seq": event.job_seq}).fetchone() is None:
                 missing[event.job_seq] = event.job_id
     return list(missing.values())

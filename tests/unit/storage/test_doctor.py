@@ -16,7 +16,8 @@ from jobd.model.storage import AuditEntry, StoredResponse, Tombstone
 from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage import doctor, dry_run, files, migrations
 from jobd.storage.database import now_ms
-from jobd.storage.doctor import RepairRejected, StoreProblem, accept, check, recount
+from jobd.storage.doctor import StoreProblem, accept, check, recount
+from jobd.storage.edited_rows import RepairRejected
 from jobd.storage.store import StoreBusy, StoreTooNew, StoreUnreadable
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import (
@@ -317,7 +318,7 @@ async def test_all_damaged_rows_that_are_valid_jobs_are_accepted_at_once(path: s
         conn.execute("UPDATE jobs SET attempt = attempt + 1 WHERE seq = ?", (in_place.seq,))
         conn.execute("UPDATE jobs SET ended_lock_id = 'l', ended_worker = NULL WHERE seq = ?", (invalid.seq,))
     named = [moved.id, in_place.id, invalid.id]
-    with pytest.raises(doctor.RepairRejected, match="is not a valid job"):
+    with pytest.raises(RepairRejected, match="is not a valid job"):
         accept(path, named)
     assert sorted(places(check(path))) == sorted(f"job {id_}" for id_ in named), "nothing was written"
     expected = dry_run.accept(path, None)

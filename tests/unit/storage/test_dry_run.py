@@ -13,6 +13,7 @@ import pytest
 from jobd.model.job import FINISHED, LIVE
 from jobd.model.storage import DiskFull
 from jobd.storage import backup, doctor, dry_run, files, migrations
+from jobd.storage.edited_rows import RepairRejected
 from jobd.storage.files import StoreBusy, StoreTooNew, StoreUnreadable
 from tests.support.store_files import (
     damage_backup,
@@ -208,12 +209,12 @@ async def test_a_dry_run_raises_the_errors_of_accept(path: str) -> None:
     one = pick(maker, frozenset({"processing"}))
     calls: list[Callable[[str, list[str]], Any]] = [dry_run.accept, doctor.accept]
     for call in calls:
-        with pytest.raises(doctor.RepairRejected, match="there is no job nobody"):
+        with pytest.raises(RepairRejected, match="there is no job nobody"):
             call(path, ["nobody"])
     with edit_store(path) as conn:
         conn.execute("UPDATE jobs SET worker = NULL WHERE seq = ?", (one.seq,))
     for call in calls:
-        with pytest.raises(doctor.RepairRejected, match="is not a valid job"):
+        with pytest.raises(RepairRejected, match="is not a valid job"):
             call(path, [one.id])
 
 
@@ -227,7 +228,7 @@ async def test_a_second_row_with_the_same_id_is_rejected(path: str) -> None:
     with edit_store(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.id', ?)", (other.id,))
     for call in (dry_run.accept, doctor.accept):
-        with pytest.raises(doctor.RepairRejected):
+        with pytest.raises(RepairRejected):
             call(path, [one.id])
 
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from jobd.model.storage import Numbers
 from jobd.storage import doctor, dry_run, journal_cut
-from jobd.storage.doctor import RepairRejected
+from jobd.storage.edited_rows import RepairRejected
 from jobd.storage.files import StoreUnreadable
 from jobd.storage.store import StoreBusy
 from tests.support.factories import ChangeFactory

@@ -1,0 +1,84 @@
+"""Read the rows of jobs that an operator edited, in their table or in quarantine, and check them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from jobd.model.job import TOKEN_COUNTER_BITS, is_job_id
+from jobd.storage import codec
+from jobd.storage.codec import JOB_COLUMNS, Row
+from jobd.storage.database import JOB_SQL, Database, readable
+from jobd.storage.files import StoreError
+
+
+class RepairRejected(StoreError):
+    """The edited row is not accepted. The message says why."""
+
+    exit_code = 4
+
+
+class Edited(msgspec.Struct, frozen=True):
+    """An edited row as jobd would write it. `quarantine_seq` is its seq in quarantined_jobs, None if it is in jobs."""
+
+    quarantine_seq: int | None
+    row: Row
+    body: bytes
+    request_hash: str
+
+    @property
+    def where(self) -> str:
+        return "the row" if self.quarantine_seq is None else "the row in quarantine"
+
+
+def edited(db: Database, id_: str) -> Edited:
+    """Return the edited row of job `id_`. Raises RepairRejected if there is none or it is not a valid job."""
+    run = db.conn.execute
+    quarantined = run("SELECT seq, row, payload, request_hash FROM quarantined_jobs WHERE id = ?", (id_,)).fetchone()
+    row, body, request_hash = (
+        _in_place(db, id_) if quarantined is None else (*_quarantined_row(id_, quarantined), quarantined[3])
+    )
+    row = _normalized(db, id_, row)
+    return Edited(None if quarantined is None else quarantined[0], row, _json_text(id_, body), request_hash or "")
+
+
+def _in_place(db: Database, id_: str) -> tuple[Row, Any, Any]:
+    rows = db.rows(f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE id = ?", (id_,))
+    if not rows:
+        raise RepairRejected(f"there is no job {id_}, neither in jobs nor in quarantined_jobs")
+    payload = db.rows("SELECT body, request_hash FROM payloads WHERE job_seq = ?", (rows[0][0],))
+    return (rows[0][:-1], *(payload[0] if payload else (b"null", "")))
+
+
+def _quarantined_row(id_: str, quarantined: Row) -> tuple[Row, Any]:
+    try:
+        row = codec.from_text(JOB_COLUMNS, quarantined[1])
+    except codec.Unreadable as error:
+        raise RepairRejected(f"job {id_}: the row in quarantine: {error}") from error
+    return row, b"null" if quarantined[2] is None else quarantined[2]
+
+
+def _normalized(db: Database, id_: str, row: Row) -> Row:
+    """Return the row as jobd would write it. Raises RepairRejected if it is not a valid job."""
+    try:
+        job = db.reader.job(row)
+        normalized = codec.job_row(job)
+        codec.checksum(normalized)
+    except (codec.Unreadable, AttributeError, TypeError, UnicodeEncodeError) as error:
+        raise RepairRejected(f"job {id_}: the row is not a valid job: {error}") from error
+    if not isinstance(job.id, str) or not is_job_id(job.id):
+        raise RepairRejected(f"{readable(job.id)!r} is not a valid job id")
+    next_token = (db.numbers.epoch << TOKEN_COUNTER_BITS) + db.numbers.next_token
+    if job.seq >= db.numbers.next_job or (job.grant is not None and job.grant.fencing_token >= next_token):
+        raise RepairRejected(f"job {job.id}: its seq or fencing_token is higher than any that was assigned")
+    return normalized
+
+
+def _json_text(id_: str, body: Any) -> bytes:
+    text = body.encode() if isinstance(body, str) else body
+    try:
+        msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, TypeError) as error:
+        raise RepairRejected(f"job {id_}: the payload is not JSON ({error}): repair it first") from error
+    return bytes(text)
