@@ -86,7 +86,6 @@ def jobs_without_row(conn: sqlite3.Connection, tail: Iterable[Pending]) -> list[
         if event.job_seq == 0 or event.job_seq in known:
             continue
         known.add(event.job_seq)
-        if event.before is not None:
-            if conn.execute(_ROW, {"seq": event.job_seq}).fetchone() is None:
-                missing[event.job_seq] = event.job_id
+        if event.before is not None and conn.execute(_ROW, {"seq": event.job_seq}).fetchone() is None:
+            missing[event.job_seq] = event.job_id
     return list(missing.values())
