@@ -78,7 +78,7 @@ class Projection:
         db.check()
         self.append_s = None
         if self.behind >= MAX_BEHIND:
-            self.project()
+            self.project_slice()
         self._check_quarantined(batch)
         payloads = self._read_payloads(batch)
         if batch.numbers.epoch > db.stored_epoch:
@@ -204,20 +204,26 @@ class Projection:
 
     def project(self) -> None:
         """Write all pending records into the tables. Raises DiskFull."""
-        self._is_projecting = True
-        try:
-            while self._pending:
-                self._project_slice()
-        finally:
-            self._is_projecting = False
-        self._ids.clear()
-        self._seqs.clear()
-        self._digests.clear()
-        self._payloads.clear()
+        while self._pending:
+            self.project_slice()
 
     def _catch_up(self) -> None:
         if not self._is_projecting:
             self.project()
+
+    def project_slice(self) -> None:
+        """Write the first pending records into the tables, in one transaction. Raises DiskFull."""
+        self._is_projecting = True
+        try:
+            with self._quarantining():
+                self._project_slice()
+        finally:
+            self._is_projecting = False
+        if not self._pending:
+            self._ids.clear()
+            self._seqs.clear()
+            self._digests.clear()
+            self._payloads.clear()
 
     def _project_slice(self) -> None:
         chosen: list[Pending] = []
@@ -227,7 +233,7 @@ class Projection:
             events += pending.size
             if events >= SLICE_EVENTS:
                 break
-        with self._quarantining():
+        if chosen:
             self.tombstones_written += self.db.commit(self._apply, chosen)
             self._shortener.note([change for pending in chosen for change in pending.batch.changes])
             for _ in chosen:

@@ -52,6 +52,7 @@ log = structlog.get_logger("jobd.storage")
 
 T = TypeVar("T")
 SLICE_DELAY_S: Final = 0.1  # until the tables are written, if there is not enough for a slice before
+APPENDS_PER_SLICE: Final = 100  # the delay is as long as so many appends, because a slice costs one on a slow disk
 RETRY_S: Final = 1.0  # until they are written again after the disk was full
 Synchronous = Literal["FULL", "EXTRA"]
 
@@ -77,7 +78,7 @@ class Store(Storage):
         self._upkeep: asyncio.Task[None] | None = None
         self._slicing: asyncio.Task[None] | None = None
         self._slice: asyncio.Handle | None = None  # of the next call of `_write_slice`
-        self._slice_is_next = False
+        self._slice_is_fixed = False  # more events do not bring it forward
         self._committing = threading.Event()
         db.before_commit = self._committing.set
         self._closing = threading.Event()
@@ -182,36 +183,45 @@ class Store(Storage):
             self._upkeep = asyncio.create_task(self._aside(self._projection.upkeep))
 
     def _plan_slice(self) -> None:
-        """Write the tables at once if there is enough for a slice, else after SLICE_DELAY_S."""
+        """Write the tables at once if there is enough for a slice, else after a delay."""
         if self._closing.is_set() or not self._projection.behind:
             return
         is_enough = self._projection.behind >= SLICE_EVENTS
         if self._slice is not None:
-            if self._slice_is_next or not is_enough:
+            if self._slice_is_fixed or not is_enough:
                 return
             self._slice.cancel()
         loop = asyncio.get_running_loop()
-        self._slice_is_next = is_enough
-        self._slice = (
-            loop.call_soon(self._write_slice) if is_enough else loop.call_later(SLICE_DELAY_S, self._write_slice)
-        )
+        self._slice_is_fixed = is_enough
+        delay_s = max(SLICE_DELAY_S, APPENDS_PER_SLICE * (self._projection.append_s or 0))
+        self._slice = loop.call_soon(self._write_slice) if is_enough else loop.call_later(delay_s, self._write_slice)
 
     def _write_slice(self) -> None:
         self._slice = None
-        if self.commits_inline and self._connection.is_idle:
-            try:
-                with self._reporting():
-                    self._connection.run_inline(self._projection.project)
-            except DiskFull:
-                self._plan_retry()
-            except Exception as error:  # `on_broken` has it
-                log.debug("slice_failed", error=str(error))
-        elif self._slicing is None or self._slicing.done():
-            self._slicing = asyncio.create_task(self._aside(self._projection.project))
+        if self._slicing is not None and not self._slicing.done():
+            return  # it plans the next one
+        if not (self.commits_inline and self._connection.is_idle):
+            self._slicing = asyncio.create_task(self._write_slice_aside())
+            return
+        try:
+            with self._reporting():
+                self._connection.run_inline(self._projection.project_slice)
+        except DiskFull:
+            self._plan_retry()
+        except Exception as error:
+            log.debug("slice_failed", error=str(error))  # `on_broken` has it
+        else:
+            self._plan_slice()
+
+    async def _write_slice_aside(self) -> None:
+        await self._aside(self._projection.project_slice)
+        self._slicing = None
+        if not self._database.is_broken:
+            self._plan_slice()
 
     def _plan_retry(self) -> None:
         if self._slice is None and not self._closing.is_set():
-            self._slice_is_next = True  # it is not brought forward
+            self._slice_is_fixed = True
             self._slice = asyncio.get_running_loop().call_later(RETRY_S, self._write_slice)
 
     async def _aside(self, work: Callable[[], object]) -> None:

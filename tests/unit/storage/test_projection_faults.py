@@ -212,7 +212,7 @@ def test_too_many_pending_records_stop_the_next_append(opened: Projection, monke
         writer.write(opened)
     with monkeypatch.context() as full:
         full.setattr(opened.db, "commit", pytest.fail)
-        full.setattr(opened, "project", lambda: raise_full())
+        full.setattr(opened, "project_slice", lambda: raise_full())
         with pytest.raises(DiskFull):
             opened.append(writer.maker.batch([]), 0)
     opened.append(writer.maker.batch([]), 0)
@@ -231,6 +231,7 @@ def test_a_job_that_the_slices_of_an_append_quarantine_is_not_changed(
     monkeypatch.setattr(projections, "MAX_BEHIND", 1)
     with pytest.raises(BadRows, match="checksum"):
         opened.append(maker.batch([maker.progress(maker.jobs[1])]), 0)
+    opened.project()
     assert opened.behind == 0
 
 
