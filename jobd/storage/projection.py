@@ -170,10 +170,14 @@ class Projection:
             marks = {"epoch": begun.epoch, "next_token": begun.next_token, "next_event": begun.next_event}
             db.numbers = replace(db.numbers, **marks)
 
-    def start(self, path: str, read: Callable[[Database], T]) -> T:
-        """Write the tables and call `read` with them. Raises StoreUnreadable if a record contradicts them."""
+    @contextlib.contextmanager
+    def starting(self, path: str) -> Iterator[None]:
+        """Write the tables for the first time inside the context.
+
+        Changes of a job without a row are skipped. Raises StoreUnreadable if a record contradicts the tables.
+        """
         try:
-            return self.read(read, self.db)
+            yield
         except sqlite3.IntegrityError as error:
             number = self._pending[0].number
             bad = BadRecord(number, f"or a later one contradicts the tables ({error})")

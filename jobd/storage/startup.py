@@ -214,7 +214,8 @@ def start(conn: sqlite3.Connection, path: str) -> tuple[Projection, OpenedStore]
         db = projection.db
         projection.read_tail(path)
         marked = _settle_epoch(projection, path)
-        opened = projection.start(path, _read_all)
+        with projection.starting(path):
+            opened = projection.read(_read_all, db)
         opened.marked = marked
         opened.tombstones = conn.execute("SELECT count(*) FROM tombstones").fetchone()[0]
         opened.epoch_warning = epoch_warning(db.numbers.epoch, now_ms())
@@ -318,7 +319,8 @@ def project_tail(conn: sqlite3.Connection, path: str) -> Database:
     """Write the tables up to the end of the journal, and return them. Raises StoreUnreadable or DiskFull."""
     projection = Projection(read_meta(conn, path))
     projection.read_tail(path)
-    projection.project()
+    with projection.starting(path):
+        projection.project()
     return projection.db
 
 

@@ -16,9 +16,7 @@ from jobd.model.storage import Batch
 from jobd.storage.files import StoreUnreadable
 
 _READ_AT_ONCE: Final = 100  # records
-_ROW: Final = (
-    "SELECT 1 FROM jobs NOT INDEXED WHERE seq = :seq UNION ALL SELECT 1 FROM quarantined_jobs WHERE seq = :seq"
-)
+_ROW: Final = "SELECT 1 FROM jobs WHERE seq = :seq UNION ALL SELECT 1 FROM quarantined_jobs WHERE seq = :seq"
 
 
 class Pending(Struct, gc=False):
@@ -78,14 +76,14 @@ def read_tail(journal: SqliteJournal, projected_to: int) -> Tail:
 
 
 def jobs_without_row(conn: sqlite3.Connection, tail: Iterable[Pending]) -> list[str]:
-    """Return the ids of the jobs that the tail changes, but that have no row and are not created in it."""
+    """Return the ids of jobs that the tail changes and does not create, without a row in `jobs` or in quarantine."""
     known: set[int] = set()
-    missing: dict[int, str] = {}
+    missing: list[str] = []
     for change in (change for pending in tail for change in pending.batch.changes):
         event = change.event
         if event.job_seq == 0 or event.job_seq in known:
             continue
         known.add(event.job_seq)
         if event.before is not None and conn.execute(_ROW, {"seq": event.job_seq}).fetchone() is None:
-            missing[event.job_seq] = event.job_id
-    return list(missing.values())
+            missing.append(event.job_id)
+    return missing

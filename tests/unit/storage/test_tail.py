@@ -192,6 +192,31 @@ async def test_an_edited_row_that_the_tail_changes_is_accepted_from_quarantine(p
         assert (await store.load([job.id], [], [])).jobs[job.id] == replace(job, progress=42)
 
 
+async def test_a_record_that_contradicts_the_tables_is_named(path: str) -> None:
+    """The start and a repair end with the same sentence."""
+    maker = await make_store(path)
+    other = pick(maker, LIVE)
+    [number] = await leave_tail(path, maker.batch([maker.create("new")]))
+    with edit_store(path) as conn:
+        conn.execute("UPDATE jobs SET id = 'new' WHERE seq = ?", (other.seq,))
+    contradicts = f"record {number} .* contradicts the tables .* --cut-journal {number}"
+    with pytest.raises(StoreUnreadable, match=contradicts):
+        await Store.open(path)
+    with pytest.raises(StoreUnreadable, match=contradicts):
+        doctor.recount(path)
+
+
+async def test_a_job_in_quarantine_that_the_tail_changes_is_not_missing(path: str) -> None:
+    maker = await make_store(path)
+    job = pick(maker, frozenset({"processing"}))
+    await leave_tail(path, maker.batch([maker.progress(job)]))
+    with edit_store(path) as conn:
+        conn.execute("INSERT INTO quarantined_jobs VALUES (?, ?, 'for a test', 1, '{}', NULL, NULL)", (job.seq, job.id))
+        conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
+    found = [each.what for each in doctor.check(path, refold=True) if each.where == f"job {job.id}"]
+    assert found == ["it is in quarantine: for a test"]
+
+
 async def test_a_repair_needs_a_usable_tail(path: str) -> None:
     _, numbers = await store_with_tail(path)
     with edit_store(path) as conn:
