@@ -179,6 +179,8 @@ class Projection:
         try:
             yield
         except sqlite3.IntegrityError as error:
+            if not self._pending:
+                raise
             number = self._pending[0].number
             bad = BadRecord(number, f"or a later one contradicts the tables ({error})")
             raise StoreUnreadable(f"{path}: {bad}: {fix(bad)}") from error
