@@ -376,12 +376,14 @@ class JobStorage(JournalStorage, Protocol):
 
     Every method but `cached_payloads` is one thread switch, but `write` is none if it commits inline: then it blocks
     the event loop. `commits_inline` is whether it does so next, unless it waits for earlier calls. Results are from
-    committed state. Damaged rows are quarantined and omitted from results; `on_quarantined` is called in the event loop
-    before the method that found them returns. `on_tombstones` is called with the number of tombstones that a batch
-    left, because only the storage knows the stored objects of late results.
+    committed state. `behind` is the number of committed events that the tables lack; reads write them first. Damaged
+    rows are quarantined and omitted from results. `on_quarantined` is called in the event loop before the method that
+    found them returns. `on_tombstones` is called with the number of tombstones that a slice left, because only the
+    storage knows the stored objects of late results.
     """
 
     commits_inline: bool
+    behind: int
     on_quarantined: Callable[[Quarantined], None]
     on_tombstones: Callable[[int], None]
 

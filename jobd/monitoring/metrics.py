@@ -74,6 +74,7 @@ class Snapshot(Struct, frozen=True):
     disk_full: int  # full_disk.Closed
     disk: DiskSpace | None
     commits_inline: bool
+    unprojected: int  # events
     commit_seconds: Counts
     batch_commands: Counts
     mailbox: int
@@ -201,6 +202,7 @@ class Metrics:
             disk_full=int(actor.full_disk.closed),
             disk=actor.full_disk.space,
             commits_inline=actor.disk.commits_inline,
+            unprojected=actor.disk.behind,
             commit_seconds=_copy(actor.commit_seconds),
             batch_commands=_copy(actor.batch_commands),
             mailbox=actor.waiting,
@@ -330,6 +332,7 @@ def _webhooks(now: Snapshot) -> Iterator[Metric]:
 def _machine(now: Snapshot) -> Iterator[Metric]:
     modes = (("inline", int(now.commits_inline)), ("thread", int(not now.commits_inline)))
     yield _gauges("commit_mode", "1 for the current mode: `inline` in the event loop, or `thread`.", ["mode"], modes)
+    yield _gauge("unprojected_events", "Committed events that the tables lack.", now.unprojected)
     for name, help_, counts, bounds in (
         ("commit_seconds", "Duration of a commit with its fsync.", now.commit_seconds, COMMIT_BUCKETS_S),
         ("batch_commands", "Commands per commit.", now.batch_commands, BATCH_BUCKETS),

@@ -70,6 +70,7 @@ class Store(Storage):
         self._lock = lock
         self._mode = mode
         self.commits_inline = mode.is_inline
+        self.behind = 0
         self.on_broken: Callable[[Exception], None] = lambda error: None
         self.on_quarantined: Callable[[Quarantined], None] = lambda quarantined: None
         self.on_tombstones: Callable[[int], None] = lambda count: None
@@ -169,6 +170,7 @@ class Store(Storage):
                 self.on_broken(error)
             raise
         finally:
+            self.behind = self._projection.behind
             while self._reported < self._database.quarantined_count:
                 self._reported += 1
                 self.on_quarantined(self._database.recently_quarantined[self._reported - 1])

@@ -78,6 +78,7 @@ EXPECTED = {
     "jobd_granted_twice_total": "counter",
     "jobd_quarantined_jobs": "gauge",
     "jobd_commit_mode": "gauge",
+    "jobd_unprojected_events": "gauge",
     "jobd_commit_seconds": "histogram",
     "jobd_batch_commands": "histogram",
     "jobd_mailbox_commands": "gauge",
@@ -234,6 +235,14 @@ async def test_job_lifecycles_on_a_real_store_are_counted(tmp_path: Path) -> Non
         assert (vitals.mailbox, vitals.parked) == (0, 0)
         assert vitals.uptime_ms > 0
         assert value(body, "jobd_build_info", version=jobd.__version__, python=platform.python_version()) == 1
+
+
+@in_virtual_time
+async def test_the_events_that_the_tables_lack_are_counted() -> None:
+    async with VirtualEngine(MemoryStorage(slices_wait=True)) as engine:
+        await engine.yes(Create(id="a"))
+        body = text(metrics_of(engine).snapshot(), ":memory:")
+        assert value(body, "jobd_unprojected_events") == engine.disk.behind > 0
 
 
 @pytest.mark.parametrize("inline", [True, False])
