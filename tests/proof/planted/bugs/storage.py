@@ -22,6 +22,7 @@ from tests.proof.planted.registry import SIMULATION, bug
 
 PROJECTION = "tests/unit/storage/test_projection_faults.py"
 STORE = "tests/unit/storage/test_store.py"
+WALK = "tests/unit/storage/test_projection_walk.py"
 OUTAGES = "tests/integration/test_outages.py"
 
 _late_records: WeakKeyDictionary[SqliteJournal, Record] = WeakKeyDictionary()
@@ -116,6 +117,24 @@ def _(read: Any, self: SqliteJournal, after: int, limit: int) -> Any:
         return read(self, after, limit)
     except BadRecord as error:
         return read(self, error.number, limit)
+
+
+@bug(
+    "job-quarantined-before-the-slices",
+    Projection._catch_up,
+    breaks="a slice counts a job that was moved to quarantine before it",
+    found_by=PROJECTION,
+)
+def _(catch_up: Any, self: Projection) -> None: ...
+
+
+@bug(
+    "quarantined-job-in-pending-counts",
+    Projection._uncount,
+    breaks="a slice counts a job that it has moved to quarantine",
+    found_by=WALK,
+)
+def _(uncount: Any, self: Projection, seq: int) -> None: ...
 
 
 @bug(
