@@ -9,21 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from copy import copy
+from collections.abc import Callable
 from io import BytesIO
 from typing import BinaryIO
 
 import msgspec
 from msgspec.structs import replace
 
-from jobd.journal import facts, record
-from jobd.journal.memory import MemoryJournal
-from jobd.model.events import Change, Event, fold
+from jobd.journal import facts
+from jobd.model.events import Event
 from jobd.model.fingerprints import fingerprint
 from jobd.model.job import FINISHED, LIVE, Grant, Job, Result, compact
-from jobd.model.journal import Record
-from jobd.model.responses import CheckedRows, DamagedRow, DeliveryState
+from jobd.model.responses import CheckedRows, DamagedRow
 from jobd.model.storage import (
     MAX_POSTPONE_MS,
     AuditEntry,
@@ -48,18 +45,12 @@ from jobd.model.storage import (
     Storage,
     Tombstone,
 )
-from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
-from jobd.storage.projection import MAX_BEHIND, SLICE_EVENTS
-from tests.support.memory_tables import MemoryTables
-
-Pending = tuple[int, Batch]  # number of a record that the tables lack, and its batch as decoded
+from tests.support.memory_outbox import MemoryOutbox
+from tests.support.memory_projection import MemoryProjection
 
 
-class MemoryStorage(MemoryTables, Storage):
+class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
     """The committed data in dicts. Every method yields to the event loop once, as calls of the storage thread do.
-
-    The attributes of this object have the committed data. With `slices_wait`, `tables` lack the `pending` records until
-    `project`, a read, or `max_behind` events. Without it, `tables` is this object.
 
     Failures on demand:
     - `write_errors`: the next writes raise these in order and write nothing (None: that write succeeds).
@@ -71,24 +62,14 @@ class MemoryStorage(MemoryTables, Storage):
     - `errors`: method name to the error that it raises.
     - `commits_inline`: a write does not yield to the event loop.
     - `gate`: while cleared, writes wait for it (a slow disk); `at_gate` is set while one waits.
-    - `slice_fits`: if it returns false, a slice raises DiskFull.
     """
 
     commits_inline = False
 
     def __init__(self, numbers: Numbers | None = None, *, slices_wait: bool = False) -> None:
-        super().__init__(numbers)
-        self.log = MemoryJournal()
-        self.tables: MemoryTables = MemoryTables(numbers) if slices_wait else self
-        self.pending: deque[Pending] = deque()
-        self.behind = 0  # events of the pending records, each record at least one
-        self.slice_events = SLICE_EVENTS
-        self.max_behind = MAX_BEHIND
-        self.slice_fits: Callable[[], bool] = lambda: True
-        self.quarantined: dict[str, str] = {}
+        MemoryProjection.__init__(self, numbers, slices_wait=slices_wait)
+        MemoryOutbox.__init__(self)
         self.figures: bytes | None = None
-        self.cursors: dict[str, WebhookCursor] = {}
-        self.outbox: dict[int, Delivery] = {}  # id -> row
         self.gone_to = 0
         self.has_reserve = True
         self.disk_space: DiskSpace | None = DiskSpace("/disk/jobd.db", 8 << 30, 16 << 30)
@@ -109,11 +90,8 @@ class MemoryStorage(MemoryTables, Storage):
         self.quarantined_ids: dict[int, str] = {}  # seq -> id of quarantined jobs
         self.damaged_tombstones: dict[int, Job] = {}  # seq -> the quarantined job
         self.on_quarantined: Callable[[Quarantined], None] = lambda aside: None
-        self.on_tombstones: Callable[[int], None] = lambda count: None
         self._all_quarantined: list[Quarantined] = []  # in order
         self._reported = 0  # of these
-        self._last_record = 0
-        self._marked_at = 0  # the last record when a backup was restored: earlier ones do not remove its mark
 
     # -- for tests ----------------------------------------------------------------------------------------------------
 
@@ -131,7 +109,7 @@ class MemoryStorage(MemoryTables, Storage):
 
     def put(self, job: Job, payload: bytes = b"null", request_hash: str = "") -> None:
         """Add an edited or imported row, which is not validated yet."""
-        for tables in self._both():
+        for tables in self.both():
             tables.put_row(job, Payload(payload, request_hash))
 
     def opened(self) -> OpenedStore:
@@ -165,15 +143,12 @@ class MemoryStorage(MemoryTables, Storage):
             tombstones=len(self.tombstones),
         )
 
-    # -- the journal and the tables behind it
-
     def append(self, batch: Batch, reported: int) -> dict[int, bytes]:
         """Append all of `batch` to the journal, or nothing if it raises. Return the payloads that it asks for.
 
         It considers the first `reported` quarantined jobs.
         """
-        self._check_numbers(batch)
-        self._check_changes(batch.changes)
+        self.check_batch(batch)
         if self.behind >= self.max_behind:
             self.project()
         new = {each.event.job_seq: each.payload for each in batch.changes if each.payload is not None}
@@ -183,87 +158,13 @@ class MemoryStorage(MemoryTables, Storage):
             if aside.uncounted is not None and aside.uncounted[0] in batch.queues:
                 name, status = aside.uncounted
                 batch.queues[name] = batch.queues[name].without(status)
-        body, events = record.encode(batch)
-        numbers, number = batch.numbers, self._last_record + 1
-        last = events[-1][0] if events else numbers.next_event - 1
-        first = events[0][0] if events else last + 1
-        made = Record(number, first, last, numbers.epoch, numbers.wall_ms, body)
-        self.log.append(made)
-        self._last_record = number
+        self.append_record(batch)
         self.batches.append(batch)
-        self._add(number, record.decode(made)[0])
-        if self.tables is not self:
-            self.apply(batch)
         for change in batch.changes:
             if change.event.type == "deleted":
                 self.bad_jobs.pop(change.event.job_id, None)
                 self.unmoved.pop(change.event.job_id, None)
         return payloads
-
-    def _add(self, number: int, batch: Batch) -> None:
-        self.pending.append((number, batch))
-        self.behind += max(len(batch.changes), 1)
-
-    def read_tail(self) -> None:
-        """Forget what is in memory only, and read the records that the tables lack. Raises BadRecord."""
-        if not self.pending and self.tables is self:
-            return
-        self.pending.clear()
-        self.behind, self._last_record = 0, self.tables.projected_to
-        self.become(self.tables)
-        while records := self.log.read(self._last_record, 10):
-            for each in records:
-                batch, _ = record.decode(each)
-                if each.number <= self._marked_at:
-                    batch.unmark = False
-                self._add(each.number, batch)
-                self.apply(batch)
-            self._last_record = records[-1].number
-        if (begun := self.tables.numbers).epoch > self.numbers.epoch:  # after the tail, and before it was projected
-            self.numbers = replace(
-                self.numbers, epoch=begun.epoch, next_token=begun.next_token, next_event=begun.next_event
-            )
-
-    def settle_epoch(self) -> None:
-        """Begin a new epoch if the store is a restored backup. Here it never is."""
-
-    def project(self) -> None:
-        """Write all pending records into the tables. Raises DiskFull."""
-        while self.pending:
-            self.write_slice()
-
-    def write_slice(self) -> None:
-        """Write the next pending records into the tables, and trim the journal. Raises DiskFull."""
-        if not self.slice_fits():
-            raise DiskFull("the disk of this test has no space for a slice")
-        written = 0
-        while self.pending and written < self.slice_events:
-            number, batch = self.pending.popleft()
-            size = max(len(batch.changes), 1)
-            written, self.behind = written + size, self.behind - size
-            if left := self.tables.apply(batch):
-                self.on_tombstones(len(left))
-            self.tables.projected_to = number
-        self.tables.numbers = self.numbers  # those of the last record, or of an epoch that has begun since
-        self.log.trim(self.tables.projected_to)
-
-    def _project_for_read(self) -> None:
-        """Write all pending records. On a full disk a read has them in a transaction that is rolled back."""
-        with contextlib.suppress(DiskFull):
-            self.project()
-
-    def _touches(self, ids: Iterable[str], seqs: Iterable[int], digests: Iterable[str] = ()) -> bool:
-        """Return whether the pending records concern one of these jobs or stored responses."""
-        events = [change.event for _, batch in self.pending for change in batch.changes]
-        keys = {key.digest for _, batch in self.pending for key in batch.keys}
-        changed, numbers = {event.job_id for event in events}, {event.job_seq for event in events}
-        return not (changed.isdisjoint(ids) and numbers.isdisjoint(seqs) and keys.isdisjoint(digests))
-
-    def _both(self) -> Iterator[MemoryTables]:
-        """Return the tables and the committed data, for what is written past the journal."""
-        yield self
-        if self.tables is not self:
-            yield self.tables
 
     # -- model.storage.Storage
 
@@ -272,8 +173,8 @@ class MemoryStorage(MemoryTables, Storage):
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
         await self._enter("load")
-        if self._touches(ids, payloads, digests):
-            self._project_for_read()
+        if self.touches(ids, payloads, digests):
+            self.project_for_read()
         loaded = LoadedRows({}, {}, {}, {})
         for job_id in ids:
             self._load_job(job_id, loaded)
@@ -315,7 +216,7 @@ class MemoryStorage(MemoryTables, Storage):
 
     async def find_jobs(self, query: JobQuery) -> JobRows:
         await self._enter("find")
-        self._project_for_read()
+        self.project_for_read()
         page = JobRows([], None)
         size, scanned = 0, 0
         for seq in self._in_order(query, query.before if query.after is None else query.after):
@@ -351,7 +252,7 @@ class MemoryStorage(MemoryTables, Storage):
 
     async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
         await self._enter("timeline")
-        self._project_for_read()
+        self.project_for_read()
         events = [event for event in self.events if event.job_seq == job_seq][-limit if limit else 0 :]
         pruned, changed = facts.thin(events)
         new = {event.seq: event for event in changed}
@@ -359,8 +260,8 @@ class MemoryStorage(MemoryTables, Storage):
 
     async def read_late_results(self, wanted: list[LateResultQuery]) -> LateResultRows:
         await self._enter("late")
-        if self._touches((), [each.job_seq for each in wanted]):
-            self._project_for_read()
+        if self.touches((), [each.job_seq for each in wanted]):
+            self.project_for_read()
         known = LateResultRows()
         for each in wanted:
             kept = self.late_results.get(each.job_seq, ())
@@ -375,19 +276,19 @@ class MemoryStorage(MemoryTables, Storage):
 
     async def count_late_results(self, job_seqs: list[int]) -> dict[int, int]:
         await self._enter("count_late")
-        self._project_for_read()
+        self.project_for_read()
         return {seq: len(self.late_results[seq]) for seq in job_seqs if self.late_results.get(seq)}
 
     async def journal(self, after: int, limit: int) -> JournalPage:
         """Return up to `limit` events with a seq above `after`, oldest first."""
         await self._enter("journal")
-        self._project_for_read()
+        self.project_for_read()
         found = [event for event in self.events if event.seq > after][:limit]
         return JournalPage(found, self.numbers.next_event - 1, self.gone_to, len(found) == limit)
 
     async def expired_jobs(self, now: int, limit: int, skip: int = 0) -> list[str]:
         await self._enter("expired")
-        self._project_for_read()
+        self.project_for_read()
         old = [job for job in self.jobs.values() if job.status in FINISHED and _expires(job) <= now]
         undamaged: list[str] = []
         for job in sorted(old, key=_expires):
@@ -400,25 +301,25 @@ class MemoryStorage(MemoryTables, Storage):
 
     async def reports(self, limit: int) -> list[bytes]:
         await self._enter("reports")
-        self._project_for_read()
+        self.project_for_read()
         return list(reversed(self.kept_reports))[:limit]
 
     async def quarantine(self, job: Job, reason: str) -> None:
         await self._enter("quarantine")
-        self._project_for_read()
+        self.project_for_read()
         self._quarantine(self.jobs.get(job.seq, job), reason)
         await self._report_quarantined()
 
     async def prune(self, before: int, limit: int) -> int:
         await self._enter("prune")
         self.project()
-        pruned, *_ = [tables.prune_events(before, limit) for tables in self._both()]
+        pruned, *_ = [tables.prune_events(before, limit) for tables in self.both()]
         self.gone_to = max([self.gone_to, *pruned])
         return len(pruned)
 
     async def read_audit(self, query: AuditQuery) -> AuditRows:
         await self._enter("audit")
-        self._project_for_read()
+        self.project_for_read()
         below = [seq for seq in sorted(self.audited, reverse=True) if query.before is None or seq < query.before]
         scanned = below[: query.scan]
         found = [(seq, self.audited[seq]) for seq in scanned if _is_asked(self.audited[seq], query)]
@@ -429,12 +330,12 @@ class MemoryStorage(MemoryTables, Storage):
     async def trim_audit(self, before: int, limit: int) -> int:
         await self._enter("trim_audit")
         self.project()
-        count, *_ = [tables.trim_audit_rows(before, limit) for tables in self._both()]
+        count, *_ = [tables.trim_audit_rows(before, limit) for tables in self.both()]
         return count
 
     async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
         await self._enter("due_tombstones")
-        self._project_for_read()
+        self.project_for_read()
         waiting = self.tombstones.values()
         due = [each for each in waiting if each.due_at <= now or each.due_at > now + MAX_POSTPONE_MS]
         due.sort(key=lambda each: each.due_at)
@@ -450,7 +351,7 @@ class MemoryStorage(MemoryTables, Storage):
     async def settle_tombstones(self, pruned: list[int], later: list[Tombstone]) -> None:
         await self._enter("settle_tombstones")
         self.project()
-        for tables in self._both():
+        for tables in self.both():
             tables.settle(pruned, later)
 
     async def save_stats(self, body: bytes) -> None:
@@ -481,7 +382,7 @@ class MemoryStorage(MemoryTables, Storage):
     async def check_rows(self, cursor: str | None) -> CheckedRows | None:
         """Check all jobs in one slice."""
         await self._enter("check_rows")
-        self._project_for_read()
+        self.project_for_read()
         if cursor is not None:
             return None
         bad = [(job, reason) for job in self.jobs.values() if (reason := self._bad_row(job)) is not None]
@@ -494,67 +395,11 @@ class MemoryStorage(MemoryTables, Storage):
     async def backup(self, progress: BackupProgress | None = None) -> BinaryIO:
         """Return the live and finished jobs as JSON."""
         await self._enter("backup")
-        self._project_for_read()
+        self.project_for_read()
         body = msgspec.json.encode(list(self.jobs.values()))
         if progress is not None:
             progress("copying", len(body), len(body))
         return BytesIO(body)
-
-    # -- webhooks: nothing is trimmed
-
-    async def open_outbox(self, names: list[str], now: int) -> Outbox:
-        await self._enter("open_outbox")
-        last, next_id = self.numbers.next_event - 1, max(self.outbox, default=0) + 1
-        next_id = max([next_id, *(each.next_delivery for each in self.cursors.values())])
-        for name in names:
-            self.cursors.setdefault(name, WebhookCursor(name, last, last, next_id, {}, now))
-        waiting = {
-            name: [replace(each, body=b"") for each in self._outbox_of(name) if each.state == "waiting"]
-            for name in names
-        }
-        return Outbox({name: self.cursors[name] for name in names}, waiting, last, next_id)
-
-    async def plan_deliveries(self, moved: WebhookCursor, new: list[Delivery]) -> None:
-        await self._enter("plan_deliveries")
-        self.outbox |= {each.id: each for each in new}
-        self.cursors[moved.name] = moved
-
-    async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool:
-        await self._enter("settle_deliveries")
-        self.outbox |= {each.id: each for each in settled if each.id in self.outbox}
-        return False
-
-    async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
-        await self._enter("deliver_again")
-        return next((self._requeue(each, now) for each in self._outbox_of(endpoint) if each.id == id_), None)
-
-    async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
-        await self._enter("deliver_all_again")
-        failed = [each for each in self._outbox_of(endpoint) if each.state == "given_up" and each.id <= upto]
-        return [replace(self._requeue(each, now), body=b"") for each in failed[:limit]]
-
-    async def deliveries(self, ids: list[int]) -> list[Delivery]:
-        await self._enter("deliveries")
-        return [self.outbox[id_] for id_ in ids if id_ in self.outbox]
-
-    async def dead_letter_counts(self, endpoint: str) -> tuple[int, int]:
-        await self._enter("dead_letter_counts")
-        failed = [each.id for each in self._outbox_of(endpoint) if each.state == "given_up"]
-        return len(failed), max(failed, default=0)
-
-    async def list_deliveries(
-        self, endpoint: str, state: DeliveryState | None, before: int, limit: int
-    ) -> list[Delivery]:
-        await self._enter("list_deliveries")
-        found = [each for each in self._outbox_of(endpoint) if each.id < before and state in (None, each.state)]
-        return found[::-1][:limit]
-
-    def _outbox_of(self, endpoint: str) -> list[Delivery]:
-        return [each for _, each in sorted(self.outbox.items()) if each.endpoint == endpoint]
-
-    def _requeue(self, delivery: Delivery, now: int) -> Delivery:
-        self.outbox[delivery.id] = replace(delivery, state="waiting", due_at=now, tries=0, ended_at=None)
-        return self.outbox[delivery.id]
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -579,37 +424,6 @@ class MemoryStorage(MemoryTables, Storage):
         else:
             loaded.jobs[job_id] = job
 
-    def _check_numbers(self, batch: Batch) -> None:
-        """Check that high-water marks and lease time never go back."""
-        for name in ("epoch", "next_job", "next_event", "lease_ms"):
-            assert getattr(batch.numbers, name) >= getattr(self.numbers, name), f"{name} went back"
-        if batch.numbers.epoch == self.numbers.epoch:
-            assert batch.numbers.next_token >= self.numbers.next_token, "next_token went back"
-
-    def _check_changes(self, changes: list[Change]) -> None:
-        """Check that each change continues from the one before, and that its event says everything that changed."""
-        rows: dict[int, Job | None] = {}
-        ids: dict[str, int | None] = {}
-        last = self.events[-1].seq if self.events else 0
-        for change in changes:
-            event, seq = change.event, change.event.job_seq
-            assert event.seq > last, f"event {event.seq} comes after {last}"
-            last = event.seq
-            if seq == 0:
-                continue
-            before = rows[seq] if seq in rows else self.jobs.get(seq)
-            if before is None and event.before is not None and event.job_id in self.quarantined:
-                raise BadRows({event.job_id: self.quarantined[event.job_id]})  # quarantined since the batch was decided
-            assert before == change.before, f"job {event.job_id} is not on the disk as the batch has it"
-            if before is None:
-                taken = ids[event.job_id] if event.job_id in ids else self.ids.get(event.job_id)
-                assert taken is None, f"there is a job {event.job_id} already"
-                assert change.payload is not None, f"job {event.job_id} comes without its payload"
-            after = fold(copy(before), event)
-            assert after == change.after, f"{event.type} of job {event.job_id} does not say what happened"
-            rows[seq] = after
-            ids[event.job_id] = None if after is None else seq
-
     def _check_payloads(self, batch: Batch, new: dict[int, bytes]) -> None:
         bad = {}
         for seq in batch.payloads:
@@ -629,7 +443,7 @@ class MemoryStorage(MemoryTables, Storage):
 
     def _quarantine(self, job: Job, reason: str) -> None:
         """Move the rows of `job`. The tables have to be complete, so that the counts are those of its last row."""
-        self._project_for_read()
+        self.project_for_read()
         if job.seq in self.jobs and (self.pending or not self.can_move(job)):
             self.unmoved[job.id] = reason
             self._all_quarantined.append(Quarantined(job.id, reason, is_moved=False))
@@ -637,7 +451,7 @@ class MemoryStorage(MemoryTables, Storage):
         self.unmoved.pop(job.id, None)
         self.quarantined[job.id] = reason
         is_here = job.seq in self.jobs
-        for tables in self._both():
+        for tables in self.both():
             tables.remove(job.seq)
         if is_here:
             self.quarantined_ids[job.seq] = job.id

@@ -298,9 +298,9 @@ class SimDisk(MemoryStorage):
             self._fired["slice failed, yet written"] += 1
             raise self._break("commit of a slice")
 
-    def _both(self) -> Iterator[MemoryTables]:
+    def both(self) -> Iterator[MemoryTables]:
         self._unsynced = None  # a commit of its own, which is flushed
-        return super()._both()
+        return super().both()
 
     def _plan_slice(self, delay_s: float) -> None:
         if self._slice is None and self.pending:

@@ -1,0 +1,76 @@
+"""The storage of webhooks in memory. Nothing is trimmed."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from jobd.model.responses import DeliveryState
+from jobd.model.storage import Numbers
+from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
+
+
+class MemoryOutbox:
+    """The deliveries of a storage, which has `numbers` and calls `_enter` first in each method."""
+
+    numbers: Numbers
+
+    def __init__(self) -> None:
+        self.cursors: dict[str, WebhookCursor] = {}
+        self.outbox: dict[int, Delivery] = {}  # id -> row
+
+    async def _enter(self, name: str) -> None:
+        raise NotImplementedError
+
+    async def open_outbox(self, names: list[str], now: int) -> Outbox:
+        await self._enter("open_outbox")
+        last, next_id = self.numbers.next_event - 1, max(self.outbox, default=0) + 1
+        next_id = max([next_id, *(each.next_delivery for each in self.cursors.values())])
+        for name in names:
+            self.cursors.setdefault(name, WebhookCursor(name, last, last, next_id, {}, now))
+        waiting = {
+            name: [replace(each, body=b"") for each in self._outbox_of(name) if each.state == "waiting"]
+            for name in names
+        }
+        return Outbox({name: self.cursors[name] for name in names}, waiting, last, next_id)
+
+    async def plan_deliveries(self, moved: WebhookCursor, new: list[Delivery]) -> None:
+        await self._enter("plan_deliveries")
+        self.outbox |= {each.id: each for each in new}
+        self.cursors[moved.name] = moved
+
+    async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool:
+        await self._enter("settle_deliveries")
+        self.outbox |= {each.id: each for each in settled if each.id in self.outbox}
+        return False
+
+    async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
+        await self._enter("deliver_again")
+        return next((self._requeue(each, now) for each in self._outbox_of(endpoint) if each.id == id_), None)
+
+    async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
+        await self._enter("deliver_all_again")
+        failed = [each for each in self._outbox_of(endpoint) if each.state == "given_up" and each.id <= upto]
+        return [replace(self._requeue(each, now), body=b"") for each in failed[:limit]]
+
+    async def deliveries(self, ids: list[int]) -> list[Delivery]:
+        await self._enter("deliveries")
+        return [self.outbox[id_] for id_ in ids if id_ in self.outbox]
+
+    async def dead_letter_counts(self, endpoint: str) -> tuple[int, int]:
+        await self._enter("dead_letter_counts")
+        failed = [each.id for each in self._outbox_of(endpoint) if each.state == "given_up"]
+        return len(failed), max(failed, default=0)
+
+    async def list_deliveries(
+        self, endpoint: str, state: DeliveryState | None, before: int, limit: int
+    ) -> list[Delivery]:
+        await self._enter("list_deliveries")
+        found = [each for each in self._outbox_of(endpoint) if each.id < before and state in (None, each.state)]
+        return found[::-1][:limit]
+
+    def _outbox_of(self, endpoint: str) -> list[Delivery]:
+        return [each for _, each in sorted(self.outbox.items()) if each.endpoint == endpoint]
+
+    def _requeue(self, delivery: Delivery, now: int) -> Delivery:
+        self.outbox[delivery.id] = replace(delivery, state="waiting", due_at=now, tries=0, ended_at=None)
+        return self.outbox[delivery.id]
