@@ -277,7 +277,7 @@ class Fifo:
 
     def ends_by(self, now: int) -> bool:
         """Return whether all jobs were created at or before `now`."""
-        return not self or self._jobs[-1].created_at <= now
+        return self._first >= len(self._jobs) or self._jobs[-1].created_at <= now
 
     def next_created_at(self, now: int, waits: Callable[[CompactJob], bool]) -> int | None:
         """Return the first `created_at` after `now` of a job that still waits."""
@@ -425,6 +425,14 @@ class QueuedJobs:
                 yield entry
             if (next_entry := next(following, None)) is not None:
                 heapq.heappush(frontier, (next_entry, following))
+
+    def first_in_line(self, now: int) -> CompactJob | None:
+        """Return the first due job if all jobs are in one Fifo; None if orders must be merged or no job is due."""
+        only = self._only
+        if only is None or only.others:
+            return None
+        first = only.line.first(self._waits)
+        return first if first is not None and first.created_at <= now else None
 
     def in_line(self, now: int) -> Iterator[CompactJob] | None:
         """Return the due jobs in order if all are in one Fifo; None if orders must be merged."""

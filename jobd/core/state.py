@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
 from heapq import merge
-from itertools import chain, takewhile
+from itertools import chain, islice, takewhile
 from operator import itemgetter
 from typing import Final
 
@@ -75,7 +75,7 @@ class Book:
         self.expired_locks: dict[str, None] = {}  # expired, not yet recorded by recovery
         self.cleared_locks: dict[str, None] = {}  # expired and recorded; the holder can still revive them
         self.stuck: dict[str, None] = {}
-        self._not_live = (self.expired_locks, self.cleared_locks, self.stuck, self.unheld)  # the dicts themselves
+        self._not_live: dict[str, dict[str, None]] = {}  # id -> which of these four it is in
         self.release_loops: dict[str, int] = {}  # id -> releases of live jobs for which is_release_loop is true
         self.on_due: Callable[[str, str], None] = lambda queue, kind: None  # called for each job that becomes due
         self._queued: dict[str, QueuedJobs] = {}
@@ -111,7 +111,8 @@ class Book:
 
     def get(self, job_id: str) -> Job | None:
         """Return the job if it is live, or finished and loaded."""
-        return self.jobs.find(job_id) or self.finished.get(job_id)
+        job = self.jobs.find(job_id)
+        return self.finished.get(job_id) if job is None else job
 
     def holds(self, job_id: str, lock_id: str) -> bool:
         """Return whether `lock_id` is that of the current grant of the job."""
@@ -124,13 +125,22 @@ class Book:
         Due and overdue are as of the last `advance`. The state must not change meanwhile.
         """
         now = self._now
-        names = queues if len(queues) == 1 else dict.fromkeys(queues)
-        named = [self._queued[queue] for queue in names if queue in self._queued and queue not in self.paused]
+        named = [
+            self._queued[queue] for queue in dict.fromkeys(queues) if queue in self._queued and queue not in self.paused
+        ]
         if len(named) == 1 and kinds is None and (line := named[0].in_line(now)) is not None:
             return map(CompactJob.expand, line)  # the common case
         orders = [queued.eligible(kinds, now) for queued in named]
         entries = orders[0] if len(orders) == 1 else merge(*orders)
         return (self.jobs[entry[3]] for entry in entries)
+
+    def first_due(self, queues: Sequence[str], kinds: Iterable[str] | None, limit: int) -> list[Job]:
+        """Return the first `limit` jobs of `due`."""
+        if limit == 1 and kinds is None and len(queues) == 1 and (queued := self._queued.get(queues[0])) is not None:
+            first = queued.first_in_line(self._now)
+            if first is not None and queues[0] not in self.paused:
+                return [first.expand()]  # the common case
+        return list(islice(self.due(queues, kinds), limit))
 
     def oldest_due_at(self, queue: str) -> int | None:
         """Return the `run_at` of the job of `queue` that has been due longest (Unix ms)."""
@@ -185,7 +195,7 @@ class Book:
 
     def live_locks(self) -> int:
         """Return the number of processing jobs with a live lock, as of the last `advance`."""
-        return len(self.processing) - sum(map(len, self._not_live))
+        return len(self.processing) - len(self._not_live)
 
     def total(self) -> int:
         return sum(self.totals.values())
@@ -272,7 +282,8 @@ class Book:
         by_token = sorted(self.processing.items(), key=lambda item: item[1].grant.fencing_token if item[1].grant else 0)
         self.processing = dict(by_token)
         place = {job_id: number for number, job_id in enumerate(self.processing)}
-        for ids in (*self._not_live, *(worker.expired for worker in self.presence.workers.values())):
+        not_live = (self.expired_locks, self.cleared_locks, self.stuck)
+        for ids in (*not_live, *(worker.expired for worker in self.presence.workers.values())):
             if len(ids) > 1:
                 ordered = sorted(ids, key=place.__getitem__)
                 ids.clear()
@@ -280,9 +291,11 @@ class Book:
 
     def loaded(self, job: Job) -> None:
         """Keep a finished job that was read from disk."""
-        self._drop_finished(job.id)
+        if job.id in self.finished:
+            self._drop_finished(job.id)
         self.finished[job.id] = job
-        self._finished_bytes += _metadata_bytes(job)
+        if job.result is not None:
+            self._finished_bytes += _metadata_bytes(job)
 
     def trim_finished(self) -> None:
         """Keep only the finished jobs that were used last. Called between batches."""
@@ -362,8 +375,8 @@ class Book:
         # An entry that is too early is checked again when it comes up, so moving a deadline costs nothing here.
         # Deadlines move back only if they are undone.
         known = self._deadline_of.get(job_id)
-        is_too_late = known is None or known > lease.expires or known > lease.stuck
-        if is_too_late or job_id in self.expired_locks or job_id in self.cleared_locks:
+        is_late = known is None or known > lease.expires or (lease.ceiling is not None and known > lease.ceiling)
+        if is_late or job_id in self.expired_locks or job_id in self.cleared_locks:
             self._unsort(job)
             self._schedule(job)
 
@@ -455,7 +468,7 @@ class Book:
         self.processing[job_id] = job
         self.started_sum += job.started_at or job.created_at
         if grant is None or job.lease is None:
-            self.unheld[job_id] = None  # an invalid row; validation reports it
+            self._sort(job_id, self.unheld)  # an invalid row; validation reports it
             return
         self.presence.holds(grant.worker, job_id, job.updated_at)
         self._schedule(job)
@@ -475,28 +488,30 @@ class Book:
         """Sort a processing job into live, expired or stuck, and set its next deadline."""
         job_id, grant, lease, now = job.id, job.grant, job.lease, self._lease
         assert grant is not None and lease is not None
-        deadline = lease.stuck
-        if lease.is_live(now):
-            if lease.expires < deadline:
-                deadline = lease.expires
+        if now < lease.expires and not lease.cleared:
+            deadline = lease.expires if lease.ceiling is None else min(lease.expires, lease.ceiling)
         else:
+            deadline = lease.stuck
             self.presence.set_expired(grant.worker, job_id, True)
             if now < deadline:
-                (self.cleared_locks if lease.cleared else self.expired_locks)[job_id] = None
+                self._sort(job_id, self.cleared_locks if lease.cleared else self.expired_locks)
         if now >= deadline:
-            self.stuck[job_id] = None
+            self._sort(job_id, self.stuck)
             self._deadline_of.pop(job_id, None)
             return
         self._deadline_of[job_id] = deadline
         self._deadlines.push((deadline, job.seq, job_id))
 
     def _unsort(self, job: Job) -> None:
-        job_id = job.id
-        for order in self._not_live:
-            if order and job_id in order:
-                del order[job_id]
-                if job.grant is not None:
-                    self.presence.set_expired(job.grant.worker, job_id, False)
+        ids = self._not_live.pop(job.id, None)
+        if ids is not None:
+            del ids[job.id]
+            if job.grant is not None:
+                self.presence.set_expired(job.grant.worker, job.id, False)
+
+    def _sort(self, job_id: str, ids: dict[str, None]) -> None:
+        ids[job_id] = None
+        self._not_live[job_id] = ids
 
     def _rewind(self, now: int) -> None:
         """Apply a step back of the wall clock: due jobs may have to wait again, and overdue jobs may be due again.
@@ -523,14 +538,14 @@ class Book:
         # status, from manual edits, are not counted.
         totals = self.totals
         queue = None
-        if after is not None and after.status in totals:
+        if after is not None and (status := after.status) in totals:
             queue = after.options.queue
-            self._counts_of(queue)[after.status] += 1
-            totals[after.status] += 1
-        if before is not None and before.status in totals:
+            (self.counts.get(queue) or self._counts_of(queue))[status] += 1
+            totals[status] += 1
+        if before is not None and (status := before.status) in totals:
             former = before.options.queue
-            self._counts_of(former)[before.status] -= 1
-            totals[before.status] -= 1
+            (self.counts.get(former) or self._counts_of(former))[status] -= 1
+            totals[status] -= 1
             if former != queue:
                 self._end_if_empty(former)
 

@@ -47,8 +47,7 @@ class Transaction:
         self._first_checked = 0
         self._tokens = state.epoch, state.next_token
         self.is_dry_run = False
-        time = f"{at.now & (2**48 - 1):012x}"
-        self._uuid_time = f"{time[:8]}-{time[8:]}-7"  # 7 is the version
+        self._uuid_time = ""
 
     def begin(self, call: Call) -> None:
         """Begin the next command."""
@@ -101,7 +100,9 @@ class Transaction:
 
     def create(self, job: Job, event_type: EventType, payload: bytes, request_hash: str) -> None:
         """Add a new job. Its number was assigned by `job_number`."""
-        event = self._event(job, None, job.status, event_type, self.call.by, None, None, initial_changes(job))
+        by, queue = self.call.by, job.options.queue
+        number, changes = self._event_number(), initial_changes(job)
+        event = Event(number, self.now, event_type, job.seq, job.id, queue, None, job.status, by, None, None, changes)
         self.changes.append(Change(None, job, event, payload, request_hash))
         if self.is_dry_run:
             return
@@ -212,7 +213,13 @@ class Transaction:
 
     def job_id(self, number: int) -> str:
         """Return a UUIDv7 (RFC 9562): 48 bits of Unix milliseconds, then bits from the seed of the call."""
-        tail = blake2b(b"job id" + self.call.seed + number.to_bytes(8, "big"), digest_size=10).hexdigest()
+        if not self._uuid_time:
+            time = f"{self.now & (2**48 - 1):012x}"
+            self._uuid_time = f"{time[:8]}-{time[8:]}-7"  # 7 is the version
+        seed = self.call.seed
+        if self.has_changed:  # the seed itself is for the first job of the call
+            seed = blake2b(b"job id" + seed + number.to_bytes(8, "big"), digest_size=16).digest()
+        tail = seed.hex()
         return f"{self._uuid_time}{tail[:3]}-{_VARIANTS[tail[3]]}{tail[4:7]}-{tail[7:19]}"
 
     def fraction(self, number: int) -> float:

@@ -44,18 +44,18 @@ CLOCK_SUSPECT: Final = (
 
 def find(tx: Transaction, job_id: str) -> Job | ApiError:
     """Return the job, or an error if it does not exist or is in quarantine."""
+    job = tx.state.get(job_id)
+    if job is not None:
+        return job
     reason = tx.state.quarantined.get(job_id)
     if reason is not None:
         message = f"Job {job_id} is in quarantine: {reason}. An operator can repair it: jobd doctor shows how."
         return ApiError("job_quarantined", message, {"job_id": job_id, "reason": reason})
-    job = tx.state.get(job_id)
-    if job is None:
-        message = (
-            f"There is no job {job_id}: it was never created, or it was deleted. "
-            "Search the list of jobs: GET /v1/jobs or jobctl jobs."
-        )
-        return ApiError("job_not_found", message, {"job_id": job_id})
-    return job
+    message = (
+        f"There is no job {job_id}: it was never created, or it was deleted. "
+        "Search the list of jobs: GET /v1/jobs or jobctl jobs."
+    )
+    return ApiError("job_not_found", message, {"job_id": job_id})
 
 
 def refuse_transition(job: Job, to: str, what: str) -> ApiError:
@@ -119,15 +119,15 @@ def asked_options(tx: Transaction, asked: Create | Import) -> Options:
     """Return the options of a new job. max_stalls and on_stall get their defaults here, so that the job shows them."""
     policy = tx.policy
     options = Options(
-        queue=asked.queue,
-        kind=asked.kind,
-        priority=asked.priority,
-        max_attempts=asked.max_attempts,
-        backoff=asked.backoff,
-        max_stalls=policy.max_stalls if asked.max_stalls is None else asked.max_stalls,
-        on_stall=asked.on_stall or policy.on_stall,
-        stuck_after_ms=asked.stuck_after_ms,
-        max_processing_ms=asked.max_processing_ms,
+        asked.queue,
+        asked.kind,
+        asked.priority,
+        asked.max_attempts,
+        asked.backoff,
+        policy.max_stalls if asked.max_stalls is None else asked.max_stalls,
+        asked.on_stall or policy.on_stall,
+        asked.stuck_after_ms,
+        asked.max_processing_ms,
     )
     return tx.state.shared(options)
 
@@ -144,7 +144,7 @@ def grant(tx: Transaction, job: Job, request: Start | Claim) -> Job:
     that of the request, so that a worker cannot raise it.
     """
     worker = request.worker
-    policy, options, lease = tx.policy, job.options, tx.at.lease
+    policy, options, now, lease = tx.policy, job.options, tx.now, tx.at.lease
     token = tx.token()
     stuck_after_ms = request.stuck_after_ms
     if stuck_after_ms is None:
@@ -153,16 +153,19 @@ def grant(tx: Transaction, job: Job, request: Start | Claim) -> Job:
     if max_processing_ms is None:
         max_processing_ms = default_if_none(request.max_processing_ms, policy.max_processing_ms)
     ttl_ms = request.lock_ttl_ms or policy.lock_ttl_ms
-    ceiling = lease + max_processing_ms if max_processing_ms else None
+    expires, ceiling = lease + ttl_ms, None
+    if max_processing_ms:
+        ceiling = lease + max_processing_ms
+        expires = expires if expires < ceiling else ceiling
     attempt = job.attempt + 1
     fields = {
         "status": "processing",
-        "started_at": max(tx.at.now, job.created_at),
+        "started_at": now if now > job.created_at else job.created_at,
         "progress": 0,
         "progress_message": None,
         "attempt": attempt,
-        "grant": Grant(tx.secret(token), token, worker, tx.at.now, ttl_ms, stuck_after_ms, max_processing_ms),
-        "lease": Lease(_cut(lease + ttl_ms, ceiling), lease + stuck_after_ms, ceiling),
+        "grant": Grant(tx.secret(token), token, worker, now, ttl_ms, stuck_after_ms, max_processing_ms),
+        "lease": Lease(expires, lease + stuck_after_ms, ceiling),
     }
     details = {"worker": worker, "fencing_token": token, "attempt": attempt, "ttl_ms": ttl_ms}
     return tx.update(job, "granted", fields, by=f"worker:{worker}", details=details)  # its request was noted
@@ -174,11 +177,17 @@ def keep_alive(made: Grant, lease: Lease, now: int, additional_ms: int, *, progr
     Only progress moves the ceiling; an extension is cut to it. No deadline moves back: after a start of the daemon, a
     deadline can be later than the grant alone would allow, and a report must not lose that.
     """
-    ceiling = lease.ceiling
+    expires, silent, ceiling = now + additional_ms, now + made.stuck_after_ms, lease.ceiling
     if progressed and made.max_processing_ms:
-        ceiling = max(now + made.max_processing_ms, ceiling or 0)
-    expires = max(lease.expires, _cut(now + additional_ms, ceiling))
-    return Lease(expires, max(lease.silent, now + made.stuck_after_ms), ceiling)
+        limit = now + made.max_processing_ms
+        ceiling = limit if ceiling is None or ceiling < limit else ceiling
+    if ceiling is not None and ceiling < expires:
+        expires = ceiling
+    return Lease(
+        expires if expires > lease.expires else lease.expires,
+        silent if silent > lease.silent else lease.silent,
+        ceiling,
+    )
 
 
 def requeue(
@@ -363,7 +372,3 @@ def _end_grant(fields: dict[str, Any], job: Job, ended: PreviousGrant | None) ->
         fields["grant"] = fields["lease"] = None
     if ended != job.ended:
         fields["ended"] = ended
-
-
-def _cut(expires: int, ceiling: int | None) -> int:
-    return expires if ceiling is None else min(expires, ceiling)

@@ -6,7 +6,6 @@ A rule checks its guards in the documented order, then makes its transitions.
 from __future__ import annotations
 
 from hashlib import blake2b
-from itertools import islice
 from typing import Any, Final
 
 import msgspec
@@ -80,18 +79,10 @@ def _create(tx: Transaction, command: Create) -> tuple[Job, JobView, bool] | Api
     refusal = _refuse_times(tx, command) or _refuse_more(tx) or transitions.refuse_queue(tx, command.queue)
     if refusal is not None:
         return refusal
-    now = tx.at.now
-    number = tx.job_number()
-    job = Job(
-        seq=number,
-        id=command.id or tx.job_id(number),
-        options=transitions.asked_options(tx, command),
-        status="queued",
-        created_at=now,
-        updated_at=now,
-        run_at=command.run_at or now + (command.delay_ms or 0),
-        expires_at=command.expires_at,
-    )
+    now, number, options = tx.now, tx.job_number(), transitions.asked_options(tx, command)
+    run_at = command.run_at or now + (command.delay_ms or 0)
+    job_id = command.id or tx.job_id(number)
+    job = Job(number, job_id, options, "queued", now, now, run_at, expires_at=command.expires_at)
     tx.create(job, "created", bytes(command.payload), request_hash)
     return job, views.job_view(job, tx.at, tx.policy, admin=tx.call.admin, payload=command.payload), True
 
@@ -109,7 +100,7 @@ def _existing(tx: Transaction, job_id: str, request_hash: str) -> Job | ApiError
 def _refuse_times(tx: Transaction, command: Create) -> ApiError | None:
     if command.run_at is not None and command.delay_ms is not None:
         return transitions.invalid("run_at", "Give run_at or delay_ms, not both.")
-    return transitions.refuse_expiry(tx, command.expires_at)
+    return None if command.expires_at is None else transitions.refuse_expiry(tx, command.expires_at)
 
 
 def _refuse_more(tx: Transaction) -> ApiError | None:
@@ -177,19 +168,19 @@ def _already_locked(tx: Transaction, job: Job) -> ApiError:
 
 def claim(tx: Transaction, command: Claim) -> Response:
     """Grant the first due jobs of the queues, by priority, run_at and creation."""
-    due = list(islice(tx.state.due(command.queues, command.kinds), command.limit))
+    due = tx.state.first_due(command.queues, command.kinds, command.limit)
     return _granted(tx, [transitions.grant(tx, job, command) for job in due])
 
 
 def _granted(tx: Transaction, jobs: list[Job]) -> Response:
-    answer = Response(Grants([]), unread_payloads=[], grants=[])
+    shown, unread_payloads, grants = [], [], []
     for job in jobs:
         view = views.job_view(job, tx.at, tx.policy, admin=tx.call.admin)
-        answer.data.grants.append(views.grant_view(job, tx.at, view))
-        answer.unread_payloads.append((job.seq, view))
-        assert job.grant is not None
-        answer.grants.append((job.id, job.grant.lock_id))
-    return answer
+        granted = views.grant_view(job, tx.at, view)
+        shown.append(granted)
+        unread_payloads.append((job.seq, view))
+        grants.append((job.id, granted.lock_id))
+    return Response(Grants(shown), 200, unread_payloads, grants)
 
 
 def undelivered(tx: Transaction, command: Undelivered) -> Response | ApiError:

@@ -45,7 +45,7 @@ from jobd.model.storage import AuditEntry, Batch, LateResultRows, StoredResponse
 log = structlog.get_logger("jobd.actor")
 
 _GRANTING: Final = frozenset({Start, Claim})
-_NOTED: Final = frozenset({Start, Claim, Undelivered, Tick, EndGrants, Report})
+_NOTED: Final = frozenset({Undelivered, Tick, EndGrants, Report})
 
 
 class Known(Struct):
@@ -231,7 +231,9 @@ class Decider:
         refusal = self._refuse(command)
         if refusal is not None and not (type(command) is Complete and late_result_rules.is_late(self.book, command)):
             return refusal  # who has lost the lock hears that on a full disk too: it writes nothing
-        if type(command) in _NOTED and (refusal := self._note(plan, command)) is not None:
+        if isinstance(command, (Start, Claim)):
+            self.book.presence.asks(command)
+        elif type(command) in _NOTED and (refusal := self._note(plan, command)) is not None:
             return refusal
         response = self._decided(plan, asked.call)
         if isinstance(command, Claim) and self._parks(command, response):
@@ -245,9 +247,7 @@ class Decider:
 
     def _note(self, plan: DecidedBatch, command: AnyCommand) -> ApiError | None:
         """Note what the batch does beside the change of `command`. Returns why it is refused, if it is."""
-        if isinstance(command, (Start, Claim)):
-            self.book.presence.asks(command)
-        elif isinstance(command, Undelivered):
+        if isinstance(command, Undelivered):
             if self._handed.get(command.lock_id, 0) > 0:
                 return ApiError("lock_lost", "Another connection has received this grant.")
         elif isinstance(command, Tick):
@@ -268,8 +268,9 @@ class Decider:
             log.exception("rule_failed", command=type(call.command).__name__, by=call.by)
             message = "A rule failed for this command, and nothing was changed. See the log for details."
             return ApiError("internal_error", message)
-        for lock_id in tx.ended[ended:]:
-            self.keys.ended(lock_id)
+        if len(tx.ended) > ended:
+            for lock_id in tx.ended[ended:]:
+                self.keys.ended(lock_id)
         if call.operator is not None:
             self._audit(plan, call, response, tx.changed())
         return response

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from hashlib import blake2b
 from typing import Any, Final
 
 from msgspec import Struct
@@ -81,6 +82,7 @@ class RuleHarness:
         self.rows: dict[str, Job] = {}
         self.events: list[Event] = []
         self.checked: list[int] = []
+        self.calls = 0
         self.requests: dict[str, str] = {}
         self.tokens: list[int] = []
         self.late_results: dict[int, list[LateResult]] = {}
@@ -104,7 +106,9 @@ class RuleHarness:
         self.book.late = self._known_late(command)
         if isinstance(command, Start | Claim):
             self.book.presence.asks(command)
-        tx, call = Transaction(self.book, self.moment, self.policy), Call(command, by, SEED, admin, expected=expected)
+        self.calls += 1
+        seed = blake2b(self.calls.to_bytes(8, "big"), key=SEED, digest_size=16).digest()
+        tx, call = Transaction(self.book, self.moment, self.policy), Call(command, by, seed, admin, expected=expected)
         before = snapshot(self.book)
         first = decide.decide(tx, call)
         events = [change.event for change in tx.changes]

@@ -9,6 +9,7 @@ import asyncio
 import selectors
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
+from random import Random
 from typing import Any, Final
 
 from msgspec import Raw
@@ -110,7 +111,7 @@ class VirtualEngine:
             Keys(opened.keys, 1000),
             self.clock,
             policy,
-            random=lambda size: b"s" * size,
+            random=Random(0).randbytes,
             bounds=bounds,
             is_full=opened.full,
             has_reserve=opened.has_reserve,

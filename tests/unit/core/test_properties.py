@@ -450,12 +450,13 @@ def test_rules_accept_any_manually_edited_row(job: Job, sequence: list[tuple[Any
     rules = RuleHarness(POLICY)
     book = rules.book
     book.reindex(None, job)
-    for command, ms in sequence:
+    for number, (command, ms) in enumerate(sequence):
         rules.now += ms
         rules.lease += ms
         book.advance(rules.now, rules.lease)
         tx = Transaction(book, rules.moment, POLICY)
-        assert isinstance(decide.decide(tx, Call(_aimed(command), "client", SEED)), (Response, ApiError))
+        call = Call(_aimed(command), "client", number.to_bytes(16, "big"))
+        assert isinstance(decide.decide(tx, call), (Response, ApiError))
         assert book.total() == sum(each.status in STATUSES for each in [*book.jobs.values(), *book.finished.values()])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from hashlib import blake2b
 from operator import and_, or_
 from typing import Any, get_args
 from uuid import UUID
@@ -94,17 +95,21 @@ def test_a_lock_id_cannot_be_guessed() -> None:
 
 
 def test_a_job_id_is_a_uuid_of_its_time_and_otherwise_random() -> None:
-    made = [UUID(transaction().job_id(number)) for number in MANY]
-    assert len(set(made)) == len(made)
-    assert {(each.version, each.variant) for each in made} == {(7, "specified in RFC 4122")}
-    assert {each.int >> 80 for each in made} == {NOW}
-    fixed = 0xF << 76 | 0x3 << 62
-    random = (1 << 80) - 1 & ~fixed
-    assert reduce(or_, (each.int for each in made)) & random == random
-    assert reduce(and_, (each.int for each in made)) & random == 0
-    assert transaction().job_id(1) == str(made[0]) == "018bcfe5-6800-7b0d-b6d1-d3cb7abefc88"
-    assert transaction(b"another seed").job_id(1) != str(made[0])
-    assert UUID(transaction().job_id(2**64 - 1)).version == 7
+    seeds = [blake2b(number.to_bytes(8, "big"), digest_size=16).digest() for number in MANY]
+    bulk = transaction()
+    bulk.create(JOB, "created", b"null", "")
+    first, others = [transaction(seed).job_id(1) for seed in seeds], [bulk.job_id(number) for number in MANY]
+    for ids in (first, others):
+        made = [UUID(job_id) for job_id in ids]
+        assert len(set(made)) == len(made)
+        assert {(each.version, each.variant) for each in made} == {(7, "specified in RFC 4122")}
+        assert {each.int >> 80 for each in made} == {NOW}
+        fixed = 0xF << 76 | 0x3 << 62
+        random = (1 << 80) - 1 & ~fixed
+        assert reduce(or_, (each.int for each in made)) & random == random
+        assert reduce(and_, (each.int for each in made)) & random == 0
+    assert transaction().job_id(1) == "018bcfe5-6800-7303-9323-334353637383"  # a replay gives the same
+    assert bulk.job_id(2**64 - 1) != bulk.job_id(1) == others[0]
 
 
 def test_a_job_id_is_valid_at_any_time() -> None:
