@@ -17,6 +17,7 @@ from jobd.engine.actor import Actor
 from jobd.http.server import HttpListener
 from jobd.model.storage import JobQuery
 from jobd.monitoring.alerts import Alerts
+from jobd.storage import projection, store
 from jobd.storage.store import Store
 from jobd.webhooks.context import DispatchContext
 from jobd.webhooks.retry import RetryPolicy
@@ -54,6 +55,15 @@ def short_pages() -> None:
     patched.JobQuery, patched.MOST_LOOKED, patched.SLICE = partial(JobQuery, scan=10), 20, 10
 
 
+def one_slice() -> None:
+    """Write the tables only for reads of history, at a start and at a stop, and then all in one slice."""
+    journal: Any = projection
+    tables: Any = store
+    assert {"SLICE_EVENTS", "SLICE_DELAY_S"} <= tables.__dict__.keys()
+    journal.SLICE_EVENTS = tables.SLICE_EVENTS = 1_000_000
+    tables.SLICE_DELAY_S = 3_600
+
+
 def reported_stop() -> None:
     """Print to stderr in which order the parts stop."""
     _report(HttpListener, "stop", "listener")
@@ -84,7 +94,7 @@ def _print(text: str) -> None:
 
 
 VARIANTS: Final = {
-    each.__name__: each for each in (hung_actor, prompt_alerts, quick_retries, short_pages, reported_stop)
+    each.__name__: each for each in (hung_actor, prompt_alerts, quick_retries, short_pages, one_slice, reported_stop)
 }
 
 if __name__ == "__main__":

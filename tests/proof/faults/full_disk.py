@@ -6,6 +6,8 @@ engine/disk_full.py documents what the daemon rejects at which step.
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +22,12 @@ from tests.support.daemon_process import DaemonProcess, DaemonResponse
 FREE_BYTES: Final = 16 << 20  # the log may use 4 MiB before it is reused, and the jobs need more
 HELD: Final = 12
 FULL: Final = b"event=disk_full"
+HAS_ROOM: Final = b"event=disk_has_room"
+LEFT_BYTES: Final = 1 << 20  # appends fit, as the log already has 4 MiB; a slice with all jobs does not
+JOBS: Final = 1_000
+PAYLOAD: Final = "x" * 8_000
+BULK: Final = 20
+ONE_SLICE: Final = "tests.support.daemon_variants one_slice"
 
 
 def fill(directory: Path) -> Path:
@@ -48,9 +56,10 @@ class RecordingClient:
             self._ledger.rejected(record, request, reply.error)
         return reply
 
-    def create(self, job_id: str) -> tuple[JobRecord, DaemonResponse]:
-        record = self._ledger.begin(job_id, {"n": job_id})
-        return record, self.ask("created", record, "", {"id": job_id, "payload": {"n": job_id}})
+    def create(self, job_id: str, fill: str = "") -> tuple[JobRecord, DaemonResponse]:
+        payload = {"n": job_id, "fill": fill}
+        record = self._ledger.begin(job_id, payload)
+        return record, self.ask("created", record, "", {"id": job_id, "payload": payload})
 
     def create_and_start(self, job_id: str) -> tuple[JobRecord, str]:
         """Create and start a job; return it with its lock."""
@@ -103,7 +112,7 @@ def _fill_and_free(daemon: DaemonProcess, ledger: Ledger, directory: Path, name:
     for record, lock in held:
         reply = caller.ask("completed", record, "complete", {"lock_id": lock})
         assert reply.status == 200, f"an ending was rejected although the reserve file was released: {reply.body}"
-    daemon.wait_for_log(b"event=disk_has_room")  # the space of the reserve file
+    daemon.wait_for_log(HAS_ROOM)  # the space of the reserve file
     assert not Path(f"{directory}/jobd.db.ballast").exists()
     assert caller.create(f"{name}-before")[1].status == 201
     filler.unlink()
@@ -141,10 +150,87 @@ def _fill_and_free_tiny_disk(daemon: DaemonProcess, ledger: Ledger, directory: P
         jobs += 1
     daemon.wait_for_log(FULL)
     filler.unlink()
-    daemon.wait_for_log(b"event=disk_has_room")
+    daemon.wait_for_log(HAS_ROOM)
     rejected = ledger.codes.total()
     work_alone(daemon, ledger, "after", 2)
     assert ledger.codes.total() == rejected, f"rejected although there is space: {ledger.codes}"
+
+
+def full_disk_at_a_slice(trial: Trial) -> Counts:
+    """Fill the disk when appends fit and the slice does not, and kill the daemon; then delete all jobs."""
+    created = behind = 0
+    for number in range(trial.rounds):
+        ledger = Ledger()
+        place = trial.directory / f"disk-{number}"
+        with tmpfs(place, RESERVE_FILE_BYTES + 2 * FREE_BYTES):
+            store = place / "jobd.db"
+            with DaemonProcess.not_started(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
+                daemon.module = ONE_SLICE
+                daemon.start()
+                _create_many(daemon, "old")
+                for each in range(JOBS):
+                    assert daemon.post(f"/v1/jobs/old-{each}/cancel").status == 200
+                filler = fill(place)
+                os.truncate(filler, filler.stat().st_size - LEFT_BYTES)
+                _check_history(daemon)
+                created += _create_until_full(RecordingClient(daemon, ledger))
+                _check_history(daemon)
+                daemon.kill()
+                behind += _check_copy(store, trial.directory / f"copy-{number}", ledger)
+                daemon.start()
+                _check_history(daemon)
+                _delete_all(daemon, "old")
+                daemon.wait_for_log(HAS_ROOM)
+                _create_many(daemon, "new")
+                filler.unlink()
+                assert daemon.stop() == 0
+            found = checked_contents(store)
+            ledger.check(found)
+            assert sum(job_id.startswith("new-") for job_id in found.jobs) == JOBS
+            assert not any(job_id.startswith("old-") for job_id in found.jobs)
+    return {"times full": trial.rounds, "created meanwhile": created, "events that no slice wrote": behind}
+
+
+def _create_many(daemon: DaemonProcess, name: str) -> None:
+    for start in range(0, JOBS, BULK):
+        jobs = [{"id": f"{name}-{each}", "queue": name, "payload": PAYLOAD} for each in range(start, start + BULK)]
+        reply = daemon.post("/v1/jobs/bulk", {"jobs": jobs})
+        assert reply.status == 201, reply.body
+
+
+def _create_until_full(caller: RecordingClient) -> int:
+    created = 0
+    while (reply := caller.create(f"meanwhile-{created}", PAYLOAD)[1]).status == 201:
+        created += 1
+    assert reply.error == "storage_full", reply.body
+    assert created, "no append fitted"
+    return created
+
+
+def _check_history(daemon: DaemonProcess) -> None:
+    """Read what only the tables have, although their slice cannot be written."""
+    events = daemon.get("/v1/jobs/old-1/timeline").data["events"]
+    assert [event["type"] for event in events] == ["created", "cancelled"], events
+
+
+def _check_copy(store: Path, directory: Path, ledger: Ledger) -> int:
+    """Check a copy of the store on a disk with space. Return the number of events in its tail."""
+    directory.mkdir()
+    for suffix in ("", "-wal", ".epoch"):
+        shutil.copy2(f"{store}{suffix}", directory)
+    found = checked_contents(directory / store.name)
+    ledger.check(found)
+    assert found.tail > JOBS, f"a slice was written: the tables lack {found.tail} events"
+    return found.tail
+
+
+def _delete_all(daemon: DaemonProcess, queue: str) -> None:
+    more = True
+    while more:
+        plan = daemon.admin("POST", "plans", {"action": "delete", "filter": {"queue": queue}}).data
+        more = plan["more"]
+        result = daemon.admin("POST", f"plans/{plan['plan_id']}/apply").data
+        assert result["applied"] == plan["count"], result
 
 
 CHECKS: Final = (
@@ -160,6 +246,13 @@ CHECKS: Final = (
         "the same on a disk of 1 MiB, which has no space for a reserve file",
         tiny_disk,
         rounds=10,
+        needs=(MOUNTS,),
+    ),
+    Check(
+        "full-disk-at-a-slice",
+        "the journal fits and its slice does not: history is read, also after a kill, and deletions make space",
+        full_disk_at_a_slice,
+        rounds=5,
         needs=(MOUNTS,),
     ),
 )

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from pathlib import Path
 from typing import Final
 
 from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.store_check import checked_contents
+from tests.proof.faults.strace import STRACE, SYNCS, WRITES, Strace, TracedCall
 from tests.support.daemon_process import DaemonProcess
 
 READY_S: Final = 2.0
 LIVE_JOBS: Final = 100_000
+INLINE: Final = '[store]\ncommit = "inline"\n'
+ONE_SLICE: Final = "tests.support.daemon_variants one_slice"
+START_WRITES: Final = 150  # of the log, by a start with a tail
+LOAD_WRITES: Final = 600  # of the log, by a start and a load
+APPEND_WRITES: Final = 30  # of the log in one transaction; a slice makes more
 
 
 def _ready_again(daemon: DaemonProcess, trial: Trial) -> float:
@@ -73,6 +81,56 @@ def kill_with_many_jobs(trial: Trial) -> Counts:
     }
 
 
+def kill_inside_slices(trial: Trial) -> Counts:
+    """Kill before the tables are written, then at any write of the log: in a start, an append or a slice."""
+    ledger = Ledger()
+    counts: Counter[str] = Counter()
+    with DaemonProcess.not_started(trial.directory, INLINE) as daemon:
+        for number in range(trial.rounds):
+            daemon.module, daemon.prefix = ONE_SLICE, []
+            daemon.start()
+            ledger.settle(daemon)
+            with load(daemon, ledger, f"tail-{number}"):
+                assert ledger.wait_for(150), daemon.log[-2000:]
+                daemon.kill()
+            found = checked_contents(daemon.store)
+            ledger.check(found)
+            counts["events that the tables lacked"] += found.tail
+            when = 1 + number * (LOAD_WRITES if number % 2 else START_WRITES) // trial.rounds
+            daemon.module = "jobd"
+            strace = Strace(daemon, (*SYNCS, *WRITES), f"pwrite64:signal=SIGKILL:when={when}", _log_of(daemon))
+            daemon.launch()
+            counts[_killed(daemon, ledger, f"round-{number}", strace)] += 1
+            ledger.check(checked_contents(daemon.store))
+        daemon.prefix = []
+        daemon.start()
+        ledger.settle(daemon)
+        assert daemon.stop() == 0
+    assert counts["killed in a slice"] or not trial.timed, counts
+    return {**counts, "acknowledgements checked": ledger.check(checked_contents(daemon.store))}
+
+
+def _log_of(daemon: DaemonProcess) -> Path:
+    return daemon.directory / f"{daemon.store.name}-wal"
+
+
+def _killed(daemon: DaemonProcess, ledger: Ledger, name: str, strace: Strace) -> str:
+    """Run a load until the daemon is killed. Return where that was."""
+    assert daemon.process is not None
+    if not daemon.gets_ready():
+        return "killed in a start"
+    with load(daemon, ledger, name):
+        daemon.process.wait(150)
+    *calls, last = strace.traced_calls()
+    return "killed in a slice" if _transaction_writes(calls, last) > APPEND_WRITES else "killed in an append or a slice"
+
+
+def _transaction_writes(calls: list[TracedCall], last: TracedCall) -> int:
+    """Return the number of writes before `last` in its transaction."""
+    mine = [seen.call for seen in calls if seen.thread == last.thread]
+    return next((number for number, call in enumerate(reversed(mine)) if call in SYNCS), len(mine))
+
+
 CHECKS = (
     Check(
         "kill-under-load",
@@ -86,5 +144,13 @@ CHECKS = (
         "the same with 100 000 live jobs",
         kill_with_many_jobs,
         rounds=5,
+    ),
+    Check(
+        "kill-inside-slices",
+        "kill -9 before and inside a slice: the next start writes the tables from the journal, and nothing is lost",
+        kill_inside_slices,
+        rounds=20,
+        few=2,
+        needs=(STRACE,),
     ),
 )

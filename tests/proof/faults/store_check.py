@@ -23,12 +23,13 @@ from jobd.storage.tail import read_tail
 
 @dataclass
 class StoreContents:
-    """All rows by job id, and the `tokens` of all grants in the journal, in order."""
+    """All rows by job id, the `tokens` of all grants in the journal, in order, and the events of its `tail`."""
 
     jobs: dict[str, Job] = field(default_factory=dict)
     payloads: dict[str, Any] = field(default_factory=dict)
     events: dict[str, list[Event]] = field(default_factory=dict)
     tokens: dict[int, str] = field(default_factory=dict)
+    tail: int = 0
 
 
 def checked_contents(path: str | Path) -> StoreContents:
@@ -61,6 +62,7 @@ def _fold_tail(found: StoreContents, conn: sqlite3.Connection) -> None:
     (projected_to,) = conn.execute("SELECT projected_to FROM meta").fetchone()
     tail = read_tail(SqliteJournal(conn, conn.execute), projected_to)
     assert tail.error is None, tail.error
+    found.tail = sum(len(each.events) for each in tail.pending)
     for change in (change for pending in tail.pending for change in pending.batch.changes):
         event = change.event
         _note(found, event)
