@@ -55,7 +55,7 @@ def find(db: Database, number: int) -> Cut:
     for each in numbers:
         try:
             [found] = journal.read(each - 1, 1)
-            cut.readable.append(Pending(each, *record.decode(found)))
+            cut.readable.append(Pending(each, *record.decode(found), len(found.body)))
         except BadRecord:
             cut.unreadable += 1
     return cut

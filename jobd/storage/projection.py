@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Final, TypeVar
 
@@ -34,7 +34,8 @@ from jobd.storage.writers import JobWriter, LateWriter, RowDamaged, RowMissing, 
 
 T = TypeVar("T")
 
-SLICE_EVENTS: Final = 300  # of one transaction, at least: it takes some milliseconds
+SLICE_EVENTS: Final = 300  # of one transaction, if there are as many: it takes some milliseconds
+SLICE_BYTES: Final = 1 << 20  # of its records are enough too, because a transaction with large payloads takes longer
 MAX_BEHIND: Final = 30_000  # events that the tables may lack, for example on a full disk
 KEEP_REPORTS: Final = 500
 _INSERT_EVENT: Final = insert("events", (*EVENT_COLUMNS, "crc"))
@@ -93,7 +94,7 @@ class Projection:
         finally:
             self.append_s = db.commit_s
         self.last = number
-        self._add(Pending(number, batch, events))
+        self._add(Pending(number, batch, events, len(body)))
         for forgotten in [each for each in db.recently_quarantined if each < reported]:
             del db.recently_quarantined[forgotten]
         return payloads
@@ -233,11 +234,12 @@ class Projection:
 
     def _project_slice(self) -> None:
         chosen: list[Pending] = []
-        events = 0
+        events = body_bytes = 0
         for pending in self._pending:
             chosen.append(pending)
             events += pending.size
-            if events >= SLICE_EVENTS:
+            body_bytes += pending.body_bytes
+            if events >= SLICE_EVENTS or body_bytes >= SLICE_BYTES:
                 break
         if chosen:
             self.tombstones_written += self.db.commit(self._apply, chosen)
@@ -274,9 +276,11 @@ class Projection:
                 batch.queues[queue] = batch.queues[queue].without(status)
         return (queue, status) if status in FINISHED else None
 
-    def _apply(self, pending: Iterable[Pending]) -> int:
+    def _apply(self, pending: Sequence[Pending]) -> int:
         """Write records in a transaction. Return the number of tombstones."""
         db = self.db
+        if pending:
+            self.journal.trim(pending[-1].number)  # first: the tables get the pages, and the file hardly grows
         batches = [each.batch for each in pending]
         changes: list[Change] = list(chain.from_iterable(batch.changes for batch in batches))
         tombstones = [tombstone for batch in batches for tombstone in batch.tombstones]
@@ -294,7 +298,6 @@ class Projection:
         for each in pending:
             db.projected_to = each.number
             self._unmark(each)
-        self.journal.trim(db.projected_to)
         db.write_meta()
         return len(tombstones)
 

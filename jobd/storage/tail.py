@@ -25,6 +25,7 @@ class Pending(Struct, gc=False):
     number: int
     batch: Batch
     events: list[EventRow]
+    body_bytes: int
 
     @property
     def size(self) -> int:
@@ -68,7 +69,7 @@ def read_tail(journal: SqliteJournal, projected_to: int) -> Tail:
         journal.check(projected_to)
         while records := journal.read(last, _READ_AT_ONCE):
             for each in records:
-                tail.pending.append(Pending(each.number, *record.decode(each)))
+                tail.pending.append(Pending(each.number, *record.decode(each), len(each.body)))
             last = records[-1].number
     except BadRecord as error:
         tail.error = error

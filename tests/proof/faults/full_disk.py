@@ -177,6 +177,7 @@ def full_disk_at_a_slice(trial: Trial) -> Counts:
                 _check_history(daemon)
                 daemon.kill()
                 behind += _check_copy(store, trial.directory / f"copy-{number}", ledger)
+                daemon.module = "jobd"
                 daemon.start()
                 _check_history(daemon)
                 _delete_all(daemon, "old")

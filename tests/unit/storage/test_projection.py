@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from jobd.model.storage import DiskFull, JobQuery, LateResultQuery, StoredResponse
 from jobd.storage import projection as projections
@@ -85,6 +86,20 @@ async def test_a_slice_writes_a_job_once(store: Store, no_slices: None) -> None:
     await store.finish_upkeep()
     store._connection.raw.set_trace_callback(None)
     assert len([each for each in statements if " jobs " in each]) == 1
+
+
+async def test_a_slice_is_bounded_and_reuses_the_pages_of_its_records(store: Store, no_slices: None) -> None:
+    maker, statements = ChangeFactory(), list[str]()
+    raw = store._connection.raw
+    for _ in range(10):
+        await store.write(maker.batch([replace(maker.create(), payload=b'"%s"' % (b"x" * 300_000))]))
+    (before,) = raw.execute("PRAGMA page_count").fetchone()
+    raw.set_trace_callback(statements.append)
+    await store.finish_upkeep()
+    raw.set_trace_callback(None)
+    assert statements.count("COMMIT") == 3
+    (after,) = raw.execute("PRAGMA page_count").fetchone()
+    assert after <= before + 30
 
 
 async def test_a_clean_end_leaves_no_tail(path: str, no_slices: None) -> None:
