@@ -116,16 +116,8 @@ def adopt(tx: Transaction, command: Adopt) -> Response | ApiError:
         return refusal
     details = {"late_result": late.seq, "worker": late.worker, "fencing_token": late.fencing_token}
     expires_at = late.expires_at if late.expires_at is not None and late.expires_at > tx.at.now else None
-    job = transitions.complete(
-        tx,
-        job,
-        "adopted",
-        job.ended,
-        late.result,
-        {"expires_at": expires_at},
-        reason=command.reason,
-        details=details,
-    )
+    fields = transitions.completion(late.result, expires_at)
+    job = transitions.finish(tx, job, "adopted", "completed", job.ended, fields, reason=command.reason, details=details)
     return transitions.job_answer(tx, job)
 
 
@@ -169,9 +161,9 @@ def _taken(tx: Transaction, job: Job, late: LateResult) -> Response:
     )
     reason = f"Worker {late.worker} had lost its lock, but the job had not been granted again: its result was accepted."
     details = {"worker": late.worker, "fencing_token": late.fencing_token}
-    fields = {"expires_at": late.expires_at}
-    job = transitions.complete(
-        tx, job, "adopted", ended, late.result, fields, worker=late.worker, reason=reason, details=details
+    fields = transitions.completion(late.result, late.expires_at)
+    job = transitions.finish(
+        tx, job, "adopted", "completed", ended, fields, worker=late.worker, reason=reason, details=details
     )
     return transitions.job_answer(tx, job)
 

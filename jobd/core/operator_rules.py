@@ -95,8 +95,8 @@ def _moved(tx: Transaction, job: Job, command: Transition, fields: dict[str, Any
         fields["attempt"] = transitions.given_back(job)
         return transitions.requeue(tx, job, "transitioned", ended, fields, reason=reason)
     if command.to == "completed":
-        result = fields.pop("result", job.result) or Result()
-        return transitions.complete(tx, job, "transitioned", ended, result, fields, reason=reason)
+        fields |= transitions.completion(fields.get("result", job.result) or Result())
+        return transitions.finish(tx, job, "transitioned", "completed", ended, fields, reason=reason)
     if command.to == "failed":
         fields.setdefault("error", Failure(reason or NO_REASON, "transitioned"))
     return transitions.finish(tx, job, "transitioned", command.to, ended, fields, reason=reason)

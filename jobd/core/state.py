@@ -14,7 +14,7 @@ from typing import Final
 
 from msgspec.structs import astuple
 
-from jobd.core.ready_queue import DueEntry, Lane, LaneName, LazyHeap, QueuedJobs, Sorted, TimeEntry, entry_of
+from jobd.core.ready_queue import SLACK, DueEntry, Lane, LaneName, LazyHeap, QueuedJobs, Sorted, TimeEntry, entry_of
 from jobd.core.stats import Figures
 from jobd.core.worker_presence import WorkerPresence
 from jobd.model.events import Event, QueuePause
@@ -479,8 +479,10 @@ class Book:
         self.processing.pop(job_id, None)
         self.started_sum -= job.started_at or job.created_at
         self._unsort(job)
-        if self._deadline_of.pop(job_id, None) is not None:
-            self._deadlines.trim(len(self._deadline_of), self._is_deadline)
+        deadlines = self._deadlines
+        self._deadline_of.pop(job_id, None)
+        if len(deadlines.entries) > 2 * len(self._deadline_of) + SLACK:
+            deadlines.trim(len(self._deadline_of), self._is_deadline)
         if job.grant is not None:
             self.presence.lets_go(job.grant.worker, job_id)
 

@@ -227,32 +227,24 @@ def finish(
     details: dict[str, Any] | None = None,
 ) -> Job:
     """Move the job to a finished status. It is deleted after its retention, or at `expires_at` in `fields`."""
-    now = tx.at.now
+    finished_at = tx.now
     if fields.get("expires_at") is None:
-        fields["expires_at"] = now + keep_ms(tx.policy, status)
+        fields["expires_at"] = finished_at + keep_ms(tx.policy, status)
     fields["status"] = status
-    fields["finished_at"] = max(now, job.created_at, job.started_at or 0)  # even if the wall clock stepped back
+    if finished_at < job.created_at:  # the wall clock stepped back
+        finished_at = job.created_at
+    if job.started_at is not None and finished_at < job.started_at:
+        finished_at = job.started_at
+    fields["finished_at"] = finished_at
     if job.releases:
         fields["releases"] = 0
     _end_grant(fields, job, ended)
     return tx.update(job, event_type, fields, worker=worker, by=by, reason=reason, details=details)
 
 
-def complete(
-    tx: Transaction,
-    job: Job,
-    event_type: EventType,
-    ended: PreviousGrant | None,
-    result: Result,
-    fields: dict[str, Any],
-    *,
-    worker: str | None = None,
-    reason: str | None = None,
-    details: dict[str, Any] | None = None,
-) -> Job:
-    """Complete the job: progress 100, no error. Final."""
-    fields["progress"], fields["result"], fields["error"] = MAX_PERCENT, kept_result(result), None
-    return finish(tx, job, event_type, "completed", ended, fields, worker=worker, reason=reason, details=details)
+def completion(result: Result, expires_at: int | None = None) -> dict[str, Any]:
+    """Return the fields of a job that completes with `result`: progress 100, no error."""
+    return {"progress": MAX_PERCENT, "result": kept_result(result), "error": None, "expires_at": expires_at}
 
 
 def keep_ms(policy: Policy, status: str) -> int:

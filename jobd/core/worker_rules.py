@@ -254,17 +254,17 @@ def _extend(
 def complete(tx: Transaction, command: Complete) -> Response | ApiError:
     """Complete the job. The result of an ended grant is late: it may still be stored or adopted."""
     job = _held(tx, command, "complete")
-    if isinstance(job, ApiError) and job.code == "lock_lost":
-        return late_result_rules.complete(tx, command, job, digest(command))
     if not isinstance(job, Job):
+        if isinstance(job, ApiError) and job.code == "lock_lost":
+            return late_result_rules.complete(tx, command, job, digest(command))
         return job
     refusal = transitions.refuse_result(tx, command)
     if refusal is not None:
         return refusal
     ended = _ended_by_holder(tx, job, command, "complete")
     result = Result(command.download_url, command.file_path, command.storage_key, command.metadata)
-    fields = {"expires_at": command.expires_at}
-    job = transitions.complete(tx, job, "completed", ended, result, fields, worker=ended.worker)
+    fields = transitions.completion(result, command.expires_at)
+    job = transitions.finish(tx, job, "completed", "completed", ended, fields, worker=ended.worker)
     return transitions.job_answer(tx, job)
 
 

@@ -231,12 +231,12 @@ class Decider:
         refusal = self._refuse(command)
         if refusal is not None and not (type(command) is Complete and late_result_rules.is_late(self.book, command)):
             return refusal  # who has lost the lock hears that on a full disk too: it writes nothing
-        if isinstance(command, (Start, Claim)):
+        if type(command) is Claim or type(command) is Start:
             self.book.presence.asks(command)
         elif type(command) in _NOTED and (refusal := self._note(plan, command)) is not None:
             return refusal
         response = self._decided(plan, asked.call)
-        if isinstance(command, Claim) and self._parks(command, response):
+        if type(command) is Claim and self._parks(command, response):
             asked.deadline = self._loop_time() + command.wait_ms / 1000
             self.parked.add(asked)
             plan.parked.append(asked)

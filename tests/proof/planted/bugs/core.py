@@ -82,9 +82,8 @@ def _(adopt: Any, tx: Transaction, command: Adopt) -> Any:
     job = tx.state.get(command.id)
     late = tx.state.late.results.get(job.seq, []) if job is not None else []
     if job is not None and job.status == "completed" and late:
-        return transitions.job_answer(
-            tx, transitions.complete(tx, job, "adopted", job.ended, late[-1].result, {}, reason=command.reason)
-        )
+        fields = transitions.completion(late[-1].result)
+        return transitions.job_answer(tx, transitions.finish(tx, job, "adopted", "completed", job.ended, fields))
     return adopt(tx, command)
 
 
