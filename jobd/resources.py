@@ -24,9 +24,10 @@ import structlog
 from jobd.api.services import Services
 from jobd.config import Config, ConfigError, LoadedConfig, parse_listen
 from jobd.config_loader import check_artifact_directory
+from jobd.http.admin_listener import AdminListener
 from jobd.http.app import App
 from jobd.http.auth import accepted_hosts
-from jobd.http.server import HttpListener, is_in_use
+from jobd.http.server import HttpListener, WorkerListener, is_in_use
 from jobd.model.storage import DiskFull, OpenedStore
 from jobd.storage.artifacts.base import ArtifactStore, ArtifactStoreError
 from jobd.storage.artifacts.filesystem import FileArtifactStore
@@ -145,7 +146,8 @@ def check_addresses_free(settings: Config, passed: PassedSockets) -> None:
 
 async def open_listener(name: str, app: App[Services], settings: Config, passed: PassedSockets) -> HttpListener:
     """Open the listener `name` for `app` on the sockets that systemd passed, else on its configured address."""
-    listener, address = HttpListener(app), addresses(settings)[name]
+    listener = AdminListener(app) if name == "admin" else WorkerListener(app)
+    address = addresses(settings)[name]
     section = settings.admin if name == "admin" else settings.worker
     tls = None if name == "worker" else _tls_context(section.tls_cert, section.tls_key)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import re
 import sys
@@ -132,12 +133,110 @@ def test_an_optional_dependency_is_imported_by_one_module() -> None:
 
 
 def test_pinned_versions_are_within_the_declared_bounds() -> None:
-    """Upper bounds protect uses of undocumented behavior."""
+    """Upper bounds protect from changed interfaces, and uses of undocumented behavior."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     pins = dict(re.findall(r"^([a-z0-9-]+)==([^ ]+)", (ROOT / ".ci/constraints.txt").read_text("utf-8"), re.M))
     wanted = {each.name: each.specifier for each in map(Requirement, project["dependencies"])}
     assert {name: str(bounds) for name, bounds in wanted.items() if "<" in str(bounds)} == {
-        "aiohttp": "<3.15,>=3.14.4",
+        "aiohttp": "<4,>=3.14.4",
         "aiosqlite": "<0.23,>=0.21",
+        "httptools": "<0.10,>=0.6.4",
     }
     assert all(bounds.contains(pins[name]) for name, bounds in wanted.items())
+
+
+# -- private names -----------------------------------------------------------------------------------------------------
+
+DOCUMENTED: Final = {"os._exit", "sys._current_frames"}
+
+
+def defined(tree: ast.AST) -> set[str]:
+    """Return the names that the code defines: functions, classes, variables, fields, attributes of self, slots."""
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                found.add(node.name)
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Constant(value=str(name)):
+                found.add(name)
+            case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
+                found.add(name)
+    return found
+
+
+def foreign_private_names(tree: ast.AST, known: set[str]) -> set[str]:
+    """Return the uses of private names that are not in `known`."""
+    used = {(ast.unparse(node), node.attr) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    used |= {
+        (each.name, each.name) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for each in node.names
+    }
+    private = {text for text, name in used if re.match("_[^_]", name) and name not in known}
+    return private - DOCUMENTED
+
+
+def library_classes(tree: ast.Module) -> list[ast.ClassDef]:
+    """Return the classes with a base class of a library, such as `web.Server`."""
+    libraries = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for each in node.names:
+                origin = (node.module or "") if isinstance(node, ast.ImportFrom) else each.name
+                if origin.partition(".")[0] not in {"jobd", *sys.stdlib_module_names}:
+                    libraries.add((each.asname or each.name).partition(".")[0])
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    return [node for node in classes if libraries & {re.split(r"[.\[]", ast.unparse(base))[0] for base in node.bases}]
+
+
+def private_names_of_self(tree: ast.ClassDef) -> set[str]:
+    """Return the private attributes of self that a class uses."""
+    used = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self")
+    return {node.attr for node in used if re.match("_[^_]", node.attr)}
+
+
+def defined_by_class(tree: ast.ClassDef) -> set[str]:
+    """Return the methods and fields of a class, but not what its other methods assign: that may be the library's."""
+    functions = {each for each in tree.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)}
+    rest = [each for each in tree.body if each not in functions or getattr(each, "name", "") == "__init__"]
+    return defined(ast.Module(rest, [])) | {each.name for each in functions}
+
+
+@functools.cache
+def defined_by_file(file: Path) -> set[str]:
+    return defined(ast.parse(file.read_text(encoding="utf-8"))) if file.exists() else set()
+
+
+def test_no_private_attribute_of_a_library_is_used() -> None:
+    """A private name is defined by the module itself or by a module of jobd that it imports.
+
+    In a class with a base class of a library, it is defined by that class, because the library may use the same name.
+    """
+    for source in SOURCES:
+        tree, known = ast.parse(source.read_text(encoding="utf-8")), defined_by_file(source)
+        for name in names(source):
+            if name.startswith("jobd."):
+                path = ROOT / name.replace(".", "/")
+                known = (
+                    known | defined_by_file(path.with_suffix(".py")) | defined_by_file(path.parent.with_suffix(".py"))
+                )
+        assert not foreign_private_names(tree, known), source
+        for node in library_classes(tree):
+            assert private_names_of_self(node) <= defined_by_class(node), source
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import aiohttp\ndef f(session): return session._connector",
+        "from aiohttp.web import _run_app",
+        "import asyncio\nasyncio.get_event_loop()._ready",
+    ],
+)
+def test_a_private_name_of_a_library_is_found(code: str) -> None:
+    tree = ast.parse(code)
+    assert foreign_private_names(tree, defined(tree))
+
+
+def test_a_private_attribute_of_a_base_class_is_found() -> None:
+    code = "from aiohttp import web\nclass A(web.Server):\n    def f(self): self._loop = None\n_loop = 1"
+    [found] = library_classes(ast.parse(code))
+    assert not private_names_of_self(found) <= defined_by_class(found)

@@ -12,20 +12,19 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import structlog
-from aiohttp import web
-from aiohttp.http import StreamWriter
 from msgspec import Meta, Struct
 from msgspec.structs import asdict
 
 from jobd.api.services import Services
 from jobd.engine.mailbox import Envelope, weight
-from jobd.http.app import App, send_continue
+from jobd.http.app import App
 from jobd.http.auth import LINES
 from jobd.http.decoding import Limits, RequestDecoder, make_body_type, malformed_json_error, validation_error
 from jobd.http.request import RequestContext
 from jobd.http.response import SAFE_HEADERS, WRITE_TIMEOUT_S, error_line, response_line
 from jobd.http.routing import Route
-from jobd.http.streaming import LineStream
+from jobd.http.streaming import LineStream, finish
+from jobd.http.worker_request import WorkerRequest
 from jobd.model.commands import STREAMED_COMMANDS, Claim, Command, Create, IdempotencyKey, JobCommand, Start
 from jobd.model.errors import ApiError, ApiException, invalid_request_error, too_large_error
 from jobd.model.responses import Response
@@ -34,7 +33,6 @@ AHEAD_WEIGHT: Final = 256  # of the pending commands of one stream; a bulk or cl
 AHEAD_BYTES: Final = 1 << 20  # of pending lines
 PIECE_BYTES: Final = 64 << 10  # of response lines per write
 TURN_LINES: Final = 64  # lines read before other tasks run
-NEXT_CHUNK: Final = b"0"  # a probe that changes nothing: a leading zero of the size of the next chunk
 
 log = structlog.get_logger("jobd.web")
 
@@ -151,10 +149,11 @@ class LineReader:
         return self._authenticator.idempotency_key(key, route.method, route.path.replace("{id}", job_id or ""), line)
 
 
-async def serve_command_stream(app: App[Services], ctx: RequestContext, _: Any) -> web.StreamResponse:
+async def serve_command_stream(app: App[Services], ctx: RequestContext, _: Any) -> None:
     """Serve the stream until the body ends, the daemon stops, or the framing is malformed."""
-    send_continue(ctx)
-    return await _StreamSession(app, ctx).run()
+    assert isinstance(ctx, WorkerRequest)
+    ctx.send_continue()
+    await _StreamSession(app, ctx).run()
 
 
 class _PendingResponse:
@@ -191,27 +190,20 @@ class _PendingResponse:
 class _StreamSession:
     """One stream. `_slots` are the unwritten responses, in order."""
 
-    def __init__(self, app: App[Services], ctx: RequestContext) -> None:
-        assert ctx.request is not None
+    def __init__(self, app: App[Services], ctx: WorkerRequest) -> None:
         self.has_responses = asyncio.Event()
         self._app = app
         self._ctx = ctx
         self._reader = LineReader(app)
-        self._lines = LineStream(ctx.request, app.limits, idle_allowed=True)
+        self._lines = LineStream(ctx, app.limits, idle_allowed=True)
         self._slots: deque[_PendingResponse] = deque()
         self._weight = 0
         self._bytes = 0
         self._has_capacity = asyncio.Event()
         self._is_read = False
-        self._response = web.StreamResponse(headers={"Content-Type": LINES, "Server": "jobd", **SAFE_HEADERS})
 
-    async def run(self) -> web.StreamResponse:
-        assert self._ctx.request is not None
-        writer = await self._response.prepare(self._ctx.request)
-        assert isinstance(writer, StreamWriter)
-        writer.send_headers()  # a client may wait for them before its first line
-        if writer.chunked:
-            self._ctx.request.probe = NEXT_CHUNK
+    async def run(self) -> None:
+        await self._ctx.start({"Content-Type": LINES, **SAFE_HEADERS})
         reading = asyncio.ensure_future(self._read())
         reading.add_done_callback(self._on_read_end)
 
@@ -222,12 +214,10 @@ class _StreamSession:
         if self._app.closing:
             end()
         try:
-            await self._write(writer)
+            await self._write()
             if not reading.cancelled():
                 reading.result()
-            self._ctx.request.probe = b""
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await self._response.write_eof()
+            await finish(self._ctx)
         except ConnectionError:
             raise
         except TimeoutError:
@@ -240,7 +230,6 @@ class _StreamSession:
             self._app.on_close.discard(end)
             reading.cancel()
             self._release_unwritten()
-        return self._response
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -257,14 +246,14 @@ class _StreamSession:
                     await asyncio.sleep(0)
         except ApiException as rejected:  # the start of the next line is unknown
             self._reject(_PendingResponse(self, 0), rejected.error)
-            self._response.force_close()
+            self._ctx.keep_alive = False
 
     def _on_read_end(self, reading: asyncio.Future[None]) -> None:
         """Note that no more lines will arrive. A stop of the daemon cancels the task, perhaps before it has started."""
         self._is_read = True
         self.has_responses.set()
         if reading.cancelled():
-            self._response.force_close()
+            self._ctx.keep_alive = False
 
     def _handle_line(self, line: bytes | None) -> None:
         """Send the command of a line to the actor, or queue its error."""
@@ -302,34 +291,27 @@ class _StreamSession:
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
-    async def _write(self, writer: StreamWriter) -> None:
+    async def _write(self) -> None:
         """Write responses in the order of their lines, all that are ready at once."""
         while not (self._is_read and not self._slots):
             await self.has_responses.wait()
             self.has_responses.clear()
             while self._slots and self._slots[0].response is not None:
-                await self._write_piece(writer)
+                await self._write_piece()
 
-    async def _write_piece(self, writer: StreamWriter) -> None:
+    async def _write_piece(self) -> None:
         """Write the next responses in one piece. Release the grants in lines of which no byte was written."""
         piece, grants = self._next_piece()
         self._has_capacity.set()
-        connection, written = self._ctx.connection, 0
+        written = 0
         try:
-            if self._ctx.is_disconnected:
-                raise ConnectionResetError("the client has disconnected")
-            await writer.write(piece, drain=False)
-            transport = connection.transport
-            if transport is None or transport.is_closing():  # the write shows that the client has disconnected
-                raise ConnectionResetError("the client has disconnected")
-            if not connection.writing_paused:
-                written = len(piece)
-                return
+            self._ctx.send(piece)
             # The rest is buffered behind bytes that the client has not read, and may never be sent.
-            written = len(piece) + len(b"\r\n") - transport.get_write_buffer_size()
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await writer.drain()
-            written = len(piece)
+            written = len(piece) + len(b"\r\n") - self._ctx.unsent_bytes
+            if self._ctx.unsent_bytes:
+                async with asyncio.timeout(WRITE_TIMEOUT_S):
+                    await self._ctx.drain()
+                written = len(piece)
         finally:
             for begins_at, response in grants:
                 if begins_at >= written:
@@ -363,8 +345,7 @@ class _StreamSession:
     # -- end -----------------------------------------------------------------------------------------------------------
 
     def _cut(self) -> ConnectionResetError:
-        if self._ctx.connection.transport is not None:
-            self._ctx.connection.transport.abort()
+        self._ctx.abort()
         return ConnectionResetError("command stream cut off")
 
     def _release_unwritten(self) -> None:

@@ -13,14 +13,13 @@ from typing import Annotated, Any, Final, TypeVar
 from urllib.parse import quote
 
 import structlog
-from aiohttp import hdrs, web
 from msgspec import Meta
 
 from jobd.api.auditing import audit_action, audit_read
 from jobd.api.services import Services
 from jobd.http.app import App
 from jobd.http.request import RequestContext
-from jobd.http.response import SAFE_HEADERS, WRITE_TIMEOUT_S
+from jobd.http.response import SAFE_HEADERS
 from jobd.http.streaming import finish, write
 from jobd.maintenance.backups import Backup
 from jobd.model.commands import Command, Get, JobCommand, LateResults
@@ -47,9 +46,7 @@ class ArtifactRequest(JobCommand, frozen=True, kw_only=True):
     ) = None
 
 
-async def send_artifact(
-    app: App[Services], ctx: RequestContext, query: Any, name: str = ""
-) -> web.StreamResponse | ApiError:
+async def send_artifact(app: App[Services], ctx: RequestContext, query: Any, name: str = "") -> ApiError | None:
     """Send the requested artifact as a file. If reading it fails, abort the connection.
 
     `name` is the name of the operator, if the session has one.
@@ -57,18 +54,13 @@ async def send_artifact(
     key = await _key(app, ctx, query)
     if isinstance(key, ApiError):
         return key
-    transport, request = ctx.connection.transport, ctx.request
-    if transport is None or request is None:
-        raise ConnectionResetError("the client has disconnected")
-    download = await app.services.downloads.start(key, transport.abort)
+    download = await app.services.downloads.start(key, ctx.abort)
     try:
-        if ctx.method != hdrs.METH_HEAD:
+        if ctx.method != "HEAD":
             await audit_read(app, ctx, "artifact", name=name, job_id=query.id)
-        response = web.StreamResponse(headers=_headers(key))
-        response.content_length = download.size
-        await response.prepare(request)
-        await _send_pieces(response, download, ctx)
-        return response
+        await ctx.start(_headers(key), download.size)
+        await _send_pieces(download, ctx)
+        return None
     finally:
         download.close()
 
@@ -94,18 +86,16 @@ async def _key(app: App[Services], ctx: RequestContext, request: ArtifactRequest
     return view.storage_key or ApiError("not_found", f"{subject} has no stored result: its storage_key is not set.")
 
 
-async def _send_pieces(response: web.StreamResponse, download: Download, ctx: RequestContext) -> None:
+async def _send_pieces(download: Download, ctx: RequestContext) -> None:
     try:
-        while ctx.method != hdrs.METH_HEAD and (piece := await download.more()):
-            await write(response, piece)
-        async with asyncio.timeout(WRITE_TIMEOUT_S):
-            await response.write_eof()
+        while ctx.method != "HEAD" and (piece := await download.more()):
+            await write(ctx, piece)
+        await finish(ctx)
     except Exception as error:
         if not (isinstance(error, ConnectionError) and ctx.is_disconnected):  # the client has disconnected
             reason = str(error) if isinstance(error, ArtifactStoreError) else type(error).__name__
             log.warning("download_cut_off", job_id=ctx.job_id, error=reason)
-        if ctx.connection.transport is not None:
-            ctx.connection.transport.abort()
+        ctx.abort()
         raise ConnectionResetError("download cut off") from None
 
 
@@ -115,7 +105,6 @@ def _headers(key: str) -> dict[str, str]:
         "Content-Disposition": disposition(key),
         "Content-Security-Policy": "default-src 'none'; sandbox",
         "Cross-Origin-Resource-Policy": "same-origin",
-        "Server": "jobd",
         **SAFE_HEADERS,
     }
 
@@ -143,7 +132,7 @@ class BackupRequest(Command, frozen=True, kw_only=True):
     id: Annotated[BackupId | None, Meta(description="Id under which `backups` shows the progress.")] = None
 
 
-async def send_backup(app: App[Services], ctx: RequestContext, request: BackupRequest) -> web.StreamResponse | ApiError:
+async def send_backup(app: App[Services], ctx: RequestContext, request: BackupRequest) -> ApiError | None:
     """Make a backup, then send it. If sending fails, abort the connection."""
     await audit_action(app, ctx.operator, "backup")
     log.info("backup_started", by="admin")
@@ -158,13 +147,10 @@ async def send_backup(app: App[Services], ctx: RequestContext, request: BackupRe
         return copy
     failure: str | None = "the client did not read all of it"
     try:
-        response = web.StreamResponse(headers={"Content-Type": BACKUP_TYPE, "Server": "jobd", **SAFE_HEADERS})
-        response.content_length = copy.size
-        assert ctx.request is not None
-        await response.prepare(ctx.request)
-        await _send_backup(response, copy, ctx)
+        await ctx.start({"Content-Type": BACKUP_TYPE, **SAFE_HEADERS}, copy.size)
+        await _send_backup(copy, ctx)
         failure = None
-        return response
+        return None
     finally:
         copy.close(failure)
 
@@ -185,25 +171,15 @@ async def _while_connected(app: App[Services], ctx: RequestContext, work: Corout
     return task.result()
 
 
-async def _send_backup(response: web.StreamResponse, copy: Backup, ctx: RequestContext) -> None:
-    transport = ctx.connection.transport
+async def _send_backup(copy: Backup, ctx: RequestContext) -> None:
     remaining = copy.size
     try:
         while remaining > 0 and (piece := await copy.read()):
             remaining -= len(piece)
-            await write(response, piece)
+            await write(ctx, piece)
         with contextlib.suppress(ConnectionError):  # a client that has received everything may disconnect
-            await _drain(ctx)
-            await finish(response)
+            await finish(ctx)
     except Exception as error:
         log.error("backup cut off", error=type(error).__name__)
-        if transport is not None:
-            transport.abort()
+        ctx.abort()
         raise ConnectionResetError("backup cut off") from None
-
-
-async def _drain(ctx: RequestContext) -> None:
-    """Wait until everything is sent, which `write_eof` does not if there is a Content-Length."""
-    assert ctx.request is not None
-    async with asyncio.timeout(WRITE_TIMEOUT_S):
-        await ctx.request.writer.drain()

@@ -5,25 +5,25 @@ from __future__ import annotations
 from typing import Annotated, Final, get_args
 
 import structlog
-from aiohttp import web
 from msgspec import Meta
-from multidict import istr
 
 from jobd.api.services import Services
 from jobd.engine.event_feed import Subscriber
 from jobd.http.app import App
 from jobd.http.request import RequestContext
 from jobd.http.response import SAFE_HEADERS, WRITE_TIMEOUT_S
-from jobd.http.streaming import finish, probe_for_hangup, write
+from jobd.http.streaming import finish, write
 from jobd.model.commands import MAX_NAMES, Command
 from jobd.model.errors import ApiException, invalid_request_error
 from jobd.model.events import EventFilter, EventType
 from jobd.model.job import is_job_id
 
 EVENT_STREAM: Final = "text/event-stream"
-LAST_EVENT_ID: Final = istr("Last-Event-ID")
+LAST_EVENT_ID: Final = "last-event-id"
 MAX_BACK: Final = 10_000
 MAX_SEQ: Final = (1 << 63) - 1
+# X-Accel-Buffering: otherwise nginx would delay events until its buffer is full.
+STREAM_HEADERS: Final = {"Content-Type": EVENT_STREAM, "X-Accel-Buffering": "no", **SAFE_HEADERS}
 _TYPES: Final = frozenset(get_args(EventType))
 
 log = structlog.get_logger("jobd.web")
@@ -64,38 +64,29 @@ class EventsRequest(Command, frozen=True, kw_only=True):
     follow: Annotated[bool, Meta(description="Whether to wait for more events at the end of the journal.")] = True
 
 
-async def send_events(app: App[Services], ctx: RequestContext, query: EventsRequest) -> web.StreamResponse:
+async def send_events(app: App[Services], ctx: RequestContext, query: EventsRequest) -> None:
     """Send the stream until the client disconnects or the daemon stops. Disconnects a client that reads too slowly."""
     event_filter, after = _event_filter(query), _after(query, ctx)
-    transport, request = ctx.connection.transport, ctx.request
-    if transport is None or request is None:
-        raise ConnectionResetError("the client has disconnected")
-    subscriber = app.services.feed.listen(event_filter, follow=query.follow, cut=transport.abort)
+    subscriber = app.services.feed.listen(event_filter, follow=query.follow, cut=ctx.abort)
     try:
         first = await subscriber.begin(after, query.last or 0)
-        # X-Accel-Buffering: otherwise nginx would delay events until its buffer is full.
-        headers = {"Content-Type": EVENT_STREAM, "X-Accel-Buffering": "no", "Server": "jobd", **SAFE_HEADERS}
-        response = web.StreamResponse(headers=headers)
-        await response.prepare(request)
-        probe_for_hangup(request, response)
-        await _send_pieces(response, first, subscriber, ctx)
-        return response
+        await ctx.start(STREAM_HEADERS)
+        await _send_pieces(ctx, first, subscriber)
     finally:
         subscriber.leave()
 
 
-async def _send_pieces(response: web.StreamResponse, first: bytes, subscriber: Subscriber, ctx: RequestContext) -> None:
+async def _send_pieces(ctx: RequestContext, first: bytes, subscriber: Subscriber) -> None:
     piece = first
     try:
         while piece:
-            await write(response, piece)
+            await write(ctx, piece)
             piece = await subscriber.more()
-        await finish(response)
+        await finish(ctx)
     except Exception as error:
         # Too late for an error response. The client receives the error when it reconnects.
         _log_end(error, ctx)
-        if ctx.connection.transport is not None:
-            ctx.connection.transport.abort()
+        ctx.abort()
         raise ConnectionResetError("event stream cut off") from None
 
 
@@ -113,7 +104,7 @@ def _log_end(error: Exception, ctx: RequestContext) -> None:
 
 def _after(query: EventsRequest, ctx: RequestContext) -> int | None:
     """Return the event after which to continue. When a browser reconnects, it sends the header and the same query."""
-    header = ctx.head.headers.get(LAST_EVENT_ID, "").strip()
+    header = ctx.headers.get(LAST_EVENT_ID, "").strip()
     if header:
         # Check the length first, because int() raises another error for thousands of digits.
         if not (header.isascii() and header.isdigit()) or len(header) > len(str(MAX_SEQ)) or int(header) > MAX_SEQ:

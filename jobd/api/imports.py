@@ -12,7 +12,7 @@ from msgspec import Struct, structs
 
 from jobd.api.auditing import audit_action
 from jobd.api.services import Services
-from jobd.http.app import App, send_continue
+from jobd.http.app import App
 from jobd.http.decoding import RequestDecoder
 from jobd.http.request import RequestContext, as_one_entry
 from jobd.http.streaming import LineStream
@@ -53,7 +53,7 @@ class PendingLine(Struct):
 
 async def import_jobs(app: App[Services], ctx: RequestContext, _: Any) -> Response | ApiError:
     """Import the lines of the body independently and in order: create, skip or reject each job."""
-    send_continue(ctx)
+    ctx.send_continue()
     return await Importer(app, ctx).run()
 
 
@@ -62,8 +62,7 @@ class Importer:
 
     def __init__(self, app: App[Services], ctx: RequestContext) -> None:
         self._app = app
-        assert ctx.request is not None
-        self._request = ctx.request
+        self._ctx = ctx
         self._by = ctx.by
         self._operator = as_one_entry(ctx.operator)
         self._decoder = RequestDecoder(Import, None, app.limits)
@@ -92,7 +91,7 @@ class Importer:
 
     async def _read(self) -> None:
         try:
-            async for line in LineStream(self._request, self._app.limits):
+            async for line in LineStream(self._ctx, self._app.limits):
                 self._lines += 1
                 self._send(self._lines, line)
                 await self._settle(AHEAD_LINES, AHEAD_BYTES)
@@ -160,7 +159,7 @@ def _id_of(line: bytes) -> str | None:
 
 async def preview_import(app: App[Services], ctx: RequestContext, _: Any) -> Response | ApiError:
     """Preview an import. Nothing is written."""
-    send_continue(ctx)
+    ctx.send_continue()
     return await _ImportPreviewer(app, ctx).run()
 
 

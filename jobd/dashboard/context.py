@@ -18,8 +18,8 @@ from jobd.model.errors import ApiError, api_error
 from jobd.model.fields import Text
 from jobd.model.responses import Response
 
-AUTHORIZATION: Final = "Authorization"
-CSRF_HEADER: Final = "X-CSRF-Token"
+AUTHORIZATION: Final = "authorization"
+CSRF_HEADER: Final = "x-csrf-token"
 
 
 class Form(Command, frozen=True, kw_only=True):
@@ -92,7 +92,7 @@ class Viewer(Struct):
 
         Programs need none: browsers attach cookies on their own, but never an Authorization header.
         """
-        submitted = self.context.head.headers.get(CSRF_HEADER) or csrf
+        submitted = self.context.headers.get(CSRF_HEADER) or csrf
         if self.session is not None and not self.session.has_csrf(submitted):
             raise api_error(
                 "forbidden", "This form does not belong to your session. Open its page again, then submit it."
@@ -102,8 +102,8 @@ class Viewer(Struct):
 def find_viewer(app: App[Services], context: RequestContext, sessions: Sessions) -> Viewer | None:
     """Return the viewer, or None without a session or token. Raise 401 if the request carries an invalid token."""
     viewer = None
-    if AUTHORIZATION in context.head.headers:
-        viewer = Viewer(app, context, app.authenticator.authenticate(context.head.headers))
+    if AUTHORIZATION in context.headers:
+        viewer = Viewer(app, context, app.authenticator.authenticate(context.headers))
     elif (session := sessions.find(session_cookie(context))) is not None:
         viewer = Viewer(app, context, session.access, session)
     if viewer is not None:
@@ -124,7 +124,7 @@ def redirect_with_flash(viewer: Viewer, url: str, message: str = "") -> Response
 
 def is_live_update(context: RequestContext) -> bool:
     """Return whether htmx requests the live region of a page."""
-    return context.head.headers.get("HX-Request") == "true"
+    return context.headers.get("hx-request") == "true"
 
 
 def request_target(context: RequestContext) -> str:
@@ -135,7 +135,7 @@ def request_target(context: RequestContext) -> str:
 def session_cookie(context: RequestContext) -> str:
     """Return the session's secret id from the cookie, or ""."""
     wanted = session_cookie_name(context)
-    for part in ";".join(context.head.headers.getall("Cookie", ())).split(";"):
+    for part in context.headers.get("cookie", "").split(";"):
         name, _, value = part.strip().partition("=")
         if name == wanted:
             return value
@@ -144,7 +144,7 @@ def session_cookie(context: RequestContext) -> str:
 
 def session_cookie_name(context: RequestContext) -> str:
     """Name the cookie after the port: browsers share cookies between all ports of a host."""
-    address = context.connection.sockname
+    address = context.local_address
     return f"jobd_{address[1]}" if isinstance(address, tuple) else "jobd"
 
 
@@ -160,6 +160,4 @@ def is_secure(context: RequestContext) -> bool:
     TLS at a proxy shows only in the Origin of a form, which the authenticator has checked. X-Forwarded-Proto is not
     trusted: any client can send it.
     """
-    transport = context.connection.transport
-    by_tls = transport is not None and transport.get_extra_info("sslcontext") is not None
-    return by_tls or context.head.headers.get("Origin", "").startswith("https://")
+    return context.is_tls or context.headers.get("origin", "").startswith("https://")

@@ -12,7 +12,6 @@ from urllib.parse import urlencode
 
 import msgspec
 import structlog
-from aiohttp import hdrs, web
 
 from jobd.api.events import EVENT_STREAM
 from jobd.api.services import Services
@@ -23,7 +22,7 @@ from jobd.engine.event_feed import HEARTBEAT_S, RETRY_MS
 from jobd.http.app import App
 from jobd.http.request import RequestContext
 from jobd.http.response import SAFE_HEADERS, RawBody
-from jobd.http.streaming import probe_for_hangup, write
+from jobd.http.streaming import finish, write
 from jobd.model.commands import Command
 from jobd.model.errors import ApiException, api_error
 from jobd.model.fields import JobId, QueueName
@@ -55,57 +54,50 @@ async def live_stream(
     context: RequestContext,
     subscription: Subscription,
     current_viewer: Callable[[], Viewer | None],
-) -> web.StreamResponse | Response:
+) -> Response | None:
     """Stream events until the page closes or `current_viewer` is no longer signed in."""
     if not _is_signed_in(current_viewer):
         raise api_error("unauthorized", "Sign in first.")
-    if context.method == hdrs.METH_HEAD:
+    if context.method == "HEAD":
         return Response(RawBody(EVENT_STREAM, b"", HEADERS))
-    transport, request = context.connection.transport, context.request
-    if transport is None or request is None:
-        raise ConnectionResetError("the client has disconnected")
-    watcher = app.services.feed.watch(queue=subscription.queue, job_id=subscription.job_id, cut=transport.abort)
+    watcher = app.services.feed.watch(queue=subscription.queue, job_id=subscription.job_id, cut=context.abort)
     try:
-        response = web.StreamResponse(
-            headers={"Content-Type": EVENT_STREAM, "Server": "jobd", **SAFE_HEADERS, **HEADERS}
-        )
-        await response.prepare(request)
-        probe_for_hangup(request, response)
+        await context.start({"Content-Type": EVENT_STREAM, **SAFE_HEADERS, **HEADERS})
         interval_s = MIN_LIST_INTERVAL_S if subscription.job_id is None else MIN_INTERVAL_S
         try:
-            await _send_events(response, watcher, current_viewer, interval_s)
-            await response.write_eof()
+            await _send_events(context, watcher, current_viewer, interval_s)
+            await finish(context)
         except Exception as error:
             if not (isinstance(error, ConnectionError) and context.is_disconnected):  # else the page was closed
                 log.info("live_cut_off", error=type(error).__name__)
-            transport.abort()
+            context.abort()
             raise ConnectionResetError("live stream cut off") from None
-        return response
+        return None
     finally:
         watcher.leave()
 
 
 async def _send_events(
-    response: web.StreamResponse,
+    context: RequestContext,
     watcher: Watcher,
     current_viewer: Callable[[], Viewer | None],
     interval_s: float,
 ) -> None:
     clock = asyncio.get_running_loop().time
-    await write(response, b"retry: %d\nevent: live\ndata:\n\n" % RETRY_MS)
+    await write(context, b"retry: %d\nevent: live\ndata:\n\n" % RETRY_MS)
     last_sent_s = clock()
     while not watcher.over.is_set():
         has_changed = await _wait(watcher.news, SESSION_CHECK_S)
         if not _is_signed_in(current_viewer):
-            await write(response, b"event: end\ndata:\n\n")
+            await write(context, b"event: end\ndata:\n\n")
             return
         if has_changed and not watcher.over.is_set():
             watcher.news.clear()
-            await write(response, b"event: change\ndata:\n\n")
+            await write(context, b"event: change\ndata:\n\n")
             last_sent_s = clock()
             await _wait(watcher.over, interval_s)
         elif clock() - last_sent_s >= HEARTBEAT_S:
-            await write(response, b": keep-alive\n\n")
+            await write(context, b": keep-alive\n\n")
             last_sent_s = clock()
 
 

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Annotated, Any, Final
 
-from aiohttp.web import StreamResponse
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
@@ -262,7 +261,7 @@ class Dashboard:
 
     def is_signed_in(self, context: RequestContext) -> bool:
         """Return whether the request has a valid session. A token in the request takes precedence over it."""
-        return AUTHORIZATION not in context.head.headers and self.sessions.find(session_cookie(context)) is not None
+        return AUTHORIZATION not in context.headers and self.sessions.find(session_cookie(context)) is not None
 
     def error_page(self, context: RequestContext, error: ApiError) -> RawBody:
         """Render an API error as a page."""
@@ -279,12 +278,10 @@ class Dashboard:
 
     async def _docs(self, document: str, app: App[Services], context: RequestContext, query: NoFields) -> Response:
         """Show the API reference. GET `document` is public, so this page needs no session either."""
-        viewer = None if AUTHORIZATION in context.head.headers else find_viewer(app, context, self.sessions)
+        viewer = None if AUTHORIZATION in context.headers else find_viewer(app, context, self.sessions)
         return Response(await self._render("docs.html", viewer, title="API", name="docs", document=document))
 
-    async def _live(
-        self, app: App[Services], context: RequestContext, query: Subscription
-    ) -> Response | StreamResponse:
+    async def _live(self, app: App[Services], context: RequestContext, query: Subscription) -> Response | None:
         return await live_stream(app, context, query, lambda: find_viewer(app, context, self.sessions))
 
     async def _chart(self, app: App[Services], context: RequestContext, query: NoFields) -> Response:
@@ -295,7 +292,7 @@ class Dashboard:
 
     async def _artifact(
         self, app: App[Services], context: RequestContext, query: ArtifactRequest
-    ) -> Response | ApiError | StreamResponse:
+    ) -> Response | ApiError | None:
         """Send the stored result of a job, as the API does."""
         viewer = find_viewer(app, context, self.sessions)
         if viewer is None:

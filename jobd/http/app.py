@@ -1,8 +1,7 @@
 """Turn HTTP requests into commands for the actor, and its responses into HTTP responses.
 
-On the fast path, `App.send` decodes the command and sends it to the actor, and `App.respond` encodes the response. On
-the slow path, `App.handle` does all of that in a task of its own, for a request whose body has not arrived or whose
-response is streamed.
+Every request is first authorized, before its body has arrived. A request that is one command is then sent to the actor
+with `App.send`, and `App.respond` encodes the response. `App.handle` runs the handler of any other request.
 """
 
 from __future__ import annotations
@@ -17,16 +16,12 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 from urllib.parse import unquote
 
 import structlog
-from aiohttp import hdrs, web
-from aiohttp.streams import StreamReader
-from msgspec import Struct
-from multidict import istr
 
 from jobd.engine.mailbox import Envelope, Waiter
 from jobd.http.auth import FORM, JSON, LINES, Authenticator, check_content_type
 from jobd.http.decoding import Limits, path_value
-from jobd.http.request import HttpRequest, RequestContext, RequestHead, operator_of
-from jobd.http.response import HTTP_VERSION, HttpResponse, PreparedResponse, RawBody, error_response, ok_response
+from jobd.http.request import BodyError, RequestContext, operator_of
+from jobd.http.response import HttpResponse, RawBody, error_response, ok_response
 from jobd.http.routing import ResolvedRoute, Route, RouteMatch, Router
 from jobd.model.commands import Command, IdempotencyKey, Operator
 from jobd.model.errors import ApiError, ApiException, api_error, too_large_error
@@ -36,8 +31,11 @@ INTERNAL_ERROR: Final = ApiError(
     "internal_error", "This is a bug in jobd. The log shows where it happened. Please report it."
 )
 
-IDEMPOTENCY_KEY: Final = istr("Idempotency-Key")
+IDEMPOTENCY_KEY: Final = "idempotency-key"
+SUPPORTED_VERSIONS: Final = frozenset({"1.0", "1.1"})
 ACCEPTED_EXPECT: Final = frozenset({"", "100-continue"})  # values of the Expect header
+MALFORMED_BODY: Final = ApiError("invalid_request", "The body is malformed: its chunks or its length are wrong.")
+TRUNCATED_BODY: Final = ApiError("invalid_request", "The body ended too early. Send the whole request again.")
 MAX_LINES_PER_SECOND: Final = 20
 BODY_TYPES: Final = {"json": JSON, "lines": LINES, "form": FORM}
 
@@ -125,13 +123,6 @@ async def run_command(app: App[Any], ctx: RequestContext, command: Any) -> Respo
     return await app.actor.ask(command, by=ctx.by, admin=ctx.admin, key=ctx.key, size=ctx.size, operator=ctx.operator)
 
 
-class AuthorizedRequest(Struct, frozen=True):
-    """An authorized request: its route, and the value in its path."""
-
-    resolved: ResolvedRoute
-    path_value: str | None
-
-
 class App(Generic[S]):
     """The application behind one listener.
 
@@ -160,30 +151,43 @@ class App(Generic[S]):
         self.on_close: set[Callable[[], None]] = set()
         self.error_counts: Counter[str] = Counter()
         self._pending = 0
-        self._idle = asyncio.Event()
+        self._idle: asyncio.Event | None = None  # while something waits for the end of pending requests
         self._pages = pages
         table = tuple(routes)
         self.routes = {route.request: route for route in table}
         self._router = Router(table, self.limits)
         self._log_limiter = LogRateLimiter()
 
-    # -- fast path: a complete request, handled without a separate task -----------------------------------------------
+    # -- requests ------------------------------------------------------------------------------------------------------
 
-    def match(self, ctx: RequestContext) -> RouteMatch:
-        """Find the route of a request."""
-        return self._router.match(ctx.method, ctx.path)
+    def request_started(self) -> None:
+        """Count a request as pending. `wait_idle` waits for it."""
+        self._pending += 1
 
-    def send(self, ctx: RequestContext, match: RouteMatch, body: bytes, responder: Waiter) -> Envelope | HttpResponse:
+    def request_finished(self) -> None:
+        """Count a request as no longer pending."""
+        self._pending -= 1
+        if self._idle is not None and not self._pending:
+            self._idle.set()
+
+    def authorize(self, ctx: RequestContext) -> HttpResponse | None:
+        """Find the route of a request, and check all but its body. Returns an HTTP response if it is rejected."""
+        try:
+            self._authorize(ctx)
+            return None
+        except ApiException as rejected:
+            return self.error_response(ctx, rejected.error)
+        except Exception as bug:
+            return self.error_response(ctx, self.log_internal_error(ctx, bug))
+
+    def send(self, ctx: RequestContext, body: bytes, responder: Waiter) -> Envelope | HttpResponse:
         """Send the request's command to the actor. `responder` receives the actor's response.
 
-        Returns an HTTP response if the request is rejected. The request counts as pending until `request_finished`.
+        Returns an HTTP response if the request is rejected.
         """
-        self._pending += 1
-        ctx.by = "admin" if self.admin else "client"
         try:
-            command = self._decode(ctx, self._authorize(ctx, match), body)
             sent = self.actor.send(
-                command,
+                self._decode(ctx, body),
                 responder,
                 by=ctx.by,
                 admin=ctx.admin,
@@ -198,7 +202,7 @@ class App(Generic[S]):
         return self.error_response(ctx, sent) if isinstance(sent, ApiError) else sent
 
     def respond(self, ctx: RequestContext, response: Response | ApiError) -> HttpResponse:
-        """Encode the actor's response."""
+        """Make the HTTP response from the actor's response."""
         if isinstance(response, Response):
             try:
                 return self._ok_response(ctx, response)
@@ -209,29 +213,26 @@ class App(Generic[S]):
         return self.error_response(ctx, response)
 
     def prepare(self, ctx: RequestContext, response: Response) -> HttpResponse | None:
-        """Encode `response` before its commit. Return None if that is not possible yet."""
+        """Make the HTTP response before the commit of `response`. Return None if that is not possible yet."""
         try:
             return None if self.closing else self._ok_response(ctx, response)
         except Exception:
             return None  # `respond` fails in the same way and logs the bug
 
-    def request_finished(self) -> None:
-        """Count a request as no longer pending."""
-        self._pending -= 1
-        if self.closing and not self._pending:
-            self._idle.set()
+    async def handle(self, ctx: RequestContext) -> HttpResponse | None:
+        """Run the handler of a request. Returns None if it has streamed the response.
 
-    # -- slow path: called by aiohttp ----------------------------------------------------------------------------------
-
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Handle a request. A bug causes a 500 and one log line."""
-        assert isinstance(request, HttpRequest)
-        self._pending += 1
+        A bug causes a 500 and one log line. Raises ConnectionError if the client has disconnected.
+        """
         try:
-            response = await self._handle(request.ctx)
-        finally:
-            self.request_finished()
-        return PreparedResponse(response, request) if isinstance(response, HttpResponse) else response
+            response = await self._execute(ctx)
+        except ApiException as rejected:
+            response = rejected.error
+        except Exception as bug:
+            if isinstance(bug, ConnectionError) and ctx.is_disconnected:
+                raise
+            response = self.log_internal_error(ctx, bug)
+        return None if response is None else self.respond(ctx, response)
 
     def close(self) -> None:
         """End the open streams because the daemon is stopping."""
@@ -241,75 +242,60 @@ class App(Generic[S]):
 
     async def wait_idle(self) -> None:
         """Wait until no request is pending. Call it after `close`."""
-        if self._pending:
+        while self._pending:
+            self._idle = self._idle or asyncio.Event()
+            self._idle.clear()
             await self._idle.wait()
 
-    async def _handle(self, ctx: RequestContext) -> HttpResponse | web.StreamResponse:
-        ctx.by = "admin" if self.admin else "client"
-        try:
-            response = await self._execute(ctx)
-        except ApiException as rejected:
-            response = rejected.error
-        except Exception as bug:
-            if isinstance(bug, ConnectionError) and ctx.is_disconnected:
-                raise
-            response = self.log_internal_error(ctx, bug)
-        return self.respond(ctx, response) if isinstance(response, Response | ApiError) else response
-
-    async def _execute(self, ctx: RequestContext) -> Response | ApiError | web.StreamResponse:
-        authorized = self._authorize(ctx, self.match(ctx))
-        handler = authorized.resolved.route.handler or run_command
-        if authorized.resolved.route.body == "lines":
+    async def _execute(self, ctx: RequestContext) -> Response | ApiError | None:
+        assert ctx.route is not None
+        handler = ctx.route.handler or run_command
+        if ctx.route.body == "lines":
             return await handler(self, ctx, None)
-        if handler is run_command and ctx.request is not None:
-            ctx.request.probe = HTTP_VERSION
-        body = await self._read_body(ctx) if ctx.head.has_body else b""
-        return await handler(self, ctx, self._decode(ctx, authorized, body))
-
-    # -- both paths ----------------------------------------------------------------------------------------------------
+        body = await self._read_body(ctx) if ctx.has_body else b""
+        return await handler(self, ctx, self._decode(ctx, body))
 
     def _ok_response(self, ctx: RequestContext, response: Response) -> HttpResponse:
         lost = partial(self.actor.undelivered, response) if response.grants else None
-        return ok_response(
-            ctx, response.data, response.status, replayed=response.replayed, close=self.closing, on_lost=lost
-        )
+        return ok_response(response.data, response.status, replayed=response.replayed, close=self.closing, on_lost=lost)
 
-    def _authorize(self, ctx: RequestContext, match: RouteMatch) -> AuthorizedRequest:
-        """Check the request except for its body. Raises ApiException."""
-        resolved = self._resolve(ctx, match)
-        if ctx.head.expects not in ACCEPTED_EXPECT:
+    def _authorize(self, ctx: RequestContext) -> None:
+        match = self._router.match(ctx.method, ctx.path)
+        resolved = ctx.resolved = self._resolve(ctx, match)
+        if "expect" in ctx.headers and ctx.headers["expect"].lower() not in ACCEPTED_EXPECT:
             raise api_error(
                 "expectation_failed",
                 "The only supported value of the `Expect` header is `100-continue`. Omit the header.",
             )
-        decoder, value = resolved.decoder, None
+        decoder = resolved.decoder
         if decoder.path_field is not None:
-            value = path_value(decoder, match.path_value or "")
-            ctx.job_id = value if decoder.path_field == "id" else None
-        if ctx.method == hdrs.METH_GET:
-            if ctx.head.has_body:
+            ctx.path_value = path_value(decoder, match.path_value or "")
+            if decoder.path_field == "id":
+                ctx.job_id = ctx.path_value
+        if ctx.method == "GET":
+            if ctx.has_body:
                 raise api_error("invalid_request", "A GET request must not have a body.", field="$")
         elif ctx.query:
             raise api_error(
                 "invalid_request", "This call takes no query parameters. Send the fields in the body.", field="$"
             )
-        elif not (ctx.head.is_json and resolved.route.body == "json"):
-            _check_body_type(ctx.head, resolved.route.body)
-        return AuthorizedRequest(resolved, value)
+        elif ctx.has_body or resolved.route.body == "lines":
+            check_content_type(ctx.headers, BODY_TYPES[resolved.route.body])
 
-    def _decode(self, ctx: RequestContext, authorized: AuthorizedRequest, body: bytes) -> Command:
+    def _decode(self, ctx: RequestContext, body: bytes) -> Command:
         """Decode the command, and set the caller and the job in the context."""
-        resolved = authorized.resolved
-        if ctx.method == hdrs.METH_GET:
-            return resolved.decoder.from_query(ctx.query, authorized.path_value)
+        resolved = ctx.resolved
+        assert resolved is not None
+        if ctx.method == "GET":
+            return resolved.decoder.from_query(ctx.query, ctx.path_value)
         ctx.size = len(body)
         if ctx.size > self.limits.body:
-            raise self._body_too_large()
+            raise ApiException(self.body_too_large())
         if resolved.route.key:
             self._read_idempotency_key(ctx, resolved.route, body)
         if resolved.route.body == "form":
-            return resolved.decoder.from_form(body, authorized.path_value)
-        command: Any = resolved.decoder.from_body(body, authorized.path_value)
+            return resolved.decoder.from_form(body, ctx.path_value)
+        command: Any = resolved.decoder.from_body(body, ctx.path_value)
         if resolved.names_worker:
             ctx.by = f"worker:{command.worker}"
         elif resolved.names_job:
@@ -318,17 +304,19 @@ class App(Generic[S]):
 
     def _resolve(self, ctx: RequestContext, match: RouteMatch) -> ResolvedRoute:
         """Authenticate a request, then check Host and Origin, then the path. Raises ApiException."""
-        if ctx.head.version[0] != 1:
+        if ctx.version not in SUPPORTED_VERSIONS:
             raise api_error("invalid_request", "Only HTTP/1.1 and HTTP/1.0 are supported.", field="$")
         resolved = match.resolved
         if resolved is not None:
             ctx.route = resolved.route
         is_reader = False
+        if self.admin:
+            ctx.by = "admin"
         if self._requires_token(ctx, resolved):
-            is_reader = self.authenticator.authenticate(ctx.head.headers) == "read"
+            is_reader = self.authenticator.authenticate(ctx.headers) == "read"
             ctx.admin = self.admin and not is_reader
         if self.authenticator.hosts is not None:
-            self.authenticator.check_origin(ctx.head.headers, ctx.connection.sockname)
+            self.authenticator.check_origin(ctx.headers, ctx.local_address)
         if resolved is not None:
             if is_reader:
                 ctx.by = "reader"
@@ -358,52 +346,53 @@ class App(Generic[S]):
         """Render the error as a page if the route is that of a page, or if a browser requests an unknown path."""
         if ctx.route is not None:
             return None if ctx.route.render_error is None else ctx.route.render_error(ctx, error)
-        is_browser = "text/html" in ctx.head.headers.get(hdrs.ACCEPT, "")
+        is_browser = "text/html" in ctx.headers.get("accept", "")
         return self._pages.error_page(ctx, error) if is_browser and self._pages is not None else None
 
     async def _read_body(self, ctx: RequestContext) -> bytes:
         """Read the whole body, within its size and time limits."""
-        assert ctx.request is not None
-        payload = ctx.request.content
-        try:
-            body = payload.read_nowait() if payload.is_eof() else await self._read_slow_body(ctx, payload)
-        except web.RequestPayloadError:
-            raise api_error("invalid_request", "The body is malformed: its chunks or its length are wrong.") from None
-        if ctx.request.is_truncated:
-            raise api_error("invalid_request", "The body ended too early. Send the whole request again.")
-        return body
-
-    async def _read_slow_body(self, ctx: RequestContext, payload: StreamReader) -> bytes:
-        """Wait for a body that has not arrived completely. Reads at most one chunk more than the limit."""
-        if int(ctx.head.headers.get(hdrs.CONTENT_LENGTH, 0)) > self.limits.body:
-            raise self._body_too_large()
-        send_continue(ctx)
+        if not ctx.is_complete:
+            if self.announces_too_much(ctx):
+                raise ApiException(self.body_too_large())
+            ctx.send_continue()
         body = bytearray()
         try:
             async with asyncio.timeout(self.limits.body_deadline_s):
-                while len(body) <= self.limits.body and (piece := await payload.readany()):
+                while len(body) <= self.limits.body and (piece := await ctx.read()):
                     body += piece
         except TimeoutError:
-            message = f"The body did not arrive within {self.limits.body_deadline_s:g} s. Send it again."
-            raise api_error("request_timeout", message) from None
+            raise ApiException(self.body_too_late()) from None
+        except BodyError:
+            raise ApiException(MALFORMED_BODY) from None
+        if ctx.is_truncated:
+            raise ApiException(TRUNCATED_BODY)
         return bytes(body)
 
-    def _body_too_large(self) -> ApiException:
-        return too_large_error(f"The body is over {self.limits.body} bytes. Split it.", limit=self.limits.body)
+    def announces_too_much(self, ctx: RequestContext) -> bool:
+        """Return whether the Content-Length is over the limit of a body."""
+        return int(ctx.headers.get("content-length", 0)) > self.limits.body
+
+    def body_too_large(self) -> ApiError:
+        """Return the error of a body over its limit."""
+        return too_large_error(f"The body is over {self.limits.body} bytes. Split it.", limit=self.limits.body).error
+
+    def body_too_late(self) -> ApiError:
+        """Return the error of a body that did not arrive in time."""
+        message = f"The body did not arrive within {self.limits.body_deadline_s:g} s. Send it again."
+        return ApiError("request_timeout", message)
 
     def _read_idempotency_key(self, ctx: RequestContext, route: Route, body: bytes) -> None:
-        if IDEMPOTENCY_KEY in ctx.head.headers:
-            keys = ctx.head.headers.getall(IDEMPOTENCY_KEY)
-            if len(keys) > 1:  # a repetition with one of them would not be recognized
+        if (key := ctx.headers.get(IDEMPOTENCY_KEY)) is not None:
+            if IDEMPOTENCY_KEY in ctx.repeated:  # a repetition with one of them would not be recognized
                 message = "The Idempotency-Key header was sent more than once. Send one."
                 raise api_error("invalid_request", message, field="Idempotency-Key")
-            ctx.key = self.authenticator.idempotency_key(keys[0], route.method, unquote(ctx.path), body)
+            ctx.key = self.authenticator.idempotency_key(key, route.method, unquote(ctx.path), body)
 
     def error_response(self, ctx: RequestContext, error: ApiError, *, close: bool = False) -> HttpResponse:
         """Record an error, and return its response."""
         self.record_error(ctx.route, ctx.method, error, by=ctx.by, job_id=ctx.job_id)
         close = close or self.closing or error.code == "too_large"
-        return error_response(ctx, error, allow=ctx.allow, close=close, page=self._error_page(ctx, error))
+        return error_response(error, allow=ctx.allow, close=close, page=self._error_page(ctx, error))
 
     def record_error(self, route: Route | None, method: str, error: ApiError, *, by: str, job_id: str | None) -> None:
         """Count an error, and log it in one line without secrets, rate-limited by code."""
@@ -434,18 +423,6 @@ def check_read_only(route: Route) -> None:
         raise api_error("forbidden", "This token is read-only. Use the admin token to make changes.")
     if route.secret:
         raise api_error("forbidden", "The response contains lock ids. Use the admin token to read it.")
-
-
-def _check_body_type(head: RequestHead, body: str) -> None:
-    if head.has_body or body == "lines":
-        check_content_type(head.headers, BODY_TYPES[body])
-
-
-def send_continue(ctx: RequestContext) -> None:
-    """Send `100 Continue` to a client that waits for it before it sends its body."""
-    transport = ctx.connection.transport
-    if ctx.head.expects and transport is not None:
-        transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 class NoFields(Command, frozen=True, kw_only=True):

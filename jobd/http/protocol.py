@@ -1,47 +1,34 @@
-"""Serve one connection: parse requests from bytes, and write the responses in the order of the requests.
+"""Serve one connection of a worker: parse requests, send their commands to the actor, write responses in their order.
 
-On the fast path, a request that has arrived completely goes to the actor's mailbox as soon as it is parsed, and its
-response is written as soon as the actor returns it. All other requests take the slow path, aiohttp's loop with a task
-for each request, which costs twice as much: incomplete bodies, streams, pipelined requests and malformed input.
+A request is started as soon as its head has arrived and the response to the previous one is written. Input that arrives
+meanwhile is held unparsed. The response to a command is written when the actor sets it; other requests run in a task.
 """
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
-import gc
 import select
 import socket
 import struct
 import termios
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import structlog
-from aiohttp import hdrs, web
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http import RawRequestMessage
-from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
-from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
-from aiohttp.web_protocol import RequestHandler
 
-from jobd.engine.mailbox import Envelope
-from jobd.http.app import INTERNAL_ERROR, App
-from jobd.http.head_cache import HeadCache, is_complete
-from jobd.http.request import HttpRequest, RequestContext
-from jobd.http.response import HTTP_VERSION, HttpResponse, PreparedResponse, abort_later
-from jobd.http.routing import RouteMatch
+from jobd.http.app import INTERNAL_ERROR, TRUNCATED_BODY, App
+from jobd.http.parser import MalformedRequest, RequestParser, malformed_request
+from jobd.http.response import HTTP_VERSION, HttpResponse, abort_later
+from jobd.http.worker_request import WorkerRequest
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
 # Input of more than PIECE bytes and PIECE_LINES lines is parsed in pieces of PIECE bytes, one per turn of the loop.
 PIECE: Final = 16 << 10
 PIECE_LINES: Final = 2_000
-WRONG_HEAD: Final = (
-    "its head or its framing is wrong (a line without a colon or with a forbidden character, a repeated header that "
-    "may occur only once, such as Content-Length, or chunks of a wrong length)"
-)
-# Bytes of request bodies that may wait behind the current request. One read can exceed this.
+# Bytes that may wait unparsed behind the current request, or in the body of a stream. One read can exceed this.
 AHEAD: Final = 256 << 10
+LINGER_S: Final = 5.0  # to read the rest of a rejected body, without which the client would not get the response
 # Delay between two checks whether the client has closed a half-closed connection. It doubles up to CHECK_S.
 FIRST_CHECK_S: Final = 0.01
 CHECK_S: Final = 1.0
@@ -52,222 +39,404 @@ PROBE_POLL_S: Final = 0.002
 log = structlog.get_logger("jobd.web")
 
 
-def make_request(
-    message: RawRequestMessage,
-    payload: StreamReader,
-    connection: RequestHandler,
-    writer: AbstractStreamWriter,
-    task: asyncio.Task[None],
-) -> HttpRequest:
-    """Make the request object when aiohttp's loop starts to handle a request."""
-    assert isinstance(connection, ServerConnection)
-    if not payload.is_eof():
-        payload.on_eof(connection.free_slot_soon)
-    request = HttpRequest(message, payload, connection, writer, task, asyncio.get_running_loop())
-    connection.record_start(request)
-    return request
-
-
-class PendingRequest:
-    """A request on the fast path. The actor sets its response as it would set the result of a future."""
+class WorkerConnection(asyncio.Protocol):
+    """One connection of a worker listener. `open_connections` contains it while it is open."""
 
     __slots__ = (
-        "_connection",
-        "_is_cancelled",
-        "_is_done",
-        "ctx",
-        "encoded",
-        "envelope",
-        "probe_timer",
-        "response",
-        "waiter",
-        "write_timer",
-    )
-
-    def __init__(self, connection: ServerConnection, ctx: RequestContext, waiter: asyncio.Future[None]) -> None:
-        self.ctx = ctx
-        self.waiter = waiter  # the future that aiohttp's loop waits for meanwhile
-        self.envelope: Envelope | None = None
-        self.encoded: tuple[Response, HttpResponse] | None = None  # encoded before its commit
-        self.response: HttpResponse | None = None
-        self.probe_timer: asyncio.TimerHandle | None = None  # runs while the response waits for the probe
-        self.write_timer: asyncio.TimerHandle | None = None  # aborts the connection if the client does not read
-        self._connection = connection
-        self._is_done = False
-        self._is_cancelled = False
-
-    def done(self) -> bool:
-        return self._is_done
-
-    def cancelled(self) -> bool:
-        return self._is_cancelled
-
-    def prepare(self, response: Response) -> None:
-        http_response = self._connection.prepare(self, response)
-        self.encoded = None if http_response is None else (response, http_response)
-
-    def set_result(self, response: Response | ApiError, /) -> None:
-        self._is_done = True
-        self._connection.respond(self, response)
-
-    def cancel(self) -> None:
-        """Cancel the request because its connection is lost."""
-        self._is_cancelled = not self._is_done
-        self._is_done = True
-        if self.write_timer is not None:
-            self.write_timer.cancel()
-        if self.probe_timer is not None:
-            self.probe_timer.cancel()
-            assert self.response is not None and self.response.on_lost is not None
-            self.response.on_lost()
-
-
-class ServerConnection(RequestHandler):
-    """aiohttp's connection with a fast path, with errors as JSON, and without logged tracebacks.
-
-    `_waiter` belongs to aiohttp: the future that its loop waits for while it is idle, and None while it is busy.
-    """
-
-    __slots__ = (
-        "_ahead",
-        "_hangup_check",
-        "_heads",
-        "_is_between",
-        "_is_half_closed",
-        "_latest",
-        "_pending",
-        "_rest",
-        "_truncated",
-        "_web",
+        "_ahead", "_current", "_drained", "_dropped", "_hangup_check", "_held", "_idle_since", "_idle_timer",
+        "_is_broken", "_is_ending", "_is_half_closed", "_is_reading_paused", "_is_scheduled", "_is_writing_paused",
+        "_linger_timer", "_loop", "_open_connections", "_parser", "_queue", "app", "transport",
     )  # fmt: skip
 
-    def __init__(self, manager: web.Server, app: App[Any], heads: HeadCache, **options: Any) -> None:
-        super().__init__(manager, **options)
-        self._web = app
-        self._heads = heads
-        self._is_between = True  # all input has been consumed: the next bytes begin a request
-        self._pending: PendingRequest | None = None
-        self._rest = bytearray()  # input to be parsed in the next turns of the loop
-        self._latest: HttpRequest | None = None  # the latest request that aiohttp's loop started
+    def __init__(self, app: App[Any], open_connections: set[WorkerConnection]) -> None:
+        self.app = app
+        self.transport: asyncio.Transport | None = None
+        self._loop = asyncio.get_running_loop()
+        self._open_connections = open_connections
+        self._parser = RequestParser(self._add)
+        self._queue: list[WorkerRequest] = []  # parsed, not started
+        self._held = b""  # input that is not parsed yet
+        self._current: WorkerRequest | None = None
+        self._dropped: WorkerRequest | None = None  # its response is written, the rest of its body is dropped
+        self._ahead = 0  # bytes of the current response that were sent as a probe
+        self._is_broken = False  # the input is malformed, and no more of it is parsed
+        self._is_ending = False  # no more requests are started
         self._is_half_closed = False  # the client sends no more
-        self._truncated: StreamReader | None = None  # the body whose end the client has not sent
-        self._ahead = 0  # bytes of the pending response that were sent as a probe
+        self._is_scheduled = False
+        self._is_reading_paused = False
+        self._is_writing_paused = False
+        self._idle_since = self._loop.time()
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None
         self._hangup_check: asyncio.TimerHandle | None = None
+        self._drained: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Set the write buffer limits to 0, so that `writing_paused` reveals a client that reads slowly.
+        """Set the write buffer limits to 0, so that `pause_writing` reveals a client that reads slowly.
 
         A closed transport waits forever for its unsent data. TLS transports have a deadline for that.
         """
-        super().connection_made(transport)
+        opened = self.transport = cast("asyncio.Transport", transport)  # uvloop's transports are no subclasses of it
+        self._open_connections.add(self)
         if transport.get_extra_info("sslcontext") is None:
-            assert self.transport is not None
-            self.transport.set_write_buffer_limits(0)
+            opened.set_write_buffer_limits(0)
+        self._idle_timer = self._loop.call_later(self.app.limits.idle_s, self._check_idle)
 
-    # -- bytes ---------------------------------------------------------------------------------------------------------
+    # -- input ---------------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Parse data, in pieces if it has very many lines (such as chunks of one byte), so that other tasks run."""
-        if not data or (not self._rest and (len(data) <= PIECE or data.count(b"\r\n") <= PIECE_LINES)):
+        """Parse data, unless a request is in progress. Many lines (such as chunks of one byte) are parsed in pieces."""
+        current = self._current
+        if (
+            self._queue
+            or self._held
+            or (current is not None and current.is_complete)
+            or (len(data) > PIECE and data.count(b"\r\n") > PIECE_LINES)
+        ):
+            if not (self._is_broken or self._is_ending):
+                self._held += data
+                self._schedule()
+                self.regulate_input()
+        else:
             self._parse(data)
-            return
-        is_first = not self._rest
-        self._rest += data
-        if is_first:
-            self._feed()
 
-    def _feed(self) -> None:
-        transport = self.transport
-        piece = bytes(self._rest[:PIECE])
-        del self._rest[:PIECE]
-        if transport is not None:
+    def _schedule(self) -> None:
+        """Go on in the next turn of the loop."""
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        """Start the next request, or parse the next piece of the input that was held."""
+        self._is_scheduled = False
+        current = self._current
+        if self.transport is None or self.transport.is_closing() or self._is_ending:
+            self._held = b""
+        elif current is None and self._queue:
+            self._start(self._queue.pop(0))
+        elif self._held and self._may_parse():
+            size = PIECE if self._held.count(b"\r\n") > PIECE_LINES else len(self._held)
+            piece, self._held = self._held[:size], self._held[size:]
+            self.regulate_input()
             self._parse(piece)
-        if transport is None or transport.is_closing():
-            self._rest.clear()
-        elif self._rest:
-            transport.pause_reading()
-            asyncio.get_running_loop().call_soon(self._feed)
-        elif not (self._reading_paused or self._buffer_paused):
-            transport.resume_reading()
+        if self._held and self._may_parse():
+            self._schedule()
+        if self._is_half_closed and not self._held:
+            self._end_input()
+
+    def _may_parse(self) -> bool:
+        """Return whether the next bytes belong to the current request, or whether there is none."""
+        current = self._current
+        return current is None or not (current.is_complete or self._is_body_full())
 
     def _parse(self, data: bytes) -> None:
-        """Parse data, with aiohttp's parser if the head is not cached. Start its request on the fast or slow path."""
-        waiter = self._waiter
-        idle = None if waiter is None or waiter.done() else waiter
-        if idle is not None and self._is_between and (cached := self._heads.read(data)) is not None:
-            ctx = RequestContext(cached.method, cached.target, cached.head, self)
-            if self._dispatch(ctx, cached.body):
-                return
-        before = len(self._messages)
-        self._waiter = None  # aiohttp must not wake its loop before the path is chosen
-        super().data_received(data)
-        self._waiter = waiter
-        if len(self._messages) > before and not isinstance(self._messages[-1][0], RawRequestMessage):
-            self._keep_earlier()
-            self._break_body()
-        if self._messages and idle is None and not self._buffer_paused and self._is_far_ahead():
-            self._pause_reading_for_buffer()
-        is_one = len(self._messages) == before + 1
-        self._is_between = self._is_between and is_one and self._heads.learn(data, *self._messages[-1])
-        if idle is not None and self._messages and not (is_one and self._dispatch_parsed()):
-            idle.set_result(None)
+        if self._is_broken:
+            return
+        try:
+            self._parser.feed(data)
+        except MalformedRequest as malformed:
+            self._break(malformed.error)
+        current = self._current
+        if self._dropped is not None:
+            self._drop()
+        elif current is None:
+            if self._queue:
+                self._start(self._queue.pop(0))
+        elif current.task is not None:
+            current.wake()
+            self.regulate_input()
+        elif current.is_waiting:
+            self._go_on_with_body(current)
 
-    def _keep_earlier(self) -> None:
-        """Put requests that arrived in one segment with a malformed one before its error, to respond to them first.
+    def _add(self, request: WorkerRequest) -> None:
+        """Take a request whose head has been parsed."""
+        request.connection = self
+        self._queue.append(request)
 
-        A request with an incomplete body, or with a transfer coding other than chunked, is the malformed one itself.
-        """
-        error = self._messages.pop()
-        self._messages += _take_parsed(self._parser)
-        if self._messages:
-            message, payload = self._messages[-1]
-            is_coded = isinstance(message, RawRequestMessage) and hdrs.TRANSFER_ENCODING in message.headers
-            if not payload.is_eof() or (is_coded and payload is EMPTY_PAYLOAD):
-                self._messages.pop()
-        self._messages.append(error)
+    def _break(self, error: ApiError) -> None:
+        """Respond to malformed input after the requests before it. The malformed request itself is not run."""
+        self._is_broken = True
+        self._held = b""
+        incoming, self._parser.incoming = self._parser.incoming, None
+        if incoming is not None:
+            incoming.is_complete = True
+        if incoming is not None and incoming is self._dropped:
+            self._is_ending = True
+        elif incoming is not None and incoming is self._current:
+            incoming.break_off()
+        else:
+            if incoming is not None:
+                self._queue.remove(incoming)
+            self._add(malformed_request(error))
 
-    def _break_body(self) -> None:
-        """Fail the body that is being read, because the input is malformed. aiohttp's parser does not do that."""
-        request = self._current_request
-        if request is not None and not request.content.is_eof():
-            request.content.set_exception(web.RequestPayloadError("the framing is broken"))
-            request.content.feed_eof()  # aiohttp would read and drop the rest of the body
+    def regulate_input(self) -> None:
+        """Pause reading while too much input waits."""
+        is_full = len(self._held) > AHEAD or self._is_body_full()
+        transport = self.transport
+        if transport is None or transport.is_closing() or self._is_half_closed:
+            return
+        if is_full and not self._is_reading_paused:
+            self._is_reading_paused = True
+            transport.pause_reading()
+        elif not is_full and self._is_reading_paused:
+            self._is_reading_paused = False
+            transport.resume_reading()
+        if self._held and not is_full:
+            self._schedule()
+
+    def _is_body_full(self) -> bool:
+        """Return whether the task of a stream has not read enough of the body."""
+        current = self._current
+        return current is not None and current.task is not None and len(current.body) > AHEAD
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def _start(self, request: WorkerRequest) -> None:
+        """Run a request, or wait for its body, or respond to it if it is rejected."""
+        self._current = request
+        self.app.request_started()
+        try:
+            response = self.app.authorize(request) if request.error is None else self._malformed_response(request)
+            if response is None:
+                assert request.route is not None
+                if request.route.handler is not None:
+                    request.task = self._loop.create_task(self._run(request))
+                    return
+                response = self._send(request) if request.is_complete else self._wait_for_body(request)
+        except Exception as bug:
+            response = self._bug_response(request, bug)
+        if response is not None:
+            self._respond(request, response)
+
+    def _malformed_response(self, request: WorkerRequest) -> HttpResponse:
+        assert request.error is not None
+        return self.app.error_response(request, request.error, close=True)
+
+    def _wait_for_body(self, request: WorkerRequest) -> HttpResponse | None:
+        """Wait for the rest of a body, unless it is too long."""
+        limits = self.app.limits
+        if len(request.body) > limits.body or self.app.announces_too_much(request):
+            return self.app.error_response(request, self.app.body_too_large())
+        request.send_continue()
+        request.is_waiting = True
+        request.timer = self._loop.call_later(limits.body_deadline_s, self._time_out, request)
+        return None
+
+    def _go_on_with_body(self, request: WorkerRequest) -> None:
+        """Run a request whose body has arrived, or has become too long or malformed."""
+        if not (request.is_complete or len(request.body) > self.app.limits.body):
+            return
+        assert request.timer is not None
+        request.timer.cancel()
+        request.is_waiting = False
+        try:
+            response = self._malformed_response(request) if request.error is not None else self._send(request)
+        except Exception as bug:
+            response = self._bug_response(request, bug)
+        if response is not None:
+            self._respond(request, response)
+
+    def _time_out(self, request: WorkerRequest) -> None:
+        request.is_waiting = False
+        self._respond(request, self.app.error_response(request, self.app.body_too_late()))
+
+    def _send(self, request: WorkerRequest) -> HttpResponse | None:
+        """Send the request's command to the actor."""
+        if request.is_truncated:
+            return self.app.error_response(request, TRUNCATED_BODY, close=True)
+        body = request.body
+        result = self.app.send(request, body if type(body) is bytes else bytes(body), request)
+        if isinstance(result, HttpResponse):
+            return result
+        request.envelope = result
+        return None
+
+    async def _run(self, request: WorkerRequest) -> None:
+        """Run the handler of a request. It is cancelled if the connection is lost."""
+        try:
+            response = await self.app.handle(request)
+        except ConnectionError:
+            request.abort()
+            return
+        except Exception as bug:
+            response = self._bug_response(request, bug)
+        if self._current is not request:  # the connection was lost
+            return
+        if response is None:
+            self._finish(request)
+        elif request.is_streamed:  # too late for a response
+            request.abort()
+        else:
+            self._respond(request, response)
+
+    # -- responses -----------------------------------------------------------------------------------------------------
+
+    def respond(self, request: WorkerRequest, response: Response | ApiError) -> None:
+        """Write the actor's response. Raises nothing, because the actor is not concerned by errors here."""
+        prepared = request.prepared
+        if prepared is not None and prepared[0] is response and not self.app.closing:
+            request.response = prepared[1]
+            self._write(request, prepared[2])
+            return
+        try:
+            http_response = self.app.respond(request, response)
+        except Exception as bug:
+            self._loop.call_soon(self._fail, request, bug)
+        else:
+            self._respond(request, http_response)
+
+    def _fail(self, request: WorkerRequest, bug: Exception) -> None:
+        if self._current is request:
+            self._respond(request, self._bug_response(request, bug))
+
+    def _bug_response(self, request: WorkerRequest, bug: Exception) -> HttpResponse:
+        """Return the response to a bug. It omits the text of the exception, which may contain a token."""
+        log.error("connection_bug", error=type(bug).__name__)
+        return self.app.error_response(request, INTERNAL_ERROR, close=True)
+
+    def _respond(self, request: WorkerRequest, response: HttpResponse) -> None:
+        request.response = response
+        self._write(request, response.encode(request))
+
+    def _write(self, request: WorkerRequest, data: bytes, timeout_s: float = PROBE_S) -> None:
+        response, transport = request.response, self.transport
+        assert response is not None
+        if transport is not None and not transport.is_closing():
+            if self._ahead and response.on_lost is not None and self._is_probing(transport):
+                if timeout_s > 0:
+                    request.timer = self._loop.call_later(
+                        PROBE_POLL_S, self._write, request, data, timeout_s - PROBE_POLL_S
+                    )
+                    return
+                transport.abort()
+            else:
+                transport.write(data[self._ahead :] if self._ahead else data)
+                request.is_written = not transport.is_closing()  # a failed write closes the transport
+        if request.is_written and self._is_writing_paused:
+            assert transport is not None
+            request.timer = abort_later(transport)
+            return
+        if not request.is_written and response.on_lost is not None:
+            response.on_lost()
+        self._finish(request)
+
+    def pause_writing(self) -> None:
+        self._is_writing_paused = True
+
+    def resume_writing(self) -> None:
+        self._is_writing_paused = False
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        current = self._current
+        if current is not None and current.is_written:
+            self._finish(current)
+
+    async def drain(self) -> None:
+        """Wait until the client has read enough."""
+        if self._is_writing_paused:
+            self._drained = self._loop.create_future()
+            await self._drained
+
+    def _finish(self, request: WorkerRequest) -> None:
+        """End a request whose response is written, and go on with the next one."""
+        response = request.response
+        self._end(request)
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        if not request.keep_alive or self.app.closing or (response is not None and response.close):
+            self._is_ending = True
+            self._queue.clear()
+            self._held = b""
+        if not request.is_complete and not (response is not None and response.close_at_once):
+            request.is_dropped = True
+            self._dropped = request
+            self._linger_timer = self._loop.call_later(LINGER_S, transport.close)
+        elif self._is_ending:
+            transport.close()
+        elif self._queue or self._held:
+            self._schedule()
+        elif self._is_half_closed:
+            transport.close()
+        else:
+            self._idle_since = self._loop.time()
+
+    def _end(self, request: WorkerRequest) -> None:
+        # Break the cycles, or only the garbage collector would free requests.
+        request.envelope = request.prepared = None
+        if request.timer is not None:
+            request.timer.cancel()
+            request.timer = None
+        self._current = None
+        self._ahead = 0
+        if request.task is None or request.task.done():
+            self.app.request_finished()
+        else:
+            request.task.add_done_callback(lambda _: self.app.request_finished())
+
+    def _drop(self) -> None:
+        """Go on after the rest of a rejected body has been dropped."""
+        assert self._dropped is not None and self._linger_timer is not None and self.transport is not None
+        if not self._dropped.is_complete:
+            return
+        self._linger_timer.cancel()
+        self._dropped = None
+        if self._is_ending or (self._is_half_closed and not self._queue):
+            self.transport.close()
+        elif self._queue:
+            self._start(self._queue.pop(0))
+        else:
+            self._idle_since = self._loop.time()
+
+    # -- closing -------------------------------------------------------------------------------------------------------
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._open_connections.discard(self)
+        for timer in (self._idle_timer, self._linger_timer, self._hangup_check):
+            if timer is not None:
+                timer.cancel()
+        self.transport = self._idle_timer = self._linger_timer = self._hangup_check = self._dropped = None
+        self._queue.clear()
+        self._held = b""
+        self._parser.close()
+        request = self._current
+        if request is not None:
+            envelope = request.envelope
+            is_abandoned = request.cancel()
+            self._end(request)
+            if request.task is not None:
+                request.task.cancel()
+            if is_abandoned and envelope is not None:
+                self.app.actor.abandon(envelope)
+
+    def close(self) -> None:
+        """Close the connection once its response is sent."""
+        if self.transport is not None:
+            self.transport.close()
+
+    def abort(self) -> None:
+        """Reset the connection."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    def close_if_idle(self) -> None:
+        """Close the connection if no request, or only a part of its head, has arrived."""
+        if self._current is None and not self._queue and not self._held:
             self.close()
 
-    def _is_far_ahead(self) -> bool:
-        """Return whether the waiting requests have more than AHEAD bytes of bodies.
-
-        aiohttp limits the number of waiting requests to 32, but not the bytes of their bodies.
-        """
-        return sum(payload.total_bytes for _, payload in self._messages) > AHEAD
-
-    def _resume_reading_if_drained(self) -> None:
-        """Resume reading after aiohttp's loop has taken a waiting request, unless too many bytes still wait."""
-        if not self._is_far_ahead():
-            super()._resume_reading_if_drained()
-
-    def resume_reading(self, resume_parser: bool = True) -> None:
-        """Resume reading only if it is paused, because each read of a body calls this and runs the parser."""
-        if self._reading_paused:
-            super().resume_reading(resume_parser)
-
-    def free_slot_soon(self) -> None:
-        """Call `_free_slot` after the parser has returned."""
-        self._loop.call_soon(self._free_slot)
-
-    def _free_slot(self) -> None:
-        """Tell the parser that a request was consumed whose body has just arrived completely.
-
-        aiohttp's parser stops at 32 waiting requests. It counts a request when its body is complete, and uncounts it
-        when the loop starts the request. A request that was started before that would stay counted forever.
-        """
-        if self._parser is not None:
-            self._parser.message_consumed()
-            self._parse(b"")
+    def _check_idle(self) -> None:
+        """Close the connection if it has been idle for too long, else check again at the earliest time it can be."""
+        left_s = self.app.limits.idle_s
+        if self._current is None and self._dropped is None:
+            left_s += self._idle_since - self._loop.time()
+            if left_s <= 0:
+                self.close_if_idle()
+                return
+        self._idle_timer = self._loop.call_later(left_s, self._check_idle)
 
     # -- half-closed connections ---------------------------------------------------------------------------------------
 
-    def eof_received(self) -> bool:  # type: ignore[override]
+    def eof_received(self) -> bool:
         """Answer the requests that have arrived, then close. TLS has no half-closed state and closes at once.
 
         A client that has closed its socket must not keep a grant. A Unix socket distinguishes closed from half-closed
@@ -280,55 +449,41 @@ class ServerConnection(RequestHandler):
             return False
         if self._is_half_closed:  # asyncio calls this again when reading resumes
             return True
-        if self._is_idle() or self._is_hung_up(transport):
+        is_idle = self._current is None and not self._queue and not self._held
+        if is_idle or self._is_hung_up(transport):
             return False
         self._is_half_closed = True
-        self._truncate_body()
-        self._close_after_last()
+        if not self._held:
+            self._end_input()
         if transport.get_extra_info("socket").family != socket.AF_UNIX:
             self._send_probe(transport)
         self._check_later(FIRST_CHECK_S)
         return True
 
-    def record_start(self, request: HttpRequest) -> None:
-        """Record that aiohttp's loop starts `request`."""
-        self._latest = request
-        if self._is_half_closed:
-            request.is_truncated = request.content is self._truncated
-            self._close_after_last()
-
-    def _is_idle(self) -> bool:
-        """Return whether no request is in progress or waiting. An incomplete head does not count."""
-        if self._pending is not None or self._messages:
-            return False
-        return self._latest is None or (self._waiter is not None and not self._waiter.done())
-
-    def _truncate_body(self) -> None:
-        """End an incomplete body."""
-        request = self._latest if self._pending is None and not self._messages else None
-        payload = self._messages[-1][1] if self._messages else None if request is None else request.content
-        if payload is None or payload.is_eof():
-            return
-        self._truncated = payload
-        if request is not None:
-            request.is_truncated = True
-        payload.feed_eof()
-
-    def _close_after_last(self) -> None:
-        """Make aiohttp's loop end after the current request, unless others wait."""
-        if not self._messages and not self._message_tail:
-            self.close()
+    def _end_input(self) -> None:
+        """End an incomplete body, because the client sends no more."""
+        incoming, self._parser.incoming = self._parser.incoming, None
+        if incoming is not None:
+            incoming.is_truncated = incoming.is_complete = True
+            if incoming is self._current and incoming.task is not None:
+                incoming.wake()
+            elif incoming is self._current and incoming.is_waiting:
+                self._go_on_with_body(incoming)
+            elif incoming is self._dropped:
+                self._drop()
+        elif self._current is None and not self._queue and self.transport is not None:
+            self.transport.close()
 
     def _send_probe(self, transport: asyncio.Transport) -> None:
         """Send the next bytes of the current response that are known already, so that a closed client resets."""
-        if self._pending is not None:
-            if self._pending.response is None:
-                self._ahead = len(HTTP_VERSION)
-                transport.write(HTTP_VERSION)
-        elif self._latest is not None and self._latest.probe:
-            transport.write(self._latest.probe)
-            self._latest.ahead, self._latest.probe = len(self._latest.probe), b""
-            self._latest.probed = self.wait_for_probe
+        current = self._current
+        if current is None or current.response is not None:
+            return
+        if current.task is None:
+            self._ahead = len(HTTP_VERSION)
+            transport.write(HTTP_VERSION)
+        elif probe := current.probe():
+            transport.write(probe)
 
     def _check_later(self, delay_s: float) -> None:
         self._hangup_check = self._loop.call_later(delay_s, self._check_hangup, delay_s)
@@ -350,195 +505,9 @@ class ServerConnection(RequestHandler):
         poll.register(transport.get_extra_info("socket").fileno(), 0)
         return bool(poll.poll(0))
 
-    async def wait_for_probe(self, transport: asyncio.Transport) -> None:
-        """Wait until the client's system has acknowledged the probe, or the connection is gone."""
-        ends_at_s = self._loop.time() + PROBE_S
-        while self._is_probing(transport):
-            if self._loop.time() >= ends_at_s:
-                transport.abort()
-            else:
-                await asyncio.sleep(PROBE_POLL_S)
-
     def _is_probing(self, transport: asyncio.Transport) -> bool:
         """Return whether the client's system has neither acknowledged all sent bytes nor reset the connection."""
         if transport.is_closing() or self._is_hung_up(transport):
             return False
         count = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
         return bool(struct.unpack("i", count)[0])
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        if self._hangup_check is not None:
-            self._hangup_check.cancel()
-        super().connection_lost(exc)
-        self._latest = None  # it refers to this connection: break the cycle
-
-    # -- fast path -----------------------------------------------------------------------------------------------------
-
-    def _dispatch_parsed(self) -> bool:
-        """Dispatch the only parsed request, if it is complete and may take the fast path. Return whether it was."""
-        message, payload = self._messages[0]
-        if not is_complete(message, payload) or message.upgrade:
-            return False
-        return self._dispatch(RequestContext.of(message, payload, self))
-
-    def _dispatch(self, ctx: RequestContext, body: bytes | None = None) -> bool:
-        """Dispatch a request on the fast path unless its route has a handler. `body` None: take the parsed body."""
-        match = self._web.match(ctx)
-        if match.resolved is not None and match.resolved.route.handler is not None:
-            return False
-        assert self._waiter is not None
-        pending = self._pending = PendingRequest(self, ctx, self._waiter)
-        self._waiter = None
-        self._request_in_progress = True
-        self._send(pending, match, self._parsed_body() if body is None else body)
-        return True
-
-    def _parsed_body(self) -> bytes:
-        assert self._parser is not None
-        _, payload = self._messages.popleft()
-        self._parser.message_consumed()
-        return payload.read_nowait()
-
-    def _send(self, pending: PendingRequest, match: RouteMatch, body: bytes) -> None:
-        try:
-            result = self._web.send(pending.ctx, match, body, pending)
-        except Exception as bug:
-            result = self._error_response(pending.ctx, bug)
-        if isinstance(result, Envelope):
-            pending.envelope = result
-        else:
-            self._write(pending, result)
-
-    def prepare(self, pending: PendingRequest, response: Response) -> HttpResponse | None:
-        return self._web.prepare(pending.ctx, response)
-
-    def respond(self, pending: PendingRequest, response: Response | ApiError) -> None:
-        """Write the actor's response. Raises nothing, because the actor is not concerned by errors here."""
-        if pending.encoded is not None and pending.encoded[0] is response and not self._web.closing:
-            self._write(pending, pending.encoded[1])
-            return
-        try:
-            http_response = self._web.respond(pending.ctx, response)
-        except Exception as bug:
-            self._loop.call_soon(self._fail, pending, bug)
-        else:
-            self._write(pending, http_response)
-
-    def _fail(self, pending: PendingRequest, bug: Exception) -> None:
-        if self._pending is pending:
-            self._write(pending, self._error_response(pending.ctx, bug))
-
-    def _write(self, pending: PendingRequest, http_response: HttpResponse, timeout_s: float = PROBE_S) -> None:
-        pending.response, pending.probe_timer = http_response, None
-        transport = self.transport
-        if self._ahead and http_response.on_lost is not None and transport is not None and self._is_probing(transport):
-            if timeout_s > 0:
-                pending.probe_timer = self._loop.call_later(
-                    PROBE_POLL_S, self._write, pending, http_response, timeout_s - PROBE_POLL_S
-                )
-                return
-            transport.abort()
-        if http_response.write(transport, self._ahead) and self.writing_paused:
-            assert transport is not None
-            pending.write_timer = abort_later(transport)
-        else:
-            self._finish(pending)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        pending = self._pending
-        if pending is not None and pending.write_timer is not None:
-            pending.write_timer.cancel()
-            self._finish(pending)
-
-    def _finish(self, pending: PendingRequest) -> None:
-        """Return the connection to aiohttp's loop, which handles the requests that have arrived meanwhile."""
-        self._end_pending(pending)
-        self._waiter = pending.waiter
-        if pending.response is None or pending.response.close or self._close or self._force_close:
-            self.force_close()
-        elif self._messages:
-            pending.waiter.set_result(None)
-        else:
-            self._arm_keepalive()
-
-    def _arm_keepalive(self) -> None:
-        """Start the timer that closes an idle connection."""
-        closes_at = self._loop.time() + self._keepalive_timeout
-        self._next_keepalive_close_time = closes_at
-        if self._keepalive_handle is None:
-            self._keepalive_handle = self._loop.call_at(closes_at, self._process_keepalive)
-
-    def _end_pending(self, pending: PendingRequest) -> None:
-        pending.envelope = None  # break the reference cycle, or only the garbage collector would free requests
-        self._pending = None
-        self._ahead = 0
-        self._request_in_progress = False
-        if self._handler_waiter is not None and not self._handler_waiter.done():  # a shutdown waits for it
-            self._handler_waiter.set_result(None)
-        self._web.request_finished()
-
-    # -- closing -------------------------------------------------------------------------------------------------------
-
-    def force_close(self) -> None:
-        """Close the connection, and cancel a request on the fast path. aiohttp calls this after a disconnect, too."""
-        pending = self._pending
-        if pending is not None:
-            envelope = pending.envelope
-            pending.cancel()
-            self._end_pending(pending)
-            if pending.cancelled() and envelope is not None:
-                self._web.actor.abandon(envelope)
-        super().force_close()
-
-    def close_if_idle(self) -> None:
-        """Close the connection if no request, or only a part of its head, has arrived."""
-        if self._waiter is not None and not self._waiter.done():
-            self.force_close()
-
-    # -- errors --------------------------------------------------------------------------------------------------------
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Return the response to malformed HTTP, or to a bug."""
-        assert isinstance(request, HttpRequest)
-        if isinstance(exc, ConnectionError):
-            raise exc
-        return PreparedResponse(self._error_response(request.ctx, exc), request)
-
-    def _error_response(self, ctx: RequestContext, exc: BaseException | None) -> HttpResponse:
-        """Return the response to an error. It omits the text of `exc`, which may contain a token."""
-        if isinstance(exc, HttpProcessingError):
-            line = f"a line of its head is over {self.max_line_size} bytes"
-            why = line if isinstance(exc, LineTooLong) else WRONG_HEAD
-            error = ApiError("invalid_request", f"The request is not valid HTTP/1.1: {why}.")
-        else:
-            self.log_exception("connection_bug", exc_info=exc)
-            error = INTERNAL_ERROR
-        return self._web.error_response(ctx, error, close=True)
-
-    def log_exception(self, *args: Any, **kw: Any) -> None:
-        exc = kw.get("exc_info")
-        log.error("connection_bug", error=type(exc).__name__)
-
-    def log_debug(self, *args: Any, **kw: Any) -> None:
-        """Drop aiohttp's messages about clients that disconnected."""
-
-
-def _take_parsed(parser: object) -> list[tuple[RawRequestMessage, StreamReader]]:
-    """Take the requests that aiohttp's parser has read before the malformed one.
-
-    The parser holds them in an internal list and does not return them when it raises. Emptying the list
-    prevents reading them twice.
-    """
-    for kept in gc.get_referents(parser):
-        if isinstance(kept, list) and kept and isinstance(kept[0], tuple) and type(kept[0][0]) is RawRequestMessage:
-            taken = kept[:]
-            kept.clear()
-            return taken
-    return []

@@ -1,116 +1,150 @@
-"""The parsed head of a request and the context that handlers share."""
+"""A request as handlers see it, and its streamed response. Each listener has its own subclass."""
 
 from __future__ import annotations
 
-import asyncio
 import re
 import secrets
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from abc import ABC, abstractmethod
+from asyncio import BaseTransport
+from collections.abc import Mapping
 from typing import Final
 
-from aiohttp import hdrs, web
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http import HttpVersion, RawRequestMessage
-from aiohttp.streams import EmptyStreamReader, StreamReader
-from aiohttp.web_protocol import RequestHandler
-from msgspec import Struct
 from msgspec.structs import replace
-from multidict import CIMultiDict, CIMultiDictProxy, MultiMapping
 
-from jobd.http.auth import OPERATOR_HEADER, is_plain_json, operator_name
-from jobd.http.routing import Route
+from jobd.http.auth import OPERATOR_HEADER, operator_name
+from jobd.http.routing import ResolvedRoute, Route
 from jobd.model.commands import IdempotencyKey, Operator
 
+_OPERATOR: Final = OPERATOR_HEADER.lower()
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 # A request target in absolute form. One with a user or another scheme is rejected as an unknown path.
-_URI: Final = re.compile(r"https?://([^/?#@]+)([/?].*)?", re.IGNORECASE)
+_URI: Final = re.compile(r"https?://((?:\[[0-9a-f:.]+\]|[^/?#@\[\]]+)(?::[0-9]*)?)([/?].*)?", re.IGNORECASE)
 
 
-class RequestHead(Struct, frozen=True):
-    """The headers of a request, and what follows from them for its body and connection."""
-
-    headers: MultiMapping[str]
-    version: HttpVersion
-    keep_alive: bool
-    has_body: bool
-    is_json: bool  # by is_plain_json
-    expects: str  # the header Expect, in lower case
-
-    @classmethod
-    def of(cls, message: RawRequestMessage, payload: StreamReader) -> RequestHead:
-        has_body = type(payload) is not EmptyStreamReader
-        is_json = has_body and is_plain_json(message.headers)
-        expects = ", ".join(message.headers.getall(hdrs.EXPECT)).lower() if hdrs.EXPECT in message.headers else ""
-        return cls(message.headers, message.version, not message.should_close, has_body, is_json, expects)
+class BodyError(Exception):
+    """The framing of a body is malformed."""
 
 
-class RequestContext:
-    """A request as handlers see it. `request` is aiohttp's object, None on the fast path."""
+class RequestContext(ABC):
+    """A request as handlers see it.
 
-    __slots__ = (
-        "admin", "allow", "by", "connection", "head", "job_id", "key", "method", "operator", "path", "query", "request",
-        "route", "size",
-    )  # fmt: skip
+    `headers` have lower-case names. The values of a repeated header are joined by commas (cookies by semicolons), and
+    `repeated` contains its name. `version` is "1.1" or "1.0"; others are rejected. `is_truncated`: the client stopped
+    sending before the end of the body. If `keep_alive` is false, the connection ends after the response.
+    """
+
+    is_truncated = False
+    by = "client"
+    admin = False  # whether the response may contain lock ids
+    operator: Operator | None = None  # if the call may change state
+    route: Route | None = None
+    resolved: ResolvedRoute | None = None  # once the request is authorized
+    path_value: str | None = None
+    allow: frozenset[str] = frozenset()
+    key: IdempotencyKey | None = None
+    size = 0
+    job_id: str | None = None
 
     def __init__(
         self,
         method: str,
         target: str,
-        head: RequestHead,
-        connection: RequestHandler,
-        request: HttpRequest | None = None,
+        headers: dict[str, str],
+        repeated: frozenset[str],
+        version: str,
+        keep_alive: bool,
+        has_body: bool,
     ) -> None:
+        if target[:1] != "/":
+            target = _without_authority(target, headers)
         self.method = method
         self.path, _, self.query = target.partition("?")  # not decoded
-        self.head = head
-        self.connection = connection
-        self.request = request
-        self.by = "client"
-        self.admin = False  # whether the response may contain lock ids
-        self.operator: Operator | None = None  # if the call may change state
-        self.route: Route | None = None
-        self.allow: frozenset[str] = frozenset()
-        self.key: IdempotencyKey | None = None
-        self.size = 0
-        self.job_id: str | None = None
+        self.headers: Mapping[str, str] = headers
+        self.repeated = repeated
+        self.version = version
+        self.keep_alive = keep_alive
+        self.has_body = has_body
 
-    @classmethod
-    def of(
-        cls,
-        message: RawRequestMessage,
-        payload: StreamReader,
-        connection: RequestHandler,
-        request: HttpRequest | None = None,
-    ) -> RequestContext:
-        """Make the context of a parsed request. A client may send an absolute URI as the target, as to a proxy."""
-        target, head = message.path, RequestHead.of(message, payload)
-        if not target.startswith("/"):
-            target, head = _without_authority(target, head)
-        return cls(message.method, target, head, connection, request)
+    # -- connection ----------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def transport(self) -> BaseTransport | None:
+        """The transport of the connection, None after its end."""
 
     @property
     def is_disconnected(self) -> bool:
         """Whether the connection is closed or closing."""
-        transport = self.connection.transport
+        transport = self.transport
         return transport is None or transport.is_closing()
 
+    @property
+    def local_address(self) -> object:
+        """The address that the client connected to: host and port, or the path of a Unix socket."""
+        return None if self.transport is None else self.transport.get_extra_info("sockname")
 
-def _without_authority(target: str, head: RequestHead) -> tuple[str, RequestHead]:
+    @property
+    def is_tls(self) -> bool:
+        return self.transport is not None and self.transport.get_extra_info("sslcontext") is not None
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Reset the connection."""
+
+    # -- body ----------------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def is_complete(self) -> bool:
+        """Whether the whole body has arrived."""
+
+    @abstractmethod
+    def send_continue(self) -> None:
+        """Send `100 Continue` to a client that waits for it before it sends its body."""
+
+    @abstractmethod
+    async def read(self) -> bytes:
+        """Return the next bytes of the body, none at its end. Raises BodyError."""
+
+    # -- streamed response ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def start(self, headers: Mapping[str, str], length: int | None = None) -> None:
+        """Send the head of a streamed response. Raises ConnectionError."""
+
+    @abstractmethod
+    async def write(self, piece: bytes) -> None:
+        """Send a part of the body, and wait while the client reads too slowly. Raises ConnectionError."""
+
+    @abstractmethod
+    async def finish(self) -> None:
+        """Send the end of the body, and wait until all of it is sent. Raises ConnectionError."""
+
+
+def add_header(headers: dict[str, str], name: str, value: str) -> bool:
+    """Add a header with a lower-case name. Return whether it is a repetition."""
+    if name not in headers:
+        headers[name] = value
+        return False
+    headers[name] += ("; " if name == "cookie" else ", ") + value
+    return True
+
+
+def _without_authority(target: str, headers: dict[str, str]) -> str:
     """Return the path and query of a URI. Its host replaces the Host header (RFC 9112, 3.2.2)."""
     uri = _URI.fullmatch(target)
     if uri is None:
-        return target, head
-    headers = CIMultiDict(head.headers)
-    headers[hdrs.HOST] = uri[1]
+        return target
+    headers["host"] = uri[1]
     path = uri[2] or "/"
-    return path if path.startswith("/") else f"/{path}", replace(head, headers=CIMultiDictProxy(headers))
+    return path if path.startswith("/") else f"/{path}"
 
 
 def client_address(ctx: RequestContext) -> str:
     """Return the IP address of the client, or its user id on a Unix socket."""
-    transport = ctx.connection.transport
+    transport = ctx.transport
     if transport is None:
         return "gone"
     peer = transport.get_extra_info("peername")
@@ -123,43 +157,17 @@ def client_address(ctx: RequestContext) -> str:
 
 def operator_of(ctx: RequestContext, name: str = "") -> Operator:
     """Return the operator who requests a change. `name` takes precedence over the header."""
-    return Operator(name or operator_name(ctx.head.headers.get(OPERATOR_HEADER, "")), client_address(ctx))
+    return Operator(name or operator_name(ctx.headers.get(_OPERATOR, "")), client_address(ctx))
 
 
 def reading_operator(ctx: RequestContext, name: str = "") -> Operator:
     """Return the operator who reads audited data. A read-only token without a name is `reader`."""
     if ctx.operator is not None:
         return ctx.operator
-    name = name or operator_name(ctx.head.headers.get(OPERATOR_HEADER, ""))
+    name = name or operator_name(ctx.headers.get(_OPERATOR, ""))
     return Operator(name or ("reader" if ctx.by == "reader" else ""), client_address(ctx))
 
 
 def as_one_entry(operator: Operator | None) -> Operator | None:
     """Return `operator` for an action of many commands with one audit entry."""
     return None if operator is None else replace(operator, part_of=secrets.token_hex(8))
-
-
-class HttpRequest(web.BaseRequest):
-    """aiohttp's request, for a request that waits for its body or gets a streamed response.
-
-    `is_truncated`: the client stopped sending before the end of the body. `probe` holds the next bytes of the response
-    if they are known. `ahead` bytes of the response have been sent as a probe, and `probed` waits for their receipt:
-    see `ServerConnection.eof_received`.
-    """
-
-    is_truncated = False
-    probe = b""
-    ahead = 0
-    probed: Callable[[asyncio.Transport], Awaitable[None]] | None = None
-
-    def __init__(
-        self,
-        message: RawRequestMessage,
-        payload: StreamReader,
-        protocol: RequestHandler,
-        writer: AbstractStreamWriter,
-        task: asyncio.Task[None],
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
-        super().__init__(message, payload, protocol, writer, task, loop)
-        self.ctx = RequestContext.of(message, payload, protocol, self)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from aiohttp import hdrs, web
-from aiohttp.abc import AbstractStreamWriter
 from msgspec import Meta, Struct
 
 from jobd.http.auth import JSON
-from jobd.http.request import HttpRequest, RequestContext
+from jobd.http.request import RequestContext
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
@@ -79,91 +77,64 @@ class _Date:
 _date: Final = _Date()
 
 
-def _head(status: int, kind: str, **more: str) -> bytes:
-    fields = {"Content-Type": kind, **SAFE_HEADERS, **more}
-    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
+def _head(status: int, headers: Mapping[str, str]) -> bytes:
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{lines}".encode()
 
 
-_HEADS: Final = {int(status): _head(status, JSON) for status in HTTPStatus}
-_REPLAYED: Final = b"Idempotent-Replayed: true\r\n"
+_JSON_HEADERS: Final = {"Content-Type": JSON, **SAFE_HEADERS}
+_REPLAYED_HEADERS: Final = {**_JSON_HEADERS, "Idempotent-Replayed": "true"}
+_JSON_HEADS: Final = {int(status): _head(status, _JSON_HEADERS) for status in HTTPStatus}
 
 
 class HttpResponse:
-    """A complete response as bytes, which is much faster than aiohttp's Response.
+    """A complete response.
 
     `on_lost` is called if the connection closes before the first byte is written. `close` closes the connection after
     the rest of the request has been read and dropped, `close_at_once` without reading it.
     """
 
-    __slots__ = ("close", "close_at_once", "data", "on_lost")
+    __slots__ = ("body", "close", "close_at_once", "headers", "on_lost", "status")
 
     def __init__(
         self,
-        ctx: RequestContext,
-        head: bytes,
+        status: int,
+        headers: Mapping[str, str],
         body: bytes,
         *,
         close: bool = False,
         close_at_once: bool = False,
         on_lost: Callable[[], None] | None = None,
     ) -> None:
-        self.on_lost = on_lost
+        self.status = status
+        self.headers = headers
+        self.body = body
+        self.close = close
         self.close_at_once = close_at_once
-        self.close = close or not ctx.head.keep_alive
-        connection = b"" if not self.close and ctx.head.version >= (1, 1) else self._connection()
-        length = b"Content-Length: %d\r\n\r\n" % len(body)
-        self.data = b"".join((head, _date.line(), connection, length, b"" if ctx.method == hdrs.METH_HEAD else body))
+        self.on_lost = on_lost
 
-    def _connection(self) -> bytes:
-        return b"Connection: close\r\n" if self.close else b"Connection: keep-alive\r\n"
-
-    def write(self, transport: asyncio.Transport | None, ahead: int = 0) -> bool:
-        """Write the response. If that fails, call `on_lost` and return False. `ahead` bytes have been sent already."""
-        if transport is not None and not transport.is_closing():
-            transport.write(self.data[ahead:] if ahead else self.data)
-            if not transport.is_closing():  # a failed write closes the transport
-                return True
-        if self.on_lost is not None:
-            self.on_lost()
-        return False
+    def encode(self, ctx: RequestContext) -> bytes:
+        """Return the bytes of the response to `ctx`."""
+        head = _JSON_HEADS[self.status] if self.headers is _JSON_HEADERS else _head(self.status, self.headers)
+        connection = connection_line(ctx, self.close)
+        length = b"Content-Length: %d\r\n\r\n" % len(self.body)
+        return b"".join((head, _date.line(), connection, length, b"" if ctx.method == "HEAD" else self.body))
 
 
-class PreparedResponse(web.StreamResponse):
-    """An HttpResponse in the form that aiohttp accepts from a handler."""
+def stream_head(ctx: RequestContext, headers: Mapping[str, str], length: int | None) -> bytes:
+    """Return the head of a streamed response. Without `length`, its body is chunked or ends with the connection."""
+    if length is not None:
+        body = b"Content-Length: %d\r\n\r\n" % length
+    else:
+        body = b"Transfer-Encoding: chunked\r\n\r\n" if ctx.version == "1.1" else b"\r\n"
+    return b"".join((_head(200, headers), _date.line(), connection_line(ctx), body))
 
-    def __init__(self, response: HttpResponse, request: HttpRequest) -> None:
-        self._response = response
-        self._request = request
-        self._keep_alive = not response.close
 
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        return request.writer
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        transport, request = self._request.transport, self._request
-        request.probe = b""
-        if request.probed is not None and transport is not None and self._response.on_lost is not None:
-            try:
-                await request.probed(transport)
-            except asyncio.CancelledError:
-                self._response.on_lost()
-                raise
-        if not self._response.write(transport, request.ahead):
-            raise ConnectionResetError("the client has disconnected")
-        assert transport is not None
-        if self._request.protocol.writing_paused:
-            await self._drain(transport)
-        if self._response.close_at_once:
-            transport.close()
-
-    async def _drain(self, transport: asyncio.Transport) -> None:
-        """Wait for a slow client for at most WRITE_TIMEOUT_S."""
-        try:
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await self._request.writer.drain()
-        except TimeoutError:
-            transport.abort()
+def connection_line(ctx: RequestContext, close: bool = False) -> bytes:
+    """Return the Connection header, or nothing if it would say what is the default of the HTTP version."""
+    if close or not ctx.keep_alive:
+        return b"Connection: close\r\n"
+    return b"" if ctx.version == "1.1" else b"Connection: keep-alive\r\n"
 
 
 def abort_later(transport: asyncio.Transport) -> asyncio.TimerHandle:
@@ -172,7 +143,6 @@ def abort_later(transport: asyncio.Transport) -> asyncio.TimerHandle:
 
 
 def ok_response(
-    ctx: RequestContext,
     data: Any,
     status: int,
     *,
@@ -182,10 +152,13 @@ def ok_response(
 ) -> HttpResponse:
     """Build the response `{"success": true, "data": …}`, or one with a raw body. `status` may be 503, too."""
     if type(data) is RawBody:
-        return HttpResponse(ctx, _head(status, data.content_type, **data.headers), data.body, close=close)
-    body = _encode(_SuccessBody(True, data))
-    head = _HEADS[status] + _REPLAYED if replayed else _HEADS[status]
-    return HttpResponse(ctx, head, body, close=close, on_lost=on_lost)
+        return HttpResponse(status, _page_headers(data), data.body, close=close)
+    headers = _REPLAYED_HEADERS if replayed else _JSON_HEADERS
+    return HttpResponse(status, headers, _encode(_SuccessBody(True, data)), close=close, on_lost=on_lost)
+
+
+def _page_headers(page: RawBody) -> dict[str, str]:
+    return {"Content-Type": page.content_type, **SAFE_HEADERS, **page.headers}
 
 
 def response_line(response: Response) -> bytes:
@@ -209,23 +182,16 @@ def _in_one_line(body: bytes) -> bytes:
 
 
 def error_response(
-    ctx: RequestContext,
-    error: ApiError,
-    *,
-    allow: frozenset[str] = frozenset(),
-    close: bool = False,
-    page: RawBody | None = None,
+    error: ApiError, *, allow: frozenset[str] = frozenset(), close: bool = False, page: RawBody | None = None
 ) -> HttpResponse:
     """Build the response to an error: the error object or `page`, with the headers that the error requires."""
-    more: dict[str, str] = {}
+    headers: Mapping[str, str] = _JSON_HEADERS if page is None else _page_headers(page)
     if allow:
-        more["Allow"] = ", ".join(sorted(allow))
+        headers = {**headers, "Allow": ", ".join(sorted(allow))}
     if error.code == "unauthorized":
-        more["WWW_Authenticate"] = "Bearer"
+        headers = {**headers, "WWW-Authenticate": "Bearer"}
     if error.code == "overloaded":
-        more["Retry_After"] = str(RETRY_AFTER_S)
-    if page is None:
-        page = RawBody(JSON, _encode(ErrorBody(error.code, error.message, error.details)))
+        headers = {**headers, "Retry-After": str(RETRY_AFTER_S)}
+    body = _encode(ErrorBody(error.code, error.message, error.details)) if page is None else page.body
     late = error.code == "request_timeout"
-    head = _head(error.status, page.content_type, **page.headers, **more)
-    return HttpResponse(ctx, head, page.body, close=close or late, close_at_once=late)
+    return HttpResponse(error.status, headers, body, close=close or late, close_at_once=late)

@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from aiohttp.web import StreamResponse
 from msgspec import Struct
 
 from jobd.http.auth import JSON
@@ -16,8 +15,9 @@ from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
 Auth = Literal["anyone", "worker", "admin"]
-# Handles a request that is not one command for the actor. Arguments: App, RequestContext, decoded request.
-RouteHandler = Callable[[Any, Any, Any], Awaitable[Response | ApiError | StreamResponse]]
+# Handles a request that is not one command for the actor. Arguments: App, RequestContext, decoded request. Returns None
+# if it has streamed the response.
+RouteHandler = Callable[[Any, Any, Any], Awaitable[Response | ApiError | None]]
 # Renders an error as a page. Arguments: RequestContext, ApiError.
 ErrorRenderer = Callable[[Any, ApiError], Any]
 
@@ -116,7 +116,7 @@ class Router:
                 value, slash, rest = path[len(prefix) :].partition("/")
                 methods = tails.get(slash + rest, {}) if value else {}
                 if method in methods:
-                    return RouteMatch(methods[method], unquote(value))
+                    return RouteMatch(methods[method], unquote(value) if "%" in value else value)
                 allowed |= methods.keys()
         return RouteMatch(None, None, allowed)
 

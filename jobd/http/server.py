@@ -11,56 +11,38 @@ import socket
 import ssl
 import stat
 import sys
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final
 
 import structlog
-from aiohttp import web
-from aiohttp.web_protocol import RequestHandler
 
 from jobd.http.app import App
-from jobd.http.head_cache import HeadCache
-from jobd.http.protocol import ServerConnection, make_request
+from jobd.http.protocol import WorkerConnection
 
 BACKLOG: Final = 1024
-LINGER_S: Final = 5.0  # to read the rest of a rejected body, without which the client would not get the response
-CANCEL_GRACE_S: Final = 0.1  # for cancelled handlers, after the deadline of a stop
+POLL_S: Final = 0.005  # while connections are closing
 
 log = structlog.get_logger("jobd.web")
 
 
-class _Server(web.Server):
-    """aiohttp's server with ServerConnection as its protocol."""
-
-    def __init__(self, app: App[Any], **options: Any) -> None:
-        super().__init__(app.handle, request_factory=make_request, handler_cancellation=True)
-        self._app = app
-        self._heads = HeadCache()
-        self._options = options
-
-    def __call__(self) -> RequestHandler:
-        return ServerConnection(self, self._app, self._heads, loop=self._loop, **self._options)
-
-
-class HttpListener:
+class HttpListener(ABC):
     """The listening sockets of one app. Create it inside the event loop."""
 
     def __init__(self, app: App[Any]) -> None:
         self.app = app
-        self._server = _Server(
-            app,
-            access_log=None,
-            auto_decompress=False,
-            keepalive_timeout=app.limits.idle_s,
-            lingering_time=LINGER_S,
-        )
         self._sockets: list[asyncio.Server] = []
         self._paths: list[str] = []
 
+    @abstractmethod
+    async def protocol_factory(self) -> Callable[[], asyncio.Protocol]:
+        """Return the function that makes the protocol of a connection."""
+
     async def open_tcp(self, host: str, port: int, *, tls: ssl.SSLContext | None = None) -> list[tuple[str, int]]:
         """Listen on `host` and `port` (0: any free port). Return the addresses. Raises OSError."""
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(self._server, host, port, ssl=tls, backlog=BACKLOG)
+        factory = await self.protocol_factory()
+        server = await asyncio.get_running_loop().create_server(factory, host, port, ssl=tls, backlog=BACKLOG)
         self._sockets.append(server)
         return [opened.getsockname()[:2] for opened in server.sockets]
 
@@ -75,19 +57,19 @@ class HttpListener:
 
     async def open_socket(self, opened: socket.socket, *, tls: ssl.SSLContext | None = None) -> None:
         """Listen on a bound socket, such as one from systemd."""
-        loop = asyncio.get_running_loop()
+        loop, factory = asyncio.get_running_loop(), await self.protocol_factory()
         if opened.family == socket.AF_UNIX:
             # Since Python 3.13 a loop unlinks the socket when it closes, but systemd's sockets must stay.
             keep: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
-            server = await loop.create_unix_server(self._server, sock=opened, ssl=tls, backlog=BACKLOG, **keep)
+            server = await loop.create_unix_server(factory, sock=opened, ssl=tls, backlog=BACKLOG, **keep)
         else:
-            server = await loop.create_server(self._server, sock=opened, ssl=tls, backlog=BACKLOG)
+            server = await loop.create_server(factory, sock=opened, ssl=tls, backlog=BACKLOG)
         self._sockets.append(server)
 
     @property
+    @abstractmethod
     def connections(self) -> int:
         """The number of open connections."""
-        return len(self._server.connections)
 
     async def stop(self, deadline_s: float) -> None:
         """Accept no more requests, close idle connections, wait for the responses to pending requests, then close.
@@ -99,22 +81,57 @@ class HttpListener:
         await asyncio.to_thread(_unlink, self._paths)
         for server in self._sockets:
             server.close()
-        self._close_idle()
-        for _ in range(3):  # until the handlers of requests that have just been read have started
-            await asyncio.sleep(0)
+        self.close_idle()
         try:
             async with asyncio.timeout(deadline_s):
                 await self.app.wait_idle()
-                self._close_idle()  # connections whose slow clients were reading an earlier response
-                await self._server.shutdown(None)
+                await self.close_all()
         except TimeoutError:
             log.warning("requests_cut_off", door=self.app.authenticator.name, connections=self.connections)
-            await self._server.shutdown(CANCEL_GRACE_S)
+            await self.abort_all()
 
-    def _close_idle(self) -> None:
-        for connection in self._server.connections:
-            assert isinstance(connection, ServerConnection)
+    @abstractmethod
+    def close_idle(self) -> None:
+        """Close the connections without a request in progress."""
+
+    @abstractmethod
+    async def close_all(self) -> None:
+        """Close all connections once their responses are sent."""
+
+    @abstractmethod
+    async def abort_all(self) -> None:
+        """Abort all connections, and cancel the requests in progress."""
+
+
+class WorkerListener(HttpListener):
+    """A listener of the worker API."""
+
+    def __init__(self, app: App[Any]) -> None:
+        super().__init__(app)
+        self._connections: set[WorkerConnection] = set()
+
+    async def protocol_factory(self) -> Callable[[], asyncio.Protocol]:
+        return partial(WorkerConnection, self.app, self._connections)
+
+    @property
+    def connections(self) -> int:
+        return len(self._connections)
+
+    def close_idle(self) -> None:
+        for connection in tuple(self._connections):
             connection.close_if_idle()
+
+    async def close_all(self) -> None:
+        for connection in tuple(self._connections):
+            connection.close()
+        while self._connections:  # noqa: ASYNC110 - this is soon
+            await asyncio.sleep(POLL_S)
+
+    async def abort_all(self) -> None:
+        for connection in tuple(self._connections):
+            connection.abort()
+        while self._connections:  # noqa: ASYNC110 - this is soon
+            await asyncio.sleep(POLL_S)
 
 
 def is_in_use(endpoint: str | tuple[str, int]) -> bool:

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-import structlog
-from aiohttp import web
-
 from jobd.http.decoding import Limits
-from jobd.http.request import HttpRequest
+from jobd.http.request import BodyError, RequestContext
 from jobd.http.response import WRITE_TIMEOUT_S
 from jobd.model.errors import api_error
-
-log = structlog.get_logger("jobd.web")
 
 
 class LineStream:
@@ -22,9 +17,8 @@ class LineStream:
     deadline (408), the framing is malformed (400), or the body ends too early (400, after its complete lines).
     """
 
-    def __init__(self, request: HttpRequest, limits: Limits, *, idle_allowed: bool = False) -> None:
-        self._request = request
-        self._content = request.content
+    def __init__(self, ctx: RequestContext, limits: Limits, *, idle_allowed: bool = False) -> None:
+        self._ctx = ctx
         self._limits = limits
         self._idle_allowed = idle_allowed
         self._buffer = bytearray()
@@ -37,7 +31,7 @@ class LineStream:
     async def __anext__(self) -> bytes | None:
         if not self._has_line():
             await self._fill()
-        if self._is_last and self._request.is_truncated:
+        if self._is_last and self._ctx.is_truncated:
             message = (
                 "The stream ended too early. The bytes after the last line feed were ignored. Send that line again."
             )
@@ -68,27 +62,22 @@ class LineStream:
         except TimeoutError:
             message = f"No complete line arrived within {self._limits.body_deadline_s:g} s. Send it again."
             raise api_error("request_timeout", message) from None
-        except web.RequestPayloadError:
+        except BodyError:
             raise api_error("invalid_request", "The stream is malformed: its chunks or its length are wrong.") from None
 
     async def _read_piece(self) -> None:
-        piece = await self._content.readany()
+        piece = await self._ctx.read()
         self._buffer += piece
         self._is_last = not piece
 
 
-def probe_for_hangup(request: HttpRequest, response: web.StreamResponse) -> None:
-    """Send a comment when the client half-closes the connection. A client that has closed it responds with a reset."""
-    request.probe = b"3\r\n:\n\n\r\n" if response.chunked else b":\n\n"
-
-
-async def write(response: web.StreamResponse, piece: bytes) -> None:
+async def write(ctx: RequestContext, piece: bytes) -> None:
     """Send `piece`. Raises TimeoutError if the client does not read."""
     async with asyncio.timeout(WRITE_TIMEOUT_S):
-        await response.write(piece)
+        await ctx.write(piece)
 
 
-async def finish(response: web.StreamResponse) -> None:
+async def finish(ctx: RequestContext) -> None:
     """Send the end of the body. Raises TimeoutError if the client does not read."""
     async with asyncio.timeout(WRITE_TIMEOUT_S):
-        await response.write_eof()
+        await ctx.finish()

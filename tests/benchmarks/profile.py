@@ -32,7 +32,7 @@ RATE: Final = 200  # per second
 TOP: Final = 25
 # A frame belongs to the step of its package, or of its module if that is listed.
 STEPS: Final = {
-    "parse and send": "http/protocol http/server http/head_cache",
+    "parse and send": "http/protocol http/parser http/worker_request http/server http/admin_listener",
     "route, authenticate, decode": "http api",
     "mailbox and batches": "engine",
     "write and commit": "storage model/storage",

@@ -18,7 +18,6 @@ from jobd.api.worker import ROUTES
 from jobd.engine.actor import Bounds
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
-from jobd.http.protocol import ServerConnection
 from jobd.model.commands import STREAMED_COMMANDS
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Grants, Response
@@ -100,8 +99,7 @@ async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 async def half_closed(harness: HttpHarness) -> None:
     """Wait until the listener knows that a client has stopped sending."""
-    connections = harness.listener._server.connections
-    while not any(cast("ServerConnection", connection)._is_half_closed for connection in connections):  # noqa: ASYNC110
+    while not any(connection._is_half_closed for connection in harness.connections):  # noqa: ASYNC110
         await asyncio.sleep(0.001)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 
 from jobd.api import events as event_stream
 from jobd.api.admin import ROUTES as ADMIN_ROUTES
@@ -20,6 +19,7 @@ from jobd.api.worker import ROUTES
 from jobd.engine import event_feed
 from jobd.http import streaming
 from jobd.http.auth import Authenticator
+from jobd.http.worker_request import WorkerRequest
 from tests.support.daemon_process import TOKEN as ADMIN_TOKEN
 from tests.support.daemon_process import DaemonProcess, UnixConnection
 from tests.support.factories import ChangeFactory
@@ -237,10 +237,10 @@ async def test_the_wait_for_a_client_that_does_not_read_the_end_is_limited(
 ) -> None:
     """The rest of a stream that ends may be larger than the socket buffer."""
 
-    async def waits_for_the_client(self: web.StreamResponse) -> None:
+    async def waits_for_the_client(self: WorkerRequest) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(web.StreamResponse, "write_eof", waits_for_the_client)
+    monkeypatch.setattr(WorkerRequest, "finish", waits_for_the_client)
     monkeypatch.setattr(streaming, "WRITE_TIMEOUT_S", 0.05)
     await commit(3)
     client = await opened_stream(harness, "?follow=false&last=2")

@@ -19,11 +19,13 @@ from msgspec import Struct
 from jobd.api.services import Services
 from jobd.engine import event_feed, mailbox
 from jobd.engine.mailbox import Waiter
+from jobd.http.admin_listener import AdminListener
 from jobd.http.app import App, BrowserPages
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
+from jobd.http.protocol import WorkerConnection
 from jobd.http.routing import Route
-from jobd.http.server import HttpListener
+from jobd.http.server import HttpListener, WorkerListener
 from jobd.model.commands import Call, Command, IdempotencyKey, MakePlan, Moment, Operator, TakeBack
 from jobd.model.errors import ApiError
 from jobd.model.responses import (
@@ -555,7 +557,7 @@ class HttpHarness:
             admin=admin,
             pages=pages,
         )
-        self.listener = HttpListener(self.app)
+        self.listener: HttpListener = AdminListener(self.app) if admin else WorkerListener(self.app)
         self.path = str(directory / "api.sock")
         self.port = 0
         self._connections: list[RawConnection] = []
@@ -573,6 +575,12 @@ class HttpHarness:
             await line.close()
         if not self._is_stopped:
             await self.stop(1.0)
+
+    @property
+    def connections(self) -> list[WorkerConnection]:
+        """The open connections of a worker listener."""
+        assert isinstance(self.listener, WorkerListener)
+        return list(self.listener._connections)
 
     async def stop(self, deadline_s: float) -> None:
         self._is_stopped = True

@@ -212,7 +212,7 @@ async def test_calls_are_retried_over_a_new_stream(server: WorkerApiServer, clie
         server.disk.gate.clear()
         second = asyncio.ensure_future(jobs.create_job(id="b"))
         await server.disk.at_gate.wait()
-        for connection in server.harness.listener._server.connections:
+        for connection in server.harness.connections:
             assert connection.transport is not None
             connection.transport.abort()
         server.disk.gate.set()

@@ -469,7 +469,7 @@ async def test_a_response_is_undelivered_if_the_connection_closed_before_its_fir
     response = granted()
 
     async def close_then_answer(_: Any) -> Response:
-        [connection] = harness.listener._server.connections
+        [connection] = harness.connections
         assert connection.transport is not None
         connection.transport.close()
         return response
@@ -492,7 +492,7 @@ async def test_the_grants_of_a_delivered_response_are_kept(harness: HttpHarness)
 
 async def test_a_response_without_grants_is_not_reported_as_undelivered(harness: HttpHarness) -> None:
     async def close_then_answer(_: Any) -> Response:
-        harness.listener._server.connections[0].transport.close()  # type: ignore[union-attr]
+        harness.connections[0].transport.close()  # type: ignore[union-attr]
         return Response(EmptyResponse())
 
     harness.actor.respond = close_then_answer

@@ -1,4 +1,4 @@
-"""The fast path and the slow path of a request keep the same promises."""
+"""Connections of workers, with requests that arrive in one piece or in several."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
-from aiohttp.web_protocol import MAX_MSG_QUEUE_SIZE, RequestHandler
 from structlog.testing import capture_logs
 
 from jobd.api.worker import ROUTES
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
-from jobd.http.protocol import AHEAD, ServerConnection
+from jobd.http.protocol import AHEAD, WorkerConnection
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Response
 from tests.support.http_harness import TOKEN, HeldResponse, HttpHarness, RawConnection, request_bytes, tls_pair
 from tests.support.malformed_requests import CHUNKED, HOSTILE
 
+PIPELINED = 32  # requests
 CLAIM = request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}')
 
 
@@ -78,8 +77,8 @@ WRITES = pytest.mark.parametrize("send", [in_one_write, in_two_writes])
 async def test_a_complete_request_needs_no_task(
     harness: HttpHarness, monkeypatch: pytest.MonkeyPatch, request_: bytes, status: int
 ) -> None:
-    handled: list[web.BaseRequest] = []
-    monkeypatch.setattr(harness.listener._server, "request_handler", handled.append)
+    handled: list[Any] = []
+    monkeypatch.setattr(WorkerConnection, "_run", handled.append)
     assert (await harness.send_raw(request_)).status == status
     assert handled == []
 
@@ -104,14 +103,12 @@ async def test_requests_that_arrive_during_another_are_answered_after_it(harness
     harness.actor.respond = lambda command: Response(command.queue)
     client.send(request_bytes("POST", "/v1/jobs", '{"queue":"second"}'))
     await asyncio.sleep(0)
-    client.send(
-        b"".join(request_bytes("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2))
-    )
+    client.send(b"".join(request_bytes("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(PIPELINED * 2)))
     assert (await harness.request("POST", "/v1/jobs", '{"queue":"other"}')).data == "other"
     assert len(harness.actor.received) == 2
     held.go.set()
-    response = [(await client.receive()).data for _ in range(2 + MAX_MSG_QUEUE_SIZE * 2)]
-    assert response[1:] == ["second", *(str(n) for n in range(MAX_MSG_QUEUE_SIZE * 2))]
+    response = [(await client.receive()).data for _ in range(2 + PIPELINED * 2)]
+    assert response[1:] == ["second", *(str(n) for n in range(PIPELINED * 2))]
     assert (await client.request("POST", "/v1/jobs", '{"queue":"last"}')).data == "last"
 
 
@@ -123,17 +120,15 @@ async def test_bodies_that_arrive_during_a_request_stay_in_the_socket(tmp_path: 
         await send(client, CLAIM)
         await wait_for_commands(harness, 1)
         harness.actor.respond = lambda command: Response(command.queue)
-        [connection] = harness.listener._server.connections
-        assert isinstance(connection, ServerConnection)
+        [connection] = harness.connections
         sizes = [200_000] * 3 + [10] * 3
         for size in sizes * 4:
             client.send(request_bytes("POST", "/v1/jobs", f'{{"queue":"q-{size}","payload":"{"x" * size}"}}'))
-        while not connection._buffer_paused:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+        while not connection._is_reading_paused:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
             await asyncio.sleep(0.001)
         for _ in range(5):
             assert (await harness.request("POST", "/v1/jobs", '{"queue":"other"}')).data == "other"
-        waiting = sum(payload.total_bytes for _, payload in connection._messages)
-        assert AHEAD < waiting < 3 * AHEAD
+        assert AHEAD < len(connection._held) < 3 * AHEAD
         held.go.set()
         assert (await client.receive()).status == 200
         assert [(await client.receive()).data for _ in sizes * 4] == [f"q-{size}" for size in sizes] * 4
@@ -142,7 +137,7 @@ async def test_bodies_that_arrive_during_a_request_stay_in_the_socket(tmp_path: 
 
 async def test_requests_with_late_bodies_release_their_slots(harness: HttpHarness) -> None:
     client = await harness.connect()
-    for _ in range(MAX_MSG_QUEUE_SIZE):
+    for _ in range(PIPELINED):
         await in_two_writes(client, request_bytes("POST", "/v1/jobs", "{}"))
         assert (await client.receive()).status == 200
     client.send(request_bytes("GET", "/v1/jobs") * 3 + request_bytes("POST", "/v1/jobs", "{}") * 3)
@@ -167,7 +162,7 @@ async def test_a_response_to_a_closing_connection_is_undelivered(harness: HttpHa
     client = await harness.connect()
     await send(client, CLAIM)
     await wait_for_commands(harness, 1)
-    [connection] = harness.listener._server.connections
+    [connection] = harness.connections
     assert connection.transport is not None
     held.go.set()  # the response is written in the next iteration of the loop,
     connection.transport.close()  # and the lost connection is reported after that
@@ -255,7 +250,7 @@ async def test_a_few_unread_bytes_do_not_keep_a_connection_open(
         client = await harness.connect()
         await send(client, CLAIM)
         assert (await client.receive()).status == 200
-        [connection] = harness.listener._server.connections
+        [connection] = harness.connections
         assert connection.transport is not None
         client.writer.transport.pause_reading()  # type: ignore[attr-defined]
         while not connection.transport.get_write_buffer_size():
@@ -293,26 +288,20 @@ async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(
     assert logs == []  # nothing was cut off
 
 
-async def test_a_response_at_the_deadline_of_a_stop_does_no_harm(harness: HttpHarness) -> None:
+async def test_a_response_after_the_deadline_of_a_stop_does_no_harm(harness: HttpHarness) -> None:
     """The actor calls it directly, so an exception here would end the actor."""
     HeldResponse(harness)
     client = await harness.connect()
-    assert (await client.request("GET", "/healthz")).status == 200
     client.send(CLAIM)
     await wait_for_commands(harness, 1)
-    [connection] = harness.listener._server.connections
-    assert isinstance(connection, ServerConnection)
-    pending = connection._pending
-    assert pending is not None
-    stopping = asyncio.ensure_future(connection.shutdown(30))
-    while connection._handler_waiter is None:  # noqa: ASYNC110 - it is in the first step of the stop
-        await asyncio.sleep(0)
-    connection._handler_waiter.cancel()  # its deadline
-    pending.set_result(Response(EmptyResponse()))
-    assert (await client.receive()).status == 200
+    [connection] = harness.connections
+    request = connection._current
+    assert request is not None
+    connection.abort()
+    request.set_result(Response(EmptyResponse(), grants=[("a", "lock")]))
     assert await client.is_closed()
-    await stopping
     await harness.app.wait_idle()
+    assert len(harness.actor.undelivered_responses) == 1
 
 
 @WRITES
@@ -469,35 +458,11 @@ async def test_a_connection_is_idle_again_after_its_request(tmp_path: Path) -> N
 async def test_chunks_that_arrive_together_are_a_complete_request(
     harness: HttpHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handled: list[web.BaseRequest] = []
-    monkeypatch.setattr(harness.listener._server, "request_handler", handled.append)
+    handled: list[Any] = []
+    monkeypatch.setattr(WorkerConnection, "_run", handled.append)
     response = await harness.send_raw(CHUNKED + b'8\r\n{"queue"\r\n8\r\n:"mail"}\r\n0\r\n\r\n')
     assert (response.status, harness.actor.received[0].command.queue) == (200, "mail")
     assert handled == []
-
-
-async def test_a_cached_head_is_not_parsed_again(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    parsed: list[bytes] = []
-    parse = RequestHandler.data_received
-
-    def noted(handler: RequestHandler, data: bytes) -> None:
-        parsed.append(data)
-        parse(handler, data)
-
-    monkeypatch.setattr(RequestHandler, "data_received", noted)
-    client, other = await harness.connect(), await harness.connect()
-    for number in range(3):
-        for each in (client, other):
-            response = await each.request("POST", "/v1/jobs", f'{{"queue":"q-{number}"}}')
-            assert response.status == 200
-    assert len(parsed) == 1
-    assert [envelope.command.queue for envelope in harness.actor.received] == ["q-0", "q-0", "q-1", "q-1", "q-2", "q-2"]
-    assert (await client.request("POST", "/v1/jobs/a/progress", '{"queue":"q-0"}')).status == 400  # it is validated
-    assert (await client.request("GET", "/v1/jobs", '{"queue":"q-0"}')).status == 400
-    assert (await client.request("POST", "/nowhere", '{"queue":"q-0"}')).status == 404
-    assert (await client.request("POST", "/v1/jobs?a=b", '{"queue":"q-0"}')).status == 400
-    assert (await client.request("PUT", "/v1/jobs", '{"queue":"q-0"}')).status == 405
-    assert len(parsed) == 2
 
 
 async def test_a_token_counts_only_for_its_own_request(tmp_path: Path) -> None:
@@ -547,11 +512,10 @@ async def tcp(tmp_path: Path) -> AsyncIterator[HttpHarness]:
         yield one
 
 
-async def half_closed(harness: HttpHarness) -> ServerConnection:
+async def half_closed(harness: HttpHarness) -> WorkerConnection:
     """Return the connection whose client has stopped sending, once the listener knows it."""
     while True:
-        for connection in harness.listener._server.connections:
-            assert isinstance(connection, ServerConnection)
+        for connection in harness.connections:
             if connection._is_half_closed:
                 return connection
         await asyncio.sleep(0.001)
@@ -564,13 +528,11 @@ async def test_a_half_closed_client_gets_its_responses_and_then_the_end(either: 
     await send(client, request_bytes("POST", "/v1/jobs", '{"queue":"first"}'))
     await wait_for_commands(either, 1)
     either.actor.respond = lambda command: Response(command.queue)
-    client.send(
-        b"".join(request_bytes("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2))
-    )
+    client.send(b"".join(request_bytes("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(PIPELINED * 2)))
     client.writer.write_eof()
     held.go.set()
-    response = [(await client.receive()).data for _ in range(1 + MAX_MSG_QUEUE_SIZE * 2)]
-    assert response[1:] == [str(n) for n in range(MAX_MSG_QUEUE_SIZE * 2)]
+    response = [(await client.receive()).data for _ in range(1 + PIPELINED * 2)]
+    assert response[1:] == [str(n) for n in range(PIPELINED * 2)]
     assert await client.is_closed()
     await wait_until_closed(either)
 
@@ -602,7 +564,7 @@ async def test_the_end_of_input_closes_a_connection_without_pending_requests(eit
 
 
 async def test_a_request_right_before_the_end_of_input_is_answered(either: HttpHarness) -> None:
-    """Data and end arrive before aiohttp's loop has run."""
+    """Data and end arrive in one turn of the loop."""
     for request in (
         request_bytes("GET", "/v1/jobs"),
         request_bytes("GET", "/healthz"),
@@ -694,11 +656,11 @@ async def test_a_response_with_grants_waits_for_the_probe(
     """The reset of a closed client takes its time on a network: until then it looks like a half-closed one."""
     checks: list[bool] = []
 
-    def is_probing(connection: ServerConnection, transport: asyncio.Transport) -> bool:
+    def is_probing(connection: WorkerConnection, transport: asyncio.Transport) -> bool:
         checks.append(transport.is_closing())
         return not transport.is_closing() and (len(checks) < 3 or not is_there)
 
-    monkeypatch.setattr(ServerConnection, "_is_probing", is_probing)
+    monkeypatch.setattr(WorkerConnection, "_is_probing", is_probing)
     monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
     monkeypatch.setattr("jobd.http.protocol.PROBE_S", 3600 if is_there else 0.01)
     response = Response(EmptyResponse(), grants=[("a", "lock")])
@@ -723,11 +685,11 @@ async def test_a_connection_that_closes_during_the_probe_releases_its_grants(
 ) -> None:
     checked = asyncio.Event()
 
-    def is_probing(connection: ServerConnection, transport: asyncio.Transport) -> bool:
+    def is_probing(connection: WorkerConnection, transport: asyncio.Transport) -> bool:
         checked.set()
         return not transport.is_closing()
 
-    monkeypatch.setattr(ServerConnection, "_is_probing", is_probing)
+    monkeypatch.setattr(WorkerConnection, "_is_probing", is_probing)
     response = Response(EmptyResponse(), grants=[("a", "lock")])
     held = HeldResponse(tcp, response)
     client = await tcp.connect()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp.web_protocol import RequestHandler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
@@ -21,6 +20,7 @@ from structlog.testing import capture_logs
 from jobd.api.worker import ROUTES
 from jobd.http.auth import Authenticator, accepted_hosts
 from jobd.http.decoding import Limits
+from jobd.http.parser import RequestParser
 from jobd.http.protocol import PIECE
 from jobd.http.server import is_in_use
 from jobd.model.responses import EmptyResponse, Response
@@ -178,13 +178,13 @@ def test_any_bytes_get_a_status_below_500_or_none(junk: bytes, start: bytes, tmp
 
 async def test_many_chunks_are_parsed_in_pieces(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    parse = RequestHandler.data_received
+    parse = RequestParser.feed
 
-    def noted(handler: RequestHandler, data: bytes) -> None:
+    def noted(parser: RequestParser, data: bytes) -> None:
         sizes.append(len(data))
-        parse(handler, data)
+        parse(parser, data)
 
-    monkeypatch.setattr(RequestHandler, "data_received", noted)
+    monkeypatch.setattr(RequestParser, "feed", noted)
     client = await harness.connect()
     client.send(CHUNKED + b"1\r\n \r\n" * 20_000 + b"2\r\n{}\r\n0\r\n\r\n")
     assert (await client.receive()).error == "too_large"

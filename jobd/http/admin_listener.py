@@ -1,0 +1,237 @@
+"""Serve an app with aiohttp: the admin listener, whose speed does not matter."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Final, cast
+
+from aiohttp import web
+
+from jobd.http.app import App
+from jobd.http.parser import MalformedRequest, RequestParser, malformed_request
+from jobd.http.request import BodyError, RequestContext, add_header
+from jobd.http.response import WRITE_TIMEOUT_S, HttpResponse
+from jobd.http.server import HttpListener
+from jobd.http.worker_request import WorkerRequest
+from jobd.model.errors import ApiError
+
+LINGER_S: Final = 5.0  # to read the rest of a rejected body, without which the client would not get the response
+CANCEL_GRACE_S: Final = 0.1  # for cancelled handlers, after the deadline of a stop
+FLUSH_POLL_S: Final = 0.05
+SERVER: Final = {"Server": "jobd"}  # in place of the versions of aiohttp and Python
+
+
+class AdminRequest(RequestContext):
+    """A request on the admin listener. `streamed` is the response after `start`."""
+
+    def __init__(self, request: web.Request) -> None:
+        headers: dict[str, str] = {}
+        repeated = [name for name, value in request.headers.items() if add_header(headers, name.lower(), value)]
+        super().__init__(
+            request.method,
+            request.raw_path,
+            headers,
+            frozenset(map(str.lower, repeated)),
+            f"{request.version.major}.{request.version.minor}",
+            request.keep_alive,
+            request.can_read_body,
+        )
+        self._request = request
+        self.streamed: web.StreamResponse | None = None
+
+    @property
+    def transport(self) -> asyncio.Transport | None:
+        return self._request.transport
+
+    def abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+    @property
+    def is_complete(self) -> bool:
+        return self._request.content.is_eof()
+
+    def send_continue(self) -> None:
+        transport = self.transport
+        if not self.is_complete and self.headers.get("expect") and transport is not None:
+            transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    async def read(self) -> bytes:
+        try:
+            return await self._request.content.readany()
+        except web.RequestPayloadError:
+            raise BodyError from None
+
+    async def start(self, headers: Mapping[str, str], length: int | None = None) -> None:
+        self.streamed = web.StreamResponse(headers={**headers, **SERVER})
+        self.streamed.content_length = length
+        await self.streamed.prepare(self._request)
+
+    async def write(self, piece: bytes) -> None:
+        assert self.streamed is not None
+        await self.streamed.write(piece)
+
+    async def finish(self) -> None:
+        assert self.streamed is not None
+        await self.streamed.write_eof()
+        await self._flush()
+
+    async def send(self, response: HttpResponse) -> web.StreamResponse:
+        """Send a complete response. Aborts the connection of a client that does not read it."""
+        made = web.Response(status=response.status, headers={**response.headers, **SERVER}, body=response.body)
+        if response.close:
+            made.force_close()
+        try:
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                await made.prepare(self._request)
+                await made.write_eof()
+                await self._flush()
+        except TimeoutError:
+            self.abort()
+        if response.close_at_once and self.transport is not None:
+            self.transport.close()
+        return made
+
+    async def _flush(self) -> None:
+        """Wait until the system has taken all bytes: a closed transport would wait forever for the client."""
+        while (transport := self.transport) is not None and transport.get_write_buffer_size():  # noqa: ASYNC110
+            await asyncio.sleep(FLUSH_POLL_S)
+
+
+class AdminListener(HttpListener):
+    """The listener of the admin API and the dashboard: an application of aiohttp with one handler."""
+
+    def __init__(self, app: App[Any]) -> None:
+        super().__init__(app)
+
+        @web.middleware
+        async def handle(request: web.Request, handler: object) -> web.StreamResponse:
+            return await self._handle(request)
+
+        application = web.Application(middlewares=[handle])  # also for targets without a route, such as *
+        application.router.add_route("*", "/{path:[\\s\\S]*}", self._handle, expect_handler=_expect_nothing)
+        self.busy: set[asyncio.BaseTransport | None] = set()  # connections with a request in progress
+        self._runner = web.AppRunner(
+            application,
+            access_log=None,
+            auto_decompress=False,
+            handler_cancellation=True,
+            keepalive_timeout=app.limits.idle_s,
+            lingering_time=LINGER_S,
+            logger=_quiet_logger(),
+            shutdown_timeout=CANCEL_GRACE_S,
+        )
+
+    async def protocol_factory(self) -> Callable[[], asyncio.Protocol]:
+        if self._runner.server is None:
+            await self._runner.setup()
+        server = self._runner.server
+        assert server is not None
+        return lambda: _AdminConnection(self, server())
+
+    @property
+    def connections(self) -> int:
+        return 0 if self._runner.server is None else len(self._runner.server.connections)
+
+    def close_idle(self) -> None:
+        if self._runner.server is not None:
+            self._runner.server.pre_shutdown()
+
+    async def close_all(self) -> None:
+        await self._runner.cleanup()
+
+    async def abort_all(self) -> None:
+        await self._runner.cleanup()
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        if request.transport is not None:
+            request.transport.set_write_buffer_limits(0)  # writes show if the client has disconnected
+        ctx, transport = AdminRequest(request), request.transport
+        self.app.request_started()
+        self.busy.add(transport)
+        try:
+            response = self.app.authorize(ctx) or await self.app.handle(ctx)
+            if response is not None:
+                return await ctx.send(response)
+            assert ctx.streamed is not None
+            return ctx.streamed
+        finally:
+            self.busy.discard(transport)
+            self.app.request_finished()
+
+
+class _AdminConnection(asyncio.Protocol):
+    """Reject malformed input as the worker listener does, and pass the rest on to the protocol of aiohttp.
+
+    aiohttp would repeat the malformed line, which may contain a token, in its response and in its log.
+    """
+
+    def __init__(self, listener: AdminListener, protocol: asyncio.Protocol) -> None:
+        self._listener = listener
+        self._protocol = protocol
+        self._transport: asyncio.Transport | None = None
+        self._parser = RequestParser(self._add)
+        self._is_broken = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._protocol.connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_broken:
+            return
+        try:
+            self._parser.feed(data)
+        except MalformedRequest as malformed:
+            self._reject(malformed.error)
+        else:
+            self._protocol.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self._protocol.eof_received()
+
+    def pause_writing(self) -> None:
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._protocol.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._parser.close()
+        self._protocol.connection_lost(exc)
+
+    @staticmethod
+    def _add(request: WorkerRequest) -> None:
+        request.is_dropped = True  # aiohttp reads the body
+
+    def _reject(self, error: ApiError) -> None:
+        """Respond to malformed input, unless a response is in progress, and close the connection."""
+        self._is_broken = True
+        assert self._transport is not None
+        if self._transport not in self._listener.busy or self._parser.incoming is not None:
+            request = malformed_request(error)
+            response = self._listener.app.error_response(request, error, close=True)
+            self._transport.write(response.encode(request))
+        self._transport.close()
+
+
+async def _expect_nothing(request: web.Request) -> None:
+    """Leave the Expect header to the app, which answers it once the request is authorized."""
+
+
+def _quiet_logger() -> logging.Logger:
+    """Return aiohttp's logger without the text of exceptions, which may contain a token, and without bad requests."""
+    logger = logging.getLogger("jobd.http.admin")
+    if not logger.filters:
+        logger.addFilter(_without_exception)
+    return logger
+
+
+def _without_exception(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    record.exc_info = None
+    if error is not None:
+        record.msg, record.args = f"{record.getMessage()}: {type(error).__name__}", ()
+    return not isinstance(error, web.HTTPException) and "http_exceptions" not in type(error).__module__

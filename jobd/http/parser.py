@@ -1,0 +1,213 @@
+"""Parse requests with httptools, within the limits of a head.
+
+httptools is llhttp without its lenient modes: it rejects bare line feeds, folded headers, control characters, spaces
+before a colon, malformed lengths and chunks, and a Content-Length beside a Transfer-Encoding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Final
+
+from httptools import HttpParserCallbackError, HttpParserError, HttpParserUpgrade, HttpRequestParser
+
+from jobd.http.request import add_header
+from jobd.http.worker_request import WorkerRequest
+from jobd.model.errors import ApiError
+
+MAX_LINE: Final = 8190  # bytes of the request target, and of the name and value of a header
+MAX_HEADERS: Final = 128  # and trailers
+MAX_FRAMING: Final = 64 << 10  # bytes between two pieces of a body: sizes and extensions of chunks, and trailers
+LONG_LINE: Final = f"a line of its head is over {MAX_LINE} bytes"
+WRONG_HEAD: Final = (
+    "its head or its framing is wrong (a line without a colon or with a forbidden character, a repeated header that "
+    "may occur only once, such as Content-Length, or chunks of a wrong length)"
+)
+NONE: Final[frozenset[str]] = frozenset()
+# Headers of which a second one is an error.
+_SINGLE: Final = frozenset(
+    ("content-length", "content-location", "content-range", "content-type", "etag", "host", "max-forwards", "server",
+     "transfer-encoding", "user-agent")
+)  # fmt: skip
+_COMMON_NAMES: Final = (
+    "Accept", "Accept-Encoding", "Accept-Language", "Authorization", "Connection", "Content-Encoding", "Content-Length",
+    "Content-Type", "Expect", "Host", "Idempotency-Key", "Last-Event-ID", "Origin", "Transfer-Encoding", "User-Agent",
+)  # fmt: skip
+_LOWER: Final = {form.encode(): name.lower() for name in _COMMON_NAMES for form in (name, name.lower())}
+# A request target other than a path: a URI with an authority. CONNECT and `OPTIONS *` have others.
+_URI: Final = re.compile(
+    rb"[a-z][a-z0-9+.-]*://([^/?#@]*@)?(\[[0-9a-f:.]+\]|[^/?#@\[\]:]+)(:[0-9]*)?([/?#].*)?", re.IGNORECASE
+)
+OLD_WEBSOCKET: Final = "sec-websocket-key1"  # requests with it have a body without a length
+
+
+class MalformedRequest(Exception):
+    """The input is not HTTP. `error` says why, without the input."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.error = ApiError("invalid_request", f"The request is not valid HTTP/1.1: {why}.")
+
+
+def malformed_request(error: ApiError) -> WorkerRequest:
+    """Return a request that stands for malformed input."""
+    request = WorkerRequest("UNKNOWN", "/", {}, NONE, "1.0", False, False)
+    request.error = error
+    request.is_complete = True
+    return request
+
+
+class RequestParser:
+    """Parse the input of one connection, and pass each request to `add_request` once its head has arrived.
+
+    `incoming` is the request whose body is not complete.
+
+    The methods on_* are called by httptools.
+    """
+
+    __slots__ = (
+        "_add_request", "_framing", "_headers", "_latest", "_line", "_parser", "_problem", "_repeated", "_url",
+        "incoming",
+    )  # fmt: skip
+
+    def __init__(self, add_request: Callable[[WorkerRequest], None]) -> None:
+        self._add_request = add_request
+        self._parser = HttpRequestParser(self)
+        self._url = b""  # of the current head
+        self._headers: dict[str, str] = {}  # of the current head, or the trailers of the current body
+        self._repeated: list[str] = []
+        self._line = 0  # bytes of the current line, if several pieces of input belong to one head
+        self._framing = 0  # bytes since the last piece of the body
+        self._problem = ""
+        self._latest: WorkerRequest | None = None
+        self.incoming: WorkerRequest | None = None
+
+    def feed(self, data: bytes) -> None:
+        """Parse the next bytes. The connection gets the requests in them, and so those before a malformed one.
+
+        Raises MalformedRequest.
+        """
+        was_in_head, latest = self._url, self._latest
+        if self.incoming is not None:
+            self._framing += len(data)
+        try:
+            while True:
+                try:
+                    self._parser.feed_data(data)
+                    break
+                except HttpParserUpgrade as upgrade:
+                    data = data[upgrade.args[0] :]
+                data = self._decline_upgrade(data)
+        except HttpParserError as error:
+            if isinstance(error, HttpParserCallbackError) and not self._problem:
+                raise  # a bug
+            raise MalformedRequest(self._problem or WRONG_HEAD) from None
+        if self._url:
+            self._check_head(data, is_same=bool(was_in_head) and latest is self._latest)
+        elif self.incoming is not None:
+            self._check_framing()
+
+    def close(self) -> None:
+        """Break the reference cycles."""
+        del self._parser, self._add_request
+        self._latest = self.incoming = None
+
+    def _malformed(self, problem: str) -> MalformedRequest:
+        self._problem = problem  # httptools does not pass the exception on
+        return MalformedRequest(problem)
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+        if len(self._url) > MAX_LINE:
+            raise self._malformed(LONG_LINE)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        key = _LOWER.get(name) or name.lower().decode("latin-1")
+        if len(value) > MAX_LINE or len(name) > MAX_LINE:
+            raise self._malformed(LONG_LINE)
+        text = value.rstrip(b" \t").decode("utf-8", "surrogateescape")
+        if key not in self._headers:
+            self._headers[key] = text
+        else:
+            add_header(self._headers, key, text)
+            self._repeated.append(key)
+
+    def on_headers_complete(self) -> None:
+        headers, target = self._headers, self._url
+        if len(headers) + len(self._repeated) > MAX_HEADERS:
+            raise self._malformed(WRONG_HEAD)
+        self._headers, self._url, self._framing = {}, b"", 0
+        if self.incoming is not None:  # this is the head that `_decline_upgrade` has made
+            return
+        repeated = NONE
+        if self._repeated:
+            repeated = frozenset(self._repeated)
+            self._repeated.clear()
+        keep_alive = self._parser.should_keep_alive()
+        is_usual = keep_alive and "connection" not in headers  # only HTTP/1.1 keeps a connection alive unasked
+        version = "1.1" if is_usual else self._parser.get_http_version()
+        method = self._parser.get_method()
+        if (
+            (version == "1.1" and "host" not in headers)
+            or (repeated and not _SINGLE.isdisjoint(repeated))
+            or OLD_WEBSOCKET in headers
+            or (target[:1] != b"/" and not _is_uri(target, method))
+        ):
+            raise self._malformed(WRONG_HEAD)
+        has_body = "transfer-encoding" in headers or int(headers.get("content-length", 0)) > 0
+        path = target.decode("utf-8", "surrogateescape")
+        request = WorkerRequest(method.decode(), path, headers, repeated, version, keep_alive, has_body)
+        self.incoming = self._latest = request
+        self._add_request(request)
+
+    def on_body(self, piece: bytes) -> None:
+        assert self.incoming is not None
+        self._framing = 0
+        self.incoming.add(piece)
+
+    def on_message_complete(self) -> None:
+        assert self.incoming is not None
+        if self._headers:  # trailers
+            self._check_number()
+            self._headers = {}
+        self.incoming.is_complete = True
+        self.incoming = None
+
+    def _decline_upgrade(self, rest: bytes) -> bytes:
+        """Ignore the Upgrade of the latest request, whose body httptools has skipped. Return the input after it."""
+        request = self._latest
+        assert request is not None
+        if request.method == "CONNECT":  # the rest is not HTTP
+            request.keep_alive = False
+            return b""
+        if request.has_body:
+            self._parser = HttpRequestParser(self)
+            self.incoming, request.is_complete = request, False
+            length = request.headers.get("content-length")
+            framing = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+            self._parser.feed_data(f"POST / HTTP/1.1\r\n{framing}\r\n\r\n".encode())
+        return rest
+
+    def _check_number(self) -> None:
+        if len(self._headers) + len(self._repeated) > MAX_HEADERS:
+            raise self._malformed(WRONG_HEAD)
+
+    def _check_head(self, data: bytes, is_same: bool) -> None:
+        """Check an incomplete head. `is_same`: it had begun before `data`."""
+        self._check_number()
+        at = data.rfind(b"\n")
+        self._line = 0 if not is_same else self._line + len(data) if at < 0 else len(data) - at - 1
+        if self._line > MAX_LINE:
+            raise self._malformed(LONG_LINE)
+
+    def _check_framing(self) -> None:
+        """Check the input that belongs to an incomplete body but is not a part of it."""
+        self._check_number()
+        if self._framing > MAX_FRAMING:
+            raise self._malformed(WRONG_HEAD)
+
+
+def _is_uri(target: bytes, method: bytes) -> bool:
+    """Return whether a request target other than a path is valid."""
+    return method == b"CONNECT" or (target == b"*" and method == b"OPTIONS") or _URI.fullmatch(target) is not None
