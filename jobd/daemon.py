@@ -28,7 +28,7 @@ from jobd.api import admin as admin_api
 from jobd.api import worker as worker_api
 from jobd.api.services import Services
 from jobd.config import Config, ConfigError, Duration, LoadedConfig
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.dashboard.routes import Dashboard
 from jobd.engine.actor import Actor, Bounds, DiskBroken
 from jobd.engine.clock import Clock
@@ -153,7 +153,7 @@ class Daemon:
         self.services.is_open = True
         systemd.ready()
         self._run_until_cancelled("templates", self._compile_templates())
-        log.info("ready", jobs=self.actor.book.total(), store=settings.store.path, pid=os.getpid())
+        log.info("ready", jobs=self.actor.state.total(), store=settings.store.path, pid=os.getpid())
 
     async def wait_stopped(self) -> None:
         """Wait for a signal, or until the actor has ended because the disk failed. Raises DiskBroken."""
@@ -196,10 +196,10 @@ class Daemon:
         slices = self._processing_slices()
         for index, ids in enumerate(slices or [[]]):
             self.actor.owe(EndGrants(ids=ids, last=index + 1 >= len(slices)))
-        log.warning("backup_put_back", grants_to_end=len(self.actor.book.processing), epoch=self.actor.book.epoch)
+        log.warning("backup_put_back", grants_to_end=len(self.actor.state.processing), epoch=self.actor.state.epoch)
 
     def _processing_slices(self) -> list[list[str]]:
-        ids = list(self.actor.book.processing)
+        ids = list(self.actor.state.processing)
         return [ids[first : first + SLICE] for first in range(0, len(ids), SLICE)]
 
     def _extend_locks(self, since: int) -> None:
@@ -209,7 +209,7 @@ class Daemon:
 
     def _on_pause(self, pause_ms: int) -> None:
         """Extend locks after a time in which the process was stopped, or its machine was suspended or starved."""
-        log.warning("was_away", away_ms=pause_ms, processing=len(self.actor.book.processing))
+        log.warning("was_away", away_ms=pause_ms, processing=len(self.actor.state.processing))
         self._extend_locks(self.clock.moment().lease - pause_ms)
 
     async def _start_sweeper(self, store: Store, opened: OpenedStore) -> ArtifactSweeper | None:
@@ -258,7 +258,7 @@ class Daemon:
             sweeper=sweeper,
         )
         self._stack.push_async_callback(health.close)
-        self.alerts = Alerts(self.actor.book, self.clock, health, self.maintainer, _thresholds(settings))
+        self.alerts = Alerts(self.actor.state, self.clock, health, self.maintainer, _thresholds(settings))
         self._run_in_background("alerts", self.alerts)
         metrics = Metrics(
             self.actor, self.maintainer, self.alerts, self.clock, self._sweeps, store.path, self._apps, self.feed
@@ -422,7 +422,7 @@ class Daemon:
 
     def _dump(self) -> None:
         """Log the mailbox, tasks and stacks, to examine a daemon that makes no progress."""
-        log.info("dump", mailbox=self.actor.waiting, parked=len(self.actor.parked), jobs=self.actor.book.totals)
+        log.info("dump", mailbox=self.actor.waiting, parked=len(self.actor.parked), jobs=self.actor.state.totals)
         for task in asyncio.all_tasks():
             stack = " < ".join(f"{frame.f_code.co_name}:{frame.f_lineno}" for frame in task.get_stack())
             log.info("dump_task", task=task.get_name(), stack=stack)
@@ -448,7 +448,7 @@ _RELOADED: Final = {
 
 
 def _make_actor(store: Store, opened: OpenedStore, clock: Clock, settings: Config) -> Actor:
-    state = Book.opened(opened)
+    state = State.opened(opened)
     state.quarantined = dict(opened.quarantined)
     state.suspects = dict(opened.unvalidated)
     state.figures = read_stats(opened.stats)
@@ -470,7 +470,7 @@ def _make_actor(store: Store, opened: OpenedStore, clock: Clock, settings: Confi
     return actor
 
 
-def current_responses(rows: list[StoredResponse], state: Book) -> list[StoredResponse]:
+def current_responses(rows: list[StoredResponse], state: State) -> list[StoredResponse]:
     """Drop the stored responses to starts and claims without a current grant."""
     kept_rows = []
     for row in rows:

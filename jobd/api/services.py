@@ -88,11 +88,11 @@ class Services(Struct, kw_only=True):
         return committed if isinstance(committed, ApiError) else self.clock_view()
 
     def quarantine(self) -> list[QuarantinedJob]:
-        return [QuarantinedJob(job_id, reason) for job_id, reason in sorted(self.actor.book.quarantined.items())]
+        return [QuarantinedJob(job_id, reason) for job_id, reason in sorted(self.actor.state.quarantined.items())]
 
     def queue_names(self, limit: int) -> list[str]:
         """Return the first queue names, as suggestions in a form."""
-        return list(islice(self.actor.book.queue_names, limit))
+        return list(islice(self.actor.state.queue_names, limit))
 
     async def deliveries(
         self, webhook: str, state: DeliveryState | None, before: int | None, limit: int

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from msgspec.structs import replace
 
 from jobd.core.late_result_rules import refuse_adoption
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.core.transitions import in_words, is_overdue
 from jobd.core.worker_presence import ClaimSet, WorkerPresence, WorkerSeen
 from jobd.model.commands import NO_REASON, Moment
@@ -27,9 +27,9 @@ MOST_NAMED: Final = 3  # workers or kinds that a sentence lists
 _BY_HAND: Final = frozenset({"completed", "adopted", "cancelled", "force_failed", "transitioned", "imported"})
 
 
-def explain(job: Job, book: Book, at: Moment, policy: Policy) -> WhyView:
-    view = _explained(job, book, at)
-    late = book.late.results.get(job.seq)
+def explain(job: Job, state: State, at: Moment, policy: Policy) -> WhyView:
+    view = _explained(job, state, at)
+    late = state.late.results.get(job.seq)
     return replace(view, do=[*_late(job, late, policy), *view.do]) if late else view
 
 
@@ -56,24 +56,24 @@ def _late(job: Job, late: list[LateResult], policy: Policy) -> list[str]:
     ]
 
 
-def _explained(job: Job, book: Book, at: Moment) -> WhyView:
+def _explained(job: Job, state: State, at: Moment) -> WhyView:
     match job.status:
         case "queued":
-            return _queued(job, book, at)
+            return _queued(job, state, at)
         case "processing":
-            return _processing(job, book, at)
+            return _processing(job, state, at)
         case _:
             return _finished(job, at)
 
 
-def _queued(job: Job, book: Book, at: Moment) -> WhyView:
+def _queued(job: Job, state: State, at: Moment) -> WhyView:
     queue, back = job.options.queue, _returned(job)
     expires = None
     if is_overdue(job, at.now):
-        return _overdue(job, book, at, back)
+        return _overdue(job, state, at, back)
     if job.expires_at is not None:
         expires = NextEvent("It fails as expired if no worker has taken it by then.", job.expires_at, "expires_at")
-    if (pause := book.paused.get(queue)) is not None:
+    if (pause := state.paused.get(queue)) is not None:
         because = f"Queue {queue} was paused {pause.describe()}. None of its jobs is granted.{back}"
         return WhyView("queued", because, _pause_ends(pause, expires), "queue_paused", _resuming(queue, pause))
     if job.run_at > at.now:
@@ -84,7 +84,7 @@ def _queued(job: Job, book: Book, at: Moment) -> WhyView:
         first = due if job.expires_at is None or job.run_at < job.expires_at else expires
         do = [*_look_at_releases(job), f"Run it now: jobctl run-now {job.id}"]
         return WhyView("queued", because, first, "run_at", do)
-    view = _waiting(job, book, at, expires, back)
+    view = _waiting(job, state, at, expires, back)
     return replace(view, do=[*_look_at_releases(job), *view.do])
 
 
@@ -109,7 +109,7 @@ def _resuming(queue: str, pause: QueuePause) -> list[str]:
     return [f"If {by} no longer needs the pause: jobctl resume {queue}.{reason}"]
 
 
-def _overdue(job: Job, book: Book, at: Moment, back: str) -> WhyView:
+def _overdue(job: Job, state: State, at: Moment, back: str) -> WhyView:
     assert job.expires_at is not None
     because = f"Its expires_at passed {in_words(at.now - job.expires_at)} ago, so no worker can claim it.{back}"
     if at.suspect:
@@ -118,16 +118,16 @@ def _overdue(job: Job, book: Book, at: Moment, back: str) -> WhyView:
         return WhyView("queued", because, None, "clock", do)
     do = [f"If it is still needed: jobctl force-reset {job.id}"]
     soon = NextEvent("The next recovery or cleanup run fails it as expired.", at.now, "expires_at")
-    if book.next_cleanup_at is not None:
-        soon = NextEvent("The next cleanup run fails it as expired.", max(book.next_cleanup_at, at.now), "expires_at")
+    if state.next_cleanup_at is not None:
+        soon = NextEvent("The next cleanup run fails it as expired.", max(state.next_cleanup_at, at.now), "expires_at")
     return WhyView("queued", because, soon, "expires_at", do)
 
 
-def _waiting(job: Job, book: Book, at: Moment, expires: NextEvent | None, back: str) -> WhyView:
+def _waiting(job: Job, state: State, at: Moment, expires: NextEvent | None, back: str) -> WhyView:
     queue, kind = job.options.queue, job.options.kind
-    first = next(book.due([queue], [kind]), None)
+    first = next(state.due([queue], [kind]), None)
     ahead = "It is the next of its kind." if first is not None and first.id == job.id else "Other jobs come first."
-    outlook = _outlook(job, book, at)
+    outlook = _outlook(job, state, at)
     because = f"It has been due for {in_words(at.now - job.run_at)}: {outlook.clause}. {ahead}{back}"
     return WhyView("queued", because, expires or outlook.next, outlook.blocked_by, outlook.do)
 
@@ -141,9 +141,9 @@ class _Outlook(NamedTuple):
     do: list[str]
 
 
-def _outlook(job: Job, book: Book, at: Moment) -> _Outlook:
+def _outlook(job: Job, state: State, at: Moment) -> _Outlook:
     queue, kind = job.options.queue, job.options.kind
-    presence = book.presence
+    presence = state.presence
     sets = list(presence.claim_sets(queue))
     fitting = [claims for claims in sets if claims.takes(kind)]
     see, start = "List the workers: jobctl workers", f"Start a worker: jobctl run --queue {queue} -- CMD"
@@ -155,13 +155,13 @@ def _outlook(job: Job, book: Book, at: Moment) -> _Outlook:
     busy = [each for each in workers if each[1].jobs]
     if idle:
         offered = NextEvent("The next worker that claims its queue gets it.", None, "claim")
-        return _Outlook(_idle(idle, busy, book, at), offered, "no waiting worker", [see, start])
+        return _Outlook(_idle(idle, busy, state, at), offered, "no waiting worker", [see, start])
     if busy:
         offered = NextEvent("The first worker of its queue that becomes free gets it.", None, "claim")
         silent = [
             f"Take back the jobs of {name}: jobctl take-back {quote(name)}" for name, each in busy if each.expired
         ]
-        return _Outlook(_busy(busy, book, at), offered, "no free worker", [see, *silent[:MOST_NAMED], start])
+        return _Outlook(_busy(busy, state, at), offered, "no free worker", [see, *silent[:MOST_NAMED], start])
     offered = NextEvent("The first worker that claims its queue and kind gets it.", None, "claim")
     if fitting:
         ago = in_words(presence.lease - max(claims.claimed for claims in fitting))
@@ -176,22 +176,22 @@ def _outlook(job: Job, book: Book, at: Moment) -> _Outlook:
     return _Outlook(f"no worker has claimed {what} {_since(presence, at)}", offered, "no worker", [see, start])
 
 
-def _idle(idle: list[tuple[str, WorkerSeen]], busy: list[tuple[str, WorkerSeen]], book: Book, at: Moment) -> str:
+def _idle(idle: list[tuple[str, WorkerSeen]], busy: list[tuple[str, WorkerSeen]], state: State, at: Moment) -> str:
     """Describe the live busy workers first: a worker that stopped counts as idle until it is gone."""
     name, latest = max(idle, key=lambda each: each[1].claimed)
-    last = f"{name} claimed this queue {in_words(book.presence.lease - latest.claimed)} ago"
+    last = f"{name} claimed this queue {in_words(state.presence.lease - latest.claimed)} ago"
     others = "" if len(idle) == 1 else f"; {len(idle) - 1} more {'is' if len(idle) == 2 else 'are'} idle"
     live = [each for each in busy if not each[1].expired]
     if not live:
         return f"no worker is waiting now; {last}{others}"
-    who, longest = f"{len(live)} are busy, the longest", _longest(live, book, at)
+    who, longest = f"{len(live)} are busy, the longest", _longest(live, state, at)
     if len(live) == 1:
         who = f"{live[0][0]} has been busy"
     return f"no worker is waiting now: {who} for {longest}; {last}{others}"
 
 
-def _busy(busy: list[tuple[str, WorkerSeen]], book: Book, at: Moment) -> str:
-    longest = _longest(busy, book, at)
+def _busy(busy: list[tuple[str, WorkerSeen]], state: State, at: Moment) -> str:
+    longest = _longest(busy, state, at)
     count, silent = len(busy), [name for name, worker in busy if worker.expired]
     if count == 1:
         clause = f"{busy[0][0]}, the only worker of this queue, has been busy for {longest}"
@@ -201,13 +201,13 @@ def _busy(busy: list[tuple[str, WorkerSeen]], book: Book, at: Moment) -> str:
     return f"{clause}; silent, with an expired lock: {_listed(silent)}" if silent else clause
 
 
-def _longest(busy: list[tuple[str, WorkerSeen]], book: Book, at: Moment) -> str:
-    return in_words(at.now - min(_busy_since(worker, book) for _, worker in busy))
+def _longest(busy: list[tuple[str, WorkerSeen]], state: State, at: Moment) -> str:
+    return in_words(at.now - min(_busy_since(worker, state) for _, worker in busy))
 
 
-def _busy_since(worker: WorkerSeen, book: Book) -> int:
+def _busy_since(worker: WorkerSeen, state: State) -> int:
     """Return the wall time of the oldest grant that the worker holds."""
-    grant = book.processing[next(iter(worker.jobs))].grant
+    grant = state.processing[next(iter(worker.jobs))].grant
     assert grant is not None
     return grant.acquired_at
 
@@ -264,11 +264,11 @@ def _released(job: Job, when: str = "") -> str:
     return f" It was released {job.releases} times in a row without progress{when}."
 
 
-def _processing(job: Job, book: Book, at: Moment) -> WhyView:
+def _processing(job: Job, state: State, at: Moment) -> WhyView:
     grant, lease = job.grant, job.lease
     if grant is None or lease is None:
         because = "Its status is processing, but no worker holds it. Such rows come from imports or manual edits."
-        soon = NextEvent("The next cleanup run treats it as stalled.", _cleanup_at(book, at), "validation")
+        soon = NextEvent("The next cleanup run treats it as stalled.", _cleanup_at(state, at), "validation")
         return WhyView("processing", because, soon, None, ["Start a cleanup run: jobctl cleanup"])
     since = in_words(at.now - grant.acquired_at)
     because = f"Worker {grant.worker} has held it for {since}, at {job.progress:g} %."
@@ -282,7 +282,7 @@ def _processing(job: Job, book: Book, at: Moment) -> WhyView:
     else:
         because += " Its lock has expired: the worker is silent. It may still end the job or report."
     because += _ceiling(grant, lease, at) + _released(job, " before this grant" if job.progress == 0 else "")
-    return WhyView("processing", because, _next_of(grant, lease, book, at), None, _advice(job, grant, lease, at))
+    return WhyView("processing", because, _next_of(grant, lease, state, at), None, _advice(job, grant, lease, at))
 
 
 def _ceiling(grant: Grant, lease: Lease, at: Moment) -> str:
@@ -295,23 +295,23 @@ def _ceiling(grant: Grant, lease: Lease, at: Moment) -> str:
     return f" Its progress timeout ends in {in_words(left)} (max_processing_ms {grant.max_processing_ms})."
 
 
-def _cleanup_at(book: Book, at: Moment) -> int:
+def _cleanup_at(state: State, at: Moment) -> int:
     """Return when the next cleanup run begins; now if that is not known."""
-    return max(book.next_cleanup_at or 0, at.now)
+    return max(state.next_cleanup_at or 0, at.now)
 
 
-def _next_of(grant: Grant, lease: Lease, book: Book, at: Moment) -> NextEvent:
+def _next_of(grant: Grant, lease: Lease, state: State, at: Moment) -> NextEvent:
     if at.lease >= lease.stuck:
-        if book.next_cleanup_at is not None:
+        if state.next_cleanup_at is not None:
             what = "The next cleanup run (recover_every is 0) ends its grant. Its on_stall decides whether it is "
             what += "requeued or fails."
-            return NextEvent(what, _cleanup_at(book, at), "cleanup")
+            return NextEvent(what, _cleanup_at(state, at), "cleanup")
         what = "Recovery ends its grant. Its on_stall decides whether it is requeued or fails."
         return NextEvent(what, at.now, "recovery")
     if lease.is_live(at.lease) and lease.expires < lease.stuck:
         what = f"Its lock expires unless worker {grant.worker} extends it or reports progress."
         return NextEvent(what, at.wall(lease.expires), "lock expiry")
-    by = "" if book.next_cleanup_at is None else " by the next cleanup run after that"
+    by = "" if state.next_cleanup_at is None else " by the next cleanup run after that"
     what = f"It counts as stalled and is recovered{by}, unless worker {grant.worker}"
     if lease.ceiling is not None and lease.stuck == lease.ceiling:  # an extension does not move it
         return NextEvent(f"{what} reports progress or ends it.", at.wall(lease.stuck), "max_processing")

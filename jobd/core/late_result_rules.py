@@ -1,6 +1,6 @@
 """The rules for calls whose grant has ended: the journal records them, and the result of a complete is stored.
 
-Late results are on disk. Before a batch is decided, the actor reads those that `asks` returns, and the book has them
+Late results are on disk. Before a batch is decided, the actor reads those that `asks` returns, and the state has them
 during the batch. A late result never changes the holder of a job.
 """
 
@@ -11,7 +11,7 @@ from typing import Any, Final
 from msgspec.structs import replace
 
 from jobd.core import transitions
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.commands import Adopt, AnyCommand, Complete, Extend, Fail, Progress, Release, Why
 from jobd.model.errors import ApiError
@@ -34,13 +34,13 @@ _CALLS: Final[dict[type, tuple[str, str]]] = {  # the verb, and what the worker 
 }
 
 
-def asks(book: Book, command: AnyCommand, policy: Policy) -> LateResultQuery | None:
+def asks(state: State, command: AnyCommand, policy: Policy) -> LateResultQuery | None:
     """Return the late results to read before `command` is decided."""
     if not isinstance(command, (Complete, Why, Adopt)):
         return None
-    if isinstance(command, Complete) and not is_late(book, command):
+    if isinstance(command, Complete) and not is_late(state, command):
         return None
-    job = book.get(command.id)
+    job = state.get(command.id)
     if job is None:
         return None
     if not isinstance(command, Complete):
@@ -51,9 +51,9 @@ def asks(book: Book, command: AnyCommand, policy: Policy) -> LateResultQuery | N
     return LateResultQuery(job.seq, command.lock_id if last is None else None)
 
 
-def is_late(book: Book, command: Complete) -> bool:
+def is_late(state: State, command: Complete) -> bool:
     """Return whether `command` does not come from the holder of the job."""
-    return not book.holds(command.id, command.lock_id)
+    return not state.holds(command.id, command.lock_id)
 
 
 def complete(tx: Transaction, command: Complete, refusal: ApiError, body_hash: str) -> Response | ApiError:
@@ -130,11 +130,11 @@ def refuse_adoption(late: LateResult, policy: Policy) -> ApiError | None:
     return replace(refusal, message=f"{message} If the work is complete, set a URL yourself: {_BY_HAND}")
 
 
-def _granted(book: Book, job: Job, lock_id: str) -> tuple[str, int] | None:
+def _granted(state: State, job: Job, lock_id: str) -> tuple[str, int] | None:
     """Return worker and token of the ended grant of `job` with this lock id; None if there was none."""
     if job.ended is not None and job.ended.lock_id == lock_id:
         return job.ended.worker, job.ended.fencing_token
-    older = book.late.grants.get((job.seq, lock_id))
+    older = state.late.grants.get((job.seq, lock_id))
     return None if older is None else (older.worker, older.fencing_token)
 
 

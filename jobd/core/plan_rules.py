@@ -119,7 +119,7 @@ def version(job: Job, late: int | None = None, action: PlanAction | None = None)
 
     For MAINTENANCE_ACTIONS it changes with those too, because they decide whether the job is stuck and what happens to
     it. `updated_at` of a job without a grant is included, to detect changes that were undone. `late` is the latest late
-    result (Book.latest_late), which is deleted with the job.
+    result (State.latest_late), which is deleted with the job.
     """
     seen: tuple[object, ...] = (
         job.seq,

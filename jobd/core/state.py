@@ -38,7 +38,7 @@ LATE_CALLS_KEPT: Final = 10_000  # remembered calls; beyond, the oldest are forg
 LATE_RESULTS_KEPT: Final = 10_000  # jobs with late results since the start
 
 
-class Book:
+class State:
     """All live jobs. `reindex` is the only way to change a row, so that every order and counter stays consistent."""
 
     def __init__(self, numbers: Numbers | None = None) -> None:
@@ -89,23 +89,23 @@ class Book:
         self._options: dict[Options, Options] = {}
 
     @classmethod
-    def opened(cls, found: OpenedStore) -> Book:
+    def opened(cls, found: OpenedStore) -> State:
         """Return the state at start: live jobs, and the stored counts of finished ones."""
-        book = cls(found.numbers)
-        book._now, book._lease = found.numbers.wall_ms, found.numbers.lease_ms
+        state = cls(found.numbers)
+        state._now, state._lease = found.numbers.wall_ms, found.numbers.lease_ms
         for name, row in found.queues.items():
             kept = {"completed": row.completed, "failed": row.failed, "cancelled": row.cancelled}
             for status, count in kept.items():
                 if count:
-                    book._counts_of(name)[status] = count
-                    book.totals[status] += count
+                    state._counts_of(name)[status] = count
+                    state.totals[status] += count
             if row.pause is not None:
-                book.set_paused(name, row.pause)
-        book._enter_all(found.compact_jobs)
+                state.set_paused(name, row.pause)
+        state._enter_all(found.compact_jobs)
         for job in found.jobs:
-            book.reindex(None, job)
-        book.order_processing()
-        return book
+            state.reindex(None, job)
+        state.order_processing()
+        return state
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class Book:
     def overdue(self) -> Iterator[str]:
         """Iterate over ids of queued jobs whose expires_at has passed as of the last `advance`, in that order.
 
-        The book must not change meanwhile.
+        The state must not change meanwhile.
         """
         return (entry[2] for entry in takewhile(lambda entry: entry[0] <= self._now, self._expiries))
 
@@ -381,7 +381,7 @@ class Book:
             self._schedule(job)
 
     def _enter_all(self, jobs: Iterable[CompactJob]) -> None:
-        """Add compact jobs to an empty book, at a quarter of the cost of single ones."""
+        """Add compact jobs to an empty state, at a quarter of the cost of single ones."""
         groups: defaultdict[int, list[CompactJob]] = defaultdict(list)
         lanes: defaultdict[tuple[str, str, int], list[CompactJob]] = defaultdict(list)
         for job in jobs:

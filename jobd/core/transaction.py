@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.model.commands import Call, Moment, is_dry_run
 from jobd.model.events import Change, Changes, Event, EventType, QueuePause, initial_changes
 from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, LateResult, Policy, new_epoch
@@ -32,7 +32,7 @@ class Transaction:
         "at", "call", "changes", "checked", "ended", "is_dry_run", "now", "pauses", "payloads", "policy", "state",
     )  # fmt: skip
 
-    def __init__(self, state: Book, at: Moment, policy: Policy) -> None:
+    def __init__(self, state: State, at: Moment, policy: Policy) -> None:
         self.state = state
         self.at = at
         self.now = at.now

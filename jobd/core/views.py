@@ -11,7 +11,7 @@ from typing import Final, cast
 from msgspec import UNSET, Raw, UnsetType
 from msgspec.structs import astuple
 
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.core.stats import Figures
 from jobd.core.worker_presence import WorkerPresence, WorkerSeen
 from jobd.model.commands import Import, Locks, Moment, Queues, Workers, WorkerState
@@ -164,38 +164,38 @@ def grant_view(job: Job, at: Moment, view: JobView) -> GrantView:
     )
 
 
-def queues(book: Book, command: Queues) -> QueueList:
+def queues(state: State, command: Queues) -> QueueList:
     """Return a page of the queues after the cursor, by name, or the busiest queues."""
     if command.busiest:
-        busiest = nsmallest(command.limit, _named(book, command), key=partial(_by_load, book))
-        return QueueList([_queue(book, name) for name in busiest])
-    found = list(islice(_named(book, command), command.limit + 1))
+        busiest = nsmallest(command.limit, _named(state, command), key=partial(_by_load, state))
+        return QueueList([_queue(state, name) for name in busiest])
+    found = list(islice(_named(state, command), command.limit + 1))
     shown = found[: command.limit]
-    return QueueList([_queue(book, name) for name in shown], shown[-1] if len(found) > len(shown) else None)
+    return QueueList([_queue(state, name) for name in shown], shown[-1] if len(found) > len(shown) else None)
 
 
-def _by_load(book: Book, name: str) -> tuple[int, str]:
-    counts = book.counts.get(name)
+def _by_load(state: State, name: str) -> tuple[int, str]:
+    counts = state.counts.get(name)
     return (0 if counts is None else -counts["queued"] - counts["processing"]), name
 
 
-def _named(book: Book, command: Queues) -> Iterator[str]:
+def _named(state: State, command: Queues) -> Iterator[str]:
     """Return the names after the cursor of all queues, or only of paused or unpaused ones."""
     after = command.cursor or ""
     if command.paused:
-        return iter(sorted(name for name in book.paused if name > after))
-    names = book.queue_names.after(after)
-    return names if command.paused is None else (name for name in names if name not in book.paused)
+        return iter(sorted(name for name in state.paused if name > after))
+    names = state.queue_names.after(after)
+    return names if command.paused is None else (name for name in names if name not in state.paused)
 
 
-def _queue(book: Book, name: str) -> QueueView:
-    counts = book.counts.get(name, {})
+def _queue(state: State, name: str) -> QueueView:
+    counts = state.counts.get(name, {})
     by_status = {status: counts.get(status, 0) for status in STATUSES}
-    pause = book.paused.get(name, QueuePause())
+    pause = state.paused.get(name, QueuePause())
     return QueueView(
         name=name,
-        paused=name in book.paused,
-        oldest_due_at=book.oldest_due_at(name),
+        paused=name in state.paused,
+        oldest_due_at=state.oldest_due_at(name),
         paused_at=pause.at,
         paused_by=pause.by,
         pause_reason=pause.reason,
@@ -208,18 +208,18 @@ def paused_view(queue: str, pause: QueuePause | None) -> PausedView:
     return PausedView(queue, pause is not None, *(() if pause is None else astuple(pause)))
 
 
-def workers(book: Book, at: Moment, command: Workers) -> WorkerList:
+def workers(state: State, at: Moment, command: Workers) -> WorkerList:
     """Return a page of the workers in a state, or of all that are not gone, most recently seen first.
 
     A worker that is seen between two pages moves to the front, so later pages may lack it.
     """
-    presence = book.presence
+    presence = state.presence
     by_state: dict[WorkerState, int] = {"busy": 0, "idle": 0, "silent": 0, "gone": 0}
     asked: list[tuple[str, WorkerSeen]] = []
     for each in presence.remembered():
-        state = presence.state(each[1])
-        by_state[state] += 1
-        if state == command.state or (command.state is None and state != "gone"):
+        activity = presence.state(each[1])
+        by_state[activity] += 1
+        if activity == command.state or (command.state is None and activity != "gone"):
             asked.append(each)
     if command.cursor is not None:
         before, _, last = command.cursor.partition(" ")
@@ -252,10 +252,10 @@ def _worker(presence: WorkerPresence, name: str, seen: WorkerSeen) -> WorkerView
     )
 
 
-def locks(book: Book, at: Moment, command: Locks, *, admin: bool) -> LockList:
+def locks(state: State, at: Moment, command: Locks, *, admin: bool) -> LockList:
     """Return current grants after the cursor (a fencing token), oldest first."""
     after = int(command.cursor or 0)
-    held = ((job, job.grant, job.lease) for job in book.processing.values() if job.grant and job.lease)
+    held = ((job, job.grant, job.lease) for job in state.processing.values() if job.grant and job.lease)
     asked = (each for each in held if each[1].fencing_token > after) if after else held
     shown = [_locked(*each, at, admin) for each in islice(asked, command.limit)]
     is_last = command.limit is None or len(shown) < command.limit or next(asked, None) is None
@@ -279,34 +279,34 @@ def _locked(job: Job, grant: Grant, lease: Lease, at: Moment, admin: bool) -> Lo
     )
 
 
-def stats(book: Book, figures: Figures, at: Moment) -> StatsView:
-    oldest = next(iter(book.processing.values()), None)
+def stats(state: State, figures: Figures, at: Moment) -> StatsView:
+    oldest = next(iter(state.processing.values()), None)
     shown = None if oldest is None else OldestProcessing(oldest.id, _age_s(oldest, at), oldest.progress)
     return StatsView(
-        total_jobs=book.total(),
-        by_status={status: book.totals[status] for status in STATUSES},
-        stuck_jobs=len(book.stuck),
-        locked_jobs=book.live_locks(),
-        average_processing_time=average_processing_s(book, figures, at),
+        total_jobs=state.total(),
+        by_status={status: state.totals[status] for status in STATUSES},
+        stuck_jobs=len(state.stuck),
+        locked_jobs=state.live_locks(),
+        average_processing_time=average_processing_s(state, figures, at),
         oldest_processing_job=shown,
         stuck_jobs_recovered=figures.recovered_last_day(at.now),
         timestamp=at.now,
     )
 
 
-def oldest_due(book: Book) -> OldestDue | None:
+def oldest_due(state: State) -> OldestDue | None:
     """Return the job that has been due longest. Its queue may be paused."""
-    if (found := book.oldest_due()) is None:
+    if (found := state.oldest_due()) is None:
         return None
     queue, entry = found
-    return OldestDue(entry[3], queue, entry[1], queue in book.paused)
+    return OldestDue(entry[3], queue, entry[1], queue in state.paused)
 
 
-def average_processing_s(book: Book, figures: Figures, at: Moment) -> float:
+def average_processing_s(state: State, figures: Figures, at: Moment) -> float:
     """Return the average in seconds, over the completions of the last hour and the processing jobs."""
     count, total_ms = figures.completed_last_hour(at.now)
-    running = len(book.processing)
-    total_ms += running * at.now - book.started_sum
+    running = len(state.processing)
+    total_ms += running * at.now - state.started_sum
     return round(max(total_ms, 0) / 1000 / (count + running), 3) if count + running else 0.0
 
 

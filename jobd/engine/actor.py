@@ -15,7 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.core import late_result_rules
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.core.stats import Histogram
 from jobd.engine.batch import DecidedBatch, Decider, Known
 from jobd.engine.clock import Clock
@@ -69,7 +69,7 @@ class _Again(Exception):
 
 
 class Actor:
-    """Owner of the book. `ask` puts a command into the mailbox and waits; `run` is the one consumer.
+    """Owner of the state. `ask` puts a command into the mailbox and waits; `run` is the one consumer.
 
     `now_s` measures commits: seconds that only go forward, exact to a part of a millisecond. None: the loop's time.
     """
@@ -77,7 +77,7 @@ class Actor:
     def __init__(
         self,
         disk: JobStorage,
-        book: Book,
+        state: State,
         keys: Keys,
         clock: Clock,
         policy: Policy,
@@ -90,10 +90,10 @@ class Actor:
     ) -> None:
         loop_time = asyncio.get_running_loop().time
         self.disk = disk
-        self.book = book
+        self.state = state
         self.policy = policy
         self.bounds = bounds or Bounds()
-        self.parked = Parked(book.presence)
+        self.parked = Parked(state.presence)
         self.full_disk = FullDisk(disk, clock, loop_time, is_full=is_full, has_reserve=has_reserve)
         self.slow_commit_s = SLOW_COMMIT_S
         self.look: Callable[[], None] = lambda: None  # called before a batch is taken
@@ -115,7 +115,7 @@ class Actor:
         self._lost_disk: Exception | None = None
         disk.on_quarantined = self._put_aside
         self._decider = Decider(
-            book,
+            state,
             keys,
             self.parked,
             refuse=self.full_disk.refuse,
@@ -270,7 +270,7 @@ class Actor:
             if timer is not None:
                 timer.cancel()
                 at = self._clock.moment()
-                self.book.advance(at.now, at.lease)
+                self.state.advance(at.now, at.lease)
         self._wake.clear()
 
     async def _let_in(self) -> None:
@@ -293,7 +293,7 @@ class Actor:
         if (deadline := self.parked.next_deadline()) is not None:
             waits.append(deadline - self._loop_time())
             now = self._clock.moment().now
-            run_at, expiry = self.book.next_run_at(), self.book.next_expiry()
+            run_at, expiry = self.state.next_run_at(), self.state.next_expiry()
             if run_at is not None:
                 waits.append((run_at - now) / 1000)
             if run_at is not None or (expiry is not None and expiry <= now):
@@ -310,7 +310,7 @@ class Actor:
             asked = self._mailbox.popleft()
             self._bytes -= asked.size
             command = asked.call.command
-            is_late = type(command) is Complete and late_result_rules.is_late(self.book, command)
+            is_late = type(command) is Complete and late_result_rules.is_late(self.state, command)
             weights += LATE_WEIGHT if is_late else weight(command)
             batch.append(asked)
         return batch
@@ -354,7 +354,7 @@ class Actor:
                 self._decider.roll_back(plan)
         self._tell()  # of the batch before, where this one had nothing to wait for
         self._untold, self._under_way = plan, None
-        self.book.trim_finished()
+        self.state.trim_finished()
         if not self._may_tell_later(plan) or self.full_disk.closed != Closed.NOTHING or self._owed:
             self._tell()
 
@@ -399,10 +399,10 @@ class Actor:
         """Read what the decisions need and memory does not hold: finished jobs, stored answers, some payloads."""
         if all(asked.key is None and self._is_at_hand(asked.call.command) for asked in batch):
             return Known()
-        known, book, now = Known(), self.book, self._clock.moment().believed
+        known, state, now = Known(), self.state, self._clock.moment().believed
         naming = [(asked, ids) for asked in batch if (ids := named_ids(asked.call.command))]
         named = dict.fromkeys(job_id for _, ids in naming for job_id in ids)
-        unknown = [job_id for job_id in named if book.get(job_id) is None and job_id not in book.quarantined]
+        unknown = [job_id for job_id in named if state.get(job_id) is None and job_id not in state.quarantined]
         digests = [asked.key.digest for asked in batch if asked.key is not None]
         stored = [digest for digest in digests if self._decider.keys.is_stored(digest, now)]
         if unknown or stored:
@@ -410,10 +410,10 @@ class Actor:
             loaded = await self.disk.load(unknown, [], stored)
             known.answers = loaded.responses
             for finished in loaded.jobs.values():
-                book.loaded(finished)
+                state.loaded(finished)
         doomed = {job_id for asked, _ in naming for job_id in deleted_ids(asked.call.command)}
         firsts = [ids for asked, ids in naming if needs_payload_first(asked, doomed)]
-        wanted = {job.seq: job.id for ids in firsts for job_id in ids if (job := book.get(job_id)) is not None}
+        wanted = {job.seq: job.id for ids in firsts for job_id in ids if (job := state.get(job_id)) is not None}
         if wanted:
             self._tell_meanwhile()
             loaded = await self.disk.load([], list(wanted), [])
@@ -425,12 +425,12 @@ class Actor:
     def _is_at_hand(self, command: AnyCommand) -> bool:
         """Whether memory has all that has to be known of it: it names no job, or comes from who holds it."""
         if isinstance(command, late_result_rules.Calls):
-            return self.book.holds(command.id, command.lock_id)
+            return self.state.holds(command.id, command.lock_id)
         return isinstance(command, Claim) or (isinstance(command, Create) and command.id is None)
 
     async def _load_late(self, commands: Iterable[AnyCommand], known: Known) -> None:
         """What late results there are of the jobs whose complete comes late, or of which an operator asks."""
-        wanted = {late_result_rules.asks(self.book, command, self.policy): None for command in commands}
+        wanted = {late_result_rules.asks(self.state, command, self.policy): None for command in commands}
         asks = [each for each in wanted if each is not None]
         if asks:
             self._tell_meanwhile()
@@ -502,18 +502,18 @@ class Actor:
 
     async def _set_aside(self, bad: dict[str, str]) -> None:
         for job_id in bad:
-            if (job := self.book.get(job_id)) is not None:
+            if (job := self.state.get(job_id)) is not None:
                 await self.disk.quarantine(job, bad[job_id])
-            elif job_id not in self.book.quarantined:
+            elif job_id not in self.state.quarantined:
                 raise LookupError(f"the disk has bad rows of {job_id}, which is no job: {bad[job_id]}")
 
     def _put_aside(self, aside: Quarantined) -> None:
         """Whoever met the damaged rows. A job that the batch under way changes is not counted any more as it was."""
         changes = self._under_way.changes if self._under_way is not None else []
         is_changed = any(change.event.job_id == aside.id for change in changes)
-        if aside.id not in self.book.quarantined:
+        if aside.id not in self.state.quarantined:
             log.error("job_quarantined", job_id=aside.id, reason=aside.reason)
-        self.book.quarantine(aside.id, aside.reason, None if is_changed else aside.uncounted, is_moved=aside.is_moved)
+        self.state.quarantine(aside.id, aside.reason, None if is_changed else aside.uncounted, is_moved=aside.is_moved)
 
     def _fail(self, batch: list[Envelope], error: Exception) -> None:
         """What the disk holds is unknown: say so to those whose commands were under way, and let nobody else in."""
@@ -531,7 +531,7 @@ class Actor:
 
     def _note(self, changes: Sequence[Change]) -> None:
         for change in changes:
-            self.book.figures.note(change)
+            self.state.figures.note(change)
 
 
 def _stopping() -> ApiError:

@@ -15,7 +15,7 @@ import structlog
 from msgspec import Raw, Struct, field
 
 from jobd.core import audit, decide, late_result_rules, views
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.engine.idempotency import Keys
 from jobd.engine.mailbox import Envelope
@@ -102,18 +102,18 @@ class DecidedBatch(Struct):
 
 
 class Decider:
-    """Decides batches over one book. `refuse` may turn a command away before it is decided (a full disk)."""
+    """Decides batches over one state. `refuse` may turn a command away before it is decided (a full disk)."""
 
     def __init__(
         self,
-        book: Book,
+        state: State,
         keys: Keys,
         parked: Parked,
         *,
         refuse: Callable[[Command], ApiError | None],
         loop_time: Callable[[], float],
     ) -> None:
-        self.book = book
+        self.state = state
         self.keys = keys
         self.parked = parked
         self.parking = True  # off once the daemon stops
@@ -123,7 +123,7 @@ class Decider:
         self._became_due: dict[tuple[str, str], None] = {}
         # Lock id -> connections that have or await its (keyed) answer; a daemon before us may have sent one, too.
         self._handed: Counter[str] = Counter(keys.lock_ids())
-        book.on_due = self._note_due
+        state.on_due = self._note_due
 
     @property
     def has_due(self) -> bool:
@@ -134,13 +134,13 @@ class Decider:
         self, batch: list[Envelope], at: Moment, known: Known, policy: Policy, *, serves: bool = True
     ) -> DecidedBatch:
         """`serves`: parked claims get what has become due; where it is not, what they get waits for the next batch."""
-        plan = DecidedBatch(at, known, Transaction(self.book, at, policy))
-        if at.suspect != self.book.clock_suspect and self._refuse(Create()) is None:
+        plan = DecidedBatch(at, known, Transaction(self.state, at, policy))
+        if at.suspect != self.state.clock_suspect and self._refuse(Create()) is None:
             plan.tick = True  # durable with the first batch that knows it; on a full disk with the first that writes
         self.served = plan.served
-        self.book.request_hashes = dict(known.hashes)
-        self.book.late = known.late
-        self.book.advance(at.now, at.lease)
+        self.state.request_hashes = dict(known.hashes)
+        self.state.late = known.late
+        self.state.advance(at.now, at.lease)
         if serves:
             self._serve_parked(plan)
         for asked in batch:
@@ -159,8 +159,8 @@ class Decider:
         queues = {change.event.queue for change in plan.changes if _touches_queue(change)}
         return Batch(
             changes=plan.changes,
-            numbers=self.book.numbers(plan.at.lease, plan.at.believed, plan.at.suspect),
-            queues={queue: self.book.queue_row(queue) for queue in queues},
+            numbers=self.state.numbers(plan.at.lease, plan.at.believed, plan.at.suspect),
+            queues={queue: self.state.queue_row(queue) for queue in queues},
             keys=keys,
             forget_keys=forgotten,
             checked=plan.tx.checked,
@@ -175,14 +175,14 @@ class Decider:
     def committed(self, plan: DecidedBatch) -> None:
         """The plan is on disk."""
         self.keys.commit()
-        self.book.clock_suspect = plan.at.suspect
+        self.state.clock_suspect = plan.at.suspect
         for lock_id in plan.tx.ended:
             self._handed.pop(lock_id, None)
         for change in plan.changes:
             if change.after is None:
-                self.book.suspects.pop(change.event.job_seq, None)
+                self.state.suspects.pop(change.event.job_seq, None)
         for seq in plan.tx.checked:
-            self.book.suspects.pop(seq, None)
+            self.state.suspects.pop(seq, None)
 
     def roll_back(self, plan: DecidedBatch) -> None:
         """Undo the plan, because it was not written. Numbers that it used stay used."""
@@ -229,10 +229,10 @@ class Decider:
             if known is not None:
                 return known  # on a full disk too: what was done is not refused afterwards
         refusal = self._refuse(command)
-        if refusal is not None and not (type(command) is Complete and late_result_rules.is_late(self.book, command)):
+        if refusal is not None and not (type(command) is Complete and late_result_rules.is_late(self.state, command)):
             return refusal  # who has lost the lock hears that on a full disk too: it writes nothing
         if type(command) is Claim or type(command) is Start:
-            self.book.presence.asks(command)
+            self.state.presence.asks(command)
         elif type(command) in _NOTED and (refusal := self._note(plan, command)) is not None:
             return refusal
         response = self._decided(plan, asked.call)
@@ -354,8 +354,8 @@ class Decider:
         """The grants of the first call that are still current; None where none is: the call is judged anew."""
         answer = Response(Grants([]), unread_payloads=[], grants=[], replayed=True)
         for job_id, lock_id in grants:
-            if self.book.holds(job_id, lock_id):
-                job = self.book.jobs[job_id]
+            if self.state.holds(job_id, lock_id):
+                job = self.state.jobs[job_id]
                 shown = views.job_view(job, plan.at, plan.tx.policy, admin=asked.call.admin)
                 answer.data.grants.append(views.grant_view(job, plan.at, shown))
                 answer.unread_payloads.append((job.seq, shown))

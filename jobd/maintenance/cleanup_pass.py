@@ -130,7 +130,7 @@ class CleanupRun:
         self.errors: list[str] = []
         self._context = context
         self._forced = forced
-        self._state = context.actor.book
+        self._state = context.actor.state
         self._storage = context.actor.disk
         self._clock = context.clock
         self._batch = context.schedule.batch

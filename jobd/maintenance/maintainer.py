@@ -42,7 +42,7 @@ class Maintainer:
         self.totals = self._context.totals
         self.is_running = False  # a cleanup run is active
         self._actor = actor
-        self._state = actor.book
+        self._state = actor.state
         self._storage = actor.disk
         self._clock = clock
         self._cleanup_wake = asyncio.Event()

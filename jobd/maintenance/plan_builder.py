@@ -47,7 +47,7 @@ class PlanBuilder:
         self._actor = actor
         self._clock = clock
         self._storage = actor.disk
-        self._state = actor.book
+        self._state = actor.state
         self._lock = lock  # shared with other builders; each holds it for one page
         self._added: set[str] = set()
 

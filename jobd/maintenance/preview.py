@@ -71,7 +71,7 @@ async def _jobs_with_issues(context: MaintenanceContext, scan_s: float) -> tuple
     Imported and hand-edited rows come first, then live jobs. The scan ends after `scan_s`, because a read-only token is
     enough to request it.
     """
-    state, spent_s = context.actor.book, 0.0
+    state, spent_s = context.actor.state, 0.0
     wrong: dict[str, None] = {}
     for is_unvalidated, ids in ((True, state.suspects.values()), (False, state.jobs.touched())):
         snapshot = list(islice(ids, MAX_IDS + 1))  # they change during the pauses

@@ -14,7 +14,7 @@ import structlog
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.core.stats import Attempts, KindPace
 from jobd.core.views import average_processing_s
 from jobd.engine.clock import Clock
@@ -138,7 +138,7 @@ class Alerts:
 
     def __init__(
         self,
-        state: Book,
+        state: State,
         clock: Clock,
         health: HealthSource,
         cleanup: CleanupReports,

@@ -144,7 +144,7 @@ class Health:
             )
             cleanup, cleanup_status = self._measure_cleanup()
             worst = max((database.status, cache.status, storage.status, cleanup_status), key=_WORST.index)
-            total, disk = self._actor.book.total(), self._actor.full_disk.space
+            total, disk = self._actor.state.total(), self._actor.full_disk.space
             health = DatabaseHealth(database.status, database.message, total)
             if disk is not None:
                 health = replace(health, path=disk.path, free_bytes=disk.free_bytes, total_bytes=disk.total_bytes)
@@ -211,7 +211,7 @@ class Health:
             if fault not in self._faults:
                 self._faults.append(fault)
         sentences = []
-        if quarantined := self._actor.book.quarantined:
+        if quarantined := self._actor.state.quarantined:
             names = _some(list(islice(quarantined, MAX_NAMED)), len(quarantined))
             sentences.append(f"Quarantined jobs: {names}.")
         if self._faults:
@@ -249,7 +249,7 @@ class Health:
 
     def _miscount(self) -> str | None:
         """Return the first counters that disagree with each other or with the jobs, as a sentence, or None."""
-        state = self._actor.book
+        state = self._actor.state
         for status in STATUSES:
             total, by_queue = state.totals[status], sum(counts.get(status, 0) for counts in state.counts.values())
             if total != by_queue:
@@ -279,7 +279,7 @@ class Health:
 
     def _sample(self) -> dict[str, Job]:
         """Return processing and queued jobs; each sample continues where the previous one ended."""
-        state = self._actor.book
+        state = self._actor.state
         begin = self._next_sample if self._next_sample < min(len(state.jobs), SAMPLED_FROM) else 0
         self._next_sample = begin + SAMPLE
         processing = islice(state.processing.values(), SAMPLE // 2)
@@ -288,7 +288,7 @@ class Health:
 
     async def _differing(self, sample: dict[str, Job]) -> dict[str, Job]:
         """Return the jobs of `sample` that are unchanged in memory and differ on the disk."""
-        state = self._actor.book
+        state = self._actor.state
         loaded = await self._actor.disk.load(list(sample), [], [])
         return {
             job_id: job

@@ -23,7 +23,7 @@ from prometheus_client.utils import floatToGoString
 
 from jobd import __version__
 from jobd.core import views
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.core.stats import OTHER_QUEUES, PROCESSING_BUCKETS_S, Histogram, KindPace
 from jobd.engine.actor import BATCH_BUCKETS, COMMIT_BUCKETS_S, Actor
 from jobd.engine.clock import Clock
@@ -164,7 +164,7 @@ class Metrics:
             database_bytes=database,
             wal_bytes=wal,
             uptime_ms=int((time.monotonic() - self._started_s) * SECOND_MS),
-            oldest_due=views.oldest_due(self._actor.book),
+            oldest_due=views.oldest_due(self._actor.state),
         )
 
     def commit_p99_s(self) -> float | None:
@@ -174,7 +174,7 @@ class Metrics:
 
     def snapshot(self) -> Snapshot:
         """Copy all values. Blocks the loop for well under a millisecond, or 2 ms with 100 kinds."""
-        actor, state, maintainer = self._actor, self._actor.book, self._maintainer
+        actor, state, maintainer = self._actor, self._actor.state, self._maintainer
         stats, report = state.figures, maintainer.last_success
         alerts = {alert.name: alert.firing for alert in self._alerts.evaluate()}
         return Snapshot(
@@ -364,7 +364,7 @@ def _files(store_path: str) -> Iterator[Metric]:
     yield _gauge("database_bytes", "Size of the database file.", _size(store_path))
 
 
-def oldest_due_s(state: Book, now: int) -> dict[str, float]:
+def oldest_due_s(state: State, now: int) -> dict[str, float]:
     """Return how long the oldest due job of each named queue has waited, or 0. Skips queues with very many kinds."""
     found, left = {}, MAX_BUCKETS_SCANNED
     for queue in islice(state.counts, QUEUES_SHOWN):
@@ -377,7 +377,7 @@ def oldest_due_s(state: Book, now: int) -> dict[str, float]:
     return found
 
 
-def capped(state: Book) -> list[tuple[str, dict[str, int]]]:
+def capped(state: State) -> list[tuple[str, dict[str, int]]]:
     """Return the counts of the first QUEUES_SHOWN queues, and of all others together, to limit the label values."""
     shown = [(name, counts.copy()) for name, counts in islice(state.counts.items(), QUEUES_SHOWN)]
     if len(state.counts) <= QUEUES_SHOWN:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.engine.batch import DecidedBatch, Decider, Known
 from jobd.engine.idempotency import Keys
 from jobd.engine.mailbox import Envelope
@@ -58,7 +58,7 @@ class MeasuredCore:
     def __init__(self, tables: Projection) -> None:
         self.times: defaultdict[str, list[float]] = defaultdict(list)
         self._tables = tables
-        self._book = Book()
+        self._book = State()
         self._decider = Decider(
             self._book,
             Keys([], 1_000),

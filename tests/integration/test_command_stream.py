@@ -319,7 +319,7 @@ async def test_finished_jobs_are_found(server: WorkerApiServer) -> None:
     stream = await RawCommandStream.open(server.harness)
     stream.send({"op": "create", "id": "j"}, {"op": "cancel", "id": "j"})
     assert [(await stream.receive())["status"] for _ in range(2)] == [201, 200]
-    server.actor.book.trim_finished()
+    server.actor.state.trim_finished()
     assert (await stream.ask(op="get", id="j"))["data"]["status"] == "cancelled"
     assert (await stream.ask(op="get", id="k"))["error"] == "job_not_found"
 

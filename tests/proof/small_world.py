@@ -18,7 +18,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.core import decide, worker_rules
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     Adopt,
@@ -150,16 +150,16 @@ class WorldState(Struct, frozen=True):
     def at(self) -> Moment:
         return Moment(self.now, self.lease, self.now - self.lease)
 
-    def book(self) -> Book:
+    def rebuilt(self) -> State:
         numbers = Numbers(next_token=self.next_token, next_job=2, next_event=1, lease_ms=self.lease, wall_ms=self.now)
-        book = Book.opened(OpenedStore(numbers))
+        core = State.opened(OpenedStore(numbers))
         if self.job is not None:
-            book.reindex(None, self.job)
-            book.late = LateResultRows({self.job.seq: [LATE]})
+            core.reindex(None, self.job)
+            core.late = LateResultRows({self.job.seq: [LATE]})
         if self.paused:
-            book.set_paused("default", QueuePause(self.now, "admin"))
-        book.advance(self.now, self.lease)
-        return book
+            core.set_paused("default", QueuePause(self.now, "admin"))
+        core.advance(self.now, self.lease)
+        return core
 
     def key(self, world: World) -> tuple[Any, ...]:
         """Return everything that the rules can distinguish in this state.
@@ -345,10 +345,10 @@ class Exploration(DecisionChecks):
         command = step.command
         if isinstance(command, Create) and self.world.expires is not None:
             command = replace(command, expires_at=state.now + self.world.expires * TICK_MS)
-        book = state.book()
+        core = state.rebuilt()
         self._begin(state)
         call = Call(command, "admin" if step.admin else "client", SEED, step.admin)
-        decision = self.check(decide.decide, Transaction(book, state.at, self.policy), call)
+        decision = self.check(decide.decide, Transaction(core, state.at, self.policy), call)
         self.decisions += 1
         self.played.add(type(command))
         self._count(decision.answer)
@@ -362,10 +362,10 @@ class Exploration(DecisionChecks):
             and step.worker is not None
         ):
             locks[step.worker] = decision.answer.grants[0][1]
-        paused = "default" in book.paused
+        paused = "default" in core.paused
         if not decision.changes:
             return None
-        return replace(state, job=book.get(ID), paused=paused, locks=tuple(locks), next_token=book.next_token)
+        return replace(state, job=core.get(ID), paused=paused, locks=tuple(locks), next_token=core.next_token)
 
     def _begin(self, state: WorldState) -> None:
         """Check each state by itself: time and tokens continue from it."""
@@ -383,27 +383,27 @@ class Exploration(DecisionChecks):
     def _check_state(self, state: WorldState) -> None:
         """Check what must hold in every state."""
         job = state.job
-        book = state.book()
+        core = state.rebuilt()
         rows = {} if job is None else {job.id: job}
-        compare(book, rows, state.at)
+        compare(core, rows, state.at)
         if job is None:
             return
         self.must((job.grant is not None) == (job.status == "processing"), "S1", f"a {job.status} job", ID)
-        why = self._ask(book, state, Why(id=ID))
+        why = self._ask(core, state, Why(id=ID))
         assert isinstance(why, WhyView)
         ends = why.next is not None or state.paused
         self.must(ends or job.status not in LIVE, "promise 3", f"nothing will ever happen to it: {why}", ID)
-        found = self._ask(book, state, Validate(id=ID))
+        found = self._ask(core, state, Validate(id=ID))
         assert isinstance(found, Validation)
         self.must(found.can_proceed, "validation", f"{found.issues}", ID)
-        self._ask(book, state, Get(id=ID))
-        self._ask(book, state, Stats())
+        self._ask(core, state, Get(id=ID))
+        self._ask(core, state, Stats())
         if job.status == "processing":
             self._check_recovery_alone(state)
 
-    def _ask(self, book: Book, state: WorldState, command: AnyCommand) -> Any:
+    def _ask(self, core: State, state: WorldState, command: AnyCommand) -> Any:
         self._begin(state)
-        decision = self.check(decide.decide, Transaction(book, state.at, self.policy), Call(command, "client", SEED))
+        decision = self.check(decide.decide, Transaction(core, state.at, self.policy), Call(command, "client", SEED))
         self.played.add(type(command))
         self.must(isinstance(decision.answer, Response) and not decision.changes, "S8", f"{decision.answer}", ID)
         assert isinstance(decision.answer, Response)

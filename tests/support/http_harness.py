@@ -91,7 +91,7 @@ class FakeActor:
         self.cancelled = asyncio.Event()
         self.arrived = asyncio.Event()
         self.respond = response or (lambda command: Response(EmptyResponse()))
-        self.book = SimpleNamespace(queue_names=["mail", "video"], quarantined={"bad-1": "checksum"})
+        self.state = SimpleNamespace(queue_names=["mail", "video"], quarantined={"bad-1": "checksum"})
         self.full_disk = SimpleNamespace(refuse=lambda command: None)
         self._tasks: dict[mailbox.Envelope, asyncio.Task[None]] = {}
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from jobd.core import decide, late_result_rules, transitions
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     AnyCommand,
@@ -38,7 +38,7 @@ from jobd.model.storage import LateResultRows
 NOW: Final = 1_700_000_000_000
 SEED: Final = b"0123456789abcdef"
 
-# Attributes of a Book that are compared as they are. Heaps are compared by their results.
+# Attributes of a State that are compared as they are. Heaps are compared by their results.
 PLAIN: Final = [
     "epoch",
     "next_token",
@@ -75,7 +75,7 @@ class RuleHarness:
 
     def __init__(self, policy: Policy | None = None, *, now: int = NOW, lease: int = 1_000) -> None:
         self.policy = policy or Policy()
-        self.book = Book()
+        self.state = State()
         self.now = now
         self.lease = lease
         self.trusted: int | None = None  # the expected wall time while the clock is suspect
@@ -95,25 +95,25 @@ class RuleHarness:
         """Advance both clocks."""
         self.now += ms
         self.lease += ms
-        self.book.advance(self.now, self.lease)
+        self.state.advance(self.now, self.lease)
 
     def decide(
         self, command: AnyCommand, *, admin: bool = False, by: str = "client", expected: str | None = None
     ) -> Decision:
         """Decide, undo and decide again; compare the state with that before, and with a recount of the rows."""
-        self.book.advance(self.now, self.lease)
-        self.book.request_hashes = dict(self.requests)  # as the actor reads them from the disk
-        self.book.late = self._known_late(command)
+        self.state.advance(self.now, self.lease)
+        self.state.request_hashes = dict(self.requests)  # as the actor reads them from the disk
+        self.state.late = self._known_late(command)
         if isinstance(command, Start | Claim):
-            self.book.presence.asks(command)
+            self.state.presence.asks(command)
         self.calls += 1
         seed = blake2b(self.calls.to_bytes(8, "big"), key=SEED, digest_size=16).digest()
-        tx, call = Transaction(self.book, self.moment, self.policy), Call(command, by, seed, admin, expected=expected)
-        before = snapshot(self.book)
+        tx, call = Transaction(self.state, self.moment, self.policy), Call(command, by, seed, admin, expected=expected)
+        before = snapshot(self.state)
         first = decide.decide(tx, call)
         events = [change.event for change in tx.changes]
         tx.undo()
-        after = snapshot(self.book)
+        after = snapshot(self.state)
         assert after == before, f"undo left a change: {[name for name in before if before[name] != after[name]]}"
         response = decide.decide(tx, call)
         if not isinstance(command, Recover | TakeBack):  # undo may change the order in which they find jobs
@@ -122,7 +122,7 @@ class RuleHarness:
         for change in tx.changes:
             self._apply(change)
         self.checked += tx.checked
-        compare(self.book, self.rows, self.moment)
+        compare(self.state, self.rows, self.moment)
         return Decision(response, tx.changes, tx.checked)
 
     def ask(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Response | ApiError:
@@ -184,9 +184,9 @@ class RuleHarness:
         return self.events[-1]
 
     def row(self, job: Job) -> Job:
-        """Put a row into the book without any rule, like a manual edit."""
-        self.book.reindex(self.rows.get(job.id), None)
-        self.book.reindex(None, job)
+        """Put a row into the state without any rule, like a manual edit."""
+        self.state.reindex(self.rows.get(job.id), None)
+        self.state.reindex(None, job)
         self.rows[job.id] = job
         return job
 
@@ -198,7 +198,7 @@ class RuleHarness:
 
     def _known_late(self, command: AnyCommand) -> LateResultRows:
         """Return the late results that the actor would read from the storage."""
-        query = late_result_rules.asks(self.book, command, self.policy)
+        query = late_result_rules.asks(self.state, command, self.policy)
         if query is None:
             return LateResultRows()
         made = (event for event in self.events if event.job_seq == query.job_seq and event.type == "granted")
@@ -256,12 +256,12 @@ def holder_commands(lock_id: str) -> list[Any]:
     ]
 
 
-def snapshot(book: Book) -> dict[str, Any]:
-    """Return everything in a book that an undone command must not change, without caches and stale heap entries."""
-    shown = {name: copy.deepcopy(getattr(book, name)) for name in PLAIN} | {"finished": dict(book.finished)}
-    shown["overdue"] = list(book.overdue())
-    shown["order"] = [job.id for job in book.due(list(book.counts), None)]
-    shown["workers"] = {name: set(seen.jobs) for name, seen in book.presence.workers.items() if seen.jobs}
+def snapshot(state: State) -> dict[str, Any]:
+    """Return everything in a state that an undone command must not change, without caches and stale heap entries."""
+    shown = {name: copy.deepcopy(getattr(state, name)) for name in PLAIN} | {"finished": dict(state.finished)}
+    shown["overdue"] = list(state.overdue())
+    shown["order"] = [job.id for job in state.due(list(state.counts), None)]
+    shown["workers"] = {name: set(seen.jobs) for name, seen in state.presence.workers.items() if seen.jobs}
     return shown
 
 
@@ -282,73 +282,73 @@ def due_order(
     return [job.id for job in sorted(due, key=lambda job: (job.options.priority, job.run_at, job.seq))]
 
 
-def compare(book: Book, rows: dict[str, Job], at: Moment, *, finished_at_hand: bool = True) -> None:
-    """Compare every order and counter of the book with a recount over all rows.
+def compare(state: State, rows: dict[str, Job], at: Moment, *, finished_at_hand: bool = True) -> None:
+    """Compare every order and counter of the state with a recount over all rows.
 
-    Without `finished_at_hand`, as after a start, the book need not know finished jobs.
+    Without `finished_at_hand`, as after a start, the state need not know finished jobs.
     """
-    book.advance(at.now, at.lease)
-    _compare_counts(book, rows)
-    _compare_orders(book, rows, at)
-    _compare_locks(book, rows, at)
+    state.advance(at.now, at.lease)
+    _compare_counts(state, rows)
+    _compare_orders(state, rows, at)
+    _compare_locks(state, rows, at)
     for job in rows.values():
-        assert book.get(job.id) == job or (not finished_at_hand and job.id not in {*book.jobs, *book.finished})
+        assert state.get(job.id) == job or (not finished_at_hand and job.id not in {*state.jobs, *state.finished})
         if job.status == "processing":
             continue
-        assert job.grant is None or job.seq in book.suspects, "a lock on a job that is not processing"
+        assert job.grant is None or job.seq in state.suspects, "a lock on a job that is not processing"
 
 
-def _compare_counts(book: Book, rows: dict[str, Job]) -> None:
-    counts: dict[str, dict[str, int]] = {name: dict.fromkeys(STATUSES, 0) for name in book.counts}
+def _compare_counts(state: State, rows: dict[str, Job]) -> None:
+    counts: dict[str, dict[str, int]] = {name: dict.fromkeys(STATUSES, 0) for name in state.counts}
     known = [job for job in rows.values() if job.status in STATUSES]  # others are not counted
     for job in known:
         counts[job.options.queue][job.status] += 1
-    assert book.counts == counts
+    assert state.counts == counts
     assert all(any(count.values()) for count in counts.values()), "a queue without jobs is kept"
-    assert list(book.queue_names) == sorted(book.counts.keys() | book.paused.keys())
-    assert book.total() == len(known)
+    assert list(state.queue_names) == sorted(state.counts.keys() | state.paused.keys())
+    assert state.total() == len(known)
     for status in STATUSES:
-        assert book.totals[status] == sum(job.status == status for job in rows.values())
+        assert state.totals[status] == sum(job.status == status for job in rows.values())
     for name, count in counts.items():
-        row = book.queue_row(name)
+        row = state.queue_row(name)
         assert (row.completed, row.failed, row.cancelled) == (count["completed"], count["failed"], count["cancelled"])
-        assert row.paused == (name in book.paused)
+        assert row.paused == (name in state.paused)
 
 
-def _compare_orders(book: Book, rows: dict[str, Job], at: Moment) -> None:
+def _compare_orders(state: State, rows: dict[str, Job], at: Moment) -> None:
     jobs = rows.values()
-    assert book.jobs == {job.id: job for job in jobs if job.status in LIVE}
-    assert book.release_loops == {job.id: job.releases for job in jobs if job.status in LIVE and is_release_loop(job)}
-    queues = sorted(book.counts)
+    assert state.jobs == {job.id: job for job in jobs if job.status in LIVE}
+    assert state.release_loops == {job.id: job.releases for job in jobs if job.status in LIVE and is_release_loop(job)}
+    queues = sorted(state.counts)
     kinds = sorted({job.options.kind for job in jobs})
-    assert [job.id for job in book.due(queues, None)] == due_order(jobs, at.now, queues, None, book.paused)
+    assert [job.id for job in state.due(queues, None)] == due_order(jobs, at.now, queues, None, state.paused)
     for queue in queues:
-        assert [job.id for job in book.due([queue], kinds[:1])] == due_order(
-            jobs, at.now, [queue], kinds[:1], book.paused
+        assert [job.id for job in state.due([queue], kinds[:1])] == due_order(
+            jobs, at.now, [queue], kinds[:1], state.paused
         )
         queued = [job for job in jobs if job.status == "queued" and job.options.queue == queue]
         lanes = {(job.options.kind, job.options.priority) for job in queued}
-        assert book.due_lanes(queue) == len(lanes)
+        assert state.due_lanes(queue) == len(lanes)
         due = [job.run_at for job in queued if job.run_at <= at.now and not transitions.is_overdue(job, at.now)]
-        assert book.oldest_due_at(queue) == min(due, default=None)
+        assert state.oldest_due_at(queue) == min(due, default=None)
     waiting = [job.run_at for job in jobs if job.status == "queued" and job.run_at > at.now]
-    assert book.next_run_at() == min(waiting, default=None)
+    assert state.next_run_at() == min(waiting, default=None)
 
 
-def _compare_locks(book: Book, rows: dict[str, Job], at: Moment) -> None:
+def _compare_locks(state: State, rows: dict[str, Job], at: Moment) -> None:
     processing = {job.id: job for job in rows.values() if job.status == "processing"}
-    assert book.processing == processing
+    assert state.processing == processing
     leases = {job.id: job.lease for job in processing.values() if job.lease is not None and job.grant is not None}
     stuck = {job_id for job_id, lease in leases.items() if at.lease >= lease.stuck}
     dead = {job_id for job_id, lease in leases.items() if not lease.is_live(at.lease)} - stuck
-    assert set(book.stuck) == stuck
-    assert set(book.expired_locks) == {job_id for job_id in dead if not leases[job_id].cleared}
-    assert set(book.cleared_locks) == {job_id for job_id in dead if leases[job_id].cleared}
-    assert book.live_locks() == len(leases) - len(stuck) - len(dead)
-    assert set(book.overdue()) == {job.id for job in rows.values() if transitions.is_overdue(job, at.now)}
+    assert set(state.stuck) == stuck
+    assert set(state.expired_locks) == {job_id for job_id in dead if not leases[job_id].cleared}
+    assert set(state.cleared_locks) == {job_id for job_id in dead if leases[job_id].cleared}
+    assert state.live_locks() == len(leases) - len(stuck) - len(dead)
+    assert set(state.overdue()) == {job.id for job in rows.values() if transitions.is_overdue(job, at.now)}
     ahead = [lease.stuck for job_id, lease in leases.items() if job_id in dead]
     ahead += [min(leases[job_id].expires, leases[job_id].stuck) for job_id in leases.keys() - dead - stuck]
-    first = book.next_deadline()
+    first = state.next_deadline()
     assert first is None or first > at.lease
     assert (first is None) == (not ahead)
     assert first is None or first <= min(ahead), "a deadline would be missed"
@@ -356,4 +356,4 @@ def _compare_locks(book: Book, rows: dict[str, Job], at: Moment) -> None:
     for job in processing.values():
         if job.grant is not None and job.lease is not None:
             holders.setdefault(job.grant.worker, set()).add(job.id)
-    assert {name: set(seen.jobs) for name, seen in book.presence.workers.items() if seen.jobs} == holders
+    assert {name: set(seen.jobs) for name, seen in state.presence.workers.items() if seen.jobs} == holders

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from msgspec import Raw
 
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.engine.actor import Actor, Bounds
 from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
@@ -101,13 +101,13 @@ class VirtualEngine:
             boot=lambda: round(loop_time() * 1000),
             synchronised=lambda: self.synchronised,
         )
-        self.book = Book.opened(opened)
-        self.book.suspects = dict(opened.unvalidated)
-        self.book.quarantined = dict(opened.quarantined)
-        self.book.figures = read_stats(opened.stats)
+        self.state = State.opened(opened)
+        self.state.suspects = dict(opened.unvalidated)
+        self.state.quarantined = dict(opened.quarantined)
+        self.state.figures = read_stats(opened.stats)
         self.actor = Actor(
             self.disk,
-            self.book,
+            self.state,
             Keys(opened.keys, 1000),
             self.clock,
             policy,
@@ -212,14 +212,14 @@ def granted_ids(response: Any) -> list[str]:
 def assert_consistent(engine: VirtualEngine) -> None:
     """Check that memory equals what a start would load, and that both equal the folded journal."""
     opened = engine.disk.opened()
-    fresh = Book.opened(opened)
-    assert engine.book.jobs == fresh.jobs
-    counts = {name: count for name, count in engine.book.counts.items() if any(count.values())}
+    fresh = State.opened(opened)
+    assert engine.state.jobs == fresh.jobs
+    counts = {name: count for name, count in engine.state.counts.items() if any(count.values())}
     assert counts == {name: count for name, count in fresh.counts.items() if any(count.values())}
-    assert engine.book.totals == fresh.totals
-    assert engine.book.paused == fresh.paused
-    assert engine.book.suspects == engine.disk.suspects
-    for job in engine.book.finished.values():
+    assert engine.state.totals == fresh.totals
+    assert engine.state.paused == fresh.paused
+    assert engine.state.suspects == engine.disk.suspects
+    for job in engine.state.finished.values():
         assert engine.disk.job(job.id) == job
     folded: dict[int, Job | None] = {}
     for event in engine.disk.events:

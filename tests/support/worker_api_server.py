@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobd.api.worker import ROUTES
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.engine.actor import Actor, Bounds
 from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
@@ -39,7 +39,7 @@ async def worker_api_server(
     """Serve the worker API. `options` are those of HttpHarness."""
     disk = MemoryStorage()
     keys = Keys([], 100)
-    actor = Actor(disk, Book.opened(disk.opened()), keys, Clock(), Policy(), random=os.urandom, bounds=bounds)
+    actor = Actor(disk, State.opened(disk.opened()), keys, Clock(), Policy(), random=os.urandom, bounds=bounds)
     running = asyncio.create_task(actor.run())
     async with HttpHarness(ROUTES, directory, actor=actor, **options) as harness:
         yield WorkerApiServer(harness, actor, disk)

@@ -35,7 +35,7 @@ class FinalPhase:
         await self._check_nothing_stalled(daemon)
         await self._finish_all_jobs(daemon)
         await self._check_cleanup(daemon)
-        self.watch.recount(daemon.book)
+        self.watch.recount(daemon.state)
         self.watch.check_disk()
         self.machine.disk.project()
 
@@ -72,17 +72,17 @@ class FinalPhase:
 
     async def _check_nothing_stalled(self, daemon: SimDaemon) -> None:
         """L2: all holders are gone, so recovery ends every grant in time (monitor.py checks each)."""
-        book = daemon.book
+        state = daemon.state
         others = asyncio.create_task(self._keep_asking())  # advances the state before cleanup does
         until = self.machine.loop.now_s + ALL_TIME_S
-        while book.processing and self.machine.loop.now_s < until and not self.watch.first:
+        while state.processing and self.machine.loop.now_s < until and not self.watch.first:
             now = daemon.clock.moment().lease
-            ends = [job.lease.stuck for job in book.processing.values() if job.lease is not None]
+            ends = [job.lease.stuck for job in state.processing.values() if job.lease is not None]
             wait_ms = max(min(ends, default=now) - now, 0) + self.machine.recovery_ms + 1_100
             await asyncio.sleep(wait_ms / SECOND_MS)
         others.cancel()
-        if book.processing:
-            self.watch.fail("L2", f"still processing: {list(book.processing)}", next(iter(book.processing)))
+        if state.processing:
+            self.watch.fail("L2", f"still processing: {list(state.processing)}", next(iter(state.processing)))
 
     async def _keep_asking(self) -> None:
         while True:
@@ -91,21 +91,21 @@ class FinalPhase:
 
     async def _finish_all_jobs(self, daemon: SimDaemon) -> None:
         """L3: every job is granted once a worker claims its queue. Overdue jobs are left to recovery."""
-        book = daemon.book
-        for queue in sorted(book.paused):
+        state = daemon.state
+        for queue in sorted(state.paused):
             await self._yes(Resume(name=queue), admin=True)
-        for job_id in [job.id for job in book.jobs.values() if job.run_at > self.machine.wall()]:
+        for job_id in [job.id for job in state.jobs.values() if job.run_at > self.machine.wall()]:
             await self._yes(RunNow(id=job_id), admin=True)
-        queues = sorted(book.counts) or ["default"]
+        queues = sorted(state.counts) or ["default"]
         for _ in range(500):
-            if self.watch.first or not book.jobs:
+            if self.watch.first or not state.jobs:
                 break
             response = await self._yes(Claim(worker=WHO, queues=queues, limit=5, wait_ms=1_000, lock_ttl_ms=60_000))
             if response is None or not response.grants:
                 break
             for granted in response.data.grants:
                 await self._finish(granted)
-        left = sorted(job.id for job in book.jobs.values() if not is_overdue(job, self.machine.wall()))
+        left = sorted(job.id for job in state.jobs.values() if not is_overdue(job, self.machine.wall()))
         if left and not self.watch.first:
             self.watch.fail("L3", f"never granted: {left}", left[0])
 

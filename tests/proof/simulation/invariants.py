@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     Adopt,
@@ -99,9 +99,9 @@ class DecisionChecks:
         if not condition:
             self.fail(rule, what, job_id)
 
-    def begin(self, book: Book, lease_ms: int, grace_ms: int) -> None:
+    def begin(self, state: State, lease_ms: int, grace_ms: int) -> None:
         """Start the grace, within which no lock of a processing job may end."""
-        held = [(job.grant.lock_id, job.lease) for job in book.processing.values() if job.grant and job.lease]
+        held = [(job.grant.lock_id, job.lease) for job in state.processing.values() if job.grant and job.lease]
         self.held_at_start = {lock_id for lock_id, _ in held}
         self._live_at_start = {lock_id for lock_id, lease in held if is_live(lease, lease_ms)}
         self._grace_ends = lease_ms + grace_ms
@@ -118,10 +118,10 @@ class DecisionChecks:
 
     def check(self, decide: Decide, tx: Transaction, call: Call) -> Decision:
         """Decide a command, check the decision and return it."""
-        book, at, command = tx.state, tx.at, call.command
+        state, at, command = tx.state, tx.at, call.command
         name, job_id = type(command).__name__, getattr(command, "id", None)
-        job = book.get(job_id) if job_id is not None else None
-        brief, rows, paused = _brief(book, job), {**book.finished, **book.jobs}, set(book.paused)
+        job = state.get(job_id) if job_id is not None else None
+        brief, rows, paused = _brief(state, job), {**state.finished, **state.jobs}, set(state.paused)
         try:
             decision = Decision(decide(tx, call), tx.changed(), tx.checked)
         except Exception as error:
@@ -131,7 +131,7 @@ class DecisionChecks:
         self._last_lease = at.lease
         self._check_answer(rows, paused, command, decision, job, at)
         self.must(not is_dry_run(command) or not decision.changes, "S15", f"a dry run of {name} did something", job_id)
-        self.must(decision.changes or brief == _brief(book, job), "S8", f"{name} changed the state silently", job_id)
+        self.must(decision.changes or brief == _brief(state, job), "S8", f"{name} changed the state silently", job_id)
         for change in decision.changes:
             changed = change.event.job_id
             goes_on = change.before == rows.get(changed)
@@ -142,7 +142,9 @@ class DecisionChecks:
                 rows[changed] = change.after
             self._check_change(change, command, at)
         for changed in {change.event.job_id for change in decision.changes}:
-            self.must(book.get(changed) == rows.get(changed), "S7", "the state has another row than the event", changed)
+            self.must(
+                state.get(changed) == rows.get(changed), "S7", "the state has another row than the event", changed
+            )
         return decision
 
     def _check_answer(
@@ -399,7 +401,15 @@ def _ids(changes: Iterable[Change], kind: str) -> list[str]:
     return [change.event.job_id for change in changes if change.event.type == kind]
 
 
-def _brief(book: Book, job: Job | None) -> tuple[Any, ...]:
+def _brief(state: State, job: Job | None) -> tuple[Any, ...]:
     """Summarize a state cheaply, enough to detect most changes. The whole state is compared now and then."""
-    same = job is None or book.get(job.id) == job
-    return book.next_event, book.next_token, book.next_job, *book.totals.values(), len(book.jobs), same, len(book.stuck)
+    same = job is None or state.get(job.id) == job
+    return (
+        state.next_event,
+        state.next_token,
+        state.next_job,
+        *state.totals.values(),
+        len(state.jobs),
+        same,
+        len(state.stuck),
+    )

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.daemon import GRACE_MS, STOP_S, current_responses
 from jobd.engine.actor import Actor, DiskBroken
 from jobd.engine.clock import Clock
@@ -333,14 +333,14 @@ class SimDaemon:
             boot=machine.boot,
             synchronised=lambda: machine.synchronised,
         )
-        self.book = Book.opened(opened)
-        self.book.quarantined = dict(opened.quarantined)
-        self.book.suspects = dict(opened.unvalidated)
-        self.book.figures = read_stats(opened.stats)
+        self.state = State.opened(opened)
+        self.state.quarantined = dict(opened.quarantined)
+        self.state.suspects = dict(opened.unvalidated)
+        self.state.figures = read_stats(opened.stats)
         self.actor = Actor(
             machine.disk,
-            self.book,
-            Keys(current_responses(opened.keys, self.book), machine.scenario.keys),
+            self.state,
+            Keys(current_responses(opened.keys, self.state), machine.scenario.keys),
             self.clock,
             machine.next_policy,
             random=machine.dice.randbytes,
@@ -362,7 +362,7 @@ class SimDaemon:
         self.maintaining = self.spawn(self.maintainer.run())
         sweeping = self._sweep()
         self.is_open, self.opened_s = True, machine.loop.now_s
-        machine.note("machine", "open", self.book.numbers(0, 0, False), self.clock.suspect)
+        machine.note("machine", "open", self.state.numbers(0, 0, False), self.clock.suspect)
         await self.stopped.wait()
         self.is_open = False
         self.how = "disk broken" if running.done() else "stopped"
@@ -394,7 +394,7 @@ class SimDaemon:
         return self.spawn(self.sweeper.run())
 
     def _settle(self) -> None:
-        held = list(self.book.processing)
+        held = list(self.state.processing)
         slices = [held[first : first + SLICE] for first in range(0, len(held), SLICE)]
         if not self.opened.marked:
             since = self.clock.moment().lease

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Raw
 
 from jobd.core import decide
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.engine.disk_full import Closed
 from jobd.engine.idempotency import KEPT_MS, SAFE_MS
@@ -81,8 +81,8 @@ class Monitor(DecisionChecks):
         self._latest_wall = 0
         self._held_at = None
         self._good_pass_s = self.machine.loop.now_s
-        self.begin(daemon.book, daemon.clock.moment().lease, grace_ms)
-        self.recount(daemon.book)
+        self.begin(daemon.state, daemon.clock.moment().lease, grace_ms)
+        self.recount(daemon.state)
         self.check_disk()
 
     def check_disk(self) -> None:
@@ -230,10 +230,10 @@ class Monitor(DecisionChecks):
             for change in batch.changes:
                 if change.event.job_seq:
                     row = disk.jobs.get(change.event.job_seq)
-                    same = daemon.book.get(change.event.job_id) == row or row is None or row.id in disk.unmoved
+                    same = daemon.state.get(change.event.job_id) == row or row is None or row.id in disk.unmoved
                     self.must(same, "S7", "memory is not what the disk holds", change.event.job_id)
             if self._commits % RECOUNT_EVERY == 0:
-                self.recount(daemon.book)
+                self.recount(daemon.state)
 
     def _check_tombstone(self, batch: Batch, change: Change) -> None:
         """S13: a deletion and the tombstone of its object are on disk together."""
@@ -288,21 +288,21 @@ class Monitor(DecisionChecks):
             kept_ms >= self.machine.scenario.schedule.journal_ms, "S13", f"journals are deleted after {kept_ms} ms"
         )
 
-    def recount(self, book: Book) -> None:
+    def recount(self, state: State) -> None:
         """Compare every queue and counter in memory with the rows on disk.
 
         Of a damaged row that could not be moved, memory holds only the id. A finished job counts until it is moved.
         """
         disk = self.machine.disk
         rows = {job.id: job for job in disk.jobs.values() if job.id not in disk.unmoved or job.status in FINISHED}
-        at = Moment(book._now, book._lease, book._now - book._lease)
+        at = Moment(state._now, state._lease, state._now - state._lease)
         try:
-            compare(book, rows, at, finished_at_hand=False)
-            tokens = [job.grant.fencing_token for job in book.processing.values() if job.grant is not None]
+            compare(state, rows, at, finished_at_hand=False)
+            tokens = [job.grant.fencing_token for job in state.processing.values() if job.grant is not None]
             assert tokens == sorted(tokens), f"the oldest grant is not the first: {tokens}"
         except AssertionError as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            self.fail("S10", f"the book is not a recount: {place.line} {str(error)[:600]}")
+            self.fail("S10", f"the state is not a recount: {place.line} {str(error)[:600]}")
 
     def _check_keys(self, batch: Batch) -> None:
         now = self._latest_wall
@@ -352,7 +352,7 @@ class Monitor(DecisionChecks):
         disk = self.machine.disk
         if self.daemon is not daemon or not daemon.is_open or grant.fencing_token in self.received:
             return
-        if not daemon.book.holds(job_id, grant.lock_id) or daemon.actor._decider._handed.get(grant.lock_id):
+        if not daemon.state.holds(job_id, grant.lock_id) or daemon.actor._decider._handed.get(grant.lock_id):
             return
         if checks_left or disk.full or disk.slowness_s or disk.slowed:
             self._expect_delivery(daemon, job_id, grant, max(checks_left - 1, 0))

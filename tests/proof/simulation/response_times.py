@@ -66,9 +66,9 @@ class ResponseTimes:
         )
         if asked is None or asked.is_abandoned:
             return None
-        book, now = daemon.book, self.machine.wall()
-        order = due_order(book.jobs.values(), now, command.queues, command.kinds, book.paused)
-        return next((job_id for job_id in order if not is_overdue(book.jobs[job_id], now)), None)
+        state, now = daemon.state, self.machine.wall()
+        order = due_order(state.jobs.values(), now, command.queues, command.kinds, state.paused)
+        return next((job_id for job_id in order if not is_overdue(state.jobs[job_id], now)), None)
 
     def _is_delayed(self, daemon: SimDaemon, since_s: float) -> bool:
         """Return whether the disk is slow, or a clock step made the job due, which only the next command notices."""

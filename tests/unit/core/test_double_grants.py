@@ -48,7 +48,7 @@ def held(rules: RuleHarness, job_id: str = "a", **fields: Any) -> str:
 
 
 def overlaps(rules: RuleHarness) -> Overlaps:
-    return rules.book.figures.overlaps
+    return rules.state.figures.overlaps
 
 
 MakeCommands = Callable[[str], list[AnyCommand]]

@@ -62,7 +62,7 @@ def clause(rules: RuleHarness, job_id: str = "a") -> str:
 
 def claims(rules: RuleHarness, worker: str, kinds: str | None = None, queue: str = "q", *, waits: bool = False) -> None:
     command = Claim(worker=worker, queues=[queue], kinds=None if kinds is None else kinds.split(","))
-    (rules.book.presence.waits if waits else rules.book.presence.asks)(command)
+    (rules.state.presence.waits if waits else rules.state.presence.asks)(command)
 
 
 def test_a_start_long_ago_has_its_date(rules: RuleHarness) -> None:
@@ -73,13 +73,13 @@ def test_a_start_long_ago_has_its_date(rules: RuleHarness) -> None:
 
 def test_the_time_since_which_claims_are_remembered_is_shown_if_some_were_forgotten(rules: RuleHarness) -> None:
     rules.create(queue="q")
-    rules.book.presence._names_kept = 0
+    rules.state.presence._names_kept = 0
     claims(rules, "w-1", queue="r")
     rules.advance(3 * MINUTE_MS)
     claims(rules, "w-2", queue="s")
     claims(rules, "w-3", queue="t")
     assert clause(rules) == "no worker has claimed queue `q` since 22:13 UTC"
-    rules.book.presence._names_kept = 0
+    rules.state.presence._names_kept = 0
     claims(rules, "w-4", queue="u")
     assert clause(rules) == "no worker has claimed queue `q` since 22:16 UTC"
 
@@ -210,7 +210,7 @@ def test_an_overdue_job_only_waits_to_fail(rules: RuleHarness, paused: bool) -> 
 def test_a_suspect_clock_fails_no_job_by_age(rules: RuleHarness) -> None:
     rules.create(expires_at=NOW + MINUTE_MS)
     rules.advance(HOUR_MS)
-    view = explain(rules.job(), rules.book, replace(rules.moment, trusted=NOW), rules.policy)
+    view = explain(rules.job(), rules.state, replace(rules.moment, trusted=NOW), rules.policy)
     assert view.because.endswith("The wall clock is suspect, so recovery does not fail it.")
     assert (view.next, view.blocked_by) == (None, "clock")
 
@@ -252,7 +252,7 @@ def test_the_end_of_a_pause_is_the_next_event(rules: RuleHarness) -> None:
 
 def test_a_pause_of_an_older_store_says_that_its_origin_is_unknown(rules: RuleHarness) -> None:
     rules.create()
-    rules.book.set_paused("default", QueuePause())
+    rules.state.set_paused("default", QueuePause())
     view = why(rules)
     assert "paused at an unknown time, until resumed: no reason given." in view.because
     assert view.do[0].startswith("If the operator who paused it no longer needs the pause:")
@@ -295,7 +295,7 @@ def test_a_lock_that_expires_before_the_job_is_stuck(rules: RuleHarness) -> None
 def test_the_next_cleanup_run_is_named_if_recovery_is_left_to_it(rules: RuleHarness) -> None:
     rules.held(stuck_after_ms=20 * MINUTE_MS)
     rules.create("late", queue="q", expires_at=NOW + MINUTE_MS)
-    rules.book.next_cleanup_at = NOW + 45 * MINUTE_MS
+    rules.state.next_cleanup_at = NOW + 45 * MINUTE_MS
     view = why(rules)
     assert at_and_rule(view) == (NOW + TTL, "lock expiry")
     rules.advance(TTL)

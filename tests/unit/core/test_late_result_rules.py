@@ -8,7 +8,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core import decide, late_result_rules, state
+from jobd.core import decide, late_result_rules
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     Adopt,
@@ -223,8 +223,8 @@ def test_a_lock_that_ends_in_the_same_batch_leaves_its_result(rules: RuleHarness
     """Before the batch it was not late, so nothing was read from disk."""
     lock_id = rules.held()
     rules.accept(ForceReset(id="a"), admin=True)
-    rules.book.late = LateResultRows()
-    tx = Transaction(rules.book, rules.moment, rules.policy)
+    rules.state.late = LateResultRows()
+    tx = Transaction(rules.state, rules.moment, rules.policy)
     refusal = decide.decide(tx, Call(completing(lock_id)))
     assert isinstance(refusal, ApiError)
     assert refusal.details["late_result"] == tx.changes[0].event.seq
@@ -508,8 +508,8 @@ def test_completed_is_final(rules: RuleHarness) -> None:
 def test_a_job_created_in_the_same_batch_has_no_late_results(rules: RuleHarness) -> None:
     """Before the batch it did not exist, so nothing was read from disk."""
     rules.create()
-    rules.book.late = LateResultRows()
-    tx = Transaction(rules.book, rules.moment, rules.policy)
+    rules.state.late = LateResultRows()
+    tx = Transaction(rules.state, rules.moment, rules.policy)
     refusal = decide.decide(tx, Call(Adopt(id="a"), admin=True))
     assert isinstance(refusal, ApiError)
     assert refusal.code == "late_result_not_found"
@@ -636,7 +636,7 @@ def test_why_first_names_the_late_result_of_the_latest_grant(rules: RuleHarness)
 
 def test_the_late_results_to_read_before_a_decision(rules: RuleHarness) -> None:
     def asks(command: Any) -> Any:
-        return late_result_rules.asks(rules.book, command, rules.policy)
+        return late_result_rules.asks(rules.state, command, rules.policy)
 
     lock_id = rules.held()
     seq = rules.job().seq
@@ -663,8 +663,8 @@ def test_the_late_results_to_read_before_a_decision(rules: RuleHarness) -> None:
 def test_a_transaction_numbers_late_results(rules: RuleHarness) -> None:
     """Two events of one command have two numbers."""
     late(rules, completing(stalled(rules)))
-    expected = rules.book.next_event
-    tx = Transaction(rules.book, rules.moment, rules.policy)
+    expected = rules.state.next_event
+    tx = Transaction(rules.state, rules.moment, rules.policy)
     tx.begin(Call(Get(id="a")))
     first = tx.keep_late(rules.job(), rules.late()[0], "r", {})
     second = tx.keep_late(rules.job(), first, "r", {})
@@ -811,7 +811,7 @@ def test_a_recorded_late_call_does_not_prevent_an_adoption() -> None:
 
 
 def test_the_number_of_remembered_calls_is_bounded(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "LATE_CALLS_KEPT", 2)
+    monkeypatch.setattr("jobd.core.state.LATE_CALLS_KEPT", 2)
     lock_id = stalled(rules)
     for verb in ("progress", "extend", "release"):
         late(rules, call(verb, lock_id), is_stored=False, is_recorded=True)

@@ -184,7 +184,7 @@ def test_with_stuck_after_0_a_job_is_stuck_when_its_lock_expires(rules: RuleHarn
     rules.create()
     rules.start(lock_ttl_ms=60_000, stuck_after_ms=0)
     rules.advance(59_999)
-    assert not rules.book.stuck
+    assert not rules.state.stuck
     rules.advance(1)
     assert [found.action for found in rules.accept(Recover(limit=1)).details] == ["reset"]
 
@@ -206,25 +206,25 @@ def test_recovery_works_in_slices(rules: RuleHarness) -> None:
     found = rules.accept(Recover(limit=2))
     assert (len(found.details), found.locks_cleared, found.more) == (0, 2, False)
     assert rules.accept(Recover(limit=2)) == Recovered([], 0, False)
-    assert rules.book.live_locks() == 0
+    assert rules.state.live_locks() == 0
     rules.start("a")
     rules.advance(TTL)
     assert rules.accept(Recover(limit=1)).more is False  # one was allowed, and there was one
 
 
 def test_time_is_judged_when_a_command_is_applied(rules: RuleHarness) -> None:
-    """The book was advanced beyond the time of the command: nothing that is not due yet happens."""
+    """The state was advanced beyond the time of the command: nothing that is not due yet happens."""
     rules.held("a")
     rules.held("b", stuck_after_ms=HOUR_MS, **no_ceiling())
     rules.create("d", queue="other", expires_at=NOW + 5)
-    rules.book.advance(NOW + 5, rules.lease + TTL)
+    rules.state.advance(NOW + 5, rules.lease + TTL)
     before = Moment(NOW + 4, rules.lease + TTL - 1, NOW - rules.lease)
     nothings: list[tuple[AnyCommand, Any]] = [
         (Recover(limit=9), Recovered([], 0, False)),
         (Expire(limit=9), MaintenanceResult(0)),
     ]
     for command, nothing in nothings:
-        tx = Transaction(rules.book, before, rules.policy)
+        tx = Transaction(rules.state, before, rules.policy)
         response = decide.decide(tx, Call(command, seed=SEED))
         assert not isinstance(response, ApiError)
         assert response.data == nothing
@@ -235,7 +235,7 @@ def test_the_lock_of_a_stuck_job_is_not_cleared(rules: RuleHarness) -> None:
     rules.held(stuck_after_ms=HOUR_MS, **no_ceiling())
     rules.advance(TTL)
     later = Moment(rules.now + HOUR_MS, rules.lease + HOUR_MS, NOW - rules.lease)
-    tx = Transaction(rules.book, later, rules.policy)
+    tx = Transaction(rules.state, later, rules.policy)
     assert decide.decide(tx, Call(Recover(limit=9), seed=SEED)) == Response(Recovered([], 0, False))
 
 
@@ -280,7 +280,7 @@ def test_a_lock_that_was_live_at_the_start_is_extended_even_on_a_slow_disk(rules
     rules.advance(2_000)
     assert rules.accept(ExtendAfterPause(ids=["a"], grace_ms=30_000, since=started)).done == 1
     assert rules.job("a").lease == Lease(rules.lease + 30_000, rules.lease + 30_000, None)
-    assert rules.book.live_locks() == 1
+    assert rules.state.live_locks() == 1
 
 
 def test_a_restored_backup_ends_its_grants(rules: RuleHarness) -> None:

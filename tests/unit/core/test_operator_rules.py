@@ -94,7 +94,7 @@ def test_an_action_is_accepted_in_the_statuses_that_its_class_declares(
     is_rejected = isinstance(response, ApiError) and response.code == "invalid_transition"
     assert is_rejected == (status not in action.allowed_from)
     if isinstance(response, Response):
-        job = rules.book.get("a")
+        job = rules.state.get("a")
         assert ("deleted" if job is None else job.status) == (action.leads_to or status)
 
 
@@ -339,14 +339,14 @@ def test_a_pause_shows_its_operator_start_reason_and_end(rules: RuleHarness) -> 
     replaced = rules.accept(Pause(name="q", reason="disk"), by="admin:bob")
     assert replaced == PausedView("q", True, NOW, "admin:bob", "disk", None), "the time of the first one stays"
     [listed] = rules.accept(Queues()).queues
-    assert listed.pause == replaced.pause == rules.book.queue_row("q").pause
+    assert listed.pause == replaced.pause == rules.state.queue_row("q").pause
     assert rules.accept(Resume(name="q")) == PausedView("q", False)
 
 
 def test_a_pause_cannot_end_in_the_past(rules: RuleHarness) -> None:
     refusal = rules.reject(Pause(name="q", until=NOW), "invalid_request")
     assert (refusal.details, "Unix milliseconds" in refusal.message) == ({"field": "$.until"}, True)
-    assert rules.book.paused == {}
+    assert rules.state.paused == {}
 
 
 def test_a_pause_that_is_over_ends(rules: RuleHarness) -> None:
@@ -361,7 +361,7 @@ def test_a_pause_that_is_over_ends(rules: RuleHarness) -> None:
     assert (last.type, last.queue, last.by, last.reason) == (
         "queue_resumed", "default", "daemon", "The pause ended as scheduled.",
     )  # fmt: skip
-    assert list(rules.book.paused) == ["other"]
+    assert list(rules.state.paused) == ["other"]
     rules.start()
 
 
@@ -400,7 +400,7 @@ def test_an_import_keeps_all_given_fields(rules: RuleHarness) -> None:
     assert (job.created_at, job.updated_at, job.run_at) == (NOW - 9, NOW - 1, NOW - 8)
     assert (job.started_at, job.finished_at, job.expires_at) == (NOW - 7, NOW - 2, NOW + 9)
     assert (job.result, job.error) == (Result("u", "f", "s", Raw(b"1")), Failure("e", "E"))
-    assert rules.book.suspects == {1: "a"}
+    assert rules.state.suspects == {1: "a"}
     assert rules.accept(command) == Imported("a", skipped=True)
 
 
@@ -436,7 +436,7 @@ def test_an_import_without_created_at_gets_the_earliest_given_time(rules: RuleHa
 @pytest.mark.parametrize(("progress", "status"), [(0, "queued"), (45, "failed")])
 def test_an_import_check_shows_the_result_and_changes_nothing(rules: RuleHarness, progress: float, status: str) -> None:
     command = ImportCheck(id="a", status="processing", progress=progress, worker="there", started_at=NOW - 5)
-    before = rules.book.next_job, rules.book.next_token, rules.book.next_event
+    before = rules.state.next_job, rules.state.next_token, rules.state.next_event
     decision = rules.decide(command, by="admin")
     assert isinstance(decision.answer, Response)
     preview = decision.answer.data
@@ -444,7 +444,7 @@ def test_an_import_check_shows_the_result_and_changes_nothing(rules: RuleHarness
     assert "was processing when it was imported" in preview.reason
     assert preview.room == rules.policy.live_jobs
     assert decision.changes == []
-    assert (rules.book.next_job, rules.book.next_token, rules.book.next_event) == before
+    assert (rules.state.next_job, rules.state.next_token, rules.state.next_event) == before
     rules.create("a")
     preview = rules.accept(command)
     assert (preview.what, preview.status, preview.reason) == (
@@ -452,7 +452,7 @@ def test_an_import_check_shows_the_result_and_changes_nothing(rules: RuleHarness
         "queued",
         "A job with this id exists: it is queued.",
     )
-    rules.book.quarantined["b"] = "its checksum is wrong"
+    rules.state.quarantined["b"] = "its checksum is wrong"
     preview = rules.accept(ImportCheck(id="b"))
     assert (preview.what, preview.status) == ("skip", None)
     assert "damaged" in preview.reason

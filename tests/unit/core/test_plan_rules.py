@@ -102,7 +102,7 @@ def test_a_cleanup_plan_notes_only_late_results_that_it_deletes() -> None:
 
 
 def transaction(rules: RuleHarness) -> Transaction:
-    tx = Transaction(rules.book, rules.moment, rules.policy)
+    tx = Transaction(rules.state, rules.moment, rules.policy)
     tx.begin(Call(Recover(limit=1), "daemon", b"s" * 16))
     return tx
 
@@ -134,7 +134,7 @@ def test_maintenance_of_one_job_returns_the_result_or_an_error() -> None:
 
 def known(rules: RuleHarness, action: PlanAction, *ids: str) -> list[ExpectedVersion]:
     jobs = [rules.job(job_id) for job_id in ids]
-    return [ExpectedVersion(job.id, version(job, rules.book.latest_late(job.seq), action)) for job in jobs]
+    return [ExpectedVersion(job.id, version(job, rules.state.latest_late(job.seq), action)) for job in jobs]
 
 
 def apply(rules: RuleHarness, action: PlanAction, jobs: list[ExpectedVersion]) -> PlanSlice:

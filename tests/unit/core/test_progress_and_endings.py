@@ -10,7 +10,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd.core import worker_rules
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.model.commands import (
     Cancel,
     Complete,
@@ -112,7 +112,7 @@ def test_at_the_ceiling_only_endings_are_accepted(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS))
     rules.advance(CEILING)
-    assert "a" in rules.book.stuck
+    assert "a" in rules.state.stuck
     for command in (Extend(id="a", lock_id=lock_id), Progress(id="a", lock_id=lock_id, progress=1)):
         refusal = rules.reject(command, "max_processing_time_exceeded")
         assert refusal.details == {"max_processing_ms": CEILING, "ceiling_at": rules.now}
@@ -133,7 +133,7 @@ def test_an_expired_lock_still_belongs_to_its_holder(rules: RuleHarness) -> None
     rules.advance(TTL)
     rules.accept(Recover(limit=9))
     rules.progress(lock_id)
-    assert rules.book.live_locks() == 1
+    assert rules.state.live_locks() == 1
 
 
 # -- endings ----------------------------------------------------------------------------------------------------------
@@ -437,10 +437,10 @@ def test_a_stall_resets_the_count_of_releases(rules: RuleHarness) -> None:
 
 
 def test_release_loops_are_detected(rules: RuleHarness) -> None:
-    """The book lists them without reading other jobs, through grants, restarts and every end of the loop."""
+    """The state lists them without reading other jobs, through grants, restarts and every end of the loop."""
     for job_id in "abc":
         rules.create(job_id)
-    loops = rules.book.release_loops
+    loops = rules.state.release_loops
     released(rules, LOOP_FROM - 1, "a", delay_ms=999)
     assert loops == {}
     released(rules, 1, "a", delay_ms=999)
@@ -461,8 +461,8 @@ def test_release_loops_are_detected(rules: RuleHarness) -> None:
     assert loops == {}
     released(rules, LOOP_FROM, "c", delay_ms=0)
     assert loops == {"c": 20}
-    opened = OpenedStore(rules.book.numbers(rules.lease, rules.now, False), [rules.job(job_id) for job_id in "abc"])
-    assert Book.opened(opened).release_loops == {"c": 20}
+    opened = OpenedStore(rules.state.numbers(rules.lease, rules.now, False), [rules.job(job_id) for job_id in "abc"])
+    assert State.opened(opened).release_loops == {"c": 20}
     rules.accept(Progress(id="c", lock_id=rules.start("c"), progress=1))
     assert loops == {}
 
@@ -473,9 +473,9 @@ def test_release_loops_are_detected(rules: RuleHarness) -> None:
 def test_a_finished_job_is_in_no_release_loop(rules: RuleHarness, command: Any) -> None:
     rules.create()
     released(rules, LOOP_FROM, delay_ms=0)
-    assert rules.book.release_loops
+    assert rules.state.release_loops
     rules.accept_admin(command)
-    assert rules.book.release_loops == {}
+    assert rules.state.release_loops == {}
 
 
 def test_cancel_ends_a_grant_at_once(rules: RuleHarness) -> None:

@@ -1,4 +1,4 @@
-"""Any sequence of commands over the real rules and the real book: what must hold after every single step.
+"""Any sequence of commands over the real rules and the real state: what must hold after every single step.
 
 The harness compares rows with folded events, every order and counter with a recount, and tokens with those before.
 """
@@ -308,7 +308,7 @@ class PropertyRun(RuleHarness):
         """Check the grants of a claim against a plain sort."""
         if not isinstance(command, Claim):
             return None
-        order = due_order(self.rows.values(), self.now, command.queues, command.kinds, self.book.paused)
+        order = due_order(self.rows.values(), self.now, command.queues, command.kinds, self.state.paused)
         wanted = [job_id for job_id in order if not transitions.is_overdue(self.rows[job_id], self.now)]
         return wanted[: command.limit]
 
@@ -353,18 +353,18 @@ class PropertyRun(RuleHarness):
                 assert before is not None
                 assert before.status == "queued"
                 assert before.run_at <= self.now
-                assert before.options.queue not in self.book.paused
+                assert before.options.queue not in self.state.paused
 
     def _check_rows(self) -> None:
         for job in self.rows.values():
             assert (job.status == "processing") == (job.grant is not None) == (job.lease is not None)
             if job.lease is not None and job.lease.ceiling is not None:
                 assert job.lease.expires <= job.lease.ceiling
-            if job.seq not in self.book.suspects:
+            if job.seq not in self.state.suspects:
                 bad = [issue for issue in validate(job, self.moment, self.policy).issues if counts(issue)]
                 assert not bad or transitions.is_stuck(job, self.moment.lease), bad  # only recovery is left to do
             view = self.accept(Why(id=job.id))
-            if job.status in ("queued", "processing") and job.options.queue not in self.book.paused:
+            if job.status in ("queued", "processing") and job.options.queue not in self.state.paused:
                 assert view.next is not None
 
 
@@ -411,7 +411,7 @@ def test_every_job_ends_once_time_passes(sequence: list[tuple[Any, bool]], away:
     for _ in range(20):
         run.advance(POLICY.lock_ttl_ms + 5_000)
         run.accept(Recover(limit=9))
-    assert not run.book.processing
+    assert not run.state.processing
 
 
 odd_times = st.sampled_from([0, 1, 999, 1_000, 1_001, 5_000])
@@ -448,16 +448,18 @@ hand_made = st.builds(
 def test_rules_accept_any_manually_edited_row(job: Job, sequence: list[tuple[AnyCommand, int]]) -> None:
     """`decide` is total: for any state there is a response or an error, and the state remains usable."""
     rules = RuleHarness(POLICY)
-    book = rules.book
-    book.reindex(None, job)
+    state = rules.state
+    state.reindex(None, job)
     for number, (command, ms) in enumerate(sequence):
         rules.now += ms
         rules.lease += ms
-        book.advance(rules.now, rules.lease)
-        tx = Transaction(book, rules.moment, POLICY)
+        state.advance(rules.now, rules.lease)
+        tx = Transaction(state, rules.moment, POLICY)
         call = Call(_aimed(command), "client", number.to_bytes(16, "big"))
         assert isinstance(decide.decide(tx, call), (Response, ApiError))
-        assert book.total() == sum(each.status in STATUSES for each in [*book.jobs.values(), *book.finished.values()])
+        assert state.total() == sum(
+            each.status in STATUSES for each in [*state.jobs.values(), *state.finished.values()]
+        )
 
 
 def _aimed(command: AnyCommand) -> AnyCommand:
@@ -468,12 +470,12 @@ def _aimed(command: AnyCommand) -> AnyCommand:
 @given(hand_made)
 def test_a_cleanup_run_leaves_no_row_that_it_could_repair(job: Job) -> None:
     rules = RuleHarness(POLICY)
-    rules.book.reindex(None, job)
-    rules.book.suspects[job.seq] = job.id
+    rules.state.reindex(None, job)
+    rules.state.suspects[job.seq] = job.id
 
     def repair() -> Any:
-        rules.book.advance(rules.now, rules.lease)
-        tx = Transaction(rules.book, rules.moment, POLICY)
+        rules.state.advance(rules.now, rules.lease)
+        tx = Transaction(rules.state, rules.moment, POLICY)
         response = decide.decide(tx, Call(RepairJobs(ids=["a"]), "cleanup", SEED))
         assert isinstance(response, Response)
         return response.data

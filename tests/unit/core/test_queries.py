@@ -128,22 +128,22 @@ def test_the_lists_of_operators(rules: RuleHarness) -> None:
     assert (stats.total_jobs, stats.by_status["processing"], stats.by_status["completed"]) == (3, 1, 1)
     assert (stats.stuck_jobs, stats.locked_jobs, stats.average_processing_time) == (0, 1, 1.5)
     assert (stats.oldest_processing_job.id, stats.oldest_processing_job.age) == ("a", 1.5)
-    assert views.oldest_due(rules.book) == OldestDue("b", "q", NOW)
+    assert views.oldest_due(rules.state) == OldestDue("b", "q", NOW)
 
 
 def test_the_job_that_has_been_due_longest_is_found_over_all_queues(rules: RuleHarness) -> None:
     rules.create("later", queue="a", delay_ms=5_000, priority=-1)
     rules.create("b-1", queue="b")
     rules.create("c-1", queue="c")
-    assert views.oldest_due(rules.book) == OldestDue("b-1", "b", NOW), "of the same moment the first"
+    assert views.oldest_due(rules.state) == OldestDue("b-1", "b", NOW), "of the same moment the first"
     rules.advance(5_000)
     rules.held("b-1", queue="b")
     rules.accept(Pause(name="c"))
     waits = OldestDue("c-1", "c", NOW, queue_paused=True)
-    assert views.oldest_due(rules.book) == waits, "it waits, though its queue is paused"
+    assert views.oldest_due(rules.state) == waits, "it waits, though its queue is paused"
     rules.accept(Start(id="later", worker="w"))
     rules.accept(Cancel(id="c-1"))
-    assert views.oldest_due(rules.book) is None
+    assert views.oldest_due(rules.state) is None
 
 
 def test_queues_are_listed_in_pages_by_name(rules: RuleHarness) -> None:

@@ -216,7 +216,7 @@ class NaiveReadyQueue:
             self.due.remove_compact(short, self.now)
 
     def at(self, now: int) -> None:
-        """Advance to `now` and offer lanes whose first job becomes due, like the book."""
+        """Advance to `now` and offer lanes whose first job becomes due, like the state."""
         self.now = now
         for lanes in self.due.lanes.values():
             for lane in lanes.values():

@@ -9,9 +9,8 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core import state
 from jobd.core.ready_queue import SLACK, Lane
-from jobd.core.state import FINISHED_KEPT, Book, LiveJobs
+from jobd.core.state import FINISHED_KEPT, LiveJobs, State
 from jobd.model.commands import (
     Cancel,
     Create,
@@ -52,29 +51,29 @@ def held(seq: int, worker: str, expires: int = 500) -> Job:
 
 
 def test_an_empty_book() -> None:
-    book = Book()
-    assert (book.total(), book.live_locks(), book.get("a"), book.oldest_due_at("q")) == (0, 0, None, None)
-    assert (book.next_run_at(), book.next_deadline(), book.next_expiry()) == (None, None, None)
-    assert list(book.due(["q"], None)) == []
-    assert book.queue_row("q") == QueueRow()
-    assert book.numbers(7, 9, False) == Numbers(lease_ms=7, wall_ms=9)
+    state = State()
+    assert (state.total(), state.live_locks(), state.get("a"), state.oldest_due_at("q")) == (0, 0, None, None)
+    assert (state.next_run_at(), state.next_deadline(), state.next_expiry()) == (None, None, None)
+    assert list(state.due(["q"], None)) == []
+    assert state.queue_row("q") == QueueRow()
+    assert state.numbers(7, 9, False) == Numbers(lease_ms=7, wall_ms=9)
 
 
 def test_a_start_loads_live_jobs_and_the_counts_of_finished_ones() -> None:
     numbers = Numbers(3, 11, 12, 13, 400, NOW, True)
     jobs = [queued(1), queued(2, run_at=NOW + 1), held(3, "w-1"), held(4, "w-2", expires=400)]
     queues = {"default": QueueRow(completed=5, failed=2), "idle": QueueRow(paused=True, cancelled=1)}
-    book = Book.opened(OpenedStore(numbers, jobs, queues=queues))
-    assert book.numbers(400, NOW, True) == numbers
-    assert book.clock_suspect
-    assert book.total() == 12
-    assert book.counts["default"] == {"queued": 2, "processing": 2, "completed": 5, "failed": 2, "cancelled": 0}
-    assert book.totals["cancelled"] == 1
-    assert book.paused == {"idle": QueuePause()}
-    assert [job.seq for job in book.due(["default"], None)] == [1]
-    assert (book.live_locks(), list(book.stuck)) == (1, ["job-4"])
-    assert (book.next_run_at(), book.next_deadline()) == (NOW + 1, 500)
-    assert {name: row for name in queues for row in [book.queue_row(name)]} == queues
+    state = State.opened(OpenedStore(numbers, jobs, queues=queues))
+    assert state.numbers(400, NOW, True) == numbers
+    assert state.clock_suspect
+    assert state.total() == 12
+    assert state.counts["default"] == {"queued": 2, "processing": 2, "completed": 5, "failed": 2, "cancelled": 0}
+    assert state.totals["cancelled"] == 1
+    assert state.paused == {"idle": QueuePause()}
+    assert [job.seq for job in state.due(["default"], None)] == [1]
+    assert (state.live_locks(), list(state.stuck)) == (1, ["job-4"])
+    assert (state.next_run_at(), state.next_deadline()) == (NOW + 1, 500)
+    assert {name: row for name in queues for row in [state.queue_row(name)]} == queues
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -92,101 +91,101 @@ def test_compact_jobs_can_be_added_at_once_or_one_by_one(seed: int) -> None:
     touched = [held(seq, f"w-{seq % 3}") for seq in range(2_000, 2_020)]
     queues = {"q": QueueRow(paused=True, failed=2)}
     numbers = Numbers(wall_ms=NOW)
-    at_once = Book.opened(OpenedStore(numbers, touched, jobs, queues))
-    one_by_one = Book.opened(OpenedStore(numbers, [*(job.expand() for job in jobs), *touched], queues=queues))
+    at_once = State.opened(OpenedStore(numbers, touched, jobs, queues))
+    one_by_one = State.opened(OpenedStore(numbers, [*(job.expand() for job in jobs), *touched], queues=queues))
     rows = {job.id: job for job in [*(job.expand() for job in jobs), *touched]}
     for step_ms in (0, 3, -20, 30):
-        for book in (at_once, one_by_one):
-            book.set_paused("q", None)
-            book.advance(book._now + step_ms, 0)
+        for state in (at_once, one_by_one):
+            state.set_paused("q", None)
+            state.advance(state._now + step_ms, 0)
         assert snapshot(at_once) == snapshot(one_by_one)
         assert at_once.next_run_at() == one_by_one.next_run_at()
         assert {lane.name: lane.live for lane in at_once._lanes} == {lane.name: lane.live for lane in one_by_one._lanes}
-    for book in (at_once, one_by_one):
+    for state in (at_once, one_by_one):
         for job in rows.values():
-            book.reindex(job, None)
-        compare_nothing_left(book)
+            state.reindex(job, None)
+        compare_nothing_left(state)
 
 
-def compare_nothing_left(book: Book) -> None:
-    assert (len(book.jobs), book._queued, book._lanes) == (0, {}, {})
-    assert {status: count for status, count in book.totals.items() if count} == {"failed": 2}
+def compare_nothing_left(state: State) -> None:
+    assert (len(state.jobs), state._queued, state._lanes) == (0, {}, {})
+    assert {status: count for status, count in state.totals.items() if count} == {"failed": 2}
 
 
 def test_only_new_jobs_are_compact(rules: RuleHarness) -> None:
     rules.create("a")
     rules.create("b", delay_ms=5)
     lock_id = rules.held("c")
-    assert rules.book.jobs.touched() == {"b", "c"}
+    assert rules.state.jobs.touched() == {"b", "c"}
     rules.accept(Release(id="c", lock_id=lock_id))
     rules.accept(Update(id="a", priority=1))
-    assert rules.book.jobs.touched() == {"a", "b", "c"}
+    assert rules.state.jobs.touched() == {"a", "b", "c"}
     assert rules.claim(limit=9) == ["c", "a"]
 
 
 def test_the_request_hash_of_a_new_job_is_known_in_its_batch(rules: RuleHarness) -> None:
     rules.create("a")
-    assert set(rules.book.request_hashes) == {"a"}
+    assert set(rules.state.request_hashes) == {"a"}
     rules.accept(Import(id="b"))
-    assert rules.book.request_hashes.get("b", "") == ""
+    assert rules.state.request_hashes.get("b", "") == ""
 
 
 def test_equal_options_share_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "OPTIONS_KEPT", 2)
-    book = Book()
-    first = book.shared(Options(queue="a"))
-    assert book.shared(Options(queue="a")) is first
-    book.shared(Options(queue="b"))
-    assert book.shared(Options(queue="c")) == Options(queue="c")  # starts from the defaults
-    assert len(book._options) == 1
-    assert book.shared(Options(queue="a")) is not first
+    monkeypatch.setattr("jobd.core.state.OPTIONS_KEPT", 2)
+    state = State()
+    first = state.shared(Options(queue="a"))
+    assert state.shared(Options(queue="a")) is first
+    state.shared(Options(queue="b"))
+    assert state.shared(Options(queue="c")) == Options(queue="c")  # starts from the defaults
+    assert len(state._options) == 1
+    assert state.shared(Options(queue="a")) is not first
 
 
 def test_finished_jobs_are_kept_for_a_while(rules: RuleHarness) -> None:
     for number in range(FINISHED_KEPT + 2):
-        rules.book.loaded(replace(queued(number + 1), status="cancelled"))
-    rules.book.loaded(replace(queued(1), status="cancelled"))  # named again, so it is evicted last
-    rules.book.trim_finished()
-    assert len(rules.book.finished) == FINISHED_KEPT
-    assert rules.book.get("job-1") is not None
-    assert rules.book.get("job-2") is None
-    assert rules.book.total() == 0  # the store counts jobs on disk
+        rules.state.loaded(replace(queued(number + 1), status="cancelled"))
+    rules.state.loaded(replace(queued(1), status="cancelled"))  # named again, so it is evicted last
+    rules.state.trim_finished()
+    assert len(rules.state.finished) == FINISHED_KEPT
+    assert rules.state.get("job-1") is not None
+    assert rules.state.get("job-2") is None
+    assert rules.state.total() == 0  # the store counts jobs on disk
 
 
 def test_the_size_of_finished_jobs_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "FINISHED_BYTES", 3_000)
-    book = Book()
+    monkeypatch.setattr("jobd.core.state.FINISHED_BYTES", 3_000)
+    state = State()
     for seq in range(1, 6):
         result = Result(metadata=Raw(b'"%s"' % (b"y" * 998)))
-        book.loaded(replace(queued(seq), status="completed", result=result))
-        book.loaded(replace(queued(seq), status="completed", result=result))  # the same again adds nothing
-    book.trim_finished()
-    assert list(book.finished) == ["job-3", "job-4", "job-5"]
-    book.reindex(book.finished["job-4"], None)
-    book.loaded(replace(queued(6), status="completed", result=Result(file_path="/x")))
-    book.trim_finished()
-    assert (list(book.finished), book._finished_bytes) == (["job-3", "job-5", "job-6"], 2_000)
-    book.loaded(replace(queued(8), status="cancelled"))
-    assert book._finished_bytes == 2_000, "who has no result weighs nothing"
-    book.reindex(book.finished["job-8"], None)
-    book.loaded(replace(queued(7), status="completed", result=Result(metadata=Raw(b'"%s"' % (b"y" * 3_000)))))
-    book.trim_finished()
-    assert (list(book.finished), book._finished_bytes) == ([], 0)
+        state.loaded(replace(queued(seq), status="completed", result=result))
+        state.loaded(replace(queued(seq), status="completed", result=result))  # the same again adds nothing
+    state.trim_finished()
+    assert list(state.finished) == ["job-3", "job-4", "job-5"]
+    state.reindex(state.finished["job-4"], None)
+    state.loaded(replace(queued(6), status="completed", result=Result(file_path="/x")))
+    state.trim_finished()
+    assert (list(state.finished), state._finished_bytes) == (["job-3", "job-5", "job-6"], 2_000)
+    state.loaded(replace(queued(8), status="cancelled"))
+    assert state._finished_bytes == 2_000, "who has no result weighs nothing"
+    state.reindex(state.finished["job-8"], None)
+    state.loaded(replace(queued(7), status="completed", result=Result(metadata=Raw(b'"%s"' % (b"y" * 3_000)))))
+    state.trim_finished()
+    assert (list(state.finished), state._finished_bytes) == ([], 0)
 
 
 def test_finished_jobs_in_memory_are_bounded_in_bytes() -> None:
-    book = Book()
+    state = State()
     for seq in (1, 2):
         result = Result(metadata=Raw(b'"%s"' % (b"y" * (4 << 20))))
-        book.loaded(replace(queued(seq), status="completed", result=result))
-    book.trim_finished()
-    assert list(book.finished) == ["job-1", "job-2"]
+        state.loaded(replace(queued(seq), status="completed", result=result))
+    state.trim_finished()
+    assert list(state.finished) == ["job-1", "job-2"]
 
 
 def test_a_deleted_job_leaves_every_order(rules: RuleHarness) -> None:
     rules.completed()
     rules.accept(Delete(id="a"))
-    assert (rules.book.get("a"), rules.book.total(), rules.book.finished) == (None, 0, {})
+    assert (rules.state.get("a"), rules.state.total(), rules.state.finished) == (None, 0, {})
 
 
 @pytest.mark.parametrize("status", ["queued", "processing", "completed"])
@@ -197,50 +196,50 @@ def test_a_quarantined_job_leaves_every_order(rules: RuleHarness, status: str) -
         if status == "completed":
             rules.row(replace(rules.job(), status="completed", grant=None, lease=None))
         assert lock_id
-    rules.book.suspects[1] = "a"
-    rules.book.quarantine("a", "bad")
+    rules.state.suspects[1] = "a"
+    rules.state.quarantine("a", "bad")
     del rules.rows["a"]
-    assert rules.book.quarantined == {"a": "bad"}
-    assert rules.book.suspects == {}
+    assert rules.state.quarantined == {"a": "bad"}
+    assert rules.state.suspects == {}
     rules.advance(HOUR_MS)
-    compare(rules.book, {}, rules.moment)
-    rules.book.quarantine("never", "bad")
+    compare(rules.state, {}, rules.moment)
+    rules.state.quarantine("never", "bad")
 
 
 def test_a_live_job_whose_damaged_row_cannot_be_moved_leaves_every_order_too(rules: RuleHarness) -> None:
     rules.create("a")
-    rules.book.quarantine("a", "bad", is_moved=False)
-    assert rules.book.unmoved == {"a": None}
+    rules.state.quarantine("a", "bad", is_moved=False)
+    assert rules.state.unmoved == {"a": None}
     del rules.rows["a"]
-    compare(rules.book, {}, rules.moment)
-    rules.book.quarantine("unknown", "bad", is_moved=False)
-    assert rules.book.unmoved == {"a": None, "unknown": None}
+    compare(rules.state, {}, rules.moment)
+    rules.state.quarantine("unknown", "bad", is_moved=False)
+    assert rules.state.unmoved == {"a": None, "unknown": None}
 
 
 def test_a_finished_job_whose_row_is_not_moved_is_counted_as_it_was_before_a_batch(rules: RuleHarness) -> None:
-    book = rules.book
+    state = rules.state
     rules.completed("a")
-    book.quarantine("a", "bad", is_moved=False)
-    assert (book.get("a"), book.unmoved, book.totals["completed"]) == (None, {"a": ("default", "completed")}, 1)
-    book.recount_unmoved("a", replace(queued(1, status="failed"), options=Options(queue="q")))
-    assert (book.counts["q"]["failed"], book.totals["failed"], book.totals["completed"]) == (1, 1, 0)
-    book.recount_unmoved("other", queued(2, status="failed"))
-    assert (book.totals["failed"], book.unmoved) == (1, {"a": ("q", "failed")}), "it is not among them"
+    state.quarantine("a", "bad", is_moved=False)
+    assert (state.get("a"), state.unmoved, state.totals["completed"]) == (None, {"a": ("default", "completed")}, 1)
+    state.recount_unmoved("a", replace(queued(1, status="failed"), options=Options(queue="q")))
+    assert (state.counts["q"]["failed"], state.totals["failed"], state.totals["completed"]) == (1, 1, 0)
+    state.recount_unmoved("other", queued(2, status="failed"))
+    assert (state.totals["failed"], state.unmoved) == (1, {"a": ("q", "failed")}), "it is not among them"
     for before in (queued(1), None):
-        book.recount_unmoved("a", queued(1, status="failed"))
-        book.recount_unmoved("a", before)
-        assert (book.totals["failed"], book.totals["queued"], book.unmoved) == (0, 0, {"a": None})
+        state.recount_unmoved("a", queued(1, status="failed"))
+        state.recount_unmoved("a", before)
+        assert (state.totals["failed"], state.totals["queued"], state.unmoved) == (0, 0, {"a": None})
 
 
 def test_the_holder_of_a_job() -> None:
-    book = Book()
-    assert not book.holds("a", "l")
+    state = State()
+    assert not state.holds("a", "l")
     job = held(1, "w")
-    book.reindex(None, job)
-    assert book.holds(job.id, "lock-1")
-    assert not book.holds(job.id, "lock-2")
-    book.reindex(job, queued(1))
-    assert not book.holds(job.id, "lock-1")
+    state.reindex(None, job)
+    assert state.holds(job.id, "lock-1")
+    assert not state.holds(job.id, "lock-2")
+    state.reindex(job, queued(1))
+    assert not state.holds(job.id, "lock-1")
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -248,7 +247,7 @@ def test_the_holder_of_a_job() -> None:
 
 def test_delayed_jobs_become_due_and_are_announced(rules: RuleHarness) -> None:
     announced: list[tuple[str, str]] = []
-    rules.book.on_due = lambda queue, kind: announced.append((queue, kind))
+    rules.state.on_due = lambda queue, kind: announced.append((queue, kind))
     rules.create("a", delay_ms=5, kind="k")
     rules.create("b", delay_ms=5, kind="k")
     rules.create("c", queue="q")
@@ -278,7 +277,7 @@ def test_a_reused_id_does_not_inherit_deadlines(rules: RuleHarness) -> None:
     rules.accept(Delete(id="a"))
     rules.create("a", delay_ms=5, expires_at=NOW + 7)
     rules.advance(7)
-    assert list(rules.book.overdue()) == ["a"]
+    assert list(rules.state.overdue()) == ["a"]
     rules.accept(Cancel(id="a"))
     rules.accept(Delete(id="a"))
     rules.held("a")
@@ -288,14 +287,14 @@ def test_a_reused_id_does_not_inherit_deadlines(rules: RuleHarness) -> None:
 
 
 def test_the_job_that_has_been_due_longest_over_all_queues(rules: RuleHarness) -> None:
-    assert rules.book.oldest_due() is None
+    assert rules.state.oldest_due() is None
     rules.create("gone", queue="b")
     rules.create("z", queue="a")
     rules.create("y", queue="b")
     rules.accept(Cancel(id="gone"))
 
     def oldest() -> tuple[str, str]:
-        found = rules.book.oldest_due()
+        found = rules.state.oldest_due()
         assert found is not None
         return found[0], found[1][3]
 
@@ -313,16 +312,20 @@ def test_a_backward_step_of_the_clock_delays_due_jobs(rules: RuleHarness) -> Non
     rules.create("c", delay_ms=10)
     rules.advance(10)
     assert rules.claim() == ["b"]
-    assert list(rules.book.overdue()) == ["a"], "a claim leaves it to recovery"
+    assert list(rules.state.overdue()) == ["a"], "a claim leaves it to recovery"
     rules.create("d", expires_at=NOW + 20)
     rules.advance(10)
-    assert (list(rules.book.overdue()), rules.book.next_run_at()) == (["a", "d"], None)
+    assert (list(rules.state.overdue()), rules.state.next_run_at()) == (["a", "d"], None)
     rules.now = NOW + 9
-    compare(rules.book, rules.rows, rules.moment)
-    assert (list(rules.book.overdue()), rules.book.next_run_at(), rules.book.next_expiry()) == ([], NOW + 10, NOW + 10)
+    compare(rules.state, rules.rows, rules.moment)
+    assert (list(rules.state.overdue()), rules.state.next_run_at(), rules.state.next_expiry()) == (
+        [],
+        NOW + 10,
+        NOW + 10,
+    )
     rules.now = NOW + 20
-    compare(rules.book, rules.rows, rules.moment)
-    assert list(rules.book.overdue()) == ["a", "d"]
+    compare(rules.state, rules.rows, rules.moment)
+    assert list(rules.state.overdue()) == ["a", "d"]
     rules.now = NOW + 9
     assert rules.claim(limit=9) == ["a"]
 
@@ -330,7 +333,7 @@ def test_a_backward_step_of_the_clock_delays_due_jobs(rules: RuleHarness) -> Non
 def test_a_backward_step_reads_only_lanes_with_newly_due_jobs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    book, lanes = Book(), list[Lane]()
+    state, lanes = State(), list[Lane]()
     next_run_at = Lane.next_run_at
 
     def counted(lane: Lane, now: int) -> int | None:
@@ -340,27 +343,27 @@ def test_a_backward_step_reads_only_lanes_with_newly_due_jobs(
     monkeypatch.setattr(Lane, "next_run_at", counted)
     rows = {}
     for number in range(1, 1_001):
-        book.advance(NOW + number, 0)
+        state.advance(NOW + number, 0)
         job = rows[f"job-{number}"] = queued(number, run_at=NOW + number, options=Options("q", f"k-{number // 10}"))
-        book.reindex(None, job)
+        state.reindex(None, job)
     lanes.clear()
-    book.advance(NOW + 999, 0)
+    state.advance(NOW + 999, 0)
     assert [lane.name for lane in lanes] == [("q", "k-100", 0)]
-    book.reindex(
+    state.reindex(
         None, queued(2_000, run_at=NOW + 5_000, options=Options("q", "later"))
     )  # its queue and kind do not hide the others
     lanes.clear()
-    book.advance(NOW + 975, 0)
+    state.advance(NOW + 975, 0)
     assert {lane.name[1] for lane in lanes} == {"k-97", "k-98", "k-99", "k-100"}
-    assert len(list(book.due(["q"], None))) == 975
-    assert book.next_run_at() == NOW + 976
+    assert len(list(state.due(["q"], None))) == 975
+    assert state.next_run_at() == NOW + 976
 
 
 def test_overdue_jobs_that_a_clock_step_makes_due_again_wake_waiting_claims(rules: RuleHarness) -> None:
     rules.create("a", expires_at=NOW + 10, kind="k")
     rules.advance(10)
     announced: list[tuple[str, str]] = []
-    rules.book.on_due = lambda queue, kind: announced.append((queue, kind))
+    rules.state.on_due = lambda queue, kind: announced.append((queue, kind))
     rules.advance(1)
     assert (announced, rules.claim()) == ([], [])
     rules.advance(-2)
@@ -369,9 +372,9 @@ def test_overdue_jobs_that_a_clock_step_makes_due_again_wake_waiting_claims(rule
 
 
 def test_advancing_time_does_not_read_every_job(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Book, "_rewind", None)
+    monkeypatch.setattr(State, "_rewind", None)
     for now in (NOW, NOW, NOW + 1):
-        rules.book.advance(now, 0)
+        rules.state.advance(now, 0)
 
 
 def test_a_moved_due_job_is_found_once_in_its_new_place(rules: RuleHarness) -> None:
@@ -379,7 +382,7 @@ def test_a_moved_due_job_is_found_once_in_its_new_place(rules: RuleHarness) -> N
         rules.create(name)
 
     def order() -> list[str]:
-        return [job.id for job in rules.book.due(["default"], None)]
+        return [job.id for job in rules.state.due(["default"], None)]
 
     rules.accept(Update(id="c", run_at=NOW - 1))
     assert order() == ["c", "a", "b"]
@@ -401,14 +404,14 @@ def test_a_job_with_id_and_time_of_a_removed_one_is_found_once(rules: RuleHarnes
     rules.accept(Cancel(id="again"))
     rules.accept(Delete(id="again"))
     rules.create("again", priority=1)
-    assert [job.id for job in rules.book.due(["default"], None)] == ["first", "again"]
+    assert [job.id for job in rules.state.due(["default"], None)] == ["first", "again"]
 
 
 def test_after_a_grant_the_next_job_of_the_lane_is_found(rules: RuleHarness) -> None:
     for name, kind in (("a", "x"), ("b", "x"), ("c", "y")):
         rules.create(name, kind=kind)
     rules.start("a")
-    assert [job.id for job in rules.book.due(["default"], None)] == ["b", "c"]
+    assert [job.id for job in rules.state.due(["default"], None)] == ["b", "c"]
 
 
 def test_resuming_announces_every_due_kind(rules: RuleHarness) -> None:
@@ -417,7 +420,7 @@ def test_resuming_announces_every_due_kind(rules: RuleHarness) -> None:
     rules.accept(Pause(name="default"))
     rules.accept(Pause(name="empty"))
     announced: list[tuple[str, str]] = []
-    rules.book.on_due = lambda queue, kind: announced.append((queue, kind))
+    rules.state.on_due = lambda queue, kind: announced.append((queue, kind))
     rules.accept(Resume(name="empty"))
     assert announced == []
     rules.accept(Resume(name="default"))
@@ -426,68 +429,68 @@ def test_resuming_announces_every_due_kind(rules: RuleHarness) -> None:
 
 def test_a_moved_deadline_is_checked_when_the_old_one_passes(rules: RuleHarness) -> None:
     lock_id = rules.held()
-    first = rules.book.next_deadline()
+    first = rules.state.next_deadline()
     rules.advance(5 * MINUTE_MS)
     rules.progress(lock_id)
-    assert rules.book.next_deadline() == first  # an early deadline is harmless
+    assert rules.state.next_deadline() == first  # an early deadline is harmless
     rules.advance(10 * MINUTE_MS)
-    assert rules.book.next_deadline() == rules.lease + 5 * MINUTE_MS
-    assert rules.book.live_locks() == 1
+    assert rules.state.next_deadline() == rules.lease + 5 * MINUTE_MS
+    assert rules.state.live_locks() == 1
     rules.advance(5 * MINUTE_MS)
-    assert (rules.book.next_deadline(), list(rules.book.stuck)) == (None, ["a"])
+    assert (rules.state.next_deadline(), list(rules.state.stuck)) == (None, ["a"])
 
 
 def test_heaps_do_not_grow_while_jobs_come_and_go(rules: RuleHarness) -> None:
-    book = rules.book
+    state = rules.state
     for number in range(1, 500):
         job = queued(number, run_at=NOW + number, expires_at=NOW + 1_000)
-        book.reindex(None, job)
+        state.reindex(None, job)
         taken = held(number, "w")
-        book.reindex(job, taken)
-        book.reindex(taken, None)
-    for heap in (book._wakes, book._deadlines):
+        state.reindex(job, taken)
+        state.reindex(taken, None)
+    for heap in (state._wakes, state._deadlines):
         assert len(heap.entries) <= SLACK + 2
-    assert not book._expiries
-    compare(book, {}, rules.moment)
+    assert not state._expiries
+    compare(state, {}, rules.moment)
 
 
 # -- workers ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_start_knows_which_grant_is_the_oldest() -> None:
-    book = Book.opened(OpenedStore(Numbers(), [held(1, "w-1"), replace(held(2, "w-2"), seq=3), queued(4)]))
+    state = State.opened(OpenedStore(Numbers(), [held(1, "w-1"), replace(held(2, "w-2"), seq=3), queued(4)]))
     late = replace(held(9, "w-9"), seq=2, id="a job that was granted last")
-    book = Book.opened(OpenedStore(Numbers(), [late, *book.processing.values()]))
-    assert list(book.processing) == ["job-1", "job-2", "a job that was granted last"]
+    state = State.opened(OpenedStore(Numbers(), [late, *state.processing.values()]))
+    assert list(state.processing) == ["job-1", "job-2", "a job that was granted last"]
 
 
 def test_rolling_back_a_grant_restores_the_former_holder() -> None:
-    book = Book()
+    state = State()
     former, new = held(1, "w-1"), replace(held(2, "w-2"), seq=1, id="job-1")
-    book.reindex(None, former)
-    book.reindex(former, replace(queued(1)))
-    book.reindex(book.get("job-1"), new)
-    book.reindex(new, former)  # the disk was full, so nothing has happened
-    holders = {name: list(seen.jobs) for name, seen in book.presence.workers.items()}
+    state.reindex(None, former)
+    state.reindex(former, replace(queued(1)))
+    state.reindex(state.get("job-1"), new)
+    state.reindex(new, former)  # the disk was full, so nothing has happened
+    holders = {name: list(seen.jobs) for name, seen in state.presence.workers.items()}
     assert holders == {"w-1": ["job-1"], "w-2": []}
-    assert (book.live_locks(), book.next_deadline()) == (1, 500)
+    assert (state.live_locks(), state.next_deadline()) == (1, 500)
 
 
 def test_rolling_back_an_extension_restores_the_former_deadline() -> None:
-    book = Book()
+    state = State()
     job = held(1, "w-1", expires=500)
     assert job.lease is not None
     stays = replace(job, lease=replace(job.lease, silent=900))
     extended = replace(job, lease=replace(job.lease, expires=99_000))
-    book.reindex(None, stays)
-    book.advance(NOW, 600)
-    assert list(book.expired_locks) == ["job-1"]
-    book.reindex(stays, extended)
-    assert book.next_deadline() == 99_000
-    book.reindex(extended, stays)  # the disk was full, so nothing has happened
-    assert list(book.expired_locks) == ["job-1"]
-    book.advance(NOW, 900)
-    assert list(book.stuck) == ["job-1"]
+    state.reindex(None, stays)
+    state.advance(NOW, 600)
+    assert list(state.expired_locks) == ["job-1"]
+    state.reindex(stays, extended)
+    assert state.next_deadline() == 99_000
+    state.reindex(extended, stays)  # the disk was full, so nothing has happened
+    assert list(state.expired_locks) == ["job-1"]
+    state.advance(NOW, 900)
+    assert list(state.stuck) == ["job-1"]
 
 
 @pytest.mark.parametrize(
@@ -498,15 +501,15 @@ def test_rolling_back_an_extension_restores_the_former_deadline() -> None:
     ],
 )
 def test_a_deadline_that_moves_back_takes_effect_at_once(before: Lease, for_a_while: Lease, sorted_into: str) -> None:
-    book = Book()
+    state = State()
     job = held(1, "w-1")
     stays, moved = replace(job, lease=before), replace(job, lease=for_a_while)
-    book.reindex(None, moved)
-    book.advance(NOW, 600)
-    assert book.live_locks() == 1
-    book.reindex(moved, stays)
-    assert list(getattr(book, sorted_into)) == ["job-1"]
-    assert book.live_locks() == 0
+    state.reindex(None, moved)
+    state.advance(NOW, 600)
+    assert state.live_locks() == 1
+    state.reindex(moved, stays)
+    assert list(getattr(state, sorted_into)) == ["job-1"]
+    assert state.live_locks() == 0
 
 
 def test_a_cleared_lock_that_is_revived_is_live_again(rules: RuleHarness) -> None:
@@ -514,31 +517,31 @@ def test_a_cleared_lock_that_is_revived_is_live_again(rules: RuleHarness) -> Non
     lock_id = rules.held(stuck_after_ms=20 * MINUTE_MS)
     rules.advance(TTL)
     rules.accept(Recover(limit=1))
-    assert list(rules.book.cleared_locks) == ["a"]
+    assert list(rules.state.cleared_locks) == ["a"]
     rules.progress(lock_id)
-    assert (list(rules.book.cleared_locks), rules.book.live_locks()) == ([], 1)
+    assert (list(rules.state.cleared_locks), rules.state.live_locks()) == ([], 1)
 
 
 def test_a_row_without_a_lease_has_no_holder(rules: RuleHarness) -> None:
-    book, job = Book(), held(1, "w-1")
-    book.reindex(None, job)
-    book.advance(NOW, 500)
-    assert list(book.stuck) == ["job-1"]
-    book.reindex(job, replace(job, lease=None))
-    assert (list(book.stuck), list(book.unheld)) == ([], ["job-1"])
+    state, job = State(), held(1, "w-1")
+    state.reindex(None, job)
+    state.advance(NOW, 500)
+    assert list(state.stuck) == ["job-1"]
+    state.reindex(job, replace(job, lease=None))
+    assert (list(state.stuck), list(state.unheld)) == ([], ["job-1"])
 
 
 def test_the_start_times_of_processing_jobs_are_summed() -> None:
-    book = Book()
+    state = State()
     job = replace(held(1, "w-1"), created_at=NOW - 9)
-    book.reindex(None, job)
-    assert book.started_sum == NOW
-    book.reindex(job, replace(job, started_at=NOW + 2))
-    assert book.started_sum == NOW + 2
-    book.reindex(replace(job, started_at=NOW + 2), replace(job, started_at=None))
-    assert book.started_sum == NOW - 9
-    book.reindex(replace(job, started_at=None), None)
-    assert book.started_sum == 0
+    state.reindex(None, job)
+    assert state.started_sum == NOW
+    state.reindex(job, replace(job, started_at=NOW + 2))
+    assert state.started_sum == NOW + 2
+    state.reindex(replace(job, started_at=NOW + 2), replace(job, started_at=None))
+    assert state.started_sum == NOW - 9
+    state.reindex(replace(job, started_at=None), None)
+    assert state.started_sum == 0
 
 
 # -- all at once ------------------------------------------------------------------------------------------------------
@@ -548,23 +551,23 @@ def test_manually_edited_rows_do_not_break_the_counts(rules: RuleHarness) -> Non
     rules.row(queued(1, status="odd"))
     rules.row(queued(2, status="processing"))
     rules.row(replace(held(3, "w"), lease=None))
-    compare(rules.book, rules.rows, rules.moment)
-    assert (rules.book.live_locks(), rules.book.total()) == (0, 2)
+    compare(rules.state, rules.rows, rules.moment)
+    assert (rules.state.live_locks(), rules.state.total()) == (0, 2)
     for job_id in list(rules.rows):
-        rules.book.reindex(rules.rows.pop(job_id), None)
-    compare(rules.book, {}, rules.moment)
+        rules.state.reindex(rules.rows.pop(job_id), None)
+    compare(rules.state, {}, rules.moment)
 
 
 @pytest.mark.parametrize("status", ["odd", "complete", ""])
 def test_an_unknown_status_breaks_nothing(rules: RuleHarness, status: str) -> None:
     job = rules.rows["job-1"] = queued(1, status=status, progress=101)
-    rules.book.loaded(job)  # as read from the disk: no start has counted it
+    rules.state.loaded(job)  # as read from the disk: no start has counted it
     rules.accept(RepairJobs(ids=[job.id]))
     assert (rules.job(job.id).status, rules.job(job.id).progress) == (status, 100)
-    compare(rules.book, rules.rows, rules.moment)
+    compare(rules.state, rules.rows, rules.moment)
     rules.accept(ForceReset(id=job.id))
     assert rules.job(job.id).status == "queued"
-    compare(rules.book, rules.rows, rules.moment)
+    compare(rules.state, rules.rows, rules.moment)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -575,7 +578,7 @@ def test_any_rows_in_any_order_match_a_recount(rules: RuleHarness, seed: int) ->
         known = list(rules.rows)
         if known and dice.random() < 0.5:
             job_id = dice.choice(known)
-            rules.book.reindex(rules.rows.pop(job_id), None)
+            rules.state.reindex(rules.rows.pop(job_id), None)
         else:
             shift = dice.randint(-20, 20)
             options = Options(queue=dice.choice("qr"), kind=dice.choice("kl"), priority=dice.randint(-1, 1))
@@ -589,7 +592,7 @@ def test_any_rows_in_any_order_match_a_recount(rules: RuleHarness, seed: int) ->
         if dice.random() < 0.3:
             rules.now += dice.randint(-15, 20)
             rules.lease += dice.randint(0, 10)
-        compare(rules.book, rules.rows, rules.moment)
+        compare(rules.state, rules.rows, rules.moment)
 
 
 def test_creation_order_decides_among_equals(rules: RuleHarness) -> None:
@@ -599,17 +602,17 @@ def test_creation_order_decides_among_equals(rules: RuleHarness) -> None:
 
 
 def test_the_oldest_due_job_of_a_kind(rules: RuleHarness) -> None:
-    assert rules.book.queued_kinds("film") == []
-    assert rules.book.oldest_of_kind("film", "encode", rules.now) == (0, None)
+    assert rules.state.queued_kinds("film") == []
+    assert rules.state.oldest_of_kind("film", "encode", rules.now) == (0, None)
     rules.create("low", queue="film", kind="encode", priority=-1)
     rules.advance(10)
     rules.create("high", queue="film", kind="encode", priority=1)
     rules.create("later", queue="film", kind="mail", delay_ms=1_000)
-    assert rules.book.queued_kinds("film") == ["encode", "mail"]
-    lanes, entry = rules.book.oldest_of_kind("film", "encode", rules.now)
+    assert rules.state.queued_kinds("film") == ["encode", "mail"]
+    lanes, entry = rules.state.oldest_of_kind("film", "encode", rules.now)
     assert (lanes, entry and entry[3]) == (2, "low")
-    assert rules.book.oldest_of_kind("film", "mail", rules.now) == (1, None)
-    assert rules.book.oldest_of_kind("film", "none", rules.now) == (0, None)
+    assert rules.state.oldest_of_kind("film", "mail", rules.now) == (1, None)
+    assert rules.state.oldest_of_kind("film", "none", rules.now) == (0, None)
 
 
 SHORT = CompactJob(1, "a", Options(), 1_000)

@@ -33,7 +33,7 @@ class CountingHarness(RuleHarness):
     ) -> Decision:
         decision = super().decide(command, admin=admin, by=by, expected=expected)
         for change in decision.changes:
-            self.book.figures.note(change)
+            self.state.figures.note(change)
         return decision
 
 
@@ -49,7 +49,7 @@ def work(rules: RuleHarness, job_id: str, ms: int) -> None:
 
 
 def test_completions_of_the_last_hour(rules: RuleHarness) -> None:
-    figures = rules.book.figures
+    figures = rules.state.figures
     work(rules, "a", 2_000)
     work(rules, "b", 4_000)
     assert figures.completed_last_hour(rules.now) == (2, 6_000)
@@ -67,7 +67,7 @@ def test_late_results_are_counted_one_by_one(rules: RuleHarness) -> None:
         rules.accept(ForceReset(id=job_id))
         rules.reject(Complete(id=job_id, lock_id=lock_id, file_path="/late"), "lock_lost")
         rules.accept(Adopt(id=job_id))
-    assert (rules.book.figures.late_kept, rules.book.figures.late_adopted) == (2, 2)
+    assert (rules.state.figures.late_kept, rules.state.figures.late_adopted) == (2, 2)
 
 
 def test_old_minutes_and_hours_are_dropped() -> None:
@@ -103,7 +103,7 @@ def test_recoveries_of_the_last_day(rules: RuleHarness) -> None:
     rules.held("c")
     rules.advance(HOUR_MS)
     rules.accept(Recover(limit=9))
-    figures = rules.book.figures
+    figures = rules.state.figures
     assert figures.recovered_last_day(rules.now) == 3
     assert figures.recovered_last_day(rules.now + DAY_MS) == 0
     assert (figures.stalls, figures.reset, figures.failed, figures.since_report.recovered) == (3, 2, 1, 3)
@@ -119,7 +119,7 @@ def test_the_counts_since_the_last_report(rules: RuleHarness) -> None:
     rules.advance(1)
     rules.accept(DeleteExpired(ids=["b"]), by="cleanup")
     rules.accept(Delete(id="c"), by="admin")  # a deletion by an operator does not count for cleanup
-    since = rules.book.figures.since_report
+    since = rules.state.figures.since_report
     assert (since.locks_cleared, since.deleted, since.recovered, since.fixed) == (2, 1, 0, 0)
 
 
@@ -127,7 +127,7 @@ def test_other_endings_are_not_counted(rules: RuleHarness) -> None:
     rules.accept(Fail(id="a", lock_id=rules.held("a"), error_message="e"))
     rules.create("b")
     rules.accept(Cancel(id="b"))
-    figures = rules.book.figures
+    figures = rules.state.figures
     assert figures.completed_last_hour(rules.now) == (0, 0)
     assert figures.grants == {"default": 1}
     assert figures.processing == {}
@@ -172,7 +172,7 @@ def test_the_number_of_labels_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_completions_feed_the_baseline_and_stalls_the_double_grants(rules: CountingHarness) -> None:
-    figures = rules.book.figures
+    figures = rules.state.figures
     lock_id = rules.held("a", kind="thumbnail")
     rules.advance(2_000)
     rules.accept(Complete(id="a", lock_id=lock_id))
@@ -192,8 +192,8 @@ def test_stored_statistics_are_read_again_even_if_older_ones_lack_fields(rules: 
     rules.start("b")
     rules.held("c")
     rules.accept(Cancel(id="c"))
-    body = msgspec.json.encode(rules.book.figures)
-    assert msgspec.json.decode(body, type=Figures) == rules.book.figures
+    body = msgspec.json.encode(rules.state.figures)
+    assert msgspec.json.decode(body, type=Figures) == rules.state.figures
     older = msgspec.json.decode(body)
     del older["paces"], older["overlaps"]
     assert msgspec.json.decode(msgspec.json.encode(older), type=Figures).stalls == 0
@@ -202,7 +202,7 @@ def test_stored_statistics_are_read_again_even_if_older_ones_lack_fields(rules: 
 def test_every_event_is_counted_by_its_type(rules: RuleHarness) -> None:
     work(rules, "a", 1_000)
     work(rules, "b", 1_000)
-    assert rules.book.figures.events == {"created": 2, "granted": 2, "completed": 2}
+    assert rules.state.figures.events == {"created": 2, "granted": 2, "completed": 2}
 
 
 def test_attempts_of_very_many_queues_are_bounded() -> None:

@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.core import decide, transitions
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.commands import AnyCommand, Call, Cancel, Complete, Create, Moment, Pause, Ping, Progress, Recover
 from jobd.model.errors import ApiError
@@ -27,8 +27,8 @@ JOB = Job(1, "a", Options(), "queued", NOW, NOW, NOW)
 MANY = range(1, 500)
 
 
-def transaction(seed: bytes = SEED, at: Moment = AT, state: Book | None = None) -> Transaction:
-    tx = Transaction(state or Book(), at, Policy())
+def transaction(seed: bytes = SEED, at: Moment = AT, state: State | None = None) -> Transaction:
+    tx = Transaction(state or State(), at, Policy())
     tx.begin(Call(Ping(), "client", seed))
     return tx
 
@@ -48,8 +48,8 @@ def test_numbers_go_up_by_one() -> None:
 
 def test_a_full_counter_begins_an_epoch_of_the_trusted_time() -> None:
     for trusted, believed in ((None, NOW), (NOW - DAY_MS, NOW - DAY_MS)):
-        book = Book(Numbers(epoch=3, next_token=COUNTER_MASK))
-        tx = transaction(at=Moment(NOW, 0, NOW, trusted), state=book)
+        state = State(Numbers(epoch=3, next_token=COUNTER_MASK))
+        tx = transaction(at=Moment(NOW, 0, NOW, trusted), state=state)
         epoch = new_epoch(3, believed)
         assert epoch > 4
         tokens = [tx.token() for _ in range(3)]
@@ -58,9 +58,9 @@ def test_a_full_counter_begins_an_epoch_of_the_trusted_time() -> None:
             (epoch << TOKEN_COUNTER_BITS) + 1,
             (epoch << TOKEN_COUNTER_BITS) + 2,
         ]
-        assert (book.epoch, book.next_token) == (epoch, 3)
+        assert (state.epoch, state.next_token) == (epoch, 3)
         tx.undo()
-        assert (book.epoch, book.next_token) == (3, COUNTER_MASK)
+        assert (state.epoch, state.next_token) == (3, COUNTER_MASK)
 
 
 def test_updated_at_is_the_latest_time_of_a_row() -> None:
@@ -134,11 +134,11 @@ def test_undo_restores_everything_that_a_command_changed(rules: RuleHarness) -> 
     for job_id in ("a", "b", "c"):
         rules.held(job_id)
     rules.accept(Pause(name="p", reason="before"))
-    before = snapshot(rules.book)
-    tx = Transaction(rules.book, rules.moment, rules.policy)
+    before = snapshot(rules.state)
+    tx = Transaction(rules.state, rules.moment, rules.policy)
     tx.begin(Call(Ping(), seed=SEED))
     tx.update(rules.job("b"), "updated", {"run_at": 5})
-    between = snapshot(rules.book)
+    between = snapshot(rules.state)
     tx.begin(Call(Ping(), seed=SEED))
     transitions.stall(tx, rules.job("a"), "It was slow.")
     tx.create(replace(JOB, id="new", seq=tx.job_number()), "imported", b"null", "hash")
@@ -150,23 +150,23 @@ def test_undo_restores_everything_that_a_command_changed(rules: RuleHarness) -> 
     assert tx.has_changed
     tx.undo()
     assert not tx.has_changed
-    assert (snapshot(rules.book), len(tx.changes), tx.checked) == (between, 1, [])
-    assert list(rules.book.processing) == ["a", "b", "c"]
+    assert (snapshot(rules.state), len(tx.changes), tx.checked) == (between, 1, [])
+    assert list(rules.state.processing) == ["a", "b", "c"]
     tx.begin(Call(Ping(), seed=SEED))
     tx.resume("p", None)
-    numbers = rules.book.numbers(0, 0, False)
+    numbers = rules.state.numbers(0, 0, False)
     tx.roll_back()
-    assert rules.book.numbers(0, 0, False) == numbers, "a batch that was not written keeps its numbers"
-    assert snapshot(rules.book) | {"next_event": before["next_event"]} == before
+    assert rules.state.numbers(0, 0, False) == numbers, "a batch that was not written keeps its numbers"
+    assert snapshot(rules.state) | {"next_event": before["next_event"]} == before
 
 
 def test_undo_forgets_the_hash_of_an_undone_job_only(rules: RuleHarness) -> None:
-    tx = Transaction(rules.book, rules.moment, rules.policy)
+    tx = Transaction(rules.state, rules.moment, rules.policy)
     assert isinstance(decide.decide(tx, Call(Create(id="a"))), Response)
-    known = dict(rules.book.request_hashes)
+    known = dict(rules.state.request_hashes)
     assert isinstance(decide.decide(tx, Call(Create(id="b"))), Response)
     tx.undo()
-    assert rules.book.request_hashes == known
+    assert rules.state.request_hashes == known
     assert isinstance(decide.decide(tx, Call(Create(id="a"))), Response)
 
 
@@ -175,22 +175,22 @@ def test_undo_forgets_late_results_and_calls(rules: RuleHarness) -> None:
     rules.advance(rules.policy.lock_ttl_ms + rules.policy.stuck_after_ms)
     rules.accept(Recover(limit=1))
     for command in (Complete(id="a", lock_id=lock_id), Progress(id="a", lock_id=lock_id, progress=1)):
-        tx = Transaction(rules.book, rules.moment, rules.policy)
+        tx = Transaction(rules.state, rules.moment, rules.policy)
         for _ in range(2):
             assert isinstance(decide.decide(tx, Call(command)), ApiError)
             assert tx.has_changed, "it is known from the undone command"
             tx.undo()
-        assert (rules.book.late.results.get(1, []), rules.book.latest_late(1)) == ([], None)
+        assert (rules.state.late.results.get(1, []), rules.state.latest_late(1)) == ([], None)
 
 
 def test_a_rule_that_raises_leaves_nothing(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     rules.held()
-    before = snapshot(rules.book)
+    before = snapshot(rules.state)
     monkeypatch.setattr(transitions, "job_answer", lambda *_: 1 / 0)
-    tx = Transaction(rules.book, rules.moment, rules.policy)
+    tx = Transaction(rules.state, rules.moment, rules.policy)
     with pytest.raises(ZeroDivisionError):
         decide.decide(tx, Call(Cancel(id="a")))
-    assert (snapshot(rules.book), tx.changes) == (before, [])
+    assert (snapshot(rules.state), tx.changes) == (before, [])
 
 
 def test_every_command_has_a_rule() -> None:

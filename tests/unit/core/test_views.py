@@ -9,7 +9,7 @@ from msgspec import UNSET, Raw
 from msgspec.structs import asdict, replace
 
 from jobd.core import views
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.core.stats import Figures
 from jobd.model.commands import Import, Locks, Moment
 from jobd.model.errors import ApiError
@@ -109,8 +109,8 @@ def test_the_worker_of_a_cleared_lock_is_named() -> None:
     assert [view.worker for view in shown] == [UNSET, UNSET, UNSET, "w-1"]
 
 
-def book(*jobs: Job) -> Book:
-    filled = Book()
+def state(*jobs: Job) -> State:
+    filled = State()
     for job in jobs:
         filled.reindex(None, job)
     return filled
@@ -120,13 +120,13 @@ def test_an_incomplete_grant_is_no_lock() -> None:
     rows = [
         replace(JOB, seq=seq, id=f"{seq}", **half) for seq, half in enumerate(({"grant": None}, {"lease": None}, {}))
     ]
-    assert [lock.id for lock in views.locks(book(*rows), AT, Locks(), admin=True).locks] == ["2"]
+    assert [lock.id for lock in views.locks(state(*rows), AT, Locks(), admin=True).locks] == ["2"]
 
 
 @pytest.mark.parametrize("admin", [True, False])
 def test_lock_ids_are_for_admins(admin: bool) -> None:
     assert JOB.grant is not None
-    [lock] = views.locks(book(JOB), AT, Locks(), admin=admin).locks
+    [lock] = views.locks(state(JOB), AT, Locks(), admin=admin).locks
     assert lock.lock_id == (JOB.grant.lock_id if admin else UNSET)
     whole = views.lock_view(JOB, AT, admin=True)
     assert public_lock(whole) == views.lock_view(JOB, AT)
@@ -143,8 +143,8 @@ def test_the_view_of_a_late_result_has_every_field() -> None:
     assert refused.refusal == ErrorView("invalid_request", "It lacks something.")
 
 
-def running(began: int, created: int = NOW - 99) -> Book:
-    return book(replace(JOB, started_at=began, created_at=created))
+def running(began: int, created: int = NOW - 99) -> State:
+    return state(replace(JOB, started_at=began, created_at=created))
 
 
 def figures(*completed_ms: int) -> Figures:
@@ -154,17 +154,17 @@ def figures(*completed_ms: int) -> Figures:
 @pytest.mark.parametrize(
     ("filled", "counted", "average"),
     [
-        (Book(), Figures(), 0.0),
-        (Book(), figures(1_000, 2_000), 1.5),
+        (State(), Figures(), 0.0),
+        (State(), figures(1_000, 2_000), 1.5),
         (running(NOW - 500), Figures(), 0.5),
         (running(NOW - 3_000), figures(1_000, 2_000), 2.0),
         (running(NOW - 3_000), figures(1_000), 2.0),
-        (Book(), figures(1_000, 0, 0), 0.333),
+        (State(), figures(1_000, 0, 0), 0.333),
         (running(NOW + 5_000), figures(1_000), 0.0),  # the wall clock has stepped back
     ],
 )
 def test_the_average_covers_recent_completions_and_processing_jobs(
-    filled: Book, counted: Figures, average: float
+    filled: State, counted: Figures, average: float
 ) -> None:
     assert views.average_processing_s(filled, counted, AT) == average
 
@@ -174,11 +174,11 @@ def test_the_average_covers_recent_completions_and_processing_jobs(
     [
         (running(NOW - 1_500, NOW - 9_000), 1.5),
         (running(NOW - 1_234, NOW - 9_000), 1.234),
-        (book(replace(JOB, started_at=None, created_at=NOW - 9_000)), 9.0),
+        (state(replace(JOB, started_at=None, created_at=NOW - 9_000)), 9.0),
         (running(NOW + 5_000), 0.0),
     ],
 )
-def test_the_age_of_the_oldest(filled: Book, age: float) -> None:
+def test_the_age_of_the_oldest(filled: State, age: float) -> None:
     oldest = views.stats(filled, Figures(), AT).oldest_processing_job
     assert oldest is not None
     assert (oldest.id, oldest.progress, oldest.age) == ("a", 24, age)

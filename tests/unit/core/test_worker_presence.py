@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.core import audit, maintenance_rules, worker_presence
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.core.views import workers
 from jobd.core.worker_presence import GONE_AFTER_MS, ClaimSet, WorkerPresence
 from jobd.model.commands import (
@@ -124,30 +124,30 @@ def test_workers_are_forgotten_after_a_day(rules: RuleHarness) -> None:
     assert listed(rules, state="gone") == [("w-1", "gone")]
     rules.advance(1)
     assert (listed(rules, state="gone"), rules.accept(Workers()).by_state["gone"]) == ([], 0)
-    assert list(rules.book.presence.workers) == ["w-1"]
+    assert list(rules.state.presence.workers) == ["w-1"]
     rules.start(worker="w-2")
-    assert list(rules.book.presence.workers) == ["w-2"]
+    assert list(rules.state.presence.workers) == ["w-2"]
 
 
 def test_a_step_of_the_clock_does_not_change_the_state_of_workers(rules: RuleHarness) -> None:
-    rules.book.presence.asks(claim("before"))
+    rules.state.presence.asks(claim("before"))
     rules.now += 40 * DAY_MS
-    rules.book.advance(rules.now, rules.lease)
+    rules.state.advance(rules.now, rules.lease)
     assert listed(rules) == [("before", "idle")]
-    rules.book.presence.asks(claim("meanwhile"))
+    rules.state.presence.asks(claim("meanwhile"))
     rules.now -= 40 * DAY_MS
-    rules.book.advance(rules.now, rules.lease)
+    rules.state.advance(rules.now, rules.lease)
     assert [each.last_seen_at for each in rules.accept(Workers()).workers] == [NOW, NOW], "none was heard in the future"
     rules.advance(GONE_AFTER_MS)
     assert listed(rules) == []
-    assert rules.book.presence.unclaimed_ms("default", "", rules.lease) == GONE_AFTER_MS
+    assert rules.state.presence.unclaimed_ms("default", "", rules.lease) == GONE_AFTER_MS
 
 
 def test_a_worker_is_known_by_its_jobs_and_last_request(rules: RuleHarness) -> None:
     lock_id = rules.held(worker="w-1")
     rules.advance(7)
     rules.progress(lock_id)
-    seen = rules.book.presence.workers["w-1"]
+    seen = rules.state.presence.workers["w-1"]
     assert (list(seen.jobs), seen.last_seen_at) == (["a"], NOW + 7)
     rules.now -= 5
     rules.accept(Release(id="a", lock_id=lock_id))
@@ -156,10 +156,10 @@ def test_a_worker_is_known_by_its_jobs_and_last_request(rules: RuleHarness) -> N
 
 def test_after_a_start_workers_were_last_seen_when_their_jobs_changed() -> None:
     jobs = [replace(held(seq, f"w-{seq}"), updated_at=NOW + at) for seq, at in ((1, -50), (2, -10), (3, -90))]
-    book = Book.opened(OpenedStore(Numbers(wall_ms=NOW, lease_ms=400), jobs))
+    state = State.opened(OpenedStore(Numbers(wall_ms=NOW, lease_ms=400), jobs))
     rules = RuleHarness()
-    rules.book, rules.now, rules.lease = book, NOW + HOUR_MS, 450  # an hour later; downtime does not age locks
-    page = workers(book, rules.moment, Workers())
+    rules.state, rules.now, rules.lease = state, NOW + HOUR_MS, 450  # an hour later; downtime does not age locks
+    page = workers(state, rules.moment, Workers())
     assert [(each.worker, each.jobs, each.last_seen_at) for each in page.workers] == [
         ("w-2", ["job-2"], NOW - 10),
         ("w-1", ["job-1"], NOW - 50),
@@ -167,10 +167,10 @@ def test_after_a_start_workers_were_last_seen_when_their_jobs_changed() -> None:
     ]
     assert [(each.queues, each.kinds, each.about) for each in page.workers] == [(None, None, None)] * 3
     assert page.since == NOW + HOUR_MS
-    book.advance(rules.now, rules.lease)
-    book.advance(rules.now + 5, rules.lease + 5)
-    assert workers(book, rules.moment, Workers()).since == NOW + HOUR_MS
-    assert book.presence.workers["w-3"].heard == 400 - 90
+    state.advance(rules.now, rules.lease)
+    state.advance(rules.now + 5, rules.lease + 5)
+    assert workers(state, rules.moment, Workers()).since == NOW + HOUR_MS
+    assert state.presence.workers["w-3"].heard == 400 - 90
 
 
 # -- claims -----------------------------------------------------------------------------------------------------------
@@ -267,9 +267,9 @@ async def test_a_served_claim_stops_waiting_and_a_rolled_back_one_continues() ->
         answer = await waiting
         assert isinstance(answer, Response)
         assert [granted.job.id for granted in answer.data.grants] == ["b"]
-        seen = engine.book.presence.workers["w"]
+        seen = engine.state.presence.workers["w"]
         assert (seen.waiting, list(seen.jobs)) == (0, ["b"])
-        assert [claims.waiting for claims in engine.book.presence.claim_sets("default")] == [0]
+        assert [claims.waiting for claims in engine.state.presence.claim_sets("default")] == [0]
 
 
 async def state_of(engine: VirtualEngine) -> tuple[str, bool, int]:
@@ -394,7 +394,7 @@ async def test_an_interrupted_take_back_reports_its_progress() -> None:
             locks[f"job-{number}"] = await engine.held(f"job-{number}", stuck_after_ms=HOUR_MS)
         await seconds(60)
         taking = asyncio.create_task(engine.maintainer.take_back(TakeBack(name="w-1"), None))
-        await until(lambda: engine.book.totals["queued"] == 2)
+        await until(lambda: engine.state.totals["queued"] == 2)
         for job_id in ("job-2", "job-3", "job-4", "job-5"):
             await engine.yes(Extend(id=job_id, lock_id=locks[job_id]))
         done = await taking
@@ -402,7 +402,7 @@ async def test_an_interrupted_take_back_reports_its_progress() -> None:
         assert (done.recovered_jobs, done.more) == (2, False)
         await seconds(60)
         taking = asyncio.create_task(engine.maintainer.take_back(TakeBack(name="w-1"), None))
-        await until(lambda: engine.book.totals["queued"] == 4)
+        await until(lambda: engine.state.totals["queued"] == 4)
         engine.maintainer.stop()
         done = await taking
         assert isinstance(done, TakeBackView)
@@ -414,12 +414,12 @@ async def test_an_interrupted_take_back_reports_its_progress() -> None:
 
 def test_the_description_of_a_worker_is_shown(rules: RuleHarness) -> None:
     about = About(instance="i-1", host="box", pid=42, version="1.0", concurrency=4)
-    rules.book.presence.asks(claim(about=about))
+    rules.state.presence.asks(claim(about=about))
     assert one(rules).about == about
-    rules.book.presence.asks(claim())
+    rules.state.presence.asks(claim())
     assert one(rules).about == about, "what it does not say again stays"
     newer = About(host="other")
-    rules.book.presence.asks(Start(id="a", worker="w-1", about=newer))
+    rules.state.presence.asks(Start(id="a", worker="w-1", about=newer))
     assert one(rules).about == newer
 
 
@@ -435,55 +435,55 @@ def test_the_description_of_a_worker_is_at_most_a_kilobyte() -> None:
 
 def test_idle_workers_are_forgotten_least_recently_seen_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_presence, "WORKERS_KEPT", 2)
-    book = Book()
-    book.presence.saw("resting", NOW)
-    book.reindex(None, held(1, "busy"))
-    assert list(book.presence.workers) == ["resting", "busy"]
-    book.presence.saw("resting", NOW + 1)
-    book.presence.saw("new", NOW)
-    assert list(book.presence.workers) == ["new", "busy"], "the busy one was passed over once"
+    state = State()
+    state.presence.saw("resting", NOW)
+    state.reindex(None, held(1, "busy"))
+    assert list(state.presence.workers) == ["resting", "busy"]
+    state.presence.saw("resting", NOW + 1)
+    state.presence.saw("new", NOW)
+    assert list(state.presence.workers) == ["new", "busy"], "the busy one was passed over once"
 
 
 def test_the_most_recently_seen_worker_is_forgotten_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_presence, "WORKERS_KEPT", 2)
-    book = Book()
+    state = State()
     for worker in ("first", "second", "first", "third"):
-        book.presence.saw(worker, NOW)
-    assert list(book.presence.workers) == ["first", "third"]
+        state.presence.saw(worker, NOW)
+    assert list(state.presence.workers) == ["first", "third"]
 
 
 def test_a_worker_with_a_job_or_a_waiting_claim_is_never_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even one that is about to get its first job while all others hold one."""
     monkeypatch.setattr(worker_presence, "WORKERS_KEPT", 2)
-    book = Book()
-    book.presence.waits(claim("waiting"))
+    state = State()
+    state.presence.waits(claim("waiting"))
     for number in range(1, 5):
-        book.reindex(None, held(number, f"w-{number}"))
-    holders = {name: list(seen.jobs) for name, seen in book.presence.workers.items()}
+        state.reindex(None, held(number, f"w-{number}"))
+    holders = {name: list(seen.jobs) for name, seen in state.presence.workers.items()}
     assert holders == {"waiting": []} | {f"w-{number}": [f"job-{number}"] for number in range(1, 5)}
 
 
 def test_many_busy_workers_do_not_slow_down_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each new worker checks a few others, so that several new ones find the idle ones."""
     monkeypatch.setattr(worker_presence, "WORKERS_KEPT", 100)
-    book = Book()
+    state = State()
     for number in range(1, 101):
-        book.reindex(None, held(number, f"busy-{number}"))
+        state.reindex(None, held(number, f"busy-{number}"))
     for number in range(20):
-        book.presence.saw(f"resting-{number}", NOW)
-    resting = [name for name, seen in book.presence.workers.items() if seen.is_resting]
-    assert len(book.presence.workers) <= 100 + 100 // worker_presence.EVICTION_LOOKS + 1
+        state.presence.saw(f"resting-{number}", NOW)
+    resting = [name for name, seen in state.presence.workers.items() if seen.is_resting]
+    assert len(state.presence.workers) <= 100 + 100 // worker_presence.EVICTION_LOOKS + 1
     assert resting[-1] == "resting-19"
 
 
 def test_a_job_of_an_unknown_worker_can_be_removed() -> None:
     """An invalid row: a grant without a lease."""
-    book = Book()
+    state = State()
     row = replace(held(1, "w"), lease=None)
-    book.reindex(None, row)
-    book.presence.set_expired("w", "job-1", True)
-    book.reindex(row, None)
-    assert book.presence.workers == {}
+    state.reindex(None, row)
+    state.presence.set_expired("w", "job-1", True)
+    state.reindex(row, None)
+    assert state.presence.workers == {}
 
 
 def test_claim_sets_are_bounded_and_forgetting_one_moves_since(
@@ -575,11 +575,11 @@ def test_any_claims_in_any_order_match_a_recount(seed: int, monkeypatch: pytest.
 
 def test_the_cost_of_a_page_of_workers_depends_on_its_size(rules: RuleHarness) -> None:
     for number in range(500):
-        rules.book.presence.asks(claim(f"w-{number:03}"))
-    page = workers(rules.book, rules.moment, Workers())
+        rules.state.presence.asks(claim(f"w-{number:03}"))
+    page = workers(rules.state, rules.moment, Workers())
     assert (len(page.workers), page.next_cursor, page.by_state["idle"]) == (200, f"{NOW} w-199", 500)
     rules.advance(GONE_AFTER_MS)
-    folded = workers(rules.book, rules.moment, Workers())
+    folded = workers(rules.state, rules.moment, Workers())
     assert (folded.workers, folded.next_cursor, folded.by_state["gone"]) == ([], None, 500)
-    last = workers(rules.book, rules.moment, Workers(state="gone", cursor=f"{NOW} w-399"))
+    last = workers(rules.state, rules.moment, Workers(state="gone", cursor=f"{NOW} w-399"))
     assert (len(last.workers), last.next_cursor, last.by_state["gone"]) == (100, None, 500)

@@ -11,7 +11,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd.core import decide
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     AnyCommand,
@@ -158,7 +158,7 @@ def test_a_repeated_request_returns_the_current_job(rules: RuleHarness) -> None:
 
 def test_every_command_rejects_a_quarantined_id(rules: RuleHarness) -> None:
     rules.create()
-    rules.book.quarantine("a", "bad checksum")
+    rules.state.quarantine("a", "bad checksum")
     del rules.rows["a"]
     for command in (Create(id="a"), Start(id="a", worker="w"), Get(id="a"), Cancel(id="a"), Delete(id="a")):
         refusal = rules.reject(command, "job_quarantined")
@@ -186,9 +186,9 @@ def test_a_bulk_create_counts_its_new_queues() -> None:
     rules = RuleHarness(Policy(queues=2))
     rules.create("a", queue="p")
     refusal = rules.reject(Bulk(jobs=[Create(queue="q"), Create(queue="q"), Create(queue="r")]), "too_many_queues")
-    assert (refusal.details["index"], rules.book.total()) == (2, 1)
+    assert (refusal.details["index"], rules.state.total()) == (2, 1)
     rules.accept(Bulk(jobs=[Create(queue="q"), Create(queue="q"), Create(queue="p")]))
-    assert rules.book.total() == 4
+    assert rules.state.total() == 4
 
 
 def test_above_a_lowered_limit_existing_queues_accept_jobs() -> None:
@@ -217,10 +217,10 @@ def test_a_queue_without_jobs_is_listed_only_while_it_is_paused(rules: RuleHarne
 
 def test_a_page_of_queues_reads_no_other_queue(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(1_000):
-        rules.book.reindex(None, Job(number, f"j-{number}", Options(f"q-{number:03}"), "queued", NOW, NOW, NOW))
+        rules.state.reindex(None, Job(number, f"j-{number}", Options(f"q-{number:03}"), "queued", NOW, NOW, NOW))
     scanned: list[str] = []
-    monkeypatch.setattr(Book, "oldest_due_at", lambda book, queue: scanned.append(queue))
-    found = decide.decide(Transaction(rules.book, rules.moment, rules.policy), Call(Queues(cursor="q-499")))
+    monkeypatch.setattr(State, "oldest_due_at", lambda state, queue: scanned.append(queue))
+    found = decide.decide(Transaction(rules.state, rules.moment, rules.policy), Call(Queues(cursor="q-499")))
     assert isinstance(found, Response)
     assert [each.name for each in found.data.queues] == [f"q-{number}" for number in range(500, 700)]
     assert (found.data.next_cursor, len(scanned)) == ("q-699", 200)

@@ -16,7 +16,7 @@ import pytest
 
 from jobd.api import admin as admin_api
 from jobd.api import worker as worker_api
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.dashboard.routes import Dashboard
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock, boot_clock_ms, wall_clock_ms
@@ -42,7 +42,7 @@ async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         return made[0].ahead_ms if made else 0
 
     clock = Clock(wall=lambda: wall_clock_ms() + ahead_ms(), boot=lambda: boot_clock_ms() + ahead_ms())
-    actor = Actor(disk, Book.opened(disk.opened()), Keys([], 100), clock, Policy(), random=os.urandom)
+    actor = Actor(disk, State.opened(disk.opened()), Keys([], 100), clock, Policy(), random=os.urandom)
     timeseries = Timeseries(clock.moment().now)
     actor.on_commit.append(timeseries.record)
     planner, failure_groups = Planner(actor, clock), FailureGroups(disk, 1)
@@ -70,7 +70,7 @@ async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         admin.services.failures = failure_groups
         fake_clock: Any = FakeClock(admin.fakes, lambda: clock.moment().now)
         admin.services.clock = fake_clock
-        actor.book.quarantined["bad-1"] = "checksum"
+        actor.state.quarantined["bad-1"] = "checksum"
         context: Any = SimpleNamespace(_context=MaintenanceContext(actor, clock, CleanupSchedule()))
         monkeypatch.setattr(admin.services.maintainer, "take_back", partial(Maintainer.take_back, context))
         made.append(DashboardHarness(worker, admin, dashboard, disk))

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 
 from jobd.api.services import Services
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.dashboard import filters, pages
 from jobd.engine import history
 from jobd.model.storage import JobQuery
@@ -149,7 +149,7 @@ async def test_the_list_of_jobs_suggests_queues_without_scanning_them(
 ) -> None:
     await harness.call("jobs/bulk", jobs=[{"id": f"job-{number}", "queue": f"q-{number}"} for number in range(5)])
     scanned: list[str] = []
-    monkeypatch.setattr(Book, "oldest_due_at", lambda book, queue: scanned.append(queue))
+    monkeypatch.setattr(State, "oldest_due_at", lambda state, queue: scanned.append(queue))
     monkeypatch.setattr(pages, "MAX_QUEUE_NAMES", 3)
     browser = await harness.browser()
     names = "".join(f'<option value="q-{number}"></option>' for number in range(3))

@@ -96,7 +96,7 @@ async def test_the_mailbox_reserves_space_for_running_work() -> None:
         await settle()
         assert all(task.done() for task in tasks)
     assert engine.actor.waiting == 0
-    assert (engine.book.totals["queued"], engine.book.totals["processing"]) == (13, 1)
+    assert (engine.state.totals["queued"], engine.state.totals["processing"]) == (13, 1)
 
 
 @in_virtual_time
@@ -219,8 +219,8 @@ async def test_internal_commands_are_written() -> None:
 @in_virtual_time
 async def test_finished_jobs_are_loaded_when_a_command_names_them() -> None:
     async with checked_engine(await finished_disk()) as engine:
-        assert engine.book.get("done") is None
-        assert engine.book.total() == 1
+        assert engine.state.get("done") is None
+        assert engine.state.total() == 1
         view: JobView = await engine.yes(Get(id="done"))
         assert (view.status, view.payload, view.file_path) == ("completed", Raw(b'"p"'), "/f")
         assert (await engine.no(Get(id="never"))).code == "job_not_found"
@@ -305,7 +305,7 @@ async def test_a_damaged_payload_affects_only_its_job() -> None:
         assert (bad.code, bad.details) == ("job_quarantined", {"job_id": "a", "reason": "checksum"})
         assert isinstance(good, Response)
         assert made.status == 201
-        assert engine.disk.quarantined == engine.book.quarantined == {"a": "checksum"}
+        assert engine.disk.quarantined == engine.state.quarantined == {"a": "checksum"}
         assert granted_ids(await engine.actor.ask(Claim(worker="w", limit=9))) == ["b", "c"]
 
 
@@ -341,13 +341,13 @@ async def test_a_row_that_is_damaged_while_the_daemon_runs_is_quarantined() -> N
         engine.disk.bad_jobs["done"] = "checksum"
         assert (await engine.no(Get(id="done"))).code == "job_quarantined"
         assert (await engine.no(Get(id="done"))).code == "job_quarantined"
-        assert engine.disk.quarantined == engine.book.quarantined == {"done": "checksum"}
+        assert engine.disk.quarantined == engine.state.quarantined == {"done": "checksum"}
         # A row that could not be moved is found and reported again, but counted and logged once.
         with capture_logs() as lines:
             engine.disk.on_quarantined(Quarantined("done", "checksum, still", is_moved=False))
         assert lines == []
-        assert engine.book.quarantined == {"done": "checksum, still"}
-        assert engine.book.totals["completed"] == 0
+        assert engine.state.quarantined == {"done": "checksum, still"}
+        assert engine.state.totals["completed"] == 0
 
 
 @in_virtual_time
@@ -357,7 +357,7 @@ async def test_a_page_skips_damaged_rows() -> None:
             await engine.yes(Create(id=name))
         engine.disk.bad_payloads[2] = "checksum"
         assert [job.id for job in (await engine.yes(ListJobs())).jobs] == ["c", "a"]
-        assert engine.book.quarantined == {"b": "checksum"}
+        assert engine.state.quarantined == {"b": "checksum"}
         assert (await engine.no(Start(id="b", worker="w"))).code == "job_quarantined"
 
 
@@ -366,11 +366,11 @@ async def test_a_deleted_or_quarantined_job_no_longer_needs_validation() -> None
     async with checked_engine() as engine:
         for name in "ab":
             await engine.yes(Import(id=name, status="failed", error_message="e"))
-        assert set(engine.book.suspects.values()) == {"a", "b"}
+        assert set(engine.state.suspects.values()) == {"a", "b"}
         await engine.yes(Delete(id="a"))
-        assert engine.book.suspects == engine.disk.suspects == {2: "b"}
+        assert engine.state.suspects == engine.disk.suspects == {2: "b"}
         await engine.yes(RepairJobs(ids=["b"]))
-        assert engine.book.suspects == engine.disk.suspects == {}
+        assert engine.state.suspects == engine.disk.suspects == {}
 
 
 def test_bad_rows_name_their_jobs() -> None:
@@ -463,7 +463,7 @@ async def test_a_row_quarantined_by_a_concurrent_read_affects_only_its_command()
         engine.disk.gate.set()
         assert (await late).code == "job_quarantined"
         assert isinstance(await other, Response)
-        assert engine.book.totals == {"queued": 0, "processing": 1, "completed": 0, "failed": 0, "cancelled": 0}
+        assert engine.state.totals == {"queued": 0, "processing": 1, "completed": 0, "failed": 0, "cancelled": 0}
 
 
 class QuarantiningStorage(MemoryStorage):
@@ -500,7 +500,7 @@ def test_a_row_quarantined_while_its_job_is_shown_affects_only_its_command(besid
             refused, other = [await task for task in tasks]
             assert refused.code == "job_quarantined"
             assert isinstance(other, Response)
-            assert engine.book.totals["queued"] == (beside == "a change")
+            assert engine.state.totals["queued"] == (beside == "a change")
 
     test()
 
@@ -517,12 +517,12 @@ async def test_a_quarantined_finished_job_is_no_longer_counted() -> None:
     async with VirtualEngine(disk) as engine:
         disk.job_id, disk.bad_jobs["worse"] = "bad", "checksum"
         assert (await engine.no(Get(id="worse"))).code == "job_quarantined"
-        assert engine.book.totals["cancelled"] == 2
+        assert engine.state.totals["cancelled"] == 2
         assert (await engine.no(Delete(id="bad"))).code == "job_quarantined"
-        assert engine.book.totals["cancelled"] == 1
+        assert engine.state.totals["cancelled"] == 1
         await engine.yes(Create(id="new"))
         await engine.yes(Cancel(id="new"))
-        assert disk.queues["default"].cancelled == engine.book.totals["cancelled"] == 2
+        assert disk.queues["default"].cancelled == engine.state.totals["cancelled"] == 2
 
 
 def assert_counts_match_disk(engine: VirtualEngine) -> None:
@@ -531,7 +531,7 @@ def assert_counts_match_disk(engine: VirtualEngine) -> None:
     for status in ("completed", "failed", "cancelled"):
         rows = sum(job.status == status for job in disk.jobs.values())
         counted = sum(getattr(row, status) for row in disk.queues.values())
-        assert engine.book.totals[status] == counted == rows, status
+        assert engine.state.totals[status] == counted == rows, status
 
 
 @in_virtual_time
@@ -552,7 +552,7 @@ async def test_a_damaged_finished_job_is_uncounted_once_when_its_row_is_moved() 
         engine.disk.can_move = lambda job: True
         await engine.yes(ListJobs())
         assert engine.disk.quarantined == {"bad": "checksum"}
-        assert engine.book.totals["cancelled"] == 2
+        assert engine.state.totals["cancelled"] == 2
         assert_counts_match_disk(engine)
         await engine.yes(Delete(id="more"))
         assert_counts_match_disk(engine)
@@ -588,7 +588,7 @@ def test_the_counts_of_a_damaged_row_match_the_disk_after_any_batch(what: str, e
                 disk.bad_payloads[1] = "checksum"
             disk.can_move = lambda job: False
             assert (await disk.find_jobs(JobQuery())).jobs == []
-            assert list(engine.book.quarantined) == ["a"]
+            assert list(engine.state.quarantined) == ["a"]
             if end != "written":
                 disk.fits = lambda batch: False
             if end == "moved and taken back":
@@ -603,7 +603,7 @@ def test_the_counts_of_a_damaged_row_match_the_disk_after_any_batch(what: str, e
             await engine.yes(Create(id="b"))
             await engine.yes(Cancel(id="b"))
             assert_counts_match_disk(engine)
-            assert engine.book.totals["queued"] == engine.book.totals["processing"] == 0
+            assert engine.state.totals["queued"] == engine.state.totals["processing"] == 0
 
     test()
 

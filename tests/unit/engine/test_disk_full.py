@@ -290,9 +290,9 @@ async def test_a_rejected_batch_has_no_effect() -> None:
         lock_id = await engine.held("a")
         await engine.yes(Create(id="b"))
         token = (await engine.yes(Start(id="b", worker="w"))).fencing_token
-        await engine.yes(Complete(id="b", lock_id=engine.book.jobs["b"].grant.lock_id))  # type: ignore[union-attr]
+        await engine.yes(Complete(id="b", lock_id=engine.state.jobs["b"].grant.lock_id))  # type: ignore[union-attr]
         await engine.yes(Pause(name="paused", reason="deploy"))
-        before = dict(engine.book.paused)
+        before = dict(engine.state.paused)
         keys = dict(engine.disk.keys)
         engine.disk.fits = lambda batch: False
         tasks = ask_all(engine, [
@@ -305,8 +305,8 @@ async def test_a_rejected_batch_has_no_effect() -> None:
         assert (await keyed).code == "storage_full"
         assert_consistent(engine)
         assert engine.disk.keys == keys
-        assert (engine.book.paused, engine.book.suspects) == (before, {})
-        assert engine.book.holds("a", lock_id)
+        assert (engine.state.paused, engine.state.suspects) == (before, {})
+        assert engine.state.holds("a", lock_id)
         engine.disk.free()
         await asyncio.sleep(1)
         await engine.yes(Release(id="a", lock_id=lock_id))
@@ -368,7 +368,7 @@ async def test_a_keyed_start_of_a_rejected_batch_is_decided_again() -> None:
         assert not answer.replayed
         engine.actor.undelivered(answer)
         await settle()
-        assert engine.book.totals["queued"] == 1  # counted once, so one lost connection is enough
+        assert engine.state.totals["queued"] == 1  # counted once, so one lost connection is enough
 
 
 @in_virtual_time
@@ -392,11 +392,11 @@ async def test_a_repeat_in_a_rejected_batch_counts_as_one_connection() -> None:
         await tick
         engine.actor.undelivered(second)
         await settle()
-        assert engine.book.totals["processing"] == 1
+        assert engine.state.totals["processing"] == 1
         assert isinstance(first, Response)
         engine.actor.undelivered(first)
         await settle()
-        assert engine.book.totals["queued"] == 1
+        assert engine.state.totals["queued"] == 1
 
 
 @in_virtual_time
@@ -406,7 +406,7 @@ async def test_a_repeat_on_a_full_disk_gets_its_response() -> None:
         await engine.yes(Create(id="a"), key=key("create"))
         await engine.yes(Start(id="a", worker="w"), key=key("start"))
         engine.disk.fits = lambda batch: False
-        await engine.no(Complete(id="a", lock_id=engine.book.jobs["a"].grant.lock_id))  # type: ignore[union-attr]
+        await engine.no(Complete(id="a", lock_id=engine.state.jobs["a"].grant.lock_id))  # type: ignore[union-attr]
         assert closed_level(engine) == "ALL_WRITES"
         for command, name in ((Create(id="a"), "create"), (Start(id="a", worker="w"), "start")):
             repeated = await engine.actor.ask(command, key=key(name))
@@ -461,7 +461,7 @@ async def test_a_claim_of_a_rejected_batch_waits_once() -> None:
         await engine.yes(Create(id="a"))
         assert [granted_ids(await task) for task in tasks[:2]] == [["a"], ["a"]]
         await settle()
-        assert engine.book.totals["processing"] == 1
+        assert engine.state.totals["processing"] == 1
         assert_consistent(engine)
 
 
@@ -522,7 +522,7 @@ async def test_the_release_of_an_undelivered_grant_survives_a_full_disk() -> Non
         engine.disk.fill()
         engine.actor.undelivered(answer)
         await settle()
-        assert engine.book.totals["queued"] == 1
+        assert engine.state.totals["queued"] == 1
 
 
 @in_virtual_time
@@ -540,7 +540,7 @@ async def test_pending_internal_commands_run_first_when_there_is_space() -> None
         ending = start_task(engine.actor.ask(Complete(id="a", lock_id=lock_id)))
         assert (await ending).code == "storage_full"
         await asyncio.sleep(1.1)
-        assert engine.book.totals["queued"] == 1
+        assert engine.state.totals["queued"] == 1
         late = await engine.no(Complete(id="a", lock_id=lock_id))
         assert (late.code, late.details["rule"]) == ("lock_lost", "restore")
 
@@ -554,7 +554,7 @@ async def test_the_extension_after_a_pause_survives_a_full_disk() -> None:
         await asyncio.sleep(20)  # lease time stands still meanwhile
         engine.disk.free()
         await asyncio.sleep(1.1)
-        lease = engine.book.jobs["a"].lease
+        lease = engine.state.jobs["a"].lease
         assert lease is not None
         assert lease.expires >= engine.clock.moment().lease + 30 * MINUTE_MS - 2_000
 
@@ -568,10 +568,10 @@ async def test_an_undelivered_grant_is_released_when_there_is_space() -> None:
         engine.disk.fits = lambda batch: False
         engine.actor.undelivered(answer)
         await settle()
-        assert engine.book.totals["processing"] == 1
+        assert engine.state.totals["processing"] == 1
         engine.disk.free()
         await asyncio.sleep(1.1)
-        assert engine.book.totals["queued"] == 1
+        assert engine.state.totals["queued"] == 1
 
 
 @in_virtual_time

@@ -233,13 +233,13 @@ async def test_a_repeated_waiting_claim_waits_once() -> None:
         assert len(engine.actor.parked) == 1
         await engine.yes(Create(id="a"))
         assert granted_ids(await first) == granted_ids(await repeat) == ["a"]
-        assert engine.book.totals["processing"] == 1
+        assert engine.state.totals["processing"] == 1
         engine.actor.undelivered(await first)
         await settle()
-        assert engine.book.totals["processing"] == 1  # the other connection has it
+        assert engine.state.totals["processing"] == 1  # the other connection has it
         engine.actor.undelivered(await repeat)
         await settle()
-        assert engine.book.totals["processing"] == 0
+        assert engine.state.totals["processing"] == 0
         assert engine.disk.keys == {}
 
 
@@ -255,7 +255,7 @@ async def test_a_waiting_claim_is_removed_when_all_its_callers_are_gone() -> Non
         await settle()
         assert len(engine.actor.parked) == 0
         await engine.yes(Create(id="a"))
-        assert engine.book.totals["queued"] == 1
+        assert engine.state.totals["queued"] == 1
 
 
 @in_virtual_time
@@ -267,7 +267,7 @@ async def test_a_repeat_gets_the_grant_of_an_abandoned_request() -> None:
         await engine.yes(Create(id="a"))
         assert granted_ids(await repeat) == ["a"]
         await settle()
-        assert engine.book.totals["processing"] == 1
+        assert engine.state.totals["processing"] == 1
 
 
 @in_virtual_time

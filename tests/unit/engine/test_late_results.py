@@ -98,7 +98,7 @@ async def test_late_results_survive_a_restart_and_are_read_on_demand() -> None:
         lock_id = await lose_lock(engine, payload=Raw(b"[9]"))
         await engine.no(complete(lock_id, metadata=Raw(b'{"n": 1}')))
     async with checked_engine(disk) as engine:
-        assert engine.book.get("a") is None
+        assert engine.state.get("a") is None
         (late,) = (await engine.yes(LateResults(id="a"), admin=True)).late_results
         assert (late.worker, late.file_path, bytes(late.metadata)) == ("w-1", "/out", b'{"n": 1}')
         assert "jobctl adopt a" in (await engine.yes(Why(id="a"))).do[0]
@@ -312,8 +312,8 @@ async def test_a_late_result_of_an_unclaimed_job_is_adopted_at_once() -> None:
         assert (await engine.yes(Get(id="a"))).status == "queued"
         assert (await engine.yes(complete(lock_id))).status == "completed"
         assert (await engine.yes(complete(lock_id))).repeated
-        assert engine.book.figures.late_adopted == 1
-        assert engine.book.figures.late_kept == 0
+        assert engine.state.figures.late_adopted == 1
+        assert engine.state.figures.late_kept == 0
 
 
 @in_virtual_time
@@ -321,4 +321,4 @@ async def test_late_results_are_counted() -> None:
     async with checked_engine() as engine:
         await engine.no(complete(await lose_lock(engine)))
         await engine.yes(Adopt(id="a"), admin=True)
-        assert (engine.book.figures.late_kept, engine.book.figures.late_adopted) == (1, 1)
+        assert (engine.state.figures.late_kept, engine.state.figures.late_adopted) == (1, 1)

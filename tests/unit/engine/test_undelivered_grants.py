@@ -42,7 +42,7 @@ async def test_an_undelivered_grant_is_released() -> None:
         engine.actor.undelivered(answer)  # an old response ends no newer grant
         await settle()
         assert isinstance(repeated, Response)
-        assert engine.book.holds("a", repeated.data.lock_id)
+        assert engine.state.holds("a", repeated.data.lock_id)
 
 
 @in_virtual_time
@@ -91,7 +91,7 @@ async def test_the_grant_of_a_caller_that_leaves_after_the_commit_is_released() 
             await abandoned
         engine.actor.on_commit.pop()
         await settle()
-        assert engine.book.totals == {"queued": 1, "processing": 0, "completed": 0, "failed": 0, "cancelled": 0}
+        assert engine.state.totals == {"queued": 1, "processing": 0, "completed": 0, "failed": 0, "cancelled": 0}
 
 
 @in_virtual_time
@@ -105,10 +105,10 @@ async def test_a_keyed_grant_stays_while_one_connection_received_it() -> None:
         assert isinstance(second, Response)
         engine.actor.undelivered(first)
         await settle()
-        assert engine.book.totals["processing"] == 1
+        assert engine.state.totals["processing"] == 1
         engine.actor.undelivered(second)
         await settle()
-        assert engine.book.totals["queued"] == 1
+        assert engine.state.totals["queued"] == 1
         assert engine.disk.keys == {}
         # The stored response was deleted in the same transaction as the grant.
         assert engine.disk.batches[-1].forget_keys == ["k"]
@@ -127,7 +127,7 @@ async def test_a_repeat_before_the_release_keeps_the_grant() -> None:
         repeated = await repeat
         await settle()
         assert repeated.replayed
-        assert engine.book.holds("a", repeated.data.lock_id)
+        assert engine.state.holds("a", repeated.data.lock_id)
 
 
 @in_virtual_time
@@ -145,10 +145,10 @@ async def test_an_abandoned_repeat_does_not_release_the_grant() -> None:
         engine.disk.gate.set()
         answer = await first
         await settle()
-        assert engine.book.holds("a", answer.data.lock_id)
+        assert engine.state.holds("a", answer.data.lock_id)
         engine.actor.undelivered(answer)
         await settle()
-        assert engine.book.totals["queued"] == 1
+        assert engine.state.totals["queued"] == 1
 
 
 @in_virtual_time
@@ -164,5 +164,5 @@ async def test_a_grant_that_an_earlier_daemon_may_have_sent_is_not_released() ->
         assert repeated.replayed
         engine.actor.undelivered(repeated)
         await settle()
-        assert engine.book.holds("a", first.lock_id)
+        assert engine.state.holds("a", first.lock_id)
         await engine.yes(Complete(id="a", lock_id=first.lock_id))

@@ -13,7 +13,7 @@ import pytest
 
 from jobd.api import admin as admin_api
 from jobd.api import worker as worker_api
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
@@ -49,8 +49,8 @@ class BothApis:
 async def apis(tmp_path: Path) -> AsyncIterator[BothApis]:
     disk = MemoryStorage()
     opened = disk.opened()
-    book = Book.opened(opened)
-    actor = Actor(disk, book, Keys([], 100), Clock(), Policy(), random=os.urandom)
+    state = State.opened(opened)
+    actor = Actor(disk, state, Keys([], 100), Clock(), Policy(), random=os.urandom)
     running = asyncio.create_task(actor.run())
     (tmp_path / "admin").mkdir()
     async with contextlib.AsyncExitStack() as stack:

@@ -53,9 +53,9 @@ async def test_a_stuck_job_is_recovered_within_a_period_and_a_second() -> None:
         engine.run_maintainer()
         await engine.held("a", lock_ttl_ms=60_000)
         await seconds(59)
-        assert engine.book.jobs["a"].status == "processing"
+        assert engine.state.jobs["a"].status == "processing"
         await seconds(12)
-        assert engine.book.jobs["a"].status == "queued"
+        assert engine.state.jobs["a"].status == "queued"
         assert (last_of(engine, "a").type, last_of(engine, "a").by) == ("stalled", "recovery")
 
 
@@ -65,8 +65,8 @@ async def test_a_job_that_reports_after_the_scan_is_not_recovered() -> None:
         lock_id = await engine.held("a", lock_ttl_ms=60_000)
         await seconds(61)
         at = engine.clock.moment()
-        engine.book.advance(at.now, at.lease)
-        assert list(engine.book.stuck) == ["a"]
+        engine.state.advance(at.now, at.lease)
+        assert list(engine.state.stuck) == ["a"]
         # Both commands are in one batch; the scan found the job stuck.
         reporting = asyncio.create_task(engine.actor.ask(Progress(id="a", lock_id=lock_id, progress=7)))
         recovering = asyncio.create_task(engine.actor.ask(Recover(limit=10), by="recovery"))
@@ -74,7 +74,7 @@ async def test_a_job_that_reports_after_the_scan_is_not_recovered() -> None:
         recovered = await recovering
         assert isinstance(recovered, Response)
         assert (recovered.data.details, recovered.data.locks_cleared) == ([], 0)
-        assert engine.book.holds("a", lock_id)
+        assert engine.state.holds("a", lock_id)
         assert last_of(engine, "a").type == "progress"
 
 
@@ -86,7 +86,7 @@ async def test_an_expired_lock_is_cleared_and_the_grant_kept_until_its_stuck_tim
         await seconds(75)
         assert last_of(engine, "a").type == "lock_expired"
         await engine.yes(Extend(id="a", lock_id=lock_id))
-        assert engine.book.live_locks() == 1
+        assert engine.state.live_locks() == 1
         await seconds(11 * 60)
         assert last_of(engine, "a").type == "stalled"
         assert engine.maintainer.totals.found == Counter(expired_locks=2, stuck=1)
@@ -99,8 +99,8 @@ async def test_recovery_runs_in_slices_until_nothing_is_stuck() -> None:
             await engine.held(f"job-{number}", stuck_after_ms=HOUR_MS if number == 6 else 0)
         engine.run_maintainer()
         await seconds(75)
-        assert [job.status for job in engine.book.jobs.values()].count("queued") == 6
-        assert engine.book.cleared_locks.keys() == {"job-6"}
+        assert [job.status for job in engine.state.jobs.values()].count("queued") == 6
+        assert engine.state.cleared_locks.keys() == {"job-6"}
 
 
 @in_virtual_time
@@ -135,9 +135,9 @@ async def test_recover_every_0_leaves_recovery_to_cleanup_runs() -> None:
         await seconds(1)
         await engine.held("a")
         await seconds(200)
-        assert engine.book.processing.keys() == {"a"}
+        assert engine.state.processing.keys() == {"a"}
         await seconds(100)
-        assert not engine.book.processing
+        assert not engine.state.processing
         assert engine.maintainer.last_report is not None
         assert engine.maintainer.last_report.stuck_jobs_recovered == 1
 
@@ -145,10 +145,10 @@ async def test_recover_every_0_leaves_recovery_to_cleanup_runs() -> None:
 @in_virtual_time
 async def test_the_next_cleanup_run_is_known_if_only_cleanup_runs_recover_jobs() -> None:
     async with VirtualEngine(schedule=replace(RECOVERING, recover_every_ms=0)) as engine:
-        assert engine.book.next_cleanup_at == engine.now, "the first one comes with the start"
+        assert engine.state.next_cleanup_at == engine.now, "the first one comes with the start"
         engine.run_maintainer()
         await seconds(1)
-        announced = engine.book.next_cleanup_at
+        announced = engine.state.next_cleanup_at
         assert announced is not None
         report = engine.maintainer.last_report
         assert report is not None
@@ -156,10 +156,10 @@ async def test_the_next_cleanup_run_is_known_if_only_cleanup_runs_recover_jobs()
         assert engine.maintainer.last_report is report
         await seconds(2)
         assert engine.maintainer.last_report is not report
-        assert engine.book.next_cleanup_at is not None
-        assert engine.book.next_cleanup_at > engine.now
+        assert engine.state.next_cleanup_at is not None
+        assert engine.state.next_cleanup_at > engine.now
         engine.maintainer.set_schedule(RECOVERING)
-        assert engine.book.next_cleanup_at is None
+        assert engine.state.next_cleanup_at is None
 
 
 @in_virtual_time
@@ -187,9 +187,9 @@ async def test_a_pause_ends_by_itself_also_without_recovery() -> None:
         engine.run_maintainer()
         await engine.yes(Pause(name="q", until=engine.clock.moment().now + 60_000))
         await seconds(60 - TICK_S)
-        assert list(engine.book.paused) == ["q"]
+        assert list(engine.state.paused) == ["q"]
         await seconds(2 * TICK_S)
-        assert engine.book.paused == {}
+        assert engine.state.paused == {}
         assert engine.disk.queues["q"].pause is None
 
 
@@ -201,11 +201,11 @@ async def test_recovery_and_ticks_survive_rejections() -> None:
         engine.actor.full_disk.closed = Closed.ALL_WRITES
         engine.disk.errors["probe"] = engine.disk.errors["build_reserve"] = DiskFull("full")
         await seconds(90)
-        assert engine.book.processing.keys() == {"a"}
+        assert engine.state.processing.keys() == {"a"}
         engine.disk.errors.clear()
         engine.disk.free()
         await seconds(12)
-        assert not engine.book.processing
+        assert not engine.state.processing
 
 
 @in_virtual_time
@@ -223,7 +223,7 @@ async def test_a_long_cleanup_run_delays_no_recovery() -> None:
         engine.run_maintainer()
         await seconds(75)
         assert engine.maintainer.is_running
-        assert not engine.book.processing
+        assert not engine.state.processing
         release.set()
 
 
@@ -344,7 +344,7 @@ async def test_overdue_queued_jobs_fail_with_the_next_recovery() -> None:
         await engine.yes(Create(id="old", expires_at=engine.now + 1000))
         await engine.yes(Create(id="new", expires_at=engine.now + HOUR_MS))
         await seconds(11.5)
-        assert engine.book.jobs.keys() == {"new"}
+        assert engine.state.jobs.keys() == {"new"}
         assert last_of(engine, "old").by == "recovery"
         assert engine.maintainer.totals.runs == 1
         assert engine.maintainer.totals.found == Counter(expired=1)
@@ -358,8 +358,8 @@ async def test_overdue_queued_jobs_fail() -> None:
         await seconds(1)
         engine.run_maintainer()
         await until(lambda: engine.maintainer.totals.runs == 1)
-        assert engine.book.jobs.keys() == {"new"}
-        assert engine.book.totals["failed"] == 5
+        assert engine.state.jobs.keys() == {"new"}
+        assert engine.state.totals["failed"] == 5
         old = engine.disk.job("old-3")
         assert old is not None
         assert old.error is not None
@@ -449,8 +449,8 @@ async def test_a_damaged_expired_row_is_quarantined_and_the_run_continues() -> N
         engine.run_maintainer()
         await until(lambda: engine.maintainer.totals.runs == 1)
         assert stored_reports(engine)[0].errors == []
-        assert engine.book.quarantined == {"a": "its checksum is wrong"}
-        assert engine.book.totals["completed"] == 0
+        assert engine.state.quarantined == {"a": "its checksum is wrong"}
+        assert engine.state.totals["completed"] == 0
         assert (await engine.no(Get(id="a"))).code == "job_quarantined"
 
 
@@ -463,14 +463,14 @@ async def test_a_run_repairs_imported_and_hand_edited_rows() -> None:
     storage.put(row(4, "nobody", "processing", started_at=WALL))
     storage.put(row(5, "odd", "completed", progress=50, finished_at=WALL - 1, started_at=WALL))
     async with VirtualEngine(storage, schedule=replace(PASSES, batch=2)) as engine:
-        assert len(engine.book.suspects) == 5
+        assert len(engine.state.suspects) == 5
         engine.run_maintainer()
         await until(lambda: engine.maintainer.totals.runs == 1)
         report = stored_reports(engine)[0]
         assert report.errors == []
         assert report.validation_issues_found == report.validation_issues_fixed == 5
         assert engine.maintainer.totals.issues == Counter(error=4, critical=1)
-        assert not engine.book.suspects
+        assert not engine.state.suspects
         assert not storage.suspects
         over, silent, nobody, odd = (storage.job(name) for name in ("over", "silent", "nobody", "odd"))
         assert over is not None
@@ -626,11 +626,11 @@ async def test_changes_during_the_write_of_a_report_are_in_the_next_one() -> Non
         engine.disk.gate.clear()
         tasks = asyncio.create_task(engine.maintainer.run_cleanup(forced=True))
         await engine.disk.at_gate.wait()
-        engine.book.figures.since_report.recovered += 3
+        engine.state.figures.since_report.recovered += 3
         engine.disk.gate.set()
         assert (await tasks).stuck_jobs_recovered == 0
         assert (await engine.maintainer.run_cleanup(forced=True)).stuck_jobs_recovered == 3
-        assert engine.book.figures.since_report.recovered == 0
+        assert engine.state.figures.since_report.recovered == 0
 
 
 @in_virtual_time
@@ -680,7 +680,7 @@ async def test_the_last_report_and_the_statistics_survive_a_restart() -> None:
         report = engine.maintainer.last_report
     storage.gate.clear()
     async with VirtualEngine(storage) as engine:
-        assert engine.book.figures.recovered_last_day(engine.now) == 1
+        assert engine.state.figures.recovered_last_day(engine.now) == 1
         await seconds(5)
         engine.run_maintainer()
         await storage.at_gate.wait()
@@ -727,7 +727,7 @@ async def test_cleanup_starts_even_if_no_report_can_be_read() -> None:
 @in_virtual_time
 async def test_extra_data_is_saved_with_the_statistics() -> None:
     async with VirtualEngine() as engine:
-        engine.book.figures.stalls = 3
+        engine.state.figures.stalls = 3
         engine.maintainer.save_extra(lambda: b'{"hour":[1]}')
         engine.run_maintainer()
         await engine.maintainer.run_cleanup(forced=True)

@@ -9,7 +9,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core import plan_rules, state
+from jobd.core import plan_rules
 from jobd.core.plan_rules import version
 from jobd.maintenance import plan_builder, plans, preview
 from jobd.maintenance.plans import Planner
@@ -74,7 +74,7 @@ def test_an_action_is_planned_if_its_rule_allows_it(action: PlanAction, allowed:
         done = rules.accept(ApplyPlan(action=action, jobs=[ExpectedVersion(job.id, version(job))]), admin=True)
         assert done.applied == (status in allowed or (action, status) == ("retry", "processing"))
         if done.applied:
-            there = rules.book.get(job.id)
+            there = rules.state.get(job.id)
             assert plan_rules.to(action, job) == (None if there is None else there.status)
 
 
@@ -228,7 +228,7 @@ def test_a_late_result_that_arrives_meanwhile_changes_the_version(how: str) -> N
 
 
 def test_the_latest_late_result_is_remembered_for_a_limited_number_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "LATE_RESULTS_KEPT", 2)
+    monkeypatch.setattr("jobd.core.state.LATE_RESULTS_KEPT", 2)
     rules = RuleHarness()
     seqs: dict[str, int | None] = {}
     for job_id in ("a", "b", "a", "c"):
@@ -237,7 +237,7 @@ def test_the_latest_late_result_is_remembered_for_a_limited_number_of_jobs(monke
         rules.reject(Complete(id=job_id, lock_id=lock_id, file_path="/out"), "lock_lost")
         seqs[job_id] = rules.last().seq
         rules.accept(ForceReset(id=job_id))
-    known = {job_id: rules.book.latest_late(rules.job(job_id).seq) for job_id in seqs}
+    known = {job_id: rules.state.latest_late(rules.job(job_id).seq) for job_id in seqs}
     assert known == seqs | {"b": None}
 
 

@@ -31,7 +31,7 @@ from tests.support.virtual_engine import VirtualEngine, in_virtual_time, row, se
 
 def alerts_of(engine: VirtualEngine, thresholds: Thresholds | None = None) -> Alerts:
     health = Health(engine.actor, engine.clock, engine.maintainer)
-    return Alerts(engine.book, engine.clock, health, engine.maintainer, thresholds, hold_ms=0, clear_ms=0)
+    return Alerts(engine.state, engine.clock, health, engine.maintainer, thresholds, hold_ms=0, clear_ms=0)
 
 
 def one(alerts: Alerts, name: str) -> AlertView:
@@ -70,7 +70,7 @@ async def test_the_hints_of_quiet_alerts_are_true() -> None:
         work(engine, "film", 1500)
         await engine.held("a", lock_ttl_ms=HOUR_MS)
         await seconds(2)
-        engine.book.figures.recovered[engine.now // STEP_MS] = 1
+        engine.state.figures.recovered[engine.now // STEP_MS] = 1
         report = engine.maintainer.last_report
         assert report is not None
         engine.maintainer.last_report = replace(report, validation_issues_found=1)
@@ -121,10 +121,10 @@ async def test_stuck_jobs_count_now_and_as_recovered_in_the_last_10_minutes() ->
         await seconds(600)
         after = one(alerts, "stuck_jobs")
         assert (after.firing, after.value, after.since) == (False, 0, None)
-        engine.book.stuck["later"] = None
-        engine.book.figures.recovered[engine.now // STEP_MS] = 1
+        engine.state.stuck["later"] = None
+        engine.state.figures.recovered[engine.now // STEP_MS] = 1
         assert one(alerts, "stuck_jobs").hint == "1 job has stalled, and 1 was recovered in the last 10 minutes."
-        del engine.book.stuck["later"]
+        del engine.state.stuck["later"]
 
 
 @in_virtual_time
@@ -201,7 +201,7 @@ async def test_a_double_grant_fires_for_an_hour_and_names_the_job() -> None:
 def work(engine: VirtualEngine, kind: str, ms: int, count: int = SAMPLES_NEEDED) -> None:
     """Complete jobs at this moment."""
     for _ in range(count):
-        engine.book.figures.paces.add(kind, engine.now, ms)
+        engine.state.figures.paces.add(kind, engine.now, ms)
 
 
 @in_virtual_time
@@ -280,7 +280,7 @@ class MissingArtifactStore:
 async def test_an_unhealthy_part_fires_with_its_message() -> None:
     async with VirtualEngine() as engine:
         health = Health(engine.actor, engine.clock, engine.maintainer, artifacts=MissingArtifactStore())
-        alerts = Alerts(engine.book, engine.clock, health, engine.maintainer, hold_ms=0, clear_ms=0)
+        alerts = Alerts(engine.state, engine.clock, health, engine.maintainer, hold_ms=0, clear_ms=0)
         assert one(alerts, "database").hint == one(alerts, "storage").hint == "Not measured yet."
         engine.disk.errors["probe"] = OSError("broken")
         await engine.yes(Create(id="a"))
@@ -298,12 +298,12 @@ async def test_firing_and_resolving_are_logged_once_each() -> None:
         alerts = alerts_of(engine)
         with capture_logs() as logs:
             for _ in range(3):
-                engine.book.figures.recovered[engine.now // STEP_MS] = 6
+                engine.state.figures.recovered[engine.now // STEP_MS] = 6
                 alerts.evaluate()
                 await seconds(1)
             began = engine.now - 3000
             for _ in range(3):
-                engine.book.figures.recovered[engine.now // STEP_MS] = 5
+                engine.state.figures.recovered[engine.now // STEP_MS] = 5
                 alerts.evaluate()
         assert [(line["event"], line["log_level"], line["alert"]) for line in logs] == [
             ("alert_firing", "warning", "stuck_jobs"),
@@ -332,7 +332,7 @@ async def test_alerts_are_evaluated_without_requests() -> None:
         await seconds(1)
         engine.disk.errors["probe"] = OSError("broken")
         with capture_logs() as logs:
-            engine.book.figures.recovered[engine.now // STEP_MS] = 6
+            engine.state.figures.recovered[engine.now // STEP_MS] = 6
             await seconds(EVALUATE_EVERY_S)
             assert [line["alert"] for line in logs] == ["stuck_jobs"]
             await seconds(MEASURE_EVERY_S)
@@ -346,12 +346,12 @@ async def test_alerts_are_evaluated_without_requests() -> None:
 async def test_a_bug_does_not_end_the_evaluation() -> None:
     async with VirtualEngine() as engine:
         alerts = alerts_of(engine)
-        figures, engine.book.figures = engine.book.figures, None  # type: ignore[assignment]
+        figures, engine.state.figures = engine.state.figures, None  # type: ignore[assignment]
         running = asyncio.create_task(alerts.run())
         with capture_logs() as logs:
             await seconds(1)
         assert [line["event"] for line in logs] == ["alerts_failed"]
-        engine.book.figures = figures
+        engine.state.figures = figures
         figures.recovered[engine.now // STEP_MS] = 6
         with capture_logs() as logs:
             await seconds(EVALUATE_EVERY_S)
@@ -412,7 +412,7 @@ async def test_listeners_are_notified_of_changes_only() -> None:
 def slow_alerts_of(engine: VirtualEngine, thresholds: Thresholds | None = None) -> Alerts:
     """With the default durations, and fed with commits."""
     alerts = Alerts(
-        engine.book, engine.clock, Health(engine.actor, engine.clock, engine.maintainer), engine.maintainer, thresholds
+        engine.state, engine.clock, Health(engine.actor, engine.clock, engine.maintainer), engine.maintainer, thresholds
     )
     engine.actor.on_commit.append(alerts.attempts.note)
     return alerts
@@ -443,7 +443,7 @@ async def test_an_alert_fires_after_30_s_and_resolves_after_60_s() -> None:
 async def test_a_value_that_flickers_fires_nothing_and_resolves_nothing() -> None:
     async with VirtualEngine() as engine:
         alerts = slow_alerts_of(engine, Thresholds(processing_jobs=0))
-        processing = engine.book.totals
+        processing = engine.state.totals
         with capture_logs() as logs:
             for number in range(120):
                 processing["processing"] = number % 2
@@ -567,7 +567,7 @@ async def test_many_kinds_are_scanned_in_slices_and_none_is_omitted() -> None:
         for number in range(kinds):
             due = engine.now - 1000 * number
             options = Options(kind=f"k-{number}")
-            engine.book.reindex(None, Job(number + 1, f"job-{number}", options, "queued", due, due, due))
+            engine.state.reindex(None, Job(number + 1, f"job-{number}", options, "queued", due, due, due))
         await alerts.check()
         assert one(alerts, "queue_waits").value == 0, "the scan continues at the next check"
         await alerts.check()
@@ -630,10 +630,10 @@ async def test_a_store_in_memory_has_no_disk_to_fill() -> None:
 async def test_release_loop_fires_for_a_job_that_is_released_repeatedly() -> None:
     async with VirtualEngine() as engine:
         alerts = alerts_of(engine)
-        engine.book.release_loops["cat-9"] = 20
+        engine.state.release_loops["cat-9"] = 20
         shown = one(alerts, "release_loop")
         assert (shown.firing, shown.value, shown.threshold) == (True, 1, 0)
         for expected in ("cat-9", "20 times in a row", "jobctl timeline cat-9", "jobctl cancel cat-9"):
             assert expected in shown.hint
-        del engine.book.release_loops["cat-9"]
+        del engine.state.release_loops["cat-9"]
         assert not one(alerts, "release_loop").firing

@@ -61,7 +61,7 @@ async def try_once(engine: VirtualEngine, job_id: str, message: str, wait_ms: in
 
 
 def watching(engine: VirtualEngine) -> FailureGroups:
-    known = FailureGroups(engine.disk, engine.book.next_job, engine.book.jobs.values())
+    known = FailureGroups(engine.disk, engine.state.next_job, engine.state.jobs.values())
     engine.actor.on_commit.append(known.committed)
     return known
 

@@ -340,11 +340,11 @@ def test_counters_that_disagree_are_unhealthy(status: str, name: str) -> None:
             await engine.yes(Create(id="a"))
             await engine.held("b")
             assert (await measured(engine)).status == "healthy"
-            engine.book.totals[status] += 1
+            engine.state.totals[status] += 1
             one = (await measured(engine)).cache
             assert one.status == "unhealthy"
             assert f"{status} jobs in total, but" in one.message
-            engine.book.counts["default"][status] += 1
+            engine.state.counts["default"][status] += 1
             both = (await measured(engine)).cache
             if status == "completed":  # finished jobs are not in memory, so there is nothing to compare
                 assert both.status == "healthy"

@@ -19,7 +19,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 import jobd
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.core.stats import HOURS_NEEDED, OTHER_QUEUES, SAMPLES_NEEDED
 from jobd.engine.actor import COMMIT_BUCKETS_S, Actor
 from jobd.engine.clock import Clock
@@ -109,7 +109,7 @@ class FakeListener:
 
 def metrics_of(engine: VirtualEngine, *listeners: FakeListener, store_path: str = ":memory:") -> Metrics:
     health = Health(engine.actor, engine.clock, engine.maintainer)
-    alerts = Alerts(engine.book, engine.clock, health, engine.maintainer, hold_ms=0, clear_ms=0)
+    alerts = Alerts(engine.state, engine.clock, health, engine.maintainer, hold_ms=0, clear_ms=0)
     return Metrics(
         engine.actor,
         engine.maintainer,
@@ -162,7 +162,7 @@ async def real(path: Path) -> AsyncIterator[RealStoreParts]:
     store, opened = await Store.open(str(path))
     async with store:
         clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms)
-        state = Book.opened(opened)
+        state = State.opened(opened)
         policy = Policy(keep_completed_ms=1)
         actor = Actor(store, state, Keys(opened.keys, 1000), clock, policy, random=os.urandom)
         maintainer = Maintainer(actor, clock, CleanupSchedule(batch=2))
@@ -200,7 +200,7 @@ async def test_job_lifecycles_on_a_real_store_are_counted(tmp_path: Path) -> Non
             await daemon.yes(Complete(id=f"old-{number}", lock_id=granted.lock_id, file_path="/x"))
         await daemon.yes(Create(id="dead"))
         await daemon.yes(Start(id="dead", worker="w", lock_ttl_ms=1, stuck_after_ms=0))
-        while "dead" in daemon.actor.book.processing:
+        while "dead" in daemon.actor.state.processing:
             await daemon.maintainer.recover_stuck()
             await asyncio.sleep(0.05)
         report = await daemon.maintainer.run_cleanup(forced=True)
@@ -349,10 +349,10 @@ async def test_only_queues_with_very_many_kinds_are_skipped() -> None:
     async with VirtualEngine() as engine:
         for number in range(MAX_BUCKETS_SCANNED):
             await engine.yes(Create(id=f"a-{number}", queue="many", kind=str(number)))
-        assert oldest_due_s(engine.book, engine.now + 1_000) == {"many": 1}
+        assert oldest_due_s(engine.state, engine.now + 1_000) == {"many": 1}
         await engine.yes(Create(id="b", queue="many", kind="one more"))
         await engine.yes(Create(id="c", queue="few"))
-        assert oldest_due_s(engine.book, engine.now + 1_000) == {"few": 1}
+        assert oldest_due_s(engine.state, engine.now + 1_000) == {"few": 1}
 
 
 @in_virtual_time
@@ -365,12 +365,12 @@ async def test_durations_double_grants_quarantine_and_the_clock() -> None:
         assert read(body)["jobd_processing_p95_seconds"].samples == []
         for hour in range(HOURS_NEEDED + 1):
             for _ in range(SAMPLES_NEEDED):
-                engine.book.figures.paces.add("film", engine.now, 1023 if hour < HOURS_NEEDED else 4095)
+                engine.state.figures.paces.add("film", engine.now, 1023 if hour < HOURS_NEEDED else 4095)
             await seconds(3600 if hour < HOURS_NEEDED else 0)
         await engine.held("a")
         await engine.yes(EndGrants(ids=["a"], last=True), by="daemon")
         await engine.yes(Start(id="a", worker="w-2"))
-        engine.book.quarantine("bad", "its checksum is wrong")
+        engine.state.quarantine("bad", "its checksum is wrong")
         engine.step_ms = 3 * SECOND_MS
         body = shown(engine)
         assert value(body, "jobd_processing_p95_seconds", kind="film", window="hour") == 4.095
@@ -433,7 +433,7 @@ async def test_queue_labels_are_limited_and_the_rest_is_summed() -> None:
 
 @pytest.mark.parametrize("count", [0, QUEUES_SHOWN, QUEUES_SHOWN + 1])
 def test_capped_at_its_boundary(count: int) -> None:
-    state = Book()
+    state = State()
     for number in range(count):
         state.reindex(None, Job(number, f"job-{number}", Options(f"q-{number}"), "queued", 1, 1, 1))
     shown_queues = capped(state)
@@ -469,7 +469,7 @@ async def test_a_snapshot_shares_nothing_with_the_state() -> None:
         before = msgspec.json.encode(snapshot)
         lock_id = await engine.held("b", queue="other")
         await engine.yes(Complete(id="b", lock_id=lock_id))
-        engine.book.figures.note(engine.disk.batches[-1].changes[-1])
+        engine.state.figures.note(engine.disk.batches[-1].changes[-1])
         assert msgspec.json.encode(snapshot) == before
         assert msgspec.json.encode(metrics.snapshot()) != before
         assert set(snapshot.jobs) == set(STATUSES)

@@ -9,7 +9,7 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from jobd.core import late_result_rules, maintenance_rules, plan_rules, transitions, worker_rules
-from jobd.core.state import Book
+from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.commands import Adopt, Bulk, Moment, PlanAction, Recover
 from jobd.model.errors import ApiError
@@ -142,29 +142,29 @@ def _(epoch: Any, highest: int, now_ms: int) -> int:
 
 @bug(
     "suspicion-lost-in-a-restart",
-    Book.numbers,
+    State.numbers,
     breaks="the next start trusts a clock that was suspect, and deletes by it",
     found_by=ACTOR,
 )
-def _(numbers: Any, self: Book, lease_ms: int, wall_ms: int, clock_suspect: bool) -> Any:
+def _(numbers: Any, self: State, lease_ms: int, wall_ms: int, clock_suspect: bool) -> Any:
     return numbers(self, lease_ms, wall_ms, False)
 
 
-@bug("tokens-reused-after-a-restart", Book.opened, breaks="tokens continue from the live grants", found_by=SIMULATION)
-def _(opened: Any, found: OpenedStore) -> Book:
-    book: Book = opened(found)
-    held = [job.grant.fencing_token & COUNTER_MASK for job in book.processing.values() if job.grant is not None]
-    book.next_token = max(held, default=0) + 1
-    return book
+@bug("tokens-reused-after-a-restart", State.opened, breaks="tokens continue from the live grants", found_by=SIMULATION)
+def _(opened: Any, found: OpenedStore) -> State:
+    state: State = opened(found)
+    held = [job.grant.fencing_token & COUNTER_MASK for job in state.processing.values() if job.grant is not None]
+    state.next_token = max(held, default=0) + 1
+    return state
 
 
 @bug(
     "job-numbers-reused-after-a-restart",
-    Book.opened,
+    State.opened,
     breaks="a new job gets a deleted one's number",
     found_by=SIMULATION,
 )
-def _(opened: Any, found: OpenedStore) -> Book:
-    book: Book = opened(found)
-    book.next_job = max((job.seq for job in found.live()), default=0) + 1
-    return book
+def _(opened: Any, found: OpenedStore) -> State:
+    state: State = opened(found)
+    state.next_job = max((job.seq for job in found.live()), default=0) + 1
+    return state

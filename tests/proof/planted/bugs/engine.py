@@ -60,12 +60,12 @@ def _(not_told: Any, self: Decider, asked: Envelope, answer: Response, told: int
 )
 def _(roll_back: Any, self: Decider, plan: DecidedBatch) -> None:
     roll_back(self, plan)
-    self.book.next_token -= sum(change.event.type == "granted" for change in plan.changes)
+    self.state.next_token -= sum(change.event.type == "granted" for change in plan.changes)
 
 
 @bug("rollback-forgotten", Decider.roll_back, breaks="memory keeps what the disk rejected", found_by=SIMULATION)
 def _(roll_back: Any, self: Decider, plan: DecidedBatch) -> None:
-    roll_back(self, replace(plan, tx=Transaction(self.book, plan.at, Policy())))
+    roll_back(self, replace(plan, tx=Transaction(self.state, plan.at, Policy())))
 
 
 @bug("keys-not-rolled-back", Keys.rollback, breaks="a rejected call is answered as if it was done", found_by=SIMULATION)
