@@ -17,7 +17,7 @@ from jobd.model.job import TOKEN_COUNTER_BITS
 from jobd.storage import doctor, startup
 from jobd.storage.store import Store
 from tests.proof.faults.crash_states import UNSYNCED_OUTCOMES, LoggedCall, ReplayedDisk, records
-from tests.proof.faults.harness import Check, Counts, Tool, Trial, program
+from tests.proof.faults.harness import ONE_SLICE, Check, Counts, Tool, Trial, program
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.store_check import contents
@@ -62,7 +62,9 @@ def _log_writes(trial: Trial, ledger: Ledger, acknowledgements: int) -> list[Log
     home = trial.directory / "logged"
     home.mkdir()
     environ = {"LD_PRELOAD": str(library), "WRITES_OF": str(home / "jobd.db"), "WRITES_LOG": str(log)}
-    with DaemonProcess(home, **environ) as daemon:
+    with DaemonProcess.not_started(home, **environ) as daemon:
+        daemon.module = ONE_SLICE
+        daemon.start()
         for number, ends_by in enumerate(("kill", "stop", "stop")):
             with load(daemon, ledger, f"load-{number}"):
                 assert ledger.wait_for(acknowledgements), daemon.log[-2000:]
@@ -71,6 +73,7 @@ def _log_writes(trial: Trial, ledger: Ledger, acknowledgements: int) -> list[Log
             if ends_by == "stop":
                 assert daemon.stop() == 0
             if number < 2:
+                daemon.module = "jobd"
                 daemon.start()
                 ledger.settle(daemon)
     found = list(records(log))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from jobd.storage.files import RESERVE_FILE_BYTES
-from tests.proof.faults.harness import Check, Counts, Trial
+from tests.proof.faults.harness import ONE_SLICE, Check, Counts, Trial
 from tests.proof.faults.ledger import JobRecord, Ledger, SentRequest
 from tests.proof.faults.load import work_alone
 from tests.proof.faults.mounts import MOUNTS, tmpfs
@@ -27,7 +27,6 @@ LEFT_BYTES: Final = 1 << 20  # appends fit, as the log already has 4 MiB; a slic
 JOBS: Final = 1_000
 PAYLOAD: Final = "x" * 8_000
 BULK: Final = 20
-ONE_SLICE: Final = "tests.support.daemon_variants one_slice"
 
 
 def fill(directory: Path) -> Path:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Final
 
-from tests.proof.faults.harness import Check, Counts, Trial
+from tests.proof.faults.harness import ONE_SLICE, Check, Counts, Trial
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.store_check import checked_contents
@@ -17,7 +17,6 @@ from tests.support.daemon_process import DaemonProcess
 READY_S: Final = 2.0
 LIVE_JOBS: Final = 100_000
 INLINE: Final = '[store]\ncommit = "inline"\n'
-ONE_SLICE: Final = "tests.support.daemon_variants one_slice"
 START_WRITES: Final = 150  # of the log, by a start with a tail
 LOAD_WRITES: Final = 600  # of the log, by a start and a load
 APPEND_WRITES: Final = 30  # of the log in one transaction; a slice makes more

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from tests.proof.faults.harness import Check, Counts, Trial
+from tests.proof.faults.harness import ONE_SLICE, Check, Counts, Trial
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.mounts import LOOP_MOUNTS, loop_disk
@@ -21,10 +21,11 @@ EXIT_IO: Final = 74
 
 def cut_power(trial: Trial) -> Counts:
     ledger = Ledger()
-    settled, forgotten = 0, 0
+    settled, forgotten, longest = 0, 0, 0
     with loop_disk(trial.directory / "disk", DISK_BYTES) as disk:
         store = disk.place / "jobd.db"
         with DaemonProcess.not_started(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
+            daemon.module = ONE_SLICE
             daemon.start()
             assert daemon.process is not None
             for number in range(trial.rounds):
@@ -40,8 +41,10 @@ def cut_power(trial: Trial) -> Counts:
                 # Responses after the cut do not count: without power they would not be sent. ext4 lets a pending
                 # sync succeed although its blocks are lost.
                 found = checked_contents(store)
+                longest = max(longest, found.tail)
                 ledger.check(found, until_s=cut_s)
                 forgotten += ledger.forget_lost(found, cut_s)
+                daemon.module = ONE_SLICE if number % 2 else "jobd"
                 daemon.start()
                 settled += ledger.settle(daemon)
             assert daemon.stop() == 0
@@ -52,6 +55,7 @@ def cut_power(trial: Trial) -> Counts:
         "tokens": len(ledger.tokens),
         "with outcome unknown": ledger.codes["outcome_unknown"],
         "acknowledged after the cut and lost": forgotten,
+        "events that the tables lacked, at most": longest,
         "without a response, settled by a repeat": settled,
     }
 
