@@ -23,6 +23,7 @@ LOOK_EVERY_MS: Final = SECOND_MS  # the kernel's synchronisation is read this of
 BREAK_MS: Final = MINUTE_MS  # a longer gap between two reads starts the 10 min again
 _NOISE_MS: Final = SECOND_MS  # a smaller difference is not a step, whatever the retention
 _FLICKER_MS: Final = 1  # two clocks read one after the other, each cut to a millisecond, differ by that much
+_READS: Final = 10
 
 TrustReason = Literal["accepted", "agrees", "synchronised"]
 
@@ -111,7 +112,9 @@ class Clock:
         """
         now, lease = self._wall(), self._advance()
         if abs(now - lease - self._offset) > _FLICKER_MS:
-            self._offset = now - lease
+            now, lease = self._read_together()
+            if abs(now - lease - self._offset) > _FLICKER_MS:
+                self._offset = now - lease
         self._judge(now)
         return Moment(now=now, lease=lease, offset=self._offset, trusted=self._expected if self._suspect else None)
 
@@ -157,6 +160,15 @@ class Clock:
                 self._lease += seen - self._seen
         self._seen = seen  # a clock that went back adds nothing, and counts on from where it is
         return self._lease
+
+    def _read_together(self) -> tuple[int, int]:
+        """Return wall and lease time of the same millisecond, if the process is not paused each time between them."""
+        for _ in range(_READS):
+            seen = self._seen
+            now, lease = self._wall(), self._advance()
+            if self._seen == seen:
+                break
+        return now, lease
 
     def _judge(self, now: int) -> None:
         self._ahead = now - self._expected

@@ -99,6 +99,30 @@ def test_the_offset_does_not_flicker(sources: ManualClocks) -> None:
     assert daemon_clock.moment().offset == first + 2
 
 
+def test_a_pause_between_two_reads_is_no_step(sources: ManualClocks) -> None:
+    reads: list[int] = []
+
+    def paused() -> int:
+        reads.append(sources.boot_ms)
+        sources.advance(7 if len(reads) == 3 else 0)  # after the wall clock was read
+        return sources.boot_ms
+
+    made = Clock(wall=sources.wall, boot=paused, synchronised=sources.is_synchronised)
+    before = made.moment()
+    after = made.moment()
+    assert after.offset == before.offset
+    assert (after.now, after.lease) == (before.now + 7, before.lease + 7)
+
+
+def test_a_process_that_is_paused_at_each_read_goes_on(sources: ManualClocks) -> None:
+    def paused() -> int:
+        sources.advance(7)
+        return sources.boot_ms
+
+    made = Clock(wall=sources.wall, boot=paused, synchronised=sources.is_synchronised)
+    assert made.moment().lease < made.moment().lease
+
+
 def test_lease_time_never_goes_back(sources: ManualClocks) -> None:
     daemon_clock = clock(sources, lease_ms=100)
     sources.advance(50)
