@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from jobd.core import late_result_rules
 from jobd.core.state import State
 from jobd.core.stats import Histogram
-from jobd.engine.batch import DecidedBatch, Decider, Known
+from jobd.engine.batch import DecidedBatch, Decider, Preloaded
 from jobd.engine.clock import Clock
 from jobd.engine.disk_full import Closed, FullDisk
 from jobd.engine.history import History
@@ -32,7 +32,7 @@ from jobd.engine.mailbox import (
     share,
     weight,
 )
-from jobd.engine.waiting_claims import Parked
+from jobd.engine.waiting_claims import ParkedClaims
 from jobd.model.commands import AnyCommand, Call, Claim, Complete, Create, IdempotencyKey, Operator, Undelivered
 from jobd.model.errors import ApiError
 from jobd.model.events import Change
@@ -93,7 +93,7 @@ class Actor:
         self.state = state
         self.policy = policy
         self.bounds = bounds or Bounds()
-        self.parked = Parked(state.presence)
+        self.parked = ParkedClaims(state.presence)
         self.full_disk = FullDisk(disk, clock, loop_time, is_full=is_full, has_reserve=has_reserve)
         self.slow_commit_s = SLOW_COMMIT_S
         self.look: Callable[[], None] = lambda: None  # called before a batch is taken
@@ -142,13 +142,15 @@ class Actor:
         only if its job is still that one when it is decided.
         """
         future: asyncio.Future[Response | ApiError] = asyncio.get_running_loop().create_future()
-        asked = self.send(command, future, by=by, admin=admin, key=key, size=size, operator=operator, expected=expected)
-        if isinstance(asked, ApiError):
-            return asked
+        envelope = self.send(
+            command, future, by=by, admin=admin, key=key, size=size, operator=operator, expected=expected
+        )
+        if isinstance(envelope, ApiError):
+            return envelope
         try:
             return await future
         except asyncio.CancelledError:
-            self.abandon(asked)
+            self.abandon(envelope)
             if future.done() and not future.cancelled() and isinstance(answer := future.result(), Response):
                 self.undelivered(answer)  # it was set, and nobody will read it
             raise
@@ -173,13 +175,13 @@ class Actor:
         refusal = self._refuse_entry(command, size)
         if refusal is not None:
             return refusal
-        asked = Envelope(Call(command, by, self._random(16), admin, operator, expected), key, size, waiter, in_line)
-        self._put(asked)
-        return asked
+        envelope = Envelope(Call(command, by, self._random(16), admin, operator, expected), key, size, waiter, in_line)
+        self._put(envelope)
+        return envelope
 
-    def abandon(self, asked: Envelope) -> None:
-        """Who sent `asked` waits no more: a claim of his does not stay parked."""
-        first = self.parked.waiting_with(asked.key.digest) if asked.key is not None else asked
+    def abandon(self, envelope: Envelope) -> None:
+        """Who sent `envelope` waits no more: a claim of his does not stay parked."""
+        first = self.parked.waiting_with(envelope.key.digest) if envelope.key is not None else envelope
         if first is not None and first.is_abandoned:
             self.parked.remove(first)
 
@@ -232,9 +234,9 @@ class Actor:
         future: asyncio.Future[Response | ApiError] = asyncio.get_running_loop().create_future()
         return Envelope(Call(command, "daemon", self._random(16)), None, 0, future)
 
-    def _put(self, asked: Envelope) -> None:
-        self._mailbox.append(asked)
-        self._bytes += asked.size
+    def _put(self, envelope: Envelope) -> None:
+        self._mailbox.append(envelope)
+        self._bytes += envelope.size
         self._wake.set()
 
     # -- the consumer -------------------------------------------------------------------------------------------------
@@ -307,12 +309,12 @@ class Actor:
         batch = list(self._owed)
         weights = 0
         while self._mailbox and weights < BATCH_WEIGHT:
-            asked = self._mailbox.popleft()
-            self._bytes -= asked.size
-            command = asked.call.command
+            envelope = self._mailbox.popleft()
+            self._bytes -= envelope.size
+            command = envelope.call.command
             is_late = type(command) is Complete and late_result_rules.is_late(self.state, command)
             weights += LATE_WEIGHT if is_late else weight(command)
-            batch.append(asked)
+            batch.append(envelope)
         return batch
 
     @property
@@ -325,51 +327,51 @@ class Actor:
 
         They have waited for the commit before; for that of their own batch they need not, as nobody has heard of it.
         """
-        looks = [asked for asked in batch if may_go_first(asked)]
+        looks = [envelope for envelope in batch if may_go_first(envelope)]
         if not looks:
             return batch
         await self._turn(looks, serves=False)
         self._tell()
         await asyncio.sleep(0)  # those that look at history are before the commit on their way to the disk
-        return [asked for asked in batch if not may_go_first(asked)]
+        return [envelope for envelope in batch if not may_go_first(envelope)]
 
     async def _turn(self, batch: list[Envelope], *, serves: bool = True) -> None:
         """One batch, from the mailbox to its answers: again where the disk names a reason, else once."""
         while True:
             known, policy = await self._load(batch), self._policy_now()
-            plan = self._decider.decide(batch, self._clock.moment(), known, policy, serves=serves)
-            self._under_way = plan
+            decided = self._decider.decide(batch, self._clock.moment(), known, policy, serves=serves)
+            self._under_way = decided
             self._tell_meanwhile()
-            self._prepare_meanwhile(plan)
+            self._prepare_meanwhile(decided)
             try:
-                plan.fill(await self._write(plan))
+                decided.fill(await self._write(decided))
                 break
             except DiskFull:
-                self._decider.roll_back(plan)
+                self._decider.roll_back(decided)
                 await self.full_disk.close_further()
             except BadRows as bad:
-                self._decider.roll_back(plan)
+                self._decider.roll_back(decided)
                 await self._set_aside(bad.jobs)
             except _Again:
-                self._decider.roll_back(plan)
+                self._decider.roll_back(decided)
         self._tell()  # of the batch before, where this one had nothing to wait for
-        self._untold, self._under_way = plan, None
+        self._untold, self._under_way = decided, None
         self.state.trim_finished()
-        if not self._may_tell_later(plan) or self.full_disk.closed != Closed.NOTHING or self._owed:
+        if not self._may_tell_later(decided) or self.full_disk.closed != Closed.NOTHING or self._owed:
             self._tell()
 
-    def _may_tell_later(self, plan: DecidedBatch) -> bool:
+    def _may_tell_later(self, decided: DecidedBatch) -> bool:
         """Whether those who wait are worth a commit of their own: few are better off with those who come back soon."""
         waiting = len(self._mailbox)
         if self.disk.commits_inline:
             return False  # nothing leaves while the disk is at work
-        return 0 < waiting <= TELL_LATER and 2 * waiting >= len(plan.replies)
+        return 0 < waiting <= TELL_LATER and 2 * waiting >= len(decided.replies)
 
     def _tell(self) -> None:
         """The answers of the last commit leave."""
-        plan, self._untold = self._untold, None
-        if plan is not None:
-            self._answer(plan)
+        decided, self._untold = self._untold, None
+        if decided is not None:
+            self._answer(decided)
 
     def _tell_meanwhile(self) -> None:
         """The answers of the last commit leave as soon as the disk has its next work: both run side by side."""
@@ -382,44 +384,44 @@ class Actor:
         except Exception as bug:  # beside `run`, whose end it is all the same: nobody else would notice
             self.lose_disk(bug)
 
-    def _prepare_meanwhile(self, plan: DecidedBatch) -> None:
+    def _prepare_meanwhile(self, decided: DecidedBatch) -> None:
         """Answers are made ready while the disk is at work, where all that they show is known: so they leave sooner."""
-        wanted = plan.wanted_payloads()
-        plan.known.payloads |= self.disk.cached_payloads(wanted)
-        if plan.writes and not self.disk.commits_inline and plan.known.payloads.keys() >= set(wanted):
-            plan.fill({})
-            asyncio.get_running_loop().call_soon(self._prepare, plan)
+        wanted = decided.wanted_payloads()
+        decided.known.payloads |= self.disk.cached_payloads(wanted)
+        if decided.writes and not self.disk.commits_inline and decided.known.payloads.keys() >= set(wanted):
+            decided.fill({})
+            asyncio.get_running_loop().call_soon(self._prepare, decided)
 
-    def _prepare(self, plan: DecidedBatch) -> None:
-        for asked, answer in plan.replies:
+    def _prepare(self, decided: DecidedBatch) -> None:
+        for envelope, answer in decided.replies:
             if isinstance(answer, Response) and answer.read is None:
-                asked.prepare(answer)
+                envelope.prepare(answer)
 
-    async def _load(self, batch: list[Envelope]) -> Known:
+    async def _load(self, batch: list[Envelope]) -> Preloaded:
         """Read what the decisions need and memory does not hold: finished jobs, stored answers, some payloads."""
-        if all(asked.key is None and self._is_at_hand(asked.call.command) for asked in batch):
-            return Known()
-        known, state, now = Known(), self.state, self._clock.moment().believed
-        naming = [(asked, ids) for asked in batch if (ids := named_ids(asked.call.command))]
+        if all(envelope.key is None and self._is_at_hand(envelope.call.command) for envelope in batch):
+            return Preloaded()
+        known, state, now = Preloaded(), self.state, self._clock.moment().believed
+        naming = [(envelope, ids) for envelope in batch if (ids := named_ids(envelope.call.command))]
         named = dict.fromkeys(job_id for _, ids in naming for job_id in ids)
         unknown = [job_id for job_id in named if state.get(job_id) is None and job_id not in state.quarantined]
-        digests = [asked.key.digest for asked in batch if asked.key is not None]
+        digests = [envelope.key.digest for envelope in batch if envelope.key is not None]
         stored = [digest for digest in digests if self._decider.keys.is_stored(digest, now)]
         if unknown or stored:
             self._tell_meanwhile()
             loaded = await self.disk.load(unknown, [], stored)
-            known.answers = loaded.responses
+            known.responses = loaded.responses
             for finished in loaded.jobs.values():
                 state.loaded(finished)
-        doomed = {job_id for asked, _ in naming for job_id in deleted_ids(asked.call.command)}
-        firsts = [ids for asked, ids in naming if needs_payload_first(asked, doomed)]
+        doomed = {job_id for envelope, _ in naming for job_id in deleted_ids(envelope.call.command)}
+        firsts = [ids for envelope, ids in naming if needs_payload_first(envelope, doomed)]
         wanted = {job.seq: job.id for ids in firsts for job_id in ids if (job := state.get(job_id)) is not None}
         if wanted:
             self._tell_meanwhile()
             loaded = await self.disk.load([], list(wanted), [])
             known.payloads = {seq: payload.body for seq, payload in loaded.payloads.items()}
             known.hashes = {wanted[seq]: payload.request_hash for seq, payload in loaded.payloads.items()}
-        await self._load_late((asked.call.command for asked, _ in naming), known)
+        await self._load_late((envelope.call.command for envelope, _ in naming), known)
         return known
 
     def _is_at_hand(self, command: AnyCommand) -> bool:
@@ -428,7 +430,7 @@ class Actor:
             return self.state.holds(command.id, command.lock_id)
         return isinstance(command, Claim) or (isinstance(command, Create) and command.id is None)
 
-    async def _load_late(self, commands: Iterable[AnyCommand], known: Known) -> None:
+    async def _load_late(self, commands: Iterable[AnyCommand], known: Preloaded) -> None:
         """What late results there are of the jobs whose complete comes late, or of which an operator asks."""
         wanted = {late_result_rules.asks(self.state, command, self.policy): None for command in commands}
         asks = [each for each in wanted if each is not None]
@@ -442,18 +444,18 @@ class Actor:
             return self.policy
         return replace(self.policy, late_results="drop", late_queues={}, late_calls=False)
 
-    async def _write(self, plan: DecidedBatch) -> dict[int, bytes]:
+    async def _write(self, decided: DecidedBatch) -> dict[int, bytes]:
         """One transaction; gives the payloads that the answers show, read before its end."""
-        if plan.writes:
-            batch = self._decider.batch(plan, self.policy)
+        if decided.writes:
+            batch = self._decider.batch(decided, self.policy)
             began_s = self._now_s()
             payloads = await self.disk.write(batch)
             self._commit_s = self._now_s() - began_s
             self.commit_seconds.add(self._commit_s, COMMIT_BUCKETS_S)
-            self.batch_commands.add(len(plan.replies), BATCH_BUCKETS)
-            self._decider.committed(plan)
+            self.batch_commands.add(len(decided.replies), BATCH_BUCKETS)
+            self._decider.committed(decided)
             return payloads
-        wanted = plan.wanted_payloads()
+        wanted = decided.wanted_payloads()
         if not wanted:
             return {}
         loaded = await self.disk.load([], wanted, [])
@@ -463,40 +465,40 @@ class Actor:
             raise LookupError(f"the disk has no payloads of jobs {missing}, and does not say why")
         return {seq: payload.body for seq, payload in loaded.payloads.items()}
 
-    def _answer(self, plan: DecidedBatch) -> None:
+    def _answer(self, decided: DecidedBatch) -> None:
         """Everything is on disk: tell everybody."""
-        for asked, answer in plan.replies:
+        for envelope, answer in decided.replies:
             if isinstance(answer, Response) and answer.read is not None:
-                self._history.start(asked, answer, self.policy)
+                self._history.start(envelope, answer, self.policy)
                 continue
-            if self._stays_owed(asked, answer):
+            if self._stays_owed(envelope, answer):
                 continue
-            told = asked.reply(answer)
-            if told < len(asked.futures) and isinstance(answer, Response) and answer.grants:
-                for command in self._decider.not_told(asked, answer, told):
+            told = envelope.reply(answer)
+            if told < len(envelope.futures) and isinstance(answer, Response) and answer.grants:
+                for command in self._decider.unreceived(envelope, answer, told):
                     self._put(self._own(command))
-        if plan.changes:
+        if decided.changes:
             for listener in self.on_commit:
-                listener(plan.changes)
+                listener(decided.changes)
 
-    def _stays_owed(self, asked: Envelope, answer: Response | ApiError) -> bool:
+    def _stays_owed(self, envelope: Envelope, answer: Response | ApiError) -> bool:
         """Whether a command of our own was refused by the full disk: then it is the first once there is room."""
         if not self._owed and isinstance(answer, Response):
             return False
-        is_owed = asked in self._owed
+        is_owed = envelope in self._owed
         if isinstance(answer, ApiError) and answer.code == "storage_full":
-            if not is_owed and isinstance(asked.call.command, Undelivered):
-                self._owed.append(asked)
-            return is_owed or isinstance(asked.call.command, Undelivered)
+            if not is_owed and isinstance(envelope.call.command, Undelivered):
+                self._owed.append(envelope)
+            return is_owed or isinstance(envelope.call.command, Undelivered)
         if is_owed:
-            self._owed.remove(asked)
+            self._owed.remove(envelope)
         return False
 
     def _answer_late_claims(self) -> None:
         """Claims whose wait is over, or all of them when nobody may wait any more, are answered empty."""
         late = self.parked.take_late(self._loop_time()) if self._decider.parking else self.parked.take_all()
-        for asked in late:
-            asked.reply(Response(Grants([])))
+        for envelope in late:
+            envelope.reply(Response(Grants([])))
 
     # -- when something is wrong --------------------------------------------------------------------------------------
 
@@ -523,10 +525,10 @@ class Actor:
         message = (
             "The outcome is unknown because the disk failed. Repeat the request with the same id or Idempotency-Key."
         )
-        for asked in [*batch, *self._decider.served, *self.parked.take_all()]:
-            asked.reply(ApiError("outcome_unknown", message, {"outcome": "unknown"}))
-        for asked in self._mailbox:
-            asked.reply(_stopping())
+        for envelope in [*batch, *self._decider.served, *self.parked.take_all()]:
+            envelope.reply(ApiError("outcome_unknown", message, {"outcome": "unknown"}))
+        for envelope in self._mailbox:
+            envelope.reply(_stopping())
         self._mailbox.clear()
 
     def _note(self, changes: Sequence[Change]) -> None:

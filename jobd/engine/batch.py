@@ -1,6 +1,6 @@
 """Decide a batch: all its commands in order, with the waiting claims that they make servable.
 
-Also looks up and stores idempotency keys. Rows from the disk are passed in, and the plan says what to write.
+Also looks up and stores idempotency keys. It reads nothing from the disk: `Preloaded` has the rows that it needs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.engine.idempotency import Keys
 from jobd.engine.mailbox import Envelope
-from jobd.engine.waiting_claims import Parked
+from jobd.engine.waiting_claims import ParkedClaims
 from jobd.model.commands import (
     AnyCommand,
     Call,
@@ -48,29 +48,29 @@ _GRANTING: Final = frozenset({Start, Claim})
 _NOTED: Final = frozenset({Undelivered, Tick, EndGrants, Report})
 
 
-class Known(Struct):
+class Preloaded(Struct):
     """What was read from the disk for the decisions of one batch."""
 
-    answers: dict[str, StoredResponse] = field(default_factory=dict)  # stored answers that may be replayed
+    responses: dict[str, StoredResponse] = field(default_factory=dict)  # digest -> a response that may be replayed
     hashes: dict[str, str] = field(default_factory=dict)  # job id -> hash of the request that made it
     payloads: dict[int, bytes] = field(default_factory=dict)  # job seq -> payload
     late: LateResultRows = field(default_factory=LateResultRows)
 
 
 class DecidedBatch(Struct):
-    """A decided batch: what to write, and what to tell whom afterwards."""
+    """A decided batch: its transaction, and the responses to send once it is written."""
 
     at: Moment
-    known: Known
+    known: Preloaded
     tx: Transaction
     replies: list[tuple[Envelope, Response | ApiError]] = field(default_factory=list)
     report: bytes | None = None
     tick: bool = False
     unmark: bool = False
-    served: list[Envelope] = field(default_factory=list)  # parked claims that this batch answers
-    parked: list[Envelope] = field(default_factory=list)  # claims that this batch parked
+    served: list[Envelope] = field(default_factory=list)  # parked claims that got a grant
+    parked: list[Envelope] = field(default_factory=list)  # claims that began to wait
     audit: list[AuditEntry] = field(default_factory=list)
-    is_filled: bool = False  # the answers show all payloads that they have to
+    is_filled: bool = False  # the responses have their payloads
 
     @property
     def changes(self) -> list[Change]:
@@ -82,33 +82,33 @@ class DecidedBatch(Struct):
         return bool(self.changes or self.tx.checked or self.audit or is_more)
 
     def wanted_payloads(self) -> list[int]:
-        """Job seqs whose payload the answers show and nobody has read yet."""
+        """Return the job seqs of payloads that the responses need and that are not read yet."""
         if self.is_filled:
             return []
-        answers = (answer for _, answer in self.replies if isinstance(answer, Response))
-        seqs = dict.fromkeys(seq for answer in answers for seq, _ in answer.unread_payloads)
+        responses = (response for _, response in self.replies if isinstance(response, Response))
+        seqs = dict.fromkeys(seq for response in responses for seq, _ in response.unread_payloads)
         return [seq for seq in seqs if seq not in self.tx.payloads and seq not in self.known.payloads]
 
     def fill(self, read: dict[int, bytes]) -> None:
-        """Put the payloads into the job views of the answers, once."""
+        """Set the payloads in the job views of the responses, once."""
         if self.is_filled:
             return
         self.is_filled = True
         payloads = self.known.payloads | self.tx.payloads | read
-        for _, answer in self.replies:
-            if isinstance(answer, Response):
-                for seq, shown in answer.unread_payloads:
-                    shown.payload = Raw(payloads[seq])
+        for _, response in self.replies:
+            if isinstance(response, Response):
+                for seq, view in response.unread_payloads:
+                    view.payload = Raw(payloads[seq])
 
 
 class Decider:
-    """Decides batches over one state. `refuse` may turn a command away before it is decided (a full disk)."""
+    """Decides batches over one state. `refuse` returns why a command may not be written now (a full disk), or None."""
 
     def __init__(
         self,
         state: State,
         keys: Keys,
-        parked: Parked,
+        parked: ParkedClaims,
         *,
         refuse: Callable[[Command], ApiError | None],
         loop_time: Callable[[], float],
@@ -117,150 +117,151 @@ class Decider:
         self.keys = keys
         self.parked = parked
         self.parking = True  # off once the daemon stops
-        self.served: list[Envelope] = []  # parked claims of the latest plan: until it is on disk nobody else has them
+        self.served: list[Envelope] = []  # the parked claims that the latest batch serves
         self._refuse = refuse
         self._loop_time = loop_time
         self._became_due: dict[tuple[str, str], None] = {}
-        # Lock id -> connections that have or await its (keyed) answer; a daemon before us may have sent one, too.
-        self._handed: Counter[str] = Counter(keys.lock_ids())
+        # Lock id -> connections that have received or await the response to its keyed request. A response that was sent
+        # before the start counts too.
+        self._receivers: Counter[str] = Counter(keys.lock_ids())
         state.on_due = self._note_due
 
     @property
     def has_due(self) -> bool:
-        """Jobs became due that parked claims may be waiting for."""
+        """Whether jobs became due for which parked claims may wait."""
         return bool(self._became_due)
 
     def decide(
-        self, batch: list[Envelope], at: Moment, known: Known, policy: Policy, *, serves: bool = True
+        self, envelopes: list[Envelope], at: Moment, known: Preloaded, policy: Policy, *, serves: bool = True
     ) -> DecidedBatch:
-        """`serves`: parked claims get what has become due; where it is not, what they get waits for the next batch."""
-        plan = DecidedBatch(at, known, Transaction(self.state, at, policy))
+        """Decide a batch. Without `serves`, parked claims get the jobs that became due in the next batch."""
+        decided = DecidedBatch(at, known, Transaction(self.state, at, policy))
         if at.suspect != self.state.clock_suspect and self._refuse(Create()) is None:
-            plan.tick = True  # durable with the first batch that knows it; on a full disk with the first that writes
-        self.served = plan.served
+            decided.tick = True  # the suspicion is written at once; on a full disk with the next batch
+        self.served = decided.served
         self.state.request_hashes = dict(known.hashes)
         self.state.late = known.late
         self.state.advance(at.now, at.lease)
         if serves:
-            self._serve_parked(plan)
-        for asked in batch:
-            if type(asked.call.command) in _GRANTING and asked.key is None and asked.is_abandoned:
-                continue  # nobody is left to take the grant
-            answer = self._decide_one(plan, asked)
-            if answer is not None:
-                plan.replies.append((asked, answer))
+            self._serve_parked(decided)
+        for envelope in envelopes:
+            if type(envelope.call.command) in _GRANTING and envelope.key is None and envelope.is_abandoned:
+                continue  # no caller is left to receive the grant
+            response = self._decide_one(decided, envelope)
+            if response is not None:
+                decided.replies.append((envelope, response))
             if serves and self._became_due:
-                self._serve_parked(plan)
-        return plan
+                self._serve_parked(decided)
+        return decided
 
-    def batch(self, plan: DecidedBatch, policy: Policy) -> Batch:
-        """The transaction of a plan."""
+    def batch(self, decided: DecidedBatch, policy: Policy) -> Batch:
+        """Return what to write for a decided batch."""
         keys, forgotten = self.keys.changed()
-        queues = {change.event.queue for change in plan.changes if _touches_queue(change)}
+        queues = {change.event.queue for change in decided.changes if _touches_queue(change)}
         return Batch(
-            changes=plan.changes,
-            numbers=self.state.numbers(plan.at.lease, plan.at.believed, plan.at.suspect),
+            changes=decided.changes,
+            numbers=self.state.numbers(decided.at.lease, decided.at.believed, decided.at.suspect),
             queues={queue: self.state.queue_row(queue) for queue in queues},
             keys=keys,
             forget_keys=forgotten,
-            checked=plan.tx.checked,
-            report=plan.report,
-            payloads=plan.wanted_payloads(),
-            unmark=plan.unmark,
-            tombstones=tombstones(plan.changes) if policy.artifacts else [],
+            checked=decided.tx.checked,
+            report=decided.report,
+            payloads=decided.wanted_payloads(),
+            unmark=decided.unmark,
+            tombstones=tombstones(decided.changes) if policy.artifacts else [],
             sweeps=policy.artifacts,
-            audit=plan.audit,
+            audit=decided.audit,
         )
 
-    def committed(self, plan: DecidedBatch) -> None:
-        """The plan is on disk."""
+    def committed(self, decided: DecidedBatch) -> None:
+        """Apply what follows from the commit of the batch."""
         self.keys.commit()
-        self.state.clock_suspect = plan.at.suspect
-        for lock_id in plan.tx.ended:
-            self._handed.pop(lock_id, None)
-        for change in plan.changes:
+        self.state.clock_suspect = decided.at.suspect
+        for lock_id in decided.tx.ended:
+            self._receivers.pop(lock_id, None)
+        for change in decided.changes:
             if change.after is None:
                 self.state.suspects.pop(change.event.job_seq, None)
-        for seq in plan.tx.checked:
+        for seq in decided.tx.checked:
             self.state.suspects.pop(seq, None)
 
-    def roll_back(self, plan: DecidedBatch) -> None:
-        """Undo the plan, because it was not written. Numbers that it used stay used."""
+    def roll_back(self, decided: DecidedBatch) -> None:
+        """Undo the batch, because it was not written. Its numbers stay used."""
         self.keys.rollback()
-        # First the claims that wait: the jobs that come back below may be due for them.
-        for asked in plan.parked:
-            self.parked.remove(asked)
-        for asked in plan.served:
-            if asked not in plan.parked:
-                self.parked.add(asked)
-        plan.tx.roll_back()
-        for asked, answer in plan.replies:
-            if asked.key is not None and isinstance(answer, Response):
-                self._hand(asked, answer, -len(asked.futures))
+        # Before the jobs, which may become due for these claims.
+        for envelope in decided.parked:
+            self.parked.remove(envelope)
+        for envelope in decided.served:
+            if envelope not in decided.parked:
+                self.parked.add(envelope)
+        decided.tx.roll_back()
+        for envelope, response in decided.replies:
+            if envelope.key is not None and isinstance(response, Response):
+                self._count_receivers(envelope, response, -len(envelope.futures))
 
-    def not_told(self, asked: Envelope, answer: Response, told: int) -> list[Undelivered]:
-        """Of those who asked only `told` still waited: the grants that nobody has received go back."""
-        self._hand(asked, answer, told - len(asked.futures))
-        return self.undelivered(answer, forgone=0) if told == 0 else []
+    def unreceived(self, envelope: Envelope, response: Response, received: int) -> list[Undelivered]:
+        """Return the releases for a response that only `received` of its callers have received."""
+        self._count_receivers(envelope, response, received - len(envelope.futures))
+        return self.undelivered(response, forgone=0) if received == 0 else []
 
-    def undelivered(self, answer: Response, *, forgone: int = 1) -> list[Undelivered]:
-        """`forgone` connections closed before the first byte of `answer`: what has to be released, if anything."""
+    def undelivered(self, response: Response, *, forgone: int = 1) -> list[Undelivered]:
+        """Return the releases for a response of which `forgone` connections closed before its first byte."""
         released = []
-        for job_id, lock_id in answer.grants:
-            if lock_id in self._handed:
-                self._handed[lock_id] -= forgone
-            if self._handed.get(lock_id, 0) <= 0:
+        for job_id, lock_id in response.grants:
+            if lock_id in self._receivers:
+                self._receivers[lock_id] -= forgone
+            if self._receivers.get(lock_id, 0) <= 0:
                 released.append(Undelivered(id=job_id, lock_id=lock_id))
         return released
 
     # -- one command --------------------------------------------------------------------------------------------------
 
-    def _decide_one(self, plan: DecidedBatch, asked: Envelope) -> Response | ApiError | None:
-        """The answer to one command, or None where it waits: parked, or for its first call that is parked."""
-        command = asked.call.command
-        key = asked.key
+    def _decide_one(self, decided: DecidedBatch, envelope: Envelope) -> Response | ApiError | None:
+        """Return the response to one command. None: its claim is parked, or waits for an equal one that is."""
+        command = envelope.call.command
+        key = envelope.key
         if key is not None and is_dry_run(command):
-            key = None  # nothing is done that could be done twice
+            key = None  # a dry run may be repeated
         if key is not None:
             first = self.parked.waiting_with(key.digest)
-            if first is not None and first is not asked:
-                return _join(first, asked)
-            known = self._known_answer(plan, asked, key)
+            if first is not None and first is not envelope:
+                return _join(first, envelope)
+            known = self._stored_response(decided, envelope, key)
             if known is not None:
-                return known  # on a full disk too: what was done is not refused afterwards
+                return known  # on a full disk too
         refusal = self._refuse(command)
         if refusal is not None and not (type(command) is Complete and late_result_rules.is_late(self.state, command)):
-            return refusal  # who has lost the lock hears that on a full disk too: it writes nothing
+            return refusal  # a late complete gets lock_lost on a full disk too, because it writes nothing
         if type(command) is Claim or type(command) is Start:
             self.state.presence.asks(command)
-        elif type(command) in _NOTED and (refusal := self._note(plan, command)) is not None:
+        elif type(command) in _NOTED and (refusal := self._note(decided, command)) is not None:
             return refusal
-        response = self._decided(plan, asked.call)
+        response = self._decided(decided, envelope.call)
         if type(command) is Claim and self._parks(command, response):
-            asked.deadline = self._loop_time() + command.wait_ms / 1000
-            self.parked.add(asked)
-            plan.parked.append(asked)
+            envelope.deadline = self._loop_time() + command.wait_ms / 1000
+            self.parked.add(envelope)
+            decided.parked.append(envelope)
             return None
         if key is not None:
-            self._keep_answer(plan, asked, key, response)
+            self._store_response(decided, envelope, key, response)
         return response
 
-    def _note(self, plan: DecidedBatch, command: AnyCommand) -> ApiError | None:
-        """Note what the batch does beside the change of `command`. Returns why it is refused, if it is."""
+    def _note(self, decided: DecidedBatch, command: AnyCommand) -> ApiError | None:
+        """Note what `command` does beside its rule. Return an error if it is rejected."""
         if isinstance(command, Undelivered):
-            if self._handed.get(command.lock_id, 0) > 0:
+            if self._receivers.get(command.lock_id, 0) > 0:
                 return ApiError("lock_lost", "Another connection has received this grant.")
         elif isinstance(command, Tick):
-            plan.tick = True
+            decided.tick = True
         elif isinstance(command, EndGrants):
-            plan.unmark = plan.unmark or command.last
+            decided.unmark = decided.unmark or command.last
         elif isinstance(command, Report):
-            plan.report = command.body
+            decided.report = command.body
         return None
 
-    def _decided(self, plan: DecidedBatch, call: Call) -> Response | ApiError:
+    def _decided(self, decided: DecidedBatch, call: Call) -> Response | ApiError:
         """Decide one command. A bug in a rule costs one command."""
-        tx = plan.tx
+        tx = decided.tx
         ended = len(tx.ended)
         try:
             response = decide.decide(tx, call)
@@ -272,16 +273,16 @@ class Decider:
             for lock_id in tx.ended[ended:]:
                 self.keys.ended(lock_id)
         if call.operator is not None:
-            self._audit(plan, call, response, tx.changed())
+            self._audit(decided, call, response, tx.changed())
         return response
 
-    def _audit(self, plan: DecidedBatch, call: Call, response: Response | ApiError, changes: list[Change]) -> None:
-        """What an operator changed is written with the change; all else, where the disk has room for it."""
-        audited = audit.entry(call, response, changes, plan.at.now)
+    def _audit(self, decided: DecidedBatch, call: Call, response: Response | ApiError, changes: list[Change]) -> None:
+        """Add the audit entry of a call. On a full disk, only changes get one."""
+        audited = audit.entry(call, response, changes, decided.at.now)
         if audited is None:
             return
         if audit_share(audited.what, audited.outcome) == "changes" or self._refuse(Create()) is None:
-            plan.audit.append(audited)
+            decided.audit.append(audited)
 
     # -- parked claims ------------------------------------------------------------------------------------------------
 
@@ -294,12 +295,12 @@ class Decider:
         if self.parked:
             self._became_due[(queue, kind)] = None
 
-    def _serve_parked(self, plan: DecidedBatch) -> None:
-        """Jobs became due while claims wait for them: who has waited longest is served first, before anybody new.
+    def _serve_parked(self, decided: DecidedBatch) -> None:
+        """Serve the parked claims for which jobs became due, before any new claim.
 
-        Longest over all queues at once: a claim may take jobs of a queue for which another has waited longer.
+        The claim that has waited longest is first, over all queues at once.
         """
-        waiting: list[tuple[int, str, str]] = []  # ticket of the first who waits, queue, kind
+        waiting: list[tuple[int, str, str]] = []  # ticket of the first claim, queue, kind
         while self._became_due or waiting:
             lanes, self._became_due = self._became_due, {}
             for queue, kind in lanes:
@@ -307,100 +308,104 @@ class Decider:
             if not waiting:
                 return
             ticket, queue, kind = heappop(waiting)
-            asked = self.parked.first(queue, kind)
-            if asked is not None and self._refuse(asked.call.command) is not None:
-                # They stay due for whoever waits, until the disk has room.
+            envelope = self.parked.first(queue, kind)
+            if envelope is not None and self._refuse(envelope.call.command) is not None:
+                # The jobs stay due for the claims until the disk has room.
                 self._became_due = dict.fromkeys([(queue, kind), *((queue, kind) for _, queue, kind in waiting)])
                 return
-            if asked is not None and (asked.ticket != ticket or self._serve(plan, asked)):
+            if envelope is not None and (envelope.ticket != ticket or self._serve(decided, envelope)):
                 self._line_up(waiting, queue, kind)
 
     def _line_up(self, waiting: list[tuple[int, str, str]], queue: str, kind: str) -> None:
-        if (asked := self.parked.first(queue, kind)) is not None:
-            heappush(waiting, (asked.ticket, queue, kind))
+        if (envelope := self.parked.first(queue, kind)) is not None:
+            heappush(waiting, (envelope.ticket, queue, kind))
 
-    def _serve(self, plan: DecidedBatch, asked: Envelope) -> bool:
-        """Whether the parked claim got something."""
-        response = self._decided(plan, asked.call)
+    def _serve(self, decided: DecidedBatch, envelope: Envelope) -> bool:
+        """Serve a parked claim. Return whether it got a grant."""
+        response = self._decided(decided, envelope.call)
         if not isinstance(response, Response) or not response.grants:
             return False
-        self.parked.remove(asked)
-        plan.served.append(asked)
-        plan.replies.append((asked, response))
-        if asked.key is not None:
-            self._keep_answer(plan, asked, asked.key, response)
+        self.parked.remove(envelope)
+        decided.served.append(envelope)
+        decided.replies.append((envelope, response))
+        if envelope.key is not None:
+            self._store_response(decided, envelope, envelope.key, response)
         return True
 
     # -- idempotency keys ---------------------------------------------------------------------------------------------
 
-    def _known_answer(self, plan: DecidedBatch, asked: Envelope, key: IdempotencyKey) -> Response | ApiError | None:
-        """The stored answer of a repeated call; None where it has to be judged."""
-        row = self.keys.find(key.digest, plan.at.believed)
+    def _stored_response(
+        self, decided: DecidedBatch, envelope: Envelope, key: IdempotencyKey
+    ) -> Response | ApiError | None:
+        """Return the stored response of a repeated call; None if the call is to be decided."""
+        row = self.keys.find(key.digest, decided.at.believed)
         if row is None:
-            if self.keys.has_room(plan.at.believed):
+            if self.keys.has_room(decided.at.believed):
                 return None
             return ApiError("overloaded", "Too many idempotency keys are in use; try again later, or without a key.")
         if row.body_hash != key.body_hash:
             return _key_reused()
         if row.grants is not None:
-            return self._current_grants(plan, asked, row.grants)
-        stored = row if row.body is not None else plan.known.answers.get(key.digest)
+            return self._current_grants(decided, envelope, row.grants)
+        stored = row if row.body is not None else decided.known.responses.get(key.digest)
         if stored is None or stored.body is None:
             message = "The stored response of this key is damaged. Check what the first request did and use a new key."
             return ApiError("internal_error", message)
         return Response(Raw(stored.body), status=stored.status, replayed=True)
 
-    def _current_grants(self, plan: DecidedBatch, asked: Envelope, grants: list[tuple[str, str]]) -> Response | None:
-        """The grants of the first call that are still current; None where none is: the call is judged anew."""
-        answer = Response(Grants([]), unread_payloads=[], grants=[], replayed=True)
+    def _current_grants(
+        self, decided: DecidedBatch, envelope: Envelope, grants: list[tuple[str, str]]
+    ) -> Response | None:
+        """Return the grants of the first call that are still current; None if there are none."""
+        response = Response(Grants([]), unread_payloads=[], grants=[], replayed=True)
         for job_id, lock_id in grants:
             if self.state.holds(job_id, lock_id):
                 job = self.state.jobs[job_id]
-                shown = views.job_view(job, plan.at, plan.tx.policy, admin=asked.call.admin)
-                answer.data.grants.append(views.grant_view(job, plan.at, shown))
-                answer.unread_payloads.append((job.seq, shown))
-                answer.grants.append((job_id, lock_id))
-        if not answer.grants:
+                view = views.job_view(job, decided.at, decided.tx.policy, admin=envelope.call.admin)
+                response.data.grants.append(views.grant_view(job, decided.at, view))
+                response.unread_payloads.append((job.seq, view))
+                response.grants.append((job_id, lock_id))
+        if not response.grants:
             return None
-        if isinstance(asked.call.command, Start):
-            answer.data = answer.data.grants[0]
-        self._hand(asked, answer, len(asked.futures))
-        return answer
+        if isinstance(envelope.call.command, Start):
+            response.data = response.data.grants[0]
+        self._count_receivers(envelope, response, len(envelope.futures))
+        return response
 
-    def _keep_answer(
-        self, plan: DecidedBatch, asked: Envelope, key: IdempotencyKey, answer: Response | ApiError
+    def _store_response(
+        self, decided: DecidedBatch, envelope: Envelope, key: IdempotencyKey, response: Response | ApiError
     ) -> None:
-        """The answer to a keyed call that changed something is stored in the transaction of the change."""
-        if not plan.tx.has_changed or not isinstance(answer, Response):
+        """Store the response to a keyed call in the transaction of its change, if there is one."""
+        if not decided.tx.has_changed or not isinstance(response, Response):
             return
-        if answer.grants:
-            self._hand(asked, answer, len(asked.futures))
-            self.keys.add(StoredResponse(key.digest, key.body_hash, plan.at.believed, grants=list(answer.grants)))
+        if response.grants:
+            self._count_receivers(envelope, response, len(envelope.futures))
+            self.keys.add(StoredResponse(key.digest, key.body_hash, decided.at.believed, grants=list(response.grants)))
             return
-        known = plan.known.payloads | plan.tx.payloads
-        for seq, shown in answer.unread_payloads:
-            shown.payload = Raw(known[seq])
-        answer.unread_payloads = []
-        body = msgspec.json.encode(answer.data)
-        self.keys.add(StoredResponse(key.digest, key.body_hash, plan.at.believed, answer.status, body))
+        known = decided.known.payloads | decided.tx.payloads
+        for seq, view in response.unread_payloads:
+            view.payload = Raw(known[seq])
+        response.unread_payloads = []
+        body = msgspec.json.encode(response.data)
+        self.keys.add(StoredResponse(key.digest, key.body_hash, decided.at.believed, response.status, body))
 
-    def _hand(self, asked: Envelope, answer: Response, connections: int) -> None:
-        if asked.key is not None:
-            for _, lock_id in answer.grants:
-                self._handed[lock_id] += connections
+    def _count_receivers(self, envelope: Envelope, response: Response, connections: int) -> None:
+        if envelope.key is not None:
+            for _, lock_id in response.grants:
+                self._receivers[lock_id] += connections
 
 
-def _join(first: Envelope, asked: Envelope) -> ApiError | None:
-    """A parked call was repeated under its key: both wait for the one answer."""
-    assert first.key is not None and asked.key is not None
-    if first.key.body_hash != asked.key.body_hash:
+def _join(first: Envelope, envelope: Envelope) -> ApiError | None:
+    """Let the repeat of a parked call wait for the same response. Return an error if its body differs."""
+    assert first.key is not None and envelope.key is not None
+    if first.key.body_hash != envelope.key.body_hash:
         return _key_reused()
-    first.futures += [future for future in asked.futures if future not in first.futures]
+    first.futures += [future for future in envelope.futures if future not in first.futures]
     return None
 
 
 def _touches_queue(change: Change) -> bool:
-    """Whether it changes what the store keeps of its queue: whether that is paused, and how many jobs are finished."""
+    """Return whether `change` changes the row of its queue: its pause, or the number of finished jobs."""
     before, after = change.before, change.after
     if before is None and after is None:
         return True

@@ -48,7 +48,7 @@ def share(command: Command) -> float:
 
 
 def named_ids(command: Any) -> list[str]:
-    """The ids of the jobs that the decision about `command` will look up."""
+    """Return the ids of the jobs that the rule of `command` finds by id."""
     kind = type(command)
     if kind in _ON_JOB:
         return [command.id]
@@ -61,36 +61,36 @@ def named_ids(command: Any) -> list[str]:
     return command.ids if kind in (DeleteExpired, RepairJobs) else []
 
 
-def may_go_first(asked: Envelope) -> bool:
+def may_go_first(envelope: Envelope) -> bool:
     """Return whether this is a read that may be decided before the rest of its batch.
 
     A Ping may not: it measures how long a command takes.
     """
-    return asked.call.command.admission == "read" and not asked.in_line
+    return envelope.call.command.admission == "read" and not envelope.in_line
 
 
 def deleted_ids(command: Command) -> list[str]:
-    """The ids of the jobs that `command` may delete."""
+    """Return the ids of the jobs that `command` may delete."""
     if isinstance(command, ApplyPlan) and command.action in ("delete", "cleanup"):
         return named_ids(command)
     return command.ids if isinstance(command, DeleteExpired) else []
 
 
-def needs_payload_first(asked: Envelope, doomed: set[str]) -> bool:
-    """Whether the payload (or the request hash) of a job that exists is read before the decision.
+def needs_payload_first(envelope: Envelope, doomed: set[str]) -> bool:
+    """Return whether the payload or request hash of the job is read before the decision.
 
-    It has to be where the decision needs it, or where the job may be gone (`doomed`) when the answer shows it.
+    The decision needs it, or the job may be deleted in this batch (`doomed`) before the response shows it.
     """
-    command = asked.call.command
+    command = envelope.call.command
     if isinstance(command, (Create, Bulk, Delete)):
         return True
     if isinstance(command, JobCommand) and command.id in doomed:
         return True
-    return asked.key is not None and isinstance(command, JobCommand) and not isinstance(command, Start)
+    return envelope.key is not None and isinstance(command, JobCommand) and not isinstance(command, Start)
 
 
 def weight(command: Command) -> int:
-    """Commands count by what they write, so that one batch stays a few milliseconds."""
+    """Return how much `command` counts in a batch, by what it writes, so that a batch takes a few milliseconds."""
     if type(command) not in _WEIGHTY:
         return 1
     if isinstance(command, (Bulk, ApplyPlan)):
@@ -99,18 +99,18 @@ def weight(command: Command) -> int:
 
 
 class Waiter(Protocol):
-    """Who gets an answer: a future, or what a door has in its place. `set_result` is called once, and never raises.
+    """The receiver of a response: a future, or the listener's request. `set_result` is called once and never raises.
 
-    It may have a `prepare`, which is given the answer before its commit and never raises either.
+    It may have a method `prepare`, which gets the response before the commit and never raises either.
     """
 
     def done(self) -> bool: ...
     def cancelled(self) -> bool: ...
-    def set_result(self, answer: Response | ApiError, /) -> None: ...
+    def set_result(self, response: Response | ApiError, /) -> None: ...
 
 
 class Envelope:
-    """One call in the mailbox. Several connections may wait for its answer (a key repeated while it is parked)."""
+    """A call in the mailbox. Several connections wait for its response if its key is repeated while it is parked."""
 
     __slots__ = ("call", "deadline", "futures", "in_line", "key", "size", "ticket")
 
@@ -127,23 +127,23 @@ class Envelope:
 
     @property
     def is_abandoned(self) -> bool:
-        """Nobody waits for the answer any more."""
+        """Whether no caller waits for the response any more."""
         if len(self.futures) == 1:
             return self.futures[0].cancelled()
         return all(future.cancelled() for future in self.futures)
 
-    def prepare(self, answer: Response) -> None:
-        """So it will be answered, unless the commit fails: who can makes it ready, and tells nobody yet."""
+    def prepare(self, response: Response) -> None:
+        """Let the waiters encode the response that they get if the commit succeeds."""
         for future in self.futures:
             make_ready = getattr(future, "prepare", None)
             if make_ready is not None:
-                make_ready(answer)
+                make_ready(response)
 
-    def reply(self, answer: Response | ApiError) -> int:
-        """Answer everybody who still waits; how many there were."""
-        told = 0
+    def reply(self, response: Response | ApiError) -> int:
+        """Send the response to the callers that still wait. Return their number."""
+        sent = 0
         for future in self.futures:
             if not future.done():
-                future.set_result(answer)
-                told += 1
-        return told
+                future.set_result(response)
+                sent += 1
+        return sent

@@ -12,7 +12,7 @@ from jobd.model.commands import Claim
 Place = tuple[str, str | None]  # queue, and kind or None for all kinds
 
 
-class Parked:
+class ParkedClaims:
     """Waiting claims by the lanes that they wait for. Deadlines are in the event loop's time, seconds.
 
     `presence` records each wait, because a worker counts as seen while its claim waits.
@@ -29,48 +29,48 @@ class Parked:
     def __len__(self) -> int:
         return len(self._all)
 
-    def add(self, asked: Envelope) -> None:
-        """Park a claim; one that was parked before (its batch was refused by the disk) gets its old place."""
-        claim = asked.call.command
+    def add(self, envelope: Envelope) -> None:
+        """Park a claim. One that was parked before, in a batch that was not written, gets its former place."""
+        claim = envelope.call.command
         assert isinstance(claim, Claim)
-        if asked.ticket == 0:
-            asked.ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
+        if envelope.ticket == 0:
+            envelope.ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         places: list[Place] = [(queue, kind) for queue in dict.fromkeys(claim.queues) for kind in _kinds(claim)]
-        self._all[asked.ticket] = (asked, places, self._presence.waits(claim))
+        self._all[envelope.ticket] = (envelope, places, self._presence.waits(claim))
         for place in places:
             waiting = self._at.setdefault(place, {})
-            late = bool(waiting) and next(reversed(waiting)) > asked.ticket
-            waiting[asked.ticket] = asked
+            late = bool(waiting) and next(reversed(waiting)) > envelope.ticket
+            waiting[envelope.ticket] = envelope
             if late:
                 self._at[place] = dict(sorted(waiting.items()))
-        heapq.heappush(self._deadlines, (asked.deadline, asked.ticket))
-        if asked.key is not None:
-            self._by_digest[asked.key.digest] = asked
+        heapq.heappush(self._deadlines, (envelope.deadline, envelope.ticket))
+        if envelope.key is not None:
+            self._by_digest[envelope.key.digest] = envelope
 
-    def remove(self, asked: Envelope) -> bool:
-        """Whether it was parked."""
-        found = self._all.pop(asked.ticket, None)
+    def remove(self, envelope: Envelope) -> bool:
+        """Remove a claim. Return whether it was parked."""
+        found = self._all.pop(envelope.ticket, None)
         if found is None:
             return False
-        claim = asked.call.command
+        claim = envelope.call.command
         assert isinstance(claim, Claim)
         self._presence.waits_no_more(claim.worker, found[2])
         for place in found[1]:
-            del self._at[place][asked.ticket]
+            del self._at[place][envelope.ticket]
             if not self._at[place]:
                 del self._at[place]
-        if asked.key is not None and self._by_digest.get(asked.key.digest) is asked:
-            del self._by_digest[asked.key.digest]
+        if envelope.key is not None and self._by_digest.get(envelope.key.digest) is envelope:
+            del self._by_digest[envelope.key.digest]
         return True
 
     def first(self, queue: str, kind: str) -> Envelope | None:
-        """Who has waited longest for a job of this queue and kind."""
+        """Return the claim that has waited longest for a job of this queue and kind."""
         waiting = [self._at[place] for place in ((queue, kind), (queue, None)) if place in self._at]
         ticket = min((next(iter(tickets)) for tickets in waiting), default=None)
         return None if ticket is None else self._all[ticket][0]
 
     def waiting_with(self, digest: str) -> Envelope | None:
-        """The parked claim with this idempotency key."""
+        """Return the parked claim with this idempotency key."""
         return self._by_digest.get(digest)
 
     def next_deadline(self) -> float | None:
@@ -79,17 +79,17 @@ class Parked:
         return self._deadlines[0][0] if self._deadlines else None
 
     def take_late(self, time: float) -> Iterator[Envelope]:
-        """Take out the claims whose wait is over at loop time `time`."""
+        """Remove and return the claims whose wait is over at loop time `time`."""
         while (deadline := self.next_deadline()) is not None and deadline <= time:
-            asked = self._all[heapq.heappop(self._deadlines)[1]][0]
-            self.remove(asked)
-            yield asked
+            envelope = self._all[heapq.heappop(self._deadlines)[1]][0]
+            self.remove(envelope)
+            yield envelope
 
     def take_all(self) -> list[Envelope]:
-        everybody = [asked for asked, _, _ in self._all.values()]
-        for asked in everybody:
-            self.remove(asked)
-        return everybody
+        envelopes = [envelope for envelope, _, _ in self._all.values()]
+        for envelope in envelopes:
+            self.remove(envelope)
+        return envelopes
 
 
 def _kinds(claim: Claim) -> list[str] | list[None]:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from jobd.core.state import State
-from jobd.engine.batch import DecidedBatch, Decider, Known
+from jobd.engine.batch import DecidedBatch, Decider, Preloaded
 from jobd.engine.idempotency import Keys
 from jobd.engine.mailbox import Envelope
-from jobd.engine.waiting_claims import Parked
+from jobd.engine.waiting_claims import ParkedClaims
 from jobd.http.decoding import Limits, RequestDecoder
 from jobd.http.response import response_line
 from jobd.model.commands import Call, Claim, Command, Complete, Create, Moment
@@ -62,7 +62,7 @@ class MeasuredCore:
         self._decider = Decider(
             self._book,
             Keys([], 1_000),
-            Parked(self._book.presence),
+            ParkedClaims(self._book.presence),
             refuse=lambda command: None,
             loop_time=time.monotonic,
         )
@@ -84,7 +84,7 @@ class MeasuredCore:
         ]
         now, lease = time.time_ns() // 1_000_000, (time.monotonic_ns() - self._began) // 1_000_000
         at = Moment(now, lease, now - lease)
-        plan = self._timed("decide", count, lambda: self._decider.decide(envelopes, at, Known(), self._policy))
+        plan = self._timed("decide", count, lambda: self._decider.decide(envelopes, at, Preloaded(), self._policy))
         batch = self._timed("gather", count, lambda: self._decider.batch(plan, self._policy))
         plan.fill(self._timed("write and fsync", count, lambda: self._tables.append(batch, 0)))
         if self._tables.behind >= SLICE_EVENTS:

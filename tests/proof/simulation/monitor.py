@@ -352,7 +352,7 @@ class Monitor(DecisionChecks):
         disk = self.machine.disk
         if self.daemon is not daemon or not daemon.is_open or grant.fencing_token in self.received:
             return
-        if not daemon.state.holds(job_id, grant.lock_id) or daemon.actor._decider._handed.get(grant.lock_id):
+        if not daemon.state.holds(job_id, grant.lock_id) or daemon.actor._decider._receivers.get(grant.lock_id):
             return
         if checks_left or disk.full or disk.slowness_s or disk.slowed:
             self._expect_delivery(daemon, job_id, grant, max(checks_left - 1, 0))

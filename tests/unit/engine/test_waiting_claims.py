@@ -10,7 +10,7 @@ import pytest
 from jobd.core.worker_presence import WorkerPresence
 from jobd.engine.actor import CLOCK_LOOK_S, DiskBroken
 from jobd.engine.mailbox import Envelope
-from jobd.engine.waiting_claims import Parked
+from jobd.engine.waiting_claims import ParkedClaims
 from jobd.model.commands import (
     Bulk,
     Call,
@@ -234,7 +234,7 @@ async def test_stop_wakes_an_idle_actor() -> None:
 
 def test_the_claim_that_waits_longest_is_found() -> None:
     async def test() -> None:
-        claims = Parked(WorkerPresence())
+        claims = ParkedClaims(WorkerPresence())
         loop = asyncio.get_running_loop()
 
         def claim(deadline: float, **fields: Any) -> Envelope:

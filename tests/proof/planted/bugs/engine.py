@@ -22,17 +22,17 @@ from tests.proof.planted.registry import ACTOR, SIMULATION, bug
 
 
 @bug("answer-before-commit", Actor._write, breaks="responses leave before the commit", found_by=SIMULATION)
-async def _(write: Any, self: Actor, plan: DecidedBatch) -> Any:
-    for asked, answer in plan.replies:
-        if isinstance(answer, Response) and answer.read is None and not answer.unread_payloads:
-            asked.reply(answer)
-    return await write(self, plan)
+async def _(write: Any, self: Actor, decided: DecidedBatch) -> Any:
+    for envelope, response in decided.replies:
+        if isinstance(response, Response) and response.read is None and not response.unread_payloads:
+            envelope.reply(response)
+    return await write(self, decided)
 
 
 @bug("io-error-taken-for-a-full-disk", Actor._write, breaks="the daemon goes on after a failed fsync", found_by=ACTOR)
-async def _(write: Any, self: Actor, plan: DecidedBatch) -> Any:
+async def _(write: Any, self: Actor, decided: DecidedBatch) -> Any:
     try:
-        return await write(self, plan)
+        return await write(self, decided)
     except OSError as error:
         raise DiskFull(str(error)) from error
 
@@ -47,8 +47,8 @@ def _(stop: Any, self: Actor) -> None:
 def _(undelivered: Any, self: Actor, answer: Response) -> None: ...
 
 
-@bug("abandoned-grant-kept", Decider.not_told, breaks="a grant of a caller that left stays", found_by=SIMULATION)
-def _(not_told: Any, self: Decider, asked: Envelope, answer: Response, told: int) -> list[Undelivered]:
+@bug("abandoned-grant-kept", Decider.unreceived, breaks="a grant of a caller that left stays", found_by=SIMULATION)
+def _(unreceived: Any, self: Decider, envelope: Envelope, response: Response, received: int) -> list[Undelivered]:
     return []
 
 
@@ -58,14 +58,14 @@ def _(not_told: Any, self: Decider, asked: Envelope, answer: Response, told: int
     breaks="a rejected batch returns its tokens",
     found_by=SIMULATION,
 )
-def _(roll_back: Any, self: Decider, plan: DecidedBatch) -> None:
-    roll_back(self, plan)
-    self.state.next_token -= sum(change.event.type == "granted" for change in plan.changes)
+def _(roll_back: Any, self: Decider, decided: DecidedBatch) -> None:
+    roll_back(self, decided)
+    self.state.next_token -= sum(change.event.type == "granted" for change in decided.changes)
 
 
 @bug("rollback-forgotten", Decider.roll_back, breaks="memory keeps what the disk rejected", found_by=SIMULATION)
-def _(roll_back: Any, self: Decider, plan: DecidedBatch) -> None:
-    roll_back(self, replace(plan, tx=Transaction(self.state, plan.at, Policy())))
+def _(roll_back: Any, self: Decider, decided: DecidedBatch) -> None:
+    roll_back(self, replace(decided, tx=Transaction(self.state, decided.at, Policy())))
 
 
 @bug("keys-not-rolled-back", Keys.rollback, breaks="a rejected call is answered as if it was done", found_by=SIMULATION)
@@ -83,8 +83,8 @@ _late_audit: WeakKeyDictionary[Decider, list[AuditEntry]] = WeakKeyDictionary()
     breaks="a key is in the transaction after its change",
     found_by=SIMULATION,
 )
-def _(batch: Any, self: Decider, plan: DecidedBatch, policy: Policy) -> Any:
-    made: Batch = batch(self, plan, policy)
+def _(batch: Any, self: Decider, decided: DecidedBatch, policy: Policy) -> Any:
+    made: Batch = batch(self, decided, policy)
     late, _late_keys[self] = _late_keys.get(self, []), made.keys
     return replace(made, keys=late)
 
@@ -95,8 +95,8 @@ def _(batch: Any, self: Decider, plan: DecidedBatch, policy: Policy) -> Any:
     breaks="an operator's change has no audit entry",
     found_by=SIMULATION,
 )
-def _(batch: Any, self: Decider, plan: DecidedBatch, policy: Policy) -> Any:
-    made: Batch = batch(self, plan, policy)
+def _(batch: Any, self: Decider, decided: DecidedBatch, policy: Policy) -> Any:
+    made: Batch = batch(self, decided, policy)
     late, _late_audit[self] = _late_audit.get(self, []), made.audit
     return replace(made, audit=late)
 
@@ -107,9 +107,9 @@ def _(batch: Any, self: Decider, plan: DecidedBatch, policy: Policy) -> Any:
     breaks="the next start trusts a jump of the clock",
     found_by=ACTOR,
 )
-def _(batch: Any, self: Decider, plan: DecidedBatch, policy: Policy) -> Any:
-    made: Batch = batch(self, plan, policy)
-    return replace(made, numbers=replace(made.numbers, wall_ms=plan.at.now))
+def _(batch: Any, self: Decider, decided: DecidedBatch, policy: Policy) -> Any:
+    made: Batch = batch(self, decided, policy)
+    return replace(made, numbers=replace(made.numbers, wall_ms=decided.at.now))
 
 
 @bug("effect-twice-under-one-key", Keys.find, breaks="a repeat in the same batch runs again", found_by=SIMULATION)
@@ -119,13 +119,13 @@ def _(find: Any, self: Keys, digest: str, now: int) -> Any:
 
 @bug(
     "key-of-another-request",
-    Decider._known_answer,
+    Decider._stored_response,
     breaks="a key answers any request with the first's",
     found_by=SIMULATION,
 )
-def _(known_answer: Any, self: Decider, plan: DecidedBatch, asked: Envelope, key: IdempotencyKey) -> Any:
-    row = self.keys.find(key.digest, plan.at.believed)
-    return known_answer(self, plan, asked, key if row is None else replace(key, body_hash=row.body_hash))
+def _(stored_response: Any, self: Decider, decided: DecidedBatch, envelope: Envelope, key: IdempotencyKey) -> Any:
+    row = self.keys.find(key.digest, decided.at.believed)
+    return stored_response(self, decided, envelope, key if row is None else replace(key, body_hash=row.body_hash))
 
 
 @bug(
@@ -142,8 +142,8 @@ def _(ended: Any, self: Keys, lock_id: str) -> None:
 
 
 @bug("read-overtakes-its-own-stream", may_go_first, breaks="a read misses the command before it", found_by=ACTOR)
-def _(may_go: Any, asked: Envelope) -> bool:
-    return bool(asked.call.command.admission == "read")
+def _(may_go: Any, envelope: Envelope) -> bool:
+    return bool(envelope.call.command.admission == "read")
 
 
 @bug(
