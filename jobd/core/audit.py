@@ -29,8 +29,8 @@ def entry(call: Call, response: Response | ApiError, changes: list[Change], at: 
         return None
     command = call.command
     if isinstance(command, RecordAction):
-        told = {"job_id": command.job_id, "outcome": command.outcome, "details": command.details}
-        return _row(call.operator, at, command.what, reason=command.reason, **told)
+        given = {"job_id": command.job_id, "outcome": command.outcome, "details": command.details}
+        return _row(call.operator, at, command.what, reason=command.reason, **given)
     what = f"plan-{command.action}" if isinstance(command, ApplyPlan) else command.audit_name
     if what is None or (isinstance(command, Import) and not changes):
         return None  # a read, or a line of an import that was skipped or rejected, which is in the report
@@ -53,7 +53,7 @@ def _details(command: AnyCommand, response: Response | ApiError, changes: list[C
     if isinstance(command, TakeBack):
         return {"worker": command.name}
     is_done = isinstance(command, JobCommand) and isinstance(response, Response)
-    return _told(changes) if is_done else None
+    return _summary(changes) if is_done else None
 
 
 def _job_of(command: AnyCommand) -> str | None:
@@ -67,7 +67,7 @@ def _row(operator: Operator, at: int, what: str, **more: Any) -> AuditEntry:
     return AuditEntry(at, operator.who, operator.address, what, part_of=operator.part_of, **more)
 
 
-def _told(changes: list[Change]) -> dict[str, Any] | None:
+def _summary(changes: list[Change]) -> dict[str, Any] | None:
     """Return the details of a change: both statuses, the number of the event, and its public details."""
     if not changes:
         return None

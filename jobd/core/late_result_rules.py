@@ -1,7 +1,7 @@
 """The rules for calls whose grant has ended: the journal records them, and the result of a complete is stored.
 
-Late results are on disk. Before a batch is decided, the actor reads those that `asks` returns, and the state has them
-during the batch. A late result never changes the holder of a job.
+Late results are on disk. Before a batch is decided, the actor reads those that `late_results_needed` returns, and the
+state has them during the batch. A late result never changes the holder of a job.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jobd.model.job import MAX_LATE_RESULTS, Job, LateResult, Policy, Result, st
 from jobd.model.responses import Response
 from jobd.model.storage import LateResultQuery
 
-_ASKING: Final = "[validation] require_download_url"
+_REQUIRING: Final = "[validation] require_download_url"
 _BY_HAND: Final = (
     "jobctl transition ID STATUS completed --set download_url=URL (also set the other fields that you want to keep)"
 )
@@ -34,7 +34,7 @@ _CALLS: Final[dict[type, tuple[str, str]]] = {  # the verb, and what the worker 
 }
 
 
-def asks(state: State, command: AnyCommand, policy: Policy) -> LateResultQuery | None:
+def late_results_needed(state: State, command: AnyCommand, policy: Policy) -> LateResultQuery | None:
     """Return the late results to read before `command` is decided."""
     if not isinstance(command, (Complete, Why, Adopt)):
         return None
@@ -81,7 +81,7 @@ def complete(tx: Transaction, command: Complete, refusal: ApiError, body_hash: s
     return _kept(tx, job, late, refusal) or _not_kept(tx, job, command, refusal)
 
 
-def tell(tx: Transaction, job: Job, command: Calls) -> None:
+def note_call(tx: Transaction, job: Job, command: Calls) -> None:
     """Record the first rejected call of each verb of an ended grant in the journal.
 
     Only calls of the last ended grant, which is in memory, are recorded: unknown locks leave nothing, and no call needs
@@ -91,11 +91,11 @@ def tell(tx: Transaction, job: Job, command: Calls) -> None:
     if ended is None or ended.lock_id != command.lock_id or not tx.policy.late_calls:
         return
     verb, action = _CALLS[type(command)]
-    if tx.state.was_told(job.seq, ended.fencing_token, verb):
+    if tx.state.has_late_call(job.seq, ended.fencing_token, verb):
         return
     lost = f"after its lock was lost ({ended.rule})"
     reason = f"Worker {ended.worker} tried to {action} {lost}; {_holder(job)}. The call was rejected."
-    details = {"verb": verb, "worker": ended.worker, "fencing_token": ended.fencing_token, **_said(command)}
+    details = {"verb": verb, "worker": ended.worker, "fencing_token": ended.fencing_token, **_call_details(command)}
     tx.note_call(job, ended.worker, reason, details)
 
 
@@ -118,7 +118,7 @@ def adopt(tx: Transaction, command: Adopt) -> Response | ApiError:
     expires_at = late.expires_at if late.expires_at is not None and late.expires_at > tx.at.now else None
     fields = transitions.completion(late.result, expires_at)
     job = transitions.finish(tx, job, "adopted", "completed", job.ended, fields, reason=command.reason, details=details)
-    return transitions.job_answer(tx, job)
+    return transitions.job_response(tx, job)
 
 
 def refuse_adoption(late: LateResult, policy: Policy) -> ApiError | None:
@@ -126,7 +126,7 @@ def refuse_adoption(late: LateResult, policy: Policy) -> ApiError | None:
     refusal = transitions.refuse_without_url(policy, late.result.download_url)
     if refusal is None:
         return None
-    message = f"Late result {late.seq} cannot be adopted: it has no download_url, which {_ASKING} requires."
+    message = f"Late result {late.seq} cannot be adopted: it has no download_url, which {_REQUIRING} requires."
     return replace(refusal, message=f"{message} If the work is complete, set a URL yourself: {_BY_HAND}")
 
 
@@ -165,11 +165,11 @@ def _taken(tx: Transaction, job: Job, late: LateResult) -> Response:
     job = transitions.finish(
         tx, job, "adopted", "completed", ended, fields, worker=late.worker, reason=reason, details=details
     )
-    return transitions.job_answer(tx, job)
+    return transitions.job_response(tx, job)
 
 
 def _not_kept(tx: Transaction, job: Job, command: Complete, refusal: ApiError) -> ApiError:
-    tell(tx, job, command)
+    note_call(tx, job, command)
     return refusal
 
 
@@ -182,7 +182,7 @@ def _kept(tx: Transaction, job: Job, late: LateResult, refusal: ApiError) -> Api
     known = tx.state.late.results.get(job.seq, [])
     same = next((each for each in known if each.fencing_token == late.fencing_token), None)
     if same is not None:
-        return _told(tx, job, same, refusal) if same.body_hash == late.body_hash else None
+        return _with_late_result(tx, job, same, refusal) if same.body_hash == late.body_hash else None
     result = late.result
     latest = sorted([late.fencing_token, *(each.fencing_token for each in known)])[-MAX_LATE_RESULTS:]
     if late.fencing_token not in latest:
@@ -193,15 +193,15 @@ def _kept(tx: Transaction, job: Job, late: LateResult, refusal: ApiError) -> Api
         return None
     reason = f"Worker {late.worker} completed the job after its lock was lost; {_holder(job)}. Its result is stored."
     details = {"worker": late.worker, "fencing_token": late.fencing_token}
-    return _told(tx, job, tx.keep_late(job, late, reason, details), refusal)
+    return _with_late_result(tx, job, tx.keep_late(job, late, reason, details), refusal)
 
 
-def _told(tx: Transaction, job: Job, late: LateResult, refusal: ApiError) -> ApiError:
+def _with_late_result(tx: Transaction, job: Job, late: LateResult, refusal: ApiError) -> ApiError:
     kept = f"Its result is stored as late result {late.seq}"
     if job.status == "completed":
         kept += "."
     elif transitions.refuse_without_url(tx.policy, late.result.download_url) is not None:
-        kept += f", but cannot be adopted: it has no download_url, which {_ASKING} requires."
+        kept += f", but cannot be adopted: it has no download_url, which {_REQUIRING} requires."
     else:
         kept += f"; an operator can adopt it: jobctl adopt {job.id}"
     return replace(refusal, message=f"{refusal.message} {kept}", details=refusal.details | {"late_result": late.seq})
@@ -211,14 +211,14 @@ def _holder(job: Job) -> str:
     return f"worker {job.grant.worker} holds the job" if job.grant is not None else f"the job is {job.status}"
 
 
-def _said(command: Calls) -> dict[str, Any]:
+def _call_details(command: Calls) -> dict[str, Any]:
     """Return the content of a rejected call, for the event."""
-    said: dict[str, Any] = {}
+    details: dict[str, Any] = {}
     if isinstance(command, Progress):
-        said = {"progress": transitions.whole(command.progress), "message": command.message}
+        details = {"progress": transitions.whole(command.progress), "message": command.message}
     elif isinstance(command, Fail):
-        said = {"error_message": command.error_message, "error_code": command.error_code}
-    return {name: value for name, value in said.items() if value is not None}
+        details = {"error_message": command.error_message, "error_code": command.error_code}
+    return {name: value for name, value in details.items() if value is not None}
 
 
 def _chosen(known: list[LateResult], seq: int | None) -> LateResult | None:

@@ -139,7 +139,7 @@ def run_now(tx: Transaction, command: RunNow) -> Response | ApiError:
     if job.run_at > tx.at.now:
         reason = command.reason or "run now"
         job = tx.update(job, "updated", {"run_at": tx.at.now}, reason=reason, details={"run_at": tx.at.now})
-    return transitions.job_answer(tx, job)
+    return transitions.job_response(tx, job)
 
 
 def update(tx: Transaction, command: Update) -> Response | ApiError:
@@ -151,10 +151,10 @@ def update(tx: Transaction, command: Update) -> Response | ApiError:
         return transitions.refuse_transition(job, "completed", "A completed job cannot be changed.")
     fields = _rescheduled(tx, job, command.priority, command.run_at, command.max_attempts)
     if fields:
-        asked = {"priority": command.priority, "run_at": command.run_at, "max_attempts": command.max_attempts}
-        details = {name: value for name, value in asked.items() if value is not None}
+        given = {"priority": command.priority, "run_at": command.run_at, "max_attempts": command.max_attempts}
+        details = {name: value for name, value in given.items() if value is not None}
         job = tx.update(job, "updated", fields, reason=command.reason, details=details)
-    return transitions.job_answer(tx, job)
+    return transitions.job_response(tx, job)
 
 
 def delete(tx: Transaction, command: Delete) -> Response | ApiError:
@@ -163,9 +163,9 @@ def delete(tx: Transaction, command: Delete) -> Response | ApiError:
         return job
     if job.status not in Delete.allowed_from:
         return transitions.refuse_transition(job, "deleted", "Only a finished job can be deleted: cancel it first.")
-    answer = transitions.job_answer(tx, job)
+    response = transitions.job_response(tx, job)
     tx.delete(job, command.reason)
-    return answer
+    return response
 
 
 def pause(tx: Transaction, command: Pause) -> Response | ApiError:
@@ -177,10 +177,10 @@ def pause(tx: Transaction, command: Pause) -> Response | ApiError:
             "operator resumes the queue."
         )
         return transitions.invalid("until", message)
-    asked = command.reason, command.until
-    if known is not None and asked in ((None, None), (known.reason, known.until)):
+    given = command.reason, command.until
+    if known is not None and given in ((None, None), (known.reason, known.until)):
         return Response(views.paused_view(command.name, known))
-    pause = QueuePause(now if known is None else known.at, tx.call.by, *asked)
+    pause = QueuePause(now if known is None else known.at, tx.call.by, *given)
     tx.pause(command.name, pause)
     return Response(views.paused_view(command.name, pause))
 
@@ -239,7 +239,7 @@ def _imported(tx: Transaction, command: Import) -> Job:
     job = Job(
         seq=tx.job_number(),
         id=command.id,
-        options=transitions.asked_options(tx, command),
+        options=transitions.requested_options(tx, command),
         status=command.status,
         created_at=created,
         updated_at=updated,
@@ -281,7 +281,7 @@ def _held_elsewhere(tx: Transaction, job: Job, worker: str) -> Job:
     return replace(job, grant=made, lease=Lease(lease, lease, None), started_at=min(started, now), attempt=attempt)
 
 
-def lock_answer(tx: Transaction, job: Job, state: LockState | None) -> Response:
+def lock_response(tx: Transaction, job: Job, state: LockState | None) -> Response:
     """Return the lock after extend-lock or release-lock, in the names that existing dashboards expect."""
     return Response(
         AdminLockView(

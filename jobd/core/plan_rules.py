@@ -57,14 +57,14 @@ def _one(tx: Transaction, command: ApplyPlan, rules: Rules, expected: ExpectedVe
         what = "It has changed since the plan was made."
         done.changed.append(ChangedJob(job.id, "", job.status, what))
     else:
-        answer = rules[command.action](tx, _asked(command, job.id))
-        if isinstance(answer, ApiError):
-            done.refused.append(ChangedJob(job.id, "", job.status, answer.message))
+        response = rules[command.action](tx, _command_for(command, job.id))
+        if isinstance(response, ApiError):
+            done.refused.append(ChangedJob(job.id, "", job.status, response.message))
         else:
             done.applied += 1
 
 
-def _asked(command: ApplyPlan, job_id: str) -> JobCommand:
+def _command_for(command: ApplyPlan, job_id: str) -> JobCommand:
     if command.action in MAINTENANCE_ACTIONS:
         return JobCommand(id=job_id)  # recovery has its own reason; the audit log has that of the operator
     return PLAN_COMMANDS[command.action](id=job_id, reason=command.reason)

@@ -44,7 +44,7 @@ OfJob = Get | GetVersion | Timeline | Why | Validate | LateResults
 Reading = OfJob | ListJobs | Queues | Workers | Stats | Locks | Export | AuditLog
 
 
-def answer(tx: Transaction, command: Reading) -> Response | ApiError:
+def read(tx: Transaction, command: Reading) -> Response | ApiError:
     match command:
         case Get() | GetVersion() | Timeline() | Why() | Validate() | LateResults():
             return _of_job(tx, command)
@@ -72,9 +72,9 @@ def _of_job(tx: Transaction, command: OfJob) -> Response | ApiError:
         return job
     match command:
         case Get():
-            return transitions.job_answer(tx, job)
+            return transitions.job_response(tx, job)
         case GetVersion():
-            shown = transitions.job_answer(tx, job)
+            shown = transitions.job_response(tx, job)
             shown.data = VersionedJob(shown.data, plan_rules.version(job, tx.state.latest_late(job.seq)))
             return shown
         case Timeline():
@@ -88,7 +88,7 @@ def _of_job(tx: Transaction, command: OfJob) -> Response | ApiError:
             found = validate(job, tx.at, tx.policy)
             if not tx.call.admin:
                 return Response(found)
-            shown = transitions.job_answer(tx, job)
+            shown = transitions.job_response(tx, job)
             shown.data = ValidateJobView(job.id, shown.data, found, tx.at.now)
             return shown
         case _:

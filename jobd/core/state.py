@@ -221,7 +221,7 @@ class State:
 
     # -- changing -----------------------------------------------------------------------------------------------------
 
-    def was_told(self, job_seq: int, fencing_token: int, verb: str) -> bool:
+    def has_late_call(self, job_seq: int, fencing_token: int, verb: str) -> bool:
         """Return whether the journal is known to have this rejected call."""
         return (job_seq, fencing_token, verb) in self._late_calls
 

@@ -65,7 +65,7 @@ def refuse_transition(job: Job, to: str, what: str) -> ApiError:
     return ApiError("invalid_transition", f"Job {job.id} is {job.status}. {what}", details)
 
 
-def job_answer(tx: Transaction, job: Job, *, repeated: bool | UnsetType = UNSET) -> Response:
+def job_response(tx: Transaction, job: Job, *, repeated: bool | UnsetType = UNSET) -> Response:
     """Return the current view of the job. The actor adds the payload before the response is sent."""
     view = views.job_view(job, tx.at, tx.policy, admin=tx.call.admin)
     view.repeated = repeated
@@ -115,19 +115,19 @@ def refuse_without_url(policy: Policy, download_url: str | None, field: str = "d
     return None
 
 
-def asked_options(tx: Transaction, asked: Create | Import) -> Options:
+def requested_options(tx: Transaction, request: Create | Import) -> Options:
     """Return the options of a new job. max_stalls and on_stall get their defaults here, so that the job shows them."""
     policy = tx.policy
     options = Options(
-        asked.queue,
-        asked.kind,
-        asked.priority,
-        asked.max_attempts,
-        asked.backoff,
-        policy.max_stalls if asked.max_stalls is None else asked.max_stalls,
-        asked.on_stall or policy.on_stall,
-        asked.stuck_after_ms,
-        asked.max_processing_ms,
+        request.queue,
+        request.kind,
+        request.priority,
+        request.max_attempts,
+        request.backoff,
+        policy.max_stalls if request.max_stalls is None else request.max_stalls,
+        request.on_stall or policy.on_stall,
+        request.stuck_after_ms,
+        request.max_processing_ms,
     )
     return tx.state.shared(options)
 

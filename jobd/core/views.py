@@ -215,19 +215,19 @@ def workers(state: State, at: Moment, command: Workers) -> WorkerList:
     """
     presence = state.presence
     by_state: dict[WorkerState, int] = {"busy": 0, "idle": 0, "silent": 0, "gone": 0}
-    asked: list[tuple[str, WorkerSeen]] = []
+    selected: list[tuple[str, WorkerSeen]] = []
     for each in presence.remembered():
         activity = presence.state(each[1])
         by_state[activity] += 1
         if activity == command.state or (command.state is None and activity != "gone"):
-            asked.append(each)
+            selected.append(each)
     if command.cursor is not None:
         before, _, last = command.cursor.partition(" ")
-        asked = [each for each in asked if _by_latest(each) > (-int(before), last)]
-    asked.reverse()  # nearly in order, so sorting is cheap
-    asked.sort(key=_by_latest)
-    shown = asked[: command.limit]
-    following = f"{shown[-1][1].last_seen_at} {shown[-1][0]}" if len(asked) > len(shown) else None
+        selected = [each for each in selected if _by_latest(each) > (-int(before), last)]
+    selected.reverse()  # nearly in order, so sorting is cheap
+    selected.sort(key=_by_latest)
+    shown = selected[: command.limit]
+    following = f"{shown[-1][1].last_seen_at} {shown[-1][0]}" if len(selected) > len(shown) else None
     since = at.now if presence.started_at is None else presence.started_at
     return WorkerList([_worker(presence, *each) for each in shown], following, by_state, since)
 
@@ -256,9 +256,9 @@ def locks(state: State, at: Moment, command: Locks, *, admin: bool) -> LockList:
     """Return current grants after the cursor (a fencing token), oldest first."""
     after = int(command.cursor or 0)
     held = ((job, job.grant, job.lease) for job in state.processing.values() if job.grant and job.lease)
-    asked = (each for each in held if each[1].fencing_token > after) if after else held
-    shown = [_locked(*each, at, admin) for each in islice(asked, command.limit)]
-    is_last = command.limit is None or len(shown) < command.limit or next(asked, None) is None
+    selected = (each for each in held if each[1].fencing_token > after) if after else held
+    shown = [_locked(*each, at, admin) for each in islice(selected, command.limit)]
+    is_last = command.limit is None or len(shown) < command.limit or next(selected, None) is None
     return LockList(shown, None if is_last else str(shown[-1].fencing_token))
 
 

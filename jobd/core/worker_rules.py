@@ -47,13 +47,13 @@ def create(tx: Transaction, command: Create) -> Response | ApiError:
 
 def bulk(tx: Transaction, command: Bulk) -> Response | ApiError:
     """Create all jobs or none, in the order given. Jobs that the same request created before are returned."""
-    ids = [asked.id for asked in command.jobs if asked.id is not None]
+    ids = [item.id for item in command.jobs if item.id is not None]
     if len(ids) != len(set(ids)):
         twice = next(job_id for job_id in ids if ids.count(job_id) > 1)
         return transitions.invalid("jobs", f"The id {twice} is in the list twice; give each job its own id.")
-    answer = Response(JobList([]), status=201)
-    for index, asked in enumerate(command.jobs):
-        made = _create(tx, asked)
+    response = Response(JobList([]), status=201)
+    for index, item in enumerate(command.jobs):
+        made = _create(tx, item)
         if isinstance(made, ApiError):
             tx.undo()
             message = f"jobs[{index}]: {made.message} No job was created."
@@ -62,10 +62,10 @@ def bulk(tx: Transaction, command: Bulk) -> Response | ApiError:
                 details["field"] = f"$.jobs[{index}]{made.details['field'].removeprefix('$')}"
             return ApiError(made.code, message, details)
         job, view, is_new = made
-        answer.data.jobs.append(view)
+        response.data.jobs.append(view)
         if not is_new:
-            answer.unread_payloads.append((job.seq, view))
-    return answer
+            response.unread_payloads.append((job.seq, view))
+    return response
 
 
 def _create(tx: Transaction, command: Create) -> tuple[Job, JobView, bool] | ApiError:
@@ -79,7 +79,7 @@ def _create(tx: Transaction, command: Create) -> tuple[Job, JobView, bool] | Api
     refusal = _refuse_times(tx, command) or _refuse_more(tx) or transitions.refuse_queue(tx, command.queue)
     if refusal is not None:
         return refusal
-    now, number, options = tx.now, tx.job_number(), transitions.asked_options(tx, command)
+    now, number, options = tx.now, tx.job_number(), transitions.requested_options(tx, command)
     run_at = command.run_at or now + (command.delay_ms or 0)
     job_id = command.id or tx.job_id(number)
     job = Job(number, job_id, options, "queued", now, now, run_at, expires_at=command.expires_at)
@@ -125,9 +125,9 @@ def start(tx: Transaction, command: Start) -> Response | ApiError:
     if refusal is not None:
         return refusal
     job = transitions.grant(tx, job, command)
-    answer = _granted(tx, [job])
-    answer.data = answer.data.grants[0]
-    return answer
+    response = _granted(tx, [job])
+    response.data = response.data.grants[0]
+    return response
 
 
 def _refuse_start(tx: Transaction, job: Job) -> ApiError | None:
@@ -193,7 +193,7 @@ def undelivered(tx: Transaction, command: Undelivered) -> Response | ApiError:
     ended = transitions.ended_by(job, tx.at.now, "undelivered", "undelivered")
     reason = "The connection closed before the grant was sent."
     fields = {"attempt": transitions.given_back(job), "releases": job.releases}
-    return transitions.job_answer(tx, transitions.requeue(tx, job, "undelivered", ended, fields, reason=reason))
+    return transitions.job_response(tx, transitions.requeue(tx, job, "undelivered", ended, fields, reason=reason))
 
 
 # -- the holder's commands: the latest grant wins ---------------------------------------------------------------------
@@ -225,10 +225,10 @@ def extend(tx: Transaction, command: Extend) -> Response | ApiError:
 
 def extend_lock(tx: Transaction, command: ExtendLock) -> Response | ApiError:
     """Extend the lock in place of its holder."""
-    answer = _extend(tx, command, command.additional_ms, command.reason)
-    if isinstance(answer, ApiError):
-        return answer
-    return operator_rules.lock_answer(tx, _latest(tx), answer.data)
+    response = _extend(tx, command, command.additional_ms, command.reason)
+    if isinstance(response, ApiError):
+        return response
+    return operator_rules.lock_response(tx, _latest(tx), response.data)
 
 
 def _extend(
@@ -265,7 +265,7 @@ def complete(tx: Transaction, command: Complete) -> Response | ApiError:
     result = Result(command.download_url, command.file_path, command.storage_key, command.metadata)
     fields = transitions.completion(result, command.expires_at)
     job = transitions.finish(tx, job, "completed", "completed", ended, fields, worker=ended.worker)
-    return transitions.job_answer(tx, job)
+    return transitions.job_response(tx, job)
 
 
 def fail(tx: Transaction, command: Fail) -> Response | ApiError:
@@ -278,7 +278,7 @@ def fail(tx: Transaction, command: Fail) -> Response | ApiError:
     worker, reason = ended.worker, error.message
     if not command.retry or job.attempt >= job.options.max_attempts:
         job = transitions.finish(tx, job, "failed", "failed", ended, {"error": error}, worker=worker, reason=reason)
-        return transitions.job_answer(tx, job)
+        return transitions.job_response(tx, job)
     wait_ms = command.retry_after_ms
     if wait_ms is None:
         wait_ms = backoff_ms(job.options.backoff, job.attempt, tx.fraction(job.attempt))
@@ -286,7 +286,7 @@ def fail(tx: Transaction, command: Fail) -> Response | ApiError:
     details = {"attempt": job.attempt, "run_at": run_at}
     fields = {"run_at": run_at, "error": error}
     job = transitions.requeue(tx, job, "retried", ended, fields, worker=worker, reason=reason, details=details)
-    return transitions.job_answer(tx, job)
+    return transitions.job_response(tx, job)
 
 
 def backoff_ms(backoff: Backoff, attempt: int, fraction: float) -> int:
@@ -307,12 +307,12 @@ def release(tx: Transaction, command: Release) -> Response | ApiError:
 
 def release_lock(tx: Transaction, command: ReleaseLock) -> Response | ApiError:
     """Release the job in place of its holder."""
-    answer = _release(tx, command, None)
-    if isinstance(answer, ApiError):
-        return answer
+    response = _release(tx, command, None)
+    if isinstance(response, ApiError):
+        return response
     job = _latest(tx) if tx.has_changed else transitions.find(tx, command.id)
     assert isinstance(job, Job)
-    return operator_rules.lock_answer(tx, job, None)
+    return operator_rules.lock_response(tx, job, None)
 
 
 def _release(tx: Transaction, command: Release | ReleaseLock, delay_ms: int | None) -> Response | ApiError:
@@ -337,7 +337,7 @@ def _release(tx: Transaction, command: Release | ReleaseLock, delay_ms: int | No
         fields["run_at"] = tx.at.now + delay_ms
     details = {"releases": releases, "delay_ms": delay_ms} if releases >= DELAYED_FROM else None
     job = transitions.requeue(tx, job, "released", ended, fields, worker=worker, reason=reason, details=details)
-    return transitions.job_answer(tx, job)
+    return transitions.job_response(tx, job)
 
 
 def cancel(tx: Transaction, command: Cancel) -> Response | ApiError:
@@ -348,7 +348,7 @@ def cancel(tx: Transaction, command: Cancel) -> Response | ApiError:
     if job.status not in Cancel.allowed_from:
         return transitions.refuse_transition(job, "cancelled", "Only a queued or processing job can be cancelled.")
     ended = transitions.ended_by(job, tx.at.now, "cancel", "cancelled")
-    return transitions.job_answer(
+    return transitions.job_response(
         tx, transitions.finish(tx, job, "cancelled", "cancelled", ended, {}, reason=command.reason)
     )
 
@@ -369,12 +369,12 @@ def _held(tx: Transaction, command: Holders, verb: str) -> Job | Response | ApiE
     ended = job.ended
     if ended is None or ended.lock_id != command.lock_id or ended.verb is None:
         if isinstance(command, (Progress, Extend, Fail, Release)):
-            late_result_rules.tell(tx, job, command)
+            late_result_rules.note_call(tx, job, command)
         return _lock_lost(job, command.lock_id)
     if verb == ended.verb and digest(command) == ended.body_hash:
-        return transitions.job_answer(tx, job, repeated=True)
+        return transitions.job_response(tx, job, repeated=True)
     if verb == "release" and ended.verb in ("complete", "fail"):
-        return transitions.job_answer(tx, job, repeated=True)
+        return transitions.job_response(tx, job, repeated=True)
     message = f"This grant of job {job.id} was already ended by {ended.verb}; {verb} changes nothing."
     return ApiError("invalid_transition", message, {"status": job.status, "ended_by": ended.verb, "ended_at": ended.at})
 

@@ -432,7 +432,7 @@ class Actor:
 
     async def _load_late(self, commands: Iterable[AnyCommand], known: Preloaded) -> None:
         """What late results there are of the jobs whose complete comes late, or of which an operator asks."""
-        wanted = {late_result_rules.asks(self.state, command, self.policy): None for command in commands}
+        wanted = {late_result_rules.late_results_needed(self.state, command, self.policy): None for command in commands}
         asks = [each for each in wanted if each is not None]
         if asks:
             self._tell_meanwhile()

@@ -198,7 +198,7 @@ class RuleHarness:
 
     def _known_late(self, command: AnyCommand) -> LateResultRows:
         """Return the late results that the actor would read from the storage."""
-        query = late_result_rules.asks(self.state, command, self.policy)
+        query = late_result_rules.late_results_needed(self.state, command, self.policy)
         if query is None:
             return LateResultRows()
         made = (event for event in self.events if event.job_seq == query.job_seq and event.type == "granted")

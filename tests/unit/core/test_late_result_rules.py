@@ -636,7 +636,7 @@ def test_why_first_names_the_late_result_of_the_latest_grant(rules: RuleHarness)
 
 def test_the_late_results_to_read_before_a_decision(rules: RuleHarness) -> None:
     def asks(command: Any) -> Any:
-        return late_result_rules.asks(rules.state, command, rules.policy)
+        return late_result_rules.late_results_needed(rules.state, command, rules.policy)
 
     lock_id = rules.held()
     seq = rules.job().seq

@@ -186,7 +186,7 @@ def test_undo_forgets_late_results_and_calls(rules: RuleHarness) -> None:
 def test_a_rule_that_raises_leaves_nothing(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     rules.held()
     before = snapshot(rules.state)
-    monkeypatch.setattr(transitions, "job_answer", lambda *_: 1 / 0)
+    monkeypatch.setattr(transitions, "job_response", lambda *_: 1 / 0)
     tx = Transaction(rules.state, rules.moment, rules.policy)
     with pytest.raises(ZeroDivisionError):
         decide.decide(tx, Call(Cancel(id="a")))

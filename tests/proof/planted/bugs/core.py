@@ -83,7 +83,7 @@ def _(adopt: Any, tx: Transaction, command: Adopt) -> Any:
     late = tx.state.late.results.get(job.seq, []) if job is not None else []
     if job is not None and job.status == "completed" and late:
         fields = transitions.completion(late[-1].result)
-        return transitions.job_answer(tx, transitions.finish(tx, job, "adopted", "completed", job.ended, fields))
+        return transitions.job_response(tx, transitions.finish(tx, job, "adopted", "completed", job.ended, fields))
     return adopt(tx, command)
 
 
