@@ -53,7 +53,7 @@ class WorkerSection(Struct, frozen=True, forbid_unknown_fields=True):
     token_file: str = ""
     """File with the token that workers send over TCP. During a rotation it has two tokens, one per line."""
     tls_cert: str = ""
-    """PEM certificate chain for the TCP address."""
+    """PEM certificate chain for the TCP address. SIGHUP reads the file again, for new connections."""
     tls_key: str = ""
     """PEM private key of that certificate."""
 
@@ -76,7 +76,10 @@ class AdminSection(Struct, frozen=True, forbid_unknown_fields=True):
     hosts: list[str] = []
     """Additional names allowed in the `Host` header, such as that of a reverse proxy. Ports are ignored."""
     tls_cert: str = ""
-    """PEM certificate chain. Without one, an address other than loopback causes a warning."""
+    """PEM certificate chain. SIGHUP reads the file again, for new connections.
+
+    Without a certificate, an address other than loopback causes a warning.
+    """
     tls_key: str = ""
     """PEM private key of that certificate."""
 

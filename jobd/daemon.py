@@ -66,6 +66,7 @@ from jobd.resources import (
     open_artifacts,
     open_listener,
     open_store,
+    reload_certificates,
 )
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.storage.store import Store
@@ -126,6 +127,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._stop_requested_at = 0.0
         self._apps: list[App[Services]] = []
+        self._listeners: dict[str, HttpListener] = {}
 
     async def start(self) -> None:
         """Start the store, the actor, the background parts and the listeners. Raises CannotStart."""
@@ -318,17 +320,16 @@ class Daemon:
             pages=self._dashboard,
         )
         self._apps += apps.values()
-        listeners: list[HttpListener] = []
-        self._stack.push_async_callback(self._close_listeners, listeners)
+        self._stack.push_async_callback(self._close_listeners)
         for name, app in apps.items():
-            listeners.append(await open_listener(name, app, settings, self._passed_sockets))
+            self._listeners[name] = await open_listener(name, app, settings, self._passed_sockets)
 
-    async def _close_listeners(self, listeners: list[HttpListener]) -> None:
+    async def _close_listeners(self) -> None:
         """Close the listeners after the responses to pending requests. Waiting claims and event streams end at once."""
         self.actor.stop_parking()
         self.services.feed.close()
         self.services.downloads.close()
-        await asyncio.gather(*(listener.stop(STOP_S) for listener in listeners))
+        await asyncio.gather(*(listener.stop(STOP_S) for listener in self._listeners.values()))
 
     def _admin_tokens(self) -> tuple[str, ...]:
         """Return the configured tokens. Without any, in development, generate and print one."""
@@ -417,6 +418,7 @@ class Daemon:
         self._admin_authenticator.replace_tokens(self._admin_tokens(), new.read_only_tokens)
         if settings.worker.listen:
             self._worker_authenticator.replace_tokens(new.worker_tokens)
+        reload_certificates(self._listeners, settings)
         logging.set_level(settings.log.level)
         log.info("reloaded", changed=changed, need_restart=need_restart)
 

@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -148,8 +148,7 @@ async def open_listener(name: str, app: App[Services], settings: Config, passed:
     """Open the listener `name` for `app` on the sockets that systemd passed, else on its configured address."""
     listener = AdminListener(app) if name == "admin" else WorkerListener(app)
     address = addresses(settings)[name]
-    section = settings.admin if name == "admin" else settings.worker
-    tls = None if name == "worker" else _tls_context(section.tls_cert, section.tls_key)
+    tls = listener.tls = None if name == "worker" else _tls_context(*_certificate(name, settings))
     try:
         if passed.get(name):
             for opened in passed[name]:
@@ -165,6 +164,25 @@ async def open_listener(name: str, app: App[Services], settings: Config, passed:
         raise _cannot_listen(name, address, error) from None
     log.info("listening", door=name, at=address)
     return listener
+
+
+def reload_certificates(listeners: Mapping[str, HttpListener], settings: Config) -> None:
+    """Read the certificates again, for new connections. If one cannot be used, log that and keep the old one."""
+    for name, listener in listeners.items():
+        if listener.tls is None:
+            continue
+        try:
+            _tls_context(*_certificate(name, settings))
+        except CannotStart as error:
+            log.error("reload_failed", reason=str(error), kept="the old certificate")
+        else:
+            listener.tls.load_cert_chain(*_certificate(name, settings))
+
+
+def _certificate(name: str, settings: Config) -> tuple[str, str]:
+    """Return the files of the certificate of a listener and of its key."""
+    section = settings.admin if name == "admin" else settings.worker
+    return section.tls_cert, section.tls_key
 
 
 def _cannot_listen(name: str, address: str, error: OSError) -> CannotStart:

@@ -257,7 +257,7 @@ class App(Generic[S]):
 
     def _ok_response(self, ctx: RequestContext, response: Response) -> HttpResponse:
         lost = partial(self.actor.undelivered, response) if response.grants else None
-        return ok_response(response.data, response.status, replayed=response.replayed, close=self.closing, on_lost=lost)
+        return ok_response(response.data, response.status, response.replayed, self.closing, lost)
 
     def _authorize(self, ctx: RequestContext) -> None:
         match = self._router.match(ctx.method, ctx.path)
@@ -312,7 +312,7 @@ class App(Generic[S]):
         is_reader = False
         if self.admin:
             ctx.by = "admin"
-        if self._requires_token(ctx, resolved):
+        if (not self._is_signed_in(ctx)) if resolved is None else resolved.route.auth != "anyone":
             is_reader = self.authenticator.authenticate(ctx.headers) == "read"
             ctx.admin = self.admin and not is_reader
         if self.authenticator.hosts is not None:
@@ -336,11 +336,9 @@ class App(Generic[S]):
         ctx.allow = match.allowed
         raise api_error("method_not_allowed", f"This path supports {', '.join(sorted(match.allowed))}.")
 
-    def _requires_token(self, ctx: RequestContext, resolved: ResolvedRoute | None) -> bool:
-        """Return whether the request needs a token. A browser with a session needs none to get a 404."""
-        if resolved is not None:
-            return resolved.route.auth != "anyone"
-        return self._pages is None or not self._pages.is_signed_in(ctx)
+    def _is_signed_in(self, ctx: RequestContext) -> bool:
+        """Return whether a browser has a session. It needs no token to get a 404."""
+        return self._pages is not None and self._pages.is_signed_in(ctx)
 
     def _error_page(self, ctx: RequestContext, error: ApiError) -> RawBody | None:
         """Render the error as a page if the route is that of a page, or if a browser requests an unknown path."""

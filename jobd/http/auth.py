@@ -156,12 +156,14 @@ def _normalized_address(address: str) -> str:
 def check_content_type(headers: Mapping[str, str], expected: str) -> None:
     """Raise a 415 error unless the body is of the type `expected`, in UTF-8 and not compressed."""
     content_type = headers.get("content-type", "")
-    if content_type not in _PLAIN.get(expected, ()) and not _is_type(content_type, expected):
+    if content_type != expected and not _is_type(content_type, expected):
         raise api_error("unsupported_media_type", f"The body must be {expected}: send `Content-Type: {expected}`.")
-    content_encoding = headers.get("content-encoding", "identity").lower()
-    transfer_encoding = headers.get("transfer-encoding", "chunked").lower()
-    if content_encoding != "identity" or transfer_encoding != "chunked":
+    if _is_encoded(headers, "content-encoding", "identity") or _is_encoded(headers, "transfer-encoding", "chunked"):
         raise api_error("unsupported_media_type", "Compressed bodies are not supported. Send the body uncompressed.")
+
+
+def _is_encoded(headers: Mapping[str, str], name: str, default: str) -> bool:
+    return name in headers and headers[name].lower() != default
 
 
 def _is_type(content_type: str, expected: str) -> bool:

@@ -106,7 +106,8 @@ class RequestDecoder:
         command = self._build(part, value)
         if isinstance(command, Bulk) and len(command.jobs) > self.limits.bulk:
             raise _too_many("jobs", self.limits.bulk)
-        _check_fields(self._checks, command, "$", self.limits)
+        if self._checks:
+            _check_fields(self._checks, command, "$", self.limits)
         return command
 
     def from_query(self, query: str, value: str | None = None) -> Command:

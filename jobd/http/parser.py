@@ -80,7 +80,7 @@ class RequestParser:
         self._line = 0  # bytes of the current line, if several pieces of input belong to one head
         self._framing = 0  # bytes since the last piece of the body
         self._problem = ""
-        self._latest: WorkerRequest | None = None
+        self._latest: WorkerRequest | None = None  # the latest in the input that is being parsed
         self.incoming: WorkerRequest | None = None
 
     def feed(self, data: bytes) -> None:
@@ -88,7 +88,7 @@ class RequestParser:
 
         Raises MalformedRequest.
         """
-        was_in_head, latest = self._url, self._latest
+        was_in_head = self._url
         if self.incoming is not None:
             self._framing += len(data)
         try:
@@ -104,9 +104,10 @@ class RequestParser:
                 raise  # a bug
             raise MalformedRequest(self._problem or WRONG_HEAD) from None
         if self._url:
-            self._check_head(data, is_same=bool(was_in_head) and latest is self._latest)
+            self._check_head(data, is_same=bool(was_in_head) and self._latest is None)
         elif self.incoming is not None:
             self._check_framing()
+        self._latest = None
 
     def close(self) -> None:
         """Break the reference cycles."""
@@ -123,53 +124,59 @@ class RequestParser:
             raise self._malformed(LONG_LINE)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        key = _LOWER.get(name) or name.lower().decode("latin-1")
         if len(value) > MAX_LINE or len(name) > MAX_LINE:
             raise self._malformed(LONG_LINE)
-        text = value.rstrip(b" \t").decode("utf-8", "surrogateescape")
-        if key not in self._headers:
-            self._headers[key] = text
+        headers, key = self._headers, _LOWER.get(name)
+        if key is None:
+            key = name.lower().decode("latin-1")
+        text = value.rstrip(b" \t").decode("latin-1")
+        if key not in headers:
+            headers[key] = text
         else:
-            add_header(self._headers, key, text)
+            add_header(headers, key, text)
             self._repeated.append(key)
 
     def on_headers_complete(self) -> None:
-        headers, target = self._headers, self._url
-        if len(headers) + len(self._repeated) > MAX_HEADERS:
-            raise self._malformed(WRONG_HEAD)
+        headers, target, parser, repeated = self._headers, self._url, self._parser, NONE
         self._headers, self._url, self._framing = {}, b"", 0
+        if len(headers) > MAX_HEADERS or self._repeated:
+            repeated = self._check_repeated(headers)
         if self.incoming is not None:  # this is the head that `_decline_upgrade` has made
             return
-        repeated = NONE
-        if self._repeated:
-            repeated = frozenset(self._repeated)
-            self._repeated.clear()
-        keep_alive = self._parser.should_keep_alive()
-        is_usual = keep_alive and "connection" not in headers  # only HTTP/1.1 keeps a connection alive unasked
-        version = "1.1" if is_usual else self._parser.get_http_version()
-        method = self._parser.get_method()
+        keep_alive = parser.should_keep_alive()
+        # Only HTTP/1.1 keeps a connection alive without this header.
+        version = "1.1" if keep_alive and "connection" not in headers else parser.get_http_version()
+        method, length = parser.get_method(), headers.get("content-length")
         if (
             (version == "1.1" and "host" not in headers)
-            or (repeated and not _SINGLE.isdisjoint(repeated))
             or OLD_WEBSOCKET in headers
-            or (target[:1] != b"/" and not _is_uri(target, method))
+            or (not target.startswith(b"/") and not _is_uri(target, method))
         ):
             raise self._malformed(WRONG_HEAD)
-        has_body = "transfer-encoding" in headers or int(headers.get("content-length", 0)) > 0
-        path = target.decode("utf-8", "surrogateescape")
-        request = WorkerRequest(method.decode(), path, headers, repeated, version, keep_alive, has_body)
-        self.incoming = self._latest = request
+        self._latest = self.incoming = request = WorkerRequest(
+            method.decode(),
+            target.decode("utf-8", "surrogateescape"),
+            headers,
+            repeated,
+            version,
+            keep_alive,
+            "transfer-encoding" in headers or (length is not None and int(length) > 0),
+        )
         self._add_request(request)
 
     def on_body(self, piece: bytes) -> None:
-        assert self.incoming is not None
+        request = self.incoming
+        assert request is not None
         self._framing = 0
-        self.incoming.add(piece)
+        if request.body or request.is_dropped:
+            request.add(piece)
+        else:
+            request.body = piece
 
     def on_message_complete(self) -> None:
         assert self.incoming is not None
         if self._headers:  # trailers
-            self._check_number()
+            self._check_repeated(self._headers)
             self._headers = {}
         self.incoming.is_complete = True
         self.incoming = None
@@ -189,13 +196,18 @@ class RequestParser:
             self._parser.feed_data(f"POST / HTTP/1.1\r\n{framing}\r\n\r\n".encode())
         return rest
 
-    def _check_number(self) -> None:
-        if len(self._headers) + len(self._repeated) > MAX_HEADERS:
+    def _check_repeated(self, headers: dict[str, str]) -> frozenset[str]:
+        """Check the number of headers or trailers. Return the names of those that are repeated."""
+        repeated = frozenset(self._repeated)
+        if len(headers) + len(self._repeated) > MAX_HEADERS or repeated & _SINGLE:
             raise self._malformed(WRONG_HEAD)
+        self._repeated.clear()
+        return repeated
 
     def _check_head(self, data: bytes, is_same: bool) -> None:
         """Check an incomplete head. `is_same`: it had begun before `data`."""
-        self._check_number()
+        if len(self._headers) + len(self._repeated) > MAX_HEADERS:
+            raise self._malformed(WRONG_HEAD)
         at = data.rfind(b"\n")
         self._line = 0 if not is_same else self._line + len(data) if at < 0 else len(data) - at - 1
         if self._line > MAX_LINE:
@@ -203,7 +215,8 @@ class RequestParser:
 
     def _check_framing(self) -> None:
         """Check the input that belongs to an incomplete body but is not a part of it."""
-        self._check_number()
+        if len(self._headers) + len(self._repeated) > MAX_HEADERS:
+            raise self._malformed(WRONG_HEAD)
         if self._framing > MAX_FRAMING:
             raise self._malformed(WRONG_HEAD)
 

@@ -7,16 +7,13 @@ meanwhile is held unparsed. The response to a command is written when the actor 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import select
 import socket
-import struct
-import termios
 from typing import Any, Final, cast
 
 import structlog
 
 from jobd.http.app import INTERNAL_ERROR, TRUNCATED_BODY, App
+from jobd.http.hangup import has_unacknowledged_bytes, is_hung_up
 from jobd.http.parser import MalformedRequest, RequestParser, malformed_request
 from jobd.http.response import HTTP_VERSION, HttpResponse, abort_later
 from jobd.http.worker_request import WorkerRequest
@@ -95,7 +92,6 @@ class WorkerConnection(asyncio.Protocol):
         ):
             if not (self._is_broken or self._is_ending):
                 self._held += data
-                self._schedule()
                 self.regulate_input()
         else:
             self._parse(data)
@@ -171,17 +167,17 @@ class WorkerConnection(asyncio.Protocol):
 
     def regulate_input(self) -> None:
         """Pause reading while too much input waits."""
-        is_full = len(self._held) > AHEAD or self._is_body_full()
         transport = self.transport
-        if transport is None or transport.is_closing() or self._is_half_closed:
+        if transport is None or transport.is_closing():
             return
-        if is_full and not self._is_reading_paused:
-            self._is_reading_paused = True
-            transport.pause_reading()
-        elif not is_full and self._is_reading_paused:
-            self._is_reading_paused = False
-            transport.resume_reading()
-        if self._held and not is_full:
+        is_full = len(self._held) > AHEAD or self._is_body_full()
+        if is_full != self._is_reading_paused and not self._is_half_closed:
+            self._is_reading_paused = is_full
+            if is_full:
+                transport.pause_reading()
+            else:
+                transport.resume_reading()
+        if self._held:
             self._schedule()
 
     def _is_body_full(self) -> bool:
@@ -279,11 +275,11 @@ class WorkerConnection(asyncio.Protocol):
             self._write(request, prepared[2])
             return
         try:
-            http_response = self.app.respond(request, response)
+            request.response = made = self.app.respond(request, response)
         except Exception as bug:
             self._loop.call_soon(self._fail, request, bug)
         else:
-            self._respond(request, http_response)
+            self._write(request, made.encode(request))
 
     def _fail(self, request: WorkerRequest, bug: Exception) -> None:
         if self._current is request:
@@ -302,22 +298,25 @@ class WorkerConnection(asyncio.Protocol):
         response, transport = request.response, self.transport
         assert response is not None
         if transport is not None and not transport.is_closing():
-            if self._ahead and response.on_lost is not None and self._is_probing(transport):
-                if timeout_s > 0:
-                    request.timer = self._loop.call_later(
-                        PROBE_POLL_S, self._write, request, data, timeout_s - PROBE_POLL_S
-                    )
-                    return
-                transport.abort()
-            else:
-                transport.write(data[self._ahead :] if self._ahead else data)
+            if not self._ahead:
+                transport.write(data)
                 request.is_written = not transport.is_closing()  # a failed write closes the transport
-        if request.is_written and self._is_writing_paused:
+            elif response.on_lost is None or not self._is_probing(transport):
+                transport.write(data[self._ahead :])
+                request.is_written = not transport.is_closing()
+            elif timeout_s > 0:
+                left_s = timeout_s - PROBE_POLL_S
+                request.timer = self._loop.call_later(PROBE_POLL_S, self._write, request, data, left_s)
+                return
+            else:
+                transport.abort()
+        if not request.is_written:
+            if response.on_lost is not None:
+                response.on_lost()
+        elif self._is_writing_paused:
             assert transport is not None
             request.timer = abort_later(transport)
             return
-        if not request.is_written and response.on_lost is not None:
-            response.on_lost()
         self._finish(request)
 
     def pause_writing(self) -> None:
@@ -339,9 +338,8 @@ class WorkerConnection(asyncio.Protocol):
 
     def _finish(self, request: WorkerRequest) -> None:
         """End a request whose response is written, and go on with the next one."""
-        response = request.response
+        response, transport = request.response, self.transport
         self._end(request)
-        transport = self.transport
         if transport is None or transport.is_closing():
             return
         if not request.keep_alive or self.app.closing or (response is not None and response.close):
@@ -450,7 +448,7 @@ class WorkerConnection(asyncio.Protocol):
         if self._is_half_closed:  # asyncio calls this again when reading resumes
             return True
         is_idle = self._current is None and not self._queue and not self._held
-        if is_idle or self._is_hung_up(transport):
+        if is_idle or is_hung_up(transport):
             return False
         self._is_half_closed = True
         if not self._held:
@@ -493,21 +491,11 @@ class WorkerConnection(asyncio.Protocol):
         transport = self.transport
         if transport is None or transport.is_closing():
             return
-        if self._is_hung_up(transport):
+        if is_hung_up(transport):
             transport.abort()
         else:
             self._check_later(min(2 * delay_s, CHECK_S))
 
-    @staticmethod
-    def _is_hung_up(transport: asyncio.Transport) -> bool:
-        """Return whether the client has closed its Unix socket, or reset the TCP connection."""
-        poll = select.poll()
-        poll.register(transport.get_extra_info("socket").fileno(), 0)
-        return bool(poll.poll(0))
-
     def _is_probing(self, transport: asyncio.Transport) -> bool:
         """Return whether the client's system has neither acknowledged all sent bytes nor reset the connection."""
-        if transport.is_closing() or self._is_hung_up(transport):
-            return False
-        count = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-        return bool(struct.unpack("i", count)[0])
+        return not transport.is_closing() and not is_hung_up(transport) and has_unacknowledged_bytes(transport)

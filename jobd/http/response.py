@@ -63,14 +63,14 @@ class _Date:
     """The Date header, formatted once a second."""
 
     def __init__(self) -> None:
-        self._second = 0
+        self._valid_until = 0.0
         self._line = b""
 
     def line(self) -> bytes:
-        second = int(time.time())
-        if second != self._second:
-            self._second = second
-            self._line = f"Date: {formatdate(second, usegmt=True)}\r\n".encode()
+        now = time.time()
+        if not self._valid_until - 1 <= now < self._valid_until:
+            self._valid_until = int(now) + 1.0
+            self._line = f"Date: {formatdate(int(now), usegmt=True)}\r\n".encode()
         return self._line
 
 
@@ -101,7 +101,6 @@ class HttpResponse:
         status: int,
         headers: Mapping[str, str],
         body: bytes,
-        *,
         close: bool = False,
         close_at_once: bool = False,
         on_lost: Callable[[], None] | None = None,
@@ -116,9 +115,10 @@ class HttpResponse:
     def encode(self, ctx: RequestContext) -> bytes:
         """Return the bytes of the response to `ctx`."""
         head = _JSON_HEADS[self.status] if self.headers is _JSON_HEADERS else _head(self.status, self.headers)
-        connection = connection_line(ctx, self.close)
-        length = b"Content-Length: %d\r\n\r\n" % len(self.body)
-        return b"".join((head, _date.line(), connection, length, b"" if ctx.method == "HEAD" else self.body))
+        is_usual = ctx.version == "1.1" and ctx.keep_alive and not self.close
+        connection = b"" if is_usual else connection_line(ctx, self.close)
+        body = b"" if ctx.method == "HEAD" else self.body
+        return b"%b%b%bContent-Length: %d\r\n\r\n%b" % (head, _date.line(), connection, len(self.body), body)
 
 
 def stream_head(ctx: RequestContext, headers: Mapping[str, str], length: int | None) -> bytes:
@@ -145,16 +145,15 @@ def abort_later(transport: asyncio.Transport) -> asyncio.TimerHandle:
 def ok_response(
     data: Any,
     status: int,
-    *,
     replayed: bool = False,
     close: bool = False,
     on_lost: Callable[[], None] | None = None,
 ) -> HttpResponse:
     """Build the response `{"success": true, "data": …}`, or one with a raw body. `status` may be 503, too."""
     if type(data) is RawBody:
-        return HttpResponse(status, _page_headers(data), data.body, close=close)
+        return HttpResponse(status, _page_headers(data), data.body, close)
     headers = _REPLAYED_HEADERS if replayed else _JSON_HEADERS
-    return HttpResponse(status, headers, _encode(_SuccessBody(True, data)), close=close, on_lost=on_lost)
+    return HttpResponse(status, headers, _encode(_SuccessBody(True, data)), close, False, on_lost)
 
 
 def _page_headers(page: RawBody) -> dict[str, str]:

@@ -88,11 +88,11 @@ class Router:
     def __init__(self, routes: Iterable[Route], limits: Limits) -> None:
         exact: dict[str, dict[str, ResolvedRoute]] = {}
         # By the text before the braces, then by the text after them.
-        self._patterns: dict[str, dict[str, dict[str, ResolvedRoute]]] = {}
+        patterns: dict[str, dict[str, dict[str, ResolvedRoute]]] = {}
         for route in routes:
             prefix, brace, rest = route.path.partition("{")
             methods = (
-                self._patterns.setdefault(prefix, {}).setdefault(rest.partition("}")[2], {})
+                patterns.setdefault(prefix, {}).setdefault(rest.partition("}")[2], {})
                 if brace
                 else exact.setdefault(prefix, {})
             )
@@ -104,21 +104,29 @@ class Router:
             path: {method: RouteMatch(resolved) for method, resolved in methods.items()}
             for path, methods in exact.items()
         }
+        self._patterns = tuple(patterns.items())
 
     def match(self, method: str, path: str) -> RouteMatch:
         """Match a request. `allowed` is only set if the path does not support `method`."""
-        exact = self._exact.get(path, {})
-        if (exact_match := exact.get(method)) is not None:
-            return exact_match
-        allowed = frozenset(exact)
-        for prefix, tails in self._patterns.items():
+        exact = self._exact.get(path)
+        if exact is not None and (found := exact.get(method)) is not None:
+            return found
+        for prefix, tails in self._patterns:
             if path.startswith(prefix):
                 value, slash, rest = path[len(prefix) :].partition("/")
-                methods = tails.get(slash + rest, {}) if value else {}
-                if method in methods:
-                    return RouteMatch(methods[method], unquote(value) if "%" in value else value)
-                allowed |= methods.keys()
-        return RouteMatch(None, None, allowed)
+                methods = tails.get(slash + rest)
+                if methods is not None and value and (resolved := methods.get(method)) is not None:
+                    return RouteMatch(resolved, unquote(value) if "%" in value else value)
+        return RouteMatch(None, None, self._allowed(path))
+
+    def _allowed(self, path: str) -> frozenset[str]:
+        """Return the methods that `path` supports."""
+        allowed = set(self._exact.get(path, ()))
+        for prefix, tails in self._patterns:
+            value, slash, rest = path.removeprefix(prefix).partition("/")
+            if path.startswith(prefix) and value:
+                allowed |= tails.get(slash + rest, {}).keys()
+        return frozenset(allowed)
 
 
 def _resolved(route: Route, limits: Limits) -> ResolvedRoute:

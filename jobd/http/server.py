@@ -28,10 +28,11 @@ log = structlog.get_logger("jobd.web")
 
 
 class HttpListener(ABC):
-    """The listening sockets of one app. Create it inside the event loop."""
+    """The listening sockets of one app. Create it inside the event loop. `tls` is the context of its certificate."""
 
     def __init__(self, app: App[Any]) -> None:
         self.app = app
+        self.tls: ssl.SSLContext | None = None
         self._sockets: list[asyncio.Server] = []
         self._paths: list[str] = []
 

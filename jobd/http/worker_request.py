@@ -97,7 +97,7 @@ class WorkerRequest(RequestContext):
 
     def add(self, piece: bytes) -> None:
         """Add a piece of the body. Nothing is added to a body over its limit."""
-        if self.is_dropped or (self.task is None and len(self.body) > self.connection.app.limits.body):
+        if self.is_dropped or (self.is_waiting and len(self.body) > self.connection.app.limits.body):
             return
         if not self.body:
             self.body = piece

@@ -85,8 +85,30 @@ async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
         yield opened
 
 
+async def test_a_stream_may_begin_with_more_than_the_limit_of_a_body(tmp_path: Path) -> None:
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(body=200)) as harness:
+        client = await harness.connect()
+        lines = [b'{"op":"create","id":"a-%d"}\n' % number for number in range(200)]
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(line), line) for line in lines)
+        client.send(request_bytes("POST", "/v1/commands", None, KIND) + chunks + b"0\r\n\r\n")
+        assert len((await client.receive()).body.splitlines()) == 200
+        assert [envelope.command.id for envelope in harness.actor.received] == [f"a-{number}" for number in range(200)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Half-closed connections.
+
+
+async def test_all_lines_before_the_end_of_input_get_their_responses(either: HttpHarness) -> None:
+    """There are so many chunks that they are parsed in pieces."""
+    client = await either.connect()
+    lines = b"".join(b'{"op":"create","id":"a-%d"}\n' % number for number in range(300))
+    chunks = b"".join(b"1\r\n%b\r\n" % lines[at : at + 1] for at in range(len(lines)))
+    client.send(request_bytes("POST", "/v1/commands", None, KIND) + chunks)
+    client.writer.write_eof()
+    response = await client.receive()
+    assert [json.loads(line)["status"] for line in response.body.splitlines()] == [200] * 300 + [400]
+    assert len(either.actor.received) == 300
 
 
 @pytest.fixture(params=["unix", "tcp"])

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import socket
+import ssl
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,12 +19,14 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from jobd.api.worker import ROUTES
+from jobd.config import Config, WorkerSection
 from jobd.http.auth import Authenticator, accepted_hosts
 from jobd.http.decoding import Limits
 from jobd.http.parser import RequestParser
 from jobd.http.protocol import PIECE
 from jobd.http.server import is_in_use
 from jobd.model.responses import EmptyResponse, Response
+from jobd.resources import reload_certificates
 from tests.support.http_harness import TOKEN, HeldResponse, HttpHarness, RawConnection, request_bytes, tls_pair
 from tests.support.malformed_requests import CHUNKED, GET, HOSTILE, POST
 
@@ -77,6 +80,36 @@ async def test_an_upgrade_is_handled_like_any_other_request(harness: HttpHarness
         await client.request("GET", "/v1/jobs", headers={"Connection": "Upgrade", "Upgrade": "websocket"})
     ).status == 200
     assert (await client.request("GET", "/v1/jobs", headers={"Connection": "Upgrade", "Upgrade": "h2c"})).status == 200
+
+
+@pytest.mark.parametrize("size", [1, 10, 10_000])
+async def test_the_body_of_an_upgrade_is_not_a_request(tmp_path: Path, size: int) -> None:
+    upgrade = POST + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: x\r\n"
+    smuggled = request_bytes("POST", "/v1/jobs", '{"id":"smuggled"}')
+    requests = [
+        upgrade + b"Content-Length: %d\r\n\r\n" % len(smuggled) + smuggled,
+        upgrade + b"Content-Length: 14\r\n\r\n" + b'{"queue":"qq"}',
+        upgrade + b'Transfer-Encoding: chunked\r\n\r\ne\r\n{"queue":"qq"}\r\n0\r\n\r\n',
+        GET + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+        request_bytes("POST", "/v1/jobs", '{"id":"last"}'),
+    ]
+    async with HttpHarness(ROUTES, tmp_path) as harness:
+        client = await harness.connect()
+        data = b"".join(requests)
+        for at in range(0, len(data), size):
+            client.send(data[at : at + size])
+            await asyncio.sleep(0)
+        assert [(await client.receive()).status for _ in requests] == [400, 200, 200, 200, 200]
+        assert [getattr(each.command, "id", "") for each in harness.actor.received] == [None, None, "", "last"]
+
+
+async def test_bytes_after_a_connect_are_not_a_request(harness: HttpHarness) -> None:
+    client = await harness.connect()
+    client.send(HOSTILE["CONNECT"] + request_bytes("POST", "/v1/jobs", "{}"))
+    response = await client.receive()
+    assert (response.status, response.headers["connection"]) == (404, "close")
+    assert await client.is_closed()
+    assert harness.actor.received == []
 
 
 async def test_the_error_for_bytes_that_are_not_http_does_not_repeat_them(harness: HttpHarness) -> None:
@@ -430,3 +463,34 @@ async def test_a_listener_speaks_tls(tmp_path: Path) -> None:
         )
         assert (await connection.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
         await connection.close()
+
+
+async def test_a_certificate_is_read_again(tmp_path: Path) -> None:
+    (tmp_path / "next").mkdir()
+    server, client = await tls_pair(tmp_path)
+    _, next_client = await tls_pair(tmp_path / "next")
+    worker = WorkerSection(tls_cert=str(tmp_path / "cert.pem"), tls_key=str(tmp_path / "key.pem"))
+    settings = Config(worker=worker)
+    authenticator = Authenticator("tcp", hosts=accepted_hosts("127.0.0.1"))
+    async with HttpHarness(ROUTES, tmp_path, authenticator=authenticator) as harness:
+        harness.listener.tls = server
+        [(_, port)] = await harness.listener.open_tcp("127.0.0.1", 0, tls=server)
+
+        async def status(trusting: ssl.SSLContext) -> int:
+            pair = await asyncio.open_connection("127.0.0.1", port, ssl=trusting, server_hostname="localhost")
+            connection = RawConnection(*pair)
+            response = await connection.request("GET", "/v1/jobs")
+            await connection.close()
+            return response.status
+
+        assert await status(client) == 200
+        (tmp_path / "key.pem").write_bytes((tmp_path / "next/key.pem").read_bytes())
+        with capture_logs() as logs:
+            reload_certificates({"worker-tcp": harness.listener}, settings)  # the key is that of another certificate
+        assert [(entry["event"], entry["kept"]) for entry in logs] == [("reload_failed", "the old certificate")]
+        assert await status(client) == 200
+        (tmp_path / "cert.pem").write_bytes((tmp_path / "next/cert.pem").read_bytes())
+        reload_certificates({"worker-tcp": harness.listener}, settings)
+        assert await status(next_client) == 200
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await status(client)
