@@ -44,10 +44,7 @@ from jobd.storage.writers import AuditWriter, RowDamaged, RowMissing, Totals, in
 
 T = TypeVar("T")
 
-KEEP_REPORTS: Final = 500
-COMPACTED_AT_ONCE: Final = 1_000  # events of a journal that are read by one `upkeep`
 CHECKPOINT_FRAMES: Final = 1000  # measured: fewer checkpoint too often, more make single commits wait longer
-GIVEN_BACK_KEPT: Final = 10_000  # jobs whose returned grants are counted
 
 LIVE_SQL: Final = "status IN ('queued', 'processing')"
 FAILED_SQL: Final = "status IN ('failed', 'cancelled')"
@@ -65,16 +62,13 @@ def _settings(columns: Iterable[str]) -> str:
     return ", ".join(f"{column} = ?" for column in columns)
 
 
-_INSERT_EVENT: Final = insert("events", (*EVENT_COLUMNS, "crc"))
-_UPDATE_EVENT: Final = "UPDATE events SET changes = ?, crc = ? WHERE seq = ?"
-_REPLACE_KEY: Final = insert("keys", (*KEY_COLUMNS, "crc", "answer"), "REPLACE")
 # An upsert leaves the index of names alone. REPLACE deletes the row and inserts it again.
 PUT_QUEUE: Final = (
     insert("queues", (*QUEUE_COLUMNS, "crc"))
     + " ON CONFLICT (name) DO UPDATE SET "
     + ", ".join(f"{column} = excluded.{column}" for column in (*QUEUE_COLUMNS[1:], "crc"))
 )
-_PUT_TOMBSTONE: Final = insert("tombstones", (*TOMBSTONE_COLUMNS, "crc"), "REPLACE")
+PUT_TOMBSTONE: Final = insert("tombstones", (*TOMBSTONE_COLUMNS, "crc"), "REPLACE")
 _UPDATE_META: Final = f"UPDATE meta SET {_settings((*META_COLUMNS, 'crc'))} WHERE id = 1"
 
 # Rows are always read by seq. A read through an index may take a column from the index, which hides damage in the row.
@@ -194,10 +188,6 @@ class Database:
         """Raise StoreBroken if an earlier write left the content of the disk unknown."""
         if self._broken is not None:
             raise StoreBroken(f"an earlier write failed: {self._broken!r}") from self._broken
-
-    def break_off(self, error: BaseException) -> None:
-        """Let every later call raise StoreBroken."""
-        self._broken = error
 
     def commit(self, fn: Callable[..., T], *args: Any) -> T:
         """Run `fn` in one transaction and return its result.
@@ -464,7 +454,7 @@ class Database:
 
     def _settle_tombstones(self, deleted: list[int], postponed: list[Tombstone]) -> None:
         self.conn.executemany("DELETE FROM tombstones WHERE job_seq = ?", [(seq,) for seq in deleted])
-        self.conn.executemany(_PUT_TOMBSTONE, map(codec.tombstone_row, postponed))
+        self.conn.executemany(PUT_TOMBSTONE, map(codec.tombstone_row, postponed))
 
     def save_figures(self, body: bytes) -> None:
         self.commit(self.conn.execute, insert("figures", ("id", "body", "crc"), "REPLACE"), sealed((1, body)))

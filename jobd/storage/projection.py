@@ -23,24 +23,24 @@ from jobd.model.job import FINISHED
 from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import BadRows, Batch, DiskFull, QueueRow, StoredResponse, distinct_tombstones
 from jobd.storage import codec
-from jobd.storage.codec import KEY_COLUMNS, TOMBSTONE_COLUMNS, sealed
-from jobd.storage.database import BY_SEQ, PUT_QUEUE, Database, readable
+from jobd.storage.codec import KEY_COLUMNS, sealed
+from jobd.storage.database import BY_SEQ, PUT_QUEUE, PUT_TOMBSTONE, Database, readable
 from jobd.storage.files import StoreUnreadable
 from jobd.storage.quarantine import quarantine_jobs
 from jobd.storage.queries import read_job
 from jobd.storage.shortening import JournalShortener
 from jobd.storage.tail import Pending, fix, read_tail
-from jobd.storage.writers import JobWriter, LateWriter, RowDamaged, RowMissing, StoredJob, insert
+from jobd.storage.writers import JobWriter, LateWriter, RowDamaged, RowMissing, RowUnreadable, StoredJob, insert
 
 T = TypeVar("T")
 
 SLICE_EVENTS: Final = 300  # of one transaction, if there are as many: it takes some milliseconds
 SLICE_BYTES: Final = 1 << 20  # of its records are enough too, because a transaction with large payloads takes longer
-MAX_BEHIND: Final = 30_000  # events that the tables may lack, for example on a full disk
+MAX_BEHIND: Final = 30_000  # events that the tables may lack
+MAX_BEHIND_FULL: Final = 3_000  # on a full disk, because every read then applies them in memory
 KEEP_REPORTS: Final = 500
 _INSERT_EVENT: Final = insert("events", (*EVENT_COLUMNS, "crc"))
 _REPLACE_KEY: Final = insert("keys", (*KEY_COLUMNS, "crc", "answer"), "REPLACE")
-_PUT_TOMBSTONE: Final = insert("tombstones", (*TOMBSTONE_COLUMNS, "crc"), "REPLACE")
 
 
 class Projection:
@@ -51,16 +51,16 @@ class Projection:
         self.journal = SqliteJournal(db.conn, db.commit)
         self.behind = 0  # events that the tables lack
         self.append_s: float | None = None  # duration of the COMMIT of the latest `append`; None if it made none
-        self._is_starting = True  # memory has no job yet
         self.tombstones_written = 0
+        self._is_full = False  # the latest slice found the disk full
         self.last = db.projected_to  # number of the last record
         self._pending: deque[Pending] = deque()
-        # What the pending records concern. Cleared when the tables have caught up.
-        self._ids: set[str] = set()
-        self._seqs: set[int] = set()
-        self._digests: set[str] = set()
-        self._payloads: dict[int, bytes] = {}
-        self._jobs = JobWriter(db.conn, self._find)
+        # What the pending records concern, with the number of the last record that does.
+        self._ids: dict[str, int] = {}
+        self._seqs: dict[int, int] = {}
+        self._digests: dict[str, int] = {}
+        self._payloads: dict[int, bytes] = {}  # of new jobs, by seq
+        self._jobs = JobWriter(db.conn, self._find, db.note_fault)
         self._late = LateWriter(db.conn, db.rows, db.note_fault)
         self._shortener = JournalShortener(db)
         self._is_projecting = False
@@ -78,7 +78,7 @@ class Projection:
         db = self.db
         db.check()
         self.append_s = None
-        if self.behind >= MAX_BEHIND:
+        if self.behind >= (MAX_BEHIND_FULL if self._is_full else MAX_BEHIND):
             self.project_slice()
         self._check_quarantined(batch)
         payloads = self._read_payloads(batch)
@@ -146,13 +146,13 @@ class Projection:
         for change in batch.changes:
             event = change.event
             if event.job_seq:
-                self._ids.add(event.job_id)
-                self._seqs.add(event.job_seq)
+                self._ids[event.job_id] = pending.number
+                self._seqs[event.job_seq] = pending.number
                 if event.before is None and change.payload is not None:
                     self._payloads[event.job_seq] = change.payload
                     self._jobs.cache_payload(event.job_seq, change.payload)
         for key in batch.keys:
-            self._digests.add(key.digest)
+            self._digests[key.digest] = pending.number
 
     def read_tail(self, path: str) -> None:
         """Read the quarantine, and the records that the tables lack. Raises StoreUnreadable if one is unusable."""
@@ -185,8 +185,6 @@ class Projection:
             number = self._pending[0].number
             bad = BadRecord(number, f"or a later one contradicts the tables ({error})")
             raise StoreUnreadable(f"{path}: {bad}: {fix(bad)}") from error
-        finally:
-            self._is_starting = False
 
     # ------------------------------------------------------------------------------------------------- the tables
 
@@ -194,20 +192,21 @@ class Projection:
         """Return whether the tables may lack a change of these jobs or stored responses."""
         if not self._pending:
             return False
-        return not (self._ids.isdisjoint(ids) and self._seqs.isdisjoint(seqs) and self._digests.isdisjoint(digests))
+        concerned = (self._ids, ids), (self._seqs, seqs), (self._digests, digests)
+        return any(not known.keys().isdisjoint(names) for known, names in concerned)
 
     def read(self, fn: Callable[..., T], *args: object) -> T:
         """Return the result of a query as of the last record.
 
         If the tables cannot be written because the disk is full, it reads from a transaction that is rolled back.
         """
-        while True:
-            try:
-                self.project()
-                return fn(*args)
-            except DiskFull:
+        try:
+            self.project()
+        except DiskFull:
+            while True:
                 with self._quarantining():
                     return self.db.uncommitted(lambda: self._apply(self._pending), lambda: fn(*args))
+        return fn(*args)
 
     def project(self) -> None:
         """Write all pending records into the tables. Raises DiskFull."""
@@ -220,17 +219,13 @@ class Projection:
 
     def project_slice(self) -> None:
         """Write the first pending records into the tables, in one transaction. Raises DiskFull."""
-        self._is_projecting = True
+        self._is_projecting, self._is_full = True, True
         try:
             with self._quarantining():
                 self._project_slice()
+            self._is_full = False
         finally:
             self._is_projecting = False
-        if not self._pending:
-            self._ids.clear()
-            self._seqs.clear()
-            self._digests.clear()
-            self._payloads.clear()
 
     def _project_slice(self) -> None:
         chosen: list[Pending] = []
@@ -246,21 +241,34 @@ class Projection:
             self._shortener.note([change for pending in chosen for change in pending.batch.changes])
             for _ in chosen:
                 self.behind -= self._pending.popleft().size
+            self._forget(chosen)
+
+    def _forget(self, written: list[Pending]) -> None:
+        """Forget what these records concern, unless a later one does too."""
+        last = self.db.projected_to
+        for batch in (each.batch for each in written):
+            for event in (change.event for change in batch.changes):
+                if self._ids.get(event.job_id, last + 1) <= last:
+                    del self._ids[event.job_id]
+                if self._seqs.get(event.job_seq, last + 1) <= last:
+                    del self._seqs[event.job_seq]
+                self._payloads.pop(event.job_seq, None)
+            for key in batch.keys:
+                if self._digests.get(key.digest, last + 1) <= last:
+                    del self._digests[key.digest]
 
     @contextlib.contextmanager
     def _quarantining(self) -> Iterator[None]:
-        """Quarantine the job whose row is damaged, so that the caller can repeat what it did.
+        """Quarantine a job of the tail whose row is damaged, or skip it if the row is missing.
 
-        A missing row breaks the store. At the start no job is in memory yet, so the daemon runs without this one.
+        The caller can then repeat what it did. After the start, rows are written again from memory instead.
         """
         try:
             yield
         except RowDamaged as damaged:
-            quarantine_jobs(self.db, [(damaged.row, damaged.reason)], self._uncount)
+            self.db.quarantined[damaged.job_id] = str(damaged)
+            quarantine_jobs(self.db, [(damaged.row, str(damaged))], self._uncount)
         except RowMissing as missing:
-            if not self._is_starting:
-                self.db.break_off(missing)
-                raise
             self.db.quarantined[missing.job_id] = str(missing)
             self.db.note_fault(f"job {missing.job_id}: {missing}")
 
@@ -292,7 +300,7 @@ class Projection:
         if queues := {name: row for batch in batches for name, row in batch.queues.items()}:
             db.conn.executemany(PUT_QUEUE, [codec.queue_row(name, row) for name, row in queues.items()])
         if tombstones:
-            db.conn.executemany(_PUT_TOMBSTONE, map(codec.tombstone_row, tombstones))
+            db.conn.executemany(PUT_TOMBSTONE, map(codec.tombstone_row, tombstones))
         self._write_keys(batches)
         self._write_rest(batches)
         for each in pending:
@@ -327,13 +335,13 @@ class Projection:
             conn.execute("DELETE FROM reports WHERE seq <= ?", (last + 1 - KEEP_REPORTS,))
 
     def _find(self, seq: int) -> StoredJob | None:
-        """Return the row of a job that is not new. Raises RowDamaged."""
+        """Return the row of a job. Raises RowUnreadable."""
         rows = self.db.rows(BY_SEQ, (seq,))
         if not rows:
             return None
         job, error = read_job(self.db, rows[0])
         if job is None:
-            raise RowDamaged(rows[0], error)
+            raise RowUnreadable(rows[0], error)
         return StoredJob(job, rows[0][-1])
 
     # --------------------------------------------------------------------------------------------------- upkeep

@@ -5,6 +5,7 @@ Damaged rows are quarantined when a query finds them. All calls block; the stora
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import zlib
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from jobd.model.storage import (
     MAX_POSTPONE_MS,
     AuditQuery,
     AuditRows,
+    DiskFull,
     DueTombstones,
     JobQuery,
     JobRows,
@@ -46,6 +48,7 @@ from jobd.storage.database import (
     NOT_LIVE_SQL,
     TOMBSTONE_SQL,
     Database,
+    StructureDamaged,
     is_corrupt,
 )
 from jobd.storage.quarantine import quarantine_jobs, quarantine_rows
@@ -138,7 +141,8 @@ def _row_by_id(db: Database, id_: str) -> tuple[Row | None, str]:
     try:
         rows = db.rows(BY_ID, (id_,))
         if rows and _belongs_to_another(rows[0], id_):
-            db.rebuild_indexes()
+            with contextlib.suppress(DiskFull, StructureDamaged):
+                db.rebuild_indexes()
             rows = db.rows(BY_ID, (id_,))
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
@@ -348,7 +352,8 @@ def _timeline(db: Database, job_seq: int, limit: int) -> list[Row]:
     try:
         rows = db.rows(sql, (job_seq, limit))
         if any(row[_JOB_SEQ] != job_seq and fault(row) is None for row in rows):  # the index is damaged
-            db.rebuild_indexes()
+            with contextlib.suppress(DiskFull, StructureDamaged):
+                db.rebuild_indexes()
             rows = db.rows(sql, (job_seq, limit))
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):

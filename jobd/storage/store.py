@@ -53,6 +53,7 @@ log = structlog.get_logger("jobd.storage")
 T = TypeVar("T")
 SLICE_DELAY_S: Final = 0.1  # until the tables are written, if there is not enough for a slice before
 APPENDS_PER_SLICE: Final = 100  # the delay is as long as so many appends, because a slice costs one on a slow disk
+MAX_DELAY_S: Final = 5.0
 RETRY_S: Final = 1.0  # until they are written again after the disk was full
 Synchronous = Literal["FULL", "EXTRA"]
 
@@ -159,6 +160,9 @@ class Store(Storage):
 
     async def _read(self, fn: Callable[..., T], *args: Any) -> T:
         """Call `fn` with the tables in the storage thread, when they have all that was committed."""
+        with contextlib.suppress(DiskFull):
+            for _ in range(self._projection.behind // SLICE_EVENTS):  # commits come in between
+                await self._run(self._projection.project_slice)
         return await self._run(self._projection.read, fn, self._database, *args)
 
     @contextlib.contextmanager
@@ -195,7 +199,7 @@ class Store(Storage):
             self._slice.cancel()
         loop = asyncio.get_running_loop()
         self._slice_is_fixed = is_enough
-        delay_s = max(SLICE_DELAY_S, APPENDS_PER_SLICE * (self._projection.append_s or 0))
+        delay_s = min(max(SLICE_DELAY_S, APPENDS_PER_SLICE * (self._projection.append_s or 0)), MAX_DELAY_S)
         self._slice = loop.call_soon(self._write_slice) if is_enough else loop.call_later(delay_s, self._write_slice)
 
     def _write_slice(self) -> None:
@@ -211,7 +215,7 @@ class Store(Storage):
         except DiskFull:
             self._plan_retry()
         except Exception as error:
-            log.debug("slice_failed", error=str(error))  # `on_broken` has it
+            self.on_broken(error)
         else:
             self._plan_slice()
 
@@ -276,7 +280,8 @@ class Store(Storage):
                 if self.commits_inline and connection.is_idle:
                     return connection.run_inline(projection.append, batch, self._reported)
                 self._committing.clear()
-                return await connection.run(projection.append, batch, self._reported, until=self._committing)
+                until = self._committing if connection.is_idle else None  # else earlier calls run first
+                return await connection.run(projection.append, batch, self._reported, until=until)
         finally:
             if projection.append_s is not None:
                 self._mode.add(projection.append_s, time.monotonic())

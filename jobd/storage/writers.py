@@ -9,7 +9,6 @@ import sqlite3
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Sequence
-from copy import copy
 from itertools import compress, repeat
 from operator import is_not, itemgetter
 from typing import Any, Final, get_args
@@ -41,7 +40,7 @@ _INSERT_PAYLOAD: Final = insert("payloads", ("job_seq", "body", "request_hash", 
 
 
 class RowMissing(Exception):
-    """An event changes a job that has no row on the disk."""
+    """A record from before the start changes a job that has no row on the disk."""
 
     def __init__(self, job_id: str) -> None:
         super().__init__("its row is missing")
@@ -49,30 +48,45 @@ class RowMissing(Exception):
 
 
 class RowDamaged(Exception):
-    """An event changes a job whose row is damaged. `row` has its columns and checksum."""
+    """A record from before the start changes a job whose row is damaged. `row` has its columns and checksum."""
+
+    def __init__(self, job_id: str, row: Row, reason: str) -> None:
+        super().__init__(reason)
+        self.job_id = job_id
+        self.row = row
+
+
+class RowUnreadable(Exception):
+    """A row is damaged. `row` has its columns and checksum."""
 
     def __init__(self, row: Row, reason: str) -> None:
         super().__init__(reason)
         self.row = row
-        self.reason = reason
 
 
 class StoredJob(Struct, frozen=True, gc=False):
-    """A job as its row has it, and the checksum of the row."""
+    """A job as its row has it, and the checksum of the row. With `is_gone`, the row has to be inserted again."""
 
     job: Job
     crc: int
+    is_gone: bool = False
 
 
 class JobWriter:
     """Folds events into the rows of jobs, and writes each row once. Caches the rows and payloads written last.
 
-    `find` returns the row of a seq, or None. It raises RowDamaged.
+    `find` returns the row of a seq, or None. It raises RowUnreadable. `note` gets sentences about damage.
     """
 
-    def __init__(self, conn: sqlite3.Connection, find: Callable[[int], StoredJob | None]) -> None:
+    def __init__(
+        self,
+        conn: sqlite3.Connection,
+        find: Callable[[int], StoredJob | None],
+        note: Callable[[str], object],
+    ) -> None:
         self._conn = conn
         self._find = find
+        self._note = note
         self._rows: dict[int, StoredJob] = {}  # of live jobs, by seq
         self._payloads: dict[int, bytes] = {}
         self._payload_bytes = 0
@@ -94,10 +108,10 @@ class JobWriter:
             if event.changes is None and event.type != "deleted":
                 continue  # it changes no row
             if seq not in after:
-                stored = None if event.before is None else self._stored(event, skipped)
+                stored = None if event.before is None else self._stored(change, skipped)
                 if stored is None and event.before is not None:
                     continue
-                before[seq], after[seq] = stored, None if stored is None else copy(stored.job)
+                before[seq], after[seq] = stored, None if stored is None else stored.job
             after[seq] = fold(after[seq], event)
             if event.before is None:
                 payloads[seq] = (seq, change.payload or b"null", change.request_hash or "")
@@ -133,17 +147,27 @@ class JobWriter:
             oldest = list(self._payloads)[: 1 + len(self._payloads) // 4]
             self._payload_bytes -= sum(len(self._payloads.pop(seq)) for seq in oldest)
 
-    def _stored(self, event: Event, skipped: Container[str]) -> StoredJob | None:
-        """Return the row that `event` changes, None if its job is in quarantine. Raises RowMissing or RowDamaged."""
+    def _stored(self, change: Change, skipped: Container[str]) -> StoredJob | None:
+        """Return the row that `change` continues, None if its job is in quarantine. Raises RowMissing or RowDamaged.
+
+        A row that is damaged or missing is written again from the job in memory, which only a change of this run has.
+        """
+        event = change.event
+        if (stored := self._rows.pop(event.job_seq, None)) is not None:
+            return stored
+        error: Exception = RowMissing(event.job_id)
         try:
-            stored = self._rows.pop(event.job_seq, None) or self._find(event.job_seq)
-        except RowDamaged:
-            if event.job_id not in skipped:
-                raise
+            if (found := self._find(event.job_seq)) is not None:
+                return found
+        except RowUnreadable as unreadable:
+            error = RowDamaged(event.job_id, unreadable.row, str(unreadable))
+        if event.job_id in skipped:
             return None
-        if stored is None and event.job_id not in skipped:
-            raise RowMissing(event.job_id)
-        return stored
+        if change.before is None:
+            raise error
+        self._conn.execute("DELETE FROM jobs WHERE seq = ?", (event.job_seq,))
+        self._note(f"job {event.job_id}: {error}; it was written again from memory")
+        return StoredJob(change.before, codec.checksum(codec.job_row(change.before)), is_gone=True)
 
     def _write_rows(self, stored: dict[int, StoredJob | None], after: dict[int, Job | None], totals: Totals) -> Totals:
         live, live_xor, finished, finished_xor = totals
@@ -165,8 +189,9 @@ class JobWriter:
                 self._cache_row(job, crc)
             else:
                 finished, finished_xor = finished + 1, finished_xor ^ crc
-            sql, values = self._insert(job) if before is None else self._update(before.job, job)
-            (new if before is None else changed)[sql].append(values(row))
+            is_new = before is None or before.is_gone
+            sql, values = self._insert(job) if before is None or before.is_gone else self._update(before.job, job)
+            (new if is_new else changed)[sql].append(values(row))
         for sql, many in changed.items():
             if self._conn.executemany(sql, many).rowcount != len(many):
                 raise sqlite3.IntegrityError("a cached row is not on the disk")
@@ -176,7 +201,8 @@ class JobWriter:
 
     def _cache_row(self, job: Job, crc: int) -> None:
         if len(self._rows) >= KEEP_ROWS:
-            self._rows.clear()
+            for seq in list(self._rows)[: 1 + KEEP_ROWS // 4]:
+                del self._rows[seq]
         self._rows[job.seq] = StoredJob(job, crc)
 
     # A statement names only the columns that it needs, because each value costs time. Columns that an INSERT omits are

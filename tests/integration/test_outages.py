@@ -13,15 +13,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from msgspec.structs import replace
 
 from jobd.model.job import LIVE
 from jobd.model.storage import SPARE_BYTES, DiskFull, JobQuery, Numbers
 from jobd.storage.commit_mode import CommitSetting
 from jobd.storage.store import Store, StoreBroken, StoreBusy, StoreUnreadable
-from jobd.storage.writers import RowMissing
 from tests import ROOT
-from tests.support.factories import ChangeFactory, full_job
+from tests.support.factories import ChangeFactory
 from tests.support.store_files import assert_holds, exists, flip, job_of, make_store, open_store, pick, remove, seqs
 
 
@@ -91,20 +89,6 @@ async def test_a_batch_that_does_not_continue_the_rows_breaks_the_store(path: st
             await store.timeline(1)
     with pytest.raises(StoreUnreadable, match=r"record 1 of the journal or a later one contradicts .* --cut-journal 1"):
         await Store.open(path)
-
-
-@both_modes
-async def test_a_change_of_a_job_without_a_row_breaks_the_store(path: str, commit: CommitSetting) -> None:
-    maker = ChangeFactory()
-    async with open_store(path, commit) as (store, _):
-        await store.write(maker.batch([maker.grant(replace(full_job(99), status="queued"))]))
-        with pytest.raises(RowMissing, match="its row is missing"):
-            await store.timeline(1)
-        with pytest.raises(StoreBroken):
-            await store.timeline(1)
-    async with open_store(path) as (store, found):
-        assert found.faults == ["job job-99: its row is missing"]
-        assert [event.type for event in await store.timeline(99)] == ["granted"]
 
 
 @both_modes

@@ -217,10 +217,11 @@ async def test_a_slice_is_repeated_after_a_full_disk(store: Store, monkeypatch: 
 async def test_too_many_events_behind_a_full_disk_reject_batches(
     store: Store, no_slices: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(projections, "MAX_BEHIND", 3)
+    monkeypatch.setattr(projections, "MAX_BEHIND_FULL", 3)
     maker = ChangeFactory()
     free = fill_for_slices(store, monkeypatch)
     await store.write(maker.batch([maker.create(), maker.create(), maker.create()]))
+    await store.find_jobs(JobQuery())  # a slice finds the disk full
     back = maker.snapshot()
     with pytest.raises(DiskFull):
         await store.write(maker.batch([maker.create()]))
@@ -279,7 +280,7 @@ async def test_a_start_with_an_unusable_tail_is_refused_and_changes_nothing(
     assert tail(copy) == left
 
 
-async def test_a_row_found_damaged_by_a_slice_is_quarantined(path: str, no_slices: None) -> None:
+async def test_a_row_found_damaged_by_a_slice_is_written_again(path: str, no_slices: None) -> None:
     maker = ChangeFactory()
     async with open_store(path) as (store, _):
         made = [maker.create("a"), maker.create("b")]
@@ -290,13 +291,33 @@ async def test_a_row_found_damaged_by_a_slice_is_quarantined(path: str, no_slice
         await store.write(maker.batch([maker.grant(job_of(each)) for each in made]))
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id = 'a'")
         assert (await store.load(["b"], [], [])).jobs == {"b": maker.jobs[2]}
-        assert reported == ["a"]
+        assert reported == []
+        assert store.take_faults() == ["job a: its checksum is wrong; it was written again from memory"]
         assert [event.type for event in await store.timeline(1)] == ["created", "granted"]
         assert store._database.totals == recounted(store)
-    async with open_store(path) as (_, found):
-        assert found.quarantined == {"a": "its checksum is wrong"}
-        assert [job.id for job in found.live()] == ["b"]
-        assert found.faults == []
+    async with open_store(path) as (store, found):
+        await assert_holds(store, found, maker)
+
+
+async def test_what_pending_records_concern_is_forgotten_with_them(
+    store: Store, no_slices: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projections, "SLICE_EVENTS", 2)
+    maker, tables = ChangeFactory(), store._projection
+    for number in range(3):
+        keys = [StoredResponse(f"d{number}", "b", NOW, 201, b"{}")]
+        await store.write(maker.batch([maker.create(str(number)), maker.create()], keys=keys))
+    await store.write(maker.batch([maker.grant(maker.jobs[1]), maker.grant(maker.jobs[2])]))
+    tables.project_slice()
+    assert (len(tables._payloads), len(tables._digests)) == (4, 2)
+    assert tables.touches(["0"], [], [])
+    tables.project_slice()
+    assert not tables.touches(["1"], [3, 4], ["d0", "d1"])
+    tables.project()
+    assert not (tables._ids)
+    assert not (tables._seqs)
+    assert not (tables._digests)
+    assert not (tables._payloads)
 
 
 async def test_an_error_in_a_slice_is_reported(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sized
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from jobd.model.events import Change
 from jobd.model.job import compact
@@ -15,7 +16,6 @@ from jobd.storage.codec import checksum, job_row
 from jobd.storage.database import BY_SEQ
 from jobd.storage.projection import Projection
 from jobd.storage.startup import connect, start
-from jobd.storage.writers import RowMissing
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import job_of
 
@@ -97,13 +97,13 @@ def test_removed_and_added_parts_are_both_written(tables: Projection, order: tup
         assert row_of(tables, change.event.job_seq) == (*row, checksum(row))
 
 
-def test_an_update_does_not_create_a_missing_row(tables: Projection) -> None:
+def test_a_record_from_before_the_start_does_not_create_a_missing_row(tables: Projection) -> None:
     maker = ChangeFactory()
-    grant = maker.grant(job_of(maker.create()))
+    grant = replace(maker.grant(job_of(maker.create())), before=None)
     tables.project()
-    with pytest.raises(RowMissing):
-        write(tables, maker.batch([grant]))
-    assert tables.db.is_broken
+    write(tables, maker.batch([grant]))
+    assert tables.db.rows(BY_SEQ, (1,)) == []
+    assert tables.db.quarantined == {"job-1": "its row is missing"}
 
 
 def test_a_rolled_back_batch_leaves_no_cached_payload(tables: Projection) -> None:
