@@ -46,7 +46,7 @@ def simulate(seed: int, steps: int, *, without: frozenset[str] = frozenset(), wi
     journal = Trace(keep_lines=with_story)
     loop = SimLoop(Random(f"{seed}: loop"))
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        machine = runner.run(_run(seed, steps, loop, journal, without))
+        machine = runner.run(run_machine(seed, steps, loop, journal, without))
     broken = machine.monitor.first
     return SeedOutcome(
         seed=seed,
@@ -59,7 +59,7 @@ def simulate(seed: int, steps: int, *, without: frozenset[str] = frozenset(), wi
     )
 
 
-async def _run(seed: int, steps: int, loop: SimLoop, journal: Trace, without: frozenset[str]) -> Machine:
+async def run_machine(seed: int, steps: int, loop: SimLoop, journal: Trace, without: frozenset[str]) -> Machine:
     machine = Machine(seed, draw(seed, without), loop, journal)
     machine.enough = steps
     with _watched(machine):

@@ -19,8 +19,8 @@ from jobd.storage import queries, startup
 from jobd.storage.backup import mark_copy
 from jobd.storage.startup import connect, start
 from tests.support.memory_tables import MemoryTables
+from tests.support.projection_harness import EVERYTHING, Writer, content_of, differences, fail_commits
 from tests.support.store_files import remove_quarantined
-from tests.unit.storage.test_projection_faults import EVERYTHING, Writer, content_of, differences, fail_commits
 
 ACTIONS = {
     "write": 8,
@@ -172,7 +172,7 @@ class Walk:
         return bool(self.conn.execute("SELECT 1 FROM quarantined_jobs WHERE seq = ?", (seq,)).fetchone())
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_a_store_has_what_was_written(path: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setattr(projections, "SLICE_EVENTS", 10)
     walk = Walk(path, seed)
