@@ -275,7 +275,9 @@ class Projection:
     def _uncount(self, seq: int) -> tuple[str, str] | None:
         """Subtract a job from the counts of the pending records. Return its queue and status if it is finished."""
         events = [change.event for each in self._pending for change in each.batch.changes]
-        first = next(event for event in events if event.job_seq == seq)
+        first = next((event for event in events if event.job_seq == seq), None)
+        if first is None:
+            return None
         queue, status = first.queue, first.before
         for batch in (each.batch for each in self._pending):
             for event in (change.event for change in batch.changes if change.event.job_seq == seq):
