@@ -542,11 +542,14 @@ class State:
         queue = None
         if after is not None and (status := after.status) in totals:
             queue = after.options.queue
-            (self.counts.get(queue) or self._counts_of(queue))[status] += 1
+            counts = self.counts.get(queue)
+            if counts is None:
+                counts = self._counts_of(queue)
+            counts[status] += 1
             totals[status] += 1
         if before is not None and (status := before.status) in totals:
             former = before.options.queue
-            (self.counts.get(former) or self._counts_of(former))[status] -= 1
+            self._counts_of(former)[status] -= 1
             totals[status] -= 1
             if former != queue:
                 self._end_if_empty(former)

@@ -262,6 +262,9 @@ class SinceReport(Struct):
     fixed: int = 0
 
 
+_COUNTED_ONLY: Final = frozenset({"created", "progress", "extended"})  # frequent events that only `events` counts
+
+
 class Figures(Struct):
     """Counters and short histories by wall time. After a backward step of the clock, later entries do not count."""
 
@@ -280,22 +283,31 @@ class Figures(Struct):
     overlaps: Overlaps = field(default_factory=Overlaps)
     events: dict[str, int] = field(default_factory=dict)  # type -> events
 
-    def note(self, change: Change) -> None:
-        """Count one committed change."""
-        event, before, after = change.event, change.before, change.after
-        self.events[event.type] = self.events.get(event.type, 0) + 1
-        match event.type:
-            case "granted":
+    def note(self, changes: Sequence[Change]) -> None:
+        """Count the changes of a committed batch."""
+        events, taken = self.events, self.overlaps.taken
+        for change in changes:
+            event = change.event
+            kind = event.type
+            events[kind] = events.get(kind, 0) + 1
+            if kind == "granted":
                 self._grant(event.queue)
-                if self.overlaps.taken:
+                if taken:
                     self.overlaps.granted(change)
-            case "completed":
+            elif kind == "completed":
+                before = change.before
                 if before is not None and before.started_at is not None:
                     ms = max(event.at - before.started_at, 0)
                     self._completed(event.queue, event.at, ms)
                     self.paces.add(before.options.kind, event.at, ms)
+            elif kind not in _COUNTED_ONLY:
+                self._note_other(change)
+
+    def _note_other(self, change: Change) -> None:
+        event = change.event
+        match event.type:
             case "stalled":
-                self._recovered(event.at, requeued=after is not None and after.status == "queued")
+                self._recovered(event.at, requeued=event.after == "queued")
                 self.overlaps.ended(change)
             case "late_result":
                 self.late_kept += 1

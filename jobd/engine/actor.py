@@ -97,7 +97,7 @@ class Actor:
         self.full_disk = FullDisk(disk, clock, loop_time, is_full=is_full, has_reserve=has_reserve)
         self.slow_commit_s = SLOW_COMMIT_S
         self.look: Callable[[], None] = lambda: None  # called before a batch is taken
-        self.on_commit: list[Callable[[Sequence[Change]], None]] = [self._note]
+        self.on_commit: list[Callable[[Sequence[Change]], None]] = [lambda changes: self.state.figures.note(changes)]
         self.commit_seconds = Histogram.empty(COMMIT_BUCKETS_S)
         self.batch_commands = Histogram.empty(BATCH_BUCKETS)
         self._clock = clock
@@ -530,10 +530,6 @@ class Actor:
         for envelope in self._mailbox:
             envelope.reply(_stopping())
         self._mailbox.clear()
-
-    def _note(self, changes: Sequence[Change]) -> None:
-        for change in changes:
-            self.state.figures.note(change)
 
 
 def _stopping() -> ApiError:

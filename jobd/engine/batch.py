@@ -44,6 +44,7 @@ from jobd.model.storage import AuditEntry, Batch, LateResultRows, StoredResponse
 
 log = structlog.get_logger("jobd.actor")
 
+_LIVE_OR_NEW: Final = frozenset({None, *LIVE})
 _GRANTING: Final = frozenset({Start, Claim})
 _NOTED: Final = frozenset({Undelivered, Tick, EndGrants, Report})
 
@@ -157,7 +158,9 @@ class Decider:
     def batch(self, decided: DecidedBatch, policy: Policy) -> Batch:
         """Return what to write for a decided batch."""
         keys, forgotten = self.keys.changed()
-        queues = {change.event.queue for change in decided.changes if _touches_queue(change)}
+        # A queue whose pause or number of finished jobs changes. Events of queues have no status.
+        events = [change.event for change in decided.changes]
+        queues = {event.queue for event in events if event.after not in LIVE or event.before not in _LIVE_OR_NEW}
         return Batch(
             changes=decided.changes,
             numbers=self.state.numbers(decided.at.lease, decided.at.believed, decided.at.suspect),
@@ -402,14 +405,6 @@ def _join(first: Envelope, envelope: Envelope) -> ApiError | None:
         return _key_reused()
     first.futures += [future for future in envelope.futures if future not in first.futures]
     return None
-
-
-def _touches_queue(change: Change) -> bool:
-    """Return whether `change` changes the row of its queue: its pause, or the number of finished jobs."""
-    before, after = change.before, change.after
-    if before is None and after is None:
-        return True
-    return (after is not None and after.status not in LIVE) or (before is not None and before.status not in LIVE)
 
 
 def _key_reused() -> ApiError:

@@ -100,8 +100,7 @@ class MeasuredCore:
 
     def _note(self, plan: DecidedBatch) -> None:
         self._decider.committed(plan)
-        for change in plan.changes:
-            self._book.figures.note(change)
+        self._book.figures.note(plan.changes)
         self._book.trim_finished()
 
     def _timed(self, name: str, count: int, work: Callable[[], T]) -> T:

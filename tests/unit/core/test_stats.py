@@ -32,8 +32,7 @@ class CountingHarness(RuleHarness):
         self, command: AnyCommand, *, admin: bool = False, by: str = "client", expected: str | None = None
     ) -> Decision:
         decision = super().decide(command, admin=admin, by=by, expected=expected)
-        for change in decision.changes:
-            self.state.figures.note(change)
+        self.state.figures.note(decision.changes)
         return decision
 
 
@@ -137,9 +136,9 @@ def test_a_completion_without_or_before_a_start_has_no_negative_time() -> None:
     figures = Figures()
     job = Job(1, "a", Options(), "processing", NOW, NOW, NOW)
     done = Event(1, NOW, "completed", 1, "a", "q", "processing", "completed", "worker:w")
-    figures.note(Change(job, None, done))
+    figures.note([Change(job, None, done)])
     assert figures.completed_last_hour(NOW) == (0, 0)
-    figures.note(Change(msgspec.structs.replace(job, started_at=NOW + 5_000), None, done))  # the wall clock stepped
+    figures.note([Change(msgspec.structs.replace(job, started_at=NOW + 5_000), None, done)])  # the wall clock stepped
     assert figures.completed_last_hour(NOW) == (1, 0)
     assert figures.processing["q"].total == 0
 

@@ -469,7 +469,7 @@ async def test_a_snapshot_shares_nothing_with_the_state() -> None:
         before = msgspec.json.encode(snapshot)
         lock_id = await engine.held("b", queue="other")
         await engine.yes(Complete(id="b", lock_id=lock_id))
-        engine.state.figures.note(engine.disk.batches[-1].changes[-1])
+        engine.state.figures.note(engine.disk.batches[-1].changes[-1:])
         assert msgspec.json.encode(snapshot) == before
         assert msgspec.json.encode(metrics.snapshot()) != before
         assert set(snapshot.jobs) == set(STATUSES)
