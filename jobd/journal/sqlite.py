@@ -38,10 +38,14 @@ class SqliteJournal:
 
         `read` does not see either.
         """
-        (line,) = self._conn.execute("PRAGMA integrity_check(journal)").fetchone()
+        try:
+            (line,) = self._conn.execute("PRAGMA integrity_check(journal)").fetchone()
+            left = self._conn.execute(_LEFT, (upto,)).fetchone() if line == "ok" else None
+        except sqlite3.DatabaseError as error:
+            raise BadRecord(upto + 1, f"cannot be read: {error}") from error
         if line != "ok":
             raise BadRecord(upto + 1, f"cannot be read: {line}")
-        if (left := self._conn.execute(_LEFT, (upto,)).fetchone()) is not None:
+        if left is not None:
             raise BadRecord(upto + 1, f"may be missing: there is a record {left[0]}, which was deleted")
 
     def append(self, record: Record) -> None:

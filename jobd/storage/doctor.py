@@ -380,7 +380,8 @@ def _repair(path: str, change: Callable[[Database], str]) -> str:
             raise files.StoreUnreadable(f"{path} does not exist")
         with contextlib.closing(startup.connect(path, "FULL")) as conn, startup.translated_errors(path):
             startup.prepare_schema(conn, path)
-            return change(startup.project_tail(conn, path))
+            db = startup.project_tail(conn, path)
+            return "\n".join([*db.faults, change(db)])
 
 
 def _accept(db: Database, path: str, ids: Sequence[str] | None) -> str:

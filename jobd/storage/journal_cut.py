@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
 from typing import Final
 
 from msgspec import Struct
@@ -12,7 +13,7 @@ from jobd.journal import record
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.journal import BadRecord
 from jobd.storage import startup
-from jobd.storage.database import Database
+from jobd.storage.database import Database, is_corrupt
 from jobd.storage.edited_rows import RepairRejected
 from jobd.storage.files import FileLock, StoreUnreadable
 from jobd.storage.tail import Pending, counted
@@ -29,8 +30,11 @@ class Cut(Struct):
     number: int
     readable: list[Pending] = []
     unreadable: int = 0
+    is_table_damaged: bool = False
 
     def __str__(self) -> str:
+        if self.is_table_damaged:
+            return "the table of the journal, which cannot be read, so its records are unknown"
         changes = [change for each in self.readable for change in each.batch.changes]
         ids = list(dict.fromkeys(change.event.job_id for change in changes if change.event.job_seq))
         records = counted(len(self.readable) + self.unreadable, "record")
@@ -45,9 +49,14 @@ class Cut(Struct):
 
 def find(db: Database, number: int) -> Cut:
     """Return the records from `number` on, and those that a slice should have deleted. Raises RepairRejected."""
-    numbers = [each for (each,) in db.conn.execute(_NUMBERS, (number, db.projected_to))]
     if number <= db.projected_to:
         raise RepairRejected(f"the tables have the records up to {db.projected_to}: only later ones can be deleted")
+    try:
+        numbers = [each for (each,) in db.conn.execute(_NUMBERS, (number, db.projected_to))]
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        return Cut(number, is_table_damaged=True)
     if not numbers:
         raise RepairRejected(f"the journal has no record {number} or later")
     cut = Cut(number)
@@ -74,8 +83,20 @@ def cut(path: str, number: int) -> str:
             db = startup.read_meta(conn, path)
             found = find(db, number)
             copy = startup.copy_aside(conn, path, LABEL)
+            if found.is_table_damaged:
+                _replace_table(conn)
             db.commit(_cut, db, number)
     return f"deleted {found}. The store from before is kept as {copy}. The next start begins a new epoch"
+
+
+def _replace_table(conn: sqlite3.Connection) -> None:
+    """Create the table of the journal again. Its pages cannot be read, so it cannot be dropped."""
+    (create_sql,) = conn.execute("SELECT sql FROM sqlite_schema WHERE name = 'journal'").fetchone()
+    conn.execute("PRAGMA writable_schema = ON")
+    conn.execute("DELETE FROM sqlite_schema WHERE name = 'journal'")
+    conn.execute("PRAGMA writable_schema = RESET")
+    conn.execute(create_sql)
+    conn.execute("VACUUM")  # its old pages belong to no table
 
 
 def _cut(db: Database, number: int) -> None:

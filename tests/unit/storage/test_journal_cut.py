@@ -11,7 +11,7 @@ from jobd.model.storage import Numbers
 from jobd.storage import doctor, dry_run, journal_cut
 from jobd.storage.edited_rows import RepairRejected
 from jobd.storage.files import StoreUnreadable
-from jobd.storage.store import StoreBusy
+from jobd.storage.store import Store, StoreBusy
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import (
     assert_holds,
@@ -20,6 +20,8 @@ from tests.support.store_files import (
     make_store,
     open_store,
     read_file,
+    remove,
+    write_file,
 )
 
 
@@ -97,3 +99,33 @@ async def test_only_records_of_the_tail_can_be_deleted(path: str) -> None:
             journal_cut.cut(path, numbers[0])
     with pytest.raises(StoreUnreadable, match="does not exist"):
         journal_cut.cut(f"{path}-other", 1)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+async def test_a_table_that_cannot_be_read_is_created_again(path: str, count: int) -> None:
+    """Its root page is written with every batch, and a store without it does not open."""
+    maker = await make_store(path)
+    if count:
+        back = maker.snapshot()
+        numbers = maker.numbers
+        await leave_tail(path, *(maker.any_batch(4) for _ in range(count)))
+        back()
+        maker.numbers = numbers
+    with edit_store(path) as conn:
+        conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'journal'").fetchone()
+        (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
+        (projected_to,) = conn.execute("SELECT projected_to FROM meta").fetchone()
+    remove(f"{path}-wal")
+    content = bytearray(read_file(path))
+    content[(root - 1) * page_bytes] ^= 1
+    write_file(path, content)
+    with pytest.raises(StoreUnreadable, match=rf"cannot be read: .* --cut-journal {projected_to + 1}"):
+        await Store.open(path)
+    assert dry_run.cut_journal(path, projected_to + 1)[0].startswith("would delete the table of the journal")
+    assert journal_cut.cut(path, projected_to + 1).startswith("deleted the table of the journal")
+    assert doctor.check(path, refold=True) == []
+    async with open_store(path) as (store, found):
+        assert found.marked
+        maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
+        await assert_holds(store, found, maker)
