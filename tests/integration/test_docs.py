@@ -7,6 +7,7 @@ marks a block that needs Node.js, `<!-- clean -->` one that removes what the oth
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -352,6 +353,17 @@ def complete_some(daemon: DaemonProcess, count: int) -> None:
     for grant in daemon.post("/v1/claim", {"worker": "w", "limit": count}).data["grants"]:
         done = {"lock_id": grant["lock_id"], "metadata": 1}
         daemon.post(f"/v1/jobs/{grant['job']['id']}/complete", done)
+
+
+def test_the_path_of_a_request_names_functions_that_exist() -> None:
+    path = rows(ROOT / "docs/architecture.md", "function", "module")
+    assert len(path) == 12
+    for function, module, _ in path:
+        place = ticked(module)[0].removesuffix(".py").replace("/", ".")
+        found: object = importlib.import_module(f"jobd.{place}")
+        for name in ticked(function)[0].split("."):
+            found = getattr(found, name)
+        assert callable(found)
 
 
 def test_every_package_is_documented() -> None:
