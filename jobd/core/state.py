@@ -300,7 +300,8 @@ class State:
     def trim_finished(self) -> None:
         """Keep only the finished jobs that were used last. Called between batches."""
         while len(self.finished) > FINISHED_KEPT or self._finished_bytes > FINISHED_BYTES:
-            self._drop_finished(next(iter(self.finished)))
+            _, job = self.finished.popitem(last=False)
+            self._finished_bytes -= _metadata_bytes(job)
 
     def _drop_finished(self, job_id: str) -> None:
         if (job := self.finished.pop(job_id, None)) is not None:

@@ -360,7 +360,7 @@ Holders = Progress | Extend | Complete | Fail | Release | ExtendLock | ReleaseLo
 
 def _held(tx: Transaction, command: Holders, verb: str) -> Job | Response | ApiError:
     """Return the job if `command` names its latest grant; else the response to a repeated ending, or an error."""
-    job = transitions.find(tx, command.id)
+    job = tx.state.get(command.id) or transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
     if job.status == "processing" and job.grant is not None and job.grant.lock_id == command.lock_id:
@@ -409,9 +409,10 @@ def _past_ceiling(tx: Transaction, job: Job) -> ApiError:
 
 
 def _ended_by_holder(tx: Transaction, job: Job, command: Holders, verb: str) -> PreviousGrant:
-    ended = transitions.ended_by(job, tx.at.now, verb, verb, verb, digest(command))
-    assert ended is not None  # the job is held
-    return ended
+    grant = job.grant
+    assert grant is not None  # the job is held
+    lock_id, token, worker = grant.lock_id, grant.fencing_token, grant.worker
+    return PreviousGrant(lock_id, token, worker, tx.now, verb, verb, verb, digest(command))
 
 
 def _latest(tx: Transaction) -> Job:

@@ -33,7 +33,20 @@ from jobd.engine.mailbox import (
     weight,
 )
 from jobd.engine.waiting_claims import ParkedClaims
-from jobd.model.commands import AnyCommand, Call, Claim, Complete, Create, IdempotencyKey, Operator, Undelivered
+from jobd.model.commands import (
+    AnyCommand,
+    Call,
+    Claim,
+    Complete,
+    Create,
+    Extend,
+    Fail,
+    IdempotencyKey,
+    Operator,
+    Progress,
+    Release,
+    Undelivered,
+)
 from jobd.model.errors import ApiError
 from jobd.model.events import Change
 from jobd.model.job import Policy
@@ -312,8 +325,10 @@ class Actor:
             envelope = self._mailbox.popleft()
             self._bytes -= envelope.size
             command = envelope.call.command
-            is_late = type(command) is Complete and late_result_rules.is_late(self.state, command)
-            weights += LATE_WEIGHT if is_late else weight(command)
+            if type(command) is Complete:
+                weights += 1 if self.state.holds(command.id, command.lock_id) else LATE_WEIGHT
+            else:
+                weights += weight(command)
             batch.append(envelope)
         return batch
 
@@ -399,7 +414,10 @@ class Actor:
 
     async def _load(self, batch: list[Envelope]) -> Preloaded:
         """Read what the decisions need and memory does not hold: finished jobs, stored answers, some payloads."""
-        if all(envelope.key is None and self._is_at_hand(envelope.call.command) for envelope in batch):
+        for envelope in batch:
+            if envelope.key is not None or not self._is_at_hand(envelope.call.command):
+                break
+        else:
             return Preloaded()
         known, state, now = Preloaded(), self.state, self._clock.moment().believed
         naming = [(envelope, ids) for envelope in batch if (ids := named_ids(envelope.call.command))]
@@ -425,8 +443,8 @@ class Actor:
         return known
 
     def _is_at_hand(self, command: AnyCommand) -> bool:
-        """Whether memory has all that has to be known of it: it names no job, or comes from who holds it."""
-        if isinstance(command, late_result_rules.Calls):
+        """Return whether memory has all that the decision needs: it names no job, or comes from the holder."""
+        if isinstance(command, (Progress, Extend, Complete, Fail, Release)):
             return self.state.holds(command.id, command.lock_id)
         return isinstance(command, Claim) or (isinstance(command, Create) and command.id is None)
 
@@ -471,7 +489,7 @@ class Actor:
             if isinstance(answer, Response) and answer.read is not None:
                 self._history.start(envelope, answer, self.policy)
                 continue
-            if self._stays_owed(envelope, answer):
+            if (self._owed or isinstance(answer, ApiError)) and self._stays_owed(envelope, answer):
                 continue
             told = envelope.reply(answer)
             if told < len(envelope.futures) and isinstance(answer, Response) and answer.grants:
@@ -483,8 +501,6 @@ class Actor:
 
     def _stays_owed(self, envelope: Envelope, answer: Response | ApiError) -> bool:
         """Whether a command of our own was refused by the full disk: then it is the first once there is room."""
-        if not self._owed and isinstance(answer, Response):
-            return False
         is_owed = envelope in self._owed
         if isinstance(answer, ApiError) and answer.code == "storage_full":
             if not is_owed and isinstance(envelope.call.command, Undelivered):

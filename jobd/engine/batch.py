@@ -86,9 +86,14 @@ class DecidedBatch(Struct):
         """Return the job seqs of payloads that the responses need and that are not read yet."""
         if self.is_filled:
             return []
-        responses = (response for _, response in self.replies if isinstance(response, Response))
-        seqs = dict.fromkeys(seq for response in responses for seq, _ in response.unread_payloads)
-        return [seq for seq in seqs if seq not in self.tx.payloads and seq not in self.known.payloads]
+        created, known = self.tx.payloads, self.known.payloads
+        wanted: dict[int, None] = {}
+        for _, response in self.replies:
+            if isinstance(response, Response):
+                for seq, _ in response.unread_payloads:
+                    if seq not in created and seq not in known:
+                        wanted[seq] = None
+        return list(wanted)
 
     def fill(self, read: dict[int, bytes]) -> None:
         """Set the payloads in the job views of the responses, once."""

@@ -141,8 +141,12 @@ class Envelope:
 
     def reply(self, response: Response | ApiError) -> int:
         """Send the response to the callers that still wait. Return their number."""
+        futures = self.futures
+        if len(futures) == 1 and not futures[0].done():
+            futures[0].set_result(response)
+            return 1
         sent = 0
-        for future in self.futures:
+        for future in futures:
             if not future.done():
                 future.set_result(response)
                 sent += 1

@@ -776,7 +776,7 @@ class Locks(Command, frozen=True, kw_only=True):
 
 def is_dry_run(command: Command) -> bool:
     """Return whether `command` is a dry run: its response shows the effect, but nothing is changed."""
-    return getattr(command, "dry_run", False)
+    return type(command) in _DRY_RUNNABLE and getattr(command, "dry_run", False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1020,6 +1020,8 @@ AnyCommand = (
     | Ping
     | Report
 )
+
+_DRY_RUNNABLE: Final = frozenset(kind for kind in get_args(AnyCommand) if hasattr(kind, "dry_run"))
 
 # Every `what` of an audit entry.
 AUDITED_ACTIONS: Final = tuple(
