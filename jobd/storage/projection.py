@@ -21,7 +21,7 @@ from jobd.journal.sqlite import SqliteJournal
 from jobd.model.events import Change
 from jobd.model.job import FINISHED
 from jobd.model.journal import BadRecord, Record
-from jobd.model.storage import BadRows, Batch, DiskFull, QueueRow, StoredResponse, distinct_tombstones
+from jobd.model.storage import BadRows, Batch, DiskFull, Payload, QueueRow, StoredResponse, distinct_tombstones
 from jobd.storage import codec
 from jobd.storage.codec import KEY_COLUMNS, sealed
 from jobd.storage.database import BY_SEQ, PUT_QUEUE, PUT_TOMBSTONE, Database, readable
@@ -59,7 +59,7 @@ class Projection:
         self._ids: dict[str, int] = {}
         self._seqs: dict[int, int] = {}
         self._digests: dict[str, int] = {}
-        self._payloads: dict[int, bytes] = {}  # of new jobs, by seq
+        self._payloads: dict[int, Payload] = {}  # of new jobs, by seq
         self._jobs = JobWriter(db.conn, self._find, db.note_fault)
         self._late = LateWriter(db.conn, db.rows, db.note_fault)
         self._shortener = JournalShortener(db)
@@ -122,10 +122,12 @@ class Projection:
         bad: dict[str, str] = {}
         new = {change.event.job_seq: change.payload for change in batch.changes if change.payload is not None}
         for seq in batch.payloads:
-            if (body := self._payloads.get(seq) or new.get(seq)) is not None:
+            if (body := new.get(seq)) is not None:
                 payloads[seq] = body
                 continue
-            payload, error = self.db.payload(seq)
+            payload, error = self._payloads.get(seq), ""
+            if payload is None:
+                payload, error = self.db.payload(seq)
             if payload is not None:
                 payloads[seq] = payload.body
             else:
@@ -133,6 +135,10 @@ class Projection:
         if bad:
             raise BadRows(bad)
         return payloads
+
+    def pending_payloads(self, seqs: Iterable[int]) -> dict[int, Payload]:
+        """Return those of the payloads that the tables lack. Other payloads do not change, so the tables have them."""
+        return {seq: self._payloads[seq] for seq in seqs if seq in self._payloads}
 
     def cached_payloads(self, seqs: Iterable[int]) -> dict[int, bytes]:
         """Return those of the payloads that were written recently. Safe outside the storage thread."""
@@ -149,7 +155,7 @@ class Projection:
                 self._ids[event.job_id] = pending.number
                 self._seqs[event.job_seq] = pending.number
                 if event.before is None and change.payload is not None:
-                    self._payloads[event.job_seq] = change.payload
+                    self._payloads[event.job_seq] = Payload(change.payload, change.request_hash or "")
                     self._jobs.cache_payload(event.job_seq, change.payload)
         for key in batch.keys:
             self._digests[key.digest] = pending.number

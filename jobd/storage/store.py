@@ -261,9 +261,14 @@ class Store(Storage):
         return await self._run(self._load, ids, payloads, digests)
 
     def _load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
-        if self._projection.touches(ids, payloads, digests):
-            return self._projection.read(queries.load, self._database, ids, payloads, digests)
-        return queries.load(self._database, ids, payloads, digests)
+        pending = self._projection.pending_payloads(payloads)
+        args = (self._database, ids, [seq for seq in payloads if seq not in pending], digests)
+        if self._projection.touches(ids, [], digests):
+            loaded = self._projection.read(queries.load, *args)
+        else:
+            loaded = queries.load(*args)
+        loaded.payloads |= pending
+        return loaded
 
     def _read_late_results(self, requested: list[LateResultQuery]) -> LateResultRows:
         if self._projection.touches([], [each.job_seq for each in requested], []):
