@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from jobd.storage import connection as connections
 from jobd.storage import startup
 from jobd.storage.connection import FunctionConnection, StoreConnection
 from jobd.storage.store import MEMORY
@@ -110,8 +111,11 @@ async def test_a_closed_connection_runs_nothing(connection: StoreConnection) -> 
     assert not connection.is_idle
 
 
-async def test_the_event_loop_lends_the_interpreter_until_the_function_says_so(connection: StoreConnection) -> None:
+async def test_the_event_loop_lends_the_interpreter_until_the_function_says_so(
+    connection: StoreConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Other tasks run only after that."""
+    monkeypatch.setattr(connections, "LENT_S", 60)
     order, until = list[str](), threading.Event()
 
     def write() -> str:
