@@ -9,13 +9,12 @@ from typing import Any, Final, cast
 
 from aiohttp import web
 
-from jobd.http.app import App
+from jobd.http.app import SUPPORTED_VERSIONS, App
 from jobd.http.parser import MalformedRequest, RequestParser, malformed_request
 from jobd.http.request import BodyError, RequestContext, add_header
 from jobd.http.response import WRITE_TIMEOUT_S, HttpResponse
 from jobd.http.server import HttpListener
 from jobd.http.worker_request import WorkerRequest
-from jobd.model.errors import ApiError
 
 LINGER_S: Final = 5.0  # to read the rest of a rejected body, without which the client would not get the response
 CANCEL_GRACE_S: Final = 0.1  # for cancelled handlers, after the deadline of a stop
@@ -174,6 +173,7 @@ class _AdminConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser = RequestParser(self._add)
         self._is_broken = False
+        self._unsupported: WorkerRequest | None = None  # of another version of HTTP
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -185,7 +185,10 @@ class _AdminConnection(asyncio.Protocol):
         try:
             self._parser.feed(data)
         except MalformedRequest as malformed:
-            self._reject(malformed.error)
+            self._reject(malformed_request(malformed.error))
+            return
+        if self._unsupported is not None:
+            self._reject(self._unsupported)
         else:
             self._protocol.data_received(data)
 
@@ -202,17 +205,20 @@ class _AdminConnection(asyncio.Protocol):
         self._parser.close()
         self._protocol.connection_lost(exc)
 
-    @staticmethod
-    def _add(request: WorkerRequest) -> None:
+    def _add(self, request: WorkerRequest) -> None:
         request.is_dropped = True  # aiohttp reads the body
+        if request.version not in SUPPORTED_VERSIONS:
+            self._unsupported = request
 
-    def _reject(self, error: ApiError) -> None:
+    def _reject(self, request: WorkerRequest) -> None:
         """Respond to malformed input, unless a response is in progress, and close the connection."""
         self._is_broken = True
         assert self._transport is not None
         if self._transport not in self._listener.busy or self._parser.incoming is not None:
-            request = malformed_request(error)
-            response = self._listener.app.error_response(request, error, close=True)
+            app = self._listener.app
+            response = app.authorize(request) if request.error is None else app.error_response(request, request.error)
+            assert response is not None
+            request.keep_alive = False
             self._transport.write(response.encode(request))
         self._transport.close()
 
