@@ -304,8 +304,7 @@ class State:
             self._finished_bytes -= _metadata_bytes(job)
 
     def _drop_finished(self, job_id: str) -> None:
-        if (job := self.finished.pop(job_id, None)) is not None:
-            self._finished_bytes -= _metadata_bytes(job)
+        self._finished_bytes -= _metadata_bytes(self.finished.pop(job_id))
 
     def quarantine(
         self, job_id: str, reason: str, uncounted: tuple[str, str] | None = None, *, is_moved: bool = True

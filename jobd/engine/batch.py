@@ -263,7 +263,8 @@ class Decider:
             decided.tick = True
         elif isinstance(command, EndGrants):
             decided.unmark = decided.unmark or command.last
-        elif isinstance(command, Report):
+        else:
+            assert isinstance(command, Report)
             decided.report = command.body
         return None
 

@@ -14,7 +14,19 @@ from msgspec.structs import replace
 from jobd.core import decide, transitions
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
-from jobd.model.commands import AnyCommand, Call, Cancel, Complete, Create, Moment, Pause, Ping, Progress, Recover
+from jobd.model.commands import (
+    AnyCommand,
+    Call,
+    Cancel,
+    Complete,
+    Create,
+    Moment,
+    Pause,
+    Ping,
+    Preview,
+    Progress,
+    Recover,
+)
 from jobd.model.errors import ApiError
 from jobd.model.events import QueuePause
 from jobd.model.job import COUNTER_MASK, DAY_MS, TOKEN_COUNTER_BITS, Job, Options, Policy, new_epoch
@@ -181,6 +193,30 @@ def test_undo_forgets_late_results_and_calls(rules: RuleHarness) -> None:
             assert tx.has_changed, "it is known from the undone command"
             tx.undo()
         assert (rules.state.late.results.get(1, []), rules.state.latest_late(1)) == ([], None)
+
+
+def test_a_dry_run_changes_nothing(rules: RuleHarness) -> None:
+    rules.held()
+    before = snapshot(rules.state)
+    tx = Transaction(rules.state, rules.moment, rules.policy)
+    tx.begin(Call(Preview(limit=1), seed=SEED))
+    tx.delete(tx.update(rules.job(), "updated", {"run_at": 5}))
+    assert [change.event.type for change in tx.changed()] == ["updated", "deleted"]
+    assert snapshot(rules.state) | {"next_event": before["next_event"]} == before
+    tx.undo()
+    assert (snapshot(rules.state), tx.changes, tx.ended) == (before, [], [])
+
+
+def test_the_lock_of_a_deleted_job_has_ended(rules: RuleHarness) -> None:
+    """Only a manual edit can leave a lock on a finished job."""
+    lock_id = rules.held()
+    row = rules.row(replace(rules.job(), status="failed"))
+    tx = Transaction(rules.state, rules.moment, rules.policy)
+    tx.begin(Call(Ping(), seed=SEED))
+    tx.delete(row)
+    assert tx.ended == [lock_id]
+    tx.undo()
+    assert tx.ended == []
 
 
 def test_a_rule_that_raises_leaves_nothing(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
