@@ -212,7 +212,10 @@ class Transaction:
         return blake2b(b"lock id" + self.call.seed + number.to_bytes(8, "big"), digest_size=16).hexdigest()
 
     def job_id(self, number: int) -> str:
-        """Return a UUIDv7 (RFC 9562): 48 bits of Unix milliseconds, then bits from the seed of the call."""
+        """Return a UUIDv7 (RFC 9562): 48 bits of Unix milliseconds, then bits from the seed of the call.
+
+        Ids are public, so a call that makes an id must not make a secret.
+        """
         if not self._uuid_time:
             time = f"{self.now & (2**48 - 1):012x}"
             self._uuid_time = f"{time[:8]}-{time[8:]}-7"  # 7 is the version

@@ -455,7 +455,7 @@ def test_rules_accept_any_manually_edited_row(job: Job, sequence: list[tuple[Any
         rules.lease += ms
         state.advance(rules.now, rules.lease)
         tx = Transaction(state, rules.moment, POLICY)
-        call = Call(_aimed(command), "client", number.to_bytes(16, "big"))
+        call = Call(_aimed(command), "client", number.to_bytes(16, "little"))
         assert isinstance(decide.decide(tx, call), (Response, ApiError))
         assert state.total() == sum(
             each.status in STATUSES for each in [*state.jobs.values(), *state.finished.values()]
