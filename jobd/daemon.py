@@ -143,7 +143,7 @@ class Daemon:
         self._run_in_background("cleanup", self.maintainer)
         self._run_in_background("failures", self.failures)
         suspend_detector = SuspendDetector(self._on_pause)
-        self.actor.look = suspend_detector.check
+        self.actor.before_batch = suspend_detector.check
         self._run_in_background("presence", suspend_detector)
         sweeper = await self._start_sweeper(store, opened)
         self.services = self._make_services(store, opened, sweeper)
@@ -197,7 +197,7 @@ class Daemon:
             return
         slices = self._processing_slices()
         for index, ids in enumerate(slices or [[]]):
-            self.actor.owe(EndGrants(ids=ids, last=index + 1 >= len(slices)))
+            self.actor.enqueue_internal(EndGrants(ids=ids, last=index + 1 >= len(slices)))
         log.warning("backup_put_back", grants_to_end=len(self.actor.state.processing), epoch=self.actor.state.epoch)
 
     def _processing_slices(self) -> list[list[str]]:
@@ -207,7 +207,7 @@ class Daemon:
     def _extend_locks(self, since: int) -> None:
         """Extend the locks of processing jobs, because no worker could report since the lease time `since`."""
         for ids in self._processing_slices():
-            self.actor.owe(ExtendAfterPause(ids=ids, grace_ms=GRACE_MS, since=since))
+            self.actor.enqueue_internal(ExtendAfterPause(ids=ids, grace_ms=GRACE_MS, since=since))
 
     def _on_pause(self, pause_ms: int) -> None:
         """Extend locks after a time in which the process was stopped, or its machine was suspended or starved."""

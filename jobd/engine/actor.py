@@ -55,17 +55,17 @@ from jobd.model.storage import BadRows, DiskFull, JobStorage, Quarantined
 
 log = structlog.get_logger("jobd.actor")
 
-BATCH_WEIGHT: Final = 1_000  # commands of one batch, bulk creates and claims counted by their jobs
-LATE_WEIGHT: Final = 50  # of a complete without a live grant: the journal of its job is looked through, before all else
-CLOCK_LOOK_S: Final = 1.0  # while a step of the wall clock could make a job eligible for which a claim waits
-TELL_LATER: Final = 64  # where at most so many commands wait, they may go to the disk before the last answers leave
-SLOW_COMMIT_S: Final = 0.003  # after a commit that took so long looks do not wait for the next one
+BATCH_WEIGHT: Final = 1_000  # commands of one batch; bulk creates and claims count by their jobs
+LATE_WEIGHT: Final = 50  # of a complete without a live grant, which needs a read of the journal
+CLOCK_CHECK_S: Final = 1.0  # while a step of the wall clock could make a job due for which a claim waits
+SEND_LATER: Final = 64  # if at most so many commands wait, they are written before the last responses are sent
+SLOW_COMMIT_S: Final = 0.003  # after a commit that took so long, reads do not wait for the next one
 COMMIT_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Bounds(Struct, frozen=True):
-    """The limits of the mailbox and of what waits beside it."""
+    """The limits of the mailbox and of parked claims."""
 
     mailbox: int = 10_000  # commands
     inflight_bytes: int = 64 << 20
@@ -74,15 +74,15 @@ class Bounds(Struct, frozen=True):
 
 
 class DiskBroken(Exception):
-    """What the disk holds is unknown: the process has to end and start again from what is there."""
+    """The content of the disk is unknown, so the process must end and start again from it."""
 
 
 class _Again(Exception):
-    """Memory learned something from the disk that the decisions did not know: decide again."""
+    """A read found damaged rows that the decisions did not know. Decide again."""
 
 
 class Actor:
-    """Owner of the state. `ask` puts a command into the mailbox and waits; `run` is the one consumer.
+    """Own the state. `ask` puts a command into the mailbox and waits for its response; `run` decides and commits.
 
     `now_s` measures commits: seconds that only go forward, exact to a part of a millisecond. None: the loop's time.
     """
@@ -109,7 +109,7 @@ class Actor:
         self.parked = ParkedClaims(state.presence)
         self.full_disk = FullDisk(disk, clock, loop_time, is_full=is_full, has_reserve=has_reserve)
         self.slow_commit_s = SLOW_COMMIT_S
-        self.look: Callable[[], None] = lambda: None  # called before a batch is taken
+        self.before_batch: Callable[[], None] = lambda: None  # called before a batch is taken
         self.on_commit: list[Callable[[Sequence[Change]], None]] = [lambda changes: self.state.figures.note(changes)]
         self.commit_seconds = Histogram.empty(COMMIT_BUCKETS_S)
         self.batch_commands = Histogram.empty(BATCH_BUCKETS)
@@ -122,11 +122,11 @@ class Actor:
         self._bytes = 0
         self._wake = asyncio.Event()
         self._stopping = False
-        self._owed: list[Envelope] = []
-        self._untold: DecidedBatch | None = None  # committed; its answers leave while the next batch is being written
-        self._under_way: DecidedBatch | None = None  # decided, and perhaps not on the disk yet
+        self._internal: list[Envelope] = []
+        self._unsent: DecidedBatch | None = None  # committed; its responses are sent while the next batch is written
+        self._under_way: DecidedBatch | None = None  # decided, and perhaps not committed yet
         self._lost_disk: Exception | None = None
-        disk.on_quarantined = self._put_aside
+        disk.on_quarantined = self._note_quarantined
         self._decider = Decider(
             state,
             keys,
@@ -149,7 +149,7 @@ class Actor:
         operator: Operator | None = None,
         expected: str | None = None,
     ) -> Response | ApiError:
-        """Put `command` into the mailbox; the answer comes after its commit. `size` is that of its body, in bytes.
+        """Put `command` into the mailbox; return its response after the commit. `size` is that of its body, in bytes.
 
         With an `operator` it is kept in the audit log, in the same transaction. With an `expected` version it is done
         only if its job is still that one when it is decided.
@@ -164,8 +164,8 @@ class Actor:
             return await future
         except asyncio.CancelledError:
             self.abandon(envelope)
-            if future.done() and not future.cancelled() and isinstance(answer := future.result(), Response):
-                self.undelivered(answer)  # it was set, and nobody will read it
+            if future.done() and not future.cancelled() and isinstance(response := future.result(), Response):
+                self.undelivered(response)  # its caller is gone
             raise
 
     def send(
@@ -181,7 +181,7 @@ class Actor:
         expected: str | None = None,
         in_line: bool = False,
     ) -> Envelope | ApiError:
-        """As `ask`, for a caller who does not wait: `waiter` gets the answer, from within the actor's turn.
+        """Put `command` into the mailbox like `ask`, and return at once. `waiter` gets the response.
 
         `in_line`: its sender has more on the way, and it has to be decided behind that.
         """
@@ -193,39 +193,39 @@ class Actor:
         return envelope
 
     def abandon(self, envelope: Envelope) -> None:
-        """Who sent `envelope` waits no more: a claim of his does not stay parked."""
+        """Note that the caller of `envelope` is gone. Its claim does not stay parked."""
         first = self.parked.waiting_with(envelope.key.digest) if envelope.key is not None else envelope
         if first is not None and first.is_abandoned:
             self.parked.remove(first)
 
-    def undelivered(self, answer: Response) -> None:
-        """A connection closed before the first byte of `answer`: its grants go back, if nobody else has them."""
-        for command in self._decider.undelivered(answer):
-            self._put(self._own(command))
+    def undelivered(self, response: Response) -> None:
+        """Release the grants of a response whose connection closed before its first byte, if no other received them."""
+        for command in self._decider.undelivered(response):
+            self._put(self._internal_envelope(command))
 
-    def owe(self, command: AnyCommand) -> None:
-        """A command of the daemon itself that comes before every other, and stays until the disk has room for it."""
-        self._owed.append(self._own(command))
+    def enqueue_internal(self, command: AnyCommand) -> None:
+        """Add a command of the daemon, which is decided before others and stays until the disk has room for it."""
+        self._internal.append(self._internal_envelope(command))
         self._wake.set()
 
     def lose_disk(self, error: Exception) -> None:
-        """A commit beside ours has failed: what the disk holds is unknown, so `run` ends."""
+        """End `run`, because another commit failed and the content of the disk is unknown."""
         self._lost_disk = error
         self._wake.set()
 
     def stop_parking(self) -> None:
-        """Claims do not wait any more; those that do are answered empty."""
+        """Park no more claims, and end the waits of parked ones."""
         self._decider.parking = False
         self._wake.set()
 
     def stop(self) -> None:
-        """No more commands come in; `run` ends when the mailbox is empty."""
+        """Accept no more commands. `run` ends when the mailbox is empty."""
         self._stopping = True
         self.stop_parking()
 
     @property
     def waiting(self) -> int:
-        """Commands in the mailbox, and looks at history that are not answered yet."""
+        """The number of commands in the mailbox and of reads of history in progress."""
         return len(self._mailbox) + len(self._history)
 
     def _refuse_entry(self, command: AnyCommand, size: int) -> ApiError | None:
@@ -242,8 +242,8 @@ class Actor:
                 return ApiError("overloaded", "Too many claims are waiting for work; try again without wait_ms.")
         return None
 
-    def _own(self, command: AnyCommand) -> Envelope:
-        """A command of our own, whose answer nobody waits for."""
+    def _internal_envelope(self, command: AnyCommand) -> Envelope:
+        """Return an envelope for a command of the daemon. Its response is not used."""
         future: asyncio.Future[Response | ApiError] = asyncio.get_running_loop().create_future()
         return Envelope(Call(command, "daemon", self._random(16)), None, 0, future)
 
@@ -255,29 +255,29 @@ class Actor:
     # -- the consumer -------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Serve the mailbox until `stop`. Raises DiskBroken where the outcome of a commit is unknown."""
-        while not (self._stopping and not self._mailbox and not self.parked and not self._owes()):
-            await self._something_to_do()
-            await self._let_in()
-            self.look()
+        """Serve the mailbox until `stop`. Raises DiskBroken if the outcome of a commit is unknown."""
+        while not (self._stopping and not self._mailbox and not self.parked and not self._has_internal()):
+            await self._wait_for_work()
+            await self._drain_sockets()
+            self.before_batch()
             batch = self._take()
             try:
                 if self._lost_disk is not None:
                     raise self._lost_disk
                 await self.full_disk.probe()
-                if self.looks_go_first and not self._owed:
-                    batch = await self._look_first(batch)
+                if self.reads_first and not self._internal:
+                    batch = await self._serve_reads_first(batch)
                 if batch or self._decider.has_due:
                     await self._turn(batch)
             except Exception as error:
                 self._fail(batch, error)
                 raise DiskBroken(str(error)) from error
-            self._answer_late_claims()
+            self._end_waits()
         await self._history.finish()
 
-    async def _something_to_do(self) -> None:
-        """Until a command waits, or time itself gives us something to do."""
-        if not (self._mailbox or self._stopping or self._owes() or self._lost_disk):
+    async def _wait_for_work(self) -> None:
+        """Wait until a command arrives or a timer is due."""
+        if not (self._mailbox or self._stopping or self._has_internal() or self._lost_disk):
             timer = None
             if (wait_s := self._wait_s()) is not None:
                 timer = asyncio.get_running_loop().call_later(max(wait_s, 0), self._wake.set)
@@ -288,22 +288,22 @@ class Actor:
                 self.state.advance(at.now, at.lease)
         self._wake.clear()
 
-    async def _let_in(self) -> None:
-        """What has arrived already is read before a batch is taken: one commit for all of it. Nothing is waited for."""
-        if self._untold is not None:
-            return  # answers wait for this batch to be on its way
+    async def _drain_sockets(self) -> None:
+        """Let the event loop read all requests that have arrived, so that one commit includes them."""
+        if self._unsent is not None:
+            return  # responses wait until this batch is written
         while True:  # at least once: a turn with an inline commit does not yield otherwise
             waiting = len(self._mailbox)
             await asyncio.sleep(0)
             if not waiting < len(self._mailbox) < BATCH_WEIGHT:
                 break
 
-    def _owes(self) -> bool:
-        """Whether something of our own can be done at once."""
-        return bool(self._owed) and self.full_disk.closed != Closed.ALL_WRITES
+    def _has_internal(self) -> bool:
+        """Return whether a command of the daemon can be decided now."""
+        return bool(self._internal) and self.full_disk.closed != Closed.ALL_WRITES
 
     def _wait_s(self) -> float | None:
-        """Seconds until a claim's wait ends, a job may become due that a claim waits for, or a probe is due."""
+        """Return the seconds until a wait ends, a job may become due for a waiting claim, or a probe is due."""
         waits = []
         if (deadline := self.parked.next_deadline()) is not None:
             waits.append(deadline - self._loop_time())
@@ -312,14 +312,14 @@ class Actor:
             if run_at is not None:
                 waits.append((run_at - now) / 1000)
             if run_at is not None or (expiry is not None and expiry <= now):
-                waits.append(CLOCK_LOOK_S)
+                waits.append(CLOCK_CHECK_S)
         if (probe_at := self.full_disk.probe_at) is not None:
             waits.append(probe_at - self._loop_time())
         return min(waits, default=None)
 
     def _take(self) -> list[Envelope]:
-        """What we owe, and what waits, up to a batch that takes a few milliseconds."""
-        batch = list(self._owed)
+        """Take the commands of the daemon and those in the mailbox, up to a batch that takes a few milliseconds."""
+        batch = list(self._internal)
         weights = 0
         while self._mailbox and weights < BATCH_WEIGHT:
             envelope = self._mailbox.popleft()
@@ -333,30 +333,30 @@ class Actor:
         return batch
 
     @property
-    def looks_go_first(self) -> bool:
-        """Whether a commit takes its time."""
+    def reads_first(self) -> bool:
+        """Whether commits are slow, so that reads are served before the next one."""
         return self._commit_s >= self.slow_commit_s
 
-    async def _look_first(self, batch: list[Envelope]) -> list[Envelope]:
-        """Answer the looks of `batch` from what was committed before, and give the rest.
+    async def _serve_reads_first(self, batch: list[Envelope]) -> list[Envelope]:
+        """Serve the reads of `batch` from committed data, and return the other commands.
 
-        They have waited for the commit before; for that of their own batch they need not, as nobody has heard of it.
+        They need not wait for the commit of their own batch, because no response has shown its changes.
         """
-        looks = [envelope for envelope in batch if may_go_first(envelope)]
-        if not looks:
+        reads = [envelope for envelope in batch if may_go_first(envelope)]
+        if not reads:
             return batch
-        await self._turn(looks, serves=False)
-        self._tell()
-        await asyncio.sleep(0)  # those that look at history are before the commit on their way to the disk
+        await self._turn(reads, serves=False)
+        self._send_responses()
+        await asyncio.sleep(0)  # reads of history go to the disk before the commit
         return [envelope for envelope in batch if not may_go_first(envelope)]
 
     async def _turn(self, batch: list[Envelope], *, serves: bool = True) -> None:
-        """One batch, from the mailbox to its answers: again where the disk names a reason, else once."""
+        """Decide and write a batch and send its responses. Decide it again if the disk is full or rows are damaged."""
         while True:
             known, policy = await self._load(batch), self._policy_now()
             decided = self._decider.decide(batch, self._clock.moment(), known, policy, serves=serves)
             self._under_way = decided
-            self._tell_meanwhile()
+            self._send_meanwhile()
             self._prepare_meanwhile(decided)
             try:
                 decided.fill(await self._write(decided))
@@ -366,41 +366,41 @@ class Actor:
                 await self.full_disk.close_further()
             except BadRows as bad:
                 self._decider.roll_back(decided)
-                await self._set_aside(bad.jobs)
+                await self._quarantine(bad.jobs)
             except _Again:
                 self._decider.roll_back(decided)
-        self._tell()  # of the batch before, where this one had nothing to wait for
-        self._untold, self._under_way = decided, None
+        self._send_responses()  # of the batch before, if this one did not wait
+        self._unsent, self._under_way = decided, None
         self.state.trim_finished()
-        if not self._may_tell_later(decided) or self.full_disk.closed != Closed.NOTHING or self._owed:
-            self._tell()
+        if not self._may_send_later(decided) or self.full_disk.closed != Closed.NOTHING or self._internal:
+            self._send_responses()
 
-    def _may_tell_later(self, decided: DecidedBatch) -> bool:
-        """Whether those who wait are worth a commit of their own: few are better off with those who come back soon."""
+    def _may_send_later(self, decided: DecidedBatch) -> bool:
+        """Return whether the waiting commands are enough for a batch of their own before the responses are sent."""
         waiting = len(self._mailbox)
         if self.disk.commits_inline:
-            return False  # nothing leaves while the disk is at work
-        return 0 < waiting <= TELL_LATER and 2 * waiting >= len(decided.replies)
+            return False  # no response is sent during an inline commit
+        return 0 < waiting <= SEND_LATER and 2 * waiting >= len(decided.replies)
 
-    def _tell(self) -> None:
-        """The answers of the last commit leave."""
-        decided, self._untold = self._untold, None
+    def _send_responses(self) -> None:
+        """Send the responses of the last commit."""
+        decided, self._unsent = self._unsent, None
         if decided is not None:
-            self._answer(decided)
+            self._respond(decided)
 
-    def _tell_meanwhile(self) -> None:
-        """The answers of the last commit leave as soon as the disk has its next work: both run side by side."""
-        if self._untold is not None:
-            asyncio.get_running_loop().call_soon(self._tell_aside)
+    def _send_meanwhile(self) -> None:
+        """Send the responses of the last commit while the next batch is written."""
+        if self._unsent is not None:
+            asyncio.get_running_loop().call_soon(self._send_aside)
 
-    def _tell_aside(self) -> None:
+    def _send_aside(self) -> None:
         try:
-            self._tell()
-        except Exception as bug:  # beside `run`, whose end it is all the same: nobody else would notice
+            self._send_responses()
+        except Exception as bug:  # outside `run`, which has to end too
             self.lose_disk(bug)
 
     def _prepare_meanwhile(self, decided: DecidedBatch) -> None:
-        """Answers are made ready while the disk is at work, where all that they show is known: so they leave sooner."""
+        """Encode the responses while the batch is written, if their payloads are in memory."""
         wanted = decided.wanted_payloads()
         decided.known.payloads |= self.disk.cached_payloads(wanted)
         if decided.writes and not self.disk.commits_inline and decided.known.payloads.keys() >= set(wanted):
@@ -408,12 +408,12 @@ class Actor:
             asyncio.get_running_loop().call_soon(self._prepare, decided)
 
     def _prepare(self, decided: DecidedBatch) -> None:
-        for envelope, answer in decided.replies:
-            if isinstance(answer, Response) and answer.read is None:
-                envelope.prepare(answer)
+        for envelope, response in decided.replies:
+            if isinstance(response, Response) and response.read is None:
+                envelope.prepare(response)
 
     async def _load(self, batch: list[Envelope]) -> Preloaded:
-        """Read what the decisions need and memory does not hold: finished jobs, stored answers, some payloads."""
+        """Read what the decisions need and memory does not hold: finished jobs, stored responses, some payloads."""
         for envelope in batch:
             if envelope.key is not None or not self._is_at_hand(envelope.call.command):
                 break
@@ -426,7 +426,7 @@ class Actor:
         digests = [envelope.key.digest for envelope in batch if envelope.key is not None]
         stored = [digest for digest in digests if self._decider.keys.is_stored(digest, now)]
         if unknown or stored:
-            self._tell_meanwhile()
+            self._send_meanwhile()
             loaded = await self.disk.load(unknown, [], stored)
             known.responses = loaded.responses
             for finished in loaded.jobs.values():
@@ -435,7 +435,7 @@ class Actor:
         firsts = [ids for envelope, ids in naming if needs_payload_first(envelope, doomed)]
         wanted = {job.seq: job.id for ids in firsts for job_id in ids if (job := state.get(job_id)) is not None}
         if wanted:
-            self._tell_meanwhile()
+            self._send_meanwhile()
             loaded = await self.disk.load([], list(wanted), [])
             known.payloads = {seq: payload.body for seq, payload in loaded.payloads.items()}
             known.hashes = {wanted[seq]: payload.request_hash for seq, payload in loaded.payloads.items()}
@@ -449,21 +449,21 @@ class Actor:
         return isinstance(command, Claim) or (isinstance(command, Create) and command.id is None)
 
     async def _load_late(self, commands: Iterable[AnyCommand], known: Preloaded) -> None:
-        """What late results there are of the jobs whose complete comes late, or of which an operator asks."""
+        """Read the late results that the decisions need."""
         wanted = {late_result_rules.late_results_needed(self.state, command, self.policy): None for command in commands}
         asks = [each for each in wanted if each is not None]
         if asks:
-            self._tell_meanwhile()
+            self._send_meanwhile()
             known.late = await self.disk.read_late_results(sorted(asks, key=lambda each: each.with_results))
 
     def _policy_now(self) -> Policy:
-        """On a full disk there is no room for what comes late."""
+        """Return the policy. On a full disk, late results and calls are not stored."""
         if self.full_disk.closed == Closed.NOTHING:
             return self.policy
         return replace(self.policy, late_results="drop", late_queues={}, late_calls=False)
 
     async def _write(self, decided: DecidedBatch) -> dict[int, bytes]:
-        """One transaction; gives the payloads that the answers show, read before its end."""
+        """Write the batch in one transaction. Return the payloads that its responses need."""
         if decided.writes:
             batch = self._decider.batch(decided, self.policy)
             began_s = self._now_s()
@@ -483,60 +483,65 @@ class Actor:
             raise LookupError(f"the disk has no payloads of jobs {missing}, and does not say why")
         return {seq: payload.body for seq, payload in loaded.payloads.items()}
 
-    def _answer(self, decided: DecidedBatch) -> None:
-        """Everything is on disk: tell everybody."""
-        for envelope, answer in decided.replies:
-            if isinstance(answer, Response) and answer.read is not None:
-                self._history.start(envelope, answer, self.policy)
+    def _respond(self, decided: DecidedBatch) -> None:
+        """Send the responses, and notify the listeners."""
+        for envelope, response in decided.replies:
+            if isinstance(response, Response) and response.read is not None:
+                self._history.start(envelope, response, self.policy)
                 continue
-            if (self._owed or isinstance(answer, ApiError)) and self._stays_owed(envelope, answer):
+            if (self._internal or isinstance(response, ApiError)) and self._stays_internal(envelope, response):
                 continue
-            told = envelope.reply(answer)
-            if told < len(envelope.futures) and isinstance(answer, Response) and answer.grants:
-                for command in self._decider.unreceived(envelope, answer, told):
-                    self._put(self._own(command))
+            sent = envelope.reply(response)
+            if sent < len(envelope.futures) and isinstance(response, Response) and response.grants:
+                for command in self._decider.unreceived(envelope, response, sent):
+                    self._put(self._internal_envelope(command))
         if decided.changes:
             for listener in self.on_commit:
                 listener(decided.changes)
 
-    def _stays_owed(self, envelope: Envelope, answer: Response | ApiError) -> bool:
-        """Whether a command of our own was refused by the full disk: then it is the first once there is room."""
-        is_owed = envelope in self._owed
-        if isinstance(answer, ApiError) and answer.code == "storage_full":
-            if not is_owed and isinstance(envelope.call.command, Undelivered):
-                self._owed.append(envelope)
-            return is_owed or isinstance(envelope.call.command, Undelivered)
-        if is_owed:
-            self._owed.remove(envelope)
+    def _stays_internal(self, envelope: Envelope, response: Response | ApiError) -> bool:
+        """Return whether the full disk rejected a command of the daemon, so that it is decided again later."""
+        is_internal = envelope in self._internal
+        if isinstance(response, ApiError) and response.code == "storage_full":
+            if not is_internal and isinstance(envelope.call.command, Undelivered):
+                self._internal.append(envelope)
+            return is_internal or isinstance(envelope.call.command, Undelivered)
+        if is_internal:
+            self._internal.remove(envelope)
         return False
 
-    def _answer_late_claims(self) -> None:
-        """Claims whose wait is over, or all of them when nobody may wait any more, are answered empty."""
+    def _end_waits(self) -> None:
+        """Respond without grants to parked claims whose wait is over, or to all of them before the end."""
         late = self.parked.take_late(self._loop_time()) if self._decider.parking else self.parked.take_all()
         for envelope in late:
             envelope.reply(Response(Grants([])))
 
-    # -- when something is wrong --------------------------------------------------------------------------------------
+    # -- faults --------------------------------------------------------------------------------------
 
-    async def _set_aside(self, bad: dict[str, str]) -> None:
+    async def _quarantine(self, bad: dict[str, str]) -> None:
         for job_id in bad:
             if (job := self.state.get(job_id)) is not None:
                 await self.disk.quarantine(job, bad[job_id])
             elif job_id not in self.state.quarantined:
                 raise LookupError(f"the disk has bad rows of {job_id}, which is no job: {bad[job_id]}")
 
-    def _put_aside(self, aside: Quarantined) -> None:
-        """Whoever met the damaged rows. A job that the batch under way changes is not counted any more as it was."""
+    def _note_quarantined(self, quarantined: Quarantined) -> None:
+        """Remove a job whose damaged rows were quarantined. The current batch may have changed its count already."""
         changes = self._under_way.changes if self._under_way is not None else []
-        is_changed = any(change.event.job_id == aside.id for change in changes)
-        if aside.id not in self.state.quarantined:
-            log.error("job_quarantined", job_id=aside.id, reason=aside.reason)
-        self.state.quarantine(aside.id, aside.reason, None if is_changed else aside.uncounted, is_moved=aside.is_moved)
+        is_changed = any(change.event.job_id == quarantined.id for change in changes)
+        if quarantined.id not in self.state.quarantined:
+            log.error("job_quarantined", job_id=quarantined.id, reason=quarantined.reason)
+        self.state.quarantine(
+            quarantined.id,
+            quarantined.reason,
+            None if is_changed else quarantined.uncounted,
+            is_moved=quarantined.is_moved,
+        )
 
     def _fail(self, batch: list[Envelope], error: Exception) -> None:
-        """What the disk holds is unknown: say so to those whose commands were under way, and let nobody else in."""
+        """Respond that the outcome of the current commands is unknown, and reject the waiting ones."""
         self._stopping = True
-        self._tell()
+        self._send_responses()
         log.critical("commit_failed", error=str(error), kind=type(error).__name__, commands=len(batch))
         message = (
             "The outcome is unknown because the disk failed. Repeat the request with the same id or Idempotency-Key."

@@ -399,10 +399,10 @@ class SimDaemon:
         if not self.opened.marked:
             since = self.clock.moment().lease
             for ids in slices:
-                self.actor.owe(ExtendAfterPause(ids=ids, grace_ms=GRACE_MS, since=since))
+                self.actor.enqueue_internal(ExtendAfterPause(ids=ids, grace_ms=GRACE_MS, since=since))
             return
         for index, ids in enumerate(slices or [[]]):
-            self.actor.owe(EndGrants(ids=ids, last=index + 1 >= len(slices)))
+            self.actor.enqueue_internal(EndGrants(ids=ids, last=index + 1 >= len(slices)))
 
     async def _answer_pending(self) -> None:
         """L1: answer requests in flight before stopping the rest."""

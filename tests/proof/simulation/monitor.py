@@ -146,9 +146,7 @@ class Monitor(DecisionChecks):
         if isinstance(call.command, Claim):
             self._check_arrival(call.command, decision)
         if self.daemon is not None:
-            self.fired["read that may go first"] += (
-                self.daemon.actor.looks_go_first and call.command.admission == "read"
-            )
+            self.fired["read that may go first"] += self.daemon.actor.reads_first and call.command.admission == "read"
             self._check_clock(self.daemon, tx.at)
         return decision.answer
 

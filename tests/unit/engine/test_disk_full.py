@@ -531,7 +531,7 @@ async def test_pending_internal_commands_run_first_when_there_is_space() -> None
     async with checked_engine() as engine:
         lock_id = await engine.held("a")
         engine.disk.fits = lambda batch: False
-        engine.actor.owe(EndGrants(ids=["a"], last=True))
+        engine.actor.enqueue_internal(EndGrants(ids=["a"], last=True))
         await settle()
         assert closed_level(engine) == "ALL_WRITES"
         assert (await engine.no(Complete(id="a", lock_id=lock_id))).code == "storage_full"
@@ -550,7 +550,7 @@ async def test_the_extension_after_a_pause_survives_a_full_disk() -> None:
     async with checked_engine() as engine:
         await engine.held("a")
         engine.disk.fits = lambda batch: False
-        engine.actor.owe(ExtendAfterPause(ids=["a"], grace_ms=30 * MINUTE_MS))
+        engine.actor.enqueue_internal(ExtendAfterPause(ids=["a"], grace_ms=30 * MINUTE_MS))
         await asyncio.sleep(20)  # lease time stands still meanwhile
         engine.disk.free()
         await asyncio.sleep(1.1)

@@ -237,7 +237,7 @@ async def test_a_read_does_not_overtake_internal_commands() -> None:
         await engine.actor.ask(Create(id="a", stuck_after_ms=0))
         await engine.actor.ask(Start(id="a", worker="w", lock_ttl_ms=1_000))
         await asyncio.sleep(10)
-        engine.actor.owe(ExtendAfterPause(ids=["a"], grace_ms=30_000))
+        engine.actor.enqueue_internal(ExtendAfterPause(ids=["a"], grace_ms=30_000))
         stats = await engine.actor.ask(Stats())
         assert isinstance(stats, Response)
         assert stats.data.stuck_jobs == 0

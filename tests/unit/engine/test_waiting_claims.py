@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jobd.core.worker_presence import WorkerPresence
-from jobd.engine.actor import CLOCK_LOOK_S, DiskBroken
+from jobd.engine.actor import CLOCK_CHECK_S, DiskBroken
 from jobd.engine.mailbox import Envelope
 from jobd.engine.waiting_claims import ParkedClaims
 from jobd.model.commands import (
@@ -149,7 +149,7 @@ async def test_a_step_of_the_clock_that_makes_a_job_eligible_wakes_a_waiting_cla
         back = await waiting_claim(engine, "back", queues=["q"])
         engine.step_ms -= DAY_MS // 2
         assert granted_ids(await back) == ["b"]
-        assert asyncio.get_running_loop().time() - begun == 2 * CLOCK_LOOK_S
+        assert asyncio.get_running_loop().time() - begun == 2 * CLOCK_CHECK_S
 
 
 @in_virtual_time

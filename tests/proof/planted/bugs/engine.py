@@ -44,7 +44,7 @@ def _(stop: Any, self: Actor) -> None:
 
 
 @bug("undelivered-grant-kept", Actor.undelivered, breaks="a grant that was never received stays", found_by=SIMULATION)
-def _(undelivered: Any, self: Actor, answer: Response) -> None: ...
+def _(undelivered: Any, self: Actor, response: Response) -> None: ...
 
 
 @bug("abandoned-grant-kept", Decider.unreceived, breaks="a grant of a caller that left stays", found_by=SIMULATION)
