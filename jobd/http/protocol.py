@@ -413,7 +413,6 @@ class WorkerConnection(asyncio.Protocol):
             self.transport.close()
 
     def abort(self) -> None:
-        """Reset the connection."""
         if self.transport is not None:
             self.transport.abort()
 
@@ -437,10 +436,9 @@ class WorkerConnection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """Answer the requests that have arrived, then close. TLS has no half-closed state and closes at once.
 
-        A client that has closed its socket must not keep a grant. A Unix socket distinguishes closed from half-closed
-        clients. TCP does so only after a write: a closed client resets the connection. So the bytes with which every
-        response begins are sent at once as a probe. A response with grants continues only after the client's system has
-        acknowledged the probe; if nothing more of it was written, its grants are released.
+        A client that has closed its socket must not keep a grant. A Unix socket tells closed from half-closed clients.
+        TCP does so only after a write: a closed client resets the connection. So the first bytes of the response are
+        sent as a probe. A response with grants continues once the client's system has acknowledged them.
         """
         transport = self.transport
         if transport is None or transport.get_extra_info("sslcontext") is not None:

@@ -22,6 +22,7 @@ from jobd.http.app import App
 from jobd.http.protocol import WorkerConnection
 
 BACKLOG: Final = 1024
+CLOSE_S: Final = 1.0  # for TLS clients to confirm the end of a connection
 POLL_S: Final = 0.005  # while connections are closing
 
 log = structlog.get_logger("jobd.web")
@@ -125,12 +126,17 @@ class WorkerListener(HttpListener):
     async def close_all(self) -> None:
         for connection in tuple(self._connections):
             connection.close()
-        while self._connections:  # noqa: ASYNC110 - this is soon
-            await asyncio.sleep(POLL_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await self._wait_closed()
+        await self.abort_all()
 
     async def abort_all(self) -> None:
         for connection in tuple(self._connections):
             connection.abort()
+        await self._wait_closed()
+
+    async def _wait_closed(self) -> None:
         while self._connections:  # noqa: ASYNC110 - this is soon
             await asyncio.sleep(POLL_S)
 

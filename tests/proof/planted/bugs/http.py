@@ -6,6 +6,7 @@ from typing import Any
 
 from jobd.api.command_stream import _StreamSession
 from jobd.http.app import App
+from jobd.http.parser import RequestParser
 from jobd.http.response import HttpResponse
 from jobd.model.responses import Response
 from tests.proof.planted.registry import bug
@@ -47,3 +48,13 @@ def _(refuse: Any, self: _StreamSession, slot: Any, error: Any) -> None:
 )
 def _(give_up: Any, self: _StreamSession) -> None:
     self._slots.clear()
+
+
+@bug(
+    "upgrade-body-is-run",
+    RequestParser._decline_upgrade,
+    breaks="the body of a request with an Upgrade is run as a request",
+    found_by=HTTP,
+)
+def _(decline: Any, self: RequestParser, rest: bytes) -> bytes:
+    return rest
