@@ -34,7 +34,10 @@ from jobd.storage.writers import JobWriter, LateWriter, RowDamaged, RowMissing, 
 
 T = TypeVar("T")
 
-SLICE_EVENTS: Final = 300  # of one transaction, if there are as many: it takes some milliseconds
+SLICE_EVENTS: Final = 180  # of one transaction, if there are as many: it takes two milliseconds
+# A slice with the changes of several batches writes each of their jobs once, so larger batches get larger slices.
+BATCHES_PER_SLICE: Final = 4
+MAX_SLICE_EVENTS: Final = 1_500
 SLICE_BYTES: Final = 1 << 20  # of its records are enough too, because a transaction with large payloads takes longer
 MAX_BEHIND: Final = 30_000  # events that the tables may lack
 MAX_BEHIND_FULL: Final = 3_000  # on a full disk, because every read then applies them in memory
@@ -54,6 +57,7 @@ class Projection:
         self.tombstones_written = 0
         self._is_full = False  # the latest slice found the disk full
         self.last = db.projected_to  # number of the last record
+        self._batch_events = 0  # of the latest batch
         self._pending: deque[Pending] = deque()
         # What the pending records concern, with the number of the last record that does.
         self._ids: dict[str, int] = {}
@@ -94,6 +98,7 @@ class Projection:
         finally:
             self.append_s = db.commit_s
         self.last = number
+        self._batch_events = len(events)
         self._add(Pending(number, batch, events, len(body)))
         for forgotten in [each for each in db.recently_quarantined if each < reported]:
             del db.recently_quarantined[forgotten]
@@ -214,6 +219,11 @@ class Projection:
                     return self.db.uncommitted(lambda: self._apply(self._pending), lambda: fn(*args))
         return fn(*args)
 
+    @property
+    def slice_events(self) -> int:
+        """The number of events that is enough for a slice."""
+        return max(SLICE_EVENTS, min(BATCHES_PER_SLICE * self._batch_events, MAX_SLICE_EVENTS))
+
     def project(self) -> None:
         """Write all pending records into the tables. Raises DiskFull."""
         while self._pending:
@@ -235,12 +245,13 @@ class Projection:
 
     def _project_slice(self) -> None:
         chosen: list[Pending] = []
+        enough = self.slice_events
         events = body_bytes = 0
         for pending in self._pending:
             chosen.append(pending)
             events += pending.size
             body_bytes += pending.body_bytes
-            if events >= SLICE_EVENTS or body_bytes >= SLICE_BYTES:
+            if events >= enough or body_bytes >= SLICE_BYTES:
                 break
         if chosen:
             self.tombstones_written += self.db.commit(self._apply, chosen)

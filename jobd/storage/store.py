@@ -43,7 +43,7 @@ from jobd.storage.commit_mode import CommitMode, CommitSetting
 from jobd.storage.connection import FunctionConnection, StoreConnection
 from jobd.storage.database import Database
 from jobd.storage.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew, StoreUnreadable
-from jobd.storage.projection import SLICE_EVENTS, Projection
+from jobd.storage.projection import Projection
 from jobd.storage.startup import MEMORY
 
 __all__ = ["MEMORY", "Store", "StoreBroken", "StoreBusy", "StoreError", "StoreTooNew", "StoreUnreadable"]
@@ -161,7 +161,7 @@ class Store(Storage):
     async def _read(self, fn: Callable[..., T], *args: Any) -> T:
         """Call `fn` with the tables in the storage thread, when they have all that was committed."""
         with contextlib.suppress(DiskFull):
-            for _ in range(self._projection.behind // SLICE_EVENTS):  # commits come in between
+            for _ in range(self._projection.behind // self._projection.slice_events):  # commits come in between
                 await self._run(self._projection.project_slice)
         return await self._run(self._projection.read, fn, self._database, *args)
 
@@ -192,7 +192,7 @@ class Store(Storage):
         """Write the tables at once if there is enough for a slice, else after a delay."""
         if self._closing.is_set() or not self._projection.behind:
             return
-        is_enough = self._projection.behind >= SLICE_EVENTS
+        is_enough = self._projection.behind >= self._projection.slice_events
         if self._slice is not None:
             if self._slice_is_fixed or not is_enough:
                 return

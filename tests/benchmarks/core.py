@@ -29,7 +29,7 @@ from jobd.model.commands import Call, Claim, Command, Complete, Create, Moment
 from jobd.model.job import Policy
 from jobd.model.responses import Response
 from jobd.storage import startup
-from jobd.storage.projection import SLICE_EVENTS, Projection
+from jobd.storage.projection import Projection
 
 T = TypeVar("T")
 
@@ -87,7 +87,7 @@ class MeasuredCore:
         plan = self._timed("decide", count, lambda: self._decider.decide(envelopes, at, Preloaded(), self._policy))
         batch = self._timed("gather", count, lambda: self._decider.batch(plan, self._policy))
         plan.fill(self._timed("write and fsync", count, lambda: self._tables.append(batch, 0)))
-        if self._tables.behind >= SLICE_EVENTS:
+        if self._tables.behind >= self._tables.slice_events:
             slice_events = self._tables.behind
             self._timed("slice", slice_events, self._tables.project)
         if self._tables.needs_upkeep:

@@ -123,9 +123,18 @@ async def test_enough_events_are_written_at_once(path: str, commit: Any, monkeyp
     maker = ChangeFactory()
     async with open_store(path, commit) as (store, _):
         await store.write(maker.batch([maker.create()]))
-        await store.write(maker.batch([maker.create() for _ in range(projections.SLICE_EVENTS)]))
-        assert store._projection.behind > projections.SLICE_EVENTS
+        for _ in range(4):
+            await store.write(maker.batch([maker.create() for _ in range(projections.SLICE_EVENTS)]))
+        assert store._projection.behind > store._projection.slice_events
         await wait_until(lambda: not store._projection.behind)
+
+
+async def test_larger_batches_get_larger_slices(store: Store, no_slices: None) -> None:
+    """So that the changes of a job in several batches are written once."""
+    maker = ChangeFactory()
+    for size, enough in ((1, 180), (100, 400), (1_000, 1_500)):
+        await store.write(maker.batch([maker.create() for _ in range(size)]))
+        assert store._projection.slice_events == enough
 
 
 async def test_reads_by_id_write_the_tables_only_for_what_they_lack(store: Store, no_slices: None) -> None:
@@ -308,6 +317,7 @@ async def test_what_pending_records_concern_is_forgotten_with_them(
     store: Store, no_slices: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(projections, "SLICE_EVENTS", 2)
+    monkeypatch.setattr(projections, "BATCHES_PER_SLICE", 0)
     maker, tables = ChangeFactory(), store._projection
     for number in range(3):
         keys = [StoredResponse(f"d{number}", "b", NOW, 201, b"{}")]

@@ -60,6 +60,7 @@ def read_now(projection: Projection) -> MemoryTables:
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(projections, "SLICE_EVENTS", 10)
+    monkeypatch.setattr(projections, "BATCHES_PER_SLICE", 0)
 
 
 @pytest.fixture

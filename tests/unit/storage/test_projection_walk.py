@@ -180,6 +180,7 @@ class Walk:
 @pytest.mark.parametrize("seed", range(8))
 def test_a_store_has_what_was_written(path: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setattr(projections, "SLICE_EVENTS", 10)
+    monkeypatch.setattr(projections, "BATCHES_PER_SLICE", 0)
     monkeypatch.setattr(projections, "MAX_BEHIND", 25 if seed % 2 else 30_000)
     walk = Walk(path, seed)
     for action in walk.dice.choices(list(ACTIONS), list(ACTIONS.values()), k=60):
