@@ -166,7 +166,7 @@ def test_the_size_of_finished_jobs_is_counted(monkeypatch: pytest.MonkeyPatch) -
     state.trim_finished()
     assert (list(state.finished), state._finished_bytes) == (["job-3", "job-5", "job-6"], 2_000)
     state.loaded(replace(queued(8), status="cancelled"))
-    assert state._finished_bytes == 2_000, "who has no result weighs nothing"
+    assert state._finished_bytes == 2_000, "a job without a result counts no bytes"
     state.reindex(state.finished["job-8"], None)
     state.loaded(replace(queued(7), status="completed", result=Result(metadata=Raw(b'"%s"' % (b"y" * 3_000)))))
     state.trim_finished()
