@@ -27,6 +27,7 @@ ARROWS: Final[dict[str, set[str]]] = {
     "journal": {"model"},
     "storage": {"model", "journal"},
     "engine": {"model", "core"},
+    "cluster": {"model", "core", "journal", "storage", "engine"},
     "http": {"model", "engine"},
     "webhooks": {"model"},
     "maintenance": {"model", "core", "storage", "engine"},

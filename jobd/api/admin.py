@@ -594,6 +594,7 @@ _ROUTES: Final = (
             response=bytes,
             auth=_A,
             handler=_metrics,
+            on_standby=True,
             content_type=METRICS_TYPE,
             summary="Return metrics in the Prometheus text format.",
         ),

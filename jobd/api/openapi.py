@@ -90,6 +90,7 @@ def document_at(path: str, title: str, routes: Callable[[], Iterable[Route]]) ->
         response=bytes,
         auth="anyone",
         handler=send_document,
+        on_standby=True,
         tag="The daemon",
         summary="Return this document.",
     )
@@ -265,6 +266,8 @@ def error_codes(route: Route) -> list[str]:
     """Return every error code of a call, in the order of ERROR_CODES."""
     codes = {"invalid_request", "forbidden", "expectation_failed", "internal_error"}
     codes |= {*route.request.errors, *route.errors}
+    if not route.on_standby:
+        codes.add("not_leader")
     if route.auth != "anyone":
         codes.add("unauthorized")
     if route.method != "GET":

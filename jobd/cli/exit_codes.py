@@ -33,6 +33,7 @@ _BY_CODE: Final = {
     "request_timeout": TRY_AGAIN,
     "overloaded": TRY_AGAIN,
     "shutting_down": TRY_AGAIN,
+    "not_leader": TRY_AGAIN,
     "storage_unavailable": TRY_AGAIN,
     "outcome_unknown": TRY_AGAIN,
     "storage_full": TRY_AGAIN,

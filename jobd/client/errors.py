@@ -229,6 +229,12 @@ class ShuttingDown(JobdError):
     code, status = "shutting_down", 503
 
 
+class NotLeader(JobdError):
+    """The node does not lead its cluster; nothing was changed. `details["leader"]` is the leader's URL or None."""
+
+    code, status = "not_leader", 503
+
+
 class StorageUnavailable(JobdError):
     """The artifact store cannot be read now; the daemon's log has the reason."""
 

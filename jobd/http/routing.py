@@ -29,8 +29,8 @@ class Route(Struct, frozen=True, kw_only=True):
     body, of the query of a GET, or of one line if `body` is "lines". `response` is the type of `data` in the response,
     or `bytes` if the response is not JSON but of `content_type`. `status` is that of a success. `key`: an
     Idempotency-Key is accepted. `secret`: read-only tokens are rejected, because the response contains secrets.
-    `audited`: reads are recorded in the audit log. Without `handler` the command goes to the actor; without
-    `render_error` errors are sent as JSON.
+    `audited`: reads are recorded in the audit log. `on_standby`: a standby of a cluster serves it too. Without
+    `handler` the command goes to the actor; without `render_error` errors are sent as JSON.
 
     For the OpenAPI document: `tag`, `summary` (default: the docstring of the request), `errors` besides those of the
     request, and `other_statuses` of a success with their meaning.
@@ -48,6 +48,7 @@ class Route(Struct, frozen=True, kw_only=True):
     content_type: str = JSON
     secret: bool = False
     audited: bool = False
+    on_standby: bool = False
     render_error: ErrorRenderer | None = None
     tag: str = ""
     summary: str = ""

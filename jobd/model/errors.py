@@ -51,6 +51,9 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "internal_error": ErrorCode(500, "a bug in jobd; nothing was changed"),
     "overloaded": ErrorCode(503, "too many requests are waiting; nothing was done; wait `Retry-After` seconds"),
     "shutting_down": ErrorCode(503, "the daemon is stopping; nothing was done"),
+    "not_leader": ErrorCode(
+        503, "another node leads the cluster; nothing was done; `details.leader` is its URL or null"
+    ),
     "storage_unavailable": ErrorCode(503, "the artifact store cannot be read now"),
     "outcome_unknown": ErrorCode(
         503,

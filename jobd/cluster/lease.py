@@ -1,0 +1,74 @@
+"""Judge the lease of leadership by the monotonic clock of this node alone.
+
+A leader counts from before it sent a renewal that was acknowledged, and stops a margin early. A standby counts from
+when it first saw the renewal. So the lease of a leader is over before a standby takes over, whatever the wall clocks
+say. `now_s` has to count the time in which the machine is suspended.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from jobd.model.journal import Head
+
+MARGIN: Final = 0.1  # of the lease; clocks may differ in speed by this much
+RENEWALS: Final = 3  # in one lease, while nothing is appended
+
+
+def boot_clock_s() -> float:
+    """Return seconds since boot, including the time of suspends."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class LeaderLease:
+    """The lease as its leader counts it. It is over until `renewed` is called."""
+
+    def __init__(self, lease_s: float, now_s: Callable[[], float] = boot_clock_s) -> None:
+        self.lease_s = lease_s
+        self._now_s = now_s
+        self._sent_s: float | None = None  # of the latest renewal that was acknowledged
+
+    def now_s(self) -> float:
+        """Return the time to pass to `renewed`, before the renewal is sent."""
+        return self._now_s()
+
+    def renewed(self, sent_s: float) -> None:
+        """Note that a renewal sent at `sent_s` was acknowledged."""
+        self._sent_s = sent_s if self._sent_s is None else max(self._sent_s, sent_s)
+
+    @property
+    def left_s(self) -> float:
+        """The seconds until the lease is over, 0 if it is."""
+        if self._sent_s is None:
+            return 0.0
+        return max(self._sent_s + self.lease_s * (1 - MARGIN) - self._now_s(), 0.0)
+
+    @property
+    def is_over(self) -> bool:
+        return self.left_s <= 0
+
+    @property
+    def renewal_in_s(self) -> float:
+        """The seconds until the next renewal is due, unless an append renews the lease before."""
+        if self._sent_s is None:
+            return 0.0
+        return max(self._sent_s + self.lease_s / RENEWALS - self._now_s(), 0.0)
+
+
+class StandbyLease:
+    """The lease of the leader as a standby sees it."""
+
+    def __init__(self, lease_s: float, now_s: Callable[[], float] = boot_clock_s) -> None:
+        self.lease_s = lease_s
+        self._now_s = now_s
+        self._seen: tuple[int, int, str] | None = None
+        self._seen_s = 0.0
+
+    def see(self, head: Head) -> bool:
+        """Note the head that was just read. Return whether the lease is over: unchanged for its whole length."""
+        now_s, seen = self._now_s(), (head.epoch, head.number, head.renewed)
+        if seen != self._seen:
+            self._seen, self._seen_s = seen, now_s
+        return head.holder is None or now_s - self._seen_s >= self.lease_s
