@@ -1,10 +1,32 @@
-"""A journal in memory, for tests. It fails on demand."""
+"""Journals in memory, for tests. They fail on demand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from typing import Final, TypeVar
 
-from jobd.model.journal import BadRecord, Record
+from msgspec import Struct
+from msgspec.structs import replace
+
+from jobd.journal.shielding import to_end
+from jobd.model.journal import (
+    BadRecord,
+    BadSnapshot,
+    Fenced,
+    Head,
+    JournalHealth,
+    JournalUnavailable,
+    NodeEntry,
+    OutcomeUnknown,
+    Record,
+    SnapshotInfo,
+)
+
+_READ_BYTES: Final = 16 << 20
+_LEADING: Final = {"append", "renew", "take_over", "resolve"}  # calls whose outcome can be unknown
+_UNREACHABLE: Final = "The journal cannot be reached: try again"
+
+T = TypeVar("T")
 
 
 class MemoryJournal:
@@ -19,11 +41,275 @@ class MemoryJournal:
         self.records.append(record)
 
     def read(self, after: int, limit: int) -> list[Record]:
-        found = [record for record in self.records if record.number > after][:limit]
-        for number, record in enumerate(found, after + 1):
-            if record.number != number:
-                raise BadRecord(number, "is missing")
-        return found
+        return _read(self.records, after, limit)
 
     def trim(self, upto: int) -> None:
         self.records = [record for record in self.records if record.number > upto]
+
+
+def _read(records: list[Record], after: int, limit: int) -> list[Record]:
+    found = [record for record in records if record.number > after][:limit]
+    for number, record in enumerate(found, after + 1):
+        if record.number != number:
+            raise BadRecord(number, "is missing")
+    return found
+
+
+class MemoryLead(Struct, frozen=True):
+    """The row of a shared journal that each append changes. `version` counts its changes."""
+
+    number: int = 0
+    epoch: int = 0
+    holder: str | None = None
+    url: str | None = None
+    acked: int = 0
+    version: int = 0
+
+
+class MemoryServer:
+    """A journal that several MemorySharedJournal share: one for each node.
+
+    A change is visible at once, and durable when the call that made it returns. `fail_over` loses the changes that are
+    not durable, as a promoted standby does. `now_ms` is the wall clock of the server.
+    """
+
+    def __init__(self, now_ms: Callable[[], int] = lambda: 0, cluster_id: str = "memory") -> None:
+        self.now_ms = now_ms
+        self.cluster_id = cluster_id
+        self.lead = MemoryLead()
+        self.durable = self.lead
+        self.records: list[Record] = []
+        self.epochs: list[tuple[int, int]] = []
+        self.nodes: dict[str, tuple[NodeEntry, int]] = {}  # with the wall time
+        self.snapshots: dict[int, tuple[list[bytes], int]] = {}
+        self.snapshot_writer: MemorySharedJournal | None = None
+        self.health = JournalHealth(is_synchronous=True, is_waiting=False, oldest_transaction_ms=0)
+        self.leader: MemorySharedJournal | None = None  # the handle with the session of the leader
+        self.failovers = 0
+
+    def change(self, lead: MemoryLead) -> MemoryLead:
+        """Make `lead` the present state, and return it with its version."""
+        self.lead = replace(lead, version=self.lead.version + 1)
+        return self.lead
+
+    def confirm(self, lead: MemoryLead) -> None:
+        """Make a change durable, with all changes before it."""
+        if lead.version > self.durable.version:
+            self.durable = lead
+
+    def fail_over(self) -> None:
+        """Lose what is not durable, and all sessions."""
+        self.failovers += 1
+        self.lead = replace(self.durable, version=self.lead.version + 1)
+        self.durable = self.lead
+        self.records = [record for record in self.records if record.number <= self.lead.number]
+        self.epochs = [each for each in self.epochs if each[0] <= self.lead.epoch]
+        self.leader = None
+
+
+Hook = Callable[[str], Awaitable[None]]
+
+
+async def _nothing(call: str) -> None:
+    return None
+
+
+class MemorySharedJournal:
+    """The access of one node to a MemoryServer.
+
+    The hooks get the name of the call. `before` is awaited before its effect, and `after` before it returns: between
+    them a record is visible and not durable. They can wait (a slow server) or raise an error. An OutcomeUnknown from
+    `before` leaves a record out, one from `after` leaves it in. While `is_reachable` is False, every call raises
+    JournalUnavailable, and OutcomeUnknown if it was in flight.
+    """
+
+    def __init__(self, server: MemoryServer) -> None:
+        self.server = server
+        self.cluster_id = server.cluster_id
+        self.before: Hook = _nothing
+        self.after: Hook = _nothing
+        self.holder: str | None = None  # as which this node leads
+        self.epoch = 0
+        self._is_reachable = True
+
+    @property
+    def is_reachable(self) -> bool:
+        return self._is_reachable
+
+    @is_reachable.setter
+    def is_reachable(self, value: bool) -> None:
+        self._is_reachable = value
+        if not value:
+            self.disconnect()
+
+    def disconnect(self) -> None:
+        """End the session of this node on the server."""
+        if self.server.leader is self:
+            self.server.leader = None
+
+    async def head(self) -> Head:
+        await self._begin("head")
+        return await self._end("head", self._head(self.server.lead))
+
+    async def append(self, record: Record, acked: int) -> None:
+        await to_end(self._append(record, acked))
+
+    async def renew(self, acked: int) -> int:
+        return await to_end(self._renew(acked))
+
+    async def take_over(self, seen: Head, *, holder: str, url: str, epoch: int) -> Head | None:
+        return await to_end(self._take_over(seen, holder, url, epoch))
+
+    async def resolve(self, epoch: int) -> Head:
+        return await to_end(self._resolve(epoch))
+
+    async def read(self, after: int, limit: int) -> list[Record]:
+        await self._begin("read")
+        found, size = [], 0
+        for record in _read(self.server.records, after, limit):
+            found.append(record)
+            size += len(record.body)
+            if size >= _READ_BYTES:
+                break
+        if not found and self.server.lead.number > after:
+            raise BadRecord(after + 1, "is missing")
+        return await self._end("read", found)
+
+    async def epochs(self) -> list[tuple[int, int]]:
+        await self._begin("epochs")
+        return await self._end("epochs", list(self.server.epochs))
+
+    async def trim(self, upto: int) -> None:
+        await self._begin("trim")
+        self.server.records = [record for record in self.server.records if record.number > upto]
+        await self._end("trim", None)
+
+    async def register(self, node: NodeEntry) -> str | None:
+        await self._begin("register")
+        before = self.server.nodes.get(node.name)
+        self.server.nodes[node.name] = (node, self.server.now_ms())
+        is_other = before is not None and before[0].process != node.process
+        return await self._end("register", before[0].process if before and is_other else None)
+
+    async def nodes(self) -> list[NodeEntry]:
+        await self._begin("nodes")
+        now = self.server.now_ms()
+        found = [replace(node, seen_ms=now - at) for _, (node, at) in sorted(self.server.nodes.items())]
+        return await self._end("nodes", found)
+
+    async def forget(self, name: str) -> None:
+        await self._begin("forget")
+        self.server.nodes.pop(name, None)
+        await self._end("forget", None)
+
+    async def write_snapshot(self, number: int, parts: AsyncIterable[bytes], pause_s: float = 0.05) -> bool:
+        await self._begin("write_snapshot")
+        server, written = self.server, []
+        if server.snapshot_writer is not None or number in server.snapshots:
+            return False
+        server.snapshot_writer = self
+        try:
+            async for part in parts:
+                written.append(part)
+                await self._end("write_part", None)
+        finally:
+            server.snapshot_writer = None
+        server.snapshots[number] = (written, server.now_ms())
+        return await self._end("write_snapshot", True)
+
+    async def snapshots(self) -> list[SnapshotInfo]:
+        await self._begin("snapshots")
+        found = [
+            SnapshotInfo(number, len(parts), sum(map(len, parts)), at)
+            for number, (parts, at) in sorted(self.server.snapshots.items())
+        ]
+        return await self._end("snapshots", found)
+
+    async def read_snapshot(self, number: int) -> AsyncIterator[bytes]:
+        await self._begin("read_snapshot")
+        if number not in self.server.snapshots:
+            raise BadSnapshot(f"there is no complete snapshot of record {number}")
+        for part in self.server.snapshots[number][0]:
+            yield await self._end("read_part", part)
+
+    async def drop_snapshot(self, number: int) -> None:
+        await self._begin("drop_snapshot")
+        self.server.snapshots.pop(number, None)
+        await self._end("drop_snapshot", None)
+
+    async def health(self) -> JournalHealth:
+        await self._begin("health")
+        return await self._end("health", self.server.health)
+
+    async def close(self) -> None:
+        self.disconnect()
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    async def _append(self, record: Record, acked: int) -> None:
+        failovers = await self._begin("append")
+        server, lead = self.server, self.server.lead
+        if lead.number != record.number - 1 or lead.epoch != self.epoch:
+            raise Fenced
+        server.records.append(record)
+        await self._confirm("append", server.change(replace(lead, number=record.number, acked=acked)), failovers)
+
+    async def _renew(self, acked: int) -> int:
+        failovers = await self._begin("renew")
+        if self.server.lead.epoch != self.epoch:
+            raise Fenced
+        self.server.leader = self
+        await self._confirm("renew", self.server.change(replace(self.server.lead, acked=acked)), failovers)
+        return self.server.now_ms()
+
+    async def _take_over(self, seen: Head, holder: str, url: str, epoch: int) -> Head | None:
+        failovers = await self._begin("take_over")
+        self.holder = holder
+        lead = self.server.lead
+        if (lead.epoch, str(lead.version)) != (seen.epoch, seen.renewed):
+            return None
+        return await self._lead("take_over", replace(lead, holder=holder, url=url), epoch, failovers)
+
+    async def _resolve(self, epoch: int) -> Head:
+        failovers = await self._begin("resolve")
+        if self.server.lead.holder != self.holder:
+            raise Fenced
+        return await self._lead("resolve", self.server.lead, epoch, failovers)
+
+    def _head(self, lead: MemoryLead) -> Head:
+        is_connected = self.server.leader is not None
+        renewed, at = str(lead.version), self.server.now_ms()
+        return Head(lead.number, lead.epoch, lead.holder, lead.url, lead.acked, renewed, is_connected, at)
+
+    async def _lead(self, call: str, lead: MemoryLead, epoch: int, failovers: int) -> Head:
+        """Take the lead with a new epoch."""
+        lead = self.server.change(replace(lead, epoch=max(epoch, lead.epoch + 1)))
+        self.server.epochs.append((lead.epoch, lead.number + 1))
+        self.server.leader = self
+        await self._confirm(call, lead, failovers)
+        self.epoch = lead.epoch
+        return self._head(lead)
+
+    async def _begin(self, call: str) -> int:
+        """Check that the server can be reached, and return the number of its failovers."""
+        if not self._is_reachable:
+            raise JournalUnavailable(_UNREACHABLE)
+        failovers = self.server.failovers
+        await self.before(call)
+        if not self._is_reachable or failovers != self.server.failovers:
+            raise OutcomeUnknown if call in _LEADING else JournalUnavailable(_UNREACHABLE)
+        return failovers
+
+    async def _confirm(self, call: str, lead: MemoryLead, failovers: int) -> None:
+        """Wait until a change is durable."""
+        await self.after(call)
+        if not self._is_reachable or failovers != self.server.failovers:
+            raise OutcomeUnknown
+        self.server.confirm(lead)
+
+    async def _end(self, call: str, value: T) -> T:
+        """Return `value` of a call that changes no lead."""
+        await self.after(call)
+        if not self._is_reachable:
+            raise JournalUnavailable(_UNREACHABLE)
+        return value

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import AsyncIterable, AsyncIterator
+from typing import Final, Protocol
 
 from msgspec import Struct
+
+SNAPSHOT_PART_BYTES: Final = 1 << 20
 
 
 class Record(Struct, frozen=True, gc=False):
@@ -52,7 +55,8 @@ class Head(Struct, frozen=True, gc=False):
 
     `epoch` is that of the fencing tokens; it rises with each takeover. `holder` is the random id of the leading
     process, and `url` its address for clients. Every record up to `acked` is acknowledged. `renewed` changes with each
-    append and renewal: a standby that sees no change for one lease may take over.
+    append, renewal and takeover: a standby that sees no change for one lease may take over. `is_connected` is False
+    while the leader has no session on the server. `at` is the wall time of the server, Unix ms.
     """
 
     number: int
@@ -61,6 +65,45 @@ class Head(Struct, frozen=True, gc=False):
     url: str | None
     acked: int
     renewed: str
+    is_connected: bool = True
+    at: int = 0
+
+
+class NodeEntry(Struct, frozen=True):
+    """A node of a shared journal. `process` is the random id of its process, as in `Head.holder`.
+
+    `format` is the highest format of a record that it reads, `projected_to` the last record that its tables have.
+    `seen_ms` is the time since it was written, by the clock of the server.
+    """
+
+    name: str
+    process: str
+    url: str
+    format: int
+    config_hash: str
+    projected_to: int
+    seen_ms: int = 0
+
+
+class SnapshotInfo(Struct, frozen=True):
+    """A complete snapshot of the tables as of record `number`. `at` is wall time, Unix ms."""
+
+    number: int
+    parts: int
+    bytes: int
+    at: int
+
+
+class JournalHealth(Struct, frozen=True):
+    """The state of the server.
+
+    Without `is_synchronous`, an acknowledged record is on one machine only. `is_waiting` says that a statement waits
+    for a synchronous standby. `oldest_transaction_ms` is the age of the oldest transaction in the database.
+    """
+
+    is_synchronous: bool
+    is_waiting: bool
+    oldest_transaction_ms: int
 
 
 class Fenced(Exception):
@@ -68,18 +111,31 @@ class Fenced(Exception):
 
 
 class OutcomeUnknown(Exception):
-    """The server did not respond, so a record may be in the journal or not. The connection is closed."""
+    """The server did not respond, so a record may be in the journal or not. See `SharedJournal.resolve`."""
 
 
 class JournalUnavailable(Exception):
-    """The journal cannot be used. The text is a sentence that says what to do."""
+    """The journal cannot be used now. The text is a sentence that says what to do."""
+
+    exit_code = 75
+
+
+class JournalMisconfigured(JournalUnavailable):
+    """The journal cannot be used until an operator changes something. The text is a sentence that says what."""
+
+    exit_code = 78
+
+
+class BadSnapshot(Exception):
+    """A snapshot cannot be used: it is damaged, incomplete, or was dropped while it was read."""
 
 
 class SharedJournal(Protocol):
     """A journal on a server. Several nodes read it, and one of them, the leader, appends.
 
-    A cancelled caller never cancels `append`, `renew` or `take_over`: they run to their end, because a cancelled
-    statement can commit on one machine alone. Every call raises JournalUnavailable if the server cannot be used.
+    A cancelled caller never cancels `append`, `renew`, `take_over` or `resolve`: they run to their end, because a
+    cancelled statement can commit on one machine alone. Every call raises JournalUnavailable if the server cannot be
+    used; nothing was written then.
     """
 
     cluster_id: str  # of this journal; a local store belongs to one journal
@@ -90,29 +146,65 @@ class SharedJournal(Protocol):
     async def append(self, record: Record, acked: int) -> None:
         """Write `record` and renew the lease. It is durable on a quorum when this returns.
 
-        Raises DiskFull or Fenced if nothing was written, and OutcomeUnknown.
+        Raises DiskFull or Fenced if nothing was written, and OutcomeUnknown: call `resolve` then, and nothing else.
         """
 
-    async def renew(self, acked: int) -> None:
-        """Renew the lease of the leader. Raises Fenced or OutcomeUnknown."""
+    async def renew(self, acked: int) -> int:
+        """Renew the lease of the leader. Return the wall time of the server. Raises Fenced or OutcomeUnknown."""
 
     async def take_over(self, seen: Head, *, holder: str, url: str, epoch: int) -> Head | None:
         """Become the leader, with an epoch of at least `epoch` and above that of `seen`. Raises OutcomeUnknown.
 
-        Returns None if the journal is no longer as `seen`.
+        Returns None if the journal is no longer as `seen`. When this returns a head, all of its records are
+        acknowledged, although `Head.acked` does not say so until the next append or renewal.
+        """
+
+    async def resolve(self, epoch: int) -> Head:
+        """Keep the lead after OutcomeUnknown, with an epoch of at least `epoch` and above the present one.
+
+        The record whose outcome was unknown is in the journal if `Head.number` is its number, and will never be in it
+        otherwise. Raises Fenced if another node leads, and OutcomeUnknown: call this again then.
         """
 
     async def read(self, after: int, limit: int) -> list[Record]:
-        """Return up to `limit` records with a number above `after`, in order. Raises BadRecord.
+        """Return up to `limit` records, and about 16 MiB, with a number above `after`, in order. Raises BadRecord.
 
-        Records are visible before they are acknowledged: see `Head.acked`.
+        A record is visible before it is acknowledged. It is acknowledged if its number is at most `Head.acked`, or if
+        there is a later record. A trimmed record counts as missing.
         """
 
     async def epochs(self) -> list[tuple[int, int]]:
         """Return each epoch with the number of its first record, in order."""
 
     async def trim(self, upto: int) -> None:
-        """Delete the records with a number up to `upto`."""
+        """Delete the records with a number up to `upto`, except for those that share a partition with later ones."""
+
+    async def register(self, node: NodeEntry) -> str | None:
+        """Write the entry of a node. Return the id of the process that wrote it last, if it was another one."""
+
+    async def nodes(self) -> list[NodeEntry]:
+        """Return the nodes by name. A node that ended stays until `forget`."""
+
+    async def forget(self, name: str) -> None:
+        """Delete the entry of a node."""
+
+    async def write_snapshot(self, number: int, parts: AsyncIterable[bytes], pause_s: float = 0.05) -> bool:
+        """Write a snapshot of the tables as of record `number`, in parts of at most SNAPSHOT_PART_BYTES.
+
+        Pauses between parts. Returns False if another node is writing a snapshot, or there is one of this record.
+        """
+
+    async def snapshots(self) -> list[SnapshotInfo]:
+        """Return the complete snapshots, oldest first."""
+
+    def read_snapshot(self, number: int) -> AsyncIterator[bytes]:
+        """Yield the parts of a snapshot in order. Raises BadSnapshot."""
+
+    async def drop_snapshot(self, number: int) -> None:
+        """Delete a snapshot."""
+
+    async def health(self) -> JournalHealth:
+        """Return the state of the server."""
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections. A statement of the leader that still runs gets a moment to end."""
