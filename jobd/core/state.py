@@ -303,6 +303,10 @@ class State:
             _, job = self.finished.popitem(last=False)
             self._finished_bytes -= _metadata_bytes(job)
 
+    def forget_finished(self, queue: str, status: str) -> None:
+        """Count a finished job that is not in memory as deleted."""
+        self._count_as((queue, status), -1)
+
     def _drop_finished(self, job_id: str) -> None:
         self._finished_bytes -= _metadata_bytes(self.finished.pop(job_id))
 

@@ -1,0 +1,82 @@
+"""Apply committed batches to a state, so that a standby has the state of its leader in memory.
+
+The batches are as decoded: their changes have events and no rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from msgspec.structs import replace
+
+from jobd.core.state import State
+from jobd.core.worker_presence import WorkerPresence
+from jobd.model.events import Change, fold
+from jobd.model.job import FINISHED, Job
+from jobd.model.storage import Batch
+
+
+def rows_needed(state: State, batch: Batch) -> list[str]:
+    """Return the ids of the finished jobs that `batch` changes and memory does not hold."""
+    ids = {}
+    for change in batch.changes:
+        event = change.event
+        if event.before in FINISHED and event.type != "deleted" and event.changes is not None:
+            ids[event.job_id] = event.before
+    return [job_id for job_id in ids if state.get(job_id) is None and job_id not in state.quarantined]
+
+
+def apply(state: State, batch: Batch, loaded: Iterable[Job] = ()) -> None:
+    """Apply `batch`. `loaded` has the rows before it that `rows_needed` names.
+
+    Raises LookupError if a row is missing and not in quarantine.
+    """
+    for job in loaded:
+        state.loaded(job)
+    numbers = batch.numbers
+    state.advance(numbers.wall_ms, numbers.lease_ms)
+    for change in batch.changes:
+        if change.event.job_seq:
+            _apply_change(state, change)
+    for seq in batch.checked:
+        state.suspects.pop(seq, None)
+    for name, row in batch.queues.items():
+        if row.pause != state.paused.get(name):
+            state.set_paused(name, row.pause)
+    state.epoch, state.next_token = numbers.epoch, numbers.next_token
+    state.next_job, state.next_event = numbers.next_job, numbers.next_event
+    state.clock_suspect = numbers.clock_suspect
+    state.trim_finished()
+
+
+def _apply_change(state: State, change: Change) -> None:
+    event = change.event
+    if event.type == "imported":
+        state.suspects[event.job_seq] = event.job_id
+    elif event.type == "deleted":
+        state.suspects.pop(event.job_seq, None)
+    elif event.changes is None:
+        return  # a late result or a late call
+    if event.before is None:
+        after = fold(None, event)
+        assert after is not None
+        state.reindex(None, replace(after, options=state.shared(after.options)))
+    elif (before := state.get(event.job_id)) is not None:
+        state.reindex(before, fold(before, event))
+    elif event.job_id in state.quarantined:
+        return
+    elif event.type == "deleted":
+        state.forget_finished(event.queue, event.before)
+    else:
+        raise LookupError(f"event {event.seq} changes job {event.job_id}, which has no row")
+
+
+def settle(state: State) -> None:
+    """Make the state as one that was just opened: workers are those that hold jobs, and grants are in their order."""
+    presence = state.presence
+    state.presence = presence = WorkerPresence(presence.now, presence.lease)
+    for job_id, job in state.processing.items():
+        if job.grant is not None and job.lease is not None:
+            presence.holds(job.grant.worker, job_id, job.updated_at)
+            presence.set_expired(job.grant.worker, job_id, not job.lease.is_live(presence.lease))
+    state.order_processing()
