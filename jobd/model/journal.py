@@ -106,8 +106,15 @@ class JournalHealth(Struct, frozen=True):
     oldest_transaction_ms: int
 
 
-class Fenced(Exception):
+class LeadershipLost(Exception):
+    """This node no longer leads its journal. The text is a sentence that says why."""
+
+
+class Fenced(LeadershipLost):
     """Another node leads this journal. Nothing was written."""
+
+    def __init__(self) -> None:
+        super().__init__("another node leads the journal")
 
 
 class OutcomeUnknown(Exception):

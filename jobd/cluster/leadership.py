@@ -1,0 +1,147 @@
+"""Lead a shared journal: append and renew the lease, and stop before another node can lead.
+
+Everything that a leader sends is sent within its lease, by its own clock. The journal rejects what is sent later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+
+import structlog
+
+from jobd.cluster.lease import LeaderLease
+from jobd.model.journal import Head, JournalUnavailable, LeadershipLost, OutcomeUnknown, Record, SharedJournal
+
+RETRY_S: Final = 0.05  # while the journal cannot be reached
+
+log = structlog.get_logger("jobd.cluster")
+
+T = TypeVar("T")
+
+
+class Leadership:
+    """The lead of `journal`, which began with `head`. `lease` was renewed by the takeover.
+
+    `next_epoch` returns an epoch above the present one, and `on_epoch` is called when the lead goes on with it.
+    `on_lost` is called once, when this node no longer leads and no append has reported it.
+    """
+
+    def __init__(
+        self,
+        journal: SharedJournal,
+        head: Head,
+        lease: LeaderLease,
+        *,
+        next_epoch: Callable[[], int],
+        on_epoch: Callable[[int], None] = lambda epoch: None,
+        on_lost: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
+        self.epoch = head.epoch
+        self.acked = head.number
+        self.append_s = 0.0  # that the latest append took
+        self.on_epoch = on_epoch
+        self.on_lost = on_lost
+        self._journal = journal
+        self._lease = lease
+        self._next_epoch = next_epoch
+        self._sending = asyncio.Lock()  # one statement at a time, because an unknown outcome ends all others
+        self._stop = asyncio.Event()
+
+    def check(self) -> None:
+        """Raise LeadershipLost if the lease is over by the clock of this node, so that no response may be sent."""
+        if self._lease.is_over:
+            raise LeadershipLost("the lease is over, because the journal did not confirm a renewal in time")
+
+    async def append(self, record: Record, acked: int) -> None:
+        """Write `record` and renew the lease. It is durable on a quorum when this returns.
+
+        Resolves an unknown outcome within the lease. Raises DiskFull or LeadershipLost if nothing was written, and
+        OutcomeUnknown if the lease ended before that was known.
+        """
+        async with self._sending:
+            began_s = self._lease.now_s()
+            try:
+                await self._retry(lambda: self._journal.append(record, acked))
+            except OutcomeUnknown:
+                log.warning("append_unknown", record=record.number)
+                await self._settle(record, acked)
+            self.acked = record.number
+            self.append_s = self._lease.now_s() - began_s
+            if self._lease.is_over:  # the record is durable, but another node may lead by now: see `check`
+                with contextlib.suppress(LeadershipLost, OutcomeUnknown):
+                    await self._renew()
+
+    async def run(self) -> None:
+        """Renew the lease when nothing is appended, until `stop` or until another node leads."""
+        while not self._stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._lease.renewal_in_s):
+                    await self._stop.wait()
+            if self._stop.is_set() or self._lease.renewal_in_s > 0:
+                continue
+            try:
+                async with self._sending:
+                    if self._lease.renewal_in_s <= 0:  # no append came first
+                        await self._renew()
+            except (LeadershipLost, OutcomeUnknown) as lost:
+                log.error("leadership_lost", reason=str(lost))
+                self.on_lost(lost)
+                return
+
+    def stop(self) -> None:
+        """End `run`. The lease ends by itself, or when the journal is closed."""
+        self._stop.set()
+
+    async def _renew(self) -> None:
+        try:
+            await self._retry(lambda: self._journal.renew(self.acked))
+        except OutcomeUnknown:
+            await self._resolve()
+
+    async def _settle(self, record: Record, acked: int) -> None:
+        """Find out whether `record` is in the journal, and append it if it is not."""
+        while True:
+            try:
+                head = await self._resolve()
+                if head.number >= record.number:
+                    return
+                await self._retry(lambda: self._journal.append(record, acked))
+                return
+            except OutcomeUnknown:
+                pass
+            except LeadershipLost as lost:
+                raise OutcomeUnknown(f"record {record.number} may be in the journal or not: {lost}") from lost
+
+    async def _resolve(self) -> Head:
+        """Keep the lead after an unknown outcome, with another epoch. Raises LeadershipLost."""
+        while True:
+            with contextlib.suppress(OutcomeUnknown):
+                head = await self._retry(lambda: self._journal.resolve(self._next_epoch()))
+                self.epoch = head.epoch
+                self.on_epoch(head.epoch)
+                return head
+            self.check()
+            await asyncio.sleep(RETRY_S)
+
+    async def _retry(self, send: Callable[[], Awaitable[T]]) -> T:
+        """Send a statement that renews the lease, again while the journal cannot be reached and the lease lasts.
+
+        The first time is allowed after the lease, because the journal rejects it if another node leads.
+        """
+        is_away = False
+        while True:
+            sent_s = self._lease.now_s()
+            try:
+                result = await send()
+            except JournalUnavailable as error:
+                if not is_away:
+                    log.warning("journal_unavailable", reason=str(error), left_s=round(self._lease.left_s, 3))
+                is_away = True
+                self.check()
+                await asyncio.sleep(RETRY_S)
+            else:
+                self._lease.renewed(sent_s)
+                return result

@@ -1,0 +1,301 @@
+"""The lead of a journal: renewals, appends with an unknown outcome, and when it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from jobd.cluster.leadership import Leadership
+from jobd.cluster.lease import LeaderLease
+from jobd.journal.memory import MemoryServer, MemorySharedJournal
+from jobd.model.journal import Fenced, LeadershipLost, OutcomeUnknown, Record
+from jobd.model.storage import DiskFull
+from tests.support.virtual_engine import in_virtual_time, seconds
+
+LEASE_S = 3.0
+
+
+class Node:
+    """One node of a cluster with virtual time, which leads from `lead` on."""
+
+    def __init__(self, server: MemoryServer, name: str = "a") -> None:
+        self.journal = MemorySharedJournal(server)
+        self.name = name
+        self.lost: list[Exception] = []
+        self.epochs: list[int] = []
+
+    async def lead(self) -> Leadership:
+        now_s = asyncio.get_running_loop().time
+        self.lease = LeaderLease(LEASE_S, now_s)
+        sent_s = self.lease.now_s()
+        seen = await self.journal.head()
+        head = await self.journal.take_over(seen, holder=self.name, url=f"http://{self.name}", epoch=100)
+        assert head is not None
+        self.lease.renewed(sent_s)
+        self.leadership = Leadership(
+            self.journal,
+            head,
+            self.lease,
+            next_epoch=lambda: self.leadership.epoch + 1,
+            on_epoch=self.epochs.append,
+            on_lost=self.lost.append,
+        )
+        return self.leadership
+
+    def fail(self, hook: str, **errors: Exception) -> None:
+        """Raise an error in the next call of each name."""
+
+        async def raise_error(call: str) -> None:
+            if (error := errors.pop(call, None)) is not None:
+                raise error
+
+        setattr(self.journal, hook, raise_error)
+
+    def delay(self, call: str, by_s: float) -> None:
+        async def wait(name: str) -> None:
+            if name == call:
+                await asyncio.sleep(by_s)
+
+        self.journal.after = wait
+
+
+def record(number: int) -> Record:
+    return Record(number, number, number, 100, 0, b"body")
+
+
+def numbers(server: MemoryServer) -> list[int]:
+    return [each.number for each in server.records]
+
+
+@in_virtual_time
+async def test_an_idle_leader_renews_at_a_third_of_the_lease() -> None:
+    server = MemoryServer()
+    node = Node(server)
+    lead = await node.lead()
+    version = server.lead.version
+    task = asyncio.create_task(lead.run())
+    await seconds(30.5)
+    assert server.lead.version - version == 30
+    lead.check()
+    lead.stop()
+    await task
+
+
+@in_virtual_time
+async def test_an_append_renews_the_lease() -> None:
+    server = MemoryServer()
+    node = Node(server)
+    lead = await node.lead()
+    task = asyncio.create_task(lead.run())
+    renewals = server.lead.version
+    for number in range(1, 11):
+        await seconds(0.9)
+        await lead.append(record(number), number - 1)
+    assert server.lead.version - renewals == 10
+    assert (lead.acked, numbers(server)) == (10, list(range(1, 11)))
+    lead.stop()
+    await task
+
+
+@pytest.mark.parametrize("hook", ["before", "after"])
+def test_a_lost_response_to_an_append_is_resolved(hook: str) -> None:
+    @in_virtual_time
+    async def run() -> None:
+        server = MemoryServer()
+        node = Node(server)
+        lead = await node.lead()
+        node.fail(hook, append=OutcomeUnknown())
+        await lead.append(record(1), 0)
+        await lead.append(record(2), 1)
+        assert (numbers(server), lead.acked, node.epochs, lead.epoch) == ([1, 2], 2, [101], 101)
+
+    run()
+
+
+@in_virtual_time
+async def test_a_lost_response_is_resolved_although_the_next_ones_are_lost_too() -> None:
+    server = MemoryServer()
+    node = Node(server)
+    lead = await node.lead()
+    left = {"append": 2, "resolve": 2}
+
+    async def lose(call: str) -> None:
+        if left.get(call, 0):
+            left[call] -= 1
+            raise OutcomeUnknown
+
+    node.journal.before = lose
+    await lead.append(record(1), 0)
+    assert numbers(server) == [1]
+
+
+@in_virtual_time
+async def test_a_lost_renewal_is_resolved() -> None:
+    server = MemoryServer()
+    node = Node(server)
+    lead = await node.lead()
+    node.fail("after", renew=OutcomeUnknown())
+    task = asyncio.create_task(lead.run())
+    await seconds(10)
+    assert (node.lost, node.epochs) == ([], [101])
+    lead.check()
+    lead.stop()
+    await task
+
+
+@in_virtual_time
+async def test_a_leader_without_its_journal_stops_before_its_lease_ends_elsewhere() -> None:
+    server = MemoryServer()
+    node = Node(server)
+    lead = await node.lead()
+    task = asyncio.create_task(lead.run())
+    began_s = node.lease.now_s()
+    node.journal.is_reachable = False
+    await task
+    assert 2.6 < node.lease.now_s() - began_s < LEASE_S
+    assert [str(error) for error in node.lost] == [
+        "the lease is over, because the journal did not confirm a renewal in time"
+    ]
+    with pytest.raises(LeadershipLost):
+        lead.check()
+
+
+@in_virtual_time
+async def test_a_journal_that_returns_within_the_lease_interrupts_nothing() -> None:
+    server = MemoryServer()
+    node = Node(server)
+    lead = await node.lead()
+    node.journal.is_reachable = False
+    append = asyncio.create_task(lead.append(record(1), 0))
+    await seconds(2)
+    assert not append.done()
+    node.journal.is_reachable = True
+    await append
+    assert numbers(server) == [1]
+    lead.check()
+
+
+@in_virtual_time
+async def test_an_append_whose_outcome_stays_unknown_says_so() -> None:
+    server = MemoryServer()
+    node = Node(server)
+    lead = await node.lead()
+
+    async def cut(call: str) -> None:
+        node.journal.is_reachable = False
+
+    node.journal.after = cut
+    with pytest.raises(OutcomeUnknown, match="record 1 may be in the journal or not: the lease is over"):
+        await lead.append(record(1), 0)
+
+
+@in_virtual_time
+async def test_a_server_that_never_responds_to_the_resolution_ends_the_lead() -> None:
+    server = MemoryServer()
+    node = Node(server)
+    lead = await node.lead()
+
+    async def lose(call: str) -> None:
+        raise OutcomeUnknown
+
+    node.journal.before = lose
+    with pytest.raises(OutcomeUnknown, match="the lease is over"):
+        await lead.append(record(1), 0)
+
+
+@in_virtual_time
+async def test_a_fenced_leader_writes_nothing() -> None:
+    server = MemoryServer()
+    old, new = Node(server), Node(server, "b")
+    lead = await old.lead()
+    task = asyncio.create_task(lead.run())
+    await new.lead()
+    with pytest.raises(Fenced, match="another node leads"):
+        await lead.append(record(1), 0)
+    await task
+    assert ([type(error) for error in old.lost], numbers(server)) == ([Fenced], [])
+
+
+@in_virtual_time
+async def test_a_leader_that_was_fenced_during_a_lost_append_does_not_know_the_outcome() -> None:
+    server = MemoryServer()
+    old, new = Node(server), Node(server, "b")
+    lead = await old.lead()
+
+    async def take_over(call: str) -> None:
+        if call == "append":
+            await new.lead()
+            raise OutcomeUnknown
+
+    old.journal.after = take_over
+    with pytest.raises(OutcomeUnknown, match="another node leads"):
+        await lead.append(record(1), 0)
+
+
+@in_virtual_time
+async def test_a_full_disk_of_the_server_is_no_unknown_outcome() -> None:
+    server = MemoryServer()
+    node = Node(server)
+    lead = await node.lead()
+    node.fail("before", append=DiskFull("the disk of the server is full"))
+    with pytest.raises(DiskFull):
+        await lead.append(record(1), 0)
+    await lead.append(record(1), 0)
+    assert lead.acked == 1
+
+
+@in_virtual_time
+async def test_an_append_that_outlasts_the_lease_is_followed_by_a_renewal() -> None:
+    """It is durable, so no other node led when it was written; a later read needs proof of its own."""
+    server = MemoryServer()
+    node = Node(server)
+    lead = await node.lead()
+    node.delay("append", LEASE_S + 1)
+    await lead.append(record(1), 0)
+    lead.check()
+
+
+@in_virtual_time
+async def test_an_append_that_outlasts_the_lease_of_a_fenced_leader_ends_the_lead() -> None:
+    server = MemoryServer()
+    old, new = Node(server), Node(server, "b")
+    lead = await old.lead()
+
+    async def take_over(call: str) -> None:
+        if call == "append":
+            await asyncio.sleep(LEASE_S + 1)
+            await new.lead()
+
+    old.journal.after = take_over
+    await lead.append(record(1), 0)
+    with pytest.raises(LeadershipLost):
+        lead.check()
+
+
+@in_virtual_time
+async def test_a_renewal_that_is_due_during_an_append_is_left_out() -> None:
+    server = MemoryServer()
+    node = Node(server)
+    lead = await node.lead()
+    task = asyncio.create_task(lead.run())
+    await seconds(0.9)
+    node.delay("append", 0.5)
+    await lead.append(record(1), 0)
+    version = server.lead.version
+    await seconds(0.4)
+    assert server.lead.version == version
+    await seconds(0.2)
+    assert server.lead.version == version + 1
+    lead.stop()
+    await task
+
+
+@in_virtual_time
+async def test_a_stopped_lead_renews_no_more() -> None:
+    server = MemoryServer()
+    lead = await Node(server).lead()
+    version = server.lead.version
+    lead.stop()
+    await lead.run()
+    assert server.lead.version == version
