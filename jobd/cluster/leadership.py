@@ -49,9 +49,12 @@ class Leadership:
         self._next_epoch = next_epoch
         self._sending = asyncio.Lock()  # one statement at a time, because an unknown outcome ends all others
         self._stop = asyncio.Event()
+        self._lost: Exception | None = None
 
     def check(self) -> None:
-        """Raise LeadershipLost if the lease is over by the clock of this node, so that no response may be sent."""
+        """Raise an error if no more responses may be sent: the lead is lost, or the lease over by the local clock."""
+        if self._lost is not None:
+            raise self._lost
         if self._lease.is_over:
             raise LeadershipLost("the lease is over, because the journal did not confirm a renewal in time")
 
@@ -64,10 +67,10 @@ class Leadership:
         async with self._sending:
             began_s = self._lease.now_s()
             try:
-                await self._retry(lambda: self._journal.append(record, acked))
-            except OutcomeUnknown:
-                log.warning("append_unknown", record=record.number)
-                await self._settle(record, acked)
+                await self._append(record, acked)
+            except (LeadershipLost, OutcomeUnknown) as lost:
+                self._lost = lost
+                raise
             self.acked = record.number
             self.append_s = self._lease.now_s() - began_s
             if self._lease.is_over:  # the record is durable, but another node may lead by now: see `check`
@@ -87,13 +90,20 @@ class Leadership:
                     if self._lease.renewal_in_s <= 0:  # no append came first
                         await self._renew()
             except (LeadershipLost, OutcomeUnknown) as lost:
-                log.error("leadership_lost", reason=str(lost))
+                self._lost = lost
                 self.on_lost(lost)
                 return
 
     def stop(self) -> None:
         """End `run`. The lease ends by itself, or when the journal is closed."""
         self._stop.set()
+
+    async def _append(self, record: Record, acked: int) -> None:
+        try:
+            await self._retry(lambda: self._journal.append(record, acked))
+        except OutcomeUnknown:
+            log.warning("append_unknown", record=record.number)
+            await self._settle(record, acked)
 
     async def _renew(self) -> None:
         try:

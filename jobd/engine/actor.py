@@ -47,9 +47,10 @@ from jobd.model.commands import (
     Release,
     Undelivered,
 )
-from jobd.model.errors import ApiError
+from jobd.model.errors import ApiError, not_leader_error
 from jobd.model.events import Change
 from jobd.model.job import Policy
+from jobd.model.journal import LeadershipLost, OutcomeUnknown
 from jobd.model.responses import Grants, Response
 from jobd.model.storage import BadRows, DiskFull, JobStorage, Quarantined
 
@@ -109,7 +110,7 @@ class Actor:
         self.parked = ParkedClaims(state.presence)
         self.full_disk = FullDisk(disk, clock, loop_time, is_full=is_full, has_reserve=has_reserve)
         self.slow_commit_s = SLOW_COMMIT_S
-        self.before_batch: Callable[[], None] = lambda: None  # called before a batch is taken
+        self.before_batch: Callable[[], None] = lambda: None  # called before a batch is taken; an error ends `run`
         self.on_commit: list[Callable[[Sequence[Change]], None]] = [lambda changes: self.state.figures.note(changes)]
         self.commit_seconds = Histogram.empty(COMMIT_BUCKETS_S)
         self.batch_commands = Histogram.empty(BATCH_BUCKETS)
@@ -122,6 +123,7 @@ class Actor:
         self._bytes = 0
         self._wake = asyncio.Event()
         self._stopping = False
+        self._rejection = ApiError("shutting_down", "The daemon is stopping; try again in a moment.")
         self._internal: list[Envelope] = []
         self._unsent: DecidedBatch | None = None  # committed; its responses are sent while the next batch is written
         self._under_way: DecidedBatch | None = None  # decided, and perhaps not committed yet
@@ -230,7 +232,7 @@ class Actor:
 
     def _refuse_entry(self, command: AnyCommand, size: int) -> ApiError | None:
         if self._stopping:
-            return _stopping()
+            return self._rejection
         room, bounds = share(command), self.bounds
         if self.waiting >= bounds.mailbox * room or self._bytes + size > bounds.inflight_bytes * room:
             return ApiError("overloaded", "Too many commands are waiting; try again in a second.")
@@ -255,13 +257,14 @@ class Actor:
     # -- the consumer -------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Serve the mailbox until `stop`. Raises DiskBroken if the outcome of a commit is unknown."""
+        """Serve the mailbox until `stop`. Raises DiskBroken if a commit fails, or `before_batch` does."""
         while not (self._stopping and not self._mailbox and not self.parked and not self._has_internal()):
             await self._wait_for_work()
             await self._drain_sockets()
-            self.before_batch()
-            batch = self._take()
+            batch: list[Envelope] = []
             try:
+                self.before_batch()
+                batch = self._take()
                 if self._lost_disk is not None:
                     raise self._lost_disk
                 await self.full_disk.probe()
@@ -542,16 +545,19 @@ class Actor:
         """Respond that the outcome of the current commands is unknown, and reject the waiting ones."""
         self._stopping = True
         self._send_responses()
-        log.critical("commit_failed", error=str(error), kind=type(error).__name__, commands=len(batch))
-        message = (
-            "The outcome is unknown because the disk failed. Repeat the request with the same id or Idempotency-Key."
-        )
-        for envelope in [*batch, *self._decider.served, *self.parked.take_all()]:
+        unknown, undone = [*batch, *self._decider.served], [*self._mailbox]
+        if isinstance(error, LeadershipLost | OutcomeUnknown):
+            log.warning("leadership_lost", reason=str(error), commands=len(batch))
+            reason = "this node does not lead the cluster any more"
+            self._rejection = not_leader_error(None)
+            undone += self.parked.take_all()
+        else:
+            log.critical("commit_failed", error=str(error), kind=type(error).__name__, commands=len(batch))
+            reason = "the disk failed"
+            unknown += self.parked.take_all()
+        message = f"The outcome is unknown because {reason}. Repeat the request with the same id or Idempotency-Key."
+        for envelope in unknown:
             envelope.reply(ApiError("outcome_unknown", message, {"outcome": "unknown"}))
-        for envelope in self._mailbox:
-            envelope.reply(_stopping())
+        for envelope in undone:
+            envelope.reply(self._rejection)
         self._mailbox.clear()
-
-
-def _stopping() -> ApiError:
-    return ApiError("shutting_down", "The daemon is stopping; try again in a moment.")

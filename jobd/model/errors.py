@@ -99,3 +99,9 @@ def invalid_request_error(field: str, message: str) -> ApiException:
 def too_large_error(message: str, **details: Any) -> ApiException:
     """Return a 413 too_large. `message` says what is too large and what the limit is."""
     return api_error("too_large", message, **details)
+
+
+def not_leader_error(leader: str | None) -> ApiError:
+    """Return a 503 not_leader. `leader` is the URL of the leader, None if no node leads at the moment."""
+    where = "No node leads it at the moment; try again." if leader is None else f"The leader is {leader}."
+    return ApiError("not_leader", f"This node does not lead its cluster. {where}", {"leader": leader})

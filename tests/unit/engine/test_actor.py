@@ -45,6 +45,7 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS
+from jobd.model.journal import Fenced, LeadershipLost, OutcomeUnknown
 from jobd.model.responses import EmptyResponse, JobView, Response
 from jobd.model.storage import (
     BadRows,
@@ -380,12 +381,51 @@ def test_bad_rows_name_their_jobs() -> None:
 # -- unknown outcome ---------------------------------------------------------------------------------------------------
 
 
-async def assert_ended(engine: VirtualEngine, running: asyncio.Task[None]) -> None:
+async def assert_ended(engine: VirtualEngine, running: asyncio.Task[None], code: str = "shutting_down") -> None:
     with pytest.raises(DiskBroken):
         await running
     refusal = await engine.actor.ask(Ping())
     assert isinstance(refusal, ApiError)
-    assert refusal.code == "shutting_down"
+    assert refusal.code == code
+
+
+@pytest.mark.usefixtures("both_commit_modes")
+@pytest.mark.parametrize("error", [Fenced(), OutcomeUnknown("no response")])
+def test_a_leader_that_is_fenced_reports_unknown_outcomes_and_ends_the_actor(error: Exception) -> None:
+    @in_virtual_time
+    async def run() -> None:
+        engine = VirtualEngine()
+        running = start_task(engine.actor.run())
+        waiting = await waiting_claim(engine, "w", queues=["other"])
+        engine.disk.write_errors.append(error)
+        engine.disk.gate.clear()
+        task = start_task(engine.actor.ask(Create(id="a")))
+        await engine.disk.at_gate.wait()
+        later = start_task(engine.actor.ask(Create(id="b")))
+        await settle()
+        engine.disk.gate.set()
+        refusal = await task
+        assert (refusal.code, refusal.details) == ("outcome_unknown", {"outcome": "unknown"})
+        for undone in (waiting, later, start_task(engine.actor.ask(Create(id="c")))):
+            refusal = await undone
+            assert (refusal.code, refusal.details) == ("not_leader", {"leader": None}), "nothing was done"
+        await assert_ended(engine, running, "not_leader")
+
+    run()
+
+
+@in_virtual_time
+async def test_no_read_is_served_after_the_check_before_a_batch_fails() -> None:
+    engine = VirtualEngine()
+    running = start_task(engine.actor.run())
+    await engine.yes(Create(id="a"))
+
+    def fail() -> None:
+        raise LeadershipLost("the lease is over")
+
+    engine.actor.before_batch = fail
+    assert (await engine.no(Get(id="a"))).code == "not_leader"
+    await assert_ended(engine, running, "not_leader")
 
 
 @pytest.mark.usefixtures("both_commit_modes")

@@ -8,6 +8,7 @@ from jobd.model.errors import (
     ApiError,
     api_error,
     invalid_request_error,
+    not_leader_error,
     too_large_error,
 )
 
@@ -34,3 +35,10 @@ def test_an_invalid_request_names_its_field() -> None:
 def test_too_large_has_its_details() -> None:
     error = too_large_error("Over 5 jobs.", limit=5).error
     assert (error.code, error.status, error.details) == ("too_large", 413, {"limit": 5})
+
+
+def test_not_leader_names_the_leader_if_there_is_one() -> None:
+    known, unknown = not_leader_error("http://a:8771"), not_leader_error(None)
+    assert (known.status, known.details) == (503, {"leader": "http://a:8771"})
+    assert known.message == "This node does not lead its cluster. The leader is http://a:8771."
+    assert (unknown.status, unknown.details) == (503, {"leader": None})
