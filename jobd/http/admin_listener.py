@@ -10,7 +10,7 @@ from typing import Any, Final, cast
 from aiohttp import web
 
 from jobd.http.app import SUPPORTED_VERSIONS, App
-from jobd.http.parser import MalformedRequest, RequestParser, malformed_request
+from jobd.http.parser import AHEAD, PIECE, MalformedRequest, RequestParser, malformed_request, piece_size
 from jobd.http.request import BodyError, RequestContext, add_header
 from jobd.http.response import WRITE_TIMEOUT_S, HttpResponse
 from jobd.http.server import HttpListener
@@ -111,7 +111,7 @@ class AdminListener(HttpListener):
 
         application = web.Application(middlewares=[handle])  # also for targets without a route, such as *
         application.router.add_route("*", "/{path:[\\s\\S]*}", self._handle, expect_handler=_expect_nothing)
-        self.busy: set[asyncio.BaseTransport | None] = set()  # connections with a request in progress
+        self.busy: set[object] = set()  # transports with a request in progress
         self._runner = web.AppRunner(
             application,
             access_log=None,
@@ -120,6 +120,7 @@ class AdminListener(HttpListener):
             keepalive_timeout=app.limits.idle_s,
             lingering_time=LINGER_S,
             logger=_quiet_logger(),
+            read_bufsize=PIECE,
             shutdown_timeout=CANCEL_GRACE_S,
         )
 
@@ -161,27 +162,100 @@ class AdminListener(HttpListener):
             self.app.request_finished()
 
 
+class _Transport:
+    """The transport of a connection, as aiohttp sees it. It reads unless aiohttp or the connection pauses it."""
+
+    def __init__(self, transport: asyncio.Transport, on_resume: Callable[[], None]) -> None:
+        self._transport = transport
+        self._on_resume = on_resume
+        self.is_paused = False  # by aiohttp
+        self._is_full = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def pause_reading(self) -> None:
+        self.is_paused = True
+        self._regulate()
+
+    def resume_reading(self) -> None:
+        if self.is_paused:
+            self.is_paused = False
+            self._regulate()
+            self._on_resume()
+
+    def set_full(self, is_full: bool) -> None:
+        """Pause reading while too much input waits."""
+        if is_full != self._is_full:
+            self._is_full = is_full
+            self._regulate()
+
+    def _regulate(self) -> None:
+        if self.is_paused or self._is_full:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+
 class _AdminConnection(asyncio.Protocol):
     """Reject malformed input as the worker listener does, and pass the rest on to the protocol of aiohttp.
 
-    aiohttp would repeat the malformed line, which may contain a token, in its response and in its log.
+    aiohttp would repeat the malformed line, which may contain a token, in its response and in its log. Input of many
+    lines is passed on in pieces, one per turn of the loop, so that other connections do not wait for it.
     """
 
     def __init__(self, listener: AdminListener, protocol: asyncio.Protocol) -> None:
         self._listener = listener
         self._protocol = protocol
-        self._transport: asyncio.Transport | None = None
+        self._loop = asyncio.get_running_loop()
+        self._transport: _Transport | None = None
         self._parser = RequestParser(self._add)
+        self._held = b""  # input that is not parsed yet
+        self._is_scheduled = False
+        self._is_ended = False  # the client sends no more
         self._is_broken = False
         self._unsupported: WorkerRequest | None = None  # of another version of HTTP
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-        self._protocol.connection_made(transport)
+        self._transport = _Transport(cast("asyncio.Transport", transport), self._schedule)
+        self._protocol.connection_made(cast("asyncio.Transport", self._transport))
 
     def data_received(self, data: bytes) -> None:
         if self._is_broken:
             return
+        if self._held or piece_size(data) < len(data):
+            self._hold(self._held + data)
+            self._schedule()
+        else:
+            self._parse(data)
+
+    def _hold(self, data: bytes) -> None:
+        assert self._transport is not None
+        self._held = data
+        self._transport.set_full(len(data) > AHEAD)
+
+    def _schedule(self) -> None:
+        """Go on in the next turn of the loop."""
+        if self._held and not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        """Parse the next piece of the input that was held, unless aiohttp has not read enough."""
+        self._is_scheduled = False
+        transport = self._transport
+        assert transport is not None
+        if not self._held or transport.is_paused or transport.is_closing():
+            return
+        size = piece_size(self._held)
+        piece = self._held[:size]
+        self._hold(self._held[size:])
+        self._parse(piece)
+        self._schedule()
+        if self._is_ended and not self._held:
+            transport.close()
+
+    def _parse(self, data: bytes) -> None:
         try:
             self._parser.feed(data)
         except MalformedRequest as malformed:
@@ -193,6 +267,11 @@ class _AdminConnection(asyncio.Protocol):
             self._protocol.data_received(data)
 
     def eof_received(self) -> bool | None:
+        """Close the connection, after the input that was held. A TLS connection closes at once."""
+        self._is_ended = True
+        assert self._transport is not None
+        if self._held and self._transport.get_extra_info("sslcontext") is None:
+            return True
         return self._protocol.eof_received()
 
     def pause_writing(self) -> None:
@@ -202,6 +281,7 @@ class _AdminConnection(asyncio.Protocol):
         self._protocol.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._held = b""
         self._parser.close()
         self._protocol.connection_lost(exc)
 
@@ -213,6 +293,7 @@ class _AdminConnection(asyncio.Protocol):
     def _reject(self, request: WorkerRequest) -> None:
         """Respond to malformed input, unless a response is in progress, and close the connection."""
         self._is_broken = True
+        self._held = b""
         assert self._transport is not None
         if self._transport not in self._listener.busy or self._parser.incoming is not None:
             app = self._listener.app

@@ -19,6 +19,11 @@ from jobd.model.errors import ApiError
 MAX_LINE: Final = 8190  # bytes of the request target, and of the name and value of a header
 MAX_HEADERS: Final = 128  # and trailers
 MAX_FRAMING: Final = 64 << 10  # bytes between two pieces of a body: sizes and extensions of chunks, and trailers
+# Input of more than PIECE bytes and PIECE_LINES lines is parsed in pieces of PIECE bytes, one per turn of the loop.
+PIECE: Final = 16 << 10
+PIECE_LINES: Final = 2_000
+# Bytes that may wait unparsed. One read can exceed this.
+AHEAD: Final = 256 << 10
 LONG_LINE: Final = f"a line of its head is over {MAX_LINE} bytes"
 WRONG_HEAD: Final = (
     "its head or its framing is wrong (a line without a colon or with a forbidden character, a repeated header that "
@@ -56,6 +61,11 @@ def malformed_request(error: ApiError) -> WorkerRequest:
     request.error = error
     request.is_complete = True
     return request
+
+
+def piece_size(data: bytes) -> int:
+    """Return how much of the input to parse in this turn of the loop. Many lines, such as short chunks, take long."""
+    return PIECE if len(data) > PIECE and data.count(b"\r\n") > PIECE_LINES else len(data)
 
 
 class RequestParser:

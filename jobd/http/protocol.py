@@ -14,17 +14,12 @@ import structlog
 
 from jobd.http.app import INTERNAL_ERROR, TRUNCATED_BODY, App
 from jobd.http.hangup import has_unacknowledged_bytes, is_hung_up
-from jobd.http.parser import MalformedRequest, RequestParser, malformed_request
+from jobd.http.parser import AHEAD, PIECE, MalformedRequest, RequestParser, malformed_request, piece_size
 from jobd.http.response import HTTP_VERSION, HttpResponse, abort_later
 from jobd.http.worker_request import WorkerRequest
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
-# Input of more than PIECE bytes and PIECE_LINES lines is parsed in pieces of PIECE bytes, one per turn of the loop.
-PIECE: Final = 16 << 10
-PIECE_LINES: Final = 2_000
-# Bytes that may wait unparsed behind the current request, or in the body of a stream. One read can exceed this.
-AHEAD: Final = 256 << 10
 LINGER_S: Final = 5.0  # to read the rest of a rejected body, without which the client would not get the response
 # Delay between two checks whether the client has closed a half-closed connection. It doubles up to CHECK_S.
 FIRST_CHECK_S: Final = 0.01
@@ -82,13 +77,13 @@ class WorkerConnection(asyncio.Protocol):
     # -- input ---------------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Parse data, unless a request is in progress. Many lines (such as chunks of one byte) are parsed in pieces."""
+        """Parse data, unless a request is in progress."""
         current = self._current
         if (
             self._queue
             or self._held
             or (current is not None and current.is_complete)
-            or (len(data) > PIECE and data.count(b"\r\n") > PIECE_LINES)
+            or (len(data) > PIECE and piece_size(data) < len(data))
         ):
             if not (self._is_broken or self._is_ending):
                 self._held += data
@@ -111,7 +106,7 @@ class WorkerConnection(asyncio.Protocol):
         elif current is None and self._queue:
             self._start(self._queue.pop(0))
         elif self._held and self._may_parse():
-            size = PIECE if self._held.count(b"\r\n") > PIECE_LINES else len(self._held)
+            size = piece_size(self._held)
             piece, self._held = self._held[:size], self._held[size:]
             self.regulate_input()
             self._parse(piece)

@@ -15,7 +15,8 @@ from structlog.testing import capture_logs
 from jobd.api.worker import ROUTES
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
-from jobd.http.protocol import AHEAD, WorkerConnection
+from jobd.http.parser import AHEAD
+from jobd.http.protocol import WorkerConnection
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Response
 from tests.support.http_harness import TOKEN, HeldResponse, HttpHarness, RawConnection, request_bytes, tls_pair

@@ -9,6 +9,7 @@ import os
 import socket
 import ssl
 import stat
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,7 @@ from jobd.api.worker import ROUTES
 from jobd.config import Config, WorkerSection
 from jobd.http.auth import Authenticator, accepted_hosts
 from jobd.http.decoding import Limits
-from jobd.http.parser import RequestParser
-from jobd.http.protocol import PIECE
+from jobd.http.parser import PIECE, RequestParser
 from jobd.http.server import is_in_use
 from jobd.model.responses import EmptyResponse, Response
 from jobd.resources import reload_certificates
@@ -209,25 +209,52 @@ def test_any_bytes_get_a_status_below_500_or_none(junk: bytes, start: bytes, tmp
     asyncio.run(run())
 
 
-async def test_many_chunks_are_parsed_in_pieces(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    parse = RequestParser.feed
+class ParsedPieces:
+    """The size of each piece of input that is parsed, and the number of the loop's turn in which it is."""
 
-    def noted(parser: RequestParser, data: bytes) -> None:
-        sizes.append(len(data))
-        parse(parser, data)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pieces: list[tuple[int, int]] = []
+        self._turn = 0
+        parse = RequestParser.feed
 
-    monkeypatch.setattr(RequestParser, "feed", noted)
-    client = await harness.connect()
-    client.send(CHUNKED + b"1\r\n \r\n" * 20_000 + b"2\r\n{}\r\n0\r\n\r\n")
+        def noted(parser: RequestParser, data: bytes) -> None:
+            self.pieces.append((self._turn, len(data)))
+            parse(parser, data)
+
+        monkeypatch.setattr(RequestParser, "feed", noted)
+        self._count()
+
+    def _count(self) -> None:
+        self._turn += 1
+        asyncio.get_running_loop().call_soon(self._count)
+
+    def assert_small(self) -> None:
+        turns: Counter[int] = Counter()
+        for turn, size in self.pieces:
+            turns[turn] += size
+        assert max(turns.values()) <= PIECE
+
+
+@pytest.fixture(params=["worker", "admin"])
+async def any_listener(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[HttpHarness]:
+    is_admin = request.param == "admin"
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(body=1000), admin=is_admin) as opened:
+        yield opened
+
+
+async def test_many_chunks_are_parsed_in_pieces(any_listener: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = await any_listener.connect()
+    parsed = ParsedPieces(monkeypatch)
+    client.send(CHUNKED + b"1\r\n \r\n" * 100_000 + b"2\r\n{}\r\n0\r\n\r\n")
     assert (await client.receive()).error == "too_large"
     assert await client.is_closed()
-    assert max(sizes) <= PIECE
-    assert harness.actor.received == []
+    parsed.assert_small()
+    assert any_listener.actor.received == []
 
 
-async def test_many_chunks_within_the_limit_are_accepted(tmp_path: Path) -> None:
-    async with HttpHarness(ROUTES, tmp_path) as harness:
+@pytest.mark.parametrize("admin", [False, True], ids=["worker", "admin"])
+async def test_many_chunks_within_the_limit_are_accepted(tmp_path: Path, admin: bool) -> None:
+    async with HttpHarness(ROUTES, tmp_path, admin=admin) as harness:
         client = await harness.connect()
         body = b'{"queue":"mail"}'.rjust(30_000)
         chunks = b"".join(b"1\r\n%b\r\n" % body[at : at + 1] for at in range(len(body)))
@@ -239,6 +266,25 @@ async def test_many_chunks_within_the_limit_are_accepted(tmp_path: Path) -> None
         client.writer.transport.abort()
         await wait_until_closed(harness)
         assert len(harness.actor.received) == 3
+
+
+async def test_malformed_input_after_many_chunks_is_answered_though_the_client_sends_no_more(tmp_path: Path) -> None:
+    async with HttpHarness(ROUTES, tmp_path, admin=True) as harness:
+        client = await harness.connect()
+        client.send(CHUNKED + b"1\r\n \r\n" * 10_000 + b"zz\r\n")
+        client.writer.write_eof()
+        assert (await client.receive()).error == "invalid_request"
+        assert await client.is_closed()
+        assert harness.actor.received == []
+
+
+async def test_many_chunks_and_then_the_end_of_input_close_a_connection(tmp_path: Path) -> None:
+    async with HttpHarness(ROUTES, tmp_path, admin=True) as harness:
+        client = await harness.connect()
+        client.send(CHUNKED + b"1\r\n \r\n" * 10_000)
+        client.writer.write_eof()
+        assert await client.is_closed()
+        await wait_until_closed(harness)
 
 
 # -- time --------------------------------------------------------------------------------------------------------------

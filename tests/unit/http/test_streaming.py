@@ -180,6 +180,28 @@ async def test_an_import_reads_no_further_than_a_few_lines_ahead(harness: HttpHa
     assert (await client.receive()).data["imported"] == 500
 
 
+async def test_an_import_in_many_chunks_reads_no_further_than_a_few_lines_ahead(harness: HttpHarness) -> None:
+    go, lines = asyncio.Event(), 2 * imports.AHEAD_LINES
+
+    async def hold(command: Any) -> Response:
+        await go.wait()
+        return Response(Imported(command.id, skipped=False))
+
+    answering(harness, hold)
+    client = await harness.connect()
+    client.send(head() + b"".join(chunk(b'{"id":"%d"}\n' % n) for n in range(lines)))
+    client.send(chunk(b"\n") * 200_000 + b"0\r\n\r\n")
+    unsent = client.writer.transport.get_write_buffer_size
+    while len(lines_of(harness)) < imports.AHEAD_LINES or not unsent():  # noqa: ASYNC110 - there is no event for it
+        await asyncio.sleep(0.001)
+    left = unsent()
+    for _ in range(50):
+        assert (await harness.request("GET", "/healthz")).status == 200
+    assert unsent() == left  # the rest stays with the client
+    go.set()
+    assert (await client.receive()).data["imported"] == lines
+
+
 async def test_an_error_that_affects_all_lines_stops_the_import(harness: HttpHarness) -> None:
     def answer(command: Any) -> Response | ApiError:
         if command.id == "job-5":
