@@ -2,6 +2,7 @@
 
 The first byte is the format. The rest is a MessagePack array. Events are rows of `facts.py`, and other values are
 arrays of their fields. A reader that meets an unknown format stops, because later formats may have other meanings.
+A batch without `writes` has format 1, which older versions read: they ignore the empty list at its end.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from jobd.journal.facts import EventRow
 from jobd.model.events import Change, Event
 from jobd.model.job import LateResult, Result
 from jobd.model.journal import BadRecord, Record
-from jobd.model.storage import AuditEntry, Batch, Numbers, QueueRow, StoredResponse, Tombstone
+from jobd.model.storage import AuditEntry, Batch, Numbers, QueueRow, StoredResponse, TableWrite, Tombstone
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 
 class _Body(Struct, array_like=True, gc=False):
@@ -36,6 +37,7 @@ class _Body(Struct, array_like=True, gc=False):
     tombstones: list[tuple[Any, ...]]
     sweeps: bool
     audit: list[tuple[Any, ...]]
+    writes: list[TableWrite] = []
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -61,15 +63,16 @@ def encode(batch: Batch) -> tuple[bytes, list[EventRow]]:
         [astuple(tombstone) for tombstone in batch.tombstones] if batch.tombstones else [],
         batch.sweeps,
         [_audit_row(entry) for entry in batch.audit] if batch.audit else [],
+        batch.writes,
     )
-    return bytes((FORMAT,)) + _encode(body), events
+    return (b"\x02" if batch.writes else b"\x01") + _encode(body), events
 
 
 def decode(record: Record) -> tuple[Batch, list[EventRow]]:
     """Return the batch of `record`, without rows of jobs, and the rows of its events. Raises BadRecord."""
-    if not record.body or record.body[0] != FORMAT:
+    if not record.body or not 1 <= record.body[0] <= FORMAT:
         found = record.body[0] if record.body else "none"
-        raise BadRecord(record.number, f"has format {found}, but this jobd supports format {FORMAT}")
+        raise BadRecord(record.number, f"has format {found}, but this jobd supports formats up to {FORMAT}")
     try:
         body = _decode(memoryview(record.body)[1:])
         return _batch(body), body.events
@@ -97,6 +100,7 @@ def _batch(body: _Body) -> Batch:
         tombstones=[Tombstone(*row) for row in body.tombstones],
         sweeps=body.sweeps,
         audit=[_audit(row) for row in body.audit],
+        writes=body.writes,
     )
 
 

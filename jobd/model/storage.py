@@ -218,6 +218,47 @@ def distinct_tombstones(items: Iterable[Tombstone]) -> list[Tombstone]:
     return list({(each.job_id, each.key): each for each in items}.values())
 
 
+class OutboxWrite(Struct, frozen=True, tag="outbox"):
+    """Rows of the webhook outbox: those to write, ids of deliveries to delete, and names of webhooks to forget."""
+
+    cursors: list[WebhookCursor] = []
+    deliveries: list[Delivery] = []
+    dropped: list[int] = []
+    forgotten: list[str] = []
+
+
+class TombstoneWrite(Struct, frozen=True, tag="tombstones"):
+    """Tombstones to delete, by number, and new values of others."""
+
+    deleted: list[int]
+    postponed: list[Tombstone]
+
+
+class EventPruning(Struct, frozen=True, tag="prune"):
+    """Events to delete: those numbered `events`, and all those of the deleted `jobs`. `upto` is the highest number."""
+
+    events: list[int]
+    jobs: list[int]
+    upto: int
+
+
+class AuditTrimming(Struct, frozen=True, tag="trim_audit"):
+    """Numbers of audit entries to delete."""
+
+    entries: list[int]
+
+
+class FiguresWrite(Struct, frozen=True, tag="figures"):
+    """The statistics that survive a restart."""
+
+    body: bytes
+
+
+# A change of the tables that no command decides. It names rows and values, so that every node applies it alike. The
+# fields are part of the record format.
+TableWrite = OutboxWrite | TombstoneWrite | EventPruning | AuditTrimming | FiguresWrite
+
+
 class Batch(Struct):
     """One transaction. `queues` has the rows of the queues whose pause or counts of finished jobs changed."""
 
@@ -233,6 +274,7 @@ class Batch(Struct):
     tombstones: list[Tombstone] = []  # of the deleted jobs
     sweeps: bool = False  # with an artifact store, deleted late results leave tombstones too
     audit: list[AuditEntry] = []
+    writes: list[TableWrite] = []
 
 
 class Payload(Struct, frozen=True, gc=False):

@@ -23,7 +23,6 @@ from jobd.model.storage import (
     Numbers,
     Payload,
     Quarantined,
-    Tombstone,
 )
 from jobd.storage import codec, files
 from jobd.storage.codec import (
@@ -35,7 +34,6 @@ from jobd.storage.codec import (
     TOMBSTONE_COLUMNS,
     Row,
     fault,
-    sealed,
 )
 from jobd.storage.files import StoreBroken
 from jobd.storage.migrations import VERSION, meta_row
@@ -402,62 +400,9 @@ class Database:
         wrong = fault(found[0])
         return (Payload(found[0][1], found[0][2]), "") if wrong is None else (None, f"the payload is damaged: {wrong}")
 
-    # ------------------------------------------------------------------------------------------- outside batches
-
-    def prune(self, before: int, limit: int) -> int:
-        """Delete up to `limit` events of jobs deleted, and of queues changed, before wall time `before`.
-
-        Readers that resume below the last deleted event get an error, because events may be missing there.
-        """
-        self.check()
-        return self.commit(self._prune, before, limit)
-
-    def _prune(self, before: int, limit: int) -> int:
-        run = self.conn.execute
-        old = "SELECT seq FROM events WHERE job_seq = 0 AND at < ? ORDER BY seq LIMIT ?"
-        pruned = self._prune_events(old, before, limit)
-        for (job_seq,) in run("SELECT job_seq FROM deleted_jobs WHERE at < ? ORDER BY at LIMIT ?", (before, limit)):
-            if pruned >= limit:
-                break
-            rest = "SELECT seq FROM events WHERE job_seq = ? ORDER BY seq LIMIT ?"
-            pruned += self._prune_events(rest, job_seq, limit - pruned)
-            if run("SELECT 1 FROM events WHERE job_seq = ?", (job_seq,)).fetchone() is None:
-                run("DELETE FROM deleted_jobs WHERE job_seq = ?", (job_seq,))
-        if pruned:
-            self.write_meta()
-        return pruned
-
-    def _prune_events(self, chosen: str, *args: int) -> int:
-        deleted = self.conn.execute(f"DELETE FROM events WHERE seq IN ({chosen}) RETURNING seq", args).fetchall()
-        self.note_missing(max((seq for (seq,) in deleted), default=0))
-        return len(deleted)
-
     def note_missing(self, seq: int) -> None:
         """Note that the event `seq` is missing. A damaged number can be anything, so limit it."""
         self.gone_to = max(self.gone_to, min(seq, self.numbers.next_event - 1))
-
-    def trim_audit(self, before: int, limit: int) -> int:
-        """See Storage.trim_audit."""
-        self.check()
-        try:
-            is_counted = self.audit.look_on()
-        except sqlite3.DatabaseError as error:
-            if not is_corrupt(error):
-                raise
-            self.faults.append(f"the audit log cannot be read: {error}; run `jobd doctor`")
-            return 0
-        return self.commit(self.audit.trim, before, limit) if is_counted else limit
-
-    def settle_tombstones(self, deleted: list[int], postponed: list[Tombstone]) -> None:
-        """Delete tombstones by job seq, and replace others."""
-        self.commit(self._settle_tombstones, deleted, postponed)
-
-    def _settle_tombstones(self, deleted: list[int], postponed: list[Tombstone]) -> None:
-        self.conn.executemany("DELETE FROM tombstones WHERE job_seq = ?", [(seq,) for seq in deleted])
-        self.conn.executemany(PUT_TOMBSTONE, map(codec.tombstone_row, postponed))
-
-    def save_figures(self, body: bytes) -> None:
-        self.commit(self.conn.execute, insert("figures", ("id", "body", "crc"), "REPLACE"), sealed((1, body)))
 
     def close(self) -> None:
         """Close the gauge of the log. The connection is closed elsewhere."""

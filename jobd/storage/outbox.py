@@ -1,6 +1,6 @@
 """Read and write the webhook outbox: cursors of endpoints and their deliveries. Damaged rows are quarantined.
 
-All calls block; the storage thread makes them. Each write is one transaction.
+All calls block; the storage thread makes them. A plan reads the rows and returns what to write.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from msgspec.structs import astuple, replace
 
 from jobd.model.job import DAY_MS
 from jobd.model.responses import DeliveryState
-from jobd.model.storage import DiskFull
+from jobd.model.storage import OutboxWrite
 from jobd.model.webhooks import DELIVERY_STATES, EVENTS_GONE, GAP_PENDING, MAX_BACKLOG, Delivery, Outbox, WebhookCursor
 from jobd.storage.codec import Row, fault, sealed
 from jobd.storage.database import Database
@@ -29,10 +29,8 @@ KEEP_ENDED_MS: Final[dict[DeliveryState, int]] = {"delivered": 7 * DAY_MS, "give
 FORGET_MS: Final = 30 * DAY_MS  # for the cursor of an endpoint that is no longer configured
 
 _PUT_CURSOR: Final = insert("webhooks", (*CURSOR_COLUMNS, "crc"), "REPLACE")
-_INSERT: Final = insert("deliveries", (*DELIVERY_COLUMNS, "crc"))
-_UPDATE: Final = (
-    f"UPDATE deliveries SET {', '.join(f'{column} = ?' for column in (*DELIVERY_COLUMNS[1:], 'crc'))} WHERE id = ?"
-)
+_PUT: Final = insert("deliveries", (*DELIVERY_COLUMNS, "crc"), "REPLACE")
+_PLACE: Final = "SELECT state FROM deliveries NOT INDEXED WHERE id = ?"
 _BY_ID: Final = f"SELECT {DELIVERY_SQL} FROM deliveries NOT INDEXED WHERE id = ?"
 # Finds ids only; rows are read by id, because a column from an index would hide damage in the row.
 _IDS: Final = "SELECT id FROM deliveries INDEXED BY deliveries_place WHERE endpoint = ? AND state = ?"
@@ -61,8 +59,11 @@ def delivery(row: Row) -> Delivery:
     return Delivery(*row[:-1])
 
 
-def open_outbox(db: Database, names: list[str], now: int) -> Outbox:
-    """Return cursors and waiting deliveries of the endpoints. A new endpoint begins at the end of the journal."""
+def plan_opening(db: Database, names: list[str], now: int) -> tuple[OutboxWrite | None, tuple[Outbox, bool]]:
+    """Read cursors and waiting deliveries of the endpoints. A new endpoint begins at the end of the journal.
+
+    Return the cursors to write, and whether an endpoint is new. Otherwise they can be written later.
+    """
     db.check()
     last = db.numbers.next_event - 1
     known, some_damaged = _cursors(db)
@@ -76,17 +77,10 @@ def open_outbox(db: Database, names: list[str], now: int) -> Outbox:
             position, gone_to = _begin(db, name, last) if some_damaged else (last, last)
             current = WebhookCursor(name, position, gone_to, next_delivery)
         cursors[name] = replace(current, updated_at=now) if current.updated_at < now - DAY_MS else current
-    if changed := [each for name, each in cursors.items() if each is not known.get(name)]:
-        try:
-            db.commit(_put_cursors, db, changed)
-        except DiskFull:
-            if not known.keys() >= cursors.keys():
-                raise
-            # The cursors can be updated later, but alerts about the full disk must be delivered now.
-            return Outbox(cursors, waiting, last, next_delivery)
-    if old := [name for name, each in known.items() if name not in names and each.updated_at < now - FORGET_MS]:
-        db.commit(_forget, db, old)
-    return Outbox(cursors, waiting, last, next_delivery)
+    changed = [each for name, each in cursors.items() if each is not known.get(name)]
+    old = [name for name, each in known.items() if name not in names and each.updated_at < now - FORGET_MS]
+    write = OutboxWrite(changed, forgotten=old) if changed or old else None
+    return write, (Outbox(cursors, waiting, last, next_delivery), not known.keys() >= cursors.keys())
 
 
 def _begin(db: Database, name: str, last: int) -> tuple[int, int]:
@@ -130,61 +124,77 @@ def by_ids(db: Database, ids: list[int]) -> list[Delivery]:
     return [delivery(row) for row in rows if fault(row) is None]
 
 
-def add(db: Database, moved: WebhookCursor, new: list[Delivery]) -> None:
-    """Add deliveries to the outbox and move the cursor, in one transaction."""
-    db.commit(_add, db, moved, new)
+def plan_settling(db: Database, settled: list[Delivery], now: int) -> tuple[OutboxWrite | None, bool]:
+    """Plan to store deliveries of one endpoint, and to delete the oldest of those that have ended.
 
-
-def _add(db: Database, moved: WebhookCursor, new: list[Delivery]) -> None:
-    db.conn.executemany(_INSERT, map(delivery_row, new))
-    _put_cursors(db, [moved])
-
-
-def settle(db: Database, settled: list[Delivery], now: int) -> bool:
-    """Store the results of deliveries of one endpoint, and delete the oldest of those that have ended.
-
-    Return whether that deleted events that the endpoint has never accepted. Its cursor then records a gap.
+    Also return whether that deletes events that the endpoint has never accepted. Its cursor then records a gap.
     """
-    return db.commit(_settle, db, settled, now)
+    db.check()
+    states = {each.id: db.conn.execute(_PLACE, (each.id,)).fetchone() for each in settled}
+    found = [each for each in settled if states[each.id] is not None]  # others were deleted
+    dropped: set[int] = set()
+    lost: set[str] = set()
+    for name in dict.fromkeys(each.endpoint for each in found if each.state != "waiting"):
+        for state in KEEP_ENDED:
+            ended = {each.id: each for each in found if (each.endpoint, each.state) == (name, state)}
+            entering = [id_ for id_ in ended if states[id_] != (state,)]
+            going = _excess(db, name, state, entering)
+            going |= _too_old(db, name, state, ended, going, now)
+            dropped |= going
+            if state == "given_up" and any(_matters(db, ended, id_) for id_ in going):
+                lost.add(name)
+    cursors = [replace(each, gone_to=GAP_PENDING) for name in lost if (each := _cursor(db, name)) is not None]
+    kept = [each for each in found if each.id not in dropped]
+    write = OutboxWrite(cursors, kept, sorted(dropped)) if found else None
+    return write, bool(lost)
 
 
-def _settle(db: Database, settled: list[Delivery], now: int) -> bool:
-    db.conn.executemany(_UPDATE, [(*row[1:], row[0]) for row in map(delivery_row, settled)])
-    ended = {(each.endpoint, each.state) for each in settled if each.state != "waiting"}
-    lost = {name for name, state in ended if _trim(db, name, state)}
-    lost |= {name for name, _ in ended if _trim_by_age(db, name, now)}
-    for name in lost:
-        row = db.conn.execute(f"SELECT {CURSOR_SQL} FROM webhooks NOT INDEXED WHERE name = ?", (name,)).fetchone()
-        if row is not None and fault(row) is None:
-            _put_cursors(db, [replace(cursor(row), gone_to=GAP_PENDING)])
-    return bool(lost)
+def _excess(db: Database, name: str, state: DeliveryState, entering: list[int]) -> set[int]:
+    """Return the ids of all but the latest deliveries in this state, to which `entering` change."""
+    kept = KEEP_ENDED[state]
+    window = (name, state, len(entering) + 1, max(kept - len(entering), 0))
+    edges = [id_ for (id_,) in db.conn.execute(f"{_IDS} ORDER BY id DESC LIMIT ? OFFSET ?", window)]
+    above = max(kept - len(entering), 0)  # stored ones above the window
+    ids = sorted([*edges, *entering], reverse=True)
+    if above + len(ids) <= kept:
+        return set()
+    edge = ids[kept - above]
+    stored = db.conn.execute(f"{_IDS} AND id <= ?", (name, state, edge))
+    return {id_ for (id_,) in stored} | {id_ for id_ in entering if id_ <= edge}
 
 
-def _trim(db: Database, name: str, state: DeliveryState) -> bool:
-    """Delete all but the latest deliveries of this state. Return the result of `_drop`."""
-    args = (name, state, KEEP_ENDED[state])
-    edge = db.conn.execute(f"{_IDS} ORDER BY id DESC LIMIT 1 OFFSET ?", args).fetchone()
-    return edge is not None and _drop(db, state, f"id IN ({_IDS} AND id <= ?)", (name, state, edge[0]))
-
-
-def _trim_by_age(db: Database, name: str, now: int) -> bool:
-    """Delete the two oldest deliveries of each state if they are too old. Return the result of `_drop`.
+def _too_old(
+    db: Database, name: str, state: DeliveryState, ended: dict[int, Delivery], going: set[int], now: int
+) -> set[int]:
+    """Return those of the two oldest deliveries in this state that are too old, without those that are `going`.
 
     Two are enough, because deliveries end one at a time.
     """
-    is_lost = False
-    for state, keep_ms in KEEP_ENDED_MS.items():
-        for (oldest,) in db.conn.execute(f"{_IDS} ORDER BY id LIMIT 2", (name, state)).fetchall():
-            condition = "id = ? AND ifnull(ended_at, at) < ?"
-            is_lost |= _drop(db, state, condition, (oldest, now - keep_ms))
-    return is_lost
+    found = db.conn.execute(f"{_IDS} ORDER BY id LIMIT ?", (name, state, len(going) + 2))
+    oldest = sorted({*ended, *(id_ for (id_,) in found)} - going)[:2]
+    before = now - KEEP_ENDED_MS[state]
+    sql = "SELECT ifnull(ended_at, at) < ? FROM deliveries WHERE id = ?"
+    return {
+        id_
+        for id_ in oldest
+        if ((each.ended_at or each.at) < before if (each := ended.get(id_)) else _holds(db, sql, before, id_))
+    }
 
 
-def _drop(db: Database, state: DeliveryState, condition: str, args: tuple[Any, ...]) -> bool:
-    """Delete deliveries. Return whether a dead-lettered one of them was about an event or a gap."""
-    sql = f"DELETE FROM deliveries WHERE {condition} RETURNING seq > 0 OR type = ?"
-    dropped = db.conn.execute(sql, (*args, EVENTS_GONE)).fetchall()
-    return state == "given_up" and any(matters for (matters,) in dropped)
+def _matters(db: Database, ended: dict[int, Delivery], id_: int) -> bool:
+    """Return whether a delivery is about an event or a gap."""
+    if (each := ended.get(id_)) is not None:
+        return each.seq > 0 or each.type == EVENTS_GONE
+    return _holds(db, "SELECT seq > 0 OR type = ? FROM deliveries WHERE id = ?", EVENTS_GONE, id_)
+
+
+def _holds(db: Database, condition: str, *args: str | int) -> bool:
+    return bool(db.conn.execute(condition, args).fetchone()[0])
+
+
+def _cursor(db: Database, name: str) -> WebhookCursor | None:
+    rows = db.rows(f"SELECT {CURSOR_SQL} FROM webhooks NOT INDEXED WHERE name = ?", (name,))
+    return cursor(rows[0]) if rows and fault(rows[0]) is None else None
 
 
 def dead_letter_counts(db: Database, endpoint: str) -> tuple[int, int]:
@@ -195,29 +205,29 @@ def dead_letter_counts(db: Database, endpoint: str) -> tuple[int, int]:
     return count, newest
 
 
-def retry(db: Database, endpoint: str, id_: int, now: int) -> Delivery | None:
-    """Requeue a delivery as if it had never been tried. Return None if there is none with this id."""
+def plan_retry(db: Database, endpoint: str, id_: int, now: int) -> tuple[OutboxWrite | None, Delivery | None]:
+    """Plan to requeue a delivery as if it had never been tried. The result is None if there is none with this id."""
     stored = [each for each in by_ids(db, [id_]) if each.endpoint == endpoint]
     if not stored:
-        return None
-    renewed = replace(stored[0], state="waiting", due_at=now, tries=0, ended_at=None)
-    db.commit(_settle, db, [renewed], now)
-    return renewed
+        return None, None
+    renewed = _renewed(stored[0], now)
+    return OutboxWrite(deliveries=[renewed]), renewed
 
 
-def retry_all(db: Database, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
-    """Requeue the oldest `limit` dead-lettered deliveries with ids up to `upto`. Return them without bodies."""
+def plan_retries(
+    db: Database, endpoint: str, upto: int, limit: int, now: int
+) -> tuple[OutboxWrite | None, list[Delivery]]:
+    """Plan to requeue the oldest `limit` dead-lettered deliveries with ids up to `upto`. The result has no bodies."""
     db.check()
     sql = f"{_IDS} AND id <= ? ORDER BY id LIMIT ?"
     ids = [id_ for (id_,) in db.conn.execute(sql, (endpoint, "given_up", upto, limit))]
-    renewed = [
-        replace(each, state="waiting", due_at=now, tries=0, ended_at=None)
-        for each in by_ids(db, ids)
-        if each.endpoint == endpoint
-    ]
-    if renewed:
-        db.commit(_settle, db, renewed, now)
-    return [replace(each, body=b"") for each in renewed]
+    renewed = [_renewed(each, now) for each in by_ids(db, ids) if each.endpoint == endpoint]
+    write = OutboxWrite(deliveries=renewed) if renewed else None
+    return write, [replace(each, body=b"") for each in renewed]
+
+
+def _renewed(delivery: Delivery, now: int) -> Delivery:
+    return replace(delivery, state="waiting", due_at=now, tries=0, ended_at=None)
 
 
 def page(db: Database, endpoint: str, state: DeliveryState | None, before: int, limit: int) -> list[Delivery]:
@@ -230,11 +240,11 @@ def page(db: Database, endpoint: str, state: DeliveryState | None, before: int, 
     return by_ids(db, sorted(ids, reverse=True)[:limit])
 
 
-def _put_cursors(db: Database, cursors: list[WebhookCursor]) -> None:
-    db.conn.executemany(_PUT_CURSOR, map(cursor_row, cursors))
-
-
-def _forget(db: Database, names: list[str]) -> None:
-    """Delete endpoints that were removed from the configuration long ago."""
-    db.conn.executemany("DELETE FROM deliveries WHERE endpoint = ?", [(name,) for name in names])
-    db.conn.executemany("DELETE FROM webhooks WHERE name = ?", [(name,) for name in names])
+def apply(db: Database, write: OutboxWrite) -> None:
+    """Apply `write` in a transaction."""
+    executemany = db.conn.executemany
+    executemany(_PUT_CURSOR, map(cursor_row, write.cursors))
+    executemany(_PUT, map(delivery_row, write.deliveries))
+    executemany("DELETE FROM deliveries WHERE id = ?", [(id_,) for id_ in write.dropped])
+    for table, column in (("deliveries", "endpoint"), ("webhooks", "name")):
+        executemany(f"DELETE FROM {table} WHERE {column} = ?", [(name,) for name in write.forgotten])

@@ -21,8 +21,18 @@ from jobd.journal.sqlite import SqliteJournal
 from jobd.model.events import Change
 from jobd.model.job import FINISHED
 from jobd.model.journal import BadRecord, Record
-from jobd.model.storage import BadRows, Batch, DiskFull, Payload, QueueRow, StoredResponse, distinct_tombstones
-from jobd.storage import codec
+from jobd.model.storage import (
+    BadRows,
+    Batch,
+    DiskFull,
+    OutboxWrite,
+    Payload,
+    QueueRow,
+    StoredResponse,
+    TableWrite,
+    distinct_tombstones,
+)
+from jobd.storage import codec, table_writes
 from jobd.storage.codec import KEY_COLUMNS, sealed
 from jobd.storage.database import BY_SEQ, PUT_QUEUE, PUT_TOMBSTONE, Database, readable
 from jobd.storage.files import StoreUnreadable
@@ -64,6 +74,7 @@ class Projection:
         self._seqs: dict[int, int] = {}
         self._digests: dict[str, int] = {}
         self._payloads: dict[int, Payload] = {}  # of new jobs, by seq
+        self._outbox = 0  # number of the last record that concerns the webhook outbox
         self._jobs = JobWriter(db.conn, self._find, db.note_fault)
         self._late = LateWriter(db.conn, db.rows, db.note_fault)
         self._shortener = JournalShortener(db)
@@ -103,6 +114,10 @@ class Projection:
         for forgotten in [each for each in db.recently_quarantined if each < reported]:
             del db.recently_quarantined[forgotten]
         return payloads
+
+    def append_write(self, write: TableWrite) -> None:
+        """Append a write that belongs to no batch. Raises DiskFull if nothing was written."""
+        self.append(Batch([], self.db.numbers, writes=[write]), 0)
 
     def _check_quarantined(self, batch: Batch) -> None:
         """Raise BadRows if `batch` changes a job that a read has quarantined since the batch was decided."""
@@ -164,6 +179,8 @@ class Projection:
                     self._jobs.cache_payload(event.job_seq, change.payload)
         for key in batch.keys:
             self._digests[key.digest] = pending.number
+        if any(type(write) is OutboxWrite for write in batch.writes):
+            self._outbox = pending.number
 
     def read_tail(self, path: str) -> None:
         """Read the quarantine, and the records that the tables lack. Raises StoreUnreadable if one is unusable."""
@@ -205,6 +222,10 @@ class Projection:
             return False
         concerned = (self._ids, ids), (self._seqs, seqs), (self._digests, digests)
         return any(not known.keys().isdisjoint(names) for known, names in concerned)
+
+    def read_outbox(self, fn: Callable[..., T], *args: object) -> T:
+        """Return the result of a query of the webhook outbox as of the last record."""
+        return self.read(fn, *args) if self._outbox > self.db.projected_to else fn(*args)
 
     def read(self, fn: Callable[..., T], *args: object) -> T:
         """Return the result of a query as of the last record.
@@ -346,8 +367,11 @@ class Projection:
         conn = self.db.conn
         if checked := [(seq,) for batch in batches for seq in batch.checked]:
             conn.executemany("DELETE FROM suspects WHERE job_seq = ?", checked)
-        if audit := [entry for batch in batches for entry in batch.audit]:
-            self.db.audit.write(audit)
+        for batch in batches:
+            if batch.audit:
+                self.db.audit.write(batch.audit)
+            for write in batch.writes:
+                table_writes.apply(self.db, write)
         for report in (batch.report for batch in batches if batch.report is not None):
             (last,) = conn.execute("SELECT ifnull(max(seq), 0) FROM reports").fetchone()
             conn.execute(insert("reports", ("seq", "body", "crc")), sealed((last + 1, bytes(report))))

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, BinaryIO, Final, Literal, Self, TypeVar
 
 import structlog
@@ -26,6 +26,7 @@ from jobd.model.storage import (
     DiskFull,
     DiskSpace,
     DueTombstones,
+    FiguresWrite,
     JobQuery,
     JobRows,
     JournalPage,
@@ -33,15 +34,17 @@ from jobd.model.storage import (
     LateResultRows,
     LoadedRows,
     OpenedStore,
+    OutboxWrite,
     Quarantined,
     Storage,
+    TableWrite,
     Tombstone,
+    TombstoneWrite,
 )
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
-from jobd.storage import backup, files, outbox, quarantine, queries, scrub, startup
+from jobd.storage import backup, files, outbox, quarantine, queries, scrub, startup, table_writes
 from jobd.storage.commit_mode import CommitMode, CommitSetting
 from jobd.storage.connection import FunctionConnection, StoreConnection
-from jobd.storage.database import Database
 from jobd.storage.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew, StoreUnreadable
 from jobd.storage.projection import Projection
 from jobd.storage.startup import MEMORY
@@ -51,6 +54,7 @@ __all__ = ["MEMORY", "Store", "StoreBroken", "StoreBusy", "StoreError", "StoreTo
 log = structlog.get_logger("jobd.storage")
 
 T = TypeVar("T")
+Plan = Callable[..., tuple[TableWrite | None, T]]  # reads the tables, and returns what to write, and a result
 SLICE_DELAY_S: Final = 0.1  # until the tables are written, if there is not enough for a slice before
 APPENDS_PER_SLICE: Final = 100  # the delay is as long as so many appends, because a slice costs one on a slow disk
 MAX_DELAY_S: Final = 5.0
@@ -85,6 +89,7 @@ class Store(Storage):
         db.before_commit = self._committing.set
         self._closing = threading.Event()
         self._backup_lock = asyncio.Lock()
+        self._planning = asyncio.Lock()
 
     @classmethod
     async def open(
@@ -279,19 +284,41 @@ class Store(Storage):
         return self._projection.cached_payloads(job_seqs)
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
+        return await self._append(self._projection.append, batch, self._reported)
+
+    async def _append(self, append: Callable[..., T], *args: Any) -> T:
+        """Append a record, in the event loop if the disk is fast and no other call runs, else in the storage thread."""
         projection, connection = self._projection, self._connection
         try:
             with self._reporting():
                 if self.commits_inline and connection.is_idle:
-                    return connection.run_inline(projection.append, batch, self._reported)
+                    return connection.run_inline(append, *args)
                 self._committing.clear()
                 until = self._committing if connection.is_idle else None  # else earlier calls run first
-                return await connection.run(projection.append, batch, self._reported, until=until)
+                return await connection.run(append, *args, until=until)
         finally:
             if projection.append_s is not None:
                 self._mode.add(projection.append_s, time.monotonic())
                 self.commits_inline = self._mode.is_inline
             self._plan_slice()
+
+    async def _write_tables(self, plan: Plan[T], *args: Any) -> T:
+        """Append the write that `plan` chooses from the tables. Return its other result."""
+        return await self._write_planned(self._read, plan, *args)
+
+    async def _write_outbox(self, plan: Plan[T], *args: Any) -> T:
+        """Append the write that `plan` chooses from the webhook outbox. Return its other result."""
+        return await self._write_planned(self._read_outbox, plan, *args)
+
+    async def _write_planned(self, read: Callable[..., Awaitable[tuple[Any, T]]], plan: Plan[T], *args: Any) -> T:
+        async with self._planning:  # no other write comes between
+            write, result = await read(plan, *args)
+            if write is not None:
+                await self._append(self._projection.append_write, write)
+            return result
+
+    async def _read_outbox(self, fn: Callable[..., T], *args: Any) -> T:
+        return await self._run(self._projection.read_outbox, fn, self._database, *args)
 
     async def find_jobs(self, query: JobQuery) -> JobRows:
         return await self._read(queries.find_jobs, query)
@@ -319,47 +346,55 @@ class Store(Storage):
         await self._read(quarantine.quarantine_job, job, reason)
 
     async def prune(self, before: int, limit: int) -> int:
-        return await self._read(Database.prune, before, limit)
+        return await self._write_tables(table_writes.plan_pruning, before, limit)
 
     async def read_audit(self, query: AuditQuery) -> AuditRows:
         return await self._read(queries.read_audit, query)
 
     async def trim_audit(self, before: int, limit: int) -> int:
-        return await self._read(Database.trim_audit, before, limit)
+        return await self._write_tables(table_writes.plan_trimming, before, limit)
 
     async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
         return await self._read(queries.due_tombstones, now, limit)
 
     async def settle_tombstones(self, deleted: list[int], postponed: list[Tombstone]) -> None:
-        await self._read(Database.settle_tombstones, deleted, postponed)
+        await self._append(self._projection.append_write, TombstoneWrite(deleted, postponed))
 
     # -------------------------------------------------------------------------------------------- webhook outbox
 
     async def open_outbox(self, names: list[str], now: int) -> Outbox:
-        return await self._run(outbox.open_outbox, self._database, names, now)
+        async with self._planning:
+            write, (found, has_new) = await self._read_outbox(outbox.plan_opening, names, now)
+            try:
+                if write is not None:
+                    await self._append(self._projection.append_write, write)
+            except DiskFull:
+                if has_new:
+                    raise  # known cursors can be written later, but alerts about the full disk are delivered now
+            return found
 
     async def plan_deliveries(self, moved: WebhookCursor, new: list[Delivery]) -> None:
-        await self._run(outbox.add, self._database, moved, new)
+        await self._append(self._projection.append_write, OutboxWrite([moved], new))
 
     async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool:
-        return await self._run(outbox.settle, self._database, settled, now)
+        return await self._write_outbox(outbox.plan_settling, settled, now)
 
     async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
-        return await self._run(outbox.retry, self._database, endpoint, id_, now)
+        return await self._write_outbox(outbox.plan_retry, endpoint, id_, now)
 
     async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
-        return await self._run(outbox.retry_all, self._database, endpoint, upto, limit, now)
+        return await self._write_outbox(outbox.plan_retries, endpoint, upto, limit, now)
 
     async def deliveries(self, ids: list[int]) -> list[Delivery]:
-        return await self._run(outbox.by_ids, self._database, ids)
+        return await self._read_outbox(outbox.by_ids, ids)
 
     async def dead_letter_counts(self, endpoint: str) -> tuple[int, int]:
-        return await self._run(outbox.dead_letter_counts, self._database, endpoint)
+        return await self._read_outbox(outbox.dead_letter_counts, endpoint)
 
     async def list_deliveries(
         self, endpoint: str, state: DeliveryState | None, before: int, limit: int
     ) -> list[Delivery]:
-        return await self._run(outbox.page, self._database, endpoint, state, before, limit)
+        return await self._read_outbox(outbox.page, endpoint, state, before, limit)
 
     # ----------------------------------------------------------------------------------------- miscellaneous
 
@@ -376,7 +411,7 @@ class Store(Storage):
                 return await backup.make_copy(raw, self.path, self._closing, progress)
 
     async def save_stats(self, body: bytes) -> None:
-        await self._run(self._database.save_figures, body)
+        await self._append(self._projection.append_write, FiguresWrite(body))
 
     async def probe(self, spare_bytes: int = 0) -> None:
         await self._run(startup.probe, self._database, self.path, spare_bytes)

@@ -271,16 +271,17 @@ def _values(columns: list[str]) -> Callable[[Row], Row]:
 KEEP_AUDIT: Final = 100_000  # entries about changes
 KEEP_BESIDE: Final = 10_000  # entries of each other share, so that a looping script displaces only similar entries
 LOOK: Final = 2_000  # rows counted per call, in less than a millisecond
-OPEN_DEEDS: Final = 64  # concurrent actions of many parts; above it, the oldest continues in a new row
+OPEN_ROWS: Final = 1_000  # newest rows in which the row of an action with many parts is searched
+_KEEP_OPEN: Final = 64  # actions whose rows are cached
 AUDIT_SQL: Final = f"{', '.join(AUDIT_COLUMNS)}, crc"
 _PUT_AUDIT: Final = insert("audit", (*AUDIT_COLUMNS, "crc"), "REPLACE")
 _AUDIT_ROW: Final = f"SELECT {AUDIT_SQL} FROM audit WHERE seq = ?"
 _LAST_AUDIT: Final = "SELECT ifnull(max(seq), 0) FROM audit"
 # Only the oldest rows are examined. A row with a later time keeps the rows after it until there are too many.
-_TRIM_AUDIT: Final = (
-    "DELETE FROM audit WHERE seq IN (SELECT seq FROM (SELECT seq, at FROM audit ORDER BY seq LIMIT ?) "
-    "WHERE at < ? AND seq < ?)"
+_OLD_AUDIT: Final = (
+    "SELECT seq FROM (SELECT seq, at FROM audit ORDER BY seq LIMIT ?) WHERE at < ? AND seq < ? ORDER BY seq"
 )
+_OPEN_AUDIT: Final = "SELECT ifnull(max(seq), 0) FROM audit NOT INDEXED WHERE seq > ? AND part_of = ?"
 _UNCOUNTED_AUDIT: Final = "SELECT seq, what, outcome FROM audit WHERE seq > ? ORDER BY seq LIMIT ?"
 _AUDIT_SHARE: Final = "SELECT what, outcome FROM audit WHERE seq = ?"
 
@@ -299,7 +300,7 @@ class AuditWriter:
     def write(self, audit: list[AuditEntry]) -> None:
         (last,) = self._conn.execute(_LAST_AUDIT).fetchone()
         for audited in audit:
-            known = self._known(audited)
+            known = self._known(audited, last)
             if known is None:
                 last += 1
                 known = last, audited
@@ -307,14 +308,18 @@ class AuditWriter:
             self._conn.execute(_PUT_AUDIT, codec.audit_row(seq, whole))
             if audited.part_of is not None:
                 self._open[audited.part_of] = seq
-        while len(self._open) > OPEN_DEEDS:
+        while len(self._open) > _KEEP_OPEN:
             del self._open[next(iter(self._open))]
 
-    def _known(self, part: AuditEntry) -> tuple[int, AuditEntry] | None:
-        """Return the seq and the updated entry of the row that `part` belongs to, or None if there is none."""
-        seq = None if part.part_of is None else self._open.pop(part.part_of, None)
-        if seq is None:
+    def _known(self, part: AuditEntry, last: int) -> tuple[int, AuditEntry] | None:
+        """Return the seq and the updated entry of the row that `part` belongs to, or None if there is none.
+
+        The rows alone decide, so that each node of a cluster gives an entry the same row.
+        """
+        if part.part_of is None:
             return None
+        if (seq := self._open.pop(part.part_of, 0)) <= last - OPEN_ROWS:
+            (seq,) = self._conn.execute(_OPEN_AUDIT, (last - OPEN_ROWS, part.part_of)).fetchone()
         found = self._conn.execute(_AUDIT_ROW, (seq,)).fetchone()
         if found is None or codec.fault(found) is not None:
             return None
@@ -332,21 +337,19 @@ class AuditWriter:
             self._counted_to = seq
         return len(found) < LOOK
 
-    def trim(self, before: int, limit: int) -> int:
-        """Delete up to `limit` rows: those written before wall time `before` (Unix ms), and excess ones.
+    def excess(self, before: int, limit: int) -> list[int]:
+        """Return up to `limit` rows to delete: those written before wall time `before` (Unix ms), and excess ones.
 
         Each share has its own maximum, which applies to the rows that `look_on` has counted. The newest row is kept, so
-        that its number is not reused. Return the number of deleted rows.
+        that its number is not reused.
         """
         (last,) = self._conn.execute(_LAST_AUDIT).fetchone()
-        gone = self._conn.execute(_TRIM_AUDIT, (limit, before, last)).rowcount
+        going = {seq: None for (seq,) in self._conn.execute(_OLD_AUDIT, (limit, before, last))}
         for share, seqs in self._counted.items():
             keep = KEEP_AUDIT if share == "changes" else KEEP_BESIDE
             self._drop_deleted(share)
-            chosen = [seq for seq in seqs[: max(min(len(seqs) - keep, limit - gone), 0)] if seq < last]
-            self._conn.executemany("DELETE FROM audit WHERE seq = ?", [(seq,) for seq in chosen])
-            gone += len(chosen)
-        return gone
+            going |= dict.fromkeys(seq for seq in seqs[: max(min(len(seqs) - keep, limit), 0)] if seq < last)
+        return list(going)[:limit]
 
     def _drop_deleted(self, share: AuditShare) -> None:
         """Stop counting deleted rows. They are detected here, because a deletion may have been rolled back."""

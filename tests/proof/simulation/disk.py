@@ -19,6 +19,7 @@ from typing import Any, Final
 from msgspec import Struct
 from msgspec.structs import replace
 
+from jobd.journal import record
 from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, epoch_seconds, new_epoch
 from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import BadRows, Batch, DiskFull, Numbers, OpenedStore
@@ -179,7 +180,7 @@ class SimDisk(MemoryStorage):
                 body = torn.body[: self._slice_dice.randrange(len(torn.body))]
                 self.log.records[index] = replace(torn, body=body)
             case _:
-                self.log.records[index] = replace(torn, body=bytes((torn.body[0] + 1,)) + torn.body[1:])
+                self.log.records[index] = replace(torn, body=bytes((record.FORMAT + 1,)) + torn.body[1:])
         return True
 
     def mend(self) -> None:

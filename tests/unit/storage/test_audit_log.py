@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
-
 import pytest
 from msgspec.structs import replace
 
@@ -79,12 +77,16 @@ async def test_no_part_is_added_to_a_damaged_row(path: str) -> None:
         assert (await store.read_audit(AuditQuery())).found == [(2, part)]
 
 
-async def test_the_oldest_of_many_open_actions_continues_in_a_new_row(store: Store) -> None:
-    many = writers.OPEN_DEEDS
-    await write(store, *(entry(n, part_of=f"p{n}") for n in range(many + 1)))
-    await store.finish_upkeep()
-    await write(store, entry(many, part_of=f"p{many}"), entry(1, part_of="p1"), entry(0, part_of="p0"))
-    assert len(await seqs(store, limit=200)) == many + 2
+async def test_an_action_continues_in_its_row_among_the_newest(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writers, "OPEN_ROWS", 100)
+    async with open_store(path) as (store, _):
+        await write(store, *(entry(n, part_of=f"p{n}") for n in range(102)))
+        await store.finish_upkeep()
+        await write(store, entry(2, part_of="p2"), entry(1, part_of="p1"))
+        assert (await seqs(store, limit=200))[0] == 103, "the row of p2 is the 100th, that of p1 is older"
+    async with open_store(path) as (store, _):
+        await write(store, entry(9, part_of="p1"), entry(9, part_of="p101"), entry(9, part_of="new"))
+        assert (await seqs(store, limit=200))[0] == 104, "a restart changes nothing"
 
 
 async def test_pages_are_filtered_and_newest_first(store: Store) -> None:
@@ -175,28 +177,6 @@ async def test_the_kinds_of_rows_are_counted_after_a_restart(path: str, monkeypa
     async with open_store(path) as (store, _):
         assert await store.trim_audit(0, 99) == 3
         assert await seqs(store) == [6, 5, 4]
-
-
-async def test_rows_of_a_rolled_back_trim_are_deleted_by_the_next(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(writers, "KEEP_BESIDE", 1)
-    await write(store, *(entry(n, outcome="lock_lost") for n in range(4)), entry(4))
-    tables = store._database
-    trim = tables.audit.trim
-
-    def fail(*args: int) -> int:
-        trim(*args)
-        raise sqlite3.OperationalError("the disk failed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tables.audit, "trim", fail)
-        with pytest.raises(sqlite3.OperationalError):
-            await store.trim_audit(0, 99)
-    tables._broken = None
-    assert len(await seqs(store)) == 5
-    assert await store.trim_audit(0, 99) == 3
-    assert await seqs(store) == [5, 4]
 
 
 async def test_a_reused_number_is_not_mistaken_for_its_old_row(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

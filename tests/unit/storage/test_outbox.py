@@ -181,6 +181,7 @@ async def test_deleting_a_failed_delivery_records_a_gap(path: str, monkeypatch: 
 
     async def is_gap(*settled: Delivery, now: int = NOW) -> bool:
         cursor = await store.settle_deliveries(list(settled), now)
+        await store.finish_upkeep()
         (gone_to,) = store._connection.raw.execute("SELECT gone_to FROM webhooks WHERE name = 'e'").fetchone()
         assert cursor == (gone_to == GAP_PENDING)
         await planned(store)  # as if it were delivered

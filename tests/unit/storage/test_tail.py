@@ -72,7 +72,11 @@ async def test_a_tail_is_named_and_is_no_problem(path: str) -> None:
         ("UPDATE journal SET number = {0} - 16 WHERE number = {0}", 0, "may be missing"),
         ("DELETE FROM journal WHERE number = {1}", 1, "is missing"),
         ("DELETE FROM journal WHERE number = {0}", 0, "is missing"),
-        ("UPDATE journal SET body = x'07' WHERE number = {1}", 1, "has format 7, but this jobd supports format 1"),
+        (
+            "UPDATE journal SET body = x'07' WHERE number = {1}",
+            1,
+            "has format 7, but this jobd supports formats up to 2",
+        ),
         ("UPDATE journal SET body = x'' WHERE number = {1}", 1, "has format none"),
         ("UPDATE journal SET body = x'01c0' WHERE number = {1}", 1, "cannot be decoded"),
     ],

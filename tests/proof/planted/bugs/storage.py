@@ -13,10 +13,11 @@ from jobd.journal.facts import EventRow
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import Batch
-from jobd.storage import files, migrations, outbox, startup
+from jobd.storage import files, migrations, startup
 from jobd.storage.connection import StoreConnection
 from jobd.storage.database import Database
 from jobd.storage.projection import Projection
+from jobd.storage.store import Store
 from jobd.storage.tail import Pending
 from tests.proof.planted.registry import SIMULATION, bug
 
@@ -138,16 +139,14 @@ def _(uncount: Any, self: Projection, seq: int) -> None: ...
 
 
 @bug(
-    "outbox-cursor-in-another-transaction",
-    outbox._add,
-    breaks="a crash between two transactions loses events",
+    "outbox-cursor-in-another-record",
+    Store.plan_deliveries,
+    breaks="a crash between two records loses events",
     found_by="tests/unit/storage/test_outbox.py",
 )
-def _(add: Any, db: Database, moved: Any, new: Any) -> None:
-    add(db, moved, [])
-    db.conn.execute("COMMIT")
-    db.conn.execute("BEGIN IMMEDIATE")
-    add(db, moved, new)
+async def _(plan_deliveries: Any, self: Store, moved: Any, new: Any) -> None:
+    await plan_deliveries(self, moved, [])
+    await plan_deliveries(self, moved, new)
 
 
 @bug("sums-kept-over-a-rollback", Database.commit, breaks="totals count a rejected batch", found_by=OUTAGES)

@@ -1,0 +1,117 @@
+"""Writes of the tables that belong to no batch: each is a record first, and survives a kill before its slice."""
+
+from __future__ import annotations
+
+import sqlite3
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.model.storage import AuditEntry, DiskFull, FiguresWrite, OutboxWrite, Tombstone, TombstoneWrite
+from jobd.model.webhooks import Delivery, WebhookCursor
+from jobd.storage import outbox, queries, table_writes
+from jobd.storage.projection import Projection
+from jobd.storage.startup import connect, start
+from tests.support.factories import NOW, ChangeFactory
+from tests.support.projection_harness import fail_commits
+from tests.support.store_files import job_of
+
+CURSOR = WebhookCursor("e", 7, 7, 3, {"stuck_jobs": NOW}, NOW)
+DELIVERY = Delivery(2, "e", "waiting", "jobs/a", "job.failed", "evt_2", 2, NOW, NOW, 0, None, None, None, b"{}")
+GONE = Tombstone(1, "a", "key", NOW, NOW)
+
+
+def opened(path: str) -> Projection:
+    return start(connect(path, "FULL"), path)[0]
+
+
+def written(path: str) -> Projection:
+    """Return a store with every kind of write in its tail."""
+    projection, maker = opened(path), ChangeFactory()
+    created = [maker.create(id_) for id_ in "abc"]
+    deleted = maker.delete(job_of(created[1]))
+    audit = [AuditEntry(NOW, "eve", "", "pause"), AuditEntry(NOW, "eve", "", "resume")]
+    projection.append(maker.batch([*created, deleted], tombstones=[GONE, replace(GONE, job_seq=3)], audit=audit), 0)
+    projection.project()
+    maker.now += 1_000
+    pruning, pruned = table_writes.plan_pruning(projection.db, maker.now + 1_000, 100)
+    trimming, trimmed = table_writes.plan_trimming(projection.db, NOW + 1, 100)
+    assert (pruned, trimmed) == (2, 1)
+    assert pruning is not None
+    assert trimming is not None
+    later = replace(GONE, job_seq=3, due_at=NOW + 9, tries=1)
+    planned = (TombstoneWrite([1], [later]), pruning, trimming)
+    for write in (FiguresWrite(b"1"), OutboxWrite([CURSOR], [DELIVERY]), *planned):
+        projection.append_write(write)
+    assert projection.behind == 5
+    return projection
+
+
+def check(projection: Projection) -> None:
+    db = projection.db
+    assert db.conn.execute("SELECT body FROM figures").fetchall() == [(b"1",)]
+    assert outbox.by_ids(db, [2]) == [DELIVERY]
+    (_, (found, is_new)) = outbox.plan_opening(db, ["e"], NOW)
+    assert (found.cursors, is_new) == ({"e": CURSOR}, False)
+    assert [each.job_seq for each, _ in queries.due_tombstones(db, NOW + 9, 9).found] == [3]
+    assert queries.due_tombstones(db, NOW + 8, 9).found == []
+    assert [event.job_id for event in queries.journal(db, 0, 9).events] == ["a", "c"]
+    assert db.gone_to == 4
+    assert db.conn.execute("SELECT count(*) FROM deleted_jobs").fetchone() == (0,)
+    assert db.conn.execute("SELECT what FROM audit").fetchall() == [("resume",)]
+
+
+def test_writes_are_in_the_tables_after_their_slice(path: str) -> None:
+    projection = written(path)
+    projection.project()
+    check(projection)
+    projection.db.conn.close()
+
+
+def test_writes_survive_a_kill_before_their_slice(path: str) -> None:
+    projection = written(path)
+    last = projection.last
+    projection.db.conn.close()
+    projection = opened(path)
+    assert projection.last == last
+    check(projection)
+    projection.db.conn.close()
+
+
+def test_the_outbox_is_read_with_its_pending_writes_only(path: str) -> None:
+    projection = opened(path)
+    projection.append_write(FiguresWrite(b"1"))
+    assert projection.read_outbox(outbox.by_ids, projection.db, [2]) == []
+    assert projection.behind == 1
+    projection.append_write(OutboxWrite([CURSOR], [DELIVERY]))
+    assert projection.read_outbox(outbox.by_ids, projection.db, [2]) == [DELIVERY]
+    assert projection.behind == 0
+    projection.db.conn.close()
+
+
+def test_a_write_that_does_not_fit_leaves_nothing(path: str) -> None:
+    projection = written(path)
+    last = projection.last
+    fail_commits(projection, sqlite3.SQLITE_FULL)
+    with pytest.raises(DiskFull):
+        projection.append_write(OutboxWrite([replace(CURSOR, position=9)]))
+    projection.db.before_commit = lambda: None
+    assert projection.last == last
+    projection.project()
+    check(projection)
+    projection.db.conn.close()
+
+
+def test_pruning_stops_within_a_job_and_goes_on_later(path: str) -> None:
+    projection, maker = opened(path), ChangeFactory()
+    created = [maker.create("a"), maker.create("b")]
+    projection.append(maker.batch([*created, *(maker.delete(job_of(each)) for each in created)]), 0)
+    projection.project()
+    for limit, pruned, left in ((1, 1, 2), (2, 2, 1), (5, 1, 0), (5, 0, 0)):
+        write, count = table_writes.plan_pruning(projection.db, NOW + 10_000, limit)
+        assert count == pruned
+        if write is not None:
+            projection.append_write(write)
+        projection.project()
+        assert projection.db.conn.execute("SELECT count(*) FROM deleted_jobs").fetchone() == (left,)
+    projection.db.conn.close()
