@@ -301,7 +301,8 @@ class State:
         """Keep only the finished jobs that were used last. Called between batches."""
         while len(self.finished) > FINISHED_KEPT or self._finished_bytes > FINISHED_BYTES:
             _, job = self.finished.popitem(last=False)
-            self._finished_bytes -= _metadata_bytes(job)
+            if job.result is not None:
+                self._finished_bytes -= _metadata_bytes(job)
 
     def forget_finished(self, queue: str, status: str) -> None:
         """Count a finished job that is not in memory as deleted."""

@@ -285,13 +285,14 @@ class Figures(Struct):
 
     def note(self, changes: Sequence[Change]) -> None:
         """Count the changes of a committed batch."""
-        events, taken = self.events, self.overlaps.taken
+        events, grants, taken = self.events, self.grants, self.overlaps.taken
         for change in changes:
             event = change.event
             kind = event.type
             events[kind] = events.get(kind, 0) + 1
             if kind == "granted":
-                self._grant(event.queue)
+                queue = _label(event.queue, grants)
+                grants[queue] = grants.get(queue, 0) + 1
                 if taken:
                     self.overlaps.granted(change)
             elif kind == "completed":
@@ -338,10 +339,6 @@ class Figures(Struct):
         """Return the number of jobs recovered in the last 10 minutes, by any command."""
         this = now // STEP_MS
         return sum(count for step, count in self.recovered.items() if this - LATELY < step <= this)
-
-    def _grant(self, queue: str) -> None:
-        name = _label(queue, self.grants)
-        self.grants[name] = self.grants.get(name, 0) + 1
 
     def _completed(self, queue: str, at: int, processing_ms: int) -> None:
         minute = at // MINUTE_MS

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import structlog
 from msgspec import Struct
@@ -23,13 +23,14 @@ from jobd.engine.disk_full import Closed, FullDisk
 from jobd.engine.history import History
 from jobd.engine.idempotency import Keys
 from jobd.engine.mailbox import (
+    SHARES,
+    WEIGHTY,
     Envelope,
     Waiter,
     deleted_ids,
     may_go_first,
     named_ids,
     needs_payload_first,
-    share,
     weight,
 )
 from jobd.engine.waiting_claims import ParkedClaims
@@ -62,6 +63,7 @@ CLOCK_CHECK_S: Final = 1.0  # while a step of the wall clock could make a job du
 SEND_LATER: Final = 64  # if at most so many commands wait, they are written before the last responses are sent
 SLOW_COMMIT_S: Final = 0.003  # after a commit that took so long, reads do not wait for the next one
 COMMIT_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_HOLDERS: Final = frozenset({Progress, Extend, Complete, Fail, Release})
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -190,7 +192,9 @@ class Actor:
         refusal = self._refuse_entry(command, size)
         if refusal is not None:
             return refusal
-        envelope = Envelope(Call(command, by, self._random(16), admin, operator, expected), key, size, waiter, in_line)
+        envelope = Envelope(
+            Call(command, by, self._random(16), admin, operator, expected), key, size, [waiter], in_line
+        )
         self._put(envelope)
         return envelope
 
@@ -233,10 +237,10 @@ class Actor:
     def _refuse_entry(self, command: AnyCommand, size: int) -> ApiError | None:
         if self._stopping:
             return self._rejection
-        room, bounds = share(command), self.bounds
+        room, bounds = SHARES[command.admission], self.bounds
         if self.waiting >= bounds.mailbox * room or self._bytes + size > bounds.inflight_bytes * room:
             return ApiError("overloaded", "Too many commands are waiting; try again in a second.")
-        if isinstance(command, Claim) and command.wait_ms:
+        if type(command) is Claim and command.wait_ms:
             if command.wait_ms > bounds.claim_wait_ms:
                 message = f"wait_ms may be {bounds.claim_wait_ms} at most (limits.claim_wait), not {command.wait_ms}."
                 return ApiError("invalid_request", message, {"field": "$.wait_ms"})
@@ -247,7 +251,7 @@ class Actor:
     def _internal_envelope(self, command: AnyCommand) -> Envelope:
         """Return an envelope for a command of the daemon. Its response is not used."""
         future: asyncio.Future[Response | ApiError] = asyncio.get_running_loop().create_future()
-        return Envelope(Call(command, "daemon", self._random(16)), None, 0, future)
+        return Envelope(Call(command, "daemon", self._random(16)), None, 0, [future])
 
     def _put(self, envelope: Envelope) -> None:
         self._mailbox.append(envelope)
@@ -322,16 +326,17 @@ class Actor:
 
     def _take(self) -> list[Envelope]:
         """Take the commands of the daemon and those in the mailbox, up to a batch that takes a few milliseconds."""
-        batch = list(self._internal)
-        weights = 0
-        while self._mailbox and weights < BATCH_WEIGHT:
-            envelope = self._mailbox.popleft()
+        batch, mailbox, weights = list(self._internal), self._mailbox, 0
+        while mailbox and weights < BATCH_WEIGHT:
+            envelope = mailbox.popleft()
             self._bytes -= envelope.size
             command = envelope.call.command
-            if type(command) is Complete:
-                weights += 1 if self.state.holds(command.id, command.lock_id) else LATE_WEIGHT
-            else:
+            if type(command) in WEIGHTY:
                 weights += weight(command)
+            elif type(command) is Complete and not self.state.holds(command.id, command.lock_id):
+                weights += LATE_WEIGHT
+            else:
+                weights += 1
             batch.append(envelope)
         return batch
 
@@ -404,9 +409,9 @@ class Actor:
 
     def _prepare_meanwhile(self, decided: DecidedBatch) -> None:
         """Encode the responses while the batch is written, if their payloads are in memory."""
-        wanted = decided.wanted_payloads()
-        decided.known.payloads |= self.disk.cached_payloads(wanted)
-        if decided.writes and not self.disk.commits_inline and decided.known.payloads.keys() >= set(wanted):
+        if wanted := decided.wanted_payloads():
+            decided.known.payloads |= self.disk.cached_payloads(wanted)
+        if not self.disk.commits_inline and decided.writes and decided.known.payloads.keys() >= set(wanted):
             decided.fill({})
             asyncio.get_running_loop().call_soon(self._prepare, decided)
 
@@ -445,11 +450,12 @@ class Actor:
         await self._load_late((envelope.call.command for envelope, _ in naming), known)
         return known
 
-    def _is_at_hand(self, command: AnyCommand) -> bool:
+    def _is_at_hand(self, command: Any) -> bool:
         """Return whether memory has all that the decision needs: it names no job, or comes from the holder."""
-        if isinstance(command, (Progress, Extend, Complete, Fail, Release)):
+        kind = type(command)
+        if kind in _HOLDERS:
             return self.state.holds(command.id, command.lock_id)
-        return isinstance(command, Claim) or (isinstance(command, Create) and command.id is None)
+        return kind is Claim or (kind is Create and command.id is None)
 
     async def _load_late(self, commands: Iterable[AnyCommand], known: Preloaded) -> None:
         """Read the late results that the decisions need."""

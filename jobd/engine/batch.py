@@ -39,7 +39,7 @@ from jobd.model.commands import (
 from jobd.model.errors import ApiError
 from jobd.model.events import Change
 from jobd.model.job import LIVE, Policy
-from jobd.model.responses import Grants, Response
+from jobd.model.responses import Grants, JobView, Response
 from jobd.model.storage import AuditEntry, Batch, LateResultRows, StoredResponse, audit_share, tombstones
 
 log = structlog.get_logger("jobd.actor")
@@ -65,13 +65,19 @@ class DecidedBatch(Struct):
     known: Preloaded
     tx: Transaction
     replies: list[tuple[Envelope, Response | ApiError]] = field(default_factory=list)
+    unread: list[tuple[int, JobView]] = field(default_factory=list)  # `unread_payloads` of the responses
     report: bytes | None = None
     tick: bool = False
     unmark: bool = False
     served: list[Envelope] = field(default_factory=list)  # parked claims that got a grant
     parked: list[Envelope] = field(default_factory=list)  # claims that began to wait
     audit: list[AuditEntry] = field(default_factory=list)
-    is_filled: bool = False  # the responses have their payloads
+
+    def reply(self, envelope: Envelope, response: Response | ApiError) -> None:
+        """Add a response."""
+        self.replies.append((envelope, response))
+        if isinstance(response, Response) and response.unread_payloads:
+            self.unread += response.unread_payloads
 
     @property
     def changes(self) -> list[Change]:
@@ -84,27 +90,16 @@ class DecidedBatch(Struct):
 
     def wanted_payloads(self) -> list[int]:
         """Return the job seqs of payloads that the responses need and that are not read yet."""
-        if self.is_filled:
-            return []
         created, known = self.tx.payloads, self.known.payloads
-        wanted: dict[int, None] = {}
-        for _, response in self.replies:
-            if isinstance(response, Response):
-                for seq, _ in response.unread_payloads:
-                    if seq not in created and seq not in known:
-                        wanted[seq] = None
-        return list(wanted)
+        return list({seq: None for seq, _ in self.unread if seq not in created and seq not in known})
 
     def fill(self, read: dict[int, bytes]) -> None:
         """Set the payloads in the job views of the responses, once."""
-        if self.is_filled:
-            return
-        self.is_filled = True
-        payloads = self.known.payloads | self.tx.payloads | read
-        for _, response in self.replies:
-            if isinstance(response, Response):
-                for seq, view in response.unread_payloads:
-                    view.payload = Raw(payloads[seq])
+        if self.unread:
+            payloads = self.known.payloads | self.tx.payloads | read
+            for seq, view in self.unread:
+                view.payload = Raw(payloads[seq])
+            self.unread = []
 
 
 class Decider:
@@ -155,7 +150,7 @@ class Decider:
                 continue  # no caller is left to receive the grant
             response = self._decide_one(decided, envelope)
             if response is not None:
-                decided.replies.append((envelope, response))
+                decided.reply(envelope, response)
             if serves and self._became_due:
                 self._serve_parked(decided)
         return decided
@@ -336,9 +331,9 @@ class Decider:
             return False
         self.parked.remove(envelope)
         decided.served.append(envelope)
-        decided.replies.append((envelope, response))
         if envelope.key is not None:
             self._store_response(decided, envelope, envelope.key, response)
+        decided.reply(envelope, response)
         return True
 
     # -- idempotency keys ---------------------------------------------------------------------------------------------

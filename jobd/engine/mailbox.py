@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final, Protocol, get_args
 
+from msgspec import Struct
+
 from jobd.model.commands import (
     Admission,
     Adopt,
@@ -26,7 +28,7 @@ from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
 # How full the mailbox may be for a command to be accepted. Running work and operators come in last of all.
-_LIMITS: Final[dict[Admission, float]] = {
+SHARES: Final[dict[Admission, float]] = {
     "create": 0.70,
     "read": 0.85,
     "grant": 0.85,
@@ -38,13 +40,8 @@ ADOPT_WEIGHT: Final = 20  # its late results are read with all that they brought
 
 
 # By type, once: every command asks for these on its way.
-_WEIGHTY: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, (Bulk, ApplyPlan, Claim, Adopt)))
+WEIGHTY: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, (Bulk, ApplyPlan, Claim, Adopt)))
 _ON_JOB: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, JobCommand | Import))
-
-
-def share(command: Command) -> float:
-    """Return how full the mailbox may be for `command` to be accepted."""
-    return _LIMITS[command.admission]
 
 
 def named_ids(command: Any) -> list[str]:
@@ -91,7 +88,7 @@ def needs_payload_first(envelope: Envelope, doomed: set[str]) -> bool:
 
 def weight(command: Command) -> int:
     """Return how much `command` counts in a batch, by what it writes, so that a batch takes a few milliseconds."""
-    if type(command) not in _WEIGHTY:
+    if type(command) not in WEIGHTY:
         return 1
     if isinstance(command, (Bulk, ApplyPlan)):
         return len(command.jobs)
@@ -109,21 +106,21 @@ class Waiter(Protocol):
     def set_result(self, response: Response | ApiError, /) -> None: ...
 
 
-class Envelope:
-    """A call in the mailbox. Several connections wait for its response if its key is repeated while it is parked."""
+class Envelope(Struct, eq=False):
+    """A call in the mailbox, with the receivers of its response.
 
-    __slots__ = ("call", "deadline", "futures", "in_line", "key", "size", "ticket")
+    `futures` has several if its key is repeated while it is parked. `size` is in bytes, as it counts towards
+    limits.inflight_bytes. `in_line`: its sender has sent more before it. `ticket` is the order of arrival among parked
+    claims, `deadline` the loop time at which such a claim gets a response without grants.
+    """
 
-    def __init__(
-        self, call: Call, key: IdempotencyKey | None, size: int, waiter: Waiter, in_line: bool = False
-    ) -> None:
-        self.call = call
-        self.in_line = in_line  # its sender has sent more before it
-        self.key = key
-        self.size = size  # bytes, as they count towards limits.inflight_bytes
-        self.futures = [waiter]
-        self.ticket = 0  # order of arrival among the parked
-        self.deadline = 0.0  # loop time at which a parked claim is answered empty
+    call: Call
+    key: IdempotencyKey | None
+    size: int
+    futures: list[Waiter]
+    in_line: bool = False
+    ticket: int = 0
+    deadline: float = 0.0
 
     @property
     def is_abandoned(self) -> bool:

@@ -35,7 +35,7 @@ def write_lines(changes: Sequence[Change]) -> None:
     is_debug = logging.getLogger("jobd").isEnabledFor(logging.DEBUG)
     for change in changes:
         event = change.event
-        if event.type in AT_INFO or (event.by.startswith("admin") and event.type != "imported"):
+        if event.type in AT_INFO or (event.by[:5] == "admin" and event.type != "imported"):
             _line(change, log.info)
         elif is_debug:
             _line(change, log.debug)

@@ -80,7 +80,7 @@ class MeasuredCore:
         shape, count = SHAPES[kind], len(bodies)
         commands: list[Any] = self._timed("decode", count, lambda: [shape.from_body(*body) for body in bodies])
         envelopes = [
-            Envelope(Call(each, "client", secrets.token_bytes(16)), None, 0, DroppingResponder()) for each in commands
+            Envelope(Call(each, "client", secrets.token_bytes(16)), None, 0, [DroppingResponder()]) for each in commands
         ]
         now, lease = time.time_ns() // 1_000_000, (time.monotonic_ns() - self._began) // 1_000_000
         at = Moment(now, lease, now - lease)

@@ -129,7 +129,7 @@ class FakeActor:
     ) -> mailbox.Envelope:
         self.received.append(ReceivedCommand(command, by, admin, key, size, operator))
         self.arrived.set()
-        asked = mailbox.Envelope(Call(cast("Any", command), by, b"", admin), key, size, waiter)
+        asked = mailbox.Envelope(Call(cast("Any", command), by, b"", admin), key, size, [waiter])
         self._tasks[asked] = asyncio.ensure_future(self._respond(waiter, self.respond(command)))
         return asked
 

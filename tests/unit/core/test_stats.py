@@ -160,7 +160,7 @@ def test_the_number_of_labels_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(stats, "HISTOGRAM_QUEUES", 2)
     figures = Figures()
     for queue in ("a", "b", "c", "d", "a"):
-        figures._grant(queue)
+        figures.note([Change(None, None, Event(1, NOW, "granted", 1, "a", queue, "queued", "processing", "worker:w"))])
         figures._completed(queue, NOW, 1_000)
     assert figures.grants == {"a": 2, "b": 1, "(other)": 2}  # a name that no queue can have
     assert {name: sum(found.counts) for name, found in figures.processing.items()} == {

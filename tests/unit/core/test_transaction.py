@@ -99,11 +99,16 @@ def test_updated_at_is_the_latest_time_of_a_row() -> None:
 
 def test_a_lock_id_cannot_be_guessed() -> None:
     """Its number is public; the secret is in the seed. The same seed gives the same id."""
-    secret = transaction().secret(7)
+    assert transaction().secret(7) == transaction().secret(7) == SEED.hex()  # of the first grant of a call
+    assert len(bytes.fromhex(transaction().secret(7))) == 16
+    many = [transaction(), transaction(), transaction(b"another seed")]
+    for each in many:
+        each.create(JOB, "created", b"null", "")
+    secret = many[0].secret(7)
     assert len(bytes.fromhex(secret)) == 16
-    assert secret == transaction().secret(7)
-    assert secret not in {transaction(b"another seed").secret(7), transaction().secret(8)}
-    assert len(transaction().secret(2**64 - 1)) == 32  # the greatest possible token
+    assert secret == many[1].secret(7)
+    assert secret not in {SEED.hex(), many[2].secret(7), many[0].secret(8)}
+    assert len(many[0].secret(2**64 - 1)) == 32  # the greatest possible token
 
 
 def test_a_job_id_is_a_uuid_of_its_time_and_otherwise_random() -> None:
