@@ -84,16 +84,6 @@ class AdminSection(Struct, frozen=True, forbid_unknown_fields=True):
     """PEM private key of that certificate."""
 
 
-class ServerSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """HTTP, on all listeners."""
-
-    python_parser: bool = False
-    """Start even if aiohttp's C parser is missing. The Python parser accepts some malformed requests.
-
-    If this is `false` and the C parser is missing, the start fails with exit code 78.
-    """
-
-
 class StoreSection(Struct, frozen=True, forbid_unknown_fields=True):
     """Where job state is stored."""
 
@@ -290,7 +280,6 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 
     worker: WorkerSection = WorkerSection()
     admin: AdminSection = AdminSection()
-    server: ServerSection = ServerSection()
     store: StoreSection = StoreSection()
     locks: LocksSection = LocksSection()
     stuck: StuckSection = StuckSection()

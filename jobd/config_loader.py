@@ -68,8 +68,6 @@ def load(
         check_artifact_directory(config.artifacts.url, own_directories, os.path.abspath)
     except ConfigError as error:
         raise ConfigError(_with_sources(str(error), sources)) from None
-    if need_token:
-        _check_parser(config)
     development = _is_development(environ)
     admin_tokens, worker_tokens, read_only_tokens = _tokens(config, environ)
     if not admin_tokens and need_token and not development:
@@ -386,18 +384,6 @@ def _check_artifacts(url: str) -> None:
         raise ConfigError(f'artifacts.url: "{url}": {expected}')
     if find_spec("obstore") is None:
         raise ConfigError("artifacts.url: s3:// needs an extra that is not installed: pip install 'jobd[s3]'")
-
-
-def _check_parser(config: Config) -> None:
-    """Reject aiohttp's Python parser, which accepts requests that the C parser rejects."""
-    from aiohttp import http_parser  # slow to import, and only a daemon needs it
-
-    if config.server.python_parser or http_parser.HttpRequestParser is not http_parser.HttpRequestParserPy:
-        return
-    raise ConfigError(
-        "aiohttp has no C parser here, and its Python parser accepts malformed requests. Unset AIOHTTP_NO_EXTENSIONS "
-        "and reinstall aiohttp from a wheel or with a C compiler, or accept the risk: [server] python_parser = true"
-    )
 
 
 def check_artifact_directory(

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from aiohttp.http_parser import HttpRequestParserPy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -244,14 +243,6 @@ def test_the_daemon_does_not_start_without_a_token() -> None:
     with pytest.raises(ConfigError, match=r"ADMIN_TOKEN.*token_urlsafe"):
         load({}, {})
     assert load({}, {}, need_token=False).admin_tokens == ()
-
-
-def test_the_daemon_does_not_start_without_the_c_parser_unless_configured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiohttp.http_parser.HttpRequestParser", HttpRequestParserPy)
-    with pytest.raises(ConfigError, match=r"no C parser.*AIOHTTP_NO_EXTENSIONS.*\[server\] python_parser = true"):
-        loaded()
-    assert loaded(JOBD_SERVER_PYTHON_PARSER="true").config.server.python_parser
-    assert not load({}, {}, need_token=False).config.server.python_parser  # commands that work on files need no parser
 
 
 def test_development_needs_no_token_and_no_file(write: Write) -> None:
