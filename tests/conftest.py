@@ -60,6 +60,7 @@ def no_blocking(request: pytest.FixtureRequest) -> Iterator[None]:
     for guarded in alarm.functions.values():
         guarded.can_block_predicate = _or_asked_for(guarded.can_block_predicate)
         guarded.can_block_in("jobd/storage/connection.py", "run_inline")  # intended, and fast: see there
+        guarded.can_block_in("jobd/journal/postgres/session.py", "_attempt")  # asyncpg reads small files of the user
     alarm.functions["threading.Lock.acquire"].can_block_in("jobd/storage/connection.py", "__await__")
     alarm.activate()
     try:

@@ -120,27 +120,34 @@ def test_jobctl_uses_the_client_alone() -> None:
 
 def test_every_imported_distribution_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    extra = project["optional-dependencies"]["s3"]
-    declared = {line.split(">")[0].replace("-", "_") for line in (*project["dependencies"], *extra)}
+    extras = project["optional-dependencies"]
+    lines = (*project["dependencies"], *extras["s3"], *extras["postgres"])
+    declared = {line.split(">")[0].replace("-", "_") for line in lines}
     reexported = {"multidict", "yarl", "markupsafe"}  # parts of the interfaces of aiohttp and jinja2
     for source in SOURCES:
         used = {name.partition(".")[0] for name in names(source)} - {"jobd"} - sys.stdlib_module_names
         assert used <= declared | reexported, source
 
 
-def test_an_optional_dependency_is_imported_by_one_module() -> None:
-    users = [source for source in SOURCES if any(name.startswith("obstore") for name in names(source))]
-    assert users == [PACKAGE / "storage/artifacts/s3.py"]
+def test_an_optional_dependency_is_imported_by_few_modules() -> None:
+    def users(package: str) -> set[str]:
+        found = [source for source in SOURCES if any(name.partition(".")[0] == package for name in names(source))]
+        return {str(source.relative_to(PACKAGE)) for source in found}
+
+    assert users("obstore") == {"storage/artifacts/s3.py"}
+    assert users("asyncpg") == {"journal/postgres/errors.py", "journal/postgres/session.py"}
 
 
 def test_pinned_versions_are_within_the_declared_bounds() -> None:
     """Upper bounds protect from changed interfaces, and uses of undocumented behavior."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     pins = dict(re.findall(r"^([a-z0-9-]+)==([^ ]+)", (ROOT / ".ci/constraints.txt").read_text("utf-8"), re.M))
-    wanted = {each.name: each.specifier for each in map(Requirement, project["dependencies"])}
+    lines = (*project["dependencies"], *project["optional-dependencies"]["postgres"])
+    wanted = {each.name: each.specifier for each in map(Requirement, lines)}
     assert {name: str(bounds) for name, bounds in wanted.items() if "<" in str(bounds)} == {
         "aiohttp": "<4,>=3.14.4",
         "aiosqlite": "<0.23,>=0.21",
+        "asyncpg": "<0.33,>=0.30",
         "httptools": "<0.10,>=0.6.4",
     }
     assert all(bounds.contains(pins[name]) for name, bounds in wanted.items())

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
-import zlib
 from collections.abc import Callable
 from typing import Any, Final
 
-import msgspec
 from msgspec.structs import astuple
 
+from jobd.journal.checksum import checksum
 from jobd.model.journal import BadRecord, Record
 
 _INSERT: Final = (
@@ -20,7 +19,6 @@ _READ: Final = (
 )
 _LEFT: Final = "SELECT number FROM journal WHERE number <= ?"
 _TRIM: Final = "DELETE FROM journal WHERE number <= ?"
-_pack = msgspec.msgpack.Encoder().encode
 
 
 class SqliteJournal:
@@ -49,7 +47,7 @@ class SqliteJournal:
             raise BadRecord(upto + 1, f"may be missing: there is a record {left[0]}, which was deleted")
 
     def append(self, record: Record) -> None:
-        self._commit(self._conn.execute, _INSERT, (*astuple(record), _checksum(record)))
+        self._commit(self._conn.execute, _INSERT, (*astuple(record), checksum(record)))
 
     def read(self, after: int, limit: int) -> list[Record]:
         records = []
@@ -58,14 +56,10 @@ class SqliteJournal:
             record = Record(*columns)
             if record.number != after:
                 raise BadRecord(after, "is missing")
-            if _checksum(record) != crc:
+            if checksum(record) != crc:
                 raise BadRecord(after, "is damaged: its checksum is wrong")
             records.append(record)
         return records
 
     def trim(self, upto: int) -> None:
         self._conn.execute(_TRIM, (upto,))
-
-
-def _checksum(record: Record) -> int:
-    return zlib.crc32(record.body, zlib.crc32(_pack(astuple(record)[:-1])))

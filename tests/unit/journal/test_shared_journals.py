@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
+from jobd.journal.postgres import journal, partitions
+from jobd.journal.postgres.journal import PostgresJournal
 from jobd.model.journal import (
     BadRecord,
     BadSnapshot,
@@ -16,28 +18,41 @@ from jobd.model.journal import (
     Record,
     SharedJournal,
 )
+from tests.support.polling import wait_until
+from tests.support.postgres import PostgresServer
 
-Nodes = Callable[[], SharedJournal]  # makes a node of the journal under test
+Nodes = Callable[[], Awaitable[SharedJournal]]  # makes a node of the journal under test
 
 
-@pytest.fixture(params=["memory"])
-def node_of(request: pytest.FixtureRequest) -> Nodes:
-    server = MemoryServer()
-    return lambda: MemorySharedJournal(server)
+@pytest.fixture(params=["memory", "postgres"])
+async def node_of(request: pytest.FixtureRequest, name: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Nodes]:
+    made: list[SharedJournal] = []
+    memory = MemoryServer()
+    if request.param == "postgres":
+        server: PostgresServer = request.getfixturevalue("server")
+        monkeypatch.setattr(partitions, "FIRST_RECORDS", 10)
+        await journal.create(server.url(), name, f"id of {name}")
+
+    async def make() -> SharedJournal:
+        if request.param == "memory":
+            made.append(MemorySharedJournal(memory))
+        else:
+            made.append(await PostgresJournal.open(server.url(), name, 3000))
+        return made[-1]
+
+    yield make
+    for each in made:
+        await each.close()
 
 
 @pytest.fixture
-async def a(node_of: Nodes) -> AsyncIterator[SharedJournal]:
-    node = node_of()
-    yield node
-    await node.close()
+async def a(node_of: Nodes) -> SharedJournal:
+    return await node_of()
 
 
 @pytest.fixture
-async def b(node_of: Nodes) -> AsyncIterator[SharedJournal]:
-    node = node_of()
-    yield node
-    await node.close()
+async def b(node_of: Nodes) -> SharedJournal:
+    return await node_of()
 
 
 def record_of(number: int, epoch: int, body: bytes = b"body") -> Record:
@@ -103,6 +118,7 @@ async def test_the_old_leader_is_fenced(a: SharedJournal, b: SharedJournal) -> N
     with pytest.raises(Fenced):
         await a.resolve(0)
     await b.append(record_of(2, 101), 1)
+    await b.renew(2)
     assert await a.read(0, 10) == [record_of(1, 100), record_of(2, 101)]
     assert await a.epochs() == [(100, 1), (101, 2)]
 
@@ -146,13 +162,17 @@ async def test_a_leader_takes_a_new_epoch_and_goes_on(a: SharedJournal) -> None:
 
 
 async def test_the_end_of_the_leaders_session_is_seen(node_of: Nodes, b: SharedJournal) -> None:
-    a = node_of()
+    a = await node_of()
     await lead(a)
     assert (await b.head()).is_connected
     await a.close()
-    assert not (await b.head()).is_connected
+    await wait_until(lambda: connected(b, False))
     await lead(b, "b")
-    assert (await b.head()).is_connected
+    assert await connected(b, True)
+
+
+async def connected(node: SharedJournal, expected: bool) -> bool:
+    return (await node.head()).is_connected == expected
 
 
 async def test_a_trimmed_record_is_missing(a: SharedJournal) -> None:

@@ -9,7 +9,7 @@ import sqlite3
 import pytest
 from msgspec.structs import replace
 
-from jobd.journal.sqlite import _checksum
+from jobd.journal.checksum import checksum
 from jobd.model.job import FINISHED, LIVE
 from jobd.model.journal import Record
 from jobd.model.storage import Batch
@@ -46,7 +46,7 @@ async def store_with_tail(path: str) -> tuple[ChangeFactory, list[int]]:
 def reseal(conn: sqlite3.Connection, number: int) -> None:
     """Give a record of the journal the right checksum."""
     *columns, _ = conn.execute("SELECT * FROM journal WHERE number = ?", (number,)).fetchone()
-    conn.execute("UPDATE journal SET crc = ? WHERE number = ?", (_checksum(Record(*columns)), number))
+    conn.execute("UPDATE journal SET crc = ? WHERE number = ?", (checksum(Record(*columns)), number))
 
 
 async def test_a_tail_is_named_and_is_no_problem(path: str) -> None:

@@ -1,0 +1,1 @@
+"""The shared journal in PostgreSQL. It needs asyncpg, the extra `postgres`."""

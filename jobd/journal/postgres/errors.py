@@ -1,0 +1,101 @@
+"""Translate the errors of PostgreSQL into sentences that say what to do."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Final
+
+import asyncpg
+
+from jobd.journal.url import JournalUrl
+from jobd.model.journal import JournalMisconfigured, JournalUnavailable
+
+INIT: Final = "run `jobd cluster init`"
+_PASSWORD_FILE: Final = "correct [journal] url, or the file that PGPASSFILE names"
+
+
+def was_rejected(error: BaseException) -> bool:
+    """Return whether the server rejected a statement, so that it has no effect.
+
+    After any other error, such as the end of the session, the statement may have been committed.
+    """
+    return isinstance(error, asyncpg.PostgresError) and getattr(error, "severity_en", None) == "ERROR"
+
+
+def is_disk_full(error: BaseException) -> bool:
+    return isinstance(error, asyncpg.DiskFullError)
+
+
+def lacks_partition(error: BaseException) -> bool:
+    """Return whether there is no partition for the number of a record."""
+    return isinstance(error, asyncpg.CheckViolationError) and getattr(error, "constraint_name", None) is None
+
+
+def exists_already(error: BaseException) -> bool:
+    """Return whether another session has created the same partition, or one that overlaps with it."""
+    duplicate = (asyncpg.DuplicateTableError, asyncpg.UniqueViolationError, asyncpg.InvalidObjectDefinitionError)
+    return isinstance(error, duplicate)
+
+
+def explain(error: BaseException, url: JournalUrl, host: str = "") -> JournalUnavailable:
+    """Return the error for the operator. It never contains the password."""
+    server = f"PostgreSQL at {host or ', '.join(url.hosts)}"
+    match error:
+        case JournalUnavailable():
+            return error
+        case asyncpg.InvalidPasswordError():
+            return JournalMisconfigured(f'{server} rejects the password of role "{url.role}": {_PASSWORD_FILE}')
+        case asyncpg.InvalidAuthorizationSpecificationError():
+            text = f"{error}: correct [journal] url, create the role, or allow it in pg_hba.conf"
+            return JournalMisconfigured(f"{server} rejects the login: {text}")
+        case asyncpg.InvalidCatalogNameError():
+            text = "create it with `createdb`, or correct [journal] url"
+            return JournalMisconfigured(f'{server} has no database "{url.database}": {text}')
+        case asyncpg.UndefinedTableError() | asyncpg.InvalidSchemaNameError():
+            return JournalMisconfigured(f'Database "{url.database}" has no tables of jobd: {INIT}')
+        case asyncpg.UndefinedColumnError():
+            text = "they are of another version or were changed. Upgrade jobd, or restore them"
+            return JournalMisconfigured(f'The tables of jobd in database "{url.database}" do not fit: {error}: {text}')
+        case asyncpg.InsufficientPrivilegeError():
+            text = "make the role the owner of the tables of jobd, and GRANT CREATE on their schema to it"
+            return JournalMisconfigured(f'Role "{url.role}" lacks a privilege: {error}: {text}')
+        case asyncpg.ReadOnlySQLTransactionError() | asyncpg.TargetServerAttributeNotMatched():
+            return _read_only(server)
+        case asyncpg.DiskFullError():
+            return JournalUnavailable(f"The disk of {server} is full: free some space on it")
+        case asyncpg.TooManyConnectionsError():
+            text = "raise max_connections, or the limit of the role or database"
+            return JournalUnavailable(f"{server} has no free connection: {text}")
+        case asyncpg.CannotConnectNowError():
+            return JournalUnavailable(f"{server} is starting or stopping: try again in a moment")
+        case asyncpg.ClientConfigurationError():
+            return JournalMisconfigured(f"The URL of {server} is invalid: {error}: correct [journal] url")
+        case ssl.SSLError():
+            text = "correct sslmode, sslrootcert and related parameters of [journal] url"
+            return JournalMisconfigured(f"TLS with {server} fails: {error.reason or error}: {text}")
+        case TimeoutError():
+            return JournalUnavailable(f"{server} does not respond: start it, or correct [journal] url")
+        case OSError() if host and host in str(error):
+            return JournalUnavailable(f"PostgreSQL cannot be reached: {error}: start it, or correct [journal] url")
+        case OSError():
+            text = error.strerror or str(error) or type(error).__name__
+            return JournalUnavailable(f"{server} cannot be reached: {text}: start it, or correct [journal] url")
+        case asyncpg.PostgresConnectionError() | asyncpg.InterfaceError():
+            return JournalUnavailable(f"The connection to {server} was lost: try again")
+        case asyncpg.PostgresError():
+            return JournalUnavailable(f"{server} reports an error: {error} (SQLSTATE {error.sqlstate})")
+        case _:
+            raise error
+
+
+def _read_only(server: str) -> JournalUnavailable:
+    text = "it is a standby, or default_transaction_read_only is on. Name the primary in [journal] url"
+    return JournalUnavailable(f"{server} accepts no writes: {text}")
+
+
+def most_useful(errors: list[JournalUnavailable]) -> JournalUnavailable:
+    """Return the error to show of those of several hosts: a wrong configuration before an unreachable server."""
+    wrong = [each for each in errors if isinstance(each, JournalMisconfigured)]
+    if wrong or len(errors) == 1:
+        return (wrong or errors)[0]
+    return JournalUnavailable("; ".join(dict.fromkeys(map(str, errors))))

@@ -1,0 +1,174 @@
+"""The shared journal in PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from typing import Any, Final, TypeVar
+
+from jobd.journal import url as journal_url
+from jobd.journal.checksum import checksum
+from jobd.journal.postgres import nodes, partitions, schema, snapshots
+from jobd.journal.postgres.errors import explain
+from jobd.journal.postgres.leading import EXPIRES, NOW, Leading, head_of
+from jobd.journal.postgres.session import Session, Target, limited, lock_keys
+from jobd.journal.shielding import to_end
+from jobd.model.journal import BadRecord, Head, JournalHealth, NodeEntry, Record, SnapshotInfo
+
+T = TypeVar("T")
+
+READ_S: Final = 10.0  # time limit of a read
+TRIM_S: Final = 60.0
+READ_BYTES: Final = 16 << 20
+
+# The leader's session holds the lock exclusively. That of a standby lasts for this statement.
+_HEAD: Final = f"""
+    SELECT number, epoch, holder, url, acked, {EXPIRES}, {NOW}, pg_try_advisory_xact_lock_shared($2, $3)
+    FROM jobd_journals WHERE name = $1"""
+_READ: Final = """
+    SELECT number, first_event, last_event, epoch, at, body, crc FROM (
+        SELECT *, sum(octet_length(body)) OVER (ORDER BY number) - octet_length(body) AS bytes_before
+        FROM (SELECT * FROM jobd_journal WHERE name = $1 AND number > $2 ORDER BY number LIMIT $3) AS following
+    ) AS sized WHERE bytes_before < $4 ORDER BY number"""
+_NUMBER: Final = "SELECT number FROM jobd_journals WHERE name = $1"
+_EPOCHS: Final = "SELECT epoch, first_number FROM jobd_epochs WHERE name = $1 ORDER BY epoch"
+_HEALTH: Final = """
+    SELECT current_setting('synchronous_standby_names') <> '', coalesce(bool_or(wait_event = 'SyncRep'), false),
+        greatest(
+            0,
+            max(extract(epoch FROM clock_timestamp() - xact_start)) FILTER (WHERE backend_type <> 'autovacuum worker'),
+            (SELECT max(extract(epoch FROM clock_timestamp() - prepared)) FROM pg_prepared_xacts
+             WHERE database = current_database())
+        )::float8
+    FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"""
+
+
+class PostgresJournal:
+    """A SharedJournal. A lost connection is made again when it is next needed.
+
+    One session runs the statements of the leader, and one reads. Others are opened for snapshots and trimming.
+    """
+
+    def __init__(self, target: Target, lease_ms: int) -> None:
+        assert target.cluster_id is not None
+        self.cluster_id = target.cluster_id
+        self._target = target
+        self._name = target.name
+        self._leading = Leading(target, lease_ms)
+        self._reading = Session(target)
+        self._keys = lock_keys(self.cluster_id, "leader")
+
+    @classmethod
+    async def open(cls, url: str, name: str, lease_ms: int) -> PostgresJournal:
+        """Connect, and check the server, the tables and the privileges. Raises JournalUnavailable."""
+        target = Target(journal_url.parse(url), name)
+        conn = await target.connect()
+        try:
+            with limited(conn, READ_S):
+                await schema.check_privileges(conn, target.url.role)
+        except Exception as error:
+            raise explain(error, target.url) from error
+        finally:
+            conn.terminate()
+        journal = cls(target, lease_ms)
+        await journal._leading.connect()
+        return journal
+
+    # -- The leader --
+
+    async def append(self, record: Record, acked: int) -> None:
+        await to_end(self._leading.append(record, acked))
+
+    async def renew(self, acked: int) -> int:
+        return await to_end(self._leading.renew(acked))
+
+    async def take_over(self, seen: Head, *, holder: str, url: str, epoch: int) -> Head | None:
+        return await to_end(self._leading.take_over(seen, holder, url, epoch))
+
+    async def resolve(self, epoch: int) -> Head:
+        return await to_end(self._leading.resolve(epoch))
+
+    async def trim(self, upto: int) -> None:
+        conn = await self._target.connect()
+        try:
+            with limited(conn, TRIM_S):
+                await partitions.trim(conn, self._name, upto)
+        except Exception as error:
+            raise explain(error, self._target.url) from error
+        finally:
+            conn.terminate()
+
+    # -- Every node --
+
+    async def head(self) -> Head:
+        return head_of(*await self._read(lambda conn: conn.fetchrow(_HEAD, self._name, *self._keys)))
+
+    async def read(self, after: int, limit: int) -> list[Record]:
+        rows = await self._read(lambda conn: conn.fetch(_READ, self._name, after, limit, READ_BYTES))
+        if not rows and await self._read(lambda conn: conn.fetchval(_NUMBER, self._name)) > after:
+            raise BadRecord(after + 1, "is missing")
+        records = []
+        for *columns, crc in rows:
+            after += 1
+            record = Record(*columns)
+            if record.number != after:
+                raise BadRecord(after, "is missing")
+            if checksum(record) != crc:
+                raise BadRecord(after, "is damaged: its checksum is wrong")
+            records.append(record)
+        return records
+
+    async def epochs(self) -> list[tuple[int, int]]:
+        return [(epoch, first) for epoch, first in await self._read(lambda conn: conn.fetch(_EPOCHS, self._name))]
+
+    async def register(self, node: NodeEntry) -> str | None:
+        return await self._read(lambda conn: nodes.register(conn, self._name, node))
+
+    async def nodes(self) -> list[NodeEntry]:
+        return await self._read(lambda conn: nodes.entries(conn, self._name))
+
+    async def forget(self, name: str) -> None:
+        await self._read(lambda conn: nodes.forget(conn, self._name, name))
+
+    async def write_snapshot(self, number: int, parts: AsyncIterable[bytes], pause_s: float = 0.05) -> bool:
+        return await snapshots.write(self._target, number, parts, pause_s)
+
+    async def snapshots(self) -> list[SnapshotInfo]:
+        return await self._read(lambda conn: snapshots.complete(conn, self._name))
+
+    def read_snapshot(self, number: int) -> AsyncIterator[bytes]:
+        return snapshots.read(self._target, number)
+
+    async def drop_snapshot(self, number: int) -> None:
+        await self._read(lambda conn: snapshots.drop(conn, self._name, number))
+
+    async def health(self) -> JournalHealth:
+        is_synchronous, is_waiting, oldest_s = await self._read(lambda conn: conn.fetchrow(_HEALTH))
+        return JournalHealth(is_synchronous, is_waiting, int(oldest_s * 1000))
+
+    async def close(self) -> None:
+        await self._leading.close()
+        await self._reading.close()
+
+    async def _read(self, statement: Callable[[Any], Awaitable[T]]) -> T:
+        """Run a statement of no consequence for the lead. A cancelled caller does not cancel it either."""
+        return await to_end(self._run(statement))
+
+    async def _run(self, statement: Callable[[Any], Awaitable[T]]) -> T:
+        async with self._reading.use(READ_S) as conn:
+            try:
+                return await statement(conn)
+            except Exception as error:
+                raise explain(error, self._target.url) from error
+
+
+async def create(url: str, name: str, cluster_id: str, *, number: int = 0, epoch: int = 0) -> schema.Created:
+    """Create the tables and a journal, which continues after record `number`. Raises JournalUnavailable."""
+    target = Target(journal_url.parse(url), name)
+    conn = await target.connect(is_new=True)
+    try:
+        with limited(conn, TRIM_S):
+            return await schema.create(conn, target.url.database, name, cluster_id, number, epoch)
+    except Exception as error:
+        raise explain(error, target.url) from error
+    finally:
+        conn.terminate()

@@ -1,0 +1,211 @@
+"""The statements of the leader: they append, renew the lease, and take it. None is ever cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final, NoReturn
+
+from jobd.journal.checksum import checksum
+from jobd.journal.postgres import partitions
+from jobd.journal.postgres.errors import explain, is_disk_full, lacks_partition, was_rejected
+from jobd.journal.postgres.session import Session, Target, limited, lock_keys
+from jobd.model.journal import Fenced, Head, OutcomeUnknown, Record
+from jobd.model.storage import DiskFull
+
+TAKE_OVER_S: Final = 10.0  # at least: a takeover waits for an append that waits for a standby
+CLOSE_S: Final = 1.0
+EXTEND_S: Final = 30.0
+
+NOW: Final = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
+EXPIRES: Final = "(extract(epoch FROM expires) * 1000000)::bigint"
+
+# One statement: the row lock orders an append against a takeover.
+_APPEND: Final = """
+    WITH head AS (
+        UPDATE jobd_journals SET number = number + 1, acked = $4, expires = clock_timestamp() + $5 * interval '1 ms'
+        WHERE name = $1 AND number = $2 AND epoch = $3 RETURNING number
+    )
+    INSERT INTO jobd_journal (name, number, first_event, last_event, epoch, at, crc, body)
+    SELECT $1, head.number, $6, $7, $8, $9, $10, $11 FROM head RETURNING number"""
+_RENEW: Final = f"""
+    UPDATE jobd_journals SET acked = $3, expires = clock_timestamp() + $4 * interval '1 ms'
+    WHERE name = $1 AND epoch = $2 RETURNING {NOW}"""
+_LEAD: Final = f"""
+    WITH taken AS (
+        UPDATE jobd_journals
+        SET epoch = greatest(epoch + 1, $2), expires = clock_timestamp() + $3 * interval '1 ms', %s RETURNING *
+    ), noted AS (INSERT INTO jobd_epochs (name, epoch, first_number) SELECT name, epoch, number + 1 FROM taken)
+    SELECT number, epoch, holder, url, acked, {EXPIRES}, {NOW} FROM taken"""
+_TAKE_OVER: Final = _LEAD % f"holder = $4, url = $5 WHERE name = $1 AND (epoch, number, {EXPIRES}) = ($6, $7, $8)"
+_RESOLVE: Final = _LEAD % "url = url WHERE name = $1 AND holder = $4"
+
+_LOCK: Final = "SELECT pg_try_advisory_lock($1, $2)"
+_END_HOLDER: Final = """
+    SELECT pg_terminate_backend(pid) FROM pg_locks
+    WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted AND pid <> pg_backend_pid()
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND classid = $1::int::oid AND objid = $2::int::oid"""
+
+
+class Leading:
+    """The session of the leader. It holds an advisory lock, by which standbys see that it is connected."""
+
+    def __init__(self, target: Target, lease_ms: int) -> None:
+        assert target.cluster_id is not None
+        self._target = target
+        self._name = target.name
+        self._lease_ms = lease_ms
+        self._session = Session(target)
+        self._keys = lock_keys(target.cluster_id, "leader")
+        self._locked: Any = None  # the connection that holds the lock
+        self._holder: str | None = None
+        self._epoch = 0
+        self._covered = 0  # first number without a partition, as far as known
+        self._extending: asyncio.Task[None] | None = None
+        self._records = 0  # appended since the last partition was added
+        self._bytes = 0
+
+    async def append(self, record: Record, acked: int) -> None:
+        row = (record.first_event, record.last_event, record.epoch, record.at, checksum(record), record.body)
+        arguments = (self._name, record.number - 1, self._epoch, acked, self._lease_ms, *row)
+        async with self._session.use(self._lease_ms / 1000) as conn:
+            try:
+                found = await self._run(conn, _APPEND, *arguments)
+            except _NoPartition:
+                await self._extend(conn, record.number)
+                found = await self._run(conn, _APPEND, *arguments)
+            if found is None:
+                self._fenced(conn)
+        self._records += 1
+        self._bytes += len(record.body)
+        if self._extending is None and record.number + self._width() // 2 >= self._covered:
+            self._extending = asyncio.create_task(self._extend_ahead(record.number + 1))
+
+    async def renew(self, acked: int) -> int:
+        async with self._session.use(self._lease_ms / 1000) as conn:
+            row = await self._run(conn, _RENEW, self._name, self._epoch, acked, self._lease_ms)
+            if row is None:
+                self._fenced(conn)
+            await self._hold_lock(conn, ends_other=True)
+        now: int = row[0]
+        return now
+
+    async def take_over(self, seen: Head, holder: str, url: str, epoch: int) -> Head | None:
+        state = (seen.epoch, seen.number, int(seen.renewed.rpartition(" ")[2]))
+        self._holder = holder
+        return await self._lead(_TAKE_OVER, self._name, epoch, self._lease_ms, holder, url, *state)
+
+    async def resolve(self, epoch: int) -> Head:
+        head = await self._lead(_RESOLVE, self._name, epoch, self._lease_ms, self._holder)
+        if head is None:
+            raise Fenced
+        return head
+
+    async def connect(self) -> None:
+        """Connect, so that a takeover need not."""
+        async with self._session.use(TAKE_OVER_S):
+            pass
+
+    async def close(self) -> None:
+        """Close the session, after a moment for a statement that still runs."""
+        if self._extending is not None:
+            await asyncio.wait([self._extending], timeout=CLOSE_S)
+        await self._session.close(CLOSE_S)
+
+    async def _lead(self, statement: str, *arguments: Any) -> Head | None:
+        async with self._session.use(max(self._lease_ms / 1000, TAKE_OVER_S)) as conn:
+            row = await self._run(conn, statement, *arguments)
+            if row is None:
+                return None
+            self._epoch = row[1]
+            await self._hold_lock(conn)
+        return head_of(*row)
+
+    async def _run(self, conn: Any, statement: str, *arguments: Any) -> Any:
+        """Return the row of a statement that writes, or None.
+
+        Raises DiskFull or JournalUnavailable if nothing was written, and OutcomeUnknown.
+        """
+        warnings = self._session.warnings
+        try:
+            row = await conn.fetchrow(statement, *arguments)
+        except Exception as error:
+            if not was_rejected(error):
+                conn.terminate()
+                raise OutcomeUnknown from error
+            if lacks_partition(error):
+                raise _NoPartition from error
+            if is_disk_full(error):
+                raise DiskFull(str(explain(error, self._target.url))) from error
+            conn.terminate()  # the next one may reach the primary
+            raise explain(error, self._target.url) from error
+        if warnings != self._session.warnings:  # the wait for a standby was cancelled
+            conn.terminate()
+            raise OutcomeUnknown
+        return row
+
+    def _fenced(self, conn: Any) -> NoReturn:
+        """Release the advisory lock, which belongs to the leader."""
+        conn.terminate()
+        raise Fenced
+
+    async def _hold_lock(self, conn: Any, *, ends_other: bool = False) -> None:
+        """Take the advisory lock unless this connection holds it. Without it, there is no early takeover.
+
+        A previous leader that did not notice its end may hold it. With `ends_other`, its session is ended, and the next
+        renewal tries again.
+        """
+        if self._locked is conn:
+            return
+        try:
+            if await conn.fetchval(_LOCK, *self._keys):
+                self._locked = conn
+            elif ends_other:
+                await conn.fetch(_END_HOLDER, *self._keys)
+        except Exception as error:
+            explain(error, self._target.url)
+
+    # -- Partitions --
+
+    def _width(self) -> int:
+        return partitions.records_per_partition(self._records, self._bytes)
+
+    async def _extend(self, conn: Any, number: int) -> None:
+        """Add the partition of record `number`, which an append lacked."""
+        try:
+            self._covered = await partitions.extend(conn, self._name, number, self._width())
+        except Exception as error:
+            if is_disk_full(error):
+                raise DiskFull(str(explain(error, self._target.url))) from error
+            raise explain(error, self._target.url) from error
+
+    async def _extend_ahead(self, number: int) -> None:
+        """Add the next partition before an append needs it. After a failure, an append adds it."""
+        width = self._width()
+        try:
+            conn = await self._target.connect()
+            try:
+                with limited(conn, EXTEND_S):
+                    end = await partitions.end_of_last(conn, self._name)
+                    if end <= number + width // 2:
+                        end = await partitions.extend(conn, self._name, max(end, number), width)
+                        self._records = self._bytes = 0
+                    self._covered = end
+            finally:
+                conn.terminate()
+        except Exception as error:
+            explain(error, self._target.url)
+            self._covered = number + width  # try again later
+        finally:
+            self._extending = None
+
+
+class _NoPartition(Exception):
+    pass
+
+
+def head_of(
+    number: int, epoch: int, holder: str | None, url: str | None, acked: int, expires: int, now: int, free: bool = False
+) -> Head:
+    """Return a head from the columns of a query. `free` says that no session holds the leader's lock."""
+    return Head(number, epoch, holder, url, acked, f"{epoch} {number} {expires}", not free, now)

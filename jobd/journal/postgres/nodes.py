@@ -1,0 +1,34 @@
+"""The entries of the nodes."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from jobd.model.journal import NodeEntry
+
+_REGISTER: Final = """
+    WITH before AS (SELECT process FROM jobd_nodes WHERE name = $1 AND node = $2)
+    INSERT INTO jobd_nodes (name, node, process, url, format, config_hash, projected_to, seen)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, clock_timestamp())
+    ON CONFLICT (name, node) DO UPDATE SET process = excluded.process, url = excluded.url, format = excluded.format,
+        config_hash = excluded.config_hash, projected_to = excluded.projected_to, seen = excluded.seen
+    RETURNING (SELECT process FROM before)"""
+_NODES: Final = """
+    SELECT node, process, url, format, config_hash, projected_to,
+        greatest(0, extract(epoch FROM clock_timestamp() - seen) * 1000)::bigint
+    FROM jobd_nodes WHERE name = $1 ORDER BY node COLLATE "C\""""
+_FORGET: Final = "DELETE FROM jobd_nodes WHERE name = $1 AND node = $2"
+
+
+async def register(conn: Any, name: str, node: NodeEntry) -> str | None:
+    arguments = (node.name, node.process, node.url, node.format, node.config_hash, node.projected_to)
+    before: str | None = await conn.fetchval(_REGISTER, name, *arguments)
+    return None if before == node.process else before
+
+
+async def entries(conn: Any, name: str) -> list[NodeEntry]:
+    return [NodeEntry(*row) for row in await conn.fetch(_NODES, name)]
+
+
+async def forget(conn: Any, name: str, node: str) -> None:
+    await conn.execute(_FORGET, name, node)

@@ -1,0 +1,206 @@
+"""A session on the server that accepts writes: with the settings that durability needs, checked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Final
+
+import asyncpg
+
+from jobd.journal.postgres.errors import INIT, explain, most_useful
+from jobd.journal.url import JournalUrl
+from jobd.model.journal import JournalMisconfigured, JournalUnavailable
+
+VERSION: Final = 1  # of the tables
+CONNECT_S: Final = 3.0
+STAGGER_S: Final = 0.3  # between the connection attempts to several hosts
+OLDEST: Final = 140000  # server_version_num: DETACH PARTITION CONCURRENTLY is new in 14
+
+_LOCKS: Final = 0x6A6F6264  # first key of the advisory locks: "jobd"
+
+# A default of the role or database must not change them. Some are unknown to older servers.
+_SETTINGS: Final = {
+    "synchronous_commit": "on",
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    "idle_session_timeout": "0",
+    "transaction_timeout": "0",
+    "client_connection_check_interval": "0",
+    "default_transaction_isolation": "read committed",
+    "default_transaction_deferrable": "off",
+}
+_EXPECTED: Final = {**_SETTINGS, "fsync": "on", "full_page_writes": "on", "transaction_read_only": "off"}
+_SET: Final = """
+    SELECT set_config(given.name, given.value, false) FROM unnest($1::text[], $2::text[]) AS given(name, value)
+    JOIN pg_settings USING (name)"""
+_READ_BACK: Final = "SELECT name, setting FROM pg_settings WHERE name = ANY ($1::text[])"
+_SERVER: Final = (
+    "SELECT current_setting('server_version_num')::int, current_setting('server_version'), pg_backend_pid()"
+)
+_TABLES: Final = "SELECT max(version) FROM jobd_schema"
+_CLUSTER: Final = "SELECT cluster_id FROM jobd_journals WHERE name = $1"
+
+
+class Target:
+    """The server and the journal that sessions are for. `cluster_id` is known after the first session."""
+
+    def __init__(self, url: JournalUrl, name: str) -> None:
+        self.url = url
+        self.name = name
+        self.cluster_id: str | None = None
+        self._latest = 0  # index of the host that was connected last
+
+    async def connect(self, *, is_new: bool = False) -> Any:
+        """Return a connection with checked settings, to the first host that accepts writes.
+
+        A journal that `is_new` need not exist. Raises JournalUnavailable.
+        """
+        order = sorted(range(len(self.url.hosts)), key=lambda each: each != self._latest)
+        attempts = {
+            asyncio.create_task(self._attempt(host, STAGGER_S * turn, is_new)) for turn, host in enumerate(order)
+        }
+        failures: list[JournalUnavailable] = []
+        pending = attempts
+        try:
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for each in done:
+                    if (error := each.exception()) is None:
+                        self._latest, conn = each.result()
+                        return conn
+                    if not isinstance(error, JournalUnavailable):
+                        raise error
+                    failures.append(error)
+        finally:
+            for each in pending:
+                each.cancel()
+                each.add_done_callback(_discard)
+        raise most_useful(failures)
+
+    async def _attempt(self, index: int, delay_s: float, is_new: bool) -> tuple[int, Any]:
+        await asyncio.sleep(delay_s)
+        url, host = self.url.urls[index], self.url.hosts[index]
+        conn = None
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                conn = await asyncpg.connect(
+                    url,
+                    target_session_attrs="read-write",
+                    timeout=CONNECT_S,
+                    command_timeout=None,  # a timeout would cancel the statement
+                    max_cached_statement_lifetime=0,
+                    server_settings={"application_name": f"jobd {self.name}"},
+                )
+                await check_session(conn, host)
+                if not is_new:
+                    await self._check_tables(conn)
+                return index, conn
+        except BaseException as error:
+            if conn is not None:
+                conn.terminate()
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            raise explain(error, self.url, host) from error
+
+    async def _check_tables(self, conn: Any) -> None:
+        """Raise JournalMisconfigured unless the tables and the journal are those that are expected."""
+        version = await conn.fetchval(_TABLES)
+        check_version(version, self.url.database)
+        found = await conn.fetchval(_CLUSTER, self.name)
+        if found is None:
+            raise JournalMisconfigured(f'Database "{self.url.database}" has no journal "{self.name}": {INIT}')
+        if self.cluster_id not in (None, found):
+            text = "another database took its place. Restart jobd if this was intended"
+            raise JournalMisconfigured(f'The id of journal "{self.name}" has changed: {text}')
+        self.cluster_id = found
+
+
+def check_version(version: int | None, database: str) -> None:
+    """Raise JournalMisconfigured if the tables are of a version that this jobd does not know."""
+    if version is None:
+        raise JournalMisconfigured(f'Database "{database}" has incomplete tables of jobd: {INIT}')
+    if version > VERSION:
+        text = f"this jobd knows version {VERSION}. Upgrade jobd on this node"
+        raise JournalMisconfigured(f'Database "{database}" has tables of version {version}, and {text}')
+
+
+async def check_session(conn: Any, host: str) -> None:
+    """Set what durability needs, and read it back. Raises JournalMisconfigured."""
+    number, text, pid = await conn.fetchrow(_SERVER)
+    if number < OLDEST:
+        raise JournalMisconfigured(f"PostgreSQL {text} at {host} is too old: jobd needs version 14 or newer")
+    if pid != conn.get_server_pid():
+        advice = "name the servers themselves in [journal] url"
+        raise JournalMisconfigured(f"A connection pooler answers at {host}, and a session must not change: {advice}")
+    await conn.fetch(_SET, list(_SETTINGS), list(_SETTINGS.values()))
+    for name, value in await conn.fetch(_READ_BACK, list(_EXPECTED)):
+        if name == "transaction_read_only" and value != "off":
+            raise asyncpg.TargetServerAttributeNotMatched
+        if value != _EXPECTED[name]:
+            raise JournalMisconfigured(
+                f"PostgreSQL at {host} has {name} = {value}, which can lose acknowledged records: "
+                f"set it to {_EXPECTED[name]}"
+            )
+
+
+def _discard(attempt: asyncio.Task[tuple[int, Any]]) -> None:
+    """Close the connection of an attempt that was too late."""
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result()[1].terminate()
+
+
+class Session:
+    """A connection that is made when it is first needed, and again after it was lost. One caller at a time."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._conn: Any = None
+        self._lock = asyncio.Lock()
+        self._is_closed = False
+        self.warnings = 0
+
+    @contextlib.asynccontextmanager
+    async def use(self, patience_s: float) -> AsyncIterator[Any]:
+        """Yield the connection. Raises JournalUnavailable if there is none; errors of statements pass."""
+        async with self._lock:
+            if self._is_closed:
+                raise JournalUnavailable("The journal is closed")
+            if self._conn is None or self._conn.is_closed():
+                self._conn = await self._target.connect()
+                self._conn.add_log_listener(self._note)
+            with limited(self._conn, patience_s):
+                yield self._conn
+
+    def _note(self, _: Any, message: Any) -> None:
+        """Count a warning: a wait for a synchronous standby that an operator cancels ends with one, and no error."""
+        if message.severity_en == "WARNING":
+            self.warnings += 1
+
+    async def close(self, patience_s: float = 0) -> None:
+        """Close the connection, after at most `patience_s` for a statement that still runs."""
+        self._is_closed = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s), self._lock:
+                pass
+        if self._conn is not None:
+            self._conn.terminate()
+
+
+@contextlib.contextmanager
+def limited(conn: Any, patience_s: float) -> Iterator[None]:
+    """Close the connection after `patience_s`. A timeout of asyncpg would cancel the statement in the server."""
+    timer = asyncio.get_running_loop().call_later(patience_s, conn.terminate)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def lock_keys(cluster_id: str, purpose: str) -> tuple[int, int]:
+    """Return the keys of an advisory lock of a journal."""
+    crc = zlib.crc32(f"{cluster_id} {purpose}".encode())
+    return _LOCKS, crc - (1 << 32) if crc >= 1 << 31 else crc
