@@ -1,0 +1,194 @@
+"""Follow a shared journal until this node can lead it, and take over."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Final
+from urllib.parse import urlsplit
+
+import structlog
+from msgspec import Struct
+
+from jobd.cluster.leadership import Leadership
+from jobd.cluster.lease import LeaderLease, StandbyLease, boot_clock_s
+from jobd.cluster.warm_state import WarmState
+from jobd.model.journal import Fenced, Head, JournalUnavailable, OutcomeUnknown, Record, SharedJournal
+from jobd.model.storage import DiskFull
+
+POLL_S: Final = 0.05
+READ_LIMIT: Final = 200  # records of one read
+CONNECT_S: Final = 0.2  # for the leader's address to refuse a connection
+RETRY_S: Final = 1.0  # after a local disk was full
+JUMP: Final = 1 << 20  # of the numbers of jobs and events, above those of records that may be lost
+
+log = structlog.get_logger("jobd.cluster")
+
+
+class NodeSettings(Struct, frozen=True, kw_only=True):
+    """What a node is to the others.
+
+    `holder` is the random id of this process, `url` its address for clients. `is_direct`: no proxy is between a node
+    and its `url`. `is_complete`: every acknowledged record survives a failover of the server.
+    """
+
+    holder: str
+    url: str
+    lease_s: float = 3.0
+    is_direct: bool = True
+    is_complete: bool = True
+
+
+class Standby:
+    """Follows `journal` with `warm` until it leads. `next_epoch` returns an epoch above the given one.
+
+    `head` is the journal as last seen, `problem` why it cannot be read or followed now.
+    """
+
+    def __init__(
+        self,
+        journal: SharedJournal,
+        warm: WarmState,
+        settings: NodeSettings,
+        *,
+        next_epoch: Callable[[int], int],
+        now_s: Callable[[], float] = boot_clock_s,
+        is_refused: Callable[[str], Awaitable[bool]] | None = None,
+    ) -> None:
+        self.head: Head | None = None
+        self.problem: str | None = None
+        self.settings = settings
+        self._journal = journal
+        self._warm = warm
+        self._next_epoch = next_epoch
+        self._now_s = now_s
+        self._is_refused = is_refused or is_refused_at
+        self._lease = StandbyLease(settings.lease_s, now_s)
+        self._last_event = warm.last_event  # of the records that were read
+        self._stop = asyncio.Event()
+
+    @property
+    def leader(self) -> str | None:
+        """The URL of the leader, as last seen."""
+        return None if self.head is None else self.head.url
+
+    @property
+    def lag_records(self) -> int:
+        """The number of records that this node has not applied."""
+        return 0 if self.head is None else max(self.head.number - self._warm.number, 0)
+
+    @property
+    def lag_events(self) -> int:
+        """The number of events that this node has not applied, at least."""
+        return max(self._last_event - self._warm.last_event, self.lag_records)
+
+    def stop(self) -> None:
+        """End `run`."""
+        self._stop.set()
+
+    async def run(self) -> Leadership | None:
+        """Follow until this node leads. Returns None after `stop`. Raises BadRecord if a record cannot be used."""
+        while not self._stop.is_set():
+            wait_s = POLL_S
+            try:
+                if await self._poll() and (lead := await self._take_over()) is not None:
+                    return lead
+                self._note(None)
+            except JournalUnavailable as error:
+                self._note(str(error))
+            except DiskFull as error:
+                self._note(f"this node cannot follow: {error}")
+                wait_s = RETRY_S
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._stop.wait()
+        return None
+
+    def _note(self, problem: str | None) -> None:
+        if problem is not None and self.problem is None:
+            log.warning("standby_waits", reason=problem)
+        elif problem is None and self.problem is not None:
+            log.info("standby_follows")
+        self.problem = problem
+
+    async def _poll(self) -> bool:
+        """Apply what is acknowledged. Return whether this node may lead now."""
+        head = self.head = await self._journal.head()
+        is_over = self._lease.see(head)
+        while self._warm.number < head.number:
+            records = await self._journal.read(self._warm.number, READ_LIMIT)
+            self._last_event = records[-1].last_event
+            confirmed = acknowledged(records, head.acked)
+            await self._warm.apply(confirmed)
+            if len(confirmed) < len(records) or self._stop.is_set():
+                break
+        if self._warm.number < head.number - 1:
+            return False  # a record is damaged or missing, or this node was stopped
+        if is_over:
+            return True
+        is_alone = self.settings.is_direct and not head.is_connected and head.url is not None
+        return is_alone and await self._is_refused(head.url or "")
+
+    async def _take_over(self) -> Leadership | None:
+        """Become the leader, and apply the rest of the records. Returns None if another node was faster."""
+        lease = LeaderLease(self.settings.lease_s, self._now_s)
+        head = await self._take_lead(lease)
+        if head is None:
+            return None
+        self.head = head
+        while self._warm.number < head.number:  # all of them are acknowledged now
+            await self._warm.apply(await self._journal.read(self._warm.number, READ_LIMIT))
+        self._begin_epoch(head.epoch)
+        log.info("leads", epoch=head.epoch, record=head.number)
+        return Leadership(self._journal, head, lease, next_epoch=lambda: self._next_epoch(self._warm.state.epoch))
+
+    async def _take_lead(self, lease: LeaderLease) -> Head | None:
+        seen, settings = self.head, self.settings
+        assert seen is not None
+        epoch = self._next_epoch(max(seen.epoch, self._warm.state.epoch))
+        sent_s = lease.now_s()
+        try:
+            try:
+                head = await self._journal.take_over(seen, holder=settings.holder, url=settings.url, epoch=epoch)
+            except OutcomeUnknown:
+                sent_s = lease.now_s()
+                head = await self._journal.resolve(epoch)
+        except (Fenced, OutcomeUnknown):
+            return None  # a lead that began unnoticed ends with its lease
+        if head is not None:
+            lease.renewed(sent_s)
+        return head
+
+    def _begin_epoch(self, epoch: int) -> None:
+        state = self._warm.state
+        state.epoch, state.next_token = epoch, 1
+        if not self.settings.is_complete:
+            state.next_job += JUMP
+            state.next_event += JUMP
+
+
+def acknowledged(records: list[Record], acked: int) -> list[Record]:
+    """Return those of consecutive records that are acknowledged: up to `acked`, and before another one."""
+    return [each for each in records if each.number <= acked or each is not records[-1]]
+
+
+async def is_refused_at(url: str) -> bool:
+    """Return whether the machine at `url` is there and refuses connections, so that no process listens."""
+    parts = urlsplit(url)
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            if parts.scheme == "unix":
+                _, writer = await asyncio.open_unix_connection(parts.path)
+            else:
+                port = parts.port or (443 if parts.scheme == "https" else 80)
+                _, writer = await asyncio.open_connection(parts.hostname, port)
+    except (ConnectionRefusedError, FileNotFoundError):
+        return True
+    except (OSError, socket.gaierror):
+        return False
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return False

@@ -1,0 +1,92 @@
+"""Follow the records of the leader: write them into the local store, and apply them to a state in memory."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from msgspec.structs import replace
+
+from jobd.core import replay
+from jobd.core.state import State
+from jobd.journal import record
+from jobd.model.job import Job
+from jobd.model.journal import Record
+from jobd.model.storage import Batch, FiguresWrite, LoadedRows, OpenedStore, Quarantined, StoredResponse
+
+
+class FollowingStorage(Protocol):
+    """The part of the store that a standby uses."""
+
+    async def follow(self, records: list[Record]) -> None:
+        """Take the next records, and write the tables behind them. Raises DiskFull if nothing was taken."""
+
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
+        """Read jobs by id, as of the last record."""
+
+
+class WarmState:
+    """What a start would read from `store`, kept up to date. `opened` has the records up to `number`.
+
+    `last_event` is the seq of the last event of these records.
+    """
+
+    def __init__(self, store: FollowingStorage, opened: OpenedStore, number: int) -> None:
+        self.number = number
+        self.last_event = opened.numbers.next_event - 1
+        self.state = State.opened(opened)
+        self.state.quarantined = dict(opened.quarantined)
+        self.state.suspects = dict(opened.unvalidated)
+        self._store = store
+        self._unwritten: list[Record] = []  # applied, and not in the store yet
+        self._opened = replace(opened, jobs=[], compact_jobs=[], keys=[], unvalidated={})
+        self._keys = {row.digest: row for row in opened.keys}
+
+    def quarantine(self, quarantined: Quarantined) -> None:
+        """Note that the store has quarantined a job."""
+        self.state.quarantine(quarantined.id, quarantined.reason, quarantined.uncounted, is_moved=quarantined.is_moved)
+
+    async def apply(self, records: list[Record]) -> None:
+        """Apply the next records. Raises DiskFull, and BadRecord after it applied the records before."""
+        await self._write()
+        try:
+            for each in records:
+                batch = record.decode(each)[0]
+                loaded: list[Job] = []
+                if needed := replay.rows_needed(self.state, batch):
+                    await self._write()
+                    loaded += (await self._store.load(needed, [], [])).jobs.values()
+                self._apply(each, batch, loaded)
+        finally:
+            await self._write()
+
+    def _apply(self, made: Record, batch: Batch, loaded: list[Job]) -> None:
+        replay.apply(self.state, batch, loaded)
+        for digest in batch.forget_keys:
+            self._keys.pop(digest, None)
+        self._keys |= {row.digest: replace(row, body=None) for row in batch.keys}
+        for write in batch.writes:
+            if isinstance(write, FiguresWrite):
+                self._opened.stats = write.body
+        self._unwritten.append(made)
+        self.number, self.last_event = made.number, made.last_event
+
+    async def _write(self) -> None:
+        """Pass the records that were applied to the store. On a full disk they wait for the next call."""
+        await self._store.follow(self._unwritten)
+        self._unwritten = []
+
+    def opened(self) -> OpenedStore:
+        """Return what a start would read. Of the jobs it has only those that have changed; `state` has all."""
+        state = self.state
+        replay.settle(state)
+        presence = state.presence
+        keys: list[StoredResponse] = sorted(self._keys.values(), key=lambda row: row.at)
+        return replace(
+            self._opened,
+            jobs=[state.jobs[job_id] for job_id in state.jobs.touched()],
+            numbers=state.numbers(presence.lease, presence.now, state.clock_suspect),
+            queues={name: state.queue_row(name) for name in state.queue_names},
+            keys=keys,
+            quarantined=dict(state.quarantined),
+            unvalidated=dict(state.suspects),
+        )

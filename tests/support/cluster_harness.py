@@ -1,0 +1,180 @@
+"""Nodes of a cluster in one process: the real actor and standby on in-memory storage, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from random import Random
+from typing import Any, Final
+
+from jobd.cluster.leadership import Leadership
+from jobd.cluster.standby import NodeSettings, Standby
+from jobd.cluster.warm_state import WarmState
+from jobd.engine.actor import Actor, DiskBroken
+from jobd.engine.clock import Clock
+from jobd.engine.idempotency import Keys
+from jobd.journal import record
+from jobd.journal.memory import MemoryServer, MemorySharedJournal
+from jobd.model.commands import AnyCommand, ExtendAfterPause
+from jobd.model.errors import ApiError
+from jobd.model.job import Policy, new_epoch
+from jobd.model.journal import Record
+from jobd.model.responses import Response
+from jobd.model.storage import Batch
+from tests.support.memory_storage import MemoryStorage
+from tests.support.virtual_engine import WALL
+
+LEASE_S: Final = 3.0
+
+
+class SharedStorage(MemoryStorage):
+    """Local tables behind a shared journal."""
+
+    leadership: Leadership
+
+    async def write(self, batch: Batch) -> dict[int, bytes]:
+        reported = self._reported
+        body, events = record.encode(batch)
+        last = events[-1][0] if events else batch.numbers.next_event - 1
+        number = self._last_record + 1
+        made = Record(number, last - len(events) + 1, last, batch.numbers.epoch, batch.numbers.wall_ms, body)
+        await self.leadership.append(made, number - 1)
+        shown = self.append(batch, reported)
+        self.project()
+        return shown
+
+    async def follow(self, records: list[Record]) -> None:
+        await asyncio.sleep(0)
+        for made in records:
+            assert made.number == self._last_record + 1
+            self.log.append(made)
+            self._last_record = made.number
+            self._add(made.number, record.decode(made)[0])
+        self.project()
+
+
+class ClusterNode:
+    """One node. Its wall clock is `ahead_ms` ahead, and its other clocks begin at `boot_ms`.
+
+    While it `is_frozen`, nothing of it runs: see `freeze`.
+    """
+
+    def __init__(
+        self, server: MemoryServer, name: str, disk: SharedStorage | None = None, *, ahead_ms: int = 0, boot_ms: int = 0
+    ) -> None:
+        self.name = name
+        self.disk = disk or SharedStorage()
+        self.journal = MemorySharedJournal(server)
+        self.ahead_ms = ahead_ms
+        self.boot_ms = boot_ms
+        self.is_listening = True
+        self.lead: Leadership | None = None
+        self.ended: BaseException | None = None
+        opened = self.disk.opened()
+        self.warm = WarmState(self.disk, opened, self.disk.projected_to)
+        self.standby = Standby(
+            self.journal,
+            self.warm,
+            NodeSettings(holder=f"{name} {id(self)}", url=f"http://{name}", lease_s=LEASE_S),
+            next_epoch=lambda highest: new_epoch(highest, self.wall_ms()),
+            now_s=lambda: self.boot() / 1000,
+            is_refused=self.is_refused,
+        )
+        self.nodes: dict[str, ClusterNode] = {f"http://{name}": self}
+        self._task = asyncio.create_task(self._run(), name=name)
+
+    async def is_refused(self, url: str) -> bool:
+        await asyncio.sleep(0)
+        return not self.nodes[url].is_listening
+
+    def wall_ms(self) -> int:
+        return WALL + self.ahead_ms + round(asyncio.get_running_loop().time() * 1000)
+
+    def boot(self) -> int:
+        return self.boot_ms + round(asyncio.get_running_loop().time() * 1000)
+
+    async def _run(self) -> None:
+        lead = await self.standby.run()
+        if lead is None:
+            return
+        opened, state = self.warm.opened(), self.warm.state
+        self.disk.leadership = lead
+        clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms, wall=self.wall_ms, boot=self.boot)
+        self.clock, self.state = clock, state
+        keys = Keys(opened.keys, 1000)
+        self.actor = Actor(self.disk, state, keys, clock, Policy(), random=Random(self.name).randbytes)
+        self.actor.before_batch = lead.check
+        lead.on_epoch, lead.on_lost = self._on_epoch, self.actor.lose_disk
+        held = list(state.processing)
+        self.actor.enqueue_internal(ExtendAfterPause(ids=held, grace_ms=30_000, since=clock.moment().lease))
+        renewing = asyncio.create_task(lead.run(), name=f"{self.name} renews")
+        self.lead = lead
+        try:
+            await self.actor.run()
+        except DiskBroken as error:
+            self.ended = error.__cause__
+        finally:
+            self.is_listening = False
+            lead.stop()
+            await renewing
+            await self.journal.close()
+
+    def _on_epoch(self, epoch: int) -> None:
+        self.state.epoch, self.state.next_token = epoch, 1
+
+    @property
+    def leads(self) -> bool:
+        return self.lead is not None and not self._task.done()
+
+    async def ask(self, command: AnyCommand, **options: Any) -> Any:
+        """Return the data of the response, or the code of the error."""
+        response = await self.actor.ask(command, **options)
+        if isinstance(response, ApiError):
+            return response.code
+        assert isinstance(response, Response)
+        return response.data
+
+    async def ended_by_itself(self) -> None:
+        await self._task
+
+    async def kill(self) -> None:
+        """End the process at once."""
+        self.is_listening = False
+        for task in asyncio.all_tasks():
+            if task.get_name().startswith(self.name) and task is not asyncio.current_task():
+                task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        await self.journal.close()
+
+    async def stop(self) -> None:
+        """End as after SIGTERM."""
+        self.standby.stop()
+        if self.lead is not None:
+            self.is_listening = False
+            self.actor.stop()
+        await self._task
+
+
+def cluster(server: MemoryServer, *names: str) -> list[ClusterNode]:
+    """Start nodes that know each other."""
+    made = [ClusterNode(server, name) for name in names]
+    join(made)
+    return made
+
+
+def join(nodes: list[ClusterNode]) -> None:
+    known = {f"http://{node.name}": node for node in nodes}
+    for node in nodes:
+        node.nodes = known
+
+
+async def leader_of(nodes: list[ClusterNode], *, within_s: float = 10.0) -> ClusterNode:
+    """Wait until one of the nodes leads."""
+    async with asyncio.timeout(within_s):
+        while True:
+            leading = [node for node in nodes if node.leads]
+            if leading:
+                assert len(leading) == 1 or leading[0].lead is not None
+                return leading[-1]
+            await asyncio.sleep(0.01)

@@ -1,0 +1,248 @@
+"""The standby: what it applies, when it waits, and how it finds that the leader is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+from structlog.testing import capture_logs
+
+from jobd.cluster.standby import JUMP, Standby, acknowledged, is_refused_at
+from jobd.journal.memory import MemoryServer
+from jobd.model.commands import Cancel, Create, ForceReset, Get, Start
+from jobd.model.journal import BadRecord, OutcomeUnknown, Record
+from jobd.model.storage import Batch, DiskFull, FiguresWrite, OutboxWrite, Quarantined
+from tests.support.cluster_harness import ClusterNode, cluster, join, leader_of
+from tests.support.virtual_engine import in_virtual_time, seconds
+
+
+def record(number: int) -> Record:
+    return Record(number, number, number, 1, 0, b"")
+
+
+def test_a_record_is_acknowledged_by_a_later_one_or_by_the_leader() -> None:
+    made = [record(4), record(5), record(6)]
+    assert acknowledged(made, 3) == made[:2]
+    assert acknowledged(made, 5) == made[:2]
+    assert acknowledged(made, 6) == made
+    assert acknowledged([record(4)], 3) == []
+
+
+@in_virtual_time
+async def test_a_standby_waits_for_a_journal_that_cannot_be_reached() -> None:
+    leader, standby = nodes = cluster(MemoryServer(), "a", "b")
+    assert await leader_of(nodes) is leader
+    await seconds(0.2)
+    with capture_logs() as logs:
+        standby.journal.is_reachable = False
+        await seconds(10)
+        assert standby.standby.problem == "The journal cannot be reached: try again"
+        standby.journal.is_reachable = True
+        await seconds(1)
+    assert [line["event"] for line in logs] == ["standby_waits", "standby_follows"]
+    assert standby.standby.problem is None
+    assert standby.standby.leader == "http://a"
+    for node in nodes:
+        await node.stop()
+
+
+@in_virtual_time
+async def test_a_standby_with_a_full_disk_goes_on_when_it_has_space() -> None:
+    leader, standby = nodes = cluster(MemoryServer(), "a", "b")
+    assert await leader_of(nodes) is leader
+    follow, is_full = standby.disk.follow, True
+
+    async def reject(records: list[Record]) -> None:
+        if is_full and records:
+            raise DiskFull("the disk is full")
+        await follow(records)
+
+    standby.disk.follow = reject  # type: ignore[method-assign]
+    for name in ("a", "b", "c"):
+        await leader.ask(Create(id=name))
+    await seconds(3)
+    assert standby.standby.problem == "this node cannot follow: the disk is full"
+    is_full = False
+    await seconds(2)
+    assert standby.standby.problem is None
+    assert set(standby.disk.ids) == {"a", "b", "c"}
+    for node in nodes:
+        await node.stop()
+
+
+@in_virtual_time
+async def test_rows_that_a_change_needs_are_read_after_the_records_before_it() -> None:
+    leader, standby = nodes = cluster(MemoryServer(), "a", "b")
+    assert await leader_of(nodes) is leader
+    standby.journal.is_reachable = False  # so that it gets all records at once
+    for name in ("a", "b"):
+        await leader.ask(Create(id=name))
+        await leader.ask(Cancel(id=name))
+    standby.warm.state.trim_finished = standby.warm.state.finished.clear  # type: ignore[method-assign]
+    await leader.ask(ForceReset(id="a"), admin=True)
+    standby.journal.is_reachable = True
+    await seconds(1.2)
+    assert standby.warm.state.jobs["a"] == standby.disk.job("a") == leader.disk.job("a")
+    for node in nodes:
+        await node.stop()
+
+
+@in_virtual_time
+async def test_a_standby_can_be_stopped_while_it_catches_up() -> None:
+    server = MemoryServer()
+    [leader] = cluster(server, "a")
+    await leader_of([leader])
+    for number in range(500):
+        await leader.ask(Create(id=f"job-{number}"))
+    standby = ClusterNode(server, "b")
+    join([leader, standby])
+    follow = standby.disk.follow
+
+    async def stop(records: list[Record]) -> None:
+        await follow(records)
+        if records:
+            standby.standby.stop()
+
+    standby.disk.follow = stop  # type: ignore[method-assign]
+    await standby.ended_by_itself()
+    assert (standby.warm.number, standby.standby.lag_records) == (200, 300)
+    await leader.stop()
+
+
+@in_virtual_time
+async def test_a_takeover_that_is_not_noticed_ends_with_its_lease() -> None:
+    [node] = cluster(MemoryServer(), "a")
+    lost = {"take_over": 1, "resolve": 1}
+
+    async def lose(call: str) -> None:
+        if lost.get(call, 0):
+            lost[call] -= 1
+            raise OutcomeUnknown
+
+    node.journal.after = lose
+    await seconds(2)
+    assert not node.leads
+    await leader_of([node])
+    await node.stop()
+
+
+@in_virtual_time
+async def test_the_statistics_of_the_leader_are_kept() -> None:
+    leader, standby = nodes = cluster(MemoryServer(), "a", "b")
+    assert await leader_of(nodes) is leader
+    await leader.disk.write(Batch([], leader.disk.numbers, writes=[FiguresWrite(b"statistics"), OutboxWrite()]))
+    await seconds(1.2)
+    assert standby.warm.opened().stats == b"statistics"
+    for node in nodes:
+        await node.stop()
+
+
+@in_virtual_time
+async def test_a_record_that_cannot_be_read_ends_the_standby() -> None:
+    server = MemoryServer()
+    [leader] = cluster(server, "a")
+    await leader_of([leader])
+    for name in ("a", "b", "c"):
+        await leader.ask(Create(id=name))
+    server.records[1] = replace(server.records[1], body=b"\xff")
+    standby = ClusterNode(server, "b")
+    join([leader, standby])
+    with pytest.raises(BadRecord, match="record 2 of the journal has format 255"):
+        await standby.ended_by_itself()
+    assert (standby.warm.number, set(standby.disk.ids)) == (1, {"a"})
+    await leader.stop()
+
+
+@in_virtual_time
+async def test_behind_a_proxy_the_lease_decides() -> None:
+    server = MemoryServer()
+    leader, standby = nodes = cluster(server, "a", "b")
+    standby.standby.settings = replace(standby.standby.settings, is_direct=False)
+    assert await leader_of(nodes) is leader
+    await leader.kill()
+    await seconds(1.5)
+    assert not standby.leads
+    await leader_of([standby])
+    await standby.stop()
+
+
+@in_virtual_time
+async def test_a_leader_that_listens_is_not_replaced_because_its_session_ended() -> None:
+    nodes = cluster(MemoryServer(), "a", "b")
+    leader = await leader_of(nodes)
+    leader.journal.disconnect()
+    await seconds(10)
+    assert leader.leads
+    for node in nodes:
+        await node.stop()
+
+
+@in_virtual_time
+async def test_numbers_jump_if_acknowledged_records_may_be_lost() -> None:
+    server = MemoryServer()
+    old, standby = nodes = cluster(server, "a", "b")
+    standby.standby.settings = replace(standby.standby.settings, is_complete=False)
+    assert await leader_of(nodes) is old
+    await old.ask(Create(id="a"))
+    await old.kill()
+    new = await leader_of([standby])
+    await new.ask(Create(id="b"))
+    assert new.disk.ids == {"a": 1, "b": 2 + JUMP}
+    assert new.disk.events[-1].seq > JUMP
+    await new.stop()
+
+
+@in_virtual_time
+async def test_a_quarantined_job_is_left_out_of_the_warm_state() -> None:
+    server = MemoryServer()
+    old, standby = nodes = cluster(server, "a", "b")
+    assert await leader_of(nodes) is old
+    await old.ask(Create(id="a"))
+    await old.ask(Create(id="b"))
+    await seconds(1.2)
+    standby.warm.quarantine(Quarantined("a", "damaged"))
+    assert standby.warm.opened().quarantined == {"a": "damaged"}
+    await old.kill()
+    new = await leader_of([standby])
+    assert await new.ask(Get(id="a")) == "job_quarantined"
+    assert (await new.ask(Start(id="b", worker="w"))).job.id == "b"
+    await new.stop()
+
+
+def test_a_standby_that_has_seen_nothing_knows_no_leader() -> None:
+    standby = Standby.__new__(Standby)
+    standby.head = None
+    assert (standby.leader, standby.lag_records) == (None, 0)
+
+
+async def test_a_refused_connection_is_told_from_one_that_is_accepted(tmp_path: Path) -> None:
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    assert not await is_refused_at(f"http://127.0.0.1:{port}")
+    server.close()
+    await server.wait_closed()
+    assert await is_refused_at(f"http://127.0.0.1:{port}")
+    path = tmp_path / "socket"
+    assert await is_refused_at(f"unix:{path}")
+    server = await asyncio.start_unix_server(accept, path)
+    assert not await is_refused_at(f"unix:{path}")
+    server.close()
+    await server.wait_closed()
+
+
+async def test_a_machine_that_does_not_respond_has_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(*args: object) -> None:
+        await asyncio.sleep(60)
+
+    async def unknown(*args: object) -> None:
+        raise socket.gaierror("unknown host")
+
+    for connect in (never, unknown):
+        monkeypatch.setattr(asyncio, "open_connection", connect)
+        assert not await is_refused_at("https://node-a")

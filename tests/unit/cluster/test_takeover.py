@@ -1,0 +1,300 @@
+"""Several nodes on one journal: who leads, what a takeover keeps, and that an old leader answers nothing."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from jobd.core.state import State
+from jobd.journal.memory import MemoryServer
+from jobd.model.commands import Claim, Complete, Create, Get, Progress, Start
+from jobd.model.job import TOKEN_COUNTER_BITS
+from jobd.model.journal import Fenced, LeadershipLost, OutcomeUnknown
+from tests.support.cluster_harness import LEASE_S, ClusterNode, cluster, join, leader_of
+from tests.support.rule_harness import snapshot
+from tests.support.virtual_engine import in_virtual_time, key, seconds, settle
+
+
+async def stop_all(nodes: list[ClusterNode]) -> None:
+    for node in nodes:
+        await node.stop()
+
+
+def loop_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
+@in_virtual_time
+async def test_one_node_leads_and_the_others_follow() -> None:
+    server = MemoryServer()
+    nodes = cluster(server, "a", "b", "c")
+    leader = await leader_of(nodes)
+    for number in range(20):
+        await leader.ask(Create(id=f"job-{number}"))
+    await seconds(1.2)  # a renewal confirms the last record
+    for node in nodes:
+        assert node.disk.jobs == leader.disk.jobs
+        assert (node.warm.number, node.standby.lag_events) == (20, 0) or node is leader
+    assert [node.leads for node in nodes].count(True) == 1
+    await stop_all(nodes)
+
+
+@in_virtual_time
+async def test_the_last_record_is_applied_once_it_is_known_to_be_acknowledged() -> None:
+    server = MemoryServer()
+    leader, standby = cluster(server, "a", "b")
+    assert await leader_of([leader, standby]) is leader
+    await leader.ask(Create(id="a"))
+    await seconds(0.2)
+    assert (standby.warm.number, standby.standby.lag_records, standby.standby.lag_events) == (0, 1, 1)
+    await leader.ask(Create(id="b"))
+    await seconds(0.2)
+    assert standby.warm.number == 1
+    await seconds(1)
+    assert (standby.warm.number, standby.standby.lag_records) == (2, 0)
+    await stop_all([leader, standby])
+
+
+@in_virtual_time
+async def test_a_killed_leader_is_replaced_at_once_and_nothing_acknowledged_is_lost() -> None:
+    server = MemoryServer()
+    nodes = cluster(server, "a", "b", "c")
+    old = await leader_of(nodes)
+    await old.ask(Create(id="held"))
+    grant = await old.ask(Start(id="held", worker="w-1", lock_ttl_ms=60_000))
+    repeated = key("same")
+    await old.ask(Create(id="b"), key=repeated)
+    await old.kill()
+    began_s = loop_s()
+    new = await leader_of([node for node in nodes if node is not old])
+    assert loop_s() - began_s < 0.2
+    assert (await new.ask(Get(id="held"))).lock.fencing_token == grant.fencing_token
+    assert b'"id":"b"' in bytes(await new.ask(Create(id="b"), key=repeated)), "the stored response is replayed"
+    assert await new.ask(Progress(id="held", lock_id=grant.lock_id, progress=50)) != "lock_lost"
+    await new.ask(Create(id="next"))
+    later = await new.ask(Start(id="next", worker="w-2"))
+    assert later.fencing_token > grant.fencing_token
+    assert later.fencing_token >> TOKEN_COUNTER_BITS == server.lead.epoch
+    await stop_all([node for node in nodes if node is not old])
+
+
+@in_virtual_time
+async def test_the_warm_state_equals_one_that_is_read_from_the_same_store() -> None:
+    server = MemoryServer()
+    nodes = cluster(server, "a", "b")
+    old, standby = nodes
+    assert await leader_of(nodes) is old
+    for number in range(300):
+        await old.ask(Create(id=f"job-{number}", priority=number % 3), key=key(f"key {number}"))
+    for turn in range(5):
+        grants = (await old.ask(Claim(worker="w-1", limit=20), key=key(f"claim {turn}"))).grants
+        for granted in grants[: 10 * turn]:
+            await old.ask(Complete(id=granted.job.id, lock_id=granted.lock_id, file_path="/f"))
+    await old.kill()
+    await leader_of([standby])
+    cold = standby.disk.opened()
+    warm, opened = standby.warm.opened(), State.opened(cold)
+    assert [row.digest for row in warm.keys] == [row.digest for row in cold.keys]
+    assert [row.grants for row in warm.keys] == [row.grants for row in cold.keys]
+    assert warm.queues == cold.queues
+    state = standby.state
+    at = standby.clock.moment()
+    for each in (state, opened):
+        each.finished.clear()
+        each.advance(at.now, at.lease)
+    shown, expected = snapshot(state), snapshot(opened)
+    await stop_all([standby])
+    for name in expected:
+        if name not in {"epoch", "next_token"}:
+            assert shown[name] == expected[name], name
+
+
+@in_virtual_time
+async def test_a_node_that_is_lost_is_replaced_after_the_lease() -> None:
+    """Its machine does not refuse connections, because it is gone."""
+    server = MemoryServer()
+    old, standby = nodes = cluster(server, "a", "b")
+    assert await leader_of(nodes) is old
+    await old.ask(Create(id="a"))
+    old.journal.is_reachable = False
+    began_s = loop_s()
+    new = await leader_of([standby])
+    assert LEASE_S * 0.6 < loop_s() - began_s < LEASE_S + 0.2
+    assert isinstance(old.ended, LeadershipLost), "it stopped before the other began"
+    assert (await new.ask(Get(id="a"))).id == "a"
+    await stop_all([new])
+
+
+@in_virtual_time
+async def test_a_frozen_leader_that_wakes_late_answers_nothing() -> None:
+    server = MemoryServer()
+    old, standby = nodes = cluster(server, "a", "b")
+    assert await leader_of(nodes) is old
+    await old.ask(Create(id="a"))
+    frozen = asyncio.Event()
+
+    async def freeze(call: str) -> None:
+        await frozen.wait()
+
+    old.journal.before = freeze  # its renewals do not get out
+    append = asyncio.create_task(old.ask(Create(id="lost")))
+    await settle()
+    new = await leader_of([standby])
+    assert (await new.ask(Create(id="b"))).id == "b"
+    read = asyncio.create_task(old.ask(Get(id="b")))
+    frozen.set()
+    assert await append == "outcome_unknown"
+    assert await read == "not_leader"
+    assert isinstance(old.ended, Fenced | OutcomeUnknown)
+    assert await new.ask(Get(id="lost")) == "job_not_found"
+    await stop_all([new])
+
+
+@in_virtual_time
+async def test_a_read_is_not_answered_after_the_lease() -> None:
+    """The process was stopped after its last renewal, and no renewal has failed yet."""
+    server = MemoryServer()
+    [node] = cluster(server, "a")
+    await leader_of([node])
+    await node.ask(Create(id="a"))
+    node.boot_ms += 3_000
+    assert await node.ask(Get(id="a")) == "not_leader"
+    assert isinstance(node.ended, LeadershipLost)
+
+
+@pytest.mark.parametrize("hook", ["before", "after"])
+def test_a_lost_response_to_an_append_is_not_noticed_by_clients(hook: str) -> None:
+    @in_virtual_time
+    async def run() -> None:
+        server = MemoryServer()
+        old, standby = nodes = cluster(server, "a", "b")
+        assert await leader_of(nodes) is old
+        lost = [True]
+
+        async def lose(call: str) -> None:
+            if call == "append" and lost:
+                lost.clear()
+                raise OutcomeUnknown
+
+        setattr(old.journal, hook, lose)
+        assert (await old.ask(Create(id="a"))).id == "a"
+        token = (await old.ask(Start(id="a", worker="w"))).fencing_token
+        assert token >> TOKEN_COUNTER_BITS == server.lead.epoch
+        await old.kill()
+        new = await leader_of([standby])
+        assert (await new.ask(Get(id="a"))).lock.fencing_token == token
+        await stop_all([new])
+
+    run()
+
+
+@pytest.mark.parametrize("hook", ["before", "after"])
+def test_a_lost_response_to_a_takeover_is_resolved(hook: str) -> None:
+    @in_virtual_time
+    async def run() -> None:
+        [node] = cluster(MemoryServer(), "a")
+        lost = [True]
+
+        async def lose(call: str) -> None:
+            if call == "take_over" and lost:
+                lost.clear()
+                raise OutcomeUnknown
+
+        setattr(node.journal, hook, lose)
+        began_s = loop_s()
+        await leader_of([node])
+        assert loop_s() - began_s < 0.2
+        await stop_all([node])
+
+    run()
+
+
+@in_virtual_time
+async def test_time_without_a_leader_does_not_age_locks() -> None:
+    server = MemoryServer()
+    old, standby = nodes = cluster(server, "a", "b")
+    assert await leader_of(nodes) is old
+    await old.ask(Create(id="a"))
+    grant = await old.ask(Start(id="a", worker="w", lock_ttl_ms=60_000))
+    await seconds(20)
+    await old.ask(Create(id="b"))  # carries the lease time
+    await old.kill()
+    standby.journal.is_reachable = False
+    await seconds(3600)
+    standby.journal.is_reachable = True
+    new = await leader_of([standby])
+    left_ms = (await new.ask(Get(id="a"))).lock.expires_at - new.wall_ms()
+    assert 39_000 < left_ms <= 40_100
+    assert (await new.ask(Progress(id="a", lock_id=grant.lock_id, progress=1))).ttl_ms == 60_000
+    await stop_all([new])
+
+
+@pytest.mark.parametrize("ahead_ms", [-3_600_000, 3_600_000])
+def test_clocks_that_differ_by_an_hour_change_no_lock_and_no_token_goes_back(ahead_ms: int) -> None:
+    @in_virtual_time
+    async def run() -> None:
+        server = MemoryServer()
+        old = ClusterNode(server, "a")
+        await leader_of([old])
+        standby = ClusterNode(server, "b", ahead_ms=ahead_ms, boot_ms=987_654_321)
+        join([old, standby])
+        await old.ask(Create(id="a"))
+        grant = await old.ask(Start(id="a", worker="w", lock_ttl_ms=60_000))
+        await seconds(1)
+        await old.kill()
+        new = await leader_of([standby])
+        left_ms = (await new.ask(Get(id="a"))).lock.expires_at - new.wall_ms()
+        assert 57_000 < left_ms <= 60_100
+        await new.ask(Create(id="b"))
+        assert (await new.ask(Start(id="b", worker="w"))).fencing_token > grant.fencing_token
+        await stop_all([new])
+
+    run()
+
+
+@in_virtual_time
+async def test_a_node_starts_from_an_empty_disk_and_from_an_old_one() -> None:
+    server = MemoryServer()
+    [first] = cluster(server, "a")
+    await leader_of([first])
+    for number in range(450):  # several reads
+        await first.ask(Create(id=f"job-{number}"))
+    late = ClusterNode(server, "b")
+    join([first, late])
+    await seconds(2)
+    assert late.warm.number == 450
+    disk = late.disk
+    await late.stop()
+    await first.ask(Create(id="more"))
+    again = ClusterNode(server, "b", disk)
+    join([first, again])
+    await first.kill()
+    await leader_of([again])
+    assert again.disk.jobs.keys() == first.disk.jobs.keys()
+    await stop_all([again])
+
+
+@in_virtual_time
+async def test_a_stopped_leader_is_replaced_at_once() -> None:
+    nodes = cluster(MemoryServer(), "a", "b")
+    old = await leader_of(nodes)
+    await old.ask(Create(id="a"))
+    began_s = loop_s()
+    await old.stop()
+    [other] = [node for node in nodes if node is not old]
+    await leader_of([other])
+    assert loop_s() - began_s < 0.2
+    await stop_all([other])
+
+
+@in_virtual_time
+async def test_two_nodes_that_take_over_at_once_do_not_both_lead() -> None:
+    for _ in range(20):
+        server = MemoryServer()
+        nodes = cluster(server, "a", "b", "c")
+        await leader_of(nodes)
+        await seconds(1)
+        assert [node.leads for node in nodes].count(True) == 1
+        assert len(server.epochs) == 1
+        await stop_all(nodes)
