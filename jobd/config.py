@@ -8,6 +8,7 @@ from typing import Annotated, Final, Literal, get_type_hints
 import msgspec
 from msgspec import Meta, Struct
 
+from jobd.journal import url as journal_url
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, LatePolicy, OnStall, Policy
 from jobd.webhooks.config import WebhookSetting
 
@@ -100,6 +101,49 @@ class StoreSection(Struct, frozen=True, forbid_unknown_fields=True):
     With `auto`, commits are inline until one takes 50 ms, two of the latest 8 take 2 ms, or their median reaches 1 ms.
     Then the thread is used for at least 10 s, and until at most 4 of the latest 200 commits took 2 ms. With `inline` on
     a slow disk, every request waits for commits, even `/healthz`.
+    """
+
+
+class JournalSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """The journal in PostgreSQL, which several nodes share."""
+
+    url: str = ""
+    """`postgresql://ROLE:PASSWORD@HOST:PORT,HOST:PORT/DATABASE`. Empty: the journal is in the SQLite database.
+
+    With several hosts, the one that accepts writes is used. Parameters such as `?sslmode=verify-full&sslrootcert=FILE`
+    configure TLS. Without a password, that of the file `PGPASSFILE` is used. It requires the extra `postgres`; see
+    [cluster](cluster.md).
+    """
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$(?!\n)", max_length=30)] = "main"
+    """Name of the journal: up to 30 of a-z, 0-9 and single hyphens. Nodes with the same name are one jobd."""
+    lease: Duration = Duration(3 * SECOND_MS)
+    """Time without a sign of the leader after which a standby takes over, 500 ms to 1 min.
+
+    The leader renews the lease three times as often, and stops if it cannot.
+    """
+    snapshot_every: Duration = Duration(10 * MINUTE_MS)
+    """Time between two snapshots, from which a node with an empty disk starts. At least 1 s."""
+    require_sync: bool = True
+    """Report `degraded` while PostgreSQL has no synchronous standby, because a lost disk then loses jobs.
+
+    Set it to `false` for one PostgreSQL server, or if its storage is replicated.
+    """
+
+
+class NodeSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """This node of a shared journal."""
+
+    name: Annotated[str, Meta(max_length=100)] = ""
+    """Name of the node, different for each. Empty: the host name."""
+    advertise: str = ""
+    """URL of this node's worker API for clients, such as `http://a.example:8771`.
+
+    Empty: that of `worker.listen`, unless it is an address of all interfaces. Without either, clients cannot follow.
+    """
+    direct: bool = True
+    """`node.advertise` connects to this process itself, not to a proxy.
+
+    Then a standby takes over at once if PostgreSQL has lost the leader's session and its address refuses connections.
     """
 
 
@@ -281,6 +325,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     worker: WorkerSection = WorkerSection()
     admin: AdminSection = AdminSection()
     store: StoreSection = StoreSection()
+    journal: JournalSection = JournalSection()
+    node: NodeSection = NodeSection()
     locks: LocksSection = LocksSection()
     stuck: StuckSection = StuckSection()
     cleanup: CleanupSection = CleanupSection()
@@ -349,6 +395,8 @@ RELOADABLE: Final = frozenset(
 )
 
 BOUNDS: Final[dict[str, tuple[int, int]]] = {
+    "journal.lease": (SECOND_MS // 2, MINUTE_MS),
+    "journal.snapshot_every": (SECOND_MS, DAY_MS),
     "locks.ttl": (SECOND_MS, DAY_MS),
     "locks.max_processing": (0, YEAR_MS),
     "stuck.after": (0, YEAR_MS),
@@ -390,8 +438,8 @@ def effective(loaded: LoadedConfig) -> str:
     for section in Config.__struct_fields__:
         lines.append(f"[{section}]")
         for name in getattr(loaded.config, section).__struct_fields__:
-            value = getattr(getattr(loaded.config, section), name)
-            lines.append(f"{name} = {to_toml(value)}  # {loaded.sources[f'{section}.{name}']}")
+            key = f"{section}.{name}"
+            lines.append(f"{name} = {to_toml(shown(loaded.config, key))}  # {loaded.sources[key]}")
         lines.append("")
     for webhook in loaded.webhooks:
         lines.append(f"[[{WEBHOOKS}]]  # file {loaded.path}")
@@ -439,6 +487,12 @@ def reloaded(old: Config, new: Config) -> tuple[Config, list[str], list[str]]:
 def value_of(config: Config, key: str) -> object:
     section, name = key.split(".")
     return getattr(getattr(config, section), name)
+
+
+def shown(config: Config, key: str) -> object:
+    """Return the value of a key without secrets."""
+    value = value_of(config, key)
+    return journal_url.redacted(config.journal.url) if key == "journal.url" else value
 
 
 def _fields() -> dict[str, type]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import socket
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -26,6 +27,7 @@ from jobd.config import (
     ConfigError,
     Duration,
     LoadedConfig,
+    NodeSection,
     parse_duration,
     parse_listen,
     show_duration,
@@ -33,6 +35,7 @@ from jobd.config import (
     value_of,
 )
 from jobd.credentials import MAKE_TOKEN, InvalidToken
+from jobd.journal import url as journal_url
 from jobd.model.job import is_job_id
 from jobd.webhooks import config as webhook_config
 from jobd.webhooks.config import BadWebhook, WebhookSetting
@@ -78,6 +81,7 @@ def load(
     warnings = (
         *_unencrypted_listeners(config),
         *_exposed_secrets(file, _secret_files(config, environ, webhooks), webhooks),
+        *_exposed_password(file, config, sources),
         *_doubtful_settings(config, sources, development),
     )
     return LoadedConfig(
@@ -284,7 +288,19 @@ def _fill_in_paths(config: Config, environ: Mapping[str, str], sources: dict[str
     worker = msgspec.structs.replace(worker, socket=os.path.abspath(worker.socket))
     if store.path != ":memory:":
         store = msgspec.structs.replace(store, path=os.path.abspath(store.path))
-    return msgspec.structs.replace(config, worker=worker, store=store)
+    node = config.node if not config.journal.url else _fill_in_node(config)
+    return msgspec.structs.replace(config, worker=worker, store=store, node=node)
+
+
+def _fill_in_node(config: Config) -> NodeSection:
+    """Fill in the name of the host, and the address of the worker API unless it is one of all interfaces."""
+    node, listen = config.node, config.worker.listen
+    if not node.name:
+        node = msgspec.structs.replace(node, name=socket.gethostname())
+    host = listen.rpartition(":")[0]
+    if not node.advertise and is_host(host):
+        node = msgspec.structs.replace(node, advertise=f"http{'s' if config.worker.tls_cert else ''}://{listen}")
+    return node
 
 
 def _is_development(environ: Mapping[str, str]) -> bool:
@@ -347,8 +363,36 @@ def _check(config: Config) -> None:
     for name in config.late.queues:
         if not is_job_id(name):  # queue names follow the rules of job ids
             raise ConfigError(f"late.queues: {name!r}: a queue has 1 to 200 characters of A-Z a-z 0-9 . _ : -")
+    if config.journal.url:
+        _check_journal(config)
     if config.artifacts.url:
         _check_artifacts(config.artifacts.url)
+
+
+def _check_journal(config: Config) -> None:
+    """Reject a malformed URL, and one that requires a package that is not installed."""
+    try:
+        journal_url.parse(config.journal.url)
+    except ValueError as error:
+        raise ConfigError(f"journal.url: {error}") from None
+    if find_spec("asyncpg") is None:
+        raise ConfigError("journal.url needs an extra that is not installed: pip install 'jobd[postgres]'")
+    if not config.node.name.isprintable():
+        raise ConfigError("node.name: expected printable characters")
+    if config.node.advertise:
+        _check_advertised(config.node.advertise)
+
+
+def _check_advertised(url: str) -> None:
+    expected = f'node.advertise: "{url}": expected http://HOST:PORT or https://HOST:PORT, without a path'
+    try:
+        parts = urlsplit(url)
+        is_right = parts.scheme in ("http", "https") and parts.port != 0
+    except ValueError:
+        raise ConfigError(expected) from None
+    host = re.sub(r":[0-9]*$", "", parts.netloc)
+    if not is_right or parts.path.strip("/") or parts.query or parts.fragment or not is_host(host):
+        raise ConfigError(expected)
 
 
 def is_host(text: str) -> bool:
@@ -473,6 +517,20 @@ def _exposed_secrets(
     return tuple(warnings)
 
 
+def _exposed_password(path: Path | None, config: Config, sources: Mapping[str, str]) -> tuple[str, ...]:
+    """Warn about a password of PostgreSQL that every user can read."""
+    if not journal_url.has_password(config.journal.url):
+        return ()
+    source = sources.get("journal.url")
+    if source == "flag":
+        return ("the password in journal.url is visible in the list of processes: use PGPASSFILE.",)
+    if source == f"file {path}" and path is not None and _is_world_readable(path):
+        return (
+            f"{path} contains the password of journal.url and is readable by EVERY user: chmod 640, or use PGPASSFILE.",
+        )
+    return ()
+
+
 def _is_world_readable(path: str | Path) -> bool:
     """Return whether every user can read `path`. False if it is missing, which is reported when it is read."""
     try:
@@ -497,6 +555,11 @@ def _doubtful_settings(config: Config, sources: Mapping[str, str], development: 
         warnings.append(
             f"{shown('locks.ttl')} is above {shown('locks.max_processing')}, which takes precedence: locks are "
             "shortened to it, unless their job has a max_processing_ms. Raise locks.max_processing too."
+        )
+    if config.journal.url and not config.node.advertise:
+        warnings.append(
+            "node.advertise is empty: clients of another node are not sent to this one while it leads. Set it to the "
+            "URL of the worker API, such as http://a.example:8771."
         )
     if config.store.path == ":memory:" and not development:
         warnings.append(

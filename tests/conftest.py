@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import os
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from blockbuster import BlockBuster
 import jobd
 from jobd.storage import dry_run, startup
 from tests import ROOT
+from tests.support import postgres
+from tests.support.postgres import PostgresMissing, PostgresServer
 
 OURS = str(Path(jobd.__file__).parent) + os.sep
 TESTS = str(Path(__file__).parent) + os.sep
@@ -26,6 +29,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell ignores SIGINT in a background process, which the programs that tests interrupt would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+_journals = itertools.count(1)
 EPOCH_1_MS = 1_577_836_801_000  # wall time that yields epoch 1
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
@@ -112,6 +116,23 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 def tool_missing(name: str, package: str) -> NoReturn:
     """Skip a test that needs a missing program."""
     pytest.skip(f"{name} is missing: install the package {package}")
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """Run a PostgreSQL server for the tests of this process. A test that changes the server itself starts its own."""
+    try:
+        postgres.programs()
+    except PostgresMissing:
+        tool_missing("postgres", "postgresql")
+    with postgres.postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def journal_name() -> str:
+    """Return a name for a journal that no other test of this process uses."""
+    return f"test-{next(_journals)}"
 
 
 @pytest.fixture

@@ -124,9 +124,8 @@ class PostgresServer:
     def kill(self) -> None:
         """End every process of the server with SIGKILL."""
         assert self.process is not None
-        children = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True, check=False
-        ).stdout.split()
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         self.process.kill()
         for child in children:
             with contextlib.suppress(ProcessLookupError):

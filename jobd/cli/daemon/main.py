@@ -17,6 +17,7 @@ from jobd import __version__
 from jobd.cli import exit_codes, terminal
 from jobd.cli.daemon import store
 from jobd.cli.daemon.bench import bench
+from jobd.cli.daemon.cluster import check_journal, cluster
 from jobd.cli.daemon.monitoring import monitoring
 from jobd.cli.daemon.settings import config_option, flag_options, read
 from jobd.cli.params import SETTINGS, CommandGroup, json_option
@@ -73,7 +74,8 @@ def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> No
     """Check the configuration and print the effective values.
 
     Each value is printed with its source; secrets are not printed. Exit 78 if `jobd serve` would not start with the
-    same flags.
+    same flags. With journal.url, the database is checked as well: exit 78 if it has to be changed, 75 if it cannot be
+    reached.
     """
     from jobd.config import ConfigError, effective
     from jobd.config_loader import check_artifact_directory
@@ -90,6 +92,8 @@ def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> No
             terminal.emit(line)
     for warning in loaded.warnings:
         terminal.say(f"jobd: {warning}")
+    if loaded.config.journal.url:
+        check_journal(loaded.config.journal)
 
 
 @click.command()
@@ -134,17 +138,17 @@ def _webhooks(loaded: LoadedConfig) -> list[dict[str, object]]:
 
 def _values(loaded: LoadedConfig) -> dict[str, dict[str, object]]:
     """Return each key with its value and source. Durations are as in the file."""
-    from jobd.config import Duration, show_duration
+    from jobd.config import Duration, show_duration, shown
 
     found: dict[str, dict[str, object]] = {}
     for key, source in loaded.sources.items():
-        section, _, name = key.partition(".")
-        value = getattr(getattr(loaded.config, section), name)
+        value = shown(loaded.config, key)
         found[key] = {"value": show_duration(value) if isinstance(value, Duration) else value, "source": source}
     return found
 
 
 jobd.add_all("Daemon", serve, check_config, demo, bench, monitoring)
+jobd.add_all("Cluster", cluster)
 jobd.add_all("Files", store.backup_command, store.restore_command, store.doctor_command)
 
 

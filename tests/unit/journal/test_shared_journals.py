@@ -25,19 +25,21 @@ Nodes = Callable[[], Awaitable[SharedJournal]]  # makes a node of the journal un
 
 
 @pytest.fixture(params=["memory", "postgres"])
-async def node_of(request: pytest.FixtureRequest, name: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Nodes]:
+async def node_of(
+    request: pytest.FixtureRequest, journal_name: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Nodes]:
     made: list[SharedJournal] = []
     memory = MemoryServer()
     if request.param == "postgres":
-        server: PostgresServer = request.getfixturevalue("server")
+        server: PostgresServer = request.getfixturevalue("postgres_server")
         monkeypatch.setattr(partitions, "FIRST_RECORDS", 10)
-        await journal.create(server.url(), name, f"id of {name}")
+        await journal.create(server.url(), journal_name, f"id of {journal_name}")
 
     async def make() -> SharedJournal:
         if request.param == "memory":
             made.append(MemorySharedJournal(memory))
         else:
-            made.append(await PostgresJournal.open(server.url(), name, 3000))
+            made.append(await PostgresJournal.open(server.url(), journal_name, 3000))
         return made[-1]
 
     yield make

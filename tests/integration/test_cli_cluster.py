@@ -1,0 +1,91 @@
+"""`jobd cluster init`, and `jobd check-config` with a journal in PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jobd.cli.daemon.main import main
+from jobd.journal.postgres import session
+from tests.support.postgres import PASSWORD, PostgresServer
+
+TOKEN = "canary-admin-0123456789abcdef"
+SYNC_OFF = ("--set", "journal.require_sync=false")
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
+
+
+@pytest.fixture
+def database(postgres_server: PostgresServer, journal_name: str) -> str:
+    """Return the URL of an empty database, whose owner is a role of its own."""
+    name = journal_name.replace("-", "_")
+    postgres_server.sql(f"CREATE ROLE {name} LOGIN PASSWORD '{PASSWORD}'", f"CREATE DATABASE {name} OWNER {name}")
+    return postgres_server.url(name, role=name)
+
+
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, url: str, *argv: str
+) -> tuple[int, str, str]:
+    monkeypatch.setenv("JOBD_JOURNAL_URL", url)
+    code = main(argv)
+    out, err = capsys.readouterr()
+    assert PASSWORD not in out + err
+    assert PASSWORD.replace(" ", "%20") not in out + err
+    return code, out, err
+
+
+def test_init_creates_the_journal_once(
+    database: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = run(capsys, monkeypatch, database, "cluster", "init")
+    assert code == 0
+    assert out.startswith("main: created (id ")
+    assert "PostgreSQL has no synchronous standby" in err
+    again = run(capsys, monkeypatch, database, "cluster", "init", *SYNC_OFF)
+    assert again == (0, out.replace("created", "exists already"), "")
+    code, other, _ = run(capsys, monkeypatch, database, "cluster", "init", *SYNC_OFF, "--set", "journal.name=other")
+    assert code == 0
+    assert other.startswith("other: created")
+
+
+def test_init_needs_a_url(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cluster", "init"]) == 78
+    assert "journal.url is empty" in capsys.readouterr().err
+
+
+def test_check_config_checks_the_journal(
+    database: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(capsys, monkeypatch, database, "check-config")
+    assert code == 78
+    assert "has no tables of jobd: run `jobd cluster init`" in err
+    run(capsys, monkeypatch, database, "cluster", "init")
+    code, out, err = run(capsys, monkeypatch, database, "check-config", *SYNC_OFF, "--json")
+    assert code == 0, err
+    assert json.loads(out)["values"]["journal.url"]["value"].count("***") == 1
+    code, _, err = run(capsys, monkeypatch, database, "check-config")
+    assert code == 78
+    assert "require_sync = false" in err
+
+
+def test_an_unreachable_server_exits_with_75(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(capsys, monkeypatch, "postgresql://jobd@127.0.0.1:1/jobd", "check-config")
+    assert code == 75
+    assert "start it, or correct [journal] url" in err.splitlines()[-1]
+
+
+def test_tables_of_a_newer_version_exit_with_78(
+    database: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(capsys, monkeypatch, database, "cluster", "init")
+    monkeypatch.setattr(session, "VERSION", 0)
+    for verb in (("check-config",), ("cluster", "init")):
+        code, _, err = run(capsys, monkeypatch, database, *verb)
+        assert code == 78
+        assert "has tables of version 1, and this jobd knows version 0. Upgrade jobd" in err
