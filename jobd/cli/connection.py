@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CONFIG_PATH: Final = "/etc/jobd/config.toml"
 DEFAULT_LISTEN: Final = "127.0.0.1:8770"
 RETRY_FOR_S: Final = 3.0  # enough for a daemon that restarts, and short for an operator at a prompt
+TAKEOVER_S: Final = 10.0  # the same for a standby that takes over
 _LOOPBACK: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # reaches a listener on all addresses
 
 
@@ -44,8 +45,9 @@ def _option(flag: str, metavar: str, text: str) -> Callable[[Any], Any]:
 
 
 _SOCKET = _option("--socket", "PATH", "Worker socket of the daemon.  [env: JOBD_SOCKET]")
-_URL = _option("--url", "URL", "Worker API over TCP, instead of the socket.  [env: JOBD_URL]")
-_ADMIN = _option("--admin-url", "URL", "Admin API: http://HOST:PORT or unix:PATH.  [env: JOBD_ADMIN_URL]")
+_SEVERAL: Final = "Several for a cluster: URL,URL."
+_URL = _option("--url", "URL", f"Worker API over TCP, instead of the socket. {_SEVERAL}  [env: JOBD_URL]")
+_ADMIN = _option("--admin-url", "URL", f"Admin API: http://HOST:PORT or unix:PATH. {_SEVERAL}  [env: JOBD_ADMIN_URL]")
 _WORKER_TOKEN_FILE: Final = "JOBD_WORKER_TOKEN_FILE"
 _ADMIN_TOKEN_FILE: Final = "ADMIN_TOKEN_FILE"
 _OPERATOR = _option("--operator", "NAME", "Your name in timelines and the audit log.  [default: USER@HOST]")
@@ -83,25 +85,26 @@ def read_token(path: str) -> str:
     return lines[0]
 
 
-def worker_api_endpoint(options: ConnectionOptions) -> Endpoint:
-    """Return the address of the worker API from options, environment, the daemon's settings or its default."""
-    from jobd.client.endpoint import worker_endpoint
+def worker_api_endpoints(options: ConnectionOptions) -> tuple[Endpoint, ...]:
+    """Return the addresses of the worker API from options, environment, the daemon's settings or its default."""
+    from jobd.client.endpoint import worker_endpoints
 
     if options.url and options.socket:
         raise click.UsageError("--socket and --url are mutually exclusive: give one of them")
     address = options.url or (os.path.abspath(options.socket.removeprefix("unix:")) if options.socket else None)
     if address is None and not (os.environ.get("JOBD_SOCKET") or os.environ.get("JOBD_URL")):
         address = worker_socket()
-    return _usage_error_if_invalid(lambda: worker_endpoint(address, worker_token(options)))
+    return _usage_error_if_invalid(lambda: worker_endpoints(address, worker_token(options)))
 
 
-def admin_api_endpoint(options: ConnectionOptions) -> Endpoint:
-    """Return the address of the admin API and its token, found like those of the worker API."""
-    from jobd.client.endpoint import admin_endpoint
+def admin_api_endpoints(options: ConnectionOptions) -> tuple[Endpoint, ...]:
+    """Return the addresses of the admin API and its token, found like those of the worker API."""
+    from jobd.client.endpoint import admin_endpoints
 
     token = admin_token(options)
     address = options.admin_url or os.environ.get("JOBD_ADMIN_URL") or admin_url()
-    return _usage_error_if_invalid(lambda: admin_endpoint(address, token, operator=options.operator or this_operator()))
+    operator = options.operator or this_operator()
+    return _usage_error_if_invalid(lambda: admin_endpoints(address, token, operator=operator))
 
 
 def this_operator() -> str:
@@ -113,7 +116,7 @@ def this_operator() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def _usage_error_if_invalid(find: Callable[[], Endpoint]) -> Endpoint:
+def _usage_error_if_invalid(find: Callable[[], tuple[Endpoint, ...]]) -> tuple[Endpoint, ...]:
     try:
         return find()
     except ValueError as error:
@@ -161,16 +164,22 @@ def job_client(*, retry_for_s: float | None = None) -> JobClient:
     """Return a client of the worker API. It is closed at the end of the command."""
     from jobd.client import JobClient
 
-    retry_for_s = RETRY_FOR_S if retry_for_s is None else retry_for_s
-    return click.get_current_context().with_resource(JobClient(worker_api_endpoint(current()), retry_for_s=retry_for_s))
+    endpoints = worker_api_endpoints(current())
+    retry_for_s = _retry_for_s(endpoints) if retry_for_s is None else retry_for_s
+    return click.get_current_context().with_resource(JobClient(endpoints, retry_for_s=retry_for_s))
 
 
 def admin_client(*, timeout_s: float = 30.0) -> AdminClient:
     """Return a client of the admin API. It is closed at the end of the command."""
     from jobd.client import AdminClient
 
-    client = AdminClient(admin_api_endpoint(current()), retry_for_s=RETRY_FOR_S, timeout_s=timeout_s)
+    endpoints = admin_api_endpoints(current())
+    client = AdminClient(endpoints, retry_for_s=_retry_for_s(endpoints), timeout_s=timeout_s)
     return click.get_current_context().with_resource(client)
+
+
+def _retry_for_s(endpoints: tuple[Endpoint, ...]) -> float:
+    return RETRY_FOR_S if len(endpoints) == 1 else TAKEOVER_S
 
 
 def current() -> ConnectionOptions:

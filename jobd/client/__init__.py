@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobd.client.admin import AdminClient
 from jobd.client.admin_requests import ValidatedJob
-from jobd.client.endpoint import Endpoint, admin_endpoint, default_socket, parse_endpoint, worker_endpoint
+from jobd.client.endpoint import Endpoint, admin_endpoints, default_socket, parse_endpoint, worker_endpoints
 from jobd.client.errors import (
     ERRORS,
     AlreadyLocked,
@@ -47,7 +47,8 @@ from jobd.client.errors import (
     WorkerNotFound,
     WorkerNotSilent,
 )
-from jobd.client.protocol import GrantInfo, JobInfo, JobInfoPage, RetryOptions, uuid7
+from jobd.client.protocol import GrantInfo, JobInfo, JobInfoPage, uuid7
+from jobd.client.retries import RetryOptions
 from jobd.client.sync import JobClient
 from jobd.model.events import StreamedEvent
 from jobd.model.responses import ImportPreview, ImportResult, PreviewedLine, RejectedLine
@@ -138,9 +139,9 @@ __all__ = [
     "Worker",
     "WorkerNotFound",
     "WorkerNotSilent",
-    "admin_endpoint",
+    "admin_endpoints",
     "default_socket",
     "parse_endpoint",
     "uuid7",
-    "worker_endpoint",
+    "worker_endpoints",
 ]

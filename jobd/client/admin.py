@@ -15,9 +15,10 @@ from typing import Any, BinaryIO, Final
 from msgspec.structs import replace
 
 from jobd.client import admin_requests
-from jobd.client.apis import CHUNK_BYTES, AdminApi
+from jobd.client.apis import CHUNK_BYTES, AdminApi, unreachable
 from jobd.client.errors import JobdError, Unreachable
-from jobd.client.protocol import ApiRequest, ApiResponse, RetryOptions, T, json_lines, raise_error, read_result, uuid7
+from jobd.client.protocol import ApiRequest, ApiResponse, T, json_lines, raise_error, read_result, uuid7
+from jobd.client.retries import RetryOptions
 from jobd.client.sync import CONNECTION_ERRORS, BlockingClient, DaemonConnection, lower_headers
 from jobd.model.responses import BackupView, ImportPreview, ImportResult
 
@@ -27,7 +28,8 @@ POLL_S: Final = 0.5  # between two requests for the progress of a backup
 class AdminClient(AdminApi, BlockingClient):
     """The admin API for blocking code. Times are Unix ms; the units of durations are in each result.
 
-    `endpoint` is `http://host:port`, `unix:/path`, or None for $JOBD_ADMIN_URL or http://127.0.0.1:8770. `token` is by
+    `endpoint` is `http://host:port`, `unix:/path`, a list of several, or None for $JOBD_ADMIN_URL or
+    http://127.0.0.1:8770. `token` is by
     default $ADMIN_TOKEN or the first line of $ADMIN_TOKEN_FILE. `operator` is your name in the audit log and in
     timelines. The rest is as in JobClient.
     """
@@ -45,8 +47,14 @@ class AdminClient(AdminApi, BlockingClient):
         """Return what import_jobs would do with the same jobs, line by line. Changes nothing."""
         return self._send_lines(admin_requests.preview_import(), jobs)
 
+    def _connection(self) -> DaemonConnection:
+        """Return a new connection for a request that cannot be repeated: of several nodes, to the leader."""
+        if not self._nodes.is_single:
+            self.clock()  # any call finds the leader
+        return DaemonConnection(self.endpoint, self._tls)
+
     def _send_lines(self, request: ApiRequest[T], jobs: Iterable[Mapping[str, Any] | bytes | str]) -> T:
-        with contextlib.closing(DaemonConnection(self.endpoint, self._tls)) as connection:
+        with contextlib.closing(self._connection()) as connection:
             return read_result(request, self._upload(connection, request, json_lines(iter(jobs))))
 
     def _upload(self, connection: DaemonConnection, request: ApiRequest[Any], chunks: Iterator[bytes]) -> ApiResponse:
@@ -61,7 +69,7 @@ class AdminClient(AdminApi, BlockingClient):
                 response.begin()
             return ApiResponse(response.status, lower_headers(response), response.read())
         except CONNECTION_ERRORS as error:
-            raise self._unreachable(error) from error
+            raise unreachable(self.endpoint, error) from error
 
     def backup(self, file: BinaryIO, *, on_progress: Callable[[BackupView], None] | None = None) -> int:
         """Write a copy of the current database to `file` and return its size in bytes.
@@ -72,7 +80,7 @@ class AdminClient(AdminApi, BlockingClient):
         unchanged.
         """
         stall = StallTimeout(uuid7(), on_progress, self._retry.timeout_s, time.monotonic())
-        with contextlib.closing(DaemonConnection(self.endpoint, self._tls)) as connection:
+        with contextlib.closing(self._connection()) as connection:
             return self._save(self._await_backup(connection, stall), file, stall)
 
     def _await_backup(self, connection: DaemonConnection, stall: StallTimeout) -> http.client.HTTPResponse:
@@ -99,7 +107,7 @@ class AdminClient(AdminApi, BlockingClient):
             connection.sock.settimeout(self._retry.timeout_s)
             return response
         except CONNECTION_ERRORS as error:
-            raise self._unreachable(error) from error
+            raise unreachable(self.endpoint, error) from error
         finally:
             if thread.is_alive() and not head.done():
                 with contextlib.suppress(OSError):
@@ -121,11 +129,11 @@ class AdminClient(AdminApi, BlockingClient):
         the stream is interrupted; `file` is then incomplete. Errors of `file` are raised unchanged.
         """
         request = admin_requests.download_artifact(job_id, late_result)
-        with contextlib.closing(DaemonConnection(self.endpoint, self._tls)) as connection:
+        with contextlib.closing(self._connection()) as connection:
             try:
                 response = self._response(connection, request, self._retry.timeout_s)
             except CONNECTION_ERRORS as error:
-                raise self._unreachable(error) from error
+                raise unreachable(self.endpoint, error) from error
             return self._save(response, file)
 
     def _save(self, response: http.client.HTTPResponse, file: BinaryIO, stall: StallTimeout | None = None) -> int:
@@ -144,7 +152,7 @@ class AdminClient(AdminApi, BlockingClient):
         try:
             return response.read(size)
         except CONNECTION_ERRORS as error:
-            raise self._unreachable(error) from error
+            raise unreachable(self.endpoint, error) from error
 
 
 class StallTimeout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import functools
 import io
 import random
 import time
@@ -15,12 +16,14 @@ from typing import Any, Final, Self
 import aiohttp
 from yarl import URL
 
-from jobd.client.apis import CONNECT_S, IDLE_S, AdminApi, BaseClient, WorkerApi
+from jobd.client.apis import IDLE_S, AdminApi, BaseClient, WorkerApi, unreachable
 from jobd.client.command_stream import CommandStream, command_line
+from jobd.client.endpoint import Endpoint
 from jobd.client.errors import JobdError, Unreachable
-from jobd.client.event_subscription import RECONNECT, SILENCE_S, EventSubscription
+from jobd.client.event_subscription import RECONNECT, EventSubscription
 from jobd.client.methods import PageWalk
-from jobd.client.protocol import ApiRequest, ApiResponse, RetryOptions, RetryState, T, read_result
+from jobd.client.protocol import ApiRequest, ApiResponse, T, read_result
+from jobd.client.retries import RetryOptions, RetryState
 from jobd.model.events import StreamedEvent
 
 # Errors that aiohttp raises if a connection cannot be made or breaks.
@@ -30,10 +33,10 @@ _STALE: Final = (aiohttp.ServerDisconnectedError, ConnectionResetError, BrokenPi
 
 
 class AsyncClient(BaseClient):
-    """A pool of connections to one listener, and calls over them. Belongs to the event loop of its first call."""
+    """A pool of connections, and calls over them. Belongs to the event loop of its first call."""
 
     def _reset_connections(self) -> None:
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: dict[Endpoint, aiohttp.ClientSession] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -45,8 +48,8 @@ class AsyncClient(BaseClient):
 
     async def close(self) -> None:
         """Close all connections."""
-        session, self._session = self._session, None
-        if session is not None:
+        sessions, self._sessions = self._sessions, {}
+        for session in sessions.values():
             await session.close()
 
     def twin(self) -> Self:
@@ -63,16 +66,20 @@ class AsyncClient(BaseClient):
     ) -> T:
         """Send `request`, with retries if that is safe, and return its result. Raises JobdError.
 
-        `on_retry` is called with each error that leads to another attempt.
+        `on_retry` is called with each error that leads to another attempt, unless a standby only named the leader.
         """
-        state = RetryState(retry or self._retry, request, time.monotonic())
+        state = self._attempts(request, retry)
         while True:
             try:
-                return read_result(request, await self._exchange(request, state.timeout_s(time.monotonic())))
+                response = await self._exchange(state.endpoint, request, state.timeout_s(time.monotonic()))
+                result = read_result(request, response)
             except JobdError as error:
                 wait_s = state.wait_s(error, time.monotonic(), random.random())
-                if on_retry is not None:
+                if on_retry is not None and not state.is_redirected:
                     on_retry(error)
+            else:
+                state.served()
+                return result
             await asyncio.sleep(wait_s)
 
     async def iterate(self, pages: PageWalk[T]) -> AsyncIterator[T]:
@@ -89,75 +96,93 @@ class AsyncClient(BaseClient):
     async def listen(self, subscription: EventSubscription) -> AsyncIterator[StreamedEvent]:
         """Iterate over the events of a subscription. Reconnects if the connection is lost."""
         request = subscription.request()
-        state = RetryState(self._retry, request, time.monotonic())
+        state = self._attempts(request)
         while True:
             try:
-                async with contextlib.aclosing(self._event_chunks(subscription, request)) as chunks:
+                async with contextlib.aclosing(self._event_chunks(subscription, request, state)) as chunks:
                     async for chunk in chunks:
-                        state = RetryState(RECONNECT, request, time.monotonic())
+                        state.served()
+                        state = self._attempts(request, RECONNECT)
                         for event in subscription.read(chunk):
                             yield event
                 if not subscription.follow:
                     return
-                raise Unreachable(f"The daemon at {self.endpoint} ended the stream of events.")
+                raise Unreachable(f"The daemon at {state.endpoint} ended the stream of events.")
             except JobdError as error:
                 wait_s = state.wait_s(error, time.monotonic(), random.random())
-                if subscription.on_lost is not None:
+                if subscription.on_lost is not None and not state.is_redirected:
                     subscription.on_lost(error)
             await asyncio.sleep(wait_s)
             request = subscription.request()
 
-    async def _event_chunks(self, subscription: EventSubscription, request: ApiRequest[Any]) -> AsyncGenerator[bytes]:
+    async def _event_chunks(
+        self, subscription: EventSubscription, request: ApiRequest[Any], state: RetryState
+    ) -> AsyncGenerator[bytes]:
         """Yield the chunks that arrive over one connection."""
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
+        endpoint, silence_s = state.endpoint, self._silence_s
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s, sock_read=silence_s)
+        head_s = None if self._nodes.is_single else min(silence_s, state.timeout_s(time.monotonic()))
         try:
-            async with self._open(request, timeout) as response:
+            async with contextlib.AsyncExitStack() as stack:
+                async with asyncio.timeout(head_s):
+                    response = await stack.enter_async_context(self._open(endpoint, request, timeout))
                 body = await response.read() if response.status >= 400 else b""
                 subscription.begin(ApiResponse(response.status, _lower_headers(response), body))
                 while chunk := await response.content.readany():
                     yield chunk
         except _CONNECTION_ERRORS as error:
-            raise self._unreachable(error) from error
+            raise _unreachable(endpoint, error) from error
 
-    async def _exchange(self, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
+    async def _exchange(self, endpoint: Endpoint, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
         """Send `request` once. If the daemon has closed the idle connection, repeat it on a new one."""
         try:
             try:
-                return await self._exchange_over_http(request, timeout_s)
+                return await self._exchange_over_http(endpoint, request, timeout_s)
             except _STALE:
                 if not request.repeatable:
                     raise
-            return await self._exchange_over_http(request, timeout_s)
+            return await self._exchange_over_http(endpoint, request, timeout_s)
         except _CONNECTION_ERRORS as error:
-            raise self._unreachable(error) from error
+            raise _unreachable(endpoint, error) from error
 
-    async def _exchange_over_http(self, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
-        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(CONNECT_S, timeout_s))
-        async with self._open(request, timeout) as response:
+    async def _exchange_over_http(self, endpoint: Endpoint, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(self._connect_s, timeout_s))
+        async with self._open(endpoint, request, timeout) as response:
             return ApiResponse(response.status, _lower_headers(response), await response.read())
 
     def _open(
-        self, request: ApiRequest[Any], timeout: aiohttp.ClientTimeout, data: AsyncIterator[bytes] | None = None
+        self,
+        endpoint: Endpoint,
+        request: ApiRequest[Any],
+        timeout: aiohttp.ClientTimeout,
+        data: AsyncIterator[bytes] | None = None,
     ) -> Any:
-        url = URL(f"{self.endpoint.origin}{request.path}", encoded=True)
-        headers = {"Accept-Encoding": "identity", **request.headers, **self.endpoint.headers}
+        url = URL(f"{endpoint.origin}{request.path}", encoded=True)
+        headers = {"Accept-Encoding": "identity", **request.headers, **endpoint.headers}
         body = None if request.body is None else io.BytesIO(request.body)  # aiohttp warns about bytes of over 1 MiB
-        return self._connected().request(
+        return self._session(endpoint).request(
             request.method, url, data=data or body, headers=headers, timeout=timeout, allow_redirects=False
         )
 
-    def _connected(self) -> aiohttp.ClientSession:
-        if self._session is None:
+    def _session(self, endpoint: Endpoint) -> aiohttp.ClientSession:
+        session = self._sessions.get(endpoint)
+        if session is None:
             connector: aiohttp.BaseConnector
             # No limit, because a hundred waiting claims must not delay an extension.
-            if self.endpoint.path is not None:
-                connector = aiohttp.UnixConnector(self.endpoint.path, limit=0, keepalive_timeout=IDLE_S)
+            if endpoint.path is not None:
+                connector = aiohttp.UnixConnector(endpoint.path, limit=0, keepalive_timeout=IDLE_S)
             else:
                 connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S, ssl=self._tls or True)
-            self._session = aiohttp.ClientSession(
+            session = self._sessions[endpoint] = aiohttp.ClientSession(
                 connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
             )
-        return self._session
+        return session
+
+
+def _unreachable(endpoint: Endpoint, error: Exception) -> Unreachable:
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        error = OSError("no connection in time")
+    return unreachable(endpoint, error)
 
 
 def _lower_headers(response: aiohttp.ClientResponse) -> dict[str, str]:
@@ -184,24 +209,30 @@ class StreamClient(AsyncJobClient):
     """
 
     def __init__(self, client: AsyncJobClient) -> None:
-        super().__init__(client.endpoint, tls=client._tls)
+        super().__init__(client.endpoints, tls=client._tls)
         self._retry = client._retry
 
     def _reset_connections(self) -> None:
         super()._reset_connections()
-        self._stream = CommandStream(self._open_stream)
+        self._streams: dict[Endpoint, CommandStream] = {}
 
     async def close(self) -> None:
         """End the stream after all responses have arrived, and close all connections."""
-        await self._stream.close()
+        streams, self._streams = self._streams, {}
+        await asyncio.gather(*(stream.close() for stream in streams.values()))
         await super().close()
 
-    async def _exchange(self, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
+    async def _exchange(self, endpoint: Endpoint, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
         line = command_line(request)
-        return await (super()._exchange(request, timeout_s) if line is None else self._stream.exchange(line, timeout_s))
+        if line is None:
+            return await super()._exchange(endpoint, request, timeout_s)
+        stream = self._streams.get(endpoint)
+        if stream is None:
+            stream = self._streams[endpoint] = CommandStream(functools.partial(self._open_stream, endpoint))
+        return await stream.exchange(line, timeout_s)
 
-    def _open_stream(self, request: ApiRequest[Any], data: AsyncIterator[bytes]) -> Any:
-        return self._open(request, aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S), data)
+    def _open_stream(self, endpoint: Endpoint, request: ApiRequest[Any], data: AsyncIterator[bytes]) -> Any:
+        return self._open(endpoint, request, aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s), data)
 
 
 class AsyncAdminClient(AdminApi, AsyncClient):

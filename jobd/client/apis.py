@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ssl
-from typing import Final
+import time
+from typing import Any, Final
 
 from jobd.client import admin_requests, worker_requests
-from jobd.client.endpoint import Endpoint, admin_endpoint, worker_endpoint
+from jobd.client.endpoint import Address, Endpoint, admin_endpoints, worker_endpoints
 from jobd.client.errors import Unreachable
-from jobd.client.event_subscription import ADMIN_EVENTS, EVENTS, subscribe
+from jobd.client.event_subscription import ADMIN_EVENTS, EVENTS, NODE_SILENCE_S, SILENCE_S, subscribe
 from jobd.client.methods import EventMethod, Method, PagedMethod
-from jobd.client.protocol import RetryOptions
+from jobd.client.protocol import ApiRequest
+from jobd.client.retries import NodeList, RetryOptions, RetryState
 
 CONNECT_S: Final = 5.0
+NODE_CONNECT_S: Final = 2.0  # to one of several nodes
 IDLE_S: Final = 60.0  # the daemon closes idle connections after 75 s
 CHUNK_BYTES: Final = 256 << 10
 
@@ -31,28 +34,55 @@ page are included unless they are deleted before their page is read.
 
 
 class BaseClient:
-    """Endpoint, timeouts and TLS of a client."""
+    """Endpoints, timeouts and TLS of a client."""
+
+    _follows_unlisted = True
 
     def __init__(
         self,
-        endpoint: str | Endpoint | None = None,
+        endpoint: Address | None = None,
         *,
         token: str | None = None,
         timeout_s: float = 30.0,
         retry_for_s: float = 30.0,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self.endpoint: Final = worker_endpoint(endpoint, token)
+        self._nodes = NodeList(worker_endpoints(endpoint, token), follows_unlisted=self._follows_unlisted)
         self._retry = RetryOptions(total_s=retry_for_s, timeout_s=timeout_s)
-        self._tls = (tls or ssl.create_default_context()) if self.endpoint.tls else None
+        needs_tls = any(each.tls for each in self.endpoints)
+        self._tls = (tls or ssl.create_default_context()) if needs_tls else None
+        self._connect_s = CONNECT_S if self._nodes.is_single else NODE_CONNECT_S
         self._reset_connections()
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The endpoint that the next call uses first: of several, usually that of the leader."""
+        return self._nodes.first
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """The endpoints that the client was given."""
+        return self._nodes.endpoints
 
     def _reset_connections(self) -> None:
         """Start without connections."""
 
-    def _unreachable(self, error: BaseException) -> Unreachable:
-        reason = "no response in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-        return Unreachable(f"The daemon at {self.endpoint} cannot be reached: {reason}.")
+    def _attempts(self, request: ApiRequest[Any], retry: RetryOptions | None = None) -> RetryState:
+        return RetryState(retry or self._retry, request, self._nodes, time.monotonic())
+
+    @property
+    def _silence_s(self) -> float:
+        """How long a stream of events may be silent."""
+        return SILENCE_S if self._nodes.is_single else NODE_SILENCE_S
+
+
+def unreachable(endpoint: Endpoint, error: BaseException) -> Unreachable:
+    """Return the error for a connection that could not be made, broke, or had no response in time."""
+    is_slow = isinstance(error, TimeoutError)
+    reason = "no response in time" if is_slow else str(error) or type(error).__name__
+    found = Unreachable(f"The daemon at {endpoint} cannot be reached: {reason}.")
+    found.is_slow = is_slow
+    return found
 
 
 class WorkerApi(BaseClient):
@@ -84,9 +114,12 @@ class WorkerApi(BaseClient):
 class AdminApi(BaseClient):
     """The methods of AdminClient and AsyncAdminClient."""
 
+    # An admin token is sent only to addresses that the caller gave. A standby names the worker API of the leader.
+    _follows_unlisted = False
+
     def __init__(
         self,
-        endpoint: str | Endpoint | None = None,
+        endpoint: Address | None = None,
         *,
         token: str | None = None,
         operator: str | None = None,
@@ -95,7 +128,7 @@ class AdminApi(BaseClient):
         tls: ssl.SSLContext | None = None,
     ) -> None:
         super().__init__(
-            admin_endpoint(endpoint, token, operator=operator), timeout_s=timeout_s, retry_for_s=retry_for_s, tls=tls
+            admin_endpoints(endpoint, token, operator=operator), timeout_s=timeout_s, retry_for_s=retry_for_s, tls=tls
         )
 
     stats = Method(admin_requests.stats)

@@ -127,7 +127,9 @@ class CommandStream:
                 return await response
         except TimeoutError:
             connection.abort()
-            raise Unreachable("The stream of commands had no response in time.") from None
+            error = Unreachable("The stream of commands had no response in time.")
+            error.is_slow = True
+            raise error from None
 
     async def close(self) -> None:
         """End the stream after all responses have arrived."""

@@ -1,17 +1,20 @@
-"""Find the daemon's address and token: from an argument, the environment, or the daemon's defaults."""
+"""Find the addresses and the token of the daemon: from an argument, the environment, or the daemon's defaults."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 DEFAULT_ADMIN_URL: Final = "http://127.0.0.1:8770"
 OPERATOR_HEADER: Final = "X-Jobd-Operator"
 SYSTEM_DIRECTORY: Final = "/run/jobd"
+# The path of a Unix socket may contain a comma, so the text after a separator has to look like an endpoint.
+_SEPARATOR: Final = re.compile(r"\s*,\s*(?=unix:|https?:|/)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +37,17 @@ class Endpoint:
         return f"unix:{self.path}" if self.path is not None else self.origin
 
     @property
+    def scheme(self) -> str:
+        """Return `unix`, `http` or `https`."""
+        return "unix" if self.path is not None else "https" if self.tls else "http"
+
+    @property
     def origin(self) -> str:
         """Return the part of a URL before the path. For a Unix socket the host is a placeholder."""
         if self.path is not None:
             return "http://localhost"
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.prefix}"
+        return f"{self.scheme}://{host}:{self.port}{self.prefix}"
 
     @property
     def headers(self) -> dict[str, str]:
@@ -47,6 +55,10 @@ class Endpoint:
         if self.operator:
             headers[OPERATOR_HEADER] = "".join(c if " " <= c <= "~" else "?" for c in self.operator)
         return headers
+
+
+# One address, or those of several nodes.
+Address = str | Endpoint | Sequence[str | Endpoint]
 
 
 def parse_endpoint(text: str, *, token: str | None = None) -> Endpoint:
@@ -62,45 +74,70 @@ def parse_endpoint(text: str, *, token: str | None = None) -> Endpoint:
         raise ValueError(f"{text!r}: expected unix:/path, http://host:port or https://host:port")
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError("A daemon's URL has no user, query or fragment; the token comes from the environment.")
+    if "," in parts.netloc:
+        raise ValueError(f"{text!r}: write each URL of a list in full, as in http://a:8771,http://b:8771")
     tls = parts.scheme == "https"
-    port = parts.port or (443 if tls else 80)
+    port = _port(text, parts) or (443 if tls else 80)
     return Endpoint(host=parts.hostname, port=port, tls=tls, prefix=parts.path.rstrip("/"), token=token)
 
 
-def worker_endpoint(
-    where: str | Endpoint | None = None, token: str | None = None, environ: Mapping[str, str] = os.environ
-) -> Endpoint:
+def _port(text: str, parts: SplitResult) -> int | None:
+    try:
+        return parts.port
+    except ValueError:
+        raise ValueError(f"{text!r}: the port must be a number from 0 to 65535") from None
+
+
+def worker_endpoints(
+    where: Address | None = None, token: str | None = None, environ: Mapping[str, str] = os.environ
+) -> tuple[Endpoint, ...]:
     """Find the worker API: `where`, else $JOBD_SOCKET, else $JOBD_URL, else the daemon's default socket.
 
-    The token (TCP only) is `token`, else the first line of the file $JOBD_WORKER_TOKEN_FILE.
+    There are several endpoints if jobd runs on several machines. The token (TCP only) is `token`, else the first line
+    of the file $JOBD_WORKER_TOKEN_FILE.
     """
-    if isinstance(where, Endpoint):
-        return where
+
+    def token_for(endpoint: Endpoint) -> str | None:
+        return (
+            token
+            if token is not None or endpoint.path is not None
+            else _token_in(environ.get("JOBD_WORKER_TOKEN_FILE"))
+        )
+
     text = where or environ.get("JOBD_SOCKET") or environ.get("JOBD_URL") or default_socket(environ)
-    found = parse_endpoint(text)
-    if token is None and found.path is None:
-        token = _token_in(environ.get("JOBD_WORKER_TOKEN_FILE"))
-    return parse_endpoint(text, token=token)
+    return _parse_list(text, token_for)
 
 
-def admin_endpoint(
-    where: str | Endpoint | None = None,
+def admin_endpoints(
+    where: Address | None = None,
     token: str | None = None,
     environ: Mapping[str, str] = os.environ,
     *,
     operator: str | None = None,
-) -> Endpoint:
+) -> tuple[Endpoint, ...]:
     """Find the admin API: `where`, else $JOBD_ADMIN_URL, else http://127.0.0.1:8770.
 
-    The token is `token`, else $ADMIN_TOKEN, else the first line of the file $ADMIN_TOKEN_FILE. `operator` is the name
-    in the audit log.
+    There are several endpoints if jobd runs on several machines. The token is `token`, else $ADMIN_TOKEN, else the
+    first line of the file $ADMIN_TOKEN_FILE. `operator` is the name in the audit log.
     """
-    if isinstance(where, Endpoint):
-        return where if operator is None else replace(where, operator=operator)
     if token is None:
         token = environ.get("ADMIN_TOKEN") or _token_in(environ.get("ADMIN_TOKEN_FILE"))
-    found = parse_endpoint(where or environ.get("JOBD_ADMIN_URL") or DEFAULT_ADMIN_URL, token=token)
-    return replace(found, operator=operator)
+    found = _parse_list(where or environ.get("JOBD_ADMIN_URL") or DEFAULT_ADMIN_URL, lambda endpoint: token)
+    return tuple(each if operator is None else replace(each, operator=operator) for each in found)
+
+
+def _parse_list(where: Address, token_for: Callable[[Endpoint], str | None]) -> tuple[Endpoint, ...]:
+    """Parse one or more addresses. An address that occurs twice counts once. Raises ValueError."""
+    addresses = [where] if isinstance(where, Endpoint) else where
+    found: dict[str, Endpoint] = {}
+    for each in _SEPARATOR.split(addresses.strip()) if isinstance(addresses, str) else addresses:
+        if isinstance(each, Endpoint):
+            endpoint = each
+        else:
+            endpoint = parse_endpoint(each)
+            endpoint = replace(endpoint, token=token_for(endpoint))
+        found.setdefault(str(endpoint), endpoint)
+    return tuple(found.values())
 
 
 def default_socket(environ: Mapping[str, str] = os.environ) -> str:

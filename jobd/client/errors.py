@@ -266,9 +266,14 @@ class TooManyQueues(JobdError):
 
 
 class Unreachable(JobdError):
-    """There was no response: the daemon is not running, or the connection broke. The request may have been applied."""
+    """There was no response: the daemon is not running, or the connection broke. The request may have been applied.
+
+    With several URLs, `details["tried"]` has the outcome of each. `is_slow` is set if the daemon accepted a connection
+    but did not respond in time.
+    """
 
     code = "unreachable"
+    is_slow = False
 
 
 class BadResponse(JobdError):

@@ -8,13 +8,15 @@ from typing import Final
 import msgspec
 
 from jobd.client.errors import BadResponse, JobdError
-from jobd.client.protocol import ApiRequest, ApiResponse, RetryOptions, raise_error, with_query
+from jobd.client.protocol import ApiRequest, ApiResponse, raise_error, with_query
+from jobd.client.retries import RetryOptions
 from jobd.model.events import StreamedEvent
 
 EVENTS: Final = "/v1/events"
 ADMIN_EVENTS: Final = "/admin/job-management/events"
 # The daemon sends something at least every 15 s: a stream that is silent for longer is dead.
 SILENCE_S: Final = 45.0
+NODE_SILENCE_S: Final = 20.0  # of one of several nodes, as another may be the leader by now
 # A lost stream is reconnected without a time limit.
 RECONNECT: Final = RetryOptions(total_s=None)
 _CONTENT_TYPE: Final = "text/event-stream"

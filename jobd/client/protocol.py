@@ -222,55 +222,7 @@ def _retry_after_ms(response: ApiResponse, details: Mapping[str, Any]) -> int | 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Retries
-
-# After these errors nothing has changed, or repeating the request is safe. All other errors are final.
-RETRIED: Final = frozenset({"unreachable", "overloaded", "shutting_down", "outcome_unknown"})
-
-
-@dataclass(frozen=True, slots=True)
-class RetryOptions:
-    """When a call is retried. `total_s` limits the time of all attempts (None: no limit, 0: one attempt only).
-
-    The delay before a retry is random between 0 and `base_s`, which doubles with each attempt up to `max_s` (full
-    jitter), plus the Retry-After of the response. `timeout_s` limits the wait for one response, in addition to the time
-    that the daemon may delay it. Only errors with one of `codes` are retried.
-    """
-
-    total_s: float | None = 30.0
-    base_s: float = 0.1
-    max_s: float = 5.0
-    timeout_s: float = 30.0
-    codes: frozenset[str] = RETRIED
-
-
-class RetryState:
-    """The attempts of one call. `now_s` is monotonic time, `chance` is random between 0 and 1."""
-
-    def __init__(self, retry: RetryOptions, request: ApiRequest[Any], now_s: float) -> None:
-        self._retry = retry
-        self._request = request
-        self._deadline_s = None if retry.total_s is None else now_s + retry.total_s
-        self._count = 0
-
-    def timeout_s(self, now_s: float) -> float:
-        """Return the timeout of the next attempt. The deadline limits it, except for the first attempt."""
-        timeout_s = self._retry.timeout_s + self._request.wait_ms / 1000
-        if self._deadline_s is None or self._count == 0:
-            return timeout_s
-        return min(timeout_s, max(self._deadline_s - now_s, 0.1))
-
-    def wait_s(self, error: JobdError, now_s: float, chance: float) -> float:
-        """Return the delay before the next attempt. Raises `error` if there is none."""
-        if error.code not in self._retry.codes or not self._request.repeatable:
-            raise error
-        wait_s: float = chance * min(self._retry.max_s, self._retry.base_s * 2.0 ** min(self._count, 32))
-        if error.retry_after_ms is not None:
-            wait_s += error.retry_after_ms / 1000
-        if self._deadline_s is not None and now_s + wait_s >= self._deadline_s:
-            raise error
-        self._count += 1
-        return wait_s
+# Ids and lines.
 
 
 def uuid7() -> str:

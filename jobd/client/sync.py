@@ -12,12 +12,13 @@ from collections.abc import Generator, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final, Self
 
-from jobd.client.apis import CHUNK_BYTES, CONNECT_S, IDLE_S, BaseClient, WorkerApi
+from jobd.client.apis import CHUNK_BYTES, CONNECT_S, IDLE_S, BaseClient, WorkerApi, unreachable
 from jobd.client.endpoint import Endpoint
 from jobd.client.errors import JobdError, Unreachable
-from jobd.client.event_subscription import RECONNECT, SILENCE_S, EventSubscription
+from jobd.client.event_subscription import RECONNECT, EventSubscription
 from jobd.client.methods import PageWalk
-from jobd.client.protocol import ApiRequest, ApiResponse, RetryOptions, RetryState, T, read_result
+from jobd.client.protocol import ApiRequest, ApiResponse, T, read_result
+from jobd.client.retries import RetryOptions, RetryState
 from jobd.model.events import StreamedEvent
 
 _IDLE_CONNECTIONS: Final = 8
@@ -29,8 +30,8 @@ class DaemonConnection(http.client.HTTPConnection):
 
     def __init__(self, endpoint: Endpoint, tls: ssl.SSLContext | None) -> None:
         super().__init__(endpoint.host, endpoint.port or 80, timeout=CONNECT_S)
-        self._endpoint = endpoint
-        self._tls = tls
+        self.endpoint = endpoint
+        self._tls = tls if endpoint.tls else None
         self._parts: list[bytes] | None = None
         self.idle_since_s = 0.0
 
@@ -51,14 +52,20 @@ class DaemonConnection(http.client.HTTPConnection):
             self._parts.append(data)
 
     def connect(self) -> None:
-        if self._endpoint.path is not None:
+        try:
+            self._connect()
+        except TimeoutError as error:
+            raise OSError("no connection in time") from error
+
+    def _connect(self) -> None:
+        if self.endpoint.path is not None:
             self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self.sock.settimeout(CONNECT_S)
-            self.sock.connect(self._endpoint.path)
+            self.sock.settimeout(self.timeout)
+            self.sock.connect(self.endpoint.path)
             return
         super().connect()
         if self._tls is not None:
-            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._endpoint.host)
+            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.endpoint.host)
 
 
 def lower_headers(response: http.client.HTTPResponse) -> dict[str, str]:
@@ -67,7 +74,7 @@ def lower_headers(response: http.client.HTTPResponse) -> dict[str, str]:
 
 
 class BlockingClient(BaseClient):
-    """A pool of idle connections to one listener, and calls over them. Every method is thread-safe."""
+    """A pool of idle connections, and calls over them. Every method is thread-safe."""
 
     def _reset_connections(self) -> None:
         self._guard = threading.Lock()
@@ -91,12 +98,16 @@ class BlockingClient(BaseClient):
 
     def send(self, request: ApiRequest[T], retry: RetryOptions | None = None) -> T:
         """Send `request`, with retries if that is safe, and return its result. Raises JobdError."""
-        state = RetryState(retry or self._retry, request, time.monotonic())
+        state = self._attempts(request, retry)
         while True:
             try:
-                return read_result(request, self._exchange(request, state.timeout_s(time.monotonic())))
+                response = self._exchange(state.endpoint, request, state.timeout_s(time.monotonic()))
+                result = read_result(request, response)
             except JobdError as error:
                 wait_s = state.wait_s(error, time.monotonic(), random.random())
+            else:
+                state.served()
+                return result
             time.sleep(wait_s)
 
     def iterate(self, pages: PageWalk[T]) -> Iterator[T]:
@@ -110,50 +121,58 @@ class BlockingClient(BaseClient):
     def listen(self, subscription: EventSubscription) -> Generator[StreamedEvent, None, None]:
         """Iterate over the events of a subscription. Reconnects if the connection is lost."""
         request = subscription.request()
-        state = RetryState(self._retry, request, time.monotonic())
+        state = self._attempts(request)
         while True:
             try:
-                for chunk in self._event_chunks(subscription, request):
-                    state = RetryState(RECONNECT, request, time.monotonic())
+                for chunk in self._event_chunks(subscription, request, state):
+                    state.served()
+                    state = self._attempts(request, RECONNECT)
                     yield from subscription.read(chunk)
                 if not subscription.follow:
                     return
-                raise Unreachable(f"The daemon at {self.endpoint} ended the stream of events.")
+                raise Unreachable(f"The daemon at {state.endpoint} ended the stream of events.")
             except JobdError as error:
                 wait_s = state.wait_s(error, time.monotonic(), random.random())
-                if subscription.on_lost is not None:
+                if subscription.on_lost is not None and not state.is_redirected:
                     subscription.on_lost(error)
             time.sleep(wait_s)
             request = subscription.request()
 
-    def _event_chunks(self, subscription: EventSubscription, request: ApiRequest[Any]) -> Iterator[bytes]:
+    def _event_chunks(
+        self, subscription: EventSubscription, request: ApiRequest[Any], state: RetryState
+    ) -> Iterator[bytes]:
         """Yield the chunks that arrive over one connection."""
-        connection = DaemonConnection(self.endpoint, self._tls)
+        connection = DaemonConnection(state.endpoint, self._tls)
+        silence_s = self._silence_s
         try:
-            response = self._response(connection, request, SILENCE_S)
+            head_s = silence_s if self._nodes.is_single else min(silence_s, state.timeout_s(time.monotonic()))
+            self._write(connection, request, head_s)
+            stream = connection.sock  # the response takes it from the connection
+            response = connection.getresponse()
+            stream.settimeout(silence_s)
             body = response.read() if response.status >= 400 else b""
             subscription.begin(ApiResponse(response.status, lower_headers(response), body))
             while chunk := response.read1(CHUNK_BYTES):
                 yield chunk
         except CONNECTION_ERRORS as error:
-            raise self._unreachable(error) from error
+            raise unreachable(connection.endpoint, error) from error
         finally:
             connection.close()
 
-    def _exchange(self, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
+    def _exchange(self, endpoint: Endpoint, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
         """Send `request` once. If the daemon has closed the idle connection, repeat it on a new one."""
-        connection = self._take_idle() if request.repeatable else None
+        connection = self._take_idle(endpoint) if request.repeatable else None
         if connection is not None:
             try:
                 return self._exchange_over(connection, request, timeout_s)
             except ConnectionError:
                 pass
             except CONNECTION_ERRORS as error:
-                raise self._unreachable(error) from error
+                raise unreachable(endpoint, error) from error
         try:
-            return self._exchange_over(DaemonConnection(self.endpoint, self._tls), request, timeout_s)
+            return self._exchange_over(DaemonConnection(endpoint, self._tls), request, timeout_s)
         except CONNECTION_ERRORS as error:
-            raise self._unreachable(error) from error
+            raise unreachable(endpoint, error) from error
 
     def _exchange_over(self, connection: DaemonConnection, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
         try:
@@ -184,21 +203,22 @@ class BlockingClient(BaseClient):
     ) -> None:
         """Send `request`. Its response may take `timeout_s`."""
         if connection.sock is None:
-            connection.timeout = min(CONNECT_S, timeout_s)
+            connection.timeout = min(self._connect_s, timeout_s)
             connection.connect()
         connection.sock.settimeout(timeout_s)
-        headers = {**request.headers, **self.endpoint.headers}
-        path = self.endpoint.prefix + request.path
+        headers = {**request.headers, **connection.endpoint.headers}
+        path = connection.endpoint.prefix + request.path
         if body is None:
             connection.request_at_once(request.method, path, request.body, headers)
         else:
             connection.request(request.method, path, body, headers, encode_chunked=True)
 
-    def _take_idle(self) -> DaemonConnection | None:
+    def _take_idle(self, endpoint: Endpoint) -> DaemonConnection | None:
+        """Return the connection to `endpoint` that was used last. Close those that are old or to another node."""
         with self._guard:
             while self._idle:
                 connection = self._idle.pop()
-                if time.monotonic() - connection.idle_since_s < IDLE_S:
+                if connection.endpoint == endpoint and time.monotonic() - connection.idle_since_s < IDLE_S:
                     return connection
                 connection.close()
         return None
@@ -216,8 +236,11 @@ class BlockingClient(BaseClient):
 class JobClient(WorkerApi, BlockingClient):
     """The worker API for blocking code. Times are Unix ms, durations `*_ms` milliseconds.
 
-    `endpoint` is `unix:/path`, `http://host:port`, or None for $JOBD_SOCKET, $JOBD_URL or the daemon's default. While
-    the daemon is unreachable or overloaded, calls are retried if that is safe, for `retry_for_s` seconds in total (0:
-    no retries). `timeout_s` limits the wait for one response. Every method raises JobdError, usually one of the
+    `endpoint` is `unix:/path`, `http://host:port`, or None for $JOBD_SOCKET, $JOBD_URL or the daemon's default. If jobd
+    runs on several machines, it is the list of their URLs: a sequence, or text with commas. Calls then go to the
+    leader, and wait for a takeover as below.
+
+    While the daemon is unreachable or overloaded, calls are retried if that is safe, for `retry_for_s` seconds in total
+    (0: no retries). `timeout_s` limits the wait for one response. Every method raises JobdError, usually one of the
     subclasses that its documentation names. Close the client, or use it as a context manager.
     """

@@ -8,6 +8,7 @@ marks a block that needs Node.js, `<!-- clean -->` one that removes what the oth
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -41,12 +42,13 @@ from tests import ROOT
 from tests.conftest import tool_missing
 from tests.support import config_reference
 from tests.support.daemon_process import TOKEN, DaemonProcess, die_with_us
+from tests.support.scripted_server import ScriptedServer, rejected, serving
 
 PACKAGE: Final = Path(jobd.__file__).parent
 DOCUMENTS: Final = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "systemd" / "README.md"]
 README, API, OPERATIONS = ROOT / "README.md", ROOT / "docs/api.md", ROOT / "docs/operations.md"
 QUICKSTART, WORKERS, MIGRATION = ROOT / "docs/quickstart.md", ROOT / "docs/workers.md", ROOT / "docs/migration.md"
-CONFIGURATION, CLI = ROOT / "docs/configuration.md", ROOT / "docs/cli.md"
+CONFIGURATION, CLI, CLUSTER = ROOT / "docs/configuration.md", ROOT / "docs/cli.md", ROOT / "docs/cluster.md"
 PROGRAMS: Final = {"jobd": jobd_program, "jobctl": jobctl_program}
 
 
@@ -672,6 +674,32 @@ def test_the_examples_of_a_page_against_a_daemon(name: str, context: DocumentEnv
             )
             assert done.stdout == "completed\n"
         assert daemon.stop() == 0
+
+
+def test_the_curl_example_finds_the_leader(context: DocumentEnvironment) -> None:
+    [example] = (block for block in blocks(CLUSTER) if block.mark == "file: jobd-call.sh")
+    script = context.directory / "jobd-call.sh"
+    script.write_text(example.text.replace("SECONDS + 30", "SECONDS + 1"))
+    (context.directory / "token").write_text(TOKEN)
+    address, server = free_address(), ScriptedServer()
+    server.always = lambda received: rejected("not_leader", 503, leader=f"http://{address}")
+    settings = {"JOBD_WORKER_LISTEN": address, "JOBD_WORKER_TOKEN_FILE": str(context.directory / "token")}
+    with DaemonProcess(context.directory, **settings) as daemon, serving(server) as standby:
+        environ = {**context.environ, **settings, "JOBD_URL": f"http://{free_address()},{standby},http://{address}"}
+
+        def call(*arguments: str) -> tuple[int, str]:
+            command = ["bash", str(script), *arguments]
+            done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+            return done.returncode, done.stdout + done.stderr
+
+        code, text = call("POST", "/v1/jobs", '{"id": "j1"}')
+        assert (code, json.loads(text)["data"]["id"]) == (0, "j1")
+        code, text = call("GET", "/v1/jobs/j2")
+        assert (code, json.loads(text)["error"]) == (1, "job_not_found")
+        assert {each.headers["Authorization"] for each in server.received} == {f"Bearer {TOKEN}"}
+        assert len({each.headers["Idempotency-Key"] for each in server.received}) == 2
+        assert daemon.stop() == 0
+        assert call("GET", "/v1/jobs/j1") == (75, "no node served the request\n")
 
 
 def test_every_python_example_is_run() -> None:

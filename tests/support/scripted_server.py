@@ -101,6 +101,8 @@ class ScriptedServer:
         connection = self._connections.setdefault(request.protocol, len(self._connections))
         if self.early:
             return await self.early.pop(0)(request)
+        if request.path == "/v1/commands":
+            return await self._stream(request, connection)
         body = await request.read()
         received = ReceivedRequest(request.method, request.path_qs, dict(request.headers), body, connection)
         self.received.append(received)
@@ -126,6 +128,30 @@ class ScriptedServer:
         if self.script:
             return self.script.pop(0)
         return self.always(received) if self.always else rejected("not_found", 404)
+
+    async def _stream(self, request: web.BaseRequest, connection: int) -> web.StreamResponse:
+        """Respond to each line of a stream of commands. An error 503 to the first line rejects the stream."""
+        stream: web.StreamResponse | None = None
+        async for line in request.content:
+            received = ReceivedRequest("POST", request.path_qs, dict(request.headers), line, connection)
+            self.received.append(received)
+            step = self._next_step(received)
+            if step == self.hang:
+                await self.hanging.wait()
+                return web.Response()
+            response = step(request)
+            if not isinstance(response, web.Response):
+                assert request.transport is not None
+                request.transport.abort()
+                return web.Response()
+            if stream is None:
+                if response.status == 503:
+                    return response
+                stream = web.StreamResponse()
+                await stream.prepare(request)
+            assert isinstance(response.body, bytes)
+            await stream.write(b'{"status":%d,' % response.status + response.body[1:] + b"\n")
+        return stream or web.Response()
 
     async def _forward(self, request: web.BaseRequest, received: ReceivedRequest) -> web.StreamResponse:
         url = f"http://jobd{received.path}"

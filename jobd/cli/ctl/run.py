@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from jobd.cli import exit_codes
-from jobd.cli.connection import current, worker_api_endpoint, worker_options
+from jobd.cli.connection import current, worker_api_endpoints, worker_options
 from jobd.cli.params import DURATION, NAME
 
 
@@ -82,7 +82,7 @@ def run(
     from jobd.client.worker.command_worker import CommandWorker
 
     worker = CommandWorker(
-        worker_api_endpoint(current()),
+        worker_api_endpoints(current()),
         command,
         queues=queues or ("default",),
         kinds=kinds or None,

@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from jobd.cli import tables_admin, terminal
 from jobd.client import AdminClient, JobdError
+from jobd.client.retries import RETRIED
 from jobd.model.fields import MAX_PAGE
 from jobd.model.responses import AlertView, LockedJob, QueueView, StatsView
 
@@ -31,7 +32,6 @@ WIDE: Final = 140  # columns from which CLAIMS and ABOUT are shown
 MIDDLE: Final = 32  # columns of a worker's claims, and of its description
 NAME: Final = 20  # columns of a name before a table omits columns
 HEAD: Final = 3  # lines above the tables that rows_of counts on
-RETRYABLE: Final = frozenset({"unreachable", "overloaded", "shutting_down", "outcome_unknown"})
 _COUNT: Final = re.compile(r'^jobd_events_total\{type="(\w+)"\} (\S+)$', re.MULTILINE)
 
 
@@ -138,7 +138,7 @@ def watch(client: AdminClient, samples: Sampler, interval_s: float) -> None:
             try:
                 frame, note = samples.take(client, min(rows_of(out.height), MAX_WORKERS - 1)), ""
             except JobdError as error:
-                if error.code not in RETRYABLE:
+                if error.code not in RETRIED:
                     raise
                 note = f"This state is out of date; retrying. {error.message}"
 

@@ -14,7 +14,8 @@ from jobd import __version__
 from jobd.client import worker_requests
 from jobd.client.aio import AsyncJobClient
 from jobd.client.errors import JobdError
-from jobd.client.protocol import RETRIED, GrantInfo, RetryOptions, uuid7
+from jobd.client.protocol import GrantInfo, uuid7
+from jobd.client.retries import RETRIED, RetryOptions
 from jobd.client.worker.aio_utils import first_of
 from jobd.client.worker.service_thread import Log
 from jobd.model.commands import About
@@ -22,6 +23,7 @@ from jobd.model.fields import PRINTABLE
 
 MAX_CONCURRENCY: Final = 100_000  # the bound of About.concurrency
 POLL_MS: Final = 30_000
+NODE_POLL_MS: Final = 10_000  # with several nodes, as the one that holds the claim may no longer lead
 LOCK_TTL_MS: Final = 60_000
 # A claim is also retried after errors that the daemon can recover from: a full disk, an internal error.
 RETRIED_CLAIM: Final = RETRIED | {"storage_full", "internal_error", "request_timeout"}
@@ -125,7 +127,7 @@ class Claimer:
             queues=options.queues,
             kinds=options.kinds,
             limit=min(limit, 100),
-            wait_ms=0 if self._drain else POLL_MS,
+            wait_ms=0 if self._drain else POLL_MS if len(self._client.endpoints) == 1 else NODE_POLL_MS,
             lock_ttl_ms=options.lock_ttl_ms,
             stuck_after_ms=0,
             max_processing_ms=options.max_processing_ms,

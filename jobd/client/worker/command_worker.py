@@ -18,7 +18,7 @@ from typing import Any, Final
 from msgspec import UNSET
 
 from jobd.client.aio import AsyncJobClient
-from jobd.client.endpoint import Endpoint
+from jobd.client.endpoint import Address
 from jobd.client.protocol import GrantInfo
 from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, describe_process
 from jobd.client.worker.drain import remaining_jobs
@@ -71,7 +71,7 @@ class CommandWorker:
 
     def __init__(
         self,
-        client: AsyncJobClient | Endpoint | str | None,
+        client: AsyncJobClient | Address | None,
         command: Sequence[str],
         *,
         queues: Sequence[str] = ("default",),

@@ -26,7 +26,8 @@ from jobd.client.errors import (
     MaxProcessingTimeExceeded,
     TooLarge,
 )
-from jobd.client.protocol import RETRIED, ApiRequest, GrantInfo, JobInfo, RetryOptions
+from jobd.client.protocol import ApiRequest, GrantInfo, JobInfo
+from jobd.client.retries import RETRIED, RetryOptions
 from jobd.client.worker.aio_utils import within
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
 from jobd.client.worker.service_thread import Log

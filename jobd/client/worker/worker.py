@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any, Final, TypeVar, overload
 
 from jobd.client.aio import AsyncJobClient
-from jobd.client.endpoint import Endpoint
+from jobd.client.endpoint import Address
 from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, describe_process
 from jobd.client.worker.handlers import AsyncExecution, HandlerLoop, RegisteredHandler, ThreadExecution, logger
 from jobd.client.worker.lease import LeaseKeeper
@@ -58,7 +58,7 @@ class Worker:
 
     def __init__(
         self,
-        client: AsyncJobClient | Endpoint | str | None = None,
+        client: AsyncJobClient | Address | None = None,
         *,
         queues: Sequence[str] = ("default",),
         concurrency: int = 1,
@@ -164,7 +164,7 @@ class Worker:
         with on_signals(self._stop, first) if signals else contextlib.nullcontext():
             await service.run(work, runner.abandon)
 
-    def _streaming(self, endpoint: Endpoint | str | None) -> AsyncJobClient:
+    def _streaming(self, endpoint: Address | None) -> AsyncJobClient:
         client = AsyncJobClient(endpoint)
         return client.stream() if self._concurrency >= STREAM_FROM else client
 

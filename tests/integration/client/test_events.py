@@ -16,7 +16,7 @@ from jobd.client import (
     aio,
     sync,
 )
-from jobd.client.protocol import RetryOptions
+from jobd.client.retries import RetryOptions
 from tests.support.daemon_process import TOKEN, DaemonProcess
 
 

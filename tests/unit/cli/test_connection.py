@@ -54,7 +54,8 @@ def found(**given: str) -> tuple[str, str]:
     shown = connection.ConnectionOptions()
     for name, value in given.items():
         setattr(shown, name, value)
-    return str(connection.worker_api_endpoint(shown)), str(connection.admin_api_endpoint(shown))
+    (worker,), (admin,) = connection.worker_api_endpoints(shown), connection.admin_api_endpoints(shown)
+    return str(worker), str(admin)
 
 
 def test_options_override_variables_and_variables_the_configuration(

@@ -24,7 +24,8 @@ from jobd.client import (
     worker_requests,
 )
 from jobd.client.command_stream import command_line
-from jobd.client.protocol import ApiRequest, RetryOptions
+from jobd.client.protocol import ApiRequest
+from jobd.client.retries import RetryOptions
 from jobd.http.auth import Authenticator
 from tests.support.http_harness import TOKEN
 from tests.support.virtual_engine import until

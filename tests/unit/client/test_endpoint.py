@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from jobd.client import (
     Endpoint,
-    admin_endpoint,
+    admin_endpoints,
     default_socket,
     parse_endpoint,
-    worker_endpoint,
+    worker_endpoints,
 )
+from jobd.client.endpoint import Address
 
 
 @pytest.mark.parametrize(
@@ -46,33 +48,88 @@ def test_an_ipv6_origin_has_brackets_and_no_token() -> None:
     assert "very-secret" not in repr(endpoint) + str(endpoint)
 
 
-def test_the_worker_endpoint_comes_from_argument_environment_or_default(tmp_path: Path) -> None:
+def worker_endpoint(where: Address | None = None, token: str | None = None, **environ: str) -> Endpoint:
+    """Return the endpoint of the worker API; there is only one."""
+    (found,) = worker_endpoints(where, token, environ)
+    return found
+
+
+def admin_endpoint(token: str | None = None, **environ: str) -> Endpoint:
+    """Return the endpoint of the admin API; there is only one."""
+    (found,) = admin_endpoints(None, token, environ)
+    return found
+
+
+def test_the_worker_endpoint_comes_from_argument_environment_or_default() -> None:
     environ = {"JOBD_SOCKET": "/s", "JOBD_URL": "http://h:1"}
-    assert worker_endpoint("unix:/mine", environ=environ).path == "/mine"
-    assert worker_endpoint(environ=environ).path == "/s"
-    assert worker_endpoint(environ={"JOBD_URL": "http://h:1"}).port == 1
-    assert worker_endpoint(environ={}).path == default_socket({})
+    assert worker_endpoint("unix:/mine", **environ).path == "/mine"
+    assert worker_endpoint(**environ).path == "/s"
+    assert worker_endpoint(JOBD_URL="http://h:1").port == 1
+    assert worker_endpoint().path == default_socket({})
     ready = Endpoint(path="/x")
-    assert worker_endpoint(ready, environ=environ) is ready
+    assert worker_endpoint(ready, **environ) is ready
 
 
 def test_the_worker_token_is_the_first_line_of_its_file_and_only_for_tcp(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text("first-token\nsecond-token\n")
     environ = {"JOBD_WORKER_TOKEN_FILE": str(file)}
-    assert worker_endpoint("http://h:1", environ=environ).token == "first-token"
-    assert worker_endpoint("http://h:1", "given", environ=environ).token == "given"
-    assert worker_endpoint("unix:/s", environ=environ).token is None
+    assert worker_endpoint("http://h:1", **environ).token == "first-token"
+    assert worker_endpoint("http://h:1", "given", **environ).token == "given"
+    assert worker_endpoint("unix:/s", **environ).token is None
+    assert worker_endpoint(Endpoint(host="h", port=1), **environ).token is None
 
 
 def test_the_admin_endpoint_and_its_token(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text("from-file\n")
-    assert admin_endpoint(environ={}) == Endpoint(host="127.0.0.1", port=8770)
-    found = admin_endpoint(environ={"JOBD_ADMIN_URL": "unix:/a", "ADMIN_TOKEN": "t"})
+    assert admin_endpoint() == Endpoint(host="127.0.0.1", port=8770)
+    found = admin_endpoint(JOBD_ADMIN_URL="unix:/a", ADMIN_TOKEN="t")
     assert (found.path, found.token) == ("/a", "t")
-    assert admin_endpoint(environ={"ADMIN_TOKEN_FILE": str(file)}).token == "from-file"
-    assert admin_endpoint(token="x", environ={"ADMIN_TOKEN": "t"}).token == "x"
+    assert admin_endpoint(ADMIN_TOKEN_FILE=str(file)).token == "from-file"
+    assert admin_endpoint("x", ADMIN_TOKEN="t").token == "x"
+
+
+@pytest.mark.parametrize(
+    ("where", "found"),
+    [
+        ("http://a:1,http://b:2", ["http://a:1", "http://b:2"]),
+        (" http://a:1 , https://b ", ["http://a:1", "https://b:443"]),
+        ("unix:/a,/b,http://c:1", ["unix:/a", "unix:/b", "http://c:1"]),
+        ("unix:/run/a,b.sock", ["unix:/run/a,b.sock"]),
+        ("http://a:1,http://b:2,http://a:1/", ["http://a:1", "http://b:2"]),
+        (["http://a:1", Endpoint(path="/b")], ["http://a:1", "unix:/b"]),
+    ],
+)
+def test_a_list_of_urls(where: Address, found: list[str]) -> None:
+    assert [str(each) for each in worker_endpoints(where)] == found
+    assert [str(each) for each in admin_endpoints(where)] == found
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("http://a:1,b:2", "'http://a:1,b:2': write each URL of a list in full, as in http://a:8771,http://b:8771"),
+        ("http://a,b", "'http://a,b': write each URL of a list in full, as in http://a:8771,http://b:8771"),
+        ("http://a:1,", "'http://a:1,': write each URL of a list in full, as in http://a:8771,http://b:8771"),
+        ("http://a:1,http://b:x", "'http://b:x': the port must be a number from 0 to 65535"),
+        ("http://a:1 http://b:2", "'http://a:1 http://b:2': the port must be a number from 0 to 65535"),
+        (["http://a:1", "ftp://b"], "'ftp://b': expected unix:/path, http://host:port or https://host:port"),
+    ],
+)
+def test_an_invalid_list_names_the_url(where: Address, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        worker_endpoints(where)
+
+
+def test_every_url_of_a_list_has_the_token_that_is_due(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("from-file\n")
+    urls = "http://a:1,unix:/b,http://c:1"
+    environ = {"JOBD_URL": urls, "JOBD_WORKER_TOKEN_FILE": str(file)}
+    assert [each.token for each in worker_endpoints(environ=environ)] == ["from-file", None, "from-file"]
+    found = admin_endpoints(environ={"JOBD_ADMIN_URL": urls, "ADMIN_TOKEN": "t"}, operator="eve")
+    assert [(each.token, each.operator) for each in found] == [("t", "eve")] * 3
 
 
 def test_the_default_socket_is_that_of_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""How responses are read, and when calls are retried."""
+"""How responses are read, and how lines are sent."""
 
 from __future__ import annotations
 
@@ -12,15 +12,10 @@ from jobd.client import (
     BadResponse,
     JobdError,
     Overloaded,
-    RetryOptions,
     Unreachable,
-    admin_requests,
-    worker_requests,
 )
 from jobd.client.protocol import (
-    RETRIED,
     ApiResponse,
-    RetryState,
     get,
     json_lines,
     read_result,
@@ -99,48 +94,6 @@ def test_retry_after_comes_from_details_or_header(
     with pytest.raises(Overloaded) as caught:
         read_result(READ, _reply(body, 503, **headers))
     assert caught.value.retry_after_ms == wait_ms
-
-
-def test_the_delay_doubles_up_to_its_limit_and_is_random_below_it() -> None:
-    tries = RetryState(RetryOptions(total_s=None, base_s=1, max_s=5), READ, 0)
-    assert [tries.wait_s(Unreachable("x"), 0, chance) for chance in (1, 1, 1, 1, 0.5, 0)] == [1, 2, 4, 5, 2.5, 0]
-
-
-def test_retry_after_is_added_to_the_delay() -> None:
-    tries = RetryState(RetryOptions(total_s=None, base_s=1), READ, 0)
-    assert tries.wait_s(Overloaded("x", retry_after_ms=2000), 0, 0.5) == 2.5
-
-
-def test_there_is_no_retry_after_the_deadline() -> None:
-    tries = RetryState(RetryOptions(total_s=10, base_s=4, max_s=4), READ, 100)
-    assert tries.wait_s(Unreachable("x"), 105, 1) == 4
-    with pytest.raises(Unreachable):
-        tries.wait_s(Unreachable("x"), 106, 1)
-
-
-def test_no_retries_means_one_attempt() -> None:
-    with pytest.raises(Unreachable):
-        RetryState(RetryOptions(total_s=0), READ, 0).wait_s(Unreachable("x"), 0, 0)
-
-
-@pytest.mark.parametrize("code", sorted(set(ERRORS) - RETRIED))
-def test_a_final_error_is_not_retried(code: str) -> None:
-    with pytest.raises(ERRORS[code]):
-        RetryState(RetryOptions(total_s=None), READ, 0).wait_s(ERRORS[code]("No."), 0, 0)
-
-
-def test_a_call_that_is_not_repeatable_is_not_retried() -> None:
-    with pytest.raises(Unreachable):
-        RetryState(RetryOptions(total_s=None), admin_requests.import_jobs(), 0).wait_s(Unreachable("x"), 0, 0)
-
-
-def test_the_timeout_includes_the_delay_of_the_daemon() -> None:
-    request = worker_requests.claim("w", wait_ms=60_000)
-    tries = RetryState(RetryOptions(total_s=30, timeout_s=10), request, 0)
-    assert tries.timeout_s(0) == 70
-    tries.wait_s(Unreachable("x"), 20, 0)
-    assert tries.timeout_s(25) == 5
-    assert tries.timeout_s(31) == 0.1
 
 
 def test_lines_are_sent_in_chunks_of_bounded_size() -> None:
