@@ -15,7 +15,7 @@ from jobd.api.downloads import ARTIFACT_TYPE, BACKUP_TYPE, ArtifactRequest, Back
 from jobd.api.events import EVENT_STREAM, EventsRequest, send_events
 from jobd.api.imports import import_jobs, preview_import
 from jobd.api.openapi import ADMIN_PREFIX, tagged, with_document
-from jobd.api.probes import PROBES
+from jobd.api.probes import PROBES, cluster_route
 from jobd.api.services import Services
 from jobd.http.app import App, NoFields, run_command
 from jobd.http.request import RequestContext, as_one_entry, operator_of
@@ -66,6 +66,7 @@ from jobd.model.responses import (
     CleanupReport,
     CleanupState,
     ClockView,
+    ClusterView,
     DeliveryPage,
     DeliveryState,
     DeliveryView,
@@ -299,6 +300,16 @@ async def _accept_clock(app: App[Services], ctx: RequestContext, command: WithRe
     if isinstance(view, ApiError):
         return view
     await audit_action(app, ctx.operator, "accept-clock", reason=command.reason)
+    return Response(view)
+
+
+async def _step_down(app: App[Services], ctx: RequestContext, command: WithReason) -> Response | ApiError:
+    services = app.services
+    if services.step_down is None:
+        return ApiError("not_found", "This daemon has a journal of its own, so there is no cluster. See `[journal]`.")
+    await audit_action(app, ctx.operator, "step-down", reason=command.reason)
+    view = services.cluster_view()
+    services.step_down()
     return Response(view)
 
 
@@ -588,6 +599,16 @@ _ROUTES: Final = (
             summary="Accept the clock as correct. Jobs are deleted and failed by age again.",
         ),
         Route(
+            method="POST",
+            path=f"{_BASE}/cluster/step-down",
+            request=WithReason,
+            response=ClusterView,
+            auth=_A,
+            handler=_step_down,
+            errors=("not_found",),
+            summary="End the lead of this node, so that a standby takes over at once. The process ends with code 75.",
+        ),
+        Route(
             method="GET",
             path="/metrics",
             request=NoFields,
@@ -639,5 +660,6 @@ _ROUTES: Final = (
         ),
     ),
     *PROBES,
+    cluster_route(_A),
 )
 ROUTES: Final = with_document("jobd admin API", _ROUTES)

@@ -1,34 +1,53 @@
-"""Liveness and readiness probes, the same on every listener. They need no token."""
+"""The calls that every node serves on every listener: the probes, which need no token, and the state of the cluster."""
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Protocol
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
-from jobd.api.services import Services
 from jobd.http.app import App, NoFields
 from jobd.http.request import RequestContext
-from jobd.http.routing import Route
-from jobd.model.responses import Response
+from jobd.http.routing import Auth, Route
+from jobd.model.responses import ClusterView, Response
 
 
 class Probe(Struct, frozen=True):
-    """The result of a probe."""
+    """The result of a probe. A standby also names the leader."""
 
-    status: Annotated[Literal["ok", "unavailable"], Meta(description="Whether the probe succeeded.")]
-
-
-def _probe(is_ok: bool) -> Response:
-    return Response(Probe("ok")) if is_ok else Response(Probe("unavailable"), status=503)
-
-
-async def _alive(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
-    return _probe(app.services.is_alive())
+    status: Annotated[Literal["ok", "unavailable", "standby"], Meta(description="Whether the probe succeeded.")]
+    leader: Annotated[
+        str | None | UnsetType, Meta(description="URL of the leader, if the node is a standby; null if no node leads.")
+    ] = UNSET
 
 
-async def _ready(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
-    return _probe(app.services.is_ready())
+class NodeServices(Protocol):
+    """What these calls need."""
+
+    def is_alive(self) -> bool:
+        """Return whether the daemon is alive."""
+
+    def readiness(self) -> Probe:
+        """Return whether the daemon accepts requests."""
+
+    def cluster_view(self) -> ClusterView:
+        """Return the state of the cluster."""
+
+
+def _probed(probe: Probe) -> Response:
+    return Response(probe, status=200 if probe.status == "ok" else 503)
+
+
+async def _alive(app: App[NodeServices], ctx: RequestContext, command: NoFields) -> Response:
+    return _probed(Probe("ok" if app.services.is_alive() else "unavailable"))
+
+
+async def _ready(app: App[NodeServices], ctx: RequestContext, command: NoFields) -> Response:
+    return _probed(app.services.readiness())
+
+
+async def _cluster(app: App[NodeServices], ctx: RequestContext, command: NoFields) -> Response:
+    return Response(app.services.cluster_view())
 
 
 PROBES: Final = (
@@ -54,6 +73,21 @@ PROBES: Final = (
         tag="The daemon",
         handler=_ready,
         summary="Return whether the daemon accepts requests. It does even if a full disk makes it reject new jobs.",
-        other_statuses={503: "The daemon does not accept requests yet, or is stopping."},
+        other_statuses={503: "The daemon does not accept requests yet, is stopping, or is a standby of a cluster."},
     ),
 )
+
+
+def cluster_route(auth: Auth) -> Route:
+    """Return the route of the state of the cluster."""
+    return Route(
+        method="GET",
+        path="/v1/cluster",
+        request=NoFields,
+        response=ClusterView,
+        auth=auth,
+        on_standby=True,
+        tag="The daemon",
+        handler=_cluster,
+        summary="Return the state of the cluster: its nodes, its leader, and how far this node is behind.",
+    )

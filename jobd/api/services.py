@@ -9,6 +9,7 @@ from itertools import islice
 import structlog
 from msgspec import Struct
 
+from jobd.api.probes import Probe
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.engine.event_feed import EventFeed
@@ -20,6 +21,7 @@ from jobd.model.commands import MakePlan, Tick
 from jobd.model.errors import ApiError
 from jobd.model.responses import (
     ClockView,
+    ClusterView,
     DeliveryPage,
     DeliveryState,
     DeliveryView,
@@ -60,9 +62,11 @@ class Services(Struct, kw_only=True):
     webhooks: WebhookManager
     is_alive: Callable[[], bool]
     is_open: bool = False
+    cluster_view: Callable[[], ClusterView] = lambda: ClusterView(role="single")
+    step_down: Callable[[], None] | None = None  # None: there is no cluster
 
-    def is_ready(self) -> bool:
-        return self.is_open and self.is_alive()
+    def readiness(self) -> Probe:
+        return Probe("ok" if self.is_open and self.is_alive() else "unavailable")
 
     async def make_plan(self, command: MakePlan) -> PlanView | ApiError:
         return await self.planner.make(command, secrets.token_hex(8))

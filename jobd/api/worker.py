@@ -7,7 +7,7 @@ from typing import Final
 from jobd.api.command_stream import StreamedCommand, StreamedResponse, serve_command_stream
 from jobd.api.events import EVENT_STREAM, EventsRequest, send_events
 from jobd.api.openapi import document_at, tagged, with_document
-from jobd.api.probes import PROBES
+from jobd.api.probes import PROBES, cluster_route
 from jobd.http.auth import LINES
 from jobd.http.routing import Auth, Route
 from jobd.model.commands import (
@@ -102,6 +102,7 @@ _ROUTES: Final = (
         ),
     ),
     *PROBES,
+    cluster_route(_W),
 )
 TITLE: Final = "jobd worker API"
 ROUTES: Final = with_document(TITLE, _ROUTES)

@@ -118,7 +118,8 @@ class Standby:
         head = self.head = await self._journal.head()
         is_over = self._lease.see(head)
         while self._warm.number < head.number:
-            records = await self._journal.read(self._warm.number, READ_LIMIT)
+            if not (records := await self._journal.read(self._warm.number, READ_LIMIT)):
+                break  # the server has failed over, and has lost records that were not acknowledged
             self._last_event = records[-1].last_event
             confirmed = acknowledged(records, head.acked)
             await self._warm.apply(confirmed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from msgspec.structs import replace
@@ -17,7 +18,7 @@ from jobd.model.storage import Batch, FiguresWrite, LoadedRows, OpenedStore, Qua
 class FollowingStorage(Protocol):
     """The part of the store that a standby uses."""
 
-    async def follow(self, records: list[Record]) -> None:
+    async def follow(self, records: Sequence[Record]) -> None:
         """Take the next records, and write the tables behind them. Raises DiskFull if nothing was taken."""
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
@@ -72,8 +73,9 @@ class WarmState:
 
     async def _write(self) -> None:
         """Pass the records that were applied to the store. On a full disk they wait for the next call."""
-        await self._store.follow(self._unwritten)
-        self._unwritten = []
+        if self._unwritten:
+            await self._store.follow(self._unwritten)
+            self._unwritten = []
 
     def opened(self) -> OpenedStore:
         """Return what a start would read. Of the jobs it has only those that have changed; `state` has all."""

@@ -143,8 +143,6 @@ class App(Generic[S]):
         pages: BrowserPages | None = None,
     ) -> None:
         self.authenticator = authenticator
-        self.actor = actor
-        self.services = services
         self.limits = limits or Limits()
         self.admin = admin
         self.closing = False
@@ -152,11 +150,29 @@ class App(Generic[S]):
         self.error_counts: Counter[str] = Counter()
         self._pending = 0
         self._idle: asyncio.Event | None = None  # while something waits for the end of pending requests
+        self._log_limiter = LogRateLimiter()
+        self.serve(routes, actor, services, pages=pages)
+
+    def serve(
+        self,
+        routes: Iterable[Route],
+        actor: ActorClient,
+        services: S,
+        *,
+        pages: BrowserPages | None = None,
+        unrouted: Callable[[], ApiError] | None = None,
+    ) -> None:
+        """Serve these routes from now on. `unrouted` returns the error of all other requests, instead of a 404 or 405.
+
+        Open connections stay open, and so do the requests in progress.
+        """
+        self.actor = actor
+        self.services = services
         self._pages = pages
+        self._unrouted = unrouted
         table = tuple(routes)
         self.routes = {route.request: route for route in table}
         self._router = Router(table, self.limits)
-        self._log_limiter = LogRateLimiter()
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -325,6 +341,8 @@ class App(Generic[S]):
                 ctx.operator = operator_of(ctx)
                 ctx.by = ctx.operator.by
             return resolved
+        if self._unrouted is not None:
+            raise ApiException(self._unrouted())
         if not match.allowed:
             message = (
                 "There is no such path. The worker API is under /v1/ on the worker socket, the admin API under "

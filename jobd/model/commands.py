@@ -859,6 +859,7 @@ RecordedAction = Literal[
     "import",
     "cleanup",
     "accept-clock",
+    "step-down",
     "resend-delivery",
     "resend-given-up",
     "test-webhook",

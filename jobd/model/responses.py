@@ -991,6 +991,40 @@ class FailuresView(Struct, frozen=True):
     whole: Annotated[bool, Meta(description="False until the jobs from before the start of the daemon are counted.")]
 
 
+NodeRole = Literal["leader", "standby", "single"]
+
+
+class NodeView(Struct, frozen=True):
+    """A node of a cluster, as it last described itself."""
+
+    name: Annotated[str, Meta(description="Its name, `node.name`.")]
+    url: Annotated[str, Meta(description="Its address for clients, `node.advertise`.")]
+    role: Annotated[NodeRole, Meta(description="`leader` or `standby`.")]
+    seen_ms: Annotated[int, Meta(description="Time since it was last heard, in ms.")]
+    record: Annotated[int, Meta(description="The last record of the journal that its tables have.")]
+    lag_records: Annotated[int, Meta(description="Number of records that its tables lack.")]
+    format: Annotated[int, Meta(description="The highest format of a record that it reads.")]
+    config_differs: Annotated[bool, Meta(description="Whether its configuration differs from that of the leader.")]
+
+
+class ClusterView(Struct, frozen=True, kw_only=True):
+    """The cluster, as the node that responds sees it. A daemon with a journal of its own is `single`."""
+
+    role: Annotated[NodeRole, Meta(description="Role of the node that responds.")]
+    node: Annotated[str | None, Meta(description="Its name.")] = None
+    journal: Annotated[str | None, Meta(description="Name of the journal.")] = None
+    leader: Annotated[str | None, Meta(description="URL of the leader, or null if no node leads.")] = None
+    epoch: Annotated[int | None, Meta(description="The epoch of the leader.")] = None
+    record: Annotated[int | None, Meta(description="Number of the last record of the journal.")] = None
+    lag_events: Annotated[int, Meta(description="Number of events that the node has not applied.")] = 0
+    lease_ms: Annotated[int | None, Meta(description="Duration of the lease, in ms.")] = None
+    synchronous: Annotated[
+        bool | None, Meta(description="Whether a record is on two machines before it is acknowledged; null if unknown.")
+    ] = None
+    problems: Annotated[list[str], Meta(description="What is wrong, in words.")] = []
+    nodes: Annotated[list[NodeView], Meta(description="The nodes, by name.")] = []
+
+
 class EmptyResponse(Struct, frozen=True):
     """A success without data."""
 

@@ -11,7 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from typing import Final, Protocol, get_args
 
 from msgspec import Struct
@@ -32,7 +32,7 @@ from jobd.maintenance.maintainer import Maintainer
 from jobd.model.errors import ERROR_STATUS
 from jobd.model.events import EventType
 from jobd.model.job import SECOND_MS, STATUSES
-from jobd.model.responses import ProcessStats
+from jobd.model.responses import ClusterView, ProcessStats
 from jobd.model.storage import DiskSpace
 from jobd.monitoring.alerts import Alerts
 
@@ -87,6 +87,7 @@ class Snapshot(Struct, frozen=True):
     alerts: dict[str, bool]
     sweeps: SweepStats
     webhooks: dict[str, WebhookCounters]  # by name
+    cluster: ClusterView
 
 
 class WebhookCounters(Protocol):
@@ -143,6 +144,7 @@ class Metrics:
         self._feed = feed
         self._store_path = store_path
         self.webhooks: Callable[[], Mapping[str, WebhookCounters]] = dict
+        self.cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single")
         self._lags: deque[float] = deque(maxlen=LAGS_KEPT)
         self._commits: deque[list[int]] = deque([actor.commit_seconds.counts.copy()], COMMITS_KEPT)
         self._started_s = time.monotonic()
@@ -215,6 +217,7 @@ class Metrics:
             alerts=alerts,
             sweeps=copy(self._sweeps),
             webhooks=dict(self.webhooks()),
+            cluster=self.cluster(),
         )
 
     async def run(self) -> None:
@@ -232,8 +235,18 @@ class Metrics:
 
 def text(now: Snapshot, store_path: str) -> bytes:
     """Format `now` and the sizes of the store's files. Reads the file system: call this off the loop."""
+    families = (_jobs(now), _cleanup(now), _webhooks(now), _machine(now), _files(store_path))
+    return _text([*chain(*families), *_cluster(now.cluster), _build()])
+
+
+def standby_text(cluster: ClusterView) -> bytes:
+    """Format the metrics of a standby."""
+    return _text([*_cluster(cluster), _build()])
+
+
+def _text(families: list[Metric]) -> bytes:
     registry = CollectorRegistry(auto_describe=False)  # our own registry: no process metrics
-    registry.register(_Collected([*_jobs(now), *_cleanup(now), *_webhooks(now), *_machine(now), *_files(store_path)]))
+    registry.register(_Collected(families))
     return generate_latest(registry)
 
 
@@ -355,8 +368,19 @@ def _machine(now: Snapshot) -> Iterator[Metric]:
     yield _gauge(
         "clock_suspect", "1 while the wall clock is suspect and nothing is deleted or failed by age.", now.clock_suspect
     )
+
+
+def _cluster(view: ClusterView) -> Iterator[Metric]:
+    """Yield the metrics of a node of a cluster. They have no values without a cluster."""
+    nodes = [] if view.role == "single" else [view]
+    yield _gauges("leader", "1 if this node leads its cluster.", [], [(node.role == "leader",) for node in nodes])
+    help_ = "Events of the journal that this node has not applied."
+    yield _gauges("standby_lag_events", help_, [], [(node.lag_events,) for node in nodes])
+
+
+def _build() -> Metric:
     build = [(__version__, platform.python_version(), 1)]
-    yield _gauges("build_info", "Version of jobd and of Python.", ["version", "python"], build)
+    return _gauges("build_info", "Version of jobd and of Python.", ["version", "python"], build)
 
 
 def _files(store_path: str) -> Iterator[Metric]:

@@ -236,6 +236,8 @@ SHAPES: Final[dict[str, Any]] = {
     "delivery": responses.DeliveryView,
     "resent": responses.Resent,
     "clock": responses.ClockView,
+    "cluster": responses.ClusterView,
+    "node": responses.NodeView,
     "quarantine": responses.QuarantineList,
     "checked rows": responses.CheckedRows,
     "backups": responses.BackupList,

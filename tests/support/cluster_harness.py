@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from random import Random
 from typing import Any, Final
 
@@ -43,7 +44,7 @@ class SharedStorage(MemoryStorage):
         self.project()
         return shown
 
-    async def follow(self, records: list[Record]) -> None:
+    async def follow(self, records: Sequence[Record]) -> None:
         await asyncio.sleep(0)
         for made in records:
             assert made.number == self._last_record + 1

@@ -50,7 +50,7 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import Policy
-from jobd.model.responses import Response, StatsView, ValidateJobView, Validation
+from jobd.model.responses import ClusterView, NodeView, Response, StatsView, ValidateJobView, Validation
 from tests.support.http_harness import BACKUP, DELIVERY, TOKEN, WEBHOOK, HttpHarness
 from tests.unit.core.test_views import AT, JOB
 
@@ -210,6 +210,21 @@ async def test_actions_that_are_not_commands_are_audited(
     assert first.operator.name == "eve"
 
 
+async def test_a_leader_steps_down_after_its_audit_entry(harness: HttpHarness) -> None:
+    path, stepped = f"{P}/cluster/step-down", []
+    refused = await harness.request("POST", path, headers=AUTH)
+    assert (refused.status, refused.error) == (404, "not_found")
+    assert (await harness.request("GET", "/v1/cluster", headers=AUTH)).data["role"] == "single"
+    view = ClusterView(role="leader", node="a", nodes=[NodeView("a", "http://a", "leader", 0, 1, 0, 2, False)])
+    harness.services.cluster_view = lambda: view
+    harness.services.step_down = lambda: stepped.append(True)
+    done = await harness.request("POST", path, '{"reason":"why"}', AUTH)
+    assert done.data == (await harness.request("GET", "/v1/cluster", headers=AUTH)).data == msgspec.to_builtins(view)
+    assert stepped == [True]
+    [audited] = harness.actor.received
+    assert audited.command == RecordAction(what="step-down", reason="why")
+
+
 async def test_webhook_actions_are_audited_with_the_webhook(harness: HttpHarness) -> None:
     assert (await harness.request("POST", f"{P}/webhooks/q/resend", '{"id":7}', AUTH)).status == 200
     assert (await harness.request("POST", f"{P}/webhooks/q/resend", '{"id":8}', AUTH)).status == 404
@@ -318,6 +333,7 @@ async def test_a_requested_cleanup_is_forced(harness: HttpHarness) -> None:
 def test_every_call_has_an_example_and_no_route_is_missing() -> None:
     others = {("GET", f"{P}/stats"), ("GET", f"{P}/health"), ("POST", f"{P}/import"), ("GET", f"{P}/backup")}
     others.add(("POST", f"{P}/import/preview"))  # test_import_preview.py
+    others |= {("GET", "/v1/cluster"), ("POST", f"{P}/cluster/step-down")}
     others |= {("GET", "/metrics"), ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/openapi.json")}
     others |= {("GET", f"{P}/events"), ("GET", f"{P}/jobs/{{id}}/artifact")}  # test_event_stream.py, test_downloads.py
     plans = [("POST", "plans"), ("GET", "plans/{plan_id}"), ("POST", "plans/{plan_id}/apply")]

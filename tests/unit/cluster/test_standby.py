@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ async def test_a_standby_with_a_full_disk_goes_on_when_it_has_space() -> None:
     assert await leader_of(nodes) is leader
     follow, is_full = standby.disk.follow, True
 
-    async def reject(records: list[Record]) -> None:
+    async def reject(records: Sequence[Record]) -> None:
         if is_full and records:
             raise DiskFull("the disk is full")
         await follow(records)
@@ -101,7 +102,7 @@ async def test_a_standby_can_be_stopped_while_it_catches_up() -> None:
     join([leader, standby])
     follow = standby.disk.follow
 
-    async def stop(records: list[Record]) -> None:
+    async def stop(records: Sequence[Record]) -> None:
         await follow(records)
         if records:
             standby.standby.stop()

@@ -79,6 +79,8 @@ EXPECTED = {
     "jobd_quarantined_jobs": "gauge",
     "jobd_commit_mode": "gauge",
     "jobd_unprojected_events": "gauge",
+    "jobd_leader": "gauge",
+    "jobd_standby_lag_events": "gauge",
     "jobd_commit_seconds": "histogram",
     "jobd_batch_commands": "histogram",
     "jobd_mailbox_commands": "gauge",

@@ -1,0 +1,57 @@
+"""What a standby of a cluster serves: the routes that need no lead. Everything else is 503 not_leader."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from jobd.api.probes import Probe
+from jobd.http.app import App
+from jobd.http.auth import Authenticator
+from jobd.http.decoding import Limits
+from jobd.http.routing import Route
+from jobd.model.errors import ApiError, not_leader_error
+from jobd.model.responses import ClusterView
+from jobd.monitoring.metrics import standby_text
+
+
+class StandbyServices:
+    """The services of a standby. `view` returns the cluster as this node sees it."""
+
+    def __init__(self, view: Callable[[], ClusterView]) -> None:
+        self.cluster_view = view
+
+    def is_alive(self) -> bool:
+        return True
+
+    def readiness(self) -> Probe:
+        return Probe("standby", self.cluster_view().leader)
+
+    async def metrics_text(self) -> bytes:
+        return await asyncio.to_thread(standby_text, self.cluster_view())
+
+
+class NoActor:
+    """Rejects commands, none of which a route of a standby sends."""
+
+    async def ask(self, command: object, **options: object) -> ApiError:
+        return not_leader_error(None)
+
+    def send(self, command: object, responder: object, **options: object) -> ApiError:
+        return not_leader_error(None)
+
+    def abandon(self, envelope: object) -> None:
+        """Do nothing."""
+
+    def undelivered(self, response: object) -> None:
+        """Do nothing."""
+
+
+def standby_app(
+    authenticator: Authenticator, routes: Iterable[Route], services: StandbyServices, limits: Limits, *, admin: bool
+) -> App[object]:
+    """Return the app of a listener until this node leads. `App.serve` then gives it the other routes."""
+    served = [route for route in routes if route.on_standby]
+    app: App[object] = App(authenticator, served, NoActor(), services, limits=limits, admin=admin)
+    app.serve(served, NoActor(), services, unrouted=lambda: not_leader_error(services.cluster_view().leader))
+    return app
