@@ -7,6 +7,7 @@ API uses camel case.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from msgspec import Raw, Struct
@@ -38,6 +39,7 @@ from jobd.model.responses import (
     CleanupReport,
     CleanupState,
     ClockView,
+    ClusterView,
     DeliveryPage,
     DeliveryState,
     DeliveryView,
@@ -509,13 +511,27 @@ def accept_clock(reason: str | None = None) -> ApiRequest[ClockView]:
     return post(f"{BASE}/clock/accept", ClockView, {"reason": reason})
 
 
+def cluster() -> ApiRequest[ClusterView]:
+    """Get the nodes of the cluster and its leader, as the node that responds sees them. It may be a standby."""
+    return get("/v1/cluster", ClusterView)
+
+
+def step_down(reason: str | None = None) -> ApiRequest[ClusterView]:
+    """End the lead of the leader, whose process then ends, so that a standby takes over at once.
+
+    The client does not repeat the request after a lost response, because it would reach the next leader. Raises
+    NotFound if the daemon has a journal of its own.
+    """
+    return replace(post(f"{BASE}/cluster/step-down", ClusterView, {"reason": reason}), repeatable=False)
+
+
 def quarantine() -> ApiRequest[list[QuarantinedJob]]:
     """List the jobs whose rows are damaged, and the damage."""
     return get(f"{BASE}/quarantine", QuarantineList).then(lambda found: found.jobs)
 
 
 def metrics() -> ApiRequest[str]:
-    """Get the daemon's metrics in the text format of Prometheus."""
+    """Get the metrics of the node that served the previous call, in the text format of Prometheus."""
     return ApiRequest("GET", "/metrics", bytes.decode)
 
 

@@ -123,7 +123,8 @@ class RetryState:
         """Return the delay before the next attempt. Raises `error`, or one that names all nodes, if there is none."""
         if error.code not in _MOVED and error.code != "bad_response":
             self.served()
-        if error.code not in self._retry.codes or not self._request.repeatable:
+        is_safe = self._request.repeatable or error.code == "not_leader"
+        if error.code not in self._retry.codes or not is_safe:
             raise error
         self._record(error)
         following = self._following(error)

@@ -18,6 +18,7 @@ from jobd.model.commands import About, WorkerState
 from jobd.model.events import EventView
 from jobd.model.job import Backoff, OnStall, Status
 from jobd.model.responses import (
+    ClusterView,
     LockState,
     QueueList,
     QueueView,
@@ -297,6 +298,11 @@ def cancel_job(job_id: str, reason: str | None = None, *, idempotency_key: str |
     Raises JobNotFound, InvalidTransition.
     """
     return post(job_path(JOBS, job_id, "cancel"), JobInfo, {"reason": reason}, key=idempotency_key or uuid7())
+
+
+def cluster() -> ApiRequest[ClusterView]:
+    """Get the nodes of the cluster and its leader, as the node that responds sees them. It may be a standby."""
+    return get("/v1/cluster", ClusterView)
 
 
 def queues(*, limit: int | None = None, cursor: str | None = None) -> ApiRequest[list[QueueView]]:

@@ -10,7 +10,7 @@ import click
 from jobd import __version__
 from jobd.cli import exit_codes
 from jobd.cli.connection import all_options
-from jobd.cli.ctl import admin, change, events, jobs, run, submit, transfer, webhooks
+from jobd.cli.ctl import admin, change, cluster, events, jobs, run, submit, transfer, webhooks
 from jobd.cli.params import SETTINGS, CommandGroup
 
 
@@ -41,6 +41,7 @@ jobctl.add_all(
     "Operators (admin API)",
     *admin.COMMANDS,
     webhooks.webhooks,
+    cluster.cluster,
     *events.COMMANDS,
     *transfer.COMMANDS,
     *change.COMMANDS,

@@ -45,6 +45,14 @@ def test_there_is_no_retry_after_the_deadline() -> None:
         tries.wait_s(Unreachable("x"), 106, 1)
 
 
+def test_a_call_that_is_not_repeatable_follows_the_leader() -> None:
+    state = RetryState(RetryOptions(), admin_requests.step_down(), NodeList([A, B]), 0)
+    assert state.wait_s(standby(B), 0, 0) == 0
+    assert state.endpoint == B
+    with pytest.raises(Unreachable, match="refused"):
+        state.wait_s(refused(B), 0, 0)
+
+
 def test_no_retries_means_one_attempt() -> None:
     with pytest.raises(Unreachable):
         RetryState(RetryOptions(total_s=0), READ, ONE, 0).wait_s(Unreachable("x"), 0, 0)

@@ -1,0 +1,94 @@
+"""`jobctl cluster`: show the nodes of a cluster, and hand over the lead."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from jobd.cli import confirm, exit_codes, terminal
+from jobd.cli.connection import TAKEOVER_S, admin_client, admin_options
+from jobd.cli.params import json_option
+
+if TYPE_CHECKING:
+    from jobd.client import AdminClient
+    from jobd.model.responses import ClusterView, NodeView
+
+_POLL_S: Final = 0.1
+
+
+@click.command()
+@click.argument("what", required=False, type=click.Choice(["step-down"]))
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@confirm.reason_option("Stored in the audit log.")
+@json_option
+@admin_options
+def cluster(what: str | None, yes: bool, reason: str | None, as_json: bool) -> int:
+    """Show the nodes of the cluster and its leader. Exit 1 if no node leads.
+
+    \b
+    cluster              show nodes, leader, epoch, and how far each node is behind
+    cluster step-down    end the lead of the leader, and wait until another node leads
+    """
+    if (yes or reason) and what is None:
+        raise click.UsageError("--yes and --reason need `step-down`: jobctl cluster step-down")
+    client = admin_client()
+    view = client.cluster()
+    if what == "step-down":
+        view = _step_down(client, view, reason, yes=yes)
+    if as_json:
+        terminal.emit_json(view)
+    elif what == "step-down":
+        terminal.emit(f"{view.leader} leads, epoch {view.epoch}")
+    else:
+        _show(view)
+    return exit_codes.DONE if view.role == "single" or view.leader is not None else exit_codes.FAILED
+
+
+def _step_down(client: AdminClient, before: ClusterView, reason: str | None, *, yes: bool) -> ClusterView:
+    """Make the leader step down, and return the cluster once another leader has a later epoch."""
+    from jobd.client import Unreachable
+
+    if not yes and before.role != "single":
+        others = sum(node.role == "standby" for node in before.nodes)
+        confirm.confirm(f"end the lead of {before.leader or 'the leader'}; standbys: {others}")
+    try:
+        before = client.step_down(reason)
+    except Unreachable:  # the response may have been lost, as the process ends
+        terminal.say("The leader did not respond; waiting for another one.")
+    give_up_s = time.monotonic() + TAKEOVER_S
+    while True:
+        view = client.cluster()
+        if view.leader is not None and (view.epoch or 0) > (before.epoch or 0):
+            return view
+        if time.monotonic() > give_up_s:
+            text = f"no node took over within {TAKEOVER_S:g} s. Is a standby running? See: jobctl cluster"
+            raise exit_codes.CliError(text, exit_codes.TRY_AGAIN)
+        time.sleep(_POLL_S)
+
+
+def _show(view: ClusterView) -> None:
+    if view.role == "single":
+        terminal.emit("This daemon has a journal of its own; it is not part of a cluster.")
+        return
+    fields: list[tuple[str, Any]] = [
+        ("journal", view.journal),
+        ("leader", view.leader or "none"),
+        ("epoch", view.epoch),
+        ("record", view.record),
+        ("lease", None if view.lease_ms is None else terminal.span(view.lease_ms)),
+        ("synchronous", "unknown" if view.synchronous is None else view.synchronous),
+        ("response of", f"{view.node} ({view.role}{f', {view.lag_events} events behind' if view.lag_events else ''})"),
+        *[("problem", problem) for problem in view.problems],
+    ]
+    terminal.pairs(fields)
+    terminal.emit("")
+    columns = ["NODE", "ROLE", "URL", ">BEHIND", "SEEN", ">FORMAT", "NOTE"]
+    terminal.table(columns, [_row(node) for node in view.nodes], empty="No nodes.")
+
+
+def _row(node: NodeView) -> tuple[object, ...]:
+    note = "configuration differs from that of the leader" if node.config_differs else ""
+    seen = f"{terminal.span(node.seen_ms)} ago"
+    return node.name, node.role, node.url or "-", node.lag_records, seen, node.format, note
