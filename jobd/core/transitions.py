@@ -228,13 +228,13 @@ def finish(
 ) -> Job:
     """Move the job to a finished status. It is deleted after its retention, or at `expires_at` in `fields`."""
     finished_at = tx.now
-    if fields.get("expires_at") is None:
-        fields["expires_at"] = finished_at + keep_ms(tx.policy, status)
-    fields["status"] = status
     if finished_at < job.created_at:  # the wall clock stepped back
         finished_at = job.created_at
     if job.started_at is not None and finished_at < job.started_at:
         finished_at = job.started_at
+    if fields.get("expires_at") is None:
+        fields["expires_at"] = finished_at + keep_ms(tx.policy, status)
+    fields["status"] = status
     fields["finished_at"] = finished_at
     if job.releases:
         fields["releases"] = 0

@@ -153,6 +153,13 @@ def test_complete(rules: RuleHarness) -> None:
     assert rules.last().by == "worker:w-1"
 
 
+def test_retention_begins_at_the_finish_time_if_the_clock_stepped_back(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    created_at, rules.now = rules.now, rules.now - 30 * DAY_MS
+    view = rules.accept(Complete(id="a", lock_id=lock_id))
+    assert (view.finished_at, view.expires_at) == (created_at, created_at + 7 * DAY_MS)
+
+
 def test_complete_clears_the_error_and_treats_null_as_absent(rules: RuleHarness) -> None:
     lock_id = rules.held(max_attempts=2)
     rules.accept(Fail(id="a", lock_id=lock_id, error_message="once", retry_after_ms=0))
