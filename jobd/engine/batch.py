@@ -146,7 +146,7 @@ class Decider:
         if serves:
             self._serve_parked(decided)
         for envelope in envelopes:
-            if type(envelope.call.command) in _GRANTING and envelope.key is None and envelope.is_abandoned:
+            if type(envelope.call.command) in _GRANTING and envelope.is_abandoned:
                 continue  # no caller is left to receive the grant
             response = self._decide_one(decided, envelope)
             if response is not None:
@@ -194,10 +194,15 @@ class Decider:
         # Before the jobs, which may become due for these claims.
         for envelope in decided.parked:
             self.parked.remove(envelope)
-        for envelope in decided.served:
-            if envelope not in decided.parked:
-                self.parked.add(envelope)
+        waiting_again = [each for each in decided.served if each not in decided.parked and not each.is_abandoned]
+        for envelope in waiting_again:
+            self.parked.add(envelope)
         decided.tx.roll_back()
+        # The job that a claim got may be in quarantine now, so any other job of its queues may be its next one.
+        claims = [each.call.command for each in waiting_again]
+        for queue in {queue for claim in claims if isinstance(claim, Claim) for queue in claim.queues}:
+            for kind in self.state.queued_kinds(queue):
+                self._note_due(queue, kind)
         for envelope, response in decided.replies:
             if envelope.key is not None and isinstance(response, Response):
                 self._count_receivers(envelope, response, -len(envelope.futures))

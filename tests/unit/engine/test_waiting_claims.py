@@ -26,6 +26,7 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS
+from jobd.model.storage import DiskFull, JobQuery
 from tests.support.virtual_engine import (
     VirtualEngine,
     ask_all,
@@ -259,3 +260,45 @@ def test_the_claim_that_waits_longest_is_found() -> None:
         assert claims.next_deadline() is None
 
     in_virtual_time(test)()
+
+
+@in_virtual_time
+async def test_a_claim_gets_the_next_job_if_its_first_one_is_quarantined_before_the_commit() -> None:
+    async with checked_engine() as engine:
+        await engine.yes(Bulk(jobs=[Create(id="a", kind="k", delay_ms=10), Create(id="b", kind="l", delay_ms=10)]))
+        waiting = await waiting_claim(engine, "w")
+        engine.disk.gate.clear()
+        await engine.disk.at_gate.wait()
+        engine.disk.bad_jobs["a"] = "checksum"
+        await engine.disk.find_jobs(JobQuery())
+        engine.disk.gate.set()
+        assert granted_ids(await waiting) == ["b"]
+
+
+@in_virtual_time
+async def test_a_keyed_claim_whose_caller_leaves_before_the_batch_does_not_wait() -> None:
+    engine = VirtualEngine()
+    left = start_task(engine.actor.ask(Claim(worker="gone", wait_ms=30_000), key=key("k")))
+    await settle()
+    left.cancel()
+    await settle()
+    async with engine:
+        await settle()
+        assert len(engine.actor.parked) == 0
+        await engine.yes(Create(id="a"))
+        assert [event.type for event in engine.disk.events] == ["created"]
+
+
+@in_virtual_time
+async def test_a_claim_whose_caller_leaves_during_a_failed_commit_does_not_wait_again() -> None:
+    async with checked_engine() as engine:
+        waiting = await waiting_claim(engine, "w")
+        engine.disk.gate.clear()
+        engine.disk.write_errors.append(DiskFull("full"))
+        created = start_task(engine.actor.ask(Create(id="a")))
+        await engine.disk.at_gate.wait()
+        waiting.cancel()
+        await settle()
+        engine.disk.gate.set()
+        assert isinstance(await created, ApiError)
+        assert len(engine.actor.parked) == 0
