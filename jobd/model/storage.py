@@ -400,6 +400,7 @@ class OpenedStore(Struct):
     has_reserve: bool = True  # the reserve file exists
     marked: bool = False  # the store is a restored backup: end every grant by its stall rule, then set Batch.unmark
     tombstones: int = 0  # how many are waiting
+    last_record: int = 0  # the number of the last record of the journal that is in it
 
     def live(self) -> list[Job]:
         """Return all live jobs."""

@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from msgspec import Struct
+
 from jobd.model.storage import BackupError, BackupProgress, BackupStep, DiskFull
 from jobd.storage import files, migrations, startup
 from jobd.storage.database import result_code
@@ -31,6 +33,13 @@ _SPARE_BYTES: Final = 32 << 20
 _CHECK_STEPS: Final = 20_000
 
 
+class StoreCopy(Struct):
+    """A copy of a store, as an open file without a name, and the number of the last record in it."""
+
+    file: BinaryIO
+    last_record: int
+
+
 class BackupStopped(StoreError, BackupError):
     """The store was closed, or the request was cancelled, before the copy was complete."""
 
@@ -42,10 +51,16 @@ class BadCopy(StoreUnreadable, BackupError):
 
 
 async def make_copy(
-    conn: sqlite3.Connection, path: str, closing: threading.Event, progress: BackupProgress | None
-) -> BinaryIO:
+    conn: sqlite3.Connection,
+    path: str,
+    closing: threading.Event,
+    progress: BackupProgress | None,
+    *,
+    is_snapshot: bool = False,
+) -> StoreCopy:
     """Return a marked and checked copy of the store at some moment during the call, as an open unlinked file.
 
+    A snapshot has no mark, and keeps its membership in a cluster.
     Copies in a thread, which a cancellation or `closing` stops. Raises DiskFull before it copies anything if the disk
     has no space for the copy, BadCopy if the copy does not pass its check, or BackupStopped.
     """
@@ -57,26 +72,26 @@ async def make_copy(
         if progress is not None:
             progress(phase, done, total)
 
-    thread = asyncio.ensure_future(asyncio.to_thread(_copy_and_open, conn, path, step))
+    thread = asyncio.ensure_future(asyncio.to_thread(_copy_and_open, conn, path, step, is_snapshot))
     try:
         return await asyncio.shield(thread)
     except asyncio.CancelledError:
         cancelled.set()
         await asyncio.wait([thread])
         if not thread.cancelled() and thread.exception() is None:
-            await asyncio.to_thread(thread.result().close)
+            await asyncio.to_thread(thread.result().file.close)
         raise
 
 
-def _copy_and_open(conn: sqlite3.Connection, path: str, step: BackupProgress) -> BinaryIO:
+def _copy_and_open(conn: sqlite3.Connection, path: str, step: BackupProgress, is_snapshot: bool) -> StoreCopy:
     """Return the copy as an open file without a name, so that no file is left on the disk."""
     name = os.urandom(8).hex()
     target = f"{tempfile.gettempdir()}/jobd-{name}" if path == MEMORY else f"{path}.backup-{name}"
     try:
         if path != MEMORY:
             _check_space(path, target)
-        copy_marked(conn, target, step, durable=False)
-        return open(target, "rb")
+        last_record = copy_database(conn, target, step, durable=False, is_marked=not is_snapshot)
+        return StoreCopy(open(target, "rb"), last_record)
     except StoreUnreadable as error:
         raise BadCopy(f"the copy of {path} does not pass its check: {error}") from error
     finally:
@@ -84,14 +99,15 @@ def _copy_and_open(conn: sqlite3.Connection, path: str, step: BackupProgress) ->
             Path(target + suffix).unlink(missing_ok=True)
 
 
-def copy_marked(
+def copy_database(
     source: sqlite3.Connection,
     target: str,
     step: BackupProgress | None = None,
     *,
     durable: bool = True,
-) -> None:
-    """Copy a database to the new file `target`, mark it and check it.
+    is_marked: bool = True,
+) -> int:
+    """Copy a database to the new file `target`, mark it and check it. Return the number of the last record in it.
 
     With `step`, the copy yields to other users of `source`. A temporary copy need not be `durable`, because flushing it
     would delay the store's commits.
@@ -102,9 +118,10 @@ def copy_marked(
         copy.execute("PRAGMA synchronous = OFF")
         pause = None if step is None else _pausing(step, *source.execute("PRAGMA page_size").fetchone())
         source.backup(copy, pages=_STEP_PAGES, progress=pause, sleep=0.001)
-    mark_copy(target, step)
+    last_record = finish_copy(target, step, is_marked=is_marked)
     if durable:
         files.sync(target)
+    return last_record
 
 
 def _pausing(step: BackupProgress, page_bytes: int) -> Callable[[int, int, int], None]:
@@ -135,10 +152,11 @@ def _raising_disk_full() -> Iterator[None]:
         raise
 
 
-def mark_copy(path: str, step: BackupProgress | None = None) -> None:
-    """Mark the copy at `path`, turn its write-ahead log off, and check it.
+def finish_copy(path: str, step: BackupProgress | None = None, *, is_marked: bool = True) -> int:
+    """Mark the copy at `path`, turn its write-ahead log off, and check it. Return the number of its last record.
 
-    The tail of its journal is written into its tables first, so that no record in it can remove the mark.
+    The tail of its journal is written into its tables first, so that no record in it can remove the mark. A marked copy
+    of a node is the store of a single machine.
     """
     with _raising_disk_full(), startup.translated_errors(path), contextlib.closing(_connect(path)) as copy:
         startup.journal_mode(copy, path, "delete")
@@ -147,17 +165,22 @@ def mark_copy(path: str, step: BackupProgress | None = None) -> None:
         migrations.check_meta(copy, path)
         if has_tail(copy):
             startup.project_tail(copy, path)
-        copy.execute("BEGIN IMMEDIATE")
-        migrations.change_meta(copy, marked=1)
-        copy.execute("COMMIT")
+        if is_marked:
+            copy.execute("BEGIN IMMEDIATE")
+            migrations.change_meta(copy, marked=1)
+            migrations.leave_cluster(copy)
+            copy.execute("COMMIT")
         with _reporting(copy, step):
             check_whole(copy, path)
+        return (migrations.read_meta(copy) or {}).get("projected_to", 0)
 
 
 def has_tail(conn: sqlite3.Connection) -> bool:
     """Return whether the journal has records that the tables lack. Older schema versions have no journal."""
     (version,) = conn.execute("PRAGMA user_version").fetchone()
-    return version == migrations.VERSION and conn.execute("SELECT 1 FROM journal LIMIT 1").fetchone() is not None
+    if version < migrations.FIRST_WITH_JOURNAL:
+        return False
+    return conn.execute("SELECT 1 FROM journal LIMIT 1").fetchone() is not None
 
 
 def check_whole(conn: sqlite3.Connection, path: str) -> None:
@@ -229,7 +252,7 @@ def _check_and_copy(file: str, new: str) -> None:
         migrations.check_meta(source, file)
         if has_tail(source):
             startup.check_tail(source, file)
-        copy_marked(source, new)
+        copy_database(source, new)
 
 
 def _give_to_owner(path: str, old_name: str | None) -> None:

@@ -36,11 +36,13 @@ from jobd.storage.codec import (
     fault,
 )
 from jobd.storage.files import StoreBroken
+from jobd.storage.membership import Membership, StoreDamaged
 from jobd.storage.migrations import VERSION, meta_row
 from jobd.storage.wal import LogGauge
 from jobd.storage.writers import AuditWriter, RowDamaged, RowMissing, Totals, insert
 
 T = TypeVar("T")
+_Marks = tuple[Numbers, Totals, int, int, int, Membership | None]
 
 CHECKPOINT_FRAMES: Final = 1000  # measured: fewer checkpoint too often, more make single commits wait longer
 
@@ -153,6 +155,7 @@ class Database:
         self.marked = marked  # 0, or of a restored backup the first record that may remove the mark
         self.gone_to = gone_to  # events up to this number may be missing
         self.projected_to = projected_to
+        self.membership: Membership | None = None  # in a cluster
         self.reader = codec.JobReader()
         conn.create_function("fingerprint", 3, fingerprint_of_bytes, deterministic=True)
         self.audit = AuditWriter(conn)
@@ -182,10 +185,27 @@ class Database:
         """Whether an earlier write failed and left the content of the disk unknown."""
         return self._broken is not None
 
+    @property
+    def is_damaged(self) -> bool:
+        """Whether the tables have to be made again from the journal of the cluster."""
+        return isinstance(self._broken, StoreDamaged)
+
     def check(self) -> None:
         """Raise StoreBroken if an earlier write left the content of the disk unknown."""
+        if isinstance(self._broken, StoreDamaged):
+            raise self._broken
         if self._broken is not None:
             raise StoreBroken(f"an earlier write failed: {self._broken!r}") from self._broken
+
+    def keep_damage(self, what: str) -> None:
+        """Go on with a damaged row, which is quarantined. Raises StoreDamaged for the store of a cluster.
+
+        Other nodes have the row as it was, so this one makes its tables again from the journal.
+        """
+        if self.membership is not None:
+            error = StoreDamaged(f"{what}: the tables are damaged, and are made again from the journal")
+            self._broken = error
+            raise error
 
     def commit(self, fn: Callable[..., T], *args: Any) -> T:
         """Run `fn` in one transaction and return its result.
@@ -196,7 +216,7 @@ class Database:
         self.check()
         if self._is_uncommitted:
             raise DiskFull("the disk is full, and a read uses a transaction that cannot be committed")
-        saved = (self.numbers, self.totals, self.marked, self.gone_to, self.projected_to)
+        saved = self._marks()
         self.commit_s = None
         for retried in (False, True):
             try:
@@ -209,7 +229,7 @@ class Database:
                 finally:
                     self.commit_s = time.perf_counter() - began_s
             except BaseException as error:
-                self.numbers, self.totals, self.marked, self.gone_to, self.projected_to = saved
+                self._restore(saved)
                 self._roll_back(error)
                 if isinstance(error, BadRows | RowDamaged | RowMissing | StructureDamaged):
                     raise
@@ -227,7 +247,7 @@ class Database:
     def uncommitted(self, change: Callable[[], object], read: Callable[[], T]) -> T:
         """Call `change` and then `read` in a transaction that is rolled back. Uses memory in place of disk space."""
         self.check()
-        saved = (self.numbers, self.totals, self.marked, self.gone_to, self.projected_to)
+        saved = self._marks()
         self.conn.execute("PRAGMA cache_spill = OFF")
         self.conn.execute("BEGIN IMMEDIATE")
         self._is_uncommitted = True
@@ -236,11 +256,17 @@ class Database:
             return read()
         finally:
             self._is_uncommitted = False
-            self.numbers, self.totals, self.marked, self.gone_to, self.projected_to = saved
+            self._restore(saved)
             self.on_rollback()
             if self.conn.in_transaction:
                 self.conn.execute("ROLLBACK")
             self.conn.execute("PRAGMA cache_spill = ON")
+
+    def _marks(self) -> _Marks:
+        return self.numbers, self.totals, self.marked, self.gone_to, self.projected_to, self.membership
+
+    def _restore(self, marks: _Marks) -> None:
+        self.numbers, self.totals, self.marked, self.gone_to, self.projected_to, self.membership = marks
 
     def _roll_back(self, error: BaseException) -> None:
         """Roll back the transaction that raised `error`. If that fails too, the store is broken."""

@@ -164,6 +164,22 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
+def set_aside(path: str) -> None:
+    """Rename the database at `path`, which is closed, to `<path>.old`. Replaces the one that was set aside before."""
+    for suffix in ("-wal", "-shm"):
+        Path(path + suffix).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(path, f"{path}.old")
+    sync_directory(path)
+
+
+def put_in_place(new: str, path: str) -> None:
+    """Make the content of `new` durable, and rename it to `path`."""
+    sync(new)
+    os.replace(new, path)
+    sync_directory(path)
+
+
 def create_private(path: str) -> bool:
     """Durably create an empty file with mode 0600. Return False if it already exists."""
     with raising_disk_full():

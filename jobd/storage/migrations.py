@@ -17,7 +17,8 @@ from jobd.storage.codec import META_COLUMNS, Row, checksum, fault, first_checksu
 from jobd.storage.files import StoreUnreadable
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
-VERSION: Final = 11
+VERSION: Final = 12
+FIRST_WITH_JOURNAL: Final = 11
 _RESEALED_AT_ONCE: Final = 10_000  # rows
 
 
@@ -99,6 +100,7 @@ MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
     8: _keep_old_events,
     9: lambda conn: _describe_pauses_and_count_releases(conn),
     10: lambda conn: _add_journal(conn),
+    11: lambda conn: _add_cluster(conn),
 }
 
 
@@ -224,6 +226,20 @@ def _add_journal(conn: sqlite3.Connection) -> None:
     meta = read_meta(conn)
     assert meta is not None
     _rewrite_meta(conn, {**meta, "projected_to": 0})
+
+
+def _add_cluster(conn: sqlite3.Connection) -> None:
+    """Add the membership in a cluster. A store of an earlier version belongs to none."""
+    conn.execute(
+        "CREATE TABLE cluster (id INTEGER PRIMARY KEY CHECK (id = 1), cluster_id TEXT NOT NULL, record_crc INTEGER, "
+        "crc INTEGER NOT NULL) STRICT"
+    )
+
+
+def leave_cluster(conn: sqlite3.Connection) -> None:
+    """End the membership of a database of any schema version."""
+    if conn.execute("SELECT 1 FROM sqlite_schema WHERE name = 'cluster'").fetchone() is not None:
+        conn.execute("DELETE FROM cluster")
 
 
 def _rewrite_meta(conn: sqlite3.Connection, row: dict[str, int]) -> None:

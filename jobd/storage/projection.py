@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Final, TypeVar
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.journal import record
+from jobd.journal.checksum import checksum
 from jobd.journal.facts import EVENT_COLUMNS
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.events import Change
@@ -30,9 +32,10 @@ from jobd.model.storage import (
     QueueRow,
     StoredResponse,
     TableWrite,
+    Tombstone,
     distinct_tombstones,
 )
-from jobd.storage import codec, table_writes
+from jobd.storage import codec, membership, table_writes
 from jobd.storage.codec import KEY_COLUMNS, sealed
 from jobd.storage.database import BY_SEQ, PUT_QUEUE, PUT_TOMBSTONE, Database, readable
 from jobd.storage.files import StoreUnreadable
@@ -43,6 +46,16 @@ from jobd.storage.tail import Pending, fix, read_tail
 from jobd.storage.writers import JobWriter, LateWriter, RowDamaged, RowMissing, RowUnreadable, StoredJob, insert
 
 T = TypeVar("T")
+
+
+class Prepared(Struct, gc=False):
+    """A record to append. `payloads` are those that its batch asks for. See `Projection.prepare`."""
+
+    record: Record
+    pending: Pending
+    payloads: dict[int, bytes]
+    reported: int
+
 
 SLICE_EVENTS: Final = 180  # of one transaction, if there are as many: it takes two milliseconds
 # A slice with the changes of several batches writes each of their jobs once, so larger batches get larger slices.
@@ -84,40 +97,79 @@ class Projection:
 
     # ------------------------------------------------------------------------------------------------ the journal
 
-    def append(self, batch: Batch, reported: int) -> dict[int, bytes]:
-        """Append `batch` and return the payloads that it asks for.
+    def append(self, given: Batch | TableWrite, reported: int = 0) -> dict[int, bytes]:
+        """Append a batch, or a write that belongs to none, and return the payloads that it asks for.
 
-        `batch` already considers the first `reported` quarantined jobs. Raises BadRows or DiskFull if nothing was
+        The batch already considers the first `reported` quarantined jobs. Raises BadRows or DiskFull if nothing was
         written.
+        """
+        prepared = self.prepare(given, reported)
+        db = self.db
+        if prepared.record.epoch > db.stored_epoch:
+            db.advance_epoch(prepared.record.epoch)
+        try:
+            self.journal.append(prepared.record)
+        finally:
+            self.append_s = db.commit_s
+        self.accept(prepared)
+        return prepared.payloads
+
+    def prepare(self, given: Batch | TableWrite, reported: int = 0) -> Prepared:
+        """Check what is to be appended, read the payloads, and make the record. See `append`.
+
+        If the record is in the journal, pass the result to `accept` before the next call.
         """
         db = self.db
         db.check()
         self.append_s = None
+        batch = given if isinstance(given, Batch) else Batch([], db.numbers, writes=[given])
         if self.behind >= (MAX_BEHIND_FULL if self._is_full else MAX_BEHIND):
             self.project_slice()
+        if db.membership is not None:
+            self._bound_reads()
         self._check_quarantined(batch)
         payloads = self._read_payloads(batch)
-        if batch.numbers.epoch > db.stored_epoch:
-            db.advance_epoch(batch.numbers.epoch)
         self._subtract_quarantined(batch.queues, reported)
         body, events = record.encode(batch)
         numbers, number = batch.numbers, self.last + 1
         first = batch.changes[0].event.seq if batch.changes else numbers.next_event
         last = batch.changes[-1].event.seq if batch.changes else numbers.next_event - 1
-        try:
-            self.journal.append(Record(number, first, last, numbers.epoch, numbers.wall_ms, body))
-        finally:
-            self.append_s = db.commit_s
-        self.last = number
-        self._batch_events = len(events)
-        self._add(Pending(number, batch, events, len(body)))
-        for forgotten in [each for each in db.recently_quarantined if each < reported]:
-            del db.recently_quarantined[forgotten]
-        return payloads
+        made = Record(number, first, last, numbers.epoch, numbers.wall_ms, body)
+        pending = Pending(number, batch, events, len(body), 0 if db.membership is None else checksum(made))
+        return Prepared(made, pending, payloads, reported)
 
-    def append_write(self, write: TableWrite) -> None:
-        """Append a write that belongs to no batch. Raises DiskFull if nothing was written."""
-        self.append(Batch([], self.db.numbers, writes=[write]), 0)
+    def accept(self, prepared: Prepared) -> None:
+        """Keep a record that the journal has for the tables."""
+        db, pending = self.db, prepared.pending
+        self.last = pending.number
+        self._batch_events = len(pending.events)
+        self._add(pending)
+        for forgotten in [each for each in db.recently_quarantined if each < prepared.reported]:
+            del db.recently_quarantined[forgotten]
+
+    def follow(self, records: Iterable[Record]) -> None:
+        """Keep the next records of a shared journal for the tables, and write these if there is enough for a slice.
+
+        Raises DiskFull if it keeps none, and BadRecord after those before it.
+        """
+        self.db.check()
+        if self._is_full and self.behind >= MAX_BEHIND_FULL:
+            self.project_slice()
+        for made in records:
+            if made.number != self.last + 1:
+                raise BadRecord(self.last + 1, "is missing")
+            pending = Pending(made.number, *record.decode(made), len(made.body), checksum(made))
+            self.last = made.number
+            self._add(pending)
+        with contextlib.suppress(DiskFull):  # the tables are written later
+            while self.behind >= self.slice_events:
+                self.project_slice()
+
+    def _bound_reads(self) -> None:
+        """Write a slice if two are waiting, because the next read has to wait for all."""
+        if self.behind >= 2 * self.slice_events:
+            with contextlib.suppress(DiskFull):
+                self.project_slice()
 
     def _check_quarantined(self, batch: Batch) -> None:
         """Raise BadRows if `batch` changes a job that a read has quarantined since the batch was decided."""
@@ -307,6 +359,7 @@ class Projection:
             self.db.quarantined[damaged.job_id] = str(damaged)
             quarantine_jobs(self.db, [(damaged.row, str(damaged))], self._uncount)
         except RowMissing as missing:
+            self.db.keep_damage(f"job {missing.job_id}: {missing}")
             self.db.quarantined[missing.job_id] = str(missing)
             self.db.note_fault(f"job {missing.job_id}: {missing}")
 
@@ -327,14 +380,15 @@ class Projection:
     def _apply(self, pending: Sequence[Pending]) -> int:
         """Write records in a transaction. Return the number of tombstones."""
         db = self.db
-        if pending:
+        if pending and db.membership is None:
             self.journal.trim(pending[-1].number)  # first: the tables get the pages, and the file hardly grows
         batches = [each.batch for each in pending]
         changes: list[Change] = list(chain.from_iterable(batch.changes for batch in batches))
-        tombstones = [tombstone for batch in batches for tombstone in batch.tombstones]
+        tombstones: list[Tombstone] = []
+        for batch in batches:  # one by one, so that the tombstones do not depend on the slices
+            left = self._late.write(batch.changes, sweeps=batch.sweeps) if batch.changes else []
+            tombstones += distinct_tombstones([*left, *batch.tombstones]) if left else batch.tombstones
         if changes:
-            if late := self._late.write(changes, sweeps=batches[-1].sweeps):
-                tombstones = distinct_tombstones([*late, *tombstones])
             db.totals = self._jobs.write(changes, db.totals, db.quarantined)
             db.conn.executemany(_INSERT_EVENT, [sealed(row) for each in pending for row in each.events])
         if queues := {name: row for batch in batches for name, row in batch.queues.items()}:
@@ -346,6 +400,9 @@ class Projection:
         for each in pending:
             db.projected_to = each.number
             self._unmark(each)
+        if pending and db.membership is not None:
+            db.membership = replace(db.membership, record_crc=pending[-1].crc)
+            membership.write(db.conn, db.membership)
         db.write_meta()
         return len(tombstones)
 

@@ -45,6 +45,7 @@ def quarantine_jobs(
     reasons: dict[str, str] = {}
     for row, reason in damaged:
         id_ = original_id(db, row)
+        db.keep_damage(f"job {id_}: {reason}")
         uncounted, is_moved = None, False
         try:
             db.catch_up()  # pending records have counts from before the row is moved
@@ -147,6 +148,7 @@ def quarantine_rows(
     unmoved: set[int] = set()
     for rowid, row, reason in damaged:
         name = f"{table} {readable(row[0])}"
+        db.keep_damage(f"{name}: {reason}")
         try:
             db.commit(_quarantine_row, db, table, columns, rowid, row, reason)
             db.faults.append(f"{name}: {reason}; the row was quarantined")

@@ -271,6 +271,14 @@ CREATE TABLE bad_rows (
     row TEXT NOT NULL
 ) STRICT;
 
+-- For a store that belongs to a cluster: the id of its journal, and the checksum of the last record in the tables.
+CREATE TABLE cluster (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    cluster_id TEXT NOT NULL,
+    record_crc INTEGER,                -- null: none yet
+    crc INTEGER NOT NULL
+) STRICT;
+
 CREATE TABLE probes (
     id INTEGER PRIMARY KEY CHECK (id = 1),
     value BLOB NOT NULL

@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.job import LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS, CompactJob, Job, epoch_seconds, new_epoch
 from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, OpenedStore, QueueRow, StoredResponse
-from jobd.storage import codec, files, migrations, wal
+from jobd.storage import codec, files, membership, migrations, wal
 from jobd.storage.codec import AS_CREATED, KEY_COLUMNS, META_COLUMNS, NEW_COLUMNS, QUEUE_COLUMNS, Row, fault
 from jobd.storage.connection import FunctionConnection
 from jobd.storage.database import (
@@ -42,6 +42,7 @@ from jobd.storage.database import (
     result_code,
 )
 from jobd.storage.files import EpochFile, StoreBusy, StoreFailed, StoreTooNew, StoreUnreadable
+from jobd.storage.membership import Membership
 from jobd.storage.projection import Projection
 from jobd.storage.quarantine import quarantine_jobs, quarantine_rows
 from jobd.storage.queries import read_job
@@ -206,17 +207,20 @@ def check_wal(path: str) -> None:
 # Read the store
 
 
-def start(conn: sqlite3.Connection, path: str) -> tuple[Projection, OpenedStore]:
-    """Migrate the schema, settle the epoch, write the tables up to the end of the journal, and read all live data."""
+def start(conn: sqlite3.Connection, path: str, cluster_id: str | None = None) -> tuple[Projection, OpenedStore]:
+    """Migrate the schema, settle the epoch, write the tables up to the end of the journal, and read all live data.
+
+    The journal of a store that belongs to a cluster is elsewhere, and so are its epochs. Such a store is read as it is.
+    """
     with translated_errors(path):
-        prepare_schema(conn, path)
-        projection = Projection(read_meta(conn, path))
+        projection = Projection(identify(conn, path, cluster_id))
         db = projection.db
         projection.read_tail(path)
-        marked = _settle_epoch(projection, path)
+        marked = _settle_epoch(projection, path) if cluster_id is None else False
         with projection.starting(path):
             opened = projection.read(_read_all, db)
         opened.marked = marked
+        opened.last_record = projection.last
         opened.tombstones = conn.execute("SELECT count(*) FROM tombstones").fetchone()[0]
         opened.epoch_warning = epoch_warning(db.numbers.epoch, now_ms())
         if path != MEMORY:
@@ -229,6 +233,22 @@ def start(conn: sqlite3.Connection, path: str) -> tuple[Projection, OpenedStore]
             db.log = wal.LogGauge(f"{os.path.realpath(path)}-wal", page_bytes)  # SQLite follows symbolic links
             conn.execute("PRAGMA wal_autocheckpoint = 0")
         return projection, opened
+
+
+def identify(conn: sqlite3.Connection, path: str, cluster_id: str | None) -> Database:
+    """Migrate the schema, and return the tables with their membership. A new store becomes a member of its cluster.
+
+    Raises WrongCluster.
+    """
+    prepare_schema(conn, path)
+    db = read_meta(conn, path)
+    found = membership.read(conn)
+    membership.check(path, found, cluster_id, is_new=db.numbers.epoch == 0)
+    if found is None and cluster_id is not None:
+        found = Membership(cluster_id)
+        db.commit(membership.write, conn, found)
+    db.membership = found
+    return db
 
 
 def prepare_schema(conn: sqlite3.Connection, path: str) -> None:
@@ -453,6 +473,7 @@ def _live_jobs(db: Database) -> tuple[list[Job], list[CompactJob]]:
                 db.rebuild_indexes()
             except (DiskFull, StructureDamaged):
                 break
+    db.keep_damage("the live jobs differ from those that are recorded")
     db.faults.append(
         f"{totals[0]} live jobs were found, but {stored[0]} are recorded"
         if totals[0] != stored[0]

@@ -147,6 +147,8 @@ class Store(Storage):
             try:
                 await self.finish_upkeep()
                 await self._connection.close()
+                if self._database.is_damaged:
+                    await asyncio.to_thread(files.set_aside, self.path)
             finally:
                 self._database.close()
                 if self._lock is not None:
@@ -193,6 +195,10 @@ class Store(Storage):
         if not is_running and not self._closing.is_set() and self._projection.needs_upkeep:
             self._upkeep = asyncio.create_task(self._aside(self._projection.upkeep))
 
+    @property
+    def _slices_inline(self) -> bool:
+        return self.commits_inline
+
     def _plan_slice(self) -> None:
         """Write the tables at once if there is enough for a slice, else after a delay."""
         if self._closing.is_set() or not self._projection.behind:
@@ -211,7 +217,7 @@ class Store(Storage):
         self._slice = None
         if self._slicing is not None and not self._slicing.done():
             return  # it plans the next one
-        if not (self.commits_inline and self._connection.is_idle):
+        if not (self._slices_inline and self._connection.is_idle):
             self._slicing = asyncio.create_task(self._write_slice_aside())
             return
         try:
@@ -284,18 +290,18 @@ class Store(Storage):
         return self._projection.cached_payloads(job_seqs)
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
-        return await self._append(self._projection.append, batch, self._reported)
+        return await self._append(batch, self._reported)
 
-    async def _append(self, append: Callable[..., T], *args: Any) -> T:
+    async def _append(self, given: Batch | TableWrite, reported: int = 0) -> dict[int, bytes]:
         """Append a record, in the event loop if the disk is fast and no other call runs, else in the storage thread."""
         projection, connection = self._projection, self._connection
         try:
             with self._reporting():
                 if self.commits_inline and connection.is_idle:
-                    return connection.run_inline(append, *args)
+                    return connection.run_inline(projection.append, given, reported)
                 self._committing.clear()
                 until = self._committing if connection.is_idle else None  # else earlier calls run first
-                return await connection.run(append, *args, until=until)
+                return await connection.run(projection.append, given, reported, until=until)
         finally:
             if projection.append_s is not None:
                 self._mode.add(projection.append_s, time.monotonic())
@@ -314,7 +320,7 @@ class Store(Storage):
         async with self._planning:  # no other write comes between
             write, result = await read(plan, *args)
             if write is not None:
-                await self._append(self._projection.append_write, write)
+                await self._append(write)
             return result
 
     async def _read_outbox(self, fn: Callable[..., T], *args: Any) -> T:
@@ -358,7 +364,7 @@ class Store(Storage):
         return await self._read(queries.due_tombstones, now, limit)
 
     async def settle_tombstones(self, deleted: list[int], postponed: list[Tombstone]) -> None:
-        await self._append(self._projection.append_write, TombstoneWrite(deleted, postponed))
+        await self._append(TombstoneWrite(deleted, postponed))
 
     # -------------------------------------------------------------------------------------------- webhook outbox
 
@@ -367,14 +373,14 @@ class Store(Storage):
             write, (found, has_new) = await self._read_outbox(outbox.plan_opening, names, now)
             try:
                 if write is not None:
-                    await self._append(self._projection.append_write, write)
+                    await self._append(write)
             except DiskFull:
                 if has_new:
                     raise  # known cursors can be written later, but alerts about the full disk are delivered now
             return found
 
     async def plan_deliveries(self, moved: WebhookCursor, new: list[Delivery]) -> None:
-        await self._append(self._projection.append_write, OutboxWrite([moved], new))
+        await self._append(OutboxWrite([moved], new))
 
     async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool:
         return await self._write_outbox(outbox.plan_settling, settled, now)
@@ -408,10 +414,10 @@ class Store(Storage):
             with contextlib.suppress(DiskFull):  # the copy then has records that its tables lack
                 await self._run(self._projection.project)
             with self._connection.lend() as raw:
-                return await backup.make_copy(raw, self.path, self._closing, progress)
+                return (await backup.make_copy(raw, self.path, self._closing, progress)).file
 
     async def save_stats(self, body: bytes) -> None:
-        await self._append(self._projection.append_write, FiguresWrite(body))
+        await self._append(FiguresWrite(body))
 
     async def probe(self, spare_bytes: int = 0) -> None:
         await self._run(startup.probe, self._database, self.path, spare_bytes)

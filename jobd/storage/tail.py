@@ -20,12 +20,16 @@ _ROW: Final = "SELECT 1 FROM jobs WHERE seq = :seq UNION ALL SELECT 1 FROM quara
 
 
 class Pending(Struct, gc=False):
-    """A record that the tables lack. `events` are its rows of events, and `size` their number, at least 1."""
+    """A record that the tables lack. `events` are its rows of events, and `size` their number, at least 1.
+
+    `crc` is its checksum if the store belongs to a cluster.
+    """
 
     number: int
     batch: Batch
     events: list[EventRow]
     body_bytes: int
+    crc: int = 0
 
     @property
     def size(self) -> int:

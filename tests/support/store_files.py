@@ -129,7 +129,8 @@ async def leave_tail(path: str, *batches: Batch) -> list[int]:
 def as_version_10(path: str) -> None:
     """Convert a closed store to schema version 10, which has no journal."""
     with edit_store(path) as conn:
-        conn.execute("DROP TABLE journal")
+        for table in ("cluster", "journal"):
+            conn.execute(f"DROP TABLE {table}")
         conn.execute("ALTER TABLE meta DROP COLUMN projected_to")
         migrations.set_version(conn, 10)
 

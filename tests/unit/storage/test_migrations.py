@@ -196,7 +196,8 @@ def as_of(version: int, path: str) -> None:
         numbers = migrations.read_meta(conn)
         assert numbers is not None
         next_token = (numbers["epoch"] << TOKEN_COUNTER_BITS) + numbers["next_token"]
-    as_version_10(path)
+    if version < 11:
+        as_version_10(path)
     with edit_store(path) as conn:
         if version < 10:
             migrations.change_meta(conn, epoch=next_token >> 40, next_token=next_token & ((1 << 40) - 1))

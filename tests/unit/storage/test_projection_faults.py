@@ -29,7 +29,7 @@ from jobd.model.storage import (
 )
 from jobd.storage import projection as projections
 from jobd.storage import startup
-from jobd.storage.backup import mark_copy
+from jobd.storage.backup import finish_copy
 from jobd.storage.files import StoreBroken, StoreUnreadable
 from jobd.storage.projection import Projection
 from jobd.storage.startup import connect, start
@@ -323,7 +323,7 @@ def test_a_restored_backup_is_marked_although_its_journal_removed_a_mark(opened:
     """The copy has a record that removed an earlier mark, and its tables lack it."""
     opened.append(replace(Writer(0).batch(), unmark=True), 0)
     opened.db.conn.close()
-    mark_copy(path)
+    finish_copy(path)
     conn = connect(path, "FULL")
     _, found = start(conn, path)
     conn.close()

@@ -16,7 +16,7 @@ from jobd.model.job import LIVE
 from jobd.model.storage import BadRows, DiskFull, OpenedStore
 from jobd.storage import projection as projections
 from jobd.storage import queries, startup
-from jobd.storage.backup import mark_copy
+from jobd.storage.backup import finish_copy
 from jobd.storage.startup import connect, start
 from tests.support.memory_tables import MemoryTables
 from tests.support.projection_harness import EVERYTHING, Writer, content_of, differences, fail_commits
@@ -124,7 +124,7 @@ class Walk:
         for suffix in ("", "-wal"):
             shutil.copy(self.path + suffix, copy + suffix)
         Path(f"{copy}.epoch").unlink(missing_ok=True)
-        mark_copy(copy)
+        finish_copy(copy)
         conn = connect(copy, "FULL")
         projection, found = start(conn, copy)
         tables = content_of(projection.db, found)

@@ -42,7 +42,7 @@ def written(path: str) -> Projection:
     later = replace(GONE, job_seq=3, due_at=NOW + 9, tries=1)
     planned = (TombstoneWrite([1], [later]), pruning, trimming)
     for write in (FiguresWrite(b"1"), OutboxWrite([CURSOR], [DELIVERY]), *planned):
-        projection.append_write(write)
+        projection.append(write)
     assert projection.behind == 5
     return projection
 
@@ -80,10 +80,10 @@ def test_writes_survive_a_kill_before_their_slice(path: str) -> None:
 
 def test_the_outbox_is_read_with_its_pending_writes_only(path: str) -> None:
     projection = opened(path)
-    projection.append_write(FiguresWrite(b"1"))
+    projection.append(FiguresWrite(b"1"))
     assert projection.read_outbox(outbox.by_ids, projection.db, [2]) == []
     assert projection.behind == 1
-    projection.append_write(OutboxWrite([CURSOR], [DELIVERY]))
+    projection.append(OutboxWrite([CURSOR], [DELIVERY]))
     assert projection.read_outbox(outbox.by_ids, projection.db, [2]) == [DELIVERY]
     assert projection.behind == 0
     projection.db.conn.close()
@@ -94,7 +94,7 @@ def test_a_write_that_does_not_fit_leaves_nothing(path: str) -> None:
     last = projection.last
     fail_commits(projection, sqlite3.SQLITE_FULL)
     with pytest.raises(DiskFull):
-        projection.append_write(OutboxWrite([replace(CURSOR, position=9)]))
+        projection.append(OutboxWrite([replace(CURSOR, position=9)]))
     projection.db.before_commit = lambda: None
     assert projection.last == last
     projection.project()
@@ -111,7 +111,7 @@ def test_pruning_stops_within_a_job_and_goes_on_later(path: str) -> None:
         write, count = table_writes.plan_pruning(projection.db, NOW + 10_000, limit)
         assert count == pruned
         if write is not None:
-            projection.append_write(write)
+            projection.append(write)
         projection.project()
         assert projection.db.conn.execute("SELECT count(*) FROM deleted_jobs").fetchone() == (left,)
     projection.db.conn.close()

@@ -35,10 +35,12 @@ _late_records: WeakKeyDictionary[SqliteJournal, Record] = WeakKeyDictionary()
     breaks="a crash leaves a change without its key",
     found_by=PROJECTION,
 )
-def _(append: Any, self: Projection, batch: Batch, reported: int) -> Any:
-    shown = append(self, replace(batch, keys=[]), reported)
-    if batch.keys:
-        append(self, replace(batch, changes=[], queues={}, audit=[], tombstones=[], report=None), reported)
+def _(append: Any, self: Projection, given: Any, reported: int = 0) -> Any:
+    if not isinstance(given, Batch):
+        return append(self, given, reported)
+    shown = append(self, replace(given, keys=[]), reported)
+    if given.keys:
+        append(self, replace(given, changes=[], queues={}, audit=[], tombstones=[], report=None), reported)
     return shown
 
 

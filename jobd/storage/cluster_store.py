@@ -1,0 +1,187 @@
+"""The tables of a node, behind a journal that several nodes share.
+
+A standby follows the records of the leader. The leader appends a record to the journal first, and keeps it for its
+tables when the journal has it, so the tables are never ahead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, Final, Self, TypeVar
+
+import structlog
+
+from jobd.journal.shielding import to_end
+from jobd.model.journal import BadSnapshot, LeadershipLost, Record, SharedJournal
+from jobd.model.storage import Batch, DiskFull, OpenedStore, TableWrite
+from jobd.storage import backup, files, membership, snapshots, startup
+from jobd.storage.backup import StoreCopy
+from jobd.storage.commit_mode import CommitMode
+from jobd.storage.connection import StoreConnection
+from jobd.storage.database import Database
+from jobd.storage.files import FileLock, StoreBroken, StoreUnreadable
+from jobd.storage.membership import StoreDamaged
+from jobd.storage.projection import Projection
+from jobd.storage.store import Store
+
+log = structlog.get_logger("jobd.storage")
+
+T = TypeVar("T")
+Append = Callable[[Record, int], Awaitable[None]]  # of a SharedJournal
+_INTERRUPTED: Final = "an append was interrupted, so its outcome is unknown"
+
+
+class ClusterStore(Store):
+    """The storage of a node. Create it with `open_for`; always `close` it.
+
+    A damaged row raises StoreDamaged and ends the node, because the other nodes have it as it was. When the store is
+    closed, its file is set aside, and the next start makes it again from the journal.
+    """
+
+    def __init__(self, path: str, connection: StoreConnection, projection: Projection, lock: FileLock) -> None:
+        super().__init__(path, connection, projection, lock, CommitMode("thread"))
+        self._appending = asyncio.Lock()
+        self._to_journal: Append | None = None
+        self._lost: Exception = LeadershipLost("this node does not lead")
+
+    @classmethod
+    async def open_for(
+        cls, path: str, journal: SharedJournal, *, on_locked: Callable[[], None] | None = None
+    ) -> tuple[Self, OpenedStore]:
+        """Open the tables at `path` to follow `journal` from their last record.
+
+        A store that cannot follow it is set aside and made again from a snapshot, if it belongs to this cluster: it is
+        damaged, on another branch, or too far behind. Raises WrongCluster, StoreAhead, StoreBusy, StoreTooNew,
+        StoreUnreadable, DiskFull, JournalUnavailable, or an OSError.
+        """
+        opening = asyncio.ensure_future(cls._open_for(path, journal, on_locked))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:  # the thread cannot be stopped, so wait for it
+            await asyncio.wait([opening])
+            if opening.exception() is None:
+                await opening.result()[0].close()
+            raise
+
+    @classmethod
+    async def _open_for(
+        cls, path: str, journal: SharedJournal, on_locked: Callable[[], None] | None
+    ) -> tuple[Self, OpenedStore]:
+        lock = await asyncio.to_thread(FileLock, path)
+        try:
+            if on_locked is not None:
+                on_locked()
+            if (found := await cls._try_open(path, journal, lock, may_be_new=False)) is None:
+                await _make_again(path, journal)
+                found = await cls._try_open(path, journal, lock, may_be_new=True)
+        except BaseException:
+            lock.release()
+            raise
+        if found is None:
+            lock.release()
+            raise StoreUnreadable(f"{path} cannot follow the journal, which has no usable snapshot and no first record")
+        return found
+
+    @classmethod
+    async def _try_open(
+        cls, path: str, journal: SharedJournal, lock: FileLock, *, may_be_new: bool
+    ) -> tuple[Self, OpenedStore] | None:
+        """Open the store, or return None if it has to be made again. `may_be_new`: there is no snapshot for it."""
+        connection = await StoreConnection.open(partial(startup.connect, path, "NORMAL"))
+        try:
+            db = await connection.run(startup.identify, connection.raw, path, journal.cluster_id)
+            if await _can_follow(db, path, journal, may_be_new=may_be_new):
+                projection, opened = await connection.run(startup.start, connection.raw, path, journal.cluster_id)
+                return cls(path, connection, projection, lock), opened
+        except StoreDamaged as error:
+            log.error("store_damaged", path=path, reason=str(error))
+        except BaseException:
+            await connection.close()
+            raise
+        await connection.close()
+        return None
+
+    # -- a standby
+
+    async def follow(self, records: Sequence[Record]) -> None:
+        """Keep the next records for the tables. Raises DiskFull if it keeps none, and BadRecord."""
+        try:
+            await self._run(self._projection.follow, records)
+        finally:
+            self._plan_slice()
+
+    async def snapshot(self) -> StoreCopy:
+        """Return a copy of the tables, for `SharedJournal.write_snapshot`. See `backup`."""
+        async with self._backup_lock:
+            if self._closing.is_set():
+                raise StoreBroken("the store is closed")
+            with self._connection.lend() as raw:
+                return await backup.make_copy(raw, self.path, self._closing, None, is_snapshot=True)
+
+    # -- the leader
+
+    def lead(self, append: Append) -> None:
+        """Write with `append` from now on. All records of the journal have been followed."""
+        self._to_journal = append
+
+    async def write(self, batch: Batch) -> dict[int, bytes]:
+        return await self._append_shared(batch, self._reported)
+
+    async def _append(self, given: Batch | TableWrite, reported: int = 0) -> dict[int, bytes]:
+        return await to_end(self._append_shared(given, reported))  # callers may be cancelled, unlike that of `write`
+
+    async def _append_shared(self, given: Batch | TableWrite, reported: int) -> dict[int, bytes]:
+        async with self._appending:
+            if self._to_journal is None:
+                raise self._lost
+            prepared = await self._call(self._projection.prepare, given, reported)
+            number = prepared.record.number
+            try:
+                await self._to_journal(prepared.record, number - 1)
+            except DiskFull:
+                raise
+            except BaseException as error:
+                self._to_journal = None
+                self._lost = error if isinstance(error, Exception) else LeadershipLost(_INTERRUPTED)
+                self.on_broken(self._lost)
+                raise
+            try:
+                await self._call(self._projection.accept, prepared)
+            finally:
+                self._plan_slice()
+            return prepared.payloads
+
+    async def _call(self, fn: Callable[..., T], *args: Any) -> T:
+        """Call `fn`, which is fast, in the event loop if no other call runs."""
+        with self._reporting():
+            if self._connection.is_idle:
+                return self._connection.run_inline(fn, *args)
+            return await self._connection.run(fn, *args)
+
+    @property
+    def _slices_inline(self) -> bool:
+        return True  # their commits flush nothing, and the event loop waits for the journal anyway
+
+
+async def _can_follow(db: Database, path: str, journal: SharedJournal, *, may_be_new: bool) -> bool:
+    """Return whether the store can follow the journal from its last record. Raises StoreAhead."""
+    is_new = db.numbers.epoch == 0
+    if is_new and not may_be_new and await journal.snapshots():
+        return False
+    crc = None if db.membership is None else db.membership.record_crc
+    return await membership.is_on_branch(path, journal, db.projected_to, crc)
+
+
+async def _make_again(path: str, journal: SharedJournal) -> None:
+    """Set the store aside, and make it again from the newest snapshot that can be used."""
+    await asyncio.to_thread(files.set_aside, path)
+    for found in reversed(await journal.snapshots()):
+        try:
+            await snapshots.install(path, journal.read_snapshot(found.number), journal.cluster_id)
+        except BadSnapshot as error:
+            log.warning("snapshot_unusable", record=found.number, reason=str(error))
+        else:
+            log.info("store_made_from_snapshot", path=path, record=found.number)
+            return

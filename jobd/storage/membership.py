@@ -1,0 +1,95 @@
+"""The membership of a store in a cluster: to which journal it belongs, and up to which record it has followed that.
+
+The record is compared with the journal before a node may lead: a store that has followed records which the journal does
+not have is on another branch.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Final
+
+from msgspec import Struct
+
+from jobd.journal.checksum import checksum
+from jobd.model.journal import BadRecord, SharedJournal
+from jobd.storage.codec import fault, sealed
+from jobd.storage.files import StoreError
+
+_READ: Final = "SELECT cluster_id, record_crc, crc FROM cluster WHERE id = 1"
+_WRITE: Final = "REPLACE INTO cluster (id, cluster_id, record_crc, crc) VALUES (1, ?, ?, ?)"
+
+
+class WrongCluster(StoreError):
+    """A store belongs to another journal than the configured one, or to none."""
+
+
+class StoreAhead(StoreError):
+    """A store has records that its journal has lost."""
+
+
+class StoreDamaged(StoreError):
+    """A row of a store that belongs to a cluster is damaged. The store is made again from the journal."""
+
+    exit_code = 75
+
+
+class Membership(Struct, frozen=True):
+    """The journal of a store, and the checksum of the last record that its tables have; None before the first one."""
+
+    cluster_id: str
+    record_crc: int | None = None
+
+
+def read(conn: sqlite3.Connection) -> Membership | None:
+    """Return the membership; None for the store of a single machine. Raises StoreDamaged."""
+    row = conn.execute(_READ).fetchone()
+    if row is None:
+        return None
+    if (error := fault(row)) is not None:
+        raise StoreDamaged(f"the row of the cluster is unusable ({error})")
+    return Membership(*row[:-1])
+
+
+def write(conn: sqlite3.Connection, membership: Membership) -> None:
+    conn.execute(_WRITE, sealed((membership.cluster_id, membership.record_crc)))
+
+
+def check(path: str, found: Membership | None, cluster_id: str | None, *, is_new: bool) -> None:
+    """Raise WrongCluster if the store cannot be used with this cluster, or without one (None)."""
+    if cluster_id is None and found is not None:
+        raise WrongCluster(
+            f"{path} belongs to cluster {found.cluster_id}: set journal.url, or run `jobd cluster leave` to make it "
+            "the store of a single machine"
+        )
+    if cluster_id is not None and found is None and not is_new:
+        raise WrongCluster(
+            f"{path} is the store of a single machine: make a cluster of it with `jobd cluster init --from-store`, or "
+            "replace it with `jobd join`"
+        )
+    if cluster_id is not None and found is not None and found.cluster_id != cluster_id:
+        raise WrongCluster(
+            f"{path} belongs to cluster {found.cluster_id}, but the journal is that of cluster {cluster_id}: check "
+            "journal.url and journal.name, or replace the store with `jobd join`"
+        )
+
+
+async def is_on_branch(path: str, journal: SharedJournal, last: int, record_crc: int | None) -> bool:
+    """Return whether the store at `path`, with the records up to `last`, can follow `journal` from there.
+
+    It cannot if record `last` is another one in the journal, or if later records have been trimmed. Raises StoreAhead.
+    """
+    head = await journal.head()
+    if last > head.number:
+        raise StoreAhead(
+            f"{path} has record {last}, but the last record of the journal is {head.number}: the server has lost "
+            "acknowledged records. `jobd cluster accept-loss` says which, and goes on without them"
+        )
+    first = max(last - 1, 0)
+    try:
+        found = await journal.read(first, 1)
+    except BadRecord:
+        return False
+    if record_crc is None:
+        return True  # before its first record
+    return bool(found) and checksum(found[0]) == record_crc

@@ -1,0 +1,594 @@
+"""The tables of nodes behind a shared journal: a leader that writes, and stores that follow it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+from random import Random
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.journal.memory import MemoryServer, MemorySharedJournal
+from jobd.model.journal import BadRecord, Fenced, LeadershipLost, OutcomeUnknown
+from jobd.model.storage import AuditQuery, DiskFull, JobQuery, OpenedStore
+from jobd.model.webhooks import Delivery, WebhookCursor
+from jobd.storage import snapshots
+from jobd.storage.cluster_store import ClusterStore
+from jobd.storage.membership import StoreAhead, StoreDamaged, WrongCluster
+from jobd.storage.projection import MAX_BEHIND_FULL
+from jobd.storage.store import Store, StoreBusy, StoreUnreadable
+from tests.support.factories import NOW, ChangeFactory
+from tests.support.projection_harness import Writer, fail_commits
+from tests.support.store_files import edit_store, flip, job_of, make_store, open_store
+
+NOT_COMPARED = {"probes", "sqlite_sequence"}
+
+
+class Node:
+    """A store of a node, and its access to the server."""
+
+    def __init__(self, path: str, server: MemoryServer) -> None:
+        self.path = path
+        self.journal = MemorySharedJournal(server)
+        self.store: ClusterStore
+        self.opened: OpenedStore
+        self.broken: list[Exception] = []
+
+    async def open(self) -> None:
+        self.store, self.opened = await ClusterStore.open_for(self.path, self.journal)
+        self.store.on_broken = self.broken.append
+
+    async def lead(self) -> None:
+        head = await self.journal.head()
+        assert await self.journal.take_over(head, holder=self.path, url=self.path, epoch=head.epoch + 1) is not None
+        self.store.lead(self.journal.append)
+
+    async def catch_up(self, limit: int = 7) -> None:
+        while records := await self.journal.read(self.store._projection.last, limit):
+            await self.store.follow(records)
+
+    @property
+    def projected_to(self) -> int:
+        return self.store._database.projected_to
+
+
+@pytest.fixture
+def server() -> MemoryServer:
+    return MemoryServer()
+
+
+@pytest.fixture
+async def leader(path: str, server: MemoryServer) -> AsyncIterator[Node]:
+    async with leading(path, server) as node:
+        yield node
+
+
+@contextlib.asynccontextmanager
+async def leading(path: str, server: MemoryServer) -> AsyncIterator[Node]:
+    async with following(path, server) as node:
+        await node.lead()
+        yield node
+
+
+@contextlib.asynccontextmanager
+async def following(path: str, server: MemoryServer) -> AsyncIterator[Node]:
+    node = Node(path, server)
+    await node.open()
+    try:
+        yield node
+    finally:
+        await node.store.close()
+
+
+def rows_of(path: str) -> dict[str, list[tuple[object, ...]]]:
+    """Return all rows of a closed store by table."""
+    with edit_store(path) as conn:
+        tables = [name for (name,) in conn.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+        return {
+            table: conn.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall()
+            for table in tables
+            if table not in NOT_COMPARED
+        }
+
+
+async def write_much(node: Node, dice: Random, writer: Writer, batches: int) -> None:
+    """Write random batches and other writes, with reads that force slices between them."""
+    store, number = node.store, 0
+    await store.open_outbox(["e"], NOW)
+    for _ in range(batches):
+        batch = writer.batch()
+        writer.tables.apply(batch)
+        await store.write(batch)
+        match dice.randrange(12):
+            case 0:
+                number += 1
+                cursor = WebhookCursor("e", batch.numbers.next_event - 1, 0, number + 1, {}, NOW)
+                new = Delivery(number, "e", "waiting", "s", "t", "i", number, NOW, NOW, 0, None, None, None, b"{}")
+                await store.plan_deliveries(cursor, [new])
+                await store.settle_deliveries([replace(new, state="delivered", ended_at=NOW)], NOW)
+            case 1:
+                await store.save_stats(b"%d" % dice.randrange(100))
+            case 2:
+                due = await store.due_tombstones(1 << 60, 3)
+                found = [tombstone for tombstone, _ in due.found]
+                later = [replace(each, tries=1) for each in found[1:]]
+                await store.settle_tombstones([each.job_seq for each in found[:1]], later)
+            case 3:
+                await store.prune(writer.maker.now - 5, 4)
+            case 4:
+                await store.trim_audit(writer.maker.now - 5, 3)
+            case 5:
+                await store.find_jobs(JobQuery())
+            case 6:
+                await store.finish_upkeep()
+            case _:
+                pass
+
+
+# -- one leader, and stores that follow
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_a_store_that_followed_has_the_rows_of_its_leader(path: str, server: MemoryServer, seed: int) -> None:
+    dice, writer = Random(seed), Writer(seed)
+    other = f"{path}.other"
+    async with following(other, server) as node:
+        async with leading(path, server) as leader:
+            for _ in range(3):
+                await write_much(leader, dice, writer, 20)
+                for _ in range(dice.randrange(3)):
+                    await node.catch_up(dice.randrange(1, 30))
+                if dice.random() < 0.5:  # a restart
+                    await node.store.close()
+                    await node.open()
+            opened = await leader.store.read_audit(AuditQuery())
+        await node.catch_up()
+        assert await node.store.read_audit(AuditQuery()) == opened
+    ours, theirs = rows_of(path), rows_of(other)
+    assert ours.keys() == theirs.keys()
+    for table, rows in ours.items():
+        assert theirs[table] == rows, table
+
+
+async def test_a_leader_opened_again_has_what_its_journal_has(path: str, server: MemoryServer) -> None:
+    writer = Writer(3)
+    async with leading(path, server) as leader:
+        await write_much(leader, Random(3), writer, 30)
+    async with following(path, server) as node:
+        assert node.opened.last_record == server.lead.number
+        assert {job.seq: job for job in node.opened.live()}.keys() <= writer.tables.jobs.keys()
+        assert node.opened.numbers == writer.tables.numbers
+    async with following(f"{path}.other", server) as other:
+        await other.catch_up()
+        await other.store.close()
+        await other.open()
+        assert replace(other.opened, jobs=[], compact_jobs=[]) == replace(node.opened, jobs=[], compact_jobs=[])
+        assert sorted(other.opened.live(), key=lambda job: job.seq) == sorted(
+            node.opened.live(), key=lambda job: job.seq
+        )
+
+
+async def test_tables_are_never_ahead_of_the_journal(leader: Node) -> None:
+    maker, gate = ChangeFactory(), asyncio.Event()
+    await leader.store.write(maker.batch([maker.create("a")]))
+
+    async def wait(call: str) -> None:
+        await gate.wait()
+
+    leader.journal.after = wait  # the record is visible and not durable
+    writing = asyncio.create_task(leader.store.write(maker.batch([maker.create("b")])))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert [job.id for job, _ in (await leader.store.find_jobs(JobQuery())).jobs] == ["a"]
+    assert leader.projected_to == 1
+    gate.set()
+    await writing
+    assert [job.id for job, _ in (await leader.store.find_jobs(JobQuery())).jobs] == ["b", "a"]
+
+
+async def test_writes_have_one_order(leader: Node, server: MemoryServer) -> None:
+    maker = ChangeFactory()
+
+    async def slow(call: str) -> None:
+        await asyncio.sleep(0)
+
+    leader.journal.before = leader.journal.after = slow
+    batches = [maker.batch([maker.create()]) for _ in range(3)]
+    saves = [leader.store.save_stats(b"%d" % n) for n in range(3)]
+    await asyncio.gather(*(leader.store.write(each) for each in batches), *saves)
+    assert [record.number for record in server.records] == [1, 2, 3, 4, 5, 6]
+    assert len((await leader.store.find_jobs(JobQuery())).jobs) == 3
+
+
+async def test_a_cancelled_caller_does_not_stop_its_write(leader: Node, server: MemoryServer) -> None:
+    gate = asyncio.Event()
+
+    async def wait(call: str) -> None:
+        await gate.wait()
+
+    leader.journal.before = wait
+    saving = asyncio.create_task(leader.store.save_stats(b"1"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    saving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await saving
+    gate.set()
+    await leader.store.save_stats(b"2")
+    assert [record.number for record in server.records] == [1, 2]
+
+
+async def test_a_cancelled_batch_ends_the_lead(leader: Node) -> None:
+    gate = asyncio.Event()
+
+    async def wait(call: str) -> None:
+        await gate.wait()
+
+    leader.journal.before = wait
+    maker = ChangeFactory()
+    writing = asyncio.create_task(leader.store.write(maker.batch([maker.create()])))
+    await asyncio.sleep(0)
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    gate.set()
+    with pytest.raises(LeadershipLost, match="interrupted"):
+        await leader.store.save_stats(b"1")
+
+
+async def test_many_events_are_written_before_the_next_batch(leader: Node) -> None:
+    maker = ChangeFactory()
+    leader.store._plan_slice = lambda: None  # type: ignore[method-assign]
+    for _ in range(12):
+        await leader.store.write(maker.batch([maker.create() for _ in range(100)]))
+        assert leader.store._projection.behind < 2 * leader.store._projection.slice_events + 100
+    assert leader.projected_to > 0
+
+
+async def test_a_standby_does_not_write(path: str, server: MemoryServer) -> None:
+    async with following(path, server) as node:
+        with pytest.raises(LeadershipLost, match="does not lead"):
+            await node.store.write(ChangeFactory().batch([]))
+    assert server.records == []
+
+
+async def test_a_gap_and_a_damaged_record_are_rejected(path: str, server: MemoryServer) -> None:
+    async with leading(path, server) as leader:
+        maker = ChangeFactory()
+        for _ in range(4):
+            await leader.store.write(maker.batch([maker.create()]))
+    async with following(f"{path}.other", server) as node:
+        with pytest.raises(BadRecord, match="record 2 of the journal is missing"):
+            await node.store.follow([server.records[0], server.records[2]])
+        with pytest.raises(BadRecord, match="record 2 of the journal has format 9"):
+            await node.store.follow([replace(server.records[1], body=b"\x09")])
+        await node.store.follow(server.records[1:])
+        assert len((await node.store.find_jobs(JobQuery())).jobs) == 4
+
+
+# -- failures of an append
+
+
+async def test_a_kill_between_append_and_slice_loses_nothing(path: str, server: MemoryServer) -> None:
+    maker = ChangeFactory()
+    async with leading(path, server) as leader:
+        await leader.store.write(maker.batch([maker.create("a")]))
+        await leader.store.finish_upkeep()
+        leader.store._plan_slice = lambda: None  # type: ignore[method-assign]
+        await leader.store.write(maker.batch([maker.create("b")]))
+        left = {name: Path(name).read_bytes() for name in (path, f"{path}-wal")}
+    for name, content in left.items():
+        Path(name).write_bytes(content)
+    async with following(path, server) as node:
+        assert node.opened.last_record == 1
+        await node.catch_up()
+        assert sorted(job.id for job, _ in (await node.store.find_jobs(JobQuery())).jobs) == ["a", "b"]
+
+
+@pytest.mark.parametrize("is_in", [False, True])
+async def test_an_unknown_outcome_ends_the_lead_and_the_journal_says_what_is_true(
+    path: str, server: MemoryServer, is_in: bool
+) -> None:
+    maker = ChangeFactory()
+
+    async def lose(call: str) -> None:
+        if call == "append":
+            raise OutcomeUnknown
+
+    async with leading(path, server) as leader:
+        await leader.store.write(maker.batch([maker.create("a")]))
+        setattr(leader.journal, "after" if is_in else "before", lose)
+        with pytest.raises(OutcomeUnknown):
+            await leader.store.write(maker.batch([maker.create("b")]))
+        assert [type(error) for error in leader.broken] == [OutcomeUnknown]
+        with pytest.raises(OutcomeUnknown):
+            await leader.store.save_stats(b"1")
+        assert [job.id for job, _ in (await leader.store.find_jobs(JobQuery())).jobs] == ["a"], "reads go on"
+    async with following(path, server) as node:
+        await node.catch_up()
+        found = [job.id for job, _ in (await node.store.find_jobs(JobQuery())).jobs]
+        assert found == (["b", "a"] if is_in else ["a"])
+
+
+async def test_a_fenced_leader_writes_nothing(path: str, server: MemoryServer) -> None:
+    maker = ChangeFactory()
+    async with leading(path, server) as leader, following(f"{path}.other", server) as other:
+        await leader.store.write(maker.batch([maker.create("a")]))
+        await other.catch_up()
+        await other.lead()
+        with pytest.raises(Fenced):
+            await leader.store.save_stats(b"1")
+        with pytest.raises(Fenced):
+            await leader.store.write(maker.batch([maker.create("b")]))
+        assert [type(error) for error in leader.broken] == [Fenced]
+        await other.store.write(maker.batch([maker.create("c")]))
+    assert server.lead.number == 2
+
+
+async def test_a_full_server_writes_nothing_and_is_tried_again(leader: Node, server: MemoryServer) -> None:
+    maker = ChangeFactory()
+
+    async def full(call: str) -> None:
+        raise DiskFull("the server's disk is full")
+
+    leader.journal.before = full
+    batch = maker.batch([maker.create("a")])
+    with pytest.raises(DiskFull):
+        await leader.store.write(batch)
+    leader.journal.before = MemorySharedJournal(server).before
+    await leader.store.write(batch)
+    assert (server.lead.number, leader.broken) == (1, [])
+
+
+async def test_a_full_local_disk_rejects_batches_before_the_append(leader: Node, server: MemoryServer) -> None:
+    maker = ChangeFactory()
+    await leader.store.write(maker.batch([maker.create("a")]))
+    await leader.store.finish_upkeep()
+    commits = leader.store._database.before_commit
+    fail_commits(leader.store._projection, sqlite3.SQLITE_FULL)
+    while leader.store._projection.behind < MAX_BEHIND_FULL:
+        await leader.store.write(maker.batch([maker.create() for _ in range(100)]))
+    with pytest.raises(DiskFull):
+        await leader.store.write(maker.batch([]))
+    assert server.lead.number == leader.store._projection.last
+    assert len((await leader.store.find_jobs(JobQuery(limit=10_000, scan=10_000))).jobs) > MAX_BEHIND_FULL
+    leader.store._database.before_commit = commits
+    await leader.store.write(maker.batch([maker.create()]))
+    await leader.store.finish_upkeep()
+    assert leader.projected_to == server.lead.number
+
+
+async def test_a_standby_with_a_full_disk_keeps_records_up_to_its_bound(path: str, server: MemoryServer) -> None:
+    maker = ChangeFactory()
+    async with leading(path, server) as leader:
+        for _ in range(40):
+            await leader.store.write(maker.batch([maker.create() for _ in range(100)]))
+    async with following(f"{path}.other", server) as node:
+        fail_commits(node.store._projection, sqlite3.SQLITE_FULL)
+        with pytest.raises(DiskFull):
+            await node.catch_up(1)
+        last = node.store._projection.last
+        assert MAX_BEHIND_FULL <= node.store._projection.behind < MAX_BEHIND_FULL + 100
+        node.store._database.before_commit = lambda: None
+        await node.catch_up()
+        assert node.store._projection.last == 40 > last
+
+
+# -- damage
+
+
+async def snapshot_of(node: Node, dropped: bool = False) -> int:
+    await node.store.finish_upkeep()
+    copy = await node.store.snapshot()
+    with contextlib.closing(copy.file):
+        assert await node.journal.write_snapshot(copy.last_record, snapshots.compressed(copy.file), 0)
+    return copy.last_record
+
+
+async def finished_job(node: Node, maker: ChangeFactory) -> int:
+    """Create a job that ends, and return its seq."""
+    created = maker.create("done")
+    granted = maker.grant(job_of(created))
+    await node.store.write(maker.batch([created, granted, maker.finish(job_of(granted))]))
+    return job_of(created).seq
+
+
+async def test_a_damaged_row_ends_the_node_which_makes_its_tables_again(path: str, server: MemoryServer) -> None:
+    maker = ChangeFactory()
+    async with leading(path, server) as leader:
+        seq = await finished_job(leader, maker)
+        await snapshot_of(leader)
+        await leader.store.write(maker.batch([maker.create("later")]))
+    expected = rows_of(path)
+    flip(path, "jobs", "created_at", "seq", seq)
+    node = Node(path, server)
+    await node.open()
+    with pytest.raises(StoreDamaged, match="job done"):
+        await node.store.load(["done"], [], [])
+    assert [type(error) for error in node.broken] == [StoreDamaged]
+    with pytest.raises(StoreDamaged):
+        await node.store.timeline(seq)
+    await node.store.close()
+    assert not Path(path).exists()
+    assert Path(f"{path}.old").exists()
+    async with following(path, server) as node:
+        assert node.opened.last_record == 1
+        await node.catch_up()
+        assert list((await node.store.load(["done"], [], [])).jobs) == ["done"]
+    assert rows_of(path) == expected
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "key"),
+    [("jobs", "created_at", "id = 'live'"), ("queues", "completed", "1"), ("keys", "at", "1"), ("cluster", "crc", "1")],
+)
+async def test_damage_at_the_start_makes_the_tables_again(
+    path: str, server: MemoryServer, table: str, column: str, key: str
+) -> None:
+    maker = ChangeFactory()
+    async with leading(path, server) as leader:
+        batch = maker.batch([maker.create("live"), maker.queue_event("video", paused=True)])
+        batch.keys = maker.any_batch(0).keys
+        await leader.store.write(batch)
+    with edit_store(path) as conn:
+        changed = conn.execute(f"UPDATE {table} SET {column} = {column} + 1 WHERE {key}").rowcount
+    async with following(path, server) as node:
+        assert node.opened.last_record == (0 if changed else 1)
+        await node.catch_up()
+        assert [job.id for job, _ in (await node.store.find_jobs(JobQuery())).jobs] == ["live"]
+        assert node.opened.faults == []
+
+
+async def test_a_record_about_a_missing_row_ends_the_node(path: str, server: MemoryServer) -> None:
+    maker, other = ChangeFactory(), f"{path}.other"
+    async with leading(path, server) as leader, following(other, server) as node:
+        created = maker.create("a")
+        await leader.store.write(maker.batch([created]))
+        await node.catch_up()
+        await node.store.close()
+        with edit_store(other) as conn:
+            conn.execute("DELETE FROM jobs")
+        with contextlib.suppress(StoreUnreadable):
+            await node.open()
+        await node.catch_up()
+        assert [job.id for job in node.opened.live()] == [], "it was made again, from the first record"
+        assert len((await node.store.find_jobs(JobQuery())).jobs) == 1
+
+
+# -- membership
+
+
+async def test_a_store_of_another_cluster_or_of_one_machine_is_refused(path: str, server: MemoryServer) -> None:
+    async with leading(path, server):
+        pass
+    with pytest.raises(WrongCluster, match=r"belongs to cluster memory: set journal\.url"):
+        await Store.open(path)
+    with pytest.raises(WrongCluster, match="but the journal is that of cluster other"):
+        await Node(path, MemoryServer(cluster_id="other")).open()
+    await make_store(f"{path}.single")
+    with pytest.raises(WrongCluster, match="is the store of a single machine"):
+        await Node(f"{path}.single", server).open()
+    async with open_store(f"{path}.single"):
+        pass
+    assert WrongCluster("x").exit_code == 78
+
+
+async def test_a_store_that_is_in_use_is_refused(path: str, server: MemoryServer) -> None:
+    async with following(path, server):
+        with pytest.raises(StoreBusy):
+            await Node(path, server).open()
+
+
+async def test_a_store_ahead_of_its_journal_is_refused(path: str, server: MemoryServer) -> None:
+    maker = ChangeFactory()
+    async with leading(path, server) as leader:
+        for _ in range(3):
+            await leader.store.write(maker.batch([maker.create()]))
+    server.records.pop()
+    server.lead = replace(server.lead, number=2)
+    with pytest.raises(StoreAhead, match="has record 3, but the last record of the journal is 2") as refused:
+        await Node(path, server).open()
+    assert refused.value.exit_code == 78
+
+
+async def test_a_store_on_another_branch_is_made_again(path: str, server: MemoryServer) -> None:
+    maker, other = ChangeFactory(), f"{path}.other"
+    async with leading(path, server) as leader, following(other, server) as node:
+        await leader.store.write(maker.batch([maker.create("a")]))
+        await node.catch_up()
+        await leader.store.write(maker.batch([maker.create("lost")]))
+        server.records.pop()  # the server loses it in a failover
+        server.lead = replace(server.lead, number=1)
+        await node.lead()
+        await node.store.write(maker.batch([maker.create("b")]))
+        await node.store.write(maker.batch([maker.create("c")]))
+    async with following(path, server) as again:
+        assert again.opened.last_record == 0
+        await again.catch_up()
+    assert rows_of(path) == rows_of(other)
+
+
+async def test_a_store_too_far_behind_starts_from_a_snapshot(path: str, server: MemoryServer) -> None:
+    maker, other = ChangeFactory(), f"{path}.other"
+    async with leading(path, server) as leader:
+        await leader.store.write(maker.batch([maker.create()]))
+        async with following(other, server) as node:
+            await node.catch_up()
+        for _ in range(5):
+            await leader.store.write(maker.batch([maker.create()]))
+        number = await snapshot_of(leader)
+        await leader.store.write(maker.batch([maker.create()]))
+        await leader.journal.trim(3)
+        async with following(other, server) as node:
+            assert (node.opened.last_record, number) == (6, 6)
+            await node.catch_up()
+        async with following(f"{path}.new", server) as node:
+            assert node.opened.last_record == 6
+            await node.catch_up()
+    assert rows_of(path) == rows_of(other) == rows_of(f"{path}.new")
+
+
+async def test_without_a_usable_snapshot_a_trimmed_journal_is_an_error(path: str, server: MemoryServer) -> None:
+    maker = ChangeFactory()
+    async with leading(path, server) as leader:
+        for _ in range(3):
+            await leader.store.write(maker.batch([maker.create()]))
+        await leader.journal.trim(2)
+        server.snapshots[3] = ([b"no snapshot"], 0)
+    with pytest.raises(StoreUnreadable, match="no usable snapshot and no first record"):
+        await Node(f"{path}.new", server).open()
+    async with following(path, server):
+        pass  # it needs neither
+
+
+async def test_the_newest_usable_snapshot_is_taken(path: str, server: MemoryServer) -> None:
+    maker = ChangeFactory()
+    async with leading(path, server) as leader:
+        await leader.store.write(maker.batch([maker.create()]))
+        await snapshot_of(leader)
+        whole = b"".join(server.snapshots[1][0])
+        await leader.store.write(maker.batch([maker.create()]))
+        server.snapshots[2] = ([whole[:-9]], 0)
+        async with following(f"{path}.new", server) as node:
+            assert node.opened.last_record == 1
+            await node.catch_up()
+
+
+async def test_a_snapshot_of_an_unused_cluster_can_be_taken(path: str, server: MemoryServer) -> None:
+    async with following(path, server) as node:
+        assert await snapshot_of(node) == 0
+    async with following(f"{path}.new", server) as node:
+        assert node.opened.last_record == 0
+
+
+async def test_a_backup_of_a_node_is_the_store_of_a_single_machine(path: str, server: MemoryServer) -> None:
+    maker, copied = ChangeFactory(), f"{path}.copy"
+    async with leading(path, server) as leader:
+        await leader.store.write(maker.batch([maker.create("a")]))
+        with contextlib.closing(await leader.store.backup()) as file:
+            Path(copied).write_bytes(file.read())
+    async with open_store(copied) as (_, opened):
+        assert opened.marked
+        assert [job.id for job in opened.live()] == ["a"]
+
+
+async def test_an_interrupted_opening_leaves_no_lock(path: str, server: MemoryServer) -> None:
+    node, gate = Node(path, server), asyncio.Event()
+
+    async def wait(call: str) -> None:
+        await gate.wait()
+
+    node.journal.before = wait
+    opening = asyncio.create_task(node.open())
+    await asyncio.sleep(0.05)
+    opening.cancel()
+    await asyncio.sleep(0)
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    async with following(path, server):
+        pass
