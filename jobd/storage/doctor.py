@@ -16,7 +16,7 @@ import msgspec
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.job import DAY_MS, LIVE, TOKEN_COUNTER_BITS
 from jobd.model.storage import Numbers, QueueRow
-from jobd.storage import codec, files, migrations, startup
+from jobd.storage import codec, files, membership, migrations, startup
 from jobd.storage.codec import JOB_COLUMNS, META_COLUMNS, Row, fault
 from jobd.storage.database import (
     EVENT_SQL,
@@ -380,6 +380,7 @@ def _repair(path: str, change: Callable[[Database], str]) -> str:
             raise files.StoreUnreadable(f"{path} does not exist")
         with contextlib.closing(startup.connect(path, "FULL")) as conn, startup.translated_errors(path):
             startup.prepare_schema(conn, path)
+            membership.check_single(conn, path)
             db = startup.project_tail(conn, path)
             return "\n".join([*db.faults, change(db)])
 

@@ -12,7 +12,7 @@ from msgspec import Struct
 from jobd.journal import record
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.journal import BadRecord
-from jobd.storage import startup
+from jobd.storage import membership, startup
 from jobd.storage.database import Database, is_corrupt
 from jobd.storage.edited_rows import RepairRejected
 from jobd.storage.files import FileLock, StoreUnreadable
@@ -80,6 +80,7 @@ def cut(path: str, number: int) -> str:
             raise StoreUnreadable(f"{path} does not exist")
         with contextlib.closing(startup.connect(path, "FULL")) as conn, startup.translated_errors(path):
             startup.prepare_schema(conn, path)
+            membership.check_single(conn, path)
             db = startup.read_meta(conn, path)
             found = find(db, number)
             copy = startup.copy_aside(conn, path, LABEL)

@@ -55,6 +55,15 @@ def write(conn: sqlite3.Connection, membership: Membership) -> None:
     conn.execute(_WRITE, sealed((membership.cluster_id, membership.record_crc)))
 
 
+def check_single(conn: sqlite3.Connection, path: str) -> None:
+    """Raise WrongCluster if the store belongs to a cluster, so that it must not differ from those of other nodes."""
+    if read(conn) is not None:
+        raise WrongCluster(
+            f"{path} belongs to a cluster, whose other nodes have the same rows: to repair it, remove it while its "
+            "daemon is stopped. The next start makes it again from the journal"
+        )
+
+
 def check(path: str, found: Membership | None, cluster_id: str | None, *, is_new: bool) -> None:
     """Raise WrongCluster if the store cannot be used with this cluster, or without one (None)."""
     if cluster_id is None and found is not None:

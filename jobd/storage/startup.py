@@ -358,7 +358,7 @@ def _settle_epoch(projection: Projection, path: str) -> bool:
         epoch = new_epoch(max(stored_epoch, file.epoch), now_ms())
         if epoch > LAST_EPOCH:
             raise StoreUnreadable(f"{path}: there is no epoch for fencing tokens above {epoch - 1}")
-        db.commit(_begin_epoch, db, epoch, projection.last + 1 if is_restored else 0)
+        db.commit(begin_epoch, db, epoch, projection.last + 1 if is_restored else 0)
     if path != MEMORY:
         if file != EpochFile(db.numbers.epoch, is_current=True):
             files.write_epoch(path, db.numbers.epoch)
@@ -367,7 +367,7 @@ def _settle_epoch(projection: Projection, path: str) -> bool:
     return is_restored
 
 
-def _begin_epoch(db: Database, epoch: int, mark: int) -> None:
+def begin_epoch(db: Database, epoch: int, mark: int) -> None:
     """Begin `epoch`. The `mark` of a backup is 0 or the first record that may remove it (Batch.unmark).
 
     After a restore, clients may have seen events that the store no longer has. New events get higher numbers, and a

@@ -1,0 +1,83 @@
+"""Make the store of a single machine the first store of a cluster, and the store of a node that of a single machine.
+
+No daemon holds the store meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from typing import Final
+
+from jobd.model.job import new_epoch
+from jobd.storage import files, membership, migrations, startup
+from jobd.storage.database import Database, now_ms
+from jobd.storage.files import FileLock, StoreUnreadable
+from jobd.storage.membership import Membership, WrongCluster
+
+_MARKED: Final = (
+    "is a restored backup or an older copy, whose grants have to end first: start jobd on it once without journal.url, "
+    "then stop it"
+)
+
+
+def join(path: str, cluster_id: str) -> int:
+    """Make the store at `path` a member of a new cluster, as of record 0. Return its epoch, which the journal needs.
+
+    The file is then complete, and its content is the first snapshot. A second call changes nothing. Raises WrongCluster
+    or StoreUnreadable.
+    """
+    with _opened(path) as conn:
+        startup.prepare_schema(conn, path)
+        found = membership.read(conn)
+        if found is None:
+            projection, opened = startup.start(conn, path)
+            projection.db.close()
+            if opened.marked:
+                raise StoreUnreadable(f"{path} {_MARKED}")
+            projection.db.commit(_join, projection.db, cluster_id)
+        elif found.cluster_id != cluster_id:
+            raise WrongCluster(f"{path} belongs to cluster {found.cluster_id}, not to {cluster_id}")
+        epoch = startup.read_meta(conn, path).numbers.epoch
+        startup.journal_mode(conn, path, "delete")  # writes the log into the file
+    files.sync(path)
+    return epoch
+
+
+def _join(db: Database, cluster_id: str) -> None:
+    db.projected_to = 0
+    membership.write(db.conn, Membership(cluster_id))
+    db.write_meta()
+
+
+def leave(path: str, *, epoch: int = 0, is_complete: bool) -> int:
+    """Make the store of a node that of a single machine, with an epoch above `epoch`. Return the new epoch.
+
+    Unless it `is_complete`, its journal may have later records. Then its grants end by their stall rule.
+    """
+    with _opened(path) as conn:
+        startup.prepare_schema(conn, path)
+        db = startup.read_meta(conn, path)
+        if membership.read(conn) is None:
+            raise WrongCluster(f"{path} is the store of a single machine already")
+        seen = files.read_epoch(path).epoch
+        begun = new_epoch(max(db.numbers.epoch, epoch, seen), now_ms())
+        db.commit(_leave, db, begun, is_complete)
+    files.write_epoch(path, begun)
+    return begun
+
+
+def _leave(db: Database, epoch: int, is_complete: bool) -> None:
+    migrations.leave_cluster(db.conn)
+    startup.begin_epoch(db, epoch, 0 if is_complete else db.projected_to + 1)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[sqlite3.Connection]:
+    with FileLock(path):
+        if not os.path.exists(path):
+            raise StoreUnreadable(f"{path} does not exist")
+        with contextlib.closing(startup.connect(path, "FULL")) as conn, startup.translated_errors(path):
+            yield conn

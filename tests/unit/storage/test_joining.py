@@ -1,0 +1,98 @@
+"""A store becomes the first one of a cluster, and the store of a node becomes that of a single machine."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+
+from jobd.journal.memory import MemoryServer
+from jobd.storage import doctor, joining, journal_cut, snapshots
+from jobd.storage.files import read_epoch
+from jobd.storage.membership import WrongCluster
+from jobd.storage.store import Store, StoreBusy, StoreUnreadable
+from tests.support.factories import ChangeFactory
+from tests.support.store_files import assert_holds, edit_store, leave_tail, make_store, open_store, read_file
+from tests.unit.storage.test_cluster_store import Node, following, leading, rows_of
+
+
+async def founded(path: str, server: MemoryServer) -> ChangeFactory:
+    """Make a store at `path` that belongs to the cluster of `server`, with its snapshot."""
+    maker = await make_store(path)
+    await leave_tail(path, maker.any_batch(9))
+    assert joining.join(path, server.cluster_id) > 0
+    with BytesIO(read_file(path)) as file:
+        await Node(path, server).journal.write_snapshot(0, snapshots.compressed(file), 0)
+    return maker
+
+
+async def test_a_store_becomes_the_first_snapshot_of_a_cluster(path: str) -> None:
+    server = MemoryServer()
+    maker = await founded(path, server)
+    before = rows_of(path)
+    assert joining.join(path, server.cluster_id) > 0, "a second call changes nothing"
+    assert rows_of(path) == before
+    with pytest.raises(WrongCluster, match="belongs to cluster memory"):
+        await Store.open(path)
+    async with leading(path, server) as leader:
+        assert leader.opened.last_record == 0
+        await assert_holds(leader.store, leader.opened, maker)
+        await leader.store.write(maker.any_batch(9))
+    async with following(f"{path}.new", server) as node:
+        assert node.opened.last_record == 0
+        await node.catch_up()
+    assert rows_of(path) == rows_of(f"{path}.new")
+
+
+async def test_a_store_joins_one_cluster_only(path: str) -> None:
+    await founded(path, MemoryServer())
+    with pytest.raises(WrongCluster, match="belongs to cluster memory, not to other"):
+        joining.join(path, "other")
+    with pytest.raises(StoreUnreadable, match="does not exist"):
+        joining.join(f"{path}.missing", "other")
+    async with open_store(f"{path}.used"):
+        with pytest.raises(StoreBusy):
+            joining.join(f"{path}.used", "other")
+
+
+async def test_a_backup_does_not_join_before_its_grants_have_ended(path: str) -> None:
+    await make_store(path)
+    Path(f"{path}.epoch").unlink()
+    async with open_store(path) as (store, _):
+        copy = await store.backup()
+    Path(path).write_bytes(copy.read())
+    copy.close()
+    with pytest.raises(StoreUnreadable, match="start jobd on it once"):
+        joining.join(path, "memory")
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+async def test_the_store_of_a_node_becomes_that_of_a_single_machine(path: str, is_complete: bool) -> None:
+    server = MemoryServer()
+    maker = await founded(path, server)
+    async with leading(path, server) as leader:
+        await leader.store.write(maker.any_batch(9))
+    later = 1 << 30
+    epoch = joining.leave(path, epoch=later, is_complete=is_complete)
+    assert epoch == later + 1 == read_epoch(path).epoch
+    async with open_store(path) as (store, opened):
+        assert opened.marked == (not is_complete)
+        assert (opened.numbers.epoch, opened.numbers.next_token) == (epoch + (not is_complete), 1)
+        assert {job.seq: job for job in opened.live()}.keys() <= maker.jobs.keys()
+        await store.save_stats(b"1")
+    with pytest.raises(WrongCluster, match="is the store of a single machine already"):
+        joining.leave(path, is_complete=True)
+    with pytest.raises(WrongCluster, match="is the store of a single machine: make"):
+        await Node(path, server).open()
+
+
+async def test_a_node_is_not_repaired_by_itself(path: str) -> None:
+    await founded(path, MemoryServer())
+    assert doctor.check(path) == []
+    with pytest.raises(WrongCluster, match="remove it while its daemon is stopped"):
+        doctor.recount(path)
+    with pytest.raises(WrongCluster, match="remove it while its daemon is stopped"):
+        journal_cut.cut(path, 1)
+    with edit_store(path) as conn:
+        assert conn.execute("SELECT count(*) FROM cluster").fetchone() == (1,)
