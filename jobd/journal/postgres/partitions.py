@@ -67,7 +67,7 @@ async def extend(conn: Any, name: str, number: int, width: int) -> int:
 
 async def trim(conn: Any, name: str, upto: int) -> None:
     """Drop the partitions with no record above `upto`."""
-    await conn.execute(f"SET statement_timeout = '{TRIM_S}s'")
+    await conn.execute(f"SET statement_timeout = {round(TRIM_S * 1000)}")
     for partition, end, is_detaching in await _attached(conn, name):
         if is_detaching:
             await conn.execute(f'ALTER TABLE {table_of(name)} DETACH PARTITION "{partition}" FINALIZE')

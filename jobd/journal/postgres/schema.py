@@ -72,6 +72,8 @@ async def create(conn: Any, database: str, name: str, cluster_id: str, number: i
         await conn.execute(f"INSERT INTO jobd_schema SELECT {VERSION} WHERE NOT EXISTS (SELECT FROM jobd_schema)")
         is_new = await conn.fetchval(_JOURNAL, name, cluster_id, number, epoch) is not None
         await partitions.create_journal(conn, name)
+        if is_new:
+            await partitions.extend(conn, name, number + 1, partitions.FIRST_RECORDS)
         found = await conn.fetchval("SELECT cluster_id FROM jobd_journals WHERE name = $1", name)
     return Created(found, is_new)
 

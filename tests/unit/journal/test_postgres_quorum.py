@@ -1,0 +1,109 @@
+"""The journal in PostgreSQL with quorum commit: what is acknowledged is on two servers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from jobd.journal.postgres.journal import PostgresJournal, create
+from jobd.model.journal import JournalUnavailable, OutcomeUnknown
+from tests.conftest import tool_missing
+from tests.support import postgres
+from tests.support.polling import wait_until
+from tests.support.postgres import PostgresMissing, PostgresServer
+from tests.unit.journal.test_shared_journals import lead, record_of
+
+pytestmark = pytest.mark.slow
+
+LEASE_MS = 3000
+
+
+@pytest.fixture
+def servers() -> Iterator[list[PostgresServer]]:
+    """Run a primary and a standby."""
+    try:
+        postgres.programs()
+    except PostgresMissing:
+        tool_missing("postgres", "postgresql")
+    with postgres.postgres_cluster() as started:
+        yield started
+
+
+@pytest.fixture
+async def nodes(servers: list[PostgresServer]) -> AsyncIterator[tuple[PostgresJournal, PostgresJournal]]:
+    """Open two nodes that know both servers."""
+    ports = [server.port for server in servers]
+    url = servers[0].url().replace(f":{ports[0]}/", f":{ports[0]},127.0.0.1:{ports[1]}/")
+    await create(url, "main", "id")
+    made = (await PostgresJournal.open(url, "main", LEASE_MS), await PostgresJournal.open(url, "main", LEASE_MS))
+    yield made
+    for each in made:
+        await each.close()
+
+
+async def is_waiting(node: PostgresJournal) -> bool:
+    return (await node.health()).is_waiting
+
+
+async def test_an_append_waits_for_a_standby(
+    servers: list[PostgresServer], nodes: tuple[PostgresJournal, PostgresJournal]
+) -> None:
+    a, b = nodes
+    await lead(a)
+    await a.append(record_of(1, 100), 0)
+    health = await b.health()
+    assert (health.is_synchronous, health.is_waiting) == (True, False)
+    await asyncio.to_thread(servers[1].stop)
+    appending = asyncio.create_task(a.append(record_of(2, 100), 1))
+    await wait_until(lambda: is_waiting(b))
+    assert not appending.done()
+    assert [each.number for each in await b.read(0, 10)] == [1]
+    taking = asyncio.create_task(b.take_over(await b.head(), holder="b", url="", epoch=0))
+    await asyncio.to_thread(servers[1].start)
+    await appending
+    assert await taking is None
+    assert [each.number for each in await b.read(0, 10)] == [1, 2]
+
+
+async def test_a_cancelled_wait_for_a_standby_is_no_acknowledgement(
+    servers: list[PostgresServer], nodes: tuple[PostgresJournal, PostgresJournal]
+) -> None:
+    """PostgreSQL reports the success of a statement whose wait an operator has cancelled, and a warning."""
+    a, b = nodes
+    await lead(a)
+    await a.append(record_of(1, 100), 0)
+    await asyncio.to_thread(servers[1].stop)
+    appending = asyncio.create_task(a.append(record_of(2, 100), 1))
+    await wait_until(lambda: is_waiting(b))
+    cancel = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+    await asyncio.to_thread(servers[0].sql, cancel)
+    with pytest.raises(OutcomeUnknown):
+        await appending
+    assert [each.number for each in await b.read(0, 10)] == [1, 2]  # visible, and not acknowledged
+    assert (await b.head()).acked == 1
+    await asyncio.to_thread(servers[1].start)
+    head = await a.resolve(0)
+    assert (head.number, head.epoch) == (2, 101)
+
+
+async def test_acknowledged_records_survive_the_loss_of_the_primary(
+    servers: list[PostgresServer], nodes: tuple[PostgresJournal, PostgresJournal]
+) -> None:
+    a, b = nodes
+    await lead(a)
+    for number in range(1, 51):
+        await a.append(record_of(number, 100), number - 1)
+    await asyncio.to_thread(servers[0].kill)
+    with pytest.raises((OutcomeUnknown, JournalUnavailable)):
+        await a.append(record_of(51, 100), 50)
+    with pytest.raises(JournalUnavailable, match=r"cannot be reached|accepts no writes"):
+        await b.head()
+    await asyncio.to_thread(servers[1].promote)
+    head = await b.head()
+    assert (head.number >= 50, head.is_connected) == (True, False)
+    assert not (await b.health()).is_synchronous
+    head = await a.resolve(0)
+    await a.append(record_of(head.number + 1, head.epoch), head.number)
+    assert [each.number for each in await b.read(0, 100)] == list(range(1, head.number + 2))

@@ -1,0 +1,335 @@
+"""Connecting to PostgreSQL: what is checked, and what the operator is told."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import asyncpg
+import pytest
+
+from jobd.journal import url as journal_url
+from jobd.journal.postgres import session
+from jobd.journal.postgres.journal import PostgresJournal, create
+from jobd.journal.postgres.session import Target
+from jobd.model.journal import JournalMisconfigured, JournalUnavailable
+from tests.support.polling import wait_until
+from tests.support.postgres import PASSWORD, PostgresServer
+from tests.support.tcp_proxy import tcp_proxy
+from tests.unit.journal.test_shared_journals import lead, record_of
+
+LEASE_MS = 3000
+
+
+@pytest.fixture
+def database(postgres_server: PostgresServer, journal_name: str) -> Iterator[str]:
+    """Return the name of an empty database, and of the role that owns it."""
+    name = journal_name.replace("-", "_")
+    postgres_server.sql(f"CREATE ROLE {name} LOGIN PASSWORD '{PASSWORD}'", f"CREATE DATABASE {name} OWNER {name}")
+    yield name
+    postgres_server.sql(f"DROP DATABASE {name} WITH (FORCE)", f"DROP ROLE {name}")
+
+
+@pytest.fixture
+def url(postgres_server: PostgresServer, database: str) -> str:
+    return postgres_server.url(database, role=database)
+
+
+async def sql(server: PostgresServer, *statements: str, database: str = "postgres") -> None:
+    await asyncio.to_thread(server.sql, *statements, database=database)
+
+
+async def failure(url: str, name: str = "main") -> JournalUnavailable:
+    """Return the error of an open, which contains no password."""
+    with pytest.raises(JournalUnavailable) as caught:
+        await PostgresJournal.open(url, name, LEASE_MS)
+    text = str(caught.value)
+    assert PASSWORD not in text
+    assert "secret" not in text
+    assert len(text.splitlines()) == 1
+    return caught.value
+
+
+# -- Tables ------------------------------------------------------------------------------------------------------------
+
+
+async def test_tables_are_created_once(url: str) -> None:
+    made = await asyncio.gather(*(create(url, "main", f"id {number}") for number in range(3)))
+    assert [each.is_new for each in made].count(True) == 1
+    assert len({each.cluster_id for each in made}) == 1
+    node = await PostgresJournal.open(url, "main", LEASE_MS)
+    assert node.cluster_id == made[0].cluster_id
+    await node.close()
+
+
+async def test_a_journal_can_continue_after_a_record(url: str) -> None:
+    await create(url, "main", "id", number=1000, epoch=77)
+    node = await PostgresJournal.open(url, "main", LEASE_MS)
+    head = await lead(node, epoch=0)
+    assert (head.number, head.epoch, head.acked) == (1000, 78, 1000)
+    await node.append(record_of(1001, 78), 1000)
+    assert await node.read(1000, 10) == [record_of(1001, 78)]
+    await node.close()
+
+
+async def test_two_journals_of_a_database_are_independent(url: str) -> None:
+    nodes = []
+    for name in ("a", "a-b"):
+        await create(url, name, f"id of {name}")
+        nodes.append(await PostgresJournal.open(url, name, LEASE_MS))
+    for number, node in enumerate(nodes):
+        await lead(node, f"holder {number}")
+        await node.append(record_of(1, 100, b"%d" % number), 0)
+    for number, node in enumerate(nodes):
+        assert (await node.read(0, 10))[0].body == b"%d" % number
+        head = await node.head()
+        assert (head.holder, head.is_connected) == (f"holder {number}", True)
+        await node.close()
+
+
+async def test_missing_tables_are_reported(url: str) -> None:
+    error = await failure(url)
+    assert isinstance(error, JournalMisconfigured)
+    assert error.exit_code == 78
+    assert "has no tables of jobd: run `jobd cluster init`" in str(error)
+
+
+async def test_a_missing_journal_is_reported(url: str) -> None:
+    await create(url, "main", "id")
+    error = await failure(url, "other")
+    assert isinstance(error, JournalMisconfigured)
+    assert 'has no journal "other": run `jobd cluster init`' in str(error)
+
+
+async def test_incomplete_tables_are_completed(url: str, postgres_server: PostgresServer, database: str) -> None:
+    await create(url, "main", "id")
+    await sql(postgres_server, "DELETE FROM jobd_schema", "DROP TABLE jobd_nodes", database=database)
+    assert "has incomplete tables of jobd: run `jobd cluster init`" in str(await failure(url))
+    assert not (await create(url, "main", "other")).is_new
+    node = await PostgresJournal.open(url, "main", LEASE_MS)
+    assert await node.nodes() == []
+    await node.close()
+
+
+async def test_tables_of_a_newer_version_are_reported(url: str, postgres_server: PostgresServer, database: str) -> None:
+    await create(url, "main", "id")
+    await sql(postgres_server, "UPDATE jobd_schema SET version = 2", database=database)
+    expected = "has tables of version 2, and this jobd knows version 1. Upgrade jobd on this node"
+    assert expected in str(await failure(url))
+    with pytest.raises(JournalMisconfigured, match="version 2"):
+        await create(url, "other", "id")
+
+
+async def test_changed_tables_are_reported(url: str, postgres_server: PostgresServer, database: str) -> None:
+    await create(url, "main", "id")
+    await sql(postgres_server, "ALTER TABLE jobd_journals RENAME cluster_id TO x", database=database)
+    error = await failure(url)
+    assert isinstance(error, JournalMisconfigured)
+    assert "Upgrade jobd, or restore them" in str(error)
+
+
+async def test_a_database_that_takes_the_place_of_another_is_refused(
+    url: str, postgres_server: PostgresServer, database: str
+) -> None:
+    await create(url, "main", "id")
+    node = await PostgresJournal.open(url, "main", LEASE_MS)
+    await node.head()
+    await sql(postgres_server, "UPDATE jobd_journals SET cluster_id = 'other'", database=database)
+    await sql(postgres_server, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{database}'")
+    await wait_until(lambda: refused(node))
+    await node.close()
+
+
+async def refused(node: PostgresJournal) -> bool:
+    try:
+        await node.head()
+    except JournalMisconfigured as error:
+        return "The id of journal" in str(error)
+    except JournalUnavailable:
+        pass
+    return False
+
+
+# -- Privileges and logins ---------------------------------------------------------------------------------------------
+
+
+async def test_a_missing_privilege_is_reported(url: str, postgres_server: PostgresServer, database: str) -> None:
+    await create(url, "main", "id")
+    other = f"{database}_other"
+    await sql(postgres_server, f"CREATE ROLE {other} LOGIN PASSWORD '{PASSWORD}'")
+    role_url = postgres_server.url(database, role=other)
+    expected = {
+        "SELECT": "lacks a privilege: permission denied for table jobd_schema: make the role the owner of the tables",
+        "SELECT, INSERT, UPDATE": f'Role "{other}" lacks DELETE on table jobd_schema: make it the owner',
+        "ALL": f'Role "{other}" cannot add partitions to table jobd_journal: make it the owner',
+    }
+    for granted, text in expected.items():
+        assert text in str(await failure(role_url))
+        statement = f"GRANT {'SELECT, INSERT, UPDATE' if granted == 'SELECT' else 'ALL'} ON ALL TABLES IN SCHEMA public"
+        await sql(postgres_server, f"{statement} TO {other}", database=database)
+    await sql(postgres_server, f"GRANT {database} TO {other}", "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    await sql(postgres_server, f"ALTER DATABASE {database} OWNER TO postgres")
+    await sql(postgres_server, "REVOKE CREATE ON SCHEMA public FROM PUBLIC", database=database)
+    assert f'GRANT CREATE ON SCHEMA "public" TO "{other}"' in str(await failure(role_url))
+    with pytest.raises(JournalMisconfigured, match="lacks a privilege: permission denied"):
+        await create(role_url, "second", "id")
+    await sql(postgres_server, f"REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {other}", database=database)
+    await sql(postgres_server, f"DROP ROLE {other}")
+
+
+async def test_a_wrong_password_is_reported(url: str) -> None:
+    error = await failure(url.replace("secret%20of", "secret%20from"))
+    assert isinstance(error, JournalMisconfigured)
+    assert "rejects the password of role" in str(error)
+    assert "correct [journal] url, or the file that PGPASSFILE names" in str(error)
+
+
+async def test_a_wrong_database_is_reported(url: str, database: str) -> None:
+    error = await failure(url.removesuffix(database) + "nowhere")
+    assert isinstance(error, JournalMisconfigured)
+    assert 'has no database "nowhere": create it with `createdb`, or correct [journal] url' in str(error)
+
+
+async def test_a_role_that_may_not_log_in_is_reported(postgres_server: PostgresServer, database: str) -> None:
+    await sql(postgres_server, f"ALTER ROLE {database} NOLOGIN")
+    error = await failure(postgres_server.url(database, role=database))
+    assert isinstance(error, JournalMisconfigured)
+    assert "rejects the login" in str(error)
+
+
+async def test_an_unknown_parameter_is_reported(url: str) -> None:
+    error = await failure(f"{url}?sslmode=sometimes")
+    assert isinstance(error, JournalMisconfigured)
+    assert "correct [journal] url" in str(error)
+
+
+async def test_missing_tls_is_reported(url: str) -> None:
+    error = await failure(f"{url}?sslmode=require")
+    assert "cannot be reached" in str(error)
+    assert "SSL" in str(error)
+
+
+async def test_an_unreachable_server_is_reported(url: str) -> None:
+    error = await failure("postgresql://jobd@127.0.0.1:1/jobd")
+    assert error.exit_code == 75
+    assert "cannot be reached" in str(error)
+    assert str(error).endswith("start it, or correct [journal] url")
+
+
+async def test_all_unreachable_servers_are_named() -> None:
+    error = await failure("postgresql://jobd@127.0.0.1:1,127.0.0.1:2,host.invalid/jobd")
+    for host in ("127.0.0.1:1", "127.0.0.1:2", "host.invalid"):
+        assert f"PostgreSQL at {host} cannot be reached" in str(error)
+
+
+async def test_a_silent_server_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "CONNECT_S", 0.2)
+
+    async def ignore(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(ignore, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    assert "does not respond: start it" in str(await failure(f"postgresql://jobd@127.0.0.1:{port}/jobd"))
+    server.close()
+
+
+async def test_no_free_connection_is_reported(url: str, postgres_server: PostgresServer, database: str) -> None:
+    await sql(postgres_server, f"ALTER ROLE {database} CONNECTION LIMIT 0")
+    error = await failure(url)
+    assert error.exit_code == 75
+    assert "has no free connection: raise max_connections" in str(error)
+
+
+# -- Sessions ----------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def connection(url: str) -> AsyncIterator[asyncpg.Connection]:
+    """Open a session as the journal does."""
+    conn = await Target(journal_url.parse(url), "main").connect()
+    try:
+        yield conn
+    finally:
+        conn.terminate()
+
+
+async def test_defaults_of_the_role_do_not_matter(url: str, postgres_server: PostgresServer, database: str) -> None:
+    await create(url, "main", "id")
+    defaults = {
+        "synchronous_commit": "off",
+        "statement_timeout": "10ms",
+        "lock_timeout": "10ms",
+        "idle_in_transaction_session_timeout": "10ms",
+        "idle_session_timeout": "10ms",
+        "client_connection_check_interval": "10ms",
+        "default_transaction_isolation": "serializable",
+    }
+    await sql(postgres_server, *(f"ALTER ROLE {database} SET {name} = '{value}'" for name, value in defaults.items()))
+    async with connection(url) as conn:
+        for name, value in defaults.items():
+            assert await conn.fetchval(f"SHOW {name}") == session._SETTINGS[name] != value
+        await conn.fetchval("SELECT pg_sleep(0.1)")
+        await asyncio.sleep(0.1)
+        assert await conn.fetchval("SELECT 1") == 1
+
+
+@pytest.mark.parametrize("setting", ["fsync", "full_page_writes"])
+async def test_a_server_that_can_lose_records_is_refused(
+    setting: str, url: str, postgres_server: PostgresServer
+) -> None:
+    await create(url, "main", "id")
+    await sql(postgres_server, f"ALTER SYSTEM SET {setting} = off", "SELECT pg_reload_conf()")
+    try:
+        await asyncio.sleep(0.2)  # until the server has read it
+        error = await failure(url)
+        assert isinstance(error, JournalMisconfigured)
+        assert f"{setting} = off, which can lose acknowledged records: set it to on" in str(error)
+    finally:
+        await sql(postgres_server, f"ALTER SYSTEM RESET {setting}", "SELECT pg_reload_conf()")
+        await asyncio.sleep(0.2)
+
+
+async def test_a_read_only_database_is_reported(url: str, postgres_server: PostgresServer, database: str) -> None:
+    await create(url, "main", "id")
+    await sql(postgres_server, f"ALTER DATABASE {database} SET default_transaction_read_only = on")
+    error = await failure(url)
+    assert error.exit_code == 75
+    assert "accepts no writes: it is a standby, or default_transaction_read_only is on" in str(error)
+
+
+async def test_an_old_server_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "OLDEST", 990000)
+    with pytest.raises(JournalMisconfigured, match="is too old: jobd needs version 14 or newer"):
+        await create(url, "main", "id")
+
+
+async def test_a_connection_pooler_is_refused(url: str, postgres_server: PostgresServer) -> None:
+    """A pooler gives its clients process ids of its own."""
+
+    def rewrite(response: bytes) -> bytes:
+        at = response.find(b"K\0\0\0\x0c")
+        return response if at < 0 else response[: at + 5] + struct.pack("!I", 1) + response[at + 9 :]
+
+    await create(url, "main", "id")
+    async with tcp_proxy(postgres_server.port) as proxy:
+        proxied = url.replace(f":{postgres_server.port}/", f":{proxy.port}/")
+        async with connection(proxied):
+            pass
+        proxy.rewrite = rewrite
+        error = await failure(proxied)
+        assert isinstance(error, JournalMisconfigured)
+        assert "A connection pooler answers at" in str(error)
+
+
+async def test_of_several_hosts_the_one_that_accepts_writes_is_used(url: str, postgres_server: PostgresServer) -> None:
+    await create(url, "main", "id")
+    own = f"127.0.0.1:{postgres_server.port}"
+    target = Target(journal_url.parse(url.replace(own, f"127.0.0.1:1,{own},127.0.0.1:2")), "main")
+    for _ in range(2):
+        conn = await target.connect()
+        assert await conn.fetchval("SELECT 1") == 1
+        conn.terminate()
