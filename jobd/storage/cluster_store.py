@@ -129,6 +129,11 @@ class ClusterStore(Store):
     async def write(self, batch: Batch) -> dict[int, bytes]:
         return await self._append_shared(batch, self._reported)
 
+    async def probe(self, spare_bytes: int = 0) -> None:
+        await super().probe(spare_bytes)
+        if self._to_journal is not None:
+            await self._append(Batch([], self._database.numbers))  # the server's disk may be the full one
+
     async def _append(self, given: Batch | TableWrite, reported: int = 0) -> dict[int, bytes]:
         return await to_end(self._append_shared(given, reported))  # callers may be cancelled, unlike that of `write`
 

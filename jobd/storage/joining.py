@@ -74,6 +74,14 @@ def _leave(db: Database, epoch: int, is_complete: bool) -> None:
     startup.begin_epoch(db, epoch, 0 if is_complete else db.projected_to + 1)
 
 
+def discard(path: str) -> None:
+    """Set the store at `path` aside, so that the next start of a node makes it again from its journal."""
+    with FileLock(path):
+        if not os.path.exists(path):
+            raise StoreUnreadable(f"{path} does not exist")
+        files.set_aside(path)
+
+
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[sqlite3.Connection]:
     with FileLock(path):

@@ -20,7 +20,7 @@ from jobd.storage import snapshots
 from jobd.storage.cluster_store import ClusterStore
 from jobd.storage.membership import StoreAhead, StoreDamaged, WrongCluster
 from jobd.storage.projection import MAX_BEHIND_FULL
-from jobd.storage.store import Store, StoreBusy, StoreUnreadable
+from jobd.storage.store import Store, StoreBroken, StoreBusy, StoreUnreadable
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.projection_harness import Writer, fail_commits
 from tests.support.store_files import edit_store, flip, job_of, make_store, open_store
@@ -344,6 +344,18 @@ async def test_a_full_server_writes_nothing_and_is_tried_again(leader: Node, ser
     assert (server.lead.number, leader.broken) == (1, [])
 
 
+async def test_a_probe_finds_the_full_disk_of_the_server(leader: Node, server: MemoryServer) -> None:
+    async def full(call: str) -> None:
+        raise DiskFull("the server's disk is full")
+
+    leader.journal.before = full
+    with pytest.raises(DiskFull):
+        await leader.store.probe(1 << 20)
+    leader.journal.before = MemorySharedJournal(server).before
+    await leader.store.probe(1 << 20)
+    assert server.lead.number == 1
+
+
 async def test_a_full_local_disk_rejects_batches_before_the_append(leader: Node, server: MemoryServer) -> None:
     maker = ChangeFactory()
     await leader.store.write(maker.batch([maker.create("a")]))
@@ -457,6 +469,41 @@ async def test_a_record_about_a_missing_row_ends_the_node(path: str, server: Mem
         await node.catch_up()
         assert [job.id for job in node.opened.live()] == [], "it was made again, from the first record"
         assert len((await node.store.find_jobs(JobQuery())).jobs) == 1
+
+
+async def test_a_record_about_a_row_that_is_damaged_ends_the_node(path: str, server: MemoryServer) -> None:
+    maker, other = ChangeFactory(), f"{path}.other"
+    async with leading(path, server) as leader:
+        created = [maker.create(), maker.create()]
+        await leader.store.write(maker.batch(created))
+        async with following(other, server) as node:
+            await node.catch_up()
+            await node.store.finish_upkeep()
+            node.store._projection._jobs.forget_rows()
+            node.store._connection.raw.execute("UPDATE jobs SET created_at = 7 WHERE seq = 1")
+            node.store._connection.raw.execute("DELETE FROM jobs WHERE seq = 2")
+            for job in map(job_of, created):
+                await leader.store.write(maker.batch([maker.grant(job)]))
+            await node.catch_up()
+            with pytest.raises(StoreDamaged, match="job "):
+                await node.store.timeline(1)
+        assert not Path(other).exists()
+
+
+async def test_a_snapshot_of_a_closed_store_is_refused(path: str, server: MemoryServer) -> None:
+    async with following(path, server) as node:
+        pass
+    with pytest.raises(StoreBroken, match="closed"):
+        await node.store.snapshot()
+
+
+async def test_appends_wait_for_a_call_in_the_thread(leader: Node) -> None:
+    maker = ChangeFactory()
+    reading = asyncio.create_task(leader.store.find_jobs(JobQuery()))
+    await asyncio.sleep(0)
+    await leader.store.write(maker.batch([maker.create("a")]))
+    await reading
+    assert [job.id for job, _ in (await leader.store.find_jobs(JobQuery())).jobs] == ["a"]
 
 
 # -- membership

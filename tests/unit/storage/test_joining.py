@@ -87,6 +87,21 @@ async def test_the_store_of_a_node_becomes_that_of_a_single_machine(path: str, i
         await Node(path, server).open()
 
 
+async def test_a_store_is_replaced_by_that_of_a_cluster(path: str) -> None:
+    server = MemoryServer()
+    await founded(path, server)
+    await make_store(f"{path}.single")
+    async with open_store(f"{path}.single"):
+        with pytest.raises(StoreBusy):
+            joining.discard(f"{path}.single")
+    joining.discard(f"{path}.single")
+    with pytest.raises(StoreUnreadable, match="does not exist"):
+        joining.discard(f"{path}.single")
+    async with following(f"{path}.single", server), following(path, server):
+        pass
+    assert rows_of(path) == rows_of(f"{path}.single")
+
+
 async def test_a_node_is_not_repaired_by_itself(path: str) -> None:
     await founded(path, MemoryServer())
     assert doctor.check(path) == []
