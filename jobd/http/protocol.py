@@ -36,8 +36,8 @@ class WorkerConnection(asyncio.Protocol):
 
     __slots__ = (
         "_ahead", "_current", "_drained", "_dropped", "_hangup_check", "_held", "_idle_since", "_idle_timer",
-        "_is_broken", "_is_ending", "_is_half_closed", "_is_reading_paused", "_is_scheduled", "_is_writing_paused",
-        "_linger_timer", "_loop", "_open_connections", "_parser", "_queue", "app", "transport",
+        "_is_broken", "_is_ending", "_is_flushing", "_is_half_closed", "_is_reading_paused", "_is_scheduled",
+        "_is_writing_paused", "_linger_timer", "_loop", "_open_connections", "_parser", "_queue", "app", "transport",
     )  # fmt: skip
 
     def __init__(self, app: App[Any], open_connections: set[WorkerConnection]) -> None:
@@ -53,6 +53,7 @@ class WorkerConnection(asyncio.Protocol):
         self._ahead = 0  # bytes of the current response that were sent as a probe
         self._is_broken = False  # the input is malformed, and no more of it is parsed
         self._is_ending = False  # no more requests are started
+        self._is_flushing = False  # the current response waits for the client to read
         self._is_half_closed = False  # the client sends no more
         self._is_scheduled = False
         self._is_reading_paused = False
@@ -198,6 +199,8 @@ class WorkerConnection(asyncio.Protocol):
             response = self._bug_response(request, bug)
         if response is not None:
             self._respond(request, response)
+        elif self._is_half_closed:
+            self._send_probe()
 
     def _malformed_response(self, request: WorkerRequest) -> HttpResponse:
         assert request.error is not None
@@ -310,6 +313,8 @@ class WorkerConnection(asyncio.Protocol):
                 response.on_lost()
         elif self._is_writing_paused:
             assert transport is not None
+            self._is_flushing = True
+            request.is_written = transport.get_write_buffer_size() < len(data)  # a part of it
             request.timer = abort_later(transport)
             return
         self._finish(request)
@@ -322,7 +327,8 @@ class WorkerConnection(asyncio.Protocol):
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
         current = self._current
-        if current is not None and current.is_written:
+        if current is not None and self._is_flushing:
+            current.is_written = True
             self._finish(current)
 
     async def drain(self) -> None:
@@ -362,6 +368,7 @@ class WorkerConnection(asyncio.Protocol):
             request.timer = None
         self._current = None
         self._ahead = 0
+        self._is_flushing = False
         if request.task is None or request.task.done():
             self.app.request_finished()
         else:
@@ -419,10 +426,10 @@ class WorkerConnection(asyncio.Protocol):
     def _check_idle(self) -> None:
         """Close the connection if it has been idle for too long, else check again at the earliest time it can be."""
         left_s = self.app.limits.idle_s
-        if self._current is None and self._dropped is None:
+        if self._current is None and self._dropped is None and not (self._queue or self._held):
             left_s += self._idle_since - self._loop.time()
             if left_s <= 0:
-                self.close_if_idle()
+                self.close()
                 return
         self._idle_timer = self._loop.call_later(left_s, self._check_idle)
 
@@ -446,8 +453,7 @@ class WorkerConnection(asyncio.Protocol):
         self._is_half_closed = True
         if not self._held:
             self._end_input()
-        if transport.get_extra_info("socket").family != socket.AF_UNIX:
-            self._send_probe(transport)
+        self._send_probe()
         self._check_later(FIRST_CHECK_S)
         return True
 
@@ -465,10 +471,12 @@ class WorkerConnection(asyncio.Protocol):
         elif self._current is None and not self._queue and self.transport is not None:
             self.transport.close()
 
-    def _send_probe(self, transport: asyncio.Transport) -> None:
-        """Send the next bytes of the current response that are known already, so that a closed client resets."""
-        current = self._current
-        if current is None or current.response is not None:
+    def _send_probe(self) -> None:
+        """Send the next bytes of the current response that are known already, so that a closed TCP client resets."""
+        current, transport = self._current, self.transport
+        if current is None or current.response is not None or transport is None or transport.is_closing():
+            return
+        if transport.get_extra_info("socket").family == socket.AF_UNIX:
             return
         if current.task is None:
             self._ahead = len(HTTP_VERSION)

@@ -240,6 +240,37 @@ async def test_a_client_that_reads_too_slowly_is_cut_off(
     assert harness.actor.undelivered_responses == []  # its first byte has been written
 
 
+@pytest.mark.parametrize("end", ["client", "reads"])
+async def test_a_response_of_which_no_byte_was_sent_is_undelivered(harness: HttpHarness, end: str) -> None:
+    """A client that pipelines and does not read has a full socket, so its next response waits in the transport."""
+    responses: list[Response] = []
+
+    def respond(_: Any) -> Response:
+        responses.append(Response("x" * 8_000, grants=[("a", f"lock-{len(responses)}")]))
+        return responses[-1]
+
+    harness.actor.respond = respond
+    client = await harness.connect()
+    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    client.send(CLAIM * 100)
+    [connection] = harness.connections
+    while not connection._is_flushing:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+        await asyncio.sleep(0.001)
+    assert connection.transport is not None
+    assert connection.transport.get_write_buffer_size() > 8_000
+    waiting = responses[-1]
+    if end == "client":
+        client.writer.transport.abort()
+    else:
+        client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        for _ in range(100):
+            assert (await client.receive()).status == 200
+        await client.close()
+    await wait_until_closed(harness)
+    await harness.app.wait_idle()
+    assert harness.actor.undelivered_responses == ([waiting] if end == "client" else [])
+
+
 @WRITES
 @pytest.mark.parametrize("close", [{}, {"Connection": "close"}])
 async def test_a_few_unread_bytes_do_not_keep_a_connection_open(
@@ -454,6 +485,14 @@ async def test_a_connection_is_idle_again_after_its_request(tmp_path: Path) -> N
         held.go.set()
         assert (await client.receive()).status == 200
         assert await client.is_closed()
+
+
+async def test_a_connection_whose_idle_time_is_checked_between_two_requests_still_becomes_idle(tmp_path: Path) -> None:
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.01)) as harness:
+        client = await harness.connect()
+        client.send(request_bytes("POST", "/v1/jobs", "{}") * 500)
+        async with asyncio.timeout(30):
+            assert (await client.reader.read()).count(b"HTTP/1.1 200") == 500
 
 
 async def test_chunks_that_arrive_together_are_a_complete_request(
@@ -678,6 +717,28 @@ async def test_a_response_with_grants_waits_for_the_probe(
     await tcp.app.wait_idle()
     assert tcp.actor.undelivered_responses == ([] if is_there else [response])
     assert len(checks) >= 3
+
+
+async def test_every_request_of_a_half_closed_connection_has_a_probe(
+    tcp: HttpHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_probing(connection: WorkerConnection, transport: asyncio.Transport) -> bool:
+        transport.abort()  # the client has reset the connection
+        return False
+
+    monkeypatch.setattr(WorkerConnection, "_is_probing", is_probing)
+    held = HeldResponse(tcp)
+    client = await tcp.connect()
+    client.send(CLAIM + CLAIM)
+    await wait_for_commands(tcp, 1)
+    client.writer.write_eof()
+    await half_closed(tcp)
+    response = Response(EmptyResponse(), grants=[("a", "lock")])
+    tcp.actor.respond = lambda _: response
+    held.go.set()
+    await wait_until_closed(tcp)
+    await tcp.app.wait_idle()
+    assert tcp.actor.undelivered_responses == [response]
 
 
 @WRITES
