@@ -65,7 +65,7 @@ class Keys:
         if len(self) < self.limit:
             return True
         oldest = next(iter(self._answers.values()), None)
-        if oldest is None or now < oldest.at + SAFE_MS:
+        if oldest is None or oldest.at <= now < oldest.at + SAFE_MS:  # one of the future is from before a step back
             return False
         self._forget(oldest)
         return True
@@ -109,8 +109,9 @@ class Keys:
         for digest, lock_id in ended:
             if self._by_lock.get(lock_id) == digest:
                 self._current[digest][lock_id] = None
-        if removed:  # they were the oldest
-            self._answers = dict(sorted(self._answers.items(), key=lambda item: item[1].at))
+        if removed:
+            oldest = {digest: row for digest, row in removed.items() if row.grants is None}
+            self._answers = oldest | self._answers
 
     def _insert(self, row: StoredResponse) -> None:
         if row.grants is None:

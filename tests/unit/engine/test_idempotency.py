@@ -209,3 +209,21 @@ def test_commit_keeps_no_response_of_a_dropped_key() -> None:
     assert keys.changed() == ([answer("b")], [])
     keys.commit()
     assert keys.find("a", NOW) is None
+
+
+def test_a_step_back_of_the_clock_does_not_fill_the_keys_for_good() -> None:
+    keys = Keys([answer("a"), answer("b", NOW + 1)], 2)
+    stepped_back = NOW - 60 * SAFE_MS
+    assert keys.has_room(stepped_back)
+    assert keys.find("a", stepped_back) is None
+    keys.rollback()
+    keys.add(answer("x", stepped_back))
+    assert keys.has_room(stepped_back)
+    keys.rollback()
+    assert keys.find("b", stepped_back) is not None
+    assert keys.has_room(stepped_back)
+    assert keys.find("a", stepped_back) is None
+    keys.add(answer("c", stepped_back))
+    assert keys.has_room(stepped_back)
+    keys.add(answer("d", stepped_back))
+    assert not keys.has_room(stepped_back), "the oldest one may still be repeated"
