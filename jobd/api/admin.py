@@ -11,6 +11,7 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from jobd.api.auditing import audit_action, audit_read, check_audit_filter
+from jobd.api.cluster import step_down
 from jobd.api.downloads import ARTIFACT_TYPE, BACKUP_TYPE, ArtifactRequest, BackupRequest, send_artifact, send_backup
 from jobd.api.events import EVENT_STREAM, EventsRequest, send_events
 from jobd.api.imports import import_jobs, preview_import
@@ -304,13 +305,7 @@ async def _accept_clock(app: App[Services], ctx: RequestContext, command: WithRe
 
 
 async def _step_down(app: App[Services], ctx: RequestContext, command: WithReason) -> Response | ApiError:
-    services = app.services
-    if services.step_down is None:
-        return ApiError("not_found", "This daemon has a journal of its own, so there is no cluster. See `[journal]`.")
-    await audit_action(app, ctx.operator, "step-down", reason=command.reason)
-    view = services.cluster_view()
-    services.step_down()
-    return Response(view)
+    return _as_response(await step_down(app, ctx.operator, command.reason))
 
 
 async def _quarantine(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Callable, Iterable
 
 from jobd.api.probes import Probe
-from jobd.http.app import App
+from jobd.engine.clock import Clock
+from jobd.http.app import App, BrowserPages
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
 from jobd.http.routing import Route
@@ -20,6 +21,7 @@ class StandbyServices:
 
     def __init__(self, view: Callable[[], ClusterView]) -> None:
         self.cluster_view = view
+        self.clock = Clock()
 
     def is_alive(self) -> bool:
         return True
@@ -48,10 +50,18 @@ class NoActor:
 
 
 def standby_app(
-    authenticator: Authenticator, routes: Iterable[Route], services: StandbyServices, limits: Limits, *, admin: bool
+    authenticator: Authenticator,
+    routes: Iterable[Route],
+    services: StandbyServices,
+    limits: Limits,
+    *,
+    admin: bool,
+    pages: BrowserPages | None = None,
 ) -> App[object]:
     """Return the app of a listener until this node leads. `App.serve` then gives it the other routes."""
     served = [route for route in routes if route.on_standby]
     app: App[object] = App(authenticator, served, NoActor(), services, limits=limits, admin=admin)
-    app.serve(served, NoActor(), services, unrouted=lambda: not_leader_error(services.cluster_view().leader))
+    app.serve(
+        served, NoActor(), services, pages=pages, unrouted=lambda: not_leader_error(services.cluster_view().leader)
+    )
     return app

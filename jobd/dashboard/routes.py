@@ -11,10 +11,11 @@ from typing import Annotated, Any, Final
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
+from jobd.api.cluster import step_down
 from jobd.api.downloads import ArtifactRequest, send_artifact
 from jobd.api.events import EVENT_STREAM
 from jobd.api.services import Services
-from jobd.dashboard import maintenance, pages, plans, urls, webhooks
+from jobd.dashboard import cluster, maintenance, pages, plans, urls, webhooks
 from jobd.dashboard.assets import Assets
 from jobd.dashboard.context import (
     AUTHORIZATION,
@@ -43,9 +44,10 @@ from jobd.http.routing import Route
 from jobd.model.commands import Command, Get, JobCommand, PlanCommand
 from jobd.model.errors import ApiError, ApiException, api_error
 from jobd.model.fields import Text
-from jobd.model.responses import JobView, Response
+from jobd.model.responses import ClusterView, JobView, Response
 from jobd.monitoring.timeseries import Timeseries
 
+CLUSTER: Final = "/cluster"
 WITHOUT_FLASH: Final = ("live.html", "docs.html")  # the flash message is for the next full page
 
 LoadPage = Callable[[Viewer, Any], Awaitable[PageData]]
@@ -70,7 +72,8 @@ class PageSpec(Struct, frozen=True):
 
     Its live region updates on the events of `subscription` (by default all events), or every `interval_s` seconds
     without them (0: never). `changes`: the page leads to a change, so read-only viewers get 403. `redirect_to` may
-    return another URL.
+    return another URL. `on_standby`: a standby of a cluster serves it too. Without `has_stream`, the page is always
+    polled.
     """
 
     path: str
@@ -82,6 +85,8 @@ class PageSpec(Struct, frozen=True):
     changes: bool = False
     redirect_to: Callable[[Any], str | None] | None = None
     subscription: Callable[[Any], Subscription] | None = None
+    on_standby: bool = False
+    has_stream: bool = True
 
 
 PAGES: Final = (
@@ -110,6 +115,12 @@ PAGES: Final = (
         "/webhooks/{name}/retry-failed", webhooks.RetryFailedQuery, "webhook_retry", "Retry failed deliveries",
         webhooks.confirm_retry_failed, changes=True,
     ),
+    PageSpec(
+        CLUSTER, NoFields, "cluster", "Cluster", cluster.cluster_page, on_standby=True, has_stream=False
+    ),
+    PageSpec(
+        "/cluster/step-down", NoFields, "step_down", "Cluster", cluster.confirm_step_down, changes=True
+    ),
     PageSpec("/audit", pages.AuditPageQuery, "audit", "Audit", pages.audit, interval_s=5),
     PageSpec("/clock", NoFields, "clock", "Clock", maintenance.confirm_clock),
 )  # fmt: skip
@@ -133,15 +144,24 @@ FORMS: Final[tuple[tuple[str, type[Command], HandleForm], ...]] = (
 
 
 class Dashboard:
-    """The pages of the admin listener. Reads static files: construct it off the event loop, and `warm` it later."""
+    """The pages of the admin listener. Reads static files: construct it off the event loop, and `warm` it later.
+
+    Set `timeseries` before `routes` is called.
+    """
 
     def __init__(
-        self, authenticator: Authenticator, timeseries: Timeseries, *, clock_s: Callable[[], float] = time.monotonic
+        self,
+        authenticator: Authenticator,
+        timeseries: Timeseries,
+        *,
+        cluster_view: Callable[[], ClusterView] = lambda: ClusterView(role="single"),
+        clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.sessions = Sessions(authenticator.permission_of, clock_s)
         self._assets = Assets()
         self._renderer = Renderer(self._assets)
-        self._timeseries = timeseries
+        self.timeseries = timeseries
+        self._cluster_view = cluster_view
         self._sign_in_pages = SignInPages(self.sessions, self._render, clock_s)
 
     async def warm(self) -> None:
@@ -151,18 +171,19 @@ class Dashboard:
     def routes(self) -> tuple[Route, ...]:
         """Return the routes of all pages, forms and files."""
         page, form, public, sign_in = self._page_route, self._form_route, self._public_route, self._sign_in_pages
-        overview, queues = partial(pages.overview, self._timeseries), partial(pages.queues, self._timeseries)
+        overview, queues = partial(pages.overview, self.timeseries), partial(pages.queues, self.timeseries)
         return (
-            page(PageSpec("/", NoFields, "overview", "Overview", overview)),
+            page(PageSpec("/", NoFields, "overview", "Overview", overview, on_standby=True)),
             page(PageSpec("/queues", pages.QueuesPageQuery, "queues", "Queues", queues)),
             *map(page, PAGES),
             *(form(path, fields, submit) for path, fields, submit in FORMS),
             *self._job_routes("/jobs/{id}"),
             *self._job_routes("/job"),  # for ids that a path cannot hold
-            public("GET", "/sign-in", SignInQuery, sign_in.page),
-            public("POST", "/sign-in", SignInForm, sign_in.sign_in),
-            form("/sign-out", Form, sign_in.sign_out, for_read_only=True),
-            public("GET", "/static/{name}", StaticFileQuery, self._static),
+            public("GET", "/sign-in", SignInQuery, sign_in.page, on_standby=True),
+            public("POST", "/sign-in", SignInForm, sign_in.sign_in, on_standby=True),
+            form("/sign-out", Form, sign_in.sign_out, for_read_only=True, on_standby=True),
+            form("/cluster/step-down", ReasonForm, self._step_down),
+            public("GET", "/static/{name}", StaticFileQuery, self._static, on_standby=True),
             public("GET", "/docs", NoFields, partial(self._docs, "/openapi.json")),
             public("GET", "/docs/worker", NoFields, partial(self._docs, "/docs/worker.json")),
             _data_route("/live", Subscription, self._live, content_type=EVENT_STREAM),
@@ -184,7 +205,9 @@ class Dashboard:
 
     # -- kinds of routes ----------------------------------------------------------------------------------------------
 
-    def _public_route(self, method: str, path: str, request: type[Command], handler: Any) -> Route:
+    def _public_route(
+        self, method: str, path: str, request: type[Command], handler: Any, *, on_standby: bool = False
+    ) -> Route:
         """Return a route that checks no session."""
         body: Any = "json" if method == "GET" else "form"
         return Route(
@@ -196,6 +219,7 @@ class Dashboard:
             handler=handler,
             body=body,
             content_type=HTML,
+            on_standby=on_standby,
             render_error=self.error_page,
         )
 
@@ -210,6 +234,8 @@ class Dashboard:
                 raise api_error(
                     "forbidden", "This session is read-only. To make changes, sign in with the admin token."
                 )
+            if spec.path != CLUSTER and self._cluster_view().role == "standby":
+                return Response(redirect(CLUSTER), status=303)
             if spec.redirect_to is not None and (url := spec.redirect_to(query)) is not None:
                 return Response(redirect(url), status=303)
             subscription = Subscription() if spec.subscription is None else spec.subscription(query)
@@ -219,15 +245,23 @@ class Dashboard:
                 "name": spec.name,
                 "title": spec.title,
                 "interval_s": spec.interval_s,
-                "events_url": live_url(subscription),
+                "events_url": live_url(subscription) if spec.has_stream else "",
                 "part": f"{spec.name}.live.html",
             }
             template = "live.html" if is_live_update(context) else f"{spec.name}.html"
             return Response(await self._render(template, viewer, **{**page, **data}), status=status)
 
-        return self._public_route("GET", spec.path, spec.query, handle)
+        return self._public_route("GET", spec.path, spec.query, handle, on_standby=spec.on_standby)
 
-    def _form_route(self, path: str, form: type[Command], submit: HandleForm, *, for_read_only: bool = False) -> Route:
+    def _form_route(
+        self,
+        path: str,
+        form: type[Command],
+        submit: HandleForm,
+        *,
+        for_read_only: bool = False,
+        on_standby: bool = False,
+    ) -> Route:
         """Return the route of a form. It needs a session with its CSRF token, or a token, with full access."""
 
         async def handle(app: App[Services], context: RequestContext, query: Any) -> Response | ApiError:
@@ -241,7 +275,7 @@ class Dashboard:
                 check_read_only(route)
             return await submit(viewer, query)
 
-        route = self._public_route("POST", path, form, handle)
+        route = self._public_route("POST", path, form, handle, on_standby=on_standby)
         return route
 
     async def _render(self, template: str, viewer: Viewer | None, **data: Any) -> RawBody:
@@ -255,6 +289,7 @@ class Dashboard:
             **{
                 "page_url": "" if viewer is None else request_target(viewer.context),
                 "now": viewer.now if viewer else 0,
+                "cluster_role": self._cluster_view().role,
                 **data,
             },
         )
@@ -267,7 +302,15 @@ class Dashboard:
         """Render an API error as a page."""
         title = "Not found" if error.status == 404 else "Error"
         return self._renderer.page(
-            "error.html", viewer=None, flash="", api_error=error, page_url="", now=0, title=title, name="error"
+            "error.html",
+            viewer=None,
+            flash="",
+            api_error=error,
+            page_url="",
+            now=0,
+            title=title,
+            name="error",
+            cluster_role=self._cluster_view().role,
         )
 
     # -- files --------------------------------------------------------------------------------------------------------
@@ -288,7 +331,7 @@ class Dashboard:
         viewer = find_viewer(app, context, self.sessions)
         if viewer is None:
             raise api_error("unauthorized", "Sign in first.")
-        return Response(self._timeseries.chart(viewer.now))
+        return Response(self.timeseries.chart(viewer.now))
 
     async def _artifact(
         self, app: App[Services], context: RequestContext, query: ArtifactRequest
@@ -336,6 +379,13 @@ class Dashboard:
             job_url(job_id),
             f"{action.label}: done. {job.status} \u2192 {action.command.leads_to or job.status}",
         )
+
+    async def _step_down(self, viewer: Viewer, form: ReasonForm) -> Response | ApiError:
+        """End the lead of this node. Its process ends too, so the page does not redirect to it."""
+        view = await step_down(viewer.app, viewer.context.operator, form.reason_or_none)
+        if isinstance(view, ApiError):
+            return view
+        return Response(await self._render("stepped_down.html", viewer, title="Cluster", name="cluster", cluster=view))
 
     async def _job_page_with_error(self, viewer: Viewer, job_id: str, error: ApiError) -> Response | ApiError:
         """Show the job's page with the error of an action."""

@@ -6,7 +6,7 @@ The field names are the contract of the APIs. Docstrings and descriptions appear
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
@@ -992,6 +992,7 @@ class FailuresView(Struct, frozen=True):
 
 
 NodeRole = Literal["leader", "standby", "single"]
+SILENT_MS: Final = 6_000  # a node describes itself every 2 s
 
 
 class NodeView(Struct, frozen=True):
@@ -1005,6 +1006,11 @@ class NodeView(Struct, frozen=True):
     lag_records: Annotated[int, Meta(description="Number of records that its tables lack.")]
     format: Annotated[int, Meta(description="The highest format of a record that it reads.")]
     config_differs: Annotated[bool, Meta(description="Whether its configuration differs from that of the leader.")]
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether its process has probably ended."""
+        return self.seen_ms >= SILENT_MS
 
 
 class ClusterView(Struct, frozen=True, kw_only=True):

@@ -29,6 +29,7 @@ PAGES = [
     "/failures",
     "/webhooks",
     "/webhooks/q",
+    "/cluster",
 ]
 
 

@@ -53,7 +53,7 @@
   // Browsers open up to six connections to a host, so hidden pages hold none.
   const open = () => {
     close();
-    if (document.hidden || state === "stopped") return;
+    if (!region.dataset.eventsUrl || document.hidden || state === "stopped") return;
     source = new EventSource(region.dataset.eventsUrl);
     source.addEventListener("live", () => {
       setState("live");

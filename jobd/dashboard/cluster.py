@@ -1,0 +1,51 @@
+"""Show the cluster on the leader and on standbys, and confirm that the leader steps down."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from jobd.dashboard.context import Viewer
+from jobd.dashboard.pages import PAUSED_QUEUES, PageData, banners, base_url, query
+from jobd.dashboard.urls import no_link_reason
+from jobd.http.auth import host_name
+from jobd.model.commands import Command
+from jobd.model.errors import api_error
+from jobd.model.responses import ClusterView
+
+
+async def cluster_page(viewer: Viewer, _: Command) -> PageData:
+    view = viewer.app.services.cluster_view()
+    return {"cluster": view, "leader_url": leader_url(viewer, view), **await _banners(viewer, view)}
+
+
+async def confirm_step_down(viewer: Viewer, _: Command) -> PageData:
+    """Name the standbys before the leader steps down."""
+    view = viewer.app.services.cluster_view()
+    if view.role != "leader":
+        raise api_error("not_found", "This daemon leads no cluster. See /cluster for its state.")
+    standbys = [node for node in view.nodes if node.role == "standby" and not node.is_silent]
+    return {"cluster": view, "standbys": standbys, **await _banners(viewer, view)}
+
+
+def leader_url(viewer: Viewer, view: ClusterView) -> str | None:
+    """Return the URL of the cluster page of the leader, which should have the same port as this page.
+
+    Return None if that may not be a link, as if both are on one host.
+    """
+    leader = urlsplit(view.leader or "")
+    if view.role != "standby" or leader.hostname is None:
+        return None
+    page = urlsplit(base_url(viewer))
+    host = f"[{leader.hostname}]" if ":" in leader.hostname else leader.hostname
+    port = page.netloc.rpartition("]")[2].partition(":")[2]
+    url = f"{page.scheme}://{host}{f':{port}' if port else ''}/cluster"
+    own = host_name(viewer.context.headers.get("host", ""))
+    return url if no_link_reason(url, {own} - {""}) is None else None
+
+
+async def _banners(viewer: Viewer, view: ClusterView) -> PageData:
+    """Return the data of the banners. A standby knows no queues and no alerts."""
+    if view.role == "standby":
+        return {"paused": [], "more_paused": False, "firing": []}
+    [paused] = await query(viewer, PAUSED_QUEUES)
+    return banners(viewer, paused)
