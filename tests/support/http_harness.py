@@ -12,7 +12,7 @@ import string
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from msgspec import Struct
 
@@ -531,8 +531,15 @@ async def tls_pair(directory: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     return server, ssl.create_default_context(cafile=str(cert))
 
 
+TRANSPORTS: Final = ("unix", "tcp", "tls")
+
+
 class HttpHarness:
-    """An app behind a real listener, with a fake actor and fake services. Closes its client connections at the end."""
+    """An app behind a real listener, with a fake actor and fake services. Closes its client connections at the end.
+
+    It listens on TCP if the authenticator has a list of host names, on a Unix socket otherwise. `tls` are the contexts
+    of the server and the clients.
+    """
 
     def __init__(
         self,
@@ -544,6 +551,7 @@ class HttpHarness:
         admin: bool = False,
         actor: Any = None,
         pages: BrowserPages | None = None,
+        tls: tuple[ssl.SSLContext, ssl.SSLContext] | None = None,
     ) -> None:
         self.actor = actor or FakeActor()
         self.fakes = Fakes()
@@ -560,14 +568,25 @@ class HttpHarness:
         self.listener: HttpListener = AdminListener(self.app) if admin else WorkerListener(self.app)
         self.path = str(directory / "api.sock")
         self.port = 0
+        self.tls = tls
         self._connections: list[RawConnection] = []
         self._is_stopped = False
+
+    @classmethod
+    async def on(
+        cls, transport: str, routes: tuple[Route, ...], directory: Path, *, limits: Limits | None = None
+    ) -> HttpHarness:
+        """Return a worker listener on one of TRANSPORTS, for clients that call it localhost, x or ::1."""
+        authenticator = Authenticator("worker", hosts=None if transport == "unix" else ["localhost", "x", "::1"])
+        tls = await tls_pair(directory) if transport == "tls" else None
+        return cls(routes, directory, authenticator=authenticator, limits=limits, tls=tls)
 
     async def __aenter__(self) -> HttpHarness:
         if self.app.authenticator.hosts is None:
             await self.listener.open_unix(self.path, 0o660)
         else:
-            [(_, self.port)] = await self.listener.open_tcp("127.0.0.1", 0)
+            server = None if self.tls is None else self.tls[0]
+            [(_, self.port)] = await self.listener.open_tcp("127.0.0.1", 0, tls=server)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -587,7 +606,9 @@ class HttpHarness:
         await self.listener.stop(deadline_s)
 
     async def connect(self) -> RawConnection:
-        if self.port:
+        if self.tls is not None:
+            pair = await asyncio.open_connection("localhost", self.port, ssl=self.tls[1])
+        elif self.port:
             pair = await asyncio.open_connection("127.0.0.1", self.port)
         else:
             pair = await asyncio.open_unix_connection(self.path)

@@ -21,14 +21,15 @@ from jobd.http.routing import Route, Router
 from jobd.model.commands import Cancel, Claim, Create, Get, ListJobs, Progress, Start
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, LockState, Response
-from tests.support.http_harness import TOKEN, HttpHarness, request_bytes
+from tests.support.http_harness import TOKEN, TRANSPORTS, HttpHarness, request_bytes
 
 PROGRESS = '{"lock_id":"canary-lock","progress":50}'
 
 
-@pytest.fixture
-async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
-    async with HttpHarness(ROUTES, tmp_path, limits=Limits(body=1000, payload=300, bulk=3)) as opened:
+@pytest.fixture(params=TRANSPORTS)
+async def harness(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[HttpHarness]:
+    limits = Limits(body=1000, payload=300, bulk=3)
+    async with await HttpHarness.on(request.param, ROUTES, tmp_path, limits=limits) as opened:
         yield opened
 
 
@@ -168,9 +169,10 @@ async def test_host_and_origin_are_checked_before_the_path(
     assert nowhere.status == (404 if status == 200 else 403)
 
 
-async def test_a_unix_socket_accepts_any_host(harness: HttpHarness) -> None:
-    response = await harness.request("GET", "/v1/jobs", headers={"Host": "whatever", "Origin": "http://x"})
-    assert response.status == 200
+async def test_a_unix_socket_accepts_any_host(tmp_path: Path) -> None:
+    async with HttpHarness(ROUTES, tmp_path) as harness:
+        response = await harness.request("GET", "/v1/jobs", headers={"Host": "whatever", "Origin": "http://x"})
+        assert response.status == 200
 
 
 async def test_the_path_is_checked_before_the_body(harness: HttpHarness) -> None:
@@ -266,8 +268,9 @@ async def test_payloads_and_bulks_over_their_limits_are_413(harness: HttpHarness
     assert (response.status, response.json["details"]) == (413, {"field": "$.jobs", "limit": 3})
 
 
-async def test_a_body_that_does_not_arrive_is_a_408_and_closes_the_connection(tmp_path: Path) -> None:
-    async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.05)) as harness:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_body_that_does_not_arrive_is_a_408_and_closes_the_connection(tmp_path: Path, transport: str) -> None:
+    async with await HttpHarness.on(transport, ROUTES, tmp_path, limits=Limits(body_deadline_s=0.05)) as harness:
         client = await harness.connect()
         client.send(request_bytes("POST", "/v1/jobs", b'{"queue"', {"Content-Length": "50"}))
         response = await client.receive()
@@ -442,7 +445,7 @@ async def test_responses_to_http_1_0_clients_say_whether_the_connection_stays_op
 ) -> None:
     client = await harness.connect()
     connection = f"Connection: {header}\r\n" if header else ""
-    request = f"GET /v1/jobs HTTP/1.0\r\n{connection}\r\n".encode()
+    request = f"GET /v1/jobs HTTP/1.0\r\nHost: x\r\n{connection}\r\n".encode()
     client.send(request)
     assert (await client.receive()).headers["connection"] == answered
     if answered == "close":

@@ -19,15 +19,29 @@ from jobd.http.parser import AHEAD
 from jobd.http.protocol import WorkerConnection
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Response
-from tests.support.http_harness import TOKEN, HeldResponse, HttpHarness, RawConnection, request_bytes, tls_pair
+from tests.support.http_harness import (
+    TOKEN,
+    TRANSPORTS,
+    HeldResponse,
+    HttpHarness,
+    RawConnection,
+    request_bytes,
+    tls_pair,
+)
 from tests.support.malformed_requests import CHUNKED, HOSTILE
 
 PIPELINED = 32  # requests
 CLAIM = request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}')
 
 
+@pytest.fixture(params=TRANSPORTS)
+async def harness(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[HttpHarness]:
+    async with await HttpHarness.on(request.param, ROUTES, tmp_path, limits=Limits(body=1000)) as opened:
+        yield opened
+
+
 @pytest.fixture
-async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
+async def unix(tmp_path: Path) -> AsyncIterator[HttpHarness]:
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(body=1000)) as opened:
         yield opened
 
@@ -173,7 +187,7 @@ async def test_a_response_to_a_closing_connection_is_undelivered(harness: HttpHa
 
 
 @pytest.mark.parametrize("path", ["fast", "slow"])
-async def test_a_response_to_a_disconnected_client_is_undelivered(harness: HttpHarness, path: str) -> None:
+async def test_a_response_to_a_disconnected_client_is_undelivered(unix: HttpHarness, path: str) -> None:
     response = Response(EmptyResponse(), grants=[("a", "lock")])
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     client.setblocking(False)
@@ -182,9 +196,9 @@ async def test_a_response_to_a_disconnected_client_is_undelivered(harness: HttpH
         client.close()  # the write fails at once, without an iteration of the loop in between
         return response
 
-    harness.actor.respond = close_client
-    client.connect(harness.path)
-    while not harness.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+    unix.actor.respond = close_client
+    client.connect(unix.path)
+    while not unix.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0)
     loop = asyncio.get_running_loop()
     if path == "slow":
@@ -194,21 +208,21 @@ async def test_a_response_to_a_disconnected_client_is_undelivered(harness: HttpH
         await loop.sock_sendall(client, body)
     else:
         await loop.sock_sendall(client, CLAIM)
-    await wait_until_closed(harness)
-    await harness.app.wait_idle()
-    assert harness.actor.undelivered_responses == [response]
+    await wait_until_closed(unix)
+    await unix.app.wait_idle()
+    assert unix.actor.undelivered_responses == [response]
 
 
 @WRITES
-async def test_a_slow_client_keeps_its_response_and_its_connection(harness: HttpHarness, send: Any) -> None:
-    harness.actor.respond = lambda _: Response("x" * 3_000_000)
-    client = await harness.connect()
+async def test_a_slow_client_keeps_its_response_and_its_connection(unix: HttpHarness, send: Any) -> None:
+    unix.actor.respond = lambda _: Response("x" * 3_000_000)
+    client = await unix.connect()
     await send(client, CLAIM)
-    await wait_for_commands(harness, 1)
+    await wait_for_commands(unix, 1)
     client.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    harness.actor.respond = lambda _: Response(EmptyResponse())
+    unix.actor.respond = lambda _: Response(EmptyResponse())
     client.send(CLAIM)
-    assert (await harness.request("GET", "/v1/jobs")).status == 200  # other requests do not wait
+    assert (await unix.request("GET", "/v1/jobs")).status == 200  # other requests do not wait
     client.writer.transport.resume_reading()  # type: ignore[attr-defined]
     assert len((await client.receive()).data) == 3_000_000
     assert (await client.receive()).status == 200
@@ -218,26 +232,26 @@ async def test_a_slow_client_keeps_its_response_and_its_connection(harness: Http
 @WRITES
 @pytest.mark.parametrize("end", ["patience", "client", "stop"])
 async def test_a_client_that_reads_too_slowly_is_cut_off(
-    harness: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any, end: str
+    unix: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any, end: str
 ) -> None:
     if end == "patience":
         monkeypatch.setattr("jobd.http.response.WRITE_TIMEOUT_S", 0.05)
     response = Response("x" * 3_000_000, grants=[("a", "lock")])
-    harness.actor.respond = lambda _: response
-    client = await harness.connect()
+    unix.actor.respond = lambda _: response
+    client = await unix.connect()
     client.writer.transport.set_write_buffer_limits(0)
     await send(client, CLAIM)
     client.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    await wait_for_commands(harness, 1)
+    await wait_for_commands(unix, 1)
     await asyncio.sleep(0)
     if end == "client":
         client.writer.transport.abort()
     elif end == "stop":
         with capture_logs():
-            await harness.stop(0.01)
-    await wait_until_closed(harness)
-    await harness.app.wait_idle()
-    assert harness.actor.undelivered_responses == []  # its first byte has been written
+            await unix.stop(0.01)
+    await wait_until_closed(unix)
+    await unix.app.wait_idle()
+    assert unix.actor.undelivered_responses == []  # its first byte has been written
 
 
 @pytest.mark.parametrize("end", ["client", "reads"])
@@ -518,7 +532,7 @@ async def test_a_token_counts_only_for_its_own_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(10))
 async def test_requests_split_anywhere_are_answered_in_order(tmp_path: Path, seed: int) -> None:
     dice = random.Random(seed)
-    async with HttpHarness(ROUTES, tmp_path) as harness:
+    async with await HttpHarness.on(TRANSPORTS[seed % 3], ROUTES, tmp_path) as harness:
         harness.actor.respond = lambda command: Response(command.id)
         client = await harness.connect()
         for turn in range(30):
@@ -650,17 +664,17 @@ async def test_a_client_that_closes_while_it_waits_abandons_its_claim(either: Ht
 
 
 @WRITES
-async def test_a_client_that_half_closes_and_then_closes_abandons_its_claim(harness: HttpHarness, send: Any) -> None:
-    HeldResponse(harness)
-    client = await harness.connect()
+async def test_a_client_that_half_closes_and_then_closes_abandons_its_claim(unix: HttpHarness, send: Any) -> None:
+    HeldResponse(unix)
+    client = await unix.connect()
     await send(client, CLAIM)
-    await wait_for_commands(harness, 1)
+    await wait_for_commands(unix, 1)
     client.writer.write_eof()
-    await half_closed(harness)
+    await half_closed(unix)
     await client.close()
-    await harness.actor.cancelled.wait()
-    await wait_until_closed(harness)
-    await harness.app.wait_idle()
+    await unix.actor.cancelled.wait()
+    await wait_until_closed(unix)
+    await unix.app.wait_idle()
 
 
 @WRITES

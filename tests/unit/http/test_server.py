@@ -27,13 +27,27 @@ from jobd.http.parser import PIECE, RequestParser
 from jobd.http.server import is_in_use
 from jobd.model.responses import EmptyResponse, Response
 from jobd.resources import reload_certificates
-from tests.support.http_harness import TOKEN, HeldResponse, HttpHarness, RawConnection, request_bytes, tls_pair
+from tests.support.http_harness import (
+    TOKEN,
+    TRANSPORTS,
+    HeldResponse,
+    HttpHarness,
+    RawConnection,
+    request_bytes,
+    tls_pair,
+)
 from tests.support.malformed_requests import CHUNKED, GET, HOSTILE, POST
 
 
+@pytest.fixture(params=TRANSPORTS)
+async def harness(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[HttpHarness]:
+    async with await HttpHarness.on(request.param, ROUTES, tmp_path, limits=Limits(body=1000)) as opened:
+        yield opened
+
+
 @pytest.fixture
-async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
-    async with HttpHarness(ROUTES, tmp_path, limits=Limits(body=1000)) as opened:
+async def unix(tmp_path: Path) -> AsyncIterator[HttpHarness]:
+    async with HttpHarness(ROUTES, tmp_path) as opened:
         yield opened
 
 
@@ -175,7 +189,8 @@ async def test_a_client_that_disconnects_during_its_request_leaves_nothing_behin
         await client.close()
         await wait_until_closed(harness)
     assert harness.actor.received == []
-    assert logs == []
+    is_half_closed = bool(harness.port) and harness.tls is None and b"{" in sent  # as far as TCP shows
+    assert [entry["event"] for entry in logs] == ["refused"] * is_half_closed
 
 
 async def test_a_client_that_resets_the_connection_leaves_nothing_behind(harness: HttpHarness) -> None:
@@ -291,8 +306,9 @@ async def test_many_chunks_and_then_the_end_of_input_close_a_connection(tmp_path
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /v1/jobs HT", GET + b"X-A: a"])
-async def test_an_idle_or_half_sent_request_is_closed(tmp_path: Path, sent: bytes) -> None:
-    async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as harness:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_an_idle_or_half_sent_request_is_closed(tmp_path: Path, sent: bytes, transport: str) -> None:
+    async with await HttpHarness.on(transport, ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as harness:
         fresh = await harness.connect()
         fresh.send(sent)
         used = await _used(harness)
@@ -342,10 +358,10 @@ async def test_a_slow_client_keeps_its_response_and_delays_no_other(harness: Htt
 
 async def test_a_client_that_never_reads_is_cut_off(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobd.http.response.WRITE_TIMEOUT_S", 0.05)
-    harness.actor.respond = lambda _: Response("x" * 3_000_000)
+    harness.actor.respond = lambda _: Response("x" * 30_000_000)
     slow = await harness.connect()
     slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    slow.send(request_bytes("GET", "/v1/jobs"))
+    slow.send(request_bytes("GET", "/v1/jobs") * 2)  # a TLS transport takes one response, however long
     await harness.actor.arrived.wait()
     await wait_until_closed(harness)
 
@@ -418,11 +434,11 @@ async def test_after_the_deadline_the_rest_is_cut_off(harness: HttpHarness) -> N
 # -- sockets -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_unix_socket_has_its_permissions_and_is_removed_by_the_stop(harness: HttpHarness) -> None:
-    directory = os.path.dirname(harness.path)
-    assert stat.S_IMODE(os.stat(harness.path).st_mode) == 0o660
+async def test_a_unix_socket_has_its_permissions_and_is_removed_by_the_stop(unix: HttpHarness) -> None:
+    directory = os.path.dirname(unix.path)
+    assert stat.S_IMODE(os.stat(unix.path).st_mode) == 0o660
     assert os.listdir(directory) == ["api.sock"]
-    await harness.stop(1)
+    await unix.stop(1)
     assert os.listdir(directory) == []
 
 
@@ -442,13 +458,13 @@ async def test_a_path_that_is_not_a_socket_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "api.sock").read_text() == "precious"
 
 
-async def test_a_socket_in_use_is_kept(harness: HttpHarness, tmp_path: Path) -> None:
+async def test_a_socket_in_use_is_kept(unix: HttpHarness, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="another process listens there") as refused:
         async with HttpHarness(ROUTES, tmp_path):
             pass
     assert refused.value.errno == errno.EADDRINUSE
     assert os.listdir(tmp_path) == ["api.sock"]
-    assert (await harness.request("GET", "/v1/jobs")).status == 200
+    assert (await unix.request("GET", "/v1/jobs")).status == 200
 
 
 def test_an_address_is_in_use_while_a_process_listens_on_it(tmp_path: Path) -> None:
@@ -476,16 +492,21 @@ async def test_a_missing_directory_and_a_long_path_are_errors(tmp_path: Path) ->
     assert os.listdir(tmp_path) == []
 
 
-async def test_a_socket_from_systemd_is_used(harness: HttpHarness, tmp_path: Path) -> None:
-    unix = socket.socket(socket.AF_UNIX)
-    unix.bind(str(tmp_path / "given.sock"))
+async def test_a_socket_from_systemd_is_used(unix: HttpHarness, tmp_path: Path) -> None:
+    given = socket.socket(socket.AF_UNIX)
+    given.bind(str(tmp_path / "given.sock"))
     tcp = socket.socket()
     tcp.bind(("127.0.0.1", 0))
-    await harness.listener.open_socket(unix)
-    await harness.listener.open_socket(tcp)
+    with_tls = socket.socket()
+    with_tls.bind(("127.0.0.1", 0))
+    server, trusting = await tls_pair(tmp_path)
+    await unix.listener.open_socket(given)
+    await unix.listener.open_socket(tcp)
+    await unix.listener.open_socket(with_tls, tls=server)
     for pair in (
         await asyncio.open_unix_connection(str(tmp_path / "given.sock")),
         await asyncio.open_connection("127.0.0.1", tcp.getsockname()[1]),
+        await asyncio.open_connection("localhost", with_tls.getsockname()[1], ssl=trusting),
     ):
         client = RawConnection(*pair)
         assert (await client.request("GET", "/v1/jobs")).status == 200
