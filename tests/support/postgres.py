@@ -1,6 +1,6 @@
 """PostgreSQL servers of the test run: each in a temporary directory, on a Unix socket and a loopback port.
 
-JOBD_TEST_POSTGRES names the directory of the programs; without it, the newest version in /usr/lib/postgresql is used.
+TEST_POSTGRES names the directory of the programs; without it, the newest version in /usr/lib/postgresql is used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PostgresMissing(Exception):
 
 def programs() -> str:
     """Return the directory of the programs. Raises PostgresMissing."""
-    if chosen := os.environ.get("JOBD_TEST_POSTGRES"):
+    if chosen := os.environ.get("TEST_POSTGRES"):
         return chosen
     found = glob.glob("/usr/lib/postgresql/*/bin/initdb")
     if not found:
