@@ -9,6 +9,7 @@ from urllib.parse import parse_qs, unquote, urlsplit, urlunsplit
 from msgspec import Struct
 
 EXPECTED: Final = "expected postgresql://ROLE@HOST:PORT/DATABASE, with several hosts separated by commas"
+LOCAL: Final = "the local socket"  # host of a URL without one
 _PASSWORD: Final = re.compile(r"(://[^:@/?]*):.*@", re.DOTALL)
 _PARAMETER: Final = re.compile(r"([?&](?:ssl)?password=)[^&]*", re.IGNORECASE)
 _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:,@/\s]+)(:[0-9]{1,5})?")
@@ -37,7 +38,7 @@ def parse(text: str) -> JournalUrl:
     database = unquote(parts.path.removeprefix("/")) or query.get("dbname", query.get("database", [""]))[-1] or role
     if not given:
         directory = query.get("host", [""])[-1]
-        return JournalUrl((directory or "the local socket",), (text,), role, database)
+        return JournalUrl((directory or LOCAL,), (text,), role, database)
     hosts = given.split(",")
     if "@" in login or not all(_HOST.fullmatch(host) for host in hosts):
         raise ValueError(f"{EXPECTED}; in a password, write @ as %40, : as %3A, / as %2F and % as %25")

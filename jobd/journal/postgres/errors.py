@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import ssl
 from typing import Final
 
 import asyncpg
 
-from jobd.journal.url import JournalUrl
+from jobd.journal.url import LOCAL, JournalUrl
 from jobd.model.journal import JournalMisconfigured, JournalUnavailable
 
 INIT: Final = "run `jobd cluster init`"
@@ -75,10 +76,12 @@ def explain(error: BaseException, url: JournalUrl, host: str = "") -> JournalUna
             return JournalMisconfigured(f"TLS with {server} fails: {error.reason or error}: {text}")
         case TimeoutError():
             return JournalUnavailable(f"{server} does not respond: start it, or correct [journal] url")
-        case OSError() if host and host in str(error):
-            return JournalUnavailable(f"PostgreSQL cannot be reached: {error}: start it, or correct [journal] url")
+        case OSError(errno=errno.ENOENT | errno.EACCES) if host[:1] != "/" and host != LOCAL:
+            text = "correct sslrootcert, sslcert and related parameters of [journal] url"
+            return JournalMisconfigured(f"A file for TLS with {server} cannot be read: {error.strerror}: {text}")
         case OSError():
-            text = error.strerror or str(error) or type(error).__name__
+            reason = "connection refused" if isinstance(error, ConnectionRefusedError) else error.strerror
+            text = reason or str(error) or type(error).__name__
             return JournalUnavailable(f"{server} cannot be reached: {text}: start it, or correct [journal] url")
         case asyncpg.PostgresConnectionError() | asyncpg.InterfaceError():
             return JournalUnavailable(f"The connection to {server} was lost: try again")

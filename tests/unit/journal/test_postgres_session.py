@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import struct
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -15,6 +18,8 @@ from jobd.journal.postgres import session
 from jobd.journal.postgres.journal import PostgresJournal, create
 from jobd.journal.postgres.session import Target
 from jobd.model.journal import JournalMisconfigured, JournalUnavailable
+from tests.conftest import tool_missing
+from tests.support import postgres
 from tests.support.polling import wait_until
 from tests.support.postgres import PASSWORD, PostgresServer
 from tests.support.tcp_proxy import tcp_proxy
@@ -244,6 +249,49 @@ async def test_no_free_connection_is_reported(url: str, postgres_server: Postgre
     assert "has no free connection: raise max_connections" in str(error)
 
 
+@pytest.fixture
+def certificates(postgres_server: PostgresServer, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """Give the server a certificate for localhost. Return it, and another one that the server does not have."""
+    if shutil.which("openssl") is None:
+        tool_missing("openssl", "openssl")
+    made = []
+    for name in ("server", "other"):
+        files = [f"-keyout={tmp_path}/{name}.key", f"-out={tmp_path}/{name}.crt"]
+        words = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=localhost"]
+        words += ["-addext", "subjectAltName=DNS:localhost", *(word for each in files for word in each.split("="))]
+        subprocess.run(["openssl", "req", "-x509", *words], check=True, capture_output=True)
+        made.append(tmp_path / f"{name}.crt")
+    directory = postgres_server.directory
+    for file in ("server.key", "server.crt"):
+        shutil.copy(tmp_path / file, directory / file)
+        (directory / file).chmod(0o600)
+        shutil.chown(directory / file, directory.owner(), directory.group())
+    postgres_server.sql(
+        f"ALTER SYSTEM SET ssl_cert_file = '{directory}/server.crt'",
+        f"ALTER SYSTEM SET ssl_key_file = '{directory}/server.key'",
+        "ALTER SYSTEM SET ssl = on",
+        "SELECT pg_reload_conf()",
+    )
+    postgres.wait_for(postgres_server, "SELECT current_setting('ssl')::bool")
+    yield made[0], made[1]
+    postgres_server.sql("ALTER SYSTEM SET ssl = off", "SELECT pg_reload_conf()")
+    postgres.wait_for(postgres_server, "SELECT NOT current_setting('ssl')::bool")
+
+
+async def test_the_url_configures_tls(url: str, certificates: tuple[Path, Path]) -> None:
+    right, other = certificates
+    named = url.replace("127.0.0.1", "localhost")
+    await create(f"{named}?sslmode=verify-full&sslrootcert={right}", "main", "id")
+    async with connection(f"{named}?sslmode=verify-full&sslrootcert={right}") as conn:
+        assert await conn.fetchval("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
+    for wrong in (f"{named}?sslmode=verify-full&sslrootcert={other}", f"{url}?sslmode=verify-full&sslrootcert={right}"):
+        error = await failure(wrong)
+        assert isinstance(error, JournalMisconfigured)
+        assert "correct sslmode, sslrootcert and related parameters of [journal] url" in str(error)
+    error = await failure(f"{url}?sslmode=verify-full&sslrootcert=/nowhere.crt")
+    assert isinstance(error, JournalMisconfigured)
+
+
 # -- Sessions ----------------------------------------------------------------------------------------------------------
 
 
@@ -284,13 +332,13 @@ async def test_a_server_that_can_lose_records_is_refused(
     await create(url, "main", "id")
     await sql(postgres_server, f"ALTER SYSTEM SET {setting} = off", "SELECT pg_reload_conf()")
     try:
-        await asyncio.sleep(0.2)  # until the server has read it
+        await asyncio.to_thread(postgres.wait_for, postgres_server, f"SELECT NOT current_setting('{setting}')::bool")
         error = await failure(url)
         assert isinstance(error, JournalMisconfigured)
         assert f"{setting} = off, which can lose acknowledged records: set it to on" in str(error)
     finally:
         await sql(postgres_server, f"ALTER SYSTEM RESET {setting}", "SELECT pg_reload_conf()")
-        await asyncio.sleep(0.2)
+        await asyncio.to_thread(postgres.wait_for, postgres_server, f"SELECT current_setting('{setting}')::bool")
 
 
 async def test_a_read_only_database_is_reported(url: str, postgres_server: PostgresServer, database: str) -> None:
