@@ -65,6 +65,8 @@ class Leadership:
         OutcomeUnknown if the lease ended before that was known.
         """
         async with self._sending:
+            if self._lost is not None:
+                raise LeadershipLost(f"this node no longer leads: {self._lost}") from self._lost
             began_s = self._lease.now_s()
             try:
                 await self._append(record, acked)

@@ -127,6 +127,7 @@ class Standby:
                 break
         if self._warm.number < head.number - 1:
             return False  # a record is damaged or missing, or this node was stopped
+        await self._warm.write()  # a leader appends to a store that has all records
         if is_over:
             return True
         is_alone = self.settings.is_direct and not head.is_connected and head.url is not None
@@ -139,8 +140,9 @@ class Standby:
         if head is None:
             return None
         self.head = head
-        while self._warm.number < head.number:  # all of them are acknowledged now
-            await self._warm.apply(await self._journal.read(self._warm.number, READ_LIMIT))
+        while self._warm.number < head.number:  # all of them are acknowledged now, and later ones perhaps not
+            records = await self._journal.read(self._warm.number, READ_LIMIT)
+            await self._warm.apply([each for each in records if each.number <= head.number])
         self._begin_epoch(head.epoch)
         log.info("leads", epoch=head.epoch, record=head.number)
         return Leadership(self._journal, head, lease, next_epoch=lambda: self._next_epoch(self._warm.state.epoch))

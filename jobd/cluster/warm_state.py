@@ -48,17 +48,17 @@ class WarmState:
 
     async def apply(self, records: list[Record]) -> None:
         """Apply the next records. Raises DiskFull, and BadRecord after it applied the records before."""
-        await self._write()
+        await self.write()
         try:
             for each in records:
                 batch = record.decode(each)[0]
                 loaded: list[Job] = []
                 if needed := replay.rows_needed(self.state, batch):
-                    await self._write()
+                    await self.write()
                     loaded += (await self._store.load(needed, [], [])).jobs.values()
                 self._apply(each, batch, loaded)
         finally:
-            await self._write()
+            await self.write()
 
     def _apply(self, made: Record, batch: Batch, loaded: list[Job]) -> None:
         replay.apply(self.state, batch, loaded)
@@ -71,7 +71,7 @@ class WarmState:
         self._unwritten.append(made)
         self.number, self.last_event = made.number, made.last_event
 
-    async def _write(self) -> None:
+    async def write(self) -> None:
         """Pass the records that were applied to the store. On a full disk they wait for the next call."""
         if self._unwritten:
             await self._store.follow(self._unwritten)

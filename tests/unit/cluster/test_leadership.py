@@ -299,3 +299,21 @@ async def test_a_stopped_lead_renews_no_more() -> None:
     lead.stop()
     await lead.run()
     assert server.lead.version == version
+
+
+@in_virtual_time
+async def test_nothing_is_appended_after_the_lead_was_lost() -> None:
+    server = MemoryServer()
+    node = Node(server)
+    lead = await node.lead()
+
+    async def cut_off(call: str) -> None:
+        node.journal.is_reachable = False
+        raise OutcomeUnknown
+
+    node.journal.before = cut_off
+    with pytest.raises(OutcomeUnknown):
+        await lead.append(record(1), 0)
+    with pytest.raises(LeadershipLost, match="no longer leads"):
+        await lead.append(record(1), 0)
+    assert numbers(server) == []

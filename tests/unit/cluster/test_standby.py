@@ -75,6 +75,50 @@ async def test_a_standby_with_a_full_disk_goes_on_when_it_has_space() -> None:
 
 
 @in_virtual_time
+async def test_a_standby_whose_disk_lacks_records_does_not_take_over() -> None:
+    leader, standby = nodes = cluster(MemoryServer(), "a", "b")
+    assert await leader_of(nodes) is leader
+    follow, is_full = standby.disk.follow, True
+
+    async def reject(records: Sequence[Record]) -> None:
+        if is_full and records:
+            raise DiskFull("the disk is full")
+        await follow(records)
+
+    standby.disk.follow = reject  # type: ignore[method-assign]
+    for name in ("a", "b"):
+        await leader.ask(Create(id=name))
+    await seconds(2)
+    await leader.kill()
+    await seconds(10)
+    assert not standby.leads
+    is_full = False
+    assert await leader_of([standby]) is standby
+    assert await standby.ask(Create(id="c"))
+    assert set(standby.disk.ids) == {"a", "b", "c"}
+    await standby.stop()
+
+
+@in_virtual_time
+async def test_a_takeover_does_not_apply_records_of_a_later_leader() -> None:
+    server = MemoryServer()
+    leader, standby = nodes = cluster(server, "a", "b")
+    assert await leader_of(nodes) is leader
+    await leader.ask(Create(id="a"))
+
+    async def append_more(call: str) -> None:
+        if call == "read" and standby.journal.epoch:
+            server.records.append(record(2))
+
+    standby.journal.before = append_more
+    await leader.kill()
+    assert await leader_of([standby]) is standby
+    assert len(server.records) == 2
+    assert standby.warm.number == 1
+    await standby.kill()
+
+
+@in_virtual_time
 async def test_rows_that_a_change_needs_are_read_after_the_records_before_it() -> None:
     leader, standby = nodes = cluster(MemoryServer(), "a", "b")
     assert await leader_of(nodes) is leader
