@@ -297,6 +297,12 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     """Free space on the store's disk, in bytes. Fires below the threshold."""
     release_loop: Annotated[int, Meta(ge=0)] = 0
     """Jobs that were released 20 times in a row without progress, the last time with a delay below 1 s."""
+    standby_behind: Duration = Duration(30 * SECOND_MS)
+    """In a cluster: time since the leader had a record that a standby lacks, or since a standby was heard."""
+    database_horizon: Duration = Duration(MINUTE_MS)
+    """In a cluster: age of the oldest transaction in the database of the journal."""
+    clocks_differ: Duration = Duration(SECOND_MS)
+    """In a cluster: difference between the wall clock of a node and that of PostgreSQL."""
 
 
 class ArtifactsSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -413,6 +419,9 @@ BOUNDS: Final[dict[str, tuple[int, int]]] = {
     "alerts.webhook_failing": (0, YEAR_MS),
     "alerts.queue_without_workers": (0, YEAR_MS),
     "alerts.queue_waits": (0, YEAR_MS),
+    "alerts.standby_behind": (0, YEAR_MS),
+    "alerts.database_horizon": (0, YEAR_MS),
+    "alerts.clocks_differ": (0, YEAR_MS),
 }
 
 

@@ -150,6 +150,7 @@ def health(view: HealthView) -> None:
     clean, database = view.cleanup_status, view.database
     rows = [
         ("database", database.status, database.message),
+        *([("journal", view.journal.status, view.journal.message)] if view.journal else []),
         ("cache", view.cache.status, view.cache.message),
         ("storage", view.storage.status, view.storage.message),
         (

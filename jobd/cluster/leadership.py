@@ -13,6 +13,8 @@ from typing import Final, TypeVar
 import structlog
 
 from jobd.cluster.lease import LeaderLease
+from jobd.core.stats import Histogram
+from jobd.engine.actor import COMMIT_BUCKETS_S
 from jobd.model.journal import Head, JournalUnavailable, LeadershipLost, OutcomeUnknown, Record, SharedJournal
 
 RETRY_S: Final = 0.05  # while the journal cannot be reached
@@ -41,7 +43,7 @@ class Leadership:
     ) -> None:
         self.epoch = head.epoch
         self.acked = head.number
-        self.append_s = 0.0  # that the latest append took
+        self.append_seconds = Histogram.empty(COMMIT_BUCKETS_S)
         self.on_epoch = on_epoch
         self.on_lost = on_lost
         self._journal = journal
@@ -74,7 +76,7 @@ class Leadership:
                 self._lost = lost
                 raise
             self.acked = record.number
-            self.append_s = self._lease.now_s() - began_s
+            self.append_seconds.add(self._lease.now_s() - began_s, COMMIT_BUCKETS_S)
             if self._lease.is_over:  # the record is durable, but another node may lead by now: see `check`
                 with contextlib.suppress(LeadershipLost, OutcomeUnknown):
                     await self._renew()

@@ -73,7 +73,8 @@ class NodeEntry(Struct, frozen=True):
     """A node of a shared journal. `process` is the random id of its process, as in `Head.holder`.
 
     `format` is the highest format of a record that it reads, `projected_to` the last record that its tables have.
-    `seen_ms` is the time since it was written, by the clock of the server.
+    `seen_ms` is the time since it was written, by the clock of the server. `ahead_ms` says by how much the wall clock
+    of the node is ahead of that of the server.
     """
 
     name: str
@@ -83,6 +84,7 @@ class NodeEntry(Struct, frozen=True):
     config_hash: str
     projected_to: int
     seen_ms: int = 0
+    ahead_ms: int = 0
 
 
 class SnapshotInfo(Struct, frozen=True):
@@ -97,8 +99,9 @@ class SnapshotInfo(Struct, frozen=True):
 class JournalHealth(Struct, frozen=True):
     """The state of the server.
 
-    Without `is_synchronous`, an acknowledged record is on one machine only. `is_waiting` says that a statement waits
-    for a synchronous standby. `oldest_transaction_ms` is the age of the oldest transaction in the database.
+    Without `is_synchronous`, an acknowledged record is on one machine only. `is_waiting` says that a statement has
+    been waiting for a synchronous standby for a second. `oldest_transaction_ms` is the age of the oldest transaction in
+    the database.
     """
 
     is_synchronous: bool

@@ -608,12 +608,13 @@ class CleanupHealth(Struct, frozen=True, rename="camel"):
 class HealthView(Struct, frozen=True, rename="camel"):
     """Health of the daemon, measured at most 5 s ago."""
 
-    status: Annotated[HealthStatus, Meta(description="The worst of `database`, `cache` and `storage`.")]
+    status: Annotated[HealthStatus, Meta(description="The worst of all parts.")]
     database: Annotated[DatabaseHealth, Meta(description="The store.")]
     cache: Annotated[PartHealth, Meta(description="The state in memory.")]
     storage: Annotated[PartHealth, Meta(description="The artifact store.")]
     cleanup_status: Annotated[CleanupHealth, Meta(description="The cleanup runs.")]
     timestamp: Annotated[int, Meta(description="When it was measured, in Unix ms.")]
+    journal: Annotated[PartHealth | UnsetType, Meta(description="The journal of a cluster.")] = UNSET
 
 
 AlertSeverity = Literal["critical", "warning", "notice"]
@@ -1006,6 +1007,9 @@ class NodeView(Struct, frozen=True):
     lag_records: Annotated[int, Meta(description="Number of records that its tables lack.")]
     format: Annotated[int, Meta(description="The highest format of a record that it reads.")]
     config_differs: Annotated[bool, Meta(description="Whether its configuration differs from that of the leader.")]
+    ahead_ms: Annotated[
+        int, Meta(description="By how much its wall clock is ahead of that of PostgreSQL, in ms; negative if behind.")
+    ] = 0
 
     @property
     def is_silent(self) -> bool:
@@ -1026,6 +1030,13 @@ class ClusterView(Struct, frozen=True, kw_only=True):
     lease_ms: Annotated[int | None, Meta(description="Duration of the lease, in ms.")] = None
     synchronous: Annotated[
         bool | None, Meta(description="Whether a record is on two machines before it is acknowledged; null if unknown.")
+    ] = None
+    require_sync: Annotated[bool, Meta(description="Whether it must be: `journal.require_sync`.")] = True
+    waits_for_sync: Annotated[
+        bool, Meta(description="Whether a write waits for a synchronous standby of PostgreSQL.")
+    ] = False
+    oldest_transaction_ms: Annotated[
+        int | None, Meta(description="Age of the oldest transaction in the database, in ms; null if unknown.")
     ] = None
     problems: Annotated[list[str], Meta(description="What is wrong, in words.")] = []
     nodes: Annotated[list[NodeView], Meta(description="The nodes, by name.")] = []

@@ -20,8 +20,18 @@ from jobd.core.views import average_processing_s
 from jobd.engine.clock import Clock
 from jobd.model.commands import Moment
 from jobd.model.job import MINUTE_MS, SECOND_MS
-from jobd.model.responses import AlertSeverity, AlertView, CleanupReport, DatabaseHealth, HealthView, PartHealth
+from jobd.model.responses import (
+    AlertSeverity,
+    AlertView,
+    CleanupReport,
+    ClusterView,
+    DatabaseHealth,
+    HealthView,
+    PartHealth,
+)
 from jobd.model.storage import DiskSpace
+from jobd.monitoring.cluster_conditions import ClusterConditions
+from jobd.monitoring.condition import Condition
 
 log = structlog.get_logger("jobd.alerts")
 
@@ -41,8 +51,14 @@ SEVERITIES: Final[dict[str, AlertSeverity]] = {
     "failure_rate": "warning",
     "disk_nearly_full": "warning",
     "release_loop": "warning",
+    "standby_behind": "warning",
+    "no_standby": "warning",
+    "journal_not_synchronous": "critical",
+    "database_horizon": "warning",
+    "clocks_differ": "warning",
 }
 NAMES: Final = tuple(SEVERITIES)
+CLUSTER_NAMES: Final = NAMES[NAMES.index("standby_behind") :]  # of a cluster only
 EVALUATE_EVERY_S: Final = 5.0
 MEASURE_EVERY_S: Final = 10.0  # measuring costs a write with fsync, but an alert must fire within 45 s of a failure
 HOLD_MS: Final = 30 * SECOND_MS  # an alert fires after its condition has held for this long
@@ -71,6 +87,9 @@ class Thresholds(Struct, frozen=True):
     disk_free_percent: float = 10.0
     disk_free_bytes: int = GIB
     release_loop: int = 0  # jobs
+    standby_behind_ms: int = 30 * SECOND_MS
+    database_horizon_ms: int = MINUTE_MS
+    clocks_differ_ms: int = SECOND_MS
 
 
 class HealthSource(Protocol):
@@ -94,23 +113,6 @@ class FailingWebhook(Protocol):
     def for_ms(self) -> int: ...
     @property
     def error(self) -> str: ...
-
-
-class Condition(Struct, frozen=True):
-    """The current state of one condition.
-
-    `value` and `threshold` are jobs, issues, seconds, a ratio, or 1 for unhealthy. `hint` says what to do while the
-    condition holds. `quiet` describes the state while it does not (None: as `hint`). If `resolve_at` is set, a firing
-    alert resolves only when `value` is at or below it. An `inclusive` condition also holds at its threshold.
-    """
-
-    name: str
-    value: float
-    threshold: float
-    hint: str
-    quiet: str | None = None
-    resolve_at: float | None = None
-    inclusive: bool = False
 
 
 class WaitingJob(Struct):
@@ -153,6 +155,8 @@ class Alerts:
         # Returns the webhook that has been failing for the longest time.
         self.failing_webhook: Callable[[], FailingWebhook | None] = lambda: None
         self.attempts = Attempts()  # updated with every commit
+        self.cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single")
+        self._cluster_conditions = ClusterConditions()
         self._state = state
         self._clock = clock
         self._hold_ms = hold_ms
@@ -169,7 +173,7 @@ class Alerts:
         self._stop = asyncio.Event()
 
     def evaluate(self) -> list[AlertView]:
-        """Return all alerts, in the order of NAMES."""
+        """Return all alerts, in the order of NAMES. Without a cluster, those of CLUSTER_NAMES are left out."""
         at, before = self._clock.moment(), set(self._since)
         self._views = [self._evaluate(condition, at) for condition in self._conditions(at)]
         if before != set(self._since):
@@ -282,6 +286,14 @@ class Alerts:
         yield self._failure_rate(at)
         yield self._disk()
         yield self._release_loop()
+        limits = self.thresholds
+        yield from self._cluster_conditions.of(
+            self.cluster(),
+            at.lease,
+            behind_ms=limits.standby_behind_ms,
+            horizon_ms=limits.database_horizon_ms,
+            clocks_ms=limits.clocks_differ_ms,
+        )
 
     def _stuck(self, at: Moment) -> Condition:
         stuck, recovered = len(self._state.stuck), self._state.figures.recovered_lately(at.now)

@@ -13,6 +13,7 @@ from itertools import chain, islice
 from typing import Any, Final, Protocol
 
 import structlog
+from msgspec import UNSET
 from msgspec.structs import replace
 
 from jobd.engine.actor import Actor
@@ -21,7 +22,15 @@ from jobd.engine.disk_full import Closed
 from jobd.model.commands import Ping
 from jobd.model.errors import ApiError
 from jobd.model.job import STATUSES, Job
-from jobd.model.responses import CleanupHealth, CleanupState, DatabaseHealth, HealthStatus, HealthView, PartHealth
+from jobd.model.responses import (
+    CleanupHealth,
+    CleanupState,
+    ClusterView,
+    DatabaseHealth,
+    HealthStatus,
+    HealthView,
+    PartHealth,
+)
 from jobd.model.storage import RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
 from jobd.storage.artifacts.base import ArtifactStoreError
 
@@ -79,6 +88,7 @@ class Health:
         sweeper: SweepStatus | None = None,
     ) -> None:
         self.last: HealthView | None = None
+        self.cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single")
         self._actor = actor
         self._clock = clock
         self._cleanup = cleanup
@@ -143,12 +153,14 @@ class Health:
                 self._measure_part("storage", self._storage),
             )
             cleanup, cleanup_status = self._measure_cleanup()
-            worst = max((database.status, cache.status, storage.status, cleanup_status), key=_WORST.index)
+            journal = journal_health(self.cluster())
+            statuses = [database.status, cache.status, storage.status, cleanup_status]
+            worst = max((*statuses, "healthy" if journal is None else journal.status), key=_WORST.index)
             total, disk = self._actor.state.total(), self._actor.full_disk.space
             health = DatabaseHealth(database.status, database.message, total)
             if disk is not None:
                 health = replace(health, path=disk.path, free_bytes=disk.free_bytes, total_bytes=disk.total_bytes)
-            self.last = HealthView(worst, health, cache, storage, cleanup, timestamp)
+            self.last = HealthView(worst, health, cache, storage, cleanup, timestamp, journal or UNSET)
             return self.last
         finally:
             self._measuring = None
@@ -327,6 +339,28 @@ class Health:
         message = " ".join(reasons) or "Cleanup runs in time."
         view = CleanupHealth(state.cleanup_running, state.time_since_last_cleanup, message)
         return view, "degraded" if reasons else "healthy"
+
+
+def journal_health(view: ClusterView) -> PartHealth | None:
+    """Return the health of the journal that this node leads, or None without a cluster."""
+    if view.role == "single":
+        return None
+    if view.synchronous is None:
+        return PartHealth("unhealthy", "PostgreSQL does not respond. Without it, this node steps down.")
+    if view.waits_for_sync:
+        return PartHealth(
+            "unhealthy",
+            "A write waits for a synchronous standby of PostgreSQL. Start its standbys: without one, nothing is "
+            "acknowledged, and this node steps down.",
+        )
+    if not view.synchronous and view.require_sync:
+        return PartHealth(
+            "degraded",
+            "PostgreSQL has no synchronous standby: if its disk is lost, acknowledged jobs are lost. Start its "
+            "standbys, and check synchronous_standby_names.",
+        )
+    servers = "two PostgreSQL servers" if view.synchronous else "one PostgreSQL server"
+    return PartHealth("healthy", f"Record {view.record} of journal {view.journal} is on {servers}.")
 
 
 async def _awaited(ask: Callable[[], Awaitable[Any]]) -> Any:

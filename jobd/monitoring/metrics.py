@@ -88,6 +88,7 @@ class Snapshot(Struct, frozen=True):
     sweeps: SweepStats
     webhooks: dict[str, WebhookCounters]  # by name
     cluster: ClusterView
+    append_seconds: Counts | None  # to the journal of a cluster
 
 
 class WebhookCounters(Protocol):
@@ -145,6 +146,7 @@ class Metrics:
         self._store_path = store_path
         self.webhooks: Callable[[], Mapping[str, WebhookCounters]] = dict
         self.cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single")
+        self.append_seconds: Histogram | None = None  # to the journal of a cluster, with COMMIT_BUCKETS_S
         self._lags: deque[float] = deque(maxlen=LAGS_KEPT)
         self._commits: deque[list[int]] = deque([actor.commit_seconds.counts.copy()], COMMITS_KEPT)
         self._started_s = time.monotonic()
@@ -218,6 +220,7 @@ class Metrics:
             sweeps=copy(self._sweeps),
             webhooks=dict(self.webhooks()),
             cluster=self.cluster(),
+            append_seconds=None if self.append_seconds is None else _copy(self.append_seconds),
         )
 
     async def run(self) -> None:
@@ -236,12 +239,12 @@ class Metrics:
 def text(now: Snapshot, store_path: str) -> bytes:
     """Format `now` and the sizes of the store's files. Reads the file system: call this off the loop."""
     families = (_jobs(now), _cleanup(now), _webhooks(now), _machine(now), _files(store_path))
-    return _text([*chain(*families), *_cluster(now.cluster), _build()])
+    return _text([*chain(*families), *cluster_metrics(now.cluster, now.append_seconds), _build()])
 
 
 def standby_text(cluster: ClusterView) -> bytes:
     """Format the metrics of a standby."""
-    return _text([*_cluster(cluster), _build()])
+    return _text([*cluster_metrics(cluster), _build()])
 
 
 def _text(families: list[Metric]) -> bytes:
@@ -370,12 +373,17 @@ def _machine(now: Snapshot) -> Iterator[Metric]:
     )
 
 
-def _cluster(view: ClusterView) -> Iterator[Metric]:
+def cluster_metrics(view: ClusterView, append_seconds: Counts | None = None) -> Iterator[Metric]:
     """Yield the metrics of a node of a cluster. They have no values without a cluster."""
     nodes = [] if view.role == "single" else [view]
     yield _gauges("leader", "1 if this node leads its cluster.", [], [(node.role == "leader",) for node in nodes])
     help_ = "Events of the journal that this node has not applied."
     yield _gauges("standby_lag_events", help_, [], [(node.lag_events,) for node in nodes])
+    help_ = "Duration of an append to the journal, by the leader."
+    family = HistogramMetricFamily("jobd_journal_append_seconds", help_)
+    if append_seconds is not None:
+        family.add_metric([], _buckets(append_seconds[0], COMMIT_BUCKETS_S), append_seconds[1])
+    yield family
 
 
 def _build() -> Metric:

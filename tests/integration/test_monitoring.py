@@ -27,8 +27,11 @@ from jobd.cli.ctl.main import jobctl as jobctl_program
 from jobd.cli.daemon.main import jobd as jobd_program
 from jobd.cli.daemon.main import main
 from jobd.cli.daemon.monitoring import FILES
-from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED, Figures, Pace
+from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED, Figures, Histogram, Pace
+from jobd.engine.actor import COMMIT_BUCKETS_S
+from jobd.model.responses import ClusterView
 from jobd.monitoring import alerts
+from jobd.monitoring.metrics import cluster_metrics
 from jobd.storage.store import Store
 from tests import ROOT
 from tests.conftest import tool_missing
@@ -101,9 +104,12 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
         complete_some(daemon, SAMPLES_NEEDED)
         text = daemon.admin("GET", "/metrics").body.decode()
     families: list[Metric] = list(text_string_to_metric_families(text))
+    leader = ClusterView(role="leader")
+    families += cluster_metrics(leader, (Histogram.empty(COMMIT_BUCKETS_S).counts, 0.0))
     found: dict[str, list[dict[str, str]]] = {}
     for sample in (sample for family in families for sample in family.samples):
         found.setdefault(sample.name, []).append(sample.labels)
+    found["jobd_alert_firing"] += [{"alert": name} for name in alerts.CLUSTER_NAMES]
     return found
 
 
@@ -205,6 +211,10 @@ def commits(fast: int, slow: int) -> dict[str, str]:
     return {f'{name}"0.1"}}': f"0+{fast}x240", f'{name}"0.5"}}': f"0+{slow}x240", f'{name}"+Inf"}}': f"0+{slow}x240"}
 
 
+def nodes(first: str, second: str) -> dict[str, str]:
+    return {f'jobd_leader{{instance="{name}", job="jobd"}}': values for name, values in (("a", first), ("b", second))}
+
+
 MIB: Final = 1 << 20
 
 WEBHOOK: Final = 'jobd_webhook_deliveries_total{{outcome="{}", endpoint="e", instance="a", job="jobd"}}'
@@ -226,8 +236,19 @@ SEEN: Final[dict[str, tuple[str, dict[str, str], dict[str, str]]]] = {
     "JobdFailureRate": firing("failure_rate"),
     "JobdDiskNearlyFull": firing("disk_nearly_full"),
     "JobdReleaseLoop": firing("release_loop"),
+    "JobdStandbyBehind": firing("standby_behind"),
+    "JobdNoStandby": firing("no_standby"),
+    "JobdJournalNotSynchronous": firing("journal_not_synchronous"),
+    "JobdDatabaseHorizon": firing("database_horizon"),
+    "JobdClocksDiffer": firing("clocks_differ"),
     "JobdDown": gauge("up", 0, 1),
     "JobdAbsent": ("6m", {}, {f"jobd_build_info{JOBD}": "1x240"}),
+    "JobdNoLeader": ("20m", nodes("0x240", "0x240"), nodes("0x240", "1x240")),
+    "JobdLeaderChangesOften": (
+        "60m",
+        nodes("1 0 1 0x60", "0 1 0 1 0 1x60"),
+        nodes("1 0 1 0x60", "0 1 0 1x60"),
+    ),
     "JobdRestartsOften": (
         "60m",
         {f"jobd_commit_seconds_count{JOBD}": "9 2 9 2 9 2 9 2x50"},

@@ -43,6 +43,7 @@ def examine(client: AdminClient) -> list[Finding]:
 
 _PART_FIXES: Final = {
     "database": "read the daemon's log; free disk space if the disk is full, else stop jobd and run: jobd doctor",
+    "journal": "check PostgreSQL and its standbys, then: jobctl cluster",
     "cache": "memory and disk differ: read the log, then restart jobd, which loads everything again",
     "storage": "check the store that [artifacts] url names, its permissions and its free space",
 }
@@ -50,8 +51,9 @@ _PART_FIXES: Final = {
 
 def _health(client: AdminClient) -> Iterator[Finding]:
     view = client.health()
-    for name, part in (("database", view.database), ("cache", view.cache), ("storage", view.storage)):
-        if part.status != "healthy":
+    parts = {"database": view.database, "journal": view.journal, "cache": view.cache, "storage": view.storage}
+    for name, part in parts.items():
+        if part and part.status != "healthy":
             yield Finding(name, f"{part.status}: {part.message}", _PART_FIXES[name])
 
 

@@ -32,7 +32,8 @@ _READ: Final = """
 _NUMBER: Final = "SELECT number FROM jobd_journals WHERE name = $1"
 _EPOCHS: Final = "SELECT epoch, first_number FROM jobd_epochs WHERE name = $1 ORDER BY epoch"
 _HEALTH: Final = """
-    SELECT current_setting('synchronous_standby_names') <> '', coalesce(bool_or(wait_event = 'SyncRep'), false),
+    SELECT current_setting('synchronous_standby_names') <> '',
+        coalesce(bool_or(wait_event = 'SyncRep' AND clock_timestamp() - query_start > interval '1 s'), false),
         greatest(
             0,
             max(extract(epoch FROM clock_timestamp() - xact_start)) FILTER (WHERE backend_type <> 'autovacuum worker'),

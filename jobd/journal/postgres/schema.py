@@ -34,7 +34,8 @@ CREATE TABLE IF NOT EXISTS jobd_snapshots (
 );
 CREATE TABLE IF NOT EXISTS jobd_nodes (
     name text NOT NULL, node text NOT NULL, process text NOT NULL, url text NOT NULL, format int NOT NULL,
-    config_hash text NOT NULL, projected_to bigint NOT NULL, seen timestamptz NOT NULL, PRIMARY KEY (name, node)
+    config_hash text NOT NULL, projected_to bigint NOT NULL, ahead_ms bigint NOT NULL, seen timestamptz NOT NULL,
+    PRIMARY KEY (name, node)
 );
 ALTER TABLE jobd_journal ALTER COLUMN body SET STORAGE EXTERNAL;
 ALTER TABLE jobd_snapshots ALTER COLUMN body SET STORAGE EXTERNAL;

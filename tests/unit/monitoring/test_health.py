@@ -14,7 +14,7 @@ from jobd.engine.actor import Bounds
 from jobd.engine.disk_full import Closed
 from jobd.model.commands import Create, Get, Progress
 from jobd.model.job import DAY_MS
-from jobd.model.responses import CleanupState, HealthView
+from jobd.model.responses import CleanupState, ClusterView, HealthView
 from jobd.model.storage import DiskFull, DiskSpace, LoadedRows
 from jobd.monitoring.health import (
     MAX_AGE_S,
@@ -25,6 +25,7 @@ from jobd.monitoring.health import (
     STORAGE_TIMEOUT_S,
     TIMEOUT_S,
     Health,
+    journal_health,
 )
 from jobd.storage.artifacts.filesystem import FileArtifactStore
 from tests.support.memory_storage import MemoryStorage
@@ -544,3 +545,41 @@ async def test_a_bug_in_cleanup_is_unhealthy_and_nothing_is_raised() -> None:
         assert view.status == "unhealthy"
         assert "ValueError: a bug" in view.cleanup_status.message
         assert view.timestamp == engine.now
+
+
+# -- the journal of a cluster -----------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_the_journal_counts_in_a_cluster_only() -> None:
+    async with VirtualEngine() as engine:
+        engine.run_maintainer()
+        health = health_of(engine)
+        view = await health.view()
+        assert not view.journal
+        health.cluster = lambda: ClusterView(role="leader", synchronous=False)
+        await seconds(MAX_AGE_S)
+        view = await health.view()
+        assert view.journal
+        assert (view.status, view.journal.status) == ("degraded", "degraded")
+        assert "synchronous_standby_names" in view.journal.message
+
+
+@pytest.mark.parametrize(
+    ("view", "status", "said"),
+    [
+        (ClusterView(role="leader", synchronous=None), "unhealthy", "does not respond"),
+        (ClusterView(role="leader", synchronous=True, waits_for_sync=True), "unhealthy", "A write waits"),
+        (ClusterView(role="leader", synchronous=False), "degraded", "no synchronous standby"),
+        (ClusterView(role="leader", synchronous=False, require_sync=False), "healthy", "on one PostgreSQL server"),
+        (
+            ClusterView(role="leader", synchronous=True, journal="main", record=7),
+            "healthy",
+            "Record 7 of journal main is on two PostgreSQL servers.",
+        ),
+    ],
+)
+def test_the_health_of_the_journal_is_that_of_postgresql(view: ClusterView, status: str, said: str) -> None:
+    health = journal_health(view)
+    assert health is not None
+    assert (health.status, said in health.message) == (status, True)

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import jobd
 from jobd.core.state import State
-from jobd.core.stats import HOURS_NEEDED, OTHER_QUEUES, SAMPLES_NEEDED
+from jobd.core.stats import HOURS_NEEDED, OTHER_QUEUES, SAMPLES_NEEDED, Histogram
 from jobd.engine.actor import COMMIT_BUCKETS_S, Actor
 from jobd.engine.clock import Clock
 from jobd.engine.disk_full import Closed
@@ -32,8 +32,8 @@ from jobd.maintenance.maintainer import Maintainer
 from jobd.model.commands import AnyCommand, Claim, Complete, Create, EndGrants, Pause, Start
 from jobd.model.errors import ERROR_STATUS
 from jobd.model.job import SECOND_MS, STATUSES, Job, Options, Policy
-from jobd.model.responses import Response
-from jobd.monitoring.alerts import NAMES, Alerts
+from jobd.model.responses import ClusterView, Response
+from jobd.monitoring.alerts import CLUSTER_NAMES, NAMES, Alerts
 from jobd.monitoring.health import Health
 from jobd.monitoring.metrics import (
     COMMITS_KEPT,
@@ -81,6 +81,7 @@ EXPECTED = {
     "jobd_unprojected_events": "gauge",
     "jobd_leader": "gauge",
     "jobd_standby_lag_events": "gauge",
+    "jobd_journal_append_seconds": "histogram",
     "jobd_commit_seconds": "histogram",
     "jobd_batch_commands": "histogram",
     "jobd_mailbox_commands": "gauge",
@@ -245,6 +246,22 @@ async def test_the_events_that_the_tables_lack_are_counted() -> None:
         await engine.yes(Create(id="a"))
         body = text(metrics_of(engine).snapshot(), ":memory:")
         assert value(body, "jobd_unprojected_events") == engine.disk.behind > 0
+
+
+@in_virtual_time
+async def test_the_leader_of_a_cluster_counts_its_appends() -> None:
+    async with VirtualEngine() as engine:
+        metrics = metrics_of(engine)
+        assert not read(text(metrics.snapshot(), ":memory:"))["jobd_leader"].samples
+        metrics.cluster = lambda: ClusterView(role="leader")
+        metrics.append_seconds = Histogram.empty(COMMIT_BUCKETS_S)
+        metrics.append_seconds.add(0.0007, COMMIT_BUCKETS_S)
+        body = text(metrics.snapshot(), ":memory:")
+        assert value(body, "jobd_leader") == 1
+        assert value(body, "jobd_standby_lag_events") == 0
+        assert value(body, "jobd_journal_append_seconds_bucket", le="0.0005") == 0
+        assert value(body, "jobd_journal_append_seconds_bucket", le="0.001") == 1
+        assert value(body, "jobd_journal_append_seconds_sum") == 0.0007
 
 
 @pytest.mark.parametrize("inline", [True, False])
@@ -414,7 +431,7 @@ async def test_validation_issues_by_type_and_alerts() -> None:
         assert value(body, "jobd_validation_issues_total", type="critical") == 1
         assert value(body, "jobd_cleanup_found_total", kind="issues") == 12
         assert value(body, "jobd_alert_firing", alert="pass_issues") == 1
-        assert len(read(body)["jobd_alert_firing"].samples) == len(NAMES)
+        assert len(read(body)["jobd_alert_firing"].samples) == len(NAMES) - len(CLUSTER_NAMES)
 
 
 @in_virtual_time

@@ -1,0 +1,111 @@
+"""The alerts of a cluster: what counts, what does not, and what their hints say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from structlog.testing import capture_logs
+
+from jobd.model.responses import SILENT_MS, ClusterView, NodeView
+from jobd.monitoring.alerts import CLUSTER_NAMES, Alerts
+from jobd.monitoring.cluster_conditions import ClusterConditions
+from jobd.monitoring.condition import Condition
+from jobd.monitoring.health import Health
+from tests.support.virtual_engine import VirtualEngine, in_virtual_time, seconds
+
+A = NodeView("a", "", "leader", 100, 1_000, 0, 1, False)
+B = NodeView("b", "", "standby", 100, 1_000, 0, 1, False)
+VIEW = ClusterView(role="leader", record=1_000, synchronous=True, oldest_transaction_ms=10, nodes=[A, B])
+
+
+def conditions(view: ClusterView, found: ClusterConditions | None = None, now_ms: int = 0) -> dict[str, Condition]:
+    found = found or ClusterConditions()
+    listed = list(found.of(view, now_ms, behind_ms=30_000, horizon_ms=60_000, clocks_ms=1_000))
+    return {each.name: each for each in listed}
+
+
+def test_a_daemon_without_a_cluster_has_none() -> None:
+    assert conditions(ClusterView(role="single")) == {}
+
+
+def test_a_cluster_in_order_is_quiet() -> None:
+    found = conditions(VIEW)
+    assert tuple(found) == CLUSTER_NAMES
+    assert all(each.value <= each.threshold for each in found.values())
+    assert found["no_standby"].quiet == "Standbys that can take over: b."
+    assert all(each.quiet for each in found.values())
+
+
+def test_a_standby_is_behind_since_the_leader_had_a_record_that_it_lacks() -> None:
+    found = ClusterConditions()
+    for second in range(60):
+        view = replace(VIEW, record=1_000 + 10 * second, nodes=[A, replace(B, record=1_195, lag_records=395)])
+        behind = conditions(view, found, second * 1_000)["standby_behind"]
+        assert behind.value == max(second - 20, 0), second
+    assert behind.value > behind.threshold
+    assert behind.hint.startswith("Node b is 39 s behind the leader (395 records). Check its disk")
+    caught_up = replace(view, nodes=[A, replace(B, record=1_590)])
+    assert conditions(caught_up, found, 60_000)["standby_behind"].value == 0
+
+
+def test_the_records_are_sampled_once_a_second() -> None:
+    found = ClusterConditions()
+    for ms in range(0, 3_000, 100):
+        conditions(replace(VIEW, record=ms), found, ms)
+    assert [at for at, _ in found._records] == [0, 1_000, 2_000]
+    conditions(replace(VIEW, record=None), found, 9_000)
+    assert len(found._records) == 3, "the journal cannot be read"
+
+
+def test_a_silent_node_counts_as_behind_and_not_as_a_standby() -> None:
+    silent = replace(B, seen_ms=45_000)
+    found = conditions(replace(VIEW, nodes=[A, silent]))
+    assert (found["standby_behind"].value, found["no_standby"].value) == (45, 1)
+    assert found["standby_behind"].hint.startswith("Node b was heard 45 s ago for the last time. Start jobd there")
+    just_heard = replace(B, seen_ms=SILENT_MS - 1)
+    found = conditions(replace(VIEW, nodes=[A, just_heard]))
+    assert (found["standby_behind"].value, found["no_standby"].value) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "value", "said"),
+    [
+        ({"nodes": [A]}, "no_standby", 1, "No standby is running"),
+        ({"synchronous": False}, "journal_not_synchronous", 1, "acknowledged jobs are lost"),
+        ({"synchronous": False, "require_sync": False}, "journal_not_synchronous", 0, "require_sync allows that"),
+        ({"synchronous": None}, "journal_not_synchronous", 0, "does not respond"),
+        ({"oldest_transaction_ms": 61_000}, "database_horizon", 61, "open for 61 s. Long transactions"),
+        ({"oldest_transaction_ms": None}, "database_horizon", 0, "does not respond"),
+        ({"nodes": [A, replace(B, ahead_ms=-1_500)]}, "clocks_differ", 1.5, "node b is 1.5 s behind that"),
+        ({"nodes": [replace(A, ahead_ms=2_000), B]}, "clocks_differ", 2, "node a is 2 s ahead of that"),
+        ({"nodes": [A, replace(B, ahead_ms=9_000, seen_ms=9_000)]}, "clocks_differ", 0, "agree"),
+    ],
+)
+def test_each_condition_says_what_holds(changes: dict[str, Any], name: str, value: float, said: str) -> None:
+    found = conditions(replace(VIEW, **changes))[name]
+    assert found.value == value
+    assert said in (found.hint if value > found.threshold else found.quiet or "")
+
+
+@in_virtual_time
+async def test_the_alerts_of_a_cluster_fire_and_resolve() -> None:
+    async with VirtualEngine() as engine:
+        alerts = Alerts(
+            engine.state, engine.clock, Health(engine.actor, engine.clock, engine.maintainer), engine.maintainer
+        )
+        view = replace(VIEW, nodes=[A])
+        alerts.cluster = lambda: view
+        with capture_logs() as logs:
+            alerts.evaluate()
+            await seconds(31)
+            assert [alert.name for alert in alerts.evaluate() if alert.firing] == ["no_standby"]
+            view = VIEW
+            alerts.evaluate()
+            await seconds(61)
+            assert not any(alert.firing for alert in alerts.evaluate())
+        assert [(each["event"], each["alert"]) for each in logs] == [
+            ("alert_firing", "no_standby"),
+            ("alert_resolved", "no_standby"),
+        ]
