@@ -369,9 +369,9 @@ class Actor:
             try:
                 decided.fill(await self._write(decided))
                 break
-            except DiskFull:
+            except DiskFull as error:
                 self._decider.roll_back(decided)
-                await self.full_disk.close_further()
+                await self.full_disk.close_further(error)
             except BadRows as bad:
                 self._decider.roll_back(decided)
                 await self._quarantine(bad.jobs)

@@ -16,7 +16,7 @@ import structlog
 from jobd.engine.clock import Clock
 from jobd.model.commands import Command
 from jobd.model.errors import ApiError
-from jobd.model.storage import SPARE_BYTES, DiskFull, DiskSpace, JobStorage
+from jobd.model.storage import SPARE_BYTES, DiskFull, DiskSpace, JobStorage, JournalDiskFull
 
 log = structlog.get_logger("jobd.actor")
 
@@ -52,6 +52,7 @@ class FullDisk:
         self.next_probe = loop_time()
         self._needs_reserve = not has_reserve
         self._is_released = False  # the reserve file is released, and its space is left for endings
+        self._is_remote = False  # the disk of the journal's server is full, not that of the store
         self._reserve_fault = ""  # why it could not be rebuilt, other than a full disk
         self._logged = self.closed  # the furthest step since writes were accepted last
         self._disk = disk
@@ -82,8 +83,14 @@ class FullDisk:
         """Return a `storage_full` error that names the path and the free bytes, followed by `what`."""
         return ApiError("storage_full", f"{self.described()}; {what}", self._figures())
 
+    def note(self, error: DiskFull) -> None:
+        """Note which disk is full."""
+        self._is_remote = isinstance(error, JournalDiskFull)
+
     def described(self) -> str:
         """Describe the full disk: path, free bytes, and the reserve file if it is released or missing."""
+        if self._is_remote:
+            return "The disk of the journal's server is full"
         space = self.space
         where = "The disk of the store is full"
         if space is not None:
@@ -94,7 +101,7 @@ class FullDisk:
 
     def _figures(self) -> dict[str, Any]:
         space = self.space
-        if space is None:
+        if space is None or self._is_remote:
             return {}
         return {"path": space.path, "free_bytes": space.free_bytes, "total_bytes": space.total_bytes}
 
@@ -102,8 +109,9 @@ class FullDisk:
         """Read the free and total space of the disk."""
         self.space = await self._disk.measure_space()
 
-    async def close_further(self) -> None:
+    async def close_further(self, error: DiskFull) -> None:
         """A write hit the full disk although `closed` was respected."""
+        self.note(error)
         self.closed = Closed(min(self.closed + 1, Closed.ALL_WRITES))
         self.next_probe = self._loop_time() + PROBE_EVERY_S
         if self.closed == Closed.ALL_BUT_ENDINGS:
@@ -132,7 +140,8 @@ class FullDisk:
         """Return whether all writes are accepted again. If space is short, at least try to accept endings."""
         try:
             await self._disk.probe(SPARE_BYTES)
-        except DiskFull:
+        except DiskFull as error:
+            self.note(error)
             if self.closed == Closed.ALL_WRITES and await self._fits():
                 self.closed = Closed.ALL_BUT_ENDINGS
             await self.measure()
@@ -140,7 +149,7 @@ class FullDisk:
         if self.closed >= Closed.ALL_BUT_ENDINGS:
             self._lease.resume()
         self.closed = self._logged = Closed.NOTHING
-        self._is_released = False
+        self._is_released = self._is_remote = False
         await self.measure()
         log.info("disk_has_room", message="writes are accepted again", reserve=self.has_reserve, **self._figures())
         return True

@@ -22,6 +22,10 @@ class DiskFull(Exception):
     """The disk is full (SQLITE_FULL, ENOSPC). The transaction was rolled back. Reads still work."""
 
 
+class JournalDiskFull(DiskFull):
+    """The disk of the server of a shared journal is full. Nothing was written."""
+
+
 class DiskSpace(Struct, frozen=True):
     """The path of the store, and the space on its disk. `free_bytes` is the space available to the daemon's user."""
 

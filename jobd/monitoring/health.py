@@ -192,7 +192,8 @@ class Health:
         began, damage = loop_time(), self._damage()
         try:
             await self._in_time("probe", self._actor.disk.probe)
-        except DiskFull:
+        except DiskFull as error:
+            self._actor.full_disk.note(error)
             return await self._full_disk()
         except TimeoutError:
             return PartHealth("unhealthy", f"The disk has not completed a write for {TIMEOUT_S:g} s. Is it overloaded?")

@@ -10,7 +10,7 @@ from jobd.journal.postgres import partitions
 from jobd.journal.postgres.errors import explain, is_disk_full, lacks_partition, was_rejected
 from jobd.journal.postgres.session import Session, Target, limited, lock_keys
 from jobd.model.journal import Fenced, Head, OutcomeUnknown, Record
-from jobd.model.storage import DiskFull
+from jobd.model.storage import JournalDiskFull
 
 TAKE_OVER_S: Final = 10.0  # at least: a takeover waits for an append that waits for a standby
 CLOSE_S: Final = 1.0
@@ -124,7 +124,7 @@ class Leading:
     async def _run(self, conn: Any, statement: str, *arguments: Any) -> Any:
         """Return the row of a statement that writes, or None.
 
-        Raises DiskFull or JournalUnavailable if nothing was written, and OutcomeUnknown.
+        Raises JournalDiskFull or JournalUnavailable if nothing was written, and OutcomeUnknown.
         """
         warnings = self._session.warnings
         try:
@@ -136,7 +136,7 @@ class Leading:
             if lacks_partition(error):
                 raise _NoPartition from error
             if is_disk_full(error):
-                raise DiskFull(str(explain(error, self._target.url))) from error
+                raise JournalDiskFull(str(explain(error, self._target.url))) from error
             conn.terminate()  # the next one may reach the primary
             raise explain(error, self._target.url) from error
         if warnings != self._session.warnings:  # the wait for a standby was cancelled
@@ -176,7 +176,7 @@ class Leading:
             self._covered = await partitions.extend(conn, self._name, number, self._width())
         except Exception as error:
             if is_disk_full(error):
-                raise DiskFull(str(explain(error, self._target.url))) from error
+                raise JournalDiskFull(str(explain(error, self._target.url))) from error
             raise explain(error, self._target.url) from error
 
     async def _extend_ahead(self, number: int) -> None:

@@ -40,6 +40,7 @@ from jobd.model.storage import (
     Batch,
     DiskFull,
     DiskSpace,
+    JournalDiskFull,
     Numbers,
     QueueRow,
 )
@@ -81,6 +82,23 @@ async def test_a_full_disk_first_rejects_only_creates() -> None:
         writes = engine.disk.calls["write"]
         await engine.no(Create())
         assert engine.disk.calls["write"] == writes  # rejected before it is decided
+
+
+@in_virtual_time
+async def test_a_full_disk_of_the_server_of_a_shared_journal_is_named() -> None:
+    async with checked_engine() as engine:
+        full = JournalDiskFull("no room on the server")
+        engine.disk.write_errors.append(full)
+        engine.disk.errors["probe"] = full
+        error = await engine.no(Create(id="a"))
+        assert error.message.startswith("The disk of the journal's server is full; nothing was changed.")
+        assert (error.code, error.details) == ("storage_full", {})
+        await asyncio.sleep(1.5)
+        assert engine.actor.full_disk.described() == "The disk of the journal's server is full"
+        del engine.disk.errors["probe"]
+        await asyncio.sleep(1.5)
+        await engine.yes(Create(id="a"))
+        assert engine.actor.full_disk.described().startswith("The disk of the store is full")
 
 
 @in_virtual_time

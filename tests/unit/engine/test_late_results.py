@@ -231,7 +231,7 @@ async def test_a_full_disk_stores_no_late_result_and_still_reports_the_lost_lock
         assert (refusal.code, "late_result" in refusal.details) == ("lock_lost", False)
         assert (await engine.no(Cancel(id="a"))).code == "invalid_transition"
         for _ in range(2):
-            await engine.actor.full_disk.close_further()
+            await engine.actor.full_disk.close_further(DiskFull("full"))
         assert (await engine.no(Tick())).code == "storage_full"
         assert (await engine.no(complete(locks["c"], "c"))).code == "lock_lost"
         assert engine.disk.late_results == {}
@@ -295,7 +295,7 @@ async def test_a_full_disk_also_rejects_lock_holders() -> None:
     async with checked_engine() as engine:
         lock_id = await engine.held()
         for _ in range(3):
-            await engine.actor.full_disk.close_further()
+            await engine.actor.full_disk.close_further(DiskFull("full"))
         engine.disk.fits = lambda batch: False
         assert (await engine.no(complete(lock_id))).code == "storage_full"
         engine.disk.free()

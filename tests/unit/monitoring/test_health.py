@@ -15,7 +15,7 @@ from jobd.engine.disk_full import Closed
 from jobd.model.commands import Create, Get, Progress
 from jobd.model.job import DAY_MS
 from jobd.model.responses import CleanupState, ClusterView, HealthView
-from jobd.model.storage import DiskFull, DiskSpace, LoadedRows
+from jobd.model.storage import DiskFull, DiskSpace, JournalDiskFull, LoadedRows
 from jobd.monitoring.health import (
     MAX_AGE_S,
     MAX_FAULTS,
@@ -159,6 +159,8 @@ async def test_a_full_disk_is_unhealthy_and_says_what_to_do() -> None:
         )
         found = (view.database.path, view.database.free_bytes, view.database.total_bytes)
         assert found == ("/disk/jobd.db", 4096, 1 << 20)
+        engine.disk.errors["probe"] = JournalDiskFull("full")
+        assert (await measured(engine)).database.message.startswith("The disk of the journal's server is full: writes")
 
 
 @in_virtual_time

@@ -166,6 +166,6 @@ def _(advance: Any, self: Clock) -> int:
     breaks="locks expire while none can be extended",
     found_by=ACTOR,
 )
-async def _(close_further: Any, self: FullDisk) -> None:
-    await close_further(self)
+async def _(close_further: Any, self: FullDisk, error: DiskFull) -> None:
+    await close_further(self, error)
     self._lease.resume()
