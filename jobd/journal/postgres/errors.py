@@ -67,6 +67,8 @@ def explain(error: BaseException, url: JournalUrl, host: str = "") -> JournalUna
         case asyncpg.TooManyConnectionsError():
             text = "raise max_connections, or the limit of the role or database"
             return JournalUnavailable(f"{server} has no free connection: {text}")
+        case asyncpg.AdminShutdownError() | asyncpg.CrashShutdownError():
+            return JournalUnavailable(f"{server} has ended the session: try again")
         case asyncpg.CannotConnectNowError():
             return JournalUnavailable(f"{server} is starting or stopping: try again in a moment")
         case asyncpg.ClientConfigurationError():
@@ -83,7 +85,7 @@ def explain(error: BaseException, url: JournalUrl, host: str = "") -> JournalUna
             reason = "connection refused" if isinstance(error, ConnectionRefusedError) else error.strerror
             text = reason or str(error) or type(error).__name__
             return JournalUnavailable(f"{server} cannot be reached: {text}: start it, or correct [journal] url")
-        case asyncpg.PostgresConnectionError() | asyncpg.InterfaceError():
+        case asyncpg.PostgresConnectionError() | asyncpg.InterfaceError() | asyncpg.InternalClientError():
             return JournalUnavailable(f"The connection to {server} was lost: try again")
         case asyncpg.PostgresError():
             return JournalUnavailable(f"{server} reports an error: {error} (SQLSTATE {error.sqlstate})")

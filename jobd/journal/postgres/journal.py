@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 from jobd.journal import url as journal_url
 from jobd.journal.checksum import checksum
 from jobd.journal.postgres import nodes, partitions, schema, snapshots
-from jobd.journal.postgres.errors import explain
+from jobd.journal.postgres.errors import explain, was_rejected
 from jobd.journal.postgres.leading import EXPIRES, NOW, Leading, head_of
 from jobd.journal.postgres.session import Session, Target, limited, lock_keys
 from jobd.journal.shielding import to_end
@@ -104,9 +104,11 @@ class PostgresJournal:
         return head_of(*await self._read(lambda conn: conn.fetchrow(_HEAD, self._name, *self._keys)))
 
     async def read(self, after: int, limit: int) -> list[Record]:
-        rows = await self._read(lambda conn: conn.fetch(_READ, self._name, after, limit, READ_BYTES))
+        rows = await self._read_rows(after, limit)
         if not rows and await self._read(lambda conn: conn.fetchval(_NUMBER, self._name)) > after:
-            raise BadRecord(after + 1, "is missing")
+            rows = await self._read_rows(after, limit)  # the first may have been appended in between
+            if not rows:
+                raise BadRecord(after + 1, "is missing")
         records = []
         for *columns, crc in rows:
             after += 1
@@ -117,6 +119,9 @@ class PostgresJournal:
                 raise BadRecord(after, "is damaged: its checksum is wrong")
             records.append(record)
         return records
+
+    async def _read_rows(self, after: int, limit: int) -> list[Any]:
+        return await self._read(lambda conn: conn.fetch(_READ, self._name, after, limit, READ_BYTES))
 
     async def epochs(self) -> list[tuple[int, int]]:
         return [(epoch, first) for epoch, first in await self._read(lambda conn: conn.fetch(_EPOCHS, self._name))]
@@ -159,6 +164,8 @@ class PostgresJournal:
             try:
                 return await statement(conn)
             except Exception as error:
+                if not was_rejected(error):
+                    conn.terminate()
                 raise explain(error, self._target.url) from error
 
 

@@ -15,6 +15,8 @@ from jobd.model.storage import JournalDiskFull
 TAKE_OVER_S: Final = 10.0  # at least: a takeover waits for an append that waits for a standby
 CLOSE_S: Final = 1.0
 EXTEND_S: Final = 30.0
+LOCK_TRIES: Final = 3
+LOCK_RETRY_S: Final = 0.002
 
 NOW: Final = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
 EXPIRES: Final = "(extract(epoch FROM expires) * 1000000)::bigint"
@@ -30,14 +32,15 @@ _APPEND: Final = """
 _RENEW: Final = f"""
     UPDATE jobd_journals SET acked = $3, expires = clock_timestamp() + $4 * interval '1 ms'
     WHERE name = $1 AND epoch = $2 RETURNING {NOW}"""
+# The advisory lock is taken before other nodes see the takeover.
 _LEAD: Final = f"""
     WITH taken AS (
         UPDATE jobd_journals
         SET epoch = greatest(epoch + 1, $2), expires = clock_timestamp() + $3 * interval '1 ms', %s RETURNING *
     ), noted AS (INSERT INTO jobd_epochs (name, epoch, first_number) SELECT name, epoch, number + 1 FROM taken)
-    SELECT number, epoch, holder, url, acked, {EXPIRES}, {NOW} FROM taken"""
-_TAKE_OVER: Final = _LEAD % f"holder = $4, url = $5 WHERE name = $1 AND (epoch, number, {EXPIRES}) = ($6, $7, $8)"
-_RESOLVE: Final = _LEAD % "url = url WHERE name = $1 AND holder = $4"
+    SELECT pg_try_advisory_lock($4, $5), number, epoch, holder, url, acked, {EXPIRES}, {NOW} FROM taken"""
+_TAKE_OVER: Final = _LEAD % f"holder = $6, url = $7 WHERE name = $1 AND (epoch, number, {EXPIRES}) = ($8, $9, $10)"
+_RESOLVE: Final = _LEAD % "url = url WHERE name = $1 AND holder = $6"
 
 _LOCK: Final = "SELECT pg_try_advisory_lock($1, $2)"
 _END_HOLDER: Final = """
@@ -93,10 +96,10 @@ class Leading:
     async def take_over(self, seen: Head, holder: str, url: str, epoch: int) -> Head | None:
         state = (seen.epoch, seen.number, int(seen.renewed.rpartition(" ")[2]))
         self._holder = holder
-        return await self._lead(_TAKE_OVER, self._name, epoch, self._lease_ms, holder, url, *state)
+        return await self._lead(_TAKE_OVER, epoch, holder, url, *state)
 
     async def resolve(self, epoch: int) -> Head:
-        head = await self._lead(_RESOLVE, self._name, epoch, self._lease_ms, self._holder)
+        head = await self._lead(_RESOLVE, epoch, self._holder)
         if head is None:
             raise Fenced
         return head
@@ -112,14 +115,19 @@ class Leading:
             await asyncio.wait([self._extending], timeout=CLOSE_S)
         await self._session.close(CLOSE_S)
 
-    async def _lead(self, statement: str, *arguments: Any) -> Head | None:
+    async def _lead(self, statement: str, epoch: int, *arguments: Any) -> Head | None:
         async with self._session.use(max(self._lease_ms / 1000, TAKE_OVER_S)) as conn:
-            row = await self._run(conn, statement, *arguments)
+            row = await self._run(conn, statement, self._name, epoch, self._lease_ms, *self._keys, *arguments)
             if row is None:
                 return None
-            self._epoch = row[1]
-            await self._hold_lock(conn)
-        return head_of(*row)
+            is_locked, *columns = row
+            head = head_of(*columns)
+            self._epoch = head.epoch
+            if is_locked:
+                self._locked = conn
+            else:
+                await self._hold_lock(conn)
+        return head
 
     async def _run(self, conn: Any, statement: str, *arguments: Any) -> Any:
         """Return the row of a statement that writes, or None.
@@ -152,15 +160,18 @@ class Leading:
     async def _hold_lock(self, conn: Any, *, ends_other: bool = False) -> None:
         """Take the advisory lock unless this connection holds it. Without it, there is no early takeover.
 
-        A previous leader that did not notice its end may hold it. With `ends_other`, its session is ended, and the next
-        renewal tries again.
+        The poll of a standby holds it for a moment. A previous leader that did not notice its end may hold it: with
+        `ends_other`, its session is ended, and the next renewal tries again.
         """
         if self._locked is conn:
             return
         try:
-            if await conn.fetchval(_LOCK, *self._keys):
-                self._locked = conn
-            elif ends_other:
+            for _ in range(LOCK_TRIES):
+                if await conn.fetchval(_LOCK, *self._keys):
+                    self._locked = conn
+                    return
+                await asyncio.sleep(LOCK_RETRY_S)
+            if ends_other:
                 await conn.fetch(_END_HOLDER, *self._keys)
         except Exception as error:
             explain(error, self._target.url)

@@ -17,6 +17,7 @@ from jobd.model.journal import JournalMisconfigured, JournalUnavailable
 VERSION: Final = 1  # of the tables
 CONNECT_S: Final = 3.0
 STAGGER_S: Final = 0.3  # between the connection attempts to several hosts
+SILENT_S: Final = 1.5  # for the rest of them after one has failed, such as a standby
 OLDEST: Final = 140000  # server_version_num: DETACH PARTITION CONCURRENTLY is new in 14
 
 _LOCKS: Final = 0x6A6F6264  # first key of the advisory locks: "jobd"
@@ -59,30 +60,34 @@ class Target:
 
         A journal that `is_new` need not exist. Raises JournalUnavailable.
         """
-        order = sorted(range(len(self.url.hosts)), key=lambda each: each != self._latest)
-        attempts = {
-            asyncio.create_task(self._attempt(host, STAGGER_S * turn, is_new)) for turn, host in enumerate(order)
-        }
-        failures: list[JournalUnavailable] = []
-        pending = attempts
+        left = sorted(range(len(self.url.hosts)), key=lambda each: each == self._latest)  # the latest host is last
+        attempts: dict[asyncio.Task[tuple[int, Any]], str] = {}
+        failures: dict[str, JournalUnavailable] = {}  # by host
+        chosen = None
         try:
-            while pending:
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            while left or len(failures) < len(attempts):
+                if left:
+                    host = self.url.hosts[left[-1]]
+                    attempts[asyncio.create_task(self._attempt(left.pop(), is_new))] = host
+                limit_s = STAGGER_S if left else SILENT_S if failures else None
+                pending = [each for each, host in attempts.items() if host not in failures]
+                done, _ = await asyncio.wait(pending, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
                 for each in done:
                     if (error := each.exception()) is None:
+                        chosen = each
                         self._latest, conn = each.result()
                         return conn
-                    if not isinstance(error, JournalUnavailable):
-                        raise error
-                    failures.append(error)
+                    failures[attempts[each]] = explain(error, self.url, attempts[each])
+                if not done and not left:
+                    failures |= {attempts[each]: explain(TimeoutError(), self.url, attempts[each]) for each in pending}
         finally:
-            for each in pending:
-                each.cancel()
-                each.add_done_callback(_discard)
-        raise most_useful(failures)
+            for each in attempts:
+                if each is not chosen:
+                    each.cancel()
+                    each.add_done_callback(_discard)
+        raise most_useful(list(failures.values()))
 
-    async def _attempt(self, index: int, delay_s: float, is_new: bool) -> tuple[int, Any]:
-        await asyncio.sleep(delay_s)
+    async def _attempt(self, index: int, is_new: bool) -> tuple[int, Any]:
         url, host = self.url.urls[index], self.url.hosts[index]
         conn = None
         try:

@@ -381,3 +381,42 @@ async def test_of_several_hosts_the_one_that_accepts_writes_is_used(url: str, po
         conn = await target.connect()
         assert await conn.fetchval("SELECT 1") == 1
         conn.terminate()
+
+
+async def test_a_silent_host_is_not_awaited_for_long_after_another_has_failed(
+    url: str, postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "SILENT_S", 0.2)
+    await create(url, "main", "id")
+    async with tcp_proxy(postgres_server.port) as proxy:
+        proxy.loses_requests = True
+        own = f"127.0.0.1:{postgres_server.port}"
+        error = await failure(url.replace(own, f"127.0.0.1:1,127.0.0.1:{proxy.port}"))
+        assert f"127.0.0.1:{proxy.port} does not respond" in str(error)
+        assert "127.0.0.1:1 cannot be reached: connection refused" in str(error)
+        conn = await Target(journal_url.parse(url.replace(own, f"127.0.0.1:{proxy.port},{own}")), "main").connect()
+        assert await conn.fetchval("SELECT 1") == 1
+        conn.terminate()
+
+
+async def test_a_takeover_is_seen_with_the_lock_of_the_leader(url: str) -> None:
+    """A node that saw the new leader without its lock could take over from it before its listeners are open."""
+    await create(url, "main", "id")
+    a = await PostgresJournal.open(url, "main", LEASE_MS)
+    b = await PostgresJournal.open(url, "main", LEASE_MS)
+    is_over = False
+
+    async def poll() -> list[tuple[str | None, bool]]:
+        seen = []
+        while not is_over:
+            head = await b.head()
+            seen.append((head.holder, head.is_connected))
+        return seen
+
+    polling = asyncio.create_task(poll())
+    for number in range(20):
+        await lead(a, f"a{number}")
+    is_over = True
+    assert {is_connected for holder, is_connected in await polling if holder not in (None, "a0")} <= {True}
+    await a.close()
+    await b.close()
