@@ -21,7 +21,7 @@ from jobd.model.errors import ApiError
 from jobd.model.job import Policy, new_epoch
 from jobd.model.journal import Record
 from jobd.model.responses import Response
-from jobd.model.storage import Batch
+from jobd.model.storage import Batch, TableWrite
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import WALL
 
@@ -33,7 +33,19 @@ class SharedStorage(MemoryStorage):
 
     leadership: Leadership
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._order = asyncio.Lock()
+
+    async def write_tables(self, write: TableWrite) -> None:
+        async with self._order:
+            await self._write(Batch([], self.numbers, writes=[write]))
+
     async def write(self, batch: Batch) -> dict[int, bytes]:
+        async with self._order:
+            return await self._write(batch)
+
+    async def _write(self, batch: Batch) -> dict[int, bytes]:
         reported = self._reported
         body, events = record.encode(batch)
         last = events[-1][0] if events else batch.numbers.next_event - 1

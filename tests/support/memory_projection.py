@@ -14,7 +14,7 @@ from jobd.journal.memory import MemoryJournal
 from jobd.model.events import Change, fold
 from jobd.model.job import Job
 from jobd.model.journal import Record
-from jobd.model.storage import BadRows, Batch, DiskFull, Numbers
+from jobd.model.storage import BadRows, Batch, DiskFull, Numbers, TableWrite
 from jobd.storage.projection import MAX_BEHIND, SLICE_EVENTS
 from tests.support.memory_tables import MemoryTables
 
@@ -56,6 +56,12 @@ class MemoryProjection(MemoryTables):
         self._add(number, record.decode(made)[0])
         if self.tables is not self:
             self.apply(batch)
+
+    def append_write(self, write: TableWrite) -> None:
+        """Append a write that belongs to no batch."""
+        self.append_record(Batch([], self.numbers, writes=[write]))
+        if self.tables is self:
+            self.project()
 
     def _add(self, number: int, batch: Batch) -> None:
         self.pending.append((number, batch))

@@ -32,6 +32,7 @@ from jobd.model.storage import (
     DiskFull,
     DiskSpace,
     DueTombstones,
+    FiguresWrite,
     JobQuery,
     JobRows,
     JournalPage,
@@ -43,7 +44,9 @@ from jobd.model.storage import (
     Payload,
     Quarantined,
     Storage,
+    TableWrite,
     Tombstone,
+    TombstoneWrite,
 )
 from tests.support.memory_outbox import MemoryOutbox
 from tests.support.memory_projection import MemoryProjection
@@ -69,7 +72,6 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
     def __init__(self, numbers: Numbers | None = None, *, slices_wait: bool = False) -> None:
         MemoryProjection.__init__(self, numbers, slices_wait=slices_wait)
         MemoryOutbox.__init__(self)
-        self.figures: bytes | None = None
         self.gone_to = 0
         self.has_reserve = True
         self.disk_space: DiskSpace | None = DiskSpace("/disk/jobd.db", 8 << 30, 16 << 30)
@@ -312,10 +314,11 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
 
     async def prune(self, before: int, limit: int) -> int:
         await self._enter("prune")
-        self.project()
-        pruned, *_ = [tables.prune_events(before, limit) for tables in self.both()]
-        self.gone_to = max([self.gone_to, *pruned])
-        return len(pruned)
+        pruning, before_it = self.plan_pruning(before, limit), len(self.events)
+        if pruning.events or pruning.jobs:
+            await self.write_tables(pruning)
+            self.gone_to = max(self.gone_to, pruning.upto)
+        return before_it - len(self.events)
 
     async def read_audit(self, query: AuditQuery) -> AuditRows:
         await self._enter("audit")
@@ -329,9 +332,10 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
 
     async def trim_audit(self, before: int, limit: int) -> int:
         await self._enter("trim_audit")
-        self.project()
-        count, *_ = [tables.trim_audit_rows(before, limit) for tables in self.both()]
-        return count
+        trimming = self.plan_trimming(before, limit)
+        if trimming.entries:
+            await self.write_tables(trimming)
+        return len(trimming.entries)
 
     async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
         await self._enter("due_tombstones")
@@ -350,13 +354,11 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
 
     async def settle_tombstones(self, pruned: list[int], later: list[Tombstone]) -> None:
         await self._enter("settle_tombstones")
-        self.project()
-        for tables in self.both():
-            tables.settle(pruned, later)
+        await self.write_tables(TombstoneWrite(pruned, later))
 
     async def save_stats(self, body: bytes) -> None:
         await self._enter("save_figures")
-        self.figures = bytes(body)
+        await self.write_tables(FiguresWrite(bytes(body)))
 
     async def probe(self, spare_bytes: int = 0) -> None:
         await self._enter("probe")
@@ -402,6 +404,10 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
         return BytesIO(body)
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    async def write_tables(self, write: TableWrite) -> None:
+        """Append a write that belongs to no batch."""
+        self.append_write(write)
 
     async def _pause(self) -> None:
         await asyncio.sleep(0)

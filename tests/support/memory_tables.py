@@ -13,12 +13,18 @@ from jobd.model.job import FINISHED, MAX_LATE_RESULTS, Job, LateResult
 from jobd.model.storage import (
     AuditEntry,
     AuditShare,
+    AuditTrimming,
     Batch,
+    EventPruning,
+    FiguresWrite,
     Numbers,
+    OutboxWrite,
     Payload,
     QueueRow,
     StoredResponse,
+    TableWrite,
     Tombstone,
+    TombstoneWrite,
     audit_share,
     distinct_tombstones,
 )
@@ -45,6 +51,7 @@ class MemoryTables:
         self.kept_reports: deque[bytes] = deque(maxlen=KEPT_REPORTS)
         self.tombstones: dict[int, Tombstone] = {}  # job seq -> row
         self.audited: dict[int, AuditEntry] = {}  # seq -> audit entry as written; parts are not merged
+        self.figures: bytes | None = None
         self.marked = False
 
     # -- copies
@@ -96,6 +103,8 @@ class MemoryTables:
             self.audited[max(self.audited, default=0) + 1] = audited
         if batch.report is not None:
             self.kept_reports.append(bytes(batch.report))
+        for write in batch.writes:
+            self._apply_write(write)
         self.marked = self.marked and not batch.unmark
         return left
 
@@ -169,38 +178,50 @@ class MemoryTables:
         if job.status in FINISHED:
             self._count(job, -1)
 
-    def prune_events(self, before: int, limit: int) -> list[int]:
-        """Delete up to `limit` events of jobs deleted before wall time `before`. Return their seqs."""
+    # -- writes that belong to no batch
+
+    def _apply_write(self, write: TableWrite) -> None:
+        match write:
+            case EventPruning(events, jobs):
+                gone, rest = set(jobs), set(events)
+                self.events = [each for each in self.events if each.job_seq not in gone and each.seq not in rest]
+                for seq in jobs:
+                    del self.deleted[seq]
+            case AuditTrimming(entries):
+                for seq in entries:
+                    self.audited.pop(seq, None)
+            case TombstoneWrite(deleted, postponed):
+                for seq in deleted:
+                    del self.tombstones[seq]
+                for tombstone in postponed:
+                    assert tombstone.job_seq in self.tombstones, f"{tombstone.job_id} has no tombstone to postpone"
+                    self.tombstones[tombstone.job_seq] = tombstone
+            case FiguresWrite(body):
+                self.figures = body
+            case OutboxWrite():
+                pass  # memory_outbox.py
+
+    def plan_pruning(self, before: int, limit: int) -> EventPruning:
+        """Choose up to `limit` events of jobs deleted before wall time `before`, and of queues before it."""
         old = {seq for seq, at in self.deleted.items() if at < before}
         pruned = [event for event in self.events if event.job_seq in old or (event.job_seq == 0 and event.at < before)]
-        numbers = [event.seq for event in pruned[:limit]]
-        gone = set(numbers)
-        self.events = [event for event in self.events if event.seq not in gone]
-        for seq in old - {event.job_seq for event in self.events}:
-            del self.deleted[seq]
-        return numbers
+        left = {event.job_seq for event in self.events} & {event.job_seq for event in pruned[limit:]}
+        whole = old - left
+        chosen = [event for event in pruned[:limit] if event.job_seq not in whole]
+        return EventPruning(
+            [event.seq for event in chosen], sorted(whole), max((event.seq for event in pruned[:limit]), default=0)
+        )
 
-    def trim_audit_rows(self, before: int, limit: int) -> int:
-        """Delete up to `limit` audit entries: older than wall time `before`, or over the limit of their share."""
+    def plan_trimming(self, before: int, limit: int) -> AuditTrimming:
+        """Choose up to `limit` audit entries: older than wall time `before`, or over the limit of their share."""
         last = max(self.audited, default=0)
         old = [seq for seq in sorted(self.audited)[:limit] if seq < last]
-        pruned = [seq for seq in old if self.audited[seq].at < before]
+        trimmed = [seq for seq in old if self.audited[seq].at < before]
         for share in get_args(AuditShare):
             keep = KEEP_AUDIT if share == "changes" else KEEP_BESIDE
             rows = [seq for seq, row in sorted(self.audited.items()) if audit_share(row.what, row.outcome) == share]
-            pruned += [seq for seq in rows[: max(len(rows) - keep, 0)] if seq < last and seq not in pruned]
-        pruned = pruned[:limit]
-        for seq in pruned:
-            del self.audited[seq]
-        return len(pruned)
-
-    def settle(self, deleted: list[int], postponed: list[Tombstone]) -> None:
-        """Delete tombstones, and replace others."""
-        for seq in deleted:
-            del self.tombstones[seq]
-        for tombstone in postponed:
-            assert tombstone.job_seq in self.tombstones, f"there is no tombstone of {tombstone.job_id} to postpone"
-            self.tombstones[tombstone.job_seq] = tombstone
+            trimmed += [seq for seq in rows[: max(len(rows) - keep, 0)] if seq < last and seq not in trimmed]
+        return AuditTrimming(trimmed[:limit])
 
     def _count(self, job: Job, step: int) -> None:
         queue = self.queues.get(job.options.queue, QueueRow())

@@ -81,7 +81,7 @@ def content_of(db: Database, found: OpenedStore) -> MemoryTables:
     tables.kept_reports.extend(reversed(queries.reports(db, 1_000)))
     tables.tombstones = {each.job_seq: each for each, _ in queries.due_tombstones(db, 1 << 60, 1_000).found}
     tables.audited = dict(reversed(queries.read_audit(db, AuditQuery(limit=1_000)).found))
-    tables.marked = found.marked
+    tables.figures, tables.marked = found.stats, found.marked
     return tables
 
 

@@ -22,14 +22,14 @@ from msgspec.structs import replace
 from jobd.journal import record
 from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, epoch_seconds, new_epoch
 from jobd.model.journal import BadRecord, Record
-from jobd.model.storage import BadRows, Batch, DiskFull, Numbers, OpenedStore
+from jobd.model.storage import BadRows, Batch, DiskFull, Numbers, OpenedStore, TableWrite
 from jobd.storage.commit_mode import CommitSetting
 from jobd.storage.store import RETRY_S
 from tests.support.memory_storage import MemoryStorage
 from tests.support.memory_tables import MemoryTables
 
 # What is on disk beside the journal and the tables behind it.
-BESIDE: Final = ("quarantined", "figures", "bad_jobs", "bad_payloads", "quarantined_ids", "damaged_tombstones")
+BESIDE: Final = ("quarantined", "bad_jobs", "bad_payloads", "quarantined_ids", "damaged_tombstones")
 COMMITS: Final = frozenset({"prune", "save_figures", "settle_tombstones", "trim_audit"})  # calls outside batches
 
 
@@ -332,6 +332,13 @@ class SimDisk(MemoryStorage):
         if not self.is_broken:
             with contextlib.suppress(DiskFull, InjectedError):
                 self.project()
+
+    def append_write(self, write: TableWrite) -> None:
+        if not self.fits(Batch([], self.numbers)):
+            raise DiskFull("the simulated disk is full")
+        super().append_write(write)
+        self._unsynced = None
+        self._plan_slice(self._slice_dice.random() * self._slice_delay_s)
 
     async def prune(self, before: int, limit: int) -> int:
         self.pruning(before)
