@@ -18,6 +18,7 @@ from typing import IO
 import pytest
 
 from jobd import systemd
+from jobd.config_loader import load
 from tests import ROOT
 from tests.conftest import tool_missing
 
@@ -204,14 +205,14 @@ def analyze(*argv: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["systemd-analyze", *argv], capture_output=True, text=True, check=False)
 
 
-@pytest.fixture(params=["tcp", "unix-only"])
+@pytest.fixture(params=["tcp", "unix-only", "cluster"])
 def installed(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Make a directory of units, with and without the drop-ins, for this jobd."""
     for unit in (*UNITS.glob("*.service"), *UNITS.glob("*.socket")):
         here = unit.read_text(encoding="utf-8").replace("/opt/jobd/bin/jobd", "/bin/true")
         (tmp_path / unit.name).write_text(here, encoding="utf-8")
-    if request.param == "unix-only":
-        shutil.copytree(UNITS / "unix-only", tmp_path, dirs_exist_ok=True)
+    if request.param != "tcp":
+        shutil.copytree(UNITS / request.param, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -220,7 +221,9 @@ def test_systemd_accepts_the_units(installed: Path) -> None:
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(("installed", "max_exposure"), [("tcp", 1.3), ("unix-only", 0.6)], indirect=["installed"])
+@pytest.mark.parametrize(
+    ("installed", "max_exposure"), [("tcp", 1.3), ("unix-only", 0.6), ("cluster", 1.3)], indirect=["installed"]
+)
 def test_the_sandbox_is_tight(installed: Path, max_exposure: float) -> None:
     done = analyze("security", "--offline=true", "--no-pager", installed / "jobd.service")
     level = re.search(r"Overall exposure level for jobd\.service: (\d+\.\d+)", done.stdout)
@@ -273,3 +276,19 @@ def test_a_start_that_fails_under_load_is_delayed(code: int) -> None:
     for status, said in ((code, "slept 2\n"), (0, ""), (9, "")):
         done = subprocess.run(run, env={"EXIT_STATUS": str(status)}, capture_output=True, text=True, check=True)
         assert done.stdout == said
+
+
+def test_the_configuration_of_a_cluster_is_valid(tmp_path: Path) -> None:
+    directory, credentials = UNITS / "cluster", "/run/credentials/jobd.service"
+    config = (directory / "config.toml").read_text(encoding="utf-8")
+    lines = shlex.split((directory / "node.env").read_text(encoding="utf-8"), comments=True)
+    environ = dict(line.split("=", 1) for line in lines)
+    (tmp_path / "worker_token").write_text("x" * 24, encoding="utf-8")
+    (tmp_path / "worker_token").chmod(0o600)
+    (tmp_path / "config.toml").write_text(config.replace(credentials, str(tmp_path)), encoding="utf-8")
+    loaded = load({}, {**environ, "ADMIN_TOKEN": "y" * 24}, str(tmp_path / "config.toml"))
+    assert loaded.warnings == ()
+    assert loaded.config.node.advertise == "https://a.example:8771"
+    for name, value in settings_of(directory / "jobd.service.d/cluster.conf"):
+        if name == "LoadCredential":
+            assert f"{credentials}/{value.partition(':')[0]}" in config
