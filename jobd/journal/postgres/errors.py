@@ -85,12 +85,19 @@ def explain(error: BaseException, url: JournalUrl, host: str = "") -> JournalUna
             reason = "connection refused" if isinstance(error, ConnectionRefusedError) else error.strerror
             text = reason or str(error) or type(error).__name__
             return JournalUnavailable(f"{server} cannot be reached: {text}: start it, or correct [journal] url")
+        case asyncpg.ProtocolViolationError() if "startup parameter" in str(error):  # PgBouncer
+            return pooler(host)
         case asyncpg.PostgresConnectionError() | asyncpg.InterfaceError() | asyncpg.InternalClientError():
             return JournalUnavailable(f"The connection to {server} was lost: try again")
         case asyncpg.PostgresError():
             return JournalUnavailable(f"{server} reports an error: {error} (SQLSTATE {error.sqlstate})")
         case _:
             raise error
+
+
+def pooler(host: str) -> JournalMisconfigured:
+    advice = "name the servers themselves in [journal] url"
+    return JournalMisconfigured(f"A connection pooler answers at {host}, and a session must not change: {advice}")
 
 
 def _read_only(server: str) -> JournalUnavailable:

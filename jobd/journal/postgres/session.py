@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import asyncpg
 
-from jobd.journal.postgres.errors import INIT, explain, most_useful
+from jobd.journal.postgres.errors import INIT, explain, most_useful, pooler
 from jobd.journal.url import JournalUrl
 from jobd.model.journal import JournalMisconfigured, JournalUnavailable
 
@@ -98,7 +98,7 @@ class Target:
                     timeout=CONNECT_S,
                     command_timeout=None,  # a timeout would cancel the statement
                     max_cached_statement_lifetime=0,
-                    server_settings={"application_name": f"jobd {self.name}"},
+                    server_settings={"application_name": f"jobd {self.name}", "statement_timeout": "0"},
                 )
                 await check_session(conn, host)
                 if not is_new:
@@ -139,8 +139,7 @@ async def check_session(conn: Any, host: str) -> None:
     if number < OLDEST:
         raise JournalMisconfigured(f"PostgreSQL {text} at {host} is too old: jobd needs version 14 or newer")
     if pid != conn.get_server_pid():
-        advice = "name the servers themselves in [journal] url"
-        raise JournalMisconfigured(f"A connection pooler answers at {host}, and a session must not change: {advice}")
+        raise pooler(host)
     await conn.fetch(_SET, list(_SETTINGS), list(_SETTINGS.values()))
     for name, value in await conn.fetch(_READ_BACK, list(_EXPECTED)):
         if name == "transaction_read_only" and value != "off":
