@@ -14,9 +14,10 @@ from jobd.model.events import EventType
 from tests.proof.simulation.injector import UPKEEP
 from tests.proof.simulation.scenario import FAULTS, MISHAPS
 
-# Errors of the HTTP layer, not of the core.
+# Errors of the HTTP layer and of nodes of a cluster, not of the core.
 HTTP_ONLY: Final = frozenset(
     {
+        "not_leader",
         "unauthorized",
         "forbidden",
         "not_found",
