@@ -249,8 +249,11 @@ class State:
 
     def forget_late(self, job_seq: int, late: LateResult) -> None:
         """Forget the late result, because it is undone."""
-        self.late.results[job_seq].remove(late)
+        known = self.late.results[job_seq]
+        known.remove(late)
         self._late_results.pop(job_seq, None)
+        if known:
+            self._late_results[job_seq] = max(each.seq for each in known)
 
     def reindex(self, before: Job | None, after: Job | None) -> None:
         """Replace the row of a job in every order and counter. None: no such job. Exchange both to undo it."""

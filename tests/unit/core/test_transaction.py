@@ -20,6 +20,8 @@ from jobd.model.commands import (
     Cancel,
     Complete,
     Create,
+    ForceFail,
+    ForceReset,
     Moment,
     Pause,
     Ping,
@@ -198,6 +200,24 @@ def test_undo_forgets_late_results_and_calls(rules: RuleHarness) -> None:
             assert tx.has_changed, "it is known from the undone command"
             tx.undo()
         assert (rules.state.late.results.get(1, []), rules.state.latest_late(1)) == ([], None)
+
+
+def test_undo_restores_the_latest_late_result(rules: RuleHarness) -> None:
+    """Otherwise a plan from before the first late result could delete the job with it."""
+    lock_ids = [rules.held()]
+    for _ in range(2):
+        rules.accept(ForceFail(id="a"))
+        rules.accept(ForceReset(id="a"))
+        lock_ids.append(rules.start())
+    rules.accept(ForceFail(id="a"))
+    rules.reject(Complete(id="a", lock_id=lock_ids[1]), "lock_lost")
+    latest = rules.state.latest_late(1)
+    assert latest == rules.last().seq
+    tx = Transaction(rules.state, rules.moment, rules.policy)
+    assert isinstance(decide.decide(tx, Call(Complete(id="a", lock_id=lock_ids[2]))), ApiError)
+    assert rules.state.latest_late(1) != latest
+    tx.roll_back()
+    assert rules.state.latest_late(1) == latest
 
 
 def test_a_dry_run_changes_nothing(rules: RuleHarness) -> None:
