@@ -402,6 +402,8 @@ class Decider:
         if envelope.key is not None:
             for _, lock_id in response.grants:
                 self._receivers[lock_id] += connections
+                if self._receivers[lock_id] <= 0:  # perhaps of a grant that has ended or was not written
+                    del self._receivers[lock_id]
 
 
 def _join(first: Envelope, envelope: Envelope) -> ApiError | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from jobd.model.commands import (
+    Cancel,
     Claim,
     Complete,
     Create,
@@ -166,3 +167,22 @@ async def test_a_grant_that_an_earlier_daemon_may_have_sent_is_not_released() ->
         await settle()
         assert engine.state.holds("a", first.lock_id)
         await engine.yes(Complete(id="a", lock_id=first.lock_id))
+
+
+@in_virtual_time
+async def test_nothing_is_remembered_of_a_keyed_grant_that_ended_before_its_caller_left() -> None:
+    engine = VirtualEngine()
+    engine.disk.gate.clear()
+    created = start_task(engine.actor.ask(Create(id="a")))
+    started = start_task(engine.actor.ask(Start(id="a", worker="w"), key=key("k")))
+    cancelled = start_task(engine.actor.ask(Cancel(id="a")))
+    await settle()
+    async with engine:
+        await engine.disk.at_gate.wait()
+        started.cancel()
+        await settle()
+        engine.disk.gate.set()
+        assert isinstance(await created, Response)
+        assert isinstance(await cancelled, Response)
+        await settle()
+        assert not engine.actor._decider._receivers
