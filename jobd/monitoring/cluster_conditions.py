@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import deque
 from collections.abc import Iterator
 from typing import Final
@@ -47,7 +48,7 @@ class ClusterConditions:
             advice = "Check its disk, its load and its connection to PostgreSQL"
             if last.is_silent:
                 quiet = f"Node {last.name} was heard {value} s ago for the last time."
-                advice = "Start jobd there, or remove the node"
+                advice = f"Start jobd there, or remove its entry: jobd cluster forget {shlex.quote(last.name)}"
             hint = f"{quiet} {advice}. {_SHOW}"
         return Condition("standby_behind", value, threshold, hint, quiet)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
 
 from jobd.cli.daemon.main import main
 from jobd.journal.postgres import session
+from jobd.journal.postgres.journal import PostgresJournal
+from jobd.model import responses
+from jobd.model.journal import NodeEntry
 from tests.support.postgres import PASSWORD, PostgresServer
 
 TOKEN = "canary-admin-0123456789abcdef"
@@ -89,3 +93,22 @@ def test_tables_of_a_newer_version_exit_with_78(
         code, _, err = run(capsys, monkeypatch, database, *verb)
         assert code == 78
         assert "has tables of version 1, and this jobd knows version 0. Upgrade jobd" in err
+
+
+def test_a_node_that_does_not_come_back_is_forgotten(
+    database: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(capsys, monkeypatch, database, "cluster", "init")
+
+    async def register() -> None:
+        journal = await PostgresJournal.open(database, "main", 3_000)
+        await journal.register(NodeEntry("b", "p1", "", 1, "", 0))
+        await journal.close()
+
+    asyncio.run(register())
+    code, _, err = run(capsys, monkeypatch, database, "cluster", "forget", "b")
+    assert (code, 'node "b" is running' in err) == (4, True)
+    monkeypatch.setattr(responses, "SILENT_MS", 0)
+    assert run(capsys, monkeypatch, database, "cluster", "forget", "b")[:2] == (0, "b: removed from journal main\n")
+    code, _, err = run(capsys, monkeypatch, database, "cluster", "forget", "b")
+    assert (code, 'has no node "b"; its nodes: none' in err) == (4, True)

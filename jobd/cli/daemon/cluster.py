@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+import contextlib
+from collections.abc import AsyncIterator, Coroutine
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
@@ -13,6 +14,7 @@ from jobd.cli.params import SETTINGS, CommandGroup
 
 if TYPE_CHECKING:
     from jobd.config import JournalSection
+    from jobd.model.journal import SharedJournal
 
 T = TypeVar("T")
 
@@ -39,17 +41,41 @@ def init_command(config: str | None, flags: dict[str, str]) -> None:
 
     from jobd.journal.postgres.journal import create
 
-    settings = read(config, flags, need_token=False).config.journal
-    if not settings.url:
-        text = "journal.url is empty: set it to the URL of a database, such as postgresql://jobd@HOST/jobd"
-        raise exit_codes.CliError(text, exit_codes.CONFIG)
+    settings = _journal_settings(config, flags)
     made = _run(create(settings.url, settings.name, uuid4().hex))
     terminal.emit(f"{settings.name}: {'created' if made.is_new else 'exists already'} (id {made.cluster_id})")
     if settings.require_sync and not _run(_is_synchronous(settings)):
         terminal.say(f"jobd: {_NOT_SYNCHRONOUS}.")
 
 
-cluster.add_all("Journal", init_command)
+@click.command("forget")
+@click.argument("name")
+@config_option
+@flag_options
+def forget_command(name: str, config: str | None, flags: dict[str, str]) -> None:
+    """Remove the entry of a node that does not come back.
+
+    Refuses if the node has been heard in the last seconds. A node that starts later adds its entry again.
+    """
+    settings = _journal_settings(config, flags)
+    _run(_forget(settings, name))
+    terminal.emit(f"{name}: removed from journal {settings.name}")
+
+
+async def _forget(settings: JournalSection, name: str) -> None:
+    from jobd.model.responses import SILENT_MS
+
+    async with _opened(settings) as journal:
+        nodes = {node.name: node for node in await journal.nodes()}
+        if name not in nodes:
+            text = f'journal {settings.name} has no node "{name}"; its nodes: {", ".join(nodes) or "none"}'
+            raise exit_codes.CliError(text, exit_codes.REJECTED)
+        if nodes[name].seen_ms < SILENT_MS:
+            raise exit_codes.CliError(f'node "{name}" is running: stop jobd there first', exit_codes.REJECTED)
+        await journal.forget(name)
+
+
+cluster.add_all("Journal", init_command, forget_command)
 
 
 def check_journal(settings: JournalSection) -> None:
@@ -59,13 +85,28 @@ def check_journal(settings: JournalSection) -> None:
 
 
 async def _is_synchronous(settings: JournalSection) -> bool:
+    async with _opened(settings) as journal:
+        return (await journal.health()).is_synchronous
+
+
+@contextlib.asynccontextmanager
+async def _opened(settings: JournalSection) -> AsyncIterator[SharedJournal]:
     from jobd.journal.postgres.journal import PostgresJournal
 
     journal = await PostgresJournal.open(settings.url, settings.name, int(settings.lease))
     try:
-        return (await journal.health()).is_synchronous
+        yield journal
     finally:
         await journal.close()
+
+
+def _journal_settings(config: str | None, flags: dict[str, str]) -> JournalSection:
+    """Return the settings of the journal. Raises CliError without a URL."""
+    settings = read(config, flags, need_token=False).config.journal
+    if not settings.url:
+        text = "journal.url is empty: set it to the URL of a database, such as postgresql://jobd@HOST/jobd"
+        raise exit_codes.CliError(text, exit_codes.CONFIG)
+    return settings
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
