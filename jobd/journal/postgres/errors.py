@@ -73,18 +73,8 @@ def explain(error: BaseException, url: JournalUrl, host: str = "") -> JournalUna
             return JournalUnavailable(f"{server} is starting or stopping: try again in a moment")
         case asyncpg.ClientConfigurationError():
             return JournalMisconfigured(f"The URL of {server} is invalid: {error}: correct [journal] url")
-        case ssl.SSLError():
-            text = "correct sslmode, sslrootcert and related parameters of [journal] url"
-            return JournalMisconfigured(f"TLS with {server} fails: {error.reason or error}: {text}")
-        case TimeoutError():
-            return JournalUnavailable(f"{server} does not respond: start it, or correct [journal] url")
-        case OSError(errno=errno.ENOENT | errno.EACCES) if host[:1] != "/" and host != LOCAL:
-            text = "correct sslrootcert, sslcert and related parameters of [journal] url"
-            return JournalMisconfigured(f"A file for TLS with {server} cannot be read: {error.strerror}: {text}")
         case OSError():
-            reason = "connection refused" if isinstance(error, ConnectionRefusedError) else error.strerror
-            text = reason or str(error) or type(error).__name__
-            return JournalUnavailable(f"{server} cannot be reached: {text}: start it, or correct [journal] url")
+            return _network_error(error, server, is_local=host[:1] == "/" or host == LOCAL)
         case asyncpg.ProtocolViolationError() if "startup parameter" in str(error):  # PgBouncer
             return pooler(host)
         case asyncpg.PostgresConnectionError() | asyncpg.InterfaceError() | asyncpg.InternalClientError():
@@ -93,6 +83,28 @@ def explain(error: BaseException, url: JournalUrl, host: str = "") -> JournalUna
             return JournalUnavailable(f"{server} reports an error: {error} (SQLSTATE {error.sqlstate})")
         case _:
             raise error
+
+
+def _network_error(error: OSError, server: str, *, is_local: bool) -> JournalUnavailable:
+    match error:
+        case ssl.SSLError():
+            text = "correct sslmode, sslrootcert and related parameters of [journal] url"
+            return JournalMisconfigured(f"TLS with {server} fails: {error.reason or error}: {text}")
+        case TimeoutError():
+            return JournalUnavailable(f"{server} does not respond: start it, or correct [journal] url")
+        case OSError(errno=errno.ENOENT | errno.EACCES) if not is_local:
+            text = "correct sslrootcert, sslcert and related parameters of [journal] url"
+            return JournalMisconfigured(f"A file for TLS with {server} cannot be read: {error.strerror}: {text}")
+        case ConnectionError() if "SSL" in str(error):
+            text = "set ssl = on there, or correct sslmode in [journal] url"
+            return JournalUnavailable(f"{server} has no TLS, or ended the connection: {text}")
+        case ConnectionRefusedError():
+            text = "connection refused"
+        case ConnectionError():
+            text = "connection lost"
+        case _:
+            text = error.strerror or str(error) or type(error).__name__
+    return JournalUnavailable(f"{server} cannot be reached: {text}: start it, or correct [journal] url")
 
 
 def pooler(host: str) -> JournalMisconfigured:

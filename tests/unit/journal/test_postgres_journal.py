@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from random import Random
 
 import asyncpg
 import pytest
@@ -86,6 +87,38 @@ async def test_an_append_that_does_not_arrive_is_resolved_as_not_written(a: Post
         await appending
     assert (await a.resolve(0)).number == 0
     await a.append(record_of(1, 101), 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+async def test_an_append_that_is_cut_at_any_time_is_resolved(
+    seed: int, a: PostgresJournal, b: PostgresJournal, proxy: TcpProxy
+) -> None:
+    """A record that is not in the journal at its resolution does not appear later."""
+    random = Random(seed)
+    expected: list[bytes] = []
+    outcomes = []
+    epoch = (await lead(a)).epoch
+    for turn in range(60):
+        number, body = len(expected) + 1, b"turn %d" % turn
+        appending = asyncio.create_task(a.append(record_of(number, epoch, body), number - 1))
+        await asyncio.sleep(random.uniform(0, 0.002))
+        proxy.cut()
+        try:
+            await appending
+            is_in = True
+        except JournalUnavailable:  # while the connection was made again
+            is_in = False
+        except OutcomeUnknown:
+            head = await a.resolve(0)
+            is_in, epoch = head.number == number, head.epoch
+            outcomes.append(is_in)
+        if is_in:
+            expected.append(body)
+        assert [each.body for each in await b.read(0, 100)] == expected
+    await a.renew(len(expected))
+    assert [each.body for each in await b.read(0, 100)] == expected
+    assert outcomes
 
 
 @asynccontextmanager
