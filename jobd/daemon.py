@@ -1,6 +1,7 @@
 """Wire the parts of the daemon together, run it, and stop it in the reverse order.
 
-Exit codes: 0 stopped, 74 I/O error, 75 another daemon has the store or an address, 78 configuration.
+Exit codes: 0 stopped, 74 I/O error, 75 another daemon has the store or an address, or another node leads, 78
+configuration.
 """
 
 from __future__ import annotations
@@ -11,14 +12,11 @@ import gc
 import os
 import secrets
 import signal
-import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Iterable
-from random import SystemRandom
-from typing import Final, Protocol
-from urllib.parse import quote
+from collections.abc import Callable, Iterable
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -26,59 +24,41 @@ import structlog
 from jobd import config, logging, systemd
 from jobd.api import admin as admin_api
 from jobd.api import worker as worker_api
-from jobd.api.services import Services
-from jobd.config import Config, ConfigError, Duration, LoadedConfig
+from jobd.cluster.leadership import Leadership
+from jobd.config import ConfigError, LoadedConfig
 from jobd.core.state import State
 from jobd.dashboard.routes import Dashboard
-from jobd.engine.actor import Actor, Bounds, DiskBroken
-from jobd.engine.clock import Clock
-from jobd.engine.disk_full import Closed
-from jobd.engine.event_feed import EventFeed
-from jobd.engine.idempotency import Keys
+from jobd.engine.actor import DiskBroken
 from jobd.http.app import App
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
+from jobd.http.routing import Route, Router
 from jobd.http.server import HttpListener
-from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
-from jobd.maintenance.backups import Backups
-from jobd.maintenance.cleanup_pass import CleanupSchedule
-from jobd.maintenance.maintainer import Maintainer, read_extra, read_stats
-from jobd.maintenance.plans import Planner
-from jobd.maintenance.scrubber import Scrubber
-from jobd.maintenance.suspend_detector import SuspendDetector
-from jobd.model.commands import EndGrants, ExtendAfterPause, Ping
+from jobd.model.commands import Ping
 from jobd.model.job import SECOND_MS
 from jobd.model.responses import Response
-from jobd.model.storage import OpenedStore, StoredResponse
-from jobd.model.webhooks import WebhookEndpoint
-from jobd.monitoring import event_log
-from jobd.monitoring.alerts import Alerts, Thresholds
-from jobd.monitoring.failure_groups import FailureGroups
-from jobd.monitoring.health import Health
-from jobd.monitoring.metrics import Metrics
+from jobd.model.storage import OpenedStore
 from jobd.monitoring.timeseries import Timeseries
+from jobd.node import ClusterNode, exit_code
 from jobd.resources import (
+    EXIT_BUSY,
     EXIT_IO,
     CannotStart,
-    RandomPool,
     admin_hosts,
     check_addresses_free,
-    open_artifacts,
     open_listener,
     open_store,
     reload_certificates,
 )
-from jobd.storage.artifacts.downloads import Downloads
+from jobd.serving import Background, Serving
 from jobd.storage.store import Store
-from jobd.webhooks.context import DispatchContext
-from jobd.webhooks.dispatcher import PARALLEL
-from jobd.webhooks.manager import WebhookManager
-from jobd.webhooks.transport import HttpTransport
 
 GRACE_MS: Final = 30 * SECOND_MS  # after a start or a pause, no processing job ends sooner
 SAME_SIGNAL_S: Final = 0.05
 STOP_S: Final = 20.0  # for requests in flight; systemd waits longer
 SLICE: Final = 500  # jobs of one command
+
+ADMIN_ROUTES: Final = (*admin_api.ROUTES, worker_api.DOCUMENT)
 
 log = structlog.get_logger("jobd.daemon")
 
@@ -95,24 +75,23 @@ def serve(loaded: LoadedConfig, reload: Callable[[], LoadedConfig]) -> int:
         log.critical("cannot_start", reason=str(error), exit_code=error.code)
         return error.code
     except DiskBroken as error:
-        log.critical("stopped_by_disk", reason=str(error), exit_code=EXIT_IO)
-        return EXIT_IO
+        code = exit_code(error.__cause__)
+        if code == EXIT_IO:
+            log.critical("stopped_by_disk", reason=str(error), exit_code=code)
+        else:
+            log.error("stopped_leading", reason=str(error), exit_code=code)
+        return code
 
 
 async def _serve(loaded: LoadedConfig, reload: Callable[[], LoadedConfig]) -> int:
     async with contextlib.AsyncExitStack() as stack:
         daemon = Daemon(loaded, reload, stack)
-        await daemon.start()
-        gc.freeze()  # so that no collection traverses the jobs loaded at the start
-        gc.enable()
-        await daemon.wait_stopped()
-    log.info("stopped")
-    return 0
-
-
-class BackgroundPart(Protocol):
-    async def run(self) -> None: ...
-    def stop(self) -> None: ...
+        if await daemon.start():
+            gc.freeze()  # so that no collection traverses the jobs loaded at the start
+            gc.enable()
+            await daemon.wait_stopped()
+    log.info("stopped", exit_code=daemon.exit_code)
+    return daemon.exit_code
 
 
 class Daemon:
@@ -124,212 +103,174 @@ class Daemon:
         self._loaded = loaded
         self._reload = reload
         self._stack = stack
+        self._background = Background(stack)
         self._stop = asyncio.Event()
         self._stop_requested_at = 0.0
-        self._apps: list[App[Services]] = []
+        self._apps: list[App[Any]] = []
         self._listeners: dict[str, HttpListener] = {}
+        self._authenticators: dict[str, Authenticator] = {}
+        self._preparing: asyncio.Future[None] | None = None
+        self.node: ClusterNode | None = None  # None: the daemon has a journal of its own
+        self.exit_code = 0
+        self._serving: Serving | None = None  # None: the node is a standby, or the daemon starts
+        self._watchdog_s = systemd.watchdog_s()
 
-    async def start(self) -> None:
-        """Start the store, the actor, the background parts and the listeners. Raises CannotStart."""
+    async def start(self) -> bool:
+        """Start the daemon. A node of a cluster follows the leader until it leads. Raises CannotStart.
+
+        Returns False if a signal stopped a standby.
+        """
         settings = self._loaded.config
         self._warn(self._loaded.warnings)
         self._passed_sockets = systemd.sockets()
-        store, opened = await open_store(settings, lambda: check_addresses_free(settings, self._passed_sockets))
-        self._stack.push_async_callback(store.close)
-        self._start_actor(store, opened)
-        self.webhooks = self._make_webhooks(store)
-        self.maintainer = Maintainer(self.actor, self.clock, _schedule(settings))
-        self.maintainer.hold_journal(self.webhooks.journal_hold_ms)
-        self._run_in_background("cleanup", self.maintainer)
-        self._run_in_background("failures", self.failures)
-        suspend_detector = SuspendDetector(self._on_pause)
-        self.actor.before_batch = suspend_detector.check
-        self._run_in_background("presence", suspend_detector)
-        sweeper = await self._start_sweeper(store, opened)
-        self.services = self._make_services(store, opened, sweeper)
-        await self._open_listeners(opened.stats)
-        self._add_signal_handlers()
-        self._run_until_cancelled("watchdog", self._feed_watchdog())
-        if self._running.done():
-            await self._running  # the disk failed during the start; raises before the daemon reports that it is ready
-        self.services.is_open = True
+        if settings.journal.url:
+            if not await self._follow():
+                return False
+        else:
+            store, opened = await open_store(settings, self._check_addresses)
+            self._stack.push_async_callback(store.close)
+            await self._lead(store, opened, State.opened(opened))
         systemd.ready()
-        self._run_until_cancelled("templates", self._compile_templates())
-        log.info("ready", jobs=self.actor.state.total(), store=settings.store.path, pid=os.getpid())
+        self._background.run_until_cancelled("templates", self._compile_templates())
+        assert self._serving is not None
+        log.info("ready", jobs=self._serving.actor.state.total(), store=settings.store.path, pid=os.getpid())
+        return True
+
+    async def _follow(self) -> bool:
+        """Be a standby of the cluster until this node leads. Return False if a signal came first."""
+        node = self.node = ClusterNode(self._loaded)
+        await node.open(self._stack, self._check_addresses)
+        self._background.run("registry", node.registry)
+        self._stack.push_async_callback(self._close_listeners)
+        self._make_authenticators()
+        await asyncio.to_thread(self._make_dashboard)
+        self._prepared()  # it takes half a second, which a takeover does not have
+        for name, authenticator in self._authenticators.items():
+            pages = self._dashboard if name == "admin" else None
+            self._apps.append(node.app(authenticator, self._routes_of(name), self._limits(), pages))
+        await self._listen()
+        self._add_signal_handlers()
+        gc.enable()  # it can be long until this node leads
+        watchdog = asyncio.create_task(self._feed_watchdog())
+        systemd.ready()
+        log.info("standby", node=self._loaded.config.node.name, pid=os.getpid())
+        lead = await node.follow(self._stop)
+        watchdog.cancel()
+        if lead is None:
+            return False
+        self._stack.push_async_callback(lead.release)
+        self._background.run("lease", lead)
+        await self._lead(node.store, node.warm.opened(), node.warm.state, lead)
+        return True
+
+    async def _lead(self, store: Store, opened: OpenedStore, state: State, lead: Leadership | None = None) -> None:
+        """Start all parts, and open the listeners or let those of a standby serve all routes. Raises CannotStart."""
+        serving = Serving(self._stack, self._loaded, store, opened, state, self._apps)
+        if lead is None:
+            await serving.start(self._stop.set)
+        else:
+            assert self.node is not None
+            serving.bind(lead)
+            await serving.start(self._stop.set, self.node.view, self._step_down)
+        self._serving = serving
+        await self._open_listeners(serving)
+        if lead is None:
+            self._add_signal_handlers()
+        self._background.run_until_cancelled("watchdog", self._feed_watchdog())
+        if serving.running.done():
+            await serving.running  # the disk failed during the start; raises before the daemon reports that it is ready
+        serving.services.is_open = True
+
+    def _step_down(self) -> None:
+        """Stop after the requests in progress, so that a standby takes over."""
+        log.info("steps_down")
+        self.exit_code = EXIT_BUSY
+        self._stop.set()
+
+    def _check_addresses(self) -> None:
+        check_addresses_free(self._loaded.config, self._passed_sockets)
 
     async def wait_stopped(self) -> None:
         """Wait for a signal, or until the actor has ended because the disk failed. Raises DiskBroken."""
+        serving = self._serving
+        assert serving is not None
         await self._stop.wait()
-        self.services.is_open = False
-        self.clock.stop()  # the listeners close, so no lock may expire from now on
-        if self._running.done():
-            await self._running
+        serving.services.is_open = False
+        serving.clock.stop()  # the listeners close, so no lock may expire from now on
+        if serving.running.done():
+            await serving.running
         systemd.stopping()
         log.info("stopping")
 
-    # -- start --------------------------------------------------------------------------------------------------------
+    # -- listeners ----------------------------------------------------------------------------------------------------
 
-    def _start_actor(self, store: Store, opened: OpenedStore) -> None:
-        settings, numbers = self._loaded.config, opened.numbers
-        keep_ms = settings.policy().shortest_keep_ms
-        self.clock = Clock(numbers.lease_ms, numbers.wall_ms, suspect=numbers.clock_suspect, keep_ms=keep_ms)
-        self.actor = _make_actor(store, opened, self.clock, settings)
-        store.on_broken = self.actor.lose_disk
-        self.feed = EventFeed(store, numbers.next_event - 1, settings.limits.event_streams)
-        self.failures = FailureGroups(store, numbers.next_job, opened.jobs)
-        self.actor.on_commit += [self.feed.publish, self.failures.committed]
-        self._recover_processing(opened)
-        self._running = asyncio.create_task(self.actor.run(), name="actor")
-        self._running.add_done_callback(lambda _: self._stop.set())
-        self._stack.push_async_callback(self._stop_actor)
-
-    async def _stop_actor(self) -> None:
-        self.actor.stop()
-        await self._running
-
-    def _recover_processing(self, opened: OpenedStore) -> None:
-        """Extend the locks of processing jobs, or end their grants if the store was restored from a backup.
-
-        The actor applies these commands before any other. On a full disk, it applies them once there is space.
-        """
-        if not opened.marked:
-            self._extend_locks(self.clock.moment().lease)
-            return
-        slices = self._processing_slices()
-        for index, ids in enumerate(slices or [[]]):
-            self.actor.enqueue_internal(EndGrants(ids=ids, last=index + 1 >= len(slices)))
-        log.warning("backup_put_back", grants_to_end=len(self.actor.state.processing), epoch=self.actor.state.epoch)
-
-    def _processing_slices(self) -> list[list[str]]:
-        ids = list(self.actor.state.processing)
-        return [ids[first : first + SLICE] for first in range(0, len(ids), SLICE)]
-
-    def _extend_locks(self, since: int) -> None:
-        """Extend the locks of processing jobs, because no worker could report since the lease time `since`."""
-        for ids in self._processing_slices():
-            self.actor.enqueue_internal(ExtendAfterPause(ids=ids, grace_ms=GRACE_MS, since=since))
-
-    def _on_pause(self, pause_ms: int) -> None:
-        """Extend locks after a time in which the process was stopped, or its machine was suspended or starved."""
-        log.warning("was_away", away_ms=pause_ms, processing=len(self.actor.state.processing))
-        self._extend_locks(self.clock.moment().lease - pause_ms)
-
-    async def _start_sweeper(self, store: Store, opened: OpenedStore) -> ArtifactSweeper | None:
-        """Start the deletion of the artifacts of deleted jobs, if there is an artifact store."""
-        self._sweeps = SweepStats(waiting=opened.tombstones)
-        self._artifacts = await open_artifacts(self._loaded)
-        if self._artifacts is None:
-            if opened.tombstones:
-                log.warning("artifacts_wait", tombstones=opened.tombstones, reason="artifacts.url is no longer set")
-            return None
-        self._stack.push_async_callback(self._artifacts.close)
-        sweeper = ArtifactSweeper(store, self._artifacts, self.clock, self._sweeps)
-        store.on_tombstones = sweeper.expect
-        self._run_in_background("sweeper", sweeper)
-        return sweeper
-
-    def _make_webhooks(self, store: Store) -> WebhookManager:
-        """Make the webhooks. From now on the journal keeps the events that they need. They are started later."""
-
-        def transport(endpoint: WebhookEndpoint) -> HttpTransport:
-            return HttpTransport(
-                allow_private=endpoint.allow_private, connections=PARALLEL, wall=lambda: self.clock.moment().now
+    async def _open_listeners(self, serving: Serving) -> None:
+        """Open the listeners, or let those of a standby serve all routes."""
+        if not self._authenticators:
+            self._make_authenticators()
+            await asyncio.to_thread(self._make_dashboard)
+        await self._prepared()
+        self._dashboard.timeseries = serving.timeseries
+        standbys = {app.authenticator.name: app for app in self._apps}
+        for name, router in self._routers.items():
+            pages = self._dashboard if name == "admin" else None
+            if name in standbys:
+                standbys[name].serve(router, serving.actor, serving.services, pages=pages)
+                continue
+            authenticator, limits, is_admin = self._authenticators[name], self._limits(), name == "admin"
+            app = App(
+                authenticator, router, serving.actor, serving.services, limits=limits, admin=is_admin, pages=pages
             )
+            self._apps.append(app)
+        self._stack.push_async_callback(self._close_listeners)
+        await self._listen()
 
-        context = DispatchContext(
-            storage=store,
-            moment=self.clock.moment,
-            source=f"/jobd/{quote(socket.gethostname(), safe='')}",
-            may_write=lambda: self.actor.full_disk.closed == Closed.NOTHING,
-            alerts=lambda: self.alerts.known(),
-            chance=SystemRandom().random,
-        )
-        webhooks = WebhookManager(context, listen=self.actor.on_commit.append, post=transport)
-        webhooks.set_endpoints(each.endpoint for each in self._loaded.webhooks)
-        return webhooks
+    def _prepared(self) -> asyncio.Future[None]:
+        """Build the routers in a thread, once."""
+        if self._preparing is None:
+            self._preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare))
+        return self._preparing
 
-    def _make_services(self, store: Store, opened: OpenedStore, sweeper: ArtifactSweeper | None) -> Services:
-        settings = self._loaded.config
-        health = Health(
-            self.actor,
-            self.clock,
-            self.maintainer,
-            faults=opened.faults,
-            take_faults=store.take_faults,
-            artifacts=self._artifacts,
-            sweeper=sweeper,
-        )
-        self._stack.push_async_callback(health.close)
-        self.alerts = Alerts(self.actor.state, self.clock, health, self.maintainer, _thresholds(settings))
-        self._run_in_background("alerts", self.alerts)
-        metrics = Metrics(
-            self.actor, self.maintainer, self.alerts, self.clock, self._sweeps, store.path, self._apps, self.feed
-        )
-        metrics.webhooks = self.webhooks.metrics
-        self._run_in_background("metrics", metrics)
-        planner = Planner(self.actor, self.clock)
-        self._stack.push_async_callback(planner.close)
-        self.alerts.failing_webhook = self.webhooks.worst
-        self.actor.on_commit.append(self.alerts.attempts.note)
-        self.alerts.on_change.append(self.webhooks.alerts_changed)
-        self._run_in_background("webhooks", self.webhooks)
-        return Services(
-            actor=self.actor,
-            alerts=self.alerts,
-            backups=Backups(store, lambda: self.clock.moment().now),
-            clock=self.clock,
-            downloads=Downloads(self._artifacts, settings.limits.downloads),
-            failures=self.failures,
-            feed=self.feed,
-            health=health,
-            maintainer=self.maintainer,
-            metrics=metrics,
-            planner=planner,
-            scrubber=Scrubber(store),
-            webhooks=self.webhooks,
-            is_alive=lambda: not self._running.done(),
-        )
+    def _prepare(self) -> None:
+        limits = self._limits()
+        self._routers = {name: Router(self._routes_of(name), limits) for name in self._authenticators}
 
-    async def _open_listeners(self, saved_stats: bytes | None) -> None:
+    def _routes_of(self, name: str) -> tuple[Route, ...]:
+        """Return the routes of a listener."""
+        return (*ADMIN_ROUTES, *self._dashboard.routes()) if name == "admin" else worker_api.ROUTES
+
+    def _make_dashboard(self) -> None:
+        view = None if self.node is None else self.node.view
+        self._dashboard = Dashboard(self._authenticators["admin"], Timeseries(0), cluster_view=view)
+
+    def _make_authenticators(self) -> None:
         settings, loaded = self._loaded.config, self._loaded
-        limits = Limits(body=settings.limits.body, payload=settings.limits.payload, bulk=settings.limits.bulk)
-        apps = {"worker": App(Authenticator("worker"), worker_api.ROUTES, self.actor, self.services, limits=limits)}
+        self._authenticators["worker"] = Authenticator("worker")
         if settings.worker.listen:
             # Any Host is accepted: browsers do not know the workers' token, so DNS rebinding gains nothing.
-            self._worker_authenticator = Authenticator("worker-tcp", tokens=loaded.worker_tokens)
-            apps["worker-tcp"] = App(
-                self._worker_authenticator, worker_api.ROUTES, self.actor, self.services, limits=limits
-            )
-        self._admin_authenticator = Authenticator(
+            self._authenticators["worker-tcp"] = Authenticator("worker-tcp", tokens=loaded.worker_tokens)
+        self._authenticators["admin"] = Authenticator(
             "admin",
             tokens=self._admin_tokens(),
             read_only_tokens=loaded.read_only_tokens,
             hosts=admin_hosts(settings, self._passed_sockets.get("admin")),
         )
-        timeseries = Timeseries.opened(read_extra(saved_stats), self.clock.moment().now)
-        self.actor.on_commit.append(timeseries.record)
-        self.maintainer.save_extra(timeseries.saved)
-        self._dashboard = await asyncio.to_thread(Dashboard, self._admin_authenticator, timeseries)
-        apps["admin"] = App(
-            self._admin_authenticator,
-            (*admin_api.ROUTES, *self._dashboard.routes(), worker_api.DOCUMENT),
-            self.actor,
-            self.services,
-            limits=limits,
-            admin=True,
-            pages=self._dashboard,
-        )
-        self._apps += apps.values()
-        self._stack.push_async_callback(self._close_listeners)
-        for name, app in apps.items():
-            self._listeners[name] = await open_listener(name, app, settings, self._passed_sockets)
+
+    def _limits(self) -> Limits:
+        limits = self._loaded.config.limits
+        return Limits(body=limits.body, payload=limits.payload, bulk=limits.bulk)
+
+    async def _listen(self) -> None:
+        for app in self._apps:
+            if (name := app.authenticator.name) not in self._listeners:
+                self._listeners[name] = await open_listener(name, app, self._loaded.config, self._passed_sockets)
 
     async def _close_listeners(self) -> None:
         """Close the listeners after the responses to pending requests. Waiting claims and event streams end at once."""
-        self.actor.stop_parking()
-        self.services.feed.close()
-        self.services.downloads.close()
-        await asyncio.gather(*(listener.stop(STOP_S) for listener in self._listeners.values()))
+        if self._serving is not None:
+            self._serving.end_streams()
+        listeners, self._listeners = self._listeners, {}
+        await asyncio.gather(*(listener.stop(STOP_S) for listener in listeners.values()))
 
     def _admin_tokens(self) -> tuple[str, ...]:
         """Return the configured tokens. Without any, in development, generate and print one."""
@@ -340,25 +281,6 @@ class Daemon:
             text = f"ENVIRONMENT=development: admin token for this run: {self._generated_token}"
             print(text, file=sys.stderr, flush=True)
         return (self._generated_token,)
-
-    def _run_in_background(self, name: str, part: BackgroundPart) -> None:
-        """Run `part` until the daemon stops, which calls its `stop` and waits until it ends."""
-        task = asyncio.create_task(part.run(), name=name)
-
-        async def end() -> None:
-            part.stop()
-            await task
-
-        self._stack.push_async_callback(end)
-
-    def _run_until_cancelled(self, name: str, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work, name=name)
-
-        async def end() -> None:
-            task.cancel()
-            await asyncio.wait([task])
-
-        self._stack.push_async_callback(end)
 
     async def _compile_templates(self) -> None:
         try:
@@ -407,24 +329,22 @@ class Daemon:
         for field, name in _RELOADED.items():
             if getattr(new, field) != getattr(old, field):
                 changed.append(name)
-        if new.webhooks != old.webhooks:
-            self.webhooks.set_endpoints(each.endpoint for each in new.webhooks)
         self._warn(warning for warning in new.warnings if warning not in old.warnings)
         self._loaded = msgspec.structs.replace(new, config=settings)
-        self.actor.policy = settings.policy()
-        self.clock.keep_ms = self.actor.policy.shortest_keep_ms
-        self.maintainer.set_schedule(_schedule(settings))
-        self.alerts.thresholds = _thresholds(settings)
-        self._admin_authenticator.replace_tokens(self._admin_tokens(), new.read_only_tokens)
+        if self._serving is not None:
+            self._serving.apply(settings, new)
+        self._authenticators["admin"].replace_tokens(self._admin_tokens(), new.read_only_tokens)
         if settings.worker.listen:
-            self._worker_authenticator.replace_tokens(new.worker_tokens)
+            self._authenticators["worker-tcp"].replace_tokens(new.worker_tokens)
         reload_certificates(self._listeners, settings)
         logging.set_level(settings.log.level)
         log.info("reloaded", changed=changed, need_restart=need_restart)
 
     def _dump(self) -> None:
         """Log the mailbox, tasks and stacks, to examine a daemon that makes no progress."""
-        log.info("dump", mailbox=self.actor.waiting, parked=len(self.actor.parked), jobs=self.actor.state.totals)
+        if self._serving is not None:
+            actor = self._serving.actor
+            log.info("dump", mailbox=actor.waiting, parked=len(actor.parked), jobs=actor.state.totals)
         for task in asyncio.all_tasks():
             stack = " < ".join(f"{frame.f_code.co_name}:{frame.f_lineno}" for frame in task.get_stack())
             log.info("dump_task", task=task.get_name(), stack=stack)
@@ -433,11 +353,11 @@ class Daemon:
 
     async def _feed_watchdog(self) -> None:
         """Report to systemd's watchdog as long as the actor responds to a command in its mailbox."""
-        interval_s = systemd.watchdog_s()
-        while interval_s is not None:
-            if isinstance(await self.actor.ask(Ping(), by="daemon"), Response):
+        while self._watchdog_s is not None:
+            serving = self._serving
+            if serving is None or isinstance(await serving.actor.ask(Ping(), by="daemon"), Response):
                 systemd.alive()
-            await asyncio.sleep(interval_s / 2)
+            await asyncio.sleep(self._watchdog_s / 2)
 
 
 # Fields of LoadedConfig that a reload also applies, with their names in the log.
@@ -447,57 +367,3 @@ _RELOADED: Final = {
     "read_only_tokens": "read-only tokens",
     "webhooks": "webhooks",
 }
-
-
-def _make_actor(store: Store, opened: OpenedStore, clock: Clock, settings: Config) -> Actor:
-    state = State.opened(opened)
-    state.quarantined = dict(opened.quarantined)
-    state.suspects = dict(opened.unvalidated)
-    state.figures = read_stats(opened.stats)
-    limits = settings.limits
-    bounds = Bounds(limits.mailbox, limits.inflight_bytes, limits.parked_claims, int(limits.claim_wait))
-    actor = Actor(
-        store,
-        state,
-        Keys(current_responses(opened.keys, state), limits.idempotency_keys),
-        clock,
-        settings.policy(),
-        random=RandomPool(),
-        bounds=bounds,
-        is_full=opened.full,
-        has_reserve=opened.has_reserve,
-        now_s=time.monotonic,
-    )
-    actor.on_commit.append(event_log.write_lines)
-    return actor
-
-
-def current_responses(rows: list[StoredResponse], state: State) -> list[StoredResponse]:
-    """Drop the stored responses to starts and claims without a current grant."""
-    kept_rows = []
-    for row in rows:
-        if row.grants is not None:
-            current = [(job_id, lock_id) for job_id, lock_id in row.grants if state.holds(job_id, lock_id)]
-            row = msgspec.structs.replace(row, grants=current)
-        if row.grants is None or row.grants:
-            kept_rows.append(row)
-    return kept_rows
-
-
-def _schedule(settings: Config) -> CleanupSchedule:
-    cleanup = settings.cleanup
-    return CleanupSchedule(
-        interval_ms=int(cleanup.interval),
-        min_interval_ms=int(cleanup.min_interval),
-        recover_every_ms=int(cleanup.recover_every),
-        batch=cleanup.batch,
-        journal_ms=int(settings.retention.journal),
-        audit_ms=int(settings.retention.audit),
-    )
-
-
-def _thresholds(settings: Config) -> Thresholds:
-    """Build the thresholds from [alerts], whose keys have no unit."""
-    values = msgspec.structs.asdict(settings.alerts)
-    durations = {f"{name}_ms": int(value) for name, value in values.items() if isinstance(value, Duration)}
-    return Thresholds(**durations, **{name: value for name, value in values.items() if f"{name}_ms" not in durations})

@@ -11,11 +11,11 @@ import errno
 import os
 import socket
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -28,9 +28,11 @@ from jobd.http.admin_listener import AdminListener
 from jobd.http.app import App
 from jobd.http.auth import accepted_hosts
 from jobd.http.server import HttpListener, WorkerListener, is_in_use
+from jobd.model.journal import JournalUnavailable, SharedJournal
 from jobd.model.storage import DiskFull, OpenedStore
 from jobd.storage.artifacts.base import ArtifactStore, ArtifactStoreError
 from jobd.storage.artifacts.filesystem import FileArtifactStore
+from jobd.storage.cluster_store import ClusterStore
 from jobd.storage.files import StoreError
 from jobd.storage.store import Store, Synchronous
 
@@ -42,6 +44,7 @@ ARTIFACT_CHECK_S: Final = 2.0  # for the artifact directory to respond
 
 log = structlog.get_logger("jobd.daemon")
 
+S = TypeVar("S", bound=Store)
 PassedSockets = dict[str, list[socket.socket]]  # from systemd, by listener
 
 
@@ -70,14 +73,29 @@ class RandomPool:
 
 async def open_store(settings: Config, on_locked: Callable[[], None]) -> tuple[Store, OpenedStore]:
     """Open the store, and log its faults. `on_locked` runs before anything is written."""
-    path = settings.store.path
     synchronous: Synchronous = "EXTRA" if settings.store.synchronous == "extra" else "FULL"
+    commit = settings.store.commit
+    return await _opened(
+        settings.store.path,
+        lambda path: Store.open(path, synchronous=synchronous, commit=commit, on_locked=on_locked),
+    )
+
+
+async def open_cluster_store(
+    settings: Config, journal: SharedJournal, on_locked: Callable[[], None]
+) -> tuple[ClusterStore, OpenedStore]:
+    """Open the tables of a node behind `journal`, like `open_store`."""
+    if settings.store.path == ":memory:":
+        raise CannotStart("a node of a cluster needs a file: set store.path", EXIT_CONFIG)
+    return await _opened(settings.store.path, lambda path: ClusterStore.open_for(path, journal, on_locked=on_locked))
+
+
+async def _opened(path: str, opening: Callable[[str], Awaitable[tuple[S, OpenedStore]]]) -> tuple[S, OpenedStore]:
     try:
         if path != ":memory:":
             Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        commit = settings.store.commit
-        store, opened = await Store.open(path, synchronous=synchronous, commit=commit, on_locked=on_locked)
-    except StoreError as error:
+        store, opened = await opening(path)
+    except (StoreError, JournalUnavailable) as error:
         raise CannotStart(str(error), error.exit_code) from None
     except DiskFull as error:
         raise CannotStart(f"{path}: {error}", EXIT_IO) from None

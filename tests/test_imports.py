@@ -40,7 +40,8 @@ ARROWS: Final[dict[str, set[str]]] = {
     "cli.daemon": {"model", "client", "cli", "journal", "storage", "config", "config_loader", "daemon"},
 }
 TOP: Final = [
-    "__init__", "__main__", "config", "config_loader", "credentials", "daemon", "logging", "resources", "systemd",
+    "__init__", "__main__", "config", "config_loader", "credentials", "daemon", "logging", "node", "resources",
+    "serving", "systemd",
 ]  # fmt: skip
 PURE: Final = ("model", "core")
 PURE_IMPORTS: Final = {

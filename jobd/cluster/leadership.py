@@ -15,6 +15,7 @@ import structlog
 from jobd.cluster.lease import LeaderLease
 from jobd.core.stats import Histogram
 from jobd.engine.actor import COMMIT_BUCKETS_S
+from jobd.engine.clock import wall_clock_ms
 from jobd.model.journal import Head, JournalUnavailable, LeadershipLost, OutcomeUnknown, Record, SharedJournal
 
 RETRY_S: Final = 0.05  # while the journal cannot be reached
@@ -40,15 +41,18 @@ class Leadership:
         next_epoch: Callable[[], int],
         on_epoch: Callable[[int], None] = lambda epoch: None,
         on_lost: Callable[[Exception], None] = lambda error: None,
+        wall_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self.epoch = head.epoch
         self.acked = head.number
         self.append_seconds = Histogram.empty(COMMIT_BUCKETS_S)
+        self.ahead_ms = 0  # of the wall clock of this node, compared with that of the server
         self.on_epoch = on_epoch
         self.on_lost = on_lost
         self._journal = journal
         self._lease = lease
         self._next_epoch = next_epoch
+        self._wall_ms = wall_ms
         self._sending = asyncio.Lock()  # one statement at a time, because an unknown outcome ends all others
         self._stop = asyncio.Event()
         self._lost: Exception | None = None
@@ -99,8 +103,16 @@ class Leadership:
                 return
 
     def stop(self) -> None:
-        """End `run`. The lease ends by itself, or when the journal is closed."""
+        """End `run`."""
         self._stop.set()
+
+    async def release(self) -> None:
+        """End the lead, so that another node leads at once. After a failure its lease ends by itself."""
+        async with self._sending:
+            if self._lost is None:
+                self._lost = LeadershipLost("this node has released the lead")
+                with contextlib.suppress(JournalUnavailable, OutcomeUnknown):
+                    await self._journal.release()
 
     async def _append(self, record: Record, acked: int) -> None:
         try:
@@ -111,9 +123,11 @@ class Leadership:
 
     async def _renew(self) -> None:
         try:
-            await self._retry(lambda: self._journal.renew(self.acked))
+            server_ms = await self._retry(lambda: self._journal.renew(self.acked))
         except OutcomeUnknown:
             await self._resolve()
+        else:
+            self.ahead_ms = self._wall_ms() - server_ms
 
     async def _settle(self, record: Record, acked: int) -> None:
         """Find out whether `record` is in the journal, and append it if it is not."""

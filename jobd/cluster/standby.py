@@ -15,6 +15,7 @@ from msgspec import Struct
 from jobd.cluster.leadership import Leadership
 from jobd.cluster.lease import LeaderLease, StandbyLease, boot_clock_s
 from jobd.cluster.warm_state import WarmState
+from jobd.engine.clock import wall_clock_ms
 from jobd.model.journal import Fenced, Head, JournalUnavailable, OutcomeUnknown, Record, SharedJournal
 from jobd.model.storage import DiskFull
 
@@ -55,6 +56,7 @@ class Standby:
         *,
         next_epoch: Callable[[int], int],
         now_s: Callable[[], float] = boot_clock_s,
+        wall_ms: Callable[[], int] = wall_clock_ms,
         is_refused: Callable[[str], Awaitable[bool]] | None = None,
     ) -> None:
         self.head: Head | None = None
@@ -64,6 +66,8 @@ class Standby:
         self._warm = warm
         self._next_epoch = next_epoch
         self._now_s = now_s
+        self._wall_ms = wall_ms
+        self.ahead_ms = 0  # of the wall clock of this node, compared with that of the server
         self._is_refused = is_refused or is_refused_at
         self._lease = StandbyLease(settings.lease_s, now_s)
         self._last_event = warm.last_event  # of the records that were read
@@ -113,9 +117,15 @@ class Standby:
             log.info("standby_follows")
         self.problem = problem
 
+    async def read_head(self) -> Head:
+        """Read `head`. Raises JournalUnavailable."""
+        head = self.head = await self._journal.head()
+        self.ahead_ms = self._wall_ms() - head.at
+        return head
+
     async def _poll(self) -> bool:
         """Apply what is acknowledged. Return whether this node may lead now."""
-        head = self.head = await self._journal.head()
+        head = await self.read_head()
         is_over = self._lease.see(head)
         while self._warm.number < head.number:
             if not (records := await self._journal.read(self._warm.number, READ_LIMIT)):
@@ -130,8 +140,8 @@ class Standby:
         await self._warm.write()  # a leader appends to a store that has all records
         if is_over:
             return True
-        is_alone = self.settings.is_direct and not head.is_connected and head.url is not None
-        return is_alone and await self._is_refused(head.url or "")
+        is_alone = self.settings.is_direct and not head.is_connected
+        return is_alone and bool(head.url) and await self._is_refused(head.url or "")
 
     async def _take_over(self) -> Leadership | None:
         """Become the leader, and apply the rest of the records. Returns None if another node was faster."""
@@ -145,7 +155,13 @@ class Standby:
             await self._warm.apply([each for each in records if each.number <= head.number])
         self._begin_epoch(head.epoch)
         log.info("leads", epoch=head.epoch, record=head.number)
-        return Leadership(self._journal, head, lease, next_epoch=lambda: self._next_epoch(self._warm.state.epoch))
+        return Leadership(
+            self._journal,
+            head,
+            lease,
+            next_epoch=lambda: self._next_epoch(max(self._warm.state.epoch, head.epoch)),
+            wall_ms=self._wall_ms,
+        )
 
     async def _take_lead(self, lease: LeaderLease) -> Head | None:
         seen, settings = self.head, self.settings

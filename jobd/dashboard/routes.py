@@ -144,24 +144,21 @@ FORMS: Final[tuple[tuple[str, type[Command], HandleForm], ...]] = (
 
 
 class Dashboard:
-    """The pages of the admin listener. Reads static files: construct it off the event loop, and `warm` it later.
-
-    Set `timeseries` before `routes` is called.
-    """
+    """The pages of the admin listener. Reads static files: construct it off the event loop, and `warm` it later."""
 
     def __init__(
         self,
         authenticator: Authenticator,
         timeseries: Timeseries,
         *,
-        cluster_view: Callable[[], ClusterView] = lambda: ClusterView(role="single"),
+        cluster_view: Callable[[], ClusterView] | None = None,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.sessions = Sessions(authenticator.permission_of, clock_s)
         self._assets = Assets()
         self._renderer = Renderer(self._assets)
         self.timeseries = timeseries
-        self._cluster_view = cluster_view
+        self._cluster_view = cluster_view or (lambda: ClusterView(role="single"))
         self._sign_in_pages = SignInPages(self.sessions, self._render, clock_s)
 
     async def warm(self) -> None:
@@ -171,10 +168,9 @@ class Dashboard:
     def routes(self) -> tuple[Route, ...]:
         """Return the routes of all pages, forms and files."""
         page, form, public, sign_in = self._page_route, self._form_route, self._public_route, self._sign_in_pages
-        overview, queues = partial(pages.overview, self.timeseries), partial(pages.queues, self.timeseries)
         return (
-            page(PageSpec("/", NoFields, "overview", "Overview", overview, on_standby=True)),
-            page(PageSpec("/queues", pages.QueuesPageQuery, "queues", "Queues", queues)),
+            page(PageSpec("/", NoFields, "overview", "Overview", self._overview, on_standby=True)),
+            page(PageSpec("/queues", pages.QueuesPageQuery, "queues", "Queues", self._queues)),
             *map(page, PAGES),
             *(form(path, fields, submit) for path, fields, submit in FORMS),
             *self._job_routes("/jobs/{id}"),
@@ -189,6 +185,12 @@ class Dashboard:
             _data_route("/live", Subscription, self._live, content_type=EVENT_STREAM),
             _data_route("/chart.json", NoFields, self._chart),
         )
+
+    async def _overview(self, viewer: Viewer, request: Command) -> PageData:
+        return await pages.overview(self.timeseries, viewer, request)
+
+    async def _queues(self, viewer: Viewer, request: pages.QueuesPageQuery) -> PageData:
+        return await pages.queues(self.timeseries, viewer, request)
 
     def _job_routes(self, path: str) -> tuple[Route, ...]:
         """Return the routes of one job under `path`."""

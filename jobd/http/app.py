@@ -134,7 +134,7 @@ class App(Generic[S]):
     def __init__(
         self,
         authenticator: Authenticator,
-        routes: Iterable[Route],
+        routes: Iterable[Route] | Router,
         actor: ActorClient,
         services: S,
         *,
@@ -155,7 +155,7 @@ class App(Generic[S]):
 
     def serve(
         self,
-        routes: Iterable[Route],
+        routes: Iterable[Route] | Router,
         actor: ActorClient,
         services: S,
         *,
@@ -170,9 +170,8 @@ class App(Generic[S]):
         self.services = services
         self._pages = pages
         self._unrouted = unrouted
-        table = tuple(routes)
-        self.routes = {route.request: route for route in table}
-        self._router = Router(table, self.limits)
+        self._router = routes if isinstance(routes, Router) else Router(routes, self.limits)
+        self.routes = {route.request: route for route in self._router.routes}
 
     # -- requests ------------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from jobd.model.journal import (
 )
 
 _READ_BYTES: Final = 16 << 20
-_LEADING: Final = {"append", "renew", "take_over", "resolve"}  # calls whose outcome can be unknown
+_LEADING: Final = {"append", "renew", "take_over", "resolve", "release"}  # calls whose outcome can be unknown
 _UNREACHABLE: Final = "The journal cannot be reached: try again"
 
 T = TypeVar("T")
@@ -162,6 +162,12 @@ class MemorySharedJournal:
 
     async def resolve(self, epoch: int) -> Head:
         return await to_end(self._resolve(epoch))
+
+    async def release(self) -> None:
+        failovers = await self._begin("release")
+        if self.server.lead.epoch == self.epoch:
+            self.disconnect()
+            await self._confirm("release", self.server.change(replace(self.server.lead, holder=None)), failovers)
 
     async def read(self, after: int, limit: int) -> list[Record]:
         await self._begin("read")

@@ -176,6 +176,9 @@ class SharedJournal(Protocol):
         otherwise. Raises Fenced if another node leads, and OutcomeUnknown: call this again then.
         """
 
+    async def release(self) -> None:
+        """End the lead, so that another node can lead at once: `Head.holder` becomes None. Raises OutcomeUnknown."""
+
     async def read(self, after: int, limit: int) -> list[Record]:
         """Return up to `limit` records, and about 16 MiB, with a number above `after`, in order. Raises BadRecord.
 

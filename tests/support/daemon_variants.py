@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from jobd import daemon
+from jobd import serving
 from jobd.cli.daemon.main import main
 from jobd.engine import history
 from jobd.engine.actor import Actor
@@ -37,14 +37,14 @@ def hung_actor() -> None:
 
 def prompt_alerts() -> None:
     """Make alerts fire and resolve as soon as a check finds a change."""
-    patched: Any = daemon
+    patched: Any = serving
     patched.Alerts = partial(Alerts, hold_ms=0, clear_ms=0)
 
 
 def quick_retries() -> None:
     """Retry deliveries of webhooks after fractions of a second."""
     policy = RetryPolicy(retry_ms=100, max_retry_ms=500, pause_ms=100, max_pause_ms=500)
-    patched: Any = daemon
+    patched: Any = serving
     patched.DispatchContext = partial(DispatchContext, retry_policy=policy)
 
 

@@ -88,6 +88,9 @@ class PostgresJournal:
     async def resolve(self, epoch: int) -> Head:
         return await to_end(self._leading.resolve(epoch))
 
+    async def release(self) -> None:
+        await to_end(self._leading.release())
+
     async def trim(self, upto: int) -> None:
         conn = await self._target.connect()
         try:

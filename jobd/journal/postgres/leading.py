@@ -32,6 +32,8 @@ _APPEND: Final = """
 _RENEW: Final = f"""
     UPDATE jobd_journals SET acked = $3, expires = clock_timestamp() + $4 * interval '1 ms'
     WHERE name = $1 AND epoch = $2 RETURNING {NOW}"""
+_RELEASE: Final = """
+    UPDATE jobd_journals SET holder = NULL, expires = clock_timestamp() WHERE name = $1 AND epoch = $2"""
 # The advisory lock is taken before other nodes see the takeover.
 _LEAD: Final = f"""
     WITH taken AS (
@@ -103,6 +105,10 @@ class Leading:
         if head is None:
             raise Fenced
         return head
+
+    async def release(self) -> None:
+        async with self._session.use(self._lease_ms / 1000) as conn:
+            await self._run(conn, _RELEASE, self._name, self._epoch)
 
     async def connect(self) -> None:
         """Connect, so that a takeover need not."""

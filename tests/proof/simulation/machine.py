@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from jobd.core.state import State
-from jobd.daemon import GRACE_MS, STOP_S, current_responses
+from jobd.daemon import STOP_S
 from jobd.engine.actor import Actor, DiskBroken
 from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
@@ -28,6 +28,7 @@ from jobd.model.journal import BadRecord
 from jobd.model.responses import Response
 from jobd.model.storage import DiskFull, OpenedStore
 from jobd.monitoring import event_log
+from jobd.serving import GRACE_MS, current_responses
 from tests.proof.simulation.artifacts import SimArtifacts
 from tests.proof.simulation.disk import SimDisk, Snapshot
 from tests.proof.simulation.loop import SimLoop

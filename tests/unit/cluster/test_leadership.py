@@ -317,3 +317,43 @@ async def test_nothing_is_appended_after_the_lead_was_lost() -> None:
     with pytest.raises(LeadershipLost, match="no longer leads"):
         await lead.append(record(1), 0)
     assert numbers(server) == []
+
+
+@in_virtual_time
+async def test_a_released_lead_is_free_at_once() -> None:
+    server = MemoryServer()
+    node = Node(server)
+    lead = await node.lead()
+    await lead.release()
+    assert (server.lead.holder, (await node.journal.head()).is_connected) == (None, False)
+    with pytest.raises(LeadershipLost, match="has released the lead"):
+        lead.check()
+    version = server.lead.version
+    await lead.release()
+    assert server.lead.version == version
+
+
+@pytest.mark.parametrize("is_reachable", [True, False])
+def test_a_lead_that_cannot_be_released_ends_with_its_lease(is_reachable: bool) -> None:
+    @in_virtual_time
+    async def run() -> None:
+        node = Node(MemoryServer())
+        lead = await node.lead()
+        node.fail("after", release=OutcomeUnknown())
+        node.journal.is_reachable = is_reachable
+        await lead.release()
+        with pytest.raises(LeadershipLost):
+            lead.check()
+
+    run()
+
+
+@in_virtual_time
+async def test_the_wall_clock_is_compared_with_that_of_the_server() -> None:
+    server = MemoryServer(lambda: 0)
+    lead = await Node(server).lead()
+    task = asyncio.create_task(lead.run())
+    await seconds(1.1)
+    assert lead.ahead_ms > 1_700_000_000_000
+    lead.stop()
+    await task

@@ -136,6 +136,27 @@ async def test_rows_that_a_change_needs_are_read_after_the_records_before_it() -
 
 
 @in_virtual_time
+async def test_a_standby_waits_while_the_server_has_lost_records() -> None:
+    leader, standby = nodes = cluster(MemoryServer(), "a", "b")
+    assert await leader_of(nodes) is leader
+    read, is_lost = standby.journal.read, True
+
+    async def lose(after: int, limit: int) -> list[Record]:
+        return [] if is_lost else await read(after, limit)
+
+    standby.journal.read = lose  # type: ignore[method-assign]
+    for name in ("a", "b", "c"):
+        await leader.ask(Create(id=name))
+    await seconds(10)
+    assert (standby.warm.number, standby.leads) == (0, False)
+    is_lost = False
+    await seconds(1)
+    assert standby.warm.number == 3
+    for node in nodes:
+        await node.stop()
+
+
+@in_virtual_time
 async def test_a_standby_can_be_stopped_while_it_catches_up() -> None:
     server = MemoryServer()
     [leader] = cluster(server, "a")

@@ -1,0 +1,89 @@
+"""The nodes of a journal: each describes itself there, and sees the others."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from jobd.cluster.lease import boot_clock_s
+from jobd.model.journal import JournalHealth, JournalUnavailable, NodeEntry, SharedJournal
+
+EVERY_S: Final = 2.0
+GONE_S: Final = 3 * EVERY_S  # without a sign of life, the process of an entry has ended
+_NOISE_S: Final = 0.5  # of the time of an entry, which two clocks measure
+
+log = structlog.get_logger("jobd.cluster")
+
+
+class NodeRegistry:
+    """Writes the entry of this node from `run` until `stop`, as `describe` returns it.
+
+    `nodes` and `health` are as last read, `health` is None if they cannot be read now. `problem` says that another
+    process uses the name. If it did so before this one, `on_duplicate` is called with that, and no entry is written.
+    """
+
+    def __init__(
+        self,
+        journal: SharedJournal,
+        describe: Callable[[], NodeEntry],
+        *,
+        on_duplicate: Callable[[str], None] = lambda problem: None,
+        now_s: Callable[[], float] = boot_clock_s,
+    ) -> None:
+        self.nodes: list[NodeEntry] = []
+        self.health: JournalHealth | None = None
+        self.problem: str | None = None
+        self._journal = journal
+        self._describe = describe
+        self._on_duplicate = on_duplicate
+        self._now_s = now_s
+        self._other: tuple[str, float] | None = None  # another process with the name, and its last sign of life
+        self._is_registered = False
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.nodes = await self._journal.nodes()
+                self.health = await self._journal.health()
+                await self._register()
+            except JournalUnavailable:
+                self.health = None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(EVERY_S):
+                    await self._stop.wait()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    async def _register(self) -> None:
+        mine = self._describe()
+        if not self._is_registered and self._waits_for_other(mine):
+            return
+        replaced = await self._journal.register(mine)
+        self.problem = None
+        if self._is_registered and replaced is not None:
+            self._note_duplicate(mine.name)
+        self._is_registered = True
+
+    def _waits_for_other(self, mine: NodeEntry) -> bool:
+        """Return whether the name may be that of another process, which this one has to watch for longer."""
+        other = next((node for node in self.nodes if node.name == mine.name and node.process != mine.process), None)
+        if other is None:
+            return False
+        seen_s = self._now_s() - other.seen_ms / 1000
+        if self._other is not None and self._other[0] == other.process and seen_s > self._other[1] + _NOISE_S:
+            self._on_duplicate(self._note_duplicate(mine.name))
+        self._other = other.process, seen_s
+        return other.seen_ms < GONE_S * 1000
+
+    def _note_duplicate(self, name: str) -> str:
+        self.problem = (
+            f'Another process of this journal is the node "{name}": set node.name to another name on each node.'
+        )
+        log.error("duplicate_node", message=self.problem)
+        return self.problem

@@ -1,0 +1,81 @@
+"""Describe a cluster for operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from msgspec import Struct
+
+from jobd.cluster.node_registry import NodeRegistry
+from jobd.model.journal import NodeEntry
+from jobd.model.responses import ClusterView, NodeView
+
+AHEAD_MS: Final = 1_000  # by which the wall clock of a node may differ from that of the server
+
+
+class Position(Struct, frozen=True, kw_only=True):
+    """Where a node is: the lead, as it knows it, and how far it has followed."""
+
+    is_leader: bool
+    holder: str | None
+    leader: str | None  # URL
+    epoch: int | None
+    record: int | None  # the last one of the journal
+    lag_events: int
+    ahead_ms: int
+    problem: str | None
+
+
+def cluster_view(
+    registry: NodeRegistry, at: Position, *, node: str, journal: str, lease_ms: int, require_sync: bool
+) -> ClusterView:
+    """Return the state of the cluster as the node named `node` sees it."""
+    nodes, health = registry.nodes, registry.health
+    leading = next((each for each in nodes if each.process == at.holder), None)
+    problems = [text for text in (at.problem, registry.problem) if text is not None]
+    problems += _problems(nodes, leading, at.ahead_ms)
+    if health is not None and require_sync and not health.is_synchronous:
+        problems.append("PostgreSQL has no synchronous standby: a lost disk loses acknowledged jobs.")
+    if health is not None and health.is_waiting:
+        problems.append("A write waits for a synchronous standby of PostgreSQL.")
+    return ClusterView(
+        role="leader" if at.is_leader else "standby",
+        node=node,
+        journal=journal,
+        leader=at.leader or None,
+        epoch=at.epoch,
+        record=at.record,
+        lag_events=at.lag_events,
+        lease_ms=lease_ms,
+        synchronous=None if health is None else health.is_synchronous,
+        require_sync=require_sync,
+        waits_for_sync=health is not None and health.is_waiting,
+        oldest_transaction_ms=None if health is None else health.oldest_transaction_ms,
+        problems=problems,
+        nodes=[_node(each, leading, at.record or 0) for each in nodes],
+    )
+
+
+def _node(node: NodeEntry, leading: NodeEntry | None, record: int) -> NodeView:
+    return NodeView(
+        name=node.name,
+        url=node.url,
+        role="leader" if node is leading else "standby",
+        seen_ms=node.seen_ms,
+        record=node.projected_to,
+        lag_records=max(record - node.projected_to, 0),
+        format=node.format,
+        config_differs=leading is not None and node.config_hash != leading.config_hash,
+        ahead_ms=node.ahead_ms,
+    )
+
+
+def _problems(nodes: Iterable[NodeEntry], leading: NodeEntry | None, ahead_ms: int) -> Iterable[str]:
+    if leading is not None:
+        others = [node.name for node in nodes if node.config_hash != leading.config_hash]
+        if others:
+            yield f"The configuration differs from that of the leader: {', '.join(others)}."
+    if abs(ahead_ms) > AHEAD_MS:
+        side = "ahead of" if ahead_ms > 0 else "behind"
+        yield f"The wall clock of this node is {abs(ahead_ms) / 1000:.1f} s {side} that of PostgreSQL."

@@ -1,0 +1,169 @@
+"""This process as a node of a cluster: its journal, its tables, and what it serves until it leads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import Final
+
+import structlog
+
+from jobd.api.standby import StandbyServices, standby_app
+from jobd.cluster.leadership import Leadership
+from jobd.cluster.node_registry import NodeRegistry
+from jobd.cluster.standby import NodeSettings, Standby
+from jobd.cluster.view import Position, cluster_view
+from jobd.cluster.warm_state import WarmState
+from jobd.config import KEYS, Config, LoadedConfig, value_of
+from jobd.engine.clock import wall_clock_ms
+from jobd.http.app import App, BrowserPages
+from jobd.http.auth import Authenticator
+from jobd.http.decoding import Limits
+from jobd.http.routing import Route
+from jobd.journal.record import FORMAT
+from jobd.model.job import new_epoch
+from jobd.model.journal import BadRecord, JournalUnavailable, LeadershipLost, NodeEntry, OutcomeUnknown, SharedJournal
+from jobd.model.responses import ClusterView
+from jobd.resources import EXIT_BUSY, EXIT_CONFIG, EXIT_IO, CannotStart, open_cluster_store
+from jobd.storage.files import StoreError
+
+# Sections in which the nodes of a cluster differ.
+OWN_SECTIONS: Final = frozenset({"worker", "admin", "store", "journal", "node", "log"})
+
+log = structlog.get_logger("jobd.daemon")
+
+
+class ClusterNode:
+    """One node. `open` it, serve its apps, and let it `follow` until it leads."""
+
+    def __init__(self, loaded: LoadedConfig) -> None:
+        self._loaded = loaded
+        self._settings = loaded.config
+        self._holder = secrets.token_hex(16)
+        self._failure: CannotStart | None = None
+        self.lead: Leadership | None = None
+
+    async def open(self, stack: contextlib.AsyncExitStack, on_locked: Callable[[], None]) -> None:
+        """Open the journal and the store. `stack` closes them. Raises CannotStart."""
+        settings = self._settings
+        async with contextlib.AsyncExitStack() as opened:
+            self._journal = await _open_journal(settings)
+            opened.push_async_callback(self._journal.close)
+            self.store, found = await open_cluster_store(settings, self._journal, on_locked)
+            stack.push_async_callback(self.store.close)
+            stack.push_async_exit(opened.pop_all())  # first the journal, so that another node can lead at once
+        self.warm = WarmState(self.store, found, found.last_record)
+        self.store.on_quarantined = self.warm.quarantine
+        self.store.on_broken = self._fail
+        node = settings.node
+        self._standby = Standby(
+            self._journal,
+            self.warm,
+            NodeSettings(
+                holder=self._holder,
+                url=node.advertise,
+                lease_s=int(settings.journal.lease) / 1000,
+                is_direct=node.direct,
+                is_complete=settings.journal.require_sync,
+            ),
+            next_epoch=lambda highest: new_epoch(highest, wall_clock_ms()),
+        )
+        with contextlib.suppress(JournalUnavailable):
+            await self._standby.read_head()  # so that the first responses name the leader
+        self.registry = NodeRegistry(self._journal, self._describe, on_duplicate=self._on_duplicate)
+
+    def app(
+        self, authenticator: Authenticator, routes: tuple[Route, ...], limits: Limits, pages: BrowserPages | None
+    ) -> App[object]:
+        """Return the app of a listener, which serves what a standby does. The admin listener has pages."""
+        services = StandbyServices(self.view)
+        return standby_app(authenticator, routes, services, limits, admin=pages is not None, pages=pages)
+
+    async def follow(self, stop: asyncio.Event) -> Leadership | None:
+        """Follow until this node leads. Returns None when `stop` is set. Raises CannotStart."""
+        following = asyncio.create_task(self._standby.run(), name="standby")
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait([following, stopping], return_when=asyncio.FIRST_COMPLETED)
+        self._standby.stop()
+        stopping.cancel()
+        try:
+            self.lead = await following
+        except BadRecord as error:
+            raise CannotStart(f"this node cannot follow the journal: {error}", EXIT_CONFIG) from error
+        except StoreError as error:
+            raise CannotStart(str(error), error.exit_code) from error
+        if self._failure is not None:
+            raise self._failure
+        if self.lead is not None:
+            self.store.lead(self.lead.append)
+        return self.lead
+
+    def view(self) -> ClusterView:
+        """Return the state of the cluster as this node sees it."""
+        settings, standby, lead = self._settings, self._standby, self.lead
+        head = standby.head
+        at = Position(
+            is_leader=lead is not None,
+            holder=None if head is None else head.holder,
+            leader=standby.leader,
+            epoch=lead.epoch if lead is not None else None if head is None else head.epoch,
+            record=lead.acked if lead is not None else None if head is None else head.number,
+            lag_events=0 if lead is not None else standby.lag_events,
+            ahead_ms=standby.ahead_ms if lead is None else lead.ahead_ms,
+            problem=standby.problem,
+        )
+        journal = settings.journal
+        return cluster_view(
+            self.registry,
+            at,
+            node=settings.node.name,
+            journal=journal.name,
+            lease_ms=int(journal.lease),
+            require_sync=journal.require_sync,
+        )
+
+    def _describe(self) -> NodeEntry:
+        node = self._settings.node
+        lead = self.lead
+        number = self.warm.number if lead is None else lead.acked
+        ahead_ms = self._standby.ahead_ms if lead is None else lead.ahead_ms
+        hashed = config_hash(self._loaded)
+        return NodeEntry(node.name, self._holder, node.advertise, FORMAT, hashed, number, ahead_ms=ahead_ms)
+
+    def _on_duplicate(self, problem: str) -> None:
+        if self.lead is None:
+            self._failure = CannotStart(problem, EXIT_CONFIG)
+            self._standby.stop()
+
+    def _fail(self, error: Exception) -> None:
+        """End a standby whose tables cannot be written."""
+        code = error.exit_code if isinstance(error, StoreError) else EXIT_IO
+        self._failure = CannotStart(f"{self._settings.store.path}: {error}", code)
+        self._standby.stop()
+
+
+async def _open_journal(settings: Config) -> SharedJournal:
+    from jobd.journal.postgres.journal import PostgresJournal
+
+    section = settings.journal
+    try:
+        return await PostgresJournal.open(section.url, section.name, int(section.lease))
+    except JournalUnavailable as error:
+        raise CannotStart(f"[journal] {error}", error.exit_code) from None
+
+
+def config_hash(loaded: LoadedConfig) -> str:
+    """Return a hash of the settings that the nodes of a cluster should share. It has no secrets."""
+    shared = [(key, value_of(loaded.config, key)) for key in KEYS if key.partition(".")[0] not in OWN_SECTIONS]
+    webhooks = [(each.endpoint.name, each.endpoint.url, sorted(each.endpoint.events)) for each in loaded.webhooks]
+    return blake2b(repr((sorted(shared), sorted(webhooks))).encode(), digest_size=8).hexdigest()
+
+
+def exit_code(error: BaseException | None) -> int:
+    """Return the exit code of a leader that ended because of `error`."""
+    if isinstance(error, LeadershipLost | OutcomeUnknown):
+        return EXIT_BUSY
+    return error.exit_code if isinstance(error, StoreError) else EXIT_IO

@@ -1,0 +1,348 @@
+"""The parts of a daemon that serves jobs: the actor, what runs beside it, and the services of the APIs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Coroutine
+from random import SystemRandom
+from typing import Any, Final, Protocol
+from urllib.parse import quote
+
+import msgspec
+import structlog
+
+from jobd.api.services import Services
+from jobd.cluster.leadership import Leadership
+from jobd.config import Config, Duration, LoadedConfig
+from jobd.core.state import State
+from jobd.engine.actor import Actor, Bounds
+from jobd.engine.clock import Clock
+from jobd.engine.disk_full import Closed
+from jobd.engine.event_feed import EventFeed
+from jobd.engine.idempotency import Keys
+from jobd.http.app import App
+from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
+from jobd.maintenance.backups import Backups
+from jobd.maintenance.cleanup_pass import CleanupSchedule
+from jobd.maintenance.maintainer import Maintainer, read_extra, read_stats
+from jobd.maintenance.plans import Planner
+from jobd.maintenance.scrubber import Scrubber
+from jobd.maintenance.suspend_detector import SuspendDetector
+from jobd.model.commands import EndGrants, ExtendAfterPause
+from jobd.model.job import SECOND_MS
+from jobd.model.responses import ClusterView
+from jobd.model.storage import OpenedStore, StoredResponse
+from jobd.model.webhooks import WebhookEndpoint
+from jobd.monitoring import event_log
+from jobd.monitoring.alerts import Alerts, Thresholds
+from jobd.monitoring.failure_groups import FailureGroups
+from jobd.monitoring.health import Health
+from jobd.monitoring.metrics import Metrics
+from jobd.monitoring.timeseries import Timeseries
+from jobd.resources import RandomPool, open_artifacts
+from jobd.storage.artifacts.downloads import Downloads
+from jobd.storage.store import Store
+from jobd.webhooks.context import DispatchContext
+from jobd.webhooks.dispatcher import PARALLEL
+from jobd.webhooks.manager import WebhookManager
+from jobd.webhooks.transport import HttpTransport
+
+GRACE_MS: Final = 30 * SECOND_MS  # after a start or a pause, no processing job ends sooner
+SLICE: Final = 500  # jobs of one command
+
+log = structlog.get_logger("jobd.daemon")
+
+
+class BackgroundPart(Protocol):
+    async def run(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Background:
+    """Tasks beside the requests. `stack` ends them, the latest first."""
+
+    def __init__(self, stack: contextlib.AsyncExitStack) -> None:
+        self._stack = stack
+
+    def run(self, name: str, part: BackgroundPart) -> None:
+        """Run `part` until the daemon stops, which calls its `stop` and waits until it ends."""
+        task = asyncio.create_task(part.run(), name=name)
+
+        async def end() -> None:
+            part.stop()
+            await task
+
+        self._stack.push_async_callback(end)
+
+    def run_until_cancelled(self, name: str, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work, name=name)
+
+        async def end() -> None:
+            task.cancel()
+            await asyncio.wait([task])
+
+        self._stack.push_async_callback(end)
+
+
+class Serving:
+    """The parts that serve the jobs of `store`. `stack` stops what `start` has started, in the reverse order.
+
+    `state` is as of `opened`. `apps` are those of the listeners, also of those that are added later.
+    """
+
+    def __init__(
+        self,
+        stack: contextlib.AsyncExitStack,
+        loaded: LoadedConfig,
+        store: Store,
+        opened: OpenedStore,
+        state: State,
+        apps: list[App[Any]],
+    ) -> None:
+        self._stack = stack
+        self._background = Background(stack)
+        self._loaded = loaded
+        self._store = store
+        self._opened = opened
+        self._apps = apps
+        settings, numbers = loaded.config, opened.numbers
+        keep_ms = settings.policy().shortest_keep_ms
+        self.clock = Clock(numbers.lease_ms, numbers.wall_ms, suspect=numbers.clock_suspect, keep_ms=keep_ms)
+        self.actor = _make_actor(store, opened, state, self.clock, settings)
+        store.on_broken = self.actor.lose_disk
+        self.feed = EventFeed(store, numbers.next_event - 1, settings.limits.event_streams)
+        self.failures = FailureGroups(store, numbers.next_job, opened.jobs)
+        self.actor.on_commit += [self.feed.publish, self.failures.committed]
+        self._lead: Leadership | None = None
+        self._suspend_detector = SuspendDetector(self._on_pause)
+        self.actor.before_batch = self._suspend_detector.check
+
+    def bind(self, lead: Leadership) -> None:
+        """Let the actor end when the lead is lost."""
+
+        def check() -> None:
+            lead.check()
+            self._suspend_detector.check()
+
+        def begin_epoch(epoch: int) -> None:
+            self.actor.state.epoch, self.actor.state.next_token = epoch, 1
+
+        self._lead = lead
+        self.actor.before_batch = check
+        lead.on_epoch, lead.on_lost = begin_epoch, self.actor.lose_disk
+
+    async def start(
+        self,
+        on_end: Callable[[], None],
+        cluster_view: Callable[[], ClusterView] | None = None,
+        step_down: Callable[[], None] | None = None,
+    ) -> None:
+        """Start the actor and the background parts. `on_end` is called when the actor ends. Raises CannotStart."""
+        settings, run = self._loaded.config, self._background.run
+        self._recover_processing()
+        self.running = asyncio.create_task(self.actor.run(), name="actor")
+        self.running.add_done_callback(lambda _: on_end())
+        self._stack.push_async_callback(self._stop_actor)
+        self.webhooks = self._make_webhooks()
+        self.maintainer = Maintainer(self.actor, self.clock, _schedule(settings))
+        self.maintainer.hold_journal(self.webhooks.journal_hold_ms)
+        run("cleanup", self.maintainer)
+        run("failures", self.failures)
+        run("presence", self._suspend_detector)
+        sweeper = await self._start_sweeper()
+        self.services = self._make_services(sweeper, cluster_view, step_down)
+        self.timeseries = Timeseries.opened(read_extra(self._opened.stats), self.clock.moment().now)
+        self.actor.on_commit.append(self.timeseries.record)
+        self.maintainer.save_extra(self.timeseries.saved)
+
+    def end_streams(self) -> None:
+        """End what listeners would wait for: waiting claims, event streams and downloads."""
+        self.actor.stop_parking()
+        self.services.feed.close()
+        self.services.downloads.close()
+
+    def apply(self, settings: Config, new: LoadedConfig) -> None:
+        """Apply the settings that need no restart."""
+        if new.webhooks != self._loaded.webhooks:
+            self.webhooks.set_endpoints(each.endpoint for each in new.webhooks)
+        self._loaded = new
+        self.actor.policy = settings.policy()
+        self.clock.keep_ms = self.actor.policy.shortest_keep_ms
+        self.maintainer.set_schedule(_schedule(settings))
+        self.alerts.thresholds = _thresholds(settings)
+
+    async def _stop_actor(self) -> None:
+        self.actor.stop()
+        await self.running
+
+    def _recover_processing(self) -> None:
+        """Extend the locks of processing jobs, or end their grants if the store was restored from a backup.
+
+        The actor applies these commands before any other. On a full disk, it applies them once there is space.
+        """
+        if not self._opened.marked:
+            self._extend_locks(self.clock.moment().lease)
+            return
+        slices = self._processing_slices()
+        for index, ids in enumerate(slices or [[]]):
+            self.actor.enqueue_internal(EndGrants(ids=ids, last=index + 1 >= len(slices)))
+        log.warning("backup_put_back", grants_to_end=len(self.actor.state.processing), epoch=self.actor.state.epoch)
+
+    def _processing_slices(self) -> list[list[str]]:
+        ids = list(self.actor.state.processing)
+        return [ids[first : first + SLICE] for first in range(0, len(ids), SLICE)]
+
+    def _extend_locks(self, since: int) -> None:
+        """Extend the locks of processing jobs, because no worker could report since the lease time `since`."""
+        for ids in self._processing_slices():
+            self.actor.enqueue_internal(ExtendAfterPause(ids=ids, grace_ms=GRACE_MS, since=since))
+
+    def _on_pause(self, pause_ms: int) -> None:
+        """Extend locks after a time in which the process was stopped, or its machine was suspended or starved."""
+        log.warning("was_away", away_ms=pause_ms, processing=len(self.actor.state.processing))
+        self._extend_locks(self.clock.moment().lease - pause_ms)
+
+    async def _start_sweeper(self) -> ArtifactSweeper | None:
+        """Start the deletion of the artifacts of deleted jobs, if there is an artifact store."""
+        self._sweeps = SweepStats(waiting=self._opened.tombstones)
+        self._artifacts = await open_artifacts(self._loaded)
+        if self._artifacts is None:
+            if self._opened.tombstones:
+                log.warning(
+                    "artifacts_wait", tombstones=self._opened.tombstones, reason="artifacts.url is no longer set"
+                )
+            return None
+        self._stack.push_async_callback(self._artifacts.close)
+        sweeper = ArtifactSweeper(self._store, self._artifacts, self.clock, self._sweeps)
+        self._store.on_tombstones = sweeper.expect
+        self._background.run("sweeper", sweeper)
+        return sweeper
+
+    def _make_webhooks(self) -> WebhookManager:
+        """Make the webhooks. From now on the journal keeps the events that they need. They are started later."""
+
+        def transport(endpoint: WebhookEndpoint) -> HttpTransport:
+            return HttpTransport(
+                allow_private=endpoint.allow_private, connections=PARALLEL, wall=lambda: self.clock.moment().now
+            )
+
+        context = DispatchContext(
+            storage=self._store,
+            moment=self.clock.moment,
+            source=f"/jobd/{quote(socket.gethostname(), safe='')}",
+            may_write=lambda: self.actor.full_disk.closed == Closed.NOTHING,
+            alerts=lambda: self.alerts.known(),
+            chance=SystemRandom().random,
+        )
+        webhooks = WebhookManager(context, listen=self.actor.on_commit.append, post=transport)
+        webhooks.set_endpoints(each.endpoint for each in self._loaded.webhooks)
+        return webhooks
+
+    def _make_services(
+        self,
+        sweeper: ArtifactSweeper | None,
+        cluster_view: Callable[[], ClusterView] | None,
+        step_down: Callable[[], None] | None,
+    ) -> Services:
+        settings, store = self._loaded.config, self._store
+        health = Health(
+            self.actor,
+            self.clock,
+            self.maintainer,
+            faults=self._opened.faults,
+            take_faults=store.take_faults,
+            artifacts=self._artifacts,
+            sweeper=sweeper,
+        )
+        self._stack.push_async_callback(health.close)
+        self.alerts = Alerts(self.actor.state, self.clock, health, self.maintainer, _thresholds(settings))
+        self._background.run("alerts", self.alerts)
+        metrics = Metrics(
+            self.actor, self.maintainer, self.alerts, self.clock, self._sweeps, store.path, self._apps, self.feed
+        )
+        metrics.webhooks = self.webhooks.metrics
+        if cluster_view is not None:
+            metrics.cluster = health.cluster = self.alerts.cluster = cluster_view
+        if self._lead is not None:
+            metrics.append_seconds = self._lead.append_seconds
+        self._background.run("metrics", metrics)
+        planner = Planner(self.actor, self.clock)
+        self._stack.push_async_callback(planner.close)
+        self.alerts.failing_webhook = self.webhooks.worst
+        self.actor.on_commit.append(self.alerts.attempts.note)
+        self.alerts.on_change.append(self.webhooks.alerts_changed)
+        self._background.run("webhooks", self.webhooks)
+        return Services(
+            actor=self.actor,
+            alerts=self.alerts,
+            backups=Backups(store, lambda: self.clock.moment().now),
+            clock=self.clock,
+            downloads=Downloads(self._artifacts, settings.limits.downloads),
+            failures=self.failures,
+            feed=self.feed,
+            health=health,
+            maintainer=self.maintainer,
+            metrics=metrics,
+            planner=planner,
+            scrubber=Scrubber(store),
+            webhooks=self.webhooks,
+            is_alive=lambda: not self.running.done(),
+            cluster_view=metrics.cluster,
+            step_down=step_down,
+        )
+
+
+def _make_actor(store: Store, opened: OpenedStore, state: State, clock: Clock, settings: Config) -> Actor:
+    state.quarantined = dict(opened.quarantined)
+    state.suspects = dict(opened.unvalidated)
+    state.figures = read_stats(opened.stats)
+    limits = settings.limits
+    bounds = Bounds(limits.mailbox, limits.inflight_bytes, limits.parked_claims, int(limits.claim_wait))
+    actor = Actor(
+        store,
+        state,
+        Keys(current_responses(opened.keys, state), limits.idempotency_keys),
+        clock,
+        settings.policy(),
+        random=RandomPool(),
+        bounds=bounds,
+        is_full=opened.full,
+        has_reserve=opened.has_reserve,
+        now_s=time.monotonic,
+    )
+    actor.on_commit.append(event_log.write_lines)
+    return actor
+
+
+def current_responses(rows: list[StoredResponse], state: State) -> list[StoredResponse]:
+    """Drop the stored responses to starts and claims without a current grant."""
+    kept_rows = []
+    for row in rows:
+        if row.grants is not None:
+            current = [(job_id, lock_id) for job_id, lock_id in row.grants if state.holds(job_id, lock_id)]
+            row = msgspec.structs.replace(row, grants=current)
+        if row.grants is None or row.grants:
+            kept_rows.append(row)
+    return kept_rows
+
+
+def _schedule(settings: Config) -> CleanupSchedule:
+    cleanup = settings.cleanup
+    return CleanupSchedule(
+        interval_ms=int(cleanup.interval),
+        min_interval_ms=int(cleanup.min_interval),
+        recover_every_ms=int(cleanup.recover_every),
+        batch=cleanup.batch,
+        journal_ms=int(settings.retention.journal),
+        audit_ms=int(settings.retention.audit),
+    )
+
+
+def _thresholds(settings: Config) -> Thresholds:
+    """Build the thresholds from [alerts], whose keys have no unit."""
+    values = msgspec.structs.asdict(settings.alerts)
+    durations = {f"{name}_ms": int(value) for name, value in values.items() if isinstance(value, Duration)}
+    return Thresholds(**durations, **{name: value for name, value in values.items() if f"{name}_ms" not in durations})

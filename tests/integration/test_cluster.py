@@ -1,0 +1,271 @@
+"""Real daemons on a real PostgreSQL: one leads, the others follow, and one of them takes over."""
+
+from __future__ import annotations
+
+import http.client
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobd.cli.daemon.main import main
+from tests.support.daemon_process import TOKEN, DaemonProcess, DaemonResponse, call, free_port
+from tests.support.postgres import PASSWORD, PostgresServer
+
+WAIT_S = 60.0
+
+
+class NodeProcess(DaemonProcess):
+    """A node of a cluster, whose worker API is also on TCP."""
+
+    def __init__(self, directory: Path, url: str, name: str, **environ: str) -> None:
+        directory.mkdir(exist_ok=True)
+        self.name = name
+        self.port = free_port()
+        settings = {
+            "JOBD_JOURNAL_URL": url,
+            "JOBD_JOURNAL_LEASE": "2s",
+            "JOBD_JOURNAL_REQUIRE_SYNC": "false",
+            "JOBD_NODE_NAME": name,
+            "JOBD_WORKER_LISTEN": f"127.0.0.1:{self.port}",
+            "JOBD_WORKER_TOKEN_FILE": str(directory / "token"),
+        }
+        (directory / "token").write_text(TOKEN)
+        (directory / "token").chmod(0o600)
+        super().__init__(directory, **settings | environ)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start the process and wait until it is a standby, at least."""
+        self.launch()
+        self.wait_for_log(b"event=standby")
+
+    def cluster(self) -> Any:
+        return self.get("/v1/cluster").data
+
+    def wait_leads(self) -> None:
+        self.wait_for_log(b"event=ready")
+
+
+class Cluster:
+    """The nodes of one journal."""
+
+    def __init__(self, directory: Path, url: str, stack: ExitStack) -> None:
+        self.directory = directory
+        self.url = url
+        self._stack = stack
+        self.nodes: list[NodeProcess] = []
+
+    def add(self, name: str, **environ: str) -> NodeProcess:
+        """Start a node."""
+        node = NodeProcess(self.directory / name, self.url, name, **environ)
+        self._stack.enter_context(node)
+        self.nodes.append(node)
+        return node
+
+
+@pytest.fixture
+def database(postgres_server: PostgresServer, journal_name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the URL of a database with a journal."""
+    name = journal_name.replace("-", "_")
+    postgres_server.sql(f"CREATE ROLE {name} LOGIN PASSWORD '{PASSWORD}'", f"CREATE DATABASE {name} OWNER {name}")
+    url = postgres_server.url(name, role=name)
+    monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
+    assert main(["cluster", "init", "--set", f"journal.url={url}", "--set", "journal.require_sync=false"]) == 0
+    return url
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, database: str) -> Iterator[Cluster]:
+    with ExitStack() as stack:
+        made = Cluster(tmp_path, database, stack)
+        yield made
+    for node in made.nodes:
+        print(f"--- {node.name}\n{node.log.decode()}")  # shown if the test fails
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def create(node: NodeProcess, job_id: str) -> DaemonResponse:
+    return node.post("/v1/jobs", {"id": job_id})
+
+
+def test_a_standby_follows_and_takes_over(cluster: Cluster) -> None:
+    first = cluster.add("a")
+    first.wait_leads()
+    assert create(first, "one").status == 201
+    granted = first.post("/v1/jobs/one/start", {"worker": "w"}).data
+    second = cluster.add("b")
+    refused = create(second, "two")
+    assert (refused.status, refused.error) == (503, "not_leader")
+    assert refused.body["details"] == {"leader": first.url}
+    ready = second.get("/readyz")
+    assert (ready.status, ready.body["data"]) == (503, {"status": "standby", "leader": first.url})
+    assert second.get("/healthz").status == 200
+    assert second.admin("GET", "stats").error == "not_leader"
+    assert "jobd_leader 0.0" in second.admin("GET", "/metrics").body.decode()
+    wait_until(lambda: second.cluster()["lag_events"] == 0)
+    wait_until(lambda: [node["role"] for node in second.cluster()["nodes"]] == ["leader", "standby"])
+    with closing(http.client.HTTPConnection("127.0.0.1", second.port, timeout=30)) as client:
+        assert call(client, "GET", "/v1/jobs/one", Authorization=f"Bearer {TOKEN}").error == "not_leader"
+        first.kill()
+        began = time.monotonic()
+        wait_until(lambda: second.get("/readyz").status == 200)
+        assert time.monotonic() - began < 2.0, "the lease need not end"
+        assert call(client, "GET", "/v1/jobs/one", Authorization=f"Bearer {TOKEN}").status == 200
+    done = second.post("/v1/jobs/one/complete", {"lock_id": granted["lock_id"], "file_path": "/f"})
+    assert done.data["status"] == "completed"
+    assert create(second, "two").status == 201
+    later = second.post("/v1/jobs/two/start", {"worker": "w"}).data
+    assert later["fencing_token"] > granted["fencing_token"]
+    view = second.cluster()
+    assert (view["role"], view["leader"]) == ("leader", second.url)
+    assert "jobd_leader 1.0" in second.admin("GET", "/metrics").body.decode()
+    first.start()
+    wait_until(lambda: first.cluster()["leader"] == second.url and first.cluster()["lag_events"] == 0)
+    assert second.stop() == 0
+    first.wait_leads()
+    assert first.get("/v1/jobs/one").data["status"] == "completed"
+
+
+def test_a_leader_steps_down_and_follows_again(cluster: Cluster) -> None:
+    first = cluster.add("a")
+    first.wait_leads()
+    create(first, "one")
+    second = cluster.add("b")
+    assert first.admin("POST", "cluster/step-down", {"reason": "maintenance"}).data["role"] == "leader"
+    second.wait_leads()
+    assert first.process is not None
+    assert first.process.wait(WAIT_S) == 75
+    entries = second.admin("GET", "audit?what=step-down").data["entries"]
+    assert [entry["reason"] for entry in entries] == ["maintenance"]
+    assert second.post("/v1/jobs/one/start", {"worker": "w"}).status == 200
+
+
+def test_a_frozen_leader_that_wakes_up_answers_no_request(cluster: Cluster) -> None:
+    first = cluster.add("a")
+    first.wait_leads()
+    create(first, "one")
+    second = cluster.add("b")
+    assert first.process is not None
+    first.process.send_signal(signal.SIGSTOP)
+    second.wait_leads()
+    assert second.post("/v1/jobs/one/start", {"worker": "w"}).status == 200
+    answers: list[str] = []
+
+    def ask() -> None:
+        try:
+            answers.append(first.get("/v1/jobs/one").error)
+        except OSError as error:
+            answers.append(type(error).__name__)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(0.2)
+    first.process.send_signal(signal.SIGCONT)
+    asking.join()
+    assert first.process.wait(WAIT_S) == 75
+    assert answers[0] in {"not_leader", "outcome_unknown", "ConnectionResetError", "RemoteDisconnected"}
+    assert b"event=leadership_lost" in first.log
+
+
+def test_a_name_is_used_once(cluster: Cluster) -> None:
+    cluster.add("a").wait_leads()
+    other = NodeProcess(cluster.directory / "other", cluster.url, "a")
+    with ExitStack() as stack:
+        stack.push(other)
+        other.launch()
+        assert other.process is not None
+        assert other.process.wait(WAIT_S) == 78
+    assert b'is the node \\"a\\"' in other.log
+
+
+def test_a_node_without_its_journal_says_why_and_ends(cluster: Cluster, database: str) -> None:
+    node = NodeProcess(cluster.directory / "x", database.replace("127.0.0.1", "127.0.0.1:1,127.0.0.1"), "x")
+    node.environ["JOBD_JOURNAL_URL"] = "postgresql://nobody:secret@127.0.0.1:1/jobd"
+    with ExitStack() as stack:
+        stack.push(node)
+        node.launch()
+        assert node.process is not None
+        assert node.process.wait(WAIT_S) == 75
+    assert b"cannot_start" in node.log
+    assert b"secret" not in node.log
+
+
+def test_a_standby_stops_at_a_signal_and_reloads(cluster: Cluster) -> None:
+    cluster.add("a").wait_leads()
+    standby = cluster.add("b")
+    assert standby.process is not None
+    standby.process.send_signal(signal.SIGHUP)
+    standby.wait_for_log(b"event=reloaded")
+    standby.process.send_signal(signal.SIGUSR1)
+    standby.wait_for_log(b"event=dump_task")
+    assert standby.stop() == 0
+
+
+@pytest.mark.slow
+def test_nothing_acknowledged_is_lost_when_the_leader_is_killed_under_load(cluster: Cluster) -> None:
+    nodes = [cluster.add(name) for name in ("a", "b", "c")]
+    created: set[str] = set()
+    completed: dict[str, int] = {}
+    stop = threading.Event()
+
+    def work(worker: int) -> None:
+        """Create and complete jobs on the node that leads."""
+        number, node = 0, nodes[worker % 3]
+        while not stop.is_set():
+            number += 1
+            job_id = f"{worker}-{number}"
+            try:
+                if create(node, job_id).status not in (200, 201):
+                    raise OSError
+                created.add(job_id)
+                granted = node.post(f"/v1/jobs/{job_id}/start", {"worker": f"w-{worker}"})
+                if granted.status != 200:
+                    raise OSError
+                body = {"lock_id": granted.data["lock_id"], "file_path": "/f"}
+                if node.post(f"/v1/jobs/{job_id}/complete", body).status == 200:
+                    completed[job_id] = granted.data["fencing_token"]
+            except (OSError, http.client.HTTPException):
+                node = nodes[(nodes.index(node) + 1) % 3]
+                time.sleep(0.02)
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for each in workers:
+        each.start()
+    for _ in range(5):
+        before = len(completed)
+        wait_until(lambda: len(completed) > before + 50)  # noqa: B023
+        leader = next(node for node in nodes if _leads(node))
+        leader.kill()
+        wait_until(lambda: any(_leads(node) for node in nodes if node is not leader))  # noqa: B023
+        leader.start()
+    stop.set()
+    for each in workers:
+        each.join()
+    leader = next(node for node in nodes if _leads(node))
+    for job_id in created:
+        assert leader.get(f"/v1/jobs/{job_id}").status == 200, job_id
+    for job_id in completed:
+        assert leader.get(f"/v1/jobs/{job_id}").data["status"] == "completed", job_id
+    assert len(set(completed.values())) == len(completed), "each token was given once"
+    wait_until(lambda: all(node.cluster()["lag_events"] == 0 for node in nodes))
+
+
+def _leads(node: NodeProcess) -> bool:
+    with suppress(OSError, http.client.HTTPException):
+        return node.get("/readyz").status == 200
+    return False

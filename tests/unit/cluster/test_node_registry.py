@@ -1,0 +1,143 @@
+"""The entries of nodes, and two processes with one name."""
+
+from __future__ import annotations
+
+import asyncio
+
+from msgspec.structs import replace
+from structlog.testing import capture_logs
+
+from jobd.cluster.node_registry import EVERY_S, NodeRegistry
+from jobd.cluster.view import Position, cluster_view
+from jobd.journal.memory import MemoryServer, MemorySharedJournal
+from jobd.model.journal import NodeEntry
+from jobd.model.responses import ClusterView
+from tests.support.virtual_engine import in_virtual_time, seconds
+
+FOLLOWS = Position(
+    is_leader=False, holder="p-a", leader="http://a", epoch=7, record=12, lag_events=3, ahead_ms=0, problem=None
+)
+
+
+def loop_ms() -> int:
+    return round(asyncio.get_running_loop().time() * 1000)
+
+
+def entry(name: str, process: str, projected_to: int = 10, config: str = "c") -> NodeEntry:
+    return NodeEntry(name, process, f"http://{name}", 2, config, projected_to)
+
+
+class Process:
+    """A process with a registry."""
+
+    def __init__(self, server: MemoryServer, mine: NodeEntry) -> None:
+        self.duplicates: list[str] = []
+        self.journal = MemorySharedJournal(server)
+        now_s = asyncio.get_running_loop().time
+        self.registry = NodeRegistry(self.journal, lambda: mine, on_duplicate=self.duplicates.append, now_s=now_s)
+        self.task = asyncio.create_task(self.registry.run())
+
+    async def stop(self) -> None:
+        self.registry.stop()
+        await self.task
+
+    async def kill(self) -> None:
+        self.task.cancel()
+        await asyncio.wait([self.task])
+
+
+def view(process: Process, at: Position = FOLLOWS, *, require_sync: bool = True) -> ClusterView:
+    return cluster_view(process.registry, at, node="b", journal="main", lease_ms=3_000, require_sync=require_sync)
+
+
+@in_virtual_time
+async def test_nodes_see_each_other() -> None:
+    server = MemoryServer(loop_ms)
+    a, b = (Process(server, entry(name, f"p-{name}", config=name)) for name in ("a", "b"))
+    await seconds(EVERY_S + 0.1)
+    shown = view(b)
+    assert (shown.role, shown.node, shown.leader, shown.epoch, shown.record) == ("standby", "b", "http://a", 7, 12)
+    assert [(node.name, node.role, node.lag_records) for node in shown.nodes] == [
+        ("a", "leader", 2),
+        ("b", "standby", 2),
+    ]
+    assert [node.config_differs for node in shown.nodes] == [False, True]
+    assert shown.problems == ["The configuration differs from that of the leader: b."]
+    assert (shown.synchronous, shown.lag_events, shown.lease_ms) == (True, 3, 3_000)
+    assert view(b, replace(FOLLOWS, is_leader=True, holder=None, leader="", record=None)).leader is None
+    alike = replace(server.nodes["b"][0], config_hash="a")
+    server.nodes["b"] = alike, server.nodes["b"][1]
+    b.registry.nodes = await b.journal.nodes()
+    assert view(b).problems == []
+    await b.kill()
+    await seconds(10)
+    assert [node.seen_ms > 8_000 for node in view(a).nodes] == [False, True]
+    await a.stop()
+
+
+@in_virtual_time
+async def test_problems_are_described() -> None:
+    server = MemoryServer(loop_ms)
+    process = Process(server, entry("b", "p-b"))
+    server.health = replace(server.health, is_synchronous=False, is_waiting=True)
+    await seconds(0.1)
+    sync = "PostgreSQL has no synchronous standby: a lost disk loses acknowledged jobs."
+    waits = "A write waits for a synchronous standby of PostgreSQL."
+    assert view(process).problems == [sync, waits]
+    assert view(process, require_sync=False).problems == [waits]
+    for ahead_ms, text in ((3_210, "3.2 s ahead of"), (-1_500, "1.5 s behind")):
+        shown = view(process, replace(FOLLOWS, ahead_ms=ahead_ms, problem="The disk is full."), require_sync=False)
+        clock = f"The wall clock of this node is {text} that of PostgreSQL."
+        assert shown.problems == ["The disk is full.", clock, waits]
+    process.journal.is_reachable = False
+    await seconds(EVERY_S)
+    assert (view(process).synchronous, view(process).problems) == (None, [])
+    await process.stop()
+
+
+@in_virtual_time
+async def test_a_process_that_was_restarted_gets_its_name_back() -> None:
+    server = MemoryServer(loop_ms)
+    old = Process(server, entry("a", "p-1"))
+    await seconds(0.1)
+    await old.kill()
+    await seconds(1)
+    new = Process(server, entry("a", "p-2"))
+    await seconds(2 * EVERY_S)
+    assert [node.process for node in new.registry.nodes] == ["p-1"]
+    await seconds(3 * EVERY_S)
+    assert [node.process for node in new.registry.nodes] == ["p-2"]
+    assert (new.duplicates, new.registry.problem) == ([], None)
+    await new.stop()
+
+
+@in_virtual_time
+async def test_a_name_that_another_process_uses_is_not_taken() -> None:
+    server = MemoryServer(loop_ms)
+    first = Process(server, entry("a", "p-1"))
+    await seconds(0.1)
+    with capture_logs() as logs:
+        second = Process(server, entry("a", "p-2"))
+        await seconds(EVERY_S + 0.1)
+    problem = 'Another process of this journal is the node "a": set node.name to another name on each node.'
+    assert second.duplicates == [problem]
+    assert [line["event"] for line in logs] == ["duplicate_node"]
+    assert view(second).problems[0] == problem
+    assert server.nodes["a"][0].process == "p-1"
+    assert first.registry.problem is None
+    await first.stop()
+    await second.stop()
+
+
+@in_virtual_time
+async def test_a_name_that_another_process_begins_to_use_is_a_problem() -> None:
+    server = MemoryServer(loop_ms)
+    first = Process(server, entry("a", "p-1"))
+    await seconds(0.1)
+    await MemorySharedJournal(server).register(entry("a", "p-2"))
+    await seconds(EVERY_S)
+    assert first.registry.problem is not None
+    assert first.duplicates == []
+    await seconds(EVERY_S)
+    assert first.registry.problem is None
+    await first.stop()
