@@ -1,8 +1,9 @@
-"""The journal in PostgreSQL with quorum commit: what is acknowledged is on two servers."""
+"""The journal in PostgreSQL with quorum commit, and on a server that restarts."""
 
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -107,3 +108,22 @@ async def test_acknowledged_records_survive_the_loss_of_the_primary(
     head = await a.resolve(0)
     await a.append(record_of(head.number + 1, head.epoch), head.number)
     assert [each.number for each in await b.read(0, 100)] == list(range(1, head.number + 2))
+
+
+async def test_a_server_that_restarts_is_used_again() -> None:
+    with postgres.postgres() as server:
+        await create(server.url(), "main", "id")
+        node = await PostgresJournal.open(server.url(), "main", LEASE_MS)
+        await lead(node)
+        await node.append(record_of(1, 100), 0)
+        await asyncio.to_thread(server.stop, signal.SIGQUIT)
+        with pytest.raises(JournalUnavailable):
+            await node.head()
+        with pytest.raises((OutcomeUnknown, JournalUnavailable)):
+            await node.renew(1)
+        await asyncio.to_thread(server.start)
+        await node.renew(1)
+        await node.append(record_of(2, 100), 1)
+        assert (await node.head()).is_connected
+        assert [each.number for each in await node.read(0, 10)] == [1, 2]
+        await node.close()
