@@ -141,6 +141,7 @@ class Daemon:
         node = self.node = ClusterNode(self._loaded)
         await node.open(self._stack, self._check_addresses)
         self._background.run("registry", node.registry)
+        self._background.run("snapshots", node.snapshots)
         self._stack.push_async_callback(self._close_listeners)
         self._make_authenticators()
         await asyncio.to_thread(self._make_dashboard)

@@ -14,6 +14,7 @@ import structlog
 from jobd.api.standby import StandbyServices, standby_app
 from jobd.cluster.leadership import Leadership
 from jobd.cluster.node_registry import NodeRegistry
+from jobd.cluster.snapshot_schedule import SnapshotSchedule
 from jobd.cluster.standby import NodeSettings, Standby
 from jobd.cluster.view import Position, cluster_view
 from jobd.cluster.warm_state import WarmState
@@ -74,6 +75,16 @@ class ClusterNode:
         with contextlib.suppress(JournalUnavailable):
             await self._standby.read_head()  # so that the first responses name the leader
         self.registry = NodeRegistry(self._journal, self._describe, on_duplicate=self._on_duplicate)
+
+        self.snapshots = SnapshotSchedule(
+            self._journal,
+            self.store,
+            self.registry,
+            process=self._holder,
+            leader=lambda: None if self._standby.head is None else self._standby.head.holder,
+            every_ms=int(settings.journal.snapshot_every),
+            keep_ms=int(settings.retention.journal),
+        )
 
     def app(
         self, authenticator: Authenticator, routes: tuple[Route, ...], limits: Limits, pages: BrowserPages | None

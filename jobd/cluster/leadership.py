@@ -17,6 +17,7 @@ from jobd.core.stats import Histogram
 from jobd.engine.actor import COMMIT_BUCKETS_S
 from jobd.engine.clock import wall_clock_ms
 from jobd.model.journal import Head, JournalUnavailable, LeadershipLost, OutcomeUnknown, Record, SharedJournal
+from jobd.model.storage import DiskFull
 
 RETRY_S: Final = 0.05  # while the journal cannot be reached
 
@@ -111,12 +112,12 @@ class Leadership:
         async with self._sending:
             if self._lost is None:
                 self._lost = LeadershipLost("this node has released the lead")
-                with contextlib.suppress(JournalUnavailable, OutcomeUnknown):
+                with contextlib.suppress(JournalUnavailable, OutcomeUnknown, DiskFull):
                     await self._journal.release()
 
     async def _append(self, record: Record, acked: int) -> None:
         try:
-            await self._retry(lambda: self._journal.append(record, acked))
+            await self._retry(lambda: self._journal.append(record, acked), DiskFull)
         except OutcomeUnknown:
             log.warning("append_unknown", record=record.number)
             await self._settle(record, acked)
@@ -136,7 +137,7 @@ class Leadership:
                 head = await self._resolve()
                 if head.number >= record.number:
                     return
-                await self._retry(lambda: self._journal.append(record, acked))
+                await self._retry(lambda: self._journal.append(record, acked), DiskFull)
                 return
             except OutcomeUnknown:
                 pass
@@ -154,17 +155,20 @@ class Leadership:
             self.check()
             await asyncio.sleep(RETRY_S)
 
-    async def _retry(self, send: Callable[[], Awaitable[T]]) -> T:
-        """Send a statement that renews the lease, again while the journal cannot be reached and the lease lasts.
+    async def _retry(self, send: Callable[[], Awaitable[T]], *raised: type[Exception]) -> T:
+        """Send a statement that renews the lease, again while the journal cannot be written and the lease lasts.
 
-        The first time is allowed after the lease, because the journal rejects it if another node leads.
+        The first time is allowed after the lease, because the journal rejects it if another node leads. The errors
+        `raised` are not tried again.
         """
         is_away = False
         while True:
             sent_s = self._lease.now_s()
             try:
                 result = await send()
-            except JournalUnavailable as error:
+            except (JournalUnavailable, DiskFull) as error:
+                if isinstance(error, raised):
+                    raise
                 if not is_away:
                     log.warning("journal_unavailable", reason=str(error), left_s=round(self._lease.left_s, 3))
                 is_away = True

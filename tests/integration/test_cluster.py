@@ -269,3 +269,19 @@ def _leads(node: NodeProcess) -> bool:
     with suppress(OSError, http.client.HTTPException):
         return node.get("/readyz").status == 200
     return False
+
+
+@pytest.mark.slow
+def test_a_node_with_an_empty_disk_starts_from_a_snapshot(cluster: Cluster, postgres_server: PostgresServer) -> None:
+    first = cluster.add("a", JOBD_JOURNAL_SNAPSHOT_EVERY="1s")
+    first.wait_leads()
+    with closing(first.worker()) as client:
+        for number in range(1_100):
+            assert call(client, "POST", "/v1/jobs", {"id": f"job-{number}"}).status == 201
+    first.wait_for_log(b"event=snapshot_written")
+    second = cluster.add("b")
+    assert b"event=store_made_from_snapshot" in second.log
+    wait_until(lambda: second.cluster()["lag_events"] == 0)
+    first.kill()
+    second.wait_leads()
+    assert second.admin("GET", "stats").data["totalJobs"] == 1_100

@@ -357,3 +357,25 @@ async def test_the_wall_clock_is_compared_with_that_of_the_server() -> None:
     assert lead.ahead_ms > 1_700_000_000_000
     lead.stop()
     await task
+
+
+@in_virtual_time
+async def test_a_renewal_is_repeated_while_the_disk_of_the_server_is_full() -> None:
+    node = Node(MemoryServer())
+    lead = await node.lead()
+    task = asyncio.create_task(lead.run())
+    is_full = True
+
+    async def fill(call: str) -> None:
+        if is_full:
+            raise DiskFull("the disk of the server is full")
+
+    node.journal.before = fill
+    await seconds(2)
+    assert not task.done()
+    is_full = False
+    await seconds(2)
+    lead.check()
+    is_full = True
+    await task
+    assert [type(error) for error in node.lost] == [LeadershipLost]

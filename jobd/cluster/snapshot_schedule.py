@@ -1,0 +1,127 @@
+"""Write a snapshot of the tables into the journal from time to time, and trim the journal behind it.
+
+A node with an empty disk starts from the newest snapshot. The first standby by name writes it, the leader only if no
+standby is running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import structlog
+
+from jobd.cluster.node_registry import GONE_S, NodeRegistry
+from jobd.engine.clock import wall_clock_ms
+from jobd.model.journal import BadRecord, JournalUnavailable, SharedJournal, SnapshotInfo
+from jobd.model.storage import BackupError, DiskFull
+from jobd.storage import snapshots
+from jobd.storage.backup import StoreCopy
+
+CHECK_S: Final = 10.0
+MIN_RECORDS: Final = 1_000  # since the latest snapshot: fewer are read faster than a snapshot
+KEPT: Final = 2
+
+log = structlog.get_logger("jobd.cluster")
+
+
+class CopiedStorage(Protocol):
+    """The part of the store that makes copies."""
+
+    async def snapshot(self) -> StoreCopy:
+        """Return a copy of the tables. Raises BackupError or DiskFull."""
+
+
+class SnapshotSchedule:
+    """Writes snapshots at most every `every_ms`, from `run` until `stop`.
+
+    Records are trimmed when two snapshots have them and they are older than `keep_ms`. `leader` returns the id of the
+    leading process, and `process` is that of this one.
+    """
+
+    def __init__(
+        self,
+        journal: SharedJournal,
+        store: CopiedStorage,
+        registry: NodeRegistry,
+        *,
+        process: str,
+        leader: Callable[[], str | None],
+        every_ms: int,
+        keep_ms: int,
+        wall_ms: Callable[[], int] = wall_clock_ms,
+    ) -> None:
+        self._journal = journal
+        self._store = store
+        self._registry = registry
+        self._process = process
+        self._leader = leader
+        self._every_ms = every_ms
+        self._keep_ms = keep_ms
+        self._wall_ms = wall_ms
+        self._trimmed = 0  # records up to this one are known to be gone
+        self._stop = asyncio.Event()
+        self._writing: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        while not self._stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(CHECK_S, self._every_ms / 1000)):
+                    await self._stop.wait()
+            if self._stop.is_set() or not self._is_chosen():
+                continue
+            self._writing = asyncio.create_task(self._write_if_due(), name="snapshot")
+            await asyncio.wait([self._writing])
+
+    def stop(self) -> None:
+        """End `run`, and a snapshot in progress."""
+        self._stop.set()
+        if self._writing is not None:
+            self._writing.cancel()
+
+    def _is_chosen(self) -> bool:
+        """Return whether this node writes the snapshots."""
+        running = [node for node in self._registry.nodes if node.seen_ms < GONE_S * 1000]
+        leader = self._leader()
+        standbys = [node for node in running if node.process != leader]
+        return self._process == (standbys[0].process if standbys else leader)
+
+    async def _write_if_due(self) -> None:
+        try:
+            head, known = await self._journal.head(), await self._journal.snapshots()
+            last = known[-1] if known else SnapshotInfo(0, 0, 0, 0)
+            if head.number - last.number < MIN_RECORDS or head.at - last.at < self._every_ms:
+                return
+            copy = await self._store.snapshot()
+            with copy.file:
+                is_new = await self._journal.write_snapshot(copy.last_record, snapshots.compressed(copy.file))
+            if is_new:
+                log.info("snapshot_written", record=copy.last_record)
+                await self._clean_up()
+        except (JournalUnavailable, DiskFull, BackupError) as error:
+            log.warning("snapshot_failed", reason=str(error))
+
+    async def _clean_up(self) -> None:
+        """Drop old snapshots, and trim the records that nothing needs."""
+        known = await self._journal.snapshots()
+        for old in known[:-KEPT]:
+            await self._journal.drop_snapshot(old.number)
+        if len(known) >= KEPT:
+            number = await self._last_before(self._wall_ms() - self._keep_ms, known[-KEPT].number)
+            if number > self._trimmed:
+                await self._journal.trim(number)
+                self._trimmed = number
+
+    async def _last_before(self, at: int, upto: int) -> int:
+        """Return the last record up to `upto` that is older than wall time `at`."""
+        low, high = self._trimmed, upto
+        while low < high:
+            middle = (low + high + 1) // 2
+            try:
+                is_older = (await self._journal.read(middle - 1, 1))[0].at < at
+            except BadRecord:
+                is_older = True  # it was trimmed
+            low, high = (middle, high) if is_older else (low, middle - 1)
+        return low

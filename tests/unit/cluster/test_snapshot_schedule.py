@@ -1,0 +1,199 @@
+"""When a snapshot is written, by which node, and what is trimmed behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+
+import pytest
+from msgspec.structs import replace
+from structlog.testing import capture_logs
+
+from jobd.cluster import snapshot_schedule
+from jobd.cluster.node_registry import NodeRegistry
+from jobd.cluster.snapshot_schedule import SnapshotSchedule
+from jobd.journal.memory import MemoryServer, MemorySharedJournal
+from jobd.model.journal import NodeEntry, Record
+from jobd.model.storage import DiskFull
+from jobd.storage.backup import StoreCopy
+from tests.support.virtual_engine import in_virtual_time, seconds
+
+EVERY_MS = 60_000
+KEEP_MS = 600_000
+
+
+def loop_ms() -> int:
+    return round(asyncio.get_running_loop().time() * 1000)
+
+
+@pytest.fixture(autouse=True)
+def _few_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def at_once(call: object, *args: object) -> object:
+        return call(*args)  # type: ignore[operator]
+
+    monkeypatch.setattr(snapshot_schedule, "MIN_RECORDS", 10)
+    monkeypatch.setattr(asyncio, "to_thread", at_once)
+
+
+class Node:
+    """A node whose store is a file with a few bytes. `a` leads."""
+
+    def __init__(self, server: MemoryServer, name: str, *others: str) -> None:
+        self.server = server
+        self.journal = MemorySharedJournal(server)
+        self.registry = NodeRegistry(self.journal, lambda: entry(name))
+        self.registry.nodes = [entry(each) for each in sorted({name, *others})]
+        self.copies = 0
+        self.error: Exception | None = None
+        self.schedule = SnapshotSchedule(
+            self.journal,
+            self,
+            self.registry,
+            process=f"p-{name}",
+            leader=lambda: "p-a",
+            every_ms=EVERY_MS,
+            keep_ms=KEEP_MS,
+            wall_ms=loop_ms,
+        )
+        self.task = asyncio.create_task(self.schedule.run())
+
+    async def snapshot(self) -> StoreCopy:
+        if self.error is not None:
+            raise self.error
+        self.copies += 1
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - the schedule closes it
+        file.write(b"tables")
+        file.seek(0)
+        return StoreCopy(file, self.server.lead.number)
+
+    def append(self, count: int) -> None:
+        """Let the leader append records."""
+        for _ in range(count):
+            number = self.server.lead.number + 1
+            self.server.records.append(Record(number, 1, 1, 1, loop_ms(), b""))
+            self.server.change(replace(self.server.lead, number=number))
+
+    async def stop(self) -> None:
+        self.schedule.stop()
+        await self.task
+
+
+def entry(name: str, seen_ms: int = 0) -> NodeEntry:
+    return NodeEntry(name, f"p-{name}", "", 2, "", 0, seen_ms)
+
+
+@in_virtual_time
+async def test_the_first_standby_writes_after_enough_records_and_time() -> None:
+    server = MemoryServer(loop_ms)
+    node = Node(server, "b", "a", "c")
+    node.append(9)
+    await seconds(100)
+    assert node.copies == 0
+    node.append(1)
+    await seconds(11)
+    assert list(server.snapshots) == [10]
+    node.append(20)
+    await seconds(40)
+    assert list(server.snapshots) == [10]
+    await seconds(20)
+    assert list(server.snapshots) == [10, 30]
+    await node.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "others", "writes"), [("a", "bc", False), ("a", "", True), ("c", "ab", False), ("d", "a", True)]
+)
+def test_one_node_writes(name: str, others: str, writes: bool) -> None:
+    @in_virtual_time
+    async def run() -> None:
+        node = Node(MemoryServer(loop_ms), name, *others)
+        node.append(10)
+        await seconds(100)
+        assert bool(node.copies) == writes
+        await node.stop()
+
+    run()
+
+
+@in_virtual_time
+async def test_a_leader_writes_if_its_standbys_are_gone() -> None:
+    node = Node(MemoryServer(loop_ms), "a")
+    node.registry.nodes.append(entry("b", seen_ms=10_000))
+    node.append(10)
+    await seconds(20)
+    assert node.copies == 1
+    await node.stop()
+
+
+@in_virtual_time
+async def test_two_snapshots_are_kept_and_old_records_behind_them_are_trimmed() -> None:
+    server = MemoryServer(loop_ms)
+    node = Node(server, "b")
+    for _ in range(5):
+        node.append(10)
+        await seconds(70)
+    assert list(server.snapshots) == [40, 50]
+    assert len(server.records) == 50, "none is old enough"
+    await seconds(400)
+    node.append(10)
+    await seconds(70)
+    assert list(server.snapshots) == [50, 60]
+    first = server.records[0]
+    assert 10 < first.number <= 50
+    assert loop_ms() - KEEP_MS - 70_000 < first.at
+    await seconds(2_000)
+    for count in (10, 10, 0):
+        node.append(count)
+        await seconds(70)
+    assert server.records[0].number == 61, "later ones are too young"
+    await node.stop()
+    again = Node(server, "b")  # it does not know which records are gone
+    await seconds(2_000)
+    again.append(10)
+    await seconds(70)
+    assert list(server.snapshots) == [80, 90]
+    assert server.records[0].number == 81, "the older snapshot has those before"
+    await again.stop()
+
+
+@in_virtual_time
+async def test_another_node_that_is_writing_is_not_disturbed() -> None:
+    server = MemoryServer(loop_ms)
+    node = Node(server, "b")
+    server.snapshot_writer = MemorySharedJournal(server)
+    node.append(10)
+    await seconds(20)
+    assert (node.copies > 0, server.snapshots) == (True, {})
+    await node.stop()
+
+
+@in_virtual_time
+async def test_a_failure_is_logged_and_tried_again() -> None:
+    server = MemoryServer(loop_ms)
+    node = Node(server, "b")
+    node.append(10)
+    with capture_logs() as logs:
+        node.error = DiskFull("the disk is full")
+        await seconds(11)
+        node.error = None
+        await seconds(11)
+    assert [line["event"] for line in logs] == ["snapshot_failed", "snapshot_written"]
+    await node.stop()
+
+
+@in_virtual_time
+async def test_a_stop_ends_a_snapshot_in_progress() -> None:
+    server = MemoryServer(loop_ms)
+    node = Node(server, "b")
+    node.append(10)
+
+    async def hang(call: str) -> None:
+        if call == "write_part":
+            await asyncio.sleep(3_600)
+
+    node.journal.after = hang
+    await seconds(15)
+    began_s = loop_ms()
+    await node.stop()
+    assert loop_ms() == began_s
+    assert (server.snapshots, server.snapshot_writer) == ({}, None)
