@@ -381,7 +381,7 @@ class WorkerConnection(asyncio.Protocol):
             return
         self._linger_timer.cancel()
         self._dropped = None
-        if self._is_ending or (self._is_half_closed and not self._queue):
+        if self._is_ending or (self._is_half_closed and not (self._queue or self._held)):
             self.transport.close()
         elif self._queue:
             self._start(self._queue.pop(0))

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from jobd.api.worker import ROUTES
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
-from jobd.http.parser import AHEAD
+from jobd.http.parser import AHEAD, PIECE, PIECE_LINES
 from jobd.http.protocol import WorkerConnection
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Response
@@ -589,6 +589,19 @@ async def test_a_half_closed_client_gets_its_responses_and_then_the_end(either: 
     assert response[1:] == [str(n) for n in range(PIPELINED * 2)]
     assert await client.is_closed()
     await wait_until_closed(either)
+
+
+async def test_a_half_closed_client_gets_all_responses_after_a_rejected_body(tmp_path: Path) -> None:
+    """The body ends at the end of a piece of input, and the requests after it are not parsed yet."""
+    async with HttpHarness(ROUTES, tmp_path) as harness:
+        lines = "\r\n" * PIECE_LINES
+        rejected = request_bytes("POST", "/nowhere", lines.ljust(8 * PIECE))
+        rejected = request_bytes("POST", "/nowhere", lines.ljust(16 * PIECE - len(rejected)))
+        assert len(rejected) == 8 * PIECE
+        client = await harness.connect()
+        client.send(rejected + request_bytes("POST", "/v1/jobs", "{}") * 500)  # of more than PIECE_LINES lines
+        client.writer.write_eof()
+        assert (await client.reader.read()).count(b"HTTP/1.1 200") == 500
 
 
 @WRITES
