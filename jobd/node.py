@@ -123,8 +123,7 @@ class ClusterNode:
             epoch=lead.epoch if lead is not None else None if head is None else head.epoch,
             record=lead.acked if lead is not None else None if head is None else head.number,
             lag_events=0 if lead is not None else standby.lag_events,
-            ahead_ms=standby.ahead_ms if lead is None else lead.ahead_ms,
-            problem=standby.problem,
+            problem=standby.problem if lead is None else None,
         )
         journal = settings.journal
         return cluster_view(
@@ -140,9 +139,8 @@ class ClusterNode:
         node = self._settings.node
         lead = self.lead
         number = self.warm.number if lead is None else lead.acked
-        ahead_ms = self._standby.ahead_ms if lead is None else lead.ahead_ms
         hashed = config_hash(self._loaded)
-        return NodeEntry(node.name, self._holder, node.advertise, FORMAT, hashed, number, ahead_ms=ahead_ms)
+        return NodeEntry(node.name, self._holder, node.advertise, FORMAT, hashed, number)
 
     def _on_duplicate(self, problem: str) -> None:
         if self.lead is None:

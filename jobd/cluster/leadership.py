@@ -15,7 +15,6 @@ import structlog
 from jobd.cluster.lease import LeaderLease
 from jobd.core.stats import Histogram
 from jobd.engine.actor import COMMIT_BUCKETS_S
-from jobd.engine.clock import wall_clock_ms
 from jobd.model.journal import Head, JournalUnavailable, LeadershipLost, OutcomeUnknown, Record, SharedJournal
 from jobd.model.storage import DiskFull
 
@@ -42,18 +41,15 @@ class Leadership:
         next_epoch: Callable[[], int],
         on_epoch: Callable[[int], None] = lambda epoch: None,
         on_lost: Callable[[Exception], None] = lambda error: None,
-        wall_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self.epoch = head.epoch
         self.acked = head.number
         self.append_seconds = Histogram.empty(COMMIT_BUCKETS_S)
-        self.ahead_ms = 0  # of the wall clock of this node, compared with that of the server
         self.on_epoch = on_epoch
         self.on_lost = on_lost
         self._journal = journal
         self._lease = lease
         self._next_epoch = next_epoch
-        self._wall_ms = wall_ms
         self._sending = asyncio.Lock()  # one statement at a time, because an unknown outcome ends all others
         self._stop = asyncio.Event()
         self._lost: Exception | None = None
@@ -124,11 +120,9 @@ class Leadership:
 
     async def _renew(self) -> None:
         try:
-            server_ms = await self._retry(lambda: self._journal.renew(self.acked))
+            await self._retry(lambda: self._journal.renew(self.acked))
         except OutcomeUnknown:
             await self._resolve()
-        else:
-            self.ahead_ms = self._wall_ms() - server_ms
 
     async def _settle(self, record: Record, acked: int) -> None:
         """Find out whether `record` is in the journal, and append it if it is not."""

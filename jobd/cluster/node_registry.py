@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Final
 
 import structlog
+from msgspec.structs import replace
 
 from jobd.cluster.lease import boot_clock_s
+from jobd.engine.clock import wall_clock_ms
 from jobd.model.journal import JournalHealth, JournalUnavailable, NodeEntry, SharedJournal
 
 EVERY_S: Final = 2.0
@@ -22,8 +24,9 @@ log = structlog.get_logger("jobd.cluster")
 class NodeRegistry:
     """Writes the entry of this node from `run` until `stop`, as `describe` returns it.
 
-    `nodes` and `health` are as last read, `health` is None if they cannot be read now. `problem` says that another
-    process uses the name. If it did so before this one, `on_duplicate` is called with that, and no entry is written.
+    `nodes` and `health` are as last read, `health` is None if they cannot be read now. `ahead_ms` says by how much the
+    wall clock of this node is ahead of that of the server. `problem` says that another process uses the name. If it did
+    so before this one, `on_duplicate` is called with that, and no entry is written.
     """
 
     def __init__(
@@ -33,14 +36,17 @@ class NodeRegistry:
         *,
         on_duplicate: Callable[[str], None] = lambda problem: None,
         now_s: Callable[[], float] = boot_clock_s,
+        wall_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self.nodes: list[NodeEntry] = []
         self.health: JournalHealth | None = None
         self.problem: str | None = None
+        self.ahead_ms = 0
         self._journal = journal
         self._describe = describe
         self._on_duplicate = on_duplicate
         self._now_s = now_s
+        self._wall_ms = wall_ms
         self._other: tuple[str, float] | None = None  # another process with the name, and its last sign of life
         self._is_registered = False
         self._stop = asyncio.Event()
@@ -50,6 +56,7 @@ class NodeRegistry:
             try:
                 self.nodes = await self._journal.nodes()
                 self.health = await self._journal.health()
+                await self._compare_clocks()
                 await self._register()
             except JournalUnavailable:
                 self.health = None
@@ -60,8 +67,14 @@ class NodeRegistry:
     def stop(self) -> None:
         self._stop.set()
 
+    async def _compare_clocks(self) -> None:
+        """Measure `ahead_ms`. A slow response does not count as a difference."""
+        sent_ms = self._wall_ms()
+        server_ms = (await self._journal.head()).at
+        self.ahead_ms = max(sent_ms - server_ms, 0) + min(self._wall_ms() - server_ms, 0)
+
     async def _register(self) -> None:
-        mine = self._describe()
+        mine = replace(self._describe(), ahead_ms=self.ahead_ms)
         if not self._is_registered and self._waits_for_other(mine):
             return
         replaced = await self._journal.register(mine)

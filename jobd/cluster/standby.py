@@ -15,7 +15,6 @@ from msgspec import Struct
 from jobd.cluster.leadership import Leadership
 from jobd.cluster.lease import LeaderLease, StandbyLease, boot_clock_s
 from jobd.cluster.warm_state import WarmState
-from jobd.engine.clock import wall_clock_ms
 from jobd.model.journal import Fenced, Head, JournalUnavailable, OutcomeUnknown, Record, SharedJournal
 from jobd.model.storage import DiskFull
 
@@ -56,7 +55,6 @@ class Standby:
         *,
         next_epoch: Callable[[int], int],
         now_s: Callable[[], float] = boot_clock_s,
-        wall_ms: Callable[[], int] = wall_clock_ms,
         is_refused: Callable[[str], Awaitable[bool]] | None = None,
     ) -> None:
         self.head: Head | None = None
@@ -66,8 +64,6 @@ class Standby:
         self._warm = warm
         self._next_epoch = next_epoch
         self._now_s = now_s
-        self._wall_ms = wall_ms
-        self.ahead_ms = 0  # of the wall clock of this node, compared with that of the server
         self._is_refused = is_refused or is_refused_at
         self._lease = StandbyLease(settings.lease_s, now_s)
         self._last_event = warm.last_event  # of the records that were read
@@ -120,7 +116,6 @@ class Standby:
     async def read_head(self) -> Head:
         """Read `head`. Raises JournalUnavailable."""
         head = self.head = await self._journal.head()
-        self.ahead_ms = self._wall_ms() - head.at
         return head
 
     async def _poll(self) -> bool:
@@ -160,7 +155,6 @@ class Standby:
             head,
             lease,
             next_epoch=lambda: self._next_epoch(max(self._warm.state.epoch, head.epoch)),
-            wall_ms=self._wall_ms,
         )
 
     async def _take_lead(self, lease: LeaderLease) -> Head | None:

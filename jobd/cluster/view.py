@@ -23,7 +23,6 @@ class Position(Struct, frozen=True, kw_only=True):
     epoch: int | None
     record: int | None  # the last one of the journal
     lag_events: int
-    ahead_ms: int
     problem: str | None
 
 
@@ -34,7 +33,7 @@ def cluster_view(
     nodes, health = registry.nodes, registry.health
     leading = next((each for each in nodes if each.process == at.holder), None)
     problems = [text for text in (at.problem, registry.problem) if text is not None]
-    problems += _problems(nodes, leading, at.ahead_ms)
+    problems += _problems(nodes, leading, registry.ahead_ms)
     if health is not None and require_sync and not health.is_synchronous:
         problems.append("PostgreSQL has no synchronous standby: a lost disk loses acknowledged jobs.")
     if health is not None and health.is_waiting:
@@ -64,7 +63,7 @@ def _node(node: NodeEntry, leading: NodeEntry | None, record: int) -> NodeView:
         role="leader" if node is leading else "standby",
         seen_ms=node.seen_ms,
         record=node.projected_to,
-        lag_records=max(record - node.projected_to, 0),
+        lag_records=0 if node is leading else max(record - node.projected_to, 0),
         format=node.format,
         config_differs=leading is not None and node.config_hash != leading.config_hash,
         ahead_ms=node.ahead_ms,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
 from urllib.parse import urlsplit
 
-from jobd.dashboard.context import Viewer
+from jobd.dashboard.context import Viewer, is_live_update
 from jobd.dashboard.pages import PAUSED_QUEUES, PageData, banners, base_url, query
 from jobd.dashboard.urls import no_link_reason
 from jobd.http.auth import host_name
@@ -13,9 +14,21 @@ from jobd.model.errors import api_error
 from jobd.model.responses import ClusterView
 
 
-async def cluster_page(viewer: Viewer, _: Command) -> PageData:
+class ClusterPageQuery(Command, frozen=True, kw_only=True):
+    """`role` is that of the node when the page was loaded. If it has changed, an update loads the whole page."""
+
+    role: Literal["", "leader", "standby", "single"] = ""
+
+
+async def cluster_page(viewer: Viewer, request: ClusterPageQuery) -> PageData:
     view = viewer.app.services.cluster_view()
-    return {"cluster": view, "leader_url": leader_url(viewer, view), **await _banners(viewer, view)}
+    return {
+        "cluster": view,
+        "leader_url": leader_url(viewer, view),
+        "page_url": f"/cluster?role={view.role}",
+        "reload": is_live_update(viewer.context) and request.role not in ("", view.role),
+        **await _banners(viewer, view),
+    }
 
 
 async def confirm_step_down(viewer: Viewer, _: Command) -> PageData:

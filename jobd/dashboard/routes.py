@@ -32,7 +32,7 @@ from jobd.dashboard.filters import JobsPageQuery, job_redirect, jobs_subscriptio
 from jobd.dashboard.job_actions import JOB_ACTIONS, ActionTarget, Verb, visible_lock_id
 from jobd.dashboard.live_updates import Subscription, live_stream, live_url
 from jobd.dashboard.pages import PageData
-from jobd.dashboard.rendering import HTML, Renderer, redirect
+from jobd.dashboard.rendering import HEADERS, HTML, Renderer, redirect
 from jobd.dashboard.sessions import Sessions
 from jobd.dashboard.sign_in import SignInForm, SignInPages, SignInQuery, redirect_to_sign_in
 from jobd.dashboard.urls import job_url
@@ -68,7 +68,9 @@ class JobActionForm(JobCommand, frozen=True, kw_only=True):
 
 
 class PageSpec(Struct, frozen=True):
-    """A page for signed-in viewers. `name` is that of its template.
+    """A page for signed-in viewers. `name` is that of its template, `load` returns the data for it.
+
+    The data may have a `status`, and with `reload` the browser loads the whole page instead of its live region.
 
     Its live region updates on the events of `subscription` (by default all events), or every `interval_s` seconds
     without them (0: never). `changes`: the page leads to a change, so read-only viewers get 403. `redirect_to` may
@@ -116,7 +118,7 @@ PAGES: Final = (
         webhooks.confirm_retry_failed, changes=True,
     ),
     PageSpec(
-        CLUSTER, NoFields, "cluster", "Cluster", cluster.cluster_page, on_standby=True, has_stream=False
+        CLUSTER, cluster.ClusterPageQuery, "cluster", "Cluster", cluster.cluster_page, on_standby=True, has_stream=False
     ),
     PageSpec(
         "/cluster/step-down", NoFields, "step_down", "Cluster", cluster.confirm_step_down, changes=True
@@ -243,6 +245,8 @@ class Dashboard:
             subscription = Subscription() if spec.subscription is None else spec.subscription(query)
             data = await spec.load(viewer, query)
             status = data.pop("status", 200)
+            if data.pop("reload", False):
+                return Response(RawBody(HTML, b"", {**HEADERS, "HX-Refresh": "true"}))
             page = {
                 "name": spec.name,
                 "title": spec.title,

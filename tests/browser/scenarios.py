@@ -7,9 +7,12 @@ import http.client
 import json
 import math
 import random
+import subprocess
+import sys
 import time
 from base64 import b64encode
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +21,7 @@ import msgspec
 from jobd.monitoring.timeseries import SLOT_MS, SLOTS, STEP_MS, STEPS, SavedTimeseries
 from jobd.storage.store import Store
 from tests.support.daemon_process import TOKEN, DaemonProcess, free_port
+from tests.support.postgres import postgres
 
 CHROMIUM: Final = "/usr/bin/chromium"
 # CI runs as root, where the sandbox does not work. The other flags stop traffic at the start.
@@ -76,6 +80,53 @@ class DashboardDaemon(DaemonProcess):
             text = None if body is None else json.dumps(body)
             connection.request(method, f"/admin/job-management/{path}", text, headers)
             return connection.getresponse().status
+
+
+class DashboardNode(DashboardDaemon):
+    """A node of the cluster whose journal is at `url`. Its context waits until it is a standby, at least."""
+
+    def __init__(self, directory: Path, url: str, name: str, config: str = "") -> None:
+        directory.mkdir()
+        (directory / "token").write_text(TOKEN)
+        (directory / "token").chmod(0o600)
+        super().__init__(
+            directory,
+            f"""\
+[journal]
+url = "{url}"
+require_sync = false
+
+[node]
+name = "{name}"
+
+[worker]
+listen = "127.0.0.1:{free_port()}"
+token_file = "{directory}/token"
+
+{config}""",
+        )
+
+    def start(self) -> None:
+        self.launch()
+        self.wait_for_log(b"event=standby")
+
+
+@contextmanager
+def cluster_of(directory: Path, *names: str) -> Iterator[list[DashboardNode]]:
+    """Run nodes, of which the first leads. The configuration of the last one differs. Raises PostgresMissing."""
+    with ExitStack() as stack:
+        url = stack.enter_context(postgres()).url()
+        command = [sys.executable, "-m", "jobd", "cluster", "init", "--set", f"journal.url={url}"]
+        subprocess.run(command, check=True, capture_output=True)
+        nodes = []
+        for name in names:
+            config = "[retention]\njournal = '2d'\n" * (name == names[-1])
+            nodes.append(stack.enter_context(DashboardNode(directory / name, url, name, config)))
+            if len(nodes) == 1:
+                nodes[0].wait_for_log(b"event=ready")
+        while len(nodes[0].get("/v1/cluster").data["nodes"]) < len(names):
+            time.sleep(0.1)
+        yield nodes
 
 
 def save_history(directory: Path) -> None:

@@ -15,7 +15,16 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests import ROOT
 from tests.benchmarks.pages import fill
-from tests.browser.scenarios import CHROMIUM, FLAGS, TROUBLE, DashboardDaemon, make_busy, make_trouble, save_history
+from tests.browser.scenarios import (
+    CHROMIUM,
+    FLAGS,
+    TROUBLE,
+    DashboardDaemon,
+    cluster_of,
+    make_busy,
+    make_trouble,
+    save_history,
+)
 from tests.support.daemon_process import TOKEN
 
 PAGES: Final = {
@@ -37,6 +46,8 @@ PAGES: Final = {
     "webhook-retry": "/webhooks/billing/retry-failed",
     "plan": "/jobs?status=failed",  # the page with the form
     "audit": "/audit",
+    "cluster": "/cluster",
+    "step-down": "/cluster/step-down",
     "docs": "/docs",
     "docs-worker": "/docs/worker",
 }
@@ -49,6 +60,8 @@ ONLY_IN: Final = {
     "silent": {"trouble"},
     "webhook-retry": {"trouble"},
     "plan": {"busy", "trouble", "crowd"},
+    "cluster": {"leader", "standby"},
+    "step-down": {"leader"},
 }
 SCENARIOS: Final[dict[str, Callable[[DashboardDaemon], None]]] = {
     "empty": lambda daemon: None,
@@ -56,6 +69,7 @@ SCENARIOS: Final[dict[str, Callable[[DashboardDaemon], None]]] = {
     "trouble": make_trouble,
     "crowd": lambda daemon: fill(daemon, 100_000, processing=1_000, failed=5_000, completed=5_000),
 }
+NODES: Final = ("leader", "standby")  # scenarios of a cluster, which show only the pages of ONLY_IN
 WIDTHS: Final = {"wide": 1280, "phone": 390}
 README: Final[dict[str, tuple[Literal["light", "dark"], str]]] = {
     "overview": ("light", "/"),
@@ -88,7 +102,7 @@ def sign_in(page: Page, daemon: DashboardDaemon) -> None:
     page.goto(f"{daemon.url}/sign-in")
     page.fill("input[name=token]", TOKEN)
     page.click("main button")
-    page.wait_for_url(f"{daemon.url}/")
+    page.wait_for_load_state()
 
 
 def shoot_for_readme() -> None:
@@ -118,7 +132,7 @@ def make_plan(page: Page) -> None:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("pages", nargs="*", choices=[[], *PAGES], help="take these pages only")
-    options.add_argument("--scenario", "--scene", choices=[*SCENARIOS], help="take this scenario only")
+    options.add_argument("--scenario", "--scene", choices=[*SCENARIOS, *NODES], help="take this scenario only")
     options.add_argument("--to", type=Path, default=Path("build/screenshots"))
     options.add_argument(
         "--readme", action="store_true", help="take the screenshots of the README only, into docs/images"
@@ -138,6 +152,11 @@ def main() -> None:
                 ):
                     make(on)
                     shoot(browser, on, name, chosen.to, chosen.pages)
+        if chosen.scenario in (None, *NODES):
+            with tempfile.TemporaryDirectory() as directory, cluster_of(Path(directory), "a", "b", "c") as nodes:
+                for name, node in zip(NODES, nodes, strict=False):
+                    if chosen.scenario in (None, name):
+                        shoot(browser, node, name, chosen.to, chosen.pages)
         browser.close()
     print(chosen.to)
 

@@ -20,9 +20,19 @@ from typing import Any, ClassVar
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Route, expect, sync_playwright
 
-from tests.browser.scenarios import CHROMIUM, FLAGS, READ_ONLY_TOKEN, TROUBLE, DashboardDaemon, make_busy, make_trouble
+from tests.browser.scenarios import (
+    CHROMIUM,
+    FLAGS,
+    READ_ONLY_TOKEN,
+    TROUBLE,
+    DashboardDaemon,
+    cluster_of,
+    make_busy,
+    make_trouble,
+)
 from tests.conftest import tool_missing
 from tests.support.daemon_process import TOKEN
+from tests.support.postgres import PostgresMissing
 
 PATHS = [
     "/",
@@ -726,3 +736,27 @@ def test_firing_alerts_are_on_the_overview_with_their_hints(page: Page, tmp_path
         sign_in(page, daemon)
         alerts = page.get_by_role("region", name="Firing alerts")
         expect(alerts).to_contain_text("More jobs than expected are processing")
+
+
+def test_a_step_down_on_the_page_of_the_cluster(context: BrowserContext, tmp_path: Path) -> None:
+    try:
+        with cluster_of(tmp_path, "a", "b") as (old, new):
+            page = context.new_page()
+            sign_in(page, new, path="/cluster")
+            expect(page.get_by_role("main")).to_contain_text("This node is a standby.")
+            expect(page.get_by_role("navigation", name="Pages").get_by_role("link")).to_have_text(["Cluster"])
+            leader = context.new_page()
+            sign_in(leader, old)
+            leader.get_by_role("link", name="Cluster").click()
+            leader.get_by_role("link", name="Step down …").click()
+            leader.get_by_label("Reason").fill("new kernel")
+            leader.get_by_role("button", name="Step down").click()
+            expect(leader.get_by_role("heading", level=1)).to_have_text("a steps down")
+            assert old.process is not None
+            assert old.process.wait(30) == 75
+            expect(page.get_by_role("link", name="Step down …")).to_be_visible()  # the session stays
+            expect(page.get_by_role("navigation", name="Pages").get_by_role("link", name="Jobs")).to_be_visible()
+            page.goto(f"{new.url}/audit")
+            expect(page.get_by_role("main")).to_contain_text("new kernel")
+    except PostgresMissing as missing:
+        tool_missing("PostgreSQL", str(missing))

@@ -349,17 +349,6 @@ def test_a_lead_that_cannot_be_released_ends_with_its_lease(is_reachable: bool) 
 
 
 @in_virtual_time
-async def test_the_wall_clock_is_compared_with_that_of_the_server() -> None:
-    server = MemoryServer(lambda: 0)
-    lead = await Node(server).lead()
-    task = asyncio.create_task(lead.run())
-    await seconds(1.1)
-    assert lead.ahead_ms > 1_700_000_000_000
-    lead.stop()
-    await task
-
-
-@in_virtual_time
 async def test_a_renewal_is_repeated_while_the_disk_of_the_server_is_full() -> None:
     node = Node(MemoryServer())
     lead = await node.lead()

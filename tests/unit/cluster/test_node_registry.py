@@ -10,13 +10,11 @@ from structlog.testing import capture_logs
 from jobd.cluster.node_registry import EVERY_S, NodeRegistry
 from jobd.cluster.view import Position, cluster_view
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
-from jobd.model.journal import NodeEntry
+from jobd.model.journal import Head, NodeEntry
 from jobd.model.responses import ClusterView
 from tests.support.virtual_engine import in_virtual_time, seconds
 
-FOLLOWS = Position(
-    is_leader=False, holder="p-a", leader="http://a", epoch=7, record=12, lag_events=3, ahead_ms=0, problem=None
-)
+FOLLOWS = Position(is_leader=False, holder="p-a", leader="http://a", epoch=7, record=12, lag_events=3, problem=None)
 
 
 def loop_ms() -> int:
@@ -32,9 +30,16 @@ class Process:
 
     def __init__(self, server: MemoryServer, mine: NodeEntry) -> None:
         self.duplicates: list[str] = []
+        self.ahead_ms = 0
         self.journal = MemorySharedJournal(server)
         now_s = asyncio.get_running_loop().time
-        self.registry = NodeRegistry(self.journal, lambda: mine, on_duplicate=self.duplicates.append, now_s=now_s)
+        self.registry = NodeRegistry(
+            self.journal,
+            lambda: mine,
+            on_duplicate=self.duplicates.append,
+            now_s=now_s,
+            wall_ms=lambda: loop_ms() + self.ahead_ms,
+        )
         self.task = asyncio.create_task(self.registry.run())
 
     async def stop(self) -> None:
@@ -58,7 +63,7 @@ async def test_nodes_see_each_other() -> None:
     shown = view(b)
     assert (shown.role, shown.node, shown.leader, shown.epoch, shown.record) == ("standby", "b", "http://a", 7, 12)
     assert [(node.name, node.role, node.lag_records) for node in shown.nodes] == [
-        ("a", "leader", 2),
+        ("a", "leader", 0),
         ("b", "standby", 2),
     ]
     assert [node.config_differs for node in shown.nodes] == [False, True]
@@ -86,9 +91,11 @@ async def test_problems_are_described() -> None:
     assert view(process).problems == [sync, waits]
     assert view(process, require_sync=False).problems == [waits]
     for ahead_ms, text in ((3_210, "3.2 s ahead of"), (-1_500, "1.5 s behind")):
-        shown = view(process, replace(FOLLOWS, ahead_ms=ahead_ms, problem="The disk is full."), require_sync=False)
+        process.registry.ahead_ms = ahead_ms
+        shown = view(process, replace(FOLLOWS, problem="The disk is full."), require_sync=False)
         clock = f"The wall clock of this node is {text} that of PostgreSQL."
         assert shown.problems == ["The disk is full.", clock, waits]
+    process.registry.ahead_ms = 0
     process.journal.is_reachable = False
     await seconds(EVERY_S)
     assert (view(process).synchronous, view(process).problems) == (None, [])
@@ -141,3 +148,27 @@ async def test_a_name_that_another_process_begins_to_use_is_a_problem() -> None:
     await seconds(EVERY_S)
     assert first.registry.problem is None
     await first.stop()
+
+
+@in_virtual_time
+async def test_a_slow_response_is_no_difference_of_clocks() -> None:
+    process = Process(MemoryServer(loop_ms), entry("a", "p-a"))
+    process.ahead_ms = 2_000
+    await seconds(EVERY_S + 0.1)
+    assert process.registry.ahead_ms == 2_000
+    assert [node.ahead_ms for node in process.registry.nodes] == [2_000]
+    process.ahead_ms = -2_000
+    await seconds(EVERY_S)
+    assert process.registry.ahead_ms == -2_000
+    head, process.ahead_ms = process.journal.head, 0
+
+    async def slow() -> Head:
+        await seconds(1)
+        found = await head()
+        await seconds(3)
+        return found
+
+    process.journal.head = slow  # type: ignore[method-assign]
+    await seconds(EVERY_S + 4)
+    assert process.registry.ahead_ms == 0
+    await process.stop()
