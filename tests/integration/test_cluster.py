@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
+import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
 from jobd.cli.daemon.main import main
+from tests.support import postgres
 from tests.support.daemon_process import TOKEN, DaemonProcess, DaemonResponse, call, free_port
 from tests.support.postgres import PASSWORD, PostgresServer
+from tests.support.tcp_proxy import tcp_proxy
 
 WAIT_S = 60.0
 
@@ -285,3 +289,123 @@ def test_a_node_with_an_empty_disk_starts_from_a_snapshot(cluster: Cluster, post
     first.kill()
     second.wait_leads()
     assert second.admin("GET", "stats").data["totalJobs"] == 1_100
+
+
+class ProxyThread:
+    """A proxy in front of PostgreSQL, with a loop of its own."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        assert self._ready.wait(WAIT_S)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    async def _run(self) -> None:
+        self.loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        async with tcp_proxy(self._target) as self.proxy:
+            self._ready.set()
+            await self._stop.wait()
+
+    def lose(self, *, requests: bool, responses: bool) -> None:
+        """Forward nothing in these directions, and leave the connections open."""
+        self.proxy.loses_requests, self.proxy.loses_responses = requests, responses
+
+    def cut(self) -> None:
+        """End all connections, and forward new ones."""
+        self.loop.call_soon_threadsafe(self.proxy.cut)
+
+
+@pytest.fixture
+def proxy(postgres_server: PostgresServer) -> Iterator[ProxyThread]:
+    with ProxyThread(postgres_server.port) as running:
+        yield running
+
+
+def proxied(cluster: Cluster, proxy: ProxyThread) -> dict[str, str]:
+    """Return the environment of a node that reaches PostgreSQL through the proxy."""
+    return {"JOBD_JOURNAL_URL": re.sub(r"127\.0\.0\.1:\d+", f"127.0.0.1:{proxy.proxy.port}", cluster.url)}
+
+
+def test_a_leader_without_its_journal_answers_nothing_before_another_leads(
+    cluster: Cluster, proxy: ProxyThread
+) -> None:
+    first = cluster.add("a", **proxied(cluster, proxy))
+    first.wait_leads()
+    create(first, "one")
+    second = cluster.add("b")
+    answered: dict[str, list[float]] = {"a": [], "b": []}
+    stop = threading.Event()
+
+    def ask(node: NodeProcess) -> None:
+        while not stop.is_set():
+            with suppress(OSError, http.client.HTTPException):
+                sent = time.monotonic()
+                if node.get("/v1/jobs/one").status == 200:
+                    answered[node.name].append(sent)
+            time.sleep(0.005)
+
+    askers = [threading.Thread(target=ask, args=(node,)) for node in (first, second)]
+    for each in askers:
+        each.start()
+    time.sleep(0.5)
+    proxy.lose(requests=True, responses=True)
+    second.wait_leads()
+    assert first.process is not None
+    assert first.process.wait(WAIT_S) == 75
+    wait_until(lambda: answered["b"])
+    stop.set()
+    for each in askers:
+        each.join()
+    assert answered["a"][-1] < answered["b"][0]
+    assert b"the lease is over" in first.log
+
+
+@pytest.mark.parametrize("direction", ["requests", "responses"])
+def test_a_client_does_not_notice_a_lost_connection_to_the_journal(
+    cluster: Cluster, proxy: ProxyThread, direction: str
+) -> None:
+    node = cluster.add("a", JOBD_JOURNAL_LEASE="10s", **proxied(cluster, proxy))
+    node.wait_leads()
+    epoch = node.cluster()["epoch"]
+    proxy.lose(requests=direction == "requests", responses=direction == "responses")
+    results: list[int] = []
+    asking = threading.Thread(target=lambda: results.append(create(node, "one").status))
+    asking.start()
+    wait_until(proxy.proxy.lost.is_set)
+    time.sleep(0.1)
+    proxy.cut()
+    asking.join()
+    assert results == [201]
+    assert node.cluster()["epoch"] > epoch
+    granted = node.post("/v1/jobs/one/start", {"worker": "w"}).data
+    assert granted["fencing_token"] >> 24 == node.cluster()["epoch"]
+    assert len(node.get("/v1/jobs/one/timeline").data["events"]) == 2
+
+
+@pytest.mark.slow
+def test_a_restart_of_postgres_ends_no_lead_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
+    with postgres.postgres() as server, ExitStack() as stack:
+        flags = ["--set", f"journal.url={server.url()}", "--set", "journal.require_sync=false"]
+        assert main(["cluster", "init", *flags]) == 0
+        node = Cluster(tmp_path, server.url(), stack).add("a", JOBD_JOURNAL_LEASE="20s")
+        node.wait_leads()
+        assert create(node, "before").status == 201
+        server.kill()
+        results: list[int] = []
+        asking = threading.Thread(target=lambda: results.append(create(node, "during").status))
+        asking.start()
+        time.sleep(0.5)
+        server.start()
+        asking.join()
+        assert results == [201]
+        assert [job["id"] for job in node.get("/v1/jobs").data["jobs"]] == ["during", "before"]
+        assert node.stop() == 0
