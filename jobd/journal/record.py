@@ -21,6 +21,8 @@ from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import AuditEntry, Batch, Numbers, QueueRow, StoredResponse, TableWrite, Tombstone
 
 FORMAT: Final = 2
+CLOSING: Final = b"\xff"  # the body of the last record of a journal that nodes may not follow any more
+_CLOSED: Final = "ends the journal: `jobd cluster leave` has made the store of a single machine from this cluster"
 
 
 class _Body(Struct, array_like=True, gc=False):
@@ -71,6 +73,8 @@ def encode(batch: Batch) -> tuple[bytes, list[EventRow]]:
 def decode(record: Record) -> tuple[Batch, list[EventRow]]:
     """Return the batch of `record`, without rows of jobs, and the rows of its events. Raises BadRecord."""
     if not record.body or not 1 <= record.body[0] <= FORMAT:
+        if record.body == CLOSING:
+            raise BadRecord(record.number, _CLOSED)
         found = record.body[0] if record.body else "none"
         raise BadRecord(record.number, f"has format {found}, but this jobd supports formats up to {FORMAT}")
     try:

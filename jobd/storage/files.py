@@ -164,13 +164,18 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
-def set_aside(path: str) -> None:
-    """Rename the database at `path`, which is closed, to `<path>.old`. Replaces the one that was set aside before."""
+def set_aside(path: str) -> str:
+    """Rename the database at `path`, which is closed. Replaces the one that was set aside before. Return its new name.
+
+    Its write-ahead log is empty if it was closed, and else belongs to a damaged database.
+    """
+    old = f"{path}.old"
     for suffix in ("-wal", "-shm"):
         Path(path + suffix).unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):
-        os.replace(path, f"{path}.old")
+        os.replace(path, old)
     sync_directory(path)
+    return old
 
 
 def put_in_place(new: str, path: str) -> None:

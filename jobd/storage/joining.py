@@ -17,6 +17,7 @@ from jobd.storage.database import Database, now_ms
 from jobd.storage.files import FileLock, StoreUnreadable
 from jobd.storage.membership import Membership, WrongCluster
 
+FIRST_RECORD: Final = 1  # the journal of the new cluster begins after it; only a snapshot has its content
 _MARKED: Final = (
     "is a restored backup or an older copy, whose grants have to end first: start jobd on it once without journal.url, "
     "then stop it"
@@ -24,10 +25,10 @@ _MARKED: Final = (
 
 
 def join(path: str, cluster_id: str) -> int:
-    """Make the store at `path` a member of a new cluster, as of record 0. Return its epoch, which the journal needs.
+    """Make the store at `path` a member of a new cluster, as of FIRST_RECORD. Return its epoch.
 
-    The file is then complete, and its content is the first snapshot. A second call changes nothing. Raises WrongCluster
-    or StoreUnreadable.
+    A node without a snapshot cannot follow the journal of this cluster. The file is then complete: its content is the
+    first snapshot. A second call changes nothing. Raises WrongCluster or StoreUnreadable.
     """
     with _opened(path) as conn:
         startup.prepare_schema(conn, path)
@@ -47,7 +48,7 @@ def join(path: str, cluster_id: str) -> int:
 
 
 def _join(db: Database, cluster_id: str) -> None:
-    db.projected_to = 0
+    db.projected_to = FIRST_RECORD
     membership.write(db.conn, Membership(cluster_id))
     db.write_meta()
 
@@ -74,12 +75,12 @@ def _leave(db: Database, epoch: int, is_complete: bool) -> None:
     startup.begin_epoch(db, epoch, 0 if is_complete else db.projected_to + 1)
 
 
-def discard(path: str) -> None:
-    """Set the store at `path` aside, so that the next start of a node makes it again from its journal."""
+def discard(path: str) -> str:
+    """Set the store at `path` aside, so that the next start of a node makes another one. Return its new name."""
     with FileLock(path):
         if not os.path.exists(path):
             raise StoreUnreadable(f"{path} does not exist")
-        files.set_aside(path)
+        return files.set_aside(path)
 
 
 @contextlib.contextmanager

@@ -94,11 +94,10 @@ async def is_on_branch(path: str, journal: SharedJournal, last: int, record_crc:
             f"{path} has record {last}, but the last record of the journal is {head.number}: the server has lost "
             "acknowledged records. `jobd cluster accept-loss` says which, and goes on without them"
         )
-    first = max(last - 1, 0)
     try:
-        found = await journal.read(first, 1)
+        found = await journal.read(last if record_crc is None else last - 1, 1)
     except BadRecord:
         return False
     if record_crc is None:
-        return True  # before its first record
+        return True  # it has followed no record
     return bool(found) and checksum(found[0]) == record_crc

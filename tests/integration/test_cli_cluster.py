@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,10 @@ from jobd.journal.postgres import session
 from jobd.journal.postgres.journal import PostgresJournal
 from jobd.model import responses
 from jobd.model.journal import NodeEntry
+from jobd.storage.membership import WrongCluster
+from jobd.storage.store import Store
 from tests.support.postgres import PASSWORD, PostgresServer
+from tests.support.store_files import edit_store, make_store
 
 TOKEN = "canary-admin-0123456789abcdef"
 SYNC_OFF = ("--set", "journal.require_sync=false")
@@ -54,6 +58,36 @@ def test_init_creates_the_journal_once(
     code, other, _ = run(capsys, monkeypatch, database, "cluster", "init", *SYNC_OFF, "--set", "journal.name=other")
     assert code == 0
     assert other.startswith("other: created")
+
+
+def test_a_store_becomes_a_cluster_and_returns(
+    database: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = str(tmp_path / "jobd.db"), str(tmp_path / "other.db")
+    asyncio.run(make_store(path))
+    code, out, err = run(capsys, monkeypatch, database, "cluster", "init", "--from-store", path, *SYNC_OFF)
+    assert (code, err) == (0, "")
+    assert out.endswith(f"{path}: belongs to the cluster\n")
+    with pytest.raises(WrongCluster, match="belongs to cluster"):
+        asyncio.run(Store.open(path))
+    asyncio.run(make_store(other))
+    at_other = ("--set", f"store.path={other}", "--set", "journal.lease=1s", *SYNC_OFF, "--yes")
+    code, _, err = run(capsys, monkeypatch, database, "cluster", "leave", *at_other)
+    assert code == 78
+    assert f"{other} is the store of a single machine" in err
+    code, out, _ = run(capsys, monkeypatch, database, "join", *at_other)
+    assert (code, out) == (0, f"{other}: kept as {other}.old; the next start makes it again from the journal\n")
+    code, out, _ = run(capsys, monkeypatch, database, "cluster", "leave", *at_other)
+    assert code == 0
+    assert out.startswith(f"{other}: the store of a single machine, with epoch ")
+    rows = []
+    for each in (path, other):
+        with edit_store(each) as conn:
+            rows.append(conn.execute("SELECT * FROM jobs").fetchall())
+    assert rows[0] == rows[1] != []
+    code, _, err = run(capsys, monkeypatch, database, "cluster", "init", "--from-store", path, *SYNC_OFF)
+    assert code == 78
+    assert "the journal is in use" in err
 
 
 def test_init_needs_a_url(capsys: pytest.CaptureFixture[str]) -> None:

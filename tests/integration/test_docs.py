@@ -463,7 +463,11 @@ def test_commands_and_options_exist(document: Path) -> None:
         if verb is None:
             continue
         assert verb in known, f"{document.name}: {program} {' '.join(words)}"
-        options = {name for each in known[verb].params if isinstance(each, click.Option) for name in each.opts}
+        command = known[verb]
+        if isinstance(command, click.Group):
+            nested = words[words.index(verb) + 1 :]
+            command = command.commands.get(next((word for word in nested if not word.startswith("-")), ""), command)
+        options = {name for each in command.params if isinstance(each, click.Option) for name in each.opts}
         for word in words[: words.index("--") if "--" in words else None]:
             name = word.partition("=")[0]
             if name.startswith("-") and name != "-" and name != "--help":

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import AsyncIterator, Coroutine
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
 from jobd.cli import exit_codes, terminal
+from jobd.cli.confirm import confirm
 from jobd.cli.daemon.settings import config_option, flag_options, read
 from jobd.cli.params import SETTINGS, CommandGroup
 
 if TYPE_CHECKING:
-    from jobd.config import JournalSection
+    from jobd.config import Config, JournalSection
     from jobd.model.journal import SharedJournal
 
 T = TypeVar("T")
@@ -30,9 +32,15 @@ def cluster() -> None:
 
 
 @click.command("init")
+@click.option(
+    "--from-store",
+    metavar="PATH",
+    type=click.Path(dir_okay=False),
+    help="Make the cluster from the database of a single machine, whose daemon is stopped.",
+)
 @config_option
 @flag_options
-def init_command(config: str | None, flags: dict[str, str]) -> None:
+def init_command(from_store: str | None, config: str | None, flags: dict[str, str]) -> None:
     """Create the tables and the journal in the database of journal.url.
 
     Does nothing if they exist. The role needs the privilege to create tables in its schema, and becomes their owner.
@@ -40,10 +48,15 @@ def init_command(config: str | None, flags: dict[str, str]) -> None:
     from uuid import uuid4
 
     from jobd.journal.postgres.journal import create
+    from jobd.storage.joining import FIRST_RECORD
 
-    settings = _journal_settings(config, flags)
-    made = _run(create(settings.url, settings.name, uuid4().hex))
+    settings = _cluster_settings(config, flags).journal
+    number = 0 if from_store is None else FIRST_RECORD
+    made = _run(create(settings.url, settings.name, uuid4().hex, number=number))
     terminal.emit(f"{settings.name}: {'created' if made.is_new else 'exists already'} (id {made.cluster_id})")
+    if from_store is not None:
+        _run(_found(settings, from_store))
+        terminal.emit(f"{from_store}: belongs to the cluster")
     if settings.require_sync and not _run(_is_synchronous(settings)):
         terminal.say(f"jobd: {_NOT_SYNCHRONOUS}.")
 
@@ -57,7 +70,7 @@ def forget_command(name: str, config: str | None, flags: dict[str, str]) -> None
 
     Refuses if the node has been heard in the last seconds. A node that starts later adds its entry again.
     """
-    settings = _journal_settings(config, flags)
+    settings = _cluster_settings(config, flags).journal
     _run(_forget(settings, name))
     terminal.emit(f"{name}: removed from journal {settings.name}")
 
@@ -75,7 +88,57 @@ async def _forget(settings: JournalSection, name: str) -> None:
         await journal.forget(name)
 
 
-cluster.add_all("Journal", init_command, forget_command)
+async def _found(settings: JournalSection, path: str) -> None:
+    from jobd.cluster.founding import found
+
+    async with _opened(settings) as journal:
+        await found(journal, path)
+
+
+@click.command("leave")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@config_option
+@flag_options
+def leave_command(yes: bool, config: str | None, flags: dict[str, str]) -> None:
+    """Return to a single machine: store.path gets all that is in the journal, and no node can use the journal again.
+
+    The daemons of all nodes are stopped. Afterwards, remove journal.url from the configuration.
+    """
+    settings = _cluster_settings(config, flags)
+    path = settings.store.path
+    if not yes:
+        confirm(f"end cluster {settings.journal.name}, and go on with {path} alone")
+    with contextlib.redirect_stdout(sys.stderr):  # its log lines
+        epoch = _run(_leave(settings.journal, path))
+    terminal.emit(f"{path}: the store of a single machine, with epoch {epoch}")
+
+
+async def _leave(settings: JournalSection, path: str) -> int:
+    from jobd.cluster.founding import leave
+
+    async with _opened(settings) as journal:
+        return await leave(journal, path, int(settings.lease) / 1000)
+
+
+@click.command("join")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@config_option
+@flag_options
+def join_command(yes: bool, config: str | None, flags: dict[str, str]) -> None:
+    """Replace the database at store.path with that of the cluster. The daemon is stopped.
+
+    The old database is renamed. The next start makes a new one from the journal.
+    """
+    from jobd.storage.joining import discard
+
+    settings = _cluster_settings(config, flags)
+    path = settings.store.path
+    if not yes:
+        confirm(f"replace the database {path} with that of cluster {settings.journal.name}")
+    terminal.emit(f"{path}: kept as {discard(path)}; the next start makes it again from the journal")
+
+
+cluster.add_all("Journal", init_command, leave_command, forget_command)
 
 
 def check_journal(settings: JournalSection) -> None:
@@ -100,10 +163,10 @@ async def _opened(settings: JournalSection) -> AsyncIterator[SharedJournal]:
         await journal.close()
 
 
-def _journal_settings(config: str | None, flags: dict[str, str]) -> JournalSection:
-    """Return the settings of the journal. Raises CliError without a URL."""
-    settings = read(config, flags, need_token=False).config.journal
-    if not settings.url:
+def _cluster_settings(config: str | None, flags: dict[str, str]) -> Config:
+    """Return the settings. Raises CliError without the URL of a journal."""
+    settings = read(config, flags, need_token=False).config
+    if not settings.journal.url:
         text = "journal.url is empty: set it to the URL of a database, such as postgresql://jobd@HOST/jobd"
         raise exit_codes.CliError(text, exit_codes.CONFIG)
     return settings

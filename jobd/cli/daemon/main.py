@@ -17,7 +17,7 @@ from jobd import __version__
 from jobd.cli import exit_codes, terminal
 from jobd.cli.daemon import store
 from jobd.cli.daemon.bench import bench
-from jobd.cli.daemon.cluster import check_journal, cluster
+from jobd.cli.daemon.cluster import check_journal, cluster, join_command
 from jobd.cli.daemon.monitoring import monitoring
 from jobd.cli.daemon.settings import config_option, flag_options, read
 from jobd.cli.params import SETTINGS, CommandGroup, json_option
@@ -148,7 +148,7 @@ def _values(loaded: LoadedConfig) -> dict[str, dict[str, object]]:
 
 
 jobd.add_all("Daemon", serve, check_config, demo, bench, monitoring)
-jobd.add_all("Cluster", cluster)
+jobd.add_all("Cluster", cluster, join_command)
 jobd.add_all("Files", store.backup_command, store.restore_command, store.doctor_command)
 
 

@@ -6,6 +6,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from jobd.journal.memory import MemoryServer
 from jobd.storage import doctor, joining, journal_cut, snapshots
@@ -22,8 +23,9 @@ async def founded(path: str, server: MemoryServer) -> ChangeFactory:
     maker = await make_store(path)
     await leave_tail(path, maker.any_batch(9))
     assert joining.join(path, server.cluster_id) > 0
+    server.lead = replace(server.lead, number=joining.FIRST_RECORD)
     with BytesIO(read_file(path)) as file:
-        await Node(path, server).journal.write_snapshot(0, snapshots.compressed(file), 0)
+        await Node(path, server).journal.write_snapshot(joining.FIRST_RECORD, snapshots.compressed(file), 0)
     return maker
 
 
@@ -36,11 +38,11 @@ async def test_a_store_becomes_the_first_snapshot_of_a_cluster(path: str) -> Non
     with pytest.raises(WrongCluster, match="belongs to cluster memory"):
         await Store.open(path)
     async with leading(path, server) as leader:
-        assert leader.opened.last_record == 0
+        assert leader.opened.last_record == joining.FIRST_RECORD
         await assert_holds(leader.store, leader.opened, maker)
         await leader.store.write(maker.any_batch(9))
     async with following(f"{path}.new", server) as node:
-        assert node.opened.last_record == 0
+        assert node.opened.last_record == joining.FIRST_RECORD
         await node.catch_up()
     assert rows_of(path) == rows_of(f"{path}.new")
 

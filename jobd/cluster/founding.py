@@ -1,0 +1,82 @@
+"""Make a cluster from the store of a single machine, and the store of a single machine from a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from uuid import uuid4
+
+from jobd.journal import record
+from jobd.model.job import new_epoch
+from jobd.model.journal import Head, JournalUnavailable, Record, SharedJournal
+from jobd.storage import joining, snapshots
+from jobd.storage.cluster_store import ClusterStore
+from jobd.storage.files import StoreError
+
+_READ_LIMIT = 200  # records of one read
+
+
+class CannotChange(StoreError):
+    """A cluster cannot be made, or left. The text is a sentence that says why."""
+
+
+async def found(journal: SharedJournal, path: str) -> None:
+    """Make the store at `path` the first one of the cluster of `journal`, which is new and begins after FIRST_RECORD.
+
+    No node can lead before its snapshot is complete. A second call completes what the first one began.
+    """
+    head = await journal.head()
+    if head.number != joining.FIRST_RECORD or head.holder is not None:
+        raise CannotChange("the journal is in use, or was made without a store: choose another journal.name")
+    await asyncio.to_thread(joining.join, path, journal.cluster_id)
+    if not await journal.snapshots():
+        file = await asyncio.to_thread(open, path, "rb")
+        try:
+            written = await journal.write_snapshot(head.number, snapshots.compressed(file), 0)
+        finally:
+            await asyncio.to_thread(file.close)
+        if not written:
+            raise JournalUnavailable("another process is writing this snapshot: wait for it, then try again")
+
+
+async def leave(journal: SharedJournal, path: str, lease_s: float) -> int:
+    """Make the store at `path` that of a single machine, with everything that is in `journal`, and close the journal.
+
+    All nodes are stopped: nothing may lead for `lease_s`. Return the new epoch. A second call completes what the first
+    one began.
+    """
+    store, opened = await ClusterStore.open_for(path, journal)
+    async with store:
+        head = await _lead_nothing(journal, opened.numbers.epoch, lease_s)
+        last = await _catch_up(store, journal, opened.last_record)
+        if last is None:
+            at = time.time_ns() // 1_000_000
+            made = Record(head.number + 1, 1, 0, head.epoch, at, record.CLOSING)
+            await journal.append(made, head.number)
+    return await asyncio.to_thread(joining.leave, path, epoch=head.epoch, is_complete=True)
+
+
+async def _lead_nothing(journal: SharedJournal, epoch: int, lease_s: float) -> Head:
+    """Take the lead when no node has it, so that no other node appends."""
+    seen = await journal.head()
+    await asyncio.sleep(lease_s)
+    now = await journal.head()
+    highest = new_epoch(max(seen.epoch, epoch), time.time_ns() // 1_000_000)
+    head = None
+    if now.renewed == seen.renewed:
+        head = await journal.take_over(now, holder=uuid4().hex, url="", epoch=highest)
+    if head is None:
+        leader = f" at {now.url}" if now.url else ""
+        raise CannotChange(f"a node{leader} leads: stop the daemons of all nodes first")
+    return head
+
+
+async def _catch_up(store: ClusterStore, journal: SharedJournal, last: int) -> Record | None:
+    """Follow all records. Return the closing one if there is one."""
+    while found := await journal.read(last, _READ_LIMIT):
+        if found[-1].body == record.CLOSING:
+            await store.follow(found[:-1])
+            return found[-1]
+        await store.follow(found)
+        last = found[-1].number
+    return None

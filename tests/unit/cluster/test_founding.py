@@ -1,0 +1,143 @@
+"""A cluster made from a store, and a store made from a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from msgspec.structs import replace
+
+from jobd.cluster import founding
+from jobd.cluster.founding import CannotChange
+from jobd.journal.memory import MemoryServer, MemorySharedJournal
+from jobd.model.journal import BadRecord, JournalUnavailable
+from jobd.storage import joining
+from jobd.storage.cluster_store import ClusterStore
+from jobd.storage.files import StoreUnreadable
+from jobd.storage.joining import FIRST_RECORD
+from jobd.storage.membership import WrongCluster
+from tests.support.factories import ChangeFactory
+from tests.support.store_files import assert_holds, make_store, open_store
+
+
+@pytest.fixture
+def server() -> MemoryServer:
+    server = MemoryServer()
+    server.lead = replace(server.lead, number=FIRST_RECORD)
+    return server
+
+
+@pytest.fixture
+def path(tmp_path: object) -> str:
+    return f"{tmp_path}/jobd.db"
+
+
+async def write(path: str, server: MemoryServer, maker: ChangeFactory) -> None:
+    """Lead for a moment."""
+    journal = MemorySharedJournal(server)
+    store, _ = await ClusterStore.open_for(path, journal)
+    async with store:
+        head = await journal.head()
+        assert await journal.take_over(head, holder="a", url="http://a", epoch=1) is not None
+        store.lead(journal.append)
+        await store.write(maker.any_batch(9))
+
+
+async def test_a_cluster_has_what_the_store_had_and_the_store_what_the_cluster_had(
+    path: str, server: MemoryServer
+) -> None:
+    maker, journal = await make_store(path), MemorySharedJournal(server)
+    await founding.found(journal, path)
+    await founding.found(journal, path)  # a second call changes nothing
+    await write(path, server, maker)
+    other = f"{path}.other"
+    epoch = await founding.leave(journal, other, 0)
+    maker.numbers = replace(maker.numbers, epoch=epoch, next_token=1)
+    async with open_store(other) as (store, opened):
+        await assert_holds(store, opened, maker)
+    with pytest.raises(WrongCluster):
+        async with open_store(path):
+            pass
+    with pytest.raises(CannotChange, match="is in use"):
+        await founding.found(journal, path)
+
+
+async def test_no_node_follows_a_journal_that_was_closed(path: str, server: MemoryServer) -> None:
+    await make_store(path)
+    journal = MemorySharedJournal(server)
+    await founding.found(journal, path)
+    await founding.leave(journal, f"{path}.other", 0)
+    store, opened = await ClusterStore.open_for(path, journal)
+    async with store:
+        with pytest.raises(BadRecord, match="`jobd cluster leave` has made"):
+            await store.follow(await journal.read(opened.last_record, 10))
+
+
+async def test_leaving_is_completed_after_a_kill(
+    path: str, server: MemoryServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker, journal = await make_store(path), MemorySharedJournal(server)
+    await founding.found(journal, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(joining, "leave", lambda path, **_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            await founding.leave(journal, path, 0)
+    assert server.lead.number == FIRST_RECORD + 1
+    epoch = await founding.leave(journal, path, 0)
+    assert server.lead.number == FIRST_RECORD + 1
+    maker.numbers = replace(maker.numbers, epoch=epoch, next_token=1)
+    async with open_store(path) as (store, opened):
+        await assert_holds(store, opened, maker)
+
+
+async def test_a_cluster_with_a_leader_is_not_left(path: str, server: MemoryServer) -> None:
+    maker, journal, leader = await make_store(path), MemorySharedJournal(server), MemorySharedJournal(server)
+    await founding.found(journal, path)
+    await write(path, server, maker)
+
+    async def lead() -> None:
+        assert await leader.take_over(await leader.head(), holder="a", url="http://a", epoch=1) is not None
+        while True:
+            await asyncio.sleep(0.01)
+            await leader.renew(server.lead.number)
+
+    leading = asyncio.create_task(lead())
+    with pytest.raises(CannotChange, match="a node at http://a leads: stop the daemons"):
+        await founding.leave(journal, path, 0.1)
+    leading.cancel()
+    await asyncio.wait([leading])
+
+    async def be_first(call: str) -> None:
+        if call == "take_over":
+            journal.before = MemorySharedJournal(server).before
+            await leader.take_over(await leader.head(), holder="b", url="", epoch=1)
+
+    journal.before = be_first
+    with pytest.raises(CannotChange, match="a node at http://a leads"):
+        await founding.leave(journal, path, 0)
+
+
+async def test_no_node_leads_before_the_snapshot_is_complete(path: str, server: MemoryServer) -> None:
+    await make_store(path)
+    journal = MemorySharedJournal(server)
+
+    async def lose(number: int, parts: AsyncIterator[bytes], pause_s: float = 0) -> bool:
+        return False
+
+    journal.write_snapshot = lose  # type: ignore[method-assign, assignment]
+    with pytest.raises(JournalUnavailable, match="another process is writing"):
+        await founding.found(journal, path)
+    with pytest.raises(StoreUnreadable, match="no usable snapshot"):
+        await ClusterStore.open_for(f"{path}.other", journal)
+    await founding.found(MemorySharedJournal(server), path)
+    store, opened = await ClusterStore.open_for(f"{path}.other", journal)
+    async with store:
+        assert opened.last_record == FIRST_RECORD
+
+
+async def test_a_journal_in_use_is_refused(path: str) -> None:
+    await make_store(path)
+    with pytest.raises(CannotChange, match=r"choose another journal\.name") as refused:
+        await founding.found(MemorySharedJournal(MemoryServer()), path)
+    assert refused.value.exit_code == 78
