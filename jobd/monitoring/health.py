@@ -196,7 +196,8 @@ class Health:
             self._actor.full_disk.note(error)
             return await self._full_disk()
         except TimeoutError:
-            return PartHealth("unhealthy", f"The disk has not completed a write for {TIMEOUT_S:g} s. Is it overloaded?")
+            disk = "The disk" if self.cluster().role == "single" else "The disk, or that of the journal's server,"
+            return PartHealth("unhealthy", f"{disk} has not completed a write for {TIMEOUT_S:g} s. Is it overloaded?")
         except Exception as error:
             return PartHealth("unhealthy", f"A write and a read failed ({error}). See the log and run: jobd doctor")
         took_ms = (loop_time() - began) * 1000

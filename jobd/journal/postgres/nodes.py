@@ -6,10 +6,11 @@ from typing import Any, Final
 
 from jobd.model.journal import NodeEntry
 
+# Does not wait for a synchronous standby: without one, the nodes have to see each other still.
 _REGISTER: Final = """
     WITH before AS (SELECT process FROM jobd_nodes WHERE name = $1 AND node = $2)
     INSERT INTO jobd_nodes (name, node, process, url, format, config_hash, projected_to, ahead_ms, seen)
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, clock_timestamp())
+    SELECT $1, $2, $3, $4, $5, $6, $7, $8, clock_timestamp() FROM set_config('synchronous_commit', 'local', true)
     ON CONFLICT (name, node) DO UPDATE SET process = excluded.process, url = excluded.url, format = excluded.format,
         config_hash = excluded.config_hash, projected_to = excluded.projected_to, ahead_ms = excluded.ahead_ms,
         seen = excluded.seen

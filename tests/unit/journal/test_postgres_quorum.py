@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from jobd.journal.postgres.journal import PostgresJournal, create
-from jobd.model.journal import JournalUnavailable, OutcomeUnknown
+from jobd.model.journal import JournalUnavailable, NodeEntry, OutcomeUnknown
 from tests.conftest import tool_missing
 from tests.support import postgres
 from tests.support.polling import wait_until
@@ -60,6 +60,8 @@ async def test_an_append_waits_for_a_standby(
     appending = asyncio.create_task(a.append(record_of(2, 100), 1))
     await wait_until(lambda: is_waiting(b))
     assert not appending.done()
+    await b.register(NodeEntry("b", "p", "", 1, "", 1))
+    assert [node.name for node in await b.nodes()] == ["b"]
     assert [each.number for each in await b.read(0, 10)] == [1]
     taking = asyncio.create_task(b.take_over(await b.head(), holder="b", url="", epoch=0))
     await asyncio.to_thread(servers[1].start)
