@@ -129,7 +129,7 @@ class MemorySharedJournal:
         self.before: Hook = _nothing
         self.after: Hook = _nothing
         self.holder: str | None = None  # as which this node leads
-        self.epoch = 0
+        self.epoch = -1  # of no journal
         self._is_reachable = True
 
     @property
@@ -278,7 +278,7 @@ class MemorySharedJournal:
 
     async def _resolve(self, epoch: int) -> Head:
         failovers = await self._begin("resolve")
-        if self.server.lead.holder != self.holder:
+        if self.holder is None or self.server.lead.holder != self.holder:
             raise Fenced
         return await self._lead("resolve", self.server.lead, epoch, failovers)
 

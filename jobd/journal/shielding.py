@@ -8,12 +8,31 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_running: set[asyncio.Task[None]] = set()  # the event loop itself keeps no reference
+
 
 async def to_end(work: Coroutine[Any, Any, T]) -> T:
     """Return the result of `work`. A cancelled caller stops waiting for it; it runs on, and its error is dropped."""
-    task = asyncio.create_task(work)
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[T] = loop.create_future()
+    task = loop.create_task(_run(work, outcome))
+    _running.add(task)
+    task.add_done_callback(_running.discard)
+    return await outcome
+
+
+async def _run(work: Coroutine[Any, Any, T], outcome: asyncio.Future[T]) -> None:
+    """Set `outcome` at once, which asyncio.shield does one turn of the event loop later."""
     try:
-        return await asyncio.shield(task)
+        result = await work
     except asyncio.CancelledError:
-        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        outcome.cancel()
         raise
+    except BaseException as error:
+        if not outcome.done():
+            outcome.set_exception(error)
+        if not isinstance(error, Exception):
+            raise
+    else:
+        if not outcome.done():
+            outcome.set_result(result)

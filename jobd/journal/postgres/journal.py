@@ -160,16 +160,16 @@ class PostgresJournal:
 
     async def _read(self, statement: Callable[[Any], Awaitable[T]]) -> T:
         """Run a statement of no consequence for the lead. A cancelled caller does not cancel it either."""
-        return await to_end(self._run(statement))
 
-    async def _run(self, statement: Callable[[Any], Awaitable[T]]) -> T:
-        async with self._reading.use(READ_S) as conn:
+        async def work(conn: Any) -> T:
             try:
                 return await statement(conn)
             except Exception as error:
                 if not was_rejected(error):
                     conn.terminate()
                 raise explain(error, self._target.url) from error
+
+        return await to_end(self._reading.run(READ_S, work))
 
 
 async def create(url: str, name: str, cluster_id: str, *, number: int = 0, epoch: int = 0) -> schema.Created:

@@ -64,34 +64,38 @@ class Leading:
         self._keys = lock_keys(target.cluster_id, "leader")
         self._locked: Any = None  # the connection that holds the lock
         self._holder: str | None = None
-        self._epoch = 0
+        self._epoch = -1  # of no journal
         self._covered = 0  # first number without a partition, as far as known
         self._extending: asyncio.Task[None] | None = None
         self._records = 0  # appended since the last partition was added
         self._bytes = 0
 
     async def append(self, record: Record, acked: int) -> None:
-        row = (record.first_event, record.last_event, record.epoch, record.at, checksum(record), record.body)
-        arguments = (self._name, record.number - 1, self._epoch, acked, self._lease_ms, *row)
-        async with self._session.use(self._lease_ms / 1000) as conn:
-            try:
-                found = await self._run(conn, _APPEND, *arguments)
-            except _NoPartition:
-                await self._extend(conn, record.number)
-                found = await self._run(conn, _APPEND, *arguments)
-            if found is None:
-                self._fenced(conn)
+        await self._session.run(self._lease_ms / 1000, lambda conn: self._append(conn, record, acked))
         self._records += 1
         self._bytes += len(record.body)
         if self._extending is None and record.number + self._width() // 2 >= self._covered:
             self._extending = asyncio.create_task(self._extend_ahead(record.number + 1))
 
+    async def _append(self, conn: Any, record: Record, acked: int) -> None:
+        row = (record.first_event, record.last_event, record.epoch, record.at, checksum(record), record.body)
+        arguments = (self._name, record.number - 1, self._epoch, acked, self._lease_ms, *row)
+        try:
+            found = await self._run(conn, _APPEND, *arguments)
+        except _NoPartition:
+            await self._extend(conn, record.number)
+            found = await self._run(conn, _APPEND, *arguments)
+        if found is None:
+            self._fenced(conn)
+
     async def renew(self, acked: int) -> int:
-        async with self._session.use(self._lease_ms / 1000) as conn:
-            row = await self._run(conn, _RENEW, self._name, self._epoch, acked, self._lease_ms)
-            if row is None:
-                self._fenced(conn)
-            await self._hold_lock(conn, ends_other=True)
+        return await self._session.run(self._lease_ms / 1000, lambda conn: self._renew(conn, acked))
+
+    async def _renew(self, conn: Any, acked: int) -> int:
+        row = await self._run(conn, _RENEW, self._name, self._epoch, acked, self._lease_ms)
+        if row is None:
+            self._fenced(conn)
+        await self._hold_lock(conn, ends_other=True)
         now: int = row[0]
         return now
 
@@ -107,13 +111,15 @@ class Leading:
         return head
 
     async def release(self) -> None:
-        async with self._session.use(self._lease_ms / 1000) as conn:
-            await self._run(conn, _RELEASE, self._name, self._epoch)
+        await self._session.run(self._lease_ms / 1000, lambda conn: self._run(conn, _RELEASE, self._name, self._epoch))
 
     async def connect(self) -> None:
         """Connect, so that a takeover need not."""
-        async with self._session.use(TAKE_OVER_S):
-            pass
+
+        async def nothing(conn: Any) -> None:
+            return None
+
+        await self._session.run(TAKE_OVER_S, nothing)
 
     async def close(self) -> None:
         """Close the session, after a moment for a statement that still runs."""
@@ -122,7 +128,7 @@ class Leading:
         await self._session.close(CLOSE_S)
 
     async def _lead(self, statement: str, epoch: int, *arguments: Any) -> Head | None:
-        async with self._session.use(max(self._lease_ms / 1000, TAKE_OVER_S)) as conn:
+        async def work(conn: Any) -> Head | None:
             row = await self._run(conn, statement, self._name, epoch, self._lease_ms, *self._keys, *arguments)
             if row is None:
                 return None
@@ -133,7 +139,9 @@ class Leading:
                 self._locked = conn
             else:
                 await self._hold_lock(conn)
-        return head
+            return head
+
+        return await self._session.run(max(self._lease_ms / 1000, TAKE_OVER_S), work)
 
     async def _run(self, conn: Any, statement: str, *arguments: Any) -> Any:
         """Return the row of a statement that writes, or None.

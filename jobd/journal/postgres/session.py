@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import zlib
-from collections.abc import AsyncIterator, Iterator
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, Final, TypeVar
 
 import asyncpg
 
 from jobd.journal.postgres.errors import INIT, explain, most_useful, pooler
 from jobd.journal.url import JournalUrl
 from jobd.model.journal import JournalMisconfigured, JournalUnavailable
+
+T = TypeVar("T")
 
 VERSION: Final = 1  # of the tables
 CONNECT_S: Final = 3.0
@@ -165,19 +168,42 @@ class Session:
         self._conn: Any = None
         self._lock = asyncio.Lock()
         self._is_closed = False
+        self._ends_s = math.inf  # time limit of the present caller
+        self._timer: asyncio.TimerHandle | None = None  # not after `_ends_s`
         self.warnings = 0
 
-    @contextlib.asynccontextmanager
-    async def use(self, patience_s: float) -> AsyncIterator[Any]:
-        """Yield the connection. Raises JournalUnavailable if there is none; errors of statements pass."""
+    async def run(self, patience_s: float, work: Callable[[Any], Awaitable[T]]) -> T:
+        """Return the result of `work` with the connection, which is closed after `patience_s`.
+
+        Raises JournalUnavailable if there is no connection, and the errors of statements.
+        """
         async with self._lock:
             if self._is_closed:
                 raise JournalUnavailable("The journal is closed")
             if self._conn is None or self._conn.is_closed():
                 self._conn = await self._target.connect()
                 self._conn.add_log_listener(self._note)
-            with limited(self._conn, patience_s):
-                yield self._conn
+            loop = asyncio.get_running_loop()
+            self._ends_s = loop.time() + patience_s
+            if self._timer is None or self._timer.when() > self._ends_s:
+                self._set_timer()
+            try:
+                return await work(self._conn)
+            finally:
+                self._ends_s = math.inf
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(self._ends_s, self._check_time)
+
+    def _check_time(self) -> None:
+        """Close the connection if the present caller has reached its limit. One timer serves many callers."""
+        self._timer = None
+        if self._ends_s <= asyncio.get_running_loop().time():
+            self._conn.terminate()
+        elif self._ends_s < math.inf:
+            self._set_timer()
 
     def _note(self, _: Any, message: Any) -> None:
         """Count a warning: a wait for a synchronous standby that an operator cancels ends with one, and no error."""
@@ -190,6 +216,8 @@ class Session:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s), self._lock:
                 pass
+        if self._timer is not None:
+            self._timer.cancel()
         if self._conn is not None:
             self._conn.terminate()
 

@@ -125,6 +125,16 @@ async def test_the_old_leader_is_fenced(a: SharedJournal, b: SharedJournal) -> N
     assert await a.epochs() == [(100, 1), (101, 2)]
 
 
+async def test_a_node_that_never_led_is_fenced(a: SharedJournal) -> None:
+    with pytest.raises(Fenced):
+        await a.append(record_of(1, 0), 0)
+    with pytest.raises(Fenced):
+        await a.renew(0)
+    with pytest.raises(Fenced):
+        await a.resolve(0)
+    assert (await a.head()).number == 0
+
+
 async def test_a_takeover_fails_if_the_journal_has_changed(a: SharedJournal, b: SharedJournal) -> None:
     seen = await b.head()
     await lead(a)
