@@ -213,10 +213,10 @@ async def test_a_record_that_cannot_be_read_ends_the_standby() -> None:
     await leader_of([leader])
     for name in ("a", "b", "c"):
         await leader.ask(Create(id=name))
-    server.records[1] = replace(server.records[1], body=b"\xff")
+    server.records[1] = replace(server.records[1], body=b"\xfe")
     standby = ClusterNode(server, "b")
     join([leader, standby])
-    with pytest.raises(BadRecord, match="record 2 of the journal has format 255"):
+    with pytest.raises(BadRecord, match="record 2 of the journal has format 254"):
         await standby.ended_by_itself()
     assert (standby.warm.number, set(standby.disk.ids)) == (1, {"a"})
     await leader.stop()
