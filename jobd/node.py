@@ -119,7 +119,7 @@ class ClusterNode:
         at = Position(
             is_leader=lead is not None,
             holder=None if head is None else head.holder,
-            leader=standby.leader,
+            leader=standby.leader if lead is None else settings.node.advertise,
             epoch=lead.epoch if lead is not None else None if head is None else head.epoch,
             record=lead.acked if lead is not None else None if head is None else head.number,
             lag_events=0 if lead is not None else standby.lag_events,

@@ -71,4 +71,9 @@ class StandbyLease:
         now_s, seen = self._now_s(), (head.epoch, head.number, head.renewed)
         if seen != self._seen:
             self._seen, self._seen_s = seen, now_s
-        return head.holder is None or now_s - self._seen_s >= self.lease_s
+        return head.holder is None or self.is_over
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the head has not changed for the length of the lease, also because it cannot be read."""
+        return self._seen is not None and self._now_s() - self._seen_s >= self.lease_s

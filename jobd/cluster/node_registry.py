@@ -40,6 +40,7 @@ class NodeRegistry:
     ) -> None:
         self.nodes: list[NodeEntry] = []
         self.health: JournalHealth | None = None
+        self.is_reachable = True  # the journal, when this was last tried
         self.problem: str | None = None
         self.ahead_ms = 0
         self._journal = journal
@@ -58,8 +59,9 @@ class NodeRegistry:
                 self.health = await self._journal.health()
                 await self._compare_clocks()
                 await self._register()
+                self.is_reachable = True
             except JournalUnavailable:
-                self.health = None
+                self.health, self.is_reachable = None, False
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(EVERY_S):
                     await self._stop.wait()

@@ -71,8 +71,8 @@ class Standby:
 
     @property
     def leader(self) -> str | None:
-        """The URL of the leader, as last seen."""
-        return None if self.head is None else self.head.url
+        """The URL of the leader. None if its lease is over, as far as this node can see."""
+        return None if self.head is None or self._lease.is_over else self.head.url
 
     @property
     def lag_records(self) -> int:

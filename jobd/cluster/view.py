@@ -34,6 +34,8 @@ def cluster_view(
     leading = next((each for each in nodes if each.process == at.holder), None)
     problems = [text for text in (at.problem, registry.problem) if text is not None]
     problems += _problems(nodes, leading, registry.ahead_ms)
+    if not registry.is_reachable and at.problem is None:
+        problems.append("PostgreSQL does not respond.")
     if health is not None and require_sync and not health.is_synchronous:
         problems.append("PostgreSQL has no synchronous standby: a lost disk loses acknowledged jobs.")
     if health is not None and health.is_waiting:

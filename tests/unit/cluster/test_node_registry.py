@@ -98,7 +98,9 @@ async def test_problems_are_described() -> None:
     process.registry.ahead_ms = 0
     process.journal.is_reachable = False
     await seconds(EVERY_S)
-    assert (view(process).synchronous, view(process).problems) == (None, [])
+    assert (view(process).synchronous, view(process).problems) == (None, ["PostgreSQL does not respond."])
+    shown = view(process, replace(FOLLOWS, problem="PostgreSQL cannot be reached."))
+    assert shown.problems == ["PostgreSQL cannot be reached."]
     await process.stop()
 
 

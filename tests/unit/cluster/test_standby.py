@@ -41,6 +41,7 @@ async def test_a_standby_waits_for_a_journal_that_cannot_be_reached() -> None:
         standby.journal.is_reachable = False
         await seconds(10)
         assert standby.standby.problem == "The journal cannot be reached: try again"
+        assert standby.standby.leader is None, "its lease is over, as far as this node can see"
         standby.journal.is_reachable = True
         await seconds(1)
     assert [line["event"] for line in logs] == ["standby_waits", "standby_follows"]
