@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 PARALLEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check stock lint coverage faults planted mutation format demo bench bench-peers vendor screenshots linearizability simulation world proof pins clean
+.PHONY: help venv test check stock lint coverage faults planted mutation format demo bench bench-peers vendor screenshots linearizability simulation cluster-simulation world proof pins clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,10 @@ faults: $(READY)  ## inject faults into a real daemon and report which promises 
 SEEDS ?= 20000
 simulation: $(READY)  ## simulate the actor, rules and cleanup under faults: SEEDS=20000, about an hour (ARGS: --seed K)
 	$(BIN)/python -m tests.proof.simulation --seeds $(SEEDS) --jobs $(PARALLEL) $(ARGS)
+
+NODE_SEEDS ?= 5000
+cluster-simulation: $(READY)  ## simulate several nodes on one journal: NODE_SEEDS=5000, about half an hour (ARGS: --seed K)
+	$(BIN)/python -m tests.proof.simulation --cluster --seeds $(NODE_SEEDS) --jobs $(PARALLEL) $(ARGS)
 
 world: $(READY)  ## check every state that one job and three workers can reach
 	$(BIN)/python -m tests.proof.small_world

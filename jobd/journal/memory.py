@@ -152,10 +152,10 @@ class MemorySharedJournal:
         return await self._end("head", self._head(self.server.lead))
 
     async def append(self, record: Record, acked: int) -> None:
-        await to_end(self._append(record, acked))
+        await to_end(self._append(record, acked, self.epoch))
 
     async def renew(self, acked: int) -> int:
-        return await to_end(self._renew(acked))
+        return await to_end(self._renew(acked, self.epoch))
 
     async def take_over(self, seen: Head, *, holder: str, url: str, epoch: int) -> Head | None:
         return await to_end(self._take_over(seen, holder, url, epoch))
@@ -252,17 +252,17 @@ class MemorySharedJournal:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    async def _append(self, record: Record, acked: int) -> None:
+    async def _append(self, record: Record, acked: int, epoch: int) -> None:
         failovers = await self._begin("append")
         server, lead = self.server, self.server.lead
-        if lead.number != record.number - 1 or lead.epoch != self.epoch:
+        if lead.number != record.number - 1 or lead.epoch != epoch:
             raise Fenced
         server.records.append(record)
         await self._confirm("append", server.change(replace(lead, number=record.number, acked=acked)), failovers)
 
-    async def _renew(self, acked: int) -> int:
+    async def _renew(self, acked: int, epoch: int) -> int:
         failovers = await self._begin("renew")
-        if self.server.lead.epoch != self.epoch:
+        if self.server.lead.epoch != epoch:
             raise Fenced
         self.server.leader = self
         await self._confirm("renew", self.server.change(replace(self.server.lead, acked=acked)), failovers)
@@ -293,7 +293,7 @@ class MemorySharedJournal:
         self.server.epochs.append((lead.epoch, lead.number + 1))
         self.server.leader = self
         await self._confirm(call, lead, failovers)
-        self.epoch = lead.epoch
+        self.epoch = max(self.epoch, lead.epoch)
         return self._head(lead)
 
     async def _begin(self, call: str) -> int:

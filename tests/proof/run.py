@@ -46,6 +46,8 @@ KINDS: Final = {
     "event": "event",
     "command": "command",
     "error": "error",
+    "journal": "journal",
+    "node": "node",
 }
 
 
@@ -134,14 +136,14 @@ def _last(printed: str) -> str:
 
 
 def _simulation(printed: str) -> str:
-    """Return the closing line and a table with the counts of faults, mishaps, events, commands and errors."""
+    """Return the closing line and a table with the counts by kind."""
     *counted, never, closing = printed.strip().splitlines()
     by_kind: dict[str, list[str]] = {}
     for line in counted:
         name, _, count = line.rpartition(" ")
         kind, _, what = name.strip().partition(" ")
         by_kind.setdefault(kind, []).append(f"{what} {count.strip()}")
-    rows = [f"| {shown} | {', '.join(by_kind[kind])} |" for kind, shown in KINDS.items()]
+    rows = [f"| {shown} | {', '.join(by_kind[kind])} |" for kind, shown in KINDS.items() if kind in by_kind]
     return "\n".join([_fenced([closing, never]), "", "| kind | counts |", "| --- | --- |", *rows])
 
 
@@ -187,6 +189,7 @@ def _counts(counts: dict[str, int]) -> str:
 SHOWN: Final[dict[str, Callable[[str], str]]] = {
     "world": _whole,
     "simulation": _simulation,
+    "cluster": _simulation,
     "linearizability": _whole,
     "faults": _faults,
     "planted": _last,

@@ -46,14 +46,23 @@ class MemoryProjection(MemoryTables):
 
     def append_record(self, batch: Batch) -> None:
         """Append `batch` to the journal."""
+        made = self.next_record(batch)
+        self.log.append(made)
+        self.take_record(made, batch)
+
+    def next_record(self, batch: Batch) -> Record:
+        """Return `batch` as the record after the last one."""
         body, events = record.encode(batch)
-        numbers, number = batch.numbers, self._last_record + 1
+        numbers = batch.numbers
         last = events[-1][0] if events else numbers.next_event - 1
         first = events[0][0] if events else last + 1
-        made = Record(number, first, last, numbers.epoch, numbers.wall_ms, body)
-        self.log.append(made)
-        self._last_record = number
-        self._add(number, record.decode(made)[0])
+        return Record(self._last_record + 1, first, last, numbers.epoch, numbers.wall_ms, body)
+
+    def take_record(self, made: Record, batch: Batch) -> None:
+        """Note that the journal has a record, which the tables lack. `batch` may be as decided."""
+        assert made.number == self._last_record + 1, f"record {made.number} after {self._last_record}"
+        self._last_record = made.number
+        self._add(made.number, record.decode(made)[0])
         if self.tables is not self:
             self.apply(batch)
 

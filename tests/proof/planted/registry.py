@@ -18,6 +18,7 @@ R = TypeVar("R")
 LEVELS: Final = {
     "tests/unit/core": "rules",
     "tests/proof/test_simulation.py": "simulation",
+    "tests/proof/test_cluster_simulation.py": "simulation",
     "tests/unit/engine": "actor",
     "tests/unit/maintenance": "maintenance",
     "tests/unit/storage": "store",
@@ -30,6 +31,7 @@ LEVELS: Final = {
 RULES: Final = "tests/unit/core"
 ACTOR: Final = "tests/unit/engine"
 SIMULATION: Final = "tests/proof/test_simulation.py"
+CLUSTER_SIMULATION: Final = "tests/proof/test_cluster_simulation.py"
 
 
 class Bug(Struct, frozen=True):

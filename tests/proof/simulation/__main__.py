@@ -1,6 +1,6 @@
 """Run simulation seeds and report those that fail.
 
-`python -m tests.proof.simulation --seeds N [--seed K] [--steps M] [--jobs J] [--failing F]`
+`python -m tests.proof.simulation --seeds N [--seed K] [--steps M] [--jobs J] [--failing F] [--cluster]`
 
 Stops at the first (or the F-th) failing seed. Exit code 0 if every invariant held in every seed, 1 otherwise.
 """
@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Final
 
+from tests.proof.simulation.cluster.scenario import draw_cluster
 from tests.proof.simulation.expected import never
 from tests.proof.simulation.run import SeedOutcome, reduce_failure, simulate
 from tests.proof.simulation.scenario import draw
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1_000, help="commands decided in each, before its closing act")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--failing", type=int, default=1, help="go on until so many have failed")
+    parser.add_argument("--cluster", action="store_true", help="several nodes on one journal")
     given = parser.parse_args(arguments)
     began_s = time.perf_counter()
     fired: Counter[str] = Counter()
@@ -39,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     seeds = steps = 0
     fewest = given.steps
     reported_s = began_s
-    for outcome in _outcomes(given.seed, given.seeds, given.steps, given.jobs):
+    for outcome in _outcomes(given.seed, given.seeds, given.steps, given.jobs, given.cluster):
         seeds, steps = seeds + 1, steps + outcome.steps
         fired.update(outcome.fired)
         fewest = min(fewest, outcome.steps)
@@ -55,18 +57,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{seeds - len(failed)} seeds held, {len(failed)} failed.")
         for outcome in failed:
             print(f"Seed {outcome.seed}: ", end="")
-            print_failure(outcome, given.steps)
+            print_failure(outcome, given.steps, cluster=given.cluster)
         return 1
     took_s = time.perf_counter() - began_s
-    print_counts(fired)
-    missing = never(fired) if seeds >= ENOUGH else []
+    print_counts(fired, cluster=given.cluster)
+    missing = never(fired, cluster=given.cluster) if seeds >= ENOUGH else []
     print(f"{seeds} seeds of {fewest:,} steps at least, {steps:,} steps in {took_s:.1f} s, ", end="")
     print(f"{steps / took_s:,.0f} steps/s: every invariant held" + (", but not everything happened" if missing else ""))
     return int(bool(missing) or fewest < given.steps)
 
 
-def _outcomes(first: int, count: int, steps: int, jobs: int) -> Iterator[SeedOutcome]:
-    play = partial(simulate, steps=steps)
+def _outcomes(first: int, count: int, steps: int, jobs: int, cluster: bool) -> Iterator[SeedOutcome]:
+    play = partial(simulate, steps=steps, cluster=cluster)
     seeds = range(first, first + count)
     if jobs <= 1:
         yield from map(play, seeds)
@@ -79,29 +81,31 @@ def _outcomes(first: int, count: int, steps: int, jobs: int) -> Iterator[SeedOut
             raise
 
 
-def print_failure(outcome: SeedOutcome, steps: int) -> None:
+def print_failure(outcome: SeedOutcome, steps: int, *, cluster: bool = False) -> None:
     """Print a failing seed with a minimal set of faults, and the last events of its job."""
     assert outcome.broken is not None
     print(f"{outcome.broken[0]} broke: {outcome.broken[1]}")
     print("Reducing the faults ...", flush=True)
-    least = reduce_failure(outcome.seed, steps, outcome.broken)
-    plan = draw(outcome.seed, frozenset(least.without))
+    least = reduce_failure(outcome.seed, steps, outcome.broken, cluster=cluster)
+    without = frozenset(least.without)
+    plan = draw_cluster(outcome.seed, without)[0] if cluster else draw(outcome.seed, without)
     assert least.broken is not None
     rule, what, job_id = least.broken
     print(f"With only the faults {list(plan.faults)} and the client mishaps {list(plan.mishaps)}:")
     print(f"after {least.steps} steps {rule} broke: {what}" + (f" (job {job_id})" if job_id else ""))
     for line in least.story:
         print(f"  {line}")
-    without = f", without=frozenset({least.without})" if least.without else ""
-    print(f"Repeat: simulate({outcome.seed}, {steps}{without}) in tests/proof/simulation/run.py")
+    options = f", without=frozenset({least.without})" if least.without else ""
+    options += ", cluster=True" if cluster else ""
+    print(f"Repeat: simulate({outcome.seed}, {steps}{options}) in tests/proof/simulation/run.py")
 
 
-def print_counts(fired: Counter[str]) -> None:
+def print_counts(fired: Counter[str], *, cluster: bool = False) -> None:
     """Print how often each thing happened, and what never did."""
     width = max(map(len, fired), default=0)
     for name, count in sorted(fired.items()):
         print(f"{name:{width}} {count:>10,}")
-    missing = never(fired)
+    missing = never(fired, cluster=cluster)
     print(f"expected but never happened: {', '.join(missing) or 'nothing'}")
 
 

@@ -11,6 +11,7 @@ from typing import Final, get_args
 from jobd.model.commands import AnyCommand
 from jobd.model.errors import ERROR_STATUS
 from jobd.model.events import EventType
+from tests.proof.simulation.cluster.scenario import CLUSTER_FAULTS, LOST
 from tests.proof.simulation.injector import UPKEEP
 from tests.proof.simulation.scenario import FAULTS, MISHAPS
 
@@ -110,6 +111,21 @@ def names() -> list[str]:
     ]
 
 
-def never(fired: Mapping[str, int]) -> list[str]:
+def cluster_names() -> list[str]:
+    """Return what several nodes have to meet, beside the commands of one."""
+    return [
+        *(f"command {kind.__name__}" for kind in get_args(AnyCommand)),
+        *(f"fault {name}" for name in CLUSTER_FAULTS),
+        *(f"mishap {name}" for name in MISHAPS),
+        *(f"journal {call}: lost {what}" for call in ("append", "renew", "take_over", "resolve") for what in LOST),
+        *(f"node stops leading: {how}" for how in ("disk broken", "stopped")),
+        "error not_leader",
+        "error outcome_unknown",
+        "node takes over",
+        "node takes over, too late",
+    ]
+
+
+def never(fired: Mapping[str, int], *, cluster: bool = False) -> list[str]:
     """Return what should have happened and did not."""
-    return [name for name in names() if not fired.get(name)]
+    return [name for name in (cluster_names() if cluster else names()) if not fired.get(name)]

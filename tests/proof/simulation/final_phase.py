@@ -43,11 +43,11 @@ class FinalPhase:
         """L1: every command is answered."""
         machine = self.machine
         machine.closing = True
-        machine.disk.clear_faults()
+        machine.clear_faults()
+        await machine.rest()
         limit_s = ALL_TIME_S
         _, waiting = await asyncio.wait(tasks, timeout=limit_s) if tasks else (None, None)
-        machine.disk.clear_faults()  # of a fault that is not over yet
-        machine.artifacts.fault = None
+        machine.clear_faults()  # of a fault that is not over yet
         if waiting:
             self.watch.fail("L1", f"{len(waiting)} callers have no response after {limit_s:.0f} s")
 

@@ -9,10 +9,13 @@ import asyncio
 import heapq
 import selectors
 from collections.abc import Callable
+from contextvars import ContextVar
 from random import Random
 from typing import Any, Final
 
 BUSY: Final = 50_000  # iterations without time passing
+
+process: ContextVar[object] = ContextVar("process", default=None)  # to which a callback belongs
 
 
 class _NoWait(selectors.DefaultSelector):
@@ -30,6 +33,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         self._turns = 0  # since time advanced last
         self.on_error: Callable[[str], None] = lambda message: None
         self._dice = dice
+        self._held: dict[object, list[Any]] = {}  # callbacks of suspended processes that are ready
         super().__init__(_NoWait())
         self.set_exception_handler(self._failed)
 
@@ -39,6 +43,23 @@ class SimLoop(asyncio.SelectorEventLoop):
     def freeze(self, seconds: float) -> None:
         """Stop the process for a while. Timers that were due meanwhile all fire at its end."""
         self.now_s += seconds
+
+    def suspend(self, which: object) -> None:
+        """Run nothing of a process until `resume`."""
+        self._held.setdefault(which, [])
+
+    def resume(self, which: object) -> None:
+        """Let a suspended process go on. Its timers that were due meanwhile fire now."""
+        loop: Any = self
+        loop._ready.extend(self._held.pop(which, ()))
+
+    def _hold_suspended(self) -> None:
+        """Keep the ready callbacks of suspended processes for later."""
+        loop: Any = self
+        ready = list(loop._ready)
+        loop._ready.clear()
+        for handle in ready:
+            self._held.get(handle._context.get(process), loop._ready).append(handle)
 
     def _failed(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         about = context.get("exception") or context.get("task") or context.get("future")
@@ -61,6 +82,8 @@ class SimLoop(asyncio.SelectorEventLoop):
             self.on_error(f"busy loop: no task waits, {BUSY} turns of the loop at one time")
         while timers and timers[0].when() <= self.now_s:
             loop._ready.append(self._take(timers))
+        if self._held:
+            self._hold_suspended()
         if len(loop._ready) > 1:
             self._dice.shuffle(loop._ready)
         super()._run_once()  # type: ignore[misc]

@@ -24,7 +24,7 @@ from jobd.maintenance.maintainer import Maintainer, read_stats
 from jobd.model.commands import AnyCommand, EndGrants, ExtendAfterPause, IdempotencyKey, Operator
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS
-from jobd.model.journal import BadRecord
+from jobd.model.journal import BadRecord, JournalUnavailable, LeadershipLost, OutcomeUnknown
 from jobd.model.responses import Response
 from jobd.model.storage import DiskFull, OpenedStore
 from jobd.monitoring import event_log
@@ -37,20 +37,21 @@ from tests.proof.simulation.scenario import Scenario
 from tests.proof.simulation.trace import Trace
 
 WALL: Final = 1_700_000_000_000
+EXPECTED: Final = (OSError, DiskFull, LeadershipLost, OutcomeUnknown, JournalUnavailable)  # errors that faults cause
 SLICE: Final = 2  # 500 in the real one; fewer here, so that a start has several slices
 
 Backup = tuple[Snapshot, dict[int, tuple[str, int, str]]]
 
-_owner: contextvars.ContextVar[list[asyncio.Task[Any]] | None] = contextvars.ContextVar("owner", default=None)
+owner: contextvars.ContextVar[list[asyncio.Task[Any]] | None] = contextvars.ContextVar("owner", default=None)
 
 
 def own_tasks(loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], **given: Any) -> asyncio.Task[Any]:
     """Make a task factory that records all tasks of a daemon, so that the daemon can be killed."""
     context = given.get("context")
-    owner = _owner.get() if context is None else context.get(_owner)
+    tasks = owner.get() if context is None else context.get(owner)
     task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, **given)
-    if owner is not None:
-        owner.append(task)
+    if tasks is not None:
+        tasks.append(task)
     return task
 
 
@@ -68,16 +69,47 @@ class SimConnection:
             self.reply.set_result(None)
 
 
-class Machine:
-    """A simulated machine. `finished` is set when an invariant broke or enough steps were made."""
+class Host:
+    """What a daemon runs on: two clocks and a disk, which the subclass makes."""
 
-    def __init__(self, seed: int, plan: Scenario, loop: SimLoop, journal: Trace) -> None:
+    disk: SimDisk
+    monitor: Monitor
+    artifacts: SimArtifacts
+
+    def __init__(self, seed: int, plan: Scenario, loop: SimLoop, journal: Trace, fired: Counter[str]) -> None:
         self.seed = seed
         self.scenario = plan
         self.loop = loop
         self.trace = journal
-        self.fired: Counter[str] = Counter()
+        self.fired = fired
         self.wall_shift_ms = 0.3
+        self.boot_shift_ms = 0.0
+        self.synchronised = Random(f"{seed}: kernel").random() < 0.3
+        self.next_policy = plan.policy
+        self.dice = Random(f"{seed}: machine")
+
+    def wall(self) -> int:
+        return WALL + int(self.loop.now_s * 1000 + self.wall_shift_ms)
+
+    def boot(self) -> int:
+        return int(self.loop.now_s * 1000 + self.boot_shift_ms)
+
+    def note(self, what: str, *details: Any) -> None:
+        self.trace.note(self.loop.now_s, what, *details)
+
+    def fault(self, name: str, *details: Any) -> None:
+        self.fired[f"fault {name}"] += 1
+        self.note("fault", name, *details)
+
+
+class Machine(Host):
+    """A simulated machine. `finished` is set when an invariant broke or enough steps were made."""
+
+    holds_commands_s = 0.0  # while they cannot be committed
+
+    def __init__(self, seed: int, plan: Scenario, loop: SimLoop, journal: Trace) -> None:
+        super().__init__(seed, plan, loop, journal, Counter())
+        self.daemon: SimDaemon | None = None
         self.disk = SimDisk(
             Random(f"{seed}: disk"),
             self.fired,
@@ -88,35 +120,27 @@ class Machine:
             Random(f"{seed}: slices"),
         )
         self.finished = asyncio.Event()
-        self.monitor = Monitor(self, self.fired)
+        self.monitor = self._make_monitor()
         self.artifacts = SimArtifacts(self, Random(f"{seed}: artifacts"))
         self.disk.committed = self.monitor.check_commit
         self.disk.pruning = self.monitor.check_prune
         self.disk.broken = lambda message: self.monitor.fail("S7", message)
         loop.on_error = lambda message: self.monitor.fail("loop", message)
-        self.daemon: SimDaemon | None = None
         self.closing = False
         self.enough = 0  # steps
         self.closing_since: int | None = None  # lease time at which the faults had stopped
         self.had_read_errors = False
         self.backups: list[Backup] = []
-        self.boot_shift_ms = 0.0
         self.clocks_moved_s = 0.0  # loop time of the latest step of a clock
         self.jump_ms = 0  # error of the wall clock that was not accepted
-        self.synchronised = Random(f"{seed}: kernel").random() < 0.3
         self.downtime_s = 0.5
         self.off = False
-        self.dice = Random(f"{seed}: machine")
-        self.next_policy = plan.policy
         loop.set_task_factory(own_tasks)  # type: ignore[arg-type]
 
+    def _make_monitor(self) -> Monitor:
+        return Monitor(self, self.fired)
+
     # -- clocks -------------------------------------------------------------------------------------------------------
-
-    def wall(self) -> int:
-        return WALL + int(self.loop.now_s * 1000 + self.wall_shift_ms)
-
-    def boot(self) -> int:
-        return int(self.loop.now_s * 1000 + self.boot_shift_ms)
 
     def move_clocks(self, *, wall_ms: float = 0, boot_ms: float = 0) -> None:
         """Step either clock against the loop's time."""
@@ -133,17 +157,20 @@ class Machine:
         self.jump_ms = 0
         daemon.clock.accept()
 
-    def note(self, what: str, *details: Any) -> None:
-        self.trace.note(self.loop.now_s, what, *details)
-
-    def fault(self, name: str, *details: Any) -> None:
-        self.fired[f"fault {name}"] += 1
-        self.note("fault", name, *details)
-
     @property
     def recovery_ms(self) -> int:
         schedule = self.scenario.schedule
         return schedule.recover_every_ms or max(schedule.interval_ms, schedule.min_interval_ms)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether a fault delays writes."""
+        return bool(self.disk.full or self.disk.slowness_s or self.disk.slowed)
+
+    def clear_faults(self) -> None:
+        """Stop all faults."""
+        self.disk.clear_faults()
+        self.artifacts.fault = None
 
     # -- the supervisor -----------------------------------------------------------------------------------------------
 
@@ -174,6 +201,17 @@ class Machine:
         self.fired["start refused"] += 1
         self.monitor.must(is_expected, "S6", f"the start was refused: {why}")
         self.disk.mend()
+
+    async def rest(self) -> None:
+        """End what a long wait without faults does not need."""
+
+    async def shut_down(self) -> None:
+        """End the daemon, gracefully if nothing broke."""
+        self.off = True
+        if self.daemon is not None and self.monitor.first is None:
+            await self.daemon.stop()
+        else:
+            self.crash(power_cut=False)
 
     def crash(self, *, power_cut: bool) -> None:
         """End the daemon between two awaits."""
@@ -213,6 +251,19 @@ class Machine:
         daemon = self.daemon
         if daemon is None or not daemon.is_open:
             return None
+        return await self._send(daemon, who, command, by, admin, key, disconnect_after_s, unread)
+
+    async def _send(
+        self,
+        daemon: SimDaemon,
+        who: str,
+        command: AnyCommand,
+        by: str,
+        admin: bool,
+        key: IdempotencyKey | None,
+        disconnect_after_s: float | None,
+        unread: bool,
+    ) -> Response | ApiError | None:
         command = msgspec.structs.replace(command)  # a new request, even if it repeats another
         connection = SimConnection(who, self.loop)
         daemon.connections[connection] = None
@@ -282,7 +333,7 @@ class Machine:
 class SimDaemon:
     """One run of the daemon. It accepts requests while `is_open`."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Host) -> None:
         self.machine = machine
         self.connections: dict[SimConnection, None] = {}
         self.is_open = False
@@ -293,7 +344,7 @@ class SimDaemon:
         self.sweeper: ArtifactSweeper | None = None
         self._tasks: list[asyncio.Task[Any]] = []
         self._context = contextvars.copy_context()
-        self._context.run(_owner.set, self._tasks)
+        self._context.run(owner.set, self._tasks)
 
     def begin(self) -> None:
         self._build(self.machine.disk.opened())
@@ -334,9 +385,7 @@ class SimDaemon:
             boot=machine.boot,
             synchronised=lambda: machine.synchronised,
         )
-        self.state = State.opened(opened)
-        self.state.quarantined = dict(opened.quarantined)
-        self.state.suspects = dict(opened.unvalidated)
+        self.state = self._open_state(opened)
         self.state.figures = read_stats(opened.stats)
         self.actor = Actor(
             machine.disk,
@@ -352,6 +401,12 @@ class SimDaemon:
         self.actor.slow_commit_s = machine.scenario.slow_commit_s
         self.actor.on_commit.append(event_log.write_lines)
         machine.monitor.check_start(self, GRACE_MS)
+
+    def _open_state(self, opened: OpenedStore) -> State:
+        state = State.opened(opened)
+        state.quarantined = dict(opened.quarantined)
+        state.suspects = dict(opened.unvalidated)
+        return state
 
     async def _live(self) -> None:
         machine = self.machine
@@ -379,11 +434,15 @@ class SimDaemon:
             await running
         except DiskBroken as broken:
             self.how = "disk broken"
-            if not isinstance(broken.__cause__, (OSError, DiskFull)):
+            if not isinstance(broken.__cause__, EXPECTED):
                 machine.monitor.fail("S8", f"the daemon ended by a bug of its own: {broken.__cause__!r}")
         machine.disk.close()
         self._close_connections()
+        await self._end()
         self.gone.set()
+
+    async def _end(self) -> None:
+        """Release what the daemon holds beside its disk."""
 
     def _sweep(self) -> asyncio.Task[None] | None:
         machine = self.machine

@@ -56,6 +56,7 @@ class Monitor(DecisionChecks):
         self._durable: dict[int, str] = {}  # event seq -> type, of this daemon
         self._calls: set[tuple[Any, ...]] = set()  # job seq, token and verb of the late calls that this daemon noted
         self._latest_wall = 0  # that this daemon has seen
+        self._believed = 0  # wall time of the latest decision
         self._held_at: int | None = None  # lease time while the full disk holds it
         self._good_pass_s = 0.0  # loop time of the start, or of the latest cleanup run without errors
         self._key_rows: dict[str, StoredResponse] = {}  # as committed, with responses
@@ -140,6 +141,7 @@ class Monitor(DecisionChecks):
             tx.undo()
             self.must(before == snapshot(tx.state), "S8", f"undoing {type(call.command).__name__} left a change")
         decision = self.check(self._decide, tx, call)
+        self._believed = tx.at.believed
         self._latest_wall = max(self._latest_wall, tx.at.believed)
         if id(call.command) in self._decided:
             self._decided[id(call.command)] = decision
@@ -216,14 +218,14 @@ class Monitor(DecisionChecks):
                 if daemon is not None:
                     self._expect_delivery(daemon, after.id, after.grant, RELEASE_CHECKS)
         kept = batch.numbers.lease_ms
-        self.must(kept >= self._last_lease, "S12", f"lease time is {self._last_lease}, {kept} is kept")
+        self.must(batch.writes or kept >= self._last_lease, "S12", f"lease time is {self._last_lease}, {kept} is kept")
         counter = self.highest_token & ((1 << TOKEN_COUNTER_BITS) - 1)
         if self.highest_token >> TOKEN_COUNTER_BITS == batch.numbers.epoch:
             self.must(batch.numbers.next_token > counter, "S2", "the mark of the tokens went back")
         self._check_audit(batch)
         self._check_keys(batch)
         self._check_cleanup(batch)
-        if daemon is not None:
+        if daemon is not None and not batch.writes:
             disk = self.machine.disk
             for change in batch.changes:
                 if change.event.job_seq:
@@ -315,9 +317,11 @@ class Monitor(DecisionChecks):
                 current = [job_id for job_id, lock_id in old.grants if self._holds(job_id, lock_id)]
                 self.must(not current, "S9", f"the key of a current grant was forgotten: {current}", _first(current))
             else:
-                kept_ms = SAFE_MS if len(rows) >= limit - len(batch.keys) else KEPT_MS
+                is_full = len(rows) >= limit - len(batch.keys)
+                kept_ms = SAFE_MS if is_full else KEPT_MS
                 suspect = self.daemon is not None and self.daemon.clock.suspect
-                old_enough = now >= old.at + kept_ms or suspect
+                is_ahead = is_full and self._believed < old.at  # from before a step back of the clock
+                old_enough = now >= old.at + kept_ms or suspect or is_ahead
                 self.must(old_enough, "S9", f"a response of {now - old.at} ms ago was forgotten or made again")
         for digest in batch.forget_keys:
             rows.pop(digest, None)
@@ -347,12 +351,11 @@ class Monitor(DecisionChecks):
         self.machine.loop.call_later(CHECK_EVERY_S, self._check_released, daemon, job_id, grant, checks_left)
 
     def _check_released(self, daemon: SimDaemon, job_id: str, grant: Grant, checks_left: int) -> None:
-        disk = self.machine.disk
         if self.daemon is not daemon or not daemon.is_open or grant.fencing_token in self.received:
             return
         if not daemon.state.holds(job_id, grant.lock_id) or daemon.actor._decider._receivers.get(grant.lock_id):
             return
-        if checks_left or disk.full or disk.slowness_s or disk.slowed:
+        if checks_left or self.machine.is_slow:
             self._expect_delivery(daemon, job_id, grant, max(checks_left - 1, 0))
             return
         self.fail("S1", f"grant {grant.fencing_token} was not delivered, and not released", job_id)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 AT_ONCE_S: Final = 3.0
 # Seconds by which a fault may delay a response.
-HELD_UP_S: Final = {"slow disk": 30.0, "freeze": 45.0}
+HELD_UP_S: Final = {"slow disk": 30.0, "freeze": 45.0, "process stopped": 60.0, "journal slow": 30.0}
 LOOK_EVERY_S: Final = 0.8
 MAX_SEEN_WAITING: Final = 3  # how often a claim may be seen waiting while its job is due
 
@@ -29,7 +29,7 @@ class ResponseTimes:
         self.machine = machine
         self._asked_s: dict[int, float] = {}  # by the identity of a pending command
         faults = machine.scenario.faults
-        self._longest_s = AT_ONCE_S + sum(HELD_UP_S.get(fault, 0) for fault in faults)
+        self._longest_s = AT_ONCE_S + machine.holds_commands_s + sum(HELD_UP_S.get(fault, 0) for fault in faults)
 
     def sent(self, command: AnyCommand) -> None:
         loop, daemon = self.machine.loop, self.machine.daemon
@@ -72,6 +72,5 @@ class ResponseTimes:
 
     def _is_delayed(self, daemon: SimDaemon, since_s: float) -> bool:
         """Return whether the disk is slow, or a clock step made the job due, which only the next command notices."""
-        disk = self.machine.disk
-        slow = bool(disk.full or disk.slowness_s or disk.slowed or daemon.actor.full_disk.closed != Closed.NOTHING)
+        slow = self.machine.is_slow or daemon.actor.full_disk.closed != Closed.NOTHING
         return slow or self.machine.clocks_moved_s >= since_s

@@ -17,12 +17,14 @@ import structlog
 from msgspec import Struct, field
 
 from jobd.core import decide
-from jobd.model.storage import DiskFull
 from tests.proof.simulation.clients import SimClient, SimCreator, SimOperator, SimWorker
+from tests.proof.simulation.cluster.cluster import Cluster
+from tests.proof.simulation.cluster.injector import ClusterFaultInjector
+from tests.proof.simulation.cluster.scenario import CLUSTER_FAULTS, draw_cluster
 from tests.proof.simulation.final_phase import FinalPhase
 from tests.proof.simulation.injector import FaultInjector
 from tests.proof.simulation.loop import SimLoop
-from tests.proof.simulation.machine import Machine
+from tests.proof.simulation.machine import EXPECTED, Machine
 from tests.proof.simulation.scenario import FAULTS, MISHAPS, draw
 from tests.proof.simulation.trace import Trace
 
@@ -41,12 +43,19 @@ class SeedOutcome(Struct):
     without: list[str] = field(default_factory=list)
 
 
-def simulate(seed: int, steps: int, *, without: frozenset[str] = frozenset(), with_story: bool = False) -> SeedOutcome:
-    """Run `seed` until this many commands were decided, then its final phase."""
+def simulate(
+    seed: int,
+    steps: int,
+    *,
+    without: frozenset[str] = frozenset(),
+    with_story: bool = False,
+    cluster: bool = False,
+) -> SeedOutcome:
+    """Run `seed` until this many commands were decided, then its final phase. `cluster`: on several nodes."""
     journal = Trace(keep_lines=with_story)
     loop = SimLoop(Random(f"{seed}: loop"))
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        machine = runner.run(run_machine(seed, steps, loop, journal, without))
+        machine = runner.run(run_machine(seed, steps, loop, journal, without, cluster=cluster))
     broken = machine.monitor.first
     return SeedOutcome(
         seed=seed,
@@ -59,12 +68,21 @@ def simulate(seed: int, steps: int, *, without: frozenset[str] = frozenset(), wi
     )
 
 
-async def run_machine(seed: int, steps: int, loop: SimLoop, journal: Trace, without: frozenset[str]) -> Machine:
-    machine = Machine(seed, draw(seed, without), loop, journal)
+async def run_machine(
+    seed: int, steps: int, loop: SimLoop, journal: Trace, without: frozenset[str], *, cluster: bool = False
+) -> Machine:
+    machine: Machine
+    chaos: FaultInjector | ClusterFaultInjector
+    if cluster:
+        plan, options = draw_cluster(seed, without)
+        machine = nodes = Cluster(seed, plan, options, loop, journal)
+        chaos = ClusterFaultInjector(nodes)
+    else:
+        machine = Machine(seed, draw(seed, without), loop, journal)
+        chaos = FaultInjector(machine)
     machine.enough = steps
     with _watched(machine):
         supervisor = asyncio.create_task(machine.keep_running())
-        chaos = FaultInjector(machine)
         others = [asyncio.create_task(chaos.live())]
         tasks = [asyncio.create_task(client.live()) for client in _clients(machine)]
         enough = loop.call_later(LONGEST_S, machine.finished.set)
@@ -97,11 +115,7 @@ async def _wait_for_end(closing: asyncio.Task[None], machine: Machine) -> None:
 
 async def _end(machine: Machine, tasks: list[asyncio.Task[Any]]) -> None:
     """Stop the daemon, gracefully if nothing broke, and end all tasks."""
-    machine.off = True
-    if machine.daemon is not None and machine.monitor.first is None:
-        await machine.daemon.stop()
-    else:
-        machine.crash(power_cut=False)
+    await machine.shut_down()
     for task in tasks:
         task.cancel()
     results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -136,18 +150,18 @@ def _watched(machine: Machine) -> Iterator[None]:
 
 def _check_logged_error(machine: Machine, event: str, error: BaseException | None) -> None:
     """Check that a logged failure was injected."""
-    if error is not None and not isinstance(error, (OSError, DiskFull)):
+    if error is not None and not isinstance(error, EXPECTED):
         machine.monitor.fail("log", f"{event}: {error!r}")
 
 
 # -- when something broke ---------------------------------------------------------------------------------------------
 
 
-def reduce_failure(seed: int, steps: int, broken: tuple[str, str, str | None]) -> SeedOutcome:
+def reduce_failure(seed: int, steps: int, broken: tuple[str, str, str | None], *, cluster: bool = False) -> SeedOutcome:
     """Reproduce a failure with as few faults and mishaps as possible, with its trace."""
     without: frozenset[str] = frozenset()
-    for name in (*FAULTS, *MISHAPS):
-        tried = simulate(seed, steps, without=without | {name})
+    for name in (*(CLUSTER_FAULTS if cluster else FAULTS), *MISHAPS):
+        tried = simulate(seed, steps, without=without | {name}, cluster=cluster)
         if tried.broken is not None and tried.broken[0] == broken[0]:
             without |= {name}
-    return simulate(seed, steps, without=without, with_story=True)
+    return simulate(seed, steps, without=without, with_story=True, cluster=cluster)

@@ -1,0 +1,109 @@
+"""Bugs in the lead of a shared journal, its standbys and takeovers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec.structs import replace
+
+from jobd.cluster import standby
+from jobd.cluster.leadership import Leadership
+from jobd.cluster.lease import LeaderLease, StandbyLease
+from jobd.cluster.standby import Standby
+from jobd.journal.memory import MemorySharedJournal
+from jobd.model.journal import Head, Record
+from tests.proof.planted.registry import CLUSTER_SIMULATION, bug
+
+
+@bug(
+    "fence-left-out",
+    MemorySharedJournal._append,
+    breaks="a leader that was replaced appends",
+    found_by=CLUSTER_SIMULATION,
+)
+async def _(append: Any, self: MemorySharedJournal, record: Record, acked: int, epoch: int) -> None:
+    await self._begin("append")
+    lead = self.server.lead
+    self.server.records.append(replace(record, number=lead.number + 1))
+    await self._confirm("append", self.server.change(replace(lead, number=lead.number + 1)), self.server.failovers)
+
+
+@bug(
+    "answer-before-the-quorum",
+    MemorySharedJournal._confirm,
+    breaks="an append returns when one machine has it",
+    found_by=CLUSTER_SIMULATION,
+)
+async def _(confirm: Any, self: MemorySharedJournal, call: str, lead: Any, failovers: int) -> None:
+    if call != "append":
+        await confirm(self, call, lead, failovers)
+
+
+@bug(
+    "lease-counted-from-the-answer",
+    LeaderLease.renewed,
+    breaks="a renewal counts from its answer, not from before it was sent",
+    found_by=CLUSTER_SIMULATION,
+)
+def _(renewed: Any, self: LeaderLease, sent_s: float) -> None:
+    renewed(self, self.now_s())
+
+
+@bug(
+    "takeover-before-the-lease-is-over",
+    StandbyLease.see,
+    breaks="a standby waits for half of the lease",
+    found_by=CLUSTER_SIMULATION,
+)
+def _(see: Any, self: StandbyLease, head: Head) -> bool:
+    lease_s, self.lease_s = self.lease_s, self.lease_s / 2
+    try:
+        return bool(see(self, head))
+    finally:
+        self.lease_s = lease_s
+
+
+@bug(
+    "unacknowledged-records-applied",
+    standby.acknowledged,
+    breaks="a standby applies a record that a failover can lose",
+    found_by=CLUSTER_SIMULATION,
+)
+def _(acknowledged: Any, records: list[Record], acked: int) -> list[Record]:
+    return records
+
+
+@bug(
+    "takeover-without-the-tail",
+    Standby._take_over,
+    breaks="a new leader lacks the last records",
+    found_by=CLUSTER_SIMULATION,
+)
+async def _(take_over: Any, self: Standby) -> Leadership | None:
+    lease = LeaderLease(self.settings.lease_s, self._now_s)
+    if (head := await self._take_lead(lease)) is None:
+        return None
+    self._begin_epoch(head.epoch)
+    return Leadership(self._journal, head, lease, next_epoch=lambda: self._next_epoch(self._warm.state.epoch))
+
+
+@bug(
+    "lost-answer-appended-twice",
+    Leadership._settle,
+    breaks="a record whose answer was lost is appended again",
+    found_by=CLUSTER_SIMULATION,
+)
+async def _(settle: Any, self: Leadership, record: Record, acked: int) -> None:
+    head = await self._resolve()
+    await self._journal.append(replace(record, number=head.number + 1), acked)
+
+
+@bug(
+    "lease-not-checked-before-reads",
+    Leadership.check,
+    breaks="reads are answered after the lease",
+    found_by=CLUSTER_SIMULATION,
+)
+def _(check: Any, self: Leadership) -> None:
+    if self._lost is not None:
+        raise self._lost
