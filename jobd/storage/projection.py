@@ -231,7 +231,7 @@ class Projection:
                     self._jobs.cache_payload(event.job_seq, change.payload)
         for key in batch.keys:
             self._digests[key.digest] = pending.number
-        if any(type(write) is OutboxWrite for write in batch.writes):
+        if batch.writes and any(type(write) is OutboxWrite for write in batch.writes):
             self._outbox = pending.number
 
     def read_tail(self, path: str) -> None:
@@ -385,9 +385,11 @@ class Projection:
         batches = [each.batch for each in pending]
         changes: list[Change] = list(chain.from_iterable(batch.changes for batch in batches))
         tombstones: list[Tombstone] = []
-        for batch in batches:  # one by one, so that the tombstones do not depend on the slices
-            left = self._late.write(batch.changes, sweeps=batch.sweeps) if batch.changes else []
-            tombstones += distinct_tombstones([*left, *batch.tombstones]) if left else batch.tombstones
+        deletes = bool([each for each in changes if each.late is not None or each.event.type == "deleted"])
+        if deletes or any([batch.tombstones for batch in batches]):
+            for batch in batches:  # one by one, so that the tombstones do not depend on the slices
+                left = self._late.write(batch.changes, sweeps=batch.sweeps)
+                tombstones += distinct_tombstones([*left, *batch.tombstones]) if left else batch.tombstones
         if changes:
             db.totals = self._jobs.write(changes, db.totals, db.quarantined)
             db.conn.executemany(_INSERT_EVENT, [sealed(row) for each in pending for row in each.events])
@@ -424,7 +426,7 @@ class Projection:
         conn = self.db.conn
         if checked := [(seq,) for batch in batches for seq in batch.checked]:
             conn.executemany("DELETE FROM suspects WHERE job_seq = ?", checked)
-        for batch in batches:
+        for batch in [batch for batch in batches if batch.audit or batch.writes]:
             if batch.audit:
                 self.db.audit.write(batch.audit)
             for write in batch.writes:
