@@ -216,7 +216,8 @@ class Daemon:
         for name, router in self._routers.items():
             pages = self._dashboard if name == "admin" else None
             if name in standbys:
-                standbys[name].serve(router, serving.actor, serving.services, pages=pages)
+                guard = serving.check_lead
+                standbys[name].serve(router, serving.actor, serving.services, pages=pages, guard=guard)
                 continue
             authenticator, limits, is_admin = self._authenticators[name], self._limits(), name == "admin"
             app = App(

@@ -58,6 +58,7 @@ class ClusterNode:
             stack.push_async_exit(opened.pop_all())  # first the journal, so that another node can lead at once
         self.warm = WarmState(self.store, found, found.last_record)
         self.store.on_quarantined = self.warm.quarantine
+        self.store.on_tombstones = self.warm.expect_tombstones
         self.store.on_broken = self._fail
         node = settings.node
         self._standby = Standby(

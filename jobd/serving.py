@@ -32,6 +32,7 @@ from jobd.maintenance.plans import Planner
 from jobd.maintenance.scrubber import Scrubber
 from jobd.maintenance.suspend_detector import SuspendDetector
 from jobd.model.commands import EndGrants, ExtendAfterPause
+from jobd.model.errors import ApiError, not_leader_error
 from jobd.model.job import SECOND_MS
 from jobd.model.responses import ClusterView
 from jobd.model.storage import OpenedStore, StoredResponse
@@ -157,6 +158,15 @@ class Serving:
         self.timeseries = Timeseries.opened(read_extra(self._opened.stats), self.clock.moment().now)
         self.actor.on_commit.append(self.timeseries.record)
         self.maintainer.save_extra(self.timeseries.saved)
+
+    def check_lead(self) -> ApiError | None:
+        """Return the error of a request if this node has lost its lead."""
+        assert self._lead is not None
+        try:
+            self._lead.check()
+        except Exception:
+            return not_leader_error(None)
+        return None
 
     def end_streams(self) -> None:
         """End what listeners would wait for: waiting claims, event streams and downloads."""

@@ -12,7 +12,7 @@ from jobd.core.state import State
 from jobd.journal import record
 from jobd.model.job import Job
 from jobd.model.journal import Record
-from jobd.model.storage import Batch, FiguresWrite, LoadedRows, OpenedStore, Quarantined, StoredResponse
+from jobd.model.storage import Batch, FiguresWrite, LoadedRows, OpenedStore, Quarantined, StoredResponse, TombstoneWrite
 
 
 class FollowingStorage(Protocol):
@@ -42,6 +42,10 @@ class WarmState:
         self._opened = replace(opened, jobs=[], compact_jobs=[], keys=[], unvalidated={})
         self._keys = {row.digest: row for row in opened.keys}
 
+    def expect_tombstones(self, count: int) -> None:
+        """Note that the store has new tombstones."""
+        self._opened.tombstones += count
+
     def quarantine(self, quarantined: Quarantined) -> None:
         """Note that the store has quarantined a job."""
         self.state.quarantine(quarantined.id, quarantined.reason, quarantined.uncounted, is_moved=quarantined.is_moved)
@@ -68,6 +72,8 @@ class WarmState:
         for write in batch.writes:
             if isinstance(write, FiguresWrite):
                 self._opened.stats = write.body
+            elif isinstance(write, TombstoneWrite):
+                self._opened.tombstones -= len(write.deleted)
         self._unwritten.append(made)
         self.number, self.last_event = made.number, made.last_event
 

@@ -161,15 +161,18 @@ class App(Generic[S]):
         *,
         pages: BrowserPages | None = None,
         unrouted: Callable[[], ApiError] | None = None,
+        guard: Callable[[], ApiError | None] | None = None,
     ) -> None:
         """Serve these routes from now on. `unrouted` returns the error of all other requests, instead of a 404 or 405.
 
-        Open connections stay open, and so do the requests in progress.
+        `guard` returns the error of requests that only a leader may serve, if this node does not lead. Open connections
+        stay open, and requests in progress continue.
         """
         self.actor = actor
         self.services = services
         self._pages = pages
         self._unrouted = unrouted
+        self._guard = guard
         self._router = routes if isinstance(routes, Router) else Router(routes, self.limits)
         self.routes = {route.request: route for route in self._router.routes}
 
@@ -333,6 +336,8 @@ class App(Generic[S]):
         if self.authenticator.hosts is not None:
             self.authenticator.check_origin(ctx.headers, ctx.local_address)
         if resolved is not None:
+            if self._guard is not None and not resolved.route.on_standby and (error := self._guard()) is not None:
+                raise ApiException(error)
             if is_reader:
                 ctx.by = "reader"
                 check_read_only(resolved.route)

@@ -11,6 +11,7 @@ from jobd.api import admin, worker
 from jobd.api.standby import NoActor, StandbyServices, standby_app
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
+from jobd.model.errors import ApiError, not_leader_error
 from jobd.model.responses import ClusterView
 from tests.support.http_harness import TOKEN, HttpHarness
 
@@ -100,3 +101,20 @@ async def test_no_command_reaches_a_state() -> None:
         assert (error.code, error.details) == ("not_leader", {"leader": None})
     actor.abandon(None)
     actor.undelivered(None)
+
+
+async def test_a_node_that_has_lost_its_lead_answers_no_read(standby: Standby) -> None:
+    """Also not one that needs no command of the actor."""
+    is_lost = False
+    routes = admin.ROUTES if standby.leads.admin else worker.ROUTES
+
+    def guard() -> ApiError | None:
+        return not_leader_error(None) if is_lost else None
+
+    standby.standby_app.serve(routes, standby.actor, standby.services, guard=guard)
+    path = "/admin/job-management/alerts" if standby.leads.admin else "/v1/jobs/a"
+    assert (await standby.request("GET", path, headers=AUTH)).status == 200
+    is_lost = True
+    assert (await standby.request("GET", path, headers=AUTH)).error == "not_leader"
+    assert (await standby.request("GET", "/v1/cluster", headers=AUTH)).status == 200
+    assert (await standby.request("GET", "/v1/unknown", headers=AUTH)).status == 404

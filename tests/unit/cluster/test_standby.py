@@ -15,7 +15,7 @@ from jobd.cluster.standby import JUMP, Standby, acknowledged, is_refused_at
 from jobd.journal.memory import MemoryServer
 from jobd.model.commands import Cancel, Create, ForceReset, Get, Start
 from jobd.model.journal import BadRecord, OutcomeUnknown, Record
-from jobd.model.storage import Batch, DiskFull, FiguresWrite, OutboxWrite, Quarantined
+from jobd.model.storage import Batch, DiskFull, FiguresWrite, OutboxWrite, Quarantined, Tombstone, TombstoneWrite
 from tests.support.cluster_harness import ClusterNode, cluster, join, leader_of
 from tests.support.virtual_engine import in_virtual_time, seconds
 
@@ -200,9 +200,14 @@ async def test_a_takeover_that_is_not_noticed_ends_with_its_lease() -> None:
 async def test_the_statistics_of_the_leader_are_kept() -> None:
     leader, standby = nodes = cluster(MemoryServer(), "a", "b")
     assert await leader_of(nodes) is leader
-    await leader.disk.write(Batch([], leader.disk.numbers, writes=[FiguresWrite(b"statistics"), OutboxWrite()]))
+    standby.warm.expect_tombstones(3)
+    for node in nodes:
+        node.disk.tombstones = {seq: Tombstone(seq, "a", "key", 1, 1) for seq in (1, 2, 3)}
+    for write in (FiguresWrite(b"statistics"), OutboxWrite(), TombstoneWrite([1, 2], [])):
+        await leader.disk.write(Batch([], leader.disk.numbers, writes=[write]))
     await seconds(1.2)
-    assert standby.warm.opened().stats == b"statistics"
+    opened = standby.warm.opened()
+    assert (opened.stats, opened.tombstones) == (b"statistics", 1)
     for node in nodes:
         await node.stop()
 
