@@ -255,19 +255,22 @@ async def test_a_client_that_reads_too_slowly_is_cut_off(
 
 
 @pytest.mark.parametrize("end", ["client", "reads"])
-async def test_a_response_of_which_no_byte_was_sent_is_undelivered(harness: HttpHarness, end: str) -> None:
-    """A client that pipelines and does not read has a full socket, so its next response waits in the transport."""
+async def test_a_response_of_which_no_byte_was_sent_is_undelivered(unix: HttpHarness, end: str) -> None:
+    """A client that pipelines and does not read has a full socket, so its next response waits in the transport.
+
+    A Unix socket takes a response of this size whole or not at all.
+    """
     responses: list[Response] = []
 
     def respond(_: Any) -> Response:
         responses.append(Response("x" * 8_000, grants=[("a", f"lock-{len(responses)}")]))
         return responses[-1]
 
-    harness.actor.respond = respond
-    client = await harness.connect()
+    unix.actor.respond = respond
+    client = await unix.connect()
     client.writer.transport.pause_reading()  # type: ignore[attr-defined]
     client.send(CLAIM * 100)
-    [connection] = harness.connections
+    [connection] = unix.connections
     while not connection._is_flushing:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0.001)
     assert connection.transport is not None
@@ -280,9 +283,9 @@ async def test_a_response_of_which_no_byte_was_sent_is_undelivered(harness: Http
         for _ in range(100):
             assert (await client.receive()).status == 200
         await client.close()
-    await wait_until_closed(harness)
-    await harness.app.wait_idle()
-    assert harness.actor.undelivered_responses == ([waiting] if end == "client" else [])
+    await wait_until_closed(unix)
+    await unix.app.wait_idle()
+    assert unix.actor.undelivered_responses == ([waiting] if end == "client" else [])
 
 
 @WRITES
