@@ -10,6 +10,7 @@ from typing import Any, Final, cast
 from aiohttp import web
 
 from jobd.http.app import SUPPORTED_VERSIONS, App
+from jobd.http.hangup import is_hung_up
 from jobd.http.parser import AHEAD, PIECE, MalformedRequest, RequestParser, malformed_request, piece_size
 from jobd.http.request import BodyError, RequestContext, add_header
 from jobd.http.response import WRITE_TIMEOUT_S, HttpResponse
@@ -246,6 +247,9 @@ class _AdminConnection(asyncio.Protocol):
         transport = self._transport
         assert transport is not None
         if not self._held or transport.is_paused or transport.is_closing():
+            return
+        if is_hung_up(cast("asyncio.Transport", transport)):
+            transport.abort()
             return
         size = piece_size(self._held)
         piece = self._held[:size]

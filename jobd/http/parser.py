@@ -20,8 +20,8 @@ MAX_LINE: Final = 8190  # bytes of the request target, and of the name and value
 MAX_HEADERS: Final = 128  # and trailers
 MAX_FRAMING: Final = 64 << 10  # bytes between two pieces of a body: sizes and extensions of chunks, and trailers
 # Input of more than PIECE bytes and PIECE_LINES lines is parsed in pieces of PIECE bytes, one per turn of the loop.
-PIECE: Final = 16 << 10
-PIECE_LINES: Final = 2_000
+PIECE: Final = 8 << 10
+PIECE_LINES: Final = 1_000
 # Bytes that may wait unparsed. One read can exceed this.
 AHEAD: Final = 256 << 10
 LONG_LINE: Final = f"a line of its head is over {MAX_LINE} bytes"
