@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from jobd.cluster.node_registry import NodeRegistry
 from jobd.model.journal import NodeEntry
-from jobd.model.responses import ClusterView, NodeView
+from jobd.model.responses import SILENT_MS, ClusterView, NodeView
 
 AHEAD_MS: Final = 1_000  # by which the wall clock of a node may differ from that of the server
 
@@ -33,7 +33,7 @@ def cluster_view(
     nodes, health = registry.nodes, registry.health
     leading = next((each for each in nodes if each.process == at.holder), None)
     problems = [text for text in (at.problem, registry.problem) if text is not None]
-    problems += _problems(nodes, leading, registry.ahead_ms)
+    problems += _problems(nodes, leading)
     if not registry.is_reachable and at.problem is None:
         problems.append("PostgreSQL does not respond.")
     if health is not None and require_sync and not health.is_synchronous:
@@ -72,11 +72,12 @@ def _node(node: NodeEntry, leading: NodeEntry | None, record: int) -> NodeView:
     )
 
 
-def _problems(nodes: Iterable[NodeEntry], leading: NodeEntry | None, ahead_ms: int) -> Iterable[str]:
+def _problems(nodes: Iterable[NodeEntry], leading: NodeEntry | None) -> Iterable[str]:
     if leading is not None:
         others = [node.name for node in nodes if node.config_hash != leading.config_hash]
         if others:
             yield f"The configuration differs from that of the leader: {', '.join(others)}."
-    if abs(ahead_ms) > AHEAD_MS:
-        side = "ahead of" if ahead_ms > 0 else "behind"
-        yield f"The wall clock of this node is {abs(ahead_ms) / 1000:.1f} s {side} that of PostgreSQL."
+    for node in nodes:
+        if abs(node.ahead_ms) > AHEAD_MS and node.seen_ms < SILENT_MS:
+            side = "ahead of" if node.ahead_ms > 0 else "behind"
+            yield f"The wall clock of node {node.name} is {abs(node.ahead_ms) / 1000:.1f} s {side} that of PostgreSQL."

@@ -89,6 +89,8 @@ def _show(view: ClusterView) -> None:
 
 
 def _row(node: NodeView) -> tuple[object, ...]:
-    note = "configuration differs from that of the leader" if node.config_differs else ""
+    notes = ["silent"] if node.is_silent else []
+    if node.config_differs:
+        notes.append("configuration differs from that of the leader")
     seen = f"{terminal.span(node.seen_ms)} ago"
-    return node.name, node.role, node.url or "-", node.lag_records, seen, node.format, note
+    return node.name, node.role, node.url or "-", node.lag_records, seen, node.format, ", ".join(notes)

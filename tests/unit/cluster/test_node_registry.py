@@ -91,11 +91,12 @@ async def test_problems_are_described() -> None:
     assert view(process).problems == [sync, waits]
     assert view(process, require_sync=False).problems == [waits]
     for ahead_ms, text in ((3_210, "3.2 s ahead of"), (-1_500, "1.5 s behind")):
-        process.registry.ahead_ms = ahead_ms
+        process.registry.nodes = [replace(entry("b", "p-b"), ahead_ms=ahead_ms)]
         shown = view(process, replace(FOLLOWS, problem="The disk is full."), require_sync=False)
-        clock = f"The wall clock of this node is {text} that of PostgreSQL."
+        clock = f"The wall clock of node b is {text} that of PostgreSQL."
         assert shown.problems == ["The disk is full.", clock, waits]
-    process.registry.ahead_ms = 0
+    silent = replace(process.registry.nodes[0], seen_ms=60_000)
+    process.registry.nodes = [silent]
     process.journal.is_reachable = False
     await seconds(EVERY_S)
     assert (view(process).synchronous, view(process).problems) == (None, ["PostgreSQL does not respond."])

@@ -45,7 +45,13 @@ class Cluster:
     def _view(self, node: int) -> dict[str, Any]:
         def described(number: int) -> dict[str, Any]:
             role = "leader" if number == self.leader else "standby"
-            state = {"seen_ms": 1200, "record": 40, "lag_records": number, "format": 1, "config_differs": number == 1}
+            state = {
+                "seen_ms": 7000 if number else 1200,
+                "record": 40,
+                "lag_records": number,
+                "format": 1,
+                "config_differs": number == 1,
+            }
             return {"name": "ab"[number], "url": URLS[number], "role": role, **state}
 
         return {
@@ -96,7 +102,9 @@ def test_the_nodes_and_the_leader_are_shown(nodes: Cluster, capsys: pytest.Captu
     rows = [" ".join(line.split()) for line in table.splitlines()]
     assert rows[0] == "NODE ROLE URL BEHIND SEEN FORMAT NOTE"
     assert rows[1] == "a leader http://a.example:8771 0 1.2 s ago 1 -"
-    assert rows[2] == "b standby http://b.example:8771 1 1.2 s ago 1 configuration differs from that of the leader"
+    assert (
+        rows[2] == "b standby http://b.example:8771 1 7.0 s ago 1 silent, configuration differs from that of the leader"
+    )
 
 
 def test_without_a_leader_the_exit_code_is_1(nodes: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
