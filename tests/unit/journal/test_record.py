@@ -133,6 +133,11 @@ def test_an_unknown_format_is_rejected_with_its_number() -> None:
         record.decode(recorded(b""))
 
 
+def test_the_last_record_of_a_closed_journal_says_so() -> None:
+    with pytest.raises(BadRecord, match="record 7 of the journal ends the journal: `jobd cluster leave`"):
+        record.decode(recorded(record.CLOSING))
+
+
 @pytest.mark.parametrize("cut", [1, 5, 40])
 def test_a_body_that_cannot_be_decoded_is_rejected(cut: int) -> None:
     maker = ChangeFactory()
