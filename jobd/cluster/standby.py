@@ -175,8 +175,9 @@ class Standby:
         return head
 
     def _begin_epoch(self, epoch: int) -> None:
+        """Begin an epoch above those of all records. The last ones were not known when the lead was taken."""
         state = self._warm.state
-        state.epoch, state.next_token = epoch, 1
+        state.epoch, state.next_token = max(epoch, state.epoch + 1), 1
         if not self.settings.is_complete:
             state.next_job += JUMP
             state.next_event += JUMP

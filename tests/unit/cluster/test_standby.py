@@ -213,6 +213,19 @@ async def test_the_statistics_of_the_leader_are_kept() -> None:
 
 
 @in_virtual_time
+async def test_tokens_go_on_above_an_epoch_that_began_in_the_last_record() -> None:
+    leader, standby = nodes = cluster(MemoryServer(), "a", "b")
+    assert await leader_of(nodes) is leader
+    await seconds(1)
+    numbers = replace(leader.disk.numbers, epoch=1 << 30)  # the counter of tokens was full
+    await leader.disk.write(Batch([], numbers))
+    await leader.kill()
+    assert await leader_of([standby]) is standby
+    assert (standby.warm.state.epoch, standby.warm.state.next_token) == ((1 << 30) + 1, 1)
+    await standby.stop()
+
+
+@in_virtual_time
 async def test_a_record_that_cannot_be_read_ends_the_standby() -> None:
     server = MemoryServer()
     [leader] = cluster(server, "a")
