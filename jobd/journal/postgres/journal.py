@@ -65,7 +65,7 @@ class PostgresJournal:
         conn = await target.connect()
         try:
             with limited(conn, READ_S):
-                await schema.check_privileges(conn, target.url.role)
+                await schema.check_privileges(conn, target.url.role, name)
         except Exception as error:
             raise explain(error, target.url) from error
         finally:

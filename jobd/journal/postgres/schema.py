@@ -79,15 +79,16 @@ async def create(conn: Any, database: str, name: str, cluster_id: str, number: i
     return Created(found, is_new)
 
 
-async def check_privileges(conn: Any, role: str) -> None:
-    """Raise JournalMisconfigured if the role lacks a privilege that it needs later."""
-    advice = "make it the owner of the tables of jobd: ALTER TABLE … OWNER TO"
-    for name, is_owner, *granted in await conn.fetch(_PRIVILEGES, list(_NAMES)):
+async def check_privileges(conn: Any, role: str, name: str) -> None:
+    """Raise JournalMisconfigured if the role lacks a privilege that journal `name` needs later."""
+    advice = f'make it the owner of the tables of jobd, for example with REASSIGN OWNED BY … TO "{role}"'
+    partitioned = ("jobd_journal", partitions.table_of(name))
+    for table, is_owner, *granted in await conn.fetch(_PRIVILEGES, [*_NAMES, partitions.table_of(name)]):
         if not all(granted):
             missing = [what for what, has in zip(_ACTIONS, granted, strict=True) if not has]
-            raise JournalMisconfigured(f'Role "{role}" lacks {", ".join(missing)} on table {name}: {advice}')
-        if name == "jobd_journal" and not is_owner:
-            raise JournalMisconfigured(f'Role "{role}" cannot add partitions to table {name}: {advice}')
+            raise JournalMisconfigured(f'Role "{role}" lacks {", ".join(missing)} on table {table}: {advice}')
+        if table in partitioned and not is_owner:
+            raise JournalMisconfigured(f'Role "{role}" cannot add partitions to table {table}: {advice}')
     schema, can_create = await conn.fetchrow(_CREATE)
     if not can_create:
         grant = f'GRANT CREATE ON SCHEMA "{schema}" TO "{role}"'

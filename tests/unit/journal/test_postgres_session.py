@@ -174,6 +174,10 @@ async def test_a_missing_privilege_is_reported(url: str, postgres_server: Postgr
         assert text in str(await failure(role_url))
         statement = f"GRANT {'SELECT, INSERT, UPDATE' if granted == 'SELECT' else 'ALL'} ON ALL TABLES IN SCHEMA public"
         await sql(postgres_server, f"{statement} TO {other}", database=database)
+    await sql(postgres_server, f"ALTER TABLE jobd_journal OWNER TO {other}", database=database)
+    expected_owner = f'Role "{other}" cannot add partitions to table "jobd_journal_main": make it the owner'
+    assert expected_owner in str(await failure(role_url))
+    await sql(postgres_server, f"ALTER TABLE jobd_journal OWNER TO {database}", database=database)
     await sql(postgres_server, f"GRANT {database} TO {other}", "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
     await sql(postgres_server, f"ALTER DATABASE {database} OWNER TO postgres")
     await sql(postgres_server, "REVOKE CREATE ON SCHEMA public FROM PUBLIC", database=database)
