@@ -13,6 +13,7 @@ from jobd.monitoring.condition import Condition
 
 SAMPLE_EVERY_MS: Final = SECOND_MS
 SAMPLES: Final = 3_600  # a standby that is behind by more than an hour counts as an hour behind
+NOTICEABLE_MS: Final = 100  # a smaller difference of clocks counts as none
 _SHOW: Final = "See: jobctl cluster"
 
 
@@ -94,7 +95,7 @@ def _clocks(view: ClusterView, threshold: float) -> Condition:
     value, quiet, hint = 0.0, "The wall clocks of the nodes agree with that of PostgreSQL.", ""
     running = [node for node in view.nodes if not node.is_silent]
     worst = max(running, key=lambda node: abs(node.ahead_ms), default=None)
-    if worst is not None and worst.ahead_ms:
+    if worst is not None and abs(worst.ahead_ms) >= NOTICEABLE_MS:
         value = abs(worst.ahead_ms) / SECOND_MS
         side = "ahead of" if worst.ahead_ms > 0 else "behind"
         quiet = f"The wall clock of node {worst.name} is {value:g} s {side} that of PostgreSQL."
