@@ -10,6 +10,7 @@ import structlog
 
 from jobd.model.events import Change
 
+_level: Final = logging.getLogger("jobd")
 log = structlog.get_logger("jobd.facts")
 
 AT_INFO: Final = frozenset(
@@ -32,7 +33,7 @@ AT_INFO: Final = frozenset(
 
 def write_lines(changes: Sequence[Change]) -> None:
     """Log committed changes in their order."""
-    is_debug = logging.getLogger("jobd").isEnabledFor(logging.DEBUG)
+    is_debug = _level.isEnabledFor(logging.DEBUG)
     for change in changes:
         event = change.event
         if event.type in AT_INFO or (event.by[:5] == "admin" and event.type != "imported"):

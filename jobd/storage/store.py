@@ -86,7 +86,7 @@ class Store(Storage):
         self._slice: asyncio.Handle | None = None  # of the next call of `_write_slice`
         self._slice_is_fixed = False  # more events do not bring it forward
         self._committing = threading.Event()
-        db.before_commit = self._committing.set
+        db.before_commit = self._note_commit
         self._closing = threading.Event()
         self._backup_lock = asyncio.Lock()
         self._planning = asyncio.Lock()
@@ -162,8 +162,11 @@ class Store(Storage):
 
     async def _run(self, fn: Callable[..., T], *args: Any) -> T:
         """Run `fn` in the storage thread. Calls `on_broken` if it leaves the content of the disk unknown."""
-        with self._reporting():
-            return await self._connection.run(fn, *args)
+        try:
+            with self._reporting():
+                return await self._connection.run(fn, *args)
+        finally:
+            self._start_upkeep()
 
     async def _read(self, fn: Callable[..., T], *args: Any) -> T:
         """Call `fn` with the tables in the storage thread, when they have all that was committed."""
@@ -188,9 +191,13 @@ class Store(Storage):
             if new := self._projection.tombstones_written - self._reported_tombstones:
                 self._reported_tombstones += new
                 self.on_tombstones(new)
-            self._start_upkeep()
+
+    def _note_commit(self) -> None:
+        if not self._committing.is_set():  # setting it again would take as long as a lock
+            self._committing.set()
 
     def _start_upkeep(self) -> None:
+        """Start upkeep if it is needed. Slices come often enough to look, so an append does not."""
         is_running = self._upkeep is not None and not self._upkeep.done()
         if not is_running and not self._closing.is_set() and self._projection.needs_upkeep:
             self._upkeep = asyncio.create_task(self._aside(self._projection.upkeep))
@@ -229,6 +236,7 @@ class Store(Storage):
             self.on_broken(error)
         else:
             self._plan_slice()
+        self._start_upkeep()
 
     async def _write_slice_aside(self) -> None:
         await self._aside(self._projection.project_slice)
