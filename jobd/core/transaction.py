@@ -126,23 +126,25 @@ class Transaction:
         details: dict[str, Any] | None = None,
     ) -> Job:
         """Set `fields` of `job` and its `updated_at`; return the new row. `worker` is the one that makes the call."""
-        # The times of a job stay in order even if the wall clock stepped back.
-        updated_at = self.now
-        if job.created_at > updated_at:
-            updated_at = job.created_at
-        if (started_at := fields.get("started_at", job.started_at)) is not None and started_at > updated_at:
-            updated_at = started_at
-        if (finished_at := fields.get("finished_at", job.finished_at)) is not None and finished_at > updated_at:
-            updated_at = finished_at
-        fields["updated_at"] = updated_at
+        state, now = self.state, self.now
+        fields["updated_at"] = now
         after = replace(job, **fields)
-        state = self.state
+        started_at, finished_at = after.started_at, after.finished_at
+        if (
+            job.created_at > now
+            or (started_at is not None and started_at > now)
+            or (finished_at is not None and finished_at > now)
+        ):  # the wall clock stepped back; the times of a job stay in order
+            fields["updated_at"] = max(job.created_at, started_at or 0, finished_at or 0)
+            after = replace(job, **fields)
         if worker is not None:
             by = f"worker:{worker}"
-            state.presence.saw(worker, self.now)
+            state.presence.saw(worker, now)
+        number = state.next_event
+        state.next_event = number + 1
         event = Event(
-            self._event_number(),
-            self.now,
+            number,
+            now,
             event_type,
             job.seq,
             job.id,

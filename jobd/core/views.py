@@ -17,7 +17,7 @@ from jobd.core.worker_presence import WorkerPresence, WorkerSeen
 from jobd.model.commands import Import, Locks, Moment, Queues, Workers, WorkerState
 from jobd.model.errors import ApiError
 from jobd.model.events import QueuePause
-from jobd.model.job import STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status, default_if_none
+from jobd.model.job import STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status
 from jobd.model.responses import (
     ErrorView,
     GrantView,
@@ -59,6 +59,13 @@ def lock_view(job: Job, at: Moment, *, admin: bool = False) -> LockView | None:
 def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, payload: Raw | UnsetType = UNSET) -> JobView:
     """Return the view of `job`. Durations that the creator did not set are shown as they apply now."""
     options, grant, result, error = job.options, job.grant, job.result or NO_RESULT, job.error or NO_ERROR
+    stuck_after_ms, max_processing_ms = options.stuck_after_ms, options.max_processing_ms
+    if grant is not None:
+        stuck_after_ms, max_processing_ms = grant.stuck_after_ms, grant.max_processing_ms
+    if stuck_after_ms is None:
+        stuck_after_ms = policy.stuck_after_ms
+    if max_processing_ms is None:
+        max_processing_ms = policy.max_processing_ms
     # By position: a claim makes up to a hundred of these, and keyword arguments take six times as long.
     return JobView(
         job.id,
@@ -75,8 +82,8 @@ def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, paylo
         job.stalls,
         options.max_stalls,
         options.on_stall,
-        grant.stuck_after_ms if grant else default_if_none(options.stuck_after_ms, policy.stuck_after_ms),
-        grant.max_processing_ms if grant else default_if_none(options.max_processing_ms, policy.max_processing_ms),
+        stuck_after_ms,
+        max_processing_ms,
         job.created_at,
         job.updated_at,
         job.run_at,

@@ -50,11 +50,20 @@ _parse = msgspec.json.Decoder().decode
 
 def encode(batch: Batch) -> tuple[bytes, list[EventRow]]:
     """Return the body of `batch`, and the rows of its events."""
-    events = [facts.event_row(change.event) for change in batch.changes]
+    events: list[EventRow] = []
+    created: list[tuple[bytes, str]] = []
+    late: list[tuple[Any, ...]] = []
+    for change in batch.changes:
+        event = change.event
+        events.append(facts.event_row(event))
+        if event.before is None and _is_new(event):
+            created.append((change.payload or b"null", change.request_hash or ""))
+        if change.late is not None:
+            late.append(_late_row(change.late))
     body = _Body(
         events,
-        [(change.payload or b"null", change.request_hash or "") for change in batch.changes if _is_new(change.event)],
-        [_late_row(change.late) for change in batch.changes if change.late is not None],
+        created,
+        late,
         astuple(batch.numbers),
         {name: astuple(row) for name, row in batch.queues.items()} if batch.queues else {},
         [astuple(key) for key in batch.keys] if batch.keys else [],
