@@ -232,13 +232,16 @@ class Actor:
     @property
     def waiting(self) -> int:
         """The number of commands in the mailbox and of reads of history in progress."""
-        return len(self._mailbox) + len(self._history)
+        return len(self._mailbox) + len(self._history.reads)
 
     def _refuse_entry(self, command: AnyCommand, size: int) -> ApiError | None:
         if self._stopping:
             return self._rejection
         room, bounds = SHARES[command.admission], self.bounds
-        if self.waiting >= bounds.mailbox * room or self._bytes + size > bounds.inflight_bytes * room:
+        if (
+            len(self._mailbox) + len(self._history.reads) >= bounds.mailbox * room
+            or self._bytes + size > bounds.inflight_bytes * room
+        ):
             return ApiError("overloaded", "Too many commands are waiting; try again in a second.")
         if type(command) is Claim and command.wait_ms:
             if command.wait_ms > bounds.claim_wait_ms:
@@ -254,9 +257,10 @@ class Actor:
         return Envelope(Call(command, "daemon", self._random(16)), None, 0, [future])
 
     def _put(self, envelope: Envelope) -> None:
+        if not self._mailbox:
+            self._wake.set()
         self._mailbox.append(envelope)
         self._bytes += envelope.size
-        self._wake.set()
 
     # -- the consumer -------------------------------------------------------------------------------------------------
 

@@ -55,24 +55,21 @@ class History:
     def __init__(self, disk: JobStorage, moment: Callable[[], Moment]) -> None:
         self._disk = disk
         self._moment = moment
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.reads: set[asyncio.Task[None]] = set()  # in progress
         self._places = asyncio.Semaphore(AT_ONCE)
         self._far = asyncio.Semaphore(1)  # who looks further than a slice holds up nobody but those who do, too
-
-    def __len__(self) -> int:
-        return len(self._tasks)
 
     def start(self, asked: Envelope, answer: Response, policy: Policy) -> None:
         """Read, then answer; the batches go on meanwhile."""
         assert answer.read is not None
         task = asyncio.create_task(self._look(asked, answer, answer.read, policy))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self.reads.add(task)
+        task.add_done_callback(self.reads.discard)
 
     async def finish(self) -> None:
         """Wait until every look is answered."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        while self.reads:
+            await asyncio.wait(self.reads)
 
     async def _look(self, asked: Envelope, answer: Response, look: HistoryRead, policy: Policy) -> None:
         try:

@@ -12,7 +12,7 @@ from aiohttp import web
 from jobd.http.app import SUPPORTED_VERSIONS, App
 from jobd.http.hangup import is_hung_up
 from jobd.http.parser import AHEAD, PIECE, MalformedRequest, RequestParser, malformed_request, piece_size
-from jobd.http.request import BodyError, RequestContext, add_header
+from jobd.http.request import BodyError, RequestContext, add_header, split_target
 from jobd.http.response import WRITE_TIMEOUT_S, HttpResponse
 from jobd.http.server import HttpListener
 from jobd.http.worker_request import WorkerRequest
@@ -23,23 +23,26 @@ FLUSH_POLL_S: Final = 0.05
 SERVER: Final = {"Server": "jobd"}  # in place of the versions of aiohttp and Python
 
 
-class AdminRequest(RequestContext):
+class AdminRequest(RequestContext, eq=False):
     """A request on the admin listener. `streamed` is the response after `start`."""
 
-    def __init__(self, request: web.Request) -> None:
+    _request: web.Request = cast(Any, None)
+    streamed: web.StreamResponse | None = None
+
+    @classmethod
+    def of(cls, request: web.Request) -> AdminRequest:
         headers: dict[str, str] = {}
         repeated = [name for name, value in request.headers.items() if add_header(headers, name.lower(), value)]
-        super().__init__(
+        return cls(
             request.method,
-            request.raw_path,
+            *split_target(request.raw_path, headers),
             headers,
             frozenset(map(str.lower, repeated)),
             f"{request.version.major}.{request.version.minor}",
             request.keep_alive,
             request.can_read_body,
+            _request=request,
         )
-        self._request = request
-        self.streamed: web.StreamResponse | None = None
 
     @property
     def transport(self) -> asyncio.Transport | None:
@@ -149,7 +152,7 @@ class AdminListener(HttpListener):
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         if request.transport is not None:
             request.transport.set_write_buffer_limits(0)  # writes show if the client has disconnected
-        ctx, transport = AdminRequest(request), request.transport
+        ctx, transport = AdminRequest.of(request), request.transport
         self.app.request_started()
         self.busy.add(transport)
         try:

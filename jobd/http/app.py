@@ -223,7 +223,7 @@ class App(Generic[S]):
         """Make the HTTP response from the actor's response."""
         if isinstance(response, Response):
             try:
-                return self._ok_response(ctx, response)
+                return self._ok_response(response)
             except Exception as bug:
                 if response.grants:
                     self.actor.undelivered(response)
@@ -233,7 +233,7 @@ class App(Generic[S]):
     def prepare(self, ctx: RequestContext, response: Response) -> HttpResponse | None:
         """Make the HTTP response before the commit of `response`. Return None if that is not possible yet."""
         try:
-            return None if self.closing else self._ok_response(ctx, response)
+            return None if self.closing else self._ok_response(response)
         except Exception:
             return None  # `respond` fails in the same way and logs the bug
 
@@ -273,7 +273,7 @@ class App(Generic[S]):
         body = await self._read_body(ctx) if ctx.has_body else b""
         return await handler(self, ctx, self._decode(ctx, body))
 
-    def _ok_response(self, ctx: RequestContext, response: Response) -> HttpResponse:
+    def _ok_response(self, response: Response) -> HttpResponse:
         lost = partial(self.actor.undelivered, response) if response.grants else None
         return ok_response(response.data, response.status, response.replayed, self.closing, lost)
 
@@ -309,7 +309,7 @@ class App(Generic[S]):
         ctx.size = len(body)
         if ctx.size > self.limits.body:
             raise ApiException(self.body_too_large())
-        if resolved.route.key:
+        if resolved.route.key and IDEMPOTENCY_KEY in ctx.headers:
             self._read_idempotency_key(ctx, resolved.route, body)
         if resolved.route.body == "form":
             return resolved.decoder.from_form(body, ctx.path_value)
@@ -402,11 +402,11 @@ class App(Generic[S]):
         return ApiError("request_timeout", message)
 
     def _read_idempotency_key(self, ctx: RequestContext, route: Route, body: bytes) -> None:
-        if (key := ctx.headers.get(IDEMPOTENCY_KEY)) is not None:
-            if IDEMPOTENCY_KEY in ctx.repeated:  # a repetition with one of them would not be recognized
-                message = "The Idempotency-Key header was sent more than once. Send one."
-                raise api_error("invalid_request", message, field="Idempotency-Key")
-            ctx.key = self.authenticator.idempotency_key(key, route.method, unquote(ctx.path), body)
+        if IDEMPOTENCY_KEY in ctx.repeated:  # a repetition with one of them would not be recognized
+            message = "The Idempotency-Key header was sent more than once. Send one."
+            raise api_error("invalid_request", message, field="Idempotency-Key")
+        key = ctx.headers[IDEMPOTENCY_KEY]
+        ctx.key = self.authenticator.idempotency_key(key, route.method, unquote(ctx.path), body)
 
     def error_response(self, ctx: RequestContext, error: ApiError, *, close: bool = False) -> HttpResponse:
         """Record an error, and return its response."""

@@ -29,6 +29,7 @@ Permission = Literal["full", "read"]
 
 _KEY = re.compile(r"[ -~]{1,200}")
 _HOST = re.compile(r"(\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^][:@/?#\s]*))(:[0-9]*)?")
+_ENCODINGS: Final = (("content-encoding", "identity"), ("transfer-encoding", "chunked"))  # the accepted ones
 _PLAIN = {JSON: frozenset({"application/json", "application/json; charset=utf-8", "application/json;charset=utf-8"})}
 
 
@@ -158,12 +159,10 @@ def check_content_type(headers: Mapping[str, str], expected: str) -> None:
     content_type = headers.get("content-type", "")
     if content_type != expected and not _is_type(content_type, expected):
         raise api_error("unsupported_media_type", f"The body must be {expected}: send `Content-Type: {expected}`.")
-    if _is_encoded(headers, "content-encoding", "identity") or _is_encoded(headers, "transfer-encoding", "chunked"):
-        raise api_error("unsupported_media_type", "Compressed bodies are not supported. Send the body uncompressed.")
-
-
-def _is_encoded(headers: Mapping[str, str], name: str, default: str) -> bool:
-    return name in headers and headers[name].lower() != default
+    for name, default in _ENCODINGS:
+        if name in headers and headers[name].lower() != default:
+            message = "Compressed bodies are not supported. Send the body uncompressed."
+            raise api_error("unsupported_media_type", message)
 
 
 def _is_type(content_type: str, expected: str) -> bool:

@@ -73,7 +73,8 @@ class RequestDecoder:
         )
         [self._path_type] = [info.type for info in msgspec.structs.fields(command) if info.name == path_field] or [str]
         self.path_value_words = _pattern_words(self._path_type)
-        self._checks = _field_checks(command)
+        self._size_checks = _field_checks(command, _check_size)
+        self._key_checks = _field_checks(command, _check_storage_key)
         self._decode = msgspec.json.Decoder(self.body_type).decode
         self._scanner = BodyScanner(self.body_type, _list_limits(command, limits))
 
@@ -104,10 +105,12 @@ class RequestDecoder:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise malformed_json_error(error) from None
         command = self._build(part, value)
-        if isinstance(command, Bulk) and len(command.jobs) > self.limits.bulk:
+        if type(command) is Bulk and len(command.jobs) > self.limits.bulk:
             raise _too_many("jobs", self.limits.bulk)
-        if self._checks:
-            _check_fields(self._checks, command, "$", self.limits)
+        if self._key_checks:
+            _check_all(self._key_checks, command, "$", self.limits)
+        if len(body) > self.limits.payload:  # else no field of it is over the limit
+            _check_all(self._size_checks, command, "$", self.limits)
         return command
 
     def from_query(self, query: str, value: str | None = None) -> Command:
@@ -210,47 +213,52 @@ def _parse_parameters(
 # Checks beyond types.
 
 
-# Checks the value of a field. `path` names the field in an error.
-FieldCheck = Callable[[Any, str, Limits], None]
+# Checks the value of a field. Arguments: the value, the path of its struct and its name for an error, the limits.
+FieldCheck = Callable[[Any, str, str, Limits], None]
 
 
-def _field_checks(struct: type[Struct]) -> dict[str, FieldCheck]:
-    """Return the checks of the fields of `struct`: JSON values have a maximum size, storage keys are relative."""
+def _field_checks(struct: type[Struct], check: FieldCheck) -> dict[str, FieldCheck]:
+    """Return `check` for each field that it concerns: JSON values have a maximum size, storage keys are relative."""
     checks: dict[str, FieldCheck] = {}
     for info in msgspec.structs.fields(struct):
         item = _item_struct(info.type)
         inner = item or _first(info.type, lambda part: issubclass(part, Struct))
-        if info.name == "storage_key":
-            checks[info.name] = _check_storage_key
-        elif Raw in _parts(info.type):
-            checks[info.name] = _check_size
-        elif inner is not None and (inner_checks := _field_checks(inner)):
+        if (check is _check_storage_key and info.name == "storage_key") or (
+            check is _check_size and Raw in _parts(info.type)
+        ):
+            checks[info.name] = check
+        elif inner is not None and (inner_checks := _field_checks(inner, check)):
             checks[info.name] = partial(_check_fields if item is None else _check_items, inner_checks)
     return checks
 
 
-def _check_fields(checks: dict[str, FieldCheck], value: Any, path: str, limits: Limits) -> None:
+def _check_all(checks: dict[str, FieldCheck], value: Any, path: str, limits: Limits) -> None:
     for name, check in checks.items():
-        check(getattr(value, name), f"{path}.{name}", limits)
+        check(getattr(value, name), path, name, limits)
 
 
-def _check_items(checks: dict[str, FieldCheck], items: list[Any], path: str, limits: Limits) -> None:
+def _check_fields(checks: dict[str, FieldCheck], value: Any, path: str, name: str, limits: Limits) -> None:
+    _check_all(checks, value, f"{path}.{name}", limits)
+
+
+def _check_items(checks: dict[str, FieldCheck], items: list[Any], path: str, name: str, limits: Limits) -> None:
     for at, item in enumerate(items):
-        _check_fields(checks, item, f"{path}[{at}]", limits)
+        _check_fields(checks, item, path, f"{name}[{at}]", limits)
 
 
-def _check_size(value: Raw | None, path: str, limits: Limits) -> None:
+def _check_size(value: Raw | None, path: str, name: str, limits: Limits) -> None:
     size = 0 if value is None else memoryview(value).nbytes
     if size > limits.payload:
-        message = f"`{path}` has {size} bytes, the limit is {limits.payload}. Store the data elsewhere and put a "
-        message += f"reference into the {path.rpartition('.')[2]}."
-        raise too_large_error(message, field=path, limit=limits.payload)
+        field = f"{path}.{name}"
+        message = f"`{field}` has {size} bytes, the limit is {limits.payload}. Store the data elsewhere and put a "
+        message += f"reference into the {name}."
+        raise too_large_error(message, field=field, limit=limits.payload)
 
 
-def _check_storage_key(key: str | None, path: str, limits: Limits) -> None:
+def _check_storage_key(key: str | None, path: str, name: str, limits: Limits) -> None:
     error = None if key is None else storage_key_error(key)
     if error is not None:
-        raise invalid_request_error(path, f"{error}.")
+        raise invalid_request_error(f"{path}.{name}", f"{error}.")
 
 
 def _too_many(name: str, limit: int) -> ApiException:

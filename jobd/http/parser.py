@@ -12,7 +12,7 @@ from typing import Final
 
 from httptools import HttpParserCallbackError, HttpParserError, HttpParserUpgrade, HttpRequestParser
 
-from jobd.http.request import add_header
+from jobd.http.request import add_header, split_target
 from jobd.http.worker_request import WorkerRequest
 from jobd.model.errors import ApiError
 
@@ -57,7 +57,7 @@ class MalformedRequest(Exception):
 
 def malformed_request(error: ApiError) -> WorkerRequest:
     """Return a request that stands for malformed input."""
-    request = WorkerRequest("UNKNOWN", "/", {}, NONE, "1.0", False, False)
+    request = WorkerRequest("UNKNOWN", "/", "", {}, NONE, "1.0", False, False)
     request.error = error
     request.is_complete = True
     return request
@@ -134,9 +134,9 @@ class RequestParser:
             raise self._malformed(LONG_LINE)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if len(value) > MAX_LINE or len(name) > MAX_LINE:
-            raise self._malformed(LONG_LINE)
         headers, key = self._headers, _LOWER.get(name)
+        if len(value) > MAX_LINE or (key is None and len(name) > MAX_LINE):
+            raise self._malformed(LONG_LINE)
         if key is None:
             key = name.lower().decode("latin-1")
         text = value.rstrip(b" \t").decode("latin-1")
@@ -165,7 +165,7 @@ class RequestParser:
             raise self._malformed(WRONG_HEAD)
         self._latest = self.incoming = request = WorkerRequest(
             method.decode(),
-            target.decode("utf-8", "surrogateescape"),
+            *split_target(target.decode("utf-8", "surrogateescape"), headers),
             headers,
             repeated,
             version,

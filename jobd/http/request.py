@@ -6,11 +6,11 @@ import re
 import secrets
 import socket
 import struct
-from abc import ABC, abstractmethod
 from asyncio import BaseTransport
 from collections.abc import Mapping
 from typing import Final
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.http.auth import OPERATOR_HEADER, operator_name
@@ -27,52 +27,41 @@ class BodyError(Exception):
     """The framing of a body is malformed."""
 
 
-class RequestContext(ABC):
-    """A request as handlers see it.
+class RequestContext(Struct, eq=False):
+    """A request as handlers see it. Each listener has a subclass with the methods that are not implemented here.
 
-    `headers` have lower-case names. The values of a repeated header are joined by commas (cookies by semicolons), and
-    `repeated` contains its name. `version` is "1.1" or "1.0"; others are rejected. `is_truncated`: the client stopped
-    sending before the end of the body. If `keep_alive` is false, the connection ends after the response.
+    `path` and `query` are not decoded. `headers` have lower-case names. The values of a repeated header are joined by
+    commas (cookies by semicolons), and `repeated` contains its name. `version` is "1.1" or "1.0"; others are rejected.
+    `is_truncated`: the client stopped sending before the end of the body. If `keep_alive` is false, the connection ends
+    after the response.
     """
 
-    is_truncated = False
-    by = "client"
-    admin = False  # whether the response may contain lock ids
+    method: str
+    path: str
+    query: str
+    headers: Mapping[str, str]
+    repeated: frozenset[str]
+    version: str
+    keep_alive: bool
+    has_body: bool
+    is_truncated: bool = False
+    by: str = "client"
+    admin: bool = False  # whether the response may contain lock ids
     operator: Operator | None = None  # if the call may change state
     route: Route | None = None
     resolved: ResolvedRoute | None = None  # once the request is authorized
     path_value: str | None = None
     allow: frozenset[str] = frozenset()
     key: IdempotencyKey | None = None
-    size = 0
+    size: int = 0
     job_id: str | None = None
-
-    def __init__(
-        self,
-        method: str,
-        target: str,
-        headers: dict[str, str],
-        repeated: frozenset[str],
-        version: str,
-        keep_alive: bool,
-        has_body: bool,
-    ) -> None:
-        if target[:1] != "/":
-            target = _without_authority(target, headers)
-        self.method = method
-        self.path, _, self.query = target.partition("?")  # not decoded
-        self.headers: Mapping[str, str] = headers
-        self.repeated = repeated
-        self.version = version
-        self.keep_alive = keep_alive
-        self.has_body = has_body
 
     # -- connection ----------------------------------------------------------------------------------------------------
 
     @property
-    @abstractmethod
     def transport(self) -> BaseTransport | None:
         """The transport of the connection, None after its end."""
+        raise NotImplementedError
 
     @property
     def is_disconnected(self) -> bool:
@@ -89,38 +78,38 @@ class RequestContext(ABC):
     def is_tls(self) -> bool:
         return self.transport is not None and self.transport.get_extra_info("sslcontext") is not None
 
-    @abstractmethod
     def abort(self) -> None:
         """Reset the connection."""
+        raise NotImplementedError
 
     # -- body ----------------------------------------------------------------------------------------------------------
 
     @property
-    @abstractmethod
     def is_complete(self) -> bool:
         """Whether the whole body has arrived."""
+        raise NotImplementedError
 
-    @abstractmethod
     def send_continue(self) -> None:
         """Send `100 Continue` to a client that waits for it before it sends its body."""
+        raise NotImplementedError
 
-    @abstractmethod
     async def read(self) -> bytes:
         """Return the next bytes of the body, none at its end. Raises BodyError."""
+        raise NotImplementedError
 
     # -- streamed response ---------------------------------------------------------------------------------------------
 
-    @abstractmethod
     async def start(self, headers: Mapping[str, str], length: int | None = None) -> None:
         """Send the head of a streamed response. Raises ConnectionError."""
+        raise NotImplementedError
 
-    @abstractmethod
     async def write(self, piece: bytes) -> None:
         """Send a part of the body, and wait while the client reads too slowly. Raises ConnectionError."""
+        raise NotImplementedError
 
-    @abstractmethod
     async def finish(self) -> None:
         """Send the end of the body, and wait until all of it is sent. Raises ConnectionError."""
+        raise NotImplementedError
 
 
 def add_header(headers: dict[str, str], name: str, value: str) -> bool:
@@ -130,6 +119,14 @@ def add_header(headers: dict[str, str], name: str, value: str) -> bool:
         return False
     headers[name] += ("; " if name == "cookie" else ", ") + value
     return True
+
+
+def split_target(target: str, headers: dict[str, str]) -> tuple[str, str]:
+    """Return path and query of a request target. The host in a URI replaces the Host header."""
+    if target[:1] != "/":
+        target = _without_authority(target, headers)
+    path, _, query = target.partition("?")
+    return path, query
 
 
 def _without_authority(target: str, headers: dict[str, str]) -> str:

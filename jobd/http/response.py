@@ -87,30 +87,19 @@ _REPLAYED_HEADERS: Final = {**_JSON_HEADERS, "Idempotent-Replayed": "true"}
 _JSON_HEADS: Final = {int(status): _head(status, _JSON_HEADERS) for status in HTTPStatus}
 
 
-class HttpResponse:
+class HttpResponse(Struct, eq=False):
     """A complete response.
 
     `on_lost` is called if the connection closes before the first byte is written. `close` closes the connection after
     the rest of the request has been read and dropped, `close_at_once` without reading it.
     """
 
-    __slots__ = ("body", "close", "close_at_once", "headers", "on_lost", "status")
-
-    def __init__(
-        self,
-        status: int,
-        headers: Mapping[str, str],
-        body: bytes,
-        close: bool = False,
-        close_at_once: bool = False,
-        on_lost: Callable[[], None] | None = None,
-    ) -> None:
-        self.status = status
-        self.headers = headers
-        self.body = body
-        self.close = close
-        self.close_at_once = close_at_once
-        self.on_lost = on_lost
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    close: bool = False
+    close_at_once: bool = False
+    on_lost: Callable[[], None] | None = None
 
     def encode(self, ctx: RequestContext) -> bytes:
         """Return the bytes of the response to `ctx`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 from jobd.engine.mailbox import Envelope
 from jobd.http.app import MALFORMED_BODY, App
@@ -27,29 +27,29 @@ class RequestConnection(Protocol):
     async def drain(self) -> None: ...
 
 
-class WorkerRequest(RequestContext):
+class WorkerRequest(RequestContext, eq=False):
     """A request on a worker listener. The actor sets its response as it would set the result of a future.
 
     `body` has the bytes that have arrived and were not read, `task` is that of a request with a handler, and `prepared`
     is the response that was encoded before its commit.
     """
 
-    is_complete = False
+    is_complete: bool = False
     body: bytes | bytearray = b""
-    connection: RequestConnection
-    is_waiting = False  # for the rest of its body
+    connection: RequestConnection = cast(Any, None)  # set once the head is complete
+    is_waiting: bool = False  # for the rest of its body
     error: ApiError | None = None  # of a malformed request
     envelope: Envelope | None = None
     prepared: tuple[Response, HttpResponse, bytes] | None = None  # encoded before its commit
     response: HttpResponse | None = None
-    is_written = False
+    is_written: bool = False
     task: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None
-    is_streamed = False
-    is_dropped = False  # the rest of the body is not read
-    _is_chunked = False
-    _is_done = False
-    _is_cancelled = False
+    is_streamed: bool = False
+    is_dropped: bool = False  # the rest of the body is not read
+    _is_chunked: bool = False
+    _is_done: bool = False
+    _is_cancelled: bool = False
     _arrival: asyncio.Future[None] | None = None
 
     # -- the actor's response ------------------------------------------------------------------------------------------

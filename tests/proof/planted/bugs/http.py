@@ -20,10 +20,10 @@ HTTP = "tests/unit/http"
     breaks="a grant whose response is lost stays until its lock expires",
     found_by=HTTP,
 )
-def _(ok_response: Any, self: App[Any], ctx: Any, response: Response) -> HttpResponse:
+def _(ok_response: Any, self: App[Any], response: Response) -> HttpResponse:
     grants, response.grants = response.grants, []
     try:
-        made: HttpResponse = ok_response(self, ctx, response)
+        made: HttpResponse = ok_response(self, response)
         return made
     finally:
         response.grants = grants
