@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from msgspec.structs import replace
 
 from jobd.core import replay
 from jobd.core.state import State
 from jobd.journal import record
+from jobd.journal.record import Decoded
 from jobd.model.job import Job
 from jobd.model.journal import Record
 from jobd.model.storage import Batch, FiguresWrite, LoadedRows, OpenedStore, Quarantined, StoredResponse, TombstoneWrite
+
+PIECE_EVENTS: Final = 200  # are applied at once: it takes some 5 ms
 
 
 class FollowingStorage(Protocol):
     """The part of the store that a standby uses."""
 
-    async def follow(self, records: Sequence[Record]) -> None:
-        """Take the next records, and write the tables behind them. Raises DiskFull if nothing was taken."""
+    async def follow(self, records: Sequence[Record], decoded: Sequence[Decoded] = ()) -> None:
+        """Take the next records, which are `decoded`, and write the tables behind them.
+
+        Raises DiskFull if nothing was taken.
+        """
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
         """Read jobs by id, as of the last record."""
@@ -39,6 +46,7 @@ class WarmState:
         self.state.suspects = dict(opened.unvalidated)
         self._store = store
         self._unwritten: list[Record] = []  # applied, and not in the store yet
+        self._decoded: list[Decoded] = []  # of these
         self._opened = replace(opened, jobs=[], compact_jobs=[], keys=[], unvalidated={})
         self._keys = {row.digest: row for row in opened.keys}
 
@@ -53,14 +61,21 @@ class WarmState:
     async def apply(self, records: list[Record]) -> None:
         """Apply the next records. Raises DiskFull, and BadRecord after it applied the records before."""
         await self.write()
+        events = 0
         try:
             for each in records:
-                batch = record.decode(each)[0]
+                if events > PIECE_EVENTS:
+                    events = 0
+                    await asyncio.sleep(0)
+                decoded = record.decode(each)
+                batch = decoded[0]
                 loaded: list[Job] = []
+                events += len(batch.changes)
                 if needed := replay.rows_needed(self.state, batch):
                     await self.write()
                     loaded += (await self._store.load(needed, [], [])).jobs.values()
                 self._apply(each, batch, loaded)
+                self._decoded.append(decoded)
         finally:
             await self.write()
 
@@ -80,8 +95,8 @@ class WarmState:
     async def write(self) -> None:
         """Pass the records that were applied to the store. On a full disk they wait for the next call."""
         if self._unwritten:
-            await self._store.follow(self._unwritten)
-            self._unwritten = []
+            await self._store.follow(self._unwritten, self._decoded)
+            self._unwritten, self._decoded = [], []
 
     def opened(self) -> OpenedStore:
         """Return what a start would read. Of the jobs it has only those that have changed; `state` has all."""

@@ -42,6 +42,8 @@ class _Body(Struct, array_like=True, gc=False):
     writes: list[TableWrite] = []
 
 
+Decoded = tuple[Batch, list[EventRow]]  # the batch of a record, and the rows of its events
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_Body).decode
 _json = msgspec.json.Encoder().encode
@@ -79,7 +81,7 @@ def encode(batch: Batch) -> tuple[bytes, list[EventRow]]:
     return (b"\x02" if batch.writes else b"\x01") + _encode(body), events
 
 
-def decode(record: Record) -> tuple[Batch, list[EventRow]]:
+def decode(record: Record) -> Decoded:
     """Return the batch of `record`, without rows of jobs, and the rows of its events. Raises BadRecord."""
     if not record.body or not 1 <= record.body[0] <= FORMAT:
         if record.body == CLOSING:

@@ -13,6 +13,7 @@ from typing import Any, Final, Self, TypeVar
 
 import structlog
 
+from jobd.journal.record import Decoded
 from jobd.journal.shielding import to_end
 from jobd.model.journal import BadSnapshot, LeadershipLost, Record, SharedJournal
 from jobd.model.storage import Batch, DiskFull, OpenedStore, TableWrite
@@ -105,10 +106,13 @@ class ClusterStore(Store):
 
     # -- a standby
 
-    async def follow(self, records: Sequence[Record]) -> None:
-        """Keep the next records for the tables. Raises DiskFull if it keeps none, and BadRecord."""
+    async def follow(self, records: Sequence[Record], decoded: Sequence[Decoded] = ()) -> None:
+        """Keep the next records for the tables. Raises DiskFull if it keeps none, and BadRecord.
+
+        `decoded` has the first of them as decoded, if the caller has them.
+        """
         try:
-            await self._run(self._projection.follow, records)
+            await self._run(self._projection.follow, records, decoded)
         finally:
             self._plan_slice()
 

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from jobd.journal import record
 from jobd.journal.checksum import checksum
 from jobd.journal.facts import EVENT_COLUMNS
+from jobd.journal.record import Decoded
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.events import Change
 from jobd.model.job import FINISHED
@@ -147,18 +148,19 @@ class Projection:
         for forgotten in [each for each in db.recently_quarantined if each < prepared.reported]:
             del db.recently_quarantined[forgotten]
 
-    def follow(self, records: Iterable[Record]) -> None:
+    def follow(self, records: Iterable[Record], decoded: Iterable[Decoded] = ()) -> None:
         """Keep the next records of a shared journal for the tables, and write these if there is enough for a slice.
 
-        Raises DiskFull if it keeps none, and BadRecord after those before it.
+        `decoded` has the first of them as decoded. Raises DiskFull if it keeps none, and BadRecord after those before.
         """
         self.db.check()
         if self._is_full and self.behind >= MAX_BEHIND_FULL:
             self.project_slice()
+        known = iter(decoded)
         for made in records:
             if made.number != self.last + 1:
                 raise BadRecord(self.last + 1, "is missing")
-            pending = Pending(made.number, *record.decode(made), len(made.body), checksum(made))
+            pending = Pending(made.number, *(next(known, None) or record.decode(made)), len(made.body), checksum(made))
             self.last = made.number
             self._add(pending)
         with contextlib.suppress(DiskFull):  # the tables are written later

@@ -56,7 +56,7 @@ class SharedStorage(MemoryStorage):
         self.project()
         return shown
 
-    async def follow(self, records: Sequence[Record]) -> None:
+    async def follow(self, records: Sequence[Record], decoded: object = ()) -> None:
         await asyncio.sleep(0)
         for made in records:
             assert made.number == self._last_record + 1

@@ -57,7 +57,7 @@ async def test_a_standby_with_a_full_disk_goes_on_when_it_has_space() -> None:
     assert await leader_of(nodes) is leader
     follow, is_full = standby.disk.follow, True
 
-    async def reject(records: Sequence[Record]) -> None:
+    async def reject(records: Sequence[Record], decoded: object = ()) -> None:
         if is_full and records:
             raise DiskFull("the disk is full")
         await follow(records)
@@ -81,7 +81,7 @@ async def test_a_standby_whose_disk_lacks_records_does_not_take_over() -> None:
     assert await leader_of(nodes) is leader
     follow, is_full = standby.disk.follow, True
 
-    async def reject(records: Sequence[Record]) -> None:
+    async def reject(records: Sequence[Record], decoded: object = ()) -> None:
         if is_full and records:
             raise DiskFull("the disk is full")
         await follow(records)
@@ -168,7 +168,7 @@ async def test_a_standby_can_be_stopped_while_it_catches_up() -> None:
     join([leader, standby])
     follow = standby.disk.follow
 
-    async def stop(records: Sequence[Record]) -> None:
+    async def stop(records: Sequence[Record], decoded: object = ()) -> None:
         await follow(records)
         if records:
             standby.standby.stop()

@@ -84,7 +84,7 @@ class NodeDisk(SimDisk):
 
     # -- a standby
 
-    async def follow(self, records: Sequence[Record]) -> None:
+    async def follow(self, records: Sequence[Record], decoded: object = ()) -> None:
         await self._pause()
         if records and self.full:
             raise DiskFull("the simulated disk is full")
