@@ -335,6 +335,19 @@ secret = "whsec_{"c2VjcmV0" * 4}"
 """
 
 
+def test_messages_about_postgresql_exist() -> None:
+    files = [*(ROOT / "jobd/journal/postgres").glob("*.py"), ROOT / "jobd/cluster/node_registry.py"]
+    files += [ROOT / "jobd/cli/daemon/cluster.py"]
+    source = " ".join(file.read_text(encoding="utf-8") for file in files)
+    messages = [message for message, *_ in rows(ROOT / "docs/cluster.md", "message", "exit code")]
+    fragments = [
+        part.strip() for text in messages for each in re.findall(r"\*([^*]+)\*", text) for part in each.split("…")
+    ]
+    assert len(fragments) > 20
+    for fragment in fragments:
+        assert fragment.removesuffix(" N") in source, fragment
+
+
 def test_every_metric_is_documented(tmp_path: Path) -> None:
     """Compare names, types and labels with those of a daemon that has completed enough jobs for a duration baseline."""
     documented = {
