@@ -10,10 +10,10 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 PARALLEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check stock lint coverage faults planted mutation format demo bench bench-peers vendor screenshots linearizability simulation cluster-simulation world proof pins clean
+.PHONY: help venv test check stock lint coverage faults planted mutation format demo cluster-demo bench bench-peers vendor screenshots linearizability simulation cluster-simulation world proof pins clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  Another Python: make check PYTHON=python3.13 VENV=.venv-313"
 
 venv: $(READY)  ## create a virtual environment in .venv with jobd and its tools, in pinned versions
@@ -107,6 +107,9 @@ format: $(READY)  ## format the code
 
 demo: $(READY)  ## kill a worker in the middle of a job and show the recovery, in ten seconds (ARGS=--ui: the dashboard)
 	$(BIN)/jobd demo $(ARGS)
+
+cluster-demo: $(READY)  ## start PostgreSQL and three nodes, kill the leader while workers draw, and check every result
+	$(BIN)/python -m tests.proof.cluster_demo $(ARGS)
 
 bench: $(READY)  ## measure throughput, latency, memory and startup (ARGS="SCENARIO ... --runs N --json")
 	$(BIN)/python -m tests.benchmarks $(ARGS)

@@ -17,63 +17,12 @@ import pytest
 
 from jobd.cli.daemon.main import main
 from tests.support import postgres
-from tests.support.daemon_process import TOKEN, DaemonProcess, DaemonResponse, call, free_port
+from tests.support.daemon_process import TOKEN, DaemonResponse, call
+from tests.support.node_process import Cluster, NodeProcess
 from tests.support.postgres import PASSWORD, PostgresServer
 from tests.support.tcp_proxy import tcp_proxy
 
 WAIT_S = 60.0
-
-
-class NodeProcess(DaemonProcess):
-    """A node of a cluster, whose worker API is also on TCP."""
-
-    def __init__(self, directory: Path, url: str, name: str, **environ: str) -> None:
-        directory.mkdir(exist_ok=True)
-        self.name = name
-        self.port = free_port()
-        settings = {
-            "JOBD_JOURNAL_URL": url,
-            "JOBD_JOURNAL_LEASE": "2s",
-            "JOBD_JOURNAL_REQUIRE_SYNC": "false",
-            "JOBD_NODE_NAME": name,
-            "JOBD_WORKER_LISTEN": f"127.0.0.1:{self.port}",
-            "JOBD_WORKER_TOKEN_FILE": str(directory / "token"),
-        }
-        (directory / "token").write_text(TOKEN)
-        (directory / "token").chmod(0o600)
-        super().__init__(directory, **settings | environ)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        """Start the process and wait until it is a standby, at least."""
-        self.launch()
-        self.wait_for_log(b"event=standby")
-
-    def cluster(self) -> Any:
-        return self.get("/v1/cluster").data
-
-    def wait_leads(self) -> None:
-        self.wait_for_log(b"event=ready")
-
-
-class Cluster:
-    """The nodes of one journal."""
-
-    def __init__(self, directory: Path, url: str, stack: ExitStack) -> None:
-        self.directory = directory
-        self.url = url
-        self._stack = stack
-        self.nodes: list[NodeProcess] = []
-
-    def add(self, name: str, **environ: str) -> NodeProcess:
-        """Start a node."""
-        node = NodeProcess(self.directory / name, self.url, name, **environ)
-        self._stack.enter_context(node)
-        self.nodes.append(node)
-        return node
 
 
 @pytest.fixture

@@ -130,15 +130,16 @@ def observe(sandbox: Sandbox, screen: _Screen, seed: int) -> Observations:
 
 def _jobs(rng: random.Random) -> list[dict[str, Any]]:
     """Return the jobs: one film first, so that there is a long job to kill, then the pictures and the other films."""
+    films = [job(rng, "film", number, FRAMES) for number in range(1, FILMS + 1)]
+    return films[:1] + [job(rng, "picture", number, 1) for number in range(1, PICTURES + 1)] + films[1:]
 
-    def job(kind: str, number: int, frames: int) -> dict[str, Any]:
-        x, y = rng.choice(_EDGES)
-        payload = {"x": x + rng.uniform(-0.02, 0.02) / frames, "y": y + rng.uniform(-0.02, 0.02) / frames}
-        # Three attempts, because an attempt that stalls counts.
-        return {"id": f"{kind}-{number:02}", "kind": kind, "payload": {**payload, "frames": frames}, "max_attempts": 3}
 
-    films = [job("film", number, FRAMES) for number in range(1, FILMS + 1)]
-    return films[:1] + [job("picture", number, 1) for number in range(1, PICTURES + 1)] + films[1:]
+def job(rng: random.Random, kind: str, number: int, frames: int) -> dict[str, Any]:
+    """Return a job that draws `frames` pictures of a random place."""
+    x, y = rng.choice(_EDGES)
+    payload = {"x": x + rng.uniform(-0.02, 0.02) / frames, "y": y + rng.uniform(-0.02, 0.02) / frames}
+    # Three attempts, because an attempt that stalls counts.
+    return {"id": f"{kind}-{number:02}", "kind": kind, "payload": {**payload, "frames": frames}, "max_attempts": 3}
 
 
 def _watch(sandbox: Sandbox, client: JobClient, observed: Observations, screen: _Screen) -> None:

@@ -1,0 +1,241 @@
+"""Run jobd on three nodes, end its leader twice while workers draw pictures, and check every result.
+
+    python -m tests.proof.cluster_demo [--seed N]
+
+PostgreSQL runs on three servers with quorum commit. First the leader is killed, then the next one hands over its lead.
+The exit code is 0 if every claim was observed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from jobd.cli.demo import recovery
+from jobd.client import JobClient, JobInfo
+from tests.support.daemon_process import TOKEN, die_with_us
+from tests.support.node_process import Cluster, NodeProcess
+from tests.support.postgres import PostgresMissing, PostgresServer, postgres_cluster, version
+
+NODES: Final = ("a", "b", "c")
+WORKERS: Final = ("w-1", "w-2")
+PICTURES: Final = 40
+FILMS: Final = 3
+LOCK_TTL_MS: Final = 60_000  # longer than a takeover, so that no job needs to be repeated
+DEADLINE_S: Final = 90.0
+NEAR: Final = 50  # events; while work goes on, a standby is always a little behind
+_POLL_S: Final = 0.02
+_FINISHED: Final = frozenset({"completed", "failed", "cancelled"})
+
+Claim = tuple[str, bool]
+
+
+class Demo:
+    """Three nodes on `server`, and workers that know all of them."""
+
+    def __init__(self, folder: Path, server: PostgresServer, stack: contextlib.ExitStack, seed: int) -> None:
+        self._began_s = time.monotonic()
+        self._stack = stack
+        self._seed = seed
+        self.results = folder / "results"
+        self.results.mkdir()
+        self.cluster = Cluster(folder, server.url(), stack, JOBD_JOURNAL_REQUIRE_SYNC="true")
+        self.claims: list[Claim] = []
+
+    def say(self, text: str) -> None:
+        print(f"{time.monotonic() - self._began_s:6.1f} s  {text}", flush=True)
+
+    def run(self) -> list[Claim]:
+        """Run the demo. Returns each claim with whether it was observed."""
+        self._start_nodes()
+        with JobClient(self.urls, token=TOKEN, retry_for_s=30.0) as client:
+            jobs = client.create_jobs(self._jobs())
+            self.say(f"{len(jobs)} jobs submitted")
+            for name in WORKERS:
+                self._start_worker(name)
+            self._wait_for(client, finished=len(jobs) // 5)
+            self._kill_leader(client)
+            self._wait_for(client, finished=len(jobs) // 2)
+            self._hand_over(client)
+            jobs = self._wait_for(client, finished=len(jobs))
+            self._check_jobs(client, jobs)
+        codes = [node.stop() for node in self.cluster.nodes if node.process is not None and node.process.poll() is None]
+        self.claims.append(("the nodes stopped cleanly on SIGTERM", bool(codes) and not any(codes)))
+        return self.claims
+
+    @property
+    def urls(self) -> str:
+        return ",".join(node.url for node in self.cluster.nodes)
+
+    @property
+    def admin_urls(self) -> str:
+        return ",".join(f"unix:{node.admin_socket}" for node in self._alive())
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def _start_nodes(self) -> None:
+        environ = {"JOBD_JOURNAL_URL": self.cluster.url}
+        self._jobd("jobd", "cluster", "init", **environ)
+        for name in NODES:
+            node = self.cluster.add(name)
+            if name == NODES[0]:
+                node.wait_leads()
+            self.say(f"node {name} runs at {node.url} (pid {node.process.pid if node.process else 0})")
+        self._wait_until(lambda: len(self.cluster.nodes[0].cluster()["nodes"]) == len(NODES))
+        self._show_cluster()
+
+    def _jobs(self) -> list[dict[str, Any]]:
+        rng = random.Random(self._seed)
+        films = [recovery.job(rng, "film", number, recovery.FRAMES) for number in range(1, FILMS + 1)]
+        return films[:1] + [recovery.job(rng, "picture", number, 1) for number in range(1, PICTURES + 1)] + films[1:]
+
+    def _start_worker(self, name: str) -> None:
+        command = ["jobd.cli.demo.processes", self.urls, name, str(LOCK_TTL_MS), str(self.results), "default"]
+        environ = os.environ | {"JOBD_WORKER_TOKEN_FILE": str(self.cluster.nodes[0].directory / "token")}
+        worker = subprocess.Popen(
+            [sys.executable, "-m", *command], env=environ, stderr=subprocess.DEVNULL, preexec_fn=die_with_us
+        )
+        self._stack.callback(worker.wait)
+        self._stack.callback(worker.terminate)
+        self.say(f"worker {name} started (pid {worker.pid})")
+
+    def _kill_leader(self, client: JobClient) -> None:
+        leader = self._leader()
+        held = [job.id for job in client.list_jobs(status="processing").jobs]
+        began_s = time.monotonic()
+        leader.kill()
+        self.say(f"KILL -9: the leader {leader.name} dies, with {', '.join(held) or 'no job'} in work")
+        again = self._see_takeover(client, began_s)
+        self.claims.append(("another node led after the leader was killed", again is not leader))
+        self.claims.append(("jobs were in work when the leader was killed", bool(held)))
+        leader.start()
+        self._wait_until(lambda: leader.cluster()["lag_events"] < NEAR)
+        self.say(f"node {leader.name} is back, and follows {again.name}")
+
+    def _hand_over(self, client: JobClient) -> None:
+        leader = self._leader()
+        self.say(f"jobctl cluster step-down: {leader.name} hands over")
+        began_s = time.monotonic()
+        self._jobd("jobd.cli.ctl.main", "cluster", "step-down", "--yes", JOBD_ADMIN_URL=self.admin_urls)
+        again = self._see_takeover(client, began_s)
+        assert leader.process is not None
+        self.claims.append(("another node led after a step-down", again is not leader))
+        self.claims.append(("the node that stepped down exited with 75", leader.process.wait(DEADLINE_S) == 75))
+        leader.start()  # as systemd does
+        self._show_cluster()
+
+    def _see_takeover(self, client: JobClient, began_s: float) -> NodeProcess:
+        client.list_jobs(limit=1)  # waits until a node responds
+        took_ms = (time.monotonic() - began_s) * 1000
+        leader = self._leader()
+        self.say(f"{leader.name} leads and serves, {took_ms:.0f} ms later")
+        return leader
+
+    # -- what can be seen ---------------------------------------------------------------------------------------------
+
+    def _leader(self) -> NodeProcess:
+        def leading() -> list[NodeProcess]:
+            return [node for node in self._alive() if node.get("/readyz").status == 200]
+
+        self._wait_until(lambda: len(leading()) == 1)
+        return leading()[0]
+
+    def _alive(self) -> list[NodeProcess]:
+        return [node for node in self.cluster.nodes if node.process is not None and node.process.poll() is None]
+
+    def _show_cluster(self) -> None:
+        text = self._jobd("jobd.cli.ctl.main", "cluster", JOBD_ADMIN_URL=self.admin_urls)
+        print("\n" + text, flush=True)
+
+    def _wait_for(self, client: JobClient, finished: int) -> list[JobInfo]:
+        jobs: list[JobInfo] = []
+
+        def are_finished() -> bool:
+            jobs[:] = client.iterate_jobs(limit=200)
+            return sum(job.status in _FINISHED for job in jobs) >= finished
+
+        self._wait_until(are_finished)
+        self.say(f"{finished} of {len(jobs)} jobs are finished")
+        return jobs
+
+    def _wait_until(self, condition: Any) -> None:
+        until_s = time.monotonic() + DEADLINE_S
+        while not condition():
+            if time.monotonic() > until_s:
+                raise TimeoutError(f"The demo did not go on within {DEADLINE_S:.0f} s.")
+            time.sleep(_POLL_S)
+
+    def _check_jobs(self, client: JobClient, jobs: Sequence[JobInfo]) -> None:
+        errors = [f"{job.id}: {error}" for job in jobs if (error := recovery.result_error(job, self.results))]
+        for error in errors:
+            self.say(error)
+        timelines = {job.id: client.timeline(job.id) for job in jobs}
+        grants = {id_: sum(event.type == "granted" for event in events) for id_, events in timelines.items()}
+        tokens = [
+            int(event.details["fencing_token"]) for events in timelines.values() for event in events
+            if event.type == "granted"
+        ]  # fmt: skip
+        total = PICTURES + FILMS
+        self.claims += [
+            (f"all {total} jobs are completed", len(jobs) == total and all(job.status == "completed" for job in jobs)),
+            ("every result was read back from the disk and is complete", not errors),
+            ("each job had one holder, and no lock was lost", set(grants.values()) == {1}),
+            ("no two grants had the same fencing token", len(set(tokens)) == len(tokens)),
+        ]
+
+    def _jobd(self, module: str, *words: str, **environ: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *words],
+            env=os.environ | {"ADMIN_TOKEN": TOKEN} | environ,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(
+                f"{module} {' '.join(words)} exited with {done.returncode}: {done.stderr or done.stdout}"
+            )
+        return done.stdout
+
+
+@contextlib.contextmanager
+def demo(seed: int) -> Iterator[Demo]:
+    """Start PostgreSQL, and end every process at the end. Raises PostgresMissing."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jobd-cluster-")))
+        servers = stack.enter_context(postgres_cluster(standbys=2))
+        yield Demo(folder, servers[0], stack, seed)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.proof.cluster_demo", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1, help="of the pictures")
+    given = parser.parse_args(arguments)
+    try:
+        print(f"PostgreSQL {version()} on three servers, and jobd on three nodes. Starting them takes a few seconds.")
+        with demo(given.seed) as running:
+            try:
+                claims = running.run()
+            except BaseException:
+                for node in running.cluster.nodes:
+                    print(f"--- log of node {node.name}\n{node.log.decode()}", file=sys.stderr)
+                raise
+    except PostgresMissing as error:
+        print(error, file=sys.stderr)
+        return 1
+    for claim, was_seen in claims:
+        print(f"{'ok' if was_seen else 'NOT SEEN':8}  {claim}")
+    return 0 if all(was_seen for _, was_seen in claims) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Daemons that are nodes of a cluster."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tests.support.daemon_process import TOKEN, DaemonProcess, free_port
+
+
+class NodeProcess(DaemonProcess):
+    """A node of a cluster, whose worker API is also on TCP."""
+
+    def __init__(self, directory: Path, url: str, name: str, **environ: str) -> None:
+        directory.mkdir(exist_ok=True)
+        self.name = name
+        self.port = free_port()
+        settings = {
+            "JOBD_JOURNAL_URL": url,
+            "JOBD_JOURNAL_LEASE": "2s",
+            "JOBD_JOURNAL_REQUIRE_SYNC": "false",
+            "JOBD_NODE_NAME": name,
+            "JOBD_WORKER_LISTEN": f"127.0.0.1:{self.port}",
+            "JOBD_WORKER_TOKEN_FILE": str(directory / "token"),
+        }
+        (directory / "token").write_text(TOKEN)
+        (directory / "token").chmod(0o600)
+        super().__init__(directory, **settings | environ)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start the process and wait until it is a standby, at least."""
+        self.launch()
+        self.wait_for_log(b"event=standby")
+
+    def cluster(self) -> Any:
+        return self.get("/v1/cluster").data
+
+    def wait_leads(self) -> None:
+        self.wait_for_log(b"event=ready")
+
+
+class Cluster:
+    """The nodes of one journal."""
+
+    def __init__(self, directory: Path, url: str, stack: ExitStack, **environ: str) -> None:
+        self.directory = directory
+        self.environ = environ  # of every node
+        self.url = url
+        self._stack = stack
+        self.nodes: list[NodeProcess] = []
+
+    def add(self, name: str, **environ: str) -> NodeProcess:
+        """Start a node."""
+        node = NodeProcess(self.directory / name, self.url, name, **self.environ | environ)
+        self._stack.enter_context(node)
+        self.nodes.append(node)
+        return node
