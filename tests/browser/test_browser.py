@@ -738,11 +738,15 @@ def test_firing_alerts_are_on_the_overview_with_their_hints(page: Page, tmp_path
         expect(alerts).to_contain_text("More jobs than expected are processing")
 
 
-def test_a_step_down_on_the_page_of_the_cluster(context: BrowserContext, tmp_path: Path) -> None:
+def test_a_step_down_on_the_page_of_the_cluster(
+    context: BrowserContext, page: Page, console_errors: list[str], tmp_path: Path
+) -> None:
     try:
         with cluster_of(tmp_path, "a", "b") as (old, new):
-            page = context.new_page()
+            page.set_viewport_size({"width": 390, "height": 800})
             sign_in(page, new, path="/cluster")
+            layout = context.new_cdp_session(page).send("Page.getLayoutMetrics")
+            assert layout["cssContentSize"]["width"] <= 390
             expect(page.get_by_role("main")).to_contain_text("This node is a standby.")
             expect(page.get_by_role("navigation", name="Pages").get_by_role("link")).to_have_text(["Cluster"])
             leader = context.new_page()
@@ -758,5 +762,6 @@ def test_a_step_down_on_the_page_of_the_cluster(context: BrowserContext, tmp_pat
             expect(page.get_by_role("navigation", name="Pages").get_by_role("link", name="Jobs")).to_be_visible()
             page.goto(f"{new.url}/audit")
             expect(page.get_by_role("main")).to_contain_text("new kernel")
+            assert console_errors == []
     except PostgresMissing as missing:
         tool_missing("PostgreSQL", str(missing))
