@@ -48,14 +48,17 @@ class NodeRegistry:
         self._on_duplicate = on_duplicate
         self._now_s = now_s
         self._wall_ms = wall_ms
-        self._other: tuple[str, float] | None = None  # another process with the name, and its last sign of life
+        self._other: tuple[str, float] | None = None  # another process with the name, and its latest sign of life
+        self._read_s = 0.0, 0.0  # when `nodes` were asked for and received
         self._is_registered = False
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
         while not self._stop.is_set():
             try:
+                asked_s = self._now_s()
                 self.nodes = await self._journal.nodes()
+                self._read_s = asked_s, self._now_s()
                 self.health = await self._journal.health()
                 await self._compare_clocks()
                 await self._register()
@@ -90,10 +93,10 @@ class NodeRegistry:
         other = next((node for node in self.nodes if node.name == mine.name and node.process != mine.process), None)
         if other is None:
             return False
-        seen_s = self._now_s() - other.seen_ms / 1000
-        if self._other is not None and self._other[0] == other.process and seen_s > self._other[1] + _NOISE_S:
+        earliest_s, latest_s = (read_s - other.seen_ms / 1000 for read_s in self._read_s)
+        if self._other is not None and self._other[0] == other.process and earliest_s > self._other[1] + _NOISE_S:
             self._on_duplicate(self._note_duplicate(mine.name))
-        self._other = other.process, seen_s
+        self._other = other.process, latest_s
         return other.seen_ms < GONE_S * 1000
 
     def _note_duplicate(self, name: str) -> str:

@@ -122,6 +122,27 @@ async def test_a_process_that_was_restarted_gets_its_name_back() -> None:
 
 
 @in_virtual_time
+async def test_a_restarted_process_is_no_duplicate_while_the_journal_is_slow() -> None:
+    server = MemoryServer(loop_ms)
+    old = Process(server, entry("a", "p-1"))
+    await seconds(0.1)
+    await old.kill()
+    new = Process(server, entry("a", "p-2"))
+    waits_s = [0.0, 0.0, 0.0, 0.0, 0.4, 0.4, 0.4, 0.4]  # before and after the calls
+
+    async def be_slow(call: str) -> None:
+        if call in ("nodes", "health") and waits_s:
+            await seconds(waits_s.pop(0))
+
+    new.journal.before = be_slow
+    new.journal.after = be_slow
+    await seconds(6 * EVERY_S)
+    assert (new.duplicates, new.registry.problem) == ([], None)
+    assert [node.process for node in new.registry.nodes] == ["p-2"]
+    await new.stop()
+
+
+@in_virtual_time
 async def test_a_name_that_another_process_uses_is_not_taken() -> None:
     server = MemoryServer(loop_ms)
     first = Process(server, entry("a", "p-1"))
