@@ -9,6 +9,7 @@ import asyncio
 import heapq
 import selectors
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from random import Random
 from typing import Any, Final
@@ -16,6 +17,18 @@ from typing import Any, Final
 BUSY: Final = 50_000  # iterations without time passing
 
 process: ContextVar[object] = ContextVar("process", default=None)  # to which a callback belongs
+
+
+class InlineExecutor(ThreadPoolExecutor):
+    """Runs the calls for threads at once, so that their order does not depend on chance."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
 
 class _NoWait(selectors.DefaultSelector):

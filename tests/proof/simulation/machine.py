@@ -9,6 +9,7 @@ import asyncio
 import contextvars
 from collections import Counter
 from collections.abc import Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from random import Random
 from typing import Any, Final
 
@@ -136,6 +137,10 @@ class Machine(Host):
         self.downtime_s = 0.5
         self.off = False
         loop.set_task_factory(own_tasks)  # type: ignore[arg-type]
+
+    def constants(self) -> AbstractContextManager[object]:
+        """Return a context in which constants of modules fit the simulation."""
+        return nullcontext()
 
     def _make_monitor(self) -> Monitor:
         return Monitor(self, self.fired)

@@ -6,6 +6,7 @@ invariants.py checks single decisions and explains the names.
 from __future__ import annotations
 
 import contextlib
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -56,7 +57,7 @@ class Monitor(DecisionChecks):
         self._durable: dict[int, str] = {}  # event seq -> type, of this daemon
         self._calls: set[tuple[Any, ...]] = set()  # job seq, token and verb of the late calls that this daemon noted
         self._latest_wall = 0  # that this daemon has seen
-        self._believed = 0  # wall time of the latest decision
+        self._earliest_wall = sys.maxsize  # of the decisions since the latest commit
         self._held_at: int | None = None  # lease time while the full disk holds it
         self._good_pass_s = 0.0  # loop time of the start, or of the latest cleanup run without errors
         self._key_rows: dict[str, StoredResponse] = {}  # as committed, with responses
@@ -141,7 +142,7 @@ class Monitor(DecisionChecks):
             tx.undo()
             self.must(before == snapshot(tx.state), "S8", f"undoing {type(call.command).__name__} left a change")
         decision = self.check(self._decide, tx, call)
-        self._believed = tx.at.believed
+        self._earliest_wall = min(self._earliest_wall, tx.at.believed)
         self._latest_wall = max(self._latest_wall, tx.at.believed)
         if id(call.command) in self._decided:
             self._decided[id(call.command)] = decision
@@ -224,6 +225,7 @@ class Monitor(DecisionChecks):
             self.must(batch.numbers.next_token > counter, "S2", "the mark of the tokens went back")
         self._check_audit(batch)
         self._check_keys(batch)
+        self._earliest_wall = sys.maxsize
         self._check_cleanup(batch)
         if daemon is not None and not batch.writes:
             disk = self.machine.disk
@@ -320,7 +322,7 @@ class Monitor(DecisionChecks):
                 is_full = len(rows) >= limit - len(batch.keys)
                 kept_ms = SAFE_MS if is_full else KEPT_MS
                 suspect = self.daemon is not None and self.daemon.clock.suspect
-                is_ahead = is_full and self._believed < old.at  # from before a step back of the clock
+                is_ahead = is_full and self._earliest_wall < old.at  # from before a step back of the clock
                 old_enough = now >= old.at + kept_ms or suspect or is_ahead
                 self.must(old_enough, "S9", f"a response of {now - old.at} ms ago was forgotten or made again")
         for digest in batch.forget_keys:

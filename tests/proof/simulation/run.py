@@ -81,7 +81,7 @@ async def run_machine(
         machine = Machine(seed, draw(seed, without), loop, journal)
         chaos = FaultInjector(machine)
     machine.enough = steps
-    with _watched(machine):
+    with _watched(machine), machine.constants():
         supervisor = asyncio.create_task(machine.keep_running())
         others = [asyncio.create_task(chaos.live())]
         tasks = [asyncio.create_task(client.live()) for client in _clients(machine)]

@@ -7,8 +7,13 @@ is in the journal that the next leader reads; local tables are a prefix of the a
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
+import pytest
+
+from jobd.cluster import snapshot_schedule, standby
 from jobd.cluster.leadership import Leadership
 from jobd.cluster.warm_state import WarmState
 from jobd.core.state import State
@@ -20,7 +25,7 @@ from jobd.model.storage import Batch, Numbers, QueueRow
 from tests.proof.simulation.cluster.node import DOWNTIMES_S, LeaderDaemon, SimNode
 from tests.proof.simulation.cluster.scenario import ClusterOptions
 from tests.proof.simulation.cluster.server import SimServer
-from tests.proof.simulation.loop import SimLoop
+from tests.proof.simulation.loop import InlineExecutor, SimLoop
 from tests.proof.simulation.machine import Machine, SimDaemon
 from tests.proof.simulation.monitor import Monitor
 from tests.proof.simulation.scenario import Scenario
@@ -29,6 +34,7 @@ from tests.support.memory_storage import MemoryStorage
 from tests.support.memory_tables import MemoryTables
 from tests.support.rule_harness import snapshot
 
+MIN_RECORDS: Final = 10  # between snapshots
 LEADS_S: Final = 3.0  # from a free lease and the start of a node until it serves
 HOPS: Final = 4  # between nodes, for one request
 CLIENT_WAITS_S: Final = 20.0  # beyond the wait of a claim
@@ -68,6 +74,7 @@ class Cluster(Machine):
         self.holds_commands_s = 4 * options.lease_s  # several outages, one after the other
         super().__init__(seed, plan, loop, journal)
         self.options = options
+        loop.set_default_executor(InlineExecutor())
         self.disk.numbers = self.disk.tables.numbers = Numbers()
         self.disk.epoch_file = 0
         self.disk.slice_events = self.disk.max_behind = 1 << 30
@@ -76,9 +83,17 @@ class Cluster(Machine):
         self.batches: list[Batch] = []  # that are durable, in order
         self.disturbed_s = 0.0  # loop time of the latest fault
         self.disturbances = 0  # that are not over
+        self.copies: dict[int, tuple[MemoryTables, int | None]] = {}  # of tables with their last record: snapshots
         self._written: dict[bytes, tuple[Batch, str]] = {}  # with the process, by the body of its record
         self._routes: dict[str, int] = {}
         self.nodes = [SimNode(self, f"n{number}") for number in range(options.nodes)]
+
+    @contextmanager
+    def constants(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(standby, "POLL_S", self.options.poll_s)
+            patch.setattr(snapshot_schedule, "MIN_RECORDS", MIN_RECORDS)
+            yield
 
     def _make_monitor(self) -> Monitor:
         return ClusterMonitor(self, self.fired)
@@ -133,6 +148,7 @@ class Cluster(Machine):
 
     async def shut_down(self) -> None:
         self.off = True
+        self.loop._default_executor = None  # type: ignore[attr-defined]  # it has no thread to wait for
         self.clear_faults()
         for node in self.nodes:
             if self.monitor.first is None:
@@ -180,6 +196,14 @@ class Cluster(Machine):
         """Check a record that a standby applies."""
         same = self.server.record(made.number) is made and made.number <= self.server.durable.number
         self.monitor.must(same, "S18", f"{name} applies record {made.number}, which is not acknowledged")
+
+    def check_left_behind(self, node: SimNode, number: int) -> None:
+        """Check that a node cannot follow from record `number` because the records after it were trimmed."""
+        records, last = self.server.records, self.server.lead.number
+        first = records[0].number if records else last + 1
+        is_behind = number < first and (number < last or number == 0)
+        self.monitor.must(is_behind, "S18", f"{node.name} cannot follow from {number}, the journal begins at {first}")
+        self.count("node is too far behind")
 
     def check_not_ahead(self, name: str, tables: MemoryTables) -> None:
         durable = self.server.durable.number

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import zlib
+from collections.abc import AsyncIterator, Sequence
+from io import BytesIO
 from random import Random
 from typing import TYPE_CHECKING
 
 from jobd.cluster.leadership import Leadership
 from jobd.journal import record
+from jobd.journal.checksum import checksum
 from jobd.model.journal import Record
 from jobd.model.storage import Batch, DiskFull, OpenedStore, TableWrite
+from jobd.storage.backup import StoreCopy
 from tests.proof.simulation.disk import SimDisk
 from tests.support.memory_storage import MemoryStorage
 from tests.support.memory_tables import MemoryTables
 
 if TYPE_CHECKING:
     from tests.proof.simulation.cluster.node import SimNode
+
+
+class Copies:
+    """Makes copies of the tables for snapshots."""
+
+    def __init__(self, disk: NodeDisk) -> None:
+        self._disk = disk
+
+    async def snapshot(self) -> StoreCopy:
+        """Return the number of a copy, which the cluster keeps."""
+        await asyncio.sleep(0.01)
+        disk, number = self._disk, self._disk.tables.projected_to
+        disk.node.cluster.copies[number] = (disk.tables.copy_tables(), disk.record_checksum)
+        return StoreCopy(BytesIO(b"%d" % number), number)
 
 
 class NodeDisk(SimDisk):
@@ -28,7 +46,8 @@ class NodeDisk(SimDisk):
         plan, loop = node.scenario, node.loop
         dice, slice_dice = Random(f"{node.seed}: {node.name} disk"), Random(f"{node.seed}: {node.name} slices")
         super().__init__(dice, node.fired, node.wall, "thread", loop.freeze, plan.slices, slice_dice)
-        self._node = node
+        self.node = node
+        self.copies = Copies(self)
         self._appending = asyncio.Lock()
         self.empty()
 
@@ -36,21 +55,39 @@ class NodeDisk(SimDisk):
         """Lose everything, as on a new machine."""
         self._stop_slices()
         self._unsynced = None
+        self._checksums: dict[int, int] = {}  # of records
         self.tables.become(MemoryTables())
+
+    @property
+    def record_checksum(self) -> int | None:
+        """The checksum of the last record that the tables have."""
+        return self._checksums.get(self.tables.projected_to)
+
+    async def install(self, parts: AsyncIterator[bytes]) -> None:
+        """Become the tables of a snapshot."""
+        content = zlib.decompress(b"".join([part async for part in parts]))
+        tables, last = self.node.cluster.copies[int(content)]
+        self.empty()
+        self.tables.become(tables)
+        self._checksums = {} if last is None else {tables.projected_to: last}
+
+    def take_record(self, made: Record, batch: Batch) -> None:
+        super().take_record(made, batch)
+        self._checksums[made.number] = checksum(made)
 
     def opened(self) -> OpenedStore:
         """Return what a start reads: the tables."""
         self._stop_slices()
         self._unsynced, self._appending = None, asyncio.Lock()
         self.is_broken = False
-        self._node.cluster.check_tables(self._node.name, self.tables)
+        self.node.cluster.check_tables(self.node.name, self.tables)
         return MemoryStorage.opened(self)
 
     def settle_epoch(self) -> None:
         """Begin no epoch: a takeover does."""
 
     def check_tables(self) -> None:
-        self._node.cluster.check_not_ahead(self._node.name, self.tables)
+        self.node.cluster.check_not_ahead(self.node.name, self.tables)
 
     # -- a leader
 
@@ -69,7 +106,7 @@ class NodeDisk(SimDisk):
 
     async def _append_remotely(self, batch: Batch) -> None:
         made = self.next_record(batch)
-        self._node.cluster.note_written(made, batch, self._node.process)
+        self.node.cluster.note_written(made, batch, self.node.process)
         await self.leadership.append(made, made.number - 1)
         self.take_record(made, batch)
         self._plan_slice(self._slice_dice.random() * self._slice_delay_s)
@@ -89,7 +126,7 @@ class NodeDisk(SimDisk):
         if records and self.full:
             raise DiskFull("the simulated disk is full")
         for made in records:
-            self._node.cluster.check_acknowledged(self._node.name, made)
+            self.node.cluster.check_acknowledged(self.node.name, made)
             self.take_record(made, record.decode(made)[0])
         if records:
             self.project()

@@ -8,11 +8,16 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
 from jobd.cluster.leadership import Leadership
+from jobd.cluster.node_registry import NodeRegistry
+from jobd.cluster.snapshot_schedule import SnapshotSchedule
 from jobd.cluster.standby import NodeSettings, Standby
 from jobd.cluster.warm_state import WarmState
 from jobd.core.state import State
+from jobd.journal.record import FORMAT
 from jobd.model.job import new_epoch
+from jobd.model.journal import BadRecord, BadSnapshot, JournalUnavailable, NodeEntry
 from jobd.model.storage import OpenedStore
+from jobd.storage import membership
 from tests.proof.simulation.cluster.disk import NodeDisk
 from tests.proof.simulation.cluster.server import Network
 from tests.proof.simulation.loop import process
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
     from tests.proof.simulation.cluster.cluster import Cluster
 
 DOWNTIMES_S: Final = (0.0, 0.3, 20.0)
+OPEN_AGAIN_S: Final = 0.3
 
 
 class SimNode(Host):
@@ -94,6 +100,8 @@ class SimNode(Host):
             context.run(owner.set, self._tasks)
             self._main = self.loop.create_task(self._run(), context=context)
             await self._gone.wait()
+            for task in self._tasks:
+                task.cancel()
             self.note("node", "ended", self.process)
             if self.network is not None:
                 await self.network.close()
@@ -105,6 +113,7 @@ class SimNode(Host):
         try:
             self.network = Network(self.cluster.server, self.dice, self.cluster.count)
             self.cluster.connect(self)
+            await self._open_store()
             lead, warm = await self._follow()
             if lead is not None:
                 self.cluster.check_takeover(self, warm, lead)
@@ -114,9 +123,59 @@ class SimNode(Host):
                     self.daemon.stopped.set()
                 await self.daemon.gone.wait()
                 self.cluster.count(f"node stops leading: {self.daemon.how}")
+        except BadRecord as error:
+            self.cluster.check_left_behind(self, error.number)
         except Exception as error:
             self.monitor.fail("S8", f"{self.process} ended by {error!r}")
         self._gone.set()
+
+    async def _open_store(self) -> None:
+        """Make tables that cannot follow the journal again from a snapshot, as ClusterStore does."""
+        network, disk = self.network, self.disk
+        assert network is not None
+        while True:
+            try:
+                known = await network.snapshots()
+                number = disk.tables.projected_to
+                is_new = number == 0 and bool(known)
+                if not is_new and await membership.is_on_branch(self.name, network, number, disk.record_checksum):
+                    return
+                self.cluster.check_left_behind(self, number)
+                await disk.install(network.read_snapshot(known[-1].number))
+                self.cluster.count("node starts from a snapshot")
+                return
+            except (JournalUnavailable, BadSnapshot):
+                await asyncio.sleep(OPEN_AGAIN_S)
+
+    def _share(self) -> None:
+        """Begin to register this node, and to write snapshots."""
+        cluster, network = self.cluster, self.network
+        assert network is not None
+        registry = NodeRegistry(
+            network, self._describe, on_duplicate=self._on_duplicate, now_s=self.boot_s, wall_ms=self.wall
+        )
+        schedule = SnapshotSchedule(
+            network,
+            self.disk.copies,
+            registry,
+            process=self.process,
+            leader=self._leader,
+            every_ms=cluster.options.snapshot_every_ms,
+            keep_ms=1_000,
+            wall_ms=self.wall,
+        )
+        for part in (registry, schedule):
+            self.loop.create_task(part.run())
+
+    def _leader(self) -> str | None:
+        head = None if self.standby is None else self.standby.head
+        return None if head is None else head.holder
+
+    def _describe(self) -> NodeEntry:
+        return NodeEntry(self.name, self.process, self.url, FORMAT, "", self.disk.tables.projected_to)
+
+    def _on_duplicate(self, problem: str) -> None:
+        self.monitor.fail("S8", f"{self.process}: {problem}")
 
     async def _follow(self) -> tuple[Leadership | None, WarmState]:
         assert self.network is not None
@@ -134,6 +193,7 @@ class SimNode(Host):
         self.disk.on_quarantined = warm.quarantine
         if self._is_stopping:
             self.standby.stop()
+        self._share()
         return await self.standby.run(), warm
 
     async def _is_refused(self, url: str) -> bool:

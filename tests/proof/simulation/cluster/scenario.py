@@ -41,6 +41,7 @@ class ClusterOptions(Struct, frozen=True):
     drift: float
     offset_ms: float
     is_direct: bool
+    snapshot_every_ms: int
 
 
 def draw_cluster(seed: int, without: frozenset[str] = frozenset()) -> tuple[Scenario, ClusterOptions]:
@@ -64,5 +65,6 @@ def draw_cluster(seed: int, without: frozenset[str] = frozenset()) -> tuple[Scen
         drift=dice.choice((0.0, 0.02)),
         offset_ms=dice.choice((0, 5_000, 400_000)),
         is_direct=dice.random() < 0.8,
+        snapshot_every_ms=dice.choice((1_000, 10_000)),
     )
     return plan, options
