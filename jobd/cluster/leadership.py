@@ -92,6 +92,8 @@ class Leadership:
                 continue
             try:
                 async with self._sending:
+                    if self._lost is not None:  # an append has lost the lead, which must not be taken again
+                        raise self._lost
                     if self._lease.renewal_in_s <= 0:  # no append came first
                         await self._renew()
             except (LeadershipLost, OutcomeUnknown) as lost:

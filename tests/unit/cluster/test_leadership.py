@@ -205,6 +205,26 @@ async def test_a_server_that_never_responds_to_the_resolution_ends_the_lead() ->
 
 
 @in_virtual_time
+async def test_a_lead_that_an_append_has_lost_is_not_renewed() -> None:
+    server = MemoryServer()
+    node = Node(server)
+    lead = await node.lead()
+    task = asyncio.create_task(lead.run())
+    calls: list[str] = []
+
+    async def lose(call: str) -> None:
+        calls.append(call)
+        raise OutcomeUnknown
+
+    node.journal.before = lose
+    with pytest.raises(OutcomeUnknown):
+        await lead.append(record(1), 0)
+    count = len(calls)
+    await task
+    assert (len(calls), [type(error) for error in node.lost]) == (count, [OutcomeUnknown])
+
+
+@in_virtual_time
 async def test_a_fenced_leader_writes_nothing() -> None:
     server = MemoryServer()
     old, new = Node(server), Node(server, "b")
