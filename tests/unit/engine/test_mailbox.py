@@ -8,7 +8,7 @@ import pytest
 from msgspec import inspect
 from msgspec.structs import fields
 
-from jobd.engine.mailbox import SHARES, deleted_ids, named_ids
+from jobd.engine.mailbox import SHARES, WEIGHTY, deleted_ids, named_ids, weight
 from jobd.model.commands import (
     AnyCommand,
     ApplyEndings,
@@ -121,6 +121,11 @@ def _effect(before: Job | None, after: Job | None) -> str:
 def test_every_command_has_a_share_of_the_mailbox(kind: Any) -> None:
     expected = {"create": 0.70, "read": 0.85, "grant": 0.85}.get(kind.admission, 1.0)
     assert SHARES[_made(kind).admission] == expected
+
+
+@pytest.mark.parametrize("kind", COMMANDS, ids=lambda kind: kind.__name__)
+def test_only_commands_with_several_jobs_or_reads_have_a_weight_of_their_own(kind: Any) -> None:
+    assert kind in WEIGHTY or weight(_made(kind)) == 1
 
 
 @pytest.mark.parametrize("kind", COMMANDS, ids=lambda kind: kind.__name__)
