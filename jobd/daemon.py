@@ -333,6 +333,8 @@ class Daemon:
                 changed.append(name)
         self._warn(warning for warning in new.warnings if warning not in old.warnings)
         self._loaded = msgspec.structs.replace(new, config=settings)
+        if self.node is not None:
+            self.node.reload(self._loaded)
         if self._serving is not None:
             self._serving.apply(settings, new)
         self._authenticators["admin"].replace_tokens(self._admin_tokens(), new.read_only_tokens)

@@ -113,6 +113,10 @@ class ClusterNode:
             self.store.lead(self.lead.append)
         return self.lead
 
+    def reload(self, loaded: LoadedConfig) -> None:
+        """Note settings that changed, to compare them with those of other nodes."""
+        self._loaded = loaded
+
     def view(self) -> ClusterView:
         """Return the state of the cluster as this node sees it."""
         settings, standby, lead = self._settings, self._standby, self.lead

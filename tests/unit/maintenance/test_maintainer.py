@@ -8,6 +8,7 @@ from collections import Counter
 import msgspec
 import pytest
 from msgspec.structs import replace
+from structlog.testing import capture_logs
 
 from jobd.core.stats import Figures, Histogram
 from jobd.engine.disk_full import Closed
@@ -17,6 +18,7 @@ from jobd.model.commands import Complete, Create, Delete, Extend, ForceFail, Get
 from jobd.model.errors import ApiError
 from jobd.model.events import Event
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Failure, Policy
+from jobd.model.journal import LeadershipLost
 from jobd.model.responses import CleanupReport, RecoverStuckView, Response
 from jobd.model.storage import AuditEntry, DiskFull
 from tests.support.memory_storage import MemoryStorage
@@ -874,3 +876,14 @@ async def test_failed_runs_do_not_reset_the_time_since_the_last_success() -> Non
         state = engine.maintainer.state()
         assert (state.failed_since_last_success, state.last_failure) == (0, None)
         assert (state.time_since_last_cleanup or 0) < 1_000
+
+
+@in_virtual_time
+async def test_a_lost_lead_is_no_failure_of_a_cleanup() -> None:
+    with capture_logs() as logs:
+        async with VirtualEngine() as engine:
+            engine.disk.errors["save_figures"] = LeadershipLost("another node leads the journal")
+            engine.run_maintainer()
+            await seconds(1)
+    refused = [(line["event"], line["log_level"]) for line in logs if line["event"] != "cleanup_pass"]
+    assert refused == [("cleanup_step_failed", "warning"), ("cleanup_refused", "warning")]
