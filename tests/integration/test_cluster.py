@@ -69,6 +69,7 @@ def test_a_standby_follows_and_takes_over(cluster: Cluster) -> None:
     assert (ready.status, ready.body["data"]) == (503, {"status": "standby", "leader": first.url})
     assert second.get("/healthz").status == 200
     assert second.admin("GET", "stats").error == "not_leader"
+    assert second.admin("GET", "/sign-in").status == 200
     assert "jobd_leader 0.0" in second.admin("GET", "/metrics").body.decode()
     wait_until(lambda: second.cluster()["lag_events"] == 0)
     wait_until(lambda: [node["role"] for node in second.cluster()["nodes"]] == ["leader", "standby"])
