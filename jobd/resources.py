@@ -180,7 +180,7 @@ async def open_listener(name: str, app: App[Services], settings: Config, passed:
             await listener.open_tcp(*target, tls=tls)
     except OSError as error:
         raise _cannot_listen(name, address, error) from None
-    log.info("listening", door=name, at=address)
+    log.info("listening", listener=name, at=address)
     return listener
 
 

@@ -89,7 +89,7 @@ class HttpListener(ABC):
                 await self.app.wait_idle()
                 await self.close_all()
         except TimeoutError:
-            log.warning("requests_cut_off", door=self.app.authenticator.name, connections=self.connections)
+            log.warning("requests_cut_off", listener=self.app.authenticator.name, connections=self.connections)
             await self.abort_all()
 
     @abstractmethod
