@@ -298,7 +298,7 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     release_loop: Annotated[int, Meta(ge=0)] = 0
     """Jobs that were released 20 times in a row without progress, the last time with a delay below 1 s."""
     standby_behind: Duration = Duration(30 * SECOND_MS)
-    """In a cluster: time since the leader had a record that a standby lacks, or since a standby was heard."""
+    """In a cluster: time since the leader had a record that a standby lacks, or since a standby was last seen."""
     database_horizon: Duration = Duration(MINUTE_MS)
     """In a cluster: age of the oldest transaction in the database of the journal."""
     clocks_differ: Duration = Duration(SECOND_MS)

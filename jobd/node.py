@@ -26,7 +26,14 @@ from jobd.http.decoding import Limits
 from jobd.http.routing import Route
 from jobd.journal.record import FORMAT
 from jobd.model.job import new_epoch
-from jobd.model.journal import BadRecord, JournalUnavailable, LeadershipLost, NodeEntry, OutcomeUnknown, SharedJournal
+from jobd.model.journal import (
+    BadRecord,
+    JournalOutcomeUnknown,
+    JournalUnavailable,
+    LeadershipLost,
+    NodeEntry,
+    SharedJournal,
+)
 from jobd.model.responses import ClusterView
 from jobd.resources import EXIT_BUSY, EXIT_CONFIG, EXIT_IO, CannotStart, open_cluster_store
 from jobd.storage.files import StoreError
@@ -178,6 +185,6 @@ def config_hash(loaded: LoadedConfig) -> str:
 
 def exit_code(error: BaseException | None) -> int:
     """Return the exit code of a leader that ended because of `error`."""
-    if isinstance(error, LeadershipLost | OutcomeUnknown):
+    if isinstance(error, LeadershipLost | JournalOutcomeUnknown):
         return EXIT_BUSY
     return error.exit_code if isinstance(error, StoreError) else EXIT_IO

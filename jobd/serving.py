@@ -251,6 +251,19 @@ class Serving:
         webhooks.set_endpoints(each.endpoint for each in self._loaded.webhooks)
         return webhooks
 
+    def _make_health(self, sweeper: ArtifactSweeper | None) -> Health:
+        health = Health(
+            self.actor,
+            self.clock,
+            self.maintainer,
+            faults=self._opened.faults,
+            take_faults=self._store.take_faults,
+            artifacts=self._artifacts,
+            sweeper=sweeper,
+        )
+        self._stack.push_async_callback(health.close)
+        return health
+
     def _make_services(
         self,
         sweeper: ArtifactSweeper | None,
@@ -258,16 +271,7 @@ class Serving:
         step_down: Callable[[], None] | None,
     ) -> Services:
         settings, store = self._loaded.config, self._store
-        health = Health(
-            self.actor,
-            self.clock,
-            self.maintainer,
-            faults=self._opened.faults,
-            take_faults=store.take_faults,
-            artifacts=self._artifacts,
-            sweeper=sweeper,
-        )
-        self._stack.push_async_callback(health.close)
+        health = self._make_health(sweeper)
         self.alerts = Alerts(self.actor.state, self.clock, health, self.maintainer, _thresholds(settings))
         self._background.run("alerts", self.alerts)
         metrics = Metrics(

@@ -34,7 +34,7 @@ class StandbyServices:
 
 
 class NoActor:
-    """Rejects commands, none of which a route of a standby sends."""
+    """Rejects all commands. The routes of a standby send none."""
 
     async def ask(self, command: object, **options: object) -> ApiError:
         return not_leader_error(None)

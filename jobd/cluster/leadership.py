@@ -15,7 +15,7 @@ import structlog
 from jobd.cluster.lease import LeaderLease
 from jobd.core.stats import Histogram
 from jobd.engine.actor import COMMIT_BUCKETS_S
-from jobd.model.journal import Head, JournalUnavailable, LeadershipLost, OutcomeUnknown, Record, SharedJournal
+from jobd.model.journal import Head, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost, Record, SharedJournal
 from jobd.model.storage import DiskFull
 
 RETRY_S: Final = 0.05  # while the journal cannot be reached
@@ -65,7 +65,7 @@ class Leadership:
         """Write `record` and renew the lease. It is durable on a quorum when this returns.
 
         Resolves an unknown outcome within the lease. Raises DiskFull or LeadershipLost if nothing was written, and
-        OutcomeUnknown if the lease ended before that was known.
+        JournalOutcomeUnknown if the lease ended before that was known.
         """
         async with self._sending:
             if self._lost is not None:
@@ -73,13 +73,13 @@ class Leadership:
             began_s = self._lease.now_s()
             try:
                 await self._append(record, acked)
-            except (LeadershipLost, OutcomeUnknown) as lost:
+            except (LeadershipLost, JournalOutcomeUnknown) as lost:
                 self._lost = lost
                 raise
             self.acked = record.number
             self.append_seconds.add(self._lease.now_s() - began_s, COMMIT_BUCKETS_S)
             if self._lease.is_over:  # the record is durable, but another node may lead by now: see `check`
-                with contextlib.suppress(LeadershipLost, OutcomeUnknown):
+                with contextlib.suppress(LeadershipLost, JournalOutcomeUnknown):
                     await self._renew()
 
     async def run(self) -> None:
@@ -96,7 +96,7 @@ class Leadership:
                         raise self._lost
                     if self._lease.renewal_in_s <= 0:  # no append came first
                         await self._renew()
-            except (LeadershipLost, OutcomeUnknown) as lost:
+            except (LeadershipLost, JournalOutcomeUnknown) as lost:
                 self._lost = lost
                 self.on_lost(lost)
                 return
@@ -110,20 +110,20 @@ class Leadership:
         async with self._sending:
             if self._lost is None:
                 self._lost = LeadershipLost("this node has released the lead")
-                with contextlib.suppress(JournalUnavailable, OutcomeUnknown, DiskFull):
+                with contextlib.suppress(JournalUnavailable, JournalOutcomeUnknown, DiskFull):
                     await self._journal.release()
 
     async def _append(self, record: Record, acked: int) -> None:
         try:
             await self._retry(lambda: self._journal.append(record, acked), DiskFull)
-        except OutcomeUnknown:
+        except JournalOutcomeUnknown:
             log.warning("append_unknown", record=record.number)
             await self._settle(record, acked)
 
     async def _renew(self) -> None:
         try:
             await self._retry(lambda: self._journal.renew(self.acked))
-        except OutcomeUnknown:
+        except JournalOutcomeUnknown:
             await self._resolve()
 
     async def _settle(self, record: Record, acked: int) -> None:
@@ -135,15 +135,15 @@ class Leadership:
                     return
                 await self._retry(lambda: self._journal.append(record, acked), DiskFull)
                 return
-            except OutcomeUnknown:
+            except JournalOutcomeUnknown:
                 pass
             except LeadershipLost as lost:
-                raise OutcomeUnknown(f"record {record.number} may be in the journal or not: {lost}") from lost
+                raise JournalOutcomeUnknown(f"record {record.number} may be in the journal or not: {lost}") from lost
 
     async def _resolve(self) -> Head:
         """Keep the lead after an unknown outcome, with another epoch. Raises LeadershipLost."""
         while True:
-            with contextlib.suppress(OutcomeUnknown):
+            with contextlib.suppress(JournalOutcomeUnknown):
                 head = await self._retry(lambda: self._journal.resolve(self._next_epoch()))
                 self.epoch = head.epoch
                 self.on_epoch(head.epoch)

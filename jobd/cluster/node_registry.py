@@ -15,8 +15,8 @@ from jobd.engine.clock import wall_clock_ms
 from jobd.model.journal import JournalHealth, JournalUnavailable, NodeEntry, SharedJournal
 
 EVERY_S: Final = 2.0
-GONE_S: Final = 3 * EVERY_S  # without a sign of life, the process of an entry has ended
-_NOISE_S: Final = 0.5  # of the time of an entry, which two clocks measure
+GONE_S: Final = 3 * EVERY_S  # if an entry is older, its process has probably ended
+_CLOCK_ERROR_S: Final = 0.5  # of the age of an entry, which the clocks of the server and of this node measure
 
 log = structlog.get_logger("jobd.cluster")
 
@@ -48,7 +48,7 @@ class NodeRegistry:
         self._on_duplicate = on_duplicate
         self._now_s = now_s
         self._wall_ms = wall_ms
-        self._other: tuple[str, float] | None = None  # another process with the name, and its latest sign of life
+        self._other: tuple[str, float] | None = None  # another process with the name, and when it last wrote its entry
         self._read_s = 0.0, 0.0  # when `nodes` were asked for and received
         self._is_registered = False
         self._stop = asyncio.Event()
@@ -56,9 +56,9 @@ class NodeRegistry:
     async def run(self) -> None:
         while not self._stop.is_set():
             try:
-                asked_s = self._now_s()
+                sent_s = self._now_s()
                 self.nodes = await self._journal.nodes()
-                self._read_s = asked_s, self._now_s()
+                self._read_s = sent_s, self._now_s()
                 self.health = await self._journal.health()
                 await self._compare_clocks()
                 await self._register()
@@ -94,7 +94,7 @@ class NodeRegistry:
         if other is None:
             return False
         earliest_s, latest_s = (read_s - other.seen_ms / 1000 for read_s in self._read_s)
-        if self._other is not None and self._other[0] == other.process and earliest_s > self._other[1] + _NOISE_S:
+        if self._other is not None and self._other[0] == other.process and earliest_s > self._other[1] + _CLOCK_ERROR_S:
             self._on_duplicate(self._note_duplicate(mine.name))
         self._other = other.process, latest_s
         return other.seen_ms < GONE_S * 1000

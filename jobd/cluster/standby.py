@@ -15,7 +15,7 @@ from msgspec import Struct
 from jobd.cluster.leadership import Leadership
 from jobd.cluster.lease import LeaderLease, StandbyLease, boot_clock_s
 from jobd.cluster.warm_state import WarmState
-from jobd.model.journal import Fenced, Head, JournalUnavailable, OutcomeUnknown, Record, SharedJournal
+from jobd.model.journal import Fenced, Head, JournalOutcomeUnknown, JournalUnavailable, Record, SharedJournal
 from jobd.model.storage import DiskFull
 
 POLL_S: Final = 0.05
@@ -165,10 +165,10 @@ class Standby:
         try:
             try:
                 head = await self._journal.take_over(seen, holder=settings.holder, url=settings.url, epoch=epoch)
-            except OutcomeUnknown:
+            except JournalOutcomeUnknown:
                 sent_s = lease.now_s()
                 head = await self._journal.resolve(epoch)
-        except (Fenced, OutcomeUnknown):
+        except (Fenced, JournalOutcomeUnknown):
             return None  # a lead that began unnoticed ends with its lease
         if head is not None:
             lease.renewed(sent_s)

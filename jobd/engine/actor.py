@@ -51,7 +51,7 @@ from jobd.model.commands import (
 from jobd.model.errors import ApiError, not_leader_error
 from jobd.model.events import Change
 from jobd.model.job import Policy
-from jobd.model.journal import LeadershipLost, OutcomeUnknown
+from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import Grants, Response
 from jobd.model.storage import BadRows, DiskFull, JobStorage, Quarantined
 
@@ -556,7 +556,7 @@ class Actor:
         self._stopping = True
         self._send_responses()
         unknown, undone = [*batch, *self._decider.served], [*self._mailbox]
-        if isinstance(error, LeadershipLost | OutcomeUnknown):
+        if isinstance(error, LeadershipLost | JournalOutcomeUnknown):
             log.warning("leadership_lost", reason=str(error), commands=len(batch))
             reason = "this node does not lead the cluster any more"
             self._rejection = not_leader_error(None)

@@ -15,9 +15,9 @@ from jobd.model.journal import (
     Fenced,
     Head,
     JournalHealth,
+    JournalOutcomeUnknown,
     JournalUnavailable,
     NodeEntry,
-    OutcomeUnknown,
     Record,
     SnapshotInfo,
 )
@@ -118,9 +118,9 @@ class MemorySharedJournal:
     """The access of one node to a MemoryServer.
 
     The hooks get the name of the call. `before` is awaited before its effect, and `after` before it returns: between
-    them a record is visible and not durable. They can wait (a slow server) or raise an error. An OutcomeUnknown from
-    `before` leaves a record out, one from `after` leaves it in. While `is_reachable` is False, every call raises
-    JournalUnavailable, and OutcomeUnknown if it was in flight.
+    them a record is visible and not durable. They can wait (a slow server) or raise an error. JournalOutcomeUnknown
+    from `before` leaves a record out, one from `after` leaves it in. While `is_reachable` is False, every call raises
+    JournalUnavailable, and JournalOutcomeUnknown if it was in flight.
     """
 
     def __init__(self, server: MemoryServer) -> None:
@@ -303,14 +303,14 @@ class MemorySharedJournal:
         failovers = self.server.failovers
         await self.before(call)
         if not self._is_reachable or failovers != self.server.failovers:
-            raise OutcomeUnknown if call in _LEADING else JournalUnavailable(_UNREACHABLE)
+            raise JournalOutcomeUnknown if call in _LEADING else JournalUnavailable(_UNREACHABLE)
         return failovers
 
     async def _confirm(self, call: str, lead: MemoryLead, failovers: int) -> None:
         """Wait until a change is durable."""
         await self.after(call)
         if not self._is_reachable or failovers != self.server.failovers:
-            raise OutcomeUnknown
+            raise JournalOutcomeUnknown
         self.server.confirm(lead)
 
     async def _end(self, call: str, value: T) -> T:

@@ -20,7 +20,7 @@ from jobd.engine.clock import Clock
 from jobd.model.commands import AnyCommand, DeleteExpired, Expire, Operator, Recover, RepairJobs, TakeBack
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS
-from jobd.model.journal import LeadershipLost, OutcomeUnknown
+from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import CleanupReport, Issue, MaintenanceResult, Recovered, Recovery, TakeBackView
 
 log = structlog.get_logger("jobd.cleanup")
@@ -160,7 +160,7 @@ class CleanupRun:
             return
         try:
             await step()
-        except (CommandRejected, Unfinished, LeadershipLost, OutcomeUnknown) as rejected:
+        except (CommandRejected, Unfinished, LeadershipLost, JournalOutcomeUnknown) as rejected:
             log.warning("cleanup_step_failed", step=name, error=str(rejected))
             self.errors.append(f"{name}: {rejected}")
         except Exception as error:

@@ -22,7 +22,7 @@ from jobd.maintenance.preview import SCAN_S, preview
 from jobd.model.commands import EndPauses, Operator, Report, TakeBack, Tick
 from jobd.model.errors import ApiError
 from jobd.model.job import SECOND_MS
-from jobd.model.journal import LeadershipLost, OutcomeUnknown
+from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import CleanupReport, CleanupState, PreviewView, RecoverStuckView, Recovery, TakeBackView
 
 log = structlog.get_logger("jobd.cleanup")
@@ -331,7 +331,7 @@ class Maintainer:
         """Run `work` and log any error."""
         try:
             await work()
-        except (CommandRejected, Unfinished, LeadershipLost, OutcomeUnknown) as rejected:
+        except (CommandRejected, Unfinished, LeadershipLost, JournalOutcomeUnknown) as rejected:
             log.warning("cleanup_refused", what=what, error=str(rejected))
         except Exception:
             log.exception("cleanup_failed", what=what)

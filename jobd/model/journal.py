@@ -110,7 +110,7 @@ class JournalHealth(Struct, frozen=True):
 
 
 class LeadershipLost(Exception):
-    """This node no longer leads its journal. The text is a sentence that says why."""
+    """This node no longer leads its journal. The text says why."""
 
 
 class Fenced(LeadershipLost):
@@ -120,18 +120,18 @@ class Fenced(LeadershipLost):
         super().__init__("another node leads the journal")
 
 
-class OutcomeUnknown(Exception):
+class JournalOutcomeUnknown(Exception):
     """The server did not respond, so a record may be in the journal or not. See `SharedJournal.resolve`."""
 
 
 class JournalUnavailable(Exception):
-    """The journal cannot be used now. The text is a sentence that says what to do."""
+    """The journal cannot be used now. The text says what to do."""
 
     exit_code = 75
 
 
 class JournalMisconfigured(JournalUnavailable):
-    """The journal cannot be used until an operator changes something. The text is a sentence that says what."""
+    """The journal cannot be used until an operator changes something. The text says what."""
 
     exit_code = 78
 
@@ -156,28 +156,31 @@ class SharedJournal(Protocol):
     async def append(self, record: Record, acked: int) -> None:
         """Write `record` and renew the lease. It is durable on a quorum when this returns.
 
-        Raises DiskFull or Fenced if nothing was written, and OutcomeUnknown: call `resolve` then, and nothing else.
+        Raises DiskFull or Fenced if nothing was written. After JournalOutcomeUnknown, call `resolve` and nothing else.
         """
 
     async def renew(self, acked: int) -> int:
-        """Renew the lease of the leader. Return the wall time of the server. Raises Fenced or OutcomeUnknown."""
+        """Renew the lease of the leader. Return the wall time of the server. Raises Fenced or JournalOutcomeUnknown."""
 
     async def take_over(self, seen: Head, *, holder: str, url: str, epoch: int) -> Head | None:
-        """Become the leader, with an epoch of at least `epoch` and above that of `seen`. Raises OutcomeUnknown.
+        """Become the leader, with an epoch of at least `epoch` and above that of `seen`. Raises JournalOutcomeUnknown.
 
         Returns None if the journal is no longer as `seen`. When this returns a head, all of its records are
         acknowledged, although `Head.acked` does not say so until the next append or renewal.
         """
 
     async def resolve(self, epoch: int) -> Head:
-        """Keep the lead after OutcomeUnknown, with an epoch of at least `epoch` and above the present one.
+        """Keep the lead after JournalOutcomeUnknown, with an epoch of at least `epoch` and above the present one.
 
         The record whose outcome was unknown is in the journal if `Head.number` is its number, and will never be in it
-        otherwise. Raises Fenced if another node leads, and OutcomeUnknown: call this again then.
+        otherwise. Raises Fenced if another node leads, and JournalOutcomeUnknown: call this again then.
         """
 
     async def release(self) -> None:
-        """End the lead, so that another node can lead at once: `Head.holder` becomes None. Raises OutcomeUnknown."""
+        """End the lead, so that another node can lead at once: `Head.holder` becomes None.
+
+        Raises JournalOutcomeUnknown.
+        """
 
     async def read(self, after: int, limit: int) -> list[Record]:
         """Return up to `limit` records, and about 16 MiB, with a number above `after`, in order. Raises BadRecord.

@@ -48,7 +48,7 @@ class ClusterConditions:
             quiet = f"Node {last.name} is {value} s behind the leader ({last.lag_records} records)."
             advice = "Check its disk, its load and its connection to PostgreSQL"
             if last.is_silent:
-                quiet = f"Node {last.name} was heard {value} s ago for the last time."
+                quiet = f"Node {last.name} was last seen {value} s ago."
                 advice = f"Start jobd there, or remove its entry: jobd cluster forget {shlex.quote(last.name)}"
             hint = f"{quiet} {advice}. {_SHOW}"
         return Condition("standby_behind", value, threshold, hint, quiet)

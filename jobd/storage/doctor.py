@@ -37,7 +37,7 @@ from jobd.storage.outbox import CURSOR_SQL, DELIVERY_SQL
 from jobd.storage.quarantine import original_id
 from jobd.storage.queries import key_fault, read_job
 from jobd.storage.refold import differences
-from jobd.storage.tail import Tail, jobs_without_row, read_tail
+from jobd.storage.tail import JournalTail, jobs_without_row, read_tail
 from jobd.storage.tail import fix as tail_fix
 from jobd.storage.writers import AUDIT_SQL, insert
 
@@ -153,9 +153,9 @@ def _file(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
         yield StoreProblem(f"schema {name}", "it is missing", _RESTORE)
 
 
-def _read_tail(conn: sqlite3.Connection) -> Tail:
+def _read_tail(conn: sqlite3.Connection) -> JournalTail:
     meta = _known_meta(conn)
-    return Tail() if meta is None else read_tail(SqliteJournal(conn, conn.execute), meta["projected_to"])
+    return JournalTail() if meta is None else read_tail(SqliteJournal(conn, conn.execute), meta["projected_to"])
 
 
 def _tail(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
@@ -167,7 +167,7 @@ def _tail(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
         yield StoreProblem(f"job {id_}", problem, "compare with a backup; the next start skips these changes")
 
 
-def _refolded(conn: sqlite3.Connection, tail: Tail) -> Iterator[StoreProblem]:
+def _refolded(conn: sqlite3.Connection, tail: JournalTail) -> Iterator[StoreProblem]:
     for id_, difference in differences(conn, tail.pending):
         yield StoreProblem(f"job {id_}", difference, _REFOLDED)
 

@@ -46,7 +46,7 @@ from jobd.storage.membership import Membership
 from jobd.storage.projection import Projection
 from jobd.storage.quarantine import quarantine_jobs, quarantine_rows
 from jobd.storage.queries import read_job
-from jobd.storage.tail import Tail, read_tail
+from jobd.storage.tail import JournalTail, read_tail
 
 MEMORY: Final = ":memory:"
 PAGE_CACHE_KIB: Final = 8 << 10  # enough for the rows of running jobs
@@ -327,7 +327,7 @@ def read_meta(conn: sqlite3.Connection, path: str) -> Database:
     return Database(conn, os.path.dirname(path) or ".", numbers, totals, marked, gone_to, projected_to)
 
 
-def check_tail(conn: sqlite3.Connection, path: str) -> Tail:
+def check_tail(conn: sqlite3.Connection, path: str) -> JournalTail:
     """Return the tail of the journal. Raises StoreUnreadable if a record of it cannot be used."""
     db = read_meta(conn, path)
     tail = read_tail(SqliteJournal(conn, db.commit), db.projected_to)

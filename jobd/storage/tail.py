@@ -36,7 +36,7 @@ class Pending(Struct, gc=False):
         return max(len(self.events), 1)
 
 
-class Tail(Struct):
+class JournalTail(Struct):
     """The usable records of a tail, up to the first that cannot be used because of `error`."""
 
     pending: list[Pending] = []
@@ -65,9 +65,9 @@ def fix(error: BadRecord) -> str:
     )
 
 
-def read_tail(journal: SqliteJournal, projected_to: int) -> Tail:
+def read_tail(journal: SqliteJournal, projected_to: int) -> JournalTail:
     """Read and check the records after `projected_to`."""
-    tail = Tail()
+    tail = JournalTail()
     last = projected_to
     try:
         journal.check(projected_to)

@@ -55,7 +55,7 @@ def init_command(from_store: str | None, config: str | None, flags: dict[str, st
     made = _run(create(settings.url, settings.name, uuid4().hex, number=number))
     terminal.emit(f"{settings.name}: {'created' if made.is_new else 'exists already'} (id {made.cluster_id})")
     if from_store is not None:
-        _run(_found(settings, from_store))
+        _run(_init_from_store(settings, from_store))
         terminal.emit(f"{from_store}: belongs to the cluster")
     if settings.require_sync and not _run(_is_synchronous(settings)):
         terminal.say(f"jobd: {_NOT_SYNCHRONOUS}.")
@@ -68,7 +68,7 @@ def init_command(from_store: str | None, config: str | None, flags: dict[str, st
 def forget_command(name: str, config: str | None, flags: dict[str, str]) -> None:
     """Remove the entry of a node that does not come back.
 
-    Refuses if the node has been heard in the last seconds. A node that starts later adds its entry again.
+    Refuses if the node was seen in the last 6 s. A node that starts later adds its entry again.
     """
     settings = _cluster_settings(config, flags).journal
     _run(_forget(settings, name))
@@ -88,11 +88,11 @@ async def _forget(settings: JournalSection, name: str) -> None:
         await journal.forget(name)
 
 
-async def _found(settings: JournalSection, path: str) -> None:
-    from jobd.cluster.founding import found
+async def _init_from_store(settings: JournalSection, path: str) -> None:
+    from jobd.cluster.conversion import init_from_store
 
     async with _opened(settings) as journal:
-        await found(journal, path)
+        await init_from_store(journal, path)
 
 
 @click.command("leave")
@@ -114,7 +114,7 @@ def leave_command(yes: bool, config: str | None, flags: dict[str, str]) -> None:
 
 
 async def _leave(settings: JournalSection, path: str) -> int:
-    from jobd.cluster.founding import leave
+    from jobd.cluster.conversion import leave
 
     async with _opened(settings) as journal:
         return await leave(journal, path, int(settings.lease) / 1000)

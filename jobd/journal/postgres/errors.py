@@ -39,7 +39,7 @@ def exists_already(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, url: JournalUrl, host: str = "") -> JournalUnavailable:
-    """Return the error for the operator. It never contains the password."""
+    """Return the error for the operator, without the password. Raises an `error` of another kind again."""
     server = f"PostgreSQL at {host or ', '.join(url.hosts)}"
     match error:
         case JournalUnavailable():
@@ -108,8 +108,9 @@ def _network_error(error: OSError, server: str, *, is_local: bool) -> JournalUna
 
 
 def pooler(host: str) -> JournalMisconfigured:
+    """Return the error for a server that gives a session several connections of PostgreSQL in turn."""
     advice = "name the servers themselves in [journal] url"
-    return JournalMisconfigured(f"A connection pooler answers at {host}, and a session must not change: {advice}")
+    return JournalMisconfigured(f"{host} is a connection pooler, but jobd needs a session of its own: {advice}")
 
 
 def _read_only(server: str) -> JournalUnavailable:

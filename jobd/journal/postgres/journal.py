@@ -10,7 +10,7 @@ from jobd.journal.checksum import checksum
 from jobd.journal.postgres import nodes, partitions, schema, snapshots
 from jobd.journal.postgres.errors import explain, was_rejected
 from jobd.journal.postgres.leading import EXPIRES, NOW, Leading, head_of
-from jobd.journal.postgres.session import Session, Target, limited, lock_keys
+from jobd.journal.postgres.session import JournalSession, Target, limited, lock_keys
 from jobd.journal.shielding import to_end
 from jobd.model.journal import BadRecord, Head, JournalHealth, NodeEntry, Record, SnapshotInfo
 
@@ -55,7 +55,7 @@ class PostgresJournal:
         self._target = target
         self._name = target.name
         self._leading = Leading(target, lease_ms)
-        self._reading = Session(target)
+        self._reading = JournalSession(target)
         self._keys = lock_keys(self.cluster_id, "leader")
 
     @classmethod
@@ -159,7 +159,7 @@ class PostgresJournal:
         await self._reading.close()
 
     async def _read(self, statement: Callable[[Any], Awaitable[T]]) -> T:
-        """Run a statement of no consequence for the lead. A cancelled caller does not cancel it either."""
+        """Run a statement that does not change the lead. A cancelled caller does not cancel it."""
 
         async def work(conn: Any) -> T:
             try:

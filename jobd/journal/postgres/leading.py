@@ -8,8 +8,8 @@ from typing import Any, Final, NoReturn
 from jobd.journal.checksum import checksum
 from jobd.journal.postgres import partitions
 from jobd.journal.postgres.errors import explain, is_disk_full, lacks_partition, was_rejected
-from jobd.journal.postgres.session import Session, Target, limited, lock_keys
-from jobd.model.journal import Fenced, Head, OutcomeUnknown, Record
+from jobd.journal.postgres.session import JournalSession, Target, limited, lock_keys
+from jobd.model.journal import Fenced, Head, JournalOutcomeUnknown, Record
 from jobd.model.storage import JournalDiskFull
 
 TAKE_OVER_S: Final = 10.0  # at least: a takeover waits for an append that waits for a standby
@@ -60,7 +60,7 @@ class Leading:
         self._target = target
         self._name = target.name
         self._lease_ms = lease_ms
-        self._session = Session(target)
+        self._session = JournalSession(target)
         self._keys = lock_keys(target.cluster_id, "leader")
         self._locked: Any = None  # the connection that holds the lock
         self._holder: str | None = None
@@ -146,7 +146,7 @@ class Leading:
     async def _run(self, conn: Any, statement: str, *arguments: Any) -> Any:
         """Return the row of a statement that writes, or None.
 
-        Raises JournalDiskFull or JournalUnavailable if nothing was written, and OutcomeUnknown.
+        Raises JournalDiskFull or JournalUnavailable if nothing was written, and JournalOutcomeUnknown.
         """
         warnings = self._session.warnings
         try:
@@ -154,7 +154,7 @@ class Leading:
         except Exception as error:
             if not was_rejected(error):
                 conn.terminate()
-                raise OutcomeUnknown from error
+                raise JournalOutcomeUnknown from error
             if lacks_partition(error):
                 raise _NoPartition from error
             if is_disk_full(error):
@@ -163,7 +163,7 @@ class Leading:
             raise explain(error, self._target.url) from error
         if warnings != self._session.warnings:  # the wait for a standby was cancelled
             conn.terminate()
-            raise OutcomeUnknown
+            raise JournalOutcomeUnknown
         return row
 
     def _fenced(self, conn: Any) -> NoReturn:
@@ -188,7 +188,7 @@ class Leading:
             if ends_other:
                 await conn.fetch(_END_HOLDER, *self._keys)
         except Exception as error:
-            explain(error, self._target.url)
+            explain(error, self._target.url)  # raises other errors
 
     # -- Partitions --
 
@@ -219,7 +219,7 @@ class Leading:
             finally:
                 conn.terminate()
         except Exception as error:
-            explain(error, self._target.url)
+            explain(error, self._target.url)  # raises other errors
             self._covered = number + width  # try again later
         finally:
             self._extending = None

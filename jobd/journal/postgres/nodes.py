@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from jobd.model.journal import NodeEntry
 
-# Does not wait for a synchronous standby: without one, the nodes have to see each other still.
+# Does not wait for a synchronous standby: without one, the nodes still have to see each other.
 _REGISTER: Final = """
     WITH before AS (SELECT process FROM jobd_nodes WHERE name = $1 AND node = $2)
     INSERT INTO jobd_nodes (name, node, process, url, format, config_hash, projected_to, ahead_ms, seen)

@@ -1,6 +1,7 @@
 """The partitions of a journal: a range of numbers each. Old records are deleted with their partition.
 
-Neither call blocks an append: they take SHARE UPDATE EXCLUSIVE on the partitioned table, and no stronger lock.
+`extend` and `trim` do not block an append: they take SHARE UPDATE EXCLUSIVE on the partitioned table, and no
+stronger lock.
 """
 
 from __future__ import annotations

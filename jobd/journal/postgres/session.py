@@ -160,7 +160,7 @@ def _discard(attempt: asyncio.Task[tuple[int, Any]]) -> None:
         attempt.result()[1].terminate()
 
 
-class Session:
+class JournalSession:
     """A connection that is made when it is first needed, and again after it was lost. One caller at a time."""
 
     def __init__(self, target: Target) -> None:
@@ -172,8 +172,8 @@ class Session:
         self._timer: asyncio.TimerHandle | None = None  # not after `_ends_s`
         self.warnings = 0
 
-    async def run(self, patience_s: float, work: Callable[[Any], Awaitable[T]]) -> T:
-        """Return the result of `work` with the connection, which is closed after `patience_s`.
+    async def run(self, limit_s: float, work: Callable[[Any], Awaitable[T]]) -> T:
+        """Return the result of `work` with the connection, which is closed after `limit_s`.
 
         Raises JournalUnavailable if there is no connection, and the errors of statements.
         """
@@ -184,7 +184,7 @@ class Session:
                 self._conn = await self._target.connect()
                 self._conn.add_log_listener(self._note)
             loop = asyncio.get_running_loop()
-            self._ends_s = loop.time() + patience_s
+            self._ends_s = loop.time() + limit_s
             if self._timer is None or self._timer.when() > self._ends_s:
                 self._set_timer()
             try:
@@ -210,11 +210,11 @@ class Session:
         if message.severity_en == "WARNING":
             self.warnings += 1
 
-    async def close(self, patience_s: float = 0) -> None:
-        """Close the connection, after at most `patience_s` for a statement that still runs."""
+    async def close(self, limit_s: float = 0) -> None:
+        """Close the connection, after at most `limit_s` for a statement that still runs."""
         self._is_closed = True
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(patience_s), self._lock:
+            async with asyncio.timeout(limit_s), self._lock:
                 pass
         if self._timer is not None:
             self._timer.cancel()
@@ -223,9 +223,9 @@ class Session:
 
 
 @contextlib.contextmanager
-def limited(conn: Any, patience_s: float) -> Iterator[None]:
-    """Close the connection after `patience_s`. A timeout of asyncpg would cancel the statement in the server."""
-    timer = asyncio.get_running_loop().call_later(patience_s, conn.terminate)
+def limited(conn: Any, limit_s: float) -> Iterator[None]:
+    """Close the connection after `limit_s`. A timeout of asyncpg would cancel the statement in the server."""
+    timer = asyncio.get_running_loop().call_later(limit_s, conn.terminate)
     try:
         yield
     finally:

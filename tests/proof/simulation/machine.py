@@ -25,7 +25,7 @@ from jobd.maintenance.maintainer import Maintainer, read_stats
 from jobd.model.commands import AnyCommand, EndGrants, ExtendAfterPause, IdempotencyKey, Operator
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS
-from jobd.model.journal import BadRecord, JournalUnavailable, LeadershipLost, OutcomeUnknown
+from jobd.model.journal import BadRecord, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost
 from jobd.model.responses import Response
 from jobd.model.storage import DiskFull, OpenedStore
 from jobd.monitoring import event_log
@@ -38,7 +38,13 @@ from tests.proof.simulation.scenario import Scenario
 from tests.proof.simulation.trace import Trace
 
 WALL: Final = 1_700_000_000_000
-EXPECTED: Final = (OSError, DiskFull, LeadershipLost, OutcomeUnknown, JournalUnavailable)  # errors that faults cause
+EXPECTED: Final = (
+    OSError,
+    DiskFull,
+    LeadershipLost,
+    JournalOutcomeUnknown,
+    JournalUnavailable,
+)  # errors that faults cause
 SLICE: Final = 2  # 500 in the real one; fewer here, so that a start has several slices
 
 Backup = tuple[Snapshot, dict[int, tuple[str, int, str]]]

@@ -9,7 +9,7 @@ import pytest
 from jobd.cluster.leadership import Leadership
 from jobd.cluster.lease import LeaderLease
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
-from jobd.model.journal import Fenced, LeadershipLost, OutcomeUnknown, Record
+from jobd.model.journal import Fenced, JournalOutcomeUnknown, LeadershipLost, Record
 from jobd.model.storage import DiskFull
 from tests.support.virtual_engine import in_virtual_time, seconds
 
@@ -105,7 +105,7 @@ def test_a_lost_response_to_an_append_is_resolved(hook: str) -> None:
         server = MemoryServer()
         node = Node(server)
         lead = await node.lead()
-        node.fail(hook, append=OutcomeUnknown())
+        node.fail(hook, append=JournalOutcomeUnknown())
         await lead.append(record(1), 0)
         await lead.append(record(2), 1)
         assert (numbers(server), lead.acked, node.epochs, lead.epoch) == ([1, 2], 2, [101], 101)
@@ -123,7 +123,7 @@ async def test_a_lost_response_is_resolved_although_the_next_ones_are_lost_too()
     async def lose(call: str) -> None:
         if left.get(call, 0):
             left[call] -= 1
-            raise OutcomeUnknown
+            raise JournalOutcomeUnknown
 
     node.journal.before = lose
     await lead.append(record(1), 0)
@@ -135,7 +135,7 @@ async def test_a_lost_renewal_is_resolved() -> None:
     server = MemoryServer()
     node = Node(server)
     lead = await node.lead()
-    node.fail("after", renew=OutcomeUnknown())
+    node.fail("after", renew=JournalOutcomeUnknown())
     task = asyncio.create_task(lead.run())
     await seconds(10)
     assert (node.lost, node.epochs) == ([], [101])
@@ -186,7 +186,7 @@ async def test_an_append_whose_outcome_stays_unknown_says_so() -> None:
         node.journal.is_reachable = False
 
     node.journal.after = cut
-    with pytest.raises(OutcomeUnknown, match="record 1 may be in the journal or not: the lease is over"):
+    with pytest.raises(JournalOutcomeUnknown, match="record 1 may be in the journal or not: the lease is over"):
         await lead.append(record(1), 0)
 
 
@@ -197,10 +197,10 @@ async def test_a_server_that_never_responds_to_the_resolution_ends_the_lead() ->
     lead = await node.lead()
 
     async def lose(call: str) -> None:
-        raise OutcomeUnknown
+        raise JournalOutcomeUnknown
 
     node.journal.before = lose
-    with pytest.raises(OutcomeUnknown, match="the lease is over"):
+    with pytest.raises(JournalOutcomeUnknown, match="the lease is over"):
         await lead.append(record(1), 0)
 
 
@@ -214,14 +214,14 @@ async def test_a_lead_that_an_append_has_lost_is_not_renewed() -> None:
 
     async def lose(call: str) -> None:
         calls.append(call)
-        raise OutcomeUnknown
+        raise JournalOutcomeUnknown
 
     node.journal.before = lose
-    with pytest.raises(OutcomeUnknown):
+    with pytest.raises(JournalOutcomeUnknown):
         await lead.append(record(1), 0)
     count = len(calls)
     await task
-    assert (len(calls), [type(error) for error in node.lost]) == (count, [OutcomeUnknown])
+    assert (len(calls), [type(error) for error in node.lost]) == (count, [JournalOutcomeUnknown])
 
 
 @in_virtual_time
@@ -246,10 +246,10 @@ async def test_a_leader_that_was_fenced_during_a_lost_append_does_not_know_the_o
     async def take_over(call: str) -> None:
         if call == "append":
             await new.lead()
-            raise OutcomeUnknown
+            raise JournalOutcomeUnknown
 
     old.journal.after = take_over
-    with pytest.raises(OutcomeUnknown, match="another node leads"):
+    with pytest.raises(JournalOutcomeUnknown, match="another node leads"):
         await lead.append(record(1), 0)
 
 
@@ -329,10 +329,10 @@ async def test_nothing_is_appended_after_the_lead_was_lost() -> None:
 
     async def cut_off(call: str) -> None:
         node.journal.is_reachable = False
-        raise OutcomeUnknown
+        raise JournalOutcomeUnknown
 
     node.journal.before = cut_off
-    with pytest.raises(OutcomeUnknown):
+    with pytest.raises(JournalOutcomeUnknown):
         await lead.append(record(1), 0)
     with pytest.raises(LeadershipLost, match="no longer leads"):
         await lead.append(record(1), 0)
@@ -359,7 +359,7 @@ def test_a_lead_that_cannot_be_released_ends_with_its_lease(is_reachable: bool) 
     async def run() -> None:
         node = Node(MemoryServer())
         lead = await node.lead()
-        node.fail("after", release=OutcomeUnknown())
+        node.fail("after", release=JournalOutcomeUnknown())
         node.journal.is_reachable = is_reachable
         await lead.release()
         with pytest.raises(LeadershipLost):

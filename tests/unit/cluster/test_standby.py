@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from jobd.cluster.standby import JUMP, Standby, acknowledged, is_refused_at
 from jobd.journal.memory import MemoryServer
 from jobd.model.commands import Cancel, Create, ForceReset, Get, Start
-from jobd.model.journal import BadRecord, OutcomeUnknown, Record
+from jobd.model.journal import BadRecord, JournalOutcomeUnknown, Record
 from jobd.model.storage import Batch, DiskFull, FiguresWrite, OutboxWrite, Quarantined, Tombstone, TombstoneWrite
 from tests.support.cluster_harness import ClusterNode, cluster, join, leader_of
 from tests.support.virtual_engine import in_virtual_time, seconds
@@ -187,7 +187,7 @@ async def test_a_takeover_that_is_not_noticed_ends_with_its_lease() -> None:
     async def lose(call: str) -> None:
         if lost.get(call, 0):
             lost[call] -= 1
-            raise OutcomeUnknown
+            raise JournalOutcomeUnknown
 
     node.journal.after = lose
     await seconds(2)

@@ -10,7 +10,7 @@ from jobd.core.state import State
 from jobd.journal.memory import MemoryServer
 from jobd.model.commands import Claim, Complete, Create, Get, Progress, Start
 from jobd.model.job import TOKEN_COUNTER_BITS
-from jobd.model.journal import Fenced, LeadershipLost, OutcomeUnknown
+from jobd.model.journal import Fenced, JournalOutcomeUnknown, LeadershipLost
 from tests.support.cluster_harness import LEASE_S, ClusterNode, cluster, join, leader_of
 from tests.support.rule_harness import snapshot
 from tests.support.virtual_engine import in_virtual_time, key, seconds, settle
@@ -146,7 +146,7 @@ async def test_a_frozen_leader_that_wakes_late_answers_nothing() -> None:
     frozen.set()
     assert await append == "outcome_unknown"
     assert await read == "not_leader"
-    assert isinstance(old.ended, Fenced | OutcomeUnknown)
+    assert isinstance(old.ended, Fenced | JournalOutcomeUnknown)
     assert await new.ask(Get(id="lost")) == "job_not_found"
     await stop_all([new])
 
@@ -175,7 +175,7 @@ def test_a_lost_response_to_an_append_is_not_noticed_by_clients(hook: str) -> No
         async def lose(call: str) -> None:
             if call == "append" and lost:
                 lost.clear()
-                raise OutcomeUnknown
+                raise JournalOutcomeUnknown
 
         setattr(old.journal, hook, lose)
         assert (await old.ask(Create(id="a"))).id == "a"
@@ -199,7 +199,7 @@ def test_a_lost_response_to_a_takeover_is_resolved(hook: str) -> None:
         async def lose(call: str) -> None:
             if call == "take_over" and lost:
                 lost.clear()
-                raise OutcomeUnknown
+                raise JournalOutcomeUnknown
 
         setattr(node.journal, hook, lose)
         began_s = loop_s()

@@ -45,7 +45,7 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS
-from jobd.model.journal import Fenced, LeadershipLost, OutcomeUnknown
+from jobd.model.journal import Fenced, JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import EmptyResponse, JobView, Response
 from jobd.model.storage import (
     BadRows,
@@ -390,7 +390,7 @@ async def assert_ended(engine: VirtualEngine, running: asyncio.Task[None], code:
 
 
 @pytest.mark.usefixtures("both_commit_modes")
-@pytest.mark.parametrize("error", [Fenced(), OutcomeUnknown("no response")])
+@pytest.mark.parametrize("error", [Fenced(), JournalOutcomeUnknown("no response")])
 def test_a_leader_that_is_fenced_reports_unknown_outcomes_and_ends_the_actor(error: Exception) -> None:
     @in_virtual_time
     async def run() -> None:

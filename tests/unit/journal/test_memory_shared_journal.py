@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
-from jobd.model.journal import Fenced, JournalUnavailable, OutcomeUnknown, Record
+from jobd.model.journal import Fenced, JournalOutcomeUnknown, JournalUnavailable, Record
 from tests.unit.journal.test_shared_journals import lead, record_of
 
 
@@ -18,7 +18,7 @@ def server() -> MemoryServer:
 
 async def unknown(call: str) -> None:
     if call == "append":
-        raise OutcomeUnknown
+        raise JournalOutcomeUnknown
 
 
 async def nothing(call: str) -> None:
@@ -29,11 +29,11 @@ async def test_a_record_with_an_unknown_outcome_is_left_out_or_in(server: Memory
     a = MemorySharedJournal(server)
     await lead(a)
     a.before = unknown
-    with pytest.raises(OutcomeUnknown):
+    with pytest.raises(JournalOutcomeUnknown):
         await a.append(record_of(1, 100), 0)
     assert (await a.resolve(0)).number == 0
     a.before, a.after = nothing, unknown
-    with pytest.raises(OutcomeUnknown):
+    with pytest.raises(JournalOutcomeUnknown):
         await a.append(record_of(1, 101), 0)
     assert (await a.resolve(0)).number == 1
 
@@ -68,7 +68,7 @@ async def test_a_failover_loses_what_is_not_durable(server: MemoryServer) -> Non
             server.fail_over()
 
     a.after = fail_over
-    with pytest.raises(OutcomeUnknown):
+    with pytest.raises(JournalOutcomeUnknown):
         await a.append(record_of(2, 100), 1)
     a.after = nothing
     head = await a.head()
@@ -85,7 +85,7 @@ async def test_a_partition_ends_calls_and_the_session(server: MemoryServer) -> N
         a.is_reachable = False
 
     a.before = part
-    with pytest.raises(OutcomeUnknown):
+    with pytest.raises(JournalOutcomeUnknown):
         await a.append(record_of(1, 100), 0)
     with pytest.raises(JournalUnavailable):
         await a.append(record_of(1, 100), 0)

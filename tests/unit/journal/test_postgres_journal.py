@@ -16,7 +16,7 @@ import pytest
 from jobd.journal.postgres import journal as postgres_journal
 from jobd.journal.postgres import leading, partitions
 from jobd.journal.postgres.journal import PostgresJournal
-from jobd.model.journal import BadRecord, BadSnapshot, Fenced, JournalUnavailable, OutcomeUnknown
+from jobd.model.journal import BadRecord, BadSnapshot, Fenced, JournalOutcomeUnknown, JournalUnavailable
 from jobd.model.storage import DiskFull
 from tests.support.polling import wait_until
 from tests.support.postgres import PostgresServer
@@ -69,7 +69,7 @@ async def test_an_append_whose_response_is_lost_is_resolved_as_written(
     appending = asyncio.create_task(a.append(record_of(2, 100), 1))
     await proxy.lost.wait()
     proxy.cut()
-    with pytest.raises(OutcomeUnknown):
+    with pytest.raises(JournalOutcomeUnknown):
         await appending
     head = await a.resolve(0)
     assert (head.number, head.epoch, head.holder) == (2, 101, "a")
@@ -83,7 +83,7 @@ async def test_an_append_that_does_not_arrive_is_resolved_as_not_written(a: Post
     appending = asyncio.create_task(a.append(record_of(1, 100), 0))
     await proxy.lost.wait()
     proxy.cut()
-    with pytest.raises(OutcomeUnknown):
+    with pytest.raises(JournalOutcomeUnknown):
         await appending
     assert (await a.resolve(0)).number == 0
     await a.append(record_of(1, 101), 0)
@@ -109,7 +109,7 @@ async def test_an_append_that_is_cut_at_any_time_is_resolved(
             is_in = True
         except JournalUnavailable:  # while the connection was made again
             is_in = False
-        except OutcomeUnknown:
+        except JournalOutcomeUnknown:
             head = await a.resolve(0)
             is_in, epoch = head.number == number, head.epoch
             outcomes.append(is_in)
@@ -147,7 +147,7 @@ async def test_a_resolution_waits_for_an_append_that_still_runs_in_the_server(
         appending = asyncio.create_task(a.append(record_of(1, 100), 0))
         await wait_until(lambda: waiting(postgres_server, 1))
         proxy.cut()
-        with pytest.raises(OutcomeUnknown):
+        with pytest.raises(JournalOutcomeUnknown):
             await appending
         resolving = asyncio.create_task(a.resolve(0))
         await wait_until(lambda: waiting(postgres_server, 2))
@@ -161,7 +161,7 @@ async def test_an_append_without_a_response_for_a_whole_lease_is_given_up_and_no
     short = await PostgresJournal.open(postgres_server.url(), journal_name, 200)
     await lead(short)
     async with row_lock(postgres_server, journal_name):
-        with pytest.raises(OutcomeUnknown):
+        with pytest.raises(JournalOutcomeUnknown):
             await short.append(record_of(1, 100), 0)
         assert await waiting(postgres_server, 1)
         assert await b.read(0, 10) == []
@@ -209,7 +209,7 @@ async def test_the_session_of_a_leader_that_does_not_notice_its_end_is_ended(
     await wait_until(lambda: connected(b, False))
     await b.renew(0)
     assert await connected(b, True)
-    with pytest.raises((Fenced, OutcomeUnknown)):  # by whether it has seen the end of the connection
+    with pytest.raises((Fenced, JournalOutcomeUnknown)):  # by whether it has seen the end of the connection
         await a.append(record_of(1, 100), 0)
     with pytest.raises(Fenced):
         await a.resolve(0)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from jobd.journal.postgres.journal import PostgresJournal, create
-from jobd.model.journal import JournalUnavailable, NodeEntry, OutcomeUnknown
+from jobd.model.journal import JournalOutcomeUnknown, JournalUnavailable, NodeEntry
 from tests.conftest import tool_missing
 from tests.support import postgres
 from tests.support.polling import wait_until
@@ -82,7 +82,7 @@ async def test_a_cancelled_wait_for_a_standby_is_no_acknowledgement(
     await wait_until(lambda: is_waiting(b))
     cancel = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
     await asyncio.to_thread(servers[0].sql, cancel)
-    with pytest.raises(OutcomeUnknown):
+    with pytest.raises(JournalOutcomeUnknown):
         await appending
     assert [each.number for each in await b.read(0, 10)] == [1, 2]  # visible, and not acknowledged
     assert (await b.head()).acked == 1
@@ -99,7 +99,7 @@ async def test_acknowledged_records_survive_the_loss_of_the_primary(
     for number in range(1, 51):
         await a.append(record_of(number, 100), number - 1)
     await asyncio.to_thread(servers[0].kill)
-    with pytest.raises((OutcomeUnknown, JournalUnavailable)):
+    with pytest.raises((JournalOutcomeUnknown, JournalUnavailable)):
         await a.append(record_of(51, 100), 50)
     with pytest.raises(JournalUnavailable, match=r"cannot be reached|accepts no writes"):
         await b.head()
@@ -121,7 +121,7 @@ async def test_a_server_that_restarts_is_used_again() -> None:
         await asyncio.to_thread(server.stop, signal.SIGQUIT)
         with pytest.raises(JournalUnavailable):
             await node.head()
-        with pytest.raises((OutcomeUnknown, JournalUnavailable)):
+        with pytest.raises((JournalOutcomeUnknown, JournalUnavailable)):
             await node.renew(1)
         await asyncio.to_thread(server.start)
         await node.renew(1)

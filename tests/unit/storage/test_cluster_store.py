@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
-from jobd.model.journal import BadRecord, Fenced, LeadershipLost, OutcomeUnknown
+from jobd.model.journal import BadRecord, Fenced, JournalOutcomeUnknown, LeadershipLost
 from jobd.model.storage import AuditQuery, DiskFull, JobQuery, OpenedStore
 from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage import snapshots
@@ -297,15 +297,15 @@ async def test_an_unknown_outcome_ends_the_lead_and_the_journal_says_what_is_tru
 
     async def lose(call: str) -> None:
         if call == "append":
-            raise OutcomeUnknown
+            raise JournalOutcomeUnknown
 
     async with leading(path, server) as leader:
         await leader.store.write(maker.batch([maker.create("a")]))
         setattr(leader.journal, "after" if is_in else "before", lose)
-        with pytest.raises(OutcomeUnknown):
+        with pytest.raises(JournalOutcomeUnknown):
             await leader.store.write(maker.batch([maker.create("b")]))
-        assert [type(error) for error in leader.broken] == [OutcomeUnknown]
-        with pytest.raises(OutcomeUnknown):
+        assert [type(error) for error in leader.broken] == [JournalOutcomeUnknown]
+        with pytest.raises(JournalOutcomeUnknown):
             await leader.store.save_stats(b"1")
         assert [job.id for job, _ in (await leader.store.find_jobs(JobQuery())).jobs] == ["a"], "reads go on"
     async with following(path, server) as node:

@@ -29,7 +29,7 @@ async def _(append: Any, self: MemorySharedJournal, record: Record, acked: int, 
 
 
 @bug(
-    "answer-before-the-quorum",
+    "response-before-the-quorum",
     MemorySharedJournal._confirm,
     breaks="an append returns when one machine has it",
     found_by=CLUSTER_SIMULATION,
@@ -40,9 +40,9 @@ async def _(confirm: Any, self: MemorySharedJournal, call: str, lead: Any, failo
 
 
 @bug(
-    "lease-counted-from-the-answer",
+    "lease-counted-from-the-response",
     LeaderLease.renewed,
-    breaks="a renewal counts from its answer, not from before it was sent",
+    breaks="a renewal counts from its response, not from before it was sent",
     found_by=CLUSTER_SIMULATION,
 )
 def _(renewed: Any, self: LeaderLease, sent_s: float) -> None:
@@ -88,9 +88,9 @@ async def _(take_over: Any, self: Standby) -> Leadership | None:
 
 
 @bug(
-    "lost-answer-appended-twice",
+    "lost-response-appended-twice",
     Leadership._settle,
-    breaks="a record whose answer was lost is appended again",
+    breaks="a record whose response was lost is appended again",
     found_by=CLUSTER_SIMULATION,
 )
 async def _(settle: Any, self: Leadership, record: Record, acked: int) -> None:
@@ -101,7 +101,7 @@ async def _(settle: Any, self: Leadership, record: Record, acked: int) -> None:
 @bug(
     "lease-not-checked-before-reads",
     Leadership.check,
-    breaks="reads are answered after the lease",
+    breaks="responses to reads are sent after the lease",
     found_by=CLUSTER_SIMULATION,
 )
 def _(check: Any, self: Leadership) -> None:

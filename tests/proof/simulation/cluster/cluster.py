@@ -1,6 +1,6 @@
 """Several simulated nodes on one journal, as clients and invariants see them: one machine with one disk.
 
-The disk has what is durable in the journal. S18: only the present leader appends and answers; an acknowledged change
+The disk has what is durable in the journal. S18: only the present leader appends and responds; an acknowledged change
 is in the journal that the next leader reads; local tables are a prefix of the acknowledged journal.
 """
 

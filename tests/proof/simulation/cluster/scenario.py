@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from tests.proof.simulation.scenario import MISHAPS, Scenario, draw
 
-LOST: Final = ("request", "late request", "answer", "quorum")
+LOST: Final = ("request", "late request", "response", "quorum")
 CLUSTER_FAULTS: Final = (
     "kill",
     "power cut",

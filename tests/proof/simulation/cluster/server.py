@@ -1,7 +1,7 @@
 """The server of the shared journal, and the network between it and the nodes.
 
-A statement that was sent runs on the server, whatever happens to its node meanwhile. A node that gets no answer in time
-gives up, while the statement goes on.
+A statement that was sent runs on the server, whatever happens to its node meanwhile. A node that gets no response in
+time gives up, while the statement goes on.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from random import Random
 from typing import Any, Final, TypeVar
 
 from jobd.journal.memory import MemoryLead, MemoryServer, MemorySharedJournal
-from jobd.model.journal import Head, JournalUnavailable, OutcomeUnknown, Record
+from jobd.model.journal import Head, JournalOutcomeUnknown, JournalUnavailable, Record
 from jobd.model.storage import DiskFull
 
 T = TypeVar("T")
 Statement = Callable[[], Coroutine[Any, Any, T]]
 
-ANSWER_S: Final = (0.02, 0.3, 2.0)  # after which a node gives up
+RESPONSE_S: Final = (0.02, 0.3, 2.0)  # after which a node gives up
 LEADING: Final = frozenset({"append", "renew", "take_over", "resolve"})
 
 
@@ -55,7 +55,7 @@ class SimServer(MemoryServer):
 class Network(MemorySharedJournal):
     """The access of one process. `slowness_s` delays statements, and `lost` is what happens to the next one.
 
-    "request": it never arrives. "late request": it arrives after the node gave up. "answer": it is done, and the node
+    "request": it never arrives. "late request": it arrives after the node gave up. "response": it is done, and the node
     does not learn of it. "quorum": it is visible, and durable only after the node gave up.
     """
 
@@ -70,7 +70,7 @@ class Network(MemorySharedJournal):
         self._running: set[asyncio.Task[None]] = set()
         self._dice = dice
         self._fired = fired
-        self._answer_s = dice.choice(ANSWER_S)
+        self._response_s = dice.choice(RESPONSE_S)
 
     async def _travel(self, call: str) -> None:
         await asyncio.sleep(self._delay_s())
@@ -104,34 +104,34 @@ class Network(MemorySharedJournal):
         return await self._ask("resolve", partial(self._resolve, epoch))
 
     async def _ask(self, call: str, statement: Statement[T]) -> T:
-        """Send a statement and wait for its answer."""
+        """Send a statement and wait for its response."""
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T] = loop.create_future()
+        response: asyncio.Future[T] = loop.create_future()
         lost, self.lost = self.lost if call in LEADING else None, None if call in LEADING else self.lost
         if lost is not None and not self.is_reachable:
             lost = None
         if lost is not None:
             self._fired(f"journal {call}: lost {lost}")
-        running = loop.create_task(self._run(statement, answer, lost), context=contextvars.Context())
+        running = loop.create_task(self._run(statement, response, lost), context=contextvars.Context())
         self._running.add(running)
         running.add_done_callback(self._running.discard)
         if call in LEADING and self.on_sent is not None:
             self.on_sent()
             self.on_sent = None
-        give_up_s = min(self._answer_s, 0.3) if lost is not None else self._answer_s
-        timer = loop.call_later(give_up_s, self._give_up, call, answer)
+        give_up_s = min(self._response_s, 0.3) if lost is not None else self._response_s
+        timer = loop.call_later(give_up_s, self._give_up, call, response)
         try:
-            return await answer
+            return await response
         finally:
             timer.cancel()
 
-    def _give_up(self, call: str, answer: asyncio.Future[T]) -> None:
-        if not answer.done():
-            self._fired(f"journal {call}: no answer")
-            error = OutcomeUnknown() if call in LEADING else JournalUnavailable("the server does not answer")
-            answer.set_exception(error)
+    def _give_up(self, call: str, response: asyncio.Future[T]) -> None:
+        if not response.done():
+            self._fired(f"journal {call}: no response")
+            error = JournalOutcomeUnknown() if call in LEADING else JournalUnavailable("the server does not respond")
+            response.set_exception(error)
 
-    async def _run(self, statement: Statement[T], answer: asyncio.Future[T], lost: str | None) -> None:
+    async def _run(self, statement: Statement[T], response: asyncio.Future[T], lost: str | None) -> None:
         """Run a statement on the server."""
         if lost == "request":
             return
@@ -140,11 +140,11 @@ class Network(MemorySharedJournal):
         try:
             result = await self._slowly(statement) if lost == "quorum" else await statement()
         except Exception as error:
-            if not answer.done() and lost is None:
-                answer.set_exception(error)
+            if not response.done() and lost is None:
+                response.set_exception(error)
             return
-        if lost is None and self.is_reachable and not answer.done():
-            answer.set_result(result)
+        if lost is None and self.is_reachable and not response.done():
+            response.set_result(result)
 
     async def _slowly(self, statement: Statement[T]) -> T:
         before, self.after = self.after, self._stall

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 import pytest
 from msgspec.structs import replace
 
-from jobd.cluster import founding
-from jobd.cluster.founding import CannotChange
+from jobd.cluster import conversion
+from jobd.cluster.conversion import CannotConvert
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
 from jobd.model.journal import BadRecord, JournalUnavailable
 from jobd.storage import joining
@@ -48,26 +48,26 @@ async def test_a_cluster_has_what_the_store_had_and_the_store_what_the_cluster_h
     path: str, server: MemoryServer
 ) -> None:
     maker, journal = await make_store(path), MemorySharedJournal(server)
-    await founding.found(journal, path)
-    await founding.found(journal, path)  # a second call changes nothing
+    await conversion.init_from_store(journal, path)
+    await conversion.init_from_store(journal, path)  # a second call changes nothing
     await write(path, server, maker)
     other = f"{path}.other"
-    epoch = await founding.leave(journal, other, 0)
+    epoch = await conversion.leave(journal, other, 0)
     maker.numbers = replace(maker.numbers, epoch=epoch, next_token=1)
     async with open_store(other) as (store, opened):
         await assert_holds(store, opened, maker)
     with pytest.raises(WrongCluster):
         async with open_store(path):
             pass
-    with pytest.raises(CannotChange, match="is in use"):
-        await founding.found(journal, path)
+    with pytest.raises(CannotConvert, match="is in use"):
+        await conversion.init_from_store(journal, path)
 
 
 async def test_no_node_follows_a_journal_that_was_closed(path: str, server: MemoryServer) -> None:
     await make_store(path)
     journal = MemorySharedJournal(server)
-    await founding.found(journal, path)
-    await founding.leave(journal, f"{path}.other", 0)
+    await conversion.init_from_store(journal, path)
+    await conversion.leave(journal, f"{path}.other", 0)
     store, opened = await ClusterStore.open_for(path, journal)
     async with store:
         with pytest.raises(BadRecord, match="`jobd cluster leave` has made"):
@@ -78,13 +78,13 @@ async def test_leaving_is_completed_after_a_kill(
     path: str, server: MemoryServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maker, journal = await make_store(path), MemorySharedJournal(server)
-    await founding.found(journal, path)
+    await conversion.init_from_store(journal, path)
     with monkeypatch.context() as patch:
         patch.setattr(joining, "leave", lambda path, **_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            await founding.leave(journal, path, 0)
+            await conversion.leave(journal, path, 0)
     assert server.lead.number == FIRST_RECORD + 1
-    epoch = await founding.leave(journal, path, 0)
+    epoch = await conversion.leave(journal, path, 0)
     assert server.lead.number == FIRST_RECORD + 1
     maker.numbers = replace(maker.numbers, epoch=epoch, next_token=1)
     async with open_store(path) as (store, opened):
@@ -93,7 +93,7 @@ async def test_leaving_is_completed_after_a_kill(
 
 async def test_a_cluster_with_a_leader_is_not_left(path: str, server: MemoryServer) -> None:
     maker, journal, leader = await make_store(path), MemorySharedJournal(server), MemorySharedJournal(server)
-    await founding.found(journal, path)
+    await conversion.init_from_store(journal, path)
     await write(path, server, maker)
 
     async def lead() -> None:
@@ -103,8 +103,8 @@ async def test_a_cluster_with_a_leader_is_not_left(path: str, server: MemoryServ
             await leader.renew(server.lead.number)
 
     leading = asyncio.create_task(lead())
-    with pytest.raises(CannotChange, match="a node at http://a leads: stop the daemons"):
-        await founding.leave(journal, path, 0.1)
+    with pytest.raises(CannotConvert, match="a node at http://a leads: stop the daemons"):
+        await conversion.leave(journal, path, 0.1)
     leading.cancel()
     await asyncio.wait([leading])
 
@@ -114,8 +114,8 @@ async def test_a_cluster_with_a_leader_is_not_left(path: str, server: MemoryServ
             await leader.take_over(await leader.head(), holder="b", url="", epoch=1)
 
     journal.before = be_first
-    with pytest.raises(CannotChange, match="a node at http://a leads"):
-        await founding.leave(journal, path, 0)
+    with pytest.raises(CannotConvert, match="a node at http://a leads"):
+        await conversion.leave(journal, path, 0)
 
 
 async def test_no_node_leads_before_the_snapshot_is_complete(path: str, server: MemoryServer) -> None:
@@ -127,10 +127,10 @@ async def test_no_node_leads_before_the_snapshot_is_complete(path: str, server: 
 
     journal.write_snapshot = lose  # type: ignore[method-assign, assignment]
     with pytest.raises(JournalUnavailable, match="another process is writing"):
-        await founding.found(journal, path)
+        await conversion.init_from_store(journal, path)
     with pytest.raises(StoreUnreadable, match="no usable snapshot"):
         await ClusterStore.open_for(f"{path}.other", journal)
-    await founding.found(MemorySharedJournal(server), path)
+    await conversion.init_from_store(MemorySharedJournal(server), path)
     store, opened = await ClusterStore.open_for(f"{path}.other", journal)
     async with store:
         assert opened.last_record == FIRST_RECORD
@@ -138,6 +138,6 @@ async def test_no_node_leads_before_the_snapshot_is_complete(path: str, server: 
 
 async def test_a_journal_in_use_is_refused(path: str) -> None:
     await make_store(path)
-    with pytest.raises(CannotChange, match=r"choose another journal\.name") as refused:
-        await founding.found(MemorySharedJournal(MemoryServer()), path)
+    with pytest.raises(CannotConvert, match=r"choose another journal\.name") as refused:
+        await conversion.init_from_store(MemorySharedJournal(MemoryServer()), path)
     assert refused.value.exit_code == 78

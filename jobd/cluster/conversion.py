@@ -16,18 +16,18 @@ from jobd.storage.files import StoreError
 _READ_LIMIT = 200  # records of one read
 
 
-class CannotChange(StoreError):
-    """A cluster cannot be made, or left. The text is a sentence that says why."""
+class CannotConvert(StoreError):
+    """A cluster cannot be made, or left. The text says why."""
 
 
-async def found(journal: SharedJournal, path: str) -> None:
+async def init_from_store(journal: SharedJournal, path: str) -> None:
     """Make the store at `path` the first one of the cluster of `journal`, which is new and begins after FIRST_RECORD.
 
     No node can lead before its snapshot is complete. A second call completes what the first one began.
     """
     head = await journal.head()
     if head.number != joining.FIRST_RECORD or head.holder is not None:
-        raise CannotChange("the journal is in use, or was made without a store: choose another journal.name")
+        raise CannotConvert("the journal is in use, or was made without a store: choose another journal.name")
     await asyncio.to_thread(joining.join, path, journal.cluster_id)
     if not await journal.snapshots():
         file = await asyncio.to_thread(open, path, "rb")
@@ -47,7 +47,7 @@ async def leave(journal: SharedJournal, path: str, lease_s: float) -> int:
     """
     store, opened = await ClusterStore.open_for(path, journal)
     async with store:
-        head = await _lead_nothing(journal, opened.numbers.epoch, lease_s)
+        head = await _take_free_lead(journal, opened.numbers.epoch, lease_s)
         last = await _catch_up(store, journal, opened.last_record)
         if last is None:
             at = time.time_ns() // 1_000_000
@@ -56,7 +56,7 @@ async def leave(journal: SharedJournal, path: str, lease_s: float) -> int:
     return await asyncio.to_thread(joining.leave, path, epoch=head.epoch, is_complete=True)
 
 
-async def _lead_nothing(journal: SharedJournal, epoch: int, lease_s: float) -> Head:
+async def _take_free_lead(journal: SharedJournal, epoch: int, lease_s: float) -> Head:
     """Take the lead when no node has it, so that no other node appends."""
     seen = await journal.head()
     await asyncio.sleep(lease_s)
@@ -67,7 +67,7 @@ async def _lead_nothing(journal: SharedJournal, epoch: int, lease_s: float) -> H
         head = await journal.take_over(now, holder=uuid4().hex, url="", epoch=highest)
     if head is None:
         leader = f" at {now.url}" if now.url else ""
-        raise CannotChange(f"a node{leader} leads: stop the daemons of all nodes first")
+        raise CannotConvert(f"a node{leader} leads: stop the daemons of all nodes first")
     return head
 
 
