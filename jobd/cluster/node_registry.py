@@ -69,6 +69,11 @@ class NodeRegistry:
                 async with asyncio.timeout(EVERY_S):
                     await self._stop.wait()
 
+    @property
+    def age_ms(self) -> int:
+        """The time since `nodes` were read."""
+        return int((self._now_s() - self._read_s[1]) * 1000)
+
     def stop(self) -> None:
         self._stop.set()
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from jobd.cluster.node_registry import NodeRegistry
 from jobd.model.journal import NodeEntry
@@ -30,7 +31,8 @@ def cluster_view(
     registry: NodeRegistry, at: Position, *, node: str, journal: str, lease_ms: int, require_sync: bool
 ) -> ClusterView:
     """Return the state of the cluster as the node named `node` sees it."""
-    nodes, health = registry.nodes, registry.health
+    nodes = [replace(each, seen_ms=each.seen_ms + registry.age_ms) for each in registry.nodes]
+    health = registry.health
     leading = next((each for each in nodes if each.process == at.holder), None)
     problems = [text for text in (at.problem, registry.problem) if text is not None]
     problems += _problems(nodes, leading)

@@ -993,7 +993,7 @@ class FailuresView(Struct, frozen=True):
 
 
 NodeRole = Literal["leader", "standby", "single"]
-SILENT_MS: Final = 6_000  # a node describes itself every 2 s
+SILENT_MS: Final = 10_000  # a node describes itself every 2 s, and reads what the others wrote as often
 
 
 class NodeView(Struct, frozen=True):

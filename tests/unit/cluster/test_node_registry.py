@@ -77,6 +77,9 @@ async def test_nodes_see_each_other() -> None:
     await b.kill()
     await seconds(10)
     assert [node.seen_ms > 8_000 for node in view(a).nodes] == [False, True]
+    a.journal.is_reachable = False
+    await seconds(10)
+    assert [node.is_silent for node in view(a).nodes] == [True, True]
     await a.stop()
 
 

@@ -46,7 +46,7 @@ class Cluster:
         def described(number: int) -> dict[str, Any]:
             role = "leader" if number == self.leader else "standby"
             state = {
-                "seen_ms": 7000 if number else 1200,
+                "seen_ms": 17_000 if number else 1200,
                 "record": 40,
                 "lag_records": number,
                 "format": 1,
@@ -103,7 +103,7 @@ def test_the_nodes_and_the_leader_are_shown(nodes: Cluster, capsys: pytest.Captu
     assert rows[0] == "NODE ROLE URL BEHIND SEEN FORMAT NOTE"
     assert rows[1] == "a leader http://a.example:8771 0 1.2 s ago 1 -"
     assert (
-        rows[2] == "b standby http://b.example:8771 1 7.0 s ago 1 silent, configuration differs from that of the leader"
+        rows[2] == "b standby http://b.example:8771 1 17 s ago 1 silent, configuration differs from that of the leader"
     )
 
 
