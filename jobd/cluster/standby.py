@@ -17,6 +17,7 @@ from jobd.cluster.lease import LeaderLease, StandbyLease, boot_clock_s
 from jobd.cluster.warm_state import WarmState
 from jobd.model.journal import Fenced, Head, JournalOutcomeUnknown, JournalUnavailable, Record, SharedJournal
 from jobd.model.storage import DiskFull
+from jobd.storage.membership import StoreAhead, StoreDamaged
 
 POLL_S: Final = 0.05
 READ_LIMIT: Final = 200  # records of one read
@@ -67,6 +68,7 @@ class Standby:
         self._is_refused = is_refused or is_refused_at
         self._lease = StandbyLease(settings.lease_s, now_s)
         self._last_event = warm.last_event  # of the records that were read
+        self._checked_epoch: int | None = None  # in which the journal has the records that were applied
         self._stop = asyncio.Event()
 
     @property
@@ -89,14 +91,14 @@ class Standby:
         self._stop.set()
 
     async def run(self) -> Leadership | None:
-        """Follow until this node leads. Returns None after `stop`. Raises BadRecord if a record cannot be used."""
+        """Follow until this node leads. Returns None after `stop`. Raises BadRecord or StoreDamaged if it cannot."""
         while not self._stop.is_set():
             wait_s = POLL_S
             try:
                 if await self._poll() and (lead := await self._take_over()) is not None:
                     return lead
                 self._note(None)
-            except JournalUnavailable as error:
+            except (JournalUnavailable, StoreAhead) as error:
                 self._note(str(error))
             except DiskFull as error:
                 self._note(f"this node cannot follow: {error}")
@@ -122,6 +124,8 @@ class Standby:
         """Apply what is acknowledged. Return whether this node may lead now."""
         head = await self.read_head()
         is_over = self._lease.see(head)
+        if head.epoch != self._checked_epoch or head.number < self._warm.number:
+            await self._check_branch(head)
         while self._warm.number < head.number:
             if not (records := await self._journal.read(self._warm.number, READ_LIMIT)):
                 break  # the server has failed over, and has lost records that were not acknowledged
@@ -137,6 +141,18 @@ class Standby:
             return True
         is_alone = self.settings.is_direct and not head.is_connected
         return is_alone and bool(head.url) and await self._is_refused(head.url or "")
+
+    async def _check_branch(self, head: Head) -> None:
+        """Check that the journal has not lost the last record that was applied, as in a failover of the server.
+
+        Raises StoreAhead: this node may not lead. Raises StoreDamaged if another node has gone on without the record.
+        """
+        if not await self._warm.is_on_branch(self._journal):
+            raise StoreDamaged(
+                f"the journal has gone on without record {self._warm.number}, which this node has: the next start "
+                "makes its tables again"
+            )
+        self._checked_epoch = head.epoch
 
     async def _take_over(self) -> Leadership | None:
         """Become the leader, and apply the rest of the records. Returns None if another node was faster."""

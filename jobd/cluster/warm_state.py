@@ -13,7 +13,7 @@ from jobd.core.state import State
 from jobd.journal import record
 from jobd.journal.record import Decoded
 from jobd.model.job import Job
-from jobd.model.journal import Record
+from jobd.model.journal import Record, SharedJournal
 from jobd.model.storage import Batch, FiguresWrite, LoadedRows, OpenedStore, Quarantined, StoredResponse, TombstoneWrite
 
 PIECE_EVENTS: Final = 200  # are applied at once: it takes some 5 ms
@@ -27,6 +27,9 @@ class FollowingStorage(Protocol):
 
         Raises DiskFull if nothing was taken.
         """
+
+    async def is_on_branch(self, journal: SharedJournal) -> bool:
+        """Return whether `journal` still has the last record that was taken. Raises StoreAhead if it has lost it."""
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
         """Read jobs by id, as of the last record."""
@@ -97,6 +100,11 @@ class WarmState:
         if self._unwritten:
             await self._store.follow(self._unwritten, self._decoded)
             self._unwritten, self._decoded = [], []
+
+    async def is_on_branch(self, journal: SharedJournal) -> bool:
+        """Return whether `journal` still has the last record that was applied. Raises StoreAhead, and DiskFull."""
+        await self.write()
+        return await self._store.is_on_branch(journal)
 
     def opened(self) -> OpenedStore:
         """Return what a start would read. Of the jobs it has only those that have changed; `state` has all."""

@@ -23,7 +23,7 @@ from jobd.storage.commit_mode import CommitMode
 from jobd.storage.connection import StoreConnection
 from jobd.storage.database import Database
 from jobd.storage.files import FileLock, StoreBroken, StoreUnreadable
-from jobd.storage.membership import StoreDamaged
+from jobd.storage.membership import Followed, StoreDamaged
 from jobd.storage.projection import Projection
 from jobd.storage.store import Store
 
@@ -116,6 +116,12 @@ class ClusterStore(Store):
         finally:
             self._plan_slice()
 
+    async def is_on_branch(self, journal: SharedJournal) -> bool:
+        """Return whether `journal` still has the last record that was followed. Raises StoreAhead."""
+        projection = self._projection
+        last = Followed(projection.last, projection.last_crc, self._database.numbers.epoch)
+        return await membership.is_on_branch(self.path, journal, last)
+
     async def snapshot(self) -> StoreCopy:
         """Return a copy of the tables, for `SharedJournal.write_snapshot`. See `backup`."""
         async with self._backup_lock:
@@ -180,7 +186,7 @@ async def _can_follow(db: Database, path: str, journal: SharedJournal, *, may_be
     if is_new and not may_be_new and await journal.snapshots():
         return False
     crc = None if db.membership is None else db.membership.record_crc
-    return await membership.is_on_branch(path, journal, db.projected_to, crc)
+    return await membership.is_on_branch(path, journal, Followed(db.projected_to, crc, db.numbers.epoch))
 
 
 async def _make_again(path: str, journal: SharedJournal) -> None:

@@ -83,21 +83,36 @@ def check(path: str, found: Membership | None, cluster_id: str | None, *, is_new
         )
 
 
-async def is_on_branch(path: str, journal: SharedJournal, last: int, record_crc: int | None) -> bool:
+class Followed(Struct, frozen=True):
+    """The last record that a store has followed: its number, its checksum, and the epoch of its fencing tokens.
+
+    `crc` is None if the store has no record of the journal yet.
+    """
+
+    number: int
+    crc: int | None
+    epoch: int
+
+
+async def is_on_branch(path: str, journal: SharedJournal, last: Followed) -> bool:
     """Return whether the store at `path`, with the records up to `last`, can follow `journal` from there.
 
-    It cannot if record `last` is another one in the journal, or if later records have been trimmed. Raises StoreAhead.
+    It cannot if record `last` is another one in the journal, or if later records have been trimmed. Raises StoreAhead
+    if the journal has lost the record, and no leader has gone on without it.
     """
     head = await journal.head()
-    if last > head.number:
+    if last.number > head.number:
+        if any(epoch > last.epoch and first <= head.number for epoch, first in await journal.epochs()):
+            return False
         raise StoreAhead(
-            f"{path} has record {last}, but the last record of the journal is {head.number}: the server has lost "
-            "acknowledged records. `jobd cluster accept-loss` says which, and goes on without them"
+            f"{path} has record {last.number}, but the last record of the journal is {head.number}: the server has "
+            "lost acknowledged records. If they do not come back, stop all nodes and run `jobd cluster accept-loss "
+            f"--upto {head.number}`, which says which jobs are affected and goes on without them"
         )
     try:
-        found = await journal.read(last if record_crc is None else last - 1, 1)
+        found = await journal.read(last.number if last.crc is None else last.number - 1, 1)
     except BadRecord:
         return False
-    if record_crc is None:
-        return True  # it has followed no record
-    return bool(found) and checksum(found[0]) == record_crc
+    if last.crc is None:
+        return True
+    return bool(found) and checksum(found[0]) == last.crc

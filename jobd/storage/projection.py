@@ -81,6 +81,7 @@ class Projection:
         self.tombstones_written = 0
         self._is_full = False  # the latest slice found the disk full
         self.last = db.projected_to  # number of the last record
+        self.last_crc = None if db.membership is None else db.membership.record_crc  # of the last record of a cluster
         self._batch_events = 0  # of the latest batch
         self._pending: deque[Pending] = deque()
         # What the pending records concern, with the number of the last record that does.
@@ -142,7 +143,7 @@ class Projection:
     def accept(self, prepared: Prepared) -> None:
         """Keep a record that the journal has for the tables."""
         db, pending = self.db, prepared.pending
-        self.last = pending.number
+        self.last, self.last_crc = pending.number, pending.crc
         self._batch_events = len(pending.events)
         self._add(pending)
         for forgotten in [each for each in db.recently_quarantined if each < prepared.reported]:
@@ -161,7 +162,7 @@ class Projection:
             if made.number != self.last + 1:
                 raise BadRecord(self.last + 1, "is missing")
             pending = Pending(made.number, *(next(known, None) or record.decode(made)), len(made.body), checksum(made))
-            self.last = made.number
+            self.last, self.last_crc = made.number, pending.crc
             self._add(pending)
         with contextlib.suppress(DiskFull):  # the tables are written later
             while self.behind >= self.slice_events:

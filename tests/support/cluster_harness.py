@@ -15,13 +15,16 @@ from jobd.engine.actor import Actor, DiskBroken
 from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
 from jobd.journal import record
+from jobd.journal.checksum import checksum
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
 from jobd.model.commands import AnyCommand, ExtendAfterPause
 from jobd.model.errors import ApiError
 from jobd.model.job import Policy, new_epoch
-from jobd.model.journal import Record
+from jobd.model.journal import Record, SharedJournal
 from jobd.model.responses import Response
 from jobd.model.storage import Batch, TableWrite
+from jobd.storage import membership
+from jobd.storage.membership import Followed
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import WALL
 
@@ -36,6 +39,7 @@ class SharedStorage(MemoryStorage):
     def __init__(self) -> None:
         super().__init__()
         self._order = asyncio.Lock()
+        self._last_crc: int | None = None
 
     async def write_tables(self, write: TableWrite) -> None:
         async with self._order:
@@ -52,6 +56,7 @@ class SharedStorage(MemoryStorage):
         number = self._last_record + 1
         made = Record(number, last - len(events) + 1, last, batch.numbers.epoch, batch.numbers.wall_ms, body)
         await self.leadership.append(made, number - 1)
+        self._last_crc = checksum(made)
         shown = self.append(batch, reported)
         self.project()
         return shown
@@ -61,9 +66,13 @@ class SharedStorage(MemoryStorage):
         for made in records:
             assert made.number == self._last_record + 1
             self.log.append(made)
-            self._last_record = made.number
+            self._last_record, self._last_crc = made.number, checksum(made)
             self._add(made.number, record.decode(made)[0])
         self.project()
+
+    async def is_on_branch(self, journal: SharedJournal) -> bool:
+        last = Followed(self._last_record, self._last_crc, self.numbers.epoch)
+        return await membership.is_on_branch("this node", journal, last)
 
 
 class ClusterNode:

@@ -559,6 +559,29 @@ async def test_a_store_on_another_branch_is_made_again(path: str, server: Memory
     assert rows_of(path) == rows_of(other)
 
 
+async def test_a_store_ahead_of_another_branch_is_made_again(path: str, server: MemoryServer) -> None:
+    maker, other = ChangeFactory(), f"{path}.other"
+    async with leading(path, server) as leader, following(other, server) as node:
+        await leader.store.write(maker.batch([maker.create("a")]))
+        await node.catch_up()
+        for _ in range(3):
+            await leader.store.write(maker.batch([maker.create()]))
+        assert await leader.store.is_on_branch(leader.journal)
+        del server.records[1:]
+        server.lead = replace(server.lead, number=1)
+        with pytest.raises(StoreAhead):
+            await leader.store.is_on_branch(leader.journal)
+        await node.lead()
+        with pytest.raises(StoreAhead):  # the new leader may have written nothing
+            await leader.store.is_on_branch(leader.journal)
+        assert await node.store.is_on_branch(node.journal)
+        await node.store.write(maker.batch([maker.create("b")]))
+        assert not await leader.store.is_on_branch(leader.journal)
+    async with following(path, server) as again:
+        await again.catch_up()
+    assert rows_of(path) == rows_of(other)
+
+
 async def test_a_store_too_far_behind_starts_from_a_snapshot(path: str, server: MemoryServer) -> None:
     maker, other = ChangeFactory(), f"{path}.other"
     async with leading(path, server) as leader:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 from jobd.cluster.leadership import Leadership
 from jobd.journal import record
 from jobd.journal.checksum import checksum
-from jobd.model.journal import Record
+from jobd.model.journal import Record, SharedJournal
 from jobd.model.storage import Batch, DiskFull, OpenedStore, TableWrite
+from jobd.storage import membership
 from jobd.storage.backup import StoreCopy
+from jobd.storage.membership import Followed
 from tests.proof.simulation.disk import SimDisk
 from tests.support.memory_storage import MemoryStorage
 from tests.support.memory_tables import MemoryTables
@@ -130,3 +132,7 @@ class NodeDisk(SimDisk):
             self.take_record(made, record.decode(made)[0])
         if records:
             self.project()
+
+    async def is_on_branch(self, journal: SharedJournal) -> bool:
+        last = Followed(self.tables.projected_to, self.record_checksum, self.numbers.epoch)
+        return await membership.is_on_branch(self.node.name, journal, last)

@@ -17,7 +17,6 @@ from jobd.journal.record import FORMAT
 from jobd.model.job import new_epoch
 from jobd.model.journal import BadRecord, BadSnapshot, JournalUnavailable, NodeEntry
 from jobd.model.storage import OpenedStore
-from jobd.storage import membership
 from tests.proof.simulation.cluster.disk import NodeDisk
 from tests.proof.simulation.cluster.server import Network
 from tests.proof.simulation.loop import process
@@ -138,7 +137,7 @@ class SimNode(Host):
                 known = await network.snapshots()
                 number = disk.tables.projected_to
                 is_new = number == 0 and bool(known)
-                if not is_new and await membership.is_on_branch(self.name, network, number, disk.record_checksum):
+                if not is_new and await disk.is_on_branch(network):
                     return
                 self.cluster.check_left_behind(self, number)
                 await disk.install(network.read_snapshot(known[-1].number))
