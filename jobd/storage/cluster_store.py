@@ -142,12 +142,12 @@ class ClusterStore(Store):
     async def probe(self, spare_bytes: int = 0) -> None:
         await super().probe(spare_bytes)
         if self._to_journal is not None:
-            await self._append(Batch([], self._database.numbers))  # the server's disk may be the full one
+            await self._append(None)  # the server's disk may be the full one
 
-    async def _append(self, given: Batch | TableWrite, reported: int = 0) -> dict[int, bytes]:
+    async def _append(self, given: Batch | TableWrite | None, reported: int = 0) -> dict[int, bytes]:
         return await to_end(self._append_shared(given, reported))  # callers may be cancelled, unlike that of `write`
 
-    async def _append_shared(self, given: Batch | TableWrite, reported: int) -> dict[int, bytes]:
+    async def _append_shared(self, given: Batch | TableWrite | None, reported: int) -> dict[int, bytes]:
         async with self._appending:
             if self._to_journal is None:
                 raise self._lost

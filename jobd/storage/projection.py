@@ -116,15 +116,16 @@ class Projection:
         self.accept(prepared)
         return prepared.payloads
 
-    def prepare(self, given: Batch | TableWrite, reported: int = 0) -> Prepared:
-        """Check what is to be appended, read the payloads, and make the record. See `append`.
+    def prepare(self, given: Batch | TableWrite | None, reported: int = 0) -> Prepared:
+        """Check what is to be appended, read the payloads, and make the record. See `append`. None changes nothing.
 
         If the record is in the journal, pass the result to `accept` before the next call.
         """
         db = self.db
         db.check()
         self.append_s = None
-        batch = given if isinstance(given, Batch) else Batch([], db.numbers, writes=[given])
+        # Numbers that were read earlier may be old, because the caller can have waited for another append.
+        batch = given if isinstance(given, Batch) else Batch([], db.numbers, writes=[] if given is None else [given])
         if self.behind >= (MAX_BEHIND_FULL if self._is_full else MAX_BEHIND):
             self.project_slice()
         if db.membership is not None:

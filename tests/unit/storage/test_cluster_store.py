@@ -13,7 +13,8 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
-from jobd.model.journal import BadRecord, Fenced, JournalOutcomeUnknown, LeadershipLost
+from jobd.journal.record import decode
+from jobd.model.journal import BadRecord, Fenced, JournalOutcomeUnknown, LeadershipLost, Record
 from jobd.model.storage import AuditQuery, DiskFull, JobQuery, OpenedStore
 from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage import snapshots
@@ -342,6 +343,24 @@ async def test_a_full_server_writes_nothing_and_is_tried_again(leader: Node, ser
     leader.journal.before = MemorySharedJournal(server).before
     await leader.store.write(batch)
     assert (server.lead.number, leader.broken) == (1, [])
+
+
+async def test_a_probe_during_an_append_does_not_set_the_numbers_back(leader: Node) -> None:
+    goes_on = asyncio.Event()
+
+    async def append(record: Record, acked: int) -> None:
+        await goes_on.wait()
+        await leader.journal.append(record, acked)
+
+    leader.store.lead(append)
+    last, batch = leader.store._projection.last, Writer(1).batch()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(leader.store.write(batch))
+        group.create_task(leader.store.probe())
+        await asyncio.sleep(0.05)  # the probe of the local disk ends before the append
+        goes_on.set()
+    written, probe = [decode(each)[0] for each in await leader.journal.read(last, 10)]
+    assert written.numbers == probe.numbers == batch.numbers
 
 
 async def test_a_probe_finds_the_full_disk_of_the_server(leader: Node, server: MemoryServer) -> None:
