@@ -1031,7 +1031,7 @@ class ClusterView(Struct, frozen=True, kw_only=True):
     synchronous: Annotated[
         bool | None, Meta(description="Whether a record is on two machines before it is acknowledged; null if unknown.")
     ] = None
-    require_sync: Annotated[bool, Meta(description="Whether it must be: `journal.require_sync`.")] = True
+    require_sync: Annotated[bool, Meta(description="Whether it must be: `journal.require_sync`.")] = False
     waits_for_sync: Annotated[
         bool, Meta(description="Whether a write waits for a synchronous standby of PostgreSQL.")
     ] = False

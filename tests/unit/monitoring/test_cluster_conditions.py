@@ -17,7 +17,9 @@ from tests.support.virtual_engine import VirtualEngine, in_virtual_time, seconds
 
 A = NodeView("a", "", "leader", 100, 1_000, 0, 1, False)
 B = NodeView("b", "", "standby", 100, 1_000, 0, 1, False)
-VIEW = ClusterView(role="leader", record=1_000, synchronous=True, oldest_transaction_ms=10, nodes=[A, B])
+VIEW = ClusterView(
+    role="leader", record=1_000, synchronous=True, require_sync=True, oldest_transaction_ms=10, nodes=[A, B]
+)
 
 
 def conditions(view: ClusterView, found: ClusterConditions | None = None, now_ms: int = 0) -> dict[str, Condition]:

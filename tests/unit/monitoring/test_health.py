@@ -559,7 +559,7 @@ async def test_the_journal_counts_in_a_cluster_only() -> None:
         health = health_of(engine)
         view = await health.view()
         assert not view.journal
-        health.cluster = lambda: ClusterView(role="leader", synchronous=False)
+        health.cluster = lambda: ClusterView(role="leader", synchronous=False, require_sync=True)
         await seconds(MAX_AGE_S)
         view = await health.view()
         assert view.journal
@@ -572,8 +572,8 @@ async def test_the_journal_counts_in_a_cluster_only() -> None:
     [
         (ClusterView(role="leader", synchronous=None), "unhealthy", "does not respond"),
         (ClusterView(role="leader", synchronous=True, waits_for_sync=True), "unhealthy", "A write waits"),
-        (ClusterView(role="leader", synchronous=False), "degraded", "no synchronous standby"),
-        (ClusterView(role="leader", synchronous=False, require_sync=False), "healthy", "on one PostgreSQL server"),
+        (ClusterView(role="leader", synchronous=False, require_sync=True), "degraded", "no synchronous standby"),
+        (ClusterView(role="leader", synchronous=False), "healthy", "on one PostgreSQL server"),
         (
             ClusterView(role="leader", synchronous=True, journal="main", record=7),
             "healthy",
