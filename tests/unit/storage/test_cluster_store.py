@@ -85,6 +85,12 @@ async def following(path: str, server: MemoryServer) -> AsyncIterator[Node]:
         await node.store.close()
 
 
+async def refused(path: str, server: MemoryServer) -> None:
+    """Open a store that cannot be opened."""
+    async with following(path, server):
+        pass
+
+
 def rows_of(path: str) -> dict[str, list[tuple[object, ...]]]:
     """Return all rows of a closed store by table."""
     with edit_store(path) as conn:
@@ -436,14 +442,12 @@ async def test_a_damaged_row_ends_the_node_which_makes_its_tables_again(path: st
         await leader.store.write(maker.batch([maker.create("later")]))
     expected = rows_of(path)
     flip(path, "jobs", "created_at", "seq", seq)
-    node = Node(path, server)
-    await node.open()
-    with pytest.raises(StoreDamaged, match="job done"):
-        await node.store.load(["done"], [], [])
-    assert [type(error) for error in node.broken] == [StoreDamaged]
-    with pytest.raises(StoreDamaged):
-        await node.store.timeline(seq)
-    await node.store.close()
+    async with following(path, server) as node:
+        with pytest.raises(StoreDamaged, match="job done"):
+            await node.store.load(["done"], [], [])
+        assert [type(error) for error in node.broken] == [StoreDamaged]
+        with pytest.raises(StoreDamaged):
+            await node.store.timeline(seq)
     assert not Path(path).exists()
     assert Path(f"{path}.old").exists()
     async with following(path, server) as node:
@@ -534,10 +538,10 @@ async def test_a_store_of_another_cluster_or_of_one_machine_is_refused(path: str
     with pytest.raises(WrongCluster, match=r"belongs to cluster memory: set journal\.url"):
         await Store.open(path)
     with pytest.raises(WrongCluster, match="but the journal is that of cluster other"):
-        await Node(path, MemoryServer(cluster_id="other")).open()
+        await refused(path, MemoryServer(cluster_id="other"))
     await make_store(f"{path}.single")
     with pytest.raises(WrongCluster, match="is the store of a single machine"):
-        await Node(f"{path}.single", server).open()
+        await refused(f"{path}.single", server)
     async with open_store(f"{path}.single"):
         pass
     assert WrongCluster("x").exit_code == 78
@@ -546,7 +550,7 @@ async def test_a_store_of_another_cluster_or_of_one_machine_is_refused(path: str
 async def test_a_store_that_is_in_use_is_refused(path: str, server: MemoryServer) -> None:
     async with following(path, server):
         with pytest.raises(StoreBusy):
-            await Node(path, server).open()
+            await refused(path, server)
 
 
 async def test_a_store_ahead_of_its_journal_is_refused(path: str, server: MemoryServer) -> None:
@@ -556,9 +560,9 @@ async def test_a_store_ahead_of_its_journal_is_refused(path: str, server: Memory
             await leader.store.write(maker.batch([maker.create()]))
     server.records.pop()
     server.lead = replace(server.lead, number=2)
-    with pytest.raises(StoreAhead, match="has record 3, but the last record of the journal is 2") as refused:
-        await Node(path, server).open()
-    assert refused.value.exit_code == 78
+    with pytest.raises(StoreAhead, match="has record 3, but the last record of the journal is 2") as error:
+        await refused(path, server)
+    assert error.value.exit_code == 78
 
 
 async def test_a_store_on_another_branch_is_made_again(path: str, server: MemoryServer) -> None:
@@ -629,7 +633,7 @@ async def test_without_a_usable_snapshot_a_trimmed_journal_is_an_error(path: str
         await leader.journal.trim(2)
         server.snapshots[3] = ([b"no snapshot"], 0)
     with pytest.raises(StoreUnreadable, match="no usable snapshot and no first record"):
-        await Node(f"{path}.new", server).open()
+        await refused(f"{path}.new", server)
     async with following(path, server):
         pass  # it needs neither
 

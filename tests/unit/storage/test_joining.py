@@ -15,7 +15,7 @@ from jobd.storage.membership import WrongCluster
 from jobd.storage.store import Store, StoreBusy, StoreUnreadable
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import assert_holds, edit_store, leave_tail, make_store, open_store, read_file
-from tests.unit.storage.test_cluster_store import Node, following, leading, rows_of
+from tests.unit.storage.test_cluster_store import Node, following, leading, refused, rows_of
 
 
 async def founded(path: str, server: MemoryServer) -> ChangeFactory:
@@ -86,7 +86,7 @@ async def test_the_store_of_a_node_becomes_that_of_a_single_machine(path: str, i
     with pytest.raises(WrongCluster, match="is the store of a single machine already"):
         joining.leave(path, is_complete=True)
     with pytest.raises(WrongCluster, match="is the store of a single machine: make"):
-        await Node(path, server).open()
+        await refused(path, server)
 
 
 async def test_a_store_is_replaced_by_that_of_a_cluster(path: str) -> None:

@@ -13,7 +13,8 @@ from jobd.journal.facts import EventRow
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import Batch
-from jobd.storage import files, migrations, startup
+from jobd.storage import files, membership, migrations, startup
+from jobd.storage.cluster_store import ClusterStore
 from jobd.storage.connection import StoreConnection
 from jobd.storage.database import Database
 from jobd.storage.projection import Projection
@@ -24,6 +25,7 @@ from tests.proof.planted.registry import SIMULATION, bug
 PROJECTION = "tests/unit/storage/test_projection_faults.py"
 STORE = "tests/unit/storage/test_store.py"
 WALK = "tests/unit/storage/test_projection_walk.py"
+CLUSTER = "tests/unit/storage/test_cluster_store.py"
 OUTAGES = "tests/integration/test_outages.py"
 
 _late_records: WeakKeyDictionary[SqliteJournal, Record] = WeakKeyDictionary()
@@ -149,6 +151,65 @@ def _(uncount: Any, self: Projection, seq: int) -> None: ...
 async def _(plan_deliveries: Any, self: Store, moved: Any, new: Any) -> None:
     await plan_deliveries(self, moved, [])
     await plan_deliveries(self, moved, new)
+
+
+@bug(
+    "tables-ahead-of-a-shared-journal",
+    ClusterStore._append_shared,
+    breaks="a node has a change that the journal never gets",
+    found_by=CLUSTER,
+)
+async def _(append_shared: Any, self: ClusterStore, given: Any, reported: int) -> Any:
+    prepared = self._projection.prepare(given, reported)
+    self._projection.accept(prepared)
+    assert self._to_journal is not None
+    await self._to_journal(prepared.record, prepared.record.number - 1)
+    return prepared.payloads
+
+
+@bug(
+    "append-goes-on-after-an-unknown-outcome",
+    ClusterStore._append_shared,
+    breaks="a record is appended behind one that may be in the journal",
+    found_by=CLUSTER,
+)
+async def _(append_shared: Any, self: ClusterStore, given: Any, reported: int) -> Any:
+    append = self._to_journal
+    try:
+        return await append_shared(self, given, reported)
+    finally:
+        self._to_journal = append
+
+
+@bug(
+    "branch-not-compared",
+    membership.is_on_branch,
+    breaks="a node with records that the journal has lost leads",
+    found_by=CLUSTER,
+)
+async def _(is_on_branch: Any, path: str, journal: Any, last: Any) -> bool:
+    return True
+
+
+@bug(
+    "gap-in-followed-records",
+    Projection.follow,
+    breaks="a standby goes on without a record that is missing",
+    found_by=CLUSTER,
+)
+def _(follow: Any, self: Projection, records: Any, decoded: Any = ()) -> None:
+    for each in records:
+        self.last = each.number - 1
+        follow(self, [each])
+
+
+@bug(
+    "damaged-row-quarantined-on-one-node",
+    Database.keep_damage,
+    breaks="the nodes of a cluster have different rows",
+    found_by=CLUSTER,
+)
+def _(keep_damage: Any, self: Database, what: str) -> None: ...
 
 
 @bug("sums-kept-over-a-rollback", Database.commit, breaks="totals count a rejected batch", found_by=OUTAGES)
