@@ -10,7 +10,7 @@ import pytest
 from tests import ROOT
 from tests.proof.planted import __main__ as program
 from tests.proof.planted.bugs import BUGS
-from tests.proof.planted.registry import LEVELS, SIMULATION, Bug, plant
+from tests.proof.planted.registry import CLUSTER_SIMULATION, LEVELS, SIMULATION, Bug, plant
 from tests.proof.simulation.run import simulate
 
 # Found within a few short runs.
@@ -30,6 +30,14 @@ def test_the_simulation_finds_a_bug(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert BUGS[name].found_by == SIMULATION
     plant(BUGS[name], monkeypatch)
     assert any(simulate(seed, 100).broken for seed in range(30))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["fence-left-out", "unacknowledged-records-applied"])
+def test_the_simulation_of_several_nodes_finds_a_bug(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert BUGS[name].found_by == CLUSTER_SIMULATION
+    plant(BUGS[name], monkeypatch)
+    assert any(simulate(seed, 100, cluster=True).broken for seed in range(30))
 
 
 @pytest.mark.timeout(300)  # runs a test file in another process

@@ -225,8 +225,9 @@ class Monitor(DecisionChecks):
             self.must(batch.numbers.next_token > counter, "S2", "the mark of the tokens went back")
         self._check_audit(batch)
         self._check_keys(batch)
-        self._earliest_wall = sys.maxsize
         self._check_cleanup(batch)
+        if not batch.writes:
+            self._earliest_wall = sys.maxsize
         if daemon is not None and not batch.writes:
             disk = self.machine.disk
             for change in batch.changes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 from msgspec.structs import replace
 
@@ -10,9 +11,12 @@ from jobd.cluster import standby
 from jobd.cluster.leadership import Leadership
 from jobd.cluster.lease import LeaderLease, StandbyLease
 from jobd.cluster.standby import Standby
+from jobd.cluster.warm_state import WarmState
 from jobd.journal.memory import MemorySharedJournal
 from jobd.model.journal import Head, Record
-from tests.proof.planted.registry import CLUSTER_SIMULATION, bug
+from jobd.model.storage import Batch, OpenedStore, TableWrite
+from jobd.storage.cluster_store import ClusterStore
+from tests.proof.planted.registry import CLUSTER_SIMULATION, CLUSTER_STORE, bug
 
 
 @bug(
@@ -85,6 +89,59 @@ async def _(take_over: Any, self: Standby) -> Leadership | None:
         return None
     self._begin_epoch(head.epoch)
     return Leadership(self._journal, head, lease, next_epoch=lambda: self._next_epoch(self._warm.state.epoch))
+
+
+_followed: WeakSet[WarmState] = WeakSet()
+
+
+@bug(
+    "snapshot-without-its-tail",
+    WarmState.apply,
+    breaks="a node that starts from a snapshot skips the records after it",
+    found_by=CLUSTER_SIMULATION,
+)
+async def _(apply: Any, self: WarmState, records: list[Record]) -> None:
+    if self in _followed or not records:
+        await apply(self, records)
+    else:
+        _followed.add(self)
+        self.number, self.last_event = records[-1].number, records[-1].last_event
+
+
+@bug(
+    "locks-age-without-a-leader",
+    WarmState.opened,
+    breaks="lease time goes on between two leaders",
+    found_by=CLUSTER_SIMULATION,
+)
+def _(opened: Any, self: WarmState) -> OpenedStore:
+    found: OpenedStore = opened(self)
+    return replace(found, numbers=replace(found.numbers, lease_ms=found.numbers.lease_ms + 5_000))
+
+
+@bug(
+    "keys-lost-at-a-takeover",
+    WarmState.opened,
+    breaks="a repeat after a takeover is done again",
+    found_by=CLUSTER_SIMULATION,
+)
+def _(opened: Any, self: WarmState) -> OpenedStore:
+    found: OpenedStore = opened(self)
+    return replace(found, keys=[])
+
+
+@bug(
+    "tables-ahead-of-the-journal",
+    ClusterStore._append_shared,
+    breaks="local tables take a record before the journal has it",
+    found_by=CLUSTER_STORE,
+)
+async def _(append: Any, self: ClusterStore, given: Batch | TableWrite | None, reported: int) -> dict[int, bytes]:
+    prepared = await self._call(self._projection.prepare, given, reported)
+    await self._call(self._projection.accept, prepared)
+    assert self._to_journal is not None
+    await self._to_journal(prepared.record, prepared.record.number - 1)
+    return prepared.payloads
 
 
 @bug(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import Callable, Coroutine
+from contextvars import ContextVar
 from functools import partial
 from random import Random
 from typing import Any, Final, TypeVar
@@ -22,6 +23,8 @@ Statement = Callable[[], Coroutine[Any, Any, T]]
 
 RESPONSE_S: Final = (0.02, 0.3, 2.0)  # after which a node gives up
 LEADING: Final = frozenset({"append", "renew", "take_over", "resolve"})
+
+is_stalled: ContextVar[bool] = ContextVar("is_stalled", default=False)  # a statement waits long for the quorum
 
 
 class SimServer(MemoryServer):
@@ -78,7 +81,10 @@ class Network(MemorySharedJournal):
             raise DiskFull("the simulated server is full")
 
     async def _replicate(self, call: str) -> None:
-        await asyncio.sleep(self._delay_s())
+        await asyncio.sleep(self._late_s() if is_stalled.get() else self._delay_s())
+
+    def _late_s(self) -> float:
+        return self._dice.choice((0.4, 2.0, 20.0))
 
     def _delay_s(self) -> float:
         return self._dice.random() * (self.slowness_s or 0.002)
@@ -136,22 +142,13 @@ class Network(MemorySharedJournal):
         if lost == "request":
             return
         if lost == "late request":
-            await asyncio.sleep(self._dice.choice((0.4, 2.0, 20.0)))
+            await asyncio.sleep(self._late_s())
+        is_stalled.set(lost == "quorum")
         try:
-            result = await self._slowly(statement) if lost == "quorum" else await statement()
+            result = await statement()
         except Exception as error:
             if not response.done() and lost is None:
                 response.set_exception(error)
             return
         if lost is None and self.is_reachable and not response.done():
             response.set_result(result)
-
-    async def _slowly(self, statement: Statement[T]) -> T:
-        before, self.after = self.after, self._stall
-        try:
-            return await statement()
-        finally:
-            self.after = before
-
-    async def _stall(self, call: str) -> None:
-        await asyncio.sleep(self._dice.choice((0.4, 2.0, 20.0)))
