@@ -157,10 +157,10 @@ def _ask(confirmation: Confirmation, ids: Sequence[str]) -> None:
 def need_terminal() -> None:
     """Raise UsageError without a terminal to ask on."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise click.UsageError(
-            "this command asks for confirmation, but there is no terminal: add --yes to skip it, or --dry-run to "
-            "preview the effect"
-        )
+        advice = "add --yes to skip it"
+        if any(parameter.name == "dry_run" for parameter in click.get_current_context().command.params):
+            advice += ", or --dry-run to preview the effect"
+        raise click.UsageError(f"this command asks for confirmation, but there is no terminal: {advice}")
 
 
 def confirm(what: str) -> None:

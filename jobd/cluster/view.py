@@ -33,7 +33,8 @@ def cluster_view(
     """Return the state of the cluster as the node named `node` sees it."""
     nodes = [replace(each, seen_ms=each.seen_ms + registry.age_ms) for each in registry.nodes]
     health = registry.health
-    leading = next((each for each in nodes if each.process == at.holder), None)
+    holder = None if at.leader is None else at.holder  # the lease of the latest holder may be over
+    leading = next((each for each in nodes if each.process == holder), None)
     problems = [text for text in (at.problem, registry.problem) if text is not None]
     problems += _problems(nodes, leading)
     if not registry.is_reachable and at.problem is None:

@@ -22,7 +22,7 @@ from jobd.model.storage import AuditEntry, Batch, Numbers, QueueRow, StoredRespo
 
 FORMAT: Final = 2
 CLOSING: Final = b"\xff"  # the body of the last record of a journal that nodes may not follow any more
-_CLOSED: Final = "ends the journal: `jobd cluster leave` has made the store of a single machine from this cluster"
+_CLOSED: Final = "closes it: `jobd cluster leave` has made the store of a single machine from this cluster"
 
 
 class _Body(Struct, array_like=True, gc=False):

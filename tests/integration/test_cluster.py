@@ -109,7 +109,7 @@ def test_a_leader_steps_down_and_follows_again(cluster: Cluster) -> None:
     assert second.post("/v1/jobs/one/start", {"worker": "w"}).status == 200
 
 
-def test_a_frozen_leader_that_wakes_up_answers_no_request(cluster: Cluster) -> None:
+def test_a_stopped_leader_that_resumes_serves_no_request(cluster: Cluster) -> None:
     first = cluster.add("a")
     first.wait_leads()
     create(first, "one")
@@ -118,13 +118,13 @@ def test_a_frozen_leader_that_wakes_up_answers_no_request(cluster: Cluster) -> N
     first.process.send_signal(signal.SIGSTOP)
     second.wait_leads()
     assert second.post("/v1/jobs/one/start", {"worker": "w"}).status == 200
-    answers: list[str] = []
+    errors: list[str] = []
 
     def ask() -> None:
         try:
-            answers.append(first.get("/v1/jobs/one").error)
+            errors.append(first.get("/v1/jobs/one").error)
         except OSError as error:
-            answers.append(type(error).__name__)
+            errors.append(type(error).__name__)
 
     asking = threading.Thread(target=ask)
     asking.start()
@@ -132,7 +132,7 @@ def test_a_frozen_leader_that_wakes_up_answers_no_request(cluster: Cluster) -> N
     first.process.send_signal(signal.SIGCONT)
     asking.join()
     assert first.process.wait(WAIT_S) == 75
-    assert answers[0] in {"not_leader", "outcome_unknown", "ConnectionResetError", "RemoteDisconnected"}
+    assert errors[0] in {"not_leader", "outcome_unknown", "ConnectionResetError", "RemoteDisconnected"}
     assert b"event=leadership_lost" in first.log
 
 
@@ -287,14 +287,12 @@ def proxied(cluster: Cluster, proxy: ProxyThread) -> dict[str, str]:
     return {"JOBD_JOURNAL_URL": re.sub(r"127\.0\.0\.1:\d+", f"127.0.0.1:{proxy.proxy.port}", cluster.url)}
 
 
-def test_a_leader_without_its_journal_answers_nothing_before_another_leads(
-    cluster: Cluster, proxy: ProxyThread
-) -> None:
+def test_a_leader_without_its_journal_serves_nothing_before_another_leads(cluster: Cluster, proxy: ProxyThread) -> None:
     first = cluster.add("a", **proxied(cluster, proxy))
     first.wait_leads()
     create(first, "one")
     second = cluster.add("b")
-    answered: dict[str, list[float]] = {"a": [], "b": []}
+    served: dict[str, list[float]] = {"a": [], "b": []}
     stop = threading.Event()
 
     def ask(node: NodeProcess) -> None:
@@ -302,7 +300,7 @@ def test_a_leader_without_its_journal_answers_nothing_before_another_leads(
             with suppress(OSError, http.client.HTTPException):
                 sent = time.monotonic()
                 if node.get("/v1/jobs/one").status == 200:
-                    answered[node.name].append(sent)
+                    served[node.name].append(sent)
             time.sleep(0.005)
 
     askers = [threading.Thread(target=ask, args=(node,)) for node in (first, second)]
@@ -313,11 +311,11 @@ def test_a_leader_without_its_journal_answers_nothing_before_another_leads(
     second.wait_leads()
     assert first.process is not None
     assert first.process.wait(WAIT_S) == 75
-    wait_until(lambda: answered["b"])
+    wait_until(lambda: served["b"])
     stop.set()
     for each in askers:
         each.join()
-    assert answered["a"][-1] < answered["b"][0]
+    assert served["a"][-1] < served["b"][0]
     assert b"the lease is over" in first.log
 
 

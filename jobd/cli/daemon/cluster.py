@@ -68,7 +68,7 @@ def init_command(from_store: str | None, config: str | None, flags: dict[str, st
 def forget_command(name: str, config: str | None, flags: dict[str, str]) -> None:
     """Remove the entry of a node that does not come back.
 
-    Refuses if the node was seen in the last 6 s. A node that starts later adds its entry again.
+    Refuses while the node is running. A node that starts later adds its entry again.
     """
     settings = _cluster_settings(config, flags).journal
     _run(_forget(settings, name))
@@ -100,9 +100,10 @@ async def _init_from_store(settings: JournalSection, path: str) -> None:
 @config_option
 @flag_options
 def leave_command(yes: bool, config: str | None, flags: dict[str, str]) -> None:
-    """Return to a single machine: store.path gets all that is in the journal, and no node can use the journal again.
+    """Return to a single machine, with everything that is in the journal.
 
-    The daemons of all nodes are stopped. Afterwards, remove journal.url from the configuration.
+    The daemons of all nodes are stopped. The database at store.path gets the records that it lacks, and the journal is
+    closed: no node can use it again. Afterwards, remove journal.url from the configuration.
     """
     settings = _cluster_settings(config, flags)
     path = settings.store.path

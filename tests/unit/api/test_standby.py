@@ -95,7 +95,7 @@ async def test_open_connections_reach_the_new_leader(standby: Standby) -> None:
     assert (await client.request("GET", "/readyz")).data == {"status": "ok"}
 
 
-async def test_no_command_reaches_a_state() -> None:
+async def test_a_standby_rejects_every_command() -> None:
     actor = NoActor()
     for error in (await actor.ask(None), actor.send(None, None)):
         assert (error.code, error.details) == ("not_leader", {"leader": None})
@@ -103,7 +103,7 @@ async def test_no_command_reaches_a_state() -> None:
     actor.undelivered(None)
 
 
-async def test_a_node_that_has_lost_its_lead_answers_no_read(standby: Standby) -> None:
+async def test_a_node_that_has_lost_its_lead_serves_no_read(standby: Standby) -> None:
     """Also not one that needs no command of the actor."""
     is_lost = False
     routes = admin.ROUTES if standby.leads.admin else worker.ROUTES

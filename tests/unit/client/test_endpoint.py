@@ -122,7 +122,7 @@ def test_an_invalid_list_names_the_url(where: Address, message: str) -> None:
         worker_endpoints(where)
 
 
-def test_every_url_of_a_list_has_the_token_that_is_due(tmp_path: Path) -> None:
+def test_each_url_of_a_list_gets_its_token(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text("from-file\n")
     urls = "http://a:1,unix:/b,http://c:1"

@@ -303,7 +303,7 @@ def test_a_node_outside_the_list_cannot_name_another_one() -> None:
     assert call.nodes.leader("http://b:1", ELSEWHERE) == B
 
 
-def test_a_lost_leader_outside_the_list_leads_back_to_the_list() -> None:
+def test_after_a_lost_leader_outside_the_list_the_list_is_tried() -> None:
     call = Attempts()
     call.fail(standby(ELSEWHERE))
     call.serve()

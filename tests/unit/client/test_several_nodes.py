@@ -167,7 +167,7 @@ def test_the_error_of_a_call_names_every_url_with_its_outcome(nodes: Nodes, send
 
 
 @pytest.mark.parametrize("bad", ["refusing", "unresolvable", "missing socket", "another program's error"])
-def test_a_url_without_a_node_does_not_prevent_a_call(
+def test_an_unreachable_url_does_not_prevent_a_call(
     nodes: Nodes, send: Send, bad: str, refusing: str, server: ScriptedServer, tmp_path: Path
 ) -> None:
     nodes.elect(1)

@@ -64,7 +64,7 @@ def test_a_standby_waits_for_a_whole_lease_without_a_change(change: dict[str, in
     assert lease.see(head(**change))  # type: ignore[arg-type]
 
 
-def test_the_last_acknowledged_record_is_no_sign_of_life() -> None:
+def test_a_later_acknowledged_record_does_not_renew_the_lease() -> None:
     clock = FakeClock()
     lease = StandbyLease(LEASE_S, clock)
     lease.see(Head(2, 7, "x", None, 1, "a"))

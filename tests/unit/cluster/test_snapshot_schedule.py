@@ -116,7 +116,7 @@ def test_one_node_writes(name: str, others: str, writes: bool) -> None:
 
 
 @in_virtual_time
-async def test_a_leader_writes_if_its_standbys_are_gone() -> None:
+async def test_the_leader_writes_if_no_standby_runs() -> None:
     node = Node(MemoryServer(loop_ms), "a")
     node.registry.nodes.append(entry("b", seen_ms=10_000))
     node.append(10)

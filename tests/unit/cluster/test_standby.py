@@ -1,4 +1,4 @@
-"""The standby: what it applies, when it waits, and how it finds that the leader is gone."""
+"""The standby: what it applies, when it waits, and how it detects that the leader has ended."""
 
 from __future__ import annotations
 
@@ -303,7 +303,7 @@ def test_a_standby_that_has_seen_nothing_knows_no_leader() -> None:
     assert (standby.leader, standby.lag_records) == (None, 0)
 
 
-async def test_a_refused_connection_is_told_from_one_that_is_accepted(tmp_path: Path) -> None:
+async def test_a_refused_connection_is_distinguished_from_an_accepted_one(tmp_path: Path) -> None:
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()
 

@@ -1,4 +1,4 @@
-"""Several nodes on one journal: who leads, what a takeover keeps, and that an old leader answers nothing."""
+"""Several nodes on one journal: who leads, what a takeover keeps, and that an old leader sends no more responses."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ async def test_the_warm_state_equals_one_that_is_read_from_the_same_store() -> N
 
 @in_virtual_time
 async def test_a_node_that_is_lost_is_replaced_after_the_lease() -> None:
-    """Its machine does not refuse connections, because it is gone."""
+    """Its machine does not refuse connections, because it is lost."""
     server = MemoryServer()
     old, standby = nodes = cluster(server, "a", "b")
     assert await leader_of(nodes) is old
@@ -127,7 +127,7 @@ async def test_a_node_that_is_lost_is_replaced_after_the_lease() -> None:
 
 
 @in_virtual_time
-async def test_a_frozen_leader_that_wakes_late_answers_nothing() -> None:
+async def test_a_stopped_leader_that_resumes_late_serves_nothing() -> None:
     server = MemoryServer()
     old, standby = nodes = cluster(server, "a", "b")
     assert await leader_of(nodes) is old
@@ -152,7 +152,7 @@ async def test_a_frozen_leader_that_wakes_late_answers_nothing() -> None:
 
 
 @in_virtual_time
-async def test_a_read_is_not_answered_after_the_lease() -> None:
+async def test_a_read_is_not_served_after_the_lease() -> None:
     """The process was stopped after its last renewal, and no renewal has failed yet."""
     server = MemoryServer()
     [node] = cluster(server, "a")

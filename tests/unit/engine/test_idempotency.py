@@ -211,7 +211,7 @@ def test_commit_keeps_no_response_of_a_dropped_key() -> None:
     assert keys.find("a", NOW) is None
 
 
-def test_a_step_back_of_the_clock_does_not_fill_the_keys_for_good() -> None:
+def test_a_step_back_of_the_clock_does_not_fill_the_keys_permanently() -> None:
     keys = Keys([answer("a"), answer("b", NOW + 1)], 2)
     stepped_back = NOW - 60 * SAFE_MS
     assert keys.has_room(stepped_back)

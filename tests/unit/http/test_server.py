@@ -283,7 +283,7 @@ async def test_many_chunks_within_the_limit_are_accepted(tmp_path: Path, admin: 
         assert len(harness.actor.received) == 3
 
 
-async def test_malformed_input_after_many_chunks_is_answered_though_the_client_sends_no_more(tmp_path: Path) -> None:
+async def test_malformed_input_after_many_chunks_is_rejected_without_further_input(tmp_path: Path) -> None:
     async with HttpHarness(ROUTES, tmp_path, admin=True) as harness:
         client = await harness.connect()
         client.send(CHUNKED + b"1\r\n \r\n" * 10_000 + b"zz\r\n")

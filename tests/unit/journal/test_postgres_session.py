@@ -1,4 +1,4 @@
-"""Connecting to PostgreSQL: what is checked, and what the operator is told."""
+"""Connecting to PostgreSQL: checks, and messages for the operator."""
 
 from __future__ import annotations
 

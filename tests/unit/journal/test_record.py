@@ -134,7 +134,7 @@ def test_an_unknown_format_is_rejected_with_its_number() -> None:
 
 
 def test_the_last_record_of_a_closed_journal_says_so() -> None:
-    with pytest.raises(BadRecord, match="record 7 of the journal ends the journal: `jobd cluster leave`"):
+    with pytest.raises(BadRecord, match="record 7 of the journal closes it: `jobd cluster leave`"):
         record.decode(recorded(record.CLOSING))
 
 

@@ -279,7 +279,7 @@ class Cluster(Machine):
                 self._routes[who] += not node.is_serving
                 return None
             is_answer = not isinstance(response, ApiError) or response.code not in NOT_ANSWERED
-            stale = f"{node.process} answered {type(command).__name__}, requested after another node had taken over"
+            stale = f"{node.process} responded to {type(command).__name__}, requested after another node had taken over"
             self.monitor.must(not (was_deposed and is_answer), "S18", stale, getattr(command, "id", None))
             if isinstance(response, ApiError) and response.code == "not_leader":
                 self._routes[who] += 1
