@@ -40,9 +40,9 @@ def _check_state(warm: State, opened: State, found: OpenedStore) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("seed", range(100, 103))
+@pytest.mark.parametrize(("seed", "cluster"), [(100, False), (101, False), (102, False), (3, True), (5, True)])
 def test_a_real_store_has_the_rows_of_a_simulated_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, cluster: bool
 ) -> None:
     records: list[Record] = []
     append = MemoryJournal.append
@@ -54,7 +54,7 @@ def test_a_real_store_has_the_rows_of_a_simulated_one(
     monkeypatch.setattr(MemoryJournal, "append", note)
     loop = SimLoop(Random(f"{seed}: loop"))
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        machine = runner.run(run_machine(seed, 300, loop, Trace(keep_lines=False), WITHOUT))
+        machine = runner.run(run_machine(seed, 300, loop, Trace(keep_lines=False), WITHOUT, cluster=cluster))
     assert machine.monitor.first is None
     path, dice, expected = str(tmp_path / "jobd.db"), Random(seed), MemoryTables()
     compared, warm = 0, State()

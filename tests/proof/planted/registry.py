@@ -32,7 +32,6 @@ RULES: Final = "tests/unit/core"
 ACTOR: Final = "tests/unit/engine"
 SIMULATION: Final = "tests/proof/test_simulation.py"
 CLUSTER_SIMULATION: Final = "tests/proof/test_cluster_simulation.py"
-CLUSTER_STORE: Final = "tests/unit/storage/test_cluster_store.py"
 
 
 class Bug(Struct, frozen=True):

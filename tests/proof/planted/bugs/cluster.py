@@ -14,9 +14,8 @@ from jobd.cluster.standby import Standby
 from jobd.cluster.warm_state import WarmState
 from jobd.journal.memory import MemorySharedJournal
 from jobd.model.journal import Head, Record
-from jobd.model.storage import Batch, OpenedStore, TableWrite
-from jobd.storage.cluster_store import ClusterStore
-from tests.proof.planted.registry import CLUSTER_SIMULATION, CLUSTER_STORE, bug
+from jobd.model.storage import OpenedStore
+from tests.proof.planted.registry import CLUSTER_SIMULATION, bug
 
 
 @bug(
@@ -128,20 +127,6 @@ def _(opened: Any, self: WarmState) -> OpenedStore:
 def _(opened: Any, self: WarmState) -> OpenedStore:
     found: OpenedStore = opened(self)
     return replace(found, keys=[])
-
-
-@bug(
-    "tables-ahead-of-the-journal",
-    ClusterStore._append_shared,
-    breaks="local tables take a record before the journal has it",
-    found_by=CLUSTER_STORE,
-)
-async def _(append: Any, self: ClusterStore, given: Batch | TableWrite | None, reported: int) -> dict[int, bytes]:
-    prepared = await self._call(self._projection.prepare, given, reported)
-    await self._call(self._projection.accept, prepared)
-    assert self._to_journal is not None
-    await self._to_journal(prepared.record, prepared.record.number - 1)
-    return prepared.payloads
 
 
 @bug(
