@@ -18,6 +18,7 @@ from jobd.engine.actor import COMMIT_BUCKETS_S
 from jobd.model.journal import Head, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost, Record, SharedJournal
 from jobd.model.storage import DiskFull
 
+LEAST_S: Final = 0.5  # for a response of the journal, although the lease is over
 RETRY_S: Final = 0.05  # while the journal cannot be reached
 
 log = structlog.get_logger("jobd.cluster")
@@ -141,10 +142,14 @@ class Leadership:
                 raise JournalOutcomeUnknown(f"record {record.number} may be in the journal or not: {lost}") from lost
 
     async def _resolve(self) -> Head:
-        """Keep the lead after an unknown outcome, with another epoch. Raises LeadershipLost."""
+        """Keep the lead after an unknown outcome, with another epoch. Raises LeadershipLost at the end of the lease.
+
+        A statement that is running then ends by itself. If it takes an epoch, nothing uses that.
+        """
         while True:
-            with contextlib.suppress(JournalOutcomeUnknown):
-                head = await self._retry(lambda: self._journal.resolve(self._next_epoch()))
+            with contextlib.suppress(JournalOutcomeUnknown, TimeoutError):
+                async with asyncio.timeout(max(self._lease.left_s, LEAST_S)):
+                    head = await self._retry(lambda: self._journal.resolve(self._next_epoch()))
                 self.epoch = head.epoch
                 self.on_epoch(head.epoch)
                 return head

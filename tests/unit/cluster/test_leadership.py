@@ -205,6 +205,24 @@ async def test_a_server_that_never_responds_to_the_resolution_ends_the_lead() ->
 
 
 @in_virtual_time
+async def test_an_append_waits_for_a_resolution_until_the_lease_ends() -> None:
+    server = MemoryServer()
+    node = Node(server)
+    lead = await node.lead()
+
+    async def hang(call: str) -> None:
+        if call == "append":
+            raise JournalOutcomeUnknown
+        await asyncio.sleep(60)
+
+    node.journal.before = hang
+    began_s = asyncio.get_running_loop().time()
+    with pytest.raises(JournalOutcomeUnknown, match="the lease is over"):
+        await lead.append(record(1), 0)
+    assert asyncio.get_running_loop().time() - began_s == pytest.approx(LEASE_S * 0.9, abs=0.01)
+
+
+@in_virtual_time
 async def test_a_lead_that_an_append_has_lost_is_not_renewed() -> None:
     server = MemoryServer()
     node = Node(server)
