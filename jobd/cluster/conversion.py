@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import Iterator
 from uuid import uuid4
 
 from jobd.journal import record
 from jobd.model.job import new_epoch
-from jobd.model.journal import Head, JournalUnavailable, Record, SharedJournal
+from jobd.model.journal import Head, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost, Record, SharedJournal
 from jobd.storage import joining, snapshots
 from jobd.storage.cluster_store import ClusterStore
 from jobd.storage.files import StoreError
@@ -47,17 +49,33 @@ async def leave(journal: SharedJournal, path: str, lease_s: float) -> int:
     """
     store, opened = await ClusterStore.open_for(path, journal)
     async with store:
-        head = await _take_free_lead(journal, opened.numbers.epoch, lease_s)
-        last = await _catch_up(store, journal, opened.last_record)
-        if last is None:
-            at = time.time_ns() // 1_000_000
-            made = Record(head.number + 1, 1, 0, head.epoch, at, record.CLOSING)
-            await journal.append(made, head.number)
+        with known_outcome():
+            head = await take_free_lead(journal, opened.numbers.epoch, lease_s)
+            last = await _catch_up(store, journal, opened.last_record)
+            if last is None:
+                at = time.time_ns() // 1_000_000
+                made = Record(head.number + 1, 1, 0, head.epoch, at, record.CLOSING)
+                await journal.append(made, head.number)
     return await asyncio.to_thread(joining.leave, path, epoch=head.epoch, is_complete=True)
 
 
-async def _take_free_lead(journal: SharedJournal, epoch: int, lease_s: float) -> Head:
-    """Take the lead when no node has it, so that no other node appends."""
+@contextlib.contextmanager
+def known_outcome() -> Iterator[None]:
+    """Translate errors of a lead into those of a command that can be repeated."""
+    try:
+        yield
+    except JournalOutcomeUnknown as error:
+        text = "PostgreSQL did not respond, so it is not known whether this was done: repeat the command"
+        raise JournalUnavailable(text) from error
+    except LeadershipLost as error:
+        raise CannotConvert(f"{error}: stop the daemons of all nodes first") from error
+
+
+async def take_free_lead(journal: SharedJournal, epoch: int, lease_s: float) -> Head:
+    """Take the lead when no node has it, with an epoch above `epoch`, so that no other node appends.
+
+    Raises CannotConvert if a node leads, and JournalOutcomeUnknown.
+    """
     seen = await journal.head()
     await asyncio.sleep(lease_s)
     now = await journal.head()

@@ -134,13 +134,12 @@ def _clear_lock(tx: Transaction, job: Job, lease: Lease) -> None:
 
 
 def end_grants(tx: Transaction, command: EndGrants) -> Response:
-    """End grants that were made before the store was restored from a backup."""
+    """End grants that were made before the store was restored from a backup, or its journal lost records."""
     done = 0
     for job_id in dict.fromkeys(command.ids):
         job = tx.state.processing.get(job_id)
         if job is not None:
-            cause = "The store was restored from a backup, which ends every grant in it."
-            transitions.stall(tx, job, cause, rule="restore", why="restored")
+            transitions.stall(tx, job, command.cause, rule="restore", why="restored")
             done += 1
     return Response(MaintenanceResult(done))
 

@@ -806,15 +806,16 @@ class ExtendAfterPause(Command, frozen=True, kw_only=True):
 
 
 class EndGrants(Command, frozen=True, kw_only=True):
-    """End the grants of the processing jobs `ids` by their stall rule, after a backup was restored.
+    """End the grants of the processing jobs `ids` by their stall rule, after a restored backup or lost records.
 
-    With `last`, the mark of a restored backup is removed from the store in the same transaction.
+    With `last`, the mark of a restored backup is removed from the store in the same transaction. `cause` is a sentence.
     """
 
     admission = "ending"
 
     ids: list[str]
     last: bool
+    cause: str = "The store was restored from a backup, which ends every grant in it."
 
 
 class Recover(Command, frozen=True, kw_only=True):

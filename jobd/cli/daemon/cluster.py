@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from jobd.cli import exit_codes, terminal
-from jobd.cli.confirm import confirm
+from jobd.cli.confirm import confirm, need_terminal
 from jobd.cli.daemon.settings import config_option, flag_options, read
 from jobd.cli.params import SETTINGS, CommandGroup
 
 if TYPE_CHECKING:
+    from jobd.cluster.loss import Accepted, Loss
     from jobd.config import Config, JournalSection
     from jobd.model.journal import SharedJournal
 
@@ -24,6 +25,9 @@ _NOT_SYNCHRONOUS: Final = (
     "PostgreSQL has no synchronous standby, so that a lost disk loses jobs: set synchronous_standby_names, such as "
     "'ANY 1 (s1, s2)', or accept the loss with [journal] require_sync = false"
 )
+
+_GONE_ON: Final = "a leader has gone on without the lost records: nothing else is to be done"
+_WOULD_GO_ON: Final = "would begin a new epoch, and end all grants by their stall rule"
 
 
 @click.group(cls=CommandGroup, context_settings=SETTINGS)
@@ -121,6 +125,70 @@ async def _leave(settings: JournalSection, path: str) -> int:
         return await leave(journal, path, int(settings.lease) / 1000)
 
 
+@click.command("accept-loss")
+@click.option(
+    "--upto",
+    metavar="N",
+    type=click.IntRange(min=0),
+    required=True,
+    help="The last record that the journal has, as the message of a node that does not start says.",
+)
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", "is_dry_run", is_flag=True, help="Only print what is lost and what would be done.")
+@config_option
+@flag_options
+def accept_loss_command(upto: int, yes: bool, is_dry_run: bool, config: str | None, flags: dict[str, str]) -> None:
+    """Go on after PostgreSQL has lost acknowledged records, without those after record N.
+
+    The daemons of all nodes are stopped. Run it on a node that does not start because of the loss: it lists the jobs
+    that the lost records changed, and writes them to a file beside store.path, which `jobctl import` reads. All grants
+    end by their stall rule. To repeat it is harmless.
+    """
+    settings = _cluster_settings(config, flags)
+    if not yes and not is_dry_run:
+        need_terminal()
+    loss = _run(_find_loss(settings, upto))
+    for line in loss.describe():
+        terminal.emit(line) if is_dry_run else terminal.say(line)
+    if is_dry_run:
+        if loss.changed.jobs:
+            terminal.emit(f"would write these jobs, as far as they exist, to {loss.file}")
+        terminal.emit(_GONE_ON if loss.is_accepted else _WOULD_GO_ON)
+        return
+    if not yes:
+        confirm(f"go on with journal {settings.journal.name} after record {upto}, without what it has lost")
+    if loss.changed.jobs:
+        terminal.emit(f"{loss.file}: {_run(_write_file(loss))} jobs")
+    if loss.is_accepted:
+        terminal.emit(_GONE_ON)
+        return
+    with contextlib.redirect_stdout(sys.stderr):  # its log lines
+        done = _run(_go_on(settings, loss))
+    terminal.emit(f"{settings.journal.name}: epoch {done.epoch} has begun, and {done.grants} grants have ended")
+
+
+async def _find_loss(settings: Config, upto: int) -> Loss:
+    from jobd.cluster.loss import find
+
+    async with _opened(settings.journal) as journal:
+        return await find(journal, settings.store.path, upto)
+
+
+async def _write_file(loss: Loss) -> int:
+    import asyncio
+
+    from jobd.cluster.loss import write_file
+
+    return await asyncio.to_thread(write_file, loss)
+
+
+async def _go_on(settings: Config, loss: Loss) -> Accepted:
+    from jobd.cluster.loss import go_on
+
+    async with _opened(settings.journal) as journal:
+        return await go_on(journal, loss, settings.policy(), int(settings.journal.lease) / 1000)
+
+
 @click.command("join")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @config_option
@@ -139,7 +207,7 @@ def join_command(yes: bool, config: str | None, flags: dict[str, str]) -> None:
     terminal.emit(f"{path}: kept as {discard(path)}; the next start makes it again from the journal")
 
 
-cluster.add_all("Journal", init_command, leave_command, forget_command)
+cluster.add_all("Journal", init_command, leave_command, forget_command, accept_loss_command)
 
 
 def check_journal(settings: JournalSection) -> None:
@@ -176,4 +244,10 @@ def _cluster_settings(config: str | None, flags: dict[str, str]) -> Config:
 def _run(work: Coroutine[Any, Any, T]) -> T:
     import asyncio
 
-    return asyncio.run(work)
+    from jobd.model.storage import DiskFull
+
+    try:
+        return asyncio.run(work)
+    except DiskFull as error:
+        text = f"The disk is full: {error}. Free some space and try again"
+        raise exit_codes.CliError(text, exit_codes.IO_ERROR) from None

@@ -1,0 +1,229 @@
+"""Go on with a journal that has lost acknowledged records, as after an asynchronous failover of its server.
+
+The records are lost for all nodes. A node whose tables have them can say which jobs they changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from msgspec import Raw, Struct
+
+from jobd.cluster.conversion import known_outcome, take_free_lead
+from jobd.cluster.standby import JUMP, READ_LIMIT
+from jobd.cluster.warm_state import WarmState
+from jobd.core import views
+from jobd.engine.batch import Decider, Preloaded
+from jobd.engine.clock import Clock
+from jobd.engine.idempotency import Keys
+from jobd.engine.mailbox import Envelope
+from jobd.engine.waiting_claims import ParkedClaims
+from jobd.model.commands import Call, EndGrants
+from jobd.model.job import Policy
+from jobd.model.journal import BadRecord, Head, SharedJournal
+from jobd.model.responses import Response
+from jobd.model.storage import AuditEntry, Batch, EventPruning, OpenedStore
+from jobd.storage import files, lost_records, membership, snapshots
+from jobd.storage.cluster_store import ClusterStore
+from jobd.storage.files import StoreError
+from jobd.storage.lost_records import LostChanges, LostJob
+from jobd.storage.membership import Followed, StoreAhead
+
+CAUSE: Final = "The journal has lost records, which ends every grant in it."
+_MAX_SHOWN: Final = 100  # jobs
+
+
+class CannotAccept(StoreError):
+    """A loss cannot be accepted. The text says why."""
+
+
+class Loss(Struct):
+    """The records after `upto` that the journal has lost, and what those up to `last` changed.
+
+    The store at `path` has these, unless `last` is `upto`. With `is_accepted`, a leader has gone on without them.
+    """
+
+    path: str
+    upto: int
+    last: int
+    is_accepted: bool
+    changed: LostChanges
+
+    @property
+    def file(self) -> str:
+        """The file for the jobs that the store still has."""
+        return f"{self.path}.lost-after-{self.upto}.jsonl"
+
+    def describe(self) -> list[str]:
+        """Return lines about what is lost."""
+        if self.last == self.upto:
+            return [f"{self.path} has no record that the journal has lost"]
+        jobs, queues = self.changed.jobs, self.changed.queues
+        lines = [f"the journal has lost records {self.upto + 1} to {self.last}, and perhaps later ones"]
+        lines.append(f"    jobs changed by them: {len(jobs)}")
+        lines += [f"    {_line(each)}" for each in jobs[:_MAX_SHOWN]]
+        if len(jobs) > _MAX_SHOWN:
+            lines.append(f"    and {len(jobs) - _MAX_SHOWN} more")
+        if queues:
+            lines.append(f"    queues paused or resumed by them: {', '.join(queues)}")
+        return lines
+
+
+class Accepted(Struct):
+    """The outcome: how many grants ended, and the new epoch."""
+
+    grants: int
+    epoch: int
+
+
+def _line(lost: LostJob) -> str:
+    if lost.before is None:
+        return f"{lost.id}: it is {lost.after} here, and the journal does not have it"
+    if lost.after is None:
+        return f"{lost.id}: it was deleted here, and is {lost.before} in the journal"
+    if lost.before == lost.after:
+        return f"{lost.id}: it is {lost.after}, and has changed"
+    return f"{lost.id}: it is {lost.after} here, and {lost.before} in the journal"
+
+
+async def find(journal: SharedJournal, path: str, upto: int) -> Loss:
+    """Return what the journal has lost after record `upto`, as far as the store at `path` has it.
+
+    Raises CannotAccept if `upto` is not the last record before the loss, and the errors of a store.
+    """
+    head, epochs = await journal.head(), await journal.epochs()
+    last = await asyncio.to_thread(lost_records.last_record, path, journal.cluster_id)
+    common = head.number if last is None else await _last_common(journal, path, last, head.number)
+    has_lost = last is not None and last.number > common
+    is_accepted = upto < head.number and any(first == upto + 1 for _, first in epochs)
+    if (has_lost or not is_accepted) and upto != common:
+        what = f"the last record that {path} and the journal share" if has_lost else "the last record of the journal"
+        raise CannotAccept(f"{what} is {common}: use --upto {common}")
+    changed = LostChanges()
+    if has_lost:
+        after = await _last_event(journal, path, upto)
+        changed = await asyncio.to_thread(lost_records.changes, path, after)
+    return Loss(path, upto, last.number if last is not None and has_lost else upto, is_accepted, changed)
+
+
+async def _last_common(journal: SharedJournal, path: str, last: Followed, head: int) -> int:
+    """Return the number of the last record that the store and the journal share, at most `head`."""
+    with suppress(StoreAhead):
+        if await membership.is_on_branch(path, journal, last):
+            return head
+    later = [first - 1 for epoch, first in await journal.epochs() if epoch > last.epoch and first <= last.number]
+    return min([head, *later])
+
+
+async def _last_event(journal: SharedJournal, path: str, number: int) -> int:
+    """Return the seq of the last event up to record `number`, which is in the journal or a snapshot."""
+    if number == 0:
+        return 0
+    with suppress(BadRecord):
+        return (await journal.read(number - 1, 1))[0].last_event
+    if all(each.number != number for each in await journal.snapshots()):
+        raise CannotAccept(f"the journal has neither record {number} nor a snapshot of it")
+    async with _scratch_directory(path) as place:
+        copy = f"{place}/jobd.db"
+        await snapshots.install(copy, journal.read_snapshot(number), journal.cluster_id)
+        return await asyncio.to_thread(lost_records.last_event, copy)
+
+
+def write_file(loss: Loss) -> int:
+    """Write the jobs that the store has and the journal not, or not like that. Return their number.
+
+    The lines are those of `jobctl export`.
+    """
+    new = f"{loss.file}.new"
+    Path(new).unlink(missing_ok=True)
+    files.create_private(new)
+    count = 0
+    with files.raising_disk_full(), open(new, "wb") as file:
+        for each in loss.changed.jobs:
+            if each.job is not None:
+                file.write(msgspec.json.encode(views.moved(each.job, Raw(each.payload))) + b"\n")
+                count += 1
+    files.put_in_place(new, loss.file)
+    return count
+
+
+async def go_on(journal: SharedJournal, loss: Loss, policy: Policy, lease_s: float) -> Accepted:
+    """End all grants by their stall rule in one record, and let numbers of jobs and events continue JUMP higher.
+
+    All nodes are stopped: nothing may lead for `lease_s`. If this is interrupted, the record is in the journal or not.
+    Raises CannotAccept, CannotConvert, JournalUnavailable or DiskFull.
+    """
+    last = await asyncio.to_thread(lost_records.last_record, loss.path, journal.cluster_id)
+    try:
+        async with _scratch_directory(loss.path) as place:
+            store, opened = await ClusterStore.open_for(f"{place}/jobd.db", journal)
+            highest = max(opened.numbers.epoch, 0 if last is None else last.epoch)
+            async with store:
+                with known_outcome():
+                    head = await take_free_lead(journal, highest, lease_s)
+                    batch = await _write_ending(journal, store, opened, head, loss, policy)
+                    await journal.release()
+        return Accepted(batch.audit[0].jobs, batch.numbers.epoch)
+    except BadRecord as error:
+        raise CannotAccept(f"the journal cannot be followed: {error}") from error
+
+
+@asynccontextmanager
+async def _scratch_directory(path: str) -> AsyncIterator[str]:
+    """Yield a new directory beside the store. One that a kill has left is removed."""
+    place = f"{path}.accepting"
+    await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
+    await asyncio.to_thread(os.mkdir, place, 0o700)
+    try:
+        yield place
+    finally:
+        await asyncio.to_thread(shutil.rmtree, place)
+
+
+async def _write_ending(
+    journal: SharedJournal,
+    store: ClusterStore,
+    opened: OpenedStore,
+    head: Head,
+    loss: Loss,
+    policy: Policy,
+) -> Batch:
+    """Follow the journal to its end, and append the record that ends all grants. Return its batch."""
+    if head.number != loss.upto:
+        raise CannotAccept(f"the last record of the journal is {head.number} now: try again")
+    warm = WarmState(store, opened, opened.last_record)
+    while warm.number < head.number:
+        await warm.apply(await journal.read(warm.number, READ_LIMIT))
+    batch = _ending(warm, head.epoch, loss, policy)
+    store.lead(journal.append)
+    await store.write(batch)
+    return batch
+
+
+def _ending(warm: WarmState, epoch: int, loss: Loss, policy: Policy) -> Batch:
+    """Return the batch that ends all grants, with an epoch of at least `epoch`."""
+    numbers, state = warm.opened().numbers, warm.state
+    state.epoch, state.next_token = max(epoch, state.epoch + 1), 1
+    state.next_job += JUMP
+    state.next_event += JUMP
+    gone_to = state.next_event - 1  # for clients that have seen lost events
+    decider = Decider(state, Keys([], 1), ParkedClaims(state.presence), refuse=lambda _: None, loop_time=time.monotonic)
+    command = EndGrants(ids=list(state.processing), last=False, cause=CAUSE)
+    call = Call(command, by="daemon", seed=os.urandom(16))
+    at = Clock(numbers.lease_ms, numbers.wall_ms).moment()
+    decided = decider.decide([Envelope(call, None, 0, [])], at, Preloaded(), policy, serves=False)
+    [(_, response)] = decided.replies
+    assert isinstance(response, Response), response
+    batch = decider.batch(decided, policy)
+    details = {"record": loss.upto, "lost_jobs": len(loss.changed.jobs)}
+    done = AuditEntry(at.now, "jobd cluster", "", "accept-loss", jobs=len(command.ids), details=details)
+    batch.audit, batch.writes = [done], [EventPruning([], [], gone_to)]
+    return batch

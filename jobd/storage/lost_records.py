@@ -1,0 +1,97 @@
+"""Read what the tables of a stopped node have of records that the journal has lost. Writes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from msgspec import Struct
+
+from jobd.model.job import Job
+from jobd.storage import membership, migrations, startup
+from jobd.storage.database import BY_SEQ, Database
+from jobd.storage.files import FileLock, StoreUnreadable
+from jobd.storage.membership import Followed
+from jobd.storage.queries import read_job
+
+_EVENTS: Final = "SELECT job_seq, job_id, queue, before, after FROM events WHERE seq > ? ORDER BY seq"
+
+
+class LostJob(Struct):
+    """A job that lost records have changed. `job` is the row in the tables; None if it was deleted, or is damaged.
+
+    `before` is its status in the journal, None if it was created later. `after` is the one in the tables, None if it
+    was deleted.
+    """
+
+    id: str
+    before: str | None
+    after: str | None
+    job: Job | None = None
+    payload: bytes = b"null"
+
+
+class LostChanges(Struct):
+    """What lost records have changed: jobs in the order of their creation, and names of queues."""
+
+    jobs: list[LostJob] = []
+    queues: list[str] = []
+
+
+def last_record(path: str, cluster_id: str) -> Followed | None:
+    """Return the last record that the store at `path` has followed; None if there is none.
+
+    Raises WrongCluster, StoreBusy, StoreTooNew or StoreUnreadable.
+    """
+    if not os.path.exists(path) or not os.path.getsize(path):
+        return None
+    with _opened(path) as db:
+        found = membership.read(db.conn)
+        membership.check(path, found, cluster_id, is_new=db.numbers.epoch == 0)
+        if found is None or not db.projected_to:
+            return None
+        return Followed(db.projected_to, found.record_crc, db.numbers.epoch)
+
+
+def last_event(path: str) -> int:
+    """Return the seq of the last event in the store at `path`."""
+    with _opened(path) as db:
+        return db.numbers.next_event - 1
+
+
+def changes(path: str, after_event: int) -> LostChanges:
+    """Return what the events with a seq above `after_event` have changed."""
+    lost = LostChanges()
+    with _opened(path) as db:
+        by_seq: dict[int, LostJob] = {}
+        for seq, job_id, queue, before, after in db.conn.execute(_EVENTS, (after_event,)):
+            if not seq:
+                lost.queues.append(queue)
+            elif (known := by_seq.get(seq)) is None:
+                by_seq[seq] = LostJob(job_id, before, after)
+            else:
+                known.after = after
+        for seq, each in sorted(by_seq.items()):
+            if each.before is None and each.after is None:
+                continue  # the journal never had it, and it was deleted again
+            for row in db.rows(BY_SEQ, (seq,)):
+                each.job, _ = read_job(db, row)
+            if each.job is not None and (payload := db.payload(seq)[0]) is not None:
+                each.payload = payload.body
+            lost.jobs.append(each)
+    lost.queues = list(dict.fromkeys(lost.queues))
+    return lost
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Database]:
+    with FileLock(path), startup.translated_errors(path):
+        header = startup.peek(path)
+        startup.check_version(path, header)
+        with startup.read_only(path) as conn:
+            startup.check_application_id(conn, path)
+            if header[1] < migrations.VERSION:
+                raise StoreUnreadable(f"{path} has schema version {header[1]}: use the version of jobd that wrote it")
+            yield startup.read_meta(conn, path)
