@@ -137,7 +137,7 @@ class Daemon:
         return True
 
     async def _follow(self) -> bool:
-        """Be a standby of the cluster until this node leads. Return False if a signal came first."""
+        """Run as a standby until this node leads. Return False if a signal came first."""
         node = self.node = ClusterNode(self._loaded)
         await node.open(self._stack, self._check_addresses)
         self._background.run("registry", node.registry)
@@ -145,13 +145,13 @@ class Daemon:
         self._stack.push_async_callback(self._close_listeners)
         self._make_authenticators()
         await asyncio.to_thread(self._make_dashboard)
-        self._prepared()  # it takes half a second, which a takeover does not have
+        self._prepared()  # now, because it takes half a second and a takeover must be fast
         for name, authenticator in self._authenticators.items():
             pages = self._dashboard if name == "admin" else None
             self._apps.append(node.app(authenticator, self._routes_of(name), self._limits(), pages))
         await self._listen()
         self._add_signal_handlers()
-        gc.enable()  # it can be long until this node leads
+        gc.enable()  # a standby can run for months
         watchdog = asyncio.create_task(self._feed_watchdog())
         systemd.ready()
         log.info("standby", node=self._loaded.config.node.name, pid=os.getpid())

@@ -65,7 +65,8 @@ class Keys:
         if len(self) < self.limit:
             return True
         oldest = next(iter(self._answers.values()), None)
-        if oldest is None or oldest.at <= now < oldest.at + SAFE_MS:  # one of the future is from before a step back
+        # A time in the future is from before the clock stepped back.
+        if oldest is None or oldest.at <= now < oldest.at + SAFE_MS:
             return False
         self._forget(oldest)
         return True

@@ -84,7 +84,7 @@ class RouteMatch(Struct, frozen=True):
 
 
 class Router:
-    """Match paths to routes: exact paths first, then paths with a part in braces. To build it takes some 0.1 s."""
+    """Match paths to routes: exact paths first, then paths with a part in braces. Building it takes about 0.1 s."""
 
     def __init__(self, routes: Iterable[Route], limits: Limits) -> None:
         self.routes = tuple(routes)

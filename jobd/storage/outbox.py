@@ -166,7 +166,7 @@ def _excess(db: Database, name: str, state: DeliveryState, entering: list[int]) 
 def _too_old(
     db: Database, name: str, state: DeliveryState, ended: dict[int, Delivery], going: set[int], now: int
 ) -> set[int]:
-    """Return those of the two oldest deliveries in this state that are too old, without those that are `going`.
+    """Return those of the two oldest deliveries in this state that are too old, except for those in `going`.
 
     Two are enough, because deliveries end one at a time.
     """

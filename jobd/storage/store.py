@@ -197,7 +197,7 @@ class Store(Storage):
             self._committing.set()
 
     def _start_upkeep(self) -> None:
-        """Start upkeep if it is needed. Slices come often enough to look, so an append does not."""
+        """Start upkeep if it is needed. Called after slices, which are frequent enough, and not after each append."""
         is_running = self._upkeep is not None and not self._upkeep.done()
         if not is_running and not self._closing.is_set() and self._projection.needs_upkeep:
             self._upkeep = asyncio.create_task(self._aside(self._projection.upkeep))

@@ -113,10 +113,10 @@ class Demo:
         held = [job.id for job in client.list_jobs(status="processing").jobs]
         began_s = time.monotonic()
         leader.kill()
-        self.say(f"KILL -9: the leader {leader.name} dies, with {', '.join(held) or 'no job'} in work")
+        self.say(f"KILL -9: the leader {leader.name} dies while {', '.join(held) or 'no job'} is processing")
         again = self._see_takeover(client, began_s)
         self.claims.append(("another node led after the leader was killed", again is not leader))
-        self.claims.append(("jobs were in work when the leader was killed", bool(held)))
+        self.claims.append(("jobs were processing when the leader was killed", bool(held)))
         leader.start()
         self._wait_until(lambda: leader.cluster()["lag_events"] < NEAR)
         self.say(f"node {leader.name} is back, and follows {again.name}")

@@ -72,6 +72,7 @@ def _show(view: ClusterView) -> None:
     if view.role == "single":
         terminal.emit("This daemon has a journal of its own; it is not part of a cluster.")
         return
+    behind = f", {view.lag_events} {'event' if view.lag_events == 1 else 'events'} behind" if view.lag_events else ""
     fields: list[tuple[str, Any]] = [
         ("journal", view.journal),
         ("leader", view.leader or "none"),
@@ -79,7 +80,7 @@ def _show(view: ClusterView) -> None:
         ("record", view.record),
         ("lease", None if view.lease_ms is None else terminal.span(view.lease_ms)),
         ("synchronous", "unknown" if view.synchronous is None else view.synchronous),
-        ("response of", f"{view.node} ({view.role}{f', {view.lag_events} events behind' if view.lag_events else ''})"),
+        ("response of", f"{view.node} ({view.role}{behind})"),
         *[("problem", problem) for problem in view.problems],
     ]
     terminal.pairs(fields)
