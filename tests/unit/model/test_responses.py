@@ -44,3 +44,11 @@ def test_the_defaults_of_responses_say_that_nothing_happened() -> None:
 
 def _is_plain(field: FieldInfo) -> bool:
     return isinstance(field.default, bool | int | str)
+
+
+def test_a_node_that_has_not_described_itself_for_ten_seconds_is_silent() -> None:
+    def node(seen_ms: int) -> responses.NodeView:
+        return responses.NodeView("a", "http://a", "standby", seen_ms, 1, 0, 2, config_differs=False)
+
+    assert not node(9_999).is_silent
+    assert node(10_000).is_silent
