@@ -763,5 +763,5 @@ def test_a_step_down_on_the_page_of_the_cluster(
             page.goto(f"{new.url}/audit")
             expect(page.get_by_role("main")).to_contain_text("new kernel")
             assert console_errors == []
-    except PostgresMissing as missing:
-        tool_missing("PostgreSQL", str(missing))
+    except PostgresMissing:
+        tool_missing("postgres", "postgresql")

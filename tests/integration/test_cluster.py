@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import re
 import signal
@@ -11,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
@@ -20,7 +19,7 @@ from tests.support import postgres
 from tests.support.daemon_process import TOKEN, DaemonResponse, call
 from tests.support.node_process import Cluster, NodeProcess
 from tests.support.postgres import PASSWORD, PostgresServer
-from tests.support.tcp_proxy import tcp_proxy
+from tests.support.tcp_proxy import ProxyThread
 
 WAIT_S = 60.0
 
@@ -244,38 +243,6 @@ def test_a_node_with_an_empty_disk_starts_from_a_snapshot(cluster: Cluster, post
     first.kill()
     second.wait_leads()
     assert second.admin("GET", "stats").data["totalJobs"] == 1_100
-
-
-class ProxyThread:
-    """A proxy in front of PostgreSQL, with a loop of its own."""
-
-    def __init__(self, target: int) -> None:
-        self._target = target
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        assert self._ready.wait(WAIT_S)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
-
-    async def _run(self) -> None:
-        self.loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        async with tcp_proxy(self._target) as self.proxy:
-            self._ready.set()
-            await self._stop.wait()
-
-    def lose(self, *, requests: bool, responses: bool) -> None:
-        """Forward nothing in these directions, and leave the connections open."""
-        self.proxy.loses_requests, self.proxy.loses_responses = requests, responses
-
-    def cut(self) -> None:
-        """End all connections, and forward new ones."""
-        self.loop.call_soon_threadsafe(self.proxy.cut)
 
 
 @pytest.fixture

@@ -10,18 +10,19 @@ from tests.support.daemon_process import TOKEN, DaemonProcess, free_port
 
 
 class NodeProcess(DaemonProcess):
-    """A node of a cluster, whose worker API is also on TCP."""
+    """A node of a cluster, whose worker API is also on TCP, at the address `host`."""
 
-    def __init__(self, directory: Path, url: str, name: str, **environ: str) -> None:
+    def __init__(self, directory: Path, url: str, name: str, *, host: str = "127.0.0.1", **environ: str) -> None:
         directory.mkdir(exist_ok=True)
         self.name = name
+        self.host = host
         self.port = free_port()
         settings = {
             "JOBD_JOURNAL_URL": url,
             "JOBD_JOURNAL_LEASE": "2s",
             "JOBD_JOURNAL_REQUIRE_SYNC": "false",
             "JOBD_NODE_NAME": name,
-            "JOBD_WORKER_LISTEN": f"127.0.0.1:{self.port}",
+            "JOBD_WORKER_LISTEN": f"{self.host}:{self.port}",
             "JOBD_WORKER_TOKEN_FILE": str(directory / "token"),
         }
         (directory / "token").write_text(TOKEN)
@@ -30,7 +31,7 @@ class NodeProcess(DaemonProcess):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def start(self) -> None:
         """Start the process and wait until it is a standby, at least."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 
@@ -13,3 +14,11 @@ async def wait_until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
         if result if isinstance(result, bool) else await result:
             return
         await asyncio.sleep(0.005)
+
+
+def poll_until(condition: Callable[[], bool], timeout_s: float = 120.0, *, every_s: float = 0.01) -> None:
+    """Wait until `condition` holds, without an event loop."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not happen in time"
+        time.sleep(every_s)

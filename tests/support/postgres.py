@@ -71,7 +71,7 @@ class PostgresServer:
         self.run("initdb", "-D", self._data, "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C")
         (self.directory / "data/pg_hba.conf").write_text(
             "local all all trust\nlocal replication all trust\n"
-            "host replication all 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n"
+            "host replication all 127.0.0.1/32 trust\nhost all all samenet scram-sha-256\n"
         )
 
     def copy_of(self, primary: PostgresServer, name: str) -> None:
@@ -209,10 +209,11 @@ def postgres_cluster(standbys: int = 1, **settings: object) -> Iterator[list[Pos
     with contextlib.ExitStack() as stack:
         primary = stack.enter_context(postgres(**settings))
         servers = [primary]
-        names = [f"s{number}" for number in range(1, standbys + 1)]
-        for name in names:
+        names = []
+        for _ in range(standbys):
             standby = PostgresServer(stack.enter_context(directory()))
-            standby.copy_of(primary, name)
+            names.append(f"s{standby.port}")
+            standby.copy_of(primary, names[-1])
             stack.callback(standby.stop)
             standby.start(**settings)
             servers.append(standby)

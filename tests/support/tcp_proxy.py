@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Self
 
 
 class TcpProxy:
@@ -68,3 +70,35 @@ async def tcp_proxy(target: int) -> AsyncIterator[TcpProxy]:
     finally:
         server.close()
         proxy.cut()
+
+
+class ProxyThread:
+    """A proxy with a loop of its own, in a thread."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        assert self._ready.wait(60)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    async def _run(self) -> None:
+        self.loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        async with tcp_proxy(self._target) as self.proxy:
+            self._ready.set()
+            await self._stop.wait()
+
+    def lose(self, *, requests: bool, responses: bool) -> None:
+        """Forward nothing in these directions, and leave the connections open."""
+        self.proxy.loses_requests, self.proxy.loses_responses = requests, responses
+
+    def cut(self) -> None:
+        """End all connections, and forward new ones."""
+        self.loop.call_soon_threadsafe(self.proxy.cut)

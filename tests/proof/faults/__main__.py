@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     outcomes = []
     for check in [known[name] for name in options.names] or known.values():
         print(f"{check.name} ...", file=sys.stderr, flush=True)
-        rounds = options.rounds or (check.few if options.few else check.rounds)
+        rounds = options.rounds or (max(check.few, 1) if options.few else check.rounds)
         outcomes.append(run_check(check, rounds, timed=not options.few))
     print(
         json.dumps([dataclasses.asdict(outcome) for outcome in outcomes], indent=1)

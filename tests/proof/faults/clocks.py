@@ -39,6 +39,24 @@ def _library() -> Path | None:
 FAKETIME: Final = Tool("libfaketime", "faketime", lambda: _library() is not None)
 
 
+def faked_clock(file: Path) -> dict[str, str]:
+    """Return the environment of a process whose wall clock is off by the seconds in `file`."""
+    return {
+        "LD_PRELOAD": str(_library()),
+        "FAKETIME_TIMESTAMP_FILE": str(file),
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "FAKETIME_NO_CACHE": "1",
+        "NO_FAKE_STAT": "1",  # otherwise Python finds its compiled modules outdated at every start
+    }
+
+
+def set_offset(file: Path, seconds: float) -> None:
+    """Set the offset of a wall clock. Its process sees it at its next read."""
+    new = file.with_suffix(".new")
+    new.write_text(f"{seconds:+}\n", encoding="utf-8")
+    new.rename(file)
+
+
 class SteppedClockDaemon(DaemonProcess):
     """A daemon whose wall clock `step` moves."""
 
@@ -49,19 +67,13 @@ class SteppedClockDaemon(DaemonProcess):
         super().__init__(
             directory,
             f"[cleanup]\nrecover_every = '{RECOVER_EVERY_MS}ms'\ninterval = '1h'\n",
-            LD_PRELOAD=str(_library()),
-            FAKETIME_TIMESTAMP_FILE=str(self._file),
-            FAKETIME_DONT_FAKE_MONOTONIC="1",
-            FAKETIME_NO_CACHE="1",
-            NO_FAKE_STAT="1",  # otherwise Python finds its compiled modules outdated at every start
+            **faked_clock(self._file),
         )
 
     def step(self, seconds: float) -> None:
         """Step the wall clock. The daemon sees it at its next read."""
         self._offset_s += seconds
-        new = self._file.with_suffix(".new")
-        new.write_text(f"{self._offset_s:+}\n", encoding="utf-8")
-        new.rename(self._file)
+        set_offset(self._file, self._offset_s)
 
     def now_ms(self) -> int:
         return int((time.time() + self._offset_s) * 1000)

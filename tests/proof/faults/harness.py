@@ -34,6 +34,8 @@ MODULES: Final = (
     "lost_responses",
     "clocks",
     "systemd_units",
+    "lost_leaders",
+    "lost_servers",
 )
 
 ONE_SLICE: Final = "tests.support.daemon_variants one_slice"  # a daemon that a kill leaves with a long tail
@@ -73,7 +75,7 @@ class Check:
     """A fault and what is promised under it.
 
     `run` returns counts of what was done and seen. It raises AssertionError, with details, if the promise is broken.
-    `rounds` is the number of faults in the report, `few` the number in the test suite (a few seconds).
+    `rounds` is the number of faults in the report, `few` the number in the test suite (a few seconds; 0: none).
     """
 
     name: str
