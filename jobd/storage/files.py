@@ -226,6 +226,22 @@ def _copy_owner_and_mode(fd: int, model: os.stat_result) -> None:
     os.fchmod(fd, stat.S_IMODE(model.st_mode))
 
 
+@contextlib.contextmanager
+def keeping_owner(path: str) -> Iterator[None]:
+    """Keep the owner of the store at `path`, or that of its directory, if root writes it.
+
+    The daemon runs as that user.
+    """
+    model = os.stat(path if os.path.exists(path) else Path(path).resolve().parent)
+    try:
+        yield
+    finally:
+        if os.geteuid() == 0:
+            for suffix in ("", ".lock", ".epoch", ".ballast"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.chown(f"{path}{suffix}", model.st_uid, model.st_gid)
+
+
 class EpochFile(Struct, frozen=True):
     """The highest epoch in the store's epoch file.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tests.support.postgres import PASSWORD, PostgresServer
 from tests.support.store_files import edit_store, make_store
 
 TOKEN = "canary-admin-0123456789abcdef"
+NOBODY = 65534
 SYNC_OFF = ("--set", "journal.require_sync=false")
 
 
@@ -88,6 +90,28 @@ def test_a_store_becomes_a_cluster_and_returns(
     code, _, err = run(capsys, monkeypatch, database, "cluster", "init", "--from-store", path, *SYNC_OFF)
     assert code == 78
     assert "the journal is in use" in err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can write files of another user")
+def test_root_leaves_a_store_to_its_owner(
+    database: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "jobd.db"
+    asyncio.run(make_store(str(path)))
+    for file in (tmp_path, path):
+        os.chown(file, NOBODY, NOBODY)
+    for file in (path.with_suffix(".db.lock"), path.with_suffix(".db.epoch")):
+        file.unlink(missing_ok=True)
+
+    def owners() -> set[int]:
+        return {path.with_name(f"jobd.db{suffix}").stat().st_uid for suffix in ("", ".lock", ".epoch")}
+
+    assert run(capsys, monkeypatch, database, "cluster", "init", "--from-store", str(path), *SYNC_OFF)[0] == 0
+    assert owners() == {NOBODY}
+    at_new = ("--set", f"store.path={path}", "--set", "journal.lease=500ms", *SYNC_OFF, "--yes")
+    assert run(capsys, monkeypatch, database, "join", *at_new)[0] == 0
+    assert run(capsys, monkeypatch, database, "cluster", "leave", *at_new)[0] == 0
+    assert owners() == {NOBODY}
 
 
 def test_init_needs_a_url(capsys: pytest.CaptureFixture[str]) -> None:

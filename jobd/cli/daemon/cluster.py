@@ -52,6 +52,7 @@ def init_command(from_store: str | None, config: str | None, flags: dict[str, st
     from uuid import uuid4
 
     from jobd.journal.postgres.journal import create
+    from jobd.storage.files import keeping_owner
     from jobd.storage.joining import FIRST_RECORD
 
     settings = _cluster_settings(config, flags).journal
@@ -59,7 +60,8 @@ def init_command(from_store: str | None, config: str | None, flags: dict[str, st
     made = _run(create(settings.url, settings.name, uuid4().hex, number=number))
     terminal.emit(f"{settings.name}: {'created' if made.is_new else 'exists already'} (id {made.cluster_id})")
     if from_store is not None:
-        _run(_init_from_store(settings, from_store))
+        with keeping_owner(from_store):
+            _run(_init_from_store(settings, from_store))
         terminal.emit(f"{from_store}: belongs to the cluster")
     if settings.require_sync and not _run(_is_synchronous(settings)):
         terminal.say(f"jobd: {_NOT_SYNCHRONOUS}.")
@@ -109,11 +111,13 @@ def leave_command(yes: bool, config: str | None, flags: dict[str, str]) -> None:
     The daemons of all nodes are stopped. The database at store.path gets the records that it lacks, and the journal is
     closed: no node can use it again. Afterwards, remove journal.url from the configuration.
     """
+    from jobd.storage.files import keeping_owner
+
     settings = _cluster_settings(config, flags)
     path = settings.store.path
     if not yes:
         confirm(f"end cluster {settings.journal.name}, and go on with {path} alone")
-    with contextlib.redirect_stdout(sys.stderr):  # its log lines
+    with contextlib.redirect_stdout(sys.stderr), keeping_owner(path):  # its log lines
         epoch = _run(_leave(settings.journal, path))
     terminal.emit(f"{path}: the store of a single machine, with epoch {epoch}")
 
