@@ -15,8 +15,15 @@ from msgspec import Struct
 from jobd.cluster.leadership import Leadership
 from jobd.cluster.lease import LeaderLease, StandbyLease, boot_clock_s
 from jobd.cluster.warm_state import WarmState
-from jobd.journal import record
-from jobd.model.journal import Fenced, Head, JournalOutcomeUnknown, JournalUnavailable, Record, SharedJournal
+from jobd.model.journal import (
+    BadRecord,
+    Fenced,
+    Head,
+    JournalOutcomeUnknown,
+    JournalUnavailable,
+    Record,
+    SharedJournal,
+)
 from jobd.model.storage import DiskFull
 from jobd.storage.membership import StoreAhead, StoreDamaged
 
@@ -128,7 +135,12 @@ class Standby:
         if head.epoch != self._checked_epoch or head.number < self._warm.number:
             await self._check_branch(head)
         while self._warm.number < head.number:
-            if not (records := await self._journal.read(self._warm.number, READ_LIMIT)):
+            try:
+                records = await self._journal.read(self._warm.number, READ_LIMIT)
+            except BadRecord:
+                await self._check_branch(head)  # the journal may have been trimmed meanwhile
+                raise
+            if not records:
                 break  # the server has failed over, and has lost records that were not acknowledged
             self._last_event = records[-1].last_event
             confirmed = acknowledged(records, head.acked)
@@ -144,23 +156,20 @@ class Standby:
         return is_alone and bool(head.url) and await self._is_refused(head.url or "")
 
     async def _check_branch(self, head: Head) -> None:
-        """Check that the journal has not lost the last record that was applied, as in a failover of the server.
+        """Check that the journal has the last record that was applied, which a failover of the server can lose.
 
-        Raises StoreAhead: this node may not lead. Raises StoreDamaged if another node has gone on without the record.
+        Raises StoreAhead: this node may not lead. Raises StoreDamaged if another node has gone on without the record,
+        or if it was trimmed.
         """
         if not await self._warm.is_on_branch(self._journal):
             raise StoreDamaged(
-                f"the journal has gone on without record {self._warm.number}, which this node has: the next start "
-                "makes its tables again"
+                f"the journal has gone on without record {self._warm.number}, the last one of this node, or has "
+                "trimmed it: the next start makes the tables again"
             )
         self._checked_epoch = head.epoch
 
     async def _take_over(self) -> Leadership | None:
         """Become the leader, and apply the rest of the records. Returns None if another node was faster."""
-        assert self.head is not None
-        if self._warm.number < self.head.number:  # a node that cannot read the last record does not lead
-            for each in await self._journal.read(self._warm.number, READ_LIMIT):
-                record.decode(each)
         lease = LeaderLease(self.settings.lease_s, self._now_s)
         head = await self._take_lead(lease)
         if head is None:

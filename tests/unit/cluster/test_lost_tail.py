@@ -67,3 +67,22 @@ async def test_a_standby_notices_that_its_last_record_is_another_one() -> None:
         await standby.ended_by_itself()
     assert len(standby.disk.jobs) == 2, "it applied no record of the other branch"
     await other.stop()
+
+
+@in_virtual_time
+async def test_a_standby_that_is_too_far_behind_makes_its_tables_again() -> None:
+    """It was cut off for longer than records are kept."""
+    server = MemoryServer()
+    leader, standby = nodes = cluster(server, "a", "b")
+    assert await leader_of(nodes) is leader
+    await leader.ask(Create())
+    await seconds(1.2)
+    standby.journal.is_reachable = False
+    for _ in range(4):
+        await leader.ask(Create())
+    await leader.journal.trim(3)
+    standby.journal.is_reachable = True
+    with pytest.raises(StoreDamaged, match="without record 1, the last one of this node, or has trimmed it") as ended:
+        await standby.ended_by_itself()
+    assert ended.value.exit_code == 75
+    await leader.stop()

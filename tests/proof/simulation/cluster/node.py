@@ -15,8 +15,9 @@ from jobd.cluster.warm_state import WarmState
 from jobd.core.state import State
 from jobd.journal.record import FORMAT
 from jobd.model.job import new_epoch
-from jobd.model.journal import BadRecord, BadSnapshot, JournalUnavailable, NodeEntry
+from jobd.model.journal import BadSnapshot, JournalUnavailable, NodeEntry
 from jobd.model.storage import OpenedStore
+from jobd.storage.membership import StoreDamaged
 from tests.proof.simulation.cluster.disk import NodeDisk
 from tests.proof.simulation.cluster.server import Network
 from tests.proof.simulation.loop import process
@@ -122,8 +123,8 @@ class SimNode(Host):
                     self.daemon.stopped.set()
                 await self.daemon.gone.wait()
                 self.cluster.count(f"node stops leading: {self.daemon.how}")
-        except BadRecord as error:
-            self.cluster.check_left_behind(self, error.number)
+        except StoreDamaged:
+            self.cluster.check_left_behind(self, self.disk.projected_to)
         except Exception as error:
             self.monitor.fail("S8", f"{self.process} ended by {error!r}")
         self._gone.set()
