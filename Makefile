@@ -64,8 +64,8 @@ simulation: $(READY)  ## simulate the actor, rules and cleanup under faults: SEE
 	$(BIN)/python -m tests.proof.simulation --seeds $(SEEDS) --jobs $(PARALLEL) $(ARGS)
 
 NODE_SEEDS ?= 5000
-cluster-simulation: $(READY)  ## simulate several nodes on one journal: NODE_SEEDS=5000, about half an hour (ARGS: --seed K)
-	$(BIN)/python -m tests.proof.simulation --cluster --seeds $(NODE_SEEDS) --jobs $(PARALLEL) $(ARGS)
+cluster-simulation: $(READY)  ## simulate several nodes on one journal: NODE_SEEDS=5000, about an hour (ARGS: --seed K)
+	$(BIN)/python -m tests.proof.simulation --cluster --seeds $(NODE_SEEDS) --steps 300 --jobs $(PARALLEL) $(ARGS)
 
 world: $(READY)  ## check every state that one job and three workers can reach
 	$(BIN)/python -m tests.proof.small_world

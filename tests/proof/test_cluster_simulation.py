@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from typing import Final
 
 import pytest
 
+from tests import ROOT
 from tests.proof.simulation import __main__ as program
 from tests.proof.simulation.run import simulate
 
@@ -30,9 +34,21 @@ def test_every_invariant_holds_on_several_nodes() -> None:
 
 
 def test_the_same_seed_gives_the_same_trace() -> None:
-    first, second = (simulate(3, STEPS, cluster=True) for _ in range(2))
-    assert (first.digest, first.fired) == (second.digest, second.fired)
-    assert simulate(4, STEPS, cluster=True).digest != first.digest
+    """In processes with different hash seeds, too."""
+    code = "from tests.proof.simulation.run import simulate; print(simulate(3, 150, cluster=True).digest)"
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for hash_seed in ("1", "2")
+    ]
+    assert printed == [simulate(3, 150, cluster=True).digest] * 2
+    assert simulate(4, 150, cluster=True).digest != printed[0]
 
 
 def test_the_program_counts_what_happens_to_nodes(capsys: pytest.CaptureFixture[str]) -> None:

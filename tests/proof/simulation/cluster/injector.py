@@ -19,7 +19,7 @@ class ClusterFaultInjector:
     def __init__(self, cluster: Cluster) -> None:
         self.machine = cluster
         self.dice = Random(f"{cluster.seed}: chaos")
-        self._lasting: set[asyncio.Task[None]] = set()
+        self._lasting: dict[asyncio.Task[None], None] = {}  # in order, unlike a set
 
     async def live(self) -> None:
         plan = self.machine.scenario
@@ -27,8 +27,8 @@ class ClusterFaultInjector:
             await asyncio.sleep(self.dice.expovariate(1 / plan.pace_s))
             if not self.machine.closing:
                 task = asyncio.create_task(self._inject(self.dice.choice(plan.faults)))
-                self._lasting.add(task)
-                task.add_done_callback(self._lasting.discard)
+                self._lasting[task] = None
+                task.add_done_callback(self._lasting.pop)
         for task in list(self._lasting):
             await task
 
