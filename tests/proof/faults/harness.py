@@ -36,6 +36,7 @@ MODULES: Final = (
     "systemd_units",
     "lost_leaders",
     "lost_servers",
+    "node_conditions",
 )
 
 ONE_SLICE: Final = "tests.support.daemon_variants one_slice"  # a daemon that a kill leaves with a long tail

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
+from functools import partial
 from typing import Final
 
 from tests.proof.faults.harness import Check, Counts, Trial
@@ -186,10 +187,26 @@ CHECKS = (
         needs=(POSTGRES,),
     ),
     Check(
+        "cluster-asynchronous-role",
+        "the same if the default of the role is `synchronous_commit = off`",
+        partial(primaries_killed, default="off"),
+        rounds=3,
+        few=0,
+        needs=(POSTGRES,),
+    ),
+    Check(
         "cluster-leader-cut-off",
         "the leader is cut off from PostgreSQL: another node leads; or from clients: it leads until a step-down",
         leader_cut_off,
         rounds=20,
+        few=0,
+        needs=(POSTGRES, NETWORKS),
+    ),
+    Check(
+        "cluster-standby-cut-off",
+        "a standby is cut off from PostgreSQL: the leader goes on, and the standby follows again afterwards",
+        standby_cut_off,
+        rounds=10,
         few=0,
         needs=(POSTGRES, NETWORKS),
     ),

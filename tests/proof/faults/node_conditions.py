@@ -1,0 +1,105 @@
+"""A node with a full or lost disk, and a long transaction in the database of all nodes."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+from tests.proof.faults.full_disk import FREE_BYTES, fill
+from tests.proof.faults.harness import Check, Counts, Trial
+from tests.proof.faults.lost_leaders import step_down
+from tests.proof.faults.mounts import MOUNTS, tmpfs
+from tests.proof.faults.nodes import DATABASE, NODES, POSTGRES, NodesUnderLoad, nodes_under_load, running, under_load
+from tests.support.node_process import NodeProcess
+
+CHANGES: Final = 60  # between two faults
+FULL_CHANGES: Final = 1_000  # while a disk is full
+TRANSACTION_S: Final = 90  # an alert fires after 60
+SHORT_TRANSACTION_S: Final = 15
+
+
+def standby_disk(trial: Trial) -> Counts:
+    """Fill the disk of a standby for a while, and free it; then remove its files."""
+    small = trial.directory / "small"
+    with tmpfs(small, 2 * FREE_BYTES), nodes_under_load(trial) as cluster:
+        for name in NODES[:2]:
+            cluster.add(name)
+        standby = cluster.add(NODES[2], small)
+        with under_load(cluster):
+            for _ in range(trial.rounds):
+                _let_follow(cluster, standby)
+                _fill(cluster, small)
+                cluster.wait_until_followed()
+                _lose_disk(standby)
+                cluster.wait_until_followed()
+                cluster.wait_for_changes(CHANGES)
+    return {"full disks": trial.rounds, "lost disks": trial.rounds, **cluster.counts}
+
+
+def _let_follow(cluster: NodesUnderLoad, node: NodeProcess) -> None:
+    while cluster.leader() is node:
+        step_down(cluster)
+
+
+def _fill(cluster: NodesUnderLoad, disk: Path) -> None:
+    """Fill the disk for a while. The standby keeps what it follows in memory."""
+    filler = fill(disk)
+    cluster.wait_for_changes(FULL_CHANGES)
+    filler.unlink()
+
+
+def _lose_disk(standby: NodeProcess) -> None:
+    standby.kill()
+    for file in standby.directory.glob(f"{standby.store.name}*"):
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    standby.start()
+
+
+def open_transaction(trial: Trial) -> Counts:
+    """Keep a transaction open under load, which keeps every old version of the row that appends change."""
+    seconds = TRANSACTION_S if trial.timed else SHORT_TRANSACTION_S
+    statements = ("BEGIN", "SELECT txid_current()", f"SELECT pg_sleep({seconds})", "COMMIT")
+    with running(trial) as cluster:
+        before = _changes_per_s(cluster, 3)
+        transaction = threading.Thread(target=lambda: cluster.servers[0].sql(*statements, database=DATABASE))
+        transaction.start()
+        time.sleep(seconds - 8)
+        shown_ms = cluster.leader().cluster()["oldest_transaction_ms"]
+        assert shown_ms > 0, "the node does not show the transaction"
+        late = _changes_per_s(cluster, 3)
+        transaction.join()
+    return {
+        "s of a transaction": seconds,
+        "changes per second before": before,
+        "at its end": late,
+        **cluster.counts,
+    }
+
+
+def _changes_per_s(cluster: NodesUnderLoad, seconds: float) -> int:
+    acknowledged = cluster.ledger.acknowledged
+    time.sleep(seconds)
+    return round((cluster.ledger.acknowledged - acknowledged) / seconds)
+
+
+CHECKS = (
+    Check(
+        "cluster-standby-disk",
+        "the disk of a standby is full, then lost: the leader goes on, and the standby follows again",
+        standby_disk,
+        rounds=5,
+        few=0,
+        needs=(POSTGRES, MOUNTS),
+    ),
+    Check(
+        "cluster-open-transaction",
+        "a long transaction is open in the database: nothing is lost, and the nodes show its age",
+        open_transaction,
+        rounds=1,
+        few=0,
+        needs=(POSTGRES,),
+    ),
+)
