@@ -158,7 +158,7 @@ def need_terminal() -> None:
     """Raise UsageError without a terminal to ask on."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         advice = "add --yes to skip it"
-        if any(parameter.name == "dry_run" for parameter in click.get_current_context().command.params):
+        if any("--dry-run" in parameter.opts for parameter in click.get_current_context().command.params):
             advice += ", or --dry-run to preview the effect"
         raise click.UsageError(f"this command asks for confirmation, but there is no terminal: {advice}")
 

@@ -48,7 +48,7 @@ class CannotAccept(StoreError):
 class Loss(Struct):
     """The records after `upto` that the journal has lost, and what those up to `last` changed.
 
-    The store at `path` has these, unless `last` is `upto`. With `is_accepted`, a leader has gone on without them.
+    The store at `path` has these, unless `last` is `upto`. With `is_accepted`, a leader has continued without them.
     """
 
     path: str
@@ -155,7 +155,7 @@ def write_file(loss: Loss) -> int:
     return count
 
 
-async def go_on(journal: SharedJournal, loss: Loss, policy: Policy, lease_s: float) -> Accepted:
+async def accept(journal: SharedJournal, loss: Loss, policy: Policy, lease_s: float) -> Accepted:
     """End all grants by their stall rule in one record, and let numbers of jobs and events continue JUMP higher.
 
     All nodes are stopped: nothing may lead for `lease_s`. If this is interrupted, the record is in the journal or not.

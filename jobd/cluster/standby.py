@@ -15,6 +15,7 @@ from msgspec import Struct
 from jobd.cluster.leadership import Leadership
 from jobd.cluster.lease import LeaderLease, StandbyLease, boot_clock_s
 from jobd.cluster.warm_state import WarmState
+from jobd.journal import record
 from jobd.model.journal import (
     BadRecord,
     Fenced,
@@ -170,6 +171,10 @@ class Standby:
 
     async def _take_over(self) -> Leadership | None:
         """Become the leader, and apply the rest of the records. Returns None if another node was faster."""
+        assert self.head is not None
+        if self._warm.number < self.head.number:  # a node that cannot read the last record does not lead
+            for each in await self._journal.read(self._warm.number, READ_LIMIT):
+                record.decode(each)
         lease = LeaderLease(self.settings.lease_s, self._now_s)
         head = await self._take_lead(lease)
         if head is None:

@@ -186,7 +186,11 @@ async def _can_follow(db: Database, path: str, journal: SharedJournal, *, may_be
     if is_new and not may_be_new and await journal.snapshots():
         return False
     crc = None if db.membership is None else db.membership.record_crc
-    return await membership.is_on_branch(path, journal, Followed(db.projected_to, crc, db.numbers.epoch))
+    if await membership.is_on_branch(path, journal, Followed(db.projected_to, crc, db.numbers.epoch)):
+        return True
+    reason = "the journal does not have its last record, or not the next one"
+    log.warning("store_set_aside", path=path, record=db.projected_to, kept=f"{path}.old", reason=reason)
+    return False
 
 
 async def _make_again(path: str, journal: SharedJournal) -> None:

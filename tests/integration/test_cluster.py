@@ -23,6 +23,8 @@ from tests.support.tcp_proxy import ProxyThread
 
 WAIT_S = 60.0
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def database(postgres_server: PostgresServer, journal_name: str, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -87,7 +87,7 @@ def accept_and_check(
     assert main([*command, "--yes"]) == 0
     assert "1 grants have ended" in capsys.readouterr().out
     assert main([*command, "--yes"]) == 0
-    assert "nothing else is to be done" in capsys.readouterr().out
+    assert "nothing else needs to be done" in capsys.readouterr().out
     file = Path(f"{first.store}.lost-after-{upto}.jsonl")
     assert "new" in [json.loads(line)["id"] for line in file.read_text().splitlines()]
     second.start()

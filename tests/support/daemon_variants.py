@@ -15,6 +15,7 @@ from jobd.cli.daemon.main import main
 from jobd.engine import history
 from jobd.engine.actor import Actor
 from jobd.http.server import HttpListener
+from jobd.journal import record
 from jobd.model.storage import JobQuery
 from jobd.monitoring.alerts import Alerts
 from jobd.storage import projection, store
@@ -65,6 +66,13 @@ def one_slice() -> None:
     tables.SLICE_DELAY_S = 3_600
 
 
+def older_format() -> None:
+    """Read records up to format 1, like an older version in a rolling upgrade."""
+    patched: Any = record
+    assert patched.FORMAT > 1
+    patched.FORMAT = 1
+
+
 def reported_stop() -> None:
     """Print to stderr in which order the parts stop."""
     _report(HttpListener, "stop", "listener")
@@ -95,7 +103,8 @@ def _print(text: str) -> None:
 
 
 VARIANTS: Final = {
-    each.__name__: each for each in (hung_actor, prompt_alerts, quick_retries, short_pages, one_slice, reported_stop)
+    each.__name__: each
+    for each in (hung_actor, prompt_alerts, quick_retries, short_pages, one_slice, older_format, reported_stop)
 }
 
 if __name__ == "__main__":

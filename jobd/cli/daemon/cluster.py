@@ -26,13 +26,13 @@ _NOT_SYNCHRONOUS: Final = (
     "'ANY 1 (s1, s2)', or accept the loss with [journal] require_sync = false"
 )
 
-_GONE_ON: Final = "a leader has gone on without the lost records: nothing else is to be done"
-_WOULD_GO_ON: Final = "would begin a new epoch, and end all grants by their stall rule"
+_ALREADY_ACCEPTED: Final = "a leader has continued without the lost records: nothing else needs to be done"
+_WOULD_ACCEPT: Final = "would begin a new epoch, and end all grants by their stall rule"
 
 
 @click.group(cls=CommandGroup, context_settings=SETTINGS)
 def cluster() -> None:
-    """Set up a journal in PostgreSQL, which several nodes share."""
+    """Manage the journal in PostgreSQL that the nodes of a cluster share."""
 
 
 @click.command("init")
@@ -142,11 +142,11 @@ async def _leave(settings: JournalSection, path: str) -> int:
 @config_option
 @flag_options
 def accept_loss_command(upto: int, yes: bool, is_dry_run: bool, config: str | None, flags: dict[str, str]) -> None:
-    """Go on after PostgreSQL has lost acknowledged records, without those after record N.
+    """Continue after PostgreSQL has lost acknowledged records, without those after record N.
 
     The daemons of all nodes are stopped. Run it on a node that does not start because of the loss: it lists the jobs
     that the lost records changed, and writes them to a file beside store.path, which `jobctl import` reads. All grants
-    end by their stall rule. To repeat it is harmless.
+    end by their stall rule. Repeating it is harmless.
     """
     settings = _cluster_settings(config, flags)
     if not yes and not is_dry_run:
@@ -157,17 +157,17 @@ def accept_loss_command(upto: int, yes: bool, is_dry_run: bool, config: str | No
     if is_dry_run:
         if loss.changed.jobs:
             terminal.emit(f"would write these jobs, as far as they exist, to {loss.file}")
-        terminal.emit(_GONE_ON if loss.is_accepted else _WOULD_GO_ON)
+        terminal.emit(_ALREADY_ACCEPTED if loss.is_accepted else _WOULD_ACCEPT)
         return
     if not yes:
-        confirm(f"go on with journal {settings.journal.name} after record {upto}, without what it has lost")
+        confirm(f"continue journal {settings.journal.name} after record {upto}, without what it has lost")
     if loss.changed.jobs:
         terminal.emit(f"{loss.file}: {_run(_write_file(loss))} jobs")
     if loss.is_accepted:
-        terminal.emit(_GONE_ON)
+        terminal.emit(_ALREADY_ACCEPTED)
         return
     with contextlib.redirect_stdout(sys.stderr):  # its log lines
-        done = _run(_go_on(settings, loss))
+        done = _run(_accept(settings, loss))
     terminal.emit(f"{settings.journal.name}: epoch {done.epoch} has begun, and {done.grants} grants have ended")
 
 
@@ -186,11 +186,11 @@ async def _write_file(loss: Loss) -> int:
     return await asyncio.to_thread(write_file, loss)
 
 
-async def _go_on(settings: Config, loss: Loss) -> Accepted:
-    from jobd.cluster.loss import go_on
+async def _accept(settings: Config, loss: Loss) -> Accepted:
+    from jobd.cluster.loss import accept
 
     async with _opened(settings.journal) as journal:
-        return await go_on(journal, loss, settings.policy(), int(settings.journal.lease) / 1000)
+        return await accept(journal, loss, settings.policy(), int(settings.journal.lease) / 1000)
 
 
 @click.command("join")

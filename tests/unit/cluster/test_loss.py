@@ -69,7 +69,7 @@ async def lost_tail(path: str, server: MemoryServer, *others: str) -> None:
 
 async def accept(path: str, server: MemoryServer, upto: int = KEPT) -> Accepted:
     journal = Node(path, server).journal
-    return await loss.go_on(journal, await loss.find(journal, path, upto), Policy(), 0)
+    return await loss.accept(journal, await loss.find(journal, path, upto), Policy(), 0)
 
 
 async def test_a_node_says_what_is_lost_and_keeps_it(path: str, server: MemoryServer) -> None:
@@ -125,7 +125,7 @@ async def test_it_can_be_repeated(path: str, server: MemoryServer) -> None:
     await lost_tail(path, server)
     journal = Node(path, server).journal
     first = await loss.find(journal, path, KEPT)
-    await loss.go_on(journal, first, Policy(), 0)
+    await loss.accept(journal, first, Policy(), 0)
     again = await loss.find(journal, path, KEPT)
     assert (again.is_accepted, again.changed, first.is_accepted) == (True, first.changed, False)
     async with following(path, server) as node:
@@ -152,7 +152,7 @@ async def test_an_unknown_outcome_is_repeated(
     found = await loss.find(node.journal, path, KEPT)
     setattr(node.journal, hook, fail)
     with pytest.raises(JournalUnavailable, match="repeat the command"):
-        await loss.go_on(node.journal, found, Policy(), 0)
+        await loss.accept(node.journal, found, Policy(), 0)
     again = await loss.find(Node(path, server).journal, path, KEPT)
     assert (again.is_accepted, again.changed) == (is_in, found.changed)
 
@@ -167,7 +167,7 @@ async def test_a_kill_leaves_it_undone_and_no_node_that_has_lost_records_leads(p
     node = Node(path, server)
     node.journal.before = fail
     with pytest.raises(ZeroDivisionError):
-        await loss.go_on(node.journal, await loss.find(node.journal, path, KEPT), Policy(), 0)
+        await loss.accept(node.journal, await loss.find(node.journal, path, KEPT), Policy(), 0)
     assert server.lead.number == KEPT
     with pytest.raises(StoreAhead, match="--upto 3"):
         await Node(path, server).open()
@@ -190,10 +190,10 @@ async def test_a_running_leader_and_a_journal_that_went_on_are_noticed(path: str
 
         journal.before = lead
         with pytest.raises(CannotConvert, match="stop the daemons of all nodes"):
-            await loss.go_on(journal, found, Policy(), 0)
+            await loss.accept(journal, found, Policy(), 0)
     journal.before = Node(path, server).journal.before
     with pytest.raises(CannotAccept, match="the last record of the journal is 4 now"):
-        await loss.go_on(journal, found, Policy(), 0)
+        await loss.accept(journal, found, Policy(), 0)
     with pytest.raises(CannotAccept, match="and the journal share is 3: use --upto 3"):
         await loss.find(journal, path, KEPT + 1)
     assert (await loss.find(journal, path, KEPT)).is_accepted

@@ -11,6 +11,7 @@ from random import Random
 
 import pytest
 from msgspec.structs import replace
+from structlog.testing import capture_logs
 
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
 from jobd.journal.record import decode
@@ -600,8 +601,10 @@ async def test_a_store_ahead_of_another_branch_is_made_again(path: str, server: 
         assert await node.store.is_on_branch(node.journal)
         await node.store.write(maker.batch([maker.create("b")]))
         assert not await leader.store.is_on_branch(leader.journal)
-    async with following(path, server) as again:
-        await again.catch_up()
+    with capture_logs() as logs:
+        async with following(path, server) as again:
+            await again.catch_up()
+    assert [(line["event"], line["record"]) for line in logs] == [("store_set_aside", 4)]
     assert rows_of(path) == rows_of(other)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
+from random import Random
 
 import pytest
 from msgspec.structs import replace
@@ -14,8 +15,9 @@ from jobd.storage.files import read_epoch
 from jobd.storage.membership import WrongCluster
 from jobd.storage.store import Store, StoreBusy, StoreUnreadable
 from tests.support.factories import ChangeFactory
+from tests.support.projection_harness import Writer
 from tests.support.store_files import assert_holds, edit_store, leave_tail, make_store, open_store, read_file
-from tests.unit.storage.test_cluster_store import Node, following, leading, refused, rows_of
+from tests.unit.storage.test_cluster_store import Node, following, leading, refused, rows_of, write_much
 
 
 async def founded(path: str, server: MemoryServer) -> ChangeFactory:
@@ -45,6 +47,29 @@ async def test_a_store_becomes_the_first_snapshot_of_a_cluster(path: str) -> Non
         assert node.opened.last_record == joining.FIRST_RECORD
         await node.catch_up()
     assert rows_of(path) == rows_of(f"{path}.new")
+
+
+async def test_a_cluster_and_the_store_that_leaves_it_have_every_row(path: str) -> None:
+    server, writer, single = MemoryServer(), Writer(5), f"{path}.single"
+    async with open_store(single) as (store, _):
+        node = Node(single, server)
+        node.store = store  # type: ignore[assignment]
+        await write_much(node, Random(5), writer, 150)
+        await store.finish_upkeep()
+        await store.write(writer.batch())
+    before = rows_of(single)
+    joining.join(single, server.cluster_id)
+    server.lead = replace(server.lead, number=joining.FIRST_RECORD)
+    with BytesIO(read_file(single)) as file:
+        await Node(path, server).journal.write_snapshot(joining.FIRST_RECORD, snapshots.compressed(file), 0)
+    async with following(path, server):
+        pass
+    joining.leave(path, is_complete=True)
+    after = rows_of(path)
+    empty = {table for table, rows in before.items() if not rows}
+    assert empty <= {"journal", "cluster", "bad_rows", "quarantined_jobs", "reports"}, "the test has rows of all kinds"
+    for table in before.keys() - {"meta", "journal"}:
+        assert after[table] == before[table], table
 
 
 async def test_a_store_joins_one_cluster_only(path: str) -> None:

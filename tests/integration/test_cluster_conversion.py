@@ -1,0 +1,136 @@
+"""Real daemons: a store becomes a cluster, two clusters share a database, and versions are mixed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from jobd.cli.daemon.main import main
+from tests.support.daemon_process import TOKEN, DaemonProcess
+from tests.support.node_process import Cluster, NodeProcess
+from tests.support.postgres import PASSWORD, PostgresServer
+
+pytestmark = pytest.mark.slow
+
+WAIT_S = 60.0
+
+
+@pytest.fixture
+def url(postgres_server: PostgresServer, journal_name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the URL of an empty database."""
+    name = journal_name.replace("-", "_")
+    postgres_server.sql(f"CREATE ROLE {name} LOGIN PASSWORD '{PASSWORD}'", f"CREATE DATABASE {name} OWNER {name}")
+    monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
+    return postgres_server.url(name, role=name)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def flags(url: str, **given: object) -> list[str]:
+    settings = {"journal.url": url, "journal.require_sync": "false", "journal.lease": "1s"}
+    settings |= {name.replace("__", "."): str(value) for name, value in given.items()}
+    return [word for each in settings.items() for word in ("--set", "=".join(each))]
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def has_nodes(node: NodeProcess) -> bool:
+    return bool(node.cluster()["nodes"])
+
+
+def ids(daemon: DaemonProcess) -> list[str]:
+    return sorted(job["id"] for job in daemon.admin("GET", "jobs?limit=100").data["jobs"])
+
+
+def test_two_journals_in_one_database_are_independent(tmp_path: Path, url: str, stack: ExitStack) -> None:
+    nodes: dict[str, NodeProcess] = {}
+    for name in ("one", "one-p1"):
+        assert main(["cluster", "init", *flags(url, journal__name=name)]) == 0
+        (tmp_path / name).mkdir()
+        cluster = Cluster(tmp_path / name, url, stack, JOBD_JOURNAL_NAME=name)
+        nodes[name] = cluster.add("a")
+        nodes[name].wait_leads()
+        assert nodes[name].post("/v1/jobs", {"id": name}).status == 201
+        assert nodes[name].post("/v1/jobs", {"id": "same"}).status == 201
+    for name, node in nodes.items():
+        wait_until(partial(has_nodes, node))
+        view = node.cluster()
+        assert (view["role"], view["journal"], len(view["nodes"])) == ("leader", name, 1)
+        assert ids(node) == sorted([name, "same"])
+    first, second = nodes.values()
+    assert first.stop() == 0
+    assert second.post("/v1/jobs", {"id": "later"}).status == 201
+    assert main(["cluster", "leave", *flags(url, journal__name="one", store__path=first.store), "--yes"]) == 0
+    assert second.post("/v1/jobs/later/start", {"worker": "w"}).status == 200
+    again = [*flags(url, journal__name="one-p1", store__path=first.store), "--yes"]
+    assert main(["cluster", "accept-loss", "--upto", "1", *again]) == 78, "it is the store of a single machine"
+    second.kill()
+    second.start()
+    second.wait_leads()
+    assert ids(second) == ["later", "one-p1", "same"]
+
+
+def test_a_node_of_an_older_version_does_not_follow_newer_records(tmp_path: Path, url: str, stack: ExitStack) -> None:
+    assert main(["cluster", "init", *flags(url)]) == 0
+    cluster = Cluster(tmp_path, url, stack)
+    leader = cluster.add("a")
+    leader.wait_leads()
+    leader.post("/v1/jobs", {"id": "one"})
+    assert leader.stop() == 0  # its last record has statistics, and format 2
+    old = stack.push(NodeProcess(tmp_path / "old", url, "old"))
+    old.module = "tests.support.daemon_variants older_format"
+    old.launch()
+    assert old.process is not None
+    assert old.process.wait(WAIT_S) == 78
+    assert "has format 2, but this jobd supports formats up to 1" in old.wait_for_log(b"cannot_start")
+    leader.start()
+    leader.wait_leads()
+    assert ids(leader) == ["one"]
+
+
+def test_a_killed_conversion_is_completed(tmp_path: Path, url: str, stack: ExitStack) -> None:
+    directory = tmp_path / "single"
+    directory.mkdir()
+    with DaemonProcess(directory) as single:
+        for number in range(300):
+            payload = {"random": os.urandom(3000).hex()}
+            assert single.post("/v1/jobs", {"id": f"job-{number:03}", "payload": payload}).status == 201
+        granted = single.post("/v1/jobs/job-000/start", {"worker": "w", "lock_ttl_ms": 600_000}).data
+        assert single.stop() == 0
+    command = [sys.executable, "-m", "jobd", "cluster", "init", "--from-store", str(single.store), *flags(url)]
+    kills, delay_s = 0, 0.3
+    while True:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            assert process.wait(delay_s) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills, delay_s = kills + 1, delay_s + 0.1
+    assert kills > 0
+    cluster = Cluster(tmp_path, url, stack)
+    node = cluster.add("a")
+    node.wait_leads()
+    [queue] = node.admin("GET", "queues").data["queues"]
+    assert (queue["queued"], queue["processing"]) == (299, 1)
+    done = node.post("/v1/jobs/job-000/complete", {"lock_id": granted["lock_id"], "file_path": "/f"})
+    assert done.data["status"] == "completed"
