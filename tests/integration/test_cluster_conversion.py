@@ -106,6 +106,50 @@ def test_a_node_of_an_older_version_does_not_follow_newer_records(tmp_path: Path
     assert ids(leader) == ["one"]
 
 
+def test_a_cluster_is_left_and_made_again(tmp_path: Path, url: str, stack: ExitStack) -> None:
+    assert main(["cluster", "init", *flags(url)]) == 0
+    cluster = Cluster(tmp_path, url, stack)
+    first = cluster.add("a")
+    first.wait_leads()
+    second = cluster.add("b")
+    for number in range(4):
+        assert first.post("/v1/jobs", {"id": f"job-{number}"}).status == 201
+    grants = {"job-0": first.post("/v1/jobs/job-0/start", {"worker": "w", "lock_ttl_ms": 600_000}).data}
+    assert (second.stop(), first.stop()) == (0, 0)
+    assert main(["cluster", "leave", *flags(url, store__path=first.store), "--yes"]) == 0
+    second.launch()
+    assert second.process is not None
+    assert second.process.wait(WAIT_S) == 78
+    assert "`jobd cluster leave`" in second.wait_for_log(b"cannot_start")
+    with DaemonProcess.not_started(first.directory) as single:
+        single.start()
+        grants["job-1"] = single.post("/v1/jobs/job-1/start", {"worker": "w", "lock_ttl_ms": 600_000}).data
+        assert (
+            single.post("/v1/jobs/job-0/progress", {"lock_id": grants["job-0"]["lock_id"], "progress": 5}).status == 200
+        )
+        assert single.stop() == 0
+    again = flags(url, journal__name="again")
+    assert main(["cluster", "init", "--from-store", str(first.store), *again]) == 0
+    for node in (first, second):
+        node.environ["JOBD_JOURNAL_NAME"] = "again"
+    first.start()
+    first.wait_leads()
+    second.launch()
+    assert second.process.wait(WAIT_S) == 78
+    assert "`jobd join`" in second.wait_for_log(b"cannot_start")
+    assert main(["join", *flags(url, journal__name="again", store__path=second.store), "--yes"]) == 0
+    second.start()
+    grants["job-2"] = first.post("/v1/jobs/job-2/start", {"worker": "w"}).data
+    assert first.stop() == 0
+    second.wait_leads()
+    grants["job-3"] = second.post("/v1/jobs/job-3/start", {"worker": "w"}).data
+    tokens = [grant["fencing_token"] for grant in grants.values()]
+    assert tokens == sorted(set(tokens))
+    for job_id, grant in grants.items():
+        done = second.post(f"/v1/jobs/{job_id}/complete", {"lock_id": grant["lock_id"], "file_path": "/f"})
+        assert done.data["status"] == "completed", job_id
+
+
 def test_a_killed_conversion_is_completed(tmp_path: Path, url: str, stack: ExitStack) -> None:
     directory = tmp_path / "single"
     directory.mkdir()
