@@ -33,7 +33,7 @@ from jobd.model.responses import Response
 from jobd.model.storage import AuditEntry, Batch, EventPruning, OpenedStore
 from jobd.storage import files, lost_records, membership, snapshots
 from jobd.storage.cluster_store import ClusterStore
-from jobd.storage.files import StoreError
+from jobd.storage.files import FileLock, StoreError
 from jobd.storage.lost_records import LostChanges, LostJob
 from jobd.storage.membership import Followed, StoreAhead
 
@@ -178,14 +178,16 @@ async def accept(journal: SharedJournal, loss: Loss, policy: Policy, lease_s: fl
 
 @asynccontextmanager
 async def _scratch_directory(path: str) -> AsyncIterator[str]:
-    """Yield a new directory beside the store. One that a kill has left is removed."""
-    place = f"{path}.accepting"
-    await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
-    await asyncio.to_thread(os.mkdir, place, 0o700)
+    """Yield a new directory beside the store, which is locked. One that a kill has left is removed."""
+    place = f"{path}{files.SCRATCH}"
+    lock = await asyncio.to_thread(FileLock, path)
     try:
+        await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
+        await asyncio.to_thread(os.mkdir, place, 0o700)
         yield place
     finally:
-        await asyncio.to_thread(shutil.rmtree, place)
+        await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
+        lock.release()
 
 
 async def _write_ending(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from functools import partial
@@ -396,7 +397,8 @@ def epoch_warning(epoch: int, now: int) -> str | None:
 
 
 def _remove_leftovers(path: str) -> None:
-    """Remove temporary files of backups that a crash interrupted."""
+    """Remove temporary files of backups and other commands that a crash interrupted."""
+    shutil.rmtree(f"{path}{files.SCRATCH}", ignore_errors=True)
     for name in glob.glob(f"{glob.escape(path)}.backup-*"):
         Path(name).unlink(missing_ok=True)
 

@@ -20,6 +20,7 @@ from jobd.model.job import Policy
 from jobd.model.journal import JournalOutcomeUnknown, JournalUnavailable
 from jobd.model.storage import AuditQuery, JobQuery
 from jobd.storage import joining, snapshots
+from jobd.storage.files import StoreBusy
 from jobd.storage.membership import StoreAhead, WrongCluster
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import job_of, make_store, read_file
@@ -174,6 +175,11 @@ async def test_a_kill_leaves_it_undone_and_no_node_that_has_lost_records_leads(p
     Path(f"{path}.accepting").mkdir()
     assert (await accept(path, server)).grants == 2
     assert server.lead.number == KEPT + 1
+    Path(f"{path}.accepting").mkdir()
+    async with following(path, server):
+        assert not Path(f"{path}.accepting").exists()
+        with pytest.raises(StoreBusy):
+            await loss.find(node.journal, path, KEPT)
 
 
 async def test_a_running_leader_and_a_journal_that_went_on_are_noticed(path: str, server: MemoryServer) -> None:
