@@ -33,6 +33,7 @@ OUT: Final = ROOT / "build/proof"
 PARTS: Final[dict[str, list[str]]] = {
     "world": ["tests.proof.small_world"],
     "simulation": ["tests.proof.simulation", "--seeds", "20000", "--jobs", "2"],
+    "cluster": ["tests.proof.simulation", "--cluster", "--seeds", "5000", "--steps", "300", "--jobs", "2"],
     "linearizability": ["tests.proof.linearizability", "--histories", "500"],
     "faults": ["tests.proof.faults", "--report", "--json"],
     "planted": ["tests.proof.planted", "--jobs", "2"],
