@@ -21,6 +21,7 @@ from jobd.model.journal import JournalOutcomeUnknown, JournalUnavailable
 from jobd.model.storage import AuditQuery, JobQuery
 from jobd.storage import joining, snapshots
 from jobd.storage.files import StoreBusy
+from jobd.storage.lost_records import LostChanges, LostJob
 from jobd.storage.membership import StoreAhead, WrongCluster
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import job_of, make_store, read_file
@@ -238,3 +239,28 @@ async def test_an_empty_journal_can_be_all_that_is_left(path: str, server: Memor
     found = await loss.find(Node(path, server).journal, path, 0)
     assert {each.before for each in found.changed.jobs} == {None}
     assert (await accept(path, server, 0)).grants == 0
+
+
+def test_the_description_of_a_large_loss_is_short() -> None:
+    jobs = [LostJob(f"job-{number}", "queued", "queued") for number in range(103)]
+    lines = loss.Loss("/jobd.db", 1, 9, False, LostChanges(jobs)).describe()
+    assert len(lines) == 103
+    assert lines[2] == "    job-0: it is queued, and has changed"
+    assert lines[-1] == "    and 3 more"
+
+
+async def test_a_takeover_meanwhile_and_a_damaged_record_are_noticed(path: str, server: MemoryServer) -> None:
+    await lost_tail(path, server)
+    node, other = Node(path, server), Node(path, server).journal
+
+    async def lead(call: str) -> None:
+        if call == "append":
+            await other.take_over(await other.head(), holder="other", url="", epoch=1)
+
+    node.journal.before = lead
+    found = await loss.find(node.journal, path, KEPT)
+    with pytest.raises(CannotConvert, match="another node leads the journal: stop the daemons"):
+        await loss.accept(node.journal, found, Policy(), 0)
+    server.records[1] = replace(server.records[1], body=b"\x01")
+    with pytest.raises(CannotAccept, match="cannot be followed: record 2 of the journal cannot be decoded"):
+        await loss.accept(other, found, Policy(), 0)

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from jobd.journal.memory import MemoryServer
 from jobd.model.commands import Create
+from jobd.model.journal import BadRecord
 from jobd.storage.membership import StoreDamaged
 from tests.support.cluster_harness import ClusterNode, cluster, join, leader_of
 from tests.support.virtual_engine import in_virtual_time, seconds
@@ -85,4 +86,21 @@ async def test_a_standby_that_is_too_far_behind_makes_its_tables_again() -> None
     with pytest.raises(StoreDamaged, match="without record 1, the last one of this node, or has trimmed it") as ended:
         await standby.ended_by_itself()
     assert ended.value.exit_code == 75
+    await leader.stop()
+
+
+@in_virtual_time
+async def test_a_missing_record_ends_a_standby_that_is_on_the_branch() -> None:
+    server = MemoryServer()
+    leader, standby = nodes = cluster(server, "a", "b")
+    assert await leader_of(nodes) is leader
+    await leader.ask(Create())
+    await seconds(1.2)
+    standby.journal.is_reachable = False
+    for _ in range(2):
+        await leader.ask(Create())
+    del server.records[1]
+    standby.journal.is_reachable = True
+    with pytest.raises(BadRecord, match="record 2 of the journal is missing"):
+        await standby.ended_by_itself()
     await leader.stop()
