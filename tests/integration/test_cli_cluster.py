@@ -19,6 +19,8 @@ from jobd.storage.store import Store
 from tests.support.postgres import PASSWORD, PostgresServer
 from tests.support.store_files import edit_store, make_store
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "canary-admin-0123456789abcdef"
 NOBODY = 65534
 SYNC_OFF = ("--set", "journal.require_sync=false")

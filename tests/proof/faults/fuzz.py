@@ -53,6 +53,7 @@ _P: Final = "/admin/job-management"
 ALWAYS_FAILING: Final = frozenset(
     {
         f"GET {_P}/jobs/{{id}}/artifact",
+        f"POST {_P}/cluster/step-down",
         f"GET {_P}/plans/{{plan_id}}",
         f"POST {_P}/plans/{{plan_id}}/apply",
         f"GET {_P}/webhooks/{{name}}/deliveries",

@@ -25,6 +25,7 @@ from tests.proof.faults.load import load
 from tests.proof.faults.machine import NEEDS, SERVICE, UNITS, SystemdMachine
 from tests.proof.faults.store_check import StoreContents, checked_contents
 from tests.support.daemon_process import TOKEN, DaemonResponse, call
+from tests.support.polling import poll_until
 
 SOCKETS: Final = UNITS[1:]
 STATE: Final = "/var/lib/private/jobd"
@@ -159,7 +160,7 @@ def _check_reloads(machine: SystemdMachine) -> list[str]:
     assert _ttl_ms(machine, "b") == 300_000
     machine.path(CONFIG).write_text("[locks]\nttl = 'soon'\n", encoding="utf-8")
     machine.run_checked("systemctl", "reload", SERVICE)
-    assert "reload_failed" in machine.log
+    poll_until(lambda: "reload_failed" in machine.log)
     assert _ttl_ms(machine, "c") == 300_000
     machine.path(CONFIG).unlink()
     return ["b", "c"]

@@ -23,6 +23,8 @@ from tests.support.postgres import PostgresServer
 from tests.support.tcp_proxy import TcpProxy, tcp_proxy
 from tests.unit.journal.test_shared_journals import connected, lead, parts_of, record_of
 
+pytestmark = pytest.mark.slow
+
 LEASE_MS = 3000
 
 

@@ -25,6 +25,8 @@ from tests.support.postgres import PASSWORD, PostgresServer
 from tests.support.tcp_proxy import tcp_proxy
 from tests.unit.journal.test_shared_journals import lead, record_of
 
+pytestmark = pytest.mark.slow
+
 LEASE_MS = 3000
 
 

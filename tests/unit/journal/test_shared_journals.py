@@ -24,7 +24,7 @@ from tests.support.postgres import PostgresServer
 Nodes = Callable[[], Awaitable[SharedJournal]]  # makes a node of the journal under test
 
 
-@pytest.fixture(params=["memory", "postgres"])
+@pytest.fixture(params=["memory", pytest.param("postgres", marks=pytest.mark.slow)])
 async def node_of(
     request: pytest.FixtureRequest, journal_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Nodes]:
