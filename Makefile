@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 PARALLEL ?= 2
+# Many tests wait for the disk, a server or another process, so one process more runs them.
+PROCESSES ?= $(shell expr $(PARALLEL) + 1)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv test check stock lint coverage faults planted mutation format demo cluster-demo bench bench-peers vendor screenshots linearizability simulation cluster-simulation world proof pins clean
@@ -30,14 +32,13 @@ $(READY): pyproject.toml .ci/constraints.txt
 	@touch $@
 
 test: $(READY)  ## run the fast tests, in under three minutes (ARGS="-k name": a selection of all tests, in one process)
-	$(BIN)/pytest $(or $(ARGS),-m "not slow" --numprocesses $(PARALLEL); code=$$?; echo $(REST); exit $$code)
+	$(BIN)/pytest $(or $(ARGS),-m "not slow" --numprocesses $(PROCESSES); code=$$?; echo $(REST); exit $$code)
 REST := "These were the fast tests. make check also runs the slow ones, make proof the long proofs."
 
-# Many slow tests wait for other processes, so one process more runs them.
 check: $(READY)  ## run what CI runs: format, lint, types, coverage, the demo, all tests
 	$(MAKE) --jobs $(PARALLEL) --output-sync=target lint coverage demo stock STOCK=client
 	$(MAKE) test
-	$(BIN)/pytest -m slow --numprocesses $$(($(PARALLEL) + 1)) --dist worksteal --durations 20
+	$(BIN)/pytest -m slow --numprocesses $(PROCESSES) --dist worksteal --durations 20
 
 # Daemon and tests use uvloop. Programs that use the clients may run them on the event loop of asyncio.
 STOCK := api client engine http maintenance webhooks

@@ -531,6 +531,16 @@ async def tls_pair(directory: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     return server, ssl.create_default_context(cafile=str(cert))
 
 
+_shared_tls_pairs: list[tuple[ssl.SSLContext, ssl.SSLContext]] = []
+
+
+async def _shared_tls_pair(directory: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Return the same pair each time, because a certificate takes longer to make than most tests."""
+    if not _shared_tls_pairs:
+        _shared_tls_pairs.append(await tls_pair(directory))
+    return _shared_tls_pairs[0]
+
+
 TRANSPORTS: Final = ("unix", "tcp", "tls")
 
 
@@ -578,7 +588,7 @@ class HttpHarness:
     ) -> HttpHarness:
         """Return a worker listener on one of TRANSPORTS, for clients that call it localhost, x or ::1."""
         authenticator = Authenticator("worker", hosts=None if transport == "unix" else ["localhost", "x", "::1"])
-        tls = await tls_pair(directory) if transport == "tls" else None
+        tls = await _shared_tls_pair(directory) if transport == "tls" else None
         return cls(routes, directory, authenticator=authenticator, limits=limits, tls=tls)
 
     async def __aenter__(self) -> HttpHarness:
