@@ -12,7 +12,7 @@ PARALLEL ?= 2
 PROCESSES ?= $(shell expr $(PARALLEL) + 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check stock lint coverage faults planted mutation format demo cluster-demo bench bench-peers vendor screenshots linearizability simulation cluster-simulation world proof pins clean
+.PHONY: help venv test check stock lint coverage faults planted mutation format demo cluster-tests cluster-demo bench bench-peers vendor screenshots linearizability simulation cluster-simulation world proof pins clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,12 +33,12 @@ $(READY): pyproject.toml .ci/constraints.txt
 
 test: $(READY)  ## run the fast tests, in under three minutes (ARGS="-k name": a selection of all tests, in one process)
 	$(BIN)/pytest $(or $(ARGS),-m "not slow" --numprocesses $(PROCESSES); code=$$?; echo $(REST); exit $$code)
-REST := "These were the fast tests. make check also runs the slow ones, make proof the long proofs."
+REST := "These were the fast tests. make check also runs the slow ones, make cluster-tests those of clusters, make proof the long proofs."
 
 check: $(READY)  ## run what CI runs: format, lint, types, coverage, the demo, all tests
 	$(MAKE) --jobs $(PARALLEL) --output-sync=target lint coverage demo stock STOCK=client
 	$(MAKE) test
-	$(BIN)/pytest -m slow --numprocesses $(PROCESSES) --dist worksteal --durations 20
+	$(BIN)/pytest -m "slow and not long" --numprocesses $(PROCESSES) --dist worksteal --durations 20
 
 # Daemon and tests use uvloop. Programs that use the clients may run them on the event loop of asyncio.
 STOCK := api client engine http maintenance webhooks
@@ -108,6 +108,9 @@ format: $(READY)  ## format the code
 
 demo: $(READY)  ## kill a worker in the middle of a job and show the recovery, in ten seconds (ARGS=--ui: the dashboard)
 	$(BIN)/jobd demo $(ARGS)
+
+cluster-tests: $(READY)  ## run the long tests of clusters on PostgreSQL, which make check leaves out
+	$(BIN)/pytest -m long --numprocesses $(PROCESSES) --dist worksteal
 
 cluster-demo: $(READY)  ## start PostgreSQL and three nodes, kill the leader while workers draw, and check every result
 	$(BIN)/python -m tests.proof.cluster_demo $(ARGS)

@@ -110,6 +110,7 @@ def test_a_leader_steps_down_and_follows_again(cluster: Cluster) -> None:
     assert second.post("/v1/jobs/one/start", {"worker": "w"}).status == 200
 
 
+@pytest.mark.long
 def test_a_stopped_leader_that_resumes_serves_no_request(cluster: Cluster) -> None:
     first = cluster.add("a")
     first.wait_leads()
@@ -137,6 +138,7 @@ def test_a_stopped_leader_that_resumes_serves_no_request(cluster: Cluster) -> No
     assert b"event=leadership_lost" in first.log
 
 
+@pytest.mark.long
 def test_a_name_is_used_once(cluster: Cluster) -> None:
     cluster.add("a").wait_leads()
     other = NodeProcess(cluster.directory / "other", cluster.url, "a")
@@ -148,6 +150,7 @@ def test_a_name_is_used_once(cluster: Cluster) -> None:
     assert b'is the node \\"a\\"' in other.log
 
 
+@pytest.mark.long
 def test_a_node_without_its_journal_says_why_and_ends(cluster: Cluster, database: str) -> None:
     node = NodeProcess(cluster.directory / "x", database.replace("127.0.0.1", "127.0.0.1:1,127.0.0.1"), "x")
     node.environ["JOBD_JOURNAL_URL"] = "postgresql://nobody:secret@127.0.0.1:1/jobd"
@@ -160,6 +163,7 @@ def test_a_node_without_its_journal_says_why_and_ends(cluster: Cluster, database
     assert b"secret" not in node.log
 
 
+@pytest.mark.long
 def test_a_standby_stops_at_a_signal_and_reloads(cluster: Cluster) -> None:
     cluster.add("a").wait_leads()
     standby = cluster.add("b")
@@ -229,6 +233,7 @@ def _leads(node: NodeProcess) -> bool:
     return False
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_node_with_an_empty_disk_starts_from_a_snapshot(cluster: Cluster, postgres_server: PostgresServer) -> None:
     first = cluster.add("a", JOBD_JOURNAL_SNAPSHOT_EVERY="1s")
@@ -256,6 +261,7 @@ def proxied(cluster: Cluster, proxy: ProxyThread) -> dict[str, str]:
     return {"JOBD_JOURNAL_URL": re.sub(r"127\.0\.0\.1:\d+", f"127.0.0.1:{proxy.proxy.port}", cluster.url)}
 
 
+@pytest.mark.long
 def test_a_leader_without_its_journal_serves_nothing_before_another_leads(cluster: Cluster, proxy: ProxyThread) -> None:
     first = cluster.add("a", **proxied(cluster, proxy))
     first.wait_leads()
@@ -288,6 +294,7 @@ def test_a_leader_without_its_journal_serves_nothing_before_another_leads(cluste
     assert b"the lease is over" in first.log
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("direction", ["requests", "responses"])
 def test_a_client_does_not_notice_a_lost_connection_to_the_journal(
     cluster: Cluster, proxy: ProxyThread, direction: str
@@ -310,6 +317,7 @@ def test_a_client_does_not_notice_a_lost_connection_to_the_journal(
     assert len(node.get("/v1/jobs/one/timeline").data["events"]) == 2
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_restart_of_postgres_ends_no_lead_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADMIN_TOKEN", TOKEN)

@@ -19,7 +19,7 @@ from tests.support.daemon_process import TOKEN, DaemonProcess
 from tests.support.node_process import Cluster, NodeProcess
 from tests.support.postgres import PASSWORD, PostgresServer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 WAIT_S = 60.0
 

@@ -20,7 +20,7 @@ from tests.support.daemon_process import TOKEN
 from tests.support.node_process import Cluster, NodeProcess
 from tests.support.postgres import PostgresMissing, PostgresServer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 WAIT_S = 60.0
 

@@ -16,7 +16,7 @@ from tests.support.polling import wait_until
 from tests.support.postgres import PostgresMissing, PostgresServer
 from tests.unit.journal.test_shared_journals import lead, record_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 LEASE_MS = 3000
 

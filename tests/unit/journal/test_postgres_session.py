@@ -25,7 +25,7 @@ from tests.support.postgres import PASSWORD, PostgresServer
 from tests.support.tcp_proxy import tcp_proxy
 from tests.unit.journal.test_shared_journals import lead, record_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 LEASE_MS = 3000
 
