@@ -47,14 +47,23 @@ class StoreConnection:
 
     @classmethod
     async def open(cls, connect: Callable[[], FunctionConnection]) -> Self:
-        """Start the thread, and call `connect` in it."""
+        """Start the thread, and call `connect` in it. An error of `connect` is raised once the thread has ended."""
         made: list[FunctionConnection] = []
+        errors: list[Exception] = []
 
-        def connector() -> FunctionConnection:
-            made.append(connect())
+        def connector() -> sqlite3.Connection:
+            try:
+                made.append(connect())
+            except Exception as error:
+                # aiosqlite does not wait for its thread after an error, and the thread then needs the event loop.
+                errors.append(error)
+                return sqlite3.connect(":memory:")
             return made[0]
 
         thread = await aiosqlite.Connection(connector, _CHUNK)
+        if errors:
+            await thread.close()
+            raise errors[0]
         return cls(made[0], thread)
 
     async def close(self) -> None:

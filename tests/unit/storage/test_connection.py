@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -91,17 +93,33 @@ async def test_a_lent_connection_is_not_idle(connection: StoreConnection) -> Non
     assert connection.is_idle
 
 
-async def test_an_error_while_connecting_ends_the_thread() -> None:
+async def test_an_error_while_connecting_is_raised() -> None:
     def fail() -> FunctionConnection:
         raise sqlite3.OperationalError("no such disk")
 
-    before = threading.active_count()
     with pytest.raises(sqlite3.OperationalError, match="no such disk"):
         await StoreConnection.open(fail)
-    for thread in threading.enumerate():
-        if thread.name.startswith("Thread-"):
-            await asyncio.to_thread(thread.join, 5)
-    assert threading.active_count() <= before + 1, "only the thread of the join is left"
+
+
+def test_an_error_while_connecting_is_raised_after_the_last_use_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    call_soon = asyncio.BaseEventLoop.call_soon_threadsafe
+    late: list[BaseException | None] = []
+
+    def fail() -> FunctionConnection:
+        raise sqlite3.OperationalError("no such disk")
+
+    def slow(self: asyncio.BaseEventLoop, *args: Any, **kwargs: Any) -> asyncio.Handle:
+        time.sleep(0.01)
+        return call_soon(self, *args, **kwargs)
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "call_soon_threadsafe", slow)
+    monkeypatch.setattr(threading, "excepthook", lambda hook: late.append(hook.exc_value))
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner, pytest.raises(sqlite3.OperationalError):
+        runner.run(StoreConnection.open(fail))
+    for started in threading.enumerate():
+        if started is not threading.current_thread():
+            started.join(1)
+    assert late == []
 
 
 async def test_a_closed_connection_runs_nothing(connection: StoreConnection) -> None:
