@@ -150,7 +150,7 @@ class ClusterNode:
     def _describe(self) -> NodeEntry:
         node = self._settings.node
         lead = self.lead
-        number = self.warm.number if lead is None else lead.acked
+        number = self.store.projected_to if lead is None else lead.acked
         hashed = config_hash(self._loaded)
         return NodeEntry(node.name, self._holder, node.advertise, FORMAT, hashed, number)
 

@@ -114,6 +114,12 @@ class WithReason(Command, frozen=True, kw_only=True):
     reason: Reason | None = None
 
 
+class StepDown(WithReason, frozen=True, kw_only=True):
+    """End the lead of this node."""
+
+    force: Annotated[bool, Meta(description="Do so although no standby is ready to take over.")] = False
+
+
 class ValidateJob(NamedJobCommand, frozen=True, kw_only=True):
     """Get a job, and the issues in its record."""
 
@@ -304,8 +310,8 @@ async def _accept_clock(app: App[Services], ctx: RequestContext, command: WithRe
     return Response(view)
 
 
-async def _step_down(app: App[Services], ctx: RequestContext, command: WithReason) -> Response | ApiError:
-    return _as_response(await step_down(app, ctx.operator, command.reason))
+async def _step_down(app: App[Services], ctx: RequestContext, command: StepDown) -> Response | ApiError:
+    return _as_response(await step_down(app, ctx.operator, command.reason, force=command.force))
 
 
 async def _quarantine(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
@@ -596,11 +602,11 @@ _ROUTES: Final = (
         Route(
             method="POST",
             path=f"{_BASE}/cluster/step-down",
-            request=WithReason,
+            request=StepDown,
             response=ClusterView,
             auth=_A,
             handler=_step_down,
-            errors=("not_found",),
+            errors=("not_found", "no_standby"),
             summary="End the lead of this node, so that a standby takes over at once. The process ends with code 75.",
         ),
         Route(

@@ -10,12 +10,23 @@ from jobd.model.errors import ApiError
 from jobd.model.responses import ClusterView
 
 
-async def step_down(app: App[Services], operator: Operator | None, reason: str | None) -> ClusterView | ApiError:
-    """End the lead of this node, and record that. Return the cluster as it was before."""
+async def step_down(
+    app: App[Services], operator: Operator | None, reason: str | None, *, force: bool
+) -> ClusterView | ApiError:
+    """End the lead of this node, and record that. Return the cluster as it was before.
+
+    Without a standby that is ready, this needs `force`.
+    """
     services = app.services
     if services.step_down is None:
         return ApiError("not_found", "This daemon has a journal of its own, so there is no cluster. See `[journal]`.")
-    await audit_action(app, operator, "step-down", reason=reason)
     view = services.cluster_view()
+    if not force and not any(node.is_ready for node in view.nodes):
+        return ApiError(
+            "no_standby",
+            "No standby is ready to take over, so no node would lead. Start jobd on another node, wait until "
+            "`jobctl cluster` shows it without a problem, and try again; or send `force`.",
+        )
+    await audit_action(app, operator, "step-down", reason=reason)
     services.step_down()
     return view

@@ -516,13 +516,15 @@ def cluster() -> ApiRequest[ClusterView]:
     return get("/v1/cluster", ClusterView)
 
 
-def step_down(reason: str | None = None) -> ApiRequest[ClusterView]:
+def step_down(reason: str | None = None, *, force: bool = False) -> ApiRequest[ClusterView]:
     """End the lead of the leader, whose process then ends, so that a standby takes over at once.
 
     The client does not repeat the request after a lost response, because it would reach the next leader. Raises
-    NotFound if the daemon has a journal of its own.
+    NoStandby if no standby is ready to take over, unless `force` is True, and NotFound if the daemon has a journal of
+    its own.
     """
-    return replace(post(f"{BASE}/cluster/step-down", ClusterView, {"reason": reason}), repeatable=False)
+    body = {"reason": reason, "force": force or None}
+    return replace(post(f"{BASE}/cluster/step-down", ClusterView, body), repeatable=False)
 
 
 def quarantine() -> ApiRequest[list[QuarantinedJob]]:

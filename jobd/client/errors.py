@@ -181,6 +181,12 @@ class WorkerNotSilent(JobdError):
     code, status = "worker_not_silent", 409
 
 
+class NoStandby(JobdError):
+    """No standby of the cluster is ready to take over; nothing was changed."""
+
+    code, status = "no_standby", 409
+
+
 class EventsGone(JobdError):
     """The requested events are no longer in the journal. Read the current state, then follow events from now on."""
 

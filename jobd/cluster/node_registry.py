@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -16,6 +17,7 @@ from jobd.model.journal import JournalHealth, JournalUnavailable, NodeEntry, Sha
 
 EVERY_S: Final = 2.0
 GONE_S: Final = 3 * EVERY_S  # if an entry is older, its process has probably ended
+SAMPLES: Final = 1_800  # a node that is behind by more than an hour counts as an hour behind
 _CLOCK_ERROR_S: Final = 0.5  # of the age of an entry, which the clocks of the server and of this node measure
 
 log = structlog.get_logger("jobd.cluster")
@@ -50,6 +52,7 @@ class NodeRegistry:
         self._wall_ms = wall_ms
         self._other: tuple[str, float] | None = None  # another process with the name, and when it last wrote its entry
         self._read_s = 0.0, 0.0  # when `nodes` were asked for and received
+        self._records: deque[tuple[float, int]] = deque(maxlen=SAMPLES)  # a time, and the last record at that time
         self._is_registered = False
         self._stop = asyncio.Event()
 
@@ -74,6 +77,11 @@ class NodeRegistry:
         """The time since `nodes` were read."""
         return int((self._now_s() - self._read_s[1]) * 1000)
 
+    def behind_ms(self, node: NodeEntry) -> int:
+        """Return the time since this node had a record that `node` lacks, 0 if it lacks none."""
+        now_s = self._now_s()
+        return next((int((now_s - at_s) * 1000) for at_s, record in self._records if record > node.projected_to), 0)
+
     def stop(self) -> None:
         self._stop.set()
 
@@ -85,6 +93,7 @@ class NodeRegistry:
 
     async def _register(self) -> None:
         mine = replace(self._describe(), ahead_ms=self.ahead_ms)
+        self._records.append((self._now_s(), mine.projected_to))
         if not self._is_registered and self._waits_for_other(mine):
             return
         replaced = await self._journal.register(mine)

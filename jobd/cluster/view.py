@@ -57,11 +57,11 @@ def cluster_view(
         waits_for_sync=health is not None and health.is_waiting,
         oldest_transaction_ms=None if health is None else health.oldest_transaction_ms,
         problems=problems,
-        nodes=[_node(each, leading, at.record or 0) for each in nodes],
+        nodes=[_node(each, leading, at.record or 0, registry.behind_ms(each)) for each in nodes],
     )
 
 
-def _node(node: NodeEntry, leading: NodeEntry | None, record: int) -> NodeView:
+def _node(node: NodeEntry, leading: NodeEntry | None, record: int, behind_ms: int) -> NodeView:
     return NodeView(
         name=node.name,
         url=node.url,
@@ -72,6 +72,7 @@ def _node(node: NodeEntry, leading: NodeEntry | None, record: int) -> NodeView:
         format=node.format,
         config_differs=leading is not None and node.config_hash != leading.config_hash,
         ahead_ms=node.ahead_ms,
+        behind_ms=0 if node is leading else behind_ms,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 from urllib.parse import urlsplit
 
-from jobd.dashboard.context import Viewer, is_live_update
+from jobd.dashboard.context import ReasonForm, Viewer, is_live_update
 from jobd.dashboard.pages import PAUSED_QUEUES, PageData, banners, base_url, query
 from jobd.dashboard.urls import no_link_reason
 from jobd.http.auth import host_name
@@ -18,6 +18,12 @@ class ClusterPageQuery(Command, frozen=True, kw_only=True):
     """`role` is that of the node when the page was loaded. If it has changed, an update loads the whole page."""
 
     role: Literal["", "leader", "standby", "single"] = ""
+
+
+class StepDownForm(ReasonForm, frozen=True, kw_only=True):
+    """`force`: step down although no standby is ready, as the page says."""
+
+    force: Literal["", "1"] = ""
 
 
 async def cluster_page(viewer: Viewer, request: ClusterPageQuery) -> PageData:
@@ -36,7 +42,7 @@ async def confirm_step_down(viewer: Viewer, _: Command) -> PageData:
     view = viewer.app.services.cluster_view()
     if view.role != "leader":
         raise api_error("not_found", "This daemon leads no cluster. See /cluster for its state.")
-    standbys = [node for node in view.nodes if node.role == "standby" and not node.is_silent]
+    standbys = [node for node in view.nodes if node.is_ready]
     return {"cluster": view, "standbys": standbys, **await _banners(viewer, view)}
 
 

@@ -180,7 +180,7 @@ class Dashboard:
             public("GET", "/sign-in", SignInQuery, sign_in.page, on_standby=True),
             public("POST", "/sign-in", SignInForm, sign_in.sign_in, on_standby=True),
             form("/sign-out", Form, sign_in.sign_out, for_read_only=True, on_standby=True),
-            form("/cluster/step-down", ReasonForm, self._step_down),
+            form("/cluster/step-down", cluster.StepDownForm, self._step_down),
             public("GET", "/static/{name}", StaticFileQuery, self._static, on_standby=True),
             public("GET", "/docs", NoFields, partial(self._docs, "/openapi.json")),
             public("GET", "/docs/worker", NoFields, partial(self._docs, "/docs/worker.json")),
@@ -386,9 +386,9 @@ class Dashboard:
             f"{action.label}: done. {job.status} \u2192 {action.command.leads_to or job.status}",
         )
 
-    async def _step_down(self, viewer: Viewer, form: ReasonForm) -> Response | ApiError:
+    async def _step_down(self, viewer: Viewer, form: cluster.StepDownForm) -> Response | ApiError:
         """End the lead of this node. Its process ends too, so the page does not redirect to it."""
-        view = await step_down(viewer.app, viewer.context.operator, form.reason_or_none)
+        view = await step_down(viewer.app, viewer.context.operator, form.reason_or_none, force=bool(form.force))
         if isinstance(view, ApiError):
             return view
         return Response(await self._render("stepped_down.html", viewer, title="Cluster", name="cluster", cluster=view))

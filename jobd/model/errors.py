@@ -41,6 +41,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "max_processing_time_exceeded": ErrorCode(409, "no progress report within `max_processing_ms`"),
     "job_quarantined": ErrorCode(409, "the stored row of the job is damaged"),
     "worker_not_silent": ErrorCode(409, "the worker holds no job whose lock has expired; nothing was changed"),
+    "no_standby": ErrorCode(409, "no standby of the cluster is ready to take over; nothing was changed"),
     "events_gone": ErrorCode(
         410, "the journal no longer has the events after the given one, or the id is from another store"
     ),

@@ -994,6 +994,7 @@ class FailuresView(Struct, frozen=True):
 
 NodeRole = Literal["leader", "standby", "single"]
 SILENT_MS: Final = 10_000  # a node describes itself every 2 s, and reads what the others wrote as often
+READY_MS: Final = 10_000  # a standby that is behind by less takes over within seconds
 
 
 class NodeView(Struct, frozen=True):
@@ -1010,11 +1011,17 @@ class NodeView(Struct, frozen=True):
     ahead_ms: Annotated[
         int, Meta(description="By how much its wall clock is ahead of that of PostgreSQL, in ms; negative if behind.")
     ] = 0
+    behind_ms: Annotated[int, Meta(description="Time since the responding node had a record that it lacks, in ms.")] = 0
 
     @property
     def is_silent(self) -> bool:
         """Whether its process has probably ended."""
         return self.seen_ms >= SILENT_MS
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can take over: it is a standby that runs and follows."""
+        return self.role == "standby" and not self.is_silent and self.behind_ms < READY_MS
 
 
 class ClusterView(Struct, frozen=True, kw_only=True):

@@ -30,7 +30,7 @@ from jobd.model.responses import (
     PartHealth,
 )
 from jobd.model.storage import DiskSpace
-from jobd.monitoring.cluster_conditions import ClusterConditions
+from jobd.monitoring.cluster_conditions import cluster_conditions
 from jobd.monitoring.condition import Condition
 
 log = structlog.get_logger("jobd.alerts")
@@ -156,7 +156,6 @@ class Alerts:
         self.failing_webhook: Callable[[], FailingWebhook | None] = lambda: None
         self.attempts = Attempts()  # updated with every commit
         self.cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single")
-        self._cluster_conditions = ClusterConditions()
         self._state = state
         self._clock = clock
         self._hold_ms = hold_ms
@@ -287,9 +286,8 @@ class Alerts:
         yield self._disk()
         yield self._release_loop()
         limits = self.thresholds
-        yield from self._cluster_conditions.of(
+        yield from cluster_conditions(
             self.cluster(),
-            at.lease,
             behind_ms=limits.standby_behind_ms,
             horizon_ms=limits.database_horizon_ms,
             clocks_ms=limits.clocks_differ_ms,

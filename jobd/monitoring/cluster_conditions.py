@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections import deque
 from collections.abc import Iterator
 from typing import Final
 
@@ -11,50 +10,36 @@ from jobd.model.job import SECOND_MS
 from jobd.model.responses import ClusterView, NodeView
 from jobd.monitoring.condition import Condition
 
-SAMPLE_EVERY_MS: Final = SECOND_MS
-SAMPLES: Final = 3_600  # a standby that is behind by more than an hour counts as an hour behind
 NOTICEABLE_MS: Final = 100  # a smaller difference of clocks counts as none
 _SHOW: Final = "See: jobctl cluster"
 
 
-class ClusterConditions:
-    """Compares the nodes with the records that the leader had at earlier times."""
+def cluster_conditions(view: ClusterView, *, behind_ms: int, horizon_ms: int, clocks_ms: int) -> Iterator[Condition]:
+    """Yield the conditions, or none without a cluster. The other arguments are thresholds."""
+    if view.role == "single":
+        return
+    standbys = [node for node in view.nodes if node.role == "standby"]
+    yield _behind(standbys, behind_ms / SECOND_MS)
+    yield _no_standby(standbys)
+    yield _not_synchronous(view)
+    yield _horizon(view, horizon_ms / SECOND_MS)
+    yield _clocks(view, clocks_ms / SECOND_MS)
 
-    def __init__(self) -> None:
-        self._records: deque[tuple[int, int]] = deque(maxlen=SAMPLES)  # lease time, and the last record at that time
 
-    def of(
-        self, view: ClusterView, now_ms: int, *, behind_ms: int, horizon_ms: int, clocks_ms: int
-    ) -> Iterator[Condition]:
-        """Yield the conditions, or none without a cluster. `now_ms` is lease time; the others are thresholds."""
-        if view.role == "single":
-            return
-        if view.record is not None and (not self._records or now_ms - self._records[-1][0] >= SAMPLE_EVERY_MS):
-            self._records.append((now_ms, view.record))
-        standbys = [node for node in view.nodes if node.role == "standby"]
-        yield self._behind(standbys, now_ms, behind_ms / SECOND_MS)
-        yield _no_standby(standbys)
-        yield _not_synchronous(view)
-        yield _horizon(view, horizon_ms / SECOND_MS)
-        yield _clocks(view, clocks_ms / SECOND_MS)
-
-    def _behind(self, standbys: list[NodeView], now_ms: int, threshold: float) -> Condition:
-        """Report the seconds since the leader had a record that the last standby lacks."""
-        value, quiet, hint = 0, "Every standby has followed the leader.", ""
-        found = [(max(self._behind_ms(node, now_ms), node.seen_ms * node.is_silent), node) for node in standbys]
-        behind_ms, last = max(found, key=lambda each: each[0], default=(0, None))
-        if last is not None and behind_ms >= SECOND_MS:
-            value = behind_ms // SECOND_MS
-            quiet = f"Node {last.name} is {value} s behind the leader ({last.lag_records} records)."
-            advice = "Check its disk, its load and its connection to PostgreSQL"
-            if last.is_silent:
-                quiet = f"Node {last.name} was last seen {value} s ago."
-                advice = f"Start jobd there, or remove its entry: jobd cluster forget {shlex.quote(last.name)}"
-            hint = f"{quiet} {advice}. {_SHOW}"
-        return Condition("standby_behind", value, threshold, hint, quiet)
-
-    def _behind_ms(self, node: NodeView, now_ms: int) -> int:
-        return next((now_ms - at for at, record in self._records if record > node.record), 0)
+def _behind(standbys: list[NodeView], threshold: float) -> Condition:
+    """Report the seconds since the leader had a record that the last standby lacks."""
+    value, quiet, hint = 0, "Every standby has followed the leader.", ""
+    found = [(max(node.behind_ms, node.seen_ms * node.is_silent), node) for node in standbys]
+    behind_ms, last = max(found, key=lambda each: each[0], default=(0, None))
+    if last is not None and behind_ms >= SECOND_MS:
+        value = behind_ms // SECOND_MS
+        quiet = f"Node {last.name} is {value} s behind the leader ({last.lag_records} records)."
+        advice = "Check its disk, its load and its connection to PostgreSQL"
+        if last.is_silent:
+            quiet = f"Node {last.name} was last seen {value} s ago."
+            advice = f"Start jobd there, or remove its entry: jobd cluster forget {shlex.quote(last.name)}"
+        hint = f"{quiet} {advice}. {_SHOW}"
+    return Condition("standby_behind", value, threshold, hint, quiet)
 
 
 def _no_standby(standbys: list[NodeView]) -> Condition:

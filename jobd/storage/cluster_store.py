@@ -116,6 +116,11 @@ class ClusterStore(Store):
         finally:
             self._plan_slice()
 
+    @property
+    def projected_to(self) -> int:
+        """The last record that the tables have. It stands still while the disk is full."""
+        return self._database.projected_to
+
     async def is_on_branch(self, journal: SharedJournal) -> bool:
         """Return whether `journal` still has the last record that was followed. Raises StoreAhead."""
         projection = self._projection

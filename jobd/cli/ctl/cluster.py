@@ -21,22 +21,23 @@ _POLL_S: Final = 0.1
 @click.command()
 @click.argument("what", required=False, type=click.Choice(["step-down"]))
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("--force", is_flag=True, help="Step down although no standby is ready to take over.")
 @confirm.reason_option("Stored in the audit log.")
 @json_option
 @admin_options
-def cluster(what: str | None, yes: bool, reason: str | None, as_json: bool) -> int:
+def cluster(what: str | None, yes: bool, force: bool, reason: str | None, as_json: bool) -> int:
     """Show the nodes of the cluster and its leader. Exit 1 if no node leads.
 
     \b
     cluster              show nodes, leader, epoch, and how far each node is behind
     cluster step-down    end the lead of the leader, and wait until another node leads
     """
-    if (yes or reason) and what is None:
-        raise click.UsageError("--yes and --reason need `step-down`: jobctl cluster step-down")
+    if (yes or force or reason) and what is None:
+        raise click.UsageError("--yes, --force and --reason need `step-down`: jobctl cluster step-down")
     client = admin_client()
     view = client.cluster()
     if what == "step-down":
-        view = _step_down(client, view, reason, yes=yes)
+        view = _step_down(client, view, reason, yes=yes, force=force)
     if as_json:
         terminal.emit_json(view)
     elif what == "step-down":
@@ -46,15 +47,15 @@ def cluster(what: str | None, yes: bool, reason: str | None, as_json: bool) -> i
     return exit_codes.DONE if view.role == "single" or view.leader is not None else exit_codes.FAILED
 
 
-def _step_down(client: AdminClient, before: ClusterView, reason: str | None, *, yes: bool) -> ClusterView:
+def _step_down(client: AdminClient, before: ClusterView, reason: str | None, *, yes: bool, force: bool) -> ClusterView:
     """Make the leader step down, and return the cluster once another leader has a later epoch."""
     from jobd.client import Unreachable
 
     if not yes and before.role != "single":
-        others = sum(node.role == "standby" for node in before.nodes)
-        confirm.confirm(f"end the lead of {before.leader or 'the leader'}; standbys: {others}")
+        ready = sum(node.is_ready for node in before.nodes)
+        confirm.confirm(f"end the lead of {before.leader or 'the leader'}; standbys that are ready: {ready}")
     try:
-        before = client.step_down(reason)
+        before = client.step_down(reason, force=force)
     except Unreachable:  # the response may have been lost, as the process ends
         terminal.say("The leader did not respond; waiting for another one.")
     give_up_s = time.monotonic() + TAKEOVER_S

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import msgspec.inspect
 import pytest
+from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from jobd.api.admin import ROUTES
@@ -50,11 +51,21 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import Policy
-from jobd.model.responses import ClusterView, NodeView, Response, StatsView, ValidateJobView, Validation
+from jobd.model.responses import (
+    READY_MS,
+    SILENT_MS,
+    ClusterView,
+    NodeView,
+    Response,
+    StatsView,
+    ValidateJobView,
+    Validation,
+)
 from tests.support.http_harness import BACKUP, DELIVERY, TOKEN, WEBHOOK, HttpHarness
 from tests.unit.core.test_views import AT, JOB
 
 P = "/admin/job-management"
+STANDBY = NodeView("b", "http://b", "standby", 0, 1, 0, 2, False)
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
 REPORT = {
     "timestamp": 1_700_000_000_000,
@@ -215,7 +226,8 @@ async def test_a_leader_steps_down_after_its_audit_entry(harness: HttpHarness) -
     refused = await harness.request("POST", path, headers=AUTH)
     assert (refused.status, refused.error) == (404, "not_found")
     assert (await harness.request("GET", "/v1/cluster", headers=AUTH)).data["role"] == "single"
-    view = ClusterView(role="leader", node="a", nodes=[NodeView("a", "http://a", "leader", 0, 1, 0, 2, False)])
+    nodes = [NodeView("a", "http://a", "leader", 0, 1, 0, 2, False), STANDBY]
+    view = ClusterView(role="leader", node="a", nodes=nodes)
     harness.services.cluster_view = lambda: view
     harness.services.step_down = lambda: stepped.append(True)
     done = await harness.request("POST", path, '{"reason":"why"}', AUTH)
@@ -223,6 +235,19 @@ async def test_a_leader_steps_down_after_its_audit_entry(harness: HttpHarness) -
     assert stepped == [True]
     [audited] = harness.actor.received
     assert audited.command == RecordAction(what="step-down", reason="why")
+
+
+@pytest.mark.parametrize("changes", [{"seen_ms": SILENT_MS}, {"behind_ms": READY_MS}, {"role": "leader"}])
+async def test_a_step_down_without_a_ready_standby_needs_force(harness: HttpHarness, changes: dict[str, Any]) -> None:
+    path, stepped = f"{P}/cluster/step-down", []
+    harness.services.cluster_view = lambda: ClusterView(role="leader", nodes=[replace(STANDBY, **changes)])
+    harness.services.step_down = lambda: stepped.append(True)
+    refused = await harness.request("POST", path, headers=AUTH)
+    assert (refused.status, refused.error, stepped) == (409, "no_standby", [])
+    assert "Start jobd on another node" in refused.body.decode()
+    assert harness.actor.received == []
+    assert (await harness.request("POST", path, '{"force":true}', AUTH)).status == 200
+    assert stepped == [True]
 
 
 async def test_webhook_actions_are_audited_with_the_webhook(harness: HttpHarness) -> None:

@@ -74,6 +74,8 @@ async def test_nodes_see_each_other() -> None:
     server.nodes["b"] = alike, server.nodes["b"][1]
     b.registry.nodes = await b.journal.nodes()
     assert view(b).problems == []
+    later = replace(entry("b", "p-b"), projected_to=9)
+    assert [b.registry.behind_ms(each) for each in (later, entry("b", "p-b"))] == [2_100, 0]
     await b.kill()
     await seconds(10)
     assert [node.seen_ms > 8_000 for node in view(a).nodes] == [False, True]

@@ -125,8 +125,18 @@ async def test_an_operator_confirms_that_the_leader_steps_down(harness: Dashboar
     assert (response.status, steps) == (200, ["down"])
     assert "steps down" in text(response)
     assert ("admin", "step-down", "done") in [entry[:3] for entry in await audit_entries(harness)]
-    lead(harness, replace(LEADER, nodes=NODES[:1]))
-    assert "No standby is running." in text(await browser.get("/cluster/step-down"))
+
+
+async def test_a_step_down_without_a_ready_standby_is_forced_by_its_page(harness: DashboardHarness) -> None:
+    steps = lead(harness, replace(LEADER, nodes=[NODES[0], NODES[2]]))
+    browser = await harness.browser()
+    page = text(await browser.get("/cluster/step-down"))
+    assert "No standby is ready to take over." in page
+    assert '<input type="hidden" name="force" value="1">' in page
+    response = await browser.post("/cluster/step-down", csrf=await browser.csrf())
+    assert (response.status, "No standby is ready" in text(response), steps) == (409, True, [])
+    response = await browser.post("/cluster/step-down", csrf=await browser.csrf(), force="1")
+    assert (response.status, steps) == (200, ["down"])
 
 
 async def test_a_standby_serves_the_page_of_the_cluster_only(standby: StandbyDashboard) -> None:

@@ -50,5 +50,5 @@ def test_a_node_that_has_not_described_itself_for_ten_seconds_is_silent() -> Non
     def node(seen_ms: int) -> responses.NodeView:
         return responses.NodeView("a", "http://a", "standby", seen_ms, 1, 0, 2, config_differs=False)
 
-    assert not node(9_999).is_silent
-    assert node(10_000).is_silent
+    assert (node(9_999).is_silent, node(9_999).is_ready) == (False, True)
+    assert (node(10_000).is_silent, node(10_000).is_ready) == (True, False)

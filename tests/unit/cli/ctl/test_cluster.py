@@ -24,6 +24,7 @@ class Cluster:
         self.epoch = 7
         self.loses_response = False
         self.has_standby = True
+        self.seen_ms = [1_200, 1_300]
         self.steps_down = 0
         self.servers = [ScriptedServer(), ScriptedServer()]
         self.urls = [f"unix:{directory}/{number}" for number in range(2)]
@@ -46,7 +47,7 @@ class Cluster:
         def described(number: int) -> dict[str, Any]:
             role = "leader" if number == self.leader else "standby"
             state = {
-                "seen_ms": 17_000 if number else 1200,
+                "seen_ms": self.seen_ms[number],
                 "record": 40,
                 "lag_records": number,
                 "format": 1,
@@ -86,6 +87,7 @@ def jobctl(*argv: str) -> int:
 
 
 def test_the_nodes_and_the_leader_are_shown(nodes: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes.seen_ms[1] = 17_000
     assert jobctl() == 0
     text = capsys.readouterr().out
     fields, _, table = text.partition("\n\n")
@@ -150,7 +152,7 @@ def test_step_down_asks_first(
     questions: list[str] = []
     monkeypatch.setattr("jobd.cli.confirm.confirm", questions.append)
     assert jobctl("step-down") == 0
-    assert questions == ["end the lead of http://a.example:8771; standbys: 1"]
+    assert questions == ["end the lead of http://a.example:8771; standbys that are ready: 1"]
     assert jobctl("--yes") == 2
     assert "need `step-down`" in capsys.readouterr().err
 
@@ -160,5 +162,10 @@ def test_step_down_without_a_standby_says_so(
 ) -> None:
     monkeypatch.setattr(cluster, "TAKEOVER_S", 0.05)
     nodes.has_standby = False
-    assert jobctl("step-down", "--yes") == 75
+    refused = rejected("no_standby", 409, "No standby is ready to take over.")
+    nodes.servers[0].script = [ok(nodes._view(0)), refused]
+    assert jobctl("step-down", "--yes") == 4
+    assert "No standby is ready to take over [no_standby]" in capsys.readouterr().err
+    assert jobctl("step-down", "--yes", "--force") == 75
     assert "no node took over within 0.05 s" in capsys.readouterr().err
+    assert any(each.body == b'{"force":true}' for each in nodes.servers[0].received)
