@@ -35,7 +35,6 @@ from jobd.http.decoding import Limits
 from jobd.http.routing import Route, Router
 from jobd.http.server import HttpListener
 from jobd.model.commands import Ping
-from jobd.model.job import SECOND_MS
 from jobd.model.responses import Response
 from jobd.model.storage import OpenedStore
 from jobd.monitoring.timeseries import Timeseries
@@ -53,10 +52,9 @@ from jobd.resources import (
 from jobd.serving import Background, Serving
 from jobd.storage.store import Store
 
-GRACE_MS: Final = 30 * SECOND_MS  # after a start or a pause, no processing job ends sooner
 SAME_SIGNAL_S: Final = 0.05
 STOP_S: Final = 20.0  # for requests in flight; systemd waits longer
-SLICE: Final = 500  # jobs of one command
+RELOAD_FLUSH_S: Final = 0.2  # at most, to write the log of a reload
 
 ADMIN_ROUTES: Final = (*admin_api.ROUTES, worker_api.DOCUMENT)
 
@@ -319,6 +317,7 @@ class Daemon:
             log.error("reload_failed", reason=str(error), kept="the old configuration")
         else:
             self._apply(new)
+        logging.flush(RELOAD_FLUSH_S)  # because `systemctl reload` returns after READY=1
         systemd.ready()
 
     def _warn(self, warnings: Iterable[str]) -> None:

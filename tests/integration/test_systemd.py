@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from jobd import systemd
 from jobd.config_loader import load
 from tests import ROOT
 from tests.conftest import tool_missing
+from tests.support.daemon_process import DaemonProcess
 
 UNITS = ROOT / "systemd"
 
@@ -82,6 +84,27 @@ def test_a_manager_that_reads_nothing_does_not_block_us(manager: socket.socket) 
 async def test_notifying_does_not_block_the_loop(manager: socket.socket) -> None:
     assert systemd.ready() is True
     assert manager.recv(1000) == b"READY=1"
+
+
+def test_a_reload_ends_after_its_result_is_logged(manager: socket.socket, tmp_path: Path) -> None:
+    """`systemctl reload` returns with READY=1, and its caller may read the log at once."""
+    with (
+        (tmp_path / "log").open("wb") as stderr,
+        DaemonProcess.not_started(tmp_path, NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon,
+    ):
+        daemon.module = "tests.support.daemon_variants slow_log"
+        daemon.process = daemon.spawn(stderr.fileno())
+        wait_for(manager, b"READY=1")
+        daemon.config.write_text("[locks]\nttl = 'soon'\n")
+        for number in range(1, 4):
+            daemon.process.send_signal(signal.SIGHUP)
+            wait_for(manager, b"READY=1")
+            assert (tmp_path / "log").read_bytes().count(b"event=reload_failed") == number
+
+
+def wait_for(manager: socket.socket, state: bytes) -> None:
+    while manager.recv(1000) != state:
+        pass
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from jobd import serving
+from jobd import logging, serving
 from jobd.cli.daemon.main import main
 from jobd.engine import history
 from jobd.engine.actor import Actor
@@ -47,6 +48,18 @@ def quick_retries() -> None:
     policy = RetryPolicy(retry_ms=100, max_retry_ms=500, pause_ms=100, max_pause_ms=500)
     patched: Any = serving
     patched.DispatchContext = partial(DispatchContext, retry_policy=policy)
+
+
+def slow_log() -> None:
+    """Write each line of the log after 50 ms."""
+    patched: Any = logging
+    write = logging._write
+
+    def later(text: str) -> None:
+        time.sleep(0.05)
+        write(text)
+
+    patched._write = later
 
 
 def short_pages() -> None:
@@ -104,7 +117,16 @@ def _print(text: str) -> None:
 
 VARIANTS: Final = {
     each.__name__: each
-    for each in (hung_actor, prompt_alerts, quick_retries, short_pages, one_slice, older_format, reported_stop)
+    for each in (
+        hung_actor,
+        prompt_alerts,
+        quick_retries,
+        slow_log,
+        short_pages,
+        one_slice,
+        older_format,
+        reported_stop,
+    )
 }
 
 if __name__ == "__main__":
