@@ -138,7 +138,7 @@ class Daemon:
         """Run as a standby until this node leads. Return False if a signal came first."""
         node = self.node = ClusterNode(self._loaded)
         await node.open(self._stack, self._check_addresses)
-        self._background.run("registry", node.registry)
+        self._background.run_until_cancelled("registry", node.registry.run())
         self._background.run("snapshots", node.snapshots)
         self._stack.push_async_callback(self._close_listeners)
         self._make_authenticators()

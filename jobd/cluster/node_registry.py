@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -24,7 +23,7 @@ log = structlog.get_logger("jobd.cluster")
 
 
 class NodeRegistry:
-    """Writes the entry of this node from `run` until `stop`, as `describe` returns it.
+    """Writes the entry of this node while `run` runs, as `describe` returns it.
 
     `nodes` and `health` are as last read, `health` is None if they cannot be read now. `ahead_ms` says by how much the
     wall clock of this node is ahead of that of the server. `problem` says that another process uses the name. If it did
@@ -54,10 +53,10 @@ class NodeRegistry:
         self._read_s = 0.0, 0.0  # when `nodes` were asked for and received
         self._records: deque[tuple[float, int]] = deque(maxlen=SAMPLES)  # a time, and the last record at that time
         self._is_registered = False
-        self._stop = asyncio.Event()
 
     async def run(self) -> None:
-        while not self._stop.is_set():
+        """Write and read the entries until cancelled."""
+        while True:
             try:
                 sent_s = self._now_s()
                 self.nodes = await self._journal.nodes()
@@ -68,9 +67,7 @@ class NodeRegistry:
                 self.is_reachable = True
             except JournalUnavailable:
                 self.health, self.is_reachable = None, False
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(EVERY_S):
-                    await self._stop.wait()
+            await asyncio.sleep(EVERY_S)
 
     @property
     def age_ms(self) -> int:
@@ -81,9 +78,6 @@ class NodeRegistry:
         """Return the time since this node had a record that `node` lacks, 0 if it lacks none."""
         now_s = self._now_s()
         return next((int((now_s - at_s) * 1000) for at_s, record in self._records if record > node.projected_to), 0)
-
-    def stop(self) -> None:
-        self._stop.set()
 
     async def _compare_clocks(self) -> None:
         """Measure `ahead_ms`. A slow response does not count as a difference."""

@@ -101,6 +101,7 @@ def test_a_leader_steps_down_and_follows_again(cluster: Cluster) -> None:
     first.wait_leads()
     create(first, "one")
     second = cluster.add("b")
+    wait_until(lambda: len(first.cluster()["nodes"]) == 2)
     assert first.admin("POST", "cluster/step-down", {"reason": "maintenance"}).data["role"] == "leader"
     second.wait_leads()
     assert first.process is not None
@@ -285,7 +286,8 @@ def test_a_leader_without_its_journal_serves_nothing_before_another_leads(cluste
     proxy.lose(requests=True, responses=True)
     second.wait_leads()
     assert first.process is not None
-    assert first.process.wait(WAIT_S) == 75
+    first.wait_for_log(b"event=leadership_lost")
+    assert first.process.wait(4) == 75, "it waits for no response of the server"
     wait_until(lambda: served["b"])
     stop.set()
     for each in askers:

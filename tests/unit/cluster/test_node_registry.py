@@ -43,10 +43,6 @@ class Process:
         self.task = asyncio.create_task(self.registry.run())
 
     async def stop(self) -> None:
-        self.registry.stop()
-        await self.task
-
-    async def kill(self) -> None:
         self.task.cancel()
         await asyncio.wait([self.task])
 
@@ -76,7 +72,7 @@ async def test_nodes_see_each_other() -> None:
     assert view(b).problems == []
     later = replace(entry("b", "p-b"), projected_to=9)
     assert [b.registry.behind_ms(each) for each in (later, entry("b", "p-b"))] == [2_100, 0]
-    await b.kill()
+    await b.stop()
     await seconds(10)
     assert [node.seen_ms > 8_000 for node in view(a).nodes] == [False, True]
     a.journal.is_reachable = False
@@ -115,7 +111,7 @@ async def test_a_process_that_was_restarted_gets_its_name_back() -> None:
     server = MemoryServer(loop_ms)
     old = Process(server, entry("a", "p-1"))
     await seconds(0.1)
-    await old.kill()
+    await old.stop()
     await seconds(1)
     new = Process(server, entry("a", "p-2"))
     await seconds(2 * EVERY_S)
@@ -131,7 +127,7 @@ async def test_a_restarted_process_is_no_duplicate_while_the_journal_is_slow() -
     server = MemoryServer(loop_ms)
     old = Process(server, entry("a", "p-1"))
     await seconds(0.1)
-    await old.kill()
+    await old.stop()
     new = Process(server, entry("a", "p-2"))
     waits_s = [0.0, 0.0, 0.0, 0.0, 0.4, 0.4, 0.4, 0.4]  # before and after the calls
 
