@@ -17,7 +17,6 @@ from jobd.model.journal import JournalHealth, JournalUnavailable, NodeEntry, Sha
 EVERY_S: Final = 2.0
 GONE_S: Final = 3 * EVERY_S  # if an entry is older, its process has probably ended
 SAMPLES: Final = 1_800  # a node that is behind by more than an hour counts as an hour behind
-_CLOCK_ERROR_S: Final = 0.5  # of the age of an entry, which the clocks of the server and of this node measure
 
 log = structlog.get_logger("jobd.cluster")
 
@@ -49,8 +48,10 @@ class NodeRegistry:
         self._on_duplicate = on_duplicate
         self._now_s = now_s
         self._wall_ms = wall_ms
-        self._other: tuple[str, float] | None = None  # another process with the name, and when it last wrote its entry
-        self._read_s = 0.0, 0.0  # when `nodes` were asked for and received
+        self._other: NodeEntry | None = None  # of another process with the name, which this one watches
+        self._other_since_s = 0.0  # when it was first seen like this
+        self._other_writes = 0  # that were seen
+        self._read_s = 0.0  # when `nodes` were read
         self._records: deque[tuple[float, int]] = deque(maxlen=SAMPLES)  # a time, and the last record at that time
         self._is_registered = False
 
@@ -58,9 +59,8 @@ class NodeRegistry:
         """Write and read the entries until cancelled."""
         while True:
             try:
-                sent_s = self._now_s()
                 self.nodes = await self._journal.nodes()
-                self._read_s = sent_s, self._now_s()
+                self._read_s = self._now_s()
                 self.health = await self._journal.health()
                 await self._compare_clocks()
                 await self._register()
@@ -72,7 +72,7 @@ class NodeRegistry:
     @property
     def age_ms(self) -> int:
         """The time since `nodes` were read."""
-        return int((self._now_s() - self._read_s[1]) * 1000)
+        return int((self._now_s() - self._read_s) * 1000)
 
     def behind_ms(self, node: NodeEntry) -> int:
         """Return the time since this node had a record that `node` lacks, 0 if it lacks none."""
@@ -88,7 +88,7 @@ class NodeRegistry:
     async def _register(self) -> None:
         mine = replace(self._describe(), ahead_ms=self.ahead_ms)
         self._records.append((self._now_s(), mine.projected_to))
-        if not self._is_registered and self._waits_for_other(mine):
+        if not self._is_registered and self._watches_other(mine):
             return
         replaced = await self._journal.register(mine)
         self.problem = None
@@ -96,16 +96,23 @@ class NodeRegistry:
             self._note_duplicate(mine.name)
         self._is_registered = True
 
-    def _waits_for_other(self, mine: NodeEntry) -> bool:
-        """Return whether the name may be that of another process, which this one has to watch for longer."""
+    def _watches_other(self, mine: NodeEntry) -> bool:
+        """Return whether the name may be that of another process, which this one has to watch for longer.
+
+        No clock of the server counts, because it can be set back. The entry of a process that was killed may change
+        once more, by a statement that was on its way.
+        """
         other = next((node for node in self.nodes if node.name == mine.name and node.process != mine.process), None)
         if other is None:
             return False
-        earliest_s, latest_s = (read_s - other.seen_ms / 1000 for read_s in self._read_s)
-        if self._other is not None and self._other[0] == other.process and earliest_s > self._other[1] + _CLOCK_ERROR_S:
-            self._on_duplicate(self._note_duplicate(mine.name))
-        self._other = other.process, latest_s
-        return other.seen_ms < GONE_S * 1000
+        watched = self._other
+        if watched is None or watched.version != other.version:
+            is_same = watched is not None and watched.process == other.process
+            self._other, self._other_since_s = other, self._now_s()
+            self._other_writes = self._other_writes + 1 if is_same else 0
+            if self._other_writes > 1:
+                self._on_duplicate(self._note_duplicate(mine.name))
+        return other.seen_ms < GONE_S * 1000 and self._now_s() < self._other_since_s + GONE_S
 
     def _note_duplicate(self, name: str) -> str:
         self.problem = (

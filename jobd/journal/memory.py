@@ -81,6 +81,7 @@ class MemoryServer:
         self.records: list[Record] = []
         self.epochs: list[tuple[int, int]] = []
         self.nodes: dict[str, tuple[NodeEntry, int]] = {}  # with the wall time
+        self.writes = 0  # of these
         self.snapshots: dict[int, tuple[list[bytes], int]] = {}
         self.snapshot_writer: MemorySharedJournal | None = None
         self.health = JournalHealth(is_synchronous=True, is_waiting=False, oldest_transaction_ms=0)
@@ -193,6 +194,8 @@ class MemorySharedJournal:
     async def register(self, node: NodeEntry) -> str | None:
         await self._begin("register")
         before = self.server.nodes.get(node.name)
+        self.server.writes += 1
+        node = replace(node, version=str(self.server.writes))
         self.server.nodes[node.name] = (node, self.server.now_ms())
         is_other = before is not None and before[0].process != node.process
         return await self._end("register", before[0].process if before and is_other else None)
@@ -200,7 +203,7 @@ class MemorySharedJournal:
     async def nodes(self) -> list[NodeEntry]:
         await self._begin("nodes")
         now = self.server.now_ms()
-        found = [replace(node, seen_ms=now - at) for _, (node, at) in sorted(self.server.nodes.items())]
+        found = [replace(node, seen_ms=max(now - at, 0)) for _, (node, at) in sorted(self.server.nodes.items())]
         return await self._end("nodes", found)
 
     async def forget(self, name: str) -> None:

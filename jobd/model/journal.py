@@ -74,7 +74,7 @@ class NodeEntry(Struct, frozen=True):
 
     `format` is the highest format of a record that it reads, `projected_to` the last record that its tables have.
     `seen_ms` is the time since it was written, by the clock of the server. `ahead_ms` says by how much the wall clock
-    of the node is ahead of that of the server.
+    of the node is ahead of that of the server. `version` changes with each write.
     """
 
     name: str
@@ -85,6 +85,7 @@ class NodeEntry(Struct, frozen=True):
     projected_to: int
     seen_ms: int = 0
     ahead_ms: int = 0
+    version: str = ""
 
 
 class SnapshotInfo(Struct, frozen=True):

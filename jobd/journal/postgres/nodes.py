@@ -17,7 +17,7 @@ _REGISTER: Final = """
     RETURNING (SELECT process FROM before)"""
 _NODES: Final = """
     SELECT node, process, url, format, config_hash, projected_to,
-        greatest(0, extract(epoch FROM clock_timestamp() - seen) * 1000)::bigint, ahead_ms
+        greatest(0, extract(epoch FROM clock_timestamp() - seen) * 1000)::bigint, ahead_ms, xmin::text
     FROM jobd_nodes WHERE name = $1 ORDER BY node COLLATE "C\""""
 _FORGET: Final = "DELETE FROM jobd_nodes WHERE name = $1 AND node = $2"
 

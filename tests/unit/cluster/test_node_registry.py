@@ -123,6 +123,35 @@ async def test_a_process_that_was_restarted_gets_its_name_back() -> None:
 
 
 @in_virtual_time
+async def test_a_restarted_process_is_no_duplicate_if_the_clock_of_the_server_steps_back() -> None:
+    server = MemoryServer(loop_ms)
+    old = Process(server, entry("a", "p-1"))
+    await seconds(3)
+    await old.stop()
+    server.now_ms = lambda: loop_ms() - 3_600_000
+    new = Process(server, entry("a", "p-2"))
+    await seconds(5 * EVERY_S)
+    assert (new.duplicates, new.registry.problem) == ([], None)
+    assert [node.process for node in new.registry.nodes] == ["p-2"]
+    await new.stop()
+
+
+@in_virtual_time
+async def test_the_last_write_of_a_killed_process_makes_no_duplicate() -> None:
+    server = MemoryServer(loop_ms)
+    old = Process(server, entry("a", "p-1"))
+    await seconds(0.1)
+    await old.stop()
+    new = Process(server, entry("a", "p-2"))
+    await seconds(0.1)
+    await MemorySharedJournal(server).register(entry("a", "p-1"))
+    await seconds(5 * EVERY_S)
+    assert new.duplicates == []
+    assert [node.process for node in new.registry.nodes] == ["p-2"]
+    await new.stop()
+
+
+@in_virtual_time
 async def test_a_restarted_process_is_no_duplicate_while_the_journal_is_slow() -> None:
     server = MemoryServer(loop_ms)
     old = Process(server, entry("a", "p-1"))
@@ -150,7 +179,7 @@ async def test_a_name_that_another_process_uses_is_not_taken() -> None:
     await seconds(0.1)
     with capture_logs() as logs:
         second = Process(server, entry("a", "p-2"))
-        await seconds(EVERY_S + 0.1)
+        await seconds(2 * EVERY_S + 0.1)
     problem = 'Another process of this journal is the node "a": set node.name to another name on each node.'
     assert second.duplicates == [problem]
     assert [line["event"] for line in logs] == ["duplicate_node"]

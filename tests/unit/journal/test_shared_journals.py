@@ -216,6 +216,9 @@ async def test_nodes_are_listed_by_name(a: SharedJournal, b: SharedJournal) -> N
     found = await b.nodes()
     assert [(each.name, each.process, each.projected_to) for each in found] == [("east", "p1", 5), ("west", "p2", 7)]
     assert all(0 <= each.seen_ms < 60_000 for each in found)
+    assert [each.version for each in await a.nodes()] == [each.version for each in found]
+    await b.register(west)
+    assert [new.version != old.version for new, old in zip(await a.nodes(), found, strict=True)] == [False, True]
     await a.forget("east")
     assert [each.name for each in await b.nodes()] == ["west"]
 
