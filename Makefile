@@ -11,6 +11,9 @@ PARALLEL ?= 2
 # Many tests wait for the disk, a server or another process, so one process more runs them.
 PROCESSES ?= $(shell expr $(PARALLEL) + 1)
 
+# Tests start hundreds of processes. Without stored bytecode each of them compiles all of jobd.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help venv test check stock lint coverage faults planted mutation format demo cluster-tests cluster-demo bench bench-peers vendor screenshots linearizability simulation cluster-simulation world proof pins clean
 

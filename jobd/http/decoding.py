@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from types import NoneType, UnionType
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 from urllib.parse import parse_qsl
@@ -65,13 +65,9 @@ class RequestDecoder:
         self.path_field = path_field
         self.limits = limits
         self.body_type = body_type or (command if path_field is None else make_body_type(command, path_field))
-        self._list_fields = frozenset(
-            info.encode_name for info in msgspec.structs.fields(command) if get_origin(info.type) is list
-        )
-        self._text_fields = frozenset(
-            info.encode_name for info in msgspec.structs.fields(command) if _takes_text(info.type)
-        )
-        [self._path_type] = [info.type for info in msgspec.structs.fields(command) if info.name == path_field] or [str]
+        self._list_fields = frozenset(info.encode_name for info in _fields_of(command) if get_origin(info.type) is list)
+        self._text_fields = frozenset(info.encode_name for info in _fields_of(command) if _takes_text(info.type))
+        [self._path_type] = [info.type for info in _fields_of(command) if info.name == path_field] or [str]
         self.path_value_words = _pattern_words(self._path_type)
         self._size_checks = _field_checks(command, _check_size)
         self._key_checks = _field_checks(command, _check_storage_key)
@@ -148,6 +144,16 @@ class RequestDecoder:
         return self.command(**fields)
 
 
+# The fields of a struct. msgspec evaluates all annotations of the struct at each call.
+_fields_of: Callable[[type[Any]], tuple[FieldInfo, ...]] = cache(msgspec.structs.fields)  # type: ignore[assignment]
+
+
+@cache
+def make_decoder(command: type[Command], path_field: str | None, limits: Limits) -> RequestDecoder:
+    """Return the decoder of the routes with these arguments. Making one takes a millisecond."""
+    return RequestDecoder(command, path_field, limits)
+
+
 def make_body_type(
     command: type[Command], path_field: str | None, *, extra_fields: Sequence[Any] = (), suffix: str = "Body"
 ) -> type[Any]:
@@ -156,14 +162,14 @@ def make_body_type(
     `extra_fields` come first, in the form that defstruct takes. The name of the type ends in `suffix`.
     """
     fields: list[Any] = list(extra_fields)
-    for info in msgspec.structs.fields(command):
+    for info in _fields_of(command):
         if info.name == path_field:
             fields.append((path_field, str | UnsetType, UNSET))
         elif info.default_factory is not NODEFAULT:
             fields.append((info.name, info.type, msgspec.field(default_factory=info.default_factory)))
         else:
             fields.append((info.name, info.type, msgspec.field(default=info.default)))
-    names = {info.name: info.encode_name for info in msgspec.structs.fields(command) if info.name != info.encode_name}
+    names = {info.name: info.encode_name for info in _fields_of(command) if info.name != info.encode_name}
     return msgspec.defstruct(
         f"{command.__name__}{suffix}",
         fields,
@@ -220,7 +226,7 @@ FieldCheck = Callable[[Any, str, str, Limits], None]
 def _field_checks(struct: type[Struct], check: FieldCheck) -> dict[str, FieldCheck]:
     """Return `check` for each field that it concerns: JSON values have a maximum size, storage keys are relative."""
     checks: dict[str, FieldCheck] = {}
-    for info in msgspec.structs.fields(struct):
+    for info in _fields_of(struct):
         item = _item_struct(info.type)
         inner = item or _first(info.type, lambda part: issubclass(part, Struct))
         if (check is _check_storage_key and info.name == "storage_key") or (
@@ -273,7 +279,7 @@ def _list_limits(command: type[Command], limits: Limits) -> dict[str, int]:
         return {"jobs": limits.bulk}
     return {
         info.name: part.max_length
-        for info in msgspec.structs.fields(command)
+        for info in _fields_of(command)
         if get_origin(_without_metadata(_without_none(info.type))) is list
         for part in get_args(_without_none(info.type))
         if isinstance(part, msgspec.Meta) and part.max_length is not None
@@ -314,7 +320,7 @@ def _split_path(error: str) -> tuple[str, str]:
 
 
 def _field_error(how: str, name: str, struct: type[Any] | None) -> str:
-    fields = () if struct is None else msgspec.structs.fields(struct)
+    fields = () if struct is None else _fields_of(struct)
     if how == "missing required":
         return "is missing. Add it."
     names = sorted(info.encode_name for info in fields)
@@ -349,7 +355,7 @@ def _struct_at(body_type: type[Any], path: str) -> type[Any] | None:
     for step in _STEP.finditer(path):
         if step[1] is None or struct is None:
             continue
-        info = next((info for info in msgspec.structs.fields(struct) if info.encode_name == step[1]), None)
+        info = next((info for info in _fields_of(struct) if info.encode_name == step[1]), None)
         struct = None if info is None else _first(info.type, lambda part: issubclass(part, Struct))
     return struct
 
@@ -359,7 +365,7 @@ def _field_at(body_type: type[Any], path: str) -> FieldInfo | None:
     parent, _, name = path.rpartition(".")
     struct = _struct_at(body_type, parent or "$")
     name = name.partition("[")[0]
-    fields = () if struct is None else msgspec.structs.fields(struct)
+    fields = () if struct is None else _fields_of(struct)
     return next((info for info in fields if info.encode_name == name), None)
 
 
@@ -444,11 +450,11 @@ def _bounded_list(limit: int) -> Any:
 def _skipping_type(part: type[Any]) -> type[Struct]:
     """Make a variant of `part` whose values stay raw, including those in lists of structs."""
     fields: list[Any] = []
-    for info in msgspec.structs.fields(part):
+    for info in _fields_of(part):
         inner = _item_struct(info.type)
         of: Any = Raw if inner is None else list[_skipping_type(inner)]  # type: ignore[misc]
         fields.append((info.name, of, msgspec.field(default=None, name=info.encode_name)))
-    payloads = frozenset(info.name for info in msgspec.structs.fields(part) if _without_metadata(info.type) is Raw)
+    payloads = frozenset(info.name for info in _fields_of(part) if _without_metadata(info.type) is Raw)
     return msgspec.defstruct("Unread", fields, namespace={"payloads": payloads})
 
 

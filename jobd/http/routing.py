@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from msgspec import Struct
 
 from jobd.http.auth import JSON
-from jobd.http.decoding import Limits, RequestDecoder
+from jobd.http.decoding import Limits, RequestDecoder, make_decoder
 from jobd.model.commands import Claim, Command, Create, NamedJobCommand, Start
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
@@ -132,7 +132,7 @@ class Router:
 
 
 def _resolved(route: Route, limits: Limits) -> ResolvedRoute:
-    decoder = RequestDecoder(route.request, route.path_field, limits)
+    decoder = make_decoder(route.request, route.path_field, limits)
     return ResolvedRoute(
         route, decoder, issubclass(route.request, Start | Claim), issubclass(route.request, Create | NamedJobCommand)
     )

@@ -104,6 +104,7 @@ async def test_an_error_while_connecting_is_raised() -> None:
 def test_an_error_while_connecting_is_raised_after_the_last_use_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     call_soon = asyncio.BaseEventLoop.call_soon_threadsafe
     late: list[BaseException | None] = []
+    before = set(threading.enumerate())
 
     def fail() -> FunctionConnection:
         raise sqlite3.OperationalError("no such disk")
@@ -116,9 +117,8 @@ def test_an_error_while_connecting_is_raised_after_the_last_use_of_the_loop(monk
     monkeypatch.setattr(threading, "excepthook", lambda hook: late.append(hook.exc_value))
     with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner, pytest.raises(sqlite3.OperationalError):
         runner.run(StoreConnection.open(fail))
-    for started in threading.enumerate():
-        if started is not threading.current_thread():
-            started.join(1)
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
     assert late == []
 
 
