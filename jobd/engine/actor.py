@@ -329,8 +329,10 @@ class Actor:
         return min(waits, default=None)
 
     def _take(self) -> list[Envelope]:
-        """Take the commands of the daemon and those in the mailbox, up to a batch that takes a few milliseconds."""
-        batch, mailbox, weights = list(self._internal), self._mailbox, 0
+        """Take the commands of the daemon, then those in the mailbox, up to a batch that takes a few milliseconds."""
+        batch, mailbox, weights = self._take_internal(), self._mailbox, 0
+        if len(batch) < len(self._internal):
+            return batch  # the others come before the mailbox
         while mailbox and weights < BATCH_WEIGHT:
             envelope = mailbox.popleft()
             self._bytes -= envelope.size
@@ -343,6 +345,18 @@ class Actor:
                 weights += 1
             batch.append(envelope)
         return batch
+
+    def _take_internal(self) -> list[Envelope]:
+        """Take commands of the daemon. A full disk may reject them, so all are taken then, and block no others."""
+        if self.full_disk.closed != Closed.NOTHING:
+            return list(self._internal)
+        taken, weights = [], 0
+        for envelope in self._internal:
+            if weights >= BATCH_WEIGHT:
+                break
+            weights += weight(envelope.call.command)
+            taken.append(envelope)
+        return taken
 
     @property
     def reads_first(self) -> bool:

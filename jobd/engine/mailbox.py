@@ -18,6 +18,8 @@ from jobd.model.commands import (
     Create,
     Delete,
     DeleteExpired,
+    EndGrants,
+    ExtendAfterPause,
     IdempotencyKey,
     Import,
     JobCommand,
@@ -40,7 +42,10 @@ ADOPT_WEIGHT: Final = 20  # its late results are read with all that they brought
 
 
 # By type, once: every command asks for these on its way.
-WEIGHTY: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, (Bulk, ApplyPlan, Claim, Adopt)))
+_SLICED: Final = (ExtendAfterPause, EndGrants)
+WEIGHTY: Final = frozenset(
+    kind for kind in get_args(AnyCommand) if issubclass(kind, (*_SLICED, Bulk, ApplyPlan, Claim, Adopt))
+)
 _ON_JOB: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, JobCommand | Import))
 
 
@@ -92,6 +97,8 @@ def weight(command: Command) -> int:
         return 1
     if isinstance(command, (Bulk, ApplyPlan)):
         return len(command.jobs)
+    if isinstance(command, _SLICED):
+        return len(command.ids)
     return command.limit if isinstance(command, Claim) else ADOPT_WEIGHT
 
 

@@ -27,6 +27,7 @@ from jobd.model.commands import (
     DeleteExpired,
     EndGrants,
     Export,
+    ExtendAfterPause,
     ForceFail,
     ForceReset,
     Get,
@@ -212,6 +213,24 @@ async def test_internal_commands_are_written() -> None:
         await engine.yes(Ping())
         await engine.yes(Stats())
         assert len(disk.batches) == written
+
+
+@in_virtual_time
+async def test_the_daemon_extends_many_locks_in_batches_before_other_commands() -> None:
+    async with checked_engine() as engine:
+        count = 5 * BATCH_WEIGHT // 2
+        for first in range(0, count, 500):
+            ids = [f"job-{number}" for number in range(first, first + 500)]
+            await engine.yes(Bulk(jobs=[Create(id=job_id) for job_id in ids]))
+            for job_id in ids:
+                await engine.yes(Start(id=job_id, worker="w"))
+        held, written = list(engine.state.processing), len(engine.disk.batches)
+        for first in range(0, count, 500):
+            engine.actor.enqueue_internal(ExtendAfterPause(ids=held[first : first + 500], grace_ms=3_600_000))
+        await engine.yes(Create(id="late"))
+        found = [[change.event.type for change in batch.changes] for batch in engine.disk.batches[written:]]
+        assert [len(each) for each in found] == [BATCH_WEIGHT, BATCH_WEIGHT, BATCH_WEIGHT // 2 + 1]
+        assert found[-1][-1] == "created"
 
 
 # -- finished jobs -----------------------------------------------------------------------------------------------------
