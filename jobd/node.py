@@ -24,7 +24,7 @@ from jobd.http.app import App, BrowserPages
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
 from jobd.http.routing import Route
-from jobd.journal.record import FORMAT
+from jobd.journal import record
 from jobd.model.job import new_epoch
 from jobd.model.journal import (
     BadRecord,
@@ -36,6 +36,7 @@ from jobd.model.journal import (
 )
 from jobd.model.responses import ClusterView
 from jobd.resources import EXIT_BUSY, EXIT_CONFIG, EXIT_IO, CannotStart, open_cluster_store
+from jobd.storage import migrations
 from jobd.storage.files import StoreError
 
 # Sections in which the nodes of a cluster differ.
@@ -111,13 +112,15 @@ class ClusterNode:
         try:
             self.lead = await following
         except BadRecord as error:
+            await self.registry.announce()
             raise CannotStart(f"this node cannot follow the journal: {error}", EXIT_CONFIG) from error
         except StoreError as error:
             raise CannotStart(str(error), error.exit_code) from error
         if self._failure is not None:
             raise self._failure
         if self.lead is not None:
-            self.store.lead(self.lead.append)
+            await self.registry.begin_lead()
+            self.store.lead(self.lead.append, lambda: self.registry.format)
         return self.lead
 
     def reload(self, loaded: LoadedConfig) -> None:
@@ -150,9 +153,15 @@ class ClusterNode:
     def _describe(self) -> NodeEntry:
         node = self._settings.node
         lead = self.lead
-        number = self.store.projected_to if lead is None else lead.acked
-        hashed = config_hash(self._loaded)
-        return NodeEntry(node.name, self._holder, node.advertise, FORMAT, hashed, number)
+        return NodeEntry(
+            name=node.name,
+            process=self._holder,
+            url=node.advertise,
+            format=record.FORMAT,
+            config_hash=config_hash(self._loaded),
+            projected_to=self.store.projected_to if lead is None else lead.acked,
+            schema_version=migrations.VERSION,
+        )
 
     def _on_duplicate(self, problem: str) -> None:
         if self.lead is None:

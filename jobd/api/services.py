@@ -30,7 +30,7 @@ from jobd.model.responses import (
     QuarantinedJob,
     Resent,
 )
-from jobd.model.storage import DiskFull
+from jobd.model.storage import CannotWrite, FormatNotRead
 from jobd.monitoring.alerts import Alerts
 from jobd.monitoring.failure_groups import FailureGroups
 from jobd.monitoring.health import Health
@@ -110,8 +110,8 @@ class Services(Struct, kw_only=True):
             return _unknown_webhook(webhook)
         try:
             stored = await self.webhooks.redeliver(webhook, delivery)
-        except DiskFull:
-            return await self._outbox_error()
+        except CannotWrite as error:
+            return await self._outbox_error(error)
         if stored is None:
             return ApiError("not_found", f"Webhook {webhook} has no delivery {delivery}. It may have been deleted.")
         log.info("webhook_sent_again", webhook=webhook, delivery=delivery)
@@ -122,8 +122,8 @@ class Services(Struct, kw_only=True):
             return _unknown_webhook(webhook)
         try:
             count = await self.webhooks.redeliver_all(webhook, upto)
-        except DiskFull:
-            return await self._outbox_error()
+        except CannotWrite as error:
+            return await self._outbox_error(error)
         log.info("webhook_all_sent_again", webhook=webhook, count=count)
         return Resent(count)
 
@@ -132,12 +132,14 @@ class Services(Struct, kw_only=True):
             return _unknown_webhook(webhook)
         try:
             sent = await self.webhooks.test(webhook)
-        except DiskFull:
-            return await self._outbox_error()
+        except CannotWrite as error:
+            return await self._outbox_error(error)
         log.info("webhook_tested", webhook=webhook)
         return sent
 
-    async def _outbox_error(self) -> ApiError:
+    async def _outbox_error(self, error: CannotWrite) -> ApiError:
+        if isinstance(error, FormatNotRead):
+            return ApiError("overloaded", f"The outbox of the webhook cannot be written: {error}.")
         await self.health.space()
         return self.actor.full_disk.refusal(
             "the outbox of the webhook cannot be written. Free some space; jobd tries again every second."

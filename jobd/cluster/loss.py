@@ -26,6 +26,7 @@ from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
 from jobd.engine.mailbox import Envelope
 from jobd.engine.waiting_claims import ParkedClaims
+from jobd.journal.record import FORMAT
 from jobd.model.commands import Call, EndGrants
 from jobd.model.job import Policy
 from jobd.model.journal import BadRecord, Head, SharedJournal
@@ -161,6 +162,9 @@ async def accept(journal: SharedJournal, loss: Loss, policy: Policy, lease_s: fl
     All nodes are stopped: nothing may lead for `lease_s`. If this is interrupted, the record is in the journal or not.
     Raises CannotAccept, CannotConvert, JournalUnavailable or DiskFull.
     """
+    if older := [node.name for node in await journal.nodes() if node.format < FORMAT]:
+        advice = "upgrade jobd there first, or remove their entries: jobd cluster forget NAME"
+        raise CannotAccept(f"nodes of an older version cannot read the record: {', '.join(older)}: {advice}")
     last = await asyncio.to_thread(lost_records.last_record, loss.path, journal.cluster_id)
     try:
         async with _scratch_directory(loss.path) as place:
@@ -205,7 +209,7 @@ async def _write_ending(
     while warm.number < head.number:
         await warm.apply(await journal.read(warm.number, READ_LIMIT))
     batch = _ending(warm, head.epoch, loss, policy)
-    store.lead(journal.append)
+    store.lead(journal.append, lambda: FORMAT)
     await store.write(batch)
     return batch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -12,6 +13,7 @@ from msgspec.structs import replace
 
 from jobd.cluster.lease import boot_clock_s
 from jobd.engine.clock import wall_clock_ms
+from jobd.journal import record
 from jobd.model.journal import JournalHealth, JournalUnavailable, NodeEntry, SharedJournal
 
 EVERY_S: Final = 2.0
@@ -26,7 +28,8 @@ class NodeRegistry:
 
     `nodes` and `health` are as last read, `health` is None if they cannot be read now. `ahead_ms` says by how much the
     wall clock of this node is ahead of that of the server. `problem` says that another process uses the name. If it did
-    so before this one, `on_duplicate` is called with that, and no entry is written.
+    so before this one, `on_duplicate` is called with that, and no entry is written. `format` is the highest format of
+    records that all nodes read, also those that do not run now.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class NodeRegistry:
         self.is_reachable = True  # the journal, when this was last tried
         self.problem: str | None = None
         self.ahead_ms = 0
+        self.format = record.LOWEST_FORMAT
         self._journal = journal
         self._describe = describe
         self._on_duplicate = on_duplicate
@@ -59,8 +63,7 @@ class NodeRegistry:
         """Write and read the entries until cancelled."""
         while True:
             try:
-                self.nodes = await self._journal.nodes()
-                self._read_s = self._now_s()
+                await self._read_nodes()
                 self.health = await self._journal.health()
                 await self._compare_clocks()
                 await self._register()
@@ -78,6 +81,22 @@ class NodeRegistry:
         """Return the time since this node had a record that `node` lacks, 0 if it lacks none."""
         now_s = self._now_s()
         return next((int((now_s - at_s) * 1000) for at_s, record in self._records if record > node.projected_to), 0)
+
+    async def begin_lead(self) -> None:
+        """Read `nodes` anew, because another leader may have written for nodes that this one has not seen."""
+        self.format = record.LOWEST_FORMAT
+        with contextlib.suppress(JournalUnavailable):
+            await self._read_nodes()
+
+    async def announce(self) -> None:
+        """Write the entry of a node that cannot follow: the leader then writes records that it reads."""
+        with contextlib.suppress(JournalUnavailable):
+            await self._journal.register(self._describe())
+
+    async def _read_nodes(self) -> None:
+        self.nodes = await self._journal.nodes()
+        self._read_s = self._now_s()
+        self.format = min([record.FORMAT, *(node.format for node in self.nodes)])
 
     async def _compare_clocks(self) -> None:
         """Measure `ahead_ms`. A slow response does not count as a difference."""

@@ -1,7 +1,7 @@
 """Write a snapshot of the tables into the journal from time to time, and trim the journal behind it.
 
 A node with an empty disk starts from the newest snapshot. The first standby by name writes it, the leader only if no
-standby is running.
+standby is running. While nodes of several versions run, one with the oldest tables does, because all of them read it.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class SnapshotSchedule:
         """Return whether this node writes the snapshots."""
         running = [node for node in self._registry.nodes if node.seen_ms < GONE_S * 1000]
         leader = self._leader()
-        standbys = [node for node in running if node.process != leader]
-        return self._process == (standbys[0].process if standbys else leader)
+        chosen = min(running, key=lambda node: (node.schema_version, node.process == leader), default=None)
+        return self._process == (leader if chosen is None else chosen.process)
 
     async def _write_if_due(self) -> None:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from msgspec import Struct
@@ -73,14 +73,22 @@ def _node(node: NodeEntry, leading: NodeEntry | None, record: int, behind_ms: in
         config_differs=leading is not None and node.config_hash != leading.config_hash,
         ahead_ms=node.ahead_ms,
         behind_ms=0 if node is leading else behind_ms,
+        schema_version=node.schema_version,
     )
 
 
-def _problems(nodes: Iterable[NodeEntry], leading: NodeEntry | None) -> Iterable[str]:
+def _problems(nodes: Sequence[NodeEntry], leading: NodeEntry | None) -> Iterable[str]:
     if leading is not None:
         others = [node.name for node in nodes if node.config_hash != leading.config_hash]
         if others:
             yield f"The configuration differs from that of the leader: {', '.join(others)}."
+    highest = max((node.format for node in nodes), default=0)
+    if older := [f"{node.name} (up to {node.format})" for node in nodes if node.format < highest]:
+        yield (
+            f"Nodes of an older version do not read records of format {highest}: {', '.join(older)}. What needs them "
+            "waits: webhooks, statistics and the deletion of old data. Upgrade these nodes, or remove their entries: "
+            "jobd cluster forget NAME"
+        )
     for node in nodes:
         if abs(node.ahead_ms) > AHEAD_MS and node.seen_ms < SILENT_MS:
             side = "ahead of" if node.ahead_ms > 0 else "behind"

@@ -2,7 +2,7 @@
 
 The first byte is the format. The rest is a MessagePack array. Events are rows of `facts.py`, and other values are
 arrays of their fields. A reader that meets an unknown format stops, because later formats may have other meanings.
-A batch without `writes` has format 1, which older versions read: they ignore the empty list at its end.
+A record has the lowest format that has what it needs: 1 without `writes`, which readers of format 1 ignore.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import AuditEntry, Batch, Numbers, QueueRow, StoredResponse, TableWrite, Tombstone
 
 FORMAT: Final = 2
+LOWEST_FORMAT: Final = 1  # read by every version
 CLOSING: Final = b"\xff"  # the body of the last record of a journal that nodes may not follow any more
 _CLOSED: Final = "closes it: `jobd cluster leave` has made the store of a single machine from this cluster"
 

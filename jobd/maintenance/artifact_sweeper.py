@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from jobd.engine.clock import Clock
 from jobd.model.job import MINUTE_MS, SECOND_MS
-from jobd.model.storage import MAX_POSTPONE_MS, DiskFull, DueTombstones, JobStorage, Tombstone
+from jobd.model.storage import MAX_POSTPONE_MS, CannotWrite, DueTombstones, JobStorage, Tombstone
 from jobd.storage.artifacts.base import MARGINS, ArtifactStore, ArtifactStoreError, Deletion, Margins, judge
 
 log = structlog.get_logger("jobd.artifacts")
@@ -75,8 +75,8 @@ class ArtifactSweeper:
             try:
                 if await self._slice():
                     pause_s = PAUSE_S
-            except DiskFull:
-                log.warning("artifact_sweep_waits", reason="the disk of the store is full")
+            except CannotWrite as error:
+                log.warning("artifact_sweep_waits", reason=str(error))
             except Exception as error:
                 self._record_exception(error)
             else:

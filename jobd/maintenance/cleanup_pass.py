@@ -22,6 +22,7 @@ from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import CleanupReport, Issue, MaintenanceResult, Recovered, Recovery, TakeBackView
+from jobd.model.storage import FormatNotRead
 
 log = structlog.get_logger("jobd.cleanup")
 
@@ -160,6 +161,8 @@ class CleanupRun:
             return
         try:
             await step()
+        except FormatNotRead as error:  # until all nodes of the cluster are upgraded
+            log.info("cleanup_step_waits", step=name, reason=str(error))
         except (CommandRejected, Unfinished, LeadershipLost, JournalOutcomeUnknown) as rejected:
             log.warning("cleanup_step_failed", step=name, error=str(rejected))
             self.errors.append(f"{name}: {rejected}")

@@ -24,6 +24,7 @@ from jobd.model.errors import ApiError
 from jobd.model.job import SECOND_MS
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import CleanupReport, CleanupState, PreviewView, RecoverStuckView, Recovery, TakeBackView
+from jobd.model.storage import FormatNotRead
 
 log = structlog.get_logger("jobd.cleanup")
 
@@ -331,7 +332,7 @@ class Maintainer:
         """Run `work` and log any error."""
         try:
             await work()
-        except (CommandRejected, Unfinished, LeadershipLost, JournalOutcomeUnknown) as rejected:
+        except (CommandRejected, Unfinished, LeadershipLost, JournalOutcomeUnknown, FormatNotRead) as rejected:
             log.warning("cleanup_refused", what=what, error=str(rejected))
         except Exception:
             log.exception("cleanup_failed", what=what)

@@ -74,7 +74,8 @@ class NodeEntry(Struct, frozen=True):
 
     `format` is the highest format of a record that it reads, `projected_to` the last record that its tables have.
     `seen_ms` is the time since it was written, by the clock of the server. `ahead_ms` says by how much the wall clock
-    of the node is ahead of that of the server. `version` changes with each write.
+    of the node is ahead of that of the server. `version` changes with each write. `schema_version` is that of its
+    tables; 0: it did not say.
     """
 
     name: str
@@ -86,6 +87,7 @@ class NodeEntry(Struct, frozen=True):
     seen_ms: int = 0
     ahead_ms: int = 0
     version: str = ""
+    schema_version: int = 0
 
 
 class SnapshotInfo(Struct, frozen=True):

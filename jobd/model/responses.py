@@ -1012,6 +1012,7 @@ class NodeView(Struct, frozen=True):
         int, Meta(description="By how much its wall clock is ahead of that of PostgreSQL, in ms; negative if behind.")
     ] = 0
     behind_ms: Annotated[int, Meta(description="Time since the responding node had a record that it lacks, in ms.")] = 0
+    schema_version: Annotated[int, Meta(description="The schema version of its tables; 0 if it did not say.")] = 0
 
     @property
     def is_silent(self) -> bool:

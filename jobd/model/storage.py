@@ -18,12 +18,20 @@ SPARE_BYTES: Final = 1 << 20  # free space at which a full disk accepts writes a
 MAX_POSTPONE_MS: Final = 2 * HOUR_MS  # a tombstone that is postponed for longer was postponed by another clock
 
 
-class DiskFull(Exception):
+class CannotWrite(Exception):
+    """Nothing was written. The same write can succeed later."""
+
+
+class DiskFull(CannotWrite):
     """The disk is full (SQLITE_FULL, ENOSPC). The transaction was rolled back. Reads still work."""
 
 
 class JournalDiskFull(DiskFull):
     """The disk of the server of a shared journal is full. Nothing was written."""
+
+
+class FormatNotRead(CannotWrite):
+    """A write needs a format of records that a node of the cluster does not read. No batch of a command does."""
 
 
 class DiskSpace(Struct, frozen=True):
@@ -505,7 +513,7 @@ class JobStorage(JournalStorage, Protocol):
 
 
 class OutboxStorage(JournalStorage, Protocol):
-    """The storage behind webhooks. Every method is one thread switch, and raises DiskFull if nothing was written."""
+    """The storage behind webhooks. Every method is one thread switch, and raises CannotWrite."""
 
     async def open_outbox(self, names: list[str], now: int) -> Outbox:
         """Read the outbox of the webhooks `names`, and give new ones a cursor at the end of the journal."""

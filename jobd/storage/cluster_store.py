@@ -13,10 +13,10 @@ from typing import Any, Final, Self, TypeVar
 
 import structlog
 
-from jobd.journal.record import Decoded
+from jobd.journal.record import LOWEST_FORMAT, Decoded
 from jobd.journal.shielding import to_end
 from jobd.model.journal import BadSnapshot, LeadershipLost, Record, SharedJournal
-from jobd.model.storage import Batch, DiskFull, OpenedStore, TableWrite
+from jobd.model.storage import Batch, DiskFull, FormatNotRead, OpenedStore, TableWrite
 from jobd.storage import backup, files, membership, snapshots, startup
 from jobd.storage.backup import StoreCopy
 from jobd.storage.commit_mode import CommitMode
@@ -45,6 +45,7 @@ class ClusterStore(Store):
         super().__init__(path, connection, projection, lock, CommitMode("thread"))
         self._appending = asyncio.Lock()
         self._to_journal: Append | None = None
+        self._format: Callable[[], int] = lambda: LOWEST_FORMAT
         self._lost: Exception = LeadershipLost("this node does not lead")
 
     @classmethod
@@ -137,9 +138,14 @@ class ClusterStore(Store):
 
     # -- the leader
 
-    def lead(self, append: Append) -> None:
-        """Write with `append` from now on. All records of the journal have been followed."""
+    def lead(self, append: Append, format: Callable[[], int]) -> None:
+        """Write with `append` from now on. All records of the journal have been followed.
+
+        `format` returns the highest format of records that all nodes read. A write that needs a higher one raises
+        FormatNotRead.
+        """
         self._to_journal = append
+        self._format = format
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
         return await self._append_shared(batch, self._reported)
@@ -157,6 +163,7 @@ class ClusterStore(Store):
             if self._to_journal is None:
                 raise self._lost
             prepared = await self._call(self._projection.prepare, given, reported)
+            self._check_format(prepared.record)
             number = prepared.record.number
             try:
                 await self._to_journal(prepared.record, number - 1)
@@ -172,6 +179,14 @@ class ClusterStore(Store):
             finally:
                 self._plan_slice()
             return prepared.payloads
+
+    def _check_format(self, made: Record) -> None:
+        needed, read = made.body[0], self._format()
+        if needed > read:
+            raise FormatNotRead(
+                f"it needs records of format {needed}, but a node of this cluster reads formats up to {read}: "
+                "see jobctl cluster"
+            )
 
     async def _call(self, fn: Callable[..., T], *args: Any) -> T:
         """Call `fn`, which is fast, in the event loop if no other call runs."""

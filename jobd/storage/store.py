@@ -23,6 +23,7 @@ from jobd.model.storage import (
     AuditRows,
     BackupProgress,
     Batch,
+    CannotWrite,
     DiskFull,
     DiskSpace,
     DueTombstones,
@@ -382,7 +383,7 @@ class Store(Storage):
             try:
                 if write is not None:
                     await self._append(write)
-            except DiskFull:
+            except CannotWrite:
                 if has_new:
                     raise  # known cursors can be written later, but alerts about the full disk are delivered now
             return found

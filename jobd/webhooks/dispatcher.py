@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from jobd.model.events import Change
 from jobd.model.job import MINUTE_MS, SECOND_MS
-from jobd.model.storage import DiskFull
+from jobd.model.storage import CannotWrite
 from jobd.model.webhooks import MAX_BACKLOG, Delivery, DeliveryOutcome, Outbox, WebhookEndpoint
 from jobd.webhooks.context import DeliveryStats, DispatchContext, Transport
 from jobd.webhooks.delivery_queue import DeliveryQueue, QueuedDelivery
@@ -87,7 +87,7 @@ class Dispatcher:
             self._wake.set()
 
     async def test(self) -> Delivery:
-        """Put a test message into the outbox and let the breaker probe now. Raises DiskFull."""
+        """Put a test message into the outbox and let the breaker probe now. Raises CannotWrite."""
         context = self._context
         message = test_message(self.endpoint.name, context.next_delivery, context.moment().now, context.source)
         delivery = await self.reader.add(message)
@@ -97,7 +97,7 @@ class Dispatcher:
     async def redeliver(self, id_: int) -> Delivery | None:
         """Send a delivery again, whatever its state. Return None if there is none with this number.
 
-        A waiting delivery becomes due now. Raises DiskFull.
+        A waiting delivery becomes due now. Raises CannotWrite.
         """
         found: Delivery | None
         if id_ in self.queue:
@@ -112,7 +112,7 @@ class Dispatcher:
         return found
 
     async def redeliver_all(self, upto: int) -> int:
-        """Send dead-lettered deliveries up to number `upto` again, in slices. Return how many. Raises DiskFull."""
+        """Send dead-lettered deliveries up to number `upto` again, in slices. Return how many. Raises CannotWrite."""
         count = 0
         while not self._stopping:
             now = self._context.moment().now
@@ -157,10 +157,10 @@ class Dispatcher:
         """Run a round. Return the seconds until the next one, or None to wait for `wake`."""
         try:
             wait_s = await self._round(transport)
-        except DiskFull:
+        except CannotWrite as error:
             self._deliver_alerts_directly(transport)
             if not self._is_failing:
-                log.warning("webhook_waits", webhook=self.endpoint.name, reason="the disk of the store is full")
+                log.warning("webhook_waits", webhook=self.endpoint.name, reason=str(error))
             wait_s, self._is_failing = DISK_FULL_RETRY_S, True
         except Exception as error:
             # A storage error or an internal error. Log the traceback the first time only.

@@ -97,7 +97,7 @@ class JournalReader:
     async def read(self, *, has_room: bool, may_report_gaps: bool) -> None:
         """Put alerts, and a page of the journal if there is room, into the outbox.
 
-        Raises DiskFull, in which case the next call reads the same events again. `may_report_gaps` is False
+        Raises CannotWrite, in which case the next call reads the same events again. `may_report_gaps` is False
         while the outbox has a gap message.
         """
         now, source, name = self._context.moment().now, self._context.source, self._endpoint.name
@@ -126,7 +126,7 @@ class JournalReader:
             self.has_unread, self._read_at_s = self.position < self.newest, self._loop_time()
 
     async def add(self, message: Message) -> Delivery:
-        """Put a message without an event into the outbox. Raises DiskFull."""
+        """Put a message without an event into the outbox. Raises CannotWrite."""
         return (await self._write([message], self._context.moment().now))[0]
 
     async def settle(self, settled: list[Delivery], now: int) -> None:

@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from jobd.model.events import Change
 from jobd.model.responses import DeliveryPage, DeliveryState, DeliveryView, WebhookView
-from jobd.model.storage import DiskFull
+from jobd.model.storage import CannotWrite, DiskFull
 from jobd.model.webhooks import Delivery, WebhookEndpoint
 from jobd.webhooks.context import DeliveryStats, DispatchContext, Transport
 from jobd.webhooks.dispatcher import DISK_FULL_RETRY_S, FAILURE_RETRY_S, Dispatcher
@@ -85,7 +85,7 @@ class WebhookManager:
             wait_s = None
             try:
                 await self._reconcile()
-            except DiskFull:
+            except CannotWrite:
                 wait_s = DISK_FULL_RETRY_S
             except Exception as error:
                 log.error("webhooks_failed", error=f"{type(error).__name__}: {error}")
@@ -185,16 +185,16 @@ class WebhookManager:
         return await self._context.storage.dead_letter_counts(name)
 
     async def redeliver(self, name: str, id_: int) -> DeliveryView | None:
-        """Send a delivery again. Return None if there is none with this number. Raises DiskFull."""
+        """Send a delivery again. Return None if there is none with this number. Raises CannotWrite."""
         found = await self._dispatcher(name).redeliver(id_)
         return None if found is None else delivery_view(found)
 
     async def redeliver_all(self, name: str, upto: int | None) -> int:
-        """Send dead-lettered deliveries up to `upto` (None: all) again. Return their count. Raises DiskFull."""
+        """Send dead-lettered deliveries up to `upto` (None: all) again. Return their count. Raises CannotWrite."""
         return await self._dispatcher(name).redeliver_all(NEWEST if upto is None else upto)
 
     async def test(self, name: str) -> DeliveryView:
-        """Send a test message. Raises DiskFull."""
+        """Send a test message. Raises CannotWrite."""
         return delivery_view(await self._dispatcher(name).test())
 
     def _dispatcher(self, name: str) -> Dispatcher:

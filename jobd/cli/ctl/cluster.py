@@ -86,7 +86,7 @@ def _show(view: ClusterView) -> None:
     ]
     terminal.pairs(fields)
     terminal.emit("")
-    columns = ["NODE", "ROLE", "URL", ">BEHIND", "SEEN", ">FORMAT", "NOTE"]
+    columns = ["NODE", "ROLE", "URL", ">BEHIND", "SEEN", ">FORMAT", ">SCHEMA", "NOTE"]
     terminal.table(columns, [_row(node) for node in view.nodes], empty="No nodes.")
 
 
@@ -95,4 +95,5 @@ def _row(node: NodeView) -> tuple[object, ...]:
     if node.config_differs:
         notes.append("configuration differs from that of the leader")
     seen = f"{terminal.span(node.seen_ms)} ago"
-    return node.name, node.role, node.url or "-", node.lag_records, seen, node.format, ", ".join(notes)
+    versions = node.format, node.schema_version or "-"
+    return node.name, node.role, node.url or "-", node.lag_records, seen, *versions, ", ".join(notes)

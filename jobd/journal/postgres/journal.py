@@ -66,6 +66,7 @@ class PostgresJournal:
         try:
             with limited(conn, READ_S):
                 await schema.check_privileges(conn, target.url.role, name)
+                await schema.add_columns(conn)
         except Exception as error:
             raise explain(error, target.url) from error
         finally:

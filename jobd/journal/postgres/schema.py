@@ -35,11 +35,15 @@ CREATE TABLE IF NOT EXISTS jobd_snapshots (
 CREATE TABLE IF NOT EXISTS jobd_nodes (
     name text NOT NULL, node text NOT NULL, process text NOT NULL, url text NOT NULL, format int NOT NULL,
     config_hash text NOT NULL, projected_to bigint NOT NULL, ahead_ms bigint NOT NULL, seen timestamptz NOT NULL,
-    PRIMARY KEY (name, node)
+    schema_version int NOT NULL DEFAULT 0, PRIMARY KEY (name, node)
 );
 ALTER TABLE jobd_journal ALTER COLUMN body SET STORAGE EXTERNAL;
 ALTER TABLE jobd_snapshots ALTER COLUMN body SET STORAGE EXTERNAL;
 """  # EXTERNAL: without compression
+# Columns that tables of earlier versions lack. Those versions insert rows without them.
+_HAS_NEW_COLUMNS: Final = """
+    SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'jobd_nodes'::regclass AND attname = 'schema_version')"""
+_NEW_COLUMNS: Final = "ALTER TABLE jobd_nodes ADD COLUMN IF NOT EXISTS schema_version int NOT NULL DEFAULT 0"
 _NAMES: Final = ("jobd_schema", "jobd_journals", "jobd_journal", "jobd_epochs", "jobd_snapshots", "jobd_nodes")
 _LOCK: Final = "SELECT pg_advisory_xact_lock(x'6A6F6264'::int, 0)"  # for two nodes that run this at the same time
 _EXISTS: Final = "SELECT to_regclass('jobd_schema') IS NOT NULL"
@@ -70,6 +74,7 @@ async def create(conn: Any, database: str, name: str, cluster_id: str, number: i
         if await conn.fetchval(_EXISTS):
             check_version(await conn.fetchval("SELECT coalesce(max(version), 0) FROM jobd_schema"), database)
         await conn.execute(_TABLES)
+        await add_columns(conn)
         await conn.execute(f"INSERT INTO jobd_schema SELECT {VERSION} WHERE NOT EXISTS (SELECT FROM jobd_schema)")
         is_new = await conn.fetchval(_JOURNAL, name, cluster_id, number, epoch) is not None
         await partitions.create_journal(conn, name)
@@ -77,6 +82,12 @@ async def create(conn: Any, database: str, name: str, cluster_id: str, number: i
             await partitions.extend(conn, name, number + 1, partitions.FIRST_RECORDS)
         found = await conn.fetchval("SELECT cluster_id FROM jobd_journals WHERE name = $1", name)
     return Created(found, is_new)
+
+
+async def add_columns(conn: Any) -> None:
+    """Add the columns that the tables of an earlier version lack, while nodes of that version use them."""
+    if not await conn.fetchval(_HAS_NEW_COLUMNS):
+        await conn.execute(_NEW_COLUMNS)
 
 
 async def check_privileges(conn: Any, role: str, name: str) -> None:

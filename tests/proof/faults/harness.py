@@ -37,6 +37,7 @@ MODULES: Final = (
     "lost_leaders",
     "lost_servers",
     "node_conditions",
+    "upgrades",
 )
 
 ONE_SLICE: Final = "tests.support.daemon_variants one_slice"  # a daemon that a kill leaves with a long tail

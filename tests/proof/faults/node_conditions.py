@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -13,7 +12,16 @@ from tests.proof.faults.full_disk import FREE_BYTES, fill
 from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.lost_leaders import kill_leader, step_down
 from tests.proof.faults.mounts import MOUNTS, tmpfs
-from tests.proof.faults.nodes import DATABASE, NODES, POSTGRES, NodesUnderLoad, nodes_under_load, running, under_load
+from tests.proof.faults.nodes import (
+    DATABASE,
+    NODES,
+    POSTGRES,
+    NodesUnderLoad,
+    nodes_under_load,
+    remove_store,
+    running,
+    under_load,
+)
 from tests.support.node_process import NodeProcess
 
 CHANGES: Final = 60  # between two faults
@@ -73,8 +81,7 @@ def _fill(cluster: NodesUnderLoad, disk: Path) -> None:
 
 def _lose_disk(standby: NodeProcess) -> None:
     standby.kill()
-    for file in standby.directory.glob(f"{standby.store.name}*"):
-        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    remove_store(standby)
     standby.start()
 
 

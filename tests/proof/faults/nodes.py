@@ -9,6 +9,7 @@ import asyncio
 import http.client
 import itertools
 import json
+import shutil
 import signal
 import statistics
 import threading
@@ -370,6 +371,12 @@ def running(trial: Trial, *, networks: Sequence[NodeNetwork] = ()) -> Iterator[N
     """Run three nodes, and a load while the block runs. Check everything afterwards."""
     with nodes_under_load(trial, networks=networks) as cluster, started(cluster):
         yield cluster
+
+
+def remove_store(node: NodeProcess) -> None:
+    """Remove the files of a stopped node, which then begins with a snapshot."""
+    for file in node.directory.glob(f"{node.store.name}*"):
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
 def freeze(node: NodeProcess) -> None:

@@ -61,7 +61,8 @@ from jobd.model.responses import (
     ValidateJobView,
     Validation,
 )
-from tests.support.http_harness import BACKUP, DELIVERY, TOKEN, WEBHOOK, HttpHarness
+from jobd.model.storage import FormatNotRead
+from tests.support.http_harness import BACKUP, DELIVERY, TOKEN, WEBHOOK, FakeWebhooks, HttpHarness
 from tests.unit.core.test_views import AT, JOB
 
 P = "/admin/job-management"
@@ -479,6 +480,18 @@ async def test_all_dead_lettered_deliveries_are_sent_again(harness: HttpHarness)
     for body in ('{"upto":0}', '{"upto":"9"}', '{"id":9}'):
         assert (await harness.request("POST", place, body, AUTH)).status == 400
     assert len(harness.actor.received) == 2
+
+
+async def test_no_delivery_is_sent_again_while_an_older_node_runs(
+    harness: HttpHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(self: FakeWebhooks, name: str, id_: int) -> None:
+        raise FormatNotRead("node b is older")
+
+    monkeypatch.setattr(FakeWebhooks, "redeliver", fail)
+    refused = await harness.request("POST", f"{P}/webhooks/q/resend", '{"id":7}', AUTH)
+    assert (refused.status, refused.json["error"]) == (503, "overloaded")
+    assert refused.json["message"] == "The outbox of the webhook cannot be written: node b is older."
 
 
 async def test_deliveries_are_filtered_by_state_and_paged(harness: HttpHarness) -> None:

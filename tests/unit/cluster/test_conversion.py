@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from jobd.cluster import conversion
 from jobd.cluster.conversion import CannotConvert
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
+from jobd.journal.record import FORMAT
 from jobd.model.journal import BadRecord, JournalUnavailable
 from jobd.storage import joining
 from jobd.storage.cluster_store import ClusterStore
@@ -40,7 +41,7 @@ async def write(path: str, server: MemoryServer, maker: ChangeFactory) -> None:
     async with store:
         head = await journal.head()
         assert await journal.take_over(head, holder="a", url="http://a", epoch=1) is not None
-        store.lead(journal.append)
+        store.lead(journal.append, lambda: FORMAT)
         await store.write(maker.any_batch(9))
 
 

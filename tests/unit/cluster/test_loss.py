@@ -15,9 +15,10 @@ from jobd.cluster.conversion import CannotConvert
 from jobd.cluster.loss import Accepted, CannotAccept
 from jobd.cluster.standby import JUMP
 from jobd.journal.memory import MemoryServer
+from jobd.journal.record import FORMAT
 from jobd.model.commands import Import
 from jobd.model.job import Policy
-from jobd.model.journal import JournalOutcomeUnknown, JournalUnavailable
+from jobd.model.journal import JournalOutcomeUnknown, JournalUnavailable, NodeEntry
 from jobd.model.storage import AuditQuery, JobQuery
 from jobd.storage import joining, snapshots
 from jobd.storage.files import StoreBusy
@@ -121,6 +122,17 @@ async def test_all_nodes_go_on_without_the_lost_records(path: str, server: Memor
             assert (entry.jobs, entry.details) == (2, {"record": KEPT, "lost_jobs": 4})
     assert rows_of(path) == rows_of(other) == rows_of(new)
     assert not Path(f"{path}.accepting").exists()
+
+
+async def test_an_older_node_has_to_be_upgraded_first(path: str, server: MemoryServer) -> None:
+    await lost_tail(path, server)
+    journal, before = Node(path, server).journal, server.lead
+    await journal.register(NodeEntry("old", "p", "", FORMAT - 1, "", 0))
+    with pytest.raises(CannotAccept, match="cannot read the record: old: upgrade jobd there first"):
+        await accept(path, server)
+    assert server.lead == before
+    await journal.forget("old")
+    await accept(path, server)
 
 
 async def test_it_can_be_repeated(path: str, server: MemoryServer) -> None:

@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 from jobd.cluster.node_registry import EVERY_S, NodeRegistry
 from jobd.cluster.view import Position, cluster_view
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
+from jobd.journal.record import FORMAT, LOWEST_FORMAT
 from jobd.model.journal import Head, NodeEntry
 from jobd.model.responses import ClusterView
 from tests.support.virtual_engine import in_virtual_time, seconds
@@ -104,6 +105,60 @@ async def test_problems_are_described() -> None:
     shown = view(process, replace(FOLLOWS, problem="PostgreSQL cannot be reached."))
     assert shown.problems == ["PostgreSQL cannot be reached."]
     await process.stop()
+
+
+@in_virtual_time
+async def test_the_format_is_the_lowest_of_all_nodes_also_of_those_that_are_down() -> None:
+    server = MemoryServer(loop_ms)
+    new = Process(server, entry("a", "p-a"))
+    assert new.registry.format == LOWEST_FORMAT, "the nodes are not known yet"
+    await seconds(0.1)
+    assert new.registry.format == FORMAT
+    old = Process(server, replace(entry("b", "p-b"), format=1))
+    await seconds(EVERY_S + 0.1)
+    assert new.registry.format == 1
+    (problem,) = view(new).problems
+    assert problem.startswith("Nodes of an older version do not read records of format 2: b (up to 1).")
+    await old.stop()
+    await seconds(100)
+    assert new.registry.format == 1
+    await new.journal.forget("b")
+    await seconds(EVERY_S)
+    assert (new.registry.format, view(new).problems) == (FORMAT, [])
+    await new.stop()
+
+
+@in_virtual_time
+async def test_a_new_leader_reads_the_nodes_anew() -> None:
+    server = MemoryServer(loop_ms)
+    new = Process(server, entry("a", "p-a"))
+    await seconds(0.1)
+    await MemorySharedJournal(server).register(replace(entry("b", "p-b"), format=1))
+    assert new.registry.format == FORMAT
+    await new.registry.begin_lead()
+    assert new.registry.format == 1
+    await new.journal.forget("b")
+    new.journal.is_reachable = False
+    await new.registry.begin_lead()
+    assert new.registry.format == LOWEST_FORMAT
+    new.journal.is_reachable = True
+    await seconds(EVERY_S)
+    assert new.registry.format == FORMAT
+    await new.stop()
+
+
+@in_virtual_time
+async def test_a_node_that_cannot_follow_announces_its_format() -> None:
+    server = MemoryServer(loop_ms)
+    new = Process(server, entry("a", "p-1"))
+    await seconds(0.1)
+    await new.stop()
+    old = Process(server, replace(entry("a", "p-2"), format=1))
+    await old.registry.announce()
+    assert server.nodes["a"][0].format == 1
+    old.journal.is_reachable = False
+    await old.registry.announce()
+    await old.stop()
 
 
 @in_virtual_time

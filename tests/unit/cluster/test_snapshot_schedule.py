@@ -115,6 +115,25 @@ def test_one_node_writes(name: str, others: str, writes: bool) -> None:
     run()
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "writes"), [("b", "c", False), ("c", "c", True), ("b", "a", False), ("a", "a", True)]
+)
+def test_a_node_with_the_oldest_tables_writes(name: str, old: str, writes: bool) -> None:
+    @in_virtual_time
+    async def run() -> None:
+        node = Node(MemoryServer(loop_ms), name, *({"a", "b", "c"} - {name}))
+        node.registry.nodes[:] = [
+            replace(each, schema_version=11 if each.name == old else 12)
+            for each in sorted(node.registry.nodes, key=lambda each: each.name)
+        ]
+        node.append(10)
+        await seconds(20)
+        assert bool(node.copies) == writes
+        await node.stop()
+
+    run()
+
+
 @in_virtual_time
 async def test_the_leader_writes_if_no_standby_runs() -> None:
     node = Node(MemoryServer(loop_ms), "a")

@@ -23,7 +23,7 @@ from tests.support.http_harness import TOKEN, HttpHarness
 HTML = {"Accept": "text/html,*/*;q=0.8"}
 NODES = [
     NodeView("a", "http://a.example:8771", "leader", 300, 1_000, 0, 1, False),
-    NodeView("b", "http://b.example:8771", "standby", 900, 990, 10, 1, False),
+    NodeView("b", "http://b.example:8771", "standby", 900, 990, 10, 2, False, schema_version=12),
     NodeView("c", "", "standby", 3_600_000, 2, 998, 1, True),
 ]
 LEADER = ClusterView(
@@ -96,6 +96,8 @@ async def test_the_leader_shows_its_nodes(harness: DashboardHarness) -> None:
         "900 ms ago",
         ">silent for 1 h<",
         ">differs from the leader's<",
+        '<td data-label="Reads format" class="figure">2</td>',
+        '<td data-label="Schema" class="figure">12</td>',
         '<span class="dim">this node</span>',
         'href="/cluster/step-down"',
         'data-events-url=""',

@@ -16,7 +16,14 @@ import pytest
 from jobd.journal.postgres import journal as postgres_journal
 from jobd.journal.postgres import leading, partitions
 from jobd.journal.postgres.journal import PostgresJournal
-from jobd.model.journal import BadRecord, BadSnapshot, Fenced, JournalOutcomeUnknown, JournalUnavailable
+from jobd.model.journal import (
+    BadRecord,
+    BadSnapshot,
+    Fenced,
+    JournalOutcomeUnknown,
+    JournalUnavailable,
+    NodeEntry,
+)
 from jobd.model.storage import DiskFull
 from tests.support.polling import wait_until
 from tests.support.postgres import PostgresServer
@@ -227,6 +234,16 @@ async def test_a_server_that_does_not_respond_to_a_read_is_unavailable(
         await a.head()
     proxy.cut()
     assert (await a.head()).number == 0
+
+
+async def test_a_column_that_earlier_tables_lack_is_added(
+    a: PostgresJournal, postgres_server: PostgresServer, journal_name: str
+) -> None:
+    postgres_server.sql("ALTER TABLE jobd_nodes DROP COLUMN schema_version")
+    journal = await PostgresJournal.open(postgres_server.url(), journal_name, LEASE_MS)
+    await journal.register(NodeEntry("b", "p", "", 2, "", 0, schema_version=12))
+    assert [node.schema_version for node in await journal.nodes()] == [12]
+    await journal.close()
 
 
 async def test_a_closed_journal_is_unavailable(a: PostgresJournal) -> None:

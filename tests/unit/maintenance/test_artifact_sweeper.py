@@ -23,7 +23,7 @@ from jobd.maintenance.artifact_sweeper import (
 )
 from jobd.model.commands import Adopt, Complete, Delete, DeleteExpired, ForceFail, ForceReset
 from jobd.model.job import DAY_MS, MAX_LATE_RESULTS, LateResult, Policy, Result
-from jobd.model.storage import MAX_POSTPONE_MS, DiskFull, DueTombstones
+from jobd.model.storage import MAX_POSTPONE_MS, DiskFull, DueTombstones, FormatNotRead
 from jobd.storage.artifacts.base import MARGINS, ArtifactStoreError
 from tests.support.memory_artifacts import MemoryArtifacts
 from tests.support.memory_storage import MemoryStorage
@@ -440,18 +440,24 @@ async def test_the_delay_of_the_oldest_tombstone_is_reported() -> None:
         assert at.sweeps.behind_ms == 0
 
 
-@in_virtual_time
-async def test_the_sweeper_waits_while_the_disk_is_full() -> None:
-    async with sweeping() as at:
-        await at.complete("a", "k")
-        at.engine.disk.errors["settle_tombstones"] = DiskFull("full")
-        await at.delete("a")
-        await until(lambda: not at.store.objects)
-        await seconds(5)
-        assert at.engine.disk.tombstones
-        del at.engine.disk.errors["settle_tombstones"]
-        await until(lambda: not at.engine.disk.tombstones)
-        assert at.sweeps.waiting == 0
+@pytest.mark.parametrize("error", [DiskFull("full"), FormatNotRead("node b is older")])
+def test_the_sweeper_waits_until_its_results_can_be_written(error: Exception) -> None:
+    @in_virtual_time
+    async def run() -> None:
+        async with sweeping() as at:
+            await at.complete("a", "k")
+            at.engine.disk.errors["settle_tombstones"] = error
+            await at.delete("a")
+            await until(lambda: not at.store.objects)
+            with capture_logs() as lines:
+                await seconds(5)
+            assert at.engine.disk.tombstones
+            assert {(line["event"], line["reason"]) for line in lines} == {("artifact_sweep_waits", str(error))}
+            del at.engine.disk.errors["settle_tombstones"]
+            await until(lambda: not at.engine.disk.tombstones)
+            assert at.sweeps.waiting == 0
+
+    run()
 
 
 @in_virtual_time

@@ -20,7 +20,7 @@ from jobd.model.events import Event
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Failure, Policy
 from jobd.model.journal import LeadershipLost
 from jobd.model.responses import CleanupReport, RecoverStuckView, Response
-from jobd.model.storage import AuditEntry, DiskFull
+from jobd.model.storage import AuditEntry, DiskFull, FormatNotRead
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import WALL, VirtualEngine, in_virtual_time, row, seconds, until
 
@@ -665,6 +665,19 @@ async def test_health_is_degraded_after_three_intervals_without_success() -> Non
         engine.disk.errors.clear()
         await engine.maintainer.run_cleanup(forced=True)
         assert engine.maintainer.degraded_reason() is None
+
+
+@in_virtual_time
+async def test_steps_that_an_older_node_could_not_read_wait() -> None:
+    async with VirtualEngine(schedule=PASSES) as engine:
+        for step in ("prune", "trim_audit", "save_figures"):
+            engine.disk.errors[step] = FormatNotRead("node b is older")
+        engine.run_maintainer()
+        with capture_logs() as lines:
+            report = await engine.maintainer.run_cleanup(forced=True)
+        assert report.errors == []
+        waits = [line["step"] for line in lines if line["event"] == "cleanup_step_waits"]
+        assert waits == ["journal", "audit", "statistics"]
 
 
 # -- reports and statistics after a restart ------------------------------------------------------------------------

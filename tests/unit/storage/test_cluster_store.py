@@ -14,9 +14,9 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
-from jobd.journal.record import decode
+from jobd.journal.record import FORMAT, LOWEST_FORMAT, decode
 from jobd.model.journal import BadRecord, Fenced, JournalOutcomeUnknown, LeadershipLost, Record
-from jobd.model.storage import AuditQuery, DiskFull, JobQuery, OpenedStore
+from jobd.model.storage import AuditQuery, DiskFull, FormatNotRead, JobQuery, OpenedStore
 from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage import snapshots
 from jobd.storage.cluster_store import ClusterStore
@@ -39,6 +39,7 @@ class Node:
         self.store: ClusterStore
         self.opened: OpenedStore
         self.broken: list[Exception] = []
+        self.format = FORMAT  # that all nodes read
 
     async def open(self) -> None:
         self.store, self.opened = await ClusterStore.open_for(self.path, self.journal)
@@ -47,7 +48,7 @@ class Node:
     async def lead(self) -> None:
         head = await self.journal.head()
         assert await self.journal.take_over(head, holder=self.path, url=self.path, epoch=head.epoch + 1) is not None
-        self.store.lead(self.journal.append)
+        self.store.lead(self.journal.append, lambda: self.format)
 
     async def catch_up(self, limit: int = 7) -> None:
         while records := await self.journal.read(self.store._projection.last, limit):
@@ -212,6 +213,29 @@ async def test_writes_have_one_order(leader: Node, server: MemoryServer) -> None
     assert len((await leader.store.find_jobs(JobQuery())).jobs) == 3
 
 
+async def test_a_write_waits_until_all_nodes_read_its_format(leader: Node, server: MemoryServer) -> None:
+    maker = ChangeFactory()
+    await leader.store.write(maker.any_batch(30))
+    leader.format = LOWEST_FORMAT
+    await leader.store.write(maker.any_batch(30))
+    known = len(server.records)
+    store, cursor = leader.store, WebhookCursor("e", 1, 0)
+    for write in (
+        store.save_stats(b"1"),
+        store.settle_tombstones([1], []),
+        store.plan_deliveries(cursor, []),
+        store.prune(maker.now, 10),
+    ):
+        with pytest.raises(FormatNotRead, match="format 2, but a node of this cluster reads formats up to 1"):
+            await write
+    assert (len(server.records), leader.broken) == (known, [])
+    assert {record.body[0] for record in server.records} == {LOWEST_FORMAT}
+    leader.format = FORMAT
+    await store.save_stats(b"1")
+    await store.write(maker.any_batch(3))
+    assert [record.body[0] for record in server.records[known:]] == [FORMAT, LOWEST_FORMAT]
+
+
 async def test_a_cancelled_caller_does_not_stop_its_write(leader: Node, server: MemoryServer) -> None:
     gate = asyncio.Event()
 
@@ -359,7 +383,7 @@ async def test_a_probe_during_an_append_does_not_set_the_numbers_back(leader: No
         await goes_on.wait()
         await leader.journal.append(record, acked)
 
-    leader.store.lead(append)
+    leader.store.lead(append, lambda: FORMAT)
     last, batch = leader.store._projection.last, Writer(1).batch()
     async with asyncio.TaskGroup() as group:
         group.create_task(leader.store.write(batch))

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from jobd.model.events import Change
 from jobd.model.job import DAY_MS, HOUR_MS, Job
-from jobd.model.storage import DiskFull
+from jobd.model.storage import DiskFull, FormatNotRead
 from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.storage import outbox, queries
 from jobd.storage.store import Store
@@ -415,16 +415,17 @@ async def test_a_delivery_whose_result_was_not_stored_is_repeated(path: Path) ->
         assert then.posts.delivered[0] == at.posts.delivered[0]
 
 
-async def test_on_a_full_disk_nothing_is_sent_without_the_outbox_and_nothing_is_lost(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [DiskFull("no room"), FormatNotRead("node b is older")])
+async def test_nothing_is_sent_without_the_outbox_and_nothing_is_lost(
+    path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     async with running_webhooks(path, wrap=CountingStore) as at:
         storage: Any = at.context.storage
-        storage.faults["settle_deliveries"] = DiskFull("no room")
+        storage.faults["settle_deliveries"] = error
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(30)))
         await wait_until(lambda: len(at.posts.delivered) >= dispatcher.PARALLEL)
-        storage.faults["plan_deliveries"] = DiskFull("no room")
+        storage.faults["plan_deliveries"] = error
         await at.commit(*lifecycle(at.maker, "late"))
         await asyncio.sleep(0.2)
         sent = len(at.posts.delivered)

@@ -51,6 +51,7 @@ class Cluster:
                 "record": 40,
                 "lag_records": number,
                 "format": 1,
+                "schema_version": 12,
                 "config_differs": number == 1,
             }
             return {"name": "ab"[number], "url": URLS[number], "role": role, **state}
@@ -102,10 +103,11 @@ def test_the_nodes_and_the_leader_are_shown(nodes: Cluster, capsys: pytest.Captu
         "problem The clock of node b is 2 s ahead.",
     ]
     rows = [" ".join(line.split()) for line in table.splitlines()]
-    assert rows[0] == "NODE ROLE URL BEHIND SEEN FORMAT NOTE"
-    assert rows[1] == "a leader http://a.example:8771 0 1.2 s ago 1 -"
+    assert rows[0] == "NODE ROLE URL BEHIND SEEN FORMAT SCHEMA NOTE"
+    assert rows[1] == "a leader http://a.example:8771 0 1.2 s ago 1 12 -"
     assert (
-        rows[2] == "b standby http://b.example:8771 1 17 s ago 1 silent, configuration differs from that of the leader"
+        rows[2]
+        == "b standby http://b.example:8771 1 17 s ago 1 12 silent, configuration differs from that of the leader"
     )
 
 
