@@ -3,6 +3,7 @@
 //   node docs/examples/worker.mts                          over the Unix socket (JOBD_SOCKET, /run/jobd/worker.sock)
 //   JOBD_URL=http://127.0.0.1:8771 JOBD_WORKER_TOKEN_FILE=…  node docs/examples/worker.mts     over TCP, with fetch
 //
+// JOBD_URL may have the URLs of all nodes of a cluster, separated by commas. Calls then go to the node that leads.
 // It works on jobs of the queue `default`, one at a time. On SIGTERM it finishes the current job, then exits (within 5 s
 // if it is idle). With ONCE=1 it exits after one job. It extends the lock while it works, and stops working if the lock is lost.
 
@@ -16,7 +17,8 @@ type Job = { id: string; queue: string; kind: string; payload: Json; attempt: nu
 type Grant = { job: Job; lock_id: string; fencing_token: number; ttl_ms: number };
 
 const socketPath = process.env.JOBD_SOCKET ?? "/run/jobd/worker.sock";
-const url = process.env.JOBD_URL;
+const urls = (process.env.JOBD_URL ?? "").split(",").filter(Boolean).map((url) => new URL(url.trim()).origin);
+let current = 0; // index of the node that served the last call
 const tokenFile = process.env.JOBD_WORKER_TOKEN_FILE;
 const token = tokenFile && readFileSync(tokenFile, "utf8").trim().split("\n")[0];
 const worker = `${hostname()}-${process.pid}`;
@@ -24,24 +26,48 @@ const worker = `${hostname()}-${process.pid}`;
 /** An error response. `code` is stable (`lock_lost`, `already_locked`, …); the message is for people. */
 class ApiError extends Error {
   code: string;
-  constructor(code: string, message: string) {
+  leader?: string; // URL of the node that leads, after `not_leader`
+  constructor(code: string, message: string, details?: { leader?: string }) {
     super(message);
     this.code = code;
+    this.leader = details?.leader;
   }
 }
 
-/** Make one call. Rejects with ApiError for an error response, and with another error if the daemon is not reachable. */
+/** Whether the call may succeed later, or on another node. */
+const isTemporary = (error: unknown) =>
+  !(error instanceof ApiError) || ["not_leader", "overloaded", "shutting_down", "outcome_unknown"].includes(error.code);
+
+/**
+ * Make one call. Rejects with ApiError for an error response, and with another error if the daemon is not reachable.
+ * With several URLs, the other nodes are tried first. This is safe: repeated endings and claims get the same response.
+ */
 async function call<T>(path: string, body: object, headers: Record<string, string> = {}): Promise<T> {
   headers = { "content-type": "application/json", ...headers };
   if (token) headers.authorization = `Bearer ${token}`;
-  const text = JSON.stringify(body);
-  const response = JSON.parse(url ? await overTcp(path, text, headers) : await overSocket(path, text, headers));
-  if (!response.success) throw new ApiError(response.error, response.message);
-  return response.data as T;
+  for (let left = urls.length; ; left--) {
+    const node = current;
+    try {
+      const text = JSON.stringify(body);
+      const response = JSON.parse(urls.length ? await overTcp(node, path, text, headers) : await overSocket(path, text, headers));
+      if (!response.success) throw new ApiError(response.error, response.message, response.details);
+      return response.data as T;
+    } catch (error) {
+      if (urls.length > 1 && isTemporary(error) && node === current) current = nodeAfter(node, error);
+      if (left < 1 || urls.length < 2 || !isTemporary(error)) throw error;
+    }
+  }
 }
 
-async function overTcp(path: string, body: string, headers: Record<string, string>): Promise<string> {
-  return (await fetch(new URL(path, url), { method: "POST", body, headers })).text();
+/** The node to try next: the leader that the response names if its URL is in the list, else the next of the list. */
+function nodeAfter(node: number, error: unknown): number {
+  const leader = error instanceof ApiError && error.leader ? urls.indexOf(new URL(error.leader).origin) : -1;
+  return leader >= 0 ? leader : (node + 1) % urls.length;
+}
+
+async function overTcp(node: number, path: string, body: string, headers: Record<string, string>): Promise<string> {
+  const signal = AbortSignal.timeout(15_000); // a claim waits 5 s
+  return (await fetch(new URL(path, urls[node]), { method: "POST", body, headers, signal })).text();
 }
 
 function overSocket(path: string, body: string, headers: Record<string, string>): Promise<string> {
@@ -64,7 +90,7 @@ async function callWithRetry<T>(path: string, body: object): Promise<T> {
     try {
       return await call<T>(path, body);
     } catch (error) {
-      if (error instanceof ApiError && error.code !== "overloaded" && error.code !== "shutting_down") throw error;
+      if (!isTemporary(error)) throw error;
       await new Promise((resume) => setTimeout(resume, pause));
     }
   }
@@ -92,7 +118,7 @@ async function run(grant: Grant) {
     try {
       await call(`${at}/${verb}`, { lock_id, ...body });
     } catch (error) {
-      if (!(error instanceof ApiError)) return; // not reachable: the lock is still live, and the next call may succeed
+      if (isTemporary(error)) return; // the lock is still live, and the next call may succeed
       lost.abort(error);
     }
   };

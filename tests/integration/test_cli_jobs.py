@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
-from tests.support.cli_harness import JOB_FIELDS, CliDaemon, Jobctl
+from tests.support.cli_harness import JOB_FIELDS, CliDaemon, Jobctl, node_runs_typescript
 
 
 @pytest.mark.slow
@@ -239,17 +239,7 @@ def test_the_shell_worker_of_the_docs(running: CliDaemon, tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.txt", "cat.txt.gz"]
 
 
-def _node_runs_typescript() -> bool:
-    """node 22.18 and later run TypeScript as it is."""
-    node = shutil.which("node")
-    if node is None:
-        return False
-    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout
-    numbers = re.match(r"v(\d+)\.(\d+)", version)
-    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= (22, 18)
-
-
-@pytest.mark.skipif(not _node_runs_typescript(), reason="the TypeScript example runs on node 22.18 and later")
+@pytest.mark.skipif(not node_runs_typescript(), reason="the TypeScript example runs on node 22.18 and later")
 def test_the_typescript_worker_of_the_docs(running: CliDaemon) -> None:
     running.client.create_job([1, 2, 3.5], id="r6", priority=-1000)  # before what other tests have left there
     env = {**running.env, **running.client_environ, "ONCE": "1"}

@@ -41,6 +41,7 @@ from jobd.monitoring import alerts
 from tests import ROOT
 from tests.conftest import tool_missing
 from tests.support import config_reference
+from tests.support.cli_harness import node_runs_typescript
 from tests.support.daemon_process import TOKEN, DaemonProcess, die_with_us
 from tests.support.scripted_server import ScriptedServer, rejected, serving
 
@@ -760,6 +761,31 @@ def test_the_typescript_example(context: DocumentEnvironment) -> None:
     documented = re.search(r"It prints `(.+?)` and then `(.+?)`", WORKERS.read_text(encoding="utf-8"))
     assert documented is not None
     assert f"{documented[1]}\n{documented[2]}\n" == printed == "sum-1 completed 6.5\ninvalid_transition\n"
+
+
+@pytest.mark.parametrize("name", ["worker.mjs", "worker.mts"])
+def test_a_typescript_worker_finds_the_leader(context: DocumentEnvironment, name: str) -> None:
+    if shutil.which("node") is None:
+        tool_missing("node", "nodejs")
+    file = ROOT / "docs/examples/worker.mts"
+    if name == "worker.mjs":
+        file = context.directory / name
+        file.write_text(next(block.text for block in blocks(WORKERS) if block.language == "ts"))
+    elif not node_runs_typescript():
+        pytest.skip("this example runs on node 22.18 and later")
+    (context.directory / "token").write_text(TOKEN)
+    address, server = free_address(), ScriptedServer()
+    server.always = lambda received: rejected("not_leader", 503, leader=f"http://{address}")
+    settings = {"JOBD_WORKER_LISTEN": address, "JOBD_WORKER_TOKEN_FILE": str(context.directory / "token")}
+    with DaemonProcess(context.directory, **settings) as daemon, serving(server) as standby:
+        urls = f"http://{free_address()},{standby},http://{free_address()},http://{address}"
+        environ = {**context.environ, **settings, "JOBD_URL": urls, "ONCE": "1"}
+        assert daemon.post("/v1/jobs", {"id": "sum-2", "payload": [1, 2, 3.5]}).status == 201
+        done = subprocess.run(["node", str(file)], env=environ, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        job = daemon.get("/v1/jobs/sum-1" if name == "worker.mjs" else "/v1/jobs/sum-2").data
+        assert (job["status"], job["metadata"]["sum"]) == ("completed", 6.5)
+        assert len(server.received) == 1, "the next calls go to the leader"
 
 
 def test_the_readme_fits_on_two_screens() -> None:

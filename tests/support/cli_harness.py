@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,3 +174,13 @@ def rejected_on_a_terminal(running: CliDaemon, *argv: str) -> tuple[int, str]:
         return process.returncode, shown
     finally:
         os.close(ours)
+
+
+def node_runs_typescript() -> bool:
+    """Return whether `node` runs TypeScript unchanged, as version 22.18 and later do."""
+    node = shutil.which("node")
+    if node is None:
+        return False
+    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout
+    numbers = re.match(r"v(\d+)\.(\d+)", version)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= (22, 18)
