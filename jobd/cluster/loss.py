@@ -146,6 +146,7 @@ def write_file(loss: Loss) -> int:
     new = f"{loss.file}.new"
     Path(new).unlink(missing_ok=True)
     files.create_private(new)
+    files.give_to_owner(new, loss.path)
     count = 0
     with files.raising_disk_full(), open(new, "wb") as file:
         for each in loss.changed.jobs:
@@ -188,6 +189,7 @@ async def _scratch_directory(path: str) -> AsyncIterator[str]:
     try:
         await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
         await asyncio.to_thread(os.mkdir, place, 0o700)
+        await asyncio.to_thread(files.give_to_owner, place, path)
         yield place
     finally:
         await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)

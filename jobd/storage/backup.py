@@ -260,7 +260,7 @@ def _give_to_owner(path: str, old_name: str | None) -> None:
     if os.geteuid() != 0:
         return
     model = os.stat(old_name or Path(path).resolve().parent)
-    for name in (f"{path}.restoring", f"{path}.lock", f"{path}.epoch"):
+    for name in (f"{path}.restoring", f"{path}.epoch"):
         if os.path.exists(name):
             os.chown(name, model.st_uid, model.st_gid)
 

@@ -75,6 +75,8 @@ class FileLock:
     def __init__(self, path: str) -> None:
         """Lock the store at `path` or raise StoreBusy. Touches no other file."""
         self._fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with contextlib.suppress(PermissionError):  # root of a container may lack the capability
+            give_to_owner(f"{path}.lock", path)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -225,6 +227,16 @@ def _copy_owner_and_mode(fd: int, model: os.stat_result) -> None:
     if os.geteuid() == 0:
         os.fchown(fd, model.st_uid, model.st_gid)
     os.fchmod(fd, stat.S_IMODE(model.st_mode))
+
+
+def give_to_owner(name: str, path: str) -> None:
+    """Give the file `name` to the owner of the store at `path`, or of its directory, if root has written it.
+
+    The daemon runs as that user.
+    """
+    if os.geteuid() == 0:
+        model = os.stat(path if os.path.exists(path) else Path(path).resolve().parent)
+        os.chown(name, model.st_uid, model.st_gid)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -77,6 +78,8 @@ def accept_and_check(
 ) -> None:
     upto = last_record_of(first)
     command = ["cluster", "accept-loss", "--upto", upto, *flags(first, url)]
+    owner = 12345 if os.geteuid() == 0 else os.geteuid()
+    os.chown(first.store, owner, -1)
     capsys.readouterr()
     assert main([*command, "--dry-run"]) == 0
     shown = capsys.readouterr().out
@@ -90,6 +93,7 @@ def accept_and_check(
     assert "nothing else needs to be done" in capsys.readouterr().out
     file = Path(f"{first.store}.lost-after-{upto}.jsonl")
     assert "new" in [json.loads(line)["id"] for line in file.read_text().splitlines()]
+    assert {each.stat().st_uid for each in (file, Path(f"{first.store}.lock"))} == {owner}
     second.start()
     second.wait_leads()
     first.start()

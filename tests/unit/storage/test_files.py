@@ -47,6 +47,18 @@ def test_a_lock_without_a_process_id_is_held_by_an_unknown_process(path: str) ->
     assert caught.value.pid is None
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_a_lock_that_root_takes_belongs_to_the_owner_of_the_store(path: str) -> None:
+    os.chown(os.path.dirname(path), 12345, 12346)
+    FileLock(path).release()
+    assert os.stat(f"{path}.lock").st_uid == 12345, "without a store, the owner of its directory counts"
+    Path(path).touch()
+    os.chown(path, 12347, 12348)
+    FileLock(path).release()
+    found = os.stat(f"{path}.lock")
+    assert (found.st_uid, found.st_gid) == (12347, 12348)
+
+
 def test_the_epoch_is_stored_and_read(path: str) -> None:
     assert files.read_epoch(path) == EpochFile()
     for epoch in (1, 2, 1 << 22):
