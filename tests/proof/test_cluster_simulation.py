@@ -35,7 +35,8 @@ def test_every_invariant_holds_on_several_nodes() -> None:
 
 def test_the_same_seed_gives_the_same_trace() -> None:
     """In processes with different hash seeds, too."""
-    code = "from tests.proof.simulation.run import simulate; print(simulate(3, 150, cluster=True).digest)"
+    code = "from tests.proof.simulation.run import simulate\n"
+    code += "print(simulate(3, 150, with_digest=True, cluster=True).digest)"
     printed = [
         subprocess.run(
             [sys.executable, "-c", code],
@@ -47,8 +48,8 @@ def test_the_same_seed_gives_the_same_trace() -> None:
         ).stdout.strip()
         for hash_seed in ("1", "2")
     ]
-    assert printed == [simulate(3, 150, cluster=True).digest] * 2
-    assert simulate(4, 150, cluster=True).digest != printed[0]
+    assert printed == [simulate(3, 150, with_digest=True, cluster=True).digest] * 2
+    assert simulate(4, 150, with_digest=True, cluster=True).digest != printed[0]
 
 
 def test_the_program_counts_what_happens_to_nodes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from copy import copy
 
 from msgspec.structs import replace
 
@@ -128,6 +127,8 @@ class MemoryProjection(MemoryTables):
 
     def touches(self, ids: Iterable[str], seqs: Iterable[int], digests: Iterable[str] = ()) -> bool:
         """Return whether the pending records concern one of these jobs or stored responses."""
+        if not self.pending:
+            return False
         events = [change.event for _, batch in self.pending for change in batch.changes]
         keys = {key.digest for _, batch in self.pending for key in batch.keys}
         changed, numbers = {event.job_id for event in events}, {event.job_seq for event in events}
@@ -171,7 +172,7 @@ class MemoryProjection(MemoryTables):
                 taken = ids[event.job_id] if event.job_id in ids else self.ids.get(event.job_id)
                 assert taken is None, f"there is a job {event.job_id} already"
                 assert change.payload is not None, f"job {event.job_id} comes without its payload"
-            after = fold(copy(before), event)
+            after = fold(before, event)
             assert after == change.after, f"{event.type} of job {event.job_id} does not say what happened"
             rows[seq] = after
             ids[event.job_id] = None if after is None else seq

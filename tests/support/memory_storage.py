@@ -270,9 +270,10 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
             known.results[each.job_seq] = [
                 late if each.with_results else replace(late, result=Result(late.result.download_url)) for late in kept
             ]
-            for event in self.events:
-                grant = event.changes.grant if event.type == "granted" and event.changes is not None else None
-                if event.job_seq == each.job_seq and isinstance(grant, Grant) and grant.lock_id == each.lock_id:
+            granted = (event for event in self.events if event.job_seq == each.job_seq and event.type == "granted")
+            for event in granted:
+                grant = None if event.changes is None else event.changes.grant
+                if isinstance(grant, Grant) and grant.lock_id == each.lock_id:
                     known.grants[each.job_seq, grant.lock_id] = grant
         return known
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from copy import copy
 from typing import Any, Final, get_args
 
 from msgspec.structs import replace
@@ -56,10 +55,6 @@ class MemoryTables:
 
     # -- copies
 
-    def content(self) -> dict[str, Any]:
-        """Return the tables by name."""
-        return {name: getattr(self, name) for name in TABLES}
-
     def copy_tables(self) -> MemoryTables:
         made = MemoryTables()
         made.become(self)
@@ -67,18 +62,22 @@ class MemoryTables:
 
     def become(self, other: MemoryTables) -> None:
         """Take over a copy of the tables of `other`."""
-        for name, table in other.content().items():
-            setattr(self, name, copy(table))
+        for name in TABLES:
+            table = getattr(other, name)
+            setattr(self, name, table.copy() if isinstance(table, dict | list | deque) else table)
 
     def differences(self, other: MemoryTables) -> list[str]:
         """Return descriptions of the tables that differ from those of `other`. Their numbers may differ."""
-        mine, others = self.content(), other.content()
-        skipped = {"numbers", "projected_to"}
         return [
-            f"{name}: {_first_difference(mine[name], others[name])}"
-            for name in TABLES
-            if name not in skipped and mine[name] != others[name]
+            f"{name}: {_first_difference(getattr(self, name), getattr(other, name))}"
+            for name in COMPARED
+            if getattr(self, name) != getattr(other, name)
         ]
+
+    def share_rows(self, other: MemoryTables) -> None:
+        """Use the rows of `other`, which are equal and cannot change. The same row is compared at no cost."""
+        for name in SHARED:
+            setattr(self, name, getattr(other, name).copy())
 
     # -- batches
 
@@ -127,7 +126,7 @@ class MemoryTables:
         self.events.append(event)
         if not seq:
             return
-        job = fold(copy(self.jobs.get(seq)), event)
+        job = fold(self.jobs.get(seq), event)
         if job is None:
             self.delete(seq)
             self.deleted[seq] = event.at
@@ -219,6 +218,8 @@ class MemoryTables:
         trimmed = [seq for seq in old if self.audited[seq].at < before]
         for share in get_args(AuditShare):
             keep = KEEP_AUDIT if share == "changes" else KEEP_BESIDE
+            if len(self.audited) <= keep:
+                continue
             rows = [seq for seq, row in sorted(self.audited.items()) if audit_share(row.what, row.outcome) == share]
             trimmed += [seq for seq in rows[: max(len(rows) - keep, 0)] if seq < last and seq not in trimmed]
         return AuditTrimming(trimmed[:limit])
@@ -230,6 +231,8 @@ class MemoryTables:
 
 
 TABLES: Final = tuple(vars(MemoryTables()))
+COMPARED: Final = tuple(name for name in TABLES if name not in ("numbers", "projected_to"))
+SHARED: Final = ("jobs", "payloads", "events", "keys", "audited")
 
 
 def _first_difference(mine: Any, other: Any) -> str:

@@ -121,7 +121,9 @@ class DecisionChecks:
         state, at, command = tx.state, tx.at, call.command
         name, job_id = type(command).__name__, getattr(command, "id", None)
         job = state.get(job_id) if job_id is not None else None
-        brief, rows, paused = _brief(state, job), {**state.finished, **state.jobs}, set(state.paused)
+        is_read = command.admission == "read"
+        rows = {} if is_read else {**state.finished, **state.jobs}
+        brief, paused = _brief(state, job), set(state.paused)
         try:
             decision = Decision(decide(tx, call), tx.changed(), tx.checked)
         except Exception as error:
@@ -130,7 +132,8 @@ class DecisionChecks:
         self.must(at.lease >= self._last_lease, "S12", f"lease time went from {self._last_lease} to {at.lease}")
         self._last_lease = at.lease
         self._check_answer(rows, paused, command, decision, job, at)
-        self.must(not is_dry_run(command) or not decision.changes, "S15", f"a dry run of {name} did something", job_id)
+        changes_nothing = is_read or is_dry_run(command)
+        self.must(not (changes_nothing and decision.changes), "S15", f"{name} did something, which only reads", job_id)
         self.must(decision.changes or brief == _brief(state, job), "S8", f"{name} changed the state silently", job_id)
         for change in decision.changes:
             changed = change.event.job_id

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import selectors
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from random import Random
-from typing import Any, Final
+from typing import Any, Final, TypeVarTuple
+
+Ts = TypeVarTuple("Ts")
 
 BUSY: Final = 50_000  # iterations without time passing
 
@@ -31,23 +32,45 @@ class InlineExecutor(ThreadPoolExecutor):
         return done
 
 
-class _NoWait(selectors.DefaultSelector):
-    """A selector that never reports an event."""
+class SimHandle(asyncio.TimerHandle):
+    """A callback of a SimLoop, without the support of asyncio for debugging."""
 
-    def select(self, timeout: float | None = None) -> Any:
-        return []
+    __slots__ = ("args", "call", "context", "is_cancelled", "loop", "when_s")
+
+    def __init__(self, loop: SimLoop, call: Callable[..., Any], args: tuple[Any, ...], context: Context) -> None:
+        self.loop = loop
+        self.call = call
+        self.args = args
+        self.context = context
+        self.when_s: float | None = None  # of a timer
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        if not self.is_cancelled:
+            self.is_cancelled = True
+            self.args = ()
+
+    def cancelled(self) -> bool:
+        return self.is_cancelled
+
+    def when(self) -> float:
+        return self.loop.now_s if self.when_s is None else self.when_s
 
 
-class SimLoop(asyncio.SelectorEventLoop):
+class SimLoop(asyncio.BaseEventLoop):
     """`now_s` is the loop's time. Callbacks that are ready together run in random order."""
 
     def __init__(self, dice: Random) -> None:
+        super().__init__()
         self.now_s = 1_000.0
-        self._turns = 0  # since time advanced last
         self.on_error: Callable[[str], None] = lambda message: None
+        self._is_stopping = False
+        self._turns = 0  # since time advanced last
         self._dice = dice
-        self._held: dict[object, list[Any]] = {}  # callbacks of suspended processes that are ready
-        super().__init__(_NoWait())
+        self._ready: list[SimHandle] = []
+        self._timers: list[tuple[float, int, SimHandle]] = []  # a heap; equal times are in the order of the calls
+        self._timers_made = 0
+        self._held: dict[object, list[SimHandle]] = {}  # callbacks of suspended processes that are ready
         self.set_exception_handler(self._failed)
 
     def time(self) -> float:
@@ -63,48 +86,86 @@ class SimLoop(asyncio.SelectorEventLoop):
 
     def resume(self, which: object) -> None:
         """Let a suspended process go on. Its timers that were due meanwhile fire now."""
-        loop: Any = self
-        loop._ready.extend(self._held.pop(which, ()))
+        self._ready += self._held.pop(which, ())
 
     def _hold_suspended(self) -> None:
         """Keep the ready callbacks of suspended processes for later."""
-        loop: Any = self
-        ready = list(loop._ready)
-        loop._ready.clear()
+        ready, self._ready = self._ready, []
         for handle in ready:
-            self._held.get(handle._context.get(process), loop._ready).append(handle)
+            self._held.get(handle.context.get(process), self._ready).append(handle)
 
     def _failed(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         about = context.get("exception") or context.get("task") or context.get("future")
         self.on_error(f"{context.get('message')}: {about!r}")
 
+    # -- asyncio.AbstractEventLoop
+
+    def call_soon(self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None) -> SimHandle:
+        handle = SimHandle(self, callback, args, copy_context() if context is None else context)
+        self._ready.append(handle)
+        return handle
+
+    call_soon_threadsafe = call_soon
+
+    def call_at(
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> SimHandle:
+        handle = SimHandle(self, callback, args, copy_context() if context is None else context)
+        handle.when_s = when
+        self._timers_made += 1
+        heapq.heappush(self._timers, (when, self._timers_made, handle))
+        return handle
+
+    def call_later(
+        self, delay: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> SimHandle:
+        handle = SimHandle(self, callback, args, copy_context() if context is None else context)
+        handle.when_s = self.now_s + delay
+        self._timers_made += 1
+        heapq.heappush(self._timers, (handle.when_s, self._timers_made, handle))
+        return handle
+
+    def stop(self) -> None:
+        super().stop()
+        self._is_stopping = True
+
+    # -- asyncio.BaseEventLoop
+
     def _run_once(self) -> None:
-        """As asyncio's, except that time jumps to the next timer and the order is random."""
-        loop: Any = self  # internals without a public name
-        timers: list[Any] = loop._scheduled
-        while timers and timers[0]._cancelled:
-            self._take(timers)
-        if not loop._ready:
-            if not timers:
-                raise RuntimeError("everybody waits for something that will never happen")
-            self._turns = self._turns + 1 if self.now_s >= timers[0].when() else 0
-            self.now_s = max(self.now_s, timers[0].when())
-        else:
+        """Run until `stop`: in each turn all callbacks that are ready, in random order."""
+        self._is_stopping = False
+        shuffle = self._dice.shuffle
+        while not self._is_stopping:
+            self._advance()
+            if self._held:
+                self._hold_suspended()
+            ready, self._ready = self._ready, []
+            if len(ready) > 1:
+                shuffle(ready)
+            for handle in ready:
+                if handle.is_cancelled:
+                    continue
+                try:
+                    handle.context.run(handle.call, *handle.args)
+                except Exception as error:
+                    self.call_exception_handler({"message": f"{handle.call!r} failed", "exception": error})
+
+    def _advance(self) -> None:
+        """Make the timers ready that are due. If no callback is ready, time jumps to the next timer."""
+        timers, ready = self._timers, self._ready
+        while timers and timers[0][2].is_cancelled:
+            heapq.heappop(timers)
+        if ready:
             self._turns += 1
+        elif timers:
+            due_s = timers[0][0]
+            self._turns = self._turns + 1 if self.now_s >= due_s else 0
+            self.now_s = max(self.now_s, due_s)
+        else:
+            raise RuntimeError("everybody waits for something that will never happen")
         if self._turns == BUSY:
             self.on_error(f"busy loop: no task waits, {BUSY} turns of the loop at one time")
-        while timers and timers[0].when() <= self.now_s:
-            loop._ready.append(self._take(timers))
-        if self._held:
-            self._hold_suspended()
-        if len(loop._ready) > 1:
-            self._dice.shuffle(loop._ready)
-        super()._run_once()  # type: ignore[misc]
-
-    def _take(self, timers: list[Any]) -> Any:
-        timer = heapq.heappop(timers)
-        timer._scheduled = False
-        if timer._cancelled:
-            loop: Any = self
-            loop._timer_cancelled_count -= 1
-        return timer
+        while timers and timers[0][0] <= self.now_s:
+            handle = heapq.heappop(timers)[2]
+            if not handle.is_cancelled:
+                ready.append(handle)

@@ -303,10 +303,13 @@ class Machine(Host):
     ) -> None:
         """Handle a request like the HTTP layer: ask the actor, then respond or report an undelivered response."""
         size = 100 if self.scenario.bounds.inflight_bytes < 1000 else 0
-        with self.monitor.pending(command):
-            operator = Operator("", "simulated") if admin else None
+        operator = Operator("", "simulated") if admin else None
+        self.monitor.note_request(command)
+        try:
             response = await daemon.actor.ask(command, by=by, admin=admin, key=key, size=size, operator=operator)
             self.monitor.check_response(command, key, response)
+        finally:
+            self.monitor.forget_request(command)
         if connection.reply.done():  # the connection is closed or the caller has left
             if isinstance(response, Response) and response.grants:
                 self.fired["grant undelivered"] += 1

@@ -32,7 +32,10 @@ LONGEST_S: Final = 24 * 3_600.0  # virtual time, for seeds in which little happe
 
 
 class SeedOutcome(Struct):
-    """The result of a seed. `broken` is (invariant, description, job id), or None if every invariant held."""
+    """The result of a seed. `broken` is (invariant, description, job id), or None if every invariant held.
+
+    `digest` and `story` are empty unless requested.
+    """
 
     seed: int
     steps: int
@@ -49,10 +52,11 @@ def simulate(
     *,
     without: frozenset[str] = frozenset(),
     with_story: bool = False,
+    with_digest: bool = False,
     cluster: bool = False,
 ) -> SeedOutcome:
     """Run `seed` until this many commands were decided, then its final phase. `cluster`: on several nodes."""
-    journal = Trace(keep_lines=with_story)
+    journal = Trace(keep_lines=with_story, with_digest=with_digest)
     loop = SimLoop(Random(f"{seed}: loop"))
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         machine = runner.run(run_machine(seed, steps, loop, journal, without, cluster=cluster))

@@ -1,4 +1,4 @@
-"""The trace of a run: a running checksum, and the lines themselves if requested.
+"""The trace of a run: a running checksum and the lines themselves, each only if requested.
 
 The same seed gives the same lines, byte for byte. They never depend on real time, hash order or other randomness.
 """
@@ -13,23 +13,26 @@ import msgspec
 
 
 class Trace:
-    def __init__(self, *, keep_lines: bool = False) -> None:
+    def __init__(self, *, keep_lines: bool = False, with_digest: bool = False) -> None:
         self.lines: list[str] = []
         self._keep_lines = keep_lines
+        self._with_digest = with_digest
         self._sum = blake2b(digest_size=16)
         self._encode = msgspec.json.Encoder().encode
 
     def note(self, at_s: float, what: str, *facts: Any) -> None:
         """Add a line: loop time in seconds, its kind, and values that JSON can encode."""
+        if not (self._keep_lines or self._with_digest):
+            return
         line = self._encode((round(at_s, 6), what, facts))
-        self._sum.update(line)
-        self._sum.update(b"\n")
+        self._sum.update(line + b"\n")
         if self._keep_lines:
             self.lines.append(line.decode())
 
     @property
     def digest(self) -> str:
-        return self._sum.hexdigest()
+        """Return the checksum of all lines; an empty string if there is none."""
+        return self._sum.hexdigest() if self._with_digest else ""
 
     def story(self, job_id: str | None, length: int = 40) -> list[str]:
         """Return the last lines about a job (or about all) with the faults between them."""

@@ -37,6 +37,7 @@ from tests.support.rule_harness import snapshot
 MIN_RECORDS: Final = 10  # between snapshots
 LEADS_S: Final = 3.0  # from a free lease and the start of a node until it serves
 HOPS: Final = 4  # between nodes, for one request
+HOP_S: Final = 0.01
 CLIENT_WAITS_S: Final = 20.0  # beyond the wait of a claim
 SETTLES_S: Final = 15.0  # in which a fault may delay responses after its end
 NOT_ANSWERED: Final = ("not_leader", "outcome_unknown", "shutting_down", "overloaded", "invalid_request")
@@ -266,12 +267,15 @@ class Cluster(Machine):
         unread: bool = False,
     ) -> Response | ApiError | None:
         """Send a command to the node that a client takes for the leader, and to others while nothing was done."""
+        if not any(node.is_serving and node.is_in_reach for node in self.nodes):
+            await asyncio.sleep(HOPS * HOP_S)
+            return None
         for _ in range(HOPS):
             node = self.nodes[self._routes.setdefault(who, 0) % len(self.nodes)]
             daemon = node.daemon
             if daemon is None or not daemon.is_open or not node.is_in_reach:
                 self._routes[who] += 1
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(HOP_S)
                 continue
             was_deposed = not self.leads(node)
             waits_s = CLIENT_WAITS_S + getattr(command, "wait_ms", 0) / 1000
