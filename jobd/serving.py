@@ -17,6 +17,7 @@ import structlog
 from jobd.api.services import Services
 from jobd.cluster.leadership import Leadership
 from jobd.config import Config, Duration, LoadedConfig
+from jobd.core import maintenance_rules
 from jobd.core.state import State
 from jobd.engine.actor import Actor, Bounds
 from jobd.engine.clock import Clock
@@ -31,7 +32,7 @@ from jobd.maintenance.maintainer import Maintainer, read_extra, read_stats
 from jobd.maintenance.plans import Planner
 from jobd.maintenance.scrubber import Scrubber
 from jobd.maintenance.suspend_detector import SuspendDetector
-from jobd.model.commands import EndGrants, ExtendAfterPause
+from jobd.model.commands import EndGrants, ExtendAfterPause, KeepDue
 from jobd.model.errors import ApiError, not_leader_error
 from jobd.model.job import SECOND_MS
 from jobd.model.responses import ClusterView
@@ -144,6 +145,7 @@ class Serving:
         """Start the actor and the background parts. `on_end` is called when the actor ends. Raises CannotStart."""
         settings, run = self._loaded.config, self._background.run
         self._recover_processing()
+        self._keep_due()
         self.running = asyncio.create_task(self.actor.run(), name="actor")
         self.running.add_done_callback(lambda _: on_end())
         self._stack.push_async_callback(self._stop_actor)
@@ -201,9 +203,16 @@ class Serving:
             self.actor.enqueue_internal(EndGrants(ids=ids, last=index + 1 >= len(slices)))
         log.warning("backup_put_back", grants_to_end=len(self.actor.state.processing), epoch=self.actor.state.epoch)
 
+    def _keep_due(self) -> None:
+        """Keep the jobs due that were due by the clock of the former leader, or before a restart."""
+        numbers, now = self._opened.numbers, self.clock.moment().now
+        if numbers.wall_ms < now + SECOND_MS and not numbers.clock_suspect:
+            return  # the clock has not been set back
+        for ids in _slices(maintenance_rules.due_before(self.actor.state, now)):
+            self.actor.enqueue_internal(KeepDue(ids=ids))
+
     def _processing_slices(self) -> list[list[str]]:
-        ids = list(self.actor.state.processing)
-        return [ids[first : first + SLICE] for first in range(0, len(ids), SLICE)]
+        return _slices(list(self.actor.state.processing))
 
     def _extend_locks(self, since: int) -> None:
         """Extend the locks of processing jobs, because no worker could report since the lease time `since`."""
@@ -307,6 +316,10 @@ class Serving:
             cluster_view=metrics.cluster,
             step_down=step_down,
         )
+
+
+def _slices(ids: list[str]) -> list[list[str]]:
+    return [ids[first : first + SLICE] for first in range(0, len(ids), SLICE)]
 
 
 def _make_actor(store: Store, opened: OpenedStore, state: State, clock: Clock, settings: Config) -> Actor:

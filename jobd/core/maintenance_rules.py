@@ -11,6 +11,7 @@ from typing import Final, Literal
 from msgspec.structs import replace
 
 from jobd.core import transitions
+from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.core.validation import counts, safe_fixes, validate
 from jobd.model.commands import (
@@ -20,6 +21,7 @@ from jobd.model.commands import (
     Expire,
     ExtendAfterPause,
     JobCommand,
+    KeepDue,
     Moment,
     Preview,
     Recover,
@@ -158,6 +160,30 @@ def credit_absence(tx: Transaction, command: ExtendAfterPause) -> Response:
             tx.update(job, "resumed", {"lease": lease}, details={"grace_ms": command.grace_ms})
             done += 1
     return Response(MaintenanceResult(done))
+
+
+def due_before(state: State, now: int) -> list[str]:
+    """Return the live jobs that are not due `now` although they were due when they last changed, in their order.
+
+    The wall clock was ahead then, as that of another node of a cluster can be.
+    """
+    found = [job for job in state.jobs.values() if _was_due(job, now)]
+    return [job.id for job in sorted(found, key=lambda job: (job.run_at, job.seq))]
+
+
+def keep_due(tx: Transaction, command: KeepDue) -> Response:
+    done = 0
+    for job_id in command.ids:
+        job = tx.state.jobs.find(job_id)
+        if job is not None and _was_due(job, tx.at.now):
+            reason = "It was due before, by a wall clock that was ahead."
+            tx.update(job, "updated", {"run_at": tx.at.now}, reason=reason, details={"run_at": tx.at.now})
+            done += 1
+    return Response(MaintenanceResult(done))
+
+
+def _was_due(job: Job, now: int) -> bool:
+    return now < job.run_at <= job.updated_at
 
 
 def _credited(lease: Lease, since: int, until: int) -> Lease:

@@ -805,6 +805,14 @@ class ExtendAfterPause(Command, frozen=True, kw_only=True):
     since: int | None = None
 
 
+class KeepDue(Command, frozen=True, kw_only=True):
+    """Make those of the live jobs `ids` due that were due when they last changed, by a wall clock that was ahead."""
+
+    admission = "ending"
+
+    ids: list[str]
+
+
 class EndGrants(Command, frozen=True, kw_only=True):
     """End the grants of the processing jobs `ids` by their stall rule, after a restored backup or lost records.
 
@@ -1011,6 +1019,7 @@ AnyCommand = (
     | Locks
     | Undelivered
     | ExtendAfterPause
+    | KeepDue
     | EndGrants
     | Recover
     | Expire

@@ -434,6 +434,19 @@ def test_a_reloaded_retention_limits_how_far_ahead_the_clock_may_be(tmp_path: Pa
         assert daemon.admin("GET", "clock").data["suspect"]
 
 
+def test_jobs_that_were_due_by_a_clock_that_was_ahead_are_due_after_a_restart(tmp_path: Path) -> None:
+    with DaemonProcess.not_started(tmp_path) as daemon:
+        daemon.module = "tests.support.daemon_variants hour_ahead"
+        daemon.start()
+        daemon.post("/v1/jobs", {"id": "a"})
+        daemon.post("/v1/jobs", {"id": "b", "delay_ms": 60_000})
+        daemon.kill()
+        daemon.module = "jobd"
+        daemon.start()
+        assert daemon.post("/v1/jobs/a/start", {"worker": "w"}).status == 200
+        assert daemon.post("/v1/jobs/b/start", {"worker": "w"}).error == "not_due"
+
+
 def test_sigusr1_dumps_tasks_to_the_log(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path) as daemon:
         assert daemon.process is not None

@@ -19,6 +19,7 @@ from jobd.model.commands import (
     ExtendAfterPause,
     GetVersion,
     ImportCheck,
+    KeepDue,
     LateResults,
     ListJobs,
     Locks,
@@ -74,6 +75,7 @@ NOT_PLAYED = {
     Tick,
     Report,
     ExtendAfterPause,
+    KeepDue,
 }
 
 

@@ -50,6 +50,13 @@ def quick_retries() -> None:
     patched.DispatchContext = partial(DispatchContext, retry_policy=policy)
 
 
+def hour_ahead() -> None:
+    """Set the wall clock one hour ahead."""
+    patched: Any = time
+    true_ns = time.time_ns
+    patched.time_ns = lambda: true_ns() + 3_600_000_000_000
+
+
 def slow_log() -> None:
     """Write each line of the log after 50 ms."""
     patched: Any = logging
@@ -121,6 +128,7 @@ VARIANTS: Final = {
         hung_actor,
         prompt_alerts,
         quick_retries,
+        hour_ahead,
         slow_log,
         short_pages,
         one_slice,

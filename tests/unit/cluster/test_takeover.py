@@ -8,7 +8,7 @@ import pytest
 
 from jobd.core.state import State
 from jobd.journal.memory import MemoryServer
-from jobd.model.commands import Claim, Complete, Create, Get, Progress, Start
+from jobd.model.commands import Claim, Complete, Create, Get, Progress, Release, Start, Why
 from jobd.model.job import TOKEN_COUNTER_BITS
 from jobd.model.journal import Fenced, JournalOutcomeUnknown, LeadershipLost
 from tests.support.cluster_harness import LEASE_S, ClusterNode, cluster, join, leader_of
@@ -251,6 +251,29 @@ def test_clocks_that_differ_by_an_hour_change_no_lock_and_no_token_goes_back(ahe
         await stop_all([new])
 
     run()
+
+
+@in_virtual_time
+async def test_jobs_of_a_leader_whose_clock_was_ahead_stay_due() -> None:
+    server = MemoryServer()
+    old, standby = ClusterNode(server, "a", ahead_ms=3_600_000), ClusterNode(server, "b")
+    join([old, standby])
+    old = await leader_of([old, standby])
+    assert old.ahead_ms
+    for name in ("first", "held"):
+        await old.ask(Create(id=name))
+    grant = await old.ask(Start(id="held", worker="w"))
+    await old.ask(Create(id="later", delay_ms=60_000))
+    await seconds(1)
+    await old.kill()
+    new = await leader_of([standby])
+    await new.ask(Create(id="new"))
+    assert (await new.ask(Why(id="first"))).because.startswith("It has been due for")
+    assert (await new.ask(Start(id="later", worker="w"))) == "not_due"
+    await new.ask(Release(id="held", lock_id=grant.lock_id))
+    granted = (await new.ask(Claim(worker="w", limit=9))).grants
+    assert [each.job.id for each in granted] == ["first", "held", "new"]
+    await stop_all([new])
 
 
 @in_virtual_time

@@ -47,8 +47,8 @@ AUDIT_NAMES = {kind: kind.audit_name for kind in get_args(AnyCommand) if kind.au
 # Commands of workers, creators or the daemon itself.
 NOT_AUDITED = {
     "Create", "Bulk", "Start", "Claim", "Progress", "Extend", "Complete", "Fail", "Release", "Undelivered",
-    "ImportCheck", "ExtendAfterPause", "EndGrants", "EndPauses", "Expire", "DeleteExpired", "RepairJobs", "Tick",
-    "Report", "Ping",
+    "ImportCheck", "ExtendAfterPause", "KeepDue", "EndGrants", "EndPauses", "Expire", "DeleteExpired", "RepairJobs",
+    "Tick", "Report", "Ping",
 }  # fmt: skip
 
 

@@ -8,11 +8,13 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core import decide, transitions
+from jobd.core import decide, maintenance_rules, transitions
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     AnyCommand,
     Call,
+    Cancel,
+    Claim,
     Complete,
     DeleteExpired,
     EndGrants,
@@ -20,6 +22,7 @@ from jobd.model.commands import (
     Extend,
     ExtendAfterPause,
     Fail,
+    KeepDue,
     Moment,
     Recover,
     Release,
@@ -271,6 +274,28 @@ def test_deadlines_are_postponed_after_a_pause_of_the_daemon(rules: RuleHarness)
     assert rules.job("live").lease.ceiling == until  # type: ignore[union-attr]  # no report takes it back
     rules.row(replace(rules.job("calm"), lease=None))
     assert rules.accept(ExtendAfterPause(ids=["calm"], grace_ms=30_000)).done == 0
+
+
+def test_a_job_that_was_due_by_a_clock_that_was_ahead_is_due_again(rules: RuleHarness) -> None:
+    rules.create("first")
+    rules.create("held")
+    rules.start("held")
+    rules.create("later", delay_ms=MINUTE_MS)
+    rules.advance(1)
+    rules.create("second")
+    rules.create("ended")
+    rules.accept(Cancel(id="ended"))
+    rules.now -= HOUR_MS
+    rules.create("new")
+    ids = maintenance_rules.due_before(rules.state, rules.now)
+    assert ids == ["first", "held", "second"]
+    assert rules.accept(KeepDue(ids=[*ids, "first", "later", "ended", "new", "gone"])).done == 3
+    assert [rules.job(name).run_at for name in ids] == 3 * [rules.now]
+    assert rules.job("later").run_at > rules.now
+    assert (rules.types("first")[-1], rules.last().details) == ("updated", {"run_at": rules.now})
+    assert rules.accept(Claim(worker="w", limit=9)).grants[0].job.id == "first", "its place in the queue"
+    assert maintenance_rules.due_before(rules.state, rules.now) == []
+    assert rules.accept(KeepDue(ids=ids)).done == 0
 
 
 def test_a_lock_that_was_live_at_the_start_is_extended_even_on_a_slow_disk(rules: RuleHarness) -> None:
