@@ -32,7 +32,7 @@ from jobd.model.journal import JournalUnavailable, SharedJournal
 from jobd.model.storage import DiskFull, OpenedStore
 from jobd.storage.artifacts.base import ArtifactStore, ArtifactStoreError
 from jobd.storage.artifacts.filesystem import FileArtifactStore
-from jobd.storage.cluster_store import ClusterStore
+from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.files import StoreError
 from jobd.storage.store import Store, Synchronous
 

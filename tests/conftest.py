@@ -18,7 +18,8 @@ import uvloop
 from blockbuster import BlockBuster
 
 import jobd
-from jobd.storage import dry_run, startup
+from jobd.storage import startup
+from jobd.storage.offline import dry_run
 from tests import ROOT
 from tests.support import postgres
 from tests.support.postgres import PostgresMissing, PostgresServer

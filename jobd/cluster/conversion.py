@@ -11,8 +11,8 @@ from uuid import uuid4
 from jobd.journal import record
 from jobd.model.job import new_epoch
 from jobd.model.journal import Head, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost, Record, SharedJournal
-from jobd.storage import joining, snapshots
-from jobd.storage.cluster_store import ClusterStore
+from jobd.storage.cluster import joining, snapshots
+from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.files import StoreError
 
 _READ_LIMIT = 200  # records of one read

@@ -32,11 +32,12 @@ from jobd.model.job import Policy
 from jobd.model.journal import BadRecord, Head, SharedJournal
 from jobd.model.responses import Response
 from jobd.model.storage import AuditEntry, Batch, EventPruning, OpenedStore
-from jobd.storage import files, lost_records, membership, snapshots
-from jobd.storage.cluster_store import ClusterStore
+from jobd.storage import files
+from jobd.storage.cluster import lost_records, membership, snapshots
+from jobd.storage.cluster.lost_records import LostChanges, LostJob
+from jobd.storage.cluster.membership import Followed, StoreAhead
+from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.files import FileLock, StoreError
-from jobd.storage.lost_records import LostChanges, LostJob
-from jobd.storage.membership import Followed, StoreAhead
 
 CAUSE: Final = "The journal has lost records, which ends every grant in it."
 _MAX_SHOWN: Final = 100  # jobs

@@ -17,8 +17,8 @@ from jobd.cluster.node_registry import GONE_S, NodeRegistry
 from jobd.engine.clock import wall_clock_ms
 from jobd.model.journal import BadRecord, JournalUnavailable, SharedJournal, SnapshotInfo
 from jobd.model.storage import BackupError, DiskFull
-from jobd.storage import snapshots
 from jobd.storage.backup import StoreCopy
+from jobd.storage.cluster import snapshots
 
 CHECK_S: Final = 10.0
 MIN_RECORDS: Final = 1_000  # since the latest snapshot: fewer are read faster than a snapshot

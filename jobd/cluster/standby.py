@@ -26,7 +26,7 @@ from jobd.model.journal import (
     SharedJournal,
 )
 from jobd.model.storage import DiskFull
-from jobd.storage.membership import StoreAhead, StoreDamaged
+from jobd.storage.cluster.membership import StoreAhead, StoreDamaged
 
 POLL_S: Final = 0.05
 READ_LIMIT: Final = 200  # records of one read

@@ -25,6 +25,7 @@ from jobd.model.storage import (
     Quarantined,
 )
 from jobd.storage import codec, files
+from jobd.storage.cluster.membership import Membership, StoreDamaged
 from jobd.storage.codec import (
     JOB_COLUMNS,
     KEY_COLUMNS,
@@ -36,7 +37,6 @@ from jobd.storage.codec import (
     fault,
 )
 from jobd.storage.files import StoreBroken
-from jobd.storage.membership import Membership, StoreDamaged
 from jobd.storage.migrations import VERSION, meta_row
 from jobd.storage.wal import LogGauge
 from jobd.storage.writers import AuditWriter, RowDamaged, RowMissing, Totals, insert

@@ -36,7 +36,8 @@ from jobd.model.storage import (
     Tombstone,
     distinct_tombstones,
 )
-from jobd.storage import codec, membership, table_writes
+from jobd.storage import codec, table_writes
+from jobd.storage.cluster import membership
 from jobd.storage.codec import KEY_COLUMNS, sealed
 from jobd.storage.database import BY_SEQ, PUT_QUEUE, PUT_TOMBSTONE, Database, readable
 from jobd.storage.files import StoreUnreadable

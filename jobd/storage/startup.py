@@ -24,7 +24,9 @@ from msgspec.structs import replace
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.job import LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS, CompactJob, Job, epoch_seconds, new_epoch
 from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, OpenedStore, QueueRow, StoredResponse
-from jobd.storage import codec, files, membership, migrations, wal
+from jobd.storage import codec, files, migrations, wal
+from jobd.storage.cluster import membership
+from jobd.storage.cluster.membership import Membership
 from jobd.storage.codec import AS_CREATED, KEY_COLUMNS, META_COLUMNS, NEW_COLUMNS, QUEUE_COLUMNS, Row, fault
 from jobd.storage.connection import FunctionConnection
 from jobd.storage.database import (
@@ -43,7 +45,6 @@ from jobd.storage.database import (
     result_code,
 )
 from jobd.storage.files import EpochFile, StoreBusy, StoreFailed, StoreTooNew, StoreUnreadable
-from jobd.storage.membership import Membership
 from jobd.storage.projection import Projection
 from jobd.storage.quarantine import quarantine_jobs, quarantine_rows
 from jobd.storage.queries import read_job

@@ -14,7 +14,7 @@ from jobd.journal.postgres import session
 from jobd.journal.postgres.journal import PostgresJournal
 from jobd.model import responses
 from jobd.model.journal import NodeEntry
-from jobd.storage.membership import WrongCluster
+from jobd.storage.cluster.membership import WrongCluster
 from jobd.storage.store import Store
 from tests.support.postgres import PASSWORD, PostgresServer
 from tests.support.store_files import edit_store, make_store

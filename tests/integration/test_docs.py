@@ -338,7 +338,7 @@ secret = "whsec_{"c2VjcmV0" * 4}"
 
 def test_messages_about_postgresql_exist() -> None:
     files = [*(ROOT / "jobd/journal/postgres").glob("*.py"), ROOT / "jobd/cluster/node_registry.py"]
-    files += [ROOT / "jobd/cli/daemon/cluster.py", ROOT / "jobd/storage/membership.py"]
+    files += [ROOT / "jobd/cli/daemon/cluster.py", ROOT / "jobd/storage/cluster/membership.py"]
     source = " ".join(file.read_text(encoding="utf-8") for file in files)
     source = re.sub(r'"\s+f?"', "", source)  # literals in several lines
     messages = [message for message, *_ in rows(ROOT / "docs/cluster.md", "message", "exit code")]

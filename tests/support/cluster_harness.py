@@ -24,8 +24,8 @@ from jobd.model.job import Policy, new_epoch
 from jobd.model.journal import Record, SharedJournal
 from jobd.model.responses import Response
 from jobd.model.storage import Batch, TableWrite
-from jobd.storage import membership
-from jobd.storage.membership import Followed
+from jobd.storage.cluster import membership
+from jobd.storage.cluster.membership import Followed
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import WALL
 

@@ -52,8 +52,8 @@ def init_command(from_store: str | None, config: str | None, flags: dict[str, st
     from uuid import uuid4
 
     from jobd.journal.postgres.journal import create
+    from jobd.storage.cluster.joining import FIRST_RECORD
     from jobd.storage.files import keeping_owner
-    from jobd.storage.joining import FIRST_RECORD
 
     settings = _cluster_settings(config, flags).journal
     number = 0 if from_store is None else FIRST_RECORD
@@ -202,7 +202,7 @@ def join_command(yes: bool, config: str | None, flags: dict[str, str]) -> None:
 
     The old database is renamed. The next start makes a new one from the journal.
     """
-    from jobd.storage.joining import discard
+    from jobd.storage.cluster.joining import discard
 
     settings = _cluster_settings(config, flags)
     path = settings.store.path

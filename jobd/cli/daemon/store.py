@@ -65,8 +65,8 @@ def restore_command(file: Path, yes: bool, is_dry_run: bool, store: str | None, 
         raise exit_codes.CliError(f"{file} does not exist: name a file that jobd backup wrote", exit_codes.IO_ERROR)
     from jobd.cli.progress import busy
     from jobd.model.storage import DiskFull
-    from jobd.storage import dry_run
     from jobd.storage.backup import restore
+    from jobd.storage.offline import dry_run
 
     try:
         if is_dry_run:
@@ -152,7 +152,7 @@ def doctor_command(
         raise click.UsageError("--rows needs --running: without it, all rows are always checked")
     if running:
         return _diagnosis(_checkup(admin_client(), rows=rows), as_json)
-    from jobd.storage import doctor, dry_run, journal_cut
+    from jobd.storage.offline import doctor, dry_run, journal_cut
 
     path = store_path(store, config)
     if recount:
@@ -171,8 +171,8 @@ def doctor_command(
 def _check(path: str, notes: list[str], *, refold: bool) -> Sequence[Any]:
     """Return the problems of a database that no daemon has open. Raises CliError (75) if one has."""
     from jobd.cli.progress import busy
-    from jobd.storage import doctor
     from jobd.storage.files import StoreBusy
+    from jobd.storage.offline import doctor
 
     try:
         with busy(f"checking {path}"):

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from jobd.model.job import TOKEN_COUNTER_BITS
-from jobd.storage import doctor, startup
+from jobd.storage import startup
+from jobd.storage.offline import doctor
 from jobd.storage.store import Store
 from tests.proof.faults.crash_states import UNSYNCED_OUTCOMES, LoggedCall, ReplayedDisk, records
 from tests.proof.faults.harness import ONE_SLICE, Check, Counts, Tool, Trial, program

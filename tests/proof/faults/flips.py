@@ -19,8 +19,9 @@ import msgspec
 from msgspec.structs import replace
 
 from jobd.model.storage import JobQuery
-from jobd.storage import doctor, startup
+from jobd.storage import startup
 from jobd.storage.files import StoreError
+from jobd.storage.offline import doctor
 from jobd.storage.store import Store
 from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.ledger import Ledger

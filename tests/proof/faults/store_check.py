@@ -16,8 +16,9 @@ from jobd.journal import facts
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.events import Event, fold
 from jobd.model.job import Grant, Job
-from jobd.storage import codec, doctor, startup
+from jobd.storage import codec, startup
 from jobd.storage.database import EVENT_SQL, JOB_SQL
+from jobd.storage.offline import doctor
 from jobd.storage.tail import read_tail
 
 

@@ -13,11 +13,11 @@ from jobd.cluster.conversion import CannotConvert
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
 from jobd.journal.record import FORMAT
 from jobd.model.journal import BadRecord, JournalUnavailable
-from jobd.storage import joining
-from jobd.storage.cluster_store import ClusterStore
+from jobd.storage.cluster import joining
+from jobd.storage.cluster.joining import FIRST_RECORD
+from jobd.storage.cluster.membership import WrongCluster
+from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.files import StoreUnreadable
-from jobd.storage.joining import FIRST_RECORD
-from jobd.storage.membership import WrongCluster
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import assert_holds, make_store, open_store
 

@@ -20,13 +20,13 @@ from jobd.model.commands import Import
 from jobd.model.job import Policy
 from jobd.model.journal import JournalOutcomeUnknown, JournalUnavailable, NodeEntry
 from jobd.model.storage import AuditQuery, JobQuery
-from jobd.storage import joining, snapshots
+from jobd.storage.cluster import joining, snapshots
+from jobd.storage.cluster.lost_records import LostChanges, LostJob
+from jobd.storage.cluster.membership import StoreAhead, WrongCluster
 from jobd.storage.files import StoreBusy
-from jobd.storage.lost_records import LostChanges, LostJob
-from jobd.storage.membership import StoreAhead, WrongCluster
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import job_of, make_store, read_file
-from tests.unit.storage.test_cluster_store import Node, following, leading, rows_of
+from tests.unit.storage.cluster.test_store import Node, following, leading, rows_of
 
 KEPT = 3
 

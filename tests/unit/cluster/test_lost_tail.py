@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from jobd.journal.memory import MemoryServer
 from jobd.model.commands import Create
 from jobd.model.journal import BadRecord
-from jobd.storage.membership import StoreDamaged
+from jobd.storage.cluster.membership import StoreDamaged
 from tests.support.cluster_harness import ClusterNode, cluster, join, leader_of
 from tests.support.virtual_engine import in_virtual_time, seconds
 

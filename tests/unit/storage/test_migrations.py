@@ -18,8 +18,9 @@ import pytest
 
 from jobd.model.job import FINISHED, LIVE, TOKEN_COUNTER_BITS
 from jobd.model.storage import AuditEntry, AuditQuery, LateResultQuery
-from jobd.storage import codec, doctor, files, migrations, startup
+from jobd.storage import codec, files, migrations, startup
 from jobd.storage.files import EpochFile
+from jobd.storage.offline import doctor
 from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
 from tests import ROOT
 from tests.support.factories import ChangeFactory

@@ -661,7 +661,7 @@ async def test_an_index_that_leads_to_events_of_another_job_is_rebuilt(path: str
 
 @pytest.mark.slow
 async def test_no_flipped_bit_in_the_file_causes_a_wrong_response(path: str) -> None:
-    from jobd.storage import doctor
+    from jobd.storage.offline import doctor
 
     maker = await make_store(path)
     whole = read_file(path)
@@ -687,7 +687,7 @@ async def test_no_flipped_bit_in_the_file_causes_a_wrong_response(path: str) -> 
 
 def _examined(path: str) -> bool:
     """Return whether the doctor reports a problem."""
-    from jobd.storage import doctor
+    from jobd.storage.offline import doctor
 
     try:
         return bool(doctor.check(path))

@@ -17,7 +17,7 @@ from jobd.storage import scrub
 from jobd.storage.scrub import TABLES
 from jobd.storage.store import Store
 from tests.support.store_files import edit_store, make_store, open_store, pick
-from tests.unit.storage.test_doctor import busy_store
+from tests.unit.storage.offline.test_doctor import busy_store
 
 
 async def scan_all(store: Store) -> tuple[Counter[str], dict[str, str]]:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from jobd.storage import doctor, wal
+from jobd.storage import wal
 from jobd.storage.backup import restore
 from jobd.storage.files import StoreUnreadable
+from jobd.storage.offline import doctor
 from jobd.storage.store import Store
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import open_store, read_file, write_file

@@ -13,8 +13,9 @@ from jobd.journal.facts import EventRow
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import Batch
-from jobd.storage import files, membership, migrations, startup
-from jobd.storage.cluster_store import ClusterStore
+from jobd.storage import files, migrations, startup
+from jobd.storage.cluster import membership
+from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.connection import StoreConnection
 from jobd.storage.database import Database
 from jobd.storage.projection import Projection
@@ -25,7 +26,7 @@ from tests.proof.planted.registry import SIMULATION, bug
 PROJECTION = "tests/unit/storage/test_projection_faults.py"
 STORE = "tests/unit/storage/test_store.py"
 WALK = "tests/unit/storage/test_projection_walk.py"
-CLUSTER = "tests/unit/storage/test_cluster_store.py"
+CLUSTER = "tests/unit/storage/cluster/test_store.py"
 OUTAGES = "tests/integration/test_outages.py"
 
 _late_records: WeakKeyDictionary[SqliteJournal, Record] = WeakKeyDictionary()

@@ -14,9 +14,9 @@ from jobd.journal import record
 from jobd.journal.checksum import checksum
 from jobd.model.journal import Record, SharedJournal
 from jobd.model.storage import Batch, DiskFull, OpenedStore, TableWrite
-from jobd.storage import membership
 from jobd.storage.backup import StoreCopy
-from jobd.storage.membership import Followed
+from jobd.storage.cluster import membership
+from jobd.storage.cluster.membership import Followed
 from tests.proof.simulation.disk import SimDisk
 from tests.support.memory_storage import MemoryStorage
 from tests.support.memory_tables import MemoryTables

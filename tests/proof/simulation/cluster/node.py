@@ -17,7 +17,7 @@ from jobd.journal.record import FORMAT
 from jobd.model.job import new_epoch
 from jobd.model.journal import BadSnapshot, JournalUnavailable, NodeEntry
 from jobd.model.storage import OpenedStore
-from jobd.storage.membership import StoreDamaged
+from jobd.storage.cluster.membership import StoreDamaged
 from tests.proof.simulation.cluster.disk import NodeDisk
 from tests.proof.simulation.cluster.server import Network
 from tests.proof.simulation.loop import process

@@ -15,11 +15,12 @@ from typing import Any, Final
 
 from jobd.model.job import LIVE, new_epoch
 from jobd.model.storage import DiskFull
-from jobd.storage import backup, doctor, edited_rows, files, journal_cut, migrations, startup
+from jobd.storage import backup, files, migrations, startup
 from jobd.storage.codec import JOB_COLUMNS
 from jobd.storage.database import Database, now_ms, readable
-from jobd.storage.edited_rows import RepairRejected
 from jobd.storage.files import FileLock, StoreBusy, StoreError, StoreUnreadable
+from jobd.storage.offline import doctor, edited_rows, journal_cut
+from jobd.storage.offline.edited_rows import RepairRejected
 
 MAX_SHOWN: Final = 10  # problems of a file to restore
 # Columns that identify an edited row for an operator. A lock id is a secret.

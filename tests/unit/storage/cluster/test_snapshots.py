@@ -13,7 +13,7 @@ import pytest
 
 from jobd.model.journal import SNAPSHOT_PART_BYTES, BadSnapshot
 from jobd.model.storage import DiskFull
-from jobd.storage import joining, snapshots
+from jobd.storage.cluster import joining, snapshots
 from tests.support.store_files import edit_store, exists, make_store, read_file, write_file
 
 

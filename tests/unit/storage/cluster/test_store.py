@@ -18,9 +18,9 @@ from jobd.journal.record import FORMAT, LOWEST_FORMAT, decode
 from jobd.model.journal import BadRecord, Fenced, JournalOutcomeUnknown, LeadershipLost, Record
 from jobd.model.storage import AuditQuery, DiskFull, FormatNotRead, JobQuery, OpenedStore
 from jobd.model.webhooks import Delivery, WebhookCursor
-from jobd.storage import snapshots
-from jobd.storage.cluster_store import ClusterStore
-from jobd.storage.membership import StoreAhead, StoreDamaged, WrongCluster
+from jobd.storage.cluster import snapshots
+from jobd.storage.cluster.membership import StoreAhead, StoreDamaged, WrongCluster
+from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.projection import MAX_BEHIND_FULL
 from jobd.storage.store import Store, StoreBroken, StoreBusy, StoreUnreadable
 from tests.support.factories import NOW, ChangeFactory

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jobd.storage import codec, doctor
+from jobd.storage import codec
+from jobd.storage.offline import doctor
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import edit_store, leave_tail, make_store, pick
 

@@ -8,9 +8,9 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.model.storage import Numbers
-from jobd.storage import doctor, dry_run, journal_cut
-from jobd.storage.edited_rows import RepairRejected
 from jobd.storage.files import StoreUnreadable
+from jobd.storage.offline import doctor, dry_run, journal_cut
+from jobd.storage.offline.edited_rows import RepairRejected
 from jobd.storage.store import Store, StoreBusy
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import (

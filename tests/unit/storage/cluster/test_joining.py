@@ -10,14 +10,15 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.journal.memory import MemoryServer
-from jobd.storage import doctor, joining, journal_cut, snapshots
+from jobd.storage.cluster import joining, snapshots
+from jobd.storage.cluster.membership import WrongCluster
 from jobd.storage.files import read_epoch
-from jobd.storage.membership import WrongCluster
+from jobd.storage.offline import doctor, journal_cut
 from jobd.storage.store import Store, StoreBusy, StoreUnreadable
 from tests.support.factories import ChangeFactory
 from tests.support.projection_harness import Writer
 from tests.support.store_files import assert_holds, edit_store, leave_tail, make_store, open_store, read_file
-from tests.unit.storage.test_cluster_store import Node, following, leading, refused, rows_of, write_much
+from tests.unit.storage.cluster.test_store import Node, following, leading, refused, rows_of, write_much
 
 
 async def founded(path: str, server: MemoryServer) -> ChangeFactory:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from jobd.model.journal import SNAPSHOT_PART_BYTES, BadSnapshot
-from jobd.storage import files, membership, migrations, startup
+from jobd.storage import files, migrations, startup
+from jobd.storage.cluster import membership
 from jobd.storage.files import StoreError
 
 _READ_BYTES: Final = 4 << 20

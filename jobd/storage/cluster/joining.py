@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from typing import Final
 
 from jobd.model.job import new_epoch
-from jobd.storage import files, membership, migrations, startup
+from jobd.storage import files, migrations, startup
+from jobd.storage.cluster import membership
+from jobd.storage.cluster.membership import Membership, WrongCluster
 from jobd.storage.database import Database, now_ms
 from jobd.storage.files import FileLock, StoreUnreadable
-from jobd.storage.membership import Membership, WrongCluster
 
 FIRST_RECORD: Final = 1  # the journal of the new cluster begins after it; only a snapshot has its content
 _MARKED: Final = (

@@ -16,7 +16,8 @@ import msgspec
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.job import DAY_MS, LIVE, TOKEN_COUNTER_BITS
 from jobd.model.storage import Numbers, QueueRow
-from jobd.storage import codec, files, membership, migrations, startup
+from jobd.storage import codec, files, migrations, startup
+from jobd.storage.cluster import membership
 from jobd.storage.codec import JOB_COLUMNS, META_COLUMNS, Row, fault
 from jobd.storage.database import (
     EVENT_SQL,
@@ -31,12 +32,12 @@ from jobd.storage.database import (
     now_ms,
     readable,
 )
-from jobd.storage.edited_rows import RepairRejected, edited
 from jobd.storage.files import FileLock, StoreError
+from jobd.storage.offline.edited_rows import RepairRejected, edited
+from jobd.storage.offline.refold import differences
 from jobd.storage.outbox import CURSOR_SQL, DELIVERY_SQL
 from jobd.storage.quarantine import original_id
 from jobd.storage.queries import key_fault, read_job
-from jobd.storage.refold import differences
 from jobd.storage.tail import JournalTail, jobs_without_row, read_tail
 from jobd.storage.tail import fix as tail_fix
 from jobd.storage.writers import AUDIT_SQL, insert

@@ -10,10 +10,11 @@ from typing import Final
 from msgspec import Struct
 
 from jobd.model.job import Job
-from jobd.storage import membership, migrations, startup
+from jobd.storage import migrations, startup
+from jobd.storage.cluster import membership
+from jobd.storage.cluster.membership import Followed
 from jobd.storage.database import BY_SEQ, Database
 from jobd.storage.files import FileLock, StoreUnreadable
-from jobd.storage.membership import Followed
 from jobd.storage.queries import read_job
 
 _EVENTS: Final = "SELECT job_seq, job_id, queue, before, after FROM events WHERE seq > ? ORDER BY seq"

@@ -17,13 +17,14 @@ from jobd.journal.record import LOWEST_FORMAT, Decoded
 from jobd.journal.shielding import to_end
 from jobd.model.journal import BadSnapshot, LeadershipLost, Record, SharedJournal
 from jobd.model.storage import Batch, DiskFull, FormatNotRead, OpenedStore, TableWrite
-from jobd.storage import backup, files, membership, snapshots, startup
+from jobd.storage import backup, files, startup
 from jobd.storage.backup import StoreCopy
+from jobd.storage.cluster import membership, snapshots
+from jobd.storage.cluster.membership import Followed, StoreDamaged
 from jobd.storage.commit_mode import CommitMode
 from jobd.storage.connection import StoreConnection
 from jobd.storage.database import Database
 from jobd.storage.files import FileLock, StoreBroken, StoreUnreadable
-from jobd.storage.membership import Followed, StoreDamaged
 from jobd.storage.projection import Projection
 from jobd.storage.store import Store
 

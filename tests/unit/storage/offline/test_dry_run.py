@@ -12,9 +12,10 @@ import pytest
 
 from jobd.model.job import FINISHED, LIVE
 from jobd.model.storage import DiskFull
-from jobd.storage import backup, doctor, dry_run, files, migrations
-from jobd.storage.edited_rows import RepairRejected
+from jobd.storage import backup, files, migrations
 from jobd.storage.files import StoreBusy, StoreTooNew, StoreUnreadable
+from jobd.storage.offline import doctor, dry_run
+from jobd.storage.offline.edited_rows import RepairRejected
 from tests.support.store_files import (
     damage_backup,
     edit_store,
@@ -157,7 +158,7 @@ async def test_free_disk_space_is_checked(path: str, copy: str, monkeypatch: pyt
     await make_store(copy)
     real = os.statvfs(path.rpartition("/")[0])
     short = os.statvfs_result((real.f_bsize, 4096, 10, 10, os.path.getsize(copy) // 4096 - 1, 1, 1, 1, 1, 255))
-    monkeypatch.setattr("jobd.storage.dry_run.os.statvfs", lambda _: short)
+    monkeypatch.setattr("jobd.storage.offline.dry_run.os.statvfs", lambda _: short)
     with pytest.raises(DiskFull, match="MiB"):
         dry_run.restore(copy, path)
 

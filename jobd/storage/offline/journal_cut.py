@@ -12,10 +12,11 @@ from msgspec import Struct
 from jobd.journal import record
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.journal import BadRecord
-from jobd.storage import membership, startup
+from jobd.storage import startup
+from jobd.storage.cluster import membership
 from jobd.storage.database import Database, is_corrupt
-from jobd.storage.edited_rows import RepairRejected
 from jobd.storage.files import FileLock, StoreUnreadable
+from jobd.storage.offline.edited_rows import RepairRejected
 from jobd.storage.tail import Pending, counted
 
 LABEL: Final = "before-cut"  # in the name of the copy

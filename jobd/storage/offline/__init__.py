@@ -1,0 +1,1 @@
+"""Work on a store that no daemon holds."""
