@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from msgspec.structs import replace
 
+from jobd.cluster.node_registry import NodeRegistry
+from jobd.journal import record
 from jobd.journal.memory import MemoryServer
 from jobd.journal.record import CLOSING, FORMAT
 from jobd.model.commands import Create
-from jobd.model.journal import BadRecord
+from jobd.model.journal import BadRecord, NodeEntry
+from jobd.model.storage import FormatNotRead
 from tests.support.cluster_harness import cluster, leader_of
+from tests.support.factories import ChangeFactory
 from tests.support.virtual_engine import in_virtual_time, seconds
+from tests.unit.storage.cluster.test_store import leading
 
 
 @pytest.mark.parametrize(
@@ -39,3 +46,27 @@ def test_a_node_that_cannot_read_a_record_takes_no_lease(body: bytes, message: s
         assert server.lead == before
 
     lead()
+
+
+async def test_an_older_node_reads_all_records_until_it_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, maker = MemoryServer(), ChangeFactory()
+    older = NodeEntry("older", "p", "", FORMAT - 1, "", 0)
+    async with leading(f"{tmp_path}/jobd.db", server) as leader:
+        registry = NodeRegistry(leader.journal, lambda: replace(older, name="leader", format=FORMAT))
+        leader.store.lead(leader.journal.append, lambda: registry.format)
+        await leader.journal.register(older)
+        await registry.begin_lead()
+        for _ in range(20):
+            await leader.store.write(maker.any_batch(30))
+            with pytest.raises(FormatNotRead):
+                await leader.store.save_stats(b"1")
+        await leader.journal.forget("older")
+        await registry.begin_lead()
+        await leader.store.save_stats(b"2")
+    monkeypatch.setattr(record, "FORMAT", FORMAT - 1)
+    *earlier, last = server.records
+    assert sum(len(record.decode(each)[1]) for each in earlier) > 100
+    with pytest.raises(BadRecord, match="has format 2"):
+        record.decode(last)
