@@ -244,6 +244,7 @@ class Exploration(DecisionChecks):
         self.fired: dict[str, int] = {}
         self.played: set[type] = set()  # commands
         self.decisions = 0
+        self._core: tuple[WorldState, State] | None = None  # of the last decision, if it changed nothing
 
     def run(self, limit: int | None = None) -> int:
         """Explore until no state is new, or `limit` states are known; return their number."""
@@ -345,10 +346,11 @@ class Exploration(DecisionChecks):
         command = step.command
         if isinstance(command, Create) and self.world.expires is not None:
             command = replace(command, expires_at=state.now + self.world.expires * TICK_MS)
-        core = state.rebuilt()
+        core = state.rebuilt() if self._core is None or self._core[0] is not state else self._core[1]
         self._begin(state)
         call = Call(command, "admin" if step.admin else "client", SEED, step.admin)
         decision = self.check(decide.decide, Transaction(core, state.at, self.policy), call)
+        self._core = None if decision.changes else (state, core)
         self.decisions += 1
         self.played.add(type(command))
         self._count(decision.answer)

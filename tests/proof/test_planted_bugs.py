@@ -14,7 +14,7 @@ from tests.proof.planted.registry import CLUSTER_SIMULATION, LEVELS, SIMULATION,
 from tests.proof.simulation.run import simulate
 
 # Found within a few short runs.
-QUICK: Final = ("answer-before-commit", "rollback-forgotten", "undelivered-grant-kept", "rollback-forgotten")
+QUICK: Final = ("answer-before-commit", "rollback-forgotten", "undelivered-grant-kept")
 
 
 @pytest.mark.parametrize("planted", BUGS.values(), ids=BUGS)

@@ -25,7 +25,7 @@ from tests.proof.simulation.run import SeedOutcome, reduce_failure, simulate
 from tests.proof.simulation.scenario import FAULTS, MISHAPS, draw
 from tests.proof.simulation.trace import Trace
 
-FIRST_SEED: Final = 90  # from here, everything happens within some 200 seeds
+FIRST_SEED: Final = 342  # from here, everything happens within some 80 seeds
 ENOUGH: Final = 400  # seeds within which everything must happen
 STEPS: Final = 300
 

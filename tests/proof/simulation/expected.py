@@ -19,6 +19,7 @@ from tests.proof.simulation.scenario import FAULTS, MISHAPS
 HTTP_ONLY: Final = frozenset(
     {
         "not_leader",
+        "no_standby",
         "unauthorized",
         "forbidden",
         "not_found",
