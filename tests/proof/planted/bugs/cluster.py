@@ -15,6 +15,7 @@ from jobd.cluster.warm_state import WarmState
 from jobd.journal.memory import MemorySharedJournal
 from jobd.model.journal import Head, Record
 from jobd.model.storage import OpenedStore
+from jobd.storage.cluster.store import ClusterStore
 from tests.proof.planted.registry import CLUSTER_SIMULATION, bug
 
 
@@ -149,3 +150,13 @@ async def _(settle: Any, self: Leadership, record: Record, acked: int) -> None:
 def _(check: Any, self: Leadership) -> None:
     if self._lost is not None:
         raise self._lost
+
+
+@bug(
+    "record-that-a-node-does-not-read",
+    ClusterStore._check_format,
+    breaks="a leader writes a format that an older node does not read",
+    found_by="tests/unit/storage/cluster/test_store.py",
+)
+def _(check: Any, self: ClusterStore, made: Record) -> None:
+    """Accept every format."""

@@ -169,3 +169,13 @@ def _(advance: Any, self: Clock) -> int:
 async def _(close_further: Any, self: FullDisk, error: DiskFull) -> None:
     await close_further(self, error)
     self._lease.resume()
+
+
+@bug(
+    "all-locks-extended-in-one-batch",
+    Actor._take_internal,
+    breaks="a node that takes over with many running jobs loses its lease before it has responded",
+    found_by="tests/unit/engine/test_actor.py",
+)
+def _(take: Any, self: Actor) -> list[Envelope]:
+    return list(self._internal)
