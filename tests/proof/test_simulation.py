@@ -97,12 +97,6 @@ def test_a_bug_is_found_and_described(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "is not on the disk" in expected
 
 
-def test_an_object_stored_by_a_clock_that_went_back_is_deleted_in_time() -> None:
-    """Seed 7307: stored and deleted 45 days ahead, an object waited for that time, and the final phase ended before."""
-    matters = {"kill", "reboot", "long wall step", "boot step back", "artifacts flaky", "artifacts slow"}
-    assert simulate(7307, STEPS, without=frozenset(FAULTS) - matters).broken is None
-
-
 def test_the_faults_that_matter_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the faults without which the invariant holds are left."""
 
