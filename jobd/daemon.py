@@ -24,6 +24,7 @@ import structlog
 from jobd import config, logging, systemd
 from jobd.api import admin as admin_api
 from jobd.api import worker as worker_api
+from jobd.cluster.hand_over import hand_over_if_full
 from jobd.cluster.leadership import Leadership
 from jobd.config import ConfigError, LoadedConfig
 from jobd.core.state import State
@@ -160,6 +161,10 @@ class Daemon:
         self._stack.push_async_callback(lead.release)
         self._background.run("lease", lead)
         await self._lead(node.store, node.warm.opened(), node.warm.state, lead)
+        assert self._serving is not None
+        full_disk = self._serving.actor.full_disk
+        handing_over = hand_over_if_full(lambda: node.store.is_full or full_disk.is_local, node.view, self._step_down)
+        self._background.run_until_cancelled("hand_over", handing_over)
         return True
 
     async def _lead(self, store: Store, opened: OpenedStore, state: State, lead: Leadership | None = None) -> None:
@@ -171,6 +176,7 @@ class Daemon:
             assert self.node is not None
             serving.bind(lead)
             await serving.start(self._stop.set, self.node.view, self._step_down)
+            serving.services.refresh_nodes = self.node.registry.refresh
         self._serving = serving
         await self._open_listeners(serving)
         if lead is None:

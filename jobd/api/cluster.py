@@ -20,6 +20,8 @@ async def step_down(
     services = app.services
     if services.step_down is None:
         return ApiError("not_found", "This daemon has a journal of its own, so there is no cluster. See `[journal]`.")
+    if not force and services.refresh_nodes is not None:
+        await services.refresh_nodes()  # a standby may have started since the last time
     view = services.cluster_view()
     if not force and not any(node.is_ready for node in view.nodes):
         return ApiError(

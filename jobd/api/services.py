@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from itertools import islice
 
 import structlog
@@ -64,6 +64,7 @@ class Services(Struct, kw_only=True):
     is_open: bool = False
     cluster_view: Callable[[], ClusterView] = lambda: ClusterView(role="single")
     step_down: Callable[[], None] | None = None  # None: there is no cluster
+    refresh_nodes: Callable[[], Awaitable[None]] | None = None  # of `cluster_view`
 
     def readiness(self) -> Probe:
         return Probe("ok" if self.is_open and self.is_alive() else "unavailable")

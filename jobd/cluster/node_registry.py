@@ -85,6 +85,10 @@ class NodeRegistry:
     async def begin_lead(self) -> None:
         """Read `nodes` anew, because another leader may have written for nodes that this one has not seen."""
         self.format = record.LOWEST_FORMAT
+        await self.refresh()
+
+    async def refresh(self) -> None:
+        """Read `nodes` now, if the journal can be reached."""
         with contextlib.suppress(JournalUnavailable):
             await self._read_nodes()
 

@@ -65,6 +65,11 @@ class FullDisk:
         return self._is_released or not self._needs_reserve
 
     @property
+    def is_local(self) -> bool:
+        """Whether writes are rejected because the disk of the store is full."""
+        return self.closed > Closed.NOTHING and not self._is_remote
+
+    @property
     def probe_at(self) -> float | None:
         """The loop time of the next probe; None if no probe is needed."""
         return self.next_probe if self.closed or self._needs_reserve else None

@@ -80,7 +80,7 @@ class Projection:
         self.behind = 0  # events that the tables lack
         self.append_s: float | None = None  # duration of the COMMIT of the latest `append`; None if it made none
         self.tombstones_written = 0
-        self._is_full = False  # the latest slice found the disk full
+        self.is_full = False  # the latest slice found the disk full
         self.last = db.projected_to  # number of the last record
         self.last_crc = None if db.membership is None else db.membership.record_crc  # of the last record of a cluster
         self._batch_events = 0  # of the latest batch
@@ -127,7 +127,7 @@ class Projection:
         self.append_s = None
         # Numbers that were read earlier may be old, because the caller can have waited for another append.
         batch = given if isinstance(given, Batch) else Batch([], db.numbers, writes=[] if given is None else [given])
-        if self.behind >= (MAX_BEHIND_FULL if self._is_full else MAX_BEHIND):
+        if self.behind >= (MAX_BEHIND_FULL if self.is_full else MAX_BEHIND):
             self.project_slice()
         if db.membership is not None:
             self._bound_reads()
@@ -157,7 +157,7 @@ class Projection:
         `decoded` has the first of them as decoded. Raises DiskFull if it keeps none, and BadRecord after those before.
         """
         self.db.check()
-        if self._is_full and self.behind >= MAX_BEHIND_FULL:
+        if self.is_full and self.behind >= MAX_BEHIND_FULL:
             self.project_slice()
         known = iter(decoded)
         for made in records:
@@ -313,11 +313,14 @@ class Projection:
 
     def project_slice(self) -> None:
         """Write the first pending records into the tables, in one transaction. Raises DiskFull."""
-        self._is_projecting, self._is_full = True, True
+        self._is_projecting = True
         try:
             with self._quarantining():
                 self._project_slice()
-            self._is_full = False
+            self.is_full = False
+        except DiskFull:
+            self.is_full = True
+            raise
         finally:
             self._is_projecting = False
 

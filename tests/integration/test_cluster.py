@@ -101,7 +101,6 @@ def test_a_leader_steps_down_and_follows_again(cluster: Cluster) -> None:
     first.wait_leads()
     create(first, "one")
     second = cluster.add("b")
-    wait_until(lambda: len(first.cluster()["nodes"]) == 2)
     assert first.admin("POST", "cluster/step-down", {"reason": "maintenance"}).data["role"] == "leader"
     second.wait_leads()
     assert first.process is not None
@@ -109,6 +108,26 @@ def test_a_leader_steps_down_and_follows_again(cluster: Cluster) -> None:
     entries = second.admin("GET", "audit?what=step-down").data["entries"]
     assert [entry["reason"] for entry in entries] == ["maintenance"]
     assert second.post("/v1/jobs/one/start", {"worker": "w"}).status == 200
+
+
+@pytest.mark.long
+def test_a_leader_with_a_full_disk_hands_over_to_a_standby_that_is_ready(cluster: Cluster) -> None:
+    first = NodeProcess(cluster.directory / "a", cluster.url, "a")
+    first.module = "tests.support.daemon_variants full_tables"
+    with ExitStack() as stack:
+        stack.push(first).start()
+        cluster.nodes.append(first)
+        first.wait_leads()
+        assert first.process is not None
+        first.process.send_signal(signal.SIGUSR2)
+        assert create(first, "one").status == 201
+        time.sleep(3)
+        assert create(first, "two").status == 201, "without a standby, it goes on"
+        second = cluster.add("b")
+        second.wait_leads()
+        assert first.process.wait(WAIT_S) == 75
+        assert b"event=hands_over" in first.log
+        assert second.get("/v1/jobs/two").data["status"] == "queued"
 
 
 @pytest.mark.long

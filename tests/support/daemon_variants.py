@@ -13,13 +13,15 @@ from typing import Any, Final
 
 from jobd import logging, serving
 from jobd.cli.daemon.main import main
+from jobd.cluster import hand_over
 from jobd.engine import history
 from jobd.engine.actor import Actor
 from jobd.http.server import HttpListener
 from jobd.journal import record
-from jobd.model.storage import JobQuery
+from jobd.model.storage import DiskFull, JobQuery
 from jobd.monitoring.alerts import Alerts
 from jobd.storage import projection, store
+from jobd.storage.projection import Projection
 from jobd.storage.store import Store
 from jobd.webhooks.context import DispatchContext
 from jobd.webhooks.retry import RetryPolicy
@@ -48,6 +50,18 @@ def quick_retries() -> None:
     policy = RetryPolicy(retry_ms=100, max_retry_ms=500, pause_ms=100, max_pause_ms=500)
     patched: Any = serving
     patched.DispatchContext = partial(DispatchContext, retry_policy=policy)
+
+
+def full_tables() -> None:
+    """Find the disk full when the tables are written, after SIGUSR2. Hand over the lead soon after."""
+
+    def be_full(*_: Any) -> None:
+        raise DiskFull("the test says so")
+
+    patched: Any = Projection
+    handing_over: Any = hand_over
+    handing_over.SETTLED_S = 1.0
+    signal.signal(signal.SIGUSR2, lambda *_: setattr(patched, "_project_slice", be_full))
 
 
 def hour_ahead() -> None:
@@ -128,6 +142,7 @@ VARIANTS: Final = {
         hung_actor,
         prompt_alerts,
         quick_retries,
+        full_tables,
         hour_ahead,
         slow_log,
         short_pages,

@@ -119,6 +119,11 @@ class ClusterStore(Store):
             self._plan_slice()
 
     @property
+    def is_full(self) -> bool:
+        """Whether the tables could not be written, because the disk is full."""
+        return self._projection.is_full
+
+    @property
     def projected_to(self) -> int:
         """The last record that the tables have. It stands still while the disk is full."""
         return self._database.projected_to

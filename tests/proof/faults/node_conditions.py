@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from pathlib import Path
 from typing import Final
 
+from jobd.cluster.hand_over import SETTLED_S
 from tests.proof.faults.clocks import FAKETIME, faked_clock, set_offset
 from tests.proof.faults.full_disk import FREE_BYTES, fill
 from tests.proof.faults.harness import Check, Counts, Trial
@@ -16,7 +18,9 @@ from tests.proof.faults.nodes import (
     DATABASE,
     NODES,
     POSTGRES,
+    STEPPED_DOWN,
     NodesUnderLoad,
+    exit_code,
     nodes_under_load,
     remove_store,
     running,
@@ -65,6 +69,27 @@ def standby_disk(trial: Trial) -> Counts:
                 cluster.wait_until_followed()
                 cluster.wait_for_changes(CHANGES)
     return {"full disks": trial.rounds, "lost disks": trial.rounds, **cluster.counts}
+
+
+def leader_disk(trial: Trial) -> Counts:
+    """Fill the disk of the leader, which hands over. Free it, so that the node follows again."""
+    with contextlib.ExitStack() as stack:
+        disks = {name: stack.enter_context(tmpfs(trial.directory / name, 2 * FREE_BYTES)) for name in NODES}
+        cluster = stack.enter_context(nodes_under_load(trial))
+        for name, disk in disks.items():
+            cluster.add(name, disk)
+        with under_load(cluster):
+            for _ in range(trial.rounds):
+                time.sleep(SETTLED_S)  # a new leader does not hand over
+                leader = cluster.leader()
+                with cluster.outage(cluster.others(leader)):
+                    filler = fill(disks[leader.name])
+                    assert exit_code(leader) == STEPPED_DOWN, leader.log[-2000:]
+                assert b"event=hands_over" in leader.log
+                filler.unlink()
+                cluster.revive()
+                cluster.wait_until_followed()
+    return {"full disks": trial.rounds, **cluster.counts}
 
 
 def _let_follow(cluster: NodesUnderLoad, node: NodeProcess) -> None:
@@ -126,6 +151,14 @@ CHECKS = (
         "the disk of a standby is full, then lost: the leader goes on, and the standby follows again",
         standby_disk,
         rounds=5,
+        few=0,
+        needs=(POSTGRES, MOUNTS),
+    ),
+    Check(
+        "cluster-leader-disk",
+        "the disk of the leader is full: it hands over to a standby, and follows when there is space",
+        leader_disk,
+        rounds=3,
         few=0,
         needs=(POSTGRES, MOUNTS),
     ),

@@ -243,8 +243,14 @@ async def test_a_step_down_without_a_ready_standby_needs_force(harness: HttpHarn
     path, stepped = f"{P}/cluster/step-down", []
     harness.services.cluster_view = lambda: ClusterView(role="leader", nodes=[replace(STANDBY, **changes)])
     harness.services.step_down = lambda: stepped.append(True)
+    refreshes: list[bool] = []
+
+    async def refresh() -> None:
+        refreshes.append(True)
+
+    harness.services.refresh_nodes = refresh
     refused = await harness.request("POST", path, headers=AUTH)
-    assert (refused.status, refused.error, stepped) == (409, "no_standby", [])
+    assert (refused.status, refused.error, stepped, refreshes) == (409, "no_standby", [], [True])
     assert "Start jobd on another node" in refused.body.decode()
     assert harness.actor.received == []
     assert (await harness.request("POST", path, '{"force":true}', AUTH)).status == 200

@@ -95,6 +95,7 @@ async def test_a_full_disk_of_the_server_of_a_shared_journal_is_named() -> None:
         assert (error.code, error.details) == ("storage_full", {})
         await asyncio.sleep(1.5)
         assert engine.actor.full_disk.described() == "The disk of the journal's server is full"
+        assert not engine.actor.full_disk.is_local
         del engine.disk.errors["probe"]
         await asyncio.sleep(1.5)
         await engine.yes(Create(id="a"))
@@ -107,6 +108,7 @@ async def test_a_probe_each_second_finds_free_space() -> None:
         engine.disk.fits = lambda batch: False
         assert (await engine.no(Create(id="a"))).code == "storage_full"
         assert closed_level(engine) == "CREATES"
+        assert engine.actor.full_disk.is_local
         probes = engine.disk.calls.get("probe", 0)
         await asyncio.sleep(3.5)
         assert engine.disk.calls["probe"] == probes + 3

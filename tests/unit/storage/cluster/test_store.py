@@ -435,9 +435,11 @@ async def test_a_standby_with_a_full_disk_keeps_records_up_to_its_bound(path: st
             await node.catch_up(1)
         last = node.store._projection.last
         assert MAX_BEHIND_FULL <= node.store._projection.behind < MAX_BEHIND_FULL + 100
+        assert (node.store.is_full, node.store.projected_to) == (True, 0)
         node.store._database.before_commit = lambda: None
         await node.catch_up()
         assert node.store._projection.last == 40 > last
+        assert not node.store.is_full
 
 
 # -- damage
