@@ -204,8 +204,7 @@ class MemoryTables:
         """Choose up to `limit` events of jobs deleted before wall time `before`, and of queues before it."""
         old = {seq for seq, at in self.deleted.items() if at < before}
         pruned = [event for event in self.events if event.job_seq in old or (event.job_seq == 0 and event.at < before)]
-        left = {event.job_seq for event in self.events} & {event.job_seq for event in pruned[limit:]}
-        whole = old - left
+        whole = old - {event.job_seq for event in pruned[limit:]}
         chosen = [event for event in pruned[:limit] if event.job_seq not in whole]
         return EventPruning(
             [event.seq for event in chosen], sorted(whole), max((event.seq for event in pruned[:limit]), default=0)
