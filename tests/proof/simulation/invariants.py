@@ -122,7 +122,10 @@ class DecisionChecks:
         name, job_id = type(command).__name__, getattr(command, "id", None)
         job = state.get(job_id) if job_id is not None else None
         is_read = command.admission == "read"
-        rows = {} if is_read else {**state.finished, **state.jobs}
+        if job_id is None and not is_read:
+            rows = {**state.finished, **state.jobs}
+        else:  # it changes no other job
+            rows = {} if job is None else {job.id: job}
         brief, paused = _brief(state, job), set(state.paused)
         try:
             decision = Decision(decide(tx, call), tx.changed(), tx.checked)
