@@ -241,6 +241,7 @@ class SimDisk(MemoryStorage):
             # As startup.py does: numbers that earlier clients have seen are not reused.
             next_event = max(old.next_event, epoch << TOKEN_COUNTER_BITS)
             self.numbers = self.tables.numbers = replace(old, epoch=epoch, next_token=1, next_event=next_event)
+            self._unsynced = None  # a commit of its own, which is flushed
 
     # -- model.storage.Storage
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
+from jobd.core import maintenance_rules
 from jobd.core.state import State
 from jobd.daemon import STOP_S
 from jobd.engine.actor import Actor, DiskBroken
@@ -22,9 +23,9 @@ from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
 from jobd.maintenance.maintainer import Maintainer, read_stats
-from jobd.model.commands import AnyCommand, EndGrants, ExtendAfterPause, IdempotencyKey, Operator
+from jobd.model.commands import AnyCommand, EndGrants, ExtendAfterPause, IdempotencyKey, KeepDue, Operator
 from jobd.model.errors import ApiError
-from jobd.model.job import DAY_MS
+from jobd.model.job import DAY_MS, SECOND_MS
 from jobd.model.journal import BadRecord, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost
 from jobd.model.responses import Response
 from jobd.model.storage import DiskFull, OpenedStore
@@ -426,6 +427,7 @@ class SimDaemon:
         machine = self.machine
         machine.disk.on_broken = self.actor.lose_disk
         self._settle()
+        self._keep_due()
         running = self.spawn(self.actor.run())
         running.add_done_callback(lambda _: self.stopped.set())
         self.maintainer = Maintainer(self.actor, self.clock, machine.scenario.schedule)
@@ -477,6 +479,13 @@ class SimDaemon:
             return
         for index, ids in enumerate(slices or [[]]):
             self.actor.enqueue_internal(EndGrants(ids=ids, last=index + 1 >= len(slices)))
+
+    def _keep_due(self) -> None:
+        numbers, now = self.opened.numbers, self.clock.moment().now
+        if numbers.wall_ms >= now + SECOND_MS or numbers.clock_suspect:
+            due = maintenance_rules.due_before(self.state, now)
+            for first in range(0, len(due), SLICE):
+                self.actor.enqueue_internal(KeepDue(ids=due[first : first + SLICE]))
 
     async def _answer_pending(self) -> None:
         """L1: answer requests in flight before stopping the rest."""
