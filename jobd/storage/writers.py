@@ -73,7 +73,7 @@ class StoredJob(Struct, frozen=True, gc=False):
 
 
 class JobWriter:
-    """Folds events into the rows of jobs, and writes each row once. Caches the rows and payloads written last.
+    """Writes the row that each job has after its changes, once. Caches the rows and payloads written last.
 
     `find` returns the row of a seq, or None. It raises RowUnreadable. `note` gets sentences about damage.
     """
@@ -112,7 +112,8 @@ class JobWriter:
                 if stored is None and event.before is not None:
                     continue
                 before[seq], after[seq] = stored, None if stored is None else stored.job
-            after[seq] = fold(after[seq], event)
+            # Changes that were read from the journal have no `after`. In others it equals the fold, which takes longer.
+            after[seq] = fold(after[seq], event) if change.after is None else change.after
             if event.before is None:
                 payloads[seq] = (seq, change.payload or b"null", change.request_hash or "")
                 if event.type == "imported":
