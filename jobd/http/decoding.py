@@ -67,8 +67,10 @@ class RequestDecoder:
         self.body_type = body_type or (command if path_field is None else make_body_type(command, path_field))
         self._list_fields = frozenset(info.encode_name for info in _fields_of(command) if get_origin(info.type) is list)
         self._text_fields = frozenset(info.encode_name for info in _fields_of(command) if _takes_text(info.type))
-        [self._path_type] = [info.type for info in _fields_of(command) if info.name == path_field] or [str]
-        self.path_value_words = _pattern_words(self._path_type)
+        [path_type] = [info.type for info in _fields_of(command) if info.name == path_field] or [str]
+        self.path_value_words = _pattern_words(path_type)
+        # msgspec prepares a struct once, and any other type for each conversion.
+        self._path_struct = msgspec.defstruct("PathValue", [("value", path_type)])
         self._size_checks = _field_checks(command, _check_size)
         self._key_checks = _field_checks(command, _check_storage_key)
         self._decode = msgspec.json.Decoder(self.body_type).decode
@@ -77,7 +79,7 @@ class RequestDecoder:
     def accepts(self, value: str) -> bool:
         """Return whether `value` is valid for `path_field`."""
         try:
-            msgspec.convert(value, self._path_type)
+            msgspec.convert({"value": value}, self._path_struct)
         except msgspec.ValidationError:
             return False
         return True
