@@ -45,8 +45,8 @@ class WorkerConnection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
         self._open_connections = open_connections
-        self._parser = RequestParser(self._add)
         self._queue: list[WorkerRequest] = []  # parsed, not started
+        self._parser = RequestParser(self._queue.append)
         self._held = b""  # input that is not parsed yet
         self._current: WorkerRequest | None = None
         self._dropped: WorkerRequest | None = None  # its response is written, the rest of its body is dropped
@@ -140,11 +140,6 @@ class WorkerConnection(asyncio.Protocol):
         elif current.is_waiting:
             self._go_on_with_body(current)
 
-    def _add(self, request: WorkerRequest) -> None:
-        """Take a request whose head has been parsed."""
-        request.connection = self
-        self._queue.append(request)
-
     def _break(self, error: ApiError) -> None:
         """Respond to malformed input after the requests before it. The malformed request itself is not run."""
         self._is_broken = True
@@ -159,7 +154,7 @@ class WorkerConnection(asyncio.Protocol):
         else:
             if incoming is not None:
                 self._queue.remove(incoming)
-            self._add(malformed_request(error))
+            self._queue.append(malformed_request(error))
 
     def regulate_input(self) -> None:
         """Pause reading while too much input waits."""
@@ -186,6 +181,7 @@ class WorkerConnection(asyncio.Protocol):
     def _start(self, request: WorkerRequest) -> None:
         """Run a request, or wait for its body, or respond to it if it is rejected."""
         self._current = request
+        request.connection = self
         self.app.request_started()
         try:
             response = self.app.authorize(request) if request.error is None else self._malformed_response(request)

@@ -36,7 +36,7 @@ class WorkerRequest(RequestContext, eq=False):
 
     is_complete: bool = False
     body: bytes | bytearray = b""
-    connection: RequestConnection = cast(Any, None)  # set once the head is complete
+    connection: RequestConnection = cast(Any, None)  # set once it is started
     is_waiting: bool = False  # for the rest of its body
     error: ApiError | None = None  # of a malformed request
     envelope: Envelope | None = None
