@@ -28,7 +28,7 @@ NAME_ALLOWANCE: Final = 60  # bytes for the name of a field and the blanks aroun
 _FAULTS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # a ValidationError is one too
 
 _PATH = re.compile(r"\$[^ `]{0,200}`")
-_ABOUT_FIELD = re.compile(r"(?s)Object (?P<how>contains unknown|missing required) field `(?P<name>.*)`")
+_ABOUT_FIELD = re.compile(r"Object (contains unknown|missing required) field `")
 _STEP = re.compile(r"\.([A-Za-z_]+)|\[[^]]*\]")
 _QUOTED = re.compile(r"`([a-z |]+)`")
 _TYPES: Final = {
@@ -306,12 +306,12 @@ def malformed_json_error(error: Exception) -> ApiException:
 def validation_error(error: str, body_type: type[Any]) -> ApiException:
     """Return a 400 error for JSON of the wrong type: the path of the field, what is expected, and what to do."""
     text, path = _split_path(error)
-    match = _ABOUT_FIELD.fullmatch(text)
-    if match is None and (match := _ABOUT_FIELD.fullmatch(error)) is not None:
+    about = _about_field(text)
+    if about is None and (about := _about_field(error)) is not None:
         path = "$"  # the text that looked like a path is a part of the name
-    if match is not None:
-        name = _printable(match["name"])
-        return invalid_request_error(f"{path}.{name}", _field_error(match["how"], name, _struct_at(body_type, path)))
+    if about is not None:
+        how, name = about[0], _printable(about[1])
+        return invalid_request_error(f"{path}.{name}", _field_error(how, name, _struct_at(body_type, path)))
     return invalid_request_error(path, _value_error(text, _field_at(body_type, path)))
 
 
@@ -319,6 +319,14 @@ def _split_path(error: str) -> tuple[str, str]:
     """Split a message of msgspec into the error and the path. The path may contain names that the caller chose."""
     text, mark, path = error.rpartition(" - at `")
     return (text, path[:-1]) if mark and _PATH.fullmatch(path) else (error, "$")
+
+
+def _about_field(text: str) -> tuple[str, str] | None:
+    """Return what is wrong with which field, if the message says that. The name may have a million characters."""
+    match = _ABOUT_FIELD.match(text)
+    if match is None or not text.endswith("`", match.end()):
+        return None
+    return match[1], text[match.end() : -1]
 
 
 def _field_error(how: str, name: str, struct: type[Any] | None) -> str:
