@@ -21,6 +21,7 @@ from jobd.model.commands import (
     Fail,
     ForceReset,
     ImportCheck,
+    KeepDue,
     Pause,
     Ping,
     PlanAction,
@@ -39,11 +40,12 @@ CLASS_OF_EFFECT: dict[str, str] = {
     "creates": "create", "grants": "grant", "ends": "ending", "changes": "change", "reads": "read"
 }  # fmt: skip
 # Exceptions by purpose. An operator's requeue waits until the disk has space. Downtime of the daemon costs no worker
-# its lock, even on a full disk. The check of an import is accepted when the import would be. The action of a plan
-# selects one of two classes. RepairJobs changes only damaged jobs. Ping measures the mailbox.
+# its lock, even on a full disk. A takeover keeps jobs due even then. The check of an import is accepted when the import
+# would be. The action of a plan selects one of two classes. RepairJobs changes only damaged jobs. Ping measures the
+# mailbox.
 BY_PURPOSE: dict[Any, str] = {
-    ForceReset: "change", Credit: "ending", ImportCheck: "create", ApplyPlan: "change", ApplyEndings: "ending",
-    RepairJobs: "change", Ping: "ping",
+    ForceReset: "change", Credit: "ending", KeepDue: "ending", ImportCheck: "create", ApplyPlan: "change",
+    ApplyEndings: "ending", RepairJobs: "change", Ping: "ping",
 }  # fmt: skip
 JOB_IDS = ["new", "due", "running", "stalled", "failed", "expired"]
 
@@ -130,12 +132,12 @@ def test_only_commands_with_several_jobs_or_reads_have_a_weight_of_their_own(kin
 
 @pytest.mark.parametrize("kind", COMMANDS, ids=lambda kind: kind.__name__)
 def test_the_jobs_that_a_command_names_are_loaded_first(kind: Any) -> None:
-    """Those that end or credit grants name live jobs, which memory holds."""
+    """Those that end or credit grants, or keep jobs due, name live jobs, which memory holds."""
     names = {field.name for field in fields(kind)}
     named = named_ids(_made(kind))
     if kind is Bulk or issubclass(kind, ApplyPlan):
         assert named == ["a", "b"]
-    elif kind in (Credit, EndGrants, Recover):
+    elif kind in (Credit, EndGrants, KeepDue, Recover):
         assert named == []
     elif "ids" in names:
         assert kind in (DeleteExpired, RepairJobs)
