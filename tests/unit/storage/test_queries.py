@@ -228,9 +228,11 @@ async def test_a_job_with_an_invalid_status_does_not_expire(store: Store) -> Non
     jobs = [maker.create(expires_at=NOW - 5) for _ in range(3)]
     await store.write(maker.batch(jobs))
     ends = [maker.finish(job_of(job)) for job in jobs]
-    event = ends[0].event
+    event, after = ends[0].event, ends[0].after
     assert event.changes is not None
-    ends[0] = replace(ends[0], event=replace(event, changes=replace(event.changes, status="complete")))
+    assert after is not None
+    changes = replace(event.changes, status="complete")
+    ends[0] = replace(ends[0], event=replace(event, changes=changes), after=replace(after, status="complete"))
     await store.write(maker.batch(ends))
     assert await store.expired_jobs(NOW + 1_000, 10) == ["job-2", "job-3"]
     assert await store.expired_jobs(NOW + 1_000, 1, 1) == ["job-3"]
