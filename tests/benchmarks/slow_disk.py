@@ -2,8 +2,9 @@
 
 strace slows the disk down and is attached in all runs, so this needs root. The runs are in turns. For each delay and
 mode: lifecycles per second, statistics of the commits, and the duration of concurrent reads of a live job and of
-/healthz. `explained` is the share of time spent in commits: near 1, nothing else delays the work, and each commit
-carries the commands that arrived during the previous one.
+/healthz. With `--history`, pages of finished jobs are read, too, one every 100 ms. `explained` is the share of time spent
+in commits: near 1, nothing else delays the work, and each commit carries the commands that arrived during the previous
+one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import closing
 from itertools import product
@@ -30,11 +32,13 @@ from tests.proof.faults.strace import SYNCS, Strace
 from tests.support.daemon_process import DaemonProcess, call
 
 PAUSE_S: Final = 0.005  # between two reads, so that the reads are not a load themselves
+PAGE_EVERY_S: Final = 0.1
+PAGE: Final = "/admin/job-management/jobs?limit=200&status=completed"
 READS: Final = {"read": "/v1/jobs/read", "healthz": "/healthz"}
 SUMS: Final = ("jobd_commit_seconds_count", "jobd_commit_seconds_sum", "jobd_batch_commands_sum")
 
 
-def measure(commit: str, delay_ms: float, seconds: float, connections: int) -> dict[str, float]:
+def measure(commit: str, delay_ms: float, seconds: float, connections: int, with_history: bool) -> dict[str, float]:
     config = f'[store]\ncommit = "{commit}"\n'
     with tempfile.TemporaryDirectory() as directory, DaemonProcess.not_started(Path(directory), config) as daemon:
         Strace(daemon, SYNCS, f"fdatasync:delay_enter={delay_ms * 1000:.0f}:when={FIRST_SLOW_SYNC}+")
@@ -45,7 +49,13 @@ def measure(commit: str, delay_ms: float, seconds: float, connections: int) -> d
         load = subprocess.Popen(
             [sys.executable, "-m", "tests.benchmarks.load", request.decode()], stdout=subprocess.PIPE, text=True
         )
+        pages_ms: list[float] = []
+        pages = threading.Thread(target=read_pages, args=(daemon, load, pages_ms))
+        if with_history:
+            pages.start()
         read_ms = read_repeatedly(daemon, load)
+        if with_history:
+            pages.join()
         took_s, after = time.perf_counter() - began_s, sums(daemon)
         assert load.stdout is not None
         figures: dict[str, Any] = json.loads(load.stdout.read())
@@ -58,8 +68,9 @@ def measure(commit: str, delay_ms: float, seconds: float, connections: int) -> d
         "commit_ms": round(in_commits_s / commits * 1000, 2),
         "explained": round(in_commits_s / took_s, 3),
     }
-    for name, path in READS.items():
-        percent = statistics.quantiles(read_ms[path], n=100)
+    durations = {name: read_ms[path] for name, path in READS.items()} | ({"page": pages_ms} if with_history else {})
+    for name, times in durations.items():
+        percent = statistics.quantiles(times, n=100)
         found |= {f"{name}_p50_ms": round(percent[49], 2), f"{name}_p99_ms": round(percent[98], 2)}
     return found
 
@@ -77,6 +88,16 @@ def read_repeatedly(daemon: DaemonProcess, load: subprocess.Popen[str]) -> dict[
     return found
 
 
+def read_pages(daemon: DaemonProcess, load: subprocess.Popen[str], durations_ms: list[float]) -> None:
+    """Read a page of finished jobs every PAGE_EVERY_S while the load runs."""
+    while load.poll() is None:
+        began_s = time.perf_counter()
+        assert daemon.admin("GET", PAGE).status == 200
+        took_s = time.perf_counter() - began_s
+        durations_ms.append(took_s * 1000)
+        time.sleep(max(0.0, PAGE_EVERY_S - took_s))
+
+
 def sums(daemon: DaemonProcess) -> dict[str, float]:
     families = text_string_to_metric_families(daemon.admin("GET", "/metrics").body.decode())
     found = {sample.name: sample.value for family in families for sample in family.samples}
@@ -90,10 +111,14 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=5.0)
     options.add_argument("--connections", type=int, nargs="*", default=[16, 64])
     options.add_argument("--runs", type=int, default=3, help="number of runs; the medians are printed")
+    options.add_argument("--history", action="store_true", help="read pages of finished jobs, too")
     chosen = options.parse_args()
     places = list(product(chosen.connections, chosen.delay_ms, chosen.commit))
     runs = [
-        [measure(commit, delay_ms, chosen.seconds, connections) for connections, delay_ms, commit in places]
+        [
+            measure(commit, delay_ms, chosen.seconds, connections, chosen.history)
+            for connections, delay_ms, commit in places
+        ]
         for _ in range(chosen.runs)
     ]
     found = [
