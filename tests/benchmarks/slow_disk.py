@@ -2,9 +2,9 @@
 
 strace slows the disk down and is attached in all runs, so this needs root. The runs are in turns. For each delay and
 mode: lifecycles per second, statistics of the commits, and the duration of concurrent reads of a live job and of
-/healthz. With `--history`, pages of finished jobs are read, too, one every 100 ms. `explained` is the share of time spent
-in commits: near 1, nothing else delays the work, and each commit carries the commands that arrived during the previous
-one.
+/healthz. With `--history`, pages of finished jobs are read, too, one every 100 ms. `explained` is the share of time
+spent in commits: near 1, nothing else delays the work, and each commit carries the commands that arrived during the
+previous one.
 """
 
 from __future__ import annotations
