@@ -13,7 +13,6 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 import structlog
 from msgspec import Meta, Struct
-from msgspec.structs import asdict
 
 from jobd.api.services import Services
 from jobd.engine.mailbox import Envelope, weight
@@ -97,22 +96,12 @@ def _line_type(op: str, command: type[Command]) -> type[Any]:
 LINE_TYPES: Final = {op: _line_type(op, command) for op, command in STREAMED_COMMANDS.items()}
 
 
-class _LineDecoder(RequestDecoder):
-    """Decode lines of one kind: the body of the call with the additional fields of a line."""
-
-    def __init__(self, op: str, command: type[Command], limits: Limits) -> None:
-        super().__init__(command, None, limits, body_type=LINE_TYPES[op])
-
-    def _build(self, part: Any, value: str | None) -> Command:
-        fields = asdict(part)
-        del fields["op"], fields["idempotency_key"]
-        return self.command(**fields)
-
-
 @cache
 def line_decoders(limits: Limits) -> dict[str, RequestDecoder]:
     """Return the decoder of each kind of line."""
-    return {op: _LineDecoder(op, command, limits) for op, command in STREAMED_COMMANDS.items()}
+    return {
+        op: RequestDecoder(command, None, limits, body_type=LINE_TYPES[op]) for op, command in STREAMED_COMMANDS.items()
+    }
 
 
 class LineReader:

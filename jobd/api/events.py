@@ -104,7 +104,7 @@ def _log_end(error: Exception, ctx: RequestContext) -> None:
 
 def _after(query: EventsRequest, ctx: RequestContext) -> int | None:
     """Return the event after which to continue. When a browser reconnects, it sends the header and the same query."""
-    header = ctx.headers.get(LAST_EVENT_ID, "").strip()
+    header = ctx.header(LAST_EVENT_ID).strip()
     if header:
         # Check the length first, because int() raises another error for thousands of digits.
         if not (header.isascii() and header.isdigit()) or len(header) > len(str(MAX_SEQ)) or int(header) > MAX_SEQ:

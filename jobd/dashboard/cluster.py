@@ -58,7 +58,7 @@ def leader_url(viewer: Viewer, view: ClusterView) -> str | None:
     host = f"[{leader.hostname}]" if ":" in leader.hostname else leader.hostname
     port = page.netloc.rpartition("]")[2].partition(":")[2]
     url = f"{page.scheme}://{host}{f':{port}' if port else ''}/cluster"
-    own = host_name(viewer.context.headers.get("host", ""))
+    own = host_name(viewer.context.header("host"))
     return url if no_link_reason(url, {own} - {""}) is None else None
 
 

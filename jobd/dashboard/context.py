@@ -92,7 +92,7 @@ class Viewer(Struct):
 
         Programs need none: browsers attach cookies on their own, but never an Authorization header.
         """
-        submitted = self.context.headers.get(CSRF_HEADER) or csrf
+        submitted = self.context.header(CSRF_HEADER) or csrf
         if self.session is not None and not self.session.has_csrf(submitted):
             raise api_error(
                 "forbidden", "This form does not belong to your session. Open its page again, then submit it."
@@ -124,7 +124,7 @@ def redirect_with_flash(viewer: Viewer, url: str, message: str = "") -> Response
 
 def is_live_update(context: RequestContext) -> bool:
     """Return whether htmx requests the live region of a page."""
-    return context.headers.get("hx-request") == "true"
+    return context.header("hx-request") == "true"
 
 
 def request_target(context: RequestContext) -> str:
@@ -135,7 +135,7 @@ def request_target(context: RequestContext) -> str:
 def session_cookie(context: RequestContext) -> str:
     """Return the session's secret id from the cookie, or ""."""
     wanted = session_cookie_name(context)
-    for part in context.headers.get("cookie", "").split(";"):
+    for part in context.header("cookie").split(";"):
         name, _, value = part.strip().partition("=")
         if name == wanted:
             return value
@@ -160,4 +160,4 @@ def is_secure(context: RequestContext) -> bool:
     TLS at a proxy shows only in the Origin of a form, which the authenticator has checked. X-Forwarded-Proto is not
     trusted: any client can send it.
     """
-    return context.is_tls or context.headers.get("origin", "").startswith("https://")
+    return context.is_tls or context.header("origin").startswith("https://")

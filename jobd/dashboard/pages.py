@@ -249,7 +249,7 @@ def base_url(viewer: Viewer) -> str:
 
     A GET has no Origin header, so the session remembers from the sign-in whether a proxy uses TLS.
     """
-    host = viewer.context.headers.get("host", "")
+    host = viewer.context.header("host")
     tls = is_secure(viewer.context) or (viewer.session is not None and viewer.session.by_tls)
     return f"http{'s' if tls else ''}://{host if _HOST.fullmatch(host) else 'localhost'}"
 
@@ -297,7 +297,7 @@ async def _late_result(viewer: Viewer, job_id: str, seq: int | None) -> LateResu
 
 def own_hosts(viewer: Viewer) -> set[str]:
     """Return the host names under which browsers reach this daemon."""
-    return {host_name(viewer.context.headers.get("host", "")), *(viewer.app.authenticator.hosts or ())} - {""}
+    return {host_name(viewer.context.header("host")), *(viewer.app.authenticator.hosts or ())} - {""}
 
 
 async def external_url(viewer: Viewer, request: ArtifactRequest) -> str:

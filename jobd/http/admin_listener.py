@@ -12,7 +12,7 @@ from aiohttp import web
 from jobd.http.app import SUPPORTED_VERSIONS, App
 from jobd.http.hangup import is_hung_up
 from jobd.http.parser import AHEAD, PIECE, MalformedRequest, RequestParser, malformed_request, piece_size
-from jobd.http.request import BodyError, RequestContext, add_header, split_target
+from jobd.http.request import BodyError, RequestContext, add_header, without_authority
 from jobd.http.response import WRITE_TIMEOUT_S, HttpResponse
 from jobd.http.server import HttpListener
 from jobd.http.worker_request import WorkerRequest
@@ -31,13 +31,17 @@ class AdminRequest(RequestContext, eq=False):
 
     @classmethod
     def of(cls, request: web.Request) -> AdminRequest:
-        headers: dict[str, str] = {}
-        repeated = [name for name, value in request.headers.items() if add_header(headers, name.lower(), value)]
+        headers: dict[str, bytes] = {}
+        fields = [(name.lower().decode("utf-8", "surrogateescape"), value) for name, value in request.raw_headers]
+        repeated = [name for name, value in fields if add_header(headers, name, value)]
+        target = request.raw_path
+        path, _, query = (target if target.startswith("/") else without_authority(target, headers)).partition("?")
         return cls(
             request.method,
-            *split_target(request.raw_path, headers),
+            path,
+            query,
             headers,
-            frozenset(map(str.lower, repeated)),
+            frozenset(repeated),
             f"{request.version.major}.{request.version.minor}",
             request.keep_alive,
             request.can_read_body,
@@ -153,7 +157,7 @@ class AdminListener(HttpListener):
         if request.transport is not None:
             request.transport.set_write_buffer_limits(0)  # writes show if the client has disconnected
         ctx, transport = AdminRequest.of(request), request.transport
-        self.app.request_started()
+        self.app.pending.add(ctx)
         self.busy.add(transport)
         try:
             response = self.app.authorize(ctx) or await self.app.handle(ctx)
@@ -163,7 +167,7 @@ class AdminListener(HttpListener):
             return ctx.streamed
         finally:
             self.busy.discard(transport)
-            self.app.request_finished()
+            self.app.pending.discard(ctx)
 
 
 class _Transport:

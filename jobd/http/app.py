@@ -22,7 +22,7 @@ from jobd.http.auth import FORM, JSON, LINES, Authenticator, check_content_type
 from jobd.http.decoding import Limits, path_value
 from jobd.http.request import BodyError, RequestContext, operator_of
 from jobd.http.response import HttpResponse, RawBody, error_response, ok_response
-from jobd.http.routing import ResolvedRoute, Route, RouteMatch, Router
+from jobd.http.routing import ResolvedRoute, Route, Router
 from jobd.model.commands import Command, IdempotencyKey, Operator
 from jobd.model.errors import ApiError, ApiException, api_error, too_large_error
 from jobd.model.responses import Response
@@ -37,6 +37,7 @@ ACCEPTED_EXPECT: Final = frozenset({"", "100-continue"})  # values of the Expect
 MALFORMED_BODY: Final = ApiError("invalid_request", "The body is malformed: its chunks or its length are wrong.")
 TRUNCATED_BODY: Final = ApiError("invalid_request", "The body ended too early. Send the whole request again.")
 MAX_LINES_PER_SECOND: Final = 20
+IDLE_POLL_S: Final = 0.005
 BODY_TYPES: Final = {"json": JSON, "lines": LINES, "form": FORM}
 
 log = structlog.get_logger("jobd.web")
@@ -127,8 +128,8 @@ class App(Generic[S]):
     """The application behind one listener.
 
     `routes` has the route of each type of request. `error_counts` counts the errors sent, by code. While `closing`,
-    responses say `Connection: close`; `on_close` are the callbacks that end open streams then. `pages` are the HTML
-    pages of the app, if it has any.
+    responses say `Connection: close`; `on_close` are the callbacks that end open streams then. `pending` has the
+    requests in progress. `pages` are the HTML pages of the app, if it has any.
     """
 
     def __init__(
@@ -148,8 +149,7 @@ class App(Generic[S]):
         self.closing = False
         self.on_close: set[Callable[[], None]] = set()
         self.error_counts: Counter[str] = Counter()
-        self._pending = 0
-        self._idle: asyncio.Event | None = None  # while something waits for the end of pending requests
+        self.pending: set[RequestContext] = set()
         self._log_limiter = LogRateLimiter()
         self.serve(routes, actor, services, pages=pages)
 
@@ -178,16 +178,6 @@ class App(Generic[S]):
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    def request_started(self) -> None:
-        """Count a request as pending. `wait_idle` waits for it."""
-        self._pending += 1
-
-    def request_finished(self) -> None:
-        """Count a request as no longer pending."""
-        self._pending -= 1
-        if self._idle is not None and not self._pending:
-            self._idle.set()
-
     def authorize(self, ctx: RequestContext) -> HttpResponse | None:
         """Find the route of a request, and check all but its body. Returns an HTTP response if it is rejected."""
         try:
@@ -204,14 +194,9 @@ class App(Generic[S]):
         Returns an HTTP response if the request is rejected.
         """
         try:
+            command = self._decode(ctx, body)
             sent = self.actor.send(
-                self._decode(ctx, body),
-                responder,
-                by=ctx.by,
-                admin=ctx.admin,
-                key=ctx.key,
-                size=ctx.size,
-                operator=ctx.operator,
+                command, responder, by=ctx.by, admin=ctx.admin, key=ctx.key, size=len(body), operator=ctx.operator
             )
         except ApiException as rejected:
             sent = rejected.error
@@ -260,10 +245,8 @@ class App(Generic[S]):
 
     async def wait_idle(self) -> None:
         """Wait until no request is pending. Call it after `close`."""
-        while self._pending:
-            self._idle = self._idle or asyncio.Event()
-            self._idle.clear()
-            await self._idle.wait()
+        while self.pending:  # noqa: ASYNC110 - this is soon
+            await asyncio.sleep(IDLE_POLL_S)
 
     async def _execute(self, ctx: RequestContext) -> Response | ApiError | None:
         assert ctx.route is not None
@@ -271,23 +254,24 @@ class App(Generic[S]):
         if ctx.route.body == "lines":
             return await handler(self, ctx, None)
         body = await self._read_body(ctx) if ctx.has_body else b""
+        ctx.size = len(body)
         return await handler(self, ctx, self._decode(ctx, body))
 
     def _ok_response(self, response: Response) -> HttpResponse:
         lost = partial(self.actor.undelivered, response) if response.grants else None
-        return ok_response(response.data, response.status, response.replayed, self.closing, lost)
+        return ok_response(response, self.closing, lost)
 
     def _authorize(self, ctx: RequestContext) -> None:
-        match = self._router.match(ctx.method, ctx.path)
-        resolved = ctx.resolved = self._resolve(ctx, match)
-        if "expect" in ctx.headers and ctx.headers["expect"].lower() not in ACCEPTED_EXPECT:
+        found, value = self._router.match(ctx.method, ctx.path)
+        resolved = self._resolve(ctx, found)
+        if "expect" in ctx.headers and ctx.header("expect").lower() not in ACCEPTED_EXPECT:
             raise api_error(
                 "expectation_failed",
                 "The only supported value of the `Expect` header is `100-continue`. Omit the header.",
             )
         decoder = resolved.decoder
         if decoder.path_field is not None:
-            ctx.path_value = path_value(decoder, match.path_value or "")
+            ctx.path_value = path_value(decoder, value or "")
             if decoder.path_field == "id":
                 ctx.job_id = ctx.path_value
         if ctx.method == "GET":
@@ -306,8 +290,7 @@ class App(Generic[S]):
         assert resolved is not None
         if ctx.method == "GET":
             return resolved.decoder.from_query(ctx.query, ctx.path_value)
-        ctx.size = len(body)
-        if ctx.size > self.limits.body:
+        if len(body) > self.limits.body:
             raise ApiException(self.body_too_large())
         if resolved.route.key and IDEMPOTENCY_KEY in ctx.headers:
             self._read_idempotency_key(ctx, resolved.route, body)
@@ -316,17 +299,15 @@ class App(Generic[S]):
         command: Any = resolved.decoder.from_body(body, ctx.path_value)
         if resolved.names_worker:
             ctx.by = f"worker:{command.worker}"
-        elif resolved.names_job:
+        elif resolved.names_job and command.id is not None:
             ctx.job_id = command.id
         return command  # type: ignore[no-any-return]
 
-    def _resolve(self, ctx: RequestContext, match: RouteMatch) -> ResolvedRoute:
+    def _resolve(self, ctx: RequestContext, resolved: ResolvedRoute | None) -> ResolvedRoute:
         """Authenticate a request, then check Host and Origin, then the path. Raises ApiException."""
         if ctx.version not in SUPPORTED_VERSIONS:
             raise api_error("invalid_request", "Only HTTP/1.1 and HTTP/1.0 are supported.", field="$")
-        resolved = match.resolved
-        if resolved is not None:
-            ctx.route = resolved.route
+        ctx.resolved = resolved
         is_reader = False
         if self.admin:
             ctx.by = "admin"
@@ -347,7 +328,8 @@ class App(Generic[S]):
             return resolved
         if self._unrouted is not None:
             raise ApiException(self._unrouted())
-        if not match.allowed:
+        allowed = self._router.allowed(ctx.path)
+        if not allowed:
             message = (
                 "There is no such path. The worker API is under /v1/ on the worker socket, the admin API under "
                 "/admin/job-management/ on the admin port. GET /openapi.json lists the paths of this listener."
@@ -355,8 +337,8 @@ class App(Generic[S]):
             if ctx.path.endswith("/artefact"):
                 message = f"This path is spelled artifact: {ctx.path.removesuffix('/artefact')}/artifact"
             raise api_error("not_found", message)
-        ctx.allow = match.allowed
-        raise api_error("method_not_allowed", f"This path supports {', '.join(sorted(match.allowed))}.")
+        ctx.allow = allowed
+        raise api_error("method_not_allowed", f"This path supports {', '.join(sorted(allowed))}.")
 
     def _is_signed_in(self, ctx: RequestContext) -> bool:
         """Return whether a browser has a session. It needs no token to get a 404."""
@@ -366,7 +348,7 @@ class App(Generic[S]):
         """Render the error as a page if the route is that of a page, or if a browser requests an unknown path."""
         if ctx.route is not None:
             return None if ctx.route.render_error is None else ctx.route.render_error(ctx, error)
-        is_browser = "text/html" in ctx.headers.get("accept", "")
+        is_browser = "text/html" in ctx.header("accept")
         return self._pages.error_page(ctx, error) if is_browser and self._pages is not None else None
 
     async def _read_body(self, ctx: RequestContext) -> bytes:
@@ -405,7 +387,7 @@ class App(Generic[S]):
         if IDEMPOTENCY_KEY in ctx.repeated:  # a repetition with one of them would not be recognized
             message = "The Idempotency-Key header was sent more than once. Send one."
             raise api_error("invalid_request", message, field="Idempotency-Key")
-        key = ctx.headers[IDEMPOTENCY_KEY]
+        key = ctx.header(IDEMPOTENCY_KEY)
         ctx.key = self.authenticator.idempotency_key(key, route.method, unquote(ctx.path), body)
 
     def error_response(self, ctx: RequestContext, error: ApiError, *, close: bool = False) -> HttpResponse:

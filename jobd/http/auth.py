@@ -1,7 +1,7 @@
 """Check the headers of a request: bearer token, Host and Origin, Content-Type, idempotency key.
 
-The names of `headers` are in lower case. Tokens are stored and compared as digests. They never appear in a response or
-a log line.
+The names of `headers` are in lower case, their values are raw. Tokens are stored and compared as digests. They never
+appear in a response or a log line.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jobd.model.fields import MAX_OPERATOR
 JSON: Final = "application/json"
 LINES: Final = "application/x-ndjson"
 FORM: Final = "application/x-www-form-urlencoded"
+_RAW: Final = {name: name.encode() for name in (JSON, LINES, FORM)}
 LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 ANY_ADDRESS: Final = frozenset({"", "0.0.0.0", "::"})
 
@@ -29,8 +30,6 @@ Permission = Literal["full", "read"]
 
 _KEY = re.compile(r"[ -~]{1,200}")
 _HOST = re.compile(r"(\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^][:@/?#\s]*))(:[0-9]*)?")
-_ENCODINGS: Final = (("content-encoding", "identity"), ("transfer-encoding", "chunked"))  # the accepted ones
-_PLAIN = {JSON: frozenset({"application/json", "application/json; charset=utf-8", "application/json;charset=utf-8"})}
 
 
 class Authenticator:
@@ -59,11 +58,11 @@ class Authenticator:
         full: list[tuple[bytes, Permission]] = [(token_digest(token), "full") for token in tokens]
         self._digests = (*full, *((token_digest(token), "read") for token in read_only_tokens))
 
-    def authenticate(self, headers: Mapping[str, str]) -> Permission:
+    def authenticate(self, headers: Mapping[str, bytes]) -> Permission:
         """Return the permission of the request's token. Raises a 401 error unless there is exactly one valid token."""
         if self._digests is None:
             return "full"
-        scheme, _, token = headers.get("authorization", "").partition(" ")
+        scheme, _, token = header_text(headers, "authorization").partition(" ")
         permission = self.permission_of(token_digest(token.strip()))
         if permission is None or scheme.lower() != "bearer":
             raise api_error("unauthorized", "A valid token is required: send `Authorization: Bearer <token>`.")
@@ -76,19 +75,18 @@ class Authenticator:
         ]
         return permissions[0] if permissions else None
 
-    def check_origin(self, headers: Mapping[str, str], address: object) -> None:
+    def check_origin(self, headers: Mapping[str, bytes], address: object) -> None:
         """Raise a 403 error if Host is not a name of this daemon or Origin is another site.
 
         This prevents DNS rebinding and cross-site requests. Host may also be `address`, that of the socket.
         """
         if self.hosts is None:
             return
-        host = headers.get("host", "")
+        host = header_text(headers, "host")
         name = host_name(host)
         if name not in self.hosts and not (isinstance(address, tuple) and name == address[0]):
             raise api_error("forbidden", "The Host header is not a name of this daemon. Add it to `admin.hosts`.")
-        origin = headers.get("origin")
-        if origin is not None and not self._is_own_site(origin, host):
+        if "origin" in headers and not self._is_own_site(header_text(headers, "origin"), host):
             message = "Requests from other sites are rejected (Origin). If the site is yours, add it to `admin.hosts`."
             raise api_error("forbidden", message)
 
@@ -109,6 +107,11 @@ class Authenticator:
             raise api_error("invalid_request", message, field="Idempotency-Key")
         scope = "\n".join((self.name, method, path, key))
         return IdempotencyKey(digest=sha256(scope.encode()).hexdigest(), body_hash=sha256(body).hexdigest())
+
+
+def header_text(headers: Mapping[str, bytes], name: str) -> str:
+    """Return the value of a header, "" if it is missing. Bytes that are not UTF-8 become surrogates."""
+    return headers.get(name, b"").rstrip(b" \t").decode("utf-8", "surrogateescape")
 
 
 def operator_name(name: str) -> str:
@@ -154,15 +157,17 @@ def _normalized_address(address: str) -> str:
         return address
 
 
-def check_content_type(headers: Mapping[str, str], expected: str) -> None:
+def check_content_type(headers: Mapping[str, bytes], expected: str) -> None:
     """Raise a 415 error unless the body is of the type `expected`, in UTF-8 and not compressed."""
-    content_type = headers.get("content-type", "")
-    if content_type != expected and not _is_type(content_type, expected):
+    if headers.get("content-type") != _RAW[expected] and not _is_type(header_text(headers, "content-type"), expected):
         raise api_error("unsupported_media_type", f"The body must be {expected}: send `Content-Type: {expected}`.")
-    for name, default in _ENCODINGS:
-        if name in headers and headers[name].lower() != default:
-            message = "Compressed bodies are not supported. Send the body uncompressed."
-            raise api_error("unsupported_media_type", message)
+    if _is_coded(headers, "content-encoding", "identity") or _is_coded(headers, "transfer-encoding", "chunked"):
+        message = "Compressed bodies are not supported. Send the body uncompressed."
+        raise api_error("unsupported_media_type", message)
+
+
+def _is_coded(headers: Mapping[str, bytes], name: str, accepted: str) -> bool:
+    return name in headers and header_text(headers, name).lower() != accepted
 
 
 def _is_type(content_type: str, expected: str) -> bool:

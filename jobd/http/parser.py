@@ -12,7 +12,7 @@ from typing import Final
 
 from httptools import HttpParserCallbackError, HttpParserError, HttpParserUpgrade, HttpRequestParser
 
-from jobd.http.request import add_header, split_target
+from jobd.http.request import add_header, without_authority
 from jobd.http.worker_request import WorkerRequest
 from jobd.model.errors import ApiError
 
@@ -85,7 +85,7 @@ class RequestParser:
         self._add_request = add_request
         self._parser = HttpRequestParser(self)
         self._url = b""  # of the current head
-        self._headers: dict[str, str] = {}  # of the current head, or the trailers of the current body
+        self._headers: dict[str, bytes] = {}  # of the current head, or the trailers of the current body
         self._repeated: list[str] = []
         self._line = 0  # bytes of the current line, if several pieces of input belong to one head
         self._framing = 0  # bytes since the last piece of the body
@@ -138,18 +138,17 @@ class RequestParser:
         if len(value) > MAX_LINE or (key is None and len(name) > MAX_LINE):
             raise self._malformed(LONG_LINE)
         if key is None:
-            key = name.lower().decode("latin-1")
-        text = value.rstrip(b" \t").decode("latin-1")
-        if key not in headers:
-            headers[key] = text
-        else:
-            add_header(headers, key, text)
+            key = name.lower().decode()
+        if key in headers:
+            add_header(headers, key, value)
             self._repeated.append(key)
+        else:
+            headers[key] = value
 
     def on_headers_complete(self) -> None:
-        headers, target, parser, repeated = self._headers, self._url, self._parser, NONE
+        headers, url, parser, repeated = self._headers, self._url, self._parser, NONE
         self._headers, self._url, self._framing = {}, b"", 0
-        if len(headers) > MAX_HEADERS or self._repeated:
+        if self._repeated or len(headers) > MAX_HEADERS:
             repeated = self._check_repeated(headers)
         if self.incoming is not None:  # this is the head that `_decline_upgrade` has made
             return
@@ -160,17 +159,20 @@ class RequestParser:
         if (
             (version == "1.1" and "host" not in headers)
             or OLD_WEBSOCKET in headers
-            or (not target.startswith(b"/") and not _is_uri(target, method))
+            or not (url.startswith(b"/") or _is_uri(url, method))
         ):
             raise self._malformed(WRONG_HEAD)
+        target = url.decode("utf-8", "surrogateescape")
+        path, _, query = (target if target.startswith("/") else without_authority(target, headers)).partition("?")
         self._latest = self.incoming = request = WorkerRequest(
             method.decode(),
-            *split_target(target.decode("utf-8", "surrogateescape"), headers),
+            path,
+            query,
             headers,
             repeated,
             version,
             keep_alive,
-            "transfer-encoding" in headers or (length is not None and int(length) > 0),
+            "transfer-encoding" in headers or (length is not None and length.strip(b"0 \t") != b""),
         )
         self._add_request(request)
 
@@ -202,11 +204,11 @@ class RequestParser:
             self._parser = HttpRequestParser(self)
             self.incoming, request.is_complete = request, False
             length = request.headers.get("content-length")
-            framing = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
-            self._parser.feed_data(f"POST / HTTP/1.1\r\n{framing}\r\n\r\n".encode())
+            framing = b"Transfer-Encoding: chunked" if length is None else b"Content-Length: %b" % length
+            self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n\r\n" % framing)
         return rest
 
-    def _check_repeated(self, headers: dict[str, str]) -> frozenset[str]:
+    def _check_repeated(self, headers: dict[str, bytes]) -> frozenset[str]:
         """Check the number of headers or trailers. Return the names of those that are repeated."""
         repeated = frozenset(self._repeated)
         if len(headers) + len(self._repeated) > MAX_HEADERS or repeated & _SINGLE:

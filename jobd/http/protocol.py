@@ -182,12 +182,12 @@ class WorkerConnection(asyncio.Protocol):
         """Run a request, or wait for its body, or respond to it if it is rejected."""
         self._current = request
         request.connection = self
-        self.app.request_started()
+        self.app.pending.add(request)
         try:
             response = self.app.authorize(request) if request.error is None else self._malformed_response(request)
             if response is None:
-                assert request.route is not None
-                if request.route.handler is not None:
+                assert request.resolved is not None
+                if request.resolved.route.handler is not None:
                     request.task = self._loop.create_task(self._run(request))
                     return
                 response = self._send(request) if request.is_complete else self._wait_for_body(request)
@@ -253,7 +253,7 @@ class WorkerConnection(asyncio.Protocol):
         if self._current is not request:  # the connection was lost
             return
         if response is None:
-            self._finish(request)
+            self._finish(request, None)
         elif request.is_streamed:  # too late for a response
             request.abort()
         else:
@@ -265,15 +265,14 @@ class WorkerConnection(asyncio.Protocol):
         """Write the actor's response. Raises nothing, because the actor is not concerned by errors here."""
         prepared = request.prepared
         if prepared is not None and prepared[0] is response and not self.app.closing:
-            request.response = prepared[1]
-            self._write(request, prepared[2])
+            self._write(request, prepared[1], prepared[2])
             return
         try:
-            request.response = made = self.app.respond(request, response)
+            made = self.app.respond(request, response)
         except Exception as bug:
             self._loop.call_soon(self._fail, request, bug)
         else:
-            self._write(request, made.encode(request))
+            self._write(request, made, made.encode(request))
 
     def _fail(self, request: WorkerRequest, bug: Exception) -> None:
         if self._current is request:
@@ -285,35 +284,32 @@ class WorkerConnection(asyncio.Protocol):
         return self.app.error_response(request, INTERNAL_ERROR, close=True)
 
     def _respond(self, request: WorkerRequest, response: HttpResponse) -> None:
-        request.response = response
-        self._write(request, response.encode(request))
+        self._write(request, response, response.encode(request))
 
-    def _write(self, request: WorkerRequest, data: bytes, timeout_s: float = PROBE_S) -> None:
-        response, transport = request.response, self.transport
-        assert response is not None
+    def _write(self, request: WorkerRequest, response: HttpResponse, data: bytes, timeout_s: float = PROBE_S) -> None:
+        transport, is_written = self.transport, False
         if transport is not None and not transport.is_closing():
-            if not self._ahead:
-                transport.write(data)
-                request.is_written = not transport.is_closing()  # a failed write closes the transport
-            elif response.on_lost is None or not self._is_probing(transport):
-                transport.write(data[self._ahead :])
-                request.is_written = not transport.is_closing()
+            if not (self._ahead and response.on_lost is not None and self._is_probing(transport)):
+                transport.write(data[self._ahead :] if self._ahead else data)
+                is_written = not transport.is_closing()  # a failed write closes the transport
             elif timeout_s > 0:
+                request.response = response
                 left_s = timeout_s - PROBE_POLL_S
-                request.timer = self._loop.call_later(PROBE_POLL_S, self._write, request, data, left_s)
+                request.timer = self._loop.call_later(PROBE_POLL_S, self._write, request, response, data, left_s)
                 return
             else:
                 transport.abort()
-        if not request.is_written:
+        if not is_written:
             if response.on_lost is not None:
                 response.on_lost()
         elif self._is_writing_paused:
             assert transport is not None
             self._is_flushing = True
+            request.response = response
             request.is_written = transport.get_write_buffer_size() < len(data)  # a part of it
             request.timer = abort_later(transport)
             return
-        self._finish(request)
+        self._finish(request, response)
 
     def pause_writing(self) -> None:
         self._is_writing_paused = True
@@ -324,8 +320,7 @@ class WorkerConnection(asyncio.Protocol):
             self._drained.set_result(None)
         current = self._current
         if current is not None and self._is_flushing:
-            current.is_written = True
-            self._finish(current)
+            self._finish(current, current.response)
 
     async def drain(self) -> None:
         """Wait until the client has read enough."""
@@ -333,9 +328,9 @@ class WorkerConnection(asyncio.Protocol):
             self._drained = self._loop.create_future()
             await self._drained
 
-    def _finish(self, request: WorkerRequest) -> None:
+    def _finish(self, request: WorkerRequest, response: HttpResponse | None) -> None:
         """End a request whose response is written, and go on with the next one."""
-        response, transport = request.response, self.transport
+        transport = self.transport
         self._end(request)
         if transport is None or transport.is_closing():
             return
@@ -357,8 +352,7 @@ class WorkerConnection(asyncio.Protocol):
             self._idle_since = self._loop.time()
 
     def _end(self, request: WorkerRequest) -> None:
-        # Break the cycles, or only the garbage collector would free requests.
-        request.envelope = request.prepared = None
+        request.envelope = None  # break the cycle, or only the garbage collector would free requests
         if request.timer is not None:
             request.timer.cancel()
             request.timer = None
@@ -366,9 +360,9 @@ class WorkerConnection(asyncio.Protocol):
         self._ahead = 0
         self._is_flushing = False
         if request.task is None or request.task.done():
-            self.app.request_finished()
+            self.app.pending.discard(request)
         else:
-            request.task.add_done_callback(lambda _: self.app.request_finished())
+            request.task.add_done_callback(lambda _: self.app.pending.discard(request))
 
     def _drop(self) -> None:
         """Go on after the rest of a rejected body has been dropped."""

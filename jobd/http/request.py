@@ -13,7 +13,7 @@ from typing import Final
 from msgspec import Struct
 from msgspec.structs import replace
 
-from jobd.http.auth import OPERATOR_HEADER, operator_name
+from jobd.http.auth import OPERATOR_HEADER, header_text, operator_name
 from jobd.http.routing import ResolvedRoute, Route
 from jobd.model.commands import IdempotencyKey, Operator
 
@@ -30,16 +30,17 @@ class BodyError(Exception):
 class RequestContext(Struct, eq=False):
     """A request as handlers see it. Each listener has a subclass with the methods that are not implemented here.
 
-    `path` and `query` are not decoded. `headers` have lower-case names. The values of a repeated header are joined by
-    commas (cookies by semicolons), and `repeated` contains its name. `version` is "1.1" or "1.0"; others are rejected.
-    `is_truncated`: the client stopped sending before the end of the body. If `keep_alive` is false, the connection ends
-    after the response.
+    `path` and `query` are not decoded. `headers` have lower-case names and raw values (see `header`); the values of a
+    repeated header are joined by commas (cookies by semicolons), and `repeated` contains its name. `version` is "1.1"
+    or "1.0"; others are rejected. `is_truncated`: the client stopped sending before the end of the body. If
+    `keep_alive` is false, the connection ends after the response. `resolved` is None before `App.authorize`, and if
+    there is no such route.
     """
 
     method: str
     path: str
     query: str
-    headers: Mapping[str, str]
+    headers: Mapping[str, bytes]
     repeated: frozenset[str]
     version: str
     keep_alive: bool
@@ -48,13 +49,20 @@ class RequestContext(Struct, eq=False):
     by: str = "client"
     admin: bool = False  # whether the response may contain lock ids
     operator: Operator | None = None  # if the call may change state
-    route: Route | None = None
-    resolved: ResolvedRoute | None = None  # once the request is authorized
+    resolved: ResolvedRoute | None = None
     path_value: str | None = None
     allow: frozenset[str] = frozenset()
     key: IdempotencyKey | None = None
     size: int = 0
     job_id: str | None = None
+
+    @property
+    def route(self) -> Route | None:
+        return None if self.resolved is None else self.resolved.route
+
+    def header(self, name: str) -> str:
+        """Return the value of a header, "" if it is missing."""
+        return header_text(self.headers, name)
 
     # -- connection ----------------------------------------------------------------------------------------------------
 
@@ -112,29 +120,21 @@ class RequestContext(Struct, eq=False):
         raise NotImplementedError
 
 
-def add_header(headers: dict[str, str], name: str, value: str) -> bool:
+def add_header(headers: dict[str, bytes], name: str, value: bytes) -> bool:
     """Add a header with a lower-case name. Return whether it is a repetition."""
     if name not in headers:
         headers[name] = value
         return False
-    headers[name] += ("; " if name == "cookie" else ", ") + value
+    headers[name] += (b"; " if name == "cookie" else b", ") + value
     return True
 
 
-def split_target(target: str, headers: dict[str, str]) -> tuple[str, str]:
-    """Return path and query of a request target. The host in a URI replaces the Host header."""
-    if target[:1] != "/":
-        target = _without_authority(target, headers)
-    path, _, query = target.partition("?")
-    return path, query
-
-
-def _without_authority(target: str, headers: dict[str, str]) -> str:
+def without_authority(target: str, headers: dict[str, bytes]) -> str:
     """Return the path and query of a URI. Its host replaces the Host header (RFC 9112, 3.2.2)."""
     uri = _URI.fullmatch(target)
     if uri is None:
         return target
-    headers["host"] = uri[1]
+    headers["host"] = uri[1].encode("utf-8", "surrogateescape")
     path = uri[2] or "/"
     return path if path.startswith("/") else f"/{path}"
 
@@ -154,14 +154,14 @@ def client_address(ctx: RequestContext) -> str:
 
 def operator_of(ctx: RequestContext, name: str = "") -> Operator:
     """Return the operator who requests a change. `name` takes precedence over the header."""
-    return Operator(name or operator_name(ctx.headers.get(_OPERATOR, "")), client_address(ctx))
+    return Operator(name or operator_name(ctx.header(_OPERATOR)), client_address(ctx))
 
 
 def reading_operator(ctx: RequestContext, name: str = "") -> Operator:
     """Return the operator who reads audited data. A read-only token without a name is `reader`."""
     if ctx.operator is not None:
         return ctx.operator
-    name = name or operator_name(ctx.headers.get(_OPERATOR, ""))
+    name = name or operator_name(ctx.header(_OPERATOR))
     return Operator(name or ("reader" if ctx.by == "reader" else ""), client_address(ctx))
 
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Annotated, Any, Final, Literal
 
@@ -87,6 +88,11 @@ _REPLAYED_HEADERS: Final = {**_JSON_HEADERS, "Idempotent-Replayed": "true"}
 _JSON_HEADS: Final = {int(status): _head(status, _JSON_HEADERS) for status in HTTPStatus}
 
 
+@lru_cache
+def _length_line(size: int) -> bytes:
+    return b"Content-Length: %d\r\n\r\n" % size
+
+
 class HttpResponse(Struct, eq=False):
     """A complete response.
 
@@ -107,13 +113,13 @@ class HttpResponse(Struct, eq=False):
         is_usual = ctx.version == "1.1" and ctx.keep_alive and not self.close
         connection = b"" if is_usual else connection_line(ctx, self.close)
         body = b"" if ctx.method == "HEAD" else self.body
-        return b"%b%b%bContent-Length: %d\r\n\r\n%b" % (head, _date.line(), connection, len(self.body), body)
+        return b"".join((head, _date.line(), connection, _length_line(len(self.body)), body))
 
 
 def stream_head(ctx: RequestContext, headers: Mapping[str, str], length: int | None) -> bytes:
     """Return the head of a streamed response. Without `length`, its body is chunked or ends with the connection."""
     if length is not None:
-        body = b"Content-Length: %d\r\n\r\n" % length
+        body = _length_line(length)
     else:
         body = b"Transfer-Encoding: chunked\r\n\r\n" if ctx.version == "1.1" else b"\r\n"
     return b"".join((_head(200, headers), _date.line(), connection_line(ctx), body))
@@ -131,18 +137,13 @@ def abort_later(transport: asyncio.Transport) -> asyncio.TimerHandle:
     return asyncio.get_running_loop().call_later(WRITE_TIMEOUT_S, transport.abort)
 
 
-def ok_response(
-    data: Any,
-    status: int,
-    replayed: bool = False,
-    close: bool = False,
-    on_lost: Callable[[], None] | None = None,
-) -> HttpResponse:
-    """Build the response `{"success": true, "data": …}`, or one with a raw body. `status` may be 503, too."""
+def ok_response(response: Response, close: bool, on_lost: Callable[[], None] | None) -> HttpResponse:
+    """Build the response `{"success": true, "data": …}`, or one with a raw body. The status may be 503, too."""
+    data = response.data
     if type(data) is RawBody:
-        return HttpResponse(status, _page_headers(data), data.body, close)
-    headers = _REPLAYED_HEADERS if replayed else _JSON_HEADERS
-    return HttpResponse(status, headers, _encode(_SuccessBody(True, data)), close, False, on_lost)
+        return HttpResponse(response.status, _page_headers(data), data.body, close)
+    headers = _REPLAYED_HEADERS if response.replayed else _JSON_HEADERS
+    return HttpResponse(response.status, headers, _encode(_SuccessBody(True, data)), close, False, on_lost)
 
 
 def _page_headers(page: RawBody) -> dict[str, str]:

@@ -75,14 +75,6 @@ class ResolvedRoute(Struct, frozen=True):
     names_job: bool
 
 
-class RouteMatch(Struct, frozen=True):
-    """The result of a match: the route, the value of the path part in braces, and the allowed methods."""
-
-    resolved: ResolvedRoute | None
-    path_value: str | None = None
-    allowed: frozenset[str] = frozenset()
-
-
 class Router:
     """Match paths to routes: exact paths first, then paths with a part in braces. Building it takes about 0.1 s."""
 
@@ -102,26 +94,23 @@ class Router:
             methods[route.method] = _resolved(route, limits)
             if route.method == "GET" and route.auth == "anyone":
                 methods["HEAD"] = methods["GET"]  # load balancers probe with HEAD
-        self._exact = {
-            path: {method: RouteMatch(resolved) for method, resolved in methods.items()}
-            for path, methods in exact.items()
-        }
+        self._exact = exact
         self._patterns = tuple(patterns.items())
 
-    def match(self, method: str, path: str) -> RouteMatch:
-        """Match a request. `allowed` is only set if the path does not support `method`."""
+    def match(self, method: str, path: str) -> tuple[ResolvedRoute | None, str | None]:
+        """Return the route of a request, and the value of the path part in braces."""
         exact = self._exact.get(path)
-        if exact is not None and (found := exact.get(method)) is not None:
-            return found
+        if exact is not None and method in exact:
+            return exact[method], None
         for prefix, tails in self._patterns:
             if path.startswith(prefix):
                 value, slash, rest = path[len(prefix) :].partition("/")
                 methods = tails.get(slash + rest)
-                if methods is not None and value and (resolved := methods.get(method)) is not None:
-                    return RouteMatch(resolved, unquote(value) if "%" in value else value)
-        return RouteMatch(None, None, self._allowed(path))
+                if methods is not None and value and method in methods:
+                    return methods[method], unquote(value) if "%" in value else value
+        return None, None
 
-    def _allowed(self, path: str) -> frozenset[str]:
+    def allowed(self, path: str) -> frozenset[str]:
         """Return the methods that `path` supports."""
         allowed = set(self._exact.get(path, ()))
         for prefix, tails in self._patterns:
