@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import pytest
 import uvloop
 from blockbuster import BlockBuster
+from hypothesis import settings
 
 import jobd
 from jobd.storage import startup
@@ -29,6 +30,9 @@ TESTS = str(Path(__file__).parent) + os.sep
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell ignores SIGINT in a background process, which the programs that tests interrupt would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+settings.register_profile("untimed", deadline=None)  # a machine may be busy
+settings.load_profile("untimed")
 
 _journals = itertools.count(1)
 EPOCH_1_MS = 1_577_836_801_000  # wall time that yields epoch 1

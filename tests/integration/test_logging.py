@@ -59,7 +59,7 @@ def test_every_event_is_one_clean_line(format: str, capsys: pytest.CaptureFixtur
     assert len(lines(capsys)) == 2
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(), format=st.sampled_from(FORMATS))
 def test_any_text_is_one_clean_line(text: str, format: str, capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("info", format)

@@ -700,7 +700,7 @@ def _text_of(values: dict[str, object]) -> str:
     )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(_NAMES, _ODD, max_size=3).map(_text_of) | st.text(max_size=60) | st.just("a = " + "[" * 50_000))
 def test_any_file_is_a_configuration_or_one_clear_message(write: Write, text: str) -> None:
     path = write(text)
@@ -713,7 +713,7 @@ def test_any_file_is_a_configuration_or_one_clear_message(write: Write, text: st
         assert reloaded.config == found.config
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.dictionaries(
         st.sampled_from(list(KEYS)), st.text(max_size=8) | st.sampled_from(["a:\u00b2", "9" * 5_000]), max_size=3

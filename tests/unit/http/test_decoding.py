@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -254,7 +254,6 @@ _FIELDS = sorted(
 
 
 @pytest.mark.slow
-@settings(deadline=None)  # a machine may be busy
 @given(st.sampled_from(sorted(DECODERS)), st.dictionaries(st.sampled_from(_FIELDS) | st.text(max_size=8), _JSON))
 def test_any_object_gives_a_command_or_a_400(name: str, fields: dict[str, Any]) -> None:
     decoder = DECODERS[name]

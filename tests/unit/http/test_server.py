@@ -205,7 +205,7 @@ async def test_a_client_that_resets_the_connection_leaves_nothing_behind(harness
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     junk=st.binary(min_size=1, max_size=300),
     start=st.sampled_from(

@@ -374,7 +374,7 @@ async def test_a_store_in_memory_behaves_the_same() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 1 << 32), sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12))
 def test_rows_journal_totals_and_counts_agree_after_any_batches(
     tmp_path_factory: pytest.TempPathFactory, seed: int, sizes: list[int]
