@@ -181,14 +181,33 @@ class App(Generic[S]):
     def authorize(self, ctx: RequestContext) -> HttpResponse | None:
         """Find the route of a request, and check all but its body. Returns an HTTP response if it is rejected."""
         try:
-            self._authorize(ctx)
+            found, value = self._router.match(ctx.method, ctx.path)
+            resolved = self._resolve(ctx, found)
+            if "expect" in ctx.headers and ctx.header("expect").lower() not in ACCEPTED_EXPECT:
+                raise api_error(
+                    "expectation_failed",
+                    "The only supported value of the `Expect` header is `100-continue`. Omit the header.",
+                )
+            if value is not None:
+                ctx.path_value = path_value(resolved.decoder, value)
+                if resolved.decoder.path_field == "id":
+                    ctx.job_id = value
+            if ctx.method == "GET":
+                if ctx.has_body:
+                    raise api_error("invalid_request", "A GET request must not have a body.", field="$")
+            elif ctx.query:
+                raise api_error(
+                    "invalid_request", "This call takes no query parameters. Send the fields in the body.", field="$"
+                )
+            elif ctx.has_body or resolved.route.body == "lines":
+                check_content_type(ctx.headers, BODY_TYPES[resolved.route.body])
             return None
         except ApiException as rejected:
             return self.error_response(ctx, rejected.error)
         except Exception as bug:
             return self.error_response(ctx, self.log_internal_error(ctx, bug))
 
-    def send(self, ctx: RequestContext, body: bytes, responder: Waiter) -> Envelope | HttpResponse:
+    def send(self, ctx: RequestContext, body: bytes, responder: Waiter) -> HttpResponse | None:
         """Send the request's command to the actor. `responder` receives the actor's response.
 
         Returns an HTTP response if the request is rejected.
@@ -198,11 +217,14 @@ class App(Generic[S]):
             sent = self.actor.send(
                 command, responder, by=ctx.by, admin=ctx.admin, key=ctx.key, size=len(body), operator=ctx.operator
             )
+            if not isinstance(sent, ApiError):
+                ctx.envelope = sent
+                return None
         except ApiException as rejected:
             sent = rejected.error
         except Exception as bug:
             sent = self.log_internal_error(ctx, bug)
-        return self.error_response(ctx, sent) if isinstance(sent, ApiError) else sent
+        return self.error_response(ctx, sent)
 
     def respond(self, ctx: RequestContext, response: Response | ApiError) -> HttpResponse:
         """Make the HTTP response from the actor's response."""
@@ -261,29 +283,6 @@ class App(Generic[S]):
         lost = partial(self.actor.undelivered, response) if response.grants else None
         return ok_response(response, self.closing, lost)
 
-    def _authorize(self, ctx: RequestContext) -> None:
-        found, value = self._router.match(ctx.method, ctx.path)
-        resolved = self._resolve(ctx, found)
-        if "expect" in ctx.headers and ctx.header("expect").lower() not in ACCEPTED_EXPECT:
-            raise api_error(
-                "expectation_failed",
-                "The only supported value of the `Expect` header is `100-continue`. Omit the header.",
-            )
-        decoder = resolved.decoder
-        if decoder.path_field is not None:
-            ctx.path_value = path_value(decoder, value or "")
-            if decoder.path_field == "id":
-                ctx.job_id = ctx.path_value
-        if ctx.method == "GET":
-            if ctx.has_body:
-                raise api_error("invalid_request", "A GET request must not have a body.", field="$")
-        elif ctx.query:
-            raise api_error(
-                "invalid_request", "This call takes no query parameters. Send the fields in the body.", field="$"
-            )
-        elif ctx.has_body or resolved.route.body == "lines":
-            check_content_type(ctx.headers, BODY_TYPES[resolved.route.body])
-
     def _decode(self, ctx: RequestContext, body: bytes) -> Command:
         """Decode the command, and set the caller and the job in the context."""
         resolved = ctx.resolved
@@ -292,11 +291,9 @@ class App(Generic[S]):
             return resolved.decoder.from_query(ctx.query, ctx.path_value)
         if len(body) > self.limits.body:
             raise ApiException(self.body_too_large())
-        if resolved.route.key and IDEMPOTENCY_KEY in ctx.headers:
+        if IDEMPOTENCY_KEY in ctx.headers and resolved.route.key:
             self._read_idempotency_key(ctx, resolved.route, body)
-        if resolved.route.body == "form":
-            return resolved.decoder.from_form(body, ctx.path_value)
-        command: Any = resolved.decoder.from_body(body, ctx.path_value)
+        command: Any = resolved.decode(body, ctx.path_value)
         if resolved.names_worker:
             ctx.by = f"worker:{command.worker}"
         elif resolved.names_job and command.id is not None:
@@ -313,7 +310,8 @@ class App(Generic[S]):
             ctx.by = "admin"
         if (not self._is_signed_in(ctx)) if resolved is None else resolved.route.auth != "anyone":
             is_reader = self.authenticator.authenticate(ctx.headers) == "read"
-            ctx.admin = self.admin and not is_reader
+            if self.admin:
+                ctx.admin = not is_reader
         if self.authenticator.hosts is not None:
             self.authenticator.check_origin(ctx.headers, ctx.local_address)
         if resolved is not None:

@@ -161,13 +161,11 @@ def check_content_type(headers: Mapping[str, bytes], expected: str) -> None:
     """Raise a 415 error unless the body is of the type `expected`, in UTF-8 and not compressed."""
     if headers.get("content-type") != _RAW[expected] and not _is_type(header_text(headers, "content-type"), expected):
         raise api_error("unsupported_media_type", f"The body must be {expected}: send `Content-Type: {expected}`.")
-    if _is_coded(headers, "content-encoding", "identity") or _is_coded(headers, "transfer-encoding", "chunked"):
+    if ("content-encoding" in headers and header_text(headers, "content-encoding").lower() != "identity") or (
+        "transfer-encoding" in headers and header_text(headers, "transfer-encoding").lower() != "chunked"
+    ):
         message = "Compressed bodies are not supported. Send the body uncompressed."
         raise api_error("unsupported_media_type", message)
-
-
-def _is_coded(headers: Mapping[str, bytes], name: str, accepted: str) -> bool:
-    return name in headers and header_text(headers, name).lower() != accepted
 
 
 def _is_type(content_type: str, expected: str) -> bool:

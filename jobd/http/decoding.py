@@ -103,7 +103,7 @@ class RequestDecoder:
             raise validation_error(str(error), self.body_type) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise malformed_json_error(error) from None
-        command = self._build(part, value)
+        command = part if self._make_command is None else self._build(part, value)
         if type(command) is Bulk and len(command.jobs) > self.limits.bulk:
             raise _too_many("jobs", self.limits.bulk)
         if self._key_checks:

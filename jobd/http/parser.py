@@ -146,33 +146,31 @@ class RequestParser:
             headers[key] = value
 
     def on_headers_complete(self) -> None:
-        headers, url, parser, repeated = self._headers, self._url, self._parser, NONE
+        headers, url, parser = self._headers, self._url, self._parser
         self._headers, self._url, self._framing = {}, b"", 0
-        if self._repeated or len(headers) > MAX_HEADERS:
-            repeated = self._check_repeated(headers)
+        repeated = self._check_repeated(headers) if self._repeated or len(headers) > MAX_HEADERS else NONE
         if self.incoming is not None:  # this is the head that `_decline_upgrade` has made
             return
         keep_alive = parser.should_keep_alive()
         # Only HTTP/1.1 keeps a connection alive without this header.
         version = "1.1" if keep_alive and "connection" not in headers else parser.get_http_version()
-        method, length = parser.get_method(), headers.get("content-length")
-        if (
-            (version == "1.1" and "host" not in headers)
-            or OLD_WEBSOCKET in headers
-            or not (url.startswith(b"/") or _is_uri(url, method))
-        ):
+        method, target = parser.get_method().decode(), url.decode("utf-8", "surrogateescape")
+        if (version == "1.1" and "host" not in headers) or OLD_WEBSOCKET in headers:
             raise self._malformed(WRONG_HEAD)
-        target = url.decode("utf-8", "surrogateescape")
-        path, _, query = (target if target.startswith("/") else without_authority(target, headers)).partition("?")
+        if target[0] != "/":
+            if not _is_uri(url, method):
+                raise self._malformed(WRONG_HEAD)
+            target = without_authority(target, headers)
+        path, _, query = target.partition("?")
         self._latest = self.incoming = request = WorkerRequest(
-            method.decode(),
+            method,
             path,
             query,
             headers,
             repeated,
             version,
             keep_alive,
-            "transfer-encoding" in headers or (length is not None and length.strip(b"0 \t") != b""),
+            "transfer-encoding" in headers or headers.get("content-length", b"").strip(b"0 \t") != b"",
         )
         self._add_request(request)
 
@@ -233,6 +231,6 @@ class RequestParser:
             raise self._malformed(WRONG_HEAD)
 
 
-def _is_uri(target: bytes, method: bytes) -> bool:
+def _is_uri(target: bytes, method: str) -> bool:
     """Return whether a request target other than a path is valid."""
-    return method == b"CONNECT" or (target == b"*" and method == b"OPTIONS") or _URI.fullmatch(target) is not None
+    return method == "CONNECT" or (target == b"*" and method == "OPTIONS") or _URI.fullmatch(target) is not None

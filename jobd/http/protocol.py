@@ -235,11 +235,7 @@ class WorkerConnection(asyncio.Protocol):
         if request.is_truncated:
             return self.app.error_response(request, TRUNCATED_BODY, close=True)
         body = request.body
-        result = self.app.send(request, body if type(body) is bytes else bytes(body), request)
-        if isinstance(result, HttpResponse):
-            return result
-        request.envelope = result
-        return None
+        return self.app.send(request, body if type(body) is bytes else bytes(body), request)
 
     async def _run(self, request: WorkerRequest) -> None:
         """Run the handler of a request. It is cancelled if the connection is lost."""

@@ -13,6 +13,7 @@ from typing import Final
 from msgspec import Struct
 from msgspec.structs import replace
 
+from jobd.engine.mailbox import Envelope
 from jobd.http.auth import OPERATOR_HEADER, header_text, operator_name
 from jobd.http.routing import ResolvedRoute, Route
 from jobd.model.commands import IdempotencyKey, Operator
@@ -54,6 +55,7 @@ class RequestContext(Struct, eq=False):
     allow: frozenset[str] = frozenset()
     key: IdempotencyKey | None = None
     size: int = 0
+    envelope: Envelope | None = None  # while the actor has the command
     job_id: str | None = None
 
     @property

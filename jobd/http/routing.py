@@ -71,6 +71,7 @@ class ResolvedRoute(Struct, frozen=True):
 
     route: Route
     decoder: RequestDecoder
+    decode: Callable[[bytes, str | None], Command]  # of a body
     names_worker: bool  # the command names the worker that sends it
     names_job: bool
 
@@ -95,16 +96,16 @@ class Router:
             if route.method == "GET" and route.auth == "anyone":
                 methods["HEAD"] = methods["GET"]  # load balancers probe with HEAD
         self._exact = exact
-        self._patterns = tuple(patterns.items())
+        self._patterns = tuple((prefix, len(prefix), tails) for prefix, tails in patterns.items())
 
     def match(self, method: str, path: str) -> tuple[ResolvedRoute | None, str | None]:
         """Return the route of a request, and the value of the path part in braces."""
         exact = self._exact.get(path)
         if exact is not None and method in exact:
             return exact[method], None
-        for prefix, tails in self._patterns:
+        for prefix, size, tails in self._patterns:
             if path.startswith(prefix):
-                value, slash, rest = path[len(prefix) :].partition("/")
+                value, slash, rest = path[size:].partition("/")
                 methods = tails.get(slash + rest)
                 if methods is not None and value and method in methods:
                     return methods[method], unquote(value) if "%" in value else value
@@ -113,8 +114,8 @@ class Router:
     def allowed(self, path: str) -> frozenset[str]:
         """Return the methods that `path` supports."""
         allowed = set(self._exact.get(path, ()))
-        for prefix, tails in self._patterns:
-            value, slash, rest = path.removeprefix(prefix).partition("/")
+        for prefix, size, tails in self._patterns:
+            value, slash, rest = path[size:].partition("/")
             if path.startswith(prefix) and value:
                 allowed |= tails.get(slash + rest, {}).keys()
         return frozenset(allowed)
@@ -122,6 +123,11 @@ class Router:
 
 def _resolved(route: Route, limits: Limits) -> ResolvedRoute:
     decoder = make_decoder(route.request, route.path_field, limits)
+    decode = decoder.from_form if route.body == "form" else decoder.from_body
     return ResolvedRoute(
-        route, decoder, issubclass(route.request, Start | Claim), issubclass(route.request, Create | NamedJobCommand)
+        route,
+        decoder,
+        decode,
+        issubclass(route.request, Start | Claim),
+        issubclass(route.request, Create | NamedJobCommand),
     )

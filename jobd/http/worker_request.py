@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any, Final, Protocol, cast
 
-from jobd.engine.mailbox import Envelope
 from jobd.http.app import MALFORMED_BODY, App
 from jobd.http.request import BodyError, RequestContext
 from jobd.http.response import HttpResponse, stream_head
@@ -39,7 +38,6 @@ class WorkerRequest(RequestContext, eq=False):
     connection: RequestConnection = cast(Any, None)  # set once it is started
     is_waiting: bool = False  # for the rest of its body
     error: ApiError | None = None  # of a malformed request
-    envelope: Envelope | None = None
     prepared: tuple[Response, HttpResponse, bytes] | None = None  # encoded before its commit
     response: HttpResponse | None = None
     is_written: bool = False
