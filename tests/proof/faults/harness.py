@@ -128,7 +128,7 @@ def commit() -> str:
 
 
 def run_check(check: Check, rounds: int, *, timed: bool) -> CheckOutcome:
-    """Run one check. Any exception is its failure. If a tool is missing, the check is skipped."""
+    """Run one check. Any exception is its failure: its files are kept. If a tool is missing, the check is skipped."""
     command = f"python -m tests.proof.faults {check.name}"
     command += f" --rounds {rounds}" if rounds != check.rounds else ""
     command += "" if timed else " --few"
@@ -148,10 +148,12 @@ def run_check(check: Check, rounds: int, *, timed: bool) -> CheckOutcome:
     began_s = time.monotonic()
     counts: Counts = {}
     story = ""
-    with tempfile.TemporaryDirectory(prefix="jobd-fault-") as directory:
-        try:
-            counts = check.run(Trial(Path(directory), rounds, timed))
-        except Exception:
-            story = traceback.format_exc()
+    directory = Path(tempfile.mkdtemp(prefix="jobd-fault-"))
+    try:
+        counts = check.run(Trial(directory, rounds, timed))
+    except Exception:
+        story = f"{traceback.format_exc()}Its files are in {directory}"
+    else:
+        shutil.rmtree(directory)
     seconds = round(time.monotonic() - began_s, 1)
     return replace(begun, verdict="FAILED" if story else "passed", seconds=seconds, counts=counts, story=story)

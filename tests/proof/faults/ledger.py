@@ -6,13 +6,15 @@ load.py generates the load.
 from __future__ import annotations
 
 import bisect
+import json
 import math
 import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from jobd.model.events import Event
@@ -112,6 +114,10 @@ class Ledger:
         holder = self.tokens.setdefault(token, record.job_id)
         self.granted_s.setdefault(token, record.answered_s[-1])
         assert holder == record.job_id, f"token {token} was granted for {holder} and again for {record.job_id}"
+
+    def write(self, file: Path) -> None:
+        """Write all jobs, one a line, as JSON."""
+        file.write_text("".join(f"{json.dumps(asdict(record))}\n" for record in self.jobs.values()))
 
     # -- afterwards ---------------------------------------------------------------------------------------------------
 

@@ -272,6 +272,18 @@ class NodesUnderLoad:
             **_times("without an acknowledgement", [self._gap_s(*fault) for fault in self._faults]),
         }
 
+    def keep_evidence(self) -> None:
+        """Write the ledger, the logs of the nodes and the journal beside the stores."""
+        directory = self._trial.directory
+        self.ledger.write(directory / "ledger.jsonl")
+        for node in self.nodes:
+            (directory / f"{node.name}.log").write_bytes(node.log)
+        with suppress(AssertionError):  # no server runs
+            journal = self.servers[0].sql(
+                "COPY (SELECT * FROM jobd_journal ORDER BY number) TO STDOUT", database=DATABASE
+            )
+            (directory / "journal.tsv").write_text(journal)
+
     def _gap_s(self, began_s: float, ended_s: float) -> float:
         """Return the longest time without an acknowledgement around a fault."""
         times = sorted(
@@ -341,7 +353,12 @@ def nodes_under_load(trial: Trial, *, networks: Sequence[NodeNetwork] = ()) -> I
         servers[0].sql(f"CREATE ROLE {ROLE} LOGIN PASSWORD '{PASSWORD}'")
         servers[0].sql(f"CREATE DATABASE {DATABASE} OWNER {ROLE}")
         asyncio.run(create(servers[0].url(DATABASE, role=ROLE), "main", uuid4().hex))
-        yield NodesUnderLoad(trial, servers, stack, networks)
+        cluster = NodesUnderLoad(trial, servers, stack, networks)
+        try:
+            yield cluster
+        except BaseException:
+            cluster.keep_evidence()
+            raise
         for server in servers:
             if server.process is not None:
                 server.kill()  # a shutdown takes seconds
