@@ -28,10 +28,10 @@ from jobd.http.app import App
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
 from jobd.maintenance.backups import Backups
 from jobd.maintenance.cleanup_pass import CleanupSchedule
+from jobd.maintenance.clock_monitor import SET_BACK_MS, ClockMonitor
 from jobd.maintenance.maintainer import Maintainer, read_extra, read_stats
 from jobd.maintenance.plans import Planner
 from jobd.maintenance.scrubber import Scrubber
-from jobd.maintenance.suspend_detector import SuspendDetector
 from jobd.model.commands import EndGrants, ExtendAfterPause, KeepDue
 from jobd.model.errors import ApiError, not_leader_error
 from jobd.model.job import SECOND_MS
@@ -119,15 +119,15 @@ class Serving:
         self.failures = FailureGroups(store, numbers.next_job, opened.jobs)
         self.actor.on_commit += [self.feed.publish, self.failures.committed]
         self._lead: Leadership | None = None
-        self._suspend_detector = SuspendDetector(self._on_pause)
-        self.actor.before_batch = self._suspend_detector.check
+        self._clock_monitor = ClockMonitor(self._on_pause, self._on_set_back)
+        self.actor.before_batch = self._clock_monitor.check
 
     def bind(self, lead: Leadership) -> None:
         """Let the actor end when the lead is lost."""
 
         def check() -> None:
             lead.check()
-            self._suspend_detector.check()
+            self._clock_monitor.check()
 
         def begin_epoch(epoch: int) -> None:
             self.actor.state.epoch, self.actor.state.next_token = epoch, 1
@@ -145,7 +145,7 @@ class Serving:
         """Start the actor and the background parts. `on_end` is called when the actor ends. Raises CannotStart."""
         settings, run = self._loaded.config, self._background.run
         self._recover_processing()
-        self._keep_due()
+        self._keep_due_since_last_commit()
         self.running = asyncio.create_task(self.actor.run(), name="actor")
         self.running.add_done_callback(lambda _: on_end())
         self._stack.push_async_callback(self._stop_actor)
@@ -154,7 +154,7 @@ class Serving:
         self.maintainer.hold_journal(self.webhooks.journal_hold_ms)
         run("cleanup", self.maintainer)
         run("failures", self.failures)
-        run("presence", self._suspend_detector)
+        run("presence", self._clock_monitor)
         sweeper = await self._start_sweeper()
         self.services = self._make_services(sweeper, cluster_view, step_down)
         self.timeseries = Timeseries.opened(read_extra(self._opened.stats), self.clock.moment().now)
@@ -203,12 +203,15 @@ class Serving:
             self.actor.enqueue_internal(EndGrants(ids=ids, last=index + 1 >= len(slices)))
         log.warning("backup_put_back", grants_to_end=len(self.actor.state.processing), epoch=self.actor.state.epoch)
 
-    def _keep_due(self) -> None:
+    def _keep_due_since_last_commit(self) -> None:
         """Keep the jobs due that were due by the clock of the former leader, or before a restart."""
-        numbers, now = self._opened.numbers, self.clock.moment().now
-        if numbers.wall_ms < now + SECOND_MS and not numbers.clock_suspect:
-            return  # the clock has not been set back
-        for ids in _slices(maintenance_rules.due_before(self.actor.state, now)):
+        numbers = self._opened.numbers
+        if numbers.wall_ms >= self.clock.moment().now + SET_BACK_MS or numbers.clock_suspect:
+            self._keep_due()
+
+    def _keep_due(self) -> None:
+        """Keep the jobs due that the wall clock has made wait again. The actor does so before any other command."""
+        for ids in _slices(maintenance_rules.due_before(self.actor.state, self.clock.moment().now)):
             self.actor.enqueue_internal(KeepDue(ids=ids))
 
     def _processing_slices(self) -> list[list[str]]:
@@ -223,6 +226,10 @@ class Serving:
         """Extend locks after a time in which the process was stopped, or its machine was suspended or starved."""
         log.warning("was_away", away_ms=pause_ms, processing=len(self.actor.state.processing))
         self._extend_locks(self.clock.moment().lease - pause_ms)
+
+    def _on_set_back(self, back_ms: int) -> None:
+        log.warning("clock_set_back", back_ms=back_ms)
+        self._keep_due()
 
     async def _start_sweeper(self) -> ArtifactSweeper | None:
         """Start the deletion of the artifacts of deleted jobs, if there is an artifact store."""

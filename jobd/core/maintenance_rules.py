@@ -165,9 +165,9 @@ def credit_absence(tx: Transaction, command: ExtendAfterPause) -> Response:
 def due_before(state: State, now: int) -> list[str]:
     """Return the live jobs that are not due `now` although they were due when they last changed, in their order.
 
-    The wall clock was ahead then, as that of another node of a cluster can be.
+    The wall clock was set back since then, or it was that of another node of a cluster.
     """
-    found = [job for job in state.jobs.values() if _was_due(job, now)]
+    found = [job for job in state.ahead(now) if _was_due(job, now)]
     return [job.id for job in sorted(found, key=lambda job: (job.run_at, job.seq))]
 
 
@@ -176,7 +176,7 @@ def keep_due(tx: Transaction, command: KeepDue) -> Response:
     for job_id in command.ids:
         job = tx.state.jobs.find(job_id)
         if job is not None and _was_due(job, tx.at.now):
-            reason = "It was due before, by a wall clock that was ahead."
+            reason = "It was due before the wall clock was set back."
             tx.update(job, "updated", {"run_at": tx.at.now}, reason=reason, details={"run_at": tx.at.now})
             done += 1
     return Response(MaintenanceResult(done))

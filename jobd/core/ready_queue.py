@@ -209,13 +209,13 @@ class LaneEntries(Sorted[DueEntry]):
             if is_passed:  # the job with the latest expires_at was removed
                 self._expiry[place] = _latest(self._blocks[place])
 
-    def next_run_at(self, now: int) -> int | None:
-        """Return the first `run_at` after `now`."""
+    def ahead(self, now: int) -> Iterator[DueEntry]:
+        """Iterate over the entries whose `run_at` is after `now`. Nothing may be added or removed meanwhile."""
         place = bisect_right(self._last, now, key=_run_at)
-        if place == len(self._last):
-            return None
-        block = self._blocks[place]
-        return block[bisect_right(block, now, key=_run_at)][1]
+        if place < len(self._last):
+            block = self._blocks[place]
+            yield from islice(block, bisect_right(block, now, key=_run_at), None)
+            yield from chain.from_iterable(islice(self._blocks, place + 1, None))
 
     def _insert(self, place: int, block: list[DueEntry]) -> None:
         super()._insert(place, block)
@@ -279,12 +279,11 @@ class Fifo:
         """Return whether all jobs were created at or before `now`."""
         return self._first >= len(self._jobs) or self._jobs[-1].created_at <= now
 
-    def next_created_at(self, now: int, waits: Callable[[CompactJob], bool]) -> int | None:
-        """Return the first `created_at` after `now` of a job that still waits."""
+    def ahead(self, now: int, waits: Callable[[CompactJob], bool]) -> Iterator[CompactJob]:
+        """Iterate over the jobs that were created after `now` and still wait."""
         if self.ends_by(now):
-            return None
-        ahead = self._from(bisect_right(self._jobs, now, self._first, key=_created_at))
-        return next((job.created_at for job in ahead if waits(job)), None)
+            return iter(())
+        return filter(waits, self._from(bisect_right(self._jobs, now, self._first, key=_created_at)))
 
     def trim(self, live: int, waits: Callable[[CompactJob], bool]) -> None:
         """Drop removed jobs if they outnumber the `live` ones."""
@@ -331,8 +330,13 @@ class Lane:
 
     def next_run_at(self, now: int) -> int | None:
         """Return the first `run_at` after `now`."""
-        ahead = self.line.next_created_at(now, self.waits), self.others.next_run_at(now)
-        return min((time for time in ahead if time is not None), default=None)
+        first = next(self.ahead(now), None)
+        return None if first is None else first[1]
+
+    def ahead(self, now: int) -> Iterator[DueEntry]:
+        """Iterate over the jobs whose `run_at` is after `now`, in order. Nothing may change meanwhile."""
+        entries = map(short_entry, self.line.ahead(now, self.waits))
+        return merge(entries, self.others.ahead(now)) if self.others else entries
 
 
 class QueuedJobs:
@@ -407,6 +411,10 @@ class QueuedJobs:
         else:
             lane.line.first(self._waits)  # drops the removed jobs before it
         return None
+
+    def ahead(self, now: int) -> Iterator[DueEntry]:
+        """Iterate over the jobs whose `run_at` is after `now`, lane by lane. Nothing may change meanwhile."""
+        return chain.from_iterable(lane.ahead(now) for lanes in self.lanes.values() for lane in lanes.values())
 
     def eligible(self, kinds: Iterable[str] | None, now: int) -> Iterator[DueEntry]:
         """Iterate over jobs of `kinds` (None: all) that are due and not overdue, in order. Nothing may change."""

@@ -22,10 +22,11 @@ from jobd.engine.actor import Actor, DiskBroken
 from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
+from jobd.maintenance.clock_monitor import SET_BACK_MS, ClockMonitor
 from jobd.maintenance.maintainer import Maintainer, read_stats
 from jobd.model.commands import AnyCommand, EndGrants, ExtendAfterPause, IdempotencyKey, KeepDue, Operator
 from jobd.model.errors import ApiError
-from jobd.model.job import DAY_MS, SECOND_MS
+from jobd.model.job import DAY_MS
 from jobd.model.journal import BadRecord, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost
 from jobd.model.responses import Response
 from jobd.model.storage import DiskFull, OpenedStore
@@ -413,6 +414,8 @@ class SimDaemon:
             is_full=opened.full,
             has_reserve=opened.has_reserve,
         )
+        self.clock_monitor = ClockMonitor(lambda pause_ms: None, self._keep_due, boot=machine.boot, wall=machine.wall)
+        self.actor.before_batch = self.check_clocks
         self.actor.slow_commit_s = machine.scenario.slow_commit_s
         self.actor.on_commit.append(event_log.write_lines)
         machine.monitor.check_start(self, GRACE_MS)
@@ -427,7 +430,7 @@ class SimDaemon:
         machine = self.machine
         machine.disk.on_broken = self.actor.lose_disk
         self._settle()
-        self._keep_due()
+        self._keep_due_since_last_commit()
         running = self.spawn(self.actor.run())
         running.add_done_callback(lambda _: self.stopped.set())
         self.maintainer = Maintainer(self.actor, self.clock, machine.scenario.schedule)
@@ -480,12 +483,19 @@ class SimDaemon:
         for index, ids in enumerate(slices or [[]]):
             self.actor.enqueue_internal(EndGrants(ids=ids, last=index + 1 >= len(slices)))
 
-    def _keep_due(self) -> None:
-        numbers, now = self.opened.numbers, self.clock.moment().now
-        if numbers.wall_ms >= now + SECOND_MS or numbers.clock_suspect:
-            due = maintenance_rules.due_before(self.state, now)
-            for first in range(0, len(due), SLICE):
-                self.actor.enqueue_internal(KeepDue(ids=due[first : first + SLICE]))
+    def check_clocks(self) -> None:
+        self.clock_checked_s = self.machine.loop.now_s
+        self.clock_monitor.check()
+
+    def _keep_due_since_last_commit(self) -> None:
+        numbers = self.opened.numbers
+        if numbers.wall_ms >= self.clock.moment().now + SET_BACK_MS or numbers.clock_suspect:
+            self._keep_due(0)
+
+    def _keep_due(self, back_ms: int) -> None:
+        due = maintenance_rules.due_before(self.state, self.clock.moment().now)
+        for first in range(0, len(due), SLICE):
+            self.actor.enqueue_internal(KeepDue(ids=due[first : first + SLICE]))
 
     async def _answer_pending(self) -> None:
         """L1: answer requests in flight before stopping the rest."""

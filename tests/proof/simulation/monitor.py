@@ -36,6 +36,7 @@ RECOUNT_EVERY: Final = 25  # commits
 RELEASE_CHECKS: Final = 4  # one slow step of the disk may outlast the slow phase
 CHECK_EVERY_S: Final = 0.8
 PICTURE_EVERY: Final = 500  # decisions
+SMALL_STEPS_MS: Final = 2 * SECOND_MS  # steps back that the daemon does not report may add up to less
 
 
 class Monitor(DecisionChecks):
@@ -51,6 +52,9 @@ class Monitor(DecisionChecks):
         self.highest_token = 0  # over all commits, including those lost by a restore
         self.received: dict[int, str] = {}  # token -> the client that received it
         self.deleted: set[int] = set()  # seqs of jobs
+        self.moved_in: set[int] = (
+            set()
+        )  # seqs of jobs that were imported or finished: their run_at may be of another clock
         self.acknowledged: dict[int, tuple[str, int, str]] = {}  # event seq -> type, job seq, job id
         self._decided: dict[int, Decision | None] = {}  # by the identity of a pending command
         self._durable: dict[int, str] = {}  # event seq -> type, of this daemon
@@ -148,6 +152,9 @@ class Monitor(DecisionChecks):
             self._decided[id(call.command)] = decision
         if isinstance(call.command, Claim):
             self._check_arrival(call.command, decision)
+            self._check_due(tx)
+        events = [change.event for change in decision.changes]
+        self.moved_in |= {event.job_seq for event in events if event.type == "imported" or event.before in FINISHED}
         if self.daemon is not None:
             self.fired["read that may go first"] += self.daemon.actor.reads_first and call.command.admission == "read"
             self._check_clock(self.daemon, tx.at)
@@ -184,6 +191,15 @@ class Monitor(DecisionChecks):
             first = parked.first(change.event.queue, change.after.options.kind)
             passed = first is not None and first is not mine and not first.is_abandoned
             self.must(not passed, "S14", "a claim passed by one that waited longer", change.event.job_id)
+
+    def _check_due(self, tx: Transaction) -> None:
+        """L3: no job waits because the wall clock was set back, unless it asked for a later time."""
+        daemon = self.daemon
+        if daemon is None or daemon.actor._internal or self.machine.clocks_moved_s >= daemon.clock_checked_s:
+            return
+        for job in tx.state.ahead(tx.at.now + SMALL_STEPS_MS):
+            is_due = job.run_at == job.created_at and job.seq not in self.moved_in
+            self.must(not is_due, "L3", "the wall clock was set back, and a due job waits", job.id)
 
     # -- a commit -----------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from jobd.engine.clock import Clock
 from jobd.engine.disk_full import FullDisk
 from jobd.engine.idempotency import Keys
 from jobd.engine.mailbox import Envelope, may_go_first
+from jobd.maintenance.clock_monitor import ClockMonitor
 from jobd.model.commands import IdempotencyKey, Undelivered
 from jobd.model.job import Policy
 from jobd.model.responses import Response
@@ -179,3 +180,14 @@ async def _(close_further: Any, self: FullDisk, error: DiskFull) -> None:
 )
 def _(take: Any, self: Actor) -> list[Envelope]:
     return list(self._internal)
+
+
+@bug(
+    "step-back-unnoticed",
+    ClockMonitor.check,
+    breaks="due jobs wait after the wall clock was set back",
+    found_by=SIMULATION,
+)
+def _(check: Any, self: ClockMonitor) -> None:
+    self._wall_seen = 0
+    check(self)

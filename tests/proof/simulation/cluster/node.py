@@ -275,6 +275,7 @@ class LeaderDaemon(SimDaemon):
         self.lead.check()
         is_leader = self.node.cluster.leads(self.node) or self.stopped.is_set()
         self.node.monitor.must(is_leader, "S18", f"{self.node.process} takes commands after its lead has ended")
+        self.check_clocks()
 
     async def _end(self) -> None:
         self.node.cluster.forget(self)

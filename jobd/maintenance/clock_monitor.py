@@ -1,0 +1,63 @@
+"""Detect that the daemon did not run for a while, and that the wall clock was set back.
+
+A daemon does not run while its process is stopped, or its machine suspended or overloaded. Both are reported before
+the next command is decided.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+from jobd.engine.clock import boot_clock_ms, wall_clock_ms
+from jobd.model.job import SECOND_MS
+
+CHECK_EVERY_S: Final = 1.0
+PAUSED_AFTER_MS: Final = 3_000  # a slow disk does not stop the event loop for this long
+SET_BACK_MS: Final = SECOND_MS  # smaller steps are not reported
+
+
+class ClockMonitor:
+    """Report pauses to `on_pause`, and steps back of the wall clock to `on_set_back`, in ms since the last check.
+
+    `run` checks every second until `stop`. The actor also calls `check` before it decides commands.
+    """
+
+    def __init__(
+        self,
+        on_pause: Callable[[int], None],
+        on_set_back: Callable[[int], None],
+        *,
+        boot: Callable[[], int] = boot_clock_ms,
+        wall: Callable[[], int] = wall_clock_ms,
+    ) -> None:
+        self._on_pause = on_pause
+        self._on_set_back = on_set_back
+        self._boot = boot
+        self._wall = wall
+        self._seen = boot()
+        self._wall_seen = wall()
+        self._wake = asyncio.Event()
+        self._stopping = False
+
+    def check(self) -> None:
+        now, wall = self._boot(), self._wall()
+        paused_ms, self._seen = now - self._seen, now
+        back_ms, self._wall_seen = self._wall_seen - wall, wall
+        if paused_ms > PAUSED_AFTER_MS:
+            self._on_pause(paused_ms)
+        if back_ms >= SET_BACK_MS:
+            self._on_set_back(back_ms)
+
+    async def run(self) -> None:
+        while not self._stopping:
+            self.check()
+            timer = asyncio.get_running_loop().call_later(CHECK_EVERY_S, self._wake.set)
+            await self._wake.wait()
+            timer.cancel()
+            self._wake.clear()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
