@@ -62,9 +62,9 @@ class Authenticator:
         """Return the permission of the request's token. Raises a 401 error unless there is exactly one valid token."""
         if self._digests is None:
             return "full"
-        scheme, _, token = header_text(headers, "authorization").partition(" ")
-        permission = self.permission_of(token_digest(token.strip()))
-        if permission is None or scheme.lower() != "bearer":
+        scheme, _, token = headers.get("authorization", b"").partition(b" ")
+        permission = self.permission_of(sha256(token.strip()).digest())
+        if permission is None or scheme.lower() != b"bearer":
             raise api_error("unauthorized", "A valid token is required: send `Authorization: Bearer <token>`.")
         return permission
 

@@ -128,7 +128,7 @@ class RequestDecoder:
             if name not in self._text_fields and isinstance(value, str) and value.lower() == "null":
                 raise invalid_request_error(f"$.{name}", "must not be null. Omit it.")
         try:
-            return msgspec.convert(fields, self.body_type, strict=False)
+            return msgspec.convert(fields, self.body_type, strict=False) if fields else self._decode(b"{}")
         except msgspec.ValidationError as error:
             raise validation_error(str(error), self.body_type) from None
 

@@ -77,7 +77,7 @@ class RequestParser:
     """
 
     __slots__ = (
-        "_add_request", "_framing", "_headers", "_latest", "_line", "_parser", "_problem", "_repeated", "_url",
+        "_add_request", "_framing", "_headers", "_latest", "_line", "_parser", "_repeated", "_url",
         "incoming",
     )  # fmt: skip
 
@@ -89,7 +89,6 @@ class RequestParser:
         self._repeated: list[str] = []
         self._line = 0  # bytes of the current line, if several pieces of input belong to one head
         self._framing = 0  # bytes since the last piece of the body
-        self._problem = ""
         self._latest: WorkerRequest | None = None  # the latest in the input that is being parsed
         self.incoming: WorkerRequest | None = None
 
@@ -110,9 +109,11 @@ class RequestParser:
                     data = data[upgrade.args[0] :]
                 data = self._decline_upgrade(data)
         except HttpParserError as error:
-            if isinstance(error, HttpParserCallbackError) and not self._problem:
+            if isinstance(error.__context__, MalformedRequest):  # raised by a callback
+                raise error.__context__ from None
+            if isinstance(error, HttpParserCallbackError):
                 raise  # a bug
-            raise MalformedRequest(self._problem or WRONG_HEAD) from None
+            raise MalformedRequest(WRONG_HEAD) from None
         if self._url:
             self._check_head(data, is_same=bool(was_in_head) and self._latest is None)
         elif self.incoming is not None:
@@ -124,21 +125,21 @@ class RequestParser:
         del self._parser, self._add_request
         self._latest = self.incoming = None
 
-    def _malformed(self, problem: str) -> MalformedRequest:
-        self._problem = problem  # httptools does not pass the exception on
-        return MalformedRequest(problem)
-
     def on_url(self, url: bytes) -> None:
         self._url += url
         if len(self._url) > MAX_LINE:
-            raise self._malformed(LONG_LINE)
+            raise MalformedRequest(LONG_LINE)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        headers, key = self._headers, _LOWER.get(name)
-        if len(value) > MAX_LINE or (key is None and len(name) > MAX_LINE):
-            raise self._malformed(LONG_LINE)
-        if key is None:
+        if len(value) > MAX_LINE:
+            raise MalformedRequest(LONG_LINE)
+        try:
+            key = _LOWER[name]
+        except KeyError:
+            if len(name) > MAX_LINE:
+                raise MalformedRequest(LONG_LINE) from None
             key = name.lower().decode()
+        headers = self._headers
         if key in headers:
             add_header(headers, key, value)
             self._repeated.append(key)
@@ -156,10 +157,10 @@ class RequestParser:
         version = "1.1" if keep_alive and "connection" not in headers else parser.get_http_version()
         method, target = parser.get_method().decode(), url.decode("utf-8", "surrogateescape")
         if (version == "1.1" and "host" not in headers) or OLD_WEBSOCKET in headers:
-            raise self._malformed(WRONG_HEAD)
+            raise MalformedRequest(WRONG_HEAD)
         if target[0] != "/":
             if not _is_uri(url, method):
-                raise self._malformed(WRONG_HEAD)
+                raise MalformedRequest(WRONG_HEAD)
             target = without_authority(target, headers)
         path, _, query = target.partition("?")
         self._latest = self.incoming = request = WorkerRequest(
@@ -210,25 +211,25 @@ class RequestParser:
         """Check the number of headers or trailers. Return the names of those that are repeated."""
         repeated = frozenset(self._repeated)
         if len(headers) + len(self._repeated) > MAX_HEADERS or repeated & _SINGLE:
-            raise self._malformed(WRONG_HEAD)
+            raise MalformedRequest(WRONG_HEAD)
         self._repeated.clear()
         return repeated
 
     def _check_head(self, data: bytes, is_same: bool) -> None:
         """Check an incomplete head. `is_same`: it had begun before `data`."""
         if len(self._headers) + len(self._repeated) > MAX_HEADERS:
-            raise self._malformed(WRONG_HEAD)
+            raise MalformedRequest(WRONG_HEAD)
         at = data.rfind(b"\n")
         self._line = 0 if not is_same else self._line + len(data) if at < 0 else len(data) - at - 1
         if self._line > MAX_LINE:
-            raise self._malformed(LONG_LINE)
+            raise MalformedRequest(LONG_LINE)
 
     def _check_framing(self) -> None:
         """Check the input that belongs to an incomplete body but is not a part of it."""
         if len(self._headers) + len(self._repeated) > MAX_HEADERS:
-            raise self._malformed(WRONG_HEAD)
+            raise MalformedRequest(WRONG_HEAD)
         if self._framing > MAX_FRAMING:
-            raise self._malformed(WRONG_HEAD)
+            raise MalformedRequest(WRONG_HEAD)
 
 
 def _is_uri(target: bytes, method: str) -> bool:

@@ -33,11 +33,12 @@ from jobd.model.commands import Call
 from jobd.model.responses import EmptyResponse, Response
 from tests.support.http_harness import TOKEN, HttpHarness
 
-KINDS: Final = ("get", "create", "complete", "create with a token", "stream")
+KINDS: Final = ("get", "create", "claim", "complete", "create with a token", "stream")
 CONNECTIONS: Final = {"create": (1, 16, 64), "stream": (1, 4)}  # others: 16
 LINES: Final = 16  # in flight on a stream
 _CREATE: Final = b'{"queue":"mail","kind":"send","payload":"' + b"x" * 200 + b'"}'
 _COMPLETE: Final = b'{"lock_id":"0123456789abcdef0123456789abcdef","metadata":{"ok":true}}'
+_CLAIM: Final = b'{"worker":"w-1"}'
 _LINE: Final = b'{"op":"create",' + _CREATE[1:] + b"\n"
 
 
@@ -111,6 +112,8 @@ class Client(asyncio.Protocol):
         path, body = ("/v1/jobs", _CREATE)
         if self._kind == "complete":
             path, body = f"/v1/jobs/job-{Client.count:09d}/complete", _COMPLETE
+        elif self._kind == "claim":
+            path, body = "/v1/claim", _CLAIM
         token = f"\r\nAuthorization: Bearer {TOKEN}" if self._kind == "create with a token" else ""
         return _head("POST", path, "application/json", f"Content-Length: {len(body)}{token}") + body
 
