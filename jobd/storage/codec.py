@@ -5,88 +5,53 @@ A row is a tuple in the order of its columns, with its checksum last.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from typing import Any, Final
 
 import msgspec
-from msgspec import Raw
+from msgspec import Raw, Struct
 from msgspec.structs import astuple
 
-from jobd.model.job import Backoff, CompactJob, Failure, Grant, Job, LateResult, Lease, Options, PreviousGrant, Result
+from jobd.model.job import (
+    HOUR_MS,
+    Backoff,
+    CompactJob,
+    Failure,
+    Grant,
+    Job,
+    LateResult,
+    Lease,
+    Options,
+    PreviousGrant,
+    Result,
+    compact,
+)
 from jobd.model.storage import AuditEntry, Numbers, QueueRow, StoredResponse, Tombstone
 
 Row = tuple[Any, ...]
 
-# The columns of each field of Job, in the order of the table.
-JOB_FIELDS: Final[dict[str, tuple[str, ...]]] = {
-    "seq": ("seq",),
-    "id": ("id",),
-    "status": ("status",),
-    "expires_at": ("expires_at",),
-    "options": (
-        "queue",
-        "kind",
-        "priority",
-        "max_attempts",
-        "backoff_kind",
-        "backoff_base_ms",
-        "backoff_max_ms",
-        "backoff_jitter",
-        "max_stalls",
-        "on_stall",
-        "stuck_after_ms",
-        "max_processing_ms",
-    ),
-    "created_at": ("created_at",),
-    "updated_at": ("updated_at",),
-    "run_at": ("run_at",),
-    "progress": ("progress",),
-    "progress_message": ("progress_message",),
-    "attempt": ("attempt",),
-    "stalls": ("stalls",),
-    "started_at": ("started_at",),
-    "finished_at": ("finished_at",),
-    "grant": (
-        "lock_id",
-        "fencing_token",
-        "worker",
-        "acquired_at",
-        "lock_ttl_ms",
-        "lock_stuck_after_ms",
-        "lock_max_processing_ms",
-    ),
-    "lease": ("lock_expires_lease_ms", "silent_lease_ms", "ceiling_lease_ms", "lock_cleared"),
-    "ended": (
-        "ended_lock_id",
-        "ended_fencing_token",
-        "ended_worker",
-        "ended_at",
-        "ended_rule",
-        "ended_reason",
-        "ended_verb",
-        "ended_body_hash",
-    ),
-    "result": ("download_url", "file_path", "storage_key", "metadata"),
-    "error": ("error_message", "error_code"),
-    "releases": ("releases",),
-}
-JOB_COLUMNS: Final = tuple(column for columns in JOB_FIELDS.values() for column in columns)
-# Columns that must not be null if their part of the job exists.
-_NEEDED: Final = {
-    "grant": JOB_FIELDS["grant"],
-    "lease": ("lock_expires_lease_ms", "silent_lease_ms", "lock_cleared"),
-    "ended": JOB_FIELDS["ended"][:6],
-}
-
-# The columns that describe a new job, to which nothing has happened since its creation. Its `updated_at` equals
-# `created_at`, and its other columns have the values in AS_CREATED.
-NEW_COLUMNS: Final = ("seq", "id", "expires_at", *JOB_FIELDS["options"], "created_at", "run_at")
-AS_CREATED: Final[dict[str, Any]] = {
-    column: {"status": "queued", "progress": 0.0, "attempt": 0, "stalls": 0, "releases": 0}.get(column)
-    for column in JOB_COLUMNS
-    if column not in (*NEW_COLUMNS, "updated_at")
-}
-_NEW_END: Final = tuple(AS_CREATED[column] for column in JOB_COLUMNS[JOB_COLUMNS.index("progress") :])
+# The columns of jobs that SQL searches, in the order of the table, and the body with all other fields.
+JOB_COLUMNS: Final = (
+    "seq",
+    "id",
+    "status",
+    "expires_at",
+    "finished_at",
+    "worker",
+    "storage_key",
+    "error_message",
+    "error_code",
+    "created_at",
+    "queue",
+    "kind",
+    "body",
+)
+_BODY: Final = JOB_COLUMNS.index("body")
+_QUEUE: Final = JOB_COLUMNS.index("queue")
+_CREATED: Final = JOB_COLUMNS.index("created_at")
+_AS_NEW: Final = ("queued", *(None,) * 6)  # status to error_code of a job to which nothing has happened
+_RESULT_COLUMNS: Final = Result.__struct_fields__
 
 KEY_COLUMNS: Final = ("digest", "body_hash", "at", "status", "grants", "answer_crc")
 LATE_COLUMNS: Final = (
@@ -97,7 +62,7 @@ LATE_COLUMNS: Final = (
     "fencing_token",
     "body_hash",
     "expires_at",
-    *JOB_FIELDS["result"],
+    *_RESULT_COLUMNS,
 )
 QUEUE_COLUMNS: Final = ("name", *QueueRow.__struct_fields__)
 TOMBSTONE_COLUMNS: Final = Tombstone.__struct_fields__
@@ -114,12 +79,13 @@ META_COLUMNS: Final = (
     "projected_to",
 )
 
-_NO_GRANT: Final = (None,) * 7
-_NO_LEASE: Final = (None,) * 4
-_NO_ENDED: Final = (None,) * 8
-_NO_RESULT: Final = (None,) * 4
-_NO_ERROR: Final = (None, None)
 _NULL: Final = b"null"
+_NO_METADATA: Final = Raw(_NULL)
+_NO_RESULT: Final = Result()
+_NO_ERROR: Final = Failure(None)
+_BACKOFF: Final = Backoff("exponential", 1_000, HOUR_MS, True)
+_OPTIONS: Final = 7  # the first fields of JobBody
+_KEPT: Final = 10_000  # options that JobReader shares
 
 _pack = msgspec.msgpack.Encoder().encode
 _json = msgspec.json.Encoder().encode
@@ -166,77 +132,84 @@ def first_checksum(row: Row) -> int:
 # Jobs
 
 
-def job_row(job: Job) -> Row:
-    """Return the columns of `job` in the order of JOB_COLUMNS, without the checksum.
+class JobBody(Struct, omit_defaults=True, forbid_unknown_fields=True, gc=False):
+    """The fields of a job that SQL does not search, as the JSON object in its `body`.
 
-    All values are integers, floats, text, bytes or None, because the checksum distinguishes True from 1. `progress` is
-    always a float, as SQLite returns it.
+    A field with its default is left out, so these defaults never change. Only None, booleans and integers up to 255 can
+    be defaults, because msgspec compares with `is`, and equal jobs must have equal bodies. New fields are appended.
     """
-    options, grant, lease = job.options, job.grant, job.lease
-    ended, result, error = job.ended, job.result, job.error
+
+    priority: int = 0
+    max_attempts: int = 1
+    backoff: tuple[str, int, int, bool] | None = None  # None: _BACKOFF
+    max_stalls: int = 3
+    on_stall: str | None = None  # None: auto
+    stuck_after_ms: int | None = None
+    max_processing_ms: int | None = None
+    updated_at: int | None = None  # None: created_at, as for run_at
+    run_at: int | None = None
+    progress: int | float = 0
+    progress_message: str | None = None
+    attempt: int = 0
+    stalls: int = 0
+    started_at: int | None = None
+    grant: Grant | None = None
+    lease: Lease | None = None
+    ended: PreviousGrant | None = None
+    download_url: str | None = None
+    file_path: str | None = None
+    metadata: Raw = _NO_METADATA
+    releases: int = 0
+
+
+_decode_body = msgspec.json.Decoder(JobBody).decode
+_decode_fields = msgspec.json.Decoder(dict[str, Raw]).decode
+
+
+def job_row(job: Job) -> Row:
+    """Return the columns of `job` in the order of JOB_COLUMNS, without the checksum. Equal jobs have equal rows."""
+    options, created_at, progress = job.options, job.created_at, job.progress
+    backoff, result, error = options.backoff, job.result or _NO_RESULT, job.error or _NO_ERROR
+    latest = job.ended if job.grant is None else job.grant
+    metadata = result.metadata
+    body = JobBody(
+        options.priority,
+        options.max_attempts,
+        None if backoff == _BACKOFF else (backoff.kind, backoff.base_ms, backoff.max_ms, backoff.jitter),
+        options.max_stalls,
+        None if options.on_stall == "auto" else options.on_stall,
+        options.stuck_after_ms,
+        options.max_processing_ms,
+        None if job.updated_at == created_at else job.updated_at,
+        None if job.run_at == created_at else job.run_at,
+        int(progress) if type(progress) is float and progress.is_integer() else progress,
+        job.progress_message,
+        job.attempt,
+        job.stalls,
+        job.started_at,
+        job.grant,
+        job.lease,
+        job.ended,
+        result.download_url,
+        result.file_path,
+        _NO_METADATA if metadata is None or metadata == _NO_METADATA else metadata,
+        job.releases,
+    )
     return (
         job.seq,
         job.id,
         job.status,
         job.expires_at,
+        job.finished_at,
+        None if latest is None else latest.worker,
+        result.storage_key,
+        error.message,
+        error.code,
+        created_at,
         options.queue,
         options.kind,
-        options.priority,
-        options.max_attempts,
-        options.backoff.kind,
-        options.backoff.base_ms,
-        options.backoff.max_ms,
-        1 if options.backoff.jitter else 0,
-        options.max_stalls,
-        options.on_stall,
-        options.stuck_after_ms,
-        options.max_processing_ms,
-        job.created_at,
-        job.updated_at,
-        job.run_at,
-        job.progress + 0.0,
-        job.progress_message,
-        job.attempt,
-        job.stalls,
-        job.started_at,
-        job.finished_at,
-        *(_NO_GRANT if grant is None else _grant_columns(grant)),
-        *(_NO_LEASE if lease is None else (lease.expires, lease.silent, lease.ceiling, 1 if lease.cleared else 0)),
-        *(_NO_ENDED if ended is None else _ended_columns(ended)),
-        *(_NO_RESULT if result is None else _result_columns(result)),
-        *(_NO_ERROR if error is None else (error.message, error.code)),
-        job.releases,
+        str(_json(body), "utf-8", "replace"),
     )
-
-
-def _grant_columns(grant: Grant) -> Row:
-    return (
-        grant.lock_id,
-        grant.fencing_token,
-        grant.worker,
-        grant.acquired_at,
-        grant.ttl_ms,
-        grant.stuck_after_ms,
-        grant.max_processing_ms,
-    )
-
-
-def _ended_columns(ended: PreviousGrant) -> Row:
-    return (
-        ended.lock_id,
-        ended.fencing_token,
-        ended.worker,
-        ended.at,
-        ended.rule,
-        ended.reason,
-        ended.verb,
-        ended.body_hash,
-    )
-
-
-def _result_columns(result: Result) -> Row:
-    metadata = None if result.metadata is None else bytes(result.metadata)
-    return (result.download_url, result.file_path, result.storage_key, None if metadata == _NULL else metadata)
 
 
 class JobReader:
@@ -244,111 +217,83 @@ class JobReader:
 
     def __init__(self) -> None:
         self._options: dict[Row, Options] = {}
-        self._last: tuple[Row, Options] = (), Options()
+        self._new: dict[Row, Options] = {}  # of new jobs, by queue, kind and body
         self._words: Any = {}  # interned text; untyped, because some words are literals
 
     def job(self, row: Row) -> Job:
-        """Return the job of an undamaged row. Raises Unreadable if a required column is null."""
-        (seq, id_, status, expires_at) = row[:4]
-        (created_at, updated_at, run_at, progress, message, attempt, stalls, started_at, finished_at) = row[16:25]
-        grant, lease, ended = row[25:32], row[32:36], row[36:44]
-        result, error = row[44:48], row[48:50]
-        options = self._options.get(row[4:16])
+        """Return the job of an undamaged row. Raises Unreadable if its body is not that of a job."""
+        (seq, id_, status, expires_at, finished_at, _, key, message, code, created_at, queue, kind) = row[:_BODY]
+        try:
+            body = _decode_body(row[_BODY])
+        except (msgspec.MsgspecError, UnicodeError, TypeError) as error:
+            raise Unreadable(f"its body cannot be decoded: {error}") from error
+        progress, metadata = body.progress, body.metadata
+        result = Result(body.download_url, body.file_path, key, None if metadata == _NO_METADATA else metadata.copy())
         return Job(
             seq,
             id_,
-            self._new_options(row[4:16]) if options is None else options,
+            self._options_of(queue, kind, body),
             self._words.setdefault(status, status),
             created_at,
-            created_at if updated_at == created_at else updated_at,
-            created_at if run_at == created_at else run_at,
-            int(progress) if progress.is_integer() else progress,
-            message,
-            attempt,
-            stalls,
-            started_at,
+            created_at if body.updated_at is None else body.updated_at,
+            created_at if body.run_at is None else body.run_at,
+            int(progress) if isinstance(progress, float) and progress.is_integer() else progress,
+            body.progress_message,
+            body.attempt,
+            body.stalls,
+            body.started_at,
             finished_at,
             expires_at,
-            None if grant[0] is None else self._grant(grant),
-            None if lease[0] is None else self._lease(lease),
-            None if ended[0] is None else self._ended(ended),
-            None if result == _NO_RESULT else _result(result),
-            None if error == _NO_ERROR else Failure(*error),
-            row[50],
+            body.grant,
+            body.lease,
+            body.ended,
+            None if result == _NO_RESULT else result,
+            None if message is None and code is None else Failure(message, code),
+            body.releases,
         )
 
-    def new(self, row: Row) -> Job | CompactJob | None:
-        """Return the new job of a row of NEW_COLUMNS and the checksum, or None if the checksum is wrong.
+    def live_job(self, row: Row) -> Job | CompactJob:
+        """Return the same, in the compact form if possible. New jobs with equal options are decoded once."""
+        if row[2:_CREATED] != _AS_NEW or not row[1]:
+            return self.job(row)
+        options = self._new.get(row[_QUEUE : _BODY + 1])
+        if options is not None:
+            return CompactJob(row[0], row[1], options, row[_CREATED])
+        job = self.job(row)
+        short = compact(job)
+        if short is None:
+            return job
+        if len(self._new) >= _KEPT:
+            self._new.clear()
+        self._new[row[_QUEUE : _BODY + 1]] = short.options
+        return short
 
-        The checksum covers all columns, so this checks AS_CREATED as well.
-        """
-        seq, id_, expires_at = row[:3]
-        columns = row[3:15]
-        created_at, run_at, crc = row[15:18]
-        whole = (seq, id_, "queued", expires_at, *columns, created_at, created_at, run_at, *_NEW_END)
-        try:
-            if zlib.crc32(_pack(whole)) != crc:
-                return None
-        except (UnicodeEncodeError, OverflowError):
-            return None
-        if columns != self._last[0]:  # adjacent jobs often have equal options, and comparing is faster than a lookup
-            self._last = columns, self._options.get(columns) or self._new_options(columns)
-        options = self._last[1]
-        if run_at == created_at and expires_at is None and id_ and options.queue:
-            return CompactJob(seq, id_, options, created_at)
-        return Job(seq, id_, options, "queued", created_at, created_at, run_at, expires_at=expires_at)
-
-    def _new_options(self, columns: Row) -> Options:
-        (queue, kind, priority, max_attempts, shape, base_ms, max_ms, jitter, *rest) = columns
-        words = self._words
-        backoff = Backoff(words.setdefault(shape, shape), base_ms, max_ms, bool(jitter))
-        queue, kind = words.setdefault(queue, queue), words.setdefault(kind, kind)
-        max_stalls, on_stall, stuck_after_ms, max_processing_ms = rest
-        options = Options(
-            queue,
-            kind,
-            priority,
-            max_attempts,
-            backoff,
-            max_stalls,
-            words.setdefault(on_stall, on_stall),
-            stuck_after_ms,
-            max_processing_ms,
-        )
-        if len(self._options) >= 10_000:  # sharing is useless if most options differ
+    def _options_of(self, queue: str, kind: str, body: JobBody) -> Options:
+        fields = (queue, kind, *astuple(body)[:_OPTIONS])
+        if (options := self._options.get(fields)) is not None:
+            return options
+        if len(self._options) >= _KEPT:  # sharing is useless if most options differ
             self._options.clear()
             self._words.clear()
-        self._options[columns] = options
+        (priority, max_attempts, backoff, max_stalls, on_stall, *limits) = fields[2:]
+        word = self._words.setdefault
+        options = Options(
+            word(queue, queue),
+            word(kind, kind),
+            priority,
+            max_attempts,
+            _BACKOFF if backoff is None else Backoff(word(backoff[0], backoff[0]), *backoff[1:]),
+            max_stalls,
+            "auto" if on_stall is None else word(on_stall, on_stall),
+            *limits,
+        )
+        self._options[fields] = options
         return options
-
-    def _grant(self, columns: Row) -> Grant:
-        if None in columns:
-            raise Unreadable(_missing("grant", columns))
-        lock_id, token, worker, *rest = columns
-        if len(self._words) < 10_000:
-            worker = self._words.setdefault(worker, worker)
-        return Grant(lock_id, token, worker, *rest)
-
-    def _lease(self, columns: Row) -> Lease:
-        expires, silent, ceiling, cleared = columns
-        if silent is None or cleared is None:
-            raise Unreadable(_missing("lease", columns))
-        return Lease(expires, silent, ceiling, bool(cleared))
-
-    def _ended(self, columns: Row) -> PreviousGrant:
-        if None in columns[:6]:
-            raise Unreadable(_missing("ended", columns))
-        return PreviousGrant(*columns)
 
 
 def _result(columns: Row) -> Result:
     url, path, key, metadata = columns
     return Result(url, path, key, None if metadata is None else Raw(metadata))
-
-
-def _missing(part: str, columns: Row) -> str:
-    names = [n for n, v in zip(JOB_FIELDS[part], columns, strict=True) if v is None and n in _NEEDED[part]]
-    return f"{', '.join(names)} must not be null while {JOB_FIELDS[part][0]} is set"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -419,7 +364,8 @@ def audited(row: Row) -> AuditEntry:
 def late_row(job_seq: int, late: LateResult) -> Row:
     """Return the columns of a late result in the order of LATE_COLUMNS, with the checksum."""
     about = (late.seq, job_seq, late.at, late.worker, late.fencing_token, late.body_hash, late.expires_at)
-    return sealed((*about, *_result_columns(late.result)))
+    *places, metadata = astuple(late.result)
+    return sealed((*about, *places, None if metadata is None or metadata == _NO_METADATA else bytes(metadata)))
 
 
 def late(row: Row, *, whole: bool) -> LateResult:
@@ -438,10 +384,21 @@ def late(row: Row, *, whole: bool) -> LateResult:
 
 def as_text(columns: tuple[str, ...], row: Row) -> str:
     """Return a row as readable JSON, column to value. Bytes, and text that is not UTF-8, become {"hex": ...}."""
-    return msgspec.json.encode(dict(zip(columns, map(_plain, row), strict=True))).decode()
+    return _json(dict(zip(columns, map(plain, row), strict=True))).decode()
 
 
-def _plain(value: Any) -> Any:
+def job_as_text(row: Row) -> str:
+    """Return a row of jobs with its checksum as readable JSON. The fields of its body are beside its columns."""
+    values = dict(zip((*JOB_COLUMNS, "crc"), map(plain, row), strict=True))
+    with contextlib.suppress(msgspec.DecodeError, UnicodeError):
+        fields = _decode_fields(row[_BODY])
+        del values["body"]
+        values = {**fields, **values}
+    return _json(values).decode()
+
+
+def plain(value: Any) -> Any:
+    """Return a value of a row as JSON can have it."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -450,16 +407,22 @@ def _plain(value: Any) -> Any:
     return {"hex": value.hex()} if isinstance(value, bytes) else value
 
 
-def from_text(columns: tuple[str, ...], text: str) -> Row:
-    """Return the row of a result of `as_text`. Raises Unreadable if it is not such JSON or lacks a column."""
+def job_from_text(text: str) -> Row:
+    """Return the row of a result of `job_as_text`, without the checksum.
+
+    Raises Unreadable if it is not such JSON or lacks a column.
+    """
     try:
-        values = msgspec.json.decode(text, type=dict[str, Any])
-        return tuple(_unplain(values[column]) for column in columns)
+        fields = _decode_fields(text)
+        fields.pop("crc", None)
+        columns = [_unplain(fields.pop(column)) for column in JOB_COLUMNS[:_BODY]]
+        return (*columns, _unplain(fields["body"]) if "body" in fields else _json(fields).decode())
     except (msgspec.DecodeError, ValueError, TypeError) as error:
         raise Unreadable(f"the row is not the JSON of a row: {error}") from error
     except KeyError as error:
         raise Unreadable(f"column {error.args[0]} is missing") from error
 
 
-def _unplain(value: Any) -> Any:
+def _unplain(text: Raw) -> Any:
+    value = msgspec.json.decode(text)
     return bytes.fromhex(value["hex"]) if isinstance(value, dict) else value

@@ -13,11 +13,12 @@ from typing import Final
 
 from jobd.model.job import COUNTER_MASK, LIVE, TOKEN_COUNTER_BITS
 from jobd.model.storage import Numbers
+from jobd.storage import lean_jobs
 from jobd.storage.codec import META_COLUMNS, Row, checksum, fault, first_checksum, sealed
 from jobd.storage.files import StoreUnreadable
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
-VERSION: Final = 12
+VERSION: Final = 13
 FIRST_WITH_JOURNAL: Final = 11
 _RESEALED_AT_ONCE: Final = 10_000  # rows
 
@@ -101,6 +102,7 @@ MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
     9: lambda conn: _describe_pauses_and_count_releases(conn),
     10: lambda conn: _add_journal(conn),
     11: lambda conn: _add_cluster(conn),
+    12: lambda conn: _make_jobs_lean(conn),
 }
 
 
@@ -234,6 +236,14 @@ def _add_cluster(conn: sqlite3.Connection) -> None:
         "CREATE TABLE cluster (id INTEGER PRIMARY KEY CHECK (id = 1), cluster_id TEXT NOT NULL, record_crc INTEGER, "
         "crc INTEGER NOT NULL) STRICT"
     )
+
+
+def _make_jobs_lean(conn: sqlite3.Connection) -> None:
+    """Move the columns of jobs that no query searches into a body."""
+    meta = read_meta(conn)
+    assert meta is not None
+    live_xor, finished_xor = lean_jobs.convert(conn)
+    change_meta(conn, live_xor=meta["live_xor"] ^ live_xor, finished_xor=meta["finished_xor"] ^ finished_xor)
 
 
 def leave_cluster(conn: sqlite3.Connection) -> None:

@@ -449,10 +449,10 @@ class Projection:
         rows = self.db.rows(BY_SEQ, (seq,))
         if not rows:
             return None
-        job, error = read_job(self.db, rows[0])
+        job, error = read_job(rows[0], self.db.reader.job)
         if job is None:
             raise RowUnreadable(rows[0], error)
-        return StoredJob(job, rows[0][-1])
+        return StoredJob(job, rows[0])
 
     # --------------------------------------------------------------------------------------------------- upkeep
 

@@ -30,6 +30,7 @@ from jobd.storage.database import (
 from jobd.storage.writers import insert
 
 _INSERT: Final = insert("quarantined_jobs", ("seq", "id", "reason", "at", "row", "payload", "request_hash"), "REPLACE")
+_QUEUE: Final = JOB_COLUMNS.index("queue")
 _JOB_ID: Final = EVENT_COLUMNS.index("job_id")
 _WAS_LIVE: Final = f"SELECT 1 FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL} AND seq = ?"
 
@@ -93,7 +94,7 @@ def _move_job(db: Database, row: Row, payload: Row | None, id_: str, reason: str
     """Move the row. Return the queue and status whose count of finished jobs included it, or None."""
     run = db.conn.execute
     seq = row[0]
-    row_text = codec.as_text((*JOB_COLUMNS, "crc"), row)
+    row_text = codec.job_as_text(row)
     was_live = run(_WAS_LIVE, (seq,)).fetchone() is not None
     run(_INSERT, (seq, id_, reason, now_ms(), row_text, *(payload or (None, None))))
     was_present = run("DELETE FROM jobs WHERE seq = ?", (seq,)).rowcount > 0
@@ -120,7 +121,7 @@ def _uncount(db: Database, row: Row, was_live: bool) -> tuple[str, str] | None:
         db.totals = (live - 1, live_xor ^ crc, finished, finished_xor)
         return None
     db.totals = (live, live_xor, finished - 1, finished_xor ^ crc)
-    status, name = readable(row[2]), readable(row[4])
+    status, name = readable(row[2]), readable(row[_QUEUE])
     rows = db.rows(f"SELECT {QUEUE_SQL} FROM queues WHERE name = ?", (name,))
     if status not in FINISHED or not rows or codec.fault(rows[0]) is not None:
         return None

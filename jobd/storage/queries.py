@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from string import ascii_uppercase
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from jobd.journal import facts
 from jobd.journal.facts import EVENT_COLUMNS
@@ -34,7 +34,7 @@ from jobd.model.storage import (
     StoredResponse,
 )
 from jobd.storage import codec
-from jobd.storage.codec import AUDIT_COLUMNS, JOB_COLUMNS, KEY_COLUMNS, LATE_COLUMNS, TOMBSTONE_COLUMNS, Row, fault
+from jobd.storage.codec import AUDIT_COLUMNS, KEY_COLUMNS, LATE_COLUMNS, TOMBSTONE_COLUMNS, Row, fault
 from jobd.storage.database import (
     BY_ID,
     BY_SEQ,
@@ -54,13 +54,14 @@ from jobd.storage.database import (
 from jobd.storage.quarantine import quarantine_jobs, quarantine_rows
 from jobd.storage.writers import AUDIT_SQL
 
+T = TypeVar("T")
+
 _NO_LIMIT: Final = 1 << 62
 _EVENT: Final = f"SELECT {EVENT_SQL} FROM events NOT INDEXED WHERE seq = ?"
 _JOB_SEQ: Final = EVENT_COLUMNS.index("job_seq")
 _ALL: Final = -1  # SQLite: no limit
 _RESPONSE_CRC: Final = KEY_COLUMNS.index("answer_crc")
 _CREATED: Final = "SELECT created_at FROM jobs NOT INDEXED WHERE seq = ?"
-_METADATA: Final = JOB_COLUMNS.index("metadata")
 _LATE: Final = f"SELECT {LATE_SQL} FROM late_results NOT INDEXED WHERE seq = ?"
 SLICE_BYTES: Final = 256 << 10  # of rows read between two batches, which takes less than 2 ms
 GRANT_SEARCH_EVENTS: Final = 1_000  # latest events of a job that are searched for an ended grant
@@ -92,12 +93,12 @@ _REFERENCED: Final = (
 )
 
 
-def read_job(db: Database, row: Row) -> tuple[Job | None, str]:
-    """Return the job of a row, or None and the error."""
+def read_job(row: Row, decode: Callable[[Row], T]) -> tuple[T | None, str]:
+    """Return the job of a row as decoded by a JobReader, or None and the error."""
     wrong = fault(row)
     if wrong is None:
         try:
-            return db.reader.job(row), ""
+            return decode(row), ""
         except codec.Unreadable as error:
             wrong = str(error)
     return None, wrong
@@ -112,7 +113,7 @@ def load(db: Database, ids: list[str], payloads: list[int], digests: list[str]) 
         row, error = _row_by_id(db, id_)
         job = None
         if row is not None:
-            job, error = read_job(db, row)
+            job, error = read_job(row, db.reader.job)
         if job is not None:
             loaded.jobs[id_] = job
         elif error:
@@ -275,7 +276,7 @@ def _conditions(query: JobQuery) -> tuple[str, tuple[Any, ...], str, tuple[Any, 
         "status = ?": query.status,
         "queue = ?": query.queue,
         "kind = ?": query.kind,
-        "ifnull(worker, ended_worker) = ?": query.worker,  # of the latest grant
+        "worker = ?": query.worker,
         "created_at >= ?": query.since,
         "created_at < ?": query.until,
         "finished_at >= ?": query.finished_since,
@@ -312,21 +313,26 @@ def _fill_page(db: Database, page: JobRows, matched: list[Row], query: JobQuery)
     for row in matched:
         if len(page.jobs) + len(damaged) >= query.limit:
             break
-        job, error = read_job(db, row)
+        job, error = read_job(row, db.reader.job)
         payload, error = (None, error) if job is None else _payload_of(db, query, job)
         if job is None or payload is None:
             damaged.append((row, error))
-        elif page.jobs and size + len(payload.body) + len(row[_METADATA] or "") > query.payload_bytes:
+        elif page.jobs and size + _size_of(job, payload) > query.payload_bytes:
             break
         else:
             page.jobs.append((job, payload.body))
-            size += len(payload.body) + len(row[_METADATA] or "")
+            size += _size_of(job, payload)
         last = row[0]
     else:
         last = None
     if damaged:
         quarantine_jobs(db, damaged)
     return last
+
+
+def _size_of(job: Job, payload: Payload) -> int:
+    metadata = None if job.result is None else job.result.metadata
+    return len(payload.body) + (0 if metadata is None else len(bytes(metadata)))
 
 
 def _payload_of(db: Database, query: JobQuery, job: Job) -> tuple[Payload | None, str]:

@@ -36,59 +36,21 @@ CREATE TABLE journal (
     crc INTEGER NOT NULL
 ) STRICT;
 
--- status and expires_at come first: an update of other columns touches no index.
+-- The columns that are searched, and all other fields in `body`, which is JSON text (codec.JobBody).
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY,
     id TEXT NOT NULL,
     status TEXT NOT NULL,
     expires_at INTEGER,
-    queue TEXT NOT NULL,
-    kind TEXT NOT NULL,
-    priority INTEGER NOT NULL,
-    max_attempts INTEGER NOT NULL,
-    backoff_kind TEXT NOT NULL,
-    backoff_base_ms INTEGER NOT NULL,
-    backoff_max_ms INTEGER NOT NULL,
-    backoff_jitter INTEGER NOT NULL,
-    max_stalls INTEGER NOT NULL,
-    on_stall TEXT NOT NULL,
-    stuck_after_ms INTEGER,
-    max_processing_ms INTEGER,
-    created_at INTEGER NOT NULL,
-    updated_at INTEGER NOT NULL,
-    run_at INTEGER NOT NULL,
-    progress REAL NOT NULL,
-    progress_message TEXT,
-    attempt INTEGER NOT NULL,
-    stalls INTEGER NOT NULL,
-    started_at INTEGER,
     finished_at INTEGER,
-    lock_id TEXT,                      -- the grant: all of these or none
-    fencing_token INTEGER,
-    worker TEXT,
-    acquired_at INTEGER,
-    lock_ttl_ms INTEGER,
-    lock_stuck_after_ms INTEGER,
-    lock_max_processing_ms INTEGER,
-    lock_expires_lease_ms INTEGER,     -- its deadlines: the first two and lock_cleared, or none
-    silent_lease_ms INTEGER,
-    ceiling_lease_ms INTEGER,
-    lock_cleared INTEGER,
-    ended_lock_id TEXT,                -- the last ended grant
-    ended_fencing_token INTEGER,
-    ended_worker TEXT,
-    ended_at INTEGER,
-    ended_rule TEXT,
-    ended_reason TEXT,
-    ended_verb TEXT,
-    ended_body_hash TEXT,
-    download_url TEXT,
-    file_path TEXT,
+    worker TEXT,                       -- of the latest grant, which is in `body`
     storage_key TEXT,
-    metadata BLOB,                     -- JSON text
     error_message TEXT,
     error_code TEXT,
-    releases INTEGER NOT NULL,         -- releases in a row without progress
+    created_at INTEGER NOT NULL,
+    queue TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    body TEXT NOT NULL,
     crc INTEGER NOT NULL
 ) STRICT;
 CREATE UNIQUE INDEX jobs_id ON jobs (id);
@@ -251,7 +213,7 @@ CREATE TABLE deliveries (
 ) STRICT;
 CREATE INDEX deliveries_place ON deliveries (endpoint, state, id);
 
--- Damaged jobs: `row` is the row as JSON (column to value, bytes as {"hex": ...}).
+-- Damaged jobs: `row` is the row as JSON (column to value, with the fields of `body`; bytes as {"hex": ...}).
 CREATE TABLE quarantined_jobs (
     seq INTEGER PRIMARY KEY,
     id TEXT NOT NULL,

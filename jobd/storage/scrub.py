@@ -79,7 +79,7 @@ def _jobs(db: Database, result: Slice, after: int, until_s: float) -> None:
     damaged: list[tuple[Row, str]] = []
     size = 0
     for row in read:
-        job, error = read_job(db, row)
+        job, error = read_job(row, db.reader.job)
         if job is not None:
             payload, error = db.payload(job.seq)
             size += 0 if payload is None else len(payload.body)

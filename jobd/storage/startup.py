@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -27,7 +26,7 @@ from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, OpenedStore, Queu
 from jobd.storage import codec, files, migrations, wal
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Membership
-from jobd.storage.codec import AS_CREATED, KEY_COLUMNS, META_COLUMNS, NEW_COLUMNS, QUEUE_COLUMNS, Row, fault
+from jobd.storage.codec import KEY_COLUMNS, META_COLUMNS, QUEUE_COLUMNS, Row, fault
 from jobd.storage.connection import FunctionConnection
 from jobd.storage.database import (
     CHECKPOINT_FRAMES,
@@ -54,20 +53,11 @@ MEMORY: Final = ":memory:"
 PAGE_CACHE_KIB: Final = 8 << 10  # enough for the rows of running jobs
 _LOG_BYTES: Final = 32 << 20  # the log shrinks to this after a large transaction
 _MAGIC: Final = b"SQLite format 3\0"
-# The index finds live jobs, which are then read by seq. Most have not changed since their creation: a third of the
-# columns describes them and is read in half the time. The others are read in full, _SLICE at a time.
-_AS_CREATED: Final = " AND ".join(
-    f"{column} IS NULL" if value is None else f"{column} = {value!r}" for column, value in AS_CREATED.items()
-)
+# The index finds live jobs, which are then read by seq.
 _LIVE_JOBS: Final = (
-    f"SELECT {', '.join(NEW_COLUMNS)}, crc, updated_at = created_at AND {_AS_CREATED} "
-    f"FROM (SELECT seq AS found FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL}) "
+    f"SELECT {JOB_SQL} FROM (SELECT seq AS found FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL}) "
     "CROSS JOIN jobs NOT INDEXED ON seq = found"
 )
-_FULL_ROWS: Final = (
-    f"SELECT {JOB_SQL} FROM (SELECT value AS found FROM json_each(?)) CROSS JOIN jobs NOT INDEXED ON seq = found"
-)
-_SLICE: Final = 10_000
 _EPOCH_SLACK_S: Final = 60  # starts within one second use epochs ahead of the clock
 # sqlite3 searches for an adapter for each None, which is slow. This adapter returns None without a Python call.
 _NO_ADAPTERS: Final[dict[None, None]] = {}
@@ -500,37 +490,20 @@ def _scan(db: Database) -> _Live:
 
 def _scan_once(db: Database) -> _Live:
     live = _Live()
-    others = _scan_new(db, live)
-    for first in range(0, len(others), _SLICE):
-        seqs = msgspec.json.encode(others[first : first + _SLICE]).decode()
-        for row in db.conn.execute(_FULL_ROWS, (seqs,)):
-            job, error = read_job(db, row)
-            if job is None:
-                live.damaged.append((row, error))
-                live.xor ^= codec.first_checksum(row)
-            else:
-                live.jobs.append(job)
-                live.xor ^= row[-1]
-    return live
-
-
-def _scan_new(db: Database, live: _Live) -> list[int]:
-    """Add the jobs that have not changed since their creation. Return the seqs of all other rows, damaged or not."""
-    others: list[int] = []
     xor = 0
-    new = db.reader.new
     for row in db.conn.execute(_LIVE_JOBS):
-        job = new(row) if row[-1] else None
+        job, error = read_job(row, db.reader.live_job)
         if job is None:
-            others.append(row[0])
+            live.damaged.append((row, error))
+            xor ^= codec.first_checksum(row)
             continue
-        xor ^= row[-2]
+        xor ^= row[-1]
         if isinstance(job, CompactJob):
             live.compact.append(job)
         else:
             live.jobs.append(job)
-    live.xor ^= xor
-    return others
+    live.xor = xor
+    return live
 
 
 def _queues(db: Database) -> dict[str, QueueRow]:

@@ -1,33 +1,28 @@
 """Write jobs, late results and audit entries. `projection.py` calls this inside a transaction.
 
-A slice writes each job row once, and of an existing row only the columns that changed.
+A slice writes each job row once.
 """
 
 from __future__ import annotations
 
 import sqlite3
 from array import array
-from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Sequence
-from itertools import compress, repeat
-from operator import is_not, itemgetter
-from typing import Any, Final, get_args
+from typing import Final, get_args
 
 from msgspec import Struct
-from msgspec.structs import astuple, replace
+from msgspec.structs import replace
 
 from jobd.model.events import Change, Event, fold
 from jobd.model.job import LIVE, MAX_LATE_RESULTS, Job
 from jobd.model.storage import AuditEntry, AuditShare, Tombstone, audit_share
 from jobd.storage import codec
-from jobd.storage.codec import AUDIT_COLUMNS, JOB_COLUMNS, JOB_FIELDS, LATE_COLUMNS, Row, fault, sealed
+from jobd.storage.codec import AUDIT_COLUMNS, JOB_COLUMNS, LATE_COLUMNS, Row, fault, sealed
 
 Totals = tuple[int, int, int, int]  # count and XOR of the checksums of live jobs, then of finished jobs
-Statement = tuple[str, Callable[[Row], Row]]  # SQL, and a function that selects its values from a complete row
 
 KEEP_ROWS: Final = 1000  # cached rows of live jobs
 KEEP_PAYLOAD_BYTES: Final = 2 << 20
-_SHAPES: Final = 200  # cached statements
 
 
 def insert(table: str, columns: Iterable[str], verb: str = "INSERT") -> str:
@@ -35,7 +30,13 @@ def insert(table: str, columns: Iterable[str], verb: str = "INSERT") -> str:
     return f"{verb} INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
 
 
-_PARTS: Final = Job.__struct_fields__
+_INSERT_JOB: Final = insert("jobs", (*JOB_COLUMNS, "crc"))
+_UPDATE_JOB: Final = (
+    "UPDATE jobs SET "
+    + ", ".join(f"{name} = ?{at}" for at, name in enumerate((*JOB_COLUMNS, "crc"), 1) if name not in ("seq", "id"))
+    + " WHERE seq = ?1"
+)
+_UPDATE_BODY: Final = "UPDATE jobs SET body = ?2, crc = ?3 WHERE seq = ?1"  # changes no index
 _INSERT_PAYLOAD: Final = insert("payloads", ("job_seq", "body", "request_hash", "crc"))
 
 
@@ -65,10 +66,10 @@ class RowUnreadable(Exception):
 
 
 class StoredJob(Struct, frozen=True, gc=False):
-    """A job as its row has it, and the checksum of the row. With `is_gone`, the row has to be inserted again."""
+    """A job, and its row with the checksum. With `is_gone`, the row has to be inserted again."""
 
     job: Job
-    crc: int
+    row: Row
     is_gone: bool = False
 
 
@@ -90,7 +91,6 @@ class JobWriter:
         self._rows: dict[int, StoredJob] = {}  # of live jobs, by seq
         self._payloads: dict[int, bytes] = {}
         self._payload_bytes = 0
-        self._statements: dict[Any, Statement] = {}
 
     def write(self, changes: Sequence[Change], totals: Totals, skipped: Container[str]) -> Totals:
         """Write the final row of each job and the payloads of new jobs. Return the new totals.
@@ -168,66 +168,45 @@ class JobWriter:
             raise error
         self._conn.execute("DELETE FROM jobs WHERE seq = ?", (event.job_seq,))
         self._note(f"job {event.job_id}: {error}; it was written again from memory")
-        return StoredJob(change.before, codec.checksum(codec.job_row(change.before)), is_gone=True)
+        return StoredJob(change.before, sealed(codec.job_row(change.before)), is_gone=True)
 
     def _write_rows(self, stored: dict[int, StoredJob | None], after: dict[int, Job | None], totals: Totals) -> Totals:
         live, live_xor, finished, finished_xor = totals
-        new: defaultdict[str, list[Row]] = defaultdict(list)
-        changed: defaultdict[str, list[Row]] = defaultdict(list)
+        new: list[Row] = []
+        changed: list[Row] = []  # only in their bodies
+        moved: list[Row] = []  # in columns that are searched
         for seq, job in after.items():
             before = stored[seq]
             if before is not None:
                 if before.job.status in LIVE:
-                    live, live_xor = live - 1, live_xor ^ before.crc
+                    live, live_xor = live - 1, live_xor ^ before.row[-1]
                 else:
-                    finished, finished_xor = finished - 1, finished_xor ^ before.crc
+                    finished, finished_xor = finished - 1, finished_xor ^ before.row[-1]
             if job is None:
                 continue
-            row = codec.sealed(codec.job_row(job))
-            crc = row[-1]
+            row = sealed(codec.job_row(job))
             if job.status in LIVE:
-                live, live_xor = live + 1, live_xor ^ crc
-                self._cache_row(job, crc)
+                live, live_xor = live + 1, live_xor ^ row[-1]
+                self._cache_row(job, row)
             else:
-                finished, finished_xor = finished + 1, finished_xor ^ crc
-            is_new = before is None or before.is_gone
-            sql, values = self._insert(job) if before is None or before.is_gone else self._update(before.job, job)
-            (new if is_new else changed)[sql].append(values(row))
-        for sql, many in changed.items():
-            if self._conn.executemany(sql, many).rowcount != len(many):
+                finished, finished_xor = finished + 1, finished_xor ^ row[-1]
+            if before is None or before.is_gone:
+                new.append(row)
+            elif before.row[:-2] == row[:-2]:
+                changed.append((row[0], *row[-2:]))
+            else:
+                moved.append(row)
+        for sql, rows in ((_UPDATE_BODY, changed), (_UPDATE_JOB, moved)):
+            if rows and self._conn.executemany(sql, rows).rowcount != len(rows):
                 raise sqlite3.IntegrityError("a cached row is not on the disk")
-        for sql, many in new.items():
-            self._conn.executemany(sql, many)
+        self._conn.executemany(_INSERT_JOB, new)
         return live, live_xor, finished, finished_xor
 
-    def _cache_row(self, job: Job, crc: int) -> None:
+    def _cache_row(self, job: Job, row: Row) -> None:
         if len(self._rows) >= KEEP_ROWS:
             for seq in list(self._rows)[: 1 + KEEP_ROWS // 4]:
                 del self._rows[seq]
-        self._rows[job.seq] = StoredJob(job, crc)
-
-    # A statement names only the columns that it needs, because each value costs time. Columns that an INSERT omits are
-    # null. An UPDATE that omits status and expires_at changes no index. Parts of a job are compared by identity, which
-    # takes half the time of comparing all columns. Jobs and their parts are frozen, so an identical part is unchanged;
-    # an equal part that is another object is written again.
-
-    def _insert(self, job: Job) -> Statement:
-        """Return the statement that inserts the row of `job`."""
-        shape = bytes(map(is_not, astuple(job), repeat(None)))
-        return self._statements.get(shape) or self._cache_statement(shape, _insert_statement(shape))
-
-    def _update(self, before: Job, after: Job) -> Statement:
-        """Return the statement that updates the row of `before` to that of `after`."""
-        parts = astuple(after)
-        changed = bytes(map(is_not, astuple(before), parts))
-        shape = changed, bytes(map(is_not, compress(parts, changed), repeat(None)))
-        return self._statements.get(shape) or self._cache_statement(shape, _update_statement(*shape))
-
-    def _cache_statement(self, shape: Any, statement: Statement) -> Statement:
-        if len(self._statements) >= _SHAPES:
-            self._statements.clear()
-        self._statements[shape] = statement
-        return statement
+        self._rows[job.seq] = StoredJob(job, row)
 
     def _delete(self, gone: list[tuple[int, str, int]], on_disk: list[Row]) -> None:
         """Delete the jobs `gone`. `on_disk` are those that this slice did not create."""
@@ -235,35 +214,6 @@ class JobWriter:
         for table in ("payloads", "suspects"):
             self._conn.executemany(f"DELETE FROM {table} WHERE job_seq = ?", on_disk)
         self._conn.executemany("INSERT INTO deleted_jobs (job_seq, id, at) VALUES (?, ?, ?)", gone)
-
-
-def _insert_statement(present: bytes) -> Statement:
-    """Return a statement that inserts the columns of `present` parts, a mask of the parts that are not None."""
-    columns = _columns(compress(_PARTS, present))
-    return insert("jobs", columns), _values(columns)
-
-
-def _update_statement(changed: bytes, present: bytes) -> Statement:
-    """Return a statement that sets the columns of `changed` parts, to null for parts that are not `present`.
-
-    `changed` is a mask of all parts, `present` a mask of the changed ones.
-    """
-    parts = list(compress(_PARTS, changed))
-    columns = _columns(compress(parts, present))
-    gone = [
-        column for part, is_present in zip(parts, present, strict=True) if not is_present for column in JOB_FIELDS[part]
-    ]
-    settings = [*(f"{column} = ?" for column in columns), *(f"{column} = NULL" for column in gone)]
-    return f"UPDATE jobs SET {', '.join(settings)} WHERE seq = ?", _values([*columns, "seq"])
-
-
-def _columns(parts: Iterable[str]) -> list[str]:
-    return [*(column for part in parts for column in JOB_FIELDS[part]), "crc"]
-
-
-def _values(columns: list[str]) -> Callable[[Row], Row]:
-    """Return a function that selects the values of `columns` from a complete row."""
-    return itemgetter(*map((*JOB_COLUMNS, "crc").index, columns))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

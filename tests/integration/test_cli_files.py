@@ -210,7 +210,7 @@ def test_a_damaged_row_is_named_with_its_fix(
     copy = tmp_path / "copy.db"
     assert _jobd(capsys, "backup", str(copy))[0] == 0
     with sqlite3.connect(copy) as db:
-        db.execute("UPDATE jobs SET priority = priority + 1 WHERE id = 'b2'")
+        db.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id = 'b2'")
     db.close()
     code, out, _ = _jobd(capsys, "doctor", "--store", str(copy))
     assert code == 1

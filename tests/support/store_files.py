@@ -8,14 +8,17 @@ import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-from msgspec.structs import replace
+from msgspec.structs import astuple, replace
 
 from jobd.model.events import Change, fold
-from jobd.model.job import FINISHED, LIVE, Job, LateResult
+from jobd.model.job import FINISHED, LIVE, Failure, Job, LateResult, Result
 from jobd.model.storage import Batch, LateResultQuery, OpenedStore
-from jobd.storage import migrations
+from jobd.storage import codec, migrations
 from jobd.storage.commit_mode import CommitSetting
+from jobd.storage.database import JOB_SQL
+from jobd.storage.offline import doctor
 from jobd.storage.store import Store
+from tests import ROOT
 from tests.support.factories import ChangeFactory
 
 
@@ -124,6 +127,45 @@ async def leave_tail(path: str, *batches: Batch) -> list[int]:
         for batch in batches:
             await store.write(batch)
     return list(range(first, first + len(batches)))
+
+
+def row_of_version_12(job: Job) -> codec.Row:
+    """Return the columns of `job` as schema versions 10 to 12 stored it, with the checksum."""
+    *options, backoff, max_stalls, on_stall, stuck_after_ms, max_processing_ms = astuple(job.options)
+    *deadlines, cleared = (None,) * 4 if job.lease is None else astuple(job.lease)
+    url, file, key, metadata = astuple(job.result or Result())
+    return codec.sealed(
+        (
+            *(job.seq, job.id, job.status, job.expires_at),
+            *(*options, *astuple(backoff)[:3], int(backoff.jitter), max_stalls, on_stall),
+            *(stuck_after_ms, max_processing_ms, job.created_at, job.updated_at, job.run_at, float(job.progress)),
+            *(job.progress_message, job.attempt, job.stalls, job.started_at, job.finished_at),
+            *((None,) * 7 if job.grant is None else astuple(job.grant)),
+            *(*deadlines, None if cleared is None else int(cleared)),
+            *((None,) * 8 if job.ended is None else astuple(job.ended)),
+            *(url, file, key, None if metadata is None else bytes(metadata)),
+            *astuple(job.error or Failure(None)),
+            job.releases,
+        )
+    )
+
+
+def as_version_12(path: str) -> None:
+    """Convert a closed store to schema version 12, whose jobs had a column for each field."""
+    reader = codec.JobReader()
+    schema = (ROOT / "tests/data/schemas/v12.sql").read_text("utf-8")
+    with edit_store(path) as conn:
+        jobs = [reader.job(row) for row in conn.execute(f"SELECT {JOB_SQL} FROM jobs ORDER BY seq")]
+        conn.execute("DROP TABLE jobs")
+        for statement in migrations.statements(schema):
+            if " ON jobs " in statement or "CREATE TABLE jobs " in statement:
+                conn.execute(statement)
+        rows = [row_of_version_12(job) for job in jobs]
+        if rows:
+            conn.executemany(f"INSERT INTO jobs VALUES ({', '.join('?' * len(rows[0]))})", rows)
+        _, live_xor, _, finished_xor = doctor.totals(conn)
+        migrations.change_meta(conn, live_xor=live_xor, finished_xor=finished_xor)
+        migrations.set_version(conn, 12)
 
 
 def as_version_10(path: str) -> None:

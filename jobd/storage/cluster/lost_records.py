@@ -78,7 +78,7 @@ def changes(path: str, after_event: int) -> LostChanges:
             if each.before is None and each.after is None:
                 continue  # the journal never had it, and it was deleted again
             for row in db.rows(BY_SEQ, (seq,)):
-                each.job, _ = read_job(db, row)
+                each.job, _ = read_job(row, db.reader.job)
             if each.job is not None and (payload := db.payload(seq)[0]) is not None:
                 each.payload = payload.body
             lost.jobs.append(each)

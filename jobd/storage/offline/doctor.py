@@ -179,7 +179,7 @@ def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     sums = {True: [0, 0], False: [0, 0]}
     next_job, next_token = 0, 0
     for row in _all_rows(conn, f"SELECT {JOB_SQL} FROM jobs NOT INDEXED ORDER BY seq"):
-        job, error = read_job(db, row)
+        job, error = read_job(row, db.reader.job)
         group = sums[row[2] in LIVE]
         group[0] += 1
         group[1] ^= codec.first_checksum(row)
@@ -406,11 +406,11 @@ def _accept_row(db: Database, id_: str) -> str:
     accepted = edited(db, id_)
     if accepted.quarantine_seq is not None:
         run("DELETE FROM quarantined_jobs WHERE seq = ?", (accepted.quarantine_seq,))
-    seq = accepted.row[0]
+    seq = accepted.job.seq
     run("DELETE FROM jobs WHERE seq = ?", (seq,))
     run("DELETE FROM payloads WHERE job_seq = ?", (seq,))
     try:
-        run(insert("jobs", (*JOB_COLUMNS, "crc")), codec.sealed(accepted.row))
+        run(insert("jobs", (*JOB_COLUMNS, "crc")), codec.sealed(codec.job_row(accepted.job)))
     except sqlite3.IntegrityError as error:
         raise RepairRejected(f"job {id_}: {error}") from error
     payload = codec.sealed((seq, accepted.body, accepted.request_hash))

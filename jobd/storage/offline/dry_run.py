@@ -11,20 +11,21 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 
-from jobd.model.job import LIVE, new_epoch
+from msgspec.structs import asdict
+
+from jobd.model.job import LIVE, Job, new_epoch
 from jobd.model.storage import DiskFull
 from jobd.storage import backup, files, migrations, startup
-from jobd.storage.codec import JOB_COLUMNS
 from jobd.storage.database import Database, now_ms, readable
 from jobd.storage.files import FileLock, StoreBusy, StoreError, StoreUnreadable
 from jobd.storage.offline import doctor, edited_rows, journal_cut
 from jobd.storage.offline.edited_rows import RepairRejected
 
 MAX_SHOWN: Final = 10  # problems of a file to restore
-# Columns that identify an edited row for an operator. A lock id is a secret.
-_SHOWN_COLUMNS: Final = (
+# Fields that identify an edited row for an operator. A lock id is a secret.
+_SHOWN_FIELDS: Final = (
     "queue", "kind", "status", "priority", "progress", "attempt", "max_attempts", "stalls", "created_at", "run_at",
     "started_at", "finished_at", "error_message",
 )  # fmt: skip
@@ -151,31 +152,29 @@ def accept(path: str, ids: Sequence[str] | None) -> list[str]:
         lines: list[str] = []
         for id_ in doctor.damaged(db, path) if ids is None else dict.fromkeys(ids):
             try:
-                row, described = _accepted(db, id_)
+                job, described = _accepted(db, id_)
             except RepairRejected as rejected:
                 if ids is not None:
                     raise
                 lines.append(f"{rejected}. The row would not change")
                 continue
             lines += described
-            is_new = not db.rows("SELECT 1 FROM jobs NOT INDEXED WHERE seq = ?", (row["seq"],))
-            live, finished = (
-                live + (is_new and row["status"] in LIVE),
-                finished + (is_new and row["status"] not in LIVE),
-            )
+            is_new = not db.rows("SELECT 1 FROM jobs NOT INDEXED WHERE seq = ?", (job.seq,))
+            live, finished = live + (is_new and job.status in LIVE), finished + (is_new and job.status not in LIVE)
         lines = [*lines, *_counts(db, (live, finished))] if lines else [doctor.NOTHING_DAMAGED]
         return [*_written_first(db, path), *lines]
 
 
-def _accepted(db: Database, id_: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the row of job `id_` as it would be accepted, and lines that describe it."""
+def _accepted(db: Database, id_: str) -> tuple[Job, list[str]]:
+    """Return the job `id_` as it would be accepted, and lines that describe it."""
     edited = edited_rows.edited(db, id_)
-    row = dict(zip(JOB_COLUMNS, edited.row, strict=True))
-    duplicates = db.rows("SELECT seq FROM jobs NOT INDEXED WHERE id = ? AND seq <> ?", (row["id"], row["seq"]))
+    job = edited.job
+    duplicates = db.rows("SELECT seq FROM jobs NOT INDEXED WHERE id = ? AND seq <> ?", (job.id, job.seq))
     if duplicates:
         raise RepairRejected(f"job {id_}: another row has this id")
-    values = ", ".join(f"{name} {readable(row[name])}" for name in _SHOWN_COLUMNS if row[name] not in (None, ""))
-    return row, [
+    fields = {**asdict(job.options), **asdict(job), "error_message": job.error and job.error.message}
+    values = ", ".join(f"{name} {readable(fields[name])}" for name in _SHOWN_FIELDS if fields[name] not in (None, ""))
+    return job, [
         f"job {id_}: {edited.where} would be accepted with a new checksum; validation would check it",
         f"    {values}; a payload of {len(edited.body)} bytes",
     ]

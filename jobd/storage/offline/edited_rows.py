@@ -6,9 +6,9 @@ from typing import Any
 
 import msgspec
 
-from jobd.model.job import TOKEN_COUNTER_BITS, is_job_id
+from jobd.model.job import TOKEN_COUNTER_BITS, Job, is_job_id
 from jobd.storage import codec
-from jobd.storage.codec import JOB_COLUMNS, Row
+from jobd.storage.codec import Row
 from jobd.storage.database import JOB_SQL, Database, readable
 from jobd.storage.files import StoreError
 
@@ -20,10 +20,10 @@ class RepairRejected(StoreError):
 
 
 class Edited(msgspec.Struct, frozen=True):
-    """An edited row as jobd would write it. `quarantine_seq` is its seq in quarantined_jobs, None if it is in jobs."""
+    """The job of an edited row. `quarantine_seq` is its seq in quarantined_jobs, None if it is in jobs."""
 
     quarantine_seq: int | None
-    row: Row
+    job: Job
     body: bytes
     request_hash: str
 
@@ -39,8 +39,8 @@ def edited(db: Database, id_: str) -> Edited:
     row, body, request_hash = (
         _in_place(db, id_) if quarantined is None else (*_quarantined_row(id_, quarantined), quarantined[3])
     )
-    row = _normalized(db, id_, row)
-    return Edited(None if quarantined is None else quarantined[0], row, _json_text(id_, body), request_hash or "")
+    job = _checked(db, id_, row)
+    return Edited(None if quarantined is None else quarantined[0], job, _json_text(id_, body), request_hash or "")
 
 
 def _in_place(db: Database, id_: str) -> tuple[Row, Any, Any]:
@@ -53,18 +53,17 @@ def _in_place(db: Database, id_: str) -> tuple[Row, Any, Any]:
 
 def _quarantined_row(id_: str, quarantined: Row) -> tuple[Row, Any]:
     try:
-        row = codec.from_text(JOB_COLUMNS, quarantined[1])
+        row = codec.job_from_text(quarantined[1])
     except codec.Unreadable as error:
         raise RepairRejected(f"job {id_}: the row in quarantine: {error}") from error
     return row, b"null" if quarantined[2] is None else quarantined[2]
 
 
-def _normalized(db: Database, id_: str, row: Row) -> Row:
-    """Return the row as jobd would write it. Raises RepairRejected if it is not a valid job."""
+def _checked(db: Database, id_: str, row: Row) -> Job:
+    """Return the job of `row`. Raises RepairRejected if it is not a valid job."""
     try:
         job = db.reader.job(row)
-        normalized = codec.job_row(job)
-        codec.checksum(normalized)
+        codec.checksum(codec.job_row(job))
     except (codec.Unreadable, AttributeError, TypeError, UnicodeEncodeError) as error:
         raise RepairRejected(f"job {id_}: the row is not a valid job: {error}") from error
     if not isinstance(job.id, str) or not is_job_id(job.id):
@@ -72,7 +71,7 @@ def _normalized(db: Database, id_: str, row: Row) -> Row:
     next_token = (db.numbers.epoch << TOKEN_COUNTER_BITS) + db.numbers.next_token
     if job.seq >= db.numbers.next_job or (job.grant is not None and job.grant.fencing_token >= next_token):
         raise RepairRejected(f"job {job.id}: its seq or fencing_token is higher than any that was assigned")
-    return normalized
+    return job
 
 
 def _json_text(id_: str, body: Any) -> bytes:

@@ -15,22 +15,27 @@ import zlib
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
-from jobd.model.job import FINISHED, LIVE, TOKEN_COUNTER_BITS
+from jobd.model.job import FINISHED, LIVE, TOKEN_COUNTER_BITS, Job
 from jobd.model.storage import AuditEntry, AuditQuery, LateResultQuery
 from jobd.storage import codec, files, migrations, startup
+from jobd.storage.database import JOB_SQL
 from jobd.storage.files import EpochFile
 from jobd.storage.offline import doctor
+from jobd.storage.offline.edited_rows import RepairRejected
 from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
 from tests import ROOT
-from tests.support.factories import ChangeFactory
+from tests.support.factories import ChangeFactory, full_job
 from tests.support.store_files import (
     as_version_10,
+    as_version_12,
     assert_holds,
     edit_store,
     make_store,
     open_store,
     read_file,
+    seqs,
     write_file,
 )
 
@@ -197,6 +202,8 @@ def as_of(version: int, path: str) -> None:
         numbers = migrations.read_meta(conn)
         assert numbers is not None
         next_token = (numbers["epoch"] << TOKEN_COUNTER_BITS) + numbers["next_token"]
+    if version < 13:
+        as_version_12(path)
     if version < 11:
         as_version_10(path)
     with edit_store(path) as conn:
@@ -245,20 +252,93 @@ async def test_a_migration_does_not_hide_damaged_rows(path: str) -> None:
     assert doctor.check(path) != []
 
 
-async def test_a_job_quarantined_before_a_migration_can_be_accepted_after_it(path: str) -> None:
+@pytest.mark.parametrize("version", [9, 12])
+async def test_a_job_quarantined_before_a_migration_can_be_accepted_after_it(path: str, version: int) -> None:
     maker = await make_store(path)
-    job = next(job for job in maker.jobs.values() if job.status == "queued")
-    as_of(9, path)
+    async with open_store(path) as (store, _):
+        await store.write(maker.batch([maker.create(progress_message="ü")]))
+    job = maker.jobs[max(maker.jobs)]
+    as_of(version, path)
     with edit_store(path) as conn:
-        row = dict(zip(codec.JOB_COLUMNS[:-1], codec.job_row(job), strict=False))
+        names = [name for (name,) in conn.execute("SELECT name FROM pragma_table_info('jobs')")]
+        row = conn.execute("SELECT * FROM jobs WHERE seq = ?", (job.seq,)).fetchone()
         conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
         conn.execute(
             "INSERT INTO quarantined_jobs VALUES (?, ?, 'damaged', 1, ?, CAST('null' AS BLOB), '')",
-            (job.seq, job.id, json.dumps(row)),
+            (job.seq, job.id, codec.as_text(tuple(names), row)),
         )
     async with open_store(path):
         pass
     assert "was accepted" in doctor.accept(path, [job.id])
+    async with open_store(path) as (store, _):
+        assert (await store.load([job.id], [], [])).jobs == {job.id: job}
+
+
+async def test_migrated_rows_are_those_that_this_version_writes(path: str) -> None:
+    maker = await make_store(path)
+    unusual = replace(full_job(), seq=maker.numbers.next_job, id="full")
+    async with open_store(path) as (store, _):
+        fields = {name: getattr(unusual, name) for name in Job.__struct_fields__ if name not in ("seq", "id")}
+        await store.write(maker.batch([maker.create("full", **fields)]))
+    as_of(12, path)
+    async with open_store(path) as (store, found):
+        await assert_holds(store, found, maker)
+        rows = store._database.rows(f"SELECT {JOB_SQL} FROM jobs ORDER BY seq")
+        assert rows == [codec.sealed(codec.job_row(job)) for _, job in sorted(maker.jobs.items())]
+        assert store._database.totals == doctor.totals(store._connection.raw)
+    assert doctor.check(path) == []
+
+
+DAMAGE = {
+    "crc": "crc = (crc | 4) - (crc & 4)",
+    "a searched column": "queue = queue || 'x'",
+    "a field of the body": "attempt = attempt + 1",
+    "text of a searched column": "kind = CAST(x'ff61' AS TEXT)",
+    "text of the body": "progress_message = CAST(x'ff61' AS TEXT)",
+    "part of a grant": "fencing_token = NULL",
+    "the first part of a grant": "lock_id = NULL",
+    "metadata": "metadata = x'ff61'",
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+async def test_damage_of_any_column_survives_the_migration(path: str, what: str) -> None:
+    maker = await make_store(path)
+    job = next(job for job in maker.jobs.values() if job.status == "processing")
+    as_of(12, path)
+    with edit_store(path) as conn:
+        conn.execute(f"UPDATE jobs SET {DAMAGE[what]} WHERE seq = ?", (job.seq,))
+    async with open_store(path) as (store, found):
+        assert found.faults == [f"job {job.id} was quarantined: {found.quarantined[job.id]}"]
+        assert job.seq not in seqs(found.live())
+        assert store._database.totals == doctor.totals(store._connection.raw)
+    with edit_store(path) as conn:
+        (text,) = conn.execute("SELECT row FROM quarantined_jobs").fetchone()
+    row = json.loads(text)
+    assert job.grant is not None
+    assert row["id"] == job.id
+    assert row["started_at"] == job.started_at
+    if what.startswith("text") or what == "metadata":
+        assert {"hex": "ff61"} in row.values()
+    else:
+        assert row["grant"][2] == job.grant.worker
+    if what.startswith("text") or "part" in what:
+        with pytest.raises(RepairRejected):
+            doctor.accept(path, [job.id])
+    else:
+        assert "was accepted" in doctor.accept(path, [job.id])
+
+
+@pytest.mark.parametrize("row", ["{", "[1]", '{"seq": 1}'])
+async def test_a_row_in_quarantine_that_is_not_a_row_does_not_change(path: str, row: str) -> None:
+    await make_store(path)
+    as_of(12, path)
+    with edit_store(path) as conn:
+        conn.execute("INSERT INTO quarantined_jobs VALUES (900, 'a', 'damaged', 1, ?, NULL, NULL)", (row,))
+    async with open_store(path) as (_, found):
+        assert found.quarantined == {"a": "damaged"}
+    with edit_store(path) as conn:
+        assert conn.execute("SELECT row FROM quarantined_jobs").fetchone() == (row,)
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ async def test_a_damaged_job_is_quarantined(path: str, statuses: frozenset[str])
     maker = await make_store(path)
     job = pick(maker, statuses)
     async with open_store(path) as (store, _):
-        store._connection.raw.execute("UPDATE jobs SET priority = priority + 1 WHERE seq = ?", (job.seq,))
+        store._connection.raw.execute("UPDATE jobs SET body = body || ' ' WHERE seq = ?", (job.seq,))
         quarantined: list[str] = []
         store.on_quarantined = lambda found: quarantined.append(found.id)
         _, damaged = await scan_all(store)

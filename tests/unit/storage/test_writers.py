@@ -1,4 +1,4 @@
-"""Writes of job rows: the columns of each statement, and the cached payloads."""
+"""Writes of job rows: the statements, and the cached payloads."""
 
 from __future__ import annotations
 
@@ -64,22 +64,18 @@ def test_the_checksum_of_a_recently_written_job_is_cached(tables: Projection, mo
     assert tables.db.totals == (0, 0, 1, checksum(job_row(maker.jobs[1])))
 
 
-def test_an_update_sets_only_changed_columns(tables: Projection) -> None:
+def test_an_update_of_the_body_changes_no_index(tables: Projection) -> None:
     maker = ChangeFactory()
     first = maker.create()
     (statement,) = statements(tables, maker, first)
-    assert "id" in statement
-    assert "lock_id" not in statement
-    assert "error_code" not in statement
+    assert statement.startswith("INSERT INTO jobs ")
     (statement,) = statements(tables, maker, maker.grant(job_of(first)))
-    assert "lock_id" in statement
-    assert "status" in statement
-    assert "queue" not in statement
-    assert "created_at" not in statement
-    assert "NULL" not in statement
+    assert "SET status = " in statement
+    (statement,) = statements(tables, maker, maker.progress(maker.jobs[1], 5))
+    assert statement.startswith("UPDATE jobs SET body = ")
+    assert "status" not in statement
     (statement,) = statements(tables, maker, maker.finish(maker.jobs[1]))
-    assert "lock_id = NULL" in statement
-    assert "ended_lock_id" in statement
+    assert "SET status = " in statement
     job = maker.jobs[1]
     assert row_of(tables, 1) == (*job_row(job), checksum(job_row(job)))
 
@@ -119,7 +115,7 @@ def test_a_rolled_back_batch_leaves_no_cached_payload(tables: Projection) -> Non
     assert tables.db.totals == (0, 0, 1, checksum(job_row(job)))
 
 
-@pytest.mark.parametrize("limit", ["KEEP_ROWS", "_SHAPES", "KEEP_PAYLOAD_BYTES"])
+@pytest.mark.parametrize("limit", ["KEEP_ROWS", "KEEP_PAYLOAD_BYTES"])
 def test_the_payload_cache_is_limited(tables: Projection, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     monkeypatch.setattr(writers, limit, 1)
     maker = ChangeFactory(3)
@@ -127,11 +123,7 @@ def test_the_payload_cache_is_limited(tables: Projection, monkeypatch: pytest.Mo
         batch = maker.any_batch(15)
         assert write(tables, batch) == {seq: maker.payloads[seq] for seq in batch.payloads}
     cache = tables._jobs
-    held: dict[str, Sized] = {
-        "KEEP_ROWS": cache._rows,
-        "_SHAPES": cache._statements,
-        "KEEP_PAYLOAD_BYTES": cache._payloads,
-    }
+    held: dict[str, Sized] = {"KEEP_ROWS": cache._rows, "KEEP_PAYLOAD_BYTES": cache._payloads}
     assert len(held[limit]) <= 1
     for seq, job in maker.jobs.items():
         assert row_of(tables, seq) == (*job_row(job), checksum(job_row(job)))

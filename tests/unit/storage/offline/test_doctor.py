@@ -152,7 +152,7 @@ async def test_every_kind_of_damage_is_reported_with_a_fix(path: str, damage: st
     assert all(problem.fix for problem in found)
 
 
-@pytest.mark.parametrize("column", ["queue", "id", "status", "crc", "fencing_token"])
+@pytest.mark.parametrize("column", ["queue", "id", "status", "crc", "body"])
 async def test_a_flipped_bit_of_a_job_is_reported_with_its_id(path: str, column: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, frozenset({"processing"}))
@@ -276,7 +276,8 @@ async def test_an_edited_row_is_accepted_in_place(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, frozenset({"processing"}))
     with edit_store(path) as conn:
-        conn.execute("UPDATE jobs SET status = 'failed', lock_id = NULL, progress = 50 WHERE seq = ?", (job.seq,))
+        edit = "status = 'failed', body = json_set(json_remove(body, '$.grant'), '$.progress', 50)"
+        conn.execute(f"UPDATE jobs SET {edit} WHERE seq = ?", (job.seq,))
     assert places(check(path))[0] == f"job {job.id}"
     assert "was accepted" in accept(path, [job.id])
     assert check(path) == []
@@ -316,8 +317,9 @@ async def test_all_damaged_rows_that_are_valid_jobs_are_accepted_at_once(path: s
         pass
     with edit_store(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (moved.options.queue,))
-        conn.execute("UPDATE jobs SET attempt = attempt + 1 WHERE seq = ?", (in_place.seq,))
-        conn.execute("UPDATE jobs SET ended_lock_id = 'l', ended_worker = NULL WHERE seq = ?", (invalid.seq,))
+        edit = "UPDATE jobs SET body = json_set(body, ?, ?) WHERE seq = ?"
+        conn.execute(edit, ("$.attempt", 7, in_place.seq))
+        conn.execute(edit, ("$.ended", "l", invalid.seq))
     named = [moved.id, in_place.id, invalid.id]
     with pytest.raises(RepairRejected, match="is not a valid job"):
         accept(path, named)
@@ -367,9 +369,14 @@ async def test_a_missing_payload_is_accepted_as_null(path: str) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ("UPDATE jobs SET worker = NULL WHERE seq = {seq}", "worker must not be null"),
+        (
+            "UPDATE jobs SET body = json_set(body, '$.grant[2]', NULL) WHERE seq = {seq}",
+            r"got `null` - at `\$.grant\[2\]`",
+        ),
+        ("UPDATE jobs SET body = json_set(body, '$.worker', 'w') WHERE seq = {seq}", "unknown field `worker`"),
+        ("UPDATE jobs SET body = 'x' WHERE seq = {seq}", "JSON is malformed"),
         ("UPDATE jobs SET id = 'no id' WHERE seq = {seq}", "not a valid job id"),
-        ("UPDATE jobs SET fencing_token = 1 << 60 WHERE seq = {seq}", "higher than any"),
+        ("UPDATE jobs SET body = json_set(body, '$.grant[1]', 1 << 60) WHERE seq = {seq}", "higher than any"),
         ("DELETE FROM jobs WHERE seq = {seq}", "there is no job"),
     ],
 )
@@ -433,7 +440,7 @@ async def test_a_recount_accepts_the_existing_rows(path: str) -> None:
 async def test_a_recount_does_not_hide_a_damaged_row(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, LIVE)
-    flip(path, "jobs", "run_at", "seq", job.seq)
+    flip(path, "jobs", "body", "seq", job.seq)
     recount(path)
     assert f"job {job.id}" in places(check(path))
 

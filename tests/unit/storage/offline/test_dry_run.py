@@ -93,7 +93,7 @@ async def test_an_unreadable_store_would_be_kept_unchanged(path: str, copy: str)
 async def test_a_damaged_row_is_reported_and_the_dry_run_continues(path: str, copy: str) -> None:
     maker = await make_store(copy)
     with edit_store(copy) as conn:
-        conn.execute("UPDATE jobs SET priority = priority + 1")
+        conn.execute("UPDATE jobs SET created_at = created_at + 1")
     report = dry_run.restore(copy, path)
     assert any("WARNING" in line and "problems" in line for line in report)
     named = [line for line in report if line.startswith("        job ")]
@@ -172,7 +172,7 @@ async def test_accept_writes_what_its_dry_run_shows(path: str) -> None:
     job = pick(maker, frozenset({"processing"}))
     assert job.grant is not None
     with edit_store(path) as conn:
-        conn.execute("UPDATE jobs SET priority = 77 WHERE seq = ?", (job.seq,))
+        conn.execute("UPDATE jobs SET body = json_set(body, '$.priority', 77) WHERE seq = ?", (job.seq,))
     before = state(path)
     report = "\n".join(dry_run.accept(path, [job.id]))
     assert {name: kept[0] for name, kept in state(path).items() if not name.endswith(".lock")} == {
@@ -213,7 +213,7 @@ async def test_a_dry_run_raises_the_errors_of_accept(path: str) -> None:
         with pytest.raises(RepairRejected, match="there is no job nobody"):
             call(path, ["nobody"])
     with edit_store(path) as conn:
-        conn.execute("UPDATE jobs SET worker = NULL WHERE seq = ?", (one.seq,))
+        conn.execute("UPDATE jobs SET body = '{' WHERE seq = ?", (one.seq,))
     for call in calls:
         with pytest.raises(RepairRejected, match="is not a valid job"):
             call(path, [one.id])

@@ -27,7 +27,8 @@ async def test_an_accepted_row_differs_from_its_events(path: str) -> None:
     job = pick(maker, frozenset({"processing"}))
     assert job.grant is not None
     with edit_store(path) as conn:
-        conn.execute("UPDATE jobs SET attempt = attempt + 7, worker = 'me' WHERE seq = ?", (job.seq,))
+        edit = "json_set(body, '$.attempt', ?, '$.grant[2]', 'me')"
+        conn.execute(f"UPDATE jobs SET body = {edit} WHERE seq = ?", (job.attempt + 7, job.seq))
     assert refolded(path) == {f"job {job.id}": "its checksum is wrong"}, "a damaged row is not compared"
     doctor.accept(path, [job.id])
     assert doctor.check(path) == []
