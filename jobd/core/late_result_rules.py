@@ -33,11 +33,14 @@ _CALLS: Final[dict[type, tuple[str, str]]] = {  # the verb, and what the worker 
     Release: ("release", "release the job"),
 }
 
+_READ_FOR: Final = frozenset({Complete, Why, Adopt})
+
 
 def late_results_needed(state: State, command: AnyCommand, policy: Policy) -> LateResultQuery | None:
     """Return the late results to read before `command` is decided."""
-    if not isinstance(command, (Complete, Why, Adopt)):
+    if type(command) not in _READ_FOR:
         return None
+    assert isinstance(command, (Complete, Why, Adopt))
     if isinstance(command, Complete) and not is_late(state, command):
         return None
     job = state.get(command.id)

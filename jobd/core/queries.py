@@ -27,7 +27,7 @@ from jobd.model.commands import (
     Workers,
 )
 from jobd.model.errors import ApiError
-from jobd.model.job import FINISHED
+from jobd.model.job import FINISHED, Job
 from jobd.model.responses import (
     AuditPage,
     ExportPage,
@@ -68,7 +68,7 @@ def read(tx: Transaction, command: Reading) -> Response | ApiError:
 
 def _of_job(tx: Transaction, command: OfJob) -> Response | ApiError:
     job = transitions.find(tx, command.id)
-    if isinstance(job, ApiError):
+    if not isinstance(job, Job):
         return job
     match command:
         case Get():

@@ -39,7 +39,7 @@ _encode: Final = msgspec.json.Encoder().encode
 
 def create(tx: Transaction, command: Create) -> Response | ApiError:
     made = _create(tx, command)
-    if isinstance(made, ApiError):
+    if not isinstance(made, tuple):
         return made
     job, view, is_new = made
     return Response(view, status=201) if is_new else Response(view, unread_payloads=[(job.seq, view)])
@@ -54,7 +54,7 @@ def bulk(tx: Transaction, command: Bulk) -> Response | ApiError:
     response = Response(JobList([]), status=201)
     for index, item in enumerate(command.jobs):
         made = _create(tx, item)
-        if isinstance(made, ApiError):
+        if not isinstance(made, tuple):
             tx.undo()
             message = f"jobs[{index}]: {made.message} No job was created."
             details = made.details | {"index": index}
@@ -116,7 +116,7 @@ def _refuse_more(tx: Transaction) -> ApiError | None:
 def start(tx: Transaction, command: Start) -> Response | ApiError:
     """Grant the named job: queued, due, and its queue not paused. A stuck job is recovered first."""
     job = transitions.find(tx, command.id)
-    if isinstance(job, ApiError):
+    if not isinstance(job, Job):
         return job
     if transitions.is_stuck(job, tx.at.lease):
         job = transitions.stall(tx, job, transitions.silence(tx, job))
@@ -361,7 +361,7 @@ Holders = Progress | Extend | Complete | Fail | Release | ExtendLock | ReleaseLo
 def _held(tx: Transaction, command: Holders, verb: str) -> Job | Response | ApiError:
     """Return the job if `command` names its latest grant; else the response to a repeated ending, or an error."""
     job = tx.state.get(command.id) or transitions.find(tx, command.id)
-    if isinstance(job, ApiError):
+    if not isinstance(job, Job):
         return job
     if job.status == "processing" and job.grant is not None and job.grant.lock_id == command.lock_id:
         # A row without a lease is invalid until a cleanup run repairs it; the job has no holder.

@@ -516,7 +516,7 @@ class Actor:
             if isinstance(response, Response) and response.read is not None:
                 self._history.start(envelope, response, self.policy)
                 continue
-            if (self._internal or isinstance(response, ApiError)) and self._stays_internal(envelope, response):
+            if (self._internal or not isinstance(response, Response)) and self._stays_internal(envelope, response):
                 continue
             sent = envelope.reply(response)
             if sent < len(envelope.futures) and isinstance(response, Response) and response.grants:

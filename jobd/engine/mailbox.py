@@ -41,12 +41,15 @@ SHARES: Final[dict[Admission, float]] = {
 ADOPT_WEIGHT: Final = 20  # its late results are read with all that they brought
 
 
-# By type, once: every command asks for these on its way.
+# By type, once: every command asks for these on its way, and an isinstance() that fails is slow for a struct.
 _SLICED: Final = (ExtendAfterPause, EndGrants)
 WEIGHTY: Final = frozenset(
     kind for kind in get_args(AnyCommand) if issubclass(kind, (*_SLICED, Bulk, ApplyPlan, Claim, Adopt))
 )
+_JOB_COMMANDS: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, JobCommand))
 _ON_JOB: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, JobCommand | Import))
+_DELETING: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, ApplyPlan | DeleteExpired))
+_PAYLOAD_FIRST: Final = frozenset({Create, Bulk, Delete})
 
 
 def named_ids(command: Any) -> list[str]:
@@ -71,11 +74,12 @@ def may_go_first(envelope: Envelope) -> bool:
     return envelope.call.command.admission == "read" and not envelope.in_line
 
 
-def deleted_ids(command: Command) -> list[str]:
+def deleted_ids(command: Any) -> list[str]:
     """Return the ids of the jobs that `command` may delete."""
-    if isinstance(command, ApplyPlan) and command.action in ("delete", "cleanup"):
-        return named_ids(command)
-    return command.ids if isinstance(command, DeleteExpired) else []
+    deletes = type(command) in _DELETING and (
+        isinstance(command, DeleteExpired) or command.action in ("delete", "cleanup")
+    )
+    return named_ids(command) if deletes else []
 
 
 def needs_payload_first(envelope: Envelope, doomed: set[str]) -> bool:
@@ -83,23 +87,22 @@ def needs_payload_first(envelope: Envelope, doomed: set[str]) -> bool:
 
     The decision needs it, or the job may be deleted in this batch (`doomed`) before the response shows it.
     """
-    command = envelope.call.command
-    if isinstance(command, (Create, Bulk, Delete)):
+    command: Any = envelope.call.command
+    kind = type(command)
+    if kind in _PAYLOAD_FIRST:
         return True
-    if isinstance(command, JobCommand) and command.id in doomed:
-        return True
-    return envelope.key is not None and isinstance(command, JobCommand) and not isinstance(command, Start)
+    return kind in _JOB_COMMANDS and (command.id in doomed or (envelope.key is not None and kind is not Start))
 
 
 def weight(command: Command) -> int:
     """Return how much `command` counts in a batch, by what it writes, so that a batch takes a few milliseconds."""
     if type(command) not in WEIGHTY:
         return 1
+    if isinstance(command, Claim):
+        return command.limit
     if isinstance(command, (Bulk, ApplyPlan)):
         return len(command.jobs)
-    if isinstance(command, _SLICED):
-        return len(command.ids)
-    return command.limit if isinstance(command, Claim) else ADOPT_WEIGHT
+    return len(command.ids) if isinstance(command, _SLICED) else ADOPT_WEIGHT
 
 
 class Waiter(Protocol):
