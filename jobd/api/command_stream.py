@@ -63,6 +63,15 @@ class StreamedResponse(Struct, frozen=True, omit_defaults=True):
     details: Annotated[dict[str, Any], Meta(description="Machine-readable details of the error.")] = {}
 
 
+class _LineKind(Struct, frozen=True):
+    """What a line of one kind stands for."""
+
+    decoder: RequestDecoder
+    route: Route
+    names_job: bool
+    names_worker: bool
+
+
 class DecodedLine(Struct, frozen=True):
     """A decoded line."""
 
@@ -109,8 +118,15 @@ class LineReader:
 
     def __init__(self, app: App[Services]) -> None:
         self._authenticator = app.authenticator
-        self._decoders = line_decoders(app.limits)
-        self._routes = app.routes
+        self._kinds = {
+            op: _LineKind(
+                decoder,
+                app.routes[decoder.command],
+                issubclass(decoder.command, Create | JobCommand),
+                issubclass(decoder.command, Start | Claim),
+            )
+            for op, decoder in line_decoders(app.limits).items()
+        }
 
     def read(self, line: bytes) -> DecodedLine:
         """Decode a line. Raises ApiException."""
@@ -120,21 +136,21 @@ class LineReader:
             raise validation_error(str(error), _LineHeader) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise malformed_json_error(error) from None
-        command: Any = self._decoders[header.op].from_body(line)
-        if isinstance(command, Claim) and command.wait_ms:
+        kind = self._kinds[header.op]
+        command: Any = kind.decoder.from_body(line)
+        if type(command) is Claim and command.wait_ms:
             message = (
                 "a claim in a stream cannot wait, because later lines would wait too. Omit it, or send POST /v1/claim."
             )
             raise invalid_request_error("$.wait_ms", message)
-        job_id = command.id if isinstance(command, (Create, JobCommand)) else None
-        by = f"worker:{command.worker}" if isinstance(command, (Start, Claim)) else "client"
-        route = self._routes[STREAMED_COMMANDS[header.op]]
-        return DecodedLine(command, by, job_id, self._key(route, job_id, header.idempotency_key, line))
+        job_id = command.id if kind.names_job else None
+        by = f"worker:{command.worker}" if kind.names_worker else "client"
+        has_key = header.idempotency_key is not None and kind.route.key
+        key = self._key(kind.route, job_id, header.idempotency_key, line) if has_key else None
+        return DecodedLine(command, by, job_id, key)
 
-    def _key(self, route: Route, job_id: str | None, key: str | None, line: bytes) -> IdempotencyKey | None:
+    def _key(self, route: Route, job_id: str | None, key: str, line: bytes) -> IdempotencyKey:
         """Return the key in the scope of its call. A repetition must be the same line."""
-        if key is None or not route.key:
-            return None
         return self._authenticator.idempotency_key(key, route.method, route.path.replace("{id}", job_id or ""), line)
 
 
@@ -229,7 +245,9 @@ class _StreamSession:
             async for line in self._lines:
                 if line is None or line.strip():
                     self._handle_line(line)
-                    await self._wait_for_capacity()
+                    while self._weight >= AHEAD_WEIGHT or self._bytes >= AHEAD_BYTES:
+                        self._has_capacity.clear()
+                        await self._has_capacity.wait()
                 count += 1
                 if count % TURN_LINES == 0:
                     await asyncio.sleep(0)
@@ -251,18 +269,18 @@ class _StreamSession:
             if line is None:
                 limit = self._app.limits.body
                 raise too_large_error(f"The line is over {limit} bytes. Split it.", limit=limit)
-            envelope = self._send(self._reader.read(line), slot)
+            decoded = self._reader.read(line)
+            slot.by, slot.job_id, slot.weight = decoded.by, decoded.job_id, weight(decoded.command)
+            envelope = self._app.actor.send(
+                decoded.command, slot, by=decoded.by, key=decoded.key, size=slot.size, in_line=True
+            )
         except ApiException as rejected:
             envelope = rejected.error
-        if isinstance(envelope, ApiError):
-            self._reject(slot, envelope)
-        else:
+        if isinstance(envelope, Envelope):
             slot.envelope = envelope
             self._queue(slot)
-
-    def _send(self, line: DecodedLine, slot: _PendingResponse) -> Envelope | ApiError:
-        slot.by, slot.job_id, slot.weight = line.by, line.job_id, weight(line.command)
-        return self._app.actor.send(line.command, slot, by=line.by, key=line.key, size=slot.size, in_line=True)
+        else:
+            self._reject(slot, envelope)
 
     def _reject(self, slot: _PendingResponse, error: ApiError) -> None:
         slot.set_result(error)
@@ -272,11 +290,6 @@ class _StreamSession:
         self._slots.append(slot)
         self._weight += slot.weight
         self._bytes += slot.size
-
-    async def _wait_for_capacity(self) -> None:
-        while self._weight >= AHEAD_WEIGHT or self._bytes >= AHEAD_BYTES:
-            self._has_capacity.clear()
-            await self._has_capacity.wait()
 
     # -- writing -------------------------------------------------------------------------------------------------------
 

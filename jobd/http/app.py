@@ -207,17 +207,21 @@ class App(Generic[S]):
         except Exception as bug:
             return self.error_response(ctx, self.log_internal_error(ctx, bug))
 
-    def send(self, ctx: RequestContext, body: bytes, responder: Waiter) -> HttpResponse | None:
+    def send(self, ctx: RequestContext, body: bytes | bytearray, responder: Waiter) -> HttpResponse | None:
         """Send the request's command to the actor. `responder` receives the actor's response.
 
         Returns an HTTP response if the request is rejected.
         """
+        if ctx.is_truncated:
+            return self.error_response(ctx, TRUNCATED_BODY, close=True)
+        if type(body) is not bytes:
+            body = bytes(body)
         try:
             command = self._decode(ctx, body)
             sent = self.actor.send(
                 command, responder, by=ctx.by, admin=ctx.admin, key=ctx.key, size=len(body), operator=ctx.operator
             )
-            if not isinstance(sent, ApiError):
+            if isinstance(sent, Envelope):
                 ctx.envelope = sent
                 return None
         except ApiException as rejected:

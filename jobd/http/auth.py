@@ -70,10 +70,11 @@ class Authenticator:
 
     def permission_of(self, digest: bytes) -> Permission | None:
         """Return the permission of the token with this digest, None if it is invalid. Takes constant time."""
-        permissions = [
-            permission for valid_digest, permission in self._digests or () if hmac.compare_digest(digest, valid_digest)
-        ]
-        return permissions[0] if permissions else None
+        found: Permission | None = None
+        for valid_digest, permission in self._digests or ():
+            if hmac.compare_digest(digest, valid_digest) and found is None:
+                found = permission
+        return found
 
     def check_origin(self, headers: Mapping[str, bytes], address: object) -> None:
         """Raise a 403 error if Host is not a name of this daemon or Origin is another site.

@@ -12,7 +12,7 @@ from typing import Any, Final, cast
 
 import structlog
 
-from jobd.http.app import INTERNAL_ERROR, TRUNCATED_BODY, App
+from jobd.http.app import INTERNAL_ERROR, App
 from jobd.http.hangup import has_unacknowledged_bytes, is_hung_up
 from jobd.http.parser import AHEAD, PIECE, MalformedRequest, RequestParser, malformed_request, piece_size
 from jobd.http.response import HTTP_VERSION, HttpResponse, abort_later
@@ -190,7 +190,10 @@ class WorkerConnection(asyncio.Protocol):
                 if request.resolved.route.handler is not None:
                     request.task = self._loop.create_task(self._run(request))
                     return
-                response = self._send(request) if request.is_complete else self._wait_for_body(request)
+                if request.is_complete:
+                    response = self.app.send(request, request.body, request)
+                else:
+                    response = self._wait_for_body(request)
         except Exception as bug:
             response = self._bug_response(request, bug)
         if response is not None:
@@ -220,7 +223,11 @@ class WorkerConnection(asyncio.Protocol):
         request.timer.cancel()
         request.is_waiting = False
         try:
-            response = self._malformed_response(request) if request.error is not None else self._send(request)
+            response = (
+                self.app.send(request, request.body, request)
+                if request.error is None
+                else self._malformed_response(request)
+            )
         except Exception as bug:
             response = self._bug_response(request, bug)
         if response is not None:
@@ -229,13 +236,6 @@ class WorkerConnection(asyncio.Protocol):
     def _time_out(self, request: WorkerRequest) -> None:
         request.is_waiting = False
         self._respond(request, self.app.error_response(request, self.app.body_too_late()))
-
-    def _send(self, request: WorkerRequest) -> HttpResponse | None:
-        """Send the request's command to the actor."""
-        if request.is_truncated:
-            return self.app.error_response(request, TRUNCATED_BODY, close=True)
-        body = request.body
-        return self.app.send(request, body if type(body) is bytes else bytes(body), request)
 
     async def _run(self, request: WorkerRequest) -> None:
         """Run the handler of a request. It is cancelled if the connection is lost."""

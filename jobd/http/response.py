@@ -28,6 +28,7 @@ SAFE_HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "n
 
 _encode: Final = msgspec.json.Encoder().encode
 _BLANKS: Final = bytes.maketrans(b"\r\n", b"  ")
+_CR, _LF = b"\r\n"  # searching for bytes of length 1 would take several times as long
 
 
 class RawBody(Struct, frozen=True):
@@ -152,8 +153,13 @@ def _page_headers(page: RawBody) -> dict[str, str]:
 
 def response_line(response: Response) -> bytes:
     """Build one line of a stream of responses: the response object with its status."""
-    more = b',"replayed":true' if response.replayed else b""
-    return b'{"success":true,"data":%b,"status":%d%b}\n' % (_in_one_line(_encode(response.data)), response.status, more)
+    data = _in_one_line(_encode(response.data))
+    return b"".join((b'{"success":true,"data":', data, _line_end(response.status, response.replayed)))
+
+
+@lru_cache
+def _line_end(status: int, replayed: bool) -> bytes:
+    return b',"status":%d%b}\n' % (status, b',"replayed":true' if replayed else b"")
 
 
 def error_line(error: ApiError) -> bytes:
@@ -167,7 +173,7 @@ def error_line(error: ApiError) -> bytes:
 
 def _in_one_line(body: bytes) -> bytes:
     """Replace line breaks, which payloads and metadata may contain between values."""
-    return body.translate(_BLANKS) if b"\n" in body or b"\r" in body else body
+    return body.translate(_BLANKS) if _LF in body or _CR in body else body
 
 
 def error_response(

@@ -9,6 +9,8 @@ from jobd.http.request import BodyError, RequestContext
 from jobd.http.response import WRITE_TIMEOUT_S
 from jobd.model.errors import api_error
 
+[LF] = b"\n"
+
 
 class LineStream:
     """Iterate over the lines of a body, without line feeds. A line over `limits.body` bytes is None.
@@ -46,7 +48,7 @@ class LineStream:
         return None if is_too_long else line
 
     def _has_line(self) -> bool:
-        return self._is_last or b"\n" in self._buffer
+        return self._is_last or LF in self._buffer
 
     async def _fill(self) -> None:
         """Read until a whole line or the end has arrived."""
