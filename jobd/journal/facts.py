@@ -108,8 +108,8 @@ def _part(value: Any) -> Any:
     return value
 
 
-def thin(events: list[Event]) -> tuple[list[int], list[Event]]:
-    """Return the seqs of heartbeats in one job's journal that can be deleted, and the events that change.
+def thin(events: list[Event]) -> list[Event]:
+    """Return one job's journal without the heartbeats that can be deleted.
 
     The last KEEP_HEARTBEATS of each type and grant are kept. The values that a deleted event set are merged into the
     next event, so that folding gives the same row as before. `events` are in order and begin at a grant or earlier.
@@ -123,14 +123,13 @@ def thin(events: list[Event]) -> tuple[list[int], list[Event]]:
                 gone.add(event.seq)
         elif event.type == "granted":
             seen = dict.fromkeys(HEARTBEATS, 0)
-    return sorted(gone), _carried(events, gone)
+    return _without(events, gone)
 
 
-def compact(events: list[Event]) -> tuple[list[int], list[Event]]:
-    """Return the seqs of events in a part of one job's journal that can be deleted: their grants were given back.
+def compact(events: list[Event]) -> list[Event]:
+    """Return a part of one job's journal without events of grants that were given back.
 
-    Events before the first grant are kept, and so is the last grant. Also return the events that change; as in `thin`,
-    folding gives the same row as before.
+    Events before the first grant and the last grant are kept. Folding gives the same row as before, as in `thin`.
     """
     gone: set[int] = set()
     routine: list[int] = []  # events of the current grant; none before the first grant
@@ -143,21 +142,21 @@ def compact(events: list[Event]) -> tuple[list[int], list[Event]]:
         elif routine and event.type in ROUTINE:
             routine.append(event.seq)
             is_given_back = is_given_back or event.type in GIVEN_BACK
-    return sorted(gone), _carried(events, gone)
+    return _without(events, gone)
 
 
-def _carried(events: list[Event], gone: set[int]) -> list[Event]:
-    """Return the events that carry the values set by `gone` events before them."""
-    changed: list[Event] = []
+def _without(events: list[Event], gone: set[int]) -> list[Event]:
+    """Return the events that are not `gone`, with the values that `gone` events before them set."""
+    kept: list[Event] = []
     carried: Changes | None = None
     for event in events:
         both = _merged(carried, event.changes)
         if event.seq in gone:
             carried = both
-        elif carried is not None:
-            changed.append(msgspec.structs.replace(event, changes=both))
+        else:
+            kept.append(event if carried is None else msgspec.structs.replace(event, changes=both))
             carried = None
-    return changed
+    return kept
 
 
 def _merged(first: Changes | None, then: Changes | None) -> Changes | None:

@@ -15,7 +15,6 @@ from typing import Any, Final, TypeVar
 
 from msgspec.structs import replace
 
-from jobd.journal.facts import EVENT_COLUMNS
 from jobd.model.fingerprints import fingerprint_of_bytes
 from jobd.model.storage import (
     BadRows,
@@ -51,7 +50,6 @@ FAILED_SQL: Final = "status IN ('failed', 'cancelled')"
 FINISHED_SQL: Final = "status IN ('completed', 'failed', 'cancelled')"
 NOT_LIVE_SQL: Final = "status NOT IN ('queued', 'processing')"  # also an invalid status; the index has this condition
 JOB_SQL: Final = f"{', '.join(JOB_COLUMNS)}, crc"
-EVENT_SQL: Final = f"{', '.join(EVENT_COLUMNS)}, crc"
 KEY_SQL: Final = f"{', '.join(KEY_COLUMNS)}, crc"
 QUEUE_SQL: Final = f"{', '.join(QUEUE_COLUMNS)}, crc"
 LATE_SQL: Final = f"{', '.join(LATE_COLUMNS)}, crc"

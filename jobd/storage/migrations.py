@@ -11,16 +11,18 @@ from functools import partial
 from importlib.resources import files
 from typing import Final
 
+from jobd.journal.facts import EVENT_COLUMNS
 from jobd.model.job import COUNTER_MASK, LIVE, TOKEN_COUNTER_BITS
 from jobd.model.storage import Numbers
-from jobd.storage import lean_jobs
+from jobd.storage import event_rows, lean_jobs
 from jobd.storage.codec import META_COLUMNS, Row, checksum, fault, first_checksum, sealed
 from jobd.storage.files import StoreUnreadable
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
-VERSION: Final = 13
+VERSION: Final = 14
 FIRST_WITH_JOURNAL: Final = 11
 _RESEALED_AT_ONCE: Final = 10_000  # rows
+_PACKED_AT_ONCE: Final = 1_000  # rows
 
 
 def _add_late_results(conn: sqlite3.Connection) -> None:
@@ -103,6 +105,7 @@ MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
     10: lambda conn: _add_journal(conn),
     11: lambda conn: _add_cluster(conn),
     12: lambda conn: _make_jobs_lean(conn),
+    13: lambda conn: _pack_events(conn),
 }
 
 
@@ -244,6 +247,26 @@ def _make_jobs_lean(conn: sqlite3.Connection) -> None:
     assert meta is not None
     live_xor, finished_xor = lean_jobs.convert(conn)
     change_meta(conn, live_xor=meta["live_xor"] ^ live_xor, finished_xor=meta["finished_xor"] ^ finished_xor)
+
+
+def _pack_events(conn: sqlite3.Connection) -> None:
+    """Put several events of a job into one row. A damaged event gets a damaged row, which a later read finds."""
+    conn.execute("DROP INDEX events_job")
+    conn.execute("ALTER TABLE events RENAME TO old_events")
+    conn.execute(
+        "CREATE TABLE events (seq INTEGER PRIMARY KEY, last INTEGER NOT NULL, job_seq INTEGER NOT NULL, "
+        "at INTEGER NOT NULL, body BLOB NOT NULL, crc INTEGER NOT NULL) STRICT"
+    )
+    sql = f"SELECT {', '.join(EVENT_COLUMNS)}, crc FROM old_events ORDER BY seq LIMIT {_PACKED_AT_ONCE}"
+    conn.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
+    while rows := conn.execute(sql).fetchall():
+        packed = event_rows.pack(row[:-1] for row in rows if fault(row) is None)
+        packed += [event_rows.damaged_row(row[:-1]) for row in rows if fault(row) is not None]
+        conn.executemany(event_rows.INSERT, packed)
+        conn.execute("DELETE FROM old_events WHERE seq <= ?", (rows[-1][0],))
+    conn.text_factory = str
+    conn.execute("DROP TABLE old_events")
+    conn.execute("CREATE INDEX events_job ON events (job_seq)")
 
 
 def leave_cluster(conn: sqlite3.Connection) -> None:

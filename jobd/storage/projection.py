@@ -18,7 +18,6 @@ from msgspec.structs import replace
 
 from jobd.journal import record
 from jobd.journal.checksum import checksum
-from jobd.journal.facts import EVENT_COLUMNS
 from jobd.journal.record import Decoded
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.events import Change
@@ -36,7 +35,7 @@ from jobd.model.storage import (
     Tombstone,
     distinct_tombstones,
 )
-from jobd.storage import codec, table_writes
+from jobd.storage import codec, event_rows, table_writes
 from jobd.storage.cluster import membership
 from jobd.storage.codec import KEY_COLUMNS, sealed
 from jobd.storage.database import BY_SEQ, PUT_QUEUE, PUT_TOMBSTONE, Database, readable
@@ -67,7 +66,6 @@ SLICE_BYTES: Final = 1 << 20  # of its records are enough too, because a transac
 MAX_BEHIND: Final = 30_000  # events that the tables may lack
 MAX_BEHIND_FULL: Final = 3_000  # on a full disk, because every read then applies them in memory
 KEEP_REPORTS: Final = 500
-_INSERT_EVENT: Final = insert("events", (*EVENT_COLUMNS, "crc"))
 _REPLACE_KEY: Final = insert("keys", (*KEY_COLUMNS, "crc", "answer"), "REPLACE")
 
 
@@ -400,7 +398,8 @@ class Projection:
                 tombstones += distinct_tombstones([*left, *batch.tombstones]) if left else batch.tombstones
         if changes:
             db.totals = self._jobs.write(changes, db.totals, db.quarantined)
-            db.conn.executemany(_INSERT_EVENT, [sealed(row) for each in pending for row in each.events])
+            events = chain.from_iterable(each.events for each in pending)
+            db.conn.executemany(event_rows.INSERT, event_rows.pack(events))
         if queues := {name: row for batch in batches for name, row in batch.queues.items()}:
             db.conn.executemany(PUT_QUEUE, [codec.queue_row(name, row) for name, row in queues.items()])
         if tombstones:

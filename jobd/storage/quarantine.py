@@ -9,14 +9,12 @@ import sqlite3
 from collections.abc import Callable
 from typing import Final
 
-from jobd.journal.facts import EVENT_COLUMNS
 from jobd.model.job import FINISHED, Job, is_job_id
 from jobd.model.storage import DiskFull, Quarantined
-from jobd.storage import codec
+from jobd.storage import codec, event_rows
 from jobd.storage.codec import JOB_COLUMNS, Row
 from jobd.storage.database import (
     BY_SEQ,
-    EVENT_SQL,
     LIVE_SQL,
     PUT_QUEUE,
     QUEUE_SQL,
@@ -31,7 +29,7 @@ from jobd.storage.writers import insert
 
 _INSERT: Final = insert("quarantined_jobs", ("seq", "id", "reason", "at", "row", "payload", "request_hash"), "REPLACE")
 _QUEUE: Final = JOB_COLUMNS.index("queue")
-_JOB_ID: Final = EVENT_COLUMNS.index("job_id")
+_FIRST_EVENTS: Final = f"SELECT {event_rows.SQL} FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1"
 _WAS_LIVE: Final = f"SELECT 1 FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL} AND seq = ?"
 
 
@@ -68,9 +66,9 @@ def original_id(db: Database, row: Row) -> str:
     """Return the id with which a damaged row was written, from its columns, its journal and the index of ids."""
     seq, read = row[0], readable(row[1])
     try:
-        rows = db.rows(f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1", (seq,))
-        is_undamaged = bool(rows) and codec.fault(rows[0]) is None
-        journaled = readable(rows[0][_JOB_ID]) if is_undamaged else read
+        rows = db.rows(_FIRST_EVENTS, (seq,))
+        is_undamaged = bool(rows) and event_rows.fault(rows[0]) is None
+        journaled = event_rows.job_id(rows[0]) if is_undamaged else read
         if journaled == read or not is_job_id(journaled):
             return read
         indexed = db.rows("SELECT seq FROM jobs INDEXED BY jobs_id WHERE id = ?", (journaled,))
@@ -148,10 +146,10 @@ def quarantine_rows(
     """
     unmoved: set[int] = set()
     for rowid, row, reason in damaged:
-        name = f"{table} {readable(row[0])}"
+        name = row_name(db, table, row)
         db.keep_damage(f"{name}: {reason}")
         try:
-            db.commit(_quarantine_row, db, table, columns, rowid, row, reason)
+            db.commit(_quarantine_row, db, table, columns, rowid, row, f"{name.partition(' ')[2]}: {reason}")
             db.faults.append(f"{name}: {reason}; the row was quarantined")
         except DiskFull:
             unmoved.add(rowid)
@@ -162,12 +160,20 @@ def quarantine_rows(
     return unmoved
 
 
-def _quarantine_row(db: Database, table: str, columns: tuple[str, ...], rowid: int, row: Row, reason: str) -> None:
+def row_name(db: Database, table: str, row: Row) -> str:
+    """Name a damaged row, for example "audit 4" or "events 17 to 19 of job a"."""
+    if table != "events":
+        return f"{table} {readable(row[0])}"
+    first, last, job_seq = row[:3]
+    numbers = f"events {first}" if first == last else f"events {first} to {last}"
+    return numbers if job_seq == 0 else f"{numbers} of job {db.job_id_of(job_seq) or f'number {job_seq}'}"
+
+
+def _quarantine_row(db: Database, table: str, columns: tuple[str, ...], rowid: int, row: Row, description: str) -> None:
     sql = insert("bad_rows", ("place", "what", "at", "row"))
-    description = f"{readable(row[0])}: {reason}"
     db.conn.execute(sql, (table, description, now_ms(), codec.as_text(columns, row)))
     if table == "events":
-        db.note_missing(rowid)
+        db.note_missing(event_rows.last_number(row))
         db.write_meta()
     try:
         db.conn.execute(f"DELETE FROM {table} WHERE rowid = ?", (rowid,))

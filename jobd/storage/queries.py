@@ -10,11 +10,12 @@ import sqlite3
 import zlib
 from collections.abc import Callable, Iterable
 from itertools import chain
+from operator import itemgetter
 from string import ascii_uppercase
 from typing import Any, Final, TypeVar
 
 from jobd.journal import facts
-from jobd.journal.facts import EVENT_COLUMNS
+from jobd.journal.facts import EVENT_COLUMNS, EventRow
 from jobd.model.events import Event
 from jobd.model.job import LIVE, Grant, Job, LateResult
 from jobd.model.storage import (
@@ -33,12 +34,11 @@ from jobd.model.storage import (
     Quarantined,
     StoredResponse,
 )
-from jobd.storage import codec
+from jobd.storage import codec, event_rows
 from jobd.storage.codec import AUDIT_COLUMNS, KEY_COLUMNS, LATE_COLUMNS, TOMBSTONE_COLUMNS, Row, fault
 from jobd.storage.database import (
     BY_ID,
     BY_SEQ,
-    EVENT_SQL,
     FAILED_SQL,
     FINISHED_SQL,
     JOB_SQL,
@@ -57,18 +57,17 @@ from jobd.storage.writers import AUDIT_SQL
 T = TypeVar("T")
 
 _NO_LIMIT: Final = 1 << 62
-_EVENT: Final = f"SELECT {EVENT_SQL} FROM events NOT INDEXED WHERE seq = ?"
-_JOB_SEQ: Final = EVENT_COLUMNS.index("job_seq")
+_EVENTS: Final = f"SELECT {event_rows.SQL} FROM events NOT INDEXED WHERE seq = ?"
+_SPANNING: Final = f"SELECT {event_rows.SQL} FROM events WHERE seq > ? AND seq <= ? AND last > ?"
+_SEQ: Final = EVENT_COLUMNS.index("seq")
+_TYPE: Final = EVENT_COLUMNS.index("type")
+_seq = itemgetter(_SEQ)
 _ALL: Final = -1  # SQLite: no limit
 _RESPONSE_CRC: Final = KEY_COLUMNS.index("answer_crc")
 _CREATED: Final = "SELECT created_at FROM jobs NOT INDEXED WHERE seq = ?"
 _LATE: Final = f"SELECT {LATE_SQL} FROM late_results NOT INDEXED WHERE seq = ?"
 SLICE_BYTES: Final = 256 << 10  # of rows read between two batches, which takes less than 2 ms
 GRANT_SEARCH_EVENTS: Final = 1_000  # latest events of a job that are searched for an ended grant
-_GRANTS: Final = (
-    f"SELECT {EVENT_SQL} FROM (SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? "
-    "ORDER BY seq DESC LIMIT ?) CROSS JOIN events NOT INDEXED ON seq = found WHERE type = 'granted'"
-)
 MAX_DAMAGED_SLICES: Final = 10  # slices of damaged tombstones after which the search ends
 _REFERENCED_LATE: Final = "SELECT 1 FROM late_results INDEXED BY late_results_storage_key WHERE storage_key = ?"
 _DUE: Final = f"SELECT {TOMBSTONE_SQL} FROM tombstones WHERE due_at {{}} ? ORDER BY due_at LIMIT ?"
@@ -346,27 +345,25 @@ def _payload_of(db: Database, query: JobQuery, job: Job) -> tuple[Payload | None
 def timeline(db: Database, job_seq: int, limit: int | None = None) -> list[Event]:
     """Return the journal of a job or its latest `limit` events, oldest first, with the last heartbeat of each grant."""
     db.check()
-    rows = _timeline(db, job_seq, _ALL if limit is None else limit)
-    events = [event for event in _events(db, rows) if event.job_seq == job_seq]
-    dropped, changed = facts.thin(events)
-    forgotten, new = set(dropped), {event.seq: event for event in changed}
-    return [new.get(event.seq, event) for event in events if event.seq not in forgotten]
-
-
-def _timeline(db: Database, job_seq: int, limit: int) -> list[Row]:
-    inner = "SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq DESC LIMIT ?"
-    sql = f"SELECT {EVENT_SQL} FROM ({inner}) CROSS JOIN events NOT INDEXED ON seq = found ORDER BY found"
     try:
-        rows = db.rows(sql, (job_seq, limit))
-        if any(row[_JOB_SEQ] != job_seq and fault(row) is None for row in rows):  # the index is damaged
+        rows = latest_rows(db, job_seq, _ALL if limit is None else limit)
+        if any(row[event_rows.JOB_SEQ] != job_seq and fault(row) is None for row in rows):  # the index is damaged
             with contextlib.suppress(DiskFull, StructureDamaged):
                 db.rebuild_indexes()
-            rows = db.rows(sql, (job_seq, limit))
+            rows = latest_rows(db, job_seq, _ALL if limit is None else limit)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-        rows = _timeline_of_a_damaged_table(db, job_seq)[-limit if limit > 0 else 0 :]
-    return rows
+        rows = _timeline_of_a_damaged_table(db, job_seq)
+    events = _events(db, [row for row in rows if row[event_rows.JOB_SEQ] == job_seq or fault(row) is not None])
+    return facts.thin([facts.event(event) for event in events[-limit if limit else 0 :]])
+
+
+def latest_rows(db: Database, job_seq: int, limit: int) -> list[Row]:
+    """Return the latest `limit` rows of events of a job, oldest first."""
+    inner = "SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq DESC LIMIT ?"
+    sql = f"SELECT {event_rows.SQL} FROM ({inner}) CROSS JOIN events NOT INDEXED ON seq = found ORDER BY found"
+    return db.rows(sql, (job_seq, limit))
 
 
 def _timeline_of_a_damaged_table(db: Database, job_seq: int) -> list[Row]:
@@ -377,8 +374,8 @@ def _timeline_of_a_damaged_table(db: Database, job_seq: int) -> list[Row]:
         if not is_corrupt(error):
             raise
         db.faults.append(f"the index of the journal cannot be read: {error}; run `jobd doctor`")
-        return db.rows(f"SELECT {EVENT_SQL} FROM events NOT INDEXED WHERE job_seq = ? ORDER BY seq", (job_seq,))
-    return db.rows_one_by_one(_EVENT, [seq for (seq,) in seqs], "events")
+        return db.rows(f"SELECT {event_rows.SQL} FROM events NOT INDEXED WHERE job_seq = ? ORDER BY seq", (job_seq,))
+    return db.rows_one_by_one(_EVENTS, [seq for (seq,) in seqs], "events")
 
 
 def journal(db: Database, after: int, limit: int) -> JournalPage:
@@ -388,29 +385,33 @@ def journal(db: Database, after: int, limit: int) -> JournalPage:
     """
     db.check()
     last = db.numbers.next_event - 1
-    sql = f"SELECT {EVENT_SQL} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
+    sql = f"SELECT {event_rows.SQL} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
     try:
+        spanning = db.rows(_SPANNING, (after - event_rows.SPAN, after, after))
         rows, is_cut = db.rows_up_to(sql, (after, limit), SLICE_BYTES)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
         db.faults.append(f"the journal cannot be read after event {after}: {error}; run `jobd doctor`")
         return JournalPage([], last, last)
-    events = _events(db, rows)
-    if len(events) < len(rows):
-        undamaged = {event.seq for event in events}
-        db.note_missing(max(row[0] for row in rows if row[0] not in undamaged))
-    return JournalPage(events, last, db.gone_to, is_cut or len(rows) == limit)
+    is_cut = is_cut or len(rows) == limit
+    upto = rows[-1][0] if is_cut else last  # rows after these have later events
+    events = [event for event in _events(db, spanning + rows) if after < event[_SEQ] <= upto]
+    events.sort(key=_seq)
+    page = [facts.event(event) for event in events[:limit]]
+    return JournalPage(page, last, db.gone_to, is_cut or len(events) > limit)
 
 
-def _events(db: Database, rows: list[Row]) -> list[Event]:
-    """Decode events and quarantine damaged rows."""
-    damaged = [(row[0], row, error) for row in rows if (error := fault(row)) is not None]
+def _events(db: Database, rows: list[Row]) -> list[EventRow]:
+    """Return the events of rows. Quarantine damaged rows, and note that their events are missing."""
+    damaged = [(row[0], row, error) for row in rows if (error := event_rows.fault(row)) is not None]
     if damaged:
-        quarantine_rows(db, "events", (*EVENT_COLUMNS, "crc"), damaged)
+        quarantine_rows(db, "events", (*event_rows.COLUMNS, "crc"), damaged)
+        for _, row, _ in damaged:
+            db.note_missing(event_rows.last_number(row))
         bad = {seq for seq, _, _ in damaged}
         rows = [row for row in rows if row[0] not in bad]
-    return [facts.event(row) for row in rows]
+    return list(chain.from_iterable(map(event_rows.unpack, rows)))
 
 
 def read_late_results(db: Database, requested: list[LateResultQuery]) -> LateResultRows:
@@ -469,13 +470,15 @@ def count_late_results(db: Database, job_seqs: list[int]) -> dict[int, int]:
 def _latest_grants(db: Database, job_seq: int) -> list[Grant]:
     """Return the grants in the latest GRANT_SEARCH_EVENTS events of a job, limited because batches wait for it."""
     try:
-        rows = db.rows(_GRANTS, (job_seq, GRANT_SEARCH_EVENTS))
+        rows = latest_rows(db, job_seq, GRANT_SEARCH_EVENTS)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
         return []  # `timeline` reports the error
-    events = [event for event in _events(db, rows) if event.job_seq == job_seq and event.changes is not None]
-    return [event.changes.grant for event in events if event.changes and isinstance(event.changes.grant, Grant)]
+    latest = _events(db, rows)[-GRANT_SEARCH_EVENTS:]
+    events = [facts.event(event) for event in latest if event[_TYPE] == "granted"]
+    grants = [event.changes.grant for event in events if event.job_seq == job_seq and event.changes is not None]
+    return [grant for grant in grants if isinstance(grant, Grant)]
 
 
 def expired_jobs(db: Database, now: int, limit: int, skip: int = 0) -> list[str]:

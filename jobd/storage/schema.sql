@@ -87,19 +87,13 @@ CREATE TABLE late_results (
 CREATE INDEX late_results_job ON late_results (job_seq);
 CREATE INDEX late_results_storage_key ON late_results (storage_key) WHERE storage_key IS NOT NULL;
 
+-- Events of one job whose numbers are less than 1,000 apart: several of one slice, or one that is large.
 CREATE TABLE events (
-    seq INTEGER PRIMARY KEY,
-    at INTEGER NOT NULL,
-    type TEXT NOT NULL,
-    job_seq INTEGER NOT NULL,          -- 0: the event concerns a queue
-    job_id TEXT NOT NULL,
-    queue TEXT NOT NULL,
-    before TEXT,
-    after TEXT,
-    by TEXT NOT NULL,
-    reason TEXT,
-    details BLOB,                      -- both JSON text
-    changes BLOB,                      -- parts of a job are arrays (model/job.py), in events of older versions objects
+    seq INTEGER PRIMARY KEY,           -- the numbers of its first and last event
+    last INTEGER NOT NULL,
+    job_seq INTEGER NOT NULL,          -- 0: one event that concerns a queue
+    at INTEGER NOT NULL,               -- of the first event
+    body BLOB NOT NULL,                -- the events: event_rows.py
     crc INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX events_job ON events (job_seq);

@@ -11,12 +11,12 @@ from typing import Final
 
 from msgspec import Struct
 
-from jobd.journal.facts import EVENT_COLUMNS
 from jobd.model.responses import CheckedRows, DamagedRow
+from jobd.storage import event_rows
 from jobd.storage.codec import AUDIT_COLUMNS, LATE_COLUMNS, Row, fault
-from jobd.storage.database import EVENT_SQL, JOB_SQL, KEY_SQL, LATE_SQL, TOMBSTONE_SQL, Database, is_corrupt, readable
+from jobd.storage.database import JOB_SQL, KEY_SQL, LATE_SQL, TOMBSTONE_SQL, Database, is_corrupt
 from jobd.storage.outbox import DELIVERY_SQL
-from jobd.storage.quarantine import quarantine_jobs, quarantine_rows
+from jobd.storage.quarantine import quarantine_jobs, quarantine_rows, row_name
 from jobd.storage.queries import key_fault, read_job
 from jobd.storage.writers import AUDIT_SQL
 
@@ -27,7 +27,7 @@ MAX_BYTES: Final = 1 << 20
 # The columns of each table, with the checksum last. If the names are given, damaged rows are quarantined here. If not,
 # they are only reported, and quarantined by the code that uses them.
 _COLUMNS: Final[dict[str, tuple[str, tuple[str, ...] | None]]] = {
-    "events": (EVENT_SQL, (*EVENT_COLUMNS, "crc")),
+    "events": (event_rows.SQL, (*event_rows.COLUMNS, "crc")),
     "late_results": (LATE_SQL, (*LATE_COLUMNS, "crc")),
     "audit": (AUDIT_SQL, (*AUDIT_COLUMNS, "crc")),
     "keys": (f"{KEY_SQL}, answer", None),
@@ -111,4 +111,4 @@ def _rows(db: Database, result: Slice, after: int, until_s: float) -> None:
         result.last = read[-1][0] if is_cut or len(read) == MAX_ROWS else None
     if names is not None:
         quarantine_rows(db, result.table, names, damaged)
-    result.damaged += [DamagedRow(f"{result.table} {readable(row[0])}", error) for _, row, error in damaged]
+    result.damaged += [DamagedRow(row_name(db, result.table, row), error) for _, row, error in damaged]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count, islice
+from operator import attrgetter
 from typing import Any, Final
 
 from jobd.journal import facts
@@ -20,14 +23,17 @@ from jobd.model.events import (
 )
 from jobd.model.job import LIVE
 from jobd.model.storage import DiskFull
-from jobd.storage.codec import Row, fault, sealed
-from jobd.storage.database import EVENT_SQL, Database, StructureDamaged, is_corrupt
+from jobd.storage import event_rows
+from jobd.storage.codec import Row
+from jobd.storage.database import Database, StructureDamaged, is_corrupt
+from jobd.storage.event_rows import fault
 
 COMPACTED_AT_ONCE: Final = 1_000  # events of a journal that are read by one `shorten`
 GIVEN_BACK_KEPT: Final = 10_000  # jobs whose returned grants are counted
-_UPDATE_EVENT: Final = (
-    f"UPDATE events SET {', '.join(f'{name} = ?' for name in (*EVENT_COLUMNS[-1:], 'crc'))} WHERE seq = ?"
-)
+_READ_AT_ONCE: Final = 50  # rows of events
+_ROWS: Final = f"SELECT {event_rows.SQL} FROM events WHERE job_seq = ? AND seq > ? AND last >= ?"
+_TYPE: Final = EVENT_COLUMNS.index("type")
+_seq = attrgetter("seq")
 
 
 class JournalShortener:
@@ -84,11 +90,10 @@ class JournalShortener:
     def _thin(self, job_seq: int, begin: int) -> None:
         if job_seq in self._heartbeats:  # else the job no longer has a grant
             self._heartbeats[job_seq] = (self._heartbeats[job_seq][0], 0)
-        sql = f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? AND seq >= ? ORDER BY seq"
-        rows = self._rows(sql, (job_seq, begin))
-        if any(fault(row) for row in rows):
-            return  # timeline quarantines the row and names it
-        self._write(*facts.thin([facts.event(row) for row in rows]))
+        rows = self._rows(f"{_ROWS} ORDER BY seq", (job_seq, begin - event_rows.SPAN, begin))
+        if not any(fault(row) for row in rows):  # timeline quarantines a damaged row and names it
+            found = [_EventsRow(row) for row in rows]
+            self._write(found, facts.thin(_events(found)))
 
     def _compact(self, job_seq: int, begin: int) -> None:
         """Compact the journal of a job from the event `begin` on (0: after its first grants) up to its last grants."""
@@ -97,25 +102,42 @@ class JournalShortener:
         end = self._nth_grant(job_seq, "DESC", KEEP_GRANTS - 1)
         if begin >= end:
             return
-        sql = f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? AND seq BETWEEN ? AND ? ORDER BY seq LIMIT ?"
-        rows = self._rows(sql, (job_seq, begin, end, COMPACTED_AT_ONCE))
+        sql = f"{_ROWS} AND seq <= ? ORDER BY seq LIMIT ?"
+        rows = self._rows(sql, (job_seq, begin - event_rows.SPAN, begin, end, COMPACTED_AT_ONCE))
         damaged = [index for index, row in enumerate(rows) if fault(row)]
-        events = [facts.event(row) for row in rows[damaged[-1] + 1 if damaged else 0 :]]
-        self._write(*facts.compact(events))
-        if rows and rows[-1][0] < end:  # continue later, from the last grant, which did not change
-            grants = [event.seq for event in events[1:] if event.type == "granted"]
-            end = grants[-1] if grants else rows[-1][0] + 1
+        found: list[_EventsRow] = []
+        size = 0
+        for row in rows[damaged[-1] + 1 if damaged else 0 :]:
+            if size >= COMPACTED_AT_ONCE:
+                break
+            found.append(_EventsRow(row))
+            size += len(found[-1].events)
+        upto = found[-1].row[1] if found else rows[-1][1] if rows else end
+        events = _events(found)
+        first, last = bisect_left(events, begin, key=_seq), bisect_right(events, end, key=_seq)
+        self._write(found, events[:first] + facts.compact(events[first:last]) + events[last:])
+        if upto < end:  # continue later, from the last grant, which did not change
+            grants = [event.seq for event in events[first + 1 : last] if event.type == "granted"]
+            end = grants[-1] if grants else upto + 1
             self._waiting[self._compact, job_seq] = end
         if job_seq in self._returned_grants:
             self._returned_grants[job_seq] = (end, self._returned_grants[job_seq][1])
 
     def _nth_grant(self, job_seq: int, order: str, skipped: int) -> int:
         """Return the seq of the grant after `skipped` others (from the end with DESC); 0 if there is none."""
-        sql = (
-            "SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ? AND type = 'granted' "
-            f"ORDER BY seq {order} LIMIT 1 OFFSET ?"
-        )
-        return next((seq for (seq,) in self._rows(sql, (job_seq, skipped))), 0)
+        return next(islice(self._grants(job_seq, order), skipped, None), 0)
+
+    def _grants(self, job_seq: int, order: str) -> Iterator[int]:
+        """Yield the seqs of the grants of a job. Reads a few rows at once."""
+        sql = f"SELECT {event_rows.SQL} FROM events WHERE job_seq = ? ORDER BY seq {order} LIMIT ?, ?"
+        for offset in count(0, _READ_AT_ONCE):
+            rows = self._rows(sql, (job_seq, offset, _READ_AT_ONCE))
+            for row in rows:
+                events = [] if fault(row) else event_rows.unpack(row)
+                grants = [event[0] for event in events if event[_TYPE] == "granted"]
+                yield from grants if order == "ASC" else reversed(grants)
+            if len(rows) < _READ_AT_ONCE:
+                return
 
     def _rows(self, sql: str, args: tuple[Any, ...]) -> list[Row]:
         try:
@@ -125,8 +147,23 @@ class JournalShortener:
                 raise StructureDamaged(str(error)) from error
             raise
 
-    def _write(self, deleted: list[int], changed: list[Event]) -> None:
-        executemany = self._db.conn.executemany
-        executemany("DELETE FROM events WHERE seq = ?", [(seq,) for seq in deleted])
-        merged = [sealed(facts.event_row(event)) for event in changed]
-        executemany(_UPDATE_EVENT, [(*row[-2:], row[0]) for row in merged])
+    def _write(self, found: list[_EventsRow], kept: list[Event]) -> None:
+        """Write the rows from the first to the last with an event that changed or is not kept."""
+        left = {event.seq: event for event in kept}
+        changed = [index for index, each in enumerate(found) if any(left.get(e.seq) is not e for e in each.events)]
+        if changed:
+            part = found[changed[0] : changed[-1] + 1]
+            events = [facts.event_row(left[event.seq]) for event in _events(part) if event.seq in left]
+            event_rows.rewrite(self._db.conn, [each.row for each in part], events)
+
+
+class _EventsRow:
+    """A row and its events."""
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+        self.events = [facts.event(event) for event in event_rows.unpack(row)]
+
+
+def _events(found: Iterable[_EventsRow]) -> list[Event]:
+    return [event for each in found for event in each.events]

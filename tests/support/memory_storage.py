@@ -256,9 +256,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
         await self._enter("timeline")
         self.project_for_read()
         events = [event for event in self.events if event.job_seq == job_seq][-limit if limit else 0 :]
-        pruned, changed = facts.thin(events)
-        new = {event.seq: event for event in changed}
-        return [new.get(event.seq, event) for event in events if event.seq not in pruned]
+        return facts.thin(events)
 
     async def read_late_results(self, wanted: list[LateResultQuery]) -> LateResultRows:
         await self._enter("late")

@@ -10,16 +10,20 @@ from pathlib import Path
 
 from msgspec.structs import astuple, replace
 
-from jobd.model.events import Change, fold
+from jobd.journal import facts
+from jobd.model.events import Change, Event, fold
 from jobd.model.job import FINISHED, LIVE, Failure, Job, LateResult, Result
 from jobd.model.storage import Batch, LateResultQuery, OpenedStore
-from jobd.storage import codec, migrations
+from jobd.storage import codec, event_rows, migrations
 from jobd.storage.commit_mode import CommitSetting
 from jobd.storage.database import JOB_SQL
 from jobd.storage.offline import doctor
 from jobd.storage.store import Store
+from jobd.storage.writers import insert
 from tests import ROOT
 from tests.support.factories import ChangeFactory
+
+SCHEMAS = ROOT / "tests/data/schemas"
 
 
 def read_file(path: str) -> bytes:
@@ -51,6 +55,13 @@ def edit_store(path: str) -> Iterator[sqlite3.Connection]:
     """Yield a connection to the closed store, as for a manual edit."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as conn:
         yield conn
+
+
+def stored_events(conn: sqlite3.Connection, job_seq: int | None = None) -> list[Event]:
+    """Return the events in the tables, of all jobs or of one."""
+    rows = conn.execute(f"SELECT {event_rows.SQL} FROM events").fetchall()
+    events = [facts.event(event) for row in rows for event in event_rows.unpack(row)]
+    return sorted((each for each in events if job_seq in (None, each.job_seq)), key=lambda event: event.seq)
 
 
 def job_of(change: Change) -> Job:
@@ -129,6 +140,18 @@ async def leave_tail(path: str, *batches: Batch) -> list[int]:
     return list(range(first, first + len(batches)))
 
 
+def as_version_13(path: str) -> None:
+    """Convert a closed store to schema version 13, which has a row for each event."""
+    with edit_store(path) as conn:
+        rows = [codec.sealed(facts.event_row(event)) for event in stored_events(conn)]
+        conn.execute("DROP TABLE events")
+        for statement in migrations.statements((SCHEMAS / "v13.sql").read_text("utf-8")):
+            if "events (" in statement:
+                conn.execute(statement)
+        conn.executemany(insert("events", (*facts.EVENT_COLUMNS, "crc")), rows)
+        migrations.set_version(conn, 13)
+
+
 def row_of_version_12(job: Job) -> codec.Row:
     """Return the columns of `job` as schema versions 10 to 12 stored it, with the checksum."""
     *options, backoff, max_stalls, on_stall, stuck_after_ms, max_processing_ms = astuple(job.options)
@@ -152,8 +175,9 @@ def row_of_version_12(job: Job) -> codec.Row:
 
 def as_version_12(path: str) -> None:
     """Convert a closed store to schema version 12, whose jobs had a column for each field."""
+    as_version_13(path)
     reader = codec.JobReader()
-    schema = (ROOT / "tests/data/schemas/v12.sql").read_text("utf-8")
+    schema = (SCHEMAS / "v12.sql").read_text("utf-8")
     with edit_store(path) as conn:
         jobs = [reader.job(row) for row in conn.execute(f"SELECT {JOB_SQL} FROM jobs ORDER BY seq")]
         conn.execute("DROP TABLE jobs")
@@ -170,6 +194,7 @@ def as_version_12(path: str) -> None:
 
 def as_version_10(path: str) -> None:
     """Convert a closed store to schema version 10, which has no journal."""
+    as_version_12(path)
     with edit_store(path) as conn:
         for table in ("cluster", "journal"):
             conn.execute(f"DROP TABLE {table}")

@@ -9,15 +9,16 @@ from typing import Final
 
 from msgspec import Struct
 
+from jobd.journal import facts
 from jobd.model.job import Job
-from jobd.storage import migrations, startup
+from jobd.storage import event_rows, migrations, startup
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Followed
 from jobd.storage.database import BY_SEQ, Database
 from jobd.storage.files import FileLock, StoreUnreadable
 from jobd.storage.queries import read_job
 
-_EVENTS: Final = "SELECT job_seq, job_id, queue, before, after FROM events WHERE seq > ? ORDER BY seq"
+_EVENTS: Final = f"SELECT {event_rows.SQL} FROM events WHERE seq > ? AND last > ? ORDER BY seq"
 
 
 class LostJob(Struct):
@@ -67,13 +68,20 @@ def changes(path: str, after_event: int) -> LostChanges:
     lost = LostChanges()
     with _opened(path) as db:
         by_seq: dict[int, LostJob] = {}
-        for seq, job_id, queue, before, after in db.conn.execute(_EVENTS, (after_event,)):
-            if not seq:
-                lost.queues.append(queue)
-            elif (known := by_seq.get(seq)) is None:
-                by_seq[seq] = LostJob(job_id, before, after)
-            else:
-                known.after = after
+        for row in db.conn.execute(_EVENTS, (after_event - event_rows.SPAN, after_event)):
+            if event_rows.fault(row) is not None:  # what has changed is unknown
+                for job_seq, id_, status, *_ in db.rows(BY_SEQ, (row[event_rows.JOB_SEQ],)):
+                    by_seq.setdefault(job_seq, LostJob(id_, status, status))
+                continue
+            for event in map(facts.event, event_rows.unpack(row)):
+                if event.seq <= after_event:
+                    continue
+                if not event.job_seq:
+                    lost.queues.append(event.queue)
+                elif (known := by_seq.get(event.job_seq)) is None:
+                    by_seq[event.job_seq] = LostJob(event.job_id, event.before, event.after)
+                else:
+                    known.after = event.after
         for seq, each in sorted(by_seq.items()):
             if each.before is None and each.after is None:
                 continue  # the journal never had it, and it was deleted again

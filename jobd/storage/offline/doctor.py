@@ -9,18 +9,20 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import Final
 
 import msgspec
 
+from jobd.journal import facts
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.job import DAY_MS, LIVE, TOKEN_COUNTER_BITS
 from jobd.model.storage import Numbers, QueueRow
-from jobd.storage import codec, files, migrations, startup
+from jobd.storage import codec, event_rows, files, migrations, startup
 from jobd.storage.cluster import membership
 from jobd.storage.codec import JOB_COLUMNS, META_COLUMNS, Row, fault
 from jobd.storage.database import (
-    EVENT_SQL,
     JOB_SQL,
     KEY_SQL,
     LATE_SQL,
@@ -36,7 +38,7 @@ from jobd.storage.files import FileLock, StoreError
 from jobd.storage.offline.edited_rows import RepairRejected, edited
 from jobd.storage.offline.refold import differences
 from jobd.storage.outbox import CURSOR_SQL, DELIVERY_SQL
-from jobd.storage.quarantine import original_id
+from jobd.storage.quarantine import original_id, row_name
 from jobd.storage.queries import key_fault, read_job
 from jobd.storage.tail import JournalTail, jobs_without_row, read_tail
 from jobd.storage.tail import fix as tail_fix
@@ -235,19 +237,22 @@ def _late(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
 
 def _journal(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     last = 0
-    for row in _all_rows(conn, f"SELECT {EVENT_SQL} FROM events NOT INDEXED"):
-        if (error := fault(row)) is not None:
-            yield StoreProblem(f"event {readable(row[0])}", error, _ON_ACCESS)
+    db = _database_of(conn, path)
+    for row in _all_rows(conn, f"SELECT {event_rows.SQL} FROM events NOT INDEXED"):
+        if (error := event_rows.fault(row)) is not None:
+            yield StoreProblem(row_name(db, "events", row), error, _ON_ACCESS)
         else:
-            last = row[0]
+            last = max(last, row[1])
     meta = _known_meta(conn)
     if meta is not None and last >= meta["next_event"]:
         yield StoreProblem("meta", "an event has a number that is not assigned yet", _RESTORE)
     known = "SELECT seq FROM jobs UNION SELECT seq FROM quarantined_jobs UNION SELECT job_seq FROM deleted_jobs"
-    orphans = f"SELECT job_id, count(*) FROM events WHERE job_seq NOT IN ({known}) AND job_seq <> 0 GROUP BY job_seq"
-    for id_, count in _all_rows(conn, orphans):
-        problem = f"it has {count} events but no row, and it was not deleted"
-        yield StoreProblem(f"job {readable(id_)}", problem, _RECOUNT)
+    orphans = f"SELECT {event_rows.SQL} FROM events WHERE job_seq NOT IN ({known}) AND job_seq <> 0 ORDER BY job_seq"
+    undamaged = (row for row in _all_rows(conn, orphans) if event_rows.fault(row) is None)
+    for _, rows in groupby(undamaged, itemgetter(event_rows.JOB_SEQ)):
+        events = list(chain.from_iterable(map(event_rows.unpack, rows)))
+        problem = f"it has {len(events)} events but no row, and it was not deleted"
+        yield StoreProblem(f"job {facts.event(events[0]).job_id}", problem, _RECOUNT)
 
 
 def _keys(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:

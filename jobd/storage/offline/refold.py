@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Final
 
 from msgspec.structs import astuple
@@ -11,12 +12,13 @@ from msgspec.structs import astuple
 from jobd.journal import facts
 from jobd.model.events import Event, fold
 from jobd.model.job import Job
+from jobd.storage import event_rows
 from jobd.storage.codec import JobReader, Row, Unreadable, fault
-from jobd.storage.database import EVENT_SQL, JOB_SQL, lenient_text, readable
+from jobd.storage.database import JOB_SQL, lenient_text
 from jobd.storage.tail import Pending
 
 _JOBS: Final = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED ORDER BY seq"
-_EVENTS: Final = f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? ORDER BY seq"
+_EVENTS: Final = f"SELECT {event_rows.SQL} FROM events WHERE job_seq = ? ORDER BY seq"
 _STATUS: Final = "SELECT status FROM jobs NOT INDEXED WHERE seq = ?"
 
 
@@ -41,9 +43,9 @@ def _compare(job: Job, rows: list[Row]) -> str:
     """Return how `job` differs from what its events give; an empty string if it does not."""
     folded: Job | None = None
     for row in rows:
-        if (error := fault(row)) is not None:
-            return f"its event {readable(row[0])} is damaged ({error}), so its events cannot be folded"
-        event = facts.event(row)
+        if (error := event_rows.fault(row)) is not None:
+            return f"its events {row[0]} to {row[1]} are damaged ({error}), so its events cannot be folded"
+    for event in map(facts.event, chain.from_iterable(map(event_rows.unpack, rows))):
         if folded is None and event.before is not None:
             return f"there is no event before its event {event.seq}, so its events cannot be folded"
         folded = fold(folded, event)

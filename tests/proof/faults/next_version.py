@@ -18,7 +18,7 @@ def _add_notes(conn: sqlite3.Connection) -> None:
 def _rewrite(conn: sqlite3.Connection) -> None:
     """Rewrite all rows, with a new index."""
     conn.execute("CREATE INDEX notes_text ON notes (text)")
-    conn.execute("UPDATE events SET reason = reason || ''")
+    conn.execute("UPDATE events SET body = CAST(body || x'' AS BLOB)")
     conn.execute("UPDATE payloads SET request_hash = request_hash || ''")
 
 

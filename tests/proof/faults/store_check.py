@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from jobd.journal import facts
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.events import Event, fold
 from jobd.model.job import Grant, Job
-from jobd.storage import codec, startup
-from jobd.storage.database import EVENT_SQL, JOB_SQL
+from jobd.storage import codec, event_rows, startup
+from jobd.storage.database import JOB_SQL
 from jobd.storage.offline import doctor
 from jobd.storage.tail import read_tail
 
@@ -51,8 +52,9 @@ def contents(path: str | Path) -> StoreContents:
         by_seq = {job.seq: job.id for job in found.jobs.values()}
         for seq, body in conn.execute("SELECT job_seq, body FROM payloads"):
             found.payloads[by_seq[seq]] = msgspec.json.decode(body)
-        for row in conn.execute(f"SELECT {EVENT_SQL} FROM events NOT INDEXED ORDER BY seq"):
-            _note(found, facts.event(row))
+        rows = conn.execute(f"SELECT {event_rows.SQL} FROM events NOT INDEXED").fetchall()
+        for event in sorted(chain.from_iterable(map(event_rows.unpack, rows))):
+            _note(found, facts.event(event))
         _fold_tail(found, conn)
     _compare(found)
     return found

@@ -26,7 +26,6 @@ from tests.support.daemon_process import DaemonProcess
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import (
     as_version_10,
-    as_version_12,
     assert_holds,
     damage_backup,
     edit_store,
@@ -248,7 +247,6 @@ async def test_a_file_whose_tail_is_damaged_is_not_restored(path: str, copy: str
 
 async def test_a_file_of_an_older_schema_version_is_restored(path: str, copy: str) -> None:
     maker = await make_store(copy)
-    as_version_12(copy)
     as_version_10(copy)
     restore(copy, path)
     async with open_store(path) as (store, found):

@@ -11,10 +11,10 @@ from jobd.model.storage import (
     Batch,
     JournalPage,
 )
-from jobd.storage import shortening
+from jobd.storage import event_rows, shortening
 from jobd.storage.store import Store
 from tests.support.factories import NOW, OPTIONS, ChangeFactory
-from tests.support.store_files import edit_store, job_of, open_store
+from tests.support.store_files import edit_store, job_of, open_store, stored_events
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +27,11 @@ def upkeep_after_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         return payloads
 
     monkeypatch.setattr(Store, "write", write_and_wait)
+
+
+@pytest.fixture
+def rows_of_one_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_rows, "SPAN", 1)
 
 
 async def test_the_last_heartbeats_of_each_grant_are_kept(path: str) -> None:
@@ -43,14 +48,14 @@ async def test_the_last_heartbeats_of_each_grant_are_kept(path: str) -> None:
                 else maker.progress(job_of(change), None, "x" if number == 6 else None)
             )
             await store.write(maker.batch([change]))
-        (rows_kept,) = store._connection.raw.execute("SELECT count(*) FROM events").fetchone()
-        assert rows_kept <= 2 + 3 * KEEP_HEARTBEATS
+        kept = len(stored_events(store._connection.raw))
+        assert kept <= 2 + 3 * KEEP_HEARTBEATS
         types = [event.type for event in await store.timeline(1)]
         assert types.count("progress") == types.count("extended") == KEEP_HEARTBEATS
     async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.extend(job_of(change))]))  # a grant from before the start: thinned at once
-        (rows_kept,) = store._connection.raw.execute("SELECT count(*) FROM events").fetchone()
-        assert rows_kept == 2 + 2 * KEEP_HEARTBEATS
+        kept = len(stored_events(store._connection.raw))
+        assert kept == 2 + 2 * KEEP_HEARTBEATS
         assert maker.jobs[1].progress_message == "x"
 
 
@@ -64,8 +69,8 @@ async def test_each_batch_thins_one_journal(path: str) -> None:
         await store.write(maker.batch(held))
 
         def heartbeats() -> list[int]:
-            sql = "SELECT count(*) FROM events WHERE type = 'progress' GROUP BY job_seq ORDER BY job_seq"
-            return [count for (count,) in store._connection.raw.execute(sql)]
+            types = ([each.type for each in stored_events(store._connection.raw, job_seq)] for job_seq in (1, 2))
+            return [each.count("progress") for each in types]
 
         for _ in range(KEEP_HEARTBEATS + 1):
             held = [maker.progress(job_of(change)) for change in held]
@@ -90,8 +95,8 @@ async def test_a_pending_journal_is_thinned_from_its_recorded_grant(path: str) -
             await store.write(maker.batch(held))
         back = maker.requeue(job_of(held[1]))
         await store.write(maker.batch([back, maker.grant(job_of(back))]))
-        sql = "SELECT count(*) FROM events WHERE type = 'progress' AND job_seq = 2"
-        assert store._connection.raw.execute(sql).fetchone() == (KEEP_HEARTBEATS,)
+        types = [each.type for each in stored_events(store._connection.raw, 2)]
+        assert types.count("progress") == KEEP_HEARTBEATS
 
 
 def round_of(maker: ChangeFactory, job: Job, heartbeats: int = 0) -> tuple[Job, list[Change]]:
@@ -120,7 +125,7 @@ async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatc
     read: list[int] = []
     tokens: list[int] = []
 
-    def counting(events: list[Event]) -> tuple[list[int], list[Event]]:
+    def counting(events: list[Event]) -> list[Event]:
         read.append(len(events))
         return compact(events)
 
@@ -134,7 +139,7 @@ async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatc
             job, changes = round_of(maker, job)
             tokens += tokens_of([each.event for each in changes])
             await store.write(maker.batch(changes))
-            (count,) = store._connection.raw.execute("SELECT count(*) FROM events").fetchone()
+            count = len(stored_events(store._connection.raw))
             assert count <= most
         assert count == 1 + 2 * (KEEP_FIRST_GRANTS + KEEP_GRANTS)
         assert read == [2 * (KEEP_GRANTS - KEEP_FIRST_GRANTS) + 1, *[2 * KEEP_GRANTS + 1] * 3]
@@ -150,6 +155,7 @@ async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatc
         assert (page.gone_to, [event.seq for event in page.events]) == (0, [event.seq for event in events])
 
 
+@pytest.mark.usefixtures("rows_of_one_event")
 async def test_a_long_journal_is_compacted_in_slices(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No batch waits for more than one slice, even if a grant has more events than that."""
     monkeypatch.setattr(shortening, "COMPACTED_AT_ONCE", 20)
@@ -164,14 +170,15 @@ async def test_a_long_journal_is_compacted_in_slices(path: str, monkeypatch: pyt
         await store.write(maker.batch(changes))
         counts = []
         while store._projection._shortener._waiting:
-            counts.append(store._connection.raw.execute("SELECT count(*) FROM events").fetchone()[0])
+            counts.append(len(stored_events(store._connection.raw)))
             await store.write(maker.batch([maker.create()]))
         assert counts[0] == len(changes) - 18, "two slices would remove more: the grant at the end of a slice stays"
-        (count,) = store._connection.raw.execute("SELECT count(*) FROM events WHERE job_seq = 1").fetchone()
+        count = len(stored_events(store._connection.raw, 1))
         assert count == expected + 42, "a grant longer than a slice is kept"
         assert folded(await store.timeline(1)) == job
 
 
+@pytest.mark.usefixtures("rows_of_one_event")
 async def test_a_journal_is_compacted_after_a_damaged_row(path: str) -> None:
     maker = ChangeFactory()
     change = maker.create()
@@ -182,7 +189,7 @@ async def test_a_journal_is_compacted_after_a_damaged_row(path: str) -> None:
     damaged = 1 + 2 * 45 + 1  # the event of a grant
     async with open_store(path) as (store, _):
         await store.write(maker.batch(changes[: 2 * damaged]))
-        store._connection.raw.execute("UPDATE events SET reason = 'x' WHERE seq = ?", (damaged,))
+        store._connection.raw.execute("UPDATE events SET at = 0 WHERE seq = ?", (damaged,))
         await store.write(maker.batch(changes[2 * damaged :]))
         seqs = [
             seq for (seq,) in store._connection.raw.execute("SELECT seq FROM events WHERE job_seq = 1 ORDER BY seq")
@@ -243,7 +250,7 @@ async def test_old_journals_of_deleted_jobs_are_pruned(store: Store) -> None:
     assert await store.prune(NOW, 100) == 0
     assert await store.prune(NOW + 1, 100) == 1  # of the queue
     assert await store.prune(NOW + 1_000, 100) == 0  # at exactly that time it is kept
-    assert await store.prune(NOW + 1_001, 2) == 2
+    assert await store.prune(NOW + 1_001, 1) == 1
     assert [event.type for event in await store.timeline(1)] == ["deleted"]
     assert await store.prune(NOW + 1_001, 2) == 1
     assert await store.timeline(1) == []

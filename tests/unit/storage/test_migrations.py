@@ -25,11 +25,12 @@ from jobd.storage.files import EpochFile
 from jobd.storage.offline import doctor
 from jobd.storage.offline.edited_rows import RepairRejected
 from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
-from tests import ROOT
 from tests.support.factories import ChangeFactory, full_job
 from tests.support.store_files import (
+    SCHEMAS,
     as_version_10,
     as_version_12,
+    as_version_13,
     assert_holds,
     edit_store,
     make_store,
@@ -190,9 +191,6 @@ async def test_a_failed_migration_leaves_the_store_unchanged(
         await assert_holds(store, found, maker)
 
 
-SCHEMAS = ROOT / "tests/data/schemas"
-
-
 def as_of(version: int, path: str) -> None:
     """Convert the store at `path` to an older version, with the rows that it had tables for."""
     was, now = f"{path}.was", migrations.VERSION
@@ -202,10 +200,7 @@ def as_of(version: int, path: str) -> None:
         numbers = migrations.read_meta(conn)
         assert numbers is not None
         next_token = (numbers["epoch"] << TOKEN_COUNTER_BITS) + numbers["next_token"]
-    if version < 13:
-        as_version_12(path)
-    if version < 11:
-        as_version_10(path)
+    (as_version_10 if version < 11 else as_version_12 if version < 13 else as_version_13)(path)
     with edit_store(path) as conn:
         if version < 10:
             migrations.change_meta(conn, epoch=next_token >> 40, next_token=next_token & ((1 << 40) - 1))

@@ -6,6 +6,7 @@ import asyncio
 import random
 import sqlite3
 
+import msgspec
 import pytest
 from msgspec import Raw
 from msgspec.structs import replace
@@ -339,13 +340,18 @@ async def test_a_damaged_event_is_quarantined_and_reported(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, LIVE)
     with edit_store(path) as conn:
-        (seq,) = conn.execute("SELECT max(seq) FROM events WHERE job_seq = ?", (job.seq,)).fetchone()
-    flip(path, "events", "changes", "seq", seq)
+        sql = "SELECT seq, last FROM events WHERE job_seq = ? ORDER BY seq DESC LIMIT 1"
+        seq, last = conn.execute(sql, (job.seq,)).fetchone()
+    flip(path, "events", "body", "seq", seq)
     async with open_store(path) as (store, found):
         assert found.faults == []
         events = await store.timeline(job.seq)
         assert seq not in [event.seq for event in events]
-        assert store.take_faults() == [f"events {seq}: its checksum is wrong; the row was quarantined"]
+        numbers = f"{seq}" if seq == last else f"{seq} to {last}"
+        assert store.take_faults() == [
+            f"events {numbers} of job {job.id}: its checksum is wrong; the row was quarantined"
+        ]
+        assert (await store.journal(last, 1)).gone_to == last
         assert store.take_faults() == []
     async with open_store(path) as (_, found):
         assert found.faults == ["damaged rows of events in quarantine: 1; run `jobd doctor`"]
@@ -586,10 +592,14 @@ async def test_an_unreadable_page_of_payloads_quarantines_its_jobs(path: str) ->
         assert len(found.live()) == 49
 
 
+def event_of(job: Job) -> bytes:
+    """Return a part of each event of `job` as it is in the file."""
+    return msgspec.msgpack.encode(job.id) + msgspec.msgpack.encode(job.options.queue)
+
+
 async def test_an_unreadable_page_of_events_is_skipped_in_a_timeline(path: str) -> None:
     maker = await make_long_store(path)
-    queue = maker.jobs[300].options.queue.encode()
-    spoil_page(path, b"job-300" + queue)
+    spoil_page(path, event_of(maker.jobs[300]))
     async with open_store(path) as (store, _):
         assert await store.timeline(300) == []
         assert [event.type for event in await store.timeline(200)] == ["created", "completed"]
@@ -599,7 +609,7 @@ async def test_an_unreadable_page_of_events_is_skipped_in_a_timeline(path: str) 
 
 async def test_an_unreadable_page_of_events_is_missing_in_the_journal(path: str) -> None:
     maker = await make_long_store(path)
-    spoil_page(path, b"job-300" + maker.jobs[300].options.queue.encode())
+    spoil_page(path, event_of(maker.jobs[300]))
     async with open_store(path) as (store, _):
         first = await store.journal(0, 5)
         assert (len(first.events), first.gone_to) == (5, 0)  # another page of the index

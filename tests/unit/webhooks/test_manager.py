@@ -200,7 +200,7 @@ async def test_a_page_of_damaged_events_is_reported_as_a_gap_and_skipped(
     async with running_webhooks(path) as at:
         at.store._connection.raw.execute(
             "CREATE TRIGGER spoil AFTER INSERT ON events WHEN new.seq = 2 BEGIN "
-            "UPDATE events SET by = 'x' WHERE seq = new.seq; END"
+            "UPDATE events SET at = 0 WHERE seq = new.seq; END"
         )
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(4)))
         await wait_until(lambda: at.webhooks.views()[0].lag == 0)

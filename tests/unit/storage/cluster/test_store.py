@@ -13,6 +13,7 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
+from jobd.journal import facts
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
 from jobd.journal.record import FORMAT, LOWEST_FORMAT, decode
 from jobd.model.journal import BadRecord, Fenced, JournalOutcomeUnknown, LeadershipLost, Record
@@ -25,7 +26,7 @@ from jobd.storage.projection import MAX_BEHIND_FULL
 from jobd.storage.store import Store, StoreBroken, StoreBusy, StoreUnreadable
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.projection_harness import Writer, fail_commits
-from tests.support.store_files import edit_store, flip, job_of, make_store, open_store
+from tests.support.store_files import edit_store, flip, job_of, make_store, open_store, stored_events
 
 NOT_COMPARED = {"probes", "sqlite_sequence"}
 
@@ -94,14 +95,14 @@ async def refused(path: str, server: MemoryServer) -> None:
 
 
 def rows_of(path: str) -> dict[str, list[tuple[object, ...]]]:
-    """Return all rows of a closed store by table."""
+    """Return all rows of a closed store by table. Events may be divided into rows otherwise."""
     with edit_store(path) as conn:
         tables = [name for (name,) in conn.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
         return {
             table: conn.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall()
             for table in tables
             if table not in NOT_COMPARED
-        }
+        } | {"events": list(map(facts.event_row, stored_events(conn)))}
 
 
 async def write_much(node: Node, dice: Random, writer: Writer, batches: int) -> None:

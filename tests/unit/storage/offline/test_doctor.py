@@ -121,7 +121,11 @@ async def test_an_older_store_has_to_be_migrated_first(path: str, monkeypatch: p
         ("DELETE FROM jobs WHERE seq = {live}", "job {live_id}", "it was not deleted"),
         ("DELETE FROM jobs WHERE seq = {done}", "finished jobs", "are recorded"),
         ("DELETE FROM jobs WHERE seq = {done}", "queue {done_queue}", "are recorded"),
-        ("UPDATE events SET by = 'me' WHERE seq = 3", "event 3", "checksum"),
+        (
+            "UPDATE events SET at = 0 WHERE seq = {events[0]}",
+            "events {events[0]} to {events[1]} of job {live_id}",
+            "checksum",
+        ),
         ("UPDATE keys SET at = 1 WHERE digest = 'd1'", "key d1", "checksum"),
         ("UPDATE keys SET answer = X'31' WHERE digest = 'd1'", "key d1", "stored response"),
         ("UPDATE queues SET failed = 99 WHERE name = 'video'", "queue video", "checksum"),
@@ -145,6 +149,8 @@ async def test_every_kind_of_damage_is_reported_with_a_fix(path: str, damage: st
     late = maker.numbers.next_event - 1
     words = {"late": late, "live": live.seq, "live_id": live.id, "done": done.seq, "done_queue": done.options.queue}
     with edit_store(path) as conn:
+        sql = "SELECT seq, last FROM events WHERE job_seq = ? AND last > seq"
+        words["events"] = conn.execute(sql, (live.seq,)).fetchone()
         conn.execute(damage.format(**words))
     found = [problem for problem in check(path) if problem.where == where.format(**words)]
     assert found
@@ -224,7 +230,7 @@ async def test_many_problems_of_one_kind_are_counted(path: str, monkeypatch: pyt
     monkeypatch.setattr(doctor, "MAX_LISTED", 3)
     await busy_store(path)
     with edit_store(path) as conn:
-        conn.execute("UPDATE events SET by = 'me'")
+        conn.execute("UPDATE events SET at = 0")
         (count,) = conn.execute("SELECT count(*) FROM events").fetchone()
     problems = check(path)
     assert len(problems) == 4

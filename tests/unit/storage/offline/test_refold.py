@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
-from jobd.storage import codec
+from jobd.journal import facts
+from jobd.storage import event_rows
 from jobd.storage.offline import doctor
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import edit_store, leave_tail, make_store, pick
+from tests.support.store_files import edit_store, leave_tail, make_store, pick, stored_events
 
 
 def refolded(path: str) -> dict[str, str]:
@@ -41,7 +43,10 @@ async def test_an_accepted_row_differs_from_its_events(path: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "what"),
     [
-        ("UPDATE events SET reason = 'x' WHERE seq = {first}", "its event {first} is damaged (its checksum is wrong)"),
+        (
+            "UPDATE events SET at = 0 WHERE seq = {first}",
+            "its events {first} to {last} are damaged (its checksum is wrong)",
+        ),
         ("DELETE FROM events WHERE seq = {first}", "there is no event before its event "),
         ("DELETE FROM events WHERE job_seq = {seq}", "it has no events"),
     ],
@@ -50,20 +55,20 @@ async def test_missing_events_are_named(path: str, damage: str, what: str) -> No
     maker = await make_store(path)
     job = pick(maker, frozenset({"processing"}))
     with edit_store(path) as conn:
-        (first,) = conn.execute("SELECT min(seq) FROM events WHERE job_seq = ?", (job.seq,)).fetchone()
+        sql = "SELECT seq, last FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1"
+        first, last = conn.execute(sql, (job.seq,)).fetchone()
         conn.execute(damage.format(first=first, seq=job.seq))
-    assert what.format(first=first) in refolded(path)[f"job {job.id}"]
+    assert what.format(first=first, last=last) in refolded(path)[f"job {job.id}"]
 
 
 async def test_a_deletion_without_effect_is_named(path: str) -> None:
     maker: ChangeFactory = await make_store(path)
     job = pick(maker, frozenset({"queued"}))
     with edit_store(path) as conn:
-        sql = "SELECT * FROM events WHERE job_seq = ? ORDER BY seq DESC LIMIT 1"
-        seq, at, _, *rest, _, _ = conn.execute(sql, (job.seq,)).fetchone()
-        row = codec.sealed((seq, at, "deleted", *rest, None))
-        conn.execute("DELETE FROM events WHERE seq = ?", (seq,))
-        conn.execute(f"INSERT INTO events VALUES ({', '.join('?' * len(row))})", row)
+        *events, last = stored_events(conn, job.seq)
+        conn.execute("DELETE FROM events WHERE job_seq = ?", (job.seq,))
+        events.append(replace(last, type="deleted", changes=None))
+        conn.executemany(event_rows.INSERT, event_rows.pack(map(facts.event_row, events)))
     assert refolded(path)[f"job {job.id}"] == "its last event says that it was deleted"
 
 
