@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 import re
 from collections.abc import Iterable, Mapping
-from hashlib import sha256
+from hashlib import blake2s, sha256
 from ipaddress import ip_address
 from typing import Final, Literal
 
@@ -63,7 +63,7 @@ class Authenticator:
         if self._digests is None:
             return "full"
         scheme, _, token = headers.get("authorization", b"").partition(b" ")
-        permission = self.permission_of(sha256(token.strip()).digest())
+        permission = self.permission_of(blake2s(token.strip()).digest())
         if permission is None or scheme.lower() != b"bearer":
             raise api_error("unauthorized", "A valid token is required: send `Authorization: Bearer <token>`.")
         return permission
@@ -122,8 +122,8 @@ def operator_name(name: str) -> str:
 
 
 def token_digest(token: str) -> bytes:
-    """Return the digest by which a token is stored and compared."""
-    return sha256(token.encode("utf-8", "surrogateescape")).digest()
+    """Return the digest by which a token is kept in memory and compared. SHA-256 would take twice as long."""
+    return blake2s(token.encode("utf-8", "surrogateescape")).digest()
 
 
 def host_name(host: str) -> str:
