@@ -43,6 +43,8 @@ def cluster_view(
         problems.append("PostgreSQL has no synchronous standby: a lost disk loses acknowledged jobs.")
     if health is not None and health.is_waiting:
         problems.append("A write waits for a synchronous standby of PostgreSQL.")
+    if at.leader is None and not problems:
+        problems.append("No node leads: PostgreSQL has not confirmed a leader yet.")
     return ClusterView(
         role="leader" if at.is_leader else "standby",
         node=node,

@@ -71,6 +71,8 @@ async def test_nodes_see_each_other() -> None:
     server.nodes["b"] = alike, server.nodes["b"][1]
     b.registry.nodes = await b.journal.nodes()
     assert view(b).problems == []
+    (problem,) = view(b, replace(FOLLOWS, leader=None)).problems
+    assert problem == "No node leads: PostgreSQL has not confirmed a leader yet."
     later = replace(entry("b", "p-b"), projected_to=9)
     assert [b.registry.behind_ms(each) for each in (later, entry("b", "p-b"))] == [2_100, 0]
     await b.stop()
