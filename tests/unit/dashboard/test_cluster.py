@@ -24,7 +24,7 @@ HTML = {"Accept": "text/html,*/*;q=0.8"}
 NODES = [
     NodeView("a", "http://a.example:8771", "leader", 300, 1_000, 0, 1, False),
     NodeView("b", "http://b.example:8771", "standby", 900, 990, 10, 2, False, schema_version=12),
-    NodeView("c", "", "standby", 3_600_000, 2, 998, 1, True),
+    NodeView("c", "", "standby", 3_600_000, 2, 998, 1, True, ahead_ms=-7_200_000),
 ]
 LEADER = ClusterView(
     role="leader",
@@ -95,7 +95,8 @@ async def test_the_leader_shows_its_nodes(harness: DashboardHarness) -> None:
         "a change is on one server",
         "900 ms ago",
         ">silent for 1 h<",
-        ">differs from the leader's<",
+        '<strong class="badge bad">differs</strong>',
+        '<span class="badge bad">2 h behind</span>',
         '<td data-label="Reads format" class="figure">2</td>',
         '<td data-label="Schema" class="figure">12</td>',
         '<span class="dim">this node</span>',
