@@ -25,7 +25,7 @@ from jobd.storage.cluster.lost_records import LostChanges, LostJob
 from jobd.storage.cluster.membership import StoreAhead, WrongCluster
 from jobd.storage.files import StoreBusy
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import job_of, make_store, read_file
+from tests.support.store_files import edit_store, job_of, make_store, read_file
 from tests.unit.storage.cluster.test_store import Node, following, leading, rows_of
 
 KEPT = 3
@@ -95,6 +95,14 @@ async def test_a_node_says_what_is_lost_and_keeps_it(path: str, server: MemorySe
     lines = [msgspec.json.decode(line, type=Import) for line in file.read_bytes().splitlines()]
     assert [(each.id, each.status) for each in lines] == [("a", "completed"), ("same", "processing"), ("new", "queued")]
     assert file.stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_job_with_damaged_events_counts_as_changed(path: str, server: MemoryServer) -> None:
+    await lost_tail(path, server)
+    with edit_store(path) as conn:
+        conn.execute("UPDATE events SET at = 0 WHERE job_seq = (SELECT seq FROM jobs WHERE id = 'a')")
+    found = await loss.find(Node(path, server).journal, path, KEPT)
+    assert "    a: it is completed, and has changed" in found.describe()
 
 
 async def test_all_nodes_go_on_without_the_lost_records(path: str, server: MemoryServer) -> None:
