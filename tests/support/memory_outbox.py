@@ -5,28 +5,29 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from jobd.model.responses import DeliveryState
-from jobd.model.storage import Numbers
+from jobd.model.storage import Numbers, OutboxWrite, TableWrite
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
 
 
 class MemoryOutbox:
-    """The deliveries of a storage, which has `numbers` and calls `_enter` first in each method."""
+    """The deliveries of a storage, which has these tables and calls `_enter` first in each method."""
 
     numbers: Numbers
-
-    def __init__(self) -> None:
-        self.cursors: dict[str, WebhookCursor] = {}
-        self.outbox: dict[int, Delivery] = {}  # id -> row
+    cursors: dict[str, WebhookCursor]
+    outbox: dict[int, Delivery]
 
     async def _enter(self, name: str) -> None:
+        raise NotImplementedError
+
+    async def write_tables(self, write: TableWrite) -> None:
         raise NotImplementedError
 
     async def open_outbox(self, names: list[str], now: int) -> Outbox:
         await self._enter("open_outbox")
         last, next_id = self.numbers.next_event - 1, max(self.outbox, default=0) + 1
         next_id = max([next_id, *(each.next_delivery for each in self.cursors.values())])
-        for name in names:
-            self.cursors.setdefault(name, WebhookCursor(name, last, last, next_id, {}, now))
+        if new := [WebhookCursor(name, last, last, next_id, {}, now) for name in names if name not in self.cursors]:
+            await self.write_tables(OutboxWrite(cursors=new))
         waiting = {
             name: [replace(each, body=b"") for each in self._outbox_of(name) if each.state == "waiting"]
             for name in names
@@ -35,22 +36,22 @@ class MemoryOutbox:
 
     async def plan_deliveries(self, moved: WebhookCursor, new: list[Delivery]) -> None:
         await self._enter("plan_deliveries")
-        self.outbox |= {each.id: each for each in new}
-        self.cursors[moved.name] = moved
+        await self.write_tables(OutboxWrite([moved], new))
 
     async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool:
         await self._enter("settle_deliveries")
-        self.outbox |= {each.id: each for each in settled if each.id in self.outbox}
+        await self.write_tables(OutboxWrite(deliveries=[each for each in settled if each.id in self.outbox]))
         return False
 
     async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
         await self._enter("deliver_again")
-        return next((self._requeue(each, now) for each in self._outbox_of(endpoint) if each.id == id_), None)
+        found = await self._requeue([each for each in self._outbox_of(endpoint) if each.id == id_], now)
+        return found[0] if found else None
 
     async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
         await self._enter("deliver_all_again")
         failed = [each for each in self._outbox_of(endpoint) if each.state == "given_up" and each.id <= upto]
-        return [replace(self._requeue(each, now), body=b"") for each in failed[:limit]]
+        return [replace(each, body=b"") for each in await self._requeue(failed[:limit], now)]
 
     async def deliveries(self, ids: list[int]) -> list[Delivery]:
         await self._enter("deliveries")
@@ -71,6 +72,8 @@ class MemoryOutbox:
     def _outbox_of(self, endpoint: str) -> list[Delivery]:
         return [each for _, each in sorted(self.outbox.items()) if each.endpoint == endpoint]
 
-    def _requeue(self, delivery: Delivery, now: int) -> Delivery:
-        self.outbox[delivery.id] = replace(delivery, state="waiting", due_at=now, tries=0, ended_at=None)
-        return self.outbox[delivery.id]
+    async def _requeue(self, found: list[Delivery], now: int) -> list[Delivery]:
+        waiting = [replace(each, state="waiting", due_at=now, tries=0, ended_at=None) for each in found]
+        if waiting:
+            await self.write_tables(OutboxWrite(deliveries=waiting))
+        return waiting

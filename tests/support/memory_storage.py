@@ -71,7 +71,6 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
 
     def __init__(self, numbers: Numbers | None = None, *, slices_wait: bool = False) -> None:
         MemoryProjection.__init__(self, numbers, slices_wait=slices_wait)
-        MemoryOutbox.__init__(self)
         self.gone_to = 0
         self.has_reserve = True
         self.disk_space: DiskSpace | None = DiskSpace("/disk/jobd.db", 8 << 30, 16 << 30)

@@ -27,6 +27,7 @@ from jobd.model.storage import (
     audit_share,
     distinct_tombstones,
 )
+from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage.writers import KEEP_AUDIT, KEEP_BESIDE
 
 KEPT_REPORTS: Final = 500
@@ -51,6 +52,8 @@ class MemoryTables:
         self.tombstones: dict[int, Tombstone] = {}  # job seq -> row
         self.audited: dict[int, AuditEntry] = {}  # seq -> audit entry as written; parts are not merged
         self.figures: bytes | None = None
+        self.cursors: dict[str, WebhookCursor] = {}
+        self.outbox: dict[int, Delivery] = {}  # id -> row
         self.marked = False
 
     # -- copies
@@ -197,8 +200,9 @@ class MemoryTables:
                     self.tombstones[tombstone.job_seq] = tombstone
             case FiguresWrite(body):
                 self.figures = body
-            case OutboxWrite():
-                pass  # memory_outbox.py
+            case OutboxWrite(cursors, deliveries):
+                self.cursors |= {each.name: each for each in cursors}
+                self.outbox |= {each.id: each for each in deliveries}
 
     def plan_pruning(self, before: int, limit: int) -> EventPruning:
         """Choose up to `limit` events of jobs deleted before wall time `before`, and of queues before it."""

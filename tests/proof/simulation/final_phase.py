@@ -1,4 +1,4 @@
-"""The final phase: faults stop, and the liveness invariants L1 to L5 must hold.
+"""The final phase: faults stop, and the liveness invariants L1 to L6 must hold.
 
 Every command is answered, the daemon is ready at once, stalled jobs are recovered in time, every due job is granted,
 and old jobs are deleted until none is left.
@@ -34,6 +34,7 @@ class FinalPhase:
             return
         await self._check_nothing_stalled(daemon)
         await self._finish_all_jobs(daemon)
+        await self.machine.check_delivered()
         await self._check_cleanup(daemon)
         self.watch.recount(daemon.state)
         self.watch.check_disk()

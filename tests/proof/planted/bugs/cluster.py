@@ -15,7 +15,9 @@ from jobd.cluster.warm_state import WarmState
 from jobd.journal.memory import MemorySharedJournal
 from jobd.model.journal import Head, Record
 from jobd.model.storage import OpenedStore
+from jobd.model.webhooks import Outbox, WebhookEndpoint
 from jobd.storage.cluster.store import ClusterStore
+from jobd.webhooks.dispatcher import Dispatcher
 from tests.proof.planted.registry import CLUSTER_SIMULATION, bug
 
 
@@ -160,3 +162,13 @@ def _(check: Any, self: Leadership) -> None:
 )
 def _(check: Any, self: ClusterStore, made: Record) -> None:
     """Accept every format."""
+
+
+@bug(
+    "outbox-forgotten-at-a-takeover",
+    Dispatcher.__init__,
+    breaks="a new leader does not send what the former one had in its outbox",
+    found_by=CLUSTER_SIMULATION,
+)
+def _(init: Any, self: Dispatcher, endpoint: WebhookEndpoint, outbox: Outbox, context: Any, stats: Any) -> None:
+    init(self, endpoint, replace(outbox, waiting={endpoint.name: []}), context, stats)

@@ -25,6 +25,7 @@ from jobd.model.storage import Batch, Numbers, QueueRow
 from tests.proof.simulation.cluster.node import DOWNTIMES_S, LeaderDaemon, SimNode
 from tests.proof.simulation.cluster.scenario import ClusterOptions
 from tests.proof.simulation.cluster.server import SimServer
+from tests.proof.simulation.cluster.webhooks import Receiver
 from tests.proof.simulation.loop import InlineExecutor, SimLoop
 from tests.proof.simulation.machine import Machine, SimDaemon
 from tests.proof.simulation.monitor import Monitor
@@ -88,6 +89,7 @@ class Cluster(Machine):
         self.copies: dict[int, tuple[MemoryTables, int | None]] = {}  # of tables with their last record: snapshots
         self._written: dict[bytes, tuple[Batch, str]] = {}  # with the process, by the body of its record
         self._routes: dict[str, int] = {}
+        self.receiver = Receiver(self)
         self.nodes = [SimNode(self, f"n{number}") for number in range(options.nodes)]
 
     @contextmanager
@@ -147,6 +149,9 @@ class Cluster(Machine):
             if not self.leads(node):
                 node.is_needed = False
                 await node.stop()
+
+    async def check_delivered(self) -> None:
+        await self.receiver.check_complete()
 
     async def shut_down(self) -> None:
         self.off = True

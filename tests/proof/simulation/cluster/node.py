@@ -20,6 +20,7 @@ from jobd.model.storage import OpenedStore
 from jobd.storage.cluster.membership import StoreDamaged
 from tests.proof.simulation.cluster.disk import NodeDisk
 from tests.proof.simulation.cluster.server import Network
+from tests.proof.simulation.cluster.webhooks import make_webhooks
 from tests.proof.simulation.loop import process
 from tests.proof.simulation.machine import WALL, Host, SimDaemon, owner
 
@@ -268,6 +269,8 @@ class LeaderDaemon(SimDaemon):
         self.actor.before_batch = self._check_lead
         self.lead.on_epoch, self.lead.on_lost = self._begin_epoch, self.actor.lose_disk
         self._renewing = self.spawn(self.lead.run())
+        self.webhooks = make_webhooks(self.node.cluster.receiver, self)
+        self._delivering = self.spawn(self.webhooks.run())
         self.spawn(self._live())
 
     def _check_lead(self) -> None:
@@ -279,6 +282,8 @@ class LeaderDaemon(SimDaemon):
 
     async def _end(self) -> None:
         self.node.cluster.forget(self)
+        self.webhooks.stop()
+        await self._delivering
         self.lead.stop()
         await self._renewing
 
