@@ -63,7 +63,7 @@ class RandomPool:
         self._drawn = b""
         self._used = 0
 
-    def __call__(self, size: int) -> bytes:
+    def draw(self, size: int) -> bytes:
         """Return the next `size` bytes (about 16)."""
         start, self._used = self._used, self._used + size
         if self._used > len(self._drawn):

@@ -341,7 +341,7 @@ def _make_actor(store: Store, opened: OpenedStore, state: State, clock: Clock, s
         Keys(current_responses(opened.keys, state), limits.idempotency_keys),
         clock,
         settings.policy(),
-        random=RandomPool(),
+        random=RandomPool().draw,
         bounds=bounds,
         is_full=opened.full,
         has_reserve=opened.has_reserve,

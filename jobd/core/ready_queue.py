@@ -265,8 +265,6 @@ class Fifo:
     def first(self, waits: Callable[[CompactJob], bool]) -> CompactJob | None:
         """Return the first job that is still waiting. Drops those before it."""
         jobs, first = self._jobs, self._first
-        if first < len(jobs) and waits(jobs[first]):
-            return jobs[first]
         while first < len(jobs) and not waits(jobs[first]):
             first += 1
         if first > SLACK and (2 * first > len(jobs) or first >= _GONE_AT_ONCE):

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, Final
 
 from msgspec import UNSET, Raw, UnsetType
-from msgspec.structs import replace
 
 from jobd.core import views
 from jobd.core.transaction import Transaction
@@ -258,8 +257,9 @@ def kept_result(result: Result) -> Result | None:
     """Return the result to store, None if it is empty. Copies the metadata out of the request; null counts as none."""
     if result.metadata is not None:
         body = bytes(result.metadata)
-        result = replace(result, metadata=None if body == b"null" else Raw(body))
-    return None if result == Result() else result
+        metadata = None if body == b"null" else Raw(body)
+        result = Result(result.download_url, result.file_path, result.storage_key, metadata)
+    return None if result == views.NO_RESULT else result
 
 
 def ended_by(
