@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any, Final
@@ -27,6 +27,8 @@ class Rejected(Exception):
 
 class LoadClient:
     """A client with one connection. Its job ids begin with `name`, which is unique in a store."""
+
+    endings: Sequence[str] = ENDINGS
 
     def __init__(self, ledger: Ledger, name: str, stop: threading.Event) -> None:
         self._ledger = ledger
@@ -50,7 +52,7 @@ class LoadClient:
     def _lifecycle(self, connection: http.client.HTTPConnection, job_id: str) -> None:
         payload = {"n": job_id, "fill": "x" * self._random.randrange(300)}
         record = self._ledger.begin(job_id, payload)
-        ending = self._random.choice(ENDINGS)
+        ending = self._random.choice(self.endings)
 
         def ask(event: str, verb: str, body: dict[str, Any], key: str | None = None) -> Any:
             path = f"/v1/jobs/{job_id}/{verb}" if verb else "/v1/jobs"
