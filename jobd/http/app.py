@@ -374,7 +374,8 @@ class App(Generic[S]):
 
     def announces_too_much(self, ctx: RequestContext) -> bool:
         """Return whether the Content-Length is over the limit of a body."""
-        return int(ctx.headers.get("content-length", 0)) > self.limits.body
+        digits = ctx.headers.get("content-length", b"").strip().lstrip(b"0")  # int() takes at most 4,300 digits
+        return int(digits or 0) > self.limits.body
 
     def body_too_large(self) -> ApiError:
         """Return the error of a body over its limit."""

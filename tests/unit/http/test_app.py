@@ -261,6 +261,16 @@ async def test_a_huge_content_length_is_rejected_before_the_body_arrives(harness
     assert (await client.receive()).status == 413
 
 
+@pytest.mark.parametrize(("length", "status"), [("2", b"100"), ("2 \t", b"100"), ("1001", b"413")])
+async def test_a_content_length_with_thousands_of_zeros_is_a_number(
+    harness: HttpHarness, length: str, status: bytes
+) -> None:
+    client = await harness.connect()
+    headers = {"Content-Length": "0" * 5_000 + length, "Expect": "100-continue"}
+    client.send(request_bytes("POST", "/v1/jobs", b"", headers))
+    assert await client.reader.readexactly(12) == b"HTTP/1.1 " + status
+
+
 async def test_payloads_and_bulks_over_their_limits_are_413(harness: HttpHarness) -> None:
     response = await harness.request("POST", "/v1/jobs", json.dumps({"payload": "x" * 300}))
     assert (response.status, response.json["details"]) == (413, {"field": "$.payload", "limit": 300})
