@@ -1,4 +1,4 @@
-"""Encode and decode rows of jobs, events, keys and queues, and compute their checksums.
+"""Encode and decode rows of jobs, keys, queues, tombstones, audit entries and late results, and compute checksums.
 
 A row is a tuple in the order of its columns, with its checksum last.
 """
@@ -50,7 +50,7 @@ JOB_COLUMNS: Final = (
 _BODY: Final = JOB_COLUMNS.index("body")
 _QUEUE: Final = JOB_COLUMNS.index("queue")
 _CREATED: Final = JOB_COLUMNS.index("created_at")
-_AS_NEW: Final = ("queued", *(None,) * 6)  # status to error_code of a job to which nothing has happened
+_AS_NEW: Final = ("queued", *(None,) * 6)  # status to error_code of a job that has not changed since its creation
 _RESULT_COLUMNS: Final = Result.__struct_fields__
 
 KEY_COLUMNS: Final = ("digest", "body_hash", "at", "status", "grants", "answer_crc")
@@ -84,7 +84,7 @@ _NO_METADATA: Final = Raw(_NULL)
 _NO_RESULT: Final = Result()
 _NO_ERROR: Final = Failure(None)
 _BACKOFF: Final = Backoff("exponential", 1_000, HOUR_MS, True)
-_OPTIONS: Final = 7  # the first fields of JobBody
+_OPTIONS: Final = 7  # fields of JobBody that are options, which come first
 _KEPT: Final = 10_000  # options that JobReader shares
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -114,7 +114,7 @@ def fault(row: Row) -> str | None:
     return None if found == row[-1] else "its checksum is wrong"
 
 
-def first_checksum(row: Row) -> int:
+def original_checksum(row: Row) -> int:
     """Return the checksum that a damaged row most likely had when it was written.
 
     If one bit of the checksum itself was flipped, it differs in one bit from the computed one. If one bit of another
@@ -135,7 +135,7 @@ def first_checksum(row: Row) -> int:
 class JobBody(Struct, omit_defaults=True, forbid_unknown_fields=True, gc=False):
     """The fields of a job that SQL does not search, as the JSON object in its `body`.
 
-    A field with its default is left out, so these defaults never change. Only None, booleans and integers up to 255 can
+    A field with its default is omitted, so these defaults never change. Only None, booleans and integers up to 255 can
     be defaults, because msgspec compares with `is`, and equal jobs must have equal bodies. New fields are appended.
     """
 
@@ -252,8 +252,11 @@ class JobReader:
             body.releases,
         )
 
-    def live_job(self, row: Row) -> Job | CompactJob:
-        """Return the same, in the compact form if possible. New jobs with equal options are decoded once."""
+    def job_or_compact(self, row: Row) -> Job | CompactJob:
+        """Return the job of an undamaged row, compact if possible. Raises Unreadable.
+
+        The body of new jobs with equal options is decoded once.
+        """
         if row[2:_CREATED] != _AS_NEW or not row[1]:
             return self.job(row)
         options = self._new.get(row[_QUEUE : _BODY + 1])
@@ -297,14 +300,9 @@ def _result(columns: Row) -> Result:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Events
-
+# Keys, queues, tombstones
 
 _decode_grants = msgspec.json.Decoder(list[tuple[str, str]]).decode
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Keys, queues, tombstones
 
 
 def key_row(key: StoredResponse) -> Row:
@@ -384,12 +382,12 @@ def late(row: Row, *, whole: bool) -> LateResult:
 
 def as_text(columns: tuple[str, ...], row: Row) -> str:
     """Return a row as readable JSON, column to value. Bytes, and text that is not UTF-8, become {"hex": ...}."""
-    return _json(dict(zip(columns, map(plain, row), strict=True))).decode()
+    return _json(dict(zip(columns, map(json_value, row), strict=True))).decode()
 
 
 def job_as_text(row: Row) -> str:
     """Return a row of jobs with its checksum as readable JSON. The fields of its body are beside its columns."""
-    values = dict(zip((*JOB_COLUMNS, "crc"), map(plain, row), strict=True))
+    values = dict(zip((*JOB_COLUMNS, "crc"), map(json_value, row), strict=True))
     with contextlib.suppress(msgspec.DecodeError, UnicodeError):
         fields = _decode_fields(row[_BODY])
         del values["body"]
@@ -397,8 +395,8 @@ def job_as_text(row: Row) -> str:
     return _json(values).decode()
 
 
-def plain(value: Any) -> Any:
-    """Return a value of a row as JSON can have it."""
+def json_value(value: Any) -> Any:
+    """Return a value of a row in a form that JSON can encode: {"hex": ...} for bytes and for text that is not UTF-8."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -415,14 +413,14 @@ def job_from_text(text: str) -> Row:
     try:
         fields = _decode_fields(text)
         fields.pop("crc", None)
-        columns = [_unplain(fields.pop(column)) for column in JOB_COLUMNS[:_BODY]]
-        return (*columns, _unplain(fields["body"]) if "body" in fields else _json(fields).decode())
+        columns = [_row_value(fields.pop(column)) for column in JOB_COLUMNS[:_BODY]]
+        return (*columns, _row_value(fields["body"]) if "body" in fields else _json(fields).decode())
     except (msgspec.DecodeError, ValueError, TypeError) as error:
-        raise Unreadable(f"the row is not the JSON of a row: {error}") from error
+        raise Unreadable(f"it is not a row in JSON: {error}") from error
     except KeyError as error:
         raise Unreadable(f"column {error.args[0]} is missing") from error
 
 
-def _unplain(text: Raw) -> Any:
+def _row_value(text: Raw) -> Any:
     value = msgspec.json.decode(text)
     return bytes.fromhex(value["hex"]) if isinstance(value, dict) else value

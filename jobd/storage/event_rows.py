@@ -1,6 +1,6 @@
 """Encode and decode rows of the table `events`. A row has events of one job, whose numbers are close to each other.
 
-Readers do not depend on how events are divided into rows: other nodes and later versions may divide them otherwise.
+Readers do not depend on how events are divided into rows: other nodes and later versions may divide them differently.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from jobd.storage.codec import Row, sealed
 from jobd.storage.writers import insert
 
 COLUMNS: Final = ("seq", "last", "job_seq", "at", "body")
-SQL: Final = f"{', '.join(COLUMNS)}, crc"
+COLUMNS_SQL: Final = f"{', '.join(COLUMNS)}, crc"
 INSERT: Final = insert("events", (*COLUMNS, "crc"))
 FORMAT: Final = 1  # the first byte of a body
 SPAN: Final = 1_000  # the numbers of a row are less than this apart, so that readers find the row of an event
-# Larger bodies have one event. Readers of all events decode a row again for each page that has some of its events.
+# Larger bodies have one event, because readers of all events decode a row again for each page with some of its events.
 ROW_BYTES: Final = 2_048
 JOB_SEQ: Final = COLUMNS.index("job_seq")
 BODY: Final = COLUMNS.index("body")
@@ -42,31 +42,31 @@ def pack(events: Iterable[EventRow]) -> list[Row]:
     """Return rows for these events, which are in the order of their numbers."""
     rows: list[Row] = []
     for job_seq, group in groupby(sorted(events, key=_job_seq), _job_seq):
-        _add(rows, list(group), job_seq)
+        _add_rows(rows, list(group), job_seq)
     return rows
 
 
-def _add(rows: list[Row], events: list[EventRow], job_seq: int) -> None:
+def _add_rows(rows: list[Row], events: list[EventRow], job_seq: int) -> None:
     """Add rows for the events of a job, or of all queues (0)."""
     first, last = events[0], events[-1][_EVENT_SEQ]
     body = bytearray((FORMAT,))
     _encode_into(events, body, 1)
     if first is not events[-1] and (len(body) > ROW_BYTES or last - first[_EVENT_SEQ] >= SPAN or not job_seq):
         middle = len(events) // 2
-        _add(rows, events[:middle], job_seq)
-        _add(rows, events[middle:], job_seq)
+        _add_rows(rows, events[:middle], job_seq)
+        _add_rows(rows, events[middle:], job_seq)
     else:
         rows.append(sealed((first[_EVENT_SEQ], last, job_seq, first[_EVENT_AT], body)))
 
 
 def rewrite(conn: sqlite3.Connection, rows: Iterable[Row], events: Iterable[EventRow]) -> None:
-    """Replace rows with rows for `events`."""
+    """Replace `rows` with new rows for `events`."""
     conn.executemany("DELETE FROM events WHERE seq = ?", [(row[0],) for row in rows])
     conn.executemany(INSERT, pack(events))
 
 
-def damaged_row(event: EventRow) -> Row:
-    """Return a row with a wrong checksum for the row of an event with a wrong checksum, as earlier versions had it."""
+def row_of_damaged_event(event: EventRow) -> Row:
+    """Return a row for an event of schema version 13 with a wrong checksum. Its checksum is wrong too."""
     values = [value.encode(errors="surrogateescape") if isinstance(value, str) else value for value in event]
     numbers = (event[_EVENT_SEQ], event[_EVENT_SEQ], event[_EVENT_JOB], event[_EVENT_AT])
     body = bytearray((FORMAT,))
@@ -79,7 +79,7 @@ def fault(row: Row) -> str | None:
     """Return the problem of a row, or None if it is undamaged."""
     if (error := codec.fault(row)) is not None:
         return error
-    return None if row[BODY][0] == FORMAT else f"it has format {row[BODY][0]}, but this jobd supports {FORMAT}"
+    return None if row[BODY][0] == FORMAT else f"it has format {row[BODY][0]}, but this jobd supports format {FORMAT}"
 
 
 def unpack(row: Row) -> list[EventRow]:
@@ -92,8 +92,8 @@ def job_id(row: Row) -> str:
     return cast("str", unpack(row)[0][_EVENT_JOB_ID])
 
 
-def last_number(row: Row) -> int:
-    """Return the highest number that an event of a damaged row seems to have."""
+def highest_number(row: Row) -> int:
+    """Return the highest event number in a damaged row. Damage may have changed it."""
     numbers = [row[0], row[1]]
     with contextlib.suppress(msgspec.MsgspecError, ValueError, TypeError):
         numbers += [event[_EVENT_SEQ] for event in unpack(row) if event]

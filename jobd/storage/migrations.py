@@ -14,8 +14,8 @@ from typing import Final
 from jobd.journal.facts import EVENT_COLUMNS
 from jobd.model.job import COUNTER_MASK, LIVE, TOKEN_COUNTER_BITS
 from jobd.model.storage import Numbers
-from jobd.storage import event_rows, lean_jobs
-from jobd.storage.codec import META_COLUMNS, Row, checksum, fault, first_checksum, sealed
+from jobd.storage import event_rows, migrate_job_rows
+from jobd.storage.codec import META_COLUMNS, Row, checksum, fault, original_checksum, sealed
 from jobd.storage.files import StoreUnreadable
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
@@ -87,7 +87,7 @@ def _replace_index_of_expiry(conn: sqlite3.Connection) -> None:
 
 
 def _keep_old_events(conn: sqlite3.Connection) -> None:
-    """Do nothing: new events store parts of jobs as arrays, and old events stay objects (see codec.py)."""
+    """Do nothing: new events store parts of jobs as arrays, and old events stay objects (see journal/facts.py)."""
 
 
 # MIGRATIONS[n] turns schema version n into n + 1. A step that changes the columns of a table with checksums has to
@@ -104,7 +104,7 @@ MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
     9: lambda conn: _describe_pauses_and_count_releases(conn),
     10: lambda conn: _add_journal(conn),
     11: lambda conn: _add_cluster(conn),
-    12: lambda conn: _make_jobs_lean(conn),
+    12: lambda conn: _move_job_fields_into_body(conn),
     13: lambda conn: _pack_events(conn),
 }
 
@@ -241,11 +241,11 @@ def _add_cluster(conn: sqlite3.Connection) -> None:
     )
 
 
-def _make_jobs_lean(conn: sqlite3.Connection) -> None:
-    """Move the columns of jobs that no query searches into a body."""
+def _move_job_fields_into_body(conn: sqlite3.Connection) -> None:
+    """Move the fields of jobs that no query searches from their columns into a JSON body."""
     meta = read_meta(conn)
     assert meta is not None
-    live_xor, finished_xor = lean_jobs.convert(conn)
+    live_xor, finished_xor = migrate_job_rows.convert(conn)
     change_meta(conn, live_xor=meta["live_xor"] ^ live_xor, finished_xor=meta["finished_xor"] ^ finished_xor)
 
 
@@ -261,7 +261,7 @@ def _pack_events(conn: sqlite3.Connection) -> None:
     conn.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
     while rows := conn.execute(sql).fetchall():
         packed = event_rows.pack(row[:-1] for row in rows if fault(row) is None)
-        packed += [event_rows.damaged_row(row[:-1]) for row in rows if fault(row) is not None]
+        packed += [event_rows.row_of_damaged_event(row[:-1]) for row in rows if fault(row) is not None]
         conn.executemany(event_rows.INSERT, packed)
         conn.execute("DELETE FROM old_events WHERE seq <= ?", (rows[-1][0],))
     conn.text_factory = str
@@ -349,7 +349,7 @@ def _reseal(conn: sqlite3.Connection, table: str, names: str, added: Row) -> tup
             except (UnicodeEncodeError, OverflowError, TypeError):
                 continue
             sealed_anew.append((now, rowid))
-            xors[status in LIVE] ^= first_checksum(was) ^ first_checksum((*row, now))
+            xors[status in LIVE] ^= original_checksum(was) ^ original_checksum((*row, now))
         conn.executemany(f"UPDATE {table} SET crc = ? WHERE rowid = ?", sealed_anew)
     conn.text_factory = str
     return xors[True], xors[False]

@@ -29,7 +29,7 @@ from jobd.storage.writers import insert
 
 _INSERT: Final = insert("quarantined_jobs", ("seq", "id", "reason", "at", "row", "payload", "request_hash"), "REPLACE")
 _QUEUE: Final = JOB_COLUMNS.index("queue")
-_FIRST_EVENTS: Final = f"SELECT {event_rows.SQL} FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1"
+_FIRST_EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1"
 _WAS_LIVE: Final = f"SELECT 1 FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL} AND seq = ?"
 
 
@@ -114,7 +114,7 @@ def _payload_columns(db: Database, seq: int) -> Row | None:
 
 def _uncount(db: Database, row: Row, was_live: bool) -> tuple[str, str] | None:
     live, live_xor, finished, finished_xor = db.totals
-    crc = codec.first_checksum(row)
+    crc = codec.original_checksum(row)
     if was_live:
         db.totals = (live - 1, live_xor ^ crc, finished, finished_xor)
         return None
@@ -173,7 +173,7 @@ def _quarantine_row(db: Database, table: str, columns: tuple[str, ...], rowid: i
     sql = insert("bad_rows", ("place", "what", "at", "row"))
     db.conn.execute(sql, (table, description, now_ms(), codec.as_text(columns, row)))
     if table == "events":
-        db.note_missing(event_rows.last_number(row))
+        db.note_missing(event_rows.highest_number(row))
         db.write_meta()
     try:
         db.conn.execute(f"DELETE FROM {table} WHERE rowid = ?", (rowid,))

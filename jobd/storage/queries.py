@@ -57,8 +57,8 @@ from jobd.storage.writers import AUDIT_SQL
 T = TypeVar("T")
 
 _NO_LIMIT: Final = 1 << 62
-_EVENTS: Final = f"SELECT {event_rows.SQL} FROM events NOT INDEXED WHERE seq = ?"
-_SPANNING: Final = f"SELECT {event_rows.SQL} FROM events WHERE seq > ? AND seq <= ? AND last > ?"
+_EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events NOT INDEXED WHERE seq = ?"
+_SPANNING: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq > ? AND seq <= ? AND last > ?"
 _SEQ: Final = EVENT_COLUMNS.index("seq")
 _TYPE: Final = EVENT_COLUMNS.index("type")
 _seq = itemgetter(_SEQ)
@@ -362,7 +362,7 @@ def timeline(db: Database, job_seq: int, limit: int | None = None) -> list[Event
 def latest_rows(db: Database, job_seq: int, limit: int) -> list[Row]:
     """Return the latest `limit` rows of events of a job, oldest first."""
     inner = "SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq DESC LIMIT ?"
-    sql = f"SELECT {event_rows.SQL} FROM ({inner}) CROSS JOIN events NOT INDEXED ON seq = found ORDER BY found"
+    sql = f"SELECT {event_rows.COLUMNS_SQL} FROM ({inner}) CROSS JOIN events NOT INDEXED ON seq = found ORDER BY found"
     return db.rows(sql, (job_seq, limit))
 
 
@@ -374,7 +374,9 @@ def _timeline_of_a_damaged_table(db: Database, job_seq: int) -> list[Row]:
         if not is_corrupt(error):
             raise
         db.faults.append(f"the index of the journal cannot be read: {error}; run `jobd doctor`")
-        return db.rows(f"SELECT {event_rows.SQL} FROM events NOT INDEXED WHERE job_seq = ? ORDER BY seq", (job_seq,))
+        return db.rows(
+            f"SELECT {event_rows.COLUMNS_SQL} FROM events NOT INDEXED WHERE job_seq = ? ORDER BY seq", (job_seq,)
+        )
     return db.rows_one_by_one(_EVENTS, [seq for (seq,) in seqs], "events")
 
 
@@ -385,7 +387,7 @@ def journal(db: Database, after: int, limit: int) -> JournalPage:
     """
     db.check()
     last = db.numbers.next_event - 1
-    sql = f"SELECT {event_rows.SQL} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
+    sql = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
     try:
         spanning = db.rows(_SPANNING, (after - event_rows.SPAN, after, after))
         rows, is_cut = db.rows_up_to(sql, (after, limit), SLICE_BYTES)
@@ -395,7 +397,7 @@ def journal(db: Database, after: int, limit: int) -> JournalPage:
         db.faults.append(f"the journal cannot be read after event {after}: {error}; run `jobd doctor`")
         return JournalPage([], last, last)
     is_cut = is_cut or len(rows) == limit
-    upto = rows[-1][0] if is_cut else last  # rows after these have later events
+    upto = rows[-1][0] if is_cut else last  # rows that were not read have later events only
     events = [event for event in _events(db, spanning + rows) if after < event[_SEQ] <= upto]
     events.sort(key=_seq)
     page = [facts.event(event) for event in events[:limit]]
@@ -408,7 +410,7 @@ def _events(db: Database, rows: list[Row]) -> list[EventRow]:
     if damaged:
         quarantine_rows(db, "events", (*event_rows.COLUMNS, "crc"), damaged)
         for _, row, _ in damaged:
-            db.note_missing(event_rows.last_number(row))
+            db.note_missing(event_rows.highest_number(row))
         bad = {seq for seq, _, _ in damaged}
         rows = [row for row in rows if row[0] not in bad]
     return list(chain.from_iterable(map(event_rows.unpack, rows)))

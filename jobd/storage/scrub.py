@@ -27,7 +27,7 @@ MAX_BYTES: Final = 1 << 20
 # The columns of each table, with the checksum last. If the names are given, damaged rows are quarantined here. If not,
 # they are only reported, and quarantined by the code that uses them.
 _COLUMNS: Final[dict[str, tuple[str, tuple[str, ...] | None]]] = {
-    "events": (event_rows.SQL, (*event_rows.COLUMNS, "crc")),
+    "events": (event_rows.COLUMNS_SQL, (*event_rows.COLUMNS, "crc")),
     "late_results": (LATE_SQL, (*LATE_COLUMNS, "crc")),
     "audit": (AUDIT_SQL, (*AUDIT_COLUMNS, "crc")),
     "keys": (f"{KEY_SQL}, answer", None),

@@ -31,7 +31,7 @@ from jobd.storage.event_rows import fault
 COMPACTED_AT_ONCE: Final = 1_000  # events of a journal that are read by one `shorten`
 GIVEN_BACK_KEPT: Final = 10_000  # jobs whose returned grants are counted
 _READ_AT_ONCE: Final = 50  # rows of events
-_ROWS: Final = f"SELECT {event_rows.SQL} FROM events WHERE job_seq = ? AND seq > ? AND last >= ?"
+_ROWS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? AND seq > ? AND last >= ?"
 _TYPE: Final = EVENT_COLUMNS.index("type")
 _seq = attrgetter("seq")
 
@@ -129,7 +129,7 @@ class JournalShortener:
 
     def _grants(self, job_seq: int, order: str) -> Iterator[int]:
         """Yield the seqs of the grants of a job. Reads a few rows at once."""
-        sql = f"SELECT {event_rows.SQL} FROM events WHERE job_seq = ? ORDER BY seq {order} LIMIT ?, ?"
+        sql = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? ORDER BY seq {order} LIMIT ?, ?"
         for offset in count(0, _READ_AT_ONCE):
             rows = self._rows(sql, (job_seq, offset, _READ_AT_ONCE))
             for row in rows:

@@ -53,7 +53,7 @@ MEMORY: Final = ":memory:"
 PAGE_CACHE_KIB: Final = 8 << 10  # enough for the rows of running jobs
 _LOG_BYTES: Final = 32 << 20  # the log shrinks to this after a large transaction
 _MAGIC: Final = b"SQLite format 3\0"
-# The index finds live jobs, which are then read by seq.
+# The index only finds live jobs: a column read from it would hide damage in the row.
 _LIVE_JOBS: Final = (
     f"SELECT {JOB_SQL} FROM (SELECT seq AS found FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL}) "
     "CROSS JOIN jobs NOT INDEXED ON seq = found"
@@ -492,10 +492,10 @@ def _scan_once(db: Database) -> _Live:
     live = _Live()
     xor = 0
     for row in db.conn.execute(_LIVE_JOBS):
-        job, error = read_job(row, db.reader.live_job)
+        job, error = read_job(row, db.reader.job_or_compact)
         if job is None:
             live.damaged.append((row, error))
-            xor ^= codec.first_checksum(row)
+            xor ^= codec.original_checksum(row)
             continue
         xor ^= row[-1]
         if isinstance(job, CompactJob):

@@ -1,4 +1,4 @@
-"""Write the tables apart from the changes of jobs. A record of the journal has each write first.
+"""Plan and apply writes of the tables that are not changes of jobs. Each is in a record of the journal first.
 
 A plan reads the tables and returns the write. The projection applies it, also on other nodes and after a restart.
 """
@@ -26,17 +26,17 @@ from jobd.storage.writers import insert
 _PUT_FIGURES: Final = insert("figures", ("id", "body", "crc"), "REPLACE")
 _QUEUE_EVENTS: Final = "SELECT seq FROM events WHERE job_seq = 0 AND at < ? ORDER BY seq LIMIT ?"
 _DELETED_JOBS: Final = "SELECT job_seq FROM deleted_jobs WHERE at < ? ORDER BY at LIMIT ?"
-_ROW: Final = f"SELECT {event_rows.SQL} FROM events WHERE seq = ?"
-_ROWS_BEFORE: Final = f"SELECT {event_rows.SQL} FROM events WHERE seq > ? AND seq < ? AND last >= ?"
+_ROW: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq = ?"
+_ROWS_BEFORE: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq > ? AND seq < ? AND last >= ?"
 _DELETE_SINGLE: Final = "DELETE FROM events WHERE seq = ? AND last = seq"
 _JOB_ROWS: Final = "SELECT seq, last FROM events WHERE job_seq = ? ORDER BY seq LIMIT ?"
 
 
 def plan_pruning(db: Database, before: int, limit: int) -> tuple[EventPruning | None, int]:
-    """Choose up to `limit` rows with events of jobs deleted, and of queues changed, before wall time `before`.
+    """Choose up to `limit` rows of events to delete: of queues, and of deleted jobs, from before wall time `before`.
 
-    Return their deletion and number. Readers that resume below the last of these events get an error, because events
-    may be missing there.
+    Return the deletion and the number of rows. Readers that resume below the last of these events get an error, because
+    events may be missing there.
     """
     run = db.conn.execute
     seqs = [seq for (seq,) in run(_QUEUE_EVENTS, (before, limit))]
@@ -56,14 +56,14 @@ def plan_pruning(db: Database, before: int, limit: int) -> tuple[EventPruning | 
 
 
 def _events_of(row: Row) -> dict[int, EventRow]:
-    """Return the events of a row by number. A damaged row has its first one only."""
+    """Return the events of a row by number. Of a damaged row, only the number of the first one is known."""
     return {row[0]: row} if event_rows.fault(row) else {event[0]: event for event in event_rows.unpack(row)}
 
 
 def plan_trimming(db: Database, before: int, limit: int) -> tuple[AuditTrimming | None, int]:
     """See Storage.trim_audit."""
     try:
-        is_counted = db.audit.look_on()
+        is_counted = db.audit.count_more()
         entries = db.audit.excess(before, limit) if is_counted else []
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
@@ -74,7 +74,7 @@ def plan_trimming(db: Database, before: int, limit: int) -> tuple[AuditTrimming 
 
 
 def _delete_events(db: Database, numbers: list[int]) -> None:
-    """Delete events. A row that has other events too is written again with these."""
+    """Delete events. A row that also has other events is written again with these."""
     gone, left = frozenset(numbers), set(numbers)
     for number in numbers:
         if number not in left or db.conn.execute(_DELETE_SINGLE, (number,)).rowcount:

@@ -173,8 +173,8 @@ class JobWriter:
     def _write_rows(self, stored: dict[int, StoredJob | None], after: dict[int, Job | None], totals: Totals) -> Totals:
         live, live_xor, finished, finished_xor = totals
         new: list[Row] = []
-        changed: list[Row] = []  # only in their bodies
-        moved: list[Row] = []  # in columns that are searched
+        bodies: list[Row] = []  # of rows that change in nothing else
+        changed: list[Row] = []
         for seq, job in after.items():
             before = stored[seq]
             if before is not None:
@@ -193,10 +193,10 @@ class JobWriter:
             if before is None or before.is_gone:
                 new.append(row)
             elif before.row[:-2] == row[:-2]:
-                changed.append((row[0], *row[-2:]))
+                bodies.append((row[0], *row[-2:]))
             else:
-                moved.append(row)
-        for sql, rows in ((_UPDATE_BODY, changed), (_UPDATE_JOB, moved)):
+                changed.append(row)
+        for sql, rows in ((_UPDATE_BODY, bodies), (_UPDATE_JOB, changed)):
             if rows and self._conn.executemany(sql, rows).rowcount != len(rows):
                 raise sqlite3.IntegrityError("a cached row is not on the disk")
         self._conn.executemany(_INSERT_JOB, new)
@@ -221,7 +221,7 @@ class JobWriter:
 
 KEEP_AUDIT: Final = 100_000  # entries about changes
 KEEP_BESIDE: Final = 10_000  # entries of each other share, so that a looping script displaces only similar entries
-LOOK: Final = 2_000  # rows counted per call, in less than a millisecond
+COUNTED_AT_ONCE: Final = 2_000  # rows; it takes less than a millisecond
 OPEN_ROWS: Final = 1_000  # newest rows in which the row of an action with many parts is searched
 _KEEP_OPEN: Final = 64  # actions whose rows are cached
 AUDIT_SQL: Final = f"{', '.join(AUDIT_COLUMNS)}, crc"
@@ -245,7 +245,7 @@ class AuditWriter:
         self._open: dict[str, int] = {}  # part_of -> seq of its row
         self._counted: dict[AuditShare, array[int]] = {
             share: array("q") for share in get_args(AuditShare)
-        }  # counted rows, see `look_on`
+        }  # counted rows, see `count_more`
         self._counted_to = 0
 
     def write(self, audit: list[AuditEntry]) -> None:
@@ -280,19 +280,19 @@ class AuditWriter:
         details = before.details if part.details is None else part.details
         return seq, replace(before, jobs=before.jobs + part.jobs, details=details)
 
-    def look_on(self) -> bool:
-        """Count up to LOOK more rows. Return whether all are counted. Do not call this in a transaction."""
-        found = self._conn.execute(_UNCOUNTED_AUDIT, (self._counted_to, LOOK)).fetchall()
+    def count_more(self) -> bool:
+        """Count up to COUNTED_AT_ONCE more rows. Return whether all are counted. Call it outside transactions."""
+        found = self._conn.execute(_UNCOUNTED_AUDIT, (self._counted_to, COUNTED_AT_ONCE)).fetchall()
         for seq, what, outcome in found:
             self._counted[audit_share(what, outcome)].append(seq)
             self._counted_to = seq
-        return len(found) < LOOK
+        return len(found) < COUNTED_AT_ONCE
 
     def excess(self, before: int, limit: int) -> list[int]:
         """Return up to `limit` rows to delete: those written before wall time `before` (Unix ms), and excess ones.
 
-        Each share has its own maximum, which applies to the rows that `look_on` has counted. The newest row is kept, so
-        that its number is not reused.
+        Each share has its own maximum, which applies to the rows that `count_more` has counted. The newest row is kept,
+        so that its number is not reused.
         """
         (last,) = self._conn.execute(_LAST_AUDIT).fetchone()
         going = {seq: None for (seq,) in self._conn.execute(_OLD_AUDIT, (limit, before, last))}

@@ -59,7 +59,7 @@ def edit_store(path: str) -> Iterator[sqlite3.Connection]:
 
 def stored_events(conn: sqlite3.Connection, job_seq: int | None = None) -> list[Event]:
     """Return the events in the tables, of all jobs or of one."""
-    rows = conn.execute(f"SELECT {event_rows.SQL} FROM events").fetchall()
+    rows = conn.execute(f"SELECT {event_rows.COLUMNS_SQL} FROM events").fetchall()
     events = [facts.event(event) for row in rows for event in event_rows.unpack(row)]
     return sorted((each for each in events if job_seq in (None, each.job_seq)), key=lambda event: event.seq)
 

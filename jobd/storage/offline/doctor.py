@@ -184,7 +184,7 @@ def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
         job, error = read_job(row, db.reader.job)
         group = sums[row[2] in LIVE]
         group[0] += 1
-        group[1] ^= codec.first_checksum(row)
+        group[1] ^= codec.original_checksum(row)
         if job is None:
             id_ = original_id(db, row)
             yield StoreProblem(f"job {id_}", error, _ACCEPT.format(id_))
@@ -238,7 +238,7 @@ def _late(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
 def _journal(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     last = 0
     db = _database_of(conn, path)
-    for row in _all_rows(conn, f"SELECT {event_rows.SQL} FROM events NOT INDEXED"):
+    for row in _all_rows(conn, f"SELECT {event_rows.COLUMNS_SQL} FROM events NOT INDEXED"):
         if (error := event_rows.fault(row)) is not None:
             yield StoreProblem(row_name(db, "events", row), error, _ON_ACCESS)
         else:
@@ -247,7 +247,9 @@ def _journal(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     if meta is not None and last >= meta["next_event"]:
         yield StoreProblem("meta", "an event has a number that is not assigned yet", _RESTORE)
     known = "SELECT seq FROM jobs UNION SELECT seq FROM quarantined_jobs UNION SELECT job_seq FROM deleted_jobs"
-    orphans = f"SELECT {event_rows.SQL} FROM events WHERE job_seq NOT IN ({known}) AND job_seq <> 0 ORDER BY job_seq"
+    orphans = (
+        f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq NOT IN ({known}) AND job_seq <> 0 ORDER BY job_seq"
+    )
     undamaged = (row for row in _all_rows(conn, orphans) if event_rows.fault(row) is None)
     for _, rows in groupby(undamaged, itemgetter(event_rows.JOB_SEQ)):
         events = list(chain.from_iterable(map(event_rows.unpack, rows)))

@@ -18,7 +18,7 @@ from jobd.storage.database import JOB_SQL, lenient_text
 from jobd.storage.tail import Pending
 
 _JOBS: Final = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED ORDER BY seq"
-_EVENTS: Final = f"SELECT {event_rows.SQL} FROM events WHERE job_seq = ? ORDER BY seq"
+_EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? ORDER BY seq"
 _STATUS: Final = "SELECT status FROM jobs NOT INDEXED WHERE seq = ?"
 
 

@@ -52,7 +52,7 @@ def contents(path: str | Path) -> StoreContents:
         by_seq = {job.seq: job.id for job in found.jobs.values()}
         for seq, body in conn.execute("SELECT job_seq, body FROM payloads"):
             found.payloads[by_seq[seq]] = msgspec.json.decode(body)
-        rows = conn.execute(f"SELECT {event_rows.SQL} FROM events NOT INDEXED").fetchall()
+        rows = conn.execute(f"SELECT {event_rows.COLUMNS_SQL} FROM events NOT INDEXED").fetchall()
         for event in sorted(chain.from_iterable(map(event_rows.unpack, rows))):
             _note(found, facts.event(event))
         _fold_tail(found, conn)

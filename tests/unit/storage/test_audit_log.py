@@ -143,7 +143,7 @@ async def test_errors_and_reads_displace_only_their_own_kind(
 ) -> None:
     monkeypatch.setattr(writers, "KEEP_AUDIT", 6)
     monkeypatch.setattr(writers, "KEEP_BESIDE", 3)
-    monkeypatch.setattr(writers, "LOOK", look)
+    monkeypatch.setattr(writers, "COUNTED_AT_ONCE", look)
     kinds = [{}, {"outcome": "job_not_found"}, {"what": "export"}, {"outcome": "invalid_transition"}]
     await write(store, *(entry(n, **kinds[n % 4]) for n in range(20)))
     calls = 0

@@ -97,7 +97,7 @@ def test_a_live_job_is_decoded_in_the_compact_form_if_possible(fields: dict[str,
     for options in (*OPTIONS, OPTIONS[0], replace(OPTIONS[0], queue=""), replace(OPTIONS[0], kind="other")):
         job = replace(Job(3, "a", options, "queued", NOW, NOW, NOW), **fields)
         row = codec.sealed(codec.job_row(job))
-        back = reader.live_job(row)
+        back = reader.job_or_compact(row)
         assert back == (compact(job) or job)
         original = reader.job(row)
         assert original == job
@@ -149,7 +149,7 @@ def test_the_cache_of_options_is_limited() -> None:
     reader = codec.JobReader()
     for priority in range(10_050):
         job = Job(3, "a", replace(OPTIONS[0], priority=priority, kind=f"k{priority}"), "queued", NOW, NOW, NOW)
-        assert reader.live_job((*codec.job_row(job), 0)) == compact(job)
+        assert reader.job_or_compact((*codec.job_row(job), 0)) == compact(job)
     assert len(reader._options) < 100
     assert len(reader._new) < 100
 
@@ -171,7 +171,7 @@ def test_every_flipped_bit_is_detected() -> None:
             changed = (*row[:place], other, *row[place + 1 :])
             assert codec.fault(changed) is not None, codec.JOB_COLUMNS[place]
             # The original checksum can be recovered, whichever column was damaged.
-            assert codec.first_checksum(changed) == row[-1]
+            assert codec.original_checksum(changed) == row[-1]
 
 
 def _flipped(value: Any) -> list[Any]:
@@ -268,7 +268,7 @@ def test_a_quarantined_row_is_readable_and_editable() -> None:
     assert msgspec.json.decode(codec.job_as_text(broken))["id"] == {"hex": "6aff62"}
     with pytest.raises(codec.Unreadable, match="column seq is missing"):
         codec.job_from_text("{}")
-    with pytest.raises(codec.Unreadable, match="not the JSON"):
+    with pytest.raises(codec.Unreadable, match="not a row in JSON"):
         codec.job_from_text("[1")
 
 

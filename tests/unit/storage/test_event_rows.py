@@ -88,7 +88,7 @@ def test_a_row_of_a_later_format_is_not_read() -> None:
     (row,) = pack([facts.event_row(ChangeFactory().create().event)])
     later = sealed((*row[:4], bytes((9, *row[4][1:]))))
     assert event_rows.fault(row) is None
-    assert event_rows.fault(later) == "it has format 9, but this jobd supports 1"
+    assert event_rows.fault(later) == "it has format 9, but this jobd supports format 1"
 
 
 @pytest.mark.parametrize("limit", [1, 7, 100])
@@ -209,7 +209,7 @@ def test_a_part_of_a_row_can_be_pruned(path: str) -> None:
     projection.append(maker.batch([created, *changes]))
     projection.project()
     db = projection.db
-    (row,) = db.rows(f"SELECT {event_rows.SQL} FROM events")
+    (row,) = db.rows(f"SELECT {event_rows.COLUMNS_SQL} FROM events")
     for numbers, left in (([1, 2], [3, 4, 5, 6, 7, 8, 9]), ([4, 77], [3, 5, 6, 7, 8, 9]), ([3, 5, 6, 7, 8, 9], [])):
         projection.append(EventPruning(numbers, [], numbers[-1]))
         projection.project()
@@ -244,7 +244,7 @@ def test_no_flipped_bit_of_a_row_is_silent(bit: int) -> None:
     projection.append(maker.batch([created, *rounds(maker, job_of(created), 1, 1)]))
     projection.project()
     db = projection.db
-    (row,) = db.rows(f"SELECT {event_rows.SQL} FROM events")
+    (row,) = db.rows(f"SELECT {event_rows.COLUMNS_SQL} FROM events")
     number = row[1]
     for column in range(1, 6):
         places = range(len(row[4])) if column == 4 else range(4)

@@ -1,6 +1,6 @@
-"""Convert jobs of schema version 12, which had a column for each field, to version 13.
+"""Migrate rows of jobs from schema version 12, which had a column for each field, to version 13.
 
-This does not use the codec of jobs, because later versions may change it.
+This does not use the encoding of jobs in codec.py, because later versions may change it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Raw
 
 from jobd.model.job import LIVE
-from jobd.storage.codec import Row, checksum, first_checksum, plain
+from jobd.storage.codec import Row, checksum, json_value, original_checksum
 
 _OLD_COLUMNS: Final = (
     "seq", "id", "status", "expires_at", "queue", "kind", "priority", "max_attempts", "backoff_kind",
@@ -43,13 +43,13 @@ _INDEXES: Final = (
     "WHERE expires_at IS NOT NULL AND status NOT IN ('queued', 'processing')",
     "CREATE INDEX jobs_storage_key ON jobs (storage_key) WHERE storage_key IS NOT NULL",
 )
-# Text that is not UTF-8 is passed as bytes.
+# The casts are for text that is not UTF-8, which is passed as bytes.
 _INSERT: Final = (
     "INSERT INTO jobs VALUES (?1, CAST(?2 AS TEXT), CAST(?3 AS TEXT), ?4, ?5, CAST(?6 AS TEXT), CAST(?7 AS TEXT), "
     "CAST(?8 AS TEXT), CAST(?9 AS TEXT), ?10, CAST(?11 AS TEXT), CAST(?12 AS TEXT), ?13, ?14)"
 )
 _AT_ONCE: Final = 10_000  # rows
-# A body leaves out fields with these values, and fields that are null.
+# A body omits fields with these values, and fields that are null.
 _DEFAULTS: Final = {
     "priority": 0,
     "max_attempts": 1,
@@ -80,8 +80,8 @@ def convert(conn: sqlite3.Connection) -> tuple[int, int]:
         last = rows[-1][0]
         converted = []
         for row in rows:
-            new = _row(row)
-            xors[row[2] in LIVE] ^= first_checksum(row) ^ first_checksum(new)
+            new = _new_row(row)
+            xors[row[2] in LIVE] ^= original_checksum(row) ^ original_checksum(new)
             converted.append(new)
         conn.executemany(_INSERT, converted)
     conn.text_factory = str
@@ -90,12 +90,12 @@ def convert(conn: sqlite3.Connection) -> tuple[int, int]:
         conn.execute(index)
     quarantined = conn.execute("SELECT row, seq FROM quarantined_jobs").fetchall()
     conn.executemany(
-        "UPDATE quarantined_jobs SET row = ? WHERE seq = ?", [(_in_quarantine(text), seq) for text, seq in quarantined]
+        "UPDATE quarantined_jobs SET row = ? WHERE seq = ?", [(_quarantined(text), seq) for text, seq in quarantined]
     )
     return xors[True], xors[False]
 
 
-def _row(row: Row) -> Row:
+def _new_row(row: Row) -> Row:
     """Return a row of the new table, with its checksum."""
     *old, crc = row
     columns, fields = _converted(tuple(old))
@@ -103,13 +103,13 @@ def _row(row: Row) -> Row:
         new = (*columns, _json(fields).decode())
         return (*new, checksum(new) ^ checksum(tuple(old)) ^ crc)
     except UnicodeEncodeError:
-        _, fields = _converted(tuple(map(plain, old)))
+        _, fields = _converted(tuple(map(json_value, old)))
         raw = [each.encode(errors="surrogateescape") if isinstance(each, str) else each for each in columns]
         return (*raw, _json(fields).decode(), crc)
 
 
-def _in_quarantine(text: str) -> str:
-    """Return the JSON of a row in quarantine with the fields of its body. JSON that is not of a row does not change."""
+def _quarantined(text: str) -> str:
+    """Convert the JSON of a row in quarantine. Other text is returned unchanged."""
     try:
         values = msgspec.json.decode(text, type=dict[str, Any])
         columns, fields = _converted(tuple(values[column] for column in _OLD_COLUMNS))
@@ -119,7 +119,7 @@ def _in_quarantine(text: str) -> str:
 
 
 def _converted(row: Row) -> tuple[Row, dict[str, Any]]:
-    """Return the columns of the new table, and the fields of the body. The values may be damaged."""
+    """Return the columns of the new table and the fields of the body. The values may be damaged."""
     (seq, id_, status, expires_at, queue, kind, priority, max_attempts) = row[:8]
     (*backoff, jitter, max_stalls, on_stall, stuck_after_ms, max_processing_ms) = row[8:16]
     (created_at, updated_at, run_at, progress, message, attempt, stalls, started_at, finished_at) = row[16:25]
@@ -141,12 +141,12 @@ def _converted(row: Row) -> tuple[Row, dict[str, Any]]:
         "attempt": attempt,
         "stalls": stalls,
         "started_at": started_at,
-        "grant": _part(grant),
-        "lease": _part((*deadlines, None if cleared is None else bool(cleared))),
-        "ended": _part(ended),
+        "grant": _none_if_empty(grant),
+        "lease": _none_if_empty((*deadlines, None if cleared is None else bool(cleared))),
+        "ended": _none_if_empty(ended),
         "download_url": url,
         "file_path": path,
-        "metadata": None if metadata is None else _json_of(metadata),
+        "metadata": None if metadata is None else _metadata_json(metadata),
         "releases": releases,
     }
     columns = (
@@ -157,15 +157,15 @@ def _converted(row: Row) -> tuple[Row, dict[str, Any]]:
     }
 
 
-def _part(columns: Row) -> Row | None:
+def _none_if_empty(columns: Row) -> Row | None:
     return None if all(value is None for value in columns) else columns
 
 
-def _json_of(metadata: Any) -> Any:
-    """Return metadata, which is bytes, or {"hex": ...} in quarantine, as JSON if it is JSON."""
+def _metadata_json(metadata: Any) -> Any:
+    """Return metadata, which is bytes or, in quarantine, {"hex": ...}, as raw JSON if it is valid."""
     try:
         text = bytes.fromhex(metadata["hex"]) if isinstance(metadata, dict) else metadata
         msgspec.json.decode(text)
     except (msgspec.DecodeError, KeyError, ValueError, TypeError):
-        return plain(metadata)
+        return json_value(metadata)
     return Raw(text)
