@@ -117,7 +117,7 @@ class Daemon:
     async def start(self) -> bool:
         """Start the daemon. A node of a cluster follows the leader until it leads. Raises CannotStart.
 
-        Returns False if a signal stopped a standby.
+        Return False if a signal stopped a standby.
         """
         settings = self._loaded.config
         self._warn(self._loaded.warnings)

@@ -103,7 +103,7 @@ class ClusterNode:
         return standby_app(authenticator, routes, services, limits, admin=pages is not None, pages=pages)
 
     async def follow(self, stop: asyncio.Event) -> Leadership | None:
-        """Follow until this node leads. Returns None when `stop` is set. Raises CannotStart."""
+        """Follow until this node leads. Return None when `stop` is set. Raises CannotStart."""
         following = asyncio.create_task(self._standby.run(), name="standby")
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait([following, stopping], return_when=asyncio.FIRST_COMPLETED)

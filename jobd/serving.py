@@ -154,7 +154,7 @@ class Serving:
         self.maintainer.hold_journal(self.webhooks.journal_hold_ms)
         run("cleanup", self.maintainer)
         run("failures", self.failures)
-        run("presence", self._clock_monitor)
+        run("clock monitor", self._clock_monitor)
         sweeper = await self._start_sweeper()
         self.services = self._make_services(sweeper, cluster_view, step_down)
         self.timeseries = Timeseries.opened(read_extra(self._opened.stats), self.clock.moment().now)
@@ -204,13 +204,13 @@ class Serving:
         log.warning("backup_put_back", grants_to_end=len(self.actor.state.processing), epoch=self.actor.state.epoch)
 
     def _keep_due_since_last_commit(self) -> None:
-        """Keep the jobs due that were due by the clock of the former leader, or before a restart."""
+        """Keep the jobs due that were due by the clock before the restart, or by that of the former leader."""
         numbers = self._opened.numbers
         if numbers.wall_ms >= self.clock.moment().now + SET_BACK_MS or numbers.clock_suspect:
             self._keep_due()
 
     def _keep_due(self) -> None:
-        """Keep the jobs due that the wall clock has made wait again. The actor does so before any other command."""
+        """Keep the jobs due that are not due by the wall clock any more. The actor does so before any other command."""
         for ids in _slices(maintenance_rules.due_before(self.actor.state, self.clock.moment().now)):
             self.actor.enqueue_internal(KeepDue(ids=ids))
 

@@ -64,7 +64,7 @@ class StreamedResponse(Struct, frozen=True, omit_defaults=True):
 
 
 class _LineKind(Struct, frozen=True):
-    """What a line of one kind stands for."""
+    """The decoder and the route of one kind of line."""
 
     decoder: RequestDecoder
     route: Route

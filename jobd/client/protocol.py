@@ -183,7 +183,7 @@ def read_result(request: ApiRequest[T], response: ApiResponse) -> T:
 
 
 def raise_error(response: ApiResponse) -> None:
-    """Raise the error in `response`. Returns for a success whose status is an error (health: 503 with the body)."""
+    """Raise the error in `response`. Return for a success whose status is an error (health: 503 with the body)."""
     try:
         outcome = _decode_outcome(response.body)
     except (msgspec.DecodeError, RecursionError):

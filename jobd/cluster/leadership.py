@@ -18,7 +18,7 @@ from jobd.engine.actor import COMMIT_BUCKETS_S
 from jobd.model.journal import Head, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost, Record, SharedJournal
 from jobd.model.storage import DiskFull
 
-LEAST_S: Final = 0.5  # for a response of the journal, although the lease is over
+LEAST_S: Final = 0.5  # least wait for a response of the journal, even after the end of the lease
 RETRY_S: Final = 0.05  # while the journal cannot be reached
 
 log = structlog.get_logger("jobd.cluster")

@@ -1,4 +1,4 @@
-"""Go on with a journal that has lost acknowledged records, as after an asynchronous failover of its server.
+"""Continue with a journal that has lost acknowledged records, as after an asynchronous failover of its server.
 
 The records are lost for all nodes. A node whose tables have them can say which jobs they changed.
 """
@@ -140,7 +140,7 @@ async def _last_event(journal: SharedJournal, path: str, number: int) -> int:
 
 
 def write_file(loss: Loss) -> int:
-    """Write the jobs that the store has and the journal not, or not like that. Return their number.
+    """Write the jobs of the store that the journal lacks or has in another state. Return their number.
 
     The lines are those of `jobctl export`.
     """

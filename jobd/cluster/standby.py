@@ -38,7 +38,7 @@ log = structlog.get_logger("jobd.cluster")
 
 
 class NodeSettings(Struct, frozen=True, kw_only=True):
-    """What a node is to the others.
+    """The properties of a node that matter to the others.
 
     `holder` is the random id of this process, `url` its address for clients. `is_direct`: no proxy is between a node
     and its `url`. `is_complete`: every acknowledged record survives a failover of the server.
@@ -100,7 +100,7 @@ class Standby:
         self._stop.set()
 
     async def run(self) -> Leadership | None:
-        """Follow until this node leads. Returns None after `stop`. Raises BadRecord or StoreDamaged if it cannot."""
+        """Follow until this node leads. Return None after `stop`. Raises BadRecord or StoreDamaged if it cannot."""
         while not self._stop.is_set():
             wait_s = POLL_S
             try:
@@ -130,7 +130,7 @@ class Standby:
         return head
 
     async def _poll(self) -> bool:
-        """Apply what is acknowledged. Return whether this node may lead now."""
+        """Apply acknowledged records. Return whether this node may lead now."""
         head = await self.read_head()
         is_over = self._lease.see(head)
         if head.epoch != self._checked_epoch or head.number < self._warm.number:
@@ -170,7 +170,7 @@ class Standby:
         self._checked_epoch = head.epoch
 
     async def _take_over(self) -> Leadership | None:
-        """Become the leader, and apply the rest of the records. Returns None if another node was faster."""
+        """Become the leader, and apply the rest of the records. Return None if another node was faster."""
         assert self.head is not None
         if self._warm.number < self.head.number:  # a node that cannot read the last record does not lead
             for each in await self._journal.read(self._warm.number, READ_LIMIT):
@@ -224,7 +224,7 @@ def acknowledged(records: list[Record], acked: int) -> list[Record]:
 
 
 async def is_refused_at(url: str) -> bool:
-    """Return whether the machine at `url` is there and refuses connections, so that no process listens."""
+    """Return whether the machine at `url` refuses connections, because no process listens."""
     parts = urlsplit(url)
     try:
         async with asyncio.timeout(CONNECT_S):

@@ -16,7 +16,7 @@ AHEAD_MS: Final = 1_000  # by which the wall clock of a node may differ from tha
 
 
 class Position(Struct, frozen=True, kw_only=True):
-    """Where a node is: the lead, as it knows it, and how far it has followed."""
+    """The position of a node: the leader that it knows, and the record that it has followed."""
 
     is_leader: bool
     holder: str | None

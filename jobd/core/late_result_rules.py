@@ -33,12 +33,12 @@ _CALLS: Final[dict[type, tuple[str, str]]] = {  # the verb, and what the worker 
     Release: ("release", "release the job"),
 }
 
-_READ_FOR: Final = frozenset({Complete, Why, Adopt})
+_USES_LATE_RESULTS: Final = frozenset({Complete, Why, Adopt})
 
 
 def late_results_needed(state: State, command: AnyCommand, policy: Policy) -> LateResultQuery | None:
     """Return the late results to read before `command` is decided."""
-    if type(command) not in _READ_FOR:
+    if type(command) not in _USES_LATE_RESULTS:
         return None
     assert isinstance(command, (Complete, Why, Adopt))
     if isinstance(command, Complete) and not is_late(state, command):
@@ -179,7 +179,7 @@ def _not_kept(tx: Transaction, job: Job, command: Complete, refusal: ApiError) -
 def _kept(tx: Transaction, job: Job, late: LateResult, refusal: ApiError) -> ApiError | None:
     """Store the result if it is the first of its grant, not too large, and among those of the latest grants.
 
-    A grant whose late result was replaced by later ones stores none again, so repeated calls add nothing. Returns None
+    A grant whose late result was replaced by later ones stores none again, so repeated calls add nothing. Return None
     if the result is not stored.
     """
     known = tx.state.late.results.get(job.seq, [])

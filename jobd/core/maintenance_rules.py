@@ -163,9 +163,9 @@ def credit_absence(tx: Transaction, command: ExtendAfterPause) -> Response:
 
 
 def due_before(state: State, now: int) -> list[str]:
-    """Return the live jobs that are not due `now` although they were due when they last changed, in their order.
+    """Return the ids of live jobs, in order, that are not due `now` but were due when they last changed.
 
-    The wall clock was set back since then, or it was that of another node of a cluster.
+    Since then, the wall clock was set back, or a node with another clock has become the leader.
     """
     found = [job for job in state.ahead(now) if _was_due(job, now)]
     return [job.id for job in sorted(found, key=lambda job: (job.run_at, job.seq))]

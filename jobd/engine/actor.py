@@ -457,8 +457,8 @@ class Actor:
             known.responses = loaded.responses
             for finished in loaded.jobs.values():
                 state.loaded(finished)
-        doomed = {job_id for envelope, _ in naming for job_id in deleted_ids(envelope.call.command)}
-        firsts = [ids for envelope, ids in naming if needs_payload_first(envelope, doomed)]
+        deletable = {job_id for envelope, _ in naming for job_id in deleted_ids(envelope.call.command)}
+        firsts = [ids for envelope, ids in naming if needs_payload_first(envelope, deletable)]
         wanted = {job.seq: job.id for ids in firsts for job_id in ids if (job := state.get(job_id)) is not None}
         if wanted:
             self._send_meanwhile()

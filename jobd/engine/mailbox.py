@@ -41,7 +41,7 @@ SHARES: Final[dict[Admission, float]] = {
 ADOPT_WEIGHT: Final = 20  # its late results are read with all that they brought
 
 
-# By type, once: every command asks for these on its way, and an isinstance() that fails is slow for a struct.
+# Sets of types, because every command is looked up in them, and an isinstance() that fails is slow for a struct.
 _SLICED: Final = (ExtendAfterPause, EndGrants)
 WEIGHTY: Final = frozenset(
     kind for kind in get_args(AnyCommand) if issubclass(kind, (*_SLICED, Bulk, ApplyPlan, Claim, Adopt))
@@ -82,16 +82,16 @@ def deleted_ids(command: Any) -> list[str]:
     return named_ids(command) if deletes else []
 
 
-def needs_payload_first(envelope: Envelope, doomed: set[str]) -> bool:
+def needs_payload_first(envelope: Envelope, deletable: set[str]) -> bool:
     """Return whether the payload or request hash of the job is read before the decision.
 
-    The decision needs it, or the job may be deleted in this batch (`doomed`) before the response shows it.
+    The decision needs it, or the job may be deleted in this batch (`deletable`) before the response shows it.
     """
     command: Any = envelope.call.command
     kind = type(command)
     if kind in _PAYLOAD_FIRST:
         return True
-    return kind in _JOB_COMMANDS and (command.id in doomed or (envelope.key is not None and kind is not Start))
+    return kind in _JOB_COMMANDS and (command.id in deletable or (envelope.key is not None and kind is not Start))
 
 
 def weight(command: Command) -> int:

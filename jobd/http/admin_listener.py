@@ -103,6 +103,7 @@ class AdminRequest(RequestContext, eq=False):
 
     async def _flush(self) -> None:
         """Wait until the system has taken all bytes: a closed transport would wait forever for the client."""
+        # aiohttp has no call that waits for an empty buffer.
         while (transport := self.transport) is not None and transport.get_write_buffer_size():  # noqa: ASYNC110
             await asyncio.sleep(FLUSH_POLL_S)
 
@@ -316,7 +317,7 @@ class _AdminConnection(asyncio.Protocol):
 
 
 async def _expect_nothing(request: web.Request) -> None:
-    """Leave the Expect header to the app, which answers it once the request is authorized."""
+    """Leave the Expect header to the app, which sends `100 Continue` once the request is authorized."""
 
 
 def _quiet_logger() -> logging.Logger:

@@ -179,7 +179,7 @@ class App(Generic[S]):
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def authorize(self, ctx: RequestContext) -> HttpResponse | None:
-        """Find the route of a request, and check all but its body. Returns an HTTP response if it is rejected."""
+        """Find the route of a request, and check all but its body. Return an HTTP response if it is rejected."""
         try:
             found, value = self._router.match(ctx.method, ctx.path)
             resolved = self._resolve(ctx, found)
@@ -210,7 +210,7 @@ class App(Generic[S]):
     def send(self, ctx: RequestContext, body: bytes | bytearray, responder: Waiter) -> HttpResponse | None:
         """Send the request's command to the actor. `responder` receives the actor's response.
 
-        Returns an HTTP response if the request is rejected.
+        Return an HTTP response if the request is rejected.
         """
         if ctx.is_truncated:
             return self.error_response(ctx, TRUNCATED_BODY, close=True)
@@ -249,7 +249,7 @@ class App(Generic[S]):
             return None  # `respond` fails in the same way and logs the bug
 
     async def handle(self, ctx: RequestContext) -> HttpResponse | None:
-        """Run the handler of a request. Returns None if it has streamed the response.
+        """Run the handler of a request. Return None if it has streamed the response.
 
         A bug causes a 500 and one log line. Raises ConnectionError if the client has disconnected.
         """
@@ -271,7 +271,7 @@ class App(Generic[S]):
 
     async def wait_idle(self) -> None:
         """Wait until no request is pending. Call it after `close`."""
-        while self.pending:  # noqa: ASYNC110 - this is soon
+        while self.pending:  # noqa: ASYNC110 - an event would cost every request
             await asyncio.sleep(IDLE_POLL_S)
 
     async def _execute(self, ctx: RequestContext) -> Response | ApiError | None:

@@ -29,7 +29,7 @@ WRONG_HEAD: Final = (
     "its head or its framing is wrong (a line without a colon or with a forbidden character, a repeated header that "
     "may occur only once, such as Content-Length, or chunks of a wrong length)"
 )
-NONE: Final[frozenset[str]] = frozenset()
+_NO_NAMES: Final[frozenset[str]] = frozenset()
 # Headers of which a second one is an error.
 _SINGLE: Final = frozenset(
     ("content-length", "content-location", "content-range", "content-type", "etag", "host", "max-forwards", "server",
@@ -57,7 +57,7 @@ class MalformedRequest(Exception):
 
 def malformed_request(error: ApiError) -> WorkerRequest:
     """Return a request that stands for malformed input."""
-    request = WorkerRequest("UNKNOWN", "/", "", {}, NONE, "1.0", False, False)
+    request = WorkerRequest("UNKNOWN", "/", "", {}, _NO_NAMES, "1.0", False, False)
     request.error = error
     request.is_complete = True
     return request
@@ -149,7 +149,7 @@ class RequestParser:
     def on_headers_complete(self) -> None:
         headers, url, parser = self._headers, self._url, self._parser
         self._headers, self._url, self._framing = {}, b"", 0
-        repeated = self._check_repeated(headers) if self._repeated or len(headers) > MAX_HEADERS else NONE
+        repeated = self._check_repeated(headers) if self._repeated or len(headers) > MAX_HEADERS else _NO_NAMES
         if self.incoming is not None:  # this is the head that `_decline_upgrade` has made
             return
         keep_alive = parser.should_keep_alive()

@@ -28,7 +28,9 @@ SAFE_HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "n
 
 _encode: Final = msgspec.json.Encoder().encode
 _BLANKS: Final = bytes.maketrans(b"\r\n", b"  ")
-_CR, _LF = b"\r\n"  # searching for bytes of length 1 would take several times as long
+# Integers, because a search for bytes of length 1 takes several times as long.
+_CR: Final = ord("\r")
+_LF: Final = ord("\n")
 
 
 class RawBody(Struct, frozen=True):

@@ -15,8 +15,8 @@ from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
 Auth = Literal["anyone", "worker", "admin"]
-# Handles a request that is not one command for the actor. Arguments: App, RequestContext, decoded request. Returns None
-# if it has streamed the response.
+# Handles a request that is not one command for the actor. Arguments: App, RequestContext, decoded request. The result
+# is None if it has streamed the response.
 RouteHandler = Callable[[Any, Any, Any], Awaitable[Response | ApiError | None]]
 # Renders an error as a page. Arguments: RequestContext, ApiError.
 ErrorRenderer = Callable[[Any, ApiError], Any]

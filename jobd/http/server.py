@@ -137,7 +137,7 @@ class WorkerListener(HttpListener):
         await self._wait_closed()
 
     async def _wait_closed(self) -> None:
-        while self._connections:  # noqa: ASYNC110 - this is soon
+        while self._connections:  # noqa: ASYNC110 - an event would cost every connection
             await asyncio.sleep(POLL_S)
 
 

@@ -9,7 +9,7 @@ from jobd.http.request import BodyError, RequestContext
 from jobd.http.response import WRITE_TIMEOUT_S
 from jobd.model.errors import api_error
 
-[LF] = b"\n"
+_LF = ord("\n")  # an integer, because a search for bytes of length 1 takes several times as long
 
 
 class LineStream:
@@ -48,7 +48,7 @@ class LineStream:
         return None if is_too_long else line
 
     def _has_line(self) -> bool:
-        return self._is_last or LF in self._buffer
+        return self._is_last or _LF in self._buffer
 
     async def _fill(self) -> None:
         """Read until a whole line or the end has arrived."""

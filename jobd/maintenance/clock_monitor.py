@@ -19,7 +19,7 @@ SET_BACK_MS: Final = SECOND_MS  # smaller steps are not reported
 
 
 class ClockMonitor:
-    """Report pauses to `on_pause`, and steps back of the wall clock to `on_set_back`, in ms since the last check.
+    """Report to `on_pause` and `on_set_back` by how many ms the daemon was paused or the wall clock set back.
 
     `run` checks every second until `stop`. The actor also calls `check` before it decides commands.
     """

@@ -114,7 +114,7 @@ class Maintainer:
     async def recover_stuck(
         self, operator: Operator | None = None, reason: str | None = None
     ) -> RecoverStuckView | ApiError:
-        """Recover every stalled job for an operator. Returns an error if nothing could be done."""
+        """Recover every stalled job for an operator. Return an error if nothing could be done."""
         details: list[Recovery] = []
         try:
             await self._context.recover("admin" if operator is None else operator.by, details, operator, reason)

@@ -806,7 +806,7 @@ class ExtendAfterPause(Command, frozen=True, kw_only=True):
 
 
 class KeepDue(Command, frozen=True, kw_only=True):
-    """Make those of the live jobs `ids` due that were due before the wall clock was set back."""
+    """Keep those of the live jobs `ids` due that were due before the wall clock was set back."""
 
     admission = "ending"
 

@@ -168,7 +168,7 @@ class SharedJournal(Protocol):
     async def take_over(self, seen: Head, *, holder: str, url: str, epoch: int) -> Head | None:
         """Become the leader, with an epoch of at least `epoch` and above that of `seen`. Raises JournalOutcomeUnknown.
 
-        Returns None if the journal is no longer as `seen`. When this returns a head, all of its records are
+        Return None if the journal is no longer as `seen`. When this returns a head, all of its records are
         acknowledged, although `Head.acked` does not say so until the next append or renewal.
         """
 
@@ -210,7 +210,7 @@ class SharedJournal(Protocol):
     async def write_snapshot(self, number: int, parts: AsyncIterable[bytes], pause_s: float = 0.05) -> bool:
         """Write a snapshot of the tables as of record `number`, in parts of at most SNAPSHOT_PART_BYTES.
 
-        Pauses between parts. Returns False if another node is writing a snapshot, or there is one of this record.
+        Pauses between parts. Return False if another node is writing a snapshot, or there is one of this record.
         """
 
     async def snapshots(self) -> list[SnapshotInfo]:

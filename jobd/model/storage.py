@@ -479,7 +479,7 @@ class JobStorage(JournalStorage, Protocol):
         """Move the rows of `job` to quarantine. Counts no longer include it."""
 
     async def prune(self, before: int, limit: int) -> int:
-        """Delete up to `limit` journal rows of jobs deleted before wall time `before`. Returns how many."""
+        """Delete up to `limit` journal rows of jobs deleted before wall time `before`. Return how many."""
 
     async def read_audit(self, query: AuditQuery) -> AuditRows:
         """Read a page of audit entries, newest first."""
@@ -487,7 +487,7 @@ class JobStorage(JournalStorage, Protocol):
     async def trim_audit(self, before: int, limit: int) -> int:
         """Delete up to `limit` audit entries: older than wall time `before`, or over the limit of their share.
 
-        Returns how many, or `limit` if rows are left to read.
+        Return how many, or `limit` if rows are left to read.
         """
 
     async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
@@ -506,7 +506,7 @@ class JobStorage(JournalStorage, Protocol):
         """Return the free and total space of the disk. None for an in-memory store, or if unknown."""
 
     async def drop_reserve(self) -> bool:
-        """Delete the reserve file, so that endings and deletions have space. Returns whether there was one."""
+        """Delete the reserve file, so that endings and deletions have space. Return whether there was one."""
 
     async def build_reserve(self) -> None:
         """Rebuild the reserve file. Raises DiskFull if it and SPARE_BYTES do not fit on the disk."""
@@ -522,10 +522,10 @@ class OutboxStorage(JournalStorage, Protocol):
         """Store new deliveries together with the moved cursor of their webhook."""
 
     async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool:
-        """Store deliveries after an attempt. Returns whether old dead-lettered ones were dropped."""
+        """Store deliveries after an attempt. Return whether old dead-lettered ones were dropped."""
 
     async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
-        """Return a delivery to the waiting state, from any state. Returns None if it is not stored."""
+        """Return a delivery to the waiting state, from any state. Return None if it is not stored."""
 
     async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
         """Return up to `limit` dead-lettered deliveries with numbers up to `upto` to the waiting state."""
@@ -548,7 +548,7 @@ class Storage(JobStorage, OutboxStorage, Protocol):
     async def check_rows(self, cursor: str | None) -> CheckedRows | None:
         """Check the checksums of the rows at `cursor` (None: the first ones) for some milliseconds.
 
-        Damaged rows are quarantined. Returns None if `cursor` is not the `next_cursor` of an earlier call.
+        Damaged rows are quarantined. Return None if `cursor` is not the `next_cursor` of an earlier call.
         """
 
     async def backup(self, progress: BackupProgress | None = None) -> BinaryIO:
