@@ -167,7 +167,7 @@ def due_before(state: State, now: int) -> list[str]:
 
     Since then, the wall clock was set back, or a node with another clock has become the leader.
     """
-    found = [job for job in state.ahead(now) if _was_due(job, now)]
+    found = [job for job in state.not_due(now) if _was_due(job, now)]
     return [job.id for job in sorted(found, key=lambda job: (job.run_at, job.seq))]
 
 

@@ -209,7 +209,7 @@ class LaneEntries(Sorted[DueEntry]):
             if is_passed:  # the job with the latest expires_at was removed
                 self._expiry[place] = _latest(self._blocks[place])
 
-    def ahead(self, now: int) -> Iterator[DueEntry]:
+    def not_due(self, now: int) -> Iterator[DueEntry]:
         """Iterate over the entries whose `run_at` is after `now`. Nothing may be added or removed meanwhile."""
         place = bisect_right(self._last, now, key=_run_at)
         if place < len(self._last):
@@ -277,7 +277,7 @@ class Fifo:
         """Return whether all jobs were created at or before `now`."""
         return self._first >= len(self._jobs) or self._jobs[-1].created_at <= now
 
-    def ahead(self, now: int, waits: Callable[[CompactJob], bool]) -> Iterator[CompactJob]:
+    def not_due(self, now: int, waits: Callable[[CompactJob], bool]) -> Iterator[CompactJob]:
         """Iterate over the jobs that were created after `now` and still wait."""
         if self.ends_by(now):
             return iter(())
@@ -328,13 +328,13 @@ class Lane:
 
     def next_run_at(self, now: int) -> int | None:
         """Return the first `run_at` after `now`."""
-        first = next(self.ahead(now), None)
+        first = next(self.not_due(now), None)
         return None if first is None else first[1]
 
-    def ahead(self, now: int) -> Iterator[DueEntry]:
+    def not_due(self, now: int) -> Iterator[DueEntry]:
         """Iterate over the jobs whose `run_at` is after `now`, in order. Nothing may change meanwhile."""
-        entries = map(short_entry, self.line.ahead(now, self.waits))
-        return merge(entries, self.others.ahead(now)) if self.others else entries
+        entries = map(short_entry, self.line.not_due(now, self.waits))
+        return merge(entries, self.others.not_due(now)) if self.others else entries
 
 
 class QueuedJobs:
@@ -410,9 +410,9 @@ class QueuedJobs:
             lane.line.first(self._waits)  # drops the removed jobs before it
         return None
 
-    def ahead(self, now: int) -> Iterator[DueEntry]:
+    def not_due(self, now: int) -> Iterator[DueEntry]:
         """Iterate over the jobs whose `run_at` is after `now`, lane by lane. Nothing may change meanwhile."""
-        return chain.from_iterable(lane.ahead(now) for lanes in self.lanes.values() for lane in lanes.values())
+        return chain.from_iterable(lane.not_due(now) for lanes in self.lanes.values() for lane in lanes.values())
 
     def eligible(self, kinds: Iterable[str] | None, now: int) -> Iterator[DueEntry]:
         """Iterate over jobs of `kinds` (None: all) that are due and not overdue, in order. Nothing may change."""

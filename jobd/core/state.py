@@ -174,10 +174,10 @@ class State:
         """
         return (entry[2] for entry in takewhile(lambda entry: entry[0] <= self._now, self._expiries))
 
-    def ahead(self, now: int) -> Iterator[Job]:
+    def not_due(self, now: int) -> Iterator[Job]:
         """Iterate over the live jobs whose `run_at` is after `now`. The state must not change meanwhile."""
         for queued in self._queued.values():
-            yield from (self.jobs[entry[3]] for entry in queued.ahead(now))
+            yield from (self.jobs[entry[3]] for entry in queued.not_due(now))
         yield from (job for job in self.processing.values() if job.run_at > now)
 
     def next_run_at(self) -> int | None:

@@ -197,7 +197,7 @@ class Monitor(DecisionChecks):
         daemon = self.daemon
         if daemon is None or daemon.actor._internal or self.machine.clocks_moved_s >= daemon.clock_checked_s:
             return
-        for job in tx.state.ahead(tx.at.now + SMALL_STEPS_MS):
+        for job in tx.state.not_due(tx.at.now + SMALL_STEPS_MS):
             is_due = job.run_at == job.created_at and job.seq not in self.moved_in
             self.must(not is_due, "L3", "the wall clock was set back, and a due job waits", job.id)
 

@@ -139,7 +139,7 @@ def test_the_next_job_of_a_fifo_is_found_without_scanning() -> None:
             raise AssertionError("the line is walked from its front")
 
     line._jobs = Counted(line._jobs)
-    assert next(line.ahead(50_000, lambda job: job.seq != 50_001)).created_at == 50_002
+    assert next(line.not_due(50_000, lambda job: job.seq != 50_001)).created_at == 50_002
     assert len(looked_at) < 50
 
 
@@ -235,10 +235,10 @@ class NaiveReadyQueue:
         lanes = [(kind, priority, lane) for kind, of in self.due.lanes.items() for priority, lane in of.items()]
         assert {(kind, priority): lane.live for kind, priority, lane in lanes} == counts
         for kind, priority, lane in lanes:
-            ahead = [found[1] for each, found in self.live if (each, found[0]) == (kind, priority) and found[1] > now]
-            assert lane.next_run_at(now) == min(ahead, default=None)
-            assert [entry[1] for entry in lane.ahead(now)] == sorted(ahead)
-        assert sorted(self.due.ahead(now)) == sorted(found for _, found in self.live if found[1] > now)
+            later = [found[1] for each, found in self.live if (each, found[0]) == (kind, priority) and found[1] > now]
+            assert lane.next_run_at(now) == min(later, default=None)
+            assert [entry[1] for entry in lane.not_due(now)] == sorted(later)
+        assert sorted(self.due.not_due(now)) == sorted(found for _, found in self.live if found[1] > now)
         oldest = min((found for _, found in eligible), key=lambda found: (found[1], found[2]), default=None)
         assert self.due.oldest(now) == oldest
 
