@@ -406,8 +406,6 @@ class QueuedJobs:
         lane.line.trim(lane.live, self._waits)
         if self._only is None:
             self.offer(lane, now)
-        else:
-            lane.line.first(self._waits)  # drops the removed jobs before it
         return None
 
     def not_due(self, now: int) -> Iterator[DueEntry]:

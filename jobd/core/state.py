@@ -116,7 +116,7 @@ class State:
 
     def holds(self, job_id: str, lock_id: str) -> bool:
         """Return whether `lock_id` is that of the current grant of the job."""
-        job = self.jobs.find(job_id)
+        job = self.processing.get(job_id)
         return job is not None and job.grant is not None and job.grant.lock_id == lock_id
 
     def due(self, queues: Sequence[str], kinds: Iterable[str] | None) -> Iterator[Job]:

@@ -182,11 +182,11 @@ class Decider:
         self.state.clock_suspect = decided.at.suspect
         for lock_id in decided.tx.ended:
             self._receivers.pop(lock_id, None)
-        for change in decided.changes:
-            if change.after is None:
-                self.state.suspects.pop(change.event.job_seq, None)
-        for seq in decided.tx.checked:
-            self.state.suspects.pop(seq, None)
+        suspects = self.state.suspects
+        if suspects:
+            gone = [change.event.job_seq for change in decided.changes if change.after is None]
+            for seq in (*gone, *decided.tx.checked):
+                suspects.pop(seq, None)
 
     def roll_back(self, decided: DecidedBatch) -> None:
         """Undo the batch, because it was not written. Its numbers stay used."""
@@ -301,7 +301,7 @@ class Decider:
         return isinstance(response, Response) and not response.grants
 
     def _note_due(self, queue: str, kind: str) -> None:
-        if self.parked:
+        if self.parked.by_ticket:
             self._became_due[(queue, kind)] = None
 
     def _serve_parked(self, decided: DecidedBatch) -> None:

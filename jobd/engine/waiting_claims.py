@@ -20,14 +20,14 @@ class ParkedClaims:
 
     def __init__(self, presence: WorkerPresence) -> None:
         self._presence = presence
-        self._all: dict[int, tuple[Envelope, list[Place], ClaimSet]] = {}
+        self.by_ticket: dict[int, tuple[Envelope, list[Place], ClaimSet]] = {}
         self._at: dict[Place, dict[int, Envelope]] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._by_digest: dict[str, Envelope] = {}
         self._next_ticket = 1
 
     def __len__(self) -> int:
-        return len(self._all)
+        return len(self.by_ticket)
 
     def add(self, envelope: Envelope) -> None:
         """Park a claim. One that was parked before, in a batch that was not written, gets its former place."""
@@ -36,7 +36,7 @@ class ParkedClaims:
         if envelope.ticket == 0:
             envelope.ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         places: list[Place] = [(queue, kind) for queue in dict.fromkeys(claim.queues) for kind in _kinds(claim)]
-        self._all[envelope.ticket] = (envelope, places, self._presence.waits(claim))
+        self.by_ticket[envelope.ticket] = (envelope, places, self._presence.waits(claim))
         for place in places:
             waiting = self._at.setdefault(place, {})
             late = bool(waiting) and next(reversed(waiting)) > envelope.ticket
@@ -49,7 +49,7 @@ class ParkedClaims:
 
     def remove(self, envelope: Envelope) -> bool:
         """Remove a claim. Return whether it was parked."""
-        found = self._all.pop(envelope.ticket, None)
+        found = self.by_ticket.pop(envelope.ticket, None)
         if found is None:
             return False
         claim = envelope.call.command
@@ -67,26 +67,26 @@ class ParkedClaims:
         """Return the claim that has waited longest for a job of this queue and kind."""
         waiting = [self._at[place] for place in ((queue, kind), (queue, None)) if place in self._at]
         ticket = min((next(iter(tickets)) for tickets in waiting), default=None)
-        return None if ticket is None else self._all[ticket][0]
+        return None if ticket is None else self.by_ticket[ticket][0]
 
     def waiting_with(self, digest: str) -> Envelope | None:
         """Return the parked claim with this idempotency key."""
         return self._by_digest.get(digest)
 
     def next_deadline(self) -> float | None:
-        while self._deadlines and self._deadlines[0][1] not in self._all:
+        while self._deadlines and self._deadlines[0][1] not in self.by_ticket:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
     def take_late(self, time: float) -> Iterator[Envelope]:
         """Remove and return the claims whose wait is over at loop time `time`."""
         while (deadline := self.next_deadline()) is not None and deadline <= time:
-            envelope = self._all[heapq.heappop(self._deadlines)[1]][0]
+            envelope = self.by_ticket[heapq.heappop(self._deadlines)[1]][0]
             self.remove(envelope)
             yield envelope
 
     def take_all(self) -> list[Envelope]:
-        envelopes = [envelope for envelope, _, _ in self._all.values()]
+        envelopes = [envelope for envelope, _, _ in self.by_ticket.values()]
         for envelope in envelopes:
             self.remove(envelope)
         return envelopes

@@ -62,10 +62,7 @@ _decode_json = msgspec.json.Decoder().decode
 
 
 def event_row(event: Event) -> EventRow:
-    """Return the columns of `event` in the order of EVENT_COLUMNS, without the checksum.
-
-    JSON is a bytearray, because sqlite3 would first search for an adapter for bytes.
-    """
+    """Return the columns of `event` in the order of EVENT_COLUMNS, without the checksum."""
     return (
         event.seq,
         event.at,
@@ -77,8 +74,8 @@ def event_row(event: Event) -> EventRow:
         event.after,
         event.by,
         event.reason,
-        None if event.details is None else bytearray(_json(event.details)),
-        None if event.changes is None else bytearray(_json(event.changes)),
+        None if event.details is None else _json(event.details),
+        None if event.changes is None else _json(event.changes),
     )
 
 

@@ -217,7 +217,8 @@ class Projection:
 
     def cached_payloads(self, seqs: Iterable[int]) -> dict[int, bytes]:
         """Return those of the payloads that were written recently. Safe outside the storage thread."""
-        return {seq: body for seq in seqs if (body := self._jobs.payload(seq)) is not None}
+        cached = self._jobs.payloads
+        return {seq: body for seq in seqs if (body := cached.get(seq)) is not None}
 
     def _add(self, pending: Pending) -> None:
         batch = pending.batch

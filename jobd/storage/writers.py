@@ -89,7 +89,7 @@ class JobWriter:
         self._find = find
         self._note = note
         self._rows: dict[int, StoredJob] = {}  # of live jobs, by seq
-        self._payloads: dict[int, bytes] = {}
+        self.payloads: dict[int, bytes] = {}  # cached, of new jobs; a seq is never reused
         self._payload_bytes = 0
 
     def write(self, changes: Sequence[Change], totals: Totals, skipped: Container[str]) -> Totals:
@@ -136,17 +136,13 @@ class JobWriter:
         """Clear the cache of rows, after a transaction that was rolled back."""
         self._rows.clear()
 
-    def payload(self, seq: int) -> bytes | None:
-        """Return the cached payload of a recently created job, or None. A seq is never reused."""
-        return self._payloads.get(seq)
-
     def cache_payload(self, seq: int, payload: bytes) -> None:
         """Cache the payload of a new job."""
         self._payload_bytes += len(payload)
-        self._payloads[seq] = payload
+        self.payloads[seq] = payload
         while self._payload_bytes > KEEP_PAYLOAD_BYTES:
-            oldest = list(self._payloads)[: 1 + len(self._payloads) // 4]
-            self._payload_bytes -= sum(len(self._payloads.pop(seq)) for seq in oldest)
+            oldest = list(self.payloads)[: 1 + len(self.payloads) // 4]
+            self._payload_bytes -= sum(len(self.payloads.pop(seq)) for seq in oldest)
 
     def _stored(self, change: Change, skipped: Container[str]) -> StoredJob | None:
         """Return the row that `change` continues, None if its job is in quarantine. Raises RowMissing or RowDamaged.

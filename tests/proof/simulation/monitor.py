@@ -184,7 +184,7 @@ class Monitor(DecisionChecks):
         if self.daemon is None:
             return
         parked = self.daemon.actor.parked
-        mine = next((asked for asked, *_ in parked._all.values() if asked.call.command is command), None)
+        mine = next((asked for asked, *_ in parked.by_ticket.values() if asked.call.command is command), None)
         for change in decision.changes:
             if change.event.type != "granted" or change.after is None:
                 continue

@@ -123,7 +123,7 @@ def test_the_payload_cache_is_limited(tables: Projection, monkeypatch: pytest.Mo
         batch = maker.any_batch(15)
         assert write(tables, batch) == {seq: maker.payloads[seq] for seq in batch.payloads}
     cache = tables._jobs
-    held: dict[str, Sized] = {"KEEP_ROWS": cache._rows, "KEEP_PAYLOAD_BYTES": cache._payloads}
+    held: dict[str, Sized] = {"KEEP_ROWS": cache._rows, "KEEP_PAYLOAD_BYTES": cache.payloads}
     assert len(held[limit]) <= 1
     for seq, job in maker.jobs.items():
         assert row_of(tables, seq) == (*job_row(job), checksum(job_row(job)))
