@@ -223,7 +223,7 @@ class Serving:
             self.actor.enqueue_internal(ExtendAfterPause(ids=ids, grace_ms=GRACE_MS, since=since))
 
     def _on_pause(self, pause_ms: int) -> None:
-        """Extend locks after a time in which the process was stopped, or its machine was suspended or starved."""
+        """Extend locks after a time in which the process was stopped, or its machine was suspended or overloaded."""
         log.warning("was_away", away_ms=pause_ms, processing=len(self.actor.state.processing))
         self._extend_locks(self.clock.moment().lease - pause_ms)
 

@@ -100,7 +100,7 @@ def checksum(row: Row) -> int:
     return zlib.crc32(_pack(row))
 
 
-def sealed(row: Row) -> Row:
+def with_checksum(row: Row) -> Row:
     """Return `row` with its checksum appended."""
     return (*row, zlib.crc32(_pack(row)))
 
@@ -263,13 +263,13 @@ class JobReader:
         if options is not None:
             return CompactJob(row[0], row[1], options, row[_CREATED])
         job = self.job(row)
-        short = compact(job)
-        if short is None:
+        compacted = compact(job)
+        if compacted is None:
             return job
         if len(self._new) >= _KEPT:
             self._new.clear()
-        self._new[row[_QUEUE : _BODY + 1]] = short.options
-        return short
+        self._new[row[_QUEUE : _BODY + 1]] = compacted.options
+        return compacted
 
     def _options_of(self, queue: str, kind: str, body: JobBody) -> Options:
         fields = (queue, kind, *astuple(body)[:_OPTIONS])
@@ -309,7 +309,7 @@ def key_row(key: StoredResponse) -> Row:
     """Return the columns of `key`: KEY_COLUMNS, their checksum, and the body of the response."""
     answer_crc = None if key.body is None else zlib.crc32(key.body)
     grants = None if key.grants is None else _json(key.grants)
-    return (*sealed((key.digest, key.body_hash, key.at, key.status, grants, answer_crc)), key.body)
+    return (*with_checksum((key.digest, key.body_hash, key.at, key.status, grants, answer_crc)), key.body)
 
 
 def key(row: Row, answer: bytes | None = None) -> StoredResponse:
@@ -321,7 +321,7 @@ def key(row: Row, answer: bytes | None = None) -> StoredResponse:
 def queue_row(name: str, queue: QueueRow) -> Row:
     """Return the columns of a queue in the order of QUEUE_COLUMNS, with the checksum."""
     paused, *others = astuple(queue)
-    return sealed((name, int(paused), *others))
+    return with_checksum((name, int(paused), *others))
 
 
 def queue(row: Row) -> QueueRow:
@@ -331,7 +331,7 @@ def queue(row: Row) -> QueueRow:
 
 def tombstone_row(tombstone: Tombstone) -> Row:
     """Return the columns of a tombstone in the order of TOMBSTONE_COLUMNS, with the checksum."""
-    return sealed(astuple(tombstone))
+    return with_checksum(astuple(tombstone))
 
 
 def tombstone(row: Row) -> Tombstone:
@@ -346,7 +346,7 @@ def tombstone(row: Row) -> Tombstone:
 def audit_row(seq: int, audited: AuditEntry) -> Row:
     """Return the columns of an audit entry in the order of AUDIT_COLUMNS, with the checksum."""
     *about, details, part_of = astuple(audited)
-    return sealed((seq, *about, None if details is None else _json(details), part_of))
+    return with_checksum((seq, *about, None if details is None else _json(details), part_of))
 
 
 def audited(row: Row) -> AuditEntry:
@@ -363,7 +363,7 @@ def late_row(job_seq: int, late: LateResult) -> Row:
     """Return the columns of a late result in the order of LATE_COLUMNS, with the checksum."""
     about = (late.seq, job_seq, late.at, late.worker, late.fencing_token, late.body_hash, late.expires_at)
     *places, metadata = astuple(late.result)
-    return sealed((*about, *places, None if metadata is None or metadata == _NO_METADATA else bytes(metadata)))
+    return with_checksum((*about, *places, None if metadata is None or metadata == _NO_METADATA else bytes(metadata)))
 
 
 def late(row: Row, *, whole: bool) -> LateResult:

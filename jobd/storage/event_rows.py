@@ -16,7 +16,7 @@ import msgspec
 
 from jobd.journal.facts import EVENT_COLUMNS, EventRow
 from jobd.storage import codec
-from jobd.storage.codec import Row, sealed
+from jobd.storage.codec import Row, with_checksum
 from jobd.storage.writers import insert
 
 COLUMNS: Final = ("seq", "last", "job_seq", "at", "body")
@@ -56,7 +56,7 @@ def _add_rows(rows: list[Row], events: list[EventRow], job_seq: int) -> None:
         _add_rows(rows, events[:middle], job_seq)
         _add_rows(rows, events[middle:], job_seq)
     else:
-        rows.append(sealed((first[_EVENT_SEQ], last, job_seq, first[_EVENT_AT], body)))
+        rows.append(with_checksum((first[_EVENT_SEQ], last, job_seq, first[_EVENT_AT], body)))
 
 
 def rewrite(conn: sqlite3.Connection, rows: Iterable[Row], events: Iterable[EventRow]) -> None:
@@ -71,7 +71,7 @@ def row_of_damaged_event(event: EventRow) -> Row:
     numbers = (event[_EVENT_SEQ], event[_EVENT_SEQ], event[_EVENT_JOB], event[_EVENT_AT])
     body = bytearray((FORMAT,))
     _encode_into([values], body, 1)
-    *columns, crc = sealed((*(value if isinstance(value, int) else 0 for value in numbers), body))
+    *columns, crc = with_checksum((*(value if isinstance(value, int) else 0 for value in numbers), body))
     return (*columns, crc ^ 1)
 
 

@@ -15,13 +15,13 @@ from jobd.journal.facts import EVENT_COLUMNS
 from jobd.model.job import COUNTER_MASK, LIVE, TOKEN_COUNTER_BITS
 from jobd.model.storage import Numbers
 from jobd.storage import event_rows, migrate_job_rows
-from jobd.storage.codec import META_COLUMNS, Row, checksum, fault, original_checksum, sealed
+from jobd.storage.codec import META_COLUMNS, Row, checksum, fault, original_checksum, with_checksum
 from jobd.storage.files import StoreUnreadable
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
 VERSION: Final = 14
 FIRST_WITH_JOURNAL: Final = 11
-_RESEALED_AT_ONCE: Final = 10_000  # rows
+_RECOMPUTED_AT_ONCE: Final = 10_000  # rows
 _PACKED_AT_ONCE: Final = 1_000  # rows
 
 
@@ -123,7 +123,7 @@ def meta_row(
     numbers: Numbers, totals: tuple[int, int, int, int], marked: int, gone_to: int, projected_to: int, version: int
 ) -> tuple[int, ...]:
     """Return the row of META_COLUMNS with its checksum."""
-    return sealed(
+    return with_checksum(
         (
             version,
             numbers.epoch,
@@ -211,7 +211,7 @@ def change_meta(conn: sqlite3.Connection, **values: int) -> None:
     meta = read_meta(conn)
     assert meta is not None
     row = {**meta, **values}
-    row["crc"] = sealed(tuple(row.values())[:-1])[-1]
+    row["crc"] = with_checksum(tuple(row.values())[:-1])[-1]
     conn.execute(f"UPDATE meta SET {', '.join(f'{name} = ?' for name in row)} WHERE id = 1", tuple(row.values()))
 
 
@@ -282,7 +282,9 @@ def _rewrite_meta(conn: sqlite3.Connection, row: dict[str, int]) -> None:
     conn.execute("DROP TABLE meta")
     conn.execute(f"CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 1), {columns}) STRICT")
     names = ", ".join(row)
-    conn.execute(f"INSERT INTO meta (id, {names}) VALUES (1{', ?' * len(row)})", sealed(tuple(row.values())[:-1]))
+    conn.execute(
+        f"INSERT INTO meta (id, {names}) VALUES (1{', ?' * len(row)})", with_checksum(tuple(row.values())[:-1])
+    )
 
 
 def _describe_pauses_and_count_releases(conn: sqlite3.Connection) -> None:
@@ -324,10 +326,10 @@ def _add_columns(conn: sqlite3.Connection, table: str, types: dict[str, str], va
     conn.execute(f"DROP TABLE {old}")
     for (create_sql,) in indexes:
         conn.execute(create_sql)
-    return _reseal(conn, table, names, (value,) * len(types))
+    return _recompute_checksums(conn, table, names, (value,) * len(types))
 
 
-def _reseal(conn: sqlite3.Connection, table: str, names: str, added: Row) -> tuple[int, int]:
+def _recompute_checksums(conn: sqlite3.Connection, table: str, names: str, added: Row) -> tuple[int, int]:
     """Recompute the checksums of the rows of `table`, which now end with the values `added`.
 
     The checksum of a damaged row stays wrong by the same bits.
@@ -337,19 +339,19 @@ def _reseal(conn: sqlite3.Connection, table: str, names: str, added: Row) -> tup
     conn.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
     sql = f"SELECT rowid, {'status' if table == 'jobs' else 'NULL'}, {names}, crc FROM {table} NOT INDEXED"
     while True:
-        rows = conn.execute(f"{sql} WHERE rowid > ? ORDER BY rowid LIMIT {_RESEALED_AT_ONCE}", (last,)).fetchall()
+        rows = conn.execute(f"{sql} WHERE rowid > ? ORDER BY rowid LIMIT {_RECOMPUTED_AT_ONCE}", (last,)).fetchall()
         if not rows:
             break
         last = rows[-1][0]
-        sealed_anew = []
+        recomputed = []
         for rowid, status, *columns, crc in rows:
             was, row = (*columns, crc), (*columns, *added)
             try:
                 now = checksum(row) ^ checksum(tuple(columns)) ^ crc
             except (UnicodeEncodeError, OverflowError, TypeError):
                 continue
-            sealed_anew.append((now, rowid))
+            recomputed.append((now, rowid))
             xors[status in LIVE] ^= original_checksum(was) ^ original_checksum((*row, now))
-        conn.executemany(f"UPDATE {table} SET crc = ? WHERE rowid = ?", sealed_anew)
+        conn.executemany(f"UPDATE {table} SET crc = ? WHERE rowid = ?", recomputed)
     conn.text_factory = str
     return xors[True], xors[False]

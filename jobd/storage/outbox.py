@@ -14,7 +14,7 @@ from jobd.model.job import DAY_MS
 from jobd.model.responses import DeliveryState
 from jobd.model.storage import OutboxWrite
 from jobd.model.webhooks import DELIVERY_STATES, EVENTS_GONE, GAP_PENDING, MAX_BACKLOG, Delivery, Outbox, WebhookCursor
-from jobd.storage.codec import Row, fault, sealed
+from jobd.storage.codec import Row, fault, with_checksum
 from jobd.storage.database import Database
 from jobd.storage.quarantine import quarantine_rows
 from jobd.storage.writers import insert
@@ -39,7 +39,7 @@ _IDS: Final = "SELECT id FROM deliveries INDEXED BY deliveries_place WHERE endpo
 def cursor_row(cursor: WebhookCursor) -> Row:
     """Return the columns of a cursor in the order of CURSOR_COLUMNS, with the checksum."""
     *columns, alerts, updated_at = astuple(cursor)
-    return sealed((*columns, msgspec.json.encode(alerts), updated_at))
+    return with_checksum((*columns, msgspec.json.encode(alerts), updated_at))
 
 
 def cursor(row: Row) -> WebhookCursor:
@@ -51,7 +51,7 @@ def cursor(row: Row) -> WebhookCursor:
 
 def delivery_row(delivery: Delivery) -> Row:
     """Return the columns of a delivery in the order of DELIVERY_COLUMNS, with the checksum."""
-    return sealed(astuple(delivery))
+    return with_checksum(astuple(delivery))
 
 
 def delivery(row: Row) -> Delivery:

@@ -37,7 +37,7 @@ from jobd.model.storage import (
 )
 from jobd.storage import codec, event_rows, table_writes
 from jobd.storage.cluster import membership
-from jobd.storage.codec import KEY_COLUMNS, sealed
+from jobd.storage.codec import KEY_COLUMNS, with_checksum
 from jobd.storage.database import BY_SEQ, PUT_QUEUE, PUT_TOMBSTONE, Database, readable
 from jobd.storage.files import StoreUnreadable
 from jobd.storage.quarantine import quarantine_jobs
@@ -441,7 +441,7 @@ class Projection:
                 table_writes.apply(self.db, write)
         for report in (batch.report for batch in batches if batch.report is not None):
             (last,) = conn.execute("SELECT ifnull(max(seq), 0) FROM reports").fetchone()
-            conn.execute(insert("reports", ("seq", "body", "crc")), sealed((last + 1, bytes(report))))
+            conn.execute(insert("reports", ("seq", "body", "crc")), with_checksum((last + 1, bytes(report))))
             conn.execute("DELETE FROM reports WHERE seq <= ?", (last + 1 - KEEP_REPORTS,))
 
     def _find(self, seq: int) -> StoredJob | None:

@@ -134,7 +134,7 @@ def _uncount(db: Database, row: Row, was_live: bool) -> tuple[str, str] | None:
 def quarantine_job(db: Database, job: Job, reason: str) -> None:
     """Quarantine the rows of `job` because of `reason`."""
     rows = db.rows(BY_SEQ, (job.seq,))
-    quarantine_jobs(db, [(rows[0] if rows else codec.sealed(codec.job_row(job)), reason)])
+    quarantine_jobs(db, [(rows[0] if rows else codec.with_checksum(codec.job_row(job)), reason)])
 
 
 def quarantine_rows(

@@ -19,7 +19,7 @@ from jobd.model.storage import (
     TombstoneWrite,
 )
 from jobd.storage import codec, event_rows, outbox
-from jobd.storage.codec import Row, sealed
+from jobd.storage.codec import Row, with_checksum
 from jobd.storage.database import PUT_TOMBSTONE, Database, is_corrupt
 from jobd.storage.writers import insert
 
@@ -102,6 +102,6 @@ def apply(db: Database, write: TableWrite) -> None:
         case AuditTrimming(entries):
             executemany("DELETE FROM audit WHERE seq = ?", [(seq,) for seq in entries])
         case FiguresWrite(body):
-            db.conn.execute(_PUT_FIGURES, sealed((1, body)))
+            db.conn.execute(_PUT_FIGURES, with_checksum((1, body)))
         case _:
             assert_never(write)

@@ -17,7 +17,7 @@ from jobd.model.events import Change, Event, fold
 from jobd.model.job import LIVE, MAX_LATE_RESULTS, Job
 from jobd.model.storage import AuditEntry, AuditShare, Tombstone, audit_share
 from jobd.storage import codec
-from jobd.storage.codec import AUDIT_COLUMNS, JOB_COLUMNS, LATE_COLUMNS, Row, fault, sealed
+from jobd.storage.codec import AUDIT_COLUMNS, JOB_COLUMNS, LATE_COLUMNS, Row, fault, with_checksum
 
 Totals = tuple[int, int, int, int]  # count and XOR of the checksums of live jobs, then of finished jobs
 
@@ -125,7 +125,7 @@ class JobWriter:
             for seq, _, _ in gone:
                 payloads.pop(seq, None)
         totals = self._write_rows(before, after, totals)
-        self._conn.executemany(_INSERT_PAYLOAD, map(sealed, payloads.values()))
+        self._conn.executemany(_INSERT_PAYLOAD, map(with_checksum, payloads.values()))
         if suspects:
             self._conn.executemany("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", suspects)
             if gone:
@@ -164,7 +164,7 @@ class JobWriter:
             raise error
         self._conn.execute("DELETE FROM jobs WHERE seq = ?", (event.job_seq,))
         self._note(f"job {event.job_id}: {error}; it was written again from memory")
-        return StoredJob(change.before, sealed(codec.job_row(change.before)), is_gone=True)
+        return StoredJob(change.before, with_checksum(codec.job_row(change.before)), is_gone=True)
 
     def _write_rows(self, stored: dict[int, StoredJob | None], after: dict[int, Job | None], totals: Totals) -> Totals:
         live, live_xor, finished, finished_xor = totals
@@ -180,7 +180,7 @@ class JobWriter:
                     finished, finished_xor = finished - 1, finished_xor ^ before.row[-1]
             if job is None:
                 continue
-            row = sealed(codec.job_row(job))
+            row = with_checksum(codec.job_row(job))
             if job.status in LIVE:
                 live, live_xor = live + 1, live_xor ^ row[-1]
                 self._cache_row(job, row)

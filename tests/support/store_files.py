@@ -143,7 +143,7 @@ async def leave_tail(path: str, *batches: Batch) -> list[int]:
 def as_version_13(path: str) -> None:
     """Convert a closed store to schema version 13, which has a row for each event."""
     with edit_store(path) as conn:
-        rows = [codec.sealed(facts.event_row(event)) for event in stored_events(conn)]
+        rows = [codec.with_checksum(facts.event_row(event)) for event in stored_events(conn)]
         conn.execute("DROP TABLE events")
         for statement in migrations.statements((SCHEMAS / "v13.sql").read_text("utf-8")):
             if "events (" in statement:
@@ -157,7 +157,7 @@ def row_of_version_12(job: Job) -> codec.Row:
     *options, backoff, max_stalls, on_stall, stuck_after_ms, max_processing_ms = astuple(job.options)
     *deadlines, cleared = (None,) * 4 if job.lease is None else astuple(job.lease)
     url, file, key, metadata = astuple(job.result or Result())
-    return codec.sealed(
+    return codec.with_checksum(
         (
             *(job.seq, job.id, job.status, job.expires_at),
             *(*options, *astuple(backoff)[:3], int(backoff.jitter), max_stalls, on_stall),

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from jobd.journal.checksum import checksum
 from jobd.model.journal import BadRecord, SharedJournal
-from jobd.storage.codec import fault, sealed
+from jobd.storage.codec import fault, with_checksum
 from jobd.storage.files import StoreError
 
 _READ: Final = "SELECT cluster_id, record_crc, crc FROM cluster WHERE id = 1"
@@ -52,7 +52,7 @@ def read(conn: sqlite3.Connection) -> Membership | None:
 
 
 def write(conn: sqlite3.Connection, membership: Membership) -> None:
-    conn.execute(_WRITE, sealed((membership.cluster_id, membership.record_crc)))
+    conn.execute(_WRITE, with_checksum((membership.cluster_id, membership.record_crc)))
 
 
 def check_single(conn: sqlite3.Connection, path: str) -> None:

@@ -417,10 +417,10 @@ def _accept_row(db: Database, id_: str) -> str:
     run("DELETE FROM jobs WHERE seq = ?", (seq,))
     run("DELETE FROM payloads WHERE job_seq = ?", (seq,))
     try:
-        run(insert("jobs", (*JOB_COLUMNS, "crc")), codec.sealed(codec.job_row(accepted.job)))
+        run(insert("jobs", (*JOB_COLUMNS, "crc")), codec.with_checksum(codec.job_row(accepted.job)))
     except sqlite3.IntegrityError as error:
         raise RepairRejected(f"job {id_}: {error}") from error
-    payload = codec.sealed((seq, accepted.body, accepted.request_hash))
+    payload = codec.with_checksum((seq, accepted.body, accepted.request_hash))
     run(insert("payloads", ("job_seq", "body", "request_hash", "crc")), payload)
     run("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", (seq,))
     return f"job {id_}: {accepted.where} was accepted; validation will check it"

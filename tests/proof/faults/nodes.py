@@ -82,7 +82,7 @@ class CountingClient(JobClient):
 class NodesClient(LoadClient):
     """A client of the load that gives a request to one node after the other until one serves it.
 
-    It holds few jobs for good, because each new leader extends all locks.
+    It leaves few jobs processing, because each new leader extends all locks.
     """
 
     endings = ENDINGS + 9 * ENDINGS[:-1]

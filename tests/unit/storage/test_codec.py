@@ -71,7 +71,7 @@ def test_a_job_is_the_same_after_encoding_and_decoding(part: str) -> None:
     job = replace(full_job(), **{part: None}) if part else full_job()
     row = codec.job_row(job)
     assert len(row) == len(codec.JOB_COLUMNS)
-    assert codec.JobReader().job(codec.sealed(row)) == job
+    assert codec.JobReader().job(codec.with_checksum(row)) == job
     assert all(type(value) in (int, float, str, bytes, type(None)) for value in row)
 
 
@@ -85,7 +85,7 @@ def test_progress_has_one_form_on_disk_and_is_an_integer_if_possible() -> None:
 
 def test_empty_parts_are_decoded_as_none() -> None:
     job = replace(full_job(), result=Result(metadata=Raw(b"null")), error=Failure(None))
-    back = codec.JobReader().job(codec.sealed(codec.job_row(job)))
+    back = codec.JobReader().job(codec.with_checksum(codec.job_row(job)))
     assert back.result is None
     assert back.error is None
     assert codec.job_row(back) == codec.job_row(job)
@@ -96,7 +96,7 @@ def test_a_live_job_is_decoded_in_the_compact_form_if_possible(fields: dict[str,
     reader = codec.JobReader()
     for options in (*OPTIONS, OPTIONS[0], replace(OPTIONS[0], queue=""), replace(OPTIONS[0], kind="other")):
         job = replace(Job(3, "a", options, "queued", NOW, NOW, NOW), **fields)
-        row = codec.sealed(codec.job_row(job))
+        row = codec.with_checksum(codec.job_row(job))
         back = reader.job_or_compact(row)
         assert back == (compact(job) or job)
         original = reader.job(row)
@@ -140,7 +140,7 @@ def test_equal_options_of_jobs_are_shared() -> None:
     reader = codec.JobReader()
     maker = ChangeFactory()
     made = [maker.create(options=OPTIONS[1]).after for _ in range(2)]
-    back = [reader.job(codec.sealed(codec.job_row(job))) for job in made if job is not None]
+    back = [reader.job(codec.with_checksum(codec.job_row(job))) for job in made if job is not None]
     assert back[0].options is back[1].options
     assert back[0].created_at is back[0].updated_at is back[0].run_at
 
@@ -164,7 +164,7 @@ def test_an_incomplete_part_is_an_error_that_names_it(place: str) -> None:
 
 
 def test_every_flipped_bit_is_detected() -> None:
-    row = codec.sealed(codec.job_row(full_job()))
+    row = codec.with_checksum(codec.job_row(full_job()))
     assert codec.fault(row) is None
     for place, value in enumerate(row):
         for other in _flipped(value):
@@ -195,7 +195,7 @@ def test_none_zero_and_empty_are_not_the_same_to_a_checksum() -> None:
 def test_an_event_is_the_same_after_encoding_and_decoding() -> None:
     job = full_job()
     event = Event(9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", "why", {"a": [1, None]}, all_of(job))
-    row = codec.sealed(facts.event_row(event))
+    row = codec.with_checksum(facts.event_row(event))
     assert codec.fault(row) is None
     assert facts.event(row) == event
     assert fold(None, facts.event(row)) == job
@@ -221,7 +221,7 @@ def test_parts_are_stored_in_the_journal_as_arrays_in_a_fixed_order() -> None:
 def test_clearing_a_field_differs_from_not_changing_it() -> None:
     changes = Changes(grant=None, result=None, error=None, expires_at=None)
     event = Event(1, NOW, "force_reset", 7, "a", "q", None, None, "admin", None, None, changes)
-    back = facts.event(codec.sealed(facts.event_row(event)))
+    back = facts.event(codec.with_checksum(facts.event_row(event)))
     assert back.changes == changes
     assert back.changes is not None
     assert back.changes.lease is UNSET
@@ -231,7 +231,7 @@ def test_clearing_a_field_differs_from_not_changing_it() -> None:
 def test_the_journal_keeps_any_json_metadata(metadata: bytes | None) -> None:
     result = Result(file_path="/f", metadata=None if metadata is None else Raw(metadata))
     event = Event(1, NOW, "completed", 7, "a", "q", None, None, "w", None, None, Changes(result=result))
-    back = facts.event(codec.sealed(facts.event_row(event)))
+    back = facts.event(codec.with_checksum(facts.event_row(event)))
     assert back.changes == Changes(result=result)
 
 
@@ -260,7 +260,7 @@ def test_an_audit_entry_is_the_same_after_encoding_and_decoding() -> None:
 
 
 def test_a_quarantined_row_is_readable_and_editable() -> None:
-    row = codec.sealed(codec.job_row(full_job()))
+    row = codec.with_checksum(codec.job_row(full_job()))
     text = codec.job_as_text(row)
     assert codec.job_from_text(text) == row[:-1]
     assert {"id", "queue", "attempt", "grant", "metadata", "crc"} <= msgspec.json.decode(text).keys()
@@ -276,7 +276,7 @@ def test_a_quarantined_row_is_readable_and_editable() -> None:
     ("body", "shown"), [('{"attempt":', '{"attempt":'), ("[]", "[]"), ('"\udcff"', {"hex": "22ff22"})]
 )
 def test_a_damaged_body_is_shown_as_it_is(body: str, shown: object) -> None:
-    row = codec.sealed(codec.job_row(full_job()))
+    row = codec.with_checksum(codec.job_row(full_job()))
     text = codec.job_as_text((*row[:-2], body, row[-1]))
     assert msgspec.json.decode(text)["body"] == shown
     with pytest.raises(codec.Unreadable):

@@ -14,7 +14,7 @@ from jobd.model.events import KEEP_GRANTS, KEEP_HEARTBEATS, Change, Event
 from jobd.model.job import LIVE, Job, Result
 from jobd.model.storage import Batch, EventPruning
 from jobd.storage import event_rows, queries, table_writes
-from jobd.storage.codec import sealed
+from jobd.storage.codec import with_checksum
 from jobd.storage.event_rows import pack, unpack
 from jobd.storage.offline import doctor
 from jobd.storage.projection import Projection
@@ -86,7 +86,7 @@ def test_a_large_event_has_a_row_of_its_own() -> None:
 
 def test_a_row_of_a_later_format_is_not_read() -> None:
     (row,) = pack([facts.event_row(ChangeFactory().create().event)])
-    later = sealed((*row[:4], bytes((9, *row[4][1:]))))
+    later = with_checksum((*row[:4], bytes((9, *row[4][1:]))))
     assert event_rows.fault(row) is None
     assert event_rows.fault(later) == "it has format 9, but this jobd supports format 1"
 

@@ -106,7 +106,7 @@ def _make_version_9(conn: sqlite3.Connection) -> None:
         for column in columns:
             conn.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
         for rowid, *row, _ in conn.execute(f"SELECT rowid, * FROM {table}").fetchall():
-            crc = codec.sealed(tuple(row[1:] if table == "meta" else row))[-1]
+            crc = codec.with_checksum(tuple(row[1:] if table == "meta" else row))[-1]
             conn.execute(f"UPDATE {table} SET crc = ? WHERE rowid = ?", (crc, rowid))
     live, live_xor, finished, finished_xor = doctor.totals(conn)
     migrations.change_meta(conn, live_count=live, live_xor=live_xor, finished_count=finished, finished_xor=finished_xor)
@@ -122,7 +122,7 @@ def _make_version_1(conn: sqlite3.Connection) -> None:
     columns = ", ".join(f"{name} INTEGER NOT NULL" for name in names)
     conn.execute("DROP TABLE meta")
     conn.execute(f"CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 1), {columns}) STRICT")
-    values = codec.sealed(tuple(row.values()))
+    values = codec.with_checksum(tuple(row.values()))
     conn.execute(f"INSERT INTO meta (id, {', '.join(names)}) VALUES (1{', ?' * len(values)})", values)
     conn.execute("PRAGMA user_version = 1")
 
@@ -147,8 +147,8 @@ def _name_parts(conn: sqlite3.Connection) -> None:
             field: dict(zip(NAMES[field].split(), value, strict=True)) if isinstance(value, list) else value
             for field, value in json.loads(changes).items()
         }
-        sealed = codec.sealed((*row, json.dumps(named, separators=(",", ":")).encode()))
-        conn.execute("UPDATE events SET changes = ?, crc = ? WHERE seq = ?", (*sealed[-2:], row[0]))
+        changed = codec.with_checksum((*row, json.dumps(named, separators=(",", ":")).encode()))
+        conn.execute("UPDATE events SET changes = ?, crc = ? WHERE seq = ?", (*changed[-2:], row[0]))
 
 
 async def test_an_older_store_is_copied_and_migrated(path: str, request: pytest.FixtureRequest) -> None:
@@ -279,7 +279,7 @@ async def test_migrated_rows_are_those_that_this_version_writes(path: str) -> No
     async with open_store(path) as (store, found):
         await assert_holds(store, found, maker)
         rows = store._database.rows(f"SELECT {JOB_SQL} FROM jobs ORDER BY seq")
-        assert rows == [codec.sealed(codec.job_row(job)) for _, job in sorted(maker.jobs.items())]
+        assert rows == [codec.with_checksum(codec.job_row(job)) for _, job in sorted(maker.jobs.items())]
         assert store._database.totals == doctor.totals(store._connection.raw)
     assert doctor.check(path) == []
 

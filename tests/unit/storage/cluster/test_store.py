@@ -95,7 +95,7 @@ async def refused(path: str, server: MemoryServer) -> None:
 
 
 def rows_of(path: str) -> dict[str, list[tuple[object, ...]]]:
-    """Return all rows of a closed store by table. Events may be divided into rows otherwise."""
+    """Return all rows of a closed store by table. Events may be divided into rows differently."""
     with edit_store(path) as conn:
         tables = [name for (name,) in conn.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
         return {
