@@ -3,12 +3,12 @@
 Everything runs on this machine, PostgreSQL with its real fsync. Shown are:
 
 - lifecycles per second of a daemon with a local journal, of one with a journal on one server and of one with a quorum
-  of two in three, in turns: medians, and medians of the ratios to the local journal of the same turn
+  of two of three, in turns: medians, and medians of the ratios to the local journal of the same turn
 - bytes of WAL per lifecycle
 - durations of lifecycles without and with a standby that writes snapshots all the time
 - seconds from the start of a node with an empty disk until it has all records
 
-The last two with `--live` queued and as many finished jobs, and a quorum of two in three.
+The last two with `--live` queued and as many finished jobs, and a quorum of two of three.
 """
 
 from __future__ import annotations

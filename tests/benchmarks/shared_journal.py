@@ -1,6 +1,6 @@
 """Measure appends to the journal in PostgreSQL: `python -m tests.benchmarks.shared_journal [--appends N]`.
 
-One writer appends the next record when the last is acknowledged, to one server and to a quorum of two in three. It
+One writer appends the next record when the last is acknowledged, to one server and to a quorum of two of three. It
 prints JSON. All servers are on this machine, with their real fsync.
 """
 
@@ -59,7 +59,7 @@ def main() -> None:
     with postgres.postgres(**settings) as server:
         result["one server"] = _run(server, appends)
     with postgres.postgres_cluster(2, **settings) as servers:
-        result["quorum of two in three"] = _run(servers[0], appends)
+        result["quorum of two of three"] = _run(servers[0], appends)
     print(json.dumps(result, indent=2))
 
 

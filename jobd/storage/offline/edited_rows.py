@@ -55,7 +55,7 @@ def _quarantined_row(id_: str, quarantined: Row) -> tuple[Row, Any]:
     try:
         row = codec.job_from_text(quarantined[1])
     except codec.Unreadable as error:
-        raise RepairRejected(f"job {id_}: the row in quarantine: {error}") from error
+        raise RepairRejected(f"job {id_}: correct `row` in quarantined_jobs: {error}") from error
     return row, b"null" if quarantined[2] is None else quarantined[2]
 
 
