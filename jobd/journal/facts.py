@@ -62,7 +62,7 @@ _decode_json = msgspec.json.Decoder().decode
 
 
 def event_row(event: Event) -> EventRow:
-    """Return the columns of `event` in the order of EVENT_COLUMNS, without the checksum."""
+    """Return the columns of `event` in the order of EVENT_COLUMNS."""
     return (
         event.seq,
         event.at,

@@ -1,4 +1,4 @@
-"""A webhook of simulated nodes: the leader delivers, and the next one goes on where it was.
+"""A webhook of simulated nodes: the leader delivers, and the next one continues after its last message.
 
 L6: every completed job is reported. It is reported again only if the result of the last attempt was not durable.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tests.proof.simulation.cluster.node import LeaderDaemon, SimNode
 
 HOOK: Final = WebhookEndpoint("hook", "https://hook.test/", (b"k" * 24,), frozenset({"job.completed"}))
-QUIET_S: Final = 3_600  # in which everything is delivered when no fault is left
+QUIET_S: Final = 3_600  # everything is delivered within this time after the last fault
 
 
 class Receiver:
@@ -60,7 +60,7 @@ class Sender:
     async def post(self, endpoint: WebhookEndpoint, delivery: Delivery) -> DeliveryOutcome:
         receiver, cluster = self._receiver, self._receiver.cluster
         known = cluster.disk.outbox.get(delivery.id)
-        if cluster.leads(self._node):  # a former leader may end what it has begun
+        if cluster.leads(self._node):  # a former leader may finish its attempt
             cluster.monitor.must(known is not None, "L6", f"message {delivery.id} is sent before it is durable")
             is_done = known is not None and known.state == "delivered"
             cluster.monitor.must(not is_done, "L6", f"message {delivery.id} is sent again after its result was durable")
