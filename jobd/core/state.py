@@ -41,6 +41,14 @@ LATE_RESULTS_KEPT: Final = 10_000  # jobs with late results since the start
 class State:
     """All live jobs. `reindex` is the only way to change a row, so that every order and counter stays consistent."""
 
+    __slots__ = (
+        "_deadline_of", "_deadlines", "_expiries", "_finished_bytes", "_lanes", "_late_calls", "_late_results",
+        "_lease", "_not_live", "_now", "_options", "_queued", "_wakes", "cleared_locks", "clock_suspect", "counts",
+        "epoch", "expired_locks", "figures", "finished", "jobs", "late", "next_cleanup_at", "next_event", "next_job",
+        "next_token", "on_due", "paused", "presence", "processing", "quarantined", "queue_names", "release_loops",
+        "request_hashes", "started_sum", "stuck", "suspects", "totals", "unheld", "unmoved",
+    )  # fmt: skip
+
     def __init__(self, numbers: Numbers | None = None) -> None:
         numbers = numbers or Numbers()
         self.epoch = numbers.epoch

@@ -211,7 +211,7 @@ class Transaction:
 
     def secret(self, number: int) -> str:
         """Return an unguessable lock id from the seed of the call. A replay returns the same."""
-        if not self.has_changed:  # the seed itself is for the first grant of the call
+        if len(self.changes) == self._first:  # the seed itself is for the first grant of the call
             return self.call.seed.hex()
         return blake2b(b"lock id" + self.call.seed + number.to_bytes(8, "big"), digest_size=16).hexdigest()
 
@@ -224,7 +224,7 @@ class Transaction:
             time = f"{self.now & (2**48 - 1):012x}"
             self._uuid_time = f"{time[:8]}-{time[8:]}-7"  # 7 is the version
         seed = self.call.seed
-        if self.has_changed:  # the seed itself is for the first job of the call
+        if len(self.changes) > self._first:  # the seed itself is for the first job of the call
             seed = blake2b(b"job id" + seed + number.to_bytes(8, "big"), digest_size=16).digest()
         tail = seed.hex()
         return f"{self._uuid_time}{tail[:3]}-{_VARIANTS[tail[3]]}{tail[4:7]}-{tail[7:19]}"

@@ -235,7 +235,7 @@ class Claim(Command, frozen=True, kw_only=True):
     worker: WorkerName
     queues: Annotated[
         list[QueueName], Meta(min_length=1, max_length=MAX_NAMES, description="Only jobs of these queues.")
-    ] = field(default_factory=lambda: ["default"])
+    ] = field(default_factory=["default"].copy)
     kinds: (
         Annotated[
             list[Kind],

@@ -344,7 +344,8 @@ class Projection:
         """Forget what these records concern, unless a later one does too."""
         last = self.db.projected_to
         for batch in (each.batch for each in written):
-            for event in (change.event for change in batch.changes):
+            for change in batch.changes:
+                event = change.event
                 if self._ids.get(event.job_id, last + 1) <= last:
                     del self._ids[event.job_id]
                 if self._seqs.get(event.job_seq, last + 1) <= last:

@@ -127,10 +127,11 @@ async def test_rows_that_a_change_needs_are_read_after_the_records_before_it() -
     for name in ("a", "b"):
         await leader.ask(Create(id=name))
         await leader.ask(Cancel(id=name))
-    standby.warm.state.trim_finished = standby.warm.state.finished.clear  # type: ignore[method-assign]
-    await leader.ask(ForceReset(id="a"), admin=True)
-    standby.journal.is_reachable = True
-    await seconds(1.2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jobd.core.state.FINISHED_KEPT", 0)
+        await leader.ask(ForceReset(id="a"), admin=True)
+        standby.journal.is_reachable = True
+        await seconds(1.2)
     assert standby.warm.state.jobs["a"] == standby.disk.job("a") == leader.disk.job("a")
     for node in nodes:
         await node.stop()
