@@ -635,7 +635,7 @@ def _is_same_grant(before: Job, after: Job) -> bool:
 
 def _metadata_bytes(job: Job) -> int:
     metadata = None if job.result is None else job.result.metadata
-    return 0 if metadata is None else memoryview(metadata).nbytes
+    return 0 if metadata is None else len(metadata)
 
 
 class LiveJobs(Mapping[str, Job]):

@@ -267,7 +267,7 @@ def _check_items(checks: dict[str, FieldCheck], items: list[Any], path: str, nam
 
 
 def _check_size(value: Raw | None, path: str, name: str, limits: Limits) -> None:
-    size = 0 if value is None else memoryview(value).nbytes
+    size = 0 if value is None else len(value)
     if size > limits.payload:
         field = f"{path}.{name}"
         message = f"`{field}` has {size} bytes, the limit is {limits.payload}. Store the data elsewhere and put a "
@@ -504,7 +504,7 @@ def _expected_size(part: Any) -> int:
     for name in part.__struct_fields__:
         value = getattr(part, name)
         if isinstance(value, Raw):
-            size = memoryview(value).nbytes
+            size = len(value)
             total += NAME_ALLOWANCE + (size if name in part.payloads else min(size, MAX_COUNTED_FIELD))
         elif value is not None:
             total += NAME_ALLOWANCE + sum(NAME_ALLOWANCE + _expected_size(each) for each in value)
