@@ -261,7 +261,7 @@ async def test_a_huge_content_length_is_rejected_before_the_body_arrives(harness
     assert (await client.receive()).status == 413
 
 
-@pytest.mark.parametrize(("length", "status"), [("2", b"100"), ("2 \t", b"100"), ("1001", b"413")])
+@pytest.mark.parametrize(("length", "status"), [("2", b"100"), ("2 ", b"100"), ("1001", b"413")])
 async def test_a_content_length_with_thousands_of_zeros_is_a_number(
     harness: HttpHarness, length: str, status: bytes
 ) -> None:
