@@ -17,6 +17,7 @@ from jobd.http.worker_request import WorkerRequest
 from jobd.model.errors import ApiError
 
 MAX_LINE: Final = 8190  # bytes of the request target, and of the name and value of a header
+MAX_OPEN_LINE: Final = 2 * MAX_LINE + 4  # bytes of a line of a head that has not ended: name, colon, blank, value, CR
 MAX_HEADERS: Final = 128  # and trailers
 MAX_FRAMING: Final = 64 << 10  # bytes between two pieces of a body: sizes and extensions of chunks, and trailers
 # Input of more than PIECE bytes and PIECE_LINES lines is parsed in pieces of PIECE bytes, one per turn of the loop.
@@ -221,7 +222,7 @@ class RequestParser:
             raise MalformedRequest(WRONG_HEAD)
         at = data.rfind(b"\n")
         self._line = 0 if not is_same else self._line + len(data) if at < 0 else len(data) - at - 1
-        if self._line > MAX_LINE:
+        if self._line > MAX_OPEN_LINE:
             raise MalformedRequest(LONG_LINE)
 
     def _check_framing(self) -> None:
