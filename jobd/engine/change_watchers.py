@@ -12,30 +12,30 @@ from jobd.model.events import Change
 
 
 class Watcher:
-    """One of them. `news` is set where something has happened, `over` where nothing more comes; `leave` in any case.
+    """A watcher. `news` is set after a change, `over` when no more changes follow. Call `leave` in any case.
 
-    `queue` and `job_id`: what it is about, None where that does not matter. `cut` ends the connection behind it.
+    It watches a job if `job_id` is set, else a queue if `queue` is set, else all jobs. `cut` closes its connection.
     """
 
-    def __init__(self, among: Watchers, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> None:
+    def __init__(self, watchers: Watchers, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> None:
         self.queue = queue
         self.job_id = job_id
         self.news = asyncio.Event()
         self.over = asyncio.Event()
         self.cut = cut
-        self._among = among
-        among.add(self)
+        self._watchers = watchers
+        watchers.add(self)
 
     def end(self) -> None:
         self.over.set()
         self.news.set()
 
     def leave(self) -> None:
-        self._among.discard(self)
+        self._watchers.discard(self)
 
 
 class Watchers:
-    """All of them, also by what they are about: a job, else a queue."""
+    """All watchers, grouped by the job or queue that they watch."""
 
     def __init__(self) -> None:
         self._all: set[Watcher] = set()
@@ -48,26 +48,26 @@ class Watchers:
 
     def add(self, watcher: Watcher) -> None:
         self._all.add(watcher)
-        self._those_of(watcher).add(watcher)
+        self._group_of(watcher).add(watcher)
 
     def discard(self, watcher: Watcher) -> None:
         self._all.discard(watcher)
-        those = self._those_of(watcher)
-        those.discard(watcher)
-        if not those and watcher.job_id is not None:
+        group = self._group_of(watcher)
+        group.discard(watcher)
+        if not group and watcher.job_id is not None:
             del self._of_job[watcher.job_id]
-        elif not those and watcher.queue is not None:
+        elif not group and watcher.queue is not None:
             del self._of_queue[watcher.queue]
 
-    def _those_of(self, watcher: Watcher) -> set[Watcher]:
+    def _group_of(self, watcher: Watcher) -> set[Watcher]:
         if watcher.job_id is not None:
             return self._of_job.setdefault(watcher.job_id, set())
         if watcher.queue is not None:
             return self._of_queue.setdefault(watcher.queue, set())
         return self._of_all
 
-    def stir(self, changes: Sequence[Change]) -> None:
-        """Something has happened. What happens to a queue as a whole concerns everybody: every page tells of it."""
+    def notify(self, changes: Sequence[Change]) -> None:
+        """Wake the watchers of these changes. A change of a queue wakes all, because every page shows the queues."""
         _wake(self._of_all)
         if len(self._of_all) == len(self._all):
             return

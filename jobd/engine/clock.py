@@ -134,17 +134,17 @@ class Clock:
         self._expected = self._wall()
 
     def hold(self) -> None:
-        """Stop lease time: the disk refuses writes, so no sign of life can be taken. Again is no harm."""
+        """Stop lease time, because workers cannot report while the disk rejects writes. Repeating it is harmless."""
         self._advance()
         self._held = True
 
     def resume(self) -> None:
-        """Let lease time go on from where it was held."""
+        """Continue lease time from where it was held."""
         self._advance()
         self._held = False
 
     def stop(self) -> None:
-        """Stop lease time for good: the doors close, and from then on the daemon is as good as away."""
+        """Stop lease time for good, because the listeners close and workers can no longer report."""
         self._advance()
         self._stopped = True
 

@@ -24,7 +24,7 @@ PROBE_EVERY_S: Final = 1.0
 
 
 class Closed(IntEnum):
-    """How far the full disk has closed the daemon."""
+    """Which writes a full disk rejects."""
 
     NOTHING = 0
     CREATES = 1
@@ -115,7 +115,7 @@ class FullDisk:
         self.space = await self._disk.measure_space()
 
     async def close_further(self, error: DiskFull) -> None:
-        """A write hit the full disk although `closed` was respected."""
+        """Reject more, because an accepted write found the disk full."""
         self.note(error)
         self.closed = Closed(min(self.closed + 1, Closed.ALL_WRITES))
         self.next_probe = self._loop_time() + PROBE_EVERY_S

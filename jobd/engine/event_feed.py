@@ -21,14 +21,14 @@ from jobd.model.events import Change, Event, EventFilter, StreamedEvent, streame
 from jobd.model.storage import JournalPage, JournalStorage
 
 RETRY_MS: Final = 2_000  # how long a client should wait before it connects again
-HEARTBEAT_S: Final = 15.0  # the longest silence: proxies and clients notice a dead peer
-GATHER_S: Final = 0.01  # between two rounds of news: a hundred listeners cost a hundred turns a round, not a commit
-BACKLOG_BYTES: Final = 8 << 20  # of events that the slowest may lag behind, in one place for all listeners
-PIECE_BYTES: Final = 64 << 10  # written in one go
+HEARTBEAT_S: Final = 15.0  # longest time without data, so that proxies and clients detect a dead peer
+GATHER_S: Final = 0.01  # between two rounds, because each round wakes every listener
+BACKLOG_BYTES: Final = 8 << 20  # of events that listeners have not received; all listeners share it
+PIECE_BYTES: Final = 64 << 10  # of one write
 PAGE: Final = 100  # events of the journal read between two batches: below 2 ms
 PAUSE_S: Final = 0.002  # after each page, so that workers get the disk in between
-SHARED_PAGES: Final = 8  # kept for those who come by the same place a moment later
-JOIN_WITHIN: Final = 2_000  # events before the newest: from there on a listener hears news while he reads the rest
+SHARED_PAGES: Final = 8  # kept for listeners that resume from about the same event
+JOIN_WITHIN: Final = 2_000  # events before the newest; from there on a listener also gets live events
 CLOSING_S: Final = 1.0  # for the last pieces to be written when the daemon stops
 
 log = structlog.get_logger("jobd.feed")
@@ -37,7 +37,7 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 class EncodedEvent(Struct, frozen=True):
-    """An event as it is sent to whoever wants it."""
+    """An event as it is sent to listeners."""
 
     event: StreamedEvent
     text: bytes
@@ -49,7 +49,7 @@ class EncodedEvent(Struct, frozen=True):
 
 
 class EventBatch:
-    """The events of one round of news. `text` is all of them in one piece."""
+    """The events of one round. `text` has all of them."""
 
     __slots__ = ("frames", "text")
 
@@ -58,7 +58,7 @@ class EventBatch:
         self.text = b"".join(frame.text for frame in self.frames)
 
     def since(self, position: int, wanted: EventFilter) -> bytes:
-        """What of it is above `position` and wanted."""
+        """Return the events after `position` that `wanted` selects."""
         if wanted.matches_everything and self.frames[0].event.seq > position:
             return self.text
         return _texts(self.frames, position, wanted)
@@ -69,9 +69,9 @@ class EventBatch:
 
 
 class Piece:
-    """A page of the journal for all who go on from somewhere in it: every event above `begin` up to `end`.
+    """A page of the journal: every event after `begin` up to `end`. Listeners that continue within it share it.
 
-    `last` and `gone_to` are those of the journal then; `more`: it went on.
+    `last` and `gone_to` are those of the journal when it was read. `more`: the journal had later events.
     """
 
     __slots__ = ("_round", "begin", "end", "events", "gone_to", "last", "more")
@@ -83,7 +83,7 @@ class Piece:
         self._round: EventBatch | None = None
 
     def since(self, position: int, wanted: EventFilter) -> bytes:
-        """What of it is above `position` and wanted."""
+        """Return the events after `position` that `wanted` selects."""
         if not wanted.matches_everything:
             some = (event for event in self.events if event.seq > position and wanted.matches(event))
             return b"".join(EncodedEvent.of(event).text for event in some)
@@ -91,14 +91,14 @@ class Piece:
 
     @property
     def round(self) -> EventBatch:
-        """Made once for all who want everything."""
+        """The encoded events, made once for all listeners without a filter."""
         if self._round is None:
             self._round = EventBatch(self.events)
         return self._round
 
 
 class PageRead:
-    """A page that somebody reads, or waits for his turn to. `piece` is there in the end, where nothing went wrong."""
+    """A read of a page that is in progress or waits for its turn. `piece` is its result, None after an error."""
 
     __slots__ = ("begin", "ended", "piece")
 
@@ -109,7 +109,7 @@ class PageRead:
 
 
 class EventFeed:
-    """Where committed events come in and listeners get theirs. `last`: the number of the newest event that came in.
+    """Send committed events to listeners. `last` is the seq of the newest event.
 
     `most` is the limit of listeners; `dropped` counts those that were cut off because they read too slowly.
     """
@@ -124,24 +124,24 @@ class EventFeed:
         self._most = most
         self._listeners: set[Subscriber] = set()
         self._watchers = Watchers()
-        self._live = 0  # how many of them hear news
+        self._live = 0  # listeners that get live events
         self._bytes = 0
         self._news: list[Sequence[Change]] = []
         self._next_round_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._places = asyncio.Semaphore(1)
         self._readings: list[PageRead] = []
-        self._pieces: deque[Piece] = deque(maxlen=SHARED_PAGES)  # those read last: who resumes together shares them
+        self._pieces: deque[Piece] = deque(maxlen=SHARED_PAGES)  # read last, for listeners that resume together
 
     @property
     def listeners(self) -> int:
         return len(self._listeners) + len(self._watchers)
 
     def publish(self, changes: Sequence[Change]) -> None:
-        """Committed changes, in their order. Called on the actor's turn: it takes a note and returns."""
+        """Queue committed changes, in their order. The actor calls this."""
         self.last = changes[-1].event.seq
         if self._watchers:
-            self._watchers.stir(changes)
+            self._watchers.notify(changes)
         if self._live:
             self._news.append(changes)
             if self._timer is None:
@@ -149,9 +149,9 @@ class EventFeed:
                 self._timer = loop.call_at(max(loop.time(), self._next_round_s), self._spread)
 
     def listen(self, wanted: EventFilter, *, follow: bool, cut: Callable[[], None]) -> Subscriber:
-        """A place among the listeners, given back with `leave`. `cut` ends the connection of one who does not read.
+        """Add a listener, which `leave` removes. `cut` closes the connection of one that does not read.
 
-        Raises Refused where the daemon stops, or all places are taken.
+        Raises ApiException if the daemon is stopping, or if there are too many listeners.
         """
         self._check_place()
         listener = Subscriber(self, wanted, follow=follow, cut=cut)
@@ -159,7 +159,7 @@ class EventFeed:
         return listener
 
     def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher:
-        """A place, as with `listen`, for one who is told that something has happened, and not what. Raises Refused."""
+        """Add a watcher, which only learns that something has changed. Raises ApiException, as `listen` does."""
         self._check_place()
         return Watcher(self._watchers, queue, job_id, cut)
 
@@ -171,7 +171,7 @@ class EventFeed:
             raise api_error("overloaded", message)
 
     def close(self) -> None:
-        """Listeners get what is there, then their streams end. Whoever does not read it is cut off soon."""
+        """Send the remaining events, then end all streams. Cut off slow listeners after CLOSING_S."""
         self._spread()
         self.is_closed = True
         self._wake()
@@ -180,9 +180,9 @@ class EventFeed:
             asyncio.get_running_loop().call_later(CLOSING_S, self._cut_all)
 
     async def page(self, after: int, *, is_first: bool = False) -> Piece:
-        """A page of the journal, in turn with all who read it; or that of another who reads the same, or has just.
+        """Return the page after event `after`. Reads take turns, and equal reads share one result.
 
-        The first is no older than the call. Raises Refused (410) where the journal does not go on there.
+        With `is_first`, the page is not older than the call. Raises ApiException (410) if later events are gone.
         """
         while True:
             if not is_first and (piece := self._read_before(after)) is not None:
@@ -203,7 +203,7 @@ class EventFeed:
                 page = await self._journal.journal(after, PAGE)
                 self._check_page(after, page)
                 piece = reading.piece = Piece(after, page)
-                if page.more:  # else it grows
+                if page.more:  # a page at the end of the journal is not complete
                     self._pieces.append(piece)
                 self._end(reading)
                 await asyncio.sleep(PAUSE_S)
@@ -212,7 +212,7 @@ class EventFeed:
             self._end(reading)
 
     def _end(self, reading: PageRead) -> None:
-        """Whoever waits for it gets its page, or reads his own."""
+        """Wake the callers that wait for this read. After an error, each reads by itself."""
         if reading in self._readings:
             self._readings.remove(reading)
         reading.ended.set()
@@ -232,7 +232,7 @@ class EventFeed:
             raise api_error("events_gone", message, last=page.last)
 
     def join(self) -> int:
-        """One more hears news; gives the number of the first round that will be his."""
+        """Count a listener of live events. Return the number of its first round."""
         self._live += 1
         return self.first + len(self.rounds)
 
@@ -250,7 +250,7 @@ class EventFeed:
     # -- rounds --------------------------------------------------------------------------------------------------------
 
     def _spread(self) -> None:
-        """One round: everything that has come in since the last."""
+        """Make a round of the events since the last one, and wake the listeners."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -264,7 +264,7 @@ class EventFeed:
             self._wake()
 
     def _forget(self) -> None:
-        """The backlog keeps its bound; listeners for whom it was not enough are cut off."""
+        """Drop the oldest rounds over BACKLOG_BYTES, and cut off the listeners that have not received them."""
         first = self.first
         while self._bytes > BACKLOG_BYTES and len(self.rounds) > 1:
             self._bytes -= len(self.rounds.popleft().text)
@@ -286,9 +286,9 @@ class EventFeed:
 
 
 class Subscriber:
-    """One stream. `begin`, then `more` until it gives nothing, and `leave` in any case.
+    """One stream. Call `begin`, then `more` until it returns nothing, and `leave` in any case.
 
-    `position`: every event up to this number was given, if it was wanted.
+    All selected events up to `position` were returned.
     """
 
     def __init__(self, feed: EventFeed, wanted: EventFilter, *, follow: bool, cut: Callable[[], None]) -> None:
@@ -298,23 +298,23 @@ class Subscriber:
         self._wanted = wanted
         self._follow = follow
         self._cut = cut
-        self._is_live = False  # hears news
-        self._is_whole = False  # and the journal has nothing more for him
+        self._is_live = False  # gets live events
+        self._is_whole = False  # needs no more events from the journal
         self.is_cut = False
         self._round = 0
-        self._until = 0  # what comes after this event is among the news; without news, nothing is wanted of it
+        self._until = 0  # later events are live; a stream that does not follow ends here
         self._page: Piece | None = None
         self._silent_since_s = 0.0
 
     @property
     def is_behind(self) -> bool:
-        """Whether news that he has not had is gone from the backlog."""
+        """Whether the backlog has lost a round that this stream has not returned."""
         return self._is_live and self._round < self._feed.first
 
     async def begin(self, after: int | None, back: int = 0) -> bytes:
-        """The first piece. The stream goes on after the event `after`; without it `back` events ago, or from now on.
+        """Return the first bytes. The stream starts after the event `after`, else `back` events ago, else now.
 
-        Raises Refused where events after `after` are no longer in the journal.
+        Raises ApiException if events after `after` are no longer in the journal.
         """
         self._until = self._feed.last
         if after is not None:
@@ -329,7 +329,7 @@ class Subscriber:
         return b"retry: %d\nid: %d\n\n" % (RETRY_MS, self.position)
 
     async def more(self) -> bytes:
-        """The next piece, which may be a sign of life; nothing at the end. Raises Refused as `begin` does."""
+        """Return the next events or a heartbeat, nothing at the end. Raises ApiException, as `begin` does."""
         if self._feed.is_closed and not self._is_whole:
             if self._follow:
                 return b""
@@ -338,7 +338,7 @@ class Subscriber:
         return await (self._from_backlog() if self._is_whole else self._from_journal())
 
     def cut(self) -> None:
-        """He does not read, or not fast enough."""
+        """Close the connection, because the client reads too slowly."""
         self.is_cut = True
         self._cut()
         self.news.set()
@@ -353,15 +353,15 @@ class Subscriber:
         self._until = self._feed.last
 
     async def _reach_back(self, back: int) -> Piece:
-        """A page from so many numbers ago, or from where the journal begins to be whole."""
+        """Return the page that begins `back` events ago, or after the last gap in the journal."""
         page = await self._feed.page(self._feed.last, is_first=True)
         self.position = max(page.last - back, page.gone_to, 0)
         return await self._feed.page(self.position, is_first=True)
 
     async def _from_journal(self) -> bytes:
-        """A page of it. Near its end he begins to hear news; what came before those is his once he has read so far.
+        """Return the selected events of the next page. Near the end of the journal, begin to queue live events.
 
-        So nothing is missed, and he need not be faster than all that comes in, which many who resume together are not.
+        So no event is missed, even if events are committed faster than the pages are read.
         """
         page, self._page = self._page or await self._feed.page(self.position), None
         text = page.since(self.position, self._wanted)
@@ -372,7 +372,7 @@ class Subscriber:
         return text or self._marker()
 
     async def _from_backlog(self) -> bytes:
-        """What is there of it, up to a piece; else the next news, or after a while a sign of life."""
+        """Return live events of about PIECE_BYTES. Wait if there are none; after HEARTBEAT_S, return a heartbeat."""
         if not self._follow:
             return b""
         while not (text := self._take()):
@@ -400,7 +400,7 @@ class Subscriber:
         return b"".join(taken)
 
     def _marker(self) -> bytes:
-        """Moves the client's Last-Event-ID past what he did not want: it does not grow old in a quiet stream."""
+        """Return an id that moves the client's Last-Event-ID past events that were not selected."""
         return b"id: %d\n\n" % self.position
 
 

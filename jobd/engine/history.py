@@ -37,75 +37,73 @@ from jobd.model.storage import AuditQuery, AuditRows, JobQuery, JobRows, JobStor
 log = structlog.get_logger("jobd.actor")
 
 AT_ONCE: Final = 4
-SINCE_THE_END: Final = 100  # of a finished job's latest events: few come after that which ended it
-SLICE: Final = 250  # rows that are compared in one go where that takes its time
-# Where few jobs match, a page is looked for slice by slice, until so many rows or so much time are spent.
+SINCE_THE_END: Final = 100  # latest events of a finished job, of which few follow the one that ended it
+SLICE: Final = 250  # rows of one query if each takes long to compare
+# If few jobs match, a page is searched in slices, up to these numbers of rows and seconds.
 MOST_LOOKED: Final = 2_000_000
 PATIENCE_S: Final = 0.5
-SLOW_PATIENCE_S: Final = 0.03  # where each row takes its time there may be no end: many quick pages tell how it goes
-EAGER_S: Final = (
-    0.05  # from then on a pause comes before each slice: all who look far leave the disk to others half the time
-)
+SLOW_PATIENCE_S: Final = 0.03  # if each row takes long; the client sees progress by many short pages
+EAGER_S: Final = 0.05  # after this time, a pause precedes each slice and leaves the disk to others half the time
 PAUSE_S: Final = 0.002
 
 
 class History:
-    """Answers what the actor decided to be a look."""
+    """Serve the reads of history that the actor has decided."""
 
     def __init__(self, disk: JobStorage, moment: Callable[[], Moment]) -> None:
         self._disk = disk
         self._moment = moment
         self.reads: set[asyncio.Task[None]] = set()  # in progress
         self._places = asyncio.Semaphore(AT_ONCE)
-        self._far = asyncio.Semaphore(1)  # who looks further than a slice holds up nobody but those who do, too
+        self._far = asyncio.Semaphore(1)  # searches of more than a slice delay only each other
 
-    def start(self, asked: Envelope, answer: Response, policy: Policy) -> None:
-        """Read, then answer; the batches go on meanwhile."""
-        assert answer.read is not None
-        task = asyncio.create_task(self._look(asked, answer, answer.read, policy))
+    def start(self, envelope: Envelope, response: Response, policy: Policy) -> None:
+        """Start a read that sends its response. Batches continue meanwhile."""
+        assert response.read is not None
+        task = asyncio.create_task(self._run(envelope, response, response.read, policy))
         self.reads.add(task)
         task.add_done_callback(self.reads.discard)
 
     async def finish(self) -> None:
-        """Wait until every look is answered."""
+        """Wait until all reads have ended."""
         while self.reads:
             await asyncio.wait(self.reads)
 
-    async def _look(self, asked: Envelope, answer: Response, look: HistoryRead, policy: Policy) -> None:
+    async def _run(self, envelope: Envelope, response: Response, read: HistoryRead, policy: Policy) -> None:
         try:
-            if look.page is not None:
-                page = await self._found(_query(look.page))
-                answer.data, answer.scanned = self._shown(page, policy, admin=asked.call.admin), page.scanned
-            elif look.ended is not None:
-                answer.data = await self._with_ending(answer.data, look.ended)
+            if read.page is not None:
+                page = await self._find_page(_query(read.page))
+                response.data, response.scanned = self._shown(page, policy, admin=envelope.call.admin), page.scanned
+            elif read.ended is not None:
+                response.data = await self._with_ending(response.data, read.ended)
             else:
                 async with self._places:
-                    answer.data = await self._seen(look, policy)
+                    response.data = await self._read(read, policy)
         except Exception:
-            log.exception("history_failed", command=type(asked.call.command).__name__)
-            asked.reply(ApiError("internal_error", "Reading the history failed. See the log for details."))
+            log.exception("history_failed", command=type(envelope.call.command).__name__)
+            envelope.reply(ApiError("internal_error", "Reading the history failed. See the log for details."))
             return
-        asked.reply(answer)
+        envelope.reply(response)
 
-    async def _seen(self, look: HistoryRead, policy: Policy) -> TimelineView | LateResultList | ExportPage | AuditPage:
-        if look.timeline is not None:
-            return TimelineView([event_view(event) for event in await self._disk.timeline(look.timeline, look.events)])
-        if look.export is not None:
-            return _moved(await self._disk.find_jobs(_from(look.export)))
-        if look.late is not None:
-            known = await self._disk.read_late_results([LateResultQuery(look.late, with_results=True)])
-            found = known.results.get(look.late, [])
+    async def _read(self, read: HistoryRead, policy: Policy) -> TimelineView | LateResultList | ExportPage | AuditPage:
+        if read.timeline is not None:
+            return TimelineView([event_view(event) for event in await self._disk.timeline(read.timeline, read.events)])
+        if read.export is not None:
+            return _export_page(await self._disk.find_jobs(_from(read.export)))
+        if read.late is not None:
+            known = await self._disk.read_late_results([LateResultQuery(read.late, with_results=True)])
+            found = known.results.get(read.late, [])
             return LateResultList([views.late_view(late, refuse_adoption(late, policy)) for late in found])
-        assert look.audit is not None
-        return _told(await self._disk.read_audit(_asked(look.audit)))
+        assert read.audit is not None
+        return _audit_page(await self._disk.read_audit(_audit_query(read.audit)))
 
     async def _with_ending(self, why: WhyView, job: Job) -> WhyView:
-        """`why` with who ended the job: the row does not say, the timeline does."""
+        """Return `why` with the cause of the ending, which only the timeline has."""
         async with self._places:
             return replace(why, because=ending(job, await self._disk.timeline(job.seq, SINCE_THE_END)))
 
-    async def _found(self, query: JobQuery) -> JobRows:
-        """A page, slice by slice: no batch waits for more than one, and everybody has the loop in between."""
+    async def _find_page(self, query: JobQuery) -> JobRows:
+        """Return a page, read in slices so that no batch waits for more than one."""
         now_s = asyncio.get_running_loop().time
         began_s, patience_s = now_s(), SLOW_PATIENCE_S if query.is_slow else PATIENCE_S
         page, size = JobRows([], query.before), 0
@@ -134,39 +132,39 @@ class History:
         return JobPage(shown, _cursor(page), page.scanned_until)
 
 
-def _query(asked: ListJobs) -> JobQuery:
-    before = None if asked.cursor is None else int(asked.cursor)
-    query = JobQuery(asked.status, asked.queue, asked.kind, asked.worker, asked.limit, before)
-    if isinstance(asked, SearchJobs):
+def _query(command: ListJobs) -> JobQuery:
+    before = None if command.cursor is None else int(command.cursor)
+    query = JobQuery(command.status, command.queue, command.kind, command.worker, command.limit, before)
+    if isinstance(command, SearchJobs):
         query = replace(
             query,
-            since=asked.since,
-            until=asked.until,
-            finished_since=asked.finished_since,
-            finished_until=asked.finished_until,
-            text=asked.q,
-            error=asked.error,
+            since=command.since,
+            until=command.until,
+            finished_since=command.finished_since,
+            finished_until=command.finished_until,
+            text=command.q,
+            error=command.error,
         )
-        if asked.error is not None and asked.status is None:
+        if command.error is not None and command.status is None:
             query = replace(query, status="failed")
     return query
 
 
-def _from(asked: Export) -> JobQuery:
-    after = 0 if asked.cursor is None else int(asked.cursor)
-    return JobQuery(asked.status, asked.queue, asked.kind, limit=asked.limit, after=after)
+def _from(command: Export) -> JobQuery:
+    after = 0 if command.cursor is None else int(command.cursor)
+    return JobQuery(command.status, command.queue, command.kind, limit=command.limit, after=after)
 
 
-def _moved(page: JobRows) -> ExportPage:
+def _export_page(page: JobRows) -> ExportPage:
     return ExportPage([views.moved(job, Raw(payload)) for job, payload in page.jobs], _cursor(page))
 
 
-def _asked(log: AuditLog) -> AuditQuery:
+def _audit_query(log: AuditLog) -> AuditQuery:
     before = None if log.cursor is None else int(log.cursor)
     return AuditQuery(log.who, log.what, log.job_id, log.since, log.limit, before)
 
 
-def _told(found: AuditRows) -> AuditPage:
+def _audit_page(found: AuditRows) -> AuditPage:
     entries = [
         AuditView(
             seq=seq,

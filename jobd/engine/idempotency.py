@@ -18,9 +18,9 @@ SAFE_MS: Final = 10 * MINUTE_MS  # a client may still be repeating a call that i
 
 
 class Keys:
-    """Rows by digest, oldest first; changes since the last `commit` can be taken back with `rollback`.
+    """Rows by digest, oldest first; `rollback` undoes the changes since the last `commit`.
 
-    `rows` are those of the disk; of a start or claim only the grants that are still current.
+    `rows` are those on disk. The row of a start or claim has only the grants that are still current.
     """
 
     def __init__(self, rows: list[StoredResponse], limit: int) -> None:
@@ -39,11 +39,11 @@ class Keys:
         return len(self._answers) + len(self._grants)
 
     def lock_ids(self) -> list[str]:
-        """Of the current grants that a key can ask for again."""
+        """Return the lock ids of the current grants that a repeated call can return."""
         return list(self._by_lock)
 
     def find(self, digest: str, now: int) -> StoredResponse | None:
-        """The row of a key that is still kept at wall time `now`. Its answer may be on disk only."""
+        """Return the row of a key that is still kept at wall time `now`. Its response may be on disk only."""
         row = self._answers.get(digest)
         if row is None:
             return self._grants.get(digest)
@@ -53,13 +53,13 @@ class Keys:
         return row
 
     def is_stored(self, digest: str, now: int) -> bool:
-        """Whether the answer of this key has to be read from the disk to be replayed."""
+        """Return whether the response of this key has to be read from the disk."""
         row = self.find(digest, now)
         return row is not None and row.grants is None
 
     def has_room(self, now: int) -> bool:
-        """Whether one more key can be kept, after dropping what is old enough."""
-        for row in list(islice(self._answers.values(), 2)):  # two for each new one: the oldest never pile up
+        """Drop old keys. Return whether one more can be kept."""
+        for row in list(islice(self._answers.values(), 2)):  # two for each new key, so that old ones do not accumulate
             if now >= row.at + KEPT_MS:
                 self._forget(row)
         if len(self) < self.limit:
@@ -72,12 +72,12 @@ class Keys:
         return True
 
     def add(self, row: StoredResponse) -> None:
-        """Keep the answer of a call that changed something."""
+        """Keep the response of a call that changed something."""
         self._added[row.digest] = row
         self._insert(row)
 
     def ended(self, lock_id: str) -> None:
-        """A grant ended. A key of a start or claim lives while one of its grants is current."""
+        """Note that a grant ended. The key of a start or claim is kept while one of its grants is current."""
         digest = self._by_lock.get(lock_id)
         if digest is None:
             return
@@ -87,18 +87,18 @@ class Keys:
             self._forget(self._grants[digest])
 
     def changed(self) -> tuple[list[StoredResponse], list[str]]:
-        """What the next commit has to store, and the digests that it has to delete."""
+        """Return the rows that the next commit has to store, and the digests that it has to delete."""
         return list(self._added.values()), [digest for digest in self._removed if digest not in self._added]
 
     def commit(self) -> None:
-        """The changes are on disk: the answers need not stay in memory."""
+        """Drop the responses from memory, because the changes are on disk."""
         for digest, row in self._added.items():
             if digest in self._answers:
                 self._answers[digest] = replace(row, body=None)
         self._added, self._removed, self._ended = {}, {}, []
 
     def rollback(self) -> None:
-        """Nothing since the last commit happened."""
+        """Undo the changes since the last commit."""
         added, removed, ended = self._added, self._removed, self._ended
         self._added, self._removed, self._ended = {}, {}, []
         for row in added.values():

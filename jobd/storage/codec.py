@@ -312,10 +312,10 @@ def key_row(key: StoredResponse) -> Row:
     return (*with_checksum((key.digest, key.body_hash, key.at, key.status, grants, answer_crc)), key.body)
 
 
-def key(row: Row, answer: bytes | None = None) -> StoredResponse:
-    """Return the stored response of an undamaged row of KEY_COLUMNS. `answer` is its body."""
+def key(row: Row, response: bytes | None = None) -> StoredResponse:
+    """Return the stored response of an undamaged row of KEY_COLUMNS. `response` is its body."""
     digest, body_hash, at, status, grants = row[:5]
-    return StoredResponse(digest, body_hash, at, status, answer, None if grants is None else _decode_grants(grants))
+    return StoredResponse(digest, body_hash, at, status, response, None if grants is None else _decode_grants(grants))
 
 
 def queue_row(name: str, queue: QueueRow) -> Row:
