@@ -39,6 +39,7 @@ TOLD_OF_ERROR: Final = 500  # characters of the last error that the message of a
 CLOCK_SUSPECT: Final = (
     "The wall clock is suspect, so nothing is deleted or failed by age. Check it. If it is correct: jobctl clock accept"
 )
+_NULL: Final = Raw(b"null")
 
 
 def find(tx: Transaction, job_id: str) -> Job | ApiError:
@@ -256,8 +257,7 @@ def keep_ms(policy: Policy, status: str) -> int:
 def kept_result(result: Result) -> Result | None:
     """Return the result to store, None if it is empty. Copies the metadata out of the request; null counts as none."""
     if result.metadata is not None:
-        body = bytes(result.metadata)
-        metadata = None if body == b"null" else Raw(body)
+        metadata = None if result.metadata == _NULL else result.metadata.copy()
         result = Result(result.download_url, result.file_path, result.storage_key, metadata)
     return None if result == views.NO_RESULT else result
 
