@@ -18,7 +18,7 @@ from jobd.model.storage import (
     OpenedStore,
     Tombstone,
 )
-from jobd.storage import queries
+from jobd.storage import outbox, queries
 from jobd.storage.database import Database
 from jobd.storage.projection import Projection
 from tests.support.factories import ChangeFactory
@@ -82,6 +82,10 @@ def content_of(db: Database, found: OpenedStore) -> MemoryTables:
     tables.tombstones = {each.job_seq: each for each, _ in queries.due_tombstones(db, 1 << 60, 1_000).found}
     tables.audited = dict(reversed(queries.read_audit(db, AuditQuery(limit=1_000)).found))
     tables.figures, tables.marked = found.stats, found.marked
+    names = [name for (name,) in db.rows("SELECT name FROM webhooks")]
+    tables.cursors = outbox.plan_opening(db, names, 0)[1][0].cursors
+    ids = [id_ for (id_,) in db.rows("SELECT id FROM deliveries ORDER BY id")]
+    tables.outbox = {each.id: each for each in outbox.by_ids(db, ids)}
     return tables
 
 
