@@ -58,7 +58,7 @@ class Prepared(Struct, gc=False):
     reported: int
 
 
-SLICE_EVENTS: Final = 180  # of one transaction, if there are as many: it takes two milliseconds
+SLICE_EVENTS: Final = 300  # of one transaction, if there are as many: it takes two milliseconds
 # A slice with the changes of several batches writes each of their jobs once, so larger batches get larger slices.
 BATCHES_PER_SLICE: Final = 4
 MAX_SLICE_EVENTS: Final = 1_500

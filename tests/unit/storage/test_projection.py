@@ -132,7 +132,7 @@ async def test_enough_events_are_written_at_once(path: str, commit: Any, monkeyp
 async def test_larger_batches_get_larger_slices(store: Store, no_slices: None) -> None:
     """So that the changes of a job in several batches are written once."""
     maker = ChangeFactory()
-    for size, enough in ((1, 180), (100, 400), (1_000, 1_500)):
+    for size, enough in ((1, 300), (100, 400), (1_000, 1_500)):
         await store.write(maker.batch([maker.create() for _ in range(size)]))
         assert store._projection.slice_events == enough
 

@@ -43,6 +43,7 @@ def rows_of(store: Store) -> dict[str, int]:
 @pytest.mark.parametrize("slice_s", [0, 10], ids=["row by row", "whole pages"])
 async def test_every_row_is_checked_once(path: str, monkeypatch: pytest.MonkeyPatch, slice_s: float) -> None:
     monkeypatch.setattr(scrub, "SLICE_S", slice_s)
+    monkeypatch.setattr(scrub, "MAX_ROWS", 50)
     await busy_store(path)
     async with open_store(path) as (store, _):
         expected = rows_of(store)

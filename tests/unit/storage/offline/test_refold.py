@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.journal import facts
-from jobd.storage import event_rows
+from jobd.storage import event_rows, projection
 from jobd.storage.offline import doctor
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import edit_store, leave_tail, make_store, pick, stored_events
@@ -51,7 +51,8 @@ async def test_an_accepted_row_differs_from_its_events(path: str) -> None:
         ("DELETE FROM events WHERE job_seq = {seq}", "it has no events"),
     ],
 )
-async def test_missing_events_are_named(path: str, damage: str, what: str) -> None:
+async def test_missing_events_are_named(path: str, monkeypatch: pytest.MonkeyPatch, damage: str, what: str) -> None:
+    monkeypatch.setattr(projection, "SLICE_EVENTS", 10)  # jobs have several rows of events
     maker = await make_store(path)
     job = pick(maker, frozenset({"processing"}))
     with edit_store(path) as conn:
