@@ -196,7 +196,7 @@ async def measure_idle(connections: int) -> None:
                 f"{harness.listener.connections - 1} idle connections: {size:.0f} bytes each; a request takes", end=" "
             )
             print(f"{statistics.median(times):.2f} ms, {max(times):.1f} at most")
-            await holder.communicate()
+            await holder.communicate(b"")  # without input, Python 3.11 leaves stdin open
 
 
 def _resident_bytes() -> int:
