@@ -73,9 +73,9 @@ def _leave_out_rich() -> None:
 def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> None:
     """Check the configuration and print the effective values.
 
-    Each value is printed with its source; secrets are not printed. Exit 78 if `jobd serve` would not start with the
-    same flags. With journal.url, the database is checked as well: exit 78 if it has to be changed, 75 if it cannot be
-    reached.
+    Each value is printed with its source; secrets are not printed. Exit 78 if `jobd serve` would reject them. With
+    journal.url, the database is checked as well: exit 78 if it has to be changed, 75 if it cannot be reached. The store
+    is not opened: `jobd doctor` checks it.
     """
     from jobd.config import ConfigError, effective
     from jobd.config_loader import check_artifact_directory

@@ -1,7 +1,4 @@
-"""A migration that is interrupted at any of its writes, and a store of a newer version.
-
-next_version.py has the migration.
-"""
+"""A migration that is interrupted at any of its writes, and a store of a newer version."""
 
 from __future__ import annotations
 
@@ -10,9 +7,7 @@ import hashlib
 import random
 import shutil
 import signal
-import sqlite3
 from collections import Counter
-from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -25,17 +20,18 @@ from tests.proof.faults.store_check import checked_contents, contents
 from tests.proof.faults.strace import STRACE, SYNCS, WRITES, Strace
 from tests.proof.faults.syscall_faults import EXIT_IO, FaultPosition
 from tests.support.daemon_process import DaemonProcess
+from tests.support.store_files import as_version_10
 
+OLD: Final = 10  # without a journal; later versions store jobs and events in other rows
 NEXT: Final = "tests.proof.faults.next_version"
-OLD: Final = migrations.VERSION
-NEW: Final = OLD + AHEAD
+NEWER: Final = migrations.VERSION + AHEAD
 ERRORS: Final = (None, "EIO", "ENOSPC")
 EXIT_CONFIG: Final = 78
 
 
-def _old_store(trial: Trial, ledger: Ledger) -> Path:
+def _stopped_store(trial: Trial, ledger: Ledger) -> Path:
     """Make the directory of a store of this version, after a graceful stop."""
-    home = trial.directory / "old"
+    home = trial.directory / "stopped"
     home.mkdir()
     with DaemonProcess(home) as daemon:
         with load(daemon, ledger, "load"):
@@ -55,7 +51,9 @@ def _copy_store(old: Path, directory: Path) -> Path:
 
 def interrupted_migration(trial: Trial) -> Counts:
     ledger = Ledger()
-    old = _old_store(trial, ledger)
+    old = _stopped_store(trial, ledger)
+    as_version_10(str(old / "jobd.db"))
+    rows = _dump(old / "jobd.db")
     positions = _fault_positions(_copy_store(old, trial.directory / "measured"))
     chosen = random.Random(0).sample(positions, min(trial.rounds, len(positions)))
     counts: Counter[str] = Counter({"points and faults": len(positions), "tried": len(chosen)})
@@ -63,7 +61,7 @@ def interrupted_migration(trial: Trial) -> Counts:
         home = _copy_store(old, trial.directory / "migrated")
         try:
             counts[_migrate_with_fault(home, position)] += 1
-            counts[_check_store(home / "jobd.db", ledger)] += 1
+            counts[_check_store(home / "jobd.db", rows, ledger)] += 1
             _check_next_start(home, ledger)
         except AssertionError as error:
             raise AssertionError(f"{position}: {error}") from error
@@ -73,7 +71,6 @@ def interrupted_migration(trial: Trial) -> Counts:
 def _fault_positions(home: Path) -> list[FaultPosition]:
     """Return all writes and syncs of a start that migrates and of the stop after it, with the possible faults."""
     with DaemonProcess.not_started(home) as daemon:
-        daemon.module = NEXT
         strace = Strace(daemon, (*SYNCS, *WRITES))
         daemon.start()
         assert daemon.stop() == 0
@@ -87,7 +84,6 @@ def _fault_positions(home: Path) -> list[FaultPosition]:
 
 def _migrate_with_fault(home: Path, position: FaultPosition) -> str:
     with DaemonProcess.not_started(home) as daemon:
-        daemon.module = NEXT
         Strace(daemon, (*SYNCS, *WRITES), position.inject)
         daemon.launch()
         assert daemon.process is not None
@@ -99,31 +95,33 @@ def _migrate_with_fault(home: Path, position: FaultPosition) -> str:
     return "failed with exit code 74" if code else "without effect"
 
 
-def _check_store(path: Path, ledger: Ledger) -> str:
-    """Check that the store is either unchanged, or migrated with a copy of the old one."""
+def _check_store(path: Path, rows: list[str], ledger: Ledger) -> str:
+    """Check that the store is either unchanged, with `rows`, or migrated with a copy of the old one."""
     version = startup.peek(str(path))[1]
-    ledger.check(contents(path))
     copies = [Path(name) for name in glob.glob(f"{path}.v{OLD}-*")]
     for copy in copies:
-        ledger.check(checked_contents(copy))
-    assert version in (OLD, NEW), f"there is no version {version}"
+        assert _dump(copy) == rows, f"{copy} differs from the old store"
     if version == OLD:
-        ledger.check(checked_contents(path))
+        assert _dump(path) == rows, "the rows have changed"
         return "left unchanged"
+    assert version == migrations.VERSION, f"there is no version {version}"
+    ledger.check(contents(path))
     assert copies, "the old store was not kept"
     return "migrated"
+
+
+def _dump(path: Path) -> list[str]:
+    with startup.read_only(str(path)) as conn:
+        return list(conn.iterdump())
 
 
 def _check_next_start(home: Path, ledger: Ledger) -> None:
     """Check that the next start finishes the migration and leaves no partial copies."""
     with DaemonProcess.not_started(home) as daemon:
-        daemon.module = NEXT
         daemon.start()
         assert daemon.stop() == 0
-    with closing(sqlite3.connect(daemon.store)) as conn:
-        assert conn.execute("PRAGMA user_version").fetchone() == (NEW,)
-        assert conn.execute("SELECT count(*) FROM notes").fetchone() == (len(ledger.jobs),)
-    ledger.check(contents(daemon.store))
+    assert startup.peek(str(daemon.store))[1] == migrations.VERSION
+    ledger.check(checked_contents(daemon.store))
     assert not glob.glob(f"{daemon.store}.backup-*")
     assert glob.glob(f"{daemon.store}.v{OLD}-*"), "the old store was not kept"
 
@@ -131,10 +129,10 @@ def _check_next_start(home: Path, ledger: Ledger) -> None:
 def newer_store(trial: Trial) -> Counts:
     """Check that a store of a newer version, also with the migration only in its log, is rejected and unchanged."""
     ledger = Ledger()
-    old = _old_store(trial, ledger)
+    stopped = _stopped_store(trial, ledger)
     compared = 0
     for number in range(trial.rounds):
-        home = _copy_store(old, trial.directory / "newer")
+        home = _copy_store(stopped, trial.directory / "newer")
         with DaemonProcess.not_started(home) as daemon:
             daemon.module = NEXT
             daemon.start()
@@ -148,7 +146,7 @@ def newer_store(trial: Trial) -> Counts:
             assert not daemon.gets_ready()
             assert daemon.process is not None
             assert daemon.process.wait(150) == EXIT_CONFIG, daemon.log.decode()
-            assert f"has schema version {NEW}, but this jobd supports {OLD}".encode() in daemon.log
+            assert f"has schema version {NEWER}, but this jobd supports {migrations.VERSION}".encode() in daemon.log
         assert _fingerprints(home) == before, "the files are not as they were"
         compared += len(before)
     return {"starts rejected": trial.rounds, "files compared": compared}
