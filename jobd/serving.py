@@ -28,7 +28,7 @@ from jobd.http.app import App
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
 from jobd.maintenance.backups import Backups
 from jobd.maintenance.cleanup_pass import CleanupSchedule
-from jobd.maintenance.clock_monitor import SET_BACK_MS, ClockMonitor
+from jobd.maintenance.clock_monitor import ClockMonitor
 from jobd.maintenance.maintainer import Maintainer, read_extra, read_stats
 from jobd.maintenance.plans import Planner
 from jobd.maintenance.scrubber import Scrubber
@@ -145,7 +145,7 @@ class Serving:
         """Start the actor and the background parts. `on_end` is called when the actor ends. Raises CannotStart."""
         settings, run = self._loaded.config, self._background.run
         self._recover_processing()
-        self._keep_due_since_last_commit()
+        self._keep_due()  # the clock may have been set back meanwhile, or that of the former leader is ahead
         self.running = asyncio.create_task(self.actor.run(), name="actor")
         self.running.add_done_callback(lambda _: on_end())
         self._stack.push_async_callback(self._stop_actor)
@@ -203,14 +203,8 @@ class Serving:
             self.actor.enqueue_internal(EndGrants(ids=ids, last=index + 1 >= len(slices)))
         log.warning("backup_put_back", grants_to_end=len(self.actor.state.processing), epoch=self.actor.state.epoch)
 
-    def _keep_due_since_last_commit(self) -> None:
-        """Keep the jobs due that were due by the clock before the restart, or by that of the former leader."""
-        numbers = self._opened.numbers
-        if numbers.wall_ms >= self.clock.moment().now + SET_BACK_MS or numbers.clock_suspect:
-            self._keep_due()
-
     def _keep_due(self) -> None:
-        """Keep the jobs due that are not due by the wall clock any more. The actor does so before any other command."""
+        """Keep the jobs due that are no longer due by the wall clock. The actor does so before any other command."""
         for ids in _slices(maintenance_rules.due_before(self.actor.state, self.clock.moment().now)):
             self.actor.enqueue_internal(KeepDue(ids=ids))
 

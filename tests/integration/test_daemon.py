@@ -29,6 +29,7 @@ from jobd.storage.backup import restore
 from jobd.storage.store import Store
 from tests.conftest import tool_missing
 from tests.support.daemon_process import DaemonProcess, DaemonResponse, call, free_port
+from tests.support.factories import ChangeFactory
 
 RACERS = 16
 
@@ -421,6 +422,23 @@ def test_a_suspect_clock_survives_restarts_until_it_is_accepted(tmp_path: Path) 
         daemon.kill()
         daemon.start()
         assert not daemon.admin("GET", "clock").data["suspect"]
+
+
+async def _left_with_a_job_from_the_future(store: Path) -> None:
+    """Make a store whose job was created an hour ahead, and whose last commit was made now."""
+    disk, found = await Store.open(str(store))
+    maker = ChangeFactory(numbers=found.numbers)
+    maker.now = wall_clock_ms() + HOUR_MS
+    batch = maker.batch([maker.create("a")])
+    await disk.write(replace(batch, numbers=replace(batch.numbers, lease_ms=0, wall_ms=wall_clock_ms())))
+    await disk.close()
+
+
+def test_a_job_that_a_step_of_the_clock_has_missed_is_due_after_a_start(tmp_path: Path) -> None:
+    asyncio.run(_left_with_a_job_from_the_future(tmp_path / "jobd.db"))
+    with DaemonProcess(tmp_path) as daemon:
+        assert daemon.post("/v1/jobs/a/start", {"worker": "w"}).status == 200
+        assert daemon.get("/v1/jobs/a").data["run_at"] <= wall_clock_ms()
 
 
 def test_a_reloaded_retention_limits_how_far_ahead_the_clock_may_be(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from jobd.engine.actor import Actor, DiskBroken
 from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
-from jobd.maintenance.clock_monitor import SET_BACK_MS, ClockMonitor
+from jobd.maintenance.clock_monitor import ClockMonitor
 from jobd.maintenance.maintainer import Maintainer, read_stats
 from jobd.model.commands import AnyCommand, EndGrants, ExtendAfterPause, IdempotencyKey, KeepDue, Operator
 from jobd.model.errors import ApiError
@@ -433,7 +433,7 @@ class SimDaemon:
         machine = self.machine
         machine.disk.on_broken = self.actor.lose_disk
         self._settle()
-        self._keep_due_since_last_commit()
+        self._keep_due(0)
         running = self.spawn(self.actor.run())
         running.add_done_callback(lambda _: self.stopped.set())
         self.maintainer = Maintainer(self.actor, self.clock, machine.scenario.schedule)
@@ -489,11 +489,6 @@ class SimDaemon:
     def check_clocks(self) -> None:
         self.clock_checked_s = self.machine.loop.now_s
         self.clock_monitor.check()
-
-    def _keep_due_since_last_commit(self) -> None:
-        numbers = self.opened.numbers
-        if numbers.wall_ms >= self.clock.moment().now + SET_BACK_MS or numbers.clock_suspect:
-            self._keep_due(0)
 
     def _keep_due(self, back_ms: int) -> None:
         due = maintenance_rules.due_before(self.state, self.clock.moment().now)
