@@ -115,7 +115,7 @@ class JournalSection(Struct, frozen=True, forbid_unknown_fields=True):
     [cluster](cluster.md).
     """
     name: Annotated[str, Meta(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$(?!\n)", max_length=30)] = "main"
-    """Name of the journal: up to 30 of a-z, 0-9 and single hyphens. Nodes with the same name are one jobd."""
+    """Name of the journal: up to 30 of a-z, 0-9 and single hyphens. Nodes with the same name act as one jobd."""
     lease: Duration = Duration(3 * SECOND_MS)
     """Time without a sign of the leader after which a standby takes over, 500 ms to 1 min.
 
