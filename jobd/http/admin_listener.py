@@ -60,11 +60,6 @@ class AdminRequest(RequestContext, eq=False):
     def is_complete(self) -> bool:
         return self._request.content.is_eof()
 
-    def send_continue(self) -> None:
-        transport = self.transport
-        if not self.is_complete and self.headers.get("expect") and transport is not None:
-            transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
     async def read(self) -> bytes:
         try:
             return await self._request.content.readany()
@@ -118,7 +113,7 @@ class AdminListener(HttpListener):
         async def handle(request: web.Request, handler: object) -> web.StreamResponse:
             return await self._handle(request)
 
-        application = web.Application(middlewares=[handle])  # also for targets without a route, such as *
+        application = web.Application(middlewares=[handle])  # it also runs for targets without a route, such as *
         application.router.add_route("*", "/{path:[\\s\\S]*}", self._handle, expect_handler=_expect_nothing)
         self.busy: set[object] = set()  # transports with a request in progress
         self._runner = web.AppRunner(

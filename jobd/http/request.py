@@ -6,7 +6,7 @@ import re
 import secrets
 import socket
 import struct
-from asyncio import BaseTransport
+from asyncio import Transport
 from collections.abc import Mapping
 from typing import Final
 
@@ -69,7 +69,7 @@ class RequestContext(Struct, eq=False):
     # -- connection ----------------------------------------------------------------------------------------------------
 
     @property
-    def transport(self) -> BaseTransport | None:
+    def transport(self) -> Transport | None:
         """The transport of the connection, None after its end."""
         raise NotImplementedError
 
@@ -101,7 +101,9 @@ class RequestContext(Struct, eq=False):
 
     def send_continue(self) -> None:
         """Send `100 Continue` to a client that waits for it before it sends its body."""
-        raise NotImplementedError
+        transport = self.transport
+        if not self.is_complete and self.headers.get("expect") and transport is not None:
+            transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     async def read(self) -> bytes:
         """Return the next bytes of the body, none at its end. Raises BodyError."""

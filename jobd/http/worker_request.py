@@ -115,11 +115,6 @@ class WorkerRequest(RequestContext, eq=False):
         self.keep_alive = False
         self.wake()
 
-    def send_continue(self) -> None:
-        transport = self.transport
-        if not self.is_complete and self.headers.get("expect") and transport is not None:
-            transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
     async def read(self) -> bytes:
         while not self.body:
             if self.error is not None:

@@ -235,7 +235,9 @@ def restore(file: str, path: str) -> str | None:
             epoch, old_name = _keep_old(path)
             if epoch > used.epoch:
                 files.write_epoch(path, epoch)
-            _give_to_owner(path, old_name)
+            for name in (new, f"{path}.epoch"):
+                if os.path.exists(name):
+                    files.give_to_owner(name, path)
             os.replace(new, path)
             files.sync_directory(path)
         finally:
@@ -253,16 +255,6 @@ def _check_and_copy(file: str, new: str) -> None:
         if has_tail(source):
             startup.check_tail(source, file)
         copy_database(source, new)
-
-
-def _give_to_owner(path: str, old_name: str | None) -> None:
-    """If run as root, give the written files to the owner of the store, because the daemon runs as that user."""
-    if os.geteuid() != 0:
-        return
-    model = os.stat(old_name or Path(path).resolve().parent)
-    for name in (f"{path}.restoring", f"{path}.epoch"):
-        if os.path.exists(name):
-            os.chown(name, model.st_uid, model.st_gid)
 
 
 def _keep_old(path: str) -> tuple[int, str | None]:

@@ -24,7 +24,7 @@ from jobd.model.storage import RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
 
 RESERVE_FILE_BYTES: Final = RESERVE_BYTES
 DISK_FULL_ERRNOS: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
-SCRATCH: Final = ".accepting"  # directory of `jobd cluster accept-loss` beside a store
+SCRATCH: Final = ".accepting"  # directory of `jobd cluster accept-loss` next to a store
 _LOCK_BYTES: Final = 16
 # SQLite locks these bytes of the database, from its PENDING byte on.
 _SQLITE_LOCKS: Final = (0x40000000, 512)
@@ -235,8 +235,13 @@ def give_to_owner(name: str, path: str) -> None:
     The daemon runs as that user.
     """
     if os.geteuid() == 0:
-        model = os.stat(path if os.path.exists(path) else Path(path).resolve().parent)
+        model = _owner(path)
         os.chown(name, model.st_uid, model.st_gid)
+
+
+def _owner(path: str) -> os.stat_result:
+    """Return the status of the store at `path`, or of its directory if there is no store."""
+    return os.stat(path if os.path.exists(path) else Path(path).resolve().parent)
 
 
 @contextlib.contextmanager
@@ -245,7 +250,7 @@ def keeping_owner(path: str) -> Iterator[None]:
 
     The daemon runs as that user.
     """
-    model = os.stat(path if os.path.exists(path) else Path(path).resolve().parent)
+    model = _owner(path)
     try:
         yield
     finally:
@@ -354,7 +359,7 @@ def build_reserve(path: str) -> None:
     name = f"{path}.ballast"
     disk = space(path)
     if disk is not None and disk.free_bytes < RESERVE_FILE_BYTES + SPARE_BYTES:
-        raise DiskFull(f"{name} needs {RESERVE_FILE_BYTES + SPARE_BYTES} bytes, {disk.free_bytes} are free")
+        raise DiskFull(f"{name} needs {RESERVE_FILE_BYTES + SPARE_BYTES} bytes, but only {disk.free_bytes} are free")
     with occupied(path, SPARE_BYTES), raising_disk_full():
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, Final
 
 from msgspec import Struct
@@ -10,9 +9,6 @@ from msgspec import Struct
 from jobd.journal.postgres import partitions
 from jobd.journal.postgres.session import VERSION, check_version
 from jobd.model.journal import JournalMisconfigured
-
-NAME: Final = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")  # no underscore: it separates the parts of a table's name
-MAX_NAME: Final = 30
 
 _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS jobd_schema (version int NOT NULL);
