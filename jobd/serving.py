@@ -257,7 +257,7 @@ class Serving:
             alerts=lambda: self.alerts.known(),
             chance=SystemRandom().random,
         )
-        webhooks = WebhookManager(context, listen=self.actor.on_commit.append, post=transport)
+        webhooks = WebhookManager(context, subscribe=self.actor.on_commit.append, make_transport=transport)
         webhooks.set_endpoints(each.endpoint for each in self._loaded.webhooks)
         return webhooks
 

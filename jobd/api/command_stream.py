@@ -272,7 +272,7 @@ class _StreamSession:
             decoded = self._reader.read(line)
             slot.by, slot.job_id, slot.weight = decoded.by, decoded.job_id, weight(decoded.command)
             envelope = self._app.actor.send(
-                decoded.command, slot, by=decoded.by, key=decoded.key, size=slot.size, in_line=True
+                decoded.command, slot, by=decoded.by, key=decoded.key, size=slot.size, ordered=True
             )
         except ApiException as rejected:
             envelope = rejected.error

@@ -81,8 +81,8 @@ class Services(Struct, kw_only=True):
         return await self.metrics.render()
 
     def clock_view(self) -> ClockView:
-        at, doubt = self.clock.moment(), self.clock.doubt()
-        return ClockView(at.now, doubt is not None, doubt or "The wall clock agrees with the last stored time.")
+        at, reason = self.clock.moment(), self.clock.suspect_reason()
+        return ClockView(at.now, reason is not None, reason or "The wall clock agrees with the last stored time.")
 
     async def accept_clock(self) -> ClockView | ApiError:
         """Accept the wall clock, and commit that before the response, so that the next start trusts the clock too."""

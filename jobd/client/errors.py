@@ -85,7 +85,7 @@ class WorkerNotFound(JobdError):
 
 
 class PlanNotFound(JobdError):
-    """The plan does not exist or has expired: make it again."""
+    """The plan does not exist or has expired: build it again."""
 
     code, status = "plan_not_found", 404
 

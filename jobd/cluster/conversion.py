@@ -1,4 +1,4 @@
-"""Make a cluster from the store of a single machine, and the store of a single machine from a cluster."""
+"""Turn the store of a single machine into a cluster, and a cluster into the store of a single machine."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ async def init_from_store(journal: SharedJournal, path: str) -> None:
 
 
 async def leave(journal: SharedJournal, path: str, lease_s: float) -> int:
-    """Make the store at `path` that of a single machine, with everything that is in `journal`, and close the journal.
+    """Turn the store at `path` into that of a single machine, with all records of `journal`, and close the journal.
 
     All nodes are stopped: nothing may lead for `lease_s`. Return the new epoch. A second call completes what the first
     one began.
     """
     store, opened = await ClusterStore.open_for(path, journal)
     async with store:
-        with known_outcome():
+        with repeatable_errors():
             head = await take_free_lead(journal, opened.numbers.epoch, lease_s)
             last = await _catch_up(store, journal, opened.last_record)
             if last is None:
@@ -60,8 +60,8 @@ async def leave(journal: SharedJournal, path: str, lease_s: float) -> int:
 
 
 @contextlib.contextmanager
-def known_outcome() -> Iterator[None]:
-    """Translate errors of a lead into those of a command that can be repeated."""
+def repeatable_errors() -> Iterator[None]:
+    """Translate the errors of taking and using the lead into those of a command that can be repeated."""
     try:
         yield
     except JournalOutcomeUnknown as error:

@@ -18,7 +18,7 @@ from jobd.engine.actor import COMMIT_BUCKETS_S
 from jobd.model.journal import Head, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost, Record, SharedJournal
 from jobd.model.storage import DiskFull
 
-LEAST_S: Final = 0.5  # least wait for a response of the journal, even after the end of the lease
+MIN_WAIT_S: Final = 0.5  # for a response of the journal, even after the end of the lease
 RETRY_S: Final = 0.05  # while the journal cannot be reached
 
 log = structlog.get_logger("jobd.cluster")
@@ -29,7 +29,7 @@ T = TypeVar("T")
 class Leadership:
     """The lead of `journal`, which began with `head`. `lease` was renewed by the takeover.
 
-    `next_epoch` returns an epoch above the present one, and `on_epoch` is called when the lead goes on with it.
+    `next_epoch` returns an epoch above the current one. `on_epoch` is called when the lead continues with it.
     `on_lost` is called once, when this node no longer leads and no append has reported it.
     """
 
@@ -144,11 +144,11 @@ class Leadership:
     async def _resolve(self) -> Head:
         """Keep the lead after an unknown outcome, with another epoch. Raises LeadershipLost at the end of the lease.
 
-        A statement that is running then ends by itself. If it takes an epoch, nothing uses that.
+        A statement that is still running then ends by itself. If it takes an epoch, that epoch is not used.
         """
         while True:
             with contextlib.suppress(JournalOutcomeUnknown, TimeoutError):
-                async with asyncio.timeout(max(self._lease.left_s, LEAST_S)):
+                async with asyncio.timeout(max(self._lease.left_s, MIN_WAIT_S)):
                     head = await self._retry(lambda: self._journal.resolve(self._next_epoch()))
                 self.epoch = head.epoch
                 self.on_epoch(head.epoch)
@@ -159,8 +159,8 @@ class Leadership:
     async def _retry(self, send: Callable[[], Awaitable[T]], *raised: type[Exception]) -> T:
         """Send a statement that renews the lease, again while the journal cannot be written and the lease lasts.
 
-        The first time is allowed after the lease, because the journal rejects it if another node leads. The errors
-        `raised` are not tried again.
+        The first attempt may come after the lease, because the journal rejects it if another node leads. After the
+        errors `raised`, it is not sent again.
         """
         is_away = False
         while True:

@@ -1,8 +1,8 @@
 """Judge the lease of leadership by the monotonic clock of this node alone.
 
 A leader counts from before it sent a renewal that was acknowledged, and stops a margin early. A standby counts from
-when it first saw the renewal. So the lease of a leader is over before a standby takes over, whatever the wall clocks
-say. `now_s` has to count the time in which the machine is suspended.
+when it first saw the renewal. So the lease of a leader is over before a standby takes over, regardless of the wall
+clocks. `now_s` has to count the time in which the machine is suspended.
 """
 
 from __future__ import annotations
@@ -75,5 +75,5 @@ class StandbyLease:
 
     @property
     def is_over(self) -> bool:
-        """Whether the head has not changed for the length of the lease, also because it cannot be read."""
+        """Whether the head has not changed, or could not be read, for the length of the lease."""
         return self._seen is not None and self._now_s() - self._seen_s >= self.lease_s

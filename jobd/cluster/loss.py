@@ -17,7 +17,7 @@ from typing import Final
 import msgspec
 from msgspec import Raw, Struct
 
-from jobd.cluster.conversion import known_outcome, take_free_lead
+from jobd.cluster.conversion import repeatable_errors, take_free_lead
 from jobd.cluster.standby import JUMP, READ_LIMIT
 from jobd.cluster.warm_state import WarmState
 from jobd.core import views
@@ -152,7 +152,7 @@ def write_file(loss: Loss) -> int:
     with files.raising_disk_full(), open(new, "wb") as file:
         for each in loss.changed.jobs:
             if each.job is not None:
-                file.write(msgspec.json.encode(views.moved(each.job, Raw(each.payload))) + b"\n")
+                file.write(msgspec.json.encode(views.as_import(each.job, Raw(each.payload))) + b"\n")
                 count += 1
     files.put_in_place(new, loss.file)
     return count
@@ -173,7 +173,7 @@ async def accept(journal: SharedJournal, loss: Loss, policy: Policy, lease_s: fl
             store, opened = await ClusterStore.open_for(f"{place}/jobd.db", journal)
             highest = max(opened.numbers.epoch, 0 if last is None else last.epoch)
             async with store:
-                with known_outcome():
+                with repeatable_errors():
                     head = await take_free_lead(journal, highest, lease_s)
                     batch = await _write_ending(journal, store, opened, head, loss, policy)
                     await journal.release()
@@ -184,7 +184,7 @@ async def accept(journal: SharedJournal, loss: Loss, policy: Policy, lease_s: fl
 
 @asynccontextmanager
 async def _scratch_directory(path: str) -> AsyncIterator[str]:
-    """Yield a new directory beside the store, which is locked. One that a kill has left is removed."""
+    """Lock the store, and yield a new directory next to it. One left behind by a kill is removed first."""
     place = f"{path}{files.SCRATCH}"
     lock = await asyncio.to_thread(FileLock, path)
     try:

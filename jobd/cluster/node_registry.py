@@ -26,10 +26,10 @@ log = structlog.get_logger("jobd.cluster")
 class NodeRegistry:
     """Writes the entry of this node while `run` runs, as `describe` returns it.
 
-    `nodes` and `health` are as last read, `health` is None if they cannot be read now. `ahead_ms` says by how much the
-    wall clock of this node is ahead of that of the server. `problem` says that another process uses the name. If it did
-    so before this one, `on_duplicate` is called with that, and no entry is written. `format` is the highest format of
-    records that all nodes read, also those that do not run now.
+    `nodes` and `health` are those last read; `health` is None while they cannot be read. `ahead_ms` is by how much the
+    wall clock of this node is ahead of that of the server. `problem` says that another process uses the name. If that
+    one used it first, `on_duplicate` is called with `problem`, and no entry is written. `format` is the highest format
+    of records that all nodes read, including those that are not running.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class NodeRegistry:
         return next((int((now_s - at_s) * 1000) for at_s, record in self._records if record > node.projected_to), 0)
 
     async def begin_lead(self) -> None:
-        """Read `nodes` anew, because another leader may have written for nodes that this one has not seen."""
+        """Read `nodes` again, because another leader may have written for nodes that this one has not seen."""
         self.format = record.LOWEST_FORMAT
         await self.refresh()
 
@@ -120,7 +120,7 @@ class NodeRegistry:
         self._is_registered = True
 
     def _watches_other(self, mine: NodeEntry) -> bool:
-        """Return whether the name may be that of another process, which this one has to watch for longer.
+        """Return whether another process may use the name, so that this one has to keep watching it.
 
         No clock of the server counts, because it can be set back. The entry of a process that was killed may change
         once more, by a statement that was on its way.

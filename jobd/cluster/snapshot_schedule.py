@@ -1,7 +1,7 @@
 """Write a snapshot of the tables into the journal from time to time, and trim the journal behind it.
 
 A node with an empty disk starts from the newest snapshot. The first standby by name writes it, the leader only if no
-standby is running. While nodes of several versions run, one with the oldest tables does, because all of them read it.
+standby is running. While nodes of several versions run, one with the lowest schema version does: all can read it.
 """
 
 from __future__ import annotations

@@ -159,13 +159,13 @@ class Standby:
     async def _check_branch(self, head: Head) -> None:
         """Check that the journal has the last record that was applied, which a failover of the server can lose.
 
-        Raises StoreAhead: this node may not lead. Raises StoreDamaged if another node has gone on without the record,
+        Raises StoreAhead: this node may not lead. Raises StoreDamaged if another node has continued without the record,
         or if it was trimmed.
         """
         if not await self._warm.is_on_branch(self._journal):
             raise StoreDamaged(
-                f"the journal has gone on without record {self._warm.number}, the last one of this node, or has "
-                "trimmed it: the next start makes the tables again"
+                f"the journal has continued without record {self._warm.number}, the last one of this node, or has "
+                "trimmed it: the next start rebuilds the tables"
             )
         self._checked_epoch = head.epoch
 
@@ -210,7 +210,7 @@ class Standby:
         return head
 
     def _begin_epoch(self, epoch: int) -> None:
-        """Begin an epoch above those of all records. The last ones were not known when the lead was taken."""
+        """Begin an epoch above the epochs of all records. The last records were not known when the lead was taken."""
         state = self._warm.state
         state.epoch, state.next_token = max(epoch, state.epoch + 1), 1
         if not self.settings.is_complete:
@@ -219,7 +219,7 @@ class Standby:
 
 
 def acknowledged(records: list[Record], acked: int) -> list[Record]:
-    """Return those of consecutive records that are acknowledged: up to `acked`, and before another one."""
+    """Return those of consecutive `records` that are acknowledged: up to `acked`, and all but the last one."""
     return [each for each in records if each.number <= acked or each is not records[-1]]
 
 

@@ -87,8 +87,8 @@ def _problems(nodes: Sequence[NodeEntry], leading: NodeEntry | None) -> Iterable
     highest = max((node.format for node in nodes), default=0)
     if older := [f"{node.name} (up to {node.format})" for node in nodes if node.format < highest]:
         yield (
-            f"Nodes of an older version do not read records of format {highest}: {', '.join(older)}. What needs them "
-            "waits: webhooks, statistics and the deletion of old data. Upgrade these nodes, or remove their entries: "
+            f"Nodes of an older version do not read records of format {highest}: {', '.join(older)}. Webhooks, "
+            "statistics and the deletion of old data wait until these nodes are upgraded or their entries are removed: "
             "jobd cluster forget NAME"
         )
     for node in nodes:

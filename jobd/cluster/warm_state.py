@@ -16,7 +16,7 @@ from jobd.model.job import Job
 from jobd.model.journal import Record, SharedJournal
 from jobd.model.storage import Batch, FiguresWrite, LoadedRows, OpenedStore, Quarantined, StoredResponse, TombstoneWrite
 
-PIECE_EVENTS: Final = 200  # are applied at once: it takes some 5 ms
+PIECE_EVENTS: Final = 200  # applied in one turn of the event loop, in about 5 ms
 
 
 class FollowingStorage(Protocol):

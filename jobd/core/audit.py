@@ -57,7 +57,7 @@ def _details(command: AnyCommand, response: Response | ApiError, changes: list[C
 
 
 def _job_of(command: AnyCommand) -> str | None:
-    """Return the job that the command is about; also that of a plan with one job."""
+    """Return the id of the job that the command is about, or of the only job of a plan."""
     if isinstance(command, ApplyPlan):
         return command.jobs[0].id if len(command.jobs) == 1 else None
     return command.id if isinstance(command, JobCommand) else None

@@ -123,8 +123,8 @@ RULES: Final[Mapping[type[Command], Rule]] = {
     Recover: maintenance_rules.recover,
     Expire: maintenance_rules.expire,
     DeleteExpired: maintenance_rules.delete_expired,
-    RepairJobs: maintenance_rules.mend,
-    ExtendAfterPause: maintenance_rules.credit_absence,
+    RepairJobs: maintenance_rules.repair,
+    ExtendAfterPause: maintenance_rules.extend_after_pause,
     KeepDue: maintenance_rules.keep_due,
     EndGrants: maintenance_rules.end_grants,
     EndPauses: maintenance_rules.end_pauses,
@@ -154,8 +154,9 @@ def decide(tx: Transaction, call: Call) -> Response | ApiError:
     tx.begin(call)
     command = call.command
     try:
-        if call.expected is not None and (moved := plan_rules.moved(tx, command, call.expected)) is not None:
-            return moved
+        refusal = None if call.expected is None else plan_rules.refuse_if_changed(tx, command, call.expected)
+        if refusal is not None:
+            return refusal
         response = RULES[type(command)](tx, command)
     except Exception:
         tx.undo()

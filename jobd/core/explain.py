@@ -21,10 +21,10 @@ from jobd.model.events import Event, QueuePause, describe_author
 from jobd.model.job import DELAYED_FROM, HOUR_MS, SECOND_MS, Grant, Job, LateResult, Lease, Policy
 from jobd.model.responses import NextEvent, WhyView
 
-MOST_NAMED: Final = 3  # workers or kinds that a sentence lists
+MAX_NAMED: Final = 3  # workers or kinds that a sentence lists
 
 # Events by which a worker or operator ends a job. For the others (stalled, expired) the message is enough.
-_BY_HAND: Final = frozenset({"completed", "adopted", "cancelled", "force_failed", "transitioned", "imported"})
+_NAMES_AUTHOR: Final = frozenset({"completed", "adopted", "cancelled", "force_failed", "transitioned", "imported"})
 
 
 def explain(job: Job, state: State, at: Moment, policy: Policy) -> WhyView:
@@ -161,7 +161,7 @@ def _outlook(job: Job, state: State, at: Moment) -> _Outlook:
         silent = [
             f"Take back the jobs of {name}: jobctl take-back {quote(name)}" for name, each in busy if each.expired
         ]
-        return _Outlook(_busy(busy, state, at), offered, "no free worker", [see, *silent[:MOST_NAMED], start])
+        return _Outlook(_busy(busy, state, at), offered, "no free worker", [see, *silent[:MAX_NAMED], start])
     offered = NextEvent("The first worker that claims its queue and kind gets it.", None, "claim")
     if fitting:
         ago = in_words(presence.lease - max(claims.claimed for claims in fitting))
@@ -227,8 +227,8 @@ def _others(sets: list[ClaimSet], presence: WorkerPresence) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _of_kind(kind: str) -> str:
@@ -355,7 +355,7 @@ def ending(job: Job, events: Sequence[Event] = ()) -> str:
     end = next((event for event in reversed(events) if event.after == job.status != event.before), None)
     if job.status == "failed":
         return _failed(job, end)
-    how = job.status if end is None or end.type not in _BY_HAND else _by_hand(end)
+    how = job.status if end is None or end.type not in _NAMES_AUTHOR else _ended_by(end)
     return f"It was {how}; that is final." if job.status == "completed" else f"It was {how}."
 
 
@@ -363,13 +363,13 @@ def _failed(job: Job, end: Event | None) -> str:
     message = (job.error.message if job.error else None) or "no error message was recorded."
     if end is not None and end.type == "failed":
         return f"It failed on {describe_author(end.by)}: {message}"
-    if end is None or end.type not in _BY_HAND:
+    if end is None or end.type not in _NAMES_AUTHOR:
         return f"It failed: {message}"
     is_said = message in (end.reason, NO_REASON)
-    return f"It was {_by_hand(end)}." if is_said else f"It was {_by_hand(end)}. Its error: {message}"
+    return f"It was {_ended_by(end)}." if is_said else f"It was {_ended_by(end)}. Its error: {message}"
 
 
-def _by_hand(end: Event) -> str:
+def _ended_by(end: Event) -> str:
     """Return for example `cancelled by operator ana: no longer needed`."""
     how = f"imported as {end.after}" if end.type == "imported" else str(end.after)
     if end.type == "adopted":

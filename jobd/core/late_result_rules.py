@@ -62,7 +62,7 @@ def is_late(state: State, command: Complete) -> bool:
 def complete(tx: Transaction, command: Complete, refusal: ApiError, body_hash: str) -> Response | ApiError:
     """Decide a complete that gets `lock_lost`: drop, store or accept its result, by the policy of the queue.
 
-    Only a former grant of this job leaves anything, and of each grant only the first complete counts.
+    Only the lock of a former grant of this job has an effect, and for each grant only the first complete counts.
     """
     job = tx.state.get(command.id)
     assert job is not None  # its lock was checked
@@ -71,17 +71,15 @@ def complete(tx: Transaction, command: Complete, refusal: ApiError, body_hash: s
     if granted is None:
         return refusal
     if policy == "drop":
-        return _not_kept(tx, job, command, refusal)
+        return _rejected(tx, job, command, refusal)
     worker, token = granted
-    result = (
-        transitions.kept_result(Result(command.download_url, command.file_path, command.storage_key, command.metadata))
-        or Result()
-    )
+    given = Result(command.download_url, command.file_path, command.storage_key, command.metadata)
+    result = transitions.normalize_result(given) or Result()
     late = LateResult(0, tx.at.now, worker, token, body_hash, command.expires_at, result)
     is_free = policy == "adopt_if_unclaimed" and _is_unclaimed(tx, job, command.lock_id)
     if is_free and transitions.refuse_result(tx, command) is None:
-        return _taken(tx, job, late)
-    return _kept(tx, job, late, refusal) or _not_kept(tx, job, command, refusal)
+        return _accepted(tx, job, late)
+    return _stored(tx, job, late, refusal) or _rejected(tx, job, command, refusal)
 
 
 def note_call(tx: Transaction, job: Job, command: Calls) -> None:
@@ -156,7 +154,7 @@ def _is_unclaimed(tx: Transaction, job: Job, lock_id: str) -> bool:
     )
 
 
-def _taken(tx: Transaction, job: Job, late: LateResult) -> Response:
+def _accepted(tx: Transaction, job: Job, late: LateResult) -> Response:
     """Accept the result as if the grant had not ended. A repeated complete gets the same response."""
     assert job.ended is not None  # of this grant
     ended = replace(
@@ -171,12 +169,12 @@ def _taken(tx: Transaction, job: Job, late: LateResult) -> Response:
     return transitions.job_response(tx, job)
 
 
-def _not_kept(tx: Transaction, job: Job, command: Complete, refusal: ApiError) -> ApiError:
+def _rejected(tx: Transaction, job: Job, command: Complete, refusal: ApiError) -> ApiError:
     note_call(tx, job, command)
     return refusal
 
 
-def _kept(tx: Transaction, job: Job, late: LateResult, refusal: ApiError) -> ApiError | None:
+def _stored(tx: Transaction, job: Job, late: LateResult, refusal: ApiError) -> ApiError | None:
     """Store the result if it is the first of its grant, not too large, and among those of the latest grants.
 
     A grant whose late result was replaced by later ones stores none again, so repeated calls add nothing. Return None
@@ -218,7 +216,7 @@ def _call_details(command: Calls) -> dict[str, Any]:
     """Return the content of a rejected call, for the event."""
     details: dict[str, Any] = {}
     if isinstance(command, Progress):
-        details = {"progress": transitions.whole(command.progress), "message": command.message}
+        details = {"progress": transitions.normalize_number(command.progress), "message": command.message}
     elif isinstance(command, Fail):
         details = {"error_message": command.error_message, "error_code": command.error_code}
     return {name: value for name, value in details.items() if value is not None}

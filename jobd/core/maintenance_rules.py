@@ -45,7 +45,7 @@ def recover(tx: Transaction, command: Recover) -> Response:
     for job_id in stuck:
         job = state.processing[job_id]
         if transitions.is_stuck(job, lease):
-            job = transitions.stall(tx, job, transitions.silence(tx, job))
+            job = transitions.stall(tx, job, transitions.stall_reason(tx, job))
             details.append(_recovery(tx, job))
     cleared = 0
     for job_id in expired:
@@ -77,7 +77,7 @@ def take_back(tx: Transaction, command: TakeBack) -> Response | ApiError:
     details = []
     for job_id in list(islice(worker.expired, TAKEN_BACK)):
         job = tx.state.processing[job_id]
-        cause = f"{transitions.silence(tx, job)} An operator took the job back."
+        cause = f"{transitions.stall_reason(tx, job)} An operator took the job back."
         job = transitions.stall(tx, job, cause, rule="take-back", why="taken_back")
         details.append(_recovery(tx, job))
     reset = sum(each.action == "reset" for each in details)
@@ -96,7 +96,7 @@ def recover_one(tx: Transaction, command: JobCommand) -> Response | ApiError:
     if isinstance(job, ApiError):
         return job
     if transitions.is_stuck(job, tx.at.lease):
-        transitions.stall(tx, job, transitions.silence(tx, job))
+        transitions.stall(tx, job, transitions.stall_reason(tx, job))
         return Response(MaintenanceResult(1))
     return _not_due(job, tx.at)
 
@@ -146,7 +146,7 @@ def end_grants(tx: Transaction, command: EndGrants) -> Response:
     return Response(MaintenanceResult(done))
 
 
-def credit_absence(tx: Transaction, command: ExtendAfterPause) -> Response:
+def extend_after_pause(tx: Transaction, command: ExtendAfterPause) -> Response:
     """Postpone deadlines of processing jobs to at least `grace_ms` from now: after a start, workers must reconnect."""
     until = tx.at.lease + command.grace_ms
     since = tx.at.lease if command.since is None else command.since
@@ -155,7 +155,7 @@ def credit_absence(tx: Transaction, command: ExtendAfterPause) -> Response:
         job = tx.state.processing.get(job_id)
         if job is None or job.lease is None:
             continue
-        lease = _credited(job.lease, since, until)
+        lease = _postponed(job.lease, since, until)
         if lease != job.lease:
             tx.update(job, "resumed", {"lease": lease}, details={"grace_ms": command.grace_ms})
             done += 1
@@ -186,7 +186,7 @@ def _was_due(job: Job, now: int) -> bool:
     return now < job.run_at <= job.updated_at
 
 
-def _credited(lease: Lease, since: int, until: int) -> Lease:
+def _postponed(lease: Lease, since: int, until: int) -> Lease:
     """Return the lease with no deadline before `until`. A lock that had expired at `since` stays expired."""
     expires = max(lease.expires, until) if lease.is_live(since) else lease.expires
     ceiling = None if lease.ceiling is None else max(lease.ceiling, until)
@@ -235,7 +235,7 @@ def end_pauses(tx: Transaction, command: EndPauses) -> Response:
     return Response(MaintenanceResult(len(over)))
 
 
-def mend(tx: Transaction, command: RepairJobs) -> Response:
+def repair(tx: Transaction, command: RepairJobs) -> Response:
     """Validate the named jobs and apply the safe fixes. Other issues are reported in every run."""
     found: list[tuple[str, Issue]] = []
     fixed = 0
@@ -247,19 +247,19 @@ def mend(tx: Transaction, command: RepairJobs) -> Response:
         found.extend((job_id, issue) for issue in issues)
         left = issues
         if issues:
-            left = [issue for issue in validate(_mend(tx, job), tx.at, tx.policy).issues if counts(issue)]
+            left = [issue for issue in validate(_repair_one(tx, job), tx.at, tx.policy).issues if counts(issue)]
             fixed += len(issues) - len(left)
         if not left:
             tx.checked.append(job.seq)
     return Response(MaintenanceResult(fixed, found=len(found), issues=found))
 
 
-def _mend(tx: Transaction, job: Job) -> Job:
+def _repair_one(tx: Transaction, job: Job) -> Job:
     """Apply the safe fixes to one job and return its row."""
     fixes = safe_fixes(job)
     if fixes:
         details = {"fields": sorted(fixes)}
         job = tx.update(job, "fixed", fixes, reason="validation", details=details)
     if job.status == "processing" and (job.grant is None or job.lease is None):
-        job = transitions.stall(tx, job, transitions.silence(tx, job))
+        job = transitions.stall(tx, job, transitions.stall_reason(tx, job))
     return job

@@ -48,17 +48,17 @@ def force_reset(tx: Transaction, command: ForceReset) -> Response | ApiError:
     job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
-    job = transitions.met(tx, job)
-    if job.status in ("queued", "completed"):  # also a job whose row has an unknown status can be reset
+    job = transitions.expire_if_overdue(tx, job)
+    if job.status in ("queued", "completed"):  # a job whose row has an unknown status can be reset too
         what = "It needs no reset." if job.status == "queued" else "A completed job is final; create a new job instead."
         return transitions.refuse_transition(job, "queued", what)
     ended = transitions.ended_by(job, tx.at.now, "force-reset", "force_reset")
-    fresh = {"attempt": 0, "stalls": 0, "error": None, "run_at": tx.at.now} | _wanted_again(tx, job)
+    fresh = {"attempt": 0, "stalls": 0, "error": None, "run_at": tx.at.now} | _without_past_expiry(tx, job)
     after = transitions.requeue(tx, job, "force_reset", ended, fresh, reason=command.reason)
     return _forced(tx, job, after, command.reason)
 
 
-def _wanted_again(tx: Transaction, job: Job) -> dict[str, Any]:
+def _without_past_expiry(tx: Transaction, job: Job) -> dict[str, Any]:
     """Clear an `expires_at` that has passed, because the job would fail again at once."""
     return {"expires_at": None} if job.expires_at is not None and job.expires_at <= tx.at.now else {}
 
@@ -68,7 +68,7 @@ def transition(tx: Transaction, command: Transition) -> Response | ApiError:
     job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
-    job = transitions.met(tx, job)
+    job = transitions.expire_if_overdue(tx, job)
     if job.status != command.from_:
         what = f"The transition expected {command.from_}. Check the job again before you decide."
         return transitions.refuse_transition(job, command.to, what)
@@ -82,17 +82,17 @@ def transition(tx: Transaction, command: Transition) -> Response | ApiError:
         refusal = transitions.refuse_without_url(tx.policy, result.download_url, "updates.download_url")
         if refusal is not None:
             return refusal
-    after = _moved(tx, job, command, fields)
+    after = _transitioned(tx, job, command, fields)
     return _forced(tx, job, after, command.reason)
 
 
-def _moved(tx: Transaction, job: Job, command: Transition, fields: dict[str, Any]) -> Job:
+def _transitioned(tx: Transaction, job: Job, command: Transition, fields: dict[str, Any]) -> Job:
     reason = command.reason
     ended = transitions.ended_by(job, tx.at.now, "transition", "transitioned")
     if command.to == "queued":
         # The last attempt does not count.
-        fields |= _wanted_again(tx, job)
-        fields["attempt"] = transitions.given_back(job)
+        fields |= _without_past_expiry(tx, job)
+        fields["attempt"] = transitions.refunded_attempts(job)
         return transitions.requeue(tx, job, "transitioned", ended, fields, reason=reason)
     if command.to == "completed":
         fields |= transitions.completion(fields.get("result", job.result) or Result())
@@ -109,7 +109,7 @@ def _updated(tx: Transaction, job: Job, updates: Updates) -> dict[str, Any]:
         fields["error"] = Failure(updates.error_message, "transitioned")
     given = {name: value for name in Result.__struct_fields__ if (value := getattr(updates, name)) is not None}
     if given:
-        fields["result"] = transitions.kept_result(replace(job.result or Result(), **given))
+        fields["result"] = transitions.normalize_result(replace(job.result or Result(), **given))
     return fields
 
 
@@ -133,7 +133,7 @@ def run_now(tx: Transaction, command: RunNow) -> Response | ApiError:
     job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
-    job = transitions.met(tx, job)
+    job = transitions.expire_if_overdue(tx, job)
     if job.status not in RunNow.allowed_from:
         return transitions.refuse_transition(job, "queued", "Only a queued job can be run now.")
     if job.run_at > tx.at.now:
@@ -146,7 +146,7 @@ def update(tx: Transaction, command: Update) -> Response | ApiError:
     job = transitions.find(tx, command.id)
     if isinstance(job, ApiError):
         return job
-    job = transitions.met(tx, job)
+    job = transitions.expire_if_overdue(tx, job)
     if job.status == "completed":
         return transitions.refuse_transition(job, "completed", "A completed job cannot be changed.")
     fields = _rescheduled(tx, job, command.priority, command.run_at, command.max_attempts)
@@ -233,9 +233,8 @@ def _imported(tx: Transaction, command: Import) -> Job:
     finished = (command.finished_at or updated) if command.status in FINISHED else command.finished_at
     expires = command.expires_at
     if expires is None and command.status in FINISHED:
-        expires = now + transitions.keep_ms(
-            tx.policy, command.status
-        )  # from now on, so that no imported job is deleted at once
+        # Counted from now, so that no imported job is deleted at once.
+        expires = now + transitions.keep_ms(tx.policy, command.status)
     job = Job(
         seq=tx.job_number(),
         id=command.id,
@@ -244,14 +243,14 @@ def _imported(tx: Transaction, command: Import) -> Job:
         created_at=created,
         updated_at=updated,
         run_at=command.run_at or created,
-        progress=transitions.whole(_progress(command.status, command.progress)),
+        progress=transitions.normalize_number(_progress(command.status, command.progress)),
         progress_message=command.progress_message,
         attempt=command.attempt,
         stalls=command.stalls,
         started_at=command.started_at,
         finished_at=finished,
         expires_at=expires,
-        result=transitions.kept_result(
+        result=transitions.normalize_result(
             Result(command.download_url, command.file_path, command.storage_key, command.metadata)
         ),
         error=_imported_error(command),

@@ -37,7 +37,7 @@ def apply(tx: Transaction, command: ApplyPlan, rules: Rules) -> Response:
     return Response(done)
 
 
-def moved(tx: Transaction, command: AnyCommand, expected: str) -> ApiError | None:
+def refuse_if_changed(tx: Transaction, command: AnyCommand, expected: str) -> ApiError | None:
     """Return an error if the job of `command` is no longer in the version that the caller expects."""
     assert isinstance(command, JobCommand)
     job = transitions.find(tx, command.id)
@@ -82,7 +82,7 @@ def scope(action: PlanAction) -> str:
     return _MAINTENANCE_SCOPES[action] if action in MAINTENANCE_ACTIONS else PLAN_COMMANDS[action].plan_scope
 
 
-def to(action: PlanAction, job: Job) -> str | None:
+def status_after(action: PlanAction, job: Job) -> str | None:
     """Return the status of the job after `action`; None if it is deleted."""
     if action not in MAINTENANCE_ACTIONS:
         status = PLAN_COMMANDS[action].leads_to
@@ -97,7 +97,7 @@ def is_ending(action: PlanAction) -> bool:
     return action in MAINTENANCE_ACTIONS or PLAN_COMMANDS[action].admission == "ending"
 
 
-def why_not(action: PlanAction, job: Job) -> str | None:
+def skip_reason(action: PlanAction, job: Job) -> str | None:
     """Return why `action` skips this job; None if it does not."""
     command = PLAN_COMMANDS[action]
     return None if job.status in command.allowed_from else command.plan_scope

@@ -40,7 +40,7 @@ def entry_of(job: Job) -> DueEntry:
     return (job.options.priority, job.run_at, job.seq, job.id, NEVER if job.expires_at is None else job.expires_at)
 
 
-def short_entry(job: CompactJob) -> DueEntry:
+def compact_entry(job: CompactJob) -> DueEntry:
     """Return the position of a compact job, which is due since its creation."""
     return (job.options.priority, job.created_at, job.seq, job.id, NEVER)
 
@@ -299,11 +299,11 @@ class Lane:
     the next of them becomes due, or earlier. `due_at` is when a job of the lane last became due.
     """
 
-    __slots__ = ("due_at", "line", "live", "name", "others", "waits", "wakes_at")
+    __slots__ = ("due_at", "fifo", "live", "name", "others", "waits", "wakes_at")
 
     def __init__(self, name: LaneName, waits: Callable[[CompactJob], bool]) -> None:
         self.name = name
-        self.line = Fifo()
+        self.fifo = Fifo()
         self.others = LaneEntries()
         self.live = 0
         self.waits = waits
@@ -312,18 +312,18 @@ class Lane:
 
     def head(self) -> DueEntry | None:
         """Return the first entry, even if its job may not be granted."""
-        in_line, other = self.line.first(self.waits), self.others.first()
-        if in_line is None:
+        oldest, other = self.fifo.first(self.waits), self.others.first()
+        if oldest is None:
             return other
-        entry = short_entry(in_line)
+        entry = compact_entry(oldest)
         return entry if other is None or entry <= other else other
 
     def eligible(self, now: int) -> Iterator[DueEntry]:
         """Iterate over jobs that are due and not overdue, in order. Nothing may change meanwhile."""
-        in_line: Iterator[CompactJob] = filter(self.waits, self.line)
-        if not self.line.ends_by(now):
-            in_line = takewhile(lambda job: job.created_at <= now, in_line)
-        entries = map(short_entry, in_line)
+        waiting: Iterator[CompactJob] = filter(self.waits, self.fifo)
+        if not self.fifo.ends_by(now):
+            waiting = takewhile(lambda job: job.created_at <= now, waiting)
+        entries = map(compact_entry, waiting)
         return merge(entries, self.others.eligible(now)) if self.others else entries
 
     def next_run_at(self, now: int) -> int | None:
@@ -333,7 +333,7 @@ class Lane:
 
     def not_due(self, now: int) -> Iterator[DueEntry]:
         """Iterate over the jobs whose `run_at` is after `now`, in order. Nothing may change meanwhile."""
-        entries = map(short_entry, self.line.not_due(now, self.waits))
+        entries = map(compact_entry, self.fifo.not_due(now, self.waits))
         return merge(entries, self.others.not_due(now)) if self.others else entries
 
 
@@ -368,11 +368,11 @@ class QueuedJobs:
         """Add a compact job."""
         kind = job.options.kind
         lane = self._lane(kind, job.options.priority, now)
-        if not lane.line.takes(job):
-            return self.add(kind, short_entry(job), now)
+        if not lane.fifo.takes(job):
+            return self.add(kind, compact_entry(job), now)
         lane.live += 1
-        lane.line.append(job)
-        if self._only is None and lane.line.first(self._waits) is job:
+        lane.fifo.append(job)
+        if self._only is None and lane.fifo.first(self._waits) is job:
             self.offer(lane, now)
         return lane
 
@@ -380,8 +380,8 @@ class QueuedJobs:
         """Add the first jobs of a lane, all at once, in any order."""
         lane = self._lane(kind, priority, now)
         assert not lane.live, "only the first jobs of a lane come all at once"
-        lane.line.extend(sorted(jobs, key=attrgetter("created_at", "seq")))
-        lane.live = len(lane.line)
+        lane.fifo.extend(sorted(jobs, key=attrgetter("created_at", "seq")))
+        lane.live = len(lane.fifo)
         self.offer(lane, now)
         return lane
 
@@ -403,7 +403,7 @@ class QueuedJobs:
         if lane.live == 0:
             self._end_lane(lane.name[1], lane.name[2])
             return lane
-        lane.line.trim(lane.live, self._waits)
+        lane.fifo.trim(lane.live, self._waits)
         if self._only is None:
             self.offer(lane, now)
         return None
@@ -430,20 +430,20 @@ class QueuedJobs:
             if (next_entry := next(following, None)) is not None:
                 heapq.heappush(frontier, (next_entry, following))
 
-    def first_in_line(self, now: int) -> CompactJob | None:
+    def first_in_fifo(self, now: int) -> CompactJob | None:
         """Return the first due job if all jobs are in one Fifo; None if orders must be merged or no job is due."""
         only = self._only
         if only is None or only.others:
             return None
-        first = only.line.first(self._waits)
+        first = only.fifo.first(self._waits)
         return first if first is not None and first.created_at <= now else None
 
-    def in_line(self, now: int) -> Iterator[CompactJob] | None:
+    def due_in_fifo(self, now: int) -> Iterator[CompactJob] | None:
         """Return the due jobs in order if all are in one Fifo; None if orders must be merged."""
         only = self._only
-        if only is None or only.others or not only.line.ends_by(now):
+        if only is None or only.others or not only.fifo.ends_by(now):
             return None
-        return filter(self._waits, only.line)
+        return filter(self._waits, only.fifo)
 
     def oldest(self, now: int) -> DueEntry | None:
         """Return the job that has been due longest and is not overdue. The first job of each lane is its oldest."""

@@ -72,11 +72,11 @@ def _apply_change(state: State, change: Change) -> None:
 
 
 def settle(state: State) -> None:
-    """Make the state as one that was just opened: workers are those that hold jobs, and grants are in their order."""
+    """Make the state equal to one that was just opened: it knows workers that hold jobs, and grants are in order."""
     presence = state.presence
     state.presence = presence = WorkerPresence(presence.now, presence.lease)
     for job_id, job in state.processing.items():
         if job.grant is not None and job.lease is not None:
-            presence.holds(job.grant.worker, job_id, job.updated_at)
+            presence.add_job(job.grant.worker, job_id, job.updated_at)
             presence.set_expired(job.grant.worker, job_id, not job.lease.is_live(presence.lease))
     state.order_processing()

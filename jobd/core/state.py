@@ -74,9 +74,8 @@ class State:
         self.figures = Figures()  # updated by the actor after commits
         self.processing: dict[str, Job] = {}  # in the order of their grants
         self.started_sum = 0  # sum of started_at over all processing jobs
-        self.unheld: dict[
-            str, None
-        ] = {}  # processing rows without a grant, from manual edits; a cleanup run repairs them
+        # Processing rows without a grant, which come from manual edits. A cleanup run repairs them.
+        self.unheld: dict[str, None] = {}
         self.presence = WorkerPresence(numbers.wall_ms, numbers.lease_ms)
         self.next_cleanup_at: int | None = None  # wall time of the next cleanup run, if only cleanup runs recover jobs
         self.suspects: dict[int, str] = {}  # seq -> id of imported or accepted rows that were not validated yet
@@ -136,7 +135,7 @@ class State:
         named = [
             self._queued[queue] for queue in dict.fromkeys(queues) if queue in self._queued and queue not in self.paused
         ]
-        if len(named) == 1 and kinds is None and (line := named[0].in_line(now)) is not None:
+        if len(named) == 1 and kinds is None and (line := named[0].due_in_fifo(now)) is not None:
             return map(CompactJob.expand, line)  # the common case
         orders = [queued.eligible(kinds, now) for queued in named]
         entries = orders[0] if len(orders) == 1 else merge(*orders)
@@ -145,7 +144,7 @@ class State:
     def first_due(self, queues: Sequence[str], kinds: Iterable[str] | None, limit: int) -> list[Job]:
         """Return the first `limit` jobs of `due`."""
         if limit == 1 and kinds is None and len(queues) == 1 and (queued := self._queued.get(queues[0])) is not None:
-            first = queued.first_in_line(self._now)
+            first = queued.first_in_fifo(self._now)
             if first is not None and queues[0] not in self.paused:
                 return [first.expand()]  # the common case
         return list(islice(self.due(queues, kinds), limit))
@@ -355,7 +354,7 @@ class State:
             self.unmoved.setdefault(job_id, None)
 
     def recount_unmoved(self, job_id: str, before: Job | None) -> None:
-        """Roll back the count of a quarantined job whose row was not moved to that of its row `before` the batch."""
+        """Restore the count of a quarantined job whose row was not moved, according to its row `before` the batch."""
         if job_id in self.unmoved:
             self._count_as(self.unmoved[job_id], -1)
             is_counted = before is not None and before.status in FINISHED
@@ -370,7 +369,7 @@ class State:
         if now < self._now:
             self._rewind(now)
         self._now, self._lease = now, lease
-        self.presence.tell_time(now, lease)
+        self.presence.set_time(now, lease)
         for wake in self._wakes.pop_until(now):
             if self._is_wake(wake):
                 self._wake(self._lane(wake[1]))
@@ -413,7 +412,7 @@ class State:
             lanes[(options.queue, options.kind, options.priority)] += group
             self._counts_of(options.queue)["queued"] += len(group)
             self.totals["queued"] += len(group)
-            self.jobs.keep_all_short(group)
+            self.jobs.keep_all_compact(group)
         for (queue, kind, priority), group in lanes.items():
             lane = self._queued_of(queue).join_all(kind, priority, group, self._now)
             self._became_due(lane)
@@ -426,7 +425,7 @@ class State:
             self.jobs.keep(job)
             lane = queued.add(options.kind, entry_of(job), now)
         else:
-            self.jobs.keep_short(short)
+            self.jobs.keep_compact(short)
             lane = queued.join(short, now)
         if job.run_at <= now:
             self._became_due(lane)
@@ -492,7 +491,7 @@ class State:
         if grant is None or job.lease is None:
             self._sort(job_id, self.unheld)  # an invalid row; validation reports it
             return
-        self.presence.holds(grant.worker, job_id, job.updated_at)
+        self.presence.add_job(grant.worker, job_id, job.updated_at)
         self._schedule(job)
 
     def _end_processing(self, job: Job) -> None:
@@ -506,7 +505,7 @@ class State:
         if len(deadlines.entries) > 2 * len(self._deadline_of) + SLACK:
             deadlines.trim(len(self._deadline_of), self._is_deadline)
         if job.grant is not None:
-            self.presence.lets_go(job.grant.worker, job_id)
+            self.presence.remove_job(job.grant.worker, job_id)
 
     def _schedule(self, job: Job) -> None:
         """Sort a processing job into live, expired or stuck, and set its next deadline."""
@@ -538,7 +537,7 @@ class State:
         self._not_live[job_id] = ids
 
     def _rewind(self, now: int) -> None:
-        """Apply a step back of the wall clock: due jobs may have to wait again, and overdue jobs may be due again.
+        """Apply a step back of the wall clock: due jobs may have to wait again, and overdue ones may be eligible again.
 
         No job moves. Only lanes in which a job has become due since then get a new wake time.
         """
@@ -641,53 +640,53 @@ def _metadata_bytes(job: Job) -> int:
 class LiveJobs(Mapping[str, Job]):
     """Live jobs by id. Compact ones are expanded on each access: the values are equal, but not identical."""
 
-    __slots__ = ("_short", "_whole")
+    __slots__ = ("_compact", "_full")
 
     def __init__(self) -> None:
-        self._short: dict[str, CompactJob] = {}
-        self._whole: dict[str, Job] = {}
+        self._compact: dict[str, CompactJob] = {}
+        self._full: dict[str, Job] = {}
 
     def __getitem__(self, job_id: str) -> Job:
-        short = self._short.get(job_id)
-        return self._whole[job_id] if short is None else short.expand()
+        short = self._compact.get(job_id)
+        return self._full[job_id] if short is None else short.expand()
 
     def __contains__(self, job_id: object) -> bool:
-        return job_id in self._short or job_id in self._whole
+        return job_id in self._compact or job_id in self._full
 
     def __iter__(self) -> Iterator[str]:
-        return chain(self._short, self._whole)
+        return chain(self._compact, self._full)
 
     def __len__(self) -> int:
-        return len(self._short) + len(self._whole)
+        return len(self._compact) + len(self._full)
 
     def find(self, job_id: str) -> Job | None:
         """Return the job or None. Three times as fast as `get`."""
-        short = self._short.get(job_id)
-        return self._whole.get(job_id) if short is None else short.expand()
+        short = self._compact.get(job_id)
+        return self._full.get(job_id) if short is None else short.expand()
 
     def touched(self) -> KeysView[str]:
         """Return the ids of the jobs that are not compact."""
-        return self._whole.keys()
+        return self._full.keys()
 
     def waits(self, short: CompactJob) -> bool:
         """Return whether the job is still stored as `short`, that is, unchanged."""
-        return self._short.get(short.id) is short
+        return self._compact.get(short.id) is short
 
     def keep(self, job: Job) -> None:
-        self._short.pop(job.id, None)
-        self._whole[job.id] = job
+        self._compact.pop(job.id, None)
+        self._full[job.id] = job
 
-    def keep_short(self, job: CompactJob) -> None:
-        self._whole.pop(job.id, None)
-        self._short[job.id] = job
+    def keep_compact(self, job: CompactJob) -> None:
+        self._full.pop(job.id, None)
+        self._compact[job.id] = job
 
-    def keep_all_short(self, jobs: Iterable[CompactJob]) -> None:
+    def keep_all_compact(self, jobs: Iterable[CompactJob]) -> None:
         """Add compact jobs that are not present yet."""
-        self._short.update({job.id: job for job in jobs})
+        self._compact.update({job.id: job for job in jobs})
 
     def drop(self, job_id: str) -> bool:
         """Remove the job if it is present. Return whether it was compact."""
-        if self._short.pop(job_id, None) is not None:
+        if self._compact.pop(job_id, None) is not None:
             return True
-        self._whole.pop(job_id, None)
+        self._full.pop(job_id, None)
         return False

@@ -1,6 +1,6 @@
 """Statistics of recent changes, counted from commits: counters, duration baselines, double grants.
 
-They survive a restart as of their last save. No promise depends on them.
+After a restart they continue from their last save. No guarantee depends on them.
 """
 
 from __future__ import annotations
@@ -228,9 +228,9 @@ def _sum(parts: Iterable[dict[int, int]]) -> dict[int, int]:
     return total
 
 
-# Upper bounds of the processing-time histogram, in seconds.
 # -- counters ---------------------------------------------------------------------------------------------------------
 
+# Upper bounds of the processing-time histogram, in seconds.
 PROCESSING_BUCKETS_S: Final = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 1800, 3600, 14400)
 STEP_MS: Final = 10 * SECOND_MS
 LATELY: Final = 60  # steps: ten minutes

@@ -139,7 +139,7 @@ class Transaction:
             after = replace(job, **fields)
         if worker is not None:
             by = f"worker:{worker}"
-            state.presence.saw(worker, now)
+            state.presence.note_seen(worker, now)
         number = state.next_event
         state.next_event = number + 1
         event = Event(
@@ -277,7 +277,7 @@ class Transaction:
         self.state.set_paused(queue, pause)
 
     def _note(self, job: Job, event_type: EventType, worker: str, reason: str, details: dict[str, Any]) -> Event:
-        self.state.presence.saw(worker, self.now)
+        self.state.presence.note_seen(worker, self.now)
         return self._event(job, job.status, job.status, event_type, f"worker:{worker}", reason, details, None)
 
     def _event(

@@ -35,7 +35,7 @@ from jobd.model.responses import Response
 
 STALLED: Final = "stalled"
 EXPIRED: Final = "expired"
-TOLD_OF_ERROR: Final = 500  # characters of the last error that the message of an expiry repeats
+MAX_QUOTED_ERROR: Final = 500  # characters of the last error that the message of an expiry repeats
 CLOCK_SUSPECT: Final = (
     "The wall clock is suspect, so nothing is deleted or failed by age. Check it. If it is correct: jobctl clock accept"
 )
@@ -132,7 +132,7 @@ def requested_options(tx: Transaction, request: Create | Import) -> Options:
     return tx.state.shared(options)
 
 
-def whole(progress: float) -> int | float:
+def normalize_number(progress: float) -> int | float:
     """Return 42 for 42.0."""
     return int(progress) if progress == int(progress) else progress
 
@@ -168,7 +168,8 @@ def grant(tx: Transaction, job: Job, request: Start | Claim) -> Job:
         "lease": Lease(expires, lease + stuck_after_ms, ceiling),
     }
     details = {"worker": worker, "fencing_token": token, "attempt": attempt, "ttl_ms": ttl_ms}
-    return tx.update(job, "granted", fields, by=f"worker:{worker}", details=details)  # its request was noted
+    # `by` instead of `worker`, because `note_request` has already recorded the worker.
+    return tx.update(job, "granted", fields, by=f"worker:{worker}", details=details)
 
 
 def keep_alive(made: Grant, lease: Lease, now: int, additional_ms: int, *, progressed: bool) -> Lease:
@@ -244,7 +245,7 @@ def finish(
 
 def completion(result: Result, expires_at: int | None = None) -> dict[str, Any]:
     """Return the fields of a job that completes with `result`: progress 100, no error."""
-    return {"progress": MAX_PERCENT, "result": kept_result(result), "error": None, "expires_at": expires_at}
+    return {"progress": MAX_PERCENT, "result": normalize_result(result), "error": None, "expires_at": expires_at}
 
 
 def keep_ms(policy: Policy, status: str) -> int:
@@ -254,7 +255,7 @@ def keep_ms(policy: Policy, status: str) -> int:
     return policy.keep_failed_ms if status == "failed" else policy.keep_cancelled_ms
 
 
-def kept_result(result: Result) -> Result | None:
+def normalize_result(result: Result) -> Result | None:
     """Return the result to store, None if it is empty. Copies the metadata out of the request; null counts as none."""
     if result.metadata is not None:
         metadata = None if result.metadata == _NULL else result.metadata.copy()
@@ -273,7 +274,7 @@ def ended_by(
     )
 
 
-def given_back(job: Job) -> int:
+def refunded_attempts(job: Job) -> int:
     """Return the attempts of the job without the current one."""
     return max(job.attempt - 1, 0)
 
@@ -284,7 +285,7 @@ def stall(tx: Transaction, job: Job, cause: str, *, rule: str = "recovery", why:
     `rule` and `why` explain the lost lock to the holder if it returns.
     """
     options, stalls = job.options, job.stalls + 1
-    attempt = given_back(job) if job.progress == 0 else job.attempt
+    attempt = refunded_attempts(job) if job.progress == 0 else job.attempt
     ended = ended_by(job, tx.at.now, rule, why)
     details = {"worker": job.grant.worker if job.grant else None, "progress": job.progress, "stalls": stalls}
     if requeues_on_stall(job):
@@ -302,7 +303,7 @@ def stall(tx: Transaction, job: Job, cause: str, *, rule: str = "recovery", why:
     return finish(tx, job, "stalled", "failed", ended, failed, reason=error.message, details=details)
 
 
-def silence(tx: Transaction, job: Job) -> str:
+def stall_reason(tx: Transaction, job: Job) -> str:
     """Return a sentence for operators that says why the job is stalled."""
     made, lease = job.grant, job.lease
     if made is None or lease is None:
@@ -320,13 +321,13 @@ def expire(tx: Transaction, job: Job, by: str | None = None) -> Job:
     waited = "before a worker took the job" if job.ended is None else "while it waited for a retry"
     message = f"Its expires_at passed {waited}. Create it again if it is still needed."
     if job.error is not None and job.error.message:
-        message += f" Its last attempt failed: {job.error.message[:TOLD_OF_ERROR]}"
+        message += f" Its last attempt failed: {job.error.message[:MAX_QUOTED_ERROR]}"
     error = Failure(message, EXPIRED)
     return finish(tx, job, "expired", "failed", job.ended, {"error": error}, by=by, reason=message)
 
 
-def met(tx: Transaction, job: Job) -> Job:
-    """Return the job, failed first if it is queued and past its `expires_at`. Every command on it does this."""
+def expire_if_overdue(tx: Transaction, job: Job) -> Job:
+    """Fail the job if it is queued and past its `expires_at`. Return its row. Commands that do not end it call this."""
     return expire(tx, job, by="daemon") if may_expire(job, tx.at) else job
 
 

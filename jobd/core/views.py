@@ -101,7 +101,7 @@ def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, paylo
     )
 
 
-def moved(job: Job, payload: Raw) -> Import:
+def as_import(job: Job, payload: Raw) -> Import:
     """Return the job in the form that an import takes, even if it is invalid: the import rejects or repairs it."""
     options, result, error = job.options, job.result or NO_RESULT, job.error or NO_ERROR
     return Import(

@@ -17,7 +17,7 @@ GONE_AFTER_MS: Final = 5 * MINUTE_MS
 FORGOTTEN_AFTER_MS: Final = DAY_MS
 WORKERS_KEPT: Final = 10_000  # workers that hold no job and wait for none
 NAMES_KEPT: Final = 100_000  # queues and kinds over all claim sets
-EVICTION_LOOKS: Final = 16  # workers that are inspected for eviction when a new one is added
+EVICTION_SCAN: Final = 16  # workers that are inspected for eviction when a new one is added
 
 SetKey = tuple[tuple[str, ...], tuple[str, ...] | None]
 
@@ -48,7 +48,7 @@ class ClaimSet:
 
     @property
     def key(self) -> SetKey:
-        """The same for equal sets, whatever their order."""
+        """A key that is the same for equal sets, in any order."""
         return tuple(sorted(set(self.queues))), None if self.kinds is None else tuple(sorted(set(self.kinds)))
 
 
@@ -80,7 +80,7 @@ class WorkerSeen:
 class WorkerPresence:
     """All workers that are remembered, and the claim sets by queue.
 
-    `started_at` is the wall time of the start, None before the first `tell_time`. All claims after `since` (lease time)
+    `started_at` is the wall time of the start, None before the first `set_time`. All claims after `since` (lease time)
     are remembered. It is the start, unless claim sets had to be forgotten (`has_forgotten`).
     """
 
@@ -138,12 +138,12 @@ class WorkerPresence:
 
     # -- changing -----------------------------------------------------------------------------------------------------
 
-    def tell_time(self, now: int, lease: int) -> None:
+    def set_time(self, now: int, lease: int) -> None:
         self.now, self.lease = now, lease
         if self.started_at is None:
             self.started_at = now
 
-    def saw(self, name: str, at: int) -> WorkerSeen:
+    def note_seen(self, name: str, at: int) -> WorkerSeen:
         """Note that a worker was seen at wall time `at`: the time of the batch, or a time before the start."""
         worker = self.workers.get(name)
         if worker is None:
@@ -155,9 +155,9 @@ class WorkerPresence:
         worker.heard = self.lease - (self.now - at)
         return worker
 
-    def asks(self, command: Start | Claim) -> WorkerSeen:
+    def note_request(self, command: Start | Claim) -> WorkerSeen:
         """Note that a worker asks for a job."""
-        worker = self.saw(command.worker, self.now)
+        worker = self.note_seen(command.worker, self.now)
         if command.about is not None:
             worker.about = command.about
         if isinstance(command, Claim):
@@ -168,28 +168,28 @@ class WorkerPresence:
             claims.claimed = worker.claimed = self.lease
         return worker
 
-    def waits(self, command: Claim) -> ClaimSet:
-        """Note that a claim begins to wait. Return the set to pass to `waits_no_more`."""
-        worker = self.asks(command)
+    def begin_wait(self, command: Claim) -> ClaimSet:
+        """Note that a claim begins to wait. Return the set to pass to `end_wait`."""
+        worker = self.note_request(command)
         claims = worker.claims
         assert claims is not None
         worker.waiting += 1
         claims.waiting += 1
         return claims
 
-    def waits_no_more(self, name: str, claims: ClaimSet) -> None:
+    def end_wait(self, name: str, claims: ClaimSet) -> None:
         """Note that a wait has ended. The worker counts as seen until now."""
-        worker = self.saw(name, self.now)
+        worker = self.note_seen(name, self.now)
         worker.waiting -= 1
         claims.waiting -= 1
         claims.claimed = worker.claimed = self.lease
 
-    def holds(self, name: str, job_id: str, at: int) -> None:
+    def add_job(self, name: str, job_id: str, at: int) -> None:
         """Note that a worker holds a job. An unknown worker was last seen at wall time `at`."""
-        worker = self.workers.get(name) or self.saw(name, at)
+        worker = self.workers.get(name) or self.note_seen(name, at)
         worker.jobs[job_id] = None
 
-    def lets_go(self, name: str, job_id: str) -> None:
+    def remove_job(self, name: str, job_id: str) -> None:
         """Note that a worker no longer holds this job."""
         if (worker := self.workers.get(name)) is not None:
             worker.jobs.pop(job_id, None)
@@ -212,7 +212,7 @@ class WorkerPresence:
         A worker at the front that has a job or waits for one moves to the end, so that it is not inspected each time.
         """
         oldest = self.lease - FORGOTTEN_AFTER_MS
-        for _ in range(EVICTION_LOOKS):
+        for _ in range(EVICTION_SCAN):
             name, worker = next(iter(self.workers.items()))
             if worker.heard > oldest and len(self.workers) <= WORKERS_KEPT:
                 return

@@ -76,7 +76,7 @@ def _create(tx: Transaction, command: Create) -> tuple[Job, JobView, bool] | Api
         if isinstance(existing, ApiError):
             return existing
         return existing, views.job_view(existing, tx.at, tx.policy, admin=tx.call.admin), False
-    refusal = _refuse_times(tx, command) or _refuse_more(tx) or transitions.refuse_queue(tx, command.queue)
+    refusal = _refuse_times(tx, command) or _refuse_above_limit(tx) or transitions.refuse_queue(tx, command.queue)
     if refusal is not None:
         return refusal
     now, number, options = tx.now, tx.job_number(), transitions.requested_options(tx, command)
@@ -103,7 +103,7 @@ def _refuse_times(tx: Transaction, command: Create) -> ApiError | None:
     return None if command.expires_at is None else transitions.refuse_expiry(tx, command.expires_at)
 
 
-def _refuse_more(tx: Transaction) -> ApiError | None:
+def _refuse_above_limit(tx: Transaction) -> ApiError | None:
     totals = tx.state.totals
     if totals["queued"] + totals["processing"] >= tx.policy.live_jobs:
         return transitions.too_many_jobs(tx)
@@ -119,8 +119,8 @@ def start(tx: Transaction, command: Start) -> Response | ApiError:
     if not isinstance(job, Job):
         return job
     if transitions.is_stuck(job, tx.at.lease):
-        job = transitions.stall(tx, job, transitions.silence(tx, job))
-    job = transitions.met(tx, job)
+        job = transitions.stall(tx, job, transitions.stall_reason(tx, job))
+    job = transitions.expire_if_overdue(tx, job)
     refusal = _refuse_start(tx, job)
     if refusal is not None:
         return refusal
@@ -192,7 +192,7 @@ def undelivered(tx: Transaction, command: Undelivered) -> Response | ApiError:
         return _lock_lost(job, command.lock_id)
     ended = transitions.ended_by(job, tx.at.now, "undelivered", "undelivered")
     reason = "The connection closed before the grant was sent."
-    fields = {"attempt": transitions.given_back(job), "releases": job.releases}
+    fields = {"attempt": transitions.refunded_attempts(job), "releases": job.releases}
     return transitions.job_response(tx, transitions.requeue(tx, job, "undelivered", ended, fields, reason=reason))
 
 
@@ -208,7 +208,7 @@ def progress(tx: Transaction, command: Progress) -> Response | ApiError:
     if job.lease.is_past_ceiling(tx.at.lease):
         return _past_ceiling(tx, job)
     lease = transitions.keep_alive(job.grant, job.lease, tx.at.lease, job.grant.ttl_ms, progressed=True)
-    value = transitions.whole(command.progress)
+    value = transitions.normalize_number(command.progress)
     details: dict[str, Any] = {"progress": value}
     if command.message is not None:
         details["message"] = command.message
@@ -330,7 +330,7 @@ def _release(tx: Transaction, command: Release | ReleaseLock, delay_ms: int | No
         ended, reason = _ended_by_holder(tx, job, command, "release"), None
         worker = ended.worker
     releases = job.releases + 1
-    fields: dict[str, Any] = {"releases": releases, "attempt": transitions.given_back(job)}
+    fields: dict[str, Any] = {"releases": releases, "attempt": transitions.refunded_attempts(job)}
     if delay_ms is None:
         delay_ms = release_delay_ms(releases)
     if delay_ms is not None:

@@ -80,14 +80,14 @@ class DiskBroken(Exception):
     """The content of the disk is unknown, so the process must end and start again from it."""
 
 
-class _Again(Exception):
+class _DecideAgain(Exception):
     """A read found damaged rows that the decisions did not know. Decide again."""
 
 
 class Actor:
     """Own the state. `ask` puts a command into the mailbox and waits for its response; `run` decides and commits.
 
-    `now_s` measures commits: seconds that only go forward, exact to a part of a millisecond. None: the loop's time.
+    `now_s` measures commits: monotonic seconds, precise to less than a millisecond. None: the loop's time.
     """
 
     def __init__(
@@ -183,17 +183,17 @@ class Actor:
         size: int = 0,
         operator: Operator | None = None,
         expected: str | None = None,
-        in_line: bool = False,
+        ordered: bool = False,
     ) -> Envelope | ApiError:
         """Put `command` into the mailbox like `ask`, and return at once. `waiter` gets the response.
 
-        `in_line`: its sender has more on the way, and it has to be decided behind that.
+        `ordered`: the command is decided after the earlier ones of its sender.
         """
         refusal = self._refuse_entry(command, size)
         if refusal is not None:
             return refusal
         envelope = Envelope(
-            Call(command, by, self._random(16), admin, operator, expected), key, size, [waiter], in_line
+            Call(command, by, self._random(16), admin, operator, expected), key, size, [waiter], ordered
         )
         self._put(envelope)
         return envelope
@@ -245,7 +245,7 @@ class Actor:
             return ApiError("overloaded", "Too many commands are waiting; try again in a second.")
         if type(command) is Claim and command.wait_ms:
             if command.wait_ms > bounds.claim_wait_ms:
-                message = f"wait_ms may be {bounds.claim_wait_ms} at most (limits.claim_wait), not {command.wait_ms}."
+                message = f"wait_ms may be at most {bounds.claim_wait_ms} (limits.claim_wait), not {command.wait_ms}."
                 return ApiError("invalid_request", message, {"field": "$.wait_ms"})
             if len(self.parked) >= bounds.parked_claims:
                 return ApiError("overloaded", "Too many claims are waiting for work; try again without wait_ms.")
@@ -393,7 +393,7 @@ class Actor:
             except BadRows as bad:
                 self._decider.roll_back(decided)
                 await self._quarantine(bad.jobs)
-            except _Again:
+            except _DecideAgain:
                 self._decider.roll_back(decided)
         self._send_responses()  # of the batch before, if this one did not wait
         self._unsent, self._under_way = decided, None
@@ -441,7 +441,7 @@ class Actor:
     async def _load(self, batch: list[Envelope]) -> Preloaded:
         """Read what the decisions need and memory does not hold: finished jobs, stored responses, some payloads."""
         for envelope in batch:
-            if envelope.key is not None or not self._is_at_hand(envelope.call.command):
+            if envelope.key is not None or not self._is_in_memory(envelope.call.command):
                 break
         else:
             return Preloaded()
@@ -468,7 +468,7 @@ class Actor:
         await self._load_late((envelope.call.command for envelope, _ in naming), known)
         return known
 
-    def _is_at_hand(self, command: Any) -> bool:
+    def _is_in_memory(self, command: Any) -> bool:
         """Return whether memory has all that the decision needs: it names no job, or comes from the holder."""
         kind = type(command)
         if kind in _HOLDERS:
@@ -505,9 +505,9 @@ class Actor:
             return {}
         loaded = await self.disk.load([], wanted, [])
         if loaded.bad:
-            raise _Again
+            raise _DecideAgain
         if missing := [seq for seq in wanted if seq not in loaded.payloads]:
-            raise LookupError(f"the disk has no payloads of jobs {missing}, and does not say why")
+            raise LookupError(f"the disk has no payloads of jobs {missing}, and reports no damage")
         return {seq: payload.body for seq, payload in loaded.payloads.items()}
 
     def _respond(self, decided: DecidedBatch) -> None:
@@ -550,7 +550,7 @@ class Actor:
             if (job := self.state.get(job_id)) is not None:
                 await self.disk.quarantine(job, bad[job_id])
             elif job_id not in self.state.quarantined:
-                raise LookupError(f"the disk has bad rows of {job_id}, which is no job: {bad[job_id]}")
+                raise LookupError(f"the disk has bad rows of {job_id}, which is not a job: {bad[job_id]}")
 
     def _note_quarantined(self, quarantined: Quarantined) -> None:
         """Remove a job whose damaged rows were quarantined. The current batch may have changed its count already."""

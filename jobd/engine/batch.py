@@ -191,7 +191,7 @@ class Decider:
     def roll_back(self, decided: DecidedBatch) -> None:
         """Undo the batch, because it was not written. Its numbers stay used."""
         self.keys.rollback()
-        # Before the jobs, which may become due for these claims.
+        # Claims are restored before the jobs, which may become due for them.
         for envelope in decided.parked:
             self.parked.remove(envelope)
         waiting_again = [each for each in decided.served if each not in decided.parked and not each.is_abandoned]
@@ -241,7 +241,7 @@ class Decider:
         if refusal is not None and not (type(command) is Complete and late_result_rules.is_late(self.state, command)):
             return refusal  # a late complete gets lock_lost on a full disk too, because it writes nothing
         if type(command) is Claim or type(command) is Start:
-            self.state.presence.asks(command)
+            self.state.presence.note_request(command)
         elif type(command) in _NOTED and (refusal := self._note(decided, command)) is not None:
             return refusal
         response = self._decided(decided, envelope.call)
@@ -255,7 +255,7 @@ class Decider:
         return response
 
     def _note(self, decided: DecidedBatch, command: AnyCommand) -> ApiError | None:
-        """Note what `command` does beside its rule. Return an error if it is rejected."""
+        """Record what `command` does in addition to its rule. Return an error if it is rejected."""
         if isinstance(command, Undelivered):
             if self._receivers.get(command.lock_id, 0) > 0:
                 return ApiError("lock_lost", "Another connection has received this grant.")

@@ -19,17 +19,17 @@ from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS
 
 AHEAD_AT_MOST_MS: Final = DAY_MS  # ahead of boot time, while running
 SYNCHRONISED_FOR_MS: Final = 10 * MINUTE_MS
-LOOK_EVERY_MS: Final = SECOND_MS  # the kernel's synchronisation is read this often, and only while the clock is suspect
-BREAK_MS: Final = MINUTE_MS  # a longer gap between two reads starts the 10 min again
-_NOISE_MS: Final = SECOND_MS  # a smaller difference is not a step, whatever the retention
-_FLICKER_MS: Final = 1  # two clocks read one after the other, each cut to a millisecond, differ by that much
+CHECK_EVERY_MS: Final = SECOND_MS  # between two reads of the kernel's synchronisation, while the clock is suspect
+MAX_GAP_MS: Final = MINUTE_MS  # a longer gap between two reads restarts the 10 min
+_NOISE_MS: Final = SECOND_MS  # a smaller difference is never a step, even with a short retention
+_FLICKER_MS: Final = 1  # two clocks read one after the other, each rounded down to a millisecond, differ by this
 _READS: Final = 10
 
 TrustReason = Literal["accepted", "agrees", "synchronised"]
 
 log = structlog.get_logger("jobd.clock")
 
-# Both clocks turn to their next millisecond at the same instant, so that a time of one is exactly one of the other.
+# Added to the boot clock, so that both clocks begin a millisecond at the same instant and differ by whole milliseconds.
 _PHASE_NS: Final = (time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)) % 1_000_000
 
 
@@ -99,8 +99,8 @@ class Clock:
         self._suspect = wall_ms > 0 and (suspect or now - wall_ms > max(keep_ms // 2, _NOISE_MS))
         self._expected = wall_ms if self._suspect else now
         self._ahead = now - self._expected
-        self._looked_at = self._seen  # boot time of the latest read of the kernel's synchronisation
-        self._looked_ahead = self._ahead
+        self._checked_at = self._seen  # boot time of the latest read of the kernel's synchronisation
+        self._checked_ahead = self._ahead
         self._synchronised_since: int | None = None  # boot time
         if self._suspect:
             self._warn()
@@ -123,9 +123,9 @@ class Clock:
         """Whether wall time is too far ahead of its expected value."""
         return self.moment().suspect
 
-    def doubt(self) -> str | None:
+    def suspect_reason(self) -> str | None:
         """Return what is wrong and what an operator should do, or None while the clock is trusted."""
-        return self._complaint() if self.suspect else None
+        return self._warning() if self.suspect else None
 
     def accept(self) -> None:
         """Trust the wall clock, because an operator says that it is right."""
@@ -144,7 +144,7 @@ class Clock:
         self._held = False
 
     def stop(self) -> None:
-        """Stop lease time for good, because the listeners close and workers can no longer report."""
+        """Stop lease time permanently, because the listeners close and workers can no longer report."""
         self._advance()
         self._stopped = True
 
@@ -158,7 +158,7 @@ class Clock:
             self._expected += seen - self._seen
             if not (self._held or self._stopped):
                 self._lease += seen - self._seen
-        self._seen = seen  # a clock that went back adds nothing, and counts on from where it is
+        self._seen = seen  # a clock that went back adds nothing, and continues from its new value
         return self._lease
 
     def _read_together(self) -> tuple[int, int]:
@@ -186,24 +186,24 @@ class Clock:
 
     def _has_been_synchronised(self) -> bool:
         """Return whether every read for long enough found the clock synchronised, with no step of the wall clock."""
-        gap_ms, step_ms = self._seen - self._looked_at, abs(self._ahead - self._looked_ahead)
-        if gap_ms >= LOOK_EVERY_MS or step_ms > _NOISE_MS:
-            self._looked_at, self._looked_ahead = self._seen, self._ahead
+        gap_ms, step_ms = self._seen - self._checked_at, abs(self._ahead - self._checked_ahead)
+        if gap_ms >= CHECK_EVERY_MS or step_ms > _NOISE_MS:
+            self._checked_at, self._checked_ahead = self._seen, self._ahead
             if not self._synchronised():
                 self._synchronised_since = None
-            elif self._synchronised_since is None or gap_ms > BREAK_MS or step_ms > _NOISE_MS:
+            elif self._synchronised_since is None or gap_ms > MAX_GAP_MS or step_ms > _NOISE_MS:
                 self._synchronised_since = self._seen
         since = self._synchronised_since
         return since is not None and self._seen - since >= SYNCHRONISED_FOR_MS
 
-    def _complaint(self) -> str:
+    def _warning(self) -> str:
         return (
             f"The wall clock is {_in_words(self._ahead)} ahead of its expected value ({_shown(self._expected)}), so "
             "nothing is deleted or failed by age. Check the date of this machine; if it is right: jobctl clock accept"
         )
 
     def _warn(self) -> None:
-        log.warning("clock_suspect", ahead_ms=self._ahead, message=self._complaint())
+        log.warning("clock_suspect", ahead_ms=self._ahead, message=self._warning())
 
     def _trust(self, reason: TrustReason) -> None:
         self._suspect = False

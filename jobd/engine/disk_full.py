@@ -1,8 +1,8 @@
 """Reject writes on a full disk, in steps, and probe when they can be accepted again.
 
 Creates are rejected first. If that is not enough, all writes but endings and deletions are rejected, the reserve file
-is released, and lease time stands still, because no sign of life can be written. At worst every write is rejected.
-Reads are always accepted.
+is released, and lease time stands still, because reports of workers cannot be written. At worst, every write is
+rejected. Reads are always accepted.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Closed(IntEnum):
 class FullDisk:
     """The state of the disk. `closed` says what is rejected now. `loop_time` is the event loop's time, in seconds.
 
-    `space` is as of the last `measure`; None for a store in memory, and before the first one.
+    `space` is the result of the last `measure`; None before the first one, and for a store in memory.
     """
 
     def __init__(
         self,
         disk: JobStorage,
-        lease: Clock,
+        clock: Clock,
         loop_time: Callable[[], float],
         *,
         is_full: bool,
@@ -56,7 +56,7 @@ class FullDisk:
         self._reserve_fault = ""  # why it could not be rebuilt, other than a full disk
         self._logged = self.closed  # the furthest step since writes were accepted last
         self._disk = disk
-        self._lease = lease
+        self._clock = clock
         self._loop_time = loop_time
 
     @property
@@ -120,7 +120,7 @@ class FullDisk:
         self.closed = Closed(min(self.closed + 1, Closed.ALL_WRITES))
         self.next_probe = self._loop_time() + PROBE_EVERY_S
         if self.closed == Closed.ALL_BUT_ENDINGS:
-            self._lease.hold()
+            self._clock.hold()
             self._is_released = await self._disk.drop_reserve() or self._is_released
             self._needs_reserve = True
         await self.measure()
@@ -152,7 +152,7 @@ class FullDisk:
             await self.measure()
             return False
         if self.closed >= Closed.ALL_BUT_ENDINGS:
-            self._lease.resume()
+            self._clock.resume()
         self.closed = self._logged = Closed.NOTHING
         self._is_released = self._is_remote = False
         await self.measure()

@@ -129,7 +129,7 @@ class EventFeed:
         self._news: list[Sequence[Change]] = []
         self._next_round_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._places = asyncio.Semaphore(1)
+        self._slots = asyncio.Semaphore(1)
         self._readings: list[PageRead] = []
         self._pieces: deque[Piece] = deque(maxlen=SHARED_PAGES)  # read last, for listeners that resume together
 
@@ -146,7 +146,7 @@ class EventFeed:
             self._news.append(changes)
             if self._timer is None:
                 loop = asyncio.get_running_loop()
-                self._timer = loop.call_at(max(loop.time(), self._next_round_s), self._spread)
+                self._timer = loop.call_at(max(loop.time(), self._next_round_s), self._begin_round)
 
     def listen(self, wanted: EventFilter, *, follow: bool, cut: Callable[[], None]) -> Subscriber:
         """Add a listener, which `leave` removes. `cut` closes the connection of one that does not read.
@@ -172,7 +172,7 @@ class EventFeed:
 
     def close(self) -> None:
         """Send the remaining events, then end all streams. Cut off slow listeners after CLOSING_S."""
-        self._spread()
+        self._begin_round()
         self.is_closed = True
         self._wake()
         self._watchers.end()
@@ -199,7 +199,7 @@ class EventFeed:
         reading = PageRead(after)
         self._readings.append(reading)
         try:
-            async with self._places:
+            async with self._slots:
                 page = await self._journal.journal(after, PAGE)
                 self._check_page(after, page)
                 piece = reading.piece = Piece(after, page)
@@ -224,11 +224,11 @@ class EventFeed:
         if after > page.last:
             raise api_error(
                 "events_gone",
-                f"Event {after} does not exist yet; it may come from another store. {_ANEW}",
+                f"Event {after} does not exist yet; it may come from another store. {_READ_AGAIN}",
                 last=page.last,
             )
         if after < page.gone_to:
-            message = f"Some events after {after} are no longer in the journal. {_ANEW}"
+            message = f"Some events after {after} are no longer in the journal. {_READ_AGAIN}"
             raise api_error("events_gone", message, last=page.last)
 
     def join(self) -> int:
@@ -249,7 +249,7 @@ class EventFeed:
 
     # -- rounds --------------------------------------------------------------------------------------------------------
 
-    def _spread(self) -> None:
+    def _begin_round(self) -> None:
         """Make a round of the events since the last one, and wake the listeners."""
         if self._timer is not None:
             self._timer.cancel()
@@ -299,7 +299,7 @@ class Subscriber:
         self._follow = follow
         self._cut = cut
         self._is_live = False  # gets live events
-        self._is_whole = False  # needs no more events from the journal
+        self._is_caught_up = False  # needs no more events from the journal
         self.is_cut = False
         self._round = 0
         self._until = 0  # later events are live; a stream that does not follow ends here
@@ -321,21 +321,21 @@ class Subscriber:
             self._page = await self._feed.page(after, is_first=True)
             self.position = after
         elif back:
-            self._page = await self._reach_back(back)
+            self._page = await self._page_from_back(back)
         else:
             self.position = self._feed.last
             self._join()
-            self._is_whole = True
+            self._is_caught_up = True
         return b"retry: %d\nid: %d\n\n" % (RETRY_MS, self.position)
 
     async def more(self) -> bytes:
         """Return the next events or a heartbeat, nothing at the end. Raises ApiException, as `begin` does."""
-        if self._feed.is_closed and not self._is_whole:
+        if self._feed.is_closed and not self._is_caught_up:
             if self._follow:
                 return b""
             raise api_error("shutting_down", "The daemon is stopping, and some events were not sent.")
         self._silent_since_s = asyncio.get_running_loop().time()
-        return await (self._from_backlog() if self._is_whole else self._from_journal())
+        return await (self._from_backlog() if self._is_caught_up else self._from_journal())
 
     def cut(self) -> None:
         """Close the connection, because the client reads too slowly."""
@@ -352,7 +352,7 @@ class Subscriber:
         self._is_live = True
         self._until = self._feed.last
 
-    async def _reach_back(self, back: int) -> Piece:
+    async def _page_from_back(self, back: int) -> Piece:
         """Return the page that begins `back` events ago, or after the last gap in the journal."""
         page = await self._feed.page(self._feed.last, is_first=True)
         self.position = max(page.last - back, page.gone_to, 0)
@@ -368,7 +368,7 @@ class Subscriber:
         self.position = max(self.position, page.end)
         if self._follow and not self._is_live and self._feed.last - self.position < JOIN_WITHIN:
             self._join()
-        self._is_whole = self.position >= self._until and (self._is_live or not self._follow)
+        self._is_caught_up = self.position >= self._until and (self._is_live or not self._follow)
         return text or self._marker()
 
     async def _from_backlog(self) -> bytes:
@@ -404,7 +404,7 @@ class Subscriber:
         return b"id: %d\n\n" % self.position
 
 
-_ANEW: Final = "Read the state again, then connect without Last-Event-ID."
+_READ_AGAIN: Final = "Read the state again, then connect without Last-Event-ID."
 
 
 def _texts(frames: Sequence[EncodedEvent], position: int, wanted: EventFilter) -> bytes:

@@ -1,4 +1,4 @@
-"""Read history beside the batches: timelines, late results, pages of jobs and of the audit log.
+"""Read history concurrently with the batches: timelines, late results, pages of jobs and of the audit log.
 
 A few reads run at a time. They return committed data only.
 """
@@ -37,13 +37,13 @@ from jobd.model.storage import AuditQuery, AuditRows, JobQuery, JobRows, JobStor
 log = structlog.get_logger("jobd.actor")
 
 AT_ONCE: Final = 4
-SINCE_THE_END: Final = 100  # latest events of a finished job, of which few follow the one that ended it
+ENDING_EVENTS: Final = 100  # latest events of a finished job, of which few follow the one that ended it
 SLICE: Final = 250  # rows of one query if each takes long to compare
 # If few jobs match, a page is searched in slices, up to these numbers of rows and seconds.
-MOST_LOOKED: Final = 2_000_000
-PATIENCE_S: Final = 0.5
-SLOW_PATIENCE_S: Final = 0.03  # if each row takes long; the client sees progress by many short pages
-EAGER_S: Final = 0.05  # after this time, a pause precedes each slice and leaves the disk to others half the time
+MAX_SCANNED: Final = 2_000_000
+SEARCH_S: Final = 0.5
+SLOW_SEARCH_S: Final = 0.03  # if each row takes long; the client sees progress by many short pages
+PAUSES_AFTER_S: Final = 0.05  # after this time, a pause precedes each slice and leaves the disk to others half the time
 PAUSE_S: Final = 0.002
 
 
@@ -54,8 +54,8 @@ class History:
         self._disk = disk
         self._moment = moment
         self.reads: set[asyncio.Task[None]] = set()  # in progress
-        self._places = asyncio.Semaphore(AT_ONCE)
-        self._far = asyncio.Semaphore(1)  # searches of more than a slice delay only each other
+        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._long_searches = asyncio.Semaphore(1)  # searches of more than a slice delay only each other
 
     def start(self, envelope: Envelope, response: Response, policy: Policy) -> None:
         """Start a read that sends its response. Batches continue meanwhile."""
@@ -77,7 +77,7 @@ class History:
             elif read.ended is not None:
                 response.data = await self._with_ending(response.data, read.ended)
             else:
-                async with self._places:
+                async with self._slots:
                     response.data = await self._read(read, policy)
         except Exception:
             log.exception("history_failed", command=type(envelope.call.command).__name__)
@@ -99,15 +99,15 @@ class History:
 
     async def _with_ending(self, why: WhyView, job: Job) -> WhyView:
         """Return `why` with the cause of the ending, which only the timeline has."""
-        async with self._places:
-            return replace(why, because=ending(job, await self._disk.timeline(job.seq, SINCE_THE_END)))
+        async with self._slots:
+            return replace(why, because=ending(job, await self._disk.timeline(job.seq, ENDING_EVENTS)))
 
     async def _find_page(self, query: JobQuery) -> JobRows:
         """Return a page, read in slices so that no batch waits for more than one."""
         now_s = asyncio.get_running_loop().time
-        began_s, patience_s = now_s(), SLOW_PATIENCE_S if query.is_slow else PATIENCE_S
+        began_s, limit_s = now_s(), SLOW_SEARCH_S if query.is_slow else SEARCH_S
         page, size = JobRows([], query.before), 0
-        places = self._places
+        slots = self._slots
         while True:
             left = replace(
                 query,
@@ -116,15 +116,15 @@ class History:
                 scan=SLICE if query.is_slow else query.scan,
                 payload_bytes=query.payload_bytes - size,
             )
-            async with places:
-                if places is self._far and now_s() - began_s >= EAGER_S:
+            async with slots:
+                if slots is self._long_searches and now_s() - began_s >= PAUSES_AFTER_S:
                     await asyncio.sleep(PAUSE_S)
                 part = await self._disk.find_jobs(left)
             page = JobRows(page.jobs + part.jobs, part.next_before, part.scanned_until, page.scanned + part.scanned)
-            if page.scanned_until is None or page.scanned >= MOST_LOOKED or now_s() - began_s >= patience_s:
+            if page.scanned_until is None or page.scanned >= MAX_SCANNED or now_s() - began_s >= limit_s:
                 return page
             size = sum(len(payload) for _, payload in page.jobs)
-            places = self._far
+            slots = self._long_searches
 
     def _shown(self, page: JobRows, policy: Policy, *, admin: bool) -> JobPage:
         at = self._moment()
@@ -156,7 +156,7 @@ def _from(command: Export) -> JobQuery:
 
 
 def _export_page(page: JobRows) -> ExportPage:
-    return ExportPage([views.moved(job, Raw(payload)) for job, payload in page.jobs], _cursor(page))
+    return ExportPage([views.as_import(job, Raw(payload)) for job, payload in page.jobs], _cursor(page))
 
 
 def _audit_query(log: AuditLog) -> AuditQuery:

@@ -25,7 +25,7 @@ class Keys:
 
     def __init__(self, rows: list[StoredResponse], limit: int) -> None:
         self.limit = limit
-        self._answers: dict[str, StoredResponse] = {}
+        self._responses: dict[str, StoredResponse] = {}
         self._grants: dict[str, StoredResponse] = {}
         self._current: dict[str, dict[str, None]] = {}  # digest -> lock ids of its grants that are still current
         self._by_lock: dict[str, str] = {}  # lock_id -> digest
@@ -36,7 +36,7 @@ class Keys:
             self._insert(row)
 
     def __len__(self) -> int:
-        return len(self._answers) + len(self._grants)
+        return len(self._responses) + len(self._grants)
 
     def lock_ids(self) -> list[str]:
         """Return the lock ids of the current grants that a repeated call can return."""
@@ -44,7 +44,7 @@ class Keys:
 
     def find(self, digest: str, now: int) -> StoredResponse | None:
         """Return the row of a key that is still kept at wall time `now`. Its response may be on disk only."""
-        row = self._answers.get(digest)
+        row = self._responses.get(digest)
         if row is None:
             return self._grants.get(digest)
         if now >= row.at + KEPT_MS:
@@ -59,12 +59,14 @@ class Keys:
 
     def has_room(self, now: int) -> bool:
         """Drop old keys. Return whether one more can be kept."""
-        for row in list(islice(self._answers.values(), 2)):  # two for each new key, so that old ones do not accumulate
+        for row in list(
+            islice(self._responses.values(), 2)
+        ):  # two for each new key, so that old ones do not accumulate
             if now >= row.at + KEPT_MS:
                 self._forget(row)
         if len(self) < self.limit:
             return True
-        oldest = next(iter(self._answers.values()), None)
+        oldest = next(iter(self._responses.values()), None)
         # A time in the future is from before the clock stepped back.
         if oldest is None or oldest.at <= now < oldest.at + SAFE_MS:
             return False
@@ -93,8 +95,8 @@ class Keys:
     def commit(self) -> None:
         """Drop the responses from memory, because the changes are on disk."""
         for digest, row in self._added.items():
-            if digest in self._answers:
-                self._answers[digest] = replace(row, body=None)
+            if digest in self._responses:
+                self._responses[digest] = replace(row, body=None)
         self._added, self._removed, self._ended = {}, {}, []
 
     def rollback(self) -> None:
@@ -112,11 +114,11 @@ class Keys:
                 self._current[digest][lock_id] = None
         if removed:
             oldest = {digest: row for digest, row in removed.items() if row.grants is None}
-            self._answers = oldest | self._answers
+            self._responses = oldest | self._responses
 
     def _insert(self, row: StoredResponse) -> None:
         if row.grants is None:
-            self._answers[row.digest] = row
+            self._responses[row.digest] = row
             return
         self._grants[row.digest] = row
         self._current[row.digest] = {lock_id: None for _, lock_id in row.grants}
@@ -130,7 +132,7 @@ class Keys:
 
     def _drop(self, row: StoredResponse) -> None:
         if row.grants is None:
-            self._answers.pop(row.digest, None)
+            self._responses.pop(row.digest, None)
             return
         self._grants.pop(row.digest, None)
         self._current.pop(row.digest, None)

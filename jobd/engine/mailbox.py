@@ -29,7 +29,7 @@ from jobd.model.commands import (
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
-# How full the mailbox may be for a command to be accepted. Running work and operators come in last of all.
+# How full the mailbox may be when a command is accepted. Commands for running jobs and of operators are rejected last.
 SHARES: Final[dict[Admission, float]] = {
     "create": 0.70,
     "read": 0.85,
@@ -38,8 +38,7 @@ SHARES: Final[dict[Admission, float]] = {
     "change": 1.0,
     "ending": 1.0,
 }
-ADOPT_WEIGHT: Final = 20  # its late results are read with all that they brought
-
+ADOPT_WEIGHT: Final = 20  # its late results are read with their metadata
 
 # Sets of types, because every command is looked up in them, and an isinstance() that fails is slow for a struct.
 _SLICED: Final = (ExtendAfterPause, EndGrants)
@@ -71,7 +70,7 @@ def may_go_first(envelope: Envelope) -> bool:
 
     A Ping may not: it measures how long a command takes.
     """
-    return envelope.call.command.admission == "read" and not envelope.in_line
+    return envelope.call.command.admission == "read" and not envelope.ordered
 
 
 def deleted_ids(command: Any) -> list[str]:
@@ -120,15 +119,15 @@ class Envelope(Struct, eq=False):
     """A call in the mailbox, with the receivers of its response.
 
     `futures` has several if its key is repeated while it is parked. `size` is in bytes, as it counts towards
-    limits.inflight_bytes. `in_line`: its sender has sent more before it. `ticket` is the order of arrival among parked
-    claims, `deadline` the loop time at which such a claim gets a response without grants.
+    limits.inflight_bytes. `ordered`: it is decided after earlier ones of its sender. `ticket` is the order of arrival
+    among parked claims, `deadline` the loop time at which such a claim gets a response without grants.
     """
 
     call: Call
     key: IdempotencyKey | None
     size: int
     futures: list[Waiter]
-    in_line: bool = False
+    ordered: bool = False
     ticket: int = 0
     deadline: float = 0.0
 

@@ -36,7 +36,7 @@ class ParkedClaims:
         if envelope.ticket == 0:
             envelope.ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         places: list[Place] = [(queue, kind) for queue in dict.fromkeys(claim.queues) for kind in _kinds(claim)]
-        self.by_ticket[envelope.ticket] = (envelope, places, self._presence.waits(claim))
+        self.by_ticket[envelope.ticket] = (envelope, places, self._presence.begin_wait(claim))
         for place in places:
             waiting = self._at.setdefault(place, {})
             late = bool(waiting) and next(reversed(waiting)) > envelope.ticket
@@ -54,7 +54,7 @@ class ParkedClaims:
             return False
         claim = envelope.call.command
         assert isinstance(claim, Claim)
-        self._presence.waits_no_more(claim.worker, found[2])
+        self._presence.end_wait(claim.worker, found[2])
         for place in found[1]:
             del self._at[place][envelope.ticket]
             if not self._at[place]:

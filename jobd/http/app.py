@@ -98,11 +98,11 @@ class ActorClient(Protocol):
         key: IdempotencyKey | None,
         size: int,
         operator: Operator | None = None,
-        in_line: bool = False,
+        ordered: bool = False,
     ) -> Envelope | ApiError:
         """Send a command whose response `responder` receives.
 
-        `in_line`: the command is decided after the earlier ones of its sender.
+        `ordered`: the command is decided after the earlier ones of its sender.
         """
 
     def abandon(self, envelope: Envelope) -> None:

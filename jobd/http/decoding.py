@@ -334,7 +334,7 @@ def _split_path(error: str) -> tuple[str, str]:
 
 
 def _about_field(text: str) -> tuple[str, str] | None:
-    """Return what is wrong with which field, if the message says that. The name may have a million characters."""
+    """Return the error and the name of the field, if the message is about one. The name may be very long."""
     match = _ABOUT_FIELD.match(text)
     if match is None or not text.endswith("`", match.end()):
         return None

@@ -31,7 +31,7 @@ WRONG_HEAD: Final = (
     "may occur only once, such as Content-Length, or chunks of a wrong length)"
 )
 _NO_NAMES: Final[frozenset[str]] = frozenset()
-# Headers of which a second one is an error.
+# Headers that may occur only once.
 _SINGLE: Final = frozenset(
     ("content-length", "content-location", "content-range", "content-type", "etag", "host", "max-forwards", "server",
      "transfer-encoding", "user-agent")

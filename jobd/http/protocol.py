@@ -21,7 +21,7 @@ from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
 LINGER_S: Final = 5.0  # to read the rest of a rejected body, without which the client would not get the response
-# Delay between two checks whether the client has closed a half-closed connection. It doubles up to CHECK_S.
+# Delay between two checks of whether the client has closed a half-closed connection. It doubles up to CHECK_S.
 FIRST_CHECK_S: Final = 0.01
 CHECK_S: Final = 1.0
 # How long a response with grants waits for the client's system to acknowledge the probe, and the polling interval.

@@ -129,7 +129,7 @@ def stream_head(ctx: RequestContext, headers: Mapping[str, str], length: int | N
 
 
 def connection_line(ctx: RequestContext, close: bool = False) -> bytes:
-    """Return the Connection header, or nothing if it would say what is the default of the HTTP version."""
+    """Return the Connection header, or nothing if it would only state the default of the HTTP version."""
     if close or not ctx.keep_alive:
         return b"Connection: close\r\n"
     return b"" if ctx.version == "1.1" else b"Connection: keep-alive\r\n"

@@ -53,11 +53,7 @@ _PART_OF: Final = {named: part for part, named in _NAMED.items()}
 
 
 _decode_changes = _decoder({Result: _Result})
-
-
 _decode_named_changes = _decoder({**_NAMED, Result: _NAMED[_Result]})
-
-
 _decode_json = msgspec.json.Decoder().decode
 
 
@@ -106,7 +102,7 @@ def _part(value: Any) -> Any:
 
 
 def thin(events: list[Event]) -> list[Event]:
-    """Return one job's journal without the heartbeats that can be deleted.
+    """Return the journal of a job without the heartbeats that can be deleted.
 
     The last KEEP_HEARTBEATS of each type and grant are kept. The values that a deleted event set are merged into the
     next event, so that folding gives the same row as before. `events` are in order and begin at a grant or earlier.
@@ -124,7 +120,7 @@ def thin(events: list[Event]) -> list[Event]:
 
 
 def compact(events: list[Event]) -> list[Event]:
-    """Return a part of one job's journal without events of grants that were given back.
+    """Return a part of the journal of a job without events of grants that were given back.
 
     Events before the first grant and the last grant are kept. Folding gives the same row as before, as in `thin`.
     """

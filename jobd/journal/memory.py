@@ -89,7 +89,7 @@ class MemoryServer:
         self.failovers = 0
 
     def change(self, lead: MemoryLead) -> MemoryLead:
-        """Make `lead` the present state, and return it with its version."""
+        """Make `lead` the current state, and return it with its version."""
         self.lead = replace(lead, version=self.lead.version + 1)
         return self.lead
 

@@ -23,7 +23,7 @@ from jobd.model.storage import AuditEntry, Batch, Numbers, QueueRow, StoredRespo
 FORMAT: Final = 2
 LOWEST_FORMAT: Final = 1  # read by every version
 CLOSING: Final = b"\xff"  # the body of the last record of a journal that nodes may not follow any more
-_CLOSED: Final = "closes it: `jobd cluster leave` has made the store of a single machine from this cluster"
+_CLOSED: Final = "closes it: `jobd cluster leave` has turned this cluster into the store of a single machine"
 
 
 class _Body(Struct, array_like=True, gc=False):

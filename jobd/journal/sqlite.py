@@ -44,7 +44,7 @@ class SqliteJournal:
         if line != "ok":
             raise BadRecord(upto + 1, f"cannot be read: {line}")
         if left is not None:
-            raise BadRecord(upto + 1, f"may be missing: there is a record {left[0]}, which was deleted")
+            raise BadRecord(upto + 1, f"may be missing: record {left[0]} is present, although it was deleted")
 
     def append(self, record: Record) -> None:
         self._commit(self._conn.execute, _INSERT, (*astuple(record), checksum(record)))

@@ -1,4 +1,4 @@
-"""The URL of a journal in PostgreSQL, and what of it can be shown."""
+"""Parse the URL of a journal in PostgreSQL, and redact it for messages."""
 
 from __future__ import annotations
 

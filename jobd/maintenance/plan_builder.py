@@ -9,7 +9,7 @@ from typing import Final
 
 from msgspec.structs import asdict
 
-from jobd.core import plan_rules
+from jobd.core import plan_rules, transitions
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.model.commands import (
@@ -61,10 +61,10 @@ class PlanBuilder:
         if request.action in MAINTENANCE_ACTIONS:
             return await self._find_due()
         if (request.filter is None) == (request.ids is None):
-            return _invalid("filter", "Set either `filter` or `ids`.")
+            return transitions.invalid("filter", "Set either `filter` or `ids`.")
         if request.ids is not None:
             if request.cursor is not None:
-                return _invalid("cursor", "A `cursor` requires the `filter` of the previous plan.")
+                return transitions.invalid("cursor", "A `cursor` requires the `filter` of the previous plan.")
             await self._find_ids(list(dict.fromkeys(request.ids)))
             return None
         assert request.filter is not None
@@ -76,13 +76,13 @@ class PlanBuilder:
             async with self._lock:
                 loaded = await self._storage.load(page, [], [])
                 found = [loaded.jobs[job_id] for job_id in page if job_id in loaded.jobs]
-                await self._add([job for job in found if plan_rules.why_not(self._request.action, job) is None])
+                await self._add([job for job in found if plan_rules.skip_reason(self._request.action, job) is None])
             for job_id in page:
                 job = loaded.jobs.get(job_id)
                 if job is None:
                     wrong = loaded.bad.get(job_id) or self._state.quarantined.get(job_id)
                     self._skip(job_id, None, f"It is quarantined: {wrong}" if wrong else "There is no such job.")
-                elif (why := plan_rules.why_not(self._request.action, job)) is not None:
+                elif (why := plan_rules.skip_reason(self._request.action, job)) is not None:
                     self._skip(job_id, job.status, why)
             await asyncio.sleep(PAUSE_S)
 
@@ -91,7 +91,7 @@ class PlanBuilder:
         for name in ("filter", "ids", "cursor"):
             if getattr(self._request, name) is not None:
                 message = f"{self._request.action} does not accept `{name}`: the daemon chooses the jobs."
-                return _invalid(name, message)
+                return transitions.invalid(name, message)
         response = await self._actor.ask(Preview(limit=0), by="daemon")  # moves passed deadlines in the state
         if isinstance(response, ApiError):
             return response
@@ -142,7 +142,7 @@ class PlanBuilder:
         if self._request.cursor is not None:
             status, _, number = self._request.cursor.partition(".")
             if status not in statuses:
-                return _invalid("cursor", "This cursor belongs to a plan with another action or filter.")
+                return transitions.invalid("cursor", "This cursor belongs to a plan with another action or filter.")
             statuses, before = statuses[statuses.index(status) :], int(number)
         clock_s = asyncio.get_running_loop().time
         until_s = clock_s() + MAX_PLANNING_S
@@ -151,7 +151,7 @@ class PlanBuilder:
                 capacity = MAX_PLAN - len(self.jobs)
                 async with self._lock:
                     page = await self._storage.find_jobs(as_query(filter_, status, before))
-                    # A job that changes meanwhile is also found in its next status.
+                    # A job that changes during the search is found again in its next status.
                     new = [job for job, _ in page.jobs if job.id not in self._added]
                     await self._add(new[:capacity])
                 if len(new) > capacity:
@@ -174,7 +174,9 @@ class PlanBuilder:
         ]
         adoptable = [job.seq for job in jobs if may_adopt(job.status)]
         late = await self._storage.count_late_results(adoptable) if adoptable else {}
-        self.jobs += [PlannedJob(job.id, job.status, plan_rules.to(action, job), late.get(job.seq, 0)) for job in jobs]
+        self.jobs += [
+            PlannedJob(job.id, job.status, plan_rules.status_after(action, job), late.get(job.seq, 0)) for job in jobs
+        ]
 
     def _skip(self, job_id: str, status: str | None, why: str) -> None:
         self.skipped_count += 1
@@ -189,7 +191,3 @@ def as_query(filter_: PlanFilter, status: str, before: int | None) -> JobQuery:
     is_slow = filter_.q is not None or filter_.error is not None
     paging = {"limit": PAGE, "before": before, "scan": SLOW_SCAN if is_slow else SCAN, "payloads": False}
     return JobQuery(**{**filters, **paging, "status": status})
-
-
-def _invalid(field: str, message: str) -> ApiError:
-    return ApiError("invalid_request", message, {"field": f"$.{field}"})

@@ -337,7 +337,7 @@ class Health:
 
     def _cleanup_health(self) -> tuple[CleanupHealth, HealthStatus]:
         state = self._cleanup.state()
-        reasons = [each for each in (self._cleanup.degraded_reason(), self._clock.doubt()) if each is not None]
+        reasons = [each for each in (self._cleanup.degraded_reason(), self._clock.suspect_reason()) if each is not None]
         message = " ".join(reasons) or "Cleanup runs in time."
         view = CleanupHealth(state.cleanup_running, state.time_since_last_cleanup, message)
         return view, "degraded" if reasons else "healthy"

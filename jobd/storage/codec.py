@@ -386,7 +386,7 @@ def as_text(columns: tuple[str, ...], row: Row) -> str:
 
 
 def job_as_text(row: Row) -> str:
-    """Return a row of jobs with its checksum as readable JSON. The fields of its body are beside its columns."""
+    """Return a row of jobs with its checksum as readable JSON. The fields of its body are next to its columns."""
     values = dict(zip((*JOB_COLUMNS, "crc"), map(json_value, row), strict=True))
     with contextlib.suppress(msgspec.DecodeError, UnicodeError):
         fields = _decode_fields(row[_BODY])

@@ -15,7 +15,7 @@ CommitSetting = Literal["auto", "inline", "thread"]
 
 RECENT: Final = 8  # commits that decide whether the disk has become slow
 STALL_S: Final = 0.002  # a commit that takes as long is a stall
-LONG_STALL_S: Final = 0.05  # decides alone
+LONG_STALL_S: Final = 0.05  # a single one is enough
 MEDIAN_S: Final = 0.001  # of the recent commits
 TRIAL: Final = 200  # commits in the thread that decide whether the disk has become fast
 TRIAL_STALLS: Final = 4  # among them

@@ -48,7 +48,9 @@ CHECKPOINT_FRAMES: Final = 1000  # measured: fewer checkpoint too often, more ma
 LIVE_SQL: Final = "status IN ('queued', 'processing')"
 FAILED_SQL: Final = "status IN ('failed', 'cancelled')"
 FINISHED_SQL: Final = "status IN ('completed', 'failed', 'cancelled')"
-NOT_LIVE_SQL: Final = "status NOT IN ('queued', 'processing')"  # also an invalid status; the index has this condition
+NOT_LIVE_SQL: Final = (
+    "status NOT IN ('queued', 'processing')"  # includes invalid statuses; the index has this condition
+)
 JOB_SQL: Final = f"{', '.join(JOB_COLUMNS)}, crc"
 KEY_SQL: Final = f"{', '.join(KEY_COLUMNS)}, crc"
 QUEUE_SQL: Final = f"{', '.join(QUEUE_COLUMNS)}, crc"
@@ -185,7 +187,7 @@ class Database:
 
     @property
     def is_damaged(self) -> bool:
-        """Whether the tables have to be made again from the journal of the cluster."""
+        """Whether the tables have to be rebuilt from the journal of the cluster."""
         return isinstance(self._broken, StoreDamaged)
 
     def check(self) -> None:
@@ -198,10 +200,10 @@ class Database:
     def keep_damage(self, what: str) -> None:
         """Go on with a damaged row, which is quarantined. Raises StoreDamaged for the store of a cluster.
 
-        Other nodes have the row as it was, so this one makes its tables again from the journal.
+        Other nodes have the row as it was, so this one rebuilds its tables from the journal.
         """
         if self.membership is not None:
-            error = StoreDamaged(f"{what}: the tables are damaged, and are made again from the journal")
+            error = StoreDamaged(f"{what}: the tables are damaged, and are rebuilt from the journal")
             self._broken = error
             raise error
 
@@ -319,7 +321,7 @@ class Database:
             raise StructureDamaged(str(error)) from error
 
     def rows(self, sql: str, args: tuple[Any, ...] = ()) -> list[Row]:
-        """Return all rows of a query, also rows with text that is not UTF-8 (`codec.fault` reports those)."""
+        """Return all rows of a query, including rows with text that is not UTF-8 (`codec.fault` reports those)."""
         try:
             return self.conn.execute(sql, args).fetchall()
         except sqlite3.OperationalError as error:
@@ -404,7 +406,7 @@ class Database:
         self.quarantined_count += 1  # last, because the event loop reads it from another thread
 
     def job_id_of(self, seq: int) -> str | None:
-        """Return the id of a job, also of a quarantined one; None if there is no such job."""
+        """Return the id of a job, even of a quarantined one; None if there is no such job."""
         row = self.rows(BY_SEQ, (seq,))
         if row:
             return readable(row[0][1])

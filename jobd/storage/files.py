@@ -168,9 +168,9 @@ def sync_directory(path: str) -> None:
 
 
 def set_aside(path: str) -> str:
-    """Rename the database at `path`, which is closed. Replaces the one that was set aside before. Return its new name.
+    """Rename the closed database at `path`, replacing one that was set aside before. Return its new name.
 
-    Its write-ahead log is empty if it was closed, and else belongs to a damaged database.
+    Its write-ahead log is empty after a clean close. Otherwise it belongs to a damaged database.
     """
     old = f"{path}.old"
     for suffix in ("-wal", "-shm"):

@@ -65,7 +65,7 @@ _json = msgspec.json.Encoder().encode
 
 
 def convert(conn: sqlite3.Connection) -> tuple[int, int]:
-    """Convert all rows, also those in quarantine, in a transaction.
+    """Convert all rows, including those in quarantine, inside a transaction.
 
     The checksum of a damaged row stays wrong by the same bits. Return the changes of the XOR of the checksums, for live
     jobs and for all other rows.

@@ -1,7 +1,6 @@
 """Store jobs in SQLite through one connection: one call per batch, inline in the event loop or in the storage thread.
 
-`startup.py` opens the database. `queries.py`, `quarantine.py` and everything of `database.py` but batches run in the
-storage thread.
+`startup.py` opens the database. Slices run where batches do. Queries and all other calls run in the storage thread.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Plan and apply writes of the tables that are not changes of jobs. Each is in a record of the journal first.
 
-A plan reads the tables and returns the write. The projection applies it, also on other nodes and after a restart.
+A plan reads the tables and returns the write. The projection applies it, on other nodes and after a restart too.
 """
 
 from __future__ import annotations

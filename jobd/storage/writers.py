@@ -239,9 +239,8 @@ class AuditWriter:
     def __init__(self, conn: sqlite3.Connection) -> None:
         self._conn = conn
         self._open: dict[str, int] = {}  # part_of -> seq of its row
-        self._counted: dict[AuditShare, array[int]] = {
-            share: array("q") for share in get_args(AuditShare)
-        }  # counted rows, see `count_more`
+        # Counted rows, see `count_more`.
+        self._counted: dict[AuditShare, array[int]] = {share: array("q") for share in get_args(AuditShare)}
         self._counted_to = 0
 
     def write(self, audit: list[AuditEntry]) -> None:

@@ -29,9 +29,8 @@ class DeliveryQueue:
         self._subject_of: dict[int, str] = {}
         self._in_flight: dict[str, int] = {}  # subject -> id of its running delivery
         self._expedited: set[int] = set()  # running deliveries that were expedited meanwhile
-        self._ready: list[
-            int
-        ] = []  # heaps of deliveries that are first of their subject; stale entries are skipped later
+        # Heaps of deliveries that are the first of their subject. Stale entries are skipped later.
+        self._ready: list[int] = []
         self._later: list[tuple[int, int]] = []
         self._now = 0
 

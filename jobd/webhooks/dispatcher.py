@@ -95,7 +95,7 @@ class Dispatcher:
         return delivery
 
     async def redeliver(self, id_: int) -> Delivery | None:
-        """Send a delivery again, whatever its state. Return None if there is none with this number.
+        """Send a delivery again, regardless of its state. Return None if there is none with this number.
 
         A waiting delivery becomes due now. Raises CannotWrite.
         """

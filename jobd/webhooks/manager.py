@@ -48,19 +48,19 @@ class WebhookMetrics(Struct, frozen=True):
 class WebhookManager:
     """Runs the dispatchers until `stop`.
 
-    `listen` subscribes to commits, once there is an endpoint. `post` makes the transport of an endpoint.
+    `subscribe` subscribes to commits, once there is an endpoint. `make_transport` makes the transport of an endpoint.
     """
 
     def __init__(
         self,
         context: DispatchContext,
         *,
-        listen: Callable[[Callable[[Sequence[Change]], None]], None],
-        post: Callable[[WebhookEndpoint], Transport],
+        subscribe: Callable[[Callable[[Sequence[Change]], None]], None],
+        make_transport: Callable[[WebhookEndpoint], Transport],
     ) -> None:
         self._context = context
-        self._subscribe = listen
-        self._make_transport = post
+        self._subscribe = subscribe
+        self._make_transport = make_transport
         self._endpoints: dict[str, WebhookEndpoint] = {}
         self._dispatchers: dict[str, Dispatcher] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}

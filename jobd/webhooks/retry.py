@@ -14,7 +14,7 @@ from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 
 RETRY_MS: Final = 5 * SECOND_MS  # after the first failure; doubles each time
 MAX_RETRY_MS: Final = HOUR_MS
-# Before a delivery is dead-lettered: its age alone may be due to a clock step or a suspended machine.
+# Attempts before a delivery is dead-lettered. Its age alone may be due to a clock step or a suspended machine.
 MIN_TRIES: Final = 8
 
 OPENS_AFTER: Final = 5  # consecutive failures

@@ -143,7 +143,7 @@ class HttpTransport:
                 ) as response,
             ):
                 if 200 <= response.status < 300:
-                    limit.reschedule(None)  # it was accepted, whatever the rest of the response is
+                    limit.reschedule(None)  # it was accepted, regardless of the rest of the response
                     await _drain(response)
                     return DeliveryOutcome(response.status)
                 wait_ms = _retry_after_ms(response.headers.get("Retry-After", ""))

@@ -80,7 +80,7 @@ def test_a_store_becomes_a_cluster_and_returns(
     assert code == 78
     assert f"{other} is the store of a single machine" in err
     code, out, _ = run(capsys, monkeypatch, database, "join", *at_other)
-    assert (code, out) == (0, f"{other}: kept as {other}.old; the next start makes it again from the journal\n")
+    assert (code, out) == (0, f"{other}: kept as {other}.old; the next start rebuilds it from the journal\n")
     code, out, _ = run(capsys, monkeypatch, database, "cluster", "leave", *at_other)
     assert code == 0
     assert out.startswith(f"{other}: the store of a single machine, with epoch ")
@@ -152,7 +152,7 @@ def test_tables_of_a_newer_version_exit_with_78(
     for verb in (("check-config",), ("cluster", "init")):
         code, _, err = run(capsys, monkeypatch, database, *verb)
         assert code == 78
-        assert "has tables of version 1, and this jobd knows version 0. Upgrade jobd" in err
+        assert "has tables of version 1, and this jobd supports version 0. Upgrade jobd" in err
 
 
 def test_a_node_that_does_not_come_back_is_forgotten(

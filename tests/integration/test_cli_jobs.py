@@ -106,7 +106,7 @@ def test_control_characters_of_a_job_are_escaped(jobctl: Jobctl, running: CliDae
     assert jobctl.json("job", "s6")["error_message"] == evil
 
 
-def test_a_broken_pipe_inside_a_command_is_no_error() -> None:
+def test_a_broken_pipe_inside_a_command_is_not_an_error() -> None:
     words = (
         "import click, errno, sys; from jobd.cli import exit_codes\n"
         "@click.command()\n"
@@ -117,7 +117,7 @@ def test_a_broken_pipe_inside_a_command_is_no_error() -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_a_closed_pipe_is_no_error(running: CliDaemon) -> None:
+def test_a_closed_pipe_is_not_an_error(running: CliDaemon) -> None:
     for number in range(300):
         running.client.create_job("x" * 400, queue="s7", id=f"s7-{number}")
     with running.start(

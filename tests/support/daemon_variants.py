@@ -86,8 +86,8 @@ def slow_log() -> None:
 def short_pages() -> None:
     """Make pages of jobs scan 20 jobs each, in slices of 10."""
     patched: Any = history
-    assert {"JobQuery", "MOST_LOOKED", "SLICE"} <= patched.__dict__.keys()
-    patched.JobQuery, patched.MOST_LOOKED, patched.SLICE = partial(JobQuery, scan=10), 20, 10
+    assert {"JobQuery", "MAX_SCANNED", "SLICE"} <= patched.__dict__.keys()
+    patched.JobQuery, patched.MAX_SCANNED, patched.SLICE = partial(JobQuery, scan=10), 20, 10
 
 
 def one_slice() -> None:

@@ -125,7 +125,7 @@ class FakeActor:
         key: IdempotencyKey | None = None,
         size: int = 0,
         operator: Operator | None = None,
-        in_line: bool = False,
+        ordered: bool = False,
     ) -> mailbox.Envelope:
         self.received.append(ReceivedCommand(command, by, admin, key, size, operator))
         self.arrived.set()

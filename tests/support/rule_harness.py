@@ -105,7 +105,7 @@ class RuleHarness:
         self.state.request_hashes = dict(self.requests)  # as the actor reads them from the disk
         self.state.late = self._known_late(command)
         if isinstance(command, Start | Claim):
-            self.state.presence.asks(command)
+            self.state.presence.note_request(command)
         self.calls += 1
         seed = blake2b(self.calls.to_bytes(8, "big"), key=SEED, digest_size=16).digest()
         tx, call = Transaction(self.state, self.moment, self.policy), Call(command, by, seed, admin, expected=expected)

@@ -105,7 +105,7 @@ class WebhookHarness:
             chance=lambda: 0.5,
             retry_policy=FAST_RETRY,
         )
-        self.webhooks = WebhookManager(self.context, listen=self.listeners.append, post=posts)
+        self.webhooks = WebhookManager(self.context, subscribe=self.listeners.append, make_transport=posts)
 
     def _alerts(self) -> list[AlertView] | None:
         if self.firing is None:

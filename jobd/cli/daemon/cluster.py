@@ -208,7 +208,7 @@ def join_command(yes: bool, config: str | None, flags: dict[str, str]) -> None:
     path = settings.store.path
     if not yes:
         confirm(f"replace the database {path} with that of cluster {settings.journal.name}")
-    terminal.emit(f"{path}: kept as {discard(path)}; the next start makes it again from the journal")
+    terminal.emit(f"{path}: kept as {discard(path)}; the next start rebuilds it from the journal")
 
 
 cluster.add_all("Journal", init_command, leave_command, forget_command, accept_loss_command)

@@ -39,7 +39,7 @@ def exists_already(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, url: JournalUrl, host: str = "") -> JournalUnavailable:
-    """Return the error for the operator, without the password. Raises an `error` of another kind again."""
+    """Return the error for the operator, without the password. Re-raises an `error` of any other kind."""
     server = f"PostgreSQL at {host or ', '.join(url.hosts)}"
     match error:
         case JournalUnavailable():
@@ -56,7 +56,9 @@ def explain(error: BaseException, url: JournalUrl, host: str = "") -> JournalUna
             return JournalMisconfigured(f'Database "{url.database}" has no tables of jobd: {INIT}')
         case asyncpg.UndefinedColumnError():
             text = "they are of another version or were changed. Upgrade jobd, or restore them"
-            return JournalMisconfigured(f'The tables of jobd in database "{url.database}" do not fit: {error}: {text}')
+            return JournalMisconfigured(
+                f'The tables of jobd in database "{url.database}" do not match: {error}: {text}'
+            )
         case asyncpg.InsufficientPrivilegeError():
             text = "make the role the owner of the tables of jobd, and GRANT CREATE on their schema to it"
             return JournalMisconfigured(f'Role "{url.role}" lacks a privilege: {error}: {text}')
@@ -108,7 +110,7 @@ def _network_error(error: OSError, server: str, *, is_local: bool) -> JournalUna
 
 
 def pooler(host: str) -> JournalMisconfigured:
-    """Return the error for a server that gives a session several connections of PostgreSQL in turn."""
+    """Return the error for a server that uses several connections of PostgreSQL for one session."""
     advice = "name the servers themselves in [journal] url"
     return JournalMisconfigured(f"{host} is a connection pooler, but jobd needs a session of its own: {advice}")
 
@@ -119,7 +121,7 @@ def _read_only(server: str) -> JournalUnavailable:
 
 
 def most_useful(errors: list[JournalUnavailable]) -> JournalUnavailable:
-    """Return the error to show of those of several hosts: a wrong configuration before an unreachable server."""
+    """Return the error to show for several hosts. A misconfiguration takes precedence over an unreachable server."""
     wrong = [each for each in errors if isinstance(each, JournalMisconfigured)]
     if wrong or len(errors) == 1:
         return (wrong or errors)[0]

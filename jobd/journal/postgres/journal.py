@@ -44,7 +44,7 @@ _HEALTH: Final = """
 
 
 class PostgresJournal:
-    """A SharedJournal. A lost connection is made again when it is next needed.
+    """A SharedJournal. A lost connection is re-established when it is next needed.
 
     One session runs the statements of the leader, and one reads. Others are opened for snapshots and trimming.
     """

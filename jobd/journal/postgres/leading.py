@@ -114,7 +114,7 @@ class Leading:
         await self._session.run(self._lease_ms / 1000, lambda conn: self._run(conn, _RELEASE, self._name, self._epoch))
 
     async def connect(self) -> None:
-        """Connect, so that a takeover need not."""
+        """Connect early, so that a takeover does not wait for it."""
 
         async def nothing(conn: Any) -> None:
             return None

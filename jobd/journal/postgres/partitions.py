@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from jobd.journal.postgres.errors import exists_already, was_rejected
 
-PARTITION_BYTES: Final = 256 << 20  # aimed at
+PARTITION_BYTES: Final = 256 << 20  # target size
 MIN_RECORDS: Final = 1_000
 FIRST_RECORDS: Final = 10_000  # while the size of a record is unknown
 MAX_RECORDS: Final = 1_000_000

@@ -25,7 +25,7 @@ OLDEST: Final = 140000  # server_version_num: DETACH PARTITION CONCURRENTLY is n
 
 _LOCKS: Final = 0x6A6F6264  # first key of the advisory locks: "jobd"
 
-# A default of the role or database must not change them. Some are unknown to older servers.
+# A default of the role or database must not override them. Some are unknown to older servers.
 _SETTINGS: Final = {
     "synchronous_commit": "on",
     "statement_timeout": "0",
@@ -115,7 +115,7 @@ class Target:
             raise explain(error, self.url, host) from error
 
     async def _check_tables(self, conn: Any) -> None:
-        """Raise JournalMisconfigured unless the tables and the journal are those that are expected."""
+        """Raise JournalMisconfigured unless the tables and the journal are the expected ones."""
         version = await conn.fetchval(_TABLES)
         check_version(version, self.url.database)
         found = await conn.fetchval(_CLUSTER, self.name)
@@ -132,7 +132,7 @@ def check_version(version: int | None, database: str) -> None:
     if version is None:
         raise JournalMisconfigured(f'Database "{database}" has incomplete tables of jobd: {INIT}')
     if version > VERSION:
-        text = f"this jobd knows version {VERSION}. Upgrade jobd on this node"
+        text = f"this jobd supports version {VERSION}. Upgrade jobd on this node"
         raise JournalMisconfigured(f'Database "{database}" has tables of version {version}, and {text}')
 
 
@@ -168,7 +168,7 @@ class JournalSession:
         self._conn: Any = None
         self._lock = asyncio.Lock()
         self._is_closed = False
-        self._ends_s = math.inf  # time limit of the present caller
+        self._ends_s = math.inf  # time limit of the current caller
         self._timer: asyncio.TimerHandle | None = None  # not after `_ends_s`
         self.warnings = 0
 
@@ -198,7 +198,7 @@ class JournalSession:
         self._timer = asyncio.get_running_loop().call_at(self._ends_s, self._check_time)
 
     def _check_time(self) -> None:
-        """Close the connection if the present caller has reached its limit. One timer serves many callers."""
+        """Close the connection if the current caller has reached its limit. One timer serves many callers."""
         self._timer = None
         if self._ends_s <= asyncio.get_running_loop().time():
             self._conn.terminate()
@@ -206,7 +206,7 @@ class JournalSession:
             self._set_timer()
 
     def _note(self, _: Any, message: Any) -> None:
-        """Count a warning: a wait for a synchronous standby that an operator cancels ends with one, and no error."""
+        """Count a warning. If an operator cancels a wait for a synchronous standby, it ends with one and no error."""
         if message.severity_en == "WARNING":
             self.warnings += 1
 

@@ -53,7 +53,7 @@ async def write(target: Target, number: int, parts: AsyncIterable[bytes], pause_
 
 
 async def read(target: Target, number: int) -> AsyncIterator[bytes]:
-    """Yield the parts as of one moment, so that nothing is dropped meanwhile. Raises BadSnapshot."""
+    """Yield the parts as of one moment, so that a concurrent `drop` has no effect. Raises BadSnapshot."""
     conn = await target.connect()
     try:
         await _run(target, conn, conn.execute, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")

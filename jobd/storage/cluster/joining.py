@@ -1,6 +1,6 @@
-"""Make the store of a single machine the first store of a cluster, and the store of a node that of a single machine.
+"""Turn the store of a single machine into the first store of a cluster, and the store of a node into a single one.
 
-No daemon holds the store meanwhile.
+No daemon may hold the store.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _MARKED: Final = (
 def join(path: str, cluster_id: str) -> int:
     """Make the store at `path` a member of a new cluster, as of FIRST_RECORD. Return its epoch.
 
-    A node without a snapshot cannot follow the journal of this cluster. The file is then complete: its content is the
-    first snapshot. A second call changes nothing. Raises WrongCluster or StoreUnreadable.
+    Afterwards the file is complete, and its content is the first snapshot, without which no node can follow the journal
+    of this cluster. A second call changes nothing. Raises WrongCluster or StoreUnreadable.
     """
     with _opened(path) as conn:
         startup.prepare_schema(conn, path)
@@ -55,7 +55,7 @@ def _join(db: Database, cluster_id: str) -> None:
 
 
 def leave(path: str, *, epoch: int = 0, is_complete: bool) -> int:
-    """Make the store of a node that of a single machine, with an epoch above `epoch`. Return the new epoch.
+    """Turn the store of a node into that of a single machine, with an epoch above `epoch`. Return the new epoch.
 
     Unless it `is_complete`, its journal may have later records. Then its grants end by their stall rule.
     """
@@ -63,7 +63,7 @@ def leave(path: str, *, epoch: int = 0, is_complete: bool) -> int:
         startup.prepare_schema(conn, path)
         db = startup.read_meta(conn, path)
         if membership.read(conn) is None:
-            raise WrongCluster(f"{path} is the store of a single machine already")
+            raise WrongCluster(f"{path} is already the store of a single machine")
         seen = files.read_epoch(path).epoch
         begun = new_epoch(max(db.numbers.epoch, epoch, seen), now_ms())
         db.commit(_leave, db, begun, is_complete)

@@ -1,4 +1,4 @@
-"""Read from the tables of a stopped node what records that the journal has lost have changed. Writes nothing."""
+"""Read, from the tables of a stopped node, the changes in records that the journal has lost. Writes nothing."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def changes(path: str, after_event: int) -> LostChanges:
     with _opened(path) as db:
         by_seq: dict[int, LostJob] = {}
         for row in db.conn.execute(_EVENTS, (after_event - event_rows.SPAN, after_event)):
-            if event_rows.fault(row) is not None:  # the changes are unknown, so list the job with its present status
+            if event_rows.fault(row) is not None:  # the changes are unknown, so list the job with its current status
                 for job_seq, id_, status, *_ in db.rows(BY_SEQ, (row[event_rows.JOB_SEQ],)):
                     by_seq.setdefault(job_seq, LostJob(id_, status, status))
                 continue

@@ -1,4 +1,4 @@
-"""The membership of a store in a cluster: to which journal it belongs, and up to which record it has followed that.
+"""The membership of a store in a cluster: the journal that it belongs to, and the last record that it has followed.
 
 The record is compared with the journal before a node may lead: a store that has followed records which the journal does
 not have is on another branch.
@@ -29,7 +29,7 @@ class StoreAhead(StoreError):
 
 
 class StoreDamaged(StoreError):
-    """A row of a store that belongs to a cluster is damaged. The store is made again from the journal."""
+    """A row of a store that belongs to a cluster is damaged. The store is rebuilt from the journal."""
 
     exit_code = 75
 
@@ -56,11 +56,11 @@ def write(conn: sqlite3.Connection, membership: Membership) -> None:
 
 
 def check_single(conn: sqlite3.Connection, path: str) -> None:
-    """Raise WrongCluster if the store belongs to a cluster, so that it must not differ from those of other nodes."""
+    """Raise WrongCluster if the store belongs to a cluster: it must not differ from the stores of other nodes."""
     if read(conn) is not None:
         raise WrongCluster(
             f"{path} belongs to a cluster, whose other nodes have the same rows: to repair it, remove it while its "
-            "daemon is stopped. The next start makes it again from the journal"
+            "daemon is stopped. The next start rebuilds it from the journal"
         )
 
 
@@ -98,7 +98,7 @@ async def is_on_branch(path: str, journal: SharedJournal, last: Followed) -> boo
     """Return whether the store at `path`, with the records up to `last`, can follow `journal` from there.
 
     It cannot if record `last` is another one in the journal, or if later records have been trimmed. Raises StoreAhead
-    if the journal has lost the record, and no leader has gone on without it.
+    if the journal has lost the record, and no leader has continued without it.
     """
     head = await journal.head()
     if last.number > head.number:
@@ -107,7 +107,7 @@ async def is_on_branch(path: str, journal: SharedJournal, last: Followed) -> boo
         raise StoreAhead(
             f"{path} has record {last.number}, but the last record of the journal is {head.number}: the server has "
             "lost acknowledged records. If they do not come back, stop all nodes and run `jobd cluster accept-loss "
-            f"--upto {head.number}`, which says which jobs are affected and goes on without them"
+            f"--upto {head.number}`, which lists the affected jobs and continues without these records"
         )
     try:
         found = await journal.read(last.number if last.crc is None else last.number - 1, 1)

@@ -39,7 +39,7 @@ class ClusterStore(Store):
     """The storage of a node. Create it with `open_for`; always `close` it.
 
     A damaged row raises StoreDamaged and ends the node, because the other nodes have it as it was. When the store is
-    closed, its file is set aside, and the next start makes it again from the journal.
+    closed, its file is set aside, and the next start rebuilds it from the journal.
     """
 
     def __init__(self, path: str, connection: StoreConnection, projection: Projection, lock: FileLock) -> None:
@@ -55,7 +55,7 @@ class ClusterStore(Store):
     ) -> tuple[Self, OpenedStore]:
         """Open the tables at `path` to follow `journal` from their last record.
 
-        A store that cannot follow it is set aside and made again from a snapshot, if it belongs to this cluster: it is
+        A store that cannot follow it is set aside and rebuilt from a snapshot, if it belongs to this cluster: it is
         damaged, on another branch, or too far behind. Raises WrongCluster, StoreAhead, StoreBusy, StoreTooNew,
         StoreUnreadable, DiskFull, JournalUnavailable, or an OSError.
         """
@@ -91,7 +91,7 @@ class ClusterStore(Store):
     async def _try_open(
         cls, path: str, journal: SharedJournal, lock: FileLock, *, may_be_new: bool
     ) -> tuple[Self, OpenedStore] | None:
-        """Open the store, or return None if it has to be made again. `may_be_new`: there is no snapshot for it."""
+        """Open the store, or return None if it has to be rebuilt. `may_be_new`: there is no snapshot for it."""
         connection = await StoreConnection.open(partial(startup.connect, path, "NORMAL"))
         try:
             db = await connection.run(startup.identify, connection.raw, path, journal.cluster_id)
@@ -220,7 +220,7 @@ async def _can_follow(db: Database, path: str, journal: SharedJournal, *, may_be
 
 
 async def _make_again(path: str, journal: SharedJournal) -> None:
-    """Set the store aside, and make it again from the newest snapshot that can be used."""
+    """Set the store aside, and rebuild it from the newest snapshot that can be used."""
     await asyncio.to_thread(files.set_aside, path)
     for found in reversed(await journal.snapshots()):
         try:

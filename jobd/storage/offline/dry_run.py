@@ -84,7 +84,7 @@ def _check_space(path: str, need: int) -> int:
     disk = os.statvfs(os.path.dirname(path) or ".")
     free = disk.f_bavail * disk.f_frsize
     if free < need:
-        raise DiskFull(f"{path} needs {_mib(need)} on its disk, but {_mib(free)} are free")
+        raise DiskFull(f"{path} needs {_mib(need)} on its disk, but only {_mib(free)} are free")
     return free
 
 

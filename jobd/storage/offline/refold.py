@@ -40,7 +40,7 @@ def differences(conn: sqlite3.Connection, tail: Iterable[Pending]) -> Iterator[t
 
 
 def _compare(job: Job, rows: list[Row]) -> str:
-    """Return how `job` differs from what its events give; an empty string if it does not."""
+    """Return how `job` differs from the job that its events give; an empty string if it does not."""
     folded: Job | None = None
     for row in rows:
         if (error := event_rows.fault(row)) is not None:

@@ -71,7 +71,7 @@ async def test_no_node_follows_a_journal_that_was_closed(path: str, server: Memo
     await conversion.leave(journal, f"{path}.other", 0)
     store, opened = await ClusterStore.open_for(path, journal)
     async with store:
-        with pytest.raises(BadRecord, match="`jobd cluster leave` has made"):
+        with pytest.raises(BadRecord, match="`jobd cluster leave` has turned"):
             await store.follow(await journal.read(opened.last_record, 10))
 
 

@@ -22,7 +22,7 @@ from tests.unit.storage.cluster.test_store import leading
 
 @pytest.mark.parametrize(
     ("body", "message"),
-    [(b"%c" % (FORMAT + 1), "but this jobd supports formats up to"), (CLOSING, "`jobd cluster leave` has made")],
+    [(b"%c" % (FORMAT + 1), "but this jobd supports formats up to"), (CLOSING, "`jobd cluster leave` has turned")],
 )
 @pytest.mark.parametrize("is_last", [True, False])
 def test_a_node_that_cannot_read_a_record_takes_no_lease(body: bytes, message: str, is_last: bool) -> None:

@@ -272,7 +272,7 @@ async def test_a_leader_that_was_fenced_during_a_lost_append_does_not_know_the_o
 
 
 @in_virtual_time
-async def test_a_full_disk_of_the_server_is_no_unknown_outcome() -> None:
+async def test_a_full_disk_of_the_server_is_not_an_unknown_outcome() -> None:
     server = MemoryServer()
     node = Node(server)
     lead = await node.lead()
@@ -330,7 +330,7 @@ async def test_a_renewal_that_is_due_during_an_append_is_left_out() -> None:
 
 
 @in_virtual_time
-async def test_a_stopped_lead_renews_no_more() -> None:
+async def test_a_stopped_lead_no_longer_renews() -> None:
     server = MemoryServer()
     lead = await Node(server).lead()
     version = server.lead.version

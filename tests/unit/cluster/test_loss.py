@@ -269,7 +269,7 @@ def test_the_description_of_a_large_loss_is_short() -> None:
     assert lines[-1] == "    and 3 more"
 
 
-async def test_a_takeover_meanwhile_and_a_damaged_record_are_noticed(path: str, server: MemoryServer) -> None:
+async def test_a_concurrent_takeover_and_a_damaged_record_are_detected(path: str, server: MemoryServer) -> None:
     await lost_tail(path, server)
     node, other = Node(path, server), Node(path, server).journal
 

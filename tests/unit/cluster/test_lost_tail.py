@@ -47,7 +47,7 @@ async def test_a_standby_that_has_lost_records_does_not_lead() -> None:
     await seconds(1)
     assert not standby.leads, "no record is another one yet"
     await found.ask(Create())
-    with pytest.raises(StoreDamaged, match="gone on without record 3") as ended:
+    with pytest.raises(StoreDamaged, match="continued without record 3") as ended:
         await standby.ended_by_itself()
     assert ended.value.exit_code == 75
     await found.stop()
@@ -64,7 +64,7 @@ async def test_a_standby_notices_that_its_last_record_is_another_one() -> None:
     for _ in range(3):
         await other.ask(Create())
     standby.journal.is_reachable = True
-    with pytest.raises(StoreDamaged, match="gone on without record 2"):
+    with pytest.raises(StoreDamaged, match="continued without record 2"):
         await standby.ended_by_itself()
     assert len(standby.disk.jobs) == 2, "it applied no record of the other branch"
     await other.stop()

@@ -131,7 +131,7 @@ async def test_the_format_is_the_lowest_of_all_nodes_also_of_those_that_are_down
 
 
 @in_virtual_time
-async def test_a_new_leader_reads_the_nodes_anew() -> None:
+async def test_a_new_leader_reads_the_nodes_again() -> None:
     server = MemoryServer(loop_ms)
     new = Process(server, entry("a", "p-a"))
     await seconds(0.1)
@@ -180,7 +180,7 @@ async def test_a_process_that_was_restarted_gets_its_name_back() -> None:
 
 
 @in_virtual_time
-async def test_a_restarted_process_is_no_duplicate_if_the_clock_of_the_server_steps_back() -> None:
+async def test_a_restarted_process_is_not_a_duplicate_if_the_clock_of_the_server_steps_back() -> None:
     server = MemoryServer(loop_ms)
     old = Process(server, entry("a", "p-1"))
     await seconds(3)
@@ -209,7 +209,7 @@ async def test_the_last_write_of_a_killed_process_makes_no_duplicate() -> None:
 
 
 @in_virtual_time
-async def test_a_restarted_process_is_no_duplicate_while_the_journal_is_slow() -> None:
+async def test_a_restarted_process_is_not_a_duplicate_while_the_journal_is_slow() -> None:
     server = MemoryServer(loop_ms)
     old = Process(server, entry("a", "p-1"))
     await seconds(0.1)
@@ -262,7 +262,7 @@ async def test_a_name_that_another_process_begins_to_use_is_a_problem() -> None:
 
 
 @in_virtual_time
-async def test_a_slow_response_is_no_difference_of_clocks() -> None:
+async def test_a_slow_response_is_not_a_clock_difference() -> None:
     process = Process(MemoryServer(loop_ms), entry("a", "p-a"))
     process.ahead_ms = 2_000
     await seconds(EVERY_S + 0.1)

@@ -86,7 +86,9 @@ def test_a_grant_within_the_life_of_the_previous_lock_is_a_double_grant(
 
 
 @pytest.mark.parametrize("make_commands", ENDED_BY_AN_OPERATOR.values(), ids=ENDED_BY_AN_OPERATOR)
-def test_a_grant_that_an_operator_ended_is_no_double_grant(rules: CountingHarness, make_commands: MakeCommands) -> None:
+def test_a_grant_that_an_operator_ended_is_not_a_double_grant(
+    rules: CountingHarness, make_commands: MakeCommands
+) -> None:
     lock = held(rules)
     for command in make_commands(lock):
         rules.accept(command, admin=True)
@@ -94,7 +96,7 @@ def test_a_grant_that_an_operator_ended_is_no_double_grant(rules: CountingHarnes
     assert (overlaps(rules).total, overlaps(rules).taken) == (0, {})
 
 
-def test_jobs_that_an_operator_takes_back_are_no_double_grants(rules: CountingHarness) -> None:
+def test_jobs_that_an_operator_takes_back_are_not_double_grants(rules: CountingHarness) -> None:
     """At its ceiling a grant can end although its worker reported within the time of its lock."""
     lock = held(rules, max_processing_ms=90_000)
     rules.advance(50_000)
@@ -169,7 +171,7 @@ def test_a_worker_that_released_or_never_received_the_job_does_not_count(
     assert overlaps(rules).total == 0
 
 
-def test_an_ordinary_stall_is_no_double_grant(rules: CountingHarness) -> None:
+def test_an_ordinary_stall_is_not_a_double_grant(rules: CountingHarness) -> None:
     held(rules)
     rules.advance(MINUTE_MS)
     rules.accept(Recover(limit=9))
@@ -191,7 +193,7 @@ def test_a_stall_at_the_ceiling_is_a_double_grant(rules: CountingHarness) -> Non
     assert overlaps(rules).total == 1
 
 
-def test_a_silent_worker_at_the_ceiling_is_no_double_grant(rules: CountingHarness) -> None:
+def test_a_silent_worker_at_the_ceiling_is_not_a_double_grant(rules: CountingHarness) -> None:
     held(rules, max_processing_ms=30_000)  # the lock is cut to it
     rules.advance(MINUTE_MS)
     rules.accept(Recover(limit=9))

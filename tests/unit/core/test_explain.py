@@ -62,7 +62,7 @@ def clause(rules: RuleHarness, job_id: str = "a") -> str:
 
 def claims(rules: RuleHarness, worker: str, kinds: str | None = None, queue: str = "q", *, waits: bool = False) -> None:
     command = Claim(worker=worker, queues=[queue], kinds=None if kinds is None else kinds.split(","))
-    (rules.state.presence.waits if waits else rules.state.presence.asks)(command)
+    (rules.state.presence.begin_wait if waits else rules.state.presence.note_request)(command)
 
 
 def test_a_start_long_ago_has_its_date(rules: RuleHarness) -> None:

@@ -68,16 +68,20 @@ def test_the_planned_status_of_a_stuck_job_matches_the_recovery(options: Any, pr
     rules.advance(HOUR_MS)
     job = rules.job()
     assert requeues_on_stall(job) == repeated
-    assert plan_rules.to("recover-stuck", job) == plan_rules.to("cleanup", job) == ("queued" if repeated else "failed")
+    assert (
+        plan_rules.status_after("recover-stuck", job)
+        == plan_rules.status_after("cleanup", job)
+        == ("queued" if repeated else "failed")
+    )
     rules.accept(Recover(limit=1))
     assert rules.job().status == ("queued" if repeated else "failed")
 
 
 def test_the_planned_statuses_and_the_actions_allowed_on_a_full_disk() -> None:
     rules = RuleHarness()
-    assert plan_rules.to("cleanup", rules.create()) == "failed"
-    assert plan_rules.to("cleanup", rules.completed("b")) is None
-    assert plan_rules.to("retry", rules.job()) == "queued"
+    assert plan_rules.status_after("cleanup", rules.create()) == "failed"
+    assert plan_rules.status_after("cleanup", rules.completed("b")) is None
+    assert plan_rules.status_after("retry", rules.job()) == "queued"
     endings = {action for action in get_args(PlanAction) if plan_rules.is_ending(action)}
     assert endings == {"cancel", "force-fail", "delete", "recover-stuck", "cleanup"}
 

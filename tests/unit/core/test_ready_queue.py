@@ -23,7 +23,7 @@ from jobd.core.ready_queue import (
     LazyHeap,
     QueuedJobs,
     Sorted,
-    short_entry,
+    compact_entry,
 )
 from jobd.model.job import CompactJob, Options
 
@@ -190,7 +190,7 @@ class NaiveReadyQueue:
         self.now = 100_000
 
     def _waits(self, job: CompactJob) -> bool:
-        return self.short.get(short_entry(job)) is job
+        return self.short.get(compact_entry(job)) is job
 
     def add(self, kind: str, *found: int, expires_at: int = NEVER) -> tuple[str, DueEntry]:
         priority, run_at, seq = found
@@ -201,9 +201,9 @@ class NaiveReadyQueue:
 
     def join(self, kind: str, *found: int) -> tuple[str, DueEntry]:
         job = untouched(kind, *found)
-        item = (kind, short_entry(job))
+        item = (kind, compact_entry(job))
         self.live.add(item)
-        self.short[short_entry(job)] = job
+        self.short[compact_entry(job)] = job
         self.due.join(job, self.now)
         return item
 
@@ -229,8 +229,8 @@ class NaiveReadyQueue:
             expected = sorted(found for kind, found in eligible if kinds is None or kind in kinds)
             assert list(self.due.eligible(kinds, now)) == expected
             assert list(islice(self.due.eligible(kinds, now), 2)) == expected[:2]
-            if kinds is None and (line := self.due.in_line(now)) is not None:
-                assert list(map(short_entry, line)) == expected
+            if kinds is None and (line := self.due.due_in_fifo(now)) is not None:
+                assert list(map(compact_entry, line)) == expected
         counts = Counter((kind, found[0]) for kind, found in self.live)
         lanes = [(kind, priority, lane) for kind, of in self.due.lanes.items() for priority, lane in of.items()]
         assert {(kind, priority): lane.live for kind, priority, lane in lanes} == counts
@@ -328,7 +328,7 @@ def test_a_job_joins_the_fifo_only_at_its_end() -> None:
         model.join("a", *found)
         model.check()
     (lane,) = model.due.lanes["a"].values()
-    assert [job.seq for job in lane.line] == [2, 4]
+    assert [job.seq for job in lane.fifo] == [2, 4]
     assert len(list(lane.others)) == 2
 
 
@@ -336,8 +336,8 @@ def test_the_first_jobs_of_a_lane_can_be_added_at_once_in_any_order() -> None:
     model = NaiveReadyQueue()
     jobs = [untouched("a", 3, created_at, seq) for created_at, seq in [(5, 2), (4, 3), (5, 1), (5, 4)]]
     for job in jobs:
-        model.live.add(("a", short_entry(job)))
-        model.short[short_entry(job)] = job
+        model.live.add(("a", compact_entry(job)))
+        model.short[compact_entry(job)] = job
     model.due.join_all("a", 3, jobs, model.now)
     model.join("a", 3, 6, 5)
     model.join("b", 2, 7, 6)
@@ -350,7 +350,7 @@ def test_fifos_stay_small_while_jobs_come_and_go() -> None:
     for seq in range(1, 2_000):
         model.remove(model.join("a", 0, seq, seq))
     (lane,) = model.due.lanes["a"].values()
-    assert len(lane.line) <= 2 + SLACK + 1
+    assert len(lane.fifo) <= 2 + SLACK + 1
     model.check()
 
 

@@ -622,7 +622,7 @@ WHOLE = Job(2, "b", Options(), "processing", 1_000, 1_000, 1_000)
 @pytest.fixture
 def jobs() -> LiveJobs:
     jobs = LiveJobs()
-    jobs.keep_short(SHORT)
+    jobs.keep_compact(SHORT)
     jobs.keep(WHOLE)
     return jobs
 
@@ -646,7 +646,7 @@ def test_a_changed_job_is_no_longer_compact(jobs: LiveJobs) -> None:
 
 def test_a_job_that_is_added_again_is_stored_in_one_form(jobs: LiveJobs) -> None:
     again = CompactJob(3, "b", Options(), 2_000)
-    jobs.keep_short(again)
+    jobs.keep_compact(again)
     assert (jobs["b"], jobs.waits(again), len(jobs), set(jobs.touched())) == (again.expand(), True, 2, set())
 
 

@@ -60,7 +60,7 @@ def test_the_view_of_a_job_has_every_field() -> None:
 
 
 def test_the_exported_job_has_every_field() -> None:
-    assert views.moved(JOB, Raw(b"[]")) == Import(
+    assert views.as_import(JOB, Raw(b"[]")) == Import(
         id="a", queue="q", kind="k", payload=Raw(b"[]"), priority=3, status="processing", progress=24,
         progress_message="m", attempt=25, max_attempts=4, backoff=Backoff("fixed", 1, 2, False), stalls=26,
         max_stalls=5, on_stall="fail", stuck_after_ms=6, max_processing_ms=7, created_at=NOW - 21,
@@ -68,7 +68,7 @@ def test_the_exported_job_has_every_field() -> None:
         worker="w-1", download_url="url", file_path="file", storage_key="key", metadata=Raw(b"1"),
         error_message="words", error_code="code",
     )  # fmt: skip
-    bare = views.moved(replace(JOB, grant=None, result=None, error=None), Raw(b"[]"))
+    bare = views.as_import(replace(JOB, grant=None, result=None, error=None), Raw(b"[]"))
     assert (bare.worker, bare.metadata, bare.error_message) == (None, None, None)
 
 
@@ -116,7 +116,7 @@ def state(*jobs: Job) -> State:
     return filled
 
 
-def test_an_incomplete_grant_is_no_lock() -> None:
+def test_an_incomplete_grant_is_not_a_lock() -> None:
     rows = [
         replace(JOB, seq=seq, id=f"{seq}", **half) for seq, half in enumerate(({"grant": None}, {"lease": None}, {}))
     ]

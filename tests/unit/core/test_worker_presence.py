@@ -51,12 +51,12 @@ def rules() -> RuleHarness:
 @pytest.fixture
 def presence() -> WorkerPresence:
     made = WorkerPresence()
-    made.tell_time(NOW, 1_000)
+    made.set_time(NOW, 1_000)
     return made
 
 
 def advance(presence: WorkerPresence, ms: int) -> None:
-    presence.tell_time(presence.now + ms, presence.lease + ms)
+    presence.set_time(presence.now + ms, presence.lease + ms)
 
 
 def claim(worker: str = "w-1", queues: str = "default", kinds: str | None = None, **fields: Any) -> Claim:
@@ -130,11 +130,11 @@ def test_workers_are_forgotten_after_a_day(rules: RuleHarness) -> None:
 
 
 def test_a_step_of_the_clock_does_not_change_the_state_of_workers(rules: RuleHarness) -> None:
-    rules.state.presence.asks(claim("before"))
+    rules.state.presence.note_request(claim("before"))
     rules.now += 40 * DAY_MS
     rules.state.advance(rules.now, rules.lease)
     assert listed(rules) == [("before", "idle")]
-    rules.state.presence.asks(claim("meanwhile"))
+    rules.state.presence.note_request(claim("meanwhile"))
     rules.now -= 40 * DAY_MS
     rules.state.advance(rules.now, rules.lease)
     assert [each.last_seen_at for each in rules.accept(Workers()).workers] == [NOW, NOW], "none was heard in the future"
@@ -177,8 +177,8 @@ def test_after_a_start_workers_were_last_seen_when_their_jobs_changed() -> None:
 
 
 def test_a_worker_is_shown_with_its_latest_claim(presence: WorkerPresence) -> None:
-    presence.asks(claim(queues="q", kinds="k l"))
-    presence.asks(claim(queues="r q"))
+    presence.note_request(claim(queues="q", kinds="k l"))
+    presence.note_request(claim(queues="r q"))
     worker = presence.workers["w-1"].claims
     assert worker is not None
     assert (worker.queues, worker.kinds, list(worker.workers)) == (["r", "q"], None, ["w-1"])
@@ -187,7 +187,7 @@ def test_a_worker_is_shown_with_its_latest_claim(presence: WorkerPresence) -> No
 
 
 def test_a_start_does_not_set_the_latest_claim(presence: WorkerPresence) -> None:
-    presence.asks(Start(id="a", worker="w-1"))
+    presence.note_request(Start(id="a", worker="w-1"))
     assert presence.workers["w-1"].claims is None
     assert presence.last_claim("default", "") is None
 
@@ -195,21 +195,21 @@ def test_a_start_does_not_set_the_latest_claim(presence: WorkerPresence) -> None
 def test_equal_sets_are_stored_once(presence: WorkerPresence) -> None:
     """In any order; duplicate names count once."""
     for number, (queues, kinds) in enumerate([("q r", "k l"), ("r q", "l k"), ("q r q", "k l l"), ("r q", "k l")]):
-        presence.asks(claim(f"w-{number}", queues, kinds))
-        presence.asks(claim(f"w-{number}", queues, kinds))
+        presence.note_request(claim(f"w-{number}", queues, kinds))
+        presence.note_request(claim(f"w-{number}", queues, kinds))
     (only,) = presence.claim_sets("q")
     assert list(presence.claim_sets("r")) == [only]
     assert list(only.workers) == ["w-0", "w-1", "w-2", "w-3"]
-    presence.asks(claim("w-1", "q r"))
+    presence.note_request(claim("w-1", "q r"))
     assert len(list(presence.claim_sets("q"))) == 2, "no kinds: all of them"
 
 
 def test_the_time_of_the_latest_claim_of_a_queue_and_kind(presence: WorkerPresence) -> None:
-    presence.asks(claim("resize", "q", "resize"))
+    presence.note_request(claim("resize", "q", "resize"))
     advance(presence, 100)
-    presence.asks(claim("both", "q r", "resize crop"))
+    presence.note_request(claim("both", "q r", "resize crop"))
     advance(presence, 100)
-    presence.asks(claim("any", "r"))
+    presence.note_request(claim("any", "r"))
     advance(presence, 1_000)
     found = [(queue, kind, presence.last_claim(queue, kind)) for queue in "qrs" for kind in ("resize", "crop", "other")]
     assert found == [
@@ -223,7 +223,7 @@ def test_the_time_of_the_latest_claim_of_a_queue_and_kind(presence: WorkerPresen
 
 
 def test_a_waiting_claim_counts_all_the_time(presence: WorkerPresence) -> None:
-    claims = presence.waits(claim(queues="q", kinds="k", wait_ms=60_000))
+    claims = presence.begin_wait(claim(queues="q", kinds="k", wait_ms=60_000))
     advance(presence, HOUR_MS)
     worker = presence.workers["w-1"]
     assert (presence.state(worker), presence.heard_at(worker)) == ("idle", NOW + HOUR_MS)
@@ -231,7 +231,7 @@ def test_a_waiting_claim_counts_all_the_time(presence: WorkerPresence) -> None:
     assert presence.unclaimed_ms("q", "k", presence.lease + 9) == 0
     advance(presence, DAY_MS)
     assert [name for name, _ in presence.remembered()] == ["w-1"]
-    presence.waits_no_more("w-1", claims)
+    presence.end_wait("w-1", claims)
     assert presence.unclaimed_ms("q", "k", presence.lease + 9) == 9
     advance(presence, GONE_AFTER_MS)
     assert presence.state(worker) == "gone"
@@ -414,12 +414,12 @@ async def test_an_interrupted_take_back_reports_its_progress() -> None:
 
 def test_the_description_of_a_worker_is_shown(rules: RuleHarness) -> None:
     about = About(instance="i-1", host="box", pid=42, version="1.0", concurrency=4)
-    rules.state.presence.asks(claim(about=about))
+    rules.state.presence.note_request(claim(about=about))
     assert one(rules).about == about
-    rules.state.presence.asks(claim())
+    rules.state.presence.note_request(claim())
     assert one(rules).about == about, "what it does not say again stays"
     newer = About(host="other")
-    rules.state.presence.asks(Start(id="a", worker="w-1", about=newer))
+    rules.state.presence.note_request(Start(id="a", worker="w-1", about=newer))
     assert one(rules).about == newer
 
 
@@ -436,11 +436,11 @@ def test_the_description_of_a_worker_is_at_most_a_kilobyte() -> None:
 def test_idle_workers_are_forgotten_least_recently_seen_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_presence, "WORKERS_KEPT", 2)
     state = State()
-    state.presence.saw("resting", NOW)
+    state.presence.note_seen("resting", NOW)
     state.reindex(None, held(1, "busy"))
     assert list(state.presence.workers) == ["resting", "busy"]
-    state.presence.saw("resting", NOW + 1)
-    state.presence.saw("new", NOW)
+    state.presence.note_seen("resting", NOW + 1)
+    state.presence.note_seen("new", NOW)
     assert list(state.presence.workers) == ["new", "busy"], "the busy one was passed over once"
 
 
@@ -448,7 +448,7 @@ def test_the_most_recently_seen_worker_is_forgotten_last(monkeypatch: pytest.Mon
     monkeypatch.setattr(worker_presence, "WORKERS_KEPT", 2)
     state = State()
     for worker in ("first", "second", "first", "third"):
-        state.presence.saw(worker, NOW)
+        state.presence.note_seen(worker, NOW)
     assert list(state.presence.workers) == ["first", "third"]
 
 
@@ -456,7 +456,7 @@ def test_a_worker_with_a_job_or_a_waiting_claim_is_never_forgotten(monkeypatch: 
     """Not even one that is about to get its first job while all others hold one."""
     monkeypatch.setattr(worker_presence, "WORKERS_KEPT", 2)
     state = State()
-    state.presence.waits(claim("waiting"))
+    state.presence.begin_wait(claim("waiting"))
     for number in range(1, 5):
         state.reindex(None, held(number, f"w-{number}"))
     holders = {name: list(seen.jobs) for name, seen in state.presence.workers.items()}
@@ -470,9 +470,9 @@ def test_many_busy_workers_do_not_slow_down_new_ones(monkeypatch: pytest.MonkeyP
     for number in range(1, 101):
         state.reindex(None, held(number, f"busy-{number}"))
     for number in range(20):
-        state.presence.saw(f"resting-{number}", NOW)
+        state.presence.note_seen(f"resting-{number}", NOW)
     resting = [name for name, seen in state.presence.workers.items() if seen.is_resting]
-    assert len(state.presence.workers) <= 100 + 100 // worker_presence.EVICTION_LOOKS + 1
+    assert len(state.presence.workers) <= 100 + 100 // worker_presence.EVICTION_SCAN + 1
     assert resting[-1] == "resting-19"
 
 
@@ -491,10 +491,10 @@ def test_claim_sets_are_bounded_and_forgetting_one_moves_since(
 ) -> None:
     monkeypatch.setattr(worker_presence, "NAMES_KEPT", 40)
     presence._names_kept = 40
-    waiting = presence.waits(claim("waiting", "waiting", "k"))
+    waiting = presence.begin_wait(claim("waiting", "waiting", "k"))
     for number in range(200):
         advance(presence, 10)
-        presence.asks(claim(f"w-{number % 7}", f"q-{number}", "k l m"))
+        presence.note_request(claim(f"w-{number % 7}", f"q-{number}", "k l m"))
         check_sets(presence)
         assert presence._names <= 40 + 4
     assert presence.since > 1_000
@@ -519,7 +519,7 @@ def test_waiting_claim_sets_are_not_recounted_for_each_new_one(
 
     monkeypatch.setattr(presence, "_forget_sets", counted)
     for number in range(100):
-        presence.waits(claim(f"w-{number}", f"q-{number}"))
+        presence.begin_wait(claim(f"w-{number}", f"q-{number}"))
     check_sets(presence)
     assert presence._names == 100
     assert len(forgotten) <= 15
@@ -554,13 +554,13 @@ def test_any_claims_in_any_order_match_a_recount(seed: int, monkeypatch: pytest.
         kinds = dice.choice([None, "k", "k l", "l m n"])
         command = claim(worker, queues, kinds)
         if dice.random() < 0.2:
-            waits.append((worker, presence.waits(command)))
+            waits.append((worker, presence.begin_wait(command)))
         elif waits and dice.random() < 0.3:
             worker, waited = waits.pop(dice.randrange(len(waits)))
-            presence.waits_no_more(worker, waited)
+            presence.end_wait(worker, waited)
             command = Claim(worker=worker, queues=waited.queues, kinds=waited.kinds)
         else:
-            presence.asks(command)
+            presence.note_request(command)
         claims.append((presence.lease, command))
         check_sets(presence)
         for queue, kind in (("q", "k"), ("u", "m"), ("x", "k")):
@@ -575,7 +575,7 @@ def test_any_claims_in_any_order_match_a_recount(seed: int, monkeypatch: pytest.
 
 def test_the_cost_of_a_page_of_workers_depends_on_its_size(rules: RuleHarness) -> None:
     for number in range(500):
-        rules.state.presence.asks(claim(f"w-{number:03}"))
+        rules.state.presence.note_request(claim(f"w-{number:03}"))
     page = workers(rules.state, rules.moment, Workers())
     assert (len(page.workers), page.next_cursor, page.by_state["idle"]) == (200, f"{NOW} w-199", 500)
     rules.advance(GONE_AFTER_MS)

@@ -97,7 +97,7 @@ async def test_a_page_says_how_far_it_has_searched(harness: DashboardHarness, mo
     assert "data-interval-s" in page
     monkeypatch.setattr(pages, "MAX_SCANNED", 10)
     assert "data-interval-s" not in text(await browser.get("/jobs?queue=b")), "expensive searches do not update"
-    monkeypatch.setattr(history, "MOST_LOOKED", 6)
+    monkeypatch.setattr(history, "MAX_SCANNED", 6)
     page = text(await browser.get("/jobs?queue=b&worker=w%261"))
     assert "No matches in jobs created in the last <time" in page
     assert '<a href="/jobs?status=failed&amp;queue=b&amp;worker=w%261">failed</a>' in page
@@ -120,7 +120,7 @@ async def test_a_page_says_how_far_it_has_searched(harness: DashboardHarness, mo
         target = html.unescape(older[1]) if older else ""
     assert found == ["rare"]
     assert "No older jobs match" in text(await browser.get("/jobs?queue=b&cursor=1"))
-    monkeypatch.setattr(history, "MOST_LOOKED", 100)
+    monkeypatch.setattr(history, "MAX_SCANNED", 100)
     assert "No jobs match" in text(await browser.get("/jobs?kind=none&status=failed"))
 
 

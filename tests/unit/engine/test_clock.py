@@ -99,7 +99,7 @@ def test_the_offset_does_not_flicker(sources: ManualClocks) -> None:
     assert daemon_clock.moment().offset == first + 2
 
 
-def test_a_pause_between_two_reads_is_no_step(sources: ManualClocks) -> None:
+def test_a_pause_between_two_reads_is_not_a_step(sources: ManualClocks) -> None:
     reads: list[int] = []
 
     def paused() -> int:
@@ -257,14 +257,14 @@ def test_a_new_retention_counts_at_once(sources: ManualClocks) -> None:
 def test_a_suspect_clock_is_logged_once_with_the_jump_and_what_to_do(sources: ManualClocks) -> None:
     with capture_logs() as logs:
         daemon_clock = clock(sources)
-        assert daemon_clock.doubt() is None
+        assert daemon_clock.suspect_reason() is None
         sources.wall_ms += 40 * DAY_MS
         for _ in range(3):
             daemon_clock.moment()
             sources.advance(SECOND_MS)
     assert log_events(logs) == [("clock_suspect", "warning")]
     assert logs[0]["ahead_ms"] == 40 * DAY_MS
-    for text in (logs[0]["message"], daemon_clock.doubt()):
+    for text in (logs[0]["message"], daemon_clock.suspect_reason()):
         assert text is not None
         assert "40 days ahead of its expected value (2023-11-14 22:13:2" in text
         assert "jobctl clock accept" in text
@@ -279,7 +279,7 @@ def test_a_suspect_clock_is_logged_once_with_the_jump_and_what_to_do(sources: Ma
 def test_the_jump_is_logged_in_words(sources: ManualClocks, ahead_ms: int, words: str) -> None:
     daemon_clock = clock(sources, keep_ms=MINUTE_MS)
     sources.wall_ms += ahead_ms
-    assert f"is {words} ahead" in (daemon_clock.doubt() or "")
+    assert f"is {words} ahead" in (daemon_clock.suspect_reason() or "")
 
 
 def test_an_operator_can_accept_a_suspect_clock(sources: ManualClocks) -> None:

@@ -312,7 +312,7 @@ def test_many_resuming_subscribers_catch_up_while_events_continue(spread: int) -
             await seconds(0.005)
         await asyncio.gather(*listeners)
         assert stage.cuts == []
-        assert all(listener._is_whole for listener in found)
+        assert all(listener._is_caught_up for listener in found)
         assert stage.disk.calls["journal"] < 150
         for events in found.values():
             assert events == list(range(events[0], events[-1] + 1))

@@ -35,7 +35,7 @@ from tests.support.virtual_engine import (
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scan about 7 jobs per page, in slices of 3."""
     monkeypatch.setattr(history, "SLICE", 3)
-    monkeypatch.setattr(history, "MOST_LOOKED", 7)
+    monkeypatch.setattr(history, "MAX_SCANNED", 7)
     monkeypatch.setattr(history, "JobQuery", partial(JobQuery, scan=3))
 
 
@@ -85,11 +85,11 @@ async def test_a_page_scans_until_its_row_limit() -> None:
 @pytest.fixture
 def slow_pages(small_pages: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scan 12 jobs per page in slices of 3, which takes 3 s."""
-    monkeypatch.setattr(history, "MOST_LOOKED", 1_000)
-    monkeypatch.setattr(history, "EAGER_S", 0)
+    monkeypatch.setattr(history, "MAX_SCANNED", 1_000)
+    monkeypatch.setattr(history, "PAUSES_AFTER_S", 0)
     monkeypatch.setattr(history, "PAUSE_S", 1.0)
-    monkeypatch.setattr(history, "PATIENCE_S", 2.5)
-    monkeypatch.setattr(history, "SLOW_PATIENCE_S", 1.5)
+    monkeypatch.setattr(history, "SEARCH_S", 2.5)
+    monkeypatch.setattr(history, "SLOW_SEARCH_S", 1.5)
 
 
 @pytest.mark.usefixtures("slow_pages")

@@ -226,8 +226,8 @@ async def test_an_ordered_read_stays_behind_earlier_commands() -> None:
     async with checked_engine(SlowStorage()) as engine:
         await engine.actor.ask(Create(id="a"))
         futures: list[asyncio.Future[Any]] = [asyncio.get_running_loop().create_future() for _ in range(2)]
-        engine.actor.send(Cancel(id="a"), futures[0], in_line=True)
-        engine.actor.send(Get(id="a"), futures[1], in_line=True)
+        engine.actor.send(Cancel(id="a"), futures[0], ordered=True)
+        engine.actor.send(Get(id="a"), futures[1], ordered=True)
         assert (await futures[1]).data.status == "cancelled"
 
 

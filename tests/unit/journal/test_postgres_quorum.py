@@ -70,7 +70,7 @@ async def test_an_append_waits_for_a_standby(
     assert [each.number for each in await b.read(0, 10)] == [1, 2]
 
 
-async def test_a_cancelled_wait_for_a_standby_is_no_acknowledgement(
+async def test_a_cancelled_wait_for_a_standby_is_not_an_acknowledgement(
     servers: list[PostgresServer], nodes: tuple[PostgresJournal, PostgresJournal]
 ) -> None:
     """PostgreSQL reports the success of a statement whose wait an operator has cancelled, and a warning."""

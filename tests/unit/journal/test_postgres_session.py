@@ -123,7 +123,7 @@ async def test_incomplete_tables_are_completed(url: str, postgres_server: Postgr
 async def test_tables_of_a_newer_version_are_reported(url: str, postgres_server: PostgresServer, database: str) -> None:
     await create(url, "main", "id")
     await sql(postgres_server, "UPDATE jobd_schema SET version = 2", database=database)
-    expected = "has tables of version 2, and this jobd knows version 1. Upgrade jobd on this node"
+    expected = "has tables of version 2, and this jobd supports version 1. Upgrade jobd on this node"
     assert expected in str(await failure(url))
     with pytest.raises(JournalMisconfigured, match="version 2"):
         await create(url, "other", "id")

@@ -1,4 +1,4 @@
-"""The URL of a journal: its hosts, and what of it is shown."""
+"""The URL of a journal: its hosts, and its redacted form."""
 
 from __future__ import annotations
 

@@ -892,7 +892,7 @@ async def test_failed_runs_do_not_reset_the_time_since_the_last_success() -> Non
 
 
 @in_virtual_time
-async def test_a_lost_lead_is_no_failure_of_a_cleanup() -> None:
+async def test_a_lost_lead_is_not_a_failure_of_a_cleanup() -> None:
     with capture_logs() as logs:
         async with VirtualEngine() as engine:
             engine.disk.errors["save_figures"] = LeadershipLost("another node leads the journal")

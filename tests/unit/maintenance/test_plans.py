@@ -68,14 +68,14 @@ def test_an_action_is_planned_if_its_rule_allows_it(action: PlanAction, allowed:
         rules.create(job_id)
         rules.accept(end)
     jobs = {status: rules.job(status) for status in ("queued", "processing", "completed", "failed", "cancelled")}
-    assert {status for status, job in jobs.items() if plan_rules.why_not(action, job) is None} == allowed
+    assert {status for status, job in jobs.items() if plan_rules.skip_reason(action, job) is None} == allowed
     assert all(job.status == status for status, job in jobs.items())
     for status, job in jobs.items():
         done = rules.accept(ApplyPlan(action=action, jobs=[ExpectedVersion(job.id, version(job))]), admin=True)
         assert done.applied == (status in allowed or (action, status) == ("retry", "processing"))
         if done.applied:
             there = rules.state.get(job.id)
-            assert plan_rules.to(action, job) == (None if there is None else there.status)
+            assert plan_rules.status_after(action, job) == (None if there is None else there.status)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_command_with_an_expected_version_applies_to_that_version_only(*, deto
 
 
 @pytest.mark.parametrize("how", ["expected", "plan"])
-def test_a_late_result_that_arrives_meanwhile_changes_the_version(how: str) -> None:
+def test_a_late_result_that_arrives_before_the_plan_is_applied_changes_the_version(how: str) -> None:
     rules = RuleHarness()
     lock_id = rules.held()
     rules.accept(ForceFail(id="a"))
@@ -374,7 +374,7 @@ async def test_a_plan_of_named_jobs_reports_missing_ones() -> None:
 
 
 @in_virtual_time
-async def test_jobs_that_change_meanwhile_are_skipped_and_reported() -> None:
+async def test_jobs_that_changed_since_the_plan_are_skipped_and_reported() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await create_failed(engine, "a", "b", "c")

@@ -530,7 +530,7 @@ async def test_an_incident_of_failing_attempts_and_missing_workers_fires_its_ale
 
 
 @in_virtual_time
-async def test_a_claim_of_another_kind_is_no_worker_for_the_queue() -> None:
+async def test_a_claim_of_another_kind_is_not_a_worker_for_the_queue() -> None:
     async with VirtualEngine() as engine:
         alerts = alerts_of(engine)
         await engine.yes(Create(id="a", kind="film"))

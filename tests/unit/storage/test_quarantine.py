@@ -142,7 +142,7 @@ async def test_a_damaged_payload_is_not_served_and_quarantines_its_job(path: str
 
 
 @pytest.mark.parametrize("how", ["changed", "deleted"])
-async def test_a_batch_with_a_row_quarantined_meanwhile_fails_completely(path: str, how: str) -> None:
+async def test_a_batch_fails_completely_if_one_of_its_rows_was_quarantined_since(path: str, how: str) -> None:
     """A page of jobs may find a damaged row after a batch about its job was decided."""
     maker = ChangeFactory()
     async with open_store(path) as (store, _):

@@ -50,7 +50,7 @@ def reseal(conn: sqlite3.Connection, number: int) -> None:
     conn.execute("UPDATE journal SET crc = ? WHERE number = ?", (checksum(Record(*columns)), number))
 
 
-async def test_a_tail_is_named_and_is_no_problem(path: str) -> None:
+async def test_a_tail_is_named_and_is_not_a_problem(path: str) -> None:
     maker, _ = await store_with_tail(path)
     before = {name: read_file(name) for name in glob.glob(f"{path}*")}
     notes: list[str] = []

@@ -158,7 +158,7 @@ async def test_an_idle_webhook_does_no_work(path: Path) -> None:
 
 async def test_without_webhooks_nothing_subscribes(path: Path) -> None:
     async with running_webhooks(path) as at:
-        manager = WebhookManager(at.context, listen=lambda _: pytest.fail("it listens"), post=at.posts)
+        manager = WebhookManager(at.context, subscribe=lambda _: pytest.fail("it subscribes"), make_transport=at.posts)
         manager.set_endpoints([])
         assert manager.views() == []
         assert (manager.worst(), manager.journal_hold_ms(), manager.metrics()) == (None, 0, {})

@@ -57,8 +57,8 @@ def _(recover: Any, tx: Transaction, command: Recover) -> Any:
     return recover(tx, command)
 
 
-@bug("downtime-not-credited", maintenance_rules._credited, breaks="downtime ends locks", found_by=RULES)
-def _(credited: Any, lease: Any, since: int, until: int) -> Any:
+@bug("downtime-not-credited", maintenance_rules._postponed, breaks="downtime ends locks", found_by=RULES)
+def _(postponed: Any, lease: Any, since: int, until: int) -> Any:
     return lease
 
 

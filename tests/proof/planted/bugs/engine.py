@@ -169,7 +169,7 @@ def _(advance: Any, self: Clock) -> int:
 )
 async def _(close_further: Any, self: FullDisk, error: DiskFull) -> None:
     await close_further(self, error)
-    self._lease.resume()
+    self._clock.resume()
 
 
 @bug(

@@ -84,6 +84,6 @@ def make_webhooks(receiver: Receiver, daemon: LeaderDaemon) -> WebhookManager:
         chance=receiver.dice.random,
     )
     sender = Sender(receiver, daemon.node)
-    webhooks = WebhookManager(context, listen=daemon.actor.on_commit.append, post=lambda endpoint: sender)
+    webhooks = WebhookManager(context, subscribe=daemon.actor.on_commit.append, make_transport=lambda endpoint: sender)
     webhooks.set_endpoints([HOOK])
     return webhooks

@@ -109,7 +109,7 @@ async def test_the_store_of_a_node_becomes_that_of_a_single_machine(path: str, i
         assert (opened.numbers.epoch, opened.numbers.next_token) == (epoch + (not is_complete), 1)
         assert {job.seq: job for job in opened.live()}.keys() <= maker.jobs.keys()
         await store.save_stats(b"1")
-    with pytest.raises(WrongCluster, match="is the store of a single machine already"):
+    with pytest.raises(WrongCluster, match="is already the store of a single machine"):
         joining.leave(path, is_complete=True)
     with pytest.raises(WrongCluster, match="is the store of a single machine: make"):
         await refused(path, server)
