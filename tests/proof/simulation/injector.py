@@ -158,6 +158,8 @@ class FaultInjector:
 
     def _backup(self) -> None:
         machine = self.machine
+        if machine.disk.is_torn:  # no daemon runs that could make a backup
+            return
         machine.fault("backup")
         machine.backups = [*machine.backups[1 - BACKUPS :], machine.back_up()]
 
