@@ -58,6 +58,7 @@ from jobd.model.storage import BadRows, DiskFull, JobStorage, Quarantined
 log = structlog.get_logger("jobd.actor")
 
 BATCH_WEIGHT: Final = 1_000  # commands of one batch; bulk creates and claims count by their jobs
+BATCH_BYTES: Final = 8 << 20  # of the bodies of one batch; a larger body is a batch of its own
 LATE_WEIGHT: Final = 50  # of a complete without a live grant, which needs a read of the journal
 CLOCK_CHECK_S: Final = 1.0  # while a step of the wall clock could make a job due for which a claim waits
 SEND_LATER: Final = 64  # if at most so many commands wait, they are written before the last responses are sent
@@ -330,12 +331,15 @@ class Actor:
 
     def _take(self) -> list[Envelope]:
         """Take the commands of the daemon, then those in the mailbox, up to a batch that takes a few milliseconds."""
-        batch, mailbox, weights = self._take_internal(), self._mailbox, 0
+        batch, mailbox, weights, size = self._take_internal(), self._mailbox, 0, 0
         if len(batch) < len(self._internal):
             return batch  # the others come before the mailbox
         while mailbox and weights < BATCH_WEIGHT:
-            envelope = mailbox.popleft()
-            self._bytes -= envelope.size
+            envelope = mailbox[0]
+            if size and size + envelope.size > BATCH_BYTES:
+                break
+            size += envelope.size
+            mailbox.popleft()
             command = envelope.call.command
             if type(command) in WEIGHTY:
                 weights += weight(command)
@@ -344,6 +348,7 @@ class Actor:
             else:
                 weights += 1
             batch.append(envelope)
+        self._bytes -= size
         return batch
 
     def _take_internal(self) -> list[Envelope]:

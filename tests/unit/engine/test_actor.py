@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from jobd.core import decide
 from jobd.core.transaction import Transaction
-from jobd.engine.actor import BATCH_WEIGHT, Bounds, DiskBroken
+from jobd.engine.actor import BATCH_BYTES, BATCH_WEIGHT, Bounds, DiskBroken
 from jobd.model.commands import (
     Adopt,
     AnyCommand,
@@ -152,6 +152,21 @@ async def test_a_batch_is_limited_by_what_it_writes() -> None:
         for task in tasks:
             await task
         assert [len(batch.changes) for batch in engine.disk.batches] == [1_000, 1_000, 1_000, 100]
+
+
+@in_virtual_time
+async def test_a_batch_is_limited_by_the_bytes_of_its_bodies() -> None:
+    """In a cluster, a record has to reach a quorum within one lease."""
+    engine = VirtualEngine()
+    half = BATCH_BYTES // 2
+    sizes = [half, 0, half, 1, 0, BATCH_BYTES, BATCH_BYTES + 1, 2, 3]
+    tasks = [start_task(engine.actor.ask(Create(), size=size)) for size in sizes]
+    await settle()
+    engine.actor.enqueue_internal(Tick())  # has no body
+    async with engine:
+        for task in tasks:
+            assert isinstance(await task, Response)
+        assert [len(batch.changes) for batch in engine.disk.batches] == [3, 2, 1, 1, 2]
 
 
 @in_virtual_time
