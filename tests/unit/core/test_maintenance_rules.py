@@ -400,6 +400,7 @@ def test_repair_fixes_and_stalls_in_one_command(rules: RuleHarness) -> None:
     worked = rules.accept(RepairJobs(ids=["a"]))
     assert (worked.done, worked.found) == (2, 2)
     assert rules.types() == ["created", "granted", "fixed", "stalled"]
+    assert rules.last().reason == "The job was processing, but no worker held it."
     assert rules.job().status == "queued"
 
 

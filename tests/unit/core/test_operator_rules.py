@@ -48,6 +48,7 @@ from jobd.model.job import (
     Result,
 )
 from jobd.model.responses import (
+    ImportCheckResult,
     Imported,
     MaintenanceResult,
     PausedView,
@@ -171,6 +172,15 @@ def test_transition_allows_every_listed_change_except_into_processing(rules: Rul
         assert (job.progress, job.error) == (100, None)
     if to == "queued":
         assert job.attempt == 0
+
+
+@pytest.mark.parametrize("to", ["queued", "completed", "failed", "cancelled"])
+def test_a_transition_records_the_grant_that_it_ends(rules: RuleHarness, to: Any) -> None:
+    lock_id = rules.held()
+    rules.accept_admin(Transition(id="a", from_="processing", to=to))
+    ended = rules.job().ended
+    assert ended is not None
+    assert (ended.lock_id, ended.rule, ended.reason) == (lock_id, "transition", "transitioned")
 
 
 def test_transition_compares_before_it_sets(rules: RuleHarness) -> None:
@@ -336,6 +346,10 @@ def test_a_pause_shows_its_operator_start_reason_and_end(rules: RuleHarness) -> 
     rules.advance(1)
     assert rules.accept(Pause(name="q"), by="admin:bob") == expected, "a plain pause changes nothing"
     assert not rules.decide(Pause(name="q", reason="deploy", until=NOW + 9), by="admin:bob").changes
+    [shown] = rules.accept(Queues()).queues
+    assert (shown.paused_at, shown.paused_by, shown.pause_reason, shown.paused_until) == (
+        NOW, "admin:ana", "deploy", NOW + 9,
+    )  # fmt: skip
     replaced = rules.accept(Pause(name="q", reason="disk"), by="admin:bob")
     assert replaced == PausedView("q", True, NOW, "admin:bob", "disk", None), "the time of the first one stays"
     [listed] = rules.accept(Queues()).queues
@@ -447,15 +461,11 @@ def test_an_import_check_shows_the_result_and_changes_nothing(rules: RuleHarness
     assert (rules.state.next_job, rules.state.next_token, rules.state.next_event) == before
     rules.create("a")
     preview = rules.accept(command)
-    assert (preview.what, preview.status, preview.reason) == (
-        "skip",
-        "queued",
-        "A job with this id exists: it is queued.",
-    )
+    room = rules.policy.live_jobs - 1
+    assert preview == ImportCheckResult("a", "skip", "queued", "A job with this id exists: it is queued.", room)
     rules.state.quarantined["b"] = "its checksum is wrong"
     preview = rules.accept(ImportCheck(id="b"))
-    assert (preview.what, preview.status) == ("skip", None)
-    assert "damaged" in preview.reason
+    assert preview == ImportCheckResult("b", "skip", None, "A job with this id exists, but its row is damaged.", room)
 
 
 @pytest.mark.parametrize(("bound", "remaining"), [(9, 5), (4, 0), (3, 0)])

@@ -604,13 +604,14 @@ def test_creation_order_decides_among_equals(rules: RuleHarness) -> None:
 def test_the_oldest_due_job_of_a_kind(rules: RuleHarness) -> None:
     assert rules.state.queued_kinds("film") == []
     assert rules.state.oldest_of_kind("film", "encode", rules.now) == (0, None)
-    rules.create("low", queue="film", kind="encode", priority=-1)
+    rules.create("oldest", queue="film", kind="encode", priority=1)
+    rules.create("second", queue="film", kind="encode", priority=0)
     rules.advance(10)
-    rules.create("high", queue="film", kind="encode", priority=1)
+    rules.create("first in line", queue="film", kind="encode", priority=-1)
     rules.create("later", queue="film", kind="mail", delay_ms=1_000)
     assert rules.state.queued_kinds("film") == ["encode", "mail"]
     lanes, entry = rules.state.oldest_of_kind("film", "encode", rules.now)
-    assert (lanes, entry and entry[3]) == (2, "low")
+    assert (lanes, entry and entry[3]) == (3, "oldest")
     assert rules.state.oldest_of_kind("film", "mail", rules.now) == (1, None)
     assert rules.state.oldest_of_kind("film", "none", rules.now) == (0, None)
 

@@ -224,6 +224,8 @@ def test_the_time_of_the_latest_claim_of_a_queue_and_kind(presence: WorkerPresen
 
 def test_a_waiting_claim_counts_all_the_time(presence: WorkerPresence) -> None:
     claims = presence.begin_wait(claim(queues="q", kinds="k", wait_ms=60_000))
+    other = presence.begin_wait(claim(queues="q", kinds="k", wait_ms=60_000))
+    presence.end_wait("w-1", other)
     advance(presence, HOUR_MS)
     worker = presence.workers["w-1"]
     assert (presence.state(worker), presence.heard_at(worker)) == ("idle", NOW + HOUR_MS)
@@ -319,6 +321,17 @@ def test_a_take_back_is_applied_in_slices(rules: RuleHarness, monkeypatch: pytes
     rules.accept(Recover(limit=9))
     done = [rules.accept(TakeBack(name="w"), admin=True) for _ in range(3)]
     assert [(len(each.details), each.more) for each in done] == [(2, True), (2, True), (1, False)]
+    assert [(each.reset_jobs, each.failed_jobs, each.timestamp) for each in done[:2]] == [(2, 0, rules.now)] * 2
+
+
+def test_a_take_back_of_as_many_jobs_as_a_slice_has_leaves_none(
+    rules: RuleHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maintenance_rules, "TAKEN_BACK", 2)
+    silent(rules, 2)
+    rules.accept(Recover(limit=9))
+    done = rules.accept(TakeBack(name="w"), admin=True)
+    assert (len(done.details), done.more) == (2, False)
 
 
 def test_a_dry_run_of_a_take_back_changes_nothing(rules: RuleHarness) -> None:
@@ -333,6 +346,7 @@ def test_a_dry_run_of_a_take_back_changes_nothing(rules: RuleHarness) -> None:
 def test_only_the_jobs_of_a_silent_worker_are_taken_back(rules: RuleHarness) -> None:
     unknown = rules.reject(TakeBack(name="nobody"), "worker_not_found", admin=True)
     assert unknown.message == "Worker nobody has not been seen since the start. List the workers: jobctl workers"
+    assert unknown.details == {"worker": "nobody"}
     rules.held("a", worker="w")
     error = rules.reject(TakeBack(name="w"), "worker_not_silent", admin=True)
     assert error.message == (
@@ -344,7 +358,10 @@ def test_only_the_jobs_of_a_silent_worker_are_taken_back(rules: RuleHarness) -> 
     other = rules.held("d", worker="v")
     rules.accept(Complete(id="d", lock_id=other))
     error = rules.reject(TakeBack(name="v"), "worker_not_silent", admin=True)
-    assert (error.details, "it holds no job" in error.message) == ({"worker": "v", "state": "idle"}, True)
+    assert (error.details, "not silent: it holds no job. To" in error.message) == (
+        {"worker": "v", "state": "idle"},
+        True,
+    )
 
 
 def test_a_take_back_is_in_the_audit_log(rules: RuleHarness) -> None:
