@@ -10,8 +10,18 @@ from uuid import uuid4
 
 from jobd.journal import record
 from jobd.model.job import new_epoch
-from jobd.model.journal import Head, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost, Record, SharedJournal
+from jobd.model.journal import (
+    BadRecord,
+    Head,
+    JournalOutcomeUnknown,
+    JournalUnavailable,
+    LeadershipLost,
+    Record,
+    SharedJournal,
+)
+from jobd.model.storage import SPARE_BYTES
 from jobd.storage.cluster import joining, snapshots
+from jobd.storage.cluster.membership import WrongCluster
 from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.files import StoreError
 
@@ -44,19 +54,37 @@ async def init_from_store(journal: SharedJournal, path: str) -> None:
 async def leave(journal: SharedJournal, path: str, lease_s: float) -> int:
     """Turn the store at `path` into that of a single machine, with all records of `journal`, and close the journal.
 
-    All nodes are stopped: nothing may lead for `lease_s`. Return the new epoch. A second call completes what the first
-    one began.
+    All nodes are stopped: nothing may lead for `lease_s`. Return the new epoch. The journal is closed when the tables
+    have all of its records, so an error before that leaves the cluster as it was. A second call completes what the
+    first one began. Raises CannotConvert, DiskFull, JournalUnavailable, and the errors of a store.
     """
-    store, opened = await ClusterStore.open_for(path, journal)
+    try:
+        store, opened = await ClusterStore.open_for(path, journal)
+    except WrongCluster:
+        if (epoch := await _epoch_if_left(journal, path)) is None:
+            raise
+        return epoch
     async with store:
         with repeatable_errors():
             head = await take_free_lead(journal, opened.numbers.epoch, lease_s)
-            last = await _catch_up(store, journal, opened.last_record)
-            if last is None:
+            last, is_closed = await _catch_up(store, journal, opened.last_record)
+            await store.project()
+            assert store.projected_to == last == head.number - is_closed, (store.projected_to, last, head)
+            if not is_closed:
+                await store.probe(SPARE_BYTES)  # the rest needs a few pages
                 at = time.time_ns() // 1_000_000
                 made = Record(head.number + 1, 1, 0, head.epoch, at, record.CLOSING)
                 await journal.append(made, head.number)
     return await asyncio.to_thread(joining.leave, path, epoch=head.epoch, is_complete=True)
+
+
+async def _epoch_if_left(journal: SharedJournal, path: str) -> int | None:
+    """Return the epoch of a store that `leave` has already turned into that of a single machine, else None."""
+    last = (await journal.head()).number
+    with contextlib.suppress(BadRecord):
+        if last and (await journal.read(last - 1, 1))[0].body == record.CLOSING:
+            return await asyncio.to_thread(joining.epoch_if_left, path, last - 1)
+    return None
 
 
 @contextlib.contextmanager
@@ -89,12 +117,13 @@ async def take_free_lead(journal: SharedJournal, epoch: int, lease_s: float) -> 
     return head
 
 
-async def _catch_up(store: ClusterStore, journal: SharedJournal, last: int) -> Record | None:
-    """Follow all records. Return the closing one if there is one."""
+async def _catch_up(store: ClusterStore, journal: SharedJournal, last: int) -> tuple[int, bool]:
+    """Follow all records after `last`. Return the number of the last one, and whether a closing record follows it."""
     while found := await journal.read(last, _READ_LIMIT):
-        if found[-1].body == record.CLOSING:
-            await store.follow(found[:-1])
-            return found[-1]
+        if is_closed := found[-1].body == record.CLOSING:
+            del found[-1]
         await store.follow(found)
-        last = found[-1].number
-    return None
+        last += len(found)
+        if is_closed:
+            return last, True
+    return last, False

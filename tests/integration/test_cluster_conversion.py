@@ -60,6 +60,20 @@ def ids(daemon: DaemonProcess) -> list[str]:
     return sorted(job["id"] for job in daemon.admin("GET", "jobs?limit=100").data["jobs"])
 
 
+def repeat_until_done(words: list[str], delay_s: float) -> int:
+    """Repeat a command with a kill after a longer time each, until it succeeds. Return the number of kills."""
+    kills = 0
+    while True:
+        process = subprocess.Popen([sys.executable, "-m", "jobd", *words], stdout=subprocess.DEVNULL)
+        try:
+            assert process.wait(delay_s) == 0
+            return kills
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills, delay_s = kills + 1, delay_s + 0.1
+
+
 def test_two_journals_in_one_database_are_independent(tmp_path: Path, url: str, stack: ExitStack) -> None:
     nodes: dict[str, NodeProcess] = {}
     for name in ("one", "one-p1"):
@@ -159,18 +173,7 @@ def test_a_killed_conversion_is_completed(tmp_path: Path, url: str, stack: ExitS
             assert single.post("/v1/jobs", {"id": f"job-{number:03}", "payload": payload}).status == 201
         granted = single.post("/v1/jobs/job-000/start", {"worker": "w", "lock_ttl_ms": 600_000}).data
         assert single.stop() == 0
-    command = [sys.executable, "-m", "jobd", "cluster", "init", "--from-store", str(single.store), *flags(url)]
-    kills, delay_s = 0, 0.3
-    while True:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            assert process.wait(delay_s) == 0
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills, delay_s = kills + 1, delay_s + 0.1
-    assert kills > 0
+    assert repeat_until_done(["cluster", "init", "--from-store", str(single.store), *flags(url)], 0.3) > 0
     cluster = Cluster(tmp_path, url, stack)
     node = cluster.add("a")
     node.wait_leads()
@@ -178,3 +181,26 @@ def test_a_killed_conversion_is_completed(tmp_path: Path, url: str, stack: ExitS
     assert (queue["queued"], queue["processing"]) == (299, 1)
     done = node.post("/v1/jobs/job-000/complete", {"lock_id": granted["lock_id"], "file_path": "/f"})
     assert done.data["status"] == "completed"
+
+
+def test_a_killed_return_to_one_machine_is_completed(tmp_path: Path, url: str, stack: ExitStack) -> None:
+    assert main(["cluster", "init", *flags(url)]) == 0
+    cluster = Cluster(tmp_path, url, stack)
+    leader = cluster.add("a")
+    leader.wait_leads()
+    behind = cluster.add("b")
+    assert behind.stop() == 0
+    for number in range(300):
+        payload = {"random": os.urandom(3000).hex()}
+        assert leader.post("/v1/jobs", {"id": f"job-{number:03}", "payload": payload}).status == 201
+    granted = leader.post("/v1/jobs/job-000/start", {"worker": "w", "lock_ttl_ms": 600_000}).data
+    assert leader.stop() == 0
+    command = ["cluster", "leave", *flags(url, journal__lease="500ms", store__path=behind.store), "--yes"]
+    assert repeat_until_done(command, 0.9) > 0
+    assert repeat_until_done(command, WAIT_S) == 0, "a repetition changes nothing"
+    with DaemonProcess.not_started(behind.directory) as single:
+        single.start()
+        [queue] = single.admin("GET", "queues").data["queues"]
+        assert (queue["queued"], queue["processing"]) == (299, 1)
+        done = single.post("/v1/jobs/job-000/complete", {"lock_id": granted["lock_id"], "file_path": "/f"})
+        assert done.data["status"] == "completed"

@@ -20,7 +20,18 @@ from jobd.storage.commit_mode import CommitSetting
 from jobd.storage.store import Store, StoreBroken, StoreBusy, StoreUnreadable
 from tests import ROOT
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import assert_holds, exists, flip, job_of, make_store, open_store, pick, remove, seqs
+from tests.support.store_files import (
+    assert_holds,
+    exists,
+    fill,
+    flip,
+    job_of,
+    make_store,
+    open_store,
+    pick,
+    remove,
+    seqs,
+)
 
 
 @pytest.fixture
@@ -29,15 +40,6 @@ def path(tmp_path: Path) -> str:
 
 
 both_modes = pytest.mark.parametrize("commit", ["inline", "thread"])
-
-
-def fill(directory: Path) -> Path:
-    """Fill the disk."""
-    name = directory / "filler"
-    with contextlib.suppress(OSError), open(name, "wb", buffering=0) as file:
-        while True:
-            file.write(b"x" * 4096)
-    return name
 
 
 def descriptor_of(name: str) -> int:

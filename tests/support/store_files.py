@@ -43,6 +43,15 @@ def remove(*paths: str) -> None:
         Path(path).unlink(missing_ok=True)
 
 
+def fill(directory: Path) -> Path:
+    """Fill the disk."""
+    name = directory / "filler"
+    with contextlib.suppress(OSError), open(name, "wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    return name
+
+
 @contextlib.asynccontextmanager
 async def open_store(path: str, commit: CommitSetting = "auto") -> AsyncIterator[tuple[Store, OpenedStore]]:
     store, found = await Store.open(path, commit=commit)

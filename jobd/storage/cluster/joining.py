@@ -66,14 +66,22 @@ def leave(path: str, *, epoch: int = 0, is_complete: bool) -> int:
             raise WrongCluster(f"{path} is already the store of a single machine")
         seen = files.read_epoch(path).epoch
         begun = new_epoch(max(db.numbers.epoch, epoch, seen), now_ms())
+        files.write_epoch(path, begun)  # first: a second call is possible as long as the store belongs to the cluster
         db.commit(_leave, db, begun, is_complete)
-    files.write_epoch(path, begun)
     return begun
 
 
 def _leave(db: Database, epoch: int, is_complete: bool) -> None:
     migrations.leave_cluster(db.conn)
     startup.begin_epoch(db, epoch, 0 if is_complete else db.projected_to + 1)
+
+
+def epoch_if_left(path: str, last: int) -> int | None:
+    """Return the epoch of the store at `path` if it has left a cluster as of record `last`, else None."""
+    with _opened(path) as conn:
+        db = startup.read_meta(conn, path)
+        has_left = membership.read(conn) is None and db.projected_to == last
+        return db.numbers.epoch if has_left else None
 
 
 def discard(path: str) -> str:

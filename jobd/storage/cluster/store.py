@@ -118,6 +118,10 @@ class ClusterStore(Store):
         finally:
             self._plan_slice()
 
+    async def project(self) -> None:
+        """Write all records that were followed into the tables. Raises DiskFull."""
+        await self._run(self._projection.project)
+
     @property
     def is_full(self) -> bool:
         """Whether the tables could not be written, because the disk is full."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import os
+import shutil
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
@@ -11,15 +15,17 @@ from msgspec.structs import replace
 from jobd.cluster import conversion
 from jobd.cluster.conversion import CannotConvert
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
-from jobd.journal.record import FORMAT
+from jobd.journal.record import CLOSING, FORMAT
 from jobd.model.journal import BadRecord, JournalUnavailable
+from jobd.model.storage import DiskFull
+from jobd.storage import files
 from jobd.storage.cluster import joining
 from jobd.storage.cluster.joining import FIRST_RECORD
 from jobd.storage.cluster.membership import WrongCluster
 from jobd.storage.cluster.store import ClusterStore
-from jobd.storage.files import StoreUnreadable
+from jobd.storage.files import StoreUnreadable, read_epoch
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import assert_holds, make_store, open_store
+from tests.support.store_files import assert_holds, fill, make_store, open_store
 
 
 @pytest.fixture
@@ -75,21 +81,90 @@ async def test_no_node_follows_a_journal_that_was_closed(path: str, server: Memo
             await store.follow(await journal.read(opened.last_record, 10))
 
 
+class Killed(BaseException):
+    """Ends a call like a kill, as far as a test can."""
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "is_after"),
+    [
+        (conversion, "take_free_lead", True),
+        (ClusterStore, "project", False),
+        (ClusterStore, "project", True),
+        (MemorySharedJournal, "append", True),
+        (joining, "leave", False),
+        (files, "write_epoch", False),
+        (files, "write_epoch", True),
+        (joining, "leave", True),
+    ],
+)
 async def test_leaving_is_completed_after_a_kill(
-    path: str, server: MemoryServer, monkeypatch: pytest.MonkeyPatch
+    path: str, server: MemoryServer, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, is_after: bool
 ) -> None:
     maker, journal = await make_store(path), MemorySharedJournal(server)
     await conversion.init_from_store(journal, path)
+    shutil.copy(path, f"{path}.behind")
+    await write(path, server, maker)
+    call = getattr(owner, name)
+
+    def kill_sync(*args: object, **named: object) -> None:
+        if is_after:
+            call(*args, **named)
+        raise Killed
+
+    async def kill(*args: object, **named: object) -> None:
+        if is_after:
+            await call(*args, **named)
+        raise Killed
+
     with monkeypatch.context() as patch:
-        patch.setattr(joining, "leave", lambda path, **_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            await conversion.leave(journal, path, 0)
-    assert server.lead.number == FIRST_RECORD + 1
-    epoch = await conversion.leave(journal, path, 0)
-    assert server.lead.number == FIRST_RECORD + 1
+        patch.setattr(owner, name, kill if inspect.iscoroutinefunction(call) else kill_sync)
+        with pytest.raises(Killed):
+            await conversion.leave(journal, f"{path}.behind", 0)
+    epoch = await conversion.leave(journal, f"{path}.behind", 0)
+    assert await conversion.leave(journal, f"{path}.behind", 0) == epoch
+    assert [each.number for each in server.records if each.body == CLOSING] == [server.lead.number]
     maker.numbers = replace(maker.numbers, epoch=epoch, next_token=1)
-    async with open_store(path) as (store, opened):
+    async with open_store(f"{path}.behind") as (store, opened):
         await assert_holds(store, opened, maker)
+    assert read_epoch(f"{path}.behind").epoch == epoch
+
+
+@pytest.mark.parametrize("spare_bytes", [20_000, 400_000])
+async def test_a_full_disk_leaves_the_cluster_as_it_was(
+    path: str, server: MemoryServer, small_disk: Path, spare_bytes: int
+) -> None:
+    maker, journal, behind = await make_store(path), MemorySharedJournal(server), f"{small_disk}/jobd.db"
+    await conversion.init_from_store(journal, path)
+    shutil.copy(path, behind)
+    store, _ = await ClusterStore.open_for(behind, journal)
+    await store.close()
+    for _ in range(20):
+        await write(path, server, maker)
+    filler = fill(small_disk)
+    os.truncate(filler, filler.stat().st_size - spare_bytes)
+    for _ in range(2):
+        with pytest.raises(DiskFull):
+            await conversion.leave(journal, behind, 0)
+        assert all(each.body != CLOSING for each in server.records)
+        await write(path, server, maker)
+    filler.unlink()
+    epoch = await conversion.leave(journal, behind, 0)
+    maker.numbers = replace(maker.numbers, epoch=epoch, next_token=1)
+    async with open_store(behind) as (single, opened):
+        await assert_holds(single, opened, maker)
+
+
+async def test_the_store_of_a_single_machine_does_not_leave(path: str, server: MemoryServer) -> None:
+    await make_store(path)
+    journal = MemorySharedJournal(server)
+    await conversion.init_from_store(journal, path)
+    await make_store(f"{path}.single")
+    with pytest.raises(WrongCluster, match="is the store of a single machine"):
+        await conversion.leave(journal, f"{path}.single", 0)
+    await conversion.leave(journal, path, 0)
+    with pytest.raises(WrongCluster, match="is the store of a single machine"):
+        await conversion.leave(journal, f"{path}.single", 0)
 
 
 async def test_a_cluster_with_a_leader_is_not_left(path: str, server: MemoryServer) -> None:
