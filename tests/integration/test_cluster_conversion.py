@@ -74,6 +74,18 @@ def repeat_until_done(words: list[str], delay_s: float) -> int:
             kills, delay_s = kills + 1, delay_s + 0.1
 
 
+def kill_before_snapshot(words: list[str]) -> None:
+    """Run a command that ends with a kill before it writes a snapshot."""
+    code = """
+import os, signal
+from jobd.cli.daemon.main import main
+from jobd.storage.cluster import snapshots
+snapshots.compressed = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+main()
+"""
+    assert subprocess.run([sys.executable, "-c", code, *words]).returncode == -signal.SIGKILL
+
+
 def test_two_journals_in_one_database_are_independent(tmp_path: Path, url: str, stack: ExitStack) -> None:
     nodes: dict[str, NodeProcess] = {}
     for name in ("one", "one-p1"):
@@ -173,6 +185,12 @@ def test_a_killed_conversion_is_completed(tmp_path: Path, url: str, stack: ExitS
             assert single.post("/v1/jobs", {"id": f"job-{number:03}", "payload": payload}).status == 201
         granted = single.post("/v1/jobs/job-000/start", {"worker": "w", "lock_ttl_ms": 600_000}).data
         assert single.stop() == 0
+    kill_before_snapshot(["cluster", "init", "--from-store", str(single.store), *flags(url)])
+    for node in (NodeProcess(directory, url, "a"), NodeProcess(tmp_path / "b", url, "b")):
+        stack.push(node).launch()
+        assert node.process is not None
+        assert node.process.wait(WAIT_S) == 78
+        assert "repeat `jobd cluster init --from-store PATH`" in node.wait_for_log(b"cannot_start")
     assert repeat_until_done(["cluster", "init", "--from-store", str(single.store), *flags(url)], 0.3) > 0
     cluster = Cluster(tmp_path, url, stack)
     node = cluster.add("a")

@@ -20,6 +20,7 @@ from jobd.model.storage import Batch, DiskFull, FormatNotRead, OpenedStore, Tabl
 from jobd.storage import backup, files, startup
 from jobd.storage.backup import StoreCopy
 from jobd.storage.cluster import membership, snapshots
+from jobd.storage.cluster.joining import FIRST_RECORD
 from jobd.storage.cluster.membership import Followed, StoreDamaged
 from jobd.storage.commit_mode import CommitMode
 from jobd.storage.connection import StoreConnection
@@ -84,6 +85,8 @@ class ClusterStore(Store):
             raise
         if found is None:
             lock.release()
+            if (await journal.head()).number == FIRST_RECORD:
+                raise _unfinished(path)
             raise StoreUnreadable(f"{path} cannot follow the journal, which has no usable snapshot and no first record")
         return found
 
@@ -211,16 +214,25 @@ class ClusterStore(Store):
 
 
 async def _can_follow(db: Database, path: str, journal: SharedJournal, *, may_be_new: bool) -> bool:
-    """Return whether the store can follow the journal from its last record. Raises StoreAhead."""
+    """Return whether the store can follow the journal from its last record. Raises StoreAhead or StoreUnreadable."""
     is_new = db.numbers.epoch == 0
     if is_new and not may_be_new and await journal.snapshots():
         return False
     crc = None if db.membership is None else db.membership.record_crc
+    if crc is None and db.projected_to == FIRST_RECORD and not await journal.snapshots():
+        raise _unfinished(path)  # its content would be on this disk only, and no other node could follow
     if await membership.is_on_branch(path, journal, Followed(db.projected_to, crc, db.numbers.epoch)):
         return True
     reason = "the journal does not have its last record, or not the next one"
     log.warning("store_set_aside", path=path, record=db.projected_to, kept=f"{path}.old", reason=reason)
     return False
+
+
+def _unfinished(path: str) -> StoreUnreadable:
+    return StoreUnreadable(
+        f"{path} cannot follow the journal, which has no snapshot yet: repeat `jobd cluster init --from-store PATH` on "
+        "the machine of the database that becomes the cluster"
+    )
 
 
 async def _make_again(path: str, journal: SharedJournal) -> None:

@@ -204,8 +204,10 @@ async def test_no_node_leads_before_the_snapshot_is_complete(path: str, server: 
     journal.write_snapshot = lose  # type: ignore[method-assign, assignment]
     with pytest.raises(JournalUnavailable, match="another process is writing"):
         await conversion.init_from_store(journal, path)
-    with pytest.raises(StoreUnreadable, match="no usable snapshot"):
-        await ClusterStore.open_for(f"{path}.other", journal)
+    for each in (path, f"{path}.other"):
+        with pytest.raises(StoreUnreadable, match="repeat `jobd cluster init --from-store PATH`") as refused:
+            await ClusterStore.open_for(each, journal)
+        assert refused.value.exit_code == 78
     await conversion.init_from_store(MemorySharedJournal(server), path)
     store, opened = await ClusterStore.open_for(f"{path}.other", journal)
     async with store:
