@@ -98,28 +98,30 @@ def convert(conn: sqlite3.Connection) -> tuple[int, int]:
 def _new_row(row: Row) -> Row:
     """Return a row of the new table, with its checksum."""
     *old, crc = row
-    columns, fields = _converted(tuple(old))
     try:
-        new = (*columns, _json(fields).decode())
-        return (*new, checksum(new) ^ checksum(tuple(old)) ^ crc)
+        error = checksum(tuple(old)) ^ crc
     except UnicodeEncodeError:
-        _, fields = _converted(tuple(map(json_value, old)))
+        columns, _ = _converted(tuple(old), is_damaged=True)
+        _, fields = _converted(tuple(map(json_value, old)), is_damaged=True)
         raw = [each.encode(errors="surrogateescape") if isinstance(each, str) else each for each in columns]
         return (*raw, _json(fields).decode(), crc)
+    columns, fields = _converted(tuple(old), is_damaged=error != 0)
+    new = (*columns, _json(fields).decode())
+    return (*new, checksum(new) ^ error)
 
 
 def _quarantined(text: str) -> str:
     """Convert the JSON of a row in quarantine. Other text is returned unchanged."""
     try:
         values = msgspec.json.decode(text, type=dict[str, Any])
-        columns, fields = _converted(tuple(values[column] for column in _OLD_COLUMNS))
+        columns, fields = _converted(tuple(values[column] for column in _OLD_COLUMNS), is_damaged=True)
     except (msgspec.DecodeError, KeyError):
         return text
     return _json({**fields, **dict(zip(_COLUMNS, columns, strict=True)), "crc": values.get("crc")}).decode()
 
 
-def _converted(row: Row) -> tuple[Row, dict[str, Any]]:
-    """Return the columns of the new table and the fields of the body. The values may be damaged."""
+def _converted(row: Row, *, is_damaged: bool) -> tuple[Row, dict[str, Any]]:
+    """Return the columns of the new table and the fields of the body."""
     (seq, id_, status, expires_at, queue, kind, priority, max_attempts) = row[:8]
     (*backoff, jitter, max_stalls, on_stall, stuck_after_ms, max_processing_ms) = row[8:16]
     (created_at, updated_at, run_at, progress, message, attempt, stalls, started_at, finished_at) = row[16:25]
@@ -146,7 +148,7 @@ def _converted(row: Row) -> tuple[Row, dict[str, Any]]:
         "ended": _none_if_empty(ended),
         "download_url": url,
         "file_path": path,
-        "metadata": None if metadata is None else _metadata_json(metadata),
+        "metadata": None if metadata is None else _metadata_json(metadata, is_damaged),
         "releases": releases,
     }
     columns = (
@@ -161,11 +163,16 @@ def _none_if_empty(columns: Row) -> Row | None:
     return None if all(value is None for value in columns) else columns
 
 
-def _metadata_json(metadata: Any) -> Any:
-    """Return metadata, which is bytes or, in quarantine, {"hex": ...}, as raw JSON if it is valid."""
+def _metadata_json(metadata: Any, is_damaged: bool) -> Any:
+    """Return metadata, which is bytes or, in quarantine, {"hex": ...}, as raw JSON if it is valid.
+
+    Metadata of an undamaged row is valid. It is not decoded, because its numbers may be out of range.
+    """
     try:
         text = bytes.fromhex(metadata["hex"]) if isinstance(metadata, dict) else metadata
-        msgspec.json.decode(text)
-    except (msgspec.DecodeError, KeyError, ValueError, TypeError):
+        str(text, "utf-8")
+        if is_damaged:
+            msgspec.json.decode(text, type=Raw)
+    except (msgspec.DecodeError, KeyError, ValueError, TypeError, RecursionError):
         return json_value(metadata)
     return Raw(text)

@@ -15,11 +15,12 @@ import zlib
 from pathlib import Path
 
 import pytest
+from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.model.job import FINISHED, LIVE, TOKEN_COUNTER_BITS, Job
+from jobd.model.job import FINISHED, LIVE, TOKEN_COUNTER_BITS, Job, Result
 from jobd.model.storage import AuditEntry, AuditQuery, LateResultQuery
-from jobd.storage import codec, files, migrations, startup
+from jobd.storage import codec, files, migrate_job_rows, migrations, startup
 from jobd.storage.database import JOB_SQL
 from jobd.storage.files import EpochFile
 from jobd.storage.offline import doctor
@@ -251,7 +252,8 @@ async def test_a_migration_does_not_hide_damaged_rows(path: str) -> None:
 async def test_a_job_quarantined_before_a_migration_can_be_accepted_after_it(path: str, version: int) -> None:
     maker = await make_store(path)
     async with open_store(path) as (store, _):
-        await store.write(maker.batch([maker.create(progress_message="ü")]))
+        result = Result(metadata=Raw(b"[1e400]"))
+        await store.write(maker.batch([maker.create(progress_message="ü", result=result)]))
     job = maker.jobs[max(maker.jobs)]
     as_of(version, path)
     with edit_store(path) as conn:
@@ -282,6 +284,57 @@ async def test_migrated_rows_are_those_that_this_version_writes(path: str) -> No
         assert rows == [codec.with_checksum(codec.job_row(job)) for _, job in sorted(maker.jobs.items())]
         assert store._database.totals == doctor.totals(store._connection.raw)
     assert doctor.check(path) == []
+
+
+METADATA = (
+    b"1e400",
+    b"-0",
+    b"1.0",
+    b"9" * 5_000,
+    b"[" * 500 + b"]" * 500,
+    rb'"\ud83d\ude00\u0000"',
+    '{"é": "😀\u2028"}'.encode(),
+    b'{"a": 1 , "a": [2e999 ]}',
+    b'{"hex": "00"}',
+    b"[ ]",
+)
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+async def test_a_migration_does_not_change_metadata(path: str, is_damaged: bool) -> None:
+    maker = await make_store(path)
+    async with open_store(path) as (store, _):
+        for metadata in METADATA:
+            result = Result(metadata=Raw(metadata))
+            await store.write(maker.batch([maker.create(status="completed", result=result)]))
+    ids = [job.id for job in list(maker.jobs.values())[-len(METADATA) :]]
+    as_of(12, path)
+    if is_damaged:
+        with edit_store(path) as conn:
+            conn.executemany("UPDATE jobs SET crc = (crc | 4) - (crc & 4) WHERE id = ?", [(id_,) for id_ in ids])
+    async with open_store(path) as (store, _):
+        bad = (await store.load(ids, [], [])).bad
+    assert list(bad) == (ids if is_damaged else [])
+    if is_damaged:
+        doctor.accept(path, ids)
+    async with open_store(path) as (store, _):
+        jobs = (await store.load(ids, [], [])).jobs
+        assert [jobs[id_].result for id_ in ids] == [Result(metadata=Raw(each)) for each in METADATA]
+
+
+async def test_metadata_of_any_depth_is_migrated(path: str) -> None:
+    maker = await make_store(path)
+    job = next(job for job in maker.jobs.values() if job.status in FINISHED)
+    as_of(12, path)
+    metadata = b"[" * 5_000 + b"]" * 5_000
+    for error in (0, 4):
+        with edit_store(path) as conn:
+            (*row, _) = conn.execute("SELECT * FROM jobs WHERE seq = ?", (job.seq,)).fetchone()
+            names = [name for (name,) in conn.execute("SELECT name FROM pragma_table_info('jobs')")]
+            row[names.index("metadata")] = metadata
+            new = migrate_job_rows._new_row((*row, codec.checksum(tuple(row)) ^ error))
+            assert codec.checksum(new[:-1]) ^ error == new[-1]
+            assert (metadata if error == 0 else metadata.hex().encode()).decode() in new[-2]
 
 
 DAMAGE = {
