@@ -17,7 +17,6 @@ import structlog
 from jobd.api.services import Services
 from jobd.cluster.leadership import Leadership
 from jobd.config import Config, Duration, LoadedConfig
-from jobd.core import maintenance_rules
 from jobd.core.state import State
 from jobd.engine.actor import Actor, Bounds
 from jobd.engine.clock import Clock
@@ -29,10 +28,11 @@ from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
 from jobd.maintenance.backups import Backups
 from jobd.maintenance.cleanup_pass import CleanupSchedule
 from jobd.maintenance.clock_monitor import ClockMonitor
+from jobd.maintenance.due_jobs import DueJobs
 from jobd.maintenance.maintainer import Maintainer, read_extra, read_stats
 from jobd.maintenance.plans import Planner
 from jobd.maintenance.scrubber import Scrubber
-from jobd.model.commands import EndGrants, ExtendAfterPause, KeepDue
+from jobd.model.commands import EndGrants, ExtendAfterPause
 from jobd.model.errors import ApiError, not_leader_error
 from jobd.model.job import SECOND_MS
 from jobd.model.responses import ClusterView
@@ -119,6 +119,7 @@ class Serving:
         self.failures = FailureGroups(store, numbers.next_job, opened.jobs)
         self.actor.on_commit += [self.feed.publish, self.failures.committed]
         self._lead: Leadership | None = None
+        self._due_jobs = DueJobs(self.actor, self.clock.moment)
         self._clock_monitor = ClockMonitor(self._on_pause, self._on_set_back)
         self.actor.before_batch = self._clock_monitor.check
 
@@ -145,7 +146,7 @@ class Serving:
         """Start the actor and the background parts. `on_end` is called when the actor ends. Raises CannotStart."""
         settings, run = self._loaded.config, self._background.run
         self._recover_processing()
-        self._keep_due()  # the clock may have been set back meanwhile, or that of the former leader is ahead
+        self._due_jobs.keep()  # the clock may have been set back meanwhile, or that of the former leader is ahead
         self.running = asyncio.create_task(self.actor.run(), name="actor")
         self.running.add_done_callback(lambda _: on_end())
         self._stack.push_async_callback(self._stop_actor)
@@ -203,13 +204,9 @@ class Serving:
             self.actor.enqueue_internal(EndGrants(ids=ids, last=index + 1 >= len(slices)))
         log.warning("backup_put_back", grants_to_end=len(self.actor.state.processing), epoch=self.actor.state.epoch)
 
-    def _keep_due(self) -> None:
-        """Keep the jobs due that are no longer due by the wall clock. The actor does so before any other command."""
-        for ids in _slices(maintenance_rules.due_before(self.actor.state, self.clock.moment().now)):
-            self.actor.enqueue_internal(KeepDue(ids=ids))
-
     def _processing_slices(self) -> list[list[str]]:
-        return _slices(list(self.actor.state.processing))
+        ids = list(self.actor.state.processing)
+        return [ids[first : first + SLICE] for first in range(0, len(ids), SLICE)]
 
     def _extend_locks(self, since: int) -> None:
         """Extend the locks of processing jobs, because no worker could report since the lease time `since`."""
@@ -223,7 +220,7 @@ class Serving:
 
     def _on_set_back(self, back_ms: int) -> None:
         log.warning("clock_set_back", back_ms=back_ms)
-        self._keep_due()
+        self._due_jobs.keep()
 
     async def _start_sweeper(self) -> ArtifactSweeper | None:
         """Start the deletion of the artifacts of deleted jobs, if there is an artifact store."""
@@ -317,10 +314,6 @@ class Serving:
             cluster_view=metrics.cluster,
             step_down=step_down,
         )
-
-
-def _slices(ids: list[str]) -> list[list[str]]:
-    return [ids[first : first + SLICE] for first in range(0, len(ids), SLICE)]
 
 
 def _make_actor(store: Store, opened: OpenedStore, state: State, clock: Clock, settings: Config) -> Actor:

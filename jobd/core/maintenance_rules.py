@@ -162,28 +162,24 @@ def extend_after_pause(tx: Transaction, command: ExtendAfterPause) -> Response:
     return Response(MaintenanceResult(done))
 
 
-def due_before(state: State, now: int) -> list[str]:
-    """Return the ids of live jobs, in order, that are not due `now` but were due when they last changed.
+def due_before(state: State, now: int) -> dict[str, int]:
+    """Return the live jobs, in order, that are not due `now` but were due when they last changed: id -> `run_at`.
 
     Since then, the wall clock was set back, or a node with another clock has become the leader.
     """
-    found = [job for job in state.not_due(now) if _was_due(job, now)]
-    return [job.id for job in sorted(found, key=lambda job: (job.run_at, job.seq))]
+    due = sorted((job.run_at, job.seq, job.id) for job in state.not_due(now) if job.run_at <= job.updated_at)
+    return {job_id: run_at for run_at, _, job_id in due}
 
 
 def keep_due(tx: Transaction, command: KeepDue) -> Response:
     done = 0
-    for job_id in command.ids:
+    for job_id, run_at in command.jobs.items():
         job = tx.state.jobs.find(job_id)
-        if job is not None and _was_due(job, tx.at.now):
+        if job is not None and tx.at.now < job.run_at == run_at:
             reason = "It was due before the wall clock was set back."
             tx.update(job, "updated", {"run_at": tx.at.now}, reason=reason, details={"run_at": tx.at.now})
             done += 1
     return Response(MaintenanceResult(done))
-
-
-def _was_due(job: Job, now: int) -> bool:
-    return now < job.run_at <= job.updated_at
 
 
 def _postponed(lease: Lease, since: int, until: int) -> Lease:

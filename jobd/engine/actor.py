@@ -210,10 +210,15 @@ class Actor:
         for command in self._decider.undelivered(response):
             self._put(self._internal_envelope(command))
 
-    def enqueue_internal(self, command: AnyCommand) -> None:
-        """Add a command of the daemon, which is decided before others and stays until the disk has room for it."""
-        self._internal.append(self._internal_envelope(command))
+    def enqueue_internal(self, command: AnyCommand) -> asyncio.Future[Response | ApiError]:
+        """Add a command of the daemon, which is decided before others and stays until the disk has room for it.
+
+        Return its response, which comes after the commit.
+        """
+        future: asyncio.Future[Response | ApiError] = asyncio.get_running_loop().create_future()
+        self._internal.append(self._internal_envelope(command, future))
         self._wake.set()
+        return future
 
     def lose_disk(self, error: Exception) -> None:
         """End `run`, because another commit failed and the content of the disk is unknown."""
@@ -252,10 +257,8 @@ class Actor:
                 return ApiError("overloaded", "Too many claims are waiting for work; try again without wait_ms.")
         return None
 
-    def _internal_envelope(self, command: AnyCommand) -> Envelope:
-        """Return an envelope for a command of the daemon. Its response is not used."""
-        future: asyncio.Future[Response | ApiError] = asyncio.get_running_loop().create_future()
-        return Envelope(Call(command, "daemon", self._random(16)), None, 0, [future])
+    def _internal_envelope(self, command: AnyCommand, *waiters: Waiter) -> Envelope:
+        return Envelope(Call(command, "daemon", self._random(16)), None, 0, [*waiters])
 
     def _put(self, envelope: Envelope) -> None:
         if not self._mailbox:

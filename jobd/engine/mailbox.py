@@ -23,6 +23,7 @@ from jobd.model.commands import (
     IdempotencyKey,
     Import,
     JobCommand,
+    KeepDue,
     RepairJobs,
     Start,
 )
@@ -43,7 +44,7 @@ ADOPT_WEIGHT: Final = 20  # its late results are read with their metadata
 # Sets of types, because every command is looked up in them, and an isinstance() that fails is slow for a struct.
 _SLICED: Final = (ExtendAfterPause, EndGrants)
 WEIGHTY: Final = frozenset(
-    kind for kind in get_args(AnyCommand) if issubclass(kind, (*_SLICED, Bulk, ApplyPlan, Claim, Adopt))
+    kind for kind in get_args(AnyCommand) if issubclass(kind, (*_SLICED, KeepDue, Bulk, ApplyPlan, Claim, Adopt))
 )
 _JOB_COMMANDS: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, JobCommand))
 _ON_JOB: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, JobCommand | Import))
@@ -99,7 +100,7 @@ def weight(command: Command) -> int:
         return 1
     if isinstance(command, Claim):
         return command.limit
-    if isinstance(command, (Bulk, ApplyPlan)):
+    if isinstance(command, (Bulk, ApplyPlan, KeepDue)):
         return len(command.jobs)
     return len(command.ids) if isinstance(command, _SLICED) else ADOPT_WEIGHT
 

@@ -806,11 +806,14 @@ class ExtendAfterPause(Command, frozen=True, kw_only=True):
 
 
 class KeepDue(Command, frozen=True, kw_only=True):
-    """Keep those of the live jobs `ids` due that were due before the wall clock was set back."""
+    """Keep the live jobs due that were due before the wall clock was set back: id -> `run_at` at that time.
+
+    A job whose `run_at` has changed since then is not affected.
+    """
 
     admission = "ending"
 
-    ids: list[str]
+    jobs: dict[str, int]
 
 
 class EndGrants(Command, frozen=True, kw_only=True):

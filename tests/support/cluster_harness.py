@@ -11,14 +11,14 @@ from typing import Any, Final
 from jobd.cluster.leadership import Leadership
 from jobd.cluster.standby import NodeSettings, Standby
 from jobd.cluster.warm_state import WarmState
-from jobd.core import maintenance_rules
 from jobd.engine.actor import Actor, DiskBroken
 from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
 from jobd.journal import record
 from jobd.journal.checksum import checksum
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
-from jobd.model.commands import AnyCommand, ExtendAfterPause, KeepDue
+from jobd.maintenance.due_jobs import DueJobs
+from jobd.model.commands import AnyCommand, ExtendAfterPause
 from jobd.model.errors import ApiError
 from jobd.model.job import Policy, new_epoch
 from jobd.model.journal import Record, SharedJournal
@@ -130,7 +130,7 @@ class ClusterNode:
         lead.on_epoch, lead.on_lost = self._on_epoch, self.actor.lose_disk
         held = list(state.processing)
         self.actor.enqueue_internal(ExtendAfterPause(ids=held, grace_ms=30_000, since=clock.moment().lease))
-        self.actor.enqueue_internal(KeepDue(ids=maintenance_rules.due_before(state, self.wall_ms())))
+        DueJobs(self.actor, clock.moment).keep()
         renewing = asyncio.create_task(lead.run(), name=f"{self.name} renews")
         self.lead = lead
         try:

@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import msgspec
 
-from jobd.core import maintenance_rules
 from jobd.core.state import State
 from jobd.daemon import STOP_S
 from jobd.engine.actor import Actor, DiskBroken
@@ -23,8 +22,9 @@ from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
 from jobd.maintenance.clock_monitor import ClockMonitor
+from jobd.maintenance.due_jobs import DueJobs
 from jobd.maintenance.maintainer import Maintainer, read_stats
-from jobd.model.commands import AnyCommand, EndGrants, ExtendAfterPause, IdempotencyKey, KeepDue, Operator
+from jobd.model.commands import AnyCommand, EndGrants, ExtendAfterPause, IdempotencyKey, Operator
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS
 from jobd.model.journal import BadRecord, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost
@@ -417,7 +417,10 @@ class SimDaemon:
             is_full=opened.full,
             has_reserve=opened.has_reserve,
         )
-        self.clock_monitor = ClockMonitor(lambda pause_ms: None, self._keep_due, boot=machine.boot, wall=machine.wall)
+        self.due_jobs = DueJobs(self.actor, self.clock.moment, slice_jobs=SLICE)
+        self.clock_monitor = ClockMonitor(
+            lambda pause_ms: None, lambda back_ms: self.due_jobs.keep(), boot=machine.boot, wall=machine.wall
+        )
         self.actor.before_batch = self.check_clocks
         self.actor.slow_commit_s = machine.scenario.slow_commit_s
         self.actor.on_commit.append(event_log.write_lines)
@@ -433,7 +436,7 @@ class SimDaemon:
         machine = self.machine
         machine.disk.on_broken = self.actor.lose_disk
         self._settle()
-        self._keep_due(0)
+        self.due_jobs.keep()
         running = self.spawn(self.actor.run())
         running.add_done_callback(lambda _: self.stopped.set())
         self.maintainer = Maintainer(self.actor, self.clock, machine.scenario.schedule)
@@ -489,11 +492,6 @@ class SimDaemon:
     def check_clocks(self) -> None:
         self.clock_checked_s = self.machine.loop.now_s
         self.clock_monitor.check()
-
-    def _keep_due(self, back_ms: int) -> None:
-        due = maintenance_rules.due_before(self.state, self.clock.moment().now)
-        for first in range(0, len(due), SLICE):
-            self.actor.enqueue_internal(KeepDue(ids=due[first : first + SLICE]))
 
     async def _answer_pending(self) -> None:
         """L1: answer requests in flight before stopping the rest."""

@@ -195,7 +195,7 @@ class Monitor(DecisionChecks):
     def _check_due(self, tx: Transaction) -> None:
         """L3: no job waits because the wall clock was set back, unless it asked for a later time."""
         daemon = self.daemon
-        if daemon is None or daemon.actor._internal or self.machine.clocks_moved_s >= daemon.clock_checked_s:
+        if daemon is None or daemon.due_jobs.is_busy or self.machine.clocks_moved_s >= daemon.clock_checked_s:
             return
         for job in tx.state.not_due(tx.at.now + SMALL_STEPS_MS):
             is_due = job.run_at == job.created_at and job.seq not in self.moved_in

@@ -29,6 +29,7 @@ from jobd.model.commands import (
     RepairJobs,
     RunNow,
     Start,
+    Update,
     Validate,
 )
 from jobd.model.errors import ApiError
@@ -287,15 +288,29 @@ def test_a_job_that_was_due_by_a_clock_that_was_ahead_is_due_again(rules: RuleHa
     rules.accept(Cancel(id="ended"))
     rules.now -= HOUR_MS
     rules.create("new")
-    ids = maintenance_rules.due_before(rules.state, rules.now)
-    assert ids == ["first", "held", "second"]
-    assert rules.accept(KeepDue(ids=[*ids, "first", "later", "ended", "new", "gone"])).done == 3
-    assert [rules.job(name).run_at for name in ids] == 3 * [rules.now]
+    found = maintenance_rules.due_before(rules.state, rules.now)
+    assert found == {name: rules.job(name).run_at for name in ("first", "held", "second")}
+    assert list(found) == ["first", "held", "second"]
+    assert rules.accept(KeepDue(jobs=found | {"ended": NOW, "new": rules.now, "gone": NOW})).done == 3
+    assert [rules.job(name).run_at for name in found] == 3 * [rules.now]
     assert rules.job("later").run_at > rules.now
     assert (rules.types("first")[-1], rules.last().details) == ("updated", {"run_at": rules.now})
     assert rules.accept(Claim(worker="w", limit=9)).grants[0].job.id == "first", "its place in the queue"
-    assert maintenance_rules.due_before(rules.state, rules.now) == []
-    assert rules.accept(KeepDue(ids=ids)).done == 0
+    assert maintenance_rules.due_before(rules.state, rules.now) == {}
+    assert rules.accept(KeepDue(jobs=found)).done == 0
+
+
+def test_a_job_that_was_postponed_after_the_clock_was_set_back_is_not_kept_due(rules: RuleHarness) -> None:
+    lock_id = rules.held("retried", max_attempts=3)
+    rules.create("postponed")
+    rules.advance(10)
+    rules.now -= HOUR_MS
+    found = maintenance_rules.due_before(rules.state, rules.now)
+    assert found.keys() == {"retried", "postponed"}
+    rules.accept(Fail(id="retried", lock_id=lock_id, error_message="e", retry_after_ms=MINUTE_MS))
+    rules.accept_admin(Update(id="postponed", run_at=rules.now + MINUTE_MS))
+    assert rules.accept(KeepDue(jobs=found)).done == 0
+    assert rules.claim(limit=9) == []
 
 
 def test_a_lock_that_was_live_at_the_start_is_extended_even_on_a_slow_disk(rules: RuleHarness) -> None:

@@ -216,7 +216,7 @@ of_time = st.one_of(
     st.builds(DeleteExpired, ids=some_ids),
     st.builds(RepairJobs, ids=some_ids),
     st.builds(ExtendAfterPause, ids=some_ids, grace_ms=waits),
-    st.builds(KeepDue, ids=some_ids),
+    st.builds(KeepDue, jobs=st.dictionaries(ids, st.sampled_from([NOW, NOW + 2_000]), max_size=3)),
     st.builds(EndGrants, ids=some_ids, last=st.booleans()),
     st.just(Tick()),
     st.just(Report(body=b"{}")),

@@ -104,6 +104,8 @@ def _value(type_: inspect.Type) -> Any:
             return b"{}"
         case inspect.ListType():
             return []
+        case inspect.DictType():
+            return {}
         case _:
             return "text"
 
@@ -164,4 +166,6 @@ def _made(kind: Any) -> Any:
         given["jobs"] = [ExpectedVersion("a", "1"), ExpectedVersion("b", "2")]
     if kind is Bulk:
         given["jobs"] = [Create(id="a"), Create(), Create(id="b")]
+    if kind is KeepDue:
+        given["jobs"] = {"a": 1, "b": 2}
     return kind(**given)

@@ -1,0 +1,108 @@
+"""Due jobs stay due after the wall clock was set back, in slices, with requests between them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from jobd.maintenance.due_jobs import SLICE, DueJobs
+from jobd.model.commands import Bulk, Claim, Create, ExtendAfterPause, Get, Start
+from jobd.model.job import HOUR_MS, MINUTE_MS
+from tests.support.virtual_engine import (
+    VirtualEngine,
+    ask_all,
+    checked_engine,
+    granted_ids,
+    in_virtual_time,
+    seconds,
+    settle,
+)
+
+SLICES = 5
+
+
+@asynccontextmanager
+async def set_back() -> AsyncIterator[tuple[VirtualEngine, DueJobs]]:
+    """Create jobs, and set the clock back: they are not due any more."""
+    async with checked_engine() as engine:
+        for first in range(0, SLICES * SLICE, SLICE):
+            await engine.yes(Bulk(jobs=[Create(id=f"job-{first + number}") for number in range(SLICE)]))
+        engine.step_ms -= HOUR_MS
+        yield engine, DueJobs(engine.actor, engine.clock.moment)
+
+
+def not_due(engine: VirtualEngine) -> int:
+    return len(list(engine.state.not_due(engine.now)))
+
+
+@in_virtual_time
+async def test_requests_are_decided_between_the_slices() -> None:
+    async with set_back() as (engine, due_jobs):
+        due_jobs.keep()
+        assert (await engine.yes(Get(id="job-1"))).run_at <= engine.now
+        left = [not_due(engine)]
+        while due_jobs.is_busy:
+            await engine.yes(Create())
+            left.append(not_due(engine))
+        assert left[0] == (SLICES - 1) * SLICE, "the first slice comes before the request"
+        assert left[-1] == 0
+        assert len(left) == SLICES
+        updates = [sum(each.event.type == "updated" for each in batch.changes) for batch in engine.disk.batches]
+        assert [count for count in updates if count] == SLICES * [SLICE]
+
+
+@in_virtual_time
+async def test_locks_are_extended_before_the_slices() -> None:
+    async with checked_engine() as engine:
+        await engine.held("a", lock_ttl_ms=1_000)
+        await engine.yes(Create(id="b"))
+        await seconds(2)
+        engine.step_ms -= HOUR_MS
+        engine.actor.enqueue_internal(ExtendAfterPause(ids=["a"], grace_ms=MINUTE_MS, since=0))
+        DueJobs(engine.actor, engine.clock.moment).keep()
+        await engine.yes(Start(id="b", worker="w"))
+        types = [change.event.type for batch in engine.disk.batches for change in batch.changes]
+        assert types[-4:] == ["resumed", "updated", "updated", "granted"]
+
+
+@in_virtual_time
+async def test_another_step_is_handled_after_the_first() -> None:
+    async with set_back() as (engine, due_jobs):
+        due_jobs.keep()
+        engine.step_ms -= HOUR_MS
+        due_jobs.keep()
+        await settle()
+        assert not due_jobs.is_busy
+        assert not_due(engine) == 0
+
+
+@in_virtual_time
+async def test_no_job_is_to_be_kept_due() -> None:
+    async with checked_engine() as engine:
+        await engine.yes(Create(delay_ms=MINUTE_MS))
+        due_jobs = DueJobs(engine.actor, engine.clock.moment)
+        due_jobs.keep()
+        assert not due_jobs.is_busy
+
+
+@in_virtual_time
+async def test_a_full_disk_delays_the_slices() -> None:
+    async with set_back() as (engine, due_jobs):
+        engine.disk.fits = lambda batch: False
+        due_jobs.keep()
+        await settle()
+        assert not_due(engine) == SLICES * SLICE
+        engine.disk.free()
+        await seconds(1.1)
+        assert not due_jobs.is_busy
+        assert not_due(engine) == 0
+
+
+@in_virtual_time
+async def test_waiting_claims_get_the_jobs() -> None:
+    async with set_back() as (engine, due_jobs):
+        [waiting] = ask_all(engine, [Claim(worker="w", limit=2, wait_ms=1_000)])
+        await settle()
+        assert not waiting.done()
+        due_jobs.keep()
+        assert granted_ids(await waiting) == ["job-0", "job-1"]
