@@ -120,7 +120,7 @@ class Serving:
         self.actor.on_commit += [self.feed.publish, self.failures.committed]
         self._lead: Leadership | None = None
         self._due_jobs = DueJobs(self.actor, self.clock.moment)
-        self._clock_monitor = ClockMonitor(self._on_pause, self._on_set_back)
+        self._clock_monitor = ClockMonitor(self._on_pause, self._on_set_back, self.clock.moment)
         self.actor.before_batch = self._clock_monitor.check
 
     def bind(self, lead: Leadership) -> None:
@@ -213,10 +213,10 @@ class Serving:
         for ids in self._processing_slices():
             self.actor.enqueue_internal(ExtendAfterPause(ids=ids, grace_ms=GRACE_MS, since=since))
 
-    def _on_pause(self, pause_ms: int) -> None:
+    def _on_pause(self, pause_ms: int, since: int) -> None:
         """Extend locks after a time in which the process was stopped, or its machine was suspended or overloaded."""
         log.warning("was_away", away_ms=pause_ms, processing=len(self.actor.state.processing))
-        self._extend_locks(self.clock.moment().lease - pause_ms)
+        self._extend_locks(since)
 
     def _on_set_back(self, back_ms: int) -> None:
         log.warning("clock_set_back", back_ms=back_ms)

@@ -10,7 +10,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
-from jobd.engine.clock import boot_clock_ms, wall_clock_ms
+from jobd.engine.clock import boot_clock_ms
+from jobd.model.commands import Moment
 from jobd.model.job import SECOND_MS
 
 CHECK_EVERY_S: Final = 1.0
@@ -19,34 +20,35 @@ SET_BACK_MS: Final = SECOND_MS  # smaller steps are not reported
 
 
 class ClockMonitor:
-    """Report to `on_pause` and `on_set_back` by how many ms the daemon was paused or the wall clock set back.
+    """Report pauses and steps back of the wall clock.
 
-    `run` checks every second until `stop`. The actor also calls `check` before it decides commands.
+    `on_pause` gets the ms of the pause and the lease time at which it began, `on_set_back` the ms of the step. `run`
+    checks every second until `stop`. The actor also calls `check` before it decides commands.
     """
 
     def __init__(
         self,
-        on_pause: Callable[[int], None],
+        on_pause: Callable[[int, int], None],
         on_set_back: Callable[[int], None],
+        moment: Callable[[], Moment],
         *,
         boot: Callable[[], int] = boot_clock_ms,
-        wall: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self._on_pause = on_pause
         self._on_set_back = on_set_back
+        self._moment = moment
         self._boot = boot
-        self._wall = wall
-        self._seen = boot()
-        self._wall_seen = wall()
+        self._boot_seen = boot()
+        self._seen = moment()
         self._wake = asyncio.Event()
         self._stopping = False
 
     def check(self) -> None:
-        now, wall = self._boot(), self._wall()
-        paused_ms, self._seen = now - self._seen, now
-        back_ms, self._wall_seen = self._wall_seen - wall, wall
-        if paused_ms > PAUSED_AFTER_MS:
-            self._on_pause(paused_ms)
+        boot, at, seen = self._boot(), self._moment(), self._seen
+        pause_ms, back_ms = boot - self._boot_seen, seen.offset - at.offset
+        self._boot_seen, self._seen = boot, at
+        if pause_ms > PAUSED_AFTER_MS:
+            self._on_pause(pause_ms, seen.lease)
         if back_ms >= SET_BACK_MS:
             self._on_set_back(back_ms)
 

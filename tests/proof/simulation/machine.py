@@ -419,7 +419,10 @@ class SimDaemon:
         )
         self.due_jobs = DueJobs(self.actor, self.clock.moment, slice_jobs=SLICE)
         self.clock_monitor = ClockMonitor(
-            lambda pause_ms: None, lambda back_ms: self.due_jobs.keep(), boot=machine.boot, wall=machine.wall
+            lambda pause_ms, since: None,
+            lambda back_ms: self.due_jobs.keep(),
+            self.clock.moment,
+            boot=machine.boot,
         )
         self.actor.before_batch = self.check_clocks
         self.actor.slow_commit_s = machine.scenario.slow_commit_s

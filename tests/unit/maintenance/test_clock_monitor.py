@@ -6,43 +6,80 @@ import asyncio
 
 import pytest
 
+from jobd.engine.clock import Clock
 from jobd.maintenance import clock_monitor
 from jobd.maintenance.clock_monitor import PAUSED_AFTER_MS, SET_BACK_MS, ClockMonitor
+from jobd.model.job import DAY_MS, HOUR_MS
+
+WALL = 1_700_000_000_000
 
 
-def ignore(ms: int) -> None:
-    raise AssertionError(f"{ms} ms were reported")
+def no_pause(pause_ms: int, since: int) -> None:
+    raise AssertionError(f"{pause_ms} ms were reported")
 
 
-class ManualClock:
+def no_step(back_ms: int) -> None:
+    raise AssertionError(f"{back_ms} ms were reported")
+
+
+class WatchedClock:
+    """A clock whose boot and wall time the test sets, and what its monitor reports."""
+
     def __init__(self) -> None:
-        self.now_ms = 1_000
+        self.boot_ms, self.wall_ms = 1_000, WALL
+        self.clock = Clock(
+            wall=lambda: self.wall_ms, boot=lambda: self.boot_ms, synchronised=lambda: False, keep_ms=7 * DAY_MS
+        )
+        self.pauses: list[tuple[int, int]] = []
+        self.steps: list[int] = []
+        self._monitor = ClockMonitor(
+            lambda pause_ms, since: self.pauses.append((pause_ms, since)),
+            self.steps.append,
+            self.clock.moment,
+            boot=lambda: self.boot_ms,
+        )
 
-    def __call__(self) -> int:
-        return self.now_ms
+    def passes(self, ms: int, *, step_ms: int = 0) -> None:
+        """Let time pass, step the wall clock, and check."""
+        self.boot_ms += ms
+        self.wall_ms += ms + step_ms
+        self._monitor.check()
 
 
 def test_a_long_pause_is_reported_once_and_a_short_one_is_not() -> None:
-    boot, reported = ManualClock(), list[int]()
-    monitor = ClockMonitor(reported.append, ignore, boot=boot)
-    for gap_ms in (0, PAUSED_AFTER_MS, 1, PAUSED_AFTER_MS + 1, 0, 40_000):
-        boot.now_ms += gap_ms
-        monitor.check()
-    assert reported == [PAUSED_AFTER_MS + 1, 40_000]
+    watched = WatchedClock()
+    for ms in (0, PAUSED_AFTER_MS, 1, PAUSED_AFTER_MS + 1, 0, 40_000):
+        watched.passes(ms)
+    assert watched.pauses == [(PAUSED_AFTER_MS + 1, PAUSED_AFTER_MS + 1), (40_000, 2 * (PAUSED_AFTER_MS + 1))]
+    assert watched.steps == []
+
+
+def test_a_pause_while_lease_time_stands_still_revives_no_lock() -> None:
+    watched = WatchedClock()
+    watched.passes(1_000)
+    watched.clock.hold()
+    watched.passes(40_000)
+    assert watched.pauses == [(40_000, 1_000)]
+    assert watched.clock.moment().lease == 1_000
 
 
 def test_a_step_back_of_the_wall_clock_is_reported_once_and_a_small_one_or_one_ahead_is_not() -> None:
-    wall, reported = ManualClock(), list[int]()
-    monitor = ClockMonitor(ignore, reported.append, boot=lambda: 0, wall=wall)
-    for step_ms in (0, 1, 1 - SET_BACK_MS, 3_600_000, -SET_BACK_MS, 0, -3_600_000):
-        wall.now_ms += step_ms
-        monitor.check()
-    assert reported == [SET_BACK_MS, 3_600_000]
+    watched = WatchedClock()
+    for step_ms in (0, 1, 1 - SET_BACK_MS, HOUR_MS, -SET_BACK_MS, 0, -HOUR_MS):
+        watched.passes(10, step_ms=step_ms)
+    assert watched.steps == [SET_BACK_MS, HOUR_MS]
+    assert watched.pauses == []
+
+
+def test_a_step_back_during_a_pause_is_reported() -> None:
+    watched = WatchedClock()
+    watched.passes(40_000, step_ms=-30_000)
+    assert watched.steps == [30_000]
 
 
 async def test_an_idle_daemon_is_not_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock_monitor, "CHECK_EVERY_S", 0)
-    reported, reads, enough = list[int](), 0, asyncio.Event()
+    reads, enough = 0, asyncio.Event()
 
     def boot() -> int:
         nonlocal reads
@@ -51,9 +88,8 @@ async def test_an_idle_daemon_is_not_paused(monkeypatch: pytest.MonkeyPatch) -> 
             enough.set()
         return reads * PAUSED_AFTER_MS
 
-    monitor = ClockMonitor(reported.append, ignore, boot=boot)
-    beating = asyncio.create_task(monitor.run())
+    monitor = ClockMonitor(no_pause, no_step, Clock(wall=lambda: WALL, boot=lambda: 0).moment, boot=boot)
+    running = asyncio.create_task(monitor.run())
     await enough.wait()
     monitor.stop()
-    await beating
-    assert reported == []
+    await running

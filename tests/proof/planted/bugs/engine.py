@@ -189,5 +189,5 @@ def _(take: Any, self: Actor) -> list[Envelope]:
     found_by=SIMULATION,
 )
 def _(check: Any, self: ClockMonitor) -> None:
-    self._wall_seen = 0
+    self._seen = self._moment()
     check(self)
