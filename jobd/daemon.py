@@ -182,9 +182,20 @@ class Daemon:
         if lead is None:
             self._add_signal_handlers()
         self._background.run_until_cancelled("watchdog", self._feed_watchdog())
+        if lead is not None:
+            self._stack.push_async_callback(self._release, serving, lead)
         if serving.running.done():
             await serving.running  # the disk failed during the start; raises before the daemon reports that it is ready
         serving.services.is_open = True
+
+    async def _release(self, serving: Serving, lead: Leadership) -> None:
+        """Release the lead before responses are flushed and webhooks end, so that another node leads meanwhile."""
+        serving.end_streams()
+        for each in self._listeners.values():
+            await each.stop_accepting()
+            each.reject_incomplete()
+        await serving.finish()
+        await lead.release()
 
     def _step_down(self) -> None:
         """Stop after the requests in progress, so that a standby takes over."""

@@ -54,6 +54,7 @@ from jobd.webhooks.transport import HttpTransport
 
 GRACE_MS: Final = 30 * SECOND_MS  # after a start or a pause, no processing job ends sooner
 SLICE: Final = 500  # jobs of one command
+FINISH_S: Final = 0.1  # for requests, deliveries and sweeps in progress, before a leader releases its lead
 
 log = structlog.get_logger("jobd.daemon")
 
@@ -68,16 +69,25 @@ class Background:
 
     def __init__(self, stack: contextlib.AsyncExitStack) -> None:
         self._stack = stack
+        self._parts: dict[asyncio.Task[None], BackgroundPart] = {}
 
-    def run(self, name: str, part: BackgroundPart) -> None:
+    def run(self, name: str, part: BackgroundPart) -> asyncio.Task[None]:
         """Run `part` until the daemon stops, which calls its `stop` and waits until it ends."""
         task = asyncio.create_task(part.run(), name=name)
+        self._parts[task] = part
 
         async def end() -> None:
             part.stop()
             await task
 
         self._stack.push_async_callback(end)
+        return task
+
+    def stop(self) -> list[asyncio.Task[None]]:
+        """Stop all parts of `run`. Return their tasks, which are about to end."""
+        for part in self._parts.values():
+            part.stop()
+        return list(self._parts)
 
     def run_until_cancelled(self, name: str, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work, name=name)
@@ -153,7 +163,7 @@ class Serving:
         self.webhooks = self._make_webhooks()
         self.maintainer = Maintainer(self.actor, self.clock, _schedule(settings))
         self.maintainer.hold_journal(self.webhooks.journal_hold_ms)
-        run("cleanup", self.maintainer)
+        self._maintaining = run("cleanup", self.maintainer)
         run("failures", self.failures)
         run("clock monitor", self._clock_monitor)
         sweeper = await self._start_sweeper()
@@ -186,6 +196,19 @@ class Serving:
         self.clock.keep_ms = self.actor.policy.shortest_keep_ms
         self.maintainer.set_schedule(_schedule(settings))
         self.alerts.thresholds = _thresholds(settings)
+
+    async def finish(self) -> None:
+        """Stop the background parts, and decide the commands that were accepted. Nothing is decided after that.
+
+        Clients, webhooks and the artifact store delay this by at most FINISH_S.
+        """
+        idle = [asyncio.create_task(app.wait_idle()) for app in self._apps]
+        await asyncio.wait([*self._background.stop(), *idle], timeout=FINISH_S)
+        for each in idle:
+            each.cancel()
+        await asyncio.wait([self._maintaining])  # it saves the statistics
+        self.actor.stop()
+        await self.actor.ended.wait()
 
     async def _stop_actor(self) -> None:
         self.actor.stop()

@@ -108,11 +108,13 @@ class Leadership:
 
     async def release(self) -> None:
         """End the lead, so that another node leads at once. After a failure its lease ends by itself."""
+        self.stop()
         async with self._sending:
             if self._lost is None:
                 self._lost = LeadershipLost("this node has released the lead")
                 with contextlib.suppress(JournalUnavailable, JournalOutcomeUnknown, DiskFull):
                     await self._journal.release()
+                    log.info("released_lead", epoch=self.epoch)
 
     async def _append(self, record: Record, acked: int) -> None:
         try:

@@ -48,7 +48,7 @@ from jobd.model.commands import (
     Release,
     Undelivered,
 )
-from jobd.model.errors import ApiError, not_leader_error
+from jobd.model.errors import SHUTTING_DOWN, ApiError, not_leader_error
 from jobd.model.events import Change
 from jobd.model.job import Policy
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
@@ -125,8 +125,9 @@ class Actor:
         self._mailbox: deque[Envelope] = deque()
         self._bytes = 0
         self._wake = asyncio.Event()
+        self.ended = asyncio.Event()  # no more commands are decided
         self._stopping = False
-        self._rejection = ApiError("shutting_down", "The daemon is stopping; try again in a moment.")
+        self._rejection = SHUTTING_DOWN
         self._internal: list[Envelope] = []
         self._unsent: DecidedBatch | None = None  # committed; its responses are sent while the next batch is written
         self._under_way: DecidedBatch | None = None  # decided, and perhaps not committed yet
@@ -270,25 +271,32 @@ class Actor:
 
     async def run(self) -> None:
         """Serve the mailbox until `stop`. Raises DiskBroken if a commit fails, or `before_batch` does."""
-        while not (self._stopping and not self._mailbox and not self.parked and not self._has_internal()):
-            await self._wait_for_work()
-            await self._drain_sockets()
-            batch: list[Envelope] = []
-            try:
-                self.before_batch()
-                batch = self._take()
-                if self._lost_disk is not None:
-                    raise self._lost_disk
-                await self.full_disk.probe()
-                if self.reads_first and not self._internal:
-                    batch = await self._serve_reads_first(batch)
-                if batch or self._decider.has_due:
-                    await self._turn(batch)
-            except Exception as error:
-                self._fail(batch, error)
-                raise DiskBroken(str(error)) from error
-            self._end_waits()
+        try:
+            while not (self._stopping and not self._mailbox and not self.parked and not self._has_internal()):
+                await self._serve_batch()
+        finally:
+            self.ended.set()
         await self._history.finish()
+
+    async def _serve_batch(self) -> None:
+        """Wait for commands, and serve them. Raises DiskBroken."""
+        await self._wait_for_work()
+        await self._drain_sockets()
+        batch: list[Envelope] = []
+        try:
+            self.before_batch()
+            batch = self._take()
+            if self._lost_disk is not None:
+                raise self._lost_disk
+            await self.full_disk.probe()
+            if self.reads_first and not self._internal:
+                batch = await self._serve_reads_first(batch)
+            if batch or self._decider.has_due:
+                await self._turn(batch)
+        except Exception as error:
+            self._fail(batch, error)
+            raise DiskBroken(str(error)) from error
+        self._end_waits()
 
     async def _wait_for_work(self) -> None:
         """Wait until a command arrives or a timer is due."""

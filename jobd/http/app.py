@@ -24,7 +24,7 @@ from jobd.http.request import BodyError, RequestContext, operator_of
 from jobd.http.response import HttpResponse, RawBody, error_response, ok_response
 from jobd.http.routing import ResolvedRoute, Route, Router
 from jobd.model.commands import Command, IdempotencyKey, Operator
-from jobd.model.errors import ApiError, ApiException, api_error, too_large_error
+from jobd.model.errors import SHUTTING_DOWN, ApiError, ApiException, api_error, too_large_error
 from jobd.model.responses import Response
 
 INTERNAL_ERROR: Final = ApiError(
@@ -150,6 +150,8 @@ class App(Generic[S]):
         self.on_close: set[Callable[[], None]] = set()
         self.error_counts: Counter[str] = Counter()
         self.pending: set[RequestContext] = set()
+        self._bodies: set[asyncio.Timeout] = set()  # the time limits of bodies that handlers wait for
+        self._rejects_incomplete = False
         self._log_limiter = LogRateLimiter()
         self.serve(routes, actor, services, pages=pages)
 
@@ -269,6 +271,13 @@ class App(Generic[S]):
         for end in tuple(self.on_close):
             end()
 
+    def reject_incomplete(self) -> None:
+        """Reject requests whose body has not arrived, as after its deadline, because the daemon is stopping."""
+        self._rejects_incomplete = True
+        for limit in self._bodies:
+            if not limit.expired():
+                limit.reschedule(0)
+
     async def wait_idle(self) -> None:
         """Wait until no request is pending. Call it after `close`."""
         while self.pending:  # noqa: ASYNC110 - an event would cost every request
@@ -360,14 +369,18 @@ class App(Generic[S]):
                 raise ApiException(self.body_too_large())
             ctx.send_continue()
         body = bytearray()
+        limit = asyncio.timeout(self.limits.body_deadline_s)
         try:
-            async with asyncio.timeout(self.limits.body_deadline_s):
+            async with limit:
+                self._bodies.add(limit)
                 while len(body) <= self.limits.body and (piece := await ctx.read()):
                     body += piece
         except TimeoutError:
             raise ApiException(self.body_too_late()) from None
         except BodyError:
             raise ApiException(MALFORMED_BODY) from None
+        finally:
+            self._bodies.discard(limit)
         if ctx.is_truncated:
             raise ApiException(TRUNCATED_BODY)
         return bytes(body)
@@ -383,6 +396,8 @@ class App(Generic[S]):
 
     def body_too_late(self) -> ApiError:
         """Return the error of a body that did not arrive in time."""
+        if self._rejects_incomplete:
+            return SHUTTING_DOWN
         message = f"The body did not arrive within {self.limits.body_deadline_s:g} s. Send it again."
         return ApiError("request_timeout", message)
 

@@ -409,6 +409,14 @@ class WorkerConnection(asyncio.Protocol):
         if self._current is None and not self._queue and not self._held:
             self.close()
 
+    def reject_if_incomplete(self) -> None:
+        """Respond as after the deadline of a body, if the current request waits for its body."""
+        request = self._current
+        if request is not None and request.is_waiting:
+            assert request.timer is not None
+            request.timer.cancel()
+            self._time_out(request)
+
     def _check_idle(self) -> None:
         """Close the connection if it has been idle for too long, else check again at the earliest time it can be."""
         left_s = self.app.limits.idle_s

@@ -36,6 +36,7 @@ class HttpListener(ABC):
         self.tls: ssl.SSLContext | None = None
         self._sockets: list[asyncio.Server] = []
         self._paths: list[str] = []
+        self._is_closing = False
 
     @abstractmethod
     async def protocol_factory(self) -> Callable[[], asyncio.Protocol]:
@@ -73,17 +74,28 @@ class HttpListener(ABC):
     def connections(self) -> int:
         """The number of open connections."""
 
-    async def stop(self, deadline_s: float) -> None:
-        """Accept no more requests, close idle connections, wait for the responses to pending requests, then close.
-
-        Aborts the rest after `deadline_s` seconds. Waiting claims are pending requests, which the actor must end.
-        """
+    async def stop_accepting(self) -> None:
+        """Accept no more connections, and close idle ones. Does nothing the second time."""
+        if self._is_closing:
+            return
+        self._is_closing = True
         self.app.close()
         # Unlink while still listening: later, the paths could belong to another daemon.
         await asyncio.to_thread(_unlink, self._paths)
         for server in self._sockets:
             server.close()
         self.close_idle()
+
+    def reject_incomplete(self) -> None:
+        """Reject the requests whose body has not arrived. Call this after `stop_accepting`."""
+        self.app.reject_incomplete()
+
+    async def stop(self, deadline_s: float) -> None:
+        """Accept no more requests, close idle connections, wait for the responses to pending requests, then close.
+
+        Aborts the rest after `deadline_s` seconds. Waiting claims are pending requests, which the actor must end.
+        """
+        await self.stop_accepting()
         try:
             async with asyncio.timeout(deadline_s):
                 await self.app.wait_idle()
@@ -122,6 +134,11 @@ class WorkerListener(HttpListener):
     def close_idle(self) -> None:
         for connection in tuple(self._connections):
             connection.close_if_idle()
+
+    def reject_incomplete(self) -> None:
+        super().reject_incomplete()
+        for connection in tuple(self._connections):
+            connection.reject_if_incomplete()
 
     async def close_all(self) -> None:
         for connection in tuple(self._connections):

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from jobd.engine.clock import Clock
 from jobd.model.job import MINUTE_MS, SECOND_MS
+from jobd.model.journal import LeadershipLost
 from jobd.model.storage import MAX_POSTPONE_MS, CannotWrite, DueTombstones, JobStorage, Tombstone
 from jobd.storage.artifacts.base import MARGINS, ArtifactStore, ArtifactStoreError, Deletion, Margins, judge
 
@@ -75,7 +76,7 @@ class ArtifactSweeper:
             try:
                 if await self._slice():
                     pause_s = PAUSE_S
-            except CannotWrite as error:
+            except (CannotWrite, LeadershipLost) as error:
                 log.warning("artifact_sweep_waits", reason=str(error))
             except Exception as error:
                 self._record_exception(error)

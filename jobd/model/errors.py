@@ -79,6 +79,9 @@ class ApiError(Struct, frozen=True):
         return ERROR_STATUS[self.code]
 
 
+SHUTTING_DOWN: Final = ApiError("shutting_down", "The daemon is stopping; try again in a moment.")
+
+
 class ApiException(Exception):
     """Ends the handling of a request with `error`."""
 

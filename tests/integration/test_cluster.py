@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
+import json
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from jobd.cli.daemon.main import main
 from tests.support import postgres
-from tests.support.daemon_process import TOKEN, DaemonResponse, call
+from tests.support.daemon_process import TOKEN, DaemonResponse, UnixConnection, call
 from tests.support.node_process import Cluster, NodeProcess
 from tests.support.postgres import PASSWORD, PostgresServer
 from tests.support.tcp_proxy import ProxyThread
+from tests.support.webhook_receiver import Receiver
 
 WAIT_S = 60.0
 
@@ -110,24 +115,102 @@ def test_a_leader_steps_down_and_follows_again(cluster: Cluster) -> None:
     assert second.post("/v1/jobs/one/start", {"worker": "w"}).status == 200
 
 
+def send(client: socket.socket, path: str, body: bytes, length: int) -> None:
+    """Send a request with the first bytes of its body."""
+    head = f"POST {path} HTTP/1.1\r\nHost: jobd\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    client.sendall(head.encode() + body)
+
+
+def receive(client: socket.socket) -> DaemonResponse:
+    response = http.client.HTTPResponse(client)
+    response.begin()
+    return DaemonResponse(response)
+
+
+STOPS = {
+    "SIGTERM": lambda node: node.process.send_signal(signal.SIGTERM),
+    "step-down": lambda node: node.admin("POST", "cluster/step-down"),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", STOPS)
+def test_slow_clients_do_not_delay_a_takeover(cluster: Cluster, how: str) -> None:
+    first = cluster.add("a", variant="patient_stop")
+    first.wait_leads()
+    for number in range(30):
+        first.post("/v1/jobs", {"id": f"large-{number}", "payload": "x" * 200_000})
+    with closing(UnixConnection(first.socket)) as reading, closing(UnixConnection(first.socket)) as writing:
+        for each in (reading, writing):
+            each.connect()
+        claim = json.dumps({"worker": "w", "limit": 30}).encode()
+        send(reading.sock, "/v1/claim", claim, len(claim))
+        send(writing.sock, "/v1/jobs", b'{"id": "ha', 14)
+        second = cluster.add("b")
+        wait_until(lambda: first.get("/v1/jobs/large-0").data["status"] == "processing")
+        wait_until(lambda: second.cluster()["lag_events"] == 0)
+        STOPS[how](first)
+        second.wait_leads()
+        assert first.process is not None
+        assert first.process.poll() is None, "it has a response to send"
+        rejected = receive(writing.sock)
+        assert (rejected.status, rejected.error) == (503, "shutting_down")
+        for grant in receive(reading.sock).data["grants"]:
+            done = second.post(f"/v1/jobs/{grant['job']['id']}/complete", {"lock_id": grant["lock_id"]})
+            assert done.data["status"] == "completed"
+    assert first.process.wait(WAIT_S) == (0 if how == "SIGTERM" else 75)
+    assert second.get("/v1/jobs/half").error == "job_not_found"
+
+
+@pytest.mark.long
+def test_a_hanging_webhook_does_not_delay_a_takeover(cluster: Cluster) -> None:
+    hanging = threading.Event()
+
+    async def hang(_: web.Request) -> web.StreamResponse:
+        while not hanging.is_set():  # noqa: ASYNC110 - another thread sets it
+            await asyncio.sleep(0.05)
+        return web.Response(status=204)
+
+    with Receiver(hang) as receiver:
+        config = f"""
+            [[webhooks]]
+            name = "hanging"
+            url = "{receiver.url}"
+            allow_private = true
+            secret = "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="
+            timeout = "1m"
+        """
+        first = cluster.add("a", config=config, variant="patient_stop")
+        first.wait_leads()
+        second = cluster.add("b", config=config)
+        create(first, "one")
+        receiver.wait_for(lambda messages: len(messages) == 1)
+        wait_until(lambda: second.cluster()["lag_events"] == 0)
+        assert first.process is not None
+        first.process.send_signal(signal.SIGTERM)
+        second.wait_leads()
+        assert first.process.poll() is None, "its delivery is running"
+        receiver.wait_for(lambda messages: len(messages) == 2)
+        hanging.set()
+        assert first.process.wait(WAIT_S) == 0
+        wait_until(lambda: second.admin("GET", "webhooks").data["webhooks"][0]["delivered"] == 1)
+        assert len({each.headers["webhook-id"] for each in receiver.received}) == 1
+
+
 @pytest.mark.long
 def test_a_leader_with_a_full_disk_hands_over_to_a_standby_that_is_ready(cluster: Cluster) -> None:
-    first = NodeProcess(cluster.directory / "a", cluster.url, "a")
-    first.module = "tests.support.daemon_variants full_tables"
-    with ExitStack() as stack:
-        stack.push(first).start()
-        cluster.nodes.append(first)
-        first.wait_leads()
-        assert first.process is not None
-        first.process.send_signal(signal.SIGUSR2)
-        assert create(first, "one").status == 201
-        time.sleep(3)
-        assert create(first, "two").status == 201, "without a standby, it goes on"
-        second = cluster.add("b")
-        second.wait_leads()
-        assert first.process.wait(WAIT_S) == 75
-        assert b"event=hands_over" in first.log
-        assert second.get("/v1/jobs/two").data["status"] == "queued"
+    first = cluster.add("a", variant="full_tables")
+    first.wait_leads()
+    assert first.process is not None
+    first.process.send_signal(signal.SIGUSR2)
+    assert create(first, "one").status == 201
+    time.sleep(3)
+    assert create(first, "two").status == 201, "without a standby, it goes on"
+    second = cluster.add("b")
+    second.wait_leads()
+    assert first.process.wait(WAIT_S) == 75
+    assert b"event=hands_over" in first.log
+    assert second.get("/v1/jobs/two").data["status"] == "queued"
 
 
 @pytest.mark.long

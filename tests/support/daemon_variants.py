@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from jobd import logging, serving
+from jobd import daemon, logging, serving
 from jobd.cli.daemon.main import main
 from jobd.cluster import hand_over
 from jobd.engine import history
@@ -23,6 +23,7 @@ from jobd.monitoring.alerts import Alerts
 from jobd.storage import projection, store
 from jobd.storage.projection import Projection
 from jobd.storage.store import Store
+from jobd.webhooks import dispatcher
 from jobd.webhooks.context import DispatchContext
 from jobd.webhooks.retry import RetryPolicy
 
@@ -50,6 +51,14 @@ def quick_retries() -> None:
     policy = RetryPolicy(retry_ms=100, max_retry_ms=500, pause_ms=100, max_pause_ms=500)
     patched: Any = serving
     patched.DispatchContext = partial(DispatchContext, retry_policy=policy)
+
+
+def patient_stop() -> None:
+    """Wait for as long as a test takes for running deliveries, and for clients that do not read, at a stop."""
+    stopping: Any = daemon
+    delivering: Any = dispatcher
+    assert {"STOP_S", "GRACE_S"} <= stopping.__dict__.keys() | delivering.__dict__.keys()
+    stopping.STOP_S = delivering.GRACE_S = 3_600
 
 
 def full_tables() -> None:
@@ -142,6 +151,7 @@ VARIANTS: Final = {
         hung_actor,
         prompt_alerts,
         quick_retries,
+        patient_stop,
         full_tables,
         hour_ahead,
         slow_log,

@@ -55,9 +55,12 @@ class Cluster:
         self._stack = stack
         self.nodes: list[NodeProcess] = []
 
-    def add(self, name: str, **environ: str) -> NodeProcess:
-        """Start a node."""
+    def add(self, name: str, *, config: str = "", variant: str = "", **environ: str) -> NodeProcess:
+        """Start a node. `variant` is one of tests.support.daemon_variants."""
         node = NodeProcess(self.directory / name, self.url, name, **self.environ | environ)
+        node.config.write_text(config)
+        if variant:
+            node.module = f"tests.support.daemon_variants {variant}"
         self._stack.enter_context(node)
         self.nodes.append(node)
         return node

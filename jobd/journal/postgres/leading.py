@@ -111,7 +111,11 @@ class Leading:
         return head
 
     async def release(self) -> None:
-        await self._session.run(self._lease_ms / 1000, lambda conn: self._run(conn, _RELEASE, self._name, self._epoch))
+        await self._session.run(self._lease_ms / 1000, self._release)
+
+    async def _release(self, conn: Any) -> None:
+        await self._run(conn, _RELEASE, self._name, self._epoch)
+        conn.terminate()  # release the advisory lock, which belongs to the next leader
 
     async def connect(self) -> None:
         """Connect early, so that a takeover does not wait for it."""

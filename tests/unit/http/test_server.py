@@ -419,6 +419,33 @@ async def test_a_stop_waits_for_a_body_that_is_arriving(harness: HttpHarness) ->
     await stopping
 
 
+async def assert_incomplete_rejected(harness: HttpHarness, path: str) -> None:
+    client, busy = await harness.connect(), await harness.connect()
+    held = HeldResponse(harness)
+    busy.send(request_bytes("POST", path, '{"id":"a"}'))
+    await harness.actor.arrived.wait()
+    client.send(request_bytes("POST", path, '{"id":"b"}', {"Expect": "100-continue"})[:-3])
+    assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    await harness.listener.stop_accepting()
+    harness.listener.reject_incomplete()
+    response = await client.receive()
+    assert (response.status, response.error) == (503, "shutting_down")
+    assert response.headers["connection"] == "close"
+    held.go.set()
+    assert (await busy.receive()).status == 200
+    await harness.stop(30)
+    assert len(harness.actor.received) == 1
+
+
+async def test_a_stop_can_reject_requests_whose_body_is_arriving(harness: HttpHarness) -> None:
+    await assert_incomplete_rejected(harness, "/v1/jobs")
+
+
+async def test_a_stop_of_the_admin_listener_can_reject_requests_whose_body_is_arriving(tmp_path: Path) -> None:
+    async with HttpHarness(ROUTES, tmp_path, admin=True) as harness:
+        await assert_incomplete_rejected(harness, "/v1/jobs")
+
+
 async def test_after_the_deadline_the_rest_is_cut_off(harness: HttpHarness) -> None:
     HeldResponse(harness)
     client = await harness.connect()

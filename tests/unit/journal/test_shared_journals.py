@@ -183,6 +183,15 @@ async def test_the_end_of_the_leaders_session_is_seen(node_of: Nodes, b: SharedJ
     assert await connected(b, True)
 
 
+async def test_a_leader_that_releases_its_lead_is_no_longer_connected(a: SharedJournal, b: SharedJournal) -> None:
+    await lead(a)
+    await a.release()
+    assert (await b.head()).holder is None
+    await wait_until(lambda: connected(b, False))
+    await lead(a, "again")
+    assert await connected(b, True)
+
+
 async def connected(node: SharedJournal, expected: bool) -> bool:
     return (await node.head()).is_connected == expected
 

@@ -23,6 +23,7 @@ from jobd.maintenance.artifact_sweeper import (
 )
 from jobd.model.commands import Adopt, Complete, Delete, DeleteExpired, ForceFail, ForceReset
 from jobd.model.job import DAY_MS, MAX_LATE_RESULTS, LateResult, Policy, Result
+from jobd.model.journal import LeadershipLost
 from jobd.model.storage import MAX_POSTPONE_MS, DiskFull, DueTombstones, FormatNotRead
 from jobd.storage.artifacts.base import MARGINS, ArtifactStoreError
 from tests.support.memory_artifacts import MemoryArtifacts
@@ -440,7 +441,7 @@ async def test_the_delay_of_the_oldest_tombstone_is_reported() -> None:
         assert at.sweeps.behind_ms == 0
 
 
-@pytest.mark.parametrize("error", [DiskFull("full"), FormatNotRead("node b is older")])
+@pytest.mark.parametrize("error", [DiskFull("full"), FormatNotRead("node b is older"), LeadershipLost("released")])
 def test_the_sweeper_waits_until_its_results_can_be_written(error: Exception) -> None:
     @in_virtual_time
     async def run() -> None:
