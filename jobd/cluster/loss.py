@@ -76,6 +76,10 @@ class Loss(Struct):
             lines.append(f"    and {len(jobs) - _MAX_SHOWN} more")
         if queues:
             lines.append(f"    queues paused or resumed by them: {', '.join(queues)}")
+        if self.changed.damaged:
+            lines.append(
+                f"    damaged rows of events, whose changes are unknown: {self.changed.damaged}; run `jobd doctor`"
+            )
         return lines
 
 

@@ -413,6 +413,12 @@ class Database:
         row = self.rows("SELECT id FROM quarantined_jobs WHERE seq = ?", (seq,))
         return readable(row[0][0]) if row else None
 
+    def job_name(self, seq: int) -> str:
+        """Return a name of a job for messages: "job a", or "job number 1" if there is no such job; 0: "queues"."""
+        if seq == 0:
+            return "queues"
+        return f"job {self.job_id_of(seq) or f'number {seq}'}"
+
     def payload(self, seq: int) -> tuple[Payload | None, str]:
         """Return the payload of a job, or None and the error."""
         try:

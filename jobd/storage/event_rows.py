@@ -24,9 +24,11 @@ COLUMNS_SQL: Final = f"{', '.join(COLUMNS)}, crc"
 INSERT: Final = insert("events", (*COLUMNS, "crc"))
 FORMAT: Final = 1  # the first byte of a body
 SPAN: Final = 1_000  # the numbers of a row are less than this apart, so that readers find the row of an event
-# Larger bodies have one event, because readers of all events decode a row again for each page with some of its events.
+# Larger bodies have one event, because readers of all events decode a row again for each page with some of its events,
+# and read all rows of SPAN numbers if a number is missing.
 ROW_BYTES: Final = 2_048
 JOB_SEQ: Final = COLUMNS.index("job_seq")
+AT: Final = COLUMNS.index("at")
 BODY: Final = COLUMNS.index("body")
 _EVENT_SEQ: Final = EVENT_COLUMNS.index("seq")
 _EVENT_AT: Final = EVENT_COLUMNS.index("at")
@@ -94,7 +96,16 @@ def job_id(row: Row) -> str:
 
 def highest_number(row: Row) -> int:
     """Return the highest event number in a damaged row. Damage may have changed it."""
-    numbers = [row[0], row[1]]
+    return max(number for number in (row[0], row[1], *_values(row, _EVENT_SEQ)) if isinstance(number, int))
+
+
+def job_numbers(row: Row) -> set[int]:
+    """Return the job number in each place of a damaged row. Damage may have changed it."""
+    return {number for number in (row[JOB_SEQ], *_values(row, _EVENT_JOB)) if isinstance(number, int)}
+
+
+def _values(row: Row, column: int) -> list[Any]:
+    """Return a value of each event of a damaged row, or nothing if its events cannot be decoded."""
     with contextlib.suppress(msgspec.MsgspecError, ValueError, TypeError):
-        numbers += [event[_EVENT_SEQ] for event in unpack(row) if event]
-    return max(number for number in numbers if isinstance(number, int))
+        return [event[column] for event in unpack(row) if len(event) > column]
+    return []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from jobd.model.job import FINISHED, Job, is_job_id
 from jobd.model.storage import DiskFull, Quarantined
@@ -166,7 +166,15 @@ def row_name(db: Database, table: str, row: Row) -> str:
         return f"{table} {readable(row[0])}"
     first, last, job_seq = row[:3]
     numbers = f"events {first}" if first == last else f"events {first} to {last}"
-    return numbers if job_seq == 0 else f"{numbers} of job {db.job_id_of(job_seq) or f'number {job_seq}'}"
+    return numbers if job_seq == 0 else f"{numbers} of {db.job_name(job_seq)}"
+
+
+def quarantine_events(db: Database, row: Row, reason: str) -> None:
+    """Quarantine a damaged row of events inside a transaction, and report it."""
+    name = row_name(db, "events", row)
+    db.keep_damage(f"{name}: {reason}")
+    _quarantine_row(db, "events", (*event_rows.COLUMNS, "crc"), row[0], row, f"{name.partition(' ')[2]}: {reason}")
+    db.note_fault(f"{name}: {reason}; the row was quarantined")
 
 
 def _quarantine_row(db: Database, table: str, columns: tuple[str, ...], rowid: int, row: Row, description: str) -> None:
@@ -175,9 +183,15 @@ def _quarantine_row(db: Database, table: str, columns: tuple[str, ...], rowid: i
     if table == "events":
         db.note_missing(event_rows.highest_number(row))
         db.write_meta()
+    sql = f"DELETE FROM {table} WHERE rowid = ?"
+    args: tuple[Any, ...] = (rowid,)
+    if "crc" in columns:  # damage to its number may have made it that of another row
+        sql, args = f"{sql} AND crc = ?", (rowid, row[columns.index("crc")])
     try:
-        db.conn.execute(f"DELETE FROM {table} WHERE rowid = ?", (rowid,))
+        deleted = db.conn.execute(sql, args).rowcount
     except sqlite3.DatabaseError as error:
         if is_corrupt(error) and result_code(error) != sqlite3.SQLITE_CORRUPT_INDEX:
             raise StructureDamaged(str(error)) from error
         raise
+    if not deleted:  # damage to its number, or to those of other rows, hides it from a search
+        raise StructureDamaged("it cannot be found by its number; run `jobd doctor`")

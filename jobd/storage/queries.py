@@ -58,12 +58,19 @@ T = TypeVar("T")
 
 _NO_LIMIT: Final = 1 << 62
 _EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events NOT INDEXED WHERE seq = ?"
+_LATER: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
 _SPANNING: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq > ? AND seq <= ? AND last > ?"
+# Without the body of a row that has one event.
+_SHORT: Final = (
+    f"SELECT seq, last, job_seq, at, CASE WHEN length(body) <= {event_rows.ROW_BYTES} THEN body END, crc FROM events "
+    "WHERE seq > ? ORDER BY seq"
+)
 _SEQ: Final = EVENT_COLUMNS.index("seq")
 _TYPE: Final = EVENT_COLUMNS.index("type")
 _seq = itemgetter(_SEQ)
 _ALL: Final = -1  # SQLite: no limit
 _RESPONSE_CRC: Final = KEY_COLUMNS.index("answer_crc")
+_INDEXED: Final = "SELECT seq FROM jobs INDEXED BY jobs_id WHERE id = ?"
 _CREATED: Final = "SELECT created_at FROM jobs NOT INDEXED WHERE seq = ?"
 _LATE: Final = f"SELECT {LATE_SQL} FROM late_results NOT INDEXED WHERE seq = ?"
 SLICE_BYTES: Final = 256 << 10  # of rows read between two batches, which takes less than 2 ms
@@ -148,6 +155,8 @@ def _row_by_id(db: Database, id_: str) -> tuple[Row | None, str]:
         if not is_corrupt(error):
             raise
         return None, _report_lost(db, id_, f"the row cannot be read: {error}")
+    if not rows and id_ not in db.quarantined and db.rows(_INDEXED, (id_,)):
+        return None, _report_lost(db, id_, "the row cannot be found by its number")
     if not rows:
         return None, db.quarantined.get(id_, "")
     if _belongs_to_another(rows[0], id_):
@@ -361,9 +370,25 @@ def timeline(db: Database, job_seq: int, limit: int | None = None) -> list[Event
 
 def latest_rows(db: Database, job_seq: int, limit: int) -> list[Row]:
     """Return the latest `limit` rows of events of a job, oldest first."""
-    inner = "SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq DESC LIMIT ?"
-    sql = f"SELECT {event_rows.COLUMNS_SQL} FROM ({inner}) CROSS JOIN events NOT INDEXED ON seq = found ORDER BY found"
-    return db.rows(sql, (job_seq, limit))
+    return _rows_of_job(db, job_seq, "DESC", limit)
+
+
+def first_rows(db: Database, job_seq: int, limit: int) -> list[Row]:
+    """Return the first `limit` rows of events of a job, oldest first."""
+    return _rows_of_job(db, job_seq, "ASC", limit)
+
+
+def _rows_of_job(db: Database, job_seq: int, order: str, limit: int) -> list[Row]:
+    """Return rows by their number, because a column from the index would hide damage. Report rows that are missing."""
+    inner = f"SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq {order} LIMIT ?"
+    sql = f"SELECT {event_rows.COLUMNS_SQL} FROM ({inner}) LEFT JOIN events NOT INDEXED ON seq = found ORDER BY found"
+    rows = db.rows(sql, (job_seq, limit))
+    found = [row for row in rows if row[0] is not None]
+    if len(found) < len(rows):
+        lost = f"events of {db.job_name(job_seq)}: {len(rows) - len(found)} rows cannot be found"
+        db.keep_damage(lost)
+        db.note_fault(f"{lost}; run `jobd doctor`")
+    return found
 
 
 def _timeline_of_a_damaged_table(db: Database, job_seq: int) -> list[Row]:
@@ -387,33 +412,58 @@ def journal(db: Database, after: int, limit: int) -> JournalPage:
     """
     db.check()
     last = db.numbers.next_event - 1
-    sql = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
     try:
         spanning = db.rows(_SPANNING, (after - event_rows.SPAN, after, after))
-        rows, is_cut = db.rows_up_to(sql, (after, limit), SLICE_BYTES)
+        rows, is_cut = db.rows_up_to(_LATER, (after, limit), SLICE_BYTES)
+        is_cut = is_cut or len(rows) == limit
+        upto = rows[-1][0] if is_cut else last  # rows that were not read have later events only
+        events = _between(_events(db, spanning + rows), after, upto)
+        if len(events) < upto - after:  # damage to `last` may hide the row of a missing number
+            known = {*spanning, *rows}
+            hidden = undamaged(db, [row for row in _rows_before(db, after) if row not in known])
+            events += _between(_events(db, [row for row in hidden if row[1] > after]), after, upto)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
         db.faults.append(f"the journal cannot be read after event {after}: {error}; run `jobd doctor`")
         return JournalPage([], last, last)
-    is_cut = is_cut or len(rows) == limit
-    upto = rows[-1][0] if is_cut else last  # rows that were not read have later events only
-    events = [event for event in _events(db, spanning + rows) if after < event[_SEQ] <= upto]
     events.sort(key=_seq)
     page = [facts.event(event) for event in events[:limit]]
     return JournalPage(page, last, db.gone_to, is_cut or len(events) > limit)
 
 
+def _between(events: list[EventRow], after: int, upto: int) -> list[EventRow]:
+    return [event for event in events if after < event[_SEQ] <= upto]
+
+
+def _rows_before(db: Database, number: int) -> list[Row]:
+    """Return all rows that begin up to event `number` and may have later events, whatever their `last` is."""
+    rows: list[Row] = []
+    with contextlib.closing(db.conn.execute(_SHORT, (number - event_rows.SPAN,))) as cursor:
+        for row in cursor:
+            is_short = row[event_rows.BODY] is not None
+            if row[0] > number and not (is_short and event_rows.fault(row)):
+                break
+            if is_short:
+                rows.append(row)
+    return rows
+
+
 def _events(db: Database, rows: list[Row]) -> list[EventRow]:
-    """Return the events of rows. Quarantine damaged rows, and note that their events are missing."""
-    damaged = [(row[0], row, error) for row in rows if (error := event_rows.fault(row)) is not None]
-    if damaged:
-        quarantine_rows(db, "events", (*event_rows.COLUMNS, "crc"), damaged)
-        for _, row, _ in damaged:
-            db.note_missing(event_rows.highest_number(row))
-        bad = {seq for seq, _, _ in damaged}
-        rows = [row for row in rows if row[0] not in bad]
-    return list(chain.from_iterable(map(event_rows.unpack, rows)))
+    """Return the events of undamaged rows."""
+    return list(chain.from_iterable(map(event_rows.unpack, undamaged(db, rows))))
+
+
+def undamaged(db: Database, rows: list[Row]) -> list[Row]:
+    """Return the undamaged rows of events. Quarantine the others, and note that their events are missing."""
+    errors = [event_rows.fault(row) for row in rows]
+    damaged = [(row[0], row, error) for row, error in zip(rows, errors, strict=True) if error is not None]
+    if not damaged:
+        return rows
+    quarantine_rows(db, "events", (*event_rows.COLUMNS, "crc"), damaged)
+    for _, row, _ in damaged:
+        db.note_missing(event_rows.highest_number(row))
+    return [row for row, error in zip(rows, errors, strict=True) if error is None]
 
 
 def read_late_results(db: Database, requested: list[LateResultQuery]) -> LateResultRows:
@@ -446,7 +496,10 @@ def _late_results(db: Database, job_seq: int, *, whole: bool) -> list[LateResult
         return []
     results: list[LateResult] = []
     damaged: list[tuple[int, Row, str]] = []
-    for row in db.rows_one_by_one(_LATE, seqs, "late results"):
+    rows = db.rows_one_by_one(_LATE, seqs, "late results")
+    if len(rows) < len(seqs):
+        db.note_fault(f"late results of {db.job_name(job_seq)}: rows cannot be found; run `jobd doctor`")
+    for row in rows:
         if (reason := fault(row)) is not None:
             damaged.append((row[0], row, reason))
         elif row[1] == job_seq:

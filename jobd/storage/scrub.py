@@ -23,6 +23,7 @@ from jobd.storage.writers import AUDIT_SQL
 SLICE_S: Final = 0.002
 MAX_ROWS: Final = 100  # per query
 MAX_BYTES: Final = 1 << 20
+_START: Final = -(1 << 63)  # below every rowid: those of tombstones may be negative, and damage can make any so
 
 # The columns of each table, with the checksum last. If the names are given, damaged rows are quarantined here. If not,
 # they are only reported, and quarantined by the code that uses them.
@@ -38,29 +39,32 @@ TABLES: Final = ("jobs", *_COLUMNS)
 
 
 class Slice(Struct):
-    """The result of one slice. `last` is the rowid of the last row; None at the end of the table."""
+    """The result of one slice. The next one begins after the row with rowid `last`; None at the end of the table.
+
+    That row is undamaged, because damage to a rowid would let the next slice skip rows, or never end.
+    """
 
     table: str
+    last: int | None
     checked: int = 0
-    last: int | None = None
     damaged: list[DamagedRow] = []
 
 
 def check_slice(db: Database, cursor: str | None) -> CheckedRows | None:
     """Check the rows after `cursor` (TABLE:ROWID). An unreadable page is reported and ends the table."""
-    table, _, after_text = (cursor or f"{TABLES[0]}:0").partition(":")
+    table, _, after_text = (cursor or f"{TABLES[0]}:{_START}").partition(":")
     if table not in TABLES:
         return None
     after = int(after_text)
     db.check()
-    result = Slice(table)
+    result = Slice(table, after)
     until_s = time.perf_counter() + SLICE_S
     try:
         (_jobs if table == "jobs" else _rows)(db, result, after, until_s)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-        where = f"{table} after {max(result.last or 0, after)}"
+        where = f"{table} after {max(result.last or 0, 0)}"
         result.damaged.append(DamagedRow(where, f"rows cannot be read: {error}"))
         result.last = None
     return CheckedRows(table, result.checked, result.damaged, _next_cursor(result))
@@ -70,7 +74,7 @@ def _next_cursor(result: Slice) -> str | None:
     if result.last is not None:
         return f"{result.table}:{result.last}"
     following = TABLES[TABLES.index(result.table) + 1 :]
-    return f"{following[0]}:0" if following else None
+    return f"{following[0]}:{_START}" if following else None
 
 
 def _jobs(db: Database, result: Slice, after: int, until_s: float) -> None:
@@ -83,15 +87,25 @@ def _jobs(db: Database, result: Slice, after: int, until_s: float) -> None:
         if job is not None:
             payload, error = db.payload(job.seq)
             size += 0 if payload is None else len(payload.body)
+        result.checked += 1
         if error:
             damaged.append((row, error))
-        result.checked += 1
+        if error or row[0] <= after:
+            continue
         result.last = row[0]
         if size > MAX_BYTES or time.perf_counter() > until_s:
             break
     else:
-        result.last = read[-1][0] if is_cut or len(read) == MAX_ROWS else None
+        _end(result, read, after, is_last=not is_cut and len(read) < MAX_ROWS)
     result.damaged += [DamagedRow(f"job {id_}", error) for id_, error in quarantine_jobs(db, damaged).items()]
+
+
+def _end(result: Slice, read: list[Row], after: int, *, is_last: bool) -> None:
+    """Set `last` after all of `read` was checked. If no rowid is known to be right, take that of the last row."""
+    if is_last:
+        result.last = None
+    elif result.last == after:
+        result.last = max(read[-1][0], after + 1)
 
 
 def _rows(db: Database, result: Slice, after: int, until_s: float) -> None:
@@ -101,14 +115,16 @@ def _rows(db: Database, result: Slice, after: int, until_s: float) -> None:
     damaged: list[tuple[int, Row, str]] = []
     for rowid, *values in read:
         error = key_fault(tuple(values)) if result.table == "keys" else fault(tuple(values))
+        result.checked += 1
         if error is not None:
             damaged.append((rowid, tuple(values), error))
-        result.checked += 1
+        if error is not None or rowid <= after:
+            continue
         result.last = rowid
         if time.perf_counter() > until_s:
             break
     else:
-        result.last = read[-1][0] if is_cut or len(read) == MAX_ROWS else None
+        _end(result, read, after, is_last=not is_cut and len(read) < MAX_ROWS)
     if names is not None:
         quarantine_rows(db, result.table, names, damaged)
     result.damaged += [DamagedRow(row_name(db, result.table, row), error) for _, row, error in damaged]

@@ -31,7 +31,7 @@ from jobd.storage.event_rows import fault
 COMPACTED_AT_ONCE: Final = 1_000  # events of a journal that are read by one `shorten`
 GIVEN_BACK_KEPT: Final = 10_000  # jobs whose returned grants are counted
 _READ_AT_ONCE: Final = 50  # rows of events
-_ROWS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? AND seq > ? AND last >= ?"
+_ROWS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? AND seq > ?"
 _TYPE: Final = EVENT_COLUMNS.index("type")
 _seq = attrgetter("seq")
 
@@ -90,9 +90,9 @@ class JournalShortener:
     def _thin(self, job_seq: int, begin: int) -> None:
         if job_seq in self._heartbeats:  # else the job no longer has a grant
             self._heartbeats[job_seq] = (self._heartbeats[job_seq][0], 0)
-        rows = self._rows(f"{_ROWS} ORDER BY seq", (job_seq, begin - event_rows.SPAN, begin))
+        rows = self._rows(f"{_ROWS} ORDER BY seq", (job_seq, begin - event_rows.SPAN))
         if not any(fault(row) for row in rows):  # timeline quarantines a damaged row and names it
-            found = [_EventsRow(row) for row in rows]
+            found = [_EventsRow(row) for row in rows if row[1] >= begin]
             self._write(found, facts.thin(_events(found)))
 
     def _compact(self, job_seq: int, begin: int) -> None:
@@ -103,7 +103,8 @@ class JournalShortener:
         if begin >= end:
             return
         sql = f"{_ROWS} AND seq <= ? ORDER BY seq LIMIT ?"
-        rows = self._rows(sql, (job_seq, begin - event_rows.SPAN, begin, end, COMPACTED_AT_ONCE))
+        rows = self._rows(sql, (job_seq, begin - event_rows.SPAN, end, COMPACTED_AT_ONCE + event_rows.SPAN))
+        rows = [row for row in rows if fault(row) or row[1] >= begin][:COMPACTED_AT_ONCE]
         damaged = [index for index, row in enumerate(rows) if fault(row)]
         found: list[_EventsRow] = []
         size = 0
@@ -112,7 +113,7 @@ class JournalShortener:
                 break
             found.append(_EventsRow(row))
             size += len(found[-1].events)
-        upto = found[-1].row[1] if found else rows[-1][1] if rows else end
+        upto = found[-1].row[1] if found else max(rows[-1][0], begin) if rows else end
         events = _events(found)
         first, last = bisect_left(events, begin, key=_seq), bisect_right(events, end, key=_seq)
         self._write(found, events[:first] + facts.compact(events[first:last]) + events[last:])

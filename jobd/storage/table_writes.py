@@ -6,10 +6,8 @@ A plan reads the tables and returns the write. The projection applies it, on oth
 from __future__ import annotations
 
 import sqlite3
-from itertools import chain
 from typing import Final, assert_never
 
-from jobd.journal.facts import EventRow
 from jobd.model.storage import (
     AuditTrimming,
     EventPruning,
@@ -18,53 +16,56 @@ from jobd.model.storage import (
     TableWrite,
     TombstoneWrite,
 )
-from jobd.storage import codec, event_rows, outbox
-from jobd.storage.codec import Row, with_checksum
+from jobd.storage import codec, event_rows, outbox, queries
+from jobd.storage.codec import AUDIT_COLUMNS, fault, with_checksum
 from jobd.storage.database import PUT_TOMBSTONE, Database, is_corrupt
-from jobd.storage.writers import insert
+from jobd.storage.quarantine import quarantine_events, quarantine_rows
+from jobd.storage.writers import AUDIT_ROW, insert
 
 _PUT_FIGURES: Final = insert("figures", ("id", "body", "crc"), "REPLACE")
-_QUEUE_EVENTS: Final = "SELECT seq FROM events WHERE job_seq = 0 AND at < ? ORDER BY seq LIMIT ?"
-_DELETED_JOBS: Final = "SELECT job_seq FROM deleted_jobs WHERE at < ? ORDER BY at LIMIT ?"
+_EXISTS: Final = "SELECT 1 FROM jobs WHERE seq = job_seq UNION ALL SELECT 1 FROM quarantined_jobs WHERE seq = job_seq"
+_DELETED_JOBS: Final = f"SELECT job_seq, id, at, EXISTS ({_EXISTS}) FROM deleted_jobs WHERE at < ? ORDER BY at LIMIT ?"
+# By number: a search by job fails if a number in the index has no row.
+_DELETE_JOB: Final = "DELETE FROM events WHERE seq IN (SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ?)"
 _ROW: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq = ?"
 _ROWS_BEFORE: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq > ? AND seq < ? AND last >= ?"
-_DELETE_SINGLE: Final = "DELETE FROM events WHERE seq = ? AND last = seq"
-_JOB_ROWS: Final = "SELECT seq, last FROM events WHERE job_seq = ? ORDER BY seq LIMIT ?"
 
 
 def plan_pruning(db: Database, before: int, limit: int) -> tuple[EventPruning | None, int]:
     """Choose up to `limit` rows of events to delete: of queues, and of deleted jobs, from before wall time `before`.
 
     Return the deletion and the number of rows. Readers that resume below the last of these events get an error, because
-    events may be missing there.
+    events may be missing there. Damaged rows are quarantined.
     """
-    run = db.conn.execute
-    seqs = [seq for (seq,) in run(_QUEUE_EVENTS, (before, limit))]
+    of_queues = queries.undamaged(db, queries.first_rows(db, 0, limit))
+    seqs = [row[0] for row in of_queues if row[event_rows.AT] < before]
     count, upto, jobs = len(seqs), max(seqs, default=0), []
-    for (job_seq,) in run(_DELETED_JOBS, (before, limit)).fetchall():
+    for job_seq, id_, at, exists in db.rows(_DELETED_JOBS, (before, limit)):
         room = limit - count
         if room <= 0:
             break
-        rows = run(_JOB_ROWS, (job_seq, room + 1)).fetchall()
+        if exists:  # damage to its number has changed it to the number of a job
+            entry = (job_seq, (job_seq, id_, at), "a job with this number exists")
+            quarantine_rows(db, "deleted_jobs", ("job_seq", "id", "at"), [entry])
+            continue
+        rows = queries.undamaged(db, queries.first_rows(db, job_seq, room + 1))
         count += len(rows[:room])
-        upto = max(upto, *(last for _, last in rows[:room]))
+        upto = max([upto, *(row[1] for row in rows[:room])])
         if len(rows) > room:
-            seqs += chain.from_iterable(map(_events_of, chain(*(db.rows(_ROW, (seq,)) for seq, _ in rows[:room]))))
+            seqs += [event[0] for row in rows[:room] for event in event_rows.unpack(row)]
             break
         jobs.append(job_seq)
     return (EventPruning(seqs, jobs, upto) if count or jobs else None), count
 
 
-def _events_of(row: Row) -> dict[int, EventRow]:
-    """Return the events of a row by number. Of a damaged row, only the number of the first one is known."""
-    return {row[0]: row} if event_rows.fault(row) else {event[0]: event for event in event_rows.unpack(row)}
-
-
 def plan_trimming(db: Database, before: int, limit: int) -> tuple[AuditTrimming | None, int]:
-    """See Storage.trim_audit."""
+    """See Storage.trim_audit. Damaged rows are quarantined, because their age is unknown."""
     try:
         is_counted = db.audit.count_more()
         entries = db.audit.excess(before, limit) if is_counted else []
+        rows = [row for seq in entries for row in db.rows(AUDIT_ROW, (seq,))]
+        damaged = [(row[0], row, error) for row in rows if (error := fault(row)) is not None]
+        quarantine_rows(db, "audit", (*AUDIT_COLUMNS, "crc"), damaged)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
@@ -77,10 +78,12 @@ def _delete_events(db: Database, numbers: list[int]) -> None:
     """Delete events. A row that also has other events is written again with these."""
     gone, left = frozenset(numbers), set(numbers)
     for number in numbers:
-        if number not in left or db.conn.execute(_DELETE_SINGLE, (number,)).rowcount:
+        if number not in left:
             continue
         for row in db.rows(_ROW, (number,)) or db.rows(_ROWS_BEFORE, (number - event_rows.SPAN, number, number)):
-            if number in (events := _events_of(row)):
+            if (error := event_rows.fault(row)) is not None:
+                quarantine_events(db, row, error)
+            elif number in (events := {event[0]: event for event in event_rows.unpack(row)}):
                 left -= events.keys()
                 event_rows.rewrite(db.conn, [row], [events[seq] for seq in events if seq not in gone])
 
@@ -96,8 +99,8 @@ def apply(db: Database, write: TableWrite) -> None:
             executemany(PUT_TOMBSTONE, map(codec.tombstone_row, postponed))
         case EventPruning(events, jobs, upto):
             _delete_events(db, events)
-            for table in ("events", "deleted_jobs"):
-                executemany(f"DELETE FROM {table} WHERE job_seq = ?", [(seq,) for seq in jobs])
+            for sql in (_DELETE_JOB, "DELETE FROM deleted_jobs WHERE job_seq = ?"):
+                executemany(sql, [(seq,) for seq in jobs])
             db.note_missing(upto)
         case AuditTrimming(entries):
             executemany("DELETE FROM audit WHERE seq = ?", [(seq,) for seq in entries])

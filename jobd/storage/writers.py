@@ -37,6 +37,7 @@ _UPDATE_JOB: Final = (
     + " WHERE seq = ?1"
 )
 _UPDATE_BODY: Final = "UPDATE jobs SET body = ?2, crc = ?3 WHERE seq = ?1"  # changes no index
+_INSERT_DELETED: Final = insert("deleted_jobs", ("job_seq", "id", "at"), "REPLACE")  # damage may have made an entry
 _INSERT_PAYLOAD: Final = insert("payloads", ("job_seq", "body", "request_hash", "crc"))
 
 
@@ -209,7 +210,7 @@ class JobWriter:
         self._conn.executemany("DELETE FROM jobs WHERE seq = ?", on_disk)
         for table in ("payloads", "suspects"):
             self._conn.executemany(f"DELETE FROM {table} WHERE job_seq = ?", on_disk)
-        self._conn.executemany("INSERT INTO deleted_jobs (job_seq, id, at) VALUES (?, ?, ?)", gone)
+        self._conn.executemany(_INSERT_DELETED, gone)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ OPEN_ROWS: Final = 1_000  # newest rows in which the row of an action with many 
 _KEEP_OPEN: Final = 64  # actions whose rows are cached
 AUDIT_SQL: Final = f"{', '.join(AUDIT_COLUMNS)}, crc"
 _PUT_AUDIT: Final = insert("audit", (*AUDIT_COLUMNS, "crc"), "REPLACE")
-_AUDIT_ROW: Final = f"SELECT {AUDIT_SQL} FROM audit WHERE seq = ?"
+AUDIT_ROW: Final = f"SELECT {AUDIT_SQL} FROM audit WHERE seq = ?"
 _LAST_AUDIT: Final = "SELECT ifnull(max(seq), 0) FROM audit"
 # Only the oldest rows are examined. A row with a later time keeps the rows after it until there are too many.
 _OLD_AUDIT: Final = (
@@ -266,7 +267,7 @@ class AuditWriter:
             return None
         if (seq := self._open.pop(part.part_of, 0)) <= last - OPEN_ROWS:
             (seq,) = self._conn.execute(_OPEN_AUDIT, (last - OPEN_ROWS, part.part_of)).fetchone()
-        found = self._conn.execute(_AUDIT_ROW, (seq,)).fetchone()
+        found = self._conn.execute(AUDIT_ROW, (seq,)).fetchone()
         if found is None or codec.fault(found) is not None:
             return None
         before = codec.audited(found)

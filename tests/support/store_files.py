@@ -225,17 +225,24 @@ def remove_quarantined(maker: ChangeFactory, job: Job) -> None:
 
 
 @contextlib.contextmanager
+def hidden_indexes(conn: sqlite3.Connection) -> Iterator[None]:
+    """Inside the context, changes leave the indexes alone."""
+    hidden = "type = 'index' AND sql IS NOT NULL"
+    conn.execute("PRAGMA writable_schema = ON")
+    indexes = conn.execute(f"SELECT * FROM sqlite_schema WHERE {hidden}").fetchall()
+    conn.execute(f"DELETE FROM sqlite_schema WHERE {hidden}")
+    conn.execute("PRAGMA writable_schema = RESET")
+    yield
+    conn.execute("PRAGMA writable_schema = ON")
+    conn.executemany("INSERT INTO sqlite_schema VALUES (?, ?, ?, ?, ?)", indexes)
+    conn.execute("PRAGMA writable_schema = RESET")
+
+
+@contextlib.contextmanager
 def without_indexes(path: str) -> Iterator[sqlite3.Connection]:
     """Yield a connection with hidden indexes, so that a change damages only the row, as a bad disk would."""
-    hidden = "type = 'index' AND sql IS NOT NULL"
-    with edit_store(path) as conn:
-        conn.execute("PRAGMA writable_schema = ON")
-        indexes = conn.execute(f"SELECT * FROM sqlite_schema WHERE {hidden}").fetchall()
-        conn.execute(f"DELETE FROM sqlite_schema WHERE {hidden}")
-    with edit_store(path) as conn:
+    with edit_store(path) as conn, hidden_indexes(conn):
         yield conn
-        conn.execute("PRAGMA writable_schema = ON")
-        conn.executemany("INSERT INTO sqlite_schema VALUES (?, ?, ?, ?, ?)", indexes)
 
 
 def flip(path: str, table: str, column: str, key: str, seq: int, bit: int = 0) -> None:

@@ -18,7 +18,7 @@ from jobd.storage.database import BY_SEQ, Database
 from jobd.storage.files import FileLock, StoreUnreadable
 from jobd.storage.queries import read_job
 
-_EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq > ? AND last > ? ORDER BY seq"
+_EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq > ? ORDER BY seq"
 
 
 class LostJob(Struct):
@@ -36,10 +36,14 @@ class LostJob(Struct):
 
 
 class LostChanges(Struct):
-    """What lost records have changed: jobs in the order of their creation, and names of queues."""
+    """What lost records have changed: jobs in the order of their creation, and names of queues.
+
+    `damaged` counts rows of events with unknown changes.
+    """
 
     jobs: list[LostJob] = []
     queues: list[str] = []
+    damaged: int = 0
 
 
 def last_record(path: str, cluster_id: str) -> Followed | None:
@@ -68,10 +72,12 @@ def changes(path: str, after_event: int) -> LostChanges:
     lost = LostChanges()
     with _opened(path) as db:
         by_seq: dict[int, LostJob] = {}
-        for row in db.conn.execute(_EVENTS, (after_event - event_rows.SPAN, after_event)):
+        for row in db.conn.execute(_EVENTS, (after_event - event_rows.SPAN,)):
             if event_rows.fault(row) is not None:  # the changes are unknown, so list the job with its current status
-                for job_seq, id_, status, *_ in db.rows(BY_SEQ, (row[event_rows.JOB_SEQ],)):
-                    by_seq.setdefault(job_seq, LostJob(id_, status, status))
+                lost.damaged += 1
+                for number in event_rows.job_numbers(row):
+                    for job_seq, id_, status, *_ in db.rows(BY_SEQ, (number,)):
+                        by_seq.setdefault(job_seq, LostJob(id_, status, status))
                 continue
             for event in map(facts.event, event_rows.unpack(row)):
                 if event.seq <= after_event:
