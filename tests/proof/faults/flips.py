@@ -32,6 +32,7 @@ from tests.support.daemon_process import DaemonProcess, call
 PAGE: Final = 4096
 KINDS: Final = {2: "index branches", 5: "table branches", 10: "index leaves", 13: "table leaves"}
 BY_DAEMON: Final = 100  # one of this many flips is tested with a daemon, all with the store
+RESUMED: Final = 20  # events between the positions where readers of the feed resume
 EXIT_CODES: Final = (74, 78)
 
 
@@ -130,6 +131,7 @@ async def _compare_store(path: Path, holds: StoreContents) -> tuple[str, bool, s
         missing = {job_id for job_id in holds.jobs if job_id not in loaded.jobs and job_id not in loaded.bad}
         noticed |= bool(loaded.bad)
         lost = await _compare_payloads(store, holds, set(loaded.jobs)) or await _compare_pages(store, holds)
+        lost = await _compare_feed(store, holds) or lost
         lost = await _compare_journals(store, holds, set(loaded.jobs)) or lost
         noticed |= bool(store.take_faults())
     return "detected" if noticed else "without effect", lost or bool(missing), missing
@@ -155,6 +157,19 @@ async def _compare_pages(store: Store, holds: StoreContents) -> bool:
         if page.next_before is None:
             return seen < len(holds.jobs)
         query = replace(query, before=page.next_before)
+
+
+async def _compare_feed(store: Store, holds: StoreContents) -> bool:
+    """Return whether a reader that resumes anywhere misses an event that it is not told about."""
+    written = {event.seq: event for events in holds.events.values() for event in events}
+    lost = False
+    for after in (0, *sorted(written)[::RESUMED]):
+        page = await store.journal(after, len(written))
+        for event in page.events:
+            assert written.get(event.seq, event) == event, f"event {event.seq} is another in the feed"
+        missing = {seq for seq in written if after < seq <= page.end} - {event.seq for event in page.events}
+        lost = lost or any(seq > page.gone_to for seq in missing)
+    return lost
 
 
 async def _compare_journals(store: Store, holds: StoreContents, ids: set[str]) -> bool:
