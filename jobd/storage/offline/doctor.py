@@ -55,6 +55,8 @@ _SWEEP: Final = "see artifact_not_deleted in the log; check artifacts.url and th
 _RESTORE: Final = "restore a backup with `jobd restore`"
 _ON_ACCESS: Final = "nothing to do: the daemon quarantines it when it reads it"
 _REFOLDED: Final = "compare with a backup; an edited row that was accepted differs from its events for good"
+_LATE_OR_EARLY: Final = "correct the row of deleted_jobs with sqlite3, because it decides when these events are deleted"
+_LAST_EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? ORDER BY seq DESC LIMIT 1"
 _UNUSED: Final = "nothing to do: it only takes up space"
 
 
@@ -103,7 +105,7 @@ def check(
 def problems(conn: sqlite3.Connection, path: str) -> list[StoreProblem]:
     """Return all problems of an open store. It has the current schema version, and nothing writes to it."""
     found: list[StoreProblem] = []
-    tables = (_jobs, _payloads, _late, _journal, _keys, queues, _small_tables, _tombstones)
+    tables = (_jobs, _payloads, _late, _journal, _deleted, _keys, queues, _small_tables, _tombstones)
     for part in (_meta, _file, _tail, *tables, _quarantined, _files):
         found += _limited(part(conn, path))
     return found
@@ -255,6 +257,19 @@ def _journal(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
         events = list(chain.from_iterable(map(event_rows.unpack, rows)))
         problem = f"it has {len(events)} events but no row, and it was not deleted"
         yield StoreProblem(f"job {facts.event(events[0]).job_id}", problem, _RECOUNT)
+
+
+def _deleted(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+    """Yield deleted jobs that differ from their last event, because their rows have no checksum."""
+    for job_seq, id_, at in _all_rows(conn, "SELECT job_seq, id, at FROM deleted_jobs"):
+        row = conn.execute(_LAST_EVENTS, (job_seq,)).fetchone()
+        if row is None or event_rows.fault(row) is not None:
+            continue  # `_journal` reports damaged rows, and events of a job that was not deleted
+        event = facts.event(event_rows.unpack(row)[-1])
+        if (event.type, event.job_id, event.at) != ("deleted", id_, at):
+            yield StoreProblem(
+                f"deleted job {readable(id_)}", f"its row {job_seq} differs from its last event", _LATE_OR_EARLY
+            )
 
 
 def _keys(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:

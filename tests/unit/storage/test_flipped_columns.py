@@ -354,6 +354,17 @@ def test_an_entry_about_a_job_that_exists_deletes_no_event(flips: Flips) -> None
     db.conn.close()
 
 
+@pytest.mark.parametrize("column", ["id", "at", "job_seq"])
+def test_the_doctor_names_a_damaged_entry_of_a_deleted_job(column: str, tmp_path: Path) -> None:
+    content = flipped(original(), "deleted_jobs", column, 1, 1)
+    assert content is not None
+    path = tmp_path / "jobd.db"
+    path.write_bytes(content)
+    path.chmod(0o600)
+    number = 3 if column == "job_seq" else 1
+    assert f"its row {number} differs from its last event" in {each.what for each in doctor.check(str(path))}
+
+
 def test_a_job_is_deleted_although_a_damaged_entry_has_its_number() -> None:
     maker, projection = ChangeFactory(), opened(b"")
     db = projection.db
