@@ -441,3 +441,31 @@ def test_a_restart_of_postgres_ends_no_lead_and_loses_nothing(tmp_path: Path, mo
         assert results == [201]
         assert [job["id"] for job in node.get("/v1/jobs").data["jobs"]] == ["during", "before"]
         assert node.stop() == 0
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_nodes_without_a_synchronous_standby_use_few_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
+    with postgres.postgres_cluster() as (server, standby), ExitStack() as stack:
+        assert main(["cluster", "init", "--set", f"journal.url={server.url()}"]) == 0
+        cluster = Cluster(tmp_path, server.url(), stack, JOBD_JOURNAL_LEASE="1s")
+        first = cluster.add("a", variant="short_takeovers")
+        first.wait_leads()
+        second = cluster.add("b", variant="short_takeovers")
+        assert create(first, "before").status == 201
+        standby.stop()
+        assert first.process is not None
+        assert first.process.wait(WAIT_S) == 75
+        first.start()
+        sessions = "SELECT pid, wait_event_type FROM pg_stat_activity WHERE application_name = 'jobd main'"
+        attempts: set[str] = set()
+        while len(attempts) < 30:
+            found = server.sql(sessions).splitlines()
+            assert len(found) <= 20, "two of each node, one of the former leader, and those that are ending"
+            attempts |= {each for each in found if each.endswith("|Lock")}
+        standby.start()
+        wait_until(lambda: _leads(first) or _leads(second))
+        leader = first if _leads(first) else second
+        assert leader.get("/v1/jobs/before").data["status"] == "queued"
+        assert create(leader, "after").status == 201

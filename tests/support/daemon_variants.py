@@ -61,6 +61,15 @@ def patient_stop() -> None:
     stopping.STOP_S = delivering.GRACE_S = 3_600
 
 
+def short_takeovers() -> None:
+    """Give up an attempt to take the lead after the length of the lease."""
+    from jobd.journal.postgres import leading
+
+    patched: Any = leading
+    assert "TAKE_OVER_S" in patched.__dict__
+    patched.TAKE_OVER_S = 0
+
+
 def full_tables() -> None:
     """Find the disk full when the tables are written, after SIGUSR2. Hand over the lead soon after."""
 
@@ -152,6 +161,7 @@ VARIANTS: Final = {
         prompt_alerts,
         quick_retries,
         patient_stop,
+        short_takeovers,
         full_tables,
         hour_ahead,
         slow_log,

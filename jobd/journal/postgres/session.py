@@ -33,7 +33,6 @@ _SETTINGS: Final = {
     "idle_in_transaction_session_timeout": "0",
     "idle_session_timeout": "0",
     "transaction_timeout": "0",
-    "client_connection_check_interval": "0",
     "default_transaction_isolation": "read committed",
     "default_transaction_deferrable": "off",
 }
@@ -42,6 +41,10 @@ _SET: Final = """
     SELECT set_config(given.name, given.value, false) FROM unnest($1::text[], $2::text[]) AS given(name, value)
     JOIN pg_settings USING (name)"""
 _READ_BACK: Final = "SELECT name, setting FROM pg_settings WHERE name = ANY ($1::text[])"
+# The server ends the statement of a closed connection if it waits for a lock, but not if it waits for a synchronous
+# standby. Otherwise, attempts to take the lead would use up the connections of the server.
+_CHECK_CONNECTION: Final = "SELECT set_config('client_connection_check_interval', $1, false)"
+CHECK_INTERVAL: Final = "1s"
 _SERVER: Final = (
     "SELECT current_setting('server_version_num')::int, current_setting('server_version'), pg_backend_pid()"
 )
@@ -144,6 +147,8 @@ async def check_session(conn: Any, host: str) -> None:
     if pid != conn.get_server_pid():
         raise pooler(host)
     await conn.fetch(_SET, list(_SETTINGS), list(_SETTINGS.values()))
+    with contextlib.suppress(asyncpg.InvalidParameterValueError):  # the system of the server cannot do it
+        await conn.fetchval(_CHECK_CONNECTION, CHECK_INTERVAL)
     for name, value in await conn.fetch(_READ_BACK, list(_EXPECTED)):
         if name == "transaction_read_only" and value != "off":
             raise asyncpg.TargetServerAttributeNotMatched

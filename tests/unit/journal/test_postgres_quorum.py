@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from jobd.journal.postgres import leading
 from jobd.journal.postgres.journal import PostgresJournal, create
 from jobd.model.journal import JournalOutcomeUnknown, JournalUnavailable, NodeEntry
 from tests.conftest import tool_missing
@@ -89,6 +90,46 @@ async def test_a_cancelled_wait_for_a_standby_is_not_an_acknowledgement(
     await asyncio.to_thread(servers[1].start)
     head = await a.resolve(0)
     assert (head.number, head.epoch) == (2, 101)
+
+
+async def test_attempts_to_take_the_lead_without_a_standby_leave_no_sessions(
+    servers: list[PostgresServer], nodes: tuple[PostgresJournal, PostgresJournal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A statement that waits for a lock ends after its connection. One that waits for a standby does not."""
+    monkeypatch.setattr(leading, "TAKE_OVER_S", 0.1)
+    a, _ = nodes
+    b = await PostgresJournal.open(servers[0].url(), "main", 100)
+    await lead(a)
+    await asyncio.to_thread(servers[1].stop)
+    appending = asyncio.create_task(a.append(record_of(1, 100), 0))
+    await wait_until(lambda: is_waiting(b))
+    appending.cancel()
+    await a.close()
+    head = await b.head()
+    for _ in range(20):
+        with pytest.raises(JournalOutcomeUnknown):
+            await b.take_over(head, holder="b", url="", epoch=0)
+
+    async def waits() -> list[str]:
+        running = (
+            "SELECT wait_event_type FROM pg_stat_activity WHERE state = 'active' AND application_name = 'jobd main'"
+        )
+        return (await asyncio.to_thread(servers[0].sql, f"{running} AND wait_event_type IS NOT NULL")).split()
+
+    async def has_ended() -> bool:
+        return "Lock" not in await waits()
+
+    await wait_until(has_ended)
+    assert await waits() == ["IPC"]
+    assert await b.read(0, 10) == []
+    await asyncio.to_thread(servers[1].start)
+    await wait_until(lambda: has_record(b, 1))
+    assert (await lead(b, "b")).number == 1
+    await b.close()
+
+
+async def has_record(node: PostgresJournal, number: int) -> bool:
+    return (await node.head()).number == number
 
 
 async def test_acknowledged_records_survive_the_loss_of_the_primary(

@@ -324,10 +324,18 @@ async def test_defaults_of_the_role_do_not_matter(url: str, postgres_server: Pos
     await sql(postgres_server, *(f"ALTER ROLE {database} SET {name} = '{value}'" for name, value in defaults.items()))
     async with connection(url) as conn:
         for name, value in defaults.items():
-            assert await conn.fetchval(f"SHOW {name}") == session._SETTINGS[name] != value
+            expected = session._SETTINGS.get(name, session.CHECK_INTERVAL)
+            assert await conn.fetchval(f"SHOW {name}") == expected != value
         await conn.fetchval("SELECT pg_sleep(0.1)")
         await asyncio.sleep(2.5)
         assert await conn.fetchval("SELECT 1") == 1
+
+
+async def test_a_server_that_cannot_check_connections_is_accepted(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    await create(url, "main", "id")
+    monkeypatch.setattr(session, "CHECK_INTERVAL", "-1")  # rejected in the same way
+    async with connection(url) as conn:
+        assert await conn.fetchval("SHOW client_connection_check_interval") == "0"
 
 
 @pytest.mark.parametrize("setting", ["fsync", "full_page_writes"])
