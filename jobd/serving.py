@@ -156,7 +156,8 @@ class Serving:
         """Start the actor and the background parts. `on_end` is called when the actor ends. Raises CannotStart."""
         settings, run = self._loaded.config, self._background.run
         self._recover_processing()
-        self._due_jobs.keep()  # the clock may have been set back meanwhile, or that of the former leader is ahead
+        # The clock may have been set back since the last commit, or that of the former leader is ahead.
+        self._due_jobs.keep(self._opened.numbers.wall_ms)
         self.running = asyncio.create_task(self.actor.run(), name="actor")
         self.running.add_done_callback(lambda _: on_end())
         self._stack.push_async_callback(self._stop_actor)
@@ -241,9 +242,9 @@ class Serving:
         log.warning("was_away", away_ms=pause_ms, processing=len(self.actor.state.processing))
         self._extend_locks(since)
 
-    def _on_set_back(self, back_ms: int) -> None:
+    def _on_set_back(self, back_ms: int, until: int) -> None:
         log.warning("clock_set_back", back_ms=back_ms)
-        self._due_jobs.keep()
+        self._due_jobs.keep(until)
 
     async def _start_sweeper(self) -> ArtifactSweeper | None:
         """Start the deletion of the artifacts of deleted jobs, if there is an artifact store."""

@@ -162,13 +162,15 @@ def extend_after_pause(tx: Transaction, command: ExtendAfterPause) -> Response:
     return Response(MaintenanceResult(done))
 
 
-def due_before(state: State, now: int) -> dict[str, int]:
-    """Return the live jobs, in order, that are not due `now` but were due when they last changed: id -> `run_at`.
+def due_before(state: State, now: int, until: int) -> dict[str, int]:
+    """Return the live jobs that are not due `now` but were due at `until` or when they last changed: id -> `run_at`.
 
-    Since then, the wall clock was set back, or a node with another clock has become the leader.
+    Since then, the wall clock was set back, or a node with another clock has become the leader. The jobs that the next
+    start would not find, because `until` is lost by then, come first.
     """
-    due = sorted((job.run_at, job.seq, job.id) for job in state.not_due(now) if job.run_at <= job.updated_at)
-    return {job_id: run_at for run_at, _, job_id in due}
+    found = [(transitions.was_due(job, now), job.run_at, job.seq, job.id) for job in state.not_due(now)]
+    due = sorted(each for each in found if each[0] or each[1] <= until)
+    return {job_id: run_at for _, run_at, _, job_id in due}
 
 
 def keep_due(tx: Transaction, command: KeepDue) -> Response:

@@ -210,6 +210,8 @@ def requeue(
         del fields["releases"]
     if job.status != "processing":
         fields.setdefault("expires_at", None)  # the deletion time of a finished job
+        if was_due(job, tx.at.now):
+            fields.setdefault("run_at", tx.at.now)
     _end_grant(fields, job, ended)
     return tx.update(job, event_type, fields, worker=worker, reason=reason, details=details)
 
@@ -314,6 +316,14 @@ def stall_reason(tx: Transaction, job: Job) -> str:
         return f"Worker {made.worker} reported no progress for {limit} (max_processing_ms) {where}."
     silent_ms = tx.at.lease - (lease.silent - made.stuck_after_ms)
     return f"No update from worker {made.worker} for {in_words(silent_ms)} {where}. The lock had expired."
+
+
+def was_due(job: Job, now: int) -> bool:
+    """Return whether the job was due when it last changed, and is not due `now`: the wall clock was set back.
+
+    A `run_at` before `created_at` was set after that step: `updated_at` is never before `created_at`.
+    """
+    return now < job.run_at and job.created_at <= job.run_at <= job.updated_at
 
 
 def expire(tx: Transaction, job: Job, by: str | None = None) -> Job:

@@ -22,14 +22,15 @@ SET_BACK_MS: Final = SECOND_MS  # smaller steps are not reported
 class ClockMonitor:
     """Report pauses and steps back of the wall clock.
 
-    `on_pause` gets the ms of the pause and the lease time at which it began, `on_set_back` the ms of the step. `run`
-    checks every second until `stop`. The actor also calls `check` before it decides commands.
+    `on_pause` gets the ms of the pause and the lease time at which it began; `on_set_back` the ms of the step and the
+    wall time that it would be now without the step, as far as the clock was trusted. `run` checks every second until
+    `stop`. The actor also calls `check` before it decides commands.
     """
 
     def __init__(
         self,
         on_pause: Callable[[int, int], None],
-        on_set_back: Callable[[int], None],
+        on_set_back: Callable[[int, int], None],
         moment: Callable[[], Moment],
         *,
         boot: Callable[[], int] = boot_clock_ms,
@@ -50,7 +51,7 @@ class ClockMonitor:
         if pause_ms > PAUSED_AFTER_MS:
             self._on_pause(pause_ms, seen.lease)
         if back_ms >= SET_BACK_MS:
-            self._on_set_back(back_ms)
+            self._on_set_back(back_ms, seen.believed + at.lease - seen.lease)
 
     async def run(self) -> None:
         while not self._stopping:

@@ -23,9 +23,9 @@ class DueJobs:
         self._slice_jobs = slice_jobs
         self._slices: deque[dict[str, int]] = deque()
 
-    def keep(self) -> None:
-        """Keep the jobs due that were due before. The first slice is decided before any other command."""
-        due = list(maintenance_rules.due_before(self._actor.state, self._moment().now).items())
+    def keep(self, until: int) -> None:
+        """Keep the jobs due that were due at wall time `until`. The first slice is decided before any other command."""
+        due = list(maintenance_rules.due_before(self._actor.state, self._moment().now, until).items())
         self._slices += [dict(due[first : first + self._slice_jobs]) for first in range(0, len(due), self._slice_jobs)]
         if not self.is_busy:
             self._send_next()

@@ -30,6 +30,7 @@ from jobd.storage.store import Store
 from tests.conftest import tool_missing
 from tests.support.daemon_process import DaemonProcess, DaemonResponse, call, free_port
 from tests.support.factories import ChangeFactory
+from tests.support.polling import poll_until
 
 RACERS = 16
 
@@ -457,11 +458,17 @@ def test_jobs_that_were_due_by_a_clock_that_was_ahead_are_due_after_a_restart(tm
         daemon.module = "tests.support.daemon_variants hour_ahead"
         daemon.start()
         daemon.post("/v1/jobs", {"id": "a"})
+        daemon.post("/v1/jobs", {"id": "retried", "max_attempts": 2, "delay_ms": 1})
+        poll_until(lambda: daemon.get("/v1/jobs/retried/why").data["blocked_by"] != "run_at")
+        lock_id = daemon.post("/v1/jobs/retried/start", {"worker": "w"}).data["lock_id"]
+        daemon.post("/v1/jobs/retried/fail", {"lock_id": lock_id, "error_message": "e", "retry_after_ms": 1})
+        poll_until(lambda: daemon.get("/v1/jobs/retried/why").data["blocked_by"] != "run_at")
         daemon.post("/v1/jobs", {"id": "b", "delay_ms": 60_000})
         daemon.kill()
         daemon.module = "jobd"
         daemon.start()
         assert daemon.post("/v1/jobs/a/start", {"worker": "w"}).status == 200
+        assert daemon.post("/v1/jobs/retried/start", {"worker": "w"}).status == 200
         assert daemon.post("/v1/jobs/b/start", {"worker": "w"}).error == "not_due"
 
 

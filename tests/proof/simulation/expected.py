@@ -87,6 +87,7 @@ OTHERS: Final = (
     "grant undelivered",
     "late result adopted",
     "release delayed",
+    "delayed job kept due",
     "operator cleanup",
     "operator recover-stuck",
     "artifact delete",

@@ -420,7 +420,7 @@ class SimDaemon:
         self.due_jobs = DueJobs(self.actor, self.clock.moment, slice_jobs=SLICE)
         self.clock_monitor = ClockMonitor(
             lambda pause_ms, since: None,
-            lambda back_ms: self.due_jobs.keep(),
+            lambda back_ms, until: self.due_jobs.keep(until),
             self.clock.moment,
             boot=machine.boot,
         )
@@ -439,7 +439,7 @@ class SimDaemon:
         machine = self.machine
         machine.disk.on_broken = self.actor.lose_disk
         self._settle()
-        self.due_jobs.keep()
+        self.due_jobs.keep(self.opened.numbers.wall_ms)
         running = self.spawn(self.actor.run())
         running.add_done_callback(lambda _: self.stopped.set())
         self.maintainer = Maintainer(self.actor, self.clock, machine.scenario.schedule)

@@ -22,7 +22,7 @@ from jobd.engine.idempotency import KEPT_MS, SAFE_MS
 from jobd.model.commands import AnyCommand, Call, Claim, IdempotencyKey, Moment, is_dry_run
 from jobd.model.errors import ApiError
 from jobd.model.events import Change, fold
-from jobd.model.job import FINISHED, MAX_LATE_RESULTS, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job
+from jobd.model.job import FINISHED, LIVE, MAX_LATE_RESULTS, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job
 from jobd.model.responses import CleanupReport, GrantView, Response
 from jobd.model.storage import Batch, StoredResponse
 from tests.proof.simulation.invariants import BY_TIME, NOTES, Decide, DecisionChecks, Violation
@@ -52,9 +52,7 @@ class Monitor(DecisionChecks):
         self.highest_token = 0  # over all commits, including those lost by a restore
         self.received: dict[int, str] = {}  # token -> the client that received it
         self.deleted: set[int] = set()  # seqs of jobs
-        self.moved_in: set[int] = (
-            set()
-        )  # seqs of jobs that were imported or finished: their run_at may be of another clock
+        self._due: dict[int, int] = {}  # job seq -> run_at of jobs that were due, by a clock that was trusted
         self.acknowledged: dict[int, tuple[str, int, str]] = {}  # event seq -> type, job seq, job id
         self._decided: dict[int, Decision | None] = {}  # by the identity of a pending command
         self._durable: dict[int, str] = {}  # event seq -> type, of this daemon
@@ -89,6 +87,7 @@ class Monitor(DecisionChecks):
         self.begin(daemon.state, daemon.clock.moment().lease, grace_ms)
         self.recount(daemon.state)
         self.check_disk()
+        self._note_due_on_disk()
 
     def check_disk(self) -> None:
         """Check that every acknowledged change is on disk, and that each job's journal folds to its row."""
@@ -153,8 +152,9 @@ class Monitor(DecisionChecks):
         if isinstance(call.command, Claim):
             self._check_arrival(call.command, decision)
             self._check_due(tx)
-        events = [change.event for change in decision.changes]
-        self.moved_in |= {event.job_seq for event in events if event.type == "imported" or event.before in FINISHED}
+            self._note_due(tx)
+        for change in decision.changes:
+            self._forget_due(change)
         if self.daemon is not None:
             self.fired["read that may go first"] += self.daemon.actor.reads_first and call.command.admission == "read"
             self._check_clock(self.daemon, tx.at)
@@ -193,13 +193,37 @@ class Monitor(DecisionChecks):
             self.must(not passed, "S14", "a claim passed by one that waited longer", change.event.job_id)
 
     def _check_due(self, tx: Transaction) -> None:
-        """L3: no job waits because the wall clock was set back, unless it asked for a later time."""
+        """L3: no job waits because the wall clock was set back if it was due before."""
         daemon = self.daemon
         if daemon is None or daemon.due_jobs.is_busy or self.machine.clocks_moved_s >= daemon.clock_checked_s:
             return
         for job in tx.state.not_due(tx.at.now + SMALL_STEPS_MS):
-            is_due = job.run_at == job.created_at and job.seq not in self.moved_in
-            self.must(not is_due, "L3", "the wall clock was set back, and a due job waits", job.id)
+            was_due = self._due.get(job.seq) == job.run_at
+            self.must(not was_due, "L3", "the wall clock was set back, and a due job waits", job.id)
+
+    def _note_due(self, tx: Transaction) -> None:
+        for job in tx.state.jobs.values():
+            if job.run_at <= tx.at.believed:
+                self._due[job.seq] = job.run_at
+
+    def _note_due_on_disk(self) -> None:
+        """Note which jobs were due at the last commit, or when they last changed. A start knows no others."""
+        disk = self.machine.disk
+        until = disk.numbers.wall_ms
+        self._due = {
+            job.seq: job.run_at
+            for job in disk.jobs.values()
+            if job.created_at <= job.run_at <= job.updated_at or (job.status in LIVE and job.run_at <= until)
+        }
+
+    def _forget_due(self, change: Change) -> None:
+        """Count a delayed job that is kept due, and forget one that ends while it waits to be kept due."""
+        before, after = change.before, change.after
+        if before is not None and after is not None:
+            is_kept = change.event.by == "daemon" and change.event.type == "updated"
+            self.fired["delayed job kept due"] += is_kept and before.run_at > before.updated_at
+            if after.status in FINISHED and after.run_at > after.updated_at:
+                self._due.pop(change.event.job_seq, None)
 
     # -- a commit -----------------------------------------------------------------------------------------------------
 

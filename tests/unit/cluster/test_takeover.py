@@ -264,7 +264,9 @@ async def test_jobs_of_a_leader_whose_clock_was_ahead_stay_due() -> None:
         await old.ask(Create(id=name))
     grant = await old.ask(Start(id="held", worker="w"))
     await old.ask(Create(id="later", delay_ms=60_000))
+    await old.ask(Create(id="delayed", delay_ms=500))
     await seconds(1)
+    await old.ask(Create(id="last"))
     await old.kill()
     new = await leader_of([standby])
     await new.ask(Create(id="new"))
@@ -272,7 +274,7 @@ async def test_jobs_of_a_leader_whose_clock_was_ahead_stay_due() -> None:
     assert (await new.ask(Start(id="later", worker="w"))) == "not_due"
     await new.ask(Release(id="held", lock_id=grant.lock_id))
     granted = (await new.ask(Claim(worker="w", limit=9))).grants
-    assert [each.job.id for each in granted] == ["first", "held", "new"]
+    assert [each.job.id for each in granted] == ["first", "held", "delayed", "last", "new"]
     await stop_all([new])
 
 

@@ -288,7 +288,7 @@ def test_a_job_that_was_due_by_a_clock_that_was_ahead_is_due_again(rules: RuleHa
     rules.accept(Cancel(id="ended"))
     rules.now -= HOUR_MS
     rules.create("new")
-    found = maintenance_rules.due_before(rules.state, rules.now)
+    found = maintenance_rules.due_before(rules.state, rules.now, 0)
     assert found == {name: rules.job(name).run_at for name in ("first", "held", "second")}
     assert list(found) == ["first", "held", "second"]
     assert rules.accept(KeepDue(jobs=found | {"ended": NOW, "new": rules.now, "gone": NOW})).done == 3
@@ -296,20 +296,39 @@ def test_a_job_that_was_due_by_a_clock_that_was_ahead_is_due_again(rules: RuleHa
     assert rules.job("later").run_at > rules.now
     assert (rules.types("first")[-1], rules.last().details) == ("updated", {"run_at": rules.now})
     assert rules.accept(Claim(worker="w", limit=9)).grants[0].job.id == "first", "its place in the queue"
-    assert maintenance_rules.due_before(rules.state, rules.now) == {}
+    assert maintenance_rules.due_before(rules.state, rules.now, 0) == {}
     assert rules.accept(KeepDue(jobs=found)).done == 0
+
+
+def test_a_job_whose_delay_was_over_before_the_clock_was_set_back_stays_due(rules: RuleHarness) -> None:
+    rules.create("plain")
+    rules.create("delayed", delay_ms=10)
+    lock_id = rules.held("retried", max_attempts=2)
+    rules.accept(Fail(id="retried", lock_id=lock_id, error_message="e", retry_after_ms=5))
+    rules.create("later", delay_ms=11)
+    rules.advance(10)
+    until = rules.now
+    rules.now -= HOUR_MS
+    found = maintenance_rules.due_before(rules.state, rules.now, until)
+    assert list(found) == ["retried", "delayed", "plain"], "a start finds the last one by its row alone"
+    assert rules.accept(KeepDue(jobs=found)).done == 3
+    assert rules.job("later").run_at == until + 1
+    assert sorted(rules.claim(limit=9)) == ["delayed", "plain", "retried"]
 
 
 def test_a_job_that_was_postponed_after_the_clock_was_set_back_is_not_kept_due(rules: RuleHarness) -> None:
     lock_id = rules.held("retried", max_attempts=3)
     rules.create("postponed")
     rules.advance(10)
+    until = rules.now
     rules.now -= HOUR_MS
-    found = maintenance_rules.due_before(rules.state, rules.now)
+    found = maintenance_rules.due_before(rules.state, rules.now, until)
     assert found.keys() == {"retried", "postponed"}
     rules.accept(Fail(id="retried", lock_id=lock_id, error_message="e", retry_after_ms=MINUTE_MS))
     rules.accept_admin(Update(id="postponed", run_at=rules.now + MINUTE_MS))
     assert rules.accept(KeepDue(jobs=found)).done == 0
+    assert rules.job("retried").updated_at > rules.job("retried").run_at, "it is not before created_at"
+    assert maintenance_rules.due_before(rules.state, rules.now, 0) == {}
     assert rules.claim(limit=9) == []
 
 

@@ -38,6 +38,7 @@ from jobd.model.errors import ApiError
 from jobd.model.job import (
     DAY_MS,
     FINISHED,
+    HOUR_MS,
     MINUTE_MS,
     STATUSES,
     TRANSITIONS,
@@ -201,6 +202,19 @@ def test_a_transition_can_have_updates(rules: RuleHarness) -> None:
     assert job.result == Result("u", metadata=Raw(b"[1]"))
     rules.accept_admin(Transition(id="a", from_="failed", to="queued", updates=Updates(run_at=NOW)))
     assert (rules.job().run_at, rules.job().error) == (NOW, Failure("late", "transitioned"))
+
+
+def test_a_job_that_finished_by_a_clock_that_was_ahead_is_due_when_it_is_requeued(rules: RuleHarness) -> None:
+    for name in ("ran", "later", "given"):
+        rules.create(name, delay_ms=HOUR_MS if name == "later" else 0)
+        rules.accept(Cancel(id=name))
+    rules.now -= 2 * HOUR_MS
+    for name in ("ran", "later", "given"):
+        updates = Updates(run_at=NOW) if name == "given" else Updates()
+        rules.accept_admin(Transition(id=name, from_="cancelled", to="queued", updates=updates))
+    assert rules.job("ran").run_at == rules.now
+    assert rules.job("later").run_at == NOW + HOUR_MS, "it was not due"
+    assert rules.job("given").run_at == NOW, "the operator set it"
 
 
 def test_a_transition_sets_only_the_given_parts_of_the_result(rules: RuleHarness) -> None:

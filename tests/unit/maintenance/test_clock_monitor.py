@@ -14,12 +14,8 @@ from jobd.model.job import DAY_MS, HOUR_MS
 WALL = 1_700_000_000_000
 
 
-def no_pause(pause_ms: int, since: int) -> None:
-    raise AssertionError(f"{pause_ms} ms were reported")
-
-
-def no_step(back_ms: int) -> None:
-    raise AssertionError(f"{back_ms} ms were reported")
+def ignore(ms: int, time: int) -> None:
+    raise AssertionError(f"{ms} ms were reported")
 
 
 class WatchedClock:
@@ -31,10 +27,10 @@ class WatchedClock:
             wall=lambda: self.wall_ms, boot=lambda: self.boot_ms, synchronised=lambda: False, keep_ms=7 * DAY_MS
         )
         self.pauses: list[tuple[int, int]] = []
-        self.steps: list[int] = []
+        self.steps: list[tuple[int, int]] = []
         self._monitor = ClockMonitor(
             lambda pause_ms, since: self.pauses.append((pause_ms, since)),
-            self.steps.append,
+            lambda back_ms, until: self.steps.append((back_ms, until)),
             self.clock.moment,
             boot=lambda: self.boot_ms,
         )
@@ -67,14 +63,22 @@ def test_a_step_back_of_the_wall_clock_is_reported_once_and_a_small_one_or_one_a
     watched = WatchedClock()
     for step_ms in (0, 1, 1 - SET_BACK_MS, HOUR_MS, -SET_BACK_MS, 0, -HOUR_MS):
         watched.passes(10, step_ms=step_ms)
-    assert watched.steps == [SET_BACK_MS, HOUR_MS]
+    until = [WALL + 50 + 1 + 1 - SET_BACK_MS + HOUR_MS, WALL + 70 + 2 - 2 * SET_BACK_MS + HOUR_MS]
+    assert watched.steps == [(SET_BACK_MS, until[0]), (HOUR_MS, until[1])]
     assert watched.pauses == []
 
 
 def test_a_step_back_during_a_pause_is_reported() -> None:
     watched = WatchedClock()
     watched.passes(40_000, step_ms=-30_000)
-    assert watched.steps == [30_000]
+    assert watched.steps == [(30_000, WALL + 40_000)]
+
+
+def test_what_a_suspect_clock_showed_does_not_count() -> None:
+    watched = WatchedClock()
+    watched.passes(10, step_ms=40 * DAY_MS)
+    watched.passes(10, step_ms=-40 * DAY_MS)
+    assert watched.steps == [(40 * DAY_MS, WALL + 20)]
 
 
 async def test_an_idle_daemon_is_not_paused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +92,7 @@ async def test_an_idle_daemon_is_not_paused(monkeypatch: pytest.MonkeyPatch) -> 
             enough.set()
         return reads * PAUSED_AFTER_MS
 
-    monitor = ClockMonitor(no_pause, no_step, Clock(wall=lambda: WALL, boot=lambda: 0).moment, boot=boot)
+    monitor = ClockMonitor(ignore, ignore, Clock(wall=lambda: WALL, boot=lambda: 0).moment, boot=boot)
     running = asyncio.create_task(monitor.run())
     await enough.wait()
     monitor.stop()

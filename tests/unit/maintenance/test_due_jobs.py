@@ -38,7 +38,7 @@ def not_due(engine: VirtualEngine) -> int:
 @in_virtual_time
 async def test_requests_are_decided_between_the_slices() -> None:
     async with set_back() as (engine, due_jobs):
-        due_jobs.keep()
+        due_jobs.keep(0)
         assert (await engine.yes(Get(id="job-1"))).run_at <= engine.now
         left = [not_due(engine)]
         while due_jobs.is_busy:
@@ -59,7 +59,7 @@ async def test_locks_are_extended_before_the_slices() -> None:
         await seconds(2)
         engine.step_ms -= HOUR_MS
         engine.actor.enqueue_internal(ExtendAfterPause(ids=["a"], grace_ms=MINUTE_MS, since=0))
-        DueJobs(engine.actor, engine.clock.moment).keep()
+        DueJobs(engine.actor, engine.clock.moment).keep(0)
         await engine.yes(Start(id="b", worker="w"))
         types = [change.event.type for batch in engine.disk.batches for change in batch.changes]
         assert types[-4:] == ["resumed", "updated", "updated", "granted"]
@@ -68,9 +68,10 @@ async def test_locks_are_extended_before_the_slices() -> None:
 @in_virtual_time
 async def test_another_step_is_handled_after_the_first() -> None:
     async with set_back() as (engine, due_jobs):
-        due_jobs.keep()
+        due_jobs.keep(0)
+        until = engine.now
         engine.step_ms -= HOUR_MS
-        due_jobs.keep()
+        due_jobs.keep(until)
         await settle()
         assert not due_jobs.is_busy
         assert not_due(engine) == 0
@@ -81,7 +82,7 @@ async def test_no_job_is_to_be_kept_due() -> None:
     async with checked_engine() as engine:
         await engine.yes(Create(delay_ms=MINUTE_MS))
         due_jobs = DueJobs(engine.actor, engine.clock.moment)
-        due_jobs.keep()
+        due_jobs.keep(engine.now)
         assert not due_jobs.is_busy
 
 
@@ -89,7 +90,7 @@ async def test_no_job_is_to_be_kept_due() -> None:
 async def test_a_full_disk_delays_the_slices() -> None:
     async with set_back() as (engine, due_jobs):
         engine.disk.fits = lambda batch: False
-        due_jobs.keep()
+        due_jobs.keep(0)
         await settle()
         assert not_due(engine) == SLICES * SLICE
         engine.disk.free()
@@ -104,5 +105,5 @@ async def test_waiting_claims_get_the_jobs() -> None:
         [waiting] = ask_all(engine, [Claim(worker="w", limit=2, wait_ms=1_000)])
         await settle()
         assert not waiting.done()
-        due_jobs.keep()
+        due_jobs.keep(0)
         assert granted_ids(await waiting) == ["job-0", "job-1"]
