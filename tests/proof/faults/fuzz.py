@@ -44,6 +44,7 @@ ALLOWED_REJECTIONS: Final = (
     "cannot be combined with",
     "Set either `filter` or `ids`",
     "requires the `filter` of the previous plan",
+    "the daemon chooses the jobs",
     "`$.storage_key`",
     "`$.updates.storage_key`",
 )

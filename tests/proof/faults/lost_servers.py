@@ -30,6 +30,7 @@ from tests.support.tcp_proxy import ProxyThread
 
 CHANGES: Final = 60  # between two faults
 RECEIVED: Final = "SELECT pg_last_wal_receive_lsn() - '0/0'::pg_lsn"
+HAS_ALL: Final = "SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')"
 
 
 def primaries_killed(trial: Trial, default: str = "on") -> Counts:
@@ -56,6 +57,8 @@ def lose_primary(cluster: NodesUnderLoad) -> int:
 def _promote(servers: list[PostgresServer]) -> None:
     """Promote the standby that is the most advanced. It comes first, and the lost server is last."""
     lost, *standbys = servers
+    for each in standbys:
+        wait_for(each, HAS_ALL)  # it still reads what it has received
     ahead, behind = sorted(standbys, key=lambda each: int(each.sql(RECEIVED)), reverse=True)
     servers[:] = [ahead, behind, lost]
     _set(ahead, "synchronous_standby_names", f"ANY 1 ({', '.join(_name(each) for each in (behind, lost))})")

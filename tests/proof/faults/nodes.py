@@ -278,8 +278,10 @@ class NodesUnderLoad:
         }
 
     def keep_evidence(self) -> None:
-        """Write the ledger, the logs of the nodes and the journal beside the stores."""
+        """Write the ledger, the logs of nodes and servers and the journal beside the stores."""
         directory = self._trial.directory
+        for server in self.servers:
+            shutil.copyfile(server.directory / "log", directory / f"postgres-{server.port}.log")
         self.ledger.write(directory / "ledger.jsonl")
         for node in self.nodes:
             (directory / f"{node.name}.log").write_bytes(node.log)
@@ -355,7 +357,7 @@ def nodes_under_load(trial: Trial, *, networks: Sequence[NodeNetwork] = ()) -> I
     """Start PostgreSQL with quorum commit and make a journal. The nodes are not started yet."""
     with ExitStack() as stack:
         servers = stack.enter_context(postgres.postgres_cluster(2, listen_addresses="*" if networks else "127.0.0.1"))
-        servers[0].sql(f"CREATE ROLE {ROLE} LOGIN PASSWORD '{PASSWORD}'")
+        servers[0].sql(f"CREATE ROLE {ROLE} LOGIN PASSWORD '{PASSWORD}'", f"GRANT pg_read_all_stats TO {ROLE}")
         servers[0].sql(f"CREATE DATABASE {DATABASE} OWNER {ROLE}")
         asyncio.run(create(servers[0].url(DATABASE, role=ROLE), "main", uuid4().hex))
         cluster = NodesUnderLoad(trial, servers, stack, networks)
