@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from types import NoneType, UnionType
-from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+from typing import Any, Final, Literal, get_args, get_origin
 from urllib.parse import parse_qsl
 
 import msgspec
 from msgspec import NODEFAULT, UNSET, Raw, Struct, UnsetType
 from msgspec.structs import FieldInfo
 
+from jobd.http.body_scanner import (
+    BIG_BODY,
+    BodyScanner,
+    BodyTooComplex,
+    ListTooLong,
+    fields_of,
+    item_struct,
+    without_metadata,
+    without_none,
+)
 from jobd.model.commands import Bulk, Command
 from jobd.model.errors import ApiException, api_error, invalid_request_error, too_large_error
 from jobd.model.job import EARLIEST_MS, is_job_id, storage_key_error
@@ -21,11 +30,6 @@ from jobd.model.job import EARLIEST_MS, is_job_id, storage_key_error
 MAX_QUERY_FIELDS: Final = 50
 MAX_FORM_FIELDS: Final = 300  # a page of jobs with all of them selected
 MAX_SHOWN_CHARS: Final = 80  # of an unknown field name in an error message
-BIG_BODY: Final = 64 << 10  # bytes; smaller bodies are not scanned
-MANY_KEYS: Final = 25_000  # a body with fewer fields, including those of payloads, is decoded in a few milliseconds
-MAX_COUNTED_FIELD: Final = 64 << 10  # bytes that are counted of a field other than a payload
-NAME_ALLOWANCE: Final = 60  # bytes for the name of a field and the blanks around it
-_FAULTS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # a ValidationError is one too
 
 _PATH = re.compile(r"\$[^ `]{0,200}`")
 _ABOUT_FIELD = re.compile(r"Object (contains unknown|missing required) field `")
@@ -65,9 +69,9 @@ class RequestDecoder:
         self.path_field = path_field
         self.limits = limits
         self.body_type = body_type or (command if path_field is None else make_body_type(command, path_field))
-        self._list_fields = frozenset(info.encode_name for info in _fields_of(command) if get_origin(info.type) is list)
-        self._text_fields = frozenset(info.encode_name for info in _fields_of(command) if _takes_text(info.type))
-        [path_type] = [info.type for info in _fields_of(command) if info.name == path_field] or [str]
+        self._list_fields = frozenset(info.encode_name for info in fields_of(command) if get_origin(info.type) is list)
+        self._text_fields = frozenset(info.encode_name for info in fields_of(command) if _takes_text(info.type))
+        [path_type] = [info.type for info in fields_of(command) if info.name == path_field] or [str]
         self.path_value_words = _pattern_words(path_type)
         # msgspec prepares a struct once, and any other type for each conversion.
         self._path_struct = msgspec.defstruct("PathValue", [("value", path_type)])
@@ -146,10 +150,6 @@ class RequestDecoder:
         return self._make_command(part, value)
 
 
-# The fields of a struct. msgspec evaluates all annotations of the struct at each call.
-_fields_of: Callable[[type[Any]], tuple[FieldInfo, ...]] = cache(msgspec.structs.fields)  # type: ignore[assignment]
-
-
 def _command_maker(command: type[Command], path_field: str | None) -> Callable[[Any, str | None], Command]:
     """Compile the function that makes a command from a decoded body and the value of `path_field`.
 
@@ -176,14 +176,14 @@ def make_body_type(
     `extra_fields` come first, in the form that defstruct takes. The name of the type ends in `suffix`.
     """
     fields: list[Any] = list(extra_fields)
-    for info in _fields_of(command):
+    for info in fields_of(command):
         if info.name == path_field:
             fields.append((path_field, str | UnsetType, UNSET))
         elif info.default_factory is not NODEFAULT:
             fields.append((info.name, info.type, msgspec.field(default_factory=info.default_factory)))
         else:
             fields.append((info.name, info.type, msgspec.field(default=info.default)))
-    names = {info.name: info.encode_name for info in _fields_of(command) if info.name != info.encode_name}
+    names = {info.name: info.encode_name for info in fields_of(command) if info.name != info.encode_name}
     return msgspec.defstruct(
         f"{command.__name__}{suffix}",
         fields,
@@ -240,8 +240,8 @@ FieldCheck = Callable[[Any, str, str, Limits], None]
 def _field_checks(struct: type[Struct], check: FieldCheck) -> dict[str, FieldCheck]:
     """Return `check` for each field that it concerns: JSON values have a maximum size, storage keys are relative."""
     checks: dict[str, FieldCheck] = {}
-    for info in _fields_of(struct):
-        item = _item_struct(info.type)
+    for info in fields_of(struct):
+        item = item_struct(info.type)
         inner = item or _first(info.type, lambda part: issubclass(part, Struct))
         if (check is _check_storage_key and info.name == "storage_key") or (
             check is _check_size and Raw in _parts(info.type)
@@ -293,9 +293,9 @@ def _list_limits(command: type[Command], limits: Limits) -> dict[str, int]:
         return {"jobs": limits.bulk}
     return {
         info.name: part.max_length
-        for info in _fields_of(command)
-        if get_origin(_without_metadata(_without_none(info.type))) is list
-        for part in get_args(_without_none(info.type))
+        for info in fields_of(command)
+        if get_origin(without_metadata(without_none(info.type))) is list
+        for part in get_args(without_none(info.type))
         if isinstance(part, msgspec.Meta) and part.max_length is not None
     }
 
@@ -342,7 +342,7 @@ def _about_field(text: str) -> tuple[str, str] | None:
 
 
 def _field_error(how: str, name: str, struct: type[Any] | None) -> str:
-    fields = () if struct is None else _fields_of(struct)
+    fields = () if struct is None else fields_of(struct)
     if how == "missing required":
         return "is missing. Add it."
     names = sorted(info.encode_name for info in fields)
@@ -377,7 +377,7 @@ def _struct_at(body_type: type[Any], path: str) -> type[Any] | None:
     for step in _STEP.finditer(path):
         if step[1] is None or struct is None:
             continue
-        info = next((info for info in _fields_of(struct) if info.encode_name == step[1]), None)
+        info = next((info for info in fields_of(struct) if info.encode_name == step[1]), None)
         struct = None if info is None else _first(info.type, lambda part: issubclass(part, Struct))
     return struct
 
@@ -387,7 +387,7 @@ def _field_at(body_type: type[Any], path: str) -> FieldInfo | None:
     parent, _, name = path.rpartition(".")
     struct = _struct_at(body_type, parent or "$")
     name = name.partition("[")[0]
-    fields = () if struct is None else _fields_of(struct)
+    fields = () if struct is None else fields_of(struct)
     return next((info for info in fields if info.encode_name == name), None)
 
 
@@ -410,102 +410,3 @@ def _pattern_words(annotation: Any) -> str:
     """Return the words that the type declares for its pattern (see model/fields.py)."""
     extras = [part.extra for part in _parts(annotation) if isinstance(part, msgspec.Meta) and part.extra]
     return str(extras[0]["expected"]) if extras else "other text"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Large bodies are scanned before they are decoded. msgspec checks the length of a list only after decoding all of it,
-# and decodes every repetition of a field. A body of 1 MB with 300,000 empty jobs would block the event loop.
-
-
-class ListTooLong(Exception):
-    """The list `name` has more than `limit` items."""
-
-    def __init__(self, name: str, limit: int) -> None:
-        super().__init__(name)
-        self.name = name
-        self.limit = limit
-
-
-class BodyTooComplex(Exception):
-    """The body consists mostly of blanks or repeated fields."""
-
-
-class BodyScanner:
-    """Scan bodies of a type without decoding their values. `lists` has the maximum length of each list."""
-
-    def __init__(self, part: type[Any], lists: Mapping[str, int]) -> None:
-        self._list_decoders = [(name, limit, _decoder({name: _bounded_list(limit)})) for name, limit in lists.items()]
-        self._skipping_decoder = msgspec.json.Decoder(_skipping_type(part))
-
-    def check(self, body: bytes) -> None:
-        """Raises ListTooLong or BodyTooComplex."""
-        if len(body) <= BIG_BODY:
-            return
-        for name, limit, decoder in self._list_decoders:
-            try:
-                decoder.decode(body)
-            except msgspec.ValidationError as error:
-                if str(error).endswith(f"`$.{name}[{limit}]`"):
-                    raise ListTooLong(name, limit) from None
-            except _FAULTS:
-                continue
-        if body.count(b'":') > MANY_KEYS:
-            try:
-                decoded = self._skipping_decoder.decode(body)
-            except _FAULTS:
-                return
-            if len(body) - _expected_size(decoded) > BIG_BODY:
-                raise BodyTooComplex
-
-
-def _decoder(fields: Mapping[str, Any]) -> msgspec.json.Decoder[Any]:
-    return msgspec.json.Decoder(
-        msgspec.defstruct("Scanned", [(name, of, msgspec.field(default=None)) for name, of in fields.items()])
-    )
-
-
-def _bounded_list(limit: int) -> Any:
-    """Make a type for a list of at most `limit` raw items. The type of the next item accepts no value."""
-    return tuple[(*[Raw] * limit, Annotated[int, msgspec.Meta(gt=0, lt=0)])]  # type: ignore[misc]
-
-
-def _skipping_type(part: type[Any]) -> type[Struct]:
-    """Make a variant of `part` whose values stay raw, including those in lists of structs."""
-    fields: list[Any] = []
-    for info in _fields_of(part):
-        inner = _item_struct(info.type)
-        of: Any = Raw if inner is None else list[_skipping_type(inner)]  # type: ignore[misc]
-        fields.append((info.name, of, msgspec.field(default=None, name=info.encode_name)))
-    payloads = frozenset(info.name for info in _fields_of(part) if _without_metadata(info.type) is Raw)
-    return msgspec.defstruct("Unread", fields, namespace={"payloads": payloads})
-
-
-def _without_metadata(annotation: Any) -> Any:
-    """Return `annotation` without Annotated."""
-    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
-
-
-def _without_none(annotation: Any) -> Any:
-    """Return the type of an optional value."""
-    parts = [part for part in get_args(annotation) if part is not NoneType]
-    return parts[0] if get_origin(annotation) in (Union, UnionType) and len(parts) == 1 else annotation
-
-
-def _item_struct(annotation: Any) -> type[Struct] | None:
-    """Return the type of the items of a list of structs, None for other types."""
-    annotation = _without_metadata(annotation)
-    inner = get_args(annotation)[0] if get_origin(annotation) is list else None
-    return inner if isinstance(inner, type) and issubclass(inner, Struct) else None
-
-
-def _expected_size(part: Any) -> int:
-    """Return the size of a body with each of these fields once."""
-    total = 0
-    for name in part.__struct_fields__:
-        value = getattr(part, name)
-        if isinstance(value, Raw):
-            size = len(value)
-            total += NAME_ALLOWANCE + (size if name in part.payloads else min(size, MAX_COUNTED_FIELD))
-        elif value is not None:
-            total += NAME_ALLOWANCE + sum(NAME_ALLOWANCE + _expected_size(each) for each in value)
-    return total

@@ -15,7 +15,8 @@ from jobd.api.admin import Deliveries, RowCheckRequest
 from jobd.api.downloads import BackupRequest
 from jobd.dashboard.pages import WorkersPageQuery
 from jobd.dashboard.webhooks import WebhookPageQuery
-from jobd.http.decoding import MANY_KEYS, Limits, RequestDecoder, make_body_type, path_value, validation_error
+from jobd.http.body_scanner import MANY_KEYS
+from jobd.http.decoding import Limits, RequestDecoder, make_body_type, path_value, validation_error
 from jobd.model.commands import (
     AuditLog,
     Bulk,
