@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from operator import attrgetter
 from typing import Any, Final, Literal, get_args, get_origin
 from urllib.parse import parse_qsl
 
@@ -18,15 +19,19 @@ from jobd.http.body_scanner import (
     BodyScanner,
     BodyTooComplex,
     ListTooLong,
+    excess_depth,
     fields_of,
+    has_many_brackets,
     item_struct,
     without_metadata,
     without_none,
 )
-from jobd.model.commands import Bulk, Command
+from jobd.model.commands import Bulk, Command, Create
 from jobd.model.errors import ApiException, api_error, invalid_request_error, too_large_error
+from jobd.model.fields import MAX_NESTING
 from jobd.model.job import EARLIEST_MS, is_job_id, storage_key_error
 
+FLAT_BYTES: Final = 2 * MAX_NESTING  # shorter JSON cannot be nested deeper
 MAX_QUERY_FIELDS: Final = 50
 MAX_FORM_FIELDS: Final = 300  # a page of jobs with all of them selected
 MAX_SHOWN_CHARS: Final = 80  # of an unknown field name in an error message
@@ -75,8 +80,12 @@ class RequestDecoder:
         self.path_value_words = _pattern_words(path_type)
         # msgspec prepares a struct once, and any other type for each conversion.
         self._path_struct = msgspec.defstruct("PathValue", [("value", path_type)])
-        self._size_checks = _field_checks(command, _check_size)
-        self._key_checks = _field_checks(command, _check_storage_key)
+        self._checks = _field_checks(command, _check_storage_key)
+        if command is Bulk:
+            self._checks["jobs"] = _check_bulk
+        self._value_checks = _field_checks(command, _check_value)
+        # No value of a body up to this size is over a limit.
+        self._unchecked_bytes = min(limits.payload, FLAT_BYTES) if self._value_checks else limits.body
         self._decode = msgspec.json.Decoder(self.body_type).decode
         self._make_command = None if self.body_type is command else _command_maker(command, path_field)
         self._scanner = BodyScanner(self.body_type, _list_limits(command, limits))
@@ -91,10 +100,11 @@ class RequestDecoder:
 
     def from_body(self, body: bytes, value: str | None = None) -> Command:
         """Decode a body. An empty body is `{}`. `value` is that of `path_field`."""
+        size = len(body)
         try:
             if not body.isascii():
                 body.decode()  # the decoder does not check that raw values are UTF-8
-            if len(body) > BIG_BODY:
+            if size > BIG_BODY:
                 self._scanner.check(body)
             part = self._decode(body or b"{}")
         except ListTooLong as error:
@@ -108,12 +118,10 @@ class RequestDecoder:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise malformed_json_error(error) from None
         command = part if self._make_command is None else self._build(part, value)
-        if type(command) is Bulk and len(command.jobs) > self.limits.bulk:
-            raise _too_many("jobs", self.limits.bulk)
-        if self._key_checks:
-            _check_all(self._key_checks, command, "$", self.limits)
-        if len(body) > self.limits.payload:  # else no field of it is over the limit
-            _check_all(self._size_checks, command, "$", self.limits)
+        if self._checks:
+            _check_fields(self._checks, command, (), self.limits)
+        if size > self._unchecked_bytes and (size > self.limits.payload or has_many_brackets(body)):
+            _check_fields(self._value_checks, command, (), self.limits)
         return command
 
     def from_query(self, query: str, value: str | None = None) -> Command:
@@ -233,18 +241,18 @@ def _parse_parameters(
 # Checks beyond types.
 
 
-# Checks the value of a field. Arguments: the value, the path of its struct and its name for an error, the limits.
-FieldCheck = Callable[[Any, str, str, Limits], None]
+# Checks a value. Arguments: the value, the names and indexes of its path, the limits.
+FieldCheck = Callable[[Any, tuple[str | int, ...], Limits], None]
 
 
 def _field_checks(struct: type[Struct], check: FieldCheck) -> dict[str, FieldCheck]:
-    """Return `check` for each field that it concerns: JSON values have a maximum size, storage keys are relative."""
+    """Return `check` for each field that it concerns: JSON values have limits, storage keys are relative."""
     checks: dict[str, FieldCheck] = {}
     for info in fields_of(struct):
         item = item_struct(info.type)
         inner = item or _first(info.type, lambda part: issubclass(part, Struct))
         if (check is _check_storage_key and info.name == "storage_key") or (
-            check is _check_size and Raw in _parts(info.type)
+            check is _check_value and Raw in _parts(info.type)
         ):
             checks[info.name] = check
         elif inner is not None and (inner_checks := _field_checks(inner, check)):
@@ -252,33 +260,44 @@ def _field_checks(struct: type[Struct], check: FieldCheck) -> dict[str, FieldChe
     return checks
 
 
-def _check_all(checks: dict[str, FieldCheck], value: Any, path: str, limits: Limits) -> None:
+def _check_fields(checks: dict[str, FieldCheck], struct: Any, path: tuple[str | int, ...], limits: Limits) -> None:
     for name, check in checks.items():
-        check(getattr(value, name), path, name, limits)
+        if (value := getattr(struct, name)) is not None:
+            check(value, (*path, name), limits)
 
 
-def _check_fields(checks: dict[str, FieldCheck], value: Any, path: str, name: str, limits: Limits) -> None:
-    _check_all(checks, value, f"{path}.{name}", limits)
+def _check_items(checks: dict[str, FieldCheck], items: list[Any], path: tuple[str | int, ...], limits: Limits) -> None:
+    for name, check in checks.items():
+        for at, value in enumerate(map(attrgetter(name), items)):
+            if value is not None:
+                check(value, (*path, at, name), limits)
 
 
-def _check_items(checks: dict[str, FieldCheck], items: list[Any], path: str, name: str, limits: Limits) -> None:
-    for at, item in enumerate(items):
-        _check_fields(checks, item, path, f"{name}[{at}]", limits)
-
-
-def _check_size(value: Raw | None, path: str, name: str, limits: Limits) -> None:
-    size = 0 if value is None else len(value)
+def _check_value(value: Raw, path: tuple[str | int, ...], limits: Limits) -> None:
+    size = len(value)
     if size > limits.payload:
-        field = f"{path}.{name}"
+        field = _path_text(path)
         message = f"`{field}` has {size} bytes, the limit is {limits.payload}. Store the data elsewhere and put a "
-        message += f"reference into the {name}."
+        message += f"reference into the {path[-1]}."
         raise too_large_error(message, field=field, limit=limits.payload)
+    if size > FLAT_BYTES and (depth := excess_depth(bytes(value))):
+        message = f"is nested {depth} levels deep, the limit is {MAX_NESTING}. Flatten it, or send it as text."
+        raise invalid_request_error(_path_text(path), message)
 
 
-def _check_storage_key(key: str | None, path: str, name: str, limits: Limits) -> None:
-    error = None if key is None else storage_key_error(key)
+def _check_bulk(jobs: list[Create], path: tuple[str | int, ...], limits: Limits) -> None:
+    if len(jobs) > limits.bulk:
+        raise _too_many("jobs", limits.bulk)
+
+
+def _check_storage_key(key: str, path: tuple[str | int, ...], limits: Limits) -> None:
+    error = storage_key_error(key)
     if error is not None:
-        raise invalid_request_error(f"{path}.{name}", f"{error}.")
+        raise invalid_request_error(_path_text(path), f"{error}.")
+
+
+def _path_text(path: tuple[str | int, ...]) -> str:
+    return "$" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
 
 
 def _too_many(name: str, limit: int) -> ApiException:
@@ -307,8 +326,9 @@ def _list_limits(command: type[Command], limits: Limits) -> dict[str, int]:
 def malformed_json_error(error: Exception) -> ApiException:
     """Return a 400 error for malformed JSON: the decoder's message and position, but no text of the body."""
     if isinstance(error, RecursionError):
-        why = "it is nested too deeply"
-    elif isinstance(error, UnicodeDecodeError):
+        message = f"The body is nested too deeply: a JSON value may have at most {MAX_NESTING} levels."
+        return api_error("invalid_request", message, field="$")
+    if isinstance(error, UnicodeDecodeError):
         why = f"it is not UTF-8 (byte {error.start})"
     else:
         why = str(error).removeprefix("JSON is malformed: ").removeprefix("Input data was ") or "not readable"

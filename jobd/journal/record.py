@@ -92,7 +92,7 @@ def decode(record: Record) -> Decoded:
     try:
         body = _decode(memoryview(record.body)[1:])
         return _batch(body), body.events
-    except (msgspec.MsgspecError, TypeError, ValueError, StopIteration) as error:
+    except (msgspec.MsgspecError, RecursionError, TypeError, ValueError, StopIteration) as error:
         raise BadRecord(record.number, f"cannot be decoded: {error}") from error
 
 

@@ -41,6 +41,7 @@ from jobd.model.fields import (
     NamedJobId,
     OperatorName,
     PageLimit,
+    Payload,
     Percent,
     PlanCursor,
     Priority,
@@ -94,7 +95,7 @@ class Create(Command, frozen=True, kw_only=True):
     id: Annotated[JobId | None, Meta(description="Id of the job. Default: a new UUIDv7.")] = None
     queue: QueueName = "default"
     kind: Kind = ""
-    payload: Annotated[Raw, Meta(description="Any JSON. jobd does not interpret it.")] = Raw(b"null")
+    payload: Payload = Raw(b"null")
     priority: Priority = 0
     max_attempts: MaxAttempts = 1
     backoff: Annotated[Backoff, Meta(description="Wait between a failed attempt and the next one.")] = Backoff()
@@ -601,7 +602,7 @@ class Import(Command, frozen=True, kw_only=True):
     id: NamedJobId
     queue: QueueName = "default"
     kind: Kind = ""
-    payload: Annotated[Raw, Meta(description="Any JSON. jobd does not interpret it.")] = Raw(b"null")
+    payload: Payload = Raw(b"null")
     priority: Priority = 0
     status: Annotated[Status, Meta(description="Status of the job.")] = "queued"
     progress: Percent | None = None

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 else:
     JsonValue = Raw  # msgspec accepts only null for `Raw | None`; the default of a field can still be None
 
+MAX_NESTING: Final = 128  # levels of arrays and objects in a payload or in metadata
 MAX_PAGE: Final = 200
 MAX_TEXT: Final = 200  # characters of a search text
 MAX_OPERATOR: Final = 64
@@ -141,7 +142,13 @@ BackupId = Annotated[
     str,
     Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$(?!\n)", extra={"expected": "1 to 64 characters of A-Z a-z 0-9 . _ -"}),
 ]
-Metadata = Annotated[JsonValue, Meta(description="Any JSON about the result, stored as sent.")]
+Payload = Annotated[
+    Raw, Meta(description=f"Any JSON, nested at most {MAX_NESTING} levels deep. jobd does not interpret it.")
+]
+Metadata = Annotated[
+    JsonValue,
+    Meta(description=f"Any JSON about the result, nested at most {MAX_NESTING} levels deep. It is stored as sent."),
+]
 Reason = Annotated[Text, Meta(description="Human-readable reason. Shown in timelines and in the audit log.")]
 DryRun = Annotated[bool, Meta(description="Change nothing. The response is that of the change, or its error.")]
 NamedJobId = Annotated[JobId, Meta(description="Id of the job.")]

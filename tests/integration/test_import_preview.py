@@ -95,6 +95,14 @@ async def test_a_preview_has_limits(harness: HttpHarness, monkeypatch: pytest.Mo
     assert (many.status, many.error) == (413, "too_large")
 
 
+def nested(depth: int) -> list[Any]:
+    """Return a list with `depth` levels."""
+    value: list[Any] = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
 def test_the_preview_matches_the_import(tmp_path: Path) -> None:
     lines: list[Any] = [
         {"id": "old"},
@@ -104,6 +112,8 @@ def test_the_preview_matches_the_import(tmp_path: Path) -> None:
         {"id": "q", "status": "failed"},
         {"id": "x", "priority": 5_000},
         {"queue": "q"},
+        {"id": "nested", "payload": nested(128), "status": "completed", "metadata": nested(128)},
+        {"id": "too-deep", "payload": nested(129)},
     ]
     with DaemonProcess(tmp_path) as daemon:
         endpoint, token = f"unix:{daemon.admin_socket}", daemon.environ["ADMIN_TOKEN"]
@@ -114,6 +124,8 @@ def test_the_preview_matches_the_import(tmp_path: Path) -> None:
             assert client.audit().entries == []
             done = client.import_jobs(lines)
             made = {job.id: job.status for job in client.iterate_jobs()}
+            shown = client.get_job("nested")
+            assert shown.payload_value == shown.metadata_value == nested(128)
 
             after = client.preview_import(lines)
     assert (seen.would_import, seen.would_skip, seen.would_refuse) == (done.imported, done.skipped, done.refused_count)
@@ -121,4 +133,5 @@ def test_the_preview_matches_the_import(tmp_path: Path) -> None:
     assert {line.id: line.status for line in seen.lines if line.what == "create"} == made
     reported = {line.line: line.reason for line in seen.lines if line.what == "refuse"}
     assert reported == {line.line: line.reason for line in done.refused}
+    assert "`$.payload`: is nested 129 levels deep, the limit is 128." in (reported[9] or "")
     assert (after.would_import, after.would_skip) == (0, done.imported + done.skipped)

@@ -133,10 +133,10 @@ class ChangeFactory:
         lease = replace(job.lease, expires=job.lease.expires + 10)
         return self._step(job, replace(job, lease=lease, updated_at=self.now), "extended")
 
-    def finish(self, job: Job, status: str = "completed") -> Change:
+    def finish(self, job: Job, status: str = "completed", metadata: bytes = b'{"size":3}') -> Change:
         fields: dict[str, Any] = {"status": status, "finished_at": self.now, "expires_at": self.now + 1_000}
         if status == "completed":
-            fields |= {"progress": 100, "result": Result(file_path="/out", metadata=Raw(b'{"size":3}'))}
+            fields |= {"progress": 100, "result": Result(file_path="/out", metadata=Raw(metadata))}
         elif status == "failed":
             fields |= {"error": Failure("boom", "E2")}
         if job.grant is not None:

@@ -11,12 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from jobd.api import admin, worker
 from jobd.api.admin import Deliveries, RowCheckRequest
+from jobd.api.command_stream import line_decoders
 from jobd.api.downloads import BackupRequest
 from jobd.dashboard.pages import WorkersPageQuery
 from jobd.dashboard.webhooks import WebhookPageQuery
-from jobd.http.body_scanner import MANY_KEYS
+from jobd.http.body_scanner import MANY_KEYS, excess_depth
 from jobd.http.decoding import Limits, RequestDecoder, make_body_type, path_value, validation_error
+from jobd.http.routing import Route
 from jobd.model.commands import (
     AuditLog,
     Bulk,
@@ -221,15 +224,19 @@ def test_the_error_is_short_for_any_field_name(name: str) -> None:
         b'{"kind":"\\ud800"}',
         b'{"payload":"\\x"}',
         b'{"payload":"a\x00b"}',
-        b'{"payload":' + b"[" * 200_000,
-        b'{"payload":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
-        b'{"payload":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
     ],
 )
 def test_malformed_json_is_a_400_about_the_whole_body(body: bytes) -> None:
     no = error_of(DECODERS["create"], body)
     assert (no.code, no.details) == ("invalid_request", {"field": "$"})
     assert no.message.startswith("The body is not valid JSON")
+
+
+@pytest.mark.parametrize("end", [b"", b"]" * 200_000 + b"}"])
+def test_json_that_python_cannot_decode_is_a_400_with_the_limit(end: bytes) -> None:
+    no = error_of(DECODERS["create"], b'{"payload":' + b"[" * 200_000 + end)
+    assert (no.code, no.details) == ("invalid_request", {"field": "$"})
+    assert "at most 128 levels" in no.message
 
 
 def test_the_error_does_not_repeat_the_body() -> None:
@@ -295,6 +302,90 @@ def test_metadata_has_the_limit_of_payloads(command: type[Command], field: str, 
     assert decoder.from_body(body % b'"12345678"')
     no = error_of(decoder, body % b'"123456789"')
     assert (no.code, no.details) == ("too_large", {"field": field, "limit": 10})
+
+
+# Each body with a value at the place of %b, and the path of the value.
+_WITH_VALUE: dict[str, tuple[bytes, str]] = {
+    "create": (b'{"payload":%b}', "$.payload"),
+    "bulk": (b'{"jobs":[{},{"payload":%b}]}', "$.jobs[1].payload"),
+    "complete": (b'{"lock_id":"l","metadata":%b}', "$.metadata"),
+    "transition": (b'{"jobId":"a","from":"queued","to":"failed","updates":{"metadata":%b}}', "$.updates.metadata"),
+    "import": (b'{"id":"a","metadata":%b}', "$.metadata"),
+}
+
+
+def nested(depth: int, inner: bytes = b"1") -> bytes:
+    pairs, odd = divmod(depth, 2)
+    return b'[{"a":' * pairs + b"[" * odd + inner + b"]" * odd + b"}]" * pairs
+
+
+@pytest.mark.parametrize("depth", [128, 127])
+@pytest.mark.parametrize("decoder", _WITH_VALUE)
+def test_a_value_may_be_nested_128_levels_deep(decoder: str, depth: int) -> None:
+    """Records and views nest it deeper, and every node has to read them."""
+    body, field = _WITH_VALUE[decoder]
+    assert not isinstance(outcome(DECODERS[decoder], body % nested(depth)), ApiError)
+    no = outcome(DECODERS[decoder], body % nested(depth + 2))
+    assert isinstance(no, ApiError)
+    assert (no.code, no.details) == ("invalid_request", {"field": field})
+    assert no.message.startswith(f"`{field}`: is nested {depth + 2} levels deep, the limit is 128.")
+
+
+def test_lines_of_streams_have_the_limit_too() -> None:
+    body, field = b'{"op":"complete","id":"a","lock_id":"l","metadata":%b}', "$.metadata"
+    decoder = line_decoders(LIMITS)["complete"]
+    assert decoder.from_body(body % nested(128))
+    assert error_of(decoder, body % nested(129)).details == {"field": field}
+
+
+@pytest.mark.parametrize("items", [["[{" * 200], ['"[', "\\[", '\\"[{', "]"] * 100, [{}, []] * 100])
+def test_brackets_in_strings_and_side_by_side_are_not_levels(items: list[Any]) -> None:
+    body = b'{"payload":%b}'
+    inner = json.dumps([[], *items]).encode()
+    assert DECODERS["create"].from_body(body % nested(126, inner))
+    assert "is nested 129 levels deep" in error_of(DECODERS["create"], body % nested(127, inner)).message
+
+
+_NESTED: Any = st.recursive(
+    st.none() | st.text('[]{}"\\é:,a', max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text('[]{}"\\', max_size=3), inner, max_size=3),
+    max_leaves=20,
+)
+
+
+@given(_NESTED, st.booleans())
+def test_the_depth_is_that_of_the_decoded_value(value: Any, is_ascii: bool) -> None:
+    text = json.dumps([value], ensure_ascii=is_ascii).encode()
+    assert excess_depth(nested(128, text)) == 129 + depth_of(value)
+
+
+def depth_of(value: Any) -> int:
+    if not isinstance(value, list | dict):
+        return 0
+    return 1 + max(map(depth_of, value.values() if isinstance(value, dict) else value), default=0)
+
+
+ROUTES = [each for each in (*worker.ROUTES, *admin.ROUTES) if each.method != "GET"]
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
+def test_only_payloads_and_metadata_can_be_nested(route: Route) -> None:
+    """All other fields have types of a fixed depth, so the limit holds for whole bodies."""
+    assert_fixed_depth(msgspec.inspect.type_info(route.request), ())
+
+
+def assert_fixed_depth(type_: Any, parents: tuple[type, ...]) -> None:
+    if isinstance(type_, msgspec.inspect.StructType):
+        assert type_.cls not in parents
+        for field in type_.fields:
+            assert_fixed_depth(field.type, (*parents, type_.cls))
+    elif isinstance(type_, msgspec.inspect.UnionType):
+        for part in type_.types:
+            assert_fixed_depth(part, parents)
+    elif isinstance(type_, msgspec.inspect.ListType | msgspec.inspect.Metadata):
+        assert_fixed_depth(type_.item_type if isinstance(type_, msgspec.inspect.ListType) else type_.type, parents)
+    else:
+        assert not isinstance(type_, msgspec.inspect.AnyType | msgspec.inspect.DictType)
 
 
 def test_a_bulk_at_its_limit_is_accepted_and_one_job_more_is_not() -> None:

@@ -7,6 +7,7 @@ import pytest
 from msgspec import Raw
 
 from jobd.journal import record
+from jobd.model.fields import MAX_NESTING
 from jobd.model.job import Result
 from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import (
@@ -140,6 +141,27 @@ def test_a_body_that_cannot_be_decoded_is_rejected(cut: int) -> None:
     body, _ = record.encode(maker.batch([maker.create()]))
     with pytest.raises(BadRecord, match="cannot be decoded"):
         record.decode(recorded(body[:cut]))
+
+
+@pytest.mark.parametrize("depth", [MAX_NESTING, 900])
+def test_nested_values_survive(depth: int) -> None:
+    """Also deeper ones, which older versions accepted."""
+    maker = ChangeFactory()
+    created = maker.create()
+    changes = [created, maker.finish(job_of(maker.grant(job_of(created))), metadata=nested(depth))]
+    assert back(maker.batch(changes)) == written(maker.batch(changes))
+
+
+def test_a_body_with_values_that_are_nested_too_deeply_is_rejected() -> None:
+    maker = ChangeFactory()
+    finished = maker.finish(job_of(maker.create()), metadata=nested(100_000))
+    body, _ = record.encode(maker.batch([finished]))
+    with pytest.raises(BadRecord, match="record 7 of the journal cannot be decoded: maximum recursion depth"):
+        record.decode(recorded(body))
+
+
+def nested(depth: int) -> bytes:
+    return b"[" * depth + b"]" * depth
 
 
 def test_an_event_without_its_payload_is_rejected() -> None:

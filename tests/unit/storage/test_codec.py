@@ -227,7 +227,7 @@ def test_clearing_a_field_differs_from_not_changing_it() -> None:
     assert back.changes.lease is UNSET
 
 
-@pytest.mark.parametrize("metadata", [b'{"x":1}', b'"text"', b"[]", b"0", None])
+@pytest.mark.parametrize("metadata", [b'{"x":1}', b'"text"', b"[]", b"0", b"[" * 900 + b"]" * 900, None])
 def test_the_journal_keeps_any_json_metadata(metadata: bytes | None) -> None:
     result = Result(file_path="/f", metadata=None if metadata is None else Raw(metadata))
     event = Event(1, NOW, "completed", 7, "a", "q", None, None, "w", None, None, Changes(result=result))
