@@ -7,11 +7,12 @@ that cannot work.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -21,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 import structlog
 
+from jobd import systemd
 from jobd.api.services import Services
 from jobd.config import Config, ConfigError, LoadedConfig, parse_listen
 from jobd.config_loader import check_artifact_directory
@@ -40,6 +42,7 @@ EXIT_IO: Final = 74
 EXIT_BUSY: Final = 75
 EXIT_CONFIG: Final = 78
 
+EXTENSION_S: Final = 60.0  # of the timeout of systemd, each time
 ARTIFACT_CHECK_S: Final = 2.0  # for the artifact directory to respond
 
 log = structlog.get_logger("jobd.daemon")
@@ -94,7 +97,8 @@ async def _opened(path: str, opening: Callable[[str], Awaitable[tuple[S, OpenedS
     try:
         if path != ":memory:":
             Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        store, opened = await opening(path)
+        async with _extended_start():
+            store, opened = await opening(path)
     except (StoreError, JournalUnavailable) as error:
         raise CannotStart(str(error), error.exit_code) from None
     except DiskFull as error:
@@ -110,6 +114,22 @@ async def _opened(path: str, opening: Callable[[str], Awaitable[tuple[S, OpenedS
     if opened.epoch_warning is not None:
         log.warning("fencing_epoch", message=opened.epoch_warning)
     return store, opened
+
+
+@contextlib.asynccontextmanager
+async def _extended_start() -> AsyncIterator[None]:
+    """Keep systemd from ending the start inside the context, because a migration may take longer than its timeout."""
+
+    async def extend() -> None:
+        while True:
+            systemd.extend_timeout(EXTENSION_S)
+            await asyncio.sleep(EXTENSION_S / 4)
+
+    task = asyncio.create_task(extend())
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 def _cannot_open(path: str, error: OSError) -> CannotStart:

@@ -27,6 +27,11 @@ def stopping() -> bool:
     return _send("STOPPING=1")
 
 
+def extend_timeout(seconds: float) -> bool:
+    """Keep systemd from ending a start or stop for so long, counted from now, even after its timeout."""
+    return _send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
+
+
 def alive() -> bool:
     """Report to the watchdog. Call this at least every `watchdog_s() / 2` seconds."""
     return _send("WATCHDOG=1")

@@ -5,9 +5,10 @@ Commands raise CliError, or do not handle the client's errors.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import click
@@ -55,6 +56,17 @@ class CliError(Exception):
 def exit_code_of(code: str) -> int:
     """Return the exit code for an error code of the daemon."""
     return _BY_CODE.get(code, REJECTED)
+
+
+@contextlib.contextmanager
+def explaining_full_disk() -> Iterator[None]:
+    """Inside the context, a full disk becomes a CliError that says what to do."""
+    from jobd.model.storage import DiskFull
+
+    try:
+        yield
+    except DiskFull as error:
+        raise CliError(f"The disk is full: {error}. Free some space and try again", IO_ERROR) from None
 
 
 def run(program: click.Command, name: str, argv: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ from msgspec import Struct
 
 from jobd.model.storage import BackupError, BackupProgress, BackupStep, DiskFull
 from jobd.storage import files, migrations, startup
+from jobd.storage.connection import journal_mode
 from jobd.storage.database import result_code
 from jobd.storage.files import FileLock, StoreError, StoreUnreadable
 from jobd.storage.startup import MEMORY
@@ -159,7 +160,7 @@ def finish_copy(path: str, step: BackupProgress | None = None, *, is_marked: boo
     of a node is the store of a single machine.
     """
     with _raising_disk_full(), startup.translated_errors(path), contextlib.closing(_connect(path)) as copy:
-        startup.journal_mode(copy, path, "delete")
+        journal_mode(copy, path, "delete")
         copy.execute("PRAGMA synchronous = OFF")  # the file is not in use yet
         startup.check_application_id(copy, path)
         migrations.check_meta(copy, path)

@@ -11,6 +11,8 @@ from typing import Any, Final, Self, TypeVar
 
 import aiosqlite
 
+from jobd.storage.files import StoreFailed
+
 T = TypeVar("T")
 _CHUNK: Final = 64
 LENT_S: Final = 0.002  # a batch of a dozen commands reaches COMMIT in a fifth of this
@@ -127,3 +129,10 @@ class _Lending:
             steps.throw(error)
             raise
         yield from steps
+
+
+def journal_mode(conn: sqlite3.Connection, path: str, mode: str) -> None:
+    """Change the journal mode. Raises StoreFailed if SQLite keeps the old mode, which is how it reports errors."""
+    (now,) = conn.execute(f"PRAGMA journal_mode = {mode}").fetchone()
+    if now != mode:
+        raise StoreFailed(f"{path}: the disk failed: the journal mode is still {now}")

@@ -27,7 +27,7 @@ from jobd.storage import codec, files, migrations, wal
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Membership
 from jobd.storage.codec import KEY_COLUMNS, META_COLUMNS, QUEUE_COLUMNS, Row, fault
-from jobd.storage.connection import FunctionConnection
+from jobd.storage.connection import FunctionConnection, journal_mode
 from jobd.storage.database import (
     CHECKPOINT_FRAMES,
     FINISHED_SQL,
@@ -48,6 +48,7 @@ from jobd.storage.projection import Projection
 from jobd.storage.quarantine import quarantine_jobs, quarantine_rows
 from jobd.storage.queries import read_job
 from jobd.storage.tail import JournalTail, read_tail
+from jobd.storage.upgrade import upgrade
 
 MEMORY: Final = ":memory:"
 PAGE_CACHE_KIB: Final = 8 << 10  # enough for the rows of running jobs
@@ -90,13 +91,6 @@ def connect(path: str, synchronous: str) -> FunctionConnection:
         conn.close()
         raise
     return conn
-
-
-def journal_mode(conn: sqlite3.Connection, path: str, mode: str) -> None:
-    """Change the journal mode. Raises StoreFailed if SQLite keeps the old mode, which is how it reports errors."""
-    (now,) = conn.execute(f"PRAGMA journal_mode = {mode}").fetchone()
-    if now != mode:
-        raise StoreFailed(f"{path}: the disk failed: the journal mode is still {now}")
 
 
 @contextlib.contextmanager
@@ -255,9 +249,7 @@ def prepare_schema(conn: sqlite3.Connection, path: str) -> None:
     check_application_id(conn, path)
     if version < migrations.VERSION:
         migrations.check_meta(conn, path)
-        if path != MEMORY:
-            copy_aside(conn, path, f"v{version}")
-        migrations.migrate(conn, version)
+        upgrade(conn, path, version)
     if lacking := missing_from_schema(conn):
         raise StoreUnreadable(f"{path}: the schema lacks {', '.join(lacking)}: restore a backup with `jobd restore`")
 
@@ -285,27 +277,6 @@ def check_application_id(conn: sqlite3.Connection, path: str) -> None:
     (application,) = conn.execute("PRAGMA application_id").fetchone()
     if application != migrations.APPLICATION_ID:
         raise StoreUnreadable(f"{path} belongs to another program: set store.path to another file")
-
-
-def copy_aside(conn: sqlite3.Connection, path: str, label: str) -> str:
-    """Copy the store to `<path>.<label>-<time>` and return this name.
-
-    The copy gets its final name when it is complete. The next start removes an incomplete one.
-    """
-    part, whole = f"{path}.backup-{label}", f"{path}.{label}-{now_ms()}"
-    try:
-        Path(part).unlink(missing_ok=True)
-        files.create_private(part)
-        with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as copy:
-            conn.backup(copy)
-            journal_mode(copy, part, "delete")
-        files.sync(part)
-        os.replace(part, whole)
-        files.sync_directory(path)
-        return whole
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
 
 
 def read_meta(conn: sqlite3.Connection, path: str) -> Database:

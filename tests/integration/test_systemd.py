@@ -30,6 +30,7 @@ SAID: list[tuple[Callable[[], bool], str]] = [
     (systemd.ready, "READY=1"),
     (systemd.stopping, "STOPPING=1"),
     (systemd.alive, "WATCHDOG=1"),
+    (lambda: systemd.extend_timeout(60.0), "EXTEND_TIMEOUT_USEC=60000000"),
     (lambda: systemd.status("two\nlines é"), "STATUS=two lines é"),
 ]
 
@@ -100,6 +101,16 @@ def test_a_reload_ends_after_its_result_is_logged(manager: socket.socket, tmp_pa
             daemon.process.send_signal(signal.SIGHUP)
             wait_for(manager, b"READY=1")
             assert (tmp_path / "log").read_bytes().count(b"event=reload_failed") == number
+
+
+def test_a_long_start_is_not_ended(manager: socket.socket, tmp_path: Path) -> None:
+    with DaemonProcess.not_started(tmp_path, NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
+        daemon.module = "tests.support.daemon_variants slow_start"
+        daemon.launch()
+        for _ in range(3):
+            assert manager.recv(1000).startswith(b"EXTEND_TIMEOUT_USEC=")
+        wait_for(manager, b"READY=1")
+        assert daemon.stop() == 0
 
 
 def wait_for(manager: socket.socket, state: bytes) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from jobd import daemon, logging, serving
+from jobd import daemon, logging, resources, serving
 from jobd.cli.daemon.main import main
 from jobd.cluster import hand_over
 from jobd.engine import history
@@ -87,6 +87,18 @@ def hour_ahead() -> None:
     patched: Any = time
     true_ns = time.time_ns
     patched.time_ns = lambda: true_ns() + 3_600_000_000_000
+
+
+def slow_start() -> None:
+    """Open the store a second later, and extend the timeout of systemd every 50 ms."""
+    patched: Any = resources
+    open_now, patched.EXTENSION_S = Store.open, 0.2
+
+    async def open_later(*args: Any, **named: Any) -> Any:
+        await asyncio.sleep(1)
+        return await open_now(*args, **named)
+
+    patched.Store.open = open_later
 
 
 def slow_log() -> None:
@@ -165,6 +177,7 @@ VARIANTS: Final = {
         full_tables,
         hour_ahead,
         slow_log,
+        slow_start,
         short_pages,
         one_slice,
         older_format,

@@ -60,7 +60,7 @@ def init_command(from_store: str | None, config: str | None, flags: dict[str, st
     made = _run(create(settings.url, settings.name, uuid4().hex, number=number))
     terminal.emit(f"{settings.name}: {'created' if made.is_new else 'exists already'} (id {made.cluster_id})")
     if from_store is not None:
-        with keeping_owner(from_store):
+        with contextlib.redirect_stdout(sys.stderr), keeping_owner(from_store):  # its log lines
             _run(_init_from_store(settings, from_store))
         terminal.emit(f"{from_store}: belongs to the cluster")
     if settings.require_sync and not _run(_is_synchronous(settings)):
@@ -248,10 +248,5 @@ def _cluster_settings(config: str | None, flags: dict[str, str]) -> Config:
 def _run(work: Coroutine[Any, Any, T]) -> T:
     import asyncio
 
-    from jobd.model.storage import DiskFull
-
-    try:
+    with exit_codes.explaining_full_disk():
         return asyncio.run(work)
-    except DiskFull as error:
-        text = f"The disk is full: {error}. Free some space and try again"
-        raise exit_codes.CliError(text, exit_codes.IO_ERROR) from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -64,11 +66,10 @@ def restore_command(file: Path, yes: bool, is_dry_run: bool, store: str | None, 
     if not file.exists():
         raise exit_codes.CliError(f"{file} does not exist: name a file that jobd backup wrote", exit_codes.IO_ERROR)
     from jobd.cli.progress import busy
-    from jobd.model.storage import DiskFull
     from jobd.storage.backup import restore
     from jobd.storage.offline import dry_run
 
-    try:
+    with exit_codes.explaining_full_disk():
         if is_dry_run:
             with busy(f"checking {file}"):
                 lines = dry_run.restore(str(file), path)
@@ -79,9 +80,6 @@ def restore_command(file: Path, yes: bool, is_dry_run: bool, store: str | None, 
             confirm(f"replace the database {path} with {file} (the old one is kept in the same directory)")
         with busy(f"checking and copying {file}"):
             old_path = restore(str(file), path)
-    except DiskFull as error:
-        text = f"The disk is full: {error}. Free some space and try again"
-        raise exit_codes.CliError(text, exit_codes.IO_ERROR) from None
     terminal.emit(path)
     if old_path is not None:
         terminal.say(f"The old database is kept as {old_path}.")
@@ -206,7 +204,9 @@ def _repair(
         if is_dry_run:
             return exit_codes.DONE
         confirm("write these changes")
-    terminal.emit(write(path))
+    with exit_codes.explaining_full_disk(), contextlib.redirect_stdout(sys.stderr):  # log lines about a migration
+        done = write(path)
+    terminal.emit(done)
     return exit_codes.DONE
 
 

@@ -15,6 +15,7 @@ from jobd.model.job import new_epoch
 from jobd.storage import files, migrations, startup
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Membership, WrongCluster
+from jobd.storage.connection import journal_mode
 from jobd.storage.database import Database, now_ms
 from jobd.storage.files import FileLock, StoreUnreadable
 
@@ -43,7 +44,7 @@ def join(path: str, cluster_id: str) -> int:
         elif found.cluster_id != cluster_id:
             raise WrongCluster(f"{path} belongs to cluster {found.cluster_id}, not to {cluster_id}")
         epoch = startup.read_meta(conn, path).numbers.epoch
-        startup.journal_mode(conn, path, "delete")  # writes the log into the file
+        journal_mode(conn, path, "delete")  # writes the log into the file
     files.sync(path)
     return epoch
 

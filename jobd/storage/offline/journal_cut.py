@@ -18,6 +18,7 @@ from jobd.storage.database import Database, is_corrupt
 from jobd.storage.files import FileLock, StoreUnreadable
 from jobd.storage.offline.edited_rows import RepairRejected
 from jobd.storage.tail import Pending, counted
+from jobd.storage.upgrade import copy_aside
 
 LABEL: Final = "before-cut"  # in the name of the copy
 _MAX_IDS: Final = 20  # jobs named
@@ -84,7 +85,7 @@ def cut(path: str, number: int) -> str:
             membership.check_single(conn, path)
             db = startup.read_meta(conn, path)
             found = find(db, number)
-            copy = startup.copy_aside(conn, path, LABEL)
+            copy = copy_aside(conn, path, LABEL)
             if found.is_table_damaged:
                 _replace_table(conn)
             db.commit(_cut, db, number)

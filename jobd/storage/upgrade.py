@@ -1,0 +1,158 @@
+"""Migrate the store of an older schema version, with a copy of it, a check of the free space, and lines in the log."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+import structlog
+
+from jobd.model.storage import SPARE_BYTES, DiskFull
+from jobd.storage import files, migrations
+from jobd.storage.connection import journal_mode
+from jobd.storage.database import now_ms, result_code
+
+log = structlog.get_logger("jobd.storage")
+
+REPORT_S: Final = 5.0  # between lines about the progress
+_INSTRUCTIONS: Final = 100_000  # of SQLite between looks at the time: some milliseconds
+_COPIED_AT_ONCE: Final = 4_096  # pages
+# Measured: the log and the new pages need at most 1.35 times the bytes of the tables that are written again.
+_REWRITE_FACTOR: Final = 1.5
+
+
+def upgrade(conn: sqlite3.Connection, path: str, version: int) -> None:
+    """Copy the store at `path`, which has schema version `version`, to `<path>.v<version>-<time>`, and migrate it.
+
+    A complete copy that an interrupted migration has left is used again. Raises DiskFull before anything is written if
+    the disk does not have the space.
+    """
+    label = f"v{version}"
+    _remove_part(path, label)
+    _shorten_log(conn)
+    copy = _complete_copy(conn, path, label)
+    _check_space(conn, path, version, needs_copy=copy is None)
+    began_s = time.monotonic()
+    counts = {table: _first(conn, f"SELECT count(*) FROM {table}") for table in ("jobs", "events")}
+    log.info("migrating", path=path, from_version=version, to_version=migrations.VERSION, **counts)
+    if copy is None:
+        copy = copy_aside(conn, path, label)
+    with _reporting(conn, path):
+        migrations.migrate(conn, version)
+    log.info("migrated", path=path, kept=copy, duration_s=round(time.monotonic() - began_s, 1))
+
+
+def _shorten_log(conn: sqlite3.Connection) -> None:
+    """Give back the space of the log, because an interrupted migration leaves a large one."""
+    try:
+        conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    except sqlite3.OperationalError as error:
+        if result_code(error) & 0xFF != sqlite3.SQLITE_FULL:  # `_check_space` says how much is needed
+            raise
+
+
+def copy_aside(conn: sqlite3.Connection, path: str, label: str) -> str:
+    """Copy the store to `<path>.<label>-<time>` and return this name.
+
+    The copy gets its final name when it is complete. The next start removes an incomplete one.
+    """
+    part, whole, report = _part(path, label), f"{path}.{label}-{now_ms()}", _Report()
+    try:
+        _remove_part(path, label)
+        files.create_private(part)
+        with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as copy:
+            conn.backup(
+                copy,
+                pages=_COPIED_AT_ONCE,
+                progress=lambda _, left, total: report.note("copying", pages=total, copied=total - left),
+            )
+            journal_mode(copy, part, "delete")
+        files.sync(part)
+        os.replace(part, whole)
+        files.sync_directory(path)
+        return whole
+    except BaseException:
+        _remove_part(path, label)
+        raise
+
+
+def _part(path: str, label: str) -> str:
+    return f"{path}.backup-{label}"
+
+
+def _remove_part(path: str, label: str) -> None:
+    """Remove an incomplete copy."""
+    for suffix in ("", "-journal"):
+        Path(_part(path, label) + suffix).unlink(missing_ok=True)
+
+
+def _complete_copy(conn: sqlite3.Connection, path: str, label: str) -> str | None:
+    """Return a complete copy of the store as it is, if there is one.
+
+    Every batch changes the meta row, so a copy with the same row and size has the same jobs and events.
+    """
+    content = _content(conn)
+    for name in glob.glob(f"{glob.escape(path)}.{label}-*"):
+        uri = f"file:{quote(name)}?mode=ro&immutable=1"
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(uri, uri=True)) as copy:
+            if _content(copy) == content:
+                return name
+    return None
+
+
+def _content(conn: sqlite3.Connection) -> tuple[int, dict[str, int] | None]:
+    return _first(conn, "PRAGMA page_count"), migrations.read_meta(conn)
+
+
+def _check_space(conn: sqlite3.Connection, path: str, version: int, *, needs_copy: bool) -> None:
+    """Raise DiskFull if the disk has no space for the copy and for the tables that are written again."""
+    size = _first(conn, "PRAGMA page_count") * _first(conn, "PRAGMA page_size")
+    payload_bytes = _first(conn, "SELECT ifnull(sum(length(body)), 0) FROM payloads")  # they stay where they are
+    needed = int((size - payload_bytes) * _REWRITE_FACTOR) + (size if needs_copy else 0) + SPARE_BYTES
+    disk = files.space(path)
+    if disk is not None and disk.free_bytes < needed:
+        what = "a copy and the new tables" if needs_copy else "the new tables"
+        raise DiskFull(
+            f"the migration from schema version {version} needs {needed} bytes for {what}, but only {disk.free_bytes} "
+            "are free"
+        )
+
+
+@contextlib.contextmanager
+def _reporting(conn: sqlite3.Connection, path: str) -> Iterator[None]:
+    """Log how much the transaction inside the context has written."""
+    report, written = _Report(), f"{os.path.realpath(path)}-wal"
+
+    def note() -> None:
+        with contextlib.suppress(OSError):
+            report.note("rewriting", written_bytes=os.path.getsize(written))
+
+    conn.set_progress_handler(note, _INSTRUCTIONS)
+    try:
+        yield
+    finally:
+        conn.set_progress_handler(None, 0)
+
+
+class _Report:
+    """Logs the progress, at most every REPORT_S."""
+
+    def __init__(self) -> None:
+        self._next_s = time.monotonic() + REPORT_S
+
+    def note(self, step: str, **fields: Any) -> None:
+        if (now_s := time.monotonic()) >= self._next_s:
+            self._next_s = now_s + REPORT_S
+            log.info("migrating", step=step, **fields)
+
+
+def _first(conn: sqlite3.Connection, sql: str) -> int:
+    (value,) = conn.execute(sql).fetchone()
+    return int(value)

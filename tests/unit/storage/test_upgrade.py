@@ -1,0 +1,170 @@
+"""Migrations of older stores: the copy, the space for it, and the lines of the log."""
+
+from __future__ import annotations
+
+import glob
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from jobd.model.storage import DiskFull, DiskSpace
+from jobd.storage import files, migrations, startup, upgrade
+from tests.support.store_files import (
+    as_version_12,
+    as_version_13,
+    assert_holds,
+    edit_store,
+    exists,
+    fill,
+    make_store,
+    open_store,
+    read_file,
+    write_file,
+)
+
+KILLED = """
+import os, signal, sys
+from jobd.storage import files, migrations, startup, upgrade
+kill = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "copy":
+    files.sync = kill
+else:
+    migrations.MIGRATIONS[13] = kill
+conn = startup.connect(sys.argv[1], "FULL")
+startup.prepare_schema(conn, sys.argv[1])
+"""
+
+
+def kill_migration(path: str, step: str) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, path, step], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def copies(path: str) -> list[str]:
+    return glob.glob(f"{path}.v*") + glob.glob(f"{path}.backup-*")
+
+
+async def test_a_copy_of_an_interrupted_migration_is_used_again(path: str) -> None:
+    maker = await make_store(path)
+    as_version_12(path)
+    kill_migration(path, "copy")
+    assert copies(path) == [f"{path}.backup-v12"]
+    for _ in range(3):
+        kill_migration(path, "migrate")
+        [copy] = copies(path)
+        assert f"{path}.v12-" in copy
+    before = read_file(copy)
+    async with open_store(path) as (store, found):
+        await assert_holds(store, found, maker)
+    assert copies(path) == [copy]
+    assert read_file(copy) == before
+    assert startup.peek(copy)[1] == 12
+
+
+async def test_a_copy_of_an_earlier_content_is_kept_and_not_used(path: str) -> None:
+    maker = await make_store(path)
+    as_version_13(path)
+    async with open_store(path):
+        pass
+    write_file(f"{path}.v13-note", b"no store")
+    async with open_store(path) as (store, _):
+        await store.write(maker.any_batch(5))
+    as_version_13(path)
+    async with open_store(path) as (store, found):
+        await assert_holds(store, found, maker)
+    assert len(copies(path)) == 3
+
+
+async def test_the_log_shows_a_migration(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    maker = await make_store(path)
+    as_version_12(path)
+    with edit_store(path) as conn:
+        (events,) = conn.execute("SELECT count(*) FROM events").fetchone()
+    monkeypatch.setattr(upgrade, "REPORT_S", 0.0)
+    monkeypatch.setattr(upgrade, "_INSTRUCTIONS", 100)
+    monkeypatch.setattr(upgrade, "_COPIED_AT_ONCE", 1)
+    with capture_logs() as logs:
+        async with open_store(path):
+            pass
+    [begun, *steps, done] = [each for each in logs if each["event"].startswith("migrat")]
+    assert begun == {
+        "event": "migrating",
+        "log_level": "info",
+        "path": path,
+        "from_version": 12,
+        "to_version": migrations.VERSION,
+        "jobs": len(maker.jobs),
+        "events": events,
+    }
+    assert {each["step"] for each in steps} == {"copying", "rewriting"}
+    assert all(each["copied"] <= each["pages"] for each in steps if each["step"] == "copying")
+    written = [each["written_bytes"] for each in steps if each["step"] == "rewriting"]
+    assert written == sorted(written)
+    assert (done["event"], [done["kept"]]) == ("migrated", copies(path))
+    assert done["duration_s"] >= 0
+
+
+async def test_a_short_migration_logs_no_progress(path: str) -> None:
+    await make_store(path)
+    as_version_12(path)
+    with capture_logs() as logs:
+        async with open_store(path):
+            pass
+    assert [each["event"] for each in logs if each["event"].startswith("migrat")] == ["migrating", "migrated"]
+
+
+async def test_a_migration_without_space_leaves_nothing(small_disk: Path) -> None:
+    path = f"{small_disk}/jobd.db"
+    maker = await make_store(path)
+    os.unlink(f"{path}.ballast")
+    as_version_12(path)
+    size = os.path.getsize(path)
+    filler = fill(small_disk)
+    os.truncate(filler, filler.stat().st_size - size - (1 << 20))  # enough for the copy
+    before = sorted(os.listdir(small_disk))
+    for _ in range(2):
+        with pytest.raises(
+            DiskFull, match=r"version 12 needs \d+ bytes for a copy and the new tables, but only \d+ are"
+        ):
+            async with open_store(path):
+                pass
+        assert sorted(os.listdir(small_disk)) == before
+        assert startup.peek(path)[1] == 12
+    filler.unlink()
+    async with open_store(path) as (store, found):
+        await assert_holds(store, found, maker)
+
+
+async def test_a_migration_with_its_copy_needs_less_space(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    await make_store(path)
+    as_version_12(path)
+    kill_migration(path, "migrate")
+    with monkeypatch.context() as now:
+        now.setattr(files, "space", lambda path: DiskSpace(path, 1000, 1 << 40))
+        with pytest.raises(DiskFull, match=r"needs \d+ bytes for the new tables, but only 1000 are free"):
+            async with open_store(path):
+                pass
+    monkeypatch.setattr(files, "space", lambda path: None)  # the file system does not say
+    async with open_store(path):
+        pass
+    assert len(copies(path)) == 1
+
+
+async def test_a_failed_copy_is_removed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    await make_store(path)
+    as_version_13(path)
+    with monkeypatch.context() as now:
+        now.setattr(upgrade, "journal_mode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            async with open_store(path):
+                pass
+    assert copies(path) == []
+    assert not exists(f"{path}.backup-v13")
+    with edit_store(path) as conn, pytest.raises(sqlite3.OperationalError):
+        conn.execute("SELECT last FROM events")
