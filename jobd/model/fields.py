@@ -131,7 +131,7 @@ WorkerCursor = Annotated[  # the time of the worker's last request, and its name
     str, Meta(pattern=r"^[0-9]{1,18} ", max_length=220, extra=_NEXT_CURSOR)
 ]
 RowCursor = Annotated[  # a table and a row of it
-    str, Meta(pattern=r"^[a-z_]{1,20}:[0-9]{1,18}$(?!\n)", extra=_NEXT_CURSOR)
+    str, Meta(pattern=r"^[a-z_]{1,20}:(-?[0-9]{1,18})?$(?!\n)", extra=_NEXT_CURSOR)
 ]
 PlanCursor = Annotated[  # a status and a job with it
     str,

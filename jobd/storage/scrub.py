@@ -51,11 +51,14 @@ class Slice(Struct):
 
 
 def check_slice(db: Database, cursor: str | None) -> CheckedRows | None:
-    """Check the rows after `cursor` (TABLE:ROWID). An unreadable page is reported and ends the table."""
-    table, _, after_text = (cursor or f"{TABLES[0]}:{_START}").partition(":")
+    """Check the rows after `cursor` (TABLE:ROWID, or TABLE: for its first row).
+
+    An unreadable page is reported and ends the table.
+    """
+    table, _, after_text = (cursor or f"{TABLES[0]}:").partition(":")
     if table not in TABLES:
         return None
-    after = int(after_text)
+    after = int(after_text or _START)
     db.check()
     result = Slice(table, after)
     until_s = time.perf_counter() + SLICE_S
@@ -74,7 +77,7 @@ def _next_cursor(result: Slice) -> str | None:
     if result.last is not None:
         return f"{result.table}:{result.last}"
     following = TABLES[TABLES.index(result.table) + 1 :]
-    return f"{following[0]}:{_START}" if following else None
+    return f"{following[0]}:" if following else None
 
 
 def _jobs(db: Database, result: Slice, after: int, until_s: float) -> None:
