@@ -54,6 +54,7 @@ class PostgresServer:
         self.directory = directory
         self.port = port or free_port()
         self.process: subprocess.Popen[bytes] | None = None
+        self._settings: dict[str, object] = {}
 
     # -- Addresses --
 
@@ -80,7 +81,8 @@ class PostgresServer:
         self.run("pg_basebackup", "-D", self._data, "-R", "-X", "stream", "-c", "fast", "--no-sync", "-d", source)
 
     def start(self, **settings: object) -> None:
-        """Start the server, and wait until it accepts connections."""
+        """Start the server, with its earlier `settings` and these, and wait until it accepts connections."""
+        self._settings |= settings
         given = {
             "listen_addresses": "127.0.0.1",
             "port": self.port,
@@ -90,7 +92,7 @@ class PostgresServer:
             "hot_standby": "on",
             "wal_receiver_status_interval": "1s",
             "wal_retrieve_retry_interval": "100ms",
-        } | settings
+        } | self._settings
         words = [f"{programs()}/postgres", "-D", self._data]
         for name, value in given.items():
             words += ["-c", f"{name}={value}"]

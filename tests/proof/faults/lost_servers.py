@@ -70,7 +70,7 @@ def _replace_lost(servers: list[PostgresServer]) -> None:
     primary, _, lost = servers
     shutil.rmtree(lost.directory / "data")
     lost.copy_of(primary, _name(lost))
-    lost.start(max_connections=100)
+    lost.start()
     wait_for(primary, "SELECT count(*) = 2 FROM pg_stat_replication WHERE sync_state = 'quorum'")
 
 
