@@ -42,7 +42,7 @@ from jobd.model.storage import (
     TombstoneWrite,
 )
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
-from jobd.storage import backup, files, outbox, quarantine, queries, scrub, startup, table_writes
+from jobd.storage import backup, event_queries, files, outbox, quarantine, queries, scrub, startup, table_writes
 from jobd.storage.commit_mode import CommitMode, CommitSetting
 from jobd.storage.connection import FunctionConnection, StoreConnection
 from jobd.storage.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew, StoreUnreadable
@@ -338,7 +338,7 @@ class Store(Storage):
         return await self._read(queries.find_jobs, query)
 
     async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
-        return await self._read(queries.timeline, job_seq, limit)
+        return await self._read(event_queries.timeline, job_seq, limit)
 
     async def read_late_results(self, requested: list[LateResultQuery]) -> LateResultRows:
         return await self._run(self._read_late_results, requested)
@@ -348,7 +348,7 @@ class Store(Storage):
 
     async def journal(self, after: int, limit: int) -> JournalPage:
         """Return up to `limit` events of the store with a seq above `after`, oldest first."""
-        return await self._read(queries.journal, after, limit)
+        return await self._read(event_queries.journal, after, limit)
 
     async def expired_jobs(self, now: int, limit: int, skip: int = 0) -> list[str]:
         return await self._read(queries.expired_jobs, now, limit, skip)

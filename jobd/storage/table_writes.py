@@ -16,7 +16,7 @@ from jobd.model.storage import (
     TableWrite,
     TombstoneWrite,
 )
-from jobd.storage import codec, event_rows, outbox, queries
+from jobd.storage import codec, event_queries, event_rows, outbox
 from jobd.storage.codec import AUDIT_COLUMNS, fault, with_checksum
 from jobd.storage.database import PUT_TOMBSTONE, Database, is_corrupt
 from jobd.storage.quarantine import quarantine_events, quarantine_rows
@@ -25,6 +25,7 @@ from jobd.storage.writers import AUDIT_ROW, insert
 _PUT_FIGURES: Final = insert("figures", ("id", "body", "crc"), "REPLACE")
 _EXISTS: Final = "SELECT 1 FROM jobs WHERE seq = job_seq UNION ALL SELECT 1 FROM quarantined_jobs WHERE seq = job_seq"
 _DELETED_JOBS: Final = f"SELECT job_seq, id, at, EXISTS ({_EXISTS}) FROM deleted_jobs WHERE at < ? ORDER BY at LIMIT ?"
+_JOB_ROWS: Final = "SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq LIMIT ?"
 # By number: a search by job fails if a number in the index has no row.
 _DELETE_JOB: Final = "DELETE FROM events WHERE seq IN (SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ?)"
 _ROW: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq = ?"
@@ -35,9 +36,9 @@ def plan_pruning(db: Database, before: int, limit: int) -> tuple[EventPruning | 
     """Choose up to `limit` rows of events to delete: of queues, and of deleted jobs, from before wall time `before`.
 
     Return the deletion and the number of rows. Readers that resume below the last of these events get an error, because
-    events may be missing there. Damaged rows are quarantined.
+    events may be missing there.
     """
-    of_queues = queries.undamaged(db, queries.first_rows(db, 0, limit))
+    of_queues = event_queries.undamaged(db, event_queries.first_rows(db, 0, limit))
     seqs = [row[0] for row in of_queues if row[event_rows.AT] < before]
     count, upto, jobs = len(seqs), max(seqs, default=0), []
     for job_seq, id_, at, exists in db.rows(_DELETED_JOBS, (before, limit)):
@@ -48,11 +49,14 @@ def plan_pruning(db: Database, before: int, limit: int) -> tuple[EventPruning | 
             entry = (job_seq, (job_seq, id_, at), "a job with this number exists")
             quarantine_rows(db, "deleted_jobs", ("job_seq", "id", "at"), [entry])
             continue
-        rows = queries.undamaged(db, queries.first_rows(db, job_seq, room + 1))
-        count += len(rows[:room])
-        upto = max([upto, *(row[1] for row in rows[:room])])
-        if len(rows) > room:
-            seqs += [event[0] for row in rows[:room] for event in event_rows.unpack(row)]
+        numbers = [seq for (seq,) in db.rows(_JOB_ROWS, (job_seq, room + 1))]
+        is_whole = len(numbers) <= room
+        needed = numbers[-1:] if is_whole else numbers[:room]
+        rows = event_queries.undamaged(db, [row for seq in needed for row in db.rows(_ROW, (seq,))])
+        count += len(numbers) if is_whole else len(rows)
+        upto = max([upto, *needed, *(row[1] for row in rows)])
+        if not is_whole:
+            seqs += [event[0] for row in rows for event in event_rows.unpack(row)]
             break
         jobs.append(job_seq)
     return (EventPruning(seqs, jobs, upto) if count or jobs else None), count

@@ -13,7 +13,7 @@ from jobd.journal import facts
 from jobd.model.events import KEEP_GRANTS, KEEP_HEARTBEATS, Change, Event
 from jobd.model.job import LIVE, Job, Result
 from jobd.model.storage import Batch, EventPruning
-from jobd.storage import event_rows, queries, table_writes
+from jobd.storage import event_queries, event_rows, table_writes
 from jobd.storage.codec import with_checksum
 from jobd.storage.event_rows import pack, unpack
 from jobd.storage.offline import doctor
@@ -105,7 +105,7 @@ def test_readers_get_all_events_in_order_from_every_number_on(path: str, limit: 
     for begin in range(0, len(events) + 1, 7):
         found: list[Event] = []
         while True:
-            page = queries.journal(db, found[-1].seq if found else begin, limit)
+            page = event_queries.journal(db, found[-1].seq if found else begin, limit)
             assert len(page.events) <= limit
             found += page.events
             if not page.more:
@@ -115,13 +115,13 @@ def test_readers_get_all_events_in_order_from_every_number_on(path: str, limit: 
 
 
 def test_the_size_of_a_page_is_limited(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queries, "SLICE_BYTES", 1)
+    monkeypatch.setattr(event_queries, "SLICE_BYTES", 1)
     projection, maker = opened(path), ChangeFactory()
     created = [maker.create() for _ in range(9)]
     projection.append(maker.batch([*created, *(maker.grant(job_of(each)) for each in created)]))
     projection.project()
     numbers = [0]
-    while (page := queries.journal(projection.db, numbers[-1], 100)).more:
+    while (page := event_queries.journal(projection.db, numbers[-1], 100)).more:
         assert len(page.events) == 1
         numbers.append(page.events[0].seq)
     assert numbers + [event.seq for event in page.events] == list(range(19))
@@ -195,7 +195,7 @@ def test_nodes_end_with_the_same_events_however_they_divide_them(path: str, monk
             projection.append(write)
             projection.project()
         assert stored_events(db.conn, deleted) == []
-        contents.append((stored_events(db.conn), db.gone_to, [queries.timeline(db, seq) for seq in (1, 2)]))
+        contents.append((stored_events(db.conn), db.gone_to, [event_queries.timeline(db, seq) for seq in (1, 2)]))
         db.conn.close()
     assert contents[0] == contents[1] == contents[2]
     assert len(contents[0][0]) < sum(len(batch.changes) for batch in batches) / 2
@@ -259,7 +259,7 @@ def test_no_flipped_bit_of_a_row_is_silent(bit: int) -> None:
             db.conn.execute(event_rows.INSERT, values)
             db.numbers = replace(maker.numbers, next_event=number + 1)
             assert event_rows.fault(tuple(values)) is not None
-            page = queries.journal(db, 0, 10)
+            page = event_queries.journal(db, 0, 10)
             assert (page.events, page.gone_to) == ([], number)
     db.conn.close()
 

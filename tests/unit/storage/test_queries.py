@@ -15,7 +15,7 @@ from jobd.model.storage import (
     JobQuery,
     LateResultQuery,
 )
-from jobd.storage import queries
+from jobd.storage import event_queries, queries
 from jobd.storage.store import Store
 from tests.support.factories import NOW, OPTIONS, ChangeFactory, all_of
 from tests.support.store_files import assert_holds, job_of, late_of, late_results, open_store
@@ -185,7 +185,7 @@ async def test_slices_of_events_and_of_expired_jobs_have_a_limited_size(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches wait for them, and a hundred events of 256 KiB each would take half a second."""
-    monkeypatch.setattr(queries, "SLICE_BYTES", 3_000)
+    monkeypatch.setattr(event_queries, "SLICE_BYTES", 3_000)
     maker = ChangeFactory()
     await store.write(maker.batch(with_metadata(maker, 10, 1_000)))
     seqs: list[int] = []
@@ -199,7 +199,7 @@ async def test_slices_of_events_and_of_expired_jobs_have_a_limited_size(
     assert seqs == list(range(1, 21))
     assert (await store.journal(0, 2)).more
     assert await store.expired_jobs(NOW, 100) == ["job-1", "job-2", "job-3"]
-    monkeypatch.setattr(queries, "SLICE_BYTES", 1)
+    monkeypatch.setattr(event_queries, "SLICE_BYTES", 1)
     assert [event.seq for event in (await store.journal(1, 100)).events] == [2, 3]  # at least one
     assert await store.expired_jobs(NOW, 100) == ["job-1"]
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from jobd.model.storage import AuditEntry, DiskFull, FiguresWrite, OutboxWrite, Tombstone, TombstoneWrite
 from jobd.model.webhooks import Delivery, WebhookCursor
-from jobd.storage import event_rows, outbox, queries, table_writes
+from jobd.storage import event_queries, event_rows, outbox, queries, table_writes
 from jobd.storage.projection import Projection
 from jobd.storage.startup import connect, start
 from tests.support.factories import NOW, ChangeFactory
@@ -55,7 +55,7 @@ def check(projection: Projection) -> None:
     assert (found.cursors, is_new) == ({"e": CURSOR}, False)
     assert [each.job_seq for each, _ in queries.due_tombstones(db, NOW + 9, 9).found] == [3]
     assert queries.due_tombstones(db, NOW + 8, 9).found == []
-    assert [event.job_id for event in queries.journal(db, 0, 9).events] == ["a", "c"]
+    assert [event.job_id for event in event_queries.journal(db, 0, 9).events] == ["a", "c"]
     assert db.gone_to == 4
     assert db.conn.execute("SELECT count(*) FROM deleted_jobs").fetchone() == (0,)
     assert db.conn.execute("SELECT what FROM audit").fetchall() == [("resume",)]

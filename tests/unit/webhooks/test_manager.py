@@ -20,7 +20,7 @@ from jobd.model.events import Change
 from jobd.model.job import DAY_MS, HOUR_MS, Job
 from jobd.model.storage import DiskFull, FormatNotRead
 from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
-from jobd.storage import outbox, queries
+from jobd.storage import event_queries, outbox
 from jobd.storage.store import Store
 from jobd.webhooks import alert_source, dispatcher, journal_reader
 from jobd.webhooks.manager import WebhookManager
@@ -185,7 +185,7 @@ async def test_a_long_journal_is_read_page_by_page(path: Path) -> None:
 
 
 async def test_pages_cut_short_by_large_events_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queries, "SLICE_BYTES", 2_000)
+    monkeypatch.setattr(event_queries, "SLICE_BYTES", 2_000)
     async with running_webhooks(path) as at:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(60)))
         await wait_until(lambda: len(at.posts.delivered) == 60)
@@ -196,7 +196,7 @@ async def test_pages_cut_short_by_large_events_are_continued(path: Path, monkeyp
 async def test_a_page_of_damaged_events_is_reported_as_a_gap_and_skipped(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queries, "SLICE_BYTES", 1)  # one event per page
+    monkeypatch.setattr(event_queries, "SLICE_BYTES", 1)  # one event per page
     async with running_webhooks(path) as at:
         at.store._connection.raw.execute(
             "CREATE TRIGGER spoil AFTER INSERT ON events WHEN new.seq = 2 BEGIN "
