@@ -155,9 +155,10 @@ class Serving:
     ) -> None:
         """Start the actor and the background parts. `on_end` is called when the actor ends. Raises CannotStart."""
         settings, run = self._loaded.config, self._background.run
+        run("clock monitor", self._clock_monitor)
         self._recover_processing()
         # The clock may have been set back since the last commit, or that of the former leader is ahead.
-        self._due_jobs.keep(self._opened.numbers.wall_ms)
+        await self._due_jobs.keep_at_start(self._opened.numbers.wall_ms)
         self.running = asyncio.create_task(self.actor.run(), name="actor")
         self.running.add_done_callback(lambda _: on_end())
         self._stack.push_async_callback(self._stop_actor)
@@ -166,7 +167,6 @@ class Serving:
         self.maintainer.hold_journal(self.webhooks.journal_hold_ms)
         self._maintaining = run("cleanup", self.maintainer)
         run("failures", self.failures)
-        run("clock monitor", self._clock_monitor)
         sweeper = await self._start_sweeper()
         self.services = self._make_services(sweeper, cluster_view, step_down)
         self.timeseries = Timeseries.opened(read_extra(self._opened.stats), self.clock.moment().now)

@@ -5,13 +5,13 @@ Whether a job is affected is judged when the command is applied, not when the jo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import islice
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from msgspec.structs import replace
 
 from jobd.core import transitions
-from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.core.validation import counts, safe_fixes, validate
 from jobd.model.commands import (
@@ -162,15 +162,22 @@ def extend_after_pause(tx: Transaction, command: ExtendAfterPause) -> Response:
     return Response(MaintenanceResult(done))
 
 
-def due_before(state: State, now: int, until: int) -> dict[str, int]:
-    """Return the live jobs that are not due `now` but were due at `until` or when they last changed: id -> `run_at`.
+class WasDue(NamedTuple):
+    """A job that is not due any more. Those that only `until` has shown come first: a crash would lose it."""
 
-    Since then, the wall clock was set back, or a node with another clock has become the leader. The jobs that the next
-    start would not find, because `until` is lost by then, come first.
+    by_row: bool
+    run_at: int
+    seq: int
+    id: str
+
+
+def due_before(jobs: Iterable[Job], now: int, until: int) -> list[WasDue]:
+    """Return those of `jobs`, which are not due `now`, that were due at `until` or when they last changed.
+
+    Since then, the wall clock was set back, or a node with another clock has become the leader.
     """
-    found = [(transitions.was_due(job, now), job.run_at, job.seq, job.id) for job in state.not_due(now)]
-    due = sorted(each for each in found if each[0] or each[1] <= until)
-    return {job_id: run_at for _, run_at, _, job_id in due}
+    found = (WasDue(transitions.was_due(job, now), job.run_at, job.seq, job.id) for job in jobs)
+    return [each for each in found if each.by_row or each.run_at <= until]
 
 
 def keep_due(tx: Transaction, command: KeepDue) -> Response:

@@ -130,7 +130,7 @@ class ClusterNode:
         lead.on_epoch, lead.on_lost = self._on_epoch, self.actor.lose_disk
         held = list(state.processing)
         self.actor.enqueue_internal(ExtendAfterPause(ids=held, grace_ms=30_000, since=clock.moment().lease))
-        DueJobs(self.actor, clock.moment).keep(opened.numbers.wall_ms)
+        await DueJobs(self.actor, clock.moment).keep_at_start(opened.numbers.wall_ms)
         renewing = asyncio.create_task(lead.run(), name=f"{self.name} renews")
         self.lead = lead
         try:

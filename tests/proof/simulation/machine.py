@@ -439,7 +439,7 @@ class SimDaemon:
         machine = self.machine
         machine.disk.on_broken = self.actor.lose_disk
         self._settle()
-        self.due_jobs.keep(self.opened.numbers.wall_ms)
+        await self.due_jobs.keep_at_start(self.opened.numbers.wall_ms)
         running = self.spawn(self.actor.run())
         running.add_done_callback(lambda _: self.stopped.set())
         self.maintainer = Maintainer(self.actor, self.clock, machine.scenario.schedule)

@@ -277,6 +277,11 @@ def test_deadlines_are_postponed_after_a_pause_of_the_daemon(rules: RuleHarness)
     assert rules.accept(ExtendAfterPause(ids=["calm"], grace_ms=30_000)).done == 0
 
 
+def due_before(rules: RuleHarness, until: int) -> dict[str, int]:
+    found = maintenance_rules.due_before(rules.state.not_due(rules.now), rules.now, until)
+    return {job.id: job.run_at for job in sorted(found)}
+
+
 def test_a_job_that_was_due_by_a_clock_that_was_ahead_is_due_again(rules: RuleHarness) -> None:
     rules.create("first")
     rules.create("held")
@@ -288,7 +293,7 @@ def test_a_job_that_was_due_by_a_clock_that_was_ahead_is_due_again(rules: RuleHa
     rules.accept(Cancel(id="ended"))
     rules.now -= HOUR_MS
     rules.create("new")
-    found = maintenance_rules.due_before(rules.state, rules.now, 0)
+    found = due_before(rules, 0)
     assert found == {name: rules.job(name).run_at for name in ("first", "held", "second")}
     assert list(found) == ["first", "held", "second"]
     assert rules.accept(KeepDue(jobs=found | {"ended": NOW, "new": rules.now, "gone": NOW})).done == 3
@@ -296,7 +301,7 @@ def test_a_job_that_was_due_by_a_clock_that_was_ahead_is_due_again(rules: RuleHa
     assert rules.job("later").run_at > rules.now
     assert (rules.types("first")[-1], rules.last().details) == ("updated", {"run_at": rules.now})
     assert rules.accept(Claim(worker="w", limit=9)).grants[0].job.id == "first", "its place in the queue"
-    assert maintenance_rules.due_before(rules.state, rules.now, 0) == {}
+    assert due_before(rules, 0) == {}
     assert rules.accept(KeepDue(jobs=found)).done == 0
 
 
@@ -309,7 +314,7 @@ def test_a_job_whose_delay_was_over_before_the_clock_was_set_back_stays_due(rule
     rules.advance(10)
     until = rules.now
     rules.now -= HOUR_MS
-    found = maintenance_rules.due_before(rules.state, rules.now, until)
+    found = due_before(rules, until)
     assert list(found) == ["retried", "delayed", "plain"], "a start finds the last one by its row alone"
     assert rules.accept(KeepDue(jobs=found)).done == 3
     assert rules.job("later").run_at == until + 1
@@ -322,13 +327,13 @@ def test_a_job_that_was_postponed_after_the_clock_was_set_back_is_not_kept_due(r
     rules.advance(10)
     until = rules.now
     rules.now -= HOUR_MS
-    found = maintenance_rules.due_before(rules.state, rules.now, until)
+    found = due_before(rules, until)
     assert found.keys() == {"retried", "postponed"}
     rules.accept(Fail(id="retried", lock_id=lock_id, error_message="e", retry_after_ms=MINUTE_MS))
     rules.accept_admin(Update(id="postponed", run_at=rules.now + MINUTE_MS))
     assert rules.accept(KeepDue(jobs=found)).done == 0
     assert rules.job("retried").updated_at > rules.job("retried").run_at, "it is not before created_at"
-    assert maintenance_rules.due_before(rules.state, rules.now, 0) == {}
+    assert due_before(rules, 0) == {}
     assert rules.claim(limit=9) == []
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from jobd.maintenance.due_jobs import SLICE, DueJobs
-from jobd.model.commands import Bulk, Claim, Create, ExtendAfterPause, Get, Start
+from jobd.maintenance.due_jobs import PIECE, SLICE, DueJobs
+from jobd.model.commands import Bulk, Claim, Create, ExtendAfterPause, Get, Ping, Start, Tick
 from jobd.model.job import HOUR_MS, MINUTE_MS
 from tests.support.virtual_engine import (
     VirtualEngine,
@@ -49,6 +49,27 @@ async def test_requests_are_decided_between_the_slices() -> None:
         assert len(left) == SLICES
         updates = [sum(each.event.type == "updated" for each in batch.changes) for batch in engine.disk.batches]
         assert [count for count in updates if count] == SLICES * [SLICE]
+
+
+@in_virtual_time
+async def test_a_start_keeps_the_jobs_due_before_the_first_request() -> None:
+    async with checked_engine() as engine:
+        for _ in range(2 * PIECE // SLICE + 1):
+            await engine.yes(Bulk(jobs=[Create(delay_ms=1_000) for _ in range(SLICE)]))
+        await engine.yes(Create(id="later", delay_ms=5_000))
+        await seconds(2)
+        await engine.yes(Tick())
+        disk = engine.disk
+    restarted = VirtualEngine(disk)
+    restarted.step_ms -= HOUR_MS
+    due_jobs = DueJobs(restarted.actor, restarted.clock.moment)
+    await due_jobs.keep_at_start(disk.numbers.wall_ms)
+    async with restarted:
+        assert (await restarted.yes(Claim(worker="w"))).grants
+        while due_jobs.is_busy:
+            await restarted.yes(Ping())
+        assert not_due(restarted) == 1
+        assert (await restarted.no(Start(id="later", worker="w"))).code == "not_due"
 
 
 @in_virtual_time
