@@ -24,6 +24,7 @@ from jobd.engine.history import History
 from jobd.engine.idempotency import Keys
 from jobd.engine.mailbox import (
     SHARES,
+    STORE_VIEWS,
     WEIGHTY,
     Envelope,
     Waiter,
@@ -60,6 +61,7 @@ log = structlog.get_logger("jobd.actor")
 BATCH_WEIGHT: Final = 1_000  # commands of one batch; bulk creates and claims count by their jobs
 BATCH_BYTES: Final = 8 << 20  # of the bodies of one batch; a larger body is a batch of its own
 LATE_WEIGHT: Final = 50  # of a complete without a live grant, which needs a read of the journal
+VIEW_WEIGHT: Final = 50  # of a call whose stored response has the payload and the metadata of a job
 CLOCK_CHECK_S: Final = 1.0  # while a step of the wall clock could make a job due for which a claim waits
 SEND_LATER: Final = 64  # if at most so many commands wait, they are written before the last responses are sent
 SLOW_COMMIT_S: Final = 0.003  # after a commit that took so long, reads do not wait for the next one
@@ -356,6 +358,8 @@ class Actor:
                 weights += weight(command)
             elif type(command) is Complete and not self.state.holds(command.id, command.lock_id):
                 weights += LATE_WEIGHT
+            elif envelope.key is not None and type(command) in STORE_VIEWS:
+                weights += VIEW_WEIGHT
             else:
                 weights += 1
             batch.append(envelope)

@@ -47,6 +47,7 @@ WEIGHTY: Final = frozenset(
     kind for kind in get_args(AnyCommand) if issubclass(kind, (*_SLICED, KeepDue, Bulk, ApplyPlan, Claim, Adopt))
 )
 _JOB_COMMANDS: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, JobCommand))
+STORE_VIEWS: Final = _JOB_COMMANDS - {Start}  # with a key, they store the view of their job as the response
 _ON_JOB: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, JobCommand | Import))
 _DELETING: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, ApplyPlan | DeleteExpired))
 _PAYLOAD_FIRST: Final = frozenset({Create, Bulk, Delete})

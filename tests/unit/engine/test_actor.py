@@ -31,6 +31,7 @@ from jobd.model.commands import (
     ForceFail,
     ForceReset,
     Get,
+    IdempotencyKey,
     Import,
     ListJobs,
     Pause,
@@ -167,6 +168,21 @@ async def test_a_batch_is_limited_by_the_bytes_of_its_bodies() -> None:
         for task in tasks:
             assert isinstance(await task, Response)
         assert [len(batch.changes) for batch in engine.disk.batches] == [3, 2, 1, 1, 2]
+
+
+@in_virtual_time
+async def test_calls_that_store_the_view_of_a_job_weigh_as_much_as_payloads() -> None:
+    """A thousand cancels with a key would make a record of 256 MB."""
+    async with checked_engine() as engine:
+        await engine.yes(Bulk(jobs=[Create(id=f"job-{number}") for number in range(60)]))
+        written = len(engine.disk.batches)
+        tasks = [
+            start_task(engine.actor.ask(Cancel(id=f"job-{number}"), key=IdempotencyKey(f"key-{number}", "body")))
+            for number in range(60)
+        ]
+        for task in tasks:
+            assert isinstance(await task, Response)
+        assert [len(batch.changes) for batch in engine.disk.batches[written:]] == [20, 20, 20]
 
 
 @in_virtual_time
