@@ -103,6 +103,9 @@ async def test_a_job_with_damaged_events_counts_as_changed(path: str, server: Me
         conn.execute("UPDATE events SET at = 0 WHERE job_seq = (SELECT seq FROM jobs WHERE id = 'a')")
     found = await loss.find(Node(path, server).journal, path, KEPT)
     assert "    a: it is completed, and has changed" in found.describe()
+    unknown = f"    damaged rows of events, whose changes are unknown: {found.changed.damaged}; run `jobd doctor`"
+    assert found.changed.damaged
+    assert unknown in found.describe()
 
 
 async def test_all_nodes_go_on_without_the_lost_records(path: str, server: MemoryServer) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from jobd.model.events import ROUTINE, Event
 from jobd.model.responses import DamagedRow
-from jobd.model.storage import EventPruning, Tombstone
+from jobd.model.storage import EventPruning, LateResultQuery, Tombstone
 from jobd.storage import codec, event_queries, event_rows, outbox, queries, scrub, shortening, table_writes
 from jobd.storage.cluster import lost_records
 from jobd.storage.database import PUT_TOMBSTONE, Database
@@ -447,3 +447,31 @@ def test_a_job_that_only_the_index_has_is_reported(busy: bytes) -> None:
         loaded = queries.load(db, [id_], [], [])
         assert id_ in loaded.jobs or id_ in loaded.bad
         db.conn.close()
+
+
+def test_trimming_quarantines_an_audit_entry_whose_age_is_damaged(busy: bytes) -> None:
+    _, rowids = columns_of(busy, "audit")
+    content = flipped(busy, "audit", "at", rowids[0], 40)
+    assert content is not None
+    projection = opened(content)
+    db = projection.db
+    db.conn.execute(
+        "INSERT INTO audit SELECT seq + 1, at, who, address, what, job_id, queue, reason, outcome, jobs, "
+        "details, part_of, crc FROM audit WHERE seq = ?",
+        (rowids[-1],),
+    )
+    table_writes.plan_trimming(db, NOW, 100)
+    assert f"audit {rowids[0]}: its checksum is wrong; the row was quarantined" in db.faults
+    db.conn.close()
+
+
+def test_a_late_result_that_only_the_index_has_is_reported(busy: bytes) -> None:
+    columns, (first, *_) = columns_of(busy, "late_results")
+    assert "job_seq" in columns
+    projection = opened(flipped_number(busy, "late_results", first, 0))
+    db = projection.db
+    (job_seq,) = db.conn.execute("SELECT job_seq FROM late_results NOT INDEXED").fetchone()
+    known = queries.read_late_results(db, [LateResultQuery(job_seq)])
+    assert known.results[job_seq] == []
+    assert db.faults == [f"late results of {db.job_name(job_seq)}: rows cannot be found; run `jobd doctor`"]
+    db.conn.close()
