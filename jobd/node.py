@@ -36,8 +36,8 @@ from jobd.model.journal import (
 )
 from jobd.model.responses import ClusterView
 from jobd.resources import EXIT_BUSY, EXIT_CONFIG, EXIT_IO, CannotStart, open_cluster_store
-from jobd.storage import migrations
 from jobd.storage.files import StoreError
+from jobd.storage.schema import migrations
 
 # Sections in which the nodes of a cluster differ.
 OWN_SECTIONS: Final = frozenset({"worker", "admin", "store", "journal", "node", "log"})

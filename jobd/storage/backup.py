@@ -20,10 +20,11 @@ from typing import BinaryIO, Final
 from msgspec import Struct
 
 from jobd.model.storage import BackupError, BackupProgress, BackupStep, DiskFull
-from jobd.storage import files, migrations, startup
+from jobd.storage import files, startup
 from jobd.storage.connection import journal_mode
 from jobd.storage.database import result_code
 from jobd.storage.files import FileLock, StoreError, StoreUnreadable
+from jobd.storage.schema import migrations
 from jobd.storage.startup import MEMORY
 
 _STEP_PAGES: Final = 100

@@ -35,10 +35,10 @@ from jobd.storage.codec import (
     Row,
     fault,
 )
+from jobd.storage.damage.wal import LogGauge
 from jobd.storage.files import StoreBroken
-from jobd.storage.migrations import VERSION, meta_row
-from jobd.storage.wal import LogGauge
-from jobd.storage.writers import AuditWriter, RowDamaged, RowMissing, Totals, insert
+from jobd.storage.schema.migrations import VERSION, meta_row
+from jobd.storage.tables.writers import AuditWriter, RowDamaged, RowMissing, Totals, insert
 
 T = TypeVar("T")
 _Marks = tuple[Numbers, Totals, int, int, int, Membership | None]

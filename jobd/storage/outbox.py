@@ -15,9 +15,9 @@ from jobd.model.responses import DeliveryState
 from jobd.model.storage import OutboxWrite
 from jobd.model.webhooks import DELIVERY_STATES, EVENTS_GONE, GAP_PENDING, MAX_BACKLOG, Delivery, Outbox, WebhookCursor
 from jobd.storage.codec import Row, fault, with_checksum
+from jobd.storage.damage.quarantine import quarantine_rows
 from jobd.storage.database import Database
-from jobd.storage.quarantine import quarantine_rows
-from jobd.storage.writers import insert
+from jobd.storage.tables.writers import insert
 
 CURSOR_COLUMNS: Final = WebhookCursor.__struct_fields__
 DELIVERY_COLUMNS: Final = Delivery.__struct_fields__

@@ -31,8 +31,9 @@ from jobd.model.storage import (
     Quarantined,
     StoredResponse,
 )
-from jobd.storage import codec, event_queries
+from jobd.storage import codec
 from jobd.storage.codec import AUDIT_COLUMNS, KEY_COLUMNS, LATE_COLUMNS, TOMBSTONE_COLUMNS, Row, fault
+from jobd.storage.damage.quarantine import quarantine_jobs, quarantine_rows
 from jobd.storage.database import (
     BY_ID,
     BY_SEQ,
@@ -48,8 +49,8 @@ from jobd.storage.database import (
     StructureDamaged,
     is_corrupt,
 )
-from jobd.storage.quarantine import quarantine_jobs, quarantine_rows
-from jobd.storage.writers import AUDIT_SQL
+from jobd.storage.events import event_queries
+from jobd.storage.tables.writers import AUDIT_SQL
 
 T = TypeVar("T")
 

@@ -23,11 +23,13 @@ from msgspec.structs import replace
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.job import LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS, CompactJob, Job, epoch_seconds, new_epoch
 from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, OpenedStore, QueueRow, StoredResponse
-from jobd.storage import codec, files, migrations, wal
+from jobd.storage import codec, files
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Membership
 from jobd.storage.codec import KEY_COLUMNS, META_COLUMNS, QUEUE_COLUMNS, Row, fault
 from jobd.storage.connection import FunctionConnection, journal_mode
+from jobd.storage.damage import wal
+from jobd.storage.damage.quarantine import quarantine_jobs, quarantine_rows
 from jobd.storage.database import (
     CHECKPOINT_FRAMES,
     FINISHED_SQL,
@@ -44,11 +46,11 @@ from jobd.storage.database import (
     result_code,
 )
 from jobd.storage.files import EpochFile, StoreBusy, StoreFailed, StoreTooNew, StoreUnreadable
-from jobd.storage.projection import Projection
-from jobd.storage.quarantine import quarantine_jobs, quarantine_rows
 from jobd.storage.queries import read_job
-from jobd.storage.tail import JournalTail, read_tail
-from jobd.storage.upgrade import upgrade
+from jobd.storage.schema import migrations
+from jobd.storage.schema.upgrade import upgrade
+from jobd.storage.tables.projection import Projection
+from jobd.storage.tables.tail import JournalTail, read_tail
 
 MEMORY: Final = ":memory:"
 PAGE_CACHE_KIB: Final = 8 << 10  # enough for the rows of running jobs

@@ -42,12 +42,15 @@ from jobd.model.storage import (
     TombstoneWrite,
 )
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
-from jobd.storage import backup, event_queries, files, outbox, quarantine, queries, scrub, startup, table_writes
+from jobd.storage import backup, files, outbox, queries, startup
 from jobd.storage.commit_mode import CommitMode, CommitSetting
 from jobd.storage.connection import FunctionConnection, StoreConnection
+from jobd.storage.damage import quarantine, scrub
+from jobd.storage.events import event_queries
 from jobd.storage.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew, StoreUnreadable
-from jobd.storage.projection import Projection
 from jobd.storage.startup import MEMORY
+from jobd.storage.tables import table_writes
+from jobd.storage.tables.projection import Projection
 
 __all__ = ["MEMORY", "Store", "StoreBroken", "StoreBusy", "StoreError", "StoreTooNew", "StoreUnreadable"]
 

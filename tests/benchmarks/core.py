@@ -29,7 +29,7 @@ from jobd.model.commands import Call, Claim, Command, Complete, Create, Moment
 from jobd.model.job import Policy
 from jobd.model.responses import Response
 from jobd.storage import startup
-from jobd.storage.projection import Projection
+from jobd.storage.tables.projection import Projection
 
 T = TypeVar("T")
 

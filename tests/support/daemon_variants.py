@@ -20,9 +20,10 @@ from jobd.http.server import HttpListener
 from jobd.journal import record
 from jobd.model.storage import DiskFull, JobQuery
 from jobd.monitoring.alerts import Alerts
-from jobd.storage import projection, store
-from jobd.storage.projection import Projection
+from jobd.storage import store
 from jobd.storage.store import Store
+from jobd.storage.tables import projection
+from jobd.storage.tables.projection import Projection
 from jobd.webhooks import dispatcher
 from jobd.webhooks.context import DispatchContext
 from jobd.webhooks.retry import RetryPolicy

@@ -12,7 +12,7 @@ from typing import Any
 
 from jobd.cli.daemon.main import main
 from jobd.storage.artifacts.filesystem import FileArtifactStore
-from jobd.storage.projection import Projection
+from jobd.storage.tables.projection import Projection
 
 
 def hang(*_: Any) -> None:

@@ -14,7 +14,7 @@ from jobd.model.events import Change, fold
 from jobd.model.job import Job
 from jobd.model.journal import Record
 from jobd.model.storage import BadRows, Batch, DiskFull, Numbers, TableWrite
-from jobd.storage.projection import MAX_BEHIND, SLICE_EVENTS
+from jobd.storage.tables.projection import MAX_BEHIND, SLICE_EVENTS
 from tests.support.memory_tables import MemoryTables
 
 Pending = tuple[int, Batch]  # number of a record that the tables lack, and its batch as decoded

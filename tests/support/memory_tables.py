@@ -28,7 +28,7 @@ from jobd.model.storage import (
     distinct_tombstones,
 )
 from jobd.model.webhooks import Delivery, WebhookCursor
-from jobd.storage.writers import KEEP_AUDIT, KEEP_BESIDE
+from jobd.storage.tables.writers import KEEP_AUDIT, KEEP_BESIDE
 
 KEPT_REPORTS: Final = 500
 

@@ -18,9 +18,10 @@ from jobd.model.storage import (
     OpenedStore,
     Tombstone,
 )
-from jobd.storage import event_queries, outbox, queries
+from jobd.storage import outbox, queries
 from jobd.storage.database import Database
-from jobd.storage.projection import Projection
+from jobd.storage.events import event_queries
+from jobd.storage.tables.projection import Projection
 from tests.support.factories import ChangeFactory
 from tests.support.memory_tables import MemoryTables
 

@@ -14,12 +14,14 @@ from jobd.journal import facts
 from jobd.model.events import Change, Event, fold
 from jobd.model.job import FINISHED, LIVE, Failure, Job, LateResult, Result
 from jobd.model.storage import Batch, LateResultQuery, OpenedStore
-from jobd.storage import codec, event_rows, migrations
+from jobd.storage import codec
 from jobd.storage.commit_mode import CommitSetting
 from jobd.storage.database import JOB_SQL
+from jobd.storage.events import event_rows
 from jobd.storage.offline import doctor
+from jobd.storage.schema import migrations
 from jobd.storage.store import Store
-from jobd.storage.writers import insert
+from jobd.storage.tables.writers import insert
 from tests import ROOT
 from tests.support.factories import ChangeFactory
 

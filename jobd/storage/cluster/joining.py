@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from typing import Final
 
 from jobd.model.job import new_epoch
-from jobd.storage import files, migrations, startup
+from jobd.storage import files, startup
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Membership, WrongCluster
 from jobd.storage.connection import journal_mode
 from jobd.storage.database import Database, now_ms
 from jobd.storage.files import FileLock, StoreUnreadable
+from jobd.storage.schema import migrations
 
 FIRST_RECORD: Final = 1  # the journal of the new cluster begins after it; only a snapshot has its content
 _MARKED: Final = (

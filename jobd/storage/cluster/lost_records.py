@@ -11,12 +11,14 @@ from msgspec import Struct
 
 from jobd.journal import facts
 from jobd.model.job import Job
-from jobd.storage import event_rows, migrations, startup
+from jobd.storage import startup
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Followed
 from jobd.storage.database import BY_SEQ, Database
+from jobd.storage.events import event_rows
 from jobd.storage.files import FileLock, StoreUnreadable
 from jobd.storage.queries import read_job
+from jobd.storage.schema import migrations
 
 _EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq > ? ORDER BY seq"
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from jobd.model.journal import SNAPSHOT_PART_BYTES, BadSnapshot
-from jobd.storage import files, migrations, startup
+from jobd.storage import files, startup
 from jobd.storage.cluster import membership
 from jobd.storage.files import StoreError
+from jobd.storage.schema import migrations
 
 _READ_BYTES: Final = 4 << 20
 _LEVEL: Final = 1  # a third of the size in a third of the time of the default level

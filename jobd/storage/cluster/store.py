@@ -26,8 +26,8 @@ from jobd.storage.commit_mode import CommitMode
 from jobd.storage.connection import StoreConnection
 from jobd.storage.database import Database
 from jobd.storage.files import FileLock, StoreBroken, StoreUnreadable
-from jobd.storage.projection import Projection
 from jobd.storage.store import Store
+from jobd.storage.tables.projection import Projection
 
 log = structlog.get_logger("jobd.storage")
 

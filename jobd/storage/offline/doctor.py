@@ -19,9 +19,10 @@ from jobd.journal import facts
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.job import DAY_MS, LIVE, TOKEN_COUNTER_BITS
 from jobd.model.storage import Numbers, QueueRow
-from jobd.storage import codec, event_rows, files, migrations, startup
+from jobd.storage import codec, files, startup
 from jobd.storage.cluster import membership
 from jobd.storage.codec import JOB_COLUMNS, META_COLUMNS, Row, fault
+from jobd.storage.damage.quarantine import original_id, row_name
 from jobd.storage.database import (
     JOB_SQL,
     KEY_SQL,
@@ -34,15 +35,16 @@ from jobd.storage.database import (
     now_ms,
     readable,
 )
+from jobd.storage.events import event_rows
 from jobd.storage.files import FileLock, StoreError
 from jobd.storage.offline.edited_rows import RepairRejected, edited
 from jobd.storage.offline.refold import differences
 from jobd.storage.outbox import CURSOR_SQL, DELIVERY_SQL
-from jobd.storage.quarantine import original_id, row_name
 from jobd.storage.queries import key_fault, read_job
-from jobd.storage.tail import JournalTail, jobs_without_row, read_tail
-from jobd.storage.tail import fix as tail_fix
-from jobd.storage.writers import AUDIT_SQL, insert
+from jobd.storage.schema import migrations
+from jobd.storage.tables.tail import JournalTail, jobs_without_row, read_tail
+from jobd.storage.tables.tail import fix as tail_fix
+from jobd.storage.tables.writers import AUDIT_SQL, insert
 
 MAX_LISTED: Final = 100  # problems listed per kind; the others are counted
 NOTHING_DAMAGED: Final = "no job is in quarantine, and no row is damaged"

@@ -17,11 +17,12 @@ from msgspec.structs import asdict
 
 from jobd.model.job import LIVE, Job, new_epoch
 from jobd.model.storage import DiskFull
-from jobd.storage import backup, files, migrations, startup
+from jobd.storage import backup, files, startup
 from jobd.storage.database import Database, now_ms, readable
 from jobd.storage.files import FileLock, StoreBusy, StoreError, StoreUnreadable
 from jobd.storage.offline import doctor, edited_rows, journal_cut
 from jobd.storage.offline.edited_rows import RepairRejected
+from jobd.storage.schema import migrations
 
 MAX_SHOWN: Final = 10  # problems of a file to restore
 # Fields that identify an edited row for an operator. A lock id is a secret.

@@ -17,8 +17,8 @@ from jobd.storage.cluster import membership
 from jobd.storage.database import Database, is_corrupt
 from jobd.storage.files import FileLock, StoreUnreadable
 from jobd.storage.offline.edited_rows import RepairRejected
-from jobd.storage.tail import Pending, counted
-from jobd.storage.upgrade import copy_aside
+from jobd.storage.schema.upgrade import copy_aside
+from jobd.storage.tables.tail import Pending, counted
 
 LABEL: Final = "before-cut"  # in the name of the copy
 _MAX_IDS: Final = 20  # jobs named

@@ -12,10 +12,10 @@ from msgspec.structs import astuple
 from jobd.journal import facts
 from jobd.model.events import Event, fold
 from jobd.model.job import Job
-from jobd.storage import event_rows
 from jobd.storage.codec import JobReader, Row, Unreadable, fault
 from jobd.storage.database import JOB_SQL, lenient_text
-from jobd.storage.tail import Pending
+from jobd.storage.events import event_rows
+from jobd.storage.tables.tail import Pending
 
 _JOBS: Final = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED ORDER BY seq"
 _EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? ORDER BY seq"

@@ -11,7 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Final
 
-from jobd.storage import migrations, startup
+from jobd.storage import startup
+from jobd.storage.schema import migrations
 from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load

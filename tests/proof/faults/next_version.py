@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 
 from jobd.cli.daemon.main import main
-from jobd.storage import migrations
+from jobd.storage.schema import migrations
 
 AHEAD = 2
 

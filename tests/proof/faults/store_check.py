@@ -17,10 +17,11 @@ from jobd.journal import facts
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.events import Event, fold
 from jobd.model.job import Grant, Job
-from jobd.storage import codec, event_rows, startup
+from jobd.storage import codec, startup
 from jobd.storage.database import JOB_SQL
+from jobd.storage.events import event_rows
 from jobd.storage.offline import doctor
-from jobd.storage.tail import read_tail
+from jobd.storage.tables.tail import read_tail
 
 
 @dataclass

@@ -11,7 +11,7 @@ import pytest
 from jobd.journal.memory import MemoryJournal
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.journal import BadRecord, Journal, Record
-from jobd.storage import migrations
+from jobd.storage.schema import migrations
 
 
 def connection() -> sqlite3.Connection:

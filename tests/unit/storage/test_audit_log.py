@@ -6,8 +6,8 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.model.storage import AuditEntry, AuditQuery, BadRows
-from jobd.storage import writers
 from jobd.storage.store import Store
+from jobd.storage.tables import writers
 from tests.support import store_files
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import edit_store, job_of, open_store, read_file

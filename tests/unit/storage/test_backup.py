@@ -17,10 +17,11 @@ from msgspec.structs import replace
 
 from jobd.model.job import FINISHED, LIVE
 from jobd.model.storage import Batch, DiskFull
-from jobd.storage import backup, files, migrations
+from jobd.storage import backup, files
 from jobd.storage.backup import BackupStopped, restore
 from jobd.storage.files import FileLock, StoreBusy, StoreTooNew, StoreUnreadable
 from jobd.storage.offline import dry_run
+from jobd.storage.schema import migrations
 from jobd.storage.store import MEMORY, Store, StoreBroken
 from tests.support.daemon_process import DaemonProcess
 from tests.support.factories import ChangeFactory

@@ -29,7 +29,9 @@ from jobd.model.commands import (
 from jobd.model.events import GIVEN_BACK, KEEP_HEARTBEATS, ROUTINE, Changes, Event, fold
 from jobd.model.job import Backoff, Failure, Job, Options, Result, compact
 from jobd.model.storage import AuditEntry, Numbers, QueueRow, StoredResponse, Tombstone
-from jobd.storage import codec, event_rows, migrations
+from jobd.storage import codec
+from jobd.storage.events import event_rows
+from jobd.storage.schema import migrations
 from tests.support.factories import NOW, OPTIONS, ChangeFactory, all_of, full_job
 from tests.support.rule_harness import RuleHarness
 

@@ -11,7 +11,7 @@ from jobd.model.storage import (
     Batch,
     JournalPage,
 )
-from jobd.storage import event_rows, shortening
+from jobd.storage.events import event_rows, shortening
 from jobd.storage.store import Store
 from tests.support.factories import NOW, OPTIONS, ChangeFactory
 from tests.support.store_files import edit_store, job_of, open_store, stored_events

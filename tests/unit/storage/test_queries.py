@@ -15,7 +15,8 @@ from jobd.model.storage import (
     JobQuery,
     LateResultQuery,
 )
-from jobd.storage import event_queries, queries
+from jobd.storage import queries
+from jobd.storage.events import event_queries
 from jobd.storage.store import Store
 from tests.support.factories import NOW, OPTIONS, ChangeFactory, all_of
 from tests.support.store_files import assert_holds, job_of, late_of, late_results, open_store

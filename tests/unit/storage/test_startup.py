@@ -15,9 +15,10 @@ from msgspec.structs import replace
 
 from jobd.model.job import COUNTER_MASK, LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS
 from jobd.model.storage import Batch
-from jobd.storage import files, migrations, startup
+from jobd.storage import files, startup
 from jobd.storage.backup import restore
 from jobd.storage.files import EpochFile
+from jobd.storage.schema import migrations
 from jobd.storage.store import MEMORY, Store, StoreBusy, StoreTooNew, StoreUnreadable
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import edit_store, open_store, read_file, write_file

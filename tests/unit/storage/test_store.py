@@ -28,8 +28,8 @@ from jobd.model.storage import (
 from jobd.storage import database, files
 from jobd.storage.commit_mode import LONG_STALL_S, CommitSetting
 from jobd.storage.database import CHECKPOINT_FRAMES
-from jobd.storage.projection import Projection
 from jobd.storage.store import MEMORY, Store
+from jobd.storage.tables.projection import Projection
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import assert_holds, exists, job_of, open_store, recounted
 

@@ -20,7 +20,8 @@ from jobd.model.events import Change
 from jobd.model.job import DAY_MS, HOUR_MS, Job
 from jobd.model.storage import DiskFull, FormatNotRead
 from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
-from jobd.storage import event_queries, outbox
+from jobd.storage import outbox
+from jobd.storage.events import event_queries
 from jobd.storage.store import Store
 from jobd.webhooks import alert_source, dispatcher, journal_reader
 from jobd.webhooks.manager import WebhookManager

@@ -13,19 +13,20 @@ from jobd.journal.facts import EventRow
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import Batch
-from jobd.storage import files, migrations, startup
+from jobd.storage import files, startup
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.connection import StoreConnection
 from jobd.storage.database import Database
-from jobd.storage.projection import Projection
+from jobd.storage.schema import migrations
 from jobd.storage.store import Store
-from jobd.storage.tail import Pending
+from jobd.storage.tables.projection import Projection
+from jobd.storage.tables.tail import Pending
 from tests.proof.planted.registry import SIMULATION, bug
 
-PROJECTION = "tests/unit/storage/test_projection_faults.py"
+PROJECTION = "tests/unit/storage/tables/test_projection_faults.py"
 STORE = "tests/unit/storage/test_store.py"
-WALK = "tests/unit/storage/test_projection_walk.py"
+WALK = "tests/unit/storage/tables/test_projection_walk.py"
 CLUSTER = "tests/unit/storage/cluster/test_store.py"
 OUTAGES = "tests/integration/test_outages.py"
 

@@ -22,8 +22,8 @@ from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage.cluster import snapshots
 from jobd.storage.cluster.membership import StoreAhead, StoreDamaged, WrongCluster
 from jobd.storage.cluster.store import ClusterStore
-from jobd.storage.projection import MAX_BEHIND_FULL
 from jobd.storage.store import Store, StoreBroken, StoreBusy, StoreUnreadable
+from jobd.storage.tables.projection import MAX_BEHIND_FULL
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.projection_harness import Writer, fail_commits
 from tests.support.store_files import edit_store, flip, job_of, make_store, open_store, stored_events

@@ -14,11 +14,12 @@ from msgspec.structs import replace
 from jobd.model.job import DAY_MS, FINISHED, LIVE
 from jobd.model.storage import AuditEntry, StoredResponse, Tombstone
 from jobd.model.webhooks import Delivery, WebhookCursor
-from jobd.storage import files, migrations
+from jobd.storage import files
 from jobd.storage.database import now_ms
 from jobd.storage.offline import doctor, dry_run
 from jobd.storage.offline.doctor import StoreProblem, accept, check, recount
 from jobd.storage.offline.edited_rows import RepairRejected
+from jobd.storage.schema import migrations
 from jobd.storage.store import StoreBusy, StoreTooNew, StoreUnreadable
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import (

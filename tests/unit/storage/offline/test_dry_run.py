@@ -12,10 +12,11 @@ import pytest
 
 from jobd.model.job import FINISHED, LIVE
 from jobd.model.storage import DiskFull
-from jobd.storage import backup, files, migrations
+from jobd.storage import backup, files
 from jobd.storage.files import StoreBusy, StoreTooNew, StoreUnreadable
 from jobd.storage.offline import doctor, dry_run
 from jobd.storage.offline.edited_rows import RepairRejected
+from jobd.storage.schema import migrations
 from tests.support.store_files import (
     damage_backup,
     edit_store,

@@ -6,8 +6,9 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.journal import facts
-from jobd.storage import event_rows, projection
+from jobd.storage.events import event_rows
 from jobd.storage.offline import doctor
+from jobd.storage.tables import projection
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import edit_store, leave_tail, make_store, pick, stored_events
 

@@ -13,9 +13,9 @@ from jobd.journal.checksum import checksum
 from jobd.model.job import FINISHED, LIVE
 from jobd.model.journal import Record
 from jobd.model.storage import Batch
-from jobd.storage import migrations
 from jobd.storage.files import StoreUnreadable
 from jobd.storage.offline import doctor, dry_run
+from jobd.storage.schema import migrations
 from jobd.storage.store import Store
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import (

@@ -11,11 +11,12 @@ from msgspec.structs import replace
 from jobd.model.events import Change
 from jobd.model.job import compact
 from jobd.model.storage import BadRows, Batch
-from jobd.storage import codec, writers
+from jobd.storage import codec
 from jobd.storage.codec import checksum, job_row
 from jobd.storage.database import BY_SEQ
-from jobd.storage.projection import Projection
 from jobd.storage.startup import connect, start
+from jobd.storage.tables import writers
+from jobd.storage.tables.projection import Projection
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import job_of
 

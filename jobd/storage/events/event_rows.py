@@ -17,7 +17,7 @@ import msgspec
 from jobd.journal.facts import EVENT_COLUMNS, EventRow
 from jobd.storage import codec
 from jobd.storage.codec import Row, with_checksum
-from jobd.storage.writers import insert
+from jobd.storage.tables.writers import insert
 
 COLUMNS: Final = ("seq", "last", "job_seq", "at", "body")
 COLUMNS_SQL: Final = f"{', '.join(COLUMNS)}, crc"

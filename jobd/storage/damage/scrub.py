@@ -12,13 +12,13 @@ from typing import Final
 from msgspec import Struct
 
 from jobd.model.responses import CheckedRows, DamagedRow
-from jobd.storage import event_rows
 from jobd.storage.codec import AUDIT_COLUMNS, LATE_COLUMNS, Row, fault
+from jobd.storage.damage.quarantine import quarantine_jobs, quarantine_rows, row_name
 from jobd.storage.database import JOB_SQL, KEY_SQL, LATE_SQL, TOMBSTONE_SQL, Database, is_corrupt
+from jobd.storage.events import event_rows
 from jobd.storage.outbox import DELIVERY_SQL
-from jobd.storage.quarantine import quarantine_jobs, quarantine_rows, row_name
 from jobd.storage.queries import key_fault, read_job
-from jobd.storage.writers import AUDIT_SQL
+from jobd.storage.tables.writers import AUDIT_SQL
 
 SLICE_S: Final = 0.002
 MAX_ROWS: Final = 100  # per query

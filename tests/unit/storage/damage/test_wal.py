@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jobd.storage import wal
 from jobd.storage.backup import restore
+from jobd.storage.damage import wal
 from jobd.storage.files import StoreUnreadable
 from jobd.storage.offline import doctor
 from jobd.storage.store import Store

@@ -27,13 +27,13 @@ from jobd.model.storage import (
     StoredResponse,
     Tombstone,
 )
-from jobd.storage import projection as projections
 from jobd.storage import startup
 from jobd.storage.backup import finish_copy
 from jobd.storage.files import StoreBroken, StoreUnreadable
-from jobd.storage.projection import Projection
 from jobd.storage.startup import connect, start
 from jobd.storage.store import Store
+from jobd.storage.tables import projection as projections
+from jobd.storage.tables.projection import Projection
 from tests.support.factories import OPTIONS, ChangeFactory
 from tests.support.memory_tables import MemoryTables
 from tests.support.projection_harness import EVERYTHING, Writer, content_of, differences, fail_commits

@@ -14,10 +14,10 @@ import pytest
 
 from jobd.model.job import LIVE
 from jobd.model.storage import BadRows, DiskFull, OpenedStore
-from jobd.storage import projection as projections
 from jobd.storage import queries, startup
 from jobd.storage.backup import finish_copy
 from jobd.storage.startup import connect, start
+from jobd.storage.tables import projection as projections
 from tests.support.memory_tables import MemoryTables
 from tests.support.projection_harness import EVERYTHING, Writer, content_of, differences, fail_commits
 from tests.support.store_files import remove_quarantined

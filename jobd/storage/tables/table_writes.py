@@ -16,11 +16,12 @@ from jobd.model.storage import (
     TableWrite,
     TombstoneWrite,
 )
-from jobd.storage import codec, event_queries, event_rows, outbox
+from jobd.storage import codec, outbox
 from jobd.storage.codec import AUDIT_COLUMNS, fault, with_checksum
+from jobd.storage.damage.quarantine import quarantine_events, quarantine_rows
 from jobd.storage.database import PUT_TOMBSTONE, Database, is_corrupt
-from jobd.storage.quarantine import quarantine_events, quarantine_rows
-from jobd.storage.writers import AUDIT_ROW, insert
+from jobd.storage.events import event_queries, event_rows
+from jobd.storage.tables.writers import AUDIT_ROW, insert
 
 _PUT_FIGURES: Final = insert("figures", ("id", "body", "crc"), "REPLACE")
 _EXISTS: Final = "SELECT 1 FROM jobs WHERE seq = job_seq UNION ALL SELECT 1 FROM quarantined_jobs WHERE seq = job_seq"

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from jobd.model.job import FINISHED, Job, is_job_id
 from jobd.model.storage import DiskFull, Quarantined
-from jobd.storage import codec, event_rows
+from jobd.storage import codec
 from jobd.storage.codec import JOB_COLUMNS, Row
 from jobd.storage.database import (
     BY_SEQ,
@@ -25,7 +25,8 @@ from jobd.storage.database import (
     readable,
     result_code,
 )
-from jobd.storage.writers import insert
+from jobd.storage.events import event_rows
+from jobd.storage.tables.writers import insert
 
 _INSERT: Final = insert("quarantined_jobs", ("seq", "id", "reason", "at", "row", "payload", "request_hash"), "REPLACE")
 _QUEUE: Final = JOB_COLUMNS.index("queue")

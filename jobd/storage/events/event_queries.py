@@ -16,11 +16,11 @@ from jobd.journal import facts
 from jobd.journal.facts import EVENT_COLUMNS, EventRow
 from jobd.model.events import Event
 from jobd.model.storage import DiskFull, JournalPage
-from jobd.storage import event_rows
 from jobd.storage.codec import Row
+from jobd.storage.damage.quarantine import quarantine_rows
 from jobd.storage.database import Database, StructureDamaged, is_corrupt
-from jobd.storage.event_rows import fault
-from jobd.storage.quarantine import quarantine_rows
+from jobd.storage.events import event_rows
+from jobd.storage.events.event_rows import fault
 
 SLICE_BYTES: Final = 256 << 10  # of rows read between two batches, which takes less than 2 ms
 _EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events NOT INDEXED WHERE seq = ?"

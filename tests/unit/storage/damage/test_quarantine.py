@@ -28,8 +28,8 @@ from jobd.model.storage import (
     StoredResponse,
     Tombstone,
 )
-from jobd.storage import quarantine
 from jobd.storage.codec import JOB_COLUMNS
+from jobd.storage.damage import quarantine
 from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import (

@@ -20,11 +20,12 @@ from msgspec.structs import replace
 
 from jobd.model.job import FINISHED, LIVE, TOKEN_COUNTER_BITS, Job, Result
 from jobd.model.storage import AuditEntry, AuditQuery, LateResultQuery
-from jobd.storage import codec, files, migrate_job_rows, migrations, startup
+from jobd.storage import codec, files, startup
 from jobd.storage.database import JOB_SQL
 from jobd.storage.files import EpochFile
 from jobd.storage.offline import doctor
 from jobd.storage.offline.edited_rows import RepairRejected
+from jobd.storage.schema import job_rows, migrations
 from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
 from tests.support.factories import ChangeFactory, full_job
 from tests.support.store_files import (
@@ -332,7 +333,7 @@ async def test_metadata_of_any_depth_is_migrated(path: str) -> None:
             (*row, _) = conn.execute("SELECT * FROM jobs WHERE seq = ?", (job.seq,)).fetchone()
             names = [name for (name,) in conn.execute("SELECT name FROM pragma_table_info('jobs')")]
             row[names.index("metadata")] = metadata
-            new = migrate_job_rows._new_row((*row, codec.checksum(tuple(row)) ^ error))
+            new = job_rows._new_row((*row, codec.checksum(tuple(row)) ^ error))
             assert codec.checksum(new[:-1]) ^ error == new[-1]
             assert (metadata if error == 0 else metadata.hex().encode()).decode() in new[-2]
 
@@ -467,7 +468,7 @@ async def test_an_older_copy_of_an_older_version_is_detected_by_its_epoch_file(p
 
 MIGRATOR = """
 import asyncio, os, signal, sys
-from jobd.storage import migrations
+from jobd.storage.schema import migrations
 from jobd.storage.store import Store
 
 def step(conn):

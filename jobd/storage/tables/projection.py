@@ -35,16 +35,18 @@ from jobd.model.storage import (
     Tombstone,
     distinct_tombstones,
 )
-from jobd.storage import codec, event_rows, table_writes
+from jobd.storage import codec
 from jobd.storage.cluster import membership
 from jobd.storage.codec import KEY_COLUMNS, with_checksum
+from jobd.storage.damage.quarantine import quarantine_jobs
 from jobd.storage.database import BY_SEQ, PUT_QUEUE, PUT_TOMBSTONE, Database, readable
+from jobd.storage.events import event_rows
+from jobd.storage.events.shortening import JournalShortener
 from jobd.storage.files import StoreUnreadable
-from jobd.storage.quarantine import quarantine_jobs
 from jobd.storage.queries import read_job
-from jobd.storage.shortening import JournalShortener
-from jobd.storage.tail import Pending, fix, read_tail
-from jobd.storage.writers import JobWriter, LateWriter, RowDamaged, RowMissing, RowUnreadable, StoredJob, insert
+from jobd.storage.tables import table_writes
+from jobd.storage.tables.tail import Pending, fix, read_tail
+from jobd.storage.tables.writers import JobWriter, LateWriter, RowDamaged, RowMissing, RowUnreadable, StoredJob, insert
 
 T = TypeVar("T")
 

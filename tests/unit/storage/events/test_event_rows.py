@@ -13,12 +13,13 @@ from jobd.journal import facts
 from jobd.model.events import KEEP_GRANTS, KEEP_HEARTBEATS, Change, Event
 from jobd.model.job import LIVE, Job, Result
 from jobd.model.storage import Batch, EventPruning
-from jobd.storage import event_queries, event_rows, table_writes
 from jobd.storage.codec import with_checksum
-from jobd.storage.event_rows import pack, unpack
+from jobd.storage.events import event_queries, event_rows
+from jobd.storage.events.event_rows import pack, unpack
 from jobd.storage.offline import doctor
-from jobd.storage.projection import Projection
 from jobd.storage.startup import connect, start
+from jobd.storage.tables import table_writes
+from jobd.storage.tables.projection import Projection
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import (
     as_version_13,
@@ -296,7 +297,7 @@ async def test_a_migration_reads_events_in_pieces(path: str, monkeypatch: pytest
     with edit_store(path) as conn:
         events = stored_events(conn)
     as_version_13(path)
-    monkeypatch.setattr("jobd.storage.migrations._PACKED_AT_ONCE", 7)
+    monkeypatch.setattr("jobd.storage.schema.migrations._PACKED_AT_ONCE", 7)
     async with open_store(path) as (store, _):
         assert (await store.journal(0, 10_000)).events == events
     assert doctor.check(path, refold=True) == []

@@ -23,10 +23,10 @@ from jobd.model.events import (
 )
 from jobd.model.job import LIVE
 from jobd.model.storage import DiskFull
-from jobd.storage import event_rows
 from jobd.storage.codec import Row
 from jobd.storage.database import Database, StructureDamaged, is_corrupt
-from jobd.storage.event_rows import fault
+from jobd.storage.events import event_rows
+from jobd.storage.events.event_rows import fault
 
 COMPACTED_AT_ONCE: Final = 1_000  # events of a journal that are read by one `shorten`
 GIVEN_BACK_KEPT: Final = 10_000  # jobs whose returned grants are counted

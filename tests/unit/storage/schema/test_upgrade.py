@@ -14,7 +14,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from jobd.model.storage import DiskFull, DiskSpace
-from jobd.storage import files, migrations, startup, upgrade
+from jobd.storage import files, startup
+from jobd.storage.schema import migrations, upgrade
 from tests.support.store_files import (
     as_version_12,
     as_version_13,
@@ -30,7 +31,9 @@ from tests.support.store_files import (
 
 KILLED = """
 import os, signal, sys
-from jobd.storage import files, migrations, startup, upgrade
+from jobd.storage import files, startup
+from jobd.storage.schema import migrations
+from jobd.storage.schema import upgrade
 kill = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "copy":
     files.sync = kill

@@ -13,9 +13,9 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.model.storage import DiskFull, JobQuery, LateResultQuery, StoredResponse
-from jobd.storage import projection as projections
 from jobd.storage import store as stores
 from jobd.storage.store import Store, StoreUnreadable
+from jobd.storage.tables import projection as projections
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.polling import wait_until
 from tests.support.store_files import assert_holds, edit_store, job_of, open_store, recounted

@@ -14,9 +14,10 @@ from typing import Final
 from jobd.journal.facts import EVENT_COLUMNS
 from jobd.model.job import COUNTER_MASK, LIVE, TOKEN_COUNTER_BITS
 from jobd.model.storage import Numbers
-from jobd.storage import event_rows, migrate_job_rows
 from jobd.storage.codec import META_COLUMNS, Row, checksum, fault, original_checksum, with_checksum
+from jobd.storage.events import event_rows
 from jobd.storage.files import StoreUnreadable
+from jobd.storage.schema import job_rows
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
 VERSION: Final = 14
@@ -143,7 +144,7 @@ def meta_row(
 
 def create(conn: sqlite3.Connection) -> None:
     """Create the schema in an empty database, in one transaction."""
-    script = files("jobd.storage").joinpath("schema.sql").read_text("utf-8")
+    script = files("jobd.storage.schema").joinpath("schema.sql").read_text("utf-8")
     conn.execute("BEGIN IMMEDIATE")
     for statement in statements(script):
         conn.execute(statement)
@@ -245,7 +246,7 @@ def _move_job_fields_into_body(conn: sqlite3.Connection) -> None:
     """Move the fields of jobs that no query searches from their columns into a JSON body."""
     meta = read_meta(conn)
     assert meta is not None
-    live_xor, finished_xor = migrate_job_rows.convert(conn)
+    live_xor, finished_xor = job_rows.convert(conn)
     change_meta(conn, live_xor=meta["live_xor"] ^ live_xor, finished_xor=meta["finished_xor"] ^ finished_xor)
 
 

@@ -15,9 +15,10 @@ from urllib.parse import quote
 import structlog
 
 from jobd.model.storage import SPARE_BYTES, DiskFull
-from jobd.storage import files, migrations
+from jobd.storage import files
 from jobd.storage.connection import journal_mode
 from jobd.storage.database import now_ms, result_code
+from jobd.storage.schema import migrations
 
 log = structlog.get_logger("jobd.storage")
 

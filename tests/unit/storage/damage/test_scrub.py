@@ -13,8 +13,8 @@ from jobd.maintenance.scrubber import Scrubber
 from jobd.model.errors import ApiError
 from jobd.model.job import FINISHED, LIVE
 from jobd.model.responses import CheckedRows
-from jobd.storage import scrub
-from jobd.storage.scrub import TABLES
+from jobd.storage.damage import scrub
+from jobd.storage.damage.scrub import TABLES
 from jobd.storage.store import Store
 from tests.support.store_files import edit_store, make_store, open_store, pick
 from tests.unit.storage.offline.test_doctor import busy_store

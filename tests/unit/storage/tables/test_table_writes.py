@@ -9,9 +9,11 @@ from msgspec.structs import replace
 
 from jobd.model.storage import AuditEntry, DiskFull, FiguresWrite, OutboxWrite, Tombstone, TombstoneWrite
 from jobd.model.webhooks import Delivery, WebhookCursor
-from jobd.storage import event_queries, event_rows, outbox, queries, table_writes
-from jobd.storage.projection import Projection
+from jobd.storage import outbox, queries
+from jobd.storage.events import event_queries, event_rows
 from jobd.storage.startup import connect, start
+from jobd.storage.tables import table_writes
+from jobd.storage.tables.projection import Projection
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.projection_harness import fail_commits
 from tests.support.store_files import job_of

@@ -16,16 +16,19 @@ import pytest
 from jobd.model.events import ROUTINE, Event
 from jobd.model.responses import DamagedRow
 from jobd.model.storage import EventPruning, LateResultQuery, Tombstone
-from jobd.storage import codec, event_queries, event_rows, outbox, queries, scrub, shortening, table_writes
+from jobd.storage import codec, outbox, queries
 from jobd.storage.cluster import lost_records
+from jobd.storage.damage import scrub
 from jobd.storage.database import PUT_TOMBSTONE, Database
+from jobd.storage.events import event_queries, event_rows, shortening
 from jobd.storage.offline import doctor
-from jobd.storage.projection import Projection
 from jobd.storage.startup import MEMORY, connect, start
+from jobd.storage.tables import table_writes
+from jobd.storage.tables.projection import Projection
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import hidden_indexes, job_of, stored_events
+from tests.unit.storage.events.test_event_rows import rounds
 from tests.unit.storage.offline.test_doctor import busy_store
-from tests.unit.storage.test_event_rows import rounds
 
 LATER = NOW + 10_000
 WRONG = re.compile("damaged|missing|checksum .* wrong")

@@ -1,0 +1,1 @@
+"""The rows of events: how they are packed, read and shortened."""

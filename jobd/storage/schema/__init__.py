@@ -1,0 +1,1 @@
+"""Create the schema of the database, and migrate older versions."""

@@ -1,0 +1,1 @@
+"""The tables behind the journal: what is written to them, in slices."""
