@@ -56,10 +56,11 @@ async def leave(journal: SharedJournal, path: str, lease_s: float) -> int:
 
     All nodes are stopped: nothing may lead for `lease_s`. Return the new epoch. The journal is closed when the tables
     have all of its records, so an error before that leaves the cluster as it was. A second call completes what the
-    first one began. Raises CannotConvert, DiskFull, JournalUnavailable, and the errors of a store.
+    first one began. An `init_from_store` without its snapshot is undone too. Raises CannotConvert, DiskFull,
+    JournalUnavailable, and the errors of a store.
     """
     try:
-        store, opened = await ClusterStore.open_for(path, journal)
+        store, opened = await ClusterStore.open_for(path, journal, needs_snapshot=False)
     except WrongCluster:
         if (epoch := await _epoch_if_left(journal, path)) is None:
             raise

@@ -52,15 +52,21 @@ class ClusterStore(Store):
 
     @classmethod
     async def open_for(
-        cls, path: str, journal: SharedJournal, *, on_locked: Callable[[], None] | None = None
+        cls,
+        path: str,
+        journal: SharedJournal,
+        *,
+        on_locked: Callable[[], None] | None = None,
+        needs_snapshot: bool = True,
     ) -> tuple[Self, OpenedStore]:
         """Open the tables at `path` to follow `journal` from their last record.
 
         A store that cannot follow it is set aside and rebuilt from a snapshot, if it belongs to this cluster: it is
-        damaged, on another branch, or too far behind. Raises WrongCluster, StoreAhead, StoreBusy, StoreTooNew,
+        damaged, on another branch, or too far behind. If it `needs_snapshot`, the store that a cluster is made from is
+        refused before its snapshot is complete. Raises WrongCluster, StoreAhead, StoreBusy, StoreTooNew,
         StoreUnreadable, DiskFull, JournalUnavailable, or an OSError.
         """
-        opening = asyncio.ensure_future(cls._open_for(path, journal, on_locked))
+        opening = asyncio.ensure_future(cls._open_for(path, journal, on_locked, needs_snapshot))
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:  # the thread cannot be stopped, so wait for it
@@ -71,15 +77,15 @@ class ClusterStore(Store):
 
     @classmethod
     async def _open_for(
-        cls, path: str, journal: SharedJournal, on_locked: Callable[[], None] | None
+        cls, path: str, journal: SharedJournal, on_locked: Callable[[], None] | None, needs_snapshot: bool
     ) -> tuple[Self, OpenedStore]:
         lock = await asyncio.to_thread(FileLock, path)
         try:
             if on_locked is not None:
                 on_locked()
-            if (found := await cls._try_open(path, journal, lock, may_be_new=False)) is None:
+            if (found := await cls._try_open(path, journal, lock, needs_snapshot, may_be_new=False)) is None:
                 await _make_again(path, journal)
-                found = await cls._try_open(path, journal, lock, may_be_new=True)
+                found = await cls._try_open(path, journal, lock, needs_snapshot, may_be_new=True)
         except BaseException:
             lock.release()
             raise
@@ -92,12 +98,14 @@ class ClusterStore(Store):
 
     @classmethod
     async def _try_open(
-        cls, path: str, journal: SharedJournal, lock: FileLock, *, may_be_new: bool
+        cls, path: str, journal: SharedJournal, lock: FileLock, needs_snapshot: bool, *, may_be_new: bool
     ) -> tuple[Self, OpenedStore] | None:
         """Open the store, or return None if it has to be rebuilt. `may_be_new`: there is no snapshot for it."""
         connection = await StoreConnection.open(partial(startup.connect, path, "NORMAL"))
         try:
             db = await connection.run(startup.identify, connection.raw, path, journal.cluster_id)
+            if needs_snapshot:
+                await _check_snapshot(db, path, journal)
             if await _can_follow(db, path, journal, may_be_new=may_be_new):
                 projection, opened = await connection.run(startup.start, connection.raw, path, journal.cluster_id)
                 return cls(path, connection, projection, lock), opened
@@ -214,18 +222,23 @@ class ClusterStore(Store):
 
 
 async def _can_follow(db: Database, path: str, journal: SharedJournal, *, may_be_new: bool) -> bool:
-    """Return whether the store can follow the journal from its last record. Raises StoreAhead or StoreUnreadable."""
+    """Return whether the store can follow the journal from its last record. Raises StoreAhead."""
     is_new = db.numbers.epoch == 0
     if is_new and not may_be_new and await journal.snapshots():
         return False
     crc = None if db.membership is None else db.membership.record_crc
-    if crc is None and db.projected_to == FIRST_RECORD and not await journal.snapshots():
-        raise _unfinished(path)  # its content would be on this disk only, and no other node could follow
     if await membership.is_on_branch(path, journal, Followed(db.projected_to, crc, db.numbers.epoch)):
         return True
     reason = "the journal does not have its last record, or not the next one"
     log.warning("store_set_aside", path=path, record=db.projected_to, kept=f"{path}.old", reason=reason)
     return False
+
+
+async def _check_snapshot(db: Database, path: str, journal: SharedJournal) -> None:
+    """Raise StoreUnreadable if the content of the cluster is on this disk only, so that no other node could follow."""
+    is_first = db.membership is not None and db.membership.record_crc is None and db.projected_to == FIRST_RECORD
+    if is_first and not await journal.snapshots():
+        raise _unfinished(path)
 
 
 def _unfinished(path: str) -> StoreUnreadable:

@@ -214,6 +214,18 @@ async def test_no_node_leads_before_the_snapshot_is_complete(path: str, server: 
         assert opened.last_record == FIRST_RECORD
 
 
+async def test_a_store_leaves_a_cluster_that_never_got_its_snapshot(path: str, server: MemoryServer) -> None:
+    maker, journal = await make_store(path), MemorySharedJournal(server)
+    await asyncio.to_thread(joining.join, path, journal.cluster_id)  # killed before the snapshot
+    epoch = await conversion.leave(journal, path, 0)
+    assert await conversion.leave(journal, path, 0) == epoch
+    maker.numbers = replace(maker.numbers, epoch=epoch, next_token=1)
+    async with open_store(path) as (store, opened):
+        await assert_holds(store, opened, maker)
+    with pytest.raises(CannotConvert, match="the journal is in use"):
+        await conversion.init_from_store(journal, path)
+
+
 async def test_a_journal_in_use_is_refused(path: str) -> None:
     await make_store(path)
     with pytest.raises(CannotConvert, match=r"choose another journal\.name") as refused:
