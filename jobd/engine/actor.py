@@ -354,12 +354,12 @@ class Actor:
             size += envelope.size
             mailbox.popleft()
             command = envelope.call.command
-            if type(command) in WEIGHTY:
+            if envelope.key is not None and type(command) in STORE_VIEWS:
+                weights += VIEW_WEIGHT
+            elif type(command) in WEIGHTY:
                 weights += weight(command)
             elif type(command) is Complete and not self.state.holds(command.id, command.lock_id):
                 weights += LATE_WEIGHT
-            elif envelope.key is not None and type(command) in STORE_VIEWS:
-                weights += VIEW_WEIGHT
             else:
                 weights += 1
             batch.append(envelope)

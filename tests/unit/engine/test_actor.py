@@ -173,16 +173,23 @@ async def test_a_batch_is_limited_by_the_bytes_of_its_bodies() -> None:
 @in_virtual_time
 async def test_calls_that_store_the_view_of_a_job_weigh_as_much_as_payloads() -> None:
     """A thousand cancels with a key would make a record of 256 MB."""
-    async with checked_engine() as engine:
-        await engine.yes(Bulk(jobs=[Create(id=f"job-{number}") for number in range(60)]))
+
+    async def batches(*calls: Adopt | Cancel) -> list[int]:
         written = len(engine.disk.batches)
-        tasks = [
-            start_task(engine.actor.ask(Cancel(id=f"job-{number}"), key=IdempotencyKey(f"key-{number}", "body")))
-            for number in range(60)
-        ]
+        tasks = [start_task(engine.actor.ask(call, admin=True, key=IdempotencyKey(call.id, "body"))) for call in calls]
         for task in tasks:
             assert isinstance(await task, Response)
-        assert [len(batch.changes) for batch in engine.disk.batches[written:]] == [20, 20, 20]
+        return [len(batch.keys) for batch in engine.disk.batches[written:]]
+
+    async with checked_engine() as engine:
+        ids = [f"job-{number}" for number in range(60)]
+        for job_id in ids:
+            lock_id = await engine.held(job_id)
+            await engine.yes(ForceFail(id=job_id), admin=True)
+            await engine.no(Complete(id=job_id, lock_id=lock_id, file_path="/out"))
+        assert await batches(*(Adopt(id=job_id) for job_id in ids)) == [20, 20, 20]
+        await engine.yes(Bulk(jobs=[Create(id=f"other-{job_id}") for job_id in ids]))
+        assert await batches(*(Cancel(id=f"other-{job_id}") for job_id in ids)) == [20, 20, 20]
 
 
 @in_virtual_time
