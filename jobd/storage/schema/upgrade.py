@@ -17,7 +17,7 @@ import structlog
 from jobd.model.storage import SPARE_BYTES, DiskFull
 from jobd.storage import files
 from jobd.storage.connection import journal_mode
-from jobd.storage.database import now_ms, result_code
+from jobd.storage.database import is_corrupt, now_ms, result_code
 from jobd.storage.schema import migrations
 
 log = structlog.get_logger("jobd.storage")
@@ -41,13 +41,19 @@ def upgrade(conn: sqlite3.Connection, path: str, version: int) -> None:
     copy = _complete_copy(conn, path, label)
     _check_space(conn, path, version, needs_copy=copy is None)
     began_s = time.monotonic()
-    counts = {table: _first(conn, f"SELECT count(*) FROM {table}") for table in ("jobs", "events")}
-    log.info("migrating", path=path, from_version=version, to_version=migrations.VERSION, **counts)
+    log.info("migrating", path=path, from_version=version, to_version=migrations.VERSION, **_counts(conn))
     if copy is None:
         copy = copy_aside(conn, path, label)
     with _reporting(conn, path):
         migrations.migrate(conn, version)
     log.info("migrated", path=path, kept=copy, duration_s=round(time.monotonic() - began_s, 1))
+
+
+def _counts(conn: sqlite3.Connection) -> dict[str, int]:
+    """Return the number of jobs and events. Jobs are not counted, because that reads an index which may be damaged."""
+    meta = migrations.read_meta(conn)
+    assert meta is not None
+    return {"jobs": meta["live_count"] + meta["finished_count"], "events": _first(conn, "SELECT count(*) FROM events")}
 
 
 def _shorten_log(conn: sqlite3.Connection) -> None:
@@ -115,8 +121,7 @@ def _content(conn: sqlite3.Connection) -> tuple[int, dict[str, int] | None]:
 def _check_space(conn: sqlite3.Connection, path: str, version: int, *, needs_copy: bool) -> None:
     """Raise DiskFull if the disk has no space for the copy and for the tables that are written again."""
     size = _first(conn, "PRAGMA page_count") * _first(conn, "PRAGMA page_size")
-    payload_bytes = _first(conn, "SELECT ifnull(sum(length(body)), 0) FROM payloads")  # they stay where they are
-    needed = int((size - payload_bytes) * _REWRITE_FACTOR) + (size if needs_copy else 0) + SPARE_BYTES
+    needed = int((size - _payload_bytes(conn)) * _REWRITE_FACTOR) + (size if needs_copy else 0) + SPARE_BYTES
     disk = files.space(path)
     if disk is not None and disk.free_bytes < needed:
         what = "a copy and the new tables" if needs_copy else "the new tables"
@@ -124,6 +129,16 @@ def _check_space(conn: sqlite3.Connection, path: str, version: int, *, needs_cop
             f"the migration from schema version {version} needs {needed} bytes for {what}, but only {disk.free_bytes} "
             "are free"
         )
+
+
+def _payload_bytes(conn: sqlite3.Connection) -> int:
+    """Return the size of all payloads, which stay where they are; 0 if a page of their table is damaged."""
+    try:
+        return _first(conn, "SELECT ifnull(sum(length(body)), 0) FROM payloads")
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        return 0
 
 
 @contextlib.contextmanager

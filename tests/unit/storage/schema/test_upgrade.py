@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from jobd.model.job import LIVE
 from jobd.model.storage import DiskFull, DiskSpace
 from jobd.storage import files, startup
 from jobd.storage.schema import migrations, upgrade
@@ -157,6 +158,46 @@ async def test_a_migration_with_its_copy_needs_less_space(path: str, monkeypatch
     async with open_store(path):
         pass
     assert len(copies(path)) == 1
+
+
+# Of the trees that a migration from version 13 does not need, and that a start does not read.
+UNREAD = (
+    "audit",
+    "audit_job",
+    "deleted_jobs",
+    "deleted_jobs_at",
+    "deliveries",
+    "deliveries_place",
+    "jobs_expiry",
+    "jobs_failed",
+    "jobs_id",
+    "jobs_storage_key",
+    "late_results",
+    "late_results_job",
+    "late_results_storage_key",
+    "payloads",
+    "reports",
+    "tombstones",
+    "webhooks",
+)
+
+
+@pytest.mark.parametrize("tree", UNREAD)
+async def test_a_damaged_page_of_a_tree_that_is_not_read_does_not_prevent_a_migration(path: str, tree: str) -> None:
+    maker = await make_store(path)
+    as_version_13(path)
+    with edit_store(path) as conn:
+        (number,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (tree,)).fetchone()
+        (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
+        conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    content = bytearray(read_file(path))
+    content[(number - 1) * page_bytes : (number - 1) * page_bytes + 16] = b"\xff" * 16
+    write_file(path, content)
+    with capture_logs() as logs:
+        async with open_store(path) as (_, found):
+            assert len(found.jobs) + len(found.compact_jobs) == sum(job.status in LIVE for job in maker.jobs.values())
+    [begun] = [each for each in logs if each["event"] == "migrating"]
+    assert begun["jobs"] == len(maker.jobs)
 
 
 async def test_a_failed_copy_is_removed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
