@@ -24,7 +24,8 @@ from jobd.http.request import BodyError, RequestContext, operator_of
 from jobd.http.response import HttpResponse, RawBody, error_response, ok_response
 from jobd.http.routing import ResolvedRoute, Route, Router
 from jobd.model.commands import Command, IdempotencyKey, Operator
-from jobd.model.errors import SHUTTING_DOWN, ApiError, ApiException, api_error, too_large_error
+from jobd.model.errors import SHUTTING_DOWN, ApiError, ApiException, api_error, not_leader_error, too_large_error
+from jobd.model.journal import LeadershipLost
 from jobd.model.responses import Response
 
 INTERNAL_ERROR: Final = ApiError(
@@ -259,6 +260,8 @@ class App(Generic[S]):
             response = await self._execute(ctx)
         except ApiException as rejected:
             response = rejected.error
+        except LeadershipLost:
+            response = not_leader_error(None)  # of a write without the actor, such as that of a webhook's outbox
         except Exception as bug:
             if isinstance(bug, ConnectionError) and ctx.is_disconnected:
                 raise

@@ -51,6 +51,7 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import Policy
+from jobd.model.journal import LeadershipLost
 from jobd.model.responses import (
     READY_MS,
     SILENT_MS,
@@ -255,6 +256,21 @@ async def test_a_step_down_without_a_ready_standby_needs_force(harness: HttpHarn
     assert harness.actor.received == []
     assert (await harness.request("POST", path, '{"force":true}', AUTH)).status == 200
     assert stepped == [True]
+
+
+@pytest.mark.parametrize("verb", ["test", "resend", "resend-given-up"])
+async def test_a_webhook_action_after_the_lead_was_released_is_not_done(harness: HttpHarness, verb: str) -> None:
+    async def fail(*_: object) -> None:
+        raise LeadershipLost("this node has released the lead")
+
+    webhooks: Any = harness.services.webhooks
+    webhooks.test = webhooks.redeliver = webhooks.redeliver_all = fail
+    body = '{"id":7}' if verb == "resend" else ""
+    with capture_logs() as logs:
+        refused = await harness.request("POST", f"{P}/webhooks/q/{verb}", body, AUTH)
+    assert (refused.status, refused.error, refused.json["details"]) == (503, "not_leader", {"leader": None})
+    assert [each["event"] for each in logs] == ["refused"]
+    assert harness.actor.received == []
 
 
 async def test_webhook_actions_are_audited_with_the_webhook(harness: HttpHarness) -> None:
