@@ -54,6 +54,7 @@ from jobd.webhooks.transport import HttpTransport
 
 GRACE_MS: Final = 30 * SECOND_MS  # after a start or a pause, no processing job ends sooner
 SLICE: Final = 500  # jobs of one command
+KEEP_DUE_S: Final = 10.0  # for jobs to be kept due, before a daemon stops
 FINISH_S: Final = 0.1  # for requests, deliveries and sweeps in progress, before a leader releases its lead
 
 log = structlog.get_logger("jobd.daemon")
@@ -201,9 +202,10 @@ class Serving:
     async def finish(self) -> None:
         """Stop the background parts, and decide the commands that were accepted. Nothing is decided after that.
 
-        Clients, webhooks and the artifact store delay this by at most FINISH_S.
+        Clients, webhooks, the artifact store and jobs to be kept due delay this by at most FINISH_S.
         """
-        idle = [asyncio.create_task(app.wait_idle()) for app in self._apps]
+        waits = [self._due_jobs.idle.wait(), *(app.wait_idle() for app in self._apps)]
+        idle = [asyncio.create_task(each) for each in waits]
         await asyncio.wait([*self._background.stop(), *idle], timeout=FINISH_S)
         for each in idle:
             each.cancel()
@@ -212,6 +214,10 @@ class Serving:
         await self.actor.ended.wait()
 
     async def _stop_actor(self) -> None:
+        if self.actor.full_disk.closed == Closed.NOTHING:  # else the jobs cannot be kept due
+            kept = asyncio.create_task(self._due_jobs.idle.wait())
+            await asyncio.wait([kept, self.running], timeout=KEEP_DUE_S, return_when=asyncio.FIRST_COMPLETED)
+            kept.cancel()
         self.actor.stop()
         await self.running
 

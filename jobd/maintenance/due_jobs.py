@@ -23,7 +23,8 @@ class DueJobs:
     """
 
     def __init__(self, actor: Actor, moment: Callable[[], Moment], *, slice_jobs: int = SLICE) -> None:
-        self.is_busy = False  # a slice is not committed yet
+        self.idle = asyncio.Event()  # all slices are committed
+        self.idle.set()
         self._actor = actor
         self._moment = moment
         self._slice_jobs = slice_jobs
@@ -46,11 +47,13 @@ class DueJobs:
     def _send(self, found: list[WasDue]) -> None:
         found.sort()
         self._slices += [found[first : first + self._slice_jobs] for first in range(0, len(found), self._slice_jobs)]
-        if not self.is_busy:
+        if self._slices and self.idle.is_set():
+            self.idle.clear()
             self._send_next()
 
     def _send_next(self) -> None:
-        self.is_busy = bool(self._slices)
-        if self.is_busy:
-            jobs = {job.id: job.run_at for job in self._slices.popleft()}
-            self._actor.enqueue_internal(KeepDue(jobs=jobs)).add_done_callback(lambda _: self._send_next())
+        if not self._slices:
+            self.idle.set()
+            return
+        jobs = {job.id: job.run_at for job in self._slices.popleft()}
+        self._actor.enqueue_internal(KeepDue(jobs=jobs)).add_done_callback(lambda _: self._send_next())

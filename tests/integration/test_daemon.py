@@ -472,6 +472,21 @@ def test_jobs_that_were_due_by_a_clock_that_was_ahead_are_due_after_a_restart(tm
         assert daemon.post("/v1/jobs/b/start", {"worker": "w"}).error == "not_due"
 
 
+def test_a_stop_waits_until_all_due_jobs_are_kept_due(tmp_path: Path) -> None:
+    with DaemonProcess.not_started(tmp_path) as daemon:
+        daemon.module = "tests.support.daemon_variants hour_ahead"
+        daemon.start()
+        for first in range(0, 20_000, 1_000):
+            jobs = [{"id": f"job-{first + number}"} for number in range(1_000)]
+            assert daemon.post("/v1/jobs/bulk", {"jobs": jobs}).status == 201
+        daemon.kill()
+        daemon.module = "jobd"
+        daemon.start()
+        daemon.stop()
+        daemon.start()
+        assert daemon.post("/v1/jobs/job-19999/start", {"worker": "w"}).status == 200
+
+
 def test_sigusr1_dumps_tasks_to_the_log(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path) as daemon:
         assert daemon.process is not None

@@ -195,7 +195,7 @@ class Monitor(DecisionChecks):
     def _check_due(self, tx: Transaction) -> None:
         """L3: no job waits because the wall clock was set back if it was due before."""
         daemon = self.daemon
-        if daemon is None or daemon.due_jobs.is_busy or self.machine.clocks_moved_s >= daemon.clock_checked_s:
+        if daemon is None or not daemon.due_jobs.idle.is_set() or self.machine.clocks_moved_s >= daemon.clock_checked_s:
             return
         for job in tx.state.not_due(tx.at.now + SMALL_STEPS_MS):
             was_due = self._due.get(job.seq) == job.run_at

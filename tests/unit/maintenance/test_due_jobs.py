@@ -41,7 +41,7 @@ async def test_requests_are_decided_between_the_slices() -> None:
         due_jobs.keep(0)
         assert (await engine.yes(Get(id="job-1"))).run_at <= engine.now
         left = [not_due(engine)]
-        while due_jobs.is_busy:
+        while not due_jobs.idle.is_set():
             await engine.yes(Create())
             left.append(not_due(engine))
         assert left[0] == (SLICES - 1) * SLICE, "the first slice comes before the request"
@@ -66,7 +66,7 @@ async def test_a_start_keeps_the_jobs_due_before_the_first_request() -> None:
     await due_jobs.keep_at_start(disk.numbers.wall_ms)
     async with restarted:
         assert (await restarted.yes(Claim(worker="w"))).grants
-        while due_jobs.is_busy:
+        while not due_jobs.idle.is_set():
             await restarted.yes(Ping())
         assert not_due(restarted) == 1
         assert (await restarted.no(Start(id="later", worker="w"))).code == "not_due"
@@ -94,7 +94,7 @@ async def test_another_step_is_handled_after_the_first() -> None:
         engine.step_ms -= HOUR_MS
         due_jobs.keep(until)
         await settle()
-        assert not due_jobs.is_busy
+        assert due_jobs.idle.is_set()
         assert not_due(engine) == 0
 
 
@@ -104,7 +104,7 @@ async def test_no_job_is_to_be_kept_due() -> None:
         await engine.yes(Create(delay_ms=MINUTE_MS))
         due_jobs = DueJobs(engine.actor, engine.clock.moment)
         due_jobs.keep(engine.now)
-        assert not due_jobs.is_busy
+        assert due_jobs.idle.is_set()
 
 
 @in_virtual_time
@@ -116,7 +116,7 @@ async def test_a_full_disk_delays_the_slices() -> None:
         assert not_due(engine) == SLICES * SLICE
         engine.disk.free()
         await seconds(1.1)
-        assert not due_jobs.is_busy
+        assert due_jobs.idle.is_set()
         assert not_due(engine) == 0
 
 
