@@ -111,7 +111,7 @@ def translated_errors(path: str) -> Iterator[None]:
         if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
             raise StoreFailed(f"{path}: {error}: the disk failed; see the kernel log") from error
         raise
-    except UnicodeDecodeError as error:  # a name in the schema
+    except (UnicodeDecodeError, StructureDamaged) as error:  # a name in the schema, or rows that a slice changes
         raise StoreUnreadable(_unreadable(path, error)) from error
 
 

@@ -31,6 +31,7 @@ from jobd.storage.tables.writers import insert
 _INSERT: Final = insert("quarantined_jobs", ("seq", "id", "reason", "at", "row", "payload", "request_hash"), "REPLACE")
 _QUEUE: Final = JOB_COLUMNS.index("queue")
 _FIRST_EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1"
+_NOT_FOUND: Final = "it cannot be found by its number; run `jobd doctor`"
 _WAS_LIVE: Final = f"SELECT 1 FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL} AND seq = ?"
 
 
@@ -149,15 +150,17 @@ def quarantine_rows(
     for rowid, row, reason in damaged:
         name = row_name(db, table, row)
         db.keep_damage(f"{name}: {reason}")
+        error = _NOT_FOUND
         try:
-            db.commit(_quarantine_row, db, table, columns, rowid, row, f"{name.partition(' ')[2]}: {reason}")
-            db.faults.append(f"{name}: {reason}; the row was quarantined")
+            if db.commit(_quarantine_row, db, table, columns, rowid, row, f"{name.partition(' ')[2]}: {reason}"):
+                db.faults.append(f"{name}: {reason}; the row was quarantined")
+                continue
         except DiskFull:
-            unmoved.add(rowid)
-            db.note_fault(f"{name}: {reason}; the row could not be quarantined: the disk is full")
-        except StructureDamaged as error:
-            unmoved.add(rowid)
-            db.note_fault(f"{name}: {reason}; the row could not be quarantined: {error}")
+            error = "the disk is full"
+        except StructureDamaged as structure:
+            error = str(structure)
+        unmoved.add(rowid)
+        db.note_fault(f"{name}: {reason}; the row could not be quarantined: {error}")
     return unmoved
 
 
@@ -171,19 +174,22 @@ def row_name(db: Database, table: str, row: Row) -> str:
 
 
 def quarantine_events(db: Database, row: Row, reason: str) -> None:
-    """Quarantine a damaged row of events inside a transaction, and report it."""
+    """Quarantine a damaged row of events inside a transaction, and report it.
+
+    A row that cannot be found by its number stays in its table. Raises StructureDamaged if a page is damaged: SQLite
+    allows no further write in the transaction.
+    """
     name = row_name(db, "events", row)
     db.keep_damage(f"{name}: {reason}")
-    _quarantine_row(db, "events", (*event_rows.COLUMNS, "crc"), row[0], row, f"{name.partition(' ')[2]}: {reason}")
-    db.note_fault(f"{name}: {reason}; the row was quarantined")
+    columns = (*event_rows.COLUMNS, "crc")
+    is_moved = _quarantine_row(db, "events", columns, row[0], row, f"{name.partition(' ')[2]}: {reason}")
+    db.note_missing(event_rows.highest_number(row))
+    result = "was quarantined" if is_moved else f"could not be quarantined: {_NOT_FOUND}"
+    db.note_fault(f"{name}: {reason}; the row {result}")
 
 
-def _quarantine_row(db: Database, table: str, columns: tuple[str, ...], rowid: int, row: Row, description: str) -> None:
-    sql = insert("bad_rows", ("place", "what", "at", "row"))
-    db.conn.execute(sql, (table, description, now_ms(), codec.as_text(columns, row)))
-    if table == "events":
-        db.note_missing(event_rows.highest_number(row))
-        db.write_meta()
+def _quarantine_row(db: Database, table: str, columns: tuple[str, ...], rowid: int, row: Row, description: str) -> bool:
+    """Move a row. Return False, with nothing written, if it cannot be found by its number."""
     sql = f"DELETE FROM {table} WHERE rowid = ?"
     args: tuple[Any, ...] = (rowid,)
     if "crc" in columns:  # damage to its number may have made it that of another row
@@ -195,4 +201,10 @@ def _quarantine_row(db: Database, table: str, columns: tuple[str, ...], rowid: i
             raise StructureDamaged(str(error)) from error
         raise
     if not deleted:  # damage to its number, or to those of other rows, hides it from a search
-        raise StructureDamaged("it cannot be found by its number; run `jobd doctor`")
+        return False
+    sql = insert("bad_rows", ("place", "what", "at", "row"))
+    db.conn.execute(sql, (table, description, now_ms(), codec.as_text(columns, row)))
+    if table == "events":
+        db.note_missing(event_rows.highest_number(row))
+        db.write_meta()
+    return True

@@ -39,7 +39,7 @@ from jobd.storage import codec
 from jobd.storage.cluster import membership
 from jobd.storage.codec import KEY_COLUMNS, with_checksum
 from jobd.storage.damage.quarantine import quarantine_jobs
-from jobd.storage.database import BY_SEQ, PUT_QUEUE, PUT_TOMBSTONE, Database, readable
+from jobd.storage.database import BY_SEQ, PUT_QUEUE, PUT_TOMBSTONE, Database, StructureDamaged, readable
 from jobd.storage.events import event_rows
 from jobd.storage.events.shortening import JournalShortener
 from jobd.storage.files import StoreUnreadable
@@ -361,7 +361,8 @@ class Projection:
     def _quarantining(self) -> Iterator[None]:
         """Quarantine a job of the tail whose row is damaged, or skip it if the row is missing.
 
-        The caller can then repeat what it did. After the start, rows are written again from memory instead.
+        The caller can then repeat what it did. After the start, rows are written again from memory instead. Raises
+        StructureDamaged, or StoreDamaged for the store of a cluster.
         """
         try:
             yield
@@ -372,6 +373,9 @@ class Projection:
             self.db.keep_damage(f"job {missing.job_id}: {missing}")
             self.db.quarantined[missing.job_id] = str(missing)
             self.db.note_fault(f"job {missing.job_id}: {missing}")
+        except StructureDamaged as error:
+            self.db.keep_damage(str(error))
+            raise
 
     def _uncount(self, seq: int) -> tuple[str, str] | None:
         """Subtract a job from the counts of the pending records. Return its queue and status if it is finished."""

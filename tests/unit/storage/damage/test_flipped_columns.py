@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import product
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -18,9 +19,11 @@ from jobd.model.responses import DamagedRow
 from jobd.model.storage import EventPruning, LateResultQuery, Tombstone
 from jobd.storage import codec, outbox, queries
 from jobd.storage.cluster import lost_records
+from jobd.storage.cluster.membership import Membership, StoreDamaged
 from jobd.storage.damage import scrub
-from jobd.storage.database import PUT_TOMBSTONE, Database
+from jobd.storage.database import PUT_TOMBSTONE, Database, StructureDamaged
 from jobd.storage.events import event_queries, event_rows, shortening
+from jobd.storage.files import StoreUnreadable
 from jobd.storage.offline import doctor
 from jobd.storage.startup import MEMORY, connect, start
 from jobd.storage.tables import table_writes
@@ -430,6 +433,58 @@ def test_a_damaged_number_in_a_page_is_not_silent(bit: int, tmp_path: Path) -> N
         found = [event for seq in (1, 2, 3) for event in event_queries.timeline(db, seq)]
         assert len(found) == len([event for event in events() if event.job_seq]) or is_reported(db), row
         db.conn.close()
+
+
+def with_pruning() -> bytes:
+    """Return a store whose tail deletes the events of the deleted job and of queues, as another node divided them."""
+    projection = opened(original())
+    pruned = [event.seq for event in events() if event.job_seq in (0, 1)]
+    projection.append(EventPruning(pruned, [], pruned[-1]))
+    content = projection.db.conn.serialize()
+    projection.db.conn.close()
+    return content
+
+
+def test_a_start_prunes_although_a_number_in_a_page_is_damaged() -> None:
+    content, unmoved = with_pruning(), 0
+    for row, bit in product(rows(), range(7)):
+        projection = opened(flipped_number(content, "events", row[0], bit))
+        db = projection.db
+        assert projection.behind == 0
+        unmoved += any("could not be quarantined: it cannot be found" in fault for fault in db.faults)
+        scrub_all(db)
+        found = {event.seq for event in stored_events(db.conn)}
+        for event in events():
+            is_kept = event.seq in found or event.job_seq in (0, 1)
+            assert is_kept or (is_reported(db) and row[0] <= event.seq <= row[1]), f"bit {bit} of {row}: {event.seq}"
+        again = opened(db.conn.serialize())
+        again.db.conn.close()
+        db.conn.close()
+    assert unmoved
+
+
+def test_a_start_is_rejected_if_a_damaged_page_prevents_a_pruning() -> None:
+    [first, *_] = [row for row in rows() if row[2] == 1]
+    content = flipped(with_pruning(), "events", "body", first[0], 1)
+    assert content is not None
+    with contextlib.closing(sqlite3.connect(MEMORY)) as conn:
+        conn.deserialize(content)
+        (number,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events_job'").fetchone()
+    begin = (number - 1) * 4096
+    with pytest.raises(StoreUnreadable, match=r"malformed.*: run `jobd doctor`") as raised:
+        opened(content[:begin] + b"\xff" * 16 + content[begin + 16 :])
+    assert isinstance(raised.value.__cause__, StructureDamaged)
+
+
+def test_a_node_rebuilds_tables_that_a_slice_cannot_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    for membership, expected in ((None, StructureDamaged), (Membership("c"), StoreDamaged)):
+        projection = opened(with_pruning())
+        projection.append(EventPruning([], [], 1))
+        projection.db.membership = membership
+        monkeypatch.setattr(projection, "_apply", Mock(side_effect=StructureDamaged("two rows have the same id")))
+        with pytest.raises(expected, match="two rows have the same id"):
+            projection.project()
+        projection.db.conn.close()
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 100])
