@@ -108,6 +108,8 @@ MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
     12: lambda conn: _move_job_fields_into_body(conn),
     13: lambda conn: _pack_events(conn),
 }
+# REWRITTEN[n] has the tables that MIGRATIONS[n] writes again, except those with few rows. Used to estimate disk space.
+REWRITTEN: Final = {9: ("jobs", "quarantined_jobs"), 12: ("jobs", "quarantined_jobs"), 13: ("events",)}
 
 
 def statements(script: str) -> Iterator[str]:

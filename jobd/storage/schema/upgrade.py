@@ -27,6 +27,12 @@ _INSTRUCTIONS: Final = 100_000  # of SQLite between looks at the time: some mill
 _COPIED_AT_ONCE: Final = 4_096  # pages
 # Measured: the log and the new pages need at most 1.35 times the bytes of the tables that are written again.
 _REWRITE_FACTOR: Final = 1.5
+# Each table, and an expression for the size of a row. Integers are left out, so the result is too small.
+_LENGTHS: Final = (
+    """SELECT t.name, group_concat('ifnull(length("' || c.name || '"), 0)', ' + ') """
+    "FROM sqlite_schema AS t, pragma_table_info(t.name) AS c "
+    "WHERE t.type = 'table' AND c.type IN ('BLOB', 'TEXT') GROUP BY t.name"
+)
 
 
 def upgrade(conn: sqlite3.Connection, path: str, version: int) -> None:
@@ -120,8 +126,13 @@ def _content(conn: sqlite3.Connection) -> tuple[int, dict[str, int] | None]:
 
 def _check_space(conn: sqlite3.Connection, path: str, version: int, *, needs_copy: bool) -> None:
     """Raise DiskFull if the disk has no space for the copy and for the tables that are written again."""
-    size = _first(conn, "PRAGMA page_count") * _first(conn, "PRAGMA page_size")
-    needed = int((size - _payload_bytes(conn)) * _REWRITE_FACTOR) + (size if needs_copy else 0) + SPARE_BYTES
+    page_bytes = _first(conn, "PRAGMA page_size")
+    size = _first(conn, "PRAGMA page_count") * page_bytes
+    needed = (
+        int((size - _kept_bytes(conn, version, page_bytes)) * _REWRITE_FACTOR)
+        + (size if needs_copy else 0)
+        + SPARE_BYTES
+    )
     disk = files.space(path)
     if disk is not None and disk.free_bytes < needed:
         what = "a copy and the new tables" if needs_copy else "the new tables"
@@ -131,14 +142,21 @@ def _check_space(conn: sqlite3.Connection, path: str, version: int, *, needs_cop
         )
 
 
-def _payload_bytes(conn: sqlite3.Connection) -> int:
-    """Return the size of all payloads, which stay where they are; 0 if a page of their table is damaged."""
-    try:
-        return _first(conn, "SELECT ifnull(sum(length(body)), 0) FROM payloads")
-    except sqlite3.DatabaseError as error:
-        if not is_corrupt(error):
-            raise
-        return 0
+def _kept_bytes(conn: sqlite3.Connection, version: int, page_bytes: int) -> int:
+    """Return the size of the free pages and of the texts and blobs in tables that are not written again.
+
+    A table with a damaged page counts as 0.
+    """
+    kept = _first(conn, "PRAGMA freelist_count") * page_bytes
+    rewritten = {table for step, tables in migrations.REWRITTEN.items() if step >= version for table in tables}
+    for table, lengths in conn.execute(_LENGTHS).fetchall():
+        if table not in rewritten:
+            try:
+                kept += _first(conn, f'SELECT ifnull(sum({lengths}), 0) FROM "{table}"')
+            except sqlite3.DatabaseError as error:
+                if not is_corrupt(error):
+                    raise
+    return kept
 
 
 @contextlib.contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -18,6 +20,7 @@ from jobd.model.storage import DiskFull, DiskSpace
 from jobd.storage import files, startup
 from jobd.storage.schema import migrations, upgrade
 from tests.support.store_files import (
+    as_version_10,
     as_version_12,
     as_version_13,
     assert_holds,
@@ -198,6 +201,40 @@ async def test_a_damaged_page_of_a_tree_that_is_not_read_does_not_prevent_a_migr
             assert len(found.jobs) + len(found.compact_jobs) == sum(job.status in LIVE for job in maker.jobs.values())
     [begun] = [each for each in logs if each["event"] == "migrating"]
     assert begun["jobs"] == len(maker.jobs)
+
+
+def space_needed(path: str) -> int:
+    """Return how many bytes the next start needs, apart from the copy."""
+    conn = startup.connect(path, "FULL")
+    with contextlib.closing(conn), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "space", lambda path: DiskSpace(path, 0, 1 << 40))
+        with pytest.raises(DiskFull) as raised:
+            startup.prepare_schema(conn, path)
+        [needed] = re.findall(r"needs (\d+) bytes for a copy", str(raised.value))
+        (size,) = conn.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()
+        return int(needed) - int(size)
+
+
+@pytest.mark.parametrize("version", [10, 12, 13])
+async def test_free_pages_and_kept_tables_need_no_space(path: str, version: int) -> None:
+    await make_store(path)
+    {10: as_version_10, 12: as_version_12, 13: as_version_13}[version](path)
+    needed = space_needed(path)
+    body = b"x" * 3_500
+    with edit_store(path) as conn:
+        conn.execute("CREATE TABLE deleted (body BLOB)")
+        conn.executemany("INSERT INTO deleted VALUES (?)", [(body,)] * 200)
+        conn.execute("DROP TABLE deleted")
+    assert abs(space_needed(path) - needed) < 10_000
+    keep = "INSERT INTO payloads (job_seq, body, request_hash, crc) VALUES (?, ?, '', 0)"
+    with edit_store(path) as conn:
+        conn.executemany(keep, [(1_000 + number, body) for number in range(200)])
+    assert space_needed(path) - needed < 200 * len(body) // 2
+    with edit_store(path) as conn:
+        columns = [name for (name,) in conn.execute("SELECT name FROM pragma_table_info('events')")]
+        values = ", ".join({"seq": "1000 + seq", "job_id": "?"}.get(name, name) for name in columns)
+        conn.execute(f"INSERT INTO events SELECT {values} FROM events ORDER BY seq LIMIT 50", ("x" * 3_500,))
+    assert space_needed(path) - needed > 50 * len(body)
 
 
 async def test_a_failed_copy_is_removed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
