@@ -170,6 +170,7 @@ class Database:
         self._rebuilding = False
         self._is_uncommitted = False  # a transaction for reading is open, and no other can be
         self.quarantined_count = 0  # jobs
+        self.pruning_cursor = 0  # or the event of a queue up to which `table_writes.plan_pruning` has read
         # Numbered from 0. A batch that was decided with knowledge of an entry drops it.
         self.recently_quarantined: dict[int, Quarantined] = {}
         self.unmoved: dict[int, str] = {}  # seq -> reason, for jobs whose damaged rows could not be moved

@@ -35,6 +35,7 @@ _SEQ: Final = EVENT_COLUMNS.index("seq")
 _seq = itemgetter(_SEQ)
 _first = itemgetter(0)
 _ALL: Final = -1  # SQLite: no limit
+_BEFORE_ALL: Final = -(1 << 63)  # damaged numbers may be negative
 
 
 def timeline(db: Database, job_seq: int, limit: int | None = None) -> list[Event]:
@@ -56,19 +57,20 @@ def timeline(db: Database, job_seq: int, limit: int | None = None) -> list[Event
 
 def latest_rows(db: Database, job_seq: int, limit: int) -> list[Row]:
     """Return the latest `limit` rows of events of a job, oldest first."""
-    return _rows_of_job(db, job_seq, "DESC", limit)
+    return _rows_of_job(db, job_seq, _BEFORE_ALL, "DESC", limit)
 
 
-def first_rows(db: Database, job_seq: int, limit: int) -> list[Row]:
-    """Return the first `limit` rows of events of a job, oldest first."""
-    return _rows_of_job(db, job_seq, "ASC", limit)
+def first_rows(db: Database, job_seq: int, limit: int, after: int = _BEFORE_ALL) -> list[Row]:
+    """Return the first `limit` rows of events of a job with a seq above `after`, oldest first."""
+    return _rows_of_job(db, job_seq, after, "ASC", limit)
 
 
-def _rows_of_job(db: Database, job_seq: int, order: str, limit: int) -> list[Row]:
+def _rows_of_job(db: Database, job_seq: int, after: int, order: str, limit: int) -> list[Row]:
     """Return rows by their number, because a column from the index would hide damage. Report rows that are missing."""
-    inner = f"SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq {order} LIMIT ?"
+    chosen = f"WHERE job_seq = ? AND seq > ? ORDER BY seq {order} LIMIT ?"
+    inner = f"SELECT seq AS found FROM events INDEXED BY events_job {chosen}"
     sql = f"SELECT {event_rows.COLUMNS_SQL} FROM ({inner}) LEFT JOIN events NOT INDEXED ON seq = found"
-    rows = db.rows(sql, (job_seq, limit))
+    rows = db.rows(sql, (job_seq, after, limit))
     found = sorted((row for row in rows if row[0] is not None), key=_first)
     if len(found) < len(rows):
         lost = f"events of {db.job_name(job_seq)}: {len(rows) - len(found)} rows cannot be found"

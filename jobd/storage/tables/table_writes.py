@@ -17,7 +17,7 @@ from jobd.model.storage import (
     TombstoneWrite,
 )
 from jobd.storage import codec, outbox
-from jobd.storage.codec import AUDIT_COLUMNS, fault, with_checksum
+from jobd.storage.codec import AUDIT_COLUMNS, Row, fault, with_checksum
 from jobd.storage.damage.quarantine import quarantine_events, quarantine_rows
 from jobd.storage.database import PUT_TOMBSTONE, Database, is_corrupt
 from jobd.storage.events import event_queries, event_rows
@@ -39,8 +39,7 @@ def plan_pruning(db: Database, before: int, limit: int) -> tuple[EventPruning | 
     Return the deletion and the number of rows. Readers that resume below the last of these events get an error, because
     events may be missing there.
     """
-    of_queues = event_queries.undamaged(db, event_queries.first_rows(db, 0, limit))
-    seqs = [row[0] for row in of_queues if row[event_rows.AT] < before]
+    seqs = _old_events_of_queues(db, before, limit)
     count, upto, jobs = len(seqs), max(seqs, default=0), []
     for job_seq, id_, at, exists in db.rows(_DELETED_JOBS, (before, limit)):
         room = limit - count
@@ -61,6 +60,25 @@ def plan_pruning(db: Database, before: int, limit: int) -> tuple[EventPruning | 
             break
         jobs.append(job_seq)
     return (EventPruning(seqs, jobs, upto) if count or jobs else None), count
+
+
+def _old_events_of_queues(db: Database, before: int, limit: int) -> list[int]:
+    """Return up to `limit` rows from before wall time `before`, of fewer than twice as many that are read.
+
+    Rows from a time when the clock was ahead may precede old rows, so each call reads on where the last one stopped.
+    """
+    first = event_queries.first_rows(db, 0, limit)
+    seqs = _old(db, first, before)
+    if first and len(seqs) < limit:
+        last = first[-1][0]
+        later = event_queries.first_rows(db, 0, limit - len(seqs), max(last, db.pruning_cursor or last))
+        db.pruning_cursor = later[-1][0] if later else 0
+        seqs += _old(db, later, before)
+    return seqs
+
+
+def _old(db: Database, rows: list[Row], before: int) -> list[int]:
+    return [row[0] for row in event_queries.undamaged(db, rows) if row[event_rows.AT] < before]
 
 
 def plan_trimming(db: Database, before: int, limit: int) -> tuple[AuditTrimming | None, int]:

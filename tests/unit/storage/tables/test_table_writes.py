@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import sqlite3
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from jobd.model.storage import AuditEntry, DiskFull, FiguresWrite, OutboxWrite, Tombstone, TombstoneWrite
 from jobd.model.webhooks import Delivery, WebhookCursor
-from jobd.storage import outbox, queries
+from jobd.storage import codec, outbox, queries
 from jobd.storage.events import event_queries, event_rows
 from jobd.storage.startup import connect, start
 from jobd.storage.tables import table_writes
 from jobd.storage.tables.projection import Projection
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.projection_harness import fail_commits
-from tests.support.store_files import job_of
+from tests.support.store_files import job_of, stored_events
 
 CURSOR = WebhookCursor("e", 7, 7, 3, {"stuck_jobs": NOW}, NOW)
 DELIVERY = Delivery(2, "e", "waiting", "jobs/a", "job.failed", "evt_2", 2, NOW, NOW, 0, None, None, None, b"{}")
@@ -118,3 +119,60 @@ def test_pruning_stops_within_a_job_and_goes_on_later(path: str, monkeypatch: py
         projection.project()
         assert projection.db.conn.execute("SELECT count(*) FROM deleted_jobs").fetchone() == (left,)
     projection.db.conn.close()
+
+
+def queue_events_of_a_clock_that_was_ahead(path: str, ahead: int, old: int) -> Projection:
+    projection, maker = opened(path), ChangeFactory()
+    maker.now = 10 * NOW
+    projection.append(maker.batch([maker.queue_event("video", True) for _ in range(ahead)]), 0)
+    maker.now = NOW
+    projection.append(maker.batch([maker.queue_event("video", True) for _ in range(old)]), 0)
+    projection.project()
+    return projection
+
+
+def pruned(projection: Projection, before: int, limit: int) -> int:
+    """Prune once. Return how many rows were deleted."""
+    write, count = table_writes.plan_pruning(projection.db, before, limit)
+    if write is not None:
+        projection.append(write)
+        projection.project()
+    return count
+
+
+@pytest.mark.parametrize("ahead", [5, 10, 12, 30])
+def test_pruning_goes_on_behind_events_of_a_clock_that_was_ahead(path: str, ahead: int) -> None:
+    projection = queue_events_of_a_clock_that_was_ahead(path, ahead, 25)
+    counts = [pruned(projection, NOW + 1, 10) for _ in range(10)]
+    assert sum(counts) == 25
+    assert max(counts) <= 10
+    assert stored_events(projection.db.conn)[-1].seq == ahead
+    assert pruned(projection, 10 * NOW + 1, ahead) == ahead
+    projection.db.conn.close()
+
+
+def test_a_pass_reads_a_bounded_number_of_events(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    projection = queue_events_of_a_clock_that_was_ahead(path, 100, 1)
+    read: list[int] = []
+    first_rows = event_queries.first_rows
+
+    def counted(*args: Any) -> list[codec.Row]:
+        rows = first_rows(*args)
+        read.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(event_queries, "first_rows", counted)
+    counts = [pruned(projection, NOW + 1, 10) for _ in range(10)]
+    assert counts == [0] * 9 + [1]
+    assert max(read) <= 10
+    assert len(read) == 20
+    projection.db.conn.close()
+
+
+def test_a_damaged_time_prunes_no_event_of_a_queue(path: str) -> None:
+    projection = queue_events_of_a_clock_that_was_ahead(path, 12, 0)
+    db = projection.db
+    db.conn.execute("UPDATE events SET at = 1 WHERE seq = 12")
+    assert pruned(projection, NOW + 1, 10) == 0
+    assert db.faults == ["events 12: its checksum is wrong; the row was quarantined"]
+    db.conn.close()
