@@ -12,6 +12,7 @@ import errno
 import os
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from hashlib import blake2b
@@ -42,7 +43,8 @@ EXIT_IO: Final = 74
 EXIT_BUSY: Final = 75
 EXIT_CONFIG: Final = 78
 
-EXTENSION_S: Final = 60.0  # of the timeout of systemd, each time
+EXTENSION_S: Final = 600.0  # of the timeout of systemd, each time; a flush of a large log may take minutes
+PROGRESS_S: Final = 0.01  # of CPU time in EXTENSION_S / 4; a start that waits for a disk that hangs uses less
 ARTIFACT_CHECK_S: Final = 2.0  # for the artifact directory to respond
 
 log = structlog.get_logger("jobd.daemon")
@@ -118,11 +120,17 @@ async def _opened(path: str, opening: Callable[[str], Awaitable[tuple[S, OpenedS
 
 @contextlib.asynccontextmanager
 async def _extended_start() -> AsyncIterator[None]:
-    """Keep systemd from ending the start inside the context, because a migration may take longer than its timeout."""
+    """Keep systemd from ending the start inside the context, because a migration may take longer than its timeout.
+
+    A start that makes no progress is ended.
+    """
 
     async def extend() -> None:
+        used_s = -PROGRESS_S
         while True:
-            systemd.extend_timeout(EXTENSION_S)
+            before_s, used_s = used_s, time.process_time()
+            if used_s - before_s >= PROGRESS_S:
+                systemd.extend_timeout(EXTENSION_S)
             await asyncio.sleep(EXTENSION_S / 4)
 
     task = asyncio.create_task(extend())

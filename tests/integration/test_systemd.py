@@ -113,6 +113,17 @@ def test_a_long_start_is_not_ended(manager: socket.socket, tmp_path: Path) -> No
         assert daemon.stop() == 0
 
 
+def test_a_start_without_progress_is_ended(manager: socket.socket, tmp_path: Path) -> None:
+    with DaemonProcess.not_started(tmp_path, NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
+        daemon.module = "tests.support.daemon_variants hung_start"
+        daemon.launch()
+        states = []
+        while b"READY=1" not in states:
+            states.append(manager.recv(1000))
+        assert 1 <= sum(state.startswith(b"EXTEND_TIMEOUT_USEC=") for state in states) < 10
+        assert daemon.stop() == 0
+
+
 def wait_for(manager: socket.socket, state: bytes) -> None:
     while manager.recv(1000) != state:
         pass

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final
 
@@ -91,15 +91,30 @@ def hour_ahead() -> None:
 
 
 def slow_start() -> None:
-    """Open the store a second later, and extend the timeout of systemd every 50 ms."""
+    """Open the store after a second of work, and extend the timeout of systemd every 50 ms."""
+    _open_after(lambda: asyncio.to_thread(_work, 1.0))
+
+
+def hung_start() -> None:
+    """Open the store a second later, without any progress, and extend the timeout of systemd every 50 ms."""
+    _open_after(lambda: asyncio.sleep(1))
+
+
+def _open_after(delay: Callable[[], Awaitable[None]]) -> None:
     patched: Any = resources
     open_now, patched.EXTENSION_S = Store.open, 0.2
 
     async def open_later(*args: Any, **named: Any) -> Any:
-        await asyncio.sleep(1)
+        await delay()
         return await open_now(*args, **named)
 
     patched.Store.open = open_later
+
+
+def _work(duration_s: float) -> None:
+    end_s = time.monotonic() + duration_s
+    while time.monotonic() < end_s:
+        pass
 
 
 def slow_log() -> None:
@@ -179,6 +194,7 @@ VARIANTS: Final = {
         hour_ahead,
         slow_log,
         slow_start,
+        hung_start,
         short_pages,
         one_slice,
         older_format,
