@@ -22,7 +22,7 @@ class Endpoint:
     """One listener of a daemon: a Unix socket (`path`), or a TCP address with or without `tls`.
 
     `prefix` precedes every path, as a proxy may require. `repr` and `str` never show the token. `operator` is the name
-    in the audit log for calls of the admin API.
+    in the audit log for calls of the admin API. Raises ValueError if a header cannot have the token.
     """
 
     path: str | None = None
@@ -32,6 +32,10 @@ class Endpoint:
     prefix: str = ""
     token: str | None = field(default=None, repr=False)
     operator: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.token is not None and re.fullmatch(r"[!-~]*", self.token) is None:
+            raise ValueError("The token has a space, a line break or another character that a header cannot have.")
 
     def __str__(self) -> str:
         return f"unix:{self.path}" if self.path is not None else self.origin
@@ -71,7 +75,7 @@ def parse_endpoint(text: str, *, token: str | None = None) -> Endpoint:
         return Endpoint(path=path, token=token)
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{text!r}: expected unix:/path, http://host:port or https://host:port")
+        raise ValueError(f"{_without_user(text)!r}: expected unix:/path, http://host:port or https://host:port")
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError("A daemon's URL has no user, query or fragment; the token comes from the environment.")
     if "," in parts.netloc:
@@ -79,6 +83,11 @@ def parse_endpoint(text: str, *, token: str | None = None) -> Endpoint:
     tls = parts.scheme == "https"
     port = _port(text, parts) or (443 if tls else 80)
     return Endpoint(host=parts.hostname, port=port, tls=tls, prefix=parts.path.rstrip("/"), token=token)
+
+
+def _without_user(text: str) -> str:
+    """Return `text` without a user and password, which must not be shown."""
+    return re.sub(r"//[^/]*@", "//", text)
 
 
 def _port(text: str, parts: SplitResult) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import random
 import socket
 import ssl
@@ -80,6 +81,7 @@ class BlockingClient(BaseClient):
         self._guard = threading.Lock()
         self._idle: list[DaemonConnection] = []
         self._is_closed = False
+        self._pid = os.getpid()
 
     def __enter__(self) -> Self:
         return self
@@ -215,6 +217,11 @@ class BlockingClient(BaseClient):
 
     def _take_idle(self, endpoint: Endpoint) -> DaemonConnection | None:
         """Return the connection to `endpoint` that was used last. Close those that are old or to another node."""
+        if self._pid != os.getpid():  # a fork: its parent reads responses from the same sockets
+            idle = self._idle
+            self._reset_connections()
+            for connection in idle:
+                connection.close()
         with self._guard:
             while self._idle:
                 connection = self._idle.pop()

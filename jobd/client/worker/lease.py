@@ -50,8 +50,7 @@ _MAX_INTERNAL_ERRORS: Final = 5  # responses `internal_error` to one ending befo
 class _ProgressReport:
     """Progress to send. `reported` is done when the progress was sent, or if the daemon is unreachable."""
 
-    progress: float
-    message: str | None
+    request: ApiRequest[LockState]
     reported: asyncio.Future[None]
 
 
@@ -89,7 +88,15 @@ class LeaseKeeper:
         """Start to extend the lock, first after a third of its TTL, or `at_once` if the grant may be old."""
         self._heartbeat = asyncio.create_task(self._extend(0.0 if at_once else self._ttl_s / EXTENSIONS_PER_TTL))
 
+    def progress_request(self, progress: float, message: str | None) -> ApiRequest[LockState]:
+        """Return the request for `send_report`. Raises TypeError or UnicodeEncodeError for what is not JSON."""
+        return worker_requests.update_progress(self.id, lock_id=self.grant.lock_id, progress=progress, message=message)
+
     def report(self, progress: float, message: str | None = None) -> asyncio.Future[None]:
+        """Send this progress. See `send_report`."""
+        return self.send_report(self.progress_request(progress, message))
+
+    def send_report(self, request: ApiRequest[LockState]) -> asyncio.Future[None]:
         """Send this progress as soon as possible. Of several pending reports only the latest is sent.
 
         The future is done after the response and raises the daemon's error, if any. While the daemon is unreachable, it
@@ -99,7 +106,7 @@ class LeaseKeeper:
         if self.lost.done() or self._is_over:
             _settle(reported, self.lost.result() if self.lost.done() else LockLost("This run of the job has ended."))
             return reported
-        self._pending = _ProgressReport(progress, message, reported)
+        self._pending = _ProgressReport(request, reported)
         if self._is_reachable:
             self._wake.set()
         else:
@@ -160,14 +167,10 @@ class LeaseKeeper:
 
     async def _try(self, report: _ProgressReport | None) -> LockState | None:
         """Send `report`, or else an extension, once. Return None if the daemon does not accept it."""
-        lock_id = self.grant.lock_id
-        request = (
-            worker_requests.extend_job_lock(self.id, lock_id=lock_id)
-            if report is None
-            else worker_requests.update_progress(
-                self.id, lock_id=lock_id, progress=report.progress, message=report.message
-            )
-        )
+        if report is None:
+            request = worker_requests.extend_job_lock(self.id, lock_id=self.grant.lock_id)
+        else:
+            request = report.request
         try:
             state = await self._client.send(request, ONE_ATTEMPT)
         except LOST as error:

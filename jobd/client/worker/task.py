@@ -75,10 +75,11 @@ class BaseTask:
 
     def _report(self, progress: float, message: str | None) -> Future[None]:
         """Report progress in the service thread."""
+        request = self._keeper.progress_request(progress, message)
         reported: Future[None] = Future()
 
         def report() -> None:
-            self._keeper.report(progress, message).add_done_callback(functools.partial(_copy, reported))
+            self._keeper.send_report(request).add_done_callback(functools.partial(_copy, reported))
 
         try:
             self._service.call_soon_threadsafe(report)

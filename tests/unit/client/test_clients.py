@@ -133,6 +133,18 @@ def test_an_idle_connection_is_reused(server: ScriptedServer, send: EitherClient
     assert {received.connection for received in server.received} == {0}
 
 
+def test_a_forked_process_does_not_use_the_connections_of_its_parent(
+    server: ScriptedServer, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.script = [EMPTY_PAGE, EMPTY_PAGE]
+    with JobClient(endpoint, retry_for_s=0) as client:
+        client.list_jobs()
+        monkeypatch.setattr("os.getpid", lambda: -1)
+        client.list_jobs()
+        monkeypatch.undo()
+    assert [received.connection for received in server.received] == [0, 1]
+
+
 def test_a_closed_idle_connection_is_replaced(server: ScriptedServer, endpoint: str) -> None:
     server.script = [closing(EMPTY_PAGE), EMPTY_PAGE]
     with JobClient(endpoint, retry_for_s=0) as client:

@@ -141,3 +141,16 @@ def test_the_default_socket_is_that_of_the_daemon(monkeypatch: pytest.MonkeyPatc
     assert default_socket({}) == "/run/user/4711/jobd/worker.sock"
     monkeypatch.setattr(os.path, "exists", lambda path: path == "/run/jobd/worker.sock")
     assert default_socket({}) == "/run/jobd/worker.sock"
+
+
+@pytest.mark.parametrize("token", ["old\nnew", "two words", "t\x00", "zoë"])
+def test_a_token_that_a_header_cannot_have_is_rejected_and_not_shown(token: str) -> None:
+    with pytest.raises(ValueError, match="The token has a space") as caught:
+        admin_endpoints("http://h:1", token)
+    assert token not in str(caught.value)
+
+
+def test_the_message_about_a_url_does_not_show_a_password() -> None:
+    with pytest.raises(ValueError, match="expected unix:/path") as caught:
+        parse_endpoint("ftp://eve:secret@host")
+    assert "secret" not in str(caught.value)

@@ -106,6 +106,21 @@ async def test_complete_after_the_end_of_the_grant_is_not_retried(
     assert "Too late." in caplog.text
 
 
+@pytest.mark.parametrize("message", [Path("/x"), "file-\udcff"])
+async def test_progress_that_json_cannot_express_is_an_error_of_the_handler(tmp_path: Path, message: Any) -> None:
+    daemon = ScriptedDaemon()
+    with serving(daemon.server, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+
+        @worker.handler()
+        async def work(task: Task) -> None:
+            await task.progress(10, message)
+
+        async with running_worker(worker):
+            await daemon.receive("fail")
+    assert "Error" in daemon.bodies("fail")[0]["error_message"]
+
+
 async def test_only_an_error_about_the_lock_stops_the_work(tmp_path: Path) -> None:
     daemon = ScriptedDaemon(
         extend=[rejected("unauthorized", 401), rejected("internal_error", 500), rejected("lock_lost", 409)]
