@@ -14,6 +14,7 @@ import signal
 import statistics
 import threading
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -268,13 +269,14 @@ class NodesUnderLoad:
         _compare(stores)
         _check_locks(stores[0])
         self._check_journal()
+        answered_s = sorted(at for record in self.ledger.jobs.values() for at in record.answered_s)
         return {
             f"servers of PostgreSQL {postgres.version()}": len(self.servers),
             "acknowledged changes checked on each node": checked,
             "tokens": len(self.ledger.tokens),
             **({"without a response, settled by a repeat": settled} if settled else {}),
             **_times("until another node led", self.takeover_s),
-            **_times("without an acknowledgement", [self._gap_s(*fault) for fault in self._faults]),
+            **_times("without an acknowledgement", [_gap_s(answered_s, *fault) for fault in self._faults]),
         }
 
     def keep_evidence(self) -> None:
@@ -290,13 +292,6 @@ class NodesUnderLoad:
                 "COPY (SELECT * FROM jobd_journal ORDER BY number) TO STDOUT", database=DATABASE
             )
             (directory / "journal.tsv").write_text(journal)
-
-    def _gap_s(self, began_s: float, ended_s: float) -> float:
-        """Return the longest time without an acknowledgement around a fault."""
-        times = sorted(
-            at for record in self.ledger.jobs.values() for at in record.answered_s if began_s - 1 <= at <= ended_s
-        )
-        return max((after - before for before, after in itertools.pairwise(times)), default=0.0)
 
     def _check_journal(self) -> None:
         """Check that no record is missing, and that no record of an epoch comes after one of a later epoch."""
@@ -341,6 +336,12 @@ def _check_locks(store: StoreContents) -> None:
         if event.type in ("stalled", "lock_expired")
     ]
     assert not ended, f"locks that ended early: {ended[:5]}"
+
+
+def _gap_s(answered_s: Sequence[float], began_s: float, ended_s: float) -> float:
+    """Return the longest time without one of the sorted acknowledgements around a fault."""
+    times = answered_s[bisect_left(answered_s, began_s - 1) : bisect_right(answered_s, ended_s)]
+    return max((after - before for before, after in itertools.pairwise(times)), default=0.0)
 
 
 def _times(what: str, times_s: Sequence[float]) -> Counts:
