@@ -327,7 +327,7 @@ async def test_metadata_of_any_depth_is_migrated(path: str) -> None:
     maker = await make_store(path)
     job = next(job for job in maker.jobs.values() if job.status in FINISHED)
     as_of(12, path)
-    metadata = b"[" * 5_000 + b"]" * 5_000
+    metadata = b"[" * 100_000 + b"]" * 100_000
     for error in (0, 4):
         with edit_store(path) as conn:
             (*row, _) = conn.execute("SELECT * FROM jobs WHERE seq = ?", (job.seq,)).fetchone()
