@@ -44,7 +44,11 @@ def opened(content: bytes) -> Projection:
     conn = connect(MEMORY, "OFF")
     if content:
         conn.deserialize(content)
-    return start(conn, MEMORY)[0]
+    try:
+        return start(conn, MEMORY)[0]
+    except BaseException:
+        conn.close()
+        raise
 
 
 @cache
