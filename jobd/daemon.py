@@ -329,11 +329,11 @@ class Daemon:
         """Reload the configuration and apply the settings that need no restart. Keep the old one on an error."""
         systemd.reloading()
         try:
-            new = self._reload()
+            self._apply(self._reload())
         except ConfigError as error:
             log.error("reload_failed", reason=str(error), kept="the old configuration")
-        else:
-            self._apply(new)
+        except Exception:
+            log.exception("reload_failed")
         logging.flush(RELOAD_FLUSH_S)  # because `systemctl reload` returns after READY=1
         systemd.ready()
 

@@ -182,5 +182,7 @@ def _lines(path: str) -> list[str]:
         return [line.strip() for line in Path(path).read_text("ascii").splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise BadWebhook(f"secret_file: {path}: secrets must be ASCII, one per line") from None
+    except ValueError:
+        raise BadWebhook("secret_file: the value contains a NUL character. Remove it") from None
     except OSError as error:
         raise BadWebhook(f"secret_file: {path}: cannot be read: {error.strerror}") from None

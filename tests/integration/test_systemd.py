@@ -103,6 +103,19 @@ def test_a_reload_ends_after_its_result_is_logged(manager: socket.socket, tmp_pa
             assert (tmp_path / "log").read_bytes().count(b"event=reload_failed") == number
 
 
+def test_a_reload_ends_after_an_internal_error(manager: socket.socket, tmp_path: Path) -> None:
+    with DaemonProcess.not_started(tmp_path, NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
+        daemon.module = "tests.support.daemon_variants failing_reload"
+        daemon.start()
+        wait_for(manager, b"READY=1")
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGHUP)
+        wait_for(manager, b"READY=1")
+        daemon.wait_for_log(b"event=reload_failed")
+        assert daemon.post("/v1/jobs", {"id": "job-1"}).status == 201
+        assert daemon.stop() == 0
+
+
 def test_a_long_start_is_not_ended(manager: socket.socket, tmp_path: Path) -> None:
     with DaemonProcess.not_started(tmp_path, NOTIFY_SOCKET=os.environ["NOTIFY_SOCKET"]) as daemon:
         daemon.module = "tests.support.daemon_variants slow_start"

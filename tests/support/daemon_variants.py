@@ -129,6 +129,17 @@ def slow_log() -> None:
     patched._write = later
 
 
+def failing_reload() -> None:
+    """Fail with an internal error when a reload is applied."""
+
+    def fail(*_: Any) -> None:
+        raise ValueError("the test says so")
+
+    patched: Any = daemon.Daemon
+    assert "_apply" in patched.__dict__
+    patched._apply = fail
+
+
 def short_pages() -> None:
     """Make pages of jobs scan 20 jobs each, in slices of 10."""
     patched: Any = history
@@ -193,6 +204,7 @@ VARIANTS: Final = {
         full_tables,
         hour_ahead,
         slow_log,
+        failing_reload,
         slow_start,
         hung_start,
         short_pages,

@@ -123,6 +123,7 @@ def test_a_world_readable_secret_file_causes_a_warning(read: Read, tmp_path: Pat
         (block(secret="secret = []"), "set either secret or secret_file"),
         (block(secret=f'secret = ["{SECRET}", "{SECRET}", "{SECRET}", "{SECRET}"]'), "up to 3"),
         (block(secret='secret_file = "/nonexistent/x"'), "secret_file: /nonexistent/x: cannot be read"),
+        (block(secret=r'secret_file = "/x\u0000"'), "secret_file: the value contains a NUL character"),
         (block(url="e.test/hook"), "url: expected https://HOST/PATH"),
         (block(url="ftp://e.test/"), "url: expected https://HOST/PATH"),
         (block(url="https:///x"), "url: expected https://HOST/PATH"),
