@@ -236,13 +236,13 @@ def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Rec
         assert shown["last_error"] == "500: not today"
         assert shown["url"] == f"http://127.0.0.1:{receiver.port}/…"
 
-        def listed() -> Any:
+        def first_waiting() -> Any:
             (delivery,) = daemon.admin("GET", "webhooks/billing/deliveries?state=waiting").data["deliveries"]
             return delivery
 
-        wait_until(lambda: listed()["status"] == 500)  # the outcome is counted before it is stored
+        wait_until(lambda: first_waiting()["status"] == 500)  # the outcome is counted before it is stored
         receiver.respond = accept
-        waiting = listed()
+        waiting = first_waiting()
         assert (waiting["type"], waiting["subject"]) == ("job.created", "jobs/a")
         assert daemon.admin("POST", "webhooks/billing/resend", {"id": waiting["id"]}).status == 200
         wait_until(lambda: view(daemon)["delivered"] == 1)
