@@ -1,7 +1,7 @@
 """Keep the lease of a job: extend the lock, report progress, detect a lost lock, and end the grant.
 
-A lock is lost only if a response of the daemon says so. While the daemon is unreachable, the work continues and calls
-are retried.
+A lock is lost if a response of the daemon says so, or if the daemon has rejected all calls for the TTL of the lock, for
+example because of the token. While the daemon is unreachable, the work continues and calls are retried.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from jobd.client.errors import (
 from jobd.client.protocol import ApiRequest, GrantInfo, JobInfo
 from jobd.client.retries import RETRIED, RetryOptions
 from jobd.client.worker.aio_utils import within
+from jobd.client.worker.claimer import RETRIED_CLAIM
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
 from jobd.client.worker.service_thread import Log
 from jobd.model.responses import LockState
@@ -57,7 +58,7 @@ class _ProgressReport:
 class LeaseKeeper:
     """The lease of one job during its execution. Begin with `start`, end with complete, fail or release.
 
-    `lost` is done when a response says that the lock is lost; its result is that error. Progress is sent at most every
+    `lost` is done when the lock is lost; its result is the error that says why. Progress is sent at most every
     `progress_every_s`, for callers that do not wait until a report is sent.
     """
 
@@ -69,6 +70,7 @@ class LeaseKeeper:
         self._progress_every_s = progress_every_s
         self._extended_s = asyncio.get_running_loop().time()
         self._ttl_s = grant.ttl_ms / 1000
+        self._rejected_from_s: float | None = None  # set while calls are rejected, see `_is_rejected`
         self._pending: _ProgressReport | None = None
         self._wake = asyncio.Event()
         self._is_reachable = True
@@ -158,7 +160,8 @@ class LeaseKeeper:
                 self._pending = self._pending or report
                 raise
             if state is not None:
-                failures, self._extended_s, self._ttl_s = 0, sent, state.ttl_ms / 1000
+                failures, self._ttl_s = 0, state.ttl_ms / 1000
+                self._on_extended(sent)
                 due = sent + self._ttl_s / EXTENSIONS_PER_TTL
                 await asyncio.sleep(self._progress_every_s)
             else:
@@ -193,6 +196,9 @@ class LeaseKeeper:
 
     def _on_error(self, error: JobdError, report: _ProgressReport | None) -> None:
         """Handle an error other than a lost lock. Rejected progress is dropped, other progress is kept."""
+        if self._is_rejected(error):
+            self._on_lost(LockLost(f"All calls were rejected until the lock had expired: {error.message}"), report)
+            return
         if error.code not in RETRIED and report is not None:
             self._on_response()
             _settle(report.reported, error)
@@ -204,6 +210,22 @@ class LeaseKeeper:
             self._pending = self._pending or report
             _settle(report.reported)
 
+    def _is_rejected(self, error: JobdError) -> bool:
+        """Return whether errors after which the worker cannot claim have lasted for the TTL, so the lock has expired.
+
+        The time before the first of them counts if the daemon was reachable then. Rejected content does not count.
+        """
+        if error.code in RETRIED_CLAIM or isinstance(error, _REJECTED):
+            return False
+        now = asyncio.get_running_loop().time()
+        if self._rejected_from_s is None:
+            self._rejected_from_s = self._extended_s if self._is_reachable else now
+        return now - self._rejected_from_s >= self._ttl_s
+
+    def _on_extended(self, sent_s: float) -> None:
+        """Record that the daemon has accepted an extension that was sent at this time."""
+        self._extended_s, self._rejected_from_s = sent_s, None
+
     def _on_response(self) -> None:
         if not self._is_reachable:
             self._is_reachable = True
@@ -212,7 +234,9 @@ class LeaseKeeper:
     async def _end(
         self, verb: str, request: ApiRequest[JobInfo], give_up: asyncio.Event, *, is_final: bool = False
     ) -> bool:
-        """Report the end of the job. Retries until the daemon responds or `give_up` is set.
+        """Report the end of the job. Retries until the daemon responds, `give_up` is set or the lock has expired.
+
+        An expired lock ends the retries only if the daemon rejects all calls: then the next claim ends the worker.
 
         If the daemon rejects an ending that is not `is_final`, the job is failed instead, so that it does not stall.
         """
@@ -248,8 +272,8 @@ class LeaseKeeper:
 
     async def _wait_to_retry(self, verb: str, error: JobdError, give_up: asyncio.Event, failures: int) -> bool:
         """Wait before the next attempt. Return False if there is none."""
-        self._is_reachable = False
-        if give_up.is_set():
+        is_rejected, self._is_reachable = self._is_rejected(error), False
+        if give_up.is_set() or is_rejected:
             self._log(f"job {self.id}: could not {verb} the job: {error.message} Its lock will expire.")
             return False
         await within(_wait_s(failures), give_up)
@@ -262,7 +286,7 @@ class LeaseKeeper:
             return
         with contextlib.suppress(JobdError):
             await self._client.send(worker_requests.extend_job_lock(self.id, lock_id=self.grant.lock_id), ONE_ATTEMPT)
-            self._extended_s = now
+            self._on_extended(now)
 
     async def _fail_instead(self, verb: str, error: JobdError, give_up: asyncio.Event) -> None:
         """Fail the job with the error that the daemon raised for another ending."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 
 import jobd
 from jobd.client import (
+    Forbidden,
+    JobdError,
+    NotFound,
     Retry,
     Task,
     Unauthorized,
@@ -22,6 +26,7 @@ from tests.support.client_harness import (
     GRANT,
     JOB,
     TTL_MS,
+    CommandRun,
     ScriptedDaemon,
     running_worker,
 )
@@ -46,7 +51,7 @@ async def test_there_is_no_progress_timeout_by_default(tmp_path: Path) -> None:
         assert daemon.bodies("claim")[0]["max_processing_ms"] == sent
 
 
-@pytest.mark.parametrize("code", ["overloaded", "shutting_down", "outcome_unknown", "storage_full", "unauthorized"])
+@pytest.mark.parametrize("code", ["overloaded", "shutting_down", "outcome_unknown", "storage_full"])
 async def test_complete_is_retried_and_the_lock_extended_meanwhile(tmp_path: Path, code: str) -> None:
     daemon = ScriptedDaemon(complete=[*[rejected(code, 503)] * 4, ok(JOB)])
     with serving(daemon.server, tmp_path / "p") as endpoint:
@@ -121,9 +126,13 @@ async def test_progress_that_json_cannot_express_is_an_error_of_the_handler(tmp_
     assert "Error" in daemon.bodies("fail")[0]["error_message"]
 
 
-async def test_only_an_error_about_the_lock_stops_the_work(tmp_path: Path) -> None:
+async def test_a_single_error_stops_the_work_only_if_it_is_about_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "EXTENSIONS_PER_TTL", 1_000)
     daemon = ScriptedDaemon(
-        extend=[rejected("unauthorized", 401), rejected("internal_error", 500), rejected("lock_lost", 409)]
+        claim=[ok({"grants": [GRANT | {"ttl_ms": 30_000}]}), ok({"grants": []})],
+        extend=[rejected("unauthorized", 401), rejected("internal_error", 500), rejected("lock_lost", 409)],
     )
     stopped = asyncio.Event()
     with serving(daemon.server, tmp_path / "p") as endpoint:
@@ -140,6 +149,66 @@ async def test_only_an_error_about_the_lock_stops_the_work(tmp_path: Path) -> No
             await stopped.wait()
     assert len(daemon.bodies("extend")) == 3
     assert daemon.bodies("complete") == daemon.bodies("fail") == daemon.bodies("release") == []
+
+
+@pytest.mark.parametrize("code", ["unauthorized", "forbidden", "not_found"])
+async def test_rejections_for_a_ttl_stop_the_work_and_the_worker(
+    tmp_path: Path, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rejection = rejected(code, 401, "Wrong token.")
+    daemon = ScriptedDaemon(claim=[ok({"grants": [GRANT]}), rejection], extend=[rejection], progress=[rejection])
+    with serving(daemon.server, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+
+        @worker.handler()
+        async def work(task: Task) -> None:
+            while True:
+                with contextlib.suppress(Unauthorized, Forbidden, NotFound):
+                    await task.progress(1)
+                await asyncio.sleep(0.001)
+
+        with pytest.raises(JobdError) as caught:
+            await worker.serve()
+    assert caught.value.code == code
+    assert "stopping its work: All calls were rejected until the lock had expired: Wrong token." in caplog.text
+    assert daemon.bodies("complete") == daemon.bodies("fail") == daemon.bodies("release") == []
+
+
+async def test_an_ending_is_not_retried_after_rejections_for_a_ttl(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rejection = rejected("unauthorized", 401, "Wrong token.")
+    daemon = ScriptedDaemon(claim=[ok({"grants": [GRANT]}), rejection], complete=[rejection], extend=[rejection])
+    with serving(daemon.server, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+        worker.handler()(lambda task: None)
+        with pytest.raises(Unauthorized):
+            await worker.serve()
+    assert "could not complete the job: Wrong token." in caplog.text
+
+
+async def test_the_time_without_a_daemon_is_no_time_of_rejections(tmp_path: Path) -> None:
+    daemon = ScriptedDaemon(extend=[drop, drop, rejected("unauthorized", 401), rejected("lock_lost", 409, "Held.")])
+    with serving(daemon.server, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+
+        @worker.handler()
+        async def work(task: Task) -> None:
+            await asyncio.Event().wait()
+
+        async with running_worker(worker):
+            await daemon.receive("claim", 2)
+    assert len(daemon.bodies("extend")) == 4
+
+
+async def test_rejections_for_a_ttl_end_jobctl_run_and_its_program(tmp_path: Path) -> None:
+    rejection = rejected("unauthorized", 401, "Wrong token.")
+    daemon = ScriptedDaemon(claim=[ok({"grants": [GRANT]}), rejection], extend=[rejection])
+    with serving(daemon.server, tmp_path / "p") as endpoint:
+        run = CommandRun(endpoint, tmp_path, "default", "exec sleep 1000")
+        with pytest.raises(Unauthorized):
+            await run.run()
+    assert any("stopping its work: All calls were rejected" in text for text in run.messages)
 
 
 @pytest.mark.parametrize("code", ["storage_full", "internal_error", "overloaded"])
