@@ -105,6 +105,8 @@ class Daemon:
         self._background = Background(stack)
         self._stop = asyncio.Event()
         self._stop_requested_at = 0.0
+        self._is_store_open = False
+        self._is_ready = False  # systemd was told that the start is complete
         self._apps: list[App[Any]] = []
         self._listeners: dict[str, HttpListener] = {}
         self._authenticators: dict[str, Authenticator] = {}
@@ -119,6 +121,7 @@ class Daemon:
 
         Return False if a signal stopped a standby.
         """
+        self._add_signal_handlers()
         settings = self._loaded.config
         self._warn(self._loaded.warnings)
         self._passed_sockets = systemd.sockets()
@@ -128,8 +131,9 @@ class Daemon:
         else:
             store, opened = await open_store(settings, self._check_addresses)
             self._stack.push_async_callback(store.close)
+            self._is_store_open = True
             await self._lead(store, opened, State.opened(opened))
-        systemd.ready()
+        self._report_ready()
         self._background.run_until_cancelled("templates", self._compile_templates())
         assert self._serving is not None
         log.info("ready", jobs=self._serving.actor.state.total(), store=settings.store.path, pid=os.getpid())
@@ -139,6 +143,7 @@ class Daemon:
         """Run as a standby until this node leads. Return False if a signal came first."""
         node = self.node = ClusterNode(self._loaded)
         await node.open(self._stack, self._check_addresses)
+        self._is_store_open = True
         self._background.run_until_cancelled("registry", node.registry.run())
         self._background.run("snapshots", node.snapshots)
         self._stack.push_async_callback(self._close_listeners)
@@ -149,10 +154,9 @@ class Daemon:
             pages = self._dashboard if name == "admin" else None
             self._apps.append(node.app(authenticator, self._routes_of(name), self._limits(), pages))
         await self._listen()
-        self._add_signal_handlers()
         gc.enable()  # a standby can run for months
         watchdog = asyncio.create_task(self._feed_watchdog())
-        systemd.ready()
+        self._report_ready()
         log.info("standby", node=self._loaded.config.node.name, pid=os.getpid())
         lead = await node.follow(self._stop)
         watchdog.cancel()
@@ -179,8 +183,6 @@ class Daemon:
             serving.services.refresh_nodes = self.node.registry.refresh
         self._serving = serving
         await self._open_listeners(serving)
-        if lead is None:
-            self._add_signal_handlers()
         self._background.run_until_cancelled("watchdog", self._feed_watchdog())
         if lead is not None:
             self._stack.push_async_callback(self._release, serving, lead)
@@ -196,6 +198,10 @@ class Daemon:
             each.reject_incomplete()
         await serving.finish()
         await lead.release()
+
+    def _report_ready(self) -> None:
+        self._is_ready = True
+        systemd.ready()
 
     def _step_down(self) -> None:
         """Stop after the requests in progress, so that a standby takes over."""
@@ -323,10 +329,17 @@ class Daemon:
             log.critical("aborted", signal=name)
             os._exit(1)  # every response that was sent is on disk
         log.info("asked_to_stop", signal=name)
+        if not self._is_store_open:  # the thread that opens it cannot be stopped, and survives a kill at any point
+            log.info("stopped", exit_code=0)
+            logging.flush()
+            os._exit(0)
         self._stop.set()
 
     def _on_reload_signal(self) -> None:
         """Reload the configuration and apply the settings that need no restart. Keep the old one on an error."""
+        if not self._is_ready:
+            log.warning("reload_ignored", reason="the daemon is not ready")
+            return
         systemd.reloading()
         try:
             self._apply(self._reload())

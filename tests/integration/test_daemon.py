@@ -494,6 +494,30 @@ def test_sigusr1_dumps_tasks_to_the_log(tmp_path: Path) -> None:
         assert "mailbox=" in daemon.wait_for_log(b"event=dump ")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_while_the_store_is_opened(tmp_path: Path, number: signal.Signals) -> None:
+    with DaemonProcess.not_started(tmp_path) as daemon:
+        daemon.module = "tests.support.daemon_variants endless_start"
+        daemon.launch()
+        daemon.wait_for_log(b"opens: store")
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.wait_for_log(b"event=reload_ignored")
+        daemon.process.send_signal(signal.SIGUSR1)
+        daemon.wait_for_log(b"event=dump_thread")
+        assert daemon.stop(number) == 0
+        assert b"event=stopped" in daemon.log
+
+
+def test_sigterm_while_the_listeners_are_opened_stops_the_daemon(tmp_path: Path) -> None:
+    with DaemonProcess.not_started(tmp_path) as daemon:
+        daemon.module = "tests.support.daemon_variants stopped_start"
+        daemon.launch()
+        daemon.wait_for_log(b"event=stopped")
+        assert daemon.process is not None
+        assert daemon.process.wait(150) == 0
+
+
 def test_a_zombie_worker_is_accepted_until_recovery_then_rejected(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path, "[cleanup]\nrecover_every = '0'\ninterval = '1h'\n") as daemon:
         daemon.post("/v1/jobs", {"id": "a", "max_processing_ms": 1})

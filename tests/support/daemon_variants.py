@@ -100,6 +100,29 @@ def hung_start() -> None:
     _open_after(lambda: asyncio.sleep(1))
 
 
+def endless_start() -> None:
+    """Print a line when the store is to be opened, and never open it."""
+
+    def wait() -> Awaitable[Any]:
+        _print("opens: store")
+        return asyncio.Event().wait()
+
+    _open_after(wait)
+
+
+def stopped_start() -> None:
+    """Get SIGTERM before the first listener is open."""
+    patched: Any = daemon
+    open_now = patched.open_listener
+
+    async def open_later(*args: Any) -> Any:
+        patched.open_listener = open_now
+        os.kill(os.getpid(), signal.SIGTERM)
+        return await open_now(*args)
+
+    patched.open_listener = open_later
+
+
 def _open_after(delay: Callable[[], Awaitable[None]]) -> None:
     patched: Any = resources
     open_now, patched.EXTENSION_S = Store.open, 0.2
@@ -207,6 +230,8 @@ VARIANTS: Final = {
         failing_reload,
         slow_start,
         hung_start,
+        endless_start,
+        stopped_start,
         short_pages,
         one_slice,
         older_format,
