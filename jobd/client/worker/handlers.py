@@ -132,6 +132,11 @@ class _HandlerExecution(ABC):
         if error is None:
             try:
                 result = merged_result(self.task.result, self._returned)
+                if unknown := result.keys() - RESULT_FIELDS:
+                    raise TypeError(
+                        f"task.result has unknown fields ({', '.join(sorted(map(repr, unknown)))}); "
+                        "only download_url, file_path, storage_key and metadata are allowed"
+                    )
                 if result.get("metadata") is not None:
                     result = {**result, "metadata": msgspec.Raw(msgspec.json.encode(result["metadata"]))}
                 msgspec.json.encode(result)

@@ -268,6 +268,21 @@ async def test_a_result_that_json_cannot_express_fails_the_job(client: AsyncJobC
     assert (failed.status, failed.error_code) == ("failed", "TypeError")
 
 
+@pytest.mark.parametrize("field", ["rows", "lock_id", 5])
+async def test_an_unknown_field_of_the_result_fails_the_job(client: AsyncJobClient, queue: str, field: Any) -> None:
+    worker = Worker(client, queues=[queue])
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        task.result[field] = 5
+
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker):
+        failed = await wait_until_finished(client, job.id)
+    assert (failed.status, failed.error_code) == ("failed", "TypeError")
+    assert f"task.result has unknown fields ({field!r})" in (failed.error_message or "")
+
+
 async def test_a_result_that_the_daemon_rejects_fails_the_job(client: AsyncJobClient, queue: str) -> None:
     worker = Worker(client, queues=[queue])
 
