@@ -481,10 +481,12 @@ def deliveries(
 def deliver_again(webhook: str, delivery: int, reason: str | None = None) -> ApiRequest[DeliveryView]:
     """Send a delivery again now, in any state. It keeps its `webhook-id`.
 
-    Raises NotFound for an unknown webhook or delivery, StorageFull.
+    The client does not repeat the request after a lost response, because it could send the delivery twice. Raises
+    NotFound for an unknown webhook or delivery, StorageFull.
     """
     body = {"id": delivery, "reason": reason}
-    return post(job_path(f"{BASE}/webhooks", webhook, "resend"), DeliveryView, body)
+    request = post(job_path(f"{BASE}/webhooks", webhook, "resend"), DeliveryView, body)
+    return replace(request, repeatable=False)
 
 
 def deliver_all_again(webhook: str, upto: int | None = None, reason: str | None = None) -> ApiRequest[int]:
@@ -497,8 +499,12 @@ def deliver_all_again(webhook: str, upto: int | None = None, reason: str | None 
 
 
 def test_webhook(webhook: str, reason: str | None = None) -> ApiRequest[DeliveryView]:  # noqa: PT028 - no test function
-    """Send a test message to a webhook. Raises NotFound for an unknown webhook, StorageFull."""
-    return post(job_path(f"{BASE}/webhooks", webhook, "test"), DeliveryView, {"reason": reason})
+    """Send a test message to a webhook. The client does not repeat the request after a lost response.
+
+    Raises NotFound for an unknown webhook, StorageFull.
+    """
+    request = post(job_path(f"{BASE}/webhooks", webhook, "test"), DeliveryView, {"reason": reason})
+    return replace(request, repeatable=False)
 
 
 def clock() -> ApiRequest[ClockView]:

@@ -55,6 +55,15 @@ def test_a_rejected_import_raises_its_error(server: ScriptedServer, admin: Admin
         admin.import_jobs(many)
 
 
+def test_webhook_messages_are_not_sent_again_after_a_lost_response(server: ScriptedServer, admin: AdminClient) -> None:
+    server.always = lambda received: drop
+    with pytest.raises(Unreachable):
+        admin.test_webhook("a")
+    with pytest.raises(Unreachable):
+        admin.deliver_again("a", 1)
+    assert len(server.received) == 2
+
+
 def test_an_import_is_not_retried(server: ScriptedServer, admin: AdminClient) -> None:
     server.script = [drop, ok({"imported": 1, "skipped": 0})]
     with pytest.raises(Unreachable):
