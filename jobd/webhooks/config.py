@@ -58,7 +58,10 @@ class WebhookSection(Struct, frozen=True, forbid_unknown_fields=True):
     timeout: str = "10s"
     """Time limit of one delivery attempt, 100 ms to 1 min."""
     give_up_after: str = "3d"
-    """Age at which an undelivered message is dead-lettered, after at least 8 attempts; 1 min to 30 d."""
+    """Age at which an undelivered message is dead-lettered, after 8 failed attempts; 1 min to 30 d.
+
+    If the receiver accepts nothing for so long, attempts at other messages count too.
+    """
 
 
 class WebhookSetting(Struct, frozen=True):

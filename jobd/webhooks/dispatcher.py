@@ -348,12 +348,12 @@ class Dispatcher:
             log.info("webhook_not_delivered", **fields, tries=tried.tries, error=tried.error)
 
     async def _dead_letter_old(self) -> None:
-        """Dead-letter old deliveries, without another attempt, if the endpoint has been failing for too long."""
+        """Dead-letter old deliveries, without another attempt, if the endpoint has failed for long and often enough."""
         failing_ms = self.failing_ms
         if failing_ms is None or self._loop_time() < self._next_clearing_s:
             return
         self._next_clearing_s = self._loop_time() + MINUTE_MS / SECOND_MS
-        if failing_ms < self.endpoint.give_up_after_ms:
+        if failing_ms < self.endpoint.give_up_after_ms or self.breaker.failures < self._context.retry_policy.min_tries:
             return
         at = self._context.moment()
         ids = list(islice(self.queue.ids(), SLICE))

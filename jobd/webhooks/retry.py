@@ -57,7 +57,7 @@ class CircuitBreaker:
     """
 
     def __init__(self, policy: RetryPolicy) -> None:
-        self.failures = 0
+        self.failures = 0  # in a row; those that ended while it was open are not counted
         self.since: int | None = None
         self.until: int | None = None  # open until then
         self._breaks = 0
@@ -76,11 +76,11 @@ class CircuitBreaker:
 
     def failed(self, outcome: DeliveryOutcome, now: int, chance: float) -> bool:
         """Record a failure. Return whether it opened the breaker."""
-        self.failures += 1
         self.since = now if self.since is None else self.since
         state = self.state(now)
         if state == "open":
             return False  # started before the breaker opened
+        self.failures += 1
         if state == "closed" and self.failures < self._policy.opens_after and not outcome.gone:
             return False
         self._breaks = 20 if outcome.gone else min(self._breaks + 1, 20)

@@ -342,6 +342,17 @@ async def test_old_messages_of_an_endpoint_that_keeps_failing_are_dead_lettered_
         assert min(each.tries for each in page.deliveries) == 0
 
 
+async def test_nothing_is_dead_lettered_before_the_endpoint_has_failed_often_enough(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "MINUTE_MS", 10)
+    posts = FakeTransport(lambda _: DeliveryOutcome(410, "410", gone=True))  # the breaker opens at once
+    async with running_webhooks(path, endpoint(give_up_after_ms=0), posts=posts) as at:
+        await at.commit(*lifecycle(at.maker, "a"))
+        await wait_until(lambda: at.webhooks.views()[0].given_up == 3)
+        assert len(posts.tried) >= FAST_RETRY.min_tries
+
+
 async def test_410_gone_opens_the_breaker_at_once(path: Path) -> None:
     async with running_webhooks(path, posts=FakeTransport(lambda _: DeliveryOutcome(410, "410", gone=True))) as at:
         await at.commit(at.maker.create("a"))
