@@ -17,7 +17,7 @@ from jobd.http.decoding import RequestDecoder
 from jobd.http.request import RequestContext, as_one_entry
 from jobd.http.streaming import LineStream
 from jobd.model.commands import Import, ImportCheck
-from jobd.model.errors import ApiError, ApiException
+from jobd.model.errors import SHUTTING_DOWN, ApiError, ApiException
 from jobd.model.job import LIVE, is_job_id
 from jobd.model.responses import (
     ImportCheckResult,
@@ -92,6 +92,9 @@ class Importer:
     async def _read(self) -> None:
         try:
             async for line in LineStream(self._ctx, self._app.limits):
+                if self._app.closing:
+                    self._stop = self._stop or self._stop_error(SHUTTING_DOWN, self._lines + 1)
+                    return
                 self._lines += 1
                 self._send(self._lines, line)
                 await self._settle(AHEAD_LINES, AHEAD_BYTES)

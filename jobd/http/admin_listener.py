@@ -141,7 +141,9 @@ class AdminListener(HttpListener):
 
     def close_idle(self) -> None:
         if self._runner.server is not None:
-            self._runner.server.pre_shutdown()
+            for connection in self._runner.server.connections:
+                if connection.transport not in self.busy:  # aiohttp drops the input of a connection that it closes
+                    connection.close()
 
     async def close_all(self) -> None:
         await self._runner.cleanup()
@@ -316,7 +318,10 @@ async def _expect_nothing(request: web.Request) -> None:
 
 
 def _quiet_logger() -> logging.Logger:
-    """Return aiohttp's logger without the text of exceptions, which may contain a token, and without bad requests."""
+    """Return aiohttp's logger without the text of exceptions, which may contain a token.
+
+    Bad requests and clients that have disconnected are not logged.
+    """
     logger = logging.getLogger("jobd.http.admin")
     if not logger.filters:
         logger.addFilter(_without_exception)
@@ -328,4 +333,5 @@ def _without_exception(record: logging.LogRecord) -> bool:
     record.exc_info = None
     if error is not None:
         record.msg, record.args = f"{record.getMessage()}: {type(error).__name__}", ()
-    return not isinstance(error, web.HTTPException) and "http_exceptions" not in type(error).__module__
+    is_of_client = isinstance(error, web.HTTPException | ConnectionError)
+    return not is_of_client and "http_exceptions" not in type(error).__module__

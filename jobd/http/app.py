@@ -152,6 +152,7 @@ class App(Generic[S]):
         self.error_counts: Counter[str] = Counter()
         self.pending: set[RequestContext] = set()
         self._bodies: set[asyncio.Timeout] = set()  # the time limits of bodies that handlers wait for
+        self._changes: set[asyncio.Future[Response | ApiError | None]] = set()  # of handlers
         self._rejects_incomplete = False
         self._log_limiter = LogRateLimiter()
         self.serve(routes, actor, services, pages=pages)
@@ -283,7 +284,7 @@ class App(Generic[S]):
 
     async def wait_idle(self) -> None:
         """Wait until no request is pending. Call it after `close`."""
-        while self.pending:  # noqa: ASYNC110 - an event would cost every request
+        while self.pending or self._changes:  # noqa: ASYNC110 - an event would cost every request
             await asyncio.sleep(IDLE_POLL_S)
 
     async def _execute(self, ctx: RequestContext) -> Response | ApiError | None:
@@ -293,7 +294,13 @@ class App(Generic[S]):
             return await handler(self, ctx, None)
         body = await self._read_body(ctx) if ctx.has_body else b""
         ctx.size = len(body)
-        return await handler(self, ctx, self._decode(ctx, body))
+        work = handler(self, ctx, self._decode(ctx, body))
+        if handler is run_command or not ctx.route.changes:
+            return await work
+        change = asyncio.ensure_future(work)  # to its end, even if the client disconnects: its audit entry comes last
+        self._changes.add(change)
+        change.add_done_callback(self._changes.discard)
+        return await asyncio.shield(change)
 
     def _ok_response(self, response: Response) -> HttpResponse:
         lost = partial(self.actor.undelivered, response) if response.grants else None

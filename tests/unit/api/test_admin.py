@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -56,6 +57,7 @@ from jobd.model.responses import (
     READY_MS,
     SILENT_MS,
     ClusterView,
+    DeliveryView,
     NodeView,
     Response,
     StatsView,
@@ -63,7 +65,7 @@ from jobd.model.responses import (
     Validation,
 )
 from jobd.model.storage import FormatNotRead
-from tests.support.http_harness import BACKUP, DELIVERY, TOKEN, WEBHOOK, FakeWebhooks, HttpHarness
+from tests.support.http_harness import BACKUP, DELIVERY, TOKEN, WEBHOOK, FakeWebhooks, HttpHarness, request_bytes
 from tests.unit.core.test_views import AT, JOB
 
 P = "/admin/job-management"
@@ -221,6 +223,32 @@ async def test_actions_that_are_not_commands_are_audited(
     assert second.command == RecordAction(what=what, reason=None if body is None else "why")
     assert first.operator is not None
     assert first.operator.name == "eve"
+
+
+async def test_an_action_is_audited_even_if_its_client_has_disconnected(harness: HttpHarness) -> None:
+    started, go = asyncio.Event(), asyncio.Event()
+
+    async def slow(*_: object) -> DeliveryView:
+        started.set()
+        await go.wait()
+        return DELIVERY
+
+    webhooks: Any = harness.services.webhooks
+    webhooks.test = slow
+    client = await harness.connect()
+    client.send(request_bytes("POST", f"{P}/webhooks/q/test", headers=AUTH))
+    await started.wait()
+    await client.close()
+    while harness.app.pending:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+        await asyncio.sleep(0.001)
+    stopping = asyncio.ensure_future(harness.stop(30))
+    await asyncio.sleep(0.05)
+    assert not stopping.done()
+    go.set()
+    await stopping
+    assert [envelope.command for envelope in harness.actor.received] == [
+        RecordAction(what="test-webhook", details={"webhook": "q"})
+    ]
 
 
 async def test_a_leader_steps_down_after_its_audit_entry(harness: HttpHarness) -> None:

@@ -181,3 +181,17 @@ async def test_an_import_over_the_wire(apis: BothApis) -> None:
     validated = (await apis.admin.request("GET", f"{ADMIN}/validate-job?jobId=a", headers=AUTH)).data
     assert (validated["jobId"], validated["job"]["id"]) == ("a", "a")
     assert "isValid" in validated["validation"]
+
+
+async def test_a_stop_ends_an_import_that_is_arriving(apis: BothApis) -> None:
+    client = await apis.admin.connect()
+    headers = {**AUTH, "Content-Type": "application/x-ndjson", "Content-Length": "1000"}
+    client.send(request_bytes("POST", f"{ADMIN}/import", headers=headers) + b'{"id":"a"}\n')
+    while "a" not in apis.actor.state.jobs:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+        await asyncio.sleep(0.001)
+    await apis.admin.listener.stop_accepting()
+    client.send(b'{"id":"b"}\n')
+    response = await client.receive()
+    assert (response.status, response.error, response.json["details"]) == (503, "shutting_down", {"line": 2})
+    await apis.admin.stop(30)
+    assert "b" not in apis.actor.state.jobs

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import socket
 import ssl
 import stat
+import struct
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from jobd.api.admin import ROUTES as ADMIN_ROUTES
 from jobd.api.worker import ROUTES
 from jobd.config import Config, WorkerSection
 from jobd.http.auth import Authenticator, accepted_hosts
@@ -417,6 +420,35 @@ async def test_a_stop_waits_for_a_body_that_is_arriving(harness: HttpHarness) ->
     response = await client.receive()
     assert (response.status, response.headers["connection"]) == (200, "close")
     await stopping
+
+
+async def test_a_stop_of_the_admin_listener_waits_for_a_body_that_is_arriving(tmp_path: Path) -> None:
+    async with HttpHarness(ROUTES, tmp_path, admin=True) as harness:
+        client = await harness.connect()
+        request = request_bytes("POST", "/v1/jobs", '{"queue":"mail"}', {"Expect": "100-continue"})
+        client.send(request[:-3])
+        assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        await harness.listener.stop_accepting()
+        client.send(request[-3:])
+        response = await client.receive()
+        assert (response.status, response.headers["connection"]) == (200, "close")
+        await harness.stop(30)
+
+
+async def test_clients_that_reset_their_connections_are_not_errors_of_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    authenticator = Authenticator("admin", tokens=[TOKEN], hosts=["localhost"])
+    async with HttpHarness(ADMIN_ROUTES, tmp_path, authenticator=authenticator, admin=True) as harness:
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", harness.port)) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close by a reset
+                client.sendall(request_bytes("GET", "/healthz"))
+        last = await harness.connect()
+        assert (await last.request("GET", "/healthz")).status == 200
+        await last.close()
+        await wait_until_closed(harness)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 async def assert_incomplete_rejected(harness: HttpHarness, path: str) -> None:
