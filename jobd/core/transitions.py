@@ -210,7 +210,7 @@ def requeue(
         del fields["releases"]
     if job.status != "processing":
         fields.setdefault("expires_at", None)  # the deletion time of a finished job
-        if was_due(job, tx.at.now):
+        if tx.at.now < job.run_at <= job.updated_at:  # the wall clock was set back
             fields.setdefault("run_at", tx.at.now)
     _end_grant(fields, job, ended)
     return tx.update(job, event_type, fields, worker=worker, reason=reason, details=details)

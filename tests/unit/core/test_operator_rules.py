@@ -217,6 +217,17 @@ def test_a_job_that_finished_by_a_clock_that_was_ahead_is_due_when_it_is_requeue
     assert rules.job("given").run_at == NOW, "the operator set it"
 
 
+def test_a_requeued_job_is_due_if_the_clock_was_set_back_twice(rules: RuleHarness) -> None:
+    """Its `run_at` is before its creation, as the first step back made it due again."""
+    rules.create()
+    rules.now -= HOUR_MS
+    rules.accept_admin(RunNow(id="a"))
+    rules.accept(Cancel(id="a"))
+    rules.now -= HOUR_MS
+    rules.accept_admin(Transition(id="a", from_="cancelled", to="queued"))
+    assert rules.job().run_at == rules.now
+
+
 def test_a_transition_sets_only_the_given_parts_of_the_result(rules: RuleHarness) -> None:
     rules.create()
     rules.row(replace(rules.job(), result=Result(None, "/f", "k", Raw(b"[1]"))))
