@@ -38,13 +38,13 @@ class ProgressFile:
 def atomic_file(path: Path, report: Callable[[int], None]) -> Iterator[BinaryIO]:
     """Yield a file that becomes `path` (mode 0600) at the end of the block, or is removed if the block raises.
 
-    Raises OSError, UsageError if `path` is not a regular file, and CliError (75) if it belongs to a store in use or
-    another program is writing it.
+    Raises OSError, UsageError if `path` is not a regular file or its .part belongs to another user, and CliError (75)
+    if `path` belongs to a store in use or another program is writing it.
     """
     target = resolve_target(path)
     part = target.with_name(target.name + ".part")
     check_unused(part)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), "wb") as file:
+    with os.fdopen(_open_part(part), "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -61,6 +61,20 @@ def atomic_file(path: Path, report: Callable[[int], None]) -> Iterator[BinaryIO]
                 part.unlink()
             raise
     _sync_directory(target.parent)
+
+
+def _open_part(part: Path) -> int:
+    """Open `part` for this user only. Raises UsageError if it is left over from another user, who could read it."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(part, flags | os.O_EXCL, 0o600)
+    except FileExistsError:
+        handle = os.open(part, flags, 0o600)
+    if os.fstat(handle).st_uid != os.geteuid():
+        os.close(handle)
+        raise click.UsageError(f"{part} belongs to another user: remove it, or name another file")
+    os.fchmod(handle, 0o600)
+    return handle
 
 
 def _sync_directory(folder: Path) -> None:

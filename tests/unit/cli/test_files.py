@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
+import click
 import pytest
 
 from jobd.cli import exit_codes, files
@@ -21,6 +23,25 @@ def test_a_file_is_written_completely_and_only_for_its_owner(tmp_path: Path) -> 
     assert (tmp_path / "copy.db").stat().st_mode & 0o777 == 0o600
     assert shown == [5, 8]
     assert [path.name for path in tmp_path.iterdir()] == ["copy.db"]
+
+
+def test_a_partial_file_that_others_can_read_is_made_private(tmp_path: Path) -> None:
+    part = tmp_path / "copy.db.part"
+    part.touch()
+    part.chmod(0o666)
+    with files.atomic_file(tmp_path / "copy.db", lambda _: None):
+        assert part.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "copy.db").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_partial_file_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = tmp_path / "copy.db.part"
+    part.write_text("theirs")
+    monkeypatch.setattr(os, "geteuid", lambda: part.stat().st_uid + 1)
+    with pytest.raises(click.UsageError, match="belongs to another user"):
+        _break_off(tmp_path / "copy.db")
+    assert part.read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["copy.db.part"]
 
 
 def test_an_incomplete_file_leaves_the_old_one(tmp_path: Path) -> None:
