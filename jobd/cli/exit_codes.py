@@ -6,6 +6,7 @@ Commands raise CliError, or do not handle the client's errors.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -71,6 +72,7 @@ def explaining_full_disk() -> Iterator[None]:
 
 def run(program: click.Command, name: str, argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv by default) and return the exit code. Errors become one line on stderr."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for characters that the terminal cannot show
@@ -80,6 +82,26 @@ def run(program: click.Command, name: str, argv: Sequence[str] | None = None) ->
         return code if isinstance(code, int) else DONE
     except BaseException as error:
         return _report(error, name)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _discard_stdout()
+
+
+def _open_closed_streams() -> None:
+    """Open the null device for each closed standard stream, so that no file or socket gets its number."""
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY))
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")  # writes fail, as on a full disk
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+def _discard_stdout() -> None:
+    """Discard data that cannot be written. Otherwise Python writes it at its exit, and changes the exit code to 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(error: BaseException, name: str) -> int:
@@ -107,11 +129,11 @@ def _report(error: BaseException, name: str) -> int:
             terminal.say(f"{name}: {_sentence(error.message)}{_ADVICE.get(error.code, '')} [{error.code}]")
             return exit_code_of(error.code)
         case BrokenPipeError():
-            # The reader closed the pipe (`| head`). Nothing must be flushed into it at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_stdout()  # the reader closed the pipe (`| head`)
             return DONE
         case OSError():
-            terminal.say(f"{name}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+            text = "stdout is closed" if error.errno == errno.EBADF else error.strerror or str(error)
+            terminal.say(f"{name}: {text}{f': {error.filename}' if error.filename else ''}")
             return IO_ERROR
         case Exception() if isinstance(code := getattr(error, "exit_code", None), int):  # errors of the store
             terminal.say(f"{name}: {_sentence(str(error))}")

@@ -80,6 +80,10 @@ def parse_endpoint(text: str, *, token: str | None = None) -> Endpoint:
         raise ValueError("A daemon's URL has no user, query or fragment; the token comes from the environment.")
     if "," in parts.netloc:
         raise ValueError(f"{text!r}: write each URL of a list in full, as in http://a:8771,http://b:8771")
+    try:
+        parts.hostname.encode("idna")  # as socket.getaddrinfo does
+    except UnicodeError:
+        raise ValueError(f"{text!r}: the host is not a valid name or address") from None
     tls = parts.scheme == "https"
     port = _port(text, parts) or (443 if tls else 80)
     return Endpoint(host=parts.hostname, port=port, tls=tls, prefix=parts.path.rstrip("/"), token=token)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
+import pytest
+
 from jobd.cli import exit_codes
 from jobd.model.errors import ERROR_STATUS
+from tests import ROOT
 
 
 def test_every_error_code_has_an_exit_code() -> None:
@@ -14,3 +21,26 @@ def test_every_error_code_has_an_exit_code() -> None:
         code: special.get(code, 4) for code in ERROR_STATUS
     }
     assert exit_codes.exit_code_of("unreachable") == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        ("--version >&-", 74, "jobctl: stdout is closed"),
+        ("--version >/dev/full", 74, "jobctl: No space left on device"),
+        ("--version >&- 2>&- <&-", 74, ""),
+        ("--version 2>&-", 0, ""),
+        ("nonsense 2>&-", 2, ""),
+        ("submit - <&-", 2, "jobctl: PAYLOAD is not valid JSON"),
+        ("stats --admin-url http://é..x", 2, "the host is not a valid name"),
+    ],
+)
+@pytest.mark.parametrize("is_unbuffered", [True, False])
+def test_closed_streams_and_invalid_hosts_have_an_exit_code(
+    command: str, code: int, message: str, is_unbuffered: bool
+) -> None:
+    env = os.environ | {"ADMIN_TOKEN": "token", "PYTHONUNBUFFERED": "1" if is_unbuffered else "", "LC_ALL": "C.UTF-8"}
+    shell = ["sh", "-c", f"'{sys.executable}' -m jobd.cli.ctl.main {command}"]
+    done = subprocess.run(shell, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1 if message else 0)
+    assert message in done.stderr

@@ -42,6 +42,12 @@ def test_an_invalid_endpoint_is_rejected(text: str) -> None:
         parse_endpoint(text)
 
 
+@pytest.mark.parametrize("host", ["é..x", "a..b", ".", "a" * 64, "\udcff.x"])
+def test_a_host_that_no_resolver_accepts_is_rejected(host: str) -> None:
+    with pytest.raises(ValueError, match="the host is not a valid name or address"):
+        parse_endpoint(f"http://{host}:80")
+
+
 def test_an_ipv6_origin_has_brackets_and_no_token() -> None:
     endpoint = parse_endpoint("http://[::1]:5/p", token="very-secret")
     assert endpoint.origin == "http://[::1]:5/p"
