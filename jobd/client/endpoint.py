@@ -73,7 +73,10 @@ def parse_endpoint(text: str, *, token: str | None = None) -> Endpoint:
         if not path.startswith("/"):
             raise ValueError(f"{text!r}: the path of a Unix socket must be absolute, as in unix:/run/jobd/worker.sock")
         return Endpoint(path=path, token=token)
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError:  # whose text has the password
+        raise ValueError(f"{_without_user(text)!r}: this is not a valid URL") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{_without_user(text)!r}: expected unix:/path, http://host:port or https://host:port")
     if parts.username is not None or parts.query or parts.fragment:

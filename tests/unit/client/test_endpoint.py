@@ -156,7 +156,10 @@ def test_a_token_that_a_header_cannot_have_is_rejected_and_not_shown(token: str)
     assert token not in str(caught.value)
 
 
-def test_the_message_about_a_url_does_not_show_a_password() -> None:
-    with pytest.raises(ValueError, match="expected unix:/path") as caught:
-        parse_endpoint("ftp://eve:secret@host")
+@pytest.mark.parametrize(
+    ("url", "message"), [("ftp://eve:secret@host", "expected unix:/path"), ("http://eve:secret@℀.x", "not a valid URL")]
+)
+def test_the_message_about_a_url_does_not_show_a_password(url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_endpoint(url)
     assert "secret" not in str(caught.value)
