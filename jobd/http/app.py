@@ -25,13 +25,18 @@ from jobd.http.response import HttpResponse, RawBody, error_response, ok_respons
 from jobd.http.routing import ResolvedRoute, Route, Router
 from jobd.model.commands import Command, IdempotencyKey, Operator
 from jobd.model.errors import SHUTTING_DOWN, ApiError, ApiException, api_error, not_leader_error, too_large_error
-from jobd.model.journal import LeadershipLost
+from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import Response
 
 INTERNAL_ERROR: Final = ApiError(
     "internal_error", "This is a bug in jobd. The log shows where it happened. Please report it."
 )
 
+OUTCOME_UNKNOWN: Final = ApiError(
+    "outcome_unknown",
+    "The outcome is unknown because the journal did not respond. Check whether it was done before you repeat it.",
+    {"outcome": "unknown"},
+)
 IDEMPOTENCY_KEY: Final = "idempotency-key"
 SUPPORTED_VERSIONS: Final = frozenset({"1.0", "1.1"})
 ACCEPTED_EXPECT: Final = frozenset({"", "100-continue"})  # values of the Expect header
@@ -263,6 +268,8 @@ class App(Generic[S]):
             response = rejected.error
         except LeadershipLost:
             response = not_leader_error(None)  # of a write without the actor, such as that of a webhook's outbox
+        except JournalOutcomeUnknown:
+            response = OUTCOME_UNKNOWN
         except Exception as bug:
             if isinstance(bug, ConnectionError) and ctx.is_disconnected:
                 raise

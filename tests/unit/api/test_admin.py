@@ -52,7 +52,7 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import Policy
-from jobd.model.journal import LeadershipLost
+from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import (
     READY_MS,
     SILENT_MS,
@@ -298,6 +298,17 @@ async def test_a_webhook_action_after_the_lead_was_released_is_not_done(harness:
         refused = await harness.request("POST", f"{P}/webhooks/q/{verb}", body, AUTH)
     assert (refused.status, refused.error, refused.json["details"]) == (503, "not_leader", {"leader": None})
     assert [each["event"] for each in logs] == ["refused"]
+    assert harness.actor.received == []
+
+
+async def test_a_webhook_action_without_a_response_of_the_journal_has_an_unknown_outcome(harness: HttpHarness) -> None:
+    async def fail(_: object) -> None:
+        raise JournalOutcomeUnknown
+
+    webhooks: Any = harness.services.webhooks
+    webhooks.test = fail
+    refused = await harness.request("POST", f"{P}/webhooks/q/test", headers=AUTH)
+    assert (refused.status, refused.error, refused.json["details"]) == (503, "outcome_unknown", {"outcome": "unknown"})
     assert harness.actor.received == []
 
 
