@@ -187,7 +187,7 @@ def check_addresses_free(settings: Config, passed: PassedSockets) -> None:
     """Raise CannotStart if another process listens on an address that systemd did not pass."""
     for name, address in addresses(settings).items():
         if name not in passed and is_in_use(parse_listen(address, name)):
-            raise _cannot_listen(name, address, OSError(errno.EADDRINUSE, "another process listens there"))
+            raise _cannot_listen(name, address, OSError(errno.EADDRINUSE, ""))
 
 
 async def open_listener(name: str, app: App[Services], settings: Config, passed: PassedSockets) -> HttpListener:
@@ -232,8 +232,11 @@ def _certificate(name: str, settings: Config) -> tuple[str, str]:
 
 
 def _cannot_listen(name: str, address: str, error: OSError) -> CannotStart:
-    code = EXIT_BUSY if error.errno == errno.EADDRINUSE else EXIT_CONFIG
-    return CannotStart(f"[{name}] cannot listen on {address}: {error}", code)
+    if error.errno == errno.EADDRINUSE:
+        setting = {"worker": "worker.socket", "worker-tcp": "worker.listen"}.get(name, "admin.listen")
+        why = f"another process listens there. Stop it, or set {setting} to another address"
+        return CannotStart(f"[{name}] cannot listen on {address}: {why}", EXIT_BUSY)
+    return CannotStart(f"[{name}] cannot listen on {address}: {error}", EXIT_CONFIG)
 
 
 def _tls_context(cert: str, key: str) -> ssl.SSLContext | None:

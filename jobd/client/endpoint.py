@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 DEFAULT_ADMIN_URL: Final = "http://127.0.0.1:8770"
 OPERATOR_HEADER: Final = "X-Jobd-Operator"
@@ -73,35 +73,28 @@ def parse_endpoint(text: str, *, token: str | None = None) -> Endpoint:
         if not path.startswith("/"):
             raise ValueError(f"{text!r}: the path of a Unix socket must be absolute, as in unix:/run/jobd/worker.sock")
         return Endpoint(path=path, token=token)
+    if any(char in text for char in "@?#"):  # not shown: it may contain a password
+        raise ValueError("A daemon's URL has no user, query or fragment; the token comes from the environment.")
     try:
         parts = urlsplit(text)
-    except ValueError:  # whose text has the password
-        raise ValueError(f"{_without_user(text)!r}: this is not a valid URL") from None
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{_without_user(text)!r}: expected unix:/path, http://host:port or https://host:port")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError("A daemon's URL has no user, query or fragment; the token comes from the environment.")
+        raise ValueError(f"{text!r}: expected unix:/path, http://host:port or https://host:port")
     if "," in parts.netloc:
         raise ValueError(f"{text!r}: write each URL of a list in full, as in http://a:8771,http://b:8771")
     try:
-        parts.hostname.encode("idna")  # as socket.getaddrinfo does
-    except UnicodeError:
-        raise ValueError(f"{text!r}: the host is not a valid name or address") from None
-    tls = parts.scheme == "https"
-    port = _port(text, parts) or (443 if tls else 80)
-    return Endpoint(host=parts.hostname, port=port, tls=tls, prefix=parts.path.rstrip("/"), token=token)
-
-
-def _without_user(text: str) -> str:
-    """Return `text` without a user and password, which must not be shown."""
-    return re.sub(r"//[^/]*@", "//", text)
-
-
-def _port(text: str, parts: SplitResult) -> int | None:
-    try:
-        return parts.port
+        port = parts.port
     except ValueError:
         raise ValueError(f"{text!r}: the port must be a number from 0 to 65535") from None
+    try:
+        parts.hostname.encode("idna")  # as socket.getaddrinfo does
+    except UnicodeError:
+        raise ValueError(f"{text!r}: the host name is not valid. Use a DNS name or an IP address") from None
+    tls = parts.scheme == "https"
+    return Endpoint(
+        host=parts.hostname, port=port or (443 if tls else 80), tls=tls, prefix=parts.path.rstrip("/"), token=token
+    )
 
 
 def worker_endpoints(

@@ -3,7 +3,7 @@
     python -m tests.proof.cluster_demo [--seed N]
 
 PostgreSQL runs on three servers with quorum commit. First the leader is killed, then the next one hands over its lead.
-The exit code is 0 if every claim was observed.
+The exit code is 0 if every check passed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NEAR: Final = 50  # events; while work goes on, a standby is always a little beh
 _POLL_S: Final = 0.02
 _FINISHED: Final = frozenset({"completed", "failed", "cancelled"})
 
-Claim = tuple[str, bool]
+Check = tuple[str, bool]
 
 
 class Demo:
@@ -49,13 +49,13 @@ class Demo:
         self.results = folder / "results"
         self.results.mkdir()
         self.cluster = Cluster(folder, server.url(), stack, JOBD_JOURNAL_REQUIRE_SYNC="true")
-        self.claims: list[Claim] = []
+        self.checks: list[Check] = []
 
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self._began_s:6.1f} s  {text}", flush=True)
 
-    def run(self) -> list[Claim]:
-        """Run the demo. Returns each claim with whether it was observed."""
+    def run(self) -> list[Check]:
+        """Run the demo. Returns each check with whether it was observed."""
         self._start_nodes()
         with JobClient(self.urls, token=TOKEN, retry_for_s=30.0) as client:
             jobs = client.create_jobs(self._jobs())
@@ -69,8 +69,8 @@ class Demo:
             jobs = self._wait_for(client, finished=len(jobs))
             self._check_jobs(client, jobs)
         codes = [node.stop() for node in self.cluster.nodes if node.process is not None and node.process.poll() is None]
-        self.claims.append(("the nodes stopped cleanly on SIGTERM", bool(codes) and not any(codes)))
-        return self.claims
+        self.checks.append(("the nodes stopped cleanly on SIGTERM", bool(codes) and not any(codes)))
+        return self.checks
 
     @property
     def urls(self) -> str:
@@ -113,10 +113,10 @@ class Demo:
         held = [job.id for job in client.list_jobs(status="processing").jobs]
         began_s = time.monotonic()
         leader.kill()
-        self.say(f"KILL -9: the leader {leader.name} dies while {', '.join(held) or 'no job'} is processing")
+        self.say(f"KILL -9: the leader {leader.name} dies while {', '.join(held) or 'no job'} are processing")
         again = self._see_takeover(client, began_s)
-        self.claims.append(("another node led after the leader was killed", again is not leader))
-        self.claims.append(("jobs were processing when the leader was killed", bool(held)))
+        self.checks.append(("another node led after the leader was killed", again is not leader))
+        self.checks.append(("jobs were processing when the leader was killed", bool(held)))
         leader.start()
         self._wait_until(lambda: leader.cluster()["lag_events"] < NEAR)
         self.say(f"node {leader.name} is back, and follows {again.name}")
@@ -128,8 +128,8 @@ class Demo:
         self._jobd("jobd.cli.ctl.main", "cluster", "step-down", "--yes", JOBD_ADMIN_URL=self.admin_urls)
         again = self._see_takeover(client, began_s)
         assert leader.process is not None
-        self.claims.append(("another node led after a step-down", again is not leader))
-        self.claims.append(("the node that stepped down exited with 75", leader.process.wait(DEADLINE_S) == 75))
+        self.checks.append(("another node led after a step-down", again is not leader))
+        self.checks.append(("the node that stepped down exited with 75", leader.process.wait(DEADLINE_S) == 75))
         leader.start()  # as systemd does
         self._show_cluster()
 
@@ -185,7 +185,7 @@ class Demo:
             if event.type == "granted"
         ]  # fmt: skip
         total = PICTURES + FILMS
-        self.claims += [
+        self.checks += [
             (f"all {total} jobs are completed", len(jobs) == total and all(job.status == "completed" for job in jobs)),
             ("every result was read back from the disk and is complete", not errors),
             ("each job had one holder, and no lock was lost", set(grants.values()) == {1}),
@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"PostgreSQL {version()} on three servers, and jobd on three nodes. Starting them takes a few seconds.")
         with demo(given.seed) as running:
             try:
-                claims = running.run()
+                checks = running.run()
             except BaseException:
                 for node in running.cluster.nodes:
                     print(f"--- log of node {node.name}\n{node.log.decode()}", file=sys.stderr)
@@ -232,9 +232,9 @@ def main(arguments: list[str] | None = None) -> int:
     except PostgresMissing as error:
         print(error, file=sys.stderr)
         return 1
-    for claim, was_seen in claims:
-        print(f"{'ok' if was_seen else 'NOT SEEN':8}  {claim}")
-    return 0 if all(was_seen for _, was_seen in claims) else 1
+    for check, was_seen in checks:
+        print(f"{'ok' if was_seen else 'NOT SEEN':8}  {check}")
+    return 0 if all(was_seen for _, was_seen in checks) else 1
 
 
 if __name__ == "__main__":

@@ -99,16 +99,16 @@ def _screen() -> Iterator[_Screen]:
 
 
 def demonstrate(keep: Path | None, seed: int) -> int:
-    """Run the demo and return the exit code: 0 if every claim was observed."""
+    """Run the demo and return the exit code: 0 if every check passed."""
     with Sandbox(CONFIG) as sandbox:
         with _screen() as screen:
             observed = observe(sandbox, screen, seed)
-        claims = _report(sandbox, observed)
-        claims.append(("the daemon stopped cleanly on SIGTERM", sandbox.stop_daemon() == 0))
+        checks = _report(sandbox, observed)
+        checks.append(("the daemon stopped cleanly on SIGTERM", sandbox.stop_daemon() == 0))
         if keep is not None:
             shutil.copytree(sandbox.results, keep, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.part"))
             terminal.say(f"The results are in {keep}. Open a film in a browser to watch it.")
-    return _verdict(claims)
+    return _verdict(checks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def _show_recovery(client: JobClient, observed: Observations, screen: _Screen) -
 
 
 def _report(sandbox: Sandbox, observed: Observations) -> list[tuple[str, bool]]:
-    """Print the jobs and the timeline of the killed one. Check every claim against timelines, exit codes and files."""
+    """Print the jobs and the timeline of the killed one. Check these against timelines, exit codes and files."""
     with sandbox.jobs() as client:
         jobs = list(reversed(list(client.iterate_jobs(limit=200))))
         timelines = {job.id: client.timeline(job.id) for job in jobs}
@@ -274,7 +274,7 @@ def _frames(data: bytes) -> Iterator[bytes]:
 def checks(
     observed: Observations, jobs: Sequence[JobInfo], timelines: dict[str, list[EventView]], errors: dict[str, str]
 ) -> list[tuple[str, bool]]:
-    """Return each claim of the demo with whether it was observed."""
+    """Return each check of the demo with whether it was observed."""
     events = timelines.get(observed.killed_job, [])
     grants = [event for event in events if event.type == "granted"][1:]
     others = [event for event in grants if event.details.get("worker") != observed.killed_worker]
@@ -293,13 +293,13 @@ def checks(
     ]
 
 
-def _verdict(claims: Sequence[tuple[str, bool]]) -> int:
+def _verdict(checks: Sequence[tuple[str, bool]]) -> int:
     terminal.emit("")
-    for claim, was_seen in claims:
-        terminal.emit(f"{'ok' if was_seen else 'NOT SEEN':8}  {claim}")
-    failed = sum(not was_seen for _, was_seen in claims)
+    for check, was_seen in checks:
+        terminal.emit(f"{'ok' if was_seen else 'NOT SEEN':8}  {check}")
+    failed = sum(not was_seen for _, was_seen in checks)
     if failed:
-        terminal.say(f"jobd demo: {failed} of {len(claims)} claims could not be confirmed")
+        terminal.say(f"jobd demo: {failed} of {len(checks)} checks failed")
         return exit_codes.FAILED
-    terminal.emit("Every claim was confirmed.")
+    terminal.emit("All checks passed.")
     return exit_codes.DONE

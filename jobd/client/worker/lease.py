@@ -211,9 +211,10 @@ class LeaseKeeper:
             _settle(report.reported)
 
     def _is_rejected(self, error: JobdError) -> bool:
-        """Return whether errors after which the worker cannot claim have lasted for the TTL, so the lock has expired.
+        """Return whether the daemon has rejected the worker's calls for the TTL of the lock, which has expired then.
 
-        The time before the first of them counts if the daemon was reachable then. Rejected content does not count.
+        Only errors that prevent claims too, such as a wrong token, count. If the daemon was reachable before the first
+        of them, the time since the last extension counts.
         """
         if error.code in RETRIED_CLAIM or isinstance(error, _REJECTED):
             return False
@@ -223,7 +224,7 @@ class LeaseKeeper:
         return now - self._rejected_from_s >= self._ttl_s
 
     def _on_extended(self, sent_s: float) -> None:
-        """Record that the daemon has accepted an extension that was sent at this time."""
+        """Record an accepted extension that was sent at `sent_s`."""
         self._extended_s, self._rejected_from_s = sent_s, None
 
     def _on_response(self) -> None:
@@ -234,9 +235,7 @@ class LeaseKeeper:
     async def _end(
         self, verb: str, request: ApiRequest[JobInfo], give_up: asyncio.Event, *, is_final: bool = False
     ) -> bool:
-        """Report the end of the job. Retries until the daemon responds, `give_up` is set or the lock has expired.
-
-        An expired lock ends the retries only if the daemon rejects all calls: then the next claim ends the worker.
+        """Report the end of the job. Retries until the daemon responds, `give_up` is set, or `_is_rejected`.
 
         If the daemon rejects an ending that is not `is_final`, the job is failed instead, so that it does not stall.
         """
@@ -274,7 +273,8 @@ class LeaseKeeper:
         """Wait before the next attempt. Return False if there is none."""
         is_rejected, self._is_reachable = self._is_rejected(error), False
         if give_up.is_set() or is_rejected:
-            self._log(f"job {self.id}: could not {verb} the job: {error.message} Its lock will expire.")
+            lock = "Its lock has expired." if is_rejected else "Its lock will expire."
+            self._log(f"job {self.id}: could not {verb} the job: {error.message} {lock}")
             return False
         await within(_wait_s(failures), give_up)
         return True

@@ -114,7 +114,8 @@ def _contested_resources(directory: Path, first: DaemonProcess) -> Iterator[tupl
     )
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = f"127.0.0.1:{taken.getsockname()[1]}"
-        yield "admin port", DaemonProcess(directory, JOBD_ADMIN_LISTEN=port), "[admin] cannot listen"
+        advice = "Stop it, or set admin.listen to another address"
+        yield "admin port", DaemonProcess(directory, JOBD_ADMIN_LISTEN=port), advice
     yield "store", DaemonProcess(directory, JOBD_STORE_PATH=str(first.store)), holder
 
 

@@ -44,7 +44,7 @@ def test_an_invalid_endpoint_is_rejected(text: str) -> None:
 
 @pytest.mark.parametrize("host", ["é..x", "a..b", ".", "a" * 64, "\udcff.x"])
 def test_a_host_that_no_resolver_accepts_is_rejected(host: str) -> None:
-    with pytest.raises(ValueError, match="the host is not a valid name or address"):
+    with pytest.raises(ValueError, match="the host name is not valid"):
         parse_endpoint(f"http://{host}:80")
 
 
@@ -157,9 +157,9 @@ def test_a_token_that_a_header_cannot_have_is_rejected_and_not_shown(token: str)
 
 
 @pytest.mark.parametrize(
-    ("url", "message"), [("ftp://eve:secret@host", "expected unix:/path"), ("http://eve:secret@℀.x", "not a valid URL")]
+    "url", ["http://eve:secret@host", "ftp://eve:/secret@host", "eve:secret@host", "http:/eve:secret@℀.x"]
 )
-def test_the_message_about_a_url_does_not_show_a_password(url: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
+def test_a_url_with_a_password_is_rejected_and_not_shown(url: str) -> None:
+    with pytest.raises(ValueError, match="has no user") as caught:
         parse_endpoint(url)
     assert "secret" not in str(caught.value)

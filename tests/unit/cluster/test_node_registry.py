@@ -85,6 +85,18 @@ async def test_nodes_see_each_other() -> None:
 
 
 @in_virtual_time
+async def test_a_leader_that_was_restarted_is_shown_before_its_entry_is_written_again() -> None:
+    server = MemoryServer(loop_ms)
+    for name in ("a", "b"):
+        await MemorySharedJournal(server).register(entry(name, f"old-{name}"))
+    b = Process(server, entry("b", "new-b"))
+    await seconds(0.1)
+    leads = replace(FOLLOWS, is_leader=True, holder="new-b", leader="http://b")
+    assert [(node.name, node.role) for node in view(b, leads).nodes] == [("a", "standby"), ("b", "leader")]
+    await b.stop()
+
+
+@in_virtual_time
 async def test_problems_are_described() -> None:
     server = MemoryServer(loop_ms)
     process = Process(server, entry("b", "p-b"))
