@@ -58,9 +58,9 @@ class WebhookSection(Struct, frozen=True, forbid_unknown_fields=True):
     timeout: str = "10s"
     """Time limit of one delivery attempt, 100 ms to 1 min."""
     give_up_after: str = "3d"
-    """Age at which an undelivered message is dead-lettered, after 8 failed attempts; 1 min to 30 d.
+    """Age at which an undelivered message is dead-lettered if 8 attempts have failed; 1 min to 30 d.
 
-    If the receiver accepts nothing for so long, attempts at other messages count too.
+    If the receiver has accepted nothing for this long, failed attempts to deliver other messages count too.
     """
 
 

@@ -348,7 +348,7 @@ class Dispatcher:
             log.info("webhook_not_delivered", **fields, tries=tried.tries, error=tried.error)
 
     async def _dead_letter_old(self) -> None:
-        """Dead-letter old deliveries, without another attempt, if the endpoint has failed for long and often enough."""
+        """Dead-letter old deliveries if the endpoint has failed for `give_up_after` and `min_tries` times in a row."""
         failing_ms = self.failing_ms
         if failing_ms is None or self._loop_time() < self._next_clearing_s:
             return

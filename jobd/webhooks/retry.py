@@ -57,7 +57,7 @@ class CircuitBreaker:
     """
 
     def __init__(self, policy: RetryPolicy) -> None:
-        self.failures = 0  # in a row; those that ended while it was open are not counted
+        self.failures = 0  # consecutive; attempts that end while it is open do not count
         self.since: int | None = None
         self.until: int | None = None  # open until then
         self._breaks = 0
