@@ -106,7 +106,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._stop_requested_at = 0.0
         self._is_store_open = False
-        self._is_ready = False  # systemd was told that the start is complete
+        self._is_ready = False  # the start is complete, and systemd was notified
         self._apps: list[App[Any]] = []
         self._listeners: dict[str, HttpListener] = {}
         self._authenticators: dict[str, Authenticator] = {}
@@ -329,7 +329,7 @@ class Daemon:
             log.critical("aborted", signal=name)
             os._exit(1)  # every response that was sent is on disk
         log.info("asked_to_stop", signal=name)
-        if not self._is_store_open:  # the thread that opens it cannot be stopped, and survives a kill at any point
+        if not self._is_store_open:  # the opening thread cannot be stopped; the store survives a kill
             log.info("stopped", exit_code=0)
             logging.flush()
             os._exit(0)
@@ -338,7 +338,7 @@ class Daemon:
     def _on_reload_signal(self) -> None:
         """Reload the configuration and apply the settings that need no restart. Keep the old one on an error."""
         if not self._is_ready:
-            log.warning("reload_ignored", reason="the daemon is not ready")
+            log.warning("reload_ignored", reason="the daemon is still starting: reload again when it is ready")
             return
         systemd.reloading()
         try:

@@ -100,7 +100,7 @@ def _open_closed_streams() -> None:
 
 
 def _discard_stdout() -> None:
-    """Discard data that cannot be written. Otherwise Python writes it at its exit, and changes the exit code to 120."""
+    """Discard output that cannot be written. Otherwise Python tries again at exit and changes the exit code to 120."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -481,8 +481,8 @@ def deliveries(
 def deliver_again(webhook: str, delivery: int, reason: str | None = None) -> ApiRequest[DeliveryView]:
     """Send a delivery again now, in any state. It keeps its `webhook-id`.
 
-    The client does not repeat the request after a lost response, because it could send the delivery twice. Raises
-    NotFound for an unknown webhook or delivery, StorageFull.
+    The client does not repeat the request after a lost response, because a repetition could send the delivery twice.
+    Raises NotFound for an unknown webhook or delivery, StorageFull.
     """
     body = {"id": delivery, "reason": reason}
     request = post(job_path(f"{BASE}/webhooks", webhook, "resend"), DeliveryView, body)

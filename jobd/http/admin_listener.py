@@ -333,5 +333,5 @@ def _without_exception(record: logging.LogRecord) -> bool:
     record.exc_info = None
     if error is not None:
         record.msg, record.args = f"{record.getMessage()}: {type(error).__name__}", ()
-    is_of_client = isinstance(error, web.HTTPException | ConnectionError)
-    return not is_of_client and "http_exceptions" not in type(error).__module__
+    is_client_error = isinstance(error, web.HTTPException | ConnectionError)
+    return not is_client_error and "http_exceptions" not in type(error).__module__

@@ -34,7 +34,7 @@ INTERNAL_ERROR: Final = ApiError(
 
 OUTCOME_UNKNOWN: Final = ApiError(
     "outcome_unknown",
-    "The outcome is unknown because the journal did not respond. Check whether it was done before you repeat it.",
+    "The journal did not respond, so the outcome is unknown. Check whether the action was applied before repeating it.",
     {"outcome": "unknown"},
 )
 IDEMPOTENCY_KEY: Final = "idempotency-key"
@@ -157,7 +157,7 @@ class App(Generic[S]):
         self.error_counts: Counter[str] = Counter()
         self.pending: set[RequestContext] = set()
         self._bodies: set[asyncio.Timeout] = set()  # the time limits of bodies that handlers wait for
-        self._changes: set[asyncio.Future[Response | ApiError | None]] = set()  # of handlers
+        self._changes: set[asyncio.Future[Response | ApiError | None]] = set()  # handlers that run to their end
         self._rejects_incomplete = False
         self._log_limiter = LogRateLimiter()
         self.serve(routes, actor, services, pages=pages)
@@ -290,7 +290,7 @@ class App(Generic[S]):
                 limit.reschedule(0)
 
     async def wait_idle(self) -> None:
-        """Wait until no request is pending. Call it after `close`."""
+        """Wait until no request is pending and no change is running. Call it after `close`."""
         while self.pending or self._changes:  # noqa: ASYNC110 - an event would cost every request
             await asyncio.sleep(IDLE_POLL_S)
 
@@ -304,7 +304,8 @@ class App(Generic[S]):
         work = handler(self, ctx, self._decode(ctx, body))
         if handler is run_command or not ctx.route.changes:
             return await work
-        change = asyncio.ensure_future(work)  # to its end, even if the client disconnects: its audit entry comes last
+        # Runs to its end even if the client disconnects, because the audit entry is written last.
+        change = asyncio.ensure_future(work)
         self._changes.add(change)
         change.add_done_callback(self._changes.discard)
         return await asyncio.shield(change)
