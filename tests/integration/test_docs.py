@@ -513,6 +513,15 @@ def test_the_readme_installs_as_the_page_beside_the_units_does() -> None:
         assert command in there or command.startswith("usermod"), command
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_comments_in_shell_blocks_can_be_pasted_into_zsh(document: Path) -> None:
+    """An interactive zsh has no comments: it passes the words on as arguments, and acts on operators and quotes."""
+    pasted = [block for block in blocks(document) if block.language == "sh" and not block.mark.startswith("file: ")]
+    for line in (line for block in pasted for line in block.text.splitlines()):
+        comment = re.search(r"(?:^|\s)# .*", line)
+        assert not comment or not re.search(r"""[;()&|<>?*'"]""", comment[0]), f"{document.name}: {line}"
+
+
 def test_what_is_shown_follows_what_is_run() -> None:
     for document in DOCUMENTS:
         marks = [block.mark for block in blocks(document)]
