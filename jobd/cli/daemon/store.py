@@ -98,7 +98,7 @@ def restore_command(file: Path, yes: bool, is_dry_run: bool, store: str | None, 
 )
 @click.option("--all", "everything", is_flag=True, help="With --accept: all jobs in quarantine or with a damaged row.")
 @click.option("--recount", is_flag=True, help="Accept missing rows: count the rows again and store the new counts.")
-@click.option("--refold", is_flag=True, help="Also fold the events of each job, and compare the result with its row.")
+@click.option("--refold", is_flag=True, help="Also compute each job from its events, and compare it with its row.")
 @click.option(
     "--cut-journal",
     "cut_from",
