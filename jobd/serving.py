@@ -7,12 +7,14 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from random import SystemRandom
 from typing import Any, Final, Protocol
 from urllib.parse import quote
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 
 from jobd.api.services import Services
 from jobd.cluster.leadership import Leadership
@@ -301,6 +303,13 @@ class Serving:
         self._stack.push_async_callback(health.close)
         return health
 
+    def _with_full_disk(self, cluster_view: Callable[[], ClusterView]) -> ClusterView:
+        """Return the state of the cluster, with a full disk of the journal's server as a problem."""
+        view, full_disk = cluster_view(), self.actor.full_disk
+        if full_disk.is_remote:
+            return replace(view, problems=[*view.problems, f"{full_disk.described()}."])
+        return view
+
     def _make_services(
         self,
         sweeper: ArtifactSweeper | None,
@@ -316,7 +325,8 @@ class Serving:
         )
         metrics.webhooks = self.webhooks.metrics
         if cluster_view is not None:
-            metrics.cluster = health.cluster = self.alerts.cluster = cluster_view
+            view = partial(self._with_full_disk, cluster_view)
+            metrics.cluster = health.cluster = self.alerts.cluster = view
         if self._lead is not None:
             metrics.append_seconds = self._lead.append_seconds
         self._background.run("metrics", metrics)

@@ -34,8 +34,9 @@ def cluster_view(
     nodes = [replace(each, seen_ms=each.seen_ms + registry.age_ms) for each in registry.nodes]
     health = registry.health
     holder = None if at.leader is None else at.holder  # the lease of the latest holder may be over
-    # The entry of a leader that has just started can still be that of its previous process.
-    leading = next((each for each in nodes if (each.name == node if at.is_leader else each.process == holder)), None)
+    leading = next((each for each in nodes if each.process == holder), None)
+    if leading is None and at.leader is not None:  # a process that has just started, whose entry is not written yet
+        leading = next((each for each in nodes if each.url == at.leader), None)
     problems = [text for text in (at.problem, registry.problem) if text is not None]
     problems += _problems(nodes, leading)
     if not registry.is_reachable and at.problem is None:

@@ -70,6 +70,11 @@ class FullDisk:
         return self.closed > Closed.NOTHING and not self._is_remote
 
     @property
+    def is_remote(self) -> bool:
+        """Whether writes are rejected because the disk of the journal's server is full."""
+        return self.closed > Closed.NOTHING and self._is_remote
+
+    @property
     def probe_at(self) -> float | None:
         """The loop time of the next probe; None if no probe is needed."""
         return self.next_probe if self.closed or self._needs_reserve else None
@@ -126,7 +131,9 @@ class FullDisk:
         await self.measure()
         if self.closed > self._logged:
             self._logged = self.closed
-            log.error("disk_full", refused=self.closed.name.lower(), reserve=self.has_reserve, **self._figures())
+            disk = "journal" if self._is_remote else "store"
+            refused = self.closed.name.lower()
+            log.error("disk_full", disk=disk, refused=refused, reserve=self.has_reserve, **self._figures())
 
     async def probe(self) -> None:
         """Accept writes again and rebuild the reserve file if there is room. Once a second while one of them is due.

@@ -154,6 +154,8 @@ class Health:
             )
             cleanup, cleanup_status = self._measure_cleanup()
             journal = journal_health(self.cluster())
+            if journal is not None and self._actor.full_disk.is_remote:
+                journal = PartHealth("unhealthy", f"{self._actor.full_disk.described()}.")
             statuses = [database.status, cache.status, storage.status, cleanup_status]
             worst = max((*statuses, "healthy" if journal is None else journal.status), key=_WORST.index)
             total, disk = self._actor.state.total(), self._actor.full_disk.space

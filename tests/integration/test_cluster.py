@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from aiohttp import web
@@ -113,6 +114,31 @@ def test_a_leader_steps_down_and_follows_again(cluster: Cluster) -> None:
     entries = second.admin("GET", "audit?what=step-down").data["entries"]
     assert [entry["reason"] for entry in entries] == ["maintenance"]
     assert second.post("/v1/jobs/one/start", {"worker": "w"}).status == 200
+
+
+FULL_DISK = (
+    "CREATE FUNCTION no_space() RETURNS trigger LANGUAGE plpgsql AS "
+    "$$BEGIN RAISE EXCEPTION 'No space left on device' USING ERRCODE = 'disk_full'; END$$",
+    "CREATE TRIGGER full_disk BEFORE INSERT ON jobd_journal FOR EACH ROW EXECUTE FUNCTION no_space()",
+)
+
+
+def test_a_full_disk_of_the_server_rejects_creates_and_is_shown(
+    cluster: Cluster, database: str, postgres_server: PostgresServer
+) -> None:
+    name = urlsplit(database).path.removeprefix("/")
+    first = cluster.add("a")
+    first.wait_leads()
+    postgres_server.sql(*FULL_DISK, database=name)
+    refused = create(first, "one")
+    assert (refused.status, refused.error) == (507, "storage_full")
+    described = "The disk of the journal's server is full."
+    assert first.cluster()["problems"] == [described]
+    wait_until(lambda: first.admin("GET", "health").body["data"]["journal"]["status"] == "unhealthy")
+    assert b"disk=journal" in first.log
+    postgres_server.sql("DROP TRIGGER full_disk ON jobd_journal", database=name)
+    wait_until(lambda: create(first, "one").status == 201)
+    assert first.cluster()["problems"] == []
 
 
 def send(client: socket.socket, path: str, body: bytes, length: int) -> None:

@@ -91,9 +91,10 @@ def _show(view: ClusterView) -> None:
 
 
 def _row(node: NodeView) -> tuple[object, ...]:
-    notes = ["silent"] if node.is_silent else []
+    notes = ["silent"] if node.is_silent else ["ready"] if node.is_ready else []
     if node.config_differs:
         notes.append("configuration differs from that of the leader")
     seen = f"{terminal.span(node.seen_ms)} ago"
     versions = node.format, node.schema_version or "-"
-    return node.name, node.role, node.url or "-", node.lag_records, seen, *versions, ", ".join(notes)
+    behind = terminal.span(node.behind_ms) if node.role == "standby" else "-"
+    return node.name, node.role, node.url or "-", behind, seen, *versions, ", ".join(notes)

@@ -95,6 +95,7 @@ async def test_a_full_disk_of_the_server_of_a_shared_journal_is_named() -> None:
         assert (error.code, error.details) == ("storage_full", {})
         await asyncio.sleep(1.5)
         assert engine.actor.full_disk.described() == "The disk of the journal's server is full"
+        assert engine.actor.full_disk.is_remote
         assert not engine.actor.full_disk.is_local
         del engine.disk.errors["probe"]
         await asyncio.sleep(1.5)

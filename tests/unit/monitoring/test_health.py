@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from msgspec.structs import replace
@@ -14,7 +15,7 @@ from jobd.engine.actor import Bounds
 from jobd.engine.disk_full import Closed
 from jobd.model.commands import Create, Get, Progress
 from jobd.model.job import DAY_MS
-from jobd.model.responses import CleanupState, ClusterView, HealthView
+from jobd.model.responses import CleanupState, ClusterView, HealthView, PartHealth
 from jobd.model.storage import DiskFull, DiskSpace, JournalDiskFull, LoadedRows
 from jobd.monitoring.health import (
     MAX_AGE_S,
@@ -161,6 +162,19 @@ async def test_a_full_disk_is_unhealthy_and_says_what_to_do() -> None:
         assert found == ("/disk/jobd.db", 4096, 1 << 20)
         engine.disk.errors["probe"] = JournalDiskFull("full")
         assert (await measured(engine)).database.message.startswith("The disk of the journal's server is full: writes")
+
+
+@in_virtual_time
+async def test_a_full_disk_of_the_journals_server_makes_the_journal_unhealthy() -> None:
+    async with VirtualEngine() as engine:
+        health = health_of(engine)
+        health.cluster = lambda: ClusterView(role="leader", synchronous=True)
+        assert (await health.view()).journal == PartHealth("healthy", ANY)
+        engine.disk.write_errors.append(JournalDiskFull("full"))
+        engine.disk.errors["probe"] = JournalDiskFull("full")
+        await engine.no(Create(id="a"))
+        await asyncio.sleep(MAX_AGE_S)
+        assert (await health.view()).journal == PartHealth("unhealthy", "The disk of the journal's server is full.")
 
 
 @in_virtual_time
