@@ -126,9 +126,10 @@ def _overdue(job: Job, state: State, at: Moment, back: str) -> WhyView:
 def _waiting(job: Job, state: State, at: Moment, expires: NextEvent | None, back: str) -> WhyView:
     queue, kind = job.options.queue, job.options.kind
     first = next(state.due([queue], [kind]), None)
-    ahead = "It is the next of its kind." if first is not None and first.id == job.id else "Other jobs come first."
+    ahead = "It is next in line." if first is not None and first.id == job.id else "Other jobs come first."
     outlook = _outlook(job, state, at)
-    because = f"It has been due for {in_words(at.now - job.run_at)}: {outlook.clause}. {ahead}{back}"
+    since = job.run_at if job.ended is None else max(job.run_at, min(job.ended.at, at.now))
+    because = f"It has waited for {in_words(at.now - since)}: {outlook.clause}. {ahead}{back}"
     return WhyView("queued", because, expires or outlook.next, outlook.blocked_by, outlook.do)
 
 

@@ -32,7 +32,7 @@ def test_every_error_code_has_an_exit_code() -> None:
         ("--version 2>&-", 0, ""),
         ("nonsense 2>&-", 2, ""),
         ("submit - <&-", 2, "jobctl: PAYLOAD is not valid JSON"),
-        ("stats --admin-url http://é..x", 2, "the host is not a valid name"),
+        ("stats --admin-url http://é..x", 2, "the host name is not valid"),
     ],
 )
 @pytest.mark.parametrize("is_unbuffered", [True, False])

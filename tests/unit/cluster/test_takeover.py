@@ -270,7 +270,7 @@ async def test_jobs_of_a_leader_whose_clock_was_ahead_stay_due() -> None:
     await old.kill()
     new = await leader_of([standby])
     await new.ask(Create(id="new"))
-    assert (await new.ask(Why(id="first"))).because.startswith("It has been due for")
+    assert (await new.ask(Why(id="first"))).because.startswith("It has waited for")
     assert (await new.ask(Start(id="later", worker="w"))) == "not_due"
     await new.ask(Release(id="held", lock_id=grant.lock_id))
     granted = (await new.ask(Claim(worker="w", limit=9))).grants

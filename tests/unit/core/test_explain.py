@@ -49,10 +49,20 @@ def test_waiting_for_a_worker(rules: RuleHarness) -> None:
     view = why(rules)
     assert (view.state, view.blocked_by) == ("queued", "no worker")
     since = "no worker has claimed queue `q` since the start at 22:13 UTC"
-    assert view.because == f"It has been due for 5 s: {since}. It is the next of its kind."
+    assert view.because == f"It has waited for 5 s: {since}. It is next in line."
     assert at_and_rule(view) == (None, "claim")
     assert view.do == ["List the workers: jobctl workers", "Start a worker: jobctl run --queue q -- CMD"]
     assert "Other jobs come first." in why(rules, "b").because
+
+
+def test_a_returned_job_waits_since_its_grant_ended(rules: RuleHarness) -> None:
+    lock_id = rules.held("a")
+    rules.advance(5_000)
+    rules.accept(Release(id="a", lock_id=lock_id))
+    rules.advance(2_000)
+    assert why(rules).because.startswith("It has waited for 2 s: ")
+    rules.now -= 3_000
+    assert why(rules).because.startswith("It has waited for 0 ms: ")
 
 
 def clause(rules: RuleHarness, job_id: str = "a") -> str:
