@@ -79,7 +79,9 @@ class BaseClient:
 def unreachable(endpoint: Endpoint, error: BaseException) -> Unreachable:
     """Return the error for a connection that could not be made, broke, or had no response in time."""
     is_slow = isinstance(error, TimeoutError)
-    reason = "no response in time" if is_slow else str(error) or type(error).__name__
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if is_slow:
+        reason = "no response in time"
     found = Unreachable(f"The daemon at {endpoint} cannot be reached: {reason}.")
     found.is_slow = is_slow
     return found
