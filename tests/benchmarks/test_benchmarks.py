@@ -151,6 +151,13 @@ def test_every_scenario_is_in_the_help() -> None:
     assert max(live for live, _ in LARGE) == 1_000_000
 
 
+def test_figures_are_shown_as_a_table(tmp_path: Path) -> None:
+    words = ["latency", "--seconds", "0.1", "--runs", "1", "--rate", "50", "--dir", str(tmp_path)]
+    shown = CliRunner().invoke(benchmarks, words, catch_exceptions=False)
+    assert shown.exit_code == 0
+    assert "p50_ms" in shown.output
+
+
 def test_a_series_is_drawn_as_bars() -> None:
     assert _bars([0.0, 1.0, 8.0]) == "▁▂█"
     assert _bars([0.0, 0.0]) == "▁▁"

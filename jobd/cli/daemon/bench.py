@@ -65,6 +65,7 @@ def bench(
         found[name] = {"runs": runs, "commit_modes": modes, **over_runs(measured)}
         if not as_json:
             terminal.emit(f"{name}: {SCENARIOS[name]}")
+            terminal.emit(f"commit mode: {', '.join(modes)}")
             show(found[name])
     if as_json:
         terminal.emit_json({"version": __version__, "machine": machine(), "scenarios": found})
@@ -115,7 +116,6 @@ def _rounded(value: float) -> float:
 
 
 def show(figures: dict[str, Any]) -> None:
-    terminal.emit(f"commit mode: {', '.join(figures['commit_modes'])}")
     rows: Iterable[tuple[str, ...]] = [
         (name, *map(_number, (each["median"], each["min"], each["max"]))) for name, each in _flat(figures)
     ]
