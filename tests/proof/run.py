@@ -34,6 +34,7 @@ PARTS: Final[dict[str, list[str]]] = {
     "world": ["tests.proof.small_world"],
     "simulation": ["tests.proof.simulation", "--seeds", "20000", "--jobs", "2"],
     "cluster": ["tests.proof.simulation", "--cluster", "--seeds", "5000", "--steps", "300", "--jobs", "2"],
+    "cluster-tests": ["pytest", "-m", "long", "--numprocesses", "3", "--dist", "worksteal", "--quiet"],
     "linearizability": ["tests.proof.linearizability", "--histories", "500"],
     "faults": ["tests.proof.faults", "--report", "--json"],
     "planted": ["tests.proof.planted", "--jobs", "2"],
@@ -153,21 +154,22 @@ def _faults(printed: str) -> str:
     verdicts = [each["verdict"] for each in outcomes]
     skipped = ", ".join(each["name"] for each in outcomes if each["verdict"] == "skipped")
     head = [
-        "| fault | promise | counts | duration | commit, Python | requires |",
+        "| fault | promise | counts | duration | commit, Python, arguments | requires |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    again = "`python -m tests.proof.faults NAME` repeats one."
+    again = "`python -m tests.proof.faults NAME`, with the arguments of its row, repeats one."
     total = f"{verdicts.count('passed')} of {len(outcomes)} passed, skipped: {skipped or 'none'}. {again}"
     return "\n".join([*head, *map(_row, outcomes), "", total])
 
 
 def _row(each: dict[str, Any]) -> str:
+    arguments = each["command"].partition(f" {each['name']} ")[2]
     cells = [
         f"`{each['name']}`",
         each["promise"],
         _counts(each["counts"]) or each["verdict"],
         f"{each['seconds']:.0f} s",
-        f"`{each['commit']}`, {each['python']}",
+        f"`{each['commit']}`, {each['python']}" + (f", `{arguments}`" if arguments else ""),
         ", ".join(each["needs"]) or "nothing",
     ]
     return f"| {' | '.join(cells)} |"
@@ -191,6 +193,7 @@ SHOWN: Final[dict[str, Callable[[str], str]]] = {
     "world": _whole,
     "simulation": _simulation,
     "cluster": _simulation,
+    "cluster-tests": _last,
     "linearizability": _whole,
     "faults": _faults,
     "planted": _last,

@@ -56,16 +56,21 @@ def test_the_counts_of_the_faults_become_a_table() -> None:
         "verdict": "passed",
         "seconds": 1.6,
         "counts": {"kills": 1200},
+        "command": "python -m tests.proof.faults kill",
         "commit": "0123456789ab",
         "python": "3.11.7",
         "needs": ["strace"],
     }
     skipped = outcome | {"name": "cut", "verdict": "skipped", "counts": {}, "needs": []}
-    shown = proof.SHOWN["faults"](json.dumps([outcome, skipped]))
+    more = outcome | {"name": "stop", "command": "python -m tests.proof.faults stop --rounds 1000", "needs": []}
+    shown = proof.SHOWN["faults"](json.dumps([outcome, skipped, more]))
     row = "| `kill` | nothing is lost | 1,200 kills | 2 s | `0123456789ab`, 3.11.7 | strace |"
     assert row in shown
     assert "| `cut` | nothing is lost | skipped | 2 s | `0123456789ab`, 3.11.7 | nothing |" in shown
-    assert "1 of 2 passed, skipped: cut. `python -m tests.proof.faults NAME`" in shown
+    assert (
+        "| `stop` | nothing is lost | 1,200 kills | 2 s | `0123456789ab`, 3.11.7, `--rounds 1000` | nothing |" in shown
+    )
+    assert "2 of 3 passed, skipped: cut. `python -m tests.proof.faults NAME`" in shown
 
 
 def test_single_faults_replace_their_rows_if_they_passed(
@@ -121,7 +126,7 @@ def test_every_figure_in_the_document_has_commit_command_and_interpreter() -> No
         block = document.partition(f"<!-- {name} -->\n")[2].partition("<!-- end -->")[0]
         assert re.search(rf"commit `[0-9a-f]{{12}}`, `python -m {proof.PARTS[name][0]}\b.*Python 3\.\d+", block), name
     for fault, _, _, _, measured, needs in rows(proof.DOCUMENT, "fault", "promise"):
-        assert re.search(r"`[0-9a-f]{12}`, 3\.\d+\.\d+$", measured), fault
+        assert re.search(r"`[0-9a-f]{12}`, 3\.\d+\.\d+(, `--rounds \d+`)?$", measured), fault
         tools = [tool.name for tool in checks()[ticked(fault)[0]].needs]
         assert needs == (", ".join(tools) or "nothing"), fault
 

@@ -54,6 +54,7 @@ class PostgresServer:
         self.directory = directory
         self.port = port or free_port()
         self.process: subprocess.Popen[bytes] | None = None
+        self.environ: dict[str, str] = {}  # beside that of this process
         self._settings: dict[str, object] = {}
 
     # -- Addresses --
@@ -98,7 +99,13 @@ class PostgresServer:
             words += ["-c", f"{name}={value}"]
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                words, stdout=log, stderr=log, cwd=self.directory, preexec_fn=die_with_us, **_user()
+                words,
+                stdout=log,
+                stderr=log,
+                cwd=self.directory,
+                env=os.environ | self.environ,
+                preexec_fn=die_with_us,
+                **_user(),
             )
         self.wait()
 

@@ -36,6 +36,7 @@ MODULES: Final = (
     "systemd_units",
     "lost_leaders",
     "lost_servers",
+    "cluster_clocks",
     "node_conditions",
     "upgrades",
 )

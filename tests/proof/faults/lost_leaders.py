@@ -17,7 +17,7 @@ READS: Final = 3  # that a suspended leader finds when it goes on
 
 def kill_leader(cluster: NodesUnderLoad) -> None:
     leader = cluster.leader()
-    with cluster.outage(cluster.others(leader)):
+    with cluster.outage("a kill", cluster.others(leader)):
         leader.kill()
     cluster.revive()
 
@@ -25,7 +25,7 @@ def kill_leader(cluster: NodesUnderLoad) -> None:
 def suspend_leader(cluster: NodesUnderLoad) -> None:
     """Suspend the leader until another node has led for a while, and resume it."""
     leader = cluster.leader()
-    with cluster.outage(cluster.others(leader)):
+    with cluster.outage("a suspension", cluster.others(leader)):
         freeze(leader)
     cluster.wait_for_changes(CHANGES)
     _read_late(leader)
@@ -50,7 +50,7 @@ def _read_late(leader: NodeProcess) -> None:
 
 def step_down(cluster: NodesUnderLoad) -> None:
     leader = cluster.leader()
-    with cluster.outage(cluster.others(leader)):
+    with cluster.outage("a step-down", cluster.others(leader)):
         assert leader.admin("POST", "cluster/step-down", {"reason": "test"}).status == 200
     assert exit_code(leader) == STEPPED_DOWN, leader.log[-2000:]
     cluster.revive()
@@ -64,7 +64,7 @@ def restart_each(cluster: NodesUnderLoad) -> None:
         cluster.wait_for_changes(CHANGES)
         cluster.revive()
         cluster.wait_until_followed()
-    with cluster.outage(cluster.others(leader)):
+    with cluster.outage("a stop", cluster.others(leader)):
         assert leader.stop() == 0, leader.log[-2000:]
     cluster.revive()
 

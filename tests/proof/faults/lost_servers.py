@@ -42,16 +42,16 @@ def primaries_killed(trial: Trial, default: str = "on") -> Counts:
             for number in range(trial.rounds):
                 cluster.wait_for_changes(CHANGES + 17 * (number % 7))
                 restarts += lose_primary(cluster)
-                _replace_lost(cluster.servers)
+                replace_lost(cluster.servers)
     return {"primaries killed": trial.rounds, "leaders that had exited with 75": restarts, **cluster.counts}
 
 
 def lose_primary(cluster: NodesUnderLoad) -> int:
     """Kill the primary and promote a standby by hand. Return how many leaders had exited."""
-    with cluster.outage():
+    with cluster.outage("the loss of the primary"):
         cluster.servers[0].kill()
         _promote(cluster.servers)
-        return _revive_until_led(cluster)
+        return revive_until_led(cluster)
 
 
 def _promote(servers: list[PostgresServer]) -> None:
@@ -66,7 +66,8 @@ def _promote(servers: list[PostgresServer]) -> None:
     ahead.promote()
 
 
-def _replace_lost(servers: list[PostgresServer]) -> None:
+def replace_lost(servers: list[PostgresServer]) -> None:
+    """Make the lost server, the last one, a standby of the primary."""
     primary, _, lost = servers
     shutil.rmtree(lost.directory / "data")
     lost.copy_of(primary, _name(lost))
@@ -87,7 +88,7 @@ def _set(server: PostgresServer, name: str, value: str) -> None:
     server.sql("SELECT pg_reload_conf()")
 
 
-def _revive_until_led(cluster: NodesUnderLoad) -> int:
+def revive_until_led(cluster: NodesUnderLoad) -> int:
     """Start leaders that have exited, until one leads."""
     restarts = 0
 
@@ -116,11 +117,14 @@ def leader_cut_off(trial: Trial) -> Counts:
 def cut_off_leader(cluster: NodesUnderLoad, link: Link) -> None:
     leader = cluster.leader()
     network = cluster.networks[cluster.nodes.index(leader)]
-    with cluster.outage(cluster.others(leader)):
+    if link == "database":
+        with cluster.outage("a partition from PostgreSQL", cluster.others(leader)):
+            network.cut(link)
+    else:
         network.cut(link)
-        if link == "clients":  # it keeps the lead, because it can renew its lease
-            time.sleep(LEASE_S * 1.5)
-            assert not any(leads(node) for node in cluster.others(leader))
+        time.sleep(LEASE_S * 1.5)
+        assert not any(leads(node) for node in cluster.others(leader)), "the leader could renew its lease"
+        with cluster.outage("a step-down without clients", cluster.others(leader)):
             assert leader.admin("POST", "cluster/step-down", {"reason": "test"}).status == 200
     network.heal(link)
     assert exit_code(leader) == STEPPED_DOWN, leader.log[-2000:]
@@ -169,7 +173,7 @@ def in_turn(trial: Trial) -> Counts:
                 cluster.wait_for_changes(CHANGES)
                 fault(cluster)
             if trial.timed:
-                _replace_lost(cluster.servers)
+                replace_lost(cluster.servers)
     return {"faults": 4 * trial.rounds, **cluster.counts}
 
 
@@ -199,7 +203,8 @@ CHECKS = (
     ),
     Check(
         "cluster-leader-cut-off",
-        "the leader is cut off from PostgreSQL: another node leads; or from clients: it leads until a step-down",
+        "the leader is cut off from PostgreSQL: another node leads; or from clients, for 4.5 s: it leads until a "
+        "step-down",
         leader_cut_off,
         rounds=20,
         few=0,

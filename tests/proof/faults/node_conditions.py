@@ -1,4 +1,4 @@
-"""Nodes with clocks that are off, or with a full or lost disk; and a long transaction in their database."""
+"""Nodes with a full or lost disk, and a long transaction in their database."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Final
 
 from jobd.cluster.hand_over import SETTLED_S
-from tests.proof.faults.clocks import FAKETIME, faked_clock, set_offset
 from tests.proof.faults.full_disk import FREE_BYTES, fill
 from tests.proof.faults.harness import Check, Counts, Trial
-from tests.proof.faults.lost_leaders import kill_leader, step_down
+from tests.proof.faults.lost_leaders import step_down
 from tests.proof.faults.mounts import MOUNTS, tmpfs
 from tests.proof.faults.nodes import (
     DATABASE,
@@ -29,28 +28,9 @@ from tests.proof.faults.nodes import (
 from tests.support.node_process import NodeProcess
 
 CHANGES: Final = 60  # between two faults
-HOUR_S: Final = 3_600
-SHORT_LOCKS: Final = {"JOBD_LOCKS_TTL": "50m", "JOBD_LOCKS_MAX_PROCESSING": "50m"}
 FULL_CHANGES: Final = 1_000  # while a disk is full
-TRANSACTION_S: Final = 90  # an alert fires after 60
+TRANSACTION_S: Final = 600
 SHORT_TRANSACTION_S: Final = 15
-
-
-def clocks_ahead(trial: Trial) -> Counts:
-    """Step the clock of the leader an hour ahead, then those of the others, and let another node lead."""
-    with nodes_under_load(trial) as cluster:
-        files = {name: trial.directory / f"{name}.offset" for name in NODES}
-        for name, file in files.items():
-            set_offset(file, 0)
-            cluster.add(name, environ=SHORT_LOCKS | faked_clock(file))
-        with under_load(cluster):
-            for number in range(trial.rounds):
-                leader = cluster.leader()
-                for node in [leader, *cluster.others(leader)]:
-                    cluster.wait_for_changes(CHANGES)
-                    set_offset(files[node.name], (number + 1) * HOUR_S)
-                kill_leader(cluster)
-    return {"steps of each clock": trial.rounds, **cluster.counts}
 
 
 def standby_disk(trial: Trial) -> Counts:
@@ -82,7 +62,7 @@ def leader_disk(trial: Trial) -> Counts:
             for _ in range(trial.rounds):
                 time.sleep(SETTLED_S)  # a new leader does not hand over
                 leader = cluster.leader()
-                with cluster.outage(cluster.others(leader)):
+                with cluster.outage("a full disk", cluster.others(leader)):
                     filler = fill(disks[leader.name])
                     assert exit_code(leader) == STEPPED_DOWN, leader.log[-2000:]
                 assert b"event=hands_over" in leader.log
@@ -138,14 +118,6 @@ def _changes_per_s(cluster: NodesUnderLoad, seconds: float) -> int:
 
 
 CHECKS = (
-    Check(
-        "cluster-clocks-ahead",
-        "wall clocks of nodes step an hour ahead, one after the other, and the leader is lost: no lock ends early",
-        clocks_ahead,
-        rounds=10,
-        few=0,
-        needs=(POSTGRES, FAKETIME),
-    ),
     Check(
         "cluster-standby-disk",
         "the disk of a standby is full, then lost: the leader goes on, and the standby follows again",

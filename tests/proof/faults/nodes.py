@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
 from jobd.client import JobClient, JobdError
@@ -124,6 +124,14 @@ class Leader(NodeProcess):
             return call(connection, "POST", path, body, Authorization=f"Bearer {TOKEN}", **headers)
 
 
+class Outage(NamedTuple):
+    """Times of time.monotonic(): of the fault, of the lead of another node, and when the load had gone on."""
+
+    began_s: float
+    led_s: float
+    ended_s: float
+
+
 class NodesUnderLoad:
     """The nodes, their servers, the ledger of the load, and what was measured."""
 
@@ -138,9 +146,8 @@ class NodesUnderLoad:
         self.networks = networks
         self.ledger = Ledger()
         self.nodes: list[NodeProcess] = []
-        self.takeover_s: list[float] = []
         self.counts: Counts = {}  # after everything has been checked
-        self._faults: list[tuple[float, float]] = []  # time.monotonic() of each, and when the load had gone on
+        self._outages: dict[str, list[Outage]] = {}
         self._loads = 0
         self._trial = trial
         self._stack = stack
@@ -230,14 +237,14 @@ class NodesUnderLoad:
     # -- faults
 
     @contextmanager
-    def outage(self, among: Sequence[NodeProcess] = ()) -> Iterator[None]:
+    def outage(self, kind: str, among: Sequence[NodeProcess] = ()) -> Iterator[None]:
         """Measure from the begin of the block, the fault, until one of these nodes leads and the load has gone on."""
         began_s = time.monotonic()
         yield
         self.leader(among)
-        self.takeover_s.append(time.monotonic() - began_s)
+        led_s = time.monotonic()
         self.wait_for_changes(CLIENTS)
-        self._faults.append((began_s, time.monotonic()))
+        self._outages.setdefault(kind, []).append(Outage(began_s, led_s, time.monotonic()))
 
     def revive(self) -> int:
         """Start the nodes that have ended, as systemd does. Return their number."""
@@ -275,9 +282,17 @@ class NodesUnderLoad:
             "acknowledged changes checked on each node": checked,
             "tokens": len(self.ledger.tokens),
             **({"without a response, settled by a repeat": settled} if settled else {}),
-            **_times("until another node led", self.takeover_s),
-            **_times("without an acknowledgement", [_gap_s(answered_s, *fault) for fault in self._faults]),
+            **self._measured(answered_s),
         }
+
+    def _measured(self, answered_s: Sequence[float]) -> Counts:
+        """Return the times of the outages, by kind if there are several."""
+        found: Counts = {}
+        for kind, outages in self._outages.items():
+            which = f" after {kind}" if len(self._outages) > 1 else ""
+            found |= _times(f"until another node led{which}", [each.led_s - each.began_s for each in outages])
+            found |= _times(f"without an acknowledgement{which}", [_gap_s(answered_s, each) for each in outages])
+        return found
 
     def keep_evidence(self) -> None:
         """Write the ledger, the logs of nodes and servers and the journal beside the stores."""
@@ -338,15 +353,14 @@ def _check_locks(store: StoreContents) -> None:
     assert not ended, f"locks that ended early: {ended[:5]}"
 
 
-def _gap_s(answered_s: Sequence[float], began_s: float, ended_s: float) -> float:
-    """Return the longest time without one of the sorted acknowledgements around a fault."""
-    times = answered_s[bisect_left(answered_s, began_s - 1) : bisect_right(answered_s, ended_s)]
+def _gap_s(answered_s: Sequence[float], outage: Outage) -> float:
+    """Return the longest time without one of the sorted acknowledgements, from the last one before the fault."""
+    last = max(bisect_left(answered_s, outage.began_s) - 1, 0)
+    times = answered_s[last : bisect_right(answered_s, outage.ended_s)]
     return max((after - before for before, after in itertools.pairwise(times)), default=0.0)
 
 
 def _times(what: str, times_s: Sequence[float]) -> Counts:
-    if not times_s:
-        return {}
     return {
         f"ms {what}, median": round(statistics.median(times_s) * 1000),
         f"ms {what}, at most": round(max(times_s) * 1000),

@@ -95,7 +95,7 @@ def _upgrade(cluster: NodesUnderLoad) -> None:
     leader = cluster.leader()
     for node in cluster.others(leader):
         _install(cluster, NEW, node)
-    with cluster.outage(cluster.others(leader)):
+    with cluster.outage("a stop", cluster.others(leader)):
         assert leader.stop() == 0, leader.log[-2000:]
     cluster.wait_for_changes(CHANGES)
     poll_until(lambda: _is_reported(cluster.leader(), leader))
@@ -115,7 +115,7 @@ def _install(cluster: NodesUnderLoad, module: str, node: NodeProcess) -> None:
 
 
 def _install_on_leader(cluster: NodesUnderLoad, module: str, leader: NodeProcess) -> None:
-    with cluster.outage(cluster.others(leader)):
+    with cluster.outage("a stop", cluster.others(leader)):
         assert leader.stop() == 0, leader.log[-2000:]
     leader.module = module
     cluster.wait_for_changes(CHANGES)

@@ -19,6 +19,7 @@ LEVELS: Final = {
     "tests/unit/core": "rules",
     "tests/proof/test_simulation.py": "simulation",
     "tests/proof/test_cluster_simulation.py": "simulation",
+    "tests/unit/cluster": "cluster",
     "tests/unit/engine": "actor",
     "tests/unit/maintenance": "maintenance",
     "tests/unit/storage": "store",

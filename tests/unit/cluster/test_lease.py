@@ -20,8 +20,8 @@ class FakeClock:
         return self.now_s
 
 
-def head(number: int = 1, epoch: int = 7, renewed: str = "a", holder: str | None = "x") -> Head:
-    return Head(number, epoch, holder, "http://a:8771", number, renewed)
+def head(number: int = 1, epoch: int = 7, renewed: str = "a", holder: str | None = "x", at: int = 0) -> Head:
+    return Head(number, epoch, holder, "http://a:8771", number, renewed, at=at)
 
 
 def test_a_leader_counts_from_before_it_sent_the_renewal() -> None:
@@ -62,6 +62,17 @@ def test_a_standby_waits_for_a_whole_lease_without_a_change(change: dict[str, in
     assert not lease.see(head(**change))  # type: ignore[arg-type]
     clock.now_s += 0.02
     assert lease.see(head(**change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("step_ms", [-3_600_000, 3_600_000])
+def test_the_wall_clock_of_the_server_does_not_matter(step_ms: int) -> None:
+    clock = FakeClock()
+    lease = StandbyLease(LEASE_S, clock)
+    assert not lease.see(head())
+    clock.now_s += 2.99
+    assert not lease.see(head(at=step_ms))
+    clock.now_s += 0.02
+    assert lease.see(head(at=step_ms))
 
 
 def test_a_later_acknowledged_record_does_not_renew_the_lease() -> None:

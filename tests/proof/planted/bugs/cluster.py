@@ -70,6 +70,17 @@ def _(see: Any, self: StandbyLease, head: Head) -> bool:
 
 
 @bug(
+    "lease-judged-by-the-wall-clock",
+    StandbyLease.see,
+    breaks="a standby measures the lease with the wall clock of the server",
+    found_by="tests/unit/cluster/test_lease.py::test_the_wall_clock_of_the_server_does_not_matter",
+)
+def _(see: Any, self: StandbyLease, head: Head) -> bool:
+    self._now_s = lambda: head.at / 1000
+    return bool(see(self, head))
+
+
+@bug(
     "unacknowledged-records-applied",
     standby.acknowledged,
     breaks="a standby applies a record that a failover can lose",
