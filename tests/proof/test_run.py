@@ -170,6 +170,13 @@ def test_the_table_of_faults_is_that_of_the_checks() -> None:
     assert promises == {check.name: check.promise for check in checks().values()}
 
 
+def test_the_document_names_tests_that_exist() -> None:
+    sources = "".join(file.read_text("utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", proof.DOCUMENT.read_text("utf-8"))
+    assert named
+    assert [name for name in named if f"def {name}(" not in sources] == []
+
+
 def test_the_table_of_invariants_names_those_that_are_checked() -> None:
     promises = [name for name, _ in rows(ROOT / "docs/reliability.md", "name", "what holds")]
     assert promises == [*(f"S{number}" for number in (*range(1, 16), 18)), *(f"L{number}" for number in range(1, 7))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 from typing import Final
@@ -65,7 +66,7 @@ def _lose_leaders(cluster: NodesUnderLoad, seconds: int, trial: Trial) -> None:
     cluster.wait_for_changes(CHANGES)
     suspend_leader(cluster)
     cluster.wait_for_changes(CHANGES)
-    primary.kill()
+    primary.stop(signal.SIGQUIT)
     _step(primary, -seconds)
     primary.start()
     revive_until_led(cluster)
