@@ -172,6 +172,8 @@ class Standby:
     async def _take_over(self) -> Leadership | None:
         """Become the leader, and apply the rest of the records. Return None if another node was faster."""
         assert self.head is not None
+        if self.problem is None:
+            log.info("takes_over", record=self.head.number)
         if self._warm.number < self.head.number:  # a node that cannot read the last record does not lead
             for each in await self._journal.read(self._warm.number, READ_LIMIT):
                 record.decode(each)
