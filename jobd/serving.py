@@ -31,12 +31,12 @@ from jobd.maintenance.backups import Backups
 from jobd.maintenance.cleanup_pass import CleanupSchedule
 from jobd.maintenance.clock_monitor import ClockMonitor
 from jobd.maintenance.due_jobs import DueJobs
+from jobd.maintenance.held_locks import SLICE, HeldLocks
 from jobd.maintenance.maintainer import Maintainer, read_extra, read_stats
 from jobd.maintenance.plans import Planner
 from jobd.maintenance.scrubber import Scrubber
-from jobd.model.commands import EndGrants, ExtendAfterPause
+from jobd.model.commands import EndGrants
 from jobd.model.errors import ApiError, not_leader_error
-from jobd.model.job import SECOND_MS
 from jobd.model.responses import ClusterView
 from jobd.model.storage import OpenedStore, StoredResponse
 from jobd.model.webhooks import WebhookEndpoint
@@ -54,8 +54,6 @@ from jobd.webhooks.dispatcher import PARALLEL
 from jobd.webhooks.manager import WebhookManager
 from jobd.webhooks.transport import HttpTransport
 
-GRACE_MS: Final = 30 * SECOND_MS  # after a start or a pause, no processing job ends sooner
-SLICE: Final = 500  # jobs of one command
 KEEP_DUE_S: Final = 10.0  # for jobs to be kept due, before a daemon stops
 FINISH_S: Final = 0.1  # for requests, deliveries and sweeps in progress, before a leader releases its lead
 
@@ -133,6 +131,7 @@ class Serving:
         self.actor.on_commit += [self.feed.publish, self.failures.committed]
         self._lead: Leadership | None = None
         self._due_jobs = DueJobs(self.actor, self.clock.moment)
+        self._held_locks = HeldLocks(self.actor, self.clock.moment)
         self._clock_monitor = ClockMonitor(self._on_pause, self._on_set_back, self.clock.moment)
         self.actor.before_batch = self._clock_monitor.check
 
@@ -226,29 +225,21 @@ class Serving:
     def _recover_processing(self) -> None:
         """Extend the locks of processing jobs, or end their grants if the store was restored from a backup.
 
-        The actor applies these commands before any other. On a full disk, it applies them once there is space.
+        The actor ends the grants before any other command. On a full disk, it does so once there is space.
         """
         if not self._opened.marked:
-            self._extend_locks(self.clock.moment().lease)
+            self._held_locks.extend(self.clock.moment().lease)
             return
-        slices = self._processing_slices()
-        for index, ids in enumerate(slices or [[]]):
-            self.actor.enqueue_internal(EndGrants(ids=ids, last=index + 1 >= len(slices)))
-        log.warning("backup_put_back", grants_to_end=len(self.actor.state.processing), epoch=self.actor.state.epoch)
-
-    def _processing_slices(self) -> list[list[str]]:
         ids = list(self.actor.state.processing)
-        return [ids[first : first + SLICE] for first in range(0, len(ids), SLICE)]
-
-    def _extend_locks(self, since: int) -> None:
-        """Extend the locks of processing jobs, because no worker could report since the lease time `since`."""
-        for ids in self._processing_slices():
-            self.actor.enqueue_internal(ExtendAfterPause(ids=ids, grace_ms=GRACE_MS, since=since))
+        slices = [ids[first : first + SLICE] for first in range(0, len(ids), SLICE)]
+        for index, each in enumerate(slices or [[]]):
+            self.actor.enqueue_internal(EndGrants(ids=each, last=index + 1 >= len(slices)))
+        log.warning("backup_put_back", grants_to_end=len(ids), epoch=self.actor.state.epoch)
 
     def _on_pause(self, pause_ms: int, since: int) -> None:
         """Extend locks after a time in which the process was stopped, or its machine was suspended or overloaded."""
         log.warning("was_away", away_ms=pause_ms, processing=len(self.actor.state.processing))
-        self._extend_locks(since)
+        self._held_locks.extend(since)
 
     def _on_set_back(self, back_ms: int, until: int) -> None:
         log.warning("clock_set_back", back_ms=back_ms)

@@ -18,7 +18,8 @@ from jobd.journal import record
 from jobd.journal.checksum import checksum
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
 from jobd.maintenance.due_jobs import DueJobs
-from jobd.model.commands import AnyCommand, ExtendAfterPause
+from jobd.maintenance.held_locks import HeldLocks
+from jobd.model.commands import AnyCommand
 from jobd.model.errors import ApiError
 from jobd.model.job import Policy, new_epoch
 from jobd.model.journal import Record, SharedJournal
@@ -128,8 +129,7 @@ class ClusterNode:
         self.actor = Actor(self.disk, state, keys, clock, Policy(), random=Random(self.name).randbytes)
         self.actor.before_batch = lead.check
         lead.on_epoch, lead.on_lost = self._on_epoch, self.actor.lose_disk
-        held = list(state.processing)
-        self.actor.enqueue_internal(ExtendAfterPause(ids=held, grace_ms=30_000, since=clock.moment().lease))
+        HeldLocks(self.actor, clock.moment).extend(clock.moment().lease)
         await DueJobs(self.actor, clock.moment).keep_at_start(opened.numbers.wall_ms)
         renewing = asyncio.create_task(lead.run(), name=f"{self.name} renews")
         self.lead = lead

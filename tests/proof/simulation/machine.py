@@ -23,15 +23,16 @@ from jobd.engine.idempotency import Keys
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
 from jobd.maintenance.clock_monitor import ClockMonitor
 from jobd.maintenance.due_jobs import DueJobs
+from jobd.maintenance.held_locks import GRACE_MS, HeldLocks
 from jobd.maintenance.maintainer import Maintainer, read_stats
-from jobd.model.commands import AnyCommand, EndGrants, ExtendAfterPause, IdempotencyKey, Operator
+from jobd.model.commands import AnyCommand, EndGrants, IdempotencyKey, Operator
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS
 from jobd.model.journal import BadRecord, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost
 from jobd.model.responses import Response
 from jobd.model.storage import DiskFull, OpenedStore
 from jobd.monitoring import event_log
-from jobd.serving import GRACE_MS, current_responses
+from jobd.serving import current_responses
 from tests.proof.simulation.artifacts import SimArtifacts
 from tests.proof.simulation.disk import SimDisk, Snapshot
 from tests.proof.simulation.loop import SimLoop
@@ -482,13 +483,11 @@ class SimDaemon:
         return self.spawn(self.sweeper.run())
 
     def _settle(self) -> None:
+        if not self.opened.marked:
+            HeldLocks(self.actor, self.clock.moment, slice_jobs=SLICE).extend(self.clock.moment().lease)
+            return
         held = list(self.state.processing)
         slices = [held[first : first + SLICE] for first in range(0, len(held), SLICE)]
-        if not self.opened.marked:
-            since = self.clock.moment().lease
-            for ids in slices:
-                self.actor.enqueue_internal(ExtendAfterPause(ids=ids, grace_ms=GRACE_MS, since=since))
-            return
         for index, ids in enumerate(slices or [[]]):
             self.actor.enqueue_internal(EndGrants(ids=ids, last=index + 1 >= len(slices)))
 
