@@ -159,6 +159,7 @@ class Daemon:
         self._report_ready()
         log.info("standby", node=self._loaded.config.node.name, pid=os.getpid())
         lead = await node.follow(self._stop)
+        gc.disable()  # as during every start, because a collection delays it
         watchdog.cancel()
         if lead is None:
             return False

@@ -107,14 +107,14 @@ class WarmState:
         return await self._store.is_on_branch(journal)
 
     def opened(self) -> OpenedStore:
-        """Return what a start would read. Of the jobs it has only those that have changed; `state` has all."""
+        """Return what a start would read. Of the jobs it has only queued ones that have changed; `state` has all."""
         state = self.state
         replay.settle(state)
         presence = state.presence
         keys: list[StoredResponse] = sorted(self._keys.values(), key=lambda row: row.at)
         return replace(
             self._opened,
-            jobs=[state.jobs[job_id] for job_id in state.jobs.touched()],
+            jobs=[state.jobs[job_id] for job_id in state.jobs.touched() - state.processing.keys()],
             numbers=state.numbers(presence.lease, presence.now, state.clock_suspect),
             queues={name: state.queue_row(name) for name in state.queue_names},
             keys=keys,

@@ -78,5 +78,6 @@ def settle(state: State) -> None:
     for job_id, job in state.processing.items():
         if job.grant is not None and job.lease is not None:
             presence.add_job(job.grant.worker, job_id, job.updated_at)
-            presence.set_expired(job.grant.worker, job_id, not job.lease.is_live(presence.lease))
+            if not job.lease.is_live(presence.lease):
+                presence.set_expired(job.grant.worker, job_id, True)
     state.order_processing()

@@ -295,12 +295,15 @@ class State:
 
     def order_processing(self) -> None:
         """Sort processing jobs by grant, after a start or an undo added them in another order."""
-        by_token = sorted(self.processing.items(), key=lambda item: item[1].grant.fencing_token if item[1].grant else 0)
-        self.processing = dict(by_token)
-        place = {job_id: number for number, job_id in enumerate(self.processing)}
+        tokens = [job.grant.fencing_token if job.grant else 0 for job in self.processing.values()]
+        if tokens != sorted(tokens):
+            by_token = sorted(zip(tokens, self.processing.items(), strict=True), key=itemgetter(0))
+            self.processing = dict(item for _, item in by_token)
         not_live = (self.expired_locks, self.cleared_locks, self.stuck)
-        for ids in (*not_live, *(worker.expired for worker in self.presence.workers.values())):
-            if len(ids) > 1:
+        expired = (worker.expired for worker in self.presence.workers.values())
+        if to_sort := [ids for ids in (*not_live, *expired) if len(ids) > 1]:
+            place = {job_id: number for number, job_id in enumerate(self.processing)}
+            for ids in to_sort:
                 ordered = sorted(ids, key=place.__getitem__)
                 ids.clear()
                 ids.update(dict.fromkeys(ordered))
