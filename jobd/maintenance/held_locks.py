@@ -14,7 +14,7 @@ from jobd.model.job import SECOND_MS, Job
 from jobd.model.responses import Response
 
 GRACE_MS: Final = 30 * SECOND_MS  # after a start or a pause, no processing job ends sooner
-SLICE: Final = 500  # jobs of one command
+SLICE: Final = 200  # jobs of one command, which takes a few milliseconds
 SOON_MS: Final = 10 * SECOND_MS  # locks that end sooner are extended before any other command
 HURRY_MS: Final = 5 * SECOND_MS  # after this time, so are all that are left
 

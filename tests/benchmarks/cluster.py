@@ -62,6 +62,7 @@ LEASE: Final = "3s"  # the default
 # All locks of processing jobs end within 30 s, so that each takeover extends all of them.
 LOCK_TTL: Final = "30s"
 CLAIM: Final = 100
+IDLE_S: Final = 0.5  # without a record: the former takeover is over, and all locks are extended
 POLL_S: Final = 0.005  # between two requests to the next leader
 STEPS: Final = ("noticed", "leads", "ready", "acknowledged")
 
@@ -243,6 +244,7 @@ def takeovers(server: PostgresServer, live: int, times: int) -> dict[str, Any]:
             for way, stop in (("process killed", signal.SIGKILL), ("machine lost", signal.SIGSTOP)):
                 rounds = []
                 for _ in range(times):
+                    _wait_until_idle(leader)
                     _wait_until_followed(standby, leader)
                     rounds.append(_takeover(leader, standby, stop))
                     leader, standby = standby, leader
@@ -251,6 +253,13 @@ def takeovers(server: PostgresServer, live: int, times: int) -> dict[str, Any]:
                         raise BenchFailed(f"{held} jobs are processing, not {processing}")
                 found[f"{population}, {way}"] = {step: _summary([each[step] for each in rounds]) for step in STEPS}
     return found
+
+
+def _wait_until_idle(leader: NodeProcess) -> None:
+    """Wait until the leader writes no records, so that the standby has nothing to catch up with."""
+    record = None
+    while record != (record := leader.cluster()["record"]):
+        time.sleep(IDLE_S)
 
 
 def _claim(leader: NodeProcess, count: int) -> None:
