@@ -31,7 +31,7 @@ from jobd.maintenance.backups import Backups
 from jobd.maintenance.cleanup_pass import CleanupSchedule
 from jobd.maintenance.clock_monitor import ClockMonitor
 from jobd.maintenance.due_jobs import DueJobs
-from jobd.maintenance.held_locks import SLICE, HeldLocks
+from jobd.maintenance.held_locks import SLICE, extend_held_locks
 from jobd.maintenance.maintainer import Maintainer, read_extra, read_stats
 from jobd.maintenance.plans import Planner
 from jobd.maintenance.scrubber import Scrubber
@@ -131,7 +131,6 @@ class Serving:
         self.actor.on_commit += [self.feed.publish, self.failures.committed]
         self._lead: Leadership | None = None
         self._due_jobs = DueJobs(self.actor, self.clock.moment)
-        self._held_locks = HeldLocks(self.actor, self.clock.moment)
         self._clock_monitor = ClockMonitor(self._on_pause, self._on_set_back, self.clock.moment)
         self.actor.before_batch = self._clock_monitor.check
 
@@ -225,10 +224,11 @@ class Serving:
     def _recover_processing(self) -> None:
         """Extend the locks of processing jobs, or end their grants if the store was restored from a backup.
 
-        The actor ends the grants before any other command. On a full disk, it does so once there is space.
+        The actor applies these commands before any other. On a full disk, it applies them once there is space.
         """
         if not self._opened.marked:
-            self._held_locks.extend(self.clock.moment().lease)
+            now = self.clock.moment().lease
+            extend_held_locks(self.actor, now, since=now)
             return
         ids = list(self.actor.state.processing)
         slices = [ids[first : first + SLICE] for first in range(0, len(ids), SLICE)]
@@ -239,7 +239,7 @@ class Serving:
     def _on_pause(self, pause_ms: int, since: int) -> None:
         """Extend locks after a time in which the process was stopped, or its machine was suspended or overloaded."""
         log.warning("was_away", away_ms=pause_ms, processing=len(self.actor.state.processing))
-        self._held_locks.extend(since)
+        extend_held_locks(self.actor, self.clock.moment().lease, since)
 
     def _on_set_back(self, back_ms: int, until: int) -> None:
         log.warning("clock_set_back", back_ms=back_ms)

@@ -2,61 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from collections.abc import Callable
 from typing import Final
 
 from jobd.engine.actor import Actor
-from jobd.model.commands import ExtendAfterPause, Moment
-from jobd.model.errors import ApiError
-from jobd.model.job import SECOND_MS, Job
-from jobd.model.responses import Response
+from jobd.model.commands import ExtendAfterPause
+from jobd.model.job import SECOND_MS, Lease
 
 GRACE_MS: Final = 30 * SECOND_MS  # after a start or a pause, no processing job ends sooner
-SLICE: Final = 200  # jobs of one command, which takes a few milliseconds
-SOON_MS: Final = 10 * SECOND_MS  # locks that end sooner are extended before any other command
-HURRY_MS: Final = 5 * SECOND_MS  # after this time, so are all that are left
+SLICE: Final = 500  # jobs of one command
 
 
-class HeldLocks:
-    """Send the jobs in slices. Requests are decided between those slices whose locks cannot end meanwhile."""
+def extend_held_locks(actor: Actor, lease_ms: int, since: int, *, slice_jobs: int = SLICE) -> None:
+    """Postpone the deadlines of processing jobs. A lock that was not live at lease time `since` stays expired.
 
-    def __init__(self, actor: Actor, moment: Callable[[], Moment], *, slice_jobs: int = SLICE) -> None:
-        self._actor = actor
-        self._moment = moment
-        self._slice_jobs = slice_jobs
-
-    def extend(self, since: int) -> None:
-        """Extend the locks that were live at lease time `since`, and postpone the other deadlines of their jobs."""
-        now = self._moment().lease
-        first: list[Job] = []
-        rest: list[Job] = []
-        for job in self._actor.state.processing.values():
-            (first if _ends_before(job, now + SOON_MS) else rest).append(job)
-        for jobs in self._slices(first):
-            self._send(jobs, since)
-        self._send_rest(deque(self._slices(rest)), since, now + HURRY_MS)
-
-    def _slices(self, jobs: list[Job]) -> list[list[Job]]:
-        return [jobs[first : first + self._slice_jobs] for first in range(0, len(jobs), self._slice_jobs)]
-
-    def _send_rest(self, slices: deque[list[Job]], since: int, until: int) -> None:
-        """Send the next slice, and the others after its commit. From lease time `until` on, send all of them."""
-        while slices:
-            sent = self._send(slices.popleft(), since)
-            if self._moment().lease < until:
-                sent.add_done_callback(lambda _: self._send_rest(slices, since, until))
-                return
-
-    def _send(self, jobs: list[Job], since: int) -> asyncio.Future[Response | ApiError]:
-        """Send those of `jobs` that still have the same grant."""
-        processing = self._actor.state.processing
-        ids = [job.id for job in jobs if (row := processing.get(job.id)) is not None and row.grant == job.grant]
-        return self._actor.enqueue_internal(ExtendAfterPause(ids=ids, grace_ms=GRACE_MS, since=since))
+    `lease_ms` is the present lease time. The actor decides these commands before any other. Jobs without a deadline
+    within twice the grace are omitted: a takeover with many of them would have to wait.
+    """
+    until = lease_ms + 2 * GRACE_MS
+    ids = [job.id for job in actor.state.processing.values() if job.lease is not None and _ends(job.lease) < until]
+    for first in range(0, len(ids), slice_jobs):
+        actor.enqueue_internal(ExtendAfterPause(ids=ids[first : first + slice_jobs], grace_ms=GRACE_MS, since=since))
 
 
-def _ends_before(job: Job, lease_ms: int) -> bool:
-    """Return whether the lock or the progress timeout of a processing job ends before `lease_ms`."""
-    lease = job.lease
-    return lease is not None and (lease.expires < lease_ms or (lease.ceiling is not None and lease.ceiling < lease_ms))
+def _ends(lease: Lease) -> int:
+    """Return the first deadline of a lease, in lease time."""
+    first = min(lease.expires, lease.silent)
+    return first if lease.ceiling is None else min(first, lease.ceiling)

@@ -18,7 +18,7 @@ from jobd.journal import record
 from jobd.journal.checksum import checksum
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
 from jobd.maintenance.due_jobs import DueJobs
-from jobd.maintenance.held_locks import HeldLocks
+from jobd.maintenance.held_locks import extend_held_locks
 from jobd.model.commands import AnyCommand
 from jobd.model.errors import ApiError
 from jobd.model.job import Policy, new_epoch
@@ -129,7 +129,8 @@ class ClusterNode:
         self.actor = Actor(self.disk, state, keys, clock, Policy(), random=Random(self.name).randbytes)
         self.actor.before_batch = lead.check
         lead.on_epoch, lead.on_lost = self._on_epoch, self.actor.lose_disk
-        HeldLocks(self.actor, clock.moment).extend(clock.moment().lease)
+        now = clock.moment().lease
+        extend_held_locks(self.actor, now, since=now)
         await DueJobs(self.actor, clock.moment).keep_at_start(opened.numbers.wall_ms)
         renewing = asyncio.create_task(lead.run(), name=f"{self.name} renews")
         self.lead = lead

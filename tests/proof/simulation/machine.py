@@ -23,7 +23,7 @@ from jobd.engine.idempotency import Keys
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
 from jobd.maintenance.clock_monitor import ClockMonitor
 from jobd.maintenance.due_jobs import DueJobs
-from jobd.maintenance.held_locks import GRACE_MS, HeldLocks
+from jobd.maintenance.held_locks import GRACE_MS, extend_held_locks
 from jobd.maintenance.maintainer import Maintainer, read_stats
 from jobd.model.commands import AnyCommand, EndGrants, IdempotencyKey, Operator
 from jobd.model.errors import ApiError
@@ -484,7 +484,8 @@ class SimDaemon:
 
     def _settle(self) -> None:
         if not self.opened.marked:
-            HeldLocks(self.actor, self.clock.moment, slice_jobs=SLICE).extend(self.clock.moment().lease)
+            now = self.clock.moment().lease
+            extend_held_locks(self.actor, now, since=now, slice_jobs=SLICE)
             return
         held = list(self.state.processing)
         slices = [held[first : first + SLICE] for first in range(0, len(held), SLICE)]

@@ -1,100 +1,64 @@
-"""After a start or a pause, no lock ends within the grace, and requests do not wait for all locks."""
+"""After a start or a pause, no lock ends within the grace."""
 
 from __future__ import annotations
 
-import asyncio
-
-from jobd.maintenance.held_locks import GRACE_MS, HURRY_MS, SOON_MS, HeldLocks
-from jobd.model.commands import Ping, Release, Start
+from jobd.maintenance.held_locks import GRACE_MS, extend_held_locks
+from jobd.model.commands import Ping
+from jobd.model.job import MINUTE_MS
 from tests.support.memory_storage import MemoryStorage
-from tests.support.virtual_engine import (
-    VirtualEngine,
-    ask_all,
-    checked_engine,
-    in_virtual_time,
-    row,
-    seconds,
-    settle,
-)
+from tests.support.virtual_engine import VirtualEngine, checked_engine, in_virtual_time, row, seconds
 
 SLICE = 2
-LONG_MS = GRACE_MS - 1_000
+LONG_MS = 10 * MINUTE_MS
 
 
-def held_locks(engine: VirtualEngine) -> HeldLocks:
-    return HeldLocks(engine.actor, engine.clock.moment, slice_jobs=SLICE)
+def extend(engine: VirtualEngine, since: int | None = None) -> None:
+    now = engine.clock.moment().lease
+    extend_held_locks(engine.actor, now, now if since is None else since, slice_jobs=SLICE)
 
 
-def resumed(engine: VirtualEngine) -> list[list[str]]:
-    """Return the ids of the jobs that each batch has extended."""
-    batches = [
-        [change.event.job_id for change in batch.changes if change.event.type == "resumed"]
-        for batch in engine.disk.batches
-    ]
-    return [batch for batch in batches if batch]
-
-
-def left_ms(engine: VirtualEngine, job_id: str) -> int:
-    lease = engine.state.jobs[job_id].lease
-    assert lease is not None
-    return lease.expires - engine.clock.moment().lease
+def resumed(engine: VirtualEngine) -> list[str]:
+    """Return the ids of the jobs that were extended."""
+    changes = [change for batch in engine.disk.batches for change in batch.changes]
+    return [change.event.job_id for change in changes if change.event.type == "resumed"]
 
 
 @in_virtual_time
-async def test_requests_are_decided_between_the_slices() -> None:
+async def test_locks_are_extended_before_any_request() -> None:
     async with checked_engine() as engine:
-        for number in range(3 * SLICE):
-            await engine.held(f"a-{number}", lock_ttl_ms=LONG_MS)
-        held_locks(engine).extend(engine.clock.moment().lease)
+        ids = [f"a-{number}" for number in range(2 * SLICE + 1)]
+        for job_id in ids:
+            await engine.held(job_id, lock_ttl_ms=GRACE_MS - 1_000)
+        extend(engine)
         await engine.yes(Ping())
-        assert resumed(engine) == [["a-0", "a-1"]]
-        await settle()
-        assert resumed(engine) == [["a-0", "a-1"], ["a-2", "a-3"], ["a-4", "a-5"]]
-        assert all(left_ms(engine, f"a-{number}") == GRACE_MS for number in range(3 * SLICE))
+        assert resumed(engine) == ids
+        assert all(left_ms(engine, job_id) == GRACE_MS for job_id in ids)
 
 
 @in_virtual_time
-async def test_locks_that_end_soon_come_before_any_request() -> None:
+async def test_each_deadline_is_postponed() -> None:
+    deadlines = ["lock_ttl_ms", "stuck_after_ms", "max_processing_ms"]
     async with checked_engine() as engine:
-        await engine.held("long", lock_ttl_ms=LONG_MS)
-        for number in range(2 * SLICE):
-            await engine.held(f"soon-{number}", lock_ttl_ms=SOON_MS - 1)
-        await engine.held("limited", lock_ttl_ms=LONG_MS, max_processing_ms=SOON_MS - 1)
-        held_locks(engine).extend(engine.clock.moment().lease)
+        late = {"lock_ttl_ms": LONG_MS, "stuck_after_ms": LONG_MS, "max_processing_ms": LONG_MS}
+        await engine.held("late", **late)
+        for name in deadlines:
+            await engine.held(name, **late | {name: GRACE_MS - 1_000})
+        extend(engine)
         await engine.yes(Ping())
-        soon = [f"soon-{number}" for number in range(2 * SLICE)]
-        assert resumed(engine) == [[*soon, "limited", "long"]]
-        lease = engine.state.jobs["limited"].lease
-        assert lease is not None
-        assert lease.ceiling == engine.clock.moment().lease + GRACE_MS
+        assert resumed(engine) == deadlines
 
 
 @in_virtual_time
-async def test_a_slow_disk_extends_all_locks_before_another_request() -> None:
+async def test_a_lock_that_had_expired_before_a_pause_stays_expired() -> None:
     async with checked_engine() as engine:
-        for number in range(4 * SLICE):
-            await engine.held(f"a-{number}", lock_ttl_ms=LONG_MS)
-        engine.disk.gate.clear()
-        held_locks(engine).extend(engine.clock.moment().lease)
-        await engine.disk.at_gate.wait()
-        await seconds(HURRY_MS / 1000)
-        engine.disk.gate.set()
+        await engine.held("expired", lock_ttl_ms=1_000)
+        await engine.held("live", lock_ttl_ms=3_000)
+        began = engine.clock.moment().lease
+        await seconds(4)
+        extend(engine, since=began + 2_000)
         await engine.yes(Ping())
-        assert [len(batch) for batch in resumed(engine)] == [SLICE, 3 * SLICE]
-
-
-@in_virtual_time
-async def test_a_grant_that_was_made_meanwhile_is_not_extended() -> None:
-    async with checked_engine() as engine:
-        lock_ids = [await engine.held(f"a-{number}", lock_ttl_ms=LONG_MS) for number in range(3 * SLICE)]
-        held_locks(engine).extend(engine.clock.moment().lease)
-        again = ask_all(
-            engine, [Release(id="a-4", lock_id=lock_ids[4]), Start(id="a-4", worker="w-2", lock_ttl_ms=LONG_MS)]
-        )
-        await asyncio.gather(*again)
-        await settle()
-        assert resumed(engine) == [["a-0", "a-1"], ["a-2", "a-3"], ["a-5"]]
-        assert left_ms(engine, "a-4") == LONG_MS
+        assert left_ms(engine, "expired") < 0
+        assert left_ms(engine, "live") == GRACE_MS
 
 
 @in_virtual_time
@@ -102,6 +66,12 @@ async def test_a_job_without_a_lease_is_left_to_cleanup() -> None:
     disk = MemoryStorage()
     disk.put(row(1, "a", "processing"))
     async with VirtualEngine(disk) as engine:
-        held_locks(engine).extend(engine.clock.moment().lease)
+        extend(engine)
         await engine.yes(Ping())
         assert resumed(engine) == []
+
+
+def left_ms(engine: VirtualEngine, job_id: str) -> int:
+    lease = engine.state.jobs[job_id].lease
+    assert lease is not None
+    return lease.expires - engine.clock.moment().lease
