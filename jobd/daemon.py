@@ -154,6 +154,7 @@ class Daemon:
             pages = self._dashboard if name == "admin" else None
             self._apps.append(node.app(authenticator, self._routes_of(name), self._limits(), pages))
         await self._listen()
+        gc.freeze()
         gc.enable()  # a standby can run for months
         watchdog = asyncio.create_task(self._feed_watchdog())
         self._report_ready()
