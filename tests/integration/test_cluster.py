@@ -59,6 +59,11 @@ def wait_until(condition: Any) -> None:
         time.sleep(0.02)
 
 
+def knows(leader: NodeProcess, standby: NodeProcess) -> bool:
+    """Return whether the leader has read the entry of a standby, without which it does not step down."""
+    return standby.name in [each["name"] for each in leader.cluster()["nodes"]]
+
+
 def create(node: NodeProcess, job_id: str) -> DaemonResponse:
     return node.post("/v1/jobs", {"id": job_id})
 
@@ -107,6 +112,7 @@ def test_a_leader_steps_down_and_follows_again(cluster: Cluster) -> None:
     first.wait_leads()
     create(first, "one")
     second = cluster.add("b")
+    wait_until(lambda: knows(first, second))
     assert first.admin("POST", "cluster/step-down", {"reason": "maintenance"}).data["role"] == "leader"
     second.wait_leads()
     assert first.process is not None
@@ -174,7 +180,7 @@ def test_slow_clients_do_not_delay_a_takeover(cluster: Cluster, how: str) -> Non
         send(writing.sock, "/v1/jobs", b'{"id": "ha', 14)
         second = cluster.add("b")
         wait_until(lambda: first.get("/v1/jobs/large-0").data["status"] == "processing")
-        wait_until(lambda: second.cluster()["lag_events"] == 0)
+        wait_until(lambda: second.cluster()["lag_events"] == 0 and knows(first, second))
         STOPS[how](first)
         second.wait_leads()
         assert first.process is not None
