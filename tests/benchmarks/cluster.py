@@ -60,7 +60,6 @@ WRITTEN: Final = b"event=snapshot_written"
 SAMPLE_S: Final = 0.02  # between two samples of the lag of a standby
 LEASE: Final = "3s"  # the default
 # All locks of processing jobs end within 30 s, so that each takeover extends all of them.
-LOCK_TTL: Final = "30s"
 CLAIM: Final = 100
 IDLE_S: Final = 0.5  # without a record: the former takeover is over, and all locks are extended
 POLL_S: Final = 0.005  # between two requests to the next leader
@@ -231,7 +230,7 @@ def _wait_until_followed(standby: NodeProcess, leader: NodeProcess) -> None:
 
 def takeovers(server: PostgresServer, live: int, times: int) -> dict[str, Any]:
     """Measure takeovers of a warm standby, `times` of each kind: first with queued jobs, then with half processing."""
-    settings = {"JOBD_JOURNAL_LEASE": LEASE, "JOBD_LOCKS_TTL": LOCK_TTL}
+    settings = {"JOBD_JOURNAL_LEASE": LEASE}
     found: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -54,7 +54,7 @@ def standby_disk(trial: Trial) -> Counts:
 def leader_disk(trial: Trial) -> Counts:
     """Fill the disk of the leader, which hands over. Free it, so that the node follows again."""
     with contextlib.ExitStack() as stack:
-        disks = {name: stack.enter_context(tmpfs(trial.directory / name, 2 * FREE_BYTES)) for name in NODES}
+        disks = {name: stack.enter_context(tmpfs(trial.directory / name, 4 * FREE_BYTES)) for name in NODES}
         cluster = stack.enter_context(nodes_under_load(trial))
         for name, disk in disks.items():
             cluster.add(name, disk)
