@@ -83,8 +83,12 @@ class NodeRegistry:
         return next((int((now_s - at_s) * 1000) for at_s, record in self._records if record > node.projected_to), 0)
 
     async def begin_lead(self) -> None:
-        """Read `nodes` again, because another leader may have written for nodes that this one has not seen."""
+        """Write the entry of this node, which it may not have done yet, and read `nodes` again.
+
+        Another leader may have written for nodes that this one has not seen.
+        """
         self.format = record.LOWEST_FORMAT
+        await self.announce()
         await self.refresh()
 
     async def refresh(self) -> None:
@@ -93,7 +97,7 @@ class NodeRegistry:
             await self._read_nodes()
 
     async def announce(self) -> None:
-        """Write the entry of a node that cannot follow: the leader then writes records that it reads."""
+        """Write the entry of a node that leads, or cannot follow: leaders then write records that it reads."""
         with contextlib.suppress(JournalUnavailable):
             await self._journal.register(self._describe())
 

@@ -162,6 +162,18 @@ async def test_a_new_leader_reads_the_nodes_again() -> None:
 
 
 @in_virtual_time
+async def test_a_new_leader_replaces_the_entry_of_its_previous_process_at_once() -> None:
+    """Else the next leader could write records that this node does not read."""
+    server = MemoryServer(loop_ms)
+    await MemorySharedJournal(server).register(entry("a", "old-a"))
+    older = Process(server, replace(entry("a", "new-a"), format=LOWEST_FORMAT))
+    await seconds(0.1)
+    await older.registry.begin_lead()
+    await older.stop()
+    assert [(node.process, node.format) for node in await older.journal.nodes()] == [("new-a", LOWEST_FORMAT)]
+
+
+@in_virtual_time
 async def test_a_node_that_cannot_follow_announces_its_format() -> None:
     server = MemoryServer(loop_ms)
     new = Process(server, entry("a", "p-1"))
