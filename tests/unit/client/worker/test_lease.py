@@ -170,7 +170,7 @@ async def test_rejections_for_a_ttl_stop_the_work_and_the_worker(
         with pytest.raises(JobdError) as caught:
             await worker.serve()
     assert caught.value.code == code
-    assert "stopping its work: All calls were rejected until the lock had expired: Wrong token." in caplog.text
+    assert "All calls were rejected until the lock had expired: Wrong token." in caplog.text
     assert daemon.bodies("complete") == daemon.bodies("fail") == daemon.bodies("release") == []
 
 
