@@ -65,7 +65,7 @@ class Authenticator:
         scheme, _, token = headers.get("authorization", b"").partition(b" ")
         permission = self.permission_of(blake2s(token.strip()).digest())
         if permission is None or scheme.lower() != b"bearer":
-            raise api_error("unauthorized", "The token is missing or wrong: send `Authorization: Bearer TOKEN`.")
+            raise api_error("unauthorized", "The token is missing or not valid: send `Authorization: Bearer TOKEN`.")
         return permission
 
     def permission_of(self, digest: bytes) -> Permission | None:
