@@ -214,7 +214,7 @@ def test_a_killed_return_to_one_machine_is_completed(tmp_path: Path, url: str, s
     granted = leader.post("/v1/jobs/job-000/start", {"worker": "w", "lock_ttl_ms": 600_000}).data
     assert leader.stop() == 0
     command = ["cluster", "leave", *flags(url, journal__lease="500ms", store__path=behind.store), "--yes"]
-    assert repeat_until_done(command, 0.9) > 0
+    assert repeat_until_done(command, 0.3) > 0
     assert repeat_until_done(command, WAIT_S) == 0, "a repetition changes nothing"
     with DaemonProcess.not_started(behind.directory) as single:
         single.start()
