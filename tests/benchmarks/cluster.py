@@ -59,9 +59,8 @@ SERVER: Final = {"shared_buffers": "128MB", "max_wal_size": "8GB", "checkpoint_t
 WRITTEN: Final = b"event=snapshot_written"
 SAMPLE_S: Final = 0.02  # between two samples of the lag of a standby
 LEASE: Final = "3s"  # the default
-# All locks of processing jobs end within 30 s, so that each takeover extends all of them.
-CLAIM: Final = 100
-IDLE_S: Final = 0.5  # without a record: the former takeover is over, and all locks are extended
+CLAIM: Final = 100  # jobs of one claim
+IDLE_S: Final = 0.5  # without a record: the former takeover is over
 POLL_S: Final = 0.005  # between two requests to the next leader
 STEPS: Final = ("noticed", "leads", "ready", "acknowledged")
 

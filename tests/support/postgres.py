@@ -54,7 +54,7 @@ class PostgresServer:
         self.directory = directory
         self.port = port or free_port()
         self.process: subprocess.Popen[bytes] | None = None
-        self.environ: dict[str, str] = {}  # beside that of this process
+        self.environ: dict[str, str] = {}  # in addition to the environment of this process
         self._settings: dict[str, object] = {}
 
     # -- Addresses --
