@@ -1,13 +1,18 @@
-"""Fixtures of the command-line tests: a daemon for each module, and jobctl."""
+"""Fixtures of the command-line tests (a daemon for each module, and jobctl) and of the cluster tests."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
+from jobd.cli.daemon.main import main
 from tests.support.cli_harness import TOKEN, CliDaemon, Jobctl
+from tests.support.node_process import Cluster
+from tests.support.postgres import PASSWORD, PostgresServer
 
 
 @pytest.fixture(scope="module")
@@ -26,3 +31,23 @@ def jobctl(running: CliDaemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     for name, value in running.client_environ.items():
         monkeypatch.setenv(name, value)
     return Jobctl(capsys)
+
+
+@pytest.fixture
+def database(postgres_server: PostgresServer, journal_name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the URL of a database with a journal."""
+    name = journal_name.replace("-", "_")
+    postgres_server.sql(f"CREATE ROLE {name} LOGIN PASSWORD '{PASSWORD}'", f"CREATE DATABASE {name} OWNER {name}")
+    url = postgres_server.url(name, role=name)
+    monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
+    assert main(["cluster", "init", "--set", f"journal.url={url}", "--set", "journal.require_sync=false"]) == 0
+    return url
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, database: str) -> Iterator[Cluster]:
+    with ExitStack() as stack:
+        made = Cluster(tmp_path, database, stack)
+        yield made
+    for node in made.nodes:
+        print(f"--- {node.name}\n{node.log.decode()}")  # shown if the test fails

@@ -23,33 +23,13 @@ from jobd.cli.daemon.main import main
 from tests.support import postgres
 from tests.support.daemon_process import TOKEN, DaemonResponse, UnixConnection, call
 from tests.support.node_process import Cluster, NodeProcess
-from tests.support.postgres import PASSWORD, PostgresServer
+from tests.support.postgres import PostgresServer
 from tests.support.tcp_proxy import ProxyThread
 from tests.support.webhook_receiver import Receiver
 
 WAIT_S = 60.0
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def database(postgres_server: PostgresServer, journal_name: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return the URL of a database with a journal."""
-    name = journal_name.replace("-", "_")
-    postgres_server.sql(f"CREATE ROLE {name} LOGIN PASSWORD '{PASSWORD}'", f"CREATE DATABASE {name} OWNER {name}")
-    url = postgres_server.url(name, role=name)
-    monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
-    assert main(["cluster", "init", "--set", f"journal.url={url}", "--set", "journal.require_sync=false"]) == 0
-    return url
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, database: str) -> Iterator[Cluster]:
-    with ExitStack() as stack:
-        made = Cluster(tmp_path, database, stack)
-        yield made
-    for node in made.nodes:
-        print(f"--- {node.name}\n{node.log.decode()}")  # shown if the test fails
 
 
 def wait_until(condition: Any) -> None:
