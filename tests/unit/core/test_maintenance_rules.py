@@ -279,6 +279,7 @@ def test_deadlines_are_postponed_after_a_pause_of_the_daemon(rules: RuleHarness)
 
 def due_before(rules: RuleHarness, until: int) -> dict[str, int]:
     found = maintenance_rules.due_before(rules.state.not_due(rules.now), rules.now, until)
+    assert all(job.seq == rules.job(job.id).seq for job in found)
     return {job.id: job.run_at for job in sorted(found)}
 
 

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from jobd.core import maintenance_rules, plan_rules
 from jobd.core.plan_rules import version
 from jobd.core.transaction import Transaction
+from jobd.core.transitions import CLOCK_SUSPECT
 from jobd.maintenance import plan_builder, plans
 from jobd.maintenance.plans import Planner
 from jobd.model.commands import (
@@ -18,6 +19,7 @@ from jobd.model.commands import (
     Adopt,
     ApplyEndings,
     Call,
+    Cancel,
     Complete,
     Create,
     Delete,
@@ -178,6 +180,16 @@ def test_a_plan_changes_due_jobs_and_rejects_others(action: PlanAction) -> None:
     )
     repeated = apply(rules, action, known(rules, action, "stuck"))
     assert (repeated.applied, len(repeated.refused)) == (0, 1)
+
+
+def test_a_plan_applied_while_the_clock_is_suspect_says_why_it_deletes_nothing() -> None:
+    rules = RuleHarness()
+    due(rules)
+    seen = known(rules, "cleanup", "stuck", "late", "old")
+    rules.trusted = rules.now - HOUR_MS
+    done = apply(rules, "cleanup", seen)
+    assert (done.applied, done.changed) == (1, [])
+    assert [(each.id, each.why) for each in done.refused] == [(each, CLOCK_SUSPECT) for each in ("late", "old")]
 
 
 @pytest.mark.parametrize("how", ["extend", "progress", "complete", "recover", "delete"])
@@ -462,3 +474,13 @@ def test_the_version_of_a_read_job_is_not_valid_for_maintenance_actions() -> Non
     assert apply(rules, "cleanup", [ExpectedVersion("a", seen)]).applied == 0
     job: Job = rules.job()
     assert job.status == "processing"
+
+
+def test_a_command_for_a_version_that_has_changed_says_so() -> None:
+    rules = RuleHarness()
+    rules.create()
+    seen = rules.accept(GetVersion(id="a")).version
+    rules.start()
+    refused = rules.decide(Cancel(id="a"), admin=True, expected=seen).answer
+    assert isinstance(refused, ApiError)
+    assert refused.message == "The job has changed since you read it: it is processing now. Nothing was done."

@@ -231,6 +231,13 @@ def test_a_finished_job_whose_row_is_not_moved_is_counted_as_it_was_before_a_bat
         assert (state.totals["failed"], state.totals["queued"], state.unmoved) == (0, 0, {"a": None})
 
 
+def test_a_finished_job_whose_row_is_moved_later_is_no_longer_counted(rules: RuleHarness) -> None:
+    rules.completed("a")
+    rules.state.quarantine("a", "bad", is_moved=False)
+    rules.state.quarantine("a", "bad", ("default", "failed"))
+    assert (rules.state.totals["completed"], rules.state.totals["failed"], rules.state.unmoved) == (0, 0, {})
+
+
 def test_the_holder_of_a_job() -> None:
     state = State()
     assert not state.holds("a", "l")
@@ -614,6 +621,23 @@ def test_the_oldest_due_job_of_a_kind(rules: RuleHarness) -> None:
     assert (lanes, entry and entry[3]) == (3, "oldest")
     assert rules.state.oldest_of_kind("film", "mail", rules.now) == (1, None)
     assert rules.state.oldest_of_kind("film", "none", rules.now) == (0, None)
+
+
+def test_of_jobs_due_at_the_same_time_the_first_one_created_is_the_oldest(rules: RuleHarness) -> None:
+    rules.create("first", kind="encode", priority=9)
+    rules.create("second", kind="encode", priority=0)
+    rules.create("due before", kind="mail", priority=0, delay_ms=5)
+    rules.create("due after", kind="mail", priority=9, delay_ms=4)
+    rules.advance(5)
+    oldest = {kind: rules.state.oldest_of_kind("default", kind, rules.now)[1] for kind in ("encode", "mail")}
+    assert [entry and entry[3] for entry in oldest.values()] == ["first", "due after"]
+
+
+def test_a_job_whose_run_at_is_now_is_due(rules: RuleHarness) -> None:
+    rules.held("held")
+    rules.create("queued")
+    assert list(rules.state.not_due(rules.now)) == []
+    assert [job.id for job in rules.state.not_due(rules.now - 1)] == ["queued", "held"]
 
 
 SHORT = CompactJob(1, "a", Options(), 1_000)

@@ -204,13 +204,24 @@ def test_every_event_is_counted_by_its_type(rules: RuleHarness) -> None:
     assert rules.state.figures.events == {"created": 2, "granted": 2, "completed": 2}
 
 
+def ended(queue: str, at: int, kind: str = "failed") -> Change:
+    event = Event(1, at, kind, 1, "a", queue, "processing", "failed", "worker:w")  # type: ignore[arg-type]
+    return Change(None, None, event)
+
+
+def test_attempts_count_for_sixty_steps_of_ten_seconds() -> None:
+    attempts = Attempts()
+    attempts.note([ended("q", NOW), ended("q", NOW + 9_999)])
+    assert len(attempts._steps) == 1
+    attempts.forget(NOW + 1)
+    attempts.forget(NOW + 10 * MINUTE_MS - 1)
+    assert attempts.by_queue == {"q": (2, 2)}
+    attempts.forget(NOW + 10 * MINUTE_MS)
+    assert attempts.by_queue == {}
+
+
 def test_attempts_of_very_many_queues_are_bounded() -> None:
     attempts = Attempts()
-
-    def ended(queue: str, at: int, kind: str = "failed") -> Change:
-        event = Event(1, at, kind, 1, "a", queue, "processing", "failed", "worker:w")  # type: ignore[arg-type]
-        return Change(None, None, event)
-
     attempts.note([ended(f"q-{number}", NOW) for number in range(ATTEMPT_QUEUES + 5)])
     assert len(attempts.by_queue) == ATTEMPT_QUEUES
     attempts.note([ended("q-0", NOW + 20_000, "completed"), ended("q-0", NOW + 20_000, "granted")])
@@ -234,5 +245,6 @@ def test_recoveries_count_for_ten_minutes_and_are_bounded() -> None:
         figures._recovered(NOW + number * 10_000, requeued=True)
         assert len(figures.recovered) <= 60
         assert figures.recovered_lately(NOW + number * 10_000) == min(number + 1, 60)
+    assert figures.recovered_lately(NOW + 199 * 10_000 + 10 * MINUTE_MS - 1) == 1
     assert figures.recovered_lately(NOW + 199 * 10_000 + 10 * MINUTE_MS) == 0
     assert figures.recovered_lately(NOW - HOUR_MS) == 0, "a clock that was set back"
