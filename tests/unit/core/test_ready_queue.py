@@ -180,6 +180,17 @@ def test_a_full_block_is_split_unless_entries_are_appended() -> None:
     assert list(growing) == sorted(growing)
 
 
+@pytest.mark.parametrize("time", [BLOCK - 3, BLOCK - 1])
+def test_a_split_block_gets_an_entry_into_the_half_where_it_belongs(time: int) -> None:
+    full: Sorted[Timed] = Sorted()
+    for number in range(BLOCK):
+        full.add(entry(2 * number))
+    full.add(entry(time))  # next to the last entry of the lower half, which is BLOCK - 2
+    assert list(full) == sorted(full)
+    assert full._last == [block[-1] for block in full._blocks]
+    assert [entry(2 * number) for number in range(BLOCK) if not full.remove(entry(2 * number))] == []
+
+
 class NaiveReadyQueue:
     """Queued jobs as a plain set, to compare with."""
 

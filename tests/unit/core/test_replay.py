@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from msgspec import Raw
+from msgspec.structs import replace
 
 from jobd.core import replay
 from jobd.core.state import State
@@ -29,6 +30,7 @@ from jobd.model.commands import (
     Start,
 )
 from jobd.model.journal import Record
+from tests.support.factories import full_job
 from tests.support.rule_harness import compare, snapshot
 from tests.support.virtual_engine import VirtualEngine, in_virtual_time, row, seconds
 
@@ -110,7 +112,27 @@ async def test_rows_of_finished_jobs_are_loaded_only_for_changes() -> None:
         follower = Follower(engine)  # it has not seen how they ended
         await engine.yes(ForceReset(id="reset"), admin=True)
         assert follower.loaded == ["reset"]
+        await engine.yes(Cancel(id="reset"))
+        await engine.yes(ForceReset(id="reset"), admin=True)
+        assert follower.loaded == ["reset"], "it has seen how it ended this time"
         follower.check()
+
+
+@in_virtual_time
+async def test_jobs_with_equal_options_share_them() -> None:
+    async with VirtualEngine() as engine:
+        follower = Follower(engine)
+        for name in ("a", "b"):
+            await engine.yes(Create(id=name, queue="video", kind="encode", run_at=engine.now + 5_000))
+        first, second = (follower.state.jobs[name] for name in ("a", "b"))
+        assert first.options is second.options
+
+
+def test_a_row_with_a_grant_and_no_lease_has_no_worker() -> None:
+    state = State()
+    state.reindex(None, replace(full_job(), status="processing", lease=None))
+    replay.settle(state)
+    assert state.presence.workers == {}
 
 
 @in_virtual_time

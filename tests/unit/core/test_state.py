@@ -31,6 +31,7 @@ from jobd.model.job import (
     CompactJob,
     Grant,
     Job,
+    LateResult,
     Lease,
     Options,
     Result,
@@ -180,6 +181,14 @@ def test_finished_jobs_in_memory_are_bounded_in_bytes() -> None:
         state.loaded(replace(queued(seq), status="completed", result=result))
     state.trim_finished()
     assert list(state.finished) == ["job-1", "job-2"]
+
+
+def test_the_late_results_added_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobd.core.state.LATE_RESULTS_KEPT", 2)
+    state = State()
+    for seq, job_seq in enumerate((1, 2, 1, 3)):
+        state.add_late(job_seq, LateResult(seq, NOW, "w", 1, "hash"))
+    assert [state.latest_late(job_seq) for job_seq in (1, 2, 3)] == [2, None, 3]
 
 
 def test_a_deleted_job_leaves_every_order(rules: RuleHarness) -> None:

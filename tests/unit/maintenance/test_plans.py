@@ -754,6 +754,14 @@ def test_a_preview_lists_what_recovery_would_do_and_changes_nothing() -> None:
     assert rules.accept(Preview(limit=1)).more
 
 
+def test_a_preview_counts_expired_locks() -> None:
+    rules = RuleHarness()
+    rules.held("a", stuck_after_ms=DAY_MS, max_processing_ms=0)
+    assert rules.accept(Preview(limit=9)).locks == 0
+    rules.advance(rules.policy.lock_ttl_ms)
+    assert rules.accept(Preview(limit=9)).locks == 1
+
+
 def test_a_preview_reports_that_it_is_incomplete() -> None:
     rules = RuleHarness()
     for name in ("a", "b"):
