@@ -272,13 +272,15 @@ def granted_twice(rules: CountingHarness, job_id: str = "a") -> None:
 
 
 def test_a_later_double_grant_does_not_shorten_the_hour(rules: CountingHarness) -> None:
-    rules.create()
-    granted_twice(rules)
+    for job_id in "abc":
+        rules.create(job_id)
+    granted_twice(rules, "a")
     rules.advance(59 * MINUTE_MS)
-    granted_twice(rules)
-    assert overlaps(rules).last_hour(rules.now) == 2
+    for job_id in "bc":
+        granted_twice(rules, job_id)
+    assert overlaps(rules).last_hour(rules.now) == 3
     rules.advance(MINUTE_MS)
-    assert overlaps(rules).last_hour(rules.now) == 1
+    assert overlaps(rules).last_hour(rules.now) == 2
 
 
 def test_after_a_backward_step_of_the_clock_later_entries_do_not_count(rules: CountingHarness) -> None:

@@ -155,15 +155,27 @@ def test_an_older_grant_is_rejected(rules: RuleHarness) -> None:
             "at": rules.job().updated_at,
             "rule": "the latest grant wins",
         }
-        assert "worker w-2 holds the job now" in refusal.message
+        assert refusal.message == (
+            "This lock of job a is lost: there is a later grant, or it never was a lock of this job; "
+            "worker w-2 holds the job now. Stop working on the job."
+        )
 
 
 def test_a_queued_job_has_no_holder(rules: RuleHarness) -> None:
     rules.create()
     for command in holder_commands("x"):
         refusal = rules.reject(command, "lock_lost")
-        assert refusal.details["held_by"] is None
-        assert "the job is queued" in refusal.message
+        assert refusal.details == {
+            "status": "queued",
+            "held_by": None,
+            "reason": "not_current",
+            "at": NOW,
+            "rule": "the latest grant wins",
+        }
+        assert refusal.message == (
+            "This lock of job a is lost: there is a later grant, or it never was a lock of this job; "
+            "the job is queued. Stop working on the job."
+        )
 
 
 @pytest.mark.parametrize(
@@ -180,8 +192,16 @@ def test_a_grant_ended_by_others_is_lost(rules: RuleHarness, end: Any, reason: s
     lock_id = rules.held()
     rules.accept(end, admin=True, by="admin")
     for command in holder_commands(lock_id):
-        details = rules.reject(command, "lock_lost").details
-        assert (details["reason"], details["rule"], details["at"]) == (reason, rule, NOW)
+        refusal = rules.reject(command, "lock_lost")
+        status = rules.job().status
+        details = {"status": status, "held_by": None, "reason": reason, "at": NOW, "rule": rule}
+        message = f"This lock of job a is lost: it was ended by {rule}; the job is {status}. Stop working on the job."
+        if rule == "cancel":
+            details["cancel_requested"] = True
+        if isinstance(command, Complete):
+            details["late_result"] = seq = rules.last().seq
+            message += f" Its result is stored as late result {seq}; an operator can adopt it: jobctl adopt a"
+        assert (refusal.details, refusal.message) == (details, message)
 
 
 ENDINGS: dict[str, Any] = {

@@ -85,7 +85,10 @@ def test_the_result_of_a_late_complete_is_stored(rules: RuleHarness) -> None:
     refusal = late(rules, command)
     event, (stored,) = rules.last(), rules.late()
     assert refusal.details["late_result"] == event.seq == stored.seq
-    assert refusal.message.endswith(f"as late result {stored.seq}; an operator can adopt it: jobctl adopt a")
+    assert refusal.message == (
+        "This lock of job a is lost: it was ended by recovery; the job is queued. Stop working on the job. "
+        f"Its result is stored as late result {stored.seq}; an operator can adopt it: jobctl adopt a"
+    )
     assert (event.type, event.by, event.before, event.after) == ("late_result", "worker:w-1", "queued", "queued")
     assert event.reason == (
         "Worker w-1 completed the job after its lock was lost; the job is queued. Its result is stored."
@@ -145,7 +148,9 @@ def test_the_error_names_the_current_holder(rules: RuleHarness) -> None:
     old = stalled(rules)
     rules.start(worker="w-2")
     late(rules, completing(old))
-    assert "worker w-2 holds the job" in (rules.last().reason or "")
+    assert rules.last().reason == (
+        "Worker w-1 completed the job after its lock was lost; worker w-2 holds the job. Its result is stored."
+    )
 
 
 def test_a_completed_job_can_get_late_results(rules: RuleHarness) -> None:
@@ -278,7 +283,9 @@ def test_the_result_for_an_unclaimed_job_is_adopted() -> None:
     assert (view.status, view.progress, view.file_path, view.expires_at) == ("completed", 100, "/out", rules.now + 7)
     assert (event.type, event.by, event.before, event.after) == ("adopted", "worker:w-1", "queued", "completed")
     assert event.details == {"worker": "w-1", "fencing_token": rules.tokens[-1]}
-    assert "the job had not been granted again" in (event.reason or "")
+    assert event.reason == (
+        "Worker w-1 had lost its lock, but the job had not been granted again: its result was accepted."
+    )
     assert job.finished_at == rules.now
     assert rules.late() == []
     assert rules.accept(completing(lock_id, expires_at=rules.now + 7)).repeated is True
@@ -493,15 +500,16 @@ def test_a_processing_job_cannot_adopt_and_the_error_names_its_holder(rules: Rul
         "(jobctl force-fail a); then adopt."
     )
     rules.row(replace(rules.job(), grant=None, lease=None))
-    assert (
-        "processing. Wait until its grant ends" in rules.reject(Adopt(id="a"), "invalid_transition", admin=True).message
+    refusal = rules.reject(Adopt(id="a"), "invalid_transition", admin=True)
+    assert refusal.message == (
+        "Job a is processing. Wait until its grant ends, or end it (jobctl force-fail a); then adopt."
     )
 
 
 def test_completed_is_final(rules: RuleHarness) -> None:
     rules.completed()
     refusal = rules.reject(Adopt(id="a"), "invalid_transition", admin=True)
-    assert "can be read, but not adopted" in refusal.message
+    assert refusal.message == "Job a is completed. The late results of a completed job can be read, but not adopted."
     assert refusal.details == {"status": "completed", "to": "completed", "allowed": []}
 
 
@@ -519,7 +527,7 @@ def test_adoption_needs_a_late_result(rules: RuleHarness) -> None:
     rules.create()
     refusal = rules.reject(Adopt(id="a"), "late_result_not_found", admin=True)
     assert (refusal.status, refusal.details) == (404, {"job_id": "a"})
-    assert "has no late result" in refusal.message
+    assert refusal.message == "Job a has no late result. List its late results: jobctl late a"
     rules.reject(Adopt(id="b"), "job_not_found", admin=True)
 
 

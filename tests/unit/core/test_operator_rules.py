@@ -127,6 +127,24 @@ def test_force_reset_makes_the_job_as_new(rules: RuleHarness) -> None:
         ("completed", Update(id="a", priority=1), "completed", "A completed job cannot be changed."),
         ("queued", Delete(id="a"), "deleted", "Only a finished job can be deleted: cancel it first."),
         ("failed", Cancel(id="a"), "cancelled", "Only a queued or processing job can be cancelled."),
+        (
+            "queued",
+            Transition(id="a", from_="failed", to="completed"),
+            "completed",
+            "The transition expected failed. Check the job again before you decide.",
+        ),
+        (
+            "queued",
+            Transition(id="a", from_="queued", to="processing"),
+            "processing",
+            "Only start and claim can make a job processing.",
+        ),
+        (
+            "failed",
+            Transition(id="a", from_="failed", to="cancelled"),
+            "cancelled",
+            "It cannot go from failed to cancelled.",
+        ),
     ],
 )
 def test_rejected_actions_of_operators_say_why(
@@ -384,7 +402,11 @@ def test_a_pause_shows_its_operator_start_reason_and_end(rules: RuleHarness) -> 
 
 def test_a_pause_cannot_end_in_the_past(rules: RuleHarness) -> None:
     refusal = rules.reject(Pause(name="q", until=NOW), "invalid_request")
-    assert (refusal.details, "Unix milliseconds" in refusal.message) == ({"field": "$.until"}, True)
+    assert refusal.details == {"field": "$.until"}
+    assert refusal.message == (
+        f"until {NOW} is not in the future; it is in Unix milliseconds. "
+        "Leave it out to pause until an operator resumes the queue."
+    )
     assert rules.state.paused == {}
 
 
@@ -480,7 +502,10 @@ def test_an_import_check_shows_the_result_and_changes_nothing(rules: RuleHarness
     assert isinstance(decision.answer, Response)
     preview = decision.answer.data
     assert (preview.job_id, preview.what, preview.status) == ("a", "create", status)
-    assert "was processing when it was imported" in preview.reason
+    advice = (
+        "" if status == "queued" else " The work may be half done; check it, then force-reset the job to run it again."
+    )
+    assert preview.reason == f"The job was processing when it was imported; its worker is unknown here.{advice}"
     assert preview.room == rules.policy.live_jobs
     assert decision.changes == []
     assert (rules.state.next_job, rules.state.next_token, rules.state.next_event) == before
@@ -528,6 +553,7 @@ def test_an_imported_processing_job_gets_a_grant_from_its_fields(
     changes = rules.events[0].changes
     assert changes is not None
     assert isinstance(changes.grant, Grant)
+    assert len(bytes.fromhex(changes.grant.lock_id)) == 16
     assert changes.started_at == began
     assert changes.lease == Lease(rules.lease, rules.lease, None)
     assert (changes.grant.worker, changes.grant.acquired_at) == ("unknown", started_at or updated_at)

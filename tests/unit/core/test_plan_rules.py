@@ -39,7 +39,15 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Job, requeues_on_stall
-from jobd.model.responses import MaintenanceResult, PlannedJob, PlanSlice, PlanView, Response, plan_late_results_note
+from jobd.model.responses import (
+    ChangedJob,
+    MaintenanceResult,
+    PlannedJob,
+    PlanSlice,
+    PlanView,
+    Response,
+    plan_late_results_note,
+)
 from tests.support.factories import full_job
 from tests.support.plans import apply_plan, make_plan
 from tests.support.rule_harness import RuleHarness
@@ -168,7 +176,8 @@ def test_a_plan_changes_due_jobs_and_rejects_others(action: PlanAction) -> None:
     done = apply(rules, action, known(rules, action, *ids))
     some = ids[:1] if action == "recover-stuck" else ids[:3]
     assert (done.applied, done.changed) == (len(some), [])
-    assert [(each.id, each.why) for each in done.refused] == [(each, NO_MORE) for each in ids[len(some) :]]
+    rejected = [rules.job(each) for each in ids[len(some) :]]
+    assert done.refused == [ChangedJob(job.id, "", job.status, NO_MORE) for job in rejected]
     assert rules.job("stuck").status == "queued"
     assert ("old" in rules.rows) == (action == "recover-stuck")
     assert rules.job("late").status == ("queued" if action == "recover-stuck" else "failed")
@@ -214,7 +223,10 @@ def test_a_plan_skips_revived_jobs(action: PlanAction, how: str) -> None:
         rules.accept(Delete(id="a"))
     before, count = rules.rows.get("a"), len(rules.events)
     done = apply(rules, action, seen)
-    assert (done.applied, done.refused, [each.id for each in done.changed]) == (0, [], ["a"])
+    gone = "There is no job a: it was never created, or it was deleted. "
+    gone += "Search the list of jobs: GET /v1/jobs or jobctl jobs."
+    status, why = (None, gone) if before is None else (before.status, "It has changed since the plan was made.")
+    assert done == PlanSlice(0, [ChangedJob("a", "", status, why)], [])
     assert (rules.rows.get("a"), len(rules.events)) == (before, count)
 
 

@@ -39,6 +39,7 @@ from jobd.model.job import (
     Lease,
     Policy,
     release_delay_ms,
+    storage_key_error,
 )
 from jobd.model.responses import (
     JobView,
@@ -116,7 +117,11 @@ def test_at_the_ceiling_only_endings_are_accepted(rules: RuleHarness) -> None:
     for command in (Extend(id="a", lock_id=lock_id), Progress(id="a", lock_id=lock_id, progress=1)):
         refusal = rules.reject(command, "max_processing_time_exceeded")
         assert refusal.details == {"max_processing_ms": CEILING, "ceiling_at": rules.now}
-        assert "max_processing" in refusal.message
+        assert refusal.message == (
+            "Job a had no progress report for 30 min (max_processing_ms 1800000). Complete, fail or release it now. "
+            "Next time report progress in time, or raise max_processing_ms of the job, of the start or claim, or "
+            "max_processing under [locks]; 0 means no timeout."
+        )
     rules.accept(Complete(id="a", lock_id=lock_id))
 
 
@@ -181,6 +186,7 @@ def test_a_storage_key_is_relative(rules: RuleHarness, key: str) -> None:
     lock_id = rules.held()
     refusal = rules.reject(Complete(id="a", lock_id=lock_id, storage_key=key), "invalid_request")
     assert refusal.details == {"field": "$.storage_key"}
+    assert refusal.message == f"storage_key {storage_key_error(key)}."
 
 
 def test_a_download_url_can_be_required() -> None:
@@ -188,6 +194,7 @@ def test_a_download_url_can_be_required() -> None:
     lock_id = rules.held()
     refusal = rules.reject(Complete(id="a", lock_id=lock_id, file_path="/f"), "invalid_request")
     assert (refusal.status, refusal.details) == (400, {"field": "$.download_url"})
+    assert refusal.message == "download_url is missing; [validation] require_download_url requires it."
     rules.accept(Complete(id="a", lock_id=lock_id, download_url="u"))
 
 

@@ -119,7 +119,7 @@ def test_a_fifo_drops_the_places_of_removed_jobs_at_its_front() -> None:
         (len(jobs), 3),
     ]:
         first = line.first(partial(_is_from, removed))
-        assert list(line) == jobs[removed:]
+        assert (list(line), len(line)) == (jobs[removed:], len(jobs) - removed)
         assert first is next(iter(line), None)
         assert len(line._jobs) == len(jobs) - kept * _GONE_AT_ONCE
     assert line.takes(jobs[0])

@@ -63,13 +63,13 @@ def test_an_empty_book() -> None:
 def test_a_start_loads_live_jobs_and_the_counts_of_finished_ones() -> None:
     numbers = Numbers(3, 11, 12, 13, 400, NOW, True)
     jobs = [queued(1), queued(2, run_at=NOW + 1), held(3, "w-1"), held(4, "w-2", expires=400)]
-    queues = {"default": QueueRow(completed=5, failed=2), "idle": QueueRow(paused=True, cancelled=1)}
+    queues = {"default": QueueRow(completed=5, failed=2), "idle": QueueRow(paused=True, failed=3, cancelled=1)}
     state = State.opened(OpenedStore(numbers, jobs, queues=queues))
     assert state.numbers(400, NOW, True) == numbers
     assert state.clock_suspect
-    assert state.total() == 12
+    assert state.total() == 15
     assert state.counts["default"] == {"queued": 2, "processing": 2, "completed": 5, "failed": 2, "cancelled": 0}
-    assert state.totals["cancelled"] == 1
+    assert (state.totals["failed"], state.totals["cancelled"]) == (5, 1)
     assert state.paused == {"idle": QueuePause()}
     assert [job.seq for job in state.due(["default"], None)] == [1]
     assert (state.live_locks(), list(state.stuck)) == (1, ["job-4"])

@@ -100,9 +100,10 @@ def test_recoveries_of_the_last_day(rules: RuleHarness) -> None:
     rules.progress(lock_id, 10)
     rules.held("b")
     rules.held("c")
-    rules.advance(HOUR_MS)
+    rules.advance(HOUR_MS + 1)
     rules.accept(Recover(limit=9))
     figures = rules.state.figures
+    assert figures.recovered_lately(rules.now) == 3
     assert figures.recovered_last_day(rules.now) == 3
     assert figures.recovered_last_day(rules.now + DAY_MS) == 0
     assert (figures.stalls, figures.reset, figures.failed, figures.since_report.recovered) == (3, 2, 1, 3)
@@ -113,13 +114,14 @@ def test_the_counts_since_the_last_report(rules: RuleHarness) -> None:
     rules.held("d", stuck_after_ms=HOUR_MS, max_processing_ms=0)
     rules.advance(15 * MINUTE_MS)
     rules.accept(Recover(limit=9))
-    rules.completed("b", expires_at=rules.now + 1)
+    for name in ("b", "e"):
+        rules.completed(name, expires_at=rules.now + 1)
     rules.completed("c")
     rules.advance(1)
-    rules.accept(DeleteExpired(ids=["b"]), by="cleanup")
+    rules.accept(DeleteExpired(ids=["b", "e"]), by="cleanup")
     rules.accept(Delete(id="c"), by="admin")  # a deletion by an operator does not count for cleanup
     since = rules.state.figures.since_report
-    assert (since.locks_cleared, since.deleted, since.recovered, since.fixed) == (2, 1, 0, 0)
+    assert (since.locks_cleared, since.deleted, since.recovered, since.fixed) == (2, 2, 0, 0)
 
 
 def test_other_endings_are_not_counted(rules: RuleHarness) -> None:

@@ -138,10 +138,13 @@ def test_a_delay_moves_run_at(rules: RuleHarness) -> None:
     assert rules.create("b", delay_ms=1_500).run_at == NOW + 1_500
     refusal = rules.reject(Create(run_at=NOW, delay_ms=1), "invalid_request")
     assert refusal.details == {"field": "$.run_at"}
+    assert refusal.message == "Give run_at or delay_ms, not both."
 
 
 def test_expires_at_must_be_in_the_future(rules: RuleHarness) -> None:
-    assert rules.reject(Create(expires_at=NOW), "invalid_request").details == {"field": "$.expires_at"}
+    refusal = rules.reject(Create(expires_at=NOW), "invalid_request")
+    assert refusal.details == {"field": "$.expires_at"}
+    assert refusal.message == f"expires_at {NOW} is not in the future; it is in Unix milliseconds."
     assert rules.create(expires_at=NOW + 1).expires_at == NOW + 1
 
 
@@ -154,6 +157,7 @@ def test_a_repeated_request_returns_the_current_job(rules: RuleHarness) -> None:
     assert not decision.changes
     refusal = rules.reject(Create(id="a", payload=Raw(b"2")), "job_exists")
     assert refusal.details == {"job_id": "a", "status": "processing"}
+    assert refusal.message == "Job a exists and was created by another request. Use another id, or omit it."
 
 
 def test_every_command_rejects_a_quarantined_id(rules: RuleHarness) -> None:
@@ -163,6 +167,9 @@ def test_every_command_rejects_a_quarantined_id(rules: RuleHarness) -> None:
     for command in (Create(id="a"), Start(id="a", worker="w"), Get(id="a"), Cancel(id="a"), Delete(id="a")):
         refusal = rules.reject(command, "job_quarantined")
         assert refusal.details == {"job_id": "a", "reason": "bad checksum"}
+        assert refusal.message == (
+            "Job a is in quarantine: bad checksum. An operator can repair it: jobd doctor shows how."
+        )
         assert refusal.status == 409
     assert rules.accept(Import(id="a")) == Imported("a", skipped=True)
 
@@ -174,7 +181,10 @@ def test_the_number_of_queues_with_jobs_is_bounded() -> None:
     for command in (Create(queue="r"), Import(id="c", queue="r", status="completed"), ImportCheck(id="c", queue="r")):
         refusal = rules.reject(command, "too_many_queues")
         assert (refusal.status, refusal.details) == (507, {"queue": "r", "limit": 2})
-        assert refusal.message.startswith("Queue r would be new, and 2 queues have jobs (limits.queues 2). ")
+        assert refusal.message == (
+            "Queue r would be new, and 2 queues have jobs (limits.queues 2). Use a queue that has jobs, raise the "
+            "limit, or wait until a queue has none. Finished jobs count too, until they are deleted."
+        )
     rules.create("c", queue="q")
     rules.accept(Cancel(id="a"))
     rules.reject(Create(queue="r"), "too_many_queues")
@@ -230,7 +240,11 @@ def test_the_number_of_live_jobs_is_bounded() -> None:
     rules = RuleHarness(Policy(live_jobs=2))
     rules.create("a")
     rules.held("b")
-    assert rules.reject(Create(), "too_many_jobs").status == 507
+    refusal = rules.reject(Create(), "too_many_jobs")
+    assert (refusal.status, refusal.details) == (507, {"limit": 2})
+    assert refusal.message == (
+        "There are 2 unfinished jobs (limits.live_jobs). Wait until some are finished, or raise the limit."
+    )
     rules.reject(Import(id="c"), "too_many_jobs")
     rules.reject(ImportCheck(id="c"), "too_many_jobs")
     assert rules.accept(ImportCheck(id="c", status="cancelled")) == ImportCheckResult(
@@ -251,12 +265,14 @@ def test_a_bulk_creates_all_jobs_in_order_or_none(rules: RuleHarness) -> None:
     assert [job.id for job in answer.data.jobs][::2] == ["a", "c"]
     assert [job.seq for job in rules.rows.values()] == [1, 2, 3]
     refusal = rules.reject(Bulk(jobs=[Create(id="d"), Create(id="a", queue="other")]), "job_exists")
-    assert refusal.details["index"] == 1
-    assert refusal.message.startswith("jobs[1]: ")
+    assert refusal.details == {"job_id": "a", "status": "queued", "index": 1}
+    assert refusal.message == (
+        "jobs[1]: Job a exists and was created by another request. Use another id, or omit it. No job was created."
+    )
     assert "d" not in rules.rows
     refusal = rules.reject(Bulk(jobs=[Create(id="d"), Create(), Create(id="e"), Create(id="e")]), "invalid_request")
     assert refusal.details == {"field": "$.jobs"}
-    assert refusal.message.startswith("The id e is in the list twice")
+    assert refusal.message == "The id e is in the list twice; give each job its own id."
 
 
 def test_a_repeated_bulk_returns_its_jobs(rules: RuleHarness) -> None:
@@ -393,11 +409,18 @@ def test_a_ceiling_of_0_means_none(rules: RuleHarness) -> None:
 def test_start_checks_the_due_time_before_the_pause(rules: RuleHarness) -> None:
     rules.create(delay_ms=10)
     rules.accept(Pause(name="default"))
-    assert rules.reject(Start(id="a", worker="w"), "not_due").details == {"run_at": NOW + 10, "retry_after_ms": 10}
+    refusal = rules.reject(Start(id="a", worker="w"), "not_due")
+    assert refusal.details == {"run_at": NOW + 10, "retry_after_ms": 10}
+    assert refusal.message == "Job a is not due for another 10 ms."
     rules.advance(9)
     rules.reject(Start(id="a", worker="w"), "not_due")
     rules.advance(1)
-    assert rules.reject(Start(id="a", worker="w"), "queue_paused").details == {
+    refusal = rules.reject(Start(id="a", worker="w"), "queue_paused")
+    assert refusal.message == (
+        "Queue default was paused by a client at 2023-11-14 22:13 UTC, until resumed: no reason given. An operator can "
+        "resume it: jobctl resume default"
+    )
+    assert refusal.details == {
         "queue": "default",
         "paused": True,
         "paused_at": NOW,
@@ -413,6 +436,7 @@ def test_a_held_job_is_already_locked(rules: RuleHarness) -> None:
     rules.held(worker="w-7", stuck_after_ms=20 * MINUTE_MS)
     refusal = rules.reject(Start(id="a", worker="w"), "already_locked")
     assert refusal.details == {"locked_by": "w-7", "lock_expires_at": NOW + TTL, "retry_after_ms": TTL}
+    assert refusal.message == "Job a is held by worker w-7. Try again in 15 min."
     rules.advance(TTL)  # the lock has expired, so the time until recovery counts
     refusal = rules.reject(Start(id="a", worker="w"), "already_locked")
     assert refusal.details["retry_after_ms"] == 5 * MINUTE_MS
@@ -440,7 +464,10 @@ def test_a_stuck_job_that_fails_by_recovery_is_not_started(rules: RuleHarness) -
     decision = rules.decide(Start(id="a", worker="w-2"))
     assert isinstance(decision.answer, ApiError)
     assert decision.answer.code == "invalid_transition"
-    assert "No update from worker w-1" in decision.answer.message
+    assert decision.answer.message == (
+        "Job a is failed. Only a queued job can be started (No update from worker w-1 for 15 min at 45 % (attempt 1 of "
+        "1). The lock had expired. The work may be half done; check it, then force-reset the job to run it again.)."
+    )
     assert [change.event.type for change in decision.changes] == ["stalled"]
     assert rules.job().status == "failed"
 
@@ -477,13 +504,13 @@ def test_the_message_of_an_expired_retry_has_the_last_error(rules: RuleHarness) 
     lock_id = rules.held(expires_at=NOW + 10, max_attempts=3)
     rules.advance(10)
     rules.accept(Fail(id="a", lock_id=lock_id, error_message="the disk exploded" + "!" * 600))
+    ended = rules.job().ended
     assert rules.accept(Expire(limit=1)).done == 1
-    error = rules.job().error
-    assert error is not None
-    assert error.message is not None
-    assert error.message.startswith("Its expires_at passed while it waited for a retry.")
-    assert error.message.endswith("Its last attempt failed: the disk exploded" + "!" * (500 - 17))
-    assert error.code == "expired"
+    message = "Its expires_at passed while it waited for a retry. Create it again if it is still needed. "
+    message += "Its last attempt failed: the disk exploded" + "!" * (500 - 17)
+    assert rules.job().error == Failure(message, "expired")
+    assert rules.last().reason == message
+    assert rules.job().ended == ended
 
 
 def test_operators_see_an_overdue_job_as_failed(rules: RuleHarness) -> None:
@@ -522,6 +549,18 @@ def test_resetting_a_processing_job_past_its_expiry_clears_the_expiry(rules: Rul
     assert (rules.job("c").status, rules.job("c").expires_at) == ("queued", None)
 
 
+def test_an_overdue_job_is_neither_started_nor_failed_while_the_clock_is_suspect(rules: RuleHarness) -> None:
+    rules.create(expires_at=NOW + 10)
+    rules.advance(10)
+    rules.trusted = NOW
+    refusal = rules.reject(Start(id="a", worker="w"), "invalid_transition")
+    assert refusal.details == {"status": "queued", "to": "processing", "allowed": ALLOWED["queued"]}
+    assert refusal.message == (
+        "Job a is queued. It is not granted, because its expires_at has passed. The wall clock is suspect, so nothing "
+        "is deleted or failed by age. Check it. If it is correct: jobctl clock accept"
+    )
+
+
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
 def test_a_finished_job_is_not_started(rules: RuleHarness, status: Any) -> None:
     rules.accept(Import(id="a", status=status, error_message="why" if status == "failed" else None))
@@ -549,6 +588,10 @@ def test_an_unknown_job_is_not_found(rules: RuleHarness) -> None:
     for command in named:
         refusal = rules.reject(command, "job_not_found")
         assert (refusal.status, refusal.details) == (404, {"job_id": "x"})
+        assert refusal.message == (
+            "There is no job x: it was never created, or it was deleted. "
+            "Search the list of jobs: GET /v1/jobs or jobctl jobs."
+        )
 
 
 # -- claim ------------------------------------------------------------------------------------------------------------
