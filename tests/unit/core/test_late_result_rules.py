@@ -453,13 +453,13 @@ def test_a_result_that_may_not_complete_the_job_is_stored() -> None:
 def test_an_operator_adopts_a_late_result(rules: RuleHarness) -> None:
     command = completing(stalled(rules), metadata=Raw(b"[1]"))
     late(rules, command)
-    (result,) = rules.late()
+    (result,), ended = rules.late(), rules.job().ended
     view: JobView = rules.accept(Adopt(id="a", reason="it is whole"), admin=True, by="admin")
     job, event = rules.job(), rules.last()
     assert (view.status, view.progress, view.file_path, view.metadata) == ("completed", 100, "/out", Raw(b"[1]"))
     assert (event.type, event.by, event.reason) == ("adopted", "admin", "it is whole")
     assert event.details == {"late_result": result.seq, "worker": "w-1", "fencing_token": result.fencing_token}
-    assert job.expires_at == rules.now + 7 * DAY_MS
+    assert (job.expires_at, job.ended) == (rules.now + 7 * DAY_MS, ended)
     assert late(rules, command, is_stored=False).details["late_result"] == result.seq
 
 

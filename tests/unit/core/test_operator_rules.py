@@ -456,6 +456,7 @@ def test_an_import_keeps_all_given_fields(rules: RuleHarness) -> None:
     decision = rules.decide(command, by="admin")
     assert not isinstance(decision.answer, ApiError)
     assert (decision.answer.status, decision.answer.data) == (201, Imported("a", skipped=False))
+    assert [change.request_hash for change in decision.changes] == [""]
     job = rules.job()
     assert (job.status, job.progress, job.progress_message, job.attempt, job.stalls) == ("failed", 33, "m", 2, 1)
     assert (job.created_at, job.updated_at, job.run_at) == (NOW - 9, NOW - 1, NOW - 8)
@@ -474,6 +475,8 @@ def test_missing_times_of_an_import_become_now(rules: RuleHarness) -> None:
     job = rules.job("b")
     assert job.error == Failure(None, "E")
     assert (job.progress, job.started_at, job.finished_at, job.expires_at) == (0, None, None, None)
+    rules.accept(Import(id="c", status="failed", error_code="E"))
+    assert rules.job("c").expires_at == NOW + 30 * DAY_MS
 
 
 def test_a_claim_leaves_overdue_jobs_to_recovery(rules: RuleHarness) -> None:

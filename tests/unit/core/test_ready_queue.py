@@ -242,6 +242,8 @@ class NaiveReadyQueue:
             assert list(islice(self.due.eligible(kinds, now), 2)) == expected[:2]
             if kinds is None and (line := self.due.due_in_fifo(now)) is not None:
                 assert list(map(compact_entry, line)) == expected
+            if kinds is None and (first := self.due.first_in_fifo(now)) is not None:
+                assert compact_entry(first) == expected[0]
         counts = Counter((kind, found[0]) for kind, found in self.live)
         lanes = [(kind, priority, lane) for kind, of in self.due.lanes.items() for priority, lane in of.items()]
         assert {(kind, priority): lane.live for kind, priority, lane in lanes} == counts
@@ -261,6 +263,25 @@ def test_due_jobs_come_in_exact_order_over_kinds_and_priorities() -> None:
         model.add(kind, *found)
         model.check()
     assert [found[2] for found in model.due.eligible(None, model.now)] == [3, 2, 5, 1, 4]
+
+
+def test_jobs_that_are_all_in_one_fifo_need_no_merge() -> None:
+    model = NaiveReadyQueue()
+
+    def in_fifo(now: int) -> tuple[int | None, list[int] | None]:
+        first, line = model.due.first_in_fifo(now), model.due.due_in_fifo(now)
+        return first and first.seq, line and [job.seq for job in line]
+
+    assert in_fifo(5) == (None, None)
+    model.join("a", 0, 5, 1)
+    model.join("a", 0, 6, 2)
+    assert [in_fifo(now) for now in (4, 5, 6)] == [(None, None), (1, None), (1, [1, 2])]
+    earlier = model.add("a", 0, 4, 3)
+    assert in_fifo(6) == (None, None)
+    model.remove(earlier)
+    assert in_fifo(6) == (1, [1, 2])
+    model.join("b", 0, 6, 4)
+    assert in_fifo(6) == (None, None)
 
 
 def test_a_lane_is_removed_with_its_last_job() -> None:

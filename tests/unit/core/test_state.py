@@ -633,13 +633,14 @@ def test_the_oldest_due_job_of_a_kind(rules: RuleHarness) -> None:
 
 
 def test_of_jobs_due_at_the_same_time_the_first_one_created_is_the_oldest(rules: RuleHarness) -> None:
-    rules.create("first", kind="encode", priority=9)
-    rules.create("second", kind="encode", priority=0)
+    rules.create("later", kind="encode", priority=0, delay_ms=MINUTE_MS)
+    rules.create("older", kind="encode", priority=9)
+    rules.create("newer", kind="encode", priority=0)
     rules.create("due before", kind="mail", priority=0, delay_ms=5)
     rules.create("due after", kind="mail", priority=9, delay_ms=4)
     rules.advance(5)
     oldest = {kind: rules.state.oldest_of_kind("default", kind, rules.now)[1] for kind in ("encode", "mail")}
-    assert [entry and entry[3] for entry in oldest.values()] == ["first", "due after"]
+    assert [entry and entry[3] for entry in oldest.values()] == ["older", "due after"]
 
 
 def test_a_job_whose_run_at_is_now_is_due(rules: RuleHarness) -> None:
