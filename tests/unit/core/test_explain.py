@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,6 +31,9 @@ from jobd.model.responses import HistoryRead, NextEvent, Response, WhyView
 from tests.support.rule_harness import NOW, RuleHarness
 
 TTL = 15 * MINUTE_MS
+FIRST = NextEvent("The first worker that claims its queue and kind gets it.", None, "claim")
+LOOK, START = "List the workers: jobctl workers", "Start a worker: jobctl run --queue q -- CMD"
+STALLED = "It counts as stalled and is recovered, unless worker w-1"
 
 
 def why(rules: RuleHarness, job_id: str = "a") -> WhyView:
@@ -46,13 +51,15 @@ def test_waiting_for_a_worker(rules: RuleHarness) -> None:
     rules.create("a", queue="q", kind="k")
     rules.create("b", queue="q", kind="k")
     rules.advance(5_000)
-    view = why(rules)
-    assert (view.state, view.blocked_by) == ("queued", "no worker")
-    since = "no worker has claimed queue `q` since the start at 22:13 UTC"
-    assert view.because == f"It has waited for 5 s: {since}. It is next in line."
-    assert at_and_rule(view) == (None, "claim")
-    assert view.do == ["List the workers: jobctl workers", "Start a worker: jobctl run --queue q -- CMD"]
-    assert "Other jobs come first." in why(rules, "b").because
+    waited = "It has waited for 5 s: no worker has claimed queue `q` since the start at 22:13 UTC."
+    assert why(rules) == WhyView("queued", f"{waited} It is next in line.", FIRST, "no worker", [LOOK, START])
+    assert why(rules, "b").because == f"{waited} Other jobs come first."
+
+
+def test_jobs_of_other_kinds_do_not_come_first(rules: RuleHarness) -> None:
+    rules.create("b", kind="other")
+    rules.create("a", kind="k")
+    assert why(rules).because.endswith(". It is next in line.")
 
 
 def test_a_returned_job_waits_since_its_grant_ended(rules: RuleHarness) -> None:
@@ -81,6 +88,22 @@ def test_a_start_long_ago_has_its_date(rules: RuleHarness) -> None:
     assert clause(rules) == "no worker has claimed queue `q` since the start at 2023-11-14 22:13 UTC"
 
 
+@pytest.fixture
+def local_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Set a time zone with an offset of five hours."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "XYZ+5")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("local_time")
+def test_times_are_in_utc_whatever_the_local_time_zone_is(rules: RuleHarness) -> None:
+    rules.create(queue="q")
+    assert clause(rules) == "no worker has claimed queue `q` since the start at 22:13 UTC"
+
+
 def test_the_time_since_which_claims_are_remembered_is_shown_if_some_were_forgotten(rules: RuleHarness) -> None:
     rules.create(queue="q")
     rules.state.presence._names_kept = 0
@@ -98,19 +121,44 @@ def test_workers_that_take_other_kinds_only(rules: RuleHarness) -> None:
     rules.create(queue="q", kind="crop")
     claims(rules, "claims-1", "scale")
     claims(rules, "idle-1", "resize", waits=True)
-    view = why(rules)
-    since = "no worker has claimed kind `crop` of this queue since the start at 22:13 UTC"
-    others = "idle-1 waits on this queue but takes only: resize (1 more takes other kinds)"
-    assert clause(rules) == f"{others}; {since}"
-    assert (view.blocked_by, at_and_rule(view)) == ("no worker of its kind", (None, "claim"))
+    since = "of this queue since the start at 22:13 UTC"
+    others = "idle-1 waits on this queue but takes only: resize"
+    because = f"{others} (1 more takes other kinds); no worker has claimed kind `crop` {since}"
+    assert why(rules) == WhyView(
+        "queued",
+        f"It has waited for 0 ms: {because}. It is next in line.",
+        FIRST,
+        "no worker of its kind",
+        [LOOK, f"{START} (it takes all kinds)"],
+    )
+    claims(rules, "claims-2", "scale")
     rules.create("none", queue="q")
-    assert "no worker has claimed jobs without a kind of this queue" in clause(rules, "none")
-    claims(rules, "w", "a,b,c,d,", "r")
-    rules.create("r", queue="r", kind="z")
-    assert clause(rules, "r").startswith("w claims this queue but takes only: a, b, c and 2 more; ")
-    claims(rules, "v", "", "s")
-    rules.create("s", queue="s", kind="z")
-    assert clause(rules, "s").startswith("v claims this queue but takes only: jobs without a kind; ")
+    more = "(2 more take other kinds)"
+    assert clause(rules, "none") == f"{others} {more}; no worker has claimed jobs without a kind {since}"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "listed"),
+    [
+        ("", "jobs without a kind"),
+        ("a,b,c", "a, b, c"),
+        ("a,b,c,d", "a, b, c and 1 more"),
+        ("a,b,c,d,", "a, b, c and 2 more"),
+    ],
+)
+def test_at_most_three_other_kinds_are_listed(rules: RuleHarness, kinds: str, listed: str) -> None:
+    rules.create(queue="q", kind="z")
+    claims(rules, "w", kinds)
+    since = "no worker has claimed kind `z` of this queue since the start at 22:13 UTC"
+    assert clause(rules) == f"w claims this queue but takes only: {listed}; {since}"
+
+
+def test_of_the_workers_of_other_kinds_the_one_that_claimed_last_is_named(rules: RuleHarness) -> None:
+    rules.create(queue="q", kind="crop")
+    for worker in ("w-1", "w-3", "w-2"):
+        claims(rules, worker, "scale")
+        rules.advance(1_000)
+    assert clause(rules).startswith("w-2 claims this queue but takes only: scale (2 more take other kinds); ")
 
 
 def test_workers_of_other_kinds_that_are_gone_do_not_count(rules: RuleHarness) -> None:
@@ -129,8 +177,8 @@ def test_all_workers_are_busy(rules: RuleHarness) -> None:
         rules.advance(MINUTE_MS)
     view = why(rules)
     assert clause(rules) == "all 4 workers of this queue are busy, the longest for 4 min"
-    assert (view.blocked_by, at_and_rule(view)) == ("no free worker", (None, "claim"))
-    assert view.do == ["List the workers: jobctl workers", "Start a worker: jobctl run --queue q -- CMD"]
+    free = NextEvent("The first worker of its queue that becomes free gets it.", None, "claim")
+    assert (view.state, view.next, view.blocked_by, view.do) == ("queued", free, "no free worker", [LOOK, START])
 
 
 def test_a_busy_worker_that_is_silent_is_named(rules: RuleHarness) -> None:
@@ -142,7 +190,31 @@ def test_a_busy_worker_that_is_silent_is_named(rules: RuleHarness) -> None:
     assert clause(rules) == (
         "w 1, the only worker of this queue, has been busy for 15 min; silent, with an expired lock: w 1"
     )
-    assert view.do[1] == "Take back the jobs of w 1: jobctl take-back 'w 1'"
+    assert view.do == [LOOK, "Take back the jobs of w 1: jobctl take-back 'w 1'", START]
+
+
+@pytest.mark.parametrize(("count", "everyone"), [(2, "both"), (3, "all 3")])
+def test_silent_workers_are_among_the_busy_ones(rules: RuleHarness, count: int, everyone: str) -> None:
+    rules.create("a", queue="q")
+    for number in range(count):
+        rules.held(f"job-{number}", worker=f"w-{number}", queue="q", stuck_after_ms=HOUR_MS)
+        claims(rules, f"w-{number}")
+    rules.advance(TTL)
+    names = ", ".join(f"w-{number}" for number in range(count))
+    assert clause(rules) == (
+        f"{everyone} workers of this queue are busy, the longest for 15 min; silent, with an expired lock: {names}"
+    )
+
+
+def test_at_most_three_silent_workers_are_named(rules: RuleHarness) -> None:
+    rules.create("a", queue="q")
+    for number in range(5):
+        rules.held(f"job-{number}", worker=f"w-{number}", queue="q", stuck_after_ms=HOUR_MS)
+        claims(rules, f"w-{number}")
+    rules.advance(TTL)
+    assert clause(rules).endswith("; silent, with an expired lock: w-0, w-1, w-2 and 2 more")
+    back = [f"Take back the jobs of {name}: jobctl take-back {name}" for name in ("w-0", "w-1", "w-2")]
+    assert why(rules).do == [LOOK, *back, START]
 
 
 def test_no_worker_waits_but_one_claimed_recently(rules: RuleHarness) -> None:
@@ -151,9 +223,13 @@ def test_no_worker_waits_but_one_claimed_recently(rules: RuleHarness) -> None:
     rules.advance(40_000)
     view = why(rules)
     assert clause(rules) == "no worker is waiting now; worker-1 claimed this queue 40 s ago"
-    assert (view.blocked_by, at_and_rule(view)) == ("no waiting worker", (None, "claim"))
+    claimed = NextEvent("The next worker that claims its queue gets it.", None, "claim")
+    assert (view.state, view.next, view.blocked_by, view.do) == ("queued", claimed, "no waiting worker", [LOOK, START])
     claims(rules, "worker-2")
-    assert clause(rules) == ("no worker is waiting now; worker-2 claimed this queue 0 ms ago; 1 more is idle")
+    assert clause(rules) == "no worker is waiting now; worker-2 claimed this queue 0 ms ago; 1 more is idle"
+    rules.advance(1_000)
+    claims(rules, "worker-0")
+    assert clause(rules) == "no worker is waiting now; worker-0 claimed this queue 0 ms ago; 2 more are idle"
 
 
 def test_busy_workers_are_named_before_one_that_stopped_a_moment_ago(rules: RuleHarness) -> None:
@@ -173,17 +249,15 @@ def test_busy_workers_are_named_before_one_that_stopped_a_moment_ago(rules: Rule
     claims(rules, "w-4")
     last = "w-4 claimed this queue 0 ms ago; 1 more is idle"
     assert clause(rules) == f"no worker is waiting now: 2 are busy, the longest for 4 s; {last}"
-    view = why(rules)
-    assert (view.blocked_by, at_and_rule(view)) == ("no waiting worker", (None, "claim"))
+    assert why(rules).blocked_by == "no waiting worker"
 
 
 def test_a_worker_waits(rules: RuleHarness) -> None:
     """On a full disk a claim can wait although a job is due."""
     rules.create(queue="q")
     claims(rules, "w-1", waits=True)
-    view = why(rules)
-    assert (clause(rules), view.blocked_by) == ("a worker waits for such jobs", None)
-    assert at_and_rule(view) == (NOW, "claim")
+    because = "It has waited for 0 ms: a worker waits for such jobs. It is next in line."
+    assert why(rules) == WhyView("queued", because, NextEvent("A waiting worker gets it.", NOW, "claim"), None, [LOOK])
 
 
 def test_the_workers_of_the_queue_are_gone_or_claim_another(rules: RuleHarness) -> None:
@@ -193,15 +267,25 @@ def test_the_workers_of_the_queue_are_gone_or_claim_another(rules: RuleHarness) 
     rules.advance(12 * MINUTE_MS)
     view = why(rules)
     assert clause(rules) == "no worker claims this queue now; the last claim was 12 min ago, by w-1, which is gone"
-    assert view.blocked_by == "no worker"
+    assert (view.next, view.blocked_by, view.do) == (FIRST, "no worker", [LOOK, START])
     for worker in ("w-1", "w-2"):
         claims(rules, worker, queue="other")
     assert clause(rules) == "no worker claims this queue now; the last claim was 12 min ago"
 
 
+def test_of_the_workers_that_are_gone_the_last_one_is_named(rules: RuleHarness) -> None:
+    rules.create(queue="q")
+    for worker, kinds in (("w-3", "k"), ("w-1", None), ("w-2", "")):
+        rules.advance(MINUTE_MS)
+        claims(rules, worker, kinds)
+    rules.advance(12 * MINUTE_MS)
+    assert clause(rules) == "no worker claims this queue now; the last claim was 12 min ago, by w-2, which is gone"
+
+
 def test_an_expiry_is_the_next_event_before_a_claim_at_an_unknown_time(rules: RuleHarness) -> None:
     rules.create(expires_at=NOW + 7)
-    assert at_and_rule(why(rules)) == (NOW + 7, "expires_at")
+    expires = NextEvent("It fails as expired if no worker has taken it by then.", NOW + 7, "expires_at")
+    assert why(rules).next == expires
 
 
 @pytest.mark.parametrize("paused", [False, True])
@@ -210,28 +294,27 @@ def test_an_overdue_job_only_waits_to_fail(rules: RuleHarness, paused: bool) -> 
     if paused:
         rules.accept(Pause(name="q"), admin=True)
     rules.advance(5_010)
-    view = why(rules)
-    assert view.because == "Its expires_at passed 5 s ago, so no worker can claim it."
-    assert (at_and_rule(view), view.blocked_by) == ((NOW + 5_010, "expires_at"), "expires_at")
-    assert view.state == "queued"
-    assert view.do == ["If it is still needed: jobctl force-reset a"]
+    because = "Its expires_at passed 5 s ago, so no worker can claim it."
+    soon = NextEvent("The next recovery or cleanup run fails it as expired.", NOW + 5_010, "expires_at")
+    do = ["If it is still needed: jobctl force-reset a"]
+    assert why(rules) == WhyView("queued", because, soon, "expires_at", do)
 
 
 def test_a_suspect_clock_fails_no_job_by_age(rules: RuleHarness) -> None:
     rules.create(expires_at=NOW + MINUTE_MS)
     rules.advance(HOUR_MS)
+    because = "Its expires_at passed 59 min ago, so no worker can claim it. "
+    because += "The wall clock is suspect, so recovery does not fail it."
+    do = ["Check the clock of the daemon's machine. If it is correct: jobctl clock accept"]
     view = explain(rules.job(), rules.state, replace(rules.moment, trusted=NOW), rules.policy)
-    assert view.because.endswith("The wall clock is suspect, so recovery does not fail it.")
-    assert (view.next, view.blocked_by) == (None, "clock")
+    assert view == WhyView("queued", because, None, "clock", do)
 
 
 def test_not_due(rules: RuleHarness) -> None:
     rules.create(delay_ms=3 * MINUTE_MS)
-    view = why(rules)
-    assert (view.state, view.blocked_by) == ("queued", "run_at")
-    assert at_and_rule(view) == (NOW + 3 * MINUTE_MS, "run_at")
-    assert "3 min" in view.because
-    assert view.do == ["Run it now: jobctl run-now a"]
+    due = NextEvent("It becomes due and is offered to workers.", NOW + 3 * MINUTE_MS, "run_at")
+    because = "It is not due for another 3 min."
+    assert why(rules) == WhyView("queued", because, due, "run_at", ["Run it now: jobctl run-now a"])
 
 
 def test_paused(rules: RuleHarness) -> None:
@@ -251,108 +334,145 @@ def test_paused(rules: RuleHarness) -> None:
 
 def test_the_end_of_a_pause_is_the_next_event(rules: RuleHarness) -> None:
     rules.create()
-    rules.create("b", expires_at=NOW + MINUTE_MS)
     rules.accept(Pause(name="default", reason="deploy", until=NOW + HOUR_MS), by="admin")
     view = why(rules)
-    assert at_and_rule(view) == (NOW + HOUR_MS, "pause")
-    assert "paused by an operator at 2023-11-14 22:13 UTC, until 2023-11-14 23:13 UTC: deploy." in view.because
+    assert view.next == NextEvent("The daemon resumes the queue.", NOW + HOUR_MS, "pause")
+    paused = "by an operator at 2023-11-14 22:13 UTC, until 2023-11-14 23:13 UTC: deploy."
+    assert view.because == f"Queue default was paused {paused} None of its jobs is granted."
     assert view.do == ["If an operator no longer needs the pause: jobctl resume default. Reason of the pause: deploy"]
-    assert at_and_rule(why(rules, "b")) == (NOW + MINUTE_MS, "expires_at")
+
+
+@pytest.mark.parametrize(("expires_at", "rule"), [(-1, "expires_at"), (0, "expires_at"), (1, "pause")])
+def test_a_job_that_expires_during_or_at_the_end_of_a_pause_is_not_offered(
+    rules: RuleHarness, expires_at: int, rule: str
+) -> None:
+    rules.create(expires_at=NOW + HOUR_MS + expires_at)
+    rules.accept(Pause(name="default", until=NOW + HOUR_MS))
+    assert at_and_rule(why(rules)) == (NOW + HOUR_MS + min(expires_at, 0), rule)
 
 
 def test_a_pause_of_an_older_store_says_that_its_origin_is_unknown(rules: RuleHarness) -> None:
     rules.create()
     rules.state.set_paused("default", QueuePause())
     view = why(rules)
-    assert "paused at an unknown time, until resumed: no reason given." in view.because
-    assert view.do[0].startswith("If the operator who paused it no longer needs the pause:")
+    paused = "Queue default was paused at an unknown time, until resumed: no reason given."
+    assert view.because == f"{paused} None of its jobs is granted."
+    assert view.do == [
+        "If the operator who paused it no longer needs the pause: jobctl resume default. "
+        "No reason was given for the pause; ask first."
+    ]
 
 
 def test_the_previous_attempt_is_explained(rules: RuleHarness) -> None:
     lock_id = rules.held(max_attempts=2)
     rules.accept(Release(id="a", lock_id=lock_id))
-    assert why(rules).because.endswith("Its last grant, to worker w-1, was ended by release.")
+    waited = "It has waited for 0 ms: no worker has claimed queue `default` since the start at 22:13 UTC."
+    first = f"{waited} It is next in line."
+    assert why(rules).because == f"{first} Its last grant, to worker w-1, was ended by release."
     rules.accept(Fail(id="a", lock_id=rules.start(), error_message="out of memory", retry_after_ms=0))
-    assert why(rules).because.endswith("Its last attempt failed: out of memory")
+    assert why(rules).because == f"{first} Its last attempt failed: out of memory"
     rules.accept(Import(id="b", error_code="E"))  # an error without a message
-    assert why(rules, "b").because.endswith("Other jobs come first.")
+    assert why(rules, "b").because == f"{waited} Other jobs come first."
+
+
+@pytest.mark.parametrize("state", ["overdue", "paused", "delayed"])
+def test_the_previous_attempt_is_explained_in_every_state_of_a_queued_job(rules: RuleHarness, state: str) -> None:
+    lock_id = rules.held(max_attempts=2, expires_at=NOW + 10)
+    rules.accept(Fail(id="a", lock_id=lock_id, error_message="no disk", retry_after_ms=5))
+    if state == "paused":
+        rules.accept(Pause(name="default"))
+    elif state == "overdue":
+        rules.advance(10)
+    assert why(rules).because.endswith(". Its last attempt failed: no disk")
 
 
 def test_a_processing_job_names_its_worker(rules: RuleHarness) -> None:
     lock_id = rules.held(worker="w-7")
     rules.progress(lock_id, 45)
     rules.advance(MINUTE_MS)
-    view = why(rules)
-    assert (view.state, view.blocked_by) == ("processing", None)
-    assert view.because.startswith("Worker w-7 has held it for 60 s, at 45 %. Its lock is live for another 14 min")
-    assert at_and_rule(view) == (NOW + TTL, "stuck_after")  # stuck exactly when the lock expires
-    assert "jobctl force-reset a" in view.do[1]
+    because = "Worker w-7 has held it for 60 s, at 45 %. Its lock is live for another 14 min."
+    because += " Its progress timeout ends in 29 min (max_processing_ms 1800000)."
+    stalled = "It counts as stalled and is recovered, unless worker w-7 reports, extends or ends it."
+    end = "jobctl force-reset a (runs it again) or jobctl force-fail a"
+    assert why(rules) == WhyView(
+        "processing",
+        because,
+        NextEvent(stalled, NOW + TTL, "stuck_after"),  # stuck exactly when the lock expires
+        None,
+        ["Check whether worker w-7 is alive.", f"If it is dead and you cannot wait: {end}"],
+    )
 
 
 def test_a_lock_that_expires_before_the_job_is_stuck(rules: RuleHarness) -> None:
     rules.held(stuck_after_ms=20 * MINUTE_MS)
-    assert at_and_rule(why(rules)) == (NOW + TTL, "lock expiry")
+    extends = "Its lock expires unless worker w-1 extends it or reports progress."
+    assert why(rules).next == NextEvent(extends, NOW + TTL, "lock expiry")
     rules.advance(TTL)
-    view = why(rules)
-    assert view.because.startswith("Worker w-1 has held it for 15 min, at 0 %. Its lock has expired")
-    assert at_and_rule(view) == (NOW + 20 * MINUTE_MS, "stuck_after")
-    rules.accept(Recover(limit=1))
-    assert at_and_rule(why(rules)) == (NOW + 20 * MINUTE_MS, "stuck_after")
+    stalled = NextEvent(f"{STALLED} reports, extends or ends it.", NOW + 20 * MINUTE_MS, "stuck_after")
+    for _ in range(2):
+        view = why(rules)
+        assert view.because == (
+            "Worker w-1 has held it for 15 min, at 0 %. Its lock has expired: the worker is silent. "
+            "It may still end the job or report. Its progress timeout ends in 15 min (max_processing_ms 1800000)."
+        )
+        assert view.next == stalled
+        rules.accept(Recover(limit=1))
     rules.advance(5 * MINUTE_MS)
-    assert at_and_rule(why(rules)) == (rules.now, "recovery")
+    ends = "Recovery ends its grant. Its on_stall decides whether it is requeued or fails."
+    assert why(rules).next == NextEvent(ends, rules.now, "recovery")
 
 
 def test_the_next_cleanup_run_is_named_if_recovery_is_left_to_it(rules: RuleHarness) -> None:
     rules.held(stuck_after_ms=20 * MINUTE_MS)
     rules.create("late", queue="q", expires_at=NOW + MINUTE_MS)
     rules.state.next_cleanup_at = NOW + 45 * MINUTE_MS
-    view = why(rules)
-    assert at_and_rule(view) == (NOW + TTL, "lock expiry")
+    assert at_and_rule(why(rules)) == (NOW + TTL, "lock expiry")
     rules.advance(TTL)
-    view = why(rules)
-    assert view.next is not None
-    assert view.next.what.startswith("It counts as stalled and is recovered by the next cleanup run after that, unless")
-    assert at_and_rule(why(rules, "late")) == (NOW + 45 * MINUTE_MS, "expires_at")
-    rules.advance(5 * MINUTE_MS)
-    view = why(rules)
-    assert view.next is not None
-    assert view.next.what == (
-        "The next cleanup run (recover_every is 0) ends its grant. "
-        "Its on_stall decides whether it is requeued or fails."
+    assert why(rules).next == NextEvent(
+        "It counts as stalled and is recovered by the next cleanup run after that, "
+        "unless worker w-1 reports, extends or ends it.",
+        NOW + 20 * MINUTE_MS,
+        "stuck_after",
     )
-    assert at_and_rule(view) == (NOW + 45 * MINUTE_MS, "cleanup")
+    fails = NextEvent("The next cleanup run fails it as expired.", NOW + 45 * MINUTE_MS, "expires_at")
+    assert why(rules, "late").next == fails
+    rules.advance(5 * MINUTE_MS)
+    ends = NextEvent(
+        "The next cleanup run (recover_every is 0) ends its grant. "
+        "Its on_stall decides whether it is requeued or fails.",
+        NOW + 45 * MINUTE_MS,
+        "cleanup",
+    )
+    assert why(rules).next == ends
     rules.advance(HOUR_MS)
-    assert at_and_rule(why(rules)) == (rules.now, "cleanup"), "it is due now"
+    assert why(rules).next == replace(ends, at=rules.now), "it is due now"
+    assert why(rules, "late").next == replace(fails, at=rules.now)
 
 
 def test_the_worker_of_an_expired_lock_is_silent(rules: RuleHarness) -> None:
     rules.held(stuck_after_ms=20 * MINUTE_MS, worker="w 7")
-    assert not any("take-back" in each for each in why(rules).do)
+    check, end = why(rules).do
     rules.advance(TTL)
     for _ in range(2):
-        view = why(rules)
-        assert "Its lock has expired: the worker is silent. It may still end the job or report." in view.because
-        assert view.do[1] == "Take back its jobs with expired locks: jobctl take-back 'w 7'"
+        assert why(rules).do == [check, "Take back its jobs with expired locks: jobctl take-back 'w 7'", end]
         rules.accept(Recover(limit=1))
 
 
 def test_after_the_progress_timeout_no_report_is_suggested(rules: RuleHarness) -> None:
     rules.held(max_processing_ms=TTL)
     rules.advance(TTL)
-    because = why(rules).because
-    assert because.startswith("Worker w-1 has held it for ")
-    assert "can no longer report progress" in because
+    assert why(rules).because == (
+        "Worker w-1 has held it for 15 min, at 0 %. Its lock has expired: the worker is silent. "
+        "It can no longer report progress, but may still end the job."
+    )
 
 
 def test_the_progress_timeout_is_named(rules: RuleHarness) -> None:
     rules.held(stuck_after_ms=HOUR_MS, max_processing_ms=TTL + 1)
     rules.advance(TTL)
-    view = why(rules)
-    assert at_and_rule(view) == (NOW + TTL + 1, "max_processing")
-    assert view.next is not None
-    assert view.next.what.endswith("unless worker w-1 reports progress or ends it."), (
-        "more time for the lock is no help"
-    )
+    assert why(rules).because.endswith(" Its progress timeout ends in 1 ms (max_processing_ms 900001).")
+    stalled = NextEvent(f"{STALLED} reports progress or ends it.", NOW + TTL + 1, "max_processing")
+    assert why(rules).next == stalled, "more time for the lock is no help"
 
 
 def test_the_progress_timeout_of_the_grant_is_shown(rules: RuleHarness) -> None:
@@ -383,15 +503,17 @@ def test_repeated_releases_are_explained(rules: RuleHarness) -> None:
     )
     view = why(rules)
     assert view.next == NextEvent("The next worker gets it.", rules.now + 1_000, "release delay")
-    assert view.do[0] == "Find out why its workers release it; w-7 was the last."
+    assert view.do == ["Find out why its workers release it; w-7 was the last.", "Run it now: jobctl run-now a"]
     rules.advance(1_000)
     assert " It was released 6 times in a row without progress. Its last grant" in release(delay_ms=0)
     assert why(rules).do[0] == "Find out why its workers release it; w-7 was the last."
     rules.row(replace(rules.job(), ended=None))  # a row that was edited by hand
     assert why(rules).because.endswith("It was released 6 times in a row without progress.")
-    assert "release" not in why(rules).do[0]
+    assert why(rules).do == [LOOK, "Start a worker: jobctl run --queue default -- CMD"]
     lock_id = rules.start()
-    assert why(rules).because.endswith("It was released 6 times in a row without progress before this grant.")
+    assert why(rules).because.endswith(". It was released 6 times in a row without progress before this grant.")
+    rules.row(replace(rules.job(), progress=1))
+    assert why(rules).because.endswith(". It was released 6 times in a row without progress.")
     rules.progress(lock_id, 1)
     assert "released" not in why(rules).because
 
@@ -407,10 +529,10 @@ def test_a_processing_row_without_a_holder(rules: RuleHarness) -> None:
     rules.held()
     whole = rules.job()
     rules.row(replace(whole, grant=None, lease=None))
+    because = "Its status is processing, but no worker holds it. Such rows come from imports or manual edits."
+    soon = NextEvent("The next cleanup run treats it as stalled.", NOW, "validation")
     view = why(rules)
-    assert (view.state, view.blocked_by, at_and_rule(view)) == ("processing", None, (NOW, "validation"))
-    assert view.because.startswith("Its status is processing, but no worker holds it.")
-    assert view.do == ["Start a cleanup run: jobctl cleanup"]
+    assert view == WhyView("processing", because, soon, None, ["Start a cleanup run: jobctl cleanup"])
     for half in ({"grant": None}, {"lease": None}):
         rules.row(replace(whole, **half))
         assert why(rules) == view
@@ -418,22 +540,22 @@ def test_a_processing_row_without_a_holder(rules: RuleHarness) -> None:
 
 def test_finished(rules: RuleHarness) -> None:
     rules.completed()
-    view = why(rules)
-    assert (view.state, view.because, view.do) == ("completed", "It was completed; that is final.", [])
-    assert at_and_rule(view) == (NOW + 7 * DAY_MS, "retention")
+    deleted = NextEvent("A cleanup run deletes it.", NOW + 7 * DAY_MS, "retention")
+    assert why(rules) == WhyView("completed", "It was completed; that is final.", deleted, None, [])
     rules.advance(8 * DAY_MS)
-    assert at_and_rule(why(rules)) == (rules.now, "retention")
+    assert why(rules).next == replace(deleted, at=rules.now)
+    suspect = explain(rules.job(), rules.state, replace(rules.moment, trusted=NOW), rules.policy)
+    later = "A cleanup run deletes it once the clock is no longer suspect."
+    assert suspect.next == NextEvent(later, rules.now, "retention")
     rules.accept(Fail(id="b", lock_id=rules.held("b"), error_message="boom"))
-    view = why(rules, "b")
-    assert (view.state, view.because, view.blocked_by) == ("failed", "It failed: boom", None)
-    assert view.do == ["Fix the cause, then run it again: jobctl force-reset b"]
-    assert at_and_rule(view) == (rules.now + 30 * DAY_MS, "retention")
+    deleted = replace(deleted, at=rules.now + 30 * DAY_MS)
+    do = ["Fix the cause, then run it again: jobctl force-reset b"]
+    assert why(rules, "b") == WhyView("failed", "It failed: boom", deleted, None, do)
     rules.create("c")
     rules.accept(Cancel(id="c"))
-    view = why(rules, "c")
-    assert (view.state, view.because, view.blocked_by) == ("cancelled", "It was cancelled.", None)
-    assert view.do == ["If it is needed after all: jobctl force-reset c"]
-    assert at_and_rule(view) == (rules.now + 7 * DAY_MS, "retention")
+    deleted = replace(deleted, at=rules.now + 7 * DAY_MS)
+    do = ["If it is needed after all: jobctl force-reset c"]
+    assert why(rules, "c") == WhyView("cancelled", "It was cancelled.", deleted, None, do)
 
 
 @pytest.mark.parametrize(
@@ -508,9 +630,9 @@ def test_imported_and_invalid_rows_are_explained(rules: RuleHarness) -> None:
     rules.row(replace(rules.job(), expires_at=None))
     assert why(rules).next is None
     rules.row(replace(rules.job(), status="paused"))
-    view = why(rules)
-    assert (view.state, view.next) == ("paused", None)
-    assert "doctor --accept" in view.do[0]
+    because = "Status paused is unknown, so no rule applies to it."
+    do = ["Correct the row with the daemon stopped, then: jobd doctor --accept ID"]
+    assert why(rules) == WhyView("paused", because, None, None, do)
 
 
 def test_every_unfinished_job_has_a_next_event(rules: RuleHarness) -> None:
