@@ -11,10 +11,23 @@ from msgspec.structs import asdict, replace
 from jobd.core import views
 from jobd.core.state import State
 from jobd.core.stats import Figures
-from jobd.model.commands import Import, Locks, Moment
+from jobd.model.commands import Import, Locks, Moment, Workers
 from jobd.model.errors import ApiError
-from jobd.model.job import MINUTE_MS, Backoff, Failure, Grant, Job, LateResult, Lease, Options, Policy, Result
-from jobd.model.responses import ErrorView, public_lock
+from jobd.model.job import (
+    HOUR_MS,
+    MINUTE_MS,
+    STATUSES,
+    Backoff,
+    Failure,
+    Grant,
+    Job,
+    LateResult,
+    Lease,
+    Options,
+    Policy,
+    Result,
+)
+from jobd.model.responses import ErrorView, OldestProcessing, WorkerList, public_lock
 from tests.support.rule_harness import NOW
 
 AT = Moment(NOW, 1_000, NOW - 1_000)
@@ -123,6 +136,21 @@ def test_an_incomplete_grant_is_not_a_lock() -> None:
     assert [lock.id for lock in views.locks(state(*rows), AT, Locks(), admin=True).locks] == ["2"]
 
 
+def test_the_list_of_locks_has_every_field() -> None:
+    [lock] = views.locks(state(replace(JOB, grant=replace(GRANT, fencing_token=1))), AT, Locks(), admin=True).locks
+    assert asdict(lock) == {
+        "id": "a", "queue": "q", "kind": "k", "worker": "w-1", "lock_id": "secret", "fencing_token": 1,
+        "acquired_at": NOW - 12, "expires_at": NOW + 16, "live": True, "ceiling_at": NOW + 18,
+        "stuck_at": NOW + 17, "progress": 24,
+    }  # fmt: skip
+
+
+def test_the_list_of_workers_counts_every_state() -> None:
+    assert views.workers(State(), AT, Workers()) == WorkerList(
+        [], None, {"busy": 0, "idle": 0, "silent": 0, "gone": 0}, NOW
+    )
+
+
 @pytest.mark.parametrize("admin", [True, False])
 def test_lock_ids_are_for_admins(admin: bool) -> None:
     assert JOB.grant is not None
@@ -167,6 +195,17 @@ def test_the_average_covers_recent_completions_and_processing_jobs(
     filled: State, counted: Figures, average: float
 ) -> None:
     assert views.average_processing_s(filled, counted, AT) == average
+
+
+def test_the_stats_have_every_field() -> None:
+    counted = figures(1_000, 2_000)
+    counted.recoveries[NOW // HOUR_MS] = 5
+    assert asdict(views.stats(running(NOW - 3_000), counted, AT)) == {
+        "total_jobs": 1, "by_status": dict.fromkeys(STATUSES, 0) | {"processing": 1}, "stuck_jobs": 0,
+        "locked_jobs": 1, "average_processing_time": 2.0, "oldest_processing_job": OldestProcessing("a", 3.0, 24),
+        "stuck_jobs_recovered": 5, "timestamp": NOW, "cleanup_running": False, "time_since_last_cleanup": None,
+        "disk": None,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -521,6 +521,15 @@ def test_claim_sets_are_bounded_and_forgetting_one_moves_since(
     assert list(presence.claim_sets("waiting")) == [waiting]
 
 
+def test_the_quarter_of_the_sets_that_was_claimed_longest_ago_is_forgotten(presence: WorkerPresence) -> None:
+    presence._names_kept = 11
+    for number in range(13):
+        advance(presence, 10)
+        presence.note_request(claim(f"w-{number}", f"q-{number}"))
+    assert [number for number in range(13) if not list(presence.claim_sets(f"q-{number}"))] == [0, 1, 2, 3]
+    assert (presence.since, presence.has_forgotten) == (1_040, True)
+
+
 def test_waiting_claim_sets_are_not_recounted_for_each_new_one(
     presence: WorkerPresence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -539,7 +548,7 @@ def test_waiting_claim_sets_are_not_recounted_for_each_new_one(
         presence.begin_wait(claim(f"w-{number}", f"q-{number}"))
     check_sets(presence)
     assert presence._names == 100
-    assert len(forgotten) <= 15
+    assert forgotten == [11, 14, 18, 23, 29, 37, 47, 59, 74, 93], "each time the limit grows by a quarter"
 
 
 def check_sets(presence: WorkerPresence) -> None:
