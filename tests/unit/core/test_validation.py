@@ -22,7 +22,6 @@ from jobd.model.job import (
     Policy,
     PreviousGrant,
     Result,
-    storage_key_error,
 )
 from jobd.model.responses import Issue, Validation
 from tests.support.rule_harness import NOW
