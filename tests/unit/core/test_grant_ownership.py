@@ -113,9 +113,9 @@ def test_the_events_of_creation_wait_and_deletion(rules: RuleHarness) -> None:
     rules.accept(RunNow(id="a"), by="admin")
     rules.accept(Start(id="a", worker="w-1", lock_ttl_ms=3_000))
     rules.accept(Cancel(id="a"))
-    rules.accept(Delete(id="a"), by="admin")
-    rules.accept(Pause(name="q"), by="admin")
-    rules.accept(Resume(name="q"), by="admin")
+    rules.accept(Delete(id="a", reason="old"), by="admin")
+    rules.accept(Pause(name="q", reason="deploy", until=NOW + 9), by="admin")
+    rules.accept(Resume(name="q", reason="deployed"), by="admin")
     granted = {"worker": "w-1", "fencing_token": 1 << TOKEN_COUNTER_BITS | 1, "attempt": 1, "ttl_ms": 3_000}
     actual = [(e.type, e.before, e.after, e.by, e.reason, e.details, e.queue) for e in rules.events]
     assert actual == [
@@ -123,10 +123,11 @@ def test_the_events_of_creation_wait_and_deletion(rules: RuleHarness) -> None:
         ("updated", "queued", "queued", "admin", "run now", {"run_at": NOW}, "q"),
         ("granted", "queued", "processing", "worker:w-1", None, granted, "q"),
         ("cancelled", "processing", "cancelled", "client", None, None, "q"),
-        ("deleted", "cancelled", None, "admin", None, None, "q"),
-        ("queue_paused", None, None, "admin", None, {"since": NOW, "until": None}, "q"),
-        ("queue_resumed", None, None, "admin", None, None, "q"),
+        ("deleted", "cancelled", None, "admin", "old", None, "q"),
+        ("queue_paused", None, None, "admin", "deploy", {"since": NOW, "until": NOW + 9}, "q"),
+        ("queue_resumed", None, None, "admin", "deployed", None, "q"),
     ]
+    assert [(e.at, e.job_seq, e.job_id) for e in rules.events] == 5 * [(NOW, 1, "a")] + 2 * [(NOW, 0, "")]
 
 
 # -- who may speak ----------------------------------------------------------------------------------------------------
@@ -314,5 +315,6 @@ def test_an_undelivered_grant_requeues_the_job(rules: RuleHarness) -> None:
     view = rules.accept(Undelivered(id="a", lock_id=lock_id), by="daemon")
     assert (view.status, view.attempt, view.run_at) == ("queued", 0, NOW)
     assert rules.last().type == "undelivered"
-    assert rules.reject(Undelivered(id="a", lock_id=lock_id), "lock_lost").details["reason"] == "undelivered"
+    details = rules.reject(Undelivered(id="a", lock_id=lock_id), "lock_lost").details
+    assert (details["reason"], details["at"]) == ("undelivered", NOW)
     assert rules.reject(Complete(id="a", lock_id=lock_id), "lock_lost").details["rule"] == "undelivered"

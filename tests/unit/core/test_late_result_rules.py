@@ -95,6 +95,7 @@ def test_the_result_of_a_late_complete_is_stored(rules: RuleHarness) -> None:
     )
     token = rules.tokens[-1]
     assert event.details == {"worker": "w-1", "fencing_token": token}
+    assert (event.at, event.job_seq, event.job_id, event.queue) == (rules.now, 1, "a", "default")
     assert (stored.at, stored.worker, stored.fencing_token, stored.expires_at) == (
         rules.now,
         "w-1",

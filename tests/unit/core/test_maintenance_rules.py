@@ -413,7 +413,7 @@ def test_repair_applies_the_safe_fixes(rules: RuleHarness) -> None:
     rules.row(Job(90, "dead", replace(bad.options), "processing", NOW, NOW, NOW, progress=5, attempt=1))
     rules.row(Job(91, "odd", replace(bad.options), "paused", NOW, NOW, NOW))
     rules.create("good")
-    worked = rules.accept(RepairJobs(ids=["bad", "dead", "odd", "good", "gone", "bad"]), by="cleanup")
+    worked = rules.accept(RepairJobs(ids=["gone", "bad", "dead", "odd", "good", "bad"]), by="cleanup")
     assert (worked.done, worked.found) == (3, 4)
     assert {job_id for job_id, _ in worked.issues} == {"bad", "dead", "odd"}
     assert sorted(rules.checked) == [1, 2, 90], "what has no fix is looked at again by the next pass"

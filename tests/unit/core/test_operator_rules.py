@@ -54,6 +54,7 @@ from jobd.model.responses import (
     MaintenanceResult,
     PausedView,
     Response,
+    TransitionView,
 )
 from tests.support.rule_harness import NOW, RuleHarness, holder_commands
 
@@ -179,7 +180,7 @@ def test_transition_allows_every_listed_change_except_into_processing(rules: Rul
         assert details == {"status": from_, "to": to, "allowed": ALLOWED[from_]}
         return
     forced = rules.accept_admin(command)
-    assert (forced.previous_status, forced.status) == (from_, to)
+    assert forced == TransitionView("a", from_, to, "r", NOW)
     job = rules.job()
     assert job.status == to
     assert (job.finished_at is not None) == (to in FINISHED)
@@ -199,7 +200,7 @@ def test_a_transition_records_the_grant_that_it_ends(rules: RuleHarness, to: Any
     rules.accept_admin(Transition(id="a", from_="processing", to=to))
     ended = rules.job().ended
     assert ended is not None
-    assert (ended.lock_id, ended.rule, ended.reason) == (lock_id, "transition", "transitioned")
+    assert (ended.lock_id, ended.at, ended.rule, ended.reason) == (lock_id, NOW, "transition", "transitioned")
 
 
 def test_transition_compares_before_it_sets(rules: RuleHarness) -> None:
@@ -333,7 +334,7 @@ def test_release_lock_revokes_the_grant(rules: RuleHarness) -> None:
     # An operator ended the grant, so its holder has to stop: lock_lost, never "you ended it yourself".
     for command in holder_commands(lock_id):
         details = rules.reject(command, "lock_lost").details
-        assert (details["reason"], details["rule"]) == ("released", "release-lock")
+        assert (details["reason"], details["rule"], details["at"]) == ("released", "release-lock", NOW)
 
 
 def test_release_lock_after_the_holders_own_end(rules: RuleHarness) -> None:

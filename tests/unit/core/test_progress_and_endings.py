@@ -38,11 +38,13 @@ from jobd.model.job import (
     Failure,
     Lease,
     Policy,
+    PreviousGrant,
     release_delay_ms,
     storage_key_error,
 )
 from jobd.model.responses import (
     JobView,
+    Response,
 )
 from jobd.model.storage import OpenedStore
 from tests.support.rule_harness import NOW, RuleHarness
@@ -151,11 +153,19 @@ def test_complete(rules: RuleHarness) -> None:
     done = Complete(
         id="a", lock_id=lock_id, download_url="https://x/y", file_path="/f", storage_key="k/1", metadata=metadata
     )
-    view = rules.accept(done)
+    grant = rules.job().grant
+    answer = rules.ask(done)
+    assert isinstance(answer, Response)
+    view = answer.data
+    assert (answer.status, answer.unread_payloads, answer.grants) == (200, [(1, view)], [])
     assert (view.status, view.progress, view.download_url, view.file_path) == ("completed", 100, "https://x/y", "/f")
     assert (view.storage_key, view.metadata, view.lock, view.error_message) == ("k/1", metadata, None, None)
     assert (view.finished_at, view.expires_at) == (rules.now, rules.now + 7 * DAY_MS)
     assert rules.last().by == "worker:w-1"
+    assert grant is not None
+    assert rules.job().ended == PreviousGrant(
+        lock_id, grant.fencing_token, "w-1", rules.now, *3 * ["complete"], worker_rules.digest(done)
+    )
 
 
 def test_retention_begins_at_the_finish_time_if_the_clock_stepped_back(rules: RuleHarness) -> None:

@@ -37,7 +37,7 @@ from jobd.model.job import (
     Result,
 )
 from jobd.model.storage import Numbers, OpenedStore, QueueRow
-from tests.support.rule_harness import NOW, RuleHarness, compare, snapshot
+from tests.support.rule_harness import NOW, RuleHarness, compare, due_order, snapshot
 
 TTL = 15 * MINUTE_MS
 
@@ -274,6 +274,21 @@ def test_delayed_jobs_become_due_and_are_announced(rules: RuleHarness) -> None:
     rules.advance(1)
     assert announced == [("default", "k")]
     assert rules.claim(limit=9) == ["a", "b"]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 9])
+@pytest.mark.parametrize("kinds", [None, ["film"], ["none"]])
+@pytest.mark.parametrize("queues", [["default"], ["q"], ["default", "q"], ["none"]])
+def test_the_first_due_jobs_are_in_order_and_not_of_paused_queues(
+    rules: RuleHarness, queues: list[str], kinds: list[str] | None, limit: int
+) -> None:
+    for job_id in ("a", "b"):
+        rules.create(job_id)
+    rules.create("c", queue="q", kind="film", priority=-1)
+    for pause in (None, QueuePause()):
+        rules.state.set_paused("default", pause)
+        expected = due_order(rules.rows.values(), rules.now, queues, kinds, rules.state.paused)
+        assert [job.id for job in rules.state.first_due(queues, kinds, limit)] == expected[:limit]
 
 
 def test_a_removed_delayed_job_does_not_become_due(rules: RuleHarness) -> None:

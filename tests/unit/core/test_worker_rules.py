@@ -126,7 +126,11 @@ def test_max_stalls_and_on_stall_come_from_the_policy() -> None:
 
 
 def test_a_job_without_an_id_gets_one(rules: RuleHarness) -> None:
-    first, second = rules.accept(Create()).id, rules.accept(Create()).id
+    decision = rules.decide(Create())
+    assert isinstance(decision.answer, Response)
+    assert (decision.answer.status, decision.answer.unread_payloads) == (201, [])
+    assert [change.request_hash for change in decision.changes] == [""], "it cannot be repeated"
+    first, second = decision.answer.data.id, rules.accept(Create()).id
     assert first != second
     made = UUID(first)
     assert (made.version, made.variant) == (7, "specified in RFC 4122")
@@ -302,8 +306,10 @@ def test_the_error_of_a_bulk_names_the_path_of_the_field(rules: RuleHarness) -> 
 def test_a_grant_sets_every_field(rules: RuleHarness) -> None:
     rules.create()
     rules.advance(5)
-    granted = rules.accept(Start(id="a", worker="w-1"))
-    job = rules.job()
+    answer = rules.ask(Start(id="a", worker="w-1"))
+    assert isinstance(answer, Response)
+    granted, job = answer.data, rules.job()
+    assert answer == Response(granted, 200, [(1, granted.job)], [("a", granted.lock_id)])
     assert (job.status, job.progress, job.attempt) == ("processing", 0, 1)
     assert job.started_at == job.updated_at == NOW + 5
     assert job.lease == Lease(rules.lease + TTL, rules.lease + STUCK, rules.lease + CEILING)
@@ -454,6 +460,8 @@ def test_a_stuck_job_is_recovered_first_then_started(rules: RuleHarness) -> None
     rules.advance(TTL)
     assert rules.start(worker="w-2") != old
     assert rules.types() == ["created", "granted", "stalled", "granted"]
+    reason = "No update from worker w-1 for 15 min at 0 % (attempt 1 of 1). The lock had expired."
+    assert rules.events[-2].reason == reason
     assert (rules.job().attempt, rules.job().stalls) == (1, 1)
 
 
@@ -633,7 +641,11 @@ def test_claims_skip_paused_queues(rules: RuleHarness) -> None:
 def test_every_token_is_greater_than_the_one_before(rules: RuleHarness) -> None:
     for name in "abc":
         rules.create(name)
-    granted = rules.accept(Claim(worker="w", limit=3)).grants
+    answer = rules.ask(Claim(worker="w", limit=3))
+    assert isinstance(answer, Response)
+    granted = answer.data.grants
+    assert answer.grants == [(grant.job.id, grant.lock_id) for grant in granted]
+    assert answer.unread_payloads == [(seq, grant.job) for seq, grant in enumerate(granted, 1)]
     assert [grant.fencing_token & 0xFF for grant in granted] == [1, 2, 3]
     assert len({grant.lock_id for grant in granted}) == 3
     rules.accept(ForceReset(id="a"))
