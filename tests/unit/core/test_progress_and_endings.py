@@ -164,7 +164,7 @@ def test_complete(rules: RuleHarness) -> None:
     assert rules.last().by == "worker:w-1"
     assert grant is not None
     assert rules.job().ended == PreviousGrant(
-        lock_id, grant.fencing_token, "w-1", rules.now, *3 * ["complete"], worker_rules.digest(done)
+        lock_id, grant.fencing_token, "w-1", rules.now, "complete", "complete", "complete", worker_rules.digest(done)
     )
 
 

@@ -270,7 +270,7 @@ def test_jobs_that_are_all_in_one_fifo_need_no_merge() -> None:
 
     def in_fifo(now: int) -> tuple[int | None, list[int] | None]:
         first, line = model.due.first_in_fifo(now), model.due.due_in_fifo(now)
-        return first and first.seq, line and [job.seq for job in line]
+        return None if first is None else first.seq, None if line is None else [job.seq for job in line]
 
     assert in_fifo(5) == (None, None)
     model.join("a", 0, 5, 1)
