@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from msgspec.structs import replace
 
 from jobd.core import views
 from jobd.model.commands import (
+    AuditLog,
     Bulk,
     Cancel,
     Claim,
@@ -17,6 +19,7 @@ from jobd.model.commands import (
     ExtendLock,
     Get,
     GetVersion,
+    LateResults,
     ListJobs,
     Locks,
     Pause,
@@ -40,10 +43,16 @@ from jobd.model.job import (
     STATUSES,
 )
 from jobd.model.responses import (
+    AuditPage,
     EmptyResponse,
+    ExportPage,
     HistoryRead,
+    JobPage,
+    LateResultList,
     OldestDue,
     QueueList,
+    Response,
+    TimelineView,
 )
 from tests.support.rule_harness import NOW, RuleHarness
 
@@ -78,22 +87,20 @@ def test_events_of_operators_have_their_reason(rules: RuleHarness) -> None:
     assert reasons == ["r1", "r2", "r3", "r4", "r5", "r6"]
 
 
-def test_history_is_read_after_the_decision(rules: RuleHarness) -> None:
+@pytest.mark.parametrize(
+    ("command", "empty", "read"),
+    [
+        (Timeline(id="a"), TimelineView([]), HistoryRead(timeline=1)),
+        (Timeline(id="a", limit=7), TimelineView([]), HistoryRead(timeline=1, events=7)),
+        (LateResults(id="a"), LateResultList([]), HistoryRead(late=1)),
+        (ListJobs(status="failed"), JobPage([], None), HistoryRead(page=ListJobs(status="failed"))),
+        (Export(status="failed"), ExportPage([], None), HistoryRead(export=Export(status="failed"))),
+        (AuditLog(limit=7), AuditPage([], None), HistoryRead(audit=AuditLog(limit=7))),
+    ],
+)
+def test_history_is_read_after_the_decision(rules: RuleHarness, command: Any, empty: Any, read: HistoryRead) -> None:
     rules.create()
-    answer = rules.ask(Timeline(id="a"))
-    assert not isinstance(answer, ApiError)
-    assert answer.read == HistoryRead(timeline=1)
-    answer = rules.ask(Timeline(id="a", limit=7))
-    assert not isinstance(answer, ApiError)
-    assert answer.read == HistoryRead(timeline=1, events=7)
-    query = ListJobs(status="failed")
-    answer = rules.ask(query)
-    assert not isinstance(answer, ApiError)
-    assert answer.read == HistoryRead(page=query)
-    moving = Export(status="failed")
-    answer = rules.ask(moving)
-    assert not isinstance(answer, ApiError)
-    assert answer.read == HistoryRead(export=moving)
+    assert rules.ask(command, admin=True) == Response(empty, read=read)
 
 
 def test_validate_shows_the_job_to_admins(rules: RuleHarness) -> None:
