@@ -53,6 +53,8 @@ from jobd.model.responses import (
     QueueList,
     Response,
     TimelineView,
+    ValidateJobView,
+    Validation,
 )
 from tests.support.rule_harness import NOW, RuleHarness
 
@@ -108,7 +110,8 @@ def test_validate_shows_the_job_to_admins(rules: RuleHarness) -> None:
     assert rules.accept(Validate(id="a")).is_valid
     shown = rules.ask(Validate(id="a"), admin=True)
     assert not isinstance(shown, ApiError)
-    assert (shown.data.job_id, shown.data.job.id, shown.data.validation.is_valid) == ("a", "a", True)
+    job = views.job_view(rules.job(), rules.moment, rules.policy, admin=True)
+    assert shown.data == ValidateJobView("a", job, Validation(is_valid=True, issues=[], can_proceed=True), NOW)
     assert shown.unread_payloads == [(1, shown.data.job)]
 
 

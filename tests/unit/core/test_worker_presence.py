@@ -168,7 +168,7 @@ def test_after_a_start_workers_were_last_seen_when_their_jobs_changed() -> None:
     assert [(each.queues, each.kinds, each.about) for each in page.workers] == [(None, None, None)] * 3
     assert page.since == NOW + HOUR_MS
     state.advance(rules.now, rules.lease)
-    state.advance(rules.now + 5, rules.lease + 5)
+    rules.advance(5)
     assert workers(state, rules.moment, Workers()).since == NOW + HOUR_MS
     assert state.presence.workers["w-3"].heard == 400 - 90
 
@@ -184,6 +184,16 @@ def test_a_worker_is_shown_with_its_latest_claim(presence: WorkerPresence) -> No
     assert (worker.queues, worker.kinds, list(worker.workers)) == (["r", "q"], None, ["w-1"])
     (first,) = (claims for claims in presence.claim_sets("q") if claims is not worker)
     assert (first.queues, first.kinds, first.workers) == (["q"], ["k", "l"], {})
+
+
+def test_the_view_of_a_worker_has_every_field(rules: RuleHarness) -> None:
+    rules.held("b", worker="w-1", stuck_after_ms=HOUR_MS)
+    rules.advance(TTL)
+    rules.held("a", worker="w-1")
+    about = About(host="box")
+    rules.state.presence.begin_wait(claim(queues="r q", kinds="k l", about=about))
+    rules.advance(1)
+    assert one(rules) == WorkerView("w-1", "silent", ["b", "a"], 2, 1, ["r", "q"], ["k", "l"], True, about, rules.now)
 
 
 def test_a_start_does_not_set_the_latest_claim(presence: WorkerPresence) -> None:
