@@ -496,3 +496,11 @@ def test_a_command_for_a_version_that_has_changed_says_so() -> None:
     refused = rules.decide(Cancel(id="a"), admin=True, expected=seen).answer
     assert isinstance(refused, ApiError)
     assert refused.message == "The job has changed since you read it: it is processing now. Nothing was done."
+
+
+def test_a_command_for_the_current_version_is_applied() -> None:
+    rules = RuleHarness()
+    rules.create()
+    seen = rules.accept(GetVersion(id="a")).version
+    assert not isinstance(rules.decide(Cancel(id="a"), admin=True, expected=seen).answer, ApiError)
+    assert rules.job().status == "cancelled"
