@@ -285,6 +285,16 @@ def test_deadlines_are_postponed_after_a_pause_of_the_daemon(rules: RuleHarness)
     assert rules.accept(ExtendAfterPause(ids=["calm"], grace_ms=30_000)).done == 0
 
 
+def test_a_report_does_not_shorten_the_time_that_a_pause_added(rules: RuleHarness) -> None:
+    lock_id = rules.held(stuck_after_ms=1_000)
+    rules.accept(ExtendAfterPause(ids=["a"], grace_ms=30_000))
+    silent = rules.lease + 30_000
+    rules.progress(lock_id, 1)
+    lease = rules.job().lease
+    assert lease is not None
+    assert lease.silent == silent
+
+
 def due_before(rules: RuleHarness, until: int) -> dict[str, int]:
     found = maintenance_rules.due_before(rules.state.not_due(rules.now), rules.now, until)
     assert all(job.seq == rules.job(job.id).seq for job in found)

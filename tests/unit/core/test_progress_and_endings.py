@@ -514,3 +514,13 @@ def test_cancel_ends_a_grant_at_once(rules: RuleHarness) -> None:
     assert rules.accept(Cancel(id="b")).status == "cancelled"
     for name in "ab":
         assert rules.reject(Cancel(id=name), "invalid_transition").details["to"] == "cancelled"
+
+
+def test_each_finished_status_has_its_retention() -> None:
+    rules = RuleHarness(Policy(keep_completed_ms=1_000, keep_failed_ms=2_000, keep_cancelled_ms=3_000))
+    rules.completed("completed")
+    rules.accept(Fail(id="failed", lock_id=rules.held("failed"), error_message="e", retry=False))
+    rules.create("cancelled")
+    rules.accept(Cancel(id="cancelled"))
+    expiry = {name: rules.job(name).expires_at for name in ("completed", "failed", "cancelled")}
+    assert expiry == {"completed": rules.now + 1_000, "failed": rules.now + 2_000, "cancelled": rules.now + 3_000}

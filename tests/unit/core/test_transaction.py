@@ -9,6 +9,7 @@ from typing import Any, get_args
 from uuid import UUID
 
 import pytest
+from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd.core import decide, transitions
@@ -256,3 +257,12 @@ def test_a_rule_that_raises_leaves_nothing(rules: RuleHarness, monkeypatch: pyte
 
 def test_every_command_has_a_rule() -> None:
     assert set(decide.RULES) == set(get_args(AnyCommand))
+
+
+def test_undo_drops_the_payloads_of_new_jobs(rules: RuleHarness) -> None:
+    tx = Transaction(rules.state, rules.moment, rules.policy)
+    decide.decide(tx, Call(Create(id="kept", payload=Raw(b"1"))))
+    decide.decide(tx, Call(Create(id="undone", payload=Raw(b"2"))))
+    assert len(tx.payloads) == 2
+    tx.undo()
+    assert [change.event.job_seq for change in tx.changes] == list(tx.payloads)
