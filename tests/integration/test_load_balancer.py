@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -22,6 +22,7 @@ from tests import ROOT
 from tests.conftest import tool_missing
 from tests.support.daemon_process import TOKEN, DaemonResponse, call, die_with_us, free_port
 from tests.support.node_process import Cluster, NodeProcess
+from tests.support.polling import poll_until
 
 WAIT_S: Final = 60.0
 AUTHORIZED: Final = {"Authorization": f"Bearer {TOKEN}"}
@@ -94,16 +95,9 @@ def balancer(tmp_path: Path, nodes: list[NodeProcess]) -> Iterator[HAProxy]:
         tool_missing("haproxy", "haproxy")
     made = HAProxy(tmp_path, nodes)
     with made.running():
-        wait_until(lambda: listens(made.port))
-        wait_until(lambda: made.has_checked)
+        poll_until(lambda: listens(made.port))
+        poll_until(lambda: made.has_checked)
         yield made
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def listens(port: int) -> bool:
@@ -130,11 +124,11 @@ def test_a_claim_that_waits_moves_to_the_next_leader(nodes: list[NodeProcess], b
     leader, standby = nodes
     with ThreadPoolExecutor() as pool:
         claim = pool.submit(balancer.request, "POST", "/v1/claim", CLAIM, Idempotency_Key="k")
-        wait_until(lambda: parked_claims(leader) == 1)
+        poll_until(lambda: parked_claims(leader) == 1)
         assert leader.process is not None
         leader.process.send_signal(signal.SIGSTOP)  # its connections stay open, as those of a lost machine do
         standby.wait_leads()
-        wait_until(lambda: parked_claims(standby) == 1)
+        poll_until(lambda: parked_claims(standby) == 1)
         assert standby.post("/v1/jobs", {"id": "one"}).status == 201
         assert [grant["job"]["id"] for grant in claim.result(WAIT_S).data["grants"]] == ["one"]
 
@@ -143,7 +137,7 @@ def test_a_claim_of_a_client_that_disconnects_ends(nodes: list[NodeProcess], bal
     leader, _ = nodes
     with closing(balancer.connection()) as connection:
         connection.request("POST", "/v1/claim", json.dumps(CLAIM), AUTHORIZED | {"Content-Type": "application/json"})
-        wait_until(lambda: parked_claims(leader) == 1)
-    wait_until(lambda: parked_claims(leader) == 0)
+        poll_until(lambda: parked_claims(leader) == 1)
+    poll_until(lambda: parked_claims(leader) == 0)
     assert balancer.request("POST", "/v1/jobs", {"id": "one"}).status == 201
     assert leader.get("/v1/jobs/one").data["status"] == "queued"
