@@ -375,7 +375,9 @@ def test_a_restored_backup_ends_its_grants(rules: RuleHarness) -> None:
     rules.held("d")
     assert rules.accept(EndGrants(ids=["a", "b", "c", "a", "d"], last=True)).done == 2
     assert rules.job("a").status == "failed"
-    assert (rules.job("a").error.message or "").startswith(EndGrants(ids=[], last=True).cause)  # type: ignore[union-attr]
+    error = rules.job("a").error
+    assert error is not None
+    assert (error.message or "").startswith(EndGrants(ids=[], last=True).cause)
     assert rules.job("b").status == "queued"
 
 
