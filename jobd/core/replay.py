@@ -21,7 +21,7 @@ def rows_needed(state: State, batch: Batch) -> list[str]:
     ids = {}
     for change in batch.changes:
         event = change.event
-        if event.before in FINISHED and event.type != "deleted" and event.changes is not None:
+        if event.before in FINISHED and event.changes is not None:
             ids[event.job_id] = event.before
     return [job_id for job_id in ids if state.get(job_id) is None and job_id not in state.quarantined]
 

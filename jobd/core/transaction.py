@@ -164,7 +164,7 @@ class Transaction:
         return after
 
     def delete(self, job: Job, reason: str | None = None) -> None:
-        event = self._event(job, job.status, None, "deleted", self.call.by, reason, None, None)
+        event = self._event(job, job.status, None, "deleted", self.call.by, reason, None)
         self.changes.append(Change(job, None, event))
         if not self.is_dry_run:
             if job.grant is not None:
@@ -278,7 +278,7 @@ class Transaction:
 
     def _note(self, job: Job, event_type: EventType, worker: str, reason: str, details: dict[str, Any]) -> Event:
         self.state.presence.note_seen(worker, self.now)
-        return self._event(job, job.status, job.status, event_type, f"worker:{worker}", reason, details, None)
+        return self._event(job, job.status, job.status, event_type, f"worker:{worker}", reason, details)
 
     def _event(
         self,
@@ -289,8 +289,8 @@ class Transaction:
         by: str,
         reason: str | None,
         details: dict[str, Any] | None,
-        changes: Changes | None,
     ) -> Event:
+        """Return an event that changes no field of `job`."""
         return Event(
             self._event_number(),
             self.now,
@@ -303,7 +303,6 @@ class Transaction:
             by,
             reason,
             details,
-            changes,
         )
 
     def _event_number(self) -> int:

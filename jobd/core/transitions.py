@@ -265,15 +265,11 @@ def normalize_result(result: Result) -> Result | None:
     return None if result == views.NO_RESULT else result
 
 
-def ended_by(
-    job: Job, now: int, rule: str, reason: str, verb: str | None = None, body_hash: str | None = None
-) -> PreviousGrant | None:
+def ended_by(job: Job, now: int, rule: str, reason: str) -> PreviousGrant | None:
     """Return the record of the end of the current grant; the existing one if the job has no grant."""
     if job.grant is None:
         return job.ended
-    return PreviousGrant(
-        job.grant.lock_id, job.grant.fencing_token, job.grant.worker, now, rule, reason, verb, body_hash
-    )
+    return PreviousGrant(job.grant.lock_id, job.grant.fencing_token, job.grant.worker, now, rule, reason)
 
 
 def refunded_attempts(job: Job) -> int:

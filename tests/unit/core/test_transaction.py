@@ -245,6 +245,32 @@ def test_the_lock_of_a_deleted_job_has_ended(rules: RuleHarness) -> None:
     assert tx.ended == []
 
 
+def test_undo_keeps_the_ended_locks_of_earlier_commands(rules: RuleHarness) -> None:
+    first, second = rules.held("a"), rules.held("b")
+    tx = Transaction(rules.state, rules.moment, rules.policy)
+    decide.decide(tx, Call(Complete(id="a", lock_id=first)))
+    decide.decide(tx, Call(Complete(id="b", lock_id=second)))
+    assert tx.ended == [first, second]
+    tx.undo()
+    assert tx.ended == [first]
+
+
+def test_a_batch_that_is_not_written_restores_the_counts_of_jobs_in_quarantine(rules: RuleHarness) -> None:
+    """Their damaged rows could not be moved, so that the disk still counts finished ones."""
+    rules.held("failed")
+    rules.accept(ForceFail(id="failed"))
+    lock_id = rules.held("held")
+    tx = Transaction(rules.state, rules.moment, rules.policy)
+    decide.decide(tx, Call(Complete(id="held", lock_id=lock_id)))
+    decide.decide(tx, Call(ForceReset(id="failed")))
+    for job_id in ("held", "failed"):
+        rules.state.quarantine(job_id, "bad", is_moved=False)
+    assert (rules.state.totals["completed"], rules.state.totals["failed"]) == (1, 0)
+    tx.roll_back()
+    assert (rules.state.totals["completed"], rules.state.totals["failed"]) == (0, 1)
+    assert sum(rules.state.totals.values()) == sum(rules.state.counts["default"].values()) == 1
+
+
 def test_a_rule_that_raises_leaves_nothing(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     rules.held()
     before = snapshot(rules.state)

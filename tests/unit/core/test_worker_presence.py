@@ -202,6 +202,16 @@ def test_a_start_does_not_set_the_latest_claim(presence: WorkerPresence) -> None
     assert presence.last_claim("default", "") is None
 
 
+@pytest.mark.parametrize("then", [claim(queues="b", kinds="k"), claim(queues="a", kinds="l"), claim(queues="a")])
+def test_a_claim_of_other_queues_or_kinds_replaces_the_latest_one(presence: WorkerPresence, then: Claim) -> None:
+    first = presence.note_request(claim(queues="a", kinds="k")).claims
+    worker = presence.note_request(then)
+    assert first is not None
+    assert worker.claims is not None
+    assert (worker.claims.queues, worker.claims.kinds) == (then.queues, then.kinds)
+    assert (list(first.workers), list(worker.claims.workers)) == ([], ["w-1"])
+
+
 def test_equal_sets_are_stored_once(presence: WorkerPresence) -> None:
     """In any order; duplicate names count once."""
     for number, (queues, kinds) in enumerate([("q r", "k l"), ("r q", "l k"), ("q r q", "k l l"), ("r q", "k l")]):
@@ -501,6 +511,14 @@ def test_many_busy_workers_do_not_slow_down_new_ones(monkeypatch: pytest.MonkeyP
     resting = [name for name, seen in state.presence.workers.items() if seen.is_resting]
     assert len(state.presence.workers) <= 100 + 100 // worker_presence.EVICTION_SCAN + 1
     assert resting[-1] == "resting-19"
+
+
+def test_a_removed_job_has_no_expired_lock(presence: WorkerPresence) -> None:
+    for job_id in ("a", "b"):
+        presence.add_job("w", job_id, NOW)
+        presence.set_expired("w", job_id, True)
+    presence.remove_job("w", "a")
+    assert (list(presence.workers["w"].jobs), list(presence.workers["w"].expired)) == (["b"], ["b"])
 
 
 def test_a_job_of_an_unknown_worker_can_be_removed() -> None:
