@@ -193,7 +193,7 @@ class Daemon:
         serving.services.is_open = True
 
     async def _release(self, serving: Serving, lead: Leadership) -> None:
-        """Release the lead before responses are flushed and webhooks end, so that another node leads meanwhile."""
+        """Release leadership before responses are flushed and webhooks end, so that another node leads meanwhile."""
         serving.end_streams()
         for each in self._listeners.values():
             await each.stop_accepting()

@@ -135,7 +135,7 @@ class Serving:
         self.actor.before_batch = self._clock_monitor.check
 
     def bind(self, lead: Leadership) -> None:
-        """Let the actor end when the lead is lost."""
+        """Let the actor end when leadership is lost."""
 
         def check() -> None:
             lead.check()

@@ -115,7 +115,7 @@ class WithReason(Command, frozen=True, kw_only=True):
 
 
 class StepDown(WithReason, frozen=True, kw_only=True):
-    """End the lead of this node."""
+    """Make this node step down."""
 
     force: Annotated[bool, Meta(description="Do so although no standby is ready to take over.")] = False
 
@@ -607,7 +607,7 @@ _ROUTES: Final = (
             auth=_A,
             handler=_step_down,
             errors=("not_found", "no_standby"),
-            summary="End the lead of this node, so that a standby takes over at once. The process ends with code 75.",
+            summary="Make this node step down, so that a standby takes over at once. The process ends with code 75.",
         ),
         Route(
             method="GET",

@@ -13,7 +13,7 @@ from jobd.model.responses import ClusterView
 async def step_down(
     app: App[Services], operator: Operator | None, reason: str | None, *, force: bool
 ) -> ClusterView | ApiError:
-    """End the lead of this node, and record that. Return the cluster as it was before.
+    """Make this node step down, and record that. Return the cluster as it was before.
 
     Without a standby that is ready, this needs `force`.
     """

@@ -523,7 +523,7 @@ def cluster() -> ApiRequest[ClusterView]:
 
 
 def step_down(reason: str | None = None, *, force: bool = False) -> ApiRequest[ClusterView]:
-    """End the lead of the leader, whose process then ends, so that a standby takes over at once.
+    """Make the leader step down, whose process then ends, so that a standby takes over at once.
 
     The client does not repeat the request after a lost response, because it would reach the next leader. Raises
     NoStandby if no standby is ready to take over, unless `force` is True, and NotFound if the daemon has a journal of

@@ -54,10 +54,10 @@ async def init_from_store(journal: SharedJournal, path: str) -> None:
 async def leave(journal: SharedJournal, path: str, lease_s: float) -> int:
     """Turn the store at `path` into that of a single machine, with all records of `journal`, and close the journal.
 
-    All nodes are stopped: nothing may lead for `lease_s`. Return the new epoch. The journal is closed when the tables
-    have all of its records, so an error before that leaves the cluster as it was. A second call completes what the
-    first one began. An `init_from_store` without its snapshot is undone too. Raises CannotConvert, DiskFull,
-    JournalUnavailable, and the errors of a store.
+    All nodes must be stopped: it fails if a node leads within `lease_s`. Return the new epoch. The journal is closed
+    when the tables have all of its records, so an error before that leaves the cluster as it was. A second call
+    completes what the first one began. An `init_from_store` without its snapshot is undone too. Raises CannotConvert,
+    DiskFull, JournalUnavailable, and the errors of a store.
     """
     try:
         store, opened = await ClusterStore.open_for(path, journal, needs_snapshot=False)
@@ -90,7 +90,7 @@ async def _epoch_if_left(journal: SharedJournal, path: str) -> int | None:
 
 @contextlib.contextmanager
 def repeatable_errors() -> Iterator[None]:
-    """Translate the errors of taking and using the lead into those of a command that can be repeated."""
+    """Translate the errors of taking and using leadership into those of a command that can be repeated."""
     try:
         yield
     except JournalOutcomeUnknown as error:
@@ -101,7 +101,7 @@ def repeatable_errors() -> Iterator[None]:
 
 
 async def take_free_lead(journal: SharedJournal, epoch: int, lease_s: float) -> Head:
-    """Take the lead when no node has it, with an epoch above `epoch`, so that no other node appends.
+    """Take leadership when no node has it, with an epoch above `epoch`, so that no other node appends.
 
     Raises CannotConvert if a node leads, and JournalOutcomeUnknown.
     """

@@ -1,4 +1,4 @@
-"""Hand over the lead when the disk of the leader is full and a standby is ready."""
+"""Hand over leadership when the disk of the leader is full and a standby is ready."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import structlog
 from jobd.model.responses import SILENT_MS, ClusterView
 
 FULL_S: Final = 2.0
-# Until the entry of the former leader is silent, or shows how far its tables are behind. Otherwise two nodes with full
+# The wait after a takeover. By then the entry of the former leader is silent, or shows how far its tables are behind.
+# Otherwise two nodes with full
 # disks would take turns.
 SETTLED_S: Final = 1.5 * SILENT_MS / 1000
 CHECK_S: Final = 0.5
@@ -24,7 +25,7 @@ async def hand_over_if_full(
 ) -> None:
     """Call `step_down` when `is_full` was true for FULL_S and a standby is ready. Without one, the leader goes on.
 
-    Call this when the lead begins.
+    Call this when leadership begins.
     """
     await asyncio.sleep(SETTLED_S)
     full_s = 0.0

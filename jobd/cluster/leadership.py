@@ -29,7 +29,7 @@ T = TypeVar("T")
 class Leadership:
     """The lead of `journal`, which began with `head`. `lease` was renewed by the takeover.
 
-    `next_epoch` returns an epoch above the current one. `on_epoch` is called when the lead continues with it.
+    `next_epoch` returns an epoch above the current one. `on_epoch` is called when leadership continues with it.
     `on_lost` is called once, when this node no longer leads and no append has reported it.
     """
 
@@ -56,7 +56,7 @@ class Leadership:
         self._lost: Exception | None = None
 
     def check(self) -> None:
-        """Raise an error if no more responses may be sent: the lead is lost, or the lease over by the local clock."""
+        """Raise an error if no more responses may be sent: leadership is lost, or the lease over by the local clock."""
         if self._lost is not None:
             raise self._lost
         if self._lease.is_over:
@@ -93,7 +93,7 @@ class Leadership:
                 continue
             try:
                 async with self._sending:
-                    if self._lost is not None:  # an append has lost the lead, which must not be taken again
+                    if self._lost is not None:  # an append has lost leadership, which must not be taken again
                         raise self._lost
                     if self._lease.renewal_in_s <= 0:  # no append came first
                         await self._renew()
@@ -107,14 +107,14 @@ class Leadership:
         self._stop.set()
 
     async def release(self) -> None:
-        """End the lead, so that another node leads at once. After a failure its lease ends by itself."""
+        """Release leadership, so that another node leads at once. After a failure its lease ends by itself."""
         self.stop()
         async with self._sending:
             if self._lost is None:
-                self._lost = LeadershipLost("this node has released the lead")
+                self._lost = LeadershipLost("this node has released leadership")
                 with contextlib.suppress(JournalUnavailable, JournalOutcomeUnknown, DiskFull):
                     await self._journal.release()
-                    log.info("released_lead", epoch=self.epoch)
+                    log.info("leadership_released", epoch=self.epoch)
 
     async def _append(self, record: Record, acked: int) -> None:
         try:
@@ -144,7 +144,7 @@ class Leadership:
                 raise JournalOutcomeUnknown(f"record {record.number} may be in the journal or not: {lost}") from lost
 
     async def _resolve(self) -> Head:
-        """Keep the lead after an unknown outcome, with another epoch. Raises LeadershipLost at the end of the lease.
+        """Keep leadership after an unknown outcome, with another epoch. Raises LeadershipLost at the end of the lease.
 
         A statement that is still running then ends by itself. If it takes an epoch, that epoch is not used.
         """

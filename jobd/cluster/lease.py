@@ -1,8 +1,8 @@
 """Judge the lease of leadership by the monotonic clock of this node alone.
 
-A leader counts from before it sent a renewal that was acknowledged, and stops a margin early. A standby counts from
-when it first saw the renewal. So the lease of a leader is over before a standby takes over, regardless of the wall
-clocks. `now_s` has to count the time in which the machine is suspended.
+A leader measures from the moment before it sent the last acknowledged renewal, and stops early by a margin. A standby
+measures from the moment when it first saw that renewal. So the lease of a leader is over before a standby takes over,
+regardless of the wall clocks. `now_s` has to count the time in which the machine is suspended.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ class StandbyLease:
         self._seen_s = 0.0
 
     def see(self, head: Head) -> bool:
-        """Note the head that was just read. Return whether the lease is over: unchanged for its whole length."""
+        """Record the head that was just read. Return whether a takeover is allowed.
+
+        It is if the lease was released, or if the head has not changed for a whole lease.
+        """
         now_s, seen = self._now_s(), (head.epoch, head.number, head.renewed)
         if seen != self._seen:
             self._seen, self._seen_s = seen, now_s

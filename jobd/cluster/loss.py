@@ -48,9 +48,10 @@ class CannotAccept(StoreError):
 
 
 class Loss(Struct):
-    """The records after `upto` that the journal has lost, and what those up to `last` changed.
+    """The records after `upto`, which the journal has lost.
 
-    The store at `path` has these, unless `last` is `upto`. With `is_accepted`, a leader has continued without them.
+    The store at `path` has those up to `last`, and none if `last` is `upto`. `changed` is what these changed. With
+    `is_accepted`, a leader has continued without them.
     """
 
     path: str
@@ -96,7 +97,7 @@ def _line(lost: LostJob) -> str:
     if lost.after is None:
         return f"{lost.id}: it was deleted here, and is {lost.before} in the journal"
     if lost.before == lost.after:
-        return f"{lost.id}: it is {lost.after}, and has changed"
+        return f"{lost.id}: it is {lost.after} in both, but the lost records changed it"
     return f"{lost.id}: it is {lost.after} here, and {lost.before} in the journal"
 
 
@@ -165,7 +166,8 @@ def write_file(loss: Loss) -> int:
 async def accept(journal: SharedJournal, loss: Loss, policy: Policy, lease_s: float) -> Accepted:
     """End all grants by their stall rule in one record, and let numbers of jobs and events continue JUMP higher.
 
-    All nodes are stopped: nothing may lead for `lease_s`. If this is interrupted, the record is in the journal or not.
+    All nodes must be stopped: it fails if a node leads within `lease_s`. If it is interrupted, the record is in the
+    journal or not.
     Raises CannotAccept, CannotConvert, JournalUnavailable or DiskFull.
     """
     if older := [node.name for node in await journal.nodes() if node.format < FORMAT]:

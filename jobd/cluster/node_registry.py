@@ -27,9 +27,9 @@ class NodeRegistry:
     """Writes the entry of this node while `run` runs, as `describe` returns it.
 
     `nodes` and `health` are those last read; `health` is None while they cannot be read. `ahead_ms` is by how much the
-    wall clock of this node is ahead of that of the server. `problem` says that another process uses the name. If that
-    one used it first, `on_duplicate` is called with `problem`, and no entry is written. `format` is the highest format
-    of records that all nodes read, including those that are not running.
+    wall clock of this node is ahead of that of the server. `problem` is set if another process uses the name of this
+    node. If the other process used it first, `on_duplicate` is called with `problem`, and no entry is written.
+    `format` is the highest format of records that all nodes read, including those that are not running.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class NodeRegistry:
         self._wall_ms = wall_ms
         self._other: NodeEntry | None = None  # of another process with the name, which this one watches
         self._other_since_s = 0.0  # when it was first seen like this
-        self._other_writes = 0  # that were seen
+        self._other_writes = 0  # number of changes seen
         self._read_s = 0.0  # when `nodes` were read
         self._records: deque[tuple[float, int]] = deque(maxlen=SAMPLES)  # a time, and the last record at that time
         self._is_registered = False
@@ -143,7 +143,7 @@ class NodeRegistry:
 
     def _note_duplicate(self, name: str) -> str:
         self.problem = (
-            f'Another process of this journal is the node "{name}": set node.name to another name on each node.'
+            f'Another process already runs as node "{name}" on this journal: give each node its own node.name.'
         )
         log.error("duplicate_node", message=self.problem)
         return self.problem

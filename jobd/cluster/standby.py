@@ -206,13 +206,13 @@ class Standby:
                 sent_s = lease.now_s()
                 head = await self._journal.resolve(epoch)
         except (Fenced, JournalOutcomeUnknown):
-            return None  # a lead that began unnoticed ends with its lease
+            return None  # leadership that began unnoticed ends with its lease
         if head is not None:
             lease.renewed(sent_s)
         return head
 
     def _begin_epoch(self, epoch: int) -> None:
-        """Begin an epoch above the epochs of all records. The last records were not known when the lead was taken."""
+        """Begin an epoch above the epochs of all records. The last records were not known when leadership was taken."""
         state = self._warm.state
         state.epoch, state.next_token = max(epoch, state.epoch + 1), 1
         if not self.settings.is_complete:

@@ -12,11 +12,11 @@ from jobd.cluster.node_registry import NodeRegistry
 from jobd.model.journal import NodeEntry
 from jobd.model.responses import SILENT_MS, ClusterView, NodeView
 
-AHEAD_MS: Final = 1_000  # by which the wall clock of a node may differ from that of the server
+AHEAD_MS: Final = 1_000  # at most, by which the wall clock of a node may differ from that of the server
 
 
 class Position(Struct, frozen=True, kw_only=True):
-    """The position of a node: the leader that it knows, and the record that it has followed."""
+    """What a node knows about the journal: the leader, the last record, and its own lag."""
 
     is_leader: bool
     holder: str | None

@@ -23,7 +23,7 @@ class FollowingStorage(Protocol):
     """The part of the store that a standby uses."""
 
     async def follow(self, records: Sequence[Record], decoded: Sequence[Decoded] = ()) -> None:
-        """Take the next records, which are `decoded`, and write the tables behind them.
+        """Queue the next records for the tables. `decoded` has their decoded form.
 
         Raises DiskFull if nothing was taken.
         """
@@ -36,7 +36,7 @@ class FollowingStorage(Protocol):
 
 
 class WarmState:
-    """What a start would read from `store`, kept up to date. `opened` has the records up to `number`.
+    """The state that startup would load from `store`, kept up to date. `opened` has the records up to `number`.
 
     `last_event` is the seq of the last event of these records.
     """
@@ -49,7 +49,7 @@ class WarmState:
         self.state.suspects = dict(opened.unvalidated)
         self._store = store
         self._unwritten: list[Record] = []  # applied, and not in the store yet
-        self._decoded: list[Decoded] = []  # of these
+        self._decoded: list[Decoded] = []  # the same, decoded
         self._opened = replace(opened, jobs=[], compact_jobs=[], keys=[], unvalidated={})
         self._keys = {row.digest: row for row in opened.keys}
 
@@ -107,7 +107,7 @@ class WarmState:
         return await self._store.is_on_branch(journal)
 
     def opened(self) -> OpenedStore:
-        """Return what a start would read. Of the jobs it has only queued ones that have changed; `state` has all."""
+        """Return what startup would load. Of the jobs it has only queued ones that have changed; `state` has all."""
         state = self.state
         replay.settle(state)
         presence = state.presence

@@ -387,7 +387,7 @@ class Dashboard:
         )
 
     async def _step_down(self, viewer: Viewer, form: cluster.StepDownForm) -> Response | ApiError:
-        """End the lead of this node. Its process ends too, so the page does not redirect to it."""
+        """Make this node step down. Its process ends too, so the page does not redirect to it."""
         view = await step_down(viewer.app, viewer.context.operator, form.reason_or_none, force=bool(form.force))
         if isinstance(view, ApiError):
             return view

@@ -63,8 +63,8 @@ BATCH_BYTES: Final = 8 << 20  # of the bodies of one batch; a larger body is a b
 LATE_WEIGHT: Final = 50  # of a complete without a live grant, which needs a read of the journal
 VIEW_WEIGHT: Final = 50  # of a call whose stored response has the payload and the metadata of a job
 CLOCK_CHECK_S: Final = 1.0  # while a step of the wall clock could make a job due for which a claim waits
-SEND_LATER: Final = 64  # if at most so many commands wait, they are written before the last responses are sent
-SLOW_COMMIT_S: Final = 0.003  # after a commit that took so long, reads do not wait for the next one
+SEND_LATER: Final = 64  # if at most this many commands wait, they are written before the last responses are sent
+SLOW_COMMIT_S: Final = 0.003  # after a commit that took at least this long, reads do not wait for the next one
 COMMIT_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _HOLDERS: Final = frozenset({Progress, Extend, Complete, Fail, Release})
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -80,7 +80,7 @@ class Bounds(Struct, frozen=True):
 
 
 class DiskBroken(Exception):
-    """The content of the disk is unknown, so the process must end and start again from it."""
+    """A batch was not completed, and its outcome may be unknown. The process must end and start from the disk."""
 
 
 class _DecideAgain(Exception):
@@ -88,7 +88,7 @@ class _DecideAgain(Exception):
 
 
 class Actor:
-    """Own the state. `ask` puts a command into the mailbox and waits for its response; `run` decides and commits.
+    """Owns the state. `ask` puts a command into the mailbox and waits for its response; `run` decides and commits.
 
     `now_s` measures commits: monotonic seconds, precise to less than a millisecond. None: the loop's time.
     """
@@ -224,7 +224,7 @@ class Actor:
         return future
 
     def lose_disk(self, error: Exception) -> None:
-        """End `run`, because another commit failed and the content of the disk is unknown."""
+        """End `run` with an error that occurred outside it, such as a failed commit of another write."""
         self._lost_disk = error
         self._wake.set()
 
@@ -531,7 +531,7 @@ class Actor:
         return {seq: payload.body for seq, payload in loaded.payloads.items()}
 
     def _respond(self, decided: DecidedBatch) -> None:
-        """Send the responses, and notify the listeners."""
+        """Send the responses, and call the `on_commit` callbacks."""
         for envelope, response in decided.replies:
             if isinstance(response, Response) and response.read is not None:
                 self._history.start(envelope, response, self.policy)

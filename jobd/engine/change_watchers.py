@@ -1,4 +1,4 @@
-"""Notify watchers that a job, a queue or anything has changed, without saying what.
+"""Notify watchers that a job, a queue or any job has changed, without saying what.
 
 A change costs a watcher one lookup, so a slow watcher never falls behind.
 """

@@ -38,7 +38,7 @@ def wall_clock_ms() -> int:
 
 
 def boot_clock_ms() -> int:
-    """Milliseconds since boot; it counts suspend and no step of the wall clock reaches it."""
+    """Return milliseconds since boot, with the time in suspend. Steps of the wall clock do not affect it."""
     return (time.clock_gettime_ns(time.CLOCK_BOOTTIME) + _PHASE_NS) // 1_000_000
 
 
@@ -207,10 +207,10 @@ class Clock:
 
     def _trust(self, reason: TrustReason) -> None:
         self._suspect = False
-        log.info("clock_trusted", because=_BECAUSE[reason])
+        log.info("clock_trusted", reason=_REASONS[reason])
 
 
-_BECAUSE: Final[dict[TrustReason, str]] = {
+_REASONS: Final[dict[TrustReason, str]] = {
     "accepted": "an operator accepted the clock",
     "agrees": "wall time agrees with its expected value again",
     "synchronised": "the kernel has reported the clock as synchronised for 10 min",

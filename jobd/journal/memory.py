@@ -130,7 +130,7 @@ class MemorySharedJournal:
         self.before: Hook = _nothing
         self.after: Hook = _nothing
         self.holder: str | None = None  # as which this node leads
-        self.epoch = -1  # of no journal
+        self.epoch = -1  # matches no epoch
         self._is_reachable = True
 
     @property
@@ -291,7 +291,7 @@ class MemorySharedJournal:
         return Head(lead.number, lead.epoch, lead.holder, lead.url, lead.acked, renewed, is_connected, at)
 
     async def _lead(self, call: str, lead: MemoryLead, epoch: int, failovers: int) -> Head:
-        """Take the lead with a new epoch."""
+        """Take leadership with a new epoch."""
         lead = self.server.change(replace(lead, epoch=max(epoch, lead.epoch + 1)))
         self.server.epochs.append((lead.epoch, lead.number + 1))
         self.server.leader = self

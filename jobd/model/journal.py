@@ -173,14 +173,14 @@ class SharedJournal(Protocol):
         """
 
     async def resolve(self, epoch: int) -> Head:
-        """Keep the lead after JournalOutcomeUnknown, with an epoch of at least `epoch` and above the present one.
+        """Keep leadership after JournalOutcomeUnknown, with an epoch of at least `epoch` and above the present one.
 
         The record whose outcome was unknown is in the journal if `Head.number` is its number, and will never be in it
         otherwise. Raises Fenced if another node leads, and JournalOutcomeUnknown: call this again then.
         """
 
     async def release(self) -> None:
-        """End the lead, so that another node can lead at once: `Head.holder` becomes None.
+        """Release leadership, so that another node can lead at once: `Head.holder` becomes None.
 
         Raises JournalOutcomeUnknown.
         """

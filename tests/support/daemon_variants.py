@@ -63,7 +63,7 @@ def patient_stop() -> None:
 
 
 def short_takeovers() -> None:
-    """Give up an attempt to take the lead after the length of the lease."""
+    """Give up an attempt to take leadership after the length of the lease."""
     from jobd.journal.postgres import leading
 
     patched: Any = leading
@@ -72,7 +72,7 @@ def short_takeovers() -> None:
 
 
 def full_tables() -> None:
-    """Find the disk full when the tables are written, after SIGUSR2. Hand over the lead soon after."""
+    """Find the disk full when the tables are written, after SIGUSR2. Hand over leadership soon after."""
 
     def be_full(*_: Any) -> None:
         raise DiskFull("the test says so")

@@ -1,4 +1,4 @@
-"""`jobctl cluster`: show the nodes of a cluster, and hand over the lead."""
+"""`jobctl cluster`: show the nodes of a cluster, and hand over leadership."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cluster(what: str | None, yes: bool, force: bool, reason: str | None, as_jso
 
     \b
     cluster              show nodes, leader, epoch, and how far each node is behind
-    cluster step-down    end the lead of the leader, and wait until another node leads
+    cluster step-down    make the leader step down, and wait until another node leads
     """
     if (yes or force or reason) and what is None:
         raise click.UsageError("--yes, --force and --reason need `step-down`: jobctl cluster step-down")
@@ -53,7 +53,7 @@ def _step_down(client: AdminClient, before: ClusterView, reason: str | None, *, 
 
     if not yes and before.role != "single":
         ready = sum(node.is_ready for node in before.nodes)
-        confirm.confirm(f"end the lead of {before.leader or 'the leader'}; standbys that are ready: {ready}")
+        confirm.confirm(f"make {before.leader or 'the leader'} step down; standbys that are ready: {ready}")
     try:
         before = client.step_down(reason, force=force)
     except Unreachable:  # the response may have been lost, as the process ends
@@ -81,7 +81,7 @@ def _show(view: ClusterView) -> None:
         ("record", view.record),
         ("lease", None if view.lease_ms is None else terminal.span(view.lease_ms)),
         ("synchronous", "unknown" if view.synchronous is None else view.synchronous),
-        ("response of", f"{view.node} ({view.role}{behind})"),
+        ("as seen by", f"{view.node} ({view.role}{behind})"),
         *[("problem", problem) for problem in view.problems],
     ]
     terminal.pairs(fields)

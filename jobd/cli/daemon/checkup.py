@@ -99,14 +99,14 @@ def _webhooks(client: AdminClient) -> Iterator[Finding]:
         where = f"webhook {webhook.name}"
         if webhook.failing_since is not None:
             what = (
-                f"has accepted no message since {terminal.when(webhook.failing_since)}, {webhook.waiting} are waiting"
+                f"has accepted no message since {terminal.when(webhook.failing_since)}; {webhook.waiting} are waiting"
             )
             fix = f"fix its receiver or its url, then: jobctl webhooks test {webhook.name}"
             yield Finding(where, f"{what}: {webhook.last_error or 'not tried since the start'}", fix)
         for lost in client.deliveries(webhook.name, state="given_up", limit=1).deliveries:
             if (lost.ended_at or lost.at) > since:
                 last = f"the last one {terminal.when(lost.ended_at)}: {lost.error or 'never tried'}"
-                what = f"messages were dead-lettered, {last}"
+                what = f"messages were dead-lettered; {last}"
                 yield Finding(where, what, f"resend them: jobctl webhooks resend {webhook.name} --state given_up")
 
 
@@ -134,7 +134,7 @@ THRESHOLDS: Final = (
         "jobd_disk_free_bytes",
         256 * _MIB,
         "disk",
-        lambda value: f"only {terminal.size(int(value))} are free on the disk of the store",
+        lambda value: f"only {terminal.size(int(value))} is free on the disk of the store",
         "free disk space, or shorten [retention]; when the disk is full, new jobs are rejected",
         is_least=True,
     ),

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 _NOT_SYNCHRONOUS: Final = (
     "PostgreSQL has no synchronous standby, so that a lost disk loses jobs: set synchronous_standby_names, such as "
-    "'ANY 1 (s1, s2)', or accept the loss with [journal] require_sync = false"
+    "'ANY 1 (s1, s2)', or accept the risk with [journal] require_sync = false"
 )
 
 _ALREADY_ACCEPTED: Final = "a leader has continued without the lost records: nothing else needs to be done"
@@ -40,7 +40,7 @@ def cluster() -> None:
     "--from-store",
     metavar="PATH",
     type=click.Path(dir_okay=False),
-    help="Make the cluster from the database of a single machine, whose daemon is stopped.",
+    help="Make the cluster from the database of a single machine. Its daemon must be stopped.",
 )
 @config_option
 @flag_options
@@ -108,7 +108,7 @@ async def _init_from_store(settings: JournalSection, path: str) -> None:
 def leave_command(yes: bool, config: str | None, flags: dict[str, str]) -> None:
     """Return to a single machine, with everything that is in the journal.
 
-    The daemons of all nodes are stopped. The database at store.path gets the records that it lacks, and the journal is
+    Stop the daemons of all nodes first. The database at store.path gets the records that it lacks, and the journal is
     closed: no node can use it again. Afterwards, remove journal.url from the configuration.
     """
     from jobd.storage.files import keeping_owner
@@ -135,7 +135,7 @@ async def _leave(settings: JournalSection, path: str) -> int:
     metavar="N",
     type=click.IntRange(min=0),
     required=True,
-    help="The last record that the journal has, as the message of a node that does not start says.",
+    help="Number of the last record that the journal still has. A node that refuses to start names it.",
 )
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", "is_dry_run", is_flag=True, help="Only print what is lost and what would be done.")
@@ -144,7 +144,7 @@ async def _leave(settings: JournalSection, path: str) -> int:
 def accept_loss_command(upto: int, yes: bool, is_dry_run: bool, config: str | None, flags: dict[str, str]) -> None:
     """Continue after PostgreSQL has lost acknowledged records, without those after record N.
 
-    The daemons of all nodes are stopped. Run it on a node that does not start because of the loss: it lists the jobs
+    Stop the daemons of all nodes first. Run it on a node that does not start because of the loss: it lists the jobs
     that the lost records changed, and writes them to a file beside store.path, which `jobctl import` reads. All grants
     end by their stall rule. Repeating it is harmless.
     """
@@ -156,13 +156,13 @@ def accept_loss_command(upto: int, yes: bool, is_dry_run: bool, config: str | No
         terminal.emit(line) if is_dry_run else terminal.say(line)
     if is_dry_run:
         if loss.changed.jobs:
-            terminal.emit(f"would write these jobs, as far as they exist, to {loss.file}")
+            terminal.emit(f"would write those of these jobs that this store still has to {loss.file}")
         terminal.emit(_ALREADY_ACCEPTED if loss.is_accepted else _WOULD_ACCEPT)
         return
     if not yes:
         confirm(f"continue journal {settings.journal.name} after record {upto}, without what it has lost")
     if loss.changed.jobs:
-        terminal.emit(f"{loss.file}: {_run(_write_file(loss))} jobs")
+        terminal.emit(f"{_run(_write_file(loss))} jobs written to {loss.file}")
     if loss.is_accepted:
         terminal.emit(_ALREADY_ACCEPTED)
         return
@@ -198,7 +198,7 @@ async def _accept(settings: Config, loss: Loss) -> Accepted:
 @config_option
 @flag_options
 def join_command(yes: bool, config: str | None, flags: dict[str, str]) -> None:
-    """Replace the database at store.path with that of the cluster. The daemon is stopped.
+    """Replace the database at store.path with that of the cluster. The daemon must be stopped.
 
     The old database is renamed. The next start makes a new one from the journal.
     """

@@ -19,7 +19,7 @@ def monitoring(what: str) -> None:
 
     \b
     jobd monitoring rules > /etc/prometheus/jobd.rules.yml
-    jobd monitoring dashboard > jobd.json
+    jobd monitoring dashboard > jobd-dashboard.json
     """
     for line in files("jobd").joinpath("monitoring", FILES[what]).read_text("utf-8").splitlines():
         terminal.emit(line)

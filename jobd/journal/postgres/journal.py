@@ -20,7 +20,7 @@ READ_S: Final = 10.0  # time limit of a read
 TRIM_S: Final = 60.0
 READ_BYTES: Final = 16 << 20
 
-# The leader's session holds the lock exclusively. That of a standby lasts for this statement.
+# The leader's session holds the lock exclusively. A standby takes it shared, for this statement only.
 _HEAD: Final = f"""
     SELECT number, epoch, holder, url, acked, {EXPIRES}, {NOW}, pg_try_advisory_xact_lock_shared($2, $3)
     FROM jobd_journals WHERE name = $1"""
@@ -160,7 +160,7 @@ class PostgresJournal:
         await self._reading.close()
 
     async def _read(self, statement: Callable[[Any], Awaitable[T]]) -> T:
-        """Run a statement that does not change the lead. A cancelled caller does not cancel it."""
+        """Run a statement that does not change leadership. A cancelled caller does not cancel it."""
 
         async def work(conn: Any) -> T:
             try:

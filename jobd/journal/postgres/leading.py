@@ -64,7 +64,7 @@ class Leading:
         self._keys = lock_keys(target.cluster_id, "leader")
         self._locked: Any = None  # the connection that holds the lock
         self._holder: str | None = None
-        self._epoch = -1  # of no journal
+        self._epoch = -1  # matches no epoch
         self._covered = 0  # first number without a partition, as far as known
         self._extending: asyncio.Task[None] | None = None
         self._records = 0  # appended since the last partition was added

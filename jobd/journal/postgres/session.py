@@ -42,7 +42,7 @@ _SET: Final = """
     JOIN pg_settings USING (name)"""
 _READ_BACK: Final = "SELECT name, setting FROM pg_settings WHERE name = ANY ($1::text[])"
 # The server ends the statement of a closed connection if it waits for a lock, but not if it waits for a synchronous
-# standby. Otherwise, attempts to take the lead would use up the connections of the server.
+# standby. Otherwise, attempts to take leadership would use up the connections of the server.
 _CHECK_CONNECTION: Final = "SELECT set_config('client_connection_check_interval', $1, false)"
 CHECK_INTERVAL: Final = "1s"
 _SERVER: Final = (

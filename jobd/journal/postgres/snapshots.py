@@ -30,7 +30,7 @@ _DROP: Final = "DELETE FROM jobd_snapshots WHERE name = $1 AND number = $2"
 
 
 async def write(target: Target, number: int, parts: AsyncIterable[bytes], pause_s: float) -> bool:
-    """Write a snapshot, each part in its own transaction. Return False if another node writes one, or it exists."""
+    """Write a snapshot, each part in its own transaction. Return False if another node is writing one, or it exists."""
     conn = await target.connect()
     try:
         assert target.cluster_id is not None

@@ -47,7 +47,7 @@ def read(conn: sqlite3.Connection) -> Membership | None:
     if row is None:
         return None
     if (error := fault(row)) is not None:
-        raise StoreDamaged(f"the row of the cluster is unusable ({error})")
+        raise StoreDamaged(f"the row in table cluster is damaged ({error})")
     return Membership(*row[:-1])
 
 
@@ -59,8 +59,8 @@ def check_single(conn: sqlite3.Connection, path: str) -> None:
     """Raise WrongCluster if the store belongs to a cluster: it must not differ from the stores of other nodes."""
     if read(conn) is not None:
         raise WrongCluster(
-            f"{path} belongs to a cluster, whose other nodes have the same rows: to repair it, remove it while its "
-            "daemon is stopped. The next start rebuilds it from the journal"
+            f"{path} belongs to a cluster and must not be edited: to repair it, stop its daemon and remove it. "
+            "The next start rebuilds it from the journal"
         )
 
 

@@ -93,7 +93,11 @@ class ClusterStore(Store):
             lock.release()
             if (await journal.head()).number == FIRST_RECORD:
                 raise _unfinished(path)
-            raise StoreUnreadable(f"{path} cannot follow the journal, which has no usable snapshot and no first record")
+            raise StoreUnreadable(
+                f"{path} cannot follow the journal, which has no usable snapshot and no first record: "
+                "start the node with the most advanced store, so that it writes a snapshot, or restore the database of "
+                "the journal"
+            )
         return found
 
     @classmethod
@@ -229,7 +233,7 @@ async def _can_follow(db: Database, path: str, journal: SharedJournal, *, may_be
     crc = None if db.membership is None else db.membership.record_crc
     if await membership.is_on_branch(path, journal, Followed(db.projected_to, crc, db.numbers.epoch)):
         return True
-    reason = "the journal does not have its last record, or not the next one"
+    reason = "the journal lacks the last record of the store, or the record after it"
     log.warning("store_set_aside", path=path, record=db.projected_to, kept=f"{path}.old", reason=reason)
     return False
 

@@ -40,7 +40,7 @@ class LogGauge:
         self._page_bytes = page_bytes
 
     def has(self, frames: int) -> bool:
-        """Return whether at least so many frames were written since the log was last restarted."""
+        """Return whether at least this many frames were written since the log was last restarted."""
         header = os.pread(self._file, _HEADER.size, 0)
         at = _HEADER.size + (frames - 1) * (_FRAME.size + self._page_bytes)
         frame = os.pread(self._file, _FRAME.size, at)

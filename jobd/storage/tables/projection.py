@@ -118,7 +118,7 @@ class Projection:
         return prepared.payloads
 
     def prepare(self, given: Batch | TableWrite | None, reported: int = 0) -> Prepared:
-        """Check what is to be appended, read the payloads, and make the record. See `append`. None changes nothing.
+        """Check what is to be appended, read the payloads, and make the record. See `append`. With None, it is empty.
 
         If the record is in the journal, pass the result to `accept` before the next call.
         """
@@ -143,7 +143,7 @@ class Projection:
         return Prepared(made, pending, payloads, reported)
 
     def accept(self, prepared: Prepared) -> None:
-        """Keep a record that the journal has for the tables."""
+        """Queue an appended record for the tables."""
         db, pending = self.db, prepared.pending
         self.last, self.last_crc = pending.number, pending.crc
         self._batch_events = len(pending.events)
@@ -152,7 +152,7 @@ class Projection:
             del db.recently_quarantined[forgotten]
 
     def follow(self, records: Iterable[Record], decoded: Iterable[Decoded] = ()) -> None:
-        """Keep the next records of a shared journal for the tables, and write these if there is enough for a slice.
+        """Queue the next records of a shared journal for the tables, and write slices while enough events are queued.
 
         `decoded` has the first of them as decoded. Raises DiskFull if it keeps none, and BadRecord after those before.
         """
@@ -171,7 +171,7 @@ class Projection:
                 self.project_slice()
 
     def _bound_reads(self) -> None:
-        """Write a slice if two are waiting, because the next read has to wait for all."""
+        """Write a slice if the events of two are pending, because the next read writes all of them first."""
         if self.behind >= 2 * self.slice_events:
             with contextlib.suppress(DiskFull):
                 self.project_slice()

@@ -34,7 +34,7 @@ _ROWS_BEFORE: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE seq > 
 
 
 def plan_pruning(db: Database, before: int, limit: int) -> tuple[EventPruning | None, int]:
-    """Choose up to `limit` rows of events to delete: of queues, and of deleted jobs, from before wall time `before`.
+    """Choose up to `limit` event rows from before wall time `before` to delete: those of queues and of deleted jobs.
 
     Return the deletion and the number of rows. Readers that resume below the last of these events get an error, because
     events may be missing there.

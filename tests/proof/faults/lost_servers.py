@@ -140,7 +140,7 @@ def standby_cut_off(trial: Trial) -> Counts:
             network.cut("database")
             time.sleep(LEASE_S * 1.5)
             cluster.wait_for_changes(CHANGES)
-            assert leader.get("/readyz").status == 200, "the leader lost the lead by a partition of a standby"
+            assert leader.get("/readyz").status == 200, "the leader lost leadership by a partition of a standby"
             network.heal("database")
             cluster.wait_until_followed()
             assert cluster.leader() is leader

@@ -125,7 +125,7 @@ class Leader(NodeProcess):
 
 
 class Outage(NamedTuple):
-    """Times of time.monotonic(): of the fault, of the lead of another node, and when the load had gone on."""
+    """Times of time.monotonic(): of the fault, of the takeover by another node, and when the load had gone on."""
 
     began_s: float
     led_s: float

@@ -358,13 +358,13 @@ async def test_nothing_is_appended_after_the_lead_was_lost() -> None:
 
 
 @in_virtual_time
-async def test_a_released_lead_is_free_at_once() -> None:
+async def test_released_leadership_is_free_at_once() -> None:
     server = MemoryServer()
     node = Node(server)
     lead = await node.lead()
     await lead.release()
     assert (server.lead.holder, (await node.journal.head()).is_connected) == (None, False)
-    with pytest.raises(LeadershipLost, match="has released the lead"):
+    with pytest.raises(LeadershipLost, match="has released leadership"):
         lead.check()
     version = server.lead.version
     await lead.release()

@@ -102,7 +102,7 @@ async def test_a_job_with_damaged_events_counts_as_changed(path: str, server: Me
     with edit_store(path) as conn:
         conn.execute("UPDATE events SET at = 0 WHERE job_seq = (SELECT seq FROM jobs WHERE id = 'a')")
     found = await loss.find(Node(path, server).journal, path, KEPT)
-    assert "    a: it is completed, and has changed" in found.describe()
+    assert "    a: it is completed in both, but the lost records changed it" in found.describe()
     unknown = f"    damaged rows of events, whose changes are unknown: {found.changed.damaged}; run `jobd doctor`"
     assert found.changed.damaged
     assert unknown in found.describe()
@@ -268,7 +268,7 @@ def test_the_description_of_a_large_loss_is_short() -> None:
     jobs = [LostJob(f"job-{number}", "queued", "queued") for number in range(103)]
     lines = loss.Loss("/jobd.db", 1, 9, False, LostChanges(jobs)).describe()
     assert len(lines) == 103
-    assert lines[2] == "    job-0: it is queued, and has changed"
+    assert lines[2] == "    job-0: it is queued in both, but the lost records changed it"
     assert lines[-1] == "    and 3 more"
 
 

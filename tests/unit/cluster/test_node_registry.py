@@ -261,7 +261,7 @@ async def test_a_name_that_another_process_uses_is_not_taken() -> None:
     with capture_logs() as logs:
         second = Process(server, entry("a", "p-2"))
         await seconds(2 * EVERY_S + 0.1)
-    problem = 'Another process of this journal is the node "a": set node.name to another name on each node.'
+    problem = 'Another process already runs as node "a" on this journal: give each node its own node.name.'
     assert second.duplicates == [problem]
     assert [line["event"] for line in logs] == ["duplicate_node"]
     assert view(second).problems[0] == problem

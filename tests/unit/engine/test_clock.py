@@ -292,7 +292,7 @@ def test_an_operator_can_accept_a_suspect_clock(sources: ManualClocks) -> None:
         daemon_clock.accept()
         assert daemon_clock.moment() == Moment(WALL + 40 * DAY_MS, 0, WALL + 40 * DAY_MS)
     assert log_events(logs) == [("clock_trusted", "info")]
-    assert logs[0]["because"] == "an operator accepted the clock"
+    assert logs[0]["reason"] == "an operator accepted the clock"
     sources.wall_ms += DAY_MS + 1
     assert daemon_clock.suspect
 
@@ -308,7 +308,7 @@ def test_a_wall_time_that_agrees_again_is_trusted(sources: ManualClocks, left_ms
     with capture_logs() as logs:
         sources.wall_ms -= 1
         assert daemon_clock.moment() == Moment(WALL + HOUR_MS + left_ms, HOUR_MS, daemon_clock.moment().offset)
-    assert [line["because"] for line in logs] == ["wall time agrees with its expected value again"] * (
+    assert [line["reason"] for line in logs] == ["wall time agrees with its expected value again"] * (
         left_ms == DAY_MS
     )
 
@@ -338,7 +338,7 @@ def test_a_kernel_that_is_synchronised_for_ten_minutes_is_trusted(sources: Manua
     with capture_logs() as logs:
         assert not after(sources, daemon_clock, 10 * SECOND_MS)
     assert log_events(logs) == [("clock_trusted", "info")]
-    assert logs[0]["because"] == "the kernel has reported the clock as synchronised for 10 min"
+    assert logs[0]["reason"] == "the kernel has reported the clock as synchronised for 10 min"
     assert daemon_clock.moment().believed == sources.wall_ms
     looks = sources.synchronisation_reads
     assert not after(sources, daemon_clock, HOUR_MS)

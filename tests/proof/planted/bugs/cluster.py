@@ -1,4 +1,4 @@
-"""Bugs in the lead of a shared journal, its standbys and takeovers."""
+"""Bugs in the leadership of a shared journal, its standbys and takeovers."""
 
 from __future__ import annotations
 

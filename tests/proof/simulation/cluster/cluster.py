@@ -168,7 +168,7 @@ class Cluster(Machine):
     # -- who leads
 
     def leads(self, node: SimNode) -> bool:
-        """Return whether the process of a node holds the lead, as everyone will know it."""
+        """Return whether the process of a node holds leadership, as everyone will know it."""
         return self.server.durable.holder == node.process
 
     def forget(self, daemon: LeaderDaemon) -> None:

@@ -1,4 +1,4 @@
-"""A simulated node: a process that follows the journal and takes the lead, with its own clocks and disk."""
+"""A simulated node: a process that follows the journal and takes leadership, with its own clocks and disk."""
 
 from __future__ import annotations
 

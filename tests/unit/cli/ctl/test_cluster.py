@@ -99,7 +99,7 @@ def test_the_nodes_and_the_leader_are_shown(nodes: Cluster, capsys: pytest.Captu
         "record 40",
         "lease 3.0 s",
         "synchronous yes",
-        "response of a (leader)",
+        "as seen by a (leader)",
         "problem The clock of node b is 2 s ahead.",
     ]
     rows = [" ".join(line.split()) for line in table.splitlines()]
@@ -154,7 +154,7 @@ def test_step_down_asks_first(
     questions: list[str] = []
     monkeypatch.setattr("jobd.cli.confirm.confirm", questions.append)
     assert jobctl("step-down") == 0
-    assert questions == ["end the lead of http://a.example:8771; standbys that are ready: 1"]
+    assert questions == ["make http://a.example:8771 step down; standbys that are ready: 1"]
     assert jobctl("--yes") == 2
     assert "need `step-down`" in capsys.readouterr().err
 

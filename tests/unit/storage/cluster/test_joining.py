@@ -133,9 +133,9 @@ async def test_a_store_is_replaced_by_that_of_a_cluster(path: str) -> None:
 async def test_a_node_is_not_repaired_by_itself(path: str) -> None:
     await founded(path, MemoryServer())
     assert doctor.check(path) == []
-    with pytest.raises(WrongCluster, match="remove it while its daemon is stopped"):
+    with pytest.raises(WrongCluster, match="stop its daemon and remove it"):
         doctor.recount(path)
-    with pytest.raises(WrongCluster, match="remove it while its daemon is stopped"):
+    with pytest.raises(WrongCluster, match="stop its daemon and remove it"):
         journal_cut.cut(path, 1)
     with edit_store(path) as conn:
         assert conn.execute("SELECT count(*) FROM cluster").fetchone() == (1,)
