@@ -77,7 +77,7 @@ class ClusterNode:
                 url=node.advertise,
                 lease_s=int(settings.journal.lease) / 1000,
                 is_direct=node.direct,
-                is_complete=settings.journal.require_sync,
+                is_synchronous=settings.journal.require_sync,
             ),
             next_epoch=lambda highest: new_epoch(highest, wall_clock_ms()),
         )

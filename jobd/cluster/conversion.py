@@ -40,7 +40,7 @@ async def init_from_store(journal: SharedJournal, path: str) -> None:
     head = await journal.head()
     if head.number != joining.FIRST_RECORD or head.holder is not None:
         raise CannotConvert("the journal is in use, or was made without a store: choose another journal.name")
-    await asyncio.to_thread(joining.join, path, journal.cluster_id)
+    await asyncio.to_thread(joining.convert_to_cluster, path, journal.cluster_id)
     if not await journal.snapshots():
         file = await asyncio.to_thread(open, path, "rb")
         try:

@@ -41,14 +41,14 @@ class NodeSettings(Struct, frozen=True, kw_only=True):
     """The properties of a node that matter to the others.
 
     `holder` is the random id of this process, `url` its address for clients. `is_direct`: no proxy is between a node
-    and its `url`. `is_complete`: every acknowledged record survives a failover of the server.
+    and its `url`. `is_synchronous`: every acknowledged record survives a failover of the server.
     """
 
     holder: str
     url: str
     lease_s: float = 3.0
     is_direct: bool = True
-    is_complete: bool = True
+    is_synchronous: bool = True
 
 
 class Standby:
@@ -215,7 +215,7 @@ class Standby:
         """Begin an epoch above the epochs of all records. The last records were not known when leadership was taken."""
         state = self._warm.state
         state.epoch, state.next_token = max(epoch, state.epoch + 1), 1
-        if not self.settings.is_complete:
+        if not self.settings.is_synchronous:
             state.next_job += JUMP
             state.next_event += JUMP
 

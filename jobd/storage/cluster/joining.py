@@ -27,7 +27,7 @@ _MARKED: Final = (
 )
 
 
-def join(path: str, cluster_id: str) -> int:
+def convert_to_cluster(path: str, cluster_id: str) -> int:
     """Make the store at `path` a member of a new cluster, as of FIRST_RECORD. Return its epoch.
 
     Afterwards the file is complete, and its content is the first snapshot, without which no node can follow the journal
@@ -41,7 +41,7 @@ def join(path: str, cluster_id: str) -> int:
             projection.db.close()
             if opened.marked:
                 raise StoreUnreadable(f"{path} {_MARKED}")
-            projection.db.commit(_join, projection.db, cluster_id)
+            projection.db.commit(_mark, projection.db, cluster_id)
         elif found.cluster_id != cluster_id:
             raise WrongCluster(f"{path} belongs to cluster {found.cluster_id}, not to {cluster_id}")
         epoch = startup.read_meta(conn, path).numbers.epoch
@@ -50,7 +50,7 @@ def join(path: str, cluster_id: str) -> int:
     return epoch
 
 
-def _join(db: Database, cluster_id: str) -> None:
+def _mark(db: Database, cluster_id: str) -> None:
     db.projected_to = FIRST_RECORD
     membership.write(db.conn, Membership(cluster_id))
     db.write_meta()

@@ -216,7 +216,7 @@ async def test_no_node_leads_before_the_snapshot_is_complete(path: str, server: 
 
 async def test_a_store_leaves_a_cluster_that_never_got_its_snapshot(path: str, server: MemoryServer) -> None:
     maker, journal = await make_store(path), MemorySharedJournal(server)
-    await asyncio.to_thread(joining.join, path, journal.cluster_id)  # killed before the snapshot
+    await asyncio.to_thread(joining.convert_to_cluster, path, journal.cluster_id)  # killed before the snapshot
     epoch = await conversion.leave(journal, path, 0)
     assert await conversion.leave(journal, path, 0) == epoch
     maker.numbers = replace(maker.numbers, epoch=epoch, next_token=1)

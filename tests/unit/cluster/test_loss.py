@@ -240,7 +240,7 @@ async def test_a_node_without_a_store_can_accept(path: str, server: MemoryServer
 
 async def test_everything_after_the_first_snapshot_can_be_lost(path: str, server: MemoryServer) -> None:
     maker = await make_store(path)
-    joining.join(path, server.cluster_id)
+    joining.convert_to_cluster(path, server.cluster_id)
     server.lead = replace(server.lead, number=joining.FIRST_RECORD)
     with BytesIO(read_file(path)) as file:
         parts = snapshots.compressed(file)

@@ -270,7 +270,7 @@ async def test_a_leader_that_listens_is_not_replaced_because_its_session_ended()
 async def test_numbers_jump_if_acknowledged_records_may_be_lost() -> None:
     server = MemoryServer()
     old, standby = nodes = cluster(server, "a", "b")
-    standby.standby.settings = replace(standby.standby.settings, is_complete=False)
+    standby.standby.settings = replace(standby.standby.settings, is_synchronous=False)
     assert await leader_of(nodes) is old
     await old.ask(Create(id="a"))
     await old.kill()

@@ -308,9 +308,7 @@ def test_a_wall_time_that_agrees_again_is_trusted(sources: ManualClocks, left_ms
     with capture_logs() as logs:
         sources.wall_ms -= 1
         assert daemon_clock.moment() == Moment(WALL + HOUR_MS + left_ms, HOUR_MS, daemon_clock.moment().offset)
-    assert [line["reason"] for line in logs] == ["wall time agrees with its expected value again"] * (
-        left_ms == DAY_MS
-    )
+    assert [line["reason"] for line in logs] == ["wall time agrees with its expected value again"] * (left_ms == DAY_MS)
 
 
 def test_a_clock_that_is_set_right_while_the_daemon_is_down_is_trusted_at_the_start(sources: ManualClocks) -> None:

@@ -25,7 +25,7 @@ async def founded(path: str, server: MemoryServer) -> ChangeFactory:
     """Make a store at `path` that belongs to the cluster of `server`, with its snapshot."""
     maker = await make_store(path)
     await leave_tail(path, maker.any_batch(9))
-    assert joining.join(path, server.cluster_id) > 0
+    assert joining.convert_to_cluster(path, server.cluster_id) > 0
     server.lead = replace(server.lead, number=joining.FIRST_RECORD)
     with BytesIO(read_file(path)) as file:
         await Node(path, server).journal.write_snapshot(joining.FIRST_RECORD, snapshots.compressed(file), 0)
@@ -36,7 +36,7 @@ async def test_a_store_becomes_the_first_snapshot_of_a_cluster(path: str) -> Non
     server = MemoryServer()
     maker = await founded(path, server)
     before = rows_of(path)
-    assert joining.join(path, server.cluster_id) > 0, "a second call changes nothing"
+    assert joining.convert_to_cluster(path, server.cluster_id) > 0, "a second call changes nothing"
     assert rows_of(path) == before
     with pytest.raises(WrongCluster, match="belongs to cluster memory"):
         await Store.open(path)
@@ -59,7 +59,7 @@ async def test_a_cluster_and_the_store_that_leaves_it_have_every_row(path: str) 
         await store.finish_upkeep()
         await store.write(writer.batch())
     before = rows_of(single)
-    joining.join(single, server.cluster_id)
+    joining.convert_to_cluster(single, server.cluster_id)
     server.lead = replace(server.lead, number=joining.FIRST_RECORD)
     with BytesIO(read_file(single)) as file:
         await Node(path, server).journal.write_snapshot(joining.FIRST_RECORD, snapshots.compressed(file), 0)
@@ -76,12 +76,12 @@ async def test_a_cluster_and_the_store_that_leaves_it_have_every_row(path: str) 
 async def test_a_store_joins_one_cluster_only(path: str) -> None:
     await founded(path, MemoryServer())
     with pytest.raises(WrongCluster, match="belongs to cluster memory, not to other"):
-        joining.join(path, "other")
+        joining.convert_to_cluster(path, "other")
     with pytest.raises(StoreUnreadable, match="does not exist"):
-        joining.join(f"{path}.missing", "other")
+        joining.convert_to_cluster(f"{path}.missing", "other")
     async with open_store(f"{path}.used"):
         with pytest.raises(StoreBusy):
-            joining.join(f"{path}.used", "other")
+            joining.convert_to_cluster(f"{path}.used", "other")
 
 
 async def test_a_backup_does_not_join_before_its_grants_have_ended(path: str) -> None:
@@ -92,7 +92,7 @@ async def test_a_backup_does_not_join_before_its_grants_have_ended(path: str) ->
     Path(path).write_bytes(copy.read())
     copy.close()
     with pytest.raises(StoreUnreadable, match="start jobd on it once"):
-        joining.join(path, "memory")
+        joining.convert_to_cluster(path, "memory")
 
 
 @pytest.mark.parametrize("is_complete", [True, False])

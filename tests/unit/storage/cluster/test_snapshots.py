@@ -30,7 +30,7 @@ async def given(parts: list[bytes]) -> AsyncIterator[bytes]:
 async def content(path: str) -> bytes:
     """The file of a store that belongs to the cluster `memory`."""
     await make_store(f"{path}.source")
-    joining.join(f"{path}.source", "memory")
+    joining.convert_to_cluster(f"{path}.source", "memory")
     return read_file(f"{path}.source")
 
 
