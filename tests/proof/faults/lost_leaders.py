@@ -103,7 +103,7 @@ CHECKS = (
         "cluster-step-downs",
         "a leader that steps down loses nothing, and clients only notice a delay",
         _repeated(step_down, "step-downs"),
-        rounds=200,
+        rounds=1_000,
         few=0,
         needs=(POSTGRES,),
     ),
