@@ -98,9 +98,9 @@ class StoreSection(Struct, frozen=True, forbid_unknown_fields=True):
     commit: Literal["auto", "inline", "thread"] = "auto"
     """`inline`: commit in the event loop. `thread`: commit in the storage thread. `auto`: by disk speed.
 
-    With `auto`, commits are inline until one takes 50 ms, two of the latest 8 take 2 ms, or their median reaches 1 ms.
-    Then the thread is used for at least 10 s, and until at most 4 of the latest 200 commits took 2 ms. With `inline` on
-    a slow disk, every request waits for commits, even `/healthz`.
+    With `auto`, commits are inline until one takes 50 ms, two of the latest 8 take 10 ms, or their median reaches 3 ms.
+    Then the thread is used for at least 10 s, and until at most 4 of the latest 200 commits took 10 ms and their median
+    is below 3 ms. With `inline` on a slow disk, every request waits for commits, even `/healthz`.
     """
 
 
