@@ -39,8 +39,8 @@ from jobd.resources import EXIT_BUSY, EXIT_CONFIG, EXIT_IO, CannotStart, open_cl
 from jobd.storage.files import StoreError
 from jobd.storage.schema import migrations
 
-# Sections in which the nodes of a cluster differ.
-OWN_SECTIONS: Final = frozenset({"worker", "admin", "store", "journal", "node", "log"})
+# Sections and keys in which the nodes of a cluster may differ.
+OWN_SETTINGS: Final = frozenset({"worker", "admin", "store", "node", "log", "journal.url"})
 
 log = structlog.get_logger("jobd.daemon")
 
@@ -161,6 +161,7 @@ class ClusterNode:
             config_hash=config_hash(self._loaded),
             projected_to=self.store.projected_to if lead is None else lead.acked,
             schema_version=migrations.VERSION,
+            lease_ms=int(self._settings.journal.lease),
         )
 
     def _on_duplicate(self, problem: str) -> None:
@@ -187,7 +188,7 @@ async def _open_journal(settings: Config) -> SharedJournal:
 
 def config_hash(loaded: LoadedConfig) -> str:
     """Return a hash of the settings that the nodes of a cluster should share. It has no secrets."""
-    shared = [(key, value_of(loaded.config, key)) for key in KEYS if key.partition(".")[0] not in OWN_SECTIONS]
+    shared = [(key, value_of(loaded.config, key)) for key in KEYS if not {key, key.partition(".")[0]} & OWN_SETTINGS]
     webhooks = [(each.endpoint.name, each.endpoint.url, sorted(each.endpoint.events)) for each in loaded.webhooks]
     return blake2b(repr((sorted(shared), sorted(webhooks))).encode(), digest_size=8).hexdigest()
 

@@ -63,6 +63,7 @@ class StandbyLease:
     def __init__(self, lease_s: float, now_s: Callable[[], float] = boot_clock_s) -> None:
         self.lease_s = lease_s
         self._now_s = now_s
+        self._leader_s = 0.0  # the lease of the leader by its own setting, as far as known
         self._seen: tuple[int, int, str] | None = None
         self._seen_s = 0.0
 
@@ -73,10 +74,17 @@ class StandbyLease:
         """
         now_s, seen = self._now_s(), (head.epoch, head.number, head.renewed)
         if seen != self._seen:
+            if self._seen is None or head.epoch != self._seen[0]:
+                self._leader_s = 0.0
             self._seen, self._seen_s = seen, now_s
         return head.holder is None or self.is_over
+
+    def respect(self, leader_s: float) -> bool:
+        """Respect the lease that the leader has by its own setting. Return whether a takeover is still allowed."""
+        self._leader_s = leader_s
+        return self.is_over
 
     @property
     def is_over(self) -> bool:
         """Whether the head has not changed, or could not be read, for the length of the lease."""
-        return self._seen is not None and self._now_s() - self._seen_s >= self.lease_s
+        return self._seen is not None and self._now_s() - self._seen_s >= max(self.lease_s, self._leader_s)

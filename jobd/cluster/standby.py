@@ -78,6 +78,7 @@ class Standby:
         self._lease = StandbyLease(settings.lease_s, now_s)
         self._last_event = warm.last_event  # of the records that were read
         self._checked_epoch: int | None = None  # in which the journal has the records that were applied
+        self._timeline: int | None = None  # of the server in that epoch
         self._stop = asyncio.Event()
 
     @property
@@ -133,6 +134,8 @@ class Standby:
         """Apply acknowledged records. Return whether this node may lead now."""
         head = await self.read_head()
         is_over = self._lease.see(head)
+        if is_over and head.holder is not None:
+            is_over = self._lease.respect(await self._lease_of(head.holder))
         if head.epoch != self._checked_epoch or head.number < self._warm.number:
             await self._check_branch(head)
         while self._warm.number < head.number:
@@ -156,6 +159,11 @@ class Standby:
         is_alone = self.settings.is_direct and not head.is_connected
         return is_alone and bool(head.url) and await self._is_refused(head.url or "")
 
+    async def _lease_of(self, holder: str) -> float:
+        """Return the lease of the leader, which can be longer than that of this node; 0 if it is not known."""
+        nodes = await self._journal.nodes()
+        return max((node.lease_ms / 1000 for node in nodes if node.process == holder), default=0.0)
+
     async def _check_branch(self, head: Head) -> None:
         """Check that the journal has the last record that was applied, which a failover of the server can lose.
 
@@ -167,6 +175,7 @@ class Standby:
                 f"the journal has continued without record {self._warm.number}, the last one of this node, or has "
                 "trimmed it: the next start rebuilds the tables"
             )
+        self._timeline = (await self._journal.health()).timeline
         self._checked_epoch = head.epoch
 
     async def _take_over(self) -> Leadership | None:
@@ -185,7 +194,7 @@ class Standby:
         while self._warm.number < head.number:  # all of them are acknowledged now, and later ones perhaps not
             records = await self._journal.read(self._warm.number, READ_LIMIT)
             await self._warm.apply([each for each in records if each.number <= head.number])
-        self._begin_epoch(head.epoch)
+        self._begin_epoch(head.epoch, may_have_lost=not await self._is_complete())
         log.info("leads", epoch=head.epoch, record=head.number)
         return Leadership(
             self._journal,
@@ -211,11 +220,22 @@ class Standby:
             lease.renewed(sent_s)
         return head
 
-    def _begin_epoch(self, epoch: int) -> None:
-        """Begin an epoch above the epochs of all records. The last records were not known when leadership was taken."""
+    async def _is_complete(self) -> bool:
+        """Return whether the journal has every acknowledged record: no failover of the server can have lost one."""
+        try:
+            health = await self._journal.health()
+        except JournalUnavailable:
+            return False
+        return self.settings.is_synchronous and health.is_synchronous and health.timeline == self._timeline
+
+    def _begin_epoch(self, epoch: int, *, may_have_lost: bool) -> None:
+        """Begin an epoch above the epochs of all records. The last records were not known when leadership was taken.
+
+        If records may be lost, the numbers of their jobs and events are not assigned again.
+        """
         state = self._warm.state
         state.epoch, state.next_token = max(epoch, state.epoch + 1), 1
-        if not self.settings.is_synchronous:
+        if may_have_lost:
             state.next_job += JUMP
             state.next_event += JUMP
 

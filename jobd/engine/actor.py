@@ -6,8 +6,10 @@ Only the actor changes the state. No response is sent before its commit.
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any, Final
 
 import structlog
@@ -131,6 +133,7 @@ class Actor:
         self._stopping = False
         self._rejection = SHUTTING_DOWN
         self._internal: list[Envelope] = []
+        self._deferred: list[Envelope] = []  # of the daemon too, by deadline
         self._unsent: DecidedBatch | None = None  # committed; its responses are sent while the next batch is written
         self._under_way: DecidedBatch | None = None  # decided, and perhaps not committed yet
         self._lost_disk: Exception | None = None
@@ -222,6 +225,16 @@ class Actor:
         self._internal.append(self._internal_envelope(command, future))
         self._wake.set()
         return future
+
+    def defer_internal(self, command: AnyCommand, within_s: float) -> None:
+        """Add a command like `enqueue_internal`, which others need not wait for before `within_s` is over.
+
+        Until then, each batch has one such command.
+        """
+        envelope = self._internal_envelope(command)
+        envelope.deadline = self._loop_time() + within_s
+        insort(self._deferred, envelope, key=attrgetter("deadline"))
+        self._wake.set()
 
     def lose_disk(self, error: Exception) -> None:
         """End `run` with an error that occurred outside it, such as a failed commit of another write."""
@@ -325,7 +338,7 @@ class Actor:
 
     def _has_internal(self) -> bool:
         """Return whether a command of the daemon can be decided now."""
-        return bool(self._internal) and self.full_disk.closed != Closed.ALL_WRITES
+        return bool(self._internal or self._deferred) and self.full_disk.closed != Closed.ALL_WRITES
 
     def _wait_s(self) -> float | None:
         """Return the seconds until a wait ends, a job may become due for a waiting claim, or a probe is due."""
@@ -368,6 +381,10 @@ class Actor:
 
     def _take_internal(self) -> list[Envelope]:
         """Take commands of the daemon. A full disk may reject them, so all are taken then, and block no others."""
+        if self._deferred:
+            due = bisect_right(self._deferred, self._loop_time(), key=attrgetter("deadline"))
+            self._internal += self._deferred[: max(due, 1)]
+            del self._deferred[: max(due, 1)]
         if self.full_disk.closed != Closed.NOTHING:
             return list(self._internal)
         taken, weights = [], 0

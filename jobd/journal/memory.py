@@ -248,7 +248,7 @@ class MemorySharedJournal:
 
     async def health(self) -> JournalHealth:
         await self._begin("health")
-        return await self._end("health", self.server.health)
+        return await self._end("health", replace(self.server.health, timeline=self.server.failovers))
 
     async def close(self) -> None:
         self.disconnect()

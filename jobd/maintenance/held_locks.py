@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Final
 
 from jobd.engine.actor import Actor
@@ -9,22 +10,26 @@ from jobd.model.commands import ExtendAfterPause
 from jobd.model.job import SECOND_MS, Lease
 
 GRACE_MS: Final = 30 * SECOND_MS  # after a start or a pause, no processing job ends sooner
+URGENT_MS: Final = 10 * SECOND_MS  # jobs that end later do not hold up other commands
 SLICE: Final = 500  # jobs of one command
 
 
 def extend_held_locks(actor: Actor, lease_ms: int, since: int, *, slice_jobs: int = SLICE) -> None:
     """Postpone the deadlines of processing jobs. A lock that was not live at lease time `since` stays expired.
 
-    `lease_ms` is the present lease time. The actor decides these commands before any other. Jobs without a deadline
-    within twice the grace are omitted: a takeover with many of them would have to wait.
+    `lease_ms` is the present lease time. The actor extends jobs that end within URGENT_MS before it decides any other
+    command, and the others between commands, the earliest first: a takeover with many of them would have to wait. Jobs
+    without a deadline within twice the grace are omitted.
     """
-    until = lease_ms + 2 * GRACE_MS
-    ids = [job.id for job in actor.state.processing.values() if job.lease is not None and _ends(job.lease) < until]
-    for first in range(0, len(ids), slice_jobs):
-        actor.enqueue_internal(ExtendAfterPause(ids=ids[first : first + slice_jobs], grace_ms=GRACE_MS, since=since))
+    held = [(_ends(job.lease, since), job.id) for job in actor.state.processing.values() if job.lease is not None]
+    ending = sorted((each for each in held if each[0] < lease_ms + 2 * GRACE_MS), key=itemgetter(0))
+    for first in range(0, len(ending), slice_jobs):
+        jobs = ending[first : first + slice_jobs]
+        command = ExtendAfterPause(ids=[job_id for _, job_id in jobs], grace_ms=GRACE_MS, since=since)
+        actor.defer_internal(command, (jobs[0][0] - lease_ms - URGENT_MS) / SECOND_MS)
 
 
-def _ends(lease: Lease) -> int:
-    """Return the first deadline of a lease, in lease time."""
-    first = min(lease.expires, lease.silent)
-    return first if lease.ceiling is None else min(first, lease.ceiling)
+def _ends(lease: Lease, since: int) -> int:
+    """Return the next deadline of a lease as of lease time `since`: its lock expires, or its job stalls."""
+    end = lease.expires if lease.is_live(since) else lease.stuck
+    return end if lease.ceiling is None else min(end, lease.ceiling)

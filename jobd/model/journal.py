@@ -75,7 +75,7 @@ class NodeEntry(Struct, frozen=True):
     `format` is the highest format of a record that it reads, `projected_to` the last record that its tables have.
     `seen_ms` is the time since it was written, by the clock of the server. `ahead_ms` says by how much the wall clock
     of the node is ahead of that of the server. `version` changes with each write. `schema_version` is that of its
-    tables; 0: it did not say.
+    tables, `lease_ms` the length of its lease when it leads; 0: it did not say.
     """
 
     name: str
@@ -88,6 +88,7 @@ class NodeEntry(Struct, frozen=True):
     ahead_ms: int = 0
     version: str = ""
     schema_version: int = 0
+    lease_ms: int = 0
 
 
 class SnapshotInfo(Struct, frozen=True):
@@ -104,12 +105,13 @@ class JournalHealth(Struct, frozen=True):
 
     Without `is_synchronous`, an acknowledged record is on one machine only. `is_waiting` says that a statement has
     been waiting for a synchronous standby for a second. `oldest_transaction_ms` is the age of the oldest transaction in
-    the database.
+    the database. `timeline` changes with each failover of the server.
     """
 
     is_synchronous: bool
     is_waiting: bool
     oldest_transaction_ms: int
+    timeline: int = 0
 
 
 class LeadershipLost(Exception):

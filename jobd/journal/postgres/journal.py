@@ -39,7 +39,8 @@ _HEALTH: Final = """
             max(extract(epoch FROM clock_timestamp() - xact_start)) FILTER (WHERE backend_type <> 'autovacuum worker'),
             (SELECT max(extract(epoch FROM clock_timestamp() - prepared)) FROM pg_prepared_xacts
              WHERE database = current_database())
-        )::float8
+        )::float8,
+        CASE WHEN pg_is_in_recovery() THEN '0' ELSE left(pg_walfile_name(pg_current_wal_lsn()), 8) END
     FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"""
 
 
@@ -152,8 +153,8 @@ class PostgresJournal:
         await self._read(lambda conn: snapshots.drop(conn, self._name, number))
 
     async def health(self) -> JournalHealth:
-        is_synchronous, is_waiting, oldest_s = await self._read(lambda conn: conn.fetchrow(_HEALTH))
-        return JournalHealth(is_synchronous, is_waiting, int(oldest_s * 1000))
+        synchronous, waiting, oldest_s, timeline = await self._read(lambda conn: conn.fetchrow(_HEALTH))
+        return JournalHealth(synchronous, waiting, int(oldest_s * 1000), int(timeline, 16))
 
     async def close(self) -> None:
         await self._leading.close()

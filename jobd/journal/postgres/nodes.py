@@ -10,22 +10,24 @@ from jobd.model.journal import NodeEntry
 _REGISTER: Final = """
     WITH before AS (SELECT process FROM jobd_nodes WHERE name = $1 AND node = $2)
     INSERT INTO jobd_nodes
-        (name, node, process, url, format, config_hash, projected_to, ahead_ms, schema_version, seen)
-    SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, clock_timestamp() FROM set_config('synchronous_commit', 'local', true)
+        (name, node, process, url, format, config_hash, projected_to, ahead_ms, schema_version, lease_ms, seen)
+    SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, clock_timestamp()
+    FROM set_config('synchronous_commit', 'local', true)
     ON CONFLICT (name, node) DO UPDATE SET process = excluded.process, url = excluded.url, format = excluded.format,
         config_hash = excluded.config_hash, projected_to = excluded.projected_to, ahead_ms = excluded.ahead_ms,
-        schema_version = excluded.schema_version, seen = excluded.seen
+        schema_version = excluded.schema_version, lease_ms = excluded.lease_ms, seen = excluded.seen
     RETURNING (SELECT process FROM before)"""
 _NODES: Final = """
     SELECT node, process, url, format, config_hash, projected_to,
-        greatest(0, extract(epoch FROM clock_timestamp() - seen) * 1000)::bigint, ahead_ms, xmin::text, schema_version
+        greatest(0, extract(epoch FROM clock_timestamp() - seen) * 1000)::bigint, ahead_ms, xmin::text, schema_version,
+        lease_ms
     FROM jobd_nodes WHERE name = $1 ORDER BY node COLLATE "C\""""
 _FORGET: Final = "DELETE FROM jobd_nodes WHERE name = $1 AND node = $2"
 
 
 async def register(conn: Any, name: str, node: NodeEntry) -> str | None:
-    versions = node.ahead_ms, node.schema_version
-    arguments = (node.name, node.process, node.url, node.format, node.config_hash, node.projected_to, *versions)
+    numbers = node.projected_to, node.ahead_ms, node.schema_version, node.lease_ms
+    arguments = (node.name, node.process, node.url, node.format, node.config_hash, *numbers)
     before: str | None = await conn.fetchval(_REGISTER, name, *arguments)
     return None if before == node.process else before
 

@@ -31,15 +31,18 @@ CREATE TABLE IF NOT EXISTS jobd_snapshots (
 CREATE TABLE IF NOT EXISTS jobd_nodes (
     name text NOT NULL, node text NOT NULL, process text NOT NULL, url text NOT NULL, format int NOT NULL,
     config_hash text NOT NULL, projected_to bigint NOT NULL, ahead_ms bigint NOT NULL, seen timestamptz NOT NULL,
-    schema_version int NOT NULL DEFAULT 0, PRIMARY KEY (name, node)
+    schema_version int NOT NULL DEFAULT 0, lease_ms bigint NOT NULL DEFAULT 0, PRIMARY KEY (name, node)
 );
 ALTER TABLE jobd_journal ALTER COLUMN body SET STORAGE EXTERNAL;
 ALTER TABLE jobd_snapshots ALTER COLUMN body SET STORAGE EXTERNAL;
 """  # EXTERNAL: without compression
 # Columns that tables of earlier versions lack. Those versions insert rows without them.
 _HAS_NEW_COLUMNS: Final = """
-    SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'jobd_nodes'::regclass AND attname = 'schema_version')"""
-_NEW_COLUMNS: Final = "ALTER TABLE jobd_nodes ADD COLUMN IF NOT EXISTS schema_version int NOT NULL DEFAULT 0"
+    SELECT count(*) = 2 FROM pg_attribute
+    WHERE attrelid = 'jobd_nodes'::regclass AND attname IN ('schema_version', 'lease_ms')"""
+_NEW_COLUMNS: Final = """
+    ALTER TABLE jobd_nodes ADD COLUMN IF NOT EXISTS schema_version int NOT NULL DEFAULT 0,
+        ADD COLUMN IF NOT EXISTS lease_ms bigint NOT NULL DEFAULT 0"""
 _NAMES: Final = ("jobd_schema", "jobd_journals", "jobd_journal", "jobd_epochs", "jobd_snapshots", "jobd_nodes")
 _LOCK: Final = "SELECT pg_advisory_xact_lock(x'6A6F6264'::int, 0)"  # for two nodes that run this at the same time
 _EXISTS: Final = "SELECT to_regclass('jobd_schema') IS NOT NULL"

@@ -107,3 +107,20 @@ def test_the_leader_stops_before_a_standby_takes_over(apart_s: float, delay_s: f
 
 def test_the_clock_of_a_node_counts_suspends() -> None:
     assert boot_clock_s() == pytest.approx(time.clock_gettime(time.CLOCK_BOOTTIME), abs=5)
+
+
+def test_a_standby_respects_a_longer_lease_of_the_leader() -> None:
+    clock = FakeClock()
+    lease = StandbyLease(LEASE_S, clock)
+    assert not lease.see(head())
+    clock.now_s += LEASE_S
+    assert lease.see(head())
+    assert lease.respect(1.0), "its own lease counts, if it is longer"
+    assert not lease.respect(10.0)
+    clock.now_s += 6.99
+    assert not lease.see(head())
+    clock.now_s += 0.02
+    assert lease.see(head())
+    assert not lease.see(head(epoch=8))
+    clock.now_s += LEASE_S
+    assert lease.see(head(epoch=8)), "the next leader may have another lease"

@@ -14,10 +14,10 @@ from structlog.testing import capture_logs
 from jobd.cluster.standby import JUMP, Standby, acknowledged, is_refused_at
 from jobd.journal.memory import MemoryServer
 from jobd.model.commands import Cancel, Create, ForceReset, Get, Start
-from jobd.model.journal import BadRecord, JournalOutcomeUnknown, Record
+from jobd.model.journal import BadRecord, JournalOutcomeUnknown, JournalUnavailable, NodeEntry, Record
 from jobd.model.storage import Batch, DiskFull, FiguresWrite, OutboxWrite, Quarantined, Tombstone, TombstoneWrite
 from tests.support.cluster_harness import ClusterNode, cluster, join, leader_of
-from tests.support.virtual_engine import in_virtual_time, seconds
+from tests.support.virtual_engine import VirtualLoop, in_virtual_time, seconds
 
 
 def record(number: int) -> Record:
@@ -267,18 +267,79 @@ async def test_a_leader_that_listens_is_not_replaced_because_its_session_ended()
 
 
 @in_virtual_time
-async def test_numbers_jump_if_acknowledged_records_may_be_lost() -> None:
+async def test_a_standby_waits_for_the_lease_of_the_leader_if_it_is_longer() -> None:
+    server = MemoryServer()
+    leader, standby = nodes = cluster(server, "a", "b")
+    assert await leader_of(nodes) is leader
+    holder = leader.standby.settings.holder
+    await standby.journal.register(NodeEntry("a", holder, "http://a", 1, "", 0, lease_ms=20_000))
+    standby.standby._is_refused = _never_refused
+    leader.journal.is_reachable = False
+    await seconds(18)
+    assert not standby.leads
+    assert standby.standby.leader == "http://a"
+    await seconds(3)
+    assert standby.leads
+    for node in nodes:
+        await node.stop()
+
+
+@pytest.mark.parametrize("why", ["nothing", "require_sync is off", "no synchronous standby", "failover", "not known"])
+def test_numbers_jump_if_acknowledged_records_may_be_lost(why: str) -> None:
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(_take_over_after(why))
+
+
+async def _take_over_after(why: str) -> None:
     server = MemoryServer()
     old, standby = nodes = cluster(server, "a", "b")
-    standby.standby.settings = replace(standby.standby.settings, is_synchronous=False)
     assert await leader_of(nodes) is old
     await old.ask(Create(id="a"))
+    await seconds(1.2)
+    if why == "require_sync is off":
+        standby.standby.settings = replace(standby.standby.settings, is_synchronous=False)
+    elif why == "no synchronous standby":
+        server.health = replace(server.health, is_synchronous=False)
+    elif why == "failover":
+        server.fail_over()
+    elif why == "not known":
+        standby.journal.before = _without_health
     await old.kill()
     new = await leader_of([standby])
     await new.ask(Create(id="b"))
-    assert new.disk.ids == {"a": 1, "b": 2 + JUMP}
-    assert new.disk.events[-1].seq > JUMP
+    jump = 0 if why == "nothing" else JUMP
+    assert new.disk.ids == {"a": 1, "b": 2 + jump}
+    assert (new.disk.events[-1].seq > JUMP) == bool(jump)
     await new.stop()
+
+
+async def _never_refused(url: str) -> bool:
+    return False
+
+
+async def _without_health(call: str) -> None:
+    if call == "health":
+        raise JournalUnavailable("try again")
+
+
+@in_virtual_time
+async def test_a_failover_under_an_earlier_leader_lets_no_numbers_jump() -> None:
+    server = MemoryServer()
+    first, second, third = nodes = cluster(server, "a", "b", "c")
+    assert await leader_of(nodes) is first
+    await first.ask(Create(id="a"))
+    await seconds(1.2)
+    server.fail_over()
+    await first.kill()
+    leader = await leader_of([second, third])
+    await leader.ask(Create(id="b"))
+    await seconds(1.2)
+    last = third if leader is second else second
+    await leader.kill()
+    assert await leader_of([last]) is last
+    await last.ask(Create(id="c"))
+    assert last.disk.ids == {"a": 1, "b": 2 + JUMP, "c": 3 + JUMP}
+    await last.stop()
 
 
 @in_virtual_time

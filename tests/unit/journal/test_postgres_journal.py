@@ -236,13 +236,15 @@ async def test_a_server_that_does_not_respond_to_a_read_is_unavailable(
     assert (await a.head()).number == 0
 
 
-async def test_a_column_that_earlier_tables_lack_is_added(
-    a: PostgresJournal, postgres_server: PostgresServer, journal_name: str
+@pytest.mark.parametrize("columns", [["schema_version", "lease_ms"], ["lease_ms"]])
+async def test_columns_that_earlier_tables_lack_are_added(
+    a: PostgresJournal, postgres_server: PostgresServer, journal_name: str, columns: list[str]
 ) -> None:
-    postgres_server.sql("ALTER TABLE jobd_nodes DROP COLUMN schema_version")
+    for column in columns:
+        postgres_server.sql(f"ALTER TABLE jobd_nodes DROP COLUMN {column}")
     journal = await PostgresJournal.open(postgres_server.url(), journal_name, LEASE_MS)
-    await journal.register(NodeEntry("b", "p", "", 2, "", 0, schema_version=12))
-    assert [node.schema_version for node in await journal.nodes()] == [12]
+    await journal.register(NodeEntry("b", "p", "", 2, "", 0, schema_version=12, lease_ms=3_000))
+    assert [(node.schema_version, node.lease_ms) for node in await journal.nodes()] == [(12, 3_000)]
     await journal.close()
 
 

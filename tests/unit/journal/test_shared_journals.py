@@ -218,13 +218,13 @@ async def test_a_read_is_limited_by_its_bytes(a: SharedJournal) -> None:
 
 async def test_nodes_are_listed_by_name(a: SharedJournal, b: SharedJournal) -> None:
     east = NodeEntry("east", "p1", "http://east", 1, "abc", 5)
-    west = NodeEntry("west", "p2", "http://west", 1, "abc", 7, ahead_ms=-1_500, schema_version=12)
+    west = NodeEntry("west", "p2", "http://west", 1, "abc", 7, ahead_ms=-1_500, schema_version=12, lease_ms=3_000)
     assert await b.register(west) is None
     assert await a.register(east) is None
     assert await a.register(east) is None
     found = await b.nodes()
     assert [(each.name, each.process, each.projected_to) for each in found] == [("east", "p1", 5), ("west", "p2", 7)]
-    assert [(each.ahead_ms, each.schema_version) for each in found] == [(0, 0), (-1_500, 12)]
+    assert [(each.ahead_ms, each.schema_version, each.lease_ms) for each in found] == [(0, 0, 0), (-1_500, 12, 3_000)]
     assert all(0 <= each.seen_ms < 60_000 for each in found)
     assert [each.version for each in await a.nodes()] == [each.version for each in found]
     await b.register(west)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jobd.maintenance.held_locks import GRACE_MS, extend_held_locks
-from jobd.model.commands import Ping
+from jobd.maintenance.held_locks import GRACE_MS, URGENT_MS, extend_held_locks
+from jobd.model.commands import Create, ExtendAfterPause, Ping
 from jobd.model.job import MINUTE_MS
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import VirtualEngine, checked_engine, in_virtual_time, row, seconds
@@ -28,7 +28,7 @@ async def test_locks_are_extended_before_any_request() -> None:
     async with checked_engine() as engine:
         ids = [f"a-{number}" for number in range(2 * SLICE + 1)]
         for job_id in ids:
-            await engine.held(job_id, lock_ttl_ms=GRACE_MS - 1_000)
+            await engine.held(job_id, lock_ttl_ms=URGENT_MS)
         extend(engine)
         await engine.yes(Ping())
         assert resumed(engine) == ids
@@ -36,16 +36,47 @@ async def test_locks_are_extended_before_any_request() -> None:
 
 
 @in_virtual_time
-async def test_each_deadline_is_postponed() -> None:
-    deadlines = ["lock_ttl_ms", "stuck_after_ms", "max_processing_ms"]
+async def test_locks_that_end_later_are_extended_between_requests() -> None:
     async with checked_engine() as engine:
-        late = {"lock_ttl_ms": LONG_MS, "stuck_after_ms": LONG_MS, "max_processing_ms": LONG_MS}
+        ids = [f"a-{number}" for number in range(3 * SLICE)]
+        for job_id in ids:
+            await engine.held(job_id, lock_ttl_ms=2 * URGENT_MS)
+        await engine.held("first", lock_ttl_ms=URGENT_MS)
+        extend(engine)
+        await engine.yes(Create(id="new"))
+        created = next(batch for batch in engine.disk.batches if batch.changes[-1].event.job_id == "new")
+        assert [change.event.job_id for change in created.changes] == ["first", "a-0", "new"]
+        await seconds(1)
+        assert resumed(engine) == ["first", *ids]
+
+
+@in_virtual_time
+async def test_a_command_is_no_longer_deferred_at_its_deadline() -> None:
+    async with checked_engine() as engine:
+        for job_id in ("a", "b", "c", "d"):
+            await engine.held(job_id, lock_ttl_ms=URGENT_MS)
+        since = engine.clock.moment().lease
+        for job_id, within_s in (("d", 1.0), ("b", 0.0), ("c", 0.0), ("a", -1.0)):
+            engine.actor.defer_internal(ExtendAfterPause(ids=[job_id], grace_ms=GRACE_MS, since=since), within_s)
+        await engine.yes(Create(id="new"))
+        created = next(batch for batch in engine.disk.batches if batch.changes[-1].event.job_id == "new")
+        assert [change.event.job_id for change in created.changes] == ["a", "b", "c", "new"]
+        await engine.yes(Ping())
+        assert resumed(engine) == ["a", "b", "c", "d"]
+
+
+@in_virtual_time
+async def test_each_deadline_is_postponed() -> None:
+    late = {"lock_ttl_ms": LONG_MS, "stuck_after_ms": LONG_MS, "max_processing_ms": LONG_MS}
+    async with checked_engine() as engine:
         await engine.held("late", **late)
-        for name in deadlines:
-            await engine.held(name, **late | {name: GRACE_MS - 1_000})
+        await engine.held("expires", **late | {"lock_ttl_ms": URGENT_MS})
+        await engine.held("stalls", **late | {"lock_ttl_ms": 1_000, "stuck_after_ms": URGENT_MS})
+        await engine.held("makes no progress", **late | {"max_processing_ms": URGENT_MS})
+        await seconds(2)
         extend(engine)
         await engine.yes(Ping())
-        assert resumed(engine) == deadlines
+        assert sorted(resumed(engine)) == ["expires", "makes no progress", "stalls"]
 
 
 @in_virtual_time

@@ -100,7 +100,7 @@ async def _(take_over: Any, self: Standby) -> Leadership | None:
     lease = LeaderLease(self.settings.lease_s, self._now_s)
     if (head := await self._take_lead(lease)) is None:
         return None
-    self._begin_epoch(head.epoch)
+    self._begin_epoch(head.epoch, may_have_lost=False)
     return Leadership(self._journal, head, lease, next_epoch=lambda: self._next_epoch(self._warm.state.epoch))
 
 
