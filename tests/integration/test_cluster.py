@@ -48,6 +48,23 @@ def create(node: NodeProcess, job_id: str) -> DaemonResponse:
     return node.post("/v1/jobs", {"id": job_id})
 
 
+def test_a_standby_with_a_shorter_lease_waits_for_that_of_the_leader(cluster: Cluster) -> None:
+    first = cluster.add("a", JOBD_JOURNAL_LEASE="6s")
+    first.wait_leads()
+    second = cluster.add("b", JOBD_JOURNAL_LEASE="1s")
+    wait_until(lambda: [node["config_differs"] for node in second.cluster()["nodes"]] == [False, True])
+    ends = time.monotonic() + 4.0  # an idle leader renews its lease every 2 s
+    while time.monotonic() < ends:
+        assert second.get("/readyz").status == 503
+        time.sleep(0.05)
+    first.process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    wait_until(lambda: second.get("/readyz").status == 200)
+    assert time.monotonic() - began > 3.0, "the rest of the lease of the former leader"
+    first.process.send_signal(signal.SIGCONT)
+    assert first.process.wait(10) == 75
+
+
 def test_a_standby_follows_and_takes_over(cluster: Cluster) -> None:
     first = cluster.add("a")
     first.wait_leads()
