@@ -57,6 +57,7 @@ def test_a_standby_with_a_shorter_lease_waits_for_that_of_the_leader(cluster: Cl
     while time.monotonic() < ends:
         assert second.get("/readyz").status == 503
         time.sleep(0.05)
+    assert first.process is not None
     first.process.send_signal(signal.SIGSTOP)
     began = time.monotonic()
     wait_until(lambda: second.get("/readyz").status == 200)

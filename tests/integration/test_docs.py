@@ -718,7 +718,9 @@ def test_the_curl_example_finds_the_leader(context: DocumentEnvironment) -> None
     server.always = lambda received: rejected("not_leader", 503, leader=f"http://{address}")
     settings = {"JOBD_WORKER_LISTEN": address, "JOBD_WORKER_TOKEN_FILE": str(context.directory / "token")}
     with DaemonProcess(context.directory, **settings) as daemon, serving(server) as standby:
-        environ = {**context.environ, **settings, "JOBD_URL": f"http://{free_address()},{standby},http://{address}"}
+        urls = [f"http://{free_address()}", standby, f"http://{address}"]
+        environ = {**context.environ, **settings, "JOBD_URL": ",".join(urls)}
+        tried = f"{urls[0]} (000) {urls[1]} (503) {urls[2]} (000)"
 
         def call(*arguments: str) -> tuple[int, str]:
             command = ["bash", str(script), *arguments]
@@ -732,7 +734,7 @@ def test_the_curl_example_finds_the_leader(context: DocumentEnvironment) -> None
         assert {each.headers["Authorization"] for each in server.received} == {f"Bearer {TOKEN}"}
         assert len({each.headers["Idempotency-Key"] for each in server.received}) == 2
         assert daemon.stop() == 0
-        assert call("GET", "/v1/jobs/j1") == (75, "no node served the request\n")
+        assert call("GET", "/v1/jobs/j1") == (75, f"no node served the request: {tried}\n")
 
 
 def test_every_python_example_is_run() -> None:

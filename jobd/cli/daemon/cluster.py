@@ -17,7 +17,7 @@ from jobd.cli.params import SETTINGS, CommandGroup
 if TYPE_CHECKING:
     from jobd.cluster.loss import Accepted, Loss
     from jobd.config import Config, JournalSection
-    from jobd.model.journal import SharedJournal
+    from jobd.journal.postgres.journal import PostgresJournal
 
 T = TypeVar("T")
 
@@ -221,12 +221,14 @@ def check_journal(settings: JournalSection) -> None:
 
 
 async def _is_synchronous(settings: JournalSection) -> bool:
+    """Return whether commits wait for a standby. Raises JournalUnavailable if none acknowledges them."""
     async with _opened(settings) as journal:
+        await journal.check_commit()
         return (await journal.health()).is_synchronous
 
 
 @contextlib.asynccontextmanager
-async def _opened(settings: JournalSection) -> AsyncIterator[SharedJournal]:
+async def _opened(settings: JournalSection) -> AsyncIterator[PostgresJournal]:
     from jobd.journal.postgres.journal import PostgresJournal
 
     journal = await PostgresJournal.open(settings.url, settings.name, int(settings.lease))

@@ -10,7 +10,7 @@ from jobd.journal.checksum import checksum
 from jobd.journal.postgres import nodes, partitions, schema, snapshots
 from jobd.journal.postgres.errors import explain, was_rejected
 from jobd.journal.postgres.leading import EXPIRES, NOW, Leading, head_of
-from jobd.journal.postgres.session import JournalSession, Target, limited, lock_keys
+from jobd.journal.postgres.session import JournalSession, Target, check_commit, limited, lock_keys
 from jobd.journal.shielding import to_end
 from jobd.model.journal import BadRecord, Head, JournalHealth, NodeEntry, Record, SnapshotInfo
 
@@ -75,6 +75,14 @@ class PostgresJournal:
         journal = cls(target, lease_ms)
         await journal._leading.connect()
         return journal
+
+    async def check_commit(self) -> None:
+        """Raise JournalUnavailable if no synchronous standby acknowledges a commit in a few seconds."""
+        conn = await self._target.connect()
+        try:
+            await check_commit(conn)
+        finally:
+            conn.terminate()
 
     # -- The leader --
 
@@ -179,6 +187,7 @@ async def create(url: str, name: str, cluster_id: str, *, number: int = 0, epoch
     target = Target(journal_url.parse(url), name)
     conn = await target.connect(is_new=True)
     try:
+        await check_commit(conn)
         with limited(conn, TRIM_S):
             return await schema.create(conn, target.url.database, name, cluster_id, number, epoch)
     except Exception as error:

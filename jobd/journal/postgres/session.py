@@ -21,6 +21,7 @@ VERSION: Final = 1  # of the tables
 CONNECT_S: Final = 3.0
 STAGGER_S: Final = 0.3  # between the connection attempts to several hosts
 SILENT_S: Final = 1.5  # for the rest of them after one has failed, such as a standby
+COMMIT_S: Final = 5.0  # for a synchronous standby to acknowledge an empty commit
 OLDEST: Final = 140000  # server_version_num: DETACH PARTITION CONCURRENTLY is new in 14
 
 _LOCKS: Final = 0x6A6F6264  # first key of the advisory locks: "jobd"
@@ -49,6 +50,7 @@ _SERVER: Final = (
     "SELECT current_setting('server_version_num')::int, current_setting('server_version'), pg_backend_pid()"
 )
 _TABLES: Final = "SELECT max(version) FROM jobd_schema"
+_EMPTY_COMMIT: Final = "SELECT pg_logical_emit_message(true, 'jobd', '')"
 _CLUSTER: Final = "SELECT cluster_id FROM jobd_journals WHERE name = $1"
 
 
@@ -225,6 +227,20 @@ class JournalSession:
             self._timer.cancel()
         if self._conn is not None:
             self._conn.terminate()
+
+
+async def check_commit(conn: Any) -> None:
+    """Raise JournalUnavailable if no synchronous standby acknowledges a commit in time. It commits nothing."""
+    try:
+        async with asyncio.timeout(COMMIT_S):
+            await conn.execute(_EMPTY_COMMIT)
+    except TimeoutError:
+        with contextlib.suppress(Exception):
+            await conn.close(timeout=CONNECT_S)  # after the server has ended the statement
+        raise JournalUnavailable(
+            "A write waits for a synchronous standby of PostgreSQL: start one that synchronous_standby_names names, or "
+            "correct that setting"
+        ) from None
 
 
 @contextlib.contextmanager

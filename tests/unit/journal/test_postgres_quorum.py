@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from jobd.journal.postgres import leading
+from jobd.journal.postgres import leading, session
 from jobd.journal.postgres.journal import PostgresJournal, create
 from jobd.model.journal import JournalOutcomeUnknown, JournalUnavailable, NodeEntry
 from tests.conftest import tool_missing
@@ -69,6 +69,22 @@ async def test_an_append_waits_for_a_standby(
     await appending
     assert await taking is None
     assert [each.number for each in await b.read(0, 10)] == [1, 2]
+
+
+async def test_a_missing_standby_is_named_before_a_journal_is_created(
+    servers: list[PostgresServer], nodes: tuple[PostgresJournal, PostgresJournal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, _ = nodes
+    await a.check_commit()
+    await asyncio.to_thread(servers[1].stop)
+    monkeypatch.setattr(session, "COMMIT_S", 0.5)
+    with pytest.raises(JournalUnavailable, match="A write waits for a synchronous standby of PostgreSQL: start one"):
+        await a.check_commit()
+    with pytest.raises(JournalUnavailable, match="A write waits for a synchronous standby of PostgreSQL: start one"):
+        await create(servers[0].url(), "other", "id")
+    assert not (await a.health()).is_waiting, "the session has ended"
+    await asyncio.to_thread(servers[1].start)
+    await a.check_commit()
 
 
 async def test_a_cancelled_wait_for_a_standby_is_not_an_acknowledgement(
