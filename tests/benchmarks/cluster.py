@@ -227,7 +227,7 @@ def _wait_until_followed(standby: NodeProcess, leader: NodeProcess) -> None:
 # -- takeovers -------------------------------------------------------------------------------------------------------
 
 
-def takeovers(server: PostgresServer, live: int, times: int) -> dict[str, Any]:
+def takeovers(server: PostgresServer, live: int, times: int, lock_ttl_ms: int) -> dict[str, Any]:
     """Measure takeovers of a warm standby, `times` of each kind: first with queued jobs, then with half processing."""
     settings = {"JOBD_JOURNAL_LEASE": LEASE}
     found: dict[str, Any] = {}
@@ -238,7 +238,7 @@ def takeovers(server: PostgresServer, live: int, times: int) -> dict[str, Any]:
         load(leader, "fill", count=live)
         standby = stack.enter_context(node(directory, server, "b", **settings))
         for population, processing in (("queued", 0), ("half processing", live // 2)):
-            _claim(leader, processing)
+            _claim(leader, processing, lock_ttl_ms)
             for way, stop in (("process killed", signal.SIGKILL), ("machine lost", signal.SIGSTOP)):
                 rounds = []
                 for _ in range(times):
@@ -260,9 +260,10 @@ def _wait_until_idle(leader: NodeProcess) -> None:
         time.sleep(IDLE_S)
 
 
-def _claim(leader: NodeProcess, count: int) -> None:
+def _claim(leader: NodeProcess, count: int, lock_ttl_ms: int) -> None:
     for claimed in range(0, count, CLAIM):
-        response = leader.post("/v1/claim", {"worker": "holder", "limit": min(CLAIM, count - claimed)})
+        claim = {"worker": "holder", "limit": min(CLAIM, count - claimed), "lock_ttl_ms": lock_ttl_ms}
+        response = leader.post("/v1/claim", claim)
         if response.status != 200:
             raise BenchFailed(f"a claim failed: {response.body}")
 
@@ -317,6 +318,7 @@ def main() -> None:
     parser.add_argument("--live", type=int, default=100_000, help="jobs")
     parser.add_argument("--starts", type=int, default=3, help="of a node with an empty disk")
     parser.add_argument("--takeovers", type=int, default=10, help="of each kind")
+    parser.add_argument("--lock-ttl-ms", type=int, default=900_000, help="of the jobs that are processing")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
@@ -337,7 +339,7 @@ def _throughput(quorum: PostgresServer, options: argparse.Namespace) -> dict[str
 PARTS: Final[dict[str, Callable[[PostgresServer, argparse.Namespace], dict[str, Any]]]] = {
     "throughput": _throughput,
     "snapshots": lambda server, options: snapshots(server, options.live, 4 * options.seconds, options.starts),
-    "takeover": lambda server, options: takeovers(server, options.live, options.takeovers),
+    "takeover": lambda server, options: takeovers(server, options.live, options.takeovers, options.lock_ttl_ms),
 }
 
 

@@ -193,6 +193,26 @@ def test_slow_clients_do_not_delay_a_takeover(cluster: Cluster, how: str) -> Non
 
 
 @pytest.mark.long
+def test_the_next_leader_deletes_the_artifacts_that_the_former_one_left(cluster: Cluster, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    settings = {"JOBD_ARTIFACTS_URL": results.as_uri()}
+    first = cluster.add("a", variant="idle_sweeper", **settings)
+    first.wait_leads()
+    second = cluster.add("b", variant="eager_sweeper", **settings)
+    for job_id in ("deleted", "kept"):
+        (results / job_id).write_text("result")
+        assert create(first, job_id).status == 201
+        lock_id = first.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}).data["lock_id"]
+        assert first.post(f"/v1/jobs/{job_id}/complete", {"lock_id": lock_id, "storage_key": job_id}).status == 200
+    assert first.admin("DELETE", "jobs/deleted").status == 200
+    wait_until(lambda: second.cluster()["lag_events"] == 0)
+    first.kill()
+    wait_until(lambda: not (results / "deleted").exists())
+    assert (results / "kept").exists()
+    assert 'jobd_artifacts_swept_total{outcome="deleted"} 1.0' in second.admin("GET", "/metrics").body.decode()
+
+
 def test_a_hanging_webhook_does_not_delay_a_takeover(cluster: Cluster) -> None:
     hanging = threading.Event()
 

@@ -18,9 +18,11 @@ from jobd.engine import history
 from jobd.engine.actor import Actor
 from jobd.http.server import HttpListener
 from jobd.journal import record
+from jobd.maintenance.artifact_sweeper import ArtifactSweeper
 from jobd.model.storage import DiskFull, JobQuery
 from jobd.monitoring.alerts import Alerts
 from jobd.storage import store
+from jobd.storage.artifacts.base import Margins
 from jobd.storage.store import Store
 from jobd.storage.tables import projection
 from jobd.storage.tables.projection import Projection
@@ -81,6 +83,23 @@ def full_tables() -> None:
     handing_over: Any = hand_over
     handing_over.SETTLED_S = 1.0
     signal.signal(signal.SIGUSR2, lambda *_: setattr(patched, "_project_slice", be_full))
+
+
+def idle_sweeper() -> None:
+    """Delete no artifacts."""
+
+    async def leave_all(*_: Any) -> bool:
+        return False
+
+    patched: Any = ArtifactSweeper
+    assert "_slice" in patched.__dict__
+    patched._slice = leave_all
+
+
+def eager_sweeper() -> None:
+    """Delete artifacts however young they are."""
+    patched: Any = serving
+    patched.ArtifactSweeper = partial(ArtifactSweeper, margins=Margins(young_ms=0))
 
 
 def hour_ahead() -> None:
@@ -225,6 +244,8 @@ VARIANTS: Final = {
         patient_stop,
         short_takeovers,
         full_tables,
+        idle_sweeper,
+        eager_sweeper,
         hour_ahead,
         slow_log,
         failing_reload,
