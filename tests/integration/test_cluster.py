@@ -300,7 +300,7 @@ def test_a_name_is_used_once(cluster: Cluster) -> None:
         other.launch()
         assert other.process is not None
         assert other.process.wait(WAIT_S) == 78
-    assert b'is the node \\"a\\"' in other.log
+    assert b'runs as node \\"a\\" on this journal' in other.log
 
 
 @pytest.mark.long
