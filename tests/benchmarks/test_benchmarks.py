@@ -17,6 +17,8 @@ from tests.benchmarks.__main__ import LARGE, _bars, benchmarks
 from tests.benchmarks.scenarios import SCENARIOS, BenchmarkScenario, Size, measure
 from tests.benchmarks.stage import BenchDaemon, BenchFailed
 
+pytestmark = pytest.mark.slow
+
 TINY = Size(seconds=0.2, connections=4, rate=50, live=1_000, backlogs=((1_000, 0), (1_500, 500)))
 # So many jobs that their memory is a multiple of the difference between two starts of an empty daemon.
 TINY_MEMORY = structs.replace(TINY, live=10_000)

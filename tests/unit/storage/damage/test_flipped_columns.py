@@ -33,6 +33,8 @@ from tests.support.store_files import hidden_indexes, job_of, stored_events
 from tests.unit.storage.events.test_event_rows import rounds
 from tests.unit.storage.offline.test_doctor import busy_store
 
+pytestmark = pytest.mark.slow
+
 LATER = NOW + 10_000
 WRONG = re.compile("damaged|missing|checksum .* wrong")
 BITS = (0, 1, 3, 20)
