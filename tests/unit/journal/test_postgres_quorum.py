@@ -155,6 +155,7 @@ async def test_acknowledged_records_survive_the_loss_of_the_primary(
     await lead(a)
     for number in range(1, 51):
         await a.append(record_of(number, 100), number - 1)
+    before = await b.health()
     await asyncio.to_thread(servers[0].kill)
     with pytest.raises((JournalOutcomeUnknown, JournalUnavailable)):
         await a.append(record_of(51, 100), 50)
@@ -163,7 +164,9 @@ async def test_acknowledged_records_survive_the_loss_of_the_primary(
     await asyncio.to_thread(servers[1].promote)
     head = await b.head()
     assert (head.number >= 50, head.is_connected) == (True, False)
-    assert not (await b.health()).is_synchronous
+    health = await b.health()
+    assert (before.is_synchronous, health.is_synchronous) == (True, False)
+    assert health.timeline > before.timeline > 0
     head = await a.resolve(0)
     await a.append(record_of(head.number + 1, head.epoch), head.number)
     assert [each.number for each in await b.read(0, 100)] == list(range(1, head.number + 2))
