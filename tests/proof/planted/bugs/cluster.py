@@ -70,6 +70,26 @@ def _(see: Any, self: StandbyLease, head: Head) -> bool:
 
 
 @bug(
+    "longer-lease-of-the-leader-ignored",
+    Standby._lease_of,
+    breaks="a leader with a longer lease serves reads after another node leads",
+    found_by="tests/unit/cluster/test_standby.py",
+)
+async def _(lease_of: Any, self: Standby, holder: str) -> float:
+    return 0.0
+
+
+@bug(
+    "numbers-reused-after-a-failover",
+    Standby._is_complete,
+    breaks="events get the numbers of events that a failover of the server has lost",
+    found_by="tests/unit/cluster/test_standby.py",
+)
+async def _(is_complete: Any, self: Standby) -> bool:
+    return self.settings.is_synchronous
+
+
+@bug(
     "lease-judged-by-the-wall-clock",
     StandbyLease.see,
     breaks="a standby measures the lease with the wall clock of the server",

@@ -183,6 +183,16 @@ def _(take: Any, self: Actor) -> list[Envelope]:
 
 
 @bug(
+    "deferred-commands-without-a-deadline",
+    Actor.defer_internal,
+    breaks="locks end before they are extended after a takeover, while every batch is slow",
+    found_by="tests/unit/maintenance/test_held_locks.py",
+)
+def _(defer: Any, self: Actor, command: Any, within_s: float) -> None:
+    defer(self, command, 3_600.0)
+
+
+@bug(
     "step-back-unnoticed",
     ClockMonitor.check,
     breaks="due jobs wait after the wall clock was set back",
