@@ -80,7 +80,7 @@ def explain(error: BaseException, url: JournalUrl, host: str = "") -> JournalUna
         case asyncpg.ProtocolViolationError() if "startup parameter" in str(error):  # PgBouncer
             return pooler(host)
         case asyncpg.PostgresConnectionError() | asyncpg.InterfaceError() | asyncpg.InternalClientError():
-            return JournalUnavailable(f"The connection to {server} was lost: try again")
+            return JournalUnavailable(f"{server} did not respond in time, or ended the connection: try again")
         case asyncpg.PostgresError():
             return JournalUnavailable(f"{server} reports an error: {error} (SQLSTATE {error.sqlstate})")
         case _:
