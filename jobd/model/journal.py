@@ -105,7 +105,7 @@ class JournalHealth(Struct, frozen=True):
 
     Without `is_synchronous`, an acknowledged record is on one machine only. `is_waiting` says that a statement has
     been waiting for a synchronous standby for a second. `oldest_transaction_ms` is the age of the oldest transaction in
-    the database. `timeline` changes with each failover of the server.
+    the database. `timeline` changes with each failover of the server; 0 if it does not tell.
     """
 
     is_synchronous: bool

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Any, Final, TypeVar
 
+import asyncpg
+
 from jobd.journal import url as journal_url
 from jobd.journal.checksum import checksum
 from jobd.journal.postgres import nodes, partitions, schema, snapshots
@@ -39,9 +41,9 @@ _HEALTH: Final = """
             max(extract(epoch FROM clock_timestamp() - xact_start)) FILTER (WHERE backend_type <> 'autovacuum worker'),
             (SELECT max(extract(epoch FROM clock_timestamp() - prepared)) FROM pg_prepared_xacts
              WHERE database = current_database())
-        )::float8,
-        CASE WHEN pg_is_in_recovery() THEN '0' ELSE left(pg_walfile_name(pg_current_wal_lsn()), 8) END
+        )::float8
     FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"""
+_TIMELINE: Final = "SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)"
 
 
 class PostgresJournal:
@@ -57,6 +59,7 @@ class PostgresJournal:
         self._name = target.name
         self._leading = Leading(target, lease_ms)
         self._reading = JournalSession(target)
+        self._tells_timeline = True
         self._keys = lock_keys(self.cluster_id, "leader")
 
     @classmethod
@@ -161,8 +164,18 @@ class PostgresJournal:
         await self._read(lambda conn: snapshots.drop(conn, self._name, number))
 
     async def health(self) -> JournalHealth:
-        synchronous, waiting, oldest_s, timeline = await self._read(lambda conn: conn.fetchrow(_HEALTH))
-        return JournalHealth(synchronous, waiting, int(oldest_s * 1000), int(timeline, 16))
+        is_synchronous, is_waiting, oldest_s = await self._read(lambda conn: conn.fetchrow(_HEALTH))
+        return JournalHealth(is_synchronous, is_waiting, int(oldest_s * 1000), await self._read(self._timeline))
+
+    async def _timeline(self, conn: Any) -> int:
+        """Return the timeline of the server, 0 if it does not tell: some managed servers have their own replication."""
+        if not self._tells_timeline:
+            return 0
+        try:
+            return int(await conn.fetchval(_TIMELINE), 16)
+        except (asyncpg.FeatureNotSupportedError, asyncpg.InsufficientPrivilegeError, asyncpg.UndefinedFunctionError):
+            self._tells_timeline = False
+            return 0
 
     async def close(self) -> None:
         await self._leading.close()

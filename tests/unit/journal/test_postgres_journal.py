@@ -224,6 +224,14 @@ async def test_the_session_of_a_leader_that_does_not_notice_its_end_is_ended(
         await a.resolve(0)
 
 
+async def test_a_server_need_not_tell_its_timeline(a: PostgresJournal, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (await a.health()).timeline == 1
+    monkeypatch.setattr(postgres_journal, "_TIMELINE", "SELECT no_such_function()")
+    assert (await a.health()).timeline == 0
+    monkeypatch.undo()
+    assert (await a.health()).timeline == 0, "it is not asked again"
+
+
 async def test_a_server_that_does_not_respond_to_a_read_is_unavailable(
     a: PostgresJournal, proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
