@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from random import Random
 from typing import Final
@@ -19,7 +20,7 @@ from jobd.model.commands import Stats
 from tests import ROOT
 from tests.proof.simulation import __main__ as program
 from tests.proof.simulation.expected import never
-from tests.proof.simulation.loop import SimLoop
+from tests.proof.simulation.loop import InlineExecutor, SimLoop
 from tests.proof.simulation.machine import Machine
 from tests.proof.simulation.run import SeedOutcome, reduce_failure, simulate
 from tests.proof.simulation.scenario import FAULTS, MISHAPS, draw
@@ -139,6 +140,14 @@ def test_a_caller_that_left_gets_nothing() -> None:
         runner.run(ask_and_go())
         gc.collect()
     assert expected == []
+
+
+def test_the_end_of_a_run_waits_for_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading.Thread, "start", lambda _: None)  # a thread that has not run yet
+    loop = SimLoop(Random("end"))
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        loop.set_default_executor(InlineExecutor())
+        runner.run(asyncio.sleep(1))
 
 
 def test_the_program_counts_events(capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,6 +129,9 @@ class SimLoop(asyncio.BaseEventLoop):
         super().stop()
         self._is_stopping = True
 
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as in asyncio
+        """Do nothing: the executor has no threads. asyncio would start one, for which this loop does not wait."""
+
     # -- asyncio.BaseEventLoop
 
     def _run_once(self) -> None:
