@@ -27,6 +27,12 @@ def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, asyncpg.DiskFullError)
 
 
+def is_unsupported(error: BaseException) -> bool:
+    """Return whether the server lacks a function, or does not let the role call it."""
+    missing = (asyncpg.FeatureNotSupportedError, asyncpg.InsufficientPrivilegeError, asyncpg.UndefinedFunctionError)
+    return isinstance(error, missing)
+
+
 def lacks_partition(error: BaseException) -> bool:
     """Return whether there is no partition for the number of a record."""
     return isinstance(error, asyncpg.CheckViolationError) and getattr(error, "constraint_name", None) is None

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Any, Final, TypeVar
 
-import asyncpg
-
 from jobd.journal import url as journal_url
 from jobd.journal.checksum import checksum
 from jobd.journal.postgres import nodes, partitions, schema, snapshots
-from jobd.journal.postgres.errors import explain, was_rejected
+from jobd.journal.postgres.errors import explain, is_unsupported, was_rejected
 from jobd.journal.postgres.leading import EXPIRES, NOW, Leading, head_of
 from jobd.journal.postgres.session import JournalSession, Target, check_commit, limited, lock_keys
 from jobd.journal.shielding import to_end
@@ -173,7 +171,9 @@ class PostgresJournal:
             return 0
         try:
             return int(await conn.fetchval(_TIMELINE), 16)
-        except (asyncpg.FeatureNotSupportedError, asyncpg.InsufficientPrivilegeError, asyncpg.UndefinedFunctionError):
+        except Exception as error:
+            if not is_unsupported(error):
+                raise
             self._tells_timeline = False
             return 0
 
