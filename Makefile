@@ -35,7 +35,8 @@ $(READY): pyproject.toml .ci/constraints.txt
 	@touch $@
 
 test: $(READY)  ## run the fast tests, in under three minutes (ARGS="-k name": a selection of all tests, in one process)
-	$(BIN)/pytest $(or $(ARGS),-m "not slow" --numprocesses $(PROCESSES); code=$$?; echo $(REST); exit $$code)
+	$(BIN)/pytest $(or $(ARGS),$(FAST) --numprocesses $(PROCESSES); code=$$?; echo $(REST); exit $$code)
+FAST := -m "not slow" --ignore tests/browser --ignore tests/proof
 REST := "These were the fast tests. make check also runs the slow ones, make cluster-tests those of clusters, make proof the long proofs."
 
 check: $(READY)  ## run what CI runs: format, lint, types, coverage, the demo, all tests

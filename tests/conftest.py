@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import itertools
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,8 +19,11 @@ import pytest
 import uvloop
 from blockbuster import BlockBuster
 from hypothesis import settings
+from jinja2 import BytecodeCache, Environment
+from jinja2.bccache import Bucket
 
 import jobd
+from jobd.dashboard import rendering
 from jobd.storage import startup
 from jobd.storage.offline import dry_run
 from tests import ROOT
@@ -57,6 +62,28 @@ def first_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a store take its epoch in the first second of 2020: 1 if it is new, and the next number each time."""
     monkeypatch.setattr(startup, "now_ms", lambda: EPOCH_1_MS)
     monkeypatch.setattr(dry_run, "now_ms", lambda: EPOCH_1_MS)
+
+
+class CompiledTemplates(BytecodeCache):
+    """Templates that were compiled in this process."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[str, bytes] = {}
+
+    def load_bytecode(self, bucket: Bucket) -> None:
+        if bucket.key in self._compiled:
+            bucket.bytecode_from_string(self._compiled[bucket.key])
+
+    def dump_bytecode(self, bucket: Bucket) -> None:
+        self._compiled[bucket.key] = bucket.bytecode_to_string()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compiled_templates() -> Iterator[None]:
+    """Compile each template once, and not for each dashboard."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rendering, "Environment", partial(Environment, bytecode_cache=CompiledTemplates()))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +132,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.is_relative_to(browser) or item.path.is_relative_to(proof):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: not item.path.is_relative_to(proof))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from going through thousands of collected tests again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
