@@ -36,6 +36,8 @@ class CommitMode:
         if self._is_fixed:
             return
         self._latest.append(took_s)
+        if self.is_inline and took_s < MEDIAN_S:
+            return  # a fast commit is no reason to change
         if self._has_become_slow() if self.is_inline else self._has_become_fast(now_s):
             self.is_inline = not self.is_inline
             self._latest = deque(maxlen=RECENT if self.is_inline else TRIAL)

@@ -175,6 +175,7 @@ class Database:
         self.recently_quarantined: dict[int, Quarantined] = {}
         self.unmoved: dict[int, str] = {}  # seq -> reason, for jobs whose damaged rows could not be moved
         self.on_rollback: Callable[[], object] = lambda: None
+        (self._synchronous,) = conn.execute("PRAGMA synchronous").fetchone()
         self.catch_up: Callable[[], object] = lambda: None  # writes the records that the tables lack
         self.log: LogGauge | None = None  # None: SQLite itself makes checkpoints, or there is no log
         self._has_new_frames = False  # in the log, since the last checkpoint
@@ -244,6 +245,17 @@ class Database:
                 return result
             self.rebuild_indexes()
         raise AssertionError("unreachable")
+
+    def commit_unsynced(self, fn: Callable[..., T], *args: Any) -> T:
+        """Like `commit`, without an fsync: a crash of the machine may undo it, until a later commit has returned."""
+        if self._is_uncommitted:
+            return self.commit(fn, *args)  # it raises
+        self.conn.execute("PRAGMA synchronous = NORMAL")
+        try:
+            return self.commit(fn, *args)
+        finally:
+            if not self.conn.in_transaction:  # otherwise the store is broken
+                self.conn.execute(f"PRAGMA synchronous = {self._synchronous}")
 
     def uncommitted(self, change: Callable[[], object], read: Callable[[], T]) -> T:
         """Call `change` and then `read` in a transaction that is rolled back. Uses memory in place of disk space."""

@@ -60,9 +60,9 @@ class Prepared(Struct, gc=False):
     reported: int
 
 
-SLICE_EVENTS: Final = 300  # of one transaction, if there are as many: it takes two milliseconds
+SLICE_EVENTS: Final = 150  # of one transaction, if there are as many: it takes a millisecond or two
 # A slice with the changes of several batches writes each of their jobs once, so larger batches get larger slices.
-BATCHES_PER_SLICE: Final = 4
+BATCHES_PER_SLICE: Final = 5
 MAX_SLICE_EVENTS: Final = 1_500
 SLICE_BYTES: Final = 1 << 20  # of its records are enough too, because a transaction with large payloads takes longer
 MAX_BEHIND: Final = 30_000  # events that the tables may lack
@@ -336,7 +336,8 @@ class Projection:
             if events >= enough or body_bytes >= SLICE_BYTES:
                 break
         if chosen:
-            self.tombstones_written += self.db.commit(self._apply, chosen)
+            # A slice that is lost is written again from the journal. The next append syncs it.
+            self.tombstones_written += self.db.commit_unsynced(self._apply, chosen)
             self._shortener.note([change for pending in chosen for change in pending.batch.changes])
             for _ in chosen:
                 self.behind -= self._pending.popleft().size

@@ -18,6 +18,7 @@ from jobd.storage.store import Store, StoreUnreadable
 from jobd.storage.tables import projection as projections
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.polling import wait_until
+from tests.support.projection_harness import fail_commits
 from tests.support.store_files import assert_holds, edit_store, job_of, open_store, recounted
 
 
@@ -123,7 +124,7 @@ async def test_enough_events_are_written_at_once(path: str, commit: Any, monkeyp
     maker = ChangeFactory()
     async with open_store(path, commit) as (store, _):
         await store.write(maker.batch([maker.create()]))
-        for _ in range(4):
+        for _ in range(projections.BATCHES_PER_SLICE):
             await store.write(maker.batch([maker.create() for _ in range(projections.SLICE_EVENTS)]))
         assert store._projection.behind > store._projection.slice_events
         await wait_until(lambda: not store._projection.behind)
@@ -132,7 +133,7 @@ async def test_enough_events_are_written_at_once(path: str, commit: Any, monkeyp
 async def test_larger_batches_get_larger_slices(store: Store, no_slices: None) -> None:
     """So that the changes of a job in several batches are written once."""
     maker = ChangeFactory()
-    for size, enough in ((1, 300), (100, 400), (1_000, 1_500)):
+    for size, enough in ((1, 150), (100, 500), (1_000, 1_500)):
         await store.write(maker.batch([maker.create() for _ in range(size)]))
         assert store._projection.slice_events == enough
 
@@ -226,6 +227,23 @@ async def test_a_slice_is_repeated_after_a_full_disk(store: Store, monkeypatch: 
         assert store._projection.behind > 0
     free()
     await wait_until(lambda: not store._projection.behind)
+
+
+@pytest.mark.parametrize(("synchronous", "level"), [("FULL", 2), ("EXTRA", 3)])
+async def test_appends_are_synced_and_slices_are_not(path: str, no_slices: None, synchronous: Any, level: int) -> None:
+    maker, levels = ChangeFactory(), list[int]()
+    store, _ = await Store.open(path, synchronous=synchronous)
+    async with store:
+        db, conn = store._database, store._connection.raw
+        db.before_commit = lambda: levels.extend(conn.execute("PRAGMA synchronous").fetchone())
+        for _ in range(3):
+            await store.write(maker.batch([maker.create()]))
+            await store.finish_upkeep()
+        fail_commits(store._projection, sqlite3.SQLITE_FULL)
+        await store._read(lambda db: None)  # a slice fails, and the read uses a transaction that is rolled back
+        db.before_commit = lambda: levels.extend(conn.execute("PRAGMA synchronous").fetchone())
+        await store.write(maker.batch([maker.create()]))
+    assert levels == [level, 1, level, 1, level, 1, level, 1]
 
 
 async def test_too_many_events_behind_a_full_disk_reject_batches(
