@@ -22,9 +22,9 @@ from jobd.config import Config, Duration, LoadedConfig
 from jobd.core.state import State
 from jobd.engine.actor import Actor, Bounds
 from jobd.engine.clock import Clock
-from jobd.engine.disk_full import Closed
+from jobd.engine.disk_full import WriteLimit
 from jobd.engine.event_feed import EventFeed
-from jobd.engine.idempotency import Keys
+from jobd.engine.idempotency import IdempotencyStore
 from jobd.http.app import App
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
 from jobd.maintenance.backups import Backups
@@ -214,7 +214,7 @@ class Serving:
         await self.actor.ended.wait()
 
     async def _stop_actor(self) -> None:
-        if self.actor.full_disk.closed == Closed.NOTHING:  # else the jobs cannot be kept due
+        if self.actor.full_disk.write_limit == WriteLimit.NONE:  # else the jobs cannot be kept due
             kept = asyncio.create_task(self._due_jobs.idle.wait())
             await asyncio.wait([kept, self.running], timeout=KEEP_DUE_S, return_when=asyncio.FIRST_COMPLETED)
             kept.cancel()
@@ -273,7 +273,7 @@ class Serving:
             storage=self._store,
             moment=self.clock.moment,
             source=f"/jobd/{quote(socket.gethostname(), safe='')}",
-            may_write=lambda: self.actor.full_disk.closed == Closed.NOTHING,
+            may_write=lambda: self.actor.full_disk.write_limit == WriteLimit.NONE,
             alerts=lambda: self.alerts.known(),
             chance=SystemRandom().random,
         )
@@ -349,14 +349,14 @@ class Serving:
 
 def _make_actor(store: Store, opened: OpenedStore, state: State, clock: Clock, settings: Config) -> Actor:
     state.quarantined = dict(opened.quarantined)
-    state.suspects = dict(opened.unvalidated)
+    state.unvalidated = dict(opened.unvalidated)
     state.figures = read_stats(opened.stats)
     limits = settings.limits
     bounds = Bounds(limits.mailbox, limits.inflight_bytes, limits.parked_claims, int(limits.claim_wait))
     actor = Actor(
         store,
         state,
-        Keys(current_responses(opened.keys, state), limits.idempotency_keys),
+        IdempotencyStore(current_responses(opened.keys, state), limits.idempotency_keys),
         clock,
         settings.policy(),
         random=RandomPool().draw,

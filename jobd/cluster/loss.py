@@ -23,7 +23,7 @@ from jobd.cluster.warm_state import WarmState
 from jobd.core import views
 from jobd.engine.batch import Decider, Preloaded
 from jobd.engine.clock import Clock
-from jobd.engine.idempotency import Keys
+from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.mailbox import Envelope
 from jobd.engine.waiting_claims import ParkedClaims
 from jobd.journal.record import FORMAT
@@ -230,7 +230,9 @@ def _ending(warm: WarmState, epoch: int, loss: Loss, policy: Policy) -> Batch:
     state.next_job += JUMP
     state.next_event += JUMP
     gone_to = state.next_event - 1  # for clients that have seen lost events
-    decider = Decider(state, Keys([], 1), ParkedClaims(state.presence), refuse=lambda _: None, loop_time=time.monotonic)
+    decider = Decider(
+        state, IdempotencyStore([], 1), ParkedClaims(state.presence), refuse=lambda _: None, loop_time=time.monotonic
+    )
     command = EndGrants(ids=list(state.processing), last=False, cause=CAUSE)
     call = Call(command, by="daemon", seed=os.urandom(16))
     at = Clock(numbers.lease_ms, numbers.wall_ms).moment()

@@ -46,7 +46,7 @@ class WarmState:
         self.last_event = opened.numbers.next_event - 1
         self.state = State.opened(opened)
         self.state.quarantined = dict(opened.quarantined)
-        self.state.suspects = dict(opened.unvalidated)
+        self.state.unvalidated = dict(opened.unvalidated)
         self._store = store
         self._unwritten: list[Record] = []  # applied, and not in the store yet
         self._decoded: list[Decoded] = []  # the same, decoded
@@ -119,5 +119,5 @@ class WarmState:
             queues={name: state.queue_row(name) for name in state.queue_names},
             keys=keys,
             quarantined=dict(state.quarantined),
-            unvalidated=dict(state.suspects),
+            unvalidated=dict(state.unvalidated),
         )

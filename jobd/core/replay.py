@@ -39,7 +39,7 @@ def apply(state: State, batch: Batch, loaded: Iterable[Job] = ()) -> None:
         if change.event.job_seq:
             _apply_change(state, change)
     for seq in batch.checked:
-        state.suspects.pop(seq, None)
+        state.unvalidated.pop(seq, None)
     for name, row in batch.queues.items():
         if row.pause != state.paused.get(name):
             state.set_paused(name, row.pause)
@@ -52,9 +52,9 @@ def apply(state: State, batch: Batch, loaded: Iterable[Job] = ()) -> None:
 def _apply_change(state: State, change: Change) -> None:
     event = change.event
     if event.type == "imported":
-        state.suspects[event.job_seq] = event.job_id
+        state.unvalidated[event.job_seq] = event.job_id
     elif event.type == "deleted":
-        state.suspects.pop(event.job_seq, None)
+        state.unvalidated.pop(event.job_seq, None)
     elif event.changes is None:
         return  # a late result or a late call
     if event.before is None:

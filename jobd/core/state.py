@@ -43,10 +43,11 @@ class State:
 
     __slots__ = (
         "_deadline_of", "_deadlines", "_expiries", "_finished_bytes", "_lanes", "_late_calls", "_late_results",
-        "_lease", "_not_live", "_now", "_options", "_queued", "_wakes", "cleared_locks", "clock_suspect", "counts",
-        "epoch", "expired_locks", "figures", "finished", "jobs", "late", "next_cleanup_at", "next_event", "next_job",
-        "next_token", "on_due", "paused", "presence", "processing", "quarantined", "queue_names", "release_loops",
-        "request_hashes", "started_sum", "stuck", "suspects", "totals", "unheld", "unmoved",
+        "_lease", "_not_live", "_now", "_options", "_queued", "_wakes", "clock_suspect", "counts", "epoch",
+        "expired_locks", "figures", "finished", "jobs", "late", "next_cleanup_at", "next_event", "next_job",
+        "next_token", "noted_expired", "on_due", "paused", "presence", "processing", "quarantined",
+        "queue_names", "release_loops", "request_hashes", "started_sum", "stuck", "totals", "unmoved",
+        "unvalidated", "without_lease",
     )  # fmt: skip
 
     def __init__(self, numbers: Numbers | None = None) -> None:
@@ -75,12 +76,12 @@ class State:
         self.processing: dict[str, Job] = {}  # in the order of their grants
         self.started_sum = 0  # sum of started_at over all processing jobs
         # Processing rows without a grant, which come from manual edits. A cleanup run repairs them.
-        self.unheld: dict[str, None] = {}
+        self.without_lease: dict[str, None] = {}
         self.presence = WorkerPresence(numbers.wall_ms, numbers.lease_ms)
         self.next_cleanup_at: int | None = None  # wall time of the next cleanup run, if only cleanup runs recover jobs
-        self.suspects: dict[int, str] = {}  # seq -> id of imported or accepted rows that were not validated yet
+        self.unvalidated: dict[int, str] = {}  # seq -> id of imported or accepted rows that were not validated yet
         self.expired_locks: dict[str, None] = {}  # expired, not yet recorded by recovery
-        self.cleared_locks: dict[str, None] = {}  # expired and recorded; the holder can still revive them
+        self.noted_expired: dict[str, None] = {}  # expired and recorded; the holder can still revive them
         self.stuck: dict[str, None] = {}
         self._not_live: dict[str, dict[str, None]] = {}  # id -> which of these four it is in
         self.release_loops: dict[str, int] = {}  # id -> releases of live jobs for which is_release_loop is true
@@ -299,7 +300,7 @@ class State:
         if tokens != sorted(tokens):
             by_token = sorted(zip(tokens, self.processing.items(), strict=True), key=itemgetter(0))
             self.processing = dict(item for _, item in by_token)
-        not_live = (self.expired_locks, self.cleared_locks, self.stuck)
+        not_live = (self.expired_locks, self.noted_expired, self.stuck)
         expired = (worker.expired for worker in self.presence.workers.values())
         if to_sort := [ids for ids in (*not_live, *expired) if len(ids) > 1]:
             place = {job_id: number for number, job_id in enumerate(self.processing)}
@@ -341,7 +342,7 @@ class State:
         self.quarantined[job_id] = reason
         job = self.get(job_id)
         if job is not None:
-            self.suspects.pop(job.seq, None)
+            self.unvalidated.pop(job.seq, None)
         if is_moved:
             counted = self.unmoved.pop(job_id, None) or uncounted
             if job is not None:
@@ -400,7 +401,7 @@ class State:
         # Deadlines move back only if they are undone.
         known = self._deadline_of.get(job_id)
         is_late = known is None or known > lease.expires or (lease.ceiling is not None and known > lease.ceiling)
-        if is_late or job_id in self.expired_locks or job_id in self.cleared_locks:
+        if is_late or job_id in self.expired_locks or job_id in self.noted_expired:
             self._unsort(job)
             self._schedule(job)
 
@@ -492,7 +493,7 @@ class State:
         self.processing[job_id] = job
         self.started_sum += job.started_at or job.created_at
         if grant is None or job.lease is None:
-            self._sort(job_id, self.unheld)  # an invalid row; validation reports it
+            self._sort(job_id, self.without_lease)  # an invalid row; validation reports it
             return
         self.presence.add_job(grant.worker, job_id, job.updated_at)
         self._schedule(job)
@@ -520,7 +521,7 @@ class State:
             deadline = lease.stuck
             self.presence.set_expired(grant.worker, job_id, True)
             if now < deadline:
-                self._sort(job_id, self.cleared_locks if lease.cleared else self.expired_locks)
+                self._sort(job_id, self.noted_expired if lease.cleared else self.expired_locks)
         if now >= deadline:
             self._sort(job_id, self.stuck)
             self._deadline_of.pop(job_id, None)

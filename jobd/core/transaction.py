@@ -111,7 +111,7 @@ class Transaction:
         if request_hash:
             state.request_hashes[job.id] = request_hash
         if event_type == "imported":
-            state.suspects[job.seq] = job.id
+            state.unvalidated[job.seq] = job.id
         state.reindex(None, job)
 
     def update(
@@ -252,7 +252,7 @@ class Transaction:
             state.order_processing()
         for change in reversed(changes):
             if change.event.type == "imported":
-                state.suspects.pop(change.event.job_seq, None)
+                state.unvalidated.pop(change.event.job_seq, None)
             elif change.event.type == "late_call":
                 state.forget_late_call(change.event)
             elif change.late is not None:

@@ -21,9 +21,9 @@ from jobd.core.state import State
 from jobd.core.stats import Histogram
 from jobd.engine.batch import DecidedBatch, Decider, Preloaded
 from jobd.engine.clock import Clock
-from jobd.engine.disk_full import Closed, FullDisk
-from jobd.engine.history import History
-from jobd.engine.idempotency import Keys
+from jobd.engine.disk_full import FullDisk, WriteLimit
+from jobd.engine.history import HistoryReader
+from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.mailbox import (
     SHARES,
     STORE_VIEWS,
@@ -99,7 +99,7 @@ class Actor:
         self,
         disk: JobStorage,
         state: State,
-        keys: Keys,
+        keys: IdempotencyStore,
         clock: Clock,
         policy: Policy,
         *,
@@ -145,7 +145,7 @@ class Actor:
             refuse=self.full_disk.refuse,
             loop_time=loop_time,
         )
-        self._history = History(disk, clock.moment)
+        self._history = HistoryReader(disk, clock.moment)
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
@@ -338,7 +338,7 @@ class Actor:
 
     def _has_internal(self) -> bool:
         """Return whether a command of the daemon can be decided now."""
-        return bool(self._internal or self._deferred) and self.full_disk.closed != Closed.ALL_WRITES
+        return bool(self._internal or self._deferred) and self.full_disk.write_limit != WriteLimit.ALL_WRITES
 
     def _wait_s(self) -> float | None:
         """Return the seconds until a wait ends, a job may become due for a waiting claim, or a probe is due."""
@@ -385,7 +385,7 @@ class Actor:
             due = bisect_right(self._deferred, self._loop_time(), key=attrgetter("deadline"))
             self._internal += self._deferred[: max(due, 1)]
             del self._deferred[: max(due, 1)]
-        if self.full_disk.closed != Closed.NOTHING:
+        if self.full_disk.write_limit != WriteLimit.NONE:
             return list(self._internal)
         taken, weights = [], 0
         for envelope in self._internal:
@@ -426,7 +426,7 @@ class Actor:
                 break
             except DiskFull as error:
                 self._decider.roll_back(decided)
-                await self.full_disk.close_further(error)
+                await self.full_disk.escalate(error)
             except BadRows as bad:
                 self._decider.roll_back(decided)
                 await self._quarantine(bad.jobs)
@@ -435,7 +435,7 @@ class Actor:
         self._send_responses()  # of the batch before, if this one did not wait
         self._unsent, self._under_way = decided, None
         self.state.trim_finished()
-        if not self._may_send_later(decided) or self.full_disk.closed != Closed.NOTHING or self._internal:
+        if not self._may_send_later(decided) or self.full_disk.write_limit != WriteLimit.NONE or self._internal:
             self._send_responses()
 
     def _may_send_later(self, decided: DecidedBatch) -> bool:
@@ -522,7 +522,7 @@ class Actor:
 
     def _policy_now(self) -> Policy:
         """Return the policy. On a full disk, late results and calls are not stored."""
-        if self.full_disk.closed == Closed.NOTHING:
+        if self.full_disk.write_limit == WriteLimit.NONE:
             return self.policy
         return replace(self.policy, late_results="drop", late_queues={}, late_calls=False)
 

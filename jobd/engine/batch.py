@@ -17,7 +17,7 @@ from msgspec import Raw, Struct, field
 from jobd.core import audit, decide, late_result_rules, views
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
-from jobd.engine.idempotency import Keys
+from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.mailbox import Envelope
 from jobd.engine.waiting_claims import ParkedClaims
 from jobd.model.commands import (
@@ -108,7 +108,7 @@ class Decider:
     def __init__(
         self,
         state: State,
-        keys: Keys,
+        keys: IdempotencyStore,
         parked: ParkedClaims,
         *,
         refuse: Callable[[Command], ApiError | None],
@@ -182,7 +182,7 @@ class Decider:
         self.state.clock_suspect = decided.at.suspect
         for lock_id in decided.tx.ended:
             self._receivers.pop(lock_id, None)
-        suspects = self.state.suspects
+        suspects = self.state.unvalidated
         if suspects:
             gone = [change.event.job_seq for change in decided.changes if change.after is None]
             for seq in (*gone, *decided.tx.checked):

@@ -23,17 +23,17 @@ log = structlog.get_logger("jobd.actor")
 PROBE_EVERY_S: Final = 1.0
 
 
-class Closed(IntEnum):
+class WriteLimit(IntEnum):
     """Which writes a full disk rejects."""
 
-    NOTHING = 0
+    NONE = 0
     CREATES = 1
     ALL_BUT_ENDINGS = 2
     ALL_WRITES = 3
 
 
 class FullDisk:
-    """The state of the disk. `closed` says what is rejected now. `loop_time` is the event loop's time, in seconds.
+    """The state of the disk. `write_limit` says what is rejected now. `loop_time` is the event loop's time, in seconds.
 
     `space` is the result of the last `measure`; None before the first one, and for a store in memory.
     """
@@ -47,14 +47,14 @@ class FullDisk:
         is_full: bool,
         has_reserve: bool = True,
     ) -> None:
-        self.closed = Closed.CREATES if is_full else Closed.NOTHING
+        self.write_limit = WriteLimit.CREATES if is_full else WriteLimit.NONE
         self.space: DiskSpace | None = None
         self.next_probe = loop_time()
         self._needs_reserve = not has_reserve
         self._is_released = False  # the reserve file is released, and its space is left for endings
         self._is_remote = False  # the disk of the journal's server is full, not that of the store
         self._reserve_fault = ""  # why it could not be rebuilt, other than a full disk
-        self._logged = self.closed  # the furthest step since writes were accepted last
+        self._logged = self.write_limit  # the furthest step since writes were accepted last
         self._disk = disk
         self._clock = clock
         self._loop_time = loop_time
@@ -67,25 +67,25 @@ class FullDisk:
     @property
     def is_local(self) -> bool:
         """Whether writes are rejected because the disk of the store is full."""
-        return self.closed > Closed.NOTHING and not self._is_remote
+        return self.write_limit > WriteLimit.NONE and not self._is_remote
 
     @property
     def is_remote(self) -> bool:
         """Whether writes are rejected because the disk of the journal's server is full."""
-        return self.closed > Closed.NOTHING and self._is_remote
+        return self.write_limit > WriteLimit.NONE and self._is_remote
 
     @property
     def probe_at(self) -> float | None:
         """The loop time of the next probe; None if no probe is needed."""
-        return self.next_probe if self.closed or self._needs_reserve else None
+        return self.next_probe if self.write_limit or self._needs_reserve else None
 
     def refuse(self, command: Command) -> ApiError | None:
         """Return why `command` may not be written now; None if it may."""
-        if not self.closed or command.admission in ("read", "ping"):
+        if not self.write_limit or command.admission in ("read", "ping"):
             return None
-        if self.closed == Closed.CREATES and command.admission != "create":
+        if self.write_limit == WriteLimit.CREATES and command.admission != "create":
             return None
-        if self.closed == Closed.ALL_BUT_ENDINGS and command.admission == "ending":
+        if self.write_limit == WriteLimit.ALL_BUT_ENDINGS and command.admission == "ending":
             return None
         return self.refusal("nothing was changed. Free some space; jobd tries again every second.")
 
@@ -119,20 +119,20 @@ class FullDisk:
         """Read the free and total space of the disk."""
         self.space = await self._disk.measure_space()
 
-    async def close_further(self, error: DiskFull) -> None:
+    async def escalate(self, error: DiskFull) -> None:
         """Reject more, because an accepted write found the disk full."""
         self.note(error)
-        self.closed = Closed(min(self.closed + 1, Closed.ALL_WRITES))
+        self.write_limit = WriteLimit(min(self.write_limit + 1, WriteLimit.ALL_WRITES))
         self.next_probe = self._loop_time() + PROBE_EVERY_S
-        if self.closed == Closed.ALL_BUT_ENDINGS:
+        if self.write_limit == WriteLimit.ALL_BUT_ENDINGS:
             self._clock.hold()
             self._is_released = await self._disk.drop_reserve() or self._is_released
             self._needs_reserve = True
         await self.measure()
-        if self.closed > self._logged:
-            self._logged = self.closed
+        if self.write_limit > self._logged:
+            self._logged = self.write_limit
             disk = "journal" if self._is_remote else "store"
-            refused = self.closed.name.lower()
+            refused = self.write_limit.name.lower()
             log.error("disk_full", disk=disk, refused=refused, reserve=self.has_reserve, **self._figures())
 
     async def probe(self) -> None:
@@ -143,7 +143,7 @@ class FullDisk:
         if (due := self.probe_at) is None or self._loop_time() < due:
             return
         self.next_probe = self._loop_time() + PROBE_EVERY_S
-        if self.closed and not await self._has_room():
+        if self.write_limit and not await self._has_room():
             return
         if self._needs_reserve:
             await self._rebuild_reserve()
@@ -154,13 +154,13 @@ class FullDisk:
             await self._disk.probe(SPARE_BYTES)
         except DiskFull as error:
             self.note(error)
-            if self.closed == Closed.ALL_WRITES and await self._fits():
-                self.closed = Closed.ALL_BUT_ENDINGS
+            if self.write_limit == WriteLimit.ALL_WRITES and await self._fits():
+                self.write_limit = WriteLimit.ALL_BUT_ENDINGS
             await self.measure()
             return False
-        if self.closed >= Closed.ALL_BUT_ENDINGS:
+        if self.write_limit >= WriteLimit.ALL_BUT_ENDINGS:
             self._clock.resume()
-        self.closed = self._logged = Closed.NOTHING
+        self.write_limit = self._logged = WriteLimit.NONE
         self._is_released = self._is_remote = False
         await self.measure()
         log.info("disk_has_room", message="writes are accepted again", reserve=self.has_reserve, **self._figures())

@@ -47,7 +47,7 @@ PAUSES_AFTER_S: Final = 0.05  # after this time, a pause precedes each slice and
 PAUSE_S: Final = 0.002
 
 
-class History:
+class HistoryReader:
     """Serve the reads of history that the actor has decided."""
 
     def __init__(self, disk: JobStorage, moment: Callable[[], Moment]) -> None:

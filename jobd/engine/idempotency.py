@@ -17,7 +17,7 @@ KEPT_MS: Final = DAY_MS
 SAFE_MS: Final = 10 * MINUTE_MS  # a client may still be repeating a call that is younger than this
 
 
-class Keys:
+class IdempotencyStore:
     """Rows by digest, oldest first; `rollback` undoes the changes since the last `commit`.
 
     `rows` are those on disk. The row of a start or claim has only the grants that are still current.

@@ -190,7 +190,7 @@ class CleanupRun:
 
     async def _validation_step(self) -> None:
         """Validate imported and hand-edited rows and all live jobs. Only jobs with issues need a command."""
-        unvalidated = list(dict.fromkeys(self._state.suspects.values()))
+        unvalidated = list(dict.fromkeys(self._state.unvalidated.values()))
         for ids in _slices(unvalidated, self._batch):
             await self._repair(ids)
         already = set(unvalidated)

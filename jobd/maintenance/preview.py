@@ -73,7 +73,7 @@ async def _jobs_with_issues(context: MaintenanceContext, scan_s: float) -> tuple
     """
     state, spent_s = context.actor.state, 0.0
     wrong: dict[str, None] = {}
-    for is_unvalidated, ids in ((True, state.suspects.values()), (False, state.jobs.touched())):
+    for is_unvalidated, ids in ((True, state.unvalidated.values()), (False, state.jobs.touched())):
         snapshot = list(islice(ids, MAX_IDS + 1))  # they change during the pauses
         left = islice(snapshot, MAX_IDS)
         while page := list(islice(left, SCAN)):

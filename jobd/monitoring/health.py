@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
-from jobd.engine.disk_full import Closed
+from jobd.engine.disk_full import WriteLimit
 from jobd.model.commands import Ping
 from jobd.model.errors import ApiError
 from jobd.model.job import STATUSES, Job
@@ -47,10 +47,10 @@ MAX_FAULTS: Final = 100
 MAX_NAMED: Final = 5  # jobs or faults named in a message
 _WORST: Final[tuple[HealthStatus, ...]] = ("healthy", "degraded", "unhealthy")
 _LIMITS: Final = {
-    Closed.NOTHING: "writes are accepted, but a test write failed",
-    Closed.CREATES: "new jobs are rejected",
-    Closed.ALL_BUT_ENDINGS: "only writes that end or delete jobs are accepted",
-    Closed.ALL_WRITES: "every change is rejected",
+    WriteLimit.NONE: "writes are accepted, but a test write failed",
+    WriteLimit.CREATES: "new jobs are rejected",
+    WriteLimit.ALL_BUT_ENDINGS: "only writes that end or delete jobs are accepted",
+    WriteLimit.ALL_WRITES: "every change is rejected",
 }
 
 
@@ -123,10 +123,10 @@ class Health:
                 self._space_at = loop_time()
         return full_disk.space
 
-    def _known_now(self) -> tuple[Closed, bool, bool]:
+    def _known_now(self) -> tuple[WriteLimit, bool, bool]:
         """Return the values whose change makes the latest result outdated: limits of a full disk, a suspect clock."""
         full_disk = self._actor.full_disk
-        return full_disk.closed, full_disk.has_reserve, self._clock.moment().suspect
+        return full_disk.write_limit, full_disk.has_reserve, self._clock.moment().suspect
 
     def _as_of_now(self, last: HealthView) -> HealthView:
         """Return the latest result with the current state of cleanup."""
@@ -203,7 +203,7 @@ class Health:
         except Exception as error:
             return PartHealth("unhealthy", f"A write and a read failed ({error}). See the log and run: jobd doctor")
         took_ms = (loop_time() - began) * 1000
-        if self._actor.full_disk.closed:
+        if self._actor.full_disk.write_limit:
             return await self._full_disk()
         space = await self.space()
         wrong = [] if damage is None else [damage]
@@ -217,7 +217,7 @@ class Health:
         """Describe a full disk, and which writes are rejected."""
         full_disk = self._actor.full_disk
         await self.space()
-        described = f"{full_disk.described()}: {_LIMITS[full_disk.closed]}."
+        described = f"{full_disk.described()}: {_LIMITS[full_disk.write_limit]}."
         return PartHealth("unhealthy", f"{described} Free some space; jobd tries again every second.")
 
     def _damage(self) -> str | None:

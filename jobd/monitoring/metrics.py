@@ -71,7 +71,7 @@ class Snapshot(Struct, frozen=True):
     granted_twice: int
     quarantined: int
     clock_suspect: bool
-    disk_full: int  # full_disk.Closed
+    disk_full: int  # full_disk.WriteLimit
     disk: DiskSpace | None
     commits_inline: bool
     unprojected: int  # events
@@ -203,7 +203,7 @@ class Metrics:
             granted_twice=stats.overlaps.total,
             quarantined=len(state.quarantined),
             clock_suspect=self._clock.suspect,
-            disk_full=int(actor.full_disk.closed),
+            disk_full=int(actor.full_disk.write_limit),
             disk=actor.full_disk.space,
             commits_inline=actor.disk.commits_inline,
             unprojected=actor.disk.behind,

@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 
 from jobd.core.state import State
 from jobd.engine.batch import DecidedBatch, Decider, Preloaded
-from jobd.engine.idempotency import Keys
+from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.mailbox import Envelope
 from jobd.engine.waiting_claims import ParkedClaims
 from jobd.http.decoding import Limits, RequestDecoder
@@ -61,7 +61,7 @@ class MeasuredCore:
         self._book = State()
         self._decider = Decider(
             self._book,
-            Keys([], 1_000),
+            IdempotencyStore([], 1_000),
             ParkedClaims(self._book.presence),
             refuse=lambda command: None,
             loop_time=time.monotonic,

@@ -28,7 +28,7 @@ SKIPPED = ("audited", "marked")  # parts of one action are merged; a new epoch f
 
 def _check_state(warm: State, opened: State, found: OpenedStore) -> None:
     """Compare a state that followed the records with one that was read from the tables."""
-    opened.suspects = dict(found.unvalidated)
+    opened.unvalidated = dict(found.unvalidated)
     for state in (warm, opened):
         state.finished.clear()
         state.advance(found.numbers.wall_ms, found.numbers.lease_ms)

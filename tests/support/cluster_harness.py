@@ -13,7 +13,7 @@ from jobd.cluster.standby import NodeSettings, Standby
 from jobd.cluster.warm_state import WarmState
 from jobd.engine.actor import Actor, DiskBroken
 from jobd.engine.clock import Clock
-from jobd.engine.idempotency import Keys
+from jobd.engine.idempotency import IdempotencyStore
 from jobd.journal import record
 from jobd.journal.checksum import checksum
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
@@ -125,7 +125,7 @@ class ClusterNode:
         self.disk.leadership = lead
         clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms, wall=self.wall_ms, boot=self.boot)
         self.clock, self.state = clock, state
-        keys = Keys(opened.keys, 1000)
+        keys = IdempotencyStore(opened.keys, 1000)
         self.actor = Actor(self.disk, state, keys, clock, Policy(), random=Random(self.name).randbytes)
         self.actor.before_batch = lead.check
         lead.on_epoch, lead.on_lost = self._on_epoch, self.actor.lose_disk

@@ -81,7 +81,7 @@ class ChangeFactory:
         self.numbers = numbers or Numbers()
         self.jobs: dict[int, Job] = {}
         self.payloads: dict[int, bytes] = {}
-        self.suspects: set[int] = set()
+        self.unvalidated: set[int] = set()
         self.queues: dict[str, QueueRow] = {}
         self.deleted: dict[int, str] = {}
         self.now = NOW
@@ -97,7 +97,7 @@ class ChangeFactory:
         payload = b'{"n":%d,"fill":"%s"}' % (seq, b"x" * self.random.randrange(60))
         self.payloads[seq] = payload
         if type_ == "imported":
-            self.suspects.add(seq)
+            self.unvalidated.add(seq)
         return self._step(None, job, type_, payload=payload, request_hash=f"hash-{seq}")
 
     def grant(self, job: Job, *, stuck_after_ms: int = 600_000) -> Change:
@@ -198,8 +198,8 @@ class ChangeFactory:
             batch.keys = [StoredResponse(f"digest-{self.random.randrange(50)}", "body", self.now, 201, b'{"a":1}')]
         if self.random.random() < 0.1:
             batch.forget_keys = [f"digest-{self.random.randrange(50)}"]
-        if self.random.random() < 0.1 and self.suspects:
-            batch.checked = [self.suspects.pop()]
+        if self.random.random() < 0.1 and self.unvalidated:
+            batch.checked = [self.unvalidated.pop()]
         return batch
 
     def _choices(self, job: Job) -> list[Callable[[], Change]]:
@@ -223,11 +223,11 @@ class ChangeFactory:
     def snapshot(self) -> Callable[[], None]:
         """Return a function that restores the current model. Numbers that were issued stay issued."""
         jobs, payloads, queues = dict(self.jobs), dict(self.payloads), dict(self.queues)
-        suspects, deleted = set(self.suspects), dict(self.deleted)
+        suspects, deleted = set(self.unvalidated), dict(self.deleted)
 
         def back() -> None:
             self.jobs, self.payloads, self.queues = jobs, payloads, queues
-            self.suspects, self.deleted = suspects, deleted
+            self.unvalidated, self.deleted = suspects, deleted
 
         return back
 
@@ -264,7 +264,7 @@ class ChangeFactory:
         self._count(after, +1)
         if after is None:
             del self.jobs[job.seq], self.payloads[job.seq]
-            self.suspects.discard(job.seq)
+            self.unvalidated.discard(job.seq)
             self.deleted[job.seq] = job.id
         else:
             self.jobs[job.seq] = after

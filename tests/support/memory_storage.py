@@ -135,7 +135,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
             queues=dict(self.queues),
             keys=[replace(key, body=None) for key in self.keys.values()],
             quarantined=self.quarantined | self.unmoved,
-            unvalidated=dict(self.suspects),
+            unvalidated=dict(self.unvalidated),
             faults=[],
             stats=self.figures,
             full=not self.fits(Batch([], self.numbers)),

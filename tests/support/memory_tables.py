@@ -46,7 +46,7 @@ class MemoryTables:
         self.late_results: dict[int, tuple[LateResult, ...]] = {}  # job seq -> its late results, the oldest grant first
         self.queues: dict[str, QueueRow] = {}
         self.keys: dict[str, StoredResponse] = {}
-        self.suspects: dict[int, str] = {}
+        self.unvalidated: dict[int, str] = {}
         self.deleted: dict[int, int] = {}  # seq -> wall time of the deletion
         self.kept_reports: deque[bytes] = deque(maxlen=KEPT_REPORTS)
         self.tombstones: dict[int, Tombstone] = {}  # job seq -> row
@@ -96,7 +96,7 @@ class MemoryTables:
             self.keys.pop(digest, None)
         self.keys |= {key.digest: key for key in batch.keys}
         for seq in batch.checked:
-            self.suspects.pop(seq, None)
+            self.unvalidated.pop(seq, None)
         left = distinct_tombstones([*left, *batch.tombstones])
         for tombstone in left:
             assert tombstone.job_seq not in self.jobs, f"job {tombstone.job_id} is there, and has a tombstone"
@@ -139,7 +139,7 @@ class MemoryTables:
         if event.before is None:
             self.payloads[seq] = Payload(change.payload or b"null", change.request_hash or "")
         if event.type == "imported":
-            self.suspects[seq] = event.job_id
+            self.unvalidated[seq] = event.job_id
 
     # -- changes past the journal
 
@@ -153,7 +153,7 @@ class MemoryTables:
         self.jobs[job.seq] = job
         self.ids[job.id] = job.seq
         self.payloads[job.seq] = payload
-        self.suspects[job.seq] = job.id
+        self.unvalidated[job.seq] = job.id
         if job.status in FINISHED:
             self._count(job, +1)
         numbers = self.numbers
@@ -165,7 +165,7 @@ class MemoryTables:
         if old is not None and self.ids.get(old.id) == seq:
             del self.ids[old.id]
         self.payloads.pop(seq, None)
-        self.suspects.pop(seq, None)
+        self.unvalidated.pop(seq, None)
         self.late_results.pop(seq, None)
 
     def remove(self, seq: int) -> None:

@@ -77,7 +77,7 @@ def content_of(db: Database, found: OpenedStore) -> MemoryTables:
     requested = [LateResultQuery(seq, with_results=True) for seq in tables.jobs]
     late = queries.read_late_results(db, requested).results
     tables.late_results = {seq: tuple(kept) for seq, kept in late.items() if kept}
-    tables.queues, tables.keys, tables.suspects = found.queues, loaded.responses, found.unvalidated
+    tables.queues, tables.keys, tables.unvalidated = found.queues, loaded.responses, found.unvalidated
     tables.deleted = dict(db.rows("SELECT job_seq, at FROM deleted_jobs"))
     tables.kept_reports.extend(reversed(queries.reports(db, 1_000)))
     tables.tombstones = {each.job_seq: each for each, _ in queries.due_tombstones(db, 1 << 60, 1_000).found}

@@ -54,10 +54,10 @@ PLAIN: Final = [
     "totals",
     "processing",
     "started_sum",
-    "unheld",
-    "suspects",
+    "without_lease",
+    "unvalidated",
     "expired_locks",
-    "cleared_locks",
+    "noted_expired",
     "stuck",
 ]
 
@@ -295,7 +295,7 @@ def compare(state: State, rows: dict[str, Job], at: Moment, *, finished_at_hand:
         assert state.get(job.id) == job or (not finished_at_hand and job.id not in {*state.jobs, *state.finished})
         if job.status == "processing":
             continue
-        assert job.grant is None or job.seq in state.suspects, "a lock on a job that is not processing"
+        assert job.grant is None or job.seq in state.unvalidated, "a lock on a job that is not processing"
 
 
 def _compare_counts(state: State, rows: dict[str, Job]) -> None:
@@ -343,7 +343,7 @@ def _compare_locks(state: State, rows: dict[str, Job], at: Moment) -> None:
     dead = {job_id for job_id, lease in leases.items() if not lease.is_live(at.lease)} - stuck
     assert set(state.stuck) == stuck
     assert set(state.expired_locks) == {job_id for job_id in dead if not leases[job_id].cleared}
-    assert set(state.cleared_locks) == {job_id for job_id in dead if leases[job_id].cleared}
+    assert set(state.noted_expired) == {job_id for job_id in dead if leases[job_id].cleared}
     assert state.live_locks() == len(leases) - len(stuck) - len(dead)
     assert set(state.overdue()) == {job.id for job in rows.values() if transitions.is_overdue(job, at.now)}
     ahead = [lease.stuck for job_id, lease in leases.items() if job_id in dead]

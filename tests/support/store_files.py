@@ -100,7 +100,7 @@ async def assert_holds(store: Store, found: OpenedStore, maker: ChangeFactory) -
     assert {job.seq: job for job in found.live()} == live
     assert found.numbers == maker.numbers
     assert found.queues == maker.queues
-    assert sorted(found.unvalidated.values()) == sorted(maker.jobs[seq].id for seq in maker.suspects)
+    assert sorted(found.unvalidated.values()) == sorted(maker.jobs[seq].id for seq in maker.unvalidated)
     everything = await store.load([job.id for job in maker.jobs.values()], list(maker.jobs), [])
     assert everything.bad == {}
     assert everything.jobs == {job.id: job for job in maker.jobs.values()}
@@ -220,7 +220,7 @@ def pick(maker: ChangeFactory, statuses: frozenset[str]) -> Job:
 def remove_quarantined(maker: ChangeFactory, job: Job) -> None:
     """Remove a quarantined job from `maker`."""
     del maker.jobs[job.seq], maker.payloads[job.seq]
-    maker.suspects.discard(job.seq)
+    maker.unvalidated.discard(job.seq)
     if job.status in FINISHED:
         row = maker.queues[job.options.queue]
         maker.queues[job.options.queue] = replace(row, **{job.status: getattr(row, job.status) - 1})

@@ -17,7 +17,7 @@ from msgspec import Raw
 from jobd.core.state import State
 from jobd.engine.actor import Actor, Bounds
 from jobd.engine.clock import Clock
-from jobd.engine.idempotency import Keys
+from jobd.engine.idempotency import IdempotencyStore
 from jobd.maintenance.cleanup_pass import CleanupSchedule
 from jobd.maintenance.maintainer import Maintainer, read_stats
 from jobd.model.commands import (
@@ -102,13 +102,13 @@ class VirtualEngine:
             synchronised=lambda: self.synchronised,
         )
         self.state = State.opened(opened)
-        self.state.suspects = dict(opened.unvalidated)
+        self.state.unvalidated = dict(opened.unvalidated)
         self.state.quarantined = dict(opened.quarantined)
         self.state.figures = read_stats(opened.stats)
         self.actor = Actor(
             self.disk,
             self.state,
-            Keys(opened.keys, 1000),
+            IdempotencyStore(opened.keys, 1000),
             self.clock,
             policy,
             random=Random(0).randbytes,
@@ -218,7 +218,7 @@ def assert_consistent(engine: VirtualEngine) -> None:
     assert counts == {name: count for name, count in fresh.counts.items() if any(count.values())}
     assert engine.state.totals == fresh.totals
     assert engine.state.paused == fresh.paused
-    assert engine.state.suspects == engine.disk.suspects
+    assert engine.state.unvalidated == engine.disk.unvalidated
     for job in engine.state.finished.values():
         assert engine.disk.job(job.id) == job
     folded: dict[int, Job | None] = {}

@@ -13,7 +13,7 @@ from jobd.api.worker import ROUTES
 from jobd.core.state import State
 from jobd.engine.actor import Actor, Bounds
 from jobd.engine.clock import Clock
-from jobd.engine.idempotency import Keys
+from jobd.engine.idempotency import IdempotencyStore
 from jobd.model.job import Policy
 from tests.support.http_harness import HttpHarness
 from tests.support.memory_storage import MemoryStorage
@@ -38,7 +38,7 @@ async def worker_api_server(
 ) -> AsyncIterator[WorkerApiServer]:
     """Serve the worker API. `options` are those of HttpHarness."""
     disk = MemoryStorage()
-    keys = Keys([], 100)
+    keys = IdempotencyStore([], 100)
     actor = Actor(disk, State.opened(disk.opened()), keys, Clock(), Policy(), random=os.urandom, bounds=bounds)
     running = asyncio.create_task(actor.run())
     async with HttpHarness(ROUTES, directory, actor=actor, **options) as harness:

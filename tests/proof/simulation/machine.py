@@ -19,7 +19,7 @@ from jobd.core.state import State
 from jobd.daemon import STOP_S
 from jobd.engine.actor import Actor, DiskBroken
 from jobd.engine.clock import Clock
-from jobd.engine.idempotency import Keys
+from jobd.engine.idempotency import IdempotencyStore
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
 from jobd.maintenance.clock_monitor import ClockMonitor
 from jobd.maintenance.due_jobs import DueJobs
@@ -410,7 +410,7 @@ class SimDaemon:
         self.actor = Actor(
             machine.disk,
             self.state,
-            Keys(current_responses(opened.keys, self.state), machine.scenario.keys),
+            IdempotencyStore(current_responses(opened.keys, self.state), machine.scenario.keys),
             self.clock,
             machine.next_policy,
             random=machine.dice.randbytes,
@@ -433,7 +433,7 @@ class SimDaemon:
     def _open_state(self, opened: OpenedStore) -> State:
         state = State.opened(opened)
         state.quarantined = dict(opened.quarantined)
-        state.suspects = dict(opened.unvalidated)
+        state.unvalidated = dict(opened.unvalidated)
         return state
 
     async def _live(self) -> None:

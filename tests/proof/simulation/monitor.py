@@ -17,7 +17,7 @@ from msgspec import Raw
 from jobd.core import decide
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
-from jobd.engine.disk_full import Closed
+from jobd.engine.disk_full import WriteLimit
 from jobd.engine.idempotency import KEPT_MS, SAFE_MS
 from jobd.model.commands import AnyCommand, Call, Claim, IdempotencyKey, Moment, is_dry_run
 from jobd.model.errors import ApiError
@@ -162,7 +162,7 @@ class Monitor(DecisionChecks):
 
     def _check_clock(self, daemon: SimDaemon, at: Moment) -> None:
         """Check that lease time stands still while the disk is full."""
-        is_held = daemon.actor.full_disk.closed >= Closed.ALL_BUT_ENDINGS
+        is_held = daemon.actor.full_disk.write_limit >= WriteLimit.ALL_BUT_ENDINGS
         self._held_at = (self._held_at or at.lease) if is_held else None
         self.must(self._held_at in (None, at.lease), "S11", f"lease time went on from {self._held_at} on a full disk")
 

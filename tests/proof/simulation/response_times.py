@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from jobd.engine.disk_full import Closed
+from jobd.engine.disk_full import WriteLimit
 from jobd.engine.mailbox import Envelope
 from jobd.model.commands import AnyCommand, Claim
 from jobd.model.job import SECOND_MS
@@ -72,5 +72,5 @@ class ResponseTimes:
 
     def _is_delayed(self, daemon: SimDaemon, since_s: float) -> bool:
         """Return whether the disk is slow, or a clock step made the job due, which only the next command notices."""
-        slow = self.machine.is_slow or daemon.actor.full_disk.closed != Closed.NOTHING
+        slow = self.machine.is_slow or daemon.actor.full_disk.write_limit != WriteLimit.NONE
         return slow or self.machine.clocks_moved_s >= since_s

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from jobd.api import admin
 from jobd.core import audit
 from jobd.core.plan_rules import version
-from jobd.engine.disk_full import Closed
+from jobd.engine.disk_full import WriteLimit
 from jobd.model.commands import (
     AnyCommand,
     ApplyEndings,
@@ -208,7 +208,7 @@ async def test_a_change_that_was_not_written_leaves_no_entry() -> None:
         await engine.no(Transition(id="a", from_="queued", to="cancelled"), operator=EVE)
         assert audit_entries(engine) == []
         assert (await engine.yes(Get(id="a"))).status == "queued"
-        assert engine.actor.full_disk.closed == Closed.ALL_BUT_ENDINGS
+        assert engine.actor.full_disk.write_limit == WriteLimit.ALL_BUT_ENDINGS
         engine.disk.free()
 
 
@@ -231,7 +231,7 @@ async def test_on_a_full_disk_endings_have_entries_and_errors_have_none() -> Non
 @in_virtual_time
 async def test_while_creates_are_rejected_changes_have_entries_and_reads_have_none() -> None:
     async with VirtualEngine() as engine:
-        engine.actor.full_disk.closed = Closed.CREATES
+        engine.actor.full_disk.write_limit = WriteLimit.CREATES
         engine.actor.full_disk.next_probe += 999
         for what in sorted(AUDITED_READS | SIGN_INS):
             await engine.yes(RecordAction(what=what), operator=EVE)
@@ -239,7 +239,7 @@ async def test_while_creates_are_rejected_changes_have_entries_and_reads_have_no
         await engine.no(Get(id="a"), operator=EVE)
         await engine.yes(RecordAction(what="cleanup"), operator=EVE)
         assert [row.what for row in audit_entries(engine)] == ["cleanup"]
-        engine.actor.full_disk.closed = Closed.NOTHING
+        engine.actor.full_disk.write_limit = WriteLimit.NONE
         await engine.yes(RecordAction(what="artifact", job_id="a"), operator=EVE)
         await engine.yes(RecordAction(what="sign-in", outcome="unauthorized"), operator=EVE)
         assert [(row.what, row.job_id, row.outcome) for row in audit_entries(engine)[1:]] == [

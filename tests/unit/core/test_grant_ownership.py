@@ -282,7 +282,7 @@ def test_a_processing_row_without_a_complete_lock_has_no_holder(rules: RuleHarne
 
 def test_a_lock_on_a_job_that_is_not_processing_is_not_accepted(rules: RuleHarness) -> None:
     lock_id = rules.held()
-    rules.state.suspects[1] = "a"
+    rules.state.unvalidated[1] = "a"
     rules.row(replace(rules.job(), status="queued"))
     for command in [*holder_commands(lock_id), Undelivered(id="a", lock_id=lock_id)]:
         rules.reject(command, "lock_lost")

@@ -362,7 +362,7 @@ class PropertyRun(RuleHarness):
             assert (job.status == "processing") == (job.grant is not None) == (job.lease is not None)
             if job.lease is not None and job.lease.ceiling is not None:
                 assert job.lease.expires <= job.lease.ceiling
-            if job.seq not in self.state.suspects:
+            if job.seq not in self.state.unvalidated:
                 bad = [issue for issue in validate(job, self.moment, self.policy).issues if counts(issue)]
                 assert not bad or transitions.is_stuck(job, self.moment.lease), bad  # only recovery is left to do
             view = self.accept(Why(id=job.id))
@@ -473,7 +473,7 @@ def _aimed(command: AnyCommand) -> AnyCommand:
 def test_a_cleanup_run_leaves_no_row_that_it_could_repair(job: Job) -> None:
     rules = RuleHarness(POLICY)
     rules.state.reindex(None, job)
-    rules.state.suspects[job.seq] = job.id
+    rules.state.unvalidated[job.seq] = job.id
 
     def repair() -> Any:
         rules.state.advance(rules.now, rules.lease)

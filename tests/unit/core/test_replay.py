@@ -55,7 +55,7 @@ class Follower:
         """Compare with a state that is opened from the disk, and with a recount over all rows."""
         opened = self.engine.disk.opened()
         fresh = State.opened(opened)
-        fresh.suspects = dict(opened.unvalidated)
+        fresh.unvalidated = dict(opened.unvalidated)
         at = self.engine.clock.moment()
         fresh.advance(opened.numbers.wall_ms, opened.numbers.lease_ms)
         replay.settle(self.state)
@@ -157,10 +157,10 @@ async def test_imported_rows_wait_for_their_validation() -> None:
         for name in ("a", "b"):
             await engine.yes(Import(id=name, status="failed"), admin=True)
         follower.check()
-        assert set(follower.state.suspects.values()) == {"a", "b"}
+        assert set(follower.state.unvalidated.values()) == {"a", "b"}
         await engine.yes(RepairJobs(ids=["a"]))
         await engine.yes(Delete(id="b"), admin=True)
-        assert follower.state.suspects == {}
+        assert follower.state.unvalidated == {}
         follower.check()
 
 
@@ -204,4 +204,4 @@ def test_a_processing_row_without_a_grant_has_no_worker() -> None:
     state = State()
     state.reindex(None, row(1, status="processing"))
     replay.settle(state)
-    assert (list(state.unheld), list(state.presence.workers)) == (["job-1"], [])
+    assert (list(state.without_lease), list(state.presence.workers)) == (["job-1"], [])

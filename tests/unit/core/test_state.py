@@ -205,11 +205,11 @@ def test_a_quarantined_job_leaves_every_order(rules: RuleHarness, status: str) -
         if status == "completed":
             rules.row(replace(rules.job(), status="completed", grant=None, lease=None))
         assert lock_id
-    rules.state.suspects[1] = "a"
+    rules.state.unvalidated[1] = "a"
     rules.state.quarantine("a", "bad")
     del rules.rows["a"]
     assert rules.state.quarantined == {"a": "bad"}
-    assert rules.state.suspects == {}
+    assert rules.state.unvalidated == {}
     rules.advance(HOUR_MS)
     compare(rules.state, {}, rules.moment)
     rules.state.quarantine("never", "bad")
@@ -548,9 +548,9 @@ def test_a_cleared_lock_that_is_revived_is_live_again(rules: RuleHarness) -> Non
     lock_id = rules.held(stuck_after_ms=20 * MINUTE_MS)
     rules.advance(TTL)
     rules.accept(Recover(limit=1))
-    assert list(rules.state.cleared_locks) == ["a"]
+    assert list(rules.state.noted_expired) == ["a"]
     rules.progress(lock_id)
-    assert (list(rules.state.cleared_locks), rules.state.live_locks()) == ([], 1)
+    assert (list(rules.state.noted_expired), rules.state.live_locks()) == ([], 1)
 
 
 def test_a_row_without_a_lease_has_no_holder(rules: RuleHarness) -> None:
@@ -559,7 +559,7 @@ def test_a_row_without_a_lease_has_no_holder(rules: RuleHarness) -> None:
     state.advance(NOW, 500)
     assert list(state.stuck) == ["job-1"]
     state.reindex(job, replace(job, lease=None))
-    assert (list(state.stuck), list(state.unheld)) == ([], ["job-1"])
+    assert (list(state.stuck), list(state.without_lease)) == ([], ["job-1"])
 
 
 def test_the_start_times_of_processing_jobs_are_summed() -> None:

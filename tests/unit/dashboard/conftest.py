@@ -20,7 +20,7 @@ from jobd.core.state import State
 from jobd.dashboard.routes import Dashboard
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock, boot_clock_ms, wall_clock_ms
-from jobd.engine.idempotency import Keys
+from jobd.engine.idempotency import IdempotencyStore
 from jobd.http.auth import Authenticator, accepted_hosts
 from jobd.maintenance.cleanup_pass import CleanupSchedule, MaintenanceContext
 from jobd.maintenance.maintainer import Maintainer
@@ -42,7 +42,7 @@ async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         return made[0].ahead_ms if made else 0
 
     clock = Clock(wall=lambda: wall_clock_ms() + ahead_ms(), boot=lambda: boot_clock_ms() + ahead_ms())
-    actor = Actor(disk, State.opened(disk.opened()), Keys([], 100), clock, Policy(), random=os.urandom)
+    actor = Actor(disk, State.opened(disk.opened()), IdempotencyStore([], 100), clock, Policy(), random=os.urandom)
     timeseries = Timeseries(clock.moment().now)
     actor.on_commit.append(timeseries.record)
     planner, failure_groups = Planner(actor, clock), FailureGroups(disk, 1)

@@ -424,11 +424,11 @@ async def test_a_deleted_or_quarantined_job_no_longer_needs_validation() -> None
     async with checked_engine() as engine:
         for name in "ab":
             await engine.yes(Import(id=name, status="failed", error_message="e"))
-        assert set(engine.state.suspects.values()) == {"a", "b"}
+        assert set(engine.state.unvalidated.values()) == {"a", "b"}
         await engine.yes(Delete(id="a"))
-        assert engine.state.suspects == engine.disk.suspects == {2: "b"}
+        assert engine.state.unvalidated == engine.disk.unvalidated == {2: "b"}
         await engine.yes(RepairJobs(ids=["b"]))
-        assert engine.state.suspects == engine.disk.suspects == {}
+        assert engine.state.unvalidated == engine.disk.unvalidated == {}
 
 
 def test_bad_rows_name_their_jobs() -> None:

@@ -62,8 +62,8 @@ from tests.support.virtual_engine import (
 pytestmark = pytest.mark.usefixtures("both_commit_modes")
 
 
-def closed_level(engine: VirtualEngine) -> str:
-    return engine.actor.full_disk.closed.name
+def write_limit(engine: VirtualEngine) -> str:
+    return engine.actor.full_disk.write_limit.name
 
 
 @in_virtual_time
@@ -75,7 +75,7 @@ async def test_a_full_disk_first_rejects_only_creates() -> None:
         created, reported, bulk = [await task for task in tasks]
         assert (created.code, created.status, bulk.code) == ("storage_full", 507, "storage_full")
         assert isinstance(reported, Response)
-        assert closed_level(engine) == "CREATES"
+        assert write_limit(engine) == "CREATES"
         assert not engine.clock.held
         assert (await engine.no(Import(id="c"))).code == "storage_full"
         await engine.yes(Get(id="a"))
@@ -108,15 +108,15 @@ async def test_a_probe_each_second_finds_free_space() -> None:
     async with checked_engine() as engine:
         engine.disk.fits = lambda batch: False
         assert (await engine.no(Create(id="a"))).code == "storage_full"
-        assert closed_level(engine) == "CREATES"
+        assert write_limit(engine) == "CREATES"
         assert engine.actor.full_disk.is_local
         probes = engine.disk.calls.get("probe", 0)
         await asyncio.sleep(3.5)
         assert engine.disk.calls["probe"] == probes + 3
-        assert closed_level(engine) == "CREATES"
+        assert write_limit(engine) == "CREATES"
         engine.disk.free()
         await asyncio.sleep(1)
-        assert closed_level(engine) == "NOTHING"
+        assert write_limit(engine) == "NONE"
         assert (await engine.yes(Create(id="a"))).id == "a"
         probes = engine.disk.calls["probe"]
         await asyncio.sleep(10)
@@ -134,18 +134,18 @@ async def test_then_the_reserve_file_is_released_and_only_endings_are_accepted()
         ])  # fmt: skip
         answers = [await task for task in tasks]
         assert [answer.status for answer in answers] == [200, 507, 507, 507, 507, 200, 507]
-        assert closed_level(engine) == "ALL_BUT_ENDINGS"
+        assert write_limit(engine) == "ALL_BUT_ENDINGS"
         assert not engine.disk.has_reserve
         assert engine.clock.held
         engine.disk.has_spare = False
         lease = engine.clock.moment().lease
         await asyncio.sleep(3.5)
         assert engine.clock.moment().lease == lease  # no heartbeat is accepted, so no lock ages
-        assert closed_level(engine) == "ALL_BUT_ENDINGS"
+        assert write_limit(engine) == "ALL_BUT_ENDINGS"
         assert not engine.disk.has_reserve
         engine.disk.free()
         await asyncio.sleep(1)
-        assert closed_level(engine) == "NOTHING"
+        assert write_limit(engine) == "NONE"
         assert engine.disk.has_reserve
         assert not engine.clock.held
         await engine.yes(Progress(id="b", lock_id=signing, progress=5))
@@ -160,7 +160,7 @@ async def test_at_worst_every_write_is_rejected_and_reads_continue() -> None:
         answers = [await task for task in tasks]
         assert [answer.status for answer in answers] == [507, 200, 200, 200, 200]
         assert answers[1].data.status == "processing"
-        assert closed_level(engine) == "ALL_WRITES"
+        assert write_limit(engine) == "ALL_WRITES"
         assert (await engine.no(Delete(id="a"))).code == "storage_full"
         engine.disk.free()
         await asyncio.sleep(1)
@@ -179,11 +179,11 @@ def test_writes_are_accepted_without_space_for_the_reserve_file(error: Exception
             engine.disk.errors["build_reserve"] = error
             with capture_logs() as lines:
                 await asyncio.sleep(1.1)
-                assert closed_level(engine) == "NOTHING"
+                assert write_limit(engine) == "NONE"
                 assert not engine.clock.held
                 await engine.yes(Create())
                 await asyncio.sleep(5)
-            assert closed_level(engine) == "NOTHING"
+            assert write_limit(engine) == "NONE"
             assert not engine.actor.full_disk.has_reserve
             expected = ["disk_has_room"] + ["reserve_file_not_rebuilt"] * isinstance(error, OSError)
             assert [line["event"] for line in lines] == expected
@@ -207,10 +207,10 @@ async def test_writes_are_accepted_only_with_spare_space() -> None:
         engine.disk.free()
         engine.disk.has_spare = False
         await asyncio.sleep(3)
-        assert closed_level(engine) == "CREATES"
+        assert write_limit(engine) == "CREATES"
         engine.disk.has_spare = True
         await asyncio.sleep(1.1)
-        assert closed_level(engine) == "NOTHING"
+        assert write_limit(engine) == "NONE"
 
 
 @in_virtual_time
@@ -219,11 +219,11 @@ async def test_endings_are_accepted_before_there_is_spare_space() -> None:
         lock_id = await engine.held("a")
         engine.disk.fits = lambda batch: False
         await engine.no(Complete(id="a", lock_id=lock_id))
-        assert closed_level(engine) == "ALL_WRITES"
+        assert write_limit(engine) == "ALL_WRITES"
         engine.disk.free()
         engine.disk.has_spare = False
         await asyncio.sleep(1.1)
-        assert closed_level(engine) == "ALL_BUT_ENDINGS"
+        assert write_limit(engine) == "ALL_BUT_ENDINGS"
         assert engine.clock.held
         assert (await engine.no(Create())).code == "storage_full"
         await engine.yes(Complete(id="a", lock_id=lock_id))
@@ -262,7 +262,7 @@ async def test_space_that_is_used_up_at_once_ages_no_lock() -> None:
         for _ in range(60):
             engine.disk.free()
             await asyncio.sleep(1.1)
-            assert closed_level(engine) == "NOTHING"
+            assert write_limit(engine) == "NONE"
             engine.disk.fits = lambda batch: False
             await engine.no(Complete(id="a", lock_id=lock_id))
             assert engine.clock.held
@@ -299,7 +299,7 @@ async def test_a_start_on_a_full_disk() -> None:
     disk = await finished_disk()
     disk.fits = lambda batch: False
     async with checked_engine(disk) as engine:
-        assert closed_level(engine) == "CREATES"
+        assert write_limit(engine) == "CREATES"
         assert (await engine.no(Create())).code == "storage_full"
         assert disk.calls.get("write", 0) == 3  # none since
         await engine.yes(Get(id="done"))
@@ -326,7 +326,7 @@ async def test_a_rejected_batch_has_no_effect() -> None:
         assert (await keyed).code == "storage_full"
         assert_consistent(engine)
         assert engine.disk.keys == keys
-        assert (engine.state.paused, engine.state.suspects) == (before, {})
+        assert (engine.state.paused, engine.state.unvalidated) == (before, {})
         assert engine.state.holds("a", lock_id)
         engine.disk.free()
         await asyncio.sleep(1)
@@ -428,7 +428,7 @@ async def test_a_repeat_on_a_full_disk_gets_its_response() -> None:
         await engine.yes(Start(id="a", worker="w"), key=key("start"))
         engine.disk.fits = lambda batch: False
         await engine.no(Complete(id="a", lock_id=engine.state.jobs["a"].grant.lock_id))  # type: ignore[union-attr]
-        assert closed_level(engine) == "ALL_WRITES"
+        assert write_limit(engine) == "ALL_WRITES"
         for command, name in ((Create(id="a"), "create"), (Start(id="a", worker="w"), "start")):
             repeated = await engine.actor.ask(command, key=key(name))
             assert isinstance(repeated, Response)
@@ -500,7 +500,7 @@ async def test_a_claim_that_waited_and_was_served_in_a_rejected_batch_is_decided
         assert granted_ids(await tasks[0]) == ["a"]
         assert isinstance(await tasks[1], Response)
         await slow
-        assert closed_level(engine) == "CREATES"
+        assert write_limit(engine) == "CREATES"
         assert [event.type for event in engine.disk.events] == ["created", "updated", "granted"]
 
 
@@ -524,7 +524,7 @@ async def test_jobs_that_became_due_on_a_full_disk_are_granted_when_there_is_spa
         engine.disk.fill()
         engine.disk.has_spare = False
         await engine.no(Tick())
-        assert closed_level(engine) == "ALL_BUT_ENDINGS"
+        assert write_limit(engine) == "ALL_BUT_ENDINGS"
         await asyncio.sleep(5)
         assert not waiting.done()
         engine.disk.free()
@@ -554,7 +554,7 @@ async def test_pending_internal_commands_run_first_when_there_is_space() -> None
         engine.disk.fits = lambda batch: False
         engine.actor.enqueue_internal(EndGrants(ids=["a"], last=True))
         await settle()
-        assert closed_level(engine) == "ALL_WRITES"
+        assert write_limit(engine) == "ALL_WRITES"
         assert (await engine.no(Complete(id="a", lock_id=lock_id))).code == "storage_full"
         assert engine.clock.held
         engine.disk.free()
@@ -602,10 +602,10 @@ async def test_a_store_without_space_for_its_reserve_file_opens() -> None:
         engine.disk.has_reserve = False
         engine.disk.fits = lambda batch: False
         await engine.no(Tick())
-        assert closed_level(engine) == "ALL_BUT_ENDINGS"
+        assert write_limit(engine) == "ALL_BUT_ENDINGS"
         engine.disk.free()
         await asyncio.sleep(1.1)
-        assert closed_level(engine) == "NOTHING"
+        assert write_limit(engine) == "NONE"
         assert not engine.clock.held
 
 

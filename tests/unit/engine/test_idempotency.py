@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobd.engine.idempotency import KEPT_MS, SAFE_MS, Keys
+from jobd.engine.idempotency import KEPT_MS, SAFE_MS, IdempotencyStore
 from jobd.model.storage import StoredResponse
 from tests.support.rule_harness import NOW
 
@@ -15,8 +15,8 @@ def grants(name: str, *locks: str, at: int = NOW) -> StoredResponse:
     return StoredResponse(name, f"body of {name}", at, grants=[(f"job of {lock}", lock) for lock in locks])
 
 
-def empty(limit: int = 100) -> Keys:
-    return Keys([], limit)
+def empty(limit: int = 100) -> IdempotencyStore:
+    return IdempotencyStore([], limit)
 
 
 def test_a_response_is_found_for_a_day() -> None:
@@ -46,7 +46,7 @@ def test_after_the_commit_the_response_is_only_on_disk() -> None:
 
 
 def test_an_old_response_is_also_deleted_from_disk() -> None:
-    keys = Keys([answer("a")], 100)
+    keys = IdempotencyStore([answer("a")], 100)
     assert keys.find("a", NOW + KEPT_MS) is None
     assert keys.changed() == ([], ["a"])
     keys.commit()
@@ -54,7 +54,7 @@ def test_an_old_response_is_also_deleted_from_disk() -> None:
 
 
 def test_a_reused_key_replaces_its_old_row() -> None:
-    keys = Keys([answer("a")], 100)
+    keys = IdempotencyStore([answer("a")], 100)
     later = NOW + KEPT_MS
     assert keys.find("a", later) is None
     keys.add(answer("a", later))
@@ -85,7 +85,7 @@ def test_a_grant_made_and_ended_in_one_batch_leaves_no_key() -> None:
 
 
 def test_a_row_replaced_and_ended_in_one_batch_is_deleted() -> None:
-    keys = Keys([grants("g", "l1")], 100)
+    keys = IdempotencyStore([grants("g", "l1")], 100)
     keys.ended("l1")
     keys.add(grants("g", "l2"))
     assert keys.changed() == ([grants("g", "l2")], [])
@@ -94,14 +94,14 @@ def test_a_row_replaced_and_ended_in_one_batch_is_deleted() -> None:
 
 
 def test_loaded_rows_are_sorted_by_age() -> None:
-    keys = Keys([answer("young", NOW + 1), answer("old", NOW)], 2)
+    keys = IdempotencyStore([answer("young", NOW + 1), answer("old", NOW)], 2)
     assert keys.has_room(NOW + SAFE_MS)
     assert keys.find("old", NOW) is None
     assert keys.find("young", NOW) is not None
 
 
 def test_at_the_limit_the_oldest_response_is_dropped_if_old_enough() -> None:
-    keys = Keys([answer("a"), answer("b", NOW + 1), grants("g", "l", at=NOW - KEPT_MS)], 3)
+    keys = IdempotencyStore([answer("a"), answer("b", NOW + 1), grants("g", "l", at=NOW - KEPT_MS)], 3)
     assert not keys.has_room(NOW + SAFE_MS - 1)
     assert keys.has_room(NOW + SAFE_MS)
     assert keys.changed() == ([], ["a"])
@@ -109,14 +109,14 @@ def test_at_the_limit_the_oldest_response_is_dropped_if_old_enough() -> None:
 
 
 def test_keys_of_current_grants_are_never_dropped() -> None:
-    keys = Keys([grants("g", "l")], 1)
+    keys = IdempotencyStore([grants("g", "l")], 1)
     assert not keys.has_room(NOW + 10 * KEPT_MS)
     keys.ended("l")
     assert keys.has_room(NOW)
 
 
 def test_two_excess_keys_are_dropped_for_each_new_one() -> None:
-    keys = Keys([answer(name) for name in "abc"], 100)
+    keys = IdempotencyStore([answer(name) for name in "abc"], 100)
     assert keys.has_room(NOW + KEPT_MS)
     assert keys.changed() == ([], ["a", "b"])
     assert keys.has_room(NOW + KEPT_MS)
@@ -125,7 +125,7 @@ def test_two_excess_keys_are_dropped_for_each_new_one() -> None:
 
 def test_rollback_undoes_all_changes() -> None:
     rows = [answer("a"), answer("b", NOW + 1), grants("g", "l1", "l2")]
-    keys = Keys(rows, 3)
+    keys = IdempotencyStore(rows, 3)
     assert keys.has_room(NOW + SAFE_MS)  # drops a
     keys.add(answer("c", NOW + 2))
     keys.ended("l1")
@@ -146,7 +146,7 @@ def test_rollback_undoes_all_changes() -> None:
 
 def test_rollback_restores_only_grants_ended_since_the_commit() -> None:
     """A grant that ended long ago must not keep its key alive after a rollback."""
-    keys = Keys([grants("g", "l1", "l2")], 100)
+    keys = IdempotencyStore([grants("g", "l1", "l2")], 100)
     keys.ended("l1")
     keys.commit()
     keys.ended("l2")
@@ -157,7 +157,7 @@ def test_rollback_restores_only_grants_ended_since_the_commit() -> None:
 
 
 def test_rollback_of_one_end_among_several_grants() -> None:
-    keys = Keys([grants("g", "l1", "l2")], 100)
+    keys = IdempotencyStore([grants("g", "l1", "l2")], 100)
     keys.ended("l1")
     keys.rollback()
     keys.ended("l2")
@@ -167,7 +167,7 @@ def test_rollback_of_one_end_among_several_grants() -> None:
 
 
 def test_rollback_of_a_replaced_row_restores_the_first() -> None:
-    keys = Keys([grants("g", "l1")], 100)
+    keys = IdempotencyStore([grants("g", "l1")], 100)
     keys.ended("l1")
     keys.add(grants("g", "l2"))
     keys.ended("l2")
@@ -180,7 +180,7 @@ def test_rollback_of_a_replaced_row_restores_the_first() -> None:
 
 
 def test_rollback_restores_responses_in_order_of_age() -> None:
-    keys = Keys([answer("z", NOW), answer("y", NOW + 1), answer("x", NOW + 2)], 3)
+    keys = IdempotencyStore([answer("z", NOW), answer("y", NOW + 1), answer("x", NOW + 2)], 3)
     assert keys.has_room(NOW + SAFE_MS)  # drops z
     keys.rollback()
     assert keys.has_room(NOW + SAFE_MS)
@@ -188,7 +188,7 @@ def test_rollback_restores_responses_in_order_of_age() -> None:
 
 
 def test_dropped_keys_leave_nothing_in_memory() -> None:
-    keys = Keys([answer("a"), grants("g", "l1", "l2")], 9)
+    keys = IdempotencyStore([answer("a"), grants("g", "l1", "l2")], 9)
     keys.add(grants("h", "l3"))
     for lock_id in ("l1", "l2", "l3"):
         keys.ended(lock_id)
@@ -212,7 +212,7 @@ def test_commit_keeps_no_response_of_a_dropped_key() -> None:
 
 
 def test_a_step_back_of_the_clock_does_not_fill_the_keys_permanently() -> None:
-    keys = Keys([answer("a"), answer("b", NOW + 1)], 2)
+    keys = IdempotencyStore([answer("a"), answer("b", NOW + 1)], 2)
     stepped_back = NOW - 60 * SAFE_MS
     assert keys.has_room(stepped_back)
     assert keys.find("a", stepped_back) is None

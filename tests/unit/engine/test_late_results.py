@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec import Raw
 
-from jobd.engine.disk_full import Closed
+from jobd.engine.disk_full import WriteLimit
 from jobd.model.commands import (
     Adopt,
     Cancel,
@@ -225,13 +225,13 @@ async def test_a_full_disk_stores_no_late_result_and_still_reports_the_lost_lock
         engine.disk.write_errors.append(DiskFull("no room for a nicety"))
         refusal = await engine.no(complete(locks["a"]))
         assert (refusal.code, "late_result" in refusal.details) == ("lock_lost", False)
-        assert engine.actor.full_disk.closed == Closed.CREATES
+        assert engine.actor.full_disk.write_limit == WriteLimit.CREATES
         engine.disk.fits = lambda batch: False
         refusal = await engine.no(complete(locks["b"], "b"))
         assert (refusal.code, "late_result" in refusal.details) == ("lock_lost", False)
         assert (await engine.no(Cancel(id="a"))).code == "invalid_transition"
         for _ in range(2):
-            await engine.actor.full_disk.close_further(DiskFull("full"))
+            await engine.actor.full_disk.escalate(DiskFull("full"))
         assert (await engine.no(Tick())).code == "storage_full"
         assert (await engine.no(complete(locks["c"], "c"))).code == "lock_lost"
         assert engine.disk.late_results == {}
@@ -282,7 +282,7 @@ async def test_late_calls_on_a_full_disk_are_journaled_when_there_is_space() -> 
         lock_id = await lose_lock(engine)
         engine.disk.write_errors.append(DiskFull("no room for a nicety"))
         assert (await engine.no(Release(id="a", lock_id=lock_id))).code == "lock_lost"
-        assert engine.actor.full_disk.closed == Closed.CREATES
+        assert engine.actor.full_disk.write_limit == WriteLimit.CREATES
         assert (await engine.no(Release(id="a", lock_id=lock_id))).code == "lock_lost"
         assert late_calls(engine) == []
         await asyncio.sleep(2)
@@ -295,7 +295,7 @@ async def test_a_full_disk_also_rejects_lock_holders() -> None:
     async with checked_engine() as engine:
         lock_id = await engine.held()
         for _ in range(3):
-            await engine.actor.full_disk.close_further(DiskFull("full"))
+            await engine.actor.full_disk.escalate(DiskFull("full"))
         engine.disk.fits = lambda batch: False
         assert (await engine.no(complete(lock_id))).code == "storage_full"
         engine.disk.free()

@@ -411,7 +411,7 @@ async def test_a_read_is_answered_even_if_the_suspicion_cannot_be_written() -> N
         disk.fill()
         engine.step_ms = STEP_MS
         await engine.yes(Get(id="a"))
-        assert engine.actor.full_disk.closed
+        assert engine.actor.full_disk.write_limit
         disk.free()
 
 
@@ -450,7 +450,7 @@ async def test_a_clock_is_not_accepted_if_that_cannot_be_stored() -> None:
         assert refused.code == "storage_full"
         assert engine.clock.suspect
         disk.free()
-        await until(lambda: not engine.actor.full_disk.closed)
+        await until(lambda: not engine.actor.full_disk.write_limit)
     refused = await services_of(engine).accept_clock()
     assert isinstance(refused, ApiError)
     assert refused.code == "shutting_down"

@@ -16,7 +16,7 @@ from jobd.api import worker as worker_api
 from jobd.core.state import State
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
-from jobd.engine.idempotency import Keys
+from jobd.engine.idempotency import IdempotencyStore
 from jobd.http.auth import Authenticator
 from jobd.model.job import Policy
 from tests.support.http_harness import TOKEN, HttpHarness, request_bytes
@@ -50,7 +50,7 @@ async def apis(tmp_path: Path) -> AsyncIterator[BothApis]:
     disk = MemoryStorage()
     opened = disk.opened()
     state = State.opened(opened)
-    actor = Actor(disk, state, Keys([], 100), Clock(), Policy(), random=os.urandom)
+    actor = Actor(disk, state, IdempotencyStore([], 100), Clock(), Policy(), random=os.urandom)
     running = asyncio.create_task(actor.run())
     (tmp_path / "admin").mkdir()
     async with contextlib.AsyncExitStack() as stack:

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from jobd.core.stats import Figures, Histogram
-from jobd.engine.disk_full import Closed
+from jobd.engine.disk_full import WriteLimit
 from jobd.maintenance.cleanup_pass import CleanupSchedule
 from jobd.maintenance.maintainer import TICK_S, read_extra, read_stats
 from jobd.model.commands import Complete, Create, Delete, Extend, ForceFail, Get, Pause, Progress, Recover, Timeline
@@ -102,7 +102,7 @@ async def test_recovery_runs_in_slices_until_nothing_is_stuck() -> None:
         engine.run_maintainer()
         await seconds(75)
         assert [job.status for job in engine.state.jobs.values()].count("queued") == 6
-        assert engine.state.cleared_locks.keys() == {"job-6"}
+        assert engine.state.noted_expired.keys() == {"job-6"}
 
 
 @in_virtual_time
@@ -200,7 +200,7 @@ async def test_recovery_and_ticks_survive_rejections() -> None:
     async with VirtualEngine(schedule=RECOVERING) as engine:
         engine.run_maintainer()
         await engine.held("a")
-        engine.actor.full_disk.closed = Closed.ALL_WRITES
+        engine.actor.full_disk.write_limit = WriteLimit.ALL_WRITES
         engine.disk.errors["probe"] = engine.disk.errors["build_reserve"] = DiskFull("full")
         await seconds(90)
         assert engine.state.processing.keys() == {"a"}
@@ -465,15 +465,15 @@ async def test_a_run_repairs_imported_and_hand_edited_rows() -> None:
     storage.put(row(4, "nobody", "processing", started_at=WALL))
     storage.put(row(5, "odd", "completed", progress=50, finished_at=WALL - 1, started_at=WALL))
     async with VirtualEngine(storage, schedule=replace(PASSES, batch=2)) as engine:
-        assert len(engine.state.suspects) == 5
+        assert len(engine.state.unvalidated) == 5
         engine.run_maintainer()
         await until(lambda: engine.maintainer.totals.runs == 1)
         report = stored_reports(engine)[0]
         assert report.errors == []
         assert report.validation_issues_found == report.validation_issues_fixed == 5
         assert engine.maintainer.totals.issues == Counter(error=4, critical=1)
-        assert not engine.state.suspects
-        assert not storage.suspects
+        assert not engine.state.unvalidated
+        assert not storage.unvalidated
         over, silent, nobody, odd = (storage.job(name) for name in ("over", "silent", "nobody", "odd"))
         assert over is not None
         assert over.progress == 0
@@ -605,7 +605,7 @@ async def test_writes_rejected_by_a_full_disk_are_reported_and_counted_next_time
     async with VirtualEngine(storage) as engine:
         await finished(engine, "old", expires_at=engine.now + 1)
         await seconds(1)
-        engine.actor.full_disk.closed = Closed.ALL_BUT_ENDINGS
+        engine.actor.full_disk.write_limit = WriteLimit.ALL_BUT_ENDINGS
         engine.disk.errors["probe"] = DiskFull("full")
         engine.run_maintainer()
         report = await engine.maintainer.run_cleanup(forced=True)

@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.engine.actor import Bounds
-from jobd.engine.disk_full import Closed
+from jobd.engine.disk_full import WriteLimit
 from jobd.model.commands import Create, Get, Progress
 from jobd.model.job import DAY_MS
 from jobd.model.responses import CleanupState, ClusterView, HealthView, PartHealth
@@ -241,16 +241,16 @@ async def test_a_hanging_disk_leaves_the_last_free_space() -> None:
 @pytest.mark.parametrize(
     ("closed", "expected"),
     [
-        (Closed.CREATES, "new jobs are rejected"),
-        (Closed.ALL_BUT_ENDINGS, "only writes that end or delete jobs are accepted"),
-        (Closed.ALL_WRITES, "every change is rejected"),
+        (WriteLimit.CREATES, "new jobs are rejected"),
+        (WriteLimit.ALL_BUT_ENDINGS, "only writes that end or delete jobs are accepted"),
+        (WriteLimit.ALL_WRITES, "every change is rejected"),
     ],
 )
-def test_the_message_names_the_writes_that_a_full_disk_rejects(closed: Closed, expected: str) -> None:
+def test_the_message_names_the_writes_that_a_full_disk_rejects(closed: WriteLimit, expected: str) -> None:
     @in_virtual_time
     async def test() -> None:
         async with VirtualEngine() as engine:
-            engine.actor.full_disk.closed = closed
+            engine.actor.full_disk.write_limit = closed
             engine.actor.full_disk.next_probe = asyncio.get_running_loop().time() + 60
             view = await measured(engine)
             assert view.status == view.database.status == "unhealthy"

@@ -23,9 +23,9 @@ from jobd.core.state import State
 from jobd.core.stats import HOURS_NEEDED, OTHER_QUEUES, SAMPLES_NEEDED, Histogram
 from jobd.engine.actor import COMMIT_BUCKETS_S, Actor
 from jobd.engine.clock import Clock
-from jobd.engine.disk_full import Closed
+from jobd.engine.disk_full import WriteLimit
 from jobd.engine.event_feed import EventFeed
-from jobd.engine.idempotency import Keys
+from jobd.engine.idempotency import IdempotencyStore
 from jobd.maintenance.artifact_sweeper import SweepStats
 from jobd.maintenance.cleanup_pass import CleanupSchedule
 from jobd.maintenance.maintainer import Maintainer
@@ -167,7 +167,7 @@ async def real(path: Path) -> AsyncIterator[RealStoreParts]:
         clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms)
         state = State.opened(opened)
         policy = Policy(keep_completed_ms=1)
-        actor = Actor(store, state, Keys(opened.keys, 1000), clock, policy, random=os.urandom)
+        actor = Actor(store, state, IdempotencyStore(opened.keys, 1000), clock, policy, random=os.urandom)
         maintainer = Maintainer(actor, clock, CleanupSchedule(batch=2))
         health = Health(actor, clock, maintainer, take_faults=store.take_faults)
         alerts = Alerts(state, clock, health, maintainer)
@@ -411,8 +411,8 @@ async def test_errors_of_all_listeners_are_summed_and_every_code_is_listed() -> 
 async def test_the_write_limit_of_a_full_disk() -> None:
     async with VirtualEngine() as engine:
         assert value(shown(engine), "jobd_disk_full") == 0
-        for closed in Closed:
-            engine.actor.full_disk.closed = closed
+        for closed in WriteLimit:
+            engine.actor.full_disk.write_limit = closed
             assert value(shown(engine), "jobd_disk_full") == closed
 
 

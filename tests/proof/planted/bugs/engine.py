@@ -12,7 +12,7 @@ from jobd.engine.actor import Actor
 from jobd.engine.batch import DecidedBatch, Decider
 from jobd.engine.clock import Clock
 from jobd.engine.disk_full import FullDisk
-from jobd.engine.idempotency import Keys
+from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.mailbox import Envelope, may_go_first
 from jobd.maintenance.clock_monitor import ClockMonitor
 from jobd.model.commands import IdempotencyKey, Undelivered
@@ -69,8 +69,13 @@ def _(roll_back: Any, self: Decider, decided: DecidedBatch) -> None:
     roll_back(self, replace(decided, tx=Transaction(self.state, decided.at, Policy())))
 
 
-@bug("keys-not-rolled-back", Keys.rollback, breaks="a rejected call is answered as if it was done", found_by=SIMULATION)
-def _(rollback: Any, self: Keys) -> None:
+@bug(
+    "keys-not-rolled-back",
+    IdempotencyStore.rollback,
+    breaks="a rejected call is answered as if it was done",
+    found_by=SIMULATION,
+)
+def _(rollback: Any, self: IdempotencyStore) -> None:
     self.commit()
 
 
@@ -113,8 +118,13 @@ def _(batch: Any, self: Decider, decided: DecidedBatch, policy: Policy) -> Any:
     return replace(made, numbers=replace(made.numbers, wall_ms=decided.at.now))
 
 
-@bug("effect-twice-under-one-key", Keys.find, breaks="a repeat in the same batch runs again", found_by=SIMULATION)
-def _(find: Any, self: Keys, digest: str, now: int) -> Any:
+@bug(
+    "effect-twice-under-one-key",
+    IdempotencyStore.find,
+    breaks="a repeat in the same batch runs again",
+    found_by=SIMULATION,
+)
+def _(find: Any, self: IdempotencyStore, digest: str, now: int) -> Any:
     return None if digest in self._added else find(self, digest, now)
 
 
@@ -131,11 +141,11 @@ def _(stored_response: Any, self: Decider, decided: DecidedBatch, envelope: Enve
 
 @bug(
     "key-dropped-with-its-first-grant",
-    Keys.ended,
+    IdempotencyStore.ended,
     breaks="the key of a claim goes with the first of its grants",
     found_by=ACTOR,
 )
-def _(ended: Any, self: Keys, lock_id: str) -> None:
+def _(ended: Any, self: IdempotencyStore, lock_id: str) -> None:
     digest = self._by_lock.get(lock_id)
     ended(self, lock_id)
     if digest in self._grants:
@@ -163,12 +173,12 @@ def _(advance: Any, self: Clock) -> int:
 
 @bug(
     "lease-time-runs-on-a-full-disk",
-    FullDisk.close_further,
+    FullDisk.escalate,
     breaks="locks expire while none can be extended",
     found_by=ACTOR,
 )
-async def _(close_further: Any, self: FullDisk, error: DiskFull) -> None:
-    await close_further(self, error)
+async def _(escalate: Any, self: FullDisk, error: DiskFull) -> None:
+    await escalate(self, error)
     self._clock.resume()
 
 

@@ -243,7 +243,7 @@ class Cluster(Machine):
         cold.become(self.disk.copy_tables())
         opened = cold.opened()
         state, found = State.opened(opened), warm.opened()
-        state.suspects = dict(opened.unvalidated)
+        state.unvalidated = dict(opened.unvalidated)
         state.advance(opened.numbers.wall_ms, opened.numbers.lease_ms)
         shown, expected = snapshot(warm.state), snapshot(state)
         for name in expected.keys() - OWN - NUMBERS:

@@ -9,7 +9,7 @@ import asyncio
 from random import Random
 from typing import TYPE_CHECKING, Final
 
-from jobd.engine.disk_full import Closed
+from jobd.engine.disk_full import WriteLimit
 from jobd.model.storage import OutboxWrite
 from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.webhooks.context import DispatchContext
@@ -79,7 +79,7 @@ def make_webhooks(receiver: Receiver, daemon: LeaderDaemon) -> WebhookManager:
         storage=daemon.node.disk,
         moment=daemon.clock.moment,
         source="/jobd/sim",
-        may_write=lambda: daemon.actor.full_disk.closed == Closed.NOTHING and not daemon.gone.is_set(),
+        may_write=lambda: daemon.actor.full_disk.write_limit == WriteLimit.NONE and not daemon.gone.is_set(),
         alerts=lambda: None,
         chance=receiver.dice.random,
     )

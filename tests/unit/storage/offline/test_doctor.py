@@ -309,7 +309,7 @@ async def test_a_row_is_accepted_from_quarantine(path: str) -> None:
     assert check(path) == []
     async with open_store(path) as (store, found):
         assert (found.faults, found.quarantined) == ([], {})
-        maker.suspects.add(job.seq)
+        maker.unvalidated.add(job.seq)
         await assert_holds(store, found, maker)
 
 
