@@ -127,6 +127,7 @@ class BenchDaemon:
     def load(self, kind: str, **asked: Any) -> dict[str, Any]:
         """Run a load of load.py in its own process. `daemon_cores` and `load_cores` are the CPU time of both sides."""
         request = LoadRequest(kind, self._socket("worker"), self._socket("admin"), self._token, **asked)
+        request.store = self._path("jobd.db")
         words = [sys.executable, "-m", "tests.benchmarks.load", msgspec.json.encode(request).decode()]
         began, cpu_s = time.perf_counter(), self._cpu_s()
         run = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)

@@ -13,7 +13,10 @@ BASE: Final = "/admin/job-management"
 
 
 class LoadRequest(Struct):
-    """A request for a load: `count` of jobs, `rate` of lifecycles per second, `beside` names what else runs."""
+    """A request for a load: `count` of jobs, `rate` of lifecycles per second, `beside` names what else runs.
+
+    `store` is the path of the daemon's database.
+    """
 
     kind: str
     socket: str
@@ -25,6 +28,7 @@ class LoadRequest(Struct):
     rate: float = 0.0
     beside: str = "nothing"
     expired: bool = False
+    store: str = ""
 
 
 async def connections_of(request: LoadRequest) -> list[LoadConnection]:
