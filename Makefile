@@ -10,6 +10,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 PARALLEL ?= 2
 # Many tests wait for the disk, a server or another process, so one process more runs them.
 PROCESSES ?= $(shell expr $(PARALLEL) + 1)
+SLOW_PROCESSES ?= $(shell expr $(PARALLEL) + 2)
 
 # Tests start hundreds of processes. Without stored bytecode each of them compiles all of jobd.
 export PYTHONDONTWRITEBYTECODE :=
@@ -42,7 +43,7 @@ REST := "These were the fast tests. make check also runs the slow ones, make clu
 check: $(READY)  ## run what CI runs: format, lint, types, coverage, the demo, all tests
 	$(MAKE) --jobs $(PARALLEL) --output-sync=target lint coverage demo stock STOCK=client
 	$(MAKE) test
-	$(BIN)/pytest -m "slow and not long" --numprocesses $(PROCESSES) --dist worksteal --durations 20
+	$(BIN)/pytest -m "slow and not long" --numprocesses $(SLOW_PROCESSES) --dist worksteal --durations 20
 
 # Daemon and tests use uvloop. Programs that use the clients may run them on the event loop of asyncio.
 STOCK := api client engine http maintenance webhooks

@@ -182,11 +182,11 @@ class Decider:
         self.state.clock_suspect = decided.at.suspect
         for lock_id in decided.tx.ended:
             self._receivers.pop(lock_id, None)
-        suspects = self.state.unvalidated
-        if suspects:
+        unvalidated = self.state.unvalidated
+        if unvalidated:
             gone = [change.event.job_seq for change in decided.changes if change.after is None]
             for seq in (*gone, *decided.tx.checked):
-                suspects.pop(seq, None)
+                unvalidated.pop(seq, None)
 
     def roll_back(self, decided: DecidedBatch) -> None:
         """Undo the batch, because it was not written. Its numbers stay used."""

@@ -77,5 +77,5 @@ def test_a_real_store_has_the_rows_of_a_simulated_one(
             projection.journal.append(made)
         conn.close()  # a kill
     conn.close()
-    for name in ("jobs", "payloads", "queues", "keys", "suspects", "events", "deleted", "tombstones", "figures"):
+    for name in ("jobs", "payloads", "queues", "keys", "unvalidated", "events", "deleted", "tombstones", "figures"):
         assert getattr(expected, name) == getattr(machine.disk, name)

@@ -223,11 +223,11 @@ class ChangeFactory:
     def snapshot(self) -> Callable[[], None]:
         """Return a function that restores the current model. Numbers that were issued stay issued."""
         jobs, payloads, queues = dict(self.jobs), dict(self.payloads), dict(self.queues)
-        suspects, deleted = set(self.unvalidated), dict(self.deleted)
+        unvalidated, deleted = set(self.unvalidated), dict(self.deleted)
 
         def back() -> None:
             self.jobs, self.payloads, self.queues = jobs, payloads, queues
-            self.unvalidated, self.deleted = suspects, deleted
+            self.unvalidated, self.deleted = unvalidated, deleted
 
         return back
 
