@@ -553,7 +553,7 @@ class Actor:
             if isinstance(response, Response) and response.read is not None:
                 self._history.start(envelope, response, self.policy)
                 continue
-            if (self._internal or not isinstance(response, Response)) and self._stays_internal(envelope, response):
+            if (self._internal or not isinstance(response, Response)) and self._keep_if_disk_full(envelope, response):
                 continue
             sent = envelope.reply(response)
             if sent < len(envelope.futures) and isinstance(response, Response) and response.grants:
@@ -563,8 +563,11 @@ class Actor:
             for listener in self.on_commit:
                 listener(decided.changes)
 
-    def _stays_internal(self, envelope: Envelope, response: Response | ApiError) -> bool:
-        """Return whether the full disk rejected a command of the daemon, so that it is decided again later."""
+    def _keep_if_disk_full(self, envelope: Envelope, response: Response | ApiError) -> bool:
+        """Keep an internal command that the full disk rejected, and forget one that was decided.
+
+        Return whether it is kept.
+        """
         is_internal = envelope in self._internal
         if isinstance(response, ApiError) and response.code == "storage_full":
             if not is_internal and isinstance(envelope.call.command, Undelivered):
