@@ -199,10 +199,10 @@ class Database:
         if self._broken is not None:
             raise StoreBroken(f"an earlier write failed: {self._broken!r}") from self._broken
 
-    def keep_damage(self, what: str) -> None:
-        """Go on with a damaged row, which is quarantined. Raises StoreDamaged for the store of a cluster.
+    def raise_if_clustered(self, what: str) -> None:
+        """Raise StoreDamaged if the store belongs to a cluster: other nodes have the row undamaged.
 
-        Other nodes have the row as it was, so this one rebuilds its tables from the journal.
+        The node then rebuilds its tables from the journal. Elsewhere the caller goes on, and quarantines the row.
         """
         if self.membership is not None:
             error = StoreDamaged(f"{what}: the tables are damaged, and are rebuilt from the journal")

@@ -157,7 +157,7 @@ def _belongs_to_another(row: Row, id_: str) -> bool:
 
 def _report_lost(db: Database, id_: str, reason: str) -> str:
     """Report a job whose row cannot be read and so cannot be quarantined."""
-    db.keep_damage(f"job {id_}: {reason}")
+    db.raise_if_clustered(f"job {id_}: {reason}")
     if db.quarantined.get(id_) != reason:
         db.quarantined[id_] = reason
         db.report_quarantined(Quarantined(id_, reason, is_moved=False))

@@ -439,7 +439,7 @@ def _live_jobs(db: Database) -> tuple[list[Job], list[CompactJob]]:
                 db.rebuild_indexes()
             except (DiskFull, StructureDamaged):
                 break
-    db.keep_damage("the live jobs differ from those that are recorded")
+    db.raise_if_clustered("the live jobs differ from those that are recorded")
     db.faults.append(
         f"{totals[0]} live jobs were found, but {stored[0]} are recorded"
         if totals[0] != stored[0]

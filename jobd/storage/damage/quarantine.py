@@ -46,7 +46,7 @@ def quarantine_jobs(
     reasons: dict[str, str] = {}
     for row, reason in damaged:
         id_ = original_id(db, row)
-        db.keep_damage(f"job {id_}: {reason}")
+        db.raise_if_clustered(f"job {id_}: {reason}")
         uncounted, is_moved = None, False
         try:
             db.catch_up()  # pending records have counts from before the row is moved
@@ -149,7 +149,7 @@ def quarantine_rows(
     unmoved: set[int] = set()
     for rowid, row, reason in damaged:
         name = row_name(db, table, row)
-        db.keep_damage(f"{name}: {reason}")
+        db.raise_if_clustered(f"{name}: {reason}")
         error = _NOT_FOUND
         try:
             if db.commit(_quarantine_row, db, table, columns, rowid, row, f"{name.partition(' ')[2]}: {reason}"):
@@ -180,7 +180,7 @@ def quarantine_events(db: Database, row: Row, reason: str) -> None:
     allows no further write in the transaction.
     """
     name = row_name(db, "events", row)
-    db.keep_damage(f"{name}: {reason}")
+    db.raise_if_clustered(f"{name}: {reason}")
     columns = (*event_rows.COLUMNS, "crc")
     is_moved = _quarantine_row(db, "events", columns, row[0], row, f"{name.partition(' ')[2]}: {reason}")
     db.note_missing(event_rows.highest_number(row))

@@ -74,7 +74,7 @@ def _rows_of_job(db: Database, job_seq: int, after: int, order: str, limit: int)
     found = sorted((row for row in rows if row[0] is not None), key=_first)
     if len(found) < len(rows):
         lost = f"events of {db.job_name(job_seq)}: {len(rows) - len(found)} rows cannot be found"
-        db.keep_damage(lost)
+        db.raise_if_clustered(lost)
         db.note_fault(f"{lost}; run `jobd doctor`")
     return found
 

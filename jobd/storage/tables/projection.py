@@ -371,11 +371,11 @@ class Projection:
             self.db.quarantined[damaged.job_id] = str(damaged)
             quarantine_jobs(self.db, [(damaged.row, str(damaged))], self._uncount)
         except RowMissing as missing:
-            self.db.keep_damage(f"job {missing.job_id}: {missing}")
+            self.db.raise_if_clustered(f"job {missing.job_id}: {missing}")
             self.db.quarantined[missing.job_id] = str(missing)
             self.db.note_fault(f"job {missing.job_id}: {missing}")
         except StructureDamaged as error:
-            self.db.keep_damage(str(error))
+            self.db.raise_if_clustered(str(error))
             raise
 
     def _uncount(self, seq: int) -> tuple[str, str] | None:

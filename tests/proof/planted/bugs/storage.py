@@ -219,11 +219,11 @@ def _(follow: Any, self: Projection, records: Any, decoded: Any = ()) -> None:
 
 @bug(
     "damaged-row-quarantined-on-one-node",
-    Database.keep_damage,
+    Database.raise_if_clustered,
     breaks="the nodes of a cluster have different rows",
     found_by=CLUSTER,
 )
-def _(keep_damage: Any, self: Database, what: str) -> None: ...
+def _(raise_if_clustered: Any, self: Database, what: str) -> None: ...
 
 
 @bug("sums-kept-over-a-rollback", Database.commit, breaks="totals count a rejected batch", found_by=OUTAGES)
