@@ -145,7 +145,7 @@ class RetryState:
     def _record(self, error: JobdError) -> None:
         self._errors.pop(self.endpoint, None)
         self._errors[self.endpoint] = error
-        if self._worst is None or _severity(error) >= _severity(self._worst):
+        if self._worst is None or _likelihood_applied(error) >= _likelihood_applied(self._worst):
             self._worst = error
         self._round.add(self.endpoint)
         if isinstance(error, Unreachable) and self._nodes.first == self.endpoint:
@@ -200,7 +200,7 @@ class RetryState:
         )
 
 
-def _severity(error: JobdError) -> int:
+def _likelihood_applied(error: JobdError) -> int:
     """Return how likely it is that the request was applied."""
     return len(_MAYBE_APPLIED) - _MAYBE_APPLIED.index(error.code) if error.code in _MAYBE_APPLIED else 0
 

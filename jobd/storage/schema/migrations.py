@@ -102,7 +102,7 @@ MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
     6: _add_index_of_failed,
     7: _replace_index_of_expiry,
     8: _keep_old_events,
-    9: lambda conn: _describe_pauses_and_count_releases(conn),
+    9: lambda conn: _add_pause_and_release_columns(conn),
     10: lambda conn: _add_journal(conn),
     11: lambda conn: _add_cluster(conn),
     12: lambda conn: _move_job_fields_into_body(conn),
@@ -290,7 +290,7 @@ def _rewrite_meta(conn: sqlite3.Connection, row: dict[str, int]) -> None:
     )
 
 
-def _describe_pauses_and_count_releases(conn: sqlite3.Connection) -> None:
+def _add_pause_and_release_columns(conn: sqlite3.Connection) -> None:
     """Add columns for the details of a pause, consecutive releases, and a suspect clock."""
     pause = {"paused_at": "INTEGER", "paused_by": "TEXT", "pause_reason": "TEXT", "paused_until": "INTEGER"}
     _add_columns(conn, "queues", pause, None)
