@@ -165,7 +165,7 @@ class Serving:
         self._stack.push_async_callback(self._stop_actor)
         self.webhooks = self._make_webhooks()
         self.maintainer = Maintainer(self.actor, self.clock, _schedule(settings))
-        self.maintainer.hold_journal(self.webhooks.journal_hold_ms)
+        self.maintainer.hold_events(self.webhooks.event_hold_ms)
         self._maintaining = run("cleanup", self.maintainer)
         run("failures", self.failures)
         sweeper = await self._start_sweeper()

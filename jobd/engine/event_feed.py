@@ -18,7 +18,7 @@ from msgspec import Struct
 from jobd.engine.change_watchers import Watcher, Watchers
 from jobd.model.errors import api_error
 from jobd.model.events import Change, Event, EventFilter, StreamedEvent, streamed_event
-from jobd.model.storage import JournalPage, JournalStorage
+from jobd.model.storage import EventPage, EventStorage
 
 RETRY_MS: Final = 2_000  # how long a client should wait before it connects again
 HEARTBEAT_S: Final = 15.0  # longest time without data, so that proxies and clients detect a dead peer
@@ -76,7 +76,7 @@ class Piece:
 
     __slots__ = ("_round", "begin", "end", "events", "gone_to", "last", "more")
 
-    def __init__(self, after: int, page: JournalPage) -> None:
+    def __init__(self, after: int, page: EventPage) -> None:
         self.events = page.events
         self.begin, self.end = after, page.end
         self.last, self.gone_to, self.more = page.last, page.gone_to, page.more
@@ -114,13 +114,13 @@ class EventFeed:
     `most` is the limit of listeners; `dropped` counts those that were cut off because they read too slowly.
     """
 
-    def __init__(self, journal: JournalStorage, last: int, most: int) -> None:
+    def __init__(self, storage: EventStorage, last: int, most: int) -> None:
         self.last = last
         self.dropped = 0
         self.is_closed = False
         self.rounds: deque[EventBatch] = deque()
         self.first = 0  # the number of rounds[0] among all rounds
-        self._journal = journal
+        self._storage = storage
         self._most = most
         self._listeners: set[Subscriber] = set()
         self._watchers = Watchers()
@@ -200,7 +200,7 @@ class EventFeed:
         self._readings.append(reading)
         try:
             async with self._slots:
-                page = await self._journal.journal(after, PAGE)
+                page = await self._storage.events_after(after, PAGE)
                 self._check_page(after, page)
                 piece = reading.piece = Piece(after, page)
                 if page.more:  # a page at the end of the journal is not complete
@@ -220,7 +220,7 @@ class EventFeed:
     def _read_before(self, after: int) -> Piece | None:
         return next((piece for piece in self._pieces if piece.begin <= after < piece.end), None)
 
-    def _check_page(self, after: int, page: JournalPage) -> None:
+    def _check_page(self, after: int, page: EventPage) -> None:
         if after > page.last:
             raise api_error(
                 "events_gone",
@@ -335,7 +335,7 @@ class Subscriber:
                 return b""
             raise api_error("shutting_down", "The daemon is stopping, and some events were not sent.")
         self._silent_since_s = asyncio.get_running_loop().time()
-        return await (self._from_backlog() if self._is_caught_up else self._from_journal())
+        return await (self._from_backlog() if self._is_caught_up else self._from_storage())
 
     def cut(self) -> None:
         """Close the connection, because the client reads too slowly."""
@@ -358,7 +358,7 @@ class Subscriber:
         self.position = max(page.last - back, page.gone_to, 0)
         return await self._feed.page(self.position, is_first=True)
 
-    async def _from_journal(self) -> bytes:
+    async def _from_storage(self) -> bytes:
         """Return the selected events of the next page. Near the end of the journal, begin to queue live events.
 
         So no event is missed, even if events are committed faster than the pages are read.

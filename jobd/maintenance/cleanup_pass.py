@@ -70,7 +70,7 @@ class MaintenanceContext:
         self.actor = actor
         self.clock = clock
         self.schedule = schedule
-        self.hold_journal_ms: Callable[[], int] = lambda: 0  # how far lagging readers are behind
+        self.hold_events_ms: Callable[[], int] = lambda: 0  # how far lagging readers are behind
         self.totals = MaintenanceTotals()
         self.stopping = False
 
@@ -227,7 +227,7 @@ class CleanupRun:
         """Delete the events of jobs that were deleted long ago."""
         limit = self._batch
         while not (at := self._clock.moment()).suspect:
-            keep_ms = max(self._context.schedule.journal_ms, self._context.hold_journal_ms())
+            keep_ms = max(self._context.schedule.journal_ms, self._context.hold_events_ms())
             if await self._storage.prune(at.now - keep_ms, limit) < limit:
                 break
             await self._context.yield_to_workers()

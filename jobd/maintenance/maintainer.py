@@ -64,9 +64,9 @@ class Maintainer:
     def schedule(self) -> CleanupSchedule:
         return self._context.schedule
 
-    def hold_journal(self, for_ms: Callable[[], int]) -> None:
+    def hold_events(self, for_ms: Callable[[], int]) -> None:
         """Keep the events of deleted jobs for at least this many ms, for readers that lag behind."""
-        self._context.hold_journal_ms = for_ms
+        self._context.hold_events_ms = for_ms
 
     def save_extra(self, read_extra_json: Callable[[], bytes]) -> None:
         """Save this JSON with the statistics. `read_extra` reads it."""

@@ -370,8 +370,8 @@ class JobRows(Struct):
     last_event: int = 0
 
 
-class JournalPage(Struct, frozen=True):
-    """A part of the journal of the whole store, and its bounds at the time of the read.
+class EventPage(Struct, frozen=True):
+    """A part of the events of the whole store, and their bounds at the time of the read.
 
     `last` is the highest seq of a committed event. Events up to `gone_to` may be missing: pruned, in quarantine, or
     undone by a restored backup. Above it only two kinds are missing: older progress and extensions (KEEP_HEARTBEATS),
@@ -385,7 +385,7 @@ class JournalPage(Struct, frozen=True):
 
     @property
     def end(self) -> int:
-        """The seq up to which the page has all events that the journal still has. Damaged rows count as missing."""
+        """The seq up to which the page has all events that the store still has. Damaged rows count as missing."""
         if not self.more:
             return self.last
         return self.events[-1].seq if self.events else self.gone_to
@@ -419,14 +419,14 @@ class OpenedStore(Struct):
         return [*(job.expand() for job in self.compact_jobs), *self.jobs]
 
 
-class JournalStorage(Protocol):
-    """Read access to the journal of the whole store."""
+class EventStorage(Protocol):
+    """Read access to the events of the whole store."""
 
-    async def journal(self, after: int, limit: int) -> JournalPage:
+    async def events_after(self, after: int, limit: int) -> EventPage:
         """Read up to `limit` committed events with a seq above `after`, oldest first."""
 
 
-class JobStorage(JournalStorage, Protocol):
+class JobStorage(EventStorage, Protocol):
     """The storage behind the actor.
 
     Every method but `cached_payloads` is one thread switch, but `write` is none if it commits inline: then it blocks
@@ -512,7 +512,7 @@ class JobStorage(JournalStorage, Protocol):
         """Rebuild the reserve file. Raises DiskFull if it and SPARE_BYTES do not fit on the disk."""
 
 
-class OutboxStorage(JournalStorage, Protocol):
+class OutboxStorage(EventStorage, Protocol):
     """The storage behind webhooks. Every method is one thread switch, and raises CannotWrite."""
 
     async def open_outbox(self, names: list[str], now: int) -> Outbox:

@@ -80,7 +80,7 @@ class WebhookEndpoint(Struct, frozen=True):
         return f"webhooks/{self.name}"
 
     @property
-    def reads_journal(self) -> bool:
+    def reads_events(self) -> bool:
         """Whether it subscribes to more than alerts."""
         return not self.events <= set(ALERTS)
 

@@ -26,10 +26,10 @@ from jobd.model.storage import (
     DiskFull,
     DiskSpace,
     DueTombstones,
+    EventPage,
     FiguresWrite,
     JobQuery,
     JobRows,
-    JournalPage,
     LateResultQuery,
     LateResultRows,
     LoadedRows,
@@ -349,9 +349,9 @@ class Store(Storage):
     async def count_late_results(self, job_seqs: list[int]) -> dict[int, int]:
         return await self._read(queries.count_late_results, job_seqs)
 
-    async def journal(self, after: int, limit: int) -> JournalPage:
+    async def events_after(self, after: int, limit: int) -> EventPage:
         """Return up to `limit` events of the store with a seq above `after`, oldest first."""
-        return await self._read(event_queries.journal, after, limit)
+        return await self._read(event_queries.events_after, after, limit)
 
     async def expired_jobs(self, now: int, limit: int, skip: int = 0) -> list[str]:
         return await self._read(queries.expired_jobs, now, limit, skip)

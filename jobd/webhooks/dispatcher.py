@@ -19,7 +19,7 @@ from jobd.model.storage import CannotWrite
 from jobd.model.webhooks import MAX_BACKLOG, Delivery, DeliveryOutcome, Outbox, WebhookEndpoint
 from jobd.webhooks.context import DeliveryStats, DispatchContext, Transport
 from jobd.webhooks.delivery_queue import DeliveryQueue, QueuedDelivery
-from jobd.webhooks.journal_reader import PAGE, JournalReader
+from jobd.webhooks.event_reader import PAGE, EventReader
 from jobd.webhooks.message import Message, test_message
 from jobd.webhooks.retry import BreakerState, CircuitBreaker, is_exhausted, retry_wait_ms
 from jobd.webhooks.url_policy import redacted
@@ -45,7 +45,7 @@ class Dispatcher:
         self.stats = stats
         self.queue = DeliveryQueue()
         self.breaker = CircuitBreaker(context.retry_policy)
-        self.reader = JournalReader(endpoint, outbox.cursors[endpoint.name], outbox.last, context, self._enqueue)
+        self.reader = EventReader(endpoint, outbox.cursors[endpoint.name], outbox.last, context, self._enqueue)
         self._context = context
         self._loop_time = asyncio.get_running_loop().time
         self._wake = asyncio.Event()

@@ -211,12 +211,12 @@ class WebhookManager:
         ]
         return max(failing, key=lambda each: each.for_ms, default=None)
 
-    def journal_hold_ms(self) -> int:
-        """Return how long the journal must be kept for lagging endpoints; 0 if there are none."""
+    def event_hold_ms(self) -> int:
+        """Return how long events must be kept for lagging endpoints; 0 if there are none."""
         behind = (
             endpoint.give_up_after_ms
             for name, endpoint in self._endpoints.items()
-            if endpoint.reads_journal and (name not in self._dispatchers or self._dispatchers[name].reader.is_lagging)
+            if endpoint.reads_events and (name not in self._dispatchers or self._dispatchers[name].reader.is_lagging)
         )
         return max(behind, default=0)
 

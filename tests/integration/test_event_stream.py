@@ -266,7 +266,7 @@ async def test_a_bug_in_a_stream_ends_that_stream_only(
         raise RuntimeError("a bug")
 
     client = await opened_stream(harness)
-    monkeypatch.setattr(event_feed.Subscriber, "_from_journal", fail)
+    monkeypatch.setattr(event_feed.Subscriber, "_from_storage", fail)
     broken = await harness.connect()
     broken.send(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": "0"}))
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):

@@ -32,10 +32,10 @@ from jobd.model.storage import (
     DiskFull,
     DiskSpace,
     DueTombstones,
+    EventPage,
     FiguresWrite,
     JobQuery,
     JobRows,
-    JournalPage,
     LateResultQuery,
     LateResultRows,
     LoadedRows,
@@ -279,12 +279,12 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
         self.project_for_read()
         return {seq: len(self.late_results[seq]) for seq in job_seqs if self.late_results.get(seq)}
 
-    async def journal(self, after: int, limit: int) -> JournalPage:
+    async def events_after(self, after: int, limit: int) -> EventPage:
         """Return up to `limit` events with a seq above `after`, oldest first."""
-        await self._enter("journal")
+        await self._enter("events_after")
         self.project_for_read()
         found = [event for event in self.events if event.seq > after][:limit]
-        return JournalPage(found, self.numbers.next_event - 1, self.gone_to, len(found) == limit)
+        return EventPage(found, self.numbers.next_event - 1, self.gone_to, len(found) == limit)
 
     async def expired_jobs(self, now: int, limit: int, skip: int = 0) -> list[str]:
         await self._enter("expired")

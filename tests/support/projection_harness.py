@@ -73,7 +73,7 @@ def content_of(db: Database, found: OpenedStore) -> MemoryTables:
         tables.jobs[job.seq], tables.ids[job.id] = job, job.seq
         tables.payloads[job.seq] = loaded.payloads[job.seq]
         assert loaded.payloads[job.seq].body == body
-    tables.events = event_queries.journal(db, 0, 10_000).events
+    tables.events = event_queries.events_after(db, 0, 10_000).events
     requested = [LateResultQuery(seq, with_results=True) for seq in tables.jobs]
     late = queries.read_late_results(db, requested).results
     tables.late_results = {seq: tuple(kept) for seq, kept in late.items() if kept}

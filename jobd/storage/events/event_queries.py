@@ -1,4 +1,4 @@
-"""Read events: timelines of jobs, and pages of the journal of all jobs.
+"""Read events: timelines of jobs, and pages of the events of all jobs.
 
 Damaged rows are quarantined when a query finds them. All calls block; the storage thread makes them. Columns other than
 the number of a row may be damaged until its checksum is verified, so none alone decides that a row is not read.
@@ -15,7 +15,7 @@ from typing import Final
 from jobd.journal import facts
 from jobd.journal.facts import EVENT_COLUMNS, EventRow
 from jobd.model.events import Event
-from jobd.model.storage import DiskFull, JournalPage
+from jobd.model.storage import DiskFull, EventPage
 from jobd.storage.codec import Row
 from jobd.storage.damage.quarantine import quarantine_rows
 from jobd.storage.database import Database, StructureDamaged, is_corrupt
@@ -39,7 +39,7 @@ _BEFORE_ALL: Final = -(1 << 63)  # damaged numbers may be negative
 
 
 def timeline(db: Database, job_seq: int, limit: int | None = None) -> list[Event]:
-    """Return the journal of a job or its latest `limit` events, oldest first, with the last heartbeat of each grant."""
+    """Return the events of a job or its latest `limit` events, oldest first, with the last heartbeat of each grant."""
     db.check()
     try:
         rows = latest_rows(db, job_seq, _ALL if limit is None else limit)
@@ -93,7 +93,7 @@ def _timeline_of_a_damaged_table(db: Database, job_seq: int) -> list[Row]:
     return db.rows_one_by_one(_EVENTS, [seq for (seq,) in seqs], "events")
 
 
-def journal(db: Database, after: int, limit: int) -> JournalPage:
+def events_after(db: Database, after: int, limit: int) -> EventPage:
     """Return up to `limit` events of the store with a seq above `after`, oldest first; fewer if they are large.
 
     All damaged events count as missing, even if they cannot be quarantined, so that no reader silently skips them.
@@ -114,10 +114,10 @@ def journal(db: Database, after: int, limit: int) -> JournalPage:
         if not is_corrupt(error):
             raise
         db.faults.append(f"the journal cannot be read after event {after}: {error}; run `jobd doctor`")
-        return JournalPage([], last, last)
+        return EventPage([], last, last)
     events.sort(key=_seq)
     page = [facts.event(event) for event in events[:limit]]
-    return JournalPage(page, last, db.gone_to, is_cut or len(events) > limit)
+    return EventPage(page, last, db.gone_to, is_cut or len(events) > limit)
 
 
 def _between(events: list[EventRow], after: int, upto: int) -> list[EventRow]:

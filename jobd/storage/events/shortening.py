@@ -1,4 +1,4 @@
-"""Shorten the journals of jobs: delete old heartbeats, and grants that were given back."""
+"""Shorten the timelines of jobs: delete old heartbeats, and grants that were given back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from jobd.storage.database import Database, StructureDamaged, is_corrupt
 from jobd.storage.events import event_rows
 from jobd.storage.events.event_rows import fault
 
-COMPACTED_AT_ONCE: Final = 1_000  # events of a journal that are read by one `shorten`
+COMPACTED_AT_ONCE: Final = 1_000  # events of a timeline that are read by one `shorten`
 GIVEN_BACK_KEPT: Final = 10_000  # jobs whose returned grants are counted
 _READ_AT_ONCE: Final = 50  # rows of events
 _ROWS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? AND seq > ?"
@@ -36,21 +36,21 @@ _TYPE: Final = EVENT_COLUMNS.index("type")
 _seq = attrgetter("seq")
 
 
-class JournalShortener:
-    """Counts the heartbeats and returned grants of jobs, and shortens the journals with too many of them."""
+class TimelineShortener:
+    """Counts the heartbeats and returned grants of jobs, and shortens the timelines with too many of them."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
         # For each grant seen since the start: the seq of its event, and its heartbeats since the last thinning.
         self._heartbeats: dict[int, tuple[int, int]] = {}
-        # For each job: the event up to which its journal is compact (0: unknown), and the grants returned since then.
+        # For each job: the event up to which its timeline is compact (0: unknown), and the grants returned since then.
         self._returned_grants: dict[int, tuple[int, int]] = {}
-        # Journals to thin or compact, oldest first, with the event to start from.
+        # Timelines to thin or compact, oldest first, with the event to start from.
         self._waiting: dict[tuple[Callable[[int, int], None], int], int] = {}
 
     @property
     def has_work(self) -> bool:
-        """Whether a journal is too long."""
+        """Whether a timeline is too long."""
         return bool(self._waiting)
 
     def note(self, changes: Sequence[Change]) -> None:
@@ -58,7 +58,7 @@ class JournalShortener:
         for change in changes:
             event = change.event
             if event.type in HEARTBEATS:
-                # For a grant made before the start the count is unknown, so thin its journal once.
+                # For a grant made before the start the count is unknown, so thin its timeline once.
                 begin, heartbeats = self._heartbeats.get(event.job_seq, (0, KEEP_HEARTBEATS))
                 self._heartbeats[event.job_seq] = (begin, heartbeats + 1)
                 if heartbeats >= KEEP_HEARTBEATS:
@@ -82,7 +82,7 @@ class JournalShortener:
             del self._returned_grants[next(iter(self._returned_grants))]
 
     def shorten(self) -> None:
-        """Shorten one journal, in a transaction of its own."""
+        """Shorten one timeline, in a transaction of its own."""
         shorten, job_seq = next(iter(self._waiting))
         with contextlib.suppress(DiskFull, StructureDamaged):
             self._db.commit(shorten, job_seq, self._waiting.pop((shorten, job_seq)))
@@ -96,7 +96,7 @@ class JournalShortener:
             self._write(found, facts.thin(_events(found)))
 
     def _compact(self, job_seq: int, begin: int) -> None:
-        """Compact the journal of a job from the event `begin` on (0: after its first grants) up to its last grants."""
+        """Compact the timeline of a job from the event `begin` on (0: after its first grants) up to its last grants."""
         if not begin:
             begin = self._nth_grant(job_seq, "ASC", KEEP_FIRST_GRANTS)
         end = self._nth_grant(job_seq, "DESC", KEEP_GRANTS - 1)

@@ -107,7 +107,7 @@ def check(
 def problems(conn: sqlite3.Connection, path: str) -> list[StoreProblem]:
     """Return all problems of an open store. It has the current schema version, and nothing writes to it."""
     found: list[StoreProblem] = []
-    tables = (_jobs, _payloads, _late, _journal, _deleted, _keys, queues, _small_tables, _tombstones)
+    tables = (_jobs, _payloads, _late, _events, _deleted, _keys, queues, _small_tables, _tombstones)
     for part in (_meta, _file, _tail, *tables, _quarantined, _files):
         found += _limited(part(conn, path))
     return found
@@ -239,7 +239,7 @@ def _late(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
             yield StoreProblem(place, "its job does not exist", _UNUSED)
 
 
-def _journal(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
+def _events(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     last = 0
     db = _database_of(conn, path)
     for row in _all_rows(conn, f"SELECT {event_rows.COLUMNS_SQL} FROM events NOT INDEXED"):
@@ -266,7 +266,7 @@ def _deleted(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     for job_seq, id_, at in _all_rows(conn, "SELECT job_seq, id, at FROM deleted_jobs"):
         row = conn.execute(_LAST_EVENTS, (job_seq,)).fetchone()
         if row is None or event_rows.fault(row) is not None:
-            continue  # `_journal` reports damaged rows, and events of a job that was not deleted
+            continue  # `_events` reports damaged rows, and events of a job that was not deleted
         event = facts.event(event_rows.unpack(row)[-1])
         if (event.type, event.job_id, event.at) != ("deleted", id_, at):
             yield StoreProblem(

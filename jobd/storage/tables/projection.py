@@ -41,7 +41,7 @@ from jobd.storage.codec import KEY_COLUMNS, with_checksum
 from jobd.storage.damage.quarantine import quarantine_jobs
 from jobd.storage.database import BY_SEQ, PUT_QUEUE, PUT_TOMBSTONE, Database, StructureDamaged, readable
 from jobd.storage.events import event_rows
-from jobd.storage.events.shortening import JournalShortener
+from jobd.storage.events.shortening import TimelineShortener
 from jobd.storage.files import StoreUnreadable
 from jobd.storage.queries import read_job
 from jobd.storage.tables import table_writes
@@ -93,7 +93,7 @@ class Projection:
         self._outbox = 0  # number of the last record that concerns the webhook outbox
         self._jobs = JobWriter(db.conn, self._find, db.note_fault)
         self._late = LateWriter(db.conn, db.rows, db.note_fault)
-        self._shortener = JournalShortener(db)
+        self._shortener = TimelineShortener(db)
         self._is_projecting = False
         db.on_rollback = self._jobs.forget_rows
         db.catch_up = self._catch_up

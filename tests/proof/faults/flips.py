@@ -164,7 +164,7 @@ async def _compare_feed(store: Store, holds: StoreContents) -> bool:
     written = {event.seq: event for events in holds.events.values() for event in events}
     lost = False
     for after in (0, *sorted(written)[::RESUMED]):
-        page = await store.journal(after, len(written))
+        page = await store.events_after(after, len(written))
         for event in page.events:
             assert written.get(event.seq, event) == event, f"event {event.seq} is another in the feed"
         missing = {seq for seq in written if after < seq <= page.end} - {event.seq for event in page.events}

@@ -126,7 +126,7 @@ async def test_all_nodes_go_on_without_the_lost_records(path: str, server: Memor
             assert jobs["held"].ended is not None
             assert node.store._database.numbers.epoch == done.epoch
             assert node.store._database.numbers.next_job == JUMP + 5
-            page = await node.store.journal(0, 1000)
+            page = await node.store.events_after(0, 1000)
             assert page.gone_to == JUMP + 6, "clients may have seen events that do not exist any more"
             assert [event.type for event in page.events[-2:]] == ["stalled", "stalled"]
             [(_, entry)] = (await node.store.read_audit(AuditQuery(what="accept-loss"))).found

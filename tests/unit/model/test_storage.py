@@ -13,9 +13,9 @@ from jobd.model.storage import (
     AuditShare,
     Batch,
     DueTombstones,
+    EventPage,
     JobQuery,
     JobRows,
-    JournalPage,
     Numbers,
     OpenedStore,
     Quarantined,
@@ -46,7 +46,7 @@ def test_nothing_is_damaged_by_default() -> None:
     assert (JobRows([], None).scanned, JobRows([], None).last_event) == (0, 0)
     assert not Batch([], Numbers()).sweeps
     assert Quarantined("a", "its checksum is wrong").is_moved
-    assert not JournalPage([], 0, 0).more
+    assert not EventPage([], 0, 0).more
 
 
 def test_an_audit_entry_is_done_and_changed_no_job_by_default() -> None:
@@ -101,8 +101,8 @@ def test_the_end_of_a_journal_page() -> None:
     maker = ChangeFactory()
     events = [maker.create(name).event for name in ("a", "b")]
     whole, early, damaged = (
-        JournalPage(events, 9, 0),
-        JournalPage(events, 9, 0, more=True),
-        JournalPage([], 9, 5, more=True),
+        EventPage(events, 9, 0),
+        EventPage(events, 9, 0, more=True),
+        EventPage([], 9, 5, more=True),
     )
     assert (whole.end, early.end, damaged.end) == (9, events[1].seq, 5)

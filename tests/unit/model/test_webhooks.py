@@ -52,19 +52,19 @@ def test_a_webhook_gets_the_events_of_its_types_and_queues() -> None:
     everything = WebhookEndpoint("e", "https://x", KEYS)
     assert everything.selects(EVENT)
     assert not everything.selects(replace(EVENT, type="progress"))
-    assert everything.reads_journal
+    assert everything.reads_events
     assert everything.wants_alerts
     some = replace(everything, events=frozenset({"job.failed", "queue.paused"}), queues=frozenset({"mail"}))
     assert not some.selects(EVENT)
     assert not some.selects(replace(EVENT, type="failed"))
     assert some.selects(replace(EVENT, type="failed", queue="mail"))
     assert some.selects(replace(EVENT, type="queue_paused", queue="mail", job_id="", job_seq=0))
-    assert some.reads_journal
+    assert some.reads_events
     assert not some.wants_alerts
     for alerts in ({"alert.firing"}, ALERTS):
         watchman = replace(everything, events=frozenset(alerts))
         assert watchman.wants_alerts
-        assert not watchman.reads_journal
+        assert not watchman.reads_events
         assert not watchman.selects(EVENT)
 
 

@@ -100,7 +100,7 @@ async def test_a_copy_under_load_is_consistent(path: str, copy: str) -> None:
         (events,) = store._connection.raw.execute("SELECT max(seq) FROM events").fetchone()
         assert first <= events + 1 <= last
         # Event numbers used after the copy was made are not reused.
-        page = await store.journal(events, 10)
+        page = await store.events_after(events, 10)
         assert (found.numbers.next_event, page.last, page.gone_to) == (2 << 24, (2 << 24) - 1, (2 << 24) - 1)
 
 

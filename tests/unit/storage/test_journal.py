@@ -9,7 +9,7 @@ from jobd.model.events import KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_HEARTBEATS, C
 from jobd.model.job import Grant, Job
 from jobd.model.storage import (
     Batch,
-    JournalPage,
+    EventPage,
 )
 from jobd.storage.events import event_rows, shortening
 from jobd.storage.store import Store
@@ -151,7 +151,7 @@ async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatc
         events = await store.timeline(1)
         assert tokens_of(events) == [*tokens[:KEEP_FIRST_GRANTS], *tokens[-KEEP_GRANTS:]]
         assert folded(events) == job
-        page = await store.journal(0, 10_000)
+        page = await store.events_after(0, 10_000)
         assert (page.gone_to, [event.seq for event in page.events]) == (0, [event.seq for event in events])
 
 
@@ -262,9 +262,9 @@ async def test_old_journals_of_deleted_jobs_are_pruned(store: Store) -> None:
 async def test_the_journal_continues_after_a_position(store: Store) -> None:
     maker = ChangeFactory()
     await store.write(maker.batch([maker.create() for _ in range(5)]))
-    page = await store.journal(2, 2)
+    page = await store.events_after(2, 2)
     assert ([event.seq for event in page.events], page.last, page.gone_to) == ([3, 4], 5, 0)
-    assert await store.journal(5, 2) == JournalPage([], 5, 0)
+    assert await store.events_after(5, 2) == EventPage([], 5, 0)
 
 
 async def test_pruned_events_are_reported_after_a_restart(path: str) -> None:
@@ -276,16 +276,16 @@ async def test_pruned_events_are_reported_after_a_restart(path: str) -> None:
         maker.now += 1_000
         await store.write(maker.batch([maker.delete(job_of(ended))]))
         last = maker.numbers.next_event - 1
-        assert (await store.journal(0, 100)).gone_to == 0
+        assert (await store.events_after(0, 100)).gone_to == 0
         assert await store.prune(NOW + 1, 100) == 1
-        of_the_queue = (await store.journal(0, 100)).gone_to
+        of_the_queue = (await store.events_after(0, 100)).gone_to
         assert of_the_queue == last - 1
         await store.prune(NOW + 1_001, 100)
-        page = await store.journal(0, 100)
+        page = await store.events_after(0, 100)
         assert (page.last, page.gone_to) == (last, last)
         assert [event.job_seq for event in page.events] == [2]  # older and undamaged
     async with open_store(path) as (store, _):
-        assert (await store.journal(0, 100)).gone_to == last
+        assert (await store.events_after(0, 100)).gone_to == last
 
 
 async def test_a_damaged_event_is_reported_as_missing(path: str) -> None:
@@ -295,10 +295,10 @@ async def test_a_damaged_event_is_reported_as_missing(path: str) -> None:
     with edit_store(path) as conn:
         conn.execute("UPDATE events SET at = at + 1 WHERE seq = 3")
     async with open_store(path) as (store, _):
-        page = await store.journal(0, 4)
+        page = await store.events_after(0, 4)
         assert ([event.seq for event in page.events], page.gone_to) == ([1, 2, 4], 3)
     async with open_store(path) as (store, _):
-        assert (await store.journal(3, 10)).gone_to == 3  # it was quarantined, which is recorded
+        assert (await store.events_after(3, 10)).gone_to == 3  # it was quarantined, which is recorded
 
 
 async def test_a_damaged_event_number_marks_no_future_events_as_missing(path: str) -> None:
@@ -308,4 +308,4 @@ async def test_a_damaged_event_number_marks_no_future_events_as_missing(path: st
     with edit_store(path) as conn:
         conn.execute(f"UPDATE events SET seq = {1 << 60} WHERE seq = 3")
     async with open_store(path) as (store, _):
-        assert (await store.journal(0, 10)).gone_to == 5
+        assert (await store.events_after(0, 10)).gone_to == 5

@@ -191,17 +191,17 @@ async def test_slices_of_events_and_of_expired_jobs_have_a_limited_size(
     await store.write(maker.batch(with_metadata(maker, 10, 1_000)))
     seqs: list[int] = []
     while True:
-        page = await store.journal(seqs[-1] if seqs else 0, 100)
+        page = await store.events_after(seqs[-1] if seqs else 0, 100)
         seqs += [event.seq for event in page.events]
         assert page.last == 20
         if not page.more:
             break
         assert 2 <= len(page.events) <= 7
     assert seqs == list(range(1, 21))
-    assert (await store.journal(0, 2)).more
+    assert (await store.events_after(0, 2)).more
     assert await store.expired_jobs(NOW, 100) == ["job-1", "job-2", "job-3"]
     monkeypatch.setattr(event_queries, "SLICE_BYTES", 1)
-    assert [event.seq for event in (await store.journal(1, 100)).events] == [2, 3]  # at least one
+    assert [event.seq for event in (await store.events_after(1, 100)).events] == [2, 3]  # at least one
     assert await store.expired_jobs(NOW, 100) == ["job-1"]
 
 

@@ -23,7 +23,7 @@ from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.storage import outbox
 from jobd.storage.events import event_queries
 from jobd.storage.store import Store
-from jobd.webhooks import alert_source, dispatcher, journal_reader
+from jobd.webhooks import alert_source, dispatcher, event_reader
 from jobd.webhooks.manager import WebhookManager
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.polling import wait_until
@@ -123,12 +123,12 @@ async def test_unwanted_events_are_skipped_without_reading_the_disk(path: Path) 
     only_ends = endpoint(events=frozenset({"job.failed"}))
     async with running_webhooks(path, only_ends, wrap=CountingStore) as at:
         storage: Any = at.context.storage
-        await wait_until(lambda: storage.calls["journal"] == 1)
+        await wait_until(lambda: storage.calls["events_after"] == 1)
         await asyncio.sleep(0.1)
         for number in range(20):
             await at.commit(at.maker.create(f"job-{number}"))
         assert at.webhooks.views()[0].position == at.maker.numbers.next_event - 1
-        assert (storage.calls["journal"], storage.calls["plan_deliveries"]) == (1, 0)
+        assert (storage.calls["events_after"], storage.calls["plan_deliveries"]) == (1, 0)
 
 
 async def test_a_cursor_that_only_skipped_events_is_saved(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ async def test_a_cursor_that_only_skipped_events_is_saved(path: Path, monkeypatc
         await wait_until(lambda: at.webhooks.views()[0].lag == 0)
     with edit_store(str(path)) as conn:
         assert conn.execute("SELECT position FROM webhooks").fetchone() == (1,)
-    monkeypatch.setattr(journal_reader, "SAVE_S", 0.05)
+    monkeypatch.setattr(event_reader, "SAVE_S", 0.05)
     async with running_webhooks(path, only_ends, maker=at.maker) as at:
         await at.commit(at.maker.create())
 
@@ -162,7 +162,7 @@ async def test_without_webhooks_nothing_subscribes(path: Path) -> None:
         manager = WebhookManager(at.context, subscribe=lambda _: pytest.fail("it subscribes"), make_transport=at.posts)
         manager.set_endpoints([])
         assert manager.views() == []
-        assert (manager.worst(), manager.journal_hold_ms(), manager.metrics()) == (None, 0, {})
+        assert (manager.worst(), manager.event_hold_ms(), manager.metrics()) == (None, 0, {})
 
 
 async def test_concurrent_deliveries_are_limited(path: Path) -> None:
@@ -489,7 +489,7 @@ async def test_a_dispatcher_waits_for_a_disk_that_is_full_at_the_start(
         at.webhooks.set_endpoints([endpoint(), endpoint("f")])
         await wait_until(lambda: storage.calls["open_outbox"] > 2)
         assert [view.state for view in at.webhooks.views()] == ["closed", "starting"]
-        assert at.webhooks.journal_hold_ms() > 0
+        assert at.webhooks.event_hold_ms() > 0
         storage.faults["open_outbox"] = RuntimeError("oops")
         monkeypatch.setattr("jobd.webhooks.manager.FAILURE_RETRY_S", 0.02)
         calls = storage.calls["open_outbox"]
@@ -563,7 +563,7 @@ async def test_every_event_arrives_in_order_despite_failures_and_crashes(
                     await at.commit(*(next_change() for _ in range(some)))
                 storage.faults = {
                     name: DiskFull("no room") if chance.random() < 0.5 else RuntimeError("crash")
-                    for name in ("settle_deliveries", "plan_deliveries", "journal", "deliveries")
+                    for name in ("settle_deliveries", "plan_deliveries", "events_after", "deliveries")
                     if chance.random() < 0.15
                 }
                 await asyncio.sleep(chance.random() * 0.1)
@@ -601,14 +601,14 @@ async def test_events_wait_in_the_journal_while_the_outbox_is_at_its_limit(
 
 async def test_a_lagging_endpoint_holds_the_journal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher, "MAX_BACKLOG", 150)
-    monkeypatch.setattr(journal_reader, "LAGGING_AFTER_S", 0.1)
+    monkeypatch.setattr(event_reader, "LAGGING_AFTER_S", 0.1)
     async with running_webhooks(
         path, endpoint(give_up_after_ms=5 * DAY_MS), posts=FakeTransport(lambda _: REJECTED)
     ) as at:
-        await wait_until(lambda: at.webhooks.journal_hold_ms() == 0)
+        await wait_until(lambda: at.webhooks.event_hold_ms() == 0)
         for first in range(0, 300, 100):
             await at.commit(*(at.maker.create(f"job-{first + number}") for number in range(100)))
-        await wait_until(lambda: at.webhooks.journal_hold_ms() == 5 * DAY_MS)
+        await wait_until(lambda: at.webhooks.event_hold_ms() == 5 * DAY_MS)
 
 
 async def test_an_endpoint_behind_the_journal_gets_a_gap_message(path: Path) -> None:
@@ -620,7 +620,7 @@ async def test_an_endpoint_behind_the_journal_gets_a_gap_message(path: Path) -> 
         pauses = [at.maker.queue_event("video", bool(number % 2)) for number in range(4)]
         await store.write(at.maker.batch(pauses))
         assert await store.prune(at.maker.now + 3, 100) > 0
-        left = (await store.journal(1, 100)).events
+        left = (await store.events_after(1, 100)).events
     async with running_webhooks(path, maker=at.maker) as then:
         await wait_until(lambda: len(then.posts.delivered) == 1 + len(left))
         gap = next(each for each in then.posts.delivered if each.type == "events.gone")

@@ -168,7 +168,7 @@ def test_the_feed_and_webhooks_miss_no_event_silently(flips: Flips, limit: int) 
             missing = {seq for seq in known if seq > after}
             position, gone_to = after, 0
             while position < end:
-                page = event_queries.journal(projection.db, position, limit)
+                page = event_queries.events_after(projection.db, position, limit)
                 assert all(known[event.seq] == event for event in page.events), what
                 missing -= {event.seq for event in page.events}
                 gone_to = max(gone_to, page.gone_to)
@@ -430,7 +430,7 @@ def test_a_damaged_number_in_a_page_is_not_silent(bit: int, tmp_path: Path) -> N
         for after in after_of(row):
             projection = opened(content)
             db = projection.db
-            page = event_queries.journal(db, after, 100)
+            page = event_queries.events_after(db, after, 100)
             missing = {seq for seq in seqs if seq > after} - {event.seq for event in page.events}
             assert all(seq <= page.gone_to for seq in missing), f"{row}, from {after}: {missing} are missing silently"
             db.conn.close()

@@ -18,8 +18,8 @@ from jobd.model.storage import (
     AuditQuery,
     BadRows,
     DueTombstones,
+    EventPage,
     JobQuery,
-    JournalPage,
     LateResultQuery,
     LoadedRows,
     OpenedStore,
@@ -351,7 +351,7 @@ async def test_a_damaged_event_is_quarantined_and_reported(path: str) -> None:
         assert store.take_faults() == [
             f"events {numbers} of job {job.id}: its checksum is wrong; the row was quarantined"
         ]
-        assert (await store.journal(last, 1)).gone_to == last
+        assert (await store.events_after(last, 1)).gone_to == last
         assert store.take_faults() == []
     async with open_store(path) as (_, found):
         assert found.faults == ["damaged rows of events in quarantine: 1; run `jobd doctor`"]
@@ -611,10 +611,10 @@ async def test_an_unreadable_page_of_events_is_missing_in_the_journal(path: str)
     maker = await make_long_store(path)
     spoil_page(path, event_of(maker.jobs[300]))
     async with open_store(path) as (store, _):
-        first = await store.journal(0, 5)
+        first = await store.events_after(0, 5)
         assert (len(first.events), first.gone_to) == (5, 0)  # another page of the index
-        hidden = await store.journal(290, 100)
-        assert hidden == JournalPage([], hidden.last, hidden.last)
+        hidden = await store.events_after(290, 100)
+        assert hidden == EventPage([], hidden.last, hidden.last)
         assert "the journal cannot be read after event 290" in store.take_faults()[-1]
 
 

@@ -106,7 +106,7 @@ def test_readers_get_all_events_in_order_from_every_number_on(path: str, limit: 
     for begin in range(0, len(events) + 1, 7):
         found: list[Event] = []
         while True:
-            page = event_queries.journal(db, found[-1].seq if found else begin, limit)
+            page = event_queries.events_after(db, found[-1].seq if found else begin, limit)
             assert len(page.events) <= limit
             found += page.events
             if not page.more:
@@ -122,7 +122,7 @@ def test_the_size_of_a_page_is_limited(path: str, monkeypatch: pytest.MonkeyPatc
     projection.append(maker.batch([*created, *(maker.grant(job_of(each)) for each in created)]))
     projection.project()
     numbers = [0]
-    while (page := event_queries.journal(projection.db, numbers[-1], 100)).more:
+    while (page := event_queries.events_after(projection.db, numbers[-1], 100)).more:
         assert len(page.events) == 1
         numbers.append(page.events[0].seq)
     assert numbers + [event.seq for event in page.events] == list(range(19))
@@ -227,7 +227,7 @@ async def test_damage_in_a_row_that_began_earlier_is_a_gap(path: str) -> None:
         conn = store._connection.raw
         await store.timeline(1)
         conn.execute("UPDATE events SET at = 0 WHERE seq = 2")
-        page = await store.journal(4, 100)
+        page = await store.events_after(4, 100)
         assert ([event.seq for event in page.events], page.gone_to) == ([6], 5)
         assert store.take_faults() == [
             f"events 2 to 5 of job {created[1].event.job_id}: its checksum is wrong; the row was quarantined"
@@ -260,7 +260,7 @@ def test_no_flipped_bit_of_a_row_is_silent(bit: int) -> None:
             db.conn.execute(event_rows.INSERT, values)
             db.numbers = replace(maker.numbers, next_event=number + 1)
             assert event_rows.fault(tuple(values)) is not None
-            page = event_queries.journal(db, 0, 10)
+            page = event_queries.events_after(db, 0, 10)
             assert (page.events, page.gone_to) == ([], number)
     db.conn.close()
 
@@ -281,7 +281,7 @@ async def test_a_migration_keeps_damaged_events_as_they_are(path: str) -> None:
     bad = {first.seq, text.seq, number.seq}
     async with open_store(path) as (store, found):
         assert found.faults == []
-        page = await store.journal(0, 10_000)
+        page = await store.events_after(0, 10_000)
         assert page.events == [event for event in events if event.seq not in bad]
         assert page.gone_to == max(bad)
         faults = store.take_faults()
@@ -299,7 +299,7 @@ async def test_a_migration_reads_events_in_pieces(path: str, monkeypatch: pytest
     as_version_13(path)
     monkeypatch.setattr("jobd.storage.schema.migrations._PACKED_AT_ONCE", 7)
     async with open_store(path) as (store, _):
-        assert (await store.journal(0, 10_000)).events == events
+        assert (await store.events_after(0, 10_000)).events == events
     assert doctor.check(path, refold=True) == []
 
 
@@ -308,4 +308,4 @@ async def test_the_index_of_jobs_is_not_needed_to_find_damage(path: str) -> None
     with without_indexes(path) as conn:
         conn.execute("UPDATE events SET job_seq = job_seq + 1 WHERE seq = 3")
     async with open_store(path) as (store, _):
-        assert (await store.journal(0, 10)).gone_to >= 3
+        assert (await store.events_after(0, 10)).gone_to >= 3

@@ -79,7 +79,7 @@ async def test_version_1_does_not_record_which_events_were_pruned(path: str) -> 
     async with open_store(path) as (store, found):
         await assert_holds(store, found, maker)
         last = maker.numbers.next_event - 1
-        page = await store.journal(last, 10)
+        page = await store.events_after(last, 10)
         assert (page.last, page.gone_to) == (last, last)
     with edit_store(path) as conn:
         assert conn.execute("SELECT schema_version, events_gone_to FROM meta").fetchone() == (migrations.VERSION, last)

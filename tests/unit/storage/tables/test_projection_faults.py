@@ -235,7 +235,7 @@ READS: Final[dict[str, Callable[[Store], Awaitable[Any]]]] = {
     "timeline": lambda store: store.timeline(1),
     "read_late_results": lambda store: store.read_late_results([LateResultQuery(1, with_results=True)]),
     "count_late_results": lambda store: store.count_late_results([1]),
-    "journal": lambda store: store.journal(0, 100),
+    "events_after": lambda store: store.events_after(0, 100),
     "expired_jobs": lambda store: store.expired_jobs(1 << 60, 100),
     "reports": lambda store: store.reports(10),
     "read_audit": lambda store: store.read_audit(AuditQuery()),

@@ -58,7 +58,7 @@ def check(projection: Projection) -> None:
     assert (found.cursors, is_new) == ({"e": CURSOR}, False)
     assert [each.job_seq for each, _ in queries.due_tombstones(db, NOW + 9, 9).found] == [3]
     assert queries.due_tombstones(db, NOW + 8, 9).found == []
-    assert [event.job_id for event in event_queries.journal(db, 0, 9).events] == ["a", "c"]
+    assert [event.job_id for event in event_queries.events_after(db, 0, 9).events] == ["a", "c"]
     assert db.gone_to == 4
     assert db.conn.execute("SELECT count(*) FROM deleted_jobs").fetchone() == (0,)
     assert db.conn.execute("SELECT what FROM audit").fetchall() == [("resume",)]

@@ -1,4 +1,4 @@
-"""Read the journal for one endpoint and put messages into its outbox.
+"""Read events for one endpoint and put messages into its outbox.
 
 The cursor moves in the transaction that inserts the deliveries of committed events, so a crash skips no event.
 """
@@ -13,7 +13,7 @@ import structlog
 from msgspec.structs import replace
 
 from jobd.model.events import Change
-from jobd.model.storage import JournalPage
+from jobd.model.storage import EventPage
 from jobd.model.webhooks import EVENTS_GONE, GAP_PENDING, Delivery, WebhookCursor, WebhookEndpoint
 from jobd.webhooks.alert_source import AlertSource
 from jobd.webhooks.context import DispatchContext
@@ -21,14 +21,14 @@ from jobd.webhooks.message import Message, event_message, gap_message
 
 PAGE: Final = 100  # events per read, which takes less than 2 ms
 PAGE_PAUSE_S: Final = 0.002  # between two pages, so that workers get the disk
-READ_INTERVAL_S: Final = 0.05  # between two reads at the end of the journal; more would slow workers down
+READ_INTERVAL_S: Final = 0.05  # between two reads at the last event; more would slow workers down
 SAVE_S: Final = 10.0  # after which a cursor that moved only past unwanted events is saved
-LAGGING_AFTER_S: Final = 60.0  # a reader lags if it has not reached the end of the journal for this long
+LAGGING_AFTER_S: Final = 60.0  # a reader lags if it has not reached the last event for this long
 
 log = structlog.get_logger("jobd.webhooks")
 
 
-class JournalReader:
+class EventReader:
     """Puts new messages into the outbox and passes them to `enqueue`. Call `committed` with every commit.
 
     Every event up to `position` was read. `newest` is the number of the newest event.
@@ -42,9 +42,9 @@ class JournalReader:
         context: DispatchContext,
         enqueue: Callable[[list[Delivery]], None],
     ) -> None:
-        self.position = cursor.position if endpoint.reads_journal else last
+        self.position = cursor.position if endpoint.reads_events else last
         self.newest = last
-        self.has_unread = endpoint.reads_journal
+        self.has_unread = endpoint.reads_events
         self.gaps = 0
         self.alerts = AlertSource(endpoint, cursor.alerts, context)
         self._endpoint = endpoint
@@ -53,7 +53,7 @@ class JournalReader:
         self._enqueue = enqueue
         self._loop_time = asyncio.get_running_loop().time
         self._is_reading = False
-        self._read_at_s: float | None = None  # when the reader last reached the end of the journal
+        self._read_at_s: float | None = None  # when the reader reached the last event most recently
         self._next_read_s = 0.0
         self._unsaved_since_s: float | None = None
         self._writing = asyncio.Lock()
@@ -61,13 +61,13 @@ class JournalReader:
     def committed(self, changes: Sequence[Change]) -> bool:
         """Follow committed changes. Return whether there is new work.
 
-        A reader at the end of the journal skips unwanted events without reading the disk.
+        A reader at the last event skips unwanted events without reading the disk.
         """
         is_up_to_date = not self.has_unread and not self._is_reading
         self.newest = changes[-1].event.seq
-        if self._endpoint.reads_journal and not is_up_to_date:
+        if self._endpoint.reads_events and not is_up_to_date:
             return False
-        if self._endpoint.reads_journal and any(self._endpoint.selects(change.event) for change in changes):
+        if self._endpoint.reads_events and any(self._endpoint.selects(change.event) for change in changes):
             self.has_unread = True
             return True
         self.position = self.newest
@@ -80,8 +80,8 @@ class JournalReader:
 
     @property
     def is_lagging(self) -> bool:
-        """Whether the reader has not reached the end of the journal for a while, or since the start."""
-        if not self._endpoint.reads_journal:
+        """Whether the reader has not reached the last event for a while, or since the start."""
+        if not self._endpoint.reads_events:
             return False
         return self._read_at_s is None or (self.has_unread and self._loop_time() - self._read_at_s > LAGGING_AFTER_S)
 
@@ -95,7 +95,7 @@ class JournalReader:
         return waits
 
     async def read(self, *, has_room: bool, may_report_gaps: bool) -> None:
-        """Put alerts, and a page of the journal if there is room, into the outbox.
+        """Put alerts, and a page of events if there is room, into the outbox.
 
         Raises CannotWrite, in which case the next call reads the same events again. `may_report_gaps` is False
         while the outbox has a gap message.
@@ -141,10 +141,10 @@ class JournalReader:
         if since_s is not None and (at_once or self._loop_time() >= since_s + SAVE_S):
             await self._write([], self._context.moment().now)
 
-    async def _page(self) -> JournalPage:
+    async def _page(self) -> EventPage:
         self._is_reading = True
         try:
-            page = await self._context.storage.journal(self.position, PAGE)
+            page = await self._context.storage.events_after(self.position, PAGE)
         finally:
             self._is_reading = False
         self._next_read_s = self._loop_time() + (PAGE_PAUSE_S if page.more else READ_INTERVAL_S)
