@@ -117,7 +117,7 @@ class JournalSection(Struct, frozen=True, forbid_unknown_fields=True):
     name: Annotated[str, Meta(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$(?!\n)", max_length=30)] = "main"
     """Name of the journal: up to 30 of a-z, 0-9 and single hyphens. Nodes with the same name act as one jobd."""
     lease: Duration = Duration(3 * SECOND_MS)
-    """Time without a sign of the leader after which a standby takes over, 500 ms to 1 min.
+    """How long the leader may go without renewing its lease before a standby takes over, 500 ms to 1 min.
 
     The leader renews the lease three times as often, and stops if it cannot.
     """
@@ -141,7 +141,7 @@ class NodeSection(Struct, frozen=True, forbid_unknown_fields=True):
     Empty: that of `worker.listen`, unless it is an address of all interfaces. Without either, clients cannot follow.
     """
     direct: bool = True
-    """`node.advertise` connects to this process itself, not to a proxy.
+    """Whether `node.advertise` is the address of this process itself, not of a proxy.
 
     Then a standby takes over at once if PostgreSQL has lost the leader's session and its address refuses connections.
     """

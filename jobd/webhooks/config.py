@@ -33,7 +33,7 @@ class WebhookSection(Struct, frozen=True, forbid_unknown_fields=True):
     """A `[[webhooks]]` table as written. Durations are text, such as "10s"."""
 
     name: WebhookName
-    """Name of the webhook. It keeps its position under this name, after a restart or with another `url`."""
+    """Name of the webhook. Its position is stored under this name, and survives a restart and a change of `url`."""
     url: str
     """Receiver: `https://HOST/PATH`, or `http://` if `allow_private` is set."""
     events: list[str] = field(default_factory=lambda: ["*"])
