@@ -274,7 +274,7 @@ def _start_40_days_ahead(daemon: SteppedClockDaemon, *, again: bool) -> None:
 
 
 def suspended(trial: Trial) -> Counts:
-    """Suspend the daemon for longer than locks live. Live workers keep their jobs, dead ones lose them."""
+    """Suspend the daemon for longer than the TTL of the locks. Live workers keep their jobs, dead ones lose them."""
     counts: Counter[str] = Counter()
     with DaemonProcess(trial.directory, f"[cleanup]\nrecover_every = '{RECOVER_EVERY_MS}ms'\n") as daemon:
         with RealWorker(daemon, "q", 4_000) as worker:
@@ -286,7 +286,7 @@ def suspended(trial: Trial) -> Counts:
                 body = {"worker": "dead", "lock_ttl_ms": 4_000, "stuck_after_ms": 0}
                 assert daemon.post(f"/v1/jobs/{dead}/start", body).status == 200
                 with sigstopped(daemon):
-                    time.sleep(6)  # the fault: longer than a lock lives
+                    time.sleep(6)  # the fault: longer than the TTL of a lock
                 other = daemon.post(f"/v1/jobs/{dead}/start", {"worker": "other"})
                 assert other.error == "already_locked", other.body
                 assert other.body["details"]["retry_after_ms"] <= GRACE_MS
@@ -333,7 +333,7 @@ CHECKS = (
     ),
     Check(
         "suspended-daemon",
-        "a daemon is suspended for longer than its locks live: live workers keep their jobs, dead ones lose them",
+        "a daemon is suspended for longer than the TTL of its locks: live workers keep their jobs, dead ones lose them",
         suspended,
         rounds=5,
     ),

@@ -36,7 +36,7 @@ class Upload(Struct):
 
 
 class SimArtifacts(MemoryArtifacts):
-    """A simulated artifact store. `fault` is away (every call fails), flaky (half of them fail) or slow."""
+    """A simulated artifact store. `fault` is unreachable (every call fails), flaky (half of them fail) or slow."""
 
     def __init__(self, machine: Machine, dice: Random) -> None:
         super().__init__(machine.wall)
@@ -60,9 +60,9 @@ class SimArtifacts(MemoryArtifacts):
 
     async def delete(self, key: str, judge: Judge) -> Deletion:
         await self.pause()
-        if self.fault == "away" or (self.fault == "flaky" and self._dice.random() < 0.5):
+        if self.fault == "unreachable" or (self.fault == "flaky" and self._dice.random() < 0.5):
             self._machine.fired["artifact store failed"] += 1
-            raise ArtifactStoreError("simulated: it is away")
+            raise ArtifactStoreError("simulated: it is unreachable")
         modified_at = self.objects.get(key)
         if modified_at is None:
             return Deletion("missing")

@@ -100,7 +100,7 @@ class FaultInjector:
                 machine.fault(name, frozen_s)
                 machine.loop.freeze(frozen_s)
                 machine.monitor.note_freeze(frozen_s)
-            case "artifacts away" | "artifacts flaky" | "artifacts slow":
+            case "artifacts unreachable" | "artifacts flaky" | "artifacts slow":
                 await self._artifacts(name)
             case "reload":
                 self._reload()

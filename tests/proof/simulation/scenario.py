@@ -40,7 +40,7 @@ FAULTS: Final = (
     "freeze",
     "reload",
     "backup",
-    "artifacts away",
+    "artifacts unreachable",
     "artifacts flaky",
     "artifacts slow",
     *SLICE_FAULTS,

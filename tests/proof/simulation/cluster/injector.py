@@ -85,7 +85,7 @@ class ClusterFaultInjector:
                 node.is_in_reach = False
                 await asyncio.sleep(dice.choice((0.3, 5.0)))
                 node.is_in_reach = True
-            case "journal away":
+            case "journal unreachable":
                 await self._cut_off_all(dice.choice((0.1, 0.5, 1.0, 3.0)) * lease_s)
             case "journal slow":
                 await self._slow_down()

@@ -176,7 +176,7 @@ class SimNode(Host):
         return NodeEntry(self.name, self.process, self.url, FORMAT, "", self.disk.tables.projected_to)
 
     def _on_duplicate(self, problem: str) -> None:
-        """Fail, unless the clock may have drifted by more than the registry allows for while the journal was away."""
+        """Fail, unless the clock may have drifted too far for the registry while the journal was unreachable."""
         self.monitor.must(self.drift, "S8", f"{self.process}: {problem}")
         self.cluster.count("node takes itself for a duplicate")
 

@@ -20,7 +20,7 @@ CLUSTER_FAULTS: Final = (
     "empty store",
     "partition from the journal",
     "partition from clients",
-    "journal away",
+    "journal unreachable",
     "journal slow",
     "journal full",
     "failover",
