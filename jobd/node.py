@@ -124,7 +124,7 @@ class ClusterNode:
         return self.lead
 
     def reload(self, loaded: LoadedConfig) -> None:
-        """Note settings that changed, to compare them with those of other nodes."""
+        """Record settings that changed, to compare them with those of other nodes."""
         self._loaded = loaded
 
     def view(self) -> ClusterView:

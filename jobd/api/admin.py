@@ -117,7 +117,7 @@ class WithReason(Command, frozen=True, kw_only=True):
 class StepDown(WithReason, frozen=True, kw_only=True):
     """Make this node step down."""
 
-    force: Annotated[bool, Meta(description="Do so although no standby is ready to take over.")] = False
+    force: Annotated[bool, Meta(description="Step down even if no standby is ready to take over.")] = False
 
 
 class ValidateJob(NamedJobCommand, frozen=True, kw_only=True):

@@ -256,7 +256,7 @@ class _StreamSession:
             self._ctx.keep_alive = False
 
     def _on_read_end(self, reading: asyncio.Future[None]) -> None:
-        """Note that no more lines will arrive. A stop of the daemon cancels the task, perhaps before it has started."""
+        """Record that no more lines will arrive. A stop of the daemon cancels the task, perhaps before it starts."""
         self._is_read = True
         self.has_responses.set()
         if reading.cancelled():

@@ -48,7 +48,7 @@ class AdminClient(AdminApi, BlockingClient):
         return self._send_lines(admin_requests.preview_import(), jobs)
 
     def _connection(self) -> DaemonConnection:
-        """Return a new connection for a request that cannot be repeated: of several nodes, to the leader."""
+        """Return a new connection for a request that cannot be repeated: to the leader if there are several nodes."""
         if not self._nodes.is_single:
             self.clock()  # any call finds the leader
         return DaemonConnection(self.endpoint, self._tls)

@@ -103,8 +103,8 @@ class RetryState:
     def timeout_s(self, now_s: float) -> float:
         """Return the timeout of the next attempt.
 
-        The deadline limits it, except for the first attempt. Of several nodes, each gets a share of the time; a leader
-        that was slow gets all that is left.
+        The deadline limits it, except for the first attempt. If there are several nodes, each gets a share of the time;
+        a leader that was slow gets all that is left.
         """
         timeout_s = self._attempt_s
         if not self._nodes.is_single and self.endpoint != self._repeated:

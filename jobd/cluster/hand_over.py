@@ -12,8 +12,7 @@ from jobd.model.responses import SILENT_MS, ClusterView
 
 FULL_S: Final = 2.0
 # The wait after a takeover. By then the entry of the former leader is silent, or shows how far its tables are behind.
-# Otherwise two nodes with full
-# disks would take turns.
+# Otherwise two nodes with full disks would hand leadership back and forth.
 SETTLED_S: Final = 1.5 * SILENT_MS / 1000
 CHECK_S: Final = 0.5
 

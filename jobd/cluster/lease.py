@@ -35,7 +35,7 @@ class LeaderLease:
         return self._now_s()
 
     def renewed(self, sent_s: float) -> None:
-        """Note that a renewal sent at `sent_s` was acknowledged."""
+        """Record that a renewal sent at `sent_s` was acknowledged."""
         self._sent_s = sent_s if self._sent_s is None else max(self._sent_s, sent_s)
 
     @property

@@ -54,15 +54,15 @@ class WarmState:
         self._keys = {row.digest: row for row in opened.keys}
 
     def expect_tombstones(self, count: int) -> None:
-        """Note that the store has new tombstones."""
+        """Record that the store has new tombstones."""
         self._opened.tombstones += count
 
     def quarantine(self, quarantined: Quarantined) -> None:
-        """Note that the store has quarantined a job."""
+        """Record that the store has quarantined a job."""
         self.state.quarantine(quarantined.id, quarantined.reason, quarantined.uncounted, is_moved=quarantined.is_moved)
 
     async def apply(self, records: list[Record]) -> None:
-        """Apply the next records. Raises DiskFull, and BadRecord after it applied the records before."""
+        """Apply the next records. Raises DiskFull, and BadRecord, after applying those before the bad one."""
         await self.write()
         events = 0
         try:
@@ -107,7 +107,7 @@ class WarmState:
         return await self._store.is_on_branch(journal)
 
     def opened(self) -> OpenedStore:
-        """Return what startup would load. Of the jobs it has only queued ones that have changed; `state` has all."""
+        """Return what startup would load. It has only queued jobs that have changed; `state` has all jobs."""
         state = self.state
         replay.settle(state)
         presence = state.presence

@@ -101,10 +101,10 @@ def _pause_ends(pause: QueuePause, expires: NextEvent | None) -> NextEvent | Non
 
 
 def _resuming(queue: str, pause: QueuePause) -> list[str]:
-    """Suggest to resume the queue, and quote the reason for the pause."""
+    """Suggest resuming the queue, and quote the reason for the pause."""
     by = "the operator who paused it" if pause.by is None else describe_author(pause.by)
     reason = (
-        f" Reason of the pause: {pause.reason}" if pause.reason else " No reason was given for the pause; ask first."
+        f" Reason for the pause: {pause.reason}" if pause.reason else " No reason was given for the pause; ask first."
     )
     return [f"If {by} no longer needs the pause: jobctl resume {queue}.{reason}"]
 

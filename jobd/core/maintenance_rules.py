@@ -163,7 +163,10 @@ def extend_after_pause(tx: Transaction, command: ExtendAfterPause) -> Response:
 
 
 class WasDue(NamedTuple):
-    """A job that is not due any more. Those that only `until` has shown come first: a crash would lose it."""
+    """A job that was due before the clock was set back.
+
+    Sorts jobs known only from `until` first, because a crash loses `until`.
+    """
 
     by_row: bool
     run_at: int

@@ -205,7 +205,7 @@ def top(place: int) -> int:
 
 
 def percentile_95(counts: dict[int, int]) -> int:
-    """Return the 95th percentile in ms. Of fewer than 20 durations it is the longest."""
+    """Return the 95th percentile in ms. For fewer than 20 durations it is the longest."""
     needed = (95 * sum(counts.values()) + 99) // 100
     for place in sorted(counts):
         needed -= counts[place]

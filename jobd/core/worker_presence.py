@@ -144,7 +144,7 @@ class WorkerPresence:
             self.started_at = now
 
     def note_seen(self, name: str, at: int) -> WorkerSeen:
-        """Note that a worker was seen at wall time `at`: the time of the batch, or a time before the start."""
+        """Record that a worker was seen at wall time `at`: the time of the batch, or a time before the start."""
         worker = self.workers.get(name)
         if worker is None:
             worker = self.workers[name] = WorkerSeen()
@@ -156,7 +156,7 @@ class WorkerPresence:
         return worker
 
     def note_request(self, command: Start | Claim) -> WorkerSeen:
-        """Note that a worker asks for a job."""
+        """Record that a worker requests a job."""
         worker = self.note_seen(command.worker, self.now)
         if command.about is not None:
             worker.about = command.about
@@ -169,7 +169,7 @@ class WorkerPresence:
         return worker
 
     def begin_wait(self, command: Claim) -> ClaimSet:
-        """Note that a claim begins to wait. Return the set to pass to `end_wait`."""
+        """Record that a claim begins to wait. Return the set to pass to `end_wait`."""
         worker = self.note_request(command)
         claims = worker.claims
         assert claims is not None
@@ -178,25 +178,25 @@ class WorkerPresence:
         return claims
 
     def end_wait(self, name: str, claims: ClaimSet) -> None:
-        """Note that a wait has ended. The worker counts as seen until now."""
+        """Record that a wait has ended. The worker counts as seen until now."""
         worker = self.note_seen(name, self.now)
         worker.waiting -= 1
         claims.waiting -= 1
         claims.claimed = worker.claimed = self.lease
 
     def add_job(self, name: str, job_id: str, at: int) -> None:
-        """Note that a worker holds a job. An unknown worker was last seen at wall time `at`."""
+        """Record that a worker holds a job. An unknown worker was last seen at wall time `at`."""
         worker = self.workers.get(name) or self.note_seen(name, at)
         worker.jobs[job_id] = None
 
     def remove_job(self, name: str, job_id: str) -> None:
-        """Note that a worker no longer holds this job."""
+        """Record that a worker no longer holds this job."""
         if (worker := self.workers.get(name)) is not None:
             worker.jobs.pop(job_id, None)
             worker.expired.pop(job_id, None)
 
     def set_expired(self, name: str, job_id: str, expired: bool) -> None:
-        """Note whether the lock of a job that this worker holds has expired."""
+        """Record whether the lock of a job that this worker holds has expired."""
         if (worker := self.workers.get(name)) is None:
             return
         if expired:

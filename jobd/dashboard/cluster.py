@@ -21,7 +21,7 @@ class ClusterPageQuery(Command, frozen=True, kw_only=True):
 
 
 class StepDownForm(ReasonForm, frozen=True, kw_only=True):
-    """`force`: step down although no standby is ready, as the page says."""
+    """`force`: step down even if no standby is ready, as the page says."""
 
     force: Literal["", "1"] = ""
 

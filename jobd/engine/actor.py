@@ -206,7 +206,7 @@ class Actor:
         return envelope
 
     def abandon(self, envelope: Envelope) -> None:
-        """Note that the caller of `envelope` is gone. Its claim does not stay parked."""
+        """Record that the caller of `envelope` is gone. Its claim does not stay parked."""
         first = self.parked.waiting_with(envelope.key.digest) if envelope.key is not None else envelope
         if first is not None and first.is_abandoned:
             self.parked.remove(first)
@@ -227,9 +227,9 @@ class Actor:
         return future
 
     def defer_internal(self, command: AnyCommand, within_s: float) -> None:
-        """Add a command like `enqueue_internal`, which others need not wait for before `within_s` is over.
+        """Add a low-priority internal command.
 
-        Until then, each batch has one such command.
+        Until `within_s` has passed, each batch takes at most one, so other commands do not wait for it.
         """
         envelope = self._internal_envelope(command)
         envelope.deadline = self._loop_time() + within_s
@@ -380,7 +380,7 @@ class Actor:
         return batch
 
     def _take_internal(self) -> list[Envelope]:
-        """Take commands of the daemon. A full disk may reject them, so all are taken then, and block no others."""
+        """Take the daemon's own commands: on a full disk all of them, so that rejected ones do not block the rest."""
         if self._deferred:
             due = bisect_right(self._deferred, self._loop_time(), key=attrgetter("deadline"))
             self._internal += self._deferred[: max(due, 1)]

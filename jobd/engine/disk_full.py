@@ -94,7 +94,7 @@ class FullDisk:
         return ApiError("storage_full", f"{self.described()}; {what}", self._figures())
 
     def note(self, error: DiskFull) -> None:
-        """Note which disk is full."""
+        """Record which disk is full."""
         self._is_remote = isinstance(error, JournalDiskFull)
 
     def described(self) -> str:

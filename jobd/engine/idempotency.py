@@ -79,7 +79,7 @@ class IdempotencyStore:
         self._insert(row)
 
     def ended(self, lock_id: str) -> None:
-        """Note that a grant ended. The key of a start or claim is kept while one of its grants is current."""
+        """Record that a grant ended. The key of a start or claim is kept while one of its grants is current."""
         digest = self._by_lock.get(lock_id)
         if digest is None:
             return

@@ -125,7 +125,7 @@ def excess_depth(value: bytes) -> int:
         return 0
     if b"\\" in value:
         value = value.replace(b"\\\\", b"").replace(b'\\"', b"")
-    # Between quotes are strings. Two quotes in a row are an empty one, or the end of one and the begin of the next.
+    # Between quotes are strings. Two quotes in a row are an empty one, or the end of one and the beginning of the next.
     bits = b"".join(value.translate(_BITS, _NO_BRACKETS).replace(b'""', b"").split(b'"')[::2])
     size = len(bits) // 8 + 1
     octets = int(bits.ljust(8 * size, b"0"), 2).to_bytes(size)

@@ -258,7 +258,7 @@ class WorkerConnection(asyncio.Protocol):
     # -- responses -----------------------------------------------------------------------------------------------------
 
     def respond(self, request: WorkerRequest, response: Response | ApiError) -> None:
-        """Write the actor's response. Raises nothing, because the actor is not concerned by errors here."""
+        """Write the actor's response. Never raises, because an error here must not reach the actor."""
         prepared = request.prepared
         if prepared is not None and prepared[0] is response and not self.app.closing:
             self._write(request, prepared[1], prepared[2])

@@ -129,7 +129,7 @@ class MemorySharedJournal:
         self.cluster_id = server.cluster_id
         self.before: Hook = _nothing
         self.after: Hook = _nothing
-        self.holder: str | None = None  # as which this node leads
+        self.holder: str | None = None  # the name under which this node last tried to lead
         self.epoch = -1  # matches no epoch
         self._is_reachable = True
 

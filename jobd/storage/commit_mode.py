@@ -14,11 +14,11 @@ from typing import Final, Literal
 CommitSetting = Literal["auto", "inline", "thread"]
 
 RECENT: Final = 8  # commits that decide whether the disk has become slow
-STALL_S: Final = 0.01  # a commit that takes as long is a stall
+STALL_S: Final = 0.01  # a commit that takes at least this long is a stall
 LONG_STALL_S: Final = 0.05  # a single one is enough
 MEDIAN_S: Final = 0.003  # of the recent commits
 TRIAL: Final = 200  # commits in the thread that decide whether the disk has become fast
-TRIAL_STALLS: Final = 4  # among them
+TRIAL_STALLS: Final = 4  # stalls allowed among these
 PAUSE_S: Final = 10.0  # between the change to the thread and the change back
 
 
@@ -32,7 +32,7 @@ class CommitMode:
         self._changed_at_s = -math.inf
 
     def add(self, took_s: float, now_s: float) -> None:
-        """Note that a COMMIT took `took_s` and ended at `now_s`, a time in seconds that never goes back."""
+        """Record that a COMMIT took `took_s` and ended at `now_s`, a time in seconds that never goes back."""
         if self._is_fixed:
             return
         self._latest.append(took_s)

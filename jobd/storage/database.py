@@ -446,7 +446,7 @@ class Database:
         return (Payload(found[0][1], found[0][2]), "") if wrong is None else (None, f"the payload is damaged: {wrong}")
 
     def note_missing(self, seq: int) -> None:
-        """Note that the event `seq` is missing. A damaged number can be anything, so limit it."""
+        """Record that the event `seq` is missing. A damaged number can be anything, so limit it."""
         self.gone_to = max(self.gone_to, min(seq, self.numbers.next_event - 1))
 
     def close(self) -> None:

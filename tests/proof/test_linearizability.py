@@ -154,7 +154,7 @@ BAD: Final[dict[str, list[Operation]]] = {
     ],
     "a lost grant is completed by a stranger": [created(), LOST_START, held("complete", 5, 6, "L1", "done")],
     "an answer of the wrong order": [created(0, 3), got(1, 2, status="queued"), op("get", 4, 5, "job_not_found")],
-    "recovered though its lock lives": [created(), granted(2, 3, "L1"), granted(20, 21, "L2", 2)],
+    "recovered though its lock is live": [created(), granted(2, 3, "L1"), granted(20, 21, "L2", 2)],
     "a fault inside": [created(), op("start", 2, 3, "internal_error", {"worker": "w"})],
 }
 

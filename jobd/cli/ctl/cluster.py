@@ -21,7 +21,7 @@ _POLL_S: Final = 0.1
 @click.command()
 @click.argument("what", required=False, type=click.Choice(["step-down"]))
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-@click.option("--force", is_flag=True, help="Step down although no standby is ready to take over.")
+@click.option("--force", is_flag=True, help="Step down even if no standby is ready to take over.")
 @confirm.reason_option("Stored in the audit log.")
 @json_option
 @admin_options

@@ -65,7 +65,7 @@ class CommandWorker:
 
     `once` ends the worker after one job. `drain` ends it when no job is due and none is running, and logs how many jobs
     are left, and why. `log` is called with one-line messages in another thread; by default they go to stderr. Locks
-    live `lock_ttl_ms` and are extended automatically in a separate thread. There is no progress timeout unless
+    last `lock_ttl_ms` and are extended automatically in a separate thread. There is no progress timeout unless
     `max_processing_ms` sets one.
     """
 
@@ -116,7 +116,7 @@ class CommandWorker:
         self._stop: Callable[[], None] | None = None
 
     def stop(self) -> None:
-        """Stop like on SIGTERM: claim no more jobs, and let running programs end. Thread-safe.
+        """Stop as on SIGTERM: claim no more jobs, and let running programs end. Thread-safe.
 
         A second call ends the grace, a third kills the programs.
         """

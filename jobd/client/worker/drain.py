@@ -46,7 +46,7 @@ async def _count_kind(client: AsyncJobClient, queue: str, kind: str) -> int:
 
 
 def _reasons(left: dict[QueueView, int]) -> Iterator[str]:
-    for due, reason in ((False, "not due yet"), (True, "not due yet, or only since the last claim")):
+    for due, reason in ((False, "not due yet"), (True, "not due yet, or became due after the last claim")):
         count = sum(left[view] for view in left if not view.paused and (view.oldest_due_at is not None) == due)
         if count:
             yield f"{_are(count)} {reason}"

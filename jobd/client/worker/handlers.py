@@ -74,8 +74,8 @@ class HandlerLoop:
             await asyncio.sleep(MEASURE_S)
             if (late_s := here.time() - called_s - MEASURE_S) >= LAG_S:
                 self._log(
-                    f"{self._running()}: no thread ran for {late_s:.1f} s, so no lock was extended. "
-                    "Does an extension hold the GIL?"
+                    f"{self._running()}: no thread ran for {late_s:.1f} s, so no lock was renewed. "
+                    "Does a C extension hold the GIL?"
                 )
 
     def _running(self) -> str:

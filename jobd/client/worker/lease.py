@@ -79,7 +79,7 @@ class LeaseKeeper:
 
     @property
     def _is_ended(self) -> bool:
-        """Whether the daemon no longer accepts an ending. A progress timeout ends the grant only with the recovery."""
+        """Whether the daemon accepts no ending. After a progress timeout, the grant ends only when recovery runs."""
         return self.lost.done() and not isinstance(self.lost.result(), MaxProcessingTimeExceeded)
 
     @property
@@ -99,7 +99,7 @@ class LeaseKeeper:
         return self.send_report(self.progress_request(progress, message))
 
     def send_report(self, request: ApiRequest[LockState]) -> asyncio.Future[None]:
-        """Send this progress as soon as possible. Of several pending reports only the latest is sent.
+        """Send this progress as soon as possible. If several reports are pending, only the latest is sent.
 
         The future is done after the response and raises the daemon's error, if any. While the daemon is unreachable, it
         is done at once, and the report is sent later.

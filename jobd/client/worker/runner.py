@@ -99,7 +99,7 @@ class WorkerRunner:
         self.start_error: str | None = None  # why no execution can begin
 
     def stop(self) -> None:
-        """Stop like on SIGTERM. Further calls shorten the waits, as described above."""
+        """Stop as on SIGTERM. Further calls shorten the waits, as described above."""
         if self._grace_is_over.is_set():
             self._give_up.set()
         elif self._stopping.is_set():

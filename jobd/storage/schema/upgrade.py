@@ -23,7 +23,7 @@ from jobd.storage.schema import migrations
 log = structlog.get_logger("jobd.storage")
 
 REPORT_S: Final = 5.0  # between lines about the progress
-_INSTRUCTIONS: Final = 100_000  # of SQLite between looks at the time: some milliseconds
+_INSTRUCTIONS: Final = 100_000  # SQLite instructions between two checks of the clock: some milliseconds
 _COPIED_AT_ONCE: Final = 4_096  # pages
 # Measured: the log and the new pages need at most 1.35 times the bytes of the tables that are written again.
 _REWRITE_FACTOR: Final = 1.5

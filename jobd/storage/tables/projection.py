@@ -154,7 +154,8 @@ class Projection:
     def follow(self, records: Iterable[Record], decoded: Iterable[Decoded] = ()) -> None:
         """Queue the next records of a shared journal for the tables, and write slices while enough events are queued.
 
-        `decoded` has the first of them as decoded. Raises DiskFull if it keeps none, and BadRecord after those before.
+        `decoded` has the first of them as decoded. Raises DiskFull if it keeps none, and BadRecord, after keeping the
+        records that precede the bad one.
         """
         self.db.check()
         if self.is_full and self.behind >= MAX_BEHIND_FULL:
@@ -171,7 +172,7 @@ class Projection:
                 self.project_slice()
 
     def _bound_reads(self) -> None:
-        """Write a slice if the events of two are pending, because the next read writes all of them first."""
+        """Write a slice if enough events for two slices are pending, because the next read writes all of them first."""
         if self.behind >= 2 * self.slice_events:
             with contextlib.suppress(DiskFull):
                 self.project_slice()

@@ -238,7 +238,7 @@ class NodesUnderLoad:
 
     @contextmanager
     def outage(self, kind: str, among: Sequence[NodeProcess] = ()) -> Iterator[None]:
-        """Measure from the begin of the block, the fault, until one of these nodes leads and the load has gone on."""
+        """Measure from the start of the block, the fault, until one of these nodes leads and the load has gone on."""
         began_s = time.monotonic()
         yield
         self.leader(among)

@@ -339,7 +339,7 @@ def test_the_end_of_a_pause_is_the_next_event(rules: RuleHarness) -> None:
     assert view.next == NextEvent("The daemon resumes the queue.", NOW + HOUR_MS, "pause")
     paused = "by an operator at 2023-11-14 22:13 UTC, until 2023-11-14 23:13 UTC: deploy."
     assert view.because == f"Queue default was paused {paused} None of its jobs is granted."
-    assert view.do == ["If an operator no longer needs the pause: jobctl resume default. Reason of the pause: deploy"]
+    assert view.do == ["If an operator no longer needs the pause: jobctl resume default. Reason for the pause: deploy"]
 
 
 @pytest.mark.parametrize(("expires_at", "rule"), [(-1, "expires_at"), (0, "expires_at"), (1, "pause")])
