@@ -1,6 +1,6 @@
 """Encode a batch as the body of a record, and decode it.
 
-The first byte is the format. The rest is a MessagePack array. Events are rows of `facts.py`, and other values are
+The first byte is the format. The rest is a MessagePack array. Events are rows of `event_codec.py`, and other values are
 arrays of their fields. A reader that meets an unknown format stops, because later formats may have other meanings.
 A record has the lowest format that has what it needs: 1 without `writes`, which readers of format 1 ignore.
 """
@@ -13,8 +13,8 @@ import msgspec
 from msgspec import Raw, Struct
 from msgspec.structs import astuple
 
-from jobd.journal import facts
-from jobd.journal.facts import EventRow
+from jobd.journal import event_codec
+from jobd.journal.event_codec import EventRow
 from jobd.model.events import Change, Event
 from jobd.model.job import LateResult, Result
 from jobd.model.journal import BadRecord, Record
@@ -58,7 +58,7 @@ def encode(batch: Batch) -> tuple[bytes, list[EventRow]]:
     late: list[tuple[Any, ...]] = []
     for change in batch.changes:
         event = change.event
-        events.append(facts.event_row(event))
+        events.append(event_codec.encode(event))
         if event.before is None and _is_new(event):
             created.append((change.payload or b"null", change.request_hash or ""))
         if change.late is not None:
@@ -100,7 +100,7 @@ def _batch(body: _Body) -> Batch:
     created, late = iter(body.created), iter(body.late)
     changes = []
     for row in body.events:
-        event = facts.event(row)
+        event = event_codec.decode(row)
         payload, request_hash = next(created) if _is_new(event) else (None, None)
         kept = _late(next(late)) if event.type == "late_result" else None
         changes.append(Change(None, None, event, payload, request_hash, kept))

@@ -13,8 +13,8 @@ from itertools import chain
 from string import ascii_uppercase
 from typing import Any, Final, TypeVar
 
-from jobd.journal import facts
-from jobd.journal.facts import EVENT_COLUMNS
+from jobd.journal import event_codec
+from jobd.journal.event_codec import EVENT_COLUMNS
 from jobd.model.job import LIVE, Grant, Job, LateResult
 from jobd.model.storage import (
     MAX_POSTPONE_MS,
@@ -402,7 +402,7 @@ def _latest_grants(db: Database, job_seq: int) -> list[Grant]:
             raise
         return []  # `timeline` reports the error
     latest = event_queries.events_of(db, rows)[-GRANT_SEARCH_EVENTS:]
-    events = [facts.event(event) for event in latest if event[_TYPE] == "granted"]
+    events = [event_codec.decode(event) for event in latest if event[_TYPE] == "granted"]
     grants = [event.changes.grant for event in events if event.job_seq == job_seq and event.changes is not None]
     return [grant for grant in grants if isinstance(grant, Grant)]
 

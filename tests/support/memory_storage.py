@@ -16,7 +16,7 @@ from typing import BinaryIO
 import msgspec
 from msgspec.structs import replace
 
-from jobd.journal import facts
+from jobd.journal import event_codec
 from jobd.model.events import Event
 from jobd.model.fingerprints import fingerprint
 from jobd.model.job import FINISHED, LIVE, Grant, Job, Result, compact
@@ -255,7 +255,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
         await self._enter("timeline")
         self.project_for_read()
         events = [event for event in self.events if event.job_seq == job_seq][-limit if limit else 0 :]
-        return facts.thin(events)
+        return event_codec.thin(events)
 
     async def read_late_results(self, wanted: list[LateResultQuery]) -> LateResultRows:
         await self._enter("late")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from msgspec.structs import astuple, replace
 
-from jobd.journal import facts
+from jobd.journal import event_codec
 from jobd.model.events import Change, Event, fold
 from jobd.model.job import FINISHED, LIVE, Failure, Job, LateResult, Result
 from jobd.model.storage import Batch, LateResultQuery, OpenedStore
@@ -71,7 +71,7 @@ def edit_store(path: str) -> Iterator[sqlite3.Connection]:
 def stored_events(conn: sqlite3.Connection, job_seq: int | None = None) -> list[Event]:
     """Return the events in the tables, of all jobs or of one."""
     rows = conn.execute(f"SELECT {event_rows.COLUMNS_SQL} FROM events").fetchall()
-    events = [facts.event(event) for row in rows for event in event_rows.unpack(row)]
+    events = [event_codec.decode(event) for row in rows for event in event_rows.unpack(row)]
     return sorted((each for each in events if job_seq in (None, each.job_seq)), key=lambda event: event.seq)
 
 
@@ -154,12 +154,12 @@ async def leave_tail(path: str, *batches: Batch) -> list[int]:
 def as_version_13(path: str) -> None:
     """Convert a closed store to schema version 13, which has a row for each event."""
     with edit_store(path) as conn:
-        rows = [codec.with_checksum(facts.event_row(event)) for event in stored_events(conn)]
+        rows = [codec.with_checksum(event_codec.encode(event)) for event in stored_events(conn)]
         conn.execute("DROP TABLE events")
         for statement in migrations.statements((SCHEMAS / "v13.sql").read_text("utf-8")):
             if "events (" in statement:
                 conn.execute(statement)
-        conn.executemany(insert("events", (*facts.EVENT_COLUMNS, "crc")), rows)
+        conn.executemany(insert("events", (*event_codec.EVENT_COLUMNS, "crc")), rows)
         migrations.set_version(conn, 13)
 
 

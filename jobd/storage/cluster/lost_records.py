@@ -9,7 +9,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from jobd.journal import facts
+from jobd.journal import event_codec
 from jobd.model.job import Job
 from jobd.storage import startup
 from jobd.storage.cluster import membership
@@ -81,7 +81,7 @@ def changes(path: str, after_event: int) -> LostChanges:
                     for job_seq, id_, status, *_ in db.rows(BY_SEQ, (number,)):
                         by_seq.setdefault(job_seq, LostJob(id_, status, status))
                 continue
-            for event in map(facts.event, event_rows.unpack(row)):
+            for event in map(event_codec.decode, event_rows.unpack(row)):
                 if event.seq <= after_event:
                     continue
                 if not event.job_seq:

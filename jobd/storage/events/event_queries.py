@@ -12,8 +12,8 @@ from itertools import chain
 from operator import itemgetter
 from typing import Final
 
-from jobd.journal import facts
-from jobd.journal.facts import EVENT_COLUMNS, EventRow
+from jobd.journal import event_codec
+from jobd.journal.event_codec import EVENT_COLUMNS, EventRow
 from jobd.model.events import Event
 from jobd.model.storage import DiskFull, EventPage
 from jobd.storage.codec import Row
@@ -52,7 +52,7 @@ def timeline(db: Database, job_seq: int, limit: int | None = None) -> list[Event
             raise
         rows = _timeline_of_a_damaged_table(db, job_seq)
     events = events_of(db, [row for row in rows if row[event_rows.JOB_SEQ] == job_seq or fault(row) is not None])
-    return facts.thin([facts.event(event) for event in events[-limit if limit else 0 :]])
+    return event_codec.thin([event_codec.decode(event) for event in events[-limit if limit else 0 :]])
 
 
 def latest_rows(db: Database, job_seq: int, limit: int) -> list[Row]:
@@ -116,7 +116,7 @@ def events_after(db: Database, after: int, limit: int) -> EventPage:
         db.faults.append(f"the journal cannot be read after event {after}: {error}; run `jobd doctor`")
         return EventPage([], last, last)
     events.sort(key=_seq)
-    page = [facts.event(event) for event in events[:limit]]
+    page = [event_codec.decode(event) for event in events[:limit]]
     return EventPage(page, last, db.gone_to, is_cut or len(events) > limit)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from jobd.journal.facts import EVENT_COLUMNS, EventRow
+from jobd.journal.event_codec import EVENT_COLUMNS, EventRow
 from jobd.storage import codec
 from jobd.storage.codec import Row, with_checksum
 from jobd.storage.tables.writers import insert

@@ -10,8 +10,8 @@ from itertools import count, islice
 from operator import attrgetter
 from typing import Any, Final
 
-from jobd.journal import facts
-from jobd.journal.facts import EVENT_COLUMNS
+from jobd.journal import event_codec
+from jobd.journal.event_codec import EVENT_COLUMNS
 from jobd.model.events import (
     GIVEN_BACK,
     HEARTBEATS,
@@ -93,7 +93,7 @@ class TimelineShortener:
         rows = self._rows(f"{_ROWS} ORDER BY seq", (job_seq, begin - event_rows.SPAN))
         if not any(fault(row) for row in rows):  # timeline quarantines a damaged row and names it
             found = [_EventsRow(row) for row in rows if row[1] >= begin]
-            self._write(found, facts.thin(_events(found)))
+            self._write(found, event_codec.thin(_events(found)))
 
     def _compact(self, job_seq: int, begin: int) -> None:
         """Compact the timeline of a job from the event `begin` on (0: after its first grants) up to its last grants."""
@@ -116,7 +116,7 @@ class TimelineShortener:
         upto = found[-1].row[1] if found else max(rows[-1][0], begin) if rows else end
         events = _events(found)
         first, last = bisect_left(events, begin, key=_seq), bisect_right(events, end, key=_seq)
-        self._write(found, events[:first] + facts.compact(events[first:last]) + events[last:])
+        self._write(found, events[:first] + event_codec.compact(events[first:last]) + events[last:])
         if upto < end:  # continue later, from the last grant, which did not change
             grants = [event.seq for event in events[first + 1 : last] if event.type == "granted"]
             end = grants[-1] if grants else upto + 1
@@ -154,7 +154,7 @@ class TimelineShortener:
         changed = [index for index, each in enumerate(found) if any(left.get(e.seq) is not e for e in each.events)]
         if changed:
             part = found[changed[0] : changed[-1] + 1]
-            events = [facts.event_row(left[event.seq]) for event in _events(part) if event.seq in left]
+            events = [event_codec.encode(left[event.seq]) for event in _events(part) if event.seq in left]
             event_rows.rewrite(self._db.conn, [each.row for each in part], events)
 
 
@@ -163,7 +163,7 @@ class _EventsRow:
 
     def __init__(self, row: Row) -> None:
         self.row = row
-        self.events = [facts.event(event) for event in event_rows.unpack(row)]
+        self.events = [event_codec.decode(event) for event in event_rows.unpack(row)]
 
 
 def _events(found: Iterable[_EventsRow]) -> list[Event]:

@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from jobd.journal import facts
+from jobd.journal import event_codec
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.job import DAY_MS, LIVE, TOKEN_COUNTER_BITS
 from jobd.model.storage import Numbers, QueueRow
@@ -258,7 +258,7 @@ def _events(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     for _, rows in groupby(undamaged, itemgetter(event_rows.JOB_SEQ)):
         events = list(chain.from_iterable(map(event_rows.unpack, rows)))
         problem = f"it has {len(events)} events but no row, and it was not deleted"
-        yield StoreProblem(f"job {facts.event(events[0]).job_id}", problem, _RECOUNT)
+        yield StoreProblem(f"job {event_codec.decode(events[0]).job_id}", problem, _RECOUNT)
 
 
 def _deleted(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
@@ -267,7 +267,7 @@ def _deleted(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
         row = conn.execute(_LAST_EVENTS, (job_seq,)).fetchone()
         if row is None or event_rows.fault(row) is not None:
             continue  # `_events` reports damaged rows, and events of a job that was not deleted
-        event = facts.event(event_rows.unpack(row)[-1])
+        event = event_codec.decode(event_rows.unpack(row)[-1])
         if (event.type, event.job_id, event.at) != ("deleted", id_, at):
             yield StoreProblem(
                 f"deleted job {readable(id_)}", f"its row {job_seq} differs from its last event", _LATE_OR_EARLY

@@ -9,7 +9,7 @@ from typing import Final
 
 from msgspec.structs import astuple
 
-from jobd.journal import facts
+from jobd.journal import event_codec
 from jobd.model.events import Event, fold
 from jobd.model.job import Job
 from jobd.storage.codec import JobReader, Row, Unreadable, fault
@@ -45,7 +45,7 @@ def _compare(job: Job, rows: list[Row]) -> str:
     for row in rows:
         if (error := event_rows.fault(row)) is not None:
             return f"its events {row[0]} to {row[1]} are damaged ({error}), so its events cannot be folded"
-    for event in map(facts.event, chain.from_iterable(map(event_rows.unpack, rows))):
+    for event in map(event_codec.decode, chain.from_iterable(map(event_rows.unpack, rows))):
         if folded is None and event.before is not None:
             return f"there is no event before its event {event.seq}, so its events cannot be folded"
         folded = fold(folded, event)

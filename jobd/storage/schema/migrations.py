@@ -11,7 +11,7 @@ from functools import partial
 from importlib.resources import files
 from typing import Final
 
-from jobd.journal.facts import EVENT_COLUMNS
+from jobd.journal.event_codec import EVENT_COLUMNS
 from jobd.model.job import COUNTER_MASK, LIVE, TOKEN_COUNTER_BITS
 from jobd.model.storage import Numbers
 from jobd.storage.codec import META_COLUMNS, Row, checksum, fault, original_checksum, with_checksum
@@ -88,7 +88,7 @@ def _replace_index_of_expiry(conn: sqlite3.Connection) -> None:
 
 
 def _keep_old_events(conn: sqlite3.Connection) -> None:
-    """Do nothing: new events store parts of jobs as arrays, and old events stay objects (see journal/facts.py)."""
+    """Do nothing: new events store parts of jobs as arrays, old ones stay objects (see journal/event_codec.py)."""
 
 
 # MIGRATIONS[n] turns schema version n into n + 1. A step that changes the columns of a table with checksums has to

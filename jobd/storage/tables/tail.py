@@ -9,7 +9,7 @@ from typing import Final
 from msgspec import Struct
 
 from jobd.journal import record
-from jobd.journal.facts import EventRow
+from jobd.journal.event_codec import EventRow
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.journal import BadRecord
 from jobd.model.storage import Batch

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from jobd.journal import facts
+from jobd.journal import event_codec
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.events import Event, fold
 from jobd.model.job import Grant, Job
@@ -55,7 +55,7 @@ def contents(path: str | Path) -> StoreContents:
             found.payloads[by_seq[seq]] = msgspec.json.decode(body)
         rows = conn.execute(f"SELECT {event_rows.COLUMNS_SQL} FROM events NOT INDEXED").fetchall()
         for event in sorted(chain.from_iterable(map(event_rows.unpack, rows))):
-            _note(found, facts.event(event))
+            _note(found, event_codec.decode(event))
         _fold_tail(found, conn)
     _compare(found)
     return found

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from msgspec import UNSET, Raw
 
-from jobd.journal import facts
+from jobd.journal import event_codec
 from jobd.model.commands import Complete, Delete, Extend, Fail, Pause
 from jobd.model.events import (
     HEARTBEATS,
@@ -75,7 +75,7 @@ def test_an_event_is_unchanged_after_encoding_and_decoding() -> None:
         finished_at=NOW,
     )
     happened = event(changes)
-    decoded = facts.event(codec.with_checksum(facts.event_row(happened)))
+    decoded = event_codec.decode(codec.with_checksum(event_codec.encode(happened)))
     assert decoded == happened
     assert decoded.changes is not None
     assert decoded.changes.error is None

@@ -13,7 +13,7 @@ import pytest
 from msgspec import UNSET, Raw
 from msgspec.structs import replace
 
-from jobd.journal import facts
+from jobd.journal import event_codec
 from jobd.model.commands import (
     Complete,
     Extend,
@@ -197,17 +197,17 @@ def test_none_zero_and_empty_are_not_the_same_to_a_checksum() -> None:
 def test_an_event_is_the_same_after_encoding_and_decoding() -> None:
     job = full_job()
     event = Event(9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", "why", {"a": [1, None]}, all_of(job))
-    row = codec.with_checksum(facts.event_row(event))
+    row = codec.with_checksum(event_codec.encode(event))
     assert codec.fault(row) is None
-    assert facts.event(row) == event
-    assert fold(None, facts.event(row)) == job
+    assert event_codec.decode(row) == event
+    assert fold(None, event_codec.decode(row)) == job
 
 
 def test_parts_are_stored_in_the_journal_as_arrays_in_a_fixed_order() -> None:
     """Rows written by this version must stay readable."""
     job = full_job()
     event = Event(9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", None, None, all_of(job))
-    decoded = msgspec.json.decode(facts.event_row(event)[-1])
+    decoded = msgspec.json.decode(event_codec.encode(event)[-1])
     token = 1 << 24
     backoff = {"kind": "exponential", "base_ms": 1000, "max_ms": 3600000, "jitter": True}
     assert {name: value for name, value in decoded.items() if isinstance(value, list)} == {
@@ -223,7 +223,7 @@ def test_parts_are_stored_in_the_journal_as_arrays_in_a_fixed_order() -> None:
 def test_clearing_a_field_differs_from_not_changing_it() -> None:
     changes = Changes(grant=None, result=None, error=None, expires_at=None)
     event = Event(1, NOW, "force_reset", 7, "a", "q", None, None, "admin", None, None, changes)
-    back = facts.event(codec.with_checksum(facts.event_row(event)))
+    back = event_codec.decode(codec.with_checksum(event_codec.encode(event)))
     assert back.changes == changes
     assert back.changes is not None
     assert back.changes.lease is UNSET
@@ -233,7 +233,7 @@ def test_clearing_a_field_differs_from_not_changing_it() -> None:
 def test_the_journal_keeps_any_json_metadata(metadata: bytes | None) -> None:
     result = Result(file_path="/f", metadata=None if metadata is None else Raw(metadata))
     event = Event(1, NOW, "completed", 7, "a", "q", None, None, "w", None, None, Changes(result=result))
-    back = facts.event(codec.with_checksum(facts.event_row(event)))
+    back = event_codec.decode(codec.with_checksum(event_codec.encode(event)))
     assert back.changes == Changes(result=result)
 
 
@@ -316,7 +316,7 @@ def journal_with(signs: int, seed: int) -> tuple[Job, list[Event]]:
 @pytest.mark.parametrize("seed", range(8))
 def test_deleting_heartbeats_does_not_change_the_row(seed: int) -> None:
     job, events = journal_with(350, seed)
-    left = facts.thin(events)
+    left = event_codec.thin(events)
     row = None
     for event in left:
         row = fold(row, event)
@@ -327,12 +327,12 @@ def test_deleting_heartbeats_does_not_change_the_row(seed: int) -> None:
         part = left[grants[begin] : grants[end]]
         assert sum(event.type == "progress" for event in part) == KEEP_HEARTBEATS
         assert sum(event.type == "extended" for event in part) == KEEP_HEARTBEATS
-    assert facts.thin(left) == left
+    assert event_codec.thin(left) == left
 
 
 def test_few_heartbeats_are_all_kept() -> None:
     _, events = journal_with(KEEP_HEARTBEATS, 1)
-    assert facts.thin(events) == events
+    assert event_codec.thin(events) == events
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,7 +381,7 @@ def rows_after(events: list[Event]) -> dict[int, Job | None]:
 
 def without(events: list[Event], begin: int, end: int) -> list[Event]:
     """Return `events` with those from `begin` to `end` compacted."""
-    return events[:begin] + facts.compact(events[begin:end]) + events[end:]
+    return events[:begin] + event_codec.compact(events[begin:end]) + events[end:]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -397,7 +397,7 @@ def test_a_compacted_journal_yields_the_same_row_after_each_remaining_event(seed
         assert after == {seq: before[seq] for seq in after}
     left = without(left, 0, len(left))
     assert rows_after(left)[left[-1].seq] == rules.job()
-    assert facts.compact(left) == left
+    assert event_codec.compact(left) == left
     assert len(left) < len(events) / 2
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobd.journal import facts
+from jobd.journal import event_codec
 from jobd.model.events import KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_HEARTBEATS, Change, Event, fold
 from jobd.model.job import Grant, Job
 from jobd.model.storage import (
@@ -121,7 +121,7 @@ def folded(events: list[Event]) -> Job | None:
 
 
 async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    maker, compact = ChangeFactory(), facts.compact
+    maker, compact = ChangeFactory(), event_codec.compact
     read: list[int] = []
     tokens: list[int] = []
 
@@ -129,7 +129,7 @@ async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatc
         read.append(len(events))
         return compact(events)
 
-    monkeypatch.setattr(facts, "compact", counting)
+    monkeypatch.setattr(event_codec, "compact", counting)
     change = maker.create()
     job, count = job_of(change), 0
     most = 1 + 2 * (KEEP_FIRST_GRANTS + 2 * KEEP_GRANTS)

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from msgspec.structs import replace
 
 from jobd.journal import record
-from jobd.journal.facts import EventRow
+from jobd.journal.event_codec import EventRow
 from jobd.journal.sqlite import SqliteJournal
 from jobd.model.journal import BadRecord, Record
 from jobd.model.storage import Batch

@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from jobd.journal import facts
+from jobd.journal import event_codec
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
 from jobd.journal.record import FORMAT, LOWEST_FORMAT, decode
 from jobd.model.journal import BadRecord, Fenced, JournalOutcomeUnknown, LeadershipLost, Record
@@ -102,7 +102,7 @@ def rows_of(path: str) -> dict[str, list[tuple[object, ...]]]:
             table: conn.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall()
             for table in tables
             if table not in NOT_COMPARED
-        } | {"events": list(map(facts.event_row, stored_events(conn)))}
+        } | {"events": list(map(event_codec.encode, stored_events(conn)))}
 
 
 async def write_much(node: Node, dice: Random, writer: Writer, batches: int) -> None:

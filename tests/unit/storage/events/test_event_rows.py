@@ -9,7 +9,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.journal import facts
+from jobd.journal import event_codec
 from jobd.model.events import KEEP_GRANTS, KEEP_HEARTBEATS, Change, Event
 from jobd.model.job import LIVE, Job, Result
 from jobd.model.storage import Batch, EventPruning
@@ -56,8 +56,8 @@ def some_events(count: int, seed: int) -> list[Event]:
 
 def test_rows_have_the_events_of_one_job_in_order_and_close_to_each_other(span: int) -> None:
     events = some_events(500, span)
-    rows = pack(map(facts.event_row, events))
-    assert sorted(event for row in rows for event in unpack(row)) == sorted(map(facts.event_row, events))
+    rows = pack(map(event_codec.encode, events))
+    assert sorted(event for row in rows for event in unpack(row)) == sorted(map(event_codec.encode, events))
     by_job: dict[int, int] = {}
     for row in sorted(rows):
         seq, last, job_seq, at, body, _ = row
@@ -81,12 +81,12 @@ def test_a_large_event_has_a_row_of_its_own() -> None:
     assert ended.event.changes is not None
     result = Result(metadata=Raw(b'"' + b"x" * event_rows.ROW_BYTES + b'"'))
     large = replace(ended.event, changes=replace(ended.event.changes, result=result))
-    rows = pack(map(facts.event_row, (created.event, granted.event, large)))
+    rows = pack(map(event_codec.encode, (created.event, granted.event, large)))
     assert sorted(len(unpack(row)) for row in rows) == [1, 1, 1]
 
 
 def test_a_row_of_a_later_format_is_not_read() -> None:
-    (row,) = pack([facts.event_row(ChangeFactory().create().event)])
+    (row,) = pack([event_codec.encode(ChangeFactory().create().event)])
     later = with_checksum((*row[:4], bytes((9, *row[4][1:]))))
     assert event_rows.fault(row) is None
     assert event_rows.fault(later) == "it has format 9, but this jobd supports format 1"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from jobd.journal import facts
+from jobd.journal import event_codec
 from jobd.storage.events import event_rows
 from jobd.storage.offline import doctor
 from jobd.storage.tables import projection
@@ -70,7 +70,7 @@ async def test_a_deletion_without_effect_is_named(path: str) -> None:
         *events, last = stored_events(conn, job.seq)
         conn.execute("DELETE FROM events WHERE job_seq = ?", (job.seq,))
         events.append(replace(last, type="deleted", changes=None))
-        conn.executemany(event_rows.INSERT, event_rows.pack(map(facts.event_row, events)))
+        conn.executemany(event_rows.INSERT, event_rows.pack(map(event_codec.encode, events)))
     assert refolded(path)[f"job {job.id}"] == "its last event says that it was deleted"
 
 

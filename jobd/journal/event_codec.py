@@ -1,4 +1,4 @@
-"""Encode events as rows, decode them, and shorten the journal of a job.
+"""Encode events as rows, decode them, and shorten the timeline of a job.
 
 A row is a tuple in the order of EVENT_COLUMNS. The details and changes of an event are JSON text.
 """
@@ -57,7 +57,7 @@ _decode_named_changes = _decoder({**_NAMED, Result: _NAMED[_Result]})
 _decode_json = msgspec.json.Decoder().decode
 
 
-def event_row(event: Event) -> EventRow:
+def encode(event: Event) -> EventRow:
     """Return the columns of `event` in the order of EVENT_COLUMNS."""
     return (
         event.seq,
@@ -75,7 +75,7 @@ def event_row(event: Event) -> EventRow:
     )
 
 
-def event(row: EventRow) -> Event:
+def decode(row: EventRow) -> Event:
     """Return the event of an undamaged row."""
     seq, at, type_, job_seq, job_id, queue_, before, after, by, reason, details, changes = row[:12]
     details = None if details is None else _decode_json(details)
@@ -102,7 +102,7 @@ def _part(value: Any) -> Any:
 
 
 def thin(events: list[Event]) -> list[Event]:
-    """Return the journal of a job without the heartbeats that can be deleted.
+    """Return the timeline of a job without the heartbeats that can be deleted.
 
     The last KEEP_HEARTBEATS of each type and grant are kept. The values that a deleted event set are merged into the
     next event, so that folding gives the same row as before. `events` are in order and begin at a grant or earlier.
@@ -120,7 +120,7 @@ def thin(events: list[Event]) -> list[Event]:
 
 
 def compact(events: list[Event]) -> list[Event]:
-    """Return a part of the journal of a job without events of grants that were given back.
+    """Return a part of the timeline of a job without events of grants that were given back.
 
     Events before the first grant and the last grant are kept. Folding gives the same row as before, as in `thin`.
     """
