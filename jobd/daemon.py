@@ -159,47 +159,49 @@ class Daemon:
         watchdog = asyncio.create_task(self._feed_watchdog())
         self._report_ready()
         log.info("standby", node=self._loaded.config.node.name, pid=os.getpid())
-        lead = await node.follow(self._stop)
+        leadership = await node.follow(self._stop)
         gc.disable()  # as during every start, because a collection delays it
         watchdog.cancel()
-        if lead is None:
+        if leadership is None:
             return False
-        self._stack.push_async_callback(lead.release)
-        self._background.run("lease", lead)
-        await self._lead(node.store, node.warm.opened(), node.warm.state, lead)
+        self._stack.push_async_callback(leadership.release)
+        self._background.run("lease", leadership)
+        await self._lead(node.store, node.warm.opened(), node.warm.state, leadership)
         assert self._serving is not None
         full_disk = self._serving.actor.full_disk
         handing_over = hand_over_if_full(lambda: node.store.is_full or full_disk.is_local, node.view, self._step_down)
         self._background.run_until_cancelled("hand_over", handing_over)
         return True
 
-    async def _lead(self, store: Store, opened: OpenedStore, state: State, lead: Leadership | None = None) -> None:
+    async def _lead(
+        self, store: Store, opened: OpenedStore, state: State, leadership: Leadership | None = None
+    ) -> None:
         """Start all parts, and open the listeners or let those of a standby serve all routes. Raises CannotStart."""
         serving = Serving(self._stack, self._loaded, store, opened, state, self._apps)
-        if lead is None:
+        if leadership is None:
             await serving.start(self._stop.set)
         else:
             assert self.node is not None
-            serving.bind(lead)
+            serving.bind(leadership)
             await serving.start(self._stop.set, self.node.view, self._step_down)
             serving.services.refresh_nodes = self.node.registry.refresh
         self._serving = serving
         await self._open_listeners(serving)
         self._background.run_until_cancelled("watchdog", self._feed_watchdog())
-        if lead is not None:
-            self._stack.push_async_callback(self._release, serving, lead)
+        if leadership is not None:
+            self._stack.push_async_callback(self._release, serving, leadership)
         if serving.running.done():
             await serving.running  # the disk failed during the start; raises before the daemon reports that it is ready
         serving.services.is_open = True
 
-    async def _release(self, serving: Serving, lead: Leadership) -> None:
+    async def _release(self, serving: Serving, leadership: Leadership) -> None:
         """Release leadership before responses are flushed and webhooks end, so that another node leads meanwhile."""
         serving.end_streams()
         for each in self._listeners.values():
             await each.stop_accepting()
             each.reject_incomplete()
         await serving.finish()
-        await lead.release()
+        await leadership.release()
 
     def _report_ready(self) -> None:
         self._is_ready = True
@@ -239,7 +241,7 @@ class Daemon:
         for name, router in self._routers.items():
             pages = self._dashboard if name == "admin" else None
             if name in standbys:
-                guard = serving.check_lead
+                guard = serving.check_leadership
                 standbys[name].serve(router, serving.actor, serving.services, pages=pages, guard=guard)
                 continue
             authenticator, limits, is_admin = self._authenticators[name], self._limits(), name == "admin"

@@ -53,7 +53,7 @@ class ClusterNode:
         self._settings = loaded.config
         self._holder = secrets.token_hex(16)
         self._failure: CannotStart | None = None
-        self.lead: Leadership | None = None
+        self.leadership: Leadership | None = None
 
     async def open(self, stack: contextlib.AsyncExitStack, on_locked: Callable[[], None]) -> None:
         """Open the journal and the store. `stack` closes them. Raises CannotStart."""
@@ -110,7 +110,7 @@ class ClusterNode:
         self._standby.stop()
         stopping.cancel()
         try:
-            self.lead = await following
+            self.leadership = await following
         except BadRecord as error:
             await self.registry.announce()
             raise CannotStart(f"this node cannot follow the journal: {error}", EXIT_CONFIG) from error
@@ -118,10 +118,10 @@ class ClusterNode:
             raise CannotStart(str(error), error.exit_code) from error
         if self._failure is not None:
             raise self._failure
-        if self.lead is not None:
-            await self.registry.begin_lead()
-            self.store.lead(self.lead.append, lambda: self.registry.format)
-        return self.lead
+        if self.leadership is not None:
+            await self.registry.begin_leadership()
+            self.store.lead(self.leadership.append, lambda: self.registry.format)
+        return self.leadership
 
     def reload(self, loaded: LoadedConfig) -> None:
         """Record settings that changed, to compare them with those of other nodes."""
@@ -129,16 +129,16 @@ class ClusterNode:
 
     def view(self) -> ClusterView:
         """Return the state of the cluster as this node sees it."""
-        settings, standby, lead = self._settings, self._standby, self.lead
+        settings, standby, leadership = self._settings, self._standby, self.leadership
         head = standby.head
         at = Position(
-            is_leader=lead is not None,
+            is_leader=leadership is not None,
             holder=None if head is None else head.holder,
-            leader=standby.leader if lead is None else settings.node.advertise,
-            epoch=lead.epoch if lead is not None else None if head is None else head.epoch,
-            record=lead.acked if lead is not None else None if head is None else head.number,
-            lag_events=0 if lead is not None else standby.lag_events,
-            problem=standby.problem if lead is None else None,
+            leader=standby.leader if leadership is None else settings.node.advertise,
+            epoch=leadership.epoch if leadership is not None else None if head is None else head.epoch,
+            record=leadership.acked if leadership is not None else None if head is None else head.number,
+            lag_events=0 if leadership is not None else standby.lag_events,
+            problem=standby.problem if leadership is None else None,
         )
         journal = settings.journal
         return cluster_view(
@@ -152,20 +152,20 @@ class ClusterNode:
 
     def _describe(self) -> NodeEntry:
         node = self._settings.node
-        lead = self.lead
+        leadership = self.leadership
         return NodeEntry(
             name=node.name,
             process=self._holder,
             url=node.advertise,
             format=record.FORMAT,
             config_hash=config_hash(self._loaded),
-            projected_to=self.store.projected_to if lead is None else lead.acked,
+            projected_to=self.store.projected_to if leadership is None else leadership.acked,
             schema_version=migrations.VERSION,
             lease_ms=int(self._settings.journal.lease),
         )
 
     def _on_duplicate(self, problem: str) -> None:
-        if self.lead is None:
+        if self.leadership is None:
             self._failure = CannotStart(problem, EXIT_CONFIG)
             self._standby.stop()
 

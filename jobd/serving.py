@@ -55,7 +55,7 @@ from jobd.webhooks.manager import WebhookManager
 from jobd.webhooks.transport import HttpTransport
 
 KEEP_DUE_S: Final = 10.0  # for jobs to be kept due, before a daemon stops
-FINISH_S: Final = 0.1  # for requests, deliveries and sweeps in progress, before a leader releases its lead
+FINISH_S: Final = 0.1  # for requests, deliveries and sweeps in progress, before a leader releases its leadership
 
 log = structlog.get_logger("jobd.daemon")
 
@@ -129,24 +129,24 @@ class Serving:
         self.feed = EventFeed(store, numbers.next_event - 1, settings.limits.event_streams)
         self.failures = FailureGroups(store, numbers.next_job, opened.jobs)
         self.actor.on_commit += [self.feed.publish, self.failures.committed]
-        self._lead: Leadership | None = None
+        self._leadership: Leadership | None = None
         self._due_jobs = DueJobs(self.actor, self.clock.moment)
         self._clock_monitor = ClockMonitor(self._on_pause, self._on_set_back, self.clock.moment)
         self.actor.before_batch = self._clock_monitor.check
 
-    def bind(self, lead: Leadership) -> None:
+    def bind(self, leadership: Leadership) -> None:
         """Let the actor end when leadership is lost."""
 
         def check() -> None:
-            lead.check()
+            leadership.check()
             self._clock_monitor.check()
 
         def begin_epoch(epoch: int) -> None:
             self.actor.state.epoch, self.actor.state.next_token = epoch, 1
 
-        self._lead = lead
+        self._leadership = leadership
         self.actor.before_batch = check
-        lead.on_epoch, lead.on_lost = begin_epoch, self.actor.lose_disk
+        leadership.on_epoch, leadership.on_lost = begin_epoch, self.actor.lose_disk
 
     async def start(
         self,
@@ -174,11 +174,11 @@ class Serving:
         self.actor.on_commit.append(self.timeseries.record)
         self.maintainer.save_extra(self.timeseries.saved)
 
-    def check_lead(self) -> ApiError | None:
-        """Return the error of a request if this node has lost its lead."""
-        assert self._lead is not None
+    def check_leadership(self) -> ApiError | None:
+        """Return the error of a request if this node has lost its leadership."""
+        assert self._leadership is not None
         try:
-            self._lead.check()
+            self._leadership.check()
         except Exception:
             return not_leader_error(None)
         return None
@@ -318,8 +318,8 @@ class Serving:
         if cluster_view is not None:
             view = partial(self._with_full_disk, cluster_view)
             metrics.cluster = health.cluster = self.alerts.cluster = view
-        if self._lead is not None:
-            metrics.append_seconds = self._lead.append_seconds
+        if self._leadership is not None:
+            metrics.append_seconds = self._leadership.append_seconds
         self._background.run("metrics", metrics)
         planner = Planner(self.actor, self.clock)
         self._stack.push_async_callback(planner.close)

@@ -1,4 +1,4 @@
-"""What a standby of a cluster serves: the routes that need no lead. Everything else is 503 not_leader."""
+"""What a standby of a cluster serves: the routes that need no leadership. Everything else is 503 not_leader."""
 
 from __future__ import annotations
 

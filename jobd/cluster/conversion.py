@@ -67,7 +67,7 @@ async def leave(journal: SharedJournal, path: str, lease_s: float) -> int:
         return epoch
     async with store:
         with repeatable_errors():
-            head = await take_free_lead(journal, opened.numbers.epoch, lease_s)
+            head = await take_free_leadership(journal, opened.numbers.epoch, lease_s)
             last, is_closed = await _catch_up(store, journal, opened.last_record)
             await store.project()
             assert store.projected_to == last == head.number - is_closed, (store.projected_to, last, head)
@@ -100,7 +100,7 @@ def repeatable_errors() -> Iterator[None]:
         raise CannotConvert(f"{error}: stop the daemons of all nodes first") from error
 
 
-async def take_free_lead(journal: SharedJournal, epoch: int, lease_s: float) -> Head:
+async def take_free_leadership(journal: SharedJournal, epoch: int, lease_s: float) -> Head:
     """Take leadership when no node has it, with an epoch above `epoch`, so that no other node appends.
 
     Raises CannotConvert if a node leads, and JournalOutcomeUnknown.

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class Leadership:
-    """The lead of `journal`, which began with `head`. `lease` was renewed by the takeover.
+    """The leadership of `journal`, which began with `head`. `lease` was renewed by the takeover.
 
     `next_epoch` returns an epoch above the current one. `on_epoch` is called when leadership continues with it.
     `on_lost` is called once, when this node no longer leads and no append has reported it.

@@ -17,7 +17,7 @@ from typing import Final
 import msgspec
 from msgspec import Raw, Struct
 
-from jobd.cluster.conversion import repeatable_errors, take_free_lead
+from jobd.cluster.conversion import repeatable_errors, take_free_leadership
 from jobd.cluster.standby import JUMP, READ_LIMIT
 from jobd.cluster.warm_state import WarmState
 from jobd.core import views
@@ -180,7 +180,7 @@ async def accept(journal: SharedJournal, loss: Loss, policy: Policy, lease_s: fl
             highest = max(opened.numbers.epoch, 0 if last is None else last.epoch)
             async with store:
                 with repeatable_errors():
-                    head = await take_free_lead(journal, highest, lease_s)
+                    head = await take_free_leadership(journal, highest, lease_s)
                     batch = await _write_ending(journal, store, opened, head, loss, policy)
                     await journal.release()
         return Accepted(batch.audit[0].jobs, batch.numbers.epoch)

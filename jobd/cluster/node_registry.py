@@ -82,7 +82,7 @@ class NodeRegistry:
         now_s = self._now_s()
         return next((int((now_s - at_s) * 1000) for at_s, record in self._records if record > node.projected_to), 0)
 
-    async def begin_lead(self) -> None:
+    async def begin_leadership(self) -> None:
         """Write the entry of this node, which it may not have done yet, and read `nodes` again.
 
         Another leader may have written for nodes that this one has not seen.

@@ -105,8 +105,8 @@ class Standby:
         while not self._stop.is_set():
             wait_s = POLL_S
             try:
-                if await self._poll() and (lead := await self._take_over()) is not None:
-                    return lead
+                if await self._poll() and (leadership := await self._take_over()) is not None:
+                    return leadership
                 self._note(None)
             except (JournalUnavailable, StoreAhead) as error:
                 self._note(str(error))
@@ -187,7 +187,7 @@ class Standby:
             for each in await self._journal.read(self._warm.number, READ_LIMIT):
                 record.decode(each)
         lease = LeaderLease(self.settings.lease_s, self._now_s)
-        head = await self._take_lead(lease)
+        head = await self._take_leadership(lease)
         if head is None:
             return None
         self.head = head
@@ -203,7 +203,7 @@ class Standby:
             next_epoch=lambda: self._next_epoch(max(self._warm.state.epoch, head.epoch)),
         )
 
-    async def _take_lead(self, lease: LeaderLease) -> Head | None:
+    async def _take_leadership(self, lease: LeaderLease) -> Head | None:
         seen, settings = self.head, self.settings
         assert seen is not None
         epoch = self._next_epoch(max(seen.epoch, self._warm.state.epoch))

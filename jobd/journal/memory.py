@@ -55,7 +55,7 @@ def _read(records: list[Record], after: int, limit: int) -> list[Record]:
     return found
 
 
-class MemoryLead(Struct, frozen=True):
+class MemoryHead(Struct, frozen=True):
     """The row of a shared journal that each append changes. `version` counts its changes."""
 
     number: int = 0
@@ -76,8 +76,8 @@ class MemoryServer:
     def __init__(self, now_ms: Callable[[], int] = lambda: 0, cluster_id: str = "memory") -> None:
         self.now_ms = now_ms
         self.cluster_id = cluster_id
-        self.lead = MemoryLead()
-        self.durable = self.lead
+        self.head = MemoryHead()
+        self.durable = self.head
         self.records: list[Record] = []
         self.epochs: list[tuple[int, int]] = []
         self.nodes: dict[str, tuple[NodeEntry, int]] = {}  # with the wall time
@@ -88,23 +88,23 @@ class MemoryServer:
         self.leader: MemorySharedJournal | None = None  # the handle with the session of the leader
         self.failovers = 0
 
-    def change(self, lead: MemoryLead) -> MemoryLead:
-        """Make `lead` the current state, and return it with its version."""
-        self.lead = replace(lead, version=self.lead.version + 1)
-        return self.lead
+    def change(self, head: MemoryHead) -> MemoryHead:
+        """Make `head` the current state, and return it with its version."""
+        self.head = replace(head, version=self.head.version + 1)
+        return self.head
 
-    def confirm(self, lead: MemoryLead) -> None:
+    def confirm(self, head: MemoryHead) -> None:
         """Make a change durable, with all changes before it."""
-        if lead.version > self.durable.version:
-            self.durable = lead
+        if head.version > self.durable.version:
+            self.durable = head
 
     def fail_over(self) -> None:
         """Lose what is not durable, and all sessions."""
         self.failovers += 1
-        self.lead = replace(self.durable, version=self.lead.version + 1)
-        self.durable = self.lead
-        self.records = [record for record in self.records if record.number <= self.lead.number]
-        self.epochs = [each for each in self.epochs if each[0] <= self.lead.epoch]
+        self.head = replace(self.durable, version=self.head.version + 1)
+        self.durable = self.head
+        self.records = [record for record in self.records if record.number <= self.head.number]
+        self.epochs = [each for each in self.epochs if each[0] <= self.head.epoch]
         self.leader = None
 
 
@@ -150,7 +150,7 @@ class MemorySharedJournal:
 
     async def head(self) -> Head:
         await self._begin("head")
-        return await self._end("head", self._head(self.server.lead))
+        return await self._end("head", self._head(self.server.head))
 
     async def append(self, record: Record, acked: int) -> None:
         await to_end(self._append(record, acked, self.epoch))
@@ -166,9 +166,9 @@ class MemorySharedJournal:
 
     async def release(self) -> None:
         failovers = await self._begin("release")
-        if self.server.lead.epoch == self.epoch:
+        if self.server.head.epoch == self.epoch:
             self.disconnect()
-            await self._confirm("release", self.server.change(replace(self.server.lead, holder=None)), failovers)
+            await self._confirm("release", self.server.change(replace(self.server.head, holder=None)), failovers)
 
     async def read(self, after: int, limit: int) -> list[Record]:
         await self._begin("read")
@@ -178,7 +178,7 @@ class MemorySharedJournal:
             size += len(record.body)
             if size >= _READ_BYTES:
                 break
-        if not found and self.server.lead.number > after:
+        if not found and self.server.head.number > after:
             raise BadRecord(after + 1, "is missing")
         return await self._end("read", found)
 
@@ -257,47 +257,47 @@ class MemorySharedJournal:
 
     async def _append(self, record: Record, acked: int, epoch: int) -> None:
         failovers = await self._begin("append")
-        server, lead = self.server, self.server.lead
-        if lead.number != record.number - 1 or lead.epoch != epoch:
+        server, head = self.server, self.server.head
+        if head.number != record.number - 1 or head.epoch != epoch:
             raise Fenced
         server.records.append(record)
-        await self._confirm("append", server.change(replace(lead, number=record.number, acked=acked)), failovers)
+        await self._confirm("append", server.change(replace(head, number=record.number, acked=acked)), failovers)
 
     async def _renew(self, acked: int, epoch: int) -> int:
         failovers = await self._begin("renew")
-        if self.server.lead.epoch != epoch:
+        if self.server.head.epoch != epoch:
             raise Fenced
         self.server.leader = self
-        await self._confirm("renew", self.server.change(replace(self.server.lead, acked=acked)), failovers)
+        await self._confirm("renew", self.server.change(replace(self.server.head, acked=acked)), failovers)
         return self.server.now_ms()
 
     async def _take_over(self, seen: Head, holder: str, url: str, epoch: int) -> Head | None:
         failovers = await self._begin("take_over")
         self.holder = holder
-        lead = self.server.lead
-        if (lead.epoch, str(lead.version)) != (seen.epoch, seen.renewed):
+        head = self.server.head
+        if (head.epoch, str(head.version)) != (seen.epoch, seen.renewed):
             return None
-        return await self._lead("take_over", replace(lead, holder=holder, url=url), epoch, failovers)
+        return await self._lead("take_over", replace(head, holder=holder, url=url), epoch, failovers)
 
     async def _resolve(self, epoch: int) -> Head:
         failovers = await self._begin("resolve")
-        if self.holder is None or self.server.lead.holder != self.holder:
+        if self.holder is None or self.server.head.holder != self.holder:
             raise Fenced
-        return await self._lead("resolve", self.server.lead, epoch, failovers)
+        return await self._lead("resolve", self.server.head, epoch, failovers)
 
-    def _head(self, lead: MemoryLead) -> Head:
+    def _head(self, head: MemoryHead) -> Head:
         is_connected = self.server.leader is not None
-        renewed, at = str(lead.version), self.server.now_ms()
-        return Head(lead.number, lead.epoch, lead.holder, lead.url, lead.acked, renewed, is_connected, at)
+        renewed, at = str(head.version), self.server.now_ms()
+        return Head(head.number, head.epoch, head.holder, head.url, head.acked, renewed, is_connected, at)
 
-    async def _lead(self, call: str, lead: MemoryLead, epoch: int, failovers: int) -> Head:
+    async def _lead(self, call: str, head: MemoryHead, epoch: int, failovers: int) -> Head:
         """Take leadership with a new epoch."""
-        lead = self.server.change(replace(lead, epoch=max(epoch, lead.epoch + 1)))
-        self.server.epochs.append((lead.epoch, lead.number + 1))
+        head = self.server.change(replace(head, epoch=max(epoch, head.epoch + 1)))
+        self.server.epochs.append((head.epoch, head.number + 1))
         self.server.leader = self
-        await self._confirm(call, lead, failovers)
-        self.epoch = max(self.epoch, lead.epoch)
-        return self._head(lead)
+        await self._confirm(call, head, failovers)
+        self.epoch = max(self.epoch, head.epoch)
+        return self._head(head)
 
     async def _begin(self, call: str) -> int:
         """Check that the server can be reached, and return the number of its failovers."""
@@ -309,15 +309,15 @@ class MemorySharedJournal:
             raise JournalOutcomeUnknown if call in _LEADING else JournalUnavailable(_UNREACHABLE)
         return failovers
 
-    async def _confirm(self, call: str, lead: MemoryLead, failovers: int) -> None:
+    async def _confirm(self, call: str, head: MemoryHead, failovers: int) -> None:
         """Wait until a change is durable."""
         await self.after(call)
         if not self._is_reachable or failovers != self.server.failovers:
             raise JournalOutcomeUnknown
-        self.server.confirm(lead)
+        self.server.confirm(head)
 
     async def _end(self, call: str, value: T) -> T:
-        """Return `value` of a call that changes no lead."""
+        """Return `value` of a call that changes no row."""
         await self.after(call)
         if not self._is_reachable:
             raise JournalUnavailable(_UNREACHABLE)

@@ -474,7 +474,9 @@ def test_a_client_does_not_notice_a_lost_connection_to_the_journal(
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_a_restart_of_postgres_ends_no_lead_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_of_postgres_ends_no_leadership_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
     with postgres.postgres() as server, ExitStack() as stack:
         flags = ["--set", f"journal.url={server.url()}", "--set", "journal.require_sync=false"]

@@ -2,8 +2,8 @@
 
     python -m tests.proof.cluster_demo [--seed N]
 
-PostgreSQL runs on three servers with quorum commit. First the leader is killed, then the next one hands over its lead.
-The exit code is 0 if every check passed.
+PostgreSQL runs on three servers with quorum commit. First the leader is killed, then the next one hands over its
+leadership. The exit code is 0 if every check passed.
 """
 
 from __future__ import annotations

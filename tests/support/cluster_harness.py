@@ -92,7 +92,7 @@ class ClusterNode:
         self.ahead_ms = ahead_ms
         self.boot_ms = boot_ms
         self.is_listening = True
-        self.lead: Leadership | None = None
+        self.leadership: Leadership | None = None
         self.ended: BaseException | None = None
         opened = self.disk.opened()
         self.warm = WarmState(self.disk, opened, self.disk.projected_to)
@@ -118,29 +118,29 @@ class ClusterNode:
         return self.boot_ms + round(asyncio.get_running_loop().time() * 1000)
 
     async def _run(self) -> None:
-        lead = await self.standby.run()
-        if lead is None:
+        leadership = await self.standby.run()
+        if leadership is None:
             return
         opened, state = self.warm.opened(), self.warm.state
-        self.disk.leadership = lead
+        self.disk.leadership = leadership
         clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms, wall=self.wall_ms, boot=self.boot)
         self.clock, self.state = clock, state
         keys = IdempotencyStore(opened.keys, 1000)
         self.actor = Actor(self.disk, state, keys, clock, Policy(), random=Random(self.name).randbytes)
-        self.actor.before_batch = lead.check
-        lead.on_epoch, lead.on_lost = self._on_epoch, self.actor.lose_disk
+        self.actor.before_batch = leadership.check
+        leadership.on_epoch, leadership.on_lost = self._on_epoch, self.actor.lose_disk
         now = clock.moment().lease
         extend_held_locks(self.actor, now, since=now)
         await DueJobs(self.actor, clock.moment).keep_at_start(opened.numbers.wall_ms)
-        renewing = asyncio.create_task(lead.run(), name=f"{self.name} renews")
-        self.lead = lead
+        renewing = asyncio.create_task(leadership.run(), name=f"{self.name} renews")
+        self.leadership = leadership
         try:
             await self.actor.run()
         except DiskBroken as error:
             self.ended = error.__cause__
         finally:
             self.is_listening = False
-            lead.stop()
+            leadership.stop()
             await renewing
             await self.journal.close()
 
@@ -149,7 +149,7 @@ class ClusterNode:
 
     @property
     def leads(self) -> bool:
-        return self.lead is not None and not self._task.done()
+        return self.leadership is not None and not self._task.done()
 
     async def ask(self, command: AnyCommand, **options: Any) -> Any:
         """Return the data of the response, or the code of the error."""
@@ -175,7 +175,7 @@ class ClusterNode:
     async def stop(self) -> None:
         """End as after SIGTERM."""
         self.standby.stop()
-        if self.lead is not None:
+        if self.leadership is not None:
             self.is_listening = False
             self.actor.stop()
         await self._task
@@ -200,6 +200,6 @@ async def leader_of(nodes: list[ClusterNode], *, within_s: float = 10.0) -> Clus
         while True:
             leading = [node for node in nodes if node.leads]
             if leading:
-                assert len(leading) == 1 or leading[0].lead is not None
+                assert len(leading) == 1 or leading[0].leadership is not None
                 return leading[-1]
             await asyncio.sleep(0.01)

@@ -287,7 +287,7 @@ async def test_a_step_down_without_a_ready_standby_needs_force(harness: HttpHarn
 
 
 @pytest.mark.parametrize("verb", ["test", "resend", "resend-given-up"])
-async def test_a_webhook_action_after_the_lead_was_released_is_not_done(harness: HttpHarness, verb: str) -> None:
+async def test_a_webhook_action_after_the_leadership_was_released_is_not_done(harness: HttpHarness, verb: str) -> None:
     async def fail(*_: object) -> None:
         raise LeadershipLost("this node has released leadership")
 

@@ -103,7 +103,7 @@ async def test_a_standby_rejects_every_command() -> None:
     actor.undelivered(None)
 
 
-async def test_a_node_that_has_lost_its_lead_serves_no_read(standby: Standby) -> None:
+async def test_a_node_that_has_lost_its_leadership_serves_no_read(standby: Standby) -> None:
     """Also not one that needs no command of the actor."""
     is_lost = False
     routes = admin.ROUTES if standby.leads.admin else worker.ROUTES

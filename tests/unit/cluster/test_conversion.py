@@ -31,7 +31,7 @@ from tests.support.store_files import assert_holds, fill, make_store, open_store
 @pytest.fixture
 def server() -> MemoryServer:
     server = MemoryServer()
-    server.lead = replace(server.lead, number=FIRST_RECORD)
+    server.head = replace(server.head, number=FIRST_RECORD)
     return server
 
 
@@ -88,7 +88,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("owner", "name", "is_after"),
     [
-        (conversion, "take_free_lead", True),
+        (conversion, "take_free_leadership", True),
         (ClusterStore, "project", False),
         (ClusterStore, "project", True),
         (MemorySharedJournal, "append", True),
@@ -123,7 +123,7 @@ async def test_leaving_is_completed_after_a_kill(
             await conversion.leave(journal, f"{path}.behind", 0)
     epoch = await conversion.leave(journal, f"{path}.behind", 0)
     assert await conversion.leave(journal, f"{path}.behind", 0) == epoch
-    assert [each.number for each in server.records if each.body == CLOSING] == [server.lead.number]
+    assert [each.number for each in server.records if each.body == CLOSING] == [server.head.number]
     maker.numbers = replace(maker.numbers, epoch=epoch, next_token=1)
     async with open_store(f"{path}.behind") as (store, opened):
         await assert_holds(store, opened, maker)
@@ -176,7 +176,7 @@ async def test_a_cluster_with_a_leader_is_not_left(path: str, server: MemoryServ
         assert await leader.take_over(await leader.head(), holder="a", url="http://a", epoch=1) is not None
         while True:
             await asyncio.sleep(0.01)
-            await leader.renew(server.lead.number)
+            await leader.renew(server.head.number)
 
     leading = asyncio.create_task(lead())
     with pytest.raises(CannotConvert, match="a node at http://a leads: stop the daemons"):

@@ -39,11 +39,11 @@ def test_a_node_that_cannot_read_a_record_takes_no_lease(body: bytes, message: s
         if not is_last:
             await leader.ask(Create())
         await leader.kill()
-        before = server.lead
+        before = server.head
         standby.journal.is_reachable = True
         with pytest.raises(BadRecord, match=message):
             await standby.ended_by_itself()
-        assert server.lead == before
+        assert server.head == before
 
     lead()
 
@@ -57,13 +57,13 @@ async def test_an_older_node_reads_all_records_until_it_is_forgotten(
         registry = NodeRegistry(leader.journal, lambda: replace(older, name="leader", format=FORMAT))
         leader.store.lead(leader.journal.append, lambda: registry.format)
         await leader.journal.register(older)
-        await registry.begin_lead()
+        await registry.begin_leadership()
         for _ in range(20):
             await leader.store.write(maker.any_batch(30))
             with pytest.raises(FormatNotRead):
                 await leader.store.save_stats(b"1")
         await leader.journal.forget("older")
-        await registry.begin_lead()
+        await registry.begin_leadership()
         await leader.store.save_stats(b"2")
     monkeypatch.setattr(record, "FORMAT", FORMAT - 1)
     *earlier, last = server.records

@@ -1,4 +1,4 @@
-"""The lead of a journal: renewals, appends with an unknown outcome, and when it is lost."""
+"""The leadership of a journal: renewals, appends with an unknown outcome, and when it is lost."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def numbers(server: MemoryServer) -> list[int]:
 async def test_an_idle_leader_renews_at_a_third_of_the_lease() -> None:
     server = MemoryServer()
     node = Node(server)
-    lead = await node.lead()
-    version = server.lead.version
-    task = asyncio.create_task(lead.run())
+    leadership = await node.lead()
+    version = server.head.version
+    task = asyncio.create_task(leadership.run())
     await seconds(30.5)
-    assert server.lead.version - version == 30
-    lead.check()
-    lead.stop()
+    assert server.head.version - version == 30
+    leadership.check()
+    leadership.stop()
     await task
 
 
@@ -86,15 +86,15 @@ async def test_an_idle_leader_renews_at_a_third_of_the_lease() -> None:
 async def test_an_append_renews_the_lease() -> None:
     server = MemoryServer()
     node = Node(server)
-    lead = await node.lead()
-    task = asyncio.create_task(lead.run())
-    renewals = server.lead.version
+    leadership = await node.lead()
+    task = asyncio.create_task(leadership.run())
+    renewals = server.head.version
     for number in range(1, 11):
         await seconds(0.9)
-        await lead.append(record(number), number - 1)
-    assert server.lead.version - renewals == 10
-    assert (lead.acked, numbers(server)) == (10, list(range(1, 11)))
-    lead.stop()
+        await leadership.append(record(number), number - 1)
+    assert server.head.version - renewals == 10
+    assert (leadership.acked, numbers(server)) == (10, list(range(1, 11)))
+    leadership.stop()
     await task
 
 
@@ -104,11 +104,11 @@ def test_a_lost_response_to_an_append_is_resolved(hook: str) -> None:
     async def run() -> None:
         server = MemoryServer()
         node = Node(server)
-        lead = await node.lead()
+        leadership = await node.lead()
         node.fail(hook, append=JournalOutcomeUnknown())
-        await lead.append(record(1), 0)
-        await lead.append(record(2), 1)
-        assert (numbers(server), lead.acked, node.epochs, lead.epoch) == ([1, 2], 2, [101], 101)
+        await leadership.append(record(1), 0)
+        await leadership.append(record(2), 1)
+        assert (numbers(server), leadership.acked, node.epochs, leadership.epoch) == ([1, 2], 2, [101], 101)
 
     run()
 
@@ -117,7 +117,7 @@ def test_a_lost_response_to_an_append_is_resolved(hook: str) -> None:
 async def test_a_lost_response_is_resolved_although_the_next_ones_are_lost_too() -> None:
     server = MemoryServer()
     node = Node(server)
-    lead = await node.lead()
+    leadership = await node.lead()
     left = {"append": 2, "resolve": 2}
 
     async def lose(call: str) -> None:
@@ -126,7 +126,7 @@ async def test_a_lost_response_is_resolved_although_the_next_ones_are_lost_too()
             raise JournalOutcomeUnknown
 
     node.journal.before = lose
-    await lead.append(record(1), 0)
+    await leadership.append(record(1), 0)
     assert numbers(server) == [1]
 
 
@@ -134,13 +134,13 @@ async def test_a_lost_response_is_resolved_although_the_next_ones_are_lost_too()
 async def test_a_lost_renewal_is_resolved() -> None:
     server = MemoryServer()
     node = Node(server)
-    lead = await node.lead()
+    leadership = await node.lead()
     node.fail("after", renew=JournalOutcomeUnknown())
-    task = asyncio.create_task(lead.run())
+    task = asyncio.create_task(leadership.run())
     await seconds(10)
     assert (node.lost, node.epochs) == ([], [101])
-    lead.check()
-    lead.stop()
+    leadership.check()
+    leadership.stop()
     await task
 
 
@@ -148,8 +148,8 @@ async def test_a_lost_renewal_is_resolved() -> None:
 async def test_a_leader_without_its_journal_stops_before_its_lease_ends_elsewhere() -> None:
     server = MemoryServer()
     node = Node(server)
-    lead = await node.lead()
-    task = asyncio.create_task(lead.run())
+    leadership = await node.lead()
+    task = asyncio.create_task(leadership.run())
     began_s = node.lease.now_s()
     node.journal.is_reachable = False
     await task
@@ -158,57 +158,57 @@ async def test_a_leader_without_its_journal_stops_before_its_lease_ends_elsewher
         "the lease is over, because the journal did not confirm a renewal in time"
     ]
     with pytest.raises(LeadershipLost):
-        lead.check()
+        leadership.check()
 
 
 @in_virtual_time
 async def test_a_journal_that_returns_within_the_lease_interrupts_nothing() -> None:
     server = MemoryServer()
     node = Node(server)
-    lead = await node.lead()
+    leadership = await node.lead()
     node.journal.is_reachable = False
-    append = asyncio.create_task(lead.append(record(1), 0))
+    append = asyncio.create_task(leadership.append(record(1), 0))
     await seconds(2)
     assert not append.done()
     node.journal.is_reachable = True
     await append
     assert numbers(server) == [1]
-    lead.check()
+    leadership.check()
 
 
 @in_virtual_time
 async def test_an_append_whose_outcome_stays_unknown_says_so() -> None:
     server = MemoryServer()
     node = Node(server)
-    lead = await node.lead()
+    leadership = await node.lead()
 
     async def cut(call: str) -> None:
         node.journal.is_reachable = False
 
     node.journal.after = cut
     with pytest.raises(JournalOutcomeUnknown, match="record 1 may be in the journal or not: the lease is over"):
-        await lead.append(record(1), 0)
+        await leadership.append(record(1), 0)
 
 
 @in_virtual_time
-async def test_a_server_that_never_responds_to_the_resolution_ends_the_lead() -> None:
+async def test_a_server_that_never_responds_to_the_resolution_ends_the_leadership() -> None:
     server = MemoryServer()
     node = Node(server)
-    lead = await node.lead()
+    leadership = await node.lead()
 
     async def lose(call: str) -> None:
         raise JournalOutcomeUnknown
 
     node.journal.before = lose
     with pytest.raises(JournalOutcomeUnknown, match="the lease is over"):
-        await lead.append(record(1), 0)
+        await leadership.append(record(1), 0)
 
 
 @in_virtual_time
 async def test_an_append_waits_for_a_resolution_until_the_lease_ends() -> None:
     server = MemoryServer()
     node = Node(server)
-    lead = await node.lead()
+    leadership = await node.lead()
 
     async def hang(call: str) -> None:
         if call == "append":
@@ -218,16 +218,16 @@ async def test_an_append_waits_for_a_resolution_until_the_lease_ends() -> None:
     node.journal.before = hang
     began_s = asyncio.get_running_loop().time()
     with pytest.raises(JournalOutcomeUnknown, match="the lease is over"):
-        await lead.append(record(1), 0)
+        await leadership.append(record(1), 0)
     assert asyncio.get_running_loop().time() - began_s == pytest.approx(LEASE_S * 0.9, abs=0.01)
 
 
 @in_virtual_time
-async def test_a_lead_that_an_append_has_lost_is_not_renewed() -> None:
+async def test_a_leadership_that_an_append_has_lost_is_not_renewed() -> None:
     server = MemoryServer()
     node = Node(server)
-    lead = await node.lead()
-    task = asyncio.create_task(lead.run())
+    leadership = await node.lead()
+    task = asyncio.create_task(leadership.run())
     calls: list[str] = []
 
     async def lose(call: str) -> None:
@@ -236,7 +236,7 @@ async def test_a_lead_that_an_append_has_lost_is_not_renewed() -> None:
 
     node.journal.before = lose
     with pytest.raises(JournalOutcomeUnknown):
-        await lead.append(record(1), 0)
+        await leadership.append(record(1), 0)
     count = len(calls)
     await task
     assert (len(calls), [type(error) for error in node.lost]) == (count, [JournalOutcomeUnknown])
@@ -246,11 +246,11 @@ async def test_a_lead_that_an_append_has_lost_is_not_renewed() -> None:
 async def test_a_fenced_leader_writes_nothing() -> None:
     server = MemoryServer()
     old, new = Node(server), Node(server, "b")
-    lead = await old.lead()
-    task = asyncio.create_task(lead.run())
+    leadership = await old.lead()
+    task = asyncio.create_task(leadership.run())
     await new.lead()
     with pytest.raises(Fenced, match="another node leads"):
-        await lead.append(record(1), 0)
+        await leadership.append(record(1), 0)
     await task
     assert ([type(error) for error in old.lost], numbers(server)) == ([Fenced], [])
 
@@ -259,7 +259,7 @@ async def test_a_fenced_leader_writes_nothing() -> None:
 async def test_a_leader_that_was_fenced_during_a_lost_append_does_not_know_the_outcome() -> None:
     server = MemoryServer()
     old, new = Node(server), Node(server, "b")
-    lead = await old.lead()
+    leadership = await old.lead()
 
     async def take_over(call: str) -> None:
         if call == "append":
@@ -268,19 +268,19 @@ async def test_a_leader_that_was_fenced_during_a_lost_append_does_not_know_the_o
 
     old.journal.after = take_over
     with pytest.raises(JournalOutcomeUnknown, match="another node leads"):
-        await lead.append(record(1), 0)
+        await leadership.append(record(1), 0)
 
 
 @in_virtual_time
 async def test_a_full_disk_of_the_server_is_not_an_unknown_outcome() -> None:
     server = MemoryServer()
     node = Node(server)
-    lead = await node.lead()
+    leadership = await node.lead()
     node.fail("before", append=DiskFull("the disk of the server is full"))
     with pytest.raises(DiskFull):
-        await lead.append(record(1), 0)
-    await lead.append(record(1), 0)
-    assert lead.acked == 1
+        await leadership.append(record(1), 0)
+    await leadership.append(record(1), 0)
+    assert leadership.acked == 1
 
 
 @in_virtual_time
@@ -288,17 +288,17 @@ async def test_an_append_that_outlasts_the_lease_is_followed_by_a_renewal() -> N
     """It is durable, so no other node led when it was written; a later read needs proof of its own."""
     server = MemoryServer()
     node = Node(server)
-    lead = await node.lead()
+    leadership = await node.lead()
     node.delay("append", LEASE_S + 1)
-    await lead.append(record(1), 0)
-    lead.check()
+    await leadership.append(record(1), 0)
+    leadership.check()
 
 
 @in_virtual_time
-async def test_an_append_that_outlasts_the_lease_of_a_fenced_leader_ends_the_lead() -> None:
+async def test_an_append_that_outlasts_the_lease_of_a_fenced_leader_ends_the_leadership() -> None:
     server = MemoryServer()
     old, new = Node(server), Node(server, "b")
-    lead = await old.lead()
+    leadership = await old.lead()
 
     async def take_over(call: str) -> None:
         if call == "append":
@@ -306,44 +306,44 @@ async def test_an_append_that_outlasts_the_lease_of_a_fenced_leader_ends_the_lea
             await new.lead()
 
     old.journal.after = take_over
-    await lead.append(record(1), 0)
+    await leadership.append(record(1), 0)
     with pytest.raises(LeadershipLost):
-        lead.check()
+        leadership.check()
 
 
 @in_virtual_time
 async def test_a_renewal_that_is_due_during_an_append_is_left_out() -> None:
     server = MemoryServer()
     node = Node(server)
-    lead = await node.lead()
-    task = asyncio.create_task(lead.run())
+    leadership = await node.lead()
+    task = asyncio.create_task(leadership.run())
     await seconds(0.9)
     node.delay("append", 0.5)
-    await lead.append(record(1), 0)
-    version = server.lead.version
+    await leadership.append(record(1), 0)
+    version = server.head.version
     await seconds(0.4)
-    assert server.lead.version == version
+    assert server.head.version == version
     await seconds(0.2)
-    assert server.lead.version == version + 1
-    lead.stop()
+    assert server.head.version == version + 1
+    leadership.stop()
     await task
 
 
 @in_virtual_time
 async def test_a_stopped_lead_no_longer_renews() -> None:
     server = MemoryServer()
-    lead = await Node(server).lead()
-    version = server.lead.version
-    lead.stop()
-    await lead.run()
-    assert server.lead.version == version
+    leadership = await Node(server).lead()
+    version = server.head.version
+    leadership.stop()
+    await leadership.run()
+    assert server.head.version == version
 
 
 @in_virtual_time
-async def test_nothing_is_appended_after_the_lead_was_lost() -> None:
+async def test_nothing_is_appended_after_the_leadership_was_lost() -> None:
     server = MemoryServer()
     node = Node(server)
-    lead = await node.lead()
+    leadership = await node.lead()
 
     async def cut_off(call: str) -> None:
         node.journal.is_reachable = False
@@ -351,9 +351,9 @@ async def test_nothing_is_appended_after_the_lead_was_lost() -> None:
 
     node.journal.before = cut_off
     with pytest.raises(JournalOutcomeUnknown):
-        await lead.append(record(1), 0)
+        await leadership.append(record(1), 0)
     with pytest.raises(LeadershipLost, match="no longer leads"):
-        await lead.append(record(1), 0)
+        await leadership.append(record(1), 0)
     assert numbers(server) == []
 
 
@@ -361,28 +361,28 @@ async def test_nothing_is_appended_after_the_lead_was_lost() -> None:
 async def test_released_leadership_is_free_at_once() -> None:
     server = MemoryServer()
     node = Node(server)
-    lead = await node.lead()
-    await lead.release()
-    assert (server.lead.holder, (await node.journal.head()).is_connected) == (None, False)
+    leadership = await node.lead()
+    await leadership.release()
+    assert (server.head.holder, (await node.journal.head()).is_connected) == (None, False)
     with pytest.raises(LeadershipLost, match="has released leadership"):
-        lead.check()
-    version = server.lead.version
-    await lead.release()
-    assert server.lead.version == version
-    await lead.run()  # it has nothing to renew
+        leadership.check()
+    version = server.head.version
+    await leadership.release()
+    assert server.head.version == version
+    await leadership.run()  # it has nothing to renew
 
 
 @pytest.mark.parametrize("is_reachable", [True, False])
-def test_a_lead_that_cannot_be_released_ends_with_its_lease(is_reachable: bool) -> None:
+def test_a_leadership_that_cannot_be_released_ends_with_its_lease(is_reachable: bool) -> None:
     @in_virtual_time
     async def run() -> None:
         node = Node(MemoryServer())
-        lead = await node.lead()
+        leadership = await node.lead()
         node.fail("after", release=JournalOutcomeUnknown())
         node.journal.is_reachable = is_reachable
-        await lead.release()
+        await leadership.release()
         with pytest.raises(LeadershipLost):
-            lead.check()
+            leadership.check()
 
     run()
 
@@ -390,8 +390,8 @@ def test_a_lead_that_cannot_be_released_ends_with_its_lease(is_reachable: bool) 
 @in_virtual_time
 async def test_a_renewal_is_repeated_while_the_disk_of_the_server_is_full() -> None:
     node = Node(MemoryServer())
-    lead = await node.lead()
-    task = asyncio.create_task(lead.run())
+    leadership = await node.lead()
+    task = asyncio.create_task(leadership.run())
     is_full = True
 
     async def fill(call: str) -> None:
@@ -403,7 +403,7 @@ async def test_a_renewal_is_repeated_while_the_disk_of_the_server_is_full() -> N
     assert not task.done()
     is_full = False
     await seconds(2)
-    lead.check()
+    leadership.check()
     is_full = True
     await task
     assert [type(error) for error in node.lost] == [LeadershipLost]

@@ -44,8 +44,8 @@ def path(tmp_path: Path) -> str:
 def lose(server: MemoryServer, upto: int) -> None:
     """Lose the records after `upto`, although they are acknowledged."""
     epochs = [each for each in server.epochs if each[1] <= upto]
-    lead = replace(server.lead, number=upto, acked=upto, epoch=epochs[-1][0] if epochs else 0)
-    server.durable = lead
+    head = replace(server.head, number=upto, acked=upto, epoch=epochs[-1][0] if epochs else 0)
+    server.durable = head
     server.fail_over()
 
 
@@ -61,7 +61,7 @@ async def lost_tail(path: str, server: MemoryServer, *others: str) -> None:
         for other in others:
             async with following(other, server) as node:
                 await node.catch_up()
-        assert server.lead.number == KEPT
+        assert server.head.number == KEPT
         await leader.store.write(maker.batch([maker.finish(job_of(done)), maker.create("new")]))
         await leader.store.write(maker.batch([maker.delete(job_of(made[2])), maker.grant(job_of(made[3]))]))
         await leader.store.write(maker.batch([maker.queue_event("video", paused=True)]))
@@ -111,9 +111,9 @@ async def test_a_job_with_damaged_events_counts_as_changed(path: str, server: Me
 async def test_all_nodes_go_on_without_the_lost_records(path: str, server: MemoryServer) -> None:
     other, new = f"{path}.other", f"{path}.new"
     await lost_tail(path, server, other)
-    epoch = server.lead.epoch
+    epoch = server.head.epoch
     done = await accept(path, server)
-    assert (done.grants, server.lead.number, server.lead.holder) == (2, KEPT + 1, None)
+    assert (done.grants, server.head.number, server.head.holder) == (2, KEPT + 1, None)
     assert done.epoch > epoch
     for each in (path, other, new):
         async with following(each, server) as node:
@@ -137,11 +137,11 @@ async def test_all_nodes_go_on_without_the_lost_records(path: str, server: Memor
 
 async def test_an_older_node_has_to_be_upgraded_first(path: str, server: MemoryServer) -> None:
     await lost_tail(path, server)
-    journal, before = Node(path, server).journal, server.lead
+    journal, before = Node(path, server).journal, server.head
     await journal.register(NodeEntry("old", "p", "", FORMAT - 1, "", 0))
     with pytest.raises(CannotAccept, match="cannot read the record: old: upgrade jobd there first"):
         await accept(path, server)
-    assert server.lead == before
+    assert server.head == before
     await journal.forget("old")
     await accept(path, server)
 
@@ -193,12 +193,12 @@ async def test_a_kill_leaves_it_undone_and_no_node_that_has_lost_records_leads(p
     node.journal.before = fail
     with pytest.raises(ZeroDivisionError):
         await loss.accept(node.journal, await loss.find(node.journal, path, KEPT), Policy(), 0)
-    assert server.lead.number == KEPT
+    assert server.head.number == KEPT
     with pytest.raises(StoreAhead, match="--upto 3"):
         await Node(path, server).open()
     Path(f"{path}.accepting").mkdir()
     assert (await accept(path, server)).grants == 2
-    assert server.lead.number == KEPT + 1
+    assert server.head.number == KEPT + 1
     Path(f"{path}.accepting").mkdir()
     async with following(path, server):
         assert not Path(f"{path}.accepting").exists()
@@ -241,7 +241,7 @@ async def test_a_node_without_a_store_can_accept(path: str, server: MemoryServer
 async def test_everything_after_the_first_snapshot_can_be_lost(path: str, server: MemoryServer) -> None:
     maker = await make_store(path)
     joining.convert_to_cluster(path, server.cluster_id)
-    server.lead = replace(server.lead, number=joining.FIRST_RECORD)
+    server.head = replace(server.head, number=joining.FIRST_RECORD)
     with BytesIO(read_file(path)) as file:
         parts = snapshots.compressed(file)
         await Node(path, server).journal.write_snapshot(joining.FIRST_RECORD, parts, 0)

@@ -15,7 +15,7 @@ from tests.support.virtual_engine import in_virtual_time, seconds
 
 def lose(server: MemoryServer, upto: int) -> None:
     """Lose the records after `upto`, although they are acknowledged."""
-    server.durable = replace(server.lead, number=upto, acked=upto)
+    server.durable = replace(server.head, number=upto, acked=upto)
     server.fail_over()
 
 

@@ -149,11 +149,11 @@ async def test_a_new_leader_reads_the_nodes_again() -> None:
     await seconds(0.1)
     await MemorySharedJournal(server).register(replace(entry("b", "p-b"), format=1))
     assert new.registry.format == FORMAT
-    await new.registry.begin_lead()
+    await new.registry.begin_leadership()
     assert new.registry.format == 1
     await new.journal.forget("b")
     new.journal.is_reachable = False
-    await new.registry.begin_lead()
+    await new.registry.begin_leadership()
     assert new.registry.format == LOWEST_FORMAT
     new.journal.is_reachable = True
     await seconds(EVERY_S)
@@ -168,7 +168,7 @@ async def test_a_new_leader_replaces_the_entry_of_its_previous_process_at_once()
     await MemorySharedJournal(server).register(entry("a", "old-a"))
     older = Process(server, replace(entry("a", "new-a"), format=LOWEST_FORMAT))
     await seconds(0.1)
-    await older.registry.begin_lead()
+    await older.registry.begin_leadership()
     await older.stop()
     assert [(node.process, node.format) for node in await older.journal.nodes()] == [("new-a", LOWEST_FORMAT)]
 

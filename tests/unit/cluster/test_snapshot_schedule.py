@@ -64,14 +64,14 @@ class Node:
         file = tempfile.TemporaryFile()  # noqa: SIM115 - the schedule closes it
         file.write(b"tables")
         file.seek(0)
-        return StoreCopy(file, self.server.lead.number)
+        return StoreCopy(file, self.server.head.number)
 
     def append(self, count: int) -> None:
         """Let the leader append records."""
         for _ in range(count):
-            number = self.server.lead.number + 1
+            number = self.server.head.number + 1
             self.server.records.append(Record(number, 1, 1, 1, loop_ms(), b""))
-            self.server.change(replace(self.server.lead, number=number))
+            self.server.change(replace(self.server.head, number=number))
 
     async def stop(self) -> None:
         self.schedule.stop()

@@ -75,7 +75,7 @@ async def test_a_killed_leader_is_replaced_at_once_and_nothing_acknowledged_is_l
     await new.ask(Create(id="next"))
     later = await new.ask(Start(id="next", worker="w-2"))
     assert later.fencing_token > grant.fencing_token
-    assert later.fencing_token >> TOKEN_COUNTER_BITS == server.lead.epoch
+    assert later.fencing_token >> TOKEN_COUNTER_BITS == server.head.epoch
     await stop_all([node for node in nodes if node is not old])
 
 
@@ -180,7 +180,7 @@ def test_a_lost_response_to_an_append_is_not_noticed_by_clients(hook: str) -> No
         setattr(old.journal, hook, lose)
         assert (await old.ask(Create(id="a"))).id == "a"
         token = (await old.ask(Start(id="a", worker="w"))).fencing_token
-        assert token >> TOKEN_COUNTER_BITS == server.lead.epoch
+        assert token >> TOKEN_COUNTER_BITS == server.head.epoch
         await old.kill()
         new = await leader_of([standby])
         assert (await new.ask(Get(id="a"))).lock.fencing_token == token

@@ -108,7 +108,7 @@ async def test_a_cancelled_wait_for_a_standby_is_not_an_acknowledgement(
     assert (head.number, head.epoch) == (2, 101)
 
 
-async def test_attempts_to_take_the_lead_without_a_standby_leave_no_sessions(
+async def test_attempts_to_take_the_leadership_without_a_standby_leave_no_sessions(
     servers: list[PostgresServer], nodes: tuple[PostgresJournal, PostgresJournal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A statement that waits for a lock ends after its connection. One that waits for a standby does not."""

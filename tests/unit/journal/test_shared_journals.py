@@ -183,7 +183,7 @@ async def test_the_end_of_the_leaders_session_is_seen(node_of: Nodes, b: SharedJ
     assert await connected(b, True)
 
 
-async def test_a_leader_that_releases_its_lead_is_no_longer_connected(a: SharedJournal, b: SharedJournal) -> None:
+async def test_a_leader_that_releases_its_leadership_is_no_longer_connected(a: SharedJournal, b: SharedJournal) -> None:
     await lead(a)
     await a.release()
     assert (await b.head()).holder is None

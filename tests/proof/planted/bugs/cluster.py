@@ -29,9 +29,9 @@ from tests.proof.planted.registry import CLUSTER_SIMULATION, bug
 )
 async def _(append: Any, self: MemorySharedJournal, record: Record, acked: int, epoch: int) -> None:
     await self._begin("append")
-    lead = self.server.lead
-    self.server.records.append(replace(record, number=lead.number + 1))
-    await self._confirm("append", self.server.change(replace(lead, number=lead.number + 1)), self.server.failovers)
+    head = self.server.head
+    self.server.records.append(replace(record, number=head.number + 1))
+    await self._confirm("append", self.server.change(replace(head, number=head.number + 1)), self.server.failovers)
 
 
 @bug(
@@ -40,9 +40,9 @@ async def _(append: Any, self: MemorySharedJournal, record: Record, acked: int, 
     breaks="an append returns when one machine has it",
     found_by=CLUSTER_SIMULATION,
 )
-async def _(confirm: Any, self: MemorySharedJournal, call: str, lead: Any, failovers: int) -> None:
+async def _(confirm: Any, self: MemorySharedJournal, call: str, head: Any, failovers: int) -> None:
     if call != "append":
-        await confirm(self, call, lead, failovers)
+        await confirm(self, call, head, failovers)
 
 
 @bug(
@@ -118,7 +118,7 @@ def _(acknowledged: Any, records: list[Record], acked: int) -> list[Record]:
 )
 async def _(take_over: Any, self: Standby) -> Leadership | None:
     lease = LeaderLease(self.settings.lease_s, self._now_s)
-    if (head := await self._take_lead(lease)) is None:
+    if (head := await self._take_leadership(lease)) is None:
         return None
     self._begin_epoch(head.epoch, may_have_lost=False)
     return Leadership(self._journal, head, lease, next_epoch=lambda: self._next_epoch(self._warm.state.epoch))

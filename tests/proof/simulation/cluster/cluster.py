@@ -208,7 +208,7 @@ class Cluster(Machine):
 
     def check_left_behind(self, node: SimNode, number: int) -> None:
         """Check that a node cannot follow from record `number` because the records after it were trimmed."""
-        records, last = self.server.records, self.server.lead.number
+        records, last = self.server.records, self.server.head.number
         first = records[0].number if records else last + 1
         is_behind = number < first and (number < last or number == 0)
         self.monitor.must(is_behind, "S18", f"{node.name} cannot follow from {number}, the journal begins at {first}")
@@ -228,10 +228,10 @@ class Cluster(Machine):
         for difference in tables.differences(expected):
             self.monitor.fail("S18", f"the tables of {name} are not a prefix of the journal: {difference}")
 
-    def check_takeover(self, node: SimNode, warm: WarmState, lead: Leadership) -> None:
+    def check_takeover(self, node: SimNode, warm: WarmState, leadership: Leadership) -> None:
         """Check that a new leader has every acknowledged change, and the state that a cold start would have."""
         self.count("node takes over")
-        self.note("node", "leads", node.process, lead.epoch, warm.number)
+        self.note("node", "leads", node.process, leadership.epoch, warm.number)
         if not self.leads(node):
             self.count("node takes over, too late")
             return
@@ -260,8 +260,10 @@ class Cluster(Machine):
         keys = [[(row.digest, row.grants) for row in each.keys] for each in (found, opened)]
         must(sorted(keys[0]) == sorted(keys[1]), "S9", "a new leader has other idempotency keys")
         epochs = [epoch for epoch, _ in self.server.epochs]
-        last = max(epochs[: epochs.index(lead.epoch)], default=0)  # a late statement of this node may take a later one
-        must(lead.epoch > last, "S2", f"epoch {lead.epoch} after {last}")
+        last = max(
+            epochs[: epochs.index(leadership.epoch)], default=0
+        )  # a late statement of this node may take a later one
+        must(leadership.epoch > last, "S2", f"epoch {leadership.epoch} after {last}")
 
     # -- clients
 

@@ -115,10 +115,10 @@ class SimNode(Host):
             self.network = Network(self.cluster.server, self.dice, self.cluster.count)
             self.cluster.connect(self)
             await self._open_store()
-            lead, warm = await self._follow()
-            if lead is not None:
-                self.cluster.check_takeover(self, warm, lead)
-                self.daemon = LeaderDaemon(self, warm, lead)
+            leadership, warm = await self._follow()
+            if leadership is not None:
+                self.cluster.check_takeover(self, warm, leadership)
+                self.daemon = LeaderDaemon(self, warm, leadership)
                 self.daemon.begin()
                 if self._is_stopping:
                     self.daemon.stopped.set()
@@ -257,34 +257,34 @@ class SimNode(Host):
 class LeaderDaemon(SimDaemon):
     """The daemon of a node that leads, with the state that it has folded as a standby."""
 
-    def __init__(self, node: SimNode, warm: WarmState, lead: Leadership) -> None:
+    def __init__(self, node: SimNode, warm: WarmState, leadership: Leadership) -> None:
         super().__init__(node)
         self.node = node
-        self.lead = lead
+        self.leadership = leadership
         self._warm = warm
-        node.disk.leadership = lead
+        node.disk.leadership = leadership
 
     def begin(self) -> None:
         self._build(self._warm.opened())
-        self.actor.before_batch = self._check_lead
-        self.lead.on_epoch, self.lead.on_lost = self._begin_epoch, self.actor.lose_disk
-        self._renewing = self.spawn(self.lead.run())
+        self.actor.before_batch = self._check_leadership
+        self.leadership.on_epoch, self.leadership.on_lost = self._begin_epoch, self.actor.lose_disk
+        self._renewing = self.spawn(self.leadership.run())
         self.webhooks = make_webhooks(self.node.cluster.receiver, self)
         self._delivering = self.spawn(self.webhooks.run())
         self.spawn(self._live())
 
-    def _check_lead(self) -> None:
+    def _check_leadership(self) -> None:
         """S18: a leader that the journal has replaced takes no command, reads included. One that stops may."""
-        self.lead.check()
+        self.leadership.check()
         is_leader = self.node.cluster.leads(self.node) or self.stopped.is_set()
-        self.node.monitor.must(is_leader, "S18", f"{self.node.process} takes commands after its lead has ended")
+        self.node.monitor.must(is_leader, "S18", f"{self.node.process} takes commands after its leadership has ended")
         self.check_clocks()
 
     async def _end(self) -> None:
         self.node.cluster.forget(self)
         self.webhooks.stop()
         await self._delivering
-        self.lead.stop()
+        self.leadership.stop()
         await self._renewing
 
     def _open_state(self, opened: OpenedStore) -> State:

@@ -14,7 +14,7 @@ from functools import partial
 from random import Random
 from typing import Any, Final, TypeVar
 
-from jobd.journal.memory import MemoryLead, MemoryServer, MemorySharedJournal
+from jobd.journal.memory import MemoryHead, MemoryServer, MemorySharedJournal
 from jobd.model.journal import Head, JournalOutcomeUnknown, JournalUnavailable, Record
 from jobd.model.storage import DiskFull
 
@@ -36,13 +36,13 @@ class SimServer(MemoryServer):
         self.holders: dict[int, str | None] = {}
         self.is_full = False
 
-    def change(self, lead: MemoryLead) -> MemoryLead:
-        made = super().change(lead)
+    def change(self, head: MemoryHead) -> MemoryHead:
+        made = super().change(head)
         self.holders[made.epoch] = made.holder
         return made
 
-    def confirm(self, lead: MemoryLead) -> None:
-        super().confirm(lead)
+    def confirm(self, head: MemoryHead) -> None:
+        super().confirm(head)
         self.on_durable(self.durable.number)
 
     def record(self, number: int) -> Record | None:

@@ -17,7 +17,7 @@ URLS = ("http://a.example:8771", "http://b.example:8771")
 
 
 class Cluster:
-    """Two nodes. The leader gives up its lead when it is told to, and the other node takes over."""
+    """Two nodes. The leader gives up its leadership when it is told to, and the other node takes over."""
 
     def __init__(self, directory: Path) -> None:
         self.leader: int | None = 0

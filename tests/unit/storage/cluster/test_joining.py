@@ -26,7 +26,7 @@ async def founded(path: str, server: MemoryServer) -> ChangeFactory:
     maker = await make_store(path)
     await leave_tail(path, maker.any_batch(9))
     assert joining.convert_to_cluster(path, server.cluster_id) > 0
-    server.lead = replace(server.lead, number=joining.FIRST_RECORD)
+    server.head = replace(server.head, number=joining.FIRST_RECORD)
     with BytesIO(read_file(path)) as file:
         await Node(path, server).journal.write_snapshot(joining.FIRST_RECORD, snapshots.compressed(file), 0)
     return maker
@@ -60,7 +60,7 @@ async def test_a_cluster_and_the_store_that_leaves_it_have_every_row(path: str) 
         await store.write(writer.batch())
     before = rows_of(single)
     joining.convert_to_cluster(single, server.cluster_id)
-    server.lead = replace(server.lead, number=joining.FIRST_RECORD)
+    server.head = replace(server.head, number=joining.FIRST_RECORD)
     with BytesIO(read_file(single)) as file:
         await Node(path, server).journal.write_snapshot(joining.FIRST_RECORD, snapshots.compressed(file), 0)
     async with following(path, server):

@@ -169,7 +169,7 @@ async def test_a_leader_opened_again_has_what_its_journal_has(path: str, server:
     async with leading(path, server) as leader:
         await write_much(leader, Random(3), writer, 30)
     async with following(path, server) as node:
-        assert node.opened.last_record == server.lead.number
+        assert node.opened.last_record == server.head.number
         assert {job.seq: job for job in node.opened.live()}.keys() <= writer.tables.jobs.keys()
         assert node.opened.numbers == writer.tables.numbers
     async with following(f"{path}.other", server) as other:
@@ -255,7 +255,7 @@ async def test_a_cancelled_caller_does_not_stop_its_write(leader: Node, server: 
     assert [record.number for record in server.records] == [1, 2]
 
 
-async def test_a_cancelled_batch_ends_the_lead(leader: Node) -> None:
+async def test_a_cancelled_batch_ends_the_leadership(leader: Node) -> None:
     gate = asyncio.Event()
 
     async def wait(call: str) -> None:
@@ -323,7 +323,7 @@ async def test_a_kill_between_append_and_slice_loses_nothing(path: str, server: 
 
 
 @pytest.mark.parametrize("is_in", [False, True])
-async def test_an_unknown_outcome_ends_the_lead_and_the_journal_says_what_is_true(
+async def test_an_unknown_outcome_ends_the_leadership_and_the_journal_says_what_is_true(
     path: str, server: MemoryServer, is_in: bool
 ) -> None:
     maker = ChangeFactory()
@@ -359,7 +359,7 @@ async def test_a_fenced_leader_writes_nothing(path: str, server: MemoryServer) -
             await leader.store.write(maker.batch([maker.create("b")]))
         assert [type(error) for error in leader.broken] == [Fenced]
         await other.store.write(maker.batch([maker.create("c")]))
-    assert server.lead.number == 2
+    assert server.head.number == 2
 
 
 async def test_a_full_server_writes_nothing_and_is_tried_again(leader: Node, server: MemoryServer) -> None:
@@ -374,7 +374,7 @@ async def test_a_full_server_writes_nothing_and_is_tried_again(leader: Node, ser
         await leader.store.write(batch)
     leader.journal.before = MemorySharedJournal(server).before
     await leader.store.write(batch)
-    assert (server.lead.number, leader.broken) == (1, [])
+    assert (server.head.number, leader.broken) == (1, [])
 
 
 async def test_a_probe_during_an_append_does_not_set_the_numbers_back(leader: Node) -> None:
@@ -404,7 +404,7 @@ async def test_a_probe_finds_the_full_disk_of_the_server(leader: Node, server: M
         await leader.store.probe(1 << 20)
     leader.journal.before = MemorySharedJournal(server).before
     await leader.store.probe(1 << 20)
-    assert server.lead.number == 1
+    assert server.head.number == 1
 
 
 async def test_a_full_local_disk_rejects_batches_before_the_append(leader: Node, server: MemoryServer) -> None:
@@ -417,12 +417,12 @@ async def test_a_full_local_disk_rejects_batches_before_the_append(leader: Node,
         await leader.store.write(maker.batch([maker.create() for _ in range(100)]))
     with pytest.raises(DiskFull):
         await leader.store.write(maker.batch([]))
-    assert server.lead.number == leader.store._projection.last
+    assert server.head.number == leader.store._projection.last
     assert len((await leader.store.find_jobs(JobQuery(limit=10_000, scan=10_000))).jobs) > MAX_BEHIND_FULL
     leader.store._database.before_commit = commits
     await leader.store.write(maker.batch([maker.create()]))
     await leader.store.finish_upkeep()
-    assert leader.projected_to == server.lead.number
+    assert leader.projected_to == server.head.number
 
 
 async def test_a_standby_with_a_full_disk_keeps_records_up_to_its_bound(path: str, server: MemoryServer) -> None:
@@ -587,7 +587,7 @@ async def test_a_store_ahead_of_its_journal_is_refused(path: str, server: Memory
         for _ in range(3):
             await leader.store.write(maker.batch([maker.create()]))
     server.records.pop()
-    server.lead = replace(server.lead, number=2)
+    server.head = replace(server.head, number=2)
     with pytest.raises(StoreAhead, match="has record 3, but the last record of the journal is 2") as error:
         await refused(path, server)
     assert error.value.exit_code == 78
@@ -600,7 +600,7 @@ async def test_a_store_on_another_branch_is_made_again(path: str, server: Memory
         await node.catch_up()
         await leader.store.write(maker.batch([maker.create("lost")]))
         server.records.pop()  # the server loses it in a failover
-        server.lead = replace(server.lead, number=1)
+        server.head = replace(server.head, number=1)
         await node.lead()
         await node.store.write(maker.batch([maker.create("b")]))
         await node.store.write(maker.batch([maker.create("c")]))
@@ -619,7 +619,7 @@ async def test_a_store_ahead_of_another_branch_is_made_again(path: str, server: 
             await leader.store.write(maker.batch([maker.create()]))
         assert await leader.store.is_on_branch(leader.journal)
         del server.records[1:]
-        server.lead = replace(server.lead, number=1)
+        server.head = replace(server.head, number=1)
         with pytest.raises(StoreAhead):
             await leader.store.is_on_branch(leader.journal)
         await node.lead()
