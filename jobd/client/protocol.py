@@ -11,7 +11,7 @@ from typing import Any, Final, Generic, TypeVar
 from urllib.parse import quote, urlencode
 
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import UNSET, Raw, Struct
 
 from jobd.client.errors import ERRORS, BadResponse, InvalidRequest, JobdError, Unreachable
 from jobd.model.responses import GrantView, JobView
@@ -29,6 +29,12 @@ NDJSON_TYPE: Final = "application/x-ndjson"
 class JobInfo(JobView):
     """A job. `payload` and `metadata` are the JSON text as received; the `_value` properties decode it."""
 
+    def __repr__(self) -> str:
+        """Show payload and metadata decoded, and leave out what the response does not have."""
+        fields = ((name, getattr(self, name)) for name in self.__struct_fields__)
+        shown = (f"{name}={_decoded(value)!r}" for name, value in fields if value is not UNSET)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     @property
     def payload_value(self) -> Any:
         """The payload as Python values. Raises msgspec.DecodeError for a value that Python cannot hold (1e999)."""
@@ -38,6 +44,16 @@ class JobInfo(JobView):
     def metadata_value(self) -> Any:
         """The metadata of the job's result as Python values, None if there is none."""
         return None if self.metadata is None else msgspec.json.decode(self.metadata)
+
+
+def _decoded(value: Any) -> Any:
+    """Decode JSON text. Text that Python cannot hold, and any other value, is returned as it is."""
+    if not isinstance(value, Raw):
+        return value
+    try:
+        return msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError):
+        return bytes(value)
 
 
 class GrantInfo(GrantView):

@@ -59,7 +59,7 @@ CleanupRunning = Annotated[bool, Meta(description="Whether a cleanup run is in p
 SinceCleanup = Annotated[int | None, Meta(description="Time since the last successful cleanup run, in ms, or null.")]
 
 
-class LockView(Struct, frozen=True, gc=False):
+class LockView(Struct, frozen=True, gc=False, repr_omit_defaults=True):
     """A live lock. Only operators see the `lock_id`."""
 
     worker: WorkerText
@@ -215,7 +215,7 @@ class Grants(Struct, gc=False):
     grants: Annotated[list[GrantView], Meta(description="One grant for each job. Empty if no job is due.")]
 
 
-class LockState(Struct, gc=False):
+class LockState(Struct, gc=False, repr_omit_defaults=True):
     """The lock after a progress report or an extension."""
 
     lock_expires_at: LockExpiresAt
@@ -325,7 +325,7 @@ class WorkerList(Struct):
     since: Annotated[int, Meta(description="Start of the daemon, in Unix ms. Workers last seen before it are unknown.")]
 
 
-class LockedJob(Struct, frozen=True, kw_only=True):
+class LockedJob(Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
     """A current grant. Read-only callers do not see the `lock_id`."""
 
     id: JobIdText

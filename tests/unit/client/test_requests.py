@@ -175,6 +175,16 @@ def test_a_job_can_be_read_although_python_cannot_hold_its_payload() -> None:
     assert job.metadata_value == {"m": [1]}
     with pytest.raises(msgspec.DecodeError):
         _ = job.payload_value
+    assert "payload=b'1e999'" in repr(job)
+
+
+def test_a_printed_job_shows_its_payload_and_no_missing_fields() -> None:
+    text = repr(worker_requests.get_job("j1").read(msgspec.json.encode({"success": True, "data": JOB})))
+    assert text.startswith("JobInfo(id='j1', ")
+    assert "payload={'a': 1}" in text
+    assert "metadata={'m': [1]}" in text
+    assert "msgspec" not in text
+    assert "UNSET" not in text
 
 
 def test_unknown_fields_of_a_job_are_skipped() -> None:
