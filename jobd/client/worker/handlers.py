@@ -90,8 +90,9 @@ class _HandlerExecution(ABC):
 
     task: BaseTask
 
-    def __init__(self, timeout_s: float | None) -> None:
-        self.timeout_s: Final = timeout_s
+    def __init__(self, handler: RegisteredHandler) -> None:
+        self.timeout_s: Final = handler.timeout_s
+        self._function = handler.function
         self.done: Final[asyncio.Future[None]] = asyncio.get_running_loop().create_future()
         self._returned: Any = None
         self._raised: BaseException | None = None
@@ -131,24 +132,32 @@ class _HandlerExecution(ABC):
         error = self._raised
         if error is None:
             try:
-                result = merged_result(self.task.result, self._returned)
-                if unknown := result.keys() - RESULT_FIELDS:
-                    raise TypeError(
-                        f"task.result has unknown fields ({', '.join(sorted(map(repr, unknown)))}); "
-                        "only download_url, file_path, storage_key and metadata are allowed"
-                    )
-                if result.get("metadata") is not None:
-                    result = {**result, "metadata": msgspec.Raw(msgspec.json.encode(result["metadata"]))}
-                msgspec.json.encode(result)
-            except (TypeError, ValueError, RecursionError) as not_json:
-                error = not_json
-            else:
-                return result
+                return self._encoded_result()
+            except (TypeError, ValueError, RecursionError) as invalid:
+                error = invalid
         if isinstance(error, Retry | Discard):  # raised on purpose: no traceback
             logger.info("job %s: %s: %s", job_id, type(error).__name__, safe_text(error))
         else:
             logger.warning("job %s failed", job_id, exc_info=error)
         return _HandlerFailure(failure_message(error), failure_options(error))
+
+    def _encoded_result(self) -> dict[str, Any]:
+        """Return the result with encoded metadata. Raises TypeError or ValueError if it is invalid."""
+        result = merged_result(self.task.result, self._returned)
+        if unknown := result.keys() - RESULT_FIELDS:
+            raise TypeError(
+                f"task.result has unknown fields ({', '.join(sorted(map(repr, unknown)))}); "
+                "only download_url, file_path, storage_key and metadata are allowed"
+            )
+        try:
+            if result.get("metadata") is not None:
+                result = {**result, "metadata": msgspec.Raw(msgspec.json.encode(result["metadata"]))}
+            msgspec.json.encode(result)
+        except (TypeError, ValueError, RecursionError) as error:
+            name = getattr(self._function, "__name__", type(self._function).__name__)
+            kind = ValueError if isinstance(error, ValueError) else TypeError
+            raise kind(f"the result of handler {name!r} cannot be encoded as JSON: {safe_text(error)}") from None
+        return result
 
 
 class _HandlerFailure(NamedTuple):
@@ -160,7 +169,7 @@ class AsyncExecution(_HandlerExecution):
     """An async handler."""
 
     def __init__(self, handler: RegisteredHandler, keeper: LeaseKeeper, loop: HandlerLoop) -> None:
-        super().__init__(handler.timeout_s)
+        super().__init__(handler)
         self.task: Task = Task(keeper)
         self._loop = loop
         self._running: asyncio.Task[Any] | None = None
@@ -193,7 +202,7 @@ class ThreadExecution(_HandlerExecution):
     """A plain handler in a daemon thread."""
 
     def __init__(self, handler: RegisteredHandler, keeper: LeaseKeeper, loop: HandlerLoop) -> None:
-        super().__init__(handler.timeout_s)
+        super().__init__(handler)
         self.task: SyncTask = SyncTask(keeper)
         run = functools.partial(loop.context.run, self._run, handler.function)
         threading.Thread(target=run, name=f"job {keeper.id}", daemon=True).start()

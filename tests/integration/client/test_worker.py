@@ -266,6 +266,10 @@ async def test_a_result_that_json_cannot_express_fails_the_job(client: AsyncJobC
     async with running_worker(worker):
         failed = await wait_until_finished(client, job.id)
     assert (failed.status, failed.error_code) == ("failed", "TypeError")
+    assert failed.error_message == (
+        "TypeError: the result of handler 'work' cannot be encoded as JSON: "
+        "Encoding objects of type object is unsupported"
+    )
 
 
 @pytest.mark.parametrize("field", ["rows", "lock_id", 5])
