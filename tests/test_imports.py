@@ -160,7 +160,7 @@ DOCUMENTED: Final = {"os._exit", "sys._current_frames"}
 OWN: Final = {"self", "cls", "super()"}
 # Private names of other objects of jobd. An object that is not listed may be a library's, with the same private name.
 OTHER_OBJECTS: Final = {
-    "client._retry", "client._tls", "journal._leading", "program._watch", "state._counts_of", "state._enter_all",
+    "client._retry", "client._tls", "journal._leader", "program._watch", "state._counts_of", "state._enter_all",
     "state._lease", "state._now", "twin._reset_connections",
 }  # fmt: skip
 

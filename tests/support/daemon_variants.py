@@ -66,9 +66,9 @@ def patient_stop() -> None:
 
 def short_takeovers() -> None:
     """Give up an attempt to take leadership after the length of the lease."""
-    from jobd.journal.postgres import leading
+    from jobd.journal.postgres import leader_session
 
-    patched: Any = leading
+    patched: Any = leader_session
     assert "TAKE_OVER_S" in patched.__dict__
     patched.TAKE_OVER_S = 0
 

@@ -9,7 +9,7 @@ from jobd.journal import url as journal_url
 from jobd.journal.checksum import checksum
 from jobd.journal.postgres import nodes, partitions, schema, snapshots
 from jobd.journal.postgres.errors import explain, is_unsupported, was_rejected
-from jobd.journal.postgres.leading import EXPIRES, NOW, Leading, head_of
+from jobd.journal.postgres.leader_session import EXPIRES, NOW, LeaderSession, head_of
 from jobd.journal.postgres.session import JournalSession, Target, check_commit, limited, lock_keys
 from jobd.journal.shielding import to_end
 from jobd.model.journal import BadRecord, Head, JournalHealth, NodeEntry, Record, SnapshotInfo
@@ -55,7 +55,7 @@ class PostgresJournal:
         self.cluster_id = target.cluster_id
         self._target = target
         self._name = target.name
-        self._leading = Leading(target, lease_ms)
+        self._leader = LeaderSession(target, lease_ms)
         self._reading = JournalSession(target)
         self._tells_timeline = True
         self._keys = lock_keys(self.cluster_id, "leader")
@@ -74,7 +74,7 @@ class PostgresJournal:
         finally:
             conn.terminate()
         journal = cls(target, lease_ms)
-        await journal._leading.connect()
+        await journal._leader.connect()
         return journal
 
     async def check_commit(self) -> None:
@@ -88,19 +88,19 @@ class PostgresJournal:
     # -- The leader --
 
     async def append(self, record: Record, acked: int) -> None:
-        await to_end(self._leading.append(record, acked))
+        await to_end(self._leader.append(record, acked))
 
     async def renew(self, acked: int) -> int:
-        return await to_end(self._leading.renew(acked))
+        return await to_end(self._leader.renew(acked))
 
     async def take_over(self, seen: Head, *, holder: str, url: str, epoch: int) -> Head | None:
-        return await to_end(self._leading.take_over(seen, holder, url, epoch))
+        return await to_end(self._leader.take_over(seen, holder, url, epoch))
 
     async def resolve(self, epoch: int) -> Head:
-        return await to_end(self._leading.resolve(epoch))
+        return await to_end(self._leader.resolve(epoch))
 
     async def release(self) -> None:
-        await to_end(self._leading.release())
+        await to_end(self._leader.release())
 
     async def trim(self, upto: int) -> None:
         conn = await self._target.connect()
@@ -178,7 +178,7 @@ class PostgresJournal:
             return 0
 
     async def close(self) -> None:
-        await self._leading.close()
+        await self._leader.close()
         await self._reading.close()
 
     async def _read(self, statement: Callable[[Any], Awaitable[T]]) -> T:

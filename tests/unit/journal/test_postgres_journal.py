@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 
 from jobd.journal.postgres import journal as postgres_journal
-from jobd.journal.postgres import leading, partitions
+from jobd.journal.postgres import leader_session, partitions
 from jobd.journal.postgres.journal import PostgresJournal
 from jobd.model.journal import (
     BadRecord,
@@ -403,7 +403,7 @@ async def test_an_interrupted_trim_is_continued(
 async def test_a_failure_to_add_a_partition_ahead_is_made_up_by_an_append(
     a: PostgresJournal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leading, "EXTEND_S", 0.0)
+    monkeypatch.setattr(leader_session, "EXTEND_S", 0.0)
     await lead(a)
     for number in range(1, 26):
         await a.append(record_of(number, 100), number - 1)

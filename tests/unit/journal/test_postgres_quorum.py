@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from jobd.journal.postgres import leading, session
+from jobd.journal.postgres import leader_session, session
 from jobd.journal.postgres.journal import PostgresJournal, create
 from jobd.model.journal import JournalOutcomeUnknown, JournalUnavailable, NodeEntry
 from tests.conftest import tool_missing
@@ -112,7 +112,7 @@ async def test_attempts_to_take_the_leadership_without_a_standby_leave_no_sessio
     servers: list[PostgresServer], nodes: tuple[PostgresJournal, PostgresJournal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A statement that waits for a lock ends after its connection. One that waits for a standby does not."""
-    monkeypatch.setattr(leading, "TAKE_OVER_S", 0.1)
+    monkeypatch.setattr(leader_session, "TAKE_OVER_S", 0.1)
     a, _ = nodes
     b = await PostgresJournal.open(servers[0].url(), "main", 100)
     await lead(a)

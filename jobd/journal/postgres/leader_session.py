@@ -52,7 +52,7 @@ _END_HOLDER: Final = """
     AND classid = $1::int::oid AND objid = $2::int::oid"""
 
 
-class Leading:
+class LeaderSession:
     """The session of the leader. It holds an advisory lock, by which standbys see that it is connected."""
 
     def __init__(self, target: Target, lease_ms: int) -> None:
