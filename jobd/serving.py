@@ -350,7 +350,7 @@ class Serving:
 def _make_actor(store: Store, opened: OpenedStore, state: State, clock: Clock, settings: Config) -> Actor:
     state.quarantined = dict(opened.quarantined)
     state.unvalidated = dict(opened.unvalidated)
-    state.figures = read_stats(opened.stats)
+    state.counters = read_stats(opened.stats)
     limits = settings.limits
     bounds = Bounds(limits.mailbox, limits.inflight_bytes, limits.parked_claims, int(limits.claim_wait))
     actor = Actor(

@@ -59,7 +59,7 @@ def read(tx: Transaction, command: Reading) -> Response | ApiError:
         case Workers():
             return Response(views.workers(tx.state, tx.at, command))
         case Stats():
-            return Response(views.stats(tx.state, tx.state.figures, tx.at))
+            return Response(views.stats(tx.state, tx.state.counters, tx.at))
         case Locks():
             return Response(views.locks(tx.state, tx.at, command, admin=tx.call.admin))
         case _:

@@ -15,7 +15,7 @@ from typing import Final
 from msgspec.structs import astuple
 
 from jobd.core.ready_queue import SLACK, DueEntry, Lane, LaneName, LazyHeap, QueuedJobs, Sorted, TimeEntry, entry_of
-from jobd.core.stats import Figures
+from jobd.core.stats import Counters
 from jobd.core.worker_presence import WorkerPresence
 from jobd.model.events import Event, QueuePause
 from jobd.model.job import (
@@ -43,8 +43,8 @@ class State:
 
     __slots__ = (
         "_deadline_of", "_deadlines", "_expiries", "_finished_bytes", "_lanes", "_late_calls", "_late_results",
-        "_lease", "_not_live", "_now", "_options", "_queued", "_wakes", "clock_suspect", "counts", "epoch",
-        "expired_locks", "figures", "finished", "jobs", "late", "next_cleanup_at", "next_event", "next_job",
+        "_lease", "_not_live", "_now", "_options", "_queued", "_wakes", "clock_suspect", "counters", "counts", "epoch",
+        "expired_locks", "finished", "jobs", "late", "next_cleanup_at", "next_event", "next_job",
         "next_token", "noted_expired", "on_due", "paused", "presence", "processing", "quarantined",
         "queue_names", "release_loops", "request_hashes", "started_sum", "stuck", "totals", "unmoved",
         "unvalidated", "without_lease",
@@ -72,7 +72,7 @@ class State:
         self.counts: dict[str, dict[str, int]] = {}  # queue -> status -> jobs, of the queues that have jobs
         self.queue_names: Sorted[str] = Sorted()  # of queues that have jobs or are paused
         self.totals: dict[str, int] = dict.fromkeys(STATUSES, 0)
-        self.figures = Figures()  # updated by the actor after commits
+        self.counters = Counters()  # updated by the actor after commits
         self.processing: dict[str, Job] = {}  # in the order of their grants
         self.started_sum = 0  # sum of started_at over all processing jobs
         # Processing rows without a grant, which come from manual edits. A cleanup run repairs them.

@@ -16,11 +16,11 @@ from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS, Grant, Lease
 
 # -- double grants: a job granted twice within the life of one lock, so that two workers may have worked on it ---------
 
-TAKEN_KEPT: Final = 1_000  # grants to watch; the oldest are forgotten
+ENDED_GRANTS_KEPT: Final = 1_000  # grants to watch; the oldest are forgotten
 TAKE_BACK: Final = "take-back"  # the rule that ended such a grant
 
 
-class Taken(Struct, frozen=True):
+class EndedGrant(Struct, frozen=True):
     """A grant that ended without its worker. `until` is the lease time until which its lock would have been live."""
 
     until: int
@@ -28,7 +28,7 @@ class Taken(Struct, frozen=True):
     worker: str
 
 
-class Overlap(Struct, frozen=True):
+class DoubleGrant(Struct, frozen=True):
     """A job that was granted while the lock of its previous grant would have been live. Previous and new grant."""
 
     job_id: str
@@ -36,7 +36,7 @@ class Overlap(Struct, frozen=True):
     workers: tuple[str, str]
 
 
-class Overlaps(Struct):
+class DoubleGrants(Struct):
     """Double grants, and the grants that could become one.
 
     After an ordinary stall there is none, because the lock expires before the next grant. A grant that ended at its
@@ -44,10 +44,10 @@ class Overlaps(Struct):
     nor one whose worker has received `lock_lost`.
     """
 
-    taken: dict[int, Taken] = field(default_factory=dict)  # job seq -> its last grant
+    ended_grants: dict[int, EndedGrant] = field(name="taken", default_factory=dict)  # job seq -> its last grant
     minutes: dict[int, int] = field(default_factory=dict)  # minute -> jobs
     total: int = 0
-    last: Overlap | None = None
+    last: DoubleGrant | None = None
 
     def ended(self, change: Change) -> None:
         """Record that a job stalled or was taken back."""
@@ -58,31 +58,31 @@ class Overlaps(Struct):
         if after.ended is not None and after.ended.rule == TAKE_BACK:
             return
         made = before.grant
-        self.taken[before.seq] = Taken(lock_end(made, before.lease), made.fencing_token, made.worker)
-        if len(self.taken) > TAKEN_KEPT:
-            del self.taken[next(iter(self.taken))]
+        self.ended_grants[before.seq] = EndedGrant(lock_end(made, before.lease), made.fencing_token, made.worker)
+        if len(self.ended_grants) > ENDED_GRANTS_KEPT:
+            del self.ended_grants[next(iter(self.ended_grants))]
 
     def refused(self, event: Event) -> None:
         """Record that a worker received `lock_lost` for its ended grant."""
-        taken = self.taken.get(event.job_seq)
-        if taken is not None and (event.details or {}).get("fencing_token") == taken.fencing_token:
-            del self.taken[event.job_seq]
+        ended = self.ended_grants.get(event.job_seq)
+        if ended is not None and (event.details or {}).get("fencing_token") == ended.fencing_token:
+            del self.ended_grants[event.job_seq]
 
     def granted(self, change: Change) -> None:
         """Record a grant. Most jobs have no watched grant."""
-        taken = self.taken.pop(change.event.job_seq, None)
-        if taken is None:
+        ended = self.ended_grants.pop(change.event.job_seq, None)
+        if ended is None:
             return
         after = change.after
         assert after is not None and after.grant is not None and after.lease is not None  # it was granted
         made = after.grant
-        if after.lease.silent - made.stuck_after_ms >= taken.until:  # the lease time of the grant
+        if after.lease.silent - made.stuck_after_ms >= ended.until:  # the lease time of the grant
             return
         minute = change.event.at // MINUTE_MS
         self.minutes[minute] = self.minutes.get(minute, 0) + 1
         self.minutes = self._hour_before(change.event.at)
         self.total += 1
-        self.last = Overlap(after.id, (taken.fencing_token, made.fencing_token), (taken.worker, made.worker))
+        self.last = DoubleGrant(after.id, (ended.fencing_token, made.fencing_token), (ended.worker, made.worker))
 
     def last_hour(self, now: int) -> int:
         """Return the number in the last 60 minutes of wall time."""
@@ -116,7 +116,7 @@ HOURS_KEPT: Final = 48
 STEP_BITS: Final = 3  # eight buckets for each doubling: durations have an error of one eighth
 
 
-class KindPace(Struct, frozen=True):
+class KindDurations(Struct, frozen=True):
     """One kind: completions of the last hour, and 95th percentiles in ms; None if there are too few jobs."""
 
     kind: str
@@ -125,7 +125,7 @@ class KindPace(Struct, frozen=True):
     usual_ms: int | None
 
 
-class Pace(Struct):
+class DurationBaseline(Struct):
     """Completions of one kind by wall time: `slots` of ten minutes, and the percentile of each earlier hour."""
 
     last: int = 0  # time of the last one
@@ -164,32 +164,32 @@ class Pace(Struct):
             self.hours = [*self.hours, percentile_95(counts)][-HOURS_KEPT:]
 
 
-class Paces(Struct):
+class DurationBaselines(Struct):
     """The kinds with the latest completions, in that order.
 
     If there are KINDS_KEPT, a new kind replaces the first one, if that had no completion for a slot; otherwise it is
     ignored. So many alternating kinds do not displace each other before any of them has a baseline.
     """
 
-    kinds: dict[str, Pace] = field(default_factory=dict)
+    kinds: dict[str, DurationBaseline] = field(default_factory=dict)
 
     def add(self, kind: str, at: int, ms: int) -> None:
         """Add a job of `kind` that completed at wall time `at`, `ms` after its grant."""
-        pace = self.kinds.pop(kind, None)
-        if pace is None:
+        baseline = self.kinds.pop(kind, None)
+        if baseline is None:
             if len(self.kinds) >= KINDS_KEPT:
                 oldest = next(iter(self.kinds))
                 if abs(at - self.kinds[oldest].last) < SLOT_MS:
                     return
                 del self.kinds[oldest]
-            pace = Pace()
-        self.kinds[kind] = pace
-        pace.add(at, ms)
+            baseline = DurationBaseline()
+        self.kinds[kind] = baseline
+        baseline.add(at, ms)
 
-    def view(self, now: int) -> list[KindPace]:
+    def view(self, now: int) -> list[KindDurations]:
         """Return every kind with completions in the last hour."""
-        counted = ((kind, pace, pace.last_hour(now)) for kind, pace in self.kinds.items())
-        return [_seen(kind, pace, counts) for kind, pace, counts in counted if counts]
+        counted = ((kind, baseline, baseline.last_hour(now)) for kind, baseline in self.kinds.items())
+        return [_seen(kind, baseline, counts) for kind, baseline, counts in counted if counts]
 
 
 def bucket(ms: int) -> int:
@@ -214,10 +214,10 @@ def percentile_95(counts: dict[int, int]) -> int:
     return 0  # empty
 
 
-def _seen(kind: str, pace: Pace, counts: dict[int, int]) -> KindPace:
+def _seen(kind: str, baseline: DurationBaseline, counts: dict[int, int]) -> KindDurations:
     completed = sum(counts.values())
     last_hour_ms = percentile_95(counts) if completed >= SAMPLES_NEEDED else None
-    return KindPace(kind, completed, last_hour_ms, pace.usual())
+    return KindDurations(kind, completed, last_hour_ms, baseline.usual())
 
 
 def _sum(parts: Iterable[dict[int, int]]) -> dict[int, int]:
@@ -265,7 +265,7 @@ class SinceReport(Struct):
 _COUNTED_ONLY: Final = frozenset({"created", "progress", "extended"})  # frequent events that only `events` counts
 
 
-class Figures(Struct):
+class Counters(Struct):
     """Counters and short histories by wall time. After a backward step of the clock, later entries do not count."""
 
     completions: dict[int, tuple[int, int]] = field(default_factory=dict)  # minute -> jobs, ms of processing
@@ -279,13 +279,13 @@ class Figures(Struct):
     late_kept: int = 0
     late_adopted: int = 0
     processing: dict[str, Histogram] = field(default_factory=dict)  # queue -> seconds
-    paces: Paces = field(default_factory=Paces)
-    overlaps: Overlaps = field(default_factory=Overlaps)
+    baselines: DurationBaselines = field(name="paces", default_factory=DurationBaselines)
+    double_grants: DoubleGrants = field(name="overlaps", default_factory=DoubleGrants)
     events: dict[str, int] = field(default_factory=dict)  # type -> events
 
     def note(self, changes: Sequence[Change]) -> None:
         """Count the changes of a committed batch."""
-        events, grants, taken = self.events, self.grants, self.overlaps.taken
+        events, grants, ended_grants = self.events, self.grants, self.double_grants.ended_grants
         for change in changes:
             event = change.event
             kind = event.type
@@ -293,14 +293,14 @@ class Figures(Struct):
             if kind == "granted":
                 queue = _label(event.queue, grants)
                 grants[queue] = grants.get(queue, 0) + 1
-                if taken:
-                    self.overlaps.granted(change)
+                if ended_grants:
+                    self.double_grants.granted(change)
             elif kind == "completed":
                 before = change.before
                 if before is not None and before.started_at is not None:
                     ms = max(event.at - before.started_at, 0)
                     self._completed(event.queue, event.at, ms)
-                    self.paces.add(before.options.kind, event.at, ms)
+                    self.baselines.add(before.options.kind, event.at, ms)
             elif kind not in _COUNTED_ONLY:
                 self._note_other(change)
 
@@ -309,12 +309,12 @@ class Figures(Struct):
         match event.type:
             case "stalled":
                 self._recovered(event.at, requeued=event.after == "queued")
-                self.overlaps.ended(change)
+                self.double_grants.ended(change)
             case "late_result":
                 self.late_kept += 1
-                self.overlaps.refused(event)
+                self.double_grants.refused(event)
             case "late_call":
-                self.overlaps.refused(event)
+                self.double_grants.refused(event)
             case "adopted":
                 self.late_adopted += 1
             case "lock_expired":

@@ -12,7 +12,7 @@ from msgspec import UNSET, Raw, UnsetType
 from msgspec.structs import astuple
 
 from jobd.core.state import State
-from jobd.core.stats import Figures
+from jobd.core.stats import Counters
 from jobd.core.worker_presence import WorkerPresence, WorkerSeen
 from jobd.model.commands import Import, Locks, Moment, Queues, Workers, WorkerState
 from jobd.model.errors import ApiError
@@ -286,7 +286,7 @@ def _locked(job: Job, grant: Grant, lease: Lease, at: Moment, admin: bool) -> Lo
     )
 
 
-def stats(state: State, figures: Figures, at: Moment) -> StatsView:
+def stats(state: State, counters: Counters, at: Moment) -> StatsView:
     oldest = next(iter(state.processing.values()), None)
     shown = None if oldest is None else OldestProcessing(oldest.id, _age_s(oldest, at), oldest.progress)
     return StatsView(
@@ -294,9 +294,9 @@ def stats(state: State, figures: Figures, at: Moment) -> StatsView:
         by_status={status: state.totals[status] for status in STATUSES},
         stuck_jobs=len(state.stuck),
         locked_jobs=state.live_locks(),
-        average_processing_time=average_processing_s(state, figures, at),
+        average_processing_time=average_processing_s(state, counters, at),
         oldest_processing_job=shown,
-        stuck_jobs_recovered=figures.recovered_last_day(at.now),
+        stuck_jobs_recovered=counters.recovered_last_day(at.now),
         timestamp=at.now,
     )
 
@@ -309,9 +309,9 @@ def oldest_due(state: State) -> OldestDue | None:
     return OldestDue(entry[3], queue, entry[1], queue in state.paused)
 
 
-def average_processing_s(state: State, figures: Figures, at: Moment) -> float:
+def average_processing_s(state: State, counters: Counters, at: Moment) -> float:
     """Return the average in seconds, over the completions of the last hour and the processing jobs."""
-    count, total_ms = figures.completed_last_hour(at.now)
+    count, total_ms = counters.completed_last_hour(at.now)
     running = len(state.processing)
     total_ms += running * at.now - state.started_sum
     return round(max(total_ms, 0) / 1000 / (count + running), 3) if count + running else 0.0

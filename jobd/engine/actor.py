@@ -118,7 +118,7 @@ class Actor:
         self.full_disk = FullDisk(disk, clock, loop_time, is_full=is_full, has_reserve=has_reserve)
         self.slow_commit_s = SLOW_COMMIT_S
         self.before_batch: Callable[[], None] = lambda: None  # called before a batch is taken; an error ends `run`
-        self.on_commit: list[Callable[[Sequence[Change]], None]] = [lambda changes: self.state.figures.note(changes)]
+        self.on_commit: list[Callable[[Sequence[Change]], None]] = [lambda changes: self.state.counters.note(changes)]
         self.commit_seconds = Histogram.empty(COMMIT_BUCKETS_S)
         self.batch_commands = Histogram.empty(BATCH_BUCKETS)
         self._clock = clock

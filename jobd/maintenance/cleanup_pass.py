@@ -243,7 +243,7 @@ class CleanupRun:
             await self._context.yield_to_workers()
 
     def _report(self) -> CleanupReport:
-        since = self._state.figures.since_report
+        since = self._state.counters.since_report
         return CleanupReport(
             timestamp=self._clock.moment().now,
             stuck_jobs_recovered=since.recovered,

@@ -14,7 +14,7 @@ import structlog
 from msgspec import Raw
 from msgspec.structs import astuple
 
-from jobd.core.stats import PROCESSING_BUCKETS_S, Figures
+from jobd.core.stats import PROCESSING_BUCKETS_S, Counters
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.maintenance.cleanup_pass import CleanupRun, CleanupSchedule, CommandRejected, MaintenanceContext, Unfinished
@@ -282,13 +282,13 @@ class Maintainer:
     async def _save_report(self, report: CleanupReport) -> None:
         """Store the report, then subtract its counts from the current counters."""
         await self._context.ask(Report(body=msgspec.json.encode(report)), "cleanup")
-        since = self._state.figures.since_report
+        since = self._state.counters.since_report
         since.recovered -= report.stuck_jobs_recovered
         since.deleted -= report.expired_jobs_deleted
         since.locks_cleared -= report.expired_locks_cleared
 
     async def _save_stats(self) -> None:
-        stats = SavedStats(*astuple(self._state.figures))
+        stats = SavedStats(*astuple(self._state.counters))
         stats.beside = Raw(self._extra())
         await self._storage.save_stats(msgspec.json.encode(stats))
 
@@ -338,7 +338,7 @@ class Maintainer:
             log.exception("cleanup_failed", what=what)
 
 
-class SavedStats(Figures):
+class SavedStats(Counters):
     """The saved statistics. `beside` is the JSON of `save_extra`."""
 
     beside: Raw = Raw(b"null")
@@ -350,11 +350,11 @@ def read_extra(body: bytes | None) -> bytes:
     return b"null" if stats is None else bytes(stats.beside)
 
 
-def read_stats(body: bytes | None) -> Figures:
+def read_stats(body: bytes | None) -> Counters:
     """Return the saved statistics, or new ones if there are none or they are unreadable (then an error is logged)."""
-    stats = None if body is None else _read(body, Figures)
+    stats = None if body is None else _read(body, Counters)
     if stats is None:
-        return Figures()
+        return Counters()
     buckets = len(PROCESSING_BUCKETS_S) + 1  # older versions may have had other buckets
     stats.processing = {queue: found for queue, found in stats.processing.items() if len(found.counts) == buckets}
     return stats

@@ -15,7 +15,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from jobd.core.state import State
-from jobd.core.stats import Attempts, KindPace
+from jobd.core.stats import Attempts, KindDurations
 from jobd.core.views import average_processing_s
 from jobd.engine.clock import Clock
 from jobd.model.commands import Moment
@@ -150,7 +150,7 @@ class Alerts:
         clear_ms: int = CLEAR_MS,
     ) -> None:
         self.thresholds = thresholds or Thresholds()
-        self.paces: list[KindPace] = []  # as of the latest check
+        self.durations: list[KindDurations] = []  # as of the latest check
         self.on_change: list[Callable[[], None]] = []  # called when an alert fires or resolves
         # Returns the webhook that has been failing for the longest time.
         self.failing_webhook: Callable[[], FailingWebhook | None] = lambda: None
@@ -294,7 +294,7 @@ class Alerts:
         )
 
     def _stuck(self, at: Moment) -> Condition:
-        stuck, recovered = len(self._state.stuck), self._state.figures.recovered_lately(at.now)
+        stuck, recovered = len(self._state.stuck), self._state.counters.recovered_lately(at.now)
         stalled = f"{stuck} {'job has' if stuck == 1 else 'jobs have'} stalled"
         quiet = f"{stalled}, and {recovered} {'was' if recovered == 1 else 'were'} recovered in the last 10 minutes."
         hint = f"{quiet} Check for workers that crash or hang: jobctl workers, jobctl timeline ID"
@@ -307,7 +307,7 @@ class Alerts:
         return Condition("processing_jobs", value, threshold, hint, quiet)
 
     def _average(self, at: Moment) -> Condition:
-        value = average_processing_s(self._state, self._state.figures, at)
+        value = average_processing_s(self._state, self._state.counters, at)
         threshold = self.thresholds.average_processing_ms / SECOND_MS
         hint = "Jobs take longer than expected (seconds on average, last hour). See the oldest: jobctl stats"
         quiet = "No job completed in the last hour."
@@ -327,9 +327,12 @@ class Alerts:
         return Condition("pass_issues", value, self.thresholds.pass_issues, hint, quiet)
 
     def _granted_twice(self, at: Moment) -> Condition:
-        overlaps = self._state.figures.overlaps
-        value, hint = overlaps.last_hour(at.now), "No job was granted again while its previous worker had time left."
-        if value and (last := overlaps.last) is not None:
+        double_grants = self._state.counters.double_grants
+        value, hint = (
+            double_grants.last_hour(at.now),
+            "No job was granted again while its previous worker had time left.",
+        )
+        if value and (last := double_grants.last) is not None:
             (token, next_token), (worker, next_worker) = last.tokens, last.workers
             hint = (
                 f"Two workers may have worked on one job at once ({value} in the last hour). The latest: "
@@ -341,15 +344,15 @@ class Alerts:
 
     def _slower(self, at: Moment) -> Condition:
         """Compare each kind with its usual duration, and report the slowest in comparison."""
-        self.paces = self._state.figures.paces.view(at.now)
+        self.durations = self._state.counters.baselines.view(at.now)
         threshold = self.thresholds.slower_than_usual
-        slower = [found for pace in self.paces if (found := _ratio(pace)) is not None]
+        slower = [found for each in self.durations if (found := _ratio(each)) is not None]
         value, quiet, hint = 0.0, "No kind of job takes longer than usual.", ""
         if slower:
-            value, pace, last_s, usual_s = max(slower, key=lambda found: found[0])
-            kind = f"kind {pace.kind}" if pace.kind else "no kind"
+            value, each, last_s, usual_s = max(slower, key=lambda found: found[0])
+            kind = f"kind {each.kind}" if each.kind else "no kind"
             quiet = (
-                f"Jobs of {kind} take {last_s:g} s (95th percentile, last hour, {pace.completed} jobs); "
+                f"Jobs of {kind} take {last_s:g} s (95th percentile, last hour, {each.completed} jobs); "
                 f"the usual is {usual_s:g} s."
             )
             advice = "Check the machine, the disk and the services that they use, then the oldest jobs: jobctl stats"
@@ -452,9 +455,9 @@ def _bucket_name(waits: WaitingJob) -> str:
     return f"queue {waits.queue}, kind {waits.kind}" if waits.kind else f"queue {waits.queue}"
 
 
-def _ratio(pace: KindPace) -> tuple[float, KindPace, float, float] | None:
+def _ratio(each: KindDurations) -> tuple[float, KindDurations, float, float] | None:
     """Return the ratio of the last hour to the usual duration, and both in seconds; None if unknown or too close."""
-    if pace.last_hour_ms is None or pace.usual_ms is None or pace.last_hour_ms - pace.usual_ms < NOTICEABLE_MS:
+    if each.last_hour_ms is None or each.usual_ms is None or each.last_hour_ms - each.usual_ms < NOTICEABLE_MS:
         return None
-    times = round(pace.last_hour_ms / max(pace.usual_ms, 1), 2)
-    return times, pace, pace.last_hour_ms / SECOND_MS, pace.usual_ms / SECOND_MS
+    times = round(each.last_hour_ms / max(each.usual_ms, 1), 2)
+    return times, each, each.last_hour_ms / SECOND_MS, each.usual_ms / SECOND_MS

@@ -24,7 +24,7 @@ from prometheus_client.utils import floatToGoString
 from jobd import __version__
 from jobd.core import views
 from jobd.core.state import State
-from jobd.core.stats import OTHER_QUEUES, PROCESSING_BUCKETS_S, Histogram, KindPace
+from jobd.core.stats import OTHER_QUEUES, PROCESSING_BUCKETS_S, Histogram, KindDurations
 from jobd.engine.actor import BATCH_BUCKETS, COMMIT_BUCKETS_S, Actor
 from jobd.engine.clock import Clock
 from jobd.maintenance.artifact_sweeper import SweepStats
@@ -67,7 +67,7 @@ class Snapshot(Struct, frozen=True):
     failed_cleanups: int  # since then
     issues: dict[str, int]  # type -> issues
     processing: dict[str, Counts]  # queue -> seconds
-    paces: list[KindPace]
+    durations: list[KindDurations]
     granted_twice: int
     quarantined: int
     clock_suspect: bool
@@ -179,7 +179,7 @@ class Metrics:
     def snapshot(self) -> Snapshot:
         """Copy all values. Blocks the loop for well under a millisecond, or 2 ms with 100 kinds."""
         actor, state, maintainer = self._actor, self._actor.state, self._maintainer
-        stats, report = state.figures, maintainer.last_success
+        stats, report = state.counters, maintainer.last_success
         alerts = {alert.name: alert.firing for alert in self._alerts.evaluate()}
         return Snapshot(
             jobs=dict(state.totals),
@@ -199,8 +199,8 @@ class Metrics:
             failed_cleanups=maintainer.state().failed_since_last_success,
             issues=dict(maintainer.totals.issues),
             processing={queue: _copy(histogram) for queue, histogram in stats.processing.items()},
-            paces=self._alerts.paces,
-            granted_twice=stats.overlaps.total,
+            durations=self._alerts.durations,
+            granted_twice=stats.double_grants.total,
             quarantined=len(state.quarantined),
             clock_suspect=self._clock.suspect,
             disk_full=int(actor.full_disk.write_limit),
@@ -291,18 +291,18 @@ def _jobs(now: Snapshot) -> Iterator[Metric]:
         seconds.add_metric([queue], _buckets(counts[0], PROCESSING_BUCKETS_S), counts[1])
     yield seconds
     help_ = "95th percentile of processing times by kind, in the last hour and usually."
-    yield _gauges("processing_p95_seconds", help_, ["kind", "window"], _paces(now))
+    yield _gauges("processing_p95_seconds", help_, ["kind", "window"], _durations(now))
     help_ = "Jobs granted again while the previous worker had time left and had not reported that it stopped."
     yield _counter("granted_twice", help_, now.granted_twice)
     help_ = "Quarantined jobs."
     yield _gauge("quarantined_jobs", help_, now.quarantined)
 
 
-def _paces(now: Snapshot) -> Iterator[tuple[str, str, float]]:
-    for pace in now.paces:
-        for window, ms in (("hour", pace.last_hour_ms), ("usual", pace.usual_ms)):
+def _durations(now: Snapshot) -> Iterator[tuple[str, str, float]]:
+    for each in now.durations:
+        for window, ms in (("hour", each.last_hour_ms), ("usual", each.usual_ms)):
             if ms is not None:
-                yield pace.kind, window, ms / SECOND_MS
+                yield each.kind, window, ms / SECOND_MS
 
 
 def _cleanup(now: Snapshot) -> Iterator[Metric]:

@@ -100,7 +100,7 @@ class MeasuredCore:
 
     def _note(self, plan: DecidedBatch) -> None:
         self._decider.committed(plan)
-        self._book.figures.note(plan.changes)
+        self._book.counters.note(plan.changes)
         self._book.trim_finished()
 
     def _timed(self, name: str, count: int, work: Callable[[], T]) -> T:

@@ -27,7 +27,7 @@ from jobd.cli.ctl.main import jobctl as jobctl_program
 from jobd.cli.daemon.main import jobd as jobd_program
 from jobd.cli.daemon.main import main
 from jobd.cli.daemon.monitoring import FILES
-from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED, Figures, Histogram, Pace
+from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED, Counters, DurationBaseline, Histogram
 from jobd.engine.actor import COMMIT_BUCKETS_S
 from jobd.model.responses import ClusterView
 from jobd.monitoring import alerts
@@ -88,11 +88,11 @@ def targets() -> Iterator[tuple[str, str, str]]:
 
 async def save_usual(path: Path) -> None:
     """A store whose daemon has run for some hours."""
-    figures = Figures()
-    figures.paces.kinds[""] = Pace(hours=[10] * HOURS_NEEDED)
+    counters = Counters()
+    counters.baselines.kinds[""] = DurationBaseline(hours=[10] * HOURS_NEEDED)
     store, _ = await Store.open(str(path))
     async with store:
-        await store.save_stats(msgspec.json.encode(figures))
+        await store.save_stats(msgspec.json.encode(counters))
 
 
 @pytest.fixture(scope="module")

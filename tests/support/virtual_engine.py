@@ -104,7 +104,7 @@ class VirtualEngine:
         self.state = State.opened(opened)
         self.state.unvalidated = dict(opened.unvalidated)
         self.state.quarantined = dict(opened.quarantined)
-        self.state.figures = read_stats(opened.stats)
+        self.state.counters = read_stats(opened.stats)
         self.actor = Actor(
             self.disk,
             self.state,

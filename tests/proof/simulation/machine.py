@@ -406,7 +406,7 @@ class SimDaemon:
             synchronised=lambda: machine.synchronised,
         )
         self.state = self._open_state(opened)
-        self.state.figures = read_stats(opened.stats)
+        self.state.counters = read_stats(opened.stats)
         self.actor = Actor(
             machine.disk,
             self.state,

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.core import stats
-from jobd.core.stats import Overlap, Overlaps, lock_end
+from jobd.core.stats import DoubleGrant, DoubleGrants, lock_end
 from jobd.model.commands import (
     AnyCommand,
     Cancel,
@@ -47,8 +47,8 @@ def held(rules: RuleHarness, job_id: str = "a", **fields: Any) -> str:
     return rules.start(job_id, **TTL)
 
 
-def overlaps(rules: RuleHarness) -> Overlaps:
-    return rules.state.figures.overlaps
+def double_grants(rules: RuleHarness) -> DoubleGrants:
+    return rules.state.counters.double_grants
 
 
 MakeCommands = Callable[[str], list[AnyCommand]]
@@ -78,11 +78,11 @@ def test_a_grant_within_the_life_of_the_previous_lock_is_a_double_grant(
     rules.advance(MINUTE_MS - 1)
     for command in make_commands(lock):
         rules.accept(command, admin=True)
-    assert overlaps(rules).total == 0
+    assert double_grants(rules).total == 0
     rules.start(worker="w-2")
-    assert (overlaps(rules).total, overlaps(rules).last_hour(rules.now)) == (1, 1)
-    assert overlaps(rules).last == Overlap("a", (rules.tokens[0], rules.tokens[1]), ("w-1", "w-2"))
-    assert overlaps(rules).taken == {}
+    assert (double_grants(rules).total, double_grants(rules).last_hour(rules.now)) == (1, 1)
+    assert double_grants(rules).last == DoubleGrant("a", (rules.tokens[0], rules.tokens[1]), ("w-1", "w-2"))
+    assert double_grants(rules).ended_grants == {}
 
 
 @pytest.mark.parametrize("make_commands", ENDED_BY_AN_OPERATOR.values(), ids=ENDED_BY_AN_OPERATOR)
@@ -93,7 +93,7 @@ def test_a_grant_that_an_operator_ended_is_not_a_double_grant(
     for command in make_commands(lock):
         rules.accept(command, admin=True)
     rules.start(worker="w-2")
-    assert (overlaps(rules).total, overlaps(rules).taken) == (0, {})
+    assert (double_grants(rules).total, double_grants(rules).ended_grants) == (0, {})
 
 
 def test_jobs_that_an_operator_takes_back_are_not_double_grants(rules: CountingHarness) -> None:
@@ -104,7 +104,7 @@ def test_jobs_that_an_operator_takes_back_are_not_double_grants(rules: CountingH
     rules.advance(40_000)
     rules.accept(TakeBack(name="w-1"), admin=True)
     rules.start(worker="w-2")
-    assert (overlaps(rules).total, overlaps(rules).taken) == (0, {})
+    assert (double_grants(rules).total, double_grants(rules).ended_grants) == (0, {})
 
 
 CALLS: dict[str, Callable[[str], AnyCommand]] = {
@@ -123,19 +123,19 @@ def test_a_worker_that_received_lock_lost_does_not_count(
     rules.accept(restored())
     rules.reject(call(lock), "lock_lost")
     rules.start(worker="w-2")
-    assert (overlaps(rules).total, overlaps(rules).taken) == (0, {})
+    assert (double_grants(rules).total, double_grants(rules).ended_grants) == (0, {})
 
 
 def test_lock_lost_for_an_older_grant_does_not_affect_the_latest(rules: CountingHarness) -> None:
     lock = held(rules)
     rules.accept(restored())
-    taken = overlaps(rules).taken[rules.job().seq]
+    ended = double_grants(rules).ended_grants[rules.job().seq]
     event = rules.decide(Extend(id="a", lock_id=lock)).changes[0].event
     assert event.type == "late_call"
-    overlaps(rules).taken[rules.job().seq] = taken
-    overlaps(rules).refused(replace(event, details={"fencing_token": taken.fencing_token - 1}))
-    overlaps(rules).refused(replace(event, details=None))
-    assert list(overlaps(rules).taken) == [rules.job().seq]
+    double_grants(rules).ended_grants[rules.job().seq] = ended
+    double_grants(rules).refused(replace(event, details={"fencing_token": ended.fencing_token - 1}))
+    double_grants(rules).refused(replace(event, details=None))
+    assert list(double_grants(rules).ended_grants) == [rules.job().seq]
 
 
 @pytest.mark.parametrize("make_commands", TAKEN_AWAY.values(), ids=TAKEN_AWAY)
@@ -148,7 +148,7 @@ def test_after_the_life_of_the_lock_there_is_no_double_grant(
         rules.accept(command, admin=True)
     rules.advance(MINUTE_MS - 1_000)  # a lock has expired exactly at its end
     rules.start(worker="w-2")
-    assert (overlaps(rules).total, overlaps(rules).last, overlaps(rules).taken) == (0, None, {})
+    assert (double_grants(rules).total, double_grants(rules).last, double_grants(rules).ended_grants) == (0, None, {})
 
 
 ENDED_BY_THE_HOLDER: dict[str, MakeCommands] = {
@@ -166,9 +166,9 @@ def test_a_worker_that_released_or_never_received_the_job_does_not_count(
     lock = held(rules, max_attempts=2)
     for command in make_commands(lock):
         rules.accept(command)
-    assert overlaps(rules).taken == {}
+    assert double_grants(rules).ended_grants == {}
     rules.start(worker="w-2")
-    assert overlaps(rules).total == 0
+    assert double_grants(rules).total == 0
 
 
 def test_an_ordinary_stall_is_not_a_double_grant(rules: CountingHarness) -> None:
@@ -177,7 +177,7 @@ def test_an_ordinary_stall_is_not_a_double_grant(rules: CountingHarness) -> None
     rules.accept(Recover(limit=9))
     assert rules.job().status == "queued"
     rules.start(worker="w-2")
-    assert overlaps(rules).total == 0
+    assert double_grants(rules).total == 0
 
 
 def test_a_stall_at_the_ceiling_is_a_double_grant(rules: CountingHarness) -> None:
@@ -190,7 +190,7 @@ def test_a_stall_at_the_ceiling_is_a_double_grant(rules: CountingHarness) -> Non
     assert rules.job().status == "queued"
     rules.advance(19_999)
     rules.start(worker="w-2")
-    assert overlaps(rules).total == 1
+    assert double_grants(rules).total == 1
 
 
 def test_a_silent_worker_at_the_ceiling_is_not_a_double_grant(rules: CountingHarness) -> None:
@@ -198,7 +198,7 @@ def test_a_silent_worker_at_the_ceiling_is_not_a_double_grant(rules: CountingHar
     rules.advance(MINUTE_MS)
     rules.accept(Recover(limit=9))
     rules.start(worker="w-2")
-    assert overlaps(rules).total == 0
+    assert double_grants(rules).total == 0
 
 
 def test_an_extension_prolongs_the_life_of_the_lock(rules: CountingHarness) -> None:
@@ -208,7 +208,7 @@ def test_an_extension_prolongs_the_life_of_the_lock(rules: CountingHarness) -> N
     rules.accept(restored("a"))
     rules.advance(59_999)
     rules.start(worker="w-2")
-    assert overlaps(rules).total == 1
+    assert double_grants(rules).total == 1
 
 
 def test_a_short_extension_counts_as_requested(rules: CountingHarness) -> None:
@@ -218,7 +218,7 @@ def test_a_short_extension_counts_as_requested(rules: CountingHarness) -> None:
     rules.accept(restored("a"))
     rules.advance(20_000)
     rules.start(worker="w-2")
-    assert overlaps(rules).total == 0
+    assert double_grants(rules).total == 0
 
 
 def test_postponed_deadlines_count(rules: CountingHarness) -> None:
@@ -227,13 +227,13 @@ def test_postponed_deadlines_count(rules: CountingHarness) -> None:
     rules.accept(restored("a"))
     rules.advance(HOUR_MS - 1)
     rules.start(worker="w-2")
-    assert overlaps(rules).total == 1
+    assert double_grants(rules).total == 1
 
 
 def test_an_imported_job_has_no_known_worker(rules: CountingHarness) -> None:
     rules.accept(Import(id="a", status="processing", max_attempts=2), admin=True)
     rules.start(worker="w-2")
-    assert overlaps(rules).total == 0
+    assert double_grants(rules).total == 0
 
 
 def test_only_the_last_grant_of_a_job_is_watched(rules: CountingHarness) -> None:
@@ -242,26 +242,26 @@ def test_only_the_last_grant_of_a_job_is_watched(rules: CountingHarness) -> None
     lock = rules.start(worker="w-2", **TTL)
     rules.accept(restored("a"))
     rules.start(worker="w-3", **TTL)
-    assert overlaps(rules).total == 2
-    assert overlaps(rules).last == Overlap("a", (rules.tokens[1], rules.tokens[2]), ("w-2", "w-3"))
+    assert double_grants(rules).total == 2
+    assert double_grants(rules).last == DoubleGrant("a", (rules.tokens[1], rules.tokens[2]), ("w-2", "w-3"))
     assert lock
     rules.accept(Complete(id="a", lock_id=rules.job().grant.lock_id))  # type: ignore[union-attr]
-    assert overlaps(rules).taken == {}
+    assert double_grants(rules).ended_grants == {}
 
 
 def test_a_cancelled_queued_job_had_no_worker(rules: CountingHarness) -> None:
     rules.create()
     rules.accept(Cancel(id="a"))
-    assert overlaps(rules).taken == {}
+    assert double_grants(rules).ended_grants == {}
 
 
 def test_a_double_grant_is_counted_for_an_hour(rules: CountingHarness) -> None:
     held(rules)
     rules.accept(restored("a"))
     rules.start()
-    assert overlaps(rules).last_hour(rules.now + 59 * MINUTE_MS) == 1
-    assert overlaps(rules).last_hour(rules.now + HOUR_MS) == 0
-    assert overlaps(rules).total == 1
+    assert double_grants(rules).last_hour(rules.now + 59 * MINUTE_MS) == 1
+    assert double_grants(rules).last_hour(rules.now + HOUR_MS) == 0
+    assert double_grants(rules).total == 1
 
 
 def granted_twice(rules: CountingHarness, job_id: str = "a") -> None:
@@ -278,9 +278,9 @@ def test_a_later_double_grant_does_not_shorten_the_hour(rules: CountingHarness) 
     rules.advance(59 * MINUTE_MS)
     for job_id in "bc":
         granted_twice(rules, job_id)
-    assert overlaps(rules).last_hour(rules.now) == 3
+    assert double_grants(rules).last_hour(rules.now) == 3
     rules.advance(MINUTE_MS)
-    assert overlaps(rules).last_hour(rules.now) == 2
+    assert double_grants(rules).last_hour(rules.now) == 2
 
 
 def test_after_a_backward_step_of_the_clock_later_entries_do_not_count(rules: CountingHarness) -> None:
@@ -288,23 +288,23 @@ def test_after_a_backward_step_of_the_clock_later_entries_do_not_count(rules: Co
     rules.create()
     granted_twice(rules)
     rules.now -= 365 * DAY_MS
-    assert overlaps(rules).last_hour(rules.now) == 0
+    assert double_grants(rules).last_hour(rules.now) == 0
     rules.create("b")
     granted_twice(rules, "b")
-    assert (overlaps(rules).last_hour(rules.now), overlaps(rules).total) == (1, 2)
+    assert (double_grants(rules).last_hour(rules.now), double_grants(rules).total) == (1, 2)
 
 
 def test_memory_is_bounded(rules: CountingHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats, "TAKEN_KEPT", 2)
+    monkeypatch.setattr(stats, "ENDED_GRANTS_KEPT", 2)
     for job_id in "abc":
         held(rules, job_id)
         rules.accept(restored(job_id))
-    assert list(overlaps(rules).taken) == [rules.job("b").seq, rules.job("c").seq]
+    assert list(double_grants(rules).ended_grants) == [rules.job("b").seq, rules.job("c").seq]
     for _ in range(100):
         rules.advance(MINUTE_MS)
         granted_twice(rules, "c")
-        assert len(overlaps(rules).minutes) <= 60
-    assert (overlaps(rules).total, overlaps(rules).last_hour(rules.now)) == (100, 60)
+        assert len(double_grants(rules).minutes) <= 60
+    assert (double_grants(rules).total, double_grants(rules).last_hour(rules.now)) == (100, 60)
 
 
 @pytest.mark.parametrize("half", [{"grant": None}, {"lease": None}], ids=str)
@@ -313,7 +313,7 @@ def test_a_row_without_a_grant_is_ignored(rules: CountingHarness, half: dict[str
     held(rules)
     rules.row(replace(rules.job(), **half))
     rules.accept(restored("a"))
-    assert overlaps(rules).taken == {}
+    assert double_grants(rules).ended_grants == {}
 
 
 def test_a_grant_of_an_unwatched_job_is_not_counted(rules: CountingHarness) -> None:
@@ -322,9 +322,9 @@ def test_a_grant_of_an_unwatched_job_is_not_counted(rules: CountingHarness) -> N
     held(rules, "b")
     rules.accept(restored("a"))
     rules.accept(restored("b"))
-    del overlaps(rules).taken[rules.job("a").seq]
+    del double_grants(rules).ended_grants[rules.job("a").seq]
     rules.start("a")
-    assert (overlaps(rules).total, list(overlaps(rules).taken)) == (0, [rules.job("b").seq])
+    assert (double_grants(rules).total, list(double_grants(rules).ended_grants)) == (0, [rules.job("b").seq])
 
 
 MADE = Grant("l", 1, "w", acquired_at=0, ttl_ms=60, stuck_after_ms=10, max_processing_ms=0)

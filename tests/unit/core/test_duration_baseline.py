@@ -15,8 +15,8 @@ from jobd.core.stats import (
     SAMPLES_NEEDED,
     SLOT_MS,
     SLOTS,
-    KindPace,
-    Paces,
+    DurationBaselines,
+    KindDurations,
     bucket,
     percentile_95,
     top,
@@ -27,13 +27,13 @@ HOUR = 1_700_002_800_000  # the beginning of one
 assert HOUR % HOUR_MS == 0
 
 
-def work(paces: Paces, at: int, ms: int, *, kind: str = "film", count: int = SAMPLES_NEEDED) -> None:
+def work(baselines: DurationBaselines, at: int, ms: int, *, kind: str = "film", count: int = SAMPLES_NEEDED) -> None:
     for _ in range(count):
-        paces.add(kind, at, ms)
+        baselines.add(kind, at, ms)
 
 
-def one(paces: Paces, now: int) -> KindPace:
-    (found,) = paces.view(now)
+def one(baselines: DurationBaselines, now: int) -> KindDurations:
+    (found,) = baselines.view(now)
     return found
 
 
@@ -76,96 +76,99 @@ def test_the_percentile_is_the_smallest_value_that_covers_95_of_100(values: list
 
 
 def test_an_hour_with_too_few_jobs_has_no_percentile() -> None:
-    paces = Paces()
-    work(paces, HOUR, 10, count=SAMPLES_NEEDED - 1)
-    assert one(paces, HOUR) == KindPace("film", SAMPLES_NEEDED - 1, None, None)
-    work(paces, HOUR, 12, count=1)
-    assert one(paces, HOUR) == KindPace("film", SAMPLES_NEEDED, 10, None)
+    baselines = DurationBaselines()
+    work(baselines, HOUR, 10, count=SAMPLES_NEEDED - 1)
+    assert one(baselines, HOUR) == KindDurations("film", SAMPLES_NEEDED - 1, None, None)
+    work(baselines, HOUR, 12, count=1)
+    assert one(baselines, HOUR) == KindDurations("film", SAMPLES_NEEDED, 10, None)
 
 
 def test_the_last_hour_advances_in_slots() -> None:
-    paces = Paces()
-    work(paces, HOUR, 10)
-    work(paces, HOUR + SLOT_MS, 14)
-    assert one(paces, HOUR + HOUR_MS - 1).completed == 2 * SAMPLES_NEEDED
-    assert one(paces, HOUR + HOUR_MS) == KindPace("film", SAMPLES_NEEDED, 14, None)
-    assert paces.view(HOUR + SLOT_MS + HOUR_MS) == []
-    work(paces, HOUR + 3 * DAY_MS, 9)
-    assert one(paces, HOUR + 3 * DAY_MS).last_hour_ms == 9
+    baselines = DurationBaselines()
+    work(baselines, HOUR, 10)
+    work(baselines, HOUR + SLOT_MS, 14)
+    assert one(baselines, HOUR + HOUR_MS - 1).completed == 2 * SAMPLES_NEEDED
+    assert one(baselines, HOUR + HOUR_MS) == KindDurations("film", SAMPLES_NEEDED, 14, None)
+    assert baselines.view(HOUR + SLOT_MS + HOUR_MS) == []
+    work(baselines, HOUR + 3 * DAY_MS, 9)
+    assert one(baselines, HOUR + 3 * DAY_MS).last_hour_ms == 9
 
 
 def test_the_usual_value_is_the_median_of_the_previous_hours() -> None:
-    paces = Paces()
+    baselines = DurationBaselines()
     for hour, ms in enumerate([10, 12, 14]):
-        assert one(paces, HOUR + (hour - 1) * HOUR_MS).usual_ms is None if hour else True
-        work(paces, HOUR + hour * HOUR_MS, ms)
-    assert one(paces, HOUR + 2 * HOUR_MS).usual_ms is None, "the hour that runs is not before itself"
-    work(paces, HOUR + 3 * HOUR_MS, 15)
-    assert one(paces, HOUR + 3 * HOUR_MS) == KindPace("film", SAMPLES_NEEDED, 15, 12)
-    assert len(paces.kinds["film"].hours) == HOURS_NEEDED
+        assert one(baselines, HOUR + (hour - 1) * HOUR_MS).usual_ms is None if hour else True
+        work(baselines, HOUR + hour * HOUR_MS, ms)
+    assert one(baselines, HOUR + 2 * HOUR_MS).usual_ms is None, "the hour that runs is not before itself"
+    work(baselines, HOUR + 3 * HOUR_MS, 15)
+    assert one(baselines, HOUR + 3 * HOUR_MS) == KindDurations("film", SAMPLES_NEEDED, 15, 12)
+    assert len(baselines.kinds["film"].hours) == HOURS_NEEDED
 
 
 def test_an_hour_with_many_slots_counts_once() -> None:
-    paces = Paces()
+    baselines = DurationBaselines()
     for slot in range(SLOTS):
-        work(paces, HOUR + slot * SLOT_MS, 10 if slot else 15, count=10)
-    work(paces, HOUR + HOUR_MS, 1, count=1)
-    assert paces.kinds["film"].hours == [15]
+        work(baselines, HOUR + slot * SLOT_MS, 10 if slot else 15, count=10)
+    work(baselines, HOUR + HOUR_MS, 1, count=1)
+    assert baselines.kinds["film"].hours == [15]
 
 
 def test_an_hour_counts_by_its_own_jobs() -> None:
-    paces = Paces()
-    work(paces, HOUR - SLOT_MS, 15)
-    work(paces, HOUR, 10)
-    work(paces, HOUR + HOUR_MS, 1, count=1)
-    assert paces.kinds["film"].hours == [15, 10]
+    baselines = DurationBaselines()
+    work(baselines, HOUR - SLOT_MS, 15)
+    work(baselines, HOUR, 10)
+    work(baselines, HOUR + HOUR_MS, 1, count=1)
+    assert baselines.kinds["film"].hours == [15, 10]
 
 
 def test_hours_with_few_jobs_do_not_count() -> None:
-    paces = Paces()
-    work(paces, HOUR, 10, count=SAMPLES_NEEDED - 1)
-    work(paces, HOUR + HOUR_MS, 12, count=SAMPLES_NEEDED)
-    work(paces, HOUR + 3 * HOUR_MS, 14, count=1)
-    assert paces.kinds["film"].hours == [12]
+    baselines = DurationBaselines()
+    work(baselines, HOUR, 10, count=SAMPLES_NEEDED - 1)
+    work(baselines, HOUR + HOUR_MS, 12, count=SAMPLES_NEEDED)
+    work(baselines, HOUR + 3 * HOUR_MS, 14, count=1)
+    assert baselines.kinds["film"].hours == [12]
 
 
 def test_nightly_work_is_compared_with_previous_nights() -> None:
-    paces = Paces()
+    baselines = DurationBaselines()
     for night in range(4):
-        work(paces, HOUR + night * DAY_MS, 10)
-    work(paces, HOUR + 4 * DAY_MS, 15)
-    assert one(paces, HOUR + 4 * DAY_MS) == KindPace("film", SAMPLES_NEEDED, 15, 10)
+        work(baselines, HOUR + night * DAY_MS, 10)
+    work(baselines, HOUR + 4 * DAY_MS, 15)
+    assert one(baselines, HOUR + 4 * DAY_MS) == KindDurations("film", SAMPLES_NEEDED, 15, 10)
 
 
 def test_a_few_slow_hours_do_not_change_the_usual_value_but_a_day_does() -> None:
-    paces, hour = Paces(), HOUR
+    baselines, hour = DurationBaselines(), HOUR
     for _ in range(HOURS_KEPT + 9):
-        work(paces, hour, 10)
+        work(baselines, hour, 10)
         hour += HOUR_MS
     for slow in range(HOURS_KEPT):
-        work(paces, hour, 15)
-        assert one(paces, hour).usual_ms == (10 if slow <= HOURS_KEPT // 2 - 1 else 15), slow
+        work(baselines, hour, 15)
+        assert one(baselines, hour).usual_ms == (10 if slow <= HOURS_KEPT // 2 - 1 else 15), slow
         hour += HOUR_MS
-    assert len(paces.kinds["film"].hours) == HOURS_KEPT
+    assert len(baselines.kinds["film"].hours) == HOURS_KEPT
 
 
 def test_slots_are_bounded_even_if_the_clock_steps_back() -> None:
-    paces = Paces()
+    baselines = DurationBaselines()
     for minute in [*range(0, 600, 5), *range(300, 0, -5)]:
-        paces.add("film", HOUR + minute * MINUTE_MS, 10)
-        slots = paces.kinds["film"].slots
+        baselines.add("film", HOUR + minute * MINUTE_MS, 10)
+        slots = baselines.kinds["film"].slots
         assert len(slots) <= SLOTS
-    assert one(paces, HOUR).completed == 1, "what lies ahead of the clock is not of the last hour"
+    assert one(baselines, HOUR).completed == 1, "what lies ahead of the clock is not of the last hour"
 
 
 def test_kinds_are_bounded_and_active_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert KINDS_KEPT == 100
     monkeypatch.setattr(stats, "KINDS_KEPT", 2)
-    paces = Paces()
+    baselines = DurationBaselines()
     for slot, kind in enumerate(("film", "mail", "film", "once", "film", "once more")):
-        paces.add(kind, HOUR + slot * SLOT_MS // 2, 10)
-    assert list(paces.kinds) == ["film", "once more"]
-    assert {pace.kind: pace.completed for pace in paces.view(HOUR + 5 * SLOT_MS // 2)} == {"film": 3, "once more": 1}
+        baselines.add(kind, HOUR + slot * SLOT_MS // 2, 10)
+    assert list(baselines.kinds) == ["film", "once more"]
+    assert {found.kind: found.completed for found in baselines.view(HOUR + 5 * SLOT_MS // 2)} == {
+        "film": 3,
+        "once more": 1,
+    }
 
 
 @pytest.mark.parametrize(("silent_ms", "expected"), [(SLOT_MS - 1, "film"), (SLOT_MS, "mail")])
@@ -173,32 +176,32 @@ def test_a_kind_is_replaced_after_a_slot_without_completions(
     monkeypatch: pytest.MonkeyPatch, silent_ms: int, expected: str
 ) -> None:
     monkeypatch.setattr(stats, "KINDS_KEPT", 1)
-    paces = Paces()
-    paces.add("film", HOUR, 10)
-    paces.add("mail", HOUR + silent_ms, 10)
-    assert list(paces.kinds) == [expected]
+    baselines = DurationBaselines()
+    baselines.add("film", HOUR, 10)
+    baselines.add("mail", HOUR + silent_ms, 10)
+    assert list(baselines.kinds) == [expected]
 
 
 def test_many_alternating_kinds_do_not_displace_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """With more active kinds than are kept, the first ones get a baseline."""
     monkeypatch.setattr(stats, "KINDS_KEPT", 4)
-    paces = Paces()
+    baselines = DurationBaselines()
     hours = HOURS_NEEDED + 1
     for step in range(hours * 6 * SAMPLES_NEEDED):
-        paces.add(f"kind {step % 6}", HOUR + step * (HOUR_MS // (6 * SAMPLES_NEEDED)), 100)
+        baselines.add(f"kind {step % 6}", HOUR + step * (HOUR_MS // (6 * SAMPLES_NEEDED)), 100)
     now = HOUR + hours * HOUR_MS - 1
-    seen = paces.view(now)
-    assert sorted(pace.kind for pace in seen) == ["kind 0", "kind 1", "kind 2", "kind 3"]
-    assert all(pace.usual_ms is not None for pace in seen)
-    paces.add("new", now + SLOT_MS + 1, 100)
-    assert list(paces.kinds)[-1] == "new"
-    paces.add("of before a step back of the clock", HOUR - DAY_MS, 100)
-    assert len(paces.kinds) == 4
-    assert "of before a step back of the clock" in paces.kinds
+    seen = baselines.view(now)
+    assert sorted(found.kind for found in seen) == ["kind 0", "kind 1", "kind 2", "kind 3"]
+    assert all(found.usual_ms is not None for found in seen)
+    baselines.add("new", now + SLOT_MS + 1, 100)
+    assert list(baselines.kinds)[-1] == "new"
+    baselines.add("of before a step back of the clock", HOUR - DAY_MS, 100)
+    assert len(baselines.kinds) == 4
+    assert "of before a step back of the clock" in baselines.kinds
 
 
 def test_baselines_are_stored_as_json() -> None:
-    paces = Paces()
+    baselines = DurationBaselines()
     for hour in range(5):
-        work(paces, HOUR + hour * HOUR_MS, 100 + hour)
-    assert msgspec.json.decode(msgspec.json.encode(paces), type=Paces) == paces
+        work(baselines, HOUR + hour * HOUR_MS, 100 + hour)
+    assert msgspec.json.decode(msgspec.json.encode(baselines), type=DurationBaselines) == baselines

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from jobd.core import stats
-from jobd.core.stats import ATTEMPT_QUEUES, OTHER_QUEUES, PROCESSING_BUCKETS_S, Attempts, Figures, Histogram
+from jobd.core.stats import ATTEMPT_QUEUES, OTHER_QUEUES, PROCESSING_BUCKETS_S, Attempts, Counters, Histogram
 from jobd.model.commands import (
     Adopt,
     AnyCommand,
@@ -32,7 +32,7 @@ class CountingHarness(RuleHarness):
         self, command: AnyCommand, *, admin: bool = False, by: str = "client", expected: str | None = None
     ) -> Decision:
         decision = super().decide(command, admin=admin, by=by, expected=expected)
-        self.state.figures.note(decision.changes)
+        self.state.counters.note(decision.changes)
         return decision
 
 
@@ -48,16 +48,16 @@ def work(rules: RuleHarness, job_id: str, ms: int) -> None:
 
 
 def test_completions_of_the_last_hour(rules: RuleHarness) -> None:
-    figures = rules.state.figures
+    counters = rules.state.counters
     work(rules, "a", 2_000)
     work(rules, "b", 4_000)
-    assert figures.completed_last_hour(rules.now) == (2, 6_000)
-    assert figures.processing["default"].total == 6
+    assert counters.completed_last_hour(rules.now) == (2, 6_000)
+    assert counters.processing["default"].total == 6
     rules.advance(59 * MINUTE_MS)
     work(rules, "c", 0)
-    assert figures.completed_last_hour(rules.now) == (3, 6_000)
-    assert figures.completed_last_hour(rules.now + MINUTE_MS)[0] == 1
-    assert figures.completed_last_hour(rules.now + HOUR_MS) == (0, 0)
+    assert counters.completed_last_hour(rules.now) == (3, 6_000)
+    assert counters.completed_last_hour(rules.now + MINUTE_MS)[0] == 1
+    assert counters.completed_last_hour(rules.now + HOUR_MS) == (0, 0)
 
 
 def test_late_results_are_counted_one_by_one(rules: RuleHarness) -> None:
@@ -66,33 +66,33 @@ def test_late_results_are_counted_one_by_one(rules: RuleHarness) -> None:
         rules.accept(ForceReset(id=job_id))
         rules.reject(Complete(id=job_id, lock_id=lock_id, file_path="/late"), "lock_lost")
         rules.accept(Adopt(id=job_id))
-    assert (rules.state.figures.late_kept, rules.state.figures.late_adopted) == (2, 2)
+    assert (rules.state.counters.late_kept, rules.state.counters.late_adopted) == (2, 2)
 
 
 def test_old_minutes_and_hours_are_dropped() -> None:
-    figures = Figures()
+    counters = Counters()
     for minute in range(200):
-        figures._completed("q", NOW + minute * MINUTE_MS, 1)
-        assert len(figures.completions) <= 61
-        assert figures.completed_last_hour(NOW + minute * MINUTE_MS) == (min(minute + 1, 60),) * 2
+        counters._completed("q", NOW + minute * MINUTE_MS, 1)
+        assert len(counters.completions) <= 61
+        assert counters.completed_last_hour(NOW + minute * MINUTE_MS) == (min(minute + 1, 60),) * 2
     for hour in range(100):
-        figures._recovered(NOW + hour * HOUR_MS, requeued=hour < 70)
-        assert len(figures.recoveries) <= 25
-        assert figures.recovered_last_day(NOW + hour * HOUR_MS) == min(hour + 1, 24)
-    assert (figures.stalls, figures.reset, figures.failed) == (100, 70, 30)
+        counters._recovered(NOW + hour * HOUR_MS, requeued=hour < 70)
+        assert len(counters.recoveries) <= 25
+        assert counters.recovered_last_day(NOW + hour * HOUR_MS) == min(hour + 1, 24)
+    assert (counters.stalls, counters.reset, counters.failed) == (100, 70, 30)
 
 
 def test_entries_after_a_backward_step_of_the_clock_do_not_count() -> None:
     """A clock that was a year ahead must not mean a year of alerts."""
-    figures, ahead = Figures(), NOW + 365 * DAY_MS
+    counters, ahead = Counters(), NOW + 365 * DAY_MS
     for number in range(61):
-        figures._completed("q", ahead + number * MINUTE_MS, 1)
-        figures._recovered(ahead + number * HOUR_MS, requeued=True)
-    assert (figures.completed_last_hour(NOW), figures.recovered_last_day(NOW)) == ((0, 0), 0)
-    figures._completed("q", NOW, 1)
-    figures._recovered(NOW, requeued=True)
-    assert (figures.completed_last_hour(NOW), figures.recovered_last_day(NOW)) == ((1, 1), 1)
-    assert (list(figures.completions), list(figures.recoveries)) == ([NOW // MINUTE_MS], [NOW // HOUR_MS])
+        counters._completed("q", ahead + number * MINUTE_MS, 1)
+        counters._recovered(ahead + number * HOUR_MS, requeued=True)
+    assert (counters.completed_last_hour(NOW), counters.recovered_last_day(NOW)) == ((0, 0), 0)
+    counters._completed("q", NOW, 1)
+    counters._recovered(NOW, requeued=True)
+    assert (counters.completed_last_hour(NOW), counters.recovered_last_day(NOW)) == ((1, 1), 1)
+    assert (list(counters.completions), list(counters.recoveries)) == ([NOW // MINUTE_MS], [NOW // HOUR_MS])
 
 
 def test_recoveries_of_the_last_day(rules: RuleHarness) -> None:
@@ -102,11 +102,11 @@ def test_recoveries_of_the_last_day(rules: RuleHarness) -> None:
     rules.held("c")
     rules.advance(HOUR_MS + 1)
     rules.accept(Recover(limit=9))
-    figures = rules.state.figures
-    assert figures.recovered_lately(rules.now) == 3
-    assert figures.recovered_last_day(rules.now) == 3
-    assert figures.recovered_last_day(rules.now + DAY_MS) == 0
-    assert (figures.stalls, figures.reset, figures.failed, figures.since_report.recovered) == (3, 2, 1, 3)
+    counters = rules.state.counters
+    assert counters.recovered_lately(rules.now) == 3
+    assert counters.recovered_last_day(rules.now) == 3
+    assert counters.recovered_last_day(rules.now + DAY_MS) == 0
+    assert (counters.stalls, counters.reset, counters.failed, counters.since_report.recovered) == (3, 2, 1, 3)
 
 
 def test_the_counts_since_the_last_report(rules: RuleHarness) -> None:
@@ -120,7 +120,7 @@ def test_the_counts_since_the_last_report(rules: RuleHarness) -> None:
     rules.advance(1)
     rules.accept(DeleteExpired(ids=["b", "e"]), by="cleanup")
     rules.accept(Delete(id="c"), by="admin")  # a deletion by an operator does not count for cleanup
-    since = rules.state.figures.since_report
+    since = rules.state.counters.since_report
     assert (since.locks_cleared, since.deleted, since.recovered, since.fixed) == (2, 2, 0, 0)
 
 
@@ -128,21 +128,21 @@ def test_other_endings_are_not_counted(rules: RuleHarness) -> None:
     rules.accept(Fail(id="a", lock_id=rules.held("a"), error_message="e"))
     rules.create("b")
     rules.accept(Cancel(id="b"))
-    figures = rules.state.figures
-    assert figures.completed_last_hour(rules.now) == (0, 0)
-    assert figures.grants == {"default": 1}
-    assert figures.processing == {}
+    counters = rules.state.counters
+    assert counters.completed_last_hour(rules.now) == (0, 0)
+    assert counters.grants == {"default": 1}
+    assert counters.processing == {}
 
 
 def test_a_completion_without_or_before_a_start_has_no_negative_time() -> None:
-    figures = Figures()
+    counters = Counters()
     job = Job(1, "a", Options(), "processing", NOW, NOW, NOW)
     done = Event(1, NOW, "completed", 1, "a", "q", "processing", "completed", "worker:w")
-    figures.note([Change(job, None, done)])
-    assert figures.completed_last_hour(NOW) == (0, 0)
-    figures.note([Change(msgspec.structs.replace(job, started_at=NOW + 5_000), None, done)])  # the wall clock stepped
-    assert figures.completed_last_hour(NOW) == (1, 0)
-    assert figures.processing["q"].total == 0
+    counters.note([Change(job, None, done)])
+    assert counters.completed_last_hour(NOW) == (0, 0)
+    counters.note([Change(msgspec.structs.replace(job, started_at=NOW + 5_000), None, done)])  # the wall clock stepped
+    assert counters.completed_last_hour(NOW) == (1, 0)
+    assert counters.processing["q"].total == 0
 
 
 def test_the_bounds_of_histograms_do_not_change() -> None:
@@ -160,12 +160,12 @@ def test_a_histogram_bucket_includes_its_bound() -> None:
 
 def test_the_number_of_labels_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats, "HISTOGRAM_QUEUES", 2)
-    figures = Figures()
+    counters = Counters()
     for queue in ("a", "b", "c", "d", "a"):
-        figures.note([Change(None, None, Event(1, NOW, "granted", 1, "a", queue, "queued", "processing", "worker:w"))])
-        figures._completed(queue, NOW, 1_000)
-    assert figures.grants == {"a": 2, "b": 1, "(other)": 2}  # a name that no queue can have
-    assert {name: sum(found.counts) for name, found in figures.processing.items()} == {
+        counters.note([Change(None, None, Event(1, NOW, "granted", 1, "a", queue, "queued", "processing", "worker:w"))])
+        counters._completed(queue, NOW, 1_000)
+    assert counters.grants == {"a": 2, "b": 1, "(other)": 2}  # a name that no queue can have
+    assert {name: sum(found.counts) for name, found in counters.processing.items()} == {
         "a": 2,
         "b": 1,
         OTHER_QUEUES: 2,
@@ -173,16 +173,16 @@ def test_the_number_of_labels_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_completions_feed_the_baseline_and_stalls_the_double_grants(rules: CountingHarness) -> None:
-    figures = rules.state.figures
+    counters = rules.state.counters
     lock_id = rules.held("a", kind="thumbnail")
     rules.advance(2_000)
     rules.accept(Complete(id="a", lock_id=lock_id))
     rules.held("b", kind="film")
     rules.accept(EndGrants(ids=["b"], last=True))
-    assert figures.overlaps.total == 0
+    assert counters.double_grants.total == 0
     rules.start("b")
-    assert figures.overlaps.total == 1
-    assert [(pace.kind, pace.completed) for pace in figures.paces.view(rules.now)] == [("thumbnail", 1)]
+    assert counters.double_grants.total == 1
+    assert [(found.kind, found.completed) for found in counters.baselines.view(rules.now)] == [("thumbnail", 1)]
 
 
 def test_stored_statistics_are_read_again_even_if_older_ones_lack_fields(rules: CountingHarness) -> None:
@@ -193,17 +193,18 @@ def test_stored_statistics_are_read_again_even_if_older_ones_lack_fields(rules: 
     rules.start("b")
     rules.held("c")
     rules.accept(Cancel(id="c"))
-    body = msgspec.json.encode(rules.state.figures)
-    assert msgspec.json.decode(body, type=Figures) == rules.state.figures
+    body = msgspec.json.encode(rules.state.counters)
+    assert msgspec.json.decode(body, type=Counters) == rules.state.counters
     older = msgspec.json.decode(body)
+    assert older["overlaps"].keys() == {"taken", "minutes", "total", "last"}
     del older["paces"], older["overlaps"]
-    assert msgspec.json.decode(msgspec.json.encode(older), type=Figures).stalls == 0
+    assert msgspec.json.decode(msgspec.json.encode(older), type=Counters).stalls == 0
 
 
 def test_every_event_is_counted_by_its_type(rules: RuleHarness) -> None:
     work(rules, "a", 1_000)
     work(rules, "b", 1_000)
-    assert rules.state.figures.events == {"created": 2, "granted": 2, "completed": 2}
+    assert rules.state.counters.events == {"created": 2, "granted": 2, "completed": 2}
 
 
 def ended(queue: str, at: int, kind: str = "failed") -> Change:
@@ -242,11 +243,11 @@ def test_force_failing_a_queued_job_ends_no_attempt(rules: CountingHarness) -> N
 
 
 def test_recoveries_count_for_ten_minutes_and_are_bounded() -> None:
-    figures = Figures()
+    counters = Counters()
     for number in range(200):
-        figures._recovered(NOW + number * 10_000, requeued=True)
-        assert len(figures.recovered) <= 60
-        assert figures.recovered_lately(NOW + number * 10_000) == min(number + 1, 60)
-    assert figures.recovered_lately(NOW + 199 * 10_000 + 10 * MINUTE_MS - 1) == 1
-    assert figures.recovered_lately(NOW + 199 * 10_000 + 10 * MINUTE_MS) == 0
-    assert figures.recovered_lately(NOW - HOUR_MS) == 0, "a clock that was set back"
+        counters._recovered(NOW + number * 10_000, requeued=True)
+        assert len(counters.recovered) <= 60
+        assert counters.recovered_lately(NOW + number * 10_000) == min(number + 1, 60)
+    assert counters.recovered_lately(NOW + 199 * 10_000 + 10 * MINUTE_MS - 1) == 1
+    assert counters.recovered_lately(NOW + 199 * 10_000 + 10 * MINUTE_MS) == 0
+    assert counters.recovered_lately(NOW - HOUR_MS) == 0, "a clock that was set back"

@@ -10,7 +10,7 @@ from msgspec.structs import asdict, replace
 
 from jobd.core import views
 from jobd.core.state import State
-from jobd.core.stats import Figures
+from jobd.core.stats import Counters
 from jobd.model.commands import Import, Locks, Moment, Workers
 from jobd.model.errors import ApiError
 from jobd.model.job import (
@@ -175,30 +175,30 @@ def running(began: int, created: int = NOW - 99) -> State:
     return state(replace(JOB, started_at=began, created_at=created))
 
 
-def figures(*completed_ms: int) -> Figures:
-    return Figures(completions={NOW // MINUTE_MS: (len(completed_ms), sum(completed_ms))})
+def counters(*completed_ms: int) -> Counters:
+    return Counters(completions={NOW // MINUTE_MS: (len(completed_ms), sum(completed_ms))})
 
 
 @pytest.mark.parametrize(
     ("filled", "counted", "average"),
     [
-        (State(), Figures(), 0.0),
-        (State(), figures(1_000, 2_000), 1.5),
-        (running(NOW - 500), Figures(), 0.5),
-        (running(NOW - 3_000), figures(1_000, 2_000), 2.0),
-        (running(NOW - 3_000), figures(1_000), 2.0),
-        (State(), figures(1_000, 0, 0), 0.333),
-        (running(NOW + 5_000), figures(1_000), 0.0),  # the wall clock has stepped back
+        (State(), Counters(), 0.0),
+        (State(), counters(1_000, 2_000), 1.5),
+        (running(NOW - 500), Counters(), 0.5),
+        (running(NOW - 3_000), counters(1_000, 2_000), 2.0),
+        (running(NOW - 3_000), counters(1_000), 2.0),
+        (State(), counters(1_000, 0, 0), 0.333),
+        (running(NOW + 5_000), counters(1_000), 0.0),  # the wall clock has stepped back
     ],
 )
 def test_the_average_covers_recent_completions_and_processing_jobs(
-    filled: State, counted: Figures, average: float
+    filled: State, counted: Counters, average: float
 ) -> None:
     assert views.average_processing_s(filled, counted, AT) == average
 
 
 def test_the_stats_have_every_field() -> None:
-    counted = figures(1_000, 2_000)
+    counted = counters(1_000, 2_000)
     counted.recoveries[NOW // HOUR_MS] = 5
     assert asdict(views.stats(running(NOW - 3_000), counted, AT)) == {
         "total_jobs": 1, "by_status": dict.fromkeys(STATUSES, 0) | {"processing": 1}, "stuck_jobs": 0,
@@ -218,6 +218,6 @@ def test_the_stats_have_every_field() -> None:
     ],
 )
 def test_the_age_of_the_oldest(filled: State, age: float) -> None:
-    oldest = views.stats(filled, Figures(), AT).oldest_processing_job
+    oldest = views.stats(filled, Counters(), AT).oldest_processing_job
     assert oldest is not None
     assert (oldest.id, oldest.progress, oldest.age) == ("a", 24, age)

@@ -312,8 +312,8 @@ async def test_a_late_result_of_an_unclaimed_job_is_adopted_at_once() -> None:
         assert (await engine.yes(Get(id="a"))).status == "queued"
         assert (await engine.yes(complete(lock_id))).status == "completed"
         assert (await engine.yes(complete(lock_id))).repeated
-        assert engine.state.figures.late_adopted == 1
-        assert engine.state.figures.late_kept == 0
+        assert engine.state.counters.late_adopted == 1
+        assert engine.state.counters.late_kept == 0
 
 
 @in_virtual_time
@@ -321,4 +321,4 @@ async def test_late_results_are_counted() -> None:
     async with checked_engine() as engine:
         await engine.no(complete(await lose_lock(engine)))
         await engine.yes(Adopt(id="a"), admin=True)
-        assert (engine.state.figures.late_kept, engine.state.figures.late_adopted) == (1, 1)
+        assert (engine.state.counters.late_kept, engine.state.counters.late_adopted) == (1, 1)

@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from jobd.core.stats import Figures, Histogram
+from jobd.core.stats import Counters, Histogram
 from jobd.engine.disk_full import WriteLimit
 from jobd.maintenance.cleanup_pass import CleanupSchedule
 from jobd.maintenance.maintainer import TICK_S, read_extra, read_stats
@@ -628,11 +628,11 @@ async def test_changes_during_the_write_of_a_report_are_in_the_next_one() -> Non
         engine.disk.gate.clear()
         tasks = asyncio.create_task(engine.maintainer.run_cleanup(forced=True))
         await engine.disk.at_gate.wait()
-        engine.state.figures.since_report.recovered += 3
+        engine.state.counters.since_report.recovered += 3
         engine.disk.gate.set()
         assert (await tasks).stuck_jobs_recovered == 0
         assert (await engine.maintainer.run_cleanup(forced=True)).stuck_jobs_recovered == 3
-        assert engine.state.figures.since_report.recovered == 0
+        assert engine.state.counters.since_report.recovered == 0
 
 
 @in_virtual_time
@@ -695,7 +695,7 @@ async def test_the_last_report_and_the_statistics_survive_a_restart() -> None:
         report = engine.maintainer.last_report
     storage.gate.clear()
     async with VirtualEngine(storage) as engine:
-        assert engine.state.figures.recovered_last_day(engine.now) == 1
+        assert engine.state.counters.recovered_last_day(engine.now) == 1
         await seconds(5)
         engine.run_maintainer()
         await storage.at_gate.wait()
@@ -742,24 +742,24 @@ async def test_cleanup_starts_even_if_no_report_can_be_read() -> None:
 @in_virtual_time
 async def test_extra_data_is_saved_with_the_statistics() -> None:
     async with VirtualEngine() as engine:
-        engine.state.figures.stalls = 3
+        engine.state.counters.stalls = 3
         engine.maintainer.save_extra(lambda: b'{"hour":[1]}')
         engine.run_maintainer()
         await engine.maintainer.run_cleanup(forced=True)
         assert read_extra(engine.disk.figures) == b'{"hour":[1]}'
         assert read_stats(engine.disk.figures).stalls == 3
-    without = msgspec.json.encode(Figures(stalls=3))  # as an older version saved them
+    without = msgspec.json.encode(Counters(stalls=3))  # as an older version saved them
     assert read_extra(without) == read_extra(None) == read_extra(b"{") == b"null"
 
 
 def test_unreadable_statistics_start_empty() -> None:
-    assert read_stats(None) == read_stats(b"{") == read_stats(b'{"stalls": "many"}') == Figures()
+    assert read_stats(None) == read_stats(b"{") == read_stats(b'{"stalls": "many"}') == Counters()
 
 
 def test_histograms_with_other_buckets_are_dropped() -> None:
-    figures = Figures(stalls=3, completions={5: (1, 2)})
-    figures.processing = {"old": Histogram([1, 2]), "new": Histogram.empty((0.1,) * 11)}
-    read = read_stats(msgspec.json.encode(figures))
+    counters = Counters(stalls=3, completions={5: (1, 2)})
+    counters.processing = {"old": Histogram([1, 2]), "new": Histogram.empty((0.1,) * 11)}
+    read = read_stats(msgspec.json.encode(counters))
     assert (read.stalls, read.completions, list(read.processing)) == (3, {5: (1, 2)}, ["new"])
 
 

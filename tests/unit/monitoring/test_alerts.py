@@ -71,7 +71,7 @@ async def test_the_hints_of_quiet_alerts_are_true() -> None:
         work(engine, "film", 1500)
         await engine.held("a", lock_ttl_ms=HOUR_MS)
         await seconds(2)
-        engine.state.figures.recovered[engine.now // STEP_MS] = 1
+        engine.state.counters.recovered[engine.now // STEP_MS] = 1
         report = engine.maintainer.last_report
         assert report is not None
         engine.maintainer.last_report = replace(report, validation_issues_found=1)
@@ -123,7 +123,7 @@ async def test_stuck_jobs_count_now_and_as_recovered_in_the_last_10_minutes() ->
         after = one(alerts, "stuck_jobs")
         assert (after.firing, after.value, after.since) == (False, 0, None)
         engine.state.stuck["later"] = None
-        engine.state.figures.recovered[engine.now // STEP_MS] = 1
+        engine.state.counters.recovered[engine.now // STEP_MS] = 1
         assert one(alerts, "stuck_jobs").hint == "1 job has stalled, and 1 was recovered in the last 10 minutes."
         del engine.state.stuck["later"]
 
@@ -202,7 +202,7 @@ async def test_a_double_grant_fires_for_an_hour_and_names_the_job() -> None:
 def work(engine: VirtualEngine, kind: str, ms: int, count: int = SAMPLES_NEEDED) -> None:
     """Complete jobs at this moment."""
     for _ in range(count):
-        engine.state.figures.paces.add(kind, engine.now, ms)
+        engine.state.counters.baselines.add(kind, engine.now, ms)
 
 
 @in_virtual_time
@@ -299,12 +299,12 @@ async def test_firing_and_resolving_are_logged_once_each() -> None:
         alerts = alerts_of(engine)
         with capture_logs() as logs:
             for _ in range(3):
-                engine.state.figures.recovered[engine.now // STEP_MS] = 6
+                engine.state.counters.recovered[engine.now // STEP_MS] = 6
                 alerts.evaluate()
                 await seconds(1)
             began = engine.now - 3000
             for _ in range(3):
-                engine.state.figures.recovered[engine.now // STEP_MS] = 5
+                engine.state.counters.recovered[engine.now // STEP_MS] = 5
                 alerts.evaluate()
         assert [(line["event"], line["log_level"], line["alert"]) for line in logs] == [
             ("alert_firing", "warning", "stuck_jobs"),
@@ -333,7 +333,7 @@ async def test_alerts_are_evaluated_without_requests() -> None:
         await seconds(1)
         engine.disk.errors["probe"] = OSError("broken")
         with capture_logs() as logs:
-            engine.state.figures.recovered[engine.now // STEP_MS] = 6
+            engine.state.counters.recovered[engine.now // STEP_MS] = 6
             await seconds(EVALUATE_EVERY_S)
             assert [line["alert"] for line in logs] == ["stuck_jobs"]
             await seconds(MEASURE_EVERY_S)
@@ -347,13 +347,13 @@ async def test_alerts_are_evaluated_without_requests() -> None:
 async def test_a_bug_does_not_end_the_evaluation() -> None:
     async with VirtualEngine() as engine:
         alerts = alerts_of(engine)
-        figures, engine.state.figures = engine.state.figures, None  # type: ignore[assignment]
+        counters, engine.state.counters = engine.state.counters, None  # type: ignore[assignment]
         running = asyncio.create_task(alerts.run())
         with capture_logs() as logs:
             await seconds(1)
         assert [line["event"] for line in logs] == ["alerts_failed"]
-        engine.state.figures = figures
-        figures.recovered[engine.now // STEP_MS] = 6
+        engine.state.counters = counters
+        counters.recovered[engine.now // STEP_MS] = 6
         with capture_logs() as logs:
             await seconds(EVALUATE_EVERY_S)
         assert [line["event"] for line in logs] == ["alert_firing"]

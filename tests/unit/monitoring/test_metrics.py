@@ -384,7 +384,7 @@ async def test_durations_double_grants_quarantine_and_the_clock() -> None:
         assert read(body)["jobd_processing_p95_seconds"].samples == []
         for hour in range(HOURS_NEEDED + 1):
             for _ in range(SAMPLES_NEEDED):
-                engine.state.figures.paces.add("film", engine.now, 1023 if hour < HOURS_NEEDED else 4095)
+                engine.state.counters.baselines.add("film", engine.now, 1023 if hour < HOURS_NEEDED else 4095)
             await seconds(3600 if hour < HOURS_NEEDED else 0)
         await engine.held("a")
         await engine.yes(EndGrants(ids=["a"], last=True), by="daemon")
@@ -488,7 +488,7 @@ async def test_a_snapshot_shares_nothing_with_the_state() -> None:
         before = msgspec.json.encode(snapshot)
         lock_id = await engine.held("b", queue="other")
         await engine.yes(Complete(id="b", lock_id=lock_id))
-        engine.state.figures.note(engine.disk.batches[-1].changes[-1:])
+        engine.state.counters.note(engine.disk.batches[-1].changes[-1:])
         assert msgspec.json.encode(snapshot) == before
         assert msgspec.json.encode(metrics.snapshot()) != before
         assert set(snapshot.jobs) == set(STATUSES)
