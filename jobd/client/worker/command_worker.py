@@ -20,10 +20,10 @@ from msgspec import UNSET
 from jobd.client.aio import AsyncJobClient
 from jobd.client.endpoint import Address
 from jobd.client.protocol import GrantInfo
-from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, describe_process
-from jobd.client.worker.drain import remaining_jobs
+from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, describe_claims, describe_process
+from jobd.client.worker.drain import pauses, remaining_jobs
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
-from jobd.client.worker.lease import LeaseKeeper
+from jobd.client.worker.lease import LeaseKeeper, describe_failure
 from jobd.client.worker.output import Directives, OutputFilter, OutputWriter, Tail
 from jobd.client.worker.process import Program
 from jobd.client.worker.runner import Execution, WorkerRunner, on_signals, seconds
@@ -64,9 +64,10 @@ class CommandWorker:
     of the lock.
 
     `once` ends the worker after one job. `drain` ends it when no job is due and none is running, and logs how many jobs
-    are left, and why. `log` is called with one-line messages in another thread; by default they go to stderr. Locks
-    last `lock_ttl_ms` and are extended automatically in a separate thread. There is no progress timeout unless
-    `max_processing_ms` sets one.
+    are left, and why. `log` is called with one-line messages in another thread; by default they go to stderr. They say
+    what the worker claims, which of its queues are paused at the start, and which jobs fail. Locks last `lock_ttl_ms`
+    and are extended automatically in a separate thread. There is no progress timeout unless `max_processing_ms` sets
+    one.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class CommandWorker:
         options = replace(self._options, about=describe_process(self._concurrency))
         service = ServiceThread(f"jobd worker {self.name}")
         log = service.background(self._log)
+        log(describe_claims(options, client))
         runner = WorkerRunner(
             client,
             options,
@@ -152,9 +154,11 @@ class CommandWorker:
         async def work() -> None:
             async with client:
                 self._writers = [OutputWriter(fd) for fd in self._fds]
+                watching = asyncio.ensure_future(self._log_pauses(client, log))
                 try:
                     await runner.run()
                 finally:
+                    watching.cancel()
                     for writer in self._writers:
                         writer.close()
                     await asyncio.to_thread(self._watchdog.close)
@@ -168,6 +172,12 @@ class CommandWorker:
             self._log(f"cannot run {self._command[0]!r}: {runner.start_error}. Its job was released.")
             return 1
         return int((self._drain or self._once) and (runner.not_completed > 0 or (self._once and not runner.completed)))
+
+    async def _log_pauses(self, client: AsyncJobClient, log: Log) -> None:
+        """Log the pauses of the queues, so that a worker that waits says why. A drain reports them at its end."""
+        if not self._drain:
+            for text in await pauses(client, self._options):
+                log(text)
 
     async def _begin(self, log: Log, keeper: LeaseKeeper) -> Execution:
         """Start the program for one job."""
@@ -196,17 +206,18 @@ class CommandWorker:
             watchdog=self._watchdog,
             token=keeper.grant.fencing_token,
         )
-        return _ProgramExecution(program, directives, tail, self._timeout_s)
+        return _ProgramExecution(program, directives, tail, self._timeout_s, log)
 
 
 class _ProgramExecution:
     """The run of a program for one job."""
 
-    def __init__(self, program: Program, directives: Directives, tail: Tail, timeout_s: float | None) -> None:
+    def __init__(self, program: Program, directives: Directives, tail: Tail, timeout_s: float | None, log: Log) -> None:
         self.timeout_s: Final = timeout_s
         self._program = program
         self._directives = directives
         self._tail = tail
+        self._log = log
         self.done: Final = program.done
         self.stop: Final = program.stop
         self.abort: Final = program.abort
@@ -219,7 +230,9 @@ class _ProgramExecution:
             return await keeper.complete(give_up, **self._directives.result)
         assert code is not None
         error_code, message = describe(code)
-        await keeper.fail(give_up, f"{message}{self._last_lines()}"[:MESSAGE_CHARACTERS], error_code=error_code)
+        text = f"{message}{self._last_lines()}"[:MESSAGE_CHARACTERS]
+        if (job := await keeper.fail(give_up, text, error_code=error_code)) is not None:
+            self._log(describe_failure(job, error_code.replace("exit:", "exit status ").replace("signal:", "signal ")))
         return False
 
     def describe_timeout(self) -> str:

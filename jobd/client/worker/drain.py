@@ -1,4 +1,4 @@
-"""Describe the jobs that remain after a worker has drained its queues: not due yet, or in a paused queue."""
+"""Describe why a worker gets no jobs: its queues are paused, or their jobs are not due yet."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ async def remaining_jobs(client: AsyncJobClient, options: ClaimOptions) -> str |
     """Return how many jobs that match `options` are still queued, and why. None if there are none or it is unknown."""
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            counts = {view: await _count(client, view, options) for view in await _queues(client, options)}
+            counts = {
+                view: await _count(client, view, options) for view in await _queues(client, options) if view.queued
+            }
     except (JobdError, TimeoutError):
         return None
     left = {view: count for view, count in counts.items() if count}
@@ -29,8 +31,21 @@ async def remaining_jobs(client: AsyncJobClient, options: ClaimOptions) -> str |
     return f"{total} {'job is' if total == 1 else 'jobs are'} left: {', '.join(_reasons(left))}"
 
 
+async def pauses(client: AsyncJobClient, options: ClaimOptions) -> list[str]:
+    """Return a line for each queue of the worker that is paused. Empty if it is unknown."""
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            paused = [view for view in await _queues(client, options) if view.paused]
+    except (JobdError, TimeoutError):
+        return []
+    return [
+        f"queue {view.name} was paused {view.pause.describe()}. Its jobs wait. To resume it: jobctl resume {view.name}"
+        for view in paused
+    ]
+
+
 async def _queues(client: AsyncJobClient, options: ClaimOptions) -> list[QueueView]:
-    return [view async for view in client.iterate_queues() if view.name in options.queues and view.queued]
+    return [view async for view in client.iterate_queues() if view.name in options.queues]
 
 
 async def _count(client: AsyncJobClient, view: QueueView, options: ClaimOptions) -> int:

@@ -118,10 +118,10 @@ class LeaseKeeper:
     async def complete(self, give_up: asyncio.Event, **result: Any) -> bool:
         """Complete the job, or fail it if the daemon rejects the result. Return whether it is completed."""
         request = worker_requests.complete_job(self.id, lock_id=self.grant.lock_id, **result)
-        return await self._end("complete", request, give_up)
+        return await self._end("complete", request, give_up) is not None
 
-    async def fail(self, give_up: asyncio.Event, message: str, **how: Any) -> bool:
-        """Fail the job. Return whether the daemon accepts this. Pending progress is sent first if possible."""
+    async def fail(self, give_up: asyncio.Event, message: str, **how: Any) -> JobInfo | None:
+        """Fail the job. Return the job if the daemon accepts this. Pending progress is sent first if possible."""
         await self.stop(flush=True)
         request = worker_requests.fail_job(self.id, lock_id=self.grant.lock_id, error_message=message, **how)
         return await self._end("fail", request, give_up)
@@ -129,7 +129,7 @@ class LeaseKeeper:
     async def release(self, give_up: asyncio.Event, delay_ms: int | None = None) -> bool:
         """Release the job. Return whether the daemon accepts this."""
         request = worker_requests.release_job(self.id, lock_id=self.grant.lock_id, delay_ms=delay_ms)
-        return await self._end("release", request, give_up, is_final=True)
+        return await self._end("release", request, give_up, is_final=True) is not None
 
     async def stop(self, *, flush: bool = False) -> None:
         """Stop extending the lock. With `flush`, try once to send pending progress."""
@@ -234,40 +234,41 @@ class LeaseKeeper:
 
     async def _end(
         self, verb: str, request: ApiRequest[JobInfo], give_up: asyncio.Event, *, is_final: bool = False
-    ) -> bool:
+    ) -> JobInfo | None:
         """Report the end of the job. Retries until the daemon responds, `give_up` is set, or `_is_rejected`.
 
-        If the daemon rejects an ending that is not `is_final`, the job is failed instead, so that it does not stall.
+        Return the job if the daemon accepts the ending. If the daemon rejects an ending that is not `is_final`, the job
+        is failed instead, so that it does not stall.
         """
         await self.stop()
         internal_errors, failures = 0, 0
         while not self._is_ended:
             try:
-                await self._client.send(request, ONE_ATTEMPT)
+                job = await self._client.send(request, ONE_ATTEMPT)
             except LOST as error:
                 self._on_lost(error, None)
                 break
             except InvalidTransition as error:
                 self._log(f"job {self.id}: {verb} was rejected: {error.message}")
-                return False
+                return None
             except JobdError as error:
                 internal_errors += isinstance(error, InternalError)
                 if isinstance(error, _REJECTED) or internal_errors >= _MAX_INTERNAL_ERRORS:
                     self._log(f"job {self.id}: {verb} was rejected: {error.message}")
                     if not is_final:
                         await self._fail_instead(verb, error, give_up)
-                    return False
+                    return None
                 failures += 1
                 if failures == 1:
                     self._log(f"job {self.id}: cannot {verb} the job: {error.message} Retrying.")
                 if not await self._wait_to_retry(verb, error, give_up, failures):
-                    return False
+                    return None
                 await self._extend_meanwhile()
             else:
                 self._on_response()
-                return True
+                return job
         self._log(f"job {self.id}: {verb} was too late: {self.lost.result().message}")
-        return False
+        return None
 
     async def _wait_to_retry(self, verb: str, error: JobdError, give_up: asyncio.Event, failures: int) -> bool:
         """Wait before the next attempt. Return False if there is none."""
@@ -300,6 +301,15 @@ class LeaseKeeper:
 def _wait_s(failures: int) -> float:
     """Return the delay after this number of consecutive attempts without a response."""
     return random.uniform(0.5, 1) * min(WAIT_S, 0.1 * 2.0 ** min(failures, 10))
+
+
+def describe_failure(job: JobInfo, reason: str) -> str:
+    """Return the line that reports a failed attempt and whether there is another one."""
+    if job.status != "queued":
+        return f"job {job.id} failed: {reason}; it is not retried: attempt {job.attempt} of {job.max_attempts}."
+    delay_s = round((job.run_at - job.updated_at) / 1000)
+    delay = f"in {delay_s} s" if delay_s < 120 else f"in {round(delay_s / 60)} min"
+    return f"job {job.id} failed: {reason}; it is retried {delay if delay_s > 0 else 'now'}."
 
 
 def _settle(reported: asyncio.Future[None], error: JobdError | None = None) -> None:

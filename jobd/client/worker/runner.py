@@ -16,7 +16,7 @@ from jobd.client.protocol import GrantInfo
 from jobd.client.worker.aio_utils import first_of, within
 from jobd.client.worker.claimer import Claimer, ClaimOptions
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
-from jobd.client.worker.lease import LeaseKeeper
+from jobd.client.worker.lease import LeaseKeeper, describe_failure
 from jobd.client.worker.service_thread import Log
 
 STOP_S: Final = 10.0  # for an execution to stop
@@ -189,7 +189,9 @@ class WorkerRunner:
                 message = (
                     f"The run took longer than its timeout of {execution.timeout_s} s.{execution.describe_timeout()}"
                 )
-                await keeper.fail(self._give_up, message[:MESSAGE_CHARACTERS], error_code="timeout")
+                job = await keeper.fail(self._give_up, message[:MESSAGE_CHARACTERS], error_code="timeout")
+                if job is not None:
+                    self._log(describe_failure(job, "timeout"))
             if not execution.done.done():
                 self._log(f"job {keeper.id}: its work does not stop.")
                 await first_of(execution.done, grace_is_over)

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar, overload
 
 from jobd.client.aio import AsyncJobClient
 from jobd.client.endpoint import Address
-from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, describe_process
+from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, describe_claims, describe_process
 from jobd.client.worker.handlers import AsyncExecution, HandlerLoop, RegisteredHandler, ThreadExecution, logger
 from jobd.client.worker.lease import LeaseKeeper
 from jobd.client.worker.runner import Execution, WorkerRunner, on_signals, seconds
@@ -139,12 +139,14 @@ class Worker:
         if not self._handlers:
             raise ValueError("a worker needs a handler: @worker.handler(...)")
         client = self._client.twin() if isinstance(self._client, AsyncJobClient) else self._streaming(self._client)
+        options = self._claim_options()
+        logger.info("%s", describe_claims(options, client))
         service = ServiceThread(f"jobd worker {self.name}")
         log = service.background(logger.warning)
         loop = HandlerLoop(log)
         runner = WorkerRunner(
             client,
-            self._claim_options(),
+            options,
             functools.partial(self._begin, loop),
             log,
             concurrency=self._concurrency,

@@ -66,8 +66,9 @@ async def test_exit_status_0_completes_the_job_with_its_result(
     assert done.metadata_value == {"pages": 12, "title": "A text"}
     assert run.out == 'payload {"a" : 1.0}\n::progress many\n'
     assert run.err == "to-stderr\n"
-    assert len(run.messages) == 1
-    assert "not a directive" in run.messages[0]
+    start, message = run.messages
+    assert start == f"worker run claims jobs of queue {queue} at {client.endpoints[0]}"
+    assert "not a directive" in message
 
 
 async def test_progress_is_sent_to_the_daemon(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ async def test_drain_executes_all_due_jobs_and_ends(client: AsyncJobClient, queu
     assert {(await client.get_job(job.id)).status for job in jobs} == {"completed"}
     assert sorted(run.out.split()) == ["0", "1", "2", "3", "4"]
     assert (await client.get_job(later.id)).status == "queued"
-    assert run.messages == ["drained; 1 job is left: 1 is not due yet."]
+    assert run.messages[1:] == ["drained; 1 job is left: 1 is not due yet."]
 
 
 async def test_drain_reports_the_remaining_jobs(
@@ -170,7 +171,40 @@ async def _messages_of_drain(client: AsyncJobClient, *queues: str, **options: An
     messages: list[str] = []
     worker = CommandWorker(client, ["true"], queues=queues, drain=True, log=messages.append, **options)
     assert await worker.run(signals=False) == 0
-    return messages
+    return messages[1:]
+
+
+async def test_a_paused_queue_is_reported_at_the_start(
+    client: AsyncJobClient, daemon: DaemonProcess, queue: str, tmp_path: Path
+) -> None:
+    daemon.admin("POST", f"queues/{queue}/pause", {"reason": "deploy"})
+    run = CommandRun(client, tmp_path, queue, "true", once=True, kinds=["a", "b"])
+    running = asyncio.create_task(run.run())
+    await wait_until(lambda: len(run.messages) > 1)
+    start, pause = run.messages
+    assert start.startswith(f"worker run claims jobs of queue {queue} (only a, b) at unix:")
+    assert pause.startswith(f"queue {queue} was paused by ")
+    assert pause.endswith(f", until resumed: deploy. Its jobs wait. To resume it: jobctl resume {queue}")
+    run.worker.stop()
+    assert await running == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"), [("exit 3", "exit status 3"), ("kill -9 $$", "signal SIGKILL"), ("sleep 100", "timeout")]
+)
+async def test_a_failure_is_reported_with_its_retry(
+    script: str, reason: str, client: AsyncJobClient, queue: str, tmp_path: Path
+) -> None:
+    backoff = {"kind": "fixed", "base_ms": 12_000, "jitter": False}
+    job = await client.create_job(queue=queue, max_attempts=2, backoff=backoff)
+    last = await client.create_job(queue=queue)
+    run = CommandRun(client, tmp_path, queue, script, drain=True, timeout=0.3 if reason == "timeout" else None)
+    assert await run.run() == 1
+    messages = [text for text in run.messages if " failed: " in text]
+    assert messages == [
+        f"job {job.id} failed: {reason}; it is retried in 12 s.",
+        f"job {last.id} failed: {reason}; it is not retried: attempt 1 of 1.",
+    ]
 
 
 async def test_drain_executes_due_retries_and_reports_failures(
@@ -186,7 +220,7 @@ async def test_drain_executes_due_retries_and_reports_failures(
 async def test_drain_of_an_empty_queue_ends_at_once(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
     run = CommandRun(client, tmp_path, queue, "false", drain=True)
     assert await run.run() == 0
-    assert run.messages == []
+    assert len(run.messages) == 1
 
 
 async def test_remaining_jobs_are_unknown_without_a_daemon(tmp_path: Path) -> None:
@@ -315,7 +349,7 @@ async def test_a_job_is_released_if_its_program_cannot_be_started(
     messages: list[str] = []
     worker = CommandWorker(client, [str(program)], queues=[queue], log=messages.append)
     assert await worker.run(signals=False) == 1
-    assert "Its job was released" in messages[0]
+    assert "Its job was released" in messages[1]
     back = await client.get_job(job.id)
     assert (back.status, back.attempt) == ("queued", 0)
 
