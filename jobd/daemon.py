@@ -381,7 +381,7 @@ class Daemon:
         """Log the mailbox, tasks and stacks, to examine a daemon that makes no progress."""
         if self._serving is not None:
             actor = self._serving.actor
-            log.info("dump", mailbox=actor.waiting, parked=len(actor.parked), jobs=actor.state.totals)
+            log.info("dump", mailbox=actor.waiting, parked=len(actor.waiting_claims), jobs=actor.state.totals)
         for task in asyncio.all_tasks():
             stack = " < ".join(f"{frame.f_code.co_name}:{frame.f_lineno}" for frame in task.get_stack())
             log.info("dump_task", task=task.get_name(), stack=stack)

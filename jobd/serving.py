@@ -185,7 +185,7 @@ class Serving:
 
     def end_streams(self) -> None:
         """End what listeners would wait for: waiting claims, event streams and downloads."""
-        self.actor.stop_parking()
+        self.actor.end_claim_waits()
         self.services.feed.close()
         self.services.downloads.close()
 

@@ -25,7 +25,7 @@ from jobd.engine.batch import Decider, Preloaded
 from jobd.engine.clock import Clock
 from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.mailbox import Envelope
-from jobd.engine.waiting_claims import ParkedClaims
+from jobd.engine.waiting_claims import WaitingClaims
 from jobd.journal.record import FORMAT
 from jobd.model.commands import Call, EndGrants
 from jobd.model.job import Policy
@@ -231,7 +231,7 @@ def _ending(warm: WarmState, epoch: int, loss: Loss, policy: Policy) -> Batch:
     state.next_event += JUMP
     gone_to = state.next_event - 1  # for clients that have seen lost events
     decider = Decider(
-        state, IdempotencyStore([], 1), ParkedClaims(state.presence), refuse=lambda _: None, loop_time=time.monotonic
+        state, IdempotencyStore([], 1), WaitingClaims(state.presence), refuse=lambda _: None, loop_time=time.monotonic
     )
     command = EndGrants(ids=list(state.processing), last=False, cause=CAUSE)
     call = Call(command, by="daemon", seed=os.urandom(16))

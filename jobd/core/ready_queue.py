@@ -18,7 +18,7 @@ Item = TypeVar("Item", "DueEntry", "TimeEntry", str)
 # priority, run_at, job seq, job id, expires_at: the order of claims
 DueEntry = tuple[int, int, int, str, int]
 TimeEntry = tuple[int, int, str]  # time, job seq, job id
-LaneName = tuple[str, str, int]  # queue, kind, priority
+BucketName = tuple[str, str, int]  # queue, kind, priority
 
 SLACK = 64  # stale entries that a heap may always have; beyond, at most as many as valid ones
 BLOCK: Final = 512  # entries
@@ -176,8 +176,8 @@ class Sorted(Generic[Item]):
         del self._blocks[place], self._last[place]
 
 
-class LaneEntries(Sorted[DueEntry]):
-    """The entries of one lane. `_expiry` holds an upper bound of the `expires_at` in each block.
+class BucketEntries(Sorted[DueEntry]):
+    """The entries of one bucket. `_expiry` holds an upper bound of the `expires_at` in each block.
 
     With it a claim skips a block of overdue jobs in one step.
     """
@@ -292,19 +292,19 @@ class Fifo:
         return map(self._jobs.__getitem__, range(place, len(self._jobs)))
 
 
-class Lane:
+class PriorityBucket:
     """The queued jobs of one queue, kind and priority: compact ones in a Fifo, others sorted. `live` counts them.
 
     Both are ordered by `run_at`, so jobs that are not due yet come last. `wakes_at` is the time at which
-    the next of them becomes due, or earlier. `due_at` is when a job of the lane last became due.
+    the next of them becomes due, or earlier. `due_at` is when a job of the bucket last became due.
     """
 
     __slots__ = ("due_at", "fifo", "live", "name", "others", "waits", "wakes_at")
 
-    def __init__(self, name: LaneName, waits: Callable[[CompactJob], bool]) -> None:
+    def __init__(self, name: BucketName, waits: Callable[[CompactJob], bool]) -> None:
         self.name = name
         self.fifo = Fifo()
-        self.others = LaneEntries()
+        self.others = BucketEntries()
         self.live = 0
         self.waits = waits
         self.wakes_at: int | None = None
@@ -340,77 +340,79 @@ class Lane:
 class QueuedJobs:
     """The queued jobs of one queue, in exact order over all kinds or over some of them.
 
-    There is one lane for each kind and priority. `heads` orders the lanes with due jobs by their first job, so that the
-    cost of a claim does not grow with their number. It is empty if there is only one lane. `waits` says which
+    There is one bucket for each kind and priority. `heads` orders the buckets with due jobs by their first job, so that
+    the cost of a claim does not grow with their number. It is empty if there is only one bucket. `waits` says which
     compact jobs are still waiting.
     """
 
-    __slots__ = ("_count", "_name", "_only", "_waits", "heads", "lanes")
+    __slots__ = ("_count", "_name", "_only", "_waits", "buckets", "heads")
 
     def __init__(self, name: str, waits: Callable[[CompactJob], bool]) -> None:
-        self.lanes: dict[str, dict[int, Lane]] = {}  # kind -> priority -> lane
+        self.buckets: dict[str, dict[int, PriorityBucket]] = {}  # kind -> priority -> bucket
         self.heads: LazyHeap[tuple[int, int, int, str, str]] = LazyHeap()  # a due entry and its kind
-        self._count = 0  # of lanes
-        self._only: Lane | None = None  # the lane, if there is only one; its order is that of the queue
+        self._count = 0  # of buckets
+        self._only: PriorityBucket | None = None  # the bucket, if there is only one; its order is that of the queue
         self._name = name
         self._waits = waits
 
-    def add(self, kind: str, entry: DueEntry, now: int) -> Lane:
+    def add(self, kind: str, entry: DueEntry, now: int) -> PriorityBucket:
         """Add a job of this kind, compact or not."""
-        lane = self._lane(kind, entry[0], now)
-        lane.live += 1
-        lane.others.add(entry)
-        if lane.others.first() is entry:
-            self.offer(lane, now)
-        return lane
+        bucket = self._bucket(kind, entry[0], now)
+        bucket.live += 1
+        bucket.others.add(entry)
+        if bucket.others.first() is entry:
+            self.offer(bucket, now)
+        return bucket
 
-    def join(self, job: CompactJob, now: int) -> Lane:
+    def join(self, job: CompactJob, now: int) -> PriorityBucket:
         """Add a compact job."""
         kind = job.options.kind
-        lane = self._lane(kind, job.options.priority, now)
-        if not lane.fifo.takes(job):
+        bucket = self._bucket(kind, job.options.priority, now)
+        if not bucket.fifo.takes(job):
             return self.add(kind, compact_entry(job), now)
-        lane.live += 1
-        lane.fifo.append(job)
-        if self._only is None and lane.fifo.first(self._waits) is job:
-            self.offer(lane, now)
-        return lane
+        bucket.live += 1
+        bucket.fifo.append(job)
+        if self._only is None and bucket.fifo.first(self._waits) is job:
+            self.offer(bucket, now)
+        return bucket
 
-    def join_all(self, kind: str, priority: int, jobs: Iterable[CompactJob], now: int) -> Lane:
-        """Add the first jobs of a lane, all at once, in any order."""
-        lane = self._lane(kind, priority, now)
-        assert not lane.live, "only the first jobs of a lane come all at once"
-        lane.fifo.extend(sorted(jobs, key=attrgetter("created_at", "seq")))
-        lane.live = len(lane.fifo)
-        self.offer(lane, now)
-        return lane
+    def join_all(self, kind: str, priority: int, jobs: Iterable[CompactJob], now: int) -> PriorityBucket:
+        """Add the first jobs of a bucket, all at once, in any order."""
+        bucket = self._bucket(kind, priority, now)
+        assert not bucket.live, "only the first jobs of a bucket come all at once"
+        bucket.fifo.extend(sorted(jobs, key=attrgetter("created_at", "seq")))
+        bucket.live = len(bucket.fifo)
+        self.offer(bucket, now)
+        return bucket
 
-    def remove(self, kind: str, entry: DueEntry, now: int) -> Lane | None:
-        """Remove a job that is not compact. Return its lane if that is now empty."""
-        lane = self.lanes[kind][entry[0]]
-        lane.others.remove(entry)
-        return self._removed(lane, now)
+    def remove(self, kind: str, entry: DueEntry, now: int) -> PriorityBucket | None:
+        """Remove a job that is not compact. Return its bucket if that is now empty."""
+        bucket = self.buckets[kind][entry[0]]
+        bucket.others.remove(entry)
+        return self._removed(bucket, now)
 
-    def remove_compact(self, job: Job | CompactJob, now: int) -> Lane | None:
-        """Remove a job that was compact and no longer waits. Return its lane if that is now empty."""
-        lane = self.lanes[job.options.kind][job.options.priority]
-        if lane.others:
-            lane.others.remove((job.options.priority, job.created_at, job.seq, job.id, NEVER))
-        return self._removed(lane, now)
+    def remove_compact(self, job: Job | CompactJob, now: int) -> PriorityBucket | None:
+        """Remove a job that was compact and no longer waits. Return its bucket if that is now empty."""
+        bucket = self.buckets[job.options.kind][job.options.priority]
+        if bucket.others:
+            bucket.others.remove((job.options.priority, job.created_at, job.seq, job.id, NEVER))
+        return self._removed(bucket, now)
 
-    def _removed(self, lane: Lane, now: int) -> Lane | None:
-        lane.live -= 1
-        if lane.live == 0:
-            self._end_lane(lane.name[1], lane.name[2])
-            return lane
-        lane.fifo.trim(lane.live, self._waits)
+    def _removed(self, bucket: PriorityBucket, now: int) -> PriorityBucket | None:
+        bucket.live -= 1
+        if bucket.live == 0:
+            self._end_bucket(bucket.name[1], bucket.name[2])
+            return bucket
+        bucket.fifo.trim(bucket.live, self._waits)
         if self._only is None:
-            self.offer(lane, now)
+            self.offer(bucket, now)
         return None
 
     def not_due(self, now: int) -> Iterator[DueEntry]:
-        """Iterate over the jobs whose `run_at` is after `now`, lane by lane. Nothing may change meanwhile."""
-        return chain.from_iterable(lane.not_due(now) for lanes in self.lanes.values() for lane in lanes.values())
+        """Iterate over the jobs whose `run_at` is after `now`, bucket by bucket. Nothing may change meanwhile."""
+        return chain.from_iterable(
+            bucket.not_due(now) for buckets in self.buckets.values() for bucket in buckets.values()
+        )
 
     def eligible(self, kinds: Iterable[str] | None, now: int) -> Iterator[DueEntry]:
         """Iterate over jobs of `kinds` (None: all) that are due and not overdue, in order. Nothing may change."""
@@ -422,7 +424,7 @@ class QueuedJobs:
         frontier: list[tuple[DueEntry, Iterator[DueEntry]]] = []
         while upcoming is not None or frontier:
             if upcoming is not None and (not frontier or upcoming[:4] <= frontier[0][0]):
-                following = self.lanes[upcoming[4]][upcoming[0]].eligible(now)
+                following = self.buckets[upcoming[4]][upcoming[0]].eligible(now)
                 upcoming = next(heads, None)
             else:
                 entry, following = heapq.heappop(frontier)
@@ -446,60 +448,60 @@ class QueuedJobs:
         return filter(self._waits, only.fifo)
 
     def oldest(self, now: int) -> DueEntry | None:
-        """Return the job that has been due longest and is not overdue. The first job of each lane is its oldest."""
-        firsts = (next(lane.eligible(now), None) for lanes in self.lanes.values() for lane in lanes.values())
+        """Return the job that has been due longest and is not overdue. The first job of each bucket is its oldest."""
+        firsts = (next(bucket.eligible(now), None) for buckets in self.buckets.values() for bucket in buckets.values())
         return min((entry for entry in firsts if entry is not None), key=_due_since, default=None)
 
-    def offer(self, lane: Lane, now: int) -> None:
-        """Update `heads` after a change of this lane. A lane whose first job is not due is offered when it is."""
-        first = lane.head()
-        assert first is not None  # the lane has a job
+    def offer(self, bucket: PriorityBucket, now: int) -> None:
+        """Update `heads` after a change of this bucket. A bucket whose first job is not due is offered when it is."""
+        first = bucket.head()
+        assert first is not None  # the bucket has a job
         if self._only is None and first[1] <= now:
-            self.heads.push((*first[:4], lane.name[1]))
+            self.heads.push((*first[:4], bucket.name[1]))
             self.heads.trim(self._count, self._is_head)
 
-    def _lane(self, kind: str, priority: int, now: int) -> Lane:
-        lanes = self.lanes.setdefault(kind, {})
-        lane = lanes.get(priority)
-        if lane is None:
+    def _bucket(self, kind: str, priority: int, now: int) -> PriorityBucket:
+        buckets = self.buckets.setdefault(kind, {})
+        bucket = buckets.get(priority)
+        if bucket is None:
             self._count += 1
             self._only = None
             if self._count == 2:
                 self._begin_heads(now)
-            lane = lanes[priority] = Lane((self._name, kind, priority), self._waits)
+            bucket = buckets[priority] = PriorityBucket((self._name, kind, priority), self._waits)
             if self._count == 1:
-                self._only = lane
-        return lane
+                self._only = bucket
+        return bucket
 
-    def _end_lane(self, kind: str, priority: int) -> None:
-        del self.lanes[kind][priority]
-        if not self.lanes[kind]:
-            del self.lanes[kind]
+    def _end_bucket(self, kind: str, priority: int) -> None:
+        del self.buckets[kind][priority]
+        if not self.buckets[kind]:
+            del self.buckets[kind]
         self._count -= 1
         self._only = None
         if self._count == 1:
             self.heads.entries.clear()
-            (lanes,) = self.lanes.values()
-            (self._only,) = lanes.values()
+            (buckets,) = self.buckets.values()
+            (self._only,) = buckets.values()
 
     def _begin_heads(self, now: int) -> None:
-        """Offer all lanes, because a second one is about to be added."""
-        for lanes in self.lanes.values():
-            for lane in lanes.values():
-                self.offer(lane, now)
+        """Offer all buckets, because a second one is about to be added."""
+        for buckets in self.buckets.values():
+            for bucket in buckets.values():
+                self.offer(bucket, now)
 
     def _is_head(self, head: tuple[int, int, int, str, str]) -> bool:
-        lane = self.lanes.get(head[4], {}).get(head[0])
-        if lane is None:
+        bucket = self.buckets.get(head[4], {}).get(head[0])
+        if bucket is None:
             return False
-        first = lane.head()
+        first = bucket.head()
         return first is not None and first[:4] == head[:4]
 
     def _all_heads(self, now: int) -> Iterator[tuple[int, int, int, str, str]]:
-        """Iterate over the heads of lanes with due jobs. A head that is no longer due is offered again when it is."""
+        """Iterate over the heads of buckets with due jobs. A head that is no longer due is offered again when it is."""
         return self.heads.ordered(lambda head: head[1] <= now and self._is_head(head))
 
     def _heads_of(self, kinds: Iterable[str], now: int) -> Iterator[tuple[int, int, int, str, str]]:
-        lanes = (lane for kind in set(kinds) for lane in self.lanes.get(kind, {}).values())
-        firsts = ((lane.head(), lane.name[1]) for lane in lanes)
+        buckets = (bucket for kind in set(kinds) for bucket in self.buckets.get(kind, {}).values())
+        firsts = ((bucket.head(), bucket.name[1]) for bucket in buckets)
         return iter(sorted((*first[:4], kind) for first, kind in firsts if first is not None and first[1] <= now))

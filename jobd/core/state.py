@@ -14,7 +14,17 @@ from typing import Final
 
 from msgspec.structs import astuple
 
-from jobd.core.ready_queue import SLACK, DueEntry, Lane, LaneName, LazyHeap, QueuedJobs, Sorted, TimeEntry, entry_of
+from jobd.core.ready_queue import (
+    SLACK,
+    BucketName,
+    DueEntry,
+    LazyHeap,
+    PriorityBucket,
+    QueuedJobs,
+    Sorted,
+    TimeEntry,
+    entry_of,
+)
 from jobd.core.stats import Counters
 from jobd.core.worker_presence import WorkerPresence
 from jobd.model.events import Event, QueuePause
@@ -42,7 +52,7 @@ class State:
     """All live jobs. `reindex` is the only way to change a row, so that every order and counter stays consistent."""
 
     __slots__ = (
-        "_deadline_of", "_deadlines", "_expiries", "_finished_bytes", "_lanes", "_late_calls", "_late_results",
+        "_buckets", "_deadline_of", "_deadlines", "_expiries", "_finished_bytes", "_late_calls", "_late_results",
         "_lease", "_not_live", "_now", "_options", "_queued", "_wakes", "clock_suspect", "counters", "counts", "epoch",
         "expired_locks", "finished", "jobs", "late", "next_cleanup_at", "next_event", "next_job",
         "next_token", "noted_expired", "on_due", "paused", "presence", "processing", "quarantined",
@@ -87,8 +97,8 @@ class State:
         self.release_loops: dict[str, int] = {}  # id -> releases of live jobs for which is_release_loop is true
         self.on_due: Callable[[str, str], None] = lambda queue, kind: None  # called for each job that becomes due
         self._queued: dict[str, QueuedJobs] = {}
-        self._lanes: OrderedDict[Lane, None] = OrderedDict()  # ordered by when a job in it last became due
-        self._wakes: LazyHeap[tuple[int, LaneName]] = LazyHeap()  # run_at of the next delayed job of each lane
+        self._buckets: OrderedDict[PriorityBucket, None] = OrderedDict()  # ordered by when a job in it last became due
+        self._wakes: LazyHeap[tuple[int, BucketName]] = LazyHeap()  # run_at of the next delayed job of each bucket
         self._expiries: Sorted[TimeEntry] = Sorted()  # expires_at of queued jobs
         self._deadlines: LazyHeap[TimeEntry] = LazyHeap()
         self._deadline_of: dict[str, int] = {}  # id -> lease time of its one valid entry
@@ -157,12 +167,12 @@ class State:
 
     def queued_kinds(self, queue: str) -> list[str]:
         """Return the kinds of the queued jobs of `queue`."""
-        return list(self._queued[queue].lanes) if queue in self._queued else []
+        return list(self._queued[queue].buckets) if queue in self._queued else []
 
     def oldest_of_kind(self, queue: str, kind: str, now: int) -> tuple[int, DueEntry | None]:
-        """Return the number of lanes of the kind, and the entry of its job that has been due longest at `now`."""
-        lanes = self._queued[queue].lanes.get(kind, {}) if queue in self._queued else {}
-        firsts = [next(lane.eligible(now), None) for lane in lanes.values()]
+        """Return the number of buckets of the kind, and the entry of its job that has been due longest at `now`."""
+        buckets = self._queued[queue].buckets.get(kind, {}) if queue in self._queued else {}
+        firsts = [next(bucket.eligible(now), None) for bucket in buckets.values()]
         return len(firsts), min((entry for entry in firsts if entry), key=itemgetter(1, 2), default=None)
 
     def oldest_due(self) -> tuple[str, DueEntry] | None:
@@ -171,9 +181,9 @@ class State:
         found = ((queue, entry) for queue, entry in firsts if entry is not None)
         return min(found, key=lambda each: (each[1][1], each[1][2]), default=None)
 
-    def due_lanes(self, queue: str) -> int:
-        """Return the number of lanes that `oldest_due_at` reads: one for each kind and priority of queued jobs."""
-        return sum(map(len, self._queued[queue].lanes.values())) if queue in self._queued else 0
+    def due_buckets(self, queue: str) -> int:
+        """Return the number of buckets that `oldest_due_at` reads: one for each kind and priority of queued jobs."""
+        return sum(map(len, self._queued[queue].buckets.values())) if queue in self._queued else 0
 
     def overdue(self) -> Iterator[str]:
         """Iterate over ids of queued jobs whose expires_at has passed as of the last `advance`, in that order.
@@ -191,10 +201,10 @@ class State:
     def next_run_at(self) -> int | None:
         """Return when the next job becomes due (Unix ms)."""
         while (wake := self._wakes.first(self._is_wake)) is not None:
-            lane = self._lane(wake[1])
-            if (run_at := lane.next_run_at(self._now)) == wake[0]:
+            bucket = self._bucket(wake[1])
+            if (run_at := bucket.next_run_at(self._now)) == wake[0]:
                 return run_at
-            self._wake_at(lane, run_at)  # the first job is no longer queued
+            self._wake_at(bucket, run_at)  # the first job is no longer queued
         return None
 
     def next_deadline(self) -> int | None:
@@ -376,7 +386,7 @@ class State:
         self.presence.set_time(now, lease)
         for wake in self._wakes.pop_until(now):
             if self._is_wake(wake):
-                self._wake(self._lane(wake[1]))
+                self._wake(self._bucket(wake[1]))
         for entry in self._deadlines.pop_until(lease):
             if self._is_deadline(entry):
                 job = self.processing[entry[2]]
@@ -408,38 +418,38 @@ class State:
     def _enter_all(self, jobs: Iterable[CompactJob]) -> None:
         """Add compact jobs to an empty state, at a quarter of the cost of single ones."""
         groups: defaultdict[int, list[CompactJob]] = defaultdict(list)
-        lanes: defaultdict[tuple[str, str, int], list[CompactJob]] = defaultdict(list)
+        buckets: defaultdict[tuple[str, str, int], list[CompactJob]] = defaultdict(list)
         for job in jobs:
             groups[id(job.options)].append(job)  # by identity, because comparing values is slower
         for group in groups.values():
             options = group[0].options
-            lanes[(options.queue, options.kind, options.priority)] += group
+            buckets[(options.queue, options.kind, options.priority)] += group
             self._counts_of(options.queue)["queued"] += len(group)
             self.totals["queued"] += len(group)
             self.jobs.keep_all_compact(group)
-        for (queue, kind, priority), group in lanes.items():
-            lane = self._queued_of(queue).join_all(kind, priority, group, self._now)
-            self._became_due(lane)
-            self._wake_at(lane, lane.next_run_at(self._now))  # the clock can have been set back
+        for (queue, kind, priority), group in buckets.items():
+            bucket = self._queued_of(queue).join_all(kind, priority, group, self._now)
+            self._became_due(bucket)
+            self._wake_at(bucket, bucket.next_run_at(self._now))  # the clock can have been set back
 
     def _enter_queue(self, job: Job, short: CompactJob | None) -> None:
         options, now = job.options, self._now
         queued = self._queued_of(options.queue)
         if short is None:
             self.jobs.keep(job)
-            lane = queued.add(options.kind, entry_of(job), now)
+            bucket = queued.add(options.kind, entry_of(job), now)
         else:
             self.jobs.keep_compact(short)
-            lane = queued.join(short, now)
+            bucket = queued.join(short, now)
         if job.run_at <= now:
-            self._became_due(lane)
+            self._became_due(bucket)
             self.on_due(options.queue, options.kind)
         else:
-            if lane not in self._lanes:
-                self._lanes[lane] = None
-                self._lanes.move_to_end(lane, last=False)
-            if lane.wakes_at is None or job.run_at < lane.wakes_at:
-                self._wake_at(lane, job.run_at)
+            if bucket not in self._buckets:
+                self._buckets[bucket] = None
+                self._buckets.move_to_end(bucket, last=False)
+            if bucket.wakes_at is None or job.run_at < bucket.wakes_at:
+                self._wake_at(bucket, job.run_at)
         if job.expires_at is not None:
             self._expiries.add((job.expires_at, job.seq, job.id))
 
@@ -449,11 +459,11 @@ class State:
             queued = self._queued[queue] = QueuedJobs(queue, self.jobs.waits)
         return queued
 
-    def _became_due(self, lane: Lane) -> None:
-        if lane.due_at != self._now:
-            lane.due_at = self._now
-            self._lanes[lane] = None
-            self._lanes.move_to_end(lane)
+    def _became_due(self, bucket: PriorityBucket) -> None:
+        if bucket.due_at != self._now:
+            bucket.due_at = self._now
+            self._buckets[bucket] = None
+            self._buckets.move_to_end(bucket)
 
     def _leave_queue(self, job: Job) -> None:
         options, now = job.options, self._now
@@ -463,29 +473,29 @@ class State:
         else:
             ended = queued.remove(options.kind, entry_of(job), now)
         if ended is not None:
-            del self._lanes[ended]
-            if not queued.lanes:
+            del self._buckets[ended]
+            if not queued.buckets:
                 del self._queued[options.queue]
         if job.expires_at is not None:
             self._expiries.remove((job.expires_at, job.seq, job.id))
 
-    def _lane(self, name: LaneName) -> Lane:
+    def _bucket(self, name: BucketName) -> PriorityBucket:
         queue, kind, priority = name
-        return self._queued[queue].lanes[kind][priority]
+        return self._queued[queue].buckets[kind][priority]
 
-    def _wake(self, lane: Lane) -> None:
-        """Handle that the next job of `lane` has become due."""
-        queue, kind, _ = lane.name
-        self._became_due(lane)
-        self._queued[queue].offer(lane, self._now)
-        self._wake_at(lane, lane.next_run_at(self._now))
+    def _wake(self, bucket: PriorityBucket) -> None:
+        """Handle that the next job of `bucket` has become due."""
+        queue, kind, _ = bucket.name
+        self._became_due(bucket)
+        self._queued[queue].offer(bucket, self._now)
+        self._wake_at(bucket, bucket.next_run_at(self._now))
         self.on_due(queue, kind)
 
-    def _wake_at(self, lane: Lane, run_at: int | None) -> None:
-        lane.wakes_at = run_at
+    def _wake_at(self, bucket: PriorityBucket, run_at: int | None) -> None:
+        bucket.wakes_at = run_at
         if run_at is not None:
-            self._wakes.push((run_at, lane.name))
-            self._wakes.trim(len(self._lanes), self._is_wake)
+            self._wakes.push((run_at, bucket.name))
+            self._wakes.trim(len(self._buckets), self._is_wake)
 
     def _begin_processing(self, job: Job) -> None:
         job_id, grant = job.id, job.grant
@@ -543,19 +553,19 @@ class State:
     def _rewind(self, now: int) -> None:
         """Apply a step back of the wall clock: due jobs may have to wait again, and overdue ones may be eligible again.
 
-        No job moves. Only lanes in which a job has become due since then get a new wake time.
+        No job moves. Only buckets in which a job has become due since then get a new wake time.
         """
         expiry = self.next_expiry()
         was_overdue = expiry is not None and expiry <= self._now
         self._now = now
-        for lane in reversed(self._lanes):
-            if lane.due_at <= now:
+        for bucket in reversed(self._buckets):
+            if bucket.due_at <= now:
                 break
-            lane.due_at = now
-            self._wake_at(lane, lane.next_run_at(now))
+            bucket.due_at = now
+            self._wake_at(bucket, bucket.next_run_at(now))
         if was_overdue:
             for queue, queued in self._queued.items():
-                for kind in queued.lanes:
+                for kind in queued.buckets:
                     self.on_due(queue, kind)
 
     # -- counters and validity ----------------------------------------------------------------------------------------
@@ -611,14 +621,14 @@ class State:
         if self.paused.pop(queue, None) is not None and queue not in self.counts:
             self.queue_names.remove(queue)
         if queue in self._queued:
-            for kind in self._queued[queue].lanes:
+            for kind in self._queued[queue].buckets:
                 self.on_due(queue, kind)
 
-    def _is_wake(self, wake: tuple[int, LaneName]) -> bool:
+    def _is_wake(self, wake: tuple[int, BucketName]) -> bool:
         queue, kind, priority = wake[1]
         queued = self._queued.get(queue)
-        lane = None if queued is None else queued.lanes.get(kind, {}).get(priority)
-        return lane is not None and lane.wakes_at == wake[0]
+        bucket = None if queued is None else queued.buckets.get(kind, {}).get(priority)
+        return bucket is not None and bucket.wakes_at == wake[0]
 
     def _is_deadline(self, entry: TimeEntry) -> bool:
         return self._deadline_of.get(entry[2]) == entry[0] and self.processing[entry[2]].seq == entry[1]

@@ -36,7 +36,7 @@ from jobd.engine.mailbox import (
     needs_payload_first,
     weight,
 )
-from jobd.engine.waiting_claims import ParkedClaims
+from jobd.engine.waiting_claims import WaitingClaims
 from jobd.model.commands import (
     AnyCommand,
     Call,
@@ -73,7 +73,7 @@ BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Bounds(Struct, frozen=True):
-    """The limits of the mailbox and of parked claims."""
+    """The limits of the mailbox and of waiting claims."""
 
     mailbox: int = 10_000  # commands
     inflight_bytes: int = 64 << 20
@@ -114,7 +114,7 @@ class Actor:
         self.state = state
         self.policy = policy
         self.bounds = bounds or Bounds()
-        self.parked = ParkedClaims(state.presence)
+        self.waiting_claims = WaitingClaims(state.presence)
         self.full_disk = FullDisk(disk, clock, loop_time, is_full=is_full, has_reserve=has_reserve)
         self.slow_commit_s = SLOW_COMMIT_S
         self.before_batch: Callable[[], None] = lambda: None  # called before a batch is taken; an error ends `run`
@@ -141,7 +141,7 @@ class Actor:
         self._decider = Decider(
             state,
             keys,
-            self.parked,
+            self.waiting_claims,
             refuse=self.full_disk.refuse,
             loop_time=loop_time,
         )
@@ -206,10 +206,10 @@ class Actor:
         return envelope
 
     def abandon(self, envelope: Envelope) -> None:
-        """Record that the caller of `envelope` is gone. Its claim does not stay parked."""
-        first = self.parked.waiting_with(envelope.key.digest) if envelope.key is not None else envelope
+        """Record that the caller of `envelope` is gone. Its claim stops waiting."""
+        first = self.waiting_claims.waiting_with(envelope.key.digest) if envelope.key is not None else envelope
         if first is not None and first.is_abandoned:
-            self.parked.remove(first)
+            self.waiting_claims.remove(first)
 
     def undelivered(self, response: Response) -> None:
         """Release the grants of a response whose connection closed before its first byte, if no other received them."""
@@ -241,15 +241,15 @@ class Actor:
         self._lost_disk = error
         self._wake.set()
 
-    def stop_parking(self) -> None:
-        """Park no more claims, and end the waits of parked ones."""
-        self._decider.parking = False
+    def end_claim_waits(self) -> None:
+        """Let no more claims wait, and end the waits of others."""
+        self._decider.may_wait = False
         self._wake.set()
 
     def stop(self) -> None:
         """Accept no more commands. `run` ends when the mailbox is empty."""
         self._stopping = True
-        self.stop_parking()
+        self.end_claim_waits()
 
     @property
     def waiting(self) -> int:
@@ -269,7 +269,7 @@ class Actor:
             if command.wait_ms > bounds.claim_wait_ms:
                 message = f"wait_ms may be at most {bounds.claim_wait_ms} (limits.claim_wait), not {command.wait_ms}."
                 return ApiError("invalid_request", message, {"field": "$.wait_ms"})
-            if len(self.parked) >= bounds.parked_claims:
+            if len(self.waiting_claims) >= bounds.parked_claims:
                 return ApiError("overloaded", "Too many claims are waiting for work; try again without wait_ms.")
         return None
 
@@ -287,7 +287,7 @@ class Actor:
     async def run(self) -> None:
         """Serve the mailbox until `stop`. Raises DiskBroken if a commit fails, or `before_batch` does."""
         try:
-            while not (self._stopping and not self._mailbox and not self.parked and not self._has_internal()):
+            while not (self._stopping and not self._mailbox and not self.waiting_claims and not self._has_internal()):
                 await self._serve_batch()
         finally:
             self.ended.set()
@@ -343,7 +343,7 @@ class Actor:
     def _wait_s(self) -> float | None:
         """Return the seconds until a wait ends, a job may become due for a waiting claim, or a probe is due."""
         waits = []
-        if (deadline := self.parked.next_deadline()) is not None:
+        if (deadline := self.waiting_claims.next_deadline()) is not None:
             waits.append(deadline - self._loop_time())
             now = self._clock.moment().now
             run_at, expiry = self.state.next_run_at(), self.state.next_expiry()
@@ -578,8 +578,12 @@ class Actor:
         return False
 
     def _end_waits(self) -> None:
-        """Respond without grants to parked claims whose wait is over, or to all of them before the end."""
-        late = self.parked.take_late(self._loop_time()) if self._decider.parking else self.parked.take_all()
+        """Respond without grants to waiting claims whose wait is over, or to all of them before the end."""
+        late = (
+            self.waiting_claims.take_expired(self._loop_time())
+            if self._decider.may_wait
+            else self.waiting_claims.take_all()
+        )
         for envelope in late:
             envelope.reply(Response(Grants([])))
 
@@ -614,11 +618,11 @@ class Actor:
             log.warning("leadership_lost", reason=str(error), commands=len(batch))
             reason = "this node does not lead the cluster any more"
             self._rejection = not_leader_error(None)
-            undone += self.parked.take_all()
+            undone += self.waiting_claims.take_all()
         else:
             log.critical("commit_failed", error=str(error), kind=type(error).__name__, commands=len(batch))
             reason = "the disk failed"
-            unknown += self.parked.take_all()
+            unknown += self.waiting_claims.take_all()
         message = f"The outcome is unknown because {reason}. Repeat the request with the same id or Idempotency-Key."
         for envelope in unknown:
             envelope.reply(ApiError("outcome_unknown", message, {"outcome": "unknown"}))

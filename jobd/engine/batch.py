@@ -19,7 +19,7 @@ from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.mailbox import Envelope
-from jobd.engine.waiting_claims import ParkedClaims
+from jobd.engine.waiting_claims import WaitingClaims
 from jobd.model.commands import (
     AnyCommand,
     Call,
@@ -69,8 +69,8 @@ class DecidedBatch(Struct):
     report: bytes | None = None
     tick: bool = False
     unmark: bool = False
-    served: list[Envelope] = field(default_factory=list)  # parked claims that got a grant
-    parked: list[Envelope] = field(default_factory=list)  # claims that began to wait
+    served: list[Envelope] = field(default_factory=list)  # waiting claims that got a grant
+    began_waiting: list[Envelope] = field(default_factory=list)  # claims that began to wait
     audit: list[AuditEntry] = field(default_factory=list)
 
     def reply(self, envelope: Envelope, response: Response | ApiError) -> None:
@@ -109,16 +109,16 @@ class Decider:
         self,
         state: State,
         keys: IdempotencyStore,
-        parked: ParkedClaims,
+        waiting_claims: WaitingClaims,
         *,
         refuse: Callable[[Command], ApiError | None],
         loop_time: Callable[[], float],
     ) -> None:
         self.state = state
         self.keys = keys
-        self.parked = parked
-        self.parking = True  # off once the daemon stops
-        self.served: list[Envelope] = []  # the parked claims that the latest batch serves
+        self.waiting_claims = waiting_claims
+        self.may_wait = True  # off once the daemon stops
+        self.served: list[Envelope] = []  # the waiting claims that the latest batch serves
         self._refuse = refuse
         self._loop_time = loop_time
         self._became_due: dict[tuple[str, str], None] = {}
@@ -129,13 +129,13 @@ class Decider:
 
     @property
     def has_due(self) -> bool:
-        """Whether jobs became due for which parked claims may wait."""
+        """Whether jobs became due for which claims may wait."""
         return bool(self._became_due)
 
     def decide(
         self, envelopes: list[Envelope], at: Moment, known: Preloaded, policy: Policy, *, serves: bool = True
     ) -> DecidedBatch:
-        """Decide a batch. Without `serves`, parked claims get the jobs that became due in the next batch."""
+        """Decide a batch. Without `serves`, waiting claims get the jobs that became due in the next batch."""
         decided = DecidedBatch(at, known, Transaction(self.state, at, policy))
         if at.suspect != self.state.clock_suspect and self._refuse(Create()) is None:
             decided.tick = True  # the suspicion is written at once; on a full disk with the next batch
@@ -144,7 +144,7 @@ class Decider:
         self.state.late = known.late
         self.state.advance(at.now, at.lease)
         if serves:
-            self._serve_parked(decided)
+            self._serve_waiting(decided)
         for envelope in envelopes:
             if type(envelope.call.command) in _GRANTING and envelope.is_abandoned:
                 continue  # no caller is left to receive the grant
@@ -152,7 +152,7 @@ class Decider:
             if response is not None:
                 decided.reply(envelope, response)
             if serves and self._became_due:
-                self._serve_parked(decided)
+                self._serve_waiting(decided)
         return decided
 
     def batch(self, decided: DecidedBatch, policy: Policy) -> Batch:
@@ -192,11 +192,11 @@ class Decider:
         """Undo the batch, because it was not written. Its numbers stay used."""
         self.keys.rollback()
         # Claims are restored before the jobs, which may become due for them.
-        for envelope in decided.parked:
-            self.parked.remove(envelope)
-        waiting_again = [each for each in decided.served if each not in decided.parked and not each.is_abandoned]
+        for envelope in decided.began_waiting:
+            self.waiting_claims.remove(envelope)
+        waiting_again = [each for each in decided.served if each not in decided.began_waiting and not each.is_abandoned]
         for envelope in waiting_again:
-            self.parked.add(envelope)
+            self.waiting_claims.add(envelope)
         decided.tx.roll_back()
         # The job that a claim got may be in quarantine now, so any other job of its queues may be its next one.
         claims = [each.call.command for each in waiting_again]
@@ -225,13 +225,13 @@ class Decider:
     # -- one command --------------------------------------------------------------------------------------------------
 
     def _decide_one(self, decided: DecidedBatch, envelope: Envelope) -> Response | ApiError | None:
-        """Return the response to one command. None: its claim is parked, or waits for an equal one that is."""
+        """Return the response to one command. None: its claim waits for work, or for an equal one that does."""
         command = envelope.call.command
         key = envelope.key
         if key is not None and is_dry_run(command):
             key = None  # a dry run may be repeated
         if key is not None:
-            first = self.parked.waiting_with(key.digest)
+            first = self.waiting_claims.waiting_with(key.digest)
             if first is not None and first is not envelope:
                 return _join(first, envelope)
             known = self._stored_response(decided, envelope, key)
@@ -245,10 +245,10 @@ class Decider:
         elif type(command) in _NOTED and (refusal := self._note(decided, command)) is not None:
             return refusal
         response = self._decided(decided, envelope.call)
-        if type(command) is Claim and self._parks(command, response):
+        if type(command) is Claim and self._waits(command, response):
             envelope.deadline = self._loop_time() + command.wait_ms / 1000
-            self.parked.add(envelope)
-            decided.parked.append(envelope)
+            self.waiting_claims.add(envelope)
+            decided.began_waiting.append(envelope)
             return None
         if key is not None:
             self._store_response(decided, envelope, key, response)
@@ -293,31 +293,31 @@ class Decider:
         if audit_share(audited.what, audited.outcome) == "changes" or self._refuse(Create()) is None:
             decided.audit.append(audited)
 
-    # -- parked claims ------------------------------------------------------------------------------------------------
+    # -- waiting claims ------------------------------------------------------------------------------------------------
 
-    def _parks(self, claim: Claim, response: Response | ApiError) -> bool:
-        if not self.parking or claim.wait_ms == 0:
+    def _waits(self, claim: Claim, response: Response | ApiError) -> bool:
+        if not self.may_wait or claim.wait_ms == 0:
             return False
         return isinstance(response, Response) and not response.grants
 
     def _note_due(self, queue: str, kind: str) -> None:
-        if self.parked.by_ticket:
+        if self.waiting_claims.by_ticket:
             self._became_due[(queue, kind)] = None
 
-    def _serve_parked(self, decided: DecidedBatch) -> None:
-        """Serve the parked claims for which jobs became due, before any new claim.
+    def _serve_waiting(self, decided: DecidedBatch) -> None:
+        """Serve the waiting claims for which jobs became due, before any new claim.
 
         The claim that has waited longest is first, over all queues at once.
         """
         waiting: list[tuple[int, str, str]] = []  # ticket of the first claim, queue, kind
         while self._became_due or waiting:
-            lanes, self._became_due = self._became_due, {}
-            for queue, kind in lanes:
+            due, self._became_due = self._became_due, {}
+            for queue, kind in due:
                 self._line_up(waiting, queue, kind)
             if not waiting:
                 return
             ticket, queue, kind = heappop(waiting)
-            envelope = self.parked.first(queue, kind)
+            envelope = self.waiting_claims.first(queue, kind)
             if envelope is not None and self._refuse(envelope.call.command) is not None:
                 # The jobs stay due for the claims until the disk has room.
                 self._became_due = dict.fromkeys([(queue, kind), *((queue, kind) for _, queue, kind in waiting)])
@@ -326,15 +326,15 @@ class Decider:
                 self._line_up(waiting, queue, kind)
 
     def _line_up(self, waiting: list[tuple[int, str, str]], queue: str, kind: str) -> None:
-        if (envelope := self.parked.first(queue, kind)) is not None:
+        if (envelope := self.waiting_claims.first(queue, kind)) is not None:
             heappush(waiting, (envelope.ticket, queue, kind))
 
     def _serve(self, decided: DecidedBatch, envelope: Envelope) -> bool:
-        """Serve a parked claim. Return whether it got a grant."""
+        """Serve a waiting claim. Return whether it got a grant."""
         response = self._decided(decided, envelope.call)
         if not isinstance(response, Response) or not response.grants:
             return False
-        self.parked.remove(envelope)
+        self.waiting_claims.remove(envelope)
         decided.served.append(envelope)
         if envelope.key is not None:
             self._store_response(decided, envelope, envelope.key, response)
@@ -407,7 +407,7 @@ class Decider:
 
 
 def _join(first: Envelope, envelope: Envelope) -> ApiError | None:
-    """Let the repeat of a parked call wait for the same response. Return an error if its body differs."""
+    """Let the repeat of a waiting call wait for the same response. Return an error if its body differs."""
     assert first.key is not None and envelope.key is not None
     if first.key.body_hash != envelope.key.body_hash:
         return _key_reused()

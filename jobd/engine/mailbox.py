@@ -120,9 +120,9 @@ class Waiter(Protocol):
 class Envelope(Struct, eq=False):
     """A call in the mailbox, with the receivers of its response.
 
-    `futures` has several if its key is repeated while it is parked. `size` is in bytes, as it counts towards
+    `futures` has several if its key is repeated while it waits. `size` is in bytes, as it counts towards
     limits.inflight_bytes. `ordered`: decided after the earlier commands of the same sender. `ticket` is the order of
-    arrival among parked claims, `deadline` the loop time at which such a claim gets a response without grants, or at
+    arrival among waiting claims, `deadline` the loop time at which such a claim gets a response without grants, or at
     which a deferred command of the daemon is decided before others.
     """
 

@@ -12,8 +12,8 @@ from jobd.model.commands import Claim
 Place = tuple[str, str | None]  # queue, and kind or None for all kinds
 
 
-class ParkedClaims:
-    """Waiting claims by the lanes that they wait for. Deadlines are in the event loop's time, seconds.
+class WaitingClaims:
+    """Waiting claims by the queues and kinds that they wait for. Deadlines are in the event loop's time, seconds.
 
     `presence` records each wait, because a worker counts as seen while its claim waits.
     """
@@ -30,7 +30,7 @@ class ParkedClaims:
         return len(self.by_ticket)
 
     def add(self, envelope: Envelope) -> None:
-        """Park a claim. One that was parked before, in a batch that was not written, gets its former place."""
+        """Let a claim wait. One that waited before, in a batch that was not written, gets its former place."""
         claim = envelope.call.command
         assert isinstance(claim, Claim)
         if envelope.ticket == 0:
@@ -48,7 +48,7 @@ class ParkedClaims:
             self._by_digest[envelope.key.digest] = envelope
 
     def remove(self, envelope: Envelope) -> bool:
-        """Remove a claim. Return whether it was parked."""
+        """Remove a claim. Return whether it waited."""
         found = self.by_ticket.pop(envelope.ticket, None)
         if found is None:
             return False
@@ -70,7 +70,7 @@ class ParkedClaims:
         return None if ticket is None else self.by_ticket[ticket][0]
 
     def waiting_with(self, digest: str) -> Envelope | None:
-        """Return the parked claim with this idempotency key."""
+        """Return the waiting claim with this idempotency key."""
         return self._by_digest.get(digest)
 
     def next_deadline(self) -> float | None:
@@ -78,7 +78,7 @@ class ParkedClaims:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
-    def take_late(self, time: float) -> Iterator[Envelope]:
+    def take_expired(self, time: float) -> Iterator[Envelope]:
         """Remove and return the claims whose wait is over at loop time `time`."""
         while (deadline := self.next_deadline()) is not None and deadline <= time:
             envelope = self.by_ticket[heapq.heappop(self._deadlines)[1]][0]

@@ -162,7 +162,7 @@ class Metrics:
         database, wal = await asyncio.to_thread(lambda: (_size(path), _size(f"{path}-wal")))
         return ProcessStats(
             mailbox=self._actor.waiting,
-            parked=len(self._actor.parked),
+            parked=len(self._actor.waiting_claims),
             commit_p99_s=self.commit_p99_s(),
             loop_lag_s=max(self._lags, default=0.0),
             database_bytes=database,
@@ -212,7 +212,7 @@ class Metrics:
             mailbox=actor.waiting,
             mailbox_limit=actor.bounds.mailbox,
             events=dict(stats.events),
-            waiting_claims=len(actor.parked),
+            waiting_claims=len(actor.waiting_claims),
             listeners=self._feed.listeners,
             dropped=self._feed.dropped,
             lag_s=max(self._lags, default=0.0),
@@ -400,7 +400,7 @@ def oldest_due_s(state: State, now: int) -> dict[str, float]:
     """Return how long the oldest due job of each named queue has waited, or 0. Skips queues with very many kinds."""
     found, left = {}, MAX_BUCKETS_SCANNED
     for queue in islice(state.counts, QUEUES_SHOWN):
-        left -= (buckets := state.due_lanes(queue))
+        left -= (buckets := state.due_buckets(queue))
         if left < 0:
             left += buckets
             continue

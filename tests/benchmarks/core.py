@@ -22,7 +22,7 @@ from jobd.core.state import State
 from jobd.engine.batch import DecidedBatch, Decider, Preloaded
 from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.mailbox import Envelope
-from jobd.engine.waiting_claims import ParkedClaims
+from jobd.engine.waiting_claims import WaitingClaims
 from jobd.http.decoding import Limits, RequestDecoder
 from jobd.http.response import response_line
 from jobd.model.commands import Call, Claim, Command, Complete, Create, Moment
@@ -62,7 +62,7 @@ class MeasuredCore:
         self._decider = Decider(
             self._book,
             IdempotencyStore([], 1_000),
-            ParkedClaims(self._book.presence),
+            WaitingClaims(self._book.presence),
             refuse=lambda command: None,
             loop_time=time.monotonic,
         )

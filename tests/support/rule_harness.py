@@ -327,8 +327,8 @@ def _compare_orders(state: State, rows: dict[str, Job], at: Moment) -> None:
             jobs, at.now, [queue], kinds[:1], state.paused
         )
         queued = [job for job in jobs if job.status == "queued" and job.options.queue == queue]
-        lanes = {(job.options.kind, job.options.priority) for job in queued}
-        assert state.due_lanes(queue) == len(lanes)
+        buckets = {(job.options.kind, job.options.priority) for job in queued}
+        assert state.due_buckets(queue) == len(buckets)
         due = [job.run_at for job in queued if job.run_at <= at.now and not transitions.is_overdue(job, at.now)]
         assert state.oldest_due_at(queue) == min(due, default=None)
     waiting = [job.run_at for job in jobs if job.status == "queued" and job.run_at > at.now]

@@ -44,6 +44,6 @@ async def worker_api_server(
     async with HttpHarness(ROUTES, directory, actor=actor, **options) as harness:
         yield WorkerApiServer(harness, actor, disk)
         disk.gate.set()
-        actor.stop_parking()
+        actor.end_claim_waits()
     actor.stop()
     await running

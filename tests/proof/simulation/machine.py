@@ -451,7 +451,7 @@ class SimDaemon:
         await self.stopped.wait()
         self.is_open = False
         self.how = "disk broken" if running.done() else "stopped"
-        self.actor.stop_parking()
+        self.actor.end_claim_waits()
         await self._answer_pending()
         if sweeping is not None and self.sweeper is not None:
             self.sweeper.stop()

@@ -183,12 +183,12 @@ class Monitor(DecisionChecks):
         """Check that waiting claims are served in order of arrival, and before new ones."""
         if self.daemon is None:
             return
-        parked = self.daemon.actor.parked
-        mine = next((asked for asked, *_ in parked.by_ticket.values() if asked.call.command is command), None)
+        waiting = self.daemon.actor.waiting_claims
+        mine = next((asked for asked, *_ in waiting.by_ticket.values() if asked.call.command is command), None)
         for change in decision.changes:
             if change.event.type != "granted" or change.after is None:
                 continue
-            first = parked.first(change.event.queue, change.after.options.kind)
+            first = waiting.first(change.event.queue, change.after.options.kind)
             passed = first is not None and first is not mine and not first.is_abandoned
             self.must(not passed, "S14", "a claim passed by one that waited longer", change.event.job_id)
 

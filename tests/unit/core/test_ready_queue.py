@@ -16,11 +16,11 @@ from jobd.core.ready_queue import (
     BLOCK,
     NEVER,
     SLACK,
+    BucketEntries,
     DueEntry,
     Fifo,
-    Lane,
-    LaneEntries,
     LazyHeap,
+    PriorityBucket,
     QueuedJobs,
     Sorted,
     compact_entry,
@@ -227,11 +227,11 @@ class NaiveReadyQueue:
             self.due.remove_compact(short, self.now)
 
     def at(self, now: int) -> None:
-        """Advance to `now` and offer lanes whose first job becomes due, like the state."""
+        """Advance to `now` and offer buckets whose first job becomes due, like the state."""
         self.now = now
-        for lanes in self.due.lanes.values():
-            for lane in lanes.values():
-                self.due.offer(lane, now)
+        for buckets in self.due.buckets.values():
+            for bucket in buckets.values():
+                self.due.offer(bucket, now)
 
     def check(self) -> None:
         now = self.now
@@ -245,12 +245,12 @@ class NaiveReadyQueue:
             if kinds is None and (first := self.due.first_in_fifo(now)) is not None:
                 assert compact_entry(first) == expected[0]
         counts = Counter((kind, found[0]) for kind, found in self.live)
-        lanes = [(kind, priority, lane) for kind, of in self.due.lanes.items() for priority, lane in of.items()]
-        assert {(kind, priority): lane.live for kind, priority, lane in lanes} == counts
-        for kind, priority, lane in lanes:
+        buckets = [(kind, priority, bucket) for kind, of in self.due.buckets.items() for priority, bucket in of.items()]
+        assert {(kind, priority): bucket.live for kind, priority, bucket in buckets} == counts
+        for kind, priority, bucket in buckets:
             later = [found[1] for each, found in self.live if (each, found[0]) == (kind, priority) and found[1] > now]
-            assert lane.next_run_at(now) == min(later, default=None)
-            assert [entry[1] for entry in lane.not_due(now)] == sorted(later)
+            assert bucket.next_run_at(now) == min(later, default=None)
+            assert [entry[1] for entry in bucket.not_due(now)] == sorted(later)
         assert sorted(self.due.not_due(now)) == sorted(found for _, found in self.live if found[1] > now)
         oldest = min((found for _, found in eligible), key=lambda found: (found[1], found[2]), default=None)
         assert self.due.oldest(now) == oldest
@@ -284,15 +284,15 @@ def test_jobs_that_are_all_in_one_fifo_need_no_merge() -> None:
     assert in_fifo(6) == (None, None)
 
 
-def test_a_lane_is_removed_with_its_last_job() -> None:
+def test_a_bucket_is_removed_with_its_last_job() -> None:
     model = NaiveReadyQueue()
     first, second, third = model.add("a", 0, 1, 1), model.add("a", 5, 1, 2), model.add("b", 0, 1, 3)
     model.remove(first)
-    assert list(model.due.lanes["a"]) == [5]
+    assert list(model.due.buckets["a"]) == [5]
     model.remove(second)
-    assert list(model.due.lanes) == ["b"]
+    assert list(model.due.buckets) == ["b"]
     model.remove(third)
-    assert not model.due.lanes
+    assert not model.due.buckets
     model.check()
 
 
@@ -359,12 +359,12 @@ def test_a_job_joins_the_fifo_only_at_its_end() -> None:
     for found in [(0, 5, 2), (0, 4, 3), (0, 5, 1), (0, 5, 4)]:
         model.join("a", *found)
         model.check()
-    (lane,) = model.due.lanes["a"].values()
-    assert [job.seq for job in lane.fifo] == [2, 4]
-    assert len(list(lane.others)) == 2
+    (bucket,) = model.due.buckets["a"].values()
+    assert [job.seq for job in bucket.fifo] == [2, 4]
+    assert len(list(bucket.others)) == 2
 
 
-def test_the_first_jobs_of_a_lane_can_be_added_at_once_in_any_order() -> None:
+def test_the_first_jobs_of_a_bucket_can_be_added_at_once_in_any_order() -> None:
     model = NaiveReadyQueue()
     jobs = [untouched("a", 3, created_at, seq) for created_at, seq in [(5, 2), (4, 3), (5, 1), (5, 4)]]
     for job in jobs:
@@ -381,8 +381,8 @@ def test_fifos_stay_small_while_jobs_come_and_go() -> None:
     model.join("a", 0, 0, 0)
     for seq in range(1, 2_000):
         model.remove(model.join("a", 0, seq, seq))
-    (lane,) = model.due.lanes["a"].values()
-    assert len(lane.fifo) <= 2 + SLACK + 1
+    (bucket,) = model.due.buckets["a"].values()
+    assert len(bucket.fifo) <= 2 + SLACK + 1
     model.check()
 
 
@@ -392,13 +392,13 @@ def test_heaps_stay_small_while_jobs_come_and_go() -> None:
     for seq in range(1, 2_000):
         model.remove(model.add("a", 0, seq, seq))
         model.remove(model.add("b", seq % 7, 1, seq))
-    (lane,) = model.due.lanes["a"].values()
-    assert len(list(lane.others)) <= 2 + SLACK + 1
+    (bucket,) = model.due.buckets["a"].values()
+    assert len(list(bucket.others)) <= 2 + SLACK + 1
     assert len(model.due.heads.entries) <= 2 + SLACK + 1
     model.check()
 
 
-def test_a_lane_has_few_heads_while_jobs_are_only_added_or_only_removed() -> None:
+def test_a_bucket_has_few_heads_while_jobs_are_only_added_or_only_removed() -> None:
     model = NaiveReadyQueue()
     model.add("b", 0, 0, 9_999)
     items = [model.add("a", 0, 2_000 - seq, seq) for seq in range(1_000)]  # each goes before all others
@@ -410,7 +410,7 @@ def test_a_lane_has_few_heads_while_jobs_are_only_added_or_only_removed() -> Non
 
 
 @pytest.mark.parametrize("enter", [NaiveReadyQueue.add, NaiveReadyQueue.join])
-def test_a_single_lane_has_no_heads(enter: Callable[..., tuple[str, DueEntry]]) -> None:
+def test_a_single_bucket_has_no_heads(enter: Callable[..., tuple[str, DueEntry]]) -> None:
     model = NaiveReadyQueue()
     first, second = enter(model, "a", 0, 1, 1), enter(model, "a", 0, 2, 2)
     assert not model.due.heads.entries
@@ -430,17 +430,17 @@ def test_a_single_lane_has_no_heads(enter: Callable[..., tuple[str, DueEntry]]) 
 
 
 @pytest.mark.parametrize("enter", ["add", "join"])
-def test_the_first_of_many_lanes_is_found_without_reading_all_of_them(
+def test_the_first_of_many_buckets_is_found_without_reading_all_of_them(
     enter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scanned: list[Lane] = []
-    head = Lane.head
+    scanned: list[PriorityBucket] = []
+    head = PriorityBucket.head
 
-    def counted(lane: Lane) -> DueEntry | None:
-        scanned.append(lane)
-        return head(lane)
+    def counted(bucket: PriorityBucket) -> DueEntry | None:
+        scanned.append(bucket)
+        return head(bucket)
 
-    monkeypatch.setattr(Lane, "head", counted)
+    monkeypatch.setattr(PriorityBucket, "head", counted)
     due = QueuedJobs("q", lambda job: True)
     for seq in range(1_000):
         if enter == "add":
@@ -469,7 +469,7 @@ class CountingTime(int):
 
 
 def test_overdue_jobs_are_skipped_in_blocks_and_return_after_a_backward_step() -> None:
-    places, jobs = LaneEntries(), 40 * BLOCK
+    places, jobs = BucketEntries(), 40 * BLOCK
     for seq in range(jobs):
         places.add((0, 1, seq, f"{seq}", 10 + seq % 2))
     places.add((0, 1, jobs, f"{jobs}", NEVER))
@@ -481,7 +481,7 @@ def test_overdue_jobs_are_skipped_in_blocks_and_return_after_a_backward_step() -
 
 
 def test_a_block_whose_last_job_was_removed_is_read_once() -> None:
-    places, jobs = LaneEntries(), 10 * BLOCK
+    places, jobs = BucketEntries(), 10 * BLOCK
     for seq in range(jobs):
         places.add((0, 1, seq, f"{seq}", 20 if seq % BLOCK == 5 else 10))
     for seq in range(5, jobs, BLOCK):

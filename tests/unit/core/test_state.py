@@ -9,7 +9,7 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core.ready_queue import SLACK, Lane
+from jobd.core.ready_queue import SLACK, PriorityBucket
 from jobd.core.state import FINISHED_KEPT, LiveJobs, State
 from jobd.model.commands import (
     Cancel,
@@ -101,7 +101,9 @@ def test_compact_jobs_can_be_added_at_once_or_one_by_one(seed: int) -> None:
             state.advance(state._now + step_ms, 0)
         assert snapshot(at_once) == snapshot(one_by_one)
         assert at_once.next_run_at() == one_by_one.next_run_at()
-        assert {lane.name: lane.live for lane in at_once._lanes} == {lane.name: lane.live for lane in one_by_one._lanes}
+        assert {bucket.name: bucket.live for bucket in at_once._buckets} == {
+            bucket.name: bucket.live for bucket in one_by_one._buckets
+        }
     for state in (at_once, one_by_one):
         for job in rows.values():
             state.reindex(job, None)
@@ -109,7 +111,7 @@ def test_compact_jobs_can_be_added_at_once_or_one_by_one(seed: int) -> None:
 
 
 def compare_nothing_left(state: State) -> None:
-    assert (len(state.jobs), state._queued, state._lanes) == (0, {}, {})
+    assert (len(state.jobs), state._queued, state._buckets) == (0, {}, {})
     assert {status: count for status, count in state.totals.items() if count} == {"failed": 2}
 
 
@@ -361,31 +363,31 @@ def test_a_backward_step_of_the_clock_delays_due_jobs(rules: RuleHarness) -> Non
     assert rules.claim(limit=9) == ["a"]
 
 
-def test_a_backward_step_reads_only_lanes_with_newly_due_jobs(
+def test_a_backward_step_reads_only_buckets_with_newly_due_jobs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    state, lanes = State(), list[Lane]()
-    next_run_at = Lane.next_run_at
+    state, buckets = State(), list[PriorityBucket]()
+    next_run_at = PriorityBucket.next_run_at
 
-    def counted(lane: Lane, now: int) -> int | None:
-        lanes.append(lane)
-        return next_run_at(lane, now)
+    def counted(bucket: PriorityBucket, now: int) -> int | None:
+        buckets.append(bucket)
+        return next_run_at(bucket, now)
 
-    monkeypatch.setattr(Lane, "next_run_at", counted)
+    monkeypatch.setattr(PriorityBucket, "next_run_at", counted)
     rows = {}
     for number in range(1, 1_001):
         state.advance(NOW + number, 0)
         job = rows[f"job-{number}"] = queued(number, run_at=NOW + number, options=Options("q", f"k-{number // 10}"))
         state.reindex(None, job)
-    lanes.clear()
+    buckets.clear()
     state.advance(NOW + 999, 0)
-    assert [lane.name for lane in lanes] == [("q", "k-100", 0)]
+    assert [bucket.name for bucket in buckets] == [("q", "k-100", 0)]
     state.reindex(
         None, queued(2_000, run_at=NOW + 5_000, options=Options("q", "later"))
     )  # its queue and kind do not hide the others
-    lanes.clear()
+    buckets.clear()
     state.advance(NOW + 975, 0)
-    assert {lane.name[1] for lane in lanes} == {"k-97", "k-98", "k-99", "k-100"}
+    assert {bucket.name[1] for bucket in buckets} == {"k-97", "k-98", "k-99", "k-100"}
     assert len(list(state.due(["q"], None))) == 975
     assert state.next_run_at() == NOW + 976
 
@@ -438,7 +440,7 @@ def test_a_job_with_id_and_time_of_a_removed_one_is_found_once(rules: RuleHarnes
     assert [job.id for job in rules.state.due(["default"], None)] == ["first", "again"]
 
 
-def test_after_a_grant_the_next_job_of_the_lane_is_found(rules: RuleHarness) -> None:
+def test_after_a_grant_the_next_job_of_the_bucket_is_found(rules: RuleHarness) -> None:
     for name, kind in (("a", "x"), ("b", "x"), ("c", "y")):
         rules.create(name, kind=kind)
     rules.start("a")
@@ -641,8 +643,8 @@ def test_the_oldest_due_job_of_a_kind(rules: RuleHarness) -> None:
     rules.create("first in line", queue="film", kind="encode", priority=-1)
     rules.create("later", queue="film", kind="mail", delay_ms=1_000)
     assert rules.state.queued_kinds("film") == ["encode", "mail"]
-    lanes, entry = rules.state.oldest_of_kind("film", "encode", rules.now)
-    assert (lanes, entry and entry[3]) == (3, "oldest")
+    buckets, entry = rules.state.oldest_of_kind("film", "encode", rules.now)
+    assert (buckets, entry and entry[3]) == (3, "oldest")
     assert rules.state.oldest_of_kind("film", "mail", rules.now) == (1, None)
     assert rules.state.oldest_of_kind("film", "none", rules.now) == (0, None)
 

@@ -268,7 +268,7 @@ async def test_a_worker_is_seen_as_long_as_its_claim_waits() -> None:
             assert await state_of(engine) == ("idle", True, engine.now)
             if is_cut:
                 waiting.cancel()
-            await until(lambda: len(engine.actor.parked) == 0)
+            await until(lambda: len(engine.actor.waiting_claims) == 0)
             state, waits, ended_at = await state_of(engine)
             assert (state, waits, engine.now - ended_at <= 1) == ("idle", False, True)
             await seconds(GONE_AFTER_MS / 1000 - 1)

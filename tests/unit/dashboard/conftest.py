@@ -75,6 +75,6 @@ async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         monkeypatch.setattr(admin.services.maintainer, "take_back", partial(Maintainer.take_back, context))
         made.append(DashboardHarness(worker, admin, dashboard, disk))
         yield made[0]
-        actor.stop_parking()
+        actor.end_claim_waits()
     actor.stop()
     await running

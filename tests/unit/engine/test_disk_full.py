@@ -460,7 +460,7 @@ async def test_waiting_claims_keep_their_order_after_a_rejected_batch() -> None:
         first, second = await waiting_claim(engine, "first"), await waiting_claim(engine, "second")
         engine.disk.write_errors.append(DiskFull("once"))
         await engine.no(Create(id="a"))
-        assert len(engine.actor.parked) == 2
+        assert len(engine.actor.waiting_claims) == 2
         await asyncio.sleep(1)
         await engine.yes(Create(id="b"))
         assert granted_ids(await first) == ["b"]
@@ -477,7 +477,7 @@ async def test_a_claim_of_a_rejected_batch_waits_once() -> None:
     tasks += ask_all(engine, [Tick()])
     async with engine:
         assert isinstance(await tasks[2], Response)
-        assert len(engine.actor.parked) == 1
+        assert len(engine.actor.waiting_claims) == 1
         await asyncio.sleep(1)
         await engine.yes(Create(id="a"))
         assert [granted_ids(await task) for task in tasks[:2]] == [["a"], ["a"]]

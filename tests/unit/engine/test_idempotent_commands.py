@@ -230,7 +230,7 @@ async def test_a_repeated_waiting_claim_waits_once() -> None:
         repeat = await waiting_claim(engine, "w", key=key("k"))
         other = await engine.no(Claim(worker="w", wait_ms=30_000), key=key("k", "other"))
         assert other.code == "idempotency_key_reused"
-        assert len(engine.actor.parked) == 1
+        assert len(engine.actor.waiting_claims) == 1
         await engine.yes(Create(id="a"))
         assert granted_ids(await first) == granted_ids(await repeat) == ["a"]
         assert engine.state.totals["processing"] == 1
@@ -250,10 +250,10 @@ async def test_a_waiting_claim_is_removed_when_all_its_callers_are_gone() -> Non
         repeat = await waiting_claim(engine, "w", key=key("k"))
         first.cancel()
         await settle()
-        assert len(engine.actor.parked) == 1
+        assert len(engine.actor.waiting_claims) == 1
         repeat.cancel()
         await settle()
-        assert len(engine.actor.parked) == 0
+        assert len(engine.actor.waiting_claims) == 0
         await engine.yes(Create(id="a"))
         assert engine.state.totals["queued"] == 1
 

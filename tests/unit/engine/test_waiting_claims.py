@@ -10,7 +10,7 @@ import pytest
 from jobd.core.worker_presence import WorkerPresence
 from jobd.engine.actor import CLOCK_CHECK_S, DiskBroken
 from jobd.engine.mailbox import Envelope
-from jobd.engine.waiting_claims import ParkedClaims
+from jobd.engine.waiting_claims import WaitingClaims
 from jobd.model.commands import (
     Bulk,
     Call,
@@ -49,7 +49,7 @@ async def test_waiting_claims_are_served_in_order_of_arrival() -> None:
         waiting = [await waiting_claim(engine, f"w-{number}", limit=limit) for number, limit in enumerate((1, 2, 1))]
         await engine.yes(Bulk(jobs=[Create(id=name) for name in "abcde"]))
         assert [granted_ids(await task) for task in waiting] == [["a"], ["b", "c"], ["d"]]
-        assert len(engine.actor.parked) == 0
+        assert len(engine.actor.waiting_claims) == 0
         assert engine.disk.batches[0].changes[0].event.type == "created"  # all in one transaction
         assert len(engine.disk.batches) == 1
 
@@ -98,7 +98,7 @@ async def test_a_claim_waits_for_its_queues_and_kinds() -> None:
         await engine.yes(Create(id="a", queue="elsewhere", kind="k"))
         await engine.yes(Create(id="b", queue="r", kind="m"))
         await settle()
-        assert len(engine.actor.parked) == 3
+        assert len(engine.actor.waiting_claims) == 3
         await engine.yes(Create(id="c", queue="q", kind="m"))
         assert granted_ids(await any_kind) == ["c"]
         await engine.yes(Create(id="d", queue="r", kind="l"))
@@ -161,7 +161,7 @@ async def test_a_claim_is_answered_empty_when_its_wait_ends() -> None:
         begun = engine.now
         answer = await short
         assert (granted_ids(answer), engine.now - begun) == ([], 1_000)
-        assert len(engine.actor.parked) == 1
+        assert len(engine.actor.waiting_claims) == 1
         assert (granted_ids(await long), engine.now - begun) == ([], 2_000)
         assert engine.disk.batches == []
 
@@ -172,7 +172,7 @@ async def test_an_abandoned_claim_gets_no_job() -> None:
         left, waiting = await waiting_claim(engine, "gone"), await waiting_claim(engine, "here")
         left.cancel()
         await settle()
-        assert len(engine.actor.parked) == 1
+        assert len(engine.actor.waiting_claims) == 1
         await engine.yes(Create(id="a"))
         assert granted_ids(await waiting) == ["a"]
 
@@ -193,10 +193,10 @@ async def test_a_claim_skips_overdue_jobs_and_waits() -> None:
 
 
 @in_virtual_time
-async def test_stop_parking_answers_waiting_claims_and_accepts_no_new_ones() -> None:
+async def test_end_claim_waits_answers_waiting_claims_and_accepts_no_new_ones() -> None:
     async with checked_engine() as engine:
         waiting = [await waiting_claim(engine, "w"), await waiting_claim(engine, "w", key=key("k"))]
-        engine.actor.stop_parking()
+        engine.actor.end_claim_waits()
         assert [granted_ids(await task) for task in waiting] == [[], []]
         assert granted_ids(await engine.actor.ask(Claim(worker="w", wait_ms=30_000))) == []
         await engine.yes(Create())  # other commands continue
@@ -235,7 +235,7 @@ async def test_stop_wakes_an_idle_actor() -> None:
 
 def test_the_claim_that_waits_longest_is_found() -> None:
     async def test() -> None:
-        claims = ParkedClaims(WorkerPresence())
+        claims = WaitingClaims(WorkerPresence())
         loop = asyncio.get_running_loop()
 
         def claim(deadline: float, **fields: Any) -> Envelope:
@@ -254,7 +254,7 @@ def test_the_claim_that_waits_longest_is_found() -> None:
         assert claims.first("default", "k") is second
         claims.add(first)  # its batch was rejected: it has its old place again
         assert claims.first("default", "k") is first
-        assert list(claims.take_late(4)) == [second, third]
+        assert list(claims.take_expired(4)) == [second, third]
         assert (len(claims), claims.next_deadline()) == (1, 5)
         assert claims.take_all() == [first]
         assert claims.next_deadline() is None
@@ -284,7 +284,7 @@ async def test_a_keyed_claim_whose_caller_leaves_before_the_batch_does_not_wait(
     await settle()
     async with engine:
         await settle()
-        assert len(engine.actor.parked) == 0
+        assert len(engine.actor.waiting_claims) == 0
         await engine.yes(Create(id="a"))
         assert [event.type for event in engine.disk.events] == ["created"]
 
@@ -301,4 +301,4 @@ async def test_a_claim_whose_caller_leaves_during_a_failed_commit_does_not_wait_
         await settle()
         engine.disk.gate.set()
         assert isinstance(await created, ApiError)
-        assert len(engine.actor.parked) == 0
+        assert len(engine.actor.waiting_claims) == 0

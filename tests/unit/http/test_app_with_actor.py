@@ -59,7 +59,7 @@ async def apis(tmp_path: Path) -> AsyncIterator[BothApis]:
         admin = HttpHarness(admin_api.ROUTES, tmp_path / "admin", authenticator=authenticator, admin=True, actor=actor)
         await stack.enter_async_context(admin)
         yield BothApis(worker, admin, actor, disk)
-        actor.stop_parking()
+        actor.end_claim_waits()
     actor.stop()
     await running
 
@@ -110,10 +110,10 @@ async def test_a_repeated_key_gets_the_first_response_and_has_one_effect(apis: B
 async def test_a_waiting_claim_whose_client_disconnects_takes_no_job(apis: BothApis) -> None:
     closed = await apis.worker.connect()
     closed.send(request_bytes("POST", "/v1/claim", '{"worker":"gone","wait_ms":60000}'))
-    while not apis.actor.parked:  # noqa: ASYNC110 - the actor has no event for it
+    while not apis.actor.waiting_claims:  # noqa: ASYNC110 - the actor has no event for it
         await asyncio.sleep(0.001)
     await closed.close()
-    while apis.actor.parked:  # noqa: ASYNC110
+    while apis.actor.waiting_claims:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     await apis.post("/v1/jobs", '{"id":"job-1"}')
     [grant] = (await apis.post("/v1/claim", '{"worker":"here"}'))["grants"]
@@ -129,14 +129,14 @@ async def test_over_tcp_a_waiting_client_that_closes_takes_no_job_and_a_half_clo
     async with HttpHarness(worker_api.ROUTES, tmp_path / "tcp", authenticator=authenticator, actor=apis.actor) as tcp:
         closed, half = await tcp.connect(), await tcp.connect()
         closed.send(claim)
-        while not apis.actor.parked:  # noqa: ASYNC110 - the actor has no event for it
+        while not apis.actor.waiting_claims:  # noqa: ASYNC110 - the actor has no event for it
             await asyncio.sleep(0.001)
         await closed.close()
-        while apis.actor.parked:  # noqa: ASYNC110
+        while apis.actor.waiting_claims:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         half.send(claim)
         half.writer.write_eof()
-        while not apis.actor.parked:  # noqa: ASYNC110
+        while not apis.actor.waiting_claims:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         await apis.post("/v1/jobs", '{"id":"job-1"}')
         [grant] = (await half.receive()).data["grants"]
@@ -164,9 +164,9 @@ async def test_a_grant_whose_client_disconnected_before_the_response_is_released
 async def test_a_waiting_claim_gets_a_response_when_the_listeners_close(apis: BothApis) -> None:
     client = await apis.worker.connect()
     client.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
-    while not apis.actor.parked:  # noqa: ASYNC110
+    while not apis.actor.waiting_claims:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
-    apis.actor.stop_parking()
+    apis.actor.end_claim_waits()
     await apis.worker.stop(30)
     response = await client.receive()
     assert (response.data, response.headers["connection"]) == ({"grants": []}, "close")

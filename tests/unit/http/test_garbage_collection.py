@@ -59,14 +59,14 @@ async def test_clients_that_disconnect_leave_no_garbage(server: WorkerApiServer)
     client = await server.harness.connect()
     with left_over() as left:
         client.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
-        await until(lambda: len(server.actor.parked) > 0)
+        await until(lambda: len(server.actor.waiting_claims) > 0)
         client.writer.close()
-        await until(lambda: not server.actor.parked)
+        await until(lambda: not server.actor.waiting_claims)
     assert left == []
 
 
 def both_wait(server: WorkerApiServer) -> bool:
-    waiting = server.actor.parked.first("default", "")
+    waiting = server.actor.waiting_claims.first("default", "")
     return waiting is not None and len(waiting.futures) == 2
 
 
