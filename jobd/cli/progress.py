@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from jobd.cli import terminal
 
 if TYPE_CHECKING:
     from jobd.client import JobClient
     from jobd.client.protocol import JobInfo
-
-_FINISHED: Final = frozenset({"completed", "failed", "cancelled"})
-_FIRST_S: Final = 0.1
-_LONGEST_S: Final = 2.0
 
 
 class Advance(Protocol):
@@ -26,16 +21,9 @@ class Advance(Protocol):
 
 
 def until_finished(client: JobClient, job_id: str) -> JobInfo:
-    """Poll the job, at growing intervals up to 2 s, until it is finished. Return the finished job."""
-    pause = _FIRST_S
+    """Wait until the job is finished, and return it."""
     with bar(job_id, unit="%") as advance:
-        while True:
-            job = client.get_job(job_id)
-            if job.status in _FINISHED:
-                return job
-            advance(int(job.progress), 100)
-            time.sleep(pause)
-            pause = min(pause * 1.5, _LONGEST_S)
+        return client.wait_for_job(job_id, on_poll=lambda job: advance(int(job.progress), 100))
 
 
 @contextmanager

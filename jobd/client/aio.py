@@ -16,13 +16,15 @@ from typing import Any, Final, Self
 import aiohttp
 from yarl import URL
 
+from jobd.client import worker_requests
 from jobd.client.apis import IDLE_S, AdminApi, BaseClient, WorkerApi, unreachable
 from jobd.client.command_stream import CommandStream, command_line
 from jobd.client.endpoint import Endpoint
 from jobd.client.errors import JobdError, Unreachable
 from jobd.client.event_subscription import RECONNECT, EventSubscription
+from jobd.client.job_wait import JobWait
 from jobd.client.methods import PageWalk
-from jobd.client.protocol import ApiRequest, ApiResponse, T, read_result
+from jobd.client.protocol import ApiRequest, ApiResponse, JobInfo, T, read_result
 from jobd.client.retries import RetryOptions, RetryState
 from jobd.model.events import StreamedEvent
 
@@ -199,6 +201,20 @@ class AsyncJobClient(WorkerApi, AsyncClient):
             await asyncio.gather(*(jobs.create_job(n) for n in range(1_000)))
         """
         return StreamClient(self)
+
+    async def wait_for_job(
+        self, job_id: str, *, timeout_s: float | None = None, on_poll: Callable[[JobInfo], object] | None = None
+    ) -> JobInfo:
+        """Wait until the job is finished, and return it, as JobClient does."""
+        wait = JobWait(timeout_s, time.monotonic())
+        while True:
+            job = await self.send(worker_requests.get_job(job_id), wait.retry(self._retry, time.monotonic()))
+            pause_s = wait.pause_s(job, time.monotonic())
+            if pause_s is None:
+                return job
+            if on_poll is not None:
+                on_poll(job)
+            await asyncio.sleep(pause_s)
 
 
 class StreamClient(AsyncJobClient):

@@ -9,16 +9,18 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final, Self
 
+from jobd.client import worker_requests
 from jobd.client.apis import CHUNK_BYTES, CONNECT_S, IDLE_S, BaseClient, WorkerApi, unreachable
 from jobd.client.endpoint import Endpoint
 from jobd.client.errors import JobdError, Unreachable
 from jobd.client.event_subscription import RECONNECT, EventSubscription
+from jobd.client.job_wait import JobWait
 from jobd.client.methods import PageWalk
-from jobd.client.protocol import ApiRequest, ApiResponse, T, read_result
+from jobd.client.protocol import ApiRequest, ApiResponse, JobInfo, T, read_result
 from jobd.client.retries import RetryOptions, RetryState
 from jobd.model.events import StreamedEvent
 
@@ -251,3 +253,21 @@ class JobClient(WorkerApi, BlockingClient):
     (0: no retries). `timeout_s` limits the wait for one response. Every method raises JobdError, usually one of the
     subclasses that its documentation names. Close the client, or use it as a context manager.
     """
+
+    def wait_for_job(
+        self, job_id: str, *, timeout_s: float | None = None, on_poll: Callable[[JobInfo], object] | None = None
+    ) -> JobInfo:
+        """Wait until the job is finished, and return it. Its `status` says how it ended.
+
+        Gets the job at growing intervals up to 2 s. `on_poll` is called with each unfinished state. Raises TimeoutError
+        if the job is not finished after `timeout_s` seconds (None: no limit), JobNotFound, Unreachable.
+        """
+        wait = JobWait(timeout_s, time.monotonic())
+        while True:
+            job = self.send(worker_requests.get_job(job_id), wait.retry(self._retry, time.monotonic()))
+            pause_s = wait.pause_s(job, time.monotonic())
+            if pause_s is None:
+                return job
+            if on_poll is not None:
+                on_poll(job)
+            time.sleep(pause_s)

@@ -11,17 +11,20 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from jobd.client import (
     AdminClient,
     AsyncJobClient,
     JobClient,
+    JobInfo,
     JobNotFound,
     RetryOptions,
     Unreachable,
     worker_requests,
 )
+from jobd.client.job_wait import JobWait
 from jobd.client.protocol import (
     ApiRequest,
 )
@@ -299,3 +302,57 @@ async def test_an_id_of_dots_is_escaped(server: ScriptedServer, endpoint: str) -
     async with AsyncJobClient(endpoint) as client:
         await client.get_job("..")
     assert server.received[0].path == "/v1/jobs/%2E%2E"
+
+
+class EitherWait:
+    """Wait for a job with the blocking or the asyncio client."""
+
+    def __init__(self, is_async: bool, endpoint: str) -> None:
+        self._is_async = is_async
+        self._endpoint = endpoint
+
+    def __call__(self, job_id: str, **options: Any) -> JobInfo:
+        if not self._is_async:
+            with JobClient(self._endpoint) as client:
+                return client.wait_for_job(job_id, **options)
+        return asyncio.run(self._async(job_id, options))
+
+    async def _async(self, job_id: str, options: dict[str, Any]) -> JobInfo:
+        async with AsyncJobClient(self._endpoint) as client:
+            return await client.wait_for_job(job_id, **options)
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "asyncio"])
+def wait(request: pytest.FixtureRequest, endpoint: str) -> EitherWait:
+    return EitherWait(request.param, endpoint)
+
+
+@pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
+def test_a_wait_returns_the_finished_job(server: ScriptedServer, wait: EitherWait, status: str) -> None:
+    server.script = [ok(JOB), ok({**JOB, "status": "processing", "progress": 40}), ok({**JOB, "status": status})]
+    seen: list[tuple[str, float]] = []
+    job = wait("j1", timeout_s=30, on_poll=lambda job: seen.append((job.status, job.progress)))
+    assert (job.id, job.status) == ("j1", status)
+    assert seen == [("queued", 0), ("processing", 40)]
+
+
+@pytest.mark.parametrize("timeout_s", [0, 0.01])
+def test_a_wait_has_a_limit(server: ScriptedServer, wait: EitherWait, timeout_s: float) -> None:
+    server.script = [ok(JOB), ok(JOB)]
+    with pytest.raises(TimeoutError, match=rf"^Job j1 is not finished after {timeout_s} s: it is queued\.$"):
+        wait("j1", timeout_s=timeout_s)
+
+
+def test_a_wait_for_an_unreachable_daemon_keeps_its_limit(tmp_path: Path) -> None:
+    with JobClient(f"unix:{tmp_path}/none", retry_for_s=600) as client, pytest.raises(Unreachable):
+        client.wait_for_job("j1", timeout_s=0.1)
+
+
+def test_a_wait_looks_again_at_growing_intervals() -> None:
+    job = msgspec.json.decode(msgspec.json.encode(JOB), type=JobInfo)
+    wait, pauses = JobWait(None, 0.0), []
+    for _ in range(10):
+        pauses.append(wait.pause_s(job, 0.0))
+    assert pauses[:3] == pytest.approx([0.1, 0.15, 0.225])
+    assert pauses[-1] == 2.0
+    assert JobWait(0.05, 0.0).pause_s(job, 0.0) == 0.05
