@@ -97,7 +97,9 @@ def no_blocking(request: pytest.FixtureRequest) -> Iterator[None]:
         guarded.can_block_predicate = _or_asked_for(guarded.can_block_predicate)
         guarded.can_block_in("jobd/storage/connection.py", "run_inline")  # intended, and fast: see there
         guarded.can_block_in("jobd/journal/postgres/session.py", "_attempt")  # asyncpg reads small files of the user
-    alarm.functions["threading.Lock.acquire"].can_block_in("jobd/storage/connection.py", "__await__")
+    lock = alarm.functions["threading.Lock.acquire"]
+    lock.can_block_in("jobd/storage/connection.py", "__await__")
+    lock.can_block_in("coverage/collector.py", "lock_data")
     alarm.activate()
     try:
         yield
@@ -189,4 +191,4 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", "--lazy", str(place)], check=True)  # a test that failed may have left a file open

@@ -26,8 +26,9 @@ from tests.proof.simulation.run import SeedOutcome, reduce_failure, simulate
 from tests.proof.simulation.scenario import FAULTS, MISHAPS, draw
 from tests.proof.simulation.trace import Trace
 
-FIRST_SEED: Final = 342  # from here, everything happens within some 80 seeds
-ENOUGH: Final = 400  # seeds within which everything must happen
+# Everything happened within the first ten, when they were chosen. After changes of the code it can take more.
+SEEDS: Final = (425, 67, 453, 181, 99, 419, 19, 85, 718, 16, *range(1_000, 1_400))
+AT_LEAST: Final = 30  # seeds
 STEPS: Final = 300
 
 # CPU-bound, so it takes many times as long on a busy machine.
@@ -42,13 +43,13 @@ def held(outcome: SeedOutcome) -> str:
 
 
 def test_every_invariant_holds_and_every_event_error_and_fault_occurs() -> None:
-    """Stops as soon as everything has happened."""
+    """Stops when everything has happened."""
     fired: Counter[str] = Counter()
-    for seed in range(FIRST_SEED, FIRST_SEED + ENOUGH):
+    for count, seed in enumerate(SEEDS, 1):
         outcome = simulate(seed, STEPS)
         assert not held(outcome)
         fired.update(outcome.fired)
-        if not never(fired):
+        if count >= AT_LEAST and not never(fired):
             break
     assert never(fired) == []
 

@@ -37,7 +37,7 @@ from jobd.model.job import Job
 from tests.proof.simulation.invariants import Violation
 from tests.proof.small_world import WORLDS, Exploration, World, main
 
-BEGINNING = 1_500  # states
+BEGINNING = 800  # states
 
 pytestmark = pytest.mark.timeout(300)  # CPU-bound
 

@@ -321,7 +321,6 @@ CHECKS = (
         "the wall clock jumps by days: no lock is freed or prolonged; a suspect clock deletes and fails nothing",
         clock_steps,
         rounds=24,
-        few=2,
         needs=(FAKETIME,),
     ),
     Check(

@@ -339,7 +339,6 @@ CHECKS = (
         "SIGTERM: listeners close, requests in flight are answered (waiting claims: no job), nothing else, exit 0",
         graceful_stop,
         rounds=20,
-        few=2,
         needs=(program("strace"),),
     ),
 )

@@ -226,6 +226,6 @@ CHECKS = (
         "requests that follow or violate the OpenAPI documents: never a 5xx, each response is as documented",
         fuzz_both_apis,
         rounds=200,
-        few=12,
+        few=8,
     ),
 )

@@ -136,7 +136,7 @@ CHECKS = (
         "kill -9 at any moment: nothing acknowledged is lost, no token is granted twice, ready again within 2 s",
         kill_under_load,
         rounds=40,
-        few=3,
+        few=2,
     ),
     Check(
         "kill-with-many-jobs",
@@ -149,7 +149,6 @@ CHECKS = (
         "kill -9 before and inside a slice: the next start writes the tables from the journal, and nothing is lost",
         kill_inside_slices,
         rounds=20,
-        few=2,
         needs=(STRACE,),
     ),
 )

@@ -252,7 +252,6 @@ CHECKS = (
         "a worker sleeps past its lock: accepted until recovery has acted, then lock_lost; the new token is larger",
         sleeping_worker,
         rounds=15,
-        few=2,
     ),
     Check(
         "dead-worker",

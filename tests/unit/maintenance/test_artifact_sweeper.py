@@ -377,34 +377,27 @@ async def test_failures_are_retried_with_backoff_and_delay_no_other_artifact() -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (ArtifactStoreError("the bucket is gone"), "the bucket is gone"),
-        (ValueError("a bug"), "memory: ValueError: a bug"),
-    ],
-)
-def test_a_store_that_fails_for_long_degrades_health(error: Exception, expected: str) -> None:
-    @in_virtual_time
-    async def run() -> None:
-        async with sweeping() as at:
-            await at.complete("a", "k/a")
-            await at.complete("b", "k/b")
-            at.store.broken = error
-            await at.delete("a")
-            await at.delete("b")
-            await seconds(DEGRADED_AFTER_S - 1)
-            assert at.sweeper.degraded_reason() is None
-            await seconds(1 + POLL_S)
-            reason = at.sweeper.degraded_reason() or ""
-            assert reason.startswith("2 artifacts of deleted jobs cannot be deleted, the first for 3")
-            assert reason.endswith(expected)
-            at.store.broken = None
-            await seconds(MAX_RETRY_MS / 1000 + POLL_S)
-            assert at.sweeper.degraded_reason() is None
-            assert not at.store.objects
-
-    run()
+@in_virtual_time
+async def test_a_store_that_fails_for_long_degrades_health() -> None:
+    async with sweeping() as at:
+        await at.complete("a", "k/a")
+        await at.complete("b", "k/b")
+        at.store.broken = ArtifactStoreError("the bucket is gone")
+        await at.delete("a")
+        await at.delete("b")
+        await seconds(DEGRADED_AFTER_S - 1)
+        assert at.sweeper.degraded_reason() is None
+        await seconds(1 + POLL_S)
+        reason = at.sweeper.degraded_reason() or ""
+        assert reason.startswith("2 artifacts of deleted jobs cannot be deleted, the first for 3")
+        assert reason.endswith("the bucket is gone")
+        at.store.broken = ValueError("a bug")
+        await seconds(MAX_RETRY_MS / 1000 + POLL_S)
+        assert (at.sweeper.degraded_reason() or "").endswith("memory: ValueError: a bug")
+        at.store.broken = None
+        await seconds(MAX_RETRY_MS / 1000 + POLL_S)
+        assert at.sweeper.degraded_reason() is None
+        assert not at.store.objects
 
 
 @in_virtual_time

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 
 LATER = NOW + 10_000
 WRONG = re.compile("damaged|missing|checksum .* wrong")
-BITS = (0, 1, 3, 20)
+BITS = (0, 3, 20)
 ROWS = f"SELECT {event_rows.COLUMNS_SQL} FROM events"
 COLUMNS = ("seq", "last", "job_seq", "at", "body", "crc")
 
@@ -315,7 +315,7 @@ def test_a_start_a_scrub_or_the_reader_names_each_row(busy: bytes, table: str) -
     """A scrub is needed for rows that a search by the damaged column does not select."""
     columns, rowids = columns_of(busy, table)
     count = 0
-    for column, rowid, bit in product(columns, rowids, (0, 1, 3, 20, 40)):
+    for column, rowid, bit in product(columns, rowids, (0, 3, 40)):
         if (content := flipped(busy, table, column, rowid, bit)) is None:
             continue
         what = f"bit {bit} of {column} of {table} {rowid}"
