@@ -454,9 +454,9 @@ class Actor:
     def _send_meanwhile(self) -> None:
         """Send the responses of the last commit while the next batch is written."""
         if self._unsent is not None:
-            asyncio.get_running_loop().call_soon(self._send_aside)
+            asyncio.get_running_loop().call_soon(self._send_in_callback)
 
-    def _send_aside(self) -> None:
+    def _send_in_callback(self) -> None:
         try:
             self._send_responses()
         except Exception as bug:  # outside `run`, which has to end too

@@ -203,7 +203,7 @@ class Store(Storage):
         """Start upkeep if it is needed. Called after slices, which are frequent enough, and not after each append."""
         is_running = self._upkeep is not None and not self._upkeep.done()
         if not is_running and not self._closing.is_set() and self._projection.needs_upkeep:
-            self._upkeep = asyncio.create_task(self._aside(self._projection.upkeep))
+            self._upkeep = asyncio.create_task(self._run_in_background(self._projection.upkeep))
 
     @property
     def _slices_inline(self) -> bool:
@@ -228,7 +228,7 @@ class Store(Storage):
         if self._slicing is not None and not self._slicing.done():
             return  # it plans the next one
         if not (self._slices_inline and self._connection.is_idle):
-            self._slicing = asyncio.create_task(self._write_slice_aside())
+            self._slicing = asyncio.create_task(self._write_slice_in_background())
             return
         try:
             with self._reporting():
@@ -241,8 +241,8 @@ class Store(Storage):
             self._plan_slice()
         self._start_upkeep()
 
-    async def _write_slice_aside(self) -> None:
-        await self._aside(self._projection.project_slice)
+    async def _write_slice_in_background(self) -> None:
+        await self._run_in_background(self._projection.project_slice)
         self._slicing = None
         if not self._database.is_broken:
             self._plan_slice()
@@ -252,7 +252,7 @@ class Store(Storage):
             self._slice_is_fixed = True
             self._slice = asyncio.get_running_loop().call_later(RETRY_S, self._write_slice)
 
-    async def _aside(self, work: Callable[[], object]) -> None:
+    async def _run_in_background(self, work: Callable[[], object]) -> None:
         """Run `work` in the storage thread; no caller waits for it."""
         try:
             await self._run(work)
@@ -267,7 +267,7 @@ class Store(Storage):
             self._slice.cancel()
             self._slice = None
         if not self._database.is_broken:
-            await self._aside(self._projection.project)
+            await self._run_in_background(self._projection.project)
         for task in (self._slicing, self._upkeep):
             if task is not None:
                 await task

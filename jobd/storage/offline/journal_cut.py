@@ -17,7 +17,7 @@ from jobd.storage.cluster import membership
 from jobd.storage.database import Database, is_corrupt
 from jobd.storage.files import FileLock, StoreUnreadable
 from jobd.storage.offline.edited_rows import RepairRejected
-from jobd.storage.schema.upgrade import copy_aside
+from jobd.storage.schema.upgrade import copy_next_to
 from jobd.storage.tables.tail import Pending, counted
 
 LABEL: Final = "before-cut"  # in the name of the copy
@@ -85,7 +85,7 @@ def cut(path: str, number: int) -> str:
             membership.check_single(conn, path)
             db = startup.read_meta(conn, path)
             found = find(db, number)
-            copy = copy_aside(conn, path, LABEL)
+            copy = copy_next_to(conn, path, LABEL)
             if found.is_table_damaged:
                 _replace_table(conn)
             db.commit(_cut, db, number)

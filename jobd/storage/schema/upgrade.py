@@ -49,7 +49,7 @@ def upgrade(conn: sqlite3.Connection, path: str, version: int) -> None:
     began_s = time.monotonic()
     log.info("migrating", path=path, from_version=version, to_version=migrations.VERSION, **_counts(conn))
     if copy is None:
-        copy = copy_aside(conn, path, label)
+        copy = copy_next_to(conn, path, label)
     with _reporting(conn, path):
         migrations.migrate(conn, version)
     log.info("migrated", path=path, kept=copy, duration_s=round(time.monotonic() - began_s, 1))
@@ -71,7 +71,7 @@ def _shorten_log(conn: sqlite3.Connection) -> None:
             raise
 
 
-def copy_aside(conn: sqlite3.Connection, path: str, label: str) -> str:
+def copy_next_to(conn: sqlite3.Connection, path: str, label: str) -> str:
     """Copy the store to `<path>.<label>-<time>` and return this name.
 
     The copy gets its final name when it is complete. The next start removes an incomplete one.
