@@ -15,7 +15,7 @@ from jobd.storage.files import StoreFailed
 
 T = TypeVar("T")
 _CHUNK: Final = 64
-LENT_S: Final = 0.002  # a batch of a dozen commands reaches COMMIT in a fifth of this
+MAX_BLOCK_S: Final = 0.002  # a batch of a dozen commands reaches COMMIT in a fifth of this
 
 
 class FunctionConnection(sqlite3.Connection):
@@ -80,8 +80,8 @@ class StoreConnection:
     async def run(self, fn: Callable[..., T], *args: Any, until: threading.Event | None = None) -> T:
         """Run `fn` in the connection's thread, after all earlier calls.
 
-        With `until`, block the event loop until `fn` sets it, for at most LENT_S. Otherwise both threads compete for
-        the GIL, and a transaction is slow to reach COMMIT. Afterwards the event loop works while the disk writes.
+        With `until`, block the event loop until `fn` sets it, for at most MAX_BLOCK_S. Otherwise both threads compete
+        for the GIL, and a transaction is slow to reach COMMIT. Afterwards the event loop works while the disk writes.
         """
         results: list[T] = []
 
@@ -93,7 +93,7 @@ class StoreConnection:
 
         self._started += 1
         self.raw.queued.append(call)
-        await (self._thread.commit() if until is None else _Lending(self._thread.commit(), until))
+        await (self._thread.commit() if until is None else _BlockUntilSet(self._thread.commit(), until))
         return results[0]
 
     def run_inline(self, fn: Callable[..., T], *args: Any) -> T:
@@ -112,7 +112,7 @@ class StoreConnection:
             self._lent -= 1
 
 
-class _Lending:
+class _BlockUntilSet:
     """Awaits `call`, and blocks the event loop until `until` is set once the thread has the call."""
 
     def __init__(self, call: Awaitable[None], until: threading.Event) -> None:
@@ -122,7 +122,7 @@ class _Lending:
     def __await__(self) -> Generator[Any, Any, None]:
         steps = self._call.__await__()
         future = next(steps)
-        self._until.wait(LENT_S)
+        self._until.wait(MAX_BLOCK_S)
         try:
             yield future
         except BaseException as error:

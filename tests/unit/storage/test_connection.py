@@ -129,11 +129,11 @@ async def test_a_closed_connection_runs_nothing(connection: StoreConnection) -> 
     assert not connection.is_idle
 
 
-async def test_the_event_loop_lends_the_interpreter_until_the_function_says_so(
+async def test_the_event_loop_blocks_until_the_function_says_so(
     connection: StoreConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other tasks run only after that."""
-    monkeypatch.setattr(connections, "LENT_S", 60)
+    monkeypatch.setattr(connections, "MAX_BLOCK_S", 60)
     order, until = list[str](), threading.Event()
 
     def write() -> str:
@@ -155,7 +155,7 @@ async def test_a_function_that_never_says_so_does_not_block_the_event_loop(conne
     assert await running
 
 
-async def test_errors_and_cancellations_reach_the_caller_of_a_lent_call(connection: StoreConnection) -> None:
+async def test_errors_and_cancellations_reach_the_caller_of_a_blocking_call(connection: StoreConnection) -> None:
     with pytest.raises(ZeroDivisionError):
         await connection.run(lambda: 1 // 0, until=threading.Event())
     busy = threading.Event()
