@@ -75,7 +75,7 @@ class Importer:
     async def run(self) -> Response | ApiError:
         try:
             await self._read()
-            await self._settle(0, 0)
+            await self._await_responses(0, 0)
             self._report.refused.sort(key=lambda rejected: rejected.line)
             await self._record_counts()
             return self._stop or Response(self._report)
@@ -97,11 +97,11 @@ class Importer:
                     return
                 self._lines += 1
                 self._send(self._lines, line)
-                await self._settle(AHEAD_LINES, AHEAD_BYTES)
+                await self._await_responses(AHEAD_LINES, AHEAD_BYTES)
                 if self._stop is not None:
                     return
         except ApiException as rejected:
-            await self._settle(0, 0)
+            await self._await_responses(0, 0)
             self._stop = self._stop or self._stop_error(rejected.error, self._lines + 1)
 
     def _send(self, number: int, line: bytes | None) -> None:
@@ -120,7 +120,7 @@ class Importer:
         self._pending.append(PendingLine(number, command.id, len(line), asyncio.ensure_future(pending)))
         self._bytes += len(line)
 
-    async def _settle(self, lines: int, size: int) -> None:
+    async def _await_responses(self, lines: int, size: int) -> None:
         """Wait for responses, oldest first, until at most `lines` lines of `size` bytes are pending."""
         while self._pending and (len(self._pending) > lines or self._bytes > size):
             first = self._pending.popleft()
@@ -178,7 +178,7 @@ class _ImportPreviewer(Importer):
     async def run(self) -> Response | ApiError:
         try:
             await self._read()
-            await self._settle(0, 0)
+            await self._await_responses(0, 0)
         finally:
             for line in self._pending:
                 line.task.cancel()

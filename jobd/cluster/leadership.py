@@ -121,7 +121,7 @@ class Leadership:
             await self._retry(lambda: self._journal.append(record, acked), DiskFull)
         except JournalOutcomeUnknown:
             log.warning("append_unknown", record=record.number)
-            await self._settle(record, acked)
+            await self._ensure_appended(record, acked)
 
     async def _renew(self) -> None:
         try:
@@ -129,7 +129,7 @@ class Leadership:
         except JournalOutcomeUnknown:
             await self._resolve()
 
-    async def _settle(self, record: Record, acked: int) -> None:
+    async def _ensure_appended(self, record: Record, acked: int) -> None:
         """Find out whether `record` is in the journal, and append it if it is not."""
         while True:
             try:

@@ -109,7 +109,7 @@ class WarmState:
     def opened(self) -> OpenedStore:
         """Return what startup would load. It has only queued jobs that have changed; `state` has all jobs."""
         state = self.state
-        replay.settle(state)
+        replay.finish(state)
         presence = state.presence
         keys: list[StoredResponse] = sorted(self._keys.values(), key=lambda row: row.at)
         return replace(

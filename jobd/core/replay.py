@@ -71,7 +71,7 @@ def _apply_change(state: State, change: Change) -> None:
         raise LookupError(f"event {event.seq} changes job {event.job_id}, which has no row")
 
 
-def settle(state: State) -> None:
+def finish(state: State) -> None:
     """Make the state equal to one that was just opened: it knows workers that hold jobs, and grants are in order."""
     presence = state.presence
     state.presence = presence = WorkerPresence(presence.now, presence.lease)

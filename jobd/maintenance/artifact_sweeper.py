@@ -129,7 +129,7 @@ class ArtifactSweeper:
         ]
         later = [self._postpone(each, now) for each in results if each.tombstone.job_seq not in finished]
         if results:
-            await self._storage.settle_tombstones(finished, later)
+            await self._storage.update_tombstones(finished, later)
         self.stats.waiting -= len(finished)
         for result in results:
             self._record(result)

@@ -32,13 +32,13 @@ async def preview(context: MaintenanceContext, scan_s: float = SCAN_S) -> Previe
     # Nothing is deleted until the clock is trusted.
     (old, more_old), (held, more_held) = (nothing, past) if at.suspect else (past, nothing)
     wrong, more_wrong = await _jobs_with_issues(context, scan_s)
-    settled = {*(each.job_id for each in seen.details), *seen.expired, *old}  # these steps come before validation
+    handled = {*(each.job_id for each in seen.details), *seen.expired, *old}  # these steps come before validation
     return PreviewView(
         recover=seen.details,
         expired_locks=seen.locks,
         expired_jobs=seen.expired,
         deleted_jobs=old,
-        mended_jobs=[job_id for job_id in wrong if job_id not in settled],
+        mended_jobs=[job_id for job_id in wrong if job_id not in handled],
         held_jobs=held,
         more_held=more_held,
         more_mended=more_wrong,

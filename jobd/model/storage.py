@@ -493,7 +493,7 @@ class JobStorage(EventStorage, Protocol):
     async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
         """Read up to `limit` tombstones that are due at wall time `now`, in the order of their due times."""
 
-    async def settle_tombstones(self, deleted: list[int], postponed: list[Tombstone]) -> None:
+    async def update_tombstones(self, deleted: list[int], postponed: list[Tombstone]) -> None:
         """Delete the tombstones with the numbers `deleted`, and replace others by their new values `postponed`."""
 
     async def save_stats(self, body: bytes) -> None:
@@ -521,7 +521,7 @@ class OutboxStorage(EventStorage, Protocol):
     async def plan_deliveries(self, moved: WebhookCursor, new: list[Delivery]) -> None:
         """Store new deliveries together with the moved cursor of their webhook."""
 
-    async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool:
+    async def store_outcomes(self, tried: list[Delivery], now: int) -> bool:
         """Store deliveries after an attempt. Return whether old dead-lettered ones were dropped."""
 
     async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:

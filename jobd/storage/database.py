@@ -382,7 +382,7 @@ class Database:
         self._has_new_frames = False
 
     def advance_epoch(self, epoch: int) -> None:
-        """Store a new epoch before its first token is granted, in the database first (see `startup._settle_epoch`)."""
+        """Store a new epoch before its first token is granted, in the database first (see `startup._choose_epoch`)."""
         if epoch > self.numbers.epoch:
             self.commit(self._begin_epoch, epoch)
         self.store_epoch(epoch)

@@ -124,14 +124,14 @@ def by_ids(db: Database, ids: list[int]) -> list[Delivery]:
     return [delivery(row) for row in rows if fault(row) is None]
 
 
-def plan_settling(db: Database, settled: list[Delivery], now: int) -> tuple[OutboxWrite | None, bool]:
+def plan_outcomes(db: Database, tried: list[Delivery], now: int) -> tuple[OutboxWrite | None, bool]:
     """Plan to store deliveries of one endpoint, and to delete the oldest of those that have ended.
 
     Also return whether that deletes events that the endpoint has never accepted. Its cursor then records a gap.
     """
     db.check()
-    states = {each.id: db.conn.execute(_PLACE, (each.id,)).fetchone() for each in settled}
-    found = [each for each in settled if states[each.id] is not None]  # others were deleted
+    states = {each.id: db.conn.execute(_PLACE, (each.id,)).fetchone() for each in tried}
+    found = [each for each in tried if states[each.id] is not None]  # others were deleted
     dropped: set[int] = set()
     lost: set[str] = set()
     for name in dict.fromkeys(each.endpoint for each in found if each.state != "waiting"):

@@ -1,4 +1,4 @@
-"""Open a store: connect, migrate the schema, settle the epoch, and read and verify all live data.
+"""Open a store: connect, migrate the schema, choose the epoch, and read and verify all live data.
 
 Nothing is changed before the lock is held and the schema version is known. All calls block; the storage thread makes
 them.
@@ -196,7 +196,7 @@ def check_wal(path: str) -> None:
 
 
 def start(conn: sqlite3.Connection, path: str, cluster_id: str | None = None) -> tuple[Projection, OpenedStore]:
-    """Migrate the schema, settle the epoch, write the tables up to the end of the journal, and read all live data.
+    """Migrate the schema, choose the epoch, write the tables up to the end of the journal, and read all live data.
 
     The journal of a store that belongs to a cluster is elsewhere, and so are its epochs. Such a store is read as it is.
     """
@@ -204,7 +204,7 @@ def start(conn: sqlite3.Connection, path: str, cluster_id: str | None = None) ->
         projection = Projection(identify(conn, path, cluster_id))
         db = projection.db
         projection.read_tail(path)
-        marked = _settle_epoch(projection, path) if cluster_id is None else False
+        marked = _choose_epoch(projection, path) if cluster_id is None else False
         with projection.starting(path):
             opened = projection.read(_read_all, db)
         opened.marked = marked
@@ -309,7 +309,7 @@ def project_tail(conn: sqlite3.Connection, path: str) -> Database:
     return projection.db
 
 
-def _settle_epoch(projection: Projection, path: str) -> bool:
+def _choose_epoch(projection: Projection, path: str) -> bool:
     """Begin a new epoch for a new store, a backup, and a database whose epoch file is missing or newer.
 
     Return whether a backup or an older copy was restored, so that its grants have to end. An epoch is written to the

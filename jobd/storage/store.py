@@ -374,7 +374,7 @@ class Store(Storage):
     async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
         return await self._read(queries.due_tombstones, now, limit)
 
-    async def settle_tombstones(self, deleted: list[int], postponed: list[Tombstone]) -> None:
+    async def update_tombstones(self, deleted: list[int], postponed: list[Tombstone]) -> None:
         await self._append(TombstoneWrite(deleted, postponed))
 
     # -------------------------------------------------------------------------------------------- webhook outbox
@@ -393,8 +393,8 @@ class Store(Storage):
     async def plan_deliveries(self, moved: WebhookCursor, new: list[Delivery]) -> None:
         await self._append(OutboxWrite([moved], new))
 
-    async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool:
-        return await self._write_outbox(outbox.plan_settling, settled, now)
+    async def store_outcomes(self, tried: list[Delivery], now: int) -> bool:
+        return await self._write_outbox(outbox.plan_outcomes, tried, now)
 
     async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
         return await self._write_outbox(outbox.plan_retry, endpoint, id_, now)

@@ -313,7 +313,7 @@ class Dispatcher:
             return
         at, ms = self._context.moment(), self._now_ms()
         now = at.now
-        settled, waits = [], []
+        all_tried, waits = [], []
         for delivery, outcome in self._outcomes[:count]:
             tried = replace(delivery, tries=delivery.tries + 1, status=outcome.status, error=outcome.error)
             wait_ms = 0
@@ -325,11 +325,11 @@ class Dispatcher:
                 context = self._context
                 wait_ms = retry_wait_ms(tried.tries, context.chance(), context.retry_policy, outcome.retry_after_ms)
                 tried = replace(tried, due_at=now + wait_ms)
-            settled.append(tried)
+            all_tried.append(tried)
             waits.append(wait_ms)
-        await self.reader.settle(settled, at.believed)
+        await self.reader.store_outcomes(all_tried, at.believed)
         del self._outcomes[:count]
-        for tried, wait_ms in zip(settled, waits, strict=True):
+        for tried, wait_ms in zip(all_tried, waits, strict=True):
             if tried.state == "waiting":
                 self.queue.postpone(tried.id, ms + wait_ms)
             else:
@@ -364,7 +364,7 @@ class Dispatcher:
         ]
         if not old:
             return
-        await self.reader.settle(old, at.believed)
+        await self.reader.store_outcomes(old, at.believed)
         for each in old:
             self._recent.pop(each.id, None)
             self.queue.remove(each.id)

@@ -129,10 +129,10 @@ class EventReader:
         """Put a message without an event into the outbox. Raises CannotWrite."""
         return (await self._write([message], self._context.moment().now))[0]
 
-    async def settle(self, settled: list[Delivery], now: int) -> None:
+    async def store_outcomes(self, tried: list[Delivery], now: int) -> None:
         """Store the results of deliveries. If that dropped dead letters, report a gap later."""
         async with self._writing:
-            if await self._context.storage.settle_deliveries(settled, now):
+            if await self._context.storage.store_outcomes(tried, now):
                 self._cursor = replace(self._cursor, gone_to=GAP_PENDING)
 
     async def save(self, *, at_once: bool = False) -> None:

@@ -52,7 +52,7 @@ class Resolver(AbstractResolver):
         if self._running >= MAX_LOOKUPS:
             raise OSError("too many name lookups are already running")
 
-        def settle(result: list[Any] | OSError) -> None:
+        def set_outcome(result: list[Any] | OSError) -> None:
             self._running -= 1
             if found.done():
                 return
@@ -71,7 +71,7 @@ class Resolver(AbstractResolver):
             except UnicodeError:
                 result = OSError("it is not a valid host name")
             try:
-                loop.call_soon_threadsafe(settle, result)
+                loop.call_soon_threadsafe(set_outcome, result)
             except RuntimeError:
                 return  # the loop is closed
 

@@ -342,7 +342,7 @@ async def dead_letter_all(path: Path) -> None:
         ids = [each.id for each in waiting]
         for first in range(0, len(ids), 100):
             found = await store.deliveries(ids[first : first + 100])
-            await store.settle_deliveries([replace(each, state="given_up", ended_at=each.at) for each in found], 1)
+            await store.store_outcomes([replace(each, state="given_up", ended_at=each.at) for each in found], 1)
 
 
 @pytest.mark.slow

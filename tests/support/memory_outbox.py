@@ -38,9 +38,9 @@ class MemoryOutbox:
         await self._enter("plan_deliveries")
         await self.write_tables(OutboxWrite([moved], new))
 
-    async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool:
-        await self._enter("settle_deliveries")
-        await self.write_tables(OutboxWrite(deliveries=[each for each in settled if each.id in self.outbox]))
+    async def store_outcomes(self, tried: list[Delivery], now: int) -> bool:
+        await self._enter("store_outcomes")
+        await self.write_tables(OutboxWrite(deliveries=[each for each in tried if each.id in self.outbox]))
         return False
 
     async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:

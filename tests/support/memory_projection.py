@@ -95,7 +95,7 @@ class MemoryProjection(MemoryTables):
                 self.numbers, epoch=begun.epoch, next_token=begun.next_token, next_event=begun.next_event
             )
 
-    def settle_epoch(self) -> None:
+    def choose_epoch(self) -> None:
         """Begin a new epoch if the store is a restored backup. Here it never is."""
 
     # -- the tables

@@ -116,7 +116,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
     def opened(self) -> OpenedStore:
         """Return what a start would read, after whatever was in memory only is lost. Raises BadRecord."""
         self.read_tail()
-        self.settle_epoch()
+        self.choose_epoch()
         with contextlib.suppress(DiskFull):
             self.project()
         self.on_quarantined = lambda aside: None
@@ -350,8 +350,8 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
         jobs = [*self.jobs.values(), *self.damaged_tombstones.values()]
         return any(job.result is not None and job.result.storage_key == key for job in jobs)
 
-    async def settle_tombstones(self, pruned: list[int], later: list[Tombstone]) -> None:
-        await self._enter("settle_tombstones")
+    async def update_tombstones(self, pruned: list[int], later: list[Tombstone]) -> None:
+        await self._enter("update_tombstones")
         await self.write_tables(TombstoneWrite(pruned, later))
 
     async def save_stats(self, body: bytes) -> None:

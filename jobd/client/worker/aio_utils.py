@@ -20,7 +20,7 @@ async def within(time_s: float, event: asyncio.Event) -> bool:
     return event.is_set()
 
 
-def settle(future: asyncio.Future[None]) -> None:
+def mark_done(future: asyncio.Future[None]) -> None:
     """Mark `future` as done, unless it is done already."""
     if not future.done():
         future.set_result(None)

@@ -106,13 +106,13 @@ class LeaseKeeper:
         """
         reported = self._pending.reported if self._pending else asyncio.get_running_loop().create_future()
         if self.lost.done() or self._is_over:
-            _settle(reported, self.lost.result() if self.lost.done() else LockLost("This run of the job has ended."))
+            _resolve(reported, self.lost.result() if self.lost.done() else LockLost("This run of the job has ended."))
             return reported
         self._pending = _ProgressReport(request, reported)
         if self._is_reachable:
             self._wake.set()
         else:
-            _settle(reported)
+            _resolve(reported)
         return reported
 
     async def complete(self, give_up: asyncio.Event, **result: Any) -> bool:
@@ -142,7 +142,7 @@ class LeaseKeeper:
             report, self._pending = self._pending, None
             if flush:
                 await self._try(report)
-            _settle(report.reported)
+            _resolve(report.reported)
 
     async def _extend(self, first_s: float) -> None:
         loop = asyncio.get_running_loop()
@@ -183,14 +183,14 @@ class LeaseKeeper:
         else:
             self._on_response()
             if report is not None:
-                _settle(report.reported)
+                _resolve(report.reported)
             return state
         return None
 
     def _on_lost(self, error: JobdError, report: _ProgressReport | None) -> None:
         for pending in (report, self._pending):
             if pending is not None:
-                _settle(pending.reported, error)
+                _resolve(pending.reported, error)
         if not self.lost.done():
             self.lost.set_result(error)
 
@@ -201,14 +201,14 @@ class LeaseKeeper:
             return
         if error.code not in RETRIED and report is not None:
             self._on_response()
-            _settle(report.reported, error)
+            _resolve(report.reported, error)
             return
         if self._is_reachable:
             self._is_reachable = False
             self._log(f"job {self.id}: {error.message} The work continues; retrying.")
         if report is not None:
             self._pending = self._pending or report
-            _settle(report.reported)
+            _resolve(report.reported)
 
     def _is_rejected(self, error: JobdError) -> bool:
         """Return whether the daemon has rejected the worker's calls for the TTL of the lock, which has expired then.
@@ -312,7 +312,7 @@ def describe_failure(job: JobInfo, reason: str) -> str:
     return f"job {job.id} failed: {reason}; it is retried {delay if delay_s > 0 else 'now'}."
 
 
-def _settle(reported: asyncio.Future[None], error: JobdError | None = None) -> None:
+def _resolve(reported: asyncio.Future[None], error: JobdError | None = None) -> None:
     if reported.done():
         return
     if error is None:

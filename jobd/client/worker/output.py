@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
-from jobd.client.worker.aio_utils import settle
+from jobd.client.worker.aio_utils import mark_done
 from jobd.model.job import MAX_PERCENT, storage_key_error
 
 LINE_BYTES: Final = 64 << 10  # a longer line is not a directive; it is passed on in pieces
@@ -210,6 +210,6 @@ class OutputWriter:
             except OSError:
                 self._is_broken = True
             try:
-                self._loop.call_soon_threadsafe(settle, written)
+                self._loop.call_soon_threadsafe(mark_done, written)
             except RuntimeError:  # the loop is closed
                 return

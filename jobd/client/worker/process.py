@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Final
 
-from jobd.client.worker.aio_utils import first_of, settle, within
+from jobd.client.worker.aio_utils import first_of, mark_done, within
 from jobd.client.worker.watchdog import Watchdog
 
 KILLED_S: Final = 5.0  # for processes to end after SIGKILL, unless they hang in the kernel
@@ -225,7 +225,7 @@ async def _ready(pipe: IO[bytes], *, to_write: bool = False) -> None:
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
     add, remove = (loop.add_writer, loop.remove_writer) if to_write else (loop.add_reader, loop.remove_reader)
-    add(pipe.fileno(), settle, ready)
+    add(pipe.fileno(), mark_done, ready)
     try:
         await ready
     finally:
@@ -237,7 +237,7 @@ def _wait_for(pid: int, exited: asyncio.Future[None]) -> None:
     with contextlib.suppress(ChildProcessError):
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     with contextlib.suppress(RuntimeError):  # the loop is closed
-        exited.get_loop().call_soon_threadsafe(settle, exited)
+        exited.get_loop().call_soon_threadsafe(mark_done, exited)
 
 
 def has_members(group: int) -> bool:

@@ -234,10 +234,10 @@ def _run_calls(calls: CallQueue) -> None:
             undo(result)
         else:
             with contextlib.suppress(RuntimeError):  # the loop is closed because the process ends
-                future.get_loop().call_soon_threadsafe(_settle, calls, future, result, error, undo)
+                future.get_loop().call_soon_threadsafe(_set_outcome, calls, future, result, error, undo)
 
 
-def _settle(
+def _set_outcome(
     calls: CallQueue, future: asyncio.Future[Any], result: Any, error: BaseException | None, undo: Undo
 ) -> None:
     if future.cancelled():

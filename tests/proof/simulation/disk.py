@@ -30,7 +30,7 @@ from tests.support.memory_tables import MemoryTables
 
 # What is on disk beside the journal and the tables behind it.
 BESIDE: Final = ("quarantined", "bad_jobs", "bad_payloads", "quarantined_ids", "damaged_tombstones")
-COMMITS: Final = frozenset({"prune", "save_figures", "settle_tombstones", "trim_audit"})  # calls outside batches
+COMMITS: Final = frozenset({"prune", "save_figures", "trim_audit", "update_tombstones"})  # calls outside batches
 
 
 class Snapshot(Struct):
@@ -228,7 +228,7 @@ class SimDisk(MemoryStorage):
         else:
             self.tables.share_rows(self)
 
-    def settle_epoch(self) -> None:
+    def choose_epoch(self) -> None:
         """After a restore, begin a new epoch."""
         if self.marked or self.epoch_file > self.numbers.epoch:
             wall, old = self.wall(), self.numbers

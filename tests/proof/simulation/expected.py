@@ -74,7 +74,7 @@ ON_DISK: Final = (
     "reports failed",
     "prune failed",
     "due_tombstones failed",
-    "settle_tombstones failed",
+    "update_tombstones failed",
     "trim_audit failed",
     "save_figures failed",
 )

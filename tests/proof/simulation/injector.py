@@ -25,7 +25,7 @@ UPKEEP: Final = (
     "prune",
     "save_figures",
     "due_tombstones",
-    "settle_tombstones",
+    "update_tombstones",
     "trim_audit",
 )
 LEAP_MS: Final = 40 * DAY_MS

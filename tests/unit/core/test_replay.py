@@ -58,7 +58,7 @@ class Follower:
         fresh.unvalidated = dict(opened.unvalidated)
         at = self.engine.clock.moment()
         fresh.advance(opened.numbers.wall_ms, opened.numbers.lease_ms)
-        replay.settle(self.state)
+        replay.finish(self.state)
         self.state.finished.clear()  # a start knows none
         assert snapshot(self.state) == snapshot(fresh)
         assert list(self.state.processing) == list(fresh.processing)
@@ -131,7 +131,7 @@ async def test_jobs_with_equal_options_share_them() -> None:
 def test_a_row_with_a_grant_and_no_lease_has_no_worker() -> None:
     state = State()
     state.reindex(None, replace(full_job(), status="processing", lease=None))
-    replay.settle(state)
+    replay.finish(state)
     assert state.presence.workers == {}
 
 
@@ -203,5 +203,5 @@ async def test_a_missing_row_is_an_error() -> None:
 def test_a_processing_row_without_a_grant_has_no_worker() -> None:
     state = State()
     state.reindex(None, row(1, status="processing"))
-    replay.settle(state)
+    replay.finish(state)
     assert (list(state.without_lease), list(state.presence.workers)) == (["job-1"], [])

@@ -440,14 +440,14 @@ def test_the_sweeper_waits_until_its_results_can_be_written(error: Exception) ->
     async def run() -> None:
         async with sweeping() as at:
             await at.complete("a", "k")
-            at.engine.disk.errors["settle_tombstones"] = error
+            at.engine.disk.errors["update_tombstones"] = error
             await at.delete("a")
             await until(lambda: not at.store.objects)
             with capture_logs() as lines:
                 await seconds(5)
             assert at.engine.disk.tombstones
             assert {(line["event"], line["reason"]) for line in lines} == {("artifact_sweep_waits", str(error))}
-            del at.engine.disk.errors["settle_tombstones"]
+            del at.engine.disk.errors["update_tombstones"]
             await until(lambda: not at.engine.disk.tombstones)
             assert at.sweeps.waiting == 0
 

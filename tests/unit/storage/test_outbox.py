@@ -87,7 +87,7 @@ async def test_added_deliveries_survive_a_restart_and_numbers_continue(path: str
         first, second, other = made(1), made(2, subject="jobs/b"), made(3, "f")
         await planned(store, first, second, position=7)
         await planned(store, other, name="f")
-        await store.settle_deliveries([replace(first, state="delivered", ended_at=NOW + 1, status=204)], NOW + 1)
+        await store.store_outcomes([replace(first, state="delivered", ended_at=NOW + 1, status=204)], NOW + 1)
     async with open_store(path) as (store, _):
         outbox = await store.open_outbox(["e", "f"], NOW)
         assert outbox.waiting == {"e": bare(second), "f": bare(other)}
@@ -168,8 +168,8 @@ async def test_only_the_latest_ended_deliveries_are_kept(path: str, monkeypatch:
         await planned(store, *(made(id_) for id_ in range(1, 41)))
         await planned(store, *(made(id_, "f", state="delivered", ended_at=NOW) for id_ in range(41, 51)), name="f")
         for id_ in range(1, 21):
-            await store.settle_deliveries([made(id_, state="delivered", ended_at=NOW)], NOW)
-        await store.settle_deliveries([made(id_, state="given_up", ended_at=NOW) for id_ in range(21, 31)], NOW)
+            await store.store_outcomes([made(id_, state="delivered", ended_at=NOW)], NOW)
+        await store.store_outcomes([made(id_, state="given_up", ended_at=NOW) for id_ in range(21, 31)], NOW)
         assert [each.id for each in await store.list_deliveries("e", "delivered", 999, 99)] == [20, 19, 18, 17, 16]
         assert [each.id for each in await store.list_deliveries("e", "given_up", 999, 99)] == [30, 29, 28, 27, 26]
         assert len(await store.list_deliveries("e", "waiting", 999, 99)) == 10  # waiting deliveries are never deleted
@@ -180,7 +180,7 @@ async def test_deleting_a_failed_delivery_records_a_gap(path: str, monkeypatch: 
     monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 2, "given_up": 3})
 
     async def is_gap(*settled: Delivery, now: int = NOW) -> bool:
-        cursor = await store.settle_deliveries(list(settled), now)
+        cursor = await store.store_outcomes(list(settled), now)
         await store.finish_upkeep()
         (gone_to,) = store._connection.raw.execute("SELECT gone_to FROM webhooks WHERE name = 'e'").fetchone()
         assert cursor == (gone_to == GAP_PENDING)
@@ -208,9 +208,9 @@ async def test_deleting_alerts_and_tests_records_no_gap_but_deleting_a_gap_messa
         types = ["alert.firing", "webhook.test", "events.gone", "job.failed"]
         lost = [made(id_, seq=0, type=type_, state="given_up", ended_at=NOW) for id_, type_ in enumerate(types, 1)]
         await planned(store, *lost)
-        assert [await store.settle_deliveries([each], NOW) for each in lost[:1]] == [True], "one of them was a gap"
+        assert [await store.store_outcomes([each], NOW) for each in lost[:1]] == [True], "one of them was a gap"
         await planned(store, *(replace(each, id=each.id + 10) for each in lost[:2]))
-        assert await store.settle_deliveries([replace(lost[0], id=11)], NOW) is False
+        assert await store.store_outcomes([replace(lost[0], id=11)], NOW) is False
 
 
 async def test_old_ended_deliveries_are_deleted_by_age(path: str) -> None:
@@ -219,7 +219,7 @@ async def test_old_ended_deliveries_are_deleted_by_age(path: str) -> None:
         lost = [made(id_, state="given_up", ended_at=NOW) for id_ in range(7, 9)]
         await planned(store, *old, *lost, *(made(id_) for id_ in range(10, 14)))
         for step in range(4):
-            await store.settle_deliveries(
+            await store.store_outcomes(
                 [made(10 + step, state="delivered", ended_at=NOW + 8 * DAY_MS)], NOW + 8 * DAY_MS
             )
         assert [each.id for each in await store.list_deliveries("e", "delivered", 99, 99)] == [13, 12, 11, 10]

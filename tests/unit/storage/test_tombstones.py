@@ -61,10 +61,10 @@ async def test_a_failed_batch_leaves_no_tombstone(path: str) -> None:
 async def test_tombstones_are_deleted_and_postponed(store: Store) -> None:
     await store.write(ChangeFactory().batch([], tombstones=[waiting_tombstone(seq) for seq in (1, 2, 3)]))
     late = replace(waiting_tombstone(3), due_at=NOW + 5, tries=1)
-    await store.settle_tombstones([1, 99], [late])
+    await store.update_tombstones([1, 99], [late])
     assert await due_seqs(store) == [2]
     assert (await store.due_tombstones(NOW + 5, 9)).found == [(waiting_tombstone(2), False), (late, False)]
-    await store.settle_tombstones([2, 3], [])
+    await store.update_tombstones([2, 3], [])
     assert await store.due_tombstones(NOW + 5, 9) == DueTombstones([])
 
 
@@ -172,12 +172,12 @@ async def test_a_key_referenced_by_another_late_result_is_kept(store: Store) -> 
     await store.write(maker.batch([maker.delete(job_of(created[0]))], sweeps=True))
     (gone,) = tombstones_of(late[0])
     assert await store.due_tombstones(NOW, 9) == DueTombstones([(gone, False)], held={gone.job_seq})
-    await store.settle_tombstones([], [replace(gone, due_at=NOW + 1)])
+    await store.update_tombstones([], [replace(gone, due_at=NOW + 1)])
     await store.write(maker.batch([maker.delete(job_of(created[1]))], sweeps=True))
     assert await store.due_tombstones(NOW + 1, 9) == DueTombstones(
         [(tombstones_of(late[1])[0], False), (replace(gone, due_at=NOW + 1), False)]
     )
-    await store.settle_tombstones([gone.job_seq], [])
+    await store.update_tombstones([gone.job_seq], [])
     assert await tombstones_by_seq(store) == tombstones_of(late[1])
 
 

@@ -417,7 +417,7 @@ async def test_a_new_endpoint_gets_no_earlier_events(path: Path) -> None:
 async def test_a_delivery_whose_result_was_not_stored_is_repeated(path: Path) -> None:
     async with running_webhooks(path, wrap=CountingStore) as at:
         storage: Any = at.context.storage
-        storage.faults["settle_deliveries"] = RuntimeError("crash")
+        storage.faults["store_outcomes"] = RuntimeError("crash")
         await at.commit(*lifecycle(at.maker, "a"))
         await wait_until(lambda: at.posts.types() == ["job.created"])
         await asyncio.sleep(0.1)
@@ -434,7 +434,7 @@ async def test_nothing_is_sent_without_the_outbox_and_nothing_is_lost(
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     async with running_webhooks(path, wrap=CountingStore) as at:
         storage: Any = at.context.storage
-        storage.faults["settle_deliveries"] = error
+        storage.faults["store_outcomes"] = error
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(30)))
         await wait_until(lambda: len(at.posts.delivered) >= dispatcher.PARALLEL)
         storage.faults["plan_deliveries"] = error
@@ -454,7 +454,7 @@ async def test_webhooks_do_not_use_the_reserve_of_a_full_disk(path: Path, monkey
         at.may_write = False
         await at.commit(*lifecycle(at.maker, "a"))
         await asyncio.sleep(0.2)
-        assert storage.calls["plan_deliveries"] == storage.calls["settle_deliveries"] == 0
+        assert storage.calls["plan_deliveries"] == storage.calls["store_outcomes"] == 0
         assert at.webhooks.views()[0].lag == 4
         with pytest.raises(DiskFull):
             await at.webhooks.test("e")
@@ -563,7 +563,7 @@ async def test_every_event_arrives_in_order_despite_failures_and_crashes(
                     await at.commit(*(next_change() for _ in range(some)))
                 storage.faults = {
                     name: DiskFull("no room") if chance.random() < 0.5 else RuntimeError("crash")
-                    for name in ("settle_deliveries", "plan_deliveries", "events_after", "deliveries")
+                    for name in ("store_outcomes", "plan_deliveries", "events_after", "deliveries")
                     if chance.random() < 0.15
                 }
                 await asyncio.sleep(chance.random() * 0.1)
@@ -745,7 +745,7 @@ async def test_on_a_full_disk_an_alert_is_delivered_directly_and_later_through_t
         await at.commit(*lifecycle(at.maker, "a"))
         await asyncio.sleep(0.2)
         assert len(at.posts.tried) == 3, "each once, because it was accepted"
-        assert storage.calls["plan_deliveries"] == storage.calls["settle_deliveries"] == 0
+        assert storage.calls["plan_deliveries"] == storage.calls["store_outcomes"] == 0
         posted = list(at.posts.delivered)
         at.may_write = True
         await wait_until(lambda: at.webhooks.views()[0].delivered == 6)

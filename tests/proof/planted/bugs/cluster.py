@@ -165,11 +165,11 @@ def _(opened: Any, self: WarmState) -> OpenedStore:
 
 @bug(
     "lost-response-appended-twice",
-    Leadership._settle,
+    Leadership._ensure_appended,
     breaks="a record whose response was lost is appended again",
     found_by=CLUSTER_SIMULATION,
 )
-async def _(settle: Any, self: Leadership, record: Record, acked: int) -> None:
+async def _(ensure_appended: Any, self: Leadership, record: Record, acked: int) -> None:
     head = await self._resolve()
     await self._journal.append(replace(record, number=head.number + 1), acked)
 

@@ -85,7 +85,7 @@ class NodeDisk(SimDisk):
         self.node.cluster.check_tables(self.node.name, self.tables)
         return MemoryStorage.opened(self)
 
-    def settle_epoch(self) -> None:
+    def choose_epoch(self) -> None:
         """Begin no epoch: a takeover does."""
 
     def check_tables(self) -> None:

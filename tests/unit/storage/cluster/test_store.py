@@ -119,14 +119,14 @@ async def write_much(node: Node, dice: Random, writer: Writer, batches: int) -> 
                 cursor = WebhookCursor("e", batch.numbers.next_event - 1, 0, number + 1, {}, NOW)
                 new = Delivery(number, "e", "waiting", "s", "t", "i", number, NOW, NOW, 0, None, None, None, b"{}")
                 await store.plan_deliveries(cursor, [new])
-                await store.settle_deliveries([replace(new, state="delivered", ended_at=NOW)], NOW)
+                await store.store_outcomes([replace(new, state="delivered", ended_at=NOW)], NOW)
             case 1:
                 await store.save_stats(b"%d" % dice.randrange(100))
             case 2:
                 due = await store.due_tombstones(1 << 60, 3)
                 found = [tombstone for tombstone, _ in due.found]
                 later = [replace(each, tries=1) for each in found[1:]]
-                await store.settle_tombstones([each.job_seq for each in found[:1]], later)
+                await store.update_tombstones([each.job_seq for each in found[:1]], later)
             case 3:
                 await store.prune(writer.maker.now - 5, 4)
             case 4:
@@ -223,7 +223,7 @@ async def test_a_write_waits_until_all_nodes_read_its_format(leader: Node, serve
     store, cursor = leader.store, WebhookCursor("e", 1, 0)
     for write in (
         store.save_stats(b"1"),
-        store.settle_tombstones([1], []),
+        store.update_tombstones([1], []),
         store.plan_deliveries(cursor, []),
         store.prune(maker.now, 10),
     ):

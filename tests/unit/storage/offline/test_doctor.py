@@ -218,7 +218,7 @@ async def test_a_tombstone_that_waits_too_long_is_reported(path: str) -> None:
     assert "artifacts.url" in problem.fix
     late = Tombstone(-12, "a", "late/1", times[1], times[1], tries=4)
     async with open_store(path) as (store, _):
-        await store.settle_tombstones([901], [])
+        await store.update_tombstones([901], [])
         await store.write(maker.batch([], tombstones=[late]))
     (problem,) = check(path)
     assert problem.where == "artifact late/1"

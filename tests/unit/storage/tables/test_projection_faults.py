@@ -338,7 +338,7 @@ def test_an_epoch_that_began_before_a_crash_ends_no_grant(opened: Projection, pa
     conn = connect(path, "FULL")
     projection = Projection(startup.read_meta(conn, path))
     projection.read_tail(path)
-    startup._settle_epoch(projection, path)
+    startup._choose_epoch(projection, path)
     begun = projection.db.numbers
     conn.close()
     tables = restarted(path)
