@@ -91,7 +91,8 @@ class StoreSection(Struct, frozen=True, forbid_unknown_fields=True):
     path: str = ""
     """Path of the SQLite database. Empty: `jobd.db` in the state directory.
 
-    `:memory:` uses no file, and all jobs are lost when the daemon exits.
+    If there is no such file, jobd creates it and its directory, and logs `event=store_created`. `:memory:` uses no
+    file, and all jobs are lost when the daemon exits.
     """
     synchronous: Literal["full", "extra"] = "full"
     """`full`: fsync the database before every response. `extra`: fsync its directory as well."""

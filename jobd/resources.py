@@ -26,7 +26,7 @@ import structlog
 from jobd import systemd
 from jobd.api.services import Services
 from jobd.config import Config, ConfigError, LoadedConfig, parse_listen
-from jobd.config_loader import check_artifact_directory
+from jobd.config_loader import check_artifact_directory, state_directory
 from jobd.http.admin_listener import AdminListener
 from jobd.http.app import App
 from jobd.http.auth import accepted_hosts
@@ -82,6 +82,7 @@ async def open_store(settings: Config, on_locked: Callable[[], None]) -> tuple[S
     commit = settings.store.commit
     return await _opened(
         settings.store.path,
+        on_locked,
         lambda path: Store.open(path, synchronous=synchronous, commit=commit, on_locked=on_locked),
     )
 
@@ -92,13 +93,21 @@ async def open_cluster_store(
     """Open the tables of a node behind `journal`, like `open_store`."""
     if settings.store.path == ":memory:":
         raise CannotStart("a node of a cluster needs a file: set store.path", EXIT_CONFIG)
-    return await _opened(settings.store.path, lambda path: ClusterStore.open_for(path, journal, on_locked=on_locked))
+    return await _opened(
+        settings.store.path, on_locked, lambda path: ClusterStore.open_for(path, journal, on_locked=on_locked)
+    )
 
 
-async def _opened(path: str, opening: Callable[[str], Awaitable[tuple[S, OpenedStore]]]) -> tuple[S, OpenedStore]:
+async def _opened(
+    path: str, check: Callable[[], None], opening: Callable[[str], Awaitable[tuple[S, OpenedStore]]]
+) -> tuple[S, OpenedStore]:
+    file = Path(path)
     try:
-        if path != ":memory:":
-            Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        had_directory = file.parent.is_dir()
+        is_new = path != ":memory:" and not file.exists()
+        if is_new:
+            await asyncio.to_thread(check)  # an error leaves no directory and no lock file
+            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         async with _extended_start():
             store, opened = await opening(path)
     except (StoreError, JournalUnavailable) as error:
@@ -107,6 +116,11 @@ async def _opened(path: str, opening: Callable[[str], Awaitable[tuple[S, OpenedS
         raise CannotStart(f"{path}: {error}", EXIT_IO) from None
     except OSError as error:
         raise _cannot_open(path, error) from None
+    if is_new and (had_directory or file.parent == state_directory(os.environ)):
+        log.info("store_created", path=path)
+    elif is_new:
+        hint = "its directory did not exist either. If jobs are missing, check store.path"
+        log.warning("store_created", path=path, message=hint)
     for fault in opened.faults:
         log.error("store_fault", message=fault)
     if opened.full and (space := await store.measure_space()) is not None:

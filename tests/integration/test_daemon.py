@@ -357,6 +357,37 @@ def test_a_hanging_actor_does_not_feed_the_watchdog(tmp_path: Path) -> None:
             assert signs < 50
 
 
+def test_a_new_store_is_logged(tmp_path: Path) -> None:
+    """A wrong path creates an empty store, so the log says so."""
+    with DaemonProcess(tmp_path) as daemon:
+        line = next(line for line in daemon.log.decode().splitlines() if "event=store_created" in line)
+        assert "level=info" in line
+        assert line.endswith(f"path={tmp_path}/jobd.db")
+        assert daemon.stop() == 0
+    with DaemonProcess(tmp_path) as daemon:
+        assert b"event=store_created" not in daemon.log
+    store = tmp_path / "no/such/jobd.db"
+    with DaemonProcess(tmp_path, JOBD_STORE_PATH=str(store)) as daemon:
+        line = next(line for line in daemon.log.decode().splitlines() if "event=store_created" in line)
+        assert "level=warning" in line
+        assert f"path={store} " in line
+    for path in tmp_path.glob("jobd.db*"):
+        path.unlink()
+    own = {"JOBD_STORE_PATH": str(tmp_path / "state/jobd.db"), "STATE_DIRECTORY": str(tmp_path / "state")}
+    with DaemonProcess(tmp_path, **own) as daemon:
+        assert b"level=info event=store_created" in daemon.log
+
+
+def test_a_start_whose_address_is_taken_leaves_no_files(tmp_path: Path) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as other:
+        own = {"JOBD_ADMIN_LISTEN": f"127.0.0.1:{other.getsockname()[1]}", "JOBD_STORE_PATH": f"{tmp_path}/new/jobd.db"}
+        with DaemonProcess.not_started(tmp_path, **own) as daemon:
+            daemon.launch()
+            assert daemon.process is not None
+            assert daemon.process.wait(150) == 75
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+
+
 def test_no_token_or_a_short_one_is_exit_78_and_is_not_shown(tmp_path: Path) -> None:
     run = DaemonProcess(tmp_path, ADMIN_TOKEN="hunter2").spawn()
     _, log = run.communicate(timeout=150)
