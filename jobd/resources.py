@@ -101,13 +101,13 @@ async def open_cluster_store(
 async def _opened(
     path: str, check: Callable[[], None], opening: Callable[[str], Awaitable[tuple[S, OpenedStore]]]
 ) -> tuple[S, OpenedStore]:
-    file = Path(path)
+    directory = Path(path).parent
     try:
-        had_directory = file.parent.is_dir()
-        is_new = path != ":memory:" and not file.exists()
+        had_directory = directory.is_dir()
+        is_new = path != ":memory:" and not await asyncio.to_thread(os.path.exists, path)
         if is_new:
             await asyncio.to_thread(check)  # an error leaves no directory and no lock file
-            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         async with _extended_start():
             store, opened = await opening(path)
     except (StoreError, JournalUnavailable) as error:
@@ -116,7 +116,7 @@ async def _opened(
         raise CannotStart(f"{path}: {error}", EXIT_IO) from None
     except OSError as error:
         raise _cannot_open(path, error) from None
-    if is_new and (had_directory or file.parent == state_directory(os.environ)):
+    if is_new and (had_directory or directory == state_directory(os.environ)):
         log.info("store_created", path=path)
     elif is_new:
         hint = "its directory did not exist either. If jobs are missing, check store.path"
