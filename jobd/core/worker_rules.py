@@ -76,7 +76,7 @@ def _create(tx: Transaction, command: Create) -> tuple[Job, JobView, bool] | Api
         if isinstance(existing, ApiError):
             return existing
         return existing, views.job_view(existing, tx.at, tx.policy, admin=tx.call.admin), False
-    refusal = _refuse_times(tx, command) or _refuse_above_limit(tx) or transitions.refuse_queue(tx, command.queue)
+    refusal = _refuse_options(tx, command) or _refuse_above_limit(tx) or transitions.refuse_queue(tx, command.queue)
     if refusal is not None:
         return refusal
     now, number, options = tx.now, tx.job_number(), transitions.requested_options(tx, command)
@@ -97,9 +97,13 @@ def _existing(tx: Transaction, job_id: str, request_hash: str) -> Job | ApiError
     return ApiError("job_exists", message, {"job_id": job_id, "status": job.status})
 
 
-def _refuse_times(tx: Transaction, command: Create) -> ApiError | None:
+def _refuse_options(tx: Transaction, command: Create) -> ApiError | None:
     if command.run_at is not None and command.delay_ms is not None:
         return transitions.invalid("run_at", "Give run_at or delay_ms, not both.")
+    backoff = command.backoff
+    if backoff.max_ms < backoff.base_ms:
+        message = f"max_ms {backoff.max_ms} is less than base_ms {backoff.base_ms}. Raise max_ms, or lower base_ms."
+        return transitions.invalid("backoff.max_ms", message)
     return None if command.expires_at is None else transitions.refuse_expiry(tx, command.expires_at)
 
 

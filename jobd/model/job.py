@@ -150,7 +150,7 @@ class Backoff(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
         Literal["exponential", "fixed"], Meta(description="How the wait grows from attempt to attempt.")
     ] = "exponential"
     base_ms: Annotated[int, Meta(ge=0, le=YEAR_MS, description="The first wait, in ms.")] = 1_000
-    max_ms: Annotated[int, Meta(ge=0, le=YEAR_MS, description="The longest wait, in ms.")] = HOUR_MS
+    max_ms: Annotated[int, Meta(ge=0, le=YEAR_MS, description="The longest wait, in ms; at least base_ms.")] = HOUR_MS
     jitter: Annotated[
         bool, Meta(description="Wait a random part of the computed time, so that jobs do not return together.")
     ] = True

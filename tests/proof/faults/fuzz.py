@@ -35,6 +35,7 @@ from tests.support.daemon_process import TOKEN, DaemonProcess, free_port
 ALLOWED_REJECTIONS: Final = (
     "got a number.",  # in JSON Schema 5.0 is an integer
     "run_at or delay_ms",
+    "is less than base_ms",
     "is not in the future",
     "in the list twice",
     "separated by commas",  # the filters of events

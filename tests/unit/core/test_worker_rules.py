@@ -145,6 +145,13 @@ def test_a_delay_moves_run_at(rules: RuleHarness) -> None:
     assert refusal.message == "Give run_at or delay_ms, not both."
 
 
+def test_the_longest_wait_is_at_least_the_first(rules: RuleHarness) -> None:
+    refusal = rules.reject(Create(backoff=Backoff(base_ms=5_000, max_ms=10)), "invalid_request")
+    assert refusal.details == {"field": "$.backoff.max_ms"}
+    assert refusal.message == "max_ms 10 is less than base_ms 5000. Raise max_ms, or lower base_ms."
+    assert rules.create(backoff=Backoff(base_ms=10, max_ms=10)).options.backoff.max_ms == 10
+
+
 def test_expires_at_must_be_in_the_future(rules: RuleHarness) -> None:
     refusal = rules.reject(Create(expires_at=NOW), "invalid_request")
     assert refusal.details == {"field": "$.expires_at"}
