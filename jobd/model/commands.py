@@ -39,6 +39,8 @@ from jobd.model.fields import (
     Metadata,
     MomentMs,
     NamedJobId,
+    NewJobId,
+    NewQueueName,
     OperatorName,
     PageLimit,
     Payload,
@@ -92,8 +94,8 @@ class Create(Command, frozen=True, kw_only=True):
     admission = "create"
     errors = ("job_exists", "job_quarantined", "too_many_jobs", "too_many_queues")
 
-    id: Annotated[JobId | None, Meta(description="Id of the job. Default: a new UUIDv7.")] = None
-    queue: QueueName = "default"
+    id: Annotated[NewJobId | None, Meta(description="Id of the job. Default: a new UUIDv7.")] = None
+    queue: NewQueueName = "default"
     kind: Kind = ""
     payload: Payload = Raw(b"null")
     priority: Priority = 0
@@ -599,8 +601,8 @@ class Import(Command, frozen=True, kw_only=True):
     audit_name: ClassVar[str | None] = "import"
     errors: ClassVar[tuple[str, ...]] = ("too_many_jobs", "too_many_queues")
 
-    id: NamedJobId
-    queue: QueueName = "default"
+    id: NewJobId
+    queue: NewQueueName = "default"
     kind: Kind = ""
     payload: Payload = Raw(b"null")
     priority: Priority = 0

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from msgspec import Meta, Raw
 
-from jobd.model.job import DAY_MS, EARLIEST_MS, ID_PATTERN, LATEST_MS, MAX_PRIORITY, SECOND_MS, YEAR_MS, Status
+from jobd.model.job import (
+    DAY_MS,
+    EARLIEST_MS,
+    ID_PATTERN,
+    LATEST_MS,
+    MAX_PRIORITY,
+    NEW_ID_PATTERN,
+    SECOND_MS,
+    YEAR_MS,
+    Status,
+)
 
 if TYPE_CHECKING:
     JsonValue = Raw | None
@@ -21,12 +31,20 @@ PRINTABLE: Final = r"^[ -~]*$(?!\n)"  # ASCII
 
 # `expected` describes a pattern in an error message.
 _ID_TEXT: Final = {"expected": "1 to 200 characters of A-Z a-z 0-9 . _ : -"}
+_NEW_ID_TEXT: Final = {"expected": "1 to 200 characters of A-Z a-z 0-9 . _ : - except . and .. alone"}
 _PLAIN_TEXT: Final = {"expected": "text without control characters"}
 _NEXT_CURSOR: Final = {"expected": "the `next_cursor` of the page before"}
 
 # Types of request fields and of the job record. A value out of bounds is rejected, never clamped.
 JobId = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200, extra=_ID_TEXT)]
 QueueName = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200, extra=_ID_TEXT, description="Name of the queue.")]
+# The same for a new job.
+NewJobId = Annotated[
+    str, Meta(pattern=NEW_ID_PATTERN, max_length=200, extra=_NEW_ID_TEXT, description="Id of the job.")
+]
+NewQueueName = Annotated[
+    str, Meta(pattern=NEW_ID_PATTERN, max_length=200, extra=_NEW_ID_TEXT, description="Name of the queue.")
+]
 Kind = Annotated[
     str,
     Meta(

@@ -46,6 +46,8 @@ LATEST_MS: Final = 253_402_300_799_999  # 9999-12-31T23:59:59.999Z
 
 # `$` alone would accept a trailing line feed.
 ID_PATTERN: Final = r"^[A-Za-z0-9_.:\-]{1,200}$(?!\n)"
+# Of new jobs. Clients and proxies remove a `.` or `..` from the path of a URL.
+NEW_ID_PATTERN: Final = r"^(?!\.{1,2}$)[A-Za-z0-9_.:\-]{1,200}$(?!\n)"
 MAX_PRIORITY: Final = 1000  # priorities range from -MAX_PRIORITY; a smaller one runs first
 
 # A fencing token is (epoch << TOKEN_COUNTER_BITS) | counter. Up to SAFE_EPOCH it is below 2^53, which JavaScript reads

@@ -58,8 +58,10 @@ MOVED = {"jobId": "a", "from": "queued", "to": "failed"}
 
 # Command, its required fields, a field, its outermost valid values, and invalid ones just beyond.
 BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
-    (Create, {}, "id", ["a", LONG, "A-z_0.9:"], ["", "x" * 201, "a b", "a/b", "a\n", "é"]),
-    (Create, {}, "queue", ["a", LONG], ["", "x" * 201, "a b", "a\n"]),
+    (Create, {}, "id", ["a", LONG, "A-z_0.9:", "...", ".a"], ["", "x" * 201, "a b", "a/b", "a\n", "é", ".", ".."]),
+    (Import, {}, "id", ["a", "..."], ["", ".", ".."]),
+    (Start, {"worker": "w"}, "id", ["a", ".", ".."], ["", "a/b"]),
+    (Create, {}, "queue", ["a", LONG, "..."], ["", "x" * 201, "a b", "a\n", ".", ".."]),
     (Create, {}, "kind", ["", LONG, "à la carte", "a" * 200], ["x" * 201, "a\n", "\x00", "a\x1f", "\x7f"]),
     (Create, {}, "priority", [-1_000, 1_000], [-1_001, 1_001, 0.5]),
     (Create, {}, "max_attempts", [1, 1_000], [0, 1_001]),
