@@ -71,15 +71,15 @@ def complete(tx: Transaction, command: Complete, refusal: ApiError, body_hash: s
     if granted is None:
         return refusal
     if policy == "drop":
-        return _rejected(tx, job, command, refusal)
+        return _reject(tx, job, command, refusal)
     worker, token = granted
     given = Result(command.download_url, command.file_path, command.storage_key, command.metadata)
     result = transitions.normalize_result(given) or Result()
     late = LateResult(0, tx.at.now, worker, token, body_hash, command.expires_at, result)
     is_free = policy == "adopt_if_unclaimed" and _is_unclaimed(tx, job, command.lock_id)
     if is_free and transitions.refuse_result(tx, command) is None:
-        return _accepted(tx, job, late)
-    return _stored(tx, job, late, refusal) or _rejected(tx, job, command, refusal)
+        return _accept(tx, job, late)
+    return _store(tx, job, late, refusal) or _reject(tx, job, command, refusal)
 
 
 def note_call(tx: Transaction, job: Job, command: Calls) -> None:
@@ -154,7 +154,7 @@ def _is_unclaimed(tx: Transaction, job: Job, lock_id: str) -> bool:
     )
 
 
-def _accepted(tx: Transaction, job: Job, late: LateResult) -> Response:
+def _accept(tx: Transaction, job: Job, late: LateResult) -> Response:
     """Accept the result as if the grant had not ended. A repeated complete gets the same response."""
     assert job.ended is not None  # of this grant
     ended = replace(
@@ -169,12 +169,12 @@ def _accepted(tx: Transaction, job: Job, late: LateResult) -> Response:
     return transitions.job_response(tx, job)
 
 
-def _rejected(tx: Transaction, job: Job, command: Complete, refusal: ApiError) -> ApiError:
+def _reject(tx: Transaction, job: Job, command: Complete, refusal: ApiError) -> ApiError:
     note_call(tx, job, command)
     return refusal
 
 
-def _stored(tx: Transaction, job: Job, late: LateResult, refusal: ApiError) -> ApiError | None:
+def _store(tx: Transaction, job: Job, late: LateResult, refusal: ApiError) -> ApiError | None:
     """Store the result if it is the first of its grant, not too large, and among those of the latest grants.
 
     A grant whose late result was replaced by later ones stores none again, so repeated calls add nothing. Return None

@@ -32,7 +32,7 @@ def apply(state: State, batch: Batch, loaded: Iterable[Job] = ()) -> None:
     Raises LookupError if a row is missing and not in quarantine.
     """
     for job in loaded:
-        state.loaded(job)
+        state.keep_finished(job)
     numbers = batch.numbers
     state.advance(numbers.wall_ms, numbers.lease_ms)
     for change in batch.changes:

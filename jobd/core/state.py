@@ -300,7 +300,7 @@ class State:
             elif after.status == "processing":
                 self._begin_processing(after)
             else:
-                self.loaded(after)
+                self.keep_finished(after)
             if after.releases >= LOOP_FROM and after.id in self.jobs and is_release_loop(after):
                 self.release_loops[after.id] = after.releases
 
@@ -319,7 +319,7 @@ class State:
                 ids.clear()
                 ids.update(dict.fromkeys(ordered))
 
-    def loaded(self, job: Job) -> None:
+    def keep_finished(self, job: Job) -> None:
         """Keep a finished job that was read from disk."""
         if job.id in self.finished:
             self._drop_finished(job.id)

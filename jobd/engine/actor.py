@@ -493,7 +493,7 @@ class Actor:
             loaded = await self.disk.load(unknown, [], stored)
             known.responses = loaded.responses
             for finished in loaded.jobs.values():
-                state.loaded(finished)
+                state.keep_finished(finished)
         deletable = {job_id for envelope, _ in naming for job_id in deleted_ids(envelope.call.command)}
         firsts = [ids for envelope, ids in naming if needs_payload_first(envelope, deletable)]
         wanted = {job.seq: job.id for ids in firsts for job_id in ids if (job := state.get(job_id)) is not None}

@@ -146,8 +146,8 @@ def test_equal_options_share_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_finished_jobs_are_kept_for_a_while(rules: RuleHarness) -> None:
     for number in range(FINISHED_KEPT + 2):
-        rules.state.loaded(replace(queued(number + 1), status="cancelled"))
-    rules.state.loaded(replace(queued(1), status="cancelled"))  # named again, so it is evicted last
+        rules.state.keep_finished(replace(queued(number + 1), status="cancelled"))
+    rules.state.keep_finished(replace(queued(1), status="cancelled"))  # named again, so it is evicted last
     rules.state.trim_finished()
     assert len(rules.state.finished) == FINISHED_KEPT
     assert rules.state.get("job-1") is not None
@@ -160,18 +160,18 @@ def test_the_size_of_finished_jobs_is_counted(monkeypatch: pytest.MonkeyPatch) -
     state = State()
     for seq in range(1, 6):
         result = Result(metadata=Raw(b'"%s"' % (b"y" * 998)))
-        state.loaded(replace(queued(seq), status="completed", result=result))
-        state.loaded(replace(queued(seq), status="completed", result=result))  # the same again adds nothing
+        state.keep_finished(replace(queued(seq), status="completed", result=result))
+        state.keep_finished(replace(queued(seq), status="completed", result=result))  # the same again adds nothing
     state.trim_finished()
     assert list(state.finished) == ["job-3", "job-4", "job-5"]
     state.reindex(state.finished["job-4"], None)
-    state.loaded(replace(queued(6), status="completed", result=Result(file_path="/x")))
+    state.keep_finished(replace(queued(6), status="completed", result=Result(file_path="/x")))
     state.trim_finished()
     assert (list(state.finished), state._finished_bytes) == (["job-3", "job-5", "job-6"], 2_000)
-    state.loaded(replace(queued(8), status="cancelled"))
+    state.keep_finished(replace(queued(8), status="cancelled"))
     assert state._finished_bytes == 2_000, "a job without a result counts no bytes"
     state.reindex(state.finished["job-8"], None)
-    state.loaded(replace(queued(7), status="completed", result=Result(metadata=Raw(b'"%s"' % (b"y" * 3_000)))))
+    state.keep_finished(replace(queued(7), status="completed", result=Result(metadata=Raw(b'"%s"' % (b"y" * 3_000)))))
     state.trim_finished()
     assert (list(state.finished), state._finished_bytes) == ([], 0)
 
@@ -180,7 +180,7 @@ def test_finished_jobs_in_memory_are_bounded_in_bytes() -> None:
     state = State()
     for seq in (1, 2):
         result = Result(metadata=Raw(b'"%s"' % (b"y" * (4 << 20))))
-        state.loaded(replace(queued(seq), status="completed", result=result))
+        state.keep_finished(replace(queued(seq), status="completed", result=result))
     state.trim_finished()
     assert list(state.finished) == ["job-1", "job-2"]
 
@@ -594,7 +594,7 @@ def test_manually_edited_rows_do_not_break_the_counts(rules: RuleHarness) -> Non
 @pytest.mark.parametrize("status", ["odd", "complete", ""])
 def test_an_unknown_status_breaks_nothing(rules: RuleHarness, status: str) -> None:
     job = rules.rows["job-1"] = queued(1, status=status, progress=101)
-    rules.state.loaded(job)  # as read from the disk: no start has counted it
+    rules.state.keep_finished(job)  # as read from the disk: no start has counted it
     rules.accept(RepairJobs(ids=[job.id]))
     assert (rules.job(job.id).status, rules.job(job.id).progress) == (status, 100)
     compare(rules.state, rules.rows, rules.moment)
