@@ -36,7 +36,7 @@ TAKEN_BACK: Final = 200  # jobs of one take-back command
 
 
 def recover(tx: Transaction, command: Recover) -> Response:
-    """Recover stuck jobs by their stall rule and clear expired locks, up to `limit` of each."""
+    """Recover stalled jobs by their stall rule and clear expired locks, up to `limit` of each."""
     state, lease = tx.state, tx.at.lease
     more = len(state.stuck) > command.limit or len(state.expired_locks) > command.limit
     stuck = list(islice(state.stuck, command.limit))

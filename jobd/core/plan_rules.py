@@ -117,9 +117,9 @@ def statuses(action: PlanAction, wanted: PlanFilter) -> list[str]:
 def version(job: Job, late: int | None = None, action: PlanAction | None = None) -> str:
     """Return the version of the job: it changes with everything but progress reports and extensions.
 
-    For MAINTENANCE_ACTIONS it changes with those too, because they decide whether the job is stuck and what happens to
-    it. `updated_at` of a job without a grant is included, to detect changes that were undone. `late` is the latest late
-    result (State.latest_late), which is deleted with the job.
+    For MAINTENANCE_ACTIONS it changes with those too, because they decide whether the job is stalled and what happens
+    to it. `updated_at` of a job without a grant is included, to detect changes that were undone. `late` is the latest
+    late result (State.latest_late), which is deleted with the job.
     """
     seen: tuple[object, ...] = (
         job.seq,

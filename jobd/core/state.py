@@ -128,7 +128,7 @@ class State:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def get(self, job_id: str) -> Job | None:
-        """Return the job if it is live, or finished and loaded."""
+        """Return the job if it is live, or finished and kept."""
         job = self.jobs.find(job_id)
         return self.finished.get(job_id) if job is None else job
 
@@ -208,7 +208,7 @@ class State:
         return None
 
     def next_deadline(self) -> int | None:
-        """Return the lease time at which the next lock expires or the next job becomes stuck."""
+        """Return the lease time at which the next lock expires or the next job stalls."""
         entry = self._deadlines.first(self._is_deadline)
         return None if entry is None else entry[0]
 
@@ -376,7 +376,7 @@ class State:
             self._count_as(self.unmoved[job_id], +1)
 
     def advance(self, now: int, lease: int) -> None:
-        """Apply the time: delayed jobs become due, locks expire, jobs become stuck.
+        """Apply the time: delayed jobs become due, locks expire, jobs stall.
 
         Overdue queued jobs need no work here, because every order skips them by time.
         """
@@ -522,7 +522,7 @@ class State:
             self.presence.remove_job(job.grant.worker, job_id)
 
     def _schedule(self, job: Job) -> None:
-        """Sort a processing job into live, expired or stuck, and set its next deadline."""
+        """Sort a processing job into live, expired or stalled, and set its next deadline."""
         job_id, grant, lease, now = job.id, job.grant, job.lease, self._lease
         assert grant is not None and lease is not None
         if now < lease.expires and not lease.cleared:

@@ -348,7 +348,7 @@ def is_overdue(job: Job, now: int) -> bool:
 
 
 def is_stuck(job: Job, lease_ms: int) -> bool:
-    """Return whether the job is processing and stuck at lease time `lease_ms`. Without a grant it always is."""
+    """Return whether the job is processing and stalled at lease time `lease_ms`. Without a grant it always is."""
     return job.status == "processing" and (job.lease is None or job.grant is None or lease_ms >= job.lease.stuck)
 
 

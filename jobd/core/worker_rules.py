@@ -118,7 +118,7 @@ def _refuse_above_limit(tx: Transaction) -> ApiError | None:
 
 
 def start(tx: Transaction, command: Start) -> Response | ApiError:
-    """Grant the named job: queued, due, and its queue not paused. A stuck job is recovered first."""
+    """Grant the named job: queued, due, and its queue not paused. A stalled job is recovered first."""
     job = transitions.find(tx, command.id)
     if not isinstance(job, Job):
         return job
@@ -158,7 +158,7 @@ def _refuse_start(tx: Transaction, job: Job) -> ApiError | None:
 
 def _already_locked(tx: Transaction, job: Job) -> ApiError:
     at = tx.at
-    assert job.grant is not None and job.lease is not None  # otherwise the job is stuck
+    assert job.grant is not None and job.lease is not None  # otherwise the job is stalled
     free_at = job.lease.expires if job.lease.is_live(at.lease) else job.lease.stuck
     wait_ms = free_at - at.lease
     details = {
