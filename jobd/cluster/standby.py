@@ -65,7 +65,7 @@ class Standby:
         *,
         next_epoch: Callable[[int], int],
         now_s: Callable[[], float] = boot_clock_s,
-        is_refused: Callable[[str], Awaitable[bool]] | None = None,
+        refuses_connections: Callable[[str], Awaitable[bool]] | None = None,
     ) -> None:
         self.head: Head | None = None
         self.problem: str | None = None
@@ -74,7 +74,7 @@ class Standby:
         self._warm = warm
         self._next_epoch = next_epoch
         self._now_s = now_s
-        self._is_refused = is_refused or is_refused_at
+        self._refuses_connections = refuses_connections or refuses_connections_at
         self._lease = StandbyLease(settings.lease_s, now_s)
         self._last_event = warm.last_event  # of the records that were read
         self._checked_epoch: int | None = None  # in which the journal has the records that were applied
@@ -157,7 +157,7 @@ class Standby:
         if is_over:
             return True
         is_alone = self.settings.is_direct and not head.is_connected
-        return is_alone and bool(head.url) and await self._is_refused(head.url or "")
+        return is_alone and bool(head.url) and await self._refuses_connections(head.url or "")
 
     async def _lease_of(self, holder: str) -> float:
         """Return the lease of the leader, which can be longer than that of this node; 0 if it is not known."""
@@ -245,7 +245,7 @@ def acknowledged(records: list[Record], acked: int) -> list[Record]:
     return [each for each in records if each.number <= acked or each is not records[-1]]
 
 
-async def is_refused_at(url: str) -> bool:
+async def refuses_connections_at(url: str) -> bool:
     """Return whether the machine at `url` refuses connections, because no process listens."""
     parts = urlsplit(url)
     try:

@@ -86,16 +86,16 @@ async def _send_events(
     clock = asyncio.get_running_loop().time
     await write(context, b"retry: %d\nevent: live\ndata:\n\n" % RETRY_MS)
     last_sent_s = clock()
-    while not watcher.over.is_set():
-        has_changed = await _wait(watcher.news, SESSION_CHECK_S)
+    while not watcher.ended.is_set():
+        has_changed = await _wait(watcher.changed, SESSION_CHECK_S)
         if not _is_signed_in(current_viewer):
             await write(context, b"event: end\ndata:\n\n")
             return
-        if has_changed and not watcher.over.is_set():
-            watcher.news.clear()
+        if has_changed and not watcher.ended.is_set():
+            watcher.changed.clear()
             await write(context, b"event: change\ndata:\n\n")
             last_sent_s = clock()
-            await _wait(watcher.over, interval_s)
+            await _wait(watcher.ended, interval_s)
         elif clock() - last_sent_s >= HEARTBEAT_S:
             await write(context, b": keep-alive\n\n")
             last_sent_s = clock()

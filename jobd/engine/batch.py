@@ -210,14 +210,14 @@ class Decider:
     def unreceived(self, envelope: Envelope, response: Response, received: int) -> list[Undelivered]:
         """Return the releases for a response that only `received` of its callers have received."""
         self._count_receivers(envelope, response, received - len(envelope.futures))
-        return self.undelivered(response, forgone=0) if received == 0 else []
+        return self.undelivered(response, closed=0) if received == 0 else []
 
-    def undelivered(self, response: Response, *, forgone: int = 1) -> list[Undelivered]:
-        """Return the releases for a response of which `forgone` connections closed before its first byte."""
+    def undelivered(self, response: Response, *, closed: int = 1) -> list[Undelivered]:
+        """Return the releases for a response of which `closed` connections ended before its first byte."""
         released = []
         for job_id, lock_id in response.grants:
             if lock_id in self._receivers:
-                self._receivers[lock_id] -= forgone
+                self._receivers[lock_id] -= closed
             if self._receivers.get(lock_id, 0) <= 0:
                 released.append(Undelivered(id=job_id, lock_id=lock_id))
         return released

@@ -12,7 +12,7 @@ from jobd.model.events import Change
 
 
 class Watcher:
-    """A watcher. `news` is set after a change, `over` when no more changes follow. Call `leave` in any case.
+    """A watcher. `changed` is set after a change, `ended` when no more changes follow. Call `leave` in any case.
 
     It watches a job if `job_id` is set, else a queue if `queue` is set, else all jobs. `cut` closes its connection.
     """
@@ -20,15 +20,15 @@ class Watcher:
     def __init__(self, watchers: Watchers, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> None:
         self.queue = queue
         self.job_id = job_id
-        self.news = asyncio.Event()
-        self.over = asyncio.Event()
+        self.changed = asyncio.Event()
+        self.ended = asyncio.Event()
         self.cut = cut
         self._watchers = watchers
         watchers.add(self)
 
     def end(self) -> None:
-        self.over.set()
-        self.news.set()
+        self.ended.set()
+        self.changed.set()
 
     def leave(self) -> None:
         self._watchers.discard(self)
@@ -89,4 +89,4 @@ class Watchers:
 
 def _wake(watchers: Iterable[Watcher]) -> None:
     for watcher in watchers:
-        watcher.news.set()
+        watcher.changed.set()

@@ -102,12 +102,12 @@ class ClusterNode:
             NodeSettings(holder=f"{name} {id(self)}", url=f"http://{name}", lease_s=LEASE_S),
             next_epoch=lambda highest: new_epoch(highest, self.wall_ms()),
             now_s=lambda: self.boot() / 1000,
-            is_refused=self.is_refused,
+            refuses_connections=self.refuses_connections,
         )
         self.nodes: dict[str, ClusterNode] = {f"http://{name}": self}
         self._task = asyncio.create_task(self._run(), name=name)
 
-    async def is_refused(self, url: str) -> bool:
+    async def refuses_connections(self, url: str) -> bool:
         await asyncio.sleep(0)
         return not self.nodes[url].is_listening
 

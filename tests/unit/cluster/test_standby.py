@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from jobd.cluster.standby import JUMP, Standby, acknowledged, is_refused_at
+from jobd.cluster.standby import JUMP, Standby, acknowledged, refuses_connections_at
 from jobd.journal.memory import MemoryServer
 from jobd.model.commands import Cancel, Create, ForceReset, Get, Start
 from jobd.model.journal import BadRecord, JournalOutcomeUnknown, JournalUnavailable, NodeEntry, Record
@@ -273,7 +273,7 @@ async def test_a_standby_waits_for_the_lease_of_the_leader_if_it_is_longer() -> 
     assert await leader_of(nodes) is leader
     holder = leader.standby.settings.holder
     await standby.journal.register(NodeEntry("a", holder, "http://a", 1, "", 0, lease_ms=20_000))
-    standby.standby._is_refused = _never_refused
+    standby.standby._refuses_connections = _never_refused
     leader.journal.is_reachable = False
     await seconds(18)
     assert not standby.leads
@@ -371,14 +371,14 @@ async def test_a_refused_connection_is_distinguished_from_an_accepted_one(tmp_pa
 
     server = await asyncio.start_server(accept, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    assert not await is_refused_at(f"http://127.0.0.1:{port}")
+    assert not await refuses_connections_at(f"http://127.0.0.1:{port}")
     server.close()
     await server.wait_closed()
-    assert await is_refused_at(f"http://127.0.0.1:{port}")
+    assert await refuses_connections_at(f"http://127.0.0.1:{port}")
     path = tmp_path / "socket"
-    assert await is_refused_at(f"unix:{path}")
+    assert await refuses_connections_at(f"unix:{path}")
     server = await asyncio.start_unix_server(accept, path)
-    assert not await is_refused_at(f"unix:{path}")
+    assert not await refuses_connections_at(f"unix:{path}")
     server.close()
     await server.wait_closed()
 
@@ -392,4 +392,4 @@ async def test_a_machine_that_does_not_respond_has_not_refused(monkeypatch: pyte
 
     for connect in (never, unknown):
         monkeypatch.setattr(asyncio, "open_connection", connect)
-        assert not await is_refused_at("https://node-a")
+        assert not await refuses_connections_at("https://node-a")

@@ -32,9 +32,9 @@ def nothing() -> None:
 
 
 def woken(*watchers: Watcher) -> list[bool]:
-    is_woken = [watcher.news.is_set() for watcher in watchers]
+    is_woken = [watcher.changed.is_set() for watcher in watchers]
     for watcher in watchers:
-        watcher.news.clear()
+        watcher.changed.clear()
     return is_woken
 
 
@@ -79,9 +79,9 @@ async def test_watchers_end_when_the_daemon_stops(feed: EventFeed, monkeypatch: 
     monkeypatch.setattr("jobd.engine.event_feed.CLOSING_S", 0.01)
     cut = asyncio.Event()
     watcher = feed.watch(queue=None, job_id="a", cut=cut.set)
-    assert not watcher.over.is_set()
+    assert not watcher.ended.is_set()
     feed.close()
-    assert (watcher.over.is_set(), watcher.news.is_set()) == (True, True)
+    assert (watcher.ended.is_set(), watcher.changed.is_set()) == (True, True)
     await cut.wait()
     with pytest.raises(ApiException) as no:
         feed.watch(queue=None, job_id=None, cut=nothing)

@@ -177,7 +177,7 @@ class Cluster(Machine):
         if self.daemon is daemon:
             self.daemon = None
 
-    def is_refused(self, by: SimNode, url: str) -> bool:
+    def refuses_connections(self, by: SimNode, url: str) -> bool:
         node = next(node for node in self.nodes if node.url == url)
         return not (node.is_listening or node.is_lost or by.is_lost)
 

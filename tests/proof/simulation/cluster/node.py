@@ -191,7 +191,7 @@ class SimNode(Host):
             NodeSettings(holder=self.process, url=self.url, lease_s=options.lease_s, is_direct=options.is_direct),
             next_epoch=lambda highest: new_epoch(highest, self.wall()),
             now_s=self.boot_s,
-            is_refused=self._is_refused,
+            refuses_connections=self._refuses_connections,
         )
         self.disk.on_quarantined = warm.quarantine
         if self._is_stopping:
@@ -199,10 +199,10 @@ class SimNode(Host):
         self._share()
         return await self.standby.run(), warm
 
-    async def _is_refused(self, url: str) -> bool:
+    async def _refuses_connections(self, url: str) -> bool:
         """Return whether no process listens at an address that can be reached."""
         await asyncio.sleep(0.001)
-        return self.cluster.is_refused(self, url)
+        return self.cluster.refuses_connections(self, url)
 
     @property
     def is_listening(self) -> bool:
