@@ -9,7 +9,6 @@ import msgspec
 
 from jobd.cli import terminal
 from jobd.model.events import EventView, StreamedEvent
-from jobd.model.job import headline
 from jobd.model.responses import JobView, Validation, WhyView
 
 _LONG = 4_000
@@ -47,7 +46,7 @@ def holder(job: JobView) -> str | None:
 def note(job: JobView) -> str:
     """Return the error of a failed job, else its last progress message."""
     if job.status == "failed" or (job.error_message and not job.progress_message):
-        return terminal.clean(headline(job.error_message or "", 60))
+        return terminal.one_line(job.error_message or "")
     return terminal.clip(job.progress_message or "", 60)
 
 
@@ -105,7 +104,7 @@ def timeline(events: Sequence[EventView]) -> None:
                 event.type,
                 _status_change(event),
                 event.by,
-                " ".join(filter(None, [event.reason, _details(event.details)])),
+                " ".join(filter(None, [_reason(event), _details(event.details)])),
             )
             for event in events
         ],
@@ -123,9 +122,13 @@ def event_line(event: StreamedEvent) -> str:
         about,
         _status_change(event),
         event.by,
-        event.reason,
+        _reason(event),
     ]
     return "  ".join(part for part in [*parts, _details(event.details)] if part)
+
+
+def _reason(event: EventView) -> str:
+    return terminal.one_line(event.reason or "")
 
 
 def _status_change(event: EventView) -> str:
@@ -147,7 +150,7 @@ def _detail(name: str, value: object) -> str:
 
 def why(view: WhyView) -> None:
     """Print the state, its reason, the next event and what to do."""
-    terminal.emit(f"{view.state}: {view.because}")
+    terminal.emit(terminal.one_line(f"{view.state}: {view.because}"))
     if view.next is not None:
         at = "" if view.next.at is None else f": {terminal.when(view.next.at)}"
         terminal.emit(f"next: {view.next.what.rstrip('.')}{at} [{view.next.rule}]")

@@ -7,7 +7,6 @@ from typing import Final
 
 from jobd.cli import tables, terminal
 from jobd.model.commands import About, WorkerState
-from jobd.model.job import headline
 from jobd.model.responses import (
     AlertView,
     AuditView,
@@ -225,7 +224,7 @@ def failures(view: FailuresView) -> None:
             terminal.age(group.last_at),
             " ".join(kind or '""' for kind in group.kinds),
             " ".join(group.queues),
-            terminal.clean(headline(group.message, 120)),
+            terminal.one_line(group.message),
         )
         for group in view.groups
     ]

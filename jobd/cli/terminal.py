@@ -63,9 +63,15 @@ def _escape(match: re.Match[str]) -> str:
     return _SHORT.get(char) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
 
 
+def one_line(text: str) -> str:
+    """Return the first line of `text`, escaped, with ` …` if there are more lines."""
+    first, _, rest = text.strip("\n").partition("\n")
+    return f"{clean(first)} …" if rest else clean(first)
+
+
 def clip(text: str, width: int = 100) -> str:
-    """Escape `text`, and cut it with an ellipsis if it is longer than `width` characters."""
-    text = clean(text)
+    """Escape the first line of `text`, and cut it with an ellipsis if it is longer than `width` characters."""
+    text = one_line(text)
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -134,14 +140,14 @@ def size(count: int) -> str:
 
 
 def cell(value: object) -> str:
-    """Format a value for a table: `-` for None, yes or no, numbers without a trailing `.0`."""
+    """Format a value for a table: `-` for None, yes or no, numbers without a trailing `.0`, one line of text."""
     if value is None or value == "":
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.1f}".removesuffix(".0")
-    return clean(str(value))
+    return one_line(str(value))
 
 
 def as_json(value: Any) -> str:
@@ -260,7 +266,7 @@ def _unfolded(columns: Sequence[str], lines: Sequence[Sequence[str]], available:
 
 
 def pairs(fields: Iterable[tuple[str, object]]) -> None:
-    """Print `name  value` lines on stdout, with the values aligned."""
+    """Print `name  value` lines on stdout, with the values aligned. A value can have several lines."""
     from rich.table import Table
     from rich.text import Text
 
@@ -268,7 +274,8 @@ def pairs(fields: Iterable[tuple[str, object]]) -> None:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in fields:
-        text = cell(value)
+        is_text = isinstance(value, str) and value != ""
+        text = "\n".join(map(clean, str(value).rstrip("\n").split("\n"))) if is_text else cell(value)
         grid.add_row(name, Text(text, style=_STYLES.get(text, "")))
     _print(grid)
 

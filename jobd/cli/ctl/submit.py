@@ -94,5 +94,5 @@ def _wait_for(job_id: str, as_json: bool) -> int:
         terminal.emit_json(job)
     else:
         why = f": {job.error_message}" if job.error_message and job.status != "completed" else ""
-        terminal.say(f"{job_id} {job.status}{why}")
+        terminal.say(terminal.one_line(f"{job_id} {job.status}{why}"))
     return exit_codes.DONE if job.status == "completed" else exit_codes.FAILED

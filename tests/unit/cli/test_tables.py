@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from jobd.cli import tables
 from jobd.model.events import StreamedEvent
+from jobd.model.responses import WhyView
 
 
 def test_an_event_is_a_line() -> None:
@@ -11,5 +14,12 @@ def test_an_event_is_a_line() -> None:
     time, *rest = tables.event_line(event).split("  ")
     assert time.startswith("1970-01-01 ")
     assert rest == ["7", "granted", "a (q)", "queued → processing", "worker:w", "ttl_ms=1 m"]
+    failed = StreamedEvent(7, 1_000, "failed", None, None, "admin", "one\ntwo", {"error_code": "E"}, "a", "q")
+    assert tables.event_line(failed).split("  ")[1:] == ["7", "failed", "a (q)", "admin", "one …", "error_code=E"]
     paused = StreamedEvent(8, 1_000, "queue_paused", None, None, "admin", "why", {}, None, "q")
     assert tables.event_line(paused).split("  ")[1:] == ["8", "queue_paused", "queue q", "admin", "why"]
+
+
+def test_why_shows_the_first_line_of_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.why(WhyView("failed", "It failed: boom\nTraceback", None, None, ["Retry it"]))
+    assert capsys.readouterr().out == "failed: It failed: boom …\ndo: Retry it\n"

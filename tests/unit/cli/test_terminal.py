@@ -108,6 +108,21 @@ def test_a_table_in_a_pipe_is_not_wrapped_or_cut_and_its_cells_are_escaped(capsy
     assert lines[2].split() == [long, "22"]
 
 
+def test_text_of_several_lines_is_one_line_in_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.table(["ID", "NOTE"], [("a", "\nfirst\tline\nsecond"), ("b", "only line\n")])
+    assert capsys.readouterr().out.splitlines() == ["ID  NOTE", "a   first\\tline …", "b   only line"]
+
+
+def test_text_of_several_lines_is_aligned_with_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.pairs([("id", "a"), ("error", "ValueError: x\n  in \x1b[2J\nid  b\n")])
+    assert capsys.readouterr().out.splitlines() == [
+        "id     a",
+        "error  ValueError: x",
+        "         in \\x1b[2J",
+        "       id  b",
+    ]
+
+
 def test_in_a_pipe_a_long_cell_moves_only_its_own_line(capsys: pytest.CaptureFixture[str]) -> None:
     terminal.table(
         ["ID", "STATUS", ">N"], [("x" * 200, "queued", 1), ("short", "failed", 22), ("other", "queued", 333)]
