@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final, NamedTuple, get_args
 
 import click
@@ -40,7 +41,7 @@ from jobd.model.commands import STREAMED_COMMANDS
 from jobd.monitoring import alerts
 from tests import ROOT
 from tests.conftest import tool_missing
-from tests.support import config_reference
+from tests.support import config_reference, python_reference
 from tests.support.cli_harness import node_runs_typescript
 from tests.support.daemon_process import TOKEN, DaemonProcess, die_with_us
 from tests.support.scripted_server import ScriptedServer, rejected, serving
@@ -49,6 +50,7 @@ PACKAGE: Final = Path(jobd.__file__).parent
 DOCUMENTS: Final = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "systemd" / "README.md"]
 README, API, OPERATIONS = ROOT / "README.md", ROOT / "docs/api.md", ROOT / "docs/operations.md"
 QUICKSTART, WORKERS, MIGRATION = ROOT / "docs/quickstart.md", ROOT / "docs/workers.md", ROOT / "docs/migration.md"
+PYTHON: Final = ROOT / "docs/python.md"
 CONFIGURATION, CLI, CLUSTER = ROOT / "docs/configuration.md", ROOT / "docs/cli.md", ROOT / "docs/cluster.md"
 PROGRAMS: Final = {"jobd": jobd_program, "jobctl": jobctl_program}
 
@@ -123,11 +125,12 @@ def _config_rows() -> list[list[str]]:
     return rows(CONFIGURATION, "key", "default", "live")
 
 
-@pytest.mark.parametrize("file", config_reference.generated(), ids=lambda file: file.name)
-def test_generated_documents_are_up_to_date(file: Path) -> None:
-    assert file.read_text(encoding="utf-8") == config_reference.generated()[file], (
-        f"{file.name} is out of date. Regenerate it with: {config_reference.COMMAND}"
-    )
+@pytest.mark.parametrize("generator", [config_reference, python_reference], ids=lambda module: module.__name__)
+def test_generated_documents_are_up_to_date(generator: ModuleType) -> None:
+    for file, text in generator.generated().items():
+        assert file.read_text(encoding="utf-8") == text, (
+            f"{file.name} is out of date. Regenerate it with: {generator.COMMAND}"
+        )
 
 
 def test_variables_of_keys_are_documented_as_read_by_the_daemon() -> None:
@@ -428,7 +431,7 @@ def test_documented_calls_exist() -> None:
     from jobd.client import AdminClient, AsyncJobClient, JobClient
 
     clients: dict[str, Any] = {"client": (JobClient, AsyncJobClient), "admin": (AdminClient,)}
-    for document in (README, QUICKSTART, WORKERS, MIGRATION):
+    for document in (README, QUICKSTART, WORKERS, MIGRATION, PYTHON):
         text = document.read_text(encoding="utf-8")
         for method, path in re.findall(r"\b(GET|POST|DELETE) `?(/(?:v1|admin)[\w/{}-]+)`?", text):
             assert (method, path) in routes, f"{document.name}: {method} {path}"
@@ -678,7 +681,7 @@ STOP_WORKER: Final = "kill $(cat worker.pid 2>/dev/null) 2>/dev/null || true"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["troubleshooting.md", "migration.md", "workers.md"])
+@pytest.mark.parametrize("name", ["troubleshooting.md", "migration.md", "workers.md", "python.md"])
 def test_the_examples_of_a_page_against_a_daemon(name: str, context: DocumentEnvironment) -> None:
     token = context.directory / "admin_token"
     token.write_text(TOKEN)
@@ -743,7 +746,7 @@ def test_every_python_example_is_run() -> None:
         for block in blocks(document):
             if block.language in ("python", "ts"):
                 assert block.mark.startswith("file: "), f"{document.name}: {block.text[:60]}"
-    for document in (README, QUICKSTART, WORKERS):
+    for document in (README, QUICKSTART, WORKERS, PYTHON):
         script = "".join(block.text for block in blocks(document) if block.mark == "run")
         for block in blocks(document):
             if block.language == "python":

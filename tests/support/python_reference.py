@@ -1,0 +1,157 @@
+"""Generate the tables of docs/python.md from the signatures and docstrings of jobd/client.
+
+`python -m tests.support.python_reference` rewrites the page. A test fails if it is out of date.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+from jobd.client import (
+    ERRORS,
+    AdminClient,
+    Discard,
+    JobClient,
+    Retry,
+    Stopped,
+    SyncTask,
+    Worker,
+    admin_requests,
+    worker_requests,
+)
+from jobd.client.apis import AdminApi, WorkerApi
+from tests import ROOT
+
+PAGE: Final = ROOT / "docs/python.md"
+COMMAND: Final = "python -m tests.support.python_reference"
+BEGIN: Final = f"<!-- generated from the signatures and docstrings of jobd/client by `{COMMAND}` -->\n"
+END: Final = "<!-- end of the generated part -->\n"
+
+# The parameters of the classes. The defaults come from the signatures.
+_CLIENT: Final = {
+    "token": "the token of a TCP address; None: the first line of the file `$JOBD_WORKER_TOKEN_FILE`",
+    "timeout_s": "the longest wait for one response, in seconds",
+    "retry_for_s": "how long a call is repeated while the daemon is unreachable or overloaded, in seconds; 0: never",
+    "tls": "an `ssl.SSLContext` for an `https` address; None: the certificates of the system",
+}
+PARAMETERS: Final[dict[type, dict[str, str]]] = {
+    JobClient: {"endpoint": "an [address](#addresses)", **_CLIENT},
+    AdminClient: {
+        "endpoint": "an [address](#addresses)",
+        **_CLIENT,
+        "token": "the admin token; None: `$ADMIN_TOKEN`, else the first line of the file `$ADMIN_TOKEN_FILE`",
+        "operator": "your name in the audit log and in timelines",
+    },
+    Worker: {
+        "client": "an [address](#addresses), or an `AsyncJobClient`, whose settings are used",
+        "queues": "the queues to claim from",
+        "concurrency": "how many jobs run at a time",
+        "name": "the name that operators see; None: made of host and process id",
+        "lock_ttl_ms": "how long a lock lasts without renewal, in ms: 1,000 to 86,400,000",
+        "max_processing_ms": "progress timeout, in ms; 0: none",
+        "timeout": "the longest run of a handler, a `timedelta` or seconds; None: no limit",
+        "grace_s": "how long running handlers may continue after SIGTERM or `stop`, in seconds",
+    },
+}
+# Results that the annotation does not name.
+RESULTS: Final = {
+    "handler": "a decorator",
+    "iterate_jobs": "iterator of `JobInfo`",
+    "iterate_queues": "iterator of `QueueView`",
+    "export_jobs": "iterator of `bytes`",
+    "events": "iterator of `StreamedEvent`",
+}
+
+
+def parameters(owner: type) -> list[str]:
+    """Return the table of the parameters of a class. Raises KeyError if one has no text."""
+    table = ["| parameter | default | meaning |", "| --- | --- | --- |"]
+    for parameter in inspect.signature(owner).parameters.values():
+        table.append(f"| `{parameter.name}` | `{parameter.default!r}` | {PARAMETERS[owner][parameter.name]} |")
+    return table
+
+
+def methods(owner: type, names: Iterable[str], module: ModuleType | None = None) -> list[str]:
+    """Return the table of the methods of a class. Those of both APIs are functions of `module`."""
+    table = ["| method | result | description |", "| --- | --- | --- |"]
+    for name in names:
+        function = getattr(owner, name)
+        _, *given = inspect.signature(function).parameters.values()
+        call = inspect.Signature([each.replace(annotation=each.empty) for each in given])
+        source = function if name in vars(owner) else getattr(module, name, function)
+        table.append(f"| `{name}{call}` | {result(name, source)} | {text(function)} |")
+    return table
+
+
+def result(name: str, function: Callable[..., Any]) -> str:
+    if name in RESULTS:
+        return RESULTS[name]
+    annotation = str(inspect.signature(function).return_annotation)
+    if annotation.startswith("ApiRequest["):
+        annotation = annotation.removeprefix("ApiRequest[").removesuffix("]")
+    return f"`{annotation}`"
+
+
+def text(documented: Any) -> str:
+    """Return a docstring as one line of a table."""
+    doc = documented.__doc__
+    assert doc, f"{documented} has no docstring"
+    return " ".join(doc.split()).replace("|", "\\|")
+
+
+def public(*owners: type) -> list[str]:
+    """Return the names of the public methods in the order of their definition."""
+    return [name for owner in owners for name in vars(owner) if not name.startswith("_")]
+
+
+def errors() -> list[str]:
+    table = ["| exception | code | status | meaning |", "| --- | --- | --- | --- |"]
+    for code, error in ERRORS.items():
+        table.append(f"| `{error.__name__}` | `{code}` | {error.status or 'none'} | {text(error)} |")
+    return table
+
+
+def tables() -> str:
+    """Return the generated part of the page."""
+    parts = [
+        ["## JobClient"],
+        ["`AsyncJobClient` has the same parameters and methods, and [`stream`](api.md#command-streams)."],
+        parameters(JobClient),
+        methods(JobClient, public(WorkerApi, JobClient), worker_requests),
+        ["## Worker"],
+        parameters(Worker),
+        methods(Worker, ["handler", "run", "stop", "serve"]),
+        ["## Task"],
+        ["`Task` has `progress` as a coroutine, and its `cancelled` is an `asyncio.Event`."],
+        methods(SyncTask, ["progress", "set_result", "raise_if_lost"]),
+        ["| exception | meaning |", "| --- | --- |"]
+        + [f"| `{each.__name__}` | {text(each)} |" for each in (Retry, Discard, Stopped)],
+        ["## AdminClient"],
+        ["`AsyncAdminClient` has no method that sends or receives a file; call those with `asyncio.to_thread`."],
+        parameters(AdminClient),
+        methods(AdminClient, public(AdminApi, AdminClient), admin_requests),
+        ["## Exceptions"],
+        errors(),
+    ]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def generated() -> dict[Path, str]:
+    """Return the page with the text that it must have."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return {PAGE: f"{before}{BEGIN}\n{tables()}\n\n{END}{after}"}
+
+
+def main() -> None:
+    """Write the page."""
+    for file, content in generated().items():
+        file.write_text(content, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
