@@ -50,9 +50,13 @@ def note(job: JobView) -> str:
     return terminal.clip(job.progress_message or "", 60)
 
 
-def job(view: JobView) -> None:
-    """Print all fields of a job that are not empty."""
+def job(view: JobView, events: Sequence[EventView] = ()) -> None:
+    """Print all fields of a job that are not empty. `events` name the worker of a finished job."""
     lock = view.lock
+    last_worker = next(
+        (event.by.removeprefix("worker:") for event in reversed(events) if event.type == "granted"), None
+    )
+    ends = "deleted" if view.finished_at else "expires"
     fields: list[tuple[str, object]] = [
         ("id", view.id),
         ("queue", view.queue),
@@ -68,7 +72,8 @@ def job(view: JobView) -> None:
         ("due", terminal.when(view.run_at)),
         ("started", terminal.when(view.started_at) if view.started_at else None),
         ("finished", terminal.when(view.finished_at) if view.finished_at else None),
-        ("expires", terminal.when(view.expires_at) if view.expires_at else None),
+        (ends, terminal.when(view.expires_at) if view.expires_at else None),
+        ("last worker", last_worker),
         ("held by", f"{lock.worker} (fencing token {lock.fencing_token})" if lock else holder(view)),
         ("lock expires", terminal.when(lock.expires_at) if lock else None),
         ("stalled after", terminal.span(view.stuck_after_ms)),

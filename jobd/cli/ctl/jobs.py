@@ -84,8 +84,12 @@ def job(job_id: str, as_json: bool) -> None:
     """Show all fields of a job."""
     from jobd.cli import tables
 
-    view = job_client().get_job(job_id)
-    terminal.emit_json(view) if as_json else tables.job(view)
+    client = job_client()
+    view = client.get_job(job_id)
+    if as_json:
+        terminal.emit_json(view)
+    else:
+        tables.job(view, client.timeline(job_id) if view.finished_at and view.started_at else ())
 
 
 @click.command()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
+import msgspec
 import pytest
 
 from jobd.cli import tables
-from jobd.model.events import StreamedEvent
+from jobd.client import JobInfo
+from jobd.model.events import EventView, StreamedEvent
 from jobd.model.responses import WhyView
+from tests.support.client_harness import JOB
 
 
 def test_an_event_is_a_line() -> None:
@@ -23,3 +28,20 @@ def test_an_event_is_a_line() -> None:
 def test_why_shows_the_first_line_of_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     tables.why(WhyView("failed", "It failed: boom\nTraceback", None, None, ["Retry it"]))
     assert capsys.readouterr().out == "failed: It failed: boom …\ndo: Retry it\n"
+
+
+def test_a_finished_job_shows_its_last_worker_and_its_deletion(capsys: pytest.CaptureFixture[str]) -> None:
+    view = msgspec.json.decode(msgspec.json.encode({**JOB, "expires_at": 2_000}), type=JobInfo)
+    tables.job(view)
+    text = capsys.readouterr().out
+    assert re.search(r"^expires +1970-", text, re.M)
+    assert "last worker" not in text
+    granted = [
+        EventView(1, 1_000, "granted", "queued", "processing", "worker:a:1", None, {}),
+        EventView(2, 1_000, "granted", "queued", "processing", "worker:b:2", None, {}),
+        EventView(3, 1_000, "completed", "processing", "completed", "admin", None, {}),
+    ]
+    tables.job(msgspec.structs.replace(view, status="completed", started_at=1_000, finished_at=1_500), granted)
+    text = capsys.readouterr().out
+    assert re.search(r"^deleted +1970-", text, re.M)
+    assert re.search(r"^last worker +b:2$", text, re.M)
