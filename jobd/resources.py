@@ -36,7 +36,7 @@ from jobd.model.storage import DiskFull, OpenedStore
 from jobd.storage.artifacts.base import ArtifactStore, ArtifactStoreError
 from jobd.storage.artifacts.filesystem import FileArtifactStore
 from jobd.storage.cluster.store import ClusterStore
-from jobd.storage.files import StoreError
+from jobd.storage.files import NotAStore, StoreError
 from jobd.storage.store import Store, Synchronous
 
 EXIT_IO: Final = 74
@@ -110,6 +110,8 @@ async def _opened(
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         async with _extended_start():
             store, opened = await opening(path)
+    except NotAStore as error:
+        raise CannotStart(f"{error}: set store.path to another file", error.exit_code) from None
     except (StoreError, JournalUnavailable) as error:
         raise CannotStart(str(error), error.exit_code) from None
     except DiskFull as error:

@@ -57,6 +57,10 @@ class StoreUnreadable(StoreError):
     """The store or its metadata cannot be read. A restart does not help."""
 
 
+class NotAStore(StoreUnreadable):
+    """The file is not a database, or another program wrote it."""
+
+
 class StoreFailed(StoreError):
     """The disk failed while the store was opened. A restart may help."""
 

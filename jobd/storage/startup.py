@@ -45,7 +45,7 @@ from jobd.storage.database import (
     readable,
     result_code,
 )
-from jobd.storage.files import EpochFile, StoreBusy, StoreFailed, StoreTooNew, StoreUnreadable
+from jobd.storage.files import EpochFile, NotAStore, StoreBusy, StoreFailed, StoreTooNew, StoreUnreadable
 from jobd.storage.queries import read_job
 from jobd.storage.schema import migrations
 from jobd.storage.schema.upgrade import upgrade
@@ -126,7 +126,7 @@ def peek(path: str) -> tuple[int, int]:
     if not header:
         return 0, 0
     if len(header) < 100 or not header.startswith(_MAGIC):
-        raise StoreUnreadable(f"{path} is not a database: set store.path to another file")
+        raise NotAStore(f"{path} is not a jobd database")
     in_file = int.from_bytes(header[68:72]), int.from_bytes(header[60:64])
     if not os.path.exists(f"{path}-wal") or os.path.getsize(f"{path}-wal") == 0:
         return in_file
@@ -162,10 +162,10 @@ def read_only(path: str) -> Iterator[sqlite3.Connection]:
 
 
 def check_version(path: str, header: tuple[int, int]) -> None:
-    """Raise StoreUnreadable if the file is not a jobd store, StoreTooNew if its schema is newer than this version."""
+    """Raise NotAStore if the file is not a jobd store, StoreTooNew if its schema is newer than this version."""
     application, version = header
     if application not in (0, migrations.APPLICATION_ID):
-        raise StoreUnreadable(f"{path} belongs to another program: set store.path to another file")
+        raise NotAStore(f"{path} is a database of another program")
     if version > migrations.VERSION:
         raise StoreTooNew(
             f"{path} has schema version {version}, but this jobd supports {migrations.VERSION}: "
@@ -275,10 +275,10 @@ def _names_in_schema(conn: sqlite3.Connection) -> set[str]:
 
 
 def check_application_id(conn: sqlite3.Connection, path: str) -> None:
-    """Raise StoreUnreadable if another program wrote the database."""
+    """Raise NotAStore if another program wrote the database."""
     (application,) = conn.execute("PRAGMA application_id").fetchone()
     if application != migrations.APPLICATION_ID:
-        raise StoreUnreadable(f"{path} belongs to another program: set store.path to another file")
+        raise NotAStore(f"{path} is a database of another program")
 
 
 def read_meta(conn: sqlite3.Connection, path: str) -> Database:

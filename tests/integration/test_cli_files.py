@@ -86,6 +86,9 @@ def test_backup_restore_and_doctor(
     assert not restored.exists()
     for wrong in ("/dev/null", __file__):
         assert _jobd(capsys, "restore", wrong, "--store", str(restored), "--dry-run")[0] == 78
+    message = f"jobd: {__file__} is not a jobd database\n"
+    assert _jobd(capsys, "restore", __file__, "--store", str(restored), "--yes") == (78, "", message)
+    assert _jobd(capsys, "doctor", "--store", __file__) == (78, "", message)
     assert _jobd(capsys, "restore", str(copy), "--store", str(restored))[0] == 0
     with sqlite3.connect(restored) as db:
         assert db.execute("SELECT count(*) FROM jobs WHERE id = 'b1'").fetchone() == (1,)

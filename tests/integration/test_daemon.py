@@ -388,6 +388,17 @@ def test_a_start_whose_address_is_taken_leaves_no_files(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
 
 
+def test_a_file_that_is_no_store_is_exit_78_and_is_not_changed(tmp_path: Path) -> None:
+    with DaemonProcess.not_started(tmp_path) as daemon:
+        daemon.store.write_text("text")
+        daemon.launch()
+        assert daemon.process is not None
+        assert daemon.process.wait(150) == 78
+        line = daemon.wait_for_log(b"is not a jobd database")
+        assert f"{daemon.store} is not a jobd database: set store.path to another file" in line
+    assert (tmp_path / "jobd.db").read_text() == "text"
+
+
 def test_no_token_or_a_short_one_is_exit_78_and_is_not_shown(tmp_path: Path) -> None:
     run = DaemonProcess(tmp_path, ADMIN_TOKEN="hunter2").spawn()
     _, log = run.communicate(timeout=150)

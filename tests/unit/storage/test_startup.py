@@ -51,7 +51,7 @@ async def test_the_lock_is_released_after_close_and_after_an_error(path: str) ->
         pass
     write_file(path, b"no database " * 100)
     for _ in range(2):
-        with pytest.raises(StoreUnreadable, match="is not a database"):
+        with pytest.raises(StoreUnreadable, match="is not a jobd database"):
             await Store.open(path)
 
 

@@ -61,7 +61,7 @@ def damaged(content: bytes) -> bytes:
         (lambda parts, content: [b"x", *parts], "cannot be decompressed"),
         (lambda parts, content: parts[:-1], "incomplete"),
         (lambda parts, content: [parts[0][:-5]], "incomplete"),
-        (lambda parts, content: [zlib.compress(b"no database" * 99)], "cannot be used: .* is not a database"),
+        (lambda parts, content: [zlib.compress(b"no database" * 99)], "cannot be used: .* is not a jobd database"),
         (lambda parts, content: [zlib.compress(content[:100] + bytes(5_000))], "cannot be used"),
         (lambda parts, content: [zlib.compress(damaged(content))], "is damaged"),
     ],
