@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -153,6 +153,15 @@ def _detail(name: str, value: object) -> str:
     return terminal.cell(value)
 
 
+# The codes among the values of `blocked_by`; the others are phrases.
+_BLOCKED_BY: Final = {
+    "queue_paused": "the pause of its queue",
+    "run_at": "its due time",
+    "expires_at": "its expiry",
+    "clock": "the suspect clock",
+}
+
+
 def why(view: WhyView) -> None:
     """Print the state, its reason, the next event and what to do."""
     terminal.emit(terminal.one_line(f"{view.state}: {view.because}"))
@@ -160,7 +169,7 @@ def why(view: WhyView) -> None:
         at = "" if view.next.at is None else f": {terminal.when(view.next.at)}"
         terminal.emit(f"next: {view.next.what.rstrip('.')}{at} [{view.next.rule}]")
     if view.blocked_by:
-        terminal.emit(f"blocked by: {view.blocked_by}")
+        terminal.emit(f"blocked by: {_BLOCKED_BY.get(view.blocked_by, view.blocked_by)}")
     for hint in view.do:
         terminal.emit(f"do: {hint}")
 

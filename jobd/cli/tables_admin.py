@@ -161,7 +161,7 @@ def health(view: HealthView) -> None:
     ]
     if database.path is not None and database.free_bytes is not None and database.total_bytes is not None:
         free, total = terminal.size(database.free_bytes), terminal.size(database.total_bytes)
-        rows.insert(1, ("disk", f"{free} free", f"of {total} ({database.path})"))
+        rows.insert(1, ("disk", database.status, f"{free} free of {total} ({database.path})"))
     terminal.table(["PART", "STATUS", "MESSAGE"], rows)
 
 
@@ -334,7 +334,7 @@ def _target(entry: AuditView) -> str | None:
     if webhook := entry.details.get("webhook"):
         delivery = entry.details.get("delivery")
         return f"webhook {webhook}" if delivery is None else f"webhook {webhook}, delivery {delivery}"
-    return f"{entry.changed} jobs" if entry.changed else None
+    return "1 job" if entry.changed == 1 else f"{entry.changed} jobs" if entry.changed else None
 
 
 def _outcome(entry: AuditView) -> str:

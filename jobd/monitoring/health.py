@@ -258,7 +258,8 @@ class Health:
         if differing:
             message = f"Memory and disk differ for {', '.join(differing)}."
             return PartHealth("unhealthy", f"{message} Restart the daemon: it loads the state from the disk.")
-        return PartHealth("healthy", f"A round trip took {took_ms:.1f} ms; {compared} jobs match the disk.")
+        match = "1 job matches" if compared == 1 else f"{compared} jobs match"
+        return PartHealth("healthy", f"A round trip took {took_ms:.1f} ms; {match} the disk.")
 
     async def _ping(self) -> object:
         return await self._actor.ask(Ping(), by="daemon")

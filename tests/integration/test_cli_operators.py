@@ -191,8 +191,9 @@ def test_apply_does_what_the_plan_showed(jobctl: Jobctl, running: CliDaemon) -> 
     assert jobctl.json("apply", named[1], "--dry-run")["result"]["applied"] == 2
     assert jobctl.run("apply", named[1], "--dry-run")[:2] == (0, "")
     assert jobctl.run("apply", named[1], "--yes")[:2] == (4, "cancel: 2 jobs done before, none now\n")
-    code, err = jobctl.rejected("apply", "none", "-y")
-    assert (code, "There is no plan none" in err) == (4, True)
+    for how in ((), ("-y",)):
+        code, err = jobctl.rejected("apply", "none", *how)
+        assert (code, "There is no plan none" in err) == (4, True)
     assert jobctl.rejected("apply", named[1])[0] == 2
 
 
@@ -386,6 +387,8 @@ def test_take_back_ends_the_grants_of_a_silent_worker(running: CliDaemon, jobctl
         assert (code, "[worker_not_found]" in err) == (4, True)
         [entry] = jobctl.json("audit", "--what", "take-back", "--limit", "3")["entries"][2:]
         assert (entry["reason"], entry["changed"], entry["details"]) == ("lost its power", 2, {"worker": "w-silent"})
+        code, err = jobctl.rejected("take-back", "w-unknown")
+        assert (code, "[worker_not_found]" in err) == (4, True)
     jobctl.ok("cancel", "back-1", "back-2", "back-3", "-y")
 
 

@@ -184,8 +184,8 @@ def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json
 
     client = admin_client()
     if not yes and not dry_run:
-        need_terminal()
         seen = client.take_back(worker, dry_run=True)
+        need_terminal()
         tables_admin.take_back(seen, terminal.say, would=True)
         confirm(f"take these jobs back from worker {worker}")
     view = client.take_back(worker, reason, dry_run=dry_run)

@@ -367,10 +367,10 @@ def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json:
     """
     from jobd.model.commands import MAINTENANCE_ACTIONS
 
-    if not (yes or dry_run):
-        confirm.need_terminal()
     client = admin_client(timeout_s=60.0)
     plans = [client.get_plan(plan_id) for plan_id in dict.fromkeys(plan_ids)]
+    if not (yes or dry_run):
+        confirm.need_terminal()
     new = [plan for plan in plans if plan.result is None]
     for plan in plans:
         if plan.result is not None:

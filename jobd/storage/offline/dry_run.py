@@ -85,16 +85,16 @@ def _check_space(path: str, need: int) -> int:
     disk = os.statvfs(os.path.dirname(path) or ".")
     free = disk.f_bavail * disk.f_frsize
     if free < need:
-        raise DiskFull(f"{path} needs {_mib(need)} on its disk, but only {_mib(free)} are free")
+        raise DiskFull(f"{path} needs {_amount(need)} on its disk, but only {_amount(free)} are free")
     return free
 
 
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):.1f} MiB"
+def _amount(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.1f} MiB"
 
 
 def _checked(source: sqlite3.Connection, file: str, version: int, size: int, free: int) -> Iterator[str]:
-    yield f"    it is a jobd store and its structure is intact: {_mib(size)}; {_mib(free)} are free"
+    yield f"    it is a jobd store and its structure is intact: {_amount(size)}; {_amount(free)} are free"
     try:
         files.check_not_held(file)
     except StoreBusy as error:
@@ -135,7 +135,8 @@ def _replaced(path: str) -> tuple[int, str]:
         with startup.translated_errors(path), startup.read_only(path) as old:
             startup.check_application_id(old, path)
             (count,) = old.execute("SELECT count(*) FROM jobs NOT INDEXED").fetchone()
-            return migrations.epoch_of(old), f"    the existing database ({_mib(_size(old))}, {count} jobs) {kept_as}"
+            jobs = "1 job" if count == 1 else f"{count} jobs"
+            return migrations.epoch_of(old), f"    the existing database ({_amount(_size(old))}, {jobs}) {kept_as}"
     except StoreError:
         return 0, f"    the existing file cannot be read, and {kept_as}"
 

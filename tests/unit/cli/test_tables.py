@@ -25,6 +25,12 @@ def test_an_event_is_a_line() -> None:
     assert tables.event_line(paused).split("  ")[1:] == ["8", "queue_paused", "queue q", "admin", "why"]
 
 
+def test_why_names_what_blocks_a_job_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.why(WhyView("queued", "It is paused.", None, "queue_paused", []))
+    tables.why(WhyView("queued", "It waits.", None, "no worker", []))
+    assert capsys.readouterr().out.splitlines()[1::2] == ["blocked by: the pause of its queue", "blocked by: no worker"]
+
+
 def test_why_shows_the_first_line_of_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     tables.why(WhyView("failed", "It failed: boom\nTraceback", None, None, ["Retry it"]))
     assert capsys.readouterr().out == "failed: It failed: boom …\ndo: Retry it\n"
