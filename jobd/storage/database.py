@@ -246,17 +246,6 @@ class Database:
             self.rebuild_indexes()
         raise AssertionError("unreachable")
 
-    def commit_unsynced(self, fn: Callable[..., T], *args: Any) -> T:
-        """Like `commit`, without an fsync: a crash of the machine may undo it, until a later commit has returned."""
-        if self._is_uncommitted:
-            return self.commit(fn, *args)  # it raises
-        self.conn.execute("PRAGMA synchronous = NORMAL")
-        try:
-            return self.commit(fn, *args)
-        finally:
-            if not self.conn.in_transaction:  # otherwise the store is broken
-                self.conn.execute(f"PRAGMA synchronous = {self._synchronous}")
-
     def uncommitted(self, change: Callable[[], object], read: Callable[[], T]) -> T:
         """Call `change` and then `read` in a transaction that is rolled back. Uses memory in place of disk space."""
         self.check()

@@ -337,8 +337,7 @@ class Projection:
             if events >= enough or body_bytes >= SLICE_BYTES:
                 break
         if chosen:
-            # A slice that is lost is written again from the journal. The next append syncs it.
-            self.tombstones_written += self.db.commit_unsynced(self._apply, chosen)
+            self.tombstones_written += self.db.commit(self._apply, chosen)
             self._shortener.note([change for pending in chosen for change in pending.batch.changes])
             for _ in chosen:
                 self.behind -= self._pending.popleft().size

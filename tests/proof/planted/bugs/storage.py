@@ -25,7 +25,6 @@ from jobd.storage.tables.tail import Pending
 from tests.proof.planted.registry import SIMULATION, bug
 
 PROJECTION = "tests/unit/storage/tables/test_projection_faults.py"
-SLICES = "tests/unit/storage/tables/test_projection.py"
 STORE = "tests/unit/storage/test_store.py"
 WALK = "tests/unit/storage/tables/test_projection_walk.py"
 CLUSTER = "tests/unit/storage/cluster/test_store.py"
@@ -70,17 +69,6 @@ def _(append: Any, /, self: SqliteJournal, record: Record) -> None:
     late, _late_records[self] = _late_records.get(self), record
     if late is not None:
         append(self, late)
-
-
-@bug(
-    "slice-leaves-appends-unsynced",
-    Database.commit_unsynced,
-    breaks="a power failure loses acknowledged changes",
-    found_by=SLICES,
-)
-def _(commit_unsynced: Any, self: Database, fn: Any, *args: Any) -> Any:
-    self.conn.execute("PRAGMA synchronous = NORMAL")
-    return self.commit(fn, *args)
 
 
 @bug(
