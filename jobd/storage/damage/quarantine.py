@@ -49,7 +49,10 @@ def quarantine_jobs(
         db.raise_if_clustered(f"job {id_}: {reason}")
         uncounted, is_moved = None, False
         try:
+            projected_to = db.projected_to
             db.catch_up()  # pending records have counts from before the row is moved
+            if db.projected_to != projected_to:
+                row = next(iter(db.rows(BY_SEQ, (row[0],))), row)
             # Read before the transaction: SQLite allows no write in a transaction that has read a damaged page.
             payload = _payload_columns(db, row[0])
             uncounted, is_moved = db.commit(_quarantine_job, db, row, payload, id_, reason), True

@@ -188,6 +188,8 @@ class Projection:
 
     def _subtract_quarantined(self, queues: dict[str, QueueRow], reported: int) -> None:
         """Subtract the jobs quarantined since the batch was decided from its counts of finished jobs."""
+        if not queues:
+            return
         for number in range(reported, self.db.quarantined_count):
             uncounted = self.db.recently_quarantined[number].uncounted
             if uncounted is not None and uncounted[0] in queues:

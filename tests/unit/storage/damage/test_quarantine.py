@@ -72,6 +72,34 @@ async def test_a_damaged_live_row_is_quarantined_at_the_start(path: str, column:
         await assert_holds(store, found, maker)
 
 
+async def test_the_tables_are_written_after_a_quarantine(path: str) -> None:
+    """Writes that belong to no batch too, before and after the next batch."""
+    maker = await make_store(path)
+    flip(path, "jobs", "body", "seq", pick(maker, LIVE).seq)
+    async with open_store(path) as (store, _):
+        await store.save_stats(b"{}")
+        await store.write(maker.batch([maker.create()]))
+        await store.save_stats(b'{"again":1}')
+    async with open_store(path) as (_, found):
+        assert found.stats == b'{"again":1}'
+
+
+async def test_a_job_is_quarantined_as_its_latest_record_has_it(path: str) -> None:
+    maker = ChangeFactory()
+    async with open_store(path) as (store, _):
+        created = maker.create("a")
+        await store.write(maker.batch([created, maker.create("b")]))
+    flip(path, "payloads", "body", "job_seq", job_of(created).seq)
+    async with open_store(path, "inline") as (store, _):
+        granted = maker.grant(job_of(created))
+        await store.write(maker.batch([granted, maker.finish(job_of(granted))]))
+        assert store._projection.behind
+        assert (await store.load([], [job_of(created).seq], [])).bad
+        (row,) = store._connection.raw.execute("SELECT row FROM quarantined_jobs").fetchone()
+        assert msgspec.json.decode(row)["status"] == "completed"
+        assert store._database.totals == recounted(store)
+
+
 async def test_damage_to_any_column_of_a_new_job_is_detected(path: str) -> None:
     """Also damage to an empty value."""
     maker = ChangeFactory()
