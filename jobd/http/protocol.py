@@ -301,6 +301,7 @@ class WorkerConnection(asyncio.Protocol):
         elif self._is_writing_paused:
             assert transport is not None
             self._is_flushing = True
+            request.is_dropped = request.task is None  # nothing reads the rest of the body
             request.response = response
             request.is_written = transport.get_write_buffer_size() < len(data)  # a part of it
             request.timer = abort_later(transport)

@@ -288,6 +288,32 @@ async def test_a_response_of_which_no_byte_was_sent_is_undelivered(unix: HttpHar
     assert unix.actor.undelivered_responses == ([waiting] if end == "client" else [])
 
 
+async def test_the_body_of_a_rejected_request_is_dropped_while_its_response_waits(unix: HttpHarness) -> None:
+    wrong = b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n"
+    probe = await unix.connect()
+    probe.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    probe.send(wrong * 2_000)
+    [connection] = unix.connections
+    while not connection._is_flushing:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+        await asyncio.sleep(0.001)
+    fit = sum(unix.app.error_counts.values())  # responses until the socket is full
+    probe.writer.transport.abort()
+    await wait_until_closed(unix)
+    client = await unix.connect()
+    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    client.send(wrong * (fit - 1) + b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
+    [connection] = unix.connections
+    while not connection._is_flushing:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    for _ in range(100):
+        client.send(b"x" * 65_536)
+        await asyncio.sleep(0)
+    await client.writer.drain()
+    request = connection._current
+    assert request is not None
+    assert request.body == b""
+
+
 @WRITES
 @pytest.mark.parametrize("close", [{}, {"Connection": "close"}])
 async def test_a_few_unread_bytes_do_not_keep_a_connection_open(
