@@ -38,7 +38,7 @@ from jobd.maintenance.scrubber import Scrubber
 from jobd.model.commands import EndGrants
 from jobd.model.errors import ApiError, not_leader_error
 from jobd.model.responses import ClusterView
-from jobd.model.storage import OpenedStore, StoredResponse
+from jobd.model.storage import OpenedStore
 from jobd.model.webhooks import WebhookEndpoint
 from jobd.monitoring import event_log
 from jobd.monitoring.alerts import Alerts, Thresholds
@@ -356,7 +356,7 @@ def _make_actor(store: Store, opened: OpenedStore, state: State, clock: Clock, s
     actor = Actor(
         store,
         state,
-        IdempotencyStore(current_responses(opened.keys, state), limits.idempotency_keys),
+        IdempotencyStore.opened(opened.keys, limits.idempotency_keys, state.holds),
         clock,
         settings.policy(),
         random=RandomPool().draw,
@@ -367,18 +367,6 @@ def _make_actor(store: Store, opened: OpenedStore, state: State, clock: Clock, s
     )
     actor.on_commit.append(event_log.write_lines)
     return actor
-
-
-def current_responses(rows: list[StoredResponse], state: State) -> list[StoredResponse]:
-    """Drop the stored responses to starts and claims without a current grant."""
-    kept_rows = []
-    for row in rows:
-        if row.grants is not None:
-            current = [(job_id, lock_id) for job_id, lock_id in row.grants if state.holds(job_id, lock_id)]
-            row = msgspec.structs.replace(row, grants=current)
-        if row.grants is None or row.grants:
-            kept_rows.append(row)
-    return kept_rows
 
 
 def _schedule(settings: Config) -> CleanupSchedule:

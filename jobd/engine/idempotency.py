@@ -5,8 +5,9 @@ The responses are on disk. The actor stores each one in the transaction of its c
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Final
+from typing import Final, Self
 
 from msgspec.structs import replace
 
@@ -23,7 +24,7 @@ class IdempotencyStore:
     `rows` are those on disk. The row of a start or claim has only the grants that are still current.
     """
 
-    def __init__(self, rows: list[StoredResponse], limit: int) -> None:
+    def __init__(self, rows: Iterable[StoredResponse], limit: int) -> None:
         self.limit = limit
         self._responses: dict[str, StoredResponse] = {}
         self._grants: dict[str, StoredResponse] = {}
@@ -35,12 +36,22 @@ class IdempotencyStore:
         for row in sorted(rows, key=lambda row: row.at):
             self._insert(row)
 
+    @classmethod
+    def opened(cls, rows: Iterable[StoredResponse], limit: int, holds: Callable[[str, str], bool]) -> Self:
+        """Return the keys at start. `holds` tells whether a job has a current grant with a lock id."""
+        keys = cls(rows, limit)
+        for row in list(keys._grants.values()):
+            for job_id, lock_id in row.grants or []:
+                if not holds(job_id, lock_id):
+                    keys.ended(lock_id)
+        return keys
+
     def __len__(self) -> int:
         return len(self._responses) + len(self._grants)
 
     def lock_ids(self) -> list[str]:
         """Return the lock ids of the current grants that a repeated call can return."""
-        return list(self._by_lock)
+        return [lock_id for current in self._current.values() for lock_id in current]
 
     def find(self, digest: str, now: int) -> StoredResponse | None:
         """Return the row of a key that is still kept at wall time `now`. Its response may be on disk only."""

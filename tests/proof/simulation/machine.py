@@ -32,7 +32,6 @@ from jobd.model.journal import BadRecord, JournalOutcomeUnknown, JournalUnavaila
 from jobd.model.responses import Response
 from jobd.model.storage import DiskFull, OpenedStore
 from jobd.monitoring import event_log
-from jobd.serving import current_responses
 from tests.proof.simulation.artifacts import SimArtifacts
 from tests.proof.simulation.disk import SimDisk, Snapshot
 from tests.proof.simulation.loop import SimLoop
@@ -410,7 +409,7 @@ class SimDaemon:
         self.actor = Actor(
             machine.disk,
             self.state,
-            IdempotencyStore(current_responses(opened.keys, self.state), machine.scenario.keys),
+            IdempotencyStore.opened(opened.keys, machine.scenario.keys, self.state.holds),
             self.clock,
             machine.next_policy,
             random=machine.dice.randbytes,
