@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -93,6 +94,13 @@ async def _serve(loaded: LoadedConfig, reload: Callable[[], LoadedConfig]) -> in
     return daemon.exit_code
 
 
+async def _close_store(store: Store, kind: type[BaseException] | None, *_: object) -> None:
+    """Close the store. Raises DiskBroken if the disk fails in this last moment."""
+    await store.close()
+    if kind is None and (error := store.failure) is not None:
+        raise DiskBroken(str(error)) from error
+
+
 class Daemon:
     """A running daemon. `stack` stops what `start` has started, in the reverse order."""
 
@@ -130,7 +138,7 @@ class Daemon:
                 return False
         else:
             store, opened = await open_store(settings, self._check_addresses)
-            self._stack.push_async_callback(store.close)
+            self._stack.push_async_exit(partial(_close_store, store))
             self._is_store_open = True
             await self._lead(store, opened, State.opened(opened))
         self._report_ready()

@@ -175,12 +175,16 @@ class Database:
         self.recently_quarantined: dict[int, Quarantined] = {}
         self.unmoved: dict[int, str] = {}  # seq -> reason, for jobs whose damaged rows could not be moved
         self.on_rollback: Callable[[], object] = lambda: None
-        (self._synchronous,) = conn.execute("PRAGMA synchronous").fetchone()
         self.catch_up: Callable[[], object] = lambda: None  # writes the records that the tables lack
         self.log: LogGauge | None = None  # None: SQLite itself makes checkpoints, or there is no log
         self._has_new_frames = False  # in the log, since the last checkpoint
 
     # ------------------------------------------------------------------------------------------- one transaction
+
+    @property
+    def failure(self) -> BaseException | None:
+        """The error of an earlier write that left the content of the disk unknown."""
+        return self._broken
 
     @property
     def is_broken(self) -> bool:

@@ -206,6 +206,11 @@ class Store(Storage):
             self._upkeep = asyncio.create_task(self._run_in_background(self._projection.upkeep))
 
     @property
+    def failure(self) -> BaseException | None:
+        """The error of an earlier write that left the content of the disk unknown."""
+        return self._database.failure
+
+    @property
     def _slices_inline(self) -> bool:
         return self.commits_inline
 

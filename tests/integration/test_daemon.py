@@ -646,6 +646,19 @@ def test_a_commit_that_fails_while_the_daemon_stops_is_exit_74(tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_a_last_slice_that_fails_is_exit_74_and_loses_nothing(tmp_path: Path) -> None:
+    with DaemonProcess.not_started(tmp_path) as daemon:
+        daemon.module = "tests.support.daemon_variants failing_last_slice"
+        daemon.start()
+        assert daemon.post("/v1/jobs", {"id": "a"}).status == 201
+        assert daemon.stop() == 74, daemon.log.decode()
+        assert b"event=stopped_by_disk" in daemon.log
+        daemon.module = "jobd"
+        daemon.start()
+        assert daemon.get("/v1/jobs/a").data["status"] == "queued"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 4, 5, 7])  # the start of the WAL (twice), the schema, the first probe
 def test_a_disk_that_fails_at_the_start_is_exit_74_in_one_line(tmp_path: Path, number: int) -> None:
     if shutil.which("strace") is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import sys
@@ -182,6 +183,22 @@ def failing_reload() -> None:
     patched._apply = fail
 
 
+def failing_last_slice() -> None:
+    """Write the tables only at the stop, where the disk fails."""
+    one_slice()
+    patched: Any = store.Store
+    finish_upkeep = patched.finish_upkeep
+
+    async def fail(self: Any) -> None:
+        def apply(_: object) -> int:
+            raise OSError(errno.EIO, "the test says so")
+
+        self._projection._apply = apply
+        await finish_upkeep(self)
+
+    patched.finish_upkeep = fail
+
+
 def short_pages() -> None:
     """Make pages of jobs scan 20 jobs each, in slices of 10."""
     patched: Any = history
@@ -255,6 +272,7 @@ VARIANTS: Final = {
         stopped_start,
         short_pages,
         one_slice,
+        failing_last_slice,
         older_format,
         reported_stop,
     )
