@@ -195,7 +195,7 @@ def import_job(tx: Transaction, command: Import) -> Response | ApiError:
     """Import a job as it was. An id that exists is skipped, so that an import can be repeated."""
     if tx.state.get(command.id) is not None or command.id in tx.state.quarantined:
         return Response(Imported(command.id, skipped=True))
-    if command.status in LIVE and tx.state.totals["queued"] + len(tx.state.processing) >= tx.policy.live_jobs:
+    if command.status in LIVE and tx.state.live_count >= tx.policy.live_jobs:
         return transitions.too_many_jobs(tx)
     if (refusal := transitions.refuse_queue(tx, command.queue)) is not None:
         return refusal
@@ -208,8 +208,7 @@ def import_job(tx: Transaction, command: Import) -> Response | ApiError:
 
 def check_import(tx: Transaction, command: ImportCheck) -> Response | ApiError:
     """Return what `import_job` would do. The command is a dry run."""
-    live = tx.state.totals["queued"] + len(tx.state.processing)
-    room = max(tx.policy.live_jobs - live, 0)
+    room = max(tx.policy.live_jobs - tx.state.live_count, 0)
     if command.id in tx.state.quarantined:
         reason = "A job with this id exists, but its row is damaged."
         return Response(ImportCheckResult(command.id, "skip", None, reason, room))

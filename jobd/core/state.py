@@ -217,6 +217,11 @@ class State:
         entry = self._expiries.first()
         return None if entry is None else entry[0]
 
+    @property
+    def live_count(self) -> int:
+        """The number of queued and processing jobs."""
+        return self.totals["queued"] + self.totals["processing"]
+
     def live_locks(self) -> int:
         """Return the number of processing jobs with a live lock, as of the last `advance`."""
         return len(self.processing) - len(self._not_live)

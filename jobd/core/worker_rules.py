@@ -108,8 +108,7 @@ def _refuse_options(tx: Transaction, command: Create) -> ApiError | None:
 
 
 def _refuse_above_limit(tx: Transaction) -> ApiError | None:
-    totals = tx.state.totals
-    if totals["queued"] + totals["processing"] >= tx.policy.live_jobs:
+    if tx.state.live_count >= tx.policy.live_jobs:
         return transitions.too_many_jobs(tx)
     return None
 
