@@ -356,7 +356,7 @@ def _make_actor(store: Store, opened: OpenedStore, state: State, clock: Clock, s
     actor = Actor(
         store,
         state,
-        IdempotencyStore.opened(opened.keys, limits.idempotency_keys, state.holds),
+        IdempotencyStore(opened.keys, limits.idempotency_keys, state.holds),
         clock,
         settings.policy(),
         random=RandomPool().draw,

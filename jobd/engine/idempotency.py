@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Final, Self
+from typing import Final
 
 from msgspec.structs import replace
 
@@ -21,10 +21,16 @@ SAFE_MS: Final = 10 * MINUTE_MS  # a client may still be repeating a call that i
 class IdempotencyStore:
     """Rows by digest, oldest first; `rollback` undoes the changes since the last `commit`.
 
-    `rows` are those on disk. The row of a start or claim has only the grants that are still current.
+    `rows` are those on disk. `holds` tells whether a job has a current grant with a lock id. The next commit deletes
+    the key of a start or claim without one.
     """
 
-    def __init__(self, rows: Iterable[StoredResponse], limit: int) -> None:
+    def __init__(
+        self,
+        rows: Iterable[StoredResponse],
+        limit: int,
+        holds: Callable[[str, str], bool] = lambda job_id, lock_id: True,
+    ) -> None:
         self.limit = limit
         self._responses: dict[str, StoredResponse] = {}
         self._grants: dict[str, StoredResponse] = {}
@@ -35,16 +41,10 @@ class IdempotencyStore:
         self._ended: list[tuple[str, str]] = []
         for row in sorted(rows, key=lambda row: row.at):
             self._insert(row)
-
-    @classmethod
-    def opened(cls, rows: Iterable[StoredResponse], limit: int, holds: Callable[[str, str], bool]) -> Self:
-        """Return the keys at start. `holds` tells whether a job has a current grant with a lock id."""
-        keys = cls(rows, limit)
-        for row in list(keys._grants.values()):
+        for row in list(self._grants.values()):
             for job_id, lock_id in row.grants or []:
                 if not holds(job_id, lock_id):
-                    keys.ended(lock_id)
-        return keys
+                    self.ended(lock_id)
 
     def __len__(self) -> int:
         return len(self._responses) + len(self._grants)

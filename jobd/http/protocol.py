@@ -339,6 +339,7 @@ class WorkerConnection(asyncio.Protocol):
             request.is_dropped = True
             self._dropped = request
             self._linger_timer = self._loop.call_later(LINGER_S, transport.close)
+            self.regulate_input()
         elif self._is_ending:
             transport.close()
         elif self._queue or self._held:

@@ -255,9 +255,9 @@ class Database:
         self.check()
         saved = self._marks()
         self.conn.execute("PRAGMA cache_spill = OFF")
-        self.conn.execute("BEGIN IMMEDIATE")
-        self._is_uncommitted = True
         try:
+            self.conn.execute("BEGIN IMMEDIATE")
+            self._is_uncommitted = True
             change()
             return read()
         finally:

@@ -409,7 +409,7 @@ class SimDaemon:
         self.actor = Actor(
             machine.disk,
             self.state,
-            IdempotencyStore.opened(opened.keys, machine.scenario.keys, self.state.holds),
+            IdempotencyStore(opened.keys, machine.scenario.keys, self.state.holds),
             self.clock,
             machine.next_policy,
             random=machine.dice.randbytes,

@@ -78,7 +78,7 @@ def test_a_key_is_kept_while_one_of_its_grants_is_current() -> None:
 
 def test_at_the_start_keys_without_a_current_grant_are_deleted_from_disk() -> None:
     rows = [grants("g", "l1", "l2"), grants("h", "l3"), answer("r", NOW)]
-    keys = IdempotencyStore.opened(rows, 100, lambda job_id, lock_id: lock_id == "l2")
+    keys = IdempotencyStore(rows, 100, lambda job_id, lock_id: lock_id == "l2")
     assert keys.lock_ids() == ["l2"]
     assert keys.find("h", NOW) is None
     assert keys.find("r", NOW) is not None
