@@ -33,6 +33,7 @@ class ConnectionOptions:
         self.admin_url: str | None = None
         self.token_file: str | None = None
         self.operator: str | None = None
+        self.token_source: str | None = None  # where the token of the latest client comes from, in words
 
 
 def _store_option(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
@@ -126,11 +127,14 @@ def _usage_error_if_invalid(find: Callable[[], tuple[Endpoint, ...]]) -> tuple[E
 def admin_token(options: ConnectionOptions) -> str:
     """Return the token of --token-file, ADMIN_TOKEN or ADMIN_TOKEN_FILE. Raises CliError (5) without any."""
     if options.token_file:
+        options.token_source = f"the file {options.token_file}"
         return read_token(options.token_file)
     token = os.environ.get("ADMIN_TOKEN", "").strip()
     if token:
+        options.token_source = "ADMIN_TOKEN"
         return token
     if path := os.environ.get(_ADMIN_TOKEN_FILE):
+        options.token_source = f"the file {path} ({_ADMIN_TOKEN_FILE})"
         return read_token(path)
     text = "No admin token: set ADMIN_TOKEN or ADMIN_TOKEN_FILE as for the daemon, or give --token-file FILE"
     raise exit_codes.CliError(text, exit_codes.UNAUTHORISED)
@@ -156,7 +160,10 @@ def worker_token(options: ConnectionOptions) -> str | None:
 
     ADMIN_TOKEN is never sent to the worker API.
     """
-    path = options.token_file or os.environ.get(_WORKER_TOKEN_FILE)
+    path, variable = options.token_file, ""
+    if not path:
+        path, variable = os.environ.get(_WORKER_TOKEN_FILE), f" ({_WORKER_TOKEN_FILE})"
+    options.token_source = f"the file {path}{variable}" if path else None
     return read_token(path) if path else None
 
 

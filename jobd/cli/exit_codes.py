@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -76,12 +77,16 @@ def run(program: click.Command, name: str, argv: Sequence[str] | None = None) ->
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for characters that the terminal cannot show
+    from jobd.cli.connection import ConnectionOptions
+
+    options = ConnectionOptions()
+    args = list(argv) if argv is not None else None
     try:
-        code = program.main(args=list(argv) if argv is not None else None, prog_name=name, standalone_mode=False)
+        code = program.main(args=args, prog_name=name, standalone_mode=False, obj=options)
         sys.stdout.flush()
         return code if isinstance(code, int) else DONE
     except BaseException as error:
-        return _report(error, name)
+        return _report(error, name, options.token_source)
     finally:
         try:
             sys.stdout.flush()
@@ -104,16 +109,16 @@ def _discard_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _report(error: BaseException, name: str) -> int:
+def _report(error: BaseException, name: str, token_source: str | None) -> int:
     """Print `error` on stderr and return its exit code. An unexpected exception is a bug and is raised again."""
-    from jobd.client.errors import JobdError
+    from jobd.client.errors import JobdError, Unauthorized
 
     if isinstance(error, SystemExit) and type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):
         error = BrokenPipeError()  # click turned it into exit 1, and replaced the stream
     match error:
         case click.UsageError():
             path = error.ctx.command_path if error.ctx else name
-            text = _sentence(error.format_message())
+            text = re.sub(r"\n\s*", " ", _sentence(error.format_message()))
             terminal.say(f"{name}: {text}{'' if text.endswith('?') else '.'} See: {path} --help")
             return USAGE
         case click.FileError():
@@ -125,6 +130,11 @@ def _report(error: BaseException, name: str) -> int:
         case CliError():
             terminal.say(f"{name}: {error}")
             return error.code
+        case Unauthorized():
+            advice = "the worker API over TCP needs a token: give --token-file FILE or set JOBD_WORKER_TOKEN_FILE"
+            text = f"the daemon rejected the token from {token_source}" if token_source else advice
+            terminal.say(f"{name}: {text} [{error.code}]")
+            return UNAUTHORISED
         case JobdError():
             terminal.say(f"{name}: {_sentence(error.message)}{_ADVICE.get(error.code, '')} [{error.code}]")
             return exit_code_of(error.code)
@@ -142,13 +152,7 @@ def _report(error: BaseException, name: str) -> int:
             raise error
 
 
-_ADVICE: Final = {
-    "unreachable": ". Is jobd running there? Give its address with --socket, --url or --admin-url",
-    "unauthorized": (
-        ". Admin API: set ADMIN_TOKEN or ADMIN_TOKEN_FILE; "
-        "worker API: give --token-file FILE or set JOBD_WORKER_TOKEN_FILE"
-    ),
-}
+_ADVICE: Final = {"unreachable": ". Is jobd running there? Give its address with --socket, --url or --admin-url"}
 
 
 def _sentence(text: str) -> str:

@@ -544,11 +544,18 @@ def test_every_list_is_printed_as_a_table(verb: str, jobctl: Jobctl) -> None:
     assert out or err
 
 
-def test_a_wrong_token_exits_with_5_and_is_not_printed(jobctl: Jobctl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_token_exits_with_5_and_is_not_printed(
+    jobctl: Jobctl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("ADMIN_TOKEN", "wrong-wrong-wrong-wrong-wrong")
-    code, err = jobctl.rejected("stats")
-    assert code == 5
-    assert "wrong" not in err
+    rejected = "jobctl: the daemon rejected the token from"
+    assert jobctl.rejected("stats") == (5, f"{rejected} ADMIN_TOKEN [unauthorized]\n")
+    file = tmp_path / "token"
+    file.write_text("wrong-wrong-wrong-wrong-wrong\n")
+    assert jobctl.rejected("stats", "--token-file", str(file)) == (5, f"{rejected} the file {file} [unauthorized]\n")
+    monkeypatch.delenv("ADMIN_TOKEN")
+    monkeypatch.setenv("ADMIN_TOKEN_FILE", str(file))
+    assert jobctl.rejected("stats") == (5, f"{rejected} the file {file} (ADMIN_TOKEN_FILE) [unauthorized]\n")
 
 
 @pytest.mark.parametrize(

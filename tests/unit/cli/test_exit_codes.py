@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from jobd.cli import exit_codes
+from jobd.cli.daemon.main import jobd
 from jobd.model.errors import ERROR_STATUS
 from tests import ROOT
 
@@ -21,6 +22,14 @@ def test_every_error_code_has_an_exit_code() -> None:
         code: special.get(code, 4) for code in ERROR_STATUS
     }
     assert exit_codes.exit_code_of("unreachable") == 3
+
+
+def test_a_usage_error_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_codes.run(jobd, "jobd", ["monitoring"]) == 2
+    expected = (
+        "jobd: Missing argument '{rules|dashboard}'. Choose from: rules, dashboard. See: jobd monitoring --help\n"
+    )
+    assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize(
