@@ -272,7 +272,7 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     processing_jobs: Annotated[int, Meta(ge=0)] = 20
     """Jobs in `processing`."""
     average_processing: Duration = Duration(10 * MINUTE_MS)
-    """Average processing time."""
+    """Average duration of the jobs completed in the last hour and of those that are processing."""
     pass_issues: Annotated[int, Meta(ge=0)] = 10
     """Issues found by one cleanup run."""
     granted_twice: Annotated[int, Meta(ge=0)] = 0

@@ -121,14 +121,14 @@ def _held(worker: WorkerView) -> str:
 
 
 def stats(view: StatsView) -> None:
-    oldest = view.oldest_processing_job
+    oldest, average = view.oldest_processing_job, terminal.span(view.average_processing_time * 1000)
     fields: list[tuple[str, object]] = [("jobs", view.total_jobs)]
     fields += [(f"  {status}", count) for status, count in view.by_status.items()]
     fields += [
         ("stalled now", view.stuck_jobs),
         ("recovered in 24 h", view.stuck_jobs_recovered),
         ("locked", view.locked_jobs),
-        ("average processing", terminal.span(view.average_processing_time * 1000)),
+        ("average processing", f"{average} (jobs completed in the last hour or processing)"),
     ]
     if oldest is not None:
         fields.append(

@@ -93,7 +93,10 @@ class ValidatedJob(ValidateJobView, frozen=True, rename="camel"):
 
 
 def stats() -> ApiRequest[StatsView]:
-    """Get the counts of jobs by status, and of stalled and locked jobs. The average processing time is in seconds."""
+    """Get the counts of jobs by status, and of stalled and locked jobs.
+
+    The average processing time, in seconds, is over the jobs completed in the last hour and those that are processing.
+    """
     return get(f"{BASE}/stats", StatsView)
 
 

@@ -310,7 +310,7 @@ def oldest_due(state: State) -> OldestDue | None:
 
 
 def average_processing_s(state: State, counters: Counters, at: Moment) -> float:
-    """Return the average in seconds, over the completions of the last hour and the processing jobs."""
+    """Return the average time since the latest grant in seconds, of jobs completed in the last hour or processing."""
     count, total_ms = counters.completed_last_hour(at.now)
     running = len(state.processing)
     total_ms += running * at.now - state.started_sum

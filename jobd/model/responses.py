@@ -383,7 +383,10 @@ class StatsView(Struct, frozen=True, rename="camel"):
     locked_jobs: Annotated[int, Meta(description="Jobs with a live lock.")]
     average_processing_time: Annotated[
         float,
-        Meta(description="In seconds, over the jobs completed in the last hour and the jobs that are processing."),
+        Meta(
+            description="Average time since the latest grant, in seconds: up to the end for jobs completed in the last "
+            "hour, up to now for jobs that are processing. 0 without such jobs."
+        ),
     ]
     oldest_processing_job: Annotated[
         OldestProcessing | None, Meta(description="The job that has been processing longest, or null.")

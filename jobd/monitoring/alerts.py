@@ -309,10 +309,11 @@ class Alerts:
     def _average(self, at: Moment) -> Condition:
         value = average_processing_s(self._state, self._state.counters, at)
         threshold = self.thresholds.average_processing_ms / SECOND_MS
-        hint = "Jobs take longer than expected (seconds on average, last hour). See the oldest: jobctl stats"
-        quiet = "No job completed in the last hour."
+        hint = "Jobs take longer than expected (seconds on average, of jobs completed in the last hour or processing). "
+        hint += "See the oldest: jobctl stats"
+        quiet = "No job is processing, and none completed in the last hour."
         if value:
-            quiet = f"Jobs take no longer than expected: {value:g} s on average (last hour)."
+            quiet = f"Jobs take no longer than expected: {value:g} s on average (last hour, and those processing)."
         return Condition("average_processing", value, threshold, hint, quiet)
 
     def _pass_issues(self) -> Condition:

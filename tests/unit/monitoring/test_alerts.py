@@ -61,7 +61,7 @@ async def test_the_hints_of_quiet_alerts_are_true() -> None:
         alerts = alerts_of(engine)
         alerts.failing_webhook = lambda: failing
         assert one(alerts, "pass_issues").hint == "No cleanup run has finished yet."
-        assert one(alerts, "average_processing").hint == "No job completed in the last hour."
+        assert one(alerts, "average_processing").hint == "No job is processing, and none completed in the last hour."
         engine.run_maintainer()
         await engine.maintainer.run_cleanup(forced=True)
         assert one(alerts, "pass_issues").hint == "The latest cleanup run found no invalid rows."
