@@ -204,6 +204,8 @@ class RetentionSection(Struct, frozen=True, forbid_unknown_fields=True):
     """How long cancelled jobs are kept."""
     journal: Duration = Duration(DAY_MS)
     """How long the journal keeps the events of a job after its deletion."""
+    journal_bytes: Positive = 4 << 30
+    """Size of the database in bytes above which cleanup runs delete the oldest events of deleted jobs earlier."""
     audit: Duration = Duration(90 * DAY_MS)
     """How long audit entries are kept. At most 100,000 changes are kept."""
 

@@ -377,6 +377,7 @@ def _schedule(settings: Config) -> CleanupSchedule:
         recover_every_ms=int(cleanup.recover_every),
         batch=cleanup.batch,
         journal_ms=int(settings.retention.journal),
+        journal_bytes=settings.retention.journal_bytes,
         audit_ms=int(settings.retention.audit),
     )
 

@@ -40,6 +40,7 @@ class CleanupSchedule(Struct, frozen=True):
     recover_every_ms: int = 10 * SECOND_MS
     batch: int = 200  # jobs per command
     journal_ms: int = DAY_MS  # retention of the journal of a deleted job
+    journal_bytes: int = 4 << 30  # of a larger store, it ends earlier
     audit_ms: int = 90 * DAY_MS  # retention of the audit log
 
 
@@ -224,10 +225,11 @@ class CleanupRun:
             log.warning("validation_issue", job_id=job_id, **fields)
 
     async def _journal_step(self) -> None:
-        """Delete the events of jobs that were deleted long ago."""
-        limit = self._batch
+        """Delete the events of jobs that were deleted long ago, the oldest first. A large store keeps them shorter."""
+        limit, schedule = self._batch, self._context.schedule
         while not (at := self._clock.moment()).suspect:
-            keep_ms = max(self._context.schedule.journal_ms, self._context.hold_events_ms())
+            is_large = await self._storage.used_bytes() > schedule.journal_bytes
+            keep_ms = max(0 if is_large else schedule.journal_ms, self._context.hold_events_ms())
             if await self._storage.prune(at.now - keep_ms, limit) < limit:
                 break
             await self._context.yield_to_workers()

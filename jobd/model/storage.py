@@ -478,6 +478,9 @@ class JobStorage(EventStorage, Protocol):
     async def quarantine(self, job: Job, reason: str) -> None:
         """Move the rows of `job` to quarantine. Counts no longer include it."""
 
+    async def used_bytes(self) -> int:
+        """Return the size of the store without its free space."""
+
     async def prune(self, before: int, limit: int) -> int:
         """Delete up to `limit` journal rows of jobs deleted before wall time `before`. Return how many."""
 

@@ -363,6 +363,12 @@ class Database:
 
     # ------------------------------------------------------------------------------------------------ bookkeeping
 
+    def used_bytes(self) -> int:
+        """Return the size of the database without its free pages."""
+        values = ("page_count", "freelist_count", "page_size")
+        pages, free, page_bytes = (self.conn.execute(f"PRAGMA {name}").fetchone()[0] for name in values)
+        return (pages - free) * page_bytes
+
     @property
     def has_long_log(self) -> bool:
         """Whether `checkpoint` has work to do."""

@@ -367,6 +367,9 @@ class Store(Storage):
     async def quarantine(self, job: Job, reason: str) -> None:
         await self._read(quarantine.quarantine_job, job, reason)
 
+    async def used_bytes(self) -> int:
+        return await self._run(self._database.used_bytes)
+
     async def prune(self, before: int, limit: int) -> int:
         return await self._write_tables(table_writes.plan_pruning, before, limit)
 

@@ -72,6 +72,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
     def __init__(self, numbers: Numbers | None = None, *, slices_wait: bool = False) -> None:
         MemoryProjection.__init__(self, numbers, slices_wait=slices_wait)
         self.gone_to = 0
+        self.event_bytes = 0  # of each event, in the size of the store
         self.has_reserve = True
         self.disk_space: DiskSpace | None = DiskSpace("/disk/jobd.db", 8 << 30, 16 << 30)
         self.has_spare = True
@@ -309,6 +310,10 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
         self.project_for_read()
         self._quarantine(self.jobs.get(job.seq, job), reason)
         await self._report_quarantined()
+
+    async def used_bytes(self) -> int:
+        await self._enter("used_bytes")
+        return self.event_bytes * len(self.events)
 
     async def prune(self, before: int, limit: int) -> int:
         await self._enter("prune")

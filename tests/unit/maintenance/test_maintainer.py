@@ -415,6 +415,28 @@ async def test_nothing_is_deleted_by_age_while_the_clock_is_suspect() -> None:
 
 
 @in_virtual_time
+async def test_a_large_store_keeps_the_newest_events_of_deleted_jobs() -> None:
+    schedule = CleanupSchedule(
+        interval_ms=MINUTE_MS, min_interval_ms=0, recover_every_ms=0, batch=3, journal_bytes=1_000
+    )
+    async with VirtualEngine(schedule=schedule) as engine:
+        for job_id in ("a", "b", "c", "d"):
+            await engine.yes(Create(id=job_id))
+            await engine.yes(Cancel(id=job_id))
+            await engine.yes(Delete(id=job_id))
+            await seconds(1)
+        await engine.yes(Create(id="lives"))
+        engine.disk.event_bytes = 100
+        engine.run_maintainer()
+        await engine.maintainer.run_cleanup(forced=True)
+        assert [event.job_id for event in engine.disk.events] == [*"bbbcccddd", "lives"]
+        engine.maintainer.hold_events(lambda: DAY_MS)
+        engine.disk.event_bytes = 1_000
+        await engine.maintainer.run_cleanup(forced=True)
+        assert len(engine.disk.events) == 10
+
+
+@in_virtual_time
 async def test_the_journal_of_a_deleted_job_is_kept_for_another_day() -> None:
     async with VirtualEngine(schedule=replace(PASSES, batch=1, interval_ms=HOUR_MS)) as engine:
         await finished(engine, "a", expires_at=engine.now + 1000)

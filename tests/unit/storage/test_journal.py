@@ -267,6 +267,19 @@ async def test_the_journal_continues_after_a_position(store: Store) -> None:
     assert await store.events_after(5, 2) == EventPage([], 5, 0)
 
 
+async def test_the_used_bytes_grow_and_shrink_with_the_events(store: Store) -> None:
+    maker, empty = ChangeFactory(), await store.used_bytes()
+    created = [maker.create() for _ in range(500)]
+    await store.write(maker.batch(created))
+    await store.write(maker.batch([maker.delete(job_of(each)) for each in created]))
+    await store.finish_upkeep()
+    full = await store.used_bytes()
+    assert full > empty + 50_000
+    assert await store.prune(maker.now + 1, 10_000) == 1_000
+    await store.finish_upkeep()
+    assert await store.used_bytes() < (full + empty) / 2
+
+
 async def test_pruned_events_are_reported_after_a_restart(path: str) -> None:
     maker = ChangeFactory()
     async with open_store(path) as (store, _):
