@@ -14,7 +14,19 @@ from jobd.core.stats import Counters, Histogram
 from jobd.engine.disk_full import WriteLimit
 from jobd.maintenance.cleanup_pass import CleanupSchedule
 from jobd.maintenance.maintainer import TICK_S, read_extra, read_stats
-from jobd.model.commands import Complete, Create, Delete, Extend, ForceFail, Get, Pause, Progress, Recover, Timeline
+from jobd.model.commands import (
+    Cancel,
+    Complete,
+    Create,
+    Delete,
+    Extend,
+    ForceFail,
+    Get,
+    Pause,
+    Progress,
+    Recover,
+    Timeline,
+)
 from jobd.model.errors import ApiError
 from jobd.model.events import Event
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Failure, Policy
