@@ -528,5 +528,6 @@ def parse_listen(text: str, key: str) -> tuple[str, int] | str:
         return path
     host, colon, port = text.rpartition(":")
     if not colon or not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
-        raise ConfigError(f'{key}: "{text}": expected HOST:PORT, such as 127.0.0.1:8770, or unix:/path')
+        or_socket = "" if key == "worker.listen" else ", or unix:/path"
+        raise ConfigError(f'{key}: "{text}": expected HOST:PORT, such as 127.0.0.1:8770{or_socket}')
     return host.strip("[]"), int(port)

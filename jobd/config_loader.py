@@ -106,7 +106,9 @@ def _find_file(environ: Mapping[str, str], path: str | None) -> Path | None:
     chosen = path or environ.get("JOBD_CONFIG")
     if chosen:
         if not Path(chosen).is_file():
-            raise ConfigError(f"{chosen}: no such file. Give the path of a config.toml with --config or JOBD_CONFIG")
+            raise ConfigError(
+                f"file {chosen}: no such file. Give the path of a config.toml with --config or JOBD_CONFIG"
+            )
         return Path(chosen)
     return Path(DEFAULT_PATH) if Path(DEFAULT_PATH).is_file() else None
 
@@ -116,11 +118,11 @@ def _read_file(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             tables = tomllib.load(file)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+        raise ConfigError(f"file {path}: not valid TOML: {error}") from None
     except RecursionError:
-        raise ConfigError(f"{path}: not valid TOML: it is nested too deeply") from None
+        raise ConfigError(f"file {path}: not valid TOML: it is nested too deeply") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a number of thousands of digits
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        raise ConfigError(f"file {path}: cannot be read: {error}") from None
     values = {}
     for section, table in tables.items():
         if section == WEBHOOKS:
@@ -128,9 +130,9 @@ def _read_file(path: Path) -> dict[str, Any]:
             continue
         if section not in Config.__struct_fields__:
             known = ", ".join((*Config.__struct_fields__, WEBHOOKS))
-            raise ConfigError(f"{path}: unknown section [{section}]. Known: {known}{_rename_hint(section)}")
+            raise ConfigError(f"file {path}: unknown section [{section}]. Known: {known}{_rename_hint(section)}")
         if not isinstance(table, dict):
-            raise ConfigError(f"{path}: {section} must be a section: write [{section}] on a separate line")
+            raise ConfigError(f"file {path}: {section} must be a section: write [{section}] on a separate line")
         for name, value in table.items():
             values[f"{section}.{name}"] = value
     return values
@@ -145,7 +147,7 @@ def _merge(
     for key, value in in_file.items():
         _set(values, sources, key, value, f"file {file}")
     for name, key in _environment(environ).items():
-        _set(values, sources, key, environ[name], f"env {name}")
+        _set(values, sources, key, environ[name], f"environment {name}")
     for key, text in flags.items():
         _set(values, sources, key, text, "flag")
     return values, sources
@@ -160,7 +162,7 @@ def _webhooks(path: Path, tables: Any) -> tuple[WebhookSetting, ...]:
     try:
         return webhook_config.read(tables, parse_duration)
     except BadWebhook as bad:
-        raise ConfigError(f"{path}: {bad}") from None
+        raise ConfigError(f"file {path}: {bad}") from None
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -204,7 +206,7 @@ def _set(values: dict[str, dict[str, Any]], sources: dict[str, str], key: str, v
     try:
         if hint is Duration:
             value = _duration(key, value)
-        elif source.startswith(("env", "flag")):
+        elif not source.startswith("file"):
             value = _from_text(hint, value)
     except ValueError as error:
         raise ConfigError(f"{source}: {key}: {error}") from None
@@ -238,7 +240,7 @@ def _from_text(hint: Any, text: str) -> Any:
     try:
         return msgspec.convert(text, hint, strict=False)
     except msgspec.ValidationError as error:
-        raise ValueError(f"{error}{_choices(hint)}") from None
+        raise ValueError(f"{_expected(error, hint)}, not {text!r}") from None
 
 
 def _parse_toml(text: str) -> list[Any] | dict[str, Any] | None:
@@ -258,22 +260,36 @@ def _pair(text: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
-def _choices(hint: object) -> str:
-    """Return a hint with the allowed values of a key, empty if the type has no list of values."""
-    if get_origin(hint) is dict:
-        return _choices(get_args(hint)[1])
-    words = get_args(hint) if get_origin(hint) is Literal else ()
-    return f"; expected one of {', '.join(map(str, words))}" if words else ""
+_TYPES: Final = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a string",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a table",
+}
+
+
+def _expected(error: msgspec.ValidationError, hint: object) -> str:
+    """Return which value a key of the type `hint` takes: one of a list of words, or what msgspec expected."""
+    if get_origin(hint) is dict and "Expected `object`" not in str(error):
+        hint = get_args(hint)[1]
+    if get_origin(hint) is Literal:
+        return f"expected one of {', '.join(map(str, get_args(hint)))}"
+    text = str(error).partition(" - at `")[0].partition(", got `")[0]
+    return re.sub(r"`(\w+)`", lambda found: _TYPES.get(found[1], found[1]), text.replace("Expected ", "expected ", 1))
 
 
 def _convert(values: dict[str, dict[str, Any]], sources: Mapping[str, str]) -> Config:
     try:
         return msgspec.convert(values, Config, dec_hook=lambda hint, value: hint(value))
     except msgspec.ValidationError as error:
-        message, _, location = str(error).partition(" - at `$.")
-        key = location.rstrip("`").partition("[")[0]
-        message += _choices(KEYS.get(key))
-        raise ConfigError(f"{sources.get(key, 'configuration')}: {key}: {message}") from None
+        key = str(error).partition(" - at `$.")[2].rstrip("`").partition("[")[0]
+        section, _, name = key.partition(".")
+        found = "" if key == "journal.url" else f", not {to_toml(values.get(section, {}).get(name))}"  # has a password
+        raise ConfigError(
+            f"{sources.get(key, 'configuration')}: {key}: {_expected(error, KEYS.get(key))}{found}"
+        ) from None
 
 
 def _fill_in_paths(config: Config, environ: Mapping[str, str], sources: dict[str, str]) -> Config:
@@ -347,8 +363,9 @@ def _check(config: Config) -> None:
     if isinstance(parse_listen(config.admin.listen, "admin.listen"), str) and config.admin.tls_cert:
         raise ConfigError("admin.tls_cert: a Unix socket has no TLS. Listen on HOST:PORT, or remove the certificate")
     if config.worker.listen:
-        if isinstance(parse_listen(config.worker.listen, "worker.listen"), str):
+        if config.worker.listen.startswith("unix:"):
             raise ConfigError("worker.listen: expected HOST:PORT. The path of the Unix socket is worker.socket")
+        parse_listen(config.worker.listen, "worker.listen")
         if not config.worker.token_file:
             raise ConfigError("worker.listen requires worker.token_file: a TCP port is never open without a token")
     elif config.worker.tls_cert:

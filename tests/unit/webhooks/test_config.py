@@ -150,7 +150,7 @@ def test_errors_are_one_line_with_the_file_and_the_number_of_the_webhook(
     with pytest.raises(ConfigError) as caught:
         read(text)
     message = str(caught.value)
-    assert message.startswith(f"{tmp_path}/config.toml: ")
+    assert message.startswith(f"file {tmp_path}/config.toml: ")
     assert expected in message
     assert message.isprintable()
     assert "hush" not in message
