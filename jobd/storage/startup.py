@@ -68,10 +68,15 @@ sqlite3.register_adapter(type(None), _NO_ADAPTERS.get)
 
 
 def connect(path: str, synchronous: str) -> FunctionConnection:
-    """Return an exclusive connection to the store at `path`. The caller holds the lock file."""
+    """Return an exclusive connection to the store at `path`. The caller holds the lock file.
+
+    With NORMAL, a power failure may tear a commit before others, which SQLite then skips. The journal of such a store
+    is elsewhere.
+    """
     if path != MEMORY and not files.create_private(path):
         check_version(path, peek(path))
-        check_wal(path)
+        if synchronous != "NORMAL":
+            check_wal(path)
     conn = FunctionConnection(path, timeout=1.0, isolation_level=None, check_same_thread=False, cached_statements=256)
     try:
         with translated_errors(path):

@@ -322,6 +322,28 @@ async def test_a_kill_between_append_and_slice_loses_nothing(path: str, server: 
         assert sorted(job.id for job, _ in (await node.store.find_jobs(JobQuery())).jobs) == ["a", "b"]
 
 
+async def test_a_power_failure_that_tears_a_slice_loses_nothing(path: str, server: MemoryServer) -> None:
+    """Slices are not synced, so later ones can be on the disk without a page of an earlier one."""
+    maker, other, log = ChangeFactory(), f"{path}.other", f"{path}.other-wal"
+    async with leading(path, server) as leader, following(other, server) as node:
+        for number in range(4):
+            await leader.store.write(maker.batch([maker.create() for _ in range(200)]))
+            await node.catch_up()
+            await node.store.finish_upkeep()
+            if number == 0:
+                size = len(Path(log).read_bytes())
+        left = {name: bytearray(Path(name).read_bytes()) for name in (other, log)}
+        assert len(left[log]) > size + 8_192
+        await leader.store.finish_upkeep()
+    left[log][size + 24 : size + 4_120] = bytes(4_096)  # the page of the first frame of the second slice
+    for name, content in left.items():
+        Path(name).write_bytes(content)
+    async with following(other, server) as node:
+        assert node.opened.last_record < 4
+        await node.catch_up()
+    assert rows_of(other)["jobs"] == rows_of(path)["jobs"]
+
+
 @pytest.mark.parametrize("is_in", [False, True])
 async def test_an_unknown_outcome_ends_the_leadership_and_the_journal_says_what_is_true(
     path: str, server: MemoryServer, is_in: bool
