@@ -414,11 +414,21 @@ def test_a_paused_queue_is_shown_everywhere(page: Page, daemon: DashboardDaemon,
     assert console_errors == []
 
 
-@pytest.mark.parametrize("name", [".", ".."])
-def test_a_job_and_queue_named_like_a_dot_segment_work(
-    page: Page, daemon: DashboardDaemon, console_errors: list[str], name: str
+@pytest.fixture
+def old_daemon(tmp_path: Path) -> Iterator[DashboardDaemon]:
+    """Run a daemon that can have names that are rejected now."""
+    daemon = DashboardDaemon(tmp_path)
+    daemon.module = "tests.support.daemon_variants dot_names"
+    with daemon:
+        yield daemon
+
+
+@pytest.mark.parametrize(("given", "name"), [("dot", "."), ("dotdot", "..")])
+def test_an_old_job_and_queue_named_like_a_dot_segment_work(
+    page: Page, old_daemon: DashboardDaemon, console_errors: list[str], given: str, name: str
 ) -> None:
-    daemon.do("jobs", id=name, queue=name)
+    daemon = old_daemon
+    assert daemon.do("jobs", id=given, queue=given)["id"] == name
     sign_in(page, daemon, path="/queues")
     page.get_by_label("Reason").fill("a trial")
     page.get_by_role("button", name=f"Pause queue {name}", exact=True).click()

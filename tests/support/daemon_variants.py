@@ -12,14 +12,19 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final
 
+from msgspec.structs import replace
+
 from jobd import daemon, logging, resources, serving
 from jobd.cli.daemon.main import main
 from jobd.cluster import hand_over
+from jobd.core import decide
+from jobd.core.transaction import Transaction
 from jobd.engine import history
 from jobd.engine.actor import Actor
 from jobd.http.server import HttpListener
 from jobd.journal import record
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper
+from jobd.model.commands import Create
 from jobd.model.storage import DiskFull, JobQuery
 from jobd.monitoring.alerts import Alerts
 from jobd.storage import store
@@ -48,6 +53,18 @@ def prompt_alerts() -> None:
     """Make alerts fire and resolve as soon as a check finds a change."""
     patched: Any = serving
     patched.Alerts = partial(Alerts, hold_ms=0, clear_ms=0)
+
+
+def dot_names() -> None:
+    """Create a job or queue `dot` as `.` and `dotdot` as `..`, which earlier versions accepted."""
+    patched: Any = decide
+    create, names = decide.RULES[Create], {"dot": ".", "dotdot": ".."}
+
+    def create_renamed(tx: Transaction, command: Create) -> Any:
+        names_of = {"id": names.get(command.id or "", command.id), "queue": names.get(command.queue, command.queue)}
+        return create(tx, replace(command, **names_of))
+
+    patched.RULES = {**decide.RULES, Create: create_renamed}
 
 
 def quick_retries() -> None:
@@ -257,6 +274,7 @@ VARIANTS: Final = {
     for each in (
         hung_actor,
         prompt_alerts,
+        dot_names,
         quick_retries,
         patient_stop,
         short_takeovers,
