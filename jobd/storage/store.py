@@ -174,9 +174,13 @@ class Store(Storage):
     async def _read(self, fn: Callable[..., T], *args: Any) -> T:
         """Call `fn` with the tables in the storage thread, when they have all that was committed."""
         with contextlib.suppress(DiskFull):
-            for _ in range(self._projection.behind // self._projection.slice_events):  # commits come in between
-                await self._run(self._projection.project_slice)
+            await self._write_whole_slices()
         return await self._run(self._projection.read, fn, self._database, *args)
+
+    async def _write_whole_slices(self) -> None:
+        """Write as many slices as there are enough events for. Commits come in between. Raises DiskFull."""
+        for _ in range(self._projection.behind // self._projection.slice_events):
+            await self._run(self._projection.project_slice)
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -431,6 +435,7 @@ class Store(Storage):
             if self._closing.is_set():
                 raise StoreBroken("the store is closed")
             with contextlib.suppress(DiskFull):  # the copy then has records that its tables lack
+                await self._write_whole_slices()
                 await self._run(self._projection.project)
             with self._connection.lend() as raw:
                 return (await backup.make_copy(raw, self.path, self._closing, progress)).file
