@@ -365,9 +365,10 @@ class Database:
 
     def used_bytes(self) -> int:
         """Return the size of the database without its free pages."""
-        values = ("page_count", "freelist_count", "page_size")
-        pages, free, page_bytes = (self.conn.execute(f"PRAGMA {name}").fetchone()[0] for name in values)
-        return (pages - free) * page_bytes
+        (pages,) = self.conn.execute("PRAGMA page_count").fetchone()
+        (free,) = self.conn.execute("PRAGMA freelist_count").fetchone()
+        (page_bytes,) = self.conn.execute("PRAGMA page_size").fetchone()
+        return int((pages - free) * page_bytes)
 
     @property
     def has_long_log(self) -> bool:
