@@ -135,7 +135,7 @@ class LineReader:
         except msgspec.ValidationError as error:
             raise validation_error(str(error), _LineHeader) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise malformed_json_error(error) from None
+            raise malformed_json_error(error, line) from None
         kind = self._kinds[header.op]
         command: Any = kind.decoder.from_body(line)
         if type(command) is Claim and command.wait_ms:

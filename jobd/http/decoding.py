@@ -116,7 +116,7 @@ class RequestDecoder:
         except msgspec.ValidationError as error:
             raise validation_error(str(error), self.body_type) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise malformed_json_error(error) from None
+            raise malformed_json_error(error, body) from None
         command = part if self._make_command is None else self._build(part, value)
         if self._checks:
             _check_fields(self._checks, command, (), self.limits)
@@ -323,7 +323,11 @@ def _list_limits(command: type[Command], limits: Limits) -> dict[str, int]:
 # Error messages.
 
 
-def malformed_json_error(error: Exception) -> ApiException:
+# A high surrogate without a low one, at the end of a string. The decoder calls such a body truncated.
+_LONE_SURROGATE: Final = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u)")
+
+
+def malformed_json_error(error: Exception, body: bytes) -> ApiException:
     """Return a 400 error for malformed JSON: the decoder's message and position, but no text of the body."""
     if isinstance(error, RecursionError):
         message = f"The body is nested too deeply: a JSON value may have at most {MAX_NESTING} levels."
@@ -332,6 +336,8 @@ def malformed_json_error(error: Exception) -> ApiException:
         why = f"it is not UTF-8 (byte {error.start})"
     else:
         why = str(error).removeprefix("JSON is malformed: ").removeprefix("Input data was ") or "not readable"
+        if "surrogate" in why or (why == "truncated" and _LONE_SURROGATE.search(body)):
+            why = "a string contains a lone surrogate (one of \\ud800 to \\udfff without its pair)"
     return api_error("invalid_request", f"The body is not valid JSON: {why}. Send one JSON object in UTF-8.", field="$")
 
 

@@ -212,8 +212,10 @@ class RequestParser:
     def _check_repeated(self, headers: dict[str, bytes]) -> frozenset[str]:
         """Check the number of headers or trailers. Return the names of those that are repeated."""
         repeated = frozenset(self._repeated)
-        if len(headers) + len(self._repeated) > MAX_HEADERS or repeated & _SINGLE:
+        if len(headers) + len(self._repeated) > MAX_HEADERS:
             raise MalformedRequest(WRONG_HEAD)
+        if not repeated.isdisjoint(_SINGLE):
+            raise MalformedRequest(f"the header {min(repeated & _SINGLE).title()} occurs more than once")
         self._repeated.clear()
         return repeated
 

@@ -232,6 +232,14 @@ def test_malformed_json_is_a_400_about_the_whole_body(body: bytes) -> None:
     assert no.message.startswith("The body is not valid JSON")
 
 
+@pytest.mark.parametrize("text", [b"\\ud800", b"a\\uDBFFb", b"\\ud800\\u0041", b"\\udc00", b"\\\\\\ud800"])
+def test_a_lone_surrogate_is_named(text: bytes) -> None:
+    no = error_of(DECODERS["create"], b'{"payload":"%b"}' % text)
+    assert "a string contains a lone surrogate" in no.message
+    cut = error_of(DECODERS["create"], b'{"payload":"\\\\ud800 \\ud83d\\ude00')
+    assert "truncated" in cut.message
+
+
 @pytest.mark.parametrize("end", [b"", b"]" * 200_000 + b"}"])
 def test_json_that_python_cannot_decode_is_a_400_with_the_limit(end: bytes) -> None:
     no = error_of(DECODERS["create"], b'{"payload":' + b"[" * 200_000 + end)

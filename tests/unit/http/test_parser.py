@@ -43,3 +43,11 @@ def test_the_limit_of_a_line_does_not_depend_on_its_pieces(head: bytes, end: int
 def test_a_line_without_end_is_rejected() -> None:
     assert not is_accepted(b"GET / HTTP/1.1\r\nHost: x\r\nA: ", *[b"a" * 1_000] * 20)
     assert not is_accepted(b"GET / HTTP/1.1\r\nHost: x\r\n", *[b"a" * 1_000] * 20)
+
+
+@pytest.mark.parametrize("name", ["Content-Type", "Host", "user-agent"])
+def test_a_header_that_may_occur_only_once_is_named(name: str) -> None:
+    parser = RequestParser(lambda request: None)
+    with pytest.raises(MalformedRequest, match=f"the header {name.title()} occurs more than once"):
+        parser.feed(f"GET / HTTP/1.1\r\n{name}: a\r\n{name}: b\r\n\r\n".encode())
+    parser.close()
