@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
@@ -120,6 +122,31 @@ NAME: Final = _NameParam()
 DURATION: Final = _DurationParam()
 PAST: Final = _PastTimeParam()
 MOMENT: Final = _TimeParam()
+
+
+# The bounds of Create in jobd.model.commands.
+PRIORITY: Final = click.IntRange(-1000, 1000)
+MAX_ATTEMPTS: Final = click.IntRange(1, 1000)
+MAX_STALLS: Final = click.IntRange(0, 1000)
+_PARAMETERS: Final = {"id": "job_id", "backoff.base_ms": "backoff_base", "backoff.max_ms": "backoff_max"}
+
+
+@contextlib.contextmanager
+def naming_flags() -> Iterator[None]:
+    """Inside the context, a rejection of a field that an option of the command sets is a UsageError for the option."""
+    from jobd.client.errors import InvalidRequest
+
+    try:
+        yield
+    except InvalidRequest as error:
+        field = str(error.details.get("field"))
+        name = field.removeprefix("$.")
+        name = _PARAMETERS.get(name, name.lower().replace("-", "_"))
+        for parameter in click.get_current_context().command.params:
+            if parameter.name == name and isinstance(parameter, click.Option):
+                text = error.message.removeprefix(f"`{field}`: ")
+                raise click.BadParameter(text, param=parameter) from None
+        raise
 
 
 def json_text(text: str, what: str) -> msgspec.Raw:

@@ -59,10 +59,28 @@ def test_submitting_a_job_twice_returns_it_and_another_with_its_id_is_rejected(j
 
 
 def test_an_error_of_the_daemon_exits_with_4_and_names_the_field(jobctl: Jobctl) -> None:
-    code, err = jobctl.rejected("submit", "--priority", "5000")
-    assert code == 4
-    assert "priority" in err
+    code, err = jobctl.rejected("submit", "[" * 200 + "]" * 200)
+    assert (code, "`$.payload`" in err) == (4, True), err
     assert jobctl.rejected("job", "never-was")[0] == 4
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--priority", "5000"),
+        ("--max-attempts", "0"),
+        ("--max-stalls", "1001"),
+        ("--kind", "k" * 201),
+        ("--id", "a b"),
+        ("--delay", "1000d"),
+        ("--backoff-base", "1000d"),
+        ("--idempotency-key", "é"),
+    ],
+)
+def test_a_value_out_of_bounds_is_a_usage_error_that_names_the_flag(argv: tuple[str, str], jobctl: Jobctl) -> None:
+    code, err = jobctl.rejected("submit", *argv)
+    assert (code, err.startswith(f"jobctl: Invalid value for '{argv[0]}': ")) == (2, True), err
+    assert "$" not in err
 
 
 def test_jobs_are_paged_and_the_cursor_continues(jobctl: Jobctl) -> None:

@@ -14,7 +14,7 @@ from jobd.cli.confirm import Confirmation, destructive_options, dry_run_option, 
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl import plans
 from jobd.cli.ctl.plans import is_plan, where_option
-from jobd.cli.params import MOMENT, json_option
+from jobd.cli.params import MAX_ATTEMPTS, MOMENT, PRIORITY, json_option
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient
@@ -269,9 +269,9 @@ def run_now(job_id: str, reason: str | None, **how: bool) -> int:
 
 @click.command()
 @click.argument("job_id", metavar="ID")
-@click.option("--priority", type=int, metavar="N", help="-1000 to 1000; smaller numbers run first.")
+@click.option("--priority", type=PRIORITY, metavar="N", help="-1000 to 1000; smaller numbers run first.")
 @click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time (UTC), or a duration from now.")
-@click.option("--max-attempts", type=int, metavar="N", help="Maximum number of attempts.")
+@click.option("--max-attempts", type=MAX_ATTEMPTS, metavar="N", help="Maximum number of attempts.")
 @_REASON
 @dry_run_option
 @json_option

@@ -9,7 +9,18 @@ import click
 
 from jobd.cli import exit_codes, terminal
 from jobd.cli.connection import job_client, worker_options
-from jobd.cli.params import DURATION, MOMENT, NAME, json_option, json_text, read_stdin
+from jobd.cli.params import (
+    DURATION,
+    MAX_ATTEMPTS,
+    MAX_STALLS,
+    MOMENT,
+    NAME,
+    PRIORITY,
+    json_option,
+    json_text,
+    naming_flags,
+    read_stdin,
+)
 
 _WAIT_RETRY_FOR_S: Final = 60.0  # --wait survives a restart of the daemon
 
@@ -21,7 +32,7 @@ _WAIT_RETRY_FOR_S: Final = 60.0  # --wait survives a restart of the daemon
 @click.option(
     "--id", "job_id", type=NAME, metavar="ID", help="Id of the job. Submitting the same job twice creates it once."
 )
-@click.option("--priority", type=int, metavar="N", help="-1000 to 1000; smaller numbers run first.")
+@click.option("--priority", type=PRIORITY, metavar="N", help="-1000 to 1000; smaller numbers run first.")
 @click.option("--delay", "delay_ms", type=DURATION, help="Make the job due after this time, such as 10s.")
 @click.option("--run-at", type=MOMENT, metavar="TIME", help="Make the job due at this time (UTC).")
 @click.option(
@@ -31,8 +42,10 @@ _WAIT_RETRY_FOR_S: Final = 60.0  # --wait survives a restart of the daemon
     metavar="TIME",
     help="Fail the job if it is still queued at this time (UTC).",
 )
-@click.option("--max-attempts", type=int, metavar="N", help="Maximum number of attempts.  [default: 1]")
-@click.option("--max-stalls", type=int, metavar="N", help="Maximum number of stalls; the next one fails the job.")
+@click.option("--max-attempts", type=MAX_ATTEMPTS, metavar="N", help="Maximum number of attempts.  [default: 1]")
+@click.option(
+    "--max-stalls", type=MAX_STALLS, metavar="N", help="Maximum number of stalls; the next one fails the job."
+)
 @click.option("--on-stall", type=click.Choice(["auto", "requeue", "fail"]), help="What to do when the job stalls.")
 @click.option(
     "--stuck-after",
@@ -79,7 +92,8 @@ def submit(
     pause = {"kind": backoff, "base_ms": backoff_base, "max_ms": backoff_max, "jitter": False if no_jitter else None}
     pause = {name: value for name, value in pause.items() if value is not None}
     client = job_client()
-    created = client.create_job(body, id=job_id, backoff=pause or None, **options)
+    with naming_flags():
+        created = client.create_job(body, id=job_id, backoff=pause or None, **options)
     if not (wait and as_json):
         terminal.emit_json(created) if as_json else terminal.emit(created.id)
         sys.stdout.flush()
