@@ -152,7 +152,7 @@ def test_a_dry_run_fails_like_the_action(jobctl: Jobctl, running: CliDaemon, mon
         rejected = f"dry-3: {argv[0]} would be rejected: "
         assert jobctl.rejected(*argv, "--dry-run") == (code, err.replace("jobctl: ", rejected).replace(" [", ". ["))
         assert (code, err.endswith("[invalid_transition]\n")) == (4, True)
-    wrong = ["update", "dry-3", "--priority", "9999", "--dry-run"]
+    wrong = ["update", "dry-3", "--run-at", "999999999999999", "--dry-run"]
     assert (jobctl.rejected(*wrong)[0], "[invalid_request]" in jobctl.rejected(*wrong)[1]) == (4, True)
     assert jobctl.rejected("update", "dry-3", "--dry-run")[0] == 2
     monkeypatch.setenv("ADMIN_TOKEN", READ_ONLY_TOKEN)
