@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from jobd.cli import exit_codes
+from jobd.cli.params import ConnectionOptions
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient, JobClient
@@ -22,18 +23,6 @@ DEFAULT_LISTEN: Final = "127.0.0.1:8770"
 RETRY_FOR_S: Final = 3.0  # enough for a daemon that restarts, and short for an operator at a prompt
 TAKEOVER_S: Final = 10.0  # the same for a standby that takes over
 _LOOPBACK: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # reaches a listener on all addresses
-
-
-class ConnectionOptions:
-    """The connection options, None if not given. They are in `ctx.obj`, so they may precede or follow the command."""
-
-    def __init__(self) -> None:
-        self.socket: str | None = None
-        self.url: str | None = None
-        self.admin_url: str | None = None
-        self.token_file: str | None = None
-        self.operator: str | None = None
-        self.token_source: str | None = None  # where the token of the latest client comes from, in words
 
 
 def _store_option(ctx: click.Context, param: click.Parameter, value: str | None) -> None:

@@ -77,7 +77,7 @@ def run(program: click.Command, name: str, argv: Sequence[str] | None = None) ->
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for characters that the terminal cannot show
-    from jobd.cli.connection import ConnectionOptions
+    from jobd.cli.params import ConnectionOptions
 
     options = ConnectionOptions()
     args = list(argv) if argv is not None else None

@@ -1,4 +1,4 @@
-"""Parameter types of the command line (durations, times, JSON) and the group of commands."""
+"""Parameter types of the command line (durations, times, JSON), connection options and the group of commands."""
 
 from __future__ import annotations
 
@@ -169,6 +169,18 @@ def read_stdin(what: str) -> str:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise click.UsageError(f"{what} on stdin is not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+class ConnectionOptions:
+    """The connection options, None if not given. They are in `ctx.obj`, so they may precede or follow the command."""
+
+    def __init__(self) -> None:
+        self.socket: str | None = None
+        self.url: str | None = None
+        self.admin_url: str | None = None
+        self.token_file: str | None = None
+        self.operator: str | None = None
+        self.token_source: str | None = None  # where the token of the latest client comes from, in words
 
 
 class CommandGroup(click.Group):

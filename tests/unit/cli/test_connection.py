@@ -10,6 +10,7 @@ import pytest
 
 from jobd import config, config_loader
 from jobd.cli import connection
+from jobd.cli.params import ConnectionOptions
 from jobd.client.endpoint import default_socket
 
 
@@ -31,7 +32,7 @@ def test_an_operator_is_the_user_behind_the_command(monkeypatch: pytest.MonkeyPa
 
 def test_the_admin_token_never_goes_to_the_worker_api(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADMIN_TOKEN", "canary-canary-canary-canary")
-    assert connection.worker_token(connection.ConnectionOptions()) is None
+    assert connection.worker_token(ConnectionOptions()) is None
 
 
 def test_the_first_of_several_tokens_is_used(tmp_path: Path) -> None:
@@ -51,7 +52,7 @@ def no_connection_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> P
 
 def found(**given: str) -> tuple[str, str]:
     """Return the addresses of the worker API and the admin API."""
-    shown = connection.ConnectionOptions()
+    shown = ConnectionOptions()
     for name, value in given.items():
         setattr(shown, name, value)
     (worker,), (admin,) = connection.worker_api_endpoints(shown), connection.admin_api_endpoints(shown)

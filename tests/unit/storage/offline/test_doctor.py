@@ -94,7 +94,7 @@ async def test_a_file_that_is_not_a_jobd_store_is_rejected(path: str) -> None:
         accept(path, ["a"])
     assert not exists(path)
     write_file(path, b"rubbish" * 100)
-    with pytest.raises(StoreUnreadable, match="not a database"):
+    with pytest.raises(StoreUnreadable, match="not a jobd database"):
         check(path)
     remove(path)
     await make_store(path)
