@@ -222,9 +222,11 @@ def _check_exit(position: FaultPosition, ended: DaemonExit) -> str:
         assert b"event=cannot_start" in log or b"event=stopped_by_disk" in log, story
         return "not started, exit code 74"
     if code == EXIT_IO and not no_room:
-        assert b"event=commit_failed" in log, story
         assert b"event=stopped_by_disk" in log, story
-        return "outcome unknown, exit code 74"
+        if b"event=commit_failed" in log:
+            return "outcome unknown, exit code 74"
+        assert b"event=stopping" in log, story
+        return "failed after the last commit, exit code 74"
     assert code == 0, story
     if no_room:
         return "full disk, continues"
