@@ -25,6 +25,7 @@ MAX_CONCURRENCY: Final = 100_000  # the bound of About.concurrency
 POLL_MS: Final = 30_000
 NODE_POLL_MS: Final = 10_000  # with several nodes, as the one that holds the claim may no longer lead
 LOCK_TTL_MS: Final = 60_000
+ARRIVAL_S: Final = 0.25  # after `stop`, for a response that is on its way
 # A claim is also retried after errors that the daemon can recover from: a full disk, an internal error.
 RETRIED_CLAIM: Final = RETRIED | {"storage_full", "internal_error", "request_timeout"}
 
@@ -76,6 +77,11 @@ class Claimer:
         self._stopping = asyncio.Event()
         self._running: set[asyncio.Future[None]] = set()
         self._is_resent = False
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether `stop` was called. A response that was on its way may still bring grants."""
+        return self._stopping.is_set()
 
     def stop(self) -> None:
         """Stop claiming. Running work continues."""
@@ -139,10 +145,12 @@ class Claimer:
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:
             await first_of(claim, stopping)
+            if not claim.done():
+                await asyncio.wait([claim], timeout=ARRIVAL_S)
         finally:
             stopping.cancel()
             if not claim.done():
-                claim.cancel()  # the daemon takes back a grant whose response it cannot deliver
+                claim.cancel()  # the daemon takes back a grant if it has not begun to send the response
                 await asyncio.gather(claim, return_exceptions=True)
         if claim.cancelled():
             return []

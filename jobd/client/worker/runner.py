@@ -144,7 +144,7 @@ class WorkerRunner:
         """Work on one job, from its grant to its end."""
         keeper = LeaseKeeper(self._client, grant, self._log, progress_every_s=self._progress_every_s)
         is_completed = False
-        if self._stopping.is_set():
+        if self._claimer.is_stopping:
             await keeper.release(self._give_up)
         else:
             keeper.start(at_once=is_resent)
