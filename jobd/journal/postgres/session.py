@@ -36,6 +36,7 @@ _SETTINGS: Final = {
     "transaction_timeout": "0",
     "default_transaction_isolation": "read committed",
     "default_transaction_deferrable": "off",
+    "client_min_messages": "notice",  # a cancelled wait for a synchronous standby ends with a warning, and no error
 }
 _EXPECTED: Final = {**_SETTINGS, "fsync": "on", "full_page_writes": "on", "transaction_read_only": "off"}
 _SET: Final = """

@@ -35,7 +35,8 @@ def servers() -> Iterator[list[PostgresServer]]:
 
 @pytest.fixture
 async def nodes(servers: list[PostgresServer]) -> AsyncIterator[tuple[PostgresJournal, PostgresJournal]]:
-    """Open two nodes that know both servers."""
+    """Open two nodes that know both servers. The default of the role suppresses warnings."""
+    servers[0].sql("ALTER ROLE postgres SET client_min_messages = 'error'")
     ports = [server.port for server in servers]
     url = servers[0].url().replace(f":{ports[0]}/", f":{ports[0]},127.0.0.1:{ports[1]}/")
     await create(url, "main", "id")

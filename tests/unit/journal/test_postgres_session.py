@@ -320,6 +320,7 @@ async def test_defaults_of_the_role_do_not_matter(url: str, postgres_server: Pos
         "idle_session_timeout": "2s",
         "client_connection_check_interval": "10ms",
         "default_transaction_isolation": "serializable",
+        "client_min_messages": "error",
     }
     await sql(postgres_server, *(f"ALTER ROLE {database} SET {name} = '{value}'" for name, value in defaults.items()))
     async with connection(url) as conn:
