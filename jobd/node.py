@@ -116,6 +116,10 @@ class ClusterNode:
             raise CannotStart(f"this node cannot follow the journal: {error}", EXIT_CONFIG) from error
         except StoreError as error:
             raise CannotStart(str(error), error.exit_code) from error
+        except Exception as error:
+            if self._failure is None:
+                raise
+            raise self._failure from error
         if self._failure is not None:
             raise self._failure
         if self.leadership is not None:
@@ -171,8 +175,9 @@ class ClusterNode:
 
     def _fail(self, error: Exception) -> None:
         """End a standby whose tables cannot be written."""
-        code = error.exit_code if isinstance(error, StoreError) else EXIT_IO
-        self._failure = CannotStart(f"{self._settings.store.path}: {error}", code)
+        if self._failure is None:
+            code = error.exit_code if isinstance(error, StoreError) else EXIT_IO
+            self._failure = CannotStart(f"{self._settings.store.path}: {error}", code)
         self._standby.stop()
 
 
