@@ -71,7 +71,7 @@ class Target:
         """
         left = sorted(range(len(self.url.hosts)), key=lambda each: each == self._latest)  # the latest host is last
         attempts: dict[asyncio.Task[tuple[int, Any]], str] = {}
-        failures: dict[str, JournalUnavailable] = {}  # by host
+        failures: dict[asyncio.Task[tuple[int, Any]], JournalUnavailable] = {}
         chosen = None
         try:
             while left or len(failures) < len(attempts):
@@ -79,16 +79,16 @@ class Target:
                     host = self.url.hosts[left[-1]]
                     attempts[asyncio.create_task(self._attempt(left.pop(), is_new))] = host
                 limit_s = STAGGER_S if left else SILENT_S if failures else None
-                pending = [each for each, host in attempts.items() if host not in failures]
+                pending = [each for each in attempts if each not in failures]
                 done, _ = await asyncio.wait(pending, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
                 for each in done:
                     if (error := each.exception()) is None:
                         chosen = each
                         self._latest, conn = each.result()
                         return conn
-                    failures[attempts[each]] = explain(error, self.url, attempts[each])
+                    failures[each] = explain(error, self.url, attempts[each])
                 if not done and not left:
-                    failures |= {attempts[each]: explain(TimeoutError(), self.url, attempts[each]) for each in pending}
+                    failures |= {each: explain(TimeoutError(), self.url, attempts[each]) for each in pending}
         finally:
             for each in attempts:
                 if each is not chosen:

@@ -234,6 +234,13 @@ async def test_all_unreachable_servers_are_named() -> None:
         assert f"PostgreSQL at {host} cannot be reached" in str(error)
 
 
+async def test_a_server_that_is_named_twice_is_reported_once() -> None:
+    target = Target(journal_url.parse("postgresql://127.0.0.1:1,127.0.0.1:1/a"), "main")
+    with pytest.raises(JournalUnavailable) as caught:
+        await target.connect()
+    assert str(caught.value).count("127.0.0.1:1 cannot be reached") == 1
+
+
 async def test_a_silent_server_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "CONNECT_S", 0.2)
 
