@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from uuid import uuid4
 
+from jobd.cluster.lease import lease_of
 from jobd.journal import record
 from jobd.model.job import new_epoch
 from jobd.model.journal import (
@@ -54,10 +55,10 @@ async def init_from_store(journal: SharedJournal, path: str) -> None:
 async def leave(journal: SharedJournal, path: str, lease_s: float) -> int:
     """Turn the store at `path` into that of a single machine, with all records of `journal`, and close the journal.
 
-    All nodes must be stopped: it fails if a node leads within `lease_s`. Return the new epoch. The journal is closed
-    when the tables have all of its records, so an error before that leaves the cluster as it was. A second call
-    completes what the first one began. An `init_from_store` without its snapshot is undone too. Raises CannotConvert,
-    DiskFull, JournalUnavailable, and the errors of a store.
+    All nodes must be stopped: it fails if a node leads, see `take_free_leadership`. Return the new epoch. The journal
+    is closed when the tables have all of its records, so an error before that leaves the cluster as it was. A second
+    call completes what the first one began. An `init_from_store` without its snapshot is undone too. Raises
+    CannotConvert, DiskFull, JournalUnavailable, and the errors of a store.
     """
     try:
         store, opened = await ClusterStore.open_for(path, journal, needs_snapshot=False)
@@ -103,10 +104,11 @@ def repeatable_errors() -> Iterator[None]:
 async def take_free_leadership(journal: SharedJournal, epoch: int, lease_s: float) -> Head:
     """Take leadership when no node has it, with an epoch above `epoch`, so that no other node appends.
 
-    Raises CannotConvert if a node leads, and JournalOutcomeUnknown.
+    It waits for `lease_s`, or for the lease of the leader if that is longer. Raises CannotConvert if a node leads, and
+    JournalOutcomeUnknown.
     """
     seen = await journal.head()
-    await asyncio.sleep(lease_s)
+    await asyncio.sleep(max(lease_s, lease_of(seen.holder, await journal.nodes())))
     now = await journal.head()
     highest = new_epoch(max(seen.epoch, epoch), time.time_ns() // 1_000_000)
     head = None

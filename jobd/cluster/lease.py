@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from jobd.model.journal import Head
+from jobd.model.journal import Head, NodeEntry
 
 MARGIN: Final = 0.1  # of the lease; clocks may differ in speed by this much
 RENEWALS: Final = 3  # in one lease, while nothing is appended
@@ -20,6 +20,11 @@ RENEWALS: Final = 3  # in one lease, while nothing is appended
 def boot_clock_s() -> float:
     """Return seconds since boot, including the time of suspends."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def lease_of(holder: str | None, nodes: list[NodeEntry]) -> float:
+    """Return the seconds of the lease of process `holder`, by its own setting; 0 if it is not known."""
+    return max((node.lease_ms / 1000 for node in nodes if node.process == holder), default=0.0)
 
 
 class LeaderLease:

@@ -166,8 +166,8 @@ def write_file(loss: Loss) -> int:
 async def accept(journal: SharedJournal, loss: Loss, policy: Policy, lease_s: float) -> Accepted:
     """End all grants by their stall rule in one record, and let numbers of jobs and events continue JUMP higher.
 
-    All nodes must be stopped: it fails if a node leads within `lease_s`. If it is interrupted, the record is in the
-    journal or not.
+    All nodes must be stopped: it fails if a node leads, see `take_free_leadership`. If it is interrupted, the record is
+    in the journal or not.
     Raises CannotAccept, CannotConvert, JournalUnavailable or DiskFull.
     """
     if older := [node.name for node in await journal.nodes() if node.format < FORMAT]:

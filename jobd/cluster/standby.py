@@ -13,7 +13,7 @@ import structlog
 from msgspec import Struct
 
 from jobd.cluster.leadership import Leadership
-from jobd.cluster.lease import LeaderLease, StandbyLease, boot_clock_s
+from jobd.cluster.lease import LeaderLease, StandbyLease, boot_clock_s, lease_of
 from jobd.cluster.warm_state import WarmState
 from jobd.journal import record
 from jobd.model.journal import (
@@ -135,7 +135,7 @@ class Standby:
         head = await self.read_head()
         is_over = self._lease.see(head)
         if is_over and head.holder is not None:
-            is_over = self._lease.respect(await self._lease_of(head.holder))
+            is_over = self._lease.respect(lease_of(head.holder, await self._journal.nodes()))
         if head.epoch != self._checked_epoch or head.number < self._warm.number:
             await self._check_branch(head)
         while self._warm.number < head.number:
@@ -158,11 +158,6 @@ class Standby:
             return True
         is_alone = self.settings.is_direct and not head.is_connected
         return is_alone and bool(head.url) and await self._refuses_connections(head.url or "")
-
-    async def _lease_of(self, holder: str) -> float:
-        """Return the lease of the leader, which can be longer than that of this node; 0 if it is not known."""
-        nodes = await self._journal.nodes()
-        return max((node.lease_ms / 1000 for node in nodes if node.process == holder), default=0.0)
 
     async def _check_branch(self, head: Head) -> None:
         """Check that the journal has the last record that was applied, which a failover of the server can lose.

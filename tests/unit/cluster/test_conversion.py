@@ -16,7 +16,7 @@ from jobd.cluster import conversion
 from jobd.cluster.conversion import CannotConvert
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
 from jobd.journal.record import CLOSING, FORMAT
-from jobd.model.journal import BadRecord, JournalUnavailable
+from jobd.model.journal import BadRecord, JournalUnavailable, NodeEntry
 from jobd.model.storage import DiskFull
 from jobd.storage import files
 from jobd.storage.cluster import joining
@@ -26,6 +26,7 @@ from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.files import StoreUnreadable, read_epoch
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import assert_holds, fill, make_store, open_store
+from tests.support.virtual_engine import in_virtual_time
 
 
 @pytest.fixture
@@ -79,6 +80,19 @@ async def test_no_node_follows_a_journal_that_was_closed(path: str, server: Memo
     async with store:
         with pytest.raises(BadRecord, match="`jobd cluster leave` has turned"):
             await store.follow(await journal.read(opened.last_record, 10))
+
+
+@in_virtual_time
+async def test_the_lease_of_a_leader_that_is_longer_is_respected() -> None:
+    server = MemoryServer()
+    leader, other = MemorySharedJournal(server), MemorySharedJournal(server)
+    assert await leader.take_over(await leader.head(), holder="a", url="http://a", epoch=1) is not None
+    await leader.register(NodeEntry("a", "a", "http://a", FORMAT, "", 0, lease_ms=30_000))
+    renewing = asyncio.get_running_loop().call_later(10, lambda: server.change(server.head))
+    with pytest.raises(CannotConvert, match="a node at http://a leads"):
+        await conversion.take_free_leadership(other, 0, 3)
+    assert renewing.when() < asyncio.get_running_loop().time()
+    assert (await conversion.take_free_leadership(other, 0, 3)).epoch > 1
 
 
 class Killed(BaseException):

@@ -71,12 +71,12 @@ def _(see: Any, self: StandbyLease, head: Head) -> bool:
 
 @bug(
     "longer-lease-of-the-leader-ignored",
-    Standby._lease_of,
+    StandbyLease.respect,
     breaks="a leader with a longer lease serves reads after another node leads",
     found_by="tests/unit/cluster/test_standby.py",
 )
-async def _(lease_of: Any, self: Standby, holder: str) -> float:
-    return 0.0
+def _(respect: Any, self: StandbyLease, leader_s: float) -> bool:
+    return bool(respect(self, 0.0))
 
 
 @bug(
