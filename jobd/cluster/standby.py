@@ -174,7 +174,10 @@ class Standby:
         self._checked_epoch = head.epoch
 
     async def _take_over(self) -> Leadership | None:
-        """Become the leader, and apply the rest of the records. Return None if another node was faster."""
+        """Become the leader, and apply the rest of the records.
+
+        Return None if another node was faster, or if the server has lost the takeover.
+        """
         assert self.head is not None
         if self.problem is None:
             log.info("takes_over", record=self.head.number)
@@ -188,6 +191,8 @@ class Standby:
         self.head = head
         while self._warm.number < head.number:  # all of them are acknowledged now, and later ones perhaps not
             records = await self._journal.read(self._warm.number, READ_LIMIT)
+            if not records:
+                return None  # the server has failed over, and has lost the takeover and records before it
             await self._warm.apply([each for each in records if each.number <= head.number])
         self._begin_epoch(head.epoch, may_have_lost=not await self._is_complete())
         log.info("leads", epoch=head.epoch, record=head.number)

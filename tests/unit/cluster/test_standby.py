@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from jobd.cluster.standby import JUMP, Standby, acknowledged, refuses_connections_at
 from jobd.journal.memory import MemoryServer
 from jobd.model.commands import Cancel, Create, ForceReset, Get, Start
-from jobd.model.journal import BadRecord, JournalOutcomeUnknown, JournalUnavailable, NodeEntry, Record
+from jobd.model.journal import BadRecord, Head, JournalOutcomeUnknown, JournalUnavailable, NodeEntry, Record
 from jobd.model.storage import Batch, DiskFull, FiguresWrite, OutboxWrite, Quarantined, Tombstone, TombstoneWrite
 from tests.support.cluster_harness import ClusterNode, cluster, join, leader_of
 from tests.support.virtual_engine import VirtualLoop, in_virtual_time, seconds
@@ -178,6 +178,30 @@ async def test_a_standby_can_be_stopped_while_it_catches_up() -> None:
     await standby.ended_by_itself()
     assert (standby.warm.number, standby.standby.lag_records) == (200, 300)
     await leader.stop()
+
+
+@in_virtual_time
+async def test_a_failover_that_loses_the_takeover_and_a_record_ends_it() -> None:
+    server = MemoryServer()
+    leader, standby = nodes = cluster(server, "a", "b")
+    assert await leader_of(nodes) is leader
+    for name in ("a", "b", "lost"):
+        await leader.ask(Create(id=name))
+    await seconds(0.2)
+    before, take_over = server.head, standby.journal.take_over
+
+    async def lose(seen: Head, *, holder: str, url: str, epoch: int) -> Head | None:
+        head = await take_over(seen, holder=holder, url=url, epoch=epoch)
+        if server.failovers == 0:
+            server.durable = replace(before, number=2, acked=2)
+            server.fail_over()
+        return head
+
+    standby.journal.take_over = lose  # type: ignore[method-assign]
+    await leader.kill()
+    assert await leader_of([standby]) is standby
+    assert (server.failovers, standby.warm.number, set(standby.disk.ids)) == (1, 2, {"a", "b"})
+    await standby.stop()
 
 
 @in_virtual_time
