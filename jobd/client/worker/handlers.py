@@ -133,7 +133,7 @@ class _HandlerExecution(ABC):
         if error is None:
             try:
                 return self._encoded_result()
-            except (TypeError, ValueError, RecursionError) as invalid:
+            except BaseException as invalid:  # encoding calls user code, such as `tzinfo.utcoffset`
                 error = invalid
         if isinstance(error, Retry | Discard):  # raised on purpose: no traceback
             logger.info("job %s: %s: %s", job_id, type(error).__name__, safe_text(error))
@@ -142,7 +142,7 @@ class _HandlerExecution(ABC):
         return _HandlerFailure(failure_message(error), failure_options(error))
 
     def _encoded_result(self) -> dict[str, Any]:
-        """Return the result with encoded metadata. Raises TypeError or ValueError if it is invalid."""
+        """Return the result with encoded metadata. Raises TypeError or ValueError, or an error of user code."""
         result = merged_result(self.task.result, self._returned)
         if unknown := result.keys() - RESULT_FIELDS:
             raise TypeError(

@@ -14,6 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from jobd.client.worker.aio_utils import mark_done
+from jobd.model.fields import MAX_NESTING
 from jobd.model.job import MAX_PERCENT, storage_key_error
 
 LINE_BYTES: Final = 64 << 10  # a longer line is not a directive; it is passed on in pieces
@@ -87,11 +88,22 @@ def _pair(text: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
-def _json_or_text(value: str) -> Any:
+def _json_or_text(text: str) -> Any:
+    """Return the JSON value in `text`, or `text` itself if it is not JSON, or nested too deeply for the metadata."""
     try:
-        return msgspec.json.decode(value)
+        value = msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):
-        return value
+        return text
+    return value if _depth(value) < MAX_NESTING else text  # the metadata itself is one level
+
+
+def _depth(value: Any) -> int:
+    """Return how deep arrays and objects are nested in `value`."""
+    depth, level = 0, [value]
+    while level := [each for each in level if isinstance(each, list | dict)]:
+        depth += 1
+        level = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
+    return depth
 
 
 class OutputFilter:

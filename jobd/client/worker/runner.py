@@ -15,7 +15,7 @@ from jobd.client.aio import AsyncJobClient
 from jobd.client.protocol import GrantInfo
 from jobd.client.worker.aio_utils import first_of, within
 from jobd.client.worker.claimer import Claimer, ClaimOptions
-from jobd.client.worker.error_text import MESSAGE_CHARACTERS
+from jobd.client.worker.error_text import MESSAGE_CHARACTERS, describe_error
 from jobd.client.worker.lease import LeaseKeeper, describe_failure
 from jobd.client.worker.service_thread import Log
 
@@ -96,7 +96,7 @@ class WorkerRunner:
         self._give_up = asyncio.Event()  # do not wait for executions or an unreachable daemon any longer
         self.completed = 0
         self.not_completed = 0
-        self.start_error: str | None = None  # why no execution can begin
+        self.start_error: OSError | RuntimeError | None = None  # why no execution can begin
 
     def stop(self) -> None:
         """Stop as on SIGTERM. Further calls shorten the waits, as described above."""
@@ -156,11 +156,18 @@ class WorkerRunner:
         self.not_completed += not is_completed
 
     async def _attempt(self, keeper: LeaseKeeper) -> bool:
-        """Execute the job and report its end. Return whether it is completed."""
+        """Execute the job and report its end. Return whether it is completed. A bug in jobd fails the job first."""
+        try:
+            return await self._execute(keeper)
+        except Exception as bug:
+            await keeper.fail(self._give_up, describe_error(bug), error_code=type(bug).__name__[:200])
+            raise
+
+    async def _execute(self, keeper: LeaseKeeper) -> bool:
         try:
             execution = await self._begin(keeper)
-        except OSError as error:
-            self.start_error = str(error)
+        except (OSError, RuntimeError) as error:  # RuntimeError: the system starts no new thread
+            self.start_error = error
             self._claimer.stop()  # the next job would fail in the same way
             await keeper.release(self._give_up)
             return False

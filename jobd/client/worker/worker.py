@@ -134,7 +134,8 @@ class Worker:
     async def serve(self, *, signals: bool = False) -> None:
         """Work until `stop`. Async handlers run on this event loop. With `signals`, SIGTERM and SIGINT drain.
 
-        Cancellation stops the handlers at once and releases their jobs.
+        Cancellation stops the handlers at once and releases their jobs. Raises the JobdError that prevents claiming,
+        and RuntimeError if no thread can be started for a handler; its job is released.
         """
         if not self._handlers:
             raise ValueError("a worker needs a handler: @worker.handler(...)")
@@ -165,6 +166,8 @@ class Worker:
         first = functools.partial(service.call, runner.stop_claiming)
         with on_signals(self._stop, first) if signals else contextlib.nullcontext():
             await service.run(work, runner.abandon)
+        if runner.start_error is not None:
+            raise runner.start_error
 
     def _streaming(self, endpoint: Address | None) -> AsyncJobClient:
         client = AsyncJobClient(endpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import logging
 import os
 import sys
@@ -300,6 +301,74 @@ async def test_a_result_that_the_daemon_rejects_fails_the_job(client: AsyncJobCl
         failed = await wait_until_finished(client, job.id)
     assert (failed.status, failed.error_code) == ("failed", "complete:invalid_request")
     assert "rejected its `complete`" in (failed.error_message or "")
+
+
+async def test_an_error_of_user_code_while_a_result_is_encoded_fails_only_its_job(
+    client: AsyncJobClient, queue: str
+) -> None:
+    worker = Worker(client, queues=[queue])
+
+    class ZoneError(Exception):
+        pass
+
+    class Zone(datetime.tzinfo):
+        def utcoffset(self, when: datetime.datetime | None, /) -> datetime.timedelta:
+            raise ZoneError("no such zone")
+
+        dst = tzname = utcoffset  # type: ignore[assignment]
+
+    @worker.handler()
+    async def work(task: Task) -> Any:
+        return {"at": datetime.datetime(2026, 1, 1, tzinfo=Zone())} if task.payload == "bad" else 1
+
+    bad, good = [await client.create_job(payload, queue=queue) for payload in ("bad", "good")]
+    async with running_worker(worker):
+        failed = await wait_until_finished(client, bad.id)
+        assert (await wait_until_finished(client, good.id)).metadata_value == 1
+    assert (failed.status, failed.error_code) == ("failed", "ZoneError")
+    assert (failed.error_message or "").startswith("ZoneError: no such zone\n")
+    assert "in utcoffset" in (failed.error_message or "")
+
+
+async def test_a_job_is_released_if_no_thread_can_be_started(
+    client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await client.create_job(queue=queue)
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == f"job {job.id}":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    worker = Worker(client, queues=[queue])
+    worker.handler(lambda task: None)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        await worker.serve()
+    back = await client.get_job(job.id)
+    assert (back.status, back.attempt) == ("queued", 0)
+
+
+async def test_a_bug_in_jobd_fails_the_job_before_it_ends_the_worker(
+    client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def finish(*args: Any) -> bool:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(handlers.AsyncExecution, "finish", finish)
+    worker = Worker(client, queues=[queue])
+
+    @worker.handler
+    async def work(task: Task) -> None:
+        pass
+
+    job = await client.create_job(queue=queue)
+    with pytest.raises(ZeroDivisionError):
+        await worker.serve()
+    failed = await client.get_job(job.id)
+    assert (failed.status, failed.error_code) == ("failed", "ZeroDivisionError")
+    assert (failed.error_message or "").startswith("ZeroDivisionError: a bug")
 
 
 async def test_a_payload_that_python_cannot_hold_fails_only_its_job(client: AsyncJobClient, queue: str) -> None:

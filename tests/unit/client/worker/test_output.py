@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 
+import msgspec
 import pytest
 
 from jobd.client.worker.output import LINE_BYTES, BadDirective, Directives, OutputFilter, OutputWriter, Tail
+from jobd.http.body_scanner import excess_depth
+from jobd.model.fields import MAX_NESTING
 
 
 class ParsedOutput:
@@ -89,6 +92,22 @@ def test_meta_is_json_if_it_parses_and_text_otherwise() -> None:
     for line in (b"::meta n=5", b'::meta o={"a":[1]}', b"::meta s=five", b"::meta e=", b"::meta n=6", b"::meta u=a=b"):
         assert parsed.directives.take(line)
     assert parsed.directives.result["metadata"] == {"n": 6, "o": {"a": [1]}, "s": "five", "e": "", "u": "a=b"}
+
+
+def test_meta_that_is_nested_too_deeply_for_the_daemon_is_text() -> None:
+    parsed = ParsedOutput()
+    kept, text, deepest = (b"[" * depth + b"]" * depth for depth in (MAX_NESTING - 1, MAX_NESTING, 30_000))
+    objects = b'{"a":' * MAX_NESTING + b"1" + b"}" * MAX_NESTING
+    for name, value in ((b"kept", kept), (b"text", text), (b"deepest", deepest), (b"objects", objects)):
+        assert parsed.directives.take(b"::meta " + name + b"=" + value)
+    metadata = parsed.directives.result["metadata"]
+    assert msgspec.json.encode(metadata["kept"]) == kept
+    assert {name: metadata[name] for name in ("text", "deepest", "objects")} == {
+        "text": text.decode(),
+        "deepest": deepest.decode(),
+        "objects": objects.decode(),
+    }
+    assert excess_depth(msgspec.json.encode(metadata)) == 0
 
 
 def test_the_last_result_of_each_name_counts() -> None:
