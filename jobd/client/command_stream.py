@@ -193,8 +193,11 @@ class _StreamConnection:
                     pending.response.set_exception(error)
 
     async def _body(self) -> AsyncIterator[bytes]:
-        """Yield the buffered lines, all at once, until the stream is closed."""
-        while self._out or not self._is_closing:
+        """Yield the buffered lines, all at once, until the stream is closed and all responses have arrived.
+
+        A response can cause another line, see `_release`.
+        """
+        while self._out or self._pending or not self._is_closing:
             await self._has_output.wait()
             self._has_output.clear()
             if self._out:
@@ -208,6 +211,8 @@ class _StreamConnection:
             pending.response.set_result(ApiResponse(_read_status(line).status, {}, line))
         elif pending.line.startswith((CLAIM, START)) and _read_status(line).success:
             self._release(line, is_claim=pending.line.startswith(CLAIM))
+        if not self._pending:
+            self._has_output.set()  # ends the body of a closing stream
 
     def _release(self, line: bytes, *, is_claim: bool) -> None:
         """Release grants whose call was cancelled, so that their jobs do not wait until the locks expire."""

@@ -21,6 +21,7 @@ from jobd.client import (
     Unauthorized,
     Unreachable,
     Worker,
+    command_stream,
     worker_requests,
 )
 from jobd.client.command_stream import command_line
@@ -267,6 +268,29 @@ async def test_grants_of_a_cancelled_call_are_released(server: WorkerApiServer, 
             assert job.attempt == 0
 
 
+@pytest.mark.parametrize("is_claim", [True, False])
+async def test_a_closing_stream_releases_the_grant_of_a_cancelled_call(
+    server: WorkerApiServer, client: AsyncJobClient, is_claim: bool
+) -> None:
+    jobs = client.stream()
+    await jobs.create_job(id="a")
+    await jobs.create_job(id="b")
+    server.disk.gate.clear()
+    first = asyncio.ensure_future(jobs.cancel_job("b"))
+    await server.disk.at_gate.wait()
+    cancelled = asyncio.ensure_future(jobs.claim("w") if is_claim else jobs.start_processing("a", worker="w"))
+    await until(lambda: server.actor.waiting == 1)
+    cancelled.cancel()
+    await asyncio.wait([cancelled])
+    closing = asyncio.ensure_future(jobs.close())
+    await asyncio.sleep(0)
+    server.disk.gate.set()
+    await asyncio.gather(first, closing)
+    job = await client.get_job("a")
+    assert (job.status, job.attempt) == ("queued", 0)
+    assert [event.type for event in await client.timeline("a")] == ["created", "granted", "released"]
+
+
 async def test_closing_waits_for_pending_responses(server: WorkerApiServer, client: AsyncJobClient) -> None:
     jobs = client.stream()
     await jobs.create_job(id="a")
@@ -279,3 +303,18 @@ async def test_closing_waits_for_pending_responses(server: WorkerApiServer, clie
     server.disk.gate.set()
     await closing
     assert (await last).id == "b"
+
+
+async def test_closing_does_not_wait_for_a_server_that_does_not_respond(
+    server: WorkerApiServer, client: AsyncJobClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_stream, "CLOSE_S", 0.05)
+    jobs = client.stream()
+    await jobs.create_job(id="a")
+    server.disk.gate.clear()
+    last = asyncio.ensure_future(jobs.send(worker_requests.create_job(id="b"), RetryOptions(total_s=0)))
+    await server.disk.at_gate.wait()
+    await jobs.close()
+    with pytest.raises(Unreachable):
+        await last
+    server.disk.gate.set()
