@@ -208,7 +208,11 @@ class AsyncJobClient(WorkerApi, AsyncClient):
         """Wait until the job is finished, and return it, as JobClient does."""
         wait = JobWait(timeout_s, time.monotonic())
         while True:
-            job = await self.send(worker_requests.get_job(job_id), wait.retry(self._retry, time.monotonic()))
+            try:
+                job = await self.send(worker_requests.get_job(job_id), wait.retry(self._retry, time.monotonic()))
+            except Unreachable as error:
+                wait.check_deadline(job_id, error, time.monotonic())
+                raise
             pause_s = wait.pause_s(job, time.monotonic())
             if pause_s is None:
                 return job

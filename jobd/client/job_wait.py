@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from jobd.client.errors import Unreachable
 from jobd.client.protocol import JobInfo
 from jobd.client.retries import RetryOptions
 from jobd.model.job import FINISHED
 
 _FIRST_S: Final = 0.1
 _LONGEST_S: Final = 2.0
+_RESPONSE_S: Final = 1.0  # for the response to a look that begins at the deadline
+_EARLY_S: Final = 0.01  # a timer may end this much too early
 
 
 class JobWait:
@@ -22,11 +25,21 @@ class JobWait:
         self._pause_s = _FIRST_S
 
     def retry(self, retry: RetryOptions, now_s: float) -> RetryOptions:
-        """Return `retry` without retries after the deadline."""
+        """Return `retry` without retries, and without waiting for a response, after the deadline."""
         if self._deadline_s is None:
             return retry
         left_s = max(self._deadline_s - now_s, 0.0)
-        return replace(retry, total_s=left_s if retry.total_s is None else min(retry.total_s, left_s))
+        return replace(
+            retry,
+            total_s=left_s if retry.total_s is None else min(retry.total_s, left_s),
+            timeout_s=min(retry.timeout_s, max(left_s, _RESPONSE_S)),
+        )
+
+    def check_deadline(self, job_id: str, error: Unreachable, now_s: float) -> None:
+        """Raise TimeoutError if `error` ends a look after the deadline."""
+        if self._deadline_s is not None and now_s >= self._deadline_s - _EARLY_S:
+            text = f"It is unknown whether job {job_id} is finished after {self._timeout_s} s: {error.message}"
+            raise TimeoutError(text) from error
 
     def pause_s(self, job: JobInfo, now_s: float) -> float | None:
         """Return the pause before the next look at `job`, None if it is finished. Raises TimeoutError."""

@@ -260,11 +260,15 @@ class JobClient(WorkerApi, BlockingClient):
         """Wait until the job is finished, and return it. Its `status` says how it ended.
 
         Gets the job at growing intervals up to 2 s. `on_poll` is called with each unfinished state. Raises TimeoutError
-        if the job is not finished after `timeout_s` seconds (None: no limit), JobNotFound, Unreachable.
+        if the job is not known to be finished after `timeout_s` seconds (None: no limit), JobNotFound, Unreachable.
         """
         wait = JobWait(timeout_s, time.monotonic())
         while True:
-            job = self.send(worker_requests.get_job(job_id), wait.retry(self._retry, time.monotonic()))
+            try:
+                job = self.send(worker_requests.get_job(job_id), wait.retry(self._retry, time.monotonic()))
+            except Unreachable as error:
+                wait.check_deadline(job_id, error, time.monotonic())
+                raise
             pause_s = wait.pause_s(job, time.monotonic())
             if pause_s is None:
                 return job

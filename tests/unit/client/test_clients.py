@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import random
 import shutil
 import ssl
 import subprocess
@@ -22,6 +23,7 @@ from jobd.client import (
     JobNotFound,
     RetryOptions,
     Unreachable,
+    job_wait,
     worker_requests,
 )
 from jobd.client.job_wait import JobWait
@@ -33,7 +35,7 @@ from tests.conftest import tool_missing
 from tests.support.client_harness import (
     JOB,
 )
-from tests.support.scripted_server import ScriptedServer, closing, drop, ok, rejected, serving
+from tests.support.scripted_server import ScriptedServer, Step, closing, drop, ok, rejected, serving
 
 EMPTY_PAGE = ok({"jobs": [], "next_cursor": None})
 
@@ -343,9 +345,21 @@ def test_a_wait_has_a_limit(server: ScriptedServer, wait: EitherWait, timeout_s:
         wait("j1", timeout_s=timeout_s)
 
 
-def test_a_wait_for_an_unreachable_daemon_keeps_its_limit(tmp_path: Path) -> None:
+def test_a_wait_for_an_unreachable_daemon_keeps_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "random", lambda: 100.0)  # a delay that ends after the limit
     with JobClient(f"unix:{tmp_path}/none", retry_for_s=600) as client, pytest.raises(Unreachable):
-        client.wait_for_job("j1", timeout_s=0.1)
+        client.wait_for_job("j1", timeout_s=9)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("first", [[], [ok(JOB)]], ids=["first", "second"])
+def test_a_wait_for_a_daemon_that_does_not_respond_keeps_its_limit(
+    server: ScriptedServer, wait: EitherWait, first: list[Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_wait, "_RESPONSE_S", 0.1)
+    server.script, server.always = list(first), lambda received: server.hang
+    with pytest.raises(TimeoutError, match=r"^It is unknown whether job j1 is finished after 0\.2 s: .*no response in"):
+        wait("j1", timeout_s=0.2)
 
 
 def test_a_wait_looks_again_at_growing_intervals() -> None:
