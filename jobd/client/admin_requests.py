@@ -109,7 +109,10 @@ def health() -> ApiRequest[HealthView]:
 
 
 def force_cleanup(reason: str | None = None) -> ApiRequest[CleanupReport]:
-    """Run cleanup now, or wait for the current run, and return the report."""
+    """Run cleanup now, or wait for the current run, and return the report.
+
+    If the response is lost, the client repeats the request, and the report can be that of a second run.
+    """
     return post(f"{BASE}/cleanup", CleanupReport, {"reason": reason}, wait_ms=_RUN_MS)
 
 
@@ -119,8 +122,12 @@ def cleanup_state() -> ApiRequest[CleanupState]:
 
 
 def detect_and_recover_stuck_jobs(reason: str | None = None) -> ApiRequest[RecoverStuckView]:
-    """Recover every job that is stalled now, and return what was done to each."""
-    return post(f"{BASE}/recover-stuck", RecoverStuckView, {"reason": reason}, wait_ms=_RUN_MS)
+    """Recover every job that is stalled now, and return what was done to each.
+
+    The client does not repeat the request after a lost response, because a repetition would find no stalled job.
+    """
+    request = post(f"{BASE}/recover-stuck", RecoverStuckView, {"reason": reason}, wait_ms=_RUN_MS)
+    return replace(request, repeatable=False)
 
 
 def failures(limit: int | None = None) -> ApiRequest[FailuresView]:
@@ -411,12 +418,14 @@ def worker_page(
 def take_back(worker: str, reason: str | None = None, *, dry_run: bool = False) -> ApiRequest[TakeBackView]:
     """End the expired grants of a silent worker now, by the stall rule of each job.
 
-    With `dry_run`, up to 200 of them are listed, and nothing changes.
+    With `dry_run`, up to 200 of them are listed, and nothing changes. Without it, the client does not repeat the
+    request after a lost response, because a repetition would be rejected: the worker is not silent any more.
 
     Raises WorkerNotFound, WorkerNotSilent.
     """
     body = {"reason": reason, "dry_run": dry_run or None}
-    return post(job_path(f"{BASE}/workers", worker, "take-back"), TakeBackView, body, wait_ms=_RUN_MS)
+    request = post(job_path(f"{BASE}/workers", worker, "take-back"), TakeBackView, body, wait_ms=_RUN_MS)
+    return replace(request, repeatable=dry_run)
 
 
 def reports(limit: int | None = None) -> ApiRequest[list[CleanupReport]]:
@@ -495,10 +504,12 @@ def deliver_again(webhook: str, delivery: int, reason: str | None = None) -> Api
 def deliver_all_again(webhook: str, upto: int | None = None, reason: str | None = None) -> ApiRequest[int]:
     """Send all dead-lettered deliveries again, or those up to the delivery `upto`. Return their number.
 
+    The client does not repeat the request after a lost response, because the number of a repetition would be too low.
     Raises NotFound for an unknown webhook, StorageFull.
     """
     path = job_path(f"{BASE}/webhooks", webhook, "resend-given-up")
-    return post(path, Resent, {"upto": upto, "reason": reason}).then(lambda found: found.resent)
+    request = post(path, Resent, {"upto": upto, "reason": reason}).then(lambda found: found.resent)
+    return replace(request, repeatable=False)
 
 
 def test_webhook(webhook: str, reason: str | None = None) -> ApiRequest[DeliveryView]:  # noqa: PT028 - no test function

@@ -7,7 +7,7 @@ import io
 import itertools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +20,7 @@ from jobd.client import (
     AdminClient,
     AsyncAdminClient,
     Unreachable,
+    WorkerNotSilent,
 )
 from tests.support.scripted_server import ScriptedServer, drop, early, ok, raw, rejected
 
@@ -61,6 +62,32 @@ def test_webhook_messages_are_not_sent_again_after_a_lost_response(server: Scrip
         admin.test_webhook("a")
     with pytest.raises(Unreachable):
         admin.deliver_again("a", 1)
+    assert len(server.received) == 2
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda admin: admin.take_back("w"),
+        lambda admin: admin.detect_and_recover_stuck_jobs(),
+        lambda admin: admin.deliver_all_again("a"),
+    ],
+    ids=["take_back", "recover_stuck", "deliver_all_again"],
+)
+def test_a_change_whose_repetition_has_another_result_is_not_repeated(
+    server: ScriptedServer, admin: AdminClient, call: Callable[[AdminClient], Any]
+) -> None:
+    server.script = [drop]
+    server.always = lambda received: rejected("worker_not_silent", 409)
+    with pytest.raises(Unreachable):
+        call(admin)
+    assert len(server.received) == 1
+
+
+def test_a_dry_run_of_a_take_back_is_repeated(server: ScriptedServer, admin: AdminClient) -> None:
+    server.script = [drop, rejected("worker_not_silent", 409)]
+    with pytest.raises(WorkerNotSilent):
+        admin.take_back("w", dry_run=True)
     assert len(server.received) == 2
 
 
