@@ -302,7 +302,7 @@ def reports(limit: int, as_json: bool) -> None:
     """List the reports of cleanup runs, newest first."""
     from jobd.cli import tables_admin
 
-    found = admin_client().reports()[:limit]
+    found = admin_client().reports(limit)
     terminal.emit_json({"reports": found}) if as_json else tables_admin.reports(found)
 
 

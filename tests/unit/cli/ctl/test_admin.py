@@ -1,4 +1,4 @@
-"""`jobctl clock accept`, against prepared responses."""
+"""`jobctl clock accept` and `jobctl reports`, against prepared responses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from jobd.api import admin as admin_api
 from jobd.cli.ctl import main as ctl
 from tests.support.http_harness import HttpHarness
+from tests.support.scripted_server import ScriptedServer, ok, serving
 
 
 async def _clock(directory: Path, held: list[str], *argv: str) -> tuple[int, bool]:
@@ -41,3 +42,14 @@ async def test_clock_accept_lists_the_jobs_to_delete_and_asks(
     assert await _clock(tmp_path, held, "accept") == (0, True)
     assert requests == ["accept the clock"]
     assert "2: old-1 old-2 finished jobs would be deleted by age" in capsys.readouterr().err
+
+
+def test_reports_asks_for_the_whole_limit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADMIN_TOKEN", "canary-token-0123456789")
+    server = ScriptedServer(ok({"reports": []}))
+    with serving(server, tmp_path / "s") as endpoint:
+        assert ctl.main(["reports", "--limit", "60", "--json", "--admin-url", endpoint]) == 0
+    assert json.loads(capsys.readouterr().out) == {"reports": []}
+    assert server.received[0].path.endswith("/reports?limit=60")
