@@ -78,6 +78,7 @@ def run(
     if timeout == 0:
         raise click.UsageError("--timeout must be above 0; omit it for no limit")
     import asyncio
+    import signal
 
     from jobd.client.worker.command_worker import CommandWorker
 
@@ -95,5 +96,6 @@ def run(
         drain=drain,
         name=name,
     )
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent may have left it ignored, which hides exit statuses
     code = asyncio.run(worker.run())
     return exit_codes.FAILED if code else exit_codes.DONE

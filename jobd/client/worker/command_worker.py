@@ -228,7 +228,6 @@ class _ProgramExecution:
         code = self._program.returncode
         if code == 0:
             return await keeper.complete(give_up, **self._directives.result)
-        assert code is not None
         error_code, message = describe(code)
         text = f"{message}{self._last_lines()}"[:MESSAGE_CHARACTERS]
         if (job := await keeper.fail(give_up, text, error_code=error_code)) is not None:
@@ -263,8 +262,10 @@ def environment(grant: GrantInfo, inherited: Mapping[str, str]) -> dict[str, str
     return {name: value for name, value in inherited.items() if not name.startswith(PREFIX)} | named
 
 
-def describe(code: int) -> tuple[str, str]:
-    """Return the `error_code` and the message for a return code of subprocess other than 0."""
+def describe(code: int | None) -> tuple[str, str]:
+    """Return the `error_code` and the message for a return code of subprocess other than 0. None: it is unknown."""
+    if code is None:
+        return "exit:unknown", "The exit status of the program is unknown, because its worker did not reap it."
     if code > 0:
         return f"exit:{code}", f"The program ended with exit status {code}."
     try:

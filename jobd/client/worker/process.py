@@ -32,7 +32,8 @@ class Program:
     """A running program; create one with `start`.
 
     `done` is done when the program has ended, its process group is empty and its output is read. `returncode` is then
-    that of subprocess: the exit status, or negative for a signal.
+    that of subprocess: the exit status, or negative for a signal. It is None if another part of this process, or the
+    kernel because SIGCHLD is ignored, has reaped the program.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], kill_after_s: float, on_gone: Callable[[], None]) -> None:
@@ -40,6 +41,7 @@ class Program:
         self.done: Final[asyncio.Future[None]] = loop.create_future()
         self.returncode: int | None = None
         self._process = process
+        self._is_reaped = False
         self._kill_after_s = kill_after_s
         self._on_gone = on_gone
         self._kill_at_s: float | None = None  # loop time; set with the first SIGTERM
@@ -107,7 +109,7 @@ class Program:
             asyncio.ensure_future(self._read(process.stdout, on_stdout)),
             asyncio.ensure_future(self._read(process.stderr, on_stderr)),
         ]
-        exited = asyncio.get_running_loop().create_future()
+        exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         threading.Thread(target=_wait_for, args=(process.pid, exited), daemon=True).start()
         self._ending = asyncio.ensure_future(self._finish(exited))
 
@@ -156,7 +158,7 @@ class Program:
                 await feed(piece)
                 self._feeding -= 1
 
-    async def _finish(self, exited: asyncio.Future[None]) -> None:
+    async def _finish(self, exited: asyncio.Future[int | None]) -> None:
         try:
             await self._end(exited)
         except Exception as bug:
@@ -165,15 +167,16 @@ class Program:
         else:
             self.done.set_result(None)
 
-    async def _end(self, exited: asyncio.Future[None]) -> None:
+    async def _end(self, exited: asyncio.Future[int | None]) -> None:
         """Wait for the program's exit, then for its group and its output."""
-        await exited  # the program is not reaped yet, so the id of its group cannot be reused
+        status = await exited  # the program is not reaped yet, so the id of its group cannot be reused
         await self._end_group()
         await self._end_output()
         if self._writer is not None:
             self._writer.cancel()
         await asyncio.to_thread(self._on_gone)
-        self.returncode = self._process.wait()
+        self._process.wait()
+        self._is_reaped, self.returncode = True, status
 
     async def _end_group(self) -> None:
         """Stop children that outlive the program, because they could interfere with the next attempt."""
@@ -211,7 +214,7 @@ class Program:
             self._signal(signal.SIGCONT)  # a stopped program cannot handle SIGTERM
 
     def _signal(self, number: signal.Signals) -> None:
-        if self.returncode is None:
+        if not self._is_reaped:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, number)
 
@@ -232,12 +235,23 @@ async def _ready(pipe: IO[bytes], *, to_write: bool = False) -> None:
         remove(pipe.fileno())
 
 
-def _wait_for(pid: int, exited: asyncio.Future[None]) -> None:
-    """Wait, in a thread, until the child has ended. Leave it unreaped."""
+def _wait_for(pid: int, exited: asyncio.Future[int | None]) -> None:
+    """Wait, in a thread, until the child has ended. Leave it unreaped. The result is its return code, if known.
+
+    subprocess itself takes an unknown return code for 0.
+    """
+    status: int | None = None
     with contextlib.suppress(ChildProcessError):
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        if ended is not None:
+            status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
     with contextlib.suppress(RuntimeError):  # the loop is closed
-        exited.get_loop().call_soon_threadsafe(mark_done, exited)
+        exited.get_loop().call_soon_threadsafe(_resolve, exited, status)
+
+
+def _resolve(exited: asyncio.Future[int | None], status: int | None) -> None:
+    if not exited.done():
+        exited.set_result(status)
 
 
 def has_members(group: int) -> bool:

@@ -39,9 +39,10 @@ from tests.support.scripted_server import ScriptedServer, ok, serving
         (-9, "signal:SIGKILL", "The program was ended by SIGKILL."),
         (-15, "signal:SIGTERM", "The program was ended by SIGTERM."),
         (-40, "signal:40", "The program was ended by 40."),
+        (None, "exit:unknown", "The exit status of the program is unknown, because its worker did not reap it."),
     ],
 )
-def test_exit_statuses_are_described(code: int, error_code: str, message: str) -> None:
+def test_exit_statuses_are_described(code: int | None, error_code: str, message: str) -> None:
     assert describe(code) == (error_code, message)
 
 
@@ -443,6 +444,33 @@ async def test_sigterm_to_jobctl_run_releases_the_job(
     assert not has_members(int(out))
     back = await client.get_job(job.id)
     assert (back.status, back.attempt) == ("queued", 0)
+
+
+@pytest.mark.parametrize("command", ["jobctl", "worker"])
+async def test_a_failed_program_fails_its_job_even_if_the_parent_ignores_sigchld(
+    client: AsyncJobClient, daemon: DaemonProcess, queue: str, tmp_path: Path, command: str
+) -> None:
+    job = await client.create_job(queue=queue)
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # inherited over exec
+    try:
+        if command == "worker":
+            assert await CommandRun(client, tmp_path, queue, "exit 3", once=True).run() == 1
+        else:
+            jobctl = [sys.executable, "-m", "jobd.cli.ctl.main", "--socket", daemon.socket, "run", "--queue", queue]
+            jobctl += ["--once", "--", "sh", "-c", "exit 3"]
+            environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+            start = functools.partial(
+                subprocess.Popen, jobctl, env=environ, stderr=subprocess.PIPE, preexec_fn=die_with_us
+            )
+            process = await asyncio.to_thread(start)
+            try:
+                await asyncio.to_thread(process.communicate)
+            finally:
+                process.kill()
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
+    failed = await client.get_job(job.id)
+    assert (failed.status, failed.error_code) == ("failed", "exit:3" if command == "jobctl" else "exit:unknown")
 
 
 async def test_a_program_is_stopped_after_its_timeout(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:

@@ -42,6 +42,18 @@ async def test_a_program_killed_by_a_signal_has_a_negative_returncode() -> None:
     assert program.returncode == -signal.SIGKILL
 
 
+async def test_an_exit_status_is_unknown_if_sigchld_is_ignored() -> None:
+    """The kernel then reaps the program, and subprocess takes its return code for 0."""
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        run = ProgramRun()
+        program = await run.start("sh", "-c", "echo out; exit 3")
+        await program.done
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
+    assert (bytes(run.out), program.returncode) == (b"out\n", None)
+
+
 async def test_a_missing_program_is_an_os_error() -> None:
     with pytest.raises(FileNotFoundError):
         await ProgramRun().start("/nonexistent/program")
