@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -162,6 +161,8 @@ class CommandWorker:
                     for writer in self._writers:
                         writer.close()
                     await asyncio.to_thread(self._watchdog.close)
+                if runner.start_error is not None:
+                    log(f"cannot run {self._command[0]!r}: {runner.start_error}. Its job was released.")
                 if self._drain and not runner.was_stopped and (left := await remaining_jobs(client, self._options)):
                     log(f"drained; {left}.")
 
@@ -169,7 +170,6 @@ class CommandWorker:
         with on_signals(self._stop) if signals else contextlib.nullcontext():
             await service.run(work, runner.abandon)
         if runner.start_error is not None:
-            self._log(f"cannot run {self._command[0]!r}: {runner.start_error}. Its job was released.")
             return 1
         return int((self._drain or self._once) and (runner.not_completed > 0 or (self._once and not runner.completed)))
 
@@ -276,4 +276,8 @@ def describe(code: int | None) -> tuple[str, str]:
 
 
 def _print(text: str) -> None:
-    print(f"jobctl run: {text}", file=sys.stderr, flush=True)
+    """Write a message to stderr, without its buffer: a blocked write would keep the lock of the buffer at the exit."""
+    rest = memoryview(f"jobctl run: {text}\n".encode(errors="backslashreplace"))
+    with contextlib.suppress(OSError):
+        while rest:
+            rest = rest[os.write(2, rest) :]

@@ -18,6 +18,7 @@ from jobd.client.worker.aio_utils import first_of, mark_done, within
 from jobd.client.worker.watchdog import Watchdog
 
 KILLED_S: Final = 5.0  # for processes to end after SIGKILL, unless they hang in the kernel
+READ_S: Final = 2.0  # for the rest of the output of a stopped program to be passed on; less than KILLED_S
 POLL_S: Final = 0.05  # there is no notification of the end of grandchildren
 PIECE_BYTES: Final = 64 << 10
 # A child in another group may keep the output open, or even write to it forever. After all other processes have ended,
@@ -31,7 +32,8 @@ Feed = Callable[[bytes], Awaitable[None]]
 class Program:
     """A running program; create one with `start`.
 
-    `done` is done when the program has ended, its process group is empty and its output is read. `returncode` is then
+    `done` is done when the program has ended, its process group is empty and its output is read. After `stop` or
+    `abort`, it does not wait for longer than READ_S for a feed that does not take the output. `returncode` is then
     that of subprocess: the exit status, or negative for a signal. It is None if another part of this process, or the
     kernel because SIGCHLD is ignored, has reaped the program.
     """
@@ -49,6 +51,7 @@ class Program:
         self._read_bytes = 0
         self._enough_bytes = math.inf
         self._feeding = 0
+        self._stopping = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
 
@@ -118,6 +121,7 @@ class Program:
 
         Return when the program has ended, or cannot be killed.
         """
+        self._stopping.set()
         self._terminate()
         await self._wait_for_end(self._kill_after_s, at_once)
         if not self.done.done():
@@ -126,6 +130,7 @@ class Program:
 
     def abort(self) -> None:
         """Send SIGKILL to the whole group."""
+        self._stopping.set()
         self._signal(signal.SIGKILL)
 
     async def _wait_for_end(self, time_s: float, event: asyncio.Event) -> None:
@@ -185,19 +190,26 @@ class Program:
             if self._kill_at_s is None:
                 self._terminate()
             elif loop.time() >= self._kill_at_s:
-                self.abort()
+                self._signal(signal.SIGKILL)
             await asyncio.sleep(POLL_S)
 
     async def _end_output(self) -> None:
+        """Read the rest of the output. A stopped program does not wait for a feed that is blocked."""
+        rest = asyncio.ensure_future(self._read_rest())
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        await first_of(rest, stopping)
+        await asyncio.wait([rest], timeout=READ_S)
+        for task in (rest, stopping, *self._readers):
+            task.cancel()
+        await asyncio.gather(rest, stopping, *self._readers, return_exceptions=True)
+
+    async def _read_rest(self) -> None:
         self._enough_bytes = self._read_bytes + LINGER_BYTES
         pending: set[asyncio.Task[None]] = set(self._readers)
         seen = -1
         while pending and (self._feeding or seen != self._read_bytes or self._has_output()):
             seen = self._read_bytes
             _, pending = await asyncio.wait(pending, timeout=LINGER_S)
-        for reader in pending:
-            reader.cancel()
-        await asyncio.gather(*self._readers, return_exceptions=True)
 
     def _has_output(self) -> bool:
         """Return whether a pipe has output or its end, which the readers had no time to read."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
+LOG_S: Final = 1.0  # at the end, for a log that is not read
 Log = Callable[[str], None]
 
 
@@ -21,15 +22,19 @@ class ServiceThread:
     def __init__(self, name: str) -> None:
         self._name = name
         self._loop: Final = asyncio.new_event_loop()
-        self._messages: Final = ThreadPoolExecutor(1, f"{name}: messages")
+        self._messages: Final[queue.SimpleQueue[str | None]] = queue.SimpleQueue()
+        self._logging: threading.Thread | None = None
 
     def background(self, log: Log) -> Log:
-        """Return a function that calls `log` in another thread, because writing a log may block."""
+        """Return a function that calls `log` in another thread, because writing a log may block. Call this once.
 
-        def later(text: str) -> None:
-            self._messages.submit(log, text)
-
-        return later
+        It is a daemon thread too. The end of `run` waits for it for at most LOG_S, and the messages that are left are
+        dropped. Errors of `log` are ignored.
+        """
+        name = f"{self._name}: messages"
+        self._logging = threading.Thread(target=_log_all, args=(log, self._messages), name=name, daemon=True)
+        self._logging.start()
+        return self._messages.put
 
     def call(self, function: Callable[..., object]) -> None:
         """Schedule `function` on this loop. Thread-safe. Does nothing after `run` has ended."""
@@ -55,8 +60,16 @@ class ServiceThread:
                 runner.run(work())
         except BaseException as raised:  # `run` raises it in the caller's thread
             error = raised
-        self._messages.shutdown()
+        if self._logging is not None:
+            self._messages.put(None)
+            self._logging.join(LOG_S)
         call_on(done.get_loop(), lambda: _end(done, error))
+
+
+def _log_all(log: Log, messages: queue.SimpleQueue[str | None]) -> None:
+    while (text := messages.get()) is not None:
+        with contextlib.suppress(Exception):  # a log that is full or closed must not end the work
+            log(text)
 
 
 def call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object, **how: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import signal
@@ -471,6 +472,31 @@ async def test_a_failed_program_fails_its_job_even_if_the_parent_ignores_sigchld
         signal.signal(signal.SIGCHLD, previous)
     failed = await client.get_job(job.id)
     assert (failed.status, failed.error_code) == ("failed", "exit:3" if command == "jobctl" else "exit:unknown")
+
+
+async def test_jobctl_run_ends_although_its_stderr_is_not_read(
+    client: AsyncJobClient, daemon: DaemonProcess, queue: str
+) -> None:
+    job = await client.create_job(queue=queue)
+    read, full = os.pipe()
+    os.set_blocking(full, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(full, b"x" * 4096)
+    os.set_blocking(full, True)
+    command = [sys.executable, "-m", "jobd.cli.ctl.main", "--socket", daemon.socket, "run", "--queue", queue]
+    command += ["--once", "--", "true"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    start = functools.partial(subprocess.Popen, command, env=environ, stderr=full, preexec_fn=die_with_us)
+    process = await asyncio.to_thread(start)
+    try:
+        assert await asyncio.to_thread(process.wait, 30) == 0
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.wait)
+        os.close(read)
+        os.close(full)
+    assert (await client.get_job(job.id)).status == "completed"
 
 
 async def test_a_program_is_stopped_after_its_timeout(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from jobd.client.worker import process
 from jobd.client.worker.process import Program, has_members
 from tests.support.client_harness import (
     ProgramRun,
+    is_alive,
 )
+from tests.support.polling import wait_until
 
 LINGER_S = 0.05
 
@@ -142,7 +144,10 @@ def _until_gone(pid: int) -> None:
         os.sched_yield()
 
 
-async def test_a_slow_reader_gets_the_whole_output() -> None:
+@pytest.mark.parametrize("script", ["seq 20000", "trap '' TERM; sleep 1000 & seq 20000"], ids=["alone", "with a child"])
+async def test_a_slow_reader_gets_the_whole_output(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if a child of the program has to be killed."""
+    monkeypatch.setattr(process, "READ_S", 0)
     got = bytearray()
     gate = asyncio.Event()
 
@@ -153,7 +158,31 @@ async def test_a_slow_reader_gets_the_whole_output() -> None:
     async def nothing(piece: bytes) -> None:
         pass
 
-    program = await Program.start(["sh", "-c", "seq 20000"], os.environ, b"", slow, nothing, kill_after_s=10)
+    program = await Program.start(["sh", "-c", script], os.environ, b"", slow, nothing, kill_after_s=0.05)
     asyncio.get_running_loop().call_later(4 * LINGER_S, gate.set)
     await program.done
     assert got == b"".join(b"%d\n" % number for number in range(1, 20001))
+
+
+@pytest.mark.parametrize("has_ended", [False, True], ids=["running", "ended"])
+async def test_a_program_can_be_stopped_although_its_output_is_not_read(
+    has_ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "READ_S", 0.05)
+    pieces: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def blocked(piece: bytes) -> None:
+        pieces.put_nowait(piece)
+        await asyncio.Event().wait()
+
+    async def nothing(piece: bytes) -> None:
+        pass
+
+    script = "echo $$" if has_ended else "echo $$; exec yes"
+    program = await Program.start(["sh", "-c", script], os.environ, b"", blocked, nothing, kill_after_s=10)
+    pid = int((await pieces.get()).split(b"\n", 1)[0])
+    if has_ended:
+        await wait_until(lambda: not is_alive(pid))
+    await program.stop(asyncio.Event())
+    assert program.done.done()
+    assert program.returncode == (0 if has_ended else -signal.SIGTERM)
