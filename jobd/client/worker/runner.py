@@ -219,13 +219,13 @@ def seconds(timeout: timedelta | float | None) -> float | None:
 
 @contextlib.contextmanager
 def on_signals(stop: Callable[[], None], first: Callable[[], None] | None = None) -> Iterator[None]:
-    """Make SIGTERM and SIGINT call `stop` on the running loop.
+    """Make SIGTERM and SIGINT call `stop` on the running loop. Restore the handlers of the program at the end.
 
     `first` is called before that, by the interpreter in the main thread, even if the loop is blocked.
     """
     loop = asyncio.get_running_loop()
-    names = (signal.SIGTERM, signal.SIGINT)
-    for name in names:
+    previous = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    for name in previous:
         loop.add_signal_handler(name, stop)
         if first is not None:
             signal.signal(name, functools.partial(_call_both, first, signal.getsignal(name)))
@@ -233,8 +233,10 @@ def on_signals(stop: Callable[[], None], first: Callable[[], None] | None = None
     try:
         yield
     finally:
-        for name in names:
+        for name, handler in previous.items():
             loop.remove_signal_handler(name)
+            if handler is not None:  # one that was not set in Python cannot be restored
+                signal.signal(name, handler)
 
 
 def _call_both(first: Callable[[], None], loop_handler: Any, number: int, frame: FrameType | None) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 from collections.abc import Callable
+from types import FrameType
 
 import pytest
 from aiohttp import web
@@ -13,9 +15,26 @@ from jobd.client import AsyncJobClient
 from jobd.client.worker import claimer
 from jobd.client.worker.claimer import ClaimOptions
 from jobd.client.worker.lease import LeaseKeeper
-from jobd.client.worker.runner import Execution, WorkerRunner
+from jobd.client.worker.runner import Execution, WorkerRunner, on_signals
 from tests.support.client_harness import GRANT, JOB
 from tests.support.scripted_server import ScriptedServer, ok
+
+
+@pytest.mark.parametrize("first", [None, print], ids=["alone", "with a first call"])
+async def test_the_signal_handlers_of_the_program_are_restored(first: Callable[[], None] | None) -> None:
+    names = (signal.SIGTERM, signal.SIGINT)
+    of_the_test = [signal.signal(name, own) for name, own in zip(names, (_own_handler, signal.SIG_IGN), strict=True)]
+    try:
+        with on_signals(print, first):
+            assert signal.getsignal(signal.SIGTERM) is not _own_handler
+        assert [signal.getsignal(name) for name in names] == [_own_handler, signal.SIG_IGN]
+    finally:
+        for name, handler in zip(names, of_the_test, strict=True):
+            signal.signal(name, handler)
+
+
+def _own_handler(number: int, frame: FrameType | None) -> None:
+    raise AssertionError("no signal was sent")
 
 
 @pytest.mark.parametrize("stop", [WorkerRunner.stop, WorkerRunner.stop_claiming], ids=["stop", "stop claiming"])
