@@ -19,6 +19,7 @@ from jobd.model.job import MAX_PERCENT, storage_key_error
 
 LINE_BYTES: Final = 64 << 10  # a longer line is not a directive; it is passed on in pieces
 TEXT_CHARACTERS: Final = 4096
+WARNINGS: Final = 10  # of a program, about lines that are not valid directives
 RESULT_FIELDS: Final = ("download_url", "file_path", "storage_key")
 _VERBS: Final = (b"::progress", b"::meta", b"::result")
 
@@ -110,7 +111,8 @@ class OutputFilter:
     """Remove the directives from a stream (none if `directives` is None), and pass on the rest unchanged, at once.
 
     Only the start of a line that may be a directive is buffered. With `whole_lines`, every line is buffered up to its
-    end, so that the lines of several programs do not mix.
+    end, so that the lines of several programs do not mix. `warn` is called for the first lines that are not valid
+    directives, and at the end with the number of the others.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class OutputFilter:
         self._whole_lines = whole_lines
         self._buffer = b""
         self._is_inside = False  # the start of the current line was passed on
+        self._invalid = 0  # lines that are not valid directives
 
     def feed(self, data: bytes) -> bytes:
         """Return the output to pass on, from the buffer and `data`."""
@@ -148,7 +151,11 @@ class OutputFilter:
     def end(self) -> bytes:
         """Return the rest of the output at the end of the stream, whose last line may have no line end."""
         rest, self._buffer = self._buffer, b""
-        return b"" if not self._is_inside and self._is_directive(rest) else rest
+        passed = b"" if not self._is_inside and self._is_directive(rest) else rest
+        if self._invalid > WARNINGS:
+            more = self._invalid - WARNINGS
+            self._warn(f"not a directive, passed on: {more} more {'line' if more == 1 else 'lines'}")
+        return passed
 
     def _may_be_directive(self) -> bool:
         if self._directives is None:
@@ -162,7 +169,9 @@ class OutputFilter:
         try:
             return self._directives.take(line.rstrip(b"\r\n"))
         except BadDirective as bad:
-            self._warn(f"not a directive, passed on: {line[:80].decode(errors='replace').rstrip()!r}: {bad}")
+            self._invalid += 1
+            if self._invalid <= WARNINGS:
+                self._warn(f"not a directive, passed on: {line[:80].decode(errors='replace').rstrip()!r}: {bad}")
             return False
 
 

@@ -87,6 +87,19 @@ def test_a_bad_directive_is_passed_on_with_one_warning(line: bytes) -> None:
     assert parsed.directives.result == {"metadata": None}
 
 
+@pytest.mark.parametrize(("lines", "last"), [(11, "1 more line"), (10_000, "9990 more lines")])
+def test_there_are_at_most_10_warnings_and_the_number_of_the_others(lines: int, last: str) -> None:
+    parsed = ParsedOutput()
+    text = b"::progress x\n" * lines
+    assert b"".join(parsed.pieces(text[:-1], b"\n", b"::progress 5\n")) == text
+    assert len(parsed.warnings) == 11
+    assert parsed.warnings[9] == (
+        "not a directive, passed on: '::progress x': expected a number from 0 to 100 after ::progress"
+    )
+    assert parsed.warnings[10] == f"not a directive, passed on: {last}"
+    assert parsed.progress == [(5, None)]
+
+
 def test_meta_is_json_if_it_parses_and_text_otherwise() -> None:
     parsed = ParsedOutput()
     for line in (b"::meta n=5", b'::meta o={"a":[1]}', b"::meta s=five", b"::meta e=", b"::meta n=6", b"::meta u=a=b"):
