@@ -80,13 +80,13 @@ def run(program: click.Command, name: str, argv: Sequence[str] | None = None) ->
     from jobd.cli.params import ConnectionOptions
 
     options = ConnectionOptions()
-    args = list(argv) if argv is not None else None
+    args = list(argv) if argv is not None else sys.argv[1:]
     try:
         code = program.main(args=args, prog_name=name, standalone_mode=False, obj=options)
         sys.stdout.flush()
         return code if isinstance(code, int) else DONE
     except BaseException as error:
-        return _report(error, name, options.token_source)
+        return _report(error, name, args, options.token_source)
     finally:
         try:
             sys.stdout.flush()
@@ -109,7 +109,7 @@ def _discard_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _report(error: BaseException, name: str, token_source: str | None) -> int:
+def _report(error: BaseException, name: str, args: Sequence[str], token_source: str | None) -> int:
     """Print `error` on stderr and return its exit code. An unexpected exception is a bug and is raised again."""
     from jobd.client.errors import JobdError, Unauthorized
 
@@ -120,6 +120,9 @@ def _report(error: BaseException, name: str, token_source: str | None) -> int:
             path = error.ctx.command_path if error.ctx else name
             text = re.sub(r"\n\s*", " ", _sentence(error.format_message()))
             terminal.say(f"{name}: {text}{'' if text.endswith('?') else '.'} See: {path} --help")
+            return USAGE
+        case UnicodeEncodeError() if (invalid := next((arg for arg in args if not _is_utf8(arg)), None)) is not None:
+            terminal.say(f"{name}: the argument {invalid!r} is not UTF-8")
             return USAGE
         case click.FileError():
             terminal.say(f"{name}: {_sentence(error.format_message())}")
@@ -153,6 +156,15 @@ def _report(error: BaseException, name: str, token_source: str | None) -> int:
 
 
 _ADVICE: Final = {"unreachable": ". Is jobd running there? Give its address with --socket, --url or --admin-url"}
+
+
+def _is_utf8(argument: str) -> bool:
+    """Return whether the argument was valid UTF-8. If not, Python has put surrogates in it."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _sentence(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ U = TypeVar("U")
 
 JSON_TYPE: Final = "application/json"
 NDJSON_TYPE: Final = "application/x-ndjson"
+_KEY: Final = re.compile(r"[ -~]{1,200}")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Typed results that extend the daemon's own views.
@@ -167,8 +169,11 @@ def post(
 ) -> ApiRequest[T]:
     """Build a call that changes something. Omits fields that are None; `key` is the Idempotency-Key.
 
-    Raises TypeError if JSON cannot express a field.
+    Raises InvalidRequest if a header cannot have the key, and TypeError if JSON cannot express a field.
     """
+    if key is not None and _KEY.fullmatch(key) is None:
+        message = "Idempotency-Key must be 1 to 200 printable ASCII characters."
+        raise InvalidRequest(message, details={"field": "Idempotency-Key"})
     fields = {name: value for name, value in body.items() if value is not None}
     headers = {"Content-Type": JSON_TYPE}
     if key is not None:

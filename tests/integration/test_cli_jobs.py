@@ -75,12 +75,35 @@ def test_an_error_of_the_daemon_exits_with_4_and_names_the_field(jobctl: Jobctl)
         ("--delay", "1000d"),
         ("--backoff-base", "1000d"),
         ("--idempotency-key", "é"),
+        ("--idempotency-key", "ключ"),
+        ("--idempotency-key", "k" * 201),
     ],
 )
 def test_a_value_out_of_bounds_is_a_usage_error_that_names_the_flag(argv: tuple[str, str], jobctl: Jobctl) -> None:
     code, err = jobctl.rejected("submit", *argv)
     assert (code, err.startswith(f"jobctl: Invalid value for '{argv[0]}': ")) == (2, True), err
     assert "$" not in err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("submit", "--kind", "k\udcff", "1"),
+        ("submit", "--queue", "k\udcff", "1"),
+        ("submit", "--idempotency-key", "k\udcff", "1"),
+        ("job", "k\udcff"),
+        ("jobs", "--queue", "k\udcff"),
+        ("pause", "k\udcff"),
+        ("run", "--queue", "k\udcff", "--drain", "--", "true"),
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_an_argument_that_is_not_utf8_is_a_usage_error(argv: tuple[str, ...], jobctl: Jobctl) -> None:
+    code, out, err = jobctl.run(*argv)
+    assert (code, out) == (2, "")
+    expected = "Invalid value for '--idempotency-key'" if "--idempotency-key" in argv else r"'k\udcff' is not UTF-8"
+    assert expected in err.splitlines()[-1]
+    assert len(err.splitlines()) == (2 if argv[0] == "run" else 1)  # jobctl run says first what it claims
 
 
 def test_jobs_are_paged_and_the_cursor_continues(jobctl: Jobctl) -> None:

@@ -18,6 +18,7 @@ import pytest
 from jobd.client import (
     AdminClient,
     AsyncJobClient,
+    InvalidRequest,
     JobClient,
     JobInfo,
     JobNotFound,
@@ -304,6 +305,20 @@ async def test_an_id_of_dots_is_escaped(server: ScriptedServer, endpoint: str) -
     async with AsyncJobClient(endpoint) as client:
         await client.get_job("..")
     assert server.received[0].path == "/v1/jobs/%2E%2E"
+
+
+@pytest.mark.parametrize("key", ["", "ключ", "é", "a\nb", "k" * 201, "\udcff"])
+async def test_a_key_that_a_header_cannot_have_is_an_invalid_request(
+    server: ScriptedServer, endpoint: str, key: str
+) -> None:
+    server.always = lambda received: ok(JOB)
+    with JobClient(endpoint) as client, pytest.raises(InvalidRequest, match="1 to 200 printable ASCII characters"):
+        await asyncio.to_thread(client.create_job, idempotency_key=key)
+    async with AsyncJobClient(endpoint) as async_client, async_client.stream() as stream:
+        for each in (async_client, stream):
+            with pytest.raises(InvalidRequest, match="1 to 200 printable ASCII characters"):
+                await each.create_job(idempotency_key=key)
+    assert server.received == []
 
 
 class EitherWait:
