@@ -98,8 +98,8 @@ class CommandWorker:
         self._command = list(command)
         self._options = ClaimOptions(
             worker=self.name,
-            queues=list(queues),
-            kinds=kinds,
+            queues=[queues] if isinstance(queues, str) else list(queues),
+            kinds=[kinds] if isinstance(kinds, str) else kinds,
             lock_ttl_ms=lock_ttl_ms,
             max_processing_ms=max_processing_ms,
         )

@@ -245,6 +245,15 @@ async def test_only_the_given_kinds_are_claimed(client: AsyncJobClient, queue: s
     assert (await client.get_job(other.id)).status == "queued"
 
 
+async def test_a_single_queue_or_kind_may_be_text(client: AsyncJobClient, queue: str) -> None:
+    job = await client.create_job(queue=queue, kind="video")
+    messages: list[str] = []
+    worker = CommandWorker(client, ["true"], queues=queue, kinds="video", drain=True, log=messages.append)
+    assert await worker.run(signals=False) == 0
+    assert (await client.get_job(job.id)).status == "completed"
+    assert f"claims jobs of queue {queue} (only video) at" in messages[0]
+
+
 async def test_cancelling_a_job_ends_its_process_group(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
     script = "trap 'echo stopped; exit 0' TERM; sleep 1000 & echo ::progress 1; echo $$; while :; do sleep 0.01; done"
     job = await client.create_job(queue=queue)
