@@ -22,15 +22,15 @@ from tests.support.scripted_server import ScriptedServer, ok
 
 @pytest.mark.parametrize("first", [None, print], ids=["alone", "with a first call"])
 async def test_the_signal_handlers_of_the_program_are_restored(first: Callable[[], None] | None) -> None:
-    names = (signal.SIGTERM, signal.SIGINT)
-    of_the_test = [signal.signal(name, own) for name, own in zip(names, (_own_handler, signal.SIG_IGN), strict=True)]
+    of_the_test = signal.signal(signal.SIGTERM, _own_handler), signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with on_signals(print, first):
             assert signal.getsignal(signal.SIGTERM) is not _own_handler
-        assert [signal.getsignal(name) for name in names] == [_own_handler, signal.SIG_IGN]
+        assert signal.getsignal(signal.SIGTERM) is _own_handler
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
-        for name, handler in zip(names, of_the_test, strict=True):
-            signal.signal(name, handler)
+        signal.signal(signal.SIGTERM, of_the_test[0])
+        signal.signal(signal.SIGINT, of_the_test[1])
 
 
 def _own_handler(number: int, frame: FrameType | None) -> None:
