@@ -185,6 +185,13 @@ def set_aside(path: str) -> str:
     return old
 
 
+def remove(path: str) -> None:
+    """Remove the closed database at `path`."""
+    for suffix in ("-wal", "-shm", ""):
+        Path(path + suffix).unlink(missing_ok=True)
+    sync_directory(path)
+
+
 def put_in_place(new: str, path: str) -> None:
     """Make the content of `new` durable, and rename it to `path`."""
     sync(new)

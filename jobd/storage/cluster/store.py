@@ -83,9 +83,8 @@ class ClusterStore(Store):
         try:
             if on_locked is not None:
                 on_locked()
-            if (found := await cls._try_open(path, journal, lock, needs_snapshot, may_be_new=False)) is None:
-                await _make_again(path, journal)
-                found = await cls._try_open(path, journal, lock, needs_snapshot, may_be_new=True)
+            if (found := await cls._try_open(path, journal, lock, needs_snapshot)) is None:
+                found = await cls._rebuild(path, journal, lock, needs_snapshot)
         except BaseException:
             lock.release()
             raise
@@ -101,24 +100,56 @@ class ClusterStore(Store):
         return found
 
     @classmethod
-    async def _try_open(
-        cls, path: str, journal: SharedJournal, lock: FileLock, needs_snapshot: bool, *, may_be_new: bool
+    async def _rebuild(
+        cls, path: str, journal: SharedJournal, lock: FileLock, needs_snapshot: bool
     ) -> tuple[Self, OpenedStore] | None:
-        """Open the store, or return None if it has to be rebuilt. `may_be_new`: there is no snapshot for it."""
+        """Open a store made from the newest snapshot that can be used, or from the first record.
+
+        Return None if there is neither. A snapshot can have records that the journal has lost since.
+        """
+        known, head = await journal.snapshots(), await journal.head()
+        for each in reversed(known):
+            found, reason = None, "the journal lacks its last record, or the record after it"
+            if each.number <= head.number:
+                try:
+                    await snapshots.install(path, journal.read_snapshot(each.number), journal.cluster_id)
+                    found = await cls._try_open(path, journal, lock, needs_snapshot, is_rebuilt=True)
+                except BadSnapshot as error:
+                    reason = str(error)
+            if found is not None:
+                log.info("store_made_from_snapshot", path=path, record=each.number)
+                return found
+            log.warning("snapshot_unusable", record=each.number, reason=reason)
+        return await cls._try_open(path, journal, lock, needs_snapshot, is_rebuilt=True)
+
+    @classmethod
+    async def _try_open(
+        cls, path: str, journal: SharedJournal, lock: FileLock, needs_snapshot: bool, *, is_rebuilt: bool = False
+    ) -> tuple[Self, OpenedStore] | None:
+        """Open the store. If it cannot follow the journal, remove it and return None.
+
+        The store that the node had is set aside, unless it is new.
+        """
+        is_kept = not is_rebuilt
         connection = await StoreConnection.open(partial(startup.connect, path, "NORMAL"))
         try:
             db = await connection.run(startup.identify, connection.raw, path, journal.cluster_id)
             if needs_snapshot:
                 await _check_snapshot(db, path, journal)
-            if await _can_follow(db, path, journal, may_be_new=may_be_new):
+            if await _can_follow(db, path, journal, may_be_new=is_rebuilt):
                 projection, opened = await connection.run(startup.start, connection.raw, path, journal.cluster_id)
                 return cls(path, connection, projection, lock), opened
+            is_kept = is_kept and db.numbers.epoch > 0
+            if is_kept:
+                reason = "the journal lacks the last record of the store, or the record after it"
+                log.warning("store_set_aside", path=path, record=db.projected_to, kept=f"{path}.old", reason=reason)
         except StoreDamaged as error:
             log.error("store_damaged", path=path, reason=str(error))
         except BaseException:
             await connection.close()
             raise
         await connection.close()
+        await asyncio.to_thread(files.set_aside if is_kept else files.remove, path)
         return None
 
     # -- a standby
@@ -231,11 +262,7 @@ async def _can_follow(db: Database, path: str, journal: SharedJournal, *, may_be
     if is_new and not may_be_new and await journal.snapshots():
         return False
     crc = None if db.membership is None else db.membership.record_crc
-    if await membership.is_on_branch(path, journal, Followed(db.projected_to, crc, db.numbers.epoch)):
-        return True
-    reason = "the journal lacks the last record of the store, or the record after it"
-    log.warning("store_set_aside", path=path, record=db.projected_to, kept=f"{path}.old", reason=reason)
-    return False
+    return await membership.is_on_branch(path, journal, Followed(db.projected_to, crc, db.numbers.epoch))
 
 
 async def _check_snapshot(db: Database, path: str, journal: SharedJournal) -> None:
@@ -250,16 +277,3 @@ def _unfinished(path: str) -> StoreUnreadable:
         f"{path} cannot follow the journal, which has no snapshot yet: repeat `jobd cluster init --from-store PATH` on "
         "the machine of the database that becomes the cluster"
     )
-
-
-async def _make_again(path: str, journal: SharedJournal) -> None:
-    """Set the store aside, and rebuild it from the newest snapshot that can be used."""
-    await asyncio.to_thread(files.set_aside, path)
-    for found in reversed(await journal.snapshots()):
-        try:
-            await snapshots.install(path, journal.read_snapshot(found.number), journal.cluster_id)
-        except BadSnapshot as error:
-            log.warning("snapshot_unusable", record=found.number, reason=str(error))
-        else:
-            log.info("store_made_from_snapshot", path=path, record=found.number)
-            return

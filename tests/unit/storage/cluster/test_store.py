@@ -19,7 +19,7 @@ from jobd.journal.record import FORMAT, LOWEST_FORMAT, decode
 from jobd.model.journal import BadRecord, Fenced, JournalOutcomeUnknown, LeadershipLost, Record
 from jobd.model.storage import AuditQuery, DiskFull, FormatNotRead, JobQuery, OpenedStore
 from jobd.model.webhooks import Delivery, WebhookCursor
-from jobd.storage.cluster import snapshots
+from jobd.storage.cluster import joining, snapshots
 from jobd.storage.cluster.membership import StoreAhead, StoreDamaged, WrongCluster
 from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.store import Store, StoreBroken, StoreBusy, StoreUnreadable
@@ -701,6 +701,49 @@ async def test_the_newest_usable_snapshot_is_taken(path: str, server: MemoryServ
         async with following(f"{path}.new", server) as node:
             assert node.opened.last_record == 1
             await node.catch_up()
+
+
+async def test_a_snapshot_with_records_that_the_journal_has_lost_is_not_taken(path: str, server: MemoryServer) -> None:
+    maker, other, new = ChangeFactory(), f"{path}.other", f"{path}.new"
+    async with leading(path, server) as leader, following(other, server) as node:
+        await leader.store.write(maker.batch([maker.create("a")]))
+        await snapshot_of(leader)
+        await node.catch_up()
+        for _ in range(2):
+            await leader.store.write(maker.batch([maker.create()]))
+        await snapshot_of(leader)
+        del server.records[1:]
+        server.head = replace(server.head, number=1)
+        async with following(new, server) as ahead:
+            assert ahead.opened.last_record == 1
+        await node.lead()
+        for _ in range(3):
+            await node.store.write(maker.batch([maker.create()]))
+    assert list(server.snapshots) == [1, 3]
+    with capture_logs() as logs:
+        async with following(path, server) as again:
+            assert again.opened.last_record == 1
+            await again.catch_up()
+    events = [(line["event"], line["record"]) for line in logs]
+    assert events == [("store_set_aside", 3), ("snapshot_unusable", 3), ("store_made_from_snapshot", 1)]
+    assert rows_of(path) == rows_of(other)
+    with edit_store(f"{path}.old") as conn:
+        assert conn.execute("SELECT count(*) FROM jobs").fetchone() == (3,), "the store of the node is kept"
+    server.snapshots.pop(1)
+    async with following(f"{path}.first", server) as node:
+        assert node.opened.last_record == 0
+
+
+async def test_a_store_that_was_set_aside_is_not_replaced_by_a_new_one(path: str, server: MemoryServer) -> None:
+    maker = ChangeFactory()
+    async with leading(path, server) as leader:
+        await leader.store.write(maker.batch([maker.create("a")]))
+        await snapshot_of(leader)
+    before = rows_of(path)
+    await asyncio.to_thread(joining.discard, path)  # as `jobd join` does
+    async with following(path, server) as node:
+        assert node.opened.last_record == 1
+    assert rows_of(f"{path}.old") == before
 
 
 async def test_a_snapshot_of_an_unused_cluster_can_be_taken(path: str, server: MemoryServer) -> None:
