@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
-from typing import Final, Protocol
+from collections.abc import AsyncIterator, Callable
+from typing import BinaryIO, Final, Protocol
 
 import structlog
 
@@ -19,6 +19,7 @@ from jobd.model.journal import BadRecord, JournalUnavailable, SharedJournal, Sna
 from jobd.model.storage import BackupError, DiskFull
 from jobd.storage.backup import StoreCopy
 from jobd.storage.cluster import snapshots
+from jobd.storage.files import StoreError
 
 CHECK_S: Final = 10.0
 MIN_RECORDS: Final = 1_000  # since the latest snapshot: fewer are read faster than a snapshot
@@ -30,8 +31,11 @@ log = structlog.get_logger("jobd.cluster")
 class CopiedStorage(Protocol):
     """The part of the store that makes copies."""
 
+    async def is_on_branch(self, journal: SharedJournal) -> bool:
+        """Return whether `journal` still has the last record that was followed. Raises StoreAhead."""
+
     async def snapshot(self) -> StoreCopy:
-        """Return a copy of the tables. Raises BackupError or DiskFull."""
+        """Return a copy of the tables. Raises BackupError, DiskFull or StoreError."""
 
 
 class SnapshotSchedule:
@@ -94,14 +98,26 @@ class SnapshotSchedule:
             last = known[-1] if known else SnapshotInfo(0, 0, 0, 0)
             if head.number - last.number < MIN_RECORDS or head.at - last.at < self._every_ms:
                 return
+            await self._check_branch()
             copy = await self._store.snapshot()
             with copy.file:
-                is_new = await self._journal.write_snapshot(copy.last_record, snapshots.compressed(copy.file))
+                is_new = await self._journal.write_snapshot(copy.last_record, self._parts(copy.file))
             if is_new:
                 log.info("snapshot_written", record=copy.last_record)
                 await self._clean_up()
-        except (JournalUnavailable, DiskFull, BackupError) as error:
+        except (JournalUnavailable, DiskFull, BackupError, StoreError) as error:
             log.warning("snapshot_failed", reason=str(error))
+
+    async def _parts(self, file: BinaryIO) -> AsyncIterator[bytes]:
+        """Yield a copy in parts, after a check. A later failover of the server ends the session that writes them."""
+        await self._check_branch()
+        async for part in snapshots.compressed(file):
+            yield part
+
+    async def _check_branch(self) -> None:
+        """Raise an error if the journal lacks records of the store, which nodes would get from a snapshot."""
+        if not await self._store.is_on_branch(self._journal):
+            raise BackupError("the journal lacks the last record of this node")
 
     async def _clean_up(self) -> None:
         """Drop old snapshots, and trim the records that nothing needs."""

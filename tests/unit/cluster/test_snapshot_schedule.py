@@ -13,7 +13,7 @@ from jobd.cluster import snapshot_schedule
 from jobd.cluster.node_registry import NodeRegistry
 from jobd.cluster.snapshot_schedule import SnapshotSchedule
 from jobd.journal.memory import MemoryServer, MemorySharedJournal
-from jobd.model.journal import NodeEntry, Record
+from jobd.model.journal import NodeEntry, Record, SharedJournal
 from jobd.model.storage import DiskFull
 from jobd.storage.backup import StoreCopy
 from tests.support.virtual_engine import in_virtual_time, seconds
@@ -45,6 +45,8 @@ class Node:
         self.registry.nodes = [entry(each) for each in sorted({name, *others})]
         self.copies = 0
         self.error: Exception | None = None
+        self.is_current = True
+        self.fails_over = False  # after the next copy
         self.schedule = SnapshotSchedule(
             self.journal,
             self,
@@ -57,10 +59,15 @@ class Node:
         )
         self.task = asyncio.create_task(self.schedule.run())
 
+    async def is_on_branch(self, journal: SharedJournal) -> bool:
+        return self.is_current
+
     async def snapshot(self) -> StoreCopy:
         if self.error is not None:
             raise self.error
         self.copies += 1
+        if self.fails_over:
+            self.is_current = False
         file = tempfile.TemporaryFile()  # noqa: SIM115 - the schedule closes it
         file.write(b"tables")
         file.seek(0)
@@ -197,6 +204,21 @@ async def test_a_failure_is_logged_and_tried_again() -> None:
         node.error = None
         await seconds(11)
     assert [line["event"] for line in logs] == ["snapshot_failed", "snapshot_written"]
+    await node.stop()
+
+
+@in_virtual_time
+async def test_a_node_with_records_that_the_journal_lacks_writes_none() -> None:
+    node = Node(MemoryServer(loop_ms), "b", "a")
+    node.append(10)
+    node.is_current = False
+    with capture_logs() as logs:
+        await seconds(11)
+        assert (node.copies, node.server.snapshots) == (0, {})
+        node.is_current = node.fails_over = True
+        await seconds(11)
+    assert (node.copies, node.server.snapshots) == (1, {})
+    assert [line["reason"] for line in logs] == ["the journal lacks the last record of this node"] * 2
     await node.stop()
 
 

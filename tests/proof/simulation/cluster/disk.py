@@ -31,6 +31,9 @@ class Copies:
     def __init__(self, disk: NodeDisk) -> None:
         self._disk = disk
 
+    async def is_on_branch(self, journal: SharedJournal) -> bool:
+        return await self._disk.is_on_branch(journal)
+
     async def snapshot(self) -> StoreCopy:
         """Return the number of a copy, which the cluster keeps."""
         await asyncio.sleep(0.01)
