@@ -68,9 +68,10 @@ class Program:
         watchdog: Watchdog | None = None,
         token: int = 0,
     ) -> Program:
-        """Start a program. The feeds get its output in pieces, and b"" at the end. Raises OSError.
+        """Start a program. Raises OSError, and RuntimeError if no thread can be started; the program is then killed.
 
-        `watchdog` stops the program if this process is killed; `token` identifies the program to the watchdog.
+        The feeds get its output in pieces, and b"" at the end. `watchdog` stops the program if this process
+        is killed; `token` identifies the program to the watchdog.
         """
 
         def popen() -> subprocess.Popen[bytes]:
@@ -98,8 +99,15 @@ class Program:
                 with contextlib.suppress(OSError):
                     watchdog.ended(token)
 
-        program = cls(await asyncio.to_thread(popen), kill_after_s, on_gone)
-        program._watch(stdin, on_stdout, on_stderr)
+        process = await asyncio.to_thread(popen)
+        program = cls(process, kill_after_s, on_gone)
+        try:
+            program._watch(stdin, on_stdout, on_stderr)
+        except RuntimeError:
+            with process:  # closes its pipes, and waits for its end
+                program.abort()
+            on_gone()
+            raise
         return program
 
     def _watch(self, stdin: bytes, on_stdout: Feed, on_stderr: Feed) -> None:
@@ -107,13 +115,13 @@ class Program:
         assert process.stdin is not None and process.stdout is not None and process.stderr is not None
         for pipe in (process.stdin, process.stdout, process.stderr):
             os.set_blocking(pipe.fileno(), False)
+        exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        threading.Thread(target=_wait_for, args=(process.pid, exited), daemon=True).start()
         self._writer = asyncio.ensure_future(self._write(process.stdin, stdin))
         self._readers = [
             asyncio.ensure_future(self._read(process.stdout, on_stdout)),
             asyncio.ensure_future(self._read(process.stderr, on_stderr)),
         ]
-        exited: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
-        threading.Thread(target=_wait_for, args=(process.pid, exited), daemon=True).start()
         self._ending = asyncio.ensure_future(self._finish(exited))
 
     async def stop(self, at_once: asyncio.Event) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -54,6 +57,29 @@ async def test_an_exit_status_is_unknown_if_sigchld_is_ignored() -> None:
     finally:
         signal.signal(signal.SIGCHLD, previous)
     assert (bytes(run.out), program.returncode) == (b"out\n", None)
+
+
+async def test_a_program_is_killed_if_no_thread_can_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def recorded(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*args, **options))
+        return started[-1]
+
+    def refuse(**options: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(subprocess, "Popen", recorded)
+    monkeypatch.setattr(process, "threading", SimpleNamespace(Thread=refuse))
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        await ProgramRun().start("sleep", "1000")
+    [program] = started
+    try:
+        assert program.returncode == -signal.SIGKILL
+        assert all(pipe is not None and pipe.closed for pipe in (program.stdin, program.stdout, program.stderr))
+    finally:
+        program.kill()
 
 
 async def test_a_missing_program_is_an_os_error() -> None:
