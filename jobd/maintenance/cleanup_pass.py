@@ -178,14 +178,18 @@ class CleanupRun:
         await self._context.expire("cleanup")
 
     async def _deletion_step(self) -> None:
-        """Delete finished jobs past their retention, while the wall clock is trusted. Artifacts are deleted later."""
-        while not (at := self._clock.moment()).suspect:
+        """Delete finished jobs past their retention, while the wall clock is trusted. Artifacts are deleted later.
+
+        Jobs that expire during the step wait for the next run. Otherwise the step does not end while jobs expire.
+        """
+        at = self._clock.moment()
+        while not (at.suspect or self._clock.suspect):
             ids = await self._storage.expired_jobs(at.now, self._batch)
             if not ids:
                 break
             result: MaintenanceResult = await self._context.ask(DeleteExpired(ids=ids), "cleanup")
             self._context.totals.found["deleted"] += result.done
-            if not result.done and not self._clock.moment().suspect:
+            if not result.done and not self._clock.suspect:
                 raise Unfinished(f"{len(ids)} expired jobs could not be deleted, the first is {ids[0]}.")
             await self._context.yield_to_workers()
 
@@ -226,8 +230,8 @@ class CleanupRun:
 
     async def _journal_step(self) -> None:
         """Delete the events of jobs that were deleted long ago, the oldest first. A large store keeps them shorter."""
-        limit, schedule = self._batch, self._context.schedule
-        while not (at := self._clock.moment()).suspect:
+        limit, schedule, at = self._batch, self._context.schedule, self._clock.moment()
+        while not (at.suspect or self._clock.suspect):
             is_large = await self._storage.used_bytes() > schedule.journal_bytes
             keep_ms = max(0 if is_large else schedule.journal_ms, self._context.hold_events_ms())
             if await self._storage.prune(at.now - keep_ms, limit) < limit:
@@ -236,10 +240,9 @@ class CleanupRun:
 
     async def _audit_step(self) -> None:
         """Delete excess audit entries, and old ones while the wall clock is trusted."""
-        limit = self._batch
+        limit, at = self._batch, self._clock.moment()
         while True:
-            at = self._clock.moment()
-            before = 0 if at.suspect else at.now - self._context.schedule.audit_ms
+            before = 0 if at.suspect or self._clock.suspect else at.now - self._context.schedule.audit_ms
             if await self._storage.trim_audit(before, limit) < limit:
                 break
             await self._context.yield_to_workers()

@@ -399,6 +399,21 @@ async def test_finished_jobs_are_deleted_after_their_retention() -> None:
 
 
 @in_virtual_time
+async def test_jobs_that_expire_during_a_cleanup_run_wait_for_the_next_one() -> None:
+    async with VirtualEngine(schedule=PASSES) as engine:
+        at = engine.now + 1000
+        for number in range(50):
+            await finished(engine, f"job-{number}", expires_at=at + number)
+        await seconds((at - engine.now) / 1000)
+        engine.run_maintainer()
+        await until(lambda: engine.maintainer.totals.runs == 1)
+        assert len(deletions(engine)) < 10
+        await seconds(1)
+        await engine.maintainer.run_cleanup(forced=True)
+        assert len(deletions(engine)) == 50
+
+
+@in_virtual_time
 async def test_deletions_by_operators_do_not_count_as_deletions_by_age() -> None:
     async with VirtualEngine() as engine:
         await finished(engine, "a")
