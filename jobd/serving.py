@@ -256,7 +256,8 @@ class Serving:
                 )
             return None
         self._stack.push_async_callback(self._artifacts.close)
-        sweeper = ArtifactSweeper(self._store, self._artifacts, self.clock, self._sweeps)
+        check = self._leadership.check if self._leadership is not None else lambda: None
+        sweeper = ArtifactSweeper(self._store, self._artifacts, self.clock, self._sweeps, check=check)
         self._store.on_tombstones = sweeper.expect
         self._background.run("sweeper", sweeper)
         return sweeper

@@ -7,8 +7,8 @@ and is removed after the artifact is gone. An artifact that does not exist count
 from __future__ import annotations
 
 import asyncio
-from functools import partial
-from typing import Final, Literal
+from collections.abc import Callable
+from typing import Final
 
 import structlog
 from msgspec import Struct
@@ -16,9 +16,9 @@ from msgspec.structs import replace
 
 from jobd.engine.clock import Clock
 from jobd.model.job import MINUTE_MS, SECOND_MS
-from jobd.model.journal import LeadershipLost
+from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.storage import MAX_POSTPONE_MS, CannotWrite, DueTombstones, JobStorage, Tombstone
-from jobd.storage.artifacts.base import MARGINS, ArtifactStore, ArtifactStoreError, Deletion, Margins, judge
+from jobd.storage.artifacts.base import MARGINS, ArtifactStore, ArtifactStoreError, Deletion, Margins, Verdict, judge
 
 log = structlog.get_logger("jobd.artifacts")
 
@@ -54,16 +54,27 @@ class SweepResult(Struct, frozen=True):
 
 
 class ArtifactSweeper:
-    """Sweeps from `run` until `stop`. `expect` counts new tombstones and wakes it."""
+    """Sweeps from `run` until `stop`. `expect` counts new tombstones and wakes it.
+
+    `check` raises an error if another node may lead, whose jobs the tables of this one lack. Nothing is deleted then.
+    """
 
     def __init__(
-        self, storage: JobStorage, artifacts: ArtifactStore, clock: Clock, stats: SweepStats, margins: Margins = MARGINS
+        self,
+        storage: JobStorage,
+        artifacts: ArtifactStore,
+        clock: Clock,
+        stats: SweepStats,
+        margins: Margins = MARGINS,
+        *,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.stats = stats
         self._storage = storage
         self._artifacts = artifacts
         self._clock = clock
         self._margins = margins
+        self._check = check
         self._wake = asyncio.Event()
         self._stopping = False
         # Tombstone number -> loop time of its first failure, latest error.
@@ -76,7 +87,7 @@ class ArtifactSweeper:
             try:
                 if await self._slice():
                     pause_s = PAUSE_S
-            except (CannotWrite, LeadershipLost) as error:
+            except (CannotWrite, LeadershipLost, JournalOutcomeUnknown) as error:
                 log.warning("artifact_sweep_waits", reason=str(error))
             except Exception as error:
                 self._record_exception(error)
@@ -113,7 +124,9 @@ class ArtifactSweeper:
         if at.suspect:
             return False  # as with deletion by age, nothing is deleted until the clock is trusted
         now = at.now
+        self._check()
         due = await self._storage.due_tombstones(now, SLICE)
+        self._check()
         self.stats.waiting -= due.damaged
         self.stats.behind_ms = max((now - each.due_at for each, _ in due.found), default=0)
         self._record_unmoved(due.unmoved)
@@ -139,7 +152,11 @@ class ArtifactSweeper:
 
     async def _try(self, tombstone: Tombstone, named: bool, now: int) -> SweepResult:
         """Delete one artifact, unless a job names its key. The store is called anyway: it cleans up after a crash."""
-        decide = _leave if named else partial(judge, tombstone, self._margins, now)
+
+        def decide(modified_at: int) -> Verdict:
+            self._check()
+            return "leave" if named else judge(tombstone, self._margins, now, modified_at)
+
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 outcome = await self._artifacts.delete(tombstone.key, decide)
@@ -148,7 +165,7 @@ class ArtifactSweeper:
             return SweepResult(tombstone, outcome)
         except TimeoutError:
             return SweepResult(tombstone, None, f"{self._artifacts.place} has not responded for {CALL_TIMEOUT_S:g} s.")
-        except ArtifactStoreError as error:
+        except (ArtifactStoreError, LeadershipLost, JournalOutcomeUnknown) as error:
             return SweepResult(tombstone, None, str(error))
         except Exception as error:
             log.exception("artifact_store_failed", key=tombstone.key)
@@ -215,7 +232,3 @@ class ArtifactSweeper:
 def _is_held(due: DueTombstones, tombstone: Tombstone, named: bool) -> bool:
     """Return whether only a late result names the key. The artifact stays until that result is deleted."""
     return not named and tombstone.job_seq in due.held
-
-
-def _leave(_: int) -> Literal["leave"]:
-    return "leave"

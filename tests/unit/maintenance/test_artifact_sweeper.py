@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -58,11 +58,14 @@ class SweeperHarness:
 
 @asynccontextmanager
 async def sweeping(
-    storage: MemoryStorage | None = None, store: MemoryArtifacts | None = None
+    storage: MemoryStorage | None = None,
+    store: MemoryArtifacts | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[SweeperHarness]:
     async with VirtualEngine(storage, policy=Policy(artifacts=True)) as engine:
         store = store or MemoryArtifacts(lambda: engine.now)
-        sweeper = ArtifactSweeper(engine.disk, store, engine.clock, SweepStats(waiting=len(engine.disk.tombstones)))
+        stats = SweepStats(waiting=len(engine.disk.tombstones))
+        sweeper = ArtifactSweeper(engine.disk, store, engine.clock, stats, check=check)
         engine.disk.on_tombstones = sweeper.expect
         running = asyncio.create_task(sweeper.run())
         yield SweeperHarness(engine, store, sweeper)
@@ -143,6 +146,36 @@ async def test_damaged_tombstones_that_cannot_be_quarantined_degrade_health() ->
         storage.crowd = 0
         await seconds(POLL_S)
         assert at.sweeper.degraded_reason() is None
+
+
+@pytest.mark.parametrize("checks", [0, 1, 2])
+def test_nothing_is_deleted_when_another_node_may_lead(checks: int) -> None:
+    """The lease ends before a slice, while its tombstones are read, or before the store deletes the artifact."""
+
+    @in_virtual_time
+    async def run() -> None:
+        left: int | None = None
+
+        def check() -> None:
+            nonlocal left
+            if left == 0:
+                raise LeadershipLost("the lease is over")
+            if left is not None:
+                left -= 1
+
+        async with sweeping(check=check) as at:
+            await at.complete("a", "k")
+            left = checks
+            await at.delete("a")
+            await seconds(60)
+            assert "k" in at.store.objects
+            assert (len(at.store.tried) > 0) == (checks == 2)
+            assert len(at.engine.disk.tombstones) == 1
+            left = None
+            await seconds(MAX_RETRY_MS / 1000)
+            assert not at.store.objects
+
+    run()
 
 
 @in_virtual_time
