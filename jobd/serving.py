@@ -275,6 +275,7 @@ class Serving:
             moment=self.clock.moment,
             source=f"/jobd/{quote(socket.gethostname(), safe='')}",
             may_write=lambda: self.actor.full_disk.write_limit == WriteLimit.NONE,
+            may_send=lambda: self._leadership is None or self.check_leadership() is None,
             alerts=lambda: self.alerts.known(),
             chance=SystemRandom().random,
         )

@@ -27,6 +27,7 @@ class DispatchContext(Struct):
     moment: Callable[[], Moment]
     source: str  # the CloudEvents source of this daemon
     may_write: Callable[[], bool]  # False while the disk is full: the remaining space is for jobs that end
+    may_send: Callable[[], bool]  # False if another node may lead, which sends the same messages
     alerts: Callable[[], Sequence[AlertView] | None]  # None until the alerts are known
     chance: Callable[[], float]  # 0 to 1
     retry_policy: RetryPolicy = RetryPolicy()

@@ -256,6 +256,11 @@ class Dispatcher:
         return found
 
     async def _deliver(self, transport: Transport, delivery: Delivery) -> None:
+        if not self._context.may_send():  # again, because the deliveries were loaded meanwhile
+            del self._in_flight[delivery.id]
+            self.queue.requeue(delivery.id)
+            self._wake.set()
+            return
         try:
             outcome = await self._try(transport, delivery)
         finally:
@@ -278,6 +283,8 @@ class Dispatcher:
 
     def _deliver_alerts_directly(self, transport: Transport) -> None:
         """Deliver alerts while the outbox cannot be written. The outbox delivers them again once it can be written."""
+        if not self._context.may_send():
+            return
         name = self.endpoint.name
 
         async def post(message: Message) -> DeliveryOutcome:

@@ -94,13 +94,14 @@ class WebhookHarness:
         self.maker = maker
         self.clock = clock
         self.firing: dict[str, int] | None = {}  # firing alert -> since
-        self.may_write = True
+        self.may_write = self.may_send = True
         self.listeners: list[Callable[[Any], None]] = []
         self.context = DispatchContext(
             storage=disk,
             moment=clock.moment,
             source="/jobd/test",
             may_write=lambda: self.may_write,
+            may_send=lambda: self.may_send,
             alerts=self._alerts,
             chance=lambda: 0.5,
             retry_policy=FAST_RETRY,

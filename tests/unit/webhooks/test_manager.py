@@ -427,6 +427,46 @@ async def test_a_delivery_whose_result_was_not_stored_is_repeated(path: Path) ->
         assert then.posts.delivered[0] == at.posts.delivered[0]
 
 
+async def test_nothing_is_sent_while_another_node_may_lead(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.01)
+    posts = FakeTransport()
+    async with running_webhooks(path, wrap=CountingStore, posts=posts) as at:
+        storage: Any = at.context.storage
+        at.may_send = False
+        await at.commit(at.maker.create("a"))
+        await wait_until(lambda: at.webhooks.metrics()["e"].waiting == 1)
+        at.fire("database")
+        storage.faults["plan_deliveries"] = DiskFull("no room")  # otherwise the alert goes to the outbox
+        await asyncio.sleep(0.1)
+        assert not posts.tried
+        assert storage.calls["plan_deliveries"] < 50
+        storage.faults.clear()
+        at.may_send = True
+        await wait_until(lambda: len(posts.delivered) == 2)
+
+
+async def test_a_lease_that_ends_while_deliveries_are_loaded_ends_them(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.01)
+    monkeypatch.setattr(dispatcher, "MAX_RECENT", 0)
+    async with running_webhooks(path) as at:
+        loaded = at.store.deliveries
+
+        async def deliveries(ids: list[int]) -> list[Delivery]:
+            at.may_send = False
+            return await loaded(ids)
+
+        monkeypatch.setattr(at.store, "deliveries", deliveries)
+        await at.commit(at.maker.create("a"))
+        await wait_until(lambda: not at.may_send)
+        await asyncio.sleep(0.05)
+        assert not at.posts.tried
+        monkeypatch.setattr(at.store, "deliveries", loaded)
+        at.may_send = True
+        await wait_until(lambda: at.posts.types() == ["job.created"])
+
+
 @pytest.mark.parametrize("error", [DiskFull("no room"), FormatNotRead("node b is older")])
 async def test_nothing_is_sent_without_the_outbox_and_nothing_is_lost(
     path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch

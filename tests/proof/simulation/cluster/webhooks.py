@@ -10,6 +10,7 @@ from random import Random
 from typing import TYPE_CHECKING, Final
 
 from jobd.engine.disk_full import WriteLimit
+from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.storage import OutboxWrite
 from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.webhooks.context import DispatchContext
@@ -75,11 +76,19 @@ class Sender:
 
 
 def make_webhooks(receiver: Receiver, daemon: LeaderDaemon) -> WebhookManager:
+    def may_send() -> bool:
+        try:
+            daemon.leadership.check()
+        except (LeadershipLost, JournalOutcomeUnknown):
+            return False
+        return True
+
     context = DispatchContext(
         storage=daemon.node.disk,
         moment=daemon.clock.moment,
         source="/jobd/sim",
         may_write=lambda: daemon.actor.full_disk.write_limit == WriteLimit.NONE and not daemon.gone.is_set(),
+        may_send=may_send,
         alerts=lambda: None,
         chance=receiver.dice.random,
     )
