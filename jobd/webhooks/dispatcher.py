@@ -64,6 +64,7 @@ class Dispatcher:
             self.queue.add(QueuedDelivery(each.id, each.subject, ms + left_ms if left_ms else 0, each.tries))
 
     # -- interface -----------------------------------------------------------------------------------------------------
+    # Calls of operators run to their end even if the client disconnects, so that the queue has what the outbox has.
 
     async def run(self, transport: Transport) -> None:
         """Run until `stop`, then wait briefly for running deliveries. Log errors and continue."""
@@ -88,6 +89,9 @@ class Dispatcher:
 
     async def test(self) -> Delivery:
         """Put a test message into the outbox and let the breaker probe now. Raises CannotWrite."""
+        return await asyncio.shield(self._test())
+
+    async def _test(self) -> Delivery:
         context = self._context
         message = test_message(self.endpoint.name, context.next_delivery, context.moment().now, context.source)
         delivery = await self.reader.add(message)
@@ -99,6 +103,9 @@ class Dispatcher:
 
         A waiting delivery becomes due now. Raises CannotWrite.
         """
+        return await asyncio.shield(self._redeliver(id_))
+
+    async def _redeliver(self, id_: int) -> Delivery | None:
         found: Delivery | None
         if id_ in self.queue:
             self.queue.expedite(id_)
@@ -114,18 +121,20 @@ class Dispatcher:
     async def redeliver_all(self, upto: int) -> int:
         """Send dead-lettered deliveries up to number `upto` again, in slices. Return how many. Raises CannotWrite."""
         count = 0
-        while not self._stopping:
-            now = self._context.moment().now
-            found = await self._context.storage.deliver_all_again(self.endpoint.name, upto, SLICE, now)
-            for each in found:
-                if each.id not in self.queue:
-                    self.queue.add(QueuedDelivery(each.id, each.subject, 0))
-            count += len(found)
-            if not found:
-                break
-            self._probe_now()
+        while not self._stopping and (found := await asyncio.shield(self._redeliver_slice(upto))):
+            count += found
             await asyncio.sleep(SLICE_PAUSE_S)
         return count
+
+    async def _redeliver_slice(self, upto: int) -> int:
+        now = self._context.moment().now
+        found = await self._context.storage.deliver_all_again(self.endpoint.name, upto, SLICE, now)
+        for each in found:
+            if each.id not in self.queue:
+                self.queue.add(QueuedDelivery(each.id, each.subject, 0))
+        if found:
+            self._probe_now()
+        return len(found)
 
     def _probe_now(self) -> None:
         """Make an open breaker probe now. Old deliveries are not dead-lettered before the probe."""
@@ -182,9 +191,10 @@ class Dispatcher:
             await self.reader.save()
         else:
             self._deliver_alerts_directly(transport)
-        if not self._outcomes:  # while results cannot be stored, messages would be sent repeatedly
+        may_send = self._context.may_send()
+        if may_send and not self._outcomes:  # while results cannot be stored, messages would be sent repeatedly
             await self._start_deliveries(transport)
-        return self._wait_s() if may_write else DISK_FULL_RETRY_S
+        return self._wait_s() if may_write and may_send else DISK_FULL_RETRY_S
 
     def _wait_s(self) -> float | None:
         """Return the seconds until the next timer, or None."""

@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
@@ -892,6 +892,56 @@ async def test_a_delivery_in_any_state_can_be_sent_again(path: Path) -> None:
         assert at.posts.delivered[1].event_id == at.posts.delivered[0].event_id
         assert at.posts.delivered[1].body == at.posts.delivered[0].body
         assert await at.webhooks.redeliver("e", 999) is None
+
+
+class PausingStore(CountingStore):
+    """A store whose next write of the outbox is durable before `written` is set, and returns after `gate` is set."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.is_pausing = False
+        self.written, self.gate = asyncio.Event(), asyncio.Event()
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        write = super().__getattr__(name)
+
+        async def call(*args: Any) -> Any:
+            result = await write(*args)
+            if self.is_pausing and name in ("deliver_again", "deliver_all_again", "plan_deliveries"):
+                self.is_pausing = False
+                self.written.set()
+                await self.gate.wait()
+            return result
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("act", "sent"),
+    [
+        (lambda webhooks: webhooks.redeliver("e", 1), "job.created"),
+        (lambda webhooks: webhooks.redeliver_all("e", None), "job.created"),
+        (lambda webhooks: webhooks.test("e"), "webhook.test"),
+    ],
+    ids=["redeliver", "redeliver_all", "test"],
+)
+async def test_a_message_is_sent_although_the_client_that_asked_for_it_disconnects(
+    path: Path, act: Callable[[WebhookManager], Coroutine[Any, Any, object]], sent: str
+) -> None:
+    posts = FakeTransport(lambda _: REJECTED)
+    async with running_webhooks(path, endpoint(give_up_after_ms=0), posts=posts, wrap=PausingStore) as at:
+        await at.commit(at.maker.create("a"))
+        await wait_until(lambda: at.webhooks.metrics()["e"].given_up == 1)
+        posts.respond = lambda _: DELIVERED
+        storage: Any = at.context.storage
+        storage.is_pausing = True
+        asked = asyncio.create_task(act(at.webhooks))
+        await storage.written.wait()
+        asked.cancel()
+        await asyncio.wait([asked])
+        assert asked.cancelled()
+        storage.gate.set()
+        await wait_until(lambda: posts.types() == [sent])
 
 
 async def _slow_down(at: Any) -> None:
