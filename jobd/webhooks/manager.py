@@ -122,7 +122,7 @@ class WebhookManager:
         if not new:
             return
         context = self._context
-        outbox = await context.storage.open_outbox(list(endpoints), context.moment().now)
+        outbox = await context.storage.open_outbox(list(endpoints), context.moment().believed)
         context.next_delivery = max(context.next_delivery, outbox.next_delivery)
         for name in new:
             endpoint = endpoints[name]

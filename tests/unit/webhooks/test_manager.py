@@ -16,6 +16,7 @@ import pytest
 import structlog
 from msgspec.structs import replace
 
+from jobd.model.commands import Moment
 from jobd.model.events import Change
 from jobd.model.job import DAY_MS, HOUR_MS, Job
 from jobd.model.storage import DiskFull, FormatNotRead
@@ -1094,3 +1095,19 @@ async def test_no_secret_is_shown(path: Path) -> None:
         assert view.url == "https://e.test/…"
         assert "hush" not in str(view)
         assert KEY.decode() not in str(view)
+
+
+class SuspectWallClock(SteppedWallClock):
+    """A wall clock that is 40 days ahead of its expected value."""
+
+    def moment(self) -> Moment:
+        expected = super().moment().now
+        return Moment(now=expected + 40 * DAY_MS, lease=0, offset=0, trusted=expected)
+
+
+async def test_a_missing_endpoint_keeps_its_outbox_while_the_clock_is_suspect(path: Path) -> None:
+    async with running_webhooks(path, endpoint("e"), endpoint("f"), posts=FakeTransport(lambda _: REJECTED)) as at:
+        await at.commit(at.maker.create("a"))
+        await wait_until(lambda: all(each.waiting == 1 for each in at.webhooks.metrics().values()))
+    async with running_webhooks(path, endpoint("e"), clock=SuspectWallClock()) as at:
+        assert await at.store.list_deliveries("f", None, 99, 9)
