@@ -126,6 +126,8 @@ class Serving:
         self.clock = Clock(numbers.lease_ms, numbers.wall_ms, suspect=numbers.clock_suspect, keep_ms=keep_ms)
         self.actor = _make_actor(store, opened, state, self.clock, settings)
         store.on_broken = self.actor.lose_disk
+        self._sweeps = SweepStats(waiting=opened.tombstones)
+        store.on_tombstones = self._count_tombstones
         self.feed = EventFeed(store, numbers.next_event - 1, settings.limits.event_streams)
         self.failures = FailureGroups(store, numbers.next_job, opened.jobs)
         self.actor.on_commit += [self.feed.publish, self.failures.committed]
@@ -245,9 +247,12 @@ class Serving:
         log.warning("clock_set_back", back_ms=back_ms)
         self._due_jobs.keep(until)
 
+    def _count_tombstones(self, count: int) -> None:
+        """Count those that jobs leave before the sweeper starts."""
+        self._sweeps.waiting += count
+
     async def _start_sweeper(self) -> ArtifactSweeper | None:
         """Start the deletion of the artifacts of deleted jobs, if there is an artifact store."""
-        self._sweeps = SweepStats(waiting=self._opened.tombstones)
         self._artifacts = await open_artifacts(self._loaded)
         if self._artifacts is None:
             if self._opened.tombstones:

@@ -1,0 +1,59 @@
+"""The start of a daemon in this process: what happens while it waits for the artifact store."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from jobd import serving
+from jobd.config import LoadedConfig
+from jobd.config_loader import load
+from jobd.core.state import State
+from jobd.daemon import Daemon
+from jobd.serving import Serving
+from jobd.storage.store import Store
+from tests.support.memory_artifacts import MemoryArtifacts
+
+Start = Callable[[Callable[[Daemon, Store], None]], contextlib.AbstractAsyncContextManager[Serving]]
+
+
+def loaded(tmp_path: Path, **environ: str) -> LoadedConfig:
+    path = tmp_path / "config.toml"
+    path.write_text(f'[worker]\nsocket = "{tmp_path}/w.sock"\n[admin]\nlisten = "unix:{tmp_path}/a.sock"\n')
+    return load({}, {"ADMIN_TOKEN": "t" * 32, "JOBD_STORE_PATH": f"{tmp_path}/jobd.db", **environ}, str(path))
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Start a daemon that calls `meanwhile` while it opens the artifact store."""
+
+    @contextlib.asynccontextmanager
+    async def started(meanwhile: Callable[[Daemon, Store], None]) -> AsyncIterator[Serving]:
+        async with contextlib.AsyncExitStack() as stack:
+            store, opened = await Store.open(f"{tmp_path}/jobd.db")
+            await stack.enter_async_context(store)
+            daemon = Daemon(loaded(tmp_path), lambda: loaded(tmp_path), stack)
+
+            async def open_artifacts(_: LoadedConfig) -> MemoryArtifacts:
+                await asyncio.sleep(0)
+                meanwhile(daemon, store)
+                return MemoryArtifacts(lambda: 0)
+
+            monkeypatch.setattr(serving, "open_artifacts", open_artifacts)
+            daemon._passed_sockets = {}
+            daemon._make_authenticators()
+            await asyncio.to_thread(daemon._make_dashboard)
+            await daemon._lead(store, opened, State.opened(opened))
+            assert daemon._serving is not None
+            yield daemon._serving
+
+    return started
+
+
+async def test_tombstones_that_are_left_during_the_start_are_counted(start: Start) -> None:
+    async with start(lambda _, store: store.on_tombstones(2)) as at:
+        assert at._sweeps.waiting == 2
