@@ -185,7 +185,8 @@ class Daemon:
         self, store: Store, opened: OpenedStore, state: State, leadership: Leadership | None = None
     ) -> None:
         """Start all parts, and open the listeners or let those of a standby serve all routes. Raises CannotStart."""
-        serving = Serving(self._stack, self._loaded, store, opened, state, self._apps)
+        loaded = self._loaded
+        serving = Serving(self._stack, loaded, store, opened, state, self._apps)
         if leadership is None:
             await serving.start(self._stop.set)
         else:
@@ -194,6 +195,8 @@ class Daemon:
             await serving.start(self._stop.set, self.node.view, self._step_down)
             serving.services.refresh_nodes = self.node.registry.refresh
         self._serving = serving
+        if self._loaded is not loaded:  # a standby was reloaded meanwhile
+            serving.apply(self._loaded.config, self._loaded)
         await self._open_listeners(serving)
         self._background.run_until_cancelled("watchdog", self._feed_watchdog())
         if leadership is not None:

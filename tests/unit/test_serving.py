@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobd import serving
+from jobd import logging, serving
 from jobd.config import LoadedConfig
 from jobd.config_loader import load
 from jobd.core.state import State
@@ -57,3 +57,15 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
 async def test_tombstones_that_are_left_during_the_start_are_counted(start: Start) -> None:
     async with start(lambda _, store: store.on_tombstones(2)) as at:
         assert at._sweeps.waiting == 2
+
+
+async def test_a_reload_during_a_takeover_is_applied(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging, "set_level", lambda level: None)  # of all tests
+
+    def reload(daemon: Daemon, _: Store) -> None:
+        daemon._apply(loaded(tmp_path, JOBD_ALERTS_PROCESSING_JOBS="7"))
+
+    async with start(reload) as at:
+        assert at.alerts.thresholds.processing_jobs == 7
