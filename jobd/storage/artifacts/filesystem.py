@@ -231,7 +231,8 @@ def _run_calls(calls: CallQueue) -> None:
         if future is None or (error is not None and future.cancelled()):
             continue
         if future.cancelled():
-            undo(result)
+            with contextlib.suppress(OSError):
+                undo(result)
         else:
             with contextlib.suppress(RuntimeError):  # the loop is closed because the process ends
                 future.get_loop().call_soon_threadsafe(_set_outcome, calls, future, result, error, undo)

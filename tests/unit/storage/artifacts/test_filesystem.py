@@ -540,6 +540,27 @@ def _open_below(place: Path) -> int:
     return count
 
 
+async def test_the_thread_survives_a_file_that_fails_when_it_is_closed(store: FileArtifactStore) -> None:
+    started, held = threading.Event(), threading.Event()
+
+    def open_slowly() -> None:
+        started.set()
+        assert held.wait(150)
+
+    def fail(_: None) -> None:
+        raise OSError(5, "Input/output error")
+
+    opening = asyncio.ensure_future(store.run(open_slowly, fail))
+    assert await asyncio.to_thread(started.wait, 30)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    held.set()
+    async with asyncio.timeout(30):
+        await store.probe()
+    await store.close()
+
+
 async def test_files_are_closed_even_if_the_caller_was_cancelled(place: Path, store: FileArtifactStore) -> None:
     put(place, "k")
     reading = await store.open("k")
