@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import socket
@@ -13,8 +14,8 @@ from typing import Final
 from jobd import __version__
 from jobd.client import worker_requests
 from jobd.client.aio import AsyncJobClient
-from jobd.client.errors import JobdError
-from jobd.client.protocol import GrantInfo, uuid7
+from jobd.client.errors import IdempotencyKeyReused, JobdError
+from jobd.client.protocol import ApiRequest, GrantInfo, uuid7
 from jobd.client.retries import RETRIED, RetryOptions
 from jobd.client.worker.aio_utils import first_of
 from jobd.client.worker.service_thread import Log
@@ -26,6 +27,8 @@ POLL_MS: Final = 30_000
 NODE_POLL_MS: Final = 10_000  # with several nodes, as the one that holds the claim may no longer lead
 LOCK_TTL_MS: Final = 60_000
 ARRIVAL_S: Final = 0.25  # after `stop`, for a response that is on its way
+PROBE_S: Final = 1.0  # for each request for grants that were missed
+PROBES: Final = 3  # at most, because over TCP the daemon notices a cancelled claim a little later
 # A claim is also retried after errors that the daemon can recover from: a full disk, an internal error.
 RETRIED_CLAIM: Final = RETRIED | {"storage_full", "internal_error", "request_timeout"}
 
@@ -127,18 +130,9 @@ class Claimer:
 
     async def _claim(self, limit: int) -> list[GrantInfo]:
         """Claim up to `limit` jobs. Retries with the same key until the daemon responds or `stop` is called."""
-        options = self._options
-        request = worker_requests.claim(
-            options.worker,
-            queues=options.queues,
-            kinds=options.kinds,
-            limit=min(limit, 100),
-            wait_ms=0 if self._drain else POLL_MS if len(self._client.endpoints) == 1 else NODE_POLL_MS,
-            lock_ttl_ms=options.lock_ttl_ms,
-            stuck_after_ms=0,
-            max_processing_ms=options.max_processing_ms,
-            about=options.about,
-        )
+        key = uuid7()
+        wait_ms = 0 if self._drain else POLL_MS if len(self._client.endpoints) == 1 else NODE_POLL_MS
+        request = self._request(limit, wait_ms, key)
         self._is_resent = False
         retry = RetryOptions(total_s=self._retry_for_s, timeout_s=10.0, codes=RETRIED_CLAIM)
         claim = asyncio.ensure_future(self._client.send(request, retry, self._on_retry))
@@ -153,11 +147,44 @@ class Claimer:
                 claim.cancel()  # the daemon takes back a grant if it has not begun to send the response
                 await asyncio.gather(claim, return_exceptions=True)
         if claim.cancelled():
-            return []
+            return await self._missed_grants(request, self._request(limit, 0, key))
         grants = claim.result()
         if self._is_resent:
             self._log("the daemon responds again.")
         return grants
+
+    def _request(self, limit: int, wait_ms: int, key: str) -> ApiRequest[list[GrantInfo]]:
+        options = self._options
+        return worker_requests.claim(
+            options.worker,
+            queues=options.queues,
+            kinds=options.kinds,
+            limit=min(limit, 100),
+            wait_ms=wait_ms,
+            lock_ttl_ms=options.lock_ttl_ms,
+            stuck_after_ms=0,
+            max_processing_ms=options.max_processing_ms,
+            about=options.about,
+            idempotency_key=key,
+        )
+
+    async def _missed_grants(
+        self, cancelled: ApiRequest[list[GrantInfo]], probe: ApiRequest[list[GrantInfo]]
+    ) -> list[GrantInfo]:
+        """Return the grants of a cancelled claim whose response was on its way.
+
+        The daemon rejects the probe, which has the same key and another body, only if there are such grants, or if the
+        cancelled claim still waits. The probe itself does not wait, so no response to it is missed.
+        """
+        once = RetryOptions(total_s=0, timeout_s=PROBE_S)
+        with contextlib.suppress(JobdError):
+            for _ in range(PROBES):
+                with contextlib.suppress(IdempotencyKeyReused):
+                    return await self._client.send(probe, once)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(PROBE_S):
+                        return await self._client.send(cancelled, once)
+        return []
 
     def _on_retry(self, error: JobdError) -> None:
         if not self._is_resent:

@@ -11,8 +11,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
+import aiohttp
 import pytest
+from aiohttp import web
 
 from jobd.client import (
     AsyncJobClient,
@@ -22,6 +25,7 @@ from jobd.client import (
     Task,
     Worker,
 )
+from jobd.client.worker import claimer
 from tests import ROOT
 from tests.support.client_harness import (
     event_types,
@@ -29,6 +33,7 @@ from tests.support.client_harness import (
     wait_for_job,
 )
 from tests.support.daemon_process import DaemonProcess, die_with_us
+from tests.support.scripted_server import ScriptedServer, serving
 
 
 async def test_stop_lets_a_running_handler_end_and_claims_no_more(client: AsyncJobClient, queue: str) -> None:
@@ -87,6 +92,40 @@ async def test_after_the_grace_a_handler_is_stopped_and_its_job_released(
     assert (back.status, back.attempt, back.progress) == ("queued", 0, 0)
     assert (await event_types(client, job.id))[-1] == "released"
     assert len(raised) == (0 if is_async else 1)
+
+
+async def test_a_job_whose_grant_was_missed_by_a_stopped_worker_is_released(
+    client: AsyncJobClient, daemon: DaemonProcess, queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon has sent the whole response to the claim, and the worker has received nothing of it."""
+    monkeypatch.setattr(claimer, "ARRIVAL_S", 0)
+    server = ScriptedServer(behind=daemon.socket)
+    granted = threading.Event()
+
+    async def lose(request: web.BaseRequest) -> web.StreamResponse:
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.UnixConnector(daemon.socket)) as session,
+            session.post("http://jobd/v1/claim", data=await request.read(), headers=request.headers) as response,
+        ):
+            await response.read()
+        granted.set()
+        await server.hanging.wait()
+        raise AssertionError("the worker has closed the connection")
+
+    server.early = [lose]
+    job = await client.create_job(queue=queue)
+    with serving(server, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint, queues=[queue])
+
+        @worker.handler()
+        async def work(task: Task) -> None:
+            raise AssertionError("began after the stop")
+
+        async with running_worker(worker):
+            await asyncio.to_thread(granted.wait)
+    back = await client.get_job(job.id)
+    assert (back.status, back.attempt) == ("queued", 0)
+    assert (await event_types(client, job.id)) == ["created", "granted", "released"]
 
 
 async def test_a_second_stop_ends_the_grace(client: AsyncJobClient, queue: str) -> None:

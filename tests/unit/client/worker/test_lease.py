@@ -285,6 +285,6 @@ async def test_stop_ends_a_waiting_claim(tmp_path: Path) -> None:
             await wait_until(lambda: bool(server.received))
             worker.stop()
             await serving_
-    assert [received.path for received in server.received] == ["/v1/claim"]
+    assert {received.path for received in server.received} == {"/v1/claim"}
     assert server.received[0].json["stuck_after_ms"] == 0
     assert server.received[0].json["lock_ttl_ms"] == 60_000

@@ -17,7 +17,8 @@ from jobd.client.worker.claimer import ClaimOptions
 from jobd.client.worker.lease import LeaseKeeper
 from jobd.client.worker.runner import Execution, WorkerRunner, on_signals
 from tests.support.client_harness import GRANT, JOB
-from tests.support.scripted_server import ScriptedServer, ok
+from tests.support.polling import wait_until
+from tests.support.scripted_server import ScriptedServer, ok, rejected
 
 
 @pytest.mark.parametrize("first", [None, print], ids=["alone", "with a first call"])
@@ -37,6 +38,10 @@ def _own_handler(number: int, frame: FrameType | None) -> None:
     raise AssertionError("no signal was sent")
 
 
+async def _begin(keeper: LeaseKeeper) -> Execution:
+    raise AssertionError("began after the stop")
+
+
 @pytest.mark.parametrize("stop", [WorkerRunner.stop, WorkerRunner.stop_claiming], ids=["stop", "stop claiming"])
 async def test_a_grant_that_arrives_after_the_stop_is_released(
     server: ScriptedServer, endpoint: str, stop: Callable[[WorkerRunner], None], monkeypatch: pytest.MonkeyPatch
@@ -51,13 +56,10 @@ async def test_a_grant_that_arrives_after_the_stop_is_released(
         assert response is not None
         return response
 
-    async def begin(keeper: LeaseKeeper) -> Execution:
-        raise AssertionError("began after the stop")
-
     server.early = [grant_later]
     server.always = lambda received: ok(JOB)
     async with AsyncJobClient(endpoint) as client:
-        runner = WorkerRunner(client, ClaimOptions(worker="w"), begin, print)
+        runner = WorkerRunner(client, ClaimOptions(worker="w"), _begin, print)
         running = asyncio.create_task(runner.run())
         await asyncio.to_thread(claimed.wait)
         stop(runner)
@@ -66,3 +68,39 @@ async def test_a_grant_that_arrives_after_the_stop_is_released(
         go.set()
         await running
     assert [received.path for received in server.received] == ["/v1/jobs/j1/release"]
+
+
+async def test_a_grant_that_was_missed_is_released(
+    server: ScriptedServer, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon rejects the key of the claim with another body, so it has granted a job or the claim still waits."""
+    monkeypatch.setattr(claimer, "ARRIVAL_S", 0)
+    monkeypatch.setattr(claimer, "PROBE_S", 60)
+    reused = rejected("idempotency_key_reused", 422)
+    server.script = [server.hang, reused, ok({"grants": [GRANT]}), ok(JOB)]
+    async with AsyncJobClient(endpoint) as client:
+        runner = WorkerRunner(client, ClaimOptions(worker="w"), _begin, print)
+        running = asyncio.create_task(runner.run())
+        await wait_until(lambda: bool(server.received))
+        runner.stop()
+        await running
+    first, probe, repeat, release = server.received
+    assert len({received.headers["Idempotency-Key"] for received in (first, probe, repeat)}) == 1
+    assert first.body == repeat.body
+    assert first.json == {**probe.json, "wait_ms": claimer.POLL_MS}
+    assert release.path == "/v1/jobs/j1/release"
+
+
+async def test_a_stopped_claim_without_grants_is_probed_once(
+    server: ScriptedServer, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claimer, "ARRIVAL_S", 0)
+    monkeypatch.setattr(claimer, "PROBE_S", 60)
+    server.script = [server.hang, ok({"grants": []})]
+    async with AsyncJobClient(endpoint) as client:
+        runner = WorkerRunner(client, ClaimOptions(worker="w"), _begin, print)
+        running = asyncio.create_task(runner.run())
+        await wait_until(lambda: bool(server.received))
+        runner.stop()
+        await running
+    assert len(server.received) == 2
