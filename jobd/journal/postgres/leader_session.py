@@ -63,6 +63,7 @@ class LeaderSession:
         self._session = JournalSession(target)
         self._keys = lock_keys(target.cluster_id, "leader")
         self._locked: Any = None  # the connection that holds the lock
+        self._lock_tried_s = 0.0  # when it was last to be taken
         self._holder: str | None = None
         self._epoch = -1  # matches no epoch
         self._covered = 0  # first number without a partition, as far as known
@@ -87,6 +88,8 @@ class LeaderSession:
             found = await self._run(conn, _APPEND, *arguments)
         if found is None:
             self._fenced(conn)
+        if asyncio.get_running_loop().time() - self._lock_tried_s >= self._lease_ms / 1000:  # appends replace renewals
+            await self._hold_lock(conn, ends_other=True)
 
     async def renew(self, acked: int) -> int:
         return await self._session.run(self._lease_ms / 1000, lambda conn: self._renew(conn, acked))
@@ -179,8 +182,9 @@ class LeaderSession:
         """Take the advisory lock unless this connection holds it. Without it, there is no early takeover.
 
         The poll of a standby holds it for a moment. A previous leader that did not notice its end may hold it: with
-        `ends_other`, its session is ended, and the next renewal tries again.
+        `ends_other`, its session is ended, and the next call tries again.
         """
+        self._lock_tried_s = asyncio.get_running_loop().time()
         if self._locked is conn:
             return
         try:

@@ -224,6 +224,25 @@ async def test_the_session_of_a_leader_that_does_not_notice_its_end_is_ended(
         await a.resolve(0)
 
 
+async def test_a_leader_that_appends_all_the_time_ends_that_session_too(
+    postgres_server: PostgresServer, journal_name: str, a: PostgresJournal
+) -> None:
+    await lead(a)
+    node = await PostgresJournal.open(postgres_server.url(), journal_name, 500)
+    epoch, number = (await lead(node, "b")).epoch, 0
+
+    async def has_lock() -> bool:
+        nonlocal number
+        number += 1
+        await node.append(record_of(number, epoch), number - 1)
+        return node._leader._locked is not None
+
+    assert not await has_lock()
+    await wait_until(has_lock)
+    assert (await node.head()).is_connected
+    await node.close()
+
+
 async def test_a_server_need_not_tell_its_timeline(a: PostgresJournal, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (await a.health()).timeline == 1
     monkeypatch.setattr(postgres_journal, "_TIMELINE", "SELECT no_such_function()")
