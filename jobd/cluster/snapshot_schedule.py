@@ -1,7 +1,8 @@
 """Write a snapshot of the tables into the journal from time to time, and trim the journal behind it.
 
 A node with an empty disk starts from the newest snapshot. The first standby by name writes it, the leader only if no
-standby is running. While nodes of several versions run, one with the lowest schema version does: all can read it.
+standby is running. While nodes of several versions run, one with the lowest schema version does: all can read it. If it
+fails, the next node writes the snapshot after another interval.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import structlog
 
 from jobd.cluster.node_registry import GONE_S, NodeRegistry
 from jobd.engine.clock import wall_clock_ms
-from jobd.model.journal import BadRecord, JournalUnavailable, SharedJournal, SnapshotInfo
+from jobd.model.journal import BadRecord, Head, JournalUnavailable, SharedJournal, SnapshotInfo
 from jobd.model.storage import BackupError, DiskFull
 from jobd.storage.backup import StoreCopy
 from jobd.storage.cluster import snapshots
@@ -65,6 +66,7 @@ class SnapshotSchedule:
         self._every_ms = every_ms
         self._keep_ms = keep_ms
         self._wall_ms = wall_ms
+        self._due: tuple[int, float] | None = None  # the latest snapshot, and when another one was first seen to be due
         self._trimmed = 0  # records up to this one are known to be gone
         self._stop = asyncio.Event()
         self._writing: asyncio.Task[None] | None = None
@@ -74,9 +76,10 @@ class SnapshotSchedule:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(CHECK_S, self._every_ms / 1000)):
                     await self._stop.wait()
-            if self._stop.is_set() or not self._is_chosen():
+            turn = self._turn()
+            if self._stop.is_set() or turn is None:
                 continue
-            self._writing = asyncio.create_task(self._write_if_due(), name="snapshot")
+            self._writing = asyncio.create_task(self._write_if_due(turn), name="snapshot")
             await asyncio.wait([self._writing])
 
     def stop(self) -> None:
@@ -85,18 +88,32 @@ class SnapshotSchedule:
         if self._writing is not None:
             self._writing.cancel()
 
-    def _is_chosen(self) -> bool:
-        """Return whether this node writes the snapshots."""
+    def _turn(self) -> int | None:
+        """Return how many nodes come before this one, None if it writes no snapshots."""
         running = [node for node in self._registry.nodes if node.seen_ms < GONE_S * 1000]
-        leader = self._leader()
-        chosen = min(running, key=lambda node: (node.schema_version, node.process == leader), default=None)
-        return self._process == (leader if chosen is None else chosen.process)
+        leader, oldest = self._leader(), min((node.schema_version for node in running), default=0)
+        writers: list[str | None] = [node.process for node in running if node.schema_version == oldest]
+        writers = sorted(writers or [leader], key=lambda process: process == leader)
+        return writers.index(self._process) if self._process in writers else None
 
-    async def _write_if_due(self) -> None:
+    def _is_due(self, head: Head, last: SnapshotInfo, turn: int) -> bool:
+        """Return whether it is the turn of this node to write the snapshot after `last`.
+
+        A snapshot of the future does not count: the clock of the server was ahead.
+        """
+        if head.number - last.number < MIN_RECORDS or 0 <= head.at - last.at < self._every_ms:
+            self._due = None
+            return False
+        now_s = asyncio.get_running_loop().time()
+        if self._due is None or self._due[0] != last.number:
+            self._due = last.number, now_s
+        return now_s - self._due[1] >= turn * self._every_ms / 1000
+
+    async def _write_if_due(self, turn: int) -> None:
         try:
             head, known = await self._journal.head(), await self._journal.snapshots()
             last = known[-1] if known else SnapshotInfo(0, 0, 0, 0)
-            if head.number - last.number < MIN_RECORDS or head.at - last.at < self._every_ms:
+            if not self._is_due(head, last, turn):
                 return
             await self._check_branch()
             copy = await self._store.snapshot()
@@ -107,6 +124,8 @@ class SnapshotSchedule:
                 await self._clean_up()
         except (JournalUnavailable, DiskFull, BackupError, StoreError) as error:
             log.warning("snapshot_failed", reason=str(error))
+        except Exception:
+            log.exception("snapshot_failed")
 
     async def _parts(self, file: BinaryIO) -> AsyncIterator[bytes]:
         """Yield a copy in parts, after a check. A later failover of the server ends the session that writes them."""

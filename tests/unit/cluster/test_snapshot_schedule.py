@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import tempfile
 
 import pytest
@@ -115,7 +116,7 @@ def test_one_node_writes(name: str, others: str, writes: bool) -> None:
     async def run() -> None:
         node = Node(MemoryServer(loop_ms), name, *others)
         node.append(10)
-        await seconds(100)
+        await seconds(60)
         assert bool(node.copies) == writes
         await node.stop()
 
@@ -204,6 +205,63 @@ async def test_a_failure_is_logged_and_tried_again() -> None:
         node.error = None
         await seconds(11)
     assert [line["event"] for line in logs] == ["snapshot_failed", "snapshot_written"]
+    await node.stop()
+
+
+@in_virtual_time
+async def test_another_node_writes_if_the_first_one_cannot() -> None:
+    server = MemoryServer(loop_ms)
+    b, c, a = Node(server, "b", "a", "c"), Node(server, "c", "a", "b"), Node(server, "a", "b", "c")
+    b.error = DiskFull("the disk is full")
+    b.append(10)
+    await seconds(EVERY_MS / 1000)
+    assert (c.copies, server.snapshots) == (0, {})
+    await seconds(30)
+    assert list(server.snapshots) == [10]
+    b.append(10)
+    await seconds(1.5 * EVERY_MS / 1000)
+    assert list(server.snapshots) == [10]
+    await seconds(EVERY_MS / 1000)
+    assert (list(server.snapshots), c.copies, a.copies) == ([10, 20], 2, 0)
+    c.error = b.error
+    b.append(10)
+    await seconds(3.5 * EVERY_MS / 1000)
+    assert (list(server.snapshots), a.copies) == ([20, 30], 1)
+    for node in (a, b, c):
+        await node.stop()
+
+
+@in_virtual_time
+async def test_a_snapshot_of_the_future_does_not_delay_the_next_one() -> None:
+    ahead_ms = 1 << 40
+    server = MemoryServer(lambda: loop_ms() + ahead_ms)
+    node = Node(server, "b")
+    node.append(10)
+    await seconds(20)
+    ahead_ms = 0
+    node.append(10)
+    await seconds(20)
+    assert list(server.snapshots) == [10, 20]
+    node.append(10)
+    await seconds(40)
+    assert list(server.snapshots) == [10, 20]
+    await node.stop()
+
+
+@in_virtual_time
+async def test_an_unexpected_error_is_logged_and_tried_again() -> None:
+    server = MemoryServer(loop_ms)
+    node = Node(server, "b")
+    node.append(10)
+    with capture_logs() as logs:
+        node.error = OSError(errno.EMFILE, "Too many open files")
+        await seconds(11)
+        node.error = None
+        await seconds(11)
+    assert [(line["event"], line["log_level"]) for line in logs] == [
+        ("snapshot_failed", "error"),
+        ("snapshot_written", "info"),
+    ]
     await node.stop()
 
 
