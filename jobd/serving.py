@@ -264,6 +264,7 @@ class Serving:
         check = self._leadership.check if self._leadership is not None else lambda: None
         sweeper = ArtifactSweeper(self._store, self._artifacts, self.clock, self._sweeps, check=check)
         self._store.on_tombstones = sweeper.expect
+        self.actor.on_commit.append(sweeper.committed)
         self._background.run("sweeper", sweeper)
         return sweeper
 

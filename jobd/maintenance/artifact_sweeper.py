@@ -7,7 +7,7 @@ and is removed after the artifact is gone. An artifact that does not exist count
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import structlog
@@ -15,6 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.engine.clock import Clock
+from jobd.model.events import Change
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.storage import MAX_POSTPONE_MS, CannotWrite, DueTombstones, JobStorage, Tombstone
@@ -54,7 +55,7 @@ class SweepResult(Struct, frozen=True):
 
 
 class ArtifactSweeper:
-    """Sweeps from `run` until `stop`. `expect` counts new tombstones and wakes it.
+    """Sweeps from `run` until `stop`. `expect` counts new tombstones and wakes it. Call `committed` with every commit.
 
     `check` raises an error if another node may lead, whose jobs the tables of this one lack. Nothing is deleted then.
     """
@@ -77,6 +78,7 @@ class ArtifactSweeper:
         self._check = check
         self._wake = asyncio.Event()
         self._stopping = False
+        self._newly_named: set[str] | None = None  # keys that jobs have named since the slice began
         # Tombstone number -> loop time of its first failure, latest error.
         self._failing: dict[int | str, tuple[float, str]] = {}
 
@@ -85,6 +87,7 @@ class ArtifactSweeper:
         while not self._stopping:
             pause_s = POLL_S
             try:
+                self._newly_named = set()
                 if await self._slice():
                     pause_s = PAUSE_S
             except (CannotWrite, LeadershipLost, JournalOutcomeUnknown) as error:
@@ -93,6 +96,7 @@ class ArtifactSweeper:
                 self._record_exception(error)
             else:
                 self._failing.pop(STORE, None)
+            self._newly_named = None
             await self._pause(pause_s)
 
     def stop(self) -> None:
@@ -103,6 +107,15 @@ class ArtifactSweeper:
         """Count new tombstones that were written to the disk."""
         self.stats.waiting += count
         self._wake.set()
+
+    def committed(self, changes: Sequence[Change]) -> None:
+        """Note the keys that committed changes name, because a slice has read those of earlier ones."""
+        if self._newly_named is None:
+            return
+        for change in changes:
+            for named_by in (change.after, change.late):
+                if named_by is not None and named_by.result is not None and named_by.result.storage_key is not None:
+                    self._newly_named.add(named_by.result.storage_key)
 
     def degraded_reason(self) -> str | None:
         """Return why artifacts are not deleted in time, as a sentence, or None."""
@@ -152,9 +165,13 @@ class ArtifactSweeper:
 
     async def _try(self, tombstone: Tombstone, named: bool, now: int) -> SweepResult:
         """Delete one artifact, unless a job names its key. The store is called anyway: it cleans up after a crash."""
+        newly_named = self._newly_named
+        assert newly_named is not None
 
         def decide(modified_at: int) -> Verdict:
+            nonlocal named
             self._check()
+            named = named or tombstone.key in newly_named
             return "leave" if named else judge(tombstone, self._margins, now, modified_at)
 
         try:

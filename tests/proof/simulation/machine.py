@@ -479,6 +479,7 @@ class SimDaemon:
         sweeps = SweepStats(waiting=self.opened.tombstones)
         self.sweeper = ArtifactSweeper(machine.disk, machine.artifacts, self.clock, sweeps, machine.scenario.margins)
         machine.disk.on_tombstones = self.sweeper.expect
+        self.actor.on_commit.append(self.sweeper.committed)
         return self.spawn(self.sweeper.run())
 
     def _settle(self) -> None:

@@ -67,6 +67,7 @@ async def sweeping(
         stats = SweepStats(waiting=len(engine.disk.tombstones))
         sweeper = ArtifactSweeper(engine.disk, store, engine.clock, stats, check=check)
         engine.disk.on_tombstones = sweeper.expect
+        engine.actor.on_commit.append(sweeper.committed)
         running = asyncio.create_task(sweeper.run())
         yield SweeperHarness(engine, store, sweeper)
         sweeper.stop()
@@ -192,6 +193,30 @@ async def test_an_artifact_stays_until_the_last_job_that_names_it_is_deleted() -
         await at.delete("b")
         await until(lambda: at.sweeps.deleted == 1)
         assert not at.store.objects
+
+
+class SlowArtifacts(MemoryArtifacts):
+    """A store that takes a second to find an object."""
+
+    async def pause(self) -> None:
+        await asyncio.sleep(1.0)
+
+
+@in_virtual_time
+async def test_an_artifact_that_a_job_names_while_the_store_looks_for_it_stays() -> None:
+    store = SlowArtifacts(lambda: 0)
+    async with sweeping(store=store) as at:
+        await at.complete("a", "k")
+        lock_id = await at.engine.held("c")
+        await at.delete("a")
+        await until(lambda: store.tried == ["k"])
+        await at.engine.yes(Complete(id="c", lock_id=lock_id, storage_key="k"))
+        with capture_logs() as lines:
+            await until(lambda: at.sweeps.kept == 1)
+        assert [line["why"] for line in lines if line["event"] == "artifact_left"] == ["another job names its key"]
+        assert "k" in store.objects
+        await at.delete("c")
+        await until(lambda: at.sweeps.deleted == 1)
 
 
 @in_virtual_time
