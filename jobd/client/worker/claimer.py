@@ -26,7 +26,7 @@ MAX_CONCURRENCY: Final = 100_000  # the bound of About.concurrency
 POLL_MS: Final = 30_000
 NODE_POLL_MS: Final = 10_000  # with several nodes, as the one that holds the claim may no longer lead
 LOCK_TTL_MS: Final = 60_000
-ARRIVAL_S: Final = 0.25  # after `stop`, for a response that is on its way
+ARRIVAL_S: Final = 0.05  # after `stop`, for a response that is on its way
 PROBE_S: Final = 1.0  # for each request for grants that were missed
 PROBES: Final = 3  # at most, because over TCP the daemon notices a cancelled claim a little later
 # A claim is also retried after errors that the daemon can recover from: a full disk, an internal error.
