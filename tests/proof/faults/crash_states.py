@@ -36,7 +36,10 @@ _HEAD: Final = struct.Struct("<BBHIqq")
 
 @dataclass(frozen=True)
 class LoggedCall:
-    """A call that succeeded. `file` indexes SUFFIXES, `at` is an offset or a size, `time_s` is time.monotonic()."""
+    """A call that succeeded, or a write that a kill may have prevented.
+
+    `file` indexes SUFFIXES, `at` is an offset or a size, `time_s` is time.monotonic().
+    """
 
     what: int
     file: int
@@ -46,7 +49,7 @@ class LoggedCall:
 
 
 def records(log: Path) -> Iterator[LoggedCall]:
-    """Yield all logged calls in the order in which they returned."""
+    """Yield all logged calls in their order."""
     text = memoryview(log.read_bytes())
     place = 0
     while place < len(text):

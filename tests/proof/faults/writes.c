@@ -1,8 +1,8 @@
 /* Preloaded into a daemon: logs every write to the files of a store, and every sync, with their contents.
  *
- * WRITES_OF is the path of the database, WRITES_LOG the file that the records go to. A record is written when its call
- * has returned without an error, and before the caller hears of it: what was synced is in the log before anybody can be
- * told. Changes nothing of what it sees.
+ * WRITES_OF is the path of the database, WRITES_LOG the file that the records go to. The record of a write is written
+ * before the call, so that a kill between the two leaves no write without a record. Other records are written when the
+ * call has returned without an error, and before the caller hears of it. Changes nothing of what it sees.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -99,19 +99,26 @@ static int opened(int fd, const char *name, int flags) {
 OPENS(open)
 OPENS(open64)
 
-static ssize_t written(int fd, const void *bytes, ssize_t length, int64_t at) {
+static void writing(int fd, const void *bytes, size_t length, int64_t at) {
     int file = which_fd(fd);
     if (length > 0 && file >= 0)
-        say(WRITE, file, at, bytes, (size_t)length);
-    return length;
+        say(WRITE, file, at, bytes, length);
+}
+
+static ssize_t whole(int fd, ssize_t written, size_t length) {
+    if (which_fd(fd) >= 0 && written != (ssize_t)length)
+        abort();
+    return written;
 }
 
 ssize_t pwrite(int fd, const void *bytes, size_t length, off_t at) {
-    return written(fd, bytes, NEXT(pwrite)(fd, bytes, length, at), at);
+    writing(fd, bytes, length, at);
+    return whole(fd, NEXT(pwrite)(fd, bytes, length, at), length);
 }
 
 ssize_t pwrite64(int fd, const void *bytes, size_t length, off64_t at) {
-    return written(fd, bytes, NEXT(pwrite64)(fd, bytes, length, at), at);
+    writing(fd, bytes, length, at);
+    return whole(fd, NEXT(pwrite64)(fd, bytes, length, at), length);
 }
 
 static int done(int what, int fd, int result, int64_t at) {
