@@ -78,15 +78,7 @@ class Program:
             if watchdog is not None:
                 watchdog.starts(token)
             try:
-                process = subprocess.Popen(
-                    list(command),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    bufsize=0,
-                    env=dict(environ),
-                    start_new_session=True,
-                )
+                process = _popen(command, environ)
             except OSError:
                 on_gone()
                 raise
@@ -253,6 +245,18 @@ async def _ready(pipe: IO[bytes], *, to_write: bool = False) -> None:
         await ready
     finally:
         remove(pipe.fileno())
+
+
+def _popen(command: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        list(command),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        env=dict(environ),
+        start_new_session=True,
+    )
 
 
 def _wait_for(pid: int, exited: asyncio.Future[int | None]) -> None:
