@@ -157,7 +157,7 @@ class LeaseKeeper:
             try:
                 state = await self._try(report)
             except asyncio.CancelledError:
-                self._pending = self._pending or report
+                self._keep(report)
                 raise
             if state is not None:
                 failures, self._ttl_s = 0, state.ttl_ms / 1000
@@ -206,6 +206,10 @@ class LeaseKeeper:
         if self._is_reachable:
             self._is_reachable = False
             self._log(f"job {self.id}: {error.message} The work continues; retrying.")
+        self._keep(report)
+
+    def _keep(self, report: _ProgressReport | None) -> None:
+        """Keep progress that was not sent, unless there is newer progress. Its caller waits no longer."""
         if report is not None:
             self._pending = self._pending or report
             _resolve(report.reported)

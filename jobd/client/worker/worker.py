@@ -79,7 +79,8 @@ class Worker:
         self._timeout_s = seconds(timeout)
         self._grace_s = grace_s
         self._handlers: dict[str | None, RegisteredHandler] = {}
-        self._stop: Callable[[], None] | None = None
+        self._stop: Callable[[], None] | None = None  # set by `serve`
+        self._is_stopped = False
 
     @overload
     def handler(self, function: HandlerFunction, /) -> HandlerFunction: ...
@@ -127,7 +128,11 @@ class Worker:
         asyncio.run(self.serve(signals=True))
 
     def stop(self) -> None:
-        """Drain, as on SIGTERM. A second call ends the grace, a third stops at once. Thread-safe."""
+        """Drain, as on SIGTERM. A second call ends the grace, a third stops at once. Thread-safe.
+
+        A call before `run` or `serve` ends it before it claims a job.
+        """
+        self._is_stopped = True
         if self._stop is not None:
             self._stop()
 
@@ -162,10 +167,15 @@ class Worker:
             finally:
                 watching.cancel()
 
-        self._stop = functools.partial(service.call, runner.stop)
+        stop = self._stop = functools.partial(service.call, runner.stop)
         first = functools.partial(service.call, runner.stop_claiming)
-        with on_signals(self._stop, first) if signals else contextlib.nullcontext():
-            await service.run(work, runner.abandon)
+        if self._is_stopped:
+            stop()
+        try:
+            with on_signals(stop, first) if signals else contextlib.nullcontext():
+                await service.run(work, runner.abandon)
+        finally:
+            self._stop, self._is_stopped = None, False
         if runner.start_error is not None:
             raise runner.start_error
 

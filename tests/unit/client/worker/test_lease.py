@@ -9,10 +9,12 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import jobd
 from jobd.client import (
+    AsyncJobClient,
     Forbidden,
     JobdError,
     NotFound,
@@ -21,7 +23,9 @@ from jobd.client import (
     Unauthorized,
     Worker,
 )
+from jobd.client.protocol import GrantInfo
 from jobd.client.worker import lease
+from jobd.client.worker.lease import LeaseKeeper
 from tests.support.client_harness import (
     GRANT,
     JOB,
@@ -288,3 +292,30 @@ async def test_stop_ends_a_waiting_claim(tmp_path: Path) -> None:
     assert {received.path for received in server.received} == {"/v1/claim"}
     assert server.received[0].json["stuck_after_ms"] == 0
     assert server.received[0].json["lock_ttl_ms"] == 60_000
+
+
+async def test_a_stop_before_the_start_ends_a_worker_before_its_first_claim(tmp_path: Path) -> None:
+    daemon = ScriptedDaemon()
+    with serving(daemon.server, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+        worker.handler()(print)
+        worker.stop()
+        await worker.serve()
+        assert daemon.server.received == []
+        async with running_worker(worker):  # it can be started again
+            await daemon.receive("claim")
+
+
+async def test_the_end_of_a_lease_ends_all_waits_for_progress(tmp_path: Path) -> None:
+    server = ScriptedServer()
+    server.always = lambda received: server.hang if received.path.endswith("/progress") else ok(JOB)
+    with serving(server, tmp_path / "p") as endpoint:
+        async with AsyncJobClient(endpoint) as client:
+            keeper = LeaseKeeper(client, msgspec.json.decode(msgspec.json.encode(GRANT), type=GrantInfo), print)
+            keeper.start()
+            sent = keeper.report(1)
+            await wait_until(lambda: bool(server.received))
+            pending = keeper.report(2)
+            await keeper.stop()
+            assert sent.done()
+            assert pending.done()
