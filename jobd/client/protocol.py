@@ -148,9 +148,9 @@ class ApiResponse:
 
 
 def with_query(path: str, **query: str | int | None) -> str:
-    """Add a query to `path`, without the parameters that are None."""
+    """Add a query to `path`, without the parameters that are None. The daemon rejects text that is not Unicode."""
     parameters = {name: value for name, value in query.items() if value is not None}
-    return f"{path}?{urlencode(parameters)}" if parameters else path
+    return f"{path}?{urlencode(parameters, errors='surrogatepass')}" if parameters else path
 
 
 def get(path: str, shape: type[T], **query: str | int | None) -> ApiRequest[T]:
@@ -182,10 +182,13 @@ def post(
 
 
 def job_path(base: str, job_id: str, verb: str = "") -> str:
-    """Return the path of a job. The ids `.` and `..` are escaped, because they mean directories in a path."""
+    """Return the path of a job. The ids `.` and `..` are escaped, because they mean directories in a path.
+
+    The daemon rejects an id that is not Unicode.
+    """
     if not job_id:
         raise InvalidRequest("The job id is empty.")
-    name = quote(job_id, safe=":")
+    name = quote(job_id, safe=":", errors="surrogatepass")
     if not name.strip("."):
         name = name.replace(".", "%2E")
     return f"{base}/{name}/{verb}" if verb else f"{base}/{name}"
@@ -225,9 +228,9 @@ def raise_error(response: ApiResponse) -> None:
 
 def _foreign_error(response: ApiResponse) -> JobdError:
     """Return the error for a response from a proxy in front of the daemon, or from another program."""
-    if response.status in (502, 503, 504):
+    if response.status in (429, 500, 502, 503, 504):
         text = f"A proxy in front of the daemon responded with HTTP {response.status}."
-        return Unreachable(text, status=response.status)
+        return Unreachable(text, status=response.status, retry_after_ms=_retry_after_ms(response, {}))
     return BadResponse(
         f"HTTP {response.status} without the daemon's error object: is this the right port?", status=response.status
     )

@@ -307,6 +307,14 @@ async def test_an_id_of_dots_is_escaped(server: ScriptedServer, endpoint: str) -
     assert server.received[0].path == "/v1/jobs/%2E%2E"
 
 
+def test_text_that_is_not_unicode_is_sent_for_the_daemon_to_reject(server: ScriptedServer, send: EitherClient) -> None:
+    server.script = [rejected("invalid_request", 400), rejected("invalid_request", 400)]
+    for request in (worker_requests.get_job("a\udcff"), worker_requests.list_jobs(queue="\udcff")):
+        with pytest.raises(InvalidRequest):
+            send(request)
+    assert [each.path for each in server.received] == ["/v1/jobs/a%ED%B3%BF", "/v1/jobs?queue=%ED%B3%BF"]
+
+
 @pytest.mark.parametrize("key", ["", "ключ", "é", "a\nb", "k" * 201, "\udcff"])
 async def test_a_key_that_a_header_cannot_have_is_an_invalid_request(
     server: ScriptedServer, endpoint: str, key: str

@@ -47,10 +47,11 @@ def test_an_unknown_code_is_raised_as_jobd_error() -> None:
     assert (type(caught.value), caught.value.code, caught.value.details) == (JobdError, "new_code", {})
 
 
-@pytest.mark.parametrize("status", [502, 503, 504])
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
 def test_an_error_of_a_proxy_means_unreachable(status: int) -> None:
-    with pytest.raises(Unreachable):
-        read_result(READ, _reply(b"<html>bad gateway", status))
+    with pytest.raises(Unreachable) as caught:
+        read_result(READ, _reply(b"<html>bad gateway", status, retry_after="2"))
+    assert caught.value.retry_after_ms == 2000
 
 
 @pytest.mark.parametrize(
