@@ -41,6 +41,7 @@ from jobd.storage.schema import migrations
 
 # Sections and keys in which the nodes of a cluster may differ.
 OWN_SETTINGS: Final = frozenset({"worker", "admin", "store", "node", "log", "journal.url"})
+STOP_S: Final = 1.0  # for a read of the journal, before a standby stops
 
 log = structlog.get_logger("jobd.daemon")
 
@@ -109,6 +110,10 @@ class ClusterNode:
         await asyncio.wait([following, stopping], return_when=asyncio.FIRST_COMPLETED)
         self._standby.stop()
         stopping.cancel()
+        if not (await asyncio.wait([following], timeout=STOP_S))[0]:  # PostgreSQL does not respond
+            following.cancel()
+            await asyncio.wait([following])
+            return None
         try:
             self.leadership = await following
         except BadRecord as error:

@@ -450,6 +450,18 @@ def test_a_leader_without_its_journal_serves_nothing_before_another_leads(cluste
 
 
 @pytest.mark.long
+def test_a_standby_stops_at_once_while_postgresql_hangs(cluster: Cluster, proxy: ProxyThread) -> None:
+    cluster.add("a").wait_leads()
+    standby = cluster.add("b", **proxied(cluster, proxy))
+    wait_until(lambda: len(standby.cluster()["nodes"]) == 2)
+    proxy.lose(requests=True, responses=True)
+    time.sleep(0.5)  # so that the standby waits for the head of the journal
+    began = time.monotonic()
+    assert standby.stop() == 0
+    assert time.monotonic() - began < 7.0, "the limit of a read is 10 s"
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("direction", ["requests", "responses"])
 def test_a_client_does_not_notice_a_lost_connection_to_the_journal(
     cluster: Cluster, proxy: ProxyThread, direction: str
