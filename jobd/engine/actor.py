@@ -454,12 +454,13 @@ class Actor:
     def _send_meanwhile(self) -> None:
         """Send the responses of the last commit while the next batch is written."""
         if self._unsent is not None:
-            asyncio.get_running_loop().call_soon(self._send_in_callback)
+            asyncio.get_running_loop().call_soon(self._send_or_end)
 
-    def _send_in_callback(self) -> None:
+    def _send_or_end(self) -> None:
+        """Send the responses of the last commit, and let `run` end if a callback fails."""
         try:
             self._send_responses()
-        except Exception as bug:  # outside `run`, which has to end too
+        except Exception as bug:
             self.lose_disk(bug)
 
     def _prepare_meanwhile(self, decided: DecidedBatch) -> None:
@@ -612,7 +613,7 @@ class Actor:
     def _fail(self, batch: list[Envelope], error: Exception) -> None:
         """Respond that the outcome of the current commands is unknown, and reject the waiting ones."""
         self._stopping = True
-        self._send_responses()
+        self._send_or_end()
         unknown, undone = [*batch, *self._decider.served], [*self._mailbox]
         if isinstance(error, LeadershipLost | JournalOutcomeUnknown):
             log.warning("leadership_lost", reason=str(error), commands=len(batch))

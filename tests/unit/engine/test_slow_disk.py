@@ -281,3 +281,21 @@ async def test_a_full_disk_after_an_early_read_is_handled_as_usual() -> None:
         assert (await looking).data.status == "queued"
         assert (await creating).code == "storage_full"
         engine.disk.free()
+
+
+@in_virtual_time
+async def test_a_bug_in_a_callback_ends_the_actor_after_all_responses() -> None:
+    engine = VirtualEngine(SlowStorage())
+    running = start_task(engine.actor.run())
+
+    def fail(_: object) -> None:
+        raise LookupError("a bug")
+
+    engine.actor.on_commit.append(fail)
+    asked = []
+    for _ in range(3):  # the responses of each batch are sent while the next one is written
+        asked += ask_all(engine, [Create()])
+        await asyncio.sleep(COMMIT_S * 0.7)
+    with pytest.raises(DiskBroken, match="a bug"):
+        await running
+    assert [type(await each) for each in asked] == [Response, Response, ApiError]
