@@ -111,7 +111,7 @@ def _discard_stdout() -> None:
 
 def _report(error: BaseException, name: str, args: Sequence[str], token_source: str | None) -> int:
     """Print `error` on stderr and return its exit code. An unexpected exception is a bug and is raised again."""
-    from jobd.client.errors import JobdError, Unauthorized
+    from jobd.client.errors import InvalidRequest, JobdError, Unauthorized
 
     if isinstance(error, SystemExit) and type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):
         error = BrokenPipeError()  # click turned it into exit 1, and replaced the stream
@@ -121,7 +121,9 @@ def _report(error: BaseException, name: str, args: Sequence[str], token_source: 
             text = re.sub(r"\n\s*", " ", _sentence(error.format_message()))
             terminal.say(f"{name}: {text}{'' if text.endswith('?') else '.'} See: {path} --help")
             return USAGE
-        case UnicodeEncodeError() if (invalid := next((arg for arg in args if not _is_utf8(arg)), None)) is not None:
+        case UnicodeEncodeError() | InvalidRequest() if (
+            invalid := next((arg for arg in args if not _is_utf8(arg)), None)
+        ) is not None:
             terminal.say(f"{name}: the argument {invalid!r} is not UTF-8")
             return USAGE
         case click.FileError():
