@@ -257,7 +257,7 @@ def test_some_checks_go_beyond_the_schema(body: Any, field: str, message: str, f
 
 @pytest.mark.slow
 @pytest.mark.parametrize("call", DECODERS)
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_the_decoder_accepts_a_body_exactly_if_its_schema_does(call: str, data: st.DataObject) -> None:
     """The decoder also checks values, such as the segments of a storage key and the size of a payload."""
