@@ -40,6 +40,7 @@ settings.register_profile("untimed", deadline=None)  # a machine may be busy
 settings.load_profile("untimed")
 
 _journals = itertools.count(1)
+ALWAYS_SLOW = (ROOT / "tests/proof", ROOT / "tests/browser")
 EPOCH_1_MS = 1_577_836_801_000  # wall time that yields epoch 1
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
@@ -127,13 +128,21 @@ def _called_by_the_test() -> bool:
     return False
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no module without slow tests if only slow tests are selected. Each process of xdist collects all tests."""
+    if config.option.markexpr not in {"slow", "slow and not long", "long"} or not collection_path.match("test_*.py"):
+        return None
+    if any(collection_path.is_relative_to(place) for place in ALWAYS_SLOW):
+        return None
+    return "mark.slow" not in collection_path.read_text() or None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of the browser and of the proofs as slow. Begin with the proofs, which have the longest tests."""
-    proof, browser = ROOT / "tests/proof", ROOT / "tests/browser"
     for item in items:
-        if item.path.is_relative_to(browser) or item.path.is_relative_to(proof):
+        if any(item.path.is_relative_to(place) for place in ALWAYS_SLOW):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: not item.path.is_relative_to(proof))
+    items.sort(key=lambda item: not item.path.is_relative_to(ROOT / "tests/proof"))
 
 
 @pytest.hookimpl(trylast=True)
