@@ -7,6 +7,7 @@ import pytest
 from tests.proof import cluster_demo
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_claim_of_the_cluster_demo_is_observed(capfd: pytest.CaptureFixture[str]) -> None:
