@@ -27,7 +27,7 @@ from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.mailbox import Envelope
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.journal.record import FORMAT
-from jobd.model.commands import Call, EndGrants
+from jobd.model.commands import EndGrants
 from jobd.model.job import Policy
 from jobd.model.journal import BadRecord, Head, SharedJournal
 from jobd.model.responses import Response
@@ -234,9 +234,9 @@ def _ending(warm: WarmState, epoch: int, loss: Loss, policy: Policy) -> Batch:
         state, IdempotencyStore([], 1), WaitingClaims(state.presence), refuse=lambda _: None, loop_time=time.monotonic
     )
     command = EndGrants(ids=list(state.processing), last=False, cause=CAUSE)
-    call = Call(command, by="daemon", seed=os.urandom(16))
+    envelope = Envelope(command, by="daemon", seed=os.urandom(16))
     at = Clock(numbers.lease_ms, numbers.wall_ms).moment()
-    decided = decider.decide([Envelope(call, None, 0, [])], at, Preloaded(), policy, serves=False)
+    decided = decider.decide([envelope], at, Preloaded(), policy, serves=False)
     [(_, response)] = decided.replies
     assert isinstance(response, Response), response
     batch = decider.batch(decided, policy)

@@ -39,7 +39,6 @@ from jobd.engine.mailbox import (
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.model.commands import (
     AnyCommand,
-    Call,
     Claim,
     Complete,
     Create,
@@ -199,9 +198,8 @@ class Actor:
         refusal = self._refuse_entry(command, size)
         if refusal is not None:
             return refusal
-        envelope = Envelope(
-            Call(command, by, self._random(16), admin, operator, expected), key, size, [waiter], ordered
-        )
+        seed = self._random(16)
+        envelope = Envelope(command, by, seed, admin, operator, expected, key, size, [waiter], ordered)
         self._put(envelope)
         return envelope
 
@@ -274,7 +272,7 @@ class Actor:
         return None
 
     def _internal_envelope(self, command: AnyCommand, *waiters: Waiter) -> Envelope:
-        return Envelope(Call(command, "daemon", self._random(16)), None, 0, [*waiters])
+        return Envelope(command, "daemon", self._random(16), futures=[*waiters])
 
     def _put(self, envelope: Envelope) -> None:
         if not self._mailbox:
@@ -366,7 +364,7 @@ class Actor:
                 break
             size += envelope.size
             mailbox.popleft()
-            command = envelope.call.command
+            command = envelope.command
             if envelope.key is not None and type(command) in STORE_VIEWS:
                 weights += VIEW_WEIGHT
             elif type(command) in WEIGHTY:
@@ -391,7 +389,7 @@ class Actor:
         for envelope in self._internal:
             if weights >= BATCH_WEIGHT:
                 break
-            weights += weight(envelope.call.command)
+            weights += weight(envelope.command)
             taken.append(envelope)
         return taken
 
@@ -479,12 +477,12 @@ class Actor:
     async def _load(self, batch: list[Envelope]) -> Preloaded:
         """Read what the decisions need and memory does not hold: finished jobs, stored responses, some payloads."""
         for envelope in batch:
-            if envelope.key is not None or not self._is_in_memory(envelope.call.command):
+            if envelope.key is not None or not self._is_in_memory(envelope.command):
                 break
         else:
             return Preloaded()
         known, state, now = Preloaded(), self.state, self._clock.moment().believed
-        naming = [(envelope, ids) for envelope in batch if (ids := named_ids(envelope.call.command))]
+        naming = [(envelope, ids) for envelope in batch if (ids := named_ids(envelope.command))]
         named = dict.fromkeys(job_id for _, ids in naming for job_id in ids)
         unknown = [job_id for job_id in named if state.get(job_id) is None and job_id not in state.quarantined]
         digests = [envelope.key.digest for envelope in batch if envelope.key is not None]
@@ -495,7 +493,7 @@ class Actor:
             known.responses = loaded.responses
             for finished in loaded.jobs.values():
                 state.keep_finished(finished)
-        deletable = {job_id for envelope, _ in naming for job_id in deleted_ids(envelope.call.command)}
+        deletable = {job_id for envelope, _ in naming for job_id in deleted_ids(envelope.command)}
         firsts = [ids for envelope, ids in naming if needs_payload_first(envelope, deletable)]
         wanted = {job.seq: job.id for ids in firsts for job_id in ids if (job := state.get(job_id)) is not None}
         if wanted:
@@ -503,7 +501,7 @@ class Actor:
             loaded = await self.disk.load([], list(wanted), [])
             known.payloads = {seq: payload.body for seq, payload in loaded.payloads.items()}
             known.hashes = {wanted[seq]: payload.request_hash for seq, payload in loaded.payloads.items()}
-        await self._load_late((envelope.call.command for envelope, _ in naming), known)
+        await self._load_late((envelope.command for envelope, _ in naming), known)
         return known
 
     def _is_in_memory(self, command: Any) -> bool:
@@ -571,9 +569,9 @@ class Actor:
         """
         is_internal = envelope in self._internal
         if isinstance(response, ApiError) and response.code == "storage_full":
-            if not is_internal and isinstance(envelope.call.command, Undelivered):
+            if not is_internal and isinstance(envelope.command, Undelivered):
                 self._internal.append(envelope)
-            return is_internal or isinstance(envelope.call.command, Undelivered)
+            return is_internal or isinstance(envelope.command, Undelivered)
         if is_internal:
             self._internal.remove(envelope)
         return False

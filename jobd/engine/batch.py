@@ -146,7 +146,7 @@ class Decider:
         if serves:
             self._serve_waiting(decided)
         for envelope in envelopes:
-            if type(envelope.call.command) in _GRANTING and envelope.is_abandoned:
+            if type(envelope.command) in _GRANTING and envelope.is_abandoned:
                 continue  # no caller is left to receive the grant
             response = self._decide_one(decided, envelope)
             if response is not None:
@@ -199,7 +199,7 @@ class Decider:
             self.waiting_claims.add(envelope)
         decided.tx.roll_back()
         # The job that a claim got may be in quarantine now, so any other job of its queues may be its next one.
-        claims = [each.call.command for each in waiting_again]
+        claims = [each.command for each in waiting_again]
         for queue in {queue for claim in claims if isinstance(claim, Claim) for queue in claim.queues}:
             for kind in self.state.queued_kinds(queue):
                 self._note_due(queue, kind)
@@ -226,7 +226,7 @@ class Decider:
 
     def _decide_one(self, decided: DecidedBatch, envelope: Envelope) -> Response | ApiError | None:
         """Return the response to one command. None: its claim waits for work, or for an equal one that does."""
-        command = envelope.call.command
+        command = envelope.command
         key = envelope.key
         if key is not None and is_dry_run(command):
             key = None  # a dry run may be repeated
@@ -244,7 +244,7 @@ class Decider:
             self.state.presence.note_request(command)
         elif type(command) in _NOTED and (refusal := self._note(decided, command)) is not None:
             return refusal
-        response = self._decided(decided, envelope.call)
+        response = self._decided(decided, envelope)
         if type(command) is Claim and self._waits(command, response):
             envelope.deadline = self._loop_time() + command.wait_ms / 1000
             self.waiting_claims.add(envelope)
@@ -318,7 +318,7 @@ class Decider:
                 return
             ticket, queue, kind = heappop(waiting)
             envelope = self.waiting_claims.first(queue, kind)
-            if envelope is not None and self._refuse(envelope.call.command) is not None:
+            if envelope is not None and self._refuse(envelope.command) is not None:
                 # The jobs stay due for the claims until the disk has room.
                 self._became_due = dict.fromkeys([(queue, kind), *((queue, kind) for _, queue, kind in waiting)])
                 return
@@ -331,7 +331,7 @@ class Decider:
 
     def _serve(self, decided: DecidedBatch, envelope: Envelope) -> bool:
         """Serve a waiting claim. Return whether it got a grant."""
-        response = self._decided(decided, envelope.call)
+        response = self._decided(decided, envelope)
         if not isinstance(response, Response) or not response.grants:
             return False
         self.waiting_claims.remove(envelope)
@@ -370,13 +370,13 @@ class Decider:
         for job_id, lock_id in grants:
             if self.state.holds(job_id, lock_id):
                 job = self.state.jobs[job_id]
-                view = views.job_view(job, decided.at, decided.tx.policy, admin=envelope.call.admin)
+                view = views.job_view(job, decided.at, decided.tx.policy, admin=envelope.admin)
                 response.data.grants.append(views.grant_view(job, decided.at, view))
                 response.unread_payloads.append((job.seq, view))
                 response.grants.append((job_id, lock_id))
         if not response.grants:
             return None
-        if isinstance(envelope.call.command, Start):
+        if isinstance(envelope.command, Start):
             response.data = response.data.grants[0]
         self._count_receivers(envelope, response, len(envelope.futures))
         return response

@@ -73,14 +73,14 @@ class HistoryReader:
         try:
             if read.page is not None:
                 page = await self._find_page(_query(read.page))
-                response.data, response.scanned = self._shown(page, policy, admin=envelope.call.admin), page.scanned
+                response.data, response.scanned = self._shown(page, policy, admin=envelope.admin), page.scanned
             elif read.ended is not None:
                 response.data = await self._with_ending(response.data, read.ended)
             else:
                 async with self._slots:
                     response.data = await self._read(read, policy)
         except Exception:
-            log.exception("history_failed", command=type(envelope.call.command).__name__)
+            log.exception("history_failed", command=type(envelope.command).__name__)
             envelope.reply(ApiError("internal_error", "Reading the history failed. See the log for details."))
             return
         envelope.reply(response)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final, Protocol, get_args
 
-from msgspec import Struct
+from msgspec import field
 
 from jobd.model.commands import (
     Admission,
@@ -72,7 +72,7 @@ def may_go_first(envelope: Envelope) -> bool:
 
     A Ping may not: it measures how long a command takes.
     """
-    return envelope.call.command.admission == "read" and not envelope.ordered
+    return envelope.command.admission == "read" and not envelope.ordered
 
 
 def deleted_ids(command: Any) -> list[str]:
@@ -88,7 +88,7 @@ def needs_payload_first(envelope: Envelope, deletable: set[str]) -> bool:
 
     The decision needs it, or the job may be deleted in this batch (`deletable`) before the response shows it.
     """
-    command: Any = envelope.call.command
+    command: Any = envelope.command
     kind = type(command)
     if kind in _PAYLOAD_FIRST:
         return True
@@ -117,7 +117,7 @@ class Waiter(Protocol):
     def set_result(self, response: Response | ApiError, /) -> None: ...
 
 
-class Envelope(Struct, eq=False):
+class Envelope(Call, eq=False):
     """A call in the mailbox, with the receivers of its response.
 
     `futures` has several if its key is repeated while it waits. `size` is in bytes, as it counts towards
@@ -126,10 +126,9 @@ class Envelope(Struct, eq=False):
     which a deferred command of the daemon is decided before others.
     """
 
-    call: Call
-    key: IdempotencyKey | None
-    size: int
-    futures: list[Waiter]
+    key: IdempotencyKey | None = None
+    size: int = 0
+    futures: list[Waiter] = field(default_factory=list)
     ordered: bool = False
     ticket: int = 0
     deadline: float = 0.0

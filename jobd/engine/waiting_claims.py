@@ -31,7 +31,7 @@ class WaitingClaims:
 
     def add(self, envelope: Envelope) -> None:
         """Let a claim wait. One that waited before, in a batch that was not written, gets its former place."""
-        claim = envelope.call.command
+        claim = envelope.command
         assert isinstance(claim, Claim)
         if envelope.ticket == 0:
             envelope.ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
@@ -52,7 +52,7 @@ class WaitingClaims:
         found = self.by_ticket.pop(envelope.ticket, None)
         if found is None:
             return False
-        claim = envelope.call.command
+        claim = envelope.command
         assert isinstance(claim, Claim)
         self._presence.end_wait(claim.worker, found[2])
         for place in found[1]:

@@ -1052,7 +1052,7 @@ AUDITED_ACTIONS: Final = tuple(
 )
 
 
-class Call(Struct, frozen=True, gc=False):
+class Call(Struct):
     """A command with its caller and the randomness that it may use. `admin` callers see lock ids.
 
     `operator` is set for requests of operators. `expected` is the version (plan_rules.version) of the job that the

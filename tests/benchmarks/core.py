@@ -25,7 +25,7 @@ from jobd.engine.mailbox import Envelope
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.http.decoding import Limits, RequestDecoder
 from jobd.http.response import response_line
-from jobd.model.commands import Call, Claim, Command, Complete, Create, Moment
+from jobd.model.commands import Claim, Command, Complete, Create, Moment
 from jobd.model.job import Policy
 from jobd.model.responses import Response
 from jobd.storage import startup
@@ -80,7 +80,7 @@ class MeasuredCore:
         shape, count = SHAPES[kind], len(bodies)
         commands: list[Any] = self._timed("decode", count, lambda: [shape.from_body(*body) for body in bodies])
         envelopes = [
-            Envelope(Call(each, "client", secrets.token_bytes(16)), None, 0, [DroppingResponder()]) for each in commands
+            Envelope(each, "client", secrets.token_bytes(16), futures=[DroppingResponder()]) for each in commands
         ]
         now, lease = time.time_ns() // 1_000_000, (time.monotonic_ns() - self._began) // 1_000_000
         at = Moment(now, lease, now - lease)

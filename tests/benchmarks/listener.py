@@ -29,7 +29,6 @@ from jobd.api.worker import ROUTES
 from jobd.engine.mailbox import Envelope
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
-from jobd.model.commands import Call
 from jobd.model.responses import EmptyResponse, Response
 from tests.support.http_harness import TOKEN, HttpHarness
 
@@ -54,7 +53,7 @@ class InstantActor:
         if not self._waiters:
             asyncio.get_running_loop().call_soon(self._respond)
         self._waiters.append(waiter)
-        return Envelope(Call(command, by, b""), key, size, waiter)
+        return Envelope(command, by, key=key, size=size, futures=waiter)
 
     async def ask(self, command: Any, **options: Any) -> Any:
         response = asyncio.get_running_loop().create_future()

@@ -26,7 +26,7 @@ from jobd.http.decoding import Limits
 from jobd.http.protocol import WorkerConnection
 from jobd.http.routing import Route
 from jobd.http.server import HttpListener, WorkerListener
-from jobd.model.commands import Call, Command, IdempotencyKey, MakePlan, Moment, Operator, TakeBack
+from jobd.model.commands import Command, IdempotencyKey, MakePlan, Moment, Operator, TakeBack
 from jobd.model.errors import ApiError
 from jobd.model.responses import (
     AlertView,
@@ -129,7 +129,7 @@ class FakeActor:
     ) -> mailbox.Envelope:
         self.received.append(ReceivedCommand(command, by, admin, key, size, operator))
         self.arrived.set()
-        asked = mailbox.Envelope(Call(cast("Any", command), by, b"", admin), key, size, [waiter])
+        asked = mailbox.Envelope(cast("Any", command), by, b"", admin, key=key, size=size, futures=[waiter])
         self._tasks[asked] = asyncio.ensure_future(self._respond(waiter, self.respond(command)))
         return asked
 

@@ -184,7 +184,7 @@ class Monitor(DecisionChecks):
         if self.daemon is None:
             return
         waiting = self.daemon.actor.waiting_claims
-        mine = next((asked for asked, *_ in waiting.by_ticket.values() if asked.call.command is command), None)
+        mine = next((asked for asked, *_ in waiting.by_ticket.values() if asked.command is command), None)
         for change in decision.changes:
             if change.event.type != "granted" or change.after is None:
                 continue

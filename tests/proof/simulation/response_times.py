@@ -62,7 +62,7 @@ class ResponseTimes:
     def _due_job(self, daemon: SimDaemon, command: Claim) -> str | None:
         """Return the job that a waiting claim should have been granted."""
         asked: Envelope | None = next(
-            (asked for asked, *_ in daemon.actor.waiting_claims.by_ticket.values() if asked.call.command is command),
+            (asked for asked, *_ in daemon.actor.waiting_claims.by_ticket.values() if asked.command is command),
             None,
         )
         if asked is None or asked.is_abandoned:

@@ -13,7 +13,6 @@ from jobd.engine.mailbox import Envelope
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.model.commands import (
     Bulk,
-    Call,
     Claim,
     Create,
     ForceReset,
@@ -239,7 +238,7 @@ def test_the_claim_that_waits_longest_is_found() -> None:
         loop = asyncio.get_running_loop()
 
         def claim(deadline: float, **fields: Any) -> Envelope:
-            envelope = Envelope(Call(Claim(worker="w", **fields)), None, 0, [loop.create_future()])
+            envelope = Envelope(Claim(worker="w", **fields), futures=[loop.create_future()])
             envelope.deadline = deadline
             return envelope
 

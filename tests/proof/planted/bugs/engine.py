@@ -154,7 +154,7 @@ def _(ended: Any, self: IdempotencyStore, lock_id: str) -> None:
 
 @bug("read-overtakes-its-own-stream", may_go_first, breaks="a read misses the command before it", found_by=ACTOR)
 def _(may_go: Any, envelope: Envelope) -> bool:
-    return bool(envelope.call.command.admission == "read")
+    return bool(envelope.command.admission == "read")
 
 
 @bug(
