@@ -35,6 +35,7 @@ from jobd.model.job import SECOND_MS, STATUSES
 from jobd.model.responses import ClusterView, ProcessStats
 from jobd.model.storage import DiskSpace
 from jobd.monitoring.alerts import Alerts
+from jobd.storage.files import log_of
 
 QUEUES_SHOWN: Final = 200  # the first ones; the others are summed under OTHER_QUEUES
 MAX_BUCKETS_SCANNED: Final = 2_000  # pairs of kind and priority scanned for the oldest due jobs
@@ -159,7 +160,7 @@ class Metrics:
     async def vitals(self) -> ProcessStats:
         """Return the state of the process for operators."""
         path = self._store_path
-        database, wal = await asyncio.to_thread(lambda: (_size(path), _size(f"{path}-wal")))
+        database, wal = await asyncio.to_thread(lambda: (_size(path), _size(log_of(path))))
         return ProcessStats(
             mailbox=self._actor.waiting,
             parked=len(self._actor.waiting_claims),
@@ -392,7 +393,7 @@ def _build() -> Metric:
 
 
 def _files(store_path: str) -> Iterator[Metric]:
-    yield _gauge("wal_bytes", "Size of the write-ahead log.", _size(f"{store_path}-wal"))
+    yield _gauge("wal_bytes", "Size of the write-ahead log.", _size(log_of(store_path)))
     yield _gauge("database_bytes", "Size of the database file.", _size(store_path))
 
 

@@ -136,7 +136,7 @@ def _pausing(step: BackupProgress, page_bytes: int) -> Callable[[int, int, int],
 
 def _check_space(path: str, target: str) -> None:
     """Raise DiskFull if a copy would fill the disk, because that would stop the daemon from writing."""
-    size = sum(os.path.getsize(name) for name in (path, f"{path}-wal") if os.path.exists(name))
+    size = sum(os.path.getsize(name) for name in (path, files.log_of(path)) if os.path.exists(name))
     directory = os.path.dirname(target) or "."
     disk = os.statvfs(directory)
     need, free = size + _SPARE_BYTES, disk.f_bavail * disk.f_frsize

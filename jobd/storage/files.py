@@ -152,6 +152,16 @@ def has_space(directory: str) -> bool:
     return True
 
 
+def log_of(path: str) -> str:
+    """Return the path of the write-ahead log of the database at `path`. SQLite follows symbolic links."""
+    return f"{os.path.realpath(path)}-wal"
+
+
+def shared_memory_of(path: str) -> str:
+    """Return the path of the shared memory file of the same log."""
+    return f"{os.path.realpath(path)}-shm"
+
+
 def sync(path: str) -> None:
     """Make the content and the name of the file at `path` durable."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -133,9 +133,13 @@ def peek(path: str) -> tuple[int, int]:
     if len(header) < 100 or not header.startswith(_MAGIC):
         raise NotAStore(f"{path} is not a jobd database")
     in_file = int.from_bytes(header[68:72]), int.from_bytes(header[60:64])
-    if not os.path.exists(f"{path}-wal") or os.path.getsize(f"{path}-wal") == 0:
-        return in_file
-    return _peek_wal(path, in_file)
+    return _peek_wal(path, in_file) if _has_log(path) else in_file
+
+
+def _has_log(path: str) -> bool:
+    """Return whether the database at `path` has a write-ahead log that is not empty."""
+    log = files.log_of(path)
+    return os.path.exists(log) and os.path.getsize(log) > 0
 
 
 def _peek_wal(path: str, in_file: tuple[int, int]) -> tuple[int, int]:
@@ -152,11 +156,9 @@ def _peek_wal(path: str, in_file: tuple[int, int]) -> tuple[int, int]:
 @contextlib.contextmanager
 def read_only(path: str) -> Iterator[sqlite3.Connection]:
     """Yield a read-only connection. The caller ensures that nothing else writes, for example with the lock."""
-    log = f"{path}-wal"
-    shared = f"{path}-shm"
-    with_log = os.path.exists(log) and os.path.getsize(log) > 0
+    shared = files.shared_memory_of(path)
     had_shared = os.path.exists(shared)
-    mode = "mode=ro" if with_log else "mode=ro&immutable=1"
+    mode = "mode=ro" if _has_log(path) else "mode=ro&immutable=1"
     conn = sqlite3.connect(f"file:{quote(path)}?{mode}", uri=True, timeout=1.0, isolation_level=None)
     try:
         yield conn
@@ -180,13 +182,13 @@ def check_version(path: str, header: tuple[int, int]) -> None:
 
 def check_wal(path: str) -> None:
     """Raise StoreUnreadable if SQLite would skip commits in the write-ahead log of `path`."""
-    log = f"{path}-wal"
+    log = files.log_of(path)
     if not wal.has_frames(log):
         return
     try:
         with read_only(path) as conn:
             conn.execute("PRAGMA user_version").fetchone()
-            used = wal.frames_used(f"{path}-shm")
+            used = wal.frames_used(files.shared_memory_of(path))
     except (sqlite3.Error, OSError):
         return  # the disk is full, for example
     if wal.is_damaged(log, used):
@@ -223,7 +225,7 @@ def start(conn: sqlite3.Connection, path: str, cluster_id: str | None = None) ->
         opened.faults = db.faults.copy()
         if path != MEMORY:  # from now on Projection.upkeep makes checkpoints, outside commits
             (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
-            db.log = wal.LogGauge(f"{os.path.realpath(path)}-wal", page_bytes)  # SQLite follows symbolic links
+            db.log = wal.LogGauge(files.log_of(path), page_bytes)
             conn.execute("PRAGMA wal_autocheckpoint = 0")
         return projection, opened
 

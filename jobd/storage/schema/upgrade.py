@@ -162,7 +162,7 @@ def _kept_bytes(conn: sqlite3.Connection, version: int, page_bytes: int) -> int:
 @contextlib.contextmanager
 def _reporting(conn: sqlite3.Connection, path: str) -> Iterator[None]:
     """Log how much the transaction inside the context has written."""
-    report, written = _Report(), f"{os.path.realpath(path)}-wal"
+    report, written = _Report(), files.log_of(path)
 
     def note() -> None:
         with contextlib.suppress(OSError):

@@ -20,7 +20,7 @@ from jobd.model.storage import Batch, DiskFull
 from jobd.storage import backup, files
 from jobd.storage.backup import BackupStopped, restore
 from jobd.storage.files import FileLock, StoreBusy, StoreTooNew, StoreUnreadable
-from jobd.storage.offline import dry_run
+from jobd.storage.offline import doctor, dry_run
 from jobd.storage.schema import migrations
 from jobd.storage.store import MEMORY, Store, StoreBroken
 from tests.support.daemon_process import DaemonProcess
@@ -230,6 +230,21 @@ async def test_a_killed_store_is_restored_with_its_tail(path: str, copy: str) ->
         assert conn.execute("SELECT count(*) FROM journal").fetchone() == (0,)
     async with open_store(path) as (store, found):
         assert found.marked
+        maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
+        await assert_holds(store, found, maker)
+
+
+async def test_the_log_is_found_through_a_symbolic_link(path: str, copy: str, tmp_path: Path) -> None:
+    """SQLite keeps it next to the file that the link names. It has the latest commits of a killed store."""
+    maker = await make_store(copy)
+    await leave_tail(copy, maker.any_batch(20))
+    link = tmp_path / "link.db"
+    link.symlink_to(copy)
+    notes: list[str] = []
+    doctor.check(str(link), on_note=notes.append)
+    assert any("the tables lack 1 committed batch (20 events)" in note for note in notes)
+    restore(str(link), path)
+    async with open_store(path) as (store, found):
         maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
         await assert_holds(store, found, maker)
 
