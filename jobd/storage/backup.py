@@ -88,7 +88,7 @@ async def make_copy(
 def _copy_and_open(conn: sqlite3.Connection, path: str, step: BackupProgress, is_snapshot: bool) -> StoreCopy:
     """Return the copy as an open file without a name, so that no file is left on the disk."""
     name = os.urandom(8).hex()
-    target = f"{tempfile.gettempdir()}/jobd-{name}" if path == MEMORY else f"{path}.backup-{name}"
+    target = f"{tempfile.gettempdir()}/jobd-{name}" if path == MEMORY else f"{path}{files.TEMPORARY}{name}"
     try:
         if path != MEMORY:
             _check_space(path, target)

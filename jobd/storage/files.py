@@ -24,6 +24,7 @@ from jobd.model.storage import RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
 
 RESERVE_FILE_BYTES: Final = RESERVE_BYTES
 DISK_FULL_ERRNOS: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+TEMPORARY: Final = ".tmp-"  # in the names of unfinished copies next to a store, which the next start removes
 SCRATCH: Final = ".accepting"  # directory of `jobd cluster accept-loss` next to a store
 _LOCK_BYTES: Final = 16
 # SQLite locks these bytes of the database, from its PENDING byte on.

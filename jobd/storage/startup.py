@@ -370,7 +370,7 @@ def epoch_warning(epoch: int, now: int) -> str | None:
 def _remove_leftovers(path: str) -> None:
     """Remove temporary files of backups and other commands that a crash interrupted."""
     shutil.rmtree(f"{path}{files.SCRATCH}", ignore_errors=True)
-    for name in glob.glob(f"{glob.escape(path)}.backup-*"):
+    for name in glob.glob(f"{glob.escape(path)}{files.TEMPORARY}*"):
         Path(name).unlink(missing_ok=True)
 
 

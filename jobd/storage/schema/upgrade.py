@@ -97,7 +97,7 @@ def copy_next_to(conn: sqlite3.Connection, path: str, label: str) -> str:
 
 
 def _part(path: str, label: str) -> str:
-    return f"{path}.backup-{label}"
+    return f"{path}{files.TEMPORARY}{label}"
 
 
 def _remove_part(path: str, label: str) -> None:

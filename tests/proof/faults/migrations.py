@@ -123,7 +123,7 @@ def _check_next_start(home: Path, ledger: Ledger) -> None:
         assert daemon.stop() == 0
     assert startup.peek(str(daemon.store))[1] == migrations.VERSION
     ledger.check(checked_contents(daemon.store))
-    assert not glob.glob(f"{daemon.store}.backup-*")
+    assert not glob.glob(f"{daemon.store}.tmp-*")
     assert glob.glob(f"{daemon.store}.v{OLD}-*"), "the old store was not kept"
 
 

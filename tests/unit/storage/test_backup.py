@@ -144,7 +144,7 @@ async def test_closing_the_store_stops_a_copy_and_leaves_no_file(path: str, copy
     with contextlib.suppress(BackupStopped):  # a copy of one step is complete by then
         await task
     await closing[0]
-    assert not glob.glob(f"{path}.backup-*")
+    assert not glob.glob(f"{path}.tmp-*")
     with pytest.raises(StoreBroken):
         await take(store, copy)
     FileLock(path).release()
@@ -172,15 +172,17 @@ async def test_a_cancelled_request_stops_the_copy(path: str) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not glob.glob(f"{path}.backup-*")
+        assert not glob.glob(f"{path}.tmp-*")
         await store.write(maker.batch([maker.create()]))
 
 
 async def test_files_left_by_a_crash_are_removed_at_the_next_start(path: str) -> None:
     await make_store(path)
-    write_file(f"{path}.backup-0123", b"half")
+    write_file(f"{path}.tmp-0123", b"half")
+    write_file(f"{path}.backup-monday", b"an operator's")
     async with open_store(path):
-        assert not exists(f"{path}.backup-0123")
+        assert not exists(f"{path}.tmp-0123")
+        assert exists(f"{path}.backup-monday")
 
 
 async def test_a_damaged_store_cannot_be_copied(path: str, copy: str) -> None:
@@ -393,7 +395,7 @@ async def test_a_copy_never_fills_the_disk_of_the_store(small_disk: Path, copy: 
         with pytest.raises(DiskFull, match=f"MiB free in {small_disk}, but only"):
             await take(store, copy)
         await store.write(maker.any_batch(5))
-    assert not glob.glob(f"{path}.backup-*")
+    assert not glob.glob(f"{path}.tmp-*")
 
 
 def test_jobd_backup_exits_with_75_without_disk_space(small_disk: Path, tmp_path: Path) -> None:
@@ -407,7 +409,7 @@ def test_jobd_backup_exits_with_75_without_disk_space(small_disk: Path, tmp_path
         assert done.stderr.count("\n") == 1
         assert daemon.post("/v1/jobs", {"id": "a"}).status == 201  # the copy took no space of the store
     assert not target.exists()
-    assert not glob.glob(f"{small_disk}/jobd.db.backup-*")
+    assert not glob.glob(f"{small_disk}/jobd.db.tmp-*")
 
 
 async def test_a_restore_without_disk_space_leaves_the_store(small_disk: Path, copy: str) -> None:

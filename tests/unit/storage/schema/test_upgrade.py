@@ -54,14 +54,14 @@ def kill_migration(path: str, step: str) -> None:
 
 
 def copies(path: str) -> list[str]:
-    return glob.glob(f"{path}.v*") + glob.glob(f"{path}.backup-*")
+    return glob.glob(f"{path}.v*") + glob.glob(f"{path}.tmp-*")
 
 
 async def test_a_copy_of_an_interrupted_migration_is_used_again(path: str) -> None:
     maker = await make_store(path)
     as_version_12(path)
     kill_migration(path, "copy")
-    assert copies(path) == [f"{path}.backup-v12"]
+    assert copies(path) == [f"{path}.tmp-v12"]
     for _ in range(3):
         kill_migration(path, "migrate")
         [copy] = copies(path)
@@ -246,6 +246,6 @@ async def test_a_failed_copy_is_removed(path: str, monkeypatch: pytest.MonkeyPat
             async with open_store(path):
                 pass
     assert copies(path) == []
-    assert not exists(f"{path}.backup-v13")
+    assert not exists(f"{path}.tmp-v13")
     with edit_store(path) as conn, pytest.raises(sqlite3.OperationalError):
         conn.execute("SELECT last FROM events")
