@@ -118,11 +118,16 @@ def check_unused(path: Path) -> None:
         if os.path.isfile(store) and has_sqlite_lock(store):
             text = f"{path} {relation} that another program uses: name another file"
             raise exit_codes.CliError(text, exit_codes.TRY_AGAIN)
+    check_no_log(path)
+
+
+def check_no_log(path: Path) -> None:
+    """Raise UsageError if a log with the name of that of `path` is left over. It can have the latest commits."""
     for suffix in ("-wal", "-journal"):
         log = f"{path}{suffix}"
         if os.path.isfile(log) and os.path.getsize(log) > 0:
             text = f"{log} is left over from another database, and SQLite would read it into {path}"
-            raise click.UsageError(f"{text}: remove it if nothing needs it, or name another file")
+            raise click.UsageError(f"{text}: rename it like its database, or remove it if nothing needs it")
 
 
 def _stores(path: Path) -> Iterator[tuple[str, str]]:

@@ -274,7 +274,7 @@ def _keep_old(path: str) -> tuple[int, str | None]:
         number += 1
         old_name = f"{path}.{stamp}-{number}"
     os.link(path, old_name)
-    for suffix in ("-wal", "-shm"):
+    for suffix in ("-wal", "-shm", "-journal"):
         if os.path.exists(path + suffix):
             os.rename(path + suffix, old_name + suffix)
     files.sync_directory(path)

@@ -94,6 +94,12 @@ def test_backup_restore_and_doctor(
         assert db.execute("SELECT count(*) FROM jobs WHERE id = 'b1'").fetchone() == (1,)
     db.close()
     assert _jobd(capsys, "restore", str(copy), "--store", str(restored))[0] == 2
+    moved, log = tmp_path / "moved.db", tmp_path / "moved.db-wal"
+    log.write_bytes(b"of a killed store that was renamed")
+    for how in ("--yes", "--dry-run"):
+        code, _, err = _jobd(capsys, "restore", str(copy), "--store", str(moved), how)
+        assert (code, moved.exists()) == (2, False)
+        assert f"{log} is left over from another database, and SQLite would read it into {moved}" in err
     code, _, err = _jobd(capsys, "restore", str(copy), "--store", str(restored), "--yes")
     assert code == 0
     assert "kept as" in err

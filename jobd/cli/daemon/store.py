@@ -65,10 +65,13 @@ def restore_command(file: Path, yes: bool, is_dry_run: bool, store: str | None, 
     path = store_path(store, config)
     if not file.exists():
         raise exit_codes.CliError(f"{file} does not exist: name a file that jobd backup wrote", exit_codes.IO_ERROR)
+    from jobd.cli.files import check_no_log
     from jobd.cli.progress import busy
     from jobd.storage.backup import restore
     from jobd.storage.offline import dry_run
 
+    if not Path(path).exists():
+        check_no_log(Path(path))
     with exit_codes.explaining_full_disk():
         if is_dry_run:
             with busy(f"checking {file}"):

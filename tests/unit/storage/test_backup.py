@@ -336,11 +336,14 @@ async def test_the_write_ahead_log_of_the_old_store_is_kept_with_it(path: str, c
 async def test_an_unreadable_store_is_kept_unchanged(path: str, copy: str) -> None:
     await make_store(copy)
     write_file(path, b"rubbish" * 1_000)
-    write_file(f"{path}-wal", b"more rubbish")
+    for suffix in ("-wal", "-journal"):
+        write_file(path + suffix, b"more rubbish")
     old_path = restore(copy, path)
     assert old_path is not None
     assert read_file(old_path) == b"rubbish" * 1_000
-    assert read_file(f"{old_path}-wal") == b"more rubbish"
+    for suffix in ("-wal", "-journal"):
+        assert not exists(path + suffix)
+        assert read_file(old_path + suffix) == b"more rubbish"
     async with open_store(path) as (_, found):
         assert found.marked
 
