@@ -183,15 +183,13 @@ def sync_directory(path: str) -> None:
 
 
 def set_aside(path: str) -> str:
-    """Rename the closed database at `path`, replacing one that was set aside before. Return its new name.
-
-    Its write-ahead log is empty after a clean close. Otherwise it belongs to a damaged database.
-    """
+    """Rename the database at `path` and its write-ahead log, replacing those set aside before. Return the new name."""
     old = f"{path}.old"
-    for suffix in ("-wal", "-shm"):
-        Path(path + suffix).unlink(missing_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(path, old)
+    for suffix in ("-wal", "-shm", ""):
+        if os.path.exists(path + suffix):
+            os.replace(path + suffix, old + suffix)
+        elif suffix:
+            Path(old + suffix).unlink(missing_ok=True)
     sync_directory(path)
     return old
 

@@ -17,7 +17,7 @@ from jobd.storage.offline import doctor, journal_cut
 from jobd.storage.store import Store, StoreBusy, StoreUnreadable
 from tests.support.factories import ChangeFactory
 from tests.support.projection_harness import Writer
-from tests.support.store_files import assert_holds, edit_store, leave_tail, make_store, open_store, read_file
+from tests.support.store_files import assert_holds, edit_store, killed_store, leave_tail, make_store, open_store, read_file
 from tests.unit.storage.cluster.test_store import Node, following, leading, refused, rows_of, write_much
 
 
@@ -118,11 +118,16 @@ async def test_the_store_of_a_node_becomes_that_of_a_single_machine(path: str, i
 async def test_a_store_is_replaced_by_that_of_a_cluster(path: str) -> None:
     server = MemoryServer()
     await founded(path, server)
-    await make_store(f"{path}.single")
+    maker = await make_store(f"{path}.single")
     async with open_store(f"{path}.single"):
         with pytest.raises(StoreBusy):
             joining.discard(f"{path}.single")
-    joining.discard(f"{path}.single")
+    async with killed_store(f"{path}.single") as (store, _):
+        await store.write(maker.any_batch(20))
+    old = joining.discard(f"{path}.single")
+    async with open_store(old) as (store, opened):
+        maker.numbers = replace(maker.numbers, epoch=opened.numbers.epoch, next_token=1)
+        await assert_holds(store, opened, maker)
     with pytest.raises(StoreUnreadable, match="does not exist"):
         joining.discard(f"{path}.single")
     async with following(f"{path}.single", server), following(path, server):
