@@ -17,7 +17,15 @@ from jobd.storage.offline import doctor, journal_cut
 from jobd.storage.store import Store, StoreBusy, StoreUnreadable
 from tests.support.factories import ChangeFactory
 from tests.support.projection_harness import Writer
-from tests.support.store_files import assert_holds, edit_store, killed_store, leave_tail, make_store, open_store, read_file
+from tests.support.store_files import (
+    assert_holds,
+    edit_store,
+    killed_store,
+    leave_tail,
+    make_store,
+    open_store,
+    read_file,
+)
 from tests.unit.storage.cluster.test_store import Node, following, leading, refused, rows_of, write_much
 
 
