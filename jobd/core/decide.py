@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from jobd.core import late_result_rules, maintenance_rules, operator_rules, plan_rules, queries, worker_rules
+from jobd.core import queries
+from jobd.core.rules import late_results as late_result_rules
+from jobd.core.rules import maintenance as maintenance_rules
+from jobd.core.rules import operator as operator_rules
+from jobd.core.rules import plans as plan_rules
+from jobd.core.rules import worker as worker_rules
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     Adopt,

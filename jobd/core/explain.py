@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from msgspec.structs import replace
 
-from jobd.core.late_result_rules import refuse_adoption
+from jobd.core.rules.late_results import refuse_adoption
 from jobd.core.state import State
 from jobd.core.transitions import in_words, is_overdue
 from jobd.core.worker_presence import ClaimSet, WorkerPresence, WorkerSeen

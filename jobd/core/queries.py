@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from jobd.core import plan_rules, transitions, views
+from jobd.core import transitions, views
 from jobd.core.explain import explain
+from jobd.core.rules import plans as plan_rules
 from jobd.core.transaction import Transaction
 from jobd.core.validation import validate
 from jobd.model.commands import (

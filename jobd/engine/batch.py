@@ -14,7 +14,8 @@ import msgspec
 import structlog
 from msgspec import Raw, Struct, field
 
-from jobd.core import audit, decide, late_result_rules, views
+from jobd.core import audit, decide, views
+from jobd.core.rules import late_results as late_result_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.engine.idempotency import IdempotencyStore

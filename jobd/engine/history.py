@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from jobd.core import views
 from jobd.core.explain import ending
-from jobd.core.late_result_rules import refuse_adoption
+from jobd.core.rules.late_results import refuse_adoption
 from jobd.engine.mailbox import Envelope
 from jobd.model.commands import AuditLog, Export, ListJobs, Moment, SearchJobs
 from jobd.model.errors import ApiError

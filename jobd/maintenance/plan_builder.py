@@ -9,7 +9,8 @@ from typing import Final
 
 from msgspec.structs import asdict
 
-from jobd.core import plan_rules, transitions
+from jobd.core import transitions
+from jobd.core.rules import plans as plan_rules
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.model.commands import (

@@ -10,7 +10,7 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
-from jobd.core import plan_rules
+from jobd.core.rules import plans as plan_rules
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.maintenance.plan_builder import PAUSE_S, PlanBuilder

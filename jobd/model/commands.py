@@ -513,7 +513,7 @@ class Update(JobCommand, frozen=True, kw_only=True):
 
 
 class GetVersion(JobCommand, frozen=True, kw_only=True):
-    """Get one job with its version, which a later action can require (plan_rules.version)."""
+    """Get one job with its version, which a later action can require (core/rules/plans.py)."""
 
     admission = "read"
 
@@ -731,7 +731,7 @@ class PlanCommand(Command, frozen=True, kw_only=True):
 
 
 class ExpectedVersion(Struct, frozen=True, gc=False):
-    """A job of a plan, with its version (plan_rules.version) when the plan was made."""
+    """A job of a plan, with its version (core/rules/plans.py) when the plan was made."""
 
     id: str
     version: str
@@ -1055,7 +1055,7 @@ AUDITED_ACTIONS: Final = tuple(
 class Call(Struct):
     """A command with its caller and the randomness that it may use. `admin` callers see lock ids.
 
-    `operator` is set for requests of operators. `expected` is the version (plan_rules.version) of the job that the
+    `operator` is set for requests of operators. `expected` is the version (core/rules/plans.py) of the job that the
     caller has seen: if the job has changed since, the command is rejected.
     """
 

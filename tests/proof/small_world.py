@@ -17,7 +17,8 @@ from typing import Any, Final
 from msgspec import Struct
 from msgspec.structs import replace
 
-from jobd.core import decide, worker_rules
+from jobd.core import decide
+from jobd.core.rules import worker as worker_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (

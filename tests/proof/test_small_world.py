@@ -7,7 +7,8 @@ from typing import get_args
 import pytest
 from msgspec.structs import replace
 
-from jobd.core import transitions, worker_rules
+from jobd.core import transitions
+from jobd.core.rules import worker as worker_rules
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     AnyCommand,

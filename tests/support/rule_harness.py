@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from jobd.core import decide, late_result_rules, transitions
+from jobd.core import decide, transitions
+from jobd.core.rules import late_results as late_result_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (

@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import Raw
 
-from jobd.core.plan_rules import version
+from jobd.core.rules.plans import version
 from jobd.model.commands import (
     Adopt,
     AnyCommand,

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from jobd.api import admin
 from jobd.core import audit
-from jobd.core.plan_rules import version
+from jobd.core.rules.plans import version
 from jobd.engine.disk_full import WriteLimit
 from jobd.model.commands import (
     AnyCommand,

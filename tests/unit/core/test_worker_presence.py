@@ -12,7 +12,8 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from jobd.core import audit, maintenance_rules, worker_presence
+from jobd.core import audit, worker_presence
+from jobd.core.rules import maintenance as maintenance_rules
 from jobd.core.state import State
 from jobd.core.views import workers
 from jobd.core.worker_presence import GONE_AFTER_MS, ClaimSet, WorkerPresence

@@ -9,8 +9,8 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core import plan_rules
-from jobd.core.plan_rules import version
+from jobd.core.rules import plans as plan_rules
+from jobd.core.rules.plans import version
 from jobd.maintenance import plan_builder, plans, preview
 from jobd.maintenance.plans import Planner
 from jobd.model.commands import (

@@ -8,7 +8,11 @@ from typing import Any
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from jobd.core import late_result_rules, maintenance_rules, plan_rules, transitions, worker_rules
+from jobd.core import transitions
+from jobd.core.rules import late_results as late_result_rules
+from jobd.core.rules import maintenance as maintenance_rules
+from jobd.core.rules import plans as plan_rules
+from jobd.core.rules import worker as worker_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.commands import Adopt, Bulk, Moment, PlanAction, Recover

@@ -10,7 +10,9 @@ from typing import Any, Final
 
 import msgspec
 
-from jobd.core import late_result_rules, operator_rules, transitions, views
+from jobd.core import transitions, views
+from jobd.core.rules import late_results as late_result_rules
+from jobd.core.rules import operator as operator_rules
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     AnyCommand,

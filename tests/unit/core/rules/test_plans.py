@@ -8,8 +8,9 @@ from typing import Any, get_args
 import pytest
 from msgspec.structs import replace
 
-from jobd.core import maintenance_rules, plan_rules
-from jobd.core.plan_rules import version
+from jobd.core.rules import maintenance as maintenance_rules
+from jobd.core.rules import plans as plan_rules
+from jobd.core.rules.plans import version
 from jobd.core.transaction import Transaction
 from jobd.core.transitions import CLOCK_SUSPECT
 from jobd.maintenance import plan_builder, plans

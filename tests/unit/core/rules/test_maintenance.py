@@ -8,7 +8,8 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core import decide, maintenance_rules, transitions
+from jobd.core import decide, transitions
+from jobd.core.rules import maintenance as maintenance_rules
 from jobd.core.transaction import Transaction
 from jobd.model.commands import (
     AnyCommand,
