@@ -87,19 +87,22 @@ def cut(path: str, number: int) -> str:
             found = find(db, number)
             copy = copy_next_to(conn, path, LABEL)
             if found.is_table_damaged:
-                _replace_table(conn)
-            db.commit(_cut, db, number)
+                db.commit(_replace_table, db, number)
+                conn.execute("VACUUM")  # the old pages of the journal belong to no table
+            else:
+                db.commit(_cut, db, number)
     return f"deleted {found}. The store from before is kept as {copy}. The next start begins a new epoch"
 
 
-def _replace_table(conn: sqlite3.Connection) -> None:
+def _replace_table(db: Database, number: int) -> None:
     """Create the table of the journal again. Its pages cannot be read, so it cannot be dropped."""
-    (create_sql,) = conn.execute("SELECT sql FROM sqlite_schema WHERE name = 'journal'").fetchone()
-    conn.execute("PRAGMA writable_schema = ON")
-    conn.execute("DELETE FROM sqlite_schema WHERE name = 'journal'")
-    conn.execute("PRAGMA writable_schema = RESET")
-    conn.execute(create_sql)
-    conn.execute("VACUUM")  # its old pages belong to no table
+    run = db.conn.execute
+    (create_sql,) = run("SELECT sql FROM sqlite_schema WHERE name = 'journal'").fetchone()
+    run("PRAGMA writable_schema = ON")
+    run("DELETE FROM sqlite_schema WHERE name = 'journal'")
+    run("PRAGMA writable_schema = RESET")
+    run(create_sql)
+    _cut(db, number)
 
 
 def _cut(db: Database, number: int) -> None:

@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.model.storage import Numbers
+from jobd.storage.database import Database
 from jobd.storage.files import StoreUnreadable
 from jobd.storage.offline import doctor, dry_run, journal_cut
 from jobd.storage.offline.edited_rows import RepairRejected
@@ -101,8 +102,11 @@ async def test_only_records_of_the_tail_can_be_deleted(path: str) -> None:
         journal_cut.cut(f"{path}-other", 1)
 
 
+@pytest.mark.parametrize("is_interrupted", [False, True])
 @pytest.mark.parametrize("count", [0, 3])
-async def test_a_table_that_cannot_be_read_is_created_again(path: str, count: int) -> None:
+async def test_a_table_that_cannot_be_read_is_created_again(
+    path: str, count: int, is_interrupted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its root page is written with every batch, and a store without it does not open."""
     maker = await make_store(path)
     if count:
@@ -123,9 +127,17 @@ async def test_a_table_that_cannot_be_read_is_created_again(path: str, count: in
     with pytest.raises(StoreUnreadable, match=rf"cannot be read: .* --cut-journal {projected_to + 1}"):
         await Store.open(path)
     assert dry_run.cut_journal(path, projected_to + 1)[0].startswith("would delete the table of the journal")
+    if is_interrupted:  # nothing was done, so that a second call deletes the table and marks the store
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Database, "write_meta", _interrupt)
+            journal_cut.cut(path, projected_to + 1)
     assert journal_cut.cut(path, projected_to + 1).startswith("deleted the table of the journal")
     assert doctor.check(path, refold=True) == []
     async with open_store(path) as (store, found):
         assert found.marked
         maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
         await assert_holds(store, found, maker)
+
+
+def _interrupt(_: Database) -> None:
+    raise KeyboardInterrupt
