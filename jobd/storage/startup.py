@@ -506,8 +506,9 @@ def recount_queues(conn: sqlite3.Connection) -> dict[str, tuple[int, int, int]]:
     """Count the completed, failed and cancelled jobs of each queue. Reads every job."""
     counts: dict[str, dict[str, int]] = {}
     sql = f"SELECT queue, status, count(*) FROM jobs NOT INDEXED WHERE {FINISHED_SQL} GROUP BY queue, status"
-    for queue, status, count in conn.execute(sql):
-        counts.setdefault(queue, dict.fromkeys(("completed", "failed", "cancelled"), 0))[status] = count
+    with lenient_text(conn):
+        for queue, status, count in conn.execute(sql):
+            counts.setdefault(readable(queue), dict.fromkeys(("completed", "failed", "cancelled"), 0))[status] += count
     return {queue: (c["completed"], c["failed"], c["cancelled"]) for queue, c in counts.items()}
 
 

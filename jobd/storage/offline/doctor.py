@@ -289,8 +289,7 @@ def queues(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
             yield StoreProblem(f"queue {readable(row[0])}", error, fix)
         else:
             stored[row[0]] = row[2:5]
-    with lenient_text(conn):
-        counted = startup.recount_queues(conn)
+    counted = startup.recount_queues(conn)
     for name in sorted(stored.keys() | counted.keys()):
         expected, actual = stored.get(name, (0, 0, 0)), counted.get(name, (0, 0, 0))
         if expected != actual:
@@ -393,7 +392,7 @@ def recount(path: str) -> str:
     """Accept all current rows: rebuild all indexes, the totals of jobs and the counts of queues."""
 
     def change(db: Database) -> str:
-        db.commit(db.conn.execute, "REINDEX")
+        db.commit(db.reindex)
         return db.commit(_recount, db)
 
     return _repair(path, change)

@@ -452,6 +452,36 @@ async def test_a_recount_does_not_hide_a_damaged_row(path: str) -> None:
     assert f"job {job.id}" in places(check(path))
 
 
+@pytest.mark.parametrize("are_queues_damaged", [False, True])
+async def test_jobs_are_counted_although_the_queue_of_one_is_not_utf_8(path: str, are_queues_damaged: bool) -> None:
+    maker = await busy_store(path)
+    job = pick(maker, frozenset({"completed"}))
+    with edit_store(path) as conn:
+        conn.execute("UPDATE jobs SET queue = CAST(x'ff' AS TEXT) WHERE seq = ?", (job.seq,))
+        conn.execute("UPDATE queues SET crc = crc + ?", (are_queues_damaged,))
+    for count_again in (recount, lambda path: accept(path, None)):
+        assert "Counted: " in count_again(path)
+        assert places(check(path))[:1] == [f"job {job.id}"]
+    async with open_store(path) as (store, found):
+        assert found.queues["\ufffd"].completed == 1
+        assert (await store.load([job.id], [], [])).bad.keys() == {job.id}
+
+
+async def test_a_recount_separates_a_damaged_row_that_has_the_id_of_another_job(path: str) -> None:
+    maker = await busy_store(path)
+    first, second = list(maker.jobs.values())[:2]
+    with edit_store(path) as conn:
+        (sql,) = conn.execute("SELECT sql FROM sqlite_schema WHERE name = 'jobs_id'").fetchone()
+        conn.execute("DROP INDEX jobs_id")
+        conn.execute("UPDATE jobs SET id = ? WHERE seq = ?", (first.id, second.seq))
+        conn.execute(sql.replace("UNIQUE", ""))
+        conn.execute("PRAGMA writable_schema = ON")
+        conn.execute("UPDATE sqlite_schema SET sql = ? WHERE name = 'jobs_id'", (sql,))
+    assert "non-unique entry in index jobs_id" in check(path)[0].what
+    recount(path)
+    assert places(check(path)) == [f"job {second.id}"]
+
+
 def test_a_new_store_has_no_problems(path: str) -> None:
     conn = sqlite3.connect(path, isolation_level=None)
     migrations.create(conn)
