@@ -47,8 +47,11 @@ def atomic_file(path: Path, report: Callable[[int], None]) -> Iterator[BinaryIO]
     with os.fdopen(_open_part(part), "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise exit_codes.CliError(f"Another program is writing {part}: wait for it", exit_codes.TRY_AGAIN) from None
+            is_ours = os.path.samefile(file.fileno(), part)  # not if another program has just renamed it
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        if not is_ours:
+            raise exit_codes.CliError(f"Another program is writing {part}: wait for it", exit_codes.TRY_AGAIN)
         try:
             file.truncate(0)
             yield cast(BinaryIO, ProgressFile(file, report))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from pathlib import Path
 
@@ -66,6 +67,24 @@ def test_two_programs_do_not_write_one_file(tmp_path: Path) -> None:
             pass
         assert caught.value.code == 75
     assert (tmp_path / "copy.db").read_bytes() == b"first"
+
+
+def test_a_file_that_another_program_completes_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It renames the partial file after this program has opened it, and before it locks it."""
+    path, flock = tmp_path / "copy.db", fcntl.flock
+    with contextlib.ExitStack() as other:
+        other.enter_context(files.atomic_file(path, lambda _: None)).write(b"theirs")
+
+        def lock_late(file: int, how: int) -> None:
+            other.close()
+            flock(file, how)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", lock_late)
+            with pytest.raises(exit_codes.CliError) as caught, files.atomic_file(path, lambda _: None):
+                pass
+    assert caught.value.code == 75
+    assert path.read_bytes() == b"theirs"
 
 
 def test_a_store_that_a_daemon_opened_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
