@@ -260,8 +260,8 @@ async def test_the_daemon_extends_many_locks_in_batches_before_other_commands() 
         for first in range(0, count, 500):
             ids = [f"job-{number}" for number in range(first, first + 500)]
             await engine.yes(Bulk(jobs=[Create(id=job_id) for job_id in ids]))
-            for job_id in ids:
-                await engine.yes(Start(id=job_id, worker="w"))
+            for _ in range(5):
+                await engine.yes(Claim(worker="w", limit=100))
         held, written = list(engine.state.processing), len(engine.disk.batches)
         for first in range(0, count, 500):
             engine.actor.enqueue_internal(ExtendAfterPause(ids=held[first : first + 500], grace_ms=3_600_000))
