@@ -362,7 +362,7 @@ def test_nothing_acknowledged_is_lost_when_the_leader_is_killed_under_load(clust
     workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for each in workers:
         each.start()
-    for _ in range(5):
+    for _ in range(2):
         before = len(completed)
         wait_until(lambda: len(completed) > before + 50)  # noqa: B023
         leader = next(node for node in nodes if _leads(node))

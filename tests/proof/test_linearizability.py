@@ -325,12 +325,12 @@ def drawn(dice: Random) -> tuple[list[Operation], HistoryConditions]:
 
 def test_the_search_agrees_with_brute_force() -> None:
     verdicts = {True: 0, False: 0}
-    for seed in range(4_000):
+    for seed in range(1_500):
         calls, world = drawn(Random(seed))
         verdict = judge(calls, world).is_explained
         assert verdict == plainly(frozenset(range(len(calls))), calls, ModelState(), world), seed
         verdicts[verdict] += 1
-    assert min(verdicts.values()) > 200
+    assert min(verdicts.values()) > 75
 
 
 # -- a real daemon ----------------------------------------------------------------------------------------------------

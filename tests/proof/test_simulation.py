@@ -63,7 +63,7 @@ def test_the_same_seed_gives_the_same_trace() -> None:
 def test_the_trace_does_not_depend_on_hash_order() -> None:
     """The trace is equal byte for byte in processes with different hash seeds."""
     code = "from tests.proof.simulation.run import simulate\n"
-    code += "print([simulate(seed, 200, with_digest=True).digest for seed in range(20, 28)])"
+    code += "print([simulate(seed, 200, with_digest=True).digest for seed in range(20, 23)])"
     root = ROOT
     expected = {
         subprocess.run(

@@ -38,7 +38,7 @@ from jobd.model.job import Job
 from tests.proof.simulation.invariants import Violation
 from tests.proof.small_world import WORLDS, Exploration, World, main
 
-BEGINNING = 800  # states
+BEGINNING = 400  # states
 
 pytestmark = pytest.mark.timeout(300)  # CPU-bound
 

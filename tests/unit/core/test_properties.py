@@ -371,7 +371,7 @@ class PropertyRun(RuleHarness):
 
 
 @pytest.mark.slow
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(sequences)
 @example([(Create(id="a"), False), (Start(id="a", worker="w"), False), (TimeStep(1_500, 1_500), False),
           (Start(id="a", worker="w"), False)])  # fmt: skip
@@ -382,7 +382,7 @@ def test_any_sequence_of_commands(sequence: list[tuple[Any, bool]]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=6, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(long_sequences)
 def test_any_long_sequence_of_commands(sequence: list[tuple[Any, bool]]) -> None:
     run = PropertyRun()
@@ -391,7 +391,7 @@ def test_any_long_sequence_of_commands(sequence: list[tuple[Any, bool]]) -> None
 
 
 @pytest.mark.slow
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(sequences)
 def test_the_same_commands_at_the_same_times_give_the_same_events(sequence: list[tuple[Any, bool]]) -> None:
     first, second = PropertyRun(), PropertyRun()
@@ -402,7 +402,7 @@ def test_the_same_commands_at_the_same_times_give_the_same_events(sequence: list
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(sequences, st.integers(0, 10_000))
 def test_every_job_ends_once_time_passes(sequence: list[tuple[Any, bool]], away: int) -> None:
     """Without workers, recovery alone ends every grant."""
@@ -445,7 +445,7 @@ hand_made = st.builds(
 
 
 @pytest.mark.slow
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(hand_made, st.lists(st.tuples(commands, waits), min_size=1, max_size=6))
 def test_rules_accept_any_manually_edited_row(job: Job, sequence: list[tuple[AnyCommand, int]]) -> None:
     """`decide` is total: for any state there is a response or an error, and the state remains usable."""

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 
 LATER = NOW + 10_000
 WRONG = re.compile("damaged|missing|checksum .* wrong")
-BITS = (0, 3, 20)
+BITS = (0, 20)
 ROWS = f"SELECT {event_rows.COLUMNS_SQL} FROM events"
 COLUMNS = ("seq", "last", "job_seq", "at", "body", "crc")
 
