@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from pathlib import Path
-from typing import Final
 
 import pytest
 
 from tests.proof.faults.__main__ import main
 from tests.proof.faults.harness import MODULES, checks
 from tests.support.daemon_process import die_with_us
+from tests.support.forked_process import PROCESSES, preload
 
-# Each check has its own process, so that its mounts end with it. All of them are forked from one that has imported the
-# checks.
-PROCESSES: Final = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload([f"tests.proof.faults.{module}" for module in MODULES])
+preload([f"tests.proof.faults.{module}" for module in MODULES])
 
 
 def _run(name: str, directory: Path) -> None:
@@ -31,6 +27,7 @@ def _run(name: str, directory: Path) -> None:
 @pytest.mark.timeout(240)  # seconds on an idle machine
 @pytest.mark.parametrize("name", [name for name, check in checks().items() if check.few])
 def test_the_promise_is_kept_under_a_fault(name: str, tmp_path: Path) -> None:
+    # In its own process, so that its mounts end with it.
     process = PROCESSES.Process(target=_run, args=(name, tmp_path))
     process.start()
     process.join()
