@@ -148,6 +148,10 @@ class Clock:
         self._advance()
         self._stopped = True
 
+    def boot_ms(self) -> int:
+        """Return the boot time, which never stands still, unlike lease time."""
+        return self._boot()
+
     @property
     def held(self) -> bool:
         return self._held

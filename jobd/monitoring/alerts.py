@@ -163,8 +163,8 @@ class Alerts:
         self._health = health
         self._cleanup = cleanup
         self._since: dict[str, int] = {}  # firing alert -> wall time, Unix ms
-        self._differs_since: dict[str, int] = {}  # alert -> lease time since which its condition differs from its state
-        self._first: int | None = None  # lease time of the first check with measured health
+        self._differs_since: dict[str, int] = {}  # alert -> boot time since which its condition differs from its state
+        self._first: int | None = None  # boot time of the first check with measured health
         self._space: DiskSpace | None = None
         self._scan: QueueScan | None = None  # the current one
         self._waiting = QueueScan(iter(()))  # the latest complete one
@@ -173,8 +173,8 @@ class Alerts:
 
     def evaluate(self) -> list[AlertView]:
         """Return all alerts, in the order of NAMES. Without a cluster, those of CLUSTER_NAMES are left out."""
-        at, before = self._clock.moment(), set(self._since)
-        self._views = [self._evaluate(condition, at) for condition in self._conditions(at)]
+        at, boot_ms, before = self._clock.moment(), self._clock.boot_ms(), set(self._since)
+        self._views = [self._evaluate(condition, at.now, boot_ms) for condition in self._conditions(at)]
         if before != set(self._since):
             self._notify()
         return self._views
@@ -184,7 +184,7 @@ class Alerts:
 
         So a restart does not resolve an alert whose condition persists.
         """
-        is_known = self._first is not None and self._clock.moment().lease - self._first >= self._hold_ms
+        is_known = self._first is not None and self._clock.boot_ms() - self._first >= self._hold_ms
         return self._views if is_known else None
 
     async def check(self) -> list[AlertView]:
@@ -239,7 +239,7 @@ class Alerts:
                 was_known = self.known() is not None
                 await self.check()
                 if self._first is None:
-                    self._first = self._clock.moment().lease
+                    self._first = self._clock.boot_ms()
                 if not was_known and self.known() is not None:
                     self._notify()
             except Exception:
@@ -250,8 +250,11 @@ class Alerts:
     def stop(self) -> None:
         self._stop.set()
 
-    def _evaluate(self, condition: Condition, at: Moment) -> AlertView:
-        """Update an alert from its condition, and log if it fires or resolves."""
+    def _evaluate(self, condition: Condition, now: int, boot_ms: int) -> AlertView:
+        """Update an alert from its condition, and log if it fires or resolves.
+
+        Boot time decides how long the condition has held, because lease time stands still on a full disk.
+        """
         name, limit = condition.name, condition.threshold
         if name in self._since and condition.resolve_at is not None:
             limit = condition.resolve_at
@@ -261,10 +264,10 @@ class Alerts:
         fields = {"alert": name, "severity": severity, "value": condition.value, "threshold": condition.threshold}
         if holds == (name in self._since):
             self._differs_since.pop(name, None)
-        elif at.lease - self._differs_since.setdefault(name, at.lease) >= (self._hold_ms if holds else self._clear_ms):
+        elif boot_ms - self._differs_since.setdefault(name, boot_ms) >= (self._hold_ms if holds else self._clear_ms):
             del self._differs_since[name]
             if holds:
-                self._since[name] = at.now
+                self._since[name] = now
                 log.warning("alert_firing", **fields, hint=hint)
             else:
                 log.info("alert_resolved", **fields, since=self._since.pop(name))

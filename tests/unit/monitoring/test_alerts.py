@@ -441,6 +441,21 @@ async def test_an_alert_fires_after_30_s_and_resolves_after_60_s() -> None:
 
 
 @in_virtual_time
+async def test_alerts_fire_and_resolve_while_a_full_disk_holds_lease_time() -> None:
+    async with VirtualEngine() as engine:
+        alerts = slow_alerts_of(engine, Thresholds(processing_jobs=0))
+        engine.clock.hold()
+        engine.state.totals["processing"] = 1
+        assert firing(alerts) == []
+        await seconds(30)
+        assert firing(alerts) == ["processing_jobs"]
+        engine.state.totals["processing"] = 0
+        assert firing(alerts) == ["processing_jobs"]
+        await seconds(60)
+        assert firing(alerts) == []
+
+
+@in_virtual_time
 async def test_a_value_that_flickers_fires_nothing_and_resolves_nothing() -> None:
     async with VirtualEngine() as engine:
         alerts = slow_alerts_of(engine, Thresholds(processing_jobs=0))
