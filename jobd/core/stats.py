@@ -1,6 +1,6 @@
 """Statistics of recent changes, counted from commits: counters, duration baselines, double grants.
 
-After a restart they continue from their last save. No guarantee depends on them.
+After a restart, histories continue from their last save, and totals start at 0. No guarantee depends on them.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from typing import Final, TypeVar
 import msgspec
 import structlog
 from msgspec import Raw
-from msgspec.structs import astuple
+from msgspec.structs import astuple, replace
 
-from jobd.core.stats import PROCESSING_BUCKETS_S, Counters
+from jobd.core.stats import Counters
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.maintenance.cleanup_pass import CleanupRun, CleanupSchedule, CommandRejected, MaintenanceContext, Unfinished
@@ -351,13 +351,22 @@ def read_extra(body: bytes | None) -> bytes:
 
 
 def read_stats(body: bytes | None) -> Counters:
-    """Return the saved statistics, or new ones if there are none or they are unreadable (then an error is logged)."""
-    stats = None if body is None else _read(body, Counters)
-    if stats is None:
+    """Return the saved statistics, or new ones if there are none or they are unreadable (then an error is logged).
+
+    Totals start at 0: after a crash, the saved ones are below those of the last scrape, and Prometheus would count all
+    of them again.
+    """
+    saved = None if body is None else _read(body, Counters)
+    if saved is None:
         return Counters()
-    buckets = len(PROCESSING_BUCKETS_S) + 1  # older versions may have had other buckets
-    stats.processing = {queue: found for queue, found in stats.processing.items() if len(found.counts) == buckets}
-    return stats
+    return Counters(
+        completions=saved.completions,
+        recoveries=saved.recoveries,
+        recovered=saved.recovered,
+        since_report=saved.since_report,
+        baselines=saved.baselines,
+        double_grants=replace(saved.double_grants, total=0),
+    )
 
 
 def _read(body: bytes, kind: type[T]) -> T | None:
