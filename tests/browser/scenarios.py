@@ -14,14 +14,14 @@ from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import msgspec
 
 from jobd.monitoring.timeseries import SLOT_MS, SLOTS, STEP_MS, STEPS, SavedTimeseries
 from jobd.storage.store import Store
-from tests.support.daemon_process import TOKEN, DaemonProcess, free_port
-from tests.support.forked_process import ForkedProcess
+from tests.support.daemon_process import TOKEN, free_port
+from tests.support.forked_process import ForkedDaemon
 from tests.support.postgres import postgres
 
 CHROMIUM: Final = "/usr/bin/chromium"
@@ -58,7 +58,7 @@ url = "file:///nonexistent/artifacts"
 {WEBHOOK}"""
 
 
-class DashboardDaemon(DaemonProcess):
+class DashboardDaemon(ForkedDaemon):
     """A daemon with an admin listener on TCP and a read-only token."""
 
     def __init__(self, directory: Path, config: str = "") -> None:
@@ -69,12 +69,6 @@ class DashboardDaemon(DaemonProcess):
         places = {"JOBD_ADMIN_LISTEN": f"127.0.0.1:{self.port}", "ADMIN_READONLY_TOKEN_FILE": str(readers)}
         super().__init__(directory, config, **places)
         self.module = "tests.support.daemon_variants prompt_alerts"  # alerts fire at once
-
-    def spawn(self, stderr: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
-        assert (self.prefix, stderr) == ([], subprocess.PIPE)
-        variant = self.module.removeprefix("tests.support.daemon_variants ")
-        words = ["serve", "--config", str(self.config)]
-        return cast("subprocess.Popen[bytes]", ForkedProcess(variant, words, self.environ))
 
     def do(self, path: str, **body: Any) -> Any:
         """Send a POST to the worker API and return its data."""

@@ -23,6 +23,7 @@ from jobd.http.worker_request import WorkerRequest
 from tests.support.daemon_process import TOKEN as ADMIN_TOKEN
 from tests.support.daemon_process import DaemonProcess, UnixConnection
 from tests.support.factories import ChangeFactory
+from tests.support.forked_process import ForkedDaemon
 from tests.support.http_harness import TOKEN, HttpHarness, RawConnection, request_bytes
 from tests.support.virtual_engine import until
 
@@ -350,7 +351,7 @@ def lifecycle(daemon: DaemonProcess, job_id: str) -> None:
 def test_a_client_that_reconnects_receives_everything_once_across_kills(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     position = "0"
-    with DaemonProcess(tmp_path) as daemon:
+    with ForkedDaemon(tmp_path) as daemon:
         for generation in range(3):
             with stream(daemon, after=position) as received:
                 for number in range(20):
@@ -381,7 +382,7 @@ def test_a_client_that_reconnects_receives_everything_once_across_kills(tmp_path
 @pytest.mark.slow
 def test_a_stop_ends_streams_and_does_not_wait_for_clients_that_do_not_read(tmp_path: Path) -> None:
     with (
-        DaemonProcess(tmp_path) as daemon,
+        ForkedDaemon(tmp_path) as daemon,
         stream(daemon) as received,
         closing(UnixConnection(daemon.socket)) as slow_client,
     ):
@@ -397,7 +398,7 @@ def test_a_stop_ends_streams_and_does_not_wait_for_clients_that_do_not_read(tmp_
 
 @pytest.mark.slow
 def test_a_pruned_journal_is_an_error_and_no_stream_contains_a_secret(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path, '[retention]\njournal = "0s"\n') as daemon, stream(daemon) as received:
+    with ForkedDaemon(tmp_path, '[retention]\njournal = "0s"\n') as daemon, stream(daemon) as received:
         lifecycle(daemon, "a")
         daemon.post("/v1/jobs", {"id": "b"})
         lock = daemon.post("/v1/jobs/b/start", {"worker": "w"}).data["lock_id"]
@@ -421,7 +422,7 @@ def test_a_pruned_journal_is_an_error_and_no_stream_contains_a_secret(tmp_path: 
 
 @pytest.mark.slow
 def test_both_listeners_share_the_limit_of_streams_and_metrics_show_it(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path, "[limits]\nevent_streams = 1\n") as daemon, stream(daemon) as received:
+    with ForkedDaemon(tmp_path, "[limits]\nevent_streams = 1\n") as daemon, stream(daemon) as received:
         lifecycle(daemon, "a")
         received.until(3)
         no = daemon.admin("GET", "events", Authorization=f"Bearer {ADMIN_TOKEN}")

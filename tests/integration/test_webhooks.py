@@ -29,6 +29,7 @@ from jobd.cli import exit_codes
 from jobd.storage.store import Store
 from tests.integration.test_docs import OPERATIONS, blocks
 from tests.support.daemon_process import TOKEN, DaemonProcess, DaemonResponse
+from tests.support.forked_process import ForkedDaemon
 from tests.support.polling import poll_until
 from tests.support.webhook_receiver import ReceivedMessage, Receiver, accept, responding
 
@@ -94,7 +95,7 @@ def wait_until(condition: Any, seconds: float = 150) -> None:
 def test_a_lifecycle_is_delivered_in_order_and_the_documented_receiver_accepts_it(
     tmp_path: Path, receiver: Receiver
 ) -> None:
-    with DaemonProcess(tmp_path, config(receiver)) as daemon:
+    with ForkedDaemon(tmp_path, config(receiver)) as daemon:
         run_lifecycle(daemon, "a")
         messages = receiver.wait_for(lambda messages: done(messages, "a"))
         assert daemon.stop() == 0
@@ -114,7 +115,7 @@ def test_a_lifecycle_is_delivered_in_order_and_the_documented_receiver_accepts_i
 
 
 def test_a_daemon_without_webhooks_opens_no_connection(tmp_path: Path) -> None:
-    with DaemonProcess(tmp_path) as daemon:
+    with ForkedDaemon(tmp_path) as daemon:
         run_lifecycle(daemon, "a")
         assert daemon.admin("GET", "webhooks").data == {"webhooks": []}
         assert daemon.admin("GET", "webhooks/none/deliveries").status == 404
@@ -126,7 +127,7 @@ def test_a_daemon_without_webhooks_opens_no_connection(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_kill_9_before_a_result_is_stored_repeats_the_delivery(tmp_path: Path, receiver: Receiver) -> None:
     """The receiver kills the daemon before it responds, so the daemon does not know that the message was accepted."""
-    with DaemonProcess(tmp_path, config(receiver)) as daemon:
+    with ForkedDaemon(tmp_path, config(receiver)) as daemon:
 
         async def deadly(_: web.Request) -> web.StreamResponse:
             assert daemon.process is not None
@@ -168,7 +169,7 @@ def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, 
         return web.Response(status=500 if chance.random() < 0.2 else 204)
 
     receiver.respond = moody
-    with DaemonProcess.not_started(tmp_path, config(receiver)) as daemon:
+    with ForkedDaemon.not_started(tmp_path, config(receiver)) as daemon:
         daemon.module = "tests.support.daemon_variants quick_retries"
         daemon.start()
         for round_ in range(3):
@@ -192,7 +193,7 @@ def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, 
 @pytest.mark.slow
 def test_waiting_deliveries_continue_after_a_restart(tmp_path: Path, receiver: Receiver) -> None:
     receiver.respond = responding(503)
-    with DaemonProcess.not_started(tmp_path, config(receiver)) as daemon:
+    with ForkedDaemon.not_started(tmp_path, config(receiver)) as daemon:
         daemon.module = "tests.support.daemon_variants quick_retries"
         daemon.start()
         run_lifecycle(daemon, "a")
@@ -212,7 +213,7 @@ def test_stop_does_not_wait_for_a_hanging_receiver(tmp_path: Path, receiver: Rec
         return web.Response(status=204)
 
     receiver.respond = hanging
-    with DaemonProcess.not_started(tmp_path, config(receiver, 'timeout = "1m"')) as daemon:
+    with ForkedDaemon.not_started(tmp_path, config(receiver, 'timeout = "1m"')) as daemon:
         daemon.module = "tests.support.daemon_variants quick_retries"
         daemon.start()
         for number in range(12):
@@ -228,7 +229,7 @@ def test_stop_does_not_wait_for_a_hanging_receiver(tmp_path: Path, receiver: Rec
 @pytest.mark.slow
 def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Receiver) -> None:
     receiver.respond = responding(500, "not today")
-    with DaemonProcess(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
+    with ForkedDaemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
         run_lifecycle(daemon, "a")
         wait_until(lambda: view(daemon)["failed"] > 0)
         shown = view(daemon)
@@ -291,7 +292,7 @@ def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Rec
 def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receiver: Receiver) -> None:
     """After an outage of days, simulated by the store of a stopped daemon."""
     receiver.respond = responding(500, "not today")
-    with DaemonProcess(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
+    with ForkedDaemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
         daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"job-{number}"} for number in range(450)]})
         wait_until(lambda: view(daemon)["waiting"] == 450)
         assert daemon.stop() == 0
@@ -348,7 +349,7 @@ async def dead_letter_all(path: Path) -> None:
 @pytest.mark.slow
 def test_no_secret_is_in_any_output(tmp_path: Path, receiver: Receiver) -> None:
     receiver.respond = responding(302, Location="/elsewhere")
-    with DaemonProcess(tmp_path, config(receiver, rest='[log]\nlevel = "debug"')) as daemon:
+    with ForkedDaemon(tmp_path, config(receiver, rest='[log]\nlevel = "debug"')) as daemon:
         run_lifecycle(daemon, "a")
         receiver.wait_for(lambda messages: len(messages) >= 2)
         assert daemon.process is not None
@@ -370,7 +371,7 @@ def test_no_secret_is_in_any_output(tmp_path: Path, receiver: Receiver) -> None:
 
 
 def test_a_reload_applies_new_webhooks(tmp_path: Path, receiver: Receiver) -> None:
-    with DaemonProcess(tmp_path) as daemon:
+    with ForkedDaemon(tmp_path) as daemon:
         run_lifecycle(daemon, "before")
         daemon.config.write_text(config(receiver))
         assert daemon.process is not None
@@ -397,7 +398,7 @@ def test_alerts_are_delivered(tmp_path: Path, receiver: Receiver) -> None:
         'events = ["alert.*"]',
         rest="[alerts]\nprocessing_jobs = 0\ndisk_free_percent = 0\ndisk_free_bytes = 0",
     )
-    with DaemonProcess.not_started(tmp_path, settings) as daemon:
+    with ForkedDaemon.not_started(tmp_path, settings) as daemon:
         daemon.module = "tests.support.daemon_variants prompt_alerts"
         daemon.start()
         daemon.post("/v1/jobs", {"id": "a"})
@@ -412,7 +413,7 @@ def test_alerts_are_delivered(tmp_path: Path, receiver: Receiver) -> None:
 @pytest.mark.slow
 def test_a_webhook_that_fails_for_long_fires_an_alert(tmp_path: Path, receiver: Receiver) -> None:
     receiver.respond = responding(500, "not today")
-    with DaemonProcess.not_started(tmp_path, config(receiver, rest='[alerts]\nwebhook_failing = "0"')) as daemon:
+    with ForkedDaemon.not_started(tmp_path, config(receiver, rest='[alerts]\nwebhook_failing = "0"')) as daemon:
         daemon.module = "tests.support.daemon_variants prompt_alerts"
         daemon.start()
         run_lifecycle(daemon, "a")
@@ -430,7 +431,7 @@ def test_a_webhook_that_fails_for_long_fires_an_alert(tmp_path: Path, receiver: 
 def test_private_addresses_are_blocked_unless_allowed(tmp_path: Path, receiver: Receiver) -> None:
     """The address behind the name is checked at each attempt, and `localhost` is this machine."""
     outside = config(receiver).replace("allow_private = true\n", "").replace("http://127.0.0.1", "https://localhost")
-    with DaemonProcess(tmp_path, outside) as daemon:
+    with ForkedDaemon(tmp_path, outside) as daemon:
         run_lifecycle(daemon, "a")
         wait_until(lambda: view(daemon)["failed"] > 0)
         assert "is loopback" in view(daemon)["last_error"]
@@ -447,7 +448,7 @@ def test_the_alert_about_a_full_disk_is_delivered_while_it_is_full(
 
     rest = "[alerts]\ndisk_free_percent = 0\ndisk_free_bytes = 0"
     settings = config(receiver, 'events = ["alert.*", "job.created"]', rest=rest)
-    with DaemonProcess.not_started(tmp_path, settings, JOBD_STORE_PATH=str(small_disk / "jobd.db")) as daemon:
+    with ForkedDaemon.not_started(tmp_path, settings, JOBD_STORE_PATH=str(small_disk / "jobd.db")) as daemon:
         daemon.module = "tests.support.daemon_variants prompt_alerts"
         daemon.start()
         filler = small_disk / "filler"

@@ -13,10 +13,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
-from typing import Final
+from typing import Final, cast
 
 from jobd.cli.daemon.main import main
-from tests.support.daemon_process import die_with_us
+from tests.support.daemon_process import DaemonProcess, die_with_us
 from tests.support.daemon_variants import VARIANTS
 
 # One process per test process, in which all modules are imported that were named before the first use.
@@ -32,7 +32,7 @@ def preload(modules: Sequence[str]) -> None:
 
 
 class ForkedProcess:
-    """A process of a variant of jobd. It has what tests use of Popen."""
+    """A process of jobd or of a variant. It has what tests use of Popen."""
 
     def __init__(self, variant: str, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
         receiving, sending = PROCESSES.Pipe(duplex=False)
@@ -68,6 +68,16 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
+class ForkedDaemon(DaemonProcess):
+    """A daemon whose process is forked."""
+
+    def spawn(self, stderr: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
+        assert (self.prefix, stderr) == ([], subprocess.PIPE)
+        variant = self.module.removeprefix("jobd").removeprefix("tests.support.daemon_variants ")
+        words = ["serve", "--config", str(self.config)]
+        return cast("subprocess.Popen[bytes]", ForkedProcess(variant, words, self.environ))
+
+
 def _run(variant: str, arguments: Sequence[str], environ: Mapping[str, str], stderr: Connection) -> None:
     die_with_us()
     os.dup2(stderr.fileno(), 2)
@@ -75,6 +85,7 @@ def _run(variant: str, arguments: Sequence[str], environ: Mapping[str, str], std
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)  # a pipe, unlike that of the process before the fork
     os.environ.clear()
     os.environ.update(environ)
-    VARIANTS[variant]()
+    if variant:
+        VARIANTS[variant]()
     sys.argv = ["jobd", *arguments]
     sys.exit(main())
