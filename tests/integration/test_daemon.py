@@ -126,7 +126,7 @@ def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path: Path) -
     with DaemonProcess(tmp_path) as daemon:
         highest = 0
         loads = []
-        for _ in range(3):
+        for _ in range(2):
             load = RecordedLoad(daemon)
             loads.append(load)
             with ThreadPoolExecutor(6) as pool:

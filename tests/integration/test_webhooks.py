@@ -172,7 +172,7 @@ def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, 
     with ForkedDaemon.not_started(tmp_path, config(receiver)) as daemon:
         daemon.module = "tests.support.daemon_variants quick_retries"
         daemon.start()
-        for round_ in range(3):
+        for round_ in range(2):
             goal = len(names) + chance.randrange(5, 40)
             killer = threading.Thread(target=kill_at, args=(daemon, names, goal, chance.random() / 20))
             killer.start()

@@ -1,4 +1,4 @@
-"""Explore one small world completely, and the beginning of the others. All of them: `make world`."""
+"""Explore the beginning of every small world. All their states: `make world`."""
 
 from __future__ import annotations
 
@@ -80,11 +80,10 @@ NOT_PLAYED = {
 }
 
 
-def test_every_state_of_a_world_is_explored() -> None:
-    """The states are finite, and every event that can happen to a job happens."""
+def test_every_event_of_a_world_happens_in_its_first_states() -> None:
     walk = Exploration(World("one tick", on_stall="fail", ttl=1, stuck_after=0, ceiling=1, max_stalls=0))
-    assert walk.run() > 2_500
-    assert walk.decisions > 50 * len(walk.states)
+    walk.run(2 * BEGINNING)
+    assert walk.decisions > 20 * len(walk.states)
     assert walk.played | NOT_PLAYED == set(get_args(AnyCommand))
     assert walk.fired.keys() == {f"event {kind}" for kind in EVENTS} | {f"error {code}" for code in ERRORS}
 

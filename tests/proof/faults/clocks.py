@@ -328,6 +328,7 @@ CHECKS = (
         "the same over restarts: locks keep the time they had left; 40 days ahead deletes nothing until accepted",
         steps_while_down,
         rounds=12,
+        few=0,
         needs=(FAKETIME,),
     ),
     Check(

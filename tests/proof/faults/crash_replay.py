@@ -125,7 +125,7 @@ CHECKS: Final = (
         "a crash at any moment, unsynced writes dropped, partly kept or torn (512 bytes): nothing acknowledged is lost",
         replay,
         rounds=2_000,
-        few=20,
+        few=10,
         needs=(COMPILER, HEADERS),
     ),
 )

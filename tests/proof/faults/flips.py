@@ -313,20 +313,20 @@ CHECKS: Final = (
         "one bit of the closed database is flipped: no wrong response, missing rows are reported",
         lambda trial: flips(trial, "database"),
         rounds=3_000,
-        few=20,
+        few=10,
     ),
     Check(
         "flipped-bits-in-the-log",
         "one bit of the write-ahead log is flipped after a kill: no commit is skipped silently",
         lambda trial: flips(trial, "log"),
         rounds=1_000,
-        few=10,
+        few=5,
     ),
     Check(
         "flipped-bits-in-the-journal",
         "one bit of the journal is flipped after a kill, before the tables are written: no commit is skipped silently",
         lambda trial: flips(trial, "journal"),
         rounds=1_000,
-        few=10,
+        few=5,
     ),
 )

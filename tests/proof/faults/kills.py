@@ -136,7 +136,7 @@ CHECKS = (
         "kill -9 at any moment: nothing acknowledged is lost, no token is granted twice, ready again within 2 s",
         kill_under_load,
         rounds=40,
-        few=2,
+        few=1,
     ),
     Check(
         "kill-with-many-jobs",

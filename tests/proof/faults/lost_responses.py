@@ -252,7 +252,7 @@ CHECKS = (
         "claims whose connection was closed: their jobs have no holder and keep their position and attempt",
         lost_grants,
         rounds=50,
-        few=4,
+        few=2,
         needs=(program("strace"),),
     ),
     Check(
