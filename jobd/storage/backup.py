@@ -234,12 +234,13 @@ def restore(file: str, path: str) -> str | None:
         Path(new).unlink(missing_ok=True)
         try:
             _check_and_copy(file, new)
-            epoch, old_name = _keep_old(path)
+            epoch = _checkpoint_old(path)
             if epoch > used.epoch:
                 files.write_epoch(path, epoch)
             for name in (new, f"{path}.epoch"):
                 if os.path.exists(name):
                     files.give_to_owner(name, path)
+            old_name = _keep_old(path)
             os.replace(new, path)
             files.sync_directory(path)
         finally:
@@ -259,14 +260,13 @@ def _check_and_copy(file: str, new: str) -> None:
         copy_database(source, new)
 
 
-def _keep_old(path: str) -> tuple[int, str | None]:
-    """Give the old database a second name. Return its epoch (0 if it cannot be read) and that name.
+def _keep_old(path: str) -> str | None:
+    """Give the old database a second name, and return it. A log that was not checkpointed goes with it.
 
-    Its write-ahead log must not be applied to the new database, so it is checkpointed or moved.
+    Until the new database is in place, the old one lacks this log, so nothing comes in between.
     """
     if not os.path.exists(path):
-        return 0, None
-    epoch = _checkpoint_old(path)
+        return None
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     old_name = f"{path}.{stamp}"
     number = 1
@@ -278,14 +278,14 @@ def _keep_old(path: str) -> tuple[int, str | None]:
         if os.path.exists(path + suffix):
             os.rename(path + suffix, old_name + suffix)
     files.sync_directory(path)
-    return epoch, old_name
+    return old_name
 
 
 def _checkpoint_old(path: str) -> int:
-    """Checkpoint the old database. Return its epoch, 0 if it cannot be read."""
+    """Checkpoint the old database. Return its epoch, 0 if there is none or it cannot be read."""
     try:
         startup.peek(path)
-    except StoreUnreadable:
+    except (StoreUnreadable, FileNotFoundError):
         return 0  # not a database, and SQLite would delete its log
     try:
         startup.check_wal(path)

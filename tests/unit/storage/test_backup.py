@@ -348,6 +348,20 @@ async def test_an_unreadable_store_is_kept_unchanged(path: str, copy: str) -> No
         assert found.marked
 
 
+async def test_a_restore_that_fails_leaves_the_old_store_and_its_log(
+    path: str, copy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await make_store(copy)
+    write_file(path, b"rubbish" * 1_000)
+    write_file(f"{path}-wal", b"more rubbish")
+    monkeypatch.setattr(files, "give_to_owner", lambda name, path: os.chown(f"{name}-missing", 0, 0))
+    monkeypatch.setattr(backup, "FileLock", lambda path: contextlib.nullcontext())
+    with pytest.raises(FileNotFoundError):
+        restore(copy, path)
+    assert names(path) == {"jobd.db", "jobd.db-wal"}
+    assert read_file(f"{path}-wal") == b"more rubbish"
+
+
 async def test_two_restores_in_one_second_keep_both_stores(path: str, copy: str) -> None:
     await make_store(copy)
     old_paths = [restore(copy, path) for _ in range(4)]
