@@ -158,10 +158,9 @@ async def _extended_start() -> AsyncIterator[None]:
 
 def _cannot_open(path: str, error: OSError) -> CannotStart:
     if error.errno in (errno.EACCES, errno.EPERM):
-        hint = (
-            f"user {os.geteuid()} may not write there. Change the owner of the directory or choose another store.path"
-        )
-        return CannotStart(f"{path}: {error.strerror}: {hint}", EXIT_CONFIG)
+        hint = "Change the owner of the file or of its directory, or choose another store.path"
+        message = f"{path}: {error.strerror}: user {os.geteuid()} may not write there. {hint}"
+        return CannotStart(message, EXIT_CONFIG)
     if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
         return CannotStart(f"{path}: {error.strerror}: store.path must name a file in a directory", EXIT_CONFIG)
     return CannotStart(f"{path}: {error}", EXIT_IO)

@@ -74,6 +74,7 @@ def connect(path: str, synchronous: str) -> FunctionConnection:
     is elsewhere.
     """
     if path != MEMORY and not files.create_private(path):
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))  # SQLite would report a read-only file as a failed disk
         check_version(path, peek(path))
         if synchronous != "NORMAL":
             check_wal(path)

@@ -122,6 +122,23 @@ async def test_a_missing_directory_is_an_os_error(tmp_path: Path) -> None:
         await Store.open(str(tmp_path / "nowhere" / "jobd.db"))
 
 
+async def test_a_read_only_file_is_an_os_error(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite would report a failed disk."""
+    async with open_store(path):
+        pass
+    monkeypatch.chdir(tmp_path)  # other users cannot use the whole path
+    tmp_path.chmod(0o777)
+    os.chmod(path, 0o444)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(PermissionError):
+            startup.connect(os.path.basename(path), "FULL")
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+
+
 async def test_no_thread_is_left_behind(path: str, tmp_path: Path) -> None:
     before = set(threading.enumerate())
     async with open_store(path) as (store, _):
