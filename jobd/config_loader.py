@@ -355,8 +355,11 @@ def _check(config: Config) -> None:
     """Reject values and combinations that cannot work."""
     for key in KEYS:
         value = value_of(config, key)
-        if "\0" in (value if isinstance(value, str) else "".join(value) if isinstance(value, list) else ""):
+        text = value if isinstance(value, str) else "".join(value) if isinstance(value, list) else ""
+        if "\0" in text:
             raise ConfigError(f"{key}: the value contains a NUL character. Remove it")
+        if text.encode(errors="replace") != text.encode(errors="surrogateescape"):
+            raise ConfigError(f"{key}: expected UTF-8, not {text!r}")
     for name, section in (("worker", config.worker), ("admin", config.admin)):
         if bool(section.tls_cert) != bool(section.tls_key):
             raise ConfigError(f"{name}.tls_cert and {name}.tls_key belong together: set both or neither")

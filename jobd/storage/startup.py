@@ -160,7 +160,7 @@ def read_only(path: str) -> Iterator[sqlite3.Connection]:
     shared = files.shared_memory_of(path)
     had_shared = os.path.exists(shared)
     mode = "mode=ro" if _has_log(path) else "mode=ro&immutable=1"
-    conn = sqlite3.connect(f"file:{quote(path)}?{mode}", uri=True, timeout=1.0, isolation_level=None)
+    conn = sqlite3.connect(f"file:{quote(os.fsencode(path))}?{mode}", uri=True, timeout=1.0, isolation_level=None)
     try:
         yield conn
     finally:

@@ -755,6 +755,17 @@ def test_former_tracebacks_are_clear_messages(text: str, part: str, write: Write
     _is_clear(message, path)
 
 
+def test_a_value_that_is_not_utf_8_is_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Responses name the path of the store."""
+    expected = "store.path: expected UTF-8, not '{}\\udcff.db'"
+    assert config_error(flags={"store.path": "/a\udcff.db"}) == f"flag: {expected.format('/a')}"
+    assert "expected UTF-8" in config_error(JOBD_ADMIN_HOSTS="a\udcff")
+    folder = tmp_path / "\udcff.db"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert "store.path: expected UTF-8" in config_error(flags={"store.path": "jobd.db"})
+
+
 def _is_clear(message: str, *places: str) -> None:
     """Check that it is one printable line, not too long, that names the file or the key."""
     assert message.isprintable()

@@ -113,7 +113,7 @@ def _complete_copy(conn: sqlite3.Connection, path: str, label: str) -> str | Non
     """
     content = _content(conn)
     for name in glob.glob(f"{glob.escape(path)}.{label}-*"):
-        uri = f"file:{quote(name)}?mode=ro&immutable=1"
+        uri = f"file:{quote(os.fsencode(name))}?mode=ro&immutable=1"
         with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(uri, uri=True)) as copy:
             if _content(copy) == content:
                 return name

@@ -21,7 +21,7 @@ from jobd.storage.files import EpochFile
 from jobd.storage.schema import migrations
 from jobd.storage.store import MEMORY, Store, StoreBusy, StoreTooNew, StoreUnreadable
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import edit_store, open_store, read_file, write_file
+from tests.support.store_files import edit_store, killed_store, open_store, read_file, write_file
 
 
 def untouched(path: str) -> dict[str, bytes]:
@@ -120,6 +120,15 @@ async def test_a_damaged_meta_row_stops_the_start(path: str, damage: str) -> Non
 async def test_a_missing_directory_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         await Store.open(str(tmp_path / "nowhere" / "jobd.db"))
+
+
+async def test_a_killed_store_whose_name_is_not_utf_8_can_be_read(tmp_path: Path) -> None:
+    path = str(tmp_path / "\udcff.db")
+    async with killed_store(path) as (store, _):
+        await store.write(ChangeFactory().any_batch(3))
+    assert startup.peek(path) == (migrations.APPLICATION_ID, migrations.VERSION)
+    async with open_store(path):
+        pass
 
 
 async def test_a_read_only_file_is_an_os_error(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
