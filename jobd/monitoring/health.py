@@ -175,17 +175,29 @@ class Health:
             return PartHealth("unhealthy", f"It cannot be measured: {type(error).__name__}: {error}")
 
     async def _in_time(self, what: str, ask: Callable[[], Awaitable[Any]], timeout_s: float = TIMEOUT_S) -> Any:
-        """Return the response, or raise TimeoutError. The request continues, and the next call waits for it."""
+        """Return the response to a new request, or raise TimeoutError. The request continues, and the next call waits.
+
+        A response to the request of an earlier call, which was late, is ignored: it says nothing about the present.
+        """
+        loop_time = asyncio.get_running_loop().time
+        deadline = loop_time() + timeout_s
         task = self._pending.get(what)
+        if task is not None and await self._ended(what, task, timeout_s):
+            task = self._pending.get(what)  # another caller may have asked again
         if task is None:
             task = self._pending[what] = asyncio.create_task(_awaited(ask))
-        done, _ = await asyncio.wait({task}, timeout=timeout_s)
-        if not done:
-            raise TimeoutError
-        self._pending.pop(what, None)
-        if task.cancelled():
-            raise TimeoutError  # cancelled by `close`
+        if not await self._ended(what, task, deadline - loop_time()) or task.cancelled():
+            raise TimeoutError  # `close` cancels a request
         return task.result()
+
+    async def _ended(self, what: str, task: asyncio.Task[Any], timeout_s: float) -> bool:
+        """Wait for a request, and forget it once it has ended. Return whether it has."""
+        done, _ = await asyncio.wait({task}, timeout=max(timeout_s, 0))
+        if done and self._pending.get(what) is task:
+            del self._pending[what]
+        if done and not task.cancelled():
+            task.exception()  # so that asyncio does not log the exception of an ignored response
+        return bool(done)
 
     # -- the database ------------------------------------------------------------------------------------------------
 

@@ -280,6 +280,35 @@ async def test_a_hanging_disk_is_unhealthy_and_not_probed_again() -> None:
         assert (await health.view()).status == "healthy"
 
 
+class SlowStorage(MemoryStorage):
+    """Each probe takes `probe_s`."""
+
+    probe_s = 0.0
+
+    async def probe(self, spare_bytes: int = 0) -> None:
+        await super().probe(spare_bytes)
+        await asyncio.sleep(self.probe_s)
+
+
+@pytest.mark.parametrize("probe_s", [TIMEOUT_S + 1, MAX_AGE_S + 1, 3 * MAX_AGE_S])
+def test_a_slow_disk_is_unhealthy_in_every_measurement(probe_s: float) -> None:
+    @in_virtual_time
+    async def test() -> None:
+        storage = SlowStorage()
+        async with VirtualEngine(storage) as engine:
+            health = health_of(engine)
+            storage.probe_s = probe_s
+            for _ in range(6):
+                assert (await health.view()).database.status == "unhealthy"
+                await seconds(MAX_AGE_S)
+            storage.probe_s = 0.5
+            await seconds(probe_s)
+            assert (await health.view()).database.message == "A write and a read took 500.0 ms."
+            await health.close()
+
+    test()
+
+
 @in_virtual_time
 async def test_close_waits_for_pending_requests() -> None:
     storage = BlockableStorage()
