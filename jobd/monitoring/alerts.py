@@ -66,6 +66,7 @@ CLEAR_MS: Final = 60 * SECOND_MS  # an alert resolves after its condition has be
 PAIRS_PER_SLICE: Final = 500  # queue and kind pairs scanned at a time: about a millisecond
 SLICES_PER_CHECK: Final = 50  # enough for 10,000 queues of one kind
 NOTICEABLE_MS: Final = 100  # a smaller difference never counts as slower, whatever the ratio
+MIB: Final = 1 << 20
 GIB: Final = 1 << 30
 RESOLVE_RATIO: Final = 0.9  # a ratio resolves at this part of its threshold, so that an alert near it does not flap
 
@@ -272,6 +273,8 @@ class Alerts:
             else:
                 log.info("alert_resolved", **fields, since=self._since.pop(name))
         since = self._since.get(name)
+        if since is not None and not holds:
+            hint = f"{hint} The alert resolves when this has lasted for {self._clear_ms // SECOND_MS} s."
         return AlertView(name, since is not None, since, condition.value, condition.threshold, hint, severity)
 
     def _conditions(self, at: Moment) -> Iterator[Condition]:
@@ -435,8 +438,7 @@ class Alerts:
             return Condition("disk_nearly_full", 0, percent, "The free space of the disk is unknown.")
         threshold = max(min(percent, 100 - 100 * limits.disk_free_bytes / space.total_bytes), 0)
         used = 100 - 100 * space.free_bytes / space.total_bytes
-        free, total = space.free_bytes / GIB, space.total_bytes / GIB
-        quiet = f"{free:.1f} of {total:.1f} GiB are free on the disk of {space.path}."
+        quiet = f"{_bytes(space.free_bytes)} of {_bytes(space.total_bytes)} are free on the disk of {space.path}."
         advice = "See what is stored: jobctl stats"
         hint = f"{quiet} On a full disk the daemon rejects new jobs. Free some space, or shorten [retention]. {advice}"
         return Condition("disk_nearly_full", used, threshold, hint, quiet)
@@ -453,6 +455,10 @@ class Alerts:
                 f"To end the loop: jobctl cancel {job_id}"
             )
         return Condition("release_loop", len(loops), threshold, hint, quiet)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"
 
 
 def _bucket_name(waits: WaitingJob) -> str:
