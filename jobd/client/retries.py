@@ -134,7 +134,7 @@ class RetryState:
             return 0.0
         wait_s = self._delay_s(error, chance)
         if self._deadline_s is not None and now_s + wait_s >= self._deadline_s:
-            raise error if self._nodes.is_single else self._summary()
+            raise self._final(error) if self._nodes.is_single else self._summary()
         self._count += 1
         self._round.clear()
         self._repeated = None
@@ -178,6 +178,14 @@ class RetryState:
         if error.retry_after_ms is not None and (is_single or error.code not in _MOVED):
             wait_s += error.retry_after_ms / 1000
         return wait_s
+
+    def _final(self, error: JobdError) -> JobdError:
+        """Return the error of a call to a single node: `error`, unless an earlier attempt may have been applied."""
+        worst = self._worst
+        if worst is None or worst.code != "outcome_unknown" or error.code == worst.code:
+            return error
+        message = f"{worst.message.rstrip('.')}. The latest attempt: {error.message}"
+        return type(worst)(message, code=worst.code, details=worst.details, status=worst.status)
 
     def _summary(self) -> JobdError:
         """Return the error of the call: the one after which it was most likely applied, with the outcome of each URL.

@@ -45,6 +45,15 @@ def test_there_is_no_retry_after_the_deadline() -> None:
         tries.wait_s(Unreachable("x"), 106, 1)
 
 
+def test_a_call_that_may_have_been_applied_says_so_even_if_the_daemon_is_gone_afterwards() -> None:
+    call = RetryState(RetryOptions(total_s=10, base_s=4), READ, ONE, 0)
+    call.wait_s(OutcomeUnknown("The outcome is unknown.", details={"outcome": "unknown"}), 1, 1)
+    with pytest.raises(OutcomeUnknown) as caught:
+        call.wait_s(Unreachable("The daemon at /one cannot be reached."), 9, 1)
+    assert caught.value.message == ("The outcome is unknown. The latest attempt: The daemon at /one cannot be reached.")
+    assert caught.value.details == {"outcome": "unknown"}
+
+
 def test_a_call_that_is_not_repeatable_follows_the_leader() -> None:
     state = RetryState(RetryOptions(), admin_requests.step_down(), NodeList([A, B]), 0)
     assert state.wait_s(standby(B), 0, 0) == 0
