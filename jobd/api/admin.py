@@ -21,85 +21,13 @@ from jobd.api.services import Services
 from jobd.http.app import App, NoFields, run_command
 from jobd.http.request import RequestContext, as_one_entry, operator_of
 from jobd.http.response import RawBody
-from jobd.http.routing import Auth, Route
-from jobd.model.commands import (
-    Adopt,
-    AuditLog,
-    Cancel,
-    Command,
-    Delete,
-    Export,
-    ExtendLock,
-    ForceFail,
-    ForceReset,
-    Get,
-    Import,
-    ImportCheck,
-    LateResults,
-    Locks,
-    MakePlan,
-    NamedJobCommand,
-    Pause,
-    PlanCommand,
-    Queues,
-    ReleaseLock,
-    Resume,
-    RunNow,
-    SearchJobs,
-    Stats,
-    TakeBack,
-    Timeline,
-    Transition,
-    Update,
-    Validate,
-    Why,
-    Workers,
-)
+from jobd.http.routing import Route
+from jobd.model import commands, responses
+from jobd.model.commands import Command
 from jobd.model.errors import ApiError
 from jobd.model.events import StreamedEvent
 from jobd.model.fields import Cursor, PageLimit, Reason, RowCursor
-from jobd.model.responses import (
-    AdminLockView,
-    AlertList,
-    AuditPage,
-    BackupList,
-    CheckedRows,
-    CleanupReport,
-    CleanupState,
-    ClockView,
-    ClusterView,
-    DeliveryPage,
-    DeliveryState,
-    DeliveryView,
-    ExportPage,
-    FailuresView,
-    HealthView,
-    ImportPreview,
-    ImportResult,
-    JobPage,
-    JobView,
-    LateResultList,
-    LockList,
-    PausedView,
-    PlanResult,
-    PlanView,
-    PreviewView,
-    QuarantineList,
-    QueueList,
-    RecoverStuckView,
-    ReportList,
-    Resent,
-    Response,
-    StatsView,
-    TakeBackView,
-    TimelineView,
-    TransitionView,
-    ValidateJobView,
-    WebhookList,
-    WhyView,
-    WorkerList,
-    public_lock,
-)
+from jobd.model.responses import Response
 from jobd.model.webhooks import WebhookName
 
 MAX_REPORTS: Final = 500
@@ -120,7 +48,7 @@ class StepDown(WithReason, frozen=True, kw_only=True):
     force: Annotated[bool, Meta(description="Step down even if no standby is ready to take over.")] = False
 
 
-class ValidateJob(NamedJobCommand, frozen=True, kw_only=True):
+class ValidateJob(commands.NamedJobCommand, frozen=True, kw_only=True):
     """Get a job, and the issues in its record."""
 
 
@@ -147,7 +75,7 @@ class WebhookCommand(Command, frozen=True, kw_only=True):
 class Deliveries(WebhookCommand, frozen=True, kw_only=True):
     """List the waiting and recent deliveries of a webhook, newest first."""
 
-    state: Annotated[DeliveryState | None, Meta(description="Only deliveries in this state.")] = None
+    state: Annotated[responses.DeliveryState | None, Meta(description="Only deliveries in this state.")] = None
     limit: PageLimit = 50
     cursor: Cursor | None = None
 
@@ -178,7 +106,7 @@ class TestWebhook(WebhookCommand, frozen=True, kw_only=True):
     reason: Reason | None = None
 
 
-async def _stats(app: App[Services], ctx: RequestContext, command: Stats) -> Response | ApiError:
+async def _stats(app: App[Services], ctx: RequestContext, command: commands.Stats) -> Response | ApiError:
     response = await run_command(app, ctx, command)
     if isinstance(response, Response):
         state = app.services.maintainer.state()
@@ -198,9 +126,9 @@ async def _health(app: App[Services], ctx: RequestContext, command: NoFields) ->
 
 async def _validate_job(app: App[Services], ctx: RequestContext, command: ValidateJob) -> Response | ApiError:
     ctx.job_id = command.id
-    response = await app.actor.ask(Validate(id=command.id), by=ctx.by, admin=True)
+    response = await app.actor.ask(commands.Validate(id=command.id), by=ctx.by, admin=True)
     if isinstance(response, Response) and not ctx.admin:
-        response.data.job.lock = public_lock(response.data.job.lock)
+        response.data.job.lock = responses.public_lock(response.data.job.lock)
     return response
 
 
@@ -218,7 +146,7 @@ async def _recover_stuck(app: App[Services], ctx: RequestContext, command: WithR
     return result if isinstance(result, ApiError) else Response(result)
 
 
-async def _take_back(app: App[Services], ctx: RequestContext, command: TakeBack) -> Response | ApiError:
+async def _take_back(app: App[Services], ctx: RequestContext, command: commands.TakeBack) -> Response | ApiError:
     return _as_response(await app.services.maintainer.take_back(command, as_one_entry(ctx.operator)))
 
 
@@ -230,15 +158,15 @@ async def _preview(app: App[Services], ctx: RequestContext, command: NoFields) -
     return _as_response(await app.services.maintainer.preview())
 
 
-async def _make_plan(app: App[Services], ctx: RequestContext, command: MakePlan) -> Response | ApiError:
+async def _make_plan(app: App[Services], ctx: RequestContext, command: commands.MakePlan) -> Response | ApiError:
     return _as_response(await app.services.make_plan(command))
 
 
-async def _plan(app: App[Services], ctx: RequestContext, command: PlanCommand) -> Response | ApiError:
+async def _plan(app: App[Services], ctx: RequestContext, command: commands.PlanCommand) -> Response | ApiError:
     return _as_response(app.services.planner.find(command.plan_id))
 
 
-async def _apply_plan(app: App[Services], ctx: RequestContext, command: PlanCommand) -> Response | ApiError:
+async def _apply_plan(app: App[Services], ctx: RequestContext, command: commands.PlanCommand) -> Response | ApiError:
     return _as_response(await app.services.planner.apply(command.plan_id, ctx.operator or operator_of(ctx)))
 
 
@@ -247,15 +175,15 @@ def _as_response(result: Any) -> Response | ApiError:
 
 
 async def _reports(app: App[Services], ctx: RequestContext, command: Reports) -> Response:
-    return Response(ReportList(await app.services.maintainer.reports(command.limit)))
+    return Response(responses.ReportList(await app.services.maintainer.reports(command.limit)))
 
 
 async def _alerts(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
-    return Response(AlertList(app.services.alerts.evaluate()))
+    return Response(responses.AlertList(app.services.alerts.evaluate()))
 
 
 async def _webhooks(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
-    return Response(WebhookList(app.services.webhooks.views()))
+    return Response(responses.WebhookList(app.services.webhooks.views()))
 
 
 async def _deliveries(app: App[Services], ctx: RequestContext, command: Deliveries) -> Response | ApiError:
@@ -279,7 +207,7 @@ async def _deliver_all_again(app: App[Services], ctx: RequestContext, command: D
     return _as_response(sent)
 
 
-async def _export(app: App[Services], ctx: RequestContext, command: Export) -> Response | ApiError:
+async def _export(app: App[Services], ctx: RequestContext, command: commands.Export) -> Response | ApiError:
     page = await run_command(app, ctx, command)
     if isinstance(page, Response):
         await audit_read(app, ctx, "export")
@@ -293,7 +221,7 @@ async def _test_webhook(app: App[Services], ctx: RequestContext, command: TestWe
     return _as_response(sent)
 
 
-async def _audit(app: App[Services], ctx: RequestContext, command: AuditLog) -> Response | ApiError:
+async def _audit(app: App[Services], ctx: RequestContext, command: commands.AuditLog) -> Response | ApiError:
     check_audit_filter(command)
     return await run_command(app, ctx, command)
 
@@ -315,7 +243,7 @@ async def _step_down(app: App[Services], ctx: RequestContext, command: StepDown)
 
 
 async def _quarantine(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
-    return Response(QuarantineList(app.services.quarantine()))
+    return Response(responses.QuarantineList(app.services.quarantine()))
 
 
 async def _check_rows(app: App[Services], ctx: RequestContext, command: RowCheckRequest) -> Response | ApiError:
@@ -323,288 +251,177 @@ async def _check_rows(app: App[Services], ctx: RequestContext, command: RowCheck
 
 
 async def _backups(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
-    return Response(BackupList(app.services.backups.views()))
+    return Response(responses.BackupList(app.services.backups.views()))
 
 
 async def _metrics(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
     return Response(RawBody(METRICS_TYPE, await app.services.metrics_text()))
 
 
-_A: Final[Auth] = "admin"
-_BASE: Final = ADMIN_PREFIX
+def _call(method: str, path: str, request: type[Command], response: Any, **options: Any) -> Route:
+    """Return a route below ADMIN_PREFIX. `options` are other fields of Route."""
+    return Route(method=method, path=ADMIN_PREFIX + path, request=request, response=response, auth="admin", **options)
+
 
 _ROUTES: Final = (
     *tagged(
         "Jobs",
-        Route(
-            method="GET",
-            path=f"{_BASE}/validate-job",
-            request=ValidateJob,
-            response=ValidateJobView,
-            auth=_A,
-            handler=_validate_job,
-        ),
-        Route(method="POST", path=f"{_BASE}/force-fail", request=ForceFail, response=TransitionView, auth=_A, key=True),
-        Route(
-            method="POST", path=f"{_BASE}/force-reset", request=ForceReset, response=TransitionView, auth=_A, key=True
-        ),
-        Route(
-            method="POST", path=f"{_BASE}/transition", request=Transition, response=TransitionView, auth=_A, key=True
-        ),
-        Route(
-            method="POST", path=f"{_BASE}/extend-lock", request=ExtendLock, response=AdminLockView, auth=_A, key=True
-        ),
-        Route(
-            method="POST", path=f"{_BASE}/release-lock", request=ReleaseLock, response=AdminLockView, auth=_A, key=True
-        ),
-        Route(method="GET", path=f"{_BASE}/jobs", request=SearchJobs, response=JobPage, auth=_A),
-        Route(method="GET", path=f"{_BASE}/jobs/{{id}}", request=Get, response=JobView, auth=_A),
-        Route(method="DELETE", path=f"{_BASE}/jobs/{{id}}", request=Delete, response=JobView, auth=_A, key=True),
-        Route(method="GET", path=f"{_BASE}/jobs/{{id}}/timeline", request=Timeline, response=TimelineView, auth=_A),
-        Route(method="GET", path=f"{_BASE}/jobs/{{id}}/why", request=Why, response=WhyView, auth=_A),
-        Route(
-            method="GET",
-            path=f"{_BASE}/jobs/{{id}}/artifact",
-            request=ArtifactRequest,
-            response=bytes,
-            auth=_A,
+        _call("GET", "/validate-job", ValidateJob, responses.ValidateJobView, handler=_validate_job),
+        _call("POST", "/force-fail", commands.ForceFail, responses.TransitionView, key=True),
+        _call("POST", "/force-reset", commands.ForceReset, responses.TransitionView, key=True),
+        _call("POST", "/transition", commands.Transition, responses.TransitionView, key=True),
+        _call("POST", "/extend-lock", commands.ExtendLock, responses.AdminLockView, key=True),
+        _call("POST", "/release-lock", commands.ReleaseLock, responses.AdminLockView, key=True),
+        _call("GET", "/jobs", commands.SearchJobs, responses.JobPage),
+        _call("GET", "/jobs/{id}", commands.Get, responses.JobView),
+        _call("DELETE", "/jobs/{id}", commands.Delete, responses.JobView, key=True),
+        _call("GET", "/jobs/{id}/timeline", commands.Timeline, responses.TimelineView),
+        _call("GET", "/jobs/{id}/why", commands.Why, responses.WhyView),
+        _call(
+            "GET",
+            "/jobs/{id}/artifact",
+            ArtifactRequest,
+            bytes,
             handler=send_artifact,
             content_type=ARTIFACT_TYPE,
             audited=True,
         ),
-        Route(
-            method="GET",
-            path=f"{_BASE}/jobs/{{id}}/late-results",
-            request=LateResults,
-            response=LateResultList,
-            auth=_A,
-        ),
-        Route(method="POST", path=f"{_BASE}/jobs/{{id}}/adopt", request=Adopt, response=JobView, auth=_A, key=True),
-        Route(method="POST", path=f"{_BASE}/jobs/{{id}}/cancel", request=Cancel, response=JobView, auth=_A, key=True),
-        Route(method="POST", path=f"{_BASE}/jobs/{{id}}/run-now", request=RunNow, response=JobView, auth=_A, key=True),
-        Route(method="POST", path=f"{_BASE}/jobs/{{id}}/update", request=Update, response=JobView, auth=_A, key=True),
-        Route(method="GET", path=f"{_BASE}/locks", request=Locks, response=LockList, auth=_A),
+        _call("GET", "/jobs/{id}/late-results", commands.LateResults, responses.LateResultList),
+        _call("POST", "/jobs/{id}/adopt", commands.Adopt, responses.JobView, key=True),
+        _call("POST", "/jobs/{id}/cancel", commands.Cancel, responses.JobView, key=True),
+        _call("POST", "/jobs/{id}/run-now", commands.RunNow, responses.JobView, key=True),
+        _call("POST", "/jobs/{id}/update", commands.Update, responses.JobView, key=True),
+        _call("GET", "/locks", commands.Locks, responses.LockList),
     ),
     *tagged(
         "Many jobs",
-        Route(
-            method="POST",
-            path=f"{_BASE}/import",
-            request=Import,
-            response=ImportResult,
-            auth=_A,
-            handler=import_jobs,
-            body="lines",
-        ),
-        Route(
-            method="POST",
-            path=f"{_BASE}/import/preview",
-            request=ImportCheck,
-            response=ImportPreview,
-            auth=_A,
+        _call("POST", "/import", commands.Import, responses.ImportResult, handler=import_jobs, body="lines"),
+        _call(
+            "POST",
+            "/import/preview",
+            commands.ImportCheck,
+            responses.ImportPreview,
             handler=preview_import,
             body="lines",
         ),
-        Route(
-            method="GET",
-            path=f"{_BASE}/export",
-            request=Export,
-            response=ExportPage,
-            auth=_A,
-            handler=_export,
-            audited=True,
-        ),
-        Route(
-            method="GET",
-            path=f"{_BASE}/failures",
-            request=FailuresRequest,
-            response=FailuresView,
-            auth=_A,
-            handler=_failures,
-        ),
-        Route(
-            method="GET",
-            path=f"{_BASE}/preview",
-            request=NoFields,
-            response=PreviewView,
-            auth=_A,
+        _call("GET", "/export", commands.Export, responses.ExportPage, handler=_export, audited=True),
+        _call("GET", "/failures", FailuresRequest, responses.FailuresView, handler=_failures),
+        _call(
+            "GET",
+            "/preview",
+            NoFields,
+            responses.PreviewView,
             handler=_preview,
             summary="Show what recovery and a cleanup run would do now: the first 1000 jobs of each kind. Changes "
             "nothing.",
             errors=("overloaded", "shutting_down", "outcome_unknown"),
         ),
-        Route(method="POST", path=f"{_BASE}/plans", request=MakePlan, response=PlanView, auth=_A, handler=_make_plan),
-        Route(
-            method="GET",
-            path=f"{_BASE}/plans/{{plan_id}}",
-            request=PlanCommand,
-            response=PlanView,
-            auth=_A,
+        _call("POST", "/plans", commands.MakePlan, responses.PlanView, handler=_make_plan),
+        _call(
+            "GET",
+            "/plans/{plan_id}",
+            commands.PlanCommand,
+            responses.PlanView,
             handler=_plan,
             summary="Get a plan, with its result if it was applied. Plans are kept for 15 min, applied plans for 12 h.",
         ),
-        Route(
-            method="POST",
-            path=f"{_BASE}/plans/{{plan_id}}/apply",
-            request=PlanCommand,
-            response=PlanResult,
-            auth=_A,
+        _call(
+            "POST",
+            "/plans/{plan_id}/apply",
+            commands.PlanCommand,
+            responses.PlanResult,
             handler=_apply_plan,
             summary="Apply a plan to every job that has not changed since. A repeated request returns the same result.",
         ),
     ),
     *tagged(
         "Queues and workers",
-        Route(
-            method="POST", path=f"{_BASE}/queues/{{name}}/pause", request=Pause, response=PausedView, auth=_A, key=True
-        ),
-        Route(
-            method="POST",
-            path=f"{_BASE}/queues/{{name}}/resume",
-            request=Resume,
-            response=PausedView,
-            auth=_A,
-            key=True,
-        ),
-        Route(method="GET", path=f"{_BASE}/queues", request=Queues, response=QueueList, auth=_A),
-        Route(method="GET", path=f"{_BASE}/workers", request=Workers, response=WorkerList, auth=_A),
-        Route(
-            method="POST",
-            path=f"{_BASE}/workers/{{name}}/take-back",
-            request=TakeBack,
-            response=TakeBackView,
-            auth=_A,
-            handler=_take_back,
-        ),
+        _call("POST", "/queues/{name}/pause", commands.Pause, responses.PausedView, key=True),
+        _call("POST", "/queues/{name}/resume", commands.Resume, responses.PausedView, key=True),
+        _call("GET", "/queues", commands.Queues, responses.QueueList),
+        _call("GET", "/workers", commands.Workers, responses.WorkerList),
+        _call("POST", "/workers/{name}/take-back", commands.TakeBack, responses.TakeBackView, handler=_take_back),
     ),
     *tagged(
         "Events",
-        Route(method="GET", path=f"{_BASE}/audit", request=AuditLog, response=AuditPage, auth=_A, handler=_audit),
-        Route(
-            method="GET",
-            path=f"{_BASE}/events",
-            request=EventsRequest,
-            response=StreamedEvent,
-            auth=_A,
-            handler=send_events,
-            content_type=EVENT_STREAM,
-        ),
-        Route(
-            method="GET",
-            path=f"{_BASE}/webhooks",
-            request=NoFields,
-            response=WebhookList,
-            auth=_A,
+        _call("GET", "/audit", commands.AuditLog, responses.AuditPage, handler=_audit),
+        _call("GET", "/events", EventsRequest, StreamedEvent, handler=send_events, content_type=EVENT_STREAM),
+        _call(
+            "GET",
+            "/webhooks",
+            NoFields,
+            responses.WebhookList,
             handler=_webhooks,
             summary="List the configured webhooks and their state.",
         ),
-        Route(
-            method="GET",
-            path=f"{_BASE}/webhooks/{{name}}/deliveries",
-            request=Deliveries,
-            response=DeliveryPage,
-            auth=_A,
-            handler=_deliveries,
+        _call("GET", "/webhooks/{name}/deliveries", Deliveries, responses.DeliveryPage, handler=_deliveries),
+        _call("POST", "/webhooks/{name}/resend", DeliverAgain, responses.DeliveryView, handler=_deliver_again),
+        _call(
+            "POST", "/webhooks/{name}/resend-given-up", DeliverAllAgain, responses.Resent, handler=_deliver_all_again
         ),
-        Route(
-            method="POST",
-            path=f"{_BASE}/webhooks/{{name}}/resend",
-            request=DeliverAgain,
-            response=DeliveryView,
-            auth=_A,
-            handler=_deliver_again,
-        ),
-        Route(
-            method="POST",
-            path=f"{_BASE}/webhooks/{{name}}/resend-given-up",
-            request=DeliverAllAgain,
-            response=Resent,
-            auth=_A,
-            handler=_deliver_all_again,
-        ),
-        Route(
-            method="POST",
-            path=f"{_BASE}/webhooks/{{name}}/test",
-            request=TestWebhook,
-            response=DeliveryView,
-            auth=_A,
-            handler=_test_webhook,
-        ),
+        _call("POST", "/webhooks/{name}/test", TestWebhook, responses.DeliveryView, handler=_test_webhook),
     ),
     *tagged(
         "The daemon",
-        Route(method="GET", path=f"{_BASE}/stats", request=Stats, response=StatsView, auth=_A, handler=_stats),
-        Route(
-            method="GET",
-            path=f"{_BASE}/health",
-            request=NoFields,
-            response=HealthView,
-            auth=_A,
+        _call("GET", "/stats", commands.Stats, responses.StatsView, handler=_stats),
+        _call(
+            "GET",
+            "/health",
+            NoFields,
+            responses.HealthView,
             handler=_health,
             summary="Return the health of database, memory, artifact store and cleanup, measured at most 5 s ago.",
             other_statuses={503: "A part is unhealthy; the same body says which."},
         ),
-        Route(
-            method="POST",
-            path=f"{_BASE}/cleanup",
-            request=WithReason,
-            response=CleanupReport,
-            auth=_A,
+        _call(
+            "POST",
+            "/cleanup",
+            WithReason,
+            responses.CleanupReport,
             handler=_cleanup,
             summary="Start a cleanup run, or wait for the one in progress, and return its report.",
         ),
-        Route(
-            method="GET",
-            path=f"{_BASE}/cleanup",
-            request=NoFields,
-            response=CleanupState,
-            auth=_A,
+        _call(
+            "GET",
+            "/cleanup",
+            NoFields,
+            responses.CleanupState,
             handler=_cleanup_state,
             summary="Return the state of cleanup and the report of the last run.",
         ),
-        Route(
-            method="POST",
-            path=f"{_BASE}/recover-stuck",
-            request=WithReason,
-            response=RecoverStuckView,
-            auth=_A,
+        _call(
+            "POST",
+            "/recover-stuck",
+            WithReason,
+            responses.RecoverStuckView,
             handler=_recover_stuck,
             summary="Recover the jobs that are stalled now.",
         ),
-        Route(method="GET", path=f"{_BASE}/reports", request=Reports, response=ReportList, auth=_A, handler=_reports),
-        Route(
-            method="GET",
-            path=f"{_BASE}/alerts",
-            request=NoFields,
-            response=AlertList,
-            auth=_A,
-            handler=_alerts,
-            summary="List all alerts, firing or not.",
+        _call("GET", "/reports", Reports, responses.ReportList, handler=_reports),
+        _call(
+            "GET", "/alerts", NoFields, responses.AlertList, handler=_alerts, summary="List all alerts, firing or not."
         ),
-        Route(
-            method="GET",
-            path=f"{_BASE}/clock",
-            request=NoFields,
-            response=ClockView,
-            auth=_A,
+        _call(
+            "GET",
+            "/clock",
+            NoFields,
+            responses.ClockView,
             handler=_clock,
             summary="Return the time of the daemon's clock, and whether the clock is suspect.",
         ),
-        Route(
-            method="POST",
-            path=f"{_BASE}/clock/accept",
-            request=WithReason,
-            response=ClockView,
-            auth=_A,
+        _call(
+            "POST",
+            "/clock/accept",
+            WithReason,
+            responses.ClockView,
             handler=_accept_clock,
             summary="Accept the clock as correct. Jobs are deleted and failed by age again.",
         ),
-        Route(
-            method="POST",
-            path=f"{_BASE}/cluster/step-down",
-            request=StepDown,
-            response=ClusterView,
-            auth=_A,
+        _call(
+            "POST",
+            "/cluster/step-down",
+            StepDown,
+            responses.ClusterView,
             handler=_step_down,
             errors=("not_found", "no_standby"),
             summary="Make this node step down, so that a standby takes over at once. The process ends with code 75.",
@@ -614,7 +431,7 @@ _ROUTES: Final = (
             path="/metrics",
             request=NoFields,
             response=bytes,
-            auth=_A,
+            auth="admin",
             handler=_metrics,
             on_standby=True,
             content_type=METRICS_TYPE,
@@ -623,44 +440,26 @@ _ROUTES: Final = (
     ),
     *tagged(
         "The store",
-        Route(
-            method="GET",
-            path=f"{_BASE}/quarantine",
-            request=NoFields,
-            response=QuarantineList,
-            auth=_A,
+        _call(
+            "GET",
+            "/quarantine",
+            NoFields,
+            responses.QuarantineList,
             handler=_quarantine,
             summary="List the damaged jobs in quarantine.",
         ),
-        Route(
-            method="GET",
-            path=f"{_BASE}/backup",
-            request=BackupRequest,
-            response=bytes,
-            auth=_A,
-            handler=send_backup,
-            content_type=BACKUP_TYPE,
-            secret=True,
-        ),
-        Route(
-            method="GET",
-            path=f"{_BASE}/check-rows",
-            request=RowCheckRequest,
-            response=CheckedRows,
-            auth=_A,
-            handler=_check_rows,
-        ),
-        Route(
-            method="GET",
-            path=f"{_BASE}/backups",
-            request=NoFields,
-            response=BackupList,
-            auth=_A,
+        _call("GET", "/backup", BackupRequest, bytes, handler=send_backup, content_type=BACKUP_TYPE, secret=True),
+        _call("GET", "/check-rows", RowCheckRequest, responses.CheckedRows, handler=_check_rows),
+        _call(
+            "GET",
+            "/backups",
+            NoFields,
+            responses.BackupList,
             handler=_backups,
             summary="List the backups in progress and the last ones that ended, newest first.",
         ),
     ),
     *PROBES,
-    cluster_route(_A),
+    cluster_route("admin"),
 )
 ROUTES: Final = with_document("jobd admin API", _ROUTES)

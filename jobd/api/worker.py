@@ -2,83 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from jobd.api.command_stream import StreamedCommand, StreamedResponse, serve_command_stream
 from jobd.api.events import EVENT_STREAM, EventsRequest, send_events
 from jobd.api.openapi import document_at, tagged, with_document
 from jobd.api.probes import PROBES, cluster_route
 from jobd.http.auth import LINES
-from jobd.http.routing import Auth, Route
-from jobd.model.commands import (
-    Bulk,
-    Cancel,
-    Claim,
-    Complete,
-    Create,
-    Extend,
-    Fail,
-    Get,
-    ListJobs,
-    Progress,
-    Queues,
-    Release,
-    Start,
-    Timeline,
-    Validate,
-    Why,
-    Workers,
-)
+from jobd.http.routing import Route
+from jobd.model import commands, responses
+from jobd.model.commands import Command
 from jobd.model.events import StreamedEvent
-from jobd.model.responses import (
-    Grants,
-    GrantView,
-    JobList,
-    JobPage,
-    JobView,
-    LockState,
-    QueueList,
-    TimelineView,
-    Validation,
-    WhyView,
-    WorkerList,
-)
 
-_W: Final[Auth] = "worker"
+
+def _call(method: str, path: str, request: type[Command], response: Any, **options: Any) -> Route:
+    """Return a route. `options` are other fields of Route."""
+    return Route(method=method, path=path, request=request, response=response, auth="worker", **options)
+
 
 _ROUTES: Final = (
     *tagged(
         "Jobs",
-        Route(
-            method="POST",
-            path="/v1/jobs",
-            request=Create,
-            response=JobView,
-            auth=_W,
+        _call(
+            "POST",
+            "/v1/jobs",
+            commands.Create,
+            responses.JobView,
             key=True,
             status=201,
             other_statuses={200: "An earlier request with the same content created this job."},
         ),
-        Route(method="POST", path="/v1/jobs/bulk", request=Bulk, response=JobList, auth=_W, key=True, status=201),
-        Route(method="GET", path="/v1/jobs", request=ListJobs, response=JobPage, auth=_W),
-        Route(method="GET", path="/v1/jobs/{id}", request=Get, response=JobView, auth=_W),
-        Route(method="GET", path="/v1/jobs/{id}/timeline", request=Timeline, response=TimelineView, auth=_W),
-        Route(method="GET", path="/v1/jobs/{id}/why", request=Why, response=WhyView, auth=_W),
-        Route(method="GET", path="/v1/jobs/{id}/validate", request=Validate, response=Validation, auth=_W),
-        Route(method="POST", path="/v1/jobs/{id}/start", request=Start, response=GrantView, auth=_W, key=True),
-        Route(method="POST", path="/v1/claim", request=Claim, response=Grants, auth=_W, key=True),
-        Route(method="POST", path="/v1/jobs/{id}/progress", request=Progress, response=LockState, auth=_W),
-        Route(method="POST", path="/v1/jobs/{id}/extend", request=Extend, response=LockState, auth=_W),
-        Route(method="POST", path="/v1/jobs/{id}/complete", request=Complete, response=JobView, auth=_W),
-        Route(method="POST", path="/v1/jobs/{id}/fail", request=Fail, response=JobView, auth=_W),
-        Route(method="POST", path="/v1/jobs/{id}/release", request=Release, response=JobView, auth=_W),
-        Route(method="POST", path="/v1/jobs/{id}/cancel", request=Cancel, response=JobView, auth=_W, key=True),
-        Route(
-            method="POST",
-            path="/v1/commands",
-            request=StreamedCommand,
-            response=StreamedResponse,
-            auth=_W,
+        _call("POST", "/v1/jobs/bulk", commands.Bulk, responses.JobList, key=True, status=201),
+        _call("GET", "/v1/jobs", commands.ListJobs, responses.JobPage),
+        _call("GET", "/v1/jobs/{id}", commands.Get, responses.JobView),
+        _call("GET", "/v1/jobs/{id}/timeline", commands.Timeline, responses.TimelineView),
+        _call("GET", "/v1/jobs/{id}/why", commands.Why, responses.WhyView),
+        _call("GET", "/v1/jobs/{id}/validate", commands.Validate, responses.Validation),
+        _call("POST", "/v1/jobs/{id}/start", commands.Start, responses.GrantView, key=True),
+        _call("POST", "/v1/claim", commands.Claim, responses.Grants, key=True),
+        _call("POST", "/v1/jobs/{id}/progress", commands.Progress, responses.LockState),
+        _call("POST", "/v1/jobs/{id}/extend", commands.Extend, responses.LockState),
+        _call("POST", "/v1/jobs/{id}/complete", commands.Complete, responses.JobView),
+        _call("POST", "/v1/jobs/{id}/fail", commands.Fail, responses.JobView),
+        _call("POST", "/v1/jobs/{id}/release", commands.Release, responses.JobView),
+        _call("POST", "/v1/jobs/{id}/cancel", commands.Cancel, responses.JobView, key=True),
+        _call(
+            "POST",
+            "/v1/commands",
+            StreamedCommand,
+            StreamedResponse,
             handler=serve_command_stream,
             body="lines",
             content_type=LINES,
@@ -86,23 +58,15 @@ _ROUTES: Final = (
     ),
     *tagged(
         "Queues and workers",
-        Route(method="GET", path="/v1/queues", request=Queues, response=QueueList, auth=_W),
-        Route(method="GET", path="/v1/workers", request=Workers, response=WorkerList, auth=_W),
+        _call("GET", "/v1/queues", commands.Queues, responses.QueueList),
+        _call("GET", "/v1/workers", commands.Workers, responses.WorkerList),
     ),
     *tagged(
         "Events",
-        Route(
-            method="GET",
-            path="/v1/events",
-            request=EventsRequest,
-            response=StreamedEvent,
-            auth=_W,
-            handler=send_events,
-            content_type=EVENT_STREAM,
-        ),
+        _call("GET", "/v1/events", EventsRequest, StreamedEvent, handler=send_events, content_type=EVENT_STREAM),
     ),
     *PROBES,
-    cluster_route(_W),
+    cluster_route("worker"),
 )
 TITLE: Final = "jobd worker API"
 ROUTES: Final = with_document(TITLE, _ROUTES)
