@@ -32,7 +32,7 @@ from jobd.dashboard.filters import JobsPageQuery, job_redirect, jobs_subscriptio
 from jobd.dashboard.job_actions import JOB_ACTIONS, ActionTarget, Verb, visible_lock_id
 from jobd.dashboard.live_updates import Subscription, live_stream, live_url
 from jobd.dashboard.pages import PageData
-from jobd.dashboard.rendering import HEADERS, HTML, Renderer, redirect
+from jobd.dashboard.rendering import HEADERS, HTML, TEMPLATES, Renderer, redirect
 from jobd.dashboard.sessions import Sessions
 from jobd.dashboard.sign_in import SignInForm, SignInPages, SignInQuery, redirect_to_sign_in
 from jobd.dashboard.urls import job_url
@@ -72,10 +72,10 @@ class PageSpec(Struct, frozen=True):
 
     The data may have a `status`, and with `reload` the browser loads the whole page instead of its live region.
 
-    Its live region updates on the events of `subscription` (by default all events), or every `interval_s` seconds
-    without them (0: never). `changes`: the page leads to a change, so read-only viewers get 403. `redirect_to` may
-    return another URL. `on_standby`: a standby of a cluster serves it too. Without `has_stream`, the page is always
-    polled.
+    Its live region, if it has one, updates on the events of `subscription` (by default all events), or every
+    `interval_s` seconds without them (0: never). `changes`: the page leads to a change, so read-only viewers get 403.
+    `redirect_to` may return another URL. `on_standby`: a standby of a cluster serves it too. Without `has_stream`, the
+    page is always polled.
     """
 
     path: str
@@ -229,6 +229,8 @@ class Dashboard:
 
     def _page_route(self, spec: PageSpec) -> Route:
         """Return the route of a page for signed-in viewers."""
+        part = f"{spec.name}.live.html"
+        has_live_region = (TEMPLATES / part).is_file()
 
         async def handle(app: App[Services], context: RequestContext, query: Any) -> Response:
             viewer = find_viewer(app, context, self.sessions)
@@ -252,9 +254,9 @@ class Dashboard:
                 "title": spec.title,
                 "interval_s": spec.interval_s,
                 "events_url": live_url(subscription) if spec.has_stream else "",
-                "part": f"{spec.name}.live.html",
+                "part": part,
             }
-            template = "live.html" if is_live_update(context) else f"{spec.name}.html"
+            template = "live.html" if has_live_region and is_live_update(context) else f"{spec.name}.html"
             return Response(await self._render(template, viewer, **{**page, **data}), status=status)
 
         return self._public_route("GET", spec.path, spec.query, handle, on_standby=spec.on_standby)

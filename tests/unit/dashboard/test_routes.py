@@ -40,6 +40,14 @@ async def test_a_browser_gets_errors_as_pages(harness: DashboardHarness) -> None
     assert (response.status, "<h1>Error</h1>" in text(response)) == (403, True)
 
 
+async def test_a_page_without_a_live_region_is_sent_whole(harness: DashboardHarness) -> None:
+    browser = await harness.browser()
+    await harness.call("jobs", id="a")
+    for url in ("/jobs/a/confirm?verb=cancel", "/cleanup/confirm?what=run", "/clock"):
+        response = await browser.get(url, HX_Request="true")
+        assert (response.status, text(response).startswith("<!doctype html>")) == (200, True), url
+
+
 async def test_an_unknown_path_is_401_without_a_token(harness: DashboardHarness) -> None:
     response = await harness.admin.request("GET", "/jobz")
     assert (response.status, response.error) == (401, "unauthorized")
