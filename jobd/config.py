@@ -36,7 +36,9 @@ class Duration(int):
     """Milliseconds. In the file, a string such as "15m" or "500ms"."""
 
 
-Positive = Annotated[int, Meta(ge=1)]
+_MAX_NUMBER: Final = 1 << 53  # larger numbers would be inexact, or fail at run time
+Positive = Annotated[int, Meta(ge=1, le=_MAX_NUMBER)]
+NotNegative = Annotated[int, Meta(ge=0, le=_MAX_NUMBER)]
 
 
 class WorkerSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -269,15 +271,15 @@ class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
 class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     """Alert thresholds. An alert fires above its threshold unless noted otherwise."""
 
-    stuck_jobs: Annotated[int, Meta(ge=0)] = 5
+    stuck_jobs: NotNegative = 5
     """Jobs that are stalled now or were recovered in the last 10 minutes."""
-    processing_jobs: Annotated[int, Meta(ge=0)] = 20
+    processing_jobs: NotNegative = 20
     """Jobs in `processing`."""
     average_processing: Duration = Duration(10 * MINUTE_MS)
     """Average duration of the jobs completed in the last hour and of those that are processing."""
-    pass_issues: Annotated[int, Meta(ge=0)] = 10
+    pass_issues: NotNegative = 10
     """Issues found by one cleanup run."""
-    granted_twice: Annotated[int, Meta(ge=0)] = 0
+    granted_twice: NotNegative = 0
     """Jobs granted again in the last hour while the previous worker's lock had time left."""
     slower_than_usual: Annotated[float, Meta(ge=1, le=1000)] = 2.0
     """95th percentile of a kind's processing time, as a multiple of the usual value for the kind.
@@ -292,13 +294,13 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     """Time for which the oldest due job of a queue has waited. Paused queues are ignored."""
     failure_rate: Annotated[float, Meta(ge=0, le=1)] = 0.5
     """Share of a queue's attempts in the last 10 minutes that failed. Fires at the threshold, too."""
-    failure_rate_attempts: Annotated[int, Meta(ge=1)] = 20
+    failure_rate_attempts: Positive = 20
     """Number of attempts in the last 10 minutes from which `failure_rate` applies."""
     disk_free_percent: Annotated[float, Meta(ge=0, le=100)] = 10.0
     """Free space on the store's disk, in percent. Fires below the threshold."""
-    disk_free_bytes: Annotated[int, Meta(ge=0)] = 1 << 30
+    disk_free_bytes: NotNegative = 1 << 30
     """Free space on the store's disk, in bytes. Fires below the threshold."""
-    release_loop: Annotated[int, Meta(ge=0)] = 0
+    release_loop: NotNegative = 0
     """Jobs that were released 20 times in a row without progress, the last time with a delay below 1 s."""
     standby_behind: Duration = Duration(30 * SECOND_MS)
     """In a cluster: time since the leader had a record that a standby lacks, or since a standby was last seen."""

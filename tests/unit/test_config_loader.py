@@ -314,6 +314,8 @@ def test_an_error_in_the_file_names_file_and_key(text: str, parts: list[str], wr
             "many",
             ["JOBD_LIMITS_MAILBOX", "limits.mailbox", "expected a whole number, not 'many'"],
         ),
+        ("JOBD_LIMITS_MAILBOX", "1" * 400, ["limits.mailbox", "expected a whole number <= 9007199254740992, not '11"]),
+        ("JOBD_ALERTS_STUCK_JOBS", "1" * 400, ["alerts.stuck_jobs", "expected a whole number <= 9007199254740992"]),
         ("JOBD_VALIDATION_REQUIRE_DOWNLOAD_URL", "perhaps", ["validation.require_download_url", "true or false"]),
         ("JOBD_LATE_QUEUES", "video", ["JOBD_LATE_QUEUES", "late.queues", "NAME=VALUE"]),
         ("JOBD_LATE_QUEUES", "video=adopt", ["JOBD_LATE_QUEUES", "late.queues", "adopt_if_unclaimed"]),
