@@ -49,6 +49,8 @@ ARTIFACT_CHECK_S: Final = 2.0  # for the artifact directory to respond
 
 log = structlog.get_logger("jobd.daemon")
 
+_LISTENER_KEYS: Final = {"worker": "worker.socket", "worker-tcp": "worker.listen", "admin": "admin.listen"}
+
 S = TypeVar("S", bound=Store)
 PassedSockets = dict[str, list[socket.socket]]  # from systemd, by listener
 
@@ -199,10 +201,16 @@ def addresses(settings: Config) -> dict[str, str]:
 
 
 def check_addresses_free(settings: Config, passed: PassedSockets) -> None:
-    """Raise CannotStart if another process listens on an address that systemd did not pass."""
+    """Raise CannotStart if an address that systemd did not pass is that of another process or another listener."""
+    own: dict[str, str] = {}
     for name, address in addresses(settings).items():
-        if name not in passed and is_in_use(parse_listen(address, name)):
+        if name in passed:
+            continue
+        if is_in_use(parse_listen(address, name)):
             raise _cannot_listen(name, address, OSError(errno.EADDRINUSE, ""))
+        if (other := own.setdefault(address, name)) != name and not address.endswith(":0"):
+            why = f"{_LISTENER_KEYS[other]} has the same address. Change one of them"
+            raise CannotStart(f"[{name}] cannot listen on {address}: {why}", EXIT_CONFIG)
 
 
 async def open_listener(name: str, app: App[Services], settings: Config, passed: PassedSockets) -> HttpListener:
@@ -248,8 +256,7 @@ def _certificate(name: str, settings: Config) -> tuple[str, str]:
 
 def _cannot_listen(name: str, address: str, error: OSError) -> CannotStart:
     if error.errno == errno.EADDRINUSE:
-        setting = {"worker": "worker.socket", "worker-tcp": "worker.listen"}.get(name, "admin.listen")
-        why = f"another process listens there. Stop it, or set {setting} to another address"
+        why = f"another process listens there. Stop it, or set {_LISTENER_KEYS[name]} to another address"
         return CannotStart(f"[{name}] cannot listen on {address}: {why}", EXIT_BUSY)
     return CannotStart(f"[{name}] cannot listen on {address}: {error}", EXIT_CONFIG)
 
