@@ -128,8 +128,7 @@ def _waiting(job: Job, state: State, at: Moment, expires: NextEvent | None, back
     first = next(state.due([queue], [kind]), None)
     ahead = "It is next in line." if first is not None and first.id == job.id else "Other jobs come first."
     outlook = _outlook(job, state, at)
-    since = job.run_at if job.ended is None else max(job.run_at, min(job.ended.at, at.now))
-    because = f"It has waited for {in_words(at.now - since)}: {outlook.clause}. {ahead}{back}"
+    because = f"It has waited for {in_words(at.now - job.waits_since(at.now))}: {outlook.clause}. {ahead}{back}"
     return WhyView("queued", because, expires or outlook.next, outlook.blocked_by, outlook.do)
 
 

@@ -302,6 +302,10 @@ class Job(Struct, frozen=True, gc=False):
     error: Failure | None = None
     releases: int = 0
 
+    def waits_since(self, now: int) -> int:
+        """Return since when a due job has waited: since it became due, or since its last grant ended."""
+        return self.run_at if self.ended is None else max(self.run_at, min(self.ended.at, now))
+
 
 class CompactJob(Struct, frozen=True, gc=False):
     """A queued job that was due when it was created and has not changed since.

@@ -209,7 +209,8 @@ class Alerts:
         for queue, kind in self._scan.left:
             count, entry = state.oldest_of_kind(queue, kind, now)
             if entry is not None:
-                self._compare(self._scan, WaitingJob(now - entry[1], queue, kind, entry[3]), at.lease)
+                for_ms = now - state.jobs[entry[3]].waits_since(now)
+                self._compare(self._scan, WaitingJob(for_ms, queue, kind, entry[3]), at.lease)
             buckets += count + 1
             if buckets >= PAIRS_PER_SLICE:
                 return False

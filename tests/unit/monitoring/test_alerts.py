@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from jobd.core.stats import HOURS_NEEDED, SAMPLES_NEEDED, STEP_MS
-from jobd.model.commands import Claim, Complete, Create, EndGrants, Fail, Pause, Progress, Start
+from jobd.model.commands import Claim, Complete, Create, EndGrants, Fail, Pause, Progress, Release, Start
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
 from jobd.model.responses import AlertView
 from jobd.model.storage import DiskSpace
@@ -564,6 +564,18 @@ async def test_a_claim_of_another_kind_is_not_a_worker_for_the_queue() -> None:
         assert "The queue has 1 queued job and was paused by a client at " in without
         assert "until resumed: no reason given. Start a worker before you resume it." in without
         assert "due" not in without
+
+
+@in_virtual_time
+async def test_a_job_that_returns_to_its_queue_has_not_waited_while_a_worker_held_it() -> None:
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine)
+        lock_id = await engine.held("a", lock_ttl_ms=HOUR_MS)
+        await seconds(1800)
+        await engine.yes(Release(id="a", lock_id=lock_id))
+        assert await firing_after(alerts, 120) == []
+        assert one(alerts, "queue_waits").value == one(alerts, "queue_without_workers").value == 120
+        assert await firing_after(alerts, 181) == ["queue_without_workers", "queue_waits"]
 
 
 @in_virtual_time
