@@ -6,7 +6,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from jobd.dashboard.context import ReasonForm, Viewer, is_live_update
-from jobd.dashboard.pages import PAUSED_QUEUES, PageData, banners, base_url, query
+from jobd.dashboard.pages import PageData, base_url
 from jobd.dashboard.urls import no_link_reason
 from jobd.http.auth import host_name
 from jobd.model.commands import Command
@@ -33,7 +33,6 @@ async def cluster_page(viewer: Viewer, request: ClusterPageQuery) -> PageData:
         "leader_url": leader_url(viewer, view),
         "page_url": f"/cluster?role={view.role}",
         "reload": is_live_update(viewer.context) and request.role not in ("", view.role),
-        **await _banners(viewer, view),
     }
 
 
@@ -43,7 +42,7 @@ async def confirm_step_down(viewer: Viewer, _: Command) -> PageData:
     if view.role != "leader":
         raise api_error("not_found", "This daemon leads no cluster. See /cluster for its state.")
     standbys = [node for node in view.nodes if node.is_ready]
-    return {"cluster": view, "standbys": standbys, **await _banners(viewer, view)}
+    return {"cluster": view, "standbys": standbys}
 
 
 def leader_url(viewer: Viewer, view: ClusterView) -> str | None:
@@ -60,11 +59,3 @@ def leader_url(viewer: Viewer, view: ClusterView) -> str | None:
     url = f"{page.scheme}://{host}{f':{port}' if port else ''}/cluster"
     own = host_name(viewer.context.header("host"))
     return url if no_link_reason(url, {own} - {""}) is None else None
-
-
-async def _banners(viewer: Viewer, view: ClusterView) -> PageData:
-    """Return the data of the banners. A standby knows no queues and no alerts."""
-    if view.role == "standby":
-        return {"paused": [], "more_paused": False, "firing": []}
-    [paused] = await query(viewer, PAUSED_QUEUES)
-    return banners(viewer, paused)

@@ -6,7 +6,7 @@ from typing import Final, Literal
 from urllib.parse import urlencode
 
 from jobd.dashboard.context import ReasonForm, Viewer, redirect_with_flash
-from jobd.dashboard.pages import PAUSED_QUEUES, PageData, banners, query
+from jobd.dashboard.pages import PageData
 from jobd.http.request import as_one_entry
 from jobd.model.commands import Command, Pause, Resume, TakeBack
 from jobd.model.errors import ApiError, ApiException
@@ -59,7 +59,6 @@ async def confirm_cleanup(viewer: Viewer, confirmation: CleanupConfirmQuery) -> 
     preview = await services.maintainer.preview(PREVIEW_S if confirmation.what == "run" else 0)
     if isinstance(preview, ApiError):
         raise ApiException(preview)
-    [paused] = await query(viewer, PAUSED_QUEUES)
     failed = sum(each.action == "failed" for each in preview.recover)
     by_cleanup = confirmation.what == "run" and (preview.expired_jobs or preview.deleted_jobs or preview.mended_jobs)
     return {
@@ -74,7 +73,6 @@ async def confirm_cleanup(viewer: Viewer, confirmation: CleanupConfirmQuery) -> 
         "max_listed": MAX_LISTED,
         "preview_limit": PREVIEW_LIMIT,
         "clock": services.clock_view(),
-        **banners(viewer, paused),
     }
 
 
@@ -112,8 +110,7 @@ async def confirm_take_back(viewer: Viewer, confirmation: TakeBackQuery) -> Page
     """Preview a take-back. The form on the page runs it."""
     command = TakeBack(name=confirmation.name, dry_run=True)
     preview = await viewer.app.services.maintainer.take_back(command, viewer.context.operator)
-    [paused] = await query(viewer, PAUSED_QUEUES)
-    data: PageData = {"name": confirmation.name, "max_listed": MAX_LISTED, **banners(viewer, paused)}
+    data: PageData = {"name": confirmation.name, "max_listed": MAX_LISTED}
     if isinstance(preview, ApiError):
         return {**data, "preview": None, "api_error": preview, "status": preview.status}
     return {**data, "preview": preview}
@@ -130,7 +127,6 @@ async def take_back(viewer: Viewer, form: TakeBackForm) -> Response | ApiError:
 
 async def confirm_clock(viewer: Viewer, _: Command) -> PageData:
     """Preview which jobs would be deleted by age once the clock is accepted."""
-    [paused] = await query(viewer, PAUSED_QUEUES)
     preview = await viewer.app.services.maintainer.preview(0)
     job_ids = [] if isinstance(preview, ApiError) else preview.held_jobs
     return {
@@ -139,7 +135,6 @@ async def confirm_clock(viewer: Viewer, _: Command) -> PageData:
         "is_more": not isinstance(preview, ApiError) and preview.more_held,
         "named": job_ids[:MAX_CLOCK_JOBS],
         "error": preview.message if isinstance(preview, ApiError) else "",
-        **banners(viewer, paused),
     }
 
 

@@ -143,9 +143,7 @@ async def query_responses(viewer: Viewer, *commands: Command) -> list[Response]:
 async def overview(timeseries: Timeseries, viewer: Viewer, _: Command) -> PageData:
     stats: StatsView
     workers: WorkerList
-    stats, workers, paused = await query(
-        viewer, Stats(), Workers(state="silent", limit=MAX_SILENT_NAMES), PAUSED_QUEUES
-    )
+    stats, workers = await query(viewer, Stats(), Workers(state="silent", limit=MAX_SILENT_NAMES))
     services, now = viewer.app.services, viewer.now
     return {
         "stats": stats,
@@ -158,12 +156,15 @@ async def overview(timeseries: Timeseries, viewer: Viewer, _: Command) -> PageDa
         "disk": await services.disk_space(),
         "clock": services.clock_view(),
         "quarantined": len(services.quarantine()),
-        **banners(viewer, paused),
     }
 
 
-def banners(viewer: Viewer, paused: QueueList) -> PageData:
-    """Return the data of the banners on every page: paused queues (the response to PAUSED_QUEUES) and alerts."""
+async def banners(viewer: Viewer) -> PageData:
+    """Return the data of the banners on every page: paused queues and alerts. A standby knows neither."""
+    if viewer.app.services.cluster_view().role == "standby":
+        return {"paused": [], "more_paused": False, "firing": []}
+    paused: QueueList
+    [paused] = await query(viewer, PAUSED_QUEUES)
     return {
         "paused": paused.queues,
         "more_paused": paused.next_cursor is not None,
@@ -183,10 +184,8 @@ async def jobs(viewer: Viewer, request: JobsPageQuery) -> PageData:
     try:
         command = search_command(request, viewer.now, PER_PAGE)
     except ApiException as exception:
-        (paused,) = await query(viewer, PAUSED_QUEUES)
-        error = {"error": exception.error.message, "status": exception.error.status, "interval_s": 0}
-        return {**data, **error, **banners(viewer, paused)}
-    response, paused = await query_responses(viewer, command, PAUSED_QUEUES)
+        return {**data, "error": exception.error.message, "status": exception.error.status, "interval_s": 0}
+    [response] = await query_responses(viewer, command)
     page: JobPage = response.data
     next_url = filtered_url("/jobs", request, cursor=page.next_cursor) if page.next_cursor else ""
     first = filtered_url("/jobs", request) if request.cursor else ""
@@ -198,8 +197,7 @@ async def jobs(viewer: Viewer, request: JobsPageQuery) -> PageData:
     continues = bool(next_url) and not page.jobs  # the page loads the next one into its live region
     if request.cursor or is_slow or continues or response.scanned > MAX_SCANNED:
         data["interval_s"] = 0  # older pages do not change, and scans are expensive
-    data |= {"page": page, "next": next_url, "first": first}
-    return {**data, **banners(viewer, paused.data)}
+    return {**data, "page": page, "next": next_url, "first": first}
 
 
 async def open_job(viewer: Viewer, request: JobPageQuery) -> PageData:
@@ -209,8 +207,7 @@ async def open_job(viewer: Viewer, request: JobPageQuery) -> PageData:
     except ApiException as exception:
         if exception.error.code != "job_not_found" or not is_live_update(viewer.context):
             raise
-    [paused] = await query(viewer, PAUSED_QUEUES)
-    return {"part": "job_deleted.live.html", "job_id": request.id, **banners(viewer, paused)}
+    return {"part": "job_deleted.live.html", "job_id": request.id}
 
 
 async def job(viewer: Viewer, job_id: str) -> PageData:
@@ -218,13 +215,8 @@ async def job(viewer: Viewer, job_id: str) -> PageData:
     timeline: TimelineView
     why: WhyView
     late: LateResultList
-    view, timeline, why, late, paused = await query(
-        viewer,
-        Get(id=job_id),
-        Timeline(id=job_id, limit=MAX_EVENTS + 1),
-        Why(id=job_id),
-        LateResults(id=job_id),
-        PAUSED_QUEUES,
+    view, timeline, why, late = await query(
+        viewer, Get(id=job_id), Timeline(id=job_id, limit=MAX_EVENTS + 1), Why(id=job_id), LateResults(id=job_id)
     )
     events = timeline.events
     return {
@@ -240,7 +232,6 @@ async def job(viewer: Viewer, job_id: str) -> PageData:
         "actions": available_actions(view, viewer.now) if viewer.may_change else [],
         "base_url": base_url(viewer),
         "no_link_reason": partial(no_link_reason, own=own_hosts(viewer)),
-        **banners(viewer, paused),
     }
 
 
@@ -256,7 +247,7 @@ def base_url(viewer: Viewer) -> str:
 
 async def confirm(viewer: Viewer, request: ConfirmPageQuery) -> PageData:
     versioned: VersionedJob
-    versioned, paused = await query(viewer, GetVersion(id=request.id), PAUSED_QUEUES)
+    [versioned] = await query(viewer, GetVersion(id=request.id))
     view = versioned.job
     action = JOB_ACTIONS[request.verb]
     late = await _late_result(viewer, request.id, request.result) if action.needs_late_result else None
@@ -273,7 +264,6 @@ async def confirm(viewer: Viewer, request: ConfirmPageQuery) -> PageData:
         "action": action,
         "is_allowed": is_allowed(action, view, viewer.now),
         "job_version": versioned.version,
-        **banners(viewer, paused),
     }
 
 
@@ -321,14 +311,13 @@ async def _late_results(viewer: Viewer, job_id: str) -> list[LateResultView]:
 
 
 async def failures(viewer: Viewer, _: Command) -> PageData:
-    [paused] = await query(viewer, PAUSED_QUEUES)
-    return {"failures": viewer.app.services.failures.view(MAX_GROUPS), **banners(viewer, paused)}
+    return {"failures": viewer.app.services.failures.view(MAX_GROUPS)}
 
 
 async def queues(timeseries: Timeseries, viewer: Viewer, request: QueuesPageQuery) -> PageData:
     """Show queues by name, so that rows do not move under the pointer."""
     listed: QueueList
-    listed, paused = await query(viewer, Queues(limit=MAX_QUEUES, cursor=request.cursor), PAUSED_QUEUES)
+    [listed] = await query(viewer, Queues(limit=MAX_QUEUES, cursor=request.cursor))
     return {
         "queues": listed.queues,
         "rates": {queue.name: timeseries.queue(queue.name, viewer.now) for queue in listed.queues},
@@ -337,7 +326,6 @@ async def queues(timeseries: Timeseries, viewer: Viewer, request: QueuesPageQuer
         "is_first": request.cursor is None,
         "cursor": request.cursor,
         "pause_choices": PAUSE_CHOICES,
-        **banners(viewer, paused),
     }
 
 
@@ -347,12 +335,11 @@ async def workers(viewer: Viewer, request: WorkersPageQuery) -> PageData:
     workers: WorkerList
     locks: LockList
     stats: StatsView
-    workers, locks, stats, paused = await query(
+    workers, locks, stats = await query(
         viewer,
         Workers(limit=MAX_WORKERS, cursor=request.seen, state=request.state),
         Locks(limit=MAX_WORKERS, cursor=request.cursor),
         Stats(),
-        PAUSED_QUEUES,
     )
     return {
         "workers": workers.workers,
@@ -367,23 +354,16 @@ async def workers(viewer: Viewer, request: WorkersPageQuery) -> PageData:
         "processing": stats.by_status["processing"],
         "next_locks": f"/workers?cursor={locks.next_cursor}#h-locks" if locks.next_cursor else "",
         "is_first_locks": request.cursor is None,
-        **banners(viewer, paused),
     }
 
 
 async def cleanup(viewer: Viewer, _: Command) -> PageData:
-    services = viewer.app.services
-    [paused] = await query(viewer, PAUSED_QUEUES)
-    return {
-        "state": services.maintainer.state(),
-        "reports": await services.maintainer.reports(MAX_REPORTS),
-        **banners(viewer, paused),
-    }
+    maintainer = viewer.app.services.maintainer
+    return {"state": maintainer.state(), "reports": await maintainer.reports(MAX_REPORTS)}
 
 
 async def alerts(viewer: Viewer, _: Command) -> PageData:
     services = viewer.app.services
-    [paused] = await query(viewer, PAUSED_QUEUES)
     quarantined = services.quarantine()
     return {
         "alerts": sorted(services.alerts.evaluate(), key=lambda alert: not alert.firing),
@@ -391,7 +371,6 @@ async def alerts(viewer: Viewer, _: Command) -> PageData:
         "clock": services.clock_view(),
         "quarantined": quarantined[:MAX_QUARANTINED],
         "more_quarantined": max(len(quarantined) - MAX_QUARANTINED, 0),
-        **banners(viewer, paused),
     }
 
 
@@ -410,7 +389,6 @@ async def audit(viewer: Viewer, request: AuditPageQuery) -> PageData:
         "first": "",
     }
     fields: PageData = {**filters, "limit": PER_PAGE, **({"cursor": request.cursor} if request.cursor else {})}
-    [paused] = await query(viewer, PAUSED_QUEUES)
     try:
         if request.since.strip():
             fields["since"] = parse_time_field("since", request.since.strip(), viewer.now)
@@ -418,13 +396,7 @@ async def audit(viewer: Viewer, request: AuditPageQuery) -> PageData:
         check_audit_filter(command)
     except (ApiException, msgspec.ValidationError) as exception:
         known = exception if isinstance(exception, ApiException) else validation_error(str(exception), AuditLog)
-        return {
-            **data,
-            "error": known.error.message,
-            "status": known.error.status,
-            "interval_s": 0,
-            **banners(viewer, paused),
-        }
+        return {**data, "error": known.error.message, "status": known.error.status, "interval_s": 0}
     page: AuditPage
     [page] = await query(viewer, command)
     data["entries"] = page.entries
@@ -432,4 +404,4 @@ async def audit(viewer: Viewer, request: AuditPageQuery) -> PageData:
         data["next"] = f"/audit?{urlencode({**filters, 'cursor': page.next_cursor})}"
     if request.cursor:
         data |= {"interval_s": 0, "first": f"/audit?{urlencode(filters)}" if filters else "/audit"}
-    return {**data, **banners(viewer, paused)}
+    return data

@@ -11,7 +11,7 @@ import msgspec
 from jobd.dashboard.context import Viewer, redirect_with_flash
 from jobd.dashboard.filters import JobFilter, search_fields
 from jobd.dashboard.job_actions import JOB_ACTIONS
-from jobd.dashboard.pages import BULK_ACTIONS, PAUSED_QUEUES, PageData, banners, query
+from jobd.dashboard.pages import BULK_ACTIONS, PageData
 from jobd.dashboard.rendering import iso_time
 from jobd.http.decoding import validation_error
 from jobd.model.commands import (
@@ -118,7 +118,6 @@ async def plan_page(viewer: Viewer, shown: PlanCommand) -> PageData:
     plan = viewer.app.services.planner.find(shown.plan_id)
     if isinstance(plan, ApiError):
         raise ApiException(plan)
-    [paused] = await query(viewer, PAUSED_QUEUES)
     result = plan.result
     filters = _filters(plan)
     return {
@@ -142,7 +141,6 @@ async def plan_page(viewer: Viewer, shown: PlanCommand) -> PageData:
         "not_applied": [] if result is None else [*result.changed, *result.refused][:MAX_LISTED],
         "not_applied_count": 0 if result is None else len(result.changed) + len(result.refused),
         "max_listed": MAX_LISTED,
-        **banners(viewer, paused),
     }
 
 

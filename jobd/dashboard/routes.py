@@ -249,6 +249,7 @@ class Dashboard:
             status = data.pop("status", 200)
             if data.pop("reload", False):
                 return Response(RawBody(HTML, b"", {**HEADERS, "HX-Refresh": "true"}))
+            data |= await pages.banners(viewer)
             page = {
                 "name": spec.name,
                 "title": spec.title,
@@ -399,7 +400,7 @@ class Dashboard:
         """Show the job's page with the error of an action."""
         viewer.app.error_counts[error.code] += 1
         try:
-            data = await pages.job(viewer, job_id)
+            data = {**await pages.job(viewer, job_id), **await pages.banners(viewer)}
         except ApiException as exception:  # the job was deleted
             return exception.error
         page = {

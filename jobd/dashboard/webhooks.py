@@ -8,7 +8,7 @@ from urllib.parse import quote, urlencode
 from msgspec import Meta
 
 from jobd.dashboard.context import ReasonForm, Viewer, redirect_with_flash
-from jobd.dashboard.pages import PAUSED_QUEUES, PER_PAGE, PageData, banners, query
+from jobd.dashboard.pages import PER_PAGE, PageData
 from jobd.model.commands import Command
 from jobd.model.errors import ApiError, ApiException, api_error
 from jobd.model.responses import DeliveryState, Response, WebhookView
@@ -54,8 +54,7 @@ class ResendForm(ReasonForm, frozen=True, kw_only=True):
 
 
 async def webhook_list(viewer: Viewer, _: Command) -> PageData:
-    [paused] = await query(viewer, PAUSED_QUEUES)
-    return {"webhooks": viewer.app.services.webhooks.views(), **banners(viewer, paused)}
+    return {"webhooks": viewer.app.services.webhooks.views()}
 
 
 async def webhook_detail(viewer: Viewer, selection: WebhookPageQuery) -> PageData:
@@ -64,7 +63,6 @@ async def webhook_detail(viewer: Viewer, selection: WebhookPageQuery) -> PageDat
     page = await viewer.app.services.deliveries(selection.name, selection.state or None, selection.cursor, PER_PAGE)
     if isinstance(page, ApiError):
         raise ApiException(page)
-    [paused] = await query(viewer, PAUSED_QUEUES)
     data: PageData = {
         "webhook": webhook,
         "states": STATES,
@@ -75,7 +73,7 @@ async def webhook_detail(viewer: Viewer, selection: WebhookPageQuery) -> PageDat
     }
     if selection.cursor:  # older pages do not change
         data["interval_s"] = 0
-    return {**data, **banners(viewer, paused)}
+    return data
 
 
 async def send_test(viewer: Viewer, form: TestWebhookForm) -> Response | ApiError:
@@ -102,8 +100,7 @@ async def confirm_retry_failed(viewer: Viewer, confirmation: RetryFailedQuery) -
     """Count the dead-lettered deliveries before they are sent again."""
     webhook = _find(viewer, confirmation.name)
     count, newest = await viewer.app.services.webhooks.dead_letter_counts(confirmation.name)
-    [paused] = await query(viewer, PAUSED_QUEUES)
-    return {"webhook": webhook, "count": count, "newest": newest, "max_kept": MAX_BACKLOG, **banners(viewer, paused)}
+    return {"webhook": webhook, "count": count, "newest": newest, "max_kept": MAX_BACKLOG}
 
 
 async def retry_failed(viewer: Viewer, form: RetryFailedForm) -> Response | ApiError:
