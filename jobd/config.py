@@ -386,31 +386,11 @@ class LoadedConfig(Struct, frozen=True):
     webhooks: tuple[WebhookSetting, ...] = ()
 
 
-# Keys that SIGHUP applies. The others need a restart.
-RELOADABLE: Final = frozenset(
-    {
-        *(f"locks.{name}" for name in LocksSection.__struct_fields__),
-        *(f"stuck.{name}" for name in StuckSection.__struct_fields__),
-        *(f"cleanup.{name}" for name in CleanupSection.__struct_fields__),
-        *(f"retention.{name}" for name in RetentionSection.__struct_fields__),
-        *(f"alerts.{name}" for name in AlertsSection.__struct_fields__),
-        "validation.require_download_url",
-        *(f"late.{name}" for name in LateSection.__struct_fields__),
-        "limits.live_jobs",
-        "limits.queues",
-        "worker.token_file",
-        "admin.token_file",
-        "admin.readonly_token_file",
-        "log.level",
-    }
-)
-
+# The shortest and the longest value of a duration, if not DURATION_BOUNDS.
 BOUNDS: Final[dict[str, tuple[int, int]]] = {
     "journal.lease": (SECOND_MS // 2, MINUTE_MS),
     "journal.snapshot_every": (SECOND_MS, DAY_MS),
     "locks.ttl": (SECOND_MS, DAY_MS),
-    "locks.max_processing": (0, YEAR_MS),
-    "stuck.after": (0, YEAR_MS),
     "cleanup.interval": (100, DAY_MS),
     "cleanup.min_interval": (0, DAY_MS),
     "cleanup.recover_every": (0, HOUR_MS),
@@ -420,14 +400,8 @@ BOUNDS: Final[dict[str, tuple[int, int]]] = {
     "retention.journal": (0, 100 * YEAR_MS),
     "retention.audit": (0, 100 * YEAR_MS),
     "limits.claim_wait": (0, MINUTE_MS),
-    "alerts.average_processing": (0, YEAR_MS),
-    "alerts.webhook_failing": (0, YEAR_MS),
-    "alerts.queue_without_workers": (0, YEAR_MS),
-    "alerts.queue_waits": (0, YEAR_MS),
-    "alerts.standby_behind": (0, YEAR_MS),
-    "alerts.database_horizon": (0, YEAR_MS),
-    "alerts.clocks_differ": (0, YEAR_MS),
 }
+DURATION_BOUNDS: Final = (0, YEAR_MS)
 
 
 def parse_duration(text: str) -> int:
@@ -519,6 +493,20 @@ def _fields() -> dict[str, type]:
 
 
 KEYS: Final = _fields()
+
+# Keys that SIGHUP applies: those of some sections, and a few more. The others need a restart.
+_RELOADABLE_SECTIONS: Final = ("locks.", "stuck.", "cleanup.", "retention.", "alerts.", "late.", "validation.")
+RELOADABLE: Final = frozenset(
+    {
+        *(key for key in KEYS if key.startswith(_RELOADABLE_SECTIONS)),
+        "limits.live_jobs",
+        "limits.queues",
+        "worker.token_file",
+        "admin.token_file",
+        "admin.readonly_token_file",
+        "log.level",
+    }
+)
 
 
 def parse_listen(text: str, key: str) -> tuple[str, int] | str:

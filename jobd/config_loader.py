@@ -21,6 +21,7 @@ import msgspec
 from jobd import credentials
 from jobd.config import (
     BOUNDS,
+    DURATION_BOUNDS,
     KEYS,
     WEBHOOKS,
     Config,
@@ -219,7 +220,7 @@ def _duration(key: str, value: Any) -> int:
     if not isinstance(value, str):
         raise ValueError(f'expected a duration in quotes, such as "15m", not {value!r}')
     ms = parse_duration(value)
-    minimum, maximum = BOUNDS[key]
+    minimum, maximum = BOUNDS.get(key, DURATION_BOUNDS)
     if not minimum <= ms <= maximum:
         raise ValueError(f"{value} is outside {show_duration(minimum)} to {show_duration(maximum)}")
     return ms

@@ -8,7 +8,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from jobd.http.app import App, NoFields
 from jobd.http.request import RequestContext
-from jobd.http.routing import Auth, Route
+from jobd.http.routing import Auth, Route, RouteHandler
 from jobd.model.responses import ClusterView, Response
 
 
@@ -50,44 +50,29 @@ async def _cluster(app: App[NodeServices], ctx: RequestContext, command: NoField
     return Response(app.services.cluster_view())
 
 
+def _route(
+    path: str, response: type, handler: RouteHandler, summary: str, unavailable: str = "", *, auth: Auth = "anyone"
+) -> Route:
+    """Return a route that every node serves. `unavailable` is the meaning of a 503 with the same body."""
+    return Route(
+        method="GET", path=path, request=NoFields, response=response, auth=auth, on_standby=True, tag="The daemon",
+        handler=handler, summary=summary, other_statuses={503: unavailable} if unavailable else {},
+    )  # fmt: skip
+
+
 PROBES: Final = (
-    Route(
-        method="GET",
-        path="/healthz",
-        request=NoFields,
-        response=Probe,
-        auth="anyone",
-        on_standby=True,
-        tag="The daemon",
-        handler=_alive,
-        summary="Return whether the daemon is alive.",
-        other_statuses={503: "The daemon is not alive."},
-    ),
-    Route(
-        method="GET",
-        path="/readyz",
-        request=NoFields,
-        response=Probe,
-        auth="anyone",
-        on_standby=True,
-        tag="The daemon",
-        handler=_ready,
-        summary="Return whether the daemon accepts requests. It does even if a full disk makes it reject new jobs.",
-        other_statuses={503: "The daemon does not accept requests yet, is stopping, or is a standby of a cluster."},
+    _route("/healthz", Probe, _alive, "Return whether the daemon is alive.", "The daemon is not alive."),
+    _route(
+        "/readyz",
+        Probe,
+        _ready,
+        "Return whether the daemon accepts requests. It does even if a full disk makes it reject new jobs.",
+        "The daemon does not accept requests yet, is stopping, or is a standby of a cluster.",
     ),
 )
 
 
 def cluster_route(auth: Auth) -> Route:
     """Return the route of the state of the cluster."""
-    return Route(
-        method="GET",
-        path="/v1/cluster",
-        request=NoFields,
-        response=ClusterView,
-        auth=auth,
-        on_standby=True,
-        tag="The daemon",
-        handler=_cluster,
-        summary="Return the state of the cluster: its nodes, its leader, and how far this node is behind.",
-    )
+    summary = "Return the state of the cluster: its nodes, its leader, and how far this node is behind."
+    return _route("/v1/cluster", ClusterView, _cluster, summary, auth=auth)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from jobd.model.errors import ERROR_STATUS
+
 ERRORS: Final[dict[str, type[JobdError]]] = {}
 
 
@@ -37,6 +39,7 @@ class JobdError(Exception):
 
     def __init_subclass__(cls) -> None:
         ERRORS[cls.code] = cls
+        cls.status = ERROR_STATUS.get(cls.code, cls.status)
 
     def __str__(self) -> str:
         return f"{self.message} [{self.code}]"
@@ -45,73 +48,73 @@ class JobdError(Exception):
 class InvalidRequest(JobdError):
     """A field is unknown, has the wrong type or is out of bounds; the message names it."""
 
-    code, status = "invalid_request", 400
+    code = "invalid_request"
 
 
 class Unauthorized(JobdError):
     """The token is missing or invalid."""
 
-    code, status = "unauthorized", 401
+    code = "unauthorized"
 
 
 class Forbidden(JobdError):
     """The daemon does not serve the Host or Origin of the request, or the token is read-only."""
 
-    code, status = "forbidden", 403
+    code = "forbidden"
 
 
 class NotFound(JobdError):
     """The artifact or the path does not exist. If the path does not, the daemon is too old or the port is wrong."""
 
-    code, status = "not_found", 404
+    code = "not_found"
 
 
 class JobNotFound(JobdError):
     """No job has this id."""
 
-    code, status = "job_not_found", 404
+    code = "job_not_found"
 
 
 class LateResultNotFound(JobdError):
     """The job has no late result, or none with this number."""
 
-    code, status = "late_result_not_found", 404
+    code = "late_result_not_found"
 
 
 class WorkerNotFound(JobdError):
     """The daemon has no worker with this name."""
 
-    code, status = "worker_not_found", 404
+    code = "worker_not_found"
 
 
 class PlanNotFound(JobdError):
     """The plan does not exist or has expired: build it again."""
 
-    code, status = "plan_not_found", 404
+    code = "plan_not_found"
 
 
 class MethodNotAllowed(JobdError):
     """The path exists, but not with this method."""
 
-    code, status = "method_not_allowed", 405
+    code = "method_not_allowed"
 
 
 class RequestTimeout(JobdError):
     """The body did not arrive in time; nothing was changed."""
 
-    code, status = "request_timeout", 408
+    code = "request_timeout"
 
 
 class JobExists(JobdError):
     """A different job with this id exists."""
 
-    code, status = "job_exists", 409
+    code = "job_exists"
 
 
 class AlreadyLocked(JobdError):
     """Another worker holds the job."""
 
-    code, status = "already_locked", 409
+    code = "already_locked"
 
     @property
     def locked_by(self) -> str | None:
@@ -127,25 +130,25 @@ class AlreadyLocked(JobdError):
 class NotDue(JobdError):
     """The job's `run_at` is in the future."""
 
-    code, status = "not_due", 409
+    code = "not_due"
 
 
 class QueuePaused(JobdError):
     """The job's queue is paused: none of its jobs is granted until an operator resumes it."""
 
-    code, status = "queue_paused", 409
+    code = "queue_paused"
 
 
 class InvalidTransition(JobdError):
     """The job's status does not allow this."""
 
-    code, status = "invalid_transition", 409
+    code = "invalid_transition"
 
 
 class LockLost(JobdError):
     """The job is no longer yours: stop working on it. `reason` says why."""
 
-    code, status = "lock_lost", 409
+    code = "lock_lost"
 
     @property
     def reason(self) -> str | None:
@@ -166,109 +169,109 @@ class LockLost(JobdError):
 class MaxProcessingTimeExceeded(JobdError):
     """No progress was reported within `max_processing_ms`: the lock cannot be extended any further."""
 
-    code, status = "max_processing_time_exceeded", 409
+    code = "max_processing_time_exceeded"
 
 
 class JobQuarantined(JobdError):
     """The job's row on disk is damaged. `jobd doctor` prints how to fix it."""
 
-    code, status = "job_quarantined", 409
+    code = "job_quarantined"
 
 
 class WorkerNotSilent(JobdError):
     """The worker holds no job whose lock has expired; nothing was changed."""
 
-    code, status = "worker_not_silent", 409
+    code = "worker_not_silent"
 
 
 class NoStandby(JobdError):
     """No standby of the cluster is ready to take over; nothing was changed."""
 
-    code, status = "no_standby", 409
+    code = "no_standby"
 
 
 class EventsGone(JobdError):
     """The requested events are no longer in the journal. Read the current state, then follow events from now on."""
 
-    code, status = "events_gone", 410
+    code = "events_gone"
 
 
 class TooLarge(JobdError):
     """The body, the payload or the number of jobs is above its limit."""
 
-    code, status = "too_large", 413
+    code = "too_large"
 
 
 class UnsupportedMediaType(JobdError):
     """The body is not JSON, or is compressed."""
 
-    code, status = "unsupported_media_type", 415
+    code = "unsupported_media_type"
 
 
 class ExpectationFailed(JobdError):
     """The `Expect` header of the request is not `100-continue`."""
 
-    code, status = "expectation_failed", 417
+    code = "expectation_failed"
 
 
 class IdempotencyKeyReused(JobdError):
     """The key was used before with another body."""
 
-    code, status = "idempotency_key_reused", 422
+    code = "idempotency_key_reused"
 
 
 class InternalError(JobdError):
     """A bug in the daemon; its log has the details. Nothing was changed."""
 
-    code, status = "internal_error", 500
+    code = "internal_error"
 
 
 class Overloaded(JobdError):
     """The daemon has too many requests; nothing was changed. Retry after `retry_after_ms`."""
 
-    code, status = "overloaded", 503
+    code = "overloaded"
 
 
 class ShuttingDown(JobdError):
     """The daemon is stopping; nothing was changed."""
 
-    code, status = "shutting_down", 503
+    code = "shutting_down"
 
 
 class NotLeader(JobdError):
     """The node does not lead its cluster; nothing was changed. `details["leader"]` is the leader's URL or None."""
 
-    code, status = "not_leader", 503
+    code = "not_leader"
 
 
 class StorageUnavailable(JobdError):
     """The artifact store cannot be read now; the daemon's log has the reason."""
 
-    code, status = "storage_unavailable", 503
+    code = "storage_unavailable"
 
 
 class OutcomeUnknown(JobdError):
     """The write failed, and it is unknown whether it is on disk. Repeat the request to find out."""
 
-    code, status = "outcome_unknown", 503
+    code = "outcome_unknown"
 
 
 class StorageFull(JobdError):
     """The daemon's disk is full; nothing was changed."""
 
-    code, status = "storage_full", 507
+    code = "storage_full"
 
 
 class TooManyJobs(JobdError):
     """The daemon has reached its limit of live jobs; nothing was changed."""
 
-    code, status = "too_many_jobs", 507
+    code = "too_many_jobs"
 
 
 class TooManyQueues(JobdError):
     """The job needs a new queue, but the number of queues has reached `limits.queues`; nothing was changed."""
 
-    code, status = "too_many_queues", 507
+    code = "too_many_queues"
 
 
 class Unreachable(JobdError):

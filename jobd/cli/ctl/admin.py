@@ -353,20 +353,6 @@ def audit(limit: int, action: str | None, what: str | None, as_json: bool, **mat
 
 
 COMMANDS: Final = (
-    stats,
-    health,
-    alerts,
-    queues,
-    workers,
-    take_back,
-    late,
-    locks,
-    cleanup,
-    recover_stuck,
-    failures,
-    reports,
-    audit,
-    pause,
-    resume,
-    clock,
-)
+    stats, health, alerts, queues, workers, take_back, late, locks, cleanup, recover_stuck, failures, reports, audit,
+    pause, resume, clock,
+)  # fmt: skip
