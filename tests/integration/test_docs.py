@@ -118,7 +118,7 @@ def test_every_config_key_is_documented_with_its_default() -> None:
     for key in config.KEYS:
         part, _, name = key.partition(".")
         expected[key] = (config.to_toml(getattr(getattr(defaults, part), name)), key in config.RELOADABLE)
-    assert documented == expected
+    assert documented == expected, "run: python -m tests.support.config_reference"
 
 
 def _config_rows() -> list[list[str]]:
@@ -156,7 +156,8 @@ def test_every_call_is_documented_with_its_fields(title: str, table: Sequence[Ro
         if match := re.match(r"\| ([A-Z]+) `([^`]+)` \|([^|]*)\|([^|]*)\|([^|]*)\|", line):
             method, path, body, gives, key = (part.strip() for part in match.groups())
             documented[method, path] = (sorted(ticked(body)), gives, key == "yes")
-    assert documented == {(route.method, route.path): _expected(route) for route in table}
+    expected = {(route.method, route.path): _expected(route) for route in table}
+    assert documented == expected, f"docs/api.md, {title}: each route has a row with its fields, response and key"
 
 
 def _expected(route: Route) -> tuple[list[str], str, bool]:
@@ -175,13 +176,15 @@ def test_every_stream_operation_is_documented() -> None:
     documented = {ticked(op)[0]: ticked(call)[0].split() for op, call, *_ in rows(API, "op", "call")}
     routes = {route.request: route for route in worker.ROUTES}
     calls = {op: routes[command] for op, command in STREAMED_COMMANDS.items()}
-    assert documented == {op: [route.method, route.path] for op, route in calls.items()}
+    expected = {op: [route.method, route.path] for op, route in calls.items()}
+    assert documented == expected, "docs/api.md: each command in STREAMED_COMMANDS has a row in the table of `op`"
 
 
 def test_every_audit_action_is_documented() -> None:
     listed = re.search(r"\*\*Action\*\* \(`what`\): ([^.]*)\.", section(API, "Audit log"))
     assert listed is not None
-    assert sorted(ticked(listed[1])) == sorted(commands.AUDITED_ACTIONS)
+    different = set(ticked(listed[1])) ^ set(commands.AUDITED_ACTIONS)
+    assert not different, f"docs/api.md, Audit log: {different} must be in the list of actions and in AUDITED_ACTIONS"
 
 
 SHAPES: Final[dict[str, Any]] = {
@@ -322,7 +325,7 @@ def test_every_event_type_is_documented() -> None:
 
 def test_every_alert_is_documented_with_its_threshold() -> None:
     table = {ticked(name)[0]: ticked(threshold) for name, _, threshold, _ in rows(OPERATIONS, "alert", "fires when")}
-    assert tuple(table) == alerts.NAMES
+    assert tuple(table) == alerts.NAMES, "docs/operations.md: each alert has a row, in the order of alerts.SEVERITIES"
     severities = {ticked(name)[0]: severity for name, _, _, severity in rows(OPERATIONS, "alert", "fires when")}
     assert severities == alerts.SEVERITIES
     thresholds = {key for keys in table.values() for key in keys}
@@ -367,7 +370,7 @@ def test_every_metric_is_documented(tmp_path: Path) -> None:
         name = f"{family.name}_total" if family.type == "counter" else family.name
         labels = {label for sample in family.samples for label in sample.labels} - {"le"}
         given[name] = (family.type, labels)
-    assert documented == given
+    assert documented == given, "docs/operations.md: each metric has a row with its type and labels"
 
 
 def complete_some(daemon: DaemonProcess, count: int) -> None:
@@ -403,7 +406,9 @@ def test_every_command_of_a_program_is_documented() -> None:
     documented = {
         name: {command for names, _ in rows(CLI, f"`{name}` command") for command in ticked(names)} for name in PROGRAMS
     }
-    assert documented == {name: set(program.commands) for name, program in PROGRAMS.items()}
+    for name, program in PROGRAMS.items():
+        different = documented[name] ^ set(program.commands)
+        assert not different, f"docs/cli.md: each command of {name} has a row: {different}"
 
 
 OLD_CALLS: Final = [

@@ -158,7 +158,7 @@ def test_every_rule_explains_its_threshold() -> None:
 
 def test_every_alert_of_jobd_has_a_rule() -> None:
     meant = [re.findall(r'jobd_alert_firing\{alert="(\w+)"\} == 1', rule.expr) for rule in groups()[0].rules]
-    assert meant == [[name] for name in alerts.NAMES]
+    assert meant == [[name] for name in alerts.NAMES], "jobd.rules.yml: each alert has a rule, in the order of NAMES"
 
 
 def test_rules_use_metrics_that_a_daemon_exports(scraped: dict[str, list[dict[str, str]]]) -> None:
@@ -366,7 +366,8 @@ def test_the_dashboard_uses_metrics_that_a_daemon_exports(scraped: dict[str, lis
 def test_every_metric_has_a_panel(scraped: dict[str, list[dict[str, str]]]) -> None:
     shown = " ".join(expr for _, expr, _ in targets())
     families = {re.sub("_(bucket|count|sum|created)$", "", name) for name in scraped}
-    assert {name for name in families if name not in shown} == set()
+    missing = {name for name in families if name not in shown}
+    assert not missing, f"grafana.json: each metric has a panel, except {missing}"
 
 
 def test_prometheus_accepts_the_queries_of_the_dashboard(tmp_path: Path) -> None:

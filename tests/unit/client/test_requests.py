@@ -61,6 +61,7 @@ def _all_requests() -> list[ApiRequest[Any]]:
                 for parameter in inspect.signature(build).parameters.values()
                 if parameter.default is inspect.Parameter.empty
             ]
+            assert set(needed) <= set(given), f"{name}: give its arguments {set(needed) - set(given)} a value above"
             found.append(build(**{name: given[name] for name in needed}))
     return found
 

@@ -63,10 +63,10 @@ def entry(rules: RuleHarness, command: AnyCommand, operator: Operator | None = E
 
 
 def test_every_command_of_operators_is_audited() -> None:
-    """A new command of operators needs an audit name."""
     reads = {kind.__name__ for kind in get_args(AnyCommand) if kind.admission == "read"}
     audited = {kind.__name__ for kind in (*AUDIT_NAMES, RecordAction, ApplyPlan, ApplyEndings)}
-    assert audited | reads | NOT_AUDITED == {kind.__name__ for kind in get_args(AnyCommand)}
+    missing = {kind.__name__ for kind in get_args(AnyCommand)} ^ (audited | reads | NOT_AUDITED)
+    assert not missing, f"{missing}: give a command of operators an audit_name; list any other in NOT_AUDITED"
     assert not audited & (reads | NOT_AUDITED)
 
 
@@ -76,7 +76,8 @@ def test_the_audit_name_of_a_command_is_that_of_its_call() -> None:
         request: "delete" if route.method == "DELETE" else route.path.rpartition("/")[2]
         for request, route in calls.items()
     }
-    assert names | {Recover: "recover-stuck"} == AUDIT_NAMES  # its call continues until nothing is stuck
+    # The call of Recover continues until nothing is stuck.
+    assert names | {Recover: "recover-stuck"} == AUDIT_NAMES, "an audit_name is the last part of the path of its route"
 
 
 def test_commands_without_an_operator_and_reads_have_no_entry() -> None:

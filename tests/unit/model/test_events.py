@@ -34,7 +34,7 @@ def event(changes: Changes | None, event_type: EventType = "updated") -> Event:
 
 
 def test_changes_have_the_fields_of_a_job() -> None:
-    assert Changes.__struct_fields__ == Job.__struct_fields__
+    assert Changes.__struct_fields__ == Job.__struct_fields__, "add the field of Job to Changes and to fold"
     assert all(getattr(Changes(), name) is UNSET for name in Changes.__struct_fields__)
 
 

@@ -49,7 +49,8 @@ async def test_an_idle_daemon_lists_every_alert_and_fires_none() -> None:
         assert [alert.name for alert in shown] == [name for name in NAMES if name not in CLUSTER_NAMES]
         assert not any(alert.firing for alert in shown)
         assert all(alert.since is None and alert.hint for alert in shown)
-        assert [alert.threshold for alert in shown] == [5, 20, 600, 10, 0, 2, 0, 0, 0, 300, 120, 300, 0.5, 90, 0]
+        thresholds = [5, 20, 600, 10, 0, 2, 0, 0, 0, 300, 120, 300, 0.5, 90, 0]
+        assert [alert.threshold for alert in shown] == thresholds, "list the threshold of each alert, in their order"
 
 
 @in_virtual_time

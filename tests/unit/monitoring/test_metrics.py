@@ -51,59 +51,6 @@ from jobd.storage.store import Store
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import VirtualEngine, in_virtual_time, row, seconds
 
-# The names and types that dashboards use.
-EXPECTED = {
-    "jobd_jobs": "gauge",
-    "jobd_queue_jobs": "gauge",
-    "jobd_queue_paused": "gauge",
-    "jobd_queue_oldest_due_seconds": "gauge",
-    "jobd_stuck_jobs": "gauge",
-    "jobd_late_results_total": "counter",
-    "jobd_locked_jobs": "gauge",
-    "jobd_grants_total": "counter",
-    "jobd_refusals_total": "counter",
-    "jobd_events_total": "counter",
-    "jobd_stalls_total": "counter",
-    "jobd_recovered_total": "counter",
-    "jobd_cleanup_passes_total": "counter",
-    "jobd_cleanup_found_total": "counter",
-    "jobd_cleanup_last_timestamp_seconds": "gauge",
-    "jobd_cleanup_failed_passes": "gauge",
-    "jobd_validation_issues_total": "counter",
-    "jobd_artifact_tombstones": "gauge",
-    "jobd_artifact_sweep_behind_seconds": "gauge",
-    "jobd_artifacts_swept_total": "counter",
-    "jobd_processing_seconds": "histogram",
-    "jobd_processing_p95_seconds": "gauge",
-    "jobd_granted_twice_total": "counter",
-    "jobd_quarantined_jobs": "gauge",
-    "jobd_commit_mode": "gauge",
-    "jobd_unprojected_events": "gauge",
-    "jobd_leader": "gauge",
-    "jobd_standby_lag_events": "gauge",
-    "jobd_journal_append_seconds": "histogram",
-    "jobd_commit_seconds": "histogram",
-    "jobd_batch_commands": "histogram",
-    "jobd_mailbox_commands": "gauge",
-    "jobd_mailbox_limit_commands": "gauge",
-    "jobd_parked_claims": "gauge",
-    "jobd_event_streams": "gauge",
-    "jobd_event_streams_dropped_total": "counter",
-    "jobd_wal_bytes": "gauge",
-    "jobd_database_bytes": "gauge",
-    "jobd_loop_lag_seconds": "gauge",
-    "jobd_clock_suspect": "gauge",
-    "jobd_disk_full": "gauge",
-    "jobd_disk_free_bytes": "gauge",
-    "jobd_disk_total_bytes": "gauge",
-    "jobd_alert_firing": "gauge",
-    "jobd_webhook_deliveries_total": "counter",
-    "jobd_webhook_waiting_deliveries": "gauge",
-    "jobd_webhook_lag_events": "gauge",
-    "jobd_webhook_paused": "gauge",
-    "jobd_build_info": "gauge",
-}
-
 
 class FakeListener:
     def __init__(self, **errors: int) -> None:
@@ -182,14 +129,16 @@ async def real(path: Path) -> AsyncIterator[RealStoreParts]:
         await running[0]
 
 
-async def test_metric_names_match_the_dashboards(tmp_path: Path) -> None:
+async def test_every_metric_has_a_type_and_a_help_text(tmp_path: Path) -> None:
+    """Its name, type and labels are compared with the documents in test_docs.py."""
     async with real(tmp_path / "jobd.db") as daemon:
         await daemon.maintainer.run_cleanup(forced=True)
         body = await daemon.metrics.render()
     lines = body.decode().splitlines()
-    assert {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE")} == EXPECTED
     helped = [line for line in lines if line.startswith("# HELP")]
-    assert len(helped) == len(EXPECTED)
+    names = [line.split()[2] for line in lines if line.startswith("# TYPE")]
+    assert names == [line.split()[2] for line in helped]
+    assert len(names) == len(set(names)) > 40
     assert all(len(line.split(maxsplit=3)[3]) > 10 for line in helped)
 
 

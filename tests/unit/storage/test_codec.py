@@ -68,6 +68,15 @@ def test_the_meta_row_holds_every_number() -> None:
     assert codec.fault(row) is None
 
 
+def test_a_full_job_has_no_default() -> None:
+    """So the tests below notice a field that is not stored."""
+    names = Job.__struct_fields__[-len(Job.__struct_defaults__) :]
+    unset = [
+        name for name, value in zip(names, Job.__struct_defaults__, strict=True) if getattr(full_job(), name) == value
+    ]
+    assert not unset, f"set {unset} in factories.full_job; codec.JobBody, job_row and JobReader.job store a field"
+
+
 @pytest.mark.parametrize("part", ["", "grant", "lease", "ended", "result", "error"])
 def test_a_job_is_the_same_after_encoding_and_decoding(part: str) -> None:
     job = replace(full_job(), **{part: None}) if part else full_job()
