@@ -400,12 +400,16 @@ class Daemon:
             log.info("dump_thread", thread=number, stack=" < ".join(traceback.format_stack(frame)[-3:]))
 
     async def _feed_watchdog(self) -> None:
-        """Report to systemd's watchdog as long as the actor responds to a command in its mailbox."""
+        """Report to systemd's watchdog as long as the actor responds to a command in its mailbox.
+
+        A full mailbox rejects the command. It has room again after each batch, so the next attempt follows soon.
+        """
         while self._watchdog_s is not None:
             serving = self._serving
-            if serving is None or isinstance(await serving.actor.ask(Ping(), by="daemon"), Response):
+            is_alive = serving is None or isinstance(await serving.actor.ask(Ping(), by="daemon"), Response)
+            if is_alive:
                 systemd.alive()
-            await asyncio.sleep(self._watchdog_s / 2)
+            await asyncio.sleep(self._watchdog_s / (2 if is_alive else 200))
 
 
 # Fields of LoadedConfig that a reload also applies, with their names in the log.
