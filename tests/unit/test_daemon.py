@@ -42,7 +42,8 @@ def test_a_full_mailbox_does_not_let_the_watchdog_end_the_daemon(monkeypatch: py
         monkeypatch.setattr(systemd, "alive", lambda: signs.append(clock_s()))
         monkeypatch.setattr(systemd, "watchdog_s", lambda: 30.0)
         async with AsyncExitStack() as stack:
-            daemon: Any = Daemon(LoadedConfig(Config(), {}, (), ()), LoadedConfig, stack)
+            loaded = LoadedConfig(Config(), {}, (), ())
+            daemon: Any = Daemon(loaded, lambda: loaded, stack)
             daemon._serving = FakeServing()
             feeding = asyncio.create_task(daemon._feed_watchdog())
             await seconds(300)
