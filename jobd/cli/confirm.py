@@ -58,7 +58,7 @@ def run_action(confirmation: Confirmation, ids: Sequence[str], *, yes: bool, dry
         return _each(ids, lambda job_id: _show_dry_run(confirmation, job_id, terminal.emit, as_json))
     if not yes:
         _ask(confirmation, ids)
-    return _each(ids, lambda job_id: _run(confirmation, job_id, as_json))
+    return _each(ids, lambda job_id: show_done(confirmation, job_id, confirmation.run(job_id), as_json))
 
 
 def _each(ids: Sequence[str], act: Callable[[str], int]) -> int:
@@ -77,12 +77,9 @@ def _each(ids: Sequence[str], act: Callable[[str], int]) -> int:
     return worst
 
 
-def _run(confirmation: Confirmation, job_id: str, as_json: bool) -> int:
-    response = confirmation.run(job_id)
-    if as_json:
-        terminal.emit_json(response)
-    else:
-        terminal.emit(f"{job_id}: {confirmation.describe(response)}")
+def show_done(confirmation: Confirmation, job_id: str, response: Any, as_json: bool) -> int:
+    """Print the response to the action, and return exit code 0."""
+    terminal.emit_json(response) if as_json else terminal.emit(f"{job_id}: {confirmation.describe(response)}")
     return exit_codes.DONE
 
 

@@ -111,48 +111,47 @@ def _discard_stdout() -> None:
 
 def _report(error: BaseException, name: str, args: Sequence[str], token_source: str | None) -> int:
     """Print `error` on stderr and return its exit code. An unexpected exception is a bug and is raised again."""
-    from jobd.client.errors import InvalidRequest, JobdError, Unauthorized
-
     if isinstance(error, SystemExit) and type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):
         error = BrokenPipeError()  # click turned it into exit 1, and replaced the stream
+    if isinstance(error, BrokenPipeError):
+        _discard_stdout()  # the reader closed the pipe (`| head`)
+        return DONE
+    text, code = _described(error, name, args, token_source)
+    terminal.say(f"{name}: {text}")
+    return code
+
+
+def _described(error: BaseException, name: str, args: Sequence[str], token_source: str | None) -> tuple[str, int]:
+    """Return the message and the exit code of `error`."""
+    from jobd.client.errors import InvalidRequest, JobdError, Unauthorized
+
     match error:
         case click.UsageError():
             path = error.ctx.command_path if error.ctx else name
             text = re.sub(r"\n\s*", " ", _sentence(error.format_message()))
-            terminal.say(f"{name}: {text}{'' if text.endswith('?') else '.'} See: {path} --help")
-            return USAGE
+            return f"{text}{'' if text.endswith('?') else '.'} See: {path} --help", USAGE
         case UnicodeEncodeError() | InvalidRequest() if (
             invalid := next((arg for arg in args if not _is_utf8(arg)), None)
         ) is not None:
-            terminal.say(f"{name}: the argument {invalid!r} is not UTF-8")
-            return USAGE
+            return f"the argument {invalid!r} is not UTF-8", USAGE
         case click.FileError():
-            terminal.say(f"{name}: {_sentence(error.format_message())}")
-            return IO_ERROR
+            return _sentence(error.format_message()), IO_ERROR
         case click.Abort() | KeyboardInterrupt():
-            terminal.say(f"{name}: interrupted")
-            return INTERRUPTED
+            return "interrupted", INTERRUPTED
         case CliError():
-            terminal.say(f"{name}: {error}")
-            return error.code
+            return str(error), error.code
         case Unauthorized():
             advice = "the worker API over TCP needs a token: give --token-file FILE or set JOBD_WORKER_TOKEN_FILE"
             text = f"the daemon rejected the token from {token_source}" if token_source else advice
-            terminal.say(f"{name}: {text} [{error.code}]")
-            return UNAUTHORISED
+            return f"{text} [{error.code}]", UNAUTHORISED
         case JobdError():
-            terminal.say(f"{name}: {_sentence(error.message)}{_ADVICE.get(error.code, '')} [{error.code}]")
-            return exit_code_of(error.code)
-        case BrokenPipeError():
-            _discard_stdout()  # the reader closed the pipe (`| head`)
-            return DONE
+            text = f"{_sentence(error.message)}{_ADVICE.get(error.code, '')} [{error.code}]"
+            return text, exit_code_of(error.code)
         case OSError():
             text = "stdout is closed" if error.errno == errno.EBADF else error.strerror or str(error)
-            terminal.say(f"{name}: {text}{f': {error.filename}' if error.filename else ''}")
-            return IO_ERROR
+            return f"{text}{f': {error.filename}' if error.filename else ''}", IO_ERROR
         case Exception() if isinstance(code := getattr(error, "exit_code", None), int):  # errors of the store
-            terminal.say(f"{name}: {_sentence(str(error))}")
-            return code
+            return _sentence(str(error)), code
         case _:
             raise error
 

@@ -143,12 +143,7 @@ def run_for_one(
     if not result.applied:
         _show_not_done([result])
         return exit_codes.REJECTED
-    done = response_of(job, plan, result)
-    if as_json:
-        terminal.emit_json(done)
-    else:
-        terminal.emit(f"{job_id}: {confirmation.describe(done)}")
-    return exit_codes.DONE
+    return confirm.show_done(confirmation, job_id, response_of(job, plan, result), as_json)
 
 
 def _plan_of(client: AdminClient, action: PlanAction, job_id: str, reason: str | None) -> PlanView | None:

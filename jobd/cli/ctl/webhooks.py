@@ -102,10 +102,8 @@ def _resend_all(name: str, reason: str | None, *, yes: bool, dry_run: bool, as_j
     if not yes:
         confirm.confirm(f"resend {_deliveries(len(found))}")
     count = admin_client(timeout_s=60.0).deliver_all_again(name, found[0].id, reason)
-    if as_json:
-        terminal.emit_json({"resent": count, "would": len(found)})
-    else:
-        terminal.emit(f"{_deliveries(count)} queued: jobctl webhooks deliveries {name}")
+    message = f"{_deliveries(count)} queued: jobctl webhooks deliveries {name}"
+    terminal.emit_json({"resent": count, "would": len(found)}) if as_json else terminal.emit(message)
 
 
 def _send(name: str, delivery: int | None, reason: str | None, *, dry_run: bool, as_json: bool) -> None:
@@ -115,10 +113,8 @@ def _send(name: str, delivery: int | None, reason: str | None, *, dry_run: bool,
         return
     client = admin_client()
     sent = client.test_webhook(name, reason) if delivery is None else client.deliver_again(name, delivery, reason)
-    if as_json:
-        terminal.emit_json(sent)
-    else:
-        terminal.emit(f"Delivery {sent.id} ({sent.type}) is queued: jobctl webhooks deliveries {name}")
+    message = f"Delivery {sent.id} ({sent.type}) is queued: jobctl webhooks deliveries {name}"
+    terminal.emit_json(sent) if as_json else terminal.emit(message)
 
 
 def _would_send(name: str, delivery: int | None, *, as_json: bool) -> None:
@@ -126,10 +122,8 @@ def _would_send(name: str, delivery: int | None, *, as_json: bool) -> None:
     found = _deliveries_of(name, None, 1 if delivery is None else None, None).deliveries
     if delivery is not None and all(each.id != delivery for each in found):
         raise exit_codes.CliError(f"Webhook {name} has no delivery {delivery}.", exit_codes.REJECTED)
-    if as_json:
-        terminal.emit_json({"would": 1})
-    else:
-        terminal.emit(f"A test would be sent to {name}" if delivery is None else f"Delivery {delivery} would be resent")
+    message = f"A test would be sent to {name}" if delivery is None else f"Delivery {delivery} would be resent"
+    terminal.emit_json({"would": 1}) if as_json else terminal.emit(message)
 
 
 def _deliveries(count: int) -> str:
