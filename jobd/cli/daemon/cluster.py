@@ -133,7 +133,7 @@ async def _leave(settings: JournalSection, path: str) -> int:
 @click.option(
     "--upto",
     metavar="N",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, (1 << 63) - 1),
     required=True,
     help="Number of the last record that the journal still has. A node that refuses to start names it.",
 )

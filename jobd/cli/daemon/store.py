@@ -106,7 +106,7 @@ def restore_command(file: Path, yes: bool, is_dry_run: bool, store: str | None, 
     "--cut-journal",
     "cut_from",
     metavar="N",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, (1 << 63) - 1),
     help="Delete record N of the journal and all later ones, which the tables lack. Keeps a copy of the database.",
 )
 @click.option("-y", "--yes", is_flag=True, help="Do not ask (--accept, --recount, --cut-journal).")

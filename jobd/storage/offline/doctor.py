@@ -59,6 +59,7 @@ _ON_ACCESS: Final = "nothing to do: the daemon quarantines it when it reads it"
 _REFOLDED: Final = "compare with a backup; an edited row that was accepted differs from its events for good"
 _LATE_OR_EARLY: Final = "correct the row of deleted_jobs with sqlite3, because it decides when these events are deleted"
 _LAST_EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? ORDER BY seq DESC LIMIT 1"
+_LEFT: Final = "compare with a backup; the events stay, and only take up space"
 _UNUSED: Final = "nothing to do: it only takes up space"
 
 
@@ -258,7 +259,7 @@ def _events(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     for _, rows in groupby(undamaged, itemgetter(event_rows.JOB_SEQ)):
         events = list(chain.from_iterable(map(event_rows.unpack, rows)))
         problem = f"it has {len(events)} events but no row, and it was not deleted"
-        yield StoreProblem(f"job {event_codec.decode(events[0]).job_id}", problem, _RECOUNT)
+        yield StoreProblem(f"job {event_codec.decode(events[0]).job_id}", problem, _LEFT)
 
 
 def _deleted(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:

@@ -86,6 +86,7 @@ def test_a_row_that_differs_from_its_events_is_named(store: Path, capsys: pytest
         ["--refold", "--recount"],
         ["--refold", "--running"],
         ["--cut-journal", "1", "--recount"],
+        ["--cut-journal", str(1 << 63), "--dry-run"],
         ["--cut-journal", "1", "--accept", "a"],
         ["--cut-journal", "0"],
         ["--refold", "--yes"],

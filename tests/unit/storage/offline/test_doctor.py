@@ -444,6 +444,17 @@ async def test_a_recount_accepts_the_existing_rows(path: str) -> None:
         await assert_holds(store, found, maker)
 
 
+async def test_no_fix_advises_a_recount_after_a_recount(path: str) -> None:
+    maker = await busy_store(path)
+    job = pick(maker, FINISHED)
+    with edit_store(path) as conn:
+        conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
+    recount(path)
+    problems = check(path)
+    assert f"job {job.id}" in places(problems), "its events are left"
+    assert not any("--recount" in problem.fix for problem in problems)
+
+
 async def test_a_recount_does_not_hide_a_damaged_row(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, LIVE)
