@@ -110,7 +110,8 @@ def translated_errors(path: str) -> Iterator[None]:
         code = result_code(error) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise StoreBusy(path, None) from error
-        if code == sqlite3.SQLITE_FULL:
+        is_error = code == sqlite3.SQLITE_IOERR  # also reported if there is no space for the shared memory file
+        if code == sqlite3.SQLITE_FULL or (is_error and not files.has_space(os.path.dirname(files.log_of(path)))):
             raise DiskFull(f"{path}: {error}") from error
         if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH):
             raise StoreUnreadable(_unreadable(path, error)) from error

@@ -176,7 +176,7 @@ def _check(path: str, notes: list[str], *, refold: bool) -> Sequence[Any]:
     from jobd.storage.offline import doctor
 
     try:
-        with busy(f"checking {path}"):
+        with exit_codes.explaining_full_disk(), busy(f"checking {path}"):
             return doctor.check(path, refold=refold, on_note=notes.append)
     except StoreBusy as error:
         text = f"{error}; or check the running daemon: jobd doctor --running"
@@ -200,7 +200,7 @@ def _repair(
     if not yes:
         if not is_dry_run:
             need_terminal()
-        with busy(f"checking {path}"):
+        with exit_codes.explaining_full_disk(), busy(f"checking {path}"):
             lines = preview(path)
         for line in lines:
             terminal.emit(line) if is_dry_run else terminal.say(line)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobd.cli.daemon import main as jobd_cli
-from tests.support.store_files import edit_store, leave_tail, make_store
+from tests.support.store_files import edit_store, fill, leave_tail, make_store
 
 PENDING = "the tables lack 1 committed batch (4 events) of the journal: the daemon writes them at its next start\n"
 
@@ -43,6 +43,17 @@ def test_a_tail_is_a_note(store: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert doctor(capsys, store, *option) == (0, f"{PENDING}nothing is wrong\n", "")
     code, out, _ = doctor(capsys, store, "--json")
     assert (code, json.loads(out)) == (0, {"problems": [], "notes": [PENDING.strip()]})
+
+
+@pytest.mark.parametrize("option", [[], ["--recount", "--dry-run"]])
+def test_a_full_disk_is_named(small_disk: Path, capsys: pytest.CaptureFixture[str], option: list[str]) -> None:
+    """To read the log of a killed daemon, SQLite makes a file next to it."""
+    store = small_disk / "jobd.db"
+    make_tail(store)
+    fill(small_disk)
+    code, _, err = doctor(capsys, store, *option)
+    assert code == 74
+    assert err.startswith(f"jobd: The disk is full: {store}: ")
 
 
 def test_a_damaged_record_is_cut(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
