@@ -35,7 +35,9 @@ SHOWN_LINES: Final = 10_000  # of a preview
 MAX_PREVIEW_LINES: Final = 1_000_000  # their ids are kept to find duplicates
 SHOWN_REJECTIONS: Final = 1_000
 # Errors that the next line would get as well. The import stops, and can be sent again later.
-STOP_CODES: Final = frozenset({"overloaded", "shutting_down", "outcome_unknown", "storage_full", "too_many_jobs"})
+STOP_CODES: Final = frozenset(
+    {"overloaded", "shutting_down", "not_leader", "outcome_unknown", "storage_full", "too_many_jobs"}
+)
 
 
 class _Id(Struct):

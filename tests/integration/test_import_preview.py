@@ -74,7 +74,7 @@ async def test_a_preview_says_where_the_import_would_stop(harness: HttpHarness) 
     assert (data["stopsAt"], data["stopReason"], data["lines"]) == (1, "5 jobs are allowed.", [])
 
 
-@pytest.mark.parametrize("code", ["overloaded", "storage_full", "shutting_down"])
+@pytest.mark.parametrize("code", ["overloaded", "storage_full", "shutting_down", "not_leader"])
 async def test_an_error_that_would_stop_the_import_now_is_the_response(harness: HttpHarness, code: str) -> None:
     harness.actor.respond = lambda command: ApiError(code, "Not now.")
     response = await preview(harness, {"id": "a"}, {"id": "b"})
