@@ -292,7 +292,7 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     """Time for which a job has been due while no worker claimed its queue and kind."""
     queue_waits: Duration = Duration(5 * MINUTE_MS)
     """Time for which the oldest due job of a queue has waited. Paused queues are ignored."""
-    failure_rate: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    failure_rate: Annotated[float, Meta(gt=0, le=1)] = 0.5
     """Share of a queue's attempts in the last 10 minutes that failed. Fires at the threshold, too."""
     failure_rate_attempts: Positive = 20
     """Number of attempts in the last 10 minutes from which `failure_rate` applies."""

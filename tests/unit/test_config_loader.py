@@ -315,6 +315,7 @@ def test_an_error_in_the_file_names_file_and_key(text: str, parts: list[str], wr
             ["JOBD_LIMITS_MAILBOX", "limits.mailbox", "expected a whole number, not 'many'"],
         ),
         ("JOBD_LIMITS_MAILBOX", "1" * 400, ["limits.mailbox", "expected a whole number <= 9007199254740992, not '11"]),
+        ("JOBD_ALERTS_FAILURE_RATE", "0", ["alerts.failure_rate", "expected a number > 0.0, not '0'"]),
         ("JOBD_ALERTS_STUCK_JOBS", "1" * 400, ["alerts.stuck_jobs", "expected a whole number <= 9007199254740992"]),
         ("JOBD_VALIDATION_REQUIRE_DOWNLOAD_URL", "perhaps", ["validation.require_download_url", "true or false"]),
         ("JOBD_LATE_QUEUES", "video", ["JOBD_LATE_QUEUES", "late.queues", "NAME=VALUE"]),
