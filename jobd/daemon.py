@@ -389,15 +389,15 @@ class Daemon:
         log.info("reloaded", changed=changed, need_restart=need_restart)
 
     def _dump(self) -> None:
-        """Log the mailbox, tasks and stacks, to examine a daemon that makes no progress."""
+        """Log the mailbox, tasks and stacks at every log level, to examine a daemon that makes no progress."""
         if self._serving is not None:
             actor = self._serving.actor
-            log.info("dump", mailbox=actor.waiting, parked=len(actor.waiting_claims), jobs=actor.state.totals)
+            log.error("dump", mailbox=actor.waiting, parked=len(actor.waiting_claims), jobs=actor.state.totals)
         for task in asyncio.all_tasks():
             stack = " < ".join(f"{frame.f_code.co_name}:{frame.f_lineno}" for frame in task.get_stack())
-            log.info("dump_task", task=task.get_name(), stack=stack)
+            log.error("dump_task", task=task.get_name(), stack=stack)
         for number, frame in sys._current_frames().items():
-            log.info("dump_thread", thread=number, stack=" < ".join(traceback.format_stack(frame)[-3:]))
+            log.error("dump_thread", thread=number, stack=" < ".join(traceback.format_stack(frame)[-3:]))
 
     async def _feed_watchdog(self) -> None:
         """Report to systemd's watchdog as long as the actor responds to a command in its mailbox.

@@ -536,6 +536,19 @@ def test_sigusr1_dumps_tasks_to_the_log(tmp_path: Path) -> None:
         assert "mailbox=" in daemon.wait_for_log(b"event=dump ")
 
 
+def test_sigusr1_dumps_tasks_at_every_log_level(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path) as daemon:
+        daemon.config.write_text('[log]\nlevel = "error"\n')
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGHUP)
+        for _ in range(10):
+            assert daemon.get("/healthz").status == 200  # the daemon handles signals between requests
+        daemon.process.send_signal(signal.SIGUSR1)
+        assert daemon.stop() == 0
+        assert b"event=stopping" not in daemon.log, "the level is in force"
+        assert b"event=dump_task" in daemon.log
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_while_the_store_is_opened(tmp_path: Path, number: signal.Signals) -> None:
     with DaemonProcess.not_started(tmp_path) as daemon:
