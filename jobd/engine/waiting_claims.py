@@ -1,4 +1,7 @@
-"""Claims that wait for work, outside the mailbox: found by queue and kind, served in order of arrival."""
+"""Claims that wait for work, outside the mailbox: found by queue and kind, served in order of arrival.
+
+The actor rejects a claim that would wait above `limits.parked_claims`.
+"""
 
 from __future__ import annotations
 

@@ -157,6 +157,17 @@ class Backoff(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
         bool, Meta(description="Wait a random part of the computed time, so that jobs do not return together.")
     ] = True
 
+    def wait_ms(self, attempt: int, fraction: float) -> int:
+        """Return the wait after failed attempt number `attempt` (from 1). `fraction` in [0, 1) is the random jitter.
+
+        Full jitter: from 0 to the full wait, so that jobs that failed together do not return together.
+        """
+        full = self.base_ms
+        if self.kind == "exponential":
+            full = self.base_ms << min(max(attempt - 1, 0), 62)
+        full = min(full, self.max_ms)
+        return int(full * fraction) if self.jitter else full
+
 
 # The journal stores the parts of a job as arrays, because field names would take a third of its size. So new fields are
 # appended and have a default, and fields are never removed or moved. Backoff is an object, as clients send it. The

@@ -31,7 +31,7 @@ from jobd.model.commands import (
     Undelivered,
 )
 from jobd.model.errors import ApiError
-from jobd.model.job import DELAYED_FROM, Backoff, Failure, Job, PreviousGrant, Result, release_delay_ms
+from jobd.model.job import DELAYED_FROM, Failure, Job, PreviousGrant, Result, release_delay_ms
 from jobd.model.responses import Grants, JobList, JobView, Response
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -286,24 +286,12 @@ def fail(tx: Transaction, command: Fail) -> Response | ApiError:
         return transitions.job_response(tx, job)
     wait_ms = command.retry_after_ms
     if wait_ms is None:
-        wait_ms = backoff_ms(job.options.backoff, job.attempt, tx.fraction(job.attempt))
+        wait_ms = job.options.backoff.wait_ms(job.attempt, tx.fraction(job.attempt))
     run_at = tx.at.now + wait_ms
     details = {"attempt": job.attempt, "run_at": run_at}
     fields = {"run_at": run_at, "error": error}
     job = transitions.requeue(tx, job, "retried", ended, fields, worker=worker, reason=reason, details=details)
     return transitions.job_response(tx, job)
-
-
-def backoff_ms(backoff: Backoff, attempt: int, fraction: float) -> int:
-    """Return the wait after failed attempt number `attempt` (from 1). `fraction` in [0, 1) is the random jitter.
-
-    Full jitter: from 0 to the full wait, so that jobs that failed together do not return together.
-    """
-    full = backoff.base_ms
-    if backoff.kind == "exponential":
-        full = backoff.base_ms << min(max(attempt - 1, 0), 62)
-    full = min(full, backoff.max_ms)
-    return int(full * fraction) if backoff.jitter else full
 
 
 def release(tx: Transaction, command: Release) -> Response | ApiError:

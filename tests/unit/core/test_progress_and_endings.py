@@ -256,7 +256,7 @@ def test_the_worker_can_set_the_retry_delay_or_prevent_the_retry(rules: RuleHarn
     ],
 )
 def test_backoff(backoff: Backoff, attempt: int, fraction: float, expected: int) -> None:
-    assert worker_rules.backoff_ms(backoff, attempt, fraction) == expected
+    assert backoff.wait_ms(attempt, fraction) == expected
 
 
 def test_jitter_comes_from_the_seed() -> None:
