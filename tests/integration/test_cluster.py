@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -23,6 +22,7 @@ from jobd.cli.daemon.main import main
 from tests.support import postgres
 from tests.support.daemon_process import TOKEN, DaemonResponse, UnixConnection, call
 from tests.support.node_process import Cluster, NodeProcess
+from tests.support.polling import poll_until
 from tests.support.postgres import PostgresServer
 from tests.support.tcp_proxy import ProxyThread
 from tests.support.webhook_receiver import Receiver
@@ -30,13 +30,6 @@ from tests.support.webhook_receiver import Receiver
 WAIT_S = 60.0
 
 pytestmark = pytest.mark.slow
-
-
-def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def knows(leader: NodeProcess, standby: NodeProcess) -> bool:
@@ -52,7 +45,7 @@ def test_a_standby_with_a_shorter_lease_waits_for_that_of_the_leader(cluster: Cl
     first = cluster.add("a", JOBD_JOURNAL_LEASE="6s")
     first.wait_leads()
     second = cluster.add("b", JOBD_JOURNAL_LEASE="1s")
-    wait_until(lambda: [node["config_differs"] for node in second.cluster()["nodes"]] == [False, True])
+    poll_until(lambda: [node["config_differs"] for node in second.cluster()["nodes"]] == [False, True])
     ends = time.monotonic() + 4.0  # an idle leader renews its lease every 2 s
     while time.monotonic() < ends:
         assert second.get("/readyz").status == 503
@@ -60,7 +53,7 @@ def test_a_standby_with_a_shorter_lease_waits_for_that_of_the_leader(cluster: Cl
     assert first.process is not None
     first.process.send_signal(signal.SIGSTOP)
     began = time.monotonic()
-    wait_until(lambda: second.get("/readyz").status == 200)
+    poll_until(lambda: second.get("/readyz").status == 200)
     assert time.monotonic() - began > 3.0, "the rest of the lease of the former leader"
     first.process.send_signal(signal.SIGCONT)
     assert first.process.wait(10) == 75
@@ -81,13 +74,13 @@ def test_a_standby_follows_and_takes_over(cluster: Cluster) -> None:
     assert second.admin("GET", "stats").error == "not_leader"
     assert second.admin("GET", "/sign-in").status == 200
     assert "jobd_leader 0.0" in second.admin("GET", "/metrics").body.decode()
-    wait_until(lambda: second.cluster()["lag_events"] == 0)
-    wait_until(lambda: [node["role"] for node in second.cluster()["nodes"]] == ["leader", "standby"])
+    poll_until(lambda: second.cluster()["lag_events"] == 0)
+    poll_until(lambda: [node["role"] for node in second.cluster()["nodes"]] == ["leader", "standby"])
     with closing(http.client.HTTPConnection("127.0.0.1", second.port, timeout=30)) as client:
         assert call(client, "GET", "/v1/jobs/one", Authorization=f"Bearer {TOKEN}").error == "not_leader"
         first.kill()
         began = time.monotonic()
-        wait_until(lambda: second.get("/readyz").status == 200)
+        poll_until(lambda: second.get("/readyz").status == 200)
         assert time.monotonic() - began < 2.0, "the lease need not end"
         assert call(client, "GET", "/v1/jobs/one", Authorization=f"Bearer {TOKEN}").status == 200
     done = second.post("/v1/jobs/one/complete", {"lock_id": granted["lock_id"], "file_path": "/f"})
@@ -99,7 +92,7 @@ def test_a_standby_follows_and_takes_over(cluster: Cluster) -> None:
     assert (view["role"], view["leader"]) == ("leader", second.url)
     assert "jobd_leader 1.0" in second.admin("GET", "/metrics").body.decode()
     first.start()
-    wait_until(lambda: first.cluster()["leader"] == second.url and first.cluster()["lag_events"] == 0)
+    poll_until(lambda: first.cluster()["leader"] == second.url and first.cluster()["lag_events"] == 0)
     assert second.stop() == 0
     first.wait_leads()
     assert first.get("/v1/jobs/one").data["status"] == "completed"
@@ -110,7 +103,7 @@ def test_a_leader_steps_down_and_follows_again(cluster: Cluster) -> None:
     first.wait_leads()
     create(first, "one")
     second = cluster.add("b")
-    wait_until(lambda: knows(first, second))
+    poll_until(lambda: knows(first, second))
     assert first.admin("POST", "cluster/step-down", {"reason": "maintenance"}).data["role"] == "leader"
     second.wait_leads()
     assert first.process is not None
@@ -138,10 +131,10 @@ def test_a_full_disk_of_the_server_rejects_creates_and_is_shown(
     assert (refused.status, refused.error) == (507, "storage_full")
     described = "The disk of the journal's server is full."
     assert first.cluster()["problems"] == [described]
-    wait_until(lambda: first.admin("GET", "health").body["data"]["journal"]["status"] == "unhealthy")
+    poll_until(lambda: first.admin("GET", "health").body["data"]["journal"]["status"] == "unhealthy")
     assert b"disk=journal" in first.log
     postgres_server.sql("DROP TRIGGER full_disk ON jobd_journal", database=name)
-    wait_until(lambda: create(first, "one").status == 201)
+    poll_until(lambda: create(first, "one").status == 201)
     assert first.cluster()["problems"] == []
 
 
@@ -177,8 +170,8 @@ def test_slow_clients_do_not_delay_a_takeover(cluster: Cluster, how: str) -> Non
         send(reading.sock, "/v1/claim", claim, len(claim))
         send(writing.sock, "/v1/jobs", b'{"id": "ha', 14)
         second = cluster.add("b")
-        wait_until(lambda: first.get("/v1/jobs/large-0").data["status"] == "processing")
-        wait_until(lambda: second.cluster()["lag_events"] == 0 and knows(first, second))
+        poll_until(lambda: first.get("/v1/jobs/large-0").data["status"] == "processing")
+        poll_until(lambda: second.cluster()["lag_events"] == 0 and knows(first, second))
         STOPS[how](first)
         second.wait_leads()
         assert first.process is not None
@@ -206,10 +199,10 @@ def test_the_next_leader_deletes_the_artifacts_that_the_former_one_left(cluster:
         lock_id = first.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}).data["lock_id"]
         assert first.post(f"/v1/jobs/{job_id}/complete", {"lock_id": lock_id, "storage_key": job_id}).status == 200
     assert first.admin("DELETE", "jobs/deleted").status == 200
-    wait_until(lambda: second.cluster()["lag_events"] == 0)
+    poll_until(lambda: second.cluster()["lag_events"] == 0)
     first.kill()
     swept = b'jobd_artifacts_swept_total{outcome="deleted"} 1.0'
-    wait_until(lambda: second.get("/readyz").status == 200 and swept in second.admin("GET", "/metrics").body)
+    poll_until(lambda: second.get("/readyz").status == 200 and swept in second.admin("GET", "/metrics").body)
     assert [path.name for path in results.iterdir() if path.is_file()] == ["kept"]
 
 
@@ -236,7 +229,7 @@ def test_a_hanging_webhook_does_not_delay_a_takeover(cluster: Cluster) -> None:
         second = cluster.add("b", config=config)
         create(first, "one")
         receiver.wait_for(lambda messages: len(messages) == 1)
-        wait_until(lambda: second.cluster()["lag_events"] == 0)
+        poll_until(lambda: second.cluster()["lag_events"] == 0)
         assert first.process is not None
         first.process.send_signal(signal.SIGTERM)
         second.wait_leads()
@@ -244,7 +237,7 @@ def test_a_hanging_webhook_does_not_delay_a_takeover(cluster: Cluster) -> None:
         receiver.wait_for(lambda messages: len(messages) == 2)
         hanging.set()
         assert first.process.wait(WAIT_S) == 0
-        wait_until(lambda: second.admin("GET", "webhooks").data["webhooks"][0]["delivered"] == 1)
+        poll_until(lambda: second.admin("GET", "webhooks").data["webhooks"][0]["delivered"] == 1)
         assert len({each.headers["webhook-id"] for each in receiver.received}) == 1
 
 
@@ -322,11 +315,11 @@ def test_a_standby_stops_at_a_signal_and_reloads(cluster: Cluster) -> None:
     cluster.add("a").wait_leads()
     standby = cluster.add("b")
     assert standby.process is not None
-    wait_until(lambda: len(standby.cluster()["nodes"]) == 2)
+    poll_until(lambda: len(standby.cluster()["nodes"]) == 2)
     standby.config.write_text("[retention]\ncompleted = '1d'\n")
     standby.process.send_signal(signal.SIGHUP)
     standby.wait_for_log(b"event=reloaded")
-    wait_until(lambda: "differs from that of the leader: b" in str(standby.cluster()["problems"]))
+    poll_until(lambda: "differs from that of the leader: b" in str(standby.cluster()["problems"]))
     standby.process.send_signal(signal.SIGUSR1)
     standby.wait_for_log(b"event=dump_task")
     assert standby.stop() == 0
@@ -364,10 +357,10 @@ def test_nothing_acknowledged_is_lost_when_the_leader_is_killed_under_load(clust
         each.start()
     for _ in range(2):
         before = len(completed)
-        wait_until(lambda: len(completed) > before + 50)  # noqa: B023
+        poll_until(lambda: len(completed) > before + 50)  # noqa: B023
         leader = next(node for node in nodes if _leads(node))
         leader.kill()
-        wait_until(lambda: any(_leads(node) for node in nodes if node is not leader))  # noqa: B023
+        poll_until(lambda: any(_leads(node) for node in nodes if node is not leader))  # noqa: B023
         leader.start()
     stop.set()
     for each in workers:
@@ -378,7 +371,7 @@ def test_nothing_acknowledged_is_lost_when_the_leader_is_killed_under_load(clust
     for job_id in completed:
         assert leader.get(f"/v1/jobs/{job_id}").data["status"] == "completed", job_id
     assert len(set(completed.values())) == len(completed), "each token was given once"
-    wait_until(lambda: all(node.cluster()["lag_events"] == 0 for node in nodes))
+    poll_until(lambda: all(node.cluster()["lag_events"] == 0 for node in nodes))
 
 
 def _leads(node: NodeProcess) -> bool:
@@ -398,7 +391,7 @@ def test_a_node_with_an_empty_disk_starts_from_a_snapshot(cluster: Cluster, post
     first.wait_for_log(b"event=snapshot_written")
     second = cluster.add("b")
     assert b"event=store_made_from_snapshot" in second.log
-    wait_until(lambda: second.cluster()["lag_events"] == 0)
+    poll_until(lambda: second.cluster()["lag_events"] == 0)
     first.kill()
     second.wait_leads()
     assert second.admin("GET", "stats").data["totalJobs"] == 1_100
@@ -441,7 +434,7 @@ def test_a_leader_without_its_journal_serves_nothing_before_another_leads(cluste
     assert first.process is not None
     first.wait_for_log(b"event=leadership_lost")
     assert first.process.wait(4) == 75, "it waits for no response of the server"
-    wait_until(lambda: served["b"])
+    poll_until(lambda: served["b"])
     stop.set()
     for each in askers:
         each.join()
@@ -453,7 +446,7 @@ def test_a_leader_without_its_journal_serves_nothing_before_another_leads(cluste
 def test_a_standby_stops_at_once_while_postgresql_hangs(cluster: Cluster, proxy: ProxyThread) -> None:
     cluster.add("a").wait_leads()
     standby = cluster.add("b", **proxied(cluster, proxy))
-    wait_until(lambda: len(standby.cluster()["nodes"]) == 2)
+    poll_until(lambda: len(standby.cluster()["nodes"]) == 2)
     proxy.lose(requests=True, responses=True)
     time.sleep(0.5)  # so that the standby waits for the head of the journal
     began = time.monotonic()
@@ -473,7 +466,7 @@ def test_a_client_does_not_notice_a_lost_connection_to_the_journal(
     results: list[int] = []
     asking = threading.Thread(target=lambda: results.append(create(node, "one").status))
     asking.start()
-    wait_until(proxy.proxy.lost.is_set)
+    poll_until(proxy.proxy.lost.is_set)
     time.sleep(0.1)
     proxy.cut()
     asking.join()
@@ -530,7 +523,7 @@ def test_nodes_without_a_synchronous_standby_use_few_sessions(tmp_path: Path, mo
             assert len(found) <= 20, "two of each node, one of the former leader, and those that are ending"
             attempts |= {each for each in found if each.endswith("|Lock")}
         standby.start()
-        wait_until(lambda: _leads(first) or _leads(second))
+        poll_until(lambda: _leads(first) or _leads(second))
         leader = first if _leads(first) else second
         assert leader.get("/v1/jobs/before").data["status"] == "queued"
         assert create(leader, "after").status == 201

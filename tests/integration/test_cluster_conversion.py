@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from jobd.cli.daemon.main import main
 from tests.support.daemon_process import TOKEN, DaemonProcess
 from tests.support.node_process import Cluster, NodeProcess
+from tests.support.polling import poll_until
 from tests.support.postgres import PASSWORD, PostgresServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -43,13 +43,6 @@ def flags(url: str, **given: object) -> list[str]:
     settings = {"journal.url": url, "journal.require_sync": "false", "journal.lease": "1s"}
     settings |= {name.replace("__", "."): str(value) for name, value in given.items()}
     return [word for each in settings.items() for word in ("--set", "=".join(each))]
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def has_nodes(node: NodeProcess) -> bool:
@@ -97,7 +90,7 @@ def test_two_journals_in_one_database_are_independent(tmp_path: Path, url: str, 
         assert nodes[name].post("/v1/jobs", {"id": name}).status == 201
         assert nodes[name].post("/v1/jobs", {"id": "same"}).status == 201
     for name, node in nodes.items():
-        wait_until(partial(has_nodes, node))
+        poll_until(partial(has_nodes, node))
         view = node.cluster()
         assert (view["role"], view["journal"], len(view["nodes"])) == ("leader", name, 1)
         assert ids(node) == sorted([name, "same"])

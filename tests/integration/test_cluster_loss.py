@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +18,7 @@ from tests.conftest import tool_missing
 from tests.support import postgres
 from tests.support.daemon_process import TOKEN
 from tests.support.node_process import Cluster, NodeProcess
+from tests.support.polling import poll_until
 from tests.support.postgres import PostgresMissing, PostgresServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -37,13 +37,6 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
         yield stack
 
 
-def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
-
-
 def flags(node: NodeProcess, url: str) -> list[str]:
     given = {"journal.url": url, "journal.require_sync": "false", "journal.lease": "1s", "store.path": str(node.store)}
     return [word for each in given.items() for word in ("--set", "=".join(each))]
@@ -60,7 +53,7 @@ def write_kept(first: NodeProcess) -> dict[str, Any]:
 def write_lost(first: NodeProcess, second: NodeProcess) -> None:
     assert first.post("/v1/jobs", {"id": "new", "payload": {"file": "1.mov"}}).status == 201
     assert first.post("/v1/jobs/waiting/cancel", {}).status == 200
-    wait_until(lambda: second.cluster()["lag_events"] == 0)
+    poll_until(lambda: second.cluster()["lag_events"] == 0)
 
 
 def last_record_of(node: NodeProcess) -> str:
@@ -104,7 +97,7 @@ def accept_and_check(
     assert again["fencing_token"] > granted["fencing_token"]
     assert jobctl(["import", str(file), "--admin-url", f"unix:{second.admin_socket}"]) == 0
     assert second.get("/v1/jobs/new").data["payload"] == {"file": "1.mov"}
-    wait_until(lambda: first.cluster()["lag_events"] == 0)
+    poll_until(lambda: first.cluster()["lag_events"] == 0)
     assert second.stop() == 0
     first.wait_leads()
     assert first.get("/v1/jobs/new").data["status"] == "queued"
@@ -127,10 +120,11 @@ def test_an_asynchronous_failover(tmp_path: Path, stack: ExitStack, capsys: pyte
     primary.kill()
     standby.start()
     standby.promote()
-    assert first.process is not None
-    wait_until(lambda: first.post("/v1/jobs", {"id": "unknown"}).status == 503 or first.process.poll() is not None)
-    assert first.process.wait(WAIT_S) == 75
-    wait_until(lambda: "lost acknowledged records" in " ".join(second.cluster()["problems"]))
+    process = first.process
+    assert process is not None
+    poll_until(lambda: first.post("/v1/jobs", {"id": "unknown"}).status == 503 or process.poll() is not None)
+    assert process.wait(WAIT_S) == 75
+    poll_until(lambda: "lost acknowledged records" in " ".join(second.cluster()["problems"]))
     assert second.stop() == 0
     accept_and_check(first, second, url, granted, capsys)
 

@@ -5,8 +5,6 @@ libfaketime sets the daemon's wall clock two hours ahead, so the files seem to h
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import pytest
 from tests.conftest import tool_missing
 from tests.proof.faults.clocks import FAKETIME, _library
 from tests.support.daemon_process import DaemonProcess
+from tests.support.polling import poll_until
 
 AHEAD_S = 7200
 METRICS = "/metrics"
@@ -64,12 +63,6 @@ def metric(daemon: DaemonProcess, name: str) -> float:
     return float(next(line for line in lines if line.startswith(f"{name} ")).split()[-1])
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    """Wait for an effect in the daemon process."""
-    while not condition():
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 def test_a_result_is_deleted_with_its_job_by_an_operator_and_by_age(tmp_path: Path, results: Path) -> None:
     with daemon_of(tmp_path, results.as_uri()) as daemon:
@@ -80,12 +73,12 @@ def test_a_result_is_deleted_with_its_job_by_an_operator_and_by_age(tmp_path: Pa
         daemon.start()
         by_age = done(daemon, results, "by-age", "video/b.mp4")
         assert daemon.admin("DELETE", "jobs/by-hand").status == 200
-        eventually(lambda: not by_hand.exists())
-        eventually(lambda: not by_age.exists())
-        eventually(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
+        poll_until(lambda: not by_hand.exists())
+        poll_until(lambda: not by_age.exists())
+        poll_until(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
         assert metric(daemon, 'jobd_artifacts_swept_total{outcome="deleted"}') == 2
         assert stored.read_text() == "result"
-        eventually(lambda: daemon.admin("GET", "health").data["storage"]["status"] == "healthy")
+        poll_until(lambda: daemon.admin("GET", "health").data["storage"]["status"] == "healthy")
         assert [path.name for path in results.rglob("*") if path.is_file()] == ["kept.mp4"]
         assert daemon.stop() == 0
 
@@ -106,13 +99,13 @@ def test_the_artifact_of_a_late_result_is_deleted_with_its_job_also_across_a_kil
         assert (response.status, "late_result" in response.body["details"]) == (409, True)
         results.rename(away)
         assert daemon.admin("DELETE", "jobs/a").status == 200
-        eventually(lambda: metric(daemon, "jobd_artifact_tombstones") == 1)  # written by the next slice
+        poll_until(lambda: metric(daemon, "jobd_artifact_tombstones") == 1)  # written by the next slice
         daemon.kill()
         assert (away / "late" / "r1").exists()
         away.rename(results)
         daemon.start()
-        eventually(lambda: not path.exists())
-        eventually(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
+        poll_until(lambda: not path.exists())
+        poll_until(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
 
 
 @pytest.mark.slow
@@ -123,14 +116,14 @@ def test_a_kill_between_the_deletions_of_a_job_and_its_result_leaks_nothing(tmp_
         results.rename(away)
         assert daemon.admin("DELETE", "jobs/a").status == 200
         daemon.wait_for_log(b"event=artifact_not_deleted")
-        eventually(lambda: daemon.admin("GET", "health").status == 503)  # it is measured every few seconds
+        poll_until(lambda: daemon.admin("GET", "health").status == 503)  # it is measured every few seconds
         daemon.kill()
         assert (away / "k").exists()
         away.rename(results)
         daemon.start()
-        eventually(lambda: b"event=artifact_deleted" in daemon.log)  # possibly before it was ready
+        poll_until(lambda: b"event=artifact_deleted" in daemon.log)  # possibly before it was ready
         assert not path.exists()
-        eventually(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
+        poll_until(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
 
 
 @pytest.mark.slow
@@ -154,5 +147,5 @@ def test_tombstones_without_a_store_are_reported_and_kept(tmp_path: Path, result
         away.rename(results)
         daemon.environ["JOBD_ARTIFACTS_URL"] = results.as_uri()
         daemon.start()
-        eventually(lambda: not (results / "k").exists())
+        poll_until(lambda: not (results / "k").exists())
         assert (results / "unowned").exists()

@@ -85,13 +85,6 @@ def view(daemon: DaemonProcess) -> dict[str, Any]:
     return dict(found)
 
 
-def wait_until(condition: Any, seconds: float = 150) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
-
-
 def test_a_lifecycle_is_delivered_in_order_and_the_documented_receiver_accepts_it(
     tmp_path: Path, receiver: Receiver
 ) -> None:
@@ -150,7 +143,7 @@ def test_kill_9_before_a_result_is_stored_repeats_the_delivery(tmp_path: Path, r
             messages = receiver.wait_for(partial(has_repeat_of, first))
             ids = {each.headers["webhook-id"] for each in messages if each.body == first.body}
             assert len(ids) == 1
-            wait_until(
+            poll_until(
                 lambda: view(daemon)["waiting"] == view(daemon)["lag"] == 0
             )  # otherwise one of these kills the next round
         assert daemon.stop() == 0
@@ -161,7 +154,7 @@ def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, 
     chance, names = random.Random(7), list[str]()
 
     def kill_at(daemon: DaemonProcess, names: list[str], goal: int, delay_s: float) -> None:
-        wait_until(lambda: len(names) >= goal)
+        poll_until(lambda: len(names) >= goal)
         time.sleep(delay_s)
         daemon.kill()
 
@@ -231,7 +224,7 @@ def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Rec
     receiver.respond = responding(500, "not today")
     with ForkedDaemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
         run_lifecycle(daemon, "a")
-        wait_until(lambda: view(daemon)["failed"] > 0)
+        poll_until(lambda: view(daemon)["failed"] > 0)
         shown = view(daemon)
         assert (shown["name"], shown["waiting"], shown["events"]) == ("billing", 1, ["job.created"])
         assert shown["last_error"] == "500: not today"
@@ -241,12 +234,12 @@ def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Rec
             (delivery,) = daemon.admin("GET", "webhooks/billing/deliveries?state=waiting").data["deliveries"]
             return delivery
 
-        wait_until(lambda: first_waiting()["status"] == 500)  # the outcome is counted before it is stored
+        poll_until(lambda: first_waiting()["status"] == 500)  # the outcome is counted before it is stored
         receiver.respond = accept
         waiting = first_waiting()
         assert (waiting["type"], waiting["subject"]) == ("job.created", "jobs/a")
         assert daemon.admin("POST", "webhooks/billing/resend", {"id": waiting["id"]}).status == 200
-        wait_until(lambda: view(daemon)["delivered"] == 1)
+        poll_until(lambda: view(daemon)["delivered"] == 1)
         before = len(receiver.received)
         assert daemon.admin("POST", "webhooks/billing/resend", {"id": waiting["id"]}).data["state"] == "waiting"
         messages = receiver.wait_for(lambda messages: len(messages) > before)
@@ -294,7 +287,7 @@ def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receive
     receiver.respond = responding(500, "not today")
     with ForkedDaemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
         daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"job-{number}"} for number in range(450)]})
-        wait_until(lambda: view(daemon)["waiting"] == 450)
+        poll_until(lambda: view(daemon)["waiting"] == 450)
         assert daemon.stop() == 0
     asyncio.run(dead_letter_all(daemon.store))
     receiver.respond = accept
@@ -325,7 +318,7 @@ def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receive
         assert view(daemon)["delivered"] == 0
         done = jobctl("resend", "billing", "--state", "given_up", "--yes", "--reason", "it is up again")
         assert (done.returncode, done.stdout.startswith("450 deliveries queued")) == (0, True), done.stderr
-        wait_until(lambda: view(daemon)["delivered"] == 450)
+        poll_until(lambda: view(daemon)["delivered"] == 450)
         assert {each.event["subject"] for each in receiver.received if each.headers} >= {"jobs/job-0", "jobs/job-449"}
         repeated = jobctl("resend", "billing", "--state", "given_up", "--yes", "--json")
         assert (repeated.returncode, json.loads(repeated.stdout)) == (0, {"resent": 0, "would": 0})
@@ -377,7 +370,7 @@ def test_a_reload_applies_new_webhooks(tmp_path: Path, receiver: Receiver) -> No
         assert daemon.process is not None
         daemon.process.send_signal(signal.SIGHUP)
         assert "webhooks" in daemon.wait_for_log(b"event=reloaded")
-        wait_until(lambda: view(daemon)["state"] == "closed")
+        poll_until(lambda: view(daemon)["state"] == "closed")
         run_lifecycle(daemon, "a")
         messages = receiver.wait_for(lambda messages: done(messages, "a"))
         assert types_about(messages, "before") == []
@@ -387,7 +380,7 @@ def test_a_reload_applies_new_webhooks(tmp_path: Path, receiver: Receiver) -> No
         daemon.config.write_text("")
         daemon.process.send_signal(signal.SIGHUP)
         daemon.wait_for_log(b"event=reloaded")
-        wait_until(lambda: daemon.admin("GET", "webhooks").data == {"webhooks": []})
+        poll_until(lambda: daemon.admin("GET", "webhooks").data == {"webhooks": []})
         assert daemon.stop() == 0
 
 
@@ -422,7 +415,7 @@ def test_a_webhook_that_fails_for_long_fires_an_alert(tmp_path: Path, receiver: 
             listed = daemon.admin("GET", "alerts").data["alerts"]
             return {each["name"]: dict(each) for each in listed}["webhook_failing"]
 
-        wait_until(lambda: alert()["firing"])
+        poll_until(lambda: alert()["firing"])
         assert "billing" in alert()["hint"]
         assert "500: not today" in alert()["hint"]
         assert daemon.stop() == 0
@@ -433,7 +426,7 @@ def test_private_addresses_are_blocked_unless_allowed(tmp_path: Path, receiver: 
     outside = config(receiver).replace("allow_private = true\n", "").replace("http://127.0.0.1", "https://localhost")
     with ForkedDaemon(tmp_path, outside) as daemon:
         run_lifecycle(daemon, "a")
-        wait_until(lambda: view(daemon)["failed"] > 0)
+        poll_until(lambda: view(daemon)["failed"] > 0)
         assert "is loopback" in view(daemon)["last_error"]
         assert receiver.received == []
         assert daemon.stop() == 0

@@ -16,7 +16,7 @@ async def wait_until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
         await asyncio.sleep(0.005)
 
 
-def poll_until(condition: Callable[[], bool], timeout_s: float = 120.0, *, every_s: float = 0.01) -> None:
+def poll_until(condition: Callable[[], object], timeout_s: float = 120.0, *, every_s: float = 0.01) -> None:
     """Wait until `condition` holds, without an event loop."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
