@@ -69,8 +69,11 @@ def _checked(db: Database, id_: str, row: Row) -> Job:
     if not isinstance(job.id, str) or not is_job_id(job.id):
         raise RepairRejected(f"{readable(job.id)!r} is not a valid job id")
     next_token = (db.numbers.epoch << TOKEN_COUNTER_BITS) + db.numbers.next_token
-    if job.seq >= db.numbers.next_job or (job.grant is not None and job.grant.fencing_token >= next_token):
-        raise RepairRejected(f"job {job.id}: its seq or fencing_token is higher than any that was assigned")
+    tokens = [part.fencing_token for part in (job.grant, job.ended) if part is not None]
+    if not 0 < job.seq < db.numbers.next_job or max(tokens, default=0) >= next_token:
+        raise RepairRejected(f"job {job.id}: its seq or a fencing_token was never assigned")
+    if others := db.rows("SELECT id FROM jobs NOT INDEXED WHERE seq = ? AND id <> ?", (job.seq, job.id)):
+        raise RepairRejected(f"job {job.id}: its seq {job.seq} is that of job {readable(others[0][0])}")
     return job
 
 

@@ -383,7 +383,13 @@ async def test_a_missing_payload_is_accepted_as_null(path: str) -> None:
         ("UPDATE jobs SET body = json_set(body, '$.worker', 'w') WHERE seq = {seq}", "unknown field `worker`"),
         ("UPDATE jobs SET body = 'x' WHERE seq = {seq}", "JSON is malformed"),
         ("UPDATE jobs SET id = 'no id' WHERE seq = {seq}", "not a valid job id"),
-        ("UPDATE jobs SET body = json_set(body, '$.grant[1]', 1 << 60) WHERE seq = {seq}", "higher than any"),
+        ("UPDATE jobs SET body = json_set(body, '$.grant[1]', 1 << 60) WHERE seq = {seq}", "never assigned"),
+        (
+            'UPDATE jobs SET body = json_set(body, \'$.ended\', json(\'["l", 1152921504606846976, "w", 1, "r", '
+            '"r"]\')) WHERE seq = {seq}',
+            "never assigned",
+        ),
+        ("UPDATE jobs SET seq = -seq WHERE seq = {seq}", "never assigned"),
         ("DELETE FROM jobs WHERE seq = {seq}", "there is no job"),
     ],
 )
@@ -398,7 +404,7 @@ async def test_a_row_that_is_not_a_valid_job_is_rejected_without_changes(path: s
     assert check(path) == before
 
 
-async def test_a_reused_id_is_rejected(path: str) -> None:
+async def test_a_reused_id_or_seq_is_rejected(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, LIVE)
     other = next(each for each in maker.jobs.values() if each.id != job.id)
@@ -408,6 +414,11 @@ async def test_a_reused_id_is_rejected(path: str) -> None:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.id', ?)", (other.id,))
     with pytest.raises(RepairRejected, match="UNIQUE"):
         accept(path, [job.id])
+    with edit_store(path) as conn:
+        conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.id', ?, '$.seq', ?)", (job.id, other.seq))
+    for call in (accept, dry_run.accept):
+        with pytest.raises(RepairRejected, match=f"its seq {other.seq} is that of job {other.id}"):
+            call(path, [job.id])
 
 
 async def test_a_quarantined_row_that_is_not_json_is_rejected(path: str) -> None:
