@@ -28,6 +28,7 @@ PIECE_BYTES: Final = 1 << 20  # per request
 _RETRIES: Final[Any] = {"max_retries": 2, "retry_timeout": timedelta(seconds=CALL_S)}
 _SIGNED_FOR: Final = timedelta(minutes=5)
 _CHANGED: Final = (409, 412)
+MAX_TRIES: Final = 3  # to delete an object that changes in between
 MAX_MESSAGE_CHARS: Final = 200
 MAX_NAME_BYTES: Final = 1024  # of an object key, with the prefix
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
@@ -68,7 +69,7 @@ class S3ArtifactStore:
     async def delete(self, key: str, judge: Judge) -> Deletion:
         if not self._can_name(key):
             return Deletion("left", "the key is not a valid object name")
-        while True:
+        for _ in range(MAX_TRIES):
             try:
                 metadata = await self._call(obstore.head_async(self._store, key))
             except FileNotFoundError:
@@ -82,6 +83,7 @@ class S3ArtifactStore:
                 return Deletion("young", "", modified_at)
             if await self._delete(key, metadata["e_tag"]):
                 return Deletion("deleted")
+        raise ArtifactStoreError(f"{self.place} did not delete an object: it changed each time, or its tag is wrong.")
 
     def _can_name(self, key: str) -> bool:
         """Return whether S3 and obstore allow an object of this name."""
@@ -131,7 +133,8 @@ class S3ArtifactStore:
         if status in _CHANGED:
             return False
         if status >= 300 and status != 404:
-            raise ArtifactStoreError(f"{self.place} did not delete an object: HTTP {status}. Check the credentials.")
+            hint = " Check the credentials." if status in (401, 403) else ""
+            raise ArtifactStoreError(f"{self.place} did not delete an object: HTTP {status}.{hint}")
         return True
 
     async def _send_delete(self, url: str, headers: dict[str, str]) -> int:
