@@ -133,7 +133,9 @@ class Serving:
         self.actor.on_commit += [self.feed.publish, self.failures.committed]
         self._leadership: Leadership | None = None
         self._due_jobs = DueJobs(self.actor, self.clock.moment)
-        self._clock_monitor = ClockMonitor(self._on_pause, self._on_set_back, self.clock.moment)
+        self._clock_monitor = ClockMonitor(
+            self._on_pause, self._on_set_back, self.clock.moment, on_set_ahead=_log_set_ahead
+        )
         self.actor.before_batch = self._clock_monitor.check
 
     def bind(self, leadership: Leadership) -> None:
@@ -375,6 +377,10 @@ def _make_actor(store: Store, opened: OpenedStore, state: State, clock: Clock, s
     )
     actor.on_commit.append(event_log.write_lines)
     return actor
+
+
+def _log_set_ahead(ahead_ms: int) -> None:
+    log.warning("clock_set_ahead", ahead_ms=ahead_ms)
 
 
 def _schedule(settings: Config) -> CleanupSchedule:

@@ -8,7 +8,7 @@ import pytest
 
 from jobd.engine.clock import Clock
 from jobd.maintenance import clock_monitor
-from jobd.maintenance.clock_monitor import PAUSED_AFTER_MS, SET_BACK_MS, ClockMonitor
+from jobd.maintenance.clock_monitor import PAUSED_AFTER_MS, SET_AHEAD_MS, SET_BACK_MS, ClockMonitor
 from jobd.model.job import DAY_MS, HOUR_MS
 
 WALL = 1_700_000_000_000
@@ -28,11 +28,13 @@ class WatchedClock:
         )
         self.pauses: list[tuple[int, int]] = []
         self.steps: list[tuple[int, int]] = []
+        self.steps_ahead: list[int] = []
         self._monitor = ClockMonitor(
             lambda pause_ms, since: self.pauses.append((pause_ms, since)),
             lambda back_ms, until: self.steps.append((back_ms, until)),
             self.clock.moment,
             boot=lambda: self.boot_ms,
+            on_set_ahead=self.steps_ahead.append,
         )
 
     def passes(self, ms: int, *, step_ms: int = 0) -> None:
@@ -79,6 +81,19 @@ def test_what_a_suspect_clock_showed_does_not_count() -> None:
     watched.passes(10, step_ms=40 * DAY_MS)
     watched.passes(10, step_ms=-40 * DAY_MS)
     assert watched.steps == [(40 * DAY_MS, WALL + 20)]
+
+
+def test_a_step_ahead_is_reported_once_unless_it_makes_the_clock_suspect() -> None:
+    watched = WatchedClock()
+    for ms, step_ms in ((1_000, SET_AHEAD_MS - 1), (1_000, 0), (1_000, 2 * HOUR_MS), (1_000, 0), (40_000, 0)):
+        watched.passes(ms, step_ms=step_ms)
+    assert watched.steps_ahead == [2 * HOUR_MS]
+    watched.clock.hold()  # lease time stands still, and the wall clock goes on
+    watched.passes(20_000)
+    watched.passes(1_000, step_ms=40 * DAY_MS)
+    assert watched.clock.suspect
+    assert watched.steps_ahead == [2 * HOUR_MS]
+    assert watched.steps == []
 
 
 async def test_an_idle_daemon_is_not_paused(monkeypatch: pytest.MonkeyPatch) -> None:
