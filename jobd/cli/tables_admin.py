@@ -161,7 +161,7 @@ def health(view: HealthView) -> None:
     ]
     if database.path is not None and database.free_bytes is not None and database.total_bytes is not None:
         free, total = terminal.size(database.free_bytes), terminal.size(database.total_bytes)
-        rows.insert(1, ("disk", database.status, f"{free} free of {total} ({database.path})"))
+        rows.insert(1, ("disk", "-", f"{free} free of {total} ({database.path})"))
     terminal.table(["PART", "STATUS", "MESSAGE"], rows)
 
 

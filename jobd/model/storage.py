@@ -508,6 +508,12 @@ class JobStorage(EventStorage, Protocol):
     async def measure_space(self) -> DiskSpace | None:
         """Return the free and total space of the disk. None for an in-memory store, or if unknown."""
 
+    async def replaced_file(self) -> str | None:
+        """Return the path of a database file that was deleted or replaced since it was opened, or None.
+
+        None for the tables of a node, which are rebuilt from the journal.
+        """
+
     async def drop_reserve(self) -> bool:
         """Delete the reserve file, so that endings and deletions have space. Return whether there was one."""
 

@@ -205,7 +205,7 @@ class Health:
         loop_time = asyncio.get_running_loop().time
         began, damage = loop_time(), self._damage()
         try:
-            await self._in_time("probe", self._actor.disk.probe)
+            replaced = await self._in_time("probe", self._probe)
         except DiskFull as error:
             self._actor.full_disk.note(error)
             return await self._full_disk()
@@ -215,6 +215,8 @@ class Health:
         except Exception as error:
             return PartHealth("unhealthy", f"A write and a read failed ({error}). See the log and run: jobd doctor")
         took_ms = (loop_time() - began) * 1000
+        if replaced is not None:
+            return PartHealth("unhealthy", _replaced(replaced))
         if self._actor.full_disk.write_limit:
             return await self._full_disk()
         space = await self.space()
@@ -224,6 +226,11 @@ class Health:
         if wrong:
             return PartHealth("degraded", " ".join(wrong))
         return PartHealth("healthy", f"A write and a read took {took_ms:.1f} ms.")
+
+    async def _probe(self) -> str | None:
+        """Return a file of the database that was replaced. Raises what a test write raises."""
+        await self._actor.disk.probe()
+        return await self._actor.disk.replaced_file()
 
     async def _full_disk(self) -> PartHealth:
         """Describe a full disk, and which writes are rejected."""
@@ -382,6 +389,13 @@ def journal_health(view: ClusterView) -> PartHealth | None:
 
 async def _awaited(ask: Callable[[], Awaitable[Any]]) -> Any:
     return await ask()
+
+
+def _replaced(path: str) -> str:
+    return (
+        f"{path} was deleted or replaced while the daemon runs. Its changes since then are lost when the daemon stops, "
+        "so copy them first: jobd backup FILE. Then stop the daemon, and restore the copy: jobd restore FILE"
+    )
 
 
 def _without_reserve(space: DiskSpace | None) -> str:

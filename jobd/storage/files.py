@@ -347,6 +347,25 @@ def space(path: str) -> DiskSpace | None:
     return DiskSpace(path, disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize)
 
 
+def identities(path: str) -> dict[str, tuple[int, int]]:
+    """Return device and inode of the database at `path`, and of its log if there is one."""
+    found = {each: _identity(each) for each in (path, log_of(path))}
+    return {each: identity for each, identity in found.items() if identity is not None}
+
+
+def replaced(known: dict[str, tuple[int, int]]) -> str | None:
+    """Return the first path of `known` at which there is no longer the same file, or None."""
+    return next((path for path, identity in known.items() if _identity(path) != identity), None)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 @contextlib.contextmanager
 def occupied(path: str, size: int) -> Iterator[None]:
     """Occupy `size` bytes in the directory of `path` inside the context. Raises DiskFull.

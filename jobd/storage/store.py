@@ -69,9 +69,16 @@ class Store(Storage):
     """The SQLite storage. Create it with `open`; always `close` it."""
 
     def __init__(
-        self, path: str, connection: StoreConnection, projection: Projection, lock: FileLock | None, mode: CommitMode
+        self,
+        path: str,
+        connection: StoreConnection,
+        projection: Projection,
+        lock: FileLock | None,
+        mode: CommitMode,
+        identities: dict[str, tuple[int, int]] | None = None,
     ) -> None:
         self.path = path
+        self._identities = identities or {}
         self._connection = connection
         self._projection = projection
         self._database = db = projection.db
@@ -134,6 +141,7 @@ class Store(Storage):
             connection = await StoreConnection.open(connect)
             try:
                 projection, opened = await connection.run(startup.start, connection.raw, path)
+                identities = {} if path == MEMORY else await connection.run(files.identities, path)
             except BaseException:
                 await connection.close()
                 raise
@@ -141,7 +149,7 @@ class Store(Storage):
             if lock is not None:
                 lock.release()
             raise
-        return cls(path, connection, projection, lock, mode), opened
+        return cls(path, connection, projection, lock, mode, identities), opened
 
     async def close(self) -> None:
         """Close the connection, end its thread and release the lock. Stops a running backup."""
@@ -448,6 +456,9 @@ class Store(Storage):
 
     async def measure_space(self) -> DiskSpace | None:
         return None if self.path == MEMORY else await self._run(files.space, self.path)
+
+    async def replaced_file(self) -> str | None:
+        return await self._run(files.replaced, self._identities)
 
     async def drop_reserve(self) -> bool:
         return self.path != MEMORY and await self._run(files.drop_reserve, self.path)

@@ -75,6 +75,7 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
         self.event_bytes = 0  # of each event, in the size of the store
         self.has_reserve = True
         self.disk_space: DiskSpace | None = DiskSpace("/disk/jobd.db", 8 << 30, 16 << 30)
+        self.replaced: str | None = None
         self.has_spare = True
         self.batches: list[Batch] = []  # committed ones
         self.calls: dict[str, int] = {}
@@ -371,6 +372,9 @@ class MemoryStorage(MemoryProjection, MemoryOutbox, Storage):
     async def measure_space(self) -> DiskSpace | None:
         await self._enter("space")
         return self.disk_space
+
+    async def replaced_file(self) -> str | None:
+        return self.replaced
 
     async def drop_reserve(self) -> bool:
         await self._enter("drop_reserve")

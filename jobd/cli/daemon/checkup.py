@@ -42,7 +42,7 @@ def examine(client: AdminClient) -> list[Finding]:
 
 
 _PART_FIXES: Final = {
-    "database": "read the daemon's log; free disk space if the disk is full, else stop jobd and run: jobd doctor",
+    "database": "do what the message says; the daemon's log has more. To check all rows without a stop: add --rows",
     "journal": "check PostgreSQL and its standbys, then: jobctl cluster",
     "cache": "memory and disk differ: read the log, then restart jobd, which loads everything again",
     "storage": "check the store that [artifacts] url names, its permissions and its free space",

@@ -324,6 +324,16 @@ async def test_close_waits_for_pending_requests() -> None:
 
 
 @in_virtual_time
+async def test_a_replaced_database_is_unhealthy_and_the_message_says_how_to_keep_its_jobs() -> None:
+    async with VirtualEngine() as engine:
+        engine.disk.replaced = "/disk/jobd.db"
+        view = await measured(engine)
+        assert view.database.status == "unhealthy"
+        assert view.database.message.startswith("/disk/jobd.db was deleted or replaced while the daemon runs.")
+        assert "jobd backup FILE" in view.database.message
+
+
+@in_virtual_time
 async def test_damage_is_named_with_its_repair() -> None:
     storage = MemoryStorage()
     for number in range(7):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 import stat
 import threading
 from sqlite3 import SQLITE_DENY, SQLITE_OK, SQLITE_PRAGMA
@@ -359,6 +360,20 @@ async def test_stats_survive_a_restart(path: str) -> None:
         assert found.stats == b"2"
 
 
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+async def test_a_file_that_is_deleted_or_replaced_is_named(path: str, suffix: str) -> None:
+    async with open_store(path) as (store, _):
+        await store.write(ChangeFactory(1).any_batch(10))
+        assert await store.replaced_file() is None
+        kept = f"{path}.kept"
+        os.rename(f"{path}{suffix}", kept)
+        assert await store.replaced_file() == f"{os.path.realpath(path)}{suffix}"
+        shutil.copy(kept, f"{path}{suffix}")
+        assert await store.replaced_file() == f"{os.path.realpath(path)}{suffix}"
+        os.rename(kept, f"{path}{suffix}")
+        assert await store.replaced_file() is None
+
+
 async def test_a_store_in_memory_behaves_the_same() -> None:
     maker = ChangeFactory(3)
     async with open_store(MEMORY) as (store, found):
@@ -367,6 +382,7 @@ async def test_a_store_in_memory_behaves_the_same() -> None:
             await store.write(maker.any_batch(10))
         assert len((await store.find_jobs(JobQuery(limit=200))).jobs) == len(maker.jobs)
         assert await store.measure_space() is None
+        assert await store.replaced_file() is None
         await store.probe(SPARE_BYTES)
         assert await store.drop_reserve() is False
         await store.build_reserve()
