@@ -9,6 +9,7 @@ import ipaddress
 import os
 import re
 import socket
+import stat
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
@@ -106,12 +107,22 @@ def load(
 def _find_file(environ: Mapping[str, str], path: str | None) -> Path | None:
     chosen = path or environ.get("JOBD_CONFIG")
     if chosen:
-        if not Path(chosen).is_file():
+        if not _is_file(chosen):
             raise ConfigError(
                 f"file {chosen}: no such file. Give the path of a config.toml with --config or JOBD_CONFIG"
             )
         return Path(chosen)
-    return Path(DEFAULT_PATH) if Path(DEFAULT_PATH).is_file() else None
+    return Path(DEFAULT_PATH) if _is_file(DEFAULT_PATH) else None
+
+
+def _is_file(path: str) -> bool:
+    """Return whether there is such a file. Raises ConfigError if that is unknown, as in a directory without access."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL character
+        return False
+    except OSError as error:
+        raise ConfigError(f"file {path}: cannot be read: {error.strerror}") from None
 
 
 def _read_file(path: Path) -> dict[str, Any]:

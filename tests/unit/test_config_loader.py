@@ -775,3 +775,11 @@ def _is_clear(message: str, *places: str) -> None:
     assert len(message) < 600
     named = [*places, *KEYS, *(f"[{key.replace('.', '] ')}" for key in KEYS)]
     assert any(place in message for place in named), message
+
+
+def test_a_file_that_cannot_be_examined_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one in a directory without access. The daemon does not start without its configuration."""
+    path = f"/{'long' * 100}"
+    monkeypatch.setattr(config_loader, "DEFAULT_PATH", path)
+    for message in (config_error(path), config_error(None)):
+        assert message == f"file {path}: cannot be read: File name too long"
