@@ -161,7 +161,8 @@ async def _extended_start() -> AsyncIterator[None]:
 def _cannot_open(path: str, error: OSError) -> CannotStart:
     if error.errno in (errno.EACCES, errno.EPERM):
         hint = "Change the owner of the file or of its directory, or choose another store.path"
-        message = f"{path}: {error.strerror}: user {os.geteuid()} may not write there. {hint}"
+        where = error.filename if isinstance(error.filename, str) else path
+        message = f"{where}: {error.strerror}: user {os.geteuid()} may not write there. {hint}"
         return CannotStart(message, EXIT_CONFIG)
     if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
         return CannotStart(f"{path}: {error.strerror}: store.path must name a file in a directory", EXIT_CONFIG)

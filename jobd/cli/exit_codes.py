@@ -11,11 +11,14 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from jobd.cli import terminal
+
+if TYPE_CHECKING:
+    from jobd.client.errors import Unreachable
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -123,7 +126,7 @@ def _report(error: BaseException, name: str, args: Sequence[str], token_source: 
 
 def _described(error: BaseException, name: str, args: Sequence[str], token_source: str | None) -> tuple[str, int]:
     """Return the message and the exit code of `error`."""
-    from jobd.client.errors import InvalidRequest, JobdError, Unauthorized
+    from jobd.client.errors import InvalidRequest, JobdError, Unauthorized, Unreachable
 
     match error:
         case click.UsageError():
@@ -145,8 +148,8 @@ def _described(error: BaseException, name: str, args: Sequence[str], token_sourc
             text = f"the daemon rejected the token from {token_source}" if token_source else advice
             return f"{text} [{error.code}]", UNAUTHORISED
         case JobdError():
-            text = f"{_sentence(error.message)}{_ADVICE.get(error.code, '')} [{error.code}]"
-            return text, exit_code_of(error.code)
+            advice = _advice(error) if isinstance(error, Unreachable) else ""
+            return f"{_sentence(error.message)}{advice} [{error.code}]", exit_code_of(error.code)
         case OSError():
             text = "stdout is closed" if error.errno == errno.EBADF else error.strerror or str(error)
             return f"{text}{f': {error.filename}' if error.filename else ''}", IO_ERROR
@@ -156,7 +159,12 @@ def _described(error: BaseException, name: str, args: Sequence[str], token_sourc
             raise error
 
 
-_ADVICE: Final = {"unreachable": ". Is jobd running there? Give its address with --socket, --url or --admin-url"}
+def _advice(error: Unreachable) -> str:
+    if error.is_slow:
+        return ". It or its machine may hang: see its log. A requested change may have been made"
+    if os.strerror(errno.EACCES) in error.message:
+        return ". Your user may not use this socket: under systemd, join its group, jobd-workers or jobd-admins"
+    return ". Is jobd running there? Give its address with --socket, --url or --admin-url"
 
 
 def _is_utf8(argument: str) -> bool:

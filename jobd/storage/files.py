@@ -347,6 +347,13 @@ def space(path: str) -> DiskSpace | None:
     return DiskSpace(path, disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize)
 
 
+def check_permission(directory: str) -> None:
+    """Raise PermissionError if this user may not create files in `directory`. A read-only file system is no reason."""
+    is_read_only = os.statvfs(directory).f_flag & os.ST_RDONLY
+    if not is_read_only and not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), directory)
+
+
 def identities(path: str) -> dict[str, tuple[int, int]]:
     """Return device and inode of the database at `path`, and of its log if there is one."""
     found = {each: _identity(each) for each in (path, log_of(path))}

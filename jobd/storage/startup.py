@@ -103,7 +103,7 @@ def connect(path: str, synchronous: str) -> FunctionConnection:
 
 @contextlib.contextmanager
 def translated_errors(path: str) -> Iterator[None]:
-    """Translate SQLite's errors while opening `path` into StoreError and DiskFull."""
+    """Translate SQLite's errors while opening `path` into StoreError, DiskFull and PermissionError."""
     try:
         yield
     except sqlite3.Error as error:
@@ -115,6 +115,8 @@ def translated_errors(path: str) -> Iterator[None]:
             raise DiskFull(f"{path}: {error}") from error
         if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH):
             raise StoreUnreadable(_unreadable(path, error)) from error
+        if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
+            files.check_permission(os.path.dirname(files.log_of(path)))
         if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
             raise StoreFailed(f"{path}: {error}: the disk failed; see the kernel log") from error
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jobd.config import AdminSection, Config, WorkerSection
-from jobd.resources import EXIT_CONFIG, CannotStart, check_addresses_free
+from jobd.resources import EXIT_CONFIG, CannotStart, _cannot_open, check_addresses_free
 
 SOCKET = "/nowhere/worker.sock"
 
@@ -27,3 +27,9 @@ def test_two_listeners_with_one_address_are_exit_78(worker: WorkerSection, admin
 
 def test_two_listeners_may_each_choose_a_free_port() -> None:
     check_addresses_free(Config(WorkerSection(SOCKET, listen="127.0.0.1:0"), AdminSection(listen="127.0.0.1:0")), {})
+
+
+def test_the_file_that_may_not_be_written_is_named() -> None:
+    error = _cannot_open("/jobd.db", PermissionError(13, "Permission denied", "/jobd.db.lock"))
+    assert str(error).startswith("/jobd.db.lock: Permission denied: user ")
+    assert error.code == EXIT_CONFIG

@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 
+import click
 import pytest
 
 from jobd.cli import exit_codes
 from jobd.cli.daemon.main import jobd
+from jobd.client import Endpoint
+from jobd.client.apis import unreachable
 from jobd.model.errors import ERROR_STATUS
 from tests import ROOT
 
@@ -22,6 +25,27 @@ def test_every_error_code_has_an_exit_code() -> None:
         code: special.get(code, 4) for code in ERROR_STATUS
     }
     assert exit_codes.exit_code_of("unreachable") == 3
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        (ConnectionRefusedError(111, "Connection refused"), "Is jobd running there?"),
+        (PermissionError(13, "Permission denied"), "Your user may not use this socket"),
+        (TimeoutError(), "A requested change may have been made"),
+    ],
+)
+def test_an_unreachable_daemon_has_advice_that_fits_the_reason(
+    reason: OSError, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command
+    def command() -> None:
+        raise unreachable(Endpoint(path="/w.sock"), reason)
+
+    assert exit_codes.run(command, "jobctl", []) == 3
+    message = capsys.readouterr().err
+    assert message.startswith("jobctl: The daemon at unix:/w.sock cannot be reached: ")
+    assert advice in message
 
 
 def test_a_usage_error_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

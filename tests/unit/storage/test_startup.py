@@ -17,7 +17,7 @@ from jobd.model.job import COUNTER_MASK, LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_B
 from jobd.model.storage import Batch
 from jobd.storage import files, startup
 from jobd.storage.backup import restore
-from jobd.storage.files import EpochFile
+from jobd.storage.files import EpochFile, StoreFailed
 from jobd.storage.schema import migrations
 from jobd.storage.store import MEMORY, Store, StoreBusy, StoreTooNew, StoreUnreadable
 from tests.support.factories import ChangeFactory
@@ -344,3 +344,16 @@ async def test_a_damaged_schema_name_stops_the_start(path: str, change: str, lac
         conn.execute(change)
     with pytest.raises(StoreUnreadable, match=f"the schema lacks {lacking}.*jobd restore"):
         await Store.open(path)
+
+
+def test_a_directory_that_the_user_may_not_write_to_is_no_failed_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = sqlite3.OperationalError("attempt to write a readonly database")
+    error.sqlite_errorcode = sqlite3.SQLITE_READONLY
+    with pytest.raises(StoreFailed, match="the disk failed"), startup.translated_errors(f"{tmp_path}/jobd.db"):
+        raise error
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    with pytest.raises(PermissionError) as caught, startup.translated_errors(f"{tmp_path}/jobd.db"):
+        raise error
+    assert caught.value.filename == str(tmp_path.resolve())
