@@ -61,6 +61,7 @@ _LIVE_JOBS: Final = (
     f"SELECT {JOB_SQL} FROM (SELECT seq AS found FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL}) "
     "CROSS JOIN jobs NOT INDEXED ON seq = found"
 )
+_SUSPECTS: Final = "SELECT seq, id FROM suspects CROSS JOIN jobs ON seq = job_seq"
 _EPOCH_SLACK_S: Final = 60  # starts within one second use epochs ahead of the clock
 # sqlite3 searches for an adapter for each None, which is slow. This adapter returns None without a Python call.
 _NO_ADAPTERS: Final[dict[None, None]] = {}
@@ -405,7 +406,9 @@ def _has_reserve(path: str) -> bool:
 
 def _read_all(db: Database) -> OpenedStore:
     bad_rows = db.rows("SELECT place, count(*) FROM bad_rows GROUP BY place")
-    db.faults += [f"damaged rows of {place} in quarantine: {count}; run `jobd doctor`" for place, count in bad_rows]
+    db.faults += [
+        f"damaged rows of {readable(place)} in quarantine: {count}; run `jobd doctor`" for place, count in bad_rows
+    ]
     jobs, compact_jobs = _live_jobs(db)
     opened = OpenedStore(
         numbers=db.numbers,
@@ -414,7 +417,7 @@ def _read_all(db: Database) -> OpenedStore:
         queues=_queues(db),
         keys=_keys(db),
         quarantined={},
-        unvalidated=dict(db.rows("SELECT seq, id FROM suspects CROSS JOIN jobs ON seq = job_seq")),
+        unvalidated={seq: readable(id_) for seq, id_ in db.rows(_SUSPECTS)},
         faults=[],
         stats=_stats(db),
     )

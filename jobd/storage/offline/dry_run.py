@@ -18,7 +18,7 @@ from msgspec.structs import asdict
 from jobd.model.job import LIVE, Job, new_epoch
 from jobd.model.storage import DiskFull
 from jobd.storage import backup, files, startup
-from jobd.storage.database import Database, now_ms, readable
+from jobd.storage.database import Database, lenient_text, now_ms, readable
 from jobd.storage.files import FileLock, StoreBusy, StoreError, StoreUnreadable
 from jobd.storage.offline import doctor, edited_rows, journal_cut
 from jobd.storage.offline.edited_rows import RepairRejected
@@ -113,7 +113,8 @@ def _checked(source: sqlite3.Connection, file: str, version: int, size: int, fre
 
 
 def _ended(source: sqlite3.Connection) -> Iterator[str]:
-    counts = dict(source.execute("SELECT status, count(*) FROM jobs NOT INDEXED GROUP BY status").fetchall())
+    with lenient_text(source):
+        counts = dict(source.execute("SELECT status, count(*) FROM jobs NOT INDEXED GROUP BY status").fetchall())
     each = ", ".join(f"{count} {readable(status)}" for status, count in counts.items())
     total = sum(counts.values())
     yield f"    it has {total} {'job' if total == 1 else 'jobs'}{f': {each}' if each else ''}"

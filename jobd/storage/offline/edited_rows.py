@@ -34,13 +34,15 @@ class Edited(msgspec.Struct, frozen=True):
 
 def edited(db: Database, id_: str) -> Edited:
     """Return the edited row of job `id_`. Raises RepairRejected if there is none or it is not a valid job."""
-    run = db.conn.execute
-    quarantined = run("SELECT seq, row, payload, request_hash FROM quarantined_jobs WHERE id = ?", (id_,)).fetchone()
+    sql = "SELECT seq, row, payload, request_hash FROM quarantined_jobs WHERE id = ?"
+    quarantined = next(iter(db.rows(sql, (id_,))), None)
     row, body, request_hash = (
         _in_place(db, id_) if quarantined is None else (*_quarantined_row(id_, quarantined), quarantined[3])
     )
     job = _checked(db, id_, row)
-    return Edited(None if quarantined is None else quarantined[0], job, _json_text(id_, body), request_hash or "")
+    return Edited(
+        None if quarantined is None else quarantined[0], job, _json_text(id_, body), readable(request_hash or "")
+    )
 
 
 def _in_place(db: Database, id_: str) -> tuple[Row, Any, Any]:

@@ -247,7 +247,7 @@ class Projection:
         """Read the quarantine, and the records that the tables lack. Raises StoreUnreadable if one is unusable."""
         db = self.db
         for id_, reason in db.rows("SELECT id, reason FROM quarantined_jobs"):
-            db.quarantined[readable(id_)] = reason
+            db.quarantined[readable(id_)] = readable(reason)
         begun = db.numbers
         tail = read_tail(self.journal, db.projected_to)
         tail.check(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from jobd.model.job import COUNTER_MASK, LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS
+from jobd.model.job import COUNTER_MASK, FINISHED, LAST_EPOCH, LIVE, SAFE_EPOCH, TOKEN_COUNTER_BITS
 from jobd.model.storage import Batch
 from jobd.storage import files, startup
 from jobd.storage.backup import restore
@@ -21,7 +21,7 @@ from jobd.storage.files import EpochFile, StoreFailed
 from jobd.storage.schema import migrations
 from jobd.storage.store import MEMORY, Store, StoreBusy, StoreTooNew, StoreUnreadable
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import edit_store, killed_store, open_store, read_file, write_file
+from tests.support.store_files import edit_store, killed_store, make_store, open_store, pick, read_file, write_file
 
 
 def untouched(path: str) -> dict[str, bytes]:
@@ -129,6 +129,24 @@ async def test_a_killed_store_whose_name_is_not_utf_8_can_be_read(tmp_path: Path
     assert startup.peek(path) == (migrations.APPLICATION_ID, migrations.VERSION)
     async with open_store(path):
         pass
+
+
+async def test_text_that_is_not_utf_8_reaches_no_response(path: str) -> None:
+    """Neither the quarantine nor the list of jobs to validate has checksums, and no response can have such text."""
+    maker = await make_store(path)
+    live, done = pick(maker, LIVE), pick(maker, FINISHED)
+    async with open_store(path) as (store, _):
+        await store.quarantine(live, "for a test")
+    with edit_store(path) as conn:
+        conn.execute("UPDATE quarantined_jobs SET reason = CAST(x'ff' AS TEXT)")
+        conn.execute("INSERT INTO bad_rows (place, what, at, row) VALUES (CAST(x'ff' AS TEXT), '', 0, '')")
+        conn.execute("UPDATE jobs SET id = CAST(x'ff' AS TEXT) WHERE seq = ?", (done.seq,))
+        conn.execute("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", (done.seq,))
+    async with open_store(path) as (store, found):
+        assert found.quarantined == {live.id: "\ufffd"}
+        assert found.unvalidated[done.seq] == "\ufffd"
+        assert any("damaged rows of \ufffd in quarantine" in fault for fault in found.faults)
+        assert (await store.load(["\ufffd"], [], [])).jobs == {}
 
 
 async def test_a_read_only_file_is_an_os_error(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -426,9 +426,9 @@ async def test_a_quarantined_row_that_is_not_json_is_rejected(path: str) -> None
     job = pick(maker, LIVE)
     async with open_store(path) as (store, _):
         await store.quarantine(job, "for a test")
-    for row in ("{", "[]", msgspec.json.encode({"seq": 1}).decode()):
+    for row in (b"{", b"[]", msgspec.json.encode({"seq": 1}), b'{"\xff": 1}'):
         with edit_store(path) as conn:
-            conn.execute("UPDATE quarantined_jobs SET row = ?", (row,))
+            conn.execute("UPDATE quarantined_jobs SET row = CAST(? AS TEXT)", (row,))
         with pytest.raises(RepairRejected):
             accept(path, [job.id])
 

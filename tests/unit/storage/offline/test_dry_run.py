@@ -95,6 +95,7 @@ async def test_a_damaged_row_is_reported_and_the_dry_run_continues(path: str, co
     maker = await make_store(copy)
     with edit_store(copy) as conn:
         conn.execute("UPDATE jobs SET created_at = created_at + 1")
+        conn.execute("UPDATE jobs SET status = CAST(x'ff' AS TEXT) WHERE seq = (SELECT max(seq) FROM jobs)")
     report = dry_run.restore(copy, path)
     assert any("WARNING" in line and "problems" in line for line in report)
     named = [line for line in report if line.startswith("        job ")]
