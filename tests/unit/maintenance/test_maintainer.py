@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from jobd.engine.disk_full import WriteLimit
 from jobd.maintenance.cleanup_pass import CleanupSchedule
 from jobd.maintenance.maintainer import TICK_S, read_extra, read_stats
 from jobd.model.commands import (
+    AnyCommand,
     Cancel,
     Complete,
     Create,
@@ -813,6 +815,25 @@ def test_histories_are_restored_and_totals_start_at_0() -> None:
     expected = Counters(completions={5: (1, 2)}, recoveries={5: 1}, recovered={6: 1})
     expected.double_grants.minutes = {5: 1}
     assert read_stats(msgspec.json.encode(counters)) == expected
+
+
+@in_virtual_time
+async def test_recovery_tries_again_soon_while_the_mailbox_is_full() -> None:
+    schedule = CleanupSchedule(interval_ms=HOUR_MS, min_interval_ms=HOUR_MS, recover_every_ms=10 * SECOND_MS)
+    async with VirtualEngine(schedule=schedule) as engine:
+        await engine.held("a", lock_ttl_ms=SECOND_MS)
+        engine.run_maintainer()
+        await seconds(5)
+        really_ask, attempts = engine.actor.ask, 0
+
+        async def ask(command: AnyCommand, **asked: Any) -> Response | ApiError:
+            nonlocal attempts
+            attempts += 1
+            return ApiError("overloaded", "full") if attempts % 10 else await really_ask(command, **asked)
+
+        engine.actor.ask = ask  # type: ignore[method-assign]
+        await seconds(7)
+        assert engine.state.jobs["a"].status == "queued"
 
 
 # -- an operator recovers ---------------------------------------------------------------------------------------------
