@@ -45,6 +45,7 @@ class FileArtifactStore:
         self.place = directory
         self._daemon_directories = tuple(daemon_directories)
         self._probe_name = f".jobd-probe-{owner}"
+        self._mount_point = ""  # of the file system that had the directory
         self._calls: CallQueue = SimpleQueue()
         # Not from a pool: the interpreter waits for pool threads when it exits, and this one may hang.
         self._thread = threading.Thread(target=_run_calls, args=(self._calls,), name="artifacts", daemon=True)
@@ -163,14 +164,24 @@ class FileArtifactStore:
         return False
 
     def _check_root(self) -> None:
-        """Raise ArtifactStoreError if the directory is missing or not mounted: its objects may still exist."""
+        """Raise ArtifactStoreError if the directory is missing or not mounted: its objects may still exist.
+
+        An empty directory remains where a file system was mounted.
+        """
         if not Path(self.place).is_dir():
             raise ArtifactStoreError(f"{self.place} is not a directory. Create it, or change artifacts.url.")
+        mount_point = _mount_point_of(self.place)
+        if len(mount_point) < len(self._mount_point):
+            raise ArtifactStoreError(
+                f"{self._mount_point} is no longer mounted. Mount it again, or restart the daemon if this is intended."
+            )
+        self._mount_point = mount_point
 
     def _probe(self) -> None:
         fault = directory_fault(self.place)
         if fault is not None:
             raise ArtifactStoreError(fault)
+        self._check_root()
         value = secrets.token_bytes(16)
         with self._directory_handle([]) as folder:
             probe = os.open(self._probe_name, _PROBE, 0o600, dir_fd=folder)
@@ -183,6 +194,14 @@ class FileArtifactStore:
                 os.unlink(self._probe_name, dir_fd=folder)
         if read != value:
             raise ArtifactStoreError(f"{self.place}: a probe read back a value that differs from the one it wrote.")
+
+
+def _mount_point_of(path: str) -> str:
+    """Return where the file system of `path` is mounted."""
+    path = os.path.realpath(path)
+    while not os.path.ismount(path):
+        path = os.path.dirname(path)
+    return path
 
 
 def _is_invalid_name(folders: list[str], name: str) -> bool:

@@ -389,6 +389,24 @@ async def test_a_hanging_call_does_not_block_the_event_loop(
     await store.close()
 
 
+async def test_a_file_system_that_is_no_longer_mounted_is_reported_and_its_objects_are_not_missing(
+    place: Path, store: FileArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounted = {"/", str(place.parent)}
+    monkeypatch.setattr("jobd.storage.artifacts.filesystem.os.path.ismount", lambda path: path in mounted)
+    await store.probe()
+    mounted.add(str(place))  # a file system that is mounted later is no fault
+    await store.probe()
+    assert await store.delete("no-object", delete_any) == Deletion("missing")
+    mounted.remove(str(place))
+    for call in (store.probe(), store.delete("object", delete_any), store.open("object")):
+        with pytest.raises(ArtifactStoreError, match=f"^{place} is no longer mounted"):
+            await call
+    mounted.add(str(place))
+    await store.probe()
+    assert await store.open("object") is None
+
+
 # -- the probe --------------------------------------------------------------------------------------------------------
 
 
