@@ -158,7 +158,7 @@ class Database:
         self.membership: Membership | None = None  # in a cluster
         self.reader = codec.JobReader()
         conn.create_function("fingerprint", 3, fingerprint_of_bytes, deterministic=True)
-        self.audit = AuditWriter(conn)
+        self.audit = AuditWriter(conn, self.rows)
         self.store_epoch: Callable[[int], object] = lambda epoch: None  # writes the epoch file
         self.stored_epoch = numbers.epoch  # the highest epoch in the epoch file
         self.before_commit: Callable[[], object] = lambda: None  # called right before COMMIT

@@ -216,6 +216,7 @@ class JobWriter:
 # ---------------------------------------------------------------------------------------------------------------------
 # Audit log
 
+ReadRows = Callable[[str, Row], list[Row]]
 KEEP_AUDIT: Final = 100_000  # entries about changes
 KEEP_BESIDE: Final = 10_000  # entries of each other share, so that a looping script displaces only similar entries
 COUNTED_AT_ONCE: Final = 2_000  # rows; it takes less than a millisecond
@@ -235,10 +236,14 @@ _AUDIT_SHARE: Final = "SELECT what, outcome FROM audit WHERE seq = ?"
 
 
 class AuditWriter:
-    """Writes audit entries through one connection. Rows that a rollback removed are detected and written again."""
+    """Writes audit entries through one connection. Rows that a rollback removed are detected and written again.
 
-    def __init__(self, conn: sqlite3.Connection) -> None:
+    `read` runs a query and accepts text that is not UTF-8.
+    """
+
+    def __init__(self, conn: sqlite3.Connection, read: ReadRows) -> None:
         self._conn = conn
+        self._read = read
         self._open: dict[str, int] = {}  # part_of -> seq of its row
         # Counted rows, see `count_more`.
         self._counted: dict[AuditShare, array[int]] = {share: array("q") for share in get_args(AuditShare)}
@@ -267,10 +272,10 @@ class AuditWriter:
             return None
         if (seq := self._open.pop(part.part_of, 0)) <= last - OPEN_ROWS:
             (seq,) = self._conn.execute(_OPEN_AUDIT, (last - OPEN_ROWS, part.part_of)).fetchone()
-        found = self._conn.execute(AUDIT_ROW, (seq,)).fetchone()
-        if found is None or codec.fault(found) is not None:
+        found = self._read(AUDIT_ROW, (seq,))
+        if not found or codec.fault(found[0]) is not None:
             return None
-        before = codec.audited(found)
+        before = codec.audited(found[0])
         if before.part_of != part.part_of:
             return None
         details = before.details if part.details is None else part.details
@@ -278,7 +283,7 @@ class AuditWriter:
 
     def count_more(self) -> bool:
         """Count up to COUNTED_AT_ONCE more rows. Return whether all are counted. Call it outside transactions."""
-        found = self._conn.execute(_UNCOUNTED_AUDIT, (self._counted_to, COUNTED_AT_ONCE)).fetchall()
+        found = self._read(_UNCOUNTED_AUDIT, (self._counted_to, COUNTED_AT_ONCE))
         for seq, what, outcome in found:
             self._counted[audit_share(what, outcome)].append(seq)
             self._counted_to = seq
@@ -302,8 +307,8 @@ class AuditWriter:
         """Stop counting deleted rows. They are detected here, because a deletion may have been rolled back."""
         seqs = self._counted[share]
         for count, seq in enumerate(seqs):
-            found = self._conn.execute(_AUDIT_SHARE, (seq,)).fetchone()
-            if found is not None and audit_share(*found) == share:
+            found = self._read(_AUDIT_SHARE, (seq,))
+            if found and audit_share(*found[0]) == share:
                 del seqs[:count]
                 return
         del seqs[:]
@@ -312,7 +317,6 @@ class AuditWriter:
 # ---------------------------------------------------------------------------------------------------------------------
 # Late results
 
-ReadRows = Callable[[str, Row], list[Row]]
 _INSERT_LATE: Final = insert("late_results", (*LATE_COLUMNS, "crc"))
 _LATE_OF_JOB: Final = "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ?"
 _EXCESS_LATE: Final = (
