@@ -130,7 +130,7 @@ def plan_outcomes(db: Database, tried: list[Delivery], now: int) -> tuple[Outbox
     Also return whether that deletes events that the endpoint has never accepted. Its cursor then records a gap.
     """
     db.check()
-    states = {each.id: db.conn.execute(_PLACE, (each.id,)).fetchone() for each in tried}
+    states = {each.id: next(iter(db.rows(_PLACE, (each.id,))), None) for each in tried}
     found = [each for each in tried if states[each.id] is not None]  # others were deleted
     dropped: set[int] = set()
     lost: set[str] = set()

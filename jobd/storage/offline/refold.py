@@ -13,7 +13,7 @@ from jobd.journal import event_codec
 from jobd.model.events import Event, fold
 from jobd.model.job import Job
 from jobd.storage.codec import JobReader, Row, Unreadable, fault
-from jobd.storage.database import JOB_SQL, lenient_text
+from jobd.storage.database import JOB_SQL, lenient_text, readable
 from jobd.storage.events import event_rows
 from jobd.storage.tables.tail import Pending
 
@@ -36,7 +36,7 @@ def differences(conn: sqlite3.Connection, tail: Iterable[Pending]) -> Iterator[t
                 job = None
             if job is not None and (difference := _compare(job, conn.execute(_EVENTS, (job.seq,)).fetchall())):
                 yield job.id, difference
-    yield from _compare_tail(conn, tail)
+        yield from _compare_tail(conn, tail)
 
 
 def _compare(job: Job, rows: list[Row]) -> str:
@@ -80,5 +80,5 @@ def _compare_tail(conn: sqlite3.Connection, tail: Iterable[Pending]) -> Iterator
 
 def _unexpected(record: int, event: Event, status: str | None) -> str:
     expected = "a new job" if event.before is None else f"a {event.before} job"
-    found = "it has no row" if status is None else f"it is {status}"
+    found = "it has no row" if status is None else f"it is {readable(status)}"
     return f"event {event.seq} in record {record} of the journal is about {expected}, but {found}"

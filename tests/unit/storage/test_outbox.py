@@ -277,6 +277,17 @@ async def test_a_damaged_delivery_is_quarantined_and_blocks_nothing(path: str) -
         assert store.take_faults() == []
 
 
+async def test_a_delivery_that_is_damaged_while_it_is_sent_gets_its_outcome(path: str) -> None:
+    async with open_store(path) as (store, _):
+        await store.open_outbox(["e"], NOW)
+        await planned(store, made(1))
+        await store.finish_upkeep()
+        store._connection.raw.execute("UPDATE deliveries SET state = CAST(x'ff' AS TEXT)")
+        delivered = made(1, state="delivered", ended_at=NOW, status=204)
+        await store.store_outcomes([delivered], NOW)
+        assert await store.deliveries([1]) == [delivered]
+
+
 async def test_a_damaged_cursor_continues_after_its_last_delivery(path: str) -> None:
     maker = ChangeFactory()
     async with open_store(path) as (store, _):

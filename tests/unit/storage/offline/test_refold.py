@@ -84,5 +84,8 @@ async def test_a_tail_that_does_not_fit_the_rows_is_named(path: str) -> None:
     assert problems[0] == "its checksum is wrong"
     assert problems[1].endswith("of the journal is about a processing job, but it is queued")
     with edit_store(path) as conn:
+        conn.execute("UPDATE jobs SET status = CAST(x'ff' AS TEXT) WHERE seq = ?", (job.seq,))
+    assert any(what.endswith("about a processing job, but it is \ufffd") for what in refolded(path).values())
+    with edit_store(path) as conn:
         conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
     assert any("about a processing job, but it has no row" in what for what in refolded(path).values())
