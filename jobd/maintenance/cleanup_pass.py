@@ -26,6 +26,8 @@ from jobd.model.storage import FormatNotRead
 
 log = structlog.get_logger("jobd.cleanup")
 
+FULL_PAUSE_S: Final = 0.05  # after a rejection by a full mailbox, which has room again after each batch
+FULL_ATTEMPTS: Final = 100
 PAUSE_S: Final = 0.002  # after each slice, so that workers get the loop and the disk
 SCAN: Final = 500  # jobs validated at a time, in less than a millisecond
 MAX_ISSUES_LOGGED: Final = 20  # per run; the report counts all
@@ -76,10 +78,16 @@ class MaintenanceContext:
         self.stopping = False
 
     async def ask(self, command: AnyCommand, by: str, operator: Operator | None = None) -> Any:
-        """Send a command and return the data of its response. Raises CommandRejected."""
-        response = await self.actor.ask(command, by=by, operator=operator)
-        if isinstance(response, ApiError):
-            raise CommandRejected(response)
+        """Send a command and return the data of its response. Raises CommandRejected.
+
+        If the mailbox is full, try again for some seconds.
+        """
+        attempts = 1
+        while isinstance(response := await self.actor.ask(command, by=by, operator=operator), ApiError):
+            if response.code != "overloaded" or self.stopping or attempts == FULL_ATTEMPTS:
+                raise CommandRejected(response)
+            attempts += 1
+            await asyncio.sleep(FULL_PAUSE_S)
         return response.data
 
     async def yield_to_workers(self) -> None:
