@@ -37,7 +37,7 @@ def _behind(standbys: list[NodeView], threshold: float) -> Condition:
         advice = "Check its disk, its load and its connection to PostgreSQL"
         if last.is_silent:
             quiet = f"Node {last.name} was last seen {value} s ago."
-            advice = f"Start jobd there, or remove its entry: jobd cluster forget {shlex.quote(last.name)}"
+            advice = f"Start or restart jobd there, or remove its entry: jobd cluster forget {shlex.quote(last.name)}"
         hint = f"{quiet} {advice}. {_SHOW}"
     return Condition("standby_behind", value, threshold, hint, quiet)
 

@@ -50,7 +50,7 @@ def test_a_silent_node_counts_as_behind_and_not_as_a_standby() -> None:
     silent = replace(B, seen_ms=45_000)
     found = conditions(replace(VIEW, nodes=[A, silent]))
     assert (found["standby_behind"].value, found["no_standby"].value) == (45, 1)
-    assert found["standby_behind"].hint.startswith("Node b was last seen 45 s ago. Start jobd there")
+    assert found["standby_behind"].hint.startswith("Node b was last seen 45 s ago. Start or restart jobd there")
     just_heard = replace(B, seen_ms=SILENT_MS - 1)
     found = conditions(replace(VIEW, nodes=[A, just_heard]))
     assert (found["standby_behind"].value, found["no_standby"].value) == (0, 0)
