@@ -18,7 +18,7 @@ import click
 from jobd.cli import terminal
 
 if TYPE_CHECKING:
-    from jobd.client.errors import Unreachable
+    from jobd.client.errors import JobdError
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -126,7 +126,7 @@ def _report(error: BaseException, name: str, args: Sequence[str], token_source: 
 
 def _described(error: BaseException, name: str, args: Sequence[str], token_source: str | None) -> tuple[str, int]:
     """Return the message and the exit code of `error`."""
-    from jobd.client.errors import InvalidRequest, JobdError, Unauthorized, Unreachable
+    from jobd.client.errors import InvalidRequest, JobdError, NotLeader, Unauthorized, Unreachable
 
     match error:
         case click.UsageError():
@@ -148,7 +148,7 @@ def _described(error: BaseException, name: str, args: Sequence[str], token_sourc
             text = f"the daemon rejected the token from {token_source}" if token_source else advice
             return f"{text} [{error.code}]", UNAUTHORISED
         case JobdError():
-            advice = _advice(error) if isinstance(error, Unreachable) else ""
+            advice = _advice(error) if isinstance(error, Unreachable | NotLeader) else ""
             return f"{_sentence(error.message)}{advice} [{error.code}]", exit_code_of(error.code)
         case OSError():
             text = "stdout is closed" if error.errno == errno.EBADF else error.strerror or str(error)
@@ -159,8 +159,10 @@ def _described(error: BaseException, name: str, args: Sequence[str], token_sourc
             raise error
 
 
-def _advice(error: Unreachable) -> str:
-    if error.is_slow:
+def _advice(error: JobdError) -> str:
+    if error.code == "not_leader" or "tried" in error.details:
+        return ". To see why no node leads: jobctl cluster"
+    if getattr(error, "is_slow", False):
         return ". It or its machine may hang: see its log. A requested change may have been made"
     if os.strerror(errno.EACCES) in error.message:
         return ". Your user may not use this socket: under systemd, join its group, jobd-workers or jobd-admins"

@@ -11,7 +11,7 @@ import pytest
 
 from jobd.cli import exit_codes
 from jobd.cli.daemon.main import jobd
-from jobd.client import Endpoint
+from jobd.client import Endpoint, JobdError, NotLeader, Unreachable
 from jobd.client.apis import unreachable
 from jobd.model.errors import ERROR_STATUS
 from tests import ROOT
@@ -46,6 +46,20 @@ def test_an_unreachable_daemon_has_advice_that_fits_the_reason(
     message = capsys.readouterr().err
     assert message.startswith("jobctl: The daemon at unix:/w.sock cannot be reached: ")
     assert advice in message
+
+
+@pytest.mark.parametrize(
+    "error", [NotLeader("This node does not lead."), Unreachable("No node served the request.", details={"tried": []})]
+)
+def test_a_cluster_without_a_leader_has_advice_of_its_own(error: JobdError, capsys: pytest.CaptureFixture[str]) -> None:
+    @click.command
+    def command() -> None:
+        raise error
+
+    exit_codes.run(command, "jobctl", [])
+    assert capsys.readouterr().err == (
+        f"jobctl: {error.message.rstrip('.')}. To see why no node leads: jobctl cluster [{error.code}]\n"
+    )
 
 
 def test_a_usage_error_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
