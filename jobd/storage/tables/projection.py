@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Final, TypeVar
 
@@ -85,11 +85,7 @@ class Projection:
         self.last_crc = None if db.membership is None else db.membership.record_crc  # of the last record of a cluster
         self._batch_events = 0  # of the latest batch
         self._pending: deque[Pending] = deque()
-        # What the pending records concern, with the number of the last record that does.
-        self._ids: dict[str, int] = {}
-        self._seqs: dict[int, int] = {}
-        self._digests: dict[str, int] = {}
-        self._payloads: dict[int, Payload] = {}  # of new jobs, by seq
+        self._payloads: dict[int, Payload] = {}  # of new jobs of the pending records, by seq
         self._outbox = 0  # number of the last record that concerns the webhook outbox
         self._jobs = JobWriter(db.conn, self._find, db.note_fault)
         self._late = LateWriter(db.conn, db.rows, db.note_fault)
@@ -231,15 +227,10 @@ class Projection:
         self._pending.append(pending)
         self.behind += pending.size
         for change in batch.changes:
-            event = change.event
-            if event.job_seq:
-                self._ids[event.job_id] = pending.number
-                self._seqs[event.job_seq] = pending.number
-                if event.before is None and change.payload is not None:
-                    self._payloads[event.job_seq] = Payload(change.payload, change.request_hash or "")
-                    self._jobs.cache_payload(event.job_seq, change.payload)
-        for key in batch.keys:
-            self._digests[key.digest] = pending.number
+            if change.payload is not None:
+                job_seq = change.event.job_seq
+                self._payloads[job_seq] = Payload(change.payload, change.request_hash or "")
+                self._jobs.cache_payload(job_seq, change.payload)
         if batch.writes and any(type(write) is OutboxWrite for write in batch.writes):
             self._outbox = pending.number
 
@@ -277,12 +268,14 @@ class Projection:
 
     # ------------------------------------------------------------------------------------------------- the tables
 
-    def touches(self, ids: Iterable[str], seqs: Iterable[int], digests: Iterable[str]) -> bool:
+    def touches(self, ids: Collection[str], seqs: Collection[int], digests: Collection[str]) -> bool:
         """Return whether the tables may lack a change of these jobs or stored responses."""
-        if not self._pending:
-            return False
-        concerned = (self._ids, ids), (self._seqs, seqs), (self._digests, digests)
-        return any(not known.keys().isdisjoint(names) for known, names in concerned)
+        names = {*ids, *seqs, *digests}
+        batches = [pending.batch for pending in self._pending] if names else []
+        events = (change.event for batch in batches for change in batch.changes)
+        if any(event.job_id in names or event.job_seq in names for event in events):
+            return True
+        return any(key.digest in names for batch in batches for key in batch.keys)
 
     def read_outbox(self, fn: Callable[..., T], *args: object) -> T:
         """Return the result of a query of the webhook outbox as of the last record."""
@@ -340,25 +333,14 @@ class Projection:
                 break
         if chosen:
             self.tombstones_written += self.db.commit(self._apply, chosen)
-            self._shortener.note([change for pending in chosen for change in pending.batch.changes])
-            for _ in chosen:
-                self.behind -= self._pending.popleft().size
-            self._forget(chosen)
-
-    def _forget(self, written: list[Pending]) -> None:
-        """Forget what these records concern, unless a later one does too."""
-        last = self.db.projected_to
-        for batch in (each.batch for each in written):
-            for change in batch.changes:
-                event = change.event
-                if self._ids.get(event.job_id, last + 1) <= last:
-                    del self._ids[event.job_id]
-                if self._seqs.get(event.job_seq, last + 1) <= last:
-                    del self._seqs[event.job_seq]
-                self._payloads.pop(event.job_seq, None)
-            for key in batch.keys:
-                if self._digests.get(key.digest, last + 1) <= last:
-                    del self._digests[key.digest]
+            for pending in chosen:
+                changes = pending.batch.changes
+                self._shortener.note(changes)
+                for change in changes:
+                    if change.payload is not None:
+                        self._payloads.pop(change.event.job_seq, None)
+                self.behind -= pending.size
+                self._pending.popleft()
 
     @contextlib.contextmanager
     def _quarantining(self) -> Iterator[None]:

@@ -338,15 +338,16 @@ async def test_what_pending_records_concern_is_forgotten_with_them(
         await store.write(maker.batch([maker.create(str(number)), maker.create()], keys=keys))
     await store.write(maker.batch([maker.grant(maker.jobs[1]), maker.grant(maker.jobs[2])]))
     tables.project_slice()
-    assert (len(tables._payloads), len(tables._digests)) == (4, 2)
+    assert len(tables._payloads) == 4
     assert tables.touches(["0"], [], [])
+    assert tables.touches([], [3], [])
+    assert tables.touches([], [], ["d1"])
     tables.project_slice()
     assert not tables.touches(["1"], [3, 4], ["d0", "d1"])
+    assert tables.touches([], [], ["d2"])
     tables.project()
-    assert not (tables._ids)
-    assert not (tables._seqs)
-    assert not (tables._digests)
-    assert not (tables._payloads)
+    assert not tables.touches(["0"], [1, 2], ["d2"])
+    assert not tables._payloads
 
 
 async def test_an_error_in_a_slice_is_reported(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
