@@ -63,9 +63,11 @@ _LIVE_JOBS: Final = (
 )
 _SUSPECTS: Final = "SELECT seq, id FROM suspects CROSS JOIN jobs ON seq = job_seq"
 _EPOCH_SLACK_S: Final = 60  # starts within one second use epochs ahead of the clock
-# sqlite3 searches for an adapter for each None, which is slow. This adapter returns None without a Python call.
+# sqlite3 searches for an adapter for each None and each bytes object, which is slow. These return the value itself
+# without a Python call.
 _NO_ADAPTERS: Final[dict[None, None]] = {}
 sqlite3.register_adapter(type(None), _NO_ADAPTERS.get)
+sqlite3.register_adapter(bytes, bytes)
 
 
 def connect(path: str, synchronous: str) -> FunctionConnection:
