@@ -27,6 +27,8 @@ HTTP_VERSION: Final = b"HTTP/1.1 "  # every response begins with it
 SAFE_HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 _encode: Final = msgspec.json.Encoder().encode
+_encode_into: Final = msgspec.json.Encoder().encode_into
+_buffer: Final = bytearray()  # of one line at a time: `encode` begins with 32 bytes and moves them as they grow
 _BLANKS: Final = bytes.maketrans(b"\r\n", b"  ")
 # Integers, because a search for bytes of length 1 takes several times as long.
 _CR: Final = ord("\r")
@@ -155,7 +157,8 @@ def _page_headers(page: RawBody) -> dict[str, str]:
 
 def response_line(response: Response) -> bytes:
     """Build one line of a stream of responses: the response object with its status."""
-    data = _in_one_line(_encode(response.data))
+    _encode_into(response.data, _buffer)
+    data = _in_one_line(_buffer)
     return b"".join((b'{"success":true,"data":', data, _line_end(response.status, response.replayed)))
 
 
@@ -173,7 +176,7 @@ def error_line(error: ApiError) -> bytes:
     return _encode(body) + b"\n"
 
 
-def _in_one_line(body: bytes) -> bytes:
+def _in_one_line(body: bytearray) -> bytearray:
     """Replace line breaks, which payloads and metadata may contain between values."""
     return body.translate(_BLANKS) if _LF in body or _CR in body else body
 
