@@ -18,6 +18,7 @@ from jobd.cli.ctl import main
 from jobd.client import AdminClient
 from tests import ROOT
 from tests.support.cli_harness import TOKEN, CliDaemon
+from tests.support.store_files import edit_store
 
 # Payloads as callers write them. A conversion to Python values and back would change them.
 ODD: Final = [
@@ -126,6 +127,25 @@ def test_export_and_import_preserve_every_job(source: CliDaemon, target: CliDaem
             "line breaks between the parts are spaces now"
         )
     assert target.run("jobd.cli.ctl.main", "import", str(file)).stdout.startswith(f"0 imported, {len(lines)} skipped")
+
+
+def test_an_export_without_the_jobs_in_quarantine_says_so(tmp_path: Path) -> None:
+    daemon = CliDaemon(tmp_path)
+    for job_id in ("good", "bad"):
+        daemon.client.create_job(id=job_id)
+    assert daemon.stop() == 0
+    with edit_store(str(daemon.store)) as conn:
+        conn.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id = 'bad'")
+    (tmp_path / "artifacts").rmdir()
+    daemon = CliDaemon(tmp_path)
+    done = daemon.run("jobd.cli.ctl.main", "export")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "1 job exported\n1 damaged job is in quarantine and missing from the export. "
+        "Show them: jobd doctor --running\n",
+    )
+    assert ids(done.stdout.encode().splitlines()) == ["good"]
+    assert daemon.stop() == 0
 
 
 def test_defaults_of_the_daemon_are_not_exported(source: CliDaemon) -> None:

@@ -30,11 +30,12 @@ _TIMEOUT_S: Final = 120.0  # for one chunk of a stream, or one page, on a slow d
 @click.option("--kind", metavar="KIND", help="Only jobs of this kind.")
 @click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
 @admin_options
-def export(file: Path, status: Status | None, queue: str | None, kind: str | None, yes: bool) -> None:
+def export(file: Path, status: Status | None, queue: str | None, kind: str | None, yes: bool) -> int:
     """Write jobs to FILE (default: stdout), one JSON object per line.
 
     The oldest jobs come first. `jobctl import` reads the file, for example into another daemon, which handles
     jobs that were processing as stalled. Payloads and results are included; history, locks and queue pauses are not.
+    Exit 1 if jobs are in quarantine, because these are missing.
     """
     if str(file) != "-":
         _may_write(file, yes=yes)
@@ -44,6 +45,10 @@ def export(file: Path, status: Status | None, queue: str | None, kind: str | Non
         lines = _counted(client.export_jobs(status=status, queue=queue, kind=kind), advance, total)
         count = _write(lines, file)
     terminal.say(f"{count} {'job' if count == 1 else 'jobs'} exported")
+    if missing := client.quarantine():
+        what = "1 damaged job is" if len(missing) == 1 else f"{len(missing)} damaged jobs are"
+        terminal.say(f"{what} in quarantine and missing from the export. Show them: jobd doctor --running")
+    return exit_codes.FAILED if missing else exit_codes.DONE
 
 
 def _may_write(file: Path, *, yes: bool) -> None:
