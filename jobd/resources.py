@@ -113,7 +113,8 @@ async def _opened(
         async with _extended_start():
             store, opened = await opening(path)
     except NotAStore as error:
-        raise CannotStart(f"{error}: set store.path to another file", error.exit_code) from None
+        hint = "set store.path to another file, or if it was one and is damaged, restore a backup with `jobd restore`"
+        raise CannotStart(f"{error}: {hint}", error.exit_code) from None
     except (StoreError, JournalUnavailable) as error:
         raise CannotStart(str(error), error.exit_code) from None
     except DiskFull as error:
