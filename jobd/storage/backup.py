@@ -48,6 +48,12 @@ class BackupStopped(StoreError, BackupError):
     exit_code = 75
 
 
+class CopyFailed(StoreError, BackupError):
+    """The copy could not be written."""
+
+    exit_code = 74
+
+
 class BadCopy(StoreUnreadable, BackupError):
     """The copy did not pass its check, so the store is damaged too."""
 
@@ -64,7 +70,8 @@ async def make_copy(
 
     A snapshot has no mark, and keeps its membership in a cluster.
     Copies in a thread, which a cancellation or `closing` stops. Raises DiskFull before it copies anything if the disk
-    has no space for the copy, BadCopy if the copy does not pass its check, or BackupStopped.
+    has no space for the copy, CopyFailed if it cannot be written, BadCopy if it does not pass its check, or
+    BackupStopped.
     """
     cancelled = threading.Event()
 
@@ -96,6 +103,10 @@ def _copy_and_open(conn: sqlite3.Connection, path: str, step: BackupProgress, is
         return StoreCopy(open(target, "rb"), last_record)
     except StoreUnreadable as error:
         raise BadCopy(f"the copy of {path} does not pass its check: {error}") from error
+    except (FileNotFoundError, PermissionError) as error:
+        directory = os.path.dirname(target) or "."
+        reason = f"{error.strerror}. The directory must exist, and the daemon must be able to write there"
+        raise CopyFailed(f"the copy cannot be written in {directory}: {reason}") from error
     finally:
         for suffix in ("", "-journal", "-wal"):
             Path(target + suffix).unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.model.job import FINISHED, LIVE
-from jobd.model.storage import Batch, DiskFull
+from jobd.model.storage import BackupError, Batch, DiskFull
 from jobd.storage import backup, files
 from jobd.storage.backup import BackupStopped, restore
 from jobd.storage.files import FileLock, StoreBusy, StoreTooNew, StoreUnreadable
@@ -52,6 +52,16 @@ async def take(store: Store, target: str) -> None:
 
 def names(path: str) -> set[str]:
     return {os.path.basename(name) for name in glob.glob(f"{path}*")}
+
+
+async def test_a_backup_without_the_directory_of_the_store_says_what_is_missing(tmp_path: Path) -> None:
+    directory = tmp_path / "state"
+    directory.mkdir()
+    async with open_store(str(directory / "jobd.db")) as (store, _):
+        directory.rename(tmp_path / "elsewhere")
+        with pytest.raises(BackupError, match=f"cannot be written in {directory}: No such file or directory. The dir"):
+            await take(store, str(tmp_path / "copy.db"))
+        (tmp_path / "elsewhere").rename(directory)  # for the close of the store
 
 
 async def test_a_copy_is_complete_marked_and_one_file(path: str, copy: str) -> None:
