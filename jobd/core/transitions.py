@@ -15,6 +15,7 @@ from jobd.model.commands import Claim, Complete, Create, Import, Moment, Start
 from jobd.model.errors import ApiError
 from jobd.model.events import EventType
 from jobd.model.job import (
+    LATEST_MS,
     MAX_PERCENT,
     MINUTE_MS,
     SECOND_MS,
@@ -236,7 +237,7 @@ def finish(
     if job.started_at is not None and finished_at < job.started_at:
         finished_at = job.started_at
     if fields.get("expires_at") is None:
-        fields["expires_at"] = finished_at + keep_ms(tx.policy, status)
+        fields["expires_at"] = min(finished_at + keep_ms(tx.policy, status), LATEST_MS)
     fields["status"] = status
     fields["finished_at"] = finished_at
     if job.releases:

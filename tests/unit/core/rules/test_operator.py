@@ -39,6 +39,7 @@ from jobd.model.job import (
     DAY_MS,
     FINISHED,
     HOUR_MS,
+    LATEST_MS,
     MINUTE_MS,
     STATUSES,
     TRANSITIONS,
@@ -489,6 +490,12 @@ def test_a_claim_leaves_overdue_jobs_to_recovery(rules: RuleHarness) -> None:
     assert [change.event.job_id for change in decision.changes] == ["good"]
     assert rules.accept(Expire(limit=3)) == MaintenanceResult(3, more=True)
     assert rules.accept(Expire(limit=3)) == MaintenanceResult(2)
+
+
+def test_a_job_from_the_end_of_time_is_kept_no_longer(rules: RuleHarness) -> None:
+    rules.accept(Import(id="a", created_at=LATEST_MS))
+    rules.accept(Cancel(id="a"))
+    assert rules.job().finished_at == rules.job().expires_at == LATEST_MS  # the latest time that an import accepts
 
 
 def test_an_import_without_created_at_gets_the_earliest_given_time(rules: RuleHarness) -> None:
