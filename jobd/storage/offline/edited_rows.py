@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Final
 
 import msgspec
 
-from jobd.model.job import TOKEN_COUNTER_BITS, Job, is_job_id
+from jobd.model.job import LATEST_MS, TOKEN_COUNTER_BITS, Job, is_job_id
 from jobd.storage import codec
 from jobd.storage.codec import Row
 from jobd.storage.database import JOB_SQL, Database, readable
 from jobd.storage.files import StoreError
+
+# Numbers of a row that are checked elsewhere: here, or by validation, which reports or mends them.
+_CHECKED_ELSEWHERE: Final = frozenset({"seq", "fencing_token", "priority", "progress"})
 
 
 class RepairRejected(StoreError):
@@ -66,7 +70,7 @@ def _checked(db: Database, id_: str, row: Row) -> Job:
     try:
         job = db.reader.job(row)
         codec.checksum(codec.job_row(job))
-    except (codec.Unreadable, AttributeError, TypeError, UnicodeEncodeError) as error:
+    except (codec.Unreadable, AttributeError, TypeError, UnicodeEncodeError, OverflowError) as error:
         raise RepairRejected(f"job {id_}: the row is not a valid job: {error}") from error
     if not isinstance(job.id, str) or not is_job_id(job.id):
         raise RepairRejected(f"{readable(job.id)!r} is not a valid job id")
@@ -74,9 +78,22 @@ def _checked(db: Database, id_: str, row: Row) -> Job:
     tokens = [part.fencing_token for part in (job.grant, job.ended) if part is not None]
     if not 0 < job.seq < db.numbers.next_job or max(tokens, default=0) >= next_token:
         raise RepairRejected(f"job {job.id}: its seq or a fencing_token was never assigned")
+    for name, number in _numbers(job):
+        if name not in _CHECKED_ELSEWHERE and not 0 <= number <= LATEST_MS:
+            raise RepairRejected(f"job {job.id}: its {name} {number} is not from 0 to {LATEST_MS}")
     if others := db.rows("SELECT id FROM jobs NOT INDEXED WHERE seq = ? AND id <> ?", (job.seq, job.id)):
         raise RepairRejected(f"job {job.id}: its seq {job.seq} is that of job {readable(others[0][0])}")
     return job
+
+
+def _numbers(part: msgspec.Struct) -> Iterator[tuple[str, int]]:
+    """Yield the name and value of every integer in a job."""
+    for name in part.__struct_fields__:
+        value = getattr(part, name)
+        if isinstance(value, msgspec.Struct):
+            yield from _numbers(value)
+        elif type(value) is int:
+            yield name, value
 
 
 def _json_text(id_: str, body: Any) -> bytes:

@@ -390,6 +390,16 @@ async def test_a_missing_payload_is_accepted_as_null(path: str) -> None:
             "never assigned",
         ),
         ("UPDATE jobs SET seq = -seq WHERE seq = {seq}", "never assigned"),
+        (
+            "UPDATE jobs SET body = json_set(body, '$.attempt', -9223372036854775807 - 1) WHERE seq = {seq}",
+            "attempt -9223372036854775808 is not from 0",
+        ),
+        ("UPDATE jobs SET created_at = 9223372036854775807 WHERE seq = {seq}", "created_at 9223372036854775807 is not"),
+        ("UPDATE jobs SET body = json_set(body, '$.lease[0]', -1) WHERE seq = {seq}", "expires -1 is not from 0"),
+        (
+            "UPDATE jobs SET body = json_set(body, '$.stalls', json('99999999999999999999')) WHERE seq = {seq}",
+            "stalls 99999999999999999999 is not from 0",
+        ),
         ("DELETE FROM jobs WHERE seq = {seq}", "there is no job"),
     ],
 )
@@ -426,7 +436,10 @@ async def test_a_quarantined_row_that_is_not_json_is_rejected(path: str) -> None
     job = pick(maker, LIVE)
     async with open_store(path) as (store, _):
         await store.quarantine(job, "for a test")
-    for row in (b"{", b"[]", msgspec.json.encode({"seq": 1}), b'{"\xff": 1}'):
+    with edit_store(path) as conn:
+        (huge,) = conn.execute("SELECT json_set(row, '$.created_at', json('1e30')) FROM quarantined_jobs").fetchone()
+    huge = huge.replace("1e30", "1" + 30 * "0").encode()
+    for row in (b"{", b"[]", msgspec.json.encode({"seq": 1}), b'{"\xff": 1}', huge):
         with edit_store(path) as conn:
             conn.execute("UPDATE quarantined_jobs SET row = CAST(? AS TEXT)", (row,))
         with pytest.raises(RepairRejected):
