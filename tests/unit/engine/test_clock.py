@@ -141,9 +141,11 @@ def test_a_hold_stops_lease_time_and_only_that(sources: ManualClocks) -> None:
     daemon_clock.hold()
     daemon_clock.hold()
     assert daemon_clock.held
+    boot_ms = daemon_clock.boot_ms()
     sources.advance(1_000)
     at = daemon_clock.moment()
     assert (at.lease, at.now, at.wall(at.lease)) == (10, WALL + 1_010, WALL + 1_010)
+    assert daemon_clock.boot_ms() == boot_ms + 1_000
     daemon_clock.resume()
     assert not daemon_clock.held
     sources.advance(5)
