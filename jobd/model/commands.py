@@ -621,7 +621,9 @@ class Import(Command, frozen=True, kw_only=True):
     updated_at: Annotated[UnixMs | None, Meta(description="When the job last changed, in Unix ms.")] = None
     run_at: DueAt | None = None
     started_at: Annotated[UnixMs | None, Meta(description="When the job was last granted, in Unix ms.")] = None
-    finished_at: Annotated[UnixMs | None, Meta(description="When the job was finished, in Unix ms.")] = None
+    finished_at: Annotated[
+        UnixMs | None, Meta(description="When the job was finished, in Unix ms. Ignored for an unfinished job.")
+    ] = None
     expires_at: Annotated[
         UnixMs | None,
         Meta(description="When a finished job is deleted, or a job that is still queued fails, in Unix ms."),

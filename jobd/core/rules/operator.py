@@ -229,7 +229,7 @@ def _imported(tx: Transaction, command: Import) -> Job:
     given = (command.started_at, command.finished_at, command.updated_at)
     created = command.created_at or min([now, *(time for time in given if time is not None)])
     updated = command.updated_at or max(created, command.finished_at or now)
-    finished = (command.finished_at or updated) if command.status in FINISHED else command.finished_at
+    finished = (command.finished_at or updated) if command.status in FINISHED else None
     expires = command.expires_at
     if expires is None and command.status in FINISHED:
         # Counted from now, so that no imported job is deleted at once.

@@ -48,6 +48,7 @@ from jobd.model.job import (
     Lease,
     Policy,
     Result,
+    Status,
 )
 from jobd.model.responses import (
     ImportCheckResult,
@@ -466,6 +467,12 @@ def test_an_import_keeps_all_given_fields(rules: RuleHarness) -> None:
     assert (job.result, job.error) == (Result("u", "f", "s", Raw(b"1")), Failure("e", "E"))
     assert rules.state.unvalidated == {1: "a"}
     assert rules.accept(command) == Imported("a", skipped=True)
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_only_an_imported_job_that_is_finished_has_finished_at(rules: RuleHarness, status: Status) -> None:
+    rules.accept(Import(id="a", status=status, finished_at=NOW - 5))
+    assert (rules.job().finished_at is not None) == (rules.job().status in FINISHED)
 
 
 def test_missing_times_of_an_import_become_now(rules: RuleHarness) -> None:
