@@ -18,6 +18,8 @@ class Retry(Exception):
     Raises TypeError if `after_ms` is not a whole number.
     """
 
+    after_ms: int | None = None  # of a subclass that does not call `__init__`
+
     def __init__(self, message: str = "The handler asked for a retry.", *, after_ms: int | None = None) -> None:
         if not isinstance(after_ms, int | None):
             raise TypeError(f"after_ms must be a whole number of milliseconds, not {type(after_ms).__name__}")

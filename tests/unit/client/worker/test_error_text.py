@@ -43,6 +43,14 @@ def test_a_long_message_keeps_its_first_line_and_its_end() -> None:
     assert failure_options(Retry(after_ms=5)) == {"error_code": "Retry", "retry_after_ms": 5}
 
 
+def test_a_subclass_of_retry_need_not_call_its_init() -> None:
+    class NotYet(Retry):
+        def __init__(self, left: int) -> None:
+            self.left = left
+
+    assert failure_options(NotYet(3)) == {"error_code": "NotYet", "retry_after_ms": None}
+
+
 def test_the_message_has_the_chain_notes_and_group_of_an_error() -> None:
     def chained() -> None:
         try:
