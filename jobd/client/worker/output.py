@@ -6,6 +6,7 @@ import asyncio
 import math
 import os
 import queue
+import select
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -197,6 +198,17 @@ class Tail:
         return b"\n".join(lines).decode(errors="replace").strip()[-self._characters :]
 
 
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of `data`, also if another process has made the descriptor non-blocking. Raises OSError."""
+    poll, rest = select.poll(), memoryview(data)
+    poll.register(fd, select.POLLOUT)
+    while rest:
+        try:
+            rest = rest[os.write(fd, rest) :]
+        except BlockingIOError:
+            poll.poll()
+
+
 class OutputWriter:
     """Write to a file descriptor from a thread, so that a slow reader delays the program but not the event loop.
 
@@ -225,9 +237,8 @@ class OutputWriter:
         while (item := self._queue.get()) is not None:
             data, written = item
             try:
-                rest = memoryview(data)
-                while rest and not self._is_broken:
-                    rest = rest[os.write(self._fd, rest) :]
+                if not self._is_broken:
+                    write_all(self._fd, data)
             except OSError:
                 self._is_broken = True
             try:

@@ -218,6 +218,18 @@ async def test_a_writer_drops_output_to_a_closed_pipe() -> None:
     os.close(write)
 
 
+async def test_a_writer_waits_for_the_reader_of_a_non_blocking_pipe() -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    sink = OutputWriter(write)
+    with os.fdopen(read, "rb") as reader:
+        reading = asyncio.ensure_future(asyncio.to_thread(reader.read))
+        await sink.write(b"x" * 1_000_000)
+        sink.close()
+        os.close(write)
+        assert len(await reading) == 1_000_000
+
+
 async def test_a_writer_with_a_slow_reader_does_not_block_the_loop() -> None:
     read, write = os.pipe()
     sink = OutputWriter(write)
