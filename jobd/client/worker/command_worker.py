@@ -254,11 +254,15 @@ def _start_error(program: str) -> str | None:
 
 
 def environment(grant: GrantInfo, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Return the program's environment: the inherited one, and the job's fields without the secret `lock_id`."""
+    """Return the program's environment: the inherited one, and the job's fields without the secret `lock_id`.
+
+    The fields are UTF-8 in every locale.
+    """
     values: dict[str, Any] = {field: getattr(grant.job, field) for field in FIELDS}
     values["fencing_token"] = grant.fencing_token
     values["worker"] = None if grant.job.lock is None else grant.job.lock.worker
-    named = {f"{PREFIX}{name.upper()}": str(value) for name, value in values.items() if value is not None}
+    texts = {name: os.fsdecode(str(value).encode()) for name, value in values.items() if value is not None}
+    named = {f"{PREFIX}{name.upper()}": text for name, text in texts.items()}
     return {name: value for name, value in inherited.items() if not name.startswith(PREFIX)} | named
 
 

@@ -508,6 +508,19 @@ async def test_jobctl_run_ends_although_its_stderr_is_not_read(
     assert (await client.get_job(job.id)).status == "completed"
 
 
+async def test_a_locale_without_utf8_does_not_stop_jobctl_run(
+    client: AsyncJobClient, daemon: DaemonProcess, queue: str
+) -> None:
+    job = await client.create_job(queue=queue, kind="größe")
+    command = [sys.executable, "-m", "jobd.cli.ctl.main", "--socket", daemon.socket, "run", "--queue", queue]
+    command += ["--once", "--", "sh", "-c", 'echo "::meta kind=$JOBD_JOB_KIND"']
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), **locale}
+    ended = await asyncio.to_thread(subprocess.run, command, env=environ, timeout=30, check=False)
+    assert ended.returncode == 0
+    assert (await client.get_job(job.id)).metadata_value == {"kind": "größe"}
+
+
 async def test_a_program_is_stopped_after_its_timeout(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
     script = "trap 'echo stopped >&2; exit 0' TERM; sleep 1000 & echo $$; while :; do sleep 0.01; done"
     job = await client.create_job(queue=queue)
