@@ -35,7 +35,7 @@ class HttpListener(ABC):
         self.app = app
         self.tls: ssl.SSLContext | None = None
         self._sockets: list[asyncio.Server] = []
-        self._paths: list[str] = []
+        self._inodes: dict[str, int] = {}  # of the Unix sockets, by path
         self._is_closing = False
 
     @abstractmethod
@@ -55,8 +55,9 @@ class HttpListener(ABC):
         Raises OSError if the directory is missing, the path is longer than 107 bytes, the file is not a socket, or
         another process listens on it (EADDRINUSE).
         """
-        await self.open_socket(await asyncio.to_thread(_bind, path, mode))
-        self._paths.append(path)
+        opened, inode = await asyncio.to_thread(_bind, path, mode)
+        await self.open_socket(opened)
+        self._inodes[path] = inode
 
     async def open_socket(self, opened: socket.socket, *, tls: ssl.SSLContext | None = None) -> None:
         """Listen on a bound socket, such as one from systemd."""
@@ -81,7 +82,7 @@ class HttpListener(ABC):
         self._is_closing = True
         self.app.close()
         # Unlink while still listening: later, the paths could belong to another daemon.
-        await asyncio.to_thread(_unlink, self._paths)
+        await asyncio.to_thread(_unlink, self._inodes)
         for server in self._sockets:
             server.close()
         self.close_idle()
@@ -185,10 +186,10 @@ def _connect_or_bind(endpoint: str | tuple[str, int]) -> None:
             probe.bind(address)
 
 
-def _bind(path: str, mode: int) -> socket.socket:
+def _bind(path: str, mode: int) -> tuple[socket.socket, int]:
     """Create a listening Unix socket at `path`, which has its permissions before a client can connect.
 
-    If several processes bind the same path at the same time, one of them succeeds.
+    Return it with the inode of its file. If several processes bind the same path at the same time, one succeeds.
     """
     if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise OSError(f"{path} exists and is not a socket. Move it or choose another path")
@@ -197,6 +198,7 @@ def _bind(path: str, mode: int) -> socket.socket:
     try:
         opened.bind(draft)
         os.chmod(draft, mode)
+        inode = os.lstat(draft).st_ino
         opened.listen(BACKLOG)
         with _directory_lock(os.path.dirname(path) or "."):
             if is_in_use(path):
@@ -204,10 +206,11 @@ def _bind(path: str, mode: int) -> socket.socket:
             os.rename(draft, path)
     except BaseException:
         opened.close()
-        _unlink([draft])
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
         raise
     opened.setblocking(False)
-    return opened
+    return opened, inode
 
 
 @contextlib.contextmanager
@@ -221,7 +224,9 @@ def _directory_lock(directory: str) -> Iterator[None]:
         os.close(opened)
 
 
-def _unlink(paths: list[str]) -> None:
-    for path in paths:
-        if os.path.lexists(path):
-            os.unlink(path)
+def _unlink(inodes: dict[str, int]) -> None:
+    """Unlink sockets, except those that another daemon has bound since then."""
+    for path, inode in inodes.items():
+        with contextlib.suppress(FileNotFoundError):
+            if os.lstat(path).st_ino == inode:
+                os.unlink(path)

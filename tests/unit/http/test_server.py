@@ -551,6 +551,16 @@ async def test_a_missing_directory_and_a_long_path_are_errors(tmp_path: Path) ->
     assert os.listdir(tmp_path) == []
 
 
+async def test_a_stop_leaves_the_socket_of_another_daemon(tmp_path: Path) -> None:
+    first, second = HttpHarness(ROUTES, tmp_path), HttpHarness(ROUTES, tmp_path)
+    async with first:
+        os.unlink(first.path)
+        async with second:
+            await first.stop(1.0)
+            assert (await second.request("GET", "/v1/jobs")).status == 200
+    assert os.listdir(tmp_path) == []
+
+
 async def test_a_socket_from_systemd_is_used(unix: HttpHarness, tmp_path: Path) -> None:
     given = socket.socket(socket.AF_UNIX)
     given.bind(str(tmp_path / "given.sock"))
