@@ -100,9 +100,9 @@ class RequestContext(Struct, eq=False):
         raise NotImplementedError
 
     def send_continue(self) -> None:
-        """Send `100 Continue` to a client that waits for it before it sends its body."""
-        transport = self.transport
-        if not self.is_complete and self.headers.get("expect") and transport is not None:
+        """Send `100 Continue` to a client that waits for it before it sends its body. HTTP/1.0 does not have it."""
+        transport, waits = self.transport, self.version == "1.1" and self.headers.get("expect")
+        if waits and not self.is_complete and transport is not None:
             transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     async def read(self) -> bytes:

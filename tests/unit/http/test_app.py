@@ -22,6 +22,7 @@ from jobd.model.commands import Cancel, Claim, Create, Get, ListJobs, Progress, 
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, LockState, Response
 from tests.support.http_harness import TOKEN, TRANSPORTS, HttpHarness, request_bytes
+from tests.support.polling import wait_until
 
 PROGRESS = '{"lock_id":"canary-lock","progress":50}'
 
@@ -304,6 +305,15 @@ async def test_a_client_that_expects_100_continue_receives_it(harness: HttpHarne
     client.send(request[:-16])
     assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
     client.send(request[-16:])
+    assert (await client.receive()).status == 200
+
+
+async def test_an_http_1_0_client_never_receives_100_continue(harness: HttpHarness) -> None:
+    client = await harness.connect()
+    request = request_bytes("POST", "/v1/jobs", "{}", {"Expect": "100-continue"}).replace(b"HTTP/1.1", b"HTTP/1.0")
+    client.send(request[:-2])
+    await wait_until(lambda: bool(harness.app.pending))
+    client.send(request[-2:])
     assert (await client.receive()).status == 200
 
 
