@@ -333,6 +333,11 @@ def _choose_epoch(projection: Projection, path: str) -> bool:
     file = EpochFile(is_current=True) if path == MEMORY else files.read_epoch(path)
     stored_epoch = db.numbers.epoch
     is_restored = db.marked > 0 or file.is_ahead_of(stored_epoch)
+    if stored_epoch == 0 and file.epoch > 0:
+        db.faults.append(
+            f"{path} was missing or empty at the start, but {path}.epoch is that of an earlier database, whose jobs "
+            "are gone. Unless you deleted it yourself, stop the daemon and restore a backup: jobd restore FILE"
+        )
     if is_restored or stored_epoch == 0 or not file.is_current:
         epoch = new_epoch(max(stored_epoch, file.epoch), now_ms())
         if epoch > LAST_EPOCH:

@@ -209,7 +209,8 @@ def _repair(
         confirm("write these changes")
     with exit_codes.explaining_full_disk(), contextlib.redirect_stdout(sys.stderr):  # log lines about a migration
         done = write(path)
-    terminal.emit(done)
+    for line in done.splitlines():
+        terminal.emit(line)
     return exit_codes.DONE
 
 

@@ -216,6 +216,19 @@ async def test_an_older_copy_without_a_mark_is_detected_by_the_epoch_file(path: 
         await store.write(Batch([], found.numbers, unmark=True))
 
 
+@pytest.mark.parametrize("is_empty", [True, False])
+async def test_a_database_that_is_missing_or_empty_next_to_its_epoch_file_is_a_fault(path: str, is_empty: bool) -> None:
+    async with open_store(path) as (_, found):
+        assert found.faults == []
+    os.unlink(path)
+    if is_empty:
+        write_file(path, b"")
+    async with open_store(path) as (_, found):
+        assert [fault.split(" at the start")[0] for fault in found.faults] == [f"{path} was missing or empty"]
+    async with open_store(path) as (_, found):
+        assert found.faults == []
+
+
 async def test_a_store_without_its_epoch_file_begins_a_new_epoch_and_keeps_its_grants(path: str) -> None:
     async with open_store(path) as (store, found):
         await store.write(Batch([], replace(found.numbers, next_token=9, next_event=5)))
