@@ -13,8 +13,7 @@ from jobd.storage.codec import Row
 from jobd.storage.database import JOB_SQL, Database, readable
 from jobd.storage.files import StoreError
 
-# Numbers of a row that are checked elsewhere: here, or by validation, which reports or mends them.
-_CHECKED_ELSEWHERE: Final = frozenset({"seq", "fencing_token", "priority", "progress"})
+_SIGNED: Final = frozenset({"priority", "progress"})  # validation reports or mends those below their bounds
 
 
 class RepairRejected(StoreError):
@@ -79,8 +78,9 @@ def _checked(db: Database, id_: str, row: Row) -> Job:
     if not 0 < job.seq < db.numbers.next_job or max(tokens, default=0) >= next_token:
         raise RepairRejected(f"job {job.id}: its seq or a fencing_token was never assigned")
     for name, number in _numbers(job):
-        if name not in _CHECKED_ELSEWHERE and not 0 <= number <= LATEST_MS:
-            raise RepairRejected(f"job {job.id}: its {name} {number} is not from 0 to {LATEST_MS}")
+        lowest = -LATEST_MS if name in _SIGNED else 0
+        if name != "fencing_token" and not lowest <= number <= LATEST_MS:
+            raise RepairRejected(f"job {job.id}: its {name} {number} is not from {lowest} to {LATEST_MS}")
     if others := db.rows("SELECT id FROM jobs NOT INDEXED WHERE seq = ? AND id <> ?", (job.seq, job.id)):
         raise RepairRejected(f"job {job.id}: its seq {job.seq} is that of job {readable(others[0][0])}")
     return job

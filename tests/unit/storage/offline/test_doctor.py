@@ -400,6 +400,10 @@ async def test_a_missing_payload_is_accepted_as_null(path: str) -> None:
             "UPDATE jobs SET body = json_set(body, '$.stalls', json('99999999999999999999')) WHERE seq = {seq}",
             "stalls 99999999999999999999 is not from 0",
         ),
+        (
+            "UPDATE jobs SET body = json_set(body, '$.progress', 1 << 60) WHERE seq = {seq}",
+            "progress .* is not from -2",
+        ),
         ("DELETE FROM jobs WHERE seq = {seq}", "there is no job"),
     ],
 )
