@@ -59,7 +59,7 @@ from jobd.model.commands import (
     Why,
     Workers,
 )
-from jobd.model.job import STATUSES, Backoff, Job
+from jobd.model.job import EARLIEST_MS, STATUSES, YEAR_MS, Backoff, Job
 from tests.proof.simulation.disk import SimDisk
 from tests.proof.simulation.scenario import Scenario
 
@@ -98,7 +98,8 @@ class RequestGenerator:
         return self.dice.choice(self.plan.kinds)
 
     def time(self, now: int) -> int:
-        return now + self.dice.choice((-60_000, -1, 0, 1, 3_000, 30_000, 4_000_000))
+        near = now + self.dice.choice((-60_000, -1, 0, 1, 3_000, 30_000, 4_000_000))
+        return near if self.time_dice.random() < 0.9 else self.time_dice.choice((EARLIEST_MS, now + 20 * YEAR_MS))
 
     # -- creators -----------------------------------------------------------------------------------------------------
 
@@ -137,7 +138,7 @@ class RequestGenerator:
             worker=worker,
             queues=queues,
             kinds=[self.kind() for _ in range(self.dice.randint(1, 2))] if self.chance(0.3) else None,
-            limit=self.dice.choice((1, 1, 1, 2, 5)),
+            limit=self.dice.choice((1, 1, 1, 2, 5, 100)),
             wait_ms=self.dice.choice((0, 300, 3_000, 10_000, 60_000)),
             lock_ttl_ms=self.maybe(0.4, 1_000, 4_000, 60_000),
             stuck_after_ms=self.maybe(0.4, 0, 0, 2_000),
@@ -201,7 +202,8 @@ class RequestGenerator:
             for each, job in known
         ]
         kind = ApplyPlan if self.chance(0.5) else ApplyEndings
-        plan: ApplyPlan = kind(action=self.dice.choice(("retry", "cancel", "force-fail", "delete")), jobs=seen)
+        action: PlanAction = self.dice.choice(("retry", "force-reset", "cancel", "force-fail", "delete"))
+        plan: ApplyPlan = kind(action=action, jobs=seen)
         return self._maintenance_plan(known) if self.time_dice.random() < 0.3 else plan
 
     def _maintenance_plan(self, known: list[tuple[str, Job | None]]) -> ApplyPlan:
@@ -244,11 +246,22 @@ class RequestGenerator:
 
     def import_job(self, now: int) -> Import:
         """Import a job with arbitrary fields."""
-        kind = ImportCheck if self.chance(0.2) else Import
+        kind, options = ImportCheck if self.chance(0.2) else Import, self.time_dice
         return kind(
             id=self.new_id(),
             queue=self.queue(),
             kind=self.kind(),
+            priority=options.choice((0, 0, -1000, 1000)),
+            max_attempts=options.choice((1, 2, 1000)),
+            backoff=options.choice((Backoff(), Backoff(base_ms=0, max_ms=0))),
+            max_stalls=options.choice((None, 0, 1000)),
+            on_stall=options.choice((None, "auto", "requeue", "fail")),
+            stuck_after_ms=options.choice((None, 0, 2_000, 45_000)),
+            max_processing_ms=options.choice((None, 0, 2_000, 45_000)),
+            progress_message=options.choice((None, "so far")),
+            file_path=options.choice((None, "/x")),
+            metadata=options.choice((None, Raw(b"null"), Raw(b"{}"))),
+            error_code=options.choice((None, "", "x")),
             payload=Raw(b"[]"),
             status=self.dice.choice(STATUSES),
             progress=self.maybe(0.5, 0, 40, 100),
