@@ -231,8 +231,8 @@ class Serving:
         The actor applies these commands before any other. On a full disk, it applies them once there is space.
         """
         if not self._opened.marked:
-            now = self.clock.moment().lease
-            extend_held_locks(self.actor, now, since=now)
+            # A lock that was live at the last commit stays so, however long the start takes.
+            extend_held_locks(self.actor, self.clock.moment().lease, since=self._opened.numbers.lease_ms)
             return
         ids = list(self.actor.state.processing)
         slices = [ids[first : first + SLICE] for first in range(0, len(ids), SLICE)]

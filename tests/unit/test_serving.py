@@ -6,16 +6,24 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from jobd import logging, serving
 from jobd.config import LoadedConfig
 from jobd.config_loader import load
 from jobd.core.state import State
 from jobd.daemon import Daemon
+from jobd.engine.clock import boot_clock_ms, wall_clock_ms
+from jobd.engine.event_feed import EventFeed
+from jobd.maintenance.held_locks import GRACE_MS
+from jobd.model.commands import Ping
+from jobd.model.job import SECOND_MS
 from jobd.serving import Serving
 from jobd.storage.store import Store
+from tests.support.factories import ChangeFactory
 from tests.support.memory_artifacts import MemoryArtifacts
 
 Start = Callable[[Callable[[Daemon, Store], None]], contextlib.AbstractAsyncContextManager[Serving]]
@@ -69,3 +77,30 @@ async def test_a_reload_during_a_takeover_is_applied(
 
     async with start(reload) as at:
         assert at.alerts.thresholds.processing_jobs == 7
+
+
+async def test_a_slow_start_ends_no_lock(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maker = ChangeFactory()
+    created = maker.create("a")
+    assert created.after is not None
+    granted = maker.grant(created.after)
+    assert granted.after is not None
+    assert granted.after.lease is not None
+    ending = maker.update(granted.after, lease=replace(granted.after.lease, expires=5))
+    async with (await Store.open(f"{tmp_path}/jobd.db"))[0] as store:
+        batch = maker.batch([created, granted, ending])
+        await store.write(replace(batch, numbers=replace(batch.numbers, wall_ms=wall_clock_ms())))
+
+    def slow_feed(*args: Any) -> EventFeed:
+        until_ms = boot_clock_ms() + 10
+        while boot_clock_ms() < until_ms:
+            pass
+        return EventFeed(*args)
+
+    monkeypatch.setattr(serving, "EventFeed", slow_feed)
+    async with start(lambda *_: None) as at:
+        await at.actor.ask(Ping())
+        held = at.actor.state.jobs.find("a")
+        assert held is not None
+        assert held.lease is not None
+        assert held.lease.is_live(at.clock.moment().lease + GRACE_MS - SECOND_MS)
