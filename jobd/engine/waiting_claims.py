@@ -6,13 +6,18 @@ The actor rejects a claim that would wait above `limits.parked_claims`.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Final
 
 from jobd.core.worker_presence import ClaimSet, WorkerPresence
 from jobd.engine.mailbox import Envelope
 from jobd.model.commands import Claim
 
-Place = tuple[str, str | None]  # queue, and kind or None for all kinds
+Place = tuple[str, str | None]  # queue, and kind, None for all kinds, or _MANY
+
+FEW: Final = 200  # places of one claim. One with more queues and kinds has a place per queue, where it is searched
+_MANY: Final = "\n"  # no kind has a line feed
 
 
 class WaitingClaims:
@@ -69,7 +74,10 @@ class WaitingClaims:
     def first(self, queue: str, kind: str) -> Envelope | None:
         """Return the claim that has waited longest for a job of this queue and kind."""
         waiting = [self._at[place] for place in ((queue, kind), (queue, None)) if place in self._at]
-        ticket = min((next(iter(tickets)) for tickets in waiting), default=None)
+        tickets = [next(iter(each)) for each in waiting]
+        many = self._at.get((queue, _MANY), {}).items()
+        tickets += islice((ticket for ticket, envelope in many if _takes(envelope, kind)), 1)
+        ticket = min(tickets, default=None)
         return None if ticket is None else self.by_ticket[ticket][0]
 
     def waiting_with(self, digest: str) -> Envelope | None:
@@ -95,5 +103,12 @@ class WaitingClaims:
         return envelopes
 
 
-def _kinds(claim: Claim) -> list[str] | list[None]:
-    return [None] if claim.kinds is None else list(dict.fromkeys(claim.kinds))
+def _kinds(claim: Claim) -> Sequence[str | None]:
+    if claim.kinds is None:
+        return (None,)
+    return tuple(dict.fromkeys(claim.kinds)) if len(claim.queues) * len(claim.kinds) <= FEW else (_MANY,)
+
+
+def _takes(envelope: Envelope, kind: str) -> bool:
+    claim = envelope.command
+    return isinstance(claim, Claim) and claim.kinds is not None and kind in claim.kinds

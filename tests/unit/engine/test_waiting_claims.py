@@ -262,6 +262,22 @@ def test_the_claim_that_waits_longest_is_found() -> None:
 
 
 @in_virtual_time
+async def test_a_claim_of_many_queues_and_kinds_takes_few_places() -> None:
+    """10,000 claims with a place for each queue and kind would take 11 GiB."""
+    many = {"queues": [f"q-{number}" for number in range(100)], "kinds": [f"k-{number}" for number in range(100)]}
+    async with checked_engine() as engine:
+        first = await waiting_claim(engine, "first", **many | {"kinds": many["kinds"][:99]})
+        waiting = [await waiting_claim(engine, f"w-{number}", **many) for number in range(2)]
+        last = await waiting_claim(engine, "last", queues=["q-7"], kinds=["k-99"])
+        places = [places for _, places, _ in engine.actor.waiting_claims.by_ticket.values()]
+        assert [len(each) for each in places] == [100, 100, 100, 1]
+        await engine.yes(Bulk(jobs=[Create(id=name, queue="q-7", kind="k-99") for name in "abc"]))
+        assert [granted_ids(await task) for task in [*waiting, last]] == [["a"], ["b"], ["c"]]
+        await engine.yes(Create(id="d", queue="q-7", kind="k-9"))
+        assert granted_ids(await first) == ["d"]
+
+
+@in_virtual_time
 async def test_a_claim_gets_the_next_job_if_its_first_one_is_quarantined_before_the_commit() -> None:
     async with checked_engine() as engine:
         await engine.yes(Bulk(jobs=[Create(id="a", kind="k", delay_ms=10), Create(id="b", kind="l", delay_ms=10)]))
