@@ -11,6 +11,7 @@ from typing import Any
 from msgspec import Raw
 
 from jobd.core.rules.plans import version
+from jobd.engine.waiting_claims import FEW
 from jobd.model.commands import (
     Adopt,
     AnyCommand,
@@ -134,10 +135,13 @@ class RequestGenerator:
 
     def claim(self, worker: str) -> Claim:
         queues = [self.queue() for _ in range(self.dice.randint(1, 3))]
+        kinds = [self.kind() for _ in range(self.dice.randint(1, 2))] if self.chance(0.3) else None
+        if kinds is not None and self.time_dice.random() < 0.3:
+            kinds += [f"unused-{number}" for number in range(FEW)]  # such a claim is found in another way
         return Claim(
             worker=worker,
             queues=queues,
-            kinds=[self.kind() for _ in range(self.dice.randint(1, 2))] if self.chance(0.3) else None,
+            kinds=kinds,
             limit=self.dice.choice((1, 1, 1, 2, 5, 100)),
             wait_ms=self.dice.choice((0, 300, 3_000, 10_000, 60_000)),
             lock_ttl_ms=self.maybe(0.4, 1_000, 4_000, 60_000),
