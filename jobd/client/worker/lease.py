@@ -169,7 +169,7 @@ class LeaseKeeper:
                 due = loop.time() + _wait_s(failures)
 
     async def _try(self, report: _ProgressReport | None) -> LockState | None:
-        """Send `report`, or else an extension, once. Return None if the daemon does not accept it."""
+        """Send `report` or, without one or if it is rejected, an extension. Return None if that is not accepted."""
         if report is None:
             request = worker_requests.extend_job_lock(self.id, lock_id=self.grant.lock_id)
         else:
@@ -180,6 +180,8 @@ class LeaseKeeper:
             self._on_lost(error, report)
         except JobdError as error:
             self._on_error(error, report)
+            if report is not None and self._is_reachable and not self.lost.done():
+                return await self._try(None)  # or reports that are rejected one after another would use up the lock
         else:
             self._on_response()
             if report is not None:

@@ -16,6 +16,7 @@ import jobd
 from jobd.client import (
     AsyncJobClient,
     Forbidden,
+    InvalidRequest,
     JobdError,
     NotFound,
     Retry,
@@ -128,6 +129,24 @@ async def test_progress_that_json_cannot_express_is_an_error_of_the_handler(tmp_
         async with running_worker(worker):
             await daemon.receive("fail")
     assert "Error" in daemon.bodies("fail")[0]["error_message"]
+
+
+async def test_rejected_progress_extends_the_lock(tmp_path: Path) -> None:
+    """Otherwise a handler that often reports progress over 100 would lose its lock."""
+    daemon = ScriptedDaemon(progress=[rejected("invalid_request", 400)])
+    with serving(daemon.server, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+
+        @worker.handler()
+        async def work(task: Task) -> None:
+            for _ in range(20):
+                with pytest.raises(InvalidRequest):
+                    await task.progress(101)
+
+        async with running_worker(worker):
+            await daemon.receive("complete")
+    assert len(daemon.bodies("progress")) == 20
+    assert len(daemon.bodies("extend")) >= 19
 
 
 async def test_a_single_error_stops_the_work_only_if_it_is_about_the_lock(
