@@ -22,8 +22,10 @@ READ_S: Final = 2.0  # for the rest of the output of a stopped program to be pas
 POLL_S: Final = 0.05  # there is no notification of the end of grandchildren
 PIECE_BYTES: Final = 64 << 10
 # A child in another group may keep the output open, or even write to it forever. After all other processes have ended,
-# reading stops when there is no output for LINGER_S, or after LINGER_BYTES, which is more than a pipe can hold.
+# reading stops when there is no output for LINGER_S, after LINGER_ROUNDS such times that end with all output passed on,
+# or after LINGER_BYTES, which is more than a pipe can hold.
 LINGER_S: Final = 0.5
+LINGER_ROUNDS: Final = 10
 LINGER_BYTES: Final = 1 << 20
 
 Feed = Callable[[bytes], Awaitable[None]]
@@ -206,10 +208,11 @@ class Program:
     async def _read_rest(self) -> None:
         self._enough_bytes = self._read_bytes + LINGER_BYTES
         pending: set[asyncio.Task[None]] = set(self._readers)
-        seen = -1
-        while pending and (self._feeding or seen != self._read_bytes or self._has_output()):
+        seen, rounds = -1, 0
+        while pending and (self._feeding or seen != self._read_bytes or self._has_output()) and rounds < LINGER_ROUNDS:
             seen = self._read_bytes
             _, pending = await asyncio.wait(pending, timeout=LINGER_S)
+            rounds += not self._feeding
 
     def _has_output(self) -> bool:
         """Return whether a pipe has output or its end, which the readers had no time to read."""

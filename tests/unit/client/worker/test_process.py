@@ -165,6 +165,17 @@ async def test_a_child_in_another_group_that_writes_forever_does_not_delay_the_e
     await asyncio.to_thread(_until_gone, child)  # `yes` gets SIGPIPE after its reader has gone
 
 
+async def test_a_child_in_another_group_that_writes_now_and_then_does_not_delay_the_end() -> None:
+    run = ProgramRun()
+    program = await run.start("sh", "-c", f"setsid sh -c 'echo $$; while sleep {LINGER_S / 5}; do echo x; done' &")
+    try:
+        async with asyncio.timeout(process.LINGER_ROUNDS * LINGER_S * 10):
+            await asyncio.shield(program.done)
+        assert program.returncode == 0
+    finally:
+        os.kill(int(run.out.split(b"\n", 1)[0]), signal.SIGKILL)
+
+
 def _until_gone(pid: int) -> None:
     while Path(f"/proc/{pid}").exists():
         os.sched_yield()
