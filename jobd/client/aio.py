@@ -18,7 +18,7 @@ from yarl import URL
 
 from jobd.client import worker_requests
 from jobd.client.apis import IDLE_S, AdminApi, BaseClient, WorkerApi, unreachable
-from jobd.client.command_stream import CommandStream, command_line
+from jobd.client.command_stream import CommandStream, command_line, is_large
 from jobd.client.endpoint import Endpoint
 from jobd.client.errors import JobdError, Unreachable
 from jobd.client.event_subscription import RECONNECT, EventSubscription
@@ -163,7 +163,13 @@ class AsyncClient(BaseClient):
         headers = {"Accept-Encoding": "identity", **request.headers, **endpoint.headers}
         body = None if request.body is None else io.BytesIO(request.body)  # aiohttp warns about bytes of over 1 MiB
         return self._session(endpoint).request(
-            request.method, url, data=data or body, headers=headers, timeout=timeout, allow_redirects=False
+            request.method,
+            url,
+            data=data or body,
+            headers=headers,
+            timeout=timeout,
+            allow_redirects=False,
+            expect100=is_large(request),  # a body over the limit might not arrive within the timeout
         )
 
     def _session(self, endpoint: Endpoint) -> aiohttp.ClientSession:

@@ -19,6 +19,7 @@ from jobd.client.protocol import NDJSON_TYPE, ApiRequest, ApiResponse
 from jobd.model.commands import STREAMED_COMMANDS, JobCommand
 
 COMMANDS: Final = "/v1/commands"
+LARGE_BYTES: Final = 1 << 20  # the daemon's default limit of a body
 CLOSE_S: Final = 5.0  # a closing stream waits this long for its last responses
 
 # The calls whose path ends in their name, after the id of the job.
@@ -67,10 +68,18 @@ class _StartResponse(Struct):
     data: _GrantId
 
 
+def is_large(request: ApiRequest[Any]) -> bool:
+    """Return whether the daemon may reject the body because of its size. Such a body is not sent before it agrees."""
+    return request.body is not None and len(request.body) > LARGE_BYTES
+
+
 def command_line(request: ApiRequest[Any]) -> bytes | None:
-    """Return `request` as a line, including its end. None if a stream does not support it: it waits or lists."""
+    """Return `request` as a line, including its end.
+
+    None if a stream does not support it: it waits, lists, or is so large that other calls would wait for it.
+    """
     operation = _operation(request)
-    if operation is None:
+    if operation is None or is_large(request):
         return None
     op, job_id = operation
     fields = {"op": op}

@@ -162,6 +162,24 @@ async def test_errors_are_the_same_as_over_http(client: AsyncJobClient) -> None:
             await jobs.create_job("x" * 300_000)
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_large_body_waits_for_the_consent_of_the_daemon(tmp_path: Path, is_stream: bool) -> None:
+    """Otherwise a body over the limit that takes longer than the timeout would be sent again and again."""
+
+    async def reject(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert b"\r\nexpect: 100-continue\r\n" in (await reader.readuntil(b"\r\n\r\n")).lower()
+        body = b'{"success":false,"error":"too_large","message":"Too large."}'
+        writer.write(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        await reader.read()
+        writer.close()
+
+    path = str(tmp_path / "s")
+    client = AsyncJobClient(f"unix:{path}", retry_for_s=0, timeout_s=1)
+    async with await asyncio.start_unix_server(reject, path), client.stream() if is_stream else client as jobs:
+        with pytest.raises(TooLarge):
+            await jobs.complete_job("j", lock_id="l", metadata="x" * command_stream.LARGE_BYTES)
+
+
 async def test_concurrent_calls_share_one_stream(server: WorkerApiServer, client: AsyncJobClient) -> None:
     async with client.stream() as jobs:
         made = await asyncio.gather(*(jobs.create_job(number, id=f"j-{number}") for number in range(1_000)))
