@@ -416,6 +416,8 @@ class QueuedJobs:
 
     def eligible(self, kinds: Iterable[str] | None, now: int) -> Iterator[DueEntry]:
         """Iterate over jobs of `kinds` (None: all) that are due and not overdue, in order. Nothing may change."""
+        if kinds is not None and self.buckets.keys() <= set(kinds):
+            kinds = None  # the heads of all kinds are in order already
         if kinds is None and self._only is not None:
             yield from self._only.eligible(now)
             return
