@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 PARALLEL ?= 2
 # Many tests wait for the disk, a server or another process, so one process more runs them.
 PROCESSES ?= $(shell expr $(PARALLEL) + 1)
-SLOW_PROCESSES ?= $(shell expr $(PARALLEL) + 2)
+SLOW_PROCESSES ?= $(shell expr $(PARALLEL) + 3)
 
 # Tests start hundreds of processes. Without stored bytecode each of them compiles all of jobd.
 export PYTHONDONTWRITEBYTECODE :=

@@ -514,6 +514,7 @@ def test_jobs_that_were_due_by_a_clock_that_was_ahead_are_due_after_a_restart(tm
         assert daemon.post("/v1/jobs/b/start", {"worker": "w"}).error == "not_due"
 
 
+@pytest.mark.slow
 def test_a_stop_waits_until_all_due_jobs_are_kept_due(tmp_path: Path) -> None:
     with DaemonProcess.not_started(tmp_path) as daemon:
         daemon.module = "tests.support.daemon_variants hour_ahead"

@@ -409,6 +409,7 @@ async def test_work_continues_while_the_daemon_is_unreachable(
                 assert (await wait_until_finished(client, after.id)).status == "completed"  # the worker claims again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["claim", "progress", "complete", "fail"])
 async def test_a_lost_response_causes_no_second_run(
     daemon: DaemonProcess, client: AsyncJobClient, queue: str, tmp_path: Path, what: str

@@ -53,6 +53,7 @@ def test_only_valid_tokens_are_accepted(given: str, wanted: str | None) -> None:
     assert code(authenticator.authenticate, headers(Authorization=given)) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["worker", "admin"])
 async def test_neither_api_accepts_a_wrong_token(name: str, tmp_path: Path) -> None:
     """Over TCP both APIs need a token. The valid one is tried last, on the same connection."""

@@ -260,6 +260,7 @@ async def any_listener(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncI
         yield opened
 
 
+@pytest.mark.slow
 async def test_many_chunks_are_parsed_in_pieces(any_listener: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     client = await any_listener.connect()
     parsed = ParsedPieces(monkeypatch)

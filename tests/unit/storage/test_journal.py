@@ -120,6 +120,7 @@ def folded(events: list[Event]) -> Job | None:
     return row
 
 
+@pytest.mark.slow
 async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     maker, compact = ChangeFactory(), event_codec.compact
     read: list[int] = []

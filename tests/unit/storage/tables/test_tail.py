@@ -121,6 +121,7 @@ def is_reported(path: str) -> bool:
         return True
 
 
+@pytest.mark.slow
 async def test_no_flipped_bit_of_the_pages_of_a_tail_is_silent(path: str) -> None:
     """A wrong number of cells in the header of the page hides the last records, without a gap in their numbers."""
     maker = ChangeFactory(3)
