@@ -237,6 +237,6 @@ CHECKS = (
         "requests that follow or violate the OpenAPI documents: never a 5xx, each response is as documented",
         fuzz_both_apis,
         rounds=200,
-        few=6,
+        few=3,
     ),
 )
