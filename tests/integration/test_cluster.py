@@ -448,7 +448,7 @@ def test_a_standby_stops_at_once_while_postgresql_hangs(cluster: Cluster, proxy:
     standby = cluster.add("b", **proxied(cluster, proxy))
     poll_until(lambda: len(standby.cluster()["nodes"]) == 2)
     proxy.lose(requests=True, responses=True)
-    time.sleep(0.5)  # so that the standby waits for the head of the journal
+    poll_until(proxy.proxy.lost.is_set)  # the standby waits for the head of the journal
     began = time.monotonic()
     assert standby.stop() == 0
     assert time.monotonic() - began < 7.0, "the limit of a read is 10 s"
