@@ -78,7 +78,10 @@ class HAProxy:
     @property
     def has_checked(self) -> bool:
         """Whether it sends requests to the leader alone. Before its first checks it sends them to all nodes in turn."""
-        return all(self.send("GET", "/readyz").status == 200 for _ in range(4))
+        try:
+            return all(self.send("GET", "/readyz").status == 200 for _ in range(4))
+        except (OSError, http.client.HTTPException):  # a check ends the connections to the standby
+            return False
 
 
 @pytest.fixture
