@@ -41,8 +41,7 @@ FAST := -m "not slow" --ignore tests/browser --ignore tests/proof
 REST := "These were the fast tests. make check also runs the slow ones, make cluster-tests those of clusters, make proof the long proofs."
 
 check: $(READY)  ## run what CI runs: format, lint, types, coverage, the demo, all tests
-	$(MAKE) --jobs $(PARALLEL) --output-sync=target lint coverage demo stock STOCK=client
-	$(MAKE) test
+	$(MAKE) --jobs $(PARALLEL) --output-sync=target test lint coverage demo stock STOCK=client
 	$(BIN)/pytest -m "slow and not long" --numprocesses $(SLOW_PROCESSES) --dist worksteal --durations 20
 
 # Daemon and tests use uvloop. Programs that use the clients may run them on the event loop of asyncio.
