@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
 from itertools import islice
@@ -29,6 +30,7 @@ from jobd.model.responses import (
     PlanView,
     QuarantinedJob,
     Resent,
+    Response,
 )
 from jobd.model.storage import CannotWrite, FormatNotRead
 from jobd.monitoring.alerts import Alerts
@@ -88,8 +90,11 @@ class Services(Struct, kw_only=True):
         """Accept the wall clock, and commit that before the response, so that the next start trusts the clock too."""
         if (error := self.actor.full_disk.refuse(Tick())) is not None:
             return error
-        self.clock.accept()
-        committed = await self.actor.ask(Tick(), by="daemon")
+        waiter: asyncio.Future[Response | ApiError] = asyncio.get_running_loop().create_future()
+        if isinstance(envelope := self.actor.send(Tick(), waiter, by="daemon"), ApiError):
+            return envelope
+        self.clock.accept()  # the actor has not yet looked at the clock for this command
+        committed = await waiter
         return committed if isinstance(committed, ApiError) else self.clock_view()
 
     def quarantine(self) -> list[QuarantinedJob]:

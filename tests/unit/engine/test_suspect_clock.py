@@ -454,6 +454,7 @@ async def test_a_clock_is_not_accepted_if_that_cannot_be_stored() -> None:
     refused = await services_of(engine).accept_clock()
     assert isinstance(refused, ApiError)
     assert refused.code == "shutting_down"
+    assert engine.clock.suspect
 
 
 def test_the_shortest_retention_ignores_zero() -> None:
