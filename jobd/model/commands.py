@@ -15,6 +15,7 @@ from jobd.model.fields import (
     MAX_PAGE,
     PRINTABLE,
     AdditionalMs,
+    Count,
     Cursor,
     DelayMs,
     DownloadUrl,
@@ -52,7 +53,6 @@ from jobd.model.fields import (
     Reason,
     SearchText,
     Since,
-    Stalls,
     StatusFilter,
     StorageKey,
     StuckAfterMs,
@@ -609,10 +609,10 @@ class Import(Command, frozen=True, kw_only=True):
     status: Annotated[Status, Meta(description="Status of the job.")] = "queued"
     progress: Percent | None = None
     progress_message: Annotated[Text | None, Meta(description="The latest message of the worker.")] = None
-    attempt: Annotated[int, Meta(ge=0, le=1000, description="Attempts used.")] = 0
+    attempt: Annotated[Count, Meta(description="Attempts used.")] = 0
     max_attempts: MaxAttempts = 1
     backoff: Annotated[Backoff, Meta(description="Wait between a failed attempt and the next one.")] = Backoff()
-    stalls: Annotated[Stalls, Meta(description="Number of times the job has stalled.")] = 0
+    stalls: Annotated[Count, Meta(description="Number of times the job has stalled.")] = 0
     max_stalls: MaxStalls | None = None
     on_stall: Annotated[OnStall | None, Meta(description="What happens to the job when it stalls.")] = None
     stuck_after_ms: StuckAfterMs | None = None

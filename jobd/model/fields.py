@@ -77,8 +77,8 @@ Priority = Annotated[
 ]
 Percent = Annotated[float, Meta(ge=0, le=100, description="Progress in percent, 0 to 100.")]
 MaxAttempts = Annotated[int, Meta(ge=1, le=1000, description="Maximum number of attempts.")]
-Stalls = Annotated[int, Meta(ge=0, le=1000)]
-MaxStalls = Annotated[Stalls, Meta(description="A job that stalls more often fails.")]
+MaxStalls = Annotated[int, Meta(ge=0, le=1000, description="A job that stalls more often fails.")]
+Count = Annotated[int, Meta(ge=0, le=1_000_000)]  # of attempts or stalls, which can exceed the maximum of the job
 LockTtlMs = Annotated[
     int,
     Meta(

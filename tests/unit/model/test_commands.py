@@ -147,8 +147,8 @@ BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
         ["jobs", "jobs:0\n", "jobs.0", "JOBS:0", ":0"],
     ),
     (BackupRequest, {}, "id", ["a", "A-z_0.9", "x" * 64], ["", "x" * 65, "a b", "a\n", "a/b"]),
-    (Import, {"id": "a"}, "attempt", [0, 1_000], [-1, 1_001]),
-    (Import, {"id": "a"}, "stalls", [0, 1_000], [-1, 1_001]),
+    (Import, {"id": "a"}, "attempt", [0, 1_000_000], [-1, 1_000_001]),
+    (Import, {"id": "a"}, "stalls", [0, 1_000_000], [-1, 1_000_001]),
 ]
 
 
