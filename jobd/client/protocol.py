@@ -169,7 +169,8 @@ def post(
 ) -> ApiRequest[T]:
     """Build a call that changes something. Omits fields that are None; `key` is the Idempotency-Key.
 
-    Raises InvalidRequest if a header cannot have the key, and TypeError if JSON cannot express a field.
+    Raises InvalidRequest if a header cannot have the key or a text is not Unicode, and TypeError if JSON cannot express
+    a field.
     """
     if key is not None and _KEY.fullmatch(key) is None:
         message = "Idempotency-Key must be 1 to 200 printable ASCII characters."
@@ -178,7 +179,28 @@ def post(
     headers = {"Content-Type": JSON_TYPE}
     if key is not None:
         headers["Idempotency-Key"] = key
-    return ApiRequest(method, path, reader(shape), msgspec.json.encode(fields), headers, wait_ms)
+    return ApiRequest(method, path, reader(shape), _encoded(fields), headers, wait_ms)
+
+
+def _encoded(fields: Mapping[str, Any]) -> bytes:
+    """Encode a JSON object. Raises InvalidRequest for a text with a lone surrogate, as os.listdir may return."""
+    try:
+        return msgspec.json.encode(fields)
+    except UnicodeEncodeError as error:
+        name = next((name for name, value in fields.items() if _has_surrogate(value)), "body")
+        message = (
+            f"{name} has the lone surrogate {error.object[error.start]!a}, which JSON cannot express. "
+            "Escape it: text.encode(errors='backslashreplace').decode()"
+        )
+        raise InvalidRequest(message, details={"field": f"$.{name}"}) from None
+
+
+def _has_surrogate(value: Any) -> bool:
+    try:
+        msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def job_path(base: str, job_id: str, verb: str = "") -> str:
@@ -264,9 +286,9 @@ def json_lines(items: Iterator[Mapping[str, Any] | bytes | str]) -> Iterator[byt
     chunk = bytearray()
     for item in items:
         if isinstance(item, str):
-            line = item.encode()
+            line = item.encode(errors="surrogatepass")  # the daemon rejects a line that is not Unicode
         else:
-            line = item if isinstance(item, bytes) else msgspec.json.encode(item)
+            line = item if isinstance(item, bytes) else _encoded(item)
         chunk += line.rstrip(b"\r\n") + b"\n"
         if len(chunk) >= _CHUNK_BYTES:
             yield bytes(chunk)

@@ -10,14 +10,17 @@ import pytest
 from jobd.client import (
     ERRORS,
     BadResponse,
+    InvalidRequest,
     JobdError,
     Overloaded,
     Unreachable,
 )
 from jobd.client.protocol import (
     ApiResponse,
+    JobInfo,
     get,
     json_lines,
+    post,
     read_result,
 )
 from jobd.model.errors import ERROR_STATUS
@@ -102,3 +105,20 @@ def test_lines_are_sent_in_chunks_of_bounded_size() -> None:
     assert b"".join(pieces) == (b"x" * 30_000 + b"\n") * 10
     assert all(len(piece) < 64 * 1024 + 30_001 for piece in pieces)
     assert len(pieces) > 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"payload": ["/srv/\udcff"]}, "payload"),
+        ({"queue": "q", "kind": "\ud800"}, "kind"),
+        ({"\udcff": 1}, "body"),
+    ],
+)
+def test_text_that_is_not_unicode_is_an_invalid_request(fields: dict[str, Any], name: str) -> None:
+    for build in (lambda: post("/v1/jobs", JobInfo, fields), lambda: list(json_lines(iter([fields])))):
+        with pytest.raises(
+            InvalidRequest, match=rf"^{name}.* has the lone surrogate '\\ud.* Escape it: text\.encode\("
+        ):
+            build()
+    assert list(json_lines(iter(["\udcff"]))) == [b"\xed\xb3\xbf\n"]

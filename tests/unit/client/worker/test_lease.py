@@ -116,8 +116,10 @@ async def test_complete_after_the_end_of_the_grant_is_not_retried(
     assert "Too late." in caplog.text
 
 
-@pytest.mark.parametrize("message", [Path("/x"), "file-\udcff"])
-async def test_progress_that_json_cannot_express_is_an_error_of_the_handler(tmp_path: Path, message: Any) -> None:
+@pytest.mark.parametrize(("message", "error"), [(Path("/x"), "TypeError"), ("file-\udcff", "InvalidRequest")])
+async def test_progress_that_json_cannot_express_is_an_error_of_the_handler(
+    tmp_path: Path, message: Any, error: str
+) -> None:
     daemon = ScriptedDaemon()
     with serving(daemon.server, tmp_path / "p") as endpoint:
         worker = Worker(endpoint)
@@ -128,7 +130,7 @@ async def test_progress_that_json_cannot_express_is_an_error_of_the_handler(tmp_
 
         async with running_worker(worker):
             await daemon.receive("fail")
-    assert "Error" in daemon.bodies("fail")[0]["error_message"]
+    assert daemon.bodies("fail")[0]["error_code"] == error
 
 
 async def test_rejected_progress_extends_the_lock(tmp_path: Path) -> None:
