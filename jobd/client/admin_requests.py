@@ -25,54 +25,10 @@ from jobd.client.protocol import (
     uuid7,
     with_query,
 )
+from jobd.model import responses
 from jobd.model.commands import MAINTENANCE_ACTIONS, PlanAction, WorkerState
 from jobd.model.events import EventView
 from jobd.model.job import Status
-from jobd.model.responses import (
-    AdminLockView,
-    AlertList,
-    AlertView,
-    AuditPage,
-    BackupList,
-    BackupView,
-    CheckedRows,
-    CleanupReport,
-    CleanupState,
-    ClockView,
-    ClusterView,
-    DeliveryPage,
-    DeliveryState,
-    DeliveryView,
-    FailuresView,
-    HealthView,
-    ImportPreview,
-    ImportResult,
-    LateResultList,
-    LateResultView,
-    LockedJob,
-    LockList,
-    PausedView,
-    PlanResult,
-    PlanView,
-    PreviewView,
-    QuarantinedJob,
-    QuarantineList,
-    QueueList,
-    QueueView,
-    RecoverStuckView,
-    ReportList,
-    Resent,
-    StatsView,
-    TakeBackView,
-    TimelineView,
-    TransitionView,
-    ValidateJobView,
-    WebhookList,
-    WebhookView,
-    WhyView,
-    WorkerList,
-    WorkerView,
-)
 
 BASE: Final = "/admin/job-management"
 JOBS: Final = f"{BASE}/jobs"
@@ -86,61 +42,61 @@ class JobLines(Struct, frozen=True):
     next_cursor: str | None
 
 
-class ValidatedJob(ValidateJobView, frozen=True, rename="camel"):
+class ValidatedJob(responses.ValidateJobView, frozen=True, rename="camel"):
     """A job and the problems of its record."""
 
     job: JobInfo
 
 
-def stats() -> ApiRequest[StatsView]:
+def stats() -> ApiRequest[responses.StatsView]:
     """Get the counts of jobs by status, and of stalled and locked jobs.
 
     The average processing time, in seconds, is over the jobs completed in the last hour and those that are processing.
     """
-    return get(f"{BASE}/stats", StatsView)
+    return get(f"{BASE}/stats", responses.StatsView)
 
 
-def health() -> ApiRequest[HealthView]:
+def health() -> ApiRequest[responses.HealthView]:
     """Get the state of the database, the memory and the artifact store, measured at most 5 s ago.
 
     An unhealthy daemon is a result, not an error: check `status`.
     """
-    return get(f"{BASE}/health", HealthView)
+    return get(f"{BASE}/health", responses.HealthView)
 
 
-def force_cleanup(reason: str | None = None) -> ApiRequest[CleanupReport]:
+def force_cleanup(reason: str | None = None) -> ApiRequest[responses.CleanupReport]:
     """Run cleanup now, or wait for the current run, and return the report.
 
     If the response is lost, the client repeats the request, and the report can be that of a second run.
     """
-    return post(f"{BASE}/cleanup", CleanupReport, {"reason": reason}, wait_ms=_RUN_MS)
+    return post(f"{BASE}/cleanup", responses.CleanupReport, {"reason": reason}, wait_ms=_RUN_MS)
 
 
-def cleanup_state() -> ApiRequest[CleanupState]:
+def cleanup_state() -> ApiRequest[responses.CleanupState]:
     """Get the latest cleanup report, whether cleanup is running, and the time since the latest run (ms)."""
-    return get(f"{BASE}/cleanup", CleanupState)
+    return get(f"{BASE}/cleanup", responses.CleanupState)
 
 
-def detect_and_recover_stuck_jobs(reason: str | None = None) -> ApiRequest[RecoverStuckView]:
+def detect_and_recover_stuck_jobs(reason: str | None = None) -> ApiRequest[responses.RecoverStuckView]:
     """Recover every job that is stalled now, and return what was done to each.
 
     The client does not repeat the request after a lost response, because a repetition would find no stalled job.
     """
-    request = post(f"{BASE}/recover-stuck", RecoverStuckView, {"reason": reason}, wait_ms=_RUN_MS)
+    request = post(f"{BASE}/recover-stuck", responses.RecoverStuckView, {"reason": reason}, wait_ms=_RUN_MS)
     return replace(request, repeatable=False)
 
 
-def failures(limit: int | None = None) -> ApiRequest[FailuresView]:
+def failures(limit: int | None = None) -> ApiRequest[responses.FailuresView]:
     """Group failed jobs (`count`) and jobs that wait for a retry (`retrying`) by error, largest groups first.
 
     `limit` is at most 200, by default 50.
     """
-    return get(f"{BASE}/failures", FailuresView, limit=limit)
+    return get(f"{BASE}/failures", responses.FailuresView, limit=limit)
 
 
-def preview() -> ApiRequest[PreviewView]:
+def preview() -> ApiRequest[responses.PreviewView]:
     """Get what recovery and a cleanup run would do now. Changes nothing."""
-    return get(f"{BASE}/preview", PreviewView)
+    return get(f"{BASE}/preview", responses.PreviewView)
 
 
 def make_plan(
@@ -159,7 +115,7 @@ def make_plan(
     error: str | None = None,
     cursor: str | None = None,
     reason: str | None = None,
-) -> ApiRequest[PlanView]:
+) -> ApiRequest[responses.PlanView]:
     """Plan `action` for the jobs `ids`, or for those that match the filters. Nothing changes before apply_plan.
 
     `action` is retry, force-reset, cancel, force-fail or delete. It can also be recover-stuck or cleanup; these take no
@@ -175,20 +131,20 @@ def make_plan(
         query |= {"finished_since": finished_since, "finished_until": finished_until}
         parameters = {name: value for name, value in query.items() if value is not None}
         body["filter"] = None if action in MAINTENANCE_ACTIONS and not parameters else parameters
-    return post(f"{BASE}/plans", PlanView, body, wait_ms=_RUN_MS)
+    return post(f"{BASE}/plans", responses.PlanView, body, wait_ms=_RUN_MS)
 
 
-def get_plan(plan_id: str) -> ApiRequest[PlanView]:
+def get_plan(plan_id: str) -> ApiRequest[responses.PlanView]:
     """Get the plan, with its result if it was applied. Raises PlanNotFound."""
-    return get(job_path(f"{BASE}/plans", plan_id), PlanView)
+    return get(job_path(f"{BASE}/plans", plan_id), responses.PlanView)
 
 
-def apply_plan(plan_id: str) -> ApiRequest[PlanResult]:
+def apply_plan(plan_id: str) -> ApiRequest[responses.PlanResult]:
     """Apply the plan to every job that has not changed since. Applying it again returns the same result.
 
     Raises PlanNotFound: plans are kept for 15 min, and lost when the daemon restarts.
     """
-    return post(job_path(f"{BASE}/plans", plan_id, "apply"), PlanResult, {}, wait_ms=_RUN_MS)
+    return post(job_path(f"{BASE}/plans", plan_id, "apply"), responses.PlanResult, {}, wait_ms=_RUN_MS)
 
 
 def validate_job(job_id: str) -> ApiRequest[ValidatedJob]:
@@ -198,19 +154,19 @@ def validate_job(job_id: str) -> ApiRequest[ValidatedJob]:
 
 def force_fail(
     job_id: str, reason: str | None = None, *, idempotency_key: str | None = None
-) -> ApiRequest[TransitionView]:
+) -> ApiRequest[responses.TransitionView]:
     """Fail a queued or processing job; a live grant is revoked. Raises JobNotFound, InvalidTransition."""
-    return _change("force-fail", TransitionView, {"jobId": job_id, "reason": reason}, idempotency_key)
+    return _change("force-fail", responses.TransitionView, {"jobId": job_id, "reason": reason}, idempotency_key)
 
 
 def force_reset(
     job_id: str, reason: str | None = None, *, idempotency_key: str | None = None
-) -> ApiRequest[TransitionView]:
+) -> ApiRequest[responses.TransitionView]:
     """Return a processing, failed or cancelled job to its queue as new, with progress, attempt and stalls at 0.
 
     A live grant is revoked. Raises JobNotFound, InvalidTransition.
     """
-    return _change("force-reset", TransitionView, {"jobId": job_id, "reason": reason}, idempotency_key)
+    return _change("force-reset", responses.TransitionView, {"jobId": job_id, "reason": reason}, idempotency_key)
 
 
 def transition_job_state(
@@ -222,7 +178,7 @@ def transition_job_state(
     reason: str | None = None,
     dry_run: bool = False,
     idempotency_key: str | None = None,
-) -> ApiRequest[TransitionView]:
+) -> ApiRequest[responses.TransitionView]:
     """Change the status if it is `from_status` now. Only a grant can make it processing.
 
     `updates` may set error_message, priority, run_at, max_attempts, download_url, file_path, storage_key, metadata.
@@ -231,7 +187,7 @@ def transition_job_state(
     """
     body: dict[str, Any] = {"jobId": job_id, "from": from_status, "to": to_status, "updates": updates}
     body |= {"reason": reason, "dry_run": dry_run or None}
-    return _change("transition", TransitionView, body, idempotency_key)
+    return _change("transition", responses.TransitionView, body, idempotency_key)
 
 
 def extend_lock(
@@ -241,21 +197,21 @@ def extend_lock(
     reason: str | None = None,
     *,
     idempotency_key: str | None = None,
-) -> ApiRequest[AdminLockView]:
+) -> ApiRequest[responses.AdminLockView]:
     """Extend the lock of a worker to at least `additional_ms` from now.
 
     Raises JobNotFound, InvalidTransition, LockLost, MaxProcessingTimeExceeded.
     """
     body = {"jobId": job_id, "lockId": lock_id, "additionalTime": additional_ms, "reason": reason}
-    return _change("extend-lock", AdminLockView, body, idempotency_key)
+    return _change("extend-lock", responses.AdminLockView, body, idempotency_key)
 
 
 def release_lock(
     job_id: str, lock_id: str, reason: str | None = None, *, idempotency_key: str | None = None
-) -> ApiRequest[AdminLockView]:
+) -> ApiRequest[responses.AdminLockView]:
     """Release the lock of a worker: the job returns to its queue. Raises JobNotFound, InvalidTransition, LockLost."""
     body = {"jobId": job_id, "lockId": lock_id, "reason": reason}
-    return _change("release-lock", AdminLockView, body, idempotency_key)
+    return _change("release-lock", responses.AdminLockView, body, idempotency_key)
 
 
 def _change(verb: str, shape: type[T], body: Mapping[str, Any], key: str | None) -> ApiRequest[T]:
@@ -297,9 +253,9 @@ def update_job(
     return post(job_path(JOBS, job_id, "update"), JobInfo, body, key=idempotency_key or uuid7())
 
 
-def late_results(job_id: str) -> ApiRequest[list[LateResultView]]:
+def late_results(job_id: str) -> ApiRequest[list[responses.LateResultView]]:
     """List the results that were submitted after the lock was lost, oldest grant first. Raises JobNotFound."""
-    return get(job_path(JOBS, job_id, "late-results"), LateResultList).then(lambda found: found.late_results)
+    return get(job_path(JOBS, job_id, "late-results"), responses.LateResultList).then(lambda found: found.late_results)
 
 
 def adopt(
@@ -368,22 +324,22 @@ def list_jobs(
 
 def timeline(job_id: str) -> ApiRequest[list[EventView]]:
     """Get the job's history, oldest event first. Raises JobNotFound."""
-    return get(job_path(JOBS, job_id, "timeline"), TimelineView).then(lambda found: found.events)
+    return get(job_path(JOBS, job_id, "timeline"), responses.TimelineView).then(lambda found: found.events)
 
 
-def why(job_id: str) -> ApiRequest[WhyView]:
+def why(job_id: str) -> ApiRequest[responses.WhyView]:
     """Explain in plain words why the job is in its state, and what happens next. Raises JobNotFound."""
-    return get(job_path(JOBS, job_id, "why"), WhyView)
+    return get(job_path(JOBS, job_id, "why"), responses.WhyView)
 
 
-def locks(*, limit: int | None = None) -> ApiRequest[list[LockedJob]]:
+def locks(*, limit: int | None = None) -> ApiRequest[list[responses.LockedJob]]:
     """List the current grants with their workers and expiry times. With `limit` (up to 200), list the oldest."""
-    return get(f"{BASE}/locks", LockList, limit=limit).then(lambda found: found.locks)
+    return get(f"{BASE}/locks", responses.LockList, limit=limit).then(lambda found: found.locks)
 
 
 def queues(
     *, limit: int | None = None, cursor: str | None = None, busiest: bool = False
-) -> ApiRequest[list[QueueView]]:
+) -> ApiRequest[list[responses.QueueView]]:
     """Get a page of queues by name: counts by status, the oldest due job, and the pause if there is one.
 
     `limit` is at most 200, the default. `cursor` is the name of the last queue of the previous page. With `busiest`,
@@ -394,28 +350,28 @@ def queues(
 
 def queue_page(
     *, limit: int | None = None, cursor: str | None = None, busiest: str | None = None
-) -> ApiRequest[QueueList]:
+) -> ApiRequest[responses.QueueList]:
     """Get a page of queues with its `next_cursor`."""
-    return get(f"{BASE}/queues", QueueList, limit=limit, cursor=cursor, busiest=busiest)
+    return get(f"{BASE}/queues", responses.QueueList, limit=limit, cursor=cursor, busiest=busiest)
 
 
-def workers(*, limit: int | None = None) -> ApiRequest[list[WorkerView]]:
+def workers(*, limit: int | None = None) -> ApiRequest[list[responses.WorkerView]]:
     """List up to 200 (or `limit`) workers that are not gone, most recently seen first: state, latest claim, jobs."""
     return worker_page(limit=limit).then(lambda page: page.workers)
 
 
 def worker_page(
     *, state: WorkerState | None = None, limit: int | None = None, cursor: str | None = None
-) -> ApiRequest[WorkerList]:
+) -> ApiRequest[responses.WorkerList]:
     """Get a page of workers, most recently seen first. `limit` is at most 200, the default.
 
     `state` selects workers in that state, by default all that are not gone. `cursor` is the `next_cursor` of the
     previous page.
     """
-    return get(f"{BASE}/workers", WorkerList, state=state, limit=limit, cursor=cursor)
+    return get(f"{BASE}/workers", responses.WorkerList, state=state, limit=limit, cursor=cursor)
 
 
-def take_back(worker: str, reason: str | None = None, *, dry_run: bool = False) -> ApiRequest[TakeBackView]:
+def take_back(worker: str, reason: str | None = None, *, dry_run: bool = False) -> ApiRequest[responses.TakeBackView]:
     """End the expired grants of a silent worker now, by the stall rule of each job.
 
     With `dry_run`, up to 200 of them are listed, and nothing changes. Without it, the client does not repeat the
@@ -424,13 +380,13 @@ def take_back(worker: str, reason: str | None = None, *, dry_run: bool = False) 
     Raises WorkerNotFound, WorkerNotSilent.
     """
     body = {"reason": reason, "dry_run": dry_run or None}
-    request = post(job_path(f"{BASE}/workers", worker, "take-back"), TakeBackView, body, wait_ms=_RUN_MS)
+    request = post(job_path(f"{BASE}/workers", worker, "take-back"), responses.TakeBackView, body, wait_ms=_RUN_MS)
     return replace(request, repeatable=dry_run)
 
 
-def reports(limit: int | None = None) -> ApiRequest[list[CleanupReport]]:
+def reports(limit: int | None = None) -> ApiRequest[list[responses.CleanupReport]]:
     """List the reports of the latest cleanup runs, newest first. `limit` is at most 500, by default 50."""
-    return get(f"{BASE}/reports", ReportList, limit=limit).then(lambda found: found.reports)
+    return get(f"{BASE}/reports", responses.ReportList, limit=limit).then(lambda found: found.reports)
 
 
 def audit(
@@ -441,63 +397,63 @@ def audit(
     since: int | None = None,
     limit: int | None = None,
     cursor: str | None = None,
-) -> ApiRequest[AuditPage]:
+) -> ApiRequest[responses.AuditPage]:
     """Get a page of the audit log, newest entry first. `limit` is at most 200, by default 50.
 
     `since` is Unix ms. `cursor` is the `next_cursor` of the previous page. A page may be short; the last page has no
     `next_cursor`.
     """
     query = {"who": who, "what": what, "job_id": job_id, "since": since, "limit": limit, "cursor": cursor}
-    return get(f"{BASE}/audit", AuditPage, **query)
+    return get(f"{BASE}/audit", responses.AuditPage, **query)
 
 
-def alerts() -> ApiRequest[list[AlertView]]:
+def alerts() -> ApiRequest[list[responses.AlertView]]:
     """List every alert, firing or not, with its value and threshold."""
-    return get(f"{BASE}/alerts", AlertList).then(lambda found: found.alerts)
+    return get(f"{BASE}/alerts", responses.AlertList).then(lambda found: found.alerts)
 
 
-def pause_queue(queue: str, reason: str | None = None, *, until: int | None = None) -> ApiRequest[PausedView]:
+def pause_queue(queue: str, reason: str | None = None, *, until: int | None = None) -> ApiRequest[responses.PausedView]:
     """Grant no job of this queue until an operator resumes it, or until `until` (Unix ms).
 
     Running jobs continue. Another pause replaces the reason and the end.
     """
     body = {"reason": reason, "until": until}
-    return post(job_path(f"{BASE}/queues", queue, "pause"), PausedView, body, key=uuid7())
+    return post(job_path(f"{BASE}/queues", queue, "pause"), responses.PausedView, body, key=uuid7())
 
 
-def resume_queue(queue: str, reason: str | None = None) -> ApiRequest[PausedView]:
+def resume_queue(queue: str, reason: str | None = None) -> ApiRequest[responses.PausedView]:
     """Grant jobs of this queue again."""
-    return post(job_path(f"{BASE}/queues", queue, "resume"), PausedView, {"reason": reason}, key=uuid7())
+    return post(job_path(f"{BASE}/queues", queue, "resume"), responses.PausedView, {"reason": reason}, key=uuid7())
 
 
-def webhooks() -> ApiRequest[list[WebhookView]]:
+def webhooks() -> ApiRequest[list[responses.WebhookView]]:
     """List the webhooks and the state of their deliveries."""
-    return get(f"{BASE}/webhooks", WebhookList).then(lambda found: found.webhooks)
+    return get(f"{BASE}/webhooks", responses.WebhookList).then(lambda found: found.webhooks)
 
 
 def deliveries(
     webhook: str,
     *,
-    state: DeliveryState | None = None,
+    state: responses.DeliveryState | None = None,
     limit: int | None = None,
     cursor: str | None = None,
-) -> ApiRequest[DeliveryPage]:
+) -> ApiRequest[responses.DeliveryPage]:
     """Get a page of a webhook's pending and latest deliveries, newest first. `limit` is at most 200, by default 50.
 
     `cursor` is the `next_cursor` of the previous page; the last page has none. Raises NotFound for an unknown webhook.
     """
     path = job_path(f"{BASE}/webhooks", webhook, "deliveries")
-    return get(path, DeliveryPage, state=state, limit=limit, cursor=cursor)
+    return get(path, responses.DeliveryPage, state=state, limit=limit, cursor=cursor)
 
 
-def deliver_again(webhook: str, delivery: int, reason: str | None = None) -> ApiRequest[DeliveryView]:
+def deliver_again(webhook: str, delivery: int, reason: str | None = None) -> ApiRequest[responses.DeliveryView]:
     """Send a delivery again now, in any state. It keeps its `webhook-id`.
 
     The client does not repeat the request after a lost response, because a repetition could send the delivery twice.
     Raises NotFound for an unknown webhook or delivery, StorageFull.
     """
     body = {"id": delivery, "reason": reason}
-    request = post(job_path(f"{BASE}/webhooks", webhook, "resend"), DeliveryView, body)
+    request = post(job_path(f"{BASE}/webhooks", webhook, "resend"), responses.DeliveryView, body)
     return replace(request, repeatable=False)
 
 
@@ -508,35 +464,30 @@ def deliver_all_again(webhook: str, upto: int | None = None, reason: str | None 
     Raises NotFound for an unknown webhook, StorageFull.
     """
     path = job_path(f"{BASE}/webhooks", webhook, "resend-given-up")
-    request = post(path, Resent, {"upto": upto, "reason": reason}).then(lambda found: found.resent)
+    request = post(path, responses.Resent, {"upto": upto, "reason": reason}).then(lambda found: found.resent)
     return replace(request, repeatable=False)
 
 
-def test_webhook(webhook: str, reason: str | None = None) -> ApiRequest[DeliveryView]:  # noqa: PT028 - no test function
+def test_webhook(webhook: str, reason: str | None = None) -> ApiRequest[responses.DeliveryView]:  # noqa: PT028 - no test function
     """Send a test message to a webhook. The client does not repeat the request after a lost response.
 
     Raises NotFound for an unknown webhook, StorageFull.
     """
-    request = post(job_path(f"{BASE}/webhooks", webhook, "test"), DeliveryView, {"reason": reason})
+    request = post(job_path(f"{BASE}/webhooks", webhook, "test"), responses.DeliveryView, {"reason": reason})
     return replace(request, repeatable=False)
 
 
-def clock() -> ApiRequest[ClockView]:
+def clock() -> ApiRequest[responses.ClockView]:
     """Get the daemon's clock (Unix ms), and whether deletion by age is suspended because the clock is suspect."""
-    return get(f"{BASE}/clock", ClockView)
+    return get(f"{BASE}/clock", responses.ClockView)
 
 
-def accept_clock(reason: str | None = None) -> ApiRequest[ClockView]:
+def accept_clock(reason: str | None = None) -> ApiRequest[responses.ClockView]:
     """Accept the daemon's clock as correct, which resumes deletion by age. Raises StorageFull."""
-    return post(f"{BASE}/clock/accept", ClockView, {"reason": reason})
+    return post(f"{BASE}/clock/accept", responses.ClockView, {"reason": reason})
 
 
-def cluster() -> ApiRequest[ClusterView]:
-    """Get the nodes of the cluster and its leader, as the node that responds sees them. It may be a standby."""
-    return get("/v1/cluster", ClusterView)
-
-
-def step_down(reason: str | None = None, *, force: bool = False) -> ApiRequest[ClusterView]:
+def step_down(reason: str | None = None, *, force: bool = False) -> ApiRequest[responses.ClusterView]:
     """Make the leader step down, whose process then ends, so that a standby takes over at once.
 
     The client does not repeat the request after a lost response, because it would reach the next leader. Raises
@@ -544,12 +495,12 @@ def step_down(reason: str | None = None, *, force: bool = False) -> ApiRequest[C
     its own.
     """
     body = {"reason": reason, "force": force or None}
-    return replace(post(f"{BASE}/cluster/step-down", ClusterView, body), repeatable=False)
+    return replace(post(f"{BASE}/cluster/step-down", responses.ClusterView, body), repeatable=False)
 
 
-def quarantine() -> ApiRequest[list[QuarantinedJob]]:
+def quarantine() -> ApiRequest[list[responses.QuarantinedJob]]:
     """List the jobs whose rows are damaged, and the damage."""
-    return get(f"{BASE}/quarantine", QuarantineList).then(lambda found: found.jobs)
+    return get(f"{BASE}/quarantine", responses.QuarantineList).then(lambda found: found.jobs)
 
 
 def metrics() -> ApiRequest[str]:
@@ -586,14 +537,14 @@ def export_page(
     return page.then(_job_lines)
 
 
-def import_jobs() -> ApiRequest[ImportResult]:
+def import_jobs() -> ApiRequest[responses.ImportResult]:
     """Import jobs. The body is a stream of JSON lines. Raises StorageFull, TooManyJobs."""
-    return _lines(f"{BASE}/import", ImportResult)
+    return _lines(f"{BASE}/import", responses.ImportResult)
 
 
-def preview_import() -> ApiRequest[ImportPreview]:
+def preview_import() -> ApiRequest[responses.ImportPreview]:
     """Preview an import. The body is a stream of JSON lines."""
-    return _lines(f"{BASE}/import/preview", ImportPreview)
+    return _lines(f"{BASE}/import/preview", responses.ImportPreview)
 
 
 def _lines(path: str, shape: type[T]) -> ApiRequest[T]:
@@ -608,14 +559,14 @@ def backup(id_: str | None = None) -> ApiRequest[bytes]:
     return ApiRequest("GET", with_query(f"{BASE}/backup", id=id_), bytes)
 
 
-def check_rows(cursor: str | None = None) -> ApiRequest[CheckedRows]:
+def check_rows(cursor: str | None = None) -> ApiRequest[responses.CheckedRows]:
     """Check the checksums of rows for a quarter of a second, and quarantine the damaged rows.
 
     `cursor` is the `next_cursor` of the previous call; the last call returns none.
     """
-    return get(f"{BASE}/check-rows", CheckedRows, cursor=cursor)
+    return get(f"{BASE}/check-rows", responses.CheckedRows, cursor=cursor)
 
 
-def backups() -> ApiRequest[list[BackupView]]:
+def backups() -> ApiRequest[list[responses.BackupView]]:
     """List the running and the latest finished backups, newest first."""
-    return get(f"{BASE}/backups", BackupList).then(lambda found: found.backups)
+    return get(f"{BASE}/backups", responses.BackupList).then(lambda found: found.backups)

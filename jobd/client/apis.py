@@ -179,7 +179,7 @@ class AdminApi(BaseClient):
     test_webhook = Method(admin_requests.test_webhook)
     clock = Method(admin_requests.clock)
     accept_clock = Method(admin_requests.accept_clock)
-    cluster = Method(admin_requests.cluster)
+    cluster = Method(worker_requests.cluster)
     step_down = Method(admin_requests.step_down)
     quarantine = Method(admin_requests.quarantine)
     backups = Method(admin_requests.backups)

@@ -37,84 +37,61 @@ class JobdError(Exception):
         if status is not None:
             self.status = status
 
-    def __init_subclass__(cls) -> None:
-        ERRORS[cls.code] = cls
+    def __init_subclass__(cls, code: str | None = None) -> None:
+        cls.code = code or cls.code
         cls.status = ERROR_STATUS.get(cls.code, cls.status)
+        ERRORS[cls.code] = cls
 
     def __str__(self) -> str:
         return f"{self.message} [{self.code}]"
 
 
-class InvalidRequest(JobdError):
+class InvalidRequest(JobdError, code="invalid_request"):
     """A field is unknown, has the wrong type or is out of bounds; the message names it."""
 
-    code = "invalid_request"
 
-
-class Unauthorized(JobdError):
+class Unauthorized(JobdError, code="unauthorized"):
     """The token is missing or invalid."""
 
-    code = "unauthorized"
 
-
-class Forbidden(JobdError):
+class Forbidden(JobdError, code="forbidden"):
     """The daemon does not serve the Host or Origin of the request, or the token is read-only."""
 
-    code = "forbidden"
 
-
-class NotFound(JobdError):
+class NotFound(JobdError, code="not_found"):
     """The artifact or the path does not exist. If the path does not, the daemon is too old or the port is wrong."""
 
-    code = "not_found"
 
-
-class JobNotFound(JobdError):
+class JobNotFound(JobdError, code="job_not_found"):
     """No job has this id."""
 
-    code = "job_not_found"
 
-
-class LateResultNotFound(JobdError):
+class LateResultNotFound(JobdError, code="late_result_not_found"):
     """The job has no late result, or none with this number."""
 
-    code = "late_result_not_found"
 
-
-class WorkerNotFound(JobdError):
+class WorkerNotFound(JobdError, code="worker_not_found"):
     """The daemon has no worker with this name."""
 
-    code = "worker_not_found"
 
-
-class PlanNotFound(JobdError):
+class PlanNotFound(JobdError, code="plan_not_found"):
     """The plan does not exist or has expired: build it again."""
 
-    code = "plan_not_found"
 
-
-class MethodNotAllowed(JobdError):
+class MethodNotAllowed(JobdError, code="method_not_allowed"):
     """The path exists, but not with this method."""
 
-    code = "method_not_allowed"
 
-
-class RequestTimeout(JobdError):
+class RequestTimeout(JobdError, code="request_timeout"):
     """The body did not arrive in time; nothing was changed."""
 
-    code = "request_timeout"
 
-
-class JobExists(JobdError):
+class JobExists(JobdError, code="job_exists"):
     """A different job with this id exists."""
 
-    code = "job_exists"
 
-
-class AlreadyLocked(JobdError):
+class AlreadyLocked(JobdError, code="already_locked"):
     """Another worker holds the job."""
-
-    code = "already_locked"
 
     @property
     def locked_by(self) -> str | None:
@@ -127,28 +104,20 @@ class AlreadyLocked(JobdError):
         return _number(self.details.get("lock_expires_at"))
 
 
-class NotDue(JobdError):
+class NotDue(JobdError, code="not_due"):
     """The job's `run_at` is in the future."""
 
-    code = "not_due"
 
-
-class QueuePaused(JobdError):
+class QueuePaused(JobdError, code="queue_paused"):
     """The job's queue is paused: none of its jobs is granted until an operator resumes it."""
 
-    code = "queue_paused"
 
-
-class InvalidTransition(JobdError):
+class InvalidTransition(JobdError, code="invalid_transition"):
     """The job's status does not allow this."""
 
-    code = "invalid_transition"
 
-
-class LockLost(JobdError):
+class LockLost(JobdError, code="lock_lost"):
     """The job is no longer yours: stop working on it. `reason` says why."""
-
-    code = "lock_lost"
 
     @property
     def reason(self) -> str | None:
@@ -166,129 +135,90 @@ class LockLost(JobdError):
         return self.details.get("cancel_requested") is True
 
 
-class MaxProcessingTimeExceeded(JobdError):
+class MaxProcessingTimeExceeded(JobdError, code="max_processing_time_exceeded"):
     """No progress was reported within `max_processing_ms`: the lock cannot be extended any further."""
 
-    code = "max_processing_time_exceeded"
 
-
-class JobQuarantined(JobdError):
+class JobQuarantined(JobdError, code="job_quarantined"):
     """The job's row on disk is damaged. `jobd doctor` prints how to fix it."""
 
-    code = "job_quarantined"
 
-
-class WorkerNotSilent(JobdError):
+class WorkerNotSilent(JobdError, code="worker_not_silent"):
     """The worker holds no job whose lock has expired; nothing was changed."""
 
-    code = "worker_not_silent"
 
-
-class NoStandby(JobdError):
+class NoStandby(JobdError, code="no_standby"):
     """No standby of the cluster is ready to take over; nothing was changed."""
 
-    code = "no_standby"
 
-
-class EventsGone(JobdError):
+class EventsGone(JobdError, code="events_gone"):
     """The requested events are no longer in the journal. Read the current state, then follow events from now on."""
 
-    code = "events_gone"
 
-
-class TooLarge(JobdError):
+class TooLarge(JobdError, code="too_large"):
     """The body, the payload or the number of jobs is above its limit."""
 
-    code = "too_large"
 
-
-class UnsupportedMediaType(JobdError):
+class UnsupportedMediaType(JobdError, code="unsupported_media_type"):
     """The body is not JSON, or is compressed."""
 
-    code = "unsupported_media_type"
 
-
-class ExpectationFailed(JobdError):
+class ExpectationFailed(JobdError, code="expectation_failed"):
     """The `Expect` header of the request is not `100-continue`."""
 
-    code = "expectation_failed"
 
-
-class IdempotencyKeyReused(JobdError):
+class IdempotencyKeyReused(JobdError, code="idempotency_key_reused"):
     """The key was used before with another body."""
 
-    code = "idempotency_key_reused"
 
-
-class InternalError(JobdError):
+class InternalError(JobdError, code="internal_error"):
     """A bug in the daemon; its log has the details. Nothing was changed."""
 
-    code = "internal_error"
 
-
-class Overloaded(JobdError):
+class Overloaded(JobdError, code="overloaded"):
     """The daemon has too many requests; nothing was changed. Retry after `retry_after_ms`."""
 
-    code = "overloaded"
 
-
-class ShuttingDown(JobdError):
+class ShuttingDown(JobdError, code="shutting_down"):
     """The daemon is stopping; nothing was changed."""
 
-    code = "shutting_down"
 
-
-class NotLeader(JobdError):
+class NotLeader(JobdError, code="not_leader"):
     """The node does not lead its cluster; nothing was changed. `details["leader"]` is the leader's URL or None."""
 
-    code = "not_leader"
 
-
-class StorageUnavailable(JobdError):
+class StorageUnavailable(JobdError, code="storage_unavailable"):
     """The artifact store cannot be read now; the daemon's log has the reason."""
 
-    code = "storage_unavailable"
 
-
-class OutcomeUnknown(JobdError):
+class OutcomeUnknown(JobdError, code="outcome_unknown"):
     """The write failed, and it is unknown whether it is on disk. Repeat the request to find out."""
 
-    code = "outcome_unknown"
 
-
-class StorageFull(JobdError):
+class StorageFull(JobdError, code="storage_full"):
     """The daemon's disk is full; nothing was changed."""
 
-    code = "storage_full"
 
-
-class TooManyJobs(JobdError):
+class TooManyJobs(JobdError, code="too_many_jobs"):
     """The daemon has reached its limit of live jobs; nothing was changed."""
 
-    code = "too_many_jobs"
 
-
-class TooManyQueues(JobdError):
+class TooManyQueues(JobdError, code="too_many_queues"):
     """The job needs a new queue, but the number of queues has reached `limits.queues`; nothing was changed."""
 
-    code = "too_many_queues"
 
-
-class Unreachable(JobdError):
+class Unreachable(JobdError, code="unreachable"):
     """There was no response: the daemon is not running, or the connection broke. The request may have been applied.
 
     With several URLs, `details["tried"]` has the outcome of each. `is_slow` is set if the daemon accepted a connection
     but did not respond in time.
     """
 
-    code = "unreachable"
     is_slow = False
 
 
-class BadResponse(JobdError):
+class BadResponse(JobdError, code="bad_response"):
     """The response is not from jobd, or from another version."""
-
-    code = "bad_response"
 
 
 def _text(value: object) -> str | None:

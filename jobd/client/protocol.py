@@ -7,8 +7,8 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Generic, TypeVar, cast
 from urllib.parse import quote, urlencode
 
 import msgspec
@@ -126,16 +126,7 @@ class ApiRequest(Generic[T]):
 
     def then(self, select: Callable[[T], U]) -> ApiRequest[U]:
         """Return the same request with `select` of its result as the result."""
-        read = self.read
-        return ApiRequest(
-            self.method,
-            self.path,
-            lambda body: select(read(body)),
-            self.body,
-            self.headers,
-            self.wait_ms,
-            self.repeatable,
-        )
+        return cast(ApiRequest[U], replace(cast(Any, self), read=lambda body: select(self.read(body))))
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,8 @@ def methods(owner: type, names: Iterable[str], module: ModuleType | None = None)
         function = getattr(owner, name)
         _, *given = inspect.signature(function).parameters.values()
         call = inspect.Signature([each.replace(annotation=each.empty) for each in given])
-        source = function if name in vars(owner) else getattr(module, name, function)
+        shared = getattr(worker_requests, name, function)
+        source = function if name in vars(owner) else getattr(module, name, shared)
         table.append(f"| `{name}{call}` | {result(name, source)} | {text(function)} |")
     return table
 
@@ -93,7 +94,7 @@ def result(name: str, function: Callable[..., Any]) -> str:
     annotation = str(inspect.signature(function).return_annotation)
     if annotation.startswith("ApiRequest["):
         annotation = annotation.removeprefix("ApiRequest[").removesuffix("]")
-    return f"`{annotation}`"
+    return f"`{annotation.replace('responses.', '')}`"
 
 
 def text(documented: Any) -> str:
