@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from msgspec.structs import astuple
 
-from jobd.journal.checksum import checksum
+from jobd.journal.checksum import checked, checksum
 from jobd.model.journal import BadRecord, Record
 
 _INSERT: Final = (
@@ -24,7 +24,7 @@ _TRIM: Final = "DELETE FROM journal WHERE number <= ?"
 class SqliteJournal:
     """The journal of one store. `commit` runs a function in a transaction, and translates its errors.
 
-    `trim` belongs to the transaction that writes the tables, so it has none of its own.
+    `trim` deletes the records that the tables have. It belongs to the transaction that writes these.
     """
 
     def __init__(self, conn: sqlite3.Connection, commit: Callable[..., Any]) -> None:
@@ -47,19 +47,15 @@ class SqliteJournal:
             raise BadRecord(upto + 1, f"may be missing: record {left[0]} is present, although it was deleted")
 
     def append(self, record: Record) -> None:
+        """Write `record`. It is durable when this returns.
+
+        Raises DiskFull if nothing was written. After any other exception the outcome is unknown.
+        """
         self._commit(self._conn.execute, _INSERT, (*astuple(record), checksum(record)))
 
     def read(self, after: int, limit: int) -> list[Record]:
-        records = []
-        for *columns, crc in self._conn.execute(_READ, (after, limit)).fetchall():
-            after += 1
-            record = Record(*columns)
-            if record.number != after:
-                raise BadRecord(after, "is missing")
-            if checksum(record) != crc:
-                raise BadRecord(after, "is damaged: its checksum is wrong")
-            records.append(record)
-        return records
+        """Return up to `limit` records with a number above `after`, in order. Raises BadRecord."""
+        return checked(self._conn.execute(_READ, (after, limit)).fetchall(), after)
 
     def trim(self, upto: int) -> None:
         self._conn.execute(_TRIM, (upto,))

@@ -34,22 +34,6 @@ class BadRecord(Exception):
         self.reason = reason
 
 
-class Journal(Protocol):
-    """An append-only log of records. All calls block."""
-
-    def append(self, record: Record) -> None:
-        """Write `record`. It is durable when this returns.
-
-        Raises DiskFull if nothing was written. After any other exception the outcome is unknown.
-        """
-
-    def read(self, after: int, limit: int) -> list[Record]:
-        """Return up to `limit` records with a number above `after`, in order. Raises BadRecord."""
-
-    def trim(self, upto: int) -> None:
-        """Delete the records with a number up to `upto`, which the tables have."""
-
-
 class Head(Struct, frozen=True, gc=False):
     """The state of a shared journal: its last record, and the node that leads.
 

@@ -11,13 +11,13 @@ import pytest
 from jobd.core import replay
 from jobd.core.state import State
 from jobd.journal import record
-from jobd.journal.memory import MemoryJournal
 from jobd.model.journal import Record
 from jobd.model.storage import OpenedStore
 from jobd.storage.startup import connect, start
 from tests.proof.simulation.loop import SimLoop
 from tests.proof.simulation.run import run_machine
 from tests.proof.simulation.trace import Trace
+from tests.support.memory_journal import MemoryJournal
 from tests.support.memory_tables import MemoryTables
 from tests.support.projection_harness import content_of, differences
 from tests.support.rule_harness import snapshot

@@ -16,7 +16,6 @@ from jobd.engine.clock import Clock
 from jobd.engine.idempotency import IdempotencyStore
 from jobd.journal import record
 from jobd.journal.checksum import checksum
-from jobd.journal.memory import MemoryServer, MemorySharedJournal
 from jobd.maintenance.due_jobs import DueJobs
 from jobd.maintenance.held_locks import extend_held_locks
 from jobd.model.commands import AnyCommand
@@ -27,6 +26,7 @@ from jobd.model.responses import Response
 from jobd.model.storage import Batch, TableWrite
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Followed
+from tests.support.memory_journal import MemoryServer, MemorySharedJournal
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import WALL
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from msgspec.structs import replace
 
 from jobd.journal import record
-from jobd.journal.memory import MemoryJournal
 from jobd.model.events import Change, fold
 from jobd.model.job import Job
 from jobd.model.journal import Record
 from jobd.model.storage import BadRows, Batch, DiskFull, Numbers, TableWrite
 from jobd.storage.tables.projection import MAX_BEHIND, SLICE_EVENTS
+from tests.support.memory_journal import MemoryJournal
 from tests.support.memory_tables import MemoryTables
 
 Pending = tuple[int, Batch]  # number of a record that the tables lack, and its batch as decoded

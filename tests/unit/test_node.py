@@ -11,11 +11,11 @@ import pytest
 
 from jobd import config_loader, node
 from jobd.config_loader import load
-from jobd.journal.memory import MemoryServer, MemorySharedJournal
 from jobd.node import ClusterNode
 from jobd.resources import CannotStart
 from jobd.storage.cluster.store import ClusterStore
 from tests.support.factories import ChangeFactory
+from tests.support.memory_journal import MemoryServer, MemorySharedJournal
 from tests.unit.storage.cluster.test_store import leading
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Any, Final, TypeVar
 
 from jobd.journal import url as journal_url
-from jobd.journal.checksum import checksum
+from jobd.journal.checksum import checked
 from jobd.journal.postgres import nodes, partitions, schema, snapshots
 from jobd.journal.postgres.errors import explain, is_unsupported, was_rejected
 from jobd.journal.postgres.leader_session import EXPIRES, NOW, LeaderSession, head_of
@@ -123,16 +123,7 @@ class PostgresJournal:
             rows = await self._read_rows(after, limit)  # the first may have been appended in between
             if not rows:
                 raise BadRecord(after + 1, "is missing")
-        records = []
-        for *columns, crc in rows:
-            after += 1
-            record = Record(*columns)
-            if record.number != after:
-                raise BadRecord(after, "is missing")
-            if checksum(record) != crc:
-                raise BadRecord(after, "is damaged: its checksum is wrong")
-            records.append(record)
-        return records
+        return checked(rows, after)
 
     async def _read_rows(self, after: int, limit: int) -> list[Any]:
         return await self._read(lambda conn: conn.fetch(_READ, self._name, after, limit, READ_BYTES))

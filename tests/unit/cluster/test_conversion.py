@@ -14,7 +14,6 @@ from msgspec.structs import replace
 
 from jobd.cluster import conversion
 from jobd.cluster.conversion import CannotConvert
-from jobd.journal.memory import MemoryServer, MemorySharedJournal
 from jobd.journal.record import CLOSING, FORMAT
 from jobd.model.journal import BadRecord, JournalUnavailable, NodeEntry
 from jobd.model.storage import DiskFull
@@ -25,6 +24,7 @@ from jobd.storage.cluster.membership import WrongCluster
 from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.files import StoreUnreadable, read_epoch
 from tests.support.factories import ChangeFactory
+from tests.support.memory_journal import MemoryServer, MemorySharedJournal
 from tests.support.store_files import assert_holds, fill, make_store, open_store
 from tests.support.virtual_engine import in_virtual_time
 

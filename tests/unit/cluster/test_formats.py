@@ -9,13 +9,13 @@ from msgspec.structs import replace
 
 from jobd.cluster.node_registry import NodeRegistry
 from jobd.journal import record
-from jobd.journal.memory import MemoryServer
 from jobd.journal.record import CLOSING, FORMAT
 from jobd.model.commands import Create
 from jobd.model.journal import BadRecord, NodeEntry
 from jobd.model.storage import FormatNotRead
 from tests.support.cluster_harness import cluster, leader_of
 from tests.support.factories import ChangeFactory
+from tests.support.memory_journal import MemoryServer
 from tests.support.virtual_engine import in_virtual_time, seconds
 from tests.unit.storage.cluster.test_store import leading
 

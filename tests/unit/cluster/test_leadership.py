@@ -8,9 +8,9 @@ import pytest
 
 from jobd.cluster.leadership import Leadership
 from jobd.cluster.lease import LeaderLease
-from jobd.journal.memory import MemoryServer, MemorySharedJournal
 from jobd.model.journal import Fenced, JournalOutcomeUnknown, LeadershipLost, Record
 from jobd.model.storage import DiskFull
+from tests.support.memory_journal import MemoryServer, MemorySharedJournal
 from tests.support.virtual_engine import in_virtual_time, seconds
 
 LEASE_S = 3.0

@@ -14,7 +14,6 @@ from jobd.cluster import loss
 from jobd.cluster.conversion import CannotConvert
 from jobd.cluster.loss import Accepted, CannotAccept
 from jobd.cluster.standby import JUMP
-from jobd.journal.memory import MemoryServer
 from jobd.journal.record import FORMAT
 from jobd.model.commands import Import
 from jobd.model.job import Policy
@@ -25,6 +24,7 @@ from jobd.storage.cluster.lost_records import LostChanges, LostJob
 from jobd.storage.cluster.membership import StoreAhead, WrongCluster
 from jobd.storage.files import StoreBusy
 from tests.support.factories import ChangeFactory
+from tests.support.memory_journal import MemoryServer
 from tests.support.store_files import edit_store, job_of, make_store, read_file
 from tests.unit.storage.cluster.test_store import Node, following, leading, rows_of
 

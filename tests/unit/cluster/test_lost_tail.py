@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from jobd.journal.memory import MemoryServer
 from jobd.model.commands import Create
 from jobd.model.journal import BadRecord
 from jobd.storage.cluster.membership import StoreDamaged
 from tests.support.cluster_harness import ClusterNode, cluster, join, leader_of
+from tests.support.memory_journal import MemoryServer
 from tests.support.virtual_engine import in_virtual_time, seconds
 
 

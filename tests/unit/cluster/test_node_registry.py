@@ -9,10 +9,10 @@ from structlog.testing import capture_logs
 
 from jobd.cluster.node_registry import EVERY_S, NodeRegistry
 from jobd.cluster.view import Position, cluster_view
-from jobd.journal.memory import MemoryServer, MemorySharedJournal
 from jobd.journal.record import FORMAT, LOWEST_FORMAT
 from jobd.model.journal import Head, NodeEntry
 from jobd.model.responses import ClusterView
+from tests.support.memory_journal import MemoryServer, MemorySharedJournal
 from tests.support.virtual_engine import in_virtual_time, seconds
 
 FOLLOWS = Position(is_leader=False, holder="p-a", leader="http://a", epoch=7, record=12, lag_events=3, problem=None)

@@ -13,10 +13,10 @@ from structlog.testing import capture_logs
 from jobd.cluster import snapshot_schedule
 from jobd.cluster.node_registry import NodeRegistry
 from jobd.cluster.snapshot_schedule import SnapshotSchedule
-from jobd.journal.memory import MemoryServer, MemorySharedJournal
 from jobd.model.journal import NodeEntry, Record, SharedJournal
 from jobd.model.storage import DiskFull
 from jobd.storage.backup import StoreCopy
+from tests.support.memory_journal import MemoryServer, MemorySharedJournal
 from tests.support.virtual_engine import in_virtual_time, seconds
 
 EVERY_MS = 60_000

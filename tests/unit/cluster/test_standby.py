@@ -12,11 +12,11 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from jobd.cluster.standby import JUMP, Standby, acknowledged, refuses_connections_at
-from jobd.journal.memory import MemoryServer
 from jobd.model.commands import Cancel, Create, ForceReset, Get, Start
 from jobd.model.journal import BadRecord, Head, JournalOutcomeUnknown, JournalUnavailable, NodeEntry, Record
 from jobd.model.storage import Batch, DiskFull, FiguresWrite, OutboxWrite, Quarantined, Tombstone, TombstoneWrite
 from tests.support.cluster_harness import ClusterNode, cluster, join, leader_of
+from tests.support.memory_journal import MemoryServer
 from tests.support.virtual_engine import VirtualLoop, in_virtual_time, seconds
 
 

@@ -7,11 +7,11 @@ import asyncio
 import pytest
 
 from jobd.core.state import State
-from jobd.journal.memory import MemoryServer
 from jobd.model.commands import Claim, Complete, Create, Get, Progress, Release, Start, Why
 from jobd.model.job import TOKEN_COUNTER_BITS
 from jobd.model.journal import Fenced, JournalOutcomeUnknown, LeadershipLost
 from tests.support.cluster_harness import LEASE_S, ClusterNode, cluster, join, leader_of
+from tests.support.memory_journal import MemoryServer
 from tests.support.rule_harness import snapshot
 from tests.support.virtual_engine import in_virtual_time, key, seconds, settle
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from jobd.journal.memory import MemoryJournal
 from jobd.journal.sqlite import SqliteJournal
-from jobd.model.journal import BadRecord, Journal, Record
+from jobd.model.journal import BadRecord, Record
 from jobd.storage.schema import migrations
+from tests.support.memory_journal import MemoryJournal
+
+Journal = MemoryJournal | SqliteJournal
 
 
 def connection() -> sqlite3.Connection:

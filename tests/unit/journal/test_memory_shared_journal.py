@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from jobd.journal.memory import MemoryServer, MemorySharedJournal
 from jobd.model.journal import Fenced, JournalOutcomeUnknown, JournalUnavailable, Record
+from tests.support.memory_journal import MemoryServer, MemorySharedJournal
 from tests.unit.journal.test_shared_journals import lead, record_of
 
 

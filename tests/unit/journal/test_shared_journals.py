@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from jobd.journal.memory import MemoryServer, MemorySharedJournal
 from jobd.journal.postgres import journal, partitions
 from jobd.journal.postgres.journal import PostgresJournal
 from jobd.model.journal import (
@@ -18,6 +17,7 @@ from jobd.model.journal import (
     Record,
     SharedJournal,
 )
+from tests.support.memory_journal import MemoryServer, MemorySharedJournal
 from tests.support.polling import wait_until
 from tests.support.postgres import PostgresServer
 

@@ -12,13 +12,13 @@ from jobd.cluster.leadership import Leadership
 from jobd.cluster.lease import LeaderLease, StandbyLease
 from jobd.cluster.standby import Standby
 from jobd.cluster.warm_state import WarmState
-from jobd.journal.memory import MemorySharedJournal
 from jobd.model.journal import Head, Record
 from jobd.model.storage import OpenedStore
 from jobd.model.webhooks import Outbox, WebhookEndpoint
 from jobd.storage.cluster.store import ClusterStore
 from jobd.webhooks.dispatcher import Dispatcher
 from tests.proof.planted.registry import CLUSTER_SIMULATION, bug
+from tests.support.memory_journal import MemorySharedJournal
 
 
 @bug(

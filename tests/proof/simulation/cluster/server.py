@@ -14,9 +14,9 @@ from functools import partial
 from random import Random
 from typing import Any, Final, TypeVar
 
-from jobd.journal.memory import MemoryHead, MemoryServer, MemorySharedJournal
 from jobd.model.journal import Head, JournalOutcomeUnknown, JournalUnavailable, Record
 from jobd.model.storage import DiskFull
+from tests.support.memory_journal import MemoryHead, MemoryServer, MemorySharedJournal
 
 T = TypeVar("T")
 Statement = Callable[[], Coroutine[Any, Any, T]]

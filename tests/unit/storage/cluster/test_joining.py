@@ -9,13 +9,13 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
-from jobd.journal.memory import MemoryServer
 from jobd.storage.cluster import joining, snapshots
 from jobd.storage.cluster.membership import WrongCluster
 from jobd.storage.files import read_epoch
 from jobd.storage.offline import doctor, journal_cut
 from jobd.storage.store import Store, StoreBusy, StoreUnreadable
 from tests.support.factories import ChangeFactory
+from tests.support.memory_journal import MemoryServer
 from tests.support.projection_harness import Writer
 from tests.support.store_files import (
     assert_holds,

@@ -14,7 +14,6 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from jobd.journal import event_codec
-from jobd.journal.memory import MemoryServer, MemorySharedJournal
 from jobd.journal.record import FORMAT, LOWEST_FORMAT, decode
 from jobd.model.journal import BadRecord, Fenced, JournalOutcomeUnknown, LeadershipLost, Record
 from jobd.model.storage import AuditQuery, DiskFull, FormatNotRead, JobQuery, OpenedStore
@@ -25,6 +24,7 @@ from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.store import Store, StoreBroken, StoreBusy, StoreUnreadable
 from jobd.storage.tables.projection import MAX_BEHIND_FULL
 from tests.support.factories import NOW, ChangeFactory
+from tests.support.memory_journal import MemoryServer, MemorySharedJournal
 from tests.support.projection_harness import Writer, fail_commits
 from tests.support.store_files import edit_store, flip, job_of, make_store, open_store, stored_events
 

@@ -1,4 +1,4 @@
-"""Journals in memory, for tests. They fail on demand."""
+"""Journals in memory. They fail on demand."""
 
 from __future__ import annotations
 
