@@ -372,6 +372,8 @@ class Daemon:
     def _apply(self, new: LoadedConfig) -> None:
         old = self._loaded
         settings, changed, need_restart = config.reloaded(old.config, new.config)
+        # They may be removed together with worker.listen, which needs a restart.
+        new = msgspec.structs.replace(new, worker_tokens=new.worker_tokens or old.worker_tokens)
         for field, name in _RELOADED.items():
             if getattr(new, field) != getattr(old, field):
                 changed.append(name)

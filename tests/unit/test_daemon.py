@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from jobd import systemd
-from jobd.config import Config, LoadedConfig
+from jobd import logging, systemd
+from jobd.config import Config, LoadedConfig, WorkerSection
 from jobd.daemon import Daemon
-from jobd.model.errors import ApiError
+from jobd.model.errors import ApiError, ApiException
 from jobd.model.responses import Response
 from tests.support.virtual_engine import in_virtual_time, seconds
 
@@ -52,3 +52,21 @@ def test_a_full_mailbox_does_not_let_the_watchdog_end_the_daemon(monkeypatch: py
     run()
     assert len(signs) >= 15
     assert max(after - before for before, after in pairwise(signs)) < 30
+
+
+async def test_workers_keep_their_token_until_the_restart_that_closes_their_port(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging, "set_level", lambda level: None)
+    listening = Config(worker=WorkerSection(listen="127.0.0.1:0", token_file="worker_token"))
+    loaded = LoadedConfig(listening, {}, ("a" * 24,), ("w" * 24,))
+    async with AsyncExitStack() as stack:
+        daemon: Any = Daemon(loaded, lambda: loaded, stack)
+        daemon._passed_sockets = {}
+        daemon._make_authenticators()
+        daemon._apply(LoadedConfig(Config(), {}, ("a" * 24,), ()))
+        headers = {"authorization": b"Bearer " + b"w" * 24}
+        assert daemon._authenticators["worker-tcp"].authenticate(headers) == "full"
+        daemon._apply(LoadedConfig(listening, {}, ("a" * 24,), ("n" * 24,)))
+        with pytest.raises(ApiException):
+            daemon._authenticators["worker-tcp"].authenticate(headers)
