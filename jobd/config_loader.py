@@ -371,7 +371,7 @@ def _check(config: Config) -> None:
         if "\0" in text:
             raise ConfigError(f"{key}: the value contains a NUL character. Remove it")
         if text.encode(errors="replace") != text.encode(errors="surrogateescape"):
-            raise ConfigError(f"{key}: expected UTF-8, not {text!r}")
+            raise ConfigError(f"{key}: expected UTF-8, not {journal_url.redacted(text)!r}")
     for name, section in (("worker", config.worker), ("admin", config.admin)):
         if bool(section.tls_cert) != bool(section.tls_key):
             raise ConfigError(f"{name}.tls_cert and {name}.tls_key belong together: set both or neither")

@@ -763,6 +763,7 @@ def test_a_value_that_is_not_utf_8_is_rejected(monkeypatch: pytest.MonkeyPatch, 
     expected = "store.path: expected UTF-8, not '{}\\udcff.db'"
     assert config_error(flags={"store.path": "/a\udcff.db"}) == f"flag: {expected.format('/a')}"
     assert "expected UTF-8" in config_error(JOBD_ADMIN_HOSTS="a\udcff")
+    assert "postgresql://jobd:***@" in config_error(JOBD_JOURNAL_URL="postgresql://jobd:p\udcff@host/db")
     folder = tmp_path / "\udcff.db"
     folder.mkdir()
     monkeypatch.chdir(folder)
