@@ -66,6 +66,7 @@ log = structlog.get_logger("jobd.daemon")
 def serve(loaded: LoadedConfig, reload: Callable[[], LoadedConfig]) -> int:
     """Run the daemon until a signal stops it. Return the exit code. `reload` reads the configuration again."""
     logging.configure(loaded.config.log.level, loaded.config.log.format)
+    os.umask(os.umask(0o022) | 0o022)  # other users may not write to directories that the daemon creates
     try:
         import uvloop
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import stat
+import tempfile
 from contextlib import AsyncExitStack
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobd import logging, systemd
+from jobd import daemon, logging, systemd
 from jobd.config import Config, LoadedConfig, WorkerSection
 from jobd.daemon import Daemon
 from jobd.model.errors import ApiError, ApiException
@@ -43,9 +47,9 @@ def test_a_full_mailbox_does_not_let_the_watchdog_end_the_daemon(monkeypatch: py
         monkeypatch.setattr(systemd, "watchdog_s", lambda: 30.0)
         async with AsyncExitStack() as stack:
             loaded = LoadedConfig(Config(), {}, (), ())
-            daemon: Any = Daemon(loaded, lambda: loaded, stack)
-            daemon._serving = FakeServing()
-            feeding = asyncio.create_task(daemon._feed_watchdog())
+            running: Any = Daemon(loaded, lambda: loaded, stack)
+            running._serving = FakeServing()
+            feeding = asyncio.create_task(running._feed_watchdog())
             await seconds(300)
             feeding.cancel()
 
@@ -61,12 +65,30 @@ async def test_workers_keep_their_token_until_the_restart_that_closes_their_port
     listening = Config(worker=WorkerSection(listen="127.0.0.1:0", token_file="worker_token"))
     loaded = LoadedConfig(listening, {}, ("a" * 24,), ("w" * 24,))
     async with AsyncExitStack() as stack:
-        daemon: Any = Daemon(loaded, lambda: loaded, stack)
-        daemon._passed_sockets = {}
-        daemon._make_authenticators()
-        daemon._apply(LoadedConfig(Config(), {}, ("a" * 24,), ()))
+        running: Any = Daemon(loaded, lambda: loaded, stack)
+        running._passed_sockets = {}
+        running._make_authenticators()
+        running._apply(LoadedConfig(Config(), {}, ("a" * 24,), ()))
         headers = {"authorization": b"Bearer " + b"w" * 24}
-        assert daemon._authenticators["worker-tcp"].authenticate(headers) == "full"
-        daemon._apply(LoadedConfig(listening, {}, ("a" * 24,), ("n" * 24,)))
+        assert running._authenticators["worker-tcp"].authenticate(headers) == "full"
+        running._apply(LoadedConfig(listening, {}, ("a" * 24,), ("n" * 24,)))
         with pytest.raises(ApiException):
-            daemon._authenticators["worker-tcp"].authenticate(headers)
+            running._authenticators["worker-tcp"].authenticate(headers)
+
+
+def test_other_users_may_not_write_to_new_directories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def make_directory(*_: object) -> int:
+        made = Path(tempfile.mkdtemp(dir=tmp_path)) / "new"
+        made.mkdir()
+        return stat.S_IMODE(made.stat().st_mode)
+
+    monkeypatch.setattr(logging, "configure", lambda *_: None)
+    monkeypatch.setattr(daemon, "_serve", make_directory)
+    loaded = LoadedConfig(Config(), {}, (), ())
+    before = os.umask(0)
+    try:
+        assert daemon.serve(loaded, lambda: loaded) == 0o755
+        os.umask(0o077)
+        assert daemon.serve(loaded, lambda: loaded) == 0o700
+    finally:
+        os.umask(before)
