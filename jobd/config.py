@@ -58,7 +58,7 @@ class WorkerSection(Struct, frozen=True, forbid_unknown_fields=True):
     tls_cert: str = ""
     """PEM certificate chain for the TCP address. SIGHUP reads the file again, for new connections."""
     tls_key: str = ""
-    """PEM private key of that certificate."""
+    """PEM private key of that certificate, not encrypted."""
 
 
 class AdminSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,7 +84,7 @@ class AdminSection(Struct, frozen=True, forbid_unknown_fields=True):
     Without a certificate, an address other than loopback causes a warning.
     """
     tls_key: str = ""
-    """PEM private key of that certificate."""
+    """PEM private key of that certificate, not encrypted."""
 
 
 class StoreSection(Struct, frozen=True, forbid_unknown_fields=True):

@@ -247,7 +247,7 @@ def reload_certificates(listeners: Mapping[str, HttpListener], settings: Config)
         except CannotStart as error:
             log.error("reload_failed", reason=str(error), kept="the old certificate")
         else:
-            listener.tls.load_cert_chain(*_certificate(name, settings))
+            listener.tls.load_cert_chain(*_certificate(name, settings), _reject_encrypted_key)
 
 
 def _certificate(name: str, settings: Config) -> tuple[str, str]:
@@ -268,10 +268,15 @@ def _tls_context(cert: str, key: str) -> ssl.SSLContext | None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        context.load_cert_chain(cert, key)
+        context.load_cert_chain(cert, key, _reject_encrypted_key)
     except (OSError, ssl.SSLError) as error:
         raise CannotStart(f"tls_cert {cert}, tls_key {key}: {error}", EXIT_CONFIG) from None
     return context
+
+
+def _reject_encrypted_key() -> str:
+    """Raise OSError. Without a password callback, OpenSSL would ask on the terminal, even during a reload."""
+    raise OSError("the key is encrypted. Decrypt it: openssl pkey -in FILE -out NEW_FILE")
 
 
 def admin_hosts(settings: Config, passed: list[socket.socket] | None) -> frozenset[str] | None:
