@@ -47,6 +47,7 @@ from jobd.resources import (
     CannotStart,
     admin_hosts,
     check_addresses_free,
+    check_passed_sockets,
     open_listener,
     open_store,
     reload_certificates,
@@ -134,6 +135,7 @@ class Daemon:
         settings = self._loaded.config
         self._warn(self._loaded.warnings)
         self._passed_sockets = systemd.sockets()
+        check_passed_sockets(settings, self._passed_sockets)
         if settings.journal.url:
             if not await self._follow():
                 return False

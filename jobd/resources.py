@@ -202,6 +202,22 @@ def addresses(settings: Config) -> dict[str, str]:
     return listeners | ({"worker-tcp": settings.worker.listen} if settings.worker.listen else {})
 
 
+def check_passed_sockets(settings: Config, passed: PassedSockets) -> None:
+    """Raise CannotStart if a socket that systemd passed would not be served, or would need no token over TCP."""
+    known = addresses(settings)
+    for name, opened in passed.items():
+        if name not in known:
+            names = f"expected one of {', '.join(known)}"
+            hint = " (worker-tcp requires worker.listen)" if "worker-tcp" not in known else ""
+            raise CannotStart(f"systemd passed a socket with FileDescriptorName={name}: {names}{hint}", EXIT_CONFIG)
+        if name == "worker" and any(each.family != socket.AF_UNIX for each in opened):
+            reason = "a TCP port is never open without a token"
+            hint = "Set FileDescriptorName=worker-tcp, worker.listen and worker.token_file"
+            raise CannotStart(
+                f"systemd passed a TCP socket with FileDescriptorName=worker: {reason}. {hint}", EXIT_CONFIG
+            )
+
+
 def check_addresses_free(settings: Config, passed: PassedSockets) -> None:
     """Raise CannotStart if an address that systemd did not pass is that of another process or another listener."""
     own: dict[str, str] = {}

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from jobd.config import AdminSection, Config, WorkerSection
-from jobd.resources import EXIT_CONFIG, CannotStart, _cannot_open, check_addresses_free
+from jobd.resources import (
+    EXIT_CONFIG,
+    CannotStart,
+    _cannot_open,
+    _tls_context,
+    check_addresses_free,
+    check_passed_sockets,
+)
+from tests.support.http_harness import tls_pair
 
 SOCKET = "/nowhere/worker.sock"
 
@@ -27,6 +40,37 @@ def test_two_listeners_with_one_address_are_exit_78(worker: WorkerSection, admin
 
 def test_two_listeners_may_each_choose_a_free_port() -> None:
     check_addresses_free(Config(WorkerSection(SOCKET, listen="127.0.0.1:0"), AdminSection(listen="127.0.0.1:0")), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "part"),
+    [
+        ("worker", socket.AF_INET, "never open without a token"),
+        ("worker-tcp", socket.AF_INET, "worker-tcp requires worker.listen"),
+        ("jobd-other.socket", socket.AF_UNIX, "expected one of worker, admin"),
+    ],
+)
+def test_a_socket_of_systemd_that_cannot_be_served_is_exit_78(name: str, family: int, part: str) -> None:
+    with socket.socket(family) as opened, pytest.raises(CannotStart, match=part) as refused:
+        check_passed_sockets(Config(WorkerSection(SOCKET)), {name: [opened]})
+    assert refused.value.code == EXIT_CONFIG
+
+
+def test_sockets_of_systemd_are_served() -> None:
+    settings = Config(WorkerSection(SOCKET, listen="127.0.0.1:1"))
+    with socket.socket(socket.AF_UNIX) as unix, socket.socket(socket.AF_INET) as tcp:
+        check_passed_sockets(settings, {"worker": [unix], "worker-tcp": [tcp], "admin": [unix, tcp]})
+
+
+async def test_an_encrypted_key_is_exit_78(tmp_path: Path) -> None:
+    """OpenSSL would ask for its password on the terminal."""
+    await tls_pair(tmp_path)
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    encrypt = ("openssl", "pkey", "-aes128", "-passout", "pass:secret", "-in", key, "-out", tmp_path / "encrypted.pem")
+    await asyncio.to_thread(subprocess.run, encrypt, check=True)
+    with pytest.raises(CannotStart, match="the key is encrypted") as refused:
+        _tls_context(str(cert), str(tmp_path / "encrypted.pem"))
+    assert refused.value.code == EXIT_CONFIG
 
 
 def test_the_file_that_may_not_be_written_is_named() -> None:
