@@ -72,15 +72,15 @@ def _queued(job: Job, state: State, at: Moment) -> WhyView:
     if is_overdue(job, at.now):
         return _overdue(job, state, at, back)
     if job.expires_at is not None:
-        expires = NextEvent("It fails as expired if no worker has taken it by then.", job.expires_at, "expires_at")
+        what = "It fails as expired if no worker has taken it by then" + _once_trusted(at)
+        expires = NextEvent(what, job.expires_at, "expires_at")
     if (pause := state.paused.get(queue)) is not None:
         because = f"Queue {queue} was paused {pause.describe()}. None of its jobs is granted.{back}"
         return WhyView("queued", because, _pause_ends(pause, expires), "queue_paused", _resuming(queue, pause))
     if job.run_at > at.now:
         because = f"It is not due for another {in_words(job.run_at - at.now)}.{back}"
-        due = NextEvent("It becomes due and is offered to workers.", job.run_at, "run_at")
-        if job.releases >= DELAYED_FROM:
-            due = NextEvent("The next worker gets it.", job.run_at, "release delay")
+        rule = "release delay" if job.releases >= DELAYED_FROM else "run_at"
+        due = NextEvent("It becomes due and is offered to workers.", job.run_at, rule)
         first = due if job.expires_at is None or job.run_at < job.expires_at else expires
         do = [*_look_at_releases(job), f"Run it now: jobctl run-now {job.id}"]
         return WhyView("queued", because, first, "run_at", do)
@@ -148,32 +148,30 @@ def _outlook(job: Job, state: State, at: Moment) -> _Outlook:
     fitting = [claims for claims in sets if claims.takes(kind)]
     see, start = "List the workers: jobctl workers", f"Start a worker: jobctl run --queue {queue} -- CMD"
     if any(claims.waiting for claims in fitting):
-        offered = NextEvent("A waiting worker gets it.", at.now, "claim")
+        offered = NextEvent("A waiting worker gets it, at once unless the disk is full.", at.now, "claim")
         return _Outlook("a worker waits for such jobs", offered, None, [see])
     workers = [(name, presence.workers[name]) for claims in fitting for name in claims.workers]
     idle = [each for each in workers if presence.state(each[1]) == "idle"]
     busy = [each for each in workers if each[1].jobs]
+    what = "The first worker that claims its queue and kind gets it, unless another job comes first."
+    offered = NextEvent(what, None, "claim")
     if idle:
-        offered = NextEvent("The next worker that claims its queue gets it.", None, "claim")
         return _Outlook(_idle(idle, busy, state, at), offered, "no waiting worker", [see, start])
     if busy:
-        offered = NextEvent("The first worker of its queue that becomes free gets it.", None, "claim")
         silent = [
             f"Take back the jobs of {name}: jobctl take-back {quote(name)}" for name, each in busy if each.expired
         ]
         return _Outlook(_busy(busy, state, at), offered, "no free worker", [see, *silent[:MAX_NAMED], start])
-    offered = NextEvent("The first worker that claims its queue and kind gets it.", None, "claim")
     if fitting:
-        ago = in_words(presence.lease - max(claims.claimed for claims in fitting))
-        gone = max(workers, key=lambda each: each[1].heard, default=None)
-        who = "" if gone is None else f", by {gone[0]}, which is gone"
-        clause = f"no worker claims this queue now; the last claim was {ago} ago{who}"
+        last = max(claims.claimed for claims in fitting)
+        who = next((f", by {name}, which is gone" for name, each in workers if each.claimed == last), "")
+        clause = f"no worker claims such jobs now; the last claim was {in_words(presence.lease - last)} ago{who}"
         return _Outlook(clause, offered, "no worker", [see, start])
     if sets and (others := _others(sets, presence)):
         clause = f"{others}; no worker has claimed {_of_kind(kind)} of this queue {_since(presence, at)}"
         return _Outlook(clause, offered, "no worker of its kind", [see, f"{start} (it takes all kinds)"])
-    what = f"queue `{queue}`" if not sets else f"{_of_kind(kind)} of queue `{queue}`"
-    return _Outlook(f"no worker has claimed {what} {_since(presence, at)}", offered, "no worker", [see, start])
+    jobs = f"queue `{queue}`" if not sets else f"{_of_kind(kind)} of queue `{queue}`"
+    return _Outlook(f"no worker has claimed {jobs} {_since(presence, at)}", offered, "no worker", [see, start])
 
 
 def _idle(idle: list[tuple[str, WorkerSeen]], busy: list[tuple[str, WorkerSeen]], state: State, at: Moment) -> str:
@@ -194,10 +192,10 @@ def _busy(busy: list[tuple[str, WorkerSeen]], state: State, at: Moment) -> str:
     longest = _longest(busy, state, at)
     count, silent = len(busy), [name for name, worker in busy if worker.expired]
     if count == 1:
-        clause = f"{busy[0][0]}, the only worker of this queue, has been busy for {longest}"
+        clause = f"{busy[0][0]}, the only worker that takes such jobs, has been busy for {longest}"
     else:
         everyone = "both" if count == 2 else f"all {count}"
-        clause = f"{everyone} workers of this queue are busy, the longest for {longest}"
+        clause = f"{everyone} workers that take such jobs are busy, the longest for {longest}"
     return f"{clause}; silent, with an expired lock: {_listed(silent)}" if silent else clause
 
 
@@ -249,12 +247,10 @@ def _utc(time_ms: int, now_ms: int) -> str:
 
 def _returned(job: Job) -> str:
     """Return sentences about how the job came back to its queue, if it did."""
-    back = _released(job)
-    if job.error is not None and job.error.message:
-        return f"{back} Its last attempt failed: {job.error.message}"
-    if job.ended is None:
-        return back
-    return f"{back} Its last grant, to worker {job.ended.worker}, was ended by {job.ended.rule}."
+    back, ended = _released(job), job.ended
+    if ended is not None and ended.rule != "fail":
+        back += f" Its last grant, to worker {ended.worker}, was ended by {ended.rule}."
+    return f"{back} Its last error: {job.error.message}" if job.error is not None and job.error.message else back
 
 
 def _released(job: Job, when: str = "") -> str:
@@ -334,7 +330,7 @@ def _advice(job: Job, grant: Grant, lease: Lease, at: Moment) -> list[str]:
 def _finished(job: Job, at: Moment) -> WhyView:
     deleted = None
     if job.expires_at is not None:
-        what = "A cleanup run deletes it" + (" once the clock is no longer suspect." if at.suspect else ".")
+        what = "A cleanup run deletes it" + _once_trusted(at)
         deleted = NextEvent(what, max(job.expires_at, at.now), "retention")
     match job.status:
         case "completed":
@@ -348,6 +344,11 @@ def _finished(job: Job, at: Moment) -> WhyView:
         case _:
             do = ["Correct the row with the daemon stopped, then: jobd doctor --accept ID"]
             return WhyView(job.status, f"Status {job.status} is unknown, so no rule applies to it.", None, None, do)
+
+
+def _once_trusted(at: Moment) -> str:
+    """End a sentence about something that waits while the clock is suspect."""
+    return " once the clock is no longer suspect." if at.suspect else "."
 
 
 def ending(job: Job, events: Sequence[Event] = ()) -> str:

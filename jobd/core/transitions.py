@@ -324,11 +324,11 @@ def was_due(job: Job, now: int) -> bool:
 
 
 def expire(tx: Transaction, job: Job, by: str | None = None) -> Job:
-    """Fail a queued job whose `expires_at` has passed. The message repeats the error of its last attempt."""
+    """Fail a queued job whose `expires_at` has passed. The message repeats its last error."""
     waited = "before a worker took the job" if job.ended is None else "while it waited for a retry"
     message = f"Its expires_at passed {waited}. Create it again if it is still needed."
     if job.error is not None and job.error.message:
-        message += f" Its last attempt failed: {job.error.message[:MAX_QUOTED_ERROR]}"
+        message += f" Its last error: {job.error.message[:MAX_QUOTED_ERROR]}"
     error = Failure(message, EXPIRED)
     return finish(tx, job, "expired", "failed", job.ended, {"error": error}, by=by, reason=message)
 

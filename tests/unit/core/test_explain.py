@@ -31,7 +31,9 @@ from jobd.model.responses import HistoryRead, NextEvent, Response, WhyView
 from tests.support.rule_harness import NOW, RuleHarness
 
 TTL = 15 * MINUTE_MS
-FIRST = NextEvent("The first worker that claims its queue and kind gets it.", None, "claim")
+FIRST = NextEvent(
+    "The first worker that claims its queue and kind gets it, unless another job comes first.", None, "claim"
+)
 LOOK, START = "List the workers: jobctl workers", "Start a worker: jobctl run --queue q -- CMD"
 STALLED = "It counts as stalled and is recovered, unless worker w-1"
 
@@ -176,9 +178,8 @@ def test_all_workers_are_busy(rules: RuleHarness) -> None:
         claims(rules, f"w-{number}")
         rules.advance(MINUTE_MS)
     view = why(rules)
-    assert clause(rules) == "all 4 workers of this queue are busy, the longest for 4 min"
-    free = NextEvent("The first worker of its queue that becomes free gets it.", None, "claim")
-    assert (view.state, view.next, view.blocked_by, view.do) == ("queued", free, "no free worker", [LOOK, START])
+    assert clause(rules) == "all 4 workers that take such jobs are busy, the longest for 4 min"
+    assert (view.state, view.next, view.blocked_by, view.do) == ("queued", FIRST, "no free worker", [LOOK, START])
 
 
 def test_a_busy_worker_that_is_silent_is_named(rules: RuleHarness) -> None:
@@ -188,7 +189,7 @@ def test_a_busy_worker_that_is_silent_is_named(rules: RuleHarness) -> None:
     rules.advance(TTL)
     view = why(rules)
     assert clause(rules) == (
-        "w 1, the only worker of this queue, has been busy for 15 min; silent, with an expired lock: w 1"
+        "w 1, the only worker that takes such jobs, has been busy for 15 min; silent, with an expired lock: w 1"
     )
     assert view.do == [LOOK, "Take back the jobs of w 1: jobctl take-back 'w 1'", START]
 
@@ -201,9 +202,8 @@ def test_silent_workers_are_among_the_busy_ones(rules: RuleHarness, count: int, 
         claims(rules, f"w-{number}")
     rules.advance(TTL)
     names = ", ".join(f"w-{number}" for number in range(count))
-    assert clause(rules) == (
-        f"{everyone} workers of this queue are busy, the longest for 15 min; silent, with an expired lock: {names}"
-    )
+    busy = f"{everyone} workers that take such jobs are busy, the longest for 15 min"
+    assert clause(rules) == f"{busy}; silent, with an expired lock: {names}"
 
 
 def test_at_most_three_silent_workers_are_named(rules: RuleHarness) -> None:
@@ -223,8 +223,7 @@ def test_no_worker_waits_but_one_claimed_recently(rules: RuleHarness) -> None:
     rules.advance(40_000)
     view = why(rules)
     assert clause(rules) == "no worker is waiting now; worker-1 claimed this queue 40 s ago"
-    claimed = NextEvent("The next worker that claims its queue gets it.", None, "claim")
-    assert (view.state, view.next, view.blocked_by, view.do) == ("queued", claimed, "no waiting worker", [LOOK, START])
+    assert (view.state, view.next, view.blocked_by, view.do) == ("queued", FIRST, "no waiting worker", [LOOK, START])
     claims(rules, "worker-2")
     assert clause(rules) == "no worker is waiting now; worker-2 claimed this queue 0 ms ago; 1 more is idle"
     rules.advance(1_000)
@@ -257,7 +256,13 @@ def test_a_worker_waits(rules: RuleHarness) -> None:
     rules.create(queue="q")
     claims(rules, "w-1", waits=True)
     because = "It has waited for 0 ms: a worker waits for such jobs. It is next in line."
-    assert why(rules) == WhyView("queued", because, NextEvent("A waiting worker gets it.", NOW, "claim"), None, [LOOK])
+    assert why(rules) == WhyView(
+        "queued",
+        because,
+        NextEvent("A waiting worker gets it, at once unless the disk is full.", NOW, "claim"),
+        None,
+        [LOOK],
+    )
 
 
 def test_the_workers_of_the_queue_are_gone_or_claim_another(rules: RuleHarness) -> None:
@@ -266,11 +271,15 @@ def test_the_workers_of_the_queue_are_gone_or_claim_another(rules: RuleHarness) 
     claims(rules, "w-2")
     rules.advance(12 * MINUTE_MS)
     view = why(rules)
-    assert clause(rules) == "no worker claims this queue now; the last claim was 12 min ago, by w-1, which is gone"
+    assert clause(rules) == "no worker claims such jobs now; the last claim was 12 min ago, by w-1, which is gone"
     assert (view.next, view.blocked_by, view.do) == (FIRST, "no worker", [LOOK, START])
+    claims(rules, "w-3", queue="q")
+    claims(rules, "w-3", queue="other")
+    assert clause(rules) == "no worker claims such jobs now; the last claim was 0 ms ago"  # by w-3, which is not gone
     for worker in ("w-1", "w-2"):
         claims(rules, worker, queue="other")
-    assert clause(rules) == "no worker claims this queue now; the last claim was 12 min ago"
+    rules.advance(12 * MINUTE_MS)
+    assert clause(rules) == "no worker claims such jobs now; the last claim was 12 min ago"
 
 
 def test_of_the_workers_that_are_gone_the_last_one_is_named(rules: RuleHarness) -> None:
@@ -279,7 +288,7 @@ def test_of_the_workers_that_are_gone_the_last_one_is_named(rules: RuleHarness) 
         rules.advance(MINUTE_MS)
         claims(rules, worker, kinds)
     rules.advance(12 * MINUTE_MS)
-    assert clause(rules) == "no worker claims this queue now; the last claim was 12 min ago, by w-2, which is gone"
+    assert clause(rules) == "no worker claims such jobs now; the last claim was 12 min ago, by w-2, which is gone"
 
 
 def test_an_expiry_is_the_next_event_before_a_claim_at_an_unknown_time(rules: RuleHarness) -> None:
@@ -302,6 +311,9 @@ def test_an_overdue_job_only_waits_to_fail(rules: RuleHarness, paused: bool) -> 
 
 def test_a_suspect_clock_fails_no_job_by_age(rules: RuleHarness) -> None:
     rules.create(expires_at=NOW + MINUTE_MS)
+    suspect = explain(rules.job(), rules.state, replace(rules.moment, trusted=NOW - 1), rules.policy).next
+    what = "It fails as expired if no worker has taken it by then once the clock is no longer suspect."
+    assert suspect == NextEvent(what, NOW + MINUTE_MS, "expires_at")
     rules.advance(HOUR_MS)
     because = "Its expires_at passed 59 min ago, so no worker can claim it. "
     because += "The wall clock is suspect, so recovery does not fail it."
@@ -370,8 +382,11 @@ def test_the_previous_attempt_is_explained(rules: RuleHarness) -> None:
     first = f"{waited} It is next in line."
     assert why(rules).because == f"{first} Its last grant, to worker w-1, was ended by release."
     rules.accept(Fail(id="a", lock_id=rules.start(), error_message="out of memory", retry_after_ms=0))
-    assert why(rules).because == f"{first} Its last attempt failed: out of memory"
+    assert why(rules).because == f"{first} Its last error: out of memory"
     rules.accept(Import(id="b", error_code="E"))  # an error without a message
+    rules.accept(Release(id="a", lock_id=rules.start()))
+    ended = "Its last grant, to worker w-1, was ended by release. Its last error: out of memory"
+    assert why(rules).because == f"{first} {ended}"
     assert why(rules, "b").because == f"{waited} Other jobs come first."
 
 
@@ -383,7 +398,7 @@ def test_the_previous_attempt_is_explained_in_every_state_of_a_queued_job(rules:
         rules.accept(Pause(name="default"))
     elif state == "overdue":
         rules.advance(10)
-    assert why(rules).because.endswith(". Its last attempt failed: no disk")
+    assert why(rules).because.endswith(". Its last error: no disk")
 
 
 def test_a_processing_job_names_its_worker(rules: RuleHarness) -> None:
@@ -502,7 +517,7 @@ def test_repeated_releases_are_explained(rules: RuleHarness) -> None:
         "Its last grant, to worker w-7, was ended by release."
     )
     view = why(rules)
-    assert view.next == NextEvent("The next worker gets it.", rules.now + 1_000, "release delay")
+    assert view.next == NextEvent("It becomes due and is offered to workers.", rules.now + 1_000, "release delay")
     assert view.do == ["Find out why its workers release it; w-7 was the last.", "Run it now: jobctl run-now a"]
     rules.advance(1_000)
     assert " It was released 6 times in a row without progress. Its last grant" in release(delay_ms=0)

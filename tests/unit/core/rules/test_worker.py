@@ -522,7 +522,7 @@ def test_the_message_of_an_expired_retry_has_the_last_error(rules: RuleHarness) 
     ended = rules.job().ended
     assert rules.accept(Expire(limit=1)).done == 1
     message = "Its expires_at passed while it waited for a retry. Create it again if it is still needed. "
-    message += "Its last attempt failed: the disk exploded" + "!" * (500 - 17)
+    message += "Its last error: the disk exploded" + "!" * (500 - 17)
     assert rules.job().error == Failure(message, "expired")
     assert rules.last().reason == message
     assert rules.job().ended == ended
