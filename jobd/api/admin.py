@@ -10,8 +10,8 @@ from typing import Annotated, Any, Final
 from msgspec import Meta
 from msgspec.structs import replace
 
-from jobd.api.auditing import audit_action, audit_read, check_audit_filter
-from jobd.api.cluster import step_down
+from jobd.api import operator_actions
+from jobd.api.auditing import audit_read, check_audit_filter
 from jobd.api.downloads import ARTIFACT_TYPE, BACKUP_TYPE, ArtifactRequest, BackupRequest, send_artifact, send_backup
 from jobd.api.events import EVENT_STREAM, EventsRequest, send_events
 from jobd.api.imports import import_jobs, preview_import
@@ -21,7 +21,7 @@ from jobd.api.services import Services
 from jobd.http.app import App, NoFields, run_command
 from jobd.http.request import RequestContext, as_one_entry, operator_of
 from jobd.http.response import RawBody
-from jobd.http.routing import Route
+from jobd.http.routing import Route, RouteHandler
 from jobd.model import commands, responses
 from jobd.model.commands import Command
 from jobd.model.errors import ApiError
@@ -120,6 +120,7 @@ async def _stats(app: App[Services], ctx: RequestContext, command: commands.Stat
 
 
 async def _health(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
+    """Return the health of database, memory, artifact store and cleanup, measured at most 5 s ago."""
     view = await app.services.health.view()
     return Response(view, status=503 if view.status == "unhealthy" else 200)
 
@@ -133,17 +134,18 @@ async def _validate_job(app: App[Services], ctx: RequestContext, command: Valida
 
 
 async def _cleanup(app: App[Services], ctx: RequestContext, command: WithReason) -> Response:
-    await audit_action(app, ctx.operator, "cleanup", reason=command.reason)
-    return Response(await app.services.maintainer.run_cleanup(forced=True))
+    """Start a cleanup run, or wait for the one in progress, and return its report."""
+    return Response(await operator_actions.run_cleanup(app, ctx.operator, command.reason))
 
 
 async def _cleanup_state(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
+    """Return the state of cleanup and the report of the last run."""
     return Response(app.services.maintainer.state())
 
 
 async def _recover_stuck(app: App[Services], ctx: RequestContext, command: WithReason) -> Response | ApiError:
-    result = await app.services.maintainer.recover_stuck(as_one_entry(ctx.operator), command.reason)
-    return result if isinstance(result, ApiError) else Response(result)
+    """Recover the jobs that are stalled now."""
+    return _as_response(await app.services.maintainer.recover_stuck(as_one_entry(ctx.operator), command.reason))
 
 
 async def _take_back(app: App[Services], ctx: RequestContext, command: commands.TakeBack) -> Response | ApiError:
@@ -155,6 +157,7 @@ async def _failures(app: App[Services], ctx: RequestContext, command: FailuresRe
 
 
 async def _preview(app: App[Services], ctx: RequestContext, command: NoFields) -> Response | ApiError:
+    """Show what recovery and a cleanup run would do now: the first 1000 jobs of each kind. Changes nothing."""
     return _as_response(await app.services.maintainer.preview())
 
 
@@ -163,10 +166,12 @@ async def _make_plan(app: App[Services], ctx: RequestContext, command: commands.
 
 
 async def _plan(app: App[Services], ctx: RequestContext, command: commands.PlanCommand) -> Response | ApiError:
+    """Get a plan, with its result if it was applied. Plans are kept for 15 min, applied plans for 12 h."""
     return _as_response(app.services.planner.find(command.plan_id))
 
 
 async def _apply_plan(app: App[Services], ctx: RequestContext, command: commands.PlanCommand) -> Response | ApiError:
+    """Apply a plan to every job that has not changed since. A repeated request returns the same result."""
     return _as_response(await app.services.planner.apply(command.plan_id, ctx.operator or operator_of(ctx)))
 
 
@@ -179,10 +184,12 @@ async def _reports(app: App[Services], ctx: RequestContext, command: Reports) ->
 
 
 async def _alerts(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
+    """List all alerts, firing or not."""
     return Response(responses.AlertList(app.services.alerts.evaluate()))
 
 
 async def _webhooks(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
+    """List the configured webhooks and their state."""
     return Response(responses.WebhookList(app.services.webhooks.views()))
 
 
@@ -192,19 +199,17 @@ async def _deliveries(app: App[Services], ctx: RequestContext, command: Deliveri
 
 
 async def _deliver_again(app: App[Services], ctx: RequestContext, command: DeliverAgain) -> Response | ApiError:
-    sent = await app.services.deliver_again(command.name, command.id)
-    if not isinstance(sent, ApiError):
-        details = {"webhook": command.name, "delivery": command.id}
-        await audit_action(app, ctx.operator, "resend-delivery", details, command.reason)
-    return _as_response(sent)
+    operator, name = ctx.operator, command.name
+    return _as_response(await operator_actions.deliver_again(app, operator, name, command.id, command.reason))
 
 
 async def _deliver_all_again(app: App[Services], ctx: RequestContext, command: DeliverAllAgain) -> Response | ApiError:
-    sent = await app.services.deliver_all_again(command.name, command.upto)
-    if not isinstance(sent, ApiError):
-        details = {"webhook": command.name, "resent": sent.resent}
-        await audit_action(app, ctx.operator, "resend-given-up", details, command.reason)
-    return _as_response(sent)
+    operator, name = ctx.operator, command.name
+    return _as_response(await operator_actions.deliver_all_again(app, operator, name, command.upto, command.reason))
+
+
+async def _test_webhook(app: App[Services], ctx: RequestContext, command: TestWebhook) -> Response | ApiError:
+    return _as_response(await operator_actions.test_webhook(app, ctx.operator, command.name, command.reason))
 
 
 async def _export(app: App[Services], ctx: RequestContext, command: commands.Export) -> Response | ApiError:
@@ -214,35 +219,28 @@ async def _export(app: App[Services], ctx: RequestContext, command: commands.Exp
     return page
 
 
-async def _test_webhook(app: App[Services], ctx: RequestContext, command: TestWebhook) -> Response | ApiError:
-    sent = await app.services.test_webhook(command.name)
-    if not isinstance(sent, ApiError):
-        await audit_action(app, ctx.operator, "test-webhook", {"webhook": command.name}, command.reason)
-    return _as_response(sent)
-
-
 async def _audit(app: App[Services], ctx: RequestContext, command: commands.AuditLog) -> Response | ApiError:
     check_audit_filter(command)
     return await run_command(app, ctx, command)
 
 
 async def _clock(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
+    """Return the time of the daemon's clock, and whether the clock is suspect."""
     return Response(app.services.clock_view())
 
 
 async def _accept_clock(app: App[Services], ctx: RequestContext, command: WithReason) -> Response | ApiError:
-    view = await app.services.accept_clock()
-    if isinstance(view, ApiError):
-        return view
-    await audit_action(app, ctx.operator, "accept-clock", reason=command.reason)
-    return Response(view)
+    """Accept the clock as correct. Jobs are deleted and failed by age again."""
+    return _as_response(await operator_actions.accept_clock(app, ctx.operator, command.reason))
 
 
 async def _step_down(app: App[Services], ctx: RequestContext, command: StepDown) -> Response | ApiError:
-    return _as_response(await step_down(app, ctx.operator, command.reason, force=command.force))
+    """Make this node step down, so that a standby takes over at once. The process ends with code 75."""
+    return _as_response(await operator_actions.step_down(app, ctx.operator, command.reason, force=command.force))
 
 
 async def _quarantine(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
+    """List the damaged jobs in quarantine."""
     return Response(responses.QuarantineList(app.services.quarantine()))
 
 
@@ -251,6 +249,7 @@ async def _check_rows(app: App[Services], ctx: RequestContext, command: RowCheck
 
 
 async def _backups(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
+    """List the backups in progress and the last ones that ended, newest first."""
     return Response(responses.BackupList(app.services.backups.views()))
 
 
@@ -261,6 +260,13 @@ async def _metrics(app: App[Services], ctx: RequestContext, command: NoFields) -
 def _call(method: str, path: str, request: type[Command], response: Any, **options: Any) -> Route:
     """Return a route below ADMIN_PREFIX. `options` are other fields of Route."""
     return Route(method=method, path=ADMIN_PREFIX + path, request=request, response=response, auth="admin", **options)
+
+
+def _described(
+    method: str, path: str, request: type[Command], response: Any, handler: RouteHandler, **options: Any
+) -> Route:
+    """Return a route whose summary is the docstring of its handler."""
+    return _call(method, path, request, response, handler=handler, summary=handler.__doc__, **options)
 
 
 _ROUTES: Final = (
@@ -306,33 +312,17 @@ _ROUTES: Final = (
         ),
         _call("GET", "/export", commands.Export, responses.ExportPage, handler=_export, audited=True),
         _call("GET", "/failures", FailuresRequest, responses.FailuresView, handler=_failures),
-        _call(
+        _described(
             "GET",
             "/preview",
             NoFields,
             responses.PreviewView,
-            handler=_preview,
-            summary="Show what recovery and a cleanup run would do now: the first 1000 jobs of each kind. Changes "
-            "nothing.",
+            _preview,
             errors=("overloaded", "shutting_down", "outcome_unknown"),
         ),
         _call("POST", "/plans", commands.MakePlan, responses.PlanView, handler=_make_plan),
-        _call(
-            "GET",
-            "/plans/{plan_id}",
-            commands.PlanCommand,
-            responses.PlanView,
-            handler=_plan,
-            summary="Get a plan, with its result if it was applied. Plans are kept for 15 min, applied plans for 12 h.",
-        ),
-        _call(
-            "POST",
-            "/plans/{plan_id}/apply",
-            commands.PlanCommand,
-            responses.PlanResult,
-            handler=_apply_plan,
-            summary="Apply a plan to every job that has not changed since. A repeated request returns the same result.",
-        ),
+        _described("GET", "/plans/{plan_id}", commands.PlanCommand, responses.PlanView, _plan),
+        _described("POST", "/plans/{plan_id}/apply", commands.PlanCommand, responses.PlanResult, _apply_plan),
     ),
     *tagged(
         "Queues and workers",
@@ -346,14 +336,7 @@ _ROUTES: Final = (
         "Events",
         _call("GET", "/audit", commands.AuditLog, responses.AuditPage, handler=_audit),
         _call("GET", "/events", EventsRequest, StreamedEvent, handler=send_events, content_type=EVENT_STREAM),
-        _call(
-            "GET",
-            "/webhooks",
-            NoFields,
-            responses.WebhookList,
-            handler=_webhooks,
-            summary="List the configured webhooks and their state.",
-        ),
+        _described("GET", "/webhooks", NoFields, responses.WebhookList, _webhooks),
         _call("GET", "/webhooks/{name}/deliveries", Deliveries, responses.DeliveryPage, handler=_deliveries),
         _call("POST", "/webhooks/{name}/resend", DeliverAgain, responses.DeliveryView, handler=_deliver_again),
         _call(
@@ -364,67 +347,28 @@ _ROUTES: Final = (
     *tagged(
         "The daemon",
         _call("GET", "/stats", commands.Stats, responses.StatsView, handler=_stats),
-        _call(
+        _described(
             "GET",
             "/health",
             NoFields,
             responses.HealthView,
-            handler=_health,
-            summary="Return the health of database, memory, artifact store and cleanup, measured at most 5 s ago.",
+            _health,
             other_statuses={503: "A part is unhealthy; the same body says which."},
         ),
-        _call(
-            "POST",
-            "/cleanup",
-            WithReason,
-            responses.CleanupReport,
-            handler=_cleanup,
-            summary="Start a cleanup run, or wait for the one in progress, and return its report.",
-        ),
-        _call(
-            "GET",
-            "/cleanup",
-            NoFields,
-            responses.CleanupState,
-            handler=_cleanup_state,
-            summary="Return the state of cleanup and the report of the last run.",
-        ),
-        _call(
-            "POST",
-            "/recover-stuck",
-            WithReason,
-            responses.RecoverStuckView,
-            handler=_recover_stuck,
-            summary="Recover the jobs that are stalled now.",
-        ),
+        _described("POST", "/cleanup", WithReason, responses.CleanupReport, _cleanup),
+        _described("GET", "/cleanup", NoFields, responses.CleanupState, _cleanup_state),
+        _described("POST", "/recover-stuck", WithReason, responses.RecoverStuckView, _recover_stuck),
         _call("GET", "/reports", Reports, responses.ReportList, handler=_reports),
-        _call(
-            "GET", "/alerts", NoFields, responses.AlertList, handler=_alerts, summary="List all alerts, firing or not."
-        ),
-        _call(
-            "GET",
-            "/clock",
-            NoFields,
-            responses.ClockView,
-            handler=_clock,
-            summary="Return the time of the daemon's clock, and whether the clock is suspect.",
-        ),
-        _call(
-            "POST",
-            "/clock/accept",
-            WithReason,
-            responses.ClockView,
-            handler=_accept_clock,
-            summary="Accept the clock as correct. Jobs are deleted and failed by age again.",
-        ),
-        _call(
+        _described("GET", "/alerts", NoFields, responses.AlertList, _alerts),
+        _described("GET", "/clock", NoFields, responses.ClockView, _clock),
+        _described("POST", "/clock/accept", WithReason, responses.ClockView, _accept_clock),
+        _described(
             "POST",
             "/cluster/step-down",
             StepDown,
             responses.ClusterView,
-            handler=_step_down,
+            _step_down,
             errors=("not_found", "no_standby"),
-            summary="Make this node step down, so that a standby takes over at once. The process ends with code 75.",
         ),
         Route(
             method="GET",
@@ -440,24 +384,10 @@ _ROUTES: Final = (
     ),
     *tagged(
         "The store",
-        _call(
-            "GET",
-            "/quarantine",
-            NoFields,
-            responses.QuarantineList,
-            handler=_quarantine,
-            summary="List the damaged jobs in quarantine.",
-        ),
+        _described("GET", "/quarantine", NoFields, responses.QuarantineList, _quarantine),
         _call("GET", "/backup", BackupRequest, bytes, handler=send_backup, content_type=BACKUP_TYPE, secret=True),
         _call("GET", "/check-rows", RowCheckRequest, responses.CheckedRows, handler=_check_rows),
-        _call(
-            "GET",
-            "/backups",
-            NoFields,
-            responses.BackupList,
-            handler=_backups,
-            summary="List the backups in progress and the last ones that ended, newest first.",
-        ),
+        _described("GET", "/backups", NoFields, responses.BackupList, _backups),
     ),
     *PROBES,
     cluster_route("admin"),

@@ -25,14 +25,11 @@ from jobd.model.responses import (
     ClusterView,
     DeliveryPage,
     DeliveryState,
-    DeliveryView,
     DiskView,
     PlanView,
     QuarantinedJob,
-    Resent,
     Response,
 )
-from jobd.model.storage import CannotWrite, FormatNotRead
 from jobd.monitoring.alerts import Alerts
 from jobd.monitoring.failure_groups import FailureGroups
 from jobd.monitoring.health import Health
@@ -108,49 +105,9 @@ class Services(Struct, kw_only=True):
         self, webhook: str, state: DeliveryState | None, before: int | None, limit: int
     ) -> DeliveryPage | ApiError:
         if not self.webhooks.has(webhook):
-            return _unknown_webhook(webhook)
+            return unknown_webhook(webhook)
         return await self.webhooks.page(webhook, state, before, limit)
 
-    async def deliver_again(self, webhook: str, delivery: int) -> DeliveryView | ApiError:
-        if not self.webhooks.has(webhook):
-            return _unknown_webhook(webhook)
-        try:
-            stored = await self.webhooks.redeliver(webhook, delivery)
-        except CannotWrite as error:
-            return await self._outbox_error(error)
-        if stored is None:
-            return ApiError("not_found", f"Webhook {webhook} has no delivery {delivery}. It may have been deleted.")
-        log.info("webhook_sent_again", webhook=webhook, delivery=delivery)
-        return stored
 
-    async def deliver_all_again(self, webhook: str, upto: int | None) -> Resent | ApiError:
-        if not self.webhooks.has(webhook):
-            return _unknown_webhook(webhook)
-        try:
-            count = await self.webhooks.redeliver_all(webhook, upto)
-        except CannotWrite as error:
-            return await self._outbox_error(error)
-        log.info("webhook_all_sent_again", webhook=webhook, count=count)
-        return Resent(count)
-
-    async def test_webhook(self, webhook: str) -> DeliveryView | ApiError:
-        if not self.webhooks.has(webhook):
-            return _unknown_webhook(webhook)
-        try:
-            sent = await self.webhooks.test(webhook)
-        except CannotWrite as error:
-            return await self._outbox_error(error)
-        log.info("webhook_tested", webhook=webhook)
-        return sent
-
-    async def _outbox_error(self, error: CannotWrite) -> ApiError:
-        if isinstance(error, FormatNotRead):
-            return ApiError("overloaded", f"The outbox of the webhook cannot be written: {error}.")
-        await self.health.space()
-        return self.actor.full_disk.refusal(
-            "the outbox of the webhook cannot be written. Free some space; jobd tries again every second."
-        )
-
-
-def _unknown_webhook(name: str) -> ApiError:
+def unknown_webhook(name: str) -> ApiError:
     return ApiError("not_found", f"There is no webhook {name}. The [[webhooks]] of the configuration name them.")

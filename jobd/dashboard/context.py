@@ -6,14 +6,13 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from jobd.api.auditing import audit_action
 from jobd.api.services import Services
 from jobd.dashboard.rendering import redirect
 from jobd.dashboard.sessions import Session, Sessions
 from jobd.http.app import App
 from jobd.http.auth import Permission
 from jobd.http.request import RequestContext, operator_of
-from jobd.model.commands import Command, RecordedAction
+from jobd.model.commands import Command
 from jobd.model.errors import ApiError, api_error
 from jobd.model.fields import Text
 from jobd.model.responses import Response
@@ -76,17 +75,6 @@ class Viewer(Struct):
             expected=expected,
         )
 
-    async def record_audit(
-        self, what: RecordedAction, details: dict[str, Any] | None = None, reason: str | None = None
-    ) -> None:
-        """Record in the audit log an action that is not a job command."""
-        await audit_action(self.app, self.context.operator, what, details, reason)
-
-    def flash(self, message: str) -> None:
-        """Show a message on the next page."""
-        if self.session is not None:
-            self.session.flash = message
-
     def check_form(self, csrf: str) -> None:
         """Raise 403 if a form lacks the CSRF token of the session: another site may have sent it.
 
@@ -117,8 +105,8 @@ def find_viewer(app: App[Services], context: RequestContext, sessions: Sessions)
 
 def redirect_with_flash(viewer: Viewer, url: str, message: str = "") -> Response:
     """Redirect after a form is processed, so that reloading the page does not submit it again."""
-    if message:
-        viewer.flash(message)
+    if viewer.session is not None and message:
+        viewer.session.flash = message
     return Response(redirect(url), status=303)
 
 

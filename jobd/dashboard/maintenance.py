@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final, Literal
 from urllib.parse import urlencode
 
+from jobd.api import operator_actions
 from jobd.dashboard.context import ReasonForm, Viewer, redirect_with_flash
 from jobd.dashboard.pages import PageData
 from jobd.http.request import as_one_entry
@@ -35,12 +36,8 @@ async def pause_queue(viewer: Viewer, form: QueueForm) -> Response | ApiError:
 
 
 async def resume_queue(viewer: Viewer, form: QueueForm) -> Response | ApiError:
-    return await _change_queue(
-        viewer,
-        form,
-        Resume(name=form.name, reason=form.reason_or_none),
-        f"Queue {form.name} is resumed.",
-    )
+    command = Resume(name=form.name, reason=form.reason_or_none)
+    return await _change_queue(viewer, form, command, f"Queue {form.name} is resumed.")
 
 
 async def _change_queue(viewer: Viewer, form: QueueForm, command: Command, message: str) -> Response | ApiError:
@@ -77,8 +74,7 @@ async def confirm_cleanup(viewer: Viewer, confirmation: CleanupConfirmQuery) -> 
 
 
 async def run_cleanup(viewer: Viewer, form: ReasonForm) -> Response:
-    await viewer.record_audit("cleanup", reason=form.reason_or_none)
-    report = await viewer.app.services.maintainer.run_cleanup(forced=True)
+    report = await operator_actions.run_cleanup(viewer.app, viewer.context.operator, form.reason_or_none)
     message = (
         f"Cleanup took {report.total_processing_time} ms: {report.stuck_jobs_recovered} recovered, "
         f"{report.expired_jobs_deleted} deleted, {report.validation_issues_fixed} issues fixed."
@@ -139,8 +135,7 @@ async def confirm_clock(viewer: Viewer, _: Command) -> PageData:
 
 
 async def accept_clock(viewer: Viewer, form: ReasonForm) -> Response | ApiError:
-    view = await viewer.app.services.accept_clock()
+    view = await operator_actions.accept_clock(viewer.app, viewer.context.operator, form.reason_or_none)
     if isinstance(view, ApiError):
         return view
-    await viewer.record_audit("accept-clock", reason=form.reason_or_none)
     return redirect_with_flash(viewer, "/alerts", "The clock is accepted. Jobs are expired and deleted by age again.")

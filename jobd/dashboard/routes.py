@@ -11,9 +11,9 @@ from typing import Annotated, Any, Final
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from jobd.api.cluster import step_down
 from jobd.api.downloads import ArtifactRequest, send_artifact
 from jobd.api.events import EVENT_STREAM
+from jobd.api.operator_actions import step_down
 from jobd.api.services import Services
 from jobd.dashboard import cluster, maintenance, pages, plans, urls, webhooks
 from jobd.dashboard.assets import Assets

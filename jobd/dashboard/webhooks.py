@@ -7,6 +7,7 @@ from urllib.parse import quote, urlencode
 
 from msgspec import Meta
 
+from jobd.api import operator_actions
 from jobd.dashboard.context import ReasonForm, Viewer, redirect_with_flash
 from jobd.dashboard.pages import PER_PAGE, PageData
 from jobd.model.commands import Command
@@ -78,20 +79,20 @@ async def webhook_detail(viewer: Viewer, selection: WebhookPageQuery) -> PageDat
 
 async def send_test(viewer: Viewer, form: TestWebhookForm) -> Response | ApiError:
     """Send a test message."""
-    sent = await viewer.app.services.test_webhook(form.name)
+    operator = viewer.context.operator
+    sent = await operator_actions.test_webhook(viewer.app, operator, form.name, form.reason_or_none)
     if isinstance(sent, ApiError):
         return sent
-    await viewer.record_audit("test-webhook", {"webhook": form.name}, form.reason_or_none)
     url = _page_url(WebhookPageQuery(name=form.name, state=form.state))
     return redirect_with_flash(viewer, url, f"Sending test message {sent.id}.")
 
 
 async def resend(viewer: Viewer, form: ResendForm) -> Response | ApiError:
     """Send a message again, or now if it is waiting for its retry."""
-    sent = await viewer.app.services.deliver_again(form.name, form.id)
+    operator = viewer.context.operator
+    sent = await operator_actions.deliver_again(viewer.app, operator, form.name, form.id, form.reason_or_none)
     if isinstance(sent, ApiError):
         return sent
-    await viewer.record_audit("resend-delivery", {"webhook": form.name, "delivery": form.id}, form.reason_or_none)
     url = _page_url(WebhookPageQuery(name=form.name, state=form.state))
     return redirect_with_flash(viewer, url, f"Sending message {sent.id}.")
 
@@ -105,10 +106,10 @@ async def confirm_retry_failed(viewer: Viewer, confirmation: RetryFailedQuery) -
 
 async def retry_failed(viewer: Viewer, form: RetryFailedForm) -> Response | ApiError:
     """Send all dead-lettered deliveries again."""
-    sent = await viewer.app.services.deliver_all_again(form.name, form.upto)
+    operator = viewer.context.operator
+    sent = await operator_actions.deliver_all_again(viewer.app, operator, form.name, form.upto, form.reason_or_none)
     if isinstance(sent, ApiError):
         return sent
-    await viewer.record_audit("resend-given-up", {"webhook": form.name, "resent": sent.resent}, form.reason_or_none)
     messages = "1 dead-lettered message" if sent.resent == 1 else f"{sent.resent} dead-lettered messages"
     return redirect_with_flash(viewer, _webhook_url(form.name), f"Sending {messages} again.")
 
