@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import copy
 import functools
-import io
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -27,6 +26,7 @@ from jobd.client.protocol import ApiRequest, ApiResponse, JobInfo, T, read_resul
 from jobd.client.retries import RetryOptions, RetryState
 from jobd.model.events import StreamedEvent
 
+PIECE_BYTES: Final = 64 << 10
 # Errors that aiohttp raises if a connection cannot be made or breaks.
 _CONNECTION_ERRORS: Final = (aiohttp.ClientError, OSError)
 # Those among them that it raises for an idle connection that the daemon has closed.
@@ -158,7 +158,10 @@ class AsyncClient(BaseClient):
     ) -> Any:
         url = URL(f"{endpoint.origin}{request.path}", encoded=True)
         headers = {"Accept-Encoding": "identity", **request.headers, **endpoint.headers}
-        body = None if request.body is None else io.BytesIO(request.body)  # aiohttp warns about bytes of over 1 MiB
+        body: Any = request.body
+        if request.body is not None and is_large(request):
+            body = _pieces(request.body)  # aiohttp warns about bytes of over 1 MiB, and copies io.BytesIO first
+            headers["Content-Length"] = str(len(request.body))
         return self._session(endpoint).request(
             request.method,
             url,
@@ -182,6 +185,11 @@ class AsyncClient(BaseClient):
                 connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
             )
         return session
+
+
+async def _pieces(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), PIECE_BYTES):
+        yield body[start : start + PIECE_BYTES]
 
 
 def _unreachable(endpoint: Endpoint, error: Exception) -> Unreachable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -175,9 +176,20 @@ async def test_a_large_body_waits_for_the_consent_of_the_daemon(tmp_path: Path, 
 
     path = str(tmp_path / "s")
     client = AsyncJobClient(f"unix:{path}", retry_for_s=0, timeout_s=1)
+    request = worker_requests.complete_job("j", lock_id="l", metadata="x" * 4 * command_stream.LARGE_BYTES)
     async with await asyncio.start_unix_server(reject, path), client.stream() if is_stream else client as jobs:
+        tracemalloc.start()
         with pytest.raises(TooLarge):
-            await jobs.complete_job("j", lock_id="l", metadata="x" * command_stream.LARGE_BYTES)
+            await jobs.send(request)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak_bytes < 2 * command_stream.LARGE_BYTES, "each attempt copies the body"
+
+
+async def test_a_large_body_arrives_complete(client: AsyncJobClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_stream, "LARGE_BYTES", 100_000)
+    payload = "0123456789" * 20_000
+    assert (await client.create_job(payload)).payload_value == payload
 
 
 async def test_concurrent_calls_share_one_stream(server: WorkerApiServer, client: AsyncJobClient) -> None:
