@@ -51,6 +51,7 @@ PURE_IMPORTS: Final = {
 IMPURE_CALLS: Final = {"now", "today", "utcnow", "uuid1", "uuid4", "open", "print", "input"}
 
 
+@functools.cache
 def names(source: Path) -> set[str]:
     """Return the dotted names that `source` imports anywhere: `from a import b` gives a.b."""
     found = set()
