@@ -63,7 +63,7 @@ class WebhookEndpoint(Struct, frozen=True):
     events: frozenset[str] = _QUIET
     queues: frozenset[str] = frozenset()
     allow_private: bool = False
-    timeout_ms: int = 10 * SECOND_MS  # for one attempt, from name resolution to the end of the response
+    timeout_ms: int = 10 * SECOND_MS  # for one attempt, from name resolution to the status of the response
     give_up_after_ms: int = 3 * DAY_MS
 
     def __repr__(self) -> str:

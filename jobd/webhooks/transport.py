@@ -25,7 +25,7 @@ from jobd.webhooks.url_policy import blocked_reason, redacted
 MAX_RESPONSE_BYTES: Final = 64 << 10  # read of a response
 MAX_ERROR_LENGTH: Final = 200  # characters kept of a response or an error
 MAX_LOOKUPS: Final = 16  # concurrent name lookups, hanging ones included
-DRAIN_S: Final = 1.0  # timeout for the rest of a successful response
+DRAIN_S: Final = 1.0  # timeout for the body of a response
 IDLE_S: Final = 30.0  # after which an idle connection is closed
 
 BLOCKED: Final = "webhooks may not connect to it"
@@ -142,12 +142,12 @@ class HttpTransport:
                     endpoint.url, data=delivery.body, headers=signed, allow_redirects=False, timeout=no_timeout
                 ) as response,
             ):
+                limit.reschedule(None)  # the status decides, regardless of the rest of the response
+                body = await _read_start(response)
                 if 200 <= response.status < 300:
-                    limit.reschedule(None)  # it was accepted, regardless of the rest of the response
-                    await _drain(response)
                     return DeliveryOutcome(response.status)
                 wait_ms = _retry_after_ms(response.headers.get("Retry-After", ""))
-                description = _http_error(response.status, await _read_start(response), endpoint)
+                description = _http_error(response.status, body, endpoint)
                 return DeliveryOutcome(response.status, description, wait_ms, gone=response.status == 410)
         except TimeoutError:
             return DeliveryOutcome(None, f"There was no response within {endpoint.timeout_ms / SECOND_MS:g} s.")
@@ -156,22 +156,21 @@ class HttpTransport:
 
 
 async def _read_start(response: aiohttp.ClientResponse) -> bytes:
-    """Return the first MAX_RESPONSE_BYTES of a response. Close the connection of a longer one."""
+    """Return the first MAX_RESPONSE_BYTES of a body, or nothing if it does not arrive within DRAIN_S.
+
+    Close the connection unless the body has ended. A part of a body could end with a part of a secret.
+    """
     read = bytearray()
-    while len(read) <= MAX_RESPONSE_BYTES and (piece := await response.content.readany()):
-        read += piece
+    try:
+        async with asyncio.timeout(DRAIN_S):
+            while len(read) <= MAX_RESPONSE_BYTES and (piece := await response.content.readany()):
+                read += piece
+    except (aiohttp.ClientError, OSError):  # including TimeoutError
+        response.close()
+        return b""
     if len(read) > MAX_RESPONSE_BYTES:
         response.close()
     return bytes(read[:MAX_RESPONSE_BYTES])
-
-
-async def _drain(response: aiohttp.ClientResponse) -> None:
-    """Read the response to its end, so that the connection can be reused. Close it if that takes too long."""
-    try:
-        async with asyncio.timeout(DRAIN_S):
-            await _read_start(response)
-    except (aiohttp.ClientError, OSError):  # including TimeoutError
-        response.close()
 
 
 def _http_error(status: int, body: bytes, endpoint: WebhookEndpoint) -> str:
@@ -202,8 +201,6 @@ def _connection_error(error: Exception, endpoint: WebhookEndpoint) -> str:
             return f"The url is invalid: {redacted(endpoint.url, error.description or 'it cannot be parsed')}."
         case aiohttp.ClientResponseError():
             return "The receiver does not speak valid HTTP."
-        case aiohttp.ClientPayloadError():
-            return "The response ended early."
         case OSError() if error.strerror:
             return f"The connection failed: {error.strerror}."
         case _:
