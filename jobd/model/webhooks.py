@@ -141,3 +141,23 @@ class DeliveryOutcome(Struct, frozen=True):
     error: str | None = None
     retry_after_ms: int | None = None  # as requested by the receiver
     gone: bool = False  # the receiver no longer exists (410)
+
+
+class FailingWebhook(Struct, frozen=True):
+    """A webhook that has been failing for `for_ms`. `error` is the latest."""
+
+    name: str
+    for_ms: int
+    error: str
+
+
+class WebhookMetrics(Struct, frozen=True):
+    """The counters of one webhook."""
+
+    delivered: int
+    failed: int
+    given_up: int
+    gaps: int
+    waiting: int
+    lag: int
+    paused: bool

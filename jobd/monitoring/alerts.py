@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Final, Protocol
+from typing import Final
 
 import structlog
 from msgspec import Struct, field
@@ -18,20 +18,15 @@ from jobd.core.state import State
 from jobd.core.stats import Attempts, KindDurations
 from jobd.core.views import average_processing_s
 from jobd.engine.clock import Clock
+from jobd.maintenance.maintainer import Maintainer
 from jobd.model.commands import Moment
 from jobd.model.job import MINUTE_MS, SECOND_MS
-from jobd.model.responses import (
-    AlertSeverity,
-    AlertView,
-    CleanupReport,
-    ClusterView,
-    DatabaseHealth,
-    HealthView,
-    PartHealth,
-)
+from jobd.model.responses import AlertSeverity, AlertView, ClusterView, DatabaseHealth, PartHealth
 from jobd.model.storage import DiskSpace
+from jobd.model.webhooks import FailingWebhook
 from jobd.monitoring.cluster_conditions import cluster_conditions
 from jobd.monitoring.condition import Condition
+from jobd.monitoring.health import Health
 
 log = structlog.get_logger("jobd.alerts")
 
@@ -93,29 +88,6 @@ class Thresholds(Struct, frozen=True):
     clocks_differ_ms: int = SECOND_MS
 
 
-class HealthSource(Protocol):
-    last: HealthView | None
-
-    async def view(self) -> HealthView: ...
-    async def space(self) -> DiskSpace | None: ...
-
-
-class CleanupReports(Protocol):
-    @property
-    def last_report(self) -> CleanupReport | None: ...
-
-
-class FailingWebhook(Protocol):
-    """A webhook whose deliveries fail."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def for_ms(self) -> int: ...
-    @property
-    def error(self) -> str: ...
-
-
 class WaitingJob(Struct):
     """The job that has been waiting for the longest time, as found by a scan over the queues."""
 
@@ -143,8 +115,8 @@ class Alerts:
         self,
         state: State,
         clock: Clock,
-        health: HealthSource,
-        cleanup: CleanupReports,
+        health: Health,
+        cleanup: Maintainer,
         thresholds: Thresholds | None = None,
         *,
         hold_ms: int = HOLD_MS,

@@ -19,18 +19,11 @@ from msgspec.structs import replace
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.engine.disk_full import WriteLimit
+from jobd.maintenance.maintainer import Maintainer
 from jobd.model.commands import Ping
 from jobd.model.errors import ApiError
 from jobd.model.job import STATUSES, Job
-from jobd.model.responses import (
-    CleanupHealth,
-    CleanupState,
-    ClusterView,
-    DatabaseHealth,
-    HealthStatus,
-    HealthView,
-    PartHealth,
-)
+from jobd.model.responses import CleanupHealth, ClusterView, DatabaseHealth, HealthStatus, HealthView, PartHealth
 from jobd.model.storage import RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
 from jobd.storage.artifacts.base import ArtifactStoreError
 
@@ -54,11 +47,6 @@ _LIMITS: Final = {
 }
 
 
-class CleanupStatus(Protocol):
-    def state(self) -> CleanupState: ...
-    def degraded_reason(self) -> str | None: ...
-
-
 class ArtifactProbe(Protocol):
     place: str
 
@@ -80,7 +68,7 @@ class Health:
         self,
         actor: Actor,
         clock: Clock,
-        cleanup: CleanupStatus,
+        cleanup: Maintainer,
         *,
         faults: Iterable[str] = (),
         take_faults: Callable[[], Iterable[str]] = tuple,

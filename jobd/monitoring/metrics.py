@@ -27,6 +27,7 @@ from jobd.core.state import State
 from jobd.core.stats import OTHER_QUEUES, PROCESSING_BUCKETS_S, Histogram, KindDurations
 from jobd.engine.actor import BATCH_BUCKETS, COMMIT_BUCKETS_S, Actor
 from jobd.engine.clock import Clock
+from jobd.engine.event_feed import EventFeed
 from jobd.maintenance.artifact_sweeper import SweepStats
 from jobd.maintenance.maintainer import Maintainer
 from jobd.model.errors import ERROR_STATUS
@@ -34,6 +35,7 @@ from jobd.model.events import EventType
 from jobd.model.job import SECOND_MS, STATUSES
 from jobd.model.responses import ClusterView, ProcessStats
 from jobd.model.storage import DiskSpace
+from jobd.model.webhooks import WebhookMetrics
 from jobd.monitoring.alerts import Alerts
 from jobd.storage.files import log_of
 
@@ -87,37 +89,13 @@ class Snapshot(Struct, frozen=True):
     lag_s: float
     alerts: dict[str, bool]
     sweeps: SweepStats
-    webhooks: dict[str, WebhookCounters]  # by name
+    webhooks: dict[str, WebhookMetrics]  # by name
     cluster: ClusterView
     append_seconds: Counts | None  # to the journal of a cluster
 
 
-class WebhookCounters(Protocol):
-    @property
-    def delivered(self) -> int: ...
-    @property
-    def failed(self) -> int: ...
-    @property
-    def given_up(self) -> int: ...
-    @property
-    def gaps(self) -> int: ...
-    @property
-    def waiting(self) -> int: ...
-    @property
-    def lag(self) -> int: ...
-    @property
-    def paused(self) -> bool: ...
-
-
 class ErrorCounts(Protocol):
     error_counts: Counter[str]  # by code
-
-
-class ListenerCounts(Protocol):
-    dropped: int
-
-    @property
-    def listeners(self) -> int: ...
 
 
 class Metrics:
@@ -135,7 +113,7 @@ class Metrics:
         sweeps: SweepStats,
         store_path: str,
         listeners: Sequence[ErrorCounts],
-        feed: ListenerCounts,
+        feed: EventFeed,
     ) -> None:
         self._actor = actor
         self._maintainer = maintainer
@@ -145,7 +123,7 @@ class Metrics:
         self._listeners = listeners
         self._feed = feed
         self._store_path = store_path
-        self.webhooks: Callable[[], Mapping[str, WebhookCounters]] = dict
+        self.webhooks: Callable[[], Mapping[str, WebhookMetrics]] = dict
         self.cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single")
         self.append_seconds: Histogram | None = None  # to the journal of a cluster, with COMMIT_BUCKETS_S
         self._lags: deque[float] = deque(maxlen=LAGS_KEPT)

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import structlog
-from msgspec import Struct
 
 from jobd.model.events import Change
 from jobd.model.responses import DeliveryPage, DeliveryState, DeliveryView, WebhookView
 from jobd.model.storage import CannotWrite, DiskFull
-from jobd.model.webhooks import Delivery, WebhookEndpoint
+from jobd.model.webhooks import Delivery, FailingWebhook, WebhookEndpoint, WebhookMetrics
 from jobd.webhooks.context import DeliveryStats, DispatchContext, Transport
 from jobd.webhooks.dispatcher import DISK_FULL_RETRY_S, FAILURE_RETRY_S, Dispatcher
 from jobd.webhooks.url_policy import public_url
@@ -23,26 +22,6 @@ from jobd.webhooks.url_policy import public_url
 NEWEST: Final = (1 << 63) - 1
 
 log = structlog.get_logger("jobd.webhooks")
-
-
-class FailingEndpoint(Struct, frozen=True):
-    """An endpoint that has been failing for `for_ms`."""
-
-    name: str
-    for_ms: int
-    error: str
-
-
-class WebhookMetrics(Struct, frozen=True):
-    """The counters of one endpoint."""
-
-    delivered: int
-    failed: int
-    given_up: int
-    gaps: int
-    waiting: int
-    lag: int
-    paused: bool
 
 
 class WebhookManager:
@@ -202,10 +181,10 @@ class WebhookManager:
             raise DiskFull("the outbox cannot be written")
         return dispatcher
 
-    def worst(self) -> FailingEndpoint | None:
+    def worst(self) -> FailingWebhook | None:
         """Return the endpoint that has been failing for the longest time, or None."""
         failing = [
-            FailingEndpoint(name, for_ms, self._stats[name].last_error or "")
+            FailingWebhook(name, for_ms, self._stats[name].last_error or "")
             for name, dispatcher in self._dispatchers.items()
             if (for_ms := dispatcher.failing_ms) is not None
         ]

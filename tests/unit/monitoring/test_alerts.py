@@ -13,6 +13,7 @@ from jobd.model.commands import Claim, Complete, Create, EndGrants, Fail, Pause,
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
 from jobd.model.responses import AlertView
 from jobd.model.storage import DiskSpace
+from jobd.model.webhooks import FailingWebhook
 from jobd.monitoring.alerts import (
     CLUSTER_NAMES,
     EVALUATE_EVERY_S,
@@ -56,7 +57,7 @@ async def test_an_idle_daemon_lists_every_alert_and_fires_none() -> None:
 @in_virtual_time
 async def test_the_hints_of_quiet_alerts_are_true() -> None:
     """Evaluate the same state with two thresholds, below and at the value."""
-    failing = FakeFailingWebhook()
+    failing = FailingWebhook("billing", 300_000, "500: broken")
     async with VirtualEngine() as engine:
         alerts = alerts_of(engine)
         alerts.failing_webhook = lambda: failing
@@ -361,20 +362,13 @@ async def test_a_bug_does_not_end_the_evaluation() -> None:
         await running
 
 
-class FakeFailingWebhook:
-    name = "billing"
-    for_ms = 300_000
-    error = "500: broken"
-
-
 @in_virtual_time
 async def test_webhook_failing_fires_with_the_last_error() -> None:
     async with VirtualEngine() as engine:
         alerts = alerts_of(engine)
-        failing = FakeFailingWebhook()
-        alerts.failing_webhook = lambda: failing
+        alerts.failing_webhook = lambda: FailingWebhook("billing", 300_000, "500: broken")
         assert not one(alerts, "webhook_failing").firing
-        failing.for_ms += 1_000
+        alerts.failing_webhook = lambda: FailingWebhook("billing", 301_000, "500: broken")
         shown = one(alerts, "webhook_failing")
         assert shown.firing
         assert shown.value == 301
@@ -387,7 +381,7 @@ async def test_webhook_failing_fires_with_the_last_error() -> None:
 @in_virtual_time
 async def test_listeners_are_notified_of_changes_only() -> None:
     async with VirtualEngine() as engine:
-        alerts, announced, failing = alerts_of(engine), [], FakeFailingWebhook()
+        alerts, announced = alerts_of(engine), []
         alerts.on_change.append(lambda: announced.append(alerts.known()))
         alerts.evaluate()
         assert alerts.known() is None
@@ -397,8 +391,7 @@ async def test_listeners_are_notified_of_changes_only() -> None:
         assert len(announced) == 1
         assert announced[0] is not None
         alerts.evaluate()
-        failing.for_ms += 1_000
-        alerts.failing_webhook = lambda: failing
+        alerts.failing_webhook = lambda: FailingWebhook("billing", 301_000, "500: broken")
         await seconds(6)
         assert len(announced) == 2
         assert announced[1] is not None

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from jobd.engine.actor import Bounds
 from jobd.engine.disk_full import WriteLimit
+from jobd.maintenance.maintainer import Maintainer
 from jobd.model.commands import Create, Get, Progress
 from jobd.model.job import DAY_MS
 from jobd.model.responses import CleanupState, ClusterView, HealthView, PartHealth
@@ -588,15 +589,12 @@ async def test_late_cleanup_is_degraded() -> None:
 
 @in_virtual_time
 async def test_a_bug_in_cleanup_is_unhealthy_and_nothing_is_raised() -> None:
-    class FailingMaintainer:
+    class FailingMaintainer(Maintainer):
         def state(self) -> CleanupState:
             raise ValueError("a bug")
 
-        def degraded_reason(self) -> str | None:
-            return None
-
     async with VirtualEngine() as engine:
-        view = await Health(engine.actor, engine.clock, FailingMaintainer()).view()
+        view = await Health(engine.actor, engine.clock, FailingMaintainer(engine.actor, engine.clock)).view()
         assert view.status == "unhealthy"
         assert "ValueError: a bug" in view.cleanup_status.message
         assert view.timestamp == engine.now
