@@ -23,6 +23,7 @@ BucketName = tuple[str, str, int]  # queue, kind, priority
 SLACK = 64  # stale entries that a heap may always have; beyond, at most as many as valid ones
 BLOCK: Final = 512  # entries
 NEVER: Final = 1 << 63  # the expires_at of a job that has none
+FEW_HEADS: Final = 64  # that a claim of some kinds tries before it sorts those of its kinds
 _LONG_AGO: Final = -1
 _GONE_AT_ONCE: Final = 4096  # removed jobs at the front of a Fifo at which they are dropped
 
@@ -504,6 +505,14 @@ class QueuedJobs:
         return self.heads.ordered(lambda head: head[1] <= now and self._is_head(head))
 
     def _heads_of(self, kinds: Iterable[str], now: int) -> Iterator[tuple[int, int, int, str, str]]:
-        buckets = (bucket for kind in set(kinds) for bucket in self.buckets.get(kind, {}).values())
+        """Iterate over the heads of `kinds`. Most claims find theirs among the first heads of all kinds."""
+        wanted = set(kinds)
+        buckets = [bucket for kind in wanted for bucket in self.buckets.get(kind, {}).values()]
+        passed: tuple[object, ...] = ()
+        for head in islice(self._all_heads(now), min(len(buckets), FEW_HEADS)):
+            passed = head
+            if head[4] in wanted:
+                yield head
         firsts = ((bucket.head(), bucket.name[1]) for bucket in buckets)
-        return iter(sorted((*first[:4], kind) for first, kind in firsts if first is not None and first[1] <= now))
+        heads = ((*first[:4], kind) for first, kind in firsts if first is not None and first[1] <= now)
+        yield from sorted(head for head in heads if head > passed)

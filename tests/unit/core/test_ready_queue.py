@@ -458,9 +458,10 @@ def test_the_first_of_many_buckets_is_found_without_reading_all_of_them(
             due.join(untouched(f"k-{seq}", 0, seq, seq), 1_000)
     for seq in range(1_000):
         due.add(f"later-{seq}", (-1, 2_000, seq, f"{seq}", NEVER), 1_000)
-    scanned.clear()
-    assert [found[2] for found in islice(due.eligible(None, 1_000), 3)] == [0, 1, 2]
-    assert len(scanned) < 60
+    for kinds, first in ((None, 0), ([f"k-{seq}" for seq in range(1, 1_000)], 1)):
+        scanned.clear()
+        assert [found[2] for found in islice(due.eligible(kinds, 1_000), 3)] == [first, first + 1, first + 2]
+        assert len(scanned) < 60
 
 
 class CountingTime(int):
