@@ -273,10 +273,10 @@ def _certificate(name: str, settings: Config) -> tuple[str, str]:
 
 
 def _cannot_listen(name: str, address: str, error: OSError) -> CannotStart:
-    if error.errno == errno.EADDRINUSE:
-        why = f"another process listens there. Stop it, or set {_LISTENER_KEYS[name]} to another address"
-        return CannotStart(f"[{name}] cannot listen on {address}: {why}", EXIT_BUSY)
-    return CannotStart(f"[{name}] cannot listen on {address}: {error}", EXIT_CONFIG)
+    in_use = error.errno == errno.EADDRINUSE
+    why = "another process listens there. Stop it, or set" if in_use else f"{error}. Correct this, or set"
+    reason = f"[{name}] cannot listen on {address}: {why} {_LISTENER_KEYS[name]} to another address"
+    return CannotStart(reason, EXIT_BUSY if in_use else EXIT_CONFIG)
 
 
 def _tls_context(cert: str, key: str) -> ssl.SSLContext | None:

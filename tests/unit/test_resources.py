@@ -13,6 +13,7 @@ from jobd.config import AdminSection, Config, WorkerSection
 from jobd.resources import (
     EXIT_CONFIG,
     CannotStart,
+    _cannot_listen,
     _cannot_open,
     _tls_context,
     check_addresses_free,
@@ -76,4 +77,10 @@ async def test_an_encrypted_key_is_exit_78(tmp_path: Path) -> None:
 def test_the_file_that_may_not_be_written_is_named() -> None:
     error = _cannot_open("/jobd.db", PermissionError(13, "Permission denied", "/jobd.db.lock"))
     assert str(error).startswith("/jobd.db.lock: Permission denied: user ")
+    assert error.code == EXIT_CONFIG
+
+
+def test_an_address_that_cannot_be_used_is_named_with_its_key() -> None:
+    error = _cannot_listen("worker", "unix:/run/user/7/w", PermissionError(13, "Permission denied", "/run/user/7"))
+    assert str(error).endswith("denied: '/run/user/7'. Correct this, or set worker.socket to another address")
     assert error.code == EXIT_CONFIG
