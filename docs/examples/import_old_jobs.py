@@ -154,6 +154,8 @@ def convert(row: Mapping[str, Any], taken: Mapping[str, str], statuses: Mapping[
     job: dict[str, Any] = {}
     for target, column in taken.items():
         value = row.get(column)
+        if isinstance(value, bytes):
+            value = as_text(value) or value
         if value is None or value in ("", b""):
             continue
         field, _, key = target.partition(".")
@@ -178,12 +180,9 @@ def convert(row: Mapping[str, Any], taken: Mapping[str, str], statuses: Mapping[
 
 def _value(field: str, value: Any, zone: str) -> Any:
     if isinstance(value, bytes):
-        text = as_text(value)
-        if text is None and field not in JSON_FIELDS:
+        if field not in JSON_FIELDS:
             raise ValueError("not text")
-        if text is None:
-            return base64.b64encode(value).decode()
-        value = text
+        return base64.b64encode(value).decode()
     if field.endswith("_at"):
         return to_ms(value, zone)
     if field in WHOLE_NUMBERS:

@@ -34,6 +34,7 @@ def test_an_old_table_becomes_lines_of_an_import(
         db.execute("INSERT INTO jobs VALUES ('a', 'video', 'running', 40, '2025-01-01 10:00:00', '{\"x\": 1}')")
         db.execute("INSERT INTO jobs VALUES ('b', 'video', 'weird', 0, NULL, NULL)")
         db.execute("INSERT INTO jobs VALUES ('c', NULL, 'done', 100, 1735725600, 'plain text')")
+        db.execute("INSERT INTO jobs VALUES ('d', NULL, 'done', 100, 'yesterday', NULL)")
     db.close()
     assert old_jobs.main([str(tmp_path / "old.db")]) == 1
     out, err = capsys.readouterr()
@@ -49,6 +50,7 @@ def test_an_old_table_becomes_lines_of_an_import(
         {"id": "c", "status": "completed", "progress": 100.0, "created_at": 1_735_725_600_000, "payload": "plain text"},
     ]
     assert err.startswith("row 2 (id b) is left out: unknown status 'weird': add --status weird=")
+    assert "row 4 (id d) is left out: created_at: 'yesterday' cannot be read" in err
 
 
 def test_a_csv_with_other_names_is_mapped(
