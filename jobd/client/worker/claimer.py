@@ -27,6 +27,7 @@ POLL_MS: Final = 30_000
 NODE_POLL_MS: Final = 10_000  # with several nodes, as the one that holds the claim may no longer lead
 LOCK_TTL_MS: Final = 60_000
 ARRIVAL_S: Final = 0.05  # after `stop`, for a response that is on its way
+RETRY_FOR_S: Final = 30.0  # of a claim with `once` or `drain`, while the daemon is unreachable
 PROBE_S: Final = 1.0  # for each request for grants that were missed
 PROBES: Final = 3  # at most, because over TCP the daemon notices a cancelled claim a little later
 # A claim is also retried after errors that the daemon can recover from: a full disk, an internal error.
@@ -35,10 +36,11 @@ RETRIED_CLAIM: Final = RETRIED | {"storage_full", "internal_error", "request_tim
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimOptions:
-    """Which jobs to claim, and for which worker.
+    """Which jobs to claim, for which worker, and for how long.
 
     Another worker can get a job whose lock was not extended for `lock_ttl_ms`. By default there is no progress timeout
-    (`max_processing_ms` is 0), so long work without progress reports keeps its lock.
+    (`max_processing_ms` is 0), so long work without progress reports keeps its lock. At most `concurrency` jobs run at
+    a time. `once` ends the worker after one job, `drain` when no job is due and none is running.
     """
 
     worker: str
@@ -47,14 +49,16 @@ class ClaimOptions:
     lock_ttl_ms: int = LOCK_TTL_MS
     max_processing_ms: int = 0
     about: About | None = None
+    concurrency: int = 1
+    once: bool = False
+    drain: bool = False
 
 
 class Claimer:
-    """The main loop of a worker. It calls `work` with each grant, for at most `concurrency` grants at a time.
+    """The main loop of a worker. It calls `work` with each grant.
 
     The second argument of `work` says whether the claim was sent more than once, in which case the grant may be old.
-    `once` ends the loop after one job, `drain` when no job is due and none is running. If the daemon is unreachable, a
-    claim is retried for `retry_for_s`, or forever if that is None.
+    While the daemon is unreachable, a claim is retried, with `once` or `drain` only for RETRY_FOR_S.
     """
 
     def __init__(
@@ -63,20 +67,12 @@ class Claimer:
         options: ClaimOptions,
         work: Callable[[GrantInfo, bool], Awaitable[None]],
         log: Log,
-        *,
-        concurrency: int = 1,
-        once: bool = False,
-        drain: bool = False,
-        retry_for_s: float | None = None,
     ) -> None:
         self._client = client
         self._options = options
         self._work = work
         self._log = log
-        self._concurrency = 1 if once else concurrency
-        self._once = once
-        self._drain = drain
-        self._retry_for_s = retry_for_s
+        self._concurrency = 1 if options.once else options.concurrency
         self._stopping = asyncio.Event()
         self._running: set[asyncio.Future[None]] = set()
         self._is_resent = False
@@ -109,9 +105,9 @@ class Claimer:
             grants = await self._claim(self._concurrency - len(self._running))
             for grant in grants:
                 self._running.add(asyncio.ensure_future(self._work(grant, self._is_resent)))
-            if self._once and grants:
+            if self._options.once and grants:
                 return
-            if self._drain and not grants:
+            if self._options.drain and not grants:
                 if not self._running:
                     return
                 await self._wait_for_one()
@@ -131,10 +127,11 @@ class Claimer:
     async def _claim(self, limit: int) -> list[GrantInfo]:
         """Claim up to `limit` jobs. Retries with the same key until the daemon responds or `stop` is called."""
         key = uuid7()
-        wait_ms = 0 if self._drain else POLL_MS if len(self._client.endpoints) == 1 else NODE_POLL_MS
+        wait_ms = 0 if self._options.drain else POLL_MS if len(self._client.endpoints) == 1 else NODE_POLL_MS
         request = self._request(limit, wait_ms, key)
         self._is_resent = False
-        retry = RetryOptions(total_s=self._retry_for_s, timeout_s=10.0, codes=RETRIED_CLAIM)
+        retry_for_s = RETRY_FOR_S if self._options.once or self._options.drain else None
+        retry = RetryOptions(total_s=retry_for_s, timeout_s=10.0, codes=RETRIED_CLAIM)
         claim = asyncio.ensure_future(self._client.send(request, retry, self._on_retry))
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:

@@ -102,11 +102,11 @@ class CommandWorker:
             kinds=[kinds] if isinstance(kinds, str) else kinds,
             lock_ttl_ms=lock_ttl_ms,
             max_processing_ms=max_processing_ms,
+            concurrency=concurrency,
+            once=once,
+            drain=drain,
         )
         self._timeout_s = seconds(timeout)
-        self._once = once
-        self._drain = drain
-        self._concurrency = concurrency
         self._grace_s = grace_s
         self._kill_after_s = kill_after_s
         self._log = log or _print
@@ -133,7 +133,7 @@ class CommandWorker:
             self._log(f"cannot run {self._command[0]!r}: {error}. No job was claimed.")
             return 1
         client = self._client.twin() if isinstance(self._client, AsyncJobClient) else AsyncJobClient(self._client)
-        options = replace(self._options, about=describe_process(self._concurrency))
+        options = replace(self._options, about=describe_process(self._options.concurrency))
         service = ServiceThread(f"jobd worker {self.name}")
         log = service.background(self._log)
         log(describe_claims(options, client))
@@ -142,11 +142,8 @@ class CommandWorker:
             options,
             functools.partial(self._begin, log),
             log,
-            concurrency=self._concurrency,
             grace_s=self._grace_s,
             stop_s=self._kill_after_s,
-            once=self._once,
-            drain=self._drain,
             progress_every_s=PROGRESS_EVERY_S,
         )
 
@@ -163,7 +160,7 @@ class CommandWorker:
                     await asyncio.to_thread(self._watchdog.close)
                 if runner.start_error is not None:
                     log(f"cannot run {self._command[0]!r}: {runner.start_error}. Its job was released.")
-                if self._drain and not runner.was_stopped and (left := await remaining_jobs(client, self._options)):
+                if options.drain and not runner.was_stopped and (left := await remaining_jobs(client, self._options)):
                     log(f"drained; {left}.")
 
         self._stop = functools.partial(service.call, runner.stop)
@@ -171,11 +168,13 @@ class CommandWorker:
             await service.run(work, runner.abandon)
         if runner.start_error is not None:
             return 1
-        return int((self._drain or self._once) and (runner.not_completed > 0 or (self._once and not runner.completed)))
+        if not (options.once or options.drain):
+            return 0
+        return int(runner.not_completed > 0 or (options.once and not runner.completed))
 
     async def _log_pauses(self, client: AsyncJobClient, log: Log) -> None:
         """Log the pauses of the queues, so that a worker that waits says why. A drain reports them at its end."""
-        if not self._drain:
+        if not self._options.drain:
             for text in await pauses(client, self._options):
                 log(text)
 
@@ -183,7 +182,7 @@ class CommandWorker:
         """Start the program for one job."""
         job = keeper.grant.job
         stdout, stderr = self._writers
-        is_one_of_many = self._concurrency > 1
+        is_one_of_many = self._options.concurrency > 1
         directives, tail = Directives(keeper.report), Tail()
         out = OutputFilter(directives, lambda text: log(f"job {job.id}: {text}"), whole_lines=is_one_of_many)
         err = OutputFilter(None, log, whole_lines=is_one_of_many)

@@ -20,7 +20,6 @@ from jobd.client.worker.lease import LeaseKeeper, describe_failure
 from jobd.client.worker.service_thread import Log
 
 STOP_S: Final = 10.0  # for an execution to stop
-RETRY_FOR_S: Final = 30.0  # of a claim with `once` or `drain`, while the daemon is unreachable
 REPORT_S: Final = 10.0  # for a stopping worker to report the ends of its jobs to an unreachable daemon
 
 
@@ -68,11 +67,8 @@ class WorkerRunner:
         begin: Begin,
         log: Log,
         *,
-        concurrency: int = 1,
         grace_s: float = 30.0,
         stop_s: float = STOP_S,
-        once: bool = False,
-        drain: bool = False,
         progress_every_s: float = 0,
     ) -> None:
         self._client = client
@@ -81,16 +77,7 @@ class WorkerRunner:
         self._grace_s = grace_s
         self._stop_s = stop_s
         self._progress_every_s = progress_every_s
-        self._claimer = Claimer(
-            client,
-            options,
-            self._work,
-            log,
-            concurrency=concurrency,
-            once=once,
-            drain=drain,
-            retry_for_s=RETRY_FOR_S if once or drain else None,
-        )
+        self._claimer = Claimer(client, options, self._work, log)
         self._stopping = asyncio.Event()
         self._grace_is_over = asyncio.Event()  # executions are stopped
         self._give_up = asyncio.Event()  # do not wait for executions or an unreachable daemon any longer

@@ -150,14 +150,7 @@ class Worker:
         service = ServiceThread(f"jobd worker {self.name}")
         log = service.background(logger.warning)
         loop = HandlerLoop(log)
-        runner = WorkerRunner(
-            client,
-            options,
-            functools.partial(self._begin, loop),
-            log,
-            concurrency=self._concurrency,
-            grace_s=self._grace_s,
-        )
+        runner = WorkerRunner(client, options, functools.partial(self._begin, loop), log, grace_s=self._grace_s)
 
         async def work() -> None:
             watching = asyncio.ensure_future(loop.watch())
@@ -191,6 +184,7 @@ class Worker:
             lock_ttl_ms=self._lock_ttl_ms,
             max_processing_ms=self._max_processing_ms,
             about=describe_process(self._concurrency),
+            concurrency=self._concurrency,
         )
 
     async def _begin(self, loop: HandlerLoop, keeper: LeaseKeeper) -> Execution:

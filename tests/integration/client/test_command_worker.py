@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from jobd.client import AsyncJobClient, CommandWorker, Unreachable
-from jobd.client.worker import drain, lease, runner
+from jobd.client.worker import claimer, drain, lease
 from jobd.client.worker.claimer import ClaimOptions
 from jobd.client.worker.command_worker import describe
 from jobd.client.worker.drain import remaining_jobs
@@ -368,7 +368,7 @@ async def test_a_job_is_released_if_its_program_cannot_be_started(
 async def test_drain_without_a_daemon_ends_after_its_timeout(
     queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "RETRY_FOR_S", 0.1)
+    monkeypatch.setattr(claimer, "RETRY_FOR_S", 0.1)
     run = CommandRun(f"unix:{tmp_path}/none", tmp_path, queue, "true", drain=True)
     with pytest.raises(Unreachable):
         await run.run()
