@@ -239,8 +239,7 @@ class ArtifactSweeper:
         timer = None
         if self.stats.waiting > 0 or self._failing or seconds < POLL_S:
             timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
-        if not self._stopping:
-            await self._wake.wait()
+        await self._wake.wait()
         self._wake.clear()
         if timer is not None:
             timer.cancel()

@@ -70,7 +70,7 @@ class Dispatcher:
         """Run until `stop`, then wait briefly for running deliveries. Log errors and continue."""
         try:
             while not self._stopping:
-                await self._pause(await self._guarded_round(transport))
+                await pause(self._wake, await self._guarded_round(transport))
         finally:
             await self._shut_down(transport)
 
@@ -212,17 +212,6 @@ class Dispatcher:
     @property
     def _has_room(self) -> bool:
         return len(self.queue) + PAGE <= MAX_BACKLOG
-
-    async def _pause(self, seconds: float | None) -> None:
-        """Wait for `_wake`, and for at most `seconds` if given."""
-        timer = None
-        if seconds is not None:
-            timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
-        if not self._stopping:
-            await self._wake.wait()
-        self._wake.clear()
-        if timer is not None:
-            timer.cancel()
 
     def _enqueue(self, new: list[Delivery]) -> None:
         """Queue deliveries that are in the outbox now."""
@@ -409,3 +398,12 @@ class Dispatcher:
     def _now_ms(self) -> int:
         """Return monotonic milliseconds."""
         return int(self._loop_time() * SECOND_MS)
+
+
+async def pause(wake: asyncio.Event, seconds: float | None) -> None:
+    """Wait until `wake` is set, and for at most `seconds` if given. Clear it."""
+    timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, wake.set)
+    await wake.wait()
+    wake.clear()
+    if timer is not None:
+        timer.cancel()

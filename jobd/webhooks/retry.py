@@ -5,21 +5,12 @@ Pure: time (monotonic ms) and chance (0 to 1) are arguments.
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Literal
 
 from msgspec import Struct
 
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
-
-RETRY_MS: Final = 5 * SECOND_MS  # after the first failure; doubles each time
-MAX_RETRY_MS: Final = HOUR_MS
-# Attempts before a delivery is dead-lettered. Its age alone may be due to a clock step or a suspended machine.
-MIN_TRIES: Final = 8
-
-OPENS_AFTER: Final = 5  # consecutive failures
-PAUSE_MS: Final = 10 * SECOND_MS  # of the first open period; doubles each time
-MAX_PAUSE_MS: Final = 5 * MINUTE_MS
 
 BreakerState = Literal["closed", "open", "half_open"]
 
@@ -27,12 +18,13 @@ BreakerState = Literal["closed", "open", "half_open"]
 class RetryPolicy(Struct, frozen=True):
     """Delays and limits of retries and of the circuit breaker."""
 
-    retry_ms: int = RETRY_MS
-    max_retry_ms: int = MAX_RETRY_MS
-    min_tries: int = MIN_TRIES
-    opens_after: int = OPENS_AFTER
-    pause_ms: int = PAUSE_MS
-    max_pause_ms: int = MAX_PAUSE_MS
+    retry_ms: int = 5 * SECOND_MS  # after the first failure; doubles each time
+    max_retry_ms: int = HOUR_MS
+    # Attempts before a delivery is dead-lettered. Its age alone may be due to a clock step or a suspended machine.
+    min_tries: int = 8
+    opens_after: int = 5  # consecutive failures
+    pause_ms: int = 10 * SECOND_MS  # of the first open period; doubles each time
+    max_pause_ms: int = 5 * MINUTE_MS
 
 
 def retry_wait_ms(tries: int, chance: float, policy: RetryPolicy, asked_ms: int | None = None) -> int:

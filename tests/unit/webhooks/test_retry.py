@@ -7,18 +7,7 @@ from msgspec.structs import replace
 
 from jobd.model.job import DAY_MS
 from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
-from jobd.webhooks.retry import (
-    MAX_PAUSE_MS,
-    MAX_RETRY_MS,
-    MIN_TRIES,
-    OPENS_AFTER,
-    PAUSE_MS,
-    RETRY_MS,
-    CircuitBreaker,
-    RetryPolicy,
-    is_exhausted,
-    retry_wait_ms,
-)
+from jobd.webhooks.retry import CircuitBreaker, RetryPolicy, is_exhausted, retry_wait_ms
 from tests.support.factories import NOW
 
 POLICY = RetryPolicy()
@@ -30,15 +19,15 @@ NO = DeliveryOutcome(500, "500")
 @pytest.mark.parametrize(
     ("tries", "chance", "asked_ms", "wait_ms"),
     [
-        (1, 0.0, None, RETRY_MS // 2),
-        (1, 1.0, None, RETRY_MS),
-        (2, 1.0, None, 2 * RETRY_MS),
-        (3, 0.5, None, 3 * RETRY_MS),
-        (30, 1.0, None, MAX_RETRY_MS),
-        (1_000, 0.0, None, MAX_RETRY_MS // 2),
+        (1, 0.0, None, POLICY.retry_ms // 2),
+        (1, 1.0, None, POLICY.retry_ms),
+        (2, 1.0, None, 2 * POLICY.retry_ms),
+        (3, 0.5, None, 3 * POLICY.retry_ms),
+        (30, 1.0, None, POLICY.max_retry_ms),
+        (1_000, 0.0, None, POLICY.max_retry_ms // 2),
         (1, 0.0, 60_000, 60_000),
-        (1, 0.0, 1, RETRY_MS // 2),
-        (1, 0.0, 10 * DAY_MS, MAX_RETRY_MS),
+        (1, 0.0, 1, POLICY.retry_ms // 2),
+        (1, 0.0, 10 * DAY_MS, POLICY.max_retry_ms),
     ],
 )
 def test_delays_double_are_jittered_and_have_a_maximum(
@@ -50,9 +39,9 @@ def test_delays_double_are_jittered_and_have_a_maximum(
 @pytest.mark.parametrize(
     ("tries", "age_ms", "given_up"),
     [
-        (MIN_TRIES, ENDPOINT.give_up_after_ms, True),
-        (MIN_TRIES - 1, ENDPOINT.give_up_after_ms * 9, False),
-        (MIN_TRIES * 9, ENDPOINT.give_up_after_ms - 1, False),
+        (POLICY.min_tries, ENDPOINT.give_up_after_ms, True),
+        (POLICY.min_tries - 1, ENDPOINT.give_up_after_ms * 9, False),
+        (POLICY.min_tries * 9, ENDPOINT.give_up_after_ms - 1, False),
     ],
 )
 def test_a_dead_letter_needs_both_age_and_attempts(tries: int, age_ms: int, given_up: bool) -> None:
@@ -62,29 +51,29 @@ def test_a_dead_letter_needs_both_age_and_attempts(tries: int, age_ms: int, give
 
 def opened(at: int = 1_000, breaker: CircuitBreaker | None = None) -> CircuitBreaker:
     breaker = breaker or CircuitBreaker(POLICY)
-    for number in range(OPENS_AFTER):
+    for number in range(POLICY.opens_after):
         assert breaker.state(at) == "closed"
-        assert breaker.failed(NO, at, 1.0) is (number == OPENS_AFTER - 1)
+        assert breaker.failed(NO, at, 1.0) is (number == POLICY.opens_after - 1)
     return breaker
 
 
 def test_consecutive_failures_open_the_breaker() -> None:
     breaker = CircuitBreaker(POLICY)
-    for _ in range(OPENS_AFTER - 1):
+    for _ in range(POLICY.opens_after - 1):
         assert not breaker.failed(NO, 5, 1.0)
     assert breaker.since == 5
     assert not breaker.succeeded()
     assert breaker.failures == 0
     assert breaker.since is None
-    assert opened().until == 1_000 + PAUSE_MS
+    assert opened().until == 1_000 + POLICY.pause_ms
 
 
 def test_a_successful_probe_closes_the_breaker() -> None:
     breaker = opened()
-    assert breaker.state(1_000 + PAUSE_MS - 1) == "open"
-    assert breaker.state(1_000 + PAUSE_MS) == "half_open"
+    assert breaker.state(1_000 + POLICY.pause_ms - 1) == "open"
+    assert breaker.state(1_000 + POLICY.pause_ms) == "half_open"
     assert breaker.succeeded()
-    assert breaker.state(1_000 + PAUSE_MS) == "closed"
+    assert breaker.state(1_000 + POLICY.pause_ms) == "closed"
     assert not breaker.succeeded()
 
 
@@ -96,24 +85,24 @@ def test_a_failed_probe_lengthens_the_pause_up_to_its_maximum() -> None:
         now = breaker.until
         assert breaker.failed(NO, now, 1.0)
         pauses.append(breaker.until - now)
-    assert pauses[:3] == [2 * PAUSE_MS, 4 * PAUSE_MS, 8 * PAUSE_MS]
-    assert pauses[-1] == MAX_PAUSE_MS
+    assert pauses[:3] == [2 * POLICY.pause_ms, 4 * POLICY.pause_ms, 8 * POLICY.pause_ms]
+    assert pauses[-1] == POLICY.max_pause_ms
     assert breaker.since == 1_000
     assert breaker.succeeded()
-    assert opened(now, breaker).until == now + PAUSE_MS, "it begins with the shortest pause again"
+    assert opened(now, breaker).until == now + POLICY.pause_ms, "it begins with the shortest pause again"
 
 
 def test_deliveries_that_were_running_do_not_lengthen_the_pause() -> None:
     breaker = opened()
     assert not breaker.failed(NO, 1_500, 1.0)
-    assert breaker.until == 1_000 + PAUSE_MS
-    assert breaker.failures == OPENS_AFTER
+    assert breaker.until == 1_000 + POLICY.pause_ms
+    assert breaker.failures == POLICY.opens_after
 
 
 def test_pauses_are_jittered() -> None:
     breaker = CircuitBreaker(RetryPolicy(opens_after=1))
     assert breaker.failed(NO, 0, 0.0)
-    assert breaker.until == PAUSE_MS // 2
+    assert breaker.until == POLICY.pause_ms // 2
 
 
 def test_retry_after_lengthens_the_pause_within_bounds() -> None:
@@ -122,12 +111,12 @@ def test_retry_after_lengthens_the_pause_within_bounds() -> None:
     assert breaker.until == 60_000
     breaker = CircuitBreaker(RetryPolicy(opens_after=1))
     assert breaker.failed(replace(NO, retry_after_ms=DAY_MS), 0, 0.0)
-    assert breaker.until == MAX_PAUSE_MS
+    assert breaker.until == POLICY.max_pause_ms
 
 
 def test_410_gone_opens_the_breaker_after_one_failure() -> None:
     breaker = CircuitBreaker(POLICY)
     assert breaker.failed(DeliveryOutcome(410, "410", gone=True), 0, 1.0)
-    assert breaker.until == MAX_PAUSE_MS
-    assert breaker.failed(NO, MAX_PAUSE_MS, 1.0), "a failed probe, whatever its error"
-    assert breaker.until == 2 * MAX_PAUSE_MS
+    assert breaker.until == POLICY.max_pause_ms
+    assert breaker.failed(NO, POLICY.max_pause_ms, 1.0), "a failed probe, whatever its error"
+    assert breaker.until == 2 * POLICY.max_pause_ms
