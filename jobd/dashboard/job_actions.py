@@ -9,17 +9,8 @@ from msgspec import UNSET, Struct
 
 from jobd.api.admin import ROUTES
 from jobd.dashboard.urls import curl_prefix
-from jobd.model.commands import (
-    Adopt,
-    Cancel,
-    Delete,
-    ExtendLock,
-    ForceFail,
-    ForceReset,
-    JobCommand,
-    ReleaseLock,
-    RunNow,
-)
+from jobd.model import commands
+from jobd.model.commands import JobCommand
 from jobd.model.responses import JobView
 
 Verb = Literal["run-now", "extend", "release", "force-reset", "force-fail", "cancel", "delete", "adopt"]
@@ -70,27 +61,27 @@ _ALL: Final = (
         "run-now",
         "Run now",
         "becomes due now. Among jobs of the same priority it is ordered by this time.",
-        RunNow,
+        commands.RunNow,
         cli_command="jobctl run-now",
     ),
     JobAction(
         "extend",
         "Extend lock",
         "keeps its worker: the lock is extended to its full TTL from now. The worker is not notified.",
-        ExtendLock,
+        commands.ExtendLock,
     ),
     JobAction(
         "release",
         "Release",
         "returns to its queue and keeps its position; the attempt does not count. The worker loses the lock.",
-        ReleaseLock,
+        commands.ReleaseLock,
     ),
     JobAction(
         "force-reset",
         "Reset",
         "is queued again as if it were new: no attempts, no stalls, no error, due now. A worker that holds it "
         "loses the lock, and may have done part of the work.",
-        ForceReset,
+        commands.ForceReset,
         destructive=True,
         cli_command="jobctl force-reset",
     ),
@@ -98,7 +89,7 @@ _ALL: Final = (
         "force-fail",
         "Fail",
         "fails, with your reason as its error. A worker that holds it loses the lock.",
-        ForceFail,
+        commands.ForceFail,
         destructive=True,
         cli_command="jobctl force-fail",
     ),
@@ -106,7 +97,7 @@ _ALL: Final = (
         "cancel",
         "Cancel",
         "is cancelled. A worker that holds it loses the lock.",
-        Cancel,
+        commands.Cancel,
         destructive=True,
         cli_command="jobctl cancel",
     ),
@@ -114,7 +105,7 @@ _ALL: Final = (
         "delete",
         "Delete",
         "is deleted permanently, with its history.",
-        Delete,
+        commands.Delete,
         destructive=True,
         cli_command="jobctl delete",
     ),
@@ -122,7 +113,7 @@ _ALL: Final = (
         "adopt",
         "Adopt",
         "is completed with the result that this worker submitted after it lost its lock. It will not run again.",
-        Adopt,
+        commands.Adopt,
         cli_command="jobctl adopt",
     ),
 )

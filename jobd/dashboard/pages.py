@@ -32,42 +32,12 @@ from jobd.dashboard.rendering import pretty_json
 from jobd.dashboard.urls import no_link_reason
 from jobd.http.auth import host_name
 from jobd.http.decoding import validation_error
-from jobd.model.commands import (
-    AUDITED_ACTIONS,
-    PLAN_COMMANDS,
-    AuditLog,
-    Command,
-    Get,
-    GetVersion,
-    JobCommand,
-    LateResults,
-    Locks,
-    Queues,
-    Stats,
-    Timeline,
-    Why,
-    Workers,
-    WorkerState,
-)
+from jobd.model import commands, responses
+from jobd.model.commands import Command, JobCommand, WorkerState
 from jobd.model.errors import ApiError, ApiException, api_error
 from jobd.model.fields import Cursor, QueueName, WorkerCursor
 from jobd.model.job import STATUSES, may_adopt
-from jobd.model.responses import (
-    AuditPage,
-    JobPage,
-    JobView,
-    LateResultList,
-    LateResultView,
-    LockList,
-    QueueList,
-    Response,
-    StatsView,
-    TimelineView,
-    VersionedJob,
-    WhyView,
-    WorkerList,
-    late_results_note,
-)
+from jobd.model.responses import Response
 from jobd.monitoring.timeseries import Timeseries
 
 PageData = dict[str, Any]
@@ -82,9 +52,9 @@ MAX_GROUPS: Final = 100  # failure groups
 MAX_SCANNED: Final = 50_000  # jobs; a page whose search scans more is not updated automatically
 INDEXED_STATUSES: Final = ("queued", "processing", "failed", "cancelled")
 BULK_ACTIONS: Final = {"retry": "Retry"} | {
-    verb: action.label for verb, action in JOB_ACTIONS.items() if verb in PLAN_COMMANDS
+    verb: action.label for verb, action in JOB_ACTIONS.items() if verb in commands.PLAN_COMMANDS
 }
-PAUSED_QUEUES: Final = Queues(paused=True, limit=20)  # sent by every page; costs little unless many queues are paused
+PAUSED_QUEUES: Final = commands.Queues(paused=True, limit=20)  # sent by every page; costs little if few are paused
 PAUSE_CHOICES: Final = (("15 minutes", "900000"), ("1 hour", "3600000"), ("4 hours", "14400000"), ("1 day", "86400000"))
 MAX_SILENT_NAMES: Final = 3  # silent workers named in the overview
 MAX_QUEUE_NAMES: Final = 200  # queues suggested in a filter
@@ -126,14 +96,14 @@ class ConfirmPageQuery(JobCommand, frozen=True, kw_only=True):
     result: Annotated[int, Meta(ge=1)] | None = None
 
 
-async def query(viewer: Viewer, *commands: Command) -> list[Any]:
+async def query(viewer: Viewer, *queries: Command) -> list[Any]:
     """Send commands, and return the data of their responses. Raise ApiException if one fails."""
-    return [response.data for response in await query_responses(viewer, *commands)]
+    return [response.data for response in await query_responses(viewer, *queries)]
 
 
-async def query_responses(viewer: Viewer, *commands: Command) -> list[Response]:
+async def query_responses(viewer: Viewer, *queries: Command) -> list[Response]:
     """Send commands, and return their responses. Raise ApiException if one fails."""
-    results = await asyncio.gather(*(viewer.ask(command) for command in commands))
+    results = await asyncio.gather(*(viewer.ask(each) for each in queries))
     for result in results:
         if isinstance(result, ApiError):
             raise ApiException(result)
@@ -141,9 +111,9 @@ async def query_responses(viewer: Viewer, *commands: Command) -> list[Response]:
 
 
 async def overview(timeseries: Timeseries, viewer: Viewer, _: Command) -> PageData:
-    stats: StatsView
-    workers: WorkerList
-    stats, workers = await query(viewer, Stats(), Workers(state="silent", limit=MAX_SILENT_NAMES))
+    stats: responses.StatsView
+    workers: responses.WorkerList
+    stats, workers = await query(viewer, commands.Stats(), commands.Workers(state="silent", limit=MAX_SILENT_NAMES))
     services, now = viewer.app.services, viewer.now
     return {
         "stats": stats,
@@ -163,7 +133,7 @@ async def banners(viewer: Viewer) -> PageData:
     """Return the data of the banners on every page: paused queues and alerts. A standby knows neither."""
     if viewer.app.services.cluster_view().role == "standby":
         return {"paused": [], "more_paused": False, "firing": []}
-    paused: QueueList
+    paused: responses.QueueList
     [paused] = await query(viewer, PAUSED_QUEUES)
     return {
         "paused": paused.queues,
@@ -173,12 +143,16 @@ async def banners(viewer: Viewer) -> PageData:
 
 
 async def jobs(viewer: Viewer, request: JobsPageQuery) -> PageData:
-    data: PageData = {"form": request, "statuses": STATUSES, "page": JobPage([], None), "error": "", "next": ""}
-    data |= {
+    data: PageData = {
+        "form": request,
+        "statuses": STATUSES,
+        "page": responses.JobPage([], None),
         "filters": active_filters(request),
         "actions": BULK_ACTIONS if viewer.may_change else {},
-        "first": "",
         "by_status": [],
+        "error": "",
+        "next": "",
+        "first": "",
     }
     data["queues"] = [] if is_live_update(viewer.context) else viewer.app.services.queue_names(MAX_QUEUE_NAMES)
     try:
@@ -186,7 +160,7 @@ async def jobs(viewer: Viewer, request: JobsPageQuery) -> PageData:
     except ApiException as exception:
         return {**data, "error": exception.error.message, "status": exception.error.status, "interval_s": 0}
     [response] = await query_responses(viewer, command)
-    page: JobPage = response.data
+    page: responses.JobPage = response.data
     next_url = filtered_url("/jobs", request, cursor=page.next_cursor) if page.next_cursor else ""
     first = filtered_url("/jobs", request) if request.cursor else ""
     is_slow = bool(request.q or request.error)
@@ -211,12 +185,16 @@ async def open_job(viewer: Viewer, request: JobPageQuery) -> PageData:
 
 
 async def job(viewer: Viewer, job_id: str) -> PageData:
-    view: JobView
-    timeline: TimelineView
-    why: WhyView
-    late: LateResultList
+    view: responses.JobView
+    timeline: responses.TimelineView
+    why: responses.WhyView
+    late: responses.LateResultList
     view, timeline, why, late = await query(
-        viewer, Get(id=job_id), Timeline(id=job_id, limit=MAX_EVENTS + 1), Why(id=job_id), LateResults(id=job_id)
+        viewer,
+        commands.Get(id=job_id),
+        commands.Timeline(id=job_id, limit=MAX_EVENTS + 1),
+        commands.Why(id=job_id),
+        commands.LateResults(id=job_id),
     )
     events = timeline.events
     return {
@@ -246,8 +224,8 @@ def base_url(viewer: Viewer) -> str:
 
 
 async def confirm(viewer: Viewer, request: ConfirmPageQuery) -> PageData:
-    versioned: VersionedJob
-    [versioned] = await query(viewer, GetVersion(id=request.id))
+    versioned: responses.VersionedJob
+    [versioned] = await query(viewer, commands.GetVersion(id=request.id))
     view = versioned.job
     action = JOB_ACTIONS[request.verb]
     late = await _late_result(viewer, request.id, request.result) if action.needs_late_result else None
@@ -267,17 +245,17 @@ async def confirm(viewer: Viewer, request: ConfirmPageQuery) -> PageData:
     }
 
 
-async def _late_note(viewer: Viewer, action: JobAction, job: JobView) -> str | None:
+async def _late_note(viewer: Viewer, action: JobAction, job: responses.JobView) -> str | None:
     """Return a warning about the job's late results before `action`, None if there is none."""
     if not (action.verb in BULK_ACTIONS and is_allowed(action, job, viewer.now)):
         return None
     count = len(await _late_results(viewer, job.id))
     if may_adopt(job.status):
-        return late_results_note(action.verb, [count])
+        return responses.late_results_note(action.verb, [count])
     return f"Late results are deleted with it: {count}." if count else None
 
 
-async def _late_result(viewer: Viewer, job_id: str, seq: int | None) -> LateResultView:
+async def _late_result(viewer: Viewer, job_id: str, seq: int | None) -> responses.LateResultView:
     """Return the late result with this number, or the latest. Raise 404 if there is none."""
     for late in reversed(await _late_results(viewer, job_id)):
         if seq in (None, late.seq):
@@ -293,8 +271,8 @@ def own_hosts(viewer: Viewer) -> set[str]:
 async def external_url(viewer: Viewer, request: ArtifactRequest) -> str:
     """Return the `download_url` of a job or of its late result. Raise 404 if there is none or it may not be a link."""
     if request.late_result is None:
-        view: JobView
-        [view] = await query(viewer, Get(id=request.id))
+        view: responses.JobView
+        [view] = await query(viewer, commands.Get(id=request.id))
         url = view.download_url
     else:
         late = await _late_result(viewer, request.id, request.late_result)
@@ -304,9 +282,9 @@ async def external_url(viewer: Viewer, request: ArtifactRequest) -> str:
     return url
 
 
-async def _late_results(viewer: Viewer, job_id: str) -> list[LateResultView]:
-    late: LateResultList
-    [late] = await query(viewer, LateResults(id=job_id))
+async def _late_results(viewer: Viewer, job_id: str) -> list[responses.LateResultView]:
+    late: responses.LateResultList
+    [late] = await query(viewer, commands.LateResults(id=job_id))
     return late.late_results
 
 
@@ -316,8 +294,8 @@ async def failures(viewer: Viewer, _: Command) -> PageData:
 
 async def queues(timeseries: Timeseries, viewer: Viewer, request: QueuesPageQuery) -> PageData:
     """Show queues by name, so that rows do not move under the pointer."""
-    listed: QueueList
-    [listed] = await query(viewer, Queues(limit=MAX_QUEUES, cursor=request.cursor))
+    listed: responses.QueueList
+    [listed] = await query(viewer, commands.Queues(limit=MAX_QUEUES, cursor=request.cursor))
     return {
         "queues": listed.queues,
         "rates": {queue.name: timeseries.queue(queue.name, viewer.now) for queue in listed.queues},
@@ -332,14 +310,14 @@ async def queues(timeseries: Timeseries, viewer: Viewer, request: QueuesPageQuer
 async def workers(viewer: Viewer, request: WorkersPageQuery) -> PageData:
     """Show two lists, workers and locks, each with its own cursor."""
     state_filter = {"state": request.state} if request.state else {}
-    workers: WorkerList
-    locks: LockList
-    stats: StatsView
+    workers: responses.WorkerList
+    locks: responses.LockList
+    stats: responses.StatsView
     workers, locks, stats = await query(
         viewer,
-        Workers(limit=MAX_WORKERS, cursor=request.seen, state=request.state),
-        Locks(limit=MAX_WORKERS, cursor=request.cursor),
-        Stats(),
+        commands.Workers(limit=MAX_WORKERS, cursor=request.seen, state=request.state),
+        commands.Locks(limit=MAX_WORKERS, cursor=request.cursor),
+        commands.Stats(),
     )
     return {
         "workers": workers.workers,
@@ -382,7 +360,7 @@ async def audit(viewer: Viewer, request: AuditPageQuery) -> PageData:
     }
     data: PageData = {
         "form": request,
-        "known_actions": AUDITED_ACTIONS,
+        "known_actions": commands.AUDITED_ACTIONS,
         "entries": [],
         "error": "",
         "next": "",
@@ -392,12 +370,14 @@ async def audit(viewer: Viewer, request: AuditPageQuery) -> PageData:
     try:
         if request.since.strip():
             fields["since"] = parse_time_field("since", request.since.strip(), viewer.now)
-        command = msgspec.convert(fields, AuditLog)
+        command = msgspec.convert(fields, commands.AuditLog)
         check_audit_filter(command)
     except (ApiException, msgspec.ValidationError) as exception:
-        known = exception if isinstance(exception, ApiException) else validation_error(str(exception), AuditLog)
+        known = (
+            exception if isinstance(exception, ApiException) else validation_error(str(exception), commands.AuditLog)
+        )
         return {**data, "error": known.error.message, "status": known.error.status, "interval_s": 0}
-    page: AuditPage
+    page: responses.AuditPage
     [page] = await query(viewer, command)
     data["entries"] = page.entries
     if page.next_cursor:
