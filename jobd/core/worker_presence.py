@@ -118,13 +118,6 @@ class WorkerPresence:
         """Iterate over the sets that contain this queue."""
         return iter(self._of_queue.get(queue, ()))
 
-    def last_claim(self, queue: str, kind: str) -> int | None:
-        """Return the lease time of the latest claim of this queue and kind, now while one waits; None if unknown."""
-        fitting = [claims for claims in self.claim_sets(queue) if claims.takes(kind)]
-        if any(claims.waiting for claims in fitting):
-            return self.lease
-        return max((claims.claimed for claims in fitting), default=None)
-
     def unclaimed_ms(self, queue: str, kind: str, lease: int) -> int:
         """Return for how long, at lease time `lease`, no worker has claimed this queue and kind.
 

@@ -200,7 +200,7 @@ def test_the_view_of_a_worker_has_every_field(rules: RuleHarness) -> None:
 def test_a_start_does_not_set_the_latest_claim(presence: WorkerPresence) -> None:
     presence.note_request(Start(id="a", worker="w-1"))
     assert presence.workers["w-1"].claims is None
-    assert presence.last_claim("default", "") is None
+    assert list(presence.claim_sets("default")) == []
 
 
 @pytest.mark.parametrize("then", [claim(queues="b", kinds="k"), claim(queues="a", kinds="l"), claim(queues="a")])
@@ -232,14 +232,10 @@ def test_the_time_of_the_latest_claim_of_a_queue_and_kind(presence: WorkerPresen
     advance(presence, 100)
     presence.note_request(claim("any", "r"))
     advance(presence, 1_000)
-    found = [(queue, kind, presence.last_claim(queue, kind)) for queue in "qrs" for kind in ("resize", "crop", "other")]
-    assert found == [
-        ("q", "resize", 1_100), ("q", "crop", 1_100), ("q", "other", None),
-        ("r", "resize", 1_200), ("r", "crop", 1_200), ("r", "other", 1_200),
-        ("s", "resize", None), ("s", "crop", None), ("s", "other", None),
-    ]  # fmt: skip
-    assert presence.unclaimed_ms("q", "resize", 2_300) == 1_200
-    assert presence.unclaimed_ms("s", "", 2_300) == 2_300, "since the start"
+    start = 0  # of the presence
+    for queue, latest in (("q", (1_100, 1_100, start)), ("r", (1_200, 1_200, 1_200)), ("s", (start, start, start))):
+        found = [2_300 - presence.unclaimed_ms(queue, kind, 2_300) for kind in ("resize", "crop", "other")]
+        assert found == [*latest]
     assert presence.unclaimed_ms("q", "resize", 900) == 0
 
 
@@ -250,7 +246,6 @@ def test_a_waiting_claim_counts_all_the_time(presence: WorkerPresence) -> None:
     advance(presence, HOUR_MS)
     worker = presence.workers["w-1"]
     assert (presence.state(worker), presence.heard_at(worker)) == ("idle", NOW + HOUR_MS)
-    assert presence.last_claim("q", "k") == presence.lease
     assert presence.unclaimed_ms("q", "k", presence.lease + 9) == 0
     advance(presence, DAY_MS)
     assert [name for name, _ in presence.remembered()] == ["w-1"]
@@ -544,8 +539,7 @@ def test_claim_sets_are_bounded_and_forgetting_one_moves_since(
         check_sets(presence)
         assert presence._names <= 40 + 4
     assert presence.since > 1_000
-    assert presence.last_claim("q-199", "k") == 1_000 + 2_000
-    assert presence.last_claim("q-0", "k") is None
+    assert presence.unclaimed_ms("q-199", "k", presence.lease + 9) == 9
     assert presence.unclaimed_ms("q-0", "k", presence.lease) == presence.lease - presence.since < 2_000
     assert list(presence.claim_sets("waiting")) == [waiting]
 
@@ -623,7 +617,7 @@ def test_any_claims_in_any_order_match_a_recount(seed: int, monkeypatch: pytest.
             is_waiting = any(queue in each.queues and each.takes(kind) for _, each in waits)
             latest = presence.lease if is_waiting else max(fitting, default=None)
             if latest is not None and latest > presence.since:
-                assert presence.last_claim(queue, kind) == latest
+                assert presence.unclaimed_ms(queue, kind, presence.lease) == presence.lease - latest
             unclaimed = presence.unclaimed_ms(queue, kind, presence.lease)
             assert unclaimed == 0 if is_waiting else unclaimed <= presence.lease - (latest or 0)
 
