@@ -456,15 +456,11 @@ def to_toml(value: object) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
-    """Return the keys that differ: those that a running daemon can apply, and those that need a restart."""
-    differing = [key for key in KEYS if value_of(old, key) != value_of(new, key)]
-    return [key for key in differing if key in RELOADABLE], [key for key in differing if key not in RELOADABLE]
-
-
 def reloaded(old: Config, new: Config) -> tuple[Config, list[str], list[str]]:
     """Return `old` with the reloadable settings of `new`, the keys that changed, and those that need a restart."""
-    changed, need_restart = changes(old, new)
+    differing = [key for key in KEYS if value_of(old, key) != value_of(new, key)]
+    changed = [key for key in differing if key in RELOADABLE]
+    need_restart = [key for key in differing if key not in RELOADABLE]
     for key in changed:
         section, name = key.split(".")
         table = msgspec.structs.replace(getattr(old, section), **{name: value_of(new, key)})

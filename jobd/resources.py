@@ -26,7 +26,8 @@ import structlog
 from jobd import systemd
 from jobd.api.services import Services
 from jobd.config import Config, ConfigError, LoadedConfig, parse_listen
-from jobd.config_loader import check_artifact_directory, state_directory
+from jobd.config_checks import check_artifact_directory
+from jobd.config_loader import state_directory
 from jobd.http.admin_listener import AdminListener
 from jobd.http.app import App
 from jobd.http.auth import accepted_hosts

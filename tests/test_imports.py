@@ -37,11 +37,22 @@ ARROWS: Final[dict[str, set[str]]] = {
     "client": {"model"},
     "cli": {"model", "client"},
     "cli.files": {"storage"},  # refuses to overwrite the files of a running daemon
-    "cli.daemon": {"model", "client", "cli", "cluster", "journal", "storage", "config", "config_loader", "daemon"},
+    "cli.daemon": {
+        "model",
+        "client",
+        "cli",
+        "cluster",
+        "journal",
+        "storage",
+        "config",
+        "config_checks",
+        "config_loader",
+        "daemon",
+    },
 }
 TOP: Final = [
-    "__init__", "__main__", "config", "config_loader", "credentials", "daemon", "logging", "node", "resources",
-    "serving", "systemd",
+    "__init__", "__main__", "config", "config_checks", "config_loader", "credentials", "daemon", "logging", "node",
+    "resources", "serving", "systemd",
 ]  # fmt: skip
 PURE: Final = ("model", "core")
 PURE_IMPORTS: Final = {

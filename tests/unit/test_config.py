@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobd import config
-from jobd.config import KEYS, Config, changes, parse_duration, show_duration
+from jobd.config import KEYS, Config, parse_duration, reloaded, show_duration
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, Policy
 from tests import ROOT
 
@@ -101,7 +101,7 @@ def test_every_changed_key_is_applied_or_needs_a_restart(key: str) -> None:
     other: Any = object()
     table = getattr(Config(), section)
     new = msgspec.structs.replace(Config(), **{section: msgspec.structs.replace(table, **{name: other})})
-    taken, refused = changes(Config(), new)
+    _, taken, refused = reloaded(Config(), new)
     assert taken + refused == [key]
     fixed = section in {"artifacts"} or key in {"store.path", "admin.listen", "worker.socket", "worker.listen"}
     assert not fixed or refused == [key]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobd import config_loader
+from jobd import config_checks, config_loader
 from jobd.config import ConfigError, LoadedConfig, effective, shown
 from jobd.config_loader import load
 
@@ -59,7 +59,7 @@ def test_an_invalid_value_is_rejected(key: str, value: str, expected: str) -> No
 
 
 def test_the_extra_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_loader, "find_spec", lambda name: None)
+    monkeypatch.setattr(config_checks, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install '\.\[postgres\]' in a clone"):
         loaded(journal__url=URL)
 

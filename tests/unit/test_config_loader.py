@@ -16,9 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobd import config, config_loader
-from jobd.config import KEYS, Config, ConfigError, LoadedConfig, changes, effective
-from jobd.config_loader import is_host, load
+from jobd import config, config_checks, config_loader
+from jobd.config import KEYS, Config, ConfigError, LoadedConfig, effective, reloaded
+from jobd.config_checks import is_host
+from jobd.config_loader import load
 from jobd.http.auth import accepted_hosts, host_name
 from jobd.model.job import MINUTE_MS
 from tests import ROOT
@@ -412,7 +413,7 @@ def test_artifacts_cannot_share_a_directory_with_the_daemons_files(tmp_path: Pat
     linked = f"file://{tmp_path / 'link'}"
     found = load({**places, "artifacts.url": linked}, environ, file)  # it follows no link, which could hang
     with pytest.raises(ConfigError, match="own files are in"):
-        config_loader.check_artifact_directory(linked, found.own_directories)
+        config_checks.check_artifact_directory(linked, found.own_directories)
     with pytest.raises(ConfigError, match=r"artifacts\.url: .*own files are in .*a separate directory"):
         load({**places, "artifacts.url": f"file://{tmp_path}/{where}"}, environ, file)
 
@@ -665,10 +666,10 @@ def test_reloadable_keys_are_applied() -> None:
         }
     ).config
     new = msgspec.structs.replace(new, worker=old.worker)
-    taken, refused = changes(old, new)
+    _, taken, refused = reloaded(old, new)
     assert taken == ["locks.ttl", "alerts.stuck_jobs", "log.level"]
     assert refused == ["store.path", "limits.body"]
-    assert changes(old, old) == ([], [])
+    assert reloaded(old, old) == (old, [], [])
 
 
 # -- arbitrary input ---------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> No
     is not opened: `jobd doctor` checks it.
     """
     from jobd.config import ConfigError, effective
-    from jobd.config_loader import check_artifact_directory
+    from jobd.config_checks import check_artifact_directory
 
     loaded = read(config, flags)
     try:
