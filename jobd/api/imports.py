@@ -78,18 +78,18 @@ class Importer:
         try:
             await self._read()
             await self._await_responses(0, 0)
-            self._report.refused.sort(key=lambda rejected: rejected.line)
-            await self._record_counts()
-            return self._stop or Response(self._report)
         finally:
             for line in self._pending:
                 line.task.cancel()
+        return await self._result()
 
-    async def _record_counts(self) -> None:
-        """Record the counts in the audit entry of the created jobs."""
+    async def _result(self) -> Response | ApiError:
+        """Return the report, and record its counts in the audit entry of the created jobs."""
         report = self._report
+        report.refused.sort(key=lambda rejected: rejected.line)
         counts = {"imported": report.imported, "skipped": report.skipped, "refused": report.refused_count}
         await audit_action(self._app, self._operator, "import", counts)
+        return self._stop or Response(report)
 
     async def _read(self) -> None:
         try:
@@ -177,13 +177,7 @@ class _ImportPreviewer(Importer):
         self._first: dict[int, int] = {}  # hash of an id that would be created -> its first line
         self._live = 0
 
-    async def run(self) -> Response | ApiError:
-        try:
-            await self._read()
-            await self._await_responses(0, 0)
-        finally:
-            for line in self._pending:
-                line.task.cancel()
+    async def _result(self) -> Response | ApiError:
         if self._stop is not None and self._preview.stops_at is None:
             return self._stop
         self._preview.lines.sort(key=lambda each: each.line)

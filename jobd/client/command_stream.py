@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from jobd.client.errors import BadResponse, JobdError, Unreachable
-from jobd.client.protocol import NDJSON_TYPE, ApiRequest, ApiResponse
+from jobd.client.protocol import NDJSON_TYPE, ApiRequest, ApiResponse, GrantInfo, GrantList, reader
 from jobd.model.commands import STREAMED_COMMANDS, JobCommand
 
 COMMANDS: Final = "/v1/commands"
@@ -30,7 +30,6 @@ _LINE_ENDS_TO_SPACES: Final = bytes.maketrans(b"\r\n", b"  ")
 # Opens a stream for a request with a body.
 Open = Callable[[ApiRequest[Any], AsyncIterator[bytes]], AbstractAsyncContextManager[aiohttp.ClientResponse]]
 
-
 CLAIM: Final = b'{"op":"claim"'
 START: Final = b'{"op":"start"'
 
@@ -41,31 +40,6 @@ class _ResponseStatus(Struct):
 
 
 _read_status: Final = msgspec.json.Decoder(_ResponseStatus).decode
-
-
-class _GrantedJob(Struct):
-    id: str
-
-
-class _GrantId(Struct):
-    lock_id: str
-    job: _GrantedJob
-
-
-class _GrantIds(Struct):
-    grants: list[_GrantId]
-
-
-class _ClaimResponse(Struct):
-    """The part of a response to a claim that identifies its grants."""
-
-    data: _GrantIds
-
-
-class _StartResponse(Struct):
-    """The part of a response to a start that identifies its grant."""
-
-    data: _GrantId
 
 
 def is_large(request: ApiRequest[Any]) -> bool:
@@ -225,8 +199,7 @@ class _StreamConnection:
 
     def _release(self, line: bytes, *, is_claim: bool) -> None:
         """Release grants whose call was cancelled, so that their jobs do not wait until the locks expire."""
-        decode = msgspec.json.decode
-        grants = decode(line, type=_ClaimResponse).data.grants if is_claim else [decode(line, type=_StartResponse).data]
+        grants = reader(GrantList)(line).grants if is_claim else [reader(GrantInfo)(line)]
         for grant in grants:
             release = {"op": "release", "id": grant.job.id, "lock_id": grant.lock_id}
             self.send(msgspec.json.encode(release) + b"\n").cancel()

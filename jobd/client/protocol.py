@@ -64,6 +64,10 @@ class GrantInfo(GrantView):
     job: JobInfo
 
 
+class GrantList(Struct):
+    grants: list[GrantInfo]
+
+
 class JobInfoPage(Struct):
     """A page of jobs, newest first. `next_cursor` is None on the last one.
 

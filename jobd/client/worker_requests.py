@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar, cast
 
 from msgspec import Struct
 
-from jobd.client.protocol import ApiRequest, GrantInfo, JobInfo, JobInfoPage, get, job_path, post, uuid7
+from jobd.client.protocol import ApiRequest, GrantInfo, GrantList, JobInfo, JobInfoPage, get, job_path, post, uuid7
 from jobd.model.commands import About, WorkerState
 from jobd.model.events import EventView
 from jobd.model.job import Backoff, OnStall, Status
@@ -36,10 +36,6 @@ Build = TypeVar("Build", bound=Callable[..., ApiRequest[Any]])
 
 class _CreatedJobs(Struct):
     jobs: list[JobInfo]
-
-
-class _GrantList(Struct):
-    grants: list[GrantInfo]
 
 
 def _named(build: Build) -> Build:
@@ -205,7 +201,7 @@ def claim(
         "max_processing_ms": max_processing_ms,
         "about": about,
     }
-    granted = post("/v1/claim", _GrantList, body, key=idempotency_key or uuid7(), wait_ms=wait_ms)
+    granted = post("/v1/claim", GrantList, body, key=idempotency_key or uuid7(), wait_ms=wait_ms)
     return granted.then(lambda found: found.grants)
 
 

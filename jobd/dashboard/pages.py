@@ -85,10 +85,6 @@ class WorkersPageQuery(Command, frozen=True, kw_only=True):
     state: WorkerState | None = None
 
 
-class JobPageQuery(JobCommand, frozen=True, kw_only=True):
-    pass
-
-
 class ConfirmPageQuery(JobCommand, frozen=True, kw_only=True):
     """`result` is the number of the late result, for an action on one."""
 
@@ -174,7 +170,7 @@ async def jobs(viewer: Viewer, request: JobsPageQuery) -> PageData:
     return {**data, "page": page, "next": next_url, "first": first}
 
 
-async def open_job(viewer: Viewer, request: JobPageQuery) -> PageData:
+async def open_job(viewer: Viewer, request: JobCommand) -> PageData:
     """Show a job. If it is deleted while its page is open, the page says so."""
     try:
         return await job(viewer, request.id)

@@ -49,11 +49,7 @@ class PlanForm(JobFilter, frozen=True, kw_only=True):
     csrf: str = ""
 
 
-class ApplyPlanForm(PlanCommand, frozen=True, kw_only=True):
-    csrf: str = ""
-
-
-class NextPlanForm(PlanCommand, frozen=True, kw_only=True):
+class PlanIdForm(PlanCommand, frozen=True, kw_only=True):
     csrf: str = ""
 
 
@@ -62,19 +58,14 @@ async def create_plan(viewer: Viewer, form: PlanForm) -> Response | ApiError:
     return await _make_plan(viewer, _plan_command(viewer, form))
 
 
-async def create_next_plan(viewer: Viewer, form: NextPlanForm) -> Response | ApiError:
+async def create_next_plan(viewer: Viewer, form: PlanIdForm) -> Response | ApiError:
     """Make a plan of the jobs that follow those of another plan, and redirect to its page."""
     plan = viewer.app.services.planner.find(form.plan_id)
     if isinstance(plan, ApiError):
         return plan
     if plan.next_cursor is None:
         raise api_error("invalid_request", "No jobs follow this plan: it contains all jobs that match its filter.")
-    command = MakePlan(
-        action=plan.action,
-        filter=plan.filter,
-        cursor=plan.next_cursor,
-        reason=plan.reason,
-    )
+    command = MakePlan(action=plan.action, filter=plan.filter, cursor=plan.next_cursor, reason=plan.reason)
     return await _make_plan(viewer, command)
 
 
@@ -144,7 +135,7 @@ async def plan_page(viewer: Viewer, shown: PlanCommand) -> PageData:
     }
 
 
-async def apply_plan(viewer: Viewer, form: ApplyPlanForm) -> Response | ApiError:
+async def apply_plan(viewer: Viewer, form: PlanIdForm) -> Response | ApiError:
     """Apply a plan, and redirect to its page, which shows the result."""
     operator = viewer.context.operator
     assert operator is not None  # set for every viewer that may change something

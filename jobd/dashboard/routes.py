@@ -129,8 +129,8 @@ PAGES: Final = (
 
 FORMS: Final[tuple[tuple[str, type[Command], HandleForm], ...]] = (
     ("/plans", plans.PlanForm, plans.create_plan),
-    ("/plans/{plan_id}/apply", plans.ApplyPlanForm, plans.apply_plan),
-    ("/plans/{plan_id}/next", plans.NextPlanForm, plans.create_next_plan),
+    ("/plans/{plan_id}/apply", plans.PlanIdForm, plans.apply_plan),
+    ("/plans/{plan_id}/next", plans.PlanIdForm, plans.create_next_plan),
     ("/queues/pause", maintenance.QueueForm, maintenance.pause_queue),
     ("/queues/resume", maintenance.QueueForm, maintenance.resume_queue),
     ("/queues/{name}/pause", maintenance.QueueForm, maintenance.pause_queue),  # for programs, like the next one
@@ -197,7 +197,7 @@ class Dashboard:
     def _job_routes(self, path: str) -> tuple[Route, ...]:
         """Return the routes of one job under `path`."""
         page, form, public = self._page_route, self._form_route, self._public_route
-        job = PageSpec(path, pages.JobPageQuery, "job", "Job", pages.open_job, subscription=_job_subscription)
+        job = PageSpec(path, JobCommand, "job", "Job", pages.open_job, subscription=_job_subscription)
         confirm = PageSpec(f"{path}/confirm", pages.ConfirmPageQuery, "confirm", "Confirm", pages.confirm, changes=True)
         return (
             page(job),
@@ -419,5 +419,5 @@ def _data_route(path: str, query: type[Command], handler: Any, **options: Any) -
     return Route(method="GET", path=path, request=query, response=bytes, auth="anyone", handler=handler, **options)
 
 
-def _job_subscription(query: pages.JobPageQuery) -> Subscription:
+def _job_subscription(query: JobCommand) -> Subscription:
     return Subscription(job_id=query.id)

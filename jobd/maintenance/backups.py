@@ -30,7 +30,7 @@ class Backups:
 
     def __init__(self, storage: Storage, now: Callable[[], int]) -> None:
         self._storage = storage
-        self._now = now
+        self.now = now
         self._active: list[Backup] = []
         self._finished: deque[BackupView] = deque(maxlen=MAX_FINISHED)
         self.progressed_s = 0.0  # monotonic time of the latest progress of any backup
@@ -46,7 +46,7 @@ class Backups:
         """
         if len(self._active) >= MAX_ACTIVE:
             return ApiError("overloaded", f"{MAX_ACTIVE} backups are under way. Try again when one of them has ended.")
-        backup = Backup(self, id_, self._now())
+        backup = Backup(self, id_, self.now())
         self._active.append(backup)
         try:
             await backup.copy(self._storage)
@@ -60,9 +60,6 @@ class Backups:
         if backup in self._active:
             self._active.remove(backup)
             self._finished.append(backup.view())
-
-    def now(self) -> int:
-        return self._now()
 
 
 class Backup:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, Final
 
@@ -152,8 +153,8 @@ class CleanupRun:
 
     async def run(self) -> CleanupReport:
         for name, step in (
-            ("recovery", self._recovery_step),
-            ("expiry", self._expiry_step),
+            ("recovery", partial(self._context.recover, "recovery", [])),
+            ("expiry", partial(self._context.expire, "cleanup")),
             ("deletion", self._deletion_step),
             ("validation", self._validation_step),
             ("journal", self._journal_step),
@@ -178,12 +179,6 @@ class CleanupRun:
         except Exception as error:
             log.exception("cleanup_step_failed", step=name)
             self.errors.append(f"{name}: {type(error).__name__}: {error}")
-
-    async def _recovery_step(self) -> None:
-        await self._context.recover("recovery", [])
-
-    async def _expiry_step(self) -> None:
-        await self._context.expire("cleanup")
 
     async def _deletion_step(self) -> None:
         """Delete finished jobs past their retention, while the wall clock is trusted. Artifacts are deleted later.

@@ -149,9 +149,8 @@ class Maintainer:
             return ApiError("shutting_down", f"The preview is incomplete: {unfinished}")
 
     def state(self) -> CleanupState:
-        return CleanupState(
-            self.last_report, self.is_running, self._since_success_ms(), self._failed_runs, self._last_failure
-        )
+        since_success_ms = self._since_ms(self._last_success, self.last_success)
+        return CleanupState(self.last_report, self.is_running, since_success_ms, self._failed_runs, self._last_failure)
 
     async def reports(self, limit: int) -> list[CleanupReport]:
         """Return the stored reports, newest first. Unreadable ones are logged and left out."""
@@ -311,10 +310,6 @@ class Maintainer:
             pending.set_result(report)
 
     # -- helpers -------------------------------------------------------------------------------------------------------
-
-    def _since_success_ms(self) -> int | None:
-        """Return the milliseconds since the latest successful run."""
-        return self._since_ms(self._last_success, self.last_success)
 
     def _since_ms(self, ended: float | None, report: CleanupReport | None) -> int | None:
         """Return the milliseconds since the end of a run. For an earlier process, use the time of the report."""

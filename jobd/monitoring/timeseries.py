@@ -94,9 +94,6 @@ class StepCounts:
         self._max_steps = max_steps
         self._counts = known or {}  # number of the step since 1970 -> counts by series
 
-    def __len__(self) -> int:
-        return len(self._counts)
-
     @property
     def known(self) -> dict[int, list[int]]:
         return self._counts

@@ -14,17 +14,13 @@ _CUT: Final = "\n[...]\n"
 
 def describe_error(error: BaseException) -> str:
     """Describe `error`. The first line is complete. If the rest is too long, its middle is cut out."""
-    first, *more = headed(type(error).__name__, safe_text(error)).split("\n")
+    name, message = type(error).__name__, safe_text(error)
+    first, *more = f"{name}: {message}".split("\n") if message else [name]
     try:
         rest = [*map(safe_text, getattr(error, "__notes__", ())), _trace(error)]
     except Exception as failed:  # for example, __notes__ can be of any type
         rest = [f"<no traceback: {type(failed).__name__}>"]
     return fitted(first, "\n".join([*more, *rest]).strip("\n"))
-
-
-def headed(name: str, message: str) -> str:
-    """Return `Type: message`, or the type alone if there is no message."""
-    return f"{name}: {message}" if message else name
 
 
 def fitted(first: str, rest: str) -> str:

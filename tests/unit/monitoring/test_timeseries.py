@@ -30,11 +30,11 @@ def test_counts_are_kept_for_an_hour_and_a_day() -> None:
     rates = recorder.rates(NOW)
     assert (rates.created, rates.completed, rates.failed) == ((2, 2, 2), (2, 3, 3), (4, 4, 4))
     recorder.record([change("created", NOW + step * STEP_MS) for step in range(1, 2 * STEPS)])
-    assert len(recorder._hour) == STEPS + 1
+    assert len(recorder._hour.known) == STEPS + 1
     later = NOW + 2 * STEPS * STEP_MS
     assert recorder.rates(later).completed == (0, 0, 3)
     recorder.record([change("created", NOW + slot * SLOT_MS) for slot in range(1, 2 * SLOTS)])
-    assert len(recorder._day) == SLOTS + 1
+    assert len(recorder._day.known) == SLOTS + 1
 
 
 def test_counting_continues_after_the_clock_was_set_back() -> None:
