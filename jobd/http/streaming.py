@@ -38,7 +38,7 @@ class LineStream:
                 "The stream ended too early. The bytes after the last line feed were ignored. Send that line again."
             )
             raise api_error("invalid_request", message)
-        if self._is_last and not self._buffer:
+        if self._is_last and not self._buffer and not self._is_too_long:
             raise StopAsyncIteration
         end = self._buffer.find(b"\n")
         line = bytes(self._buffer if end < 0 else self._buffer[:end])
