@@ -105,7 +105,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
         text = daemon.admin("GET", "/metrics").body.decode()
     families: list[Metric] = list(text_string_to_metric_families(text))
     leader = ClusterView(role="leader")
-    families += cluster_metrics(leader, (Histogram.empty(COMMIT_BUCKETS_S).counts, 0.0))
+    families += [make() for make in cluster_metrics(leader, Histogram.empty(COMMIT_BUCKETS_S))]
     found: dict[str, list[dict[str, str]]] = {}
     for sample in (sample for family in families for sample in family.samples):
         found.setdefault(sample.name, []).append(sample.labels)
