@@ -29,17 +29,18 @@ class ClaimSet:
     number of claims that wait for a job now.
     """
 
-    __slots__ = ("claimed", "kinds", "queues", "waiting", "workers")
+    __slots__ = ("_kinds", "claimed", "kinds", "queues", "waiting", "workers")
 
     def __init__(self, queues: list[str], kinds: list[str] | None) -> None:
         self.queues = queues
         self.kinds = kinds
+        self._kinds = None if kinds is None else frozenset(kinds)
         self.claimed = 0
         self.waiting = 0
         self.workers: dict[str, None] = {}  # those whose latest claim this is
 
     def takes(self, kind: str) -> bool:
-        return self.kinds is None or kind in self.kinds
+        return self._kinds is None or kind in self._kinds
 
     @property
     def names(self) -> int:

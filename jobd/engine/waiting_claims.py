@@ -75,8 +75,8 @@ class WaitingClaims:
         """Return the claim that has waited longest for a job of this queue and kind."""
         waiting = [self._at[place] for place in ((queue, kind), (queue, None)) if place in self._at]
         tickets = [next(iter(each)) for each in waiting]
-        many = self._at.get((queue, _MANY), {}).items()
-        tickets += islice((ticket for ticket, envelope in many if _takes(envelope, kind)), 1)
+        many = self._at.get((queue, _MANY), ())
+        tickets += islice((ticket for ticket in many if self.by_ticket[ticket][2].takes(kind)), 1)
         ticket = min(tickets, default=None)
         return None if ticket is None else self.by_ticket[ticket][0]
 
@@ -107,8 +107,3 @@ def _kinds(claim: Claim) -> Sequence[str | None]:
     if claim.kinds is None:
         return (None,)
     return tuple(dict.fromkeys(claim.kinds)) if len(claim.queues) * len(claim.kinds) <= FEW else (_MANY,)
-
-
-def _takes(envelope: Envelope, kind: str) -> bool:
-    claim = envelope.command
-    return isinstance(claim, Claim) and claim.kinds is not None and kind in claim.kinds

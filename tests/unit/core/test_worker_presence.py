@@ -225,6 +225,25 @@ def test_equal_sets_are_stored_once(presence: WorkerPresence) -> None:
     assert len(list(presence.claim_sets("q"))) == 2, "no kinds: all of them"
 
 
+def test_a_kind_is_found_without_comparing_all_kinds() -> None:
+    """A queue can have a thousand sets of a hundred kinds, and each of its kinds is looked up in all of them."""
+    compared: list[str] = []
+
+    class Kind(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            compared.append(self)
+            return str.__eq__(self, other)
+
+    claims = ClaimSet(["q"], [Kind(f"k-{number}") for number in range(100)])
+    compared.clear()
+    assert claims.takes("k-50")
+    assert not claims.takes("other")
+    assert len(compared) < 10
+
+
 def test_the_time_of_the_latest_claim_of_a_queue_and_kind(presence: WorkerPresence) -> None:
     presence.note_request(claim("resize", "q", "resize"))
     advance(presence, 100)
