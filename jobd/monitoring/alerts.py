@@ -358,7 +358,7 @@ class Alerts:
             return Condition("webhook_failing", 0, threshold, "No webhook is failing.")
         value, tried = worst.for_ms // SECOND_MS, f"The latest attempt: {worst.error}"
         hint = (
-            f"Webhook {worst.name} accepts no deliveries. Its messages are kept and retried. "
+            f"Webhook {worst.name} accepts no deliveries. Messages are retried until give_up_after. "
             f"See: jobctl webhooks. {tried}"
         )
         quiet = f"Webhook {worst.name} has accepted nothing for {value} s; deliveries are retried. {tried}"

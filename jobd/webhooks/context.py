@@ -60,6 +60,7 @@ class DeliveryStats(Struct):
     delivered: int = 0
     failed: int = 0  # attempts
     given_up: int = 0
+    gaps: int = 0
     last_success_at: int | None = None
     last_error: str | None = None
     last_error_at: int | None = None

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from jobd.model.events import Change
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.storage import CannotWrite
-from jobd.model.webhooks import MAX_BACKLOG, Delivery, DeliveryOutcome, Outbox, WebhookEndpoint
+from jobd.model.webhooks import EVENTS_GONE, MAX_BACKLOG, Delivery, DeliveryOutcome, Outbox, WebhookEndpoint
 from jobd.webhooks.context import DeliveryStats, DispatchContext, Transport
 from jobd.webhooks.delivery_queue import DeliveryQueue, QueuedDelivery
 from jobd.webhooks.event_reader import PAGE, EventReader
@@ -156,8 +156,8 @@ class Dispatcher:
     @property
     def next_try_in_ms(self) -> int | None:
         """Milliseconds until the next attempt, or None if one may start now or none is waiting."""
-        now = self._now_ms()
-        until = max(self.breaker.until or 0, self.queue.next_due() or 0)
+        now, due = self._now_ms(), self.queue.next_due()
+        until = 0 if due is None else max(self.breaker.until or 0, due)
         return until - now if until > now else None
 
     # -- rounds --------------------------------------------------------------------------------------------------------
@@ -217,6 +217,7 @@ class Dispatcher:
         """Queue deliveries that are in the outbox now."""
         for each in new:
             self.queue.add(QueuedDelivery(each.id, each.subject, 0))
+            self.stats.gaps += each.type == EVENTS_GONE
             if len(self._recent) < MAX_RECENT:
                 self._recent[each.id] = each
 

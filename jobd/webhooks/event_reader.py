@@ -45,7 +45,6 @@ class EventReader:
         self.position = cursor.position if endpoint.reads_events else last
         self.newest = last
         self.has_unread = endpoint.reads_events
-        self.gaps = 0
         self.alerts = AlertSource(endpoint, cursor.alerts, context)
         self._endpoint = endpoint
         self._cursor = cursor  # as stored
@@ -177,7 +176,6 @@ class EventReader:
                 self._note_unsaved()  # it moved during the write
         self._enqueue(new)
         if any(message.type == EVENTS_GONE for message in messages):
-            self.gaps += 1
             log.warning("webhook_gap", webhook=name, upto=cursor.gone_to)
         return new
 

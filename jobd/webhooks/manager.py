@@ -204,7 +204,7 @@ class WebhookManager:
                     stats.delivered,
                     stats.failed,
                     stats.given_up,
-                    reader.gaps,
+                    stats.gaps,
                     len(dispatcher.queue),
                     reader.lag,
                     dispatcher.state != "closed",

@@ -26,6 +26,7 @@ from jobd.storage.events import event_queries
 from jobd.storage.store import Store
 from jobd.webhooks import alert_source, dispatcher, event_reader
 from jobd.webhooks.manager import WebhookManager
+from tests.support import webhook_harness
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.polling import wait_until
 from tests.support.store_files import edit_store, job_of
@@ -331,13 +332,15 @@ async def test_old_messages_of_an_endpoint_that_keeps_failing_are_dead_lettered_
 ) -> None:
     monkeypatch.setattr(dispatcher, "SLICE", 10)
     monkeypatch.setattr(dispatcher, "MINUTE_MS", 10)
+    monkeypatch.setattr(webhook_harness, "FAST_RETRY", replace(FAST_RETRY, pause_ms=600_000, max_pause_ms=600_000))
     clock = SteppedWallClock()
     async with running_webhooks(
         path, endpoint(give_up_after_ms=200), posts=FakeTransport(lambda _: REJECTED), clock=clock
     ) as at:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(60)))
         await wait_until(lambda: at.webhooks.views()[0].given_up == 60)
-        assert at.webhooks.views()[0].waiting == 0
+        (view,) = at.webhooks.views()
+        assert (view.waiting, view.state, view.next_try_at) == (0, "open", None)
         page = await at.webhooks.page("e", "given_up", None, 99)
         assert {each.error for each in page.deliveries} == {REJECTED.error}
         assert min(each.tries for each in page.deliveries) == 0
@@ -667,7 +670,11 @@ async def test_an_endpoint_behind_the_journal_gets_a_gap_message(path: Path) -> 
         gap = next(each for each in then.posts.delivered if each.type == "events.gone")
         data = json.loads(gap.body)["data"]
         assert (data["after"], data["upto"]) == (1, 5 - len(left))
-        assert then.webhooks.metrics()["e"].gaps == 1
+        then.webhooks.set_endpoints([])
+        await wait_until(lambda: then.posts.open == 0)
+        then.webhooks.set_endpoints([endpoint()])
+        await wait_until(lambda: then.posts.open == 1)
+        assert then.webhooks.metrics()["e"].gaps == 1, "a reload changes no counter"
     async with running_webhooks(path, maker=at.maker) as later:
         await later.commit(later.maker.create("b"))
         await wait_until(lambda: later.posts.types() == ["job.created"])
