@@ -68,14 +68,14 @@ class LeaderSession:
         self._epoch = -1  # matches no epoch
         self._covered = 0  # first number without a partition, as far as known
         self._extending: asyncio.Task[None] | None = None
-        self._records = 0  # appended since the last partition was added
+        self._records = 0  # number and size of the latest records: each new partition halves both
         self._bytes = 0
 
     async def append(self, record: Record, acked: int) -> None:
         await self._session.run(self._lease_ms / 1000, lambda conn: self._append(conn, record, acked))
         self._records += 1
         self._bytes += len(record.body)
-        if self._extending is None and record.number + self._width() // 2 >= self._covered:
+        if self._extending is None and record.number + partitions.records_ahead(self._width()) >= self._covered:
             self._extending = asyncio.create_task(self._extend_ahead(record.number + 1))
 
     async def _append(self, conn: Any, record: Record, acked: int) -> None:
@@ -220,9 +220,9 @@ class LeaderSession:
             try:
                 with limited(conn, EXTEND_S):
                     end = await partitions.end_of_last(conn, self._name)
-                    if end <= number + width // 2:
+                    if end <= number + partitions.records_ahead(width):
                         end = await partitions.extend(conn, self._name, max(end, number), width)
-                        self._records = self._bytes = 0
+                        self._records, self._bytes = self._records // 2, self._bytes // 2
                     self._covered = end
             finally:
                 conn.terminate()

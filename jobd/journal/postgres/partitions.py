@@ -13,7 +13,8 @@ from jobd.journal.postgres.errors import exists_already, was_rejected
 
 PARTITION_BYTES: Final = 256 << 20  # target size
 MIN_RECORDS: Final = 1_000
-FIRST_RECORDS: Final = 10_000  # while the size of a record is unknown
+FIRST_RECORDS: Final = 10_000  # while too few records are known
+KNOWN_RECORDS: Final = 100  # enough to tell the size of the next ones
 MAX_RECORDS: Final = 1_000_000
 TRIM_S: Final = 10  # a transaction that reads a partition delays its removal
 
@@ -41,7 +42,14 @@ async def create_journal(conn: Any, name: str) -> None:
 
 def records_per_partition(records: int, size: int) -> int:
     """Return the width of a partition, from the number of the latest records and their bytes."""
-    return max(MIN_RECORDS, min(MAX_RECORDS, PARTITION_BYTES * records // max(size, 1))) if records else FIRST_RECORDS
+    if records < KNOWN_RECORDS:
+        return FIRST_RECORDS
+    return max(MIN_RECORDS, min(MAX_RECORDS, PARTITION_BYTES * records // max(size, 1)))
+
+
+def records_ahead(width: int) -> int:
+    """Return how many records before the end of a partition the next one is added, `width` records wide."""
+    return min(width, FIRST_RECORDS) // 2
 
 
 async def end_of_last(conn: Any, name: str) -> int:

@@ -395,6 +395,17 @@ async def test_partitions_are_added_ahead_and_dropped_whole(
         await a.read(19, 3)
 
 
+async def test_a_few_small_records_make_no_wide_partition(
+    postgres_server: PostgresServer, journal_name: str, a: PostgresJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large records could follow, which are not dropped before the end of the partition."""
+    monkeypatch.setattr(partitions, "MAX_RECORDS", 1_000)
+    await lead(a)
+    for number in range(1, 22):
+        await a.append(record_of(number, 100), number - 1)
+    assert (await partitions_of(postgres_server, journal_name))[:3] == ["1", "11", "21"]
+
+
 async def has_partition(server: PostgresServer, name: str, first: str) -> bool:
     return first in await partitions_of(server, name)
 
