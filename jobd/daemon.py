@@ -48,11 +48,13 @@ from jobd.resources import (
     admin_hosts,
     check_addresses_free,
     check_passed_sockets,
+    open_artifacts,
     open_listener,
     open_store,
     reload_certificates,
 )
 from jobd.serving import Background, Serving
+from jobd.storage.artifacts.base import ArtifactStore
 from jobd.storage.store import Store
 
 SAME_SIGNAL_S: Final = 0.05
@@ -122,6 +124,7 @@ class Daemon:
         self._authenticators: dict[str, Authenticator] = {}
         self._preparing: asyncio.Future[None] | None = None
         self.node: ClusterNode | None = None  # None: the daemon has a journal of its own
+        self._artifacts: ArtifactStore | None = None  # of a node
         self.exit_code = 0
         self._serving: Serving | None = None  # None: the node is a standby, or the daemon starts
         self._watchdog_s = systemd.watchdog_s()
@@ -155,6 +158,7 @@ class Daemon:
         node = self.node = ClusterNode(self._loaded)
         await node.open(self._stack, self._check_addresses)
         self._is_store_open = True
+        self._artifacts = await open_artifacts(self._loaded)  # an error must not end a takeover
         self._background.run_until_cancelled("registry", node.registry.run())
         self._background.run("snapshots", node.snapshots)
         self._stack.push_async_callback(self._close_listeners)
@@ -194,7 +198,7 @@ class Daemon:
             await serving.start(self._stop.set)
         else:
             assert self.node is not None
-            serving.bind(leadership)
+            serving.bind(leadership, self._artifacts)
             await serving.start(self._stop.set, self.node.view, self._step_down)
             serving.services.refresh_nodes = self.node.registry.refresh
         self._serving = serving

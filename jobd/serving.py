@@ -47,6 +47,7 @@ from jobd.monitoring.health import Health
 from jobd.monitoring.metrics import Metrics
 from jobd.monitoring.timeseries import Timeseries
 from jobd.resources import RandomPool, open_artifacts
+from jobd.storage.artifacts.base import ArtifactStore
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.storage.store import Store
 from jobd.webhooks.context import DispatchContext
@@ -132,14 +133,15 @@ class Serving:
         self.failures = FailureGroups(store, numbers.next_job, opened.jobs)
         self.actor.on_commit += [self.feed.publish, self.failures.committed]
         self._leadership: Leadership | None = None
+        self._artifacts: ArtifactStore | None = None
         self._due_jobs = DueJobs(self.actor, self.clock.moment)
         self._clock_monitor = ClockMonitor(
             self._on_pause, self._on_set_back, self.clock.moment, on_set_ahead=_log_set_ahead
         )
         self.actor.before_batch = self._clock_monitor.check
 
-    def bind(self, leadership: Leadership) -> None:
-        """Let the actor end when leadership is lost."""
+    def bind(self, leadership: Leadership, artifacts: ArtifactStore | None) -> None:
+        """Let the actor end when leadership is lost. `artifacts` is the store that the standby has opened."""
 
         def check() -> None:
             leadership.check()
@@ -148,7 +150,7 @@ class Serving:
         def begin_epoch(epoch: int) -> None:
             self.actor.state.epoch, self.actor.state.next_token = epoch, 1
 
-        self._leadership = leadership
+        self._leadership, self._artifacts = leadership, artifacts
         self.actor.before_batch = check
         leadership.on_epoch, leadership.on_lost = begin_epoch, self.actor.lose_disk
 
@@ -255,7 +257,8 @@ class Serving:
 
     async def _start_sweeper(self) -> ArtifactSweeper | None:
         """Start the deletion of the artifacts of deleted jobs, if there is an artifact store."""
-        self._artifacts = await open_artifacts(self._loaded)
+        if self._leadership is None:
+            self._artifacts = await open_artifacts(self._loaded)
         if self._artifacts is None:
             if self._opened.tombstones:
                 log.warning(

@@ -1,4 +1,4 @@
-"""A node of a cluster that stops following."""
+"""A node of a cluster: that it cannot start or follow, and how its configuration is compared."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import asyncio
 import contextlib
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobd import config_loader, node
+from jobd.config import Config, LoadedConfig
 from jobd.config_loader import load
+from jobd.daemon import Daemon
+from jobd.model.journal import SharedJournal
 from jobd.node import ClusterNode
 from jobd.resources import CannotStart
 from jobd.storage.cluster.store import ClusterStore
@@ -19,21 +23,36 @@ from tests.support.memory_journal import MemoryServer, MemorySharedJournal
 from tests.unit.storage.cluster.test_store import leading
 
 
-@pytest.mark.parametrize("is_broken", [True, False])
-async def test_a_standby_whose_disk_fails_ends_with_a_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_broken: bool
-) -> None:
-    server, maker, path = MemoryServer(), ChangeFactory(), f"{tmp_path}/b.db"
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryServer:
+    """Return the server of the journal that nodes open."""
+    server = MemoryServer()
 
     async def opened(_: object) -> MemorySharedJournal:
         return MemorySharedJournal(server)
 
+    def open_store(settings: Config, journal: SharedJournal, _: object) -> Any:
+        return ClusterStore.open_for(settings.store.path, journal)
+
     monkeypatch.setattr(node, "_open_journal", opened)
-    monkeypatch.setattr(node, "open_cluster_store", lambda _, journal, __: ClusterStore.open_for(path, journal))
+    monkeypatch.setattr(node, "open_cluster_store", open_store)
     monkeypatch.setattr(config_loader, "DEFAULT_PATH", f"{tmp_path}/etc.toml")
-    flags = {"store.path": path, "journal.url": "postgresql://db/jobd"}
-    loaded = await asyncio.to_thread(load, flags, {"ADMIN_TOKEN": "canary-admin-0123456789abcdef"}, None)
-    standby = ClusterNode(loaded)
+    return server
+
+
+def configured(path: str, **flags: str) -> LoadedConfig:
+    """Return the configuration of a node with its store at `path`."""
+    given = {"store.path": path, "journal.url": "postgresql://db/jobd"}
+    more = {name.replace("_", ".", 1): value for name, value in flags.items()}
+    return load(given | more, {"ADMIN_TOKEN": "canary-admin-0123456789abcdef"}, None)
+
+
+@pytest.mark.parametrize("is_broken", [True, False])
+async def test_a_standby_whose_disk_fails_ends_with_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: MemoryServer, is_broken: bool
+) -> None:
+    maker, path = ChangeFactory(), f"{tmp_path}/b.db"
+    standby = ClusterNode(await asyncio.to_thread(configured, path))
 
     def fail(*_: object) -> None:
         raise sqlite3.OperationalError("disk I/O error")
@@ -52,3 +71,17 @@ async def test_a_standby_whose_disk_fails_ends_with_a_message(
             monkeypatch.setattr(standby.warm, "apply", fail)
             with pytest.raises(sqlite3.OperationalError):
                 await standby.follow(asyncio.Event())
+
+
+async def test_a_node_whose_artifact_store_cannot_be_used_does_not_become_a_standby(
+    tmp_path: Path, server: MemoryServer
+) -> None:
+    """It would be shown as ready, and end when it takes over."""
+    (tmp_path / "results").symlink_to(tmp_path)
+    loaded = await asyncio.to_thread(configured, f"{tmp_path}/b.db", artifacts_url=f"file://{tmp_path}/results")
+    async with contextlib.AsyncExitStack() as stack:
+        daemon = Daemon(loaded, lambda: loaded, stack)
+        daemon._passed_sockets = {}
+        with pytest.raises(CannotStart, match=r"artifacts\.url") as ended:
+            await daemon._follow()
+    assert ended.value.code == 78
