@@ -197,8 +197,13 @@ async def _open_journal(settings: Config) -> SharedJournal:
 
 
 def config_hash(loaded: LoadedConfig) -> str:
-    """Return a hash of the settings that the nodes of a cluster should share. It has no secrets."""
-    shared = [(key, value_of(loaded.config, key)) for key in KEYS if not {key, key.partition(".")[0]} & OWN_SETTINGS]
+    """Return a hash of the settings that the nodes of a cluster should share. It has no secrets.
+
+    It omits defaults, so that a later version with more settings has the same hash.
+    """
+    keys = [key for key in KEYS if not {key, key.partition(".")[0]} & OWN_SETTINGS]
+    values, defaults = ({key: value_of(each, key) for key in keys} for each in (loaded.config, Config()))
+    shared = [(key, value) for key, value in values.items() if value != defaults[key]]
     webhooks = [(each.endpoint.name, each.endpoint.url, sorted(each.endpoint.events)) for each in loaded.webhooks]
     return blake2b(repr((sorted(shared), sorted(webhooks))).encode(), digest_size=8).hexdigest()
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from jobd import config_loader, node
-from jobd.config import Config, LoadedConfig
+from jobd.config import KEYS, Config, LoadedConfig
 from jobd.config_loader import load
 from jobd.daemon import Daemon
 from jobd.model.journal import SharedJournal
-from jobd.node import ClusterNode
+from jobd.node import ClusterNode, config_hash
 from jobd.resources import CannotStart
 from jobd.storage.cluster.store import ClusterStore
 from tests.support.factories import ChangeFactory
@@ -85,3 +85,13 @@ async def test_a_node_whose_artifact_store_cannot_be_used_does_not_become_a_stan
         with pytest.raises(CannotStart, match=r"artifacts\.url") as ended:
             await daemon._follow()
     assert ended.value.code == 78
+
+
+def test_a_setting_that_another_version_lacks_is_no_difference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(config_loader, "DEFAULT_PATH", f"{tmp_path}/etc.toml")
+    loaded, changed = configured("a.db"), configured("a.db", alerts_standby_behind="1m")
+    known = config_hash(loaded)
+    monkeypatch.setattr(node, "KEYS", {key: kind for key, kind in KEYS.items() if key != "alerts.standby_behind"})
+    assert config_hash(loaded) == known
+    monkeypatch.undo()
+    assert config_hash(changed) != known
