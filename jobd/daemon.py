@@ -281,7 +281,6 @@ class Daemon:
         self._routers = {name: Router(self._routes_of(name), limits) for name in self._authenticators}
 
     def _routes_of(self, name: str) -> tuple[Route, ...]:
-        """Return the routes of a listener."""
         return (*ADMIN_ROUTES, *self._dashboard.routes()) if name == "admin" else worker_api.ROUTES
 
     def _make_dashboard(self) -> None:

@@ -198,7 +198,6 @@ async def open_artifacts(loaded: LoadedConfig) -> ArtifactStore | None:
 
 
 def addresses(settings: Config) -> dict[str, str]:
-    """Return the configured address of each listener, by name."""
     listeners = {"worker": f"unix:{settings.worker.socket}", "admin": settings.admin.listen}
     return listeners | ({"worker-tcp": settings.worker.listen} if settings.worker.listen else {})
 
@@ -268,7 +267,6 @@ def reload_certificates(listeners: Mapping[str, HttpListener], settings: Config)
 
 
 def _certificate(name: str, settings: Config) -> tuple[str, str]:
-    """Return the files of the certificate of a listener and of its key."""
     section = settings.admin if name == "admin" else settings.worker
     return section.tls_cert, section.tls_key
 

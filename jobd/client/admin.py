@@ -179,12 +179,10 @@ class StallTimeout:
         return now_s - self._progress_s > self.limit_s
 
     def received(self, done: int, total: int | None) -> None:
-        """Record the number of bytes received so far."""
         if self._seen is not None:
             self._report(replace(self._seen, state="sending", bytes_done=done, bytes_total=total, quiet_ms=0))
 
     def describe(self) -> str:
-        """Return the error message of a stalled backup."""
         last = "" if self._seen is None else f" It was {self._seen.state} at {self._seen.bytes_done} bytes."
         return f"the backup has made no progress for {self.limit_s:g} s.{last}"
 

@@ -86,8 +86,6 @@ def _operation(request: ApiRequest[Any]) -> tuple[str, str | None] | None:
 
 
 class _Pending(NamedTuple):
-    """A line whose response is pending."""
-
     response: asyncio.Future[ApiResponse]
     line: bytes
 

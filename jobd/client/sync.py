@@ -71,7 +71,6 @@ class DaemonConnection(http.client.HTTPConnection):
 
 
 def lower_headers(response: http.client.HTTPResponse) -> dict[str, str]:
-    """Return the headers with names in lower case."""
     return {name.lower(): value for name, value in response.getheaders()}
 
 

@@ -135,7 +135,6 @@ def excess_depth(value: bytes) -> int:
 
 
 def without_metadata(annotation: Any) -> Any:
-    """Return `annotation` without Annotated."""
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 

@@ -113,7 +113,6 @@ class HttpResponse(Struct, eq=False):
     on_lost: Callable[[], None] | None = None
 
     def encode(self, ctx: RequestContext) -> bytes:
-        """Return the bytes of the response to `ctx`."""
         head = _JSON_HEADS[self.status] if self.headers is _JSON_HEADERS else _head(self.status, self.headers)
         is_usual = ctx.version == "1.1" and ctx.keep_alive and not self.close
         connection = b"" if is_usual else connection_line(ctx, self.close)

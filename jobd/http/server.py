@@ -119,8 +119,6 @@ class HttpListener(ABC):
 
 
 class WorkerListener(HttpListener):
-    """A listener of the worker API."""
-
     def __init__(self, app: App[Any]) -> None:
         super().__init__(app)
         self._connections: set[WorkerConnection] = set()

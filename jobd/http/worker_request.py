@@ -16,8 +16,6 @@ NEXT_CHUNK: Final = b"0"  # the probe in a chunked body: a leading zero of the s
 
 
 class RequestConnection(Protocol):
-    """The connection of a request."""
-
     app: App[Any]
     transport: asyncio.Transport | None
 

@@ -56,7 +56,6 @@ class Backups:
         return backup
 
     def finish(self, backup: Backup) -> None:
-        """Move a backup from the active to the finished ones."""
         if backup in self._active:
             self._active.remove(backup)
             self._finished.append(backup.view())

@@ -324,7 +324,6 @@ class Maintainer:
         return since_ms is None or since_ms >= self.schedule.min_interval_ms
 
     async def _guarded(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
-        """Run `work` and log any error."""
         try:
             await work()
         except (CommandRejected, Unfinished, LeadershipLost, JournalOutcomeUnknown, FormatNotRead) as rejected:

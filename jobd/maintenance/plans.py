@@ -173,7 +173,6 @@ class Planner:
         return result
 
     def _keep_result(self, plan: Plan, result: PlanResult) -> None:
-        """Keep the result of an applied plan."""
         plan.view = replace(plan.view, result=result, expires_at=result.applied_at + APPLIED_KEPT_MS)
         plan.until_s = asyncio.get_running_loop().time() + APPLIED_KEPT_MS / SECOND_MS
         plan.expected = []

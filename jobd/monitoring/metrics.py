@@ -243,7 +243,6 @@ def text(families: Iterable[MakeMetric]) -> bytes:
 
 
 def standby_text(cluster: ClusterView) -> bytes:
-    """Format the metrics of a standby."""
     return text([*cluster_metrics(cluster), _build()])
 
 

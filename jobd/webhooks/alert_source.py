@@ -87,7 +87,6 @@ class AlertSource:
                 )
 
     def in_flight(self) -> list[asyncio.Task[None]]:
-        """Return the running attempts."""
         return list(self._in_flight.values())
 
     async def _try(self, pending: PendingAlert, post: Callable[[Message], Awaitable[DeliveryOutcome]]) -> None:
@@ -111,5 +110,4 @@ class AlertSource:
 
 
 def _now_ms() -> int:
-    """Return monotonic milliseconds."""
     return int(asyncio.get_running_loop().time() * SECOND_MS)

@@ -314,7 +314,6 @@ class Dispatcher:
             log.warning("webhook_paused", webhook=name, pause_ms=pause_ms, error=outcome.error)
 
     async def _save_outcomes(self) -> None:
-        """Store the results of finished deliveries."""
         count = len(self._outcomes)
         if not count:
             return
@@ -397,7 +396,6 @@ class Dispatcher:
         await transport.close()
 
     def _now_ms(self) -> int:
-        """Return monotonic milliseconds."""
         return int(self._loop_time() * SECOND_MS)
 
 

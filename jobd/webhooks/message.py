@@ -50,7 +50,6 @@ def signature(keys: Sequence[bytes], event_id: str, timestamp_s: int, body: byte
 
 
 def headers(keys: Sequence[bytes], event_id: str, timestamp_s: int, body: bytes) -> dict[str, str]:
-    """Return the headers of one attempt."""
     return {
         "Content-Type": CONTENT_TYPE,
         "webhook-id": event_id,

@@ -95,5 +95,4 @@ def _rest(parts: SplitResult) -> str:
 
 
 def _pattern(secret: str) -> str:
-    """Return a pattern that finds the secret."""
     return re.escape(secret) if len(secret) >= MIN_DISTINCT else rf"(?<!\w){re.escape(secret)}(?!\w)"

@@ -8,7 +8,6 @@ from typing import Any
 
 
 async def first_of(*futures: asyncio.Future[Any]) -> None:
-    """Wait until one of the futures is done."""
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
@@ -21,6 +20,5 @@ async def within(time_s: float, event: asyncio.Event) -> bool:
 
 
 def mark_done(future: asyncio.Future[None]) -> None:
-    """Mark `future` as done, unless it is done already."""
     if not future.done():
         future.set_result(None)

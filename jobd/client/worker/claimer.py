@@ -190,7 +190,6 @@ class Claimer:
 
 
 def describe_process(concurrency: int) -> About:
-    """Describe this process for operators."""
     host = socket.gethostname()
     return About(
         instance=uuid7(),
@@ -209,5 +208,4 @@ def describe_claims(options: ClaimOptions, client: AsyncJobClient) -> str:
 
 
 def default_name() -> str:
-    """Return the default name of a worker: host and process id."""
     return f"{socket.gethostname()}-{os.getpid()}"

@@ -179,7 +179,6 @@ class CommandWorker:
                 log(text)
 
     async def _begin(self, log: Log, keeper: LeaseKeeper) -> Execution:
-        """Start the program for one job."""
         job = keeper.grant.job
         stdout, stderr = self._writers
         is_one_of_many = self._options.concurrency > 1

@@ -166,8 +166,6 @@ class _HandlerFailure(NamedTuple):
 
 
 class AsyncExecution(_HandlerExecution):
-    """An async handler."""
-
     def __init__(self, handler: RegisteredHandler, keeper: LeaseKeeper, loop: HandlerLoop) -> None:
         super().__init__(handler)
         self.task: Task = Task(keeper)

@@ -95,7 +95,6 @@ class LeaseKeeper:
         return worker_requests.update_progress(self.id, lock_id=self.grant.lock_id, progress=progress, message=message)
 
     def report(self, progress: float, message: str | None = None) -> asyncio.Future[None]:
-        """Send this progress. See `send_report`."""
         return self.send_report(self.progress_request(progress, message))
 
     def send_report(self, request: ApiRequest[LockState]) -> asyncio.Future[None]:

@@ -193,7 +193,6 @@ class Tail:
 
     @property
     def text(self) -> str:
-        """The last lines as text."""
         lines = [*self._lines, self._open] if self._open else list(self._lines)
         return b"\n".join(lines).decode(errors="replace").strip()[-self._characters :]
 

@@ -128,7 +128,6 @@ class WorkerRunner:
         self._give_up.set()
 
     async def _work(self, grant: GrantInfo, is_resent: bool) -> None:
-        """Work on one job, from its grant to its end."""
         keeper = LeaseKeeper(self._client, grant, self._log, progress_every_s=self._progress_every_s)
         is_completed = False
         if self._claimer.is_stopping:
