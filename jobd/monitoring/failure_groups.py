@@ -44,16 +44,11 @@ class GroupState(Struct):
     first_at: int  # kept while the group is empty
     message: str = ""
     code: str | None = None
-    failed: int = 0
-    retrying: int = 0
+    jobs: Counter[What] = field(default_factory=Counter)
     last_at: int = 0
     queues: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     ids: dict[str, int] = {}
-
-    @property
-    def count(self) -> int:
-        return self.failed + self.retrying
 
     def add(self, job: Job, what: What, at: int) -> None:
         if at >= self.last_at:
@@ -61,7 +56,7 @@ class GroupState(Struct):
             self.code = job.error.code if job.error else None
         self.first_at = min(self.first_at, at)
         self.last_at = max(self.last_at, at)
-        self._change(what, 1)
+        self.jobs[what] += 1
         for names, name in ((self.queues, job.options.queue), (self.kinds, job.options.kind)):
             if name in names or len(names) < MAX_NAMES:
                 names[name] += 1
@@ -71,9 +66,9 @@ class GroupState(Struct):
 
     def remove(self, job: Job, what: What) -> bool:
         """Remove a job. Return False if no job of the group counts as `what`."""
-        if (self.failed if what == "failed" else self.retrying) == 0:
+        if self.jobs[what] == 0:
             return False
-        self._change(what, -1)
+        self.jobs[what] -= 1
         self.ids.pop(job.id, None)
         for names, name in ((self.queues, job.options.queue), (self.kinds, job.options.kind)):
             if names[name] > 1:
@@ -81,12 +76,6 @@ class GroupState(Struct):
             else:
                 del names[name]
         return True
-
-    def _change(self, what: What, step: int) -> None:
-        if what == "failed":
-            self.failed += step
-        else:
-            self.retrying += step
 
 
 class FailureGroups:
@@ -96,7 +85,7 @@ class FailureGroups:
         self._storage = storage
         self._groups: dict[str, GroupState] = {}
         self._former: dict[str, int] = {}  # first occurrences of groups that are empty now
-        self._other: dict[What, int] = {"failed": 0, "retrying": 0}  # jobs whose error has no group
+        self._other: Counter[What] = Counter()  # jobs whose error has no group
         # Live jobs of the start that are not counted yet.
         self._unseen = {job.id: job for job in live if job.error is not None and job.status == "queued"}
         self._top = top
@@ -159,7 +148,7 @@ class FailureGroups:
 
     def _forget_if_empty(self, name: str | None) -> None:
         group = None if name is None else self._groups.get(name)
-        if name is None or group is None or group.count > 0:
+        if name is None or group is None or group.jobs.total() > 0:
             return
         del self._groups[name]
         self._former[name] = group.first_at
@@ -179,7 +168,6 @@ class FailureGroups:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all jobs are counted."""
         return self._below <= 0 and not self._unseen
 
     async def run(self) -> None:
@@ -222,10 +210,10 @@ class FailureGroups:
 
     def view(self, limit: int) -> FailuresView:
         """Return the `limit` largest groups."""
-        largest = sorted(self._groups.items(), key=lambda each: (-each[1].count, -each[1].last_at, each[0]))
+        largest = sorted(self._groups.items(), key=lambda each: (-each[1].jobs.total(), -each[1].last_at, each[0]))
         shown = [_shown(name, group) for name, group in largest[:limit]]
-        failed = sum(group.failed for group in self._groups.values()) + self._other["failed"]
-        retrying = sum(group.retrying for group in self._groups.values()) + self._other["retrying"]
+        failed = sum(group.jobs["failed"] for group in self._groups.values()) + self._other["failed"]
+        retrying = sum(group.jobs["retrying"] for group in self._groups.values()) + self._other["retrying"]
         return FailuresView(
             groups=shown,
             total=failed,
@@ -254,8 +242,8 @@ def _shown(name: str, group: GroupState) -> FailureGroup:
         fingerprint=name,
         message=group.message[: max(SHOWN_TEXT, len(first_line(group.message)))],
         error_code=group.code,
-        count=group.failed,
-        retrying=group.retrying,
+        count=group.jobs["failed"],
+        retrying=group.jobs["retrying"],
         kinds=[kind for kind, _ in group.kinds.most_common(SHOWN_NAMES)],
         queues=[queue for queue, _ in group.queues.most_common(SHOWN_NAMES)],
         first_at=group.first_at,
