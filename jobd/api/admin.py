@@ -198,18 +198,18 @@ async def _deliveries(app: App[Services], ctx: RequestContext, command: Deliveri
     return _as_response(await app.services.deliveries(command.name, command.state, before, command.limit))
 
 
-async def _deliver_again(app: App[Services], ctx: RequestContext, command: DeliverAgain) -> Response | ApiError:
+async def _deliver_again(app: App[Services], ctx: RequestContext, command: DeliverAgain) -> Response:
     operator, name = ctx.operator, command.name
-    return _as_response(await operator_actions.deliver_again(app, operator, name, command.id, command.reason))
+    return Response(await operator_actions.deliver_again(app, operator, name, command.id, command.reason))
 
 
-async def _deliver_all_again(app: App[Services], ctx: RequestContext, command: DeliverAllAgain) -> Response | ApiError:
+async def _deliver_all_again(app: App[Services], ctx: RequestContext, command: DeliverAllAgain) -> Response:
     operator, name = ctx.operator, command.name
-    return _as_response(await operator_actions.deliver_all_again(app, operator, name, command.upto, command.reason))
+    return Response(await operator_actions.deliver_all_again(app, operator, name, command.upto, command.reason))
 
 
-async def _test_webhook(app: App[Services], ctx: RequestContext, command: TestWebhook) -> Response | ApiError:
-    return _as_response(await operator_actions.test_webhook(app, ctx.operator, command.name, command.reason))
+async def _test_webhook(app: App[Services], ctx: RequestContext, command: TestWebhook) -> Response:
+    return Response(await operator_actions.test_webhook(app, ctx.operator, command.name, command.reason))
 
 
 async def _export(app: App[Services], ctx: RequestContext, command: commands.Export) -> Response | ApiError:
@@ -229,14 +229,14 @@ async def _clock(app: App[Services], ctx: RequestContext, command: NoFields) -> 
     return Response(app.services.clock_view())
 
 
-async def _accept_clock(app: App[Services], ctx: RequestContext, command: WithReason) -> Response | ApiError:
+async def _accept_clock(app: App[Services], ctx: RequestContext, command: WithReason) -> Response:
     """Accept the clock as correct. Jobs are deleted and failed by age again."""
-    return _as_response(await operator_actions.accept_clock(app, ctx.operator, command.reason))
+    return Response(await operator_actions.accept_clock(app, ctx.operator, command.reason))
 
 
-async def _step_down(app: App[Services], ctx: RequestContext, command: StepDown) -> Response | ApiError:
+async def _step_down(app: App[Services], ctx: RequestContext, command: StepDown) -> Response:
     """Make this node step down, so that a standby takes over at once. The process ends with code 75."""
-    return _as_response(await operator_actions.step_down(app, ctx.operator, command.reason, force=command.force))
+    return Response(await operator_actions.step_down(app, ctx.operator, command.reason, force=command.force))
 
 
 async def _quarantine(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:

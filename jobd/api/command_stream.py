@@ -89,7 +89,6 @@ _read_header: Final = msgspec.json.Decoder[Any](_LineHeader).decode
 
 
 def _line_type(op: str, command: type[Command]) -> type[Any]:
-    """Make the type of the lines with `command`."""
     return make_body_type(
         command,
         None,
@@ -107,7 +106,6 @@ LINE_TYPES: Final = {op: _line_type(op, command) for op, command in STREAMED_COM
 
 @cache
 def line_decoders(limits: Limits) -> dict[str, RequestDecoder]:
-    """Return the decoder of each kind of line."""
     return {
         op: RequestDecoder(command, None, limits, body_type=LINE_TYPES[op]) for op, command in STREAMED_COMMANDS.items()
     }

@@ -62,7 +62,6 @@ HEADERS: Final = {
 
 
 def tagged(tag: Tag, *routes: Route) -> Iterator[Route]:
-    """Return `routes` with the tag `tag`."""
     return (replace(route, tag=tag) for route in routes)
 
 
@@ -97,7 +96,6 @@ def document_at(path: str, title: str, routes: Callable[[], Iterable[Route]]) ->
 
 
 def document(title: str, routes: Iterable[Route]) -> JsonObject:
-    """Return the OpenAPI document of `routes` as JSON values."""
     schemas = Schemas()
     table = tuple(routes)
     used = {route.tag for route in table}

@@ -1,4 +1,7 @@
-"""Actions of operators that are not job commands, with their audit entries, for the admin API and the dashboard."""
+"""Actions of operators that are not job commands, with their audit entries, for the admin API and the dashboard.
+
+They raise ApiException if they are rejected.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from jobd.api.auditing import audit_action
 from jobd.api.services import Services, log, unknown_webhook
 from jobd.http.app import App
 from jobd.model.commands import Operator
-from jobd.model.errors import ApiError
+from jobd.model.errors import ApiException, api_error, checked
 from jobd.model.responses import CleanupReport, ClockView, ClusterView, DeliveryView, Resent
 from jobd.model.storage import CannotWrite, FormatNotRead
 
@@ -21,28 +24,25 @@ async def run_cleanup(app: App[Services], operator: Operator | None, reason: str
     return await app.services.maintainer.run_cleanup(forced=True)
 
 
-async def accept_clock(app: App[Services], operator: Operator | None, reason: str | None) -> ClockView | ApiError:
-    view = await app.services.accept_clock()
-    if not isinstance(view, ApiError):
-        await audit_action(app, operator, "accept-clock", reason=reason)
+async def accept_clock(app: App[Services], operator: Operator | None, reason: str | None) -> ClockView:
+    view = checked(await app.services.accept_clock())
+    await audit_action(app, operator, "accept-clock", reason=reason)
     return view
 
 
-async def step_down(
-    app: App[Services], operator: Operator | None, reason: str | None, *, force: bool
-) -> ClusterView | ApiError:
+async def step_down(app: App[Services], operator: Operator | None, reason: str | None, *, force: bool) -> ClusterView:
     """Make this node step down, and record that. Return the cluster as it was before.
 
     Without a standby that is ready, this needs `force`.
     """
     services = app.services
     if services.step_down is None:
-        return ApiError("not_found", "This daemon has a journal of its own, so there is no cluster. See `[journal]`.")
+        raise api_error("not_found", "This daemon has a journal of its own, so there is no cluster. See `[journal]`.")
     if not force and services.refresh_nodes is not None:
         await services.refresh_nodes()  # a standby may have started since the last time
     view = services.cluster_view()
     if not force and not any(node.is_ready for node in view.nodes):
-        return ApiError(
+        raise api_error(
             "no_standby",
             "No standby is ready to take over, so no node would lead. Start jobd on another node, wait until "
             "`jobctl cluster` shows it without a problem, and try again; or send `force`.",
@@ -54,52 +54,45 @@ async def step_down(
 
 async def deliver_again(
     app: App[Services], operator: Operator | None, webhook: str, delivery: int, reason: str | None
-) -> DeliveryView | ApiError:
+) -> DeliveryView:
     """Send a delivery again now, in any state."""
     webhooks = app.services.webhooks
     sent = await _change_outbox(app, webhook, lambda: webhooks.redeliver(webhook, delivery))
     if sent is None:
-        return ApiError("not_found", f"Webhook {webhook} has no delivery {delivery}. It may have been deleted.")
-    if not isinstance(sent, ApiError):
-        log.info("webhook_sent_again", webhook=webhook, delivery=delivery)
-        await audit_action(app, operator, "resend-delivery", {"webhook": webhook, "delivery": delivery}, reason)
+        raise api_error("not_found", f"Webhook {webhook} has no delivery {delivery}. It may have been deleted.")
+    log.info("webhook_sent_again", webhook=webhook, delivery=delivery)
+    await audit_action(app, operator, "resend-delivery", {"webhook": webhook, "delivery": delivery}, reason)
     return sent
 
 
 async def deliver_all_again(
     app: App[Services], operator: Operator | None, webhook: str, upto: int | None, reason: str | None
-) -> Resent | ApiError:
+) -> Resent:
     """Send all dead-lettered deliveries again, or those up to the delivery `upto`."""
     webhooks = app.services.webhooks
     count = await _change_outbox(app, webhook, lambda: webhooks.redeliver_all(webhook, upto))
-    if isinstance(count, ApiError):
-        return count
     log.info("webhook_all_sent_again", webhook=webhook, count=count)
     await audit_action(app, operator, "resend-given-up", {"webhook": webhook, "resent": count}, reason)
     return Resent(count)
 
 
-async def test_webhook(
-    app: App[Services], operator: Operator | None, webhook: str, reason: str | None
-) -> DeliveryView | ApiError:
+async def test_webhook(app: App[Services], operator: Operator | None, webhook: str, reason: str | None) -> DeliveryView:
     sent = await _change_outbox(app, webhook, lambda: app.services.webhooks.test(webhook))
-    if not isinstance(sent, ApiError):
-        log.info("webhook_tested", webhook=webhook)
-        await audit_action(app, operator, "test-webhook", {"webhook": webhook}, reason)
+    log.info("webhook_tested", webhook=webhook)
+    await audit_action(app, operator, "test-webhook", {"webhook": webhook}, reason)
     return sent
 
 
-async def _change_outbox(app: App[Services], webhook: str, change: Callable[[], Awaitable[T]]) -> T | ApiError:
-    """Return the result of `change`, or an error if there is no such webhook or its outbox cannot be written."""
+async def _change_outbox(app: App[Services], webhook: str, change: Callable[[], Awaitable[T]]) -> T:
+    """Return the result of `change`, unless there is no such webhook or its outbox cannot be written."""
     services = app.services
     if not services.webhooks.has(webhook):
-        return unknown_webhook(webhook)
+        raise ApiException(unknown_webhook(webhook))
     try:
         return await change()
     except FormatNotRead as error:
-        return ApiError("overloaded", f"The outbox of the webhook cannot be written: {error}.")
+        raise api_error("overloaded", f"The outbox of the webhook cannot be written: {error}.") from None
     except CannotWrite:
         await services.health.space()
-        return services.actor.full_disk.refusal(
-            "the outbox of the webhook cannot be written. Free some space; jobd tries again every second."
-        )
+        message = "the outbox of the webhook cannot be written. Free some space; jobd tries again every second."
+        raise ApiException(services.actor.full_disk.refusal(message)) from None

@@ -73,6 +73,5 @@ PROBES: Final = (
 
 
 def cluster_route(auth: Auth) -> Route:
-    """Return the route of the state of the cluster."""
     summary = "Return the state of the cluster: its nodes, its leader, and how far this node is behind."
     return _route("/v1/cluster", ClusterView, _cluster, summary, auth=auth)

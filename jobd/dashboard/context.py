@@ -116,7 +116,6 @@ def is_live_update(context: RequestContext) -> bool:
 
 
 def request_target(context: RequestContext) -> str:
-    """Return the path and query of the request."""
     return f"{context.path}?{context.query}" if context.query else context.path
 
 

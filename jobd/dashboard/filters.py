@@ -49,7 +49,6 @@ class JobsPageQuery(JobFilter, frozen=True, kw_only=True):
 
 
 def active_filters(filters: JobFilter) -> dict[str, str]:
-    """Return the filters that are not empty."""
     return {name: value for name in FILTERS if (value := (getattr(filters, name) or "").strip())}
 
 

@@ -44,7 +44,6 @@ class Subscription(Command, frozen=True, kw_only=True):
 
 
 def live_url(subscription: Subscription) -> str:
-    """Return the URL of the event stream."""
     fields = {name: value for name, value in msgspec.structs.asdict(subscription).items() if value is not None}
     return f"/live?{urlencode(fields)}" if fields else "/live"
 

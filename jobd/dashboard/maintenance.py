@@ -10,7 +10,7 @@ from jobd.dashboard.context import ReasonForm, Viewer, redirect_with_flash
 from jobd.dashboard.pages import PageData
 from jobd.http.request import as_one_entry
 from jobd.model.commands import Command, Pause, Resume, TakeBack
-from jobd.model.errors import ApiError, ApiException
+from jobd.model.errors import ApiError, checked
 from jobd.model.fields import QueueName, WorkerName
 from jobd.model.responses import Response
 
@@ -29,21 +29,21 @@ class QueueForm(ReasonForm, frozen=True, kw_only=True):
     for_ms: Literal["", "900000", "3600000", "14400000", "86400000"] = ""
 
 
-async def pause_queue(viewer: Viewer, form: QueueForm) -> Response | ApiError:
+async def pause_queue(viewer: Viewer, form: QueueForm) -> Response:
     until = viewer.now + int(form.for_ms) if form.for_ms else None
     command = Pause(name=form.name, reason=form.reason_or_none, until=until)
     return await _change_queue(viewer, form, command, f"Queue {form.name} is paused.")
 
 
-async def resume_queue(viewer: Viewer, form: QueueForm) -> Response | ApiError:
+async def resume_queue(viewer: Viewer, form: QueueForm) -> Response:
     command = Resume(name=form.name, reason=form.reason_or_none)
     return await _change_queue(viewer, form, command, f"Queue {form.name} is resumed.")
 
 
-async def _change_queue(viewer: Viewer, form: QueueForm, command: Command, message: str) -> Response | ApiError:
-    response = await viewer.ask(command)
+async def _change_queue(viewer: Viewer, form: QueueForm, command: Command, message: str) -> Response:
+    checked(await viewer.ask(command))
     url = f"/queues?{urlencode({'cursor': form.cursor})}" if form.cursor else "/queues"
-    return response if isinstance(response, ApiError) else redirect_with_flash(viewer, url, message)
+    return redirect_with_flash(viewer, url, message)
 
 
 class CleanupConfirmQuery(Command, frozen=True, kw_only=True):
@@ -53,9 +53,7 @@ class CleanupConfirmQuery(Command, frozen=True, kw_only=True):
 async def confirm_cleanup(viewer: Viewer, confirmation: CleanupConfirmQuery) -> PageData:
     """Preview a cleanup run or a recovery. The form on the page runs it."""
     services = viewer.app.services
-    preview = await services.maintainer.preview(PREVIEW_S if confirmation.what == "run" else 0)
-    if isinstance(preview, ApiError):
-        raise ApiException(preview)
+    preview = checked(await services.maintainer.preview(PREVIEW_S if confirmation.what == "run" else 0))
     failed = sum(each.action == "failed" for each in preview.recover)
     by_cleanup = confirmation.what == "run" and (preview.expired_jobs or preview.deleted_jobs or preview.mended_jobs)
     return {
@@ -82,12 +80,9 @@ async def run_cleanup(viewer: Viewer, form: ReasonForm) -> Response:
     return redirect_with_flash(viewer, "/cleanup", message)
 
 
-async def recover_stuck(viewer: Viewer, form: ReasonForm) -> Response | ApiError:
-    result = await viewer.app.services.maintainer.recover_stuck(
-        as_one_entry(viewer.context.operator), form.reason_or_none
-    )
-    if isinstance(result, ApiError):
-        return result
+async def recover_stuck(viewer: Viewer, form: ReasonForm) -> Response:
+    operator = as_one_entry(viewer.context.operator)
+    result = checked(await viewer.app.services.maintainer.recover_stuck(operator, form.reason_or_none))
     message = (
         f"Stalled jobs recovered: {result.recovered_jobs} ({result.reset_jobs} requeued, {result.failed_jobs} failed)."
     )
@@ -112,11 +107,10 @@ async def confirm_take_back(viewer: Viewer, confirmation: TakeBackQuery) -> Page
     return {**data, "preview": preview}
 
 
-async def take_back(viewer: Viewer, form: TakeBackForm) -> Response | ApiError:
+async def take_back(viewer: Viewer, form: TakeBackForm) -> Response:
     command = TakeBack(name=form.name, reason=form.reason_or_none)
-    result = await viewer.app.services.maintainer.take_back(command, as_one_entry(viewer.context.operator))
-    if isinstance(result, ApiError):
-        return result
+    operator = as_one_entry(viewer.context.operator)
+    result = checked(await viewer.app.services.maintainer.take_back(command, operator))
     message = f"Jobs taken back: {result.recovered_jobs} ({result.reset_jobs} requeued, {result.failed_jobs} failed)."
     return redirect_with_flash(viewer, "/workers", message)
 
@@ -134,8 +128,6 @@ async def confirm_clock(viewer: Viewer, _: Command) -> PageData:
     }
 
 
-async def accept_clock(viewer: Viewer, form: ReasonForm) -> Response | ApiError:
-    view = await operator_actions.accept_clock(viewer.app, viewer.context.operator, form.reason_or_none)
-    if isinstance(view, ApiError):
-        return view
+async def accept_clock(viewer: Viewer, form: ReasonForm) -> Response:
+    await operator_actions.accept_clock(viewer.app, viewer.context.operator, form.reason_or_none)
     return redirect_with_flash(viewer, "/alerts", "The clock is accepted. Jobs are expired and deleted by age again.")

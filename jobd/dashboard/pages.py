@@ -34,7 +34,7 @@ from jobd.http.auth import host_name
 from jobd.http.decoding import validation_error
 from jobd.model import commands, responses
 from jobd.model.commands import Command, JobCommand, WorkerState
-from jobd.model.errors import ApiError, ApiException, api_error
+from jobd.model.errors import ApiException, api_error, checked
 from jobd.model.fields import Cursor, QueueName, WorkerCursor
 from jobd.model.job import STATUSES, may_adopt
 from jobd.model.responses import Response
@@ -99,11 +99,7 @@ async def query(viewer: Viewer, *queries: Command) -> list[Any]:
 
 async def query_responses(viewer: Viewer, *queries: Command) -> list[Response]:
     """Send commands, and return their responses. Raise ApiException if one fails."""
-    results = await asyncio.gather(*(viewer.ask(each) for each in queries))
-    for result in results:
-        if isinstance(result, ApiError):
-            raise ApiException(result)
-    return [result for result in results if isinstance(result, Response)]
+    return [checked(each) for each in await asyncio.gather(*(viewer.ask(each) for each in queries))]
 
 
 async def overview(timeseries: Timeseries, viewer: Viewer, _: Command) -> PageData:

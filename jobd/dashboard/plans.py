@@ -23,7 +23,7 @@ from jobd.model.commands import (
     PlanCommand,
     PlanFilter,
 )
-from jobd.model.errors import ApiError, ApiException, api_error
+from jobd.model.errors import api_error, checked
 from jobd.model.fields import JobId, Text
 from jobd.model.responses import PlanView, Response, plan_late_results_note
 
@@ -53,25 +53,23 @@ class PlanIdForm(PlanCommand, frozen=True, kw_only=True):
     csrf: str = ""
 
 
-async def create_plan(viewer: Viewer, form: PlanForm) -> Response | ApiError:
+async def create_plan(viewer: Viewer, form: PlanForm) -> Response:
     """Make a plan and redirect to its page. No job changes yet."""
     return await _make_plan(viewer, _plan_command(viewer, form))
 
 
-async def create_next_plan(viewer: Viewer, form: PlanIdForm) -> Response | ApiError:
+async def create_next_plan(viewer: Viewer, form: PlanIdForm) -> Response:
     """Make a plan of the jobs that follow those of another plan, and redirect to its page."""
-    plan = viewer.app.services.planner.find(form.plan_id)
-    if isinstance(plan, ApiError):
-        return plan
+    plan = checked(viewer.app.services.planner.find(form.plan_id))
     if plan.next_cursor is None:
         raise api_error("invalid_request", "No jobs follow this plan: it contains all jobs that match its filter.")
     command = MakePlan(action=plan.action, filter=plan.filter, cursor=plan.next_cursor, reason=plan.reason)
     return await _make_plan(viewer, command)
 
 
-async def _make_plan(viewer: Viewer, command: MakePlan) -> Response | ApiError:
-    plan = await viewer.app.services.make_plan(command)
-    return plan if isinstance(plan, ApiError) else redirect_with_flash(viewer, f"/plans/{plan.plan_id}")
+async def _make_plan(viewer: Viewer, command: MakePlan) -> Response:
+    plan = checked(await viewer.app.services.make_plan(command))
+    return redirect_with_flash(viewer, f"/plans/{plan.plan_id}")
 
 
 def _filters(plan: PlanView) -> dict[str, str]:
@@ -106,9 +104,7 @@ def _plan_command(viewer: Viewer, form: PlanForm) -> MakePlan:
 
 async def plan_page(viewer: Viewer, shown: PlanCommand) -> PageData:
     """Show what a plan would do, or what it did."""
-    plan = viewer.app.services.planner.find(shown.plan_id)
-    if isinstance(plan, ApiError):
-        raise ApiException(plan)
+    plan = checked(viewer.app.services.planner.find(shown.plan_id))
     result = plan.result
     filters = _filters(plan)
     return {
@@ -135,13 +131,11 @@ async def plan_page(viewer: Viewer, shown: PlanCommand) -> PageData:
     }
 
 
-async def apply_plan(viewer: Viewer, form: PlanIdForm) -> Response | ApiError:
+async def apply_plan(viewer: Viewer, form: PlanIdForm) -> Response:
     """Apply a plan, and redirect to its page, which shows the result."""
     operator = viewer.context.operator
     assert operator is not None  # set for every viewer that may change something
-    result = await viewer.app.services.planner.apply(form.plan_id, operator)
-    if isinstance(result, ApiError):
-        return result
+    result = checked(await viewer.app.services.planner.apply(form.plan_id, operator))
     applied = f"Applied to {result.applied} {'job' if result.applied == 1 else 'jobs'}."
     message = "This plan was applied before. Nothing has changed." if result.repeated else applied
     return redirect_with_flash(viewer, f"/plans/{form.plan_id}", message)

@@ -188,7 +188,6 @@ def _utc(at: int) -> datetime.datetime:
 
 
 def byte_size(count: int) -> str:
-    """Format a number of bytes."""
     number = float(count)
     for unit in ("B", "KiB", "MiB"):
         if number < 1024:

@@ -42,7 +42,7 @@ from jobd.http.request import RequestContext
 from jobd.http.response import RawBody
 from jobd.http.routing import Route
 from jobd.model.commands import Command, Get, JobCommand, PlanCommand
-from jobd.model.errors import ApiError, ApiException, api_error
+from jobd.model.errors import ApiError, ApiException, api_error, checked
 from jobd.model.fields import Text
 from jobd.model.responses import ClusterView, JobView, Response
 from jobd.monitoring.timeseries import Timeseries
@@ -168,7 +168,6 @@ class Dashboard:
         await self._renderer.warm()
 
     def routes(self) -> tuple[Route, ...]:
-        """Return the routes of all pages, forms and files."""
         page, form, public, sign_in = self._page_route, self._form_route, self._public_route, self._sign_in_pages
         return (
             page(PageSpec("/", NoFields, "overview", "Overview", self._overview, on_standby=True)),
@@ -308,7 +307,6 @@ class Dashboard:
         return AUTHORIZATION not in context.headers and self.sessions.find(session_cookie(context)) is not None
 
     def error_page(self, context: RequestContext, error: ApiError) -> RawBody:
-        """Render an API error as a page."""
         title = "Not found" if error.status == 404 else "Error"
         return self._renderer.page(
             "error.html",
@@ -372,10 +370,7 @@ class Dashboard:
     async def _run_action(self, viewer: Viewer, form: JobActionForm) -> Response | ApiError:
         """Run a confirmed action, if the job is still as the operator saw it."""
         action, job_id = JOB_ACTIONS[form.verb], form.id
-        current = await viewer.ask(Get(id=job_id))
-        if isinstance(current, ApiError):
-            return current
-        job: JobView = current.data
+        job: JobView = checked(await viewer.ask(Get(id=job_id))).data
         target = ActionTarget(job_id, form.reason.strip() or None, visible_lock_id(job), form.result)
         # The actor checks the version when it applies the command: the job may change before that.
         result = await viewer.ask(action.make_command(target), expected=form.seen)
@@ -389,11 +384,9 @@ class Dashboard:
             f"{action.label}: done. {job.status} \u2192 {action.command.leads_to or job.status}",
         )
 
-    async def _step_down(self, viewer: Viewer, form: cluster.StepDownForm) -> Response | ApiError:
+    async def _step_down(self, viewer: Viewer, form: cluster.StepDownForm) -> Response:
         """Make this node step down. Its process ends too, so the page does not redirect to it."""
         view = await step_down(viewer.app, viewer.context.operator, form.reason_or_none, force=bool(form.force))
-        if isinstance(view, ApiError):
-            return view
         return Response(await self._render("stepped_down.html", viewer, title="Cluster", name="cluster", cluster=view))
 
     async def _job_page_with_error(self, viewer: Viewer, job_id: str, error: ApiError) -> Response | ApiError:

@@ -11,7 +11,7 @@ from jobd.api import operator_actions
 from jobd.dashboard.context import ReasonForm, Viewer, redirect_with_flash
 from jobd.dashboard.pages import PER_PAGE, PageData
 from jobd.model.commands import Command
-from jobd.model.errors import ApiError, ApiException, api_error
+from jobd.model.errors import api_error, checked
 from jobd.model.responses import DeliveryState, Response, WebhookView
 from jobd.model.webhooks import MAX_BACKLOG, WebhookName
 
@@ -61,9 +61,8 @@ async def webhook_list(viewer: Viewer, _: Command) -> PageData:
 async def webhook_detail(viewer: Viewer, selection: WebhookPageQuery) -> PageData:
     """Show one webhook and a page of its deliveries, newest first."""
     webhook = _find(viewer, selection.name)
-    page = await viewer.app.services.deliveries(selection.name, selection.state or None, selection.cursor, PER_PAGE)
-    if isinstance(page, ApiError):
-        raise ApiException(page)
+    state = selection.state or None
+    page = checked(await viewer.app.services.deliveries(selection.name, state, selection.cursor, PER_PAGE))
     data: PageData = {
         "webhook": webhook,
         "states": STATES,
@@ -77,22 +76,17 @@ async def webhook_detail(viewer: Viewer, selection: WebhookPageQuery) -> PageDat
     return data
 
 
-async def send_test(viewer: Viewer, form: TestWebhookForm) -> Response | ApiError:
-    """Send a test message."""
+async def send_test(viewer: Viewer, form: TestWebhookForm) -> Response:
     operator = viewer.context.operator
     sent = await operator_actions.test_webhook(viewer.app, operator, form.name, form.reason_or_none)
-    if isinstance(sent, ApiError):
-        return sent
     url = _page_url(WebhookPageQuery(name=form.name, state=form.state))
     return redirect_with_flash(viewer, url, f"Sending test message {sent.id}.")
 
 
-async def resend(viewer: Viewer, form: ResendForm) -> Response | ApiError:
+async def resend(viewer: Viewer, form: ResendForm) -> Response:
     """Send a message again, or now if it is waiting for its retry."""
     operator = viewer.context.operator
     sent = await operator_actions.deliver_again(viewer.app, operator, form.name, form.id, form.reason_or_none)
-    if isinstance(sent, ApiError):
-        return sent
     url = _page_url(WebhookPageQuery(name=form.name, state=form.state))
     return redirect_with_flash(viewer, url, f"Sending message {sent.id}.")
 
@@ -104,12 +98,9 @@ async def confirm_retry_failed(viewer: Viewer, confirmation: RetryFailedQuery) -
     return {"webhook": webhook, "count": count, "newest": newest, "max_kept": MAX_BACKLOG}
 
 
-async def retry_failed(viewer: Viewer, form: RetryFailedForm) -> Response | ApiError:
-    """Send all dead-lettered deliveries again."""
+async def retry_failed(viewer: Viewer, form: RetryFailedForm) -> Response:
     operator = viewer.context.operator
     sent = await operator_actions.deliver_all_again(viewer.app, operator, form.name, form.upto, form.reason_or_none)
-    if isinstance(sent, ApiError):
-        return sent
     messages = "1 dead-lettered message" if sent.resent == 1 else f"{sent.resent} dead-lettered messages"
     return redirect_with_flash(viewer, _webhook_url(form.name), f"Sending {messages} again.")
 

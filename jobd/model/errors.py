@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from msgspec import Struct
+
+T = TypeVar("T")
 
 
 class ErrorCode(Struct, frozen=True):
@@ -88,6 +90,13 @@ class ApiException(Exception):
     def __init__(self, error: ApiError) -> None:
         super().__init__(error.code)
         self.error = error
+
+
+def checked(result: T | ApiError) -> T:
+    """Return `result`, or raise it if it is an error."""
+    if isinstance(result, ApiError):
+        raise ApiException(result)
+    return result
 
 
 def api_error(code: str, message: str, **details: Any) -> ApiException:
