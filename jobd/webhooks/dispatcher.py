@@ -64,8 +64,6 @@ class Dispatcher:
             self.queue.add(QueuedDelivery(each.id, each.subject, ms + left_ms if left_ms else 0, each.tries))
 
     # -- interface -----------------------------------------------------------------------------------------------------
-    # Calls of operators run to their end even if the client disconnects, so that the queue has what the outbox has.
-
     async def run(self, transport: Transport) -> None:
         """Run until `stop`, then wait briefly for running deliveries. Log errors and continue."""
         try:
@@ -89,9 +87,6 @@ class Dispatcher:
 
     async def test(self) -> Delivery:
         """Put a test message into the outbox and let the breaker probe now. Raises CannotWrite."""
-        return await asyncio.shield(self._test())
-
-    async def _test(self) -> Delivery:
         context = self._context
         message = test_message(self.endpoint.name, context.next_delivery, context.moment().now, context.source)
         delivery = await self.reader.add(message)
@@ -103,9 +98,6 @@ class Dispatcher:
 
         A waiting delivery becomes due now. Raises CannotWrite.
         """
-        return await asyncio.shield(self._redeliver(id_))
-
-    async def _redeliver(self, id_: int) -> Delivery | None:
         found: Delivery | None
         if id_ in self.queue:
             self.queue.expedite(id_)
@@ -121,7 +113,7 @@ class Dispatcher:
     async def redeliver_all(self, upto: int) -> int:
         """Send dead-lettered deliveries up to number `upto` again, in slices. Return how many. Raises CannotWrite."""
         count = 0
-        while not self._stopping and (found := await asyncio.shield(self._redeliver_slice(upto))):
+        while not self._stopping and (found := await self._redeliver_slice(upto)):
             count += found
             await asyncio.sleep(SLICE_PAUSE_S)
         return count

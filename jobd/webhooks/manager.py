@@ -6,8 +6,8 @@ If no webhook is configured, nothing runs.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Final, TypeVar
 
 import structlog
 
@@ -20,6 +20,8 @@ from jobd.webhooks.dispatcher import DISK_FULL_RETRY_S, FAILURE_RETRY_S, Dispatc
 from jobd.webhooks.url_policy import public_url
 
 NEWEST: Final = (1 << 63) - 1
+
+T = TypeVar("T")
 
 log = structlog.get_logger("jobd.webhooks")
 
@@ -44,6 +46,7 @@ class WebhookManager:
         self._dispatchers: dict[str, Dispatcher] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stats: dict[str, DeliveryStats] = {}
+        self._reconciling = asyncio.Lock()
         self._is_subscribed = False
         self._stopping = False
         self._wake = asyncio.Event()
@@ -63,7 +66,8 @@ class WebhookManager:
         while not self._stopping:
             wait_s = None
             try:
-                await self._reconcile()
+                async with self._reconciling:
+                    await self._reconcile()
             except CannotWrite:
                 wait_s = DISK_FULL_RETRY_S
             except Exception as error:
@@ -160,21 +164,30 @@ class WebhookManager:
 
     async def redeliver(self, name: str, id_: int) -> DeliveryView | None:
         """Send a delivery again. Return None if there is none with this number. Raises CannotWrite."""
-        found = await self._dispatcher(name).redeliver(id_)
+        found = await self._act(name, lambda dispatcher: dispatcher.redeliver(id_))
         return None if found is None else delivery_view(found)
 
     async def redeliver_all(self, name: str, upto: int | None) -> int:
         """Send dead-lettered deliveries up to `upto` (None: all) again. Return their count. Raises CannotWrite."""
-        return await self._dispatcher(name).redeliver_all(NEWEST if upto is None else upto)
+        return await self._act(name, lambda dispatcher: dispatcher.redeliver_all(NEWEST if upto is None else upto))
 
     async def test(self, name: str) -> DeliveryView:
         """Send a test message. Raises CannotWrite."""
-        return delivery_view(await self._dispatcher(name).test())
+        return delivery_view(await self._act(name, Dispatcher.test))
 
-    def _dispatcher(self, name: str) -> Dispatcher:
-        if (dispatcher := self._dispatchers.get(name)) is None or not self._context.may_write():
-            raise DiskFull("the outbox cannot be written")
-        return dispatcher
+    async def _act(self, name: str, action: Callable[[Dispatcher], Awaitable[T]]) -> T:
+        """Run an action of an operator to its end, even if the client disconnects. A reload waits for it.
+
+        So the queue of the dispatcher has what the outbox has.
+        """
+
+        async def act() -> T:
+            async with self._reconciling:
+                if (dispatcher := self._dispatchers.get(name)) is None or not self._context.may_write():
+                    raise DiskFull("the outbox cannot be written")
+                return await action(dispatcher)
+
+        return await asyncio.shield(act())
 
     def worst(self) -> FailingWebhook | None:
         """Return the endpoint that has been failing for the longest time, or None."""

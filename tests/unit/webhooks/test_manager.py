@@ -952,6 +952,19 @@ async def test_a_message_is_sent_although_the_client_that_asked_for_it_disconnec
         await wait_until(lambda: posts.types() == [sent])
 
 
+async def test_a_message_is_sent_although_a_reload_replaces_the_dispatcher(path: Path) -> None:
+    async with running_webhooks(path) as at:
+        await at.commit(at.maker.create("a"))
+        await wait_until(lambda: len(at.posts.delivered) == 1)
+        for turns in range(6):  # of the event loop, between the reload and the request
+            at.webhooks.set_endpoints([endpoint(timeout_ms=turns)])
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            at.posts.delivered.clear()
+            await asyncio.gather(at.webhooks.redeliver("e", 1), at.webhooks.test("e"))
+            await wait_until(lambda: len(at.posts.delivered) == 2)
+
+
 async def _slow_down(at: Any) -> None:
     """Give the running dispatcher longer delays."""
     before = at.webhooks._dispatchers["e"]
