@@ -17,6 +17,7 @@ Item = TypeVar("Item", "DueEntry", "TimeEntry", str)
 
 # priority, run_at, job seq, job id, expires_at: the order of claims
 DueEntry = tuple[int, int, int, str, int]
+Head = tuple[int, int, int, str, str]  # the first four of a DueEntry, and the kind: the first due job of a bucket
 TimeEntry = tuple[int, int, str]  # time, job seq, job id
 BucketName = tuple[str, str, int]  # queue, kind, priority
 
@@ -30,10 +31,7 @@ _GONE_AT_ONCE: Final = 4096  # removed jobs at the front of a Fifo at which they
 _run_at: Callable[[DueEntry], int] = itemgetter(1)
 _created_at: Callable[[CompactJob], int] = attrgetter("created_at")
 _expires_at: Callable[[DueEntry], int] = itemgetter(4)
-
-
-def _due_since(entry: DueEntry) -> tuple[int, int]:
-    return entry[1], entry[2]
+_due_since: Callable[[DueEntry | Head], tuple[int, int]] = itemgetter(1, 2)
 
 
 def entry_of(job: Job) -> DueEntry:
@@ -350,7 +348,7 @@ class QueuedJobs:
 
     def __init__(self, name: str, waits: Callable[[CompactJob], bool]) -> None:
         self.buckets: dict[str, dict[int, PriorityBucket]] = {}  # kind -> priority -> bucket
-        self.heads: LazyHeap[tuple[int, int, int, str, str]] = LazyHeap()  # a due entry and its kind
+        self.heads: LazyHeap[Head] = LazyHeap()
         self._count = 0  # of buckets
         self._only: PriorityBucket | None = None  # the bucket, if there is only one; its order is that of the queue
         self._name = name
@@ -452,8 +450,16 @@ class QueuedJobs:
 
     def oldest(self, now: int) -> DueEntry | None:
         """Return the job that has been due longest and is not overdue. The first job of each bucket is its oldest."""
-        firsts = (next(bucket.eligible(now), None) for buckets in self.buckets.values() for bucket in buckets.values())
-        return min((entry for entry in firsts if entry is not None), key=_due_since, default=None)
+        if self._only is not None:
+            return next(self._only.eligible(now), None)
+        oldest: DueEntry | None = None
+        for head in sorted(self.heads.entries, key=_due_since):
+            if oldest is not None and _due_since(head) > _due_since(oldest):
+                break  # a bucket has no job that is older than its head
+            if self._is_head(head):
+                first = next(self.buckets[head[4]][head[0]].eligible(now), None)
+                oldest = min((each for each in (oldest, first) if each is not None), key=_due_since, default=None)
+        return oldest
 
     def offer(self, bucket: PriorityBucket, now: int) -> None:
         """Update `heads` after a change of this bucket. A bucket whose first job is not due is offered when it is."""
@@ -493,18 +499,18 @@ class QueuedJobs:
             for bucket in buckets.values():
                 self.offer(bucket, now)
 
-    def _is_head(self, head: tuple[int, int, int, str, str]) -> bool:
+    def _is_head(self, head: Head) -> bool:
         bucket = self.buckets.get(head[4], {}).get(head[0])
         if bucket is None:
             return False
         first = bucket.head()
         return first is not None and first[:4] == head[:4]
 
-    def _all_heads(self, now: int) -> Iterator[tuple[int, int, int, str, str]]:
+    def _all_heads(self, now: int) -> Iterator[Head]:
         """Iterate over the heads of buckets with due jobs. A head that is no longer due is offered again when it is."""
         return self.heads.ordered(lambda head: head[1] <= now and self._is_head(head))
 
-    def _heads_of(self, kinds: Iterable[str], now: int) -> Iterator[tuple[int, int, int, str, str]]:
+    def _heads_of(self, kinds: Iterable[str], now: int) -> Iterator[Head]:
         """Iterate over the heads of `kinds`. Most claims find theirs among the first heads of all kinds."""
         wanted = set(kinds)
         buckets = [bucket for kind in wanted for bucket in self.buckets.get(kind, {}).values()]

@@ -443,13 +443,16 @@ def test_the_first_of_many_buckets_is_found_without_reading_all_of_them(
     enter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scanned: list[PriorityBucket] = []
-    head = PriorityBucket.head
 
-    def counted(bucket: PriorityBucket) -> DueEntry | None:
-        scanned.append(bucket)
-        return head(bucket)
+    def count(method: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(bucket: PriorityBucket, *args: int) -> Any:
+            scanned.append(bucket)
+            return method(bucket, *args)
 
-    monkeypatch.setattr(PriorityBucket, "head", counted)
+        return counted
+
+    monkeypatch.setattr(PriorityBucket, "head", count(PriorityBucket.head))
+    monkeypatch.setattr(PriorityBucket, "eligible", count(PriorityBucket.eligible))
     due = QueuedJobs("q", lambda job: True)
     for seq in range(1_000):
         if enter == "add":
@@ -462,6 +465,11 @@ def test_the_first_of_many_buckets_is_found_without_reading_all_of_them(
         scanned.clear()
         assert [found[2] for found in islice(due.eligible(kinds, 1_000), 3)] == [first, first + 1, first + 2]
         assert len(scanned) < 60
+    scanned.clear()
+    oldest = due.oldest(1_000)
+    assert oldest is not None
+    assert oldest[2] == 0
+    assert len(scanned) < 60
 
 
 class CountingTime(int):
