@@ -6,6 +6,47 @@ from typing import Any, Final
 
 from jobd.model.errors import ERROR_STATUS
 
+__all__ = [
+    "ERRORS",
+    "AlreadyLocked",
+    "BadResponse",
+    "EventsGone",
+    "ExpectationFailed",
+    "Forbidden",
+    "IdempotencyKeyReused",
+    "InternalError",
+    "InvalidRequest",
+    "InvalidTransition",
+    "JobExists",
+    "JobNotFound",
+    "JobQuarantined",
+    "JobdError",
+    "LateResultNotFound",
+    "LockLost",
+    "MaxProcessingTimeExceeded",
+    "MethodNotAllowed",
+    "NoStandby",
+    "NotDue",
+    "NotFound",
+    "NotLeader",
+    "OutcomeUnknown",
+    "Overloaded",
+    "PlanNotFound",
+    "QueuePaused",
+    "RequestTimeout",
+    "ShuttingDown",
+    "StorageFull",
+    "StorageUnavailable",
+    "TooLarge",
+    "TooManyJobs",
+    "TooManyQueues",
+    "Unauthorized",
+    "Unreachable",
+    "UnsupportedMediaType",
+    "WorkerNotFound",
+    "WorkerNotSilent",
+]
+
 ERRORS: Final[dict[str, type[JobdError]]] = {}
 
 
