@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import stat
 import tempfile
@@ -13,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from jobd import daemon, logging, systemd
-from jobd.config import Config, LoadedConfig, WorkerSection
+from jobd import config_loader, daemon, logging, systemd
+from jobd.cli.daemon.main import main
+from jobd.config import Config, ConfigError, LoadedConfig, WorkerSection
 from jobd.daemon import Daemon
 from jobd.model.errors import ApiError, ApiException
 from jobd.model.responses import Response
@@ -92,3 +94,20 @@ def test_other_users_may_not_write_to_new_directories(monkeypatch: pytest.Monkey
         assert daemon.serve(loaded, lambda: loaded) == 0o700
     finally:
         os.umask(before)
+
+
+def test_a_reload_needs_the_file_of_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without it, the defaults would apply, such as shorter retention times."""
+    file, reloads = tmp_path / "config.toml", []
+    file.write_text("")
+    monkeypatch.setattr(config_loader, "DEFAULT_PATH", str(file))
+    monkeypatch.setattr(daemon, "serve", lambda loaded, reload: reloads.append(reload))
+    monkeypatch.setenv("ADMIN_TOKEN", "a" * 24)
+    try:
+        assert main(["serve"]) == 0
+    finally:
+        gc.enable()
+    assert reloads[0]().path == str(file)
+    file.unlink()
+    with pytest.raises(ConfigError, match="no such file"):
+        reloads[0]()

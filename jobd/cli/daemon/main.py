@@ -52,7 +52,7 @@ def serve(config: str | None, flags: dict[str, str]) -> int:
     from jobd import daemon
     from jobd.config_loader import load
 
-    return daemon.serve(loaded, lambda: load(flags, os.environ, config))
+    return daemon.serve(loaded, lambda: load(flags, os.environ, config or loaded.path))
 
 
 def _leave_out_rich() -> None:
