@@ -225,5 +225,5 @@ def _tables(environ: Mapping[str, str]) -> dict[str, Any]:
 
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # not TOML, or a number of thousands of digits
         return {}

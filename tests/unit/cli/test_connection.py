@@ -100,7 +100,11 @@ def test_the_admin_api_is_found_by_the_configuration(no_connection_settings: Pat
     assert found()[1] == url
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"admin = 1\nworker = []\n", None])
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe", b"admin = 1\nworker = []\n", b"a = " + b"9" * 5_000, b"a = " + b"[" * 5_000, None],
+    ids=["not text", "other types", "digits", "nested", "directory"],
+)
 def test_an_unreadable_configuration_is_ignored(no_connection_settings: Path, content: bytes | None) -> None:
     no_connection_settings.write_bytes(content) if content is not None else no_connection_settings.mkdir()
     assert found() == (f"unix:{default_socket()}", "http://127.0.0.1:8770")
