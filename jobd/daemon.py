@@ -392,6 +392,8 @@ class Daemon:
         self._authenticators["admin"].replace_tokens(self._admin_tokens(), new.read_only_tokens)
         if settings.worker.listen:
             self._authenticators["worker-tcp"].replace_tokens(new.worker_tokens)
+        for app in self._apps:
+            app.cut_off_revoked()
         reload_certificates(self._listeners, settings)
         logging.set_level(settings.log.level)
         log.info("reloaded", changed=changed, need_restart=need_restart)

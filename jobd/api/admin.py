@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from jobd.api import operator_actions
 from jobd.api.auditing import audit_read, check_audit_filter
 from jobd.api.downloads import ARTIFACT_TYPE, BACKUP_TYPE, ArtifactRequest, BackupRequest, send_artifact, send_backup
-from jobd.api.events import EVENT_STREAM, EventsRequest, send_events
+from jobd.api.events import EventsRequest, send_events
 from jobd.api.imports import import_jobs, preview_import
 from jobd.api.openapi import ADMIN_PREFIX, tagged, with_document
 from jobd.api.probes import PROBES, cluster_route
@@ -21,7 +21,7 @@ from jobd.api.services import Services
 from jobd.http.app import App, NoFields, run_command
 from jobd.http.request import RequestContext, as_one_entry, operator_of
 from jobd.http.response import RawBody
-from jobd.http.routing import Route, RouteHandler
+from jobd.http.routing import EVENT_STREAM, Route, RouteHandler
 from jobd.model import commands, responses
 from jobd.model.commands import Command
 from jobd.model.errors import ApiError

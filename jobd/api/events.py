@@ -12,13 +12,13 @@ from jobd.engine.event_feed import Subscriber
 from jobd.http.app import App
 from jobd.http.request import RequestContext
 from jobd.http.response import SAFE_HEADERS, WRITE_TIMEOUT_S
+from jobd.http.routing import EVENT_STREAM
 from jobd.http.streaming import finish, write
 from jobd.model.commands import MAX_NAMES, Command
 from jobd.model.errors import ApiException, invalid_request_error
 from jobd.model.events import EventFilter, EventType
 from jobd.model.job import is_job_id
 
-EVENT_STREAM: Final = "text/event-stream"
 LAST_EVENT_ID: Final = "last-event-id"
 MAX_BACK: Final = 10_000
 MAX_SEQ: Final = (1 << 63) - 1

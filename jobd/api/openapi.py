@@ -17,12 +17,11 @@ from msgspec.structs import FieldInfo, replace
 
 from jobd import __version__
 from jobd.api.command_stream import LINE_TYPES, StreamedCommand
-from jobd.api.events import EVENT_STREAM
 from jobd.http.app import App, NoFields
 from jobd.http.auth import JSON, LINES, OPERATOR_HEADER
 from jobd.http.request import RequestContext
 from jobd.http.response import ErrorBody, RawBody
-from jobd.http.routing import Route
+from jobd.http.routing import EVENT_STREAM, Route
 from jobd.model.commands import JobCommand
 from jobd.model.errors import ERROR_CODES
 from jobd.model.job import ID_PATTERN

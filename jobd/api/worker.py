@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, Final
 
 from jobd.api.command_stream import StreamedCommand, StreamedResponse, serve_command_stream
-from jobd.api.events import EVENT_STREAM, EventsRequest, send_events
+from jobd.api.events import EventsRequest, send_events
 from jobd.api.openapi import document_at, tagged, with_document
 from jobd.api.probes import PROBES, cluster_route
 from jobd.http.auth import LINES
-from jobd.http.routing import Route
+from jobd.http.routing import EVENT_STREAM, Route
 from jobd.model import commands, responses
 from jobd.model.commands import Command
 from jobd.model.events import StreamedEvent

@@ -13,7 +13,6 @@ from urllib.parse import urlencode
 import msgspec
 import structlog
 
-from jobd.api.events import EVENT_STREAM
 from jobd.api.services import Services
 from jobd.dashboard.context import Viewer
 from jobd.dashboard.rendering import HEADERS
@@ -22,6 +21,7 @@ from jobd.engine.event_feed import HEARTBEAT_S, RETRY_MS
 from jobd.http.app import App
 from jobd.http.request import RequestContext
 from jobd.http.response import SAFE_HEADERS, RawBody
+from jobd.http.routing import EVENT_STREAM
 from jobd.http.streaming import finish, write
 from jobd.model.commands import Command
 from jobd.model.errors import ApiException, api_error

@@ -12,7 +12,6 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from jobd.api.downloads import ArtifactRequest, send_artifact
-from jobd.api.events import EVENT_STREAM
 from jobd.api.operator_actions import step_down
 from jobd.api.services import Services
 from jobd.dashboard import cluster, maintenance, pages, plans, urls, webhooks
@@ -40,7 +39,7 @@ from jobd.http.app import App, NoFields, check_read_only
 from jobd.http.auth import Authenticator
 from jobd.http.request import RequestContext
 from jobd.http.response import RawBody
-from jobd.http.routing import Route
+from jobd.http.routing import EVENT_STREAM, Route
 from jobd.model.commands import Command, Get, JobCommand, PlanCommand
 from jobd.model.errors import ApiError, ApiException, api_error, checked
 from jobd.model.fields import Text

@@ -282,6 +282,15 @@ class App(Generic[S]):
         for end in tuple(self.on_close):
             end()
 
+    def cut_off_revoked(self) -> None:
+        """Cut off the streams and waiting claims whose token is no longer valid."""
+        for ctx in tuple(self.pending):
+            if ctx.route is not None and ctx.route.auth != "anyone" and ctx.route.is_long:
+                try:
+                    self.authenticator.authenticate(ctx.headers)
+                except ApiException:
+                    ctx.abort()
+
     def reject_incomplete(self) -> None:
         """Reject requests whose body has not arrived, as after its deadline, because the daemon is stopping."""
         self._rejects_incomplete = True

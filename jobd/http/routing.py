@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 from urllib.parse import unquote
 
 from msgspec import Struct
@@ -13,6 +13,8 @@ from jobd.http.decoding import Limits, RequestDecoder, make_decoder
 from jobd.model.commands import Claim, Command, Create, NamedJobCommand, Start
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
+
+EVENT_STREAM: Final = "text/event-stream"
 
 Auth = Literal["anyone", "worker", "admin"]
 # Handles a request that is not one command for the actor. Arguments: App, RequestContext, decoded request. The result
@@ -59,6 +61,11 @@ class Route(Struct, frozen=True, kw_only=True):
     def changes(self) -> bool:
         """Whether the call may change state."""
         return self.method != "GET"
+
+    @property
+    def is_long(self) -> bool:
+        """Whether a request can stay open for long: a stream, or a claim that waits for a job."""
+        return self.body == "lines" or self.content_type == EVENT_STREAM or self.request is Claim
 
     @property
     def path_field(self) -> str | None:

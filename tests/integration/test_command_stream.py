@@ -475,6 +475,25 @@ async def test_a_stream_requires_its_content_type_and_a_token(tmp_path: Path, ha
         assert (await stream.ask(op="get", id="j"))["success"]
 
 
+async def test_streams_and_waiting_claims_end_with_their_token(tmp_path: Path) -> None:
+    both = f"Bearer {TOKEN}", "Bearer another-token-0123456789abcdef"
+    gate = Authenticator("worker", tokens=[each.split()[1] for each in both], hosts=["localhost"])
+    async with HttpHarness(ROUTES, tmp_path, authenticator=gate) as guarded:
+        old, new = [await RawCommandStream.open(guarded, Authorization=each) for each in both]
+        held = HeldResponse(guarded)
+        claims = [await guarded.connect() for _ in both]
+        for claim, each in zip(claims, both, strict=True):
+            claim.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":1000}', {"Authorization": each}))
+        await until(lambda: len(guarded.actor.received) == 2)
+        gate.replace_tokens([both[1].split()[1]])
+        guarded.app.cut_off_revoked()
+        assert await old.connection.is_closed()
+        assert await claims[0].is_closed()
+        held.go.set()
+        assert (await claims[1].receive()).status == 200
+        assert (await new.ask(op="get", id="j"))["success"]
+
+
 async def test_a_stream_sends_100_continue(harness: HttpHarness) -> None:
     client = await harness.connect()
     client.send(request_bytes("POST", "/v1/commands", None, {**KIND, "Expect": "100-continue"}))

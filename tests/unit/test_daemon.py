@@ -10,6 +10,7 @@ import tempfile
 from contextlib import AsyncExitStack
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,12 +71,15 @@ async def test_workers_keep_their_token_until_the_restart_that_closes_their_port
         running: Any = Daemon(loaded, lambda: loaded, stack)
         running._passed_sockets = {}
         running._make_authenticators()
+        applied: list[None] = []
+        running._apps = [SimpleNamespace(cut_off_revoked=lambda: applied.append(None))]
         running._apply(LoadedConfig(Config(), {}, ("a" * 24,), ()))
         headers = {"authorization": b"Bearer " + b"w" * 24}
         assert running._authenticators["worker-tcp"].authenticate(headers) == "full"
         running._apply(LoadedConfig(listening, {}, ("a" * 24,), ("n" * 24,)))
         with pytest.raises(ApiException):
             running._authenticators["worker-tcp"].authenticate(headers)
+        assert len(applied) == 2
 
 
 def test_other_users_may_not_write_to_new_directories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
