@@ -133,8 +133,9 @@ class ClusterNode:
         return self.leadership
 
     def reload(self, loaded: LoadedConfig) -> None:
-        """Record settings that changed, to compare them with those of other nodes."""
+        """Apply settings that need no restart, and compare all with those of other nodes."""
         self._loaded = loaded
+        self.snapshots.keep_ms = int(loaded.config.retention.journal)
 
     def view(self) -> ClusterView:
         """Return the state of the cluster as this node sees it."""

@@ -64,7 +64,7 @@ class SnapshotSchedule:
         self._process = process
         self._leader = leader
         self._every_ms = every_ms
-        self._keep_ms = keep_ms
+        self.keep_ms = keep_ms
         self._wall_ms = wall_ms
         self._due: tuple[int, float] | None = None  # the latest snapshot, and when another one was first seen to be due
         self._trimmed = 0  # records up to this one are known to be gone
@@ -144,7 +144,7 @@ class SnapshotSchedule:
         for old in known[:-KEPT]:
             await self._journal.drop_snapshot(old.number)
         if len(known) >= KEPT:
-            number = await self._last_before(self._wall_ms() - self._keep_ms, known[-KEPT].number)
+            number = await self._last_before(self._wall_ms() - self.keep_ms, known[-KEPT].number)
             if number > self._trimmed:
                 await self._journal.trim(number)
                 self._trimmed = number

@@ -95,3 +95,12 @@ def test_a_setting_that_another_version_lacks_is_no_difference(monkeypatch: pyte
     assert config_hash(loaded) == known
     monkeypatch.undo()
     assert config_hash(changed) != known
+
+
+@pytest.mark.usefixtures("server")
+async def test_a_reload_sets_how_long_records_are_kept(tmp_path: Path) -> None:
+    standby = ClusterNode(await asyncio.to_thread(configured, f"{tmp_path}/b.db"))
+    async with contextlib.AsyncExitStack() as stack:
+        await standby.open(stack, lambda: None)
+        standby.reload(await asyncio.to_thread(configured, f"{tmp_path}/b.db", retention_journal="1s"))
+        assert standby.snapshots.keep_ms == 1_000
