@@ -79,7 +79,8 @@ class FileLock:
 
     def __init__(self, path: str) -> None:
         """Lock the store at `path` or raise StoreBusy. Touches no other file."""
-        self._fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Root must not follow a link that the owner of the directory has made, here and in `replace`.
+        self._fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with contextlib.suppress(PermissionError):  # root of a container may lack the capability
             give_to_owner(f"{path}.lock", path)
         try:
@@ -228,7 +229,7 @@ def replace(path: str, content: bytes, like: str | None = None) -> None:
     new = f"{path}.new"
     with raising_disk_full():
         try:
-            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 if like is not None and os.path.exists(like):
                     _copy_owner_and_mode(fd, os.stat(like))
@@ -256,7 +257,7 @@ def give_to_owner(name: str, path: str) -> None:
     """
     if os.geteuid() == 0:
         model = _owner(path)
-        os.chown(name, model.st_uid, model.st_gid)
+        os.chown(name, model.st_uid, model.st_gid, follow_symlinks=False)
 
 
 def _owner(path: str) -> os.stat_result:

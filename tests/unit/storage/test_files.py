@@ -10,6 +10,8 @@ import stat
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,17 @@ def test_a_lock_that_root_takes_belongs_to_the_owner_of_the_store(path: str) -> 
     FileLock(path).release()
     found = os.stat(f"{path}.lock")
     assert (found.st_uid, found.st_gid) == (12347, 12348)
+
+
+@pytest.mark.parametrize(("link", "write"), [(".lock", FileLock), (".epoch.new", partial(files.write_epoch, epoch=1))])
+def test_a_symbolic_link_is_not_followed(path: str, link: str, write: Callable[[str], object]) -> None:
+    """The user of the daemon could let root write to any file."""
+    other = Path(f"{path}.other")
+    other.write_text("content")
+    os.symlink(other, path + link)
+    with pytest.raises(OSError, match="symbolic"):
+        write(path)
+    assert other.read_text() == "content"
 
 
 def test_the_epoch_is_stored_and_read(path: str) -> None:
