@@ -194,16 +194,20 @@ def warnings(
 
 def _unencrypted_listeners(config: Config) -> tuple[str, ...]:
     """Warn about TCP addresses that other machines can reach without TLS."""
-    warnings = []
+    warnings: list[str] = []
     for name, section in (("admin", config.admin), ("worker", config.worker)):
         if not section.listen or section.tls_cert:
             continue
         address = parse_listen(section.listen, f"{name}.listen")
-        if not isinstance(address, str) and not _is_loopback(address[0]):
-            warnings.append(
-                f"[{name}] listens on {section.listen} WITHOUT TLS: tokens are sent unencrypted. Set tls_cert."
-            )
+        if not isinstance(address, str):
+            warnings += unencrypted(name, address[0], section.listen)
     return tuple(warnings)
+
+
+def unencrypted(section: str, host: str, address: str) -> tuple[str, ...]:
+    """Return the warning about the address of a listener without TLS, unless `host` is of this machine only."""
+    warning = f"[{section}] listens on {address} WITHOUT TLS: tokens are sent unencrypted. Set tls_cert."
+    return () if _is_loopback(host) else (warning,)
 
 
 def _is_loopback(host: str) -> bool:

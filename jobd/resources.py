@@ -26,7 +26,7 @@ import structlog
 from jobd import systemd
 from jobd.api.services import Services
 from jobd.config import Config, ConfigError, LoadedConfig, parse_listen
-from jobd.config_checks import check_artifact_directory
+from jobd.config_checks import check_artifact_directory, unencrypted
 from jobd.config_loader import state_directory
 from jobd.http.admin_listener import AdminListener
 from jobd.http.app import App
@@ -203,19 +203,26 @@ def addresses(settings: Config) -> dict[str, str]:
 
 
 def check_passed_sockets(settings: Config, passed: PassedSockets) -> None:
-    """Raise CannotStart if a socket that systemd passed would not be served, or would need no token over TCP."""
+    """Raise CannotStart if a socket that systemd passed would not be served, or would need no token over TCP.
+
+    Warn about TCP sockets without TLS, as for the addresses in the configuration.
+    """
     known = addresses(settings)
     for name, opened in passed.items():
         if name not in known:
             names = f"expected one of {', '.join(known)}"
             hint = " (worker-tcp requires worker.listen)" if "worker-tcp" not in known else ""
             raise CannotStart(f"systemd passed a socket with FileDescriptorName={name}: {names}{hint}", EXIT_CONFIG)
-        if name == "worker" and any(each.family != socket.AF_UNIX for each in opened):
+        tcp = [each.getsockname()[:2] for each in opened if each.family != socket.AF_UNIX]
+        if name == "worker" and tcp:
             reason = "a TCP port is never open without a token"
             hint = "Set FileDescriptorName=worker-tcp, worker.listen and worker.token_file"
-            raise CannotStart(
-                f"systemd passed a TCP socket with FileDescriptorName=worker: {reason}. {hint}", EXIT_CONFIG
-            )
+            message = f"systemd passed a TCP socket with FileDescriptorName=worker: {reason}. {hint}"
+            raise CannotStart(message, EXIT_CONFIG)
+        if not _certificate(name, settings)[0]:
+            for host, port in tcp:
+                for warning in unencrypted(name.removesuffix("-tcp"), host, f"{host}:{port}"):
+                    log.warning("config_warning", message=warning)
 
 
 def check_addresses_free(settings: Config, passed: PassedSockets) -> None:

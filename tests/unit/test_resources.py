@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from jobd.config import AdminSection, Config, WorkerSection
 from jobd.resources import (
@@ -60,7 +61,15 @@ def test_a_socket_of_systemd_that_cannot_be_served_is_exit_78(name: str, family:
 def test_sockets_of_systemd_are_served() -> None:
     settings = Config(WorkerSection(SOCKET, listen="127.0.0.1:1"))
     with socket.socket(socket.AF_UNIX) as unix, socket.socket(socket.AF_INET) as tcp:
-        check_passed_sockets(settings, {"worker": [unix], "worker-tcp": [tcp], "admin": [unix, tcp]})
+        with capture_logs() as logs:
+            check_passed_sockets(settings, {"worker": [unix], "worker-tcp": [tcp], "admin": [unix]})
+        assert [entry["message"] for entry in logs] == [
+            "[worker] listens on 0.0.0.0:0 WITHOUT TLS: tokens are sent unencrypted. Set tls_cert."
+        ]
+        tcp.bind(("127.0.0.1", 0))
+        with capture_logs() as logs:
+            check_passed_sockets(settings, {"admin": [unix, tcp]})
+        assert logs == []
 
 
 async def test_an_encrypted_key_is_exit_78(tmp_path: Path) -> None:
