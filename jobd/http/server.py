@@ -192,6 +192,8 @@ def _bind(path: str, mode: int) -> tuple[socket.socket, int]:
     if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise OSError(f"{path} exists and is not a socket. Move it or choose another path")
     draft = f"{path}.{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(draft)  # of a killed process with the same id, which is usual in containers
     opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         opened.bind(draft)
