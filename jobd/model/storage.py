@@ -525,7 +525,10 @@ class OutboxStorage(EventStorage, Protocol):
     """The storage behind webhooks. Every method is one thread switch, and raises CannotWrite."""
 
     async def open_outbox(self, names: list[str], now: int) -> Outbox:
-        """Read the outbox of the webhooks `names`, and give new ones a cursor at the end of the journal."""
+        """Read the outbox of the webhooks `names`, and give new ones a cursor at the end of the journal.
+
+        The result has no cursor for a new one if it cannot be written.
+        """
 
     async def plan_deliveries(self, moved: WebhookCursor, new: list[Delivery]) -> None:
         """Store new deliveries together with the moved cursor of their webhook."""

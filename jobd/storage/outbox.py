@@ -59,10 +59,10 @@ def delivery(row: Row) -> Delivery:
     return Delivery(*row[:-1])
 
 
-def plan_opening(db: Database, names: list[str], now: int) -> tuple[OutboxWrite | None, tuple[Outbox, bool]]:
+def plan_opening(db: Database, names: list[str], now: int) -> tuple[OutboxWrite | None, tuple[Outbox, Outbox]]:
     """Read cursors and waiting deliveries of the endpoints. A new endpoint begins at the end of the journal.
 
-    Return the cursors to write, and whether an endpoint is new. Otherwise they can be written later.
+    Return the cursors to write, the outbox with them, and the outbox if they cannot be written: without new endpoints.
     """
     db.check()
     last = db.numbers.next_event - 1
@@ -80,7 +80,8 @@ def plan_opening(db: Database, names: list[str], now: int) -> tuple[OutboxWrite 
     changed = [each for name, each in cursors.items() if each is not known.get(name)]
     old = [name for name, each in known.items() if name not in names and each.updated_at < now - FORGET_MS]
     write = OutboxWrite(changed, forgotten=old) if changed or old else None
-    return write, (Outbox(cursors, waiting, last, next_delivery), not known.keys() >= cursors.keys())
+    outbox = Outbox(cursors, waiting, last, next_delivery)
+    return write, (outbox, replace(outbox, cursors={name: cursors[name] for name in names if name in known}))
 
 
 def _begin(db: Database, name: str, last: int) -> tuple[int, int]:

@@ -401,13 +401,12 @@ class Store(Storage):
 
     async def open_outbox(self, names: list[str], now: int) -> Outbox:
         async with self._planning:
-            write, (found, has_new) = await self._read_outbox(outbox.plan_opening, names, now)
+            write, (found, unwritten) = await self._read_outbox(outbox.plan_opening, names, now)
             try:
                 if write is not None:
                     await self._append(write)
             except CannotWrite:
-                if has_new:
-                    raise  # known cursors can be written later, but alerts about the full disk are delivered now
+                return unwritten  # cursors can be written later, but alerts about the full disk are delivered now
             return found
 
     async def plan_deliveries(self, moved: WebhookCursor, new: list[Delivery]) -> None:

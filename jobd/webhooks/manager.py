@@ -102,7 +102,7 @@ class WebhookManager:
         context = self._context
         outbox = await context.storage.open_outbox(list(endpoints), context.moment().believed)
         context.next_delivery = max(context.next_delivery, outbox.next_delivery)
-        for name in new:
+        for name in [name for name in new if name in outbox.cursors]:
             endpoint = endpoints[name]
             dispatcher = Dispatcher(endpoint, outbox, context, self._stats.setdefault(name, DeliveryStats()))
             self._dispatchers[name] = dispatcher
@@ -110,6 +110,8 @@ class WebhookManager:
                 dispatcher.run(self._make_transport(endpoint)), name=f"webhook {name}"
             )
             log.info("webhook_begins", webhook=name, waiting=len(dispatcher.queue), position=dispatcher.reader.position)
+        if not outbox.cursors.keys() >= set(new):
+            raise DiskFull("the cursors of new webhooks cannot be written")
 
     async def _stop_dispatchers(self, names: list[str]) -> None:
         for name in names:

@@ -20,7 +20,7 @@ from jobd.model.commands import Moment
 from jobd.model.events import Change
 from jobd.model.job import DAY_MS, HOUR_MS, Job
 from jobd.model.storage import DiskFull, FormatNotRead
-from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
+from jobd.model.webhooks import Delivery, DeliveryOutcome, Outbox, WebhookEndpoint
 from jobd.storage import outbox
 from jobd.storage.events import event_queries
 from jobd.storage.store import Store
@@ -521,6 +521,24 @@ async def test_no_delivery_starts_while_results_cannot_be_stored(path: Path, mon
         at.may_write = True
         await wait_until(lambda: at.webhooks.views()[0].delivered == 40)
         assert len(at.posts.tried) == 40
+
+
+class FullStore(CountingStore):
+    """A store that accepts no new endpoint."""
+
+    async def open_outbox(self, names: list[str], now: int) -> Outbox:
+        self.calls["open_outbox"] += 1
+        return await self.store.open_outbox([name for name in names if name != "new"], now)
+
+
+async def test_a_new_endpoint_on_a_full_disk_delays_no_other(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobd.webhooks.manager.DISK_FULL_RETRY_S", 0.02)
+    async with running_webhooks(path, wrap=FullStore) as at:
+        at.webhooks.set_endpoints([endpoint(timeout_ms=9), endpoint("new")])
+        storage: Any = at.context.storage
+        await wait_until(lambda: storage.calls["open_outbox"] > 2)
+        await at.commit(at.maker.create("a"))
+        await wait_until(lambda: [view.delivered for view in at.webhooks.views()] == [1, 0])
 
 
 async def test_a_dispatcher_waits_for_a_disk_that_is_full_at_the_start(

@@ -54,8 +54,8 @@ def check(projection: Projection) -> None:
     db = projection.db
     assert db.conn.execute("SELECT body FROM figures").fetchall() == [(b"1",)]
     assert outbox.by_ids(db, [2]) == [DELIVERY]
-    (_, (found, is_new)) = outbox.plan_opening(db, ["e"], NOW)
-    assert (found.cursors, is_new) == ({"e": CURSOR}, False)
+    (_, (found, unwritten)) = outbox.plan_opening(db, ["e"], NOW)
+    assert found.cursors == unwritten.cursors == {"e": CURSOR}
     assert [each.job_seq for each, _ in queries.due_tombstones(db, NOW + 9, 9).found] == [3]
     assert queries.due_tombstones(db, NOW + 8, 9).found == []
     assert [event.job_id for event in event_queries.events_after(db, 0, 9).events] == ["a", "c"]
