@@ -47,6 +47,8 @@ class Directives:
         verb, _, rest = line.partition(b" ")
         if verb not in _VERBS:
             return False
+        if len(line) > LINE_BYTES:
+            raise BadDirective(f"it is over {LINE_BYTES} bytes")
         try:
             text = rest.decode().strip()
         except UnicodeDecodeError:
@@ -133,6 +135,8 @@ class OutputFilter:
         passed, self._buffer = self._without_directives(text[:end]), text[end:]
         self._is_inside = self._is_inside and not end
         if len(self._buffer) > LINE_BYTES or not (self._whole_lines or self._may_be_directive()):
+            if len(self._buffer) > LINE_BYTES and not self._is_inside:
+                self._is_directive(self._buffer)  # it is too long for one: only warns
             passed += self._buffer
             self._is_inside = self._is_inside or bool(self._buffer)
             self._buffer = b""
@@ -165,7 +169,7 @@ class OutputFilter:
         return not self._is_inside and any(start.startswith(verb) or verb.startswith(start) for verb in _VERBS)
 
     def _is_directive(self, line: bytes) -> bool:
-        if self._directives is None or len(line) > LINE_BYTES or not line.startswith(b"::"):
+        if self._directives is None or not line.startswith(b"::"):
             return False
         try:
             return self._directives.take(line.rstrip(b"\r\n"))

@@ -168,6 +168,15 @@ def test_an_endless_line_is_passed_on_in_pieces() -> None:
     assert max(map(len, out)) <= LINE_BYTES + 2000
     assert b"".join(out) + parsed.filter.feed(b"\n") + parsed.filter.end() == start + piece * 200 + b"\n"
     assert parsed.progress == []
+    assert len(parsed.warnings) == 1
+
+
+def test_a_directive_that_is_too_long_is_passed_on_with_a_warning() -> None:
+    parsed = ParsedOutput()
+    line = b"::meta key=" + b"x" * LINE_BYTES + b"\n"
+    assert parsed.pieces(line) == [line, b""]
+    assert parsed.warnings == [f"not a directive, passed on: {line[:80].decode()!r}: it is over 65536 bytes"]
+    assert parsed.directives.metadata == {}
 
 
 def test_with_whole_lines_a_line_is_buffered_until_its_end() -> None:
