@@ -24,7 +24,7 @@ from jobd.http.response import RawBody
 from jobd.http.routing import EVENT_STREAM, Route, RouteHandler
 from jobd.model import commands, responses
 from jobd.model.commands import Command
-from jobd.model.errors import ApiError
+from jobd.model.errors import ApiError, checked
 from jobd.model.events import StreamedEvent
 from jobd.model.fields import Cursor, PageLimit, Reason, RowCursor
 from jobd.model.responses import Response
@@ -143,40 +143,36 @@ async def _cleanup_state(app: App[Services], ctx: RequestContext, command: NoFie
     return Response(app.services.maintainer.state())
 
 
-async def _recover_stuck(app: App[Services], ctx: RequestContext, command: WithReason) -> Response | ApiError:
+async def _recover_stuck(app: App[Services], ctx: RequestContext, command: WithReason) -> Response:
     """Recover the jobs that are stalled now."""
-    return _as_response(await app.services.maintainer.recover_stuck(as_one_entry(ctx.operator), command.reason))
+    return Response(checked(await app.services.maintainer.recover_stuck(as_one_entry(ctx.operator), command.reason)))
 
 
-async def _take_back(app: App[Services], ctx: RequestContext, command: commands.TakeBack) -> Response | ApiError:
-    return _as_response(await app.services.maintainer.take_back(command, as_one_entry(ctx.operator)))
+async def _take_back(app: App[Services], ctx: RequestContext, command: commands.TakeBack) -> Response:
+    return Response(checked(await app.services.maintainer.take_back(command, as_one_entry(ctx.operator))))
 
 
 async def _failures(app: App[Services], ctx: RequestContext, command: FailuresRequest) -> Response:
     return Response(app.services.failures.view(command.limit))
 
 
-async def _preview(app: App[Services], ctx: RequestContext, command: NoFields) -> Response | ApiError:
+async def _preview(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
     """Show what recovery and a cleanup run would do now: the first 1000 jobs of each kind. Changes nothing."""
-    return _as_response(await app.services.maintainer.preview())
+    return Response(checked(await app.services.maintainer.preview()))
 
 
-async def _make_plan(app: App[Services], ctx: RequestContext, command: commands.MakePlan) -> Response | ApiError:
-    return _as_response(await app.services.make_plan(command))
+async def _make_plan(app: App[Services], ctx: RequestContext, command: commands.MakePlan) -> Response:
+    return Response(checked(await app.services.make_plan(command)))
 
 
-async def _plan(app: App[Services], ctx: RequestContext, command: commands.PlanCommand) -> Response | ApiError:
+async def _plan(app: App[Services], ctx: RequestContext, command: commands.PlanCommand) -> Response:
     """Get a plan, with its result if it was applied. Plans are kept for 15 min, applied plans for 12 h."""
-    return _as_response(app.services.planner.find(command.plan_id))
+    return Response(checked(app.services.planner.find(command.plan_id)))
 
 
-async def _apply_plan(app: App[Services], ctx: RequestContext, command: commands.PlanCommand) -> Response | ApiError:
+async def _apply_plan(app: App[Services], ctx: RequestContext, command: commands.PlanCommand) -> Response:
     """Apply a plan to every job that has not changed since. A repeated request returns the same result."""
-    return _as_response(await app.services.planner.apply(command.plan_id, ctx.operator or operator_of(ctx)))
-
-
-def _as_response(result: Any) -> Response | ApiError:
-    return result if isinstance(result, ApiError) else Response(result)
+    return Response(checked(await app.services.planner.apply(command.plan_id, ctx.operator or operator_of(ctx))))
 
 
 async def _reports(app: App[Services], ctx: RequestContext, command: Reports) -> Response:
@@ -193,9 +189,9 @@ async def _webhooks(app: App[Services], ctx: RequestContext, command: NoFields) 
     return Response(responses.WebhookList(app.services.webhooks.views()))
 
 
-async def _deliveries(app: App[Services], ctx: RequestContext, command: Deliveries) -> Response | ApiError:
+async def _deliveries(app: App[Services], ctx: RequestContext, command: Deliveries) -> Response:
     before = None if command.cursor is None else int(command.cursor)
-    return _as_response(await app.services.deliveries(command.name, command.state, before, command.limit))
+    return Response(checked(await app.services.deliveries(command.name, command.state, before, command.limit)))
 
 
 async def _deliver_again(app: App[Services], ctx: RequestContext, command: DeliverAgain) -> Response:
@@ -244,8 +240,8 @@ async def _quarantine(app: App[Services], ctx: RequestContext, command: NoFields
     return Response(responses.QuarantineList(app.services.quarantine()))
 
 
-async def _check_rows(app: App[Services], ctx: RequestContext, command: RowCheckRequest) -> Response | ApiError:
-    return _as_response(await app.services.scrubber.scan(command.cursor))
+async def _check_rows(app: App[Services], ctx: RequestContext, command: RowCheckRequest) -> Response:
+    return Response(checked(await app.services.scrubber.scan(command.cursor)))
 
 
 async def _backups(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:

@@ -29,12 +29,14 @@ async def audit_action(
     action: RecordedAction,
     details: dict[str, Any] | None = None,
     reason: str | None = None,
+    job_id: str | None = None,
 ) -> None:
     """Record an operator action that is not a job command.
 
     Best effort: the action proceeds even if the entry cannot be written.
     """
-    response = await app.actor.ask(RecordAction(what=action, details=details, reason=reason), operator=operator)
+    command = RecordAction(what=action, details=details, reason=reason, job_id=job_id)
+    response = await app.actor.ask(command, operator=operator)
     if isinstance(response, ApiError):
         log.warning("audit_missed", what=action, by=None if operator is None else operator.by, reason=response.code)
 
@@ -46,8 +48,4 @@ async def audit_read(
     operator, details = reading_operator(ctx, name), {"access": "read"} if ctx.by == "reader" else None
     minute = app.services.clock.moment().now // MINUTE_MS
     part_of = " ".join((action, operator.who, operator.address, job_id or "", str(minute)))
-    response = await app.actor.ask(
-        RecordAction(what=action, details=details, job_id=job_id), operator=replace(operator, part_of=part_of)
-    )
-    if isinstance(response, ApiError):
-        log.warning("audit_missed", what=action, by=operator.by, reason=response.code)
+    await audit_action(app, replace(operator, part_of=part_of), action, details, job_id=job_id)

@@ -20,7 +20,7 @@ from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.model.commands import AnyCommand, DeleteExpired, Expire, Operator, Recover, RepairJobs, TakeBack
 from jobd.model.errors import ApiError
-from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS
+from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS, Job
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
 from jobd.model.responses import CleanupReport, Issue, MaintenanceResult, Recovered, Recovery, TakeBackView
 from jobd.model.storage import FormatNotRead
@@ -90,6 +90,10 @@ class MaintenanceContext:
             attempts += 1
             await asyncio.sleep(FULL_PAUSE_S)
         return response.data
+
+    def has_issues(self, job: Job) -> bool:
+        """Return whether a cleanup run would report or repair the job."""
+        return any(map(counts, validate(job, self.clock.moment(), self.actor.policy).issues))
 
     async def yield_to_workers(self) -> None:
         await asyncio.sleep(PAUSE_S)
@@ -211,9 +215,7 @@ class CleanupRun:
 
     def _has_issues(self, job_id: str) -> bool:
         job = self._state.jobs.find(job_id)
-        if job is None:
-            return False
-        return any(map(counts, validate(job, self._clock.moment(), self._context.actor.policy).issues))
+        return job is not None and self._context.has_issues(job)
 
     async def _repair(self, ids: list[str]) -> None:
         result: MaintenanceResult = await self._context.ask(RepairJobs(ids=ids), "cleanup")

@@ -6,10 +6,10 @@ The preview reads what a cleanup run reads, in slices with pauses, and within a 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from itertools import islice
 from typing import Final
 
-from jobd.core.validation import counts, validate
 from jobd.maintenance.cleanup_pass import SCAN, MaintenanceContext
 from jobd.model.commands import Preview
 from jobd.model.job import Job
@@ -73,6 +73,7 @@ async def _jobs_with_issues(context: MaintenanceContext, scan_s: float) -> tuple
     """
     state, spent_s = context.actor.state, 0.0
     wrong: dict[str, None] = {}
+    jobs: Iterable[Job]
     for is_unvalidated, ids in ((True, state.unvalidated.values()), (False, state.jobs.touched())):
         snapshot = list(islice(ids, MAX_IDS + 1))  # they change during the pauses
         left = islice(snapshot, MAX_IDS)
@@ -80,8 +81,11 @@ async def _jobs_with_issues(context: MaintenanceContext, scan_s: float) -> tuple
             if spent_s >= scan_s:
                 return list(wrong), True
             began_s = time.perf_counter()
-            jobs = await _loaded(context, page) if is_unvalidated else [state.jobs.find(job_id) for job_id in page]
-            wrong |= {job.id: None for job in jobs if job is not None and _has_issues(context, job)}
+            if is_unvalidated:
+                jobs = (await context.actor.disk.load(page, [], [])).jobs.values()
+            else:
+                jobs = filter(None, map(state.jobs.find, page))
+            wrong |= {job.id: None for job in jobs if context.has_issues(job)}
             spent_s += time.perf_counter() - began_s
             if len(wrong) > MAX_SHOWN:
                 return list(wrong)[:MAX_SHOWN], True
@@ -89,12 +93,3 @@ async def _jobs_with_issues(context: MaintenanceContext, scan_s: float) -> tuple
         if len(snapshot) > MAX_IDS:
             return list(wrong), True
     return list(wrong), False
-
-
-async def _loaded(context: MaintenanceContext, ids: list[str]) -> list[Job | None]:
-    loaded = await context.actor.disk.load(ids, [], [])
-    return list(loaded.jobs.values())
-
-
-def _has_issues(context: MaintenanceContext, job: Job) -> bool:
-    return any(map(counts, validate(job, context.clock.moment(), context.actor.policy).issues))
