@@ -314,8 +314,8 @@ class Job(Struct, frozen=True, gc=False):
     releases: int = 0
 
     def waits_since(self, now: int) -> int:
-        """Return since when a due job has waited: since it became due, or since its last grant ended."""
-        return self.run_at if self.ended is None else max(self.run_at, min(self.ended.at, now))
+        """Return since when a due job has waited: since it became due, its creation, or the end of its last grant."""
+        return max(self.run_at, min(self.created_at if self.ended is None else self.ended.at, now))
 
 
 class CompactJob(Struct, frozen=True, gc=False):

@@ -64,6 +64,11 @@ def test_jobs_of_other_kinds_do_not_come_first(rules: RuleHarness) -> None:
     assert why(rules).because.endswith(". It is next in line.")
 
 
+def test_a_job_does_not_wait_before_it_is_created(rules: RuleHarness) -> None:
+    rules.create(run_at=NOW - HOUR_MS)
+    assert why(rules).because.startswith("It has waited for 0 ms: ")
+
+
 def test_a_returned_job_waits_since_its_grant_ended(rules: RuleHarness) -> None:
     lock_id = rules.held("a")
     rules.advance(5_000)
