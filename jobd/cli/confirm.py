@@ -87,8 +87,7 @@ def _show_dry_run(
     confirmation: Confirmation, job_id: str, print_line: Callable[[str], None], as_json: bool = False
 ) -> int:
     job = confirmation.get_job(job_id)
-    response = _dry_run(confirmation, job_id)
-    error = _error(response)
+    response, error = _dry_run(confirmation, job_id)
     is_read_only = error is not None and exit_codes.exit_code_of(error.code) == exit_codes.UNAUTHORISED
     if error is not None and not is_read_only:
         terminal.say(f"{job_id}: {confirmation.action} would be rejected: {error.message} [{error.code}]")
@@ -96,7 +95,7 @@ def _show_dry_run(
     if not _allowed(job.status, confirmation):
         terminal.say(f"{job_id}: {confirmation.action} would be rejected: it is {state(job)}")
         return exit_codes.REJECTED
-    if as_json and response is not None and error is None:
+    if as_json and response is not None:
         terminal.emit_json(response)
     else:
         print_line(f"{job_id}: would {confirmation.action}{confirmation.details(job)}: it is {state(job)}")
@@ -107,24 +106,16 @@ def _show_dry_run(
     return exit_codes.DONE
 
 
-def _dry_run(confirmation: Confirmation, job_id: str) -> object | JobdError | None:
-    """Return the response or the error of a dry run, None if the action has none."""
+def _dry_run(confirmation: Confirmation, job_id: str) -> tuple[object, JobdError | None]:
+    """Return the response of a dry run, None if the action has none; or its error."""
     from jobd.client.errors import JobdError
 
-    if confirmation.dry_run is None:
-        return None
     try:
-        return confirmation.dry_run(job_id)
+        return None if confirmation.dry_run is None else confirmation.dry_run(job_id), None
     except JobdError as error:
         if exit_codes.exit_code_of(error.code) not in (exit_codes.REJECTED, exit_codes.UNAUTHORISED):
             raise  # the error is not about the job
-        return error
-
-
-def _error(response: object) -> JobdError | None:
-    from jobd.client.errors import JobdError
-
-    return response if isinstance(response, JobdError) else None
+        return None, error
 
 
 def _allowed(status: str, confirmation: Confirmation) -> bool:

@@ -187,38 +187,38 @@ def current() -> ConnectionOptions:
 # counts as empty, because the daemon would not start with it.
 
 
-def worker_socket(environ: Mapping[str, str] = os.environ) -> str | None:
+def worker_socket() -> str | None:
     """Return the absolute path of `worker.socket`, or None if it is not set."""
-    path = _setting("worker.socket", environ, _tables(environ))
+    path = _setting("worker.socket", _tables())
     return os.path.abspath(path) if path else None
 
 
-def admin_url(environ: Mapping[str, str] = os.environ) -> str | None:
+def admin_url() -> str | None:
     """Return `admin.listen` as a URL (https if `admin.tls_cert` is set) or unix:PATH. None if it is not an address."""
-    tables = _tables(environ)
-    listen = _setting("admin.listen", environ, tables) or DEFAULT_LISTEN
+    tables = _tables()
+    listen = _setting("admin.listen", tables) or DEFAULT_LISTEN
     if listen.startswith("unix:"):
         return listen
     host, _, port = listen.rpartition(":")
     if not host or not port.isdigit():
         return None
     host = _LOOPBACK.get(host.strip("[]"), host.strip("[]"))
-    scheme = "https" if _setting("admin.tls_cert", environ, tables) else "http"
+    scheme = "https" if _setting("admin.tls_cert", tables) else "http"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _setting(key: str, environ: Mapping[str, str], tables: Mapping[str, Any]) -> str:
+def _setting(key: str, tables: Mapping[str, Any]) -> str:
     section, _, name = key.partition(".")
-    found = environ.get(f"JOBD_{section}_{name}".upper())
+    found = os.environ.get(f"JOBD_{section}_{name}".upper())
     if found is None:
         table = tables.get(section)
         found = table.get(name) if isinstance(table, dict) else None
     return found if isinstance(found, str) else ""
 
 
-def _tables(environ: Mapping[str, str]) -> dict[str, Any]:
+def _tables() -> dict[str, Any]:
     try:
-        text = Path(environ.get("JOBD_CONFIG") or CONFIG_PATH).read_text(encoding="utf-8")
+        text = Path(os.environ.get("JOBD_CONFIG") or CONFIG_PATH).read_text(encoding="utf-8")
     except (OSError, ValueError):  # it is missing, unreadable or not text
         return {}
     import tomllib

@@ -13,7 +13,7 @@ from typing import BinaryIO, Final, cast
 import click
 
 from jobd.cli import exit_codes
-from jobd.storage.files import StoreBusy, check_not_held, has_sqlite_lock
+from jobd.storage.files import StoreBusy, check_not_held, has_sqlite_lock, sync_directory
 
 # The files of a store. With a new lock file a second daemon could start.
 _SUFFIXES: Final = ("-wal", "-shm", "-journal", ".lock", ".epoch", ".ballast")
@@ -63,7 +63,7 @@ def atomic_file(path: Path, report: Callable[[int], None]) -> Iterator[BinaryIO]
             with contextlib.suppress(FileNotFoundError):
                 part.unlink()
             raise
-    _sync_directory(target.parent)
+    sync_directory(str(target))
 
 
 def _open_part(part: Path) -> int:
@@ -78,14 +78,6 @@ def _open_part(part: Path) -> int:
         raise click.UsageError(f"{part} belongs to another user: remove it, or name another file")
     os.fchmod(handle, 0o600)
     return handle
-
-
-def _sync_directory(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def check_target(file: Path, *, yes: bool) -> None:

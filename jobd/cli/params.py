@@ -6,7 +6,7 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
@@ -82,47 +82,29 @@ class _NameParam(_TextParam):
         return str(value)
 
 
-class _DurationParam(_IntParam):
-    """A duration, in milliseconds."""
+class _MillisecondsParam(_IntParam):
+    """A duration or a time, which `parse` converts to milliseconds."""
 
-    name = "duration"
+    def __init__(self, name: str, parse: Callable[[str], int]) -> None:
+        self.name = name
+        self._parse = parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         try:
-            return value if isinstance(value, int) else duration_ms(value)
+            return value if isinstance(value, int) else self._parse(value)
         except ValueError as error:
             self.fail(f"{value!r}: {error}", param, ctx)
 
 
-class _TimeParam(_IntParam):
-    """A time, in Unix ms."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return value if isinstance(value, int) else moment_ms(value, round(time.time() * 1000))
-        except ValueError as error:
-            self.fail(f"{value!r}: {error}", param, ctx)
-
-
-class _PastTimeParam(_IntParam):
-    """A time in the past, in Unix ms."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return value if isinstance(value, int) else past_ms(value, round(time.time() * 1000))
-        except ValueError as error:
-            self.fail(f"{value!r}: {error}", param, ctx)
+def _now_ms() -> int:
+    return round(time.time() * 1000)
 
 
 NAME: Final = _NameParam()
-DURATION: Final = _DurationParam()
-PAST: Final = _PastTimeParam()
-MOMENT: Final = _TimeParam()
-
+DURATION: Final = _MillisecondsParam("duration", duration_ms)
+PAST: Final = _MillisecondsParam("time", lambda text: past_ms(text, _now_ms()))
+MOMENT: Final = _MillisecondsParam("time", lambda text: moment_ms(text, _now_ms()))
+STATUS: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
 
 # The bounds of Create in jobd.model.commands.
 PRIORITY: Final = click.IntRange(-1000, 1000)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
-
-import msgspec
+from typing import TYPE_CHECKING, Any, Final
 
 from jobd.cli import terminal
-from jobd.model.events import EventView, StreamedEvent
-from jobd.model.responses import JobView, Validation, WhyView
+
+if TYPE_CHECKING:
+    from jobd.model.events import EventView, StreamedEvent
+    from jobd.model.responses import JobView, Validation, WhyView
 
 _LONG = 4_000
 
@@ -91,6 +91,8 @@ def job(view: JobView, events: Sequence[EventView] = ()) -> None:
 
 def json_text(raw: Any) -> str | None:
     """Return JSON text, cut if it is very long. None if there is none or it is null."""
+    import msgspec
+
     if not isinstance(raw, msgspec.Raw) or bytes(raw) == b"null":
         return None
     text = bytes(raw).decode("utf-8", "replace")

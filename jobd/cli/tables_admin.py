@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from jobd.cli import tables, terminal
-from jobd.model.commands import About, WorkerState
-from jobd.model.responses import (
-    AlertView,
-    AuditView,
-    CleanupReport,
-    CleanupState,
-    ClockView,
-    DeliveryPage,
-    FailuresView,
-    HealthView,
-    LateResultView,
-    LockedJob,
-    PreviewView,
-    QueueView,
-    RecoverStuckView,
-    StatsView,
-    TakeBackView,
-    WebhookView,
-    WorkerList,
-    WorkerView,
-)
+
+if TYPE_CHECKING:
+    from jobd.model.commands import About, WorkerState
+    from jobd.model.responses import (
+        AlertView,
+        AuditView,
+        CleanupReport,
+        CleanupState,
+        ClockView,
+        DeliveryPage,
+        FailuresView,
+        HealthView,
+        LateResultView,
+        LockedJob,
+        PreviewView,
+        QueueView,
+        RecoverStuckView,
+        StatsView,
+        TakeBackView,
+        WebhookView,
+        WorkerList,
+        WorkerView,
+    )
 
 MAX_NAMES: Final = 4  # queues or kinds of a worker
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import IO, TYPE_CHECKING, Any, Final, Literal
 
 if TYPE_CHECKING:
@@ -83,17 +84,12 @@ def span(ms: int | float) -> str:
         return f"{round(ms)} ms"
     if ms < 10 * SECOND_MS:
         return f"{ms / SECOND_MS:.1f} s"
-    for unit, small, name, small_name in ((DAY_MS, HOUR_MS, "d", "h"), (HOUR_MS, MINUTE_MS, "h", "m")):
+    units = ((DAY_MS, "d"), (HOUR_MS, "h"), (MINUTE_MS, "m"), (SECOND_MS, "s"))
+    for (unit, name), (small, small_name) in pairwise(units):
         if ms >= unit:
-            return _two_units(int(ms), unit, small, name, small_name)
-    if ms >= MINUTE_MS:
-        return _two_units(int(ms), MINUTE_MS, SECOND_MS, "m", "s")
+            whole, rest = divmod(int(ms), unit)
+            return f"{whole} {name} {rest // small} {small_name}" if rest >= small else f"{whole} {name}"
     return f"{int(ms // SECOND_MS)} s"
-
-
-def _two_units(ms: int, unit: int, small: int, name: str, small_name: str) -> str:
-    whole, rest = divmod(ms, unit)
-    return f"{whole} {name} {rest // small} {small_name}" if rest >= small else f"{whole} {name}"
 
 
 def age(at_ms: int, now_ms: int | None = None) -> str:
@@ -150,12 +146,12 @@ def cell(value: object) -> str:
     return one_line(str(value))
 
 
-def as_json(value: Any) -> str:
-    """Return `value` as JSON text: indented on a terminal, one line in a pipe."""
+def as_json(value: Any, *, may_indent: bool = True) -> str:
+    """Return `value` as JSON text: indented on a terminal if it may be, one line in a pipe."""
     import msgspec
 
     raw = msgspec.json.encode(value)
-    if sys.stdout.isatty():
+    if may_indent and sys.stdout.isatty():
         raw = msgspec.json.format(raw, indent=2)
     # Outside strings, JSON has only spaces and line ends, so this escapes characters in strings only.
     return _UNSAFE.sub(lambda m: m.group() if m.group() == "\n" else f"\\u{ord(m.group()):04x}", raw.decode())
@@ -167,10 +163,7 @@ def emit_json(value: Any) -> None:
 
 def emit_json_line(value: Any) -> None:
     """Print `value` as one line of JSON, on a terminal too."""
-    import msgspec
-
-    text = msgspec.json.encode(value).decode()
-    sys.stdout.write(_UNSAFE.sub(lambda m: f"\\u{ord(m.group()):04x}", text) + "\n")
+    sys.stdout.write(as_json(value, may_indent=False) + "\n")
 
 
 def emit(line: str) -> None:

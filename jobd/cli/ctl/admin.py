@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from jobd.cli import exit_codes, terminal
+from jobd.cli import exit_codes, tables_admin, terminal
 from jobd.cli.confirm import confirm, destructive_options, need_terminal, reason_option
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl import plans
@@ -26,8 +26,6 @@ _REASON: Final = reason_option("Stored in the audit log.")
 @admin_options
 def stats(as_json: bool) -> None:
     """Show the number of jobs by status, and their average duration."""
-    from jobd.cli import tables_admin
-
     view = admin_client().stats()
     terminal.emit_json(view) if as_json else tables_admin.stats(view)
 
@@ -37,8 +35,6 @@ def stats(as_json: bool) -> None:
 @admin_options
 def health(as_json: bool) -> int:
     """Show the health of the daemon. Exit 1 if it is unhealthy."""
-    from jobd.cli import tables_admin
-
     view = admin_client().health()
     terminal.emit_json(view) if as_json else tables_admin.health(view)
     return exit_codes.FAILED if view.status == "unhealthy" else exit_codes.DONE
@@ -52,8 +48,6 @@ def health(as_json: bool) -> int:
 @admin_options
 def cleanup(last: bool, dry_run: bool, reason: str | None, as_json: bool) -> int:
     """Run cleanup now and show its report. Exit 1 if a step failed."""
-    from jobd.cli import tables_admin
-
     client = admin_client()
     if dry_run:
         plan, seen = plans.maintenance_plan(client, "cleanup", reason), client.preview()
@@ -77,8 +71,6 @@ def cleanup(last: bool, dry_run: bool, reason: str | None, as_json: bool) -> int
 @admin_options
 def recover_stuck(dry_run: bool, reason: str | None, as_json: bool) -> None:
     """Recover stalled jobs now. Jobs with a live lock do not change."""
-    from jobd.cli import tables_admin
-
     if dry_run:
         client = admin_client()
         plan, seen = plans.maintenance_plan(client, "recover-stuck", reason), client.preview()
@@ -109,8 +101,6 @@ def late(job_id: str, as_json: bool) -> None:
     A late result is one that a worker submitted after it had lost its lock. `jobctl adopt` completes the job with
     it.
     """
-    from jobd.cli import tables_admin
-
     found = admin_client().late_results(job_id)
     terminal.emit_json({"late_results": found}) if as_json else tables_admin.late_results(found)
 
@@ -120,8 +110,6 @@ def late(job_id: str, as_json: bool) -> None:
 @admin_options
 def locks(as_json: bool) -> None:
     """List the jobs that workers hold, and when their locks expire."""
-    from jobd.cli import tables_admin
-
     found = admin_client().locks()
     terminal.emit_json({"locks": found}) if as_json else tables_admin.locks(found)
 
@@ -131,8 +119,6 @@ def locks(as_json: bool) -> None:
 @admin_options
 def queues(as_json: bool) -> None:
     """List the queues with the number of jobs by status."""
-    from jobd.cli import tables_admin
-
     found = list(admin_client().iterate_queues())
     terminal.emit_json({"queues": found}) if as_json else tables_admin.queues(found)
 
@@ -154,8 +140,6 @@ def workers(state: WorkerState | None, as_json: bool) -> None:
     idle    holds no job, and was seen in the last 5 minutes
     gone    holds no job, and was not seen for 5 minutes
     """
-    from jobd.cli import tables_admin
-
     client, cursor = admin_client(), None
     found: list[WorkerView] = []
     while True:
@@ -180,8 +164,6 @@ def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json
     These are the jobs whose lock has expired. The on_stall rule of each decides: by default, a job at progress 0 or
     with attempts left is requeued, and any other job fails. Jobs of the worker with a live lock do not change.
     """
-    from jobd.cli import tables_admin
-
     client = admin_client()
     if not yes and not dry_run:
         seen = client.take_back(worker, dry_run=True)
@@ -249,8 +231,6 @@ def resume(queue: str, reason: str | None, as_json: bool) -> None:
 @admin_options
 def alerts(firing: bool, as_json: bool) -> int:
     """List the alerts with their values and thresholds."""
-    from jobd.cli import tables_admin
-
     found = [alert for alert in admin_client().alerts() if alert.firing or not firing]
     terminal.emit_json({"alerts": found}) if as_json else tables_admin.alerts(found, firing=firing)
     return exit_codes.FAILED if firing and found else exit_codes.DONE
@@ -269,8 +249,6 @@ def clock(what: str | None, reason: str | None, yes: bool, dry_run: bool, as_jso
     While the clock is suspect, no job expires or is deleted by age. If the clock is right, run `jobctl clock accept`.
     It lists the jobs that would be deleted, and asks first.
     """
-    from jobd.cli import tables_admin
-
     if (yes or dry_run) and what is None:
         raise click.UsageError("--yes and --dry-run need `accept`: jobctl clock accept")
     client = admin_client()
@@ -300,8 +278,6 @@ def clock(what: str | None, reason: str | None, yes: bool, dry_run: bool, as_jso
 @admin_options
 def reports(limit: int, as_json: bool) -> None:
     """List the reports of cleanup runs, newest first."""
-    from jobd.cli import tables_admin
-
     found = admin_client().reports(limit)
     terminal.emit_json({"reports": found}) if as_json else tables_admin.reports(found)
 
@@ -322,8 +298,6 @@ def failures(limit: int, as_json: bool) -> None:
     List its waiting jobs:       jobctl jobs --error ERROR --status queued
     Run a waiting job now:       jobctl run-now ID
     """
-    from jobd.cli import tables_admin
-
     view = admin_client().failures(limit)
     terminal.emit_json(view) if as_json else tables_admin.failures(view)
 
@@ -339,8 +313,6 @@ def failures(limit: int, as_json: bool) -> None:
 @admin_options
 def audit(limit: int, action: str | None, what: str | None, as_json: bool, **match: Any) -> None:
     """List the actions of operators, including rejected ones, newest first."""
-    from jobd.cli import tables_admin
-
     client, cursor = admin_client(), None
     found: list[AuditView] = []
     while True:

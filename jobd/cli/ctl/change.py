@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from jobd.cli import terminal
+from jobd.cli import tables, terminal
 from jobd.cli.confirm import Confirmation, destructive_options, dry_run_option, reason_option, run_action
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl import plans
 from jobd.cli.ctl.plans import is_plan, where_option
-from jobd.cli.params import MAX_ATTEMPTS, MOMENT, PRIORITY, json_option
+from jobd.cli.params import MAX_ATTEMPTS, MOMENT, PRIORITY, STATUS, json_option
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 _IDS: Final = click.argument("ids", metavar="[ID...]", nargs=-1)
 _REASON: Final = reason_option("Stored with the job.")
 _UPDATE_FIELDS: Final = ("priority", "run_at", "max_attempts")  # in the order in which they are shown
-_STATUS: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
 
 
 @click.command("force-fail")
@@ -87,8 +86,8 @@ def _describe_transition(response: Any) -> str:
 
 @click.command()
 @click.argument("job_id", metavar="ID")
-@click.argument("from_status", metavar="FROM", type=_STATUS)
-@click.argument("to_status", metavar="TO", type=_STATUS)
+@click.argument("from_status", metavar="FROM", type=STATUS)
+@click.argument("to_status", metavar="TO", type=STATUS)
 @click.option("--set", "updates", metavar="NAME=VALUE", multiple=True, help="Also set a field; VALUE is JSON or text.")
 @_REASON
 @destructive_options
@@ -241,10 +240,8 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
 
 def _describe_late_result(late: LateResultView) -> str:
     """Describe a late result in one line: its number, worker and fields."""
-    from jobd.cli.tables import json_text
-
     fields = {name: getattr(late, name) for name in ("download_url", "file_path", "storage_key")}
-    fields["metadata"] = json_text(late.metadata)
+    fields["metadata"] = tables.json_text(late.metadata)
     parts = [f"{name} {terminal.clip(value)}" for name, value in fields.items() if value is not None]
     return f"late result {late.seq} of {late.worker} ({', '.join(parts) or 'without data'})"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from jobd.cli import exit_codes, terminal
+from jobd.cli import exit_codes, tables, terminal
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.params import DURATION, NAME, json_option
 
@@ -51,8 +51,6 @@ def events(
     Without --last, --after and -f, prints those of the last 100 events that match. With -f, continues with new
     events; if the connection is lost, it reconnects and misses no event.
     """
-    from jobd.cli import tables
-
     if after is not None and last is not None:
         raise click.UsageError("--after and --last are mutually exclusive: give one of them")
     if after is None and last is None and not follow:

@@ -6,25 +6,24 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from jobd.cli import exit_codes, terminal
+from jobd.cli import exit_codes, tables, terminal
 from jobd.cli.confirm import Confirmation, destructive_options, reason_option, run_action
 from jobd.cli.connection import admin_client, all_options, has_admin_token, job_client, worker_options
 from jobd.cli.ctl import plans
 from jobd.cli.ctl.plans import is_plan, where_option
-from jobd.cli.params import NAME, PAST, json_option
+from jobd.cli.params import NAME, PAST, STATUS, json_option
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient, JobClient
     from jobd.client.protocol import JobInfo
     from jobd.model.responses import JobView, PlanResult, PlanView
 
-STATUSES: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
 _PAGE: Final = 200
 _ADMIN_FILTERS: Final = frozenset({"since", "until", "finished_since", "finished_until", "q", "error"})
 
 
 @click.command()
-@click.option("--status", type=STATUSES, help="Only jobs with this status.")
+@click.option("--status", type=STATUS, help="Only jobs with this status.")
 @click.option("--queue", type=NAME, metavar="NAME", help="Only jobs of this queue.")
 @click.option("--kind", metavar="KIND", help="Only jobs of this kind.")
 @click.option("--worker", type=NAME, metavar="NAME", help="Only jobs that this worker holds or was the last to hold.")
@@ -55,8 +54,6 @@ def jobs(limit: int, everything: bool, cursor: str | None, quiet: bool, as_json:
         for job in found:
             terminal.emit(job.id)
     else:
-        from jobd.cli import tables
-
         tables.jobs(found)
     if following is not None:
         terminal.say(f"There are more: --cursor {following} continues, --all lists all.")
@@ -82,8 +79,6 @@ def _pages(limit: int | None, cursor: str | None, match: dict[str, Any]) -> tupl
 @worker_options
 def job(job_id: str, as_json: bool) -> None:
     """Show all fields of a job."""
-    from jobd.cli import tables
-
     client = job_client()
     view = client.get_job(job_id)
     if as_json:
@@ -98,8 +93,6 @@ def job(job_id: str, as_json: bool) -> None:
 @worker_options
 def why(job_id: str, as_json: bool) -> None:
     """Explain a job's status and what happens next."""
-    from jobd.cli import tables
-
     view = job_client().why(job_id)
     terminal.emit_json(view) if as_json else tables.why(view)
 
@@ -110,8 +103,6 @@ def why(job_id: str, as_json: bool) -> None:
 @worker_options
 def timeline(job_id: str, as_json: bool) -> None:
     """List the events of a job, oldest first."""
-    from jobd.cli import tables
-
     events = job_client().timeline(job_id)
     terminal.emit_json({"events": events}) if as_json else tables.timeline(events)
 
@@ -122,8 +113,6 @@ def timeline(job_id: str, as_json: bool) -> None:
 @worker_options
 def validate(job_id: str, as_json: bool) -> int:
     """Check a job's record. Exit 0 if it is valid, else 1."""
-    from jobd.cli import tables
-
     found = job_client().validate_job_state(job_id)
     terminal.emit_json(found) if as_json else tables.validation(found)
     return exit_codes.DONE if found.is_valid else exit_codes.FAILED

@@ -17,7 +17,7 @@ from jobd.cli.progress import busy
 if TYPE_CHECKING:
     from jobd.client import AdminClient
     from jobd.model.commands import PlanAction
-    from jobd.model.responses import ChangedJob, JobView, PlannedJob, PlanResult, PlanView
+    from jobd.model.responses import JobView, PlannedJob, PlanResult, PlanView
 
 _TIMES: Final = ("since", "until", "finished_since", "finished_until")
 _NAMES: Final = ("status", "queue", "kind", "worker", *_TIMES, "text", "error")
@@ -125,7 +125,7 @@ def run_for_one(
     if yes and not dry_run:
         return confirm.run_action(confirmation, (job_id,), yes=True, dry_run=False, as_json=as_json)
     if dry_run:
-        plan = _plan_of(client, action, job_id, reason)
+        plan = _plan_if_allowed(client, action, reason, ids=[job_id])
         code = confirm.run_action(confirmation, (job_id,), yes=yes, dry_run=True, as_json=as_json)
         if code == exit_codes.DONE:
             _show_late_of_one(client, action, job_id, plan, terminal.emit)
@@ -146,12 +146,14 @@ def run_for_one(
     return confirm.show_done(confirmation, job_id, response_of(job, plan, result), as_json)
 
 
-def _plan_of(client: AdminClient, action: PlanAction, job_id: str, reason: str | None) -> PlanView | None:
-    """Return a plan of one job; None with a read-only token."""
+def _plan_if_allowed(
+    client: AdminClient, action: PlanAction, reason: str | None, *, ids: list[str] | None = None
+) -> PlanView | None:
+    """Return a plan; None with a read-only token."""
     from jobd.client.errors import Forbidden
 
     try:
-        return client.make_plan(action, ids=[job_id], reason=reason)
+        return client.make_plan(action, ids=ids, reason=reason)
     except Forbidden:
         return None
 
@@ -245,13 +247,8 @@ def _name_plans(plans: Sequence[PlanView], but: str = "") -> None:
 
 def maintenance_plan(client: AdminClient, action: PlanAction, reason: str | None) -> PlanView | None:
     """Return a plan of recovery or cleanup; None if it would do nothing or the token is read-only."""
-    from jobd.client.errors import Forbidden
-
-    try:
-        plan = client.make_plan(action, reason=reason)
-    except Forbidden:
-        return None
-    return plan if plan.count else None
+    plan = _plan_if_allowed(client, action, reason)
+    return plan if plan is not None and plan.count else None
 
 
 def show_apply_command(plan: PlanView | None) -> None:
@@ -315,13 +312,9 @@ def _show_not_done(results: Sequence[PlanResult]) -> None:
     refused = [job for result in results for job in result.refused]
     for title, jobs in (("changed since the plan", changed), ("rejected", refused)):
         for job in jobs[:_SHOWN]:
-            terminal.say(f"{job.id}: {title}: {_change_of(job)}")
+            terminal.say(f"{job.id}: {title}: {job.from_} → {job.now or 'deleted'}. {job.why}")
         if len(jobs) > _SHOWN:
             terminal.say(f"… and {len(jobs) - _SHOWN} more {title} (--json shows all)")
-
-
-def _change_of(job: ChangedJob) -> str:
-    return f"{job.from_} → {job.now or 'deleted'}. {job.why}"
 
 
 def _jobs(count: int) -> str:

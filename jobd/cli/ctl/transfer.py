@@ -11,8 +11,7 @@ import click
 
 from jobd.cli import exit_codes, terminal
 from jobd.cli.connection import admin_client, admin_options
-from jobd.cli.ctl.jobs import STATUSES
-from jobd.cli.params import NAME, json_option
+from jobd.cli.params import NAME, STATUS, json_option
 from jobd.cli.progress import Advance, bar
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ _TIMEOUT_S: Final = 120.0  # for one chunk of a stream, or one page, on a slow d
 
 @click.command()
 @click.argument("file", default="-", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path))
-@click.option("--status", type=STATUSES, help="Only jobs with this status.")
+@click.option("--status", type=STATUS, help="Only jobs with this status.")
 @click.option("--queue", type=NAME, metavar="NAME", help="Only jobs of this queue.")
 @click.option("--kind", metavar="KIND", help="Only jobs of this kind.")
 @click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
@@ -59,7 +58,7 @@ def _may_write(file: Path, *, yes: bool) -> None:
 
 def _expected(client: AdminClient, status: Status | None, queue: str | None) -> int:
     """Count the jobs, for the progress display."""
-    counted = ("queued", "processing", "completed", "failed", "cancelled") if status is None else (status,)
+    counted = STATUS.choices if status is None else (status,)
     named = [each for each in client.iterate_queues() if queue in (None, each.name)]
     return sum(getattr(each, name) for each in named for name in counted)
 

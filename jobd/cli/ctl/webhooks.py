@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from jobd.cli import confirm, exit_codes, terminal
+from jobd.cli import confirm, exit_codes, tables_admin, terminal
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.params import json_option
 
@@ -54,8 +54,6 @@ def webhooks(
     webhooks resend NAME --state given_up   resend all dead-lettered deliveries
     webhooks test NAME                      send a test message
     """
-    from jobd.cli import tables_admin
-
     if what is None:
         found = admin_client().webhooks()
         terminal.emit_json({"webhooks": found}) if as_json else tables_admin.webhooks(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
@@ -15,7 +15,6 @@ from jobd.cli.daemon.settings import config_option, flag_options, read
 from jobd.cli.params import SETTINGS, CommandGroup
 
 if TYPE_CHECKING:
-    from jobd.cluster.loss import Accepted, Loss
     from jobd.config import Config, JournalSection
     from jobd.journal.postgres.journal import PostgresJournal
 
@@ -51,6 +50,7 @@ def init_command(from_store: str | None, config: str | None, flags: dict[str, st
     """
     from uuid import uuid4
 
+    from jobd.cluster.conversion import init_from_store
     from jobd.journal.postgres.journal import create
     from jobd.storage.cluster.joining import FIRST_RECORD
     from jobd.storage.files import keeping_owner
@@ -61,9 +61,9 @@ def init_command(from_store: str | None, config: str | None, flags: dict[str, st
     terminal.emit(f"{settings.name}: {'created' if made.is_new else 'exists already'} (id {made.cluster_id})")
     if from_store is not None:
         with contextlib.redirect_stdout(sys.stderr), keeping_owner(from_store):  # its log lines
-            _run(_init_from_store(settings, from_store))
+            _with_journal(settings, lambda journal: init_from_store(journal, from_store))
         terminal.emit(f"{from_store}: belongs to the cluster")
-    if settings.require_sync and not _run(_is_synchronous(settings)):
+    if settings.require_sync and not _with_journal(settings, _is_synchronous):
         terminal.say(f"jobd: {_NOT_SYNCHRONOUS}.")
 
 
@@ -77,28 +77,20 @@ def forget_command(name: str, config: str | None, flags: dict[str, str]) -> None
     Refuses while the node is running. A node that starts later adds its entry again.
     """
     settings = _cluster_settings(config, flags).journal
-    _run(_forget(settings, name))
+    _with_journal(settings, lambda journal: _forget(journal, settings.name, name))
     terminal.emit(f"{name}: removed from journal {settings.name}")
 
 
-async def _forget(settings: JournalSection, name: str) -> None:
+async def _forget(journal: PostgresJournal, journal_name: str, name: str) -> None:
     from jobd.model.responses import SILENT_MS
 
-    async with _opened(settings) as journal:
-        nodes = {node.name: node for node in await journal.nodes()}
-        if name not in nodes:
-            text = f'journal {settings.name} has no node "{name}"; its nodes: {", ".join(nodes) or "none"}'
-            raise exit_codes.CliError(text, exit_codes.REJECTED)
-        if nodes[name].seen_ms < SILENT_MS:
-            raise exit_codes.CliError(f'node "{name}" is running: stop jobd there first', exit_codes.REJECTED)
-        await journal.forget(name)
-
-
-async def _init_from_store(settings: JournalSection, path: str) -> None:
-    from jobd.cluster.conversion import init_from_store
-
-    async with _opened(settings) as journal:
-        await init_from_store(journal, path)
+    nodes = {node.name: node for node in await journal.nodes()}
+    if name not in nodes:
+        text = f'journal {journal_name} has no node "{name}"; its nodes: {", ".join(nodes) or "none"}'
+        raise exit_codes.CliError(text, exit_codes.REJECTED)
+    if nodes[name].seen_ms < SILENT_MS:
+        raise exit_codes.CliError(f'node "{name}" is running: stop jobd there first', exit_codes.REJECTED)
+    await journal.forget(name)
 
 
 @click.command("leave")
@@ -111,6 +103,7 @@ def leave_command(yes: bool, config: str | None, flags: dict[str, str]) -> None:
     Stop the daemons of all nodes first. The database at store.path gets the records that it lacks, and the journal is
     closed: no node can use it again. Afterwards, remove journal.url from the configuration.
     """
+    from jobd.cluster.conversion import leave
     from jobd.storage.files import keeping_owner
 
     settings = _cluster_settings(config, flags)
@@ -118,15 +111,10 @@ def leave_command(yes: bool, config: str | None, flags: dict[str, str]) -> None:
     if not yes:
         confirm(f"end cluster {settings.journal.name}, and go on with {path} alone")
     with contextlib.redirect_stdout(sys.stderr), keeping_owner(path):  # its log lines
-        epoch = _run(_leave(settings.journal, path))
+        epoch = _with_journal(
+            settings.journal, lambda journal: leave(journal, path, int(settings.journal.lease) / 1000)
+        )
     terminal.emit(f"{path}: the store of a single machine, with epoch {epoch}")
-
-
-async def _leave(settings: JournalSection, path: str) -> int:
-    from jobd.cluster.conversion import leave
-
-    async with _opened(settings) as journal:
-        return await leave(journal, path, int(settings.lease) / 1000)
 
 
 @click.command("accept-loss")
@@ -148,10 +136,12 @@ def accept_loss_command(upto: int, yes: bool, is_dry_run: bool, config: str | No
     that the lost records changed, and writes them to a file beside store.path, which `jobctl import` reads. All grants
     end by their stall rule. Repeating it is harmless.
     """
+    from jobd.cluster.loss import accept, find, write_file
+
     settings = _cluster_settings(config, flags)
     if not yes and not is_dry_run:
         need_terminal()
-    loss = _run(_find_loss(settings, upto))
+    loss = _with_journal(settings.journal, lambda journal: find(journal, settings.store.path, upto))
     for line in loss.describe():
         terminal.emit(line) if is_dry_run else terminal.say(line)
     if is_dry_run:
@@ -162,35 +152,16 @@ def accept_loss_command(upto: int, yes: bool, is_dry_run: bool, config: str | No
     if not yes:
         confirm(f"continue journal {settings.journal.name} after record {upto}, without what it has lost")
     if loss.changed.jobs:
-        terminal.emit(f"{_run(_write_file(loss))} jobs written to {loss.file}")
+        with exit_codes.explaining_full_disk():
+            count = write_file(loss)
+        terminal.emit(f"{count} jobs written to {loss.file}")
     if loss.is_accepted:
         terminal.emit(_ALREADY_ACCEPTED)
         return
     with contextlib.redirect_stdout(sys.stderr):  # its log lines
-        done = _run(_accept(settings, loss))
+        lease_s = int(settings.journal.lease) / 1000
+        done = _with_journal(settings.journal, lambda journal: accept(journal, loss, settings.policy(), lease_s))
     terminal.emit(f"{settings.journal.name}: epoch {done.epoch} has begun, and {done.grants} grants have ended")
-
-
-async def _find_loss(settings: Config, upto: int) -> Loss:
-    from jobd.cluster.loss import find
-
-    async with _opened(settings.journal) as journal:
-        return await find(journal, settings.store.path, upto)
-
-
-async def _write_file(loss: Loss) -> int:
-    import asyncio
-
-    from jobd.cluster.loss import write_file
-
-    return await asyncio.to_thread(write_file, loss)
-
-
-async def _accept(settings: Config, loss: Loss) -> Accepted:
-    from jobd.cluster.loss import accept
-
-    async with _opened(settings.journal) as journal:
-        return await accept(journal, loss, settings.policy(), int(settings.journal.lease) / 1000)
 
 
 @click.command("join")
@@ -216,26 +187,28 @@ cluster.add_all("Journal", init_command, leave_command, forget_command, accept_l
 
 def check_journal(settings: JournalSection) -> None:
     """Connect to the journal and check it. Raises CliError or JournalUnavailable."""
-    if not _run(_is_synchronous(settings)) and settings.require_sync:
+    if not _with_journal(settings, _is_synchronous) and settings.require_sync:
         raise exit_codes.CliError(_NOT_SYNCHRONOUS, exit_codes.CONFIG)
 
 
-async def _is_synchronous(settings: JournalSection) -> bool:
+async def _is_synchronous(journal: PostgresJournal) -> bool:
     """Return whether commits wait for a standby. Raises JournalUnavailable if none acknowledges them."""
-    async with _opened(settings) as journal:
-        await journal.check_commit()
-        return (await journal.health()).is_synchronous
+    await journal.check_commit()
+    return (await journal.health()).is_synchronous
 
 
-@contextlib.asynccontextmanager
-async def _opened(settings: JournalSection) -> AsyncIterator[PostgresJournal]:
+def _with_journal(settings: JournalSection, work: Callable[[PostgresJournal], Awaitable[T]]) -> T:
+    """Return the result of `work` with the journal. Raises JournalUnavailable."""
     from jobd.journal.postgres.journal import PostgresJournal
 
-    journal = await PostgresJournal.open(settings.url, settings.name, int(settings.lease))
-    try:
-        yield journal
-    finally:
-        await journal.close()
+    async def run() -> T:
+        journal = await PostgresJournal.open(settings.url, settings.name, int(settings.lease))
+        try:
+            return await work(journal)
+        finally:
+            await journal.close()
+
+    return _run(run())
 
 
 def _cluster_settings(config: str | None, flags: dict[str, str]) -> Config:

@@ -218,11 +218,10 @@ def _diagnosis(problems: Sequence[Any], as_json: bool, notes: Sequence[str] = ()
     """Print problems, and notes about what is not one. Return the exit code: 0 without problems."""
     if as_json:
         terminal.emit_json({"problems": problems, "notes": notes})
-    for note in () if as_json else notes:
-        terminal.emit(note)
-    if not problems and not as_json:
-        terminal.emit("nothing is wrong")
-    for problem in () if as_json else problems:
-        terminal.emit(f"{problem.where}: {problem.what}")
-        terminal.emit(f"    fix: {problem.fix}")
+    else:
+        for line in notes if problems else [*notes, "nothing is wrong"]:
+            terminal.emit(line)
+        for problem in problems:
+            terminal.emit(f"{problem.where}: {problem.what}")
+            terminal.emit(f"    fix: {problem.fix}")
     return exit_codes.FAILED if problems else exit_codes.DONE
