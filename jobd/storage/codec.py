@@ -294,11 +294,6 @@ class JobReader:
         return options
 
 
-def _result(columns: Row) -> Result:
-    url, path, key, metadata = columns
-    return Result(url, path, key, None if metadata is None else Raw(metadata))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Keys, queues, tombstones
 
@@ -371,8 +366,8 @@ def late(row: Row, *, whole: bool) -> LateResult:
 
     The URL is enough to decide whether the late result can be adopted.
     """
-    seq, _, at, worker, fencing_token, body_hash, expires_at = row[:7]
-    result = _result(row[7:11]) if whole else Result(row[7])
+    seq, _, at, worker, fencing_token, body_hash, expires_at, url, path, key, metadata = row[:11]
+    result = Result(url, path, key, None if metadata is None else Raw(metadata)) if whole else Result(url)
     return LateResult(seq, at, worker, fencing_token, body_hash, expires_at, result)
 
 

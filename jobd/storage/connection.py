@@ -131,6 +131,12 @@ class _BlockUntilSet:
         yield from steps
 
 
+def read_number(conn: sqlite3.Connection, sql: str) -> int:
+    """Return the number that a query or pragma yields."""
+    (value,) = conn.execute(sql).fetchone()
+    return int(value)
+
+
 def journal_mode(conn: sqlite3.Connection, path: str, mode: str) -> None:
     """Change the journal mode. Raises StoreFailed if SQLite keeps the old mode, which is how it reports errors."""
     (now,) = conn.execute(f"PRAGMA journal_mode = {mode}").fetchone()

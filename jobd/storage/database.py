@@ -166,7 +166,7 @@ class Database:
         self.quarantined: dict[str, str] = {}
         self.faults: list[str] = []
         self._directory = directory
-        self._broken: BaseException | None = None
+        self.failure: BaseException | None = None  # of an earlier write, which left the content of the disk unknown
         self._rebuilding = False
         self._is_uncommitted = False  # a transaction for reading is open, and no other can be
         self.quarantined_count = 0  # jobs
@@ -182,26 +182,21 @@ class Database:
     # ------------------------------------------------------------------------------------------- one transaction
 
     @property
-    def failure(self) -> BaseException | None:
-        """The error of an earlier write that left the content of the disk unknown."""
-        return self._broken
-
-    @property
     def is_broken(self) -> bool:
         """Whether an earlier write failed and left the content of the disk unknown."""
-        return self._broken is not None
+        return self.failure is not None
 
     @property
     def is_damaged(self) -> bool:
         """Whether the tables have to be rebuilt from the journal of the cluster."""
-        return isinstance(self._broken, StoreDamaged)
+        return isinstance(self.failure, StoreDamaged)
 
     def check(self) -> None:
         """Raise StoreBroken if an earlier write left the content of the disk unknown."""
-        if isinstance(self._broken, StoreDamaged):
-            raise self._broken
-        if self._broken is not None:
-            raise StoreBroken(f"an earlier write failed: {self._broken!r}") from self._broken
+        if isinstance(self.failure, StoreDamaged):
+            raise self.failure
+        if self.failure is not None:
+            raise StoreBroken(f"an earlier write failed: {self.failure!r}") from self.failure
 
     def raise_if_clustered(self, what: str) -> None:
         """Raise StoreDamaged if the store belongs to a cluster: other nodes have the row undamaged.
@@ -210,7 +205,7 @@ class Database:
         """
         if self.membership is not None:
             error = StoreDamaged(f"{what}: the tables are damaged, and are rebuilt from the journal")
-            self._broken = error
+            self.failure = error
             raise error
 
     def commit(self, fn: Callable[..., T], *args: Any) -> T:
@@ -242,7 +237,7 @@ class Database:
                 if self._is_full(error):
                     raise DiskFull(str(error)) from error
                 if result_code(error) != sqlite3.SQLITE_CORRUPT_INDEX or retried or self._rebuilding:
-                    self._broken = error
+                    self.failure = error
                     raise
             else:
                 self._has_new_frames = True
@@ -281,10 +276,10 @@ class Database:
             if self.conn.in_transaction:
                 self.conn.execute("ROLLBACK")
         except sqlite3.Error as rollback_error:
-            self._broken = rollback_error
+            self.failure = rollback_error
             raise rollback_error from error
         if self.conn.in_transaction:
-            self._broken = error
+            self.failure = error
             raise StoreBroken("the transaction could not be rolled back") from error
 
     def _is_full(self, error: BaseException) -> bool:
@@ -345,6 +340,16 @@ class Database:
                 raise
         with lenient_text(self.conn):
             return _fetch_up_to(self.conn.execute(sql, args), max_bytes)
+
+    @contextlib.contextmanager
+    def noting_corruption(self, what: str) -> Iterator[None]:
+        """Leave the context if the structure of the file is damaged, and add a fault that begins with `what`."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            if not is_corrupt(error):
+                raise
+            self.faults.append(f"{what}: {error}; run `jobd doctor`")
 
     def rows_one_by_one(self, sql: str, keys: Iterable[int], label: str, args: tuple[Any, ...] = ()) -> list[Row]:
         """Run a query once for each key and return the rows. Add a fault for keys whose rows cannot be read."""

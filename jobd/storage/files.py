@@ -166,17 +166,17 @@ def shared_memory_of(path: str) -> str:
 
 def sync(path: str) -> None:
     """Make the content and the name of the file at `path` durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    _fsync(path, os.O_RDONLY | os.O_CLOEXEC)
     sync_directory(path)
 
 
 def sync_directory(path: str) -> None:
     """Make the names in the directory of `path` durable."""
-    fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _fsync(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _fsync(path: str, flags: int) -> None:
+    fd = os.open(path, flags)
     try:
         os.fsync(fd)
     finally:

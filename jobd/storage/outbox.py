@@ -15,7 +15,7 @@ from jobd.model.responses import DeliveryState
 from jobd.model.storage import OutboxWrite
 from jobd.model.webhooks import DELIVERY_STATES, EVENTS_GONE, GAP_PENDING, MAX_BACKLOG, Delivery, Outbox, WebhookCursor
 from jobd.storage.codec import Row, fault, with_checksum
-from jobd.storage.damage.quarantine import quarantine_rows
+from jobd.storage.damage.quarantine import undamaged_rows
 from jobd.storage.database import Database
 from jobd.storage.tables.writers import insert
 
@@ -31,7 +31,7 @@ FORGET_MS: Final = 30 * DAY_MS  # for the cursor of an endpoint that is no longe
 _PUT_CURSOR: Final = insert("webhooks", (*CURSOR_COLUMNS, "crc"), "REPLACE")
 _PUT: Final = insert("deliveries", (*DELIVERY_COLUMNS, "crc"), "REPLACE")
 _PLACE: Final = "SELECT state FROM deliveries NOT INDEXED WHERE id = ?"
-_BY_ID: Final = f"SELECT {DELIVERY_SQL} FROM deliveries NOT INDEXED WHERE id = ?"
+_BY_ID: Final = f"SELECT rowid, {DELIVERY_SQL} FROM deliveries NOT INDEXED WHERE id = ?"
 # Finds ids only; rows are read by id, because a column from an index would hide damage in the row.
 _IDS: Final = "SELECT id FROM deliveries INDEXED BY deliveries_place WHERE endpoint = ? AND state = ?"
 
@@ -97,16 +97,9 @@ def _begin(db: Database, name: str, last: int) -> tuple[int, int]:
 
 def _cursors(db: Database) -> tuple[dict[str, WebhookCursor], bool]:
     """Return the cursors by name, and whether some were damaged; the name of a damaged cursor is unknown."""
-    known: dict[str, WebhookCursor] = {}
-    damaged: list[tuple[int, Row, str]] = []
-    for rowid, *columns in db.rows(f"SELECT rowid, {CURSOR_SQL} FROM webhooks NOT INDEXED"):
-        row = tuple(columns)
-        if (error := fault(row)) is None:
-            known[row[0]] = cursor(row)
-        else:
-            damaged.append((rowid, row, error))
-    quarantine_rows(db, "webhooks", (*CURSOR_COLUMNS, "crc"), damaged)
-    return known, bool(damaged)
+    rows = db.rows(f"SELECT rowid, {CURSOR_SQL} FROM webhooks NOT INDEXED")
+    known = {row[0]: cursor(row) for row in undamaged_rows(db, "webhooks", rows)}
+    return known, len(known) < len(rows)
 
 
 def _waiting(db: Database, name: str) -> list[Delivery]:
@@ -120,9 +113,7 @@ def by_ids(db: Database, ids: list[int]) -> list[Delivery]:
     """Return deliveries by id, in this order. Damaged ones are quarantined and left out."""
     db.check()
     rows = db.rows_one_by_one(_BY_ID, ids, "deliveries")
-    damaged = [(row[0], row, error) for row in rows if (error := fault(row)) is not None]
-    quarantine_rows(db, "deliveries", (*DELIVERY_COLUMNS, "crc"), damaged)
-    return [delivery(row) for row in rows if fault(row) is None]
+    return list(map(delivery, undamaged_rows(db, "deliveries", rows)))
 
 
 def plan_outcomes(db: Database, tried: list[Delivery], now: int) -> tuple[OutboxWrite | None, bool]:

@@ -10,7 +10,7 @@ import sqlite3
 import zlib
 from collections.abc import Callable, Iterable
 from itertools import chain
-from string import ascii_uppercase
+from string import ascii_lowercase, ascii_uppercase
 from typing import Any, Final, TypeVar
 
 from jobd.journal import event_codec
@@ -32,8 +32,8 @@ from jobd.model.storage import (
     StoredResponse,
 )
 from jobd.storage import codec
-from jobd.storage.codec import AUDIT_COLUMNS, KEY_COLUMNS, LATE_COLUMNS, TOMBSTONE_COLUMNS, Row, fault
-from jobd.storage.damage.quarantine import quarantine_jobs, quarantine_rows
+from jobd.storage.codec import KEY_COLUMNS, Row, fault
+from jobd.storage.damage.quarantine import quarantine_jobs, quarantine_rows, undamaged_rows
 from jobd.storage.database import (
     BY_ID,
     BY_SEQ,
@@ -59,7 +59,7 @@ _TYPE: Final = EVENT_COLUMNS.index("type")
 _RESPONSE_CRC: Final = KEY_COLUMNS.index("answer_crc")
 _INDEXED: Final = "SELECT seq FROM jobs INDEXED BY jobs_id WHERE id = ?"
 _CREATED: Final = "SELECT created_at FROM jobs NOT INDEXED WHERE seq = ?"
-_LATE: Final = f"SELECT {LATE_SQL} FROM late_results NOT INDEXED WHERE seq = ?"
+_LATE: Final = f"SELECT rowid, {LATE_SQL} FROM late_results NOT INDEXED WHERE seq = ?"
 GRANT_SEARCH_EVENTS: Final = 1_000  # latest events of a job that are searched for an ended grant
 MAX_DAMAGED_SLICES: Final = 10  # slices of damaged tombstones after which the search ends
 _REFERENCED_LATE: Final = "SELECT 1 FROM late_results INDEXED BY late_results_storage_key WHERE storage_key = ?"
@@ -76,7 +76,7 @@ _SCOPES: Final = {
     **dict.fromkeys(LIVE, f"INDEXED BY jobs_live WHERE {LIVE_SQL} AND status = ?"),
     **dict.fromkeys(("failed", "cancelled"), f"INDEXED BY jobs_failed WHERE {FAILED_SQL} AND status = ?"),
 }
-_CAPITALS: Final = {ord(capital): ord(capital) + 32 for capital in ascii_uppercase}
+_TO_LOWER: Final = str.maketrans(ascii_uppercase, ascii_lowercase)  # as SQLite's lower() does
 _NO_PAYLOAD: Final = Payload(b"null", "")
 # Includes quarantined jobs, because an operator may accept them.
 _REFERENCED: Final = (
@@ -173,7 +173,7 @@ def _stored_response(db: Database, digest: str) -> StoredResponse | None:
     rowid, *row = rows[0]
     if (error := key_fault(tuple(row))) is None:
         return codec.key(tuple(row[:-1]), row[-1])
-    quarantine_rows(db, "keys", (*KEY_COLUMNS, "crc", "answer"), [(rowid, tuple(row), error)])
+    quarantine_rows(db, "keys", [(rowid, tuple(row), error)])
     return None
 
 
@@ -278,16 +278,11 @@ def _conditions(query: JobQuery) -> tuple[str, tuple[Any, ...], str, tuple[Any, 
     }
     conditions: dict[str, tuple[Any, ...]] = {each: (value,) for each, value in values.items() if value is not None}
     if query.text is not None:
-        conditions[_HAS_TEXT] = (_lower(query.text),) * 3
+        conditions[_HAS_TEXT] = (query.text.translate(_TO_LOWER),) * 3
     if query.error is not None:
         texts = ", ".join(f"CAST({name} AS BLOB)" for name in ("error_message", "error_code", "id"))
         conditions[f"fingerprint({texts}) = ?"] = (query.error,)
     return scope, scope_args, "".join(f" AND {each}" for each in conditions), tuple(chain(*conditions.values()))
-
-
-def _lower(text: str) -> str:
-    """Lowercase A to Z only, as SQLite's lower() does."""
-    return text.translate(_CAPITALS)
 
 
 def _text_edge(sized: Iterable[Row]) -> Row | None:
@@ -308,7 +303,9 @@ def _fill_page(db: Database, page: JobRows, matched: list[Row], query: JobQuery)
         if len(page.jobs) + len(damaged) >= query.limit:
             break
         job, error = read_job(row, db.reader.job)
-        payload, error = (None, error) if job is None else _payload_of(db, query, job)
+        payload: Payload | None = _NO_PAYLOAD
+        if job is not None and query.payloads:
+            payload, error = db.payload(job.seq)
         if job is None or payload is None:
             damaged.append((row, error))
         elif page.jobs and size + _size_of(job, payload) > query.payload_bytes:
@@ -327,10 +324,6 @@ def _fill_page(db: Database, page: JobRows, matched: list[Row], query: JobQuery)
 def _size_of(job: Job, payload: Payload) -> int:
     metadata = None if job.result is None else job.result.metadata
     return len(payload.body) + (0 if metadata is None else len(bytes(metadata)))
-
-
-def _payload_of(db: Database, query: JobQuery, job: Job) -> tuple[Payload | None, str]:
-    return db.payload(job.seq) if query.payloads else (_NO_PAYLOAD, "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,25 +350,15 @@ def read_late_results(db: Database, requested: list[LateResultQuery]) -> LateRes
 
 def _late_results(db: Database, job_seq: int, *, whole: bool) -> list[LateResult]:
     """Return the late results of a job, oldest grant first. Quarantine damaged rows."""
-    try:
-        sql = "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ? ORDER BY seq"
+    sql = "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ? ORDER BY seq"
+    seqs: list[int] = []
+    with db.noting_corruption("the late results cannot be read"):
         seqs = [seq for (seq,) in db.rows(sql, (job_seq,))]
-    except sqlite3.DatabaseError as error:
-        if not is_corrupt(error):
-            raise
-        db.faults.append(f"the late results cannot be read: {error}; run `jobd doctor`")
-        return []
-    results: list[LateResult] = []
-    damaged: list[tuple[int, Row, str]] = []
     rows = db.rows_one_by_one(_LATE, seqs, "late results")
     if len(rows) < len(seqs):
         db.note_fault(f"late results of {db.job_name(job_seq)}: rows cannot be found; run `jobd doctor`")
-    for row in rows:
-        if (reason := fault(row)) is not None:
-            damaged.append((row[0], row, reason))
-        elif row[1] == job_seq:
-            results.append(codec.late(row, whole=whole))
-    quarantine_rows(db, "late_results", (*LATE_COLUMNS, "crc"), damaged)
+    undamaged = undamaged_rows(db, "late_results", rows)
+    results = [codec.late(row, whole=whole) for row in undamaged if row[1] == job_seq]
     return sorted(results, key=lambda result: result.fencing_token)
 
 
@@ -383,14 +366,9 @@ def count_late_results(db: Database, job_seqs: list[int]) -> dict[int, int]:
     """See Storage.count_late_results."""
     db.check()
     sql = "SELECT count(*) FROM late_results INDEXED BY late_results_job WHERE job_seq = ?"
-    try:
-        counts = {seq: db.rows(sql, (seq,))[0][0] for seq in job_seqs}
-    except sqlite3.DatabaseError as error:
-        if not is_corrupt(error):
-            raise
-        db.faults.append(f"the late results cannot be counted: {error}; run `jobd doctor`")
-        return {}
-    return {seq: count for seq, count in counts.items() if count}
+    with db.noting_corruption("the late results cannot be counted"):
+        return {seq: count for seq in job_seqs if (count := db.rows(sql, (seq,))[0][0])}
+    return {}
 
 
 def _latest_grants(db: Database, job_seq: int) -> list[Grant]:
@@ -432,10 +410,8 @@ def expired_jobs(db: Database, now: int, limit: int, skip: int = 0) -> list[str]
 def reports(db: Database, limit: int) -> list[bytes]:
     """Return cleanup reports, newest first."""
     db.check()
-    rows = db.rows("SELECT seq, body, crc FROM reports ORDER BY seq DESC LIMIT ?", (limit,))
-    damaged = [(row[0], row, error) for row in rows if (error := fault(row)) is not None]
-    quarantine_rows(db, "reports", ("seq", "body", "crc"), damaged)
-    return [body for _, body, _ in (row for row in rows if fault(row) is None)]
+    rows = db.rows("SELECT rowid, seq, body, crc FROM reports ORDER BY seq DESC LIMIT ?", (limit,))
+    return [body for _, body, _ in undamaged_rows(db, "reports", rows)]
 
 
 def due_tombstones(db: Database, now: int, limit: int) -> DueTombstones:
@@ -452,7 +428,7 @@ def due_tombstones(db: Database, now: int, limit: int) -> DueTombstones:
             _DUE.format(">"), (now + MAX_POSTPONE_MS, row_limit)
         )
         new = [(row[0], row, error) for row in rows if row[0] not in damaged_seqs and (error := fault(row)) is not None]
-        unmoved |= quarantine_rows(db, "tombstones", (*TOMBSTONE_COLUMNS, "crc"), new)
+        unmoved |= quarantine_rows(db, "tombstones", new)
         damaged_seqs |= {seq for seq, _, _ in new}
         undamaged = [codec.tombstone(row) for row in rows if row[0] not in damaged_seqs]
         if not new or len(undamaged) >= limit:
@@ -470,13 +446,9 @@ def is_referenced(db: Database, key: str) -> bool:
 def read_audit(db: Database, query: AuditQuery) -> AuditRows:
     """See Storage.read_audit."""
     db.check()
-    try:
+    with db.noting_corruption("the audit log cannot be read"):
         return _audit_page(db, query)
-    except sqlite3.DatabaseError as error:
-        if not is_corrupt(error):
-            raise
-        db.faults.append(f"the audit log cannot be read: {error}; run `jobd doctor`")
-        return AuditRows([])
+    return AuditRows([])
 
 
 def _audit_page(db: Database, query: AuditQuery) -> AuditRows:
@@ -491,7 +463,7 @@ def _audit_page(db: Database, query: AuditQuery) -> AuditRows:
     end = 0 if edge is None else edge[0]
     inner = f"SELECT seq AS found FROM audit {scope} AND seq < ? AND seq >= ? ORDER BY seq DESC"
     sql = (
-        f"SELECT {AUDIT_SQL} FROM ({inner}) CROSS JOIN audit NOT INDEXED ON seq = found "
+        f"SELECT rowid, {AUDIT_SQL} FROM ({inner}) CROSS JOIN audit NOT INDEXED ON seq = found "
         f"WHERE true{filters} ORDER BY found DESC LIMIT ?"
     )
     matched = db.rows(sql, (*scope_args, begin, end, *args, query.limit + 1))
@@ -502,9 +474,8 @@ def _audit_page(db: Database, query: AuditQuery) -> AuditRows:
     elif edge is not None:
         more = db.conn.execute(f"SELECT 1 FROM audit {scope} AND seq < ?", (*scope_args, end)).fetchone()
         next_before = None if more is None else end
-    damaged = [(row[0], row, error) for row in page_rows if (error := fault(row)) is not None]
-    quarantine_rows(db, "audit", (*AUDIT_COLUMNS, "crc"), damaged)
-    return AuditRows([(row[0], codec.audited(row)) for row in page_rows if fault(row) is None], next_before)
+    undamaged = undamaged_rows(db, "audit", page_rows)
+    return AuditRows([(row[0], codec.audited(row)) for row in undamaged], next_before)
 
 
 def _audit_conditions(query: AuditQuery) -> tuple[str, tuple[Any, ...]]:

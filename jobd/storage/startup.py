@@ -11,7 +11,7 @@ import glob
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -26,10 +26,10 @@ from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, OpenedStore, Queu
 from jobd.storage import codec, files
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Membership
-from jobd.storage.codec import KEY_COLUMNS, META_COLUMNS, QUEUE_COLUMNS, Row, fault
+from jobd.storage.codec import META_COLUMNS, Row, fault
 from jobd.storage.connection import FunctionConnection, journal_mode
 from jobd.storage.damage import wal
-from jobd.storage.damage.quarantine import quarantine_jobs, quarantine_rows
+from jobd.storage.damage.quarantine import quarantine_jobs, quarantine_rows, undamaged_rows
 from jobd.storage.database import (
     CHECKPOINT_FRAMES,
     FINISHED_SQL,
@@ -45,7 +45,7 @@ from jobd.storage.database import (
     readable,
     result_code,
 )
-from jobd.storage.files import EpochFile, NotAStore, StoreBusy, StoreFailed, StoreTooNew, StoreUnreadable
+from jobd.storage.files import EpochFile, FileLock, NotAStore, StoreBusy, StoreFailed, StoreTooNew, StoreUnreadable
 from jobd.storage.queries import read_job
 from jobd.storage.schema import migrations
 from jobd.storage.schema.upgrade import upgrade
@@ -102,6 +102,16 @@ def connect(path: str, synchronous: str) -> FunctionConnection:
         conn.close()
         raise
     return conn
+
+
+@contextlib.contextmanager
+def opened_alone(path: str) -> Iterator[sqlite3.Connection]:
+    """Yield a connection to the existing store at `path`, which no daemon may hold. Raises StoreError or DiskFull."""
+    with FileLock(path):
+        if not os.path.exists(path):
+            raise StoreUnreadable(f"{path} does not exist")
+        with contextlib.closing(connect(path, "FULL")) as conn, translated_errors(path):
+            yield conn
 
 
 @contextlib.contextmanager
@@ -227,8 +237,8 @@ def start(conn: sqlite3.Connection, path: str, cluster_id: str | None = None) ->
         opened.epoch_warning = epoch_warning(db.numbers.epoch, now_ms())
         if path != MEMORY:
             _remove_leftovers(path)
-            opened.full = not _has_space(db, path)
-            opened.has_reserve = _has_reserve(path)
+            opened.full = not _fits(probe, db, path, SPARE_BYTES)
+            opened.has_reserve = _fits(files.build_reserve, path)
         opened.faults = db.faults.copy()
         if path != MEMORY:  # from now on Projection.upkeep makes checkpoints, outside commits
             (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
@@ -395,17 +405,10 @@ def probe(db: Database, path: str, spare_bytes: int) -> None:
         db.probe()
 
 
-def _has_space(db: Database, path: str) -> bool:
+def _fits(write: Callable[..., object], *args: object) -> bool:
+    """Return whether `write` finds space on the disk."""
     try:
-        probe(db, path, SPARE_BYTES)
-    except DiskFull:
-        return False
-    return True
-
-
-def _has_reserve(path: str) -> bool:
-    try:
-        files.build_reserve(path)
+        write(*args)
     except DiskFull:
         return False
     return True
@@ -509,7 +512,7 @@ def _queues(db: Database) -> dict[str, QueueRow]:
             queues[row[0]] = codec.queue(row)
         else:
             damaged.append((rowid, row, f"{error}: it may have been paused, and is not paused now"))
-    quarantine_rows(db, "queues", (*QUEUE_COLUMNS, "crc"), damaged)
+    quarantine_rows(db, "queues", damaged)
     if damaged:
         for name, counts in recount_queues(db.conn).items():
             queues.setdefault(name, QueueRow(False, *counts))
@@ -527,25 +530,10 @@ def recount_queues(conn: sqlite3.Connection) -> dict[str, tuple[int, int, int]]:
 
 
 def _keys(db: Database) -> list[StoredResponse]:
-    keys: list[StoredResponse] = []
-    damaged: list[tuple[int, Row, str]] = []
-    for rowid, *columns in db.rows(f"SELECT rowid, {KEY_SQL} FROM keys ORDER BY at"):
-        row = tuple(columns)
-        if (error := fault(row)) is None:
-            keys.append(codec.key(row))
-        else:
-            damaged.append((rowid, row, error))
-    quarantine_rows(db, "keys", (*KEY_COLUMNS, "crc"), damaged)
-    return keys
+    rows = db.rows(f"SELECT rowid, {KEY_SQL} FROM keys ORDER BY at")
+    return list(map(codec.key, undamaged_rows(db, "keys", rows)))
 
 
 def _stats(db: Database) -> bytes | None:
-    rows = db.rows("SELECT rowid, id, body, crc FROM figures")
-    if not rows:
-        return None
-    error = fault(rows[0][1:])
-    if error is None:
-        body: bytes = rows[0][2]
-        return body
-    quarantine_rows(db, "figures", ("id", "body", "crc"), [(rows[0][0], rows[0][1:], error)])
-    return None
+    rows = undamaged_rows(db, "figures", db.rows("SELECT rowid, id, body, crc FROM figures"))
+    return rows[0][1] if rows else None

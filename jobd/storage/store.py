@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, BinaryIO, Final, Literal, Self, TypeVar
 
 import structlog
@@ -56,6 +56,7 @@ __all__ = ["MEMORY", "Store", "StoreBroken", "StoreBusy", "StoreError", "StoreTo
 
 log = structlog.get_logger("jobd.storage")
 
+S = TypeVar("S", bound="Store")
 T = TypeVar("T")
 Plan = Callable[..., tuple[TableWrite | None, T]]  # reads the tables, and returns what to write, and a result
 SLICE_DELAY_S: Final = 0.1  # until the tables are written, if there is not enough for a slice before
@@ -63,6 +64,18 @@ APPENDS_PER_SLICE: Final = 100  # the delay is as long as this many appends, bec
 MAX_DELAY_S: Final = 5.0
 RETRY_S: Final = 1.0  # until they are written again after the disk was full
 Synchronous = Literal["FULL", "EXTRA"]
+
+
+async def opened_to_end(work: Coroutine[Any, Any, tuple[S, OpenedStore]]) -> tuple[S, OpenedStore]:
+    """Return the store that `work` opens. Its thread cannot be stopped, so if the caller is cancelled, close it."""
+    opening = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        await asyncio.wait([opening])
+        if opening.exception() is None:
+            await opening.result()[0].close()
+        raise
 
 
 class Store(Storage):
@@ -123,14 +136,7 @@ class Store(Storage):
                 on_locked()
             return startup.connect(path, synchronous)
 
-        opening = asyncio.ensure_future(cls._open(path, connect, CommitMode(commit)))
-        try:
-            return await asyncio.shield(opening)
-        except asyncio.CancelledError:  # the thread cannot be stopped, so wait for it
-            await asyncio.wait([opening])
-            if opening.exception() is None:
-                await opening.result()[0].close()
-            raise
+        return await opened_to_end(cls._open(path, connect, CommitMode(commit)))
 
     @classmethod
     async def _open(
@@ -336,15 +342,8 @@ class Store(Storage):
                 self.commits_inline = self._mode.is_inline
             self._plan_slice()
 
-    async def _write_tables(self, plan: Plan[T], *args: Any) -> T:
-        """Append the write that `plan` chooses from the tables. Return its other result."""
-        return await self._write_planned(self._read, plan, *args)
-
-    async def _write_outbox(self, plan: Plan[T], *args: Any) -> T:
-        """Append the write that `plan` chooses from the webhook outbox. Return its other result."""
-        return await self._write_planned(self._read_outbox, plan, *args)
-
     async def _write_planned(self, read: Callable[..., Awaitable[tuple[Any, T]]], plan: Plan[T], *args: Any) -> T:
+        """Append the write that `plan` chooses from what `read` reads. Return its other result."""
         async with self._planning:  # no other write comes between
             write, result = await read(plan, *args)
             if write is not None:
@@ -383,13 +382,13 @@ class Store(Storage):
         return await self._run(self._database.used_bytes)
 
     async def prune(self, before: int, limit: int) -> int:
-        return await self._write_tables(table_writes.plan_pruning, before, limit)
+        return await self._write_planned(self._read, table_writes.plan_pruning, before, limit)
 
     async def read_audit(self, query: AuditQuery) -> AuditRows:
         return await self._read(queries.read_audit, query)
 
     async def trim_audit(self, before: int, limit: int) -> int:
-        return await self._write_tables(table_writes.plan_trimming, before, limit)
+        return await self._write_planned(self._read, table_writes.plan_trimming, before, limit)
 
     async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
         return await self._read(queries.due_tombstones, now, limit)
@@ -413,13 +412,13 @@ class Store(Storage):
         await self._append(OutboxWrite([moved], new))
 
     async def store_outcomes(self, tried: list[Delivery], now: int) -> bool:
-        return await self._write_outbox(outbox.plan_outcomes, tried, now)
+        return await self._write_planned(self._read_outbox, outbox.plan_outcomes, tried, now)
 
     async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
-        return await self._write_outbox(outbox.plan_retry, endpoint, id_, now)
+        return await self._write_planned(self._read_outbox, outbox.plan_retry, endpoint, id_, now)
 
     async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
-        return await self._write_outbox(outbox.plan_retries, endpoint, upto, limit, now)
+        return await self._write_planned(self._read_outbox, outbox.plan_retries, endpoint, upto, limit, now)
 
     async def deliveries(self, ids: list[int]) -> list[Delivery]:
         return await self._read_outbox(outbox.by_ids, ids)

@@ -5,10 +5,7 @@ No daemon may hold the store.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sqlite3
-from collections.abc import Iterator
 from typing import Final
 
 from jobd.model.job import new_epoch
@@ -33,7 +30,7 @@ def convert_to_cluster(path: str, cluster_id: str) -> int:
     Afterwards the file is complete, and its content is the first snapshot, without which no node can follow the journal
     of this cluster. A second call changes nothing. Raises WrongCluster or StoreUnreadable.
     """
-    with _opened(path) as conn:
+    with startup.opened_alone(path) as conn:
         startup.prepare_schema(conn, path)
         found = membership.read(conn)
         if found is None:
@@ -61,7 +58,7 @@ def leave(path: str, *, epoch: int = 0, is_complete: bool) -> int:
 
     Unless it `is_complete`, its journal may have later records. Then its grants end by their stall rule.
     """
-    with _opened(path) as conn:
+    with startup.opened_alone(path) as conn:
         startup.prepare_schema(conn, path)
         db = startup.read_meta(conn, path)
         if membership.read(conn) is None:
@@ -80,7 +77,7 @@ def _leave(db: Database, epoch: int, is_complete: bool) -> None:
 
 def epoch_if_left(path: str, last: int) -> int | None:
     """Return the epoch of the store at `path` if it has left a cluster as of record `last`, else None."""
-    with _opened(path) as conn:
+    with startup.opened_alone(path) as conn:
         db = startup.read_meta(conn, path)
         has_left = membership.read(conn) is None and db.projected_to == last
         return db.numbers.epoch if has_left else None
@@ -92,12 +89,3 @@ def discard(path: str) -> str:
         if not os.path.exists(path):
             raise StoreUnreadable(f"{path} does not exist")
         return files.set_aside(path)
-
-
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[sqlite3.Connection]:
-    with FileLock(path):
-        if not os.path.exists(path):
-            raise StoreUnreadable(f"{path} does not exist")
-        with contextlib.closing(startup.connect(path, "FULL")) as conn, startup.translated_errors(path):
-            yield conn

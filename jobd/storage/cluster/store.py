@@ -26,7 +26,7 @@ from jobd.storage.commit_mode import CommitMode
 from jobd.storage.connection import StoreConnection
 from jobd.storage.database import Database
 from jobd.storage.files import FileLock, StoreBroken, StoreUnreadable
-from jobd.storage.store import Store
+from jobd.storage.store import Store, opened_to_end
 from jobd.storage.tables.projection import Projection
 
 log = structlog.get_logger("jobd.storage")
@@ -66,14 +66,7 @@ class ClusterStore(Store):
         refused before its snapshot is complete. Raises WrongCluster, StoreAhead, StoreBusy, StoreTooNew,
         StoreUnreadable, DiskFull, JournalUnavailable, or an OSError.
         """
-        opening = asyncio.ensure_future(cls._open_for(path, journal, on_locked, needs_snapshot))
-        try:
-            return await asyncio.shield(opening)
-        except asyncio.CancelledError:  # the thread cannot be stopped, so wait for it
-            await asyncio.wait([opening])
-            if opening.exception() is None:
-                await opening.result()[0].close()
-            raise
+        return await opened_to_end(cls._open_for(path, journal, on_locked, needs_snapshot))
 
     @classmethod
     async def _open_for(

@@ -6,13 +6,23 @@ Each row is moved in a transaction of its own.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from jobd.model.job import FINISHED, Job, is_job_id
 from jobd.model.storage import DiskFull, Quarantined
+from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage import codec
-from jobd.storage.codec import JOB_COLUMNS, Row
+from jobd.storage.codec import (
+    AUDIT_COLUMNS,
+    JOB_COLUMNS,
+    KEY_COLUMNS,
+    LATE_COLUMNS,
+    QUEUE_COLUMNS,
+    TOMBSTONE_COLUMNS,
+    Row,
+    fault,
+)
 from jobd.storage.database import (
     BY_SEQ,
     LIVE_SQL,
@@ -28,6 +38,20 @@ from jobd.storage.database import (
 from jobd.storage.events import event_rows
 from jobd.storage.tables.writers import insert
 
+# The columns of the tables whose damaged rows are moved to `bad_rows`.
+_COLUMNS: Final = {
+    "audit": (*AUDIT_COLUMNS, "crc"),
+    "deleted_jobs": ("job_seq", "id", "at"),
+    "deliveries": (*Delivery.__struct_fields__, "crc"),
+    "events": (*event_rows.COLUMNS, "crc"),
+    "figures": ("id", "body", "crc"),
+    "keys": (*KEY_COLUMNS, "crc", "answer"),
+    "late_results": (*LATE_COLUMNS, "crc"),
+    "queues": (*QUEUE_COLUMNS, "crc"),
+    "reports": ("seq", "body", "crc"),
+    "tombstones": (*TOMBSTONE_COLUMNS, "crc"),
+    "webhooks": (*WebhookCursor.__struct_fields__, "crc"),
+}
 _INSERT: Final = insert("quarantined_jobs", ("seq", "id", "reason", "at", "row", "payload", "request_hash"), "REPLACE")
 _QUEUE: Final = JOB_COLUMNS.index("queue")
 _FIRST_EVENTS: Final = f"SELECT {event_rows.COLUMNS_SQL} FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1"
@@ -126,7 +150,7 @@ def _uncount(db: Database, row: Row, was_live: bool) -> tuple[str, str] | None:
     db.totals = (live, live_xor, finished - 1, finished_xor ^ crc)
     status, name = readable(row[2]), readable(row[_QUEUE])
     rows = db.rows(f"SELECT {QUEUE_SQL} FROM queues WHERE name = ?", (name,))
-    if status not in FINISHED or not rows or codec.fault(rows[0]) is not None:
+    if status not in FINISHED or not rows or fault(rows[0]) is not None:
         return None
     queue = codec.queue(rows[0])
     count = getattr(queue, status)
@@ -142,9 +166,21 @@ def quarantine_job(db: Database, job: Job, reason: str) -> None:
     quarantine_jobs(db, [(rows[0] if rows else codec.with_checksum(codec.job_row(job)), reason)])
 
 
-def quarantine_rows(
-    db: Database, table: str, columns: tuple[str, ...], damaged: list[tuple[int, Row, str]]
-) -> set[int]:
+def undamaged_rows(db: Database, table: str, rows: Iterable[Row]) -> list[Row]:
+    """Return the undamaged ones of `rows`, each a rowid and the columns of a row. Quarantine the others."""
+    undamaged: list[Row] = []
+    damaged: list[tuple[int, Row, str]] = []
+    for rowid, *columns in rows:
+        row = tuple(columns)
+        if (error := fault(row)) is None:
+            undamaged.append(row)
+        else:
+            damaged.append((rowid, row, error))
+    quarantine_rows(db, table, damaged)
+    return undamaged
+
+
+def quarantine_rows(db: Database, table: str, damaged: list[tuple[int, Row, str]]) -> set[int]:
     """Quarantine damaged rows (rowid, columns, error) of a table other than jobs, and report each as a fault.
 
     Return the rowids of rows that could not be moved.
@@ -155,7 +191,7 @@ def quarantine_rows(
         db.raise_if_clustered(f"{name}: {reason}")
         error = _NOT_FOUND
         try:
-            if db.commit(_quarantine_row, db, table, columns, rowid, row, f"{name.partition(' ')[2]}: {reason}"):
+            if db.commit(_quarantine_row, db, table, rowid, row, f"{name.partition(' ')[2]}: {reason}"):
                 db.faults.append(f"{name}: {reason}; the row was quarantined")
                 continue
         except DiskFull:
@@ -184,15 +220,15 @@ def quarantine_events(db: Database, row: Row, reason: str) -> None:
     """
     name = row_name(db, "events", row)
     db.raise_if_clustered(f"{name}: {reason}")
-    columns = (*event_rows.COLUMNS, "crc")
-    is_moved = _quarantine_row(db, "events", columns, row[0], row, f"{name.partition(' ')[2]}: {reason}")
+    is_moved = _quarantine_row(db, "events", row[0], row, f"{name.partition(' ')[2]}: {reason}")
     db.note_missing(event_rows.highest_number(row))
     result = "was quarantined" if is_moved else f"could not be quarantined: {_NOT_FOUND}"
     db.note_fault(f"{name}: {reason}; the row {result}")
 
 
-def _quarantine_row(db: Database, table: str, columns: tuple[str, ...], rowid: int, row: Row, description: str) -> bool:
+def _quarantine_row(db: Database, table: str, rowid: int, row: Row, description: str) -> bool:
     """Move a row. Return False, with nothing written, if it cannot be found by its number."""
+    columns = _COLUMNS[table][: len(row)]
     sql = f"DELETE FROM {table} WHERE rowid = ?"
     args: tuple[Any, ...] = (rowid,)
     if "crc" in columns:  # damage to its number may have made it that of another row

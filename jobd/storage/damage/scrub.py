@@ -12,7 +12,7 @@ from typing import Final
 from msgspec import Struct
 
 from jobd.model.responses import CheckedRows, DamagedRow
-from jobd.storage.codec import AUDIT_COLUMNS, LATE_COLUMNS, Row, fault
+from jobd.storage.codec import Row, fault
 from jobd.storage.damage.quarantine import quarantine_jobs, quarantine_rows, row_name
 from jobd.storage.database import JOB_SQL, KEY_SQL, LATE_SQL, TOMBSTONE_SQL, Database, is_corrupt
 from jobd.storage.events import event_rows
@@ -25,16 +25,15 @@ MAX_ROWS: Final = 100  # per query
 MAX_BYTES: Final = 1 << 20
 _START: Final = -(1 << 63)  # below every rowid: those of tombstones may be negative, and damage can make any so
 
-# The columns of each table, with the checksum last. If the names are given, damaged rows are quarantined here. If not,
-# they are only reported, and quarantined by the code that uses them.
-_COLUMNS: Final[dict[str, tuple[str, tuple[str, ...] | None]]] = {
-    "events": (event_rows.COLUMNS_SQL, (*event_rows.COLUMNS, "crc")),
-    "late_results": (LATE_SQL, (*LATE_COLUMNS, "crc")),
-    "audit": (AUDIT_SQL, (*AUDIT_COLUMNS, "crc")),
-    "keys": (f"{KEY_SQL}, answer", None),
-    "tombstones": (TOMBSTONE_SQL, None),
-    "deliveries": (DELIVERY_SQL, None),
+_COLUMNS: Final = {
+    "events": event_rows.COLUMNS_SQL,
+    "late_results": LATE_SQL,
+    "audit": AUDIT_SQL,
+    "keys": f"{KEY_SQL}, answer",
+    "tombstones": TOMBSTONE_SQL,
+    "deliveries": DELIVERY_SQL,
 }
+_QUARANTINED: Final = ("events", "late_results", "audit")  # the code that uses the other tables quarantines their rows
 TABLES: Final = ("jobs", *_COLUMNS)
 
 
@@ -112,8 +111,9 @@ def _end(result: Slice, read: list[Row], after: int, *, is_last: bool) -> None:
 
 
 def _rows(db: Database, result: Slice, after: int, until_s: float) -> None:
-    columns, names = _COLUMNS[result.table]
-    sql = f"SELECT rowid, {columns} FROM {result.table} NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT ?"
+    sql = (
+        f"SELECT rowid, {_COLUMNS[result.table]} FROM {result.table} NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT ?"
+    )
     read, is_cut = db.rows_up_to(sql, (after, MAX_ROWS), MAX_BYTES)
     damaged: list[tuple[int, Row, str]] = []
     for rowid, *values in read:
@@ -128,6 +128,6 @@ def _rows(db: Database, result: Slice, after: int, until_s: float) -> None:
             break
     else:
         _end(result, read, after, is_last=not is_cut and len(read) < MAX_ROWS)
-    if names is not None:
-        quarantine_rows(db, result.table, names, damaged)
+    if result.table in _QUARANTINED:
+        quarantine_rows(db, result.table, damaged)
     result.damaged += [DamagedRow(row_name(db, result.table, row), error) for _, row, error in damaged]

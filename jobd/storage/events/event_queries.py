@@ -81,16 +81,11 @@ def _rows_of_job(db: Database, job_seq: int, after: int, order: str, limit: int)
 
 def _timeline_of_a_damaged_table(db: Database, job_seq: int) -> list[Row]:
     """Return the readable events and report the others. If the index is damaged, read the whole table."""
-    try:
+    with db.noting_corruption("the index of the journal cannot be read"):
         seqs = db.rows("SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq", (job_seq,))
-    except sqlite3.DatabaseError as error:
-        if not is_corrupt(error):
-            raise
-        db.faults.append(f"the index of the journal cannot be read: {error}; run `jobd doctor`")
-        return db.rows(
-            f"SELECT {event_rows.COLUMNS_SQL} FROM events NOT INDEXED WHERE job_seq = ? ORDER BY seq", (job_seq,)
-        )
-    return db.rows_one_by_one(_EVENTS, [seq for (seq,) in seqs], "events")
+        return db.rows_one_by_one(_EVENTS, [seq for (seq,) in seqs], "events")
+    sql = f"SELECT {event_rows.COLUMNS_SQL} FROM events NOT INDEXED WHERE job_seq = ? ORDER BY seq"
+    return db.rows(sql, (job_seq,))
 
 
 def events_after(db: Database, after: int, limit: int) -> EventPage:
@@ -100,7 +95,7 @@ def events_after(db: Database, after: int, limit: int) -> EventPage:
     """
     db.check()
     last = db.numbers.next_event - 1
-    try:
+    with db.noting_corruption(f"the journal cannot be read after event {after}"):
         spanning = db.rows(_SPANNING, (after - event_rows.SPAN, after, after))
         rows, is_cut = db.rows_up_to(_LATER, (after, limit), SLICE_BYTES)
         is_cut = is_cut or len(rows) == limit
@@ -110,14 +105,10 @@ def events_after(db: Database, after: int, limit: int) -> EventPage:
             known = {*spanning, *rows}
             hidden = undamaged(db, [row for row in _rows_before(db, after) if row not in known])
             events += _between(events_of(db, [row for row in hidden if row[1] > after]), after, upto)
-    except sqlite3.DatabaseError as error:
-        if not is_corrupt(error):
-            raise
-        db.faults.append(f"the journal cannot be read after event {after}: {error}; run `jobd doctor`")
-        return EventPage([], last, last)
-    events.sort(key=_seq)
-    page = [event_codec.decode(event) for event in events[:limit]]
-    return EventPage(page, last, db.gone_to, is_cut or len(events) > limit)
+        events.sort(key=_seq)
+        page = [event_codec.decode(event) for event in events[:limit]]
+        return EventPage(page, last, db.gone_to, is_cut or len(events) > limit)
+    return EventPage([], last, last)
 
 
 def _between(events: list[EventRow], after: int, upto: int) -> list[EventRow]:
@@ -148,7 +139,7 @@ def undamaged(db: Database, rows: list[Row]) -> list[Row]:
     damaged = [(row[0], row, error) for row, error in zip(rows, errors, strict=True) if error is not None]
     if not damaged:
         return rows
-    quarantine_rows(db, "events", (*event_rows.COLUMNS, "crc"), damaged)
+    quarantine_rows(db, "events", damaged)
     for _, row, _ in damaged:
         db.note_missing(event_rows.highest_number(row))
     return [row for row, error in zip(rows, errors, strict=True) if error is None]

@@ -400,14 +400,11 @@ def recount(path: str) -> str:
 
 
 def _repair(path: str, change: Callable[[Database], str]) -> str:
-    with FileLock(path):
-        if not os.path.exists(path):
-            raise files.StoreUnreadable(f"{path} does not exist")
-        with contextlib.closing(startup.connect(path, "FULL")) as conn, startup.translated_errors(path):
-            startup.prepare_schema(conn, path)
-            membership.check_single(conn, path)
-            db = startup.project_tail(conn, path)
-            return "\n".join([*db.faults, change(db)])
+    with startup.opened_alone(path) as conn:
+        startup.prepare_schema(conn, path)
+        membership.check_single(conn, path)
+        db = startup.project_tail(conn, path)
+        return "\n".join([*db.faults, change(db)])
 
 
 def _accept(db: Database, path: str, ids: Sequence[str] | None) -> str:

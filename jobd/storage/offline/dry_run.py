@@ -18,6 +18,7 @@ from msgspec.structs import asdict
 from jobd.model.job import LIVE, Job, new_epoch
 from jobd.model.storage import DiskFull
 from jobd.storage import backup, files, startup
+from jobd.storage.connection import read_number
 from jobd.storage.database import Database, lenient_text, now_ms, readable
 from jobd.storage.files import FileLock, StoreBusy, StoreError, StoreUnreadable
 from jobd.storage.offline import doctor, edited_rows, journal_cut
@@ -75,9 +76,7 @@ def _check_writable(path: str) -> None:
 
 
 def _size(conn: sqlite3.Connection) -> int:
-    (pages,) = conn.execute("PRAGMA page_count").fetchone()
-    (page_bytes,) = conn.execute("PRAGMA page_size").fetchone()
-    return int(pages * page_bytes)
+    return read_number(conn, "PRAGMA page_count") * read_number(conn, "PRAGMA page_size")
 
 
 def _check_space(path: str, need: int) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sqlite3
 from typing import Final
 
@@ -15,7 +13,6 @@ from jobd.model.journal import BadRecord
 from jobd.storage import startup
 from jobd.storage.cluster import membership
 from jobd.storage.database import Database, is_corrupt
-from jobd.storage.files import FileLock, StoreUnreadable
 from jobd.storage.offline.edited_rows import RepairRejected
 from jobd.storage.schema.upgrade import copy_next_to
 from jobd.storage.tables.tail import Pending, counted
@@ -77,20 +74,17 @@ def cut(path: str, number: int) -> str:
 
     Workers may hold grants of the deleted records, so the next start has to begin a new epoch and end all grants.
     """
-    with FileLock(path):
-        if not os.path.exists(path):
-            raise StoreUnreadable(f"{path} does not exist")
-        with contextlib.closing(startup.connect(path, "FULL")) as conn, startup.translated_errors(path):
-            startup.prepare_schema(conn, path)
-            membership.check_single(conn, path)
-            db = startup.read_meta(conn, path)
-            found = find(db, number)
-            copy = copy_next_to(conn, path, LABEL)
-            if found.is_table_damaged:
-                db.commit(_replace_table, db, number)
-                conn.execute("VACUUM")  # the old pages of the journal belong to no table
-            else:
-                db.commit(_cut, db, number)
+    with startup.opened_alone(path) as conn:
+        startup.prepare_schema(conn, path)
+        membership.check_single(conn, path)
+        db = startup.read_meta(conn, path)
+        found = find(db, number)
+        copy = copy_next_to(conn, path, LABEL)
+        if found.is_table_damaged:
+            db.commit(_replace_table, db, number)
+            conn.execute("VACUUM")  # the old pages of the journal belong to no table
+        else:
+            db.commit(_cut, db, number)
     return f"deleted {found}. The store from before is kept as {copy}. The next start begins a new epoch"
 
 

@@ -16,7 +16,7 @@ import structlog
 
 from jobd.model.storage import SPARE_BYTES, DiskFull
 from jobd.storage import files
-from jobd.storage.connection import journal_mode
+from jobd.storage.connection import journal_mode, read_number
 from jobd.storage.database import is_corrupt, now_ms, result_code
 from jobd.storage.schema import migrations
 
@@ -59,7 +59,10 @@ def _counts(conn: sqlite3.Connection) -> dict[str, int]:
     """Return the number of jobs and events. Jobs are not counted, because that reads an index which may be damaged."""
     meta = migrations.read_meta(conn)
     assert meta is not None
-    return {"jobs": meta["live_count"] + meta["finished_count"], "events": _first(conn, "SELECT count(*) FROM events")}
+    return {
+        "jobs": meta["live_count"] + meta["finished_count"],
+        "events": read_number(conn, "SELECT count(*) FROM events"),
+    }
 
 
 def _shorten_log(conn: sqlite3.Connection) -> None:
@@ -121,13 +124,13 @@ def _complete_copy(conn: sqlite3.Connection, path: str, label: str) -> str | Non
 
 
 def _content(conn: sqlite3.Connection) -> tuple[int, dict[str, int] | None]:
-    return _first(conn, "PRAGMA page_count"), migrations.read_meta(conn)
+    return read_number(conn, "PRAGMA page_count"), migrations.read_meta(conn)
 
 
 def _check_space(conn: sqlite3.Connection, path: str, version: int, *, needs_copy: bool) -> None:
     """Raise DiskFull if the disk has no space for the copy and for the tables that are written again."""
-    page_bytes = _first(conn, "PRAGMA page_size")
-    size = _first(conn, "PRAGMA page_count") * page_bytes
+    page_bytes = read_number(conn, "PRAGMA page_size")
+    size = read_number(conn, "PRAGMA page_count") * page_bytes
     needed = (
         int((size - _kept_bytes(conn, version, page_bytes)) * _REWRITE_FACTOR)
         + (size if needs_copy else 0)
@@ -147,12 +150,12 @@ def _kept_bytes(conn: sqlite3.Connection, version: int, page_bytes: int) -> int:
 
     A table with a damaged page counts as 0.
     """
-    kept = _first(conn, "PRAGMA freelist_count") * page_bytes
+    kept = read_number(conn, "PRAGMA freelist_count") * page_bytes
     rewritten = {table for step, tables in migrations.REWRITTEN.items() if step >= version for table in tables}
     for table, lengths in conn.execute(_LENGTHS).fetchall():
         if table not in rewritten:
             try:
-                kept += _first(conn, f'SELECT ifnull(sum({lengths}), 0) FROM "{table}"')
+                kept += read_number(conn, f'SELECT ifnull(sum({lengths}), 0) FROM "{table}"')
             except sqlite3.DatabaseError as error:
                 if not is_corrupt(error):
                     raise
@@ -185,8 +188,3 @@ class _Report:
         if (now_s := time.monotonic()) >= self._next_s:
             self._next_s = now_s + REPORT_S
             log.info("migrating", step=step, **fields)
-
-
-def _first(conn: sqlite3.Connection, sql: str) -> int:
-    (value,) = conn.execute(sql).fetchone()
-    return int(value)

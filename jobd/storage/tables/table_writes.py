@@ -5,7 +5,6 @@ A plan reads the tables and returns the write. The projection applies it, on oth
 
 from __future__ import annotations
 
-import sqlite3
 from typing import Final, assert_never
 
 from jobd.model.storage import (
@@ -17,9 +16,9 @@ from jobd.model.storage import (
     TombstoneWrite,
 )
 from jobd.storage import codec, outbox
-from jobd.storage.codec import AUDIT_COLUMNS, Row, fault, with_checksum
+from jobd.storage.codec import Row, fault, with_checksum
 from jobd.storage.damage.quarantine import quarantine_events, quarantine_rows
-from jobd.storage.database import PUT_TOMBSTONE, Database, is_corrupt
+from jobd.storage.database import PUT_TOMBSTONE, Database
 from jobd.storage.events import event_queries, event_rows
 from jobd.storage.tables.writers import AUDIT_ROW, insert
 
@@ -47,7 +46,7 @@ def plan_pruning(db: Database, before: int, limit: int) -> tuple[EventPruning | 
             break
         if exists:  # damage to its number has changed it to the number of a job
             entry = (job_seq, (job_seq, id_, at), "a job with this number exists")
-            quarantine_rows(db, "deleted_jobs", ("job_seq", "id", "at"), [entry])
+            quarantine_rows(db, "deleted_jobs", [entry])
             continue
         numbers = [seq for (seq,) in db.rows(_JOB_ROWS, (job_seq, room + 1))]
         is_whole = len(numbers) <= room
@@ -83,18 +82,14 @@ def _old(db: Database, rows: list[Row], before: int) -> list[int]:
 
 def plan_trimming(db: Database, before: int, limit: int) -> tuple[AuditTrimming | None, int]:
     """See Storage.trim_audit. Damaged rows are quarantined, because their age is unknown."""
-    try:
+    with db.noting_corruption("the audit log cannot be read"):
         is_counted = db.audit.count_more()
         entries = db.audit.excess(before, limit) if is_counted else []
         rows = [row for seq in entries for row in db.rows(AUDIT_ROW, (seq,))]
         damaged = [(row[0], row, error) for row in rows if (error := fault(row)) is not None]
-        quarantine_rows(db, "audit", (*AUDIT_COLUMNS, "crc"), damaged)
-    except sqlite3.DatabaseError as error:
-        if not is_corrupt(error):
-            raise
-        db.faults.append(f"the audit log cannot be read: {error}; run `jobd doctor`")
-        return None, 0
-    return AuditTrimming(entries) if entries else None, len(entries) if is_counted else limit
+        quarantine_rows(db, "audit", damaged)
+        return AuditTrimming(entries) if entries else None, len(entries) if is_counted else limit
+    return None, 0
 
 
 def _delete_events(db: Database, numbers: list[int]) -> None:
