@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from jobd.core import queries
 from jobd.core.rules import late_results as late_result_rules
@@ -77,20 +77,7 @@ RULES: Final[Mapping[type[Command], Rule]] = {
     commands.KeepDue: maintenance_rules.keep_due,
     commands.EndGrants: maintenance_rules.end_grants,
     commands.EndPauses: maintenance_rules.end_pauses,
-    commands.Get: queries.read,
-    commands.GetVersion: queries.read,
-    commands.Timeline: queries.read,
-    commands.Why: queries.read,
-    commands.Validate: queries.read,
-    commands.LateResults: queries.read,
-    commands.ListJobs: queries.read,
-    commands.SearchJobs: queries.read,
-    commands.Queues: queries.read,
-    commands.Workers: queries.read,
-    commands.Stats: queries.read,
-    commands.Locks: queries.read,
-    commands.Export: queries.read,
-    commands.AuditLog: queries.read,
+    **dict.fromkeys((*get_args(queries.Reading), commands.SearchJobs), queries.read),
     commands.Tick: _accept,
     commands.Ping: _accept,
     commands.Report: _accept,

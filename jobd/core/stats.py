@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 from msgspec import Struct, field
 
 from jobd.model.events import Change, Event
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS, Grant, Lease
+
+T = TypeVar("T")
 
 # -- double grants: a job granted twice within the life of one lock, so that two workers may have worked on it ---------
 
@@ -80,17 +82,13 @@ class DoubleGrants(Struct):
             return
         minute = change.event.at // MINUTE_MS
         self.minutes[minute] = self.minutes.get(minute, 0) + 1
-        self.minutes = self._hour_before(change.event.at)
+        self.minutes = _latest(self.minutes, minute, 60)
         self.total += 1
         self.last = DoubleGrant(after.id, (ended.fencing_token, made.fencing_token), (ended.worker, made.worker))
 
     def last_hour(self, now: int) -> int:
         """Return the number in the last 60 minutes of wall time."""
-        return sum(self._hour_before(now).values())
-
-    def _hour_before(self, now: int) -> dict[int, int]:
-        this = now // MINUTE_MS
-        return {minute: count for minute, count in self.minutes.items() if this - 60 < minute <= this}
+        return sum(_latest(self.minutes, now // MINUTE_MS, 60).values())
 
 
 def lock_end(made: Grant, lease: Lease) -> int:
@@ -142,8 +140,7 @@ class DurationBaseline(Struct):
 
     def last_hour(self, now: int) -> dict[int, int]:
         """Return the completions by bucket, of this slot and the five before it: 50 to 60 minutes."""
-        slot = now // SLOT_MS
-        return _sum(counts for key, counts in self.slots.items() if slot - SLOTS < key <= slot)
+        return _sum(_latest(self.slots, now // SLOT_MS, SLOTS).values())
 
     def usual(self) -> int | None:
         if len(self.hours) < HOURS_NEEDED:
@@ -218,6 +215,11 @@ def _seen(kind: str, baseline: DurationBaseline, counts: dict[int, int]) -> Kind
     completed = sum(counts.values())
     last_hour_ms = percentile_95(counts) if completed >= SAMPLES_NEEDED else None
     return KindDurations(kind, completed, last_hour_ms, baseline.usual())
+
+
+def _latest(table: dict[int, T], last: int, count: int) -> dict[int, T]:
+    """Return the entries of the latest `count` keys up to `last`."""
+    return {key: value for key, value in table.items() if last - count < key <= last}
 
 
 def _sum(parts: Iterable[dict[int, int]]) -> dict[int, int]:
@@ -326,26 +328,23 @@ class Counters(Struct):
 
     def completed_last_hour(self, now: int) -> tuple[int, int]:
         """Return the number of jobs completed in the last 60 minutes, and their processing time in ms."""
-        this = now // MINUTE_MS
-        recent = [value for minute, value in self.completions.items() if this - 60 < minute <= this]
+        recent = _latest(self.completions, now // MINUTE_MS, 60).values()
         return sum(count for count, _ in recent), sum(total_ms for _, total_ms in recent)
 
     def recovered_last_day(self, now: int) -> int:
         """Return the number of jobs recovered in the last 24 hours."""
-        this = now // HOUR_MS
-        return sum(count for hour, count in self.recoveries.items() if this - 24 < hour <= this)
+        return sum(_latest(self.recoveries, now // HOUR_MS, 24).values())
 
     def recovered_lately(self, now: int) -> int:
         """Return the number of jobs recovered in the last 10 minutes, by any command."""
-        this = now // STEP_MS
-        return sum(count for step, count in self.recovered.items() if this - LATELY < step <= this)
+        return sum(_latest(self.recovered, now // STEP_MS, LATELY).values())
 
     def _completed(self, queue: str, at: int, processing_ms: int) -> None:
         minute = at // MINUTE_MS
         count, total_ms = self.completions.get(minute, (0, 0))
         self.completions[minute] = (count + 1, total_ms + processing_ms)
         if len(self.completions) > 61:
-            self.completions = {key: value for key, value in self.completions.items() if minute - 60 < key <= minute}
+            self.completions = _latest(self.completions, minute, 60)
         name = _label(queue, self.processing)
         if name not in self.processing:
             self.processing[name] = Histogram.empty(PROCESSING_BUCKETS_S)
@@ -355,11 +354,11 @@ class Counters(Struct):
         hour = at // HOUR_MS
         self.recoveries[hour] = self.recoveries.get(hour, 0) + 1
         if len(self.recoveries) > 25:
-            self.recoveries = {key: value for key, value in self.recoveries.items() if hour - 24 < key <= hour}
+            self.recoveries = _latest(self.recoveries, hour, 24)
         step = at // STEP_MS
         self.recovered[step] = self.recovered.get(step, 0) + 1
         if len(self.recovered) > LATELY:
-            self.recovered = {key: value for key, value in self.recovered.items() if step - LATELY < key <= step}
+            self.recovered = _latest(self.recovered, step, LATELY)
         self.stalls += 1
         self.since_report.recovered += 1
         if requeued:

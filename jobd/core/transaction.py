@@ -164,7 +164,7 @@ class Transaction:
         return after
 
     def delete(self, job: Job, reason: str | None = None) -> None:
-        event = self._event(job, job.status, None, "deleted", self.call.by, reason, None)
+        event = self._event(job, None, "deleted", self.call.by, reason, None)
         self.changes.append(Change(job, None, event))
         if not self.is_dry_run:
             if job.grant is not None:
@@ -278,32 +278,20 @@ class Transaction:
 
     def _note(self, job: Job, event_type: EventType, worker: str, reason: str, details: dict[str, Any]) -> Event:
         self.state.presence.note_seen(worker, self.now)
-        return self._event(job, job.status, job.status, event_type, f"worker:{worker}", reason, details)
+        return self._event(job, job.status, event_type, f"worker:{worker}", reason, details)
 
     def _event(
         self,
         job: Job,
-        before: str | None,
         after: str | None,
         event_type: EventType,
         by: str,
         reason: str | None,
         details: dict[str, Any] | None,
     ) -> Event:
-        """Return an event that changes no field of `job`."""
-        return Event(
-            self._event_number(),
-            self.now,
-            event_type,
-            job.seq,
-            job.id,
-            job.options.queue,
-            before,
-            after,
-            by,
-            reason,
-            details,
-        )
+        """Return an event that changes no field of `job`. `after` is None if the job is deleted."""
+        number, queue = self._event_number(), job.options.queue
+        return Event(number, self.now, event_type, job.seq, job.id, queue, job.status, after, by, reason, details)
 
     def _event_number(self) -> int:
         state = self.state

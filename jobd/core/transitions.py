@@ -73,8 +73,11 @@ def job_response(tx: Transaction, job: Job, *, repeated: bool | UnsetType = UNSE
     return Response(view, unread_payloads=[(job.seq, view)])
 
 
-def too_many_jobs(tx: Transaction) -> ApiError:
+def refuse_above_limit(tx: Transaction) -> ApiError | None:
+    """Return an error if there may be no more unfinished jobs."""
     limit = tx.policy.live_jobs
+    if tx.state.live_count < limit:
+        return None
     message = f"There are {limit} unfinished jobs (limits.live_jobs). Wait until some are finished, or raise the limit."
     return ApiError("too_many_jobs", message, {"limit": limit})
 

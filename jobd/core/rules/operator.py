@@ -195,9 +195,9 @@ def import_job(tx: Transaction, command: Import) -> Response | ApiError:
     """Import a job as it was. An id that exists is skipped, so that an import can be repeated."""
     if tx.state.get(command.id) is not None or command.id in tx.state.quarantined:
         return Response(Imported(command.id, skipped=True))
-    if command.status in LIVE and tx.state.live_count >= tx.policy.live_jobs:
-        return transitions.too_many_jobs(tx)
-    if (refusal := transitions.refuse_queue(tx, command.queue)) is not None:
+    refusal = transitions.refuse_above_limit(tx) if command.status in LIVE else None
+    refusal = refusal or transitions.refuse_queue(tx, command.queue)
+    if refusal is not None:
         return refusal
     job = _imported(tx, command)
     tx.create(job, "imported", bytes(command.payload), "")

@@ -78,7 +78,8 @@ def _create(tx: Transaction, command: Create) -> tuple[Job, JobView, bool] | Api
         if isinstance(existing, ApiError):
             return existing
         return existing, views.job_view(existing, tx.at, tx.policy, admin=tx.call.admin), False
-    refusal = _refuse_options(tx, command) or _refuse_above_limit(tx) or transitions.refuse_queue(tx, command.queue)
+    refusal = _refuse_options(tx, command) or transitions.refuse_above_limit(tx)
+    refusal = refusal or transitions.refuse_queue(tx, command.queue)
     if refusal is not None:
         return refusal
     now, number, options = tx.now, tx.job_number(), transitions.requested_options(tx, command)
@@ -106,13 +107,7 @@ def _refuse_options(tx: Transaction, command: Create) -> ApiError | None:
     if backoff.max_ms < backoff.base_ms:
         message = f"max_ms {backoff.max_ms} is less than base_ms {backoff.base_ms}. Raise max_ms, or lower base_ms."
         return transitions.invalid("backoff.max_ms", message)
-    return None if command.expires_at is None else transitions.refuse_expiry(tx, command.expires_at)
-
-
-def _refuse_above_limit(tx: Transaction) -> ApiError | None:
-    if tx.state.live_count >= tx.policy.live_jobs:
-        return transitions.too_many_jobs(tx)
-    return None
+    return transitions.refuse_expiry(tx, command.expires_at)
 
 
 # -- grants -----------------------------------------------------------------------------------------------------------
