@@ -258,31 +258,19 @@ def initial_changes(job: Job) -> Changes:
     return Changes(UNSET, UNSET, job.options, job.status, job.created_at, job.updated_at, job.run_at)
 
 
+_Public = tuple[int, int, str, str | None, str | None, str, str | None, dict[str, Any]]  # the fields of EventView
+
+
 def event_view(event: Event) -> EventView:
     """Return the public form of `event`: everything but its changes, which can contain a lock_id."""
-    return EventView(
-        seq=event.seq,
-        at=event.at,
-        type=event.type,
-        from_=event.before,
-        to=event.after,
-        by=event.by,
-        reason=event.reason,
-        details=event.details or {},
-    )
+    return EventView(*_public(event))
 
 
 def streamed_event(event: Event) -> StreamedEvent:
     """Return the public form of `event` with its job and queue, for streams."""
-    return StreamedEvent(
-        seq=event.seq,
-        at=event.at,
-        type=event.type,
-        from_=event.before,
-        to=event.after,
-        by=event.by,
-        reason=event.reason,
-        details=event.details or {},
-        job_id=event.job_id or None,
-        queue=event.queue,
-    )
+    return StreamedEvent(*_public(event), event.job_id or None, event.queue)
+
+
+def _public(event: Event) -> _Public:
+    """Return the fields of EventView."""
+    return event.seq, event.at, event.type, event.before, event.after, event.by, event.reason, event.details or {}

@@ -37,23 +37,12 @@ _NEXT_CURSOR: Final = {"expected": "the `next_cursor` of the page before"}
 
 # Types of request fields and of the job record. A value out of bounds is rejected, never clamped.
 JobId = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200, extra=_ID_TEXT)]
-QueueName = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200, extra=_ID_TEXT, description="Name of the queue.")]
-# The same for a new job.
-NewJobId = Annotated[
-    str, Meta(pattern=NEW_ID_PATTERN, max_length=200, extra=_NEW_ID_TEXT, description="Id of the job.")
-]
-NewQueueName = Annotated[
-    str, Meta(pattern=NEW_ID_PATTERN, max_length=200, extra=_NEW_ID_TEXT, description="Name of the queue.")
-]
-Kind = Annotated[
-    str,
-    Meta(
-        pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)",
-        max_length=200,
-        extra=_PLAIN_TEXT,
-        description="Kind of the job; selects the handler.",
-    ),
-]
+QueueName = Annotated[JobId, Meta(description="Name of the queue.")]
+_NewId = Annotated[str, Meta(pattern=NEW_ID_PATTERN, max_length=200, extra=_NEW_ID_TEXT)]
+NewJobId = Annotated[_NewId, Meta(description="Id of the job.")]
+NewQueueName = Annotated[_NewId, Meta(description="Name of the queue.")]
+_PlainText = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", max_length=200, extra=_PLAIN_TEXT)]
+Kind = Annotated[_PlainText, Meta(description="Kind of the job; selects the handler.")]
 WorkerName = Annotated[
     str,
     Meta(
@@ -122,15 +111,7 @@ Location = Annotated[  # URL or path of the caller
 DownloadUrl = Annotated[Location, Meta(description="Where the result can be downloaded.")]
 FilePath = Annotated[Location, Meta(description="Where the result is stored.")]
 StorageKey = Annotated[Location, Meta(description="Key of the stored result: relative, without a `..` segment.")]
-FailureCode = Annotated[
-    str,
-    Meta(
-        pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)",
-        max_length=200,
-        extra=_PLAIN_TEXT,
-        description="A code for the failure.",
-    ),
-]
+FailureCode = Annotated[_PlainText, Meta(description="A code for the failure.")]
 
 Fingerprint = Annotated[
     str,
