@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Iterator
 from uuid import uuid4
 
 from jobd.cluster.lease import lease_of
+from jobd.engine.clock import wall_clock_ms
 from jobd.journal import record
 from jobd.model.job import new_epoch
 from jobd.model.journal import (
@@ -74,8 +74,7 @@ async def leave(journal: SharedJournal, path: str, lease_s: float) -> int:
             assert store.projected_to == last == head.number - is_closed, (store.projected_to, last, head)
             if not is_closed:
                 await store.probe(SPARE_BYTES)  # the rest needs a few pages
-                at = time.time_ns() // 1_000_000
-                made = Record(head.number + 1, 1, 0, head.epoch, at, record.CLOSING)
+                made = Record(head.number + 1, 1, 0, head.epoch, wall_clock_ms(), record.CLOSING)
                 await journal.append(made, head.number)
     return await asyncio.to_thread(joining.leave, path, epoch=head.epoch, is_complete=True)
 
@@ -110,7 +109,7 @@ async def take_free_leadership(journal: SharedJournal, epoch: int, lease_s: floa
     seen = await journal.head()
     await asyncio.sleep(max(lease_s, lease_of(seen.holder, await journal.nodes())))
     now = await journal.head()
-    highest = new_epoch(max(seen.epoch, epoch), time.time_ns() // 1_000_000)
+    highest = new_epoch(max(seen.epoch, epoch), wall_clock_ms())
     head = None
     if now.renewed == seen.renewed:
         head = await journal.take_over(now, holder=uuid4().hex, url="", epoch=highest)

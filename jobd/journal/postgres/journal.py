@@ -10,7 +10,7 @@ from jobd.journal.checksum import checked
 from jobd.journal.postgres import nodes, partitions, schema, snapshots
 from jobd.journal.postgres.errors import explain, is_unsupported, was_rejected
 from jobd.journal.postgres.leader_session import EXPIRES, NOW, LeaderSession, head_of
-from jobd.journal.postgres.session import JournalSession, Target, check_commit, limited, lock_keys
+from jobd.journal.postgres.session import JournalSession, Target, check_commit, lock_keys
 from jobd.journal.shielding import to_end
 from jobd.model.journal import BadRecord, Head, JournalHealth, NodeEntry, Record, SnapshotInfo
 
@@ -64,15 +64,9 @@ class PostgresJournal:
     async def open(cls, url: str, name: str, lease_ms: int) -> PostgresJournal:
         """Connect, and check the server, the tables and the privileges. Raises JournalUnavailable."""
         target = Target(journal_url.parse(url), name)
-        conn = await target.connect()
-        try:
-            with limited(conn, READ_S):
-                await schema.check_privileges(conn, target.url.role, name)
-                await schema.add_columns(conn)
-        except Exception as error:
-            raise explain(error, target.url) from error
-        finally:
-            conn.terminate()
+        async with target.session(READ_S) as conn:
+            await schema.check_privileges(conn, target.url.role, name)
+            await schema.add_columns(conn)
         journal = cls(target, lease_ms)
         await journal._leader.connect()
         return journal
@@ -103,14 +97,8 @@ class PostgresJournal:
         await to_end(self._leader.release())
 
     async def trim(self, upto: int) -> None:
-        conn = await self._target.connect()
-        try:
-            with limited(conn, TRIM_S):
-                await partitions.trim(conn, self._name, upto)
-        except Exception as error:
-            raise explain(error, self._target.url) from error
-        finally:
-            conn.terminate()
+        async with self._target.session(TRIM_S) as conn:
+            await partitions.trim(conn, self._name, upto)
 
     # -- Every node --
 
@@ -189,12 +177,6 @@ class PostgresJournal:
 async def create(url: str, name: str, cluster_id: str, *, number: int = 0, epoch: int = 0) -> schema.Created:
     """Create the tables and a journal, which continues after record `number`. Raises JournalUnavailable."""
     target = Target(journal_url.parse(url), name)
-    conn = await target.connect(is_new=True)
-    try:
+    async with target.session(TRIM_S, is_new=True) as conn:
         await check_commit(conn)
-        with limited(conn, TRIM_S):
-            return await schema.create(conn, target.url.database, name, cluster_id, number, epoch)
-    except Exception as error:
-        raise explain(error, target.url) from error
-    finally:
-        conn.terminate()
+        return await schema.create(conn, target.url.database, name, cluster_id, number, epoch)

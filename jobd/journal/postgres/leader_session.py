@@ -8,8 +8,8 @@ from typing import Any, Final, NoReturn
 from jobd.journal.checksum import checksum
 from jobd.journal.postgres import partitions
 from jobd.journal.postgres.errors import explain, is_disk_full, lacks_partition, was_rejected
-from jobd.journal.postgres.session import JournalSession, Target, limited, lock_keys
-from jobd.model.journal import Fenced, Head, JournalOutcomeUnknown, Record
+from jobd.journal.postgres.session import JournalSession, Target, lock_keys
+from jobd.model.journal import Fenced, Head, JournalOutcomeUnknown, JournalUnavailable, Record
 from jobd.model.storage import JournalDiskFull
 
 TAKE_OVER_S: Final = 10.0  # at least: a takeover waits for an append that waits for a standby
@@ -122,11 +122,7 @@ class LeaderSession:
 
     async def connect(self) -> None:
         """Connect early, so that a takeover does not wait for it."""
-
-        async def nothing(conn: Any) -> None:
-            return None
-
-        await self._session.run(TAKE_OVER_S, nothing)
+        await self._session.run(TAKE_OVER_S, lambda conn: asyncio.sleep(0))
 
     async def close(self) -> None:
         """Close the session, after a moment for a statement that still runs."""
@@ -216,18 +212,13 @@ class LeaderSession:
         """Add the next partition before an append needs it. After a failure, an append adds it."""
         width = self._width()
         try:
-            conn = await self._target.connect()
-            try:
-                with limited(conn, EXTEND_S):
-                    end = await partitions.end_of_last(conn, self._name)
-                    if end <= number + partitions.records_ahead(width):
-                        end = await partitions.extend(conn, self._name, max(end, number), width)
-                        self._records, self._bytes = self._records // 2, self._bytes // 2
-                    self._covered = end
-            finally:
-                conn.terminate()
-        except Exception as error:
-            explain(error, self._target.url)  # raises other errors
+            async with self._target.session(EXTEND_S) as conn:
+                end = await partitions.end_of_last(conn, self._name)
+                if end <= number + partitions.records_ahead(width):
+                    end = await partitions.extend(conn, self._name, max(end, number), width)
+                    self._records, self._bytes = self._records // 2, self._bytes // 2
+                self._covered = end
+        except JournalUnavailable:
             self._covered = number + width  # try again later
         finally:
             self._extending = None

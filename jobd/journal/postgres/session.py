@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import zlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Final, TypeVar
 
 import asyncpg
@@ -95,6 +95,18 @@ class Target:
                     each.cancel()
                     each.add_done_callback(_discard)
         raise most_useful(list(failures.values()))
+
+    @contextlib.asynccontextmanager
+    async def session(self, limit_s: float, *, is_new: bool = False) -> AsyncIterator[Any]:
+        """Yield a connection, which is closed at the end or after `limit_s`. Raises JournalUnavailable."""
+        conn = await self.connect(is_new=is_new)
+        try:
+            with limited(conn, limit_s):
+                yield conn
+        except Exception as error:
+            raise explain(error, self.url) from error
+        finally:
+            conn.terminate()
 
     async def _attempt(self, index: int, is_new: bool) -> tuple[int, Any]:
         url, host = self.url.urls[index], self.url.hosts[index]
