@@ -115,14 +115,8 @@ def _old_error(job: Job) -> list[Issue]:
     if job.status != "queued" or job.error is None or job.attempt or job.ended is not None:
         return []
     message = "The job is queued and had no attempt, but it has an error."
-    return [
-        Issue(
-            "warning",
-            "error_message",
-            message,
-            f"It is cleared when the job completes. To clear it now: jobctl force-reset {job.id}",
-        )
-    ]
+    fix = f"It is cleared when the job completes. To clear it now: jobctl force-reset {job.id}"
+    return [Issue("warning", "error_message", message, fix)]
 
 
 def _ending(job: Job, policy: Policy) -> list[Issue]:
@@ -162,14 +156,8 @@ def _lock(job: Job, at: Moment) -> list[Issue]:
         return [Issue("critical", "lock", message, "A cleanup run treats it as stalled.")]
     if at.lease >= job.lease.stuck:
         message = f"The job is stalled: worker {job.grant.worker} did not report in time."
-        return [
-            Issue(
-                "error",
-                "lock",
-                message,
-                "Recovery puts it back into its queue or fails it, within cleanup.recover_every.",
-            )
-        ]
+        fix = "Recovery puts it back into its queue or fails it, within cleanup.recover_every."
+        return [Issue("error", "lock", message, fix)]
     return []
 
 

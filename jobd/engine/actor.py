@@ -578,11 +578,8 @@ class Actor:
 
     def _end_waits(self) -> None:
         """Respond without grants to waiting claims whose wait is over, or to all of them before the end."""
-        late = (
-            self.waiting_claims.take_expired(self._loop_time())
-            if self._decider.may_wait
-            else self.waiting_claims.take_all()
-        )
+        waiting = self.waiting_claims
+        late = waiting.take_expired(self._loop_time()) if self._decider.may_wait else waiting.take_all()
         for envelope in late:
             envelope.reply(Response(Grants([])))
 

@@ -70,9 +70,8 @@ class IdempotencyStore:
 
     def has_room(self, now: int) -> bool:
         """Drop old keys. Return whether one more can be kept."""
-        for row in list(
-            islice(self._responses.values(), 2)
-        ):  # two for each new key, so that old ones do not accumulate
+        # Two for each new key, so that old ones do not accumulate.
+        for row in list(islice(self._responses.values(), 2)):
             if now >= row.at + KEPT_MS:
                 self._forget(row)
         if len(self) < self.limit:

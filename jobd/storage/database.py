@@ -48,9 +48,8 @@ CHECKPOINT_FRAMES: Final = 1000  # measured: fewer checkpoint too often, more ma
 LIVE_SQL: Final = "status IN ('queued', 'processing')"
 FAILED_SQL: Final = "status IN ('failed', 'cancelled')"
 FINISHED_SQL: Final = "status IN ('completed', 'failed', 'cancelled')"
-NOT_LIVE_SQL: Final = (
-    "status NOT IN ('queued', 'processing')"  # includes invalid statuses; the index has this condition
-)
+# Includes invalid statuses. The index has this condition.
+NOT_LIVE_SQL: Final = "status NOT IN ('queued', 'processing')"
 JOB_SQL: Final = f"{', '.join(JOB_COLUMNS)}, crc"
 KEY_SQL: Final = f"{', '.join(KEY_COLUMNS)}, crc"
 QUEUE_SQL: Final = f"{', '.join(QUEUE_COLUMNS)}, crc"

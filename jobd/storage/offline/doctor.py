@@ -321,12 +321,9 @@ def _tombstones(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
             continue
         tombstone = codec.tombstone(row)
         days = (now - tombstone.at) // DAY_MS
-        cause = (
-            f"job {tombstone.job_id} was deleted"
-            if tombstone.job_seq > 0
-            else f"a late result of job {tombstone.job_id} was deleted"
-        )
-        problem = f"{cause} {days} days ago, but its artifact was not (failed attempts: {tombstone.tries})"
+        deleted = "job" if tombstone.job_seq > 0 else "a late result of job"
+        cause = f"{deleted} {tombstone.job_id} was deleted {days} days ago"
+        problem = f"{cause}, but its artifact was not (failed attempts: {tombstone.tries})"
         yield StoreProblem(f"artifact {readable(tombstone.key)}", problem, _SWEEP)
 
 
