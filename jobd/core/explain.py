@@ -315,16 +315,11 @@ def _next_of(grant: Grant, lease: Lease, state: State, at: Moment) -> NextEvent:
 
 
 def _advice(job: Job, grant: Grant, lease: Lease, at: Moment) -> list[str]:
-    take_back = (
-        []
-        if lease.is_live(at.lease)
-        else [f"Take back its jobs with expired locks: jobctl take-back {quote(grant.worker)}"]
-    )
-    return [
-        f"Check whether worker {grant.worker} is alive.",
-        *take_back,
-        f"If it is dead and you cannot wait: jobctl force-reset {job.id} (runs it again) or jobctl force-fail {job.id}",
-    ]
+    do = [f"Check whether worker {grant.worker} is alive."]
+    if not lease.is_live(at.lease):
+        do.append(f"Take back its jobs with expired locks: jobctl take-back {quote(grant.worker)}")
+    again = f"jobctl force-reset {job.id} (runs it again) or jobctl force-fail {job.id}"
+    return [*do, f"If it is dead and you cannot wait: {again}"]
 
 
 def _finished(job: Job, at: Moment) -> WhyView:

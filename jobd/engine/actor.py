@@ -137,13 +137,7 @@ class Actor:
         self._under_way: DecidedBatch | None = None  # decided, and perhaps not committed yet
         self._lost_disk: Exception | None = None
         disk.on_quarantined = self._note_quarantined
-        self._decider = Decider(
-            state,
-            keys,
-            self.waiting_claims,
-            refuse=self.full_disk.refuse,
-            loop_time=loop_time,
-        )
+        self._decider = Decider(state, keys, self.waiting_claims, refuse=self.full_disk.refuse, loop_time=loop_time)
         self._history = HistoryReader(disk, clock.moment)
 
     # -- asking -------------------------------------------------------------------------------------------------------
@@ -598,12 +592,8 @@ class Actor:
         is_changed = any(change.event.job_id == quarantined.id for change in changes)
         if quarantined.id not in self.state.quarantined:
             log.error("job_quarantined", job_id=quarantined.id, reason=quarantined.reason)
-        self.state.quarantine(
-            quarantined.id,
-            quarantined.reason,
-            None if is_changed else quarantined.uncounted,
-            is_moved=quarantined.is_moved,
-        )
+        uncounted = None if is_changed else quarantined.uncounted
+        self.state.quarantine(quarantined.id, quarantined.reason, uncounted, is_moved=quarantined.is_moved)
 
     def _fail(self, batch: list[Envelope], error: Exception) -> None:
         """Respond that the outcome of the current commands is unknown, and reject the waiting ones."""

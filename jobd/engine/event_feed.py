@@ -222,11 +222,8 @@ class EventFeed:
 
     def _check_page(self, after: int, page: EventPage) -> None:
         if after > page.last:
-            raise api_error(
-                "events_gone",
-                f"Event {after} does not exist yet; it may come from another store. {_READ_AGAIN}",
-                last=page.last,
-            )
+            message = f"Event {after} does not exist yet; it may come from another store. {_READ_AGAIN}"
+            raise api_error("events_gone", message, last=page.last)
         if after < page.gone_to:
             message = f"Some events after {after} are no longer in the journal. {_READ_AGAIN}"
             raise api_error("events_gone", message, last=page.last)

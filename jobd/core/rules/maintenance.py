@@ -65,12 +65,9 @@ def take_back(tx: Transaction, command: TakeBack) -> Response | ApiError:
         return ApiError("worker_not_found", message, {"worker": name})
     if not worker.expired:
         state = presence.state(worker)
-        held = (
-            f"the locks of its {len(worker.jobs)} jobs are live"
-            if len(worker.jobs) > 1
-            else "the lock of its job is live"
-        )
-        why = held if worker.jobs else "it holds no job"
+        count = len(worker.jobs)
+        held = "the lock of its job is live" if count == 1 else f"the locks of its {count} jobs are live"
+        why = held if count else "it holds no job"
         message = f"Worker {name} is {state}, not silent: {why}. To end a live grant: jobctl force-reset ID"
         return ApiError("worker_not_silent", message, {"worker": name, "state": state})
     more = len(worker.expired) > TAKEN_BACK

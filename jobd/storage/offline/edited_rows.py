@@ -39,13 +39,10 @@ def edited(db: Database, id_: str) -> Edited:
     """Return the edited row of job `id_`. Raises RepairRejected if there is none or it is not a valid job."""
     sql = "SELECT seq, row, payload, request_hash FROM quarantined_jobs WHERE id = ?"
     quarantined = next(iter(db.rows(sql, (id_,))), None)
-    row, body, request_hash = (
-        _in_place(db, id_) if quarantined is None else (*_quarantined_row(id_, quarantined), quarantined[3])
-    )
-    job = _checked(db, id_, row)
-    return Edited(
-        None if quarantined is None else quarantined[0], job, _json_text(id_, body), readable(request_hash or "")
-    )
+    seq = None if quarantined is None else quarantined[0]
+    found = _in_place(db, id_) if quarantined is None else _quarantined_row(id_, quarantined)
+    row, body, request_hash = found
+    return Edited(seq, _checked(db, id_, row), _json_text(id_, body), readable(request_hash or ""))
 
 
 def _in_place(db: Database, id_: str) -> tuple[Row, Any, Any]:
@@ -56,12 +53,12 @@ def _in_place(db: Database, id_: str) -> tuple[Row, Any, Any]:
     return (rows[0][:-1], *(payload[0] if payload else (b"null", "")))
 
 
-def _quarantined_row(id_: str, quarantined: Row) -> tuple[Row, Any]:
+def _quarantined_row(id_: str, quarantined: Row) -> tuple[Row, Any, Any]:
     try:
         row = codec.job_from_text(quarantined[1])
     except codec.Unreadable as error:
         raise RepairRejected(f"job {id_}: correct `row` in quarantined_jobs: {error}") from error
-    return row, b"null" if quarantined[2] is None else quarantined[2]
+    return row, b"null" if quarantined[2] is None else quarantined[2], quarantined[3]
 
 
 def _checked(db: Database, id_: str, row: Row) -> Job:

@@ -176,10 +176,8 @@ class Projection:
     def _check_quarantined(self, batch: Batch) -> None:
         """Raise BadRows if `batch` changes a job that a read has quarantined since the batch was decided."""
         if quarantined := self.db.quarantined:
-            ids = {
-                change.event.job_id for change in batch.changes if change.event.before is not None
-            } & quarantined.keys()
-            if ids:
+            changed = {change.event.job_id for change in batch.changes if change.event.before is not None}
+            if ids := changed & quarantined.keys():
                 raise BadRows({id_: quarantined[id_] for id_ in ids})
 
     def _subtract_quarantined(self, queues: dict[str, QueueRow], reported: int) -> None:
