@@ -191,9 +191,20 @@ class AsyncExecution(_HandlerExecution):
 
     def _cancel(self) -> None:
         self.task.cancelled.set()
-        assert self._running is not None, "it was begun by an earlier call"
         # Calls that are scheduled already run first, so that `progress` raises LockLost and not CancelledError.
-        asyncio.get_running_loop().call_soon(self._running.cancel)
+        asyncio.get_running_loop().call_soon(self._cancel_unless_told)
+
+    def _cancel_unless_told(self) -> None:
+        assert self._running is not None, "it was begun by an earlier call"
+        if self.task.told_in is not self._running:  # else a cancellation would interrupt the end of the handler
+            self._running.cancel()
+
+    async def stop(self, at_once: asyncio.Event) -> None:
+        """Like that of the base class, then cancel a handler that was told that its lock is lost, but continues."""
+        await super().stop(at_once)
+        if not self.done.done() and self.task.told_in is not None:
+            self.task.told_in = None
+            self.abort()
 
 
 class ThreadExecution(_HandlerExecution):

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any, Final
 
 from jobd.client.protocol import JobInfo
-from jobd.client.worker.lease import LeaseKeeper
+from jobd.client.worker.lease import LOST, LeaseKeeper
 
 
 class Retry(Exception):
@@ -103,19 +103,29 @@ class Task(BaseTask):
     """The job of an async handler.
 
     `payload` is decoded. Pass `fencing_token` to resources that check it. If the lock is lost or the job is cancelled,
-    the handler is cancelled (CancelledError), and `cancelled` is set.
+    `cancelled` is set, and the handler is cancelled (CancelledError), unless `progress` has raised LockLost in it.
     """
 
     def __init__(self, keeper: LeaseKeeper) -> None:
         super().__init__(keeper)
         self.cancelled: Final = asyncio.Event()
+        self.told_in: asyncio.Task[Any] | None = None  # the asyncio task in which a call raised that the lock is lost
 
     async def progress(self, progress: float, message: str | None = None) -> None:
         """Report progress (0 to 100), which renews the lock. Returns at once while the daemon is unreachable.
 
         Raises LockLost, MaxProcessingTimeExceeded, InvalidRequest.
         """
-        await asyncio.wrap_future(self._report(progress, message))
+        try:
+            await asyncio.wrap_future(self._report(progress, message))
+        except LOST:
+            self.told_in = asyncio.current_task()
+            raise
+
+    def raise_if_lost(self) -> None:
+        if self._keeper.lost.done():
+            self.told_in = asyncio.current_task()
+        super().raise_if_lost()
 
 
 class SyncTask(BaseTask):

@@ -358,6 +358,58 @@ async def test_progress_raises_lock_lost(client: AsyncJobClient, admin: AsyncAdm
     assert (await client.get_job(job.id)).error_message == "by hand"
 
 
+async def test_a_lost_lock_does_not_interrupt_the_end_of_a_handler_that_was_told(
+    client: AsyncJobClient, queue: str
+) -> None:
+    worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)
+    started, go, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        started.set()
+        await go.wait()
+        try:
+            await task.progress(50)
+        finally:
+            await task.cancelled.wait()
+            await asyncio.to_thread(ended.is_set)  # longer than the cancellation would take
+            ended.set()
+
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker):
+        await started.wait()
+        await client.cancel_job(job.id)
+        go.set()
+        await ended.wait()
+
+
+async def test_a_handler_that_ignores_a_lost_lock_is_cancelled(
+    client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handlers, "STOP_S", 0.05)
+    worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)
+    started, go, cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        started.set()
+        await go.wait()
+        with contextlib.suppress(LockLost):
+            await task.progress(50)
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker):
+        await started.wait()
+        await client.cancel_job(job.id)
+        go.set()
+        await cancelled.wait()
+
+
 async def test_a_handler_is_stopped_after_max_processing_ms(client: AsyncJobClient, queue: str) -> None:
     worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)
     stopped = asyncio.Event()
