@@ -75,9 +75,11 @@ def create_job(
 ) -> ApiRequest[JobInfo]:
     """Create a job and return it. The daemon has defaults for all options.
 
-    `payload` is any value that JSON can express (msgspec.Raw is sent unchanged). Without `id`, the client generates one
-    (UUIDv7), so a retry after a lost response does not create a second job. Raises JobExists if a different job with
-    this `id` exists, TooLarge if the payload is above the limit, TooManyJobs, TooManyQueues, StorageFull.
+    `payload` is any value that JSON can express (msgspec.Raw is sent unchanged). A smaller `priority` runs first.
+    `backoff` is a mapping such as `{"kind": "fixed", "base_ms": 5000}`. Times are Unix ms. Without `id`, the client
+    generates one (UUIDv7), so a retry after a lost response does not create a second job. Raises JobExists if a
+    different job with this `id` exists, TooLarge if the payload is above the limit, TooManyJobs, TooManyQueues,
+    StorageFull.
     """
     body = {
         "id": id or uuid7(),
