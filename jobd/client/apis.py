@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 import time
 from typing import Any, Final
@@ -79,12 +80,18 @@ class BaseClient:
 def unreachable(endpoint: Endpoint, error: BaseException) -> Unreachable:
     """Return the error for a connection that could not be made, broke, or had no response in time."""
     is_slow = isinstance(error, TimeoutError)
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    if is_slow:
-        reason = "no response in time"
+    reason = "no response in time" if is_slow else connection_reason(error)
     found = Unreachable(f"The daemon at {endpoint} cannot be reached: {reason}.")
     found.is_slow = is_slow
     return found
+
+
+def connection_reason(error: BaseException) -> str:
+    """Return what the system says about a connection. aiohttp has texts of its own."""
+    cause = getattr(error, "os_error", error)
+    if isinstance(cause, ConnectionError) and cause.errno:
+        return os.strerror(cause.errno)
+    return getattr(cause, "strerror", None) or str(error) or type(error).__name__
 
 
 class WorkerApi(BaseClient):

@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
+from jobd.client.apis import connection_reason
 from jobd.client.errors import BadResponse, JobdError, Unreachable
 from jobd.client.protocol import NDJSON_TYPE, ApiRequest, ApiResponse, GrantInfo, GrantList, reader
 from jobd.model.commands import STREAMED_COMMANDS, JobCommand
@@ -164,7 +165,7 @@ class _StreamConnection:
                     for line in lines:
                         self._receive(line)
         except (aiohttp.ClientError, OSError) as broken:
-            error = Unreachable(f"The stream of commands broke: {str(broken) or type(broken).__name__}.")
+            error = Unreachable(f"The stream of commands broke: {connection_reason(broken)}.")
         except (msgspec.DecodeError, IndexError) as invalid:
             error = BadResponse(f"The stream of commands cannot be read ({invalid}): is this the right port?")
         finally:

@@ -80,7 +80,7 @@ class Renderer:
         self._environment.filters |= {
             "duration": duration,
             "utc_time": utc_time,
-            "audit_detail": audit_detail,
+            "detail": detail,
             "iso_time": iso_time,
             "byte_size": byte_size,
             "thousands": thousands,
@@ -168,15 +168,18 @@ def utc_time(at: int) -> str:
     return _utc(at).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def audit_detail(value: object) -> str:
-    """Format a detail of an audit entry. A filter becomes a list of its fields, with times as `utc_time` shows them."""
-    if not isinstance(value, dict):
-        return str(value)
-    parts = []
-    for name, each in value.items():
-        is_time = isinstance(each, int) and name.endswith(("since", "until")) and EARLIEST_MS <= each <= LATEST_MS
-        parts.append(f"{name} {utc_time(each) if is_time else each}")
-    return ", ".join(parts)
+def detail(value: object, name: str = "") -> str:
+    """Format a detail of an event or audit entry, according to its name. A filter becomes a list of its fields."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {detail(each, key)}" for key, each in value.items())
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, int):
+        if name.endswith(("_at", "since", "until")) and EARLIEST_MS <= value <= LATEST_MS:
+            return utc_time(value)
+        if name.endswith("_ms"):
+            return duration(value)
+    return str(value)
 
 
 def iso_time(at: int) -> str:

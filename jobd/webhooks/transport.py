@@ -6,6 +6,7 @@ A receiver cannot cause an exception. Errors show only the host of the URL, beca
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
 import threading
@@ -192,6 +193,8 @@ def _connection_error(error: Exception, endpoint: WebhookEndpoint) -> str:
             return f"The host name {error.host} cannot be resolved: {error.os_error.strerror or error.os_error}."
         case aiohttp.ClientConnectorCertificateError():
             return f"The certificate of {error.host} is not trusted: {error.certificate_error}."
+        case aiohttp.ClientConnectorError(os_error=ConnectionError(errno=int(number))):  # the library has its own texts
+            return f"{error.host}:{error.port} cannot be reached: {os.strerror(number)}."
         case aiohttp.ClientConnectorError():
             why = f"{error.host}:{error.port} cannot be reached: {error.os_error.strerror or error.os_error}."
             return f"{why} If this is intended, set allow_private." if BLOCKED in why else why

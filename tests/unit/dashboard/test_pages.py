@@ -202,7 +202,7 @@ async def test_a_stored_result_can_be_downloaded(harness: DashboardHarness, tmp_
             {"stuck_after_ms": 0},
             ["as soon as its lock expires", "requeued at progress 0 or with attempts left"],
         ),
-        ({"on_stall": "requeue", "stuck_after_ms": 90_000}, ["after 1 min 30 s without progress", "requeued <span"]),
+        ({"on_stall": "requeue", "stuck_after_ms": 90_000}, ["after 1 min 30 s without a report", "requeued <span"]),
         ({"on_stall": "fail", "max_stalls": 7}, ["fails above 7", "fails <span"]),
     ],
 )
@@ -212,6 +212,16 @@ async def test_the_rules_for_stalls_are_described(
     await harness.call("jobs", id="a", **fields)
     page = text(await (await harness.browser()).get("/jobs/a"))
     assert [words for words in expected if words not in page] == []
+
+
+async def test_the_traceback_of_an_error_is_shown_once(harness: DashboardHarness) -> None:
+    await harness.call("jobs", id="a")
+    lock_id = (await harness.call("jobs/a/start", worker="w"))["lock_id"]
+    await harness.call(
+        "jobs/a/fail", lock_id=lock_id, error_message="KeyError: 1\nTraceback (most recent call last):\nx"
+    )
+    page = text(await (await harness.browser()).get("/jobs/a"))
+    assert (page.count("KeyError: 1"), page.count("Traceback")) == (3, 1)
 
 
 async def test_the_page_of_a_deleted_job_offers_no_actions(harness: DashboardHarness) -> None:

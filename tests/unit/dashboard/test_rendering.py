@@ -76,10 +76,13 @@ async def test_text_from_outside_is_never_rendered_as_markup(harness: DashboardH
     assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;\u241b[31m\\u202e&amp;&#34;" in text(responses[-1])
 
 
-def test_audit_details_are_formatted() -> None:
+def test_details_are_formatted() -> None:
     found = {"queue": "mail", "since": 1_700_000_000_000, "until": 10**15, "limit": 3}
-    assert rendering.audit_detail(found) == f"queue mail, since 2023-11-14 22:13:20 UTC, until {10**15}, limit 3"
-    assert (rendering.audit_detail(7), rendering.audit_detail("a"), rendering.audit_detail(True)) == ("7", "a", "True")
+    assert rendering.detail(found) == f"queue mail, since 2023-11-14 22:13:20 UTC, until {10**15}, limit 3"
+    details = {"run_at": 1_700_000_000_000, "ttl_ms": 900_000, "progress": 100 / 3, "attempt": 1}
+    shown = "run_at 2023-11-14 22:13:20 UTC, ttl_ms 15 min, progress 33.3333, attempt 1"
+    assert rendering.detail(details) == shown
+    assert (rendering.detail(7), rendering.detail("a"), rendering.detail(True)) == ("7", "a", "True")
 
 
 @pytest.mark.parametrize(

@@ -187,9 +187,7 @@ async def test_a_refused_connection_names_host_and_port(sender: HttpTransport) -
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     outcome = await sender.post(to(f"http://127.0.0.1:{port}/?token=hush"), DELIVERY)
-    assert outcome.error is not None
-    assert f"127.0.0.1:{port} cannot be reached" in outcome.error
-    assert "hush" not in outcome.error
+    assert outcome.error == f"127.0.0.1:{port} cannot be reached: Connection refused."
 
 
 HUSH = ("HUSH-path-1", "HUSH query 2", "HUSH%20query%202", "HUSH+query+2", "hush%2fpath", "hush/path")
