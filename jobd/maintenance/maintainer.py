@@ -6,6 +6,7 @@ Maintenance finds work, and the rules decide again when they apply its commands.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
@@ -31,6 +32,7 @@ log = structlog.get_logger("jobd.cleanup")
 T = TypeVar("T")
 
 TICK_S: Final = 10.0
+PAUSE_RETRY_S: Final = 1.0  # between two attempts to end a pause, which a full disk rejects
 MAX_RESTORED: Final = 100  # reports read at start to find the latest successful run
 LATE_AFTER: Final = 3  # intervals without a successful run after which cleanup is degraded
 
@@ -182,8 +184,12 @@ class Maintainer:
             if loop_time() >= next_tick:
                 next_tick = loop_time() + TICK_S
                 await self._guarded("tick", self._tick)
+            pause_ends_in_s = self._pause_ends_in_s()
+            if pause_ends_in_s <= 0:
+                await self._guarded("pauses", self._end_pauses)
+                pause_ends_in_s = PAUSE_RETRY_S
             upcoming = min(next_tick, next_recovery) if every_s else next_tick
-            await _pause(self._recovery_wake, upcoming - loop_time())
+            await _pause(self._recovery_wake, min(upcoming - loop_time(), pause_ends_in_s))
 
     async def _recover_due(self) -> None:
         if self._has_expired():
@@ -203,13 +209,19 @@ class Maintainer:
         expiry, at = self._state.next_expiry(), self._clock.moment()
         return not at.suspect and expiry is not None and expiry <= at.now
 
+    def _pause_ends_in_s(self) -> float:
+        """Return the seconds until the first pause of a queue ends."""
+        ends = [pause.until for pause in self._state.paused.values() if pause.until is not None]
+        return (min(ends) - self._clock.moment().believed) / SECOND_MS if ends else math.inf
+
+    async def _end_pauses(self) -> None:
+        await self._actor.ask(EndPauses(), by="daemon")
+
     async def _tick(self) -> None:
-        """End due pauses of queues. Persist lease time while a job is processing, and changes of a suspect clock.
+        """Persist lease time while a job is processing, and changes of a suspect clock.
 
         This is how an idle daemon detects that its clock has stepped or is trusted again.
         """
-        if any(pause.until is not None for pause in self._state.paused.values()):
-            await self._actor.ask(EndPauses(), by="daemon")  # an error is harmless: the next tick tries again
         # At start, the daemon compares the clock with the last persisted time. Reports of cleanup runs keep it recent,
         # unless the shortest retention is about as short as the interval between runs.
         is_short = self._clock.keep_ms < 4 * self.schedule.interval_ms
