@@ -13,6 +13,7 @@ from jobd.storage import files, startup
 from jobd.storage.cluster import membership
 from jobd.storage.cluster.membership import Membership, WrongCluster
 from jobd.storage.connection import journal_mode
+from jobd.storage.damage import scrub
 from jobd.storage.database import Database, now_ms
 from jobd.storage.files import FileLock, StoreUnreadable
 from jobd.storage.schema import migrations
@@ -38,6 +39,7 @@ def convert_to_cluster(path: str, cluster_id: str) -> int:
             projection.db.close()
             if opened.marked:
                 raise StoreUnreadable(f"{path} {_MARKED}")
+            _quarantine_damaged(projection.db)
             projection.db.commit(_mark, projection.db, cluster_id)
         elif found.cluster_id != cluster_id:
             raise WrongCluster(f"{path} belongs to cluster {found.cluster_id}, not to {cluster_id}")
@@ -45,6 +47,13 @@ def convert_to_cluster(path: str, cluster_id: str) -> int:
         journal_mode(conn, path, "delete")  # writes the log into the file
     files.sync(path)
     return epoch
+
+
+def _quarantine_damaged(db: Database) -> None:
+    """Quarantine the damaged rows. In a cluster, another node would have to have each of them undamaged."""
+    part = scrub.check_slice(db, None)
+    while part is not None and part.next_cursor is not None:
+        part = scrub.check_slice(db, part.next_cursor)
 
 
 def _mark(db: Database, cluster_id: str) -> None:

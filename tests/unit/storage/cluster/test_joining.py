@@ -20,24 +20,29 @@ from tests.support.projection_harness import Writer
 from tests.support.store_files import (
     assert_holds,
     edit_store,
+    flip,
     killed_store,
     leave_tail,
     make_store,
     open_store,
     read_file,
 )
-from tests.unit.storage.cluster.test_store import Node, following, leading, refused, rows_of, write_much
+from tests.unit.storage.cluster.test_store import Node, finished_job, following, leading, refused, rows_of, write_much
 
 
 async def founded(path: str, server: MemoryServer) -> ChangeFactory:
     """Make a store at `path` that belongs to the cluster of `server`, with its snapshot."""
     maker = await make_store(path)
     await leave_tail(path, maker.any_batch(9))
+    await convert(path, server)
+    return maker
+
+
+async def convert(path: str, server: MemoryServer) -> None:
     assert joining.convert_to_cluster(path, server.cluster_id) > 0
     server.head = replace(server.head, number=joining.FIRST_RECORD)
     with BytesIO(read_file(path)) as file:
         await Node(path, server).journal.write_snapshot(joining.FIRST_RECORD, snapshots.compressed(file), 0)
-    return maker
 
 
 async def test_a_store_becomes_the_first_snapshot_of_a_cluster(path: str) -> None:
@@ -67,10 +72,7 @@ async def test_a_cluster_and_the_store_that_leaves_it_have_every_row(path: str) 
         await store.finish_upkeep()
         await store.write(writer.batch())
     before = rows_of(single)
-    joining.convert_to_cluster(single, server.cluster_id)
-    server.head = replace(server.head, number=joining.FIRST_RECORD)
-    with BytesIO(read_file(single)) as file:
-        await Node(path, server).journal.write_snapshot(joining.FIRST_RECORD, snapshots.compressed(file), 0)
+    await convert(single, server)
     async with following(path, server):
         pass
     joining.leave(path, is_complete=True)
@@ -79,6 +81,20 @@ async def test_a_cluster_and_the_store_that_leaves_it_have_every_row(path: str) 
     assert empty <= {"journal", "cluster", "bad_rows", "quarantined_jobs", "reports"}, "the test has rows of all kinds"
     for table in before.keys() - {"meta", "journal"}:
         assert after[table] == before[table], table
+
+
+async def test_a_damaged_row_is_in_quarantine_on_every_node(path: str) -> None:
+    """Otherwise each node that reads it would rebuild its tables, with the same row."""
+    server = MemoryServer()
+    async with open_store(path) as (store, _):
+        node = Node(path, server)
+        node.store = store  # type: ignore[assignment]
+        seq = await finished_job(node, ChangeFactory())
+    flip(path, "jobs", "created_at", "seq", seq)
+    await convert(path, server)
+    async with following(f"{path}.new", server) as node:
+        assert list(node.opened.quarantined) == ["done"]
+        (await node.store.snapshot()).file.close()
 
 
 async def test_a_store_joins_one_cluster_only(path: str) -> None:

@@ -507,6 +507,16 @@ async def test_a_damaged_row_ends_the_node_which_makes_its_tables_again(path: st
     assert rows_of(path) == expected
 
 
+async def test_a_damaged_row_gets_into_no_snapshot(path: str, server: MemoryServer) -> None:
+    async with leading(path, server) as leader:
+        seq = await finished_job(leader, ChangeFactory())
+    flip(path, "jobs", "created_at", "seq", seq)
+    async with following(path, server) as node:
+        with pytest.raises(StoreDamaged, match="job done"):
+            await node.store.snapshot()
+        assert [type(error) for error in node.broken] == [StoreDamaged]
+
+
 @pytest.mark.parametrize(
     ("table", "column", "key"),
     [("jobs", "created_at", "id = 'live'"), ("queues", "completed", "1"), ("keys", "at", "1"), ("cluster", "crc", "1")],
