@@ -280,8 +280,8 @@ def error_codes(route: Route) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Schemas of commands and responses. msgspec makes them from variants of the types (twins), which add what the types do
-# not declare: that a response always has certain fields, and default payloads.
+# Schemas of commands and responses. msgspec makes them from variants of the types, which add what the types do not
+# declare: that a response always has certain fields, and default payloads.
 
 
 class Schemas:
@@ -289,15 +289,15 @@ class Schemas:
 
     def __init__(self) -> None:
         self.components: dict[str, dict[str, Any]] = {"schemas": {}}
-        self._twins: dict[tuple[type[Struct], str | None], type[Struct]] = {}
+        self._variants: dict[tuple[type[Struct], str | None], type[Struct]] = {}
 
     def of_request(self, command: type[Struct], path_field: str | None = None) -> dict[str, Any]:
         """Return the schema of a body or query, without the field in the path."""
-        return self._add(self._twin(command, path_field))
+        return self._add(self._variant(command, path_field))
 
     def of_response(self, response: type[Struct]) -> dict[str, Any]:
         """Return the schema of a response. Fields that cannot be unset are required, even those with a default."""
-        return self._add(self._twin(response, None))
+        return self._add(self._variant(response, None))
 
     def resolve(self, reference: dict[str, Any]) -> dict[str, Any]:
         """Return the schema behind a reference."""
@@ -310,21 +310,21 @@ class Schemas:
         assert known == value, f"two {section} are called {name}"
         return {"$ref": f"{REFS}/{section}/{name}"}
 
-    def _add(self, twin: type[Struct]) -> dict[str, Any]:
-        [reference], components = msgspec.json.schema_components([twin], ref_template=f"{REFS}/schemas/{{name}}")
+    def _add(self, variant: type[Struct]) -> dict[str, Any]:
+        [reference], components = msgspec.json.schema_components([variant], ref_template=f"{REFS}/schemas/{{name}}")
         for name, schema in components.items():
             self.share("schemas", name, schema)
         return reference
 
-    def _twin(self, struct: type[Struct], path_field: str | None) -> type[Struct]:
-        if (struct, path_field) not in self._twins:
+    def _variant(self, struct: type[Struct], path_field: str | None) -> type[Struct]:
+        if (struct, path_field) not in self._variants:
             fields = [
                 (info.name, self._field_type(info), self._field_default(struct, info))
                 for info in msgspec.structs.fields(struct)
                 if info.name != path_field
             ]
             config = struct.__struct_config__
-            twin = msgspec.defstruct(
+            variant = msgspec.defstruct(
                 struct.__name__,
                 fields,
                 rename={info.name: info.encode_name for info in msgspec.structs.fields(struct)},
@@ -333,11 +333,11 @@ class Schemas:
                 module=struct.__module__,
                 namespace={"__doc__": struct.__dict__.get("__doc__")},
             )
-            self._twins[struct, path_field] = twin
-        return self._twins[struct, path_field]
+            self._variants[struct, path_field] = variant
+        return self._variants[struct, path_field]
 
     def _field_type(self, info: FieldInfo) -> Any:
-        """Return the type of a field with its description, and with every struct in it replaced by its twin."""
+        """Return the type of a field with its description, and with every struct in it replaced by its variant."""
         more: dict[str, Any] = {"description": _description_of(info.type)}
         if type(info.default) is Raw:  # msgspec cannot encode this default
             more["default"] = msgspec.json.decode(info.default)
@@ -354,9 +354,9 @@ class Schemas:
         return msgspec.field(default=info.default)
 
     def _translate(self, annotation: Any) -> Any:
-        """Return `annotation` with every struct in it replaced by its twin."""
+        """Return `annotation` with every struct in it replaced by its variant."""
         if isinstance(annotation, type) and issubclass(annotation, Struct):
-            return self._twin(annotation, None)
+            return self._variant(annotation, None)
         origin, parts = get_origin(annotation), get_args(annotation)
         if origin is Annotated:
             return Annotated[(self._translate(parts[0]), *map(_without_description, parts[1:]))]

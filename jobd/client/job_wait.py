@@ -1,4 +1,4 @@
-"""The wait for the end of a job, without IO: when to look again, and when to give up."""
+"""The wait for the end of a job, without IO: when to poll again, and when to stop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jobd.model.job import FINISHED
 
 _FIRST_S: Final = 0.1
 _LONGEST_S: Final = 2.0
-_RESPONSE_S: Final = 1.0  # for the response to a look that begins at the deadline
+_RESPONSE_S: Final = 1.0  # for the response to a poll that begins at the deadline
 _EARLY_S: Final = 0.01  # a timer may end this much too early
 
 
@@ -36,13 +36,13 @@ class JobWait:
         )
 
     def check_deadline(self, job_id: str, error: Unreachable, now_s: float) -> None:
-        """Raise TimeoutError if `error` ends a look after the deadline."""
+        """Raise TimeoutError if `error` ends a poll after the deadline."""
         if self._deadline_s is not None and now_s >= self._deadline_s - _EARLY_S:
             text = f"It is unknown whether job {job_id} is finished after {self._timeout_s} s: {error.message}"
             raise TimeoutError(text) from error
 
     def pause_s(self, job: JobInfo, now_s: float) -> float | None:
-        """Return the pause before the next look at `job`, None if it is finished. Raises TimeoutError."""
+        """Return the pause before `job` is polled again, None if it is finished. Raises TimeoutError."""
         if job.status in FINISHED:
             return None
         pause_s, self._pause_s = self._pause_s, min(self._pause_s * 1.5, _LONGEST_S)

@@ -13,7 +13,7 @@ from jobd.client.protocol import ApiRequest
 # After these errors nothing has changed, or repeating the request is safe. All other errors are final.
 RETRIED: Final = frozenset({"unreachable", "overloaded", "shutting_down", "not_leader", "outcome_unknown"})
 # After these errors, another node may serve the request.
-_MOVED: Final = RETRIED - {"overloaded"}
+_OTHER_NODE_MAY_SERVE: Final = RETRIED - {"overloaded"}
 # After these errors the request may have been applied, the first one more likely.
 _MAYBE_APPLIED: Final = ("outcome_unknown", "unreachable")
 MIN_ATTEMPT_S: Final = 3.0  # for one of several nodes; as long as the lease of a leader
@@ -121,7 +121,7 @@ class RetryState:
 
     def wait_s(self, error: JobdError, now_s: float, chance: float) -> float:
         """Return the delay before the next attempt. Raises `error`, or one that names all nodes, if there is none."""
-        if error.code not in _MOVED and error.code != "bad_response":
+        if error.code not in _OTHER_NODE_MAY_SERVE and error.code != "bad_response":
             self.served()
         is_safe = self._request.repeatable or error.code == "not_leader"
         if error.code not in self._retry.codes or not is_safe:
@@ -159,7 +159,7 @@ class RetryState:
 
     def _following(self, error: JobdError) -> Endpoint | None:
         """Return the next node of this round: the leader that the response names, else one that was not tried yet."""
-        if self._nodes.is_single or error.code not in _MOVED:
+        if self._nodes.is_single or error.code not in _OTHER_NODE_MAY_SERVE:
             return None
         leader = self._nodes.leader(error.details.get("leader"), self.endpoint)
         if leader is not None:
@@ -175,7 +175,7 @@ class RetryState:
         is_single = self._nodes.is_single
         max_s = self._retry.max_s if is_single else min(self._retry.max_s, MAX_WAIT_S)
         wait_s: float = chance * min(max_s, self._retry.base_s * 2.0 ** min(self._count, 32))
-        if error.retry_after_ms is not None and (is_single or error.code not in _MOVED):
+        if error.retry_after_ms is not None and (is_single or error.code not in _OTHER_NODE_MAY_SERVE):
             wait_s += error.retry_after_ms / 1000
         return wait_s
 

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from jobd.http.app import SUPPORTED_VERSIONS, App
 from jobd.http.hangup import is_hung_up
-from jobd.http.parser import AHEAD, PIECE, MalformedRequest, RequestParser, malformed_request, piece_size
+from jobd.http.parser import AHEAD_BYTES, PIECE_BYTES, MalformedRequest, RequestParser, malformed_request, piece_size
 from jobd.http.request import BodyError, RequestContext, add_header, without_authority
 from jobd.http.response import WRITE_TIMEOUT_S, HttpResponse
 from jobd.http.server import HttpListener
@@ -124,7 +124,7 @@ class AdminListener(HttpListener):
             keepalive_timeout=app.limits.idle_s,
             lingering_time=LINGER_S,
             logger=_quiet_logger(),
-            read_bufsize=PIECE,
+            read_bufsize=PIECE_BYTES,
             shutdown_timeout=CANCEL_GRACE_S,
         )
 
@@ -238,7 +238,7 @@ class _AdminConnection(asyncio.Protocol):
     def _hold(self, data: bytes) -> None:
         assert self._transport is not None
         self._held = data
-        self._transport.set_full(len(data) > AHEAD)
+        self._transport.set_full(len(data) > AHEAD_BYTES)
 
     def _schedule(self) -> None:
         """Go on in the next turn of the loop."""

@@ -17,16 +17,15 @@ from jobd.http.request import add_header, without_authority
 from jobd.http.worker_request import WorkerRequest
 from jobd.model.errors import ApiError
 
-MAX_LINE: Final = 8190  # bytes of the request target, and of the name and value of a header
-MAX_OPEN_LINE: Final = 2 * MAX_LINE + 4  # bytes of a line of a head that has not ended: name, colon, blank, value, CR
+MAX_LINE_BYTES: Final = 8190  # of the request target, and of the name and value of a header
+MAX_OPEN_LINE_BYTES: Final = 2 * MAX_LINE_BYTES + 4  # of an incomplete line of a head: name, colon, blank, value, CR
 MAX_HEADERS: Final = 128  # and trailers
-MAX_FRAMING: Final = 64 << 10  # bytes between two pieces of a body: sizes and extensions of chunks, and trailers
-# Input of more than PIECE bytes and PIECE_LINES lines is parsed in pieces of PIECE bytes, one per turn of the loop.
-PIECE: Final = 8 << 10
+MAX_FRAMING_BYTES: Final = 64 << 10  # between two pieces of a body: sizes and extensions of chunks, and trailers
+# Input of more than PIECE_BYTES and PIECE_LINES is parsed in pieces of PIECE_BYTES, one per turn of the loop.
+PIECE_BYTES: Final = 8 << 10
 PIECE_LINES: Final = 1_000
-# Bytes that may wait unparsed. One read can exceed this.
-AHEAD: Final = 256 << 10
-LONG_LINE: Final = f"a line of its head is over {MAX_LINE} bytes"
+AHEAD_BYTES: Final = 256 << 10  # that may wait unparsed; one read can exceed this
+LONG_LINE: Final = f"a line of its head is over {MAX_LINE_BYTES} bytes"
 WRONG_HEAD: Final = (
     "its head or its framing is wrong (a line without a colon or with a forbidden character, a repeated header that "
     "may occur only once, such as Content-Length, or chunks of a wrong length)"
@@ -67,7 +66,7 @@ def malformed_request(error: ApiError) -> WorkerRequest:
 
 def piece_size(data: bytes) -> int:
     """Return how much of the input to parse in this turn of the loop. Many lines, such as short chunks, take long."""
-    return PIECE if len(data) > PIECE and data.count(b"\r\n") > PIECE_LINES else len(data)
+    return PIECE_BYTES if len(data) > PIECE_BYTES and data.count(b"\r\n") > PIECE_LINES else len(data)
 
 
 class RequestParser:
@@ -129,16 +128,16 @@ class RequestParser:
 
     def on_url(self, url: bytes) -> None:
         self._url += url
-        if len(self._url) > MAX_LINE:
+        if len(self._url) > MAX_LINE_BYTES:
             raise MalformedRequest(LONG_LINE)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if len(value) > MAX_LINE:
+        if len(value) > MAX_LINE_BYTES:
             raise MalformedRequest(LONG_LINE)
         try:
             key = _LOWER[name]
         except KeyError:
-            if len(name) > MAX_LINE:
+            if len(name) > MAX_LINE_BYTES:
                 raise MalformedRequest(LONG_LINE) from None
             key = name.lower().decode()
         headers = self._headers
@@ -225,14 +224,14 @@ class RequestParser:
             raise MalformedRequest(WRONG_HEAD)
         at = data.rfind(b"\n")
         self._line = 0 if not is_same else self._line + len(data) if at < 0 else len(data) - at - 1
-        if self._line > MAX_OPEN_LINE:
+        if self._line > MAX_OPEN_LINE_BYTES:
             raise MalformedRequest(LONG_LINE)
 
     def _check_framing(self) -> None:
         """Check the input that belongs to an incomplete body but is not a part of it."""
         if len(self._headers) + len(self._repeated) > MAX_HEADERS:
             raise MalformedRequest(WRONG_HEAD)
-        if self._framing > MAX_FRAMING:
+        if self._framing > MAX_FRAMING_BYTES:
             raise MalformedRequest(WRONG_HEAD)
 
 

@@ -14,7 +14,7 @@ import structlog
 
 from jobd.http.app import INTERNAL_ERROR, App
 from jobd.http.hangup import has_unacknowledged_bytes, is_hung_up
-from jobd.http.parser import AHEAD, PIECE, MalformedRequest, RequestParser, malformed_request, piece_size
+from jobd.http.parser import AHEAD_BYTES, PIECE_BYTES, MalformedRequest, RequestParser, malformed_request, piece_size
 from jobd.http.response import HTTP_VERSION, HttpResponse, abort_later
 from jobd.http.worker_request import WorkerRequest
 from jobd.model.errors import ApiError
@@ -84,7 +84,7 @@ class WorkerConnection(asyncio.Protocol):
             self._queue
             or self._held
             or (current is not None and current.is_complete)
-            or (len(data) > PIECE and piece_size(data) < len(data))
+            or (len(data) > PIECE_BYTES and piece_size(data) < len(data))
         ):
             if not (self._is_broken or self._is_ending):
                 self._held += data
@@ -161,7 +161,7 @@ class WorkerConnection(asyncio.Protocol):
         transport = self.transport
         if transport is None or transport.is_closing():
             return
-        is_full = len(self._held) > AHEAD or self._is_body_full()
+        is_full = len(self._held) > AHEAD_BYTES or self._is_body_full()
         if is_full != self._is_reading_paused and not self._is_half_closed:
             self._is_reading_paused = is_full
             if is_full:
@@ -174,7 +174,7 @@ class WorkerConnection(asyncio.Protocol):
     def _is_body_full(self) -> bool:
         """Return whether the task of a stream has not read enough of the body."""
         current = self._current
-        return current is not None and current.task is not None and len(current.body) > AHEAD
+        return current is not None and current.task is not None and len(current.body) > AHEAD_BYTES
 
     # -- requests ------------------------------------------------------------------------------------------------------
 

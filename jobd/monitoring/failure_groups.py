@@ -35,7 +35,7 @@ RETRY_S: Final = 5.0  # after a failed read
 log = structlog.get_logger("jobd.failures")
 
 
-What = Literal["failed", "retrying"]  # "retrying": queued with the error of its latest attempt
+FailureState = Literal["failed", "retrying"]  # "retrying": queued with the error of its latest attempt
 
 
 class GroupState(Struct):
@@ -44,19 +44,19 @@ class GroupState(Struct):
     first_at: int  # kept while the group is empty
     message: str = ""
     code: str | None = None
-    jobs: Counter[What] = field(default_factory=Counter)
+    jobs: Counter[FailureState] = field(default_factory=Counter)
     last_at: int = 0
     queues: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     ids: dict[str, int] = {}
 
-    def add(self, job: Job, what: What, at: int) -> None:
+    def add(self, job: Job, state: FailureState, at: int) -> None:
         if at >= self.last_at:
             self.message = (job.error.message if job.error else None) or ""
             self.code = job.error.code if job.error else None
         self.first_at = min(self.first_at, at)
         self.last_at = max(self.last_at, at)
-        self.jobs[what] += 1
+        self.jobs[state] += 1
         for names, name in ((self.queues, job.options.queue), (self.kinds, job.options.kind)):
             if name in names or len(names) < MAX_NAMES:
                 names[name] += 1
@@ -64,11 +64,11 @@ class GroupState(Struct):
         if len(self.ids) > MAX_IDS:
             del self.ids[min(self.ids, key=self.ids.__getitem__)]
 
-    def remove(self, job: Job, what: What) -> bool:
-        """Remove a job. Return False if no job of the group counts as `what`."""
-        if self.jobs[what] == 0:
+    def remove(self, job: Job, state: FailureState) -> bool:
+        """Remove a job. Return False if no job of the group counts as `state`."""
+        if self.jobs[state] == 0:
             return False
-        self.jobs[what] -= 1
+        self.jobs[state] -= 1
         self.ids.pop(job.id, None)
         for names, name in ((self.queues, job.options.queue), (self.kinds, job.options.kind)):
             if names[name] > 1:
@@ -85,7 +85,7 @@ class FailureGroups:
         self._storage = storage
         self._groups: dict[str, GroupState] = {}
         self._former: dict[str, int] = {}  # first occurrences of groups that are empty now
-        self._other: Counter[What] = Counter()  # jobs whose error has no group
+        self._other: Counter[FailureState] = Counter()  # jobs whose error has no group
         # Live jobs of the start that are not counted yet.
         self._unseen = {job.id: job for job in live if job.error is not None and job.status == "queued"}
         self._top = top
@@ -106,7 +106,7 @@ class FailureGroups:
                 after is None or (after.error is None and after.status != "failed")
             ):
                 continue  # nearly every change: avoid the calls below
-            was, now = _what(before), _what(after)
+            was, now = _failure_state(before), _failure_state(after)
             if was == "retrying" and self._unseen.pop(change.event.job_id, None) is not None:
                 was = None
             if "failed" in (was, now) and change.event.seq <= self._last_counted(change.event.job_seq):
@@ -114,7 +114,7 @@ class FailureGroups:
                 was, now = None if was == "failed" else was, None if now == "failed" else now
             self._count(change, was, now)
 
-    def _count(self, change: Change, was: What | None, now: What | None) -> None:
+    def _count(self, change: Change, was: FailureState | None, now: FailureState | None) -> None:
         before, after = change.before, change.after
         if before is not None and after is not None and was == now and before.error == after.error:
             return
@@ -123,7 +123,7 @@ class FailureGroups:
         if after is not None and now is not None:
             self._add(after, now, after.finished_at or change.event.at)
         if before is not None and was is not None:  # after `_add`, because both may be the same group
-            self._forget_if_empty(_name(before))
+            self._forget_if_empty(_group_name(before))
 
     def _last_counted(self, job_seq: int) -> float:
         """Return the last event of the job that is counted already; infinity if the job is not read yet."""
@@ -133,18 +133,18 @@ class FailureGroups:
             return float("inf")
         return self._known[bisect_left(self._ends, -job_seq)]
 
-    def _add(self, job: Job, what: What, at: int) -> None:
+    def _add(self, job: Job, state: FailureState, at: int) -> None:
         group = self._group(job, at)
         if group is None:
-            self._other[what] += 1
+            self._other[state] += 1
         else:
-            group.add(job, what, at)
+            group.add(job, state, at)
 
-    def _remove(self, job: Job, what: What) -> None:
-        name = _name(job)
+    def _remove(self, job: Job, state: FailureState) -> None:
+        name = _group_name(job)
         group = None if name is None else self._groups.get(name)
-        if group is None or not group.remove(job, what):
-            self._other[what] = max(self._other[what] - 1, 0)
+        if group is None or not group.remove(job, state):
+            self._other[state] = max(self._other[state] - 1, 0)
 
     def _forget_if_empty(self, name: str | None) -> None:
         group = None if name is None else self._groups.get(name)
@@ -157,7 +157,7 @@ class FailureGroups:
 
     def _group(self, job: Job, at: int) -> GroupState | None:
         """Return the group of a job, or None if all groups are taken or the job has no error."""
-        name = _name(job)
+        name = _group_name(job)
         if name is None:
             return None
         if name not in self._groups and len(self._groups) < MAX_GROUPS:
@@ -224,14 +224,14 @@ class FailureGroups:
         )
 
 
-def _what(job: Job | None) -> What | None:
-    """Return how a job counts, or None."""
+def _failure_state(job: Job | None) -> FailureState | None:
+    """Return the state in which a job counts as a failure, None if it does not count."""
     if job is None or (job.error is None and job.status != "failed"):
         return None
     return "failed" if job.status == "failed" else "retrying" if job.status == "queued" else None
 
 
-def _name(job: Job) -> str | None:
+def _group_name(job: Job) -> str | None:
     error = job.error
     return None if error is None else fingerprint(error.message, error.code, job.id)
 

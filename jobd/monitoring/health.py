@@ -38,7 +38,7 @@ SAMPLED_FROM: Final = 10_000  # the oldest live jobs; each sample continues wher
 COMPARISONS: Final = 3
 MAX_FAULTS: Final = 100
 MAX_NAMED: Final = 5  # jobs or faults named in a message
-_WORST: Final[tuple[HealthStatus, ...]] = ("healthy", "degraded", "unhealthy")
+_FROM_BEST_TO_WORST: Final[tuple[HealthStatus, ...]] = ("healthy", "degraded", "unhealthy")
 _LIMITS: Final = {
     WriteLimit.NONE: "writes are accepted, but a test write failed",
     WriteLimit.CREATES: "new jobs are rejected",
@@ -145,7 +145,7 @@ class Health:
             if journal is not None and self._actor.full_disk.is_remote:
                 journal = PartHealth("unhealthy", f"{self._actor.full_disk.described()}.")
             statuses = [database.status, cache.status, storage.status, cleanup_status]
-            worst = max((*statuses, "healthy" if journal is None else journal.status), key=_WORST.index)
+            worst = max((*statuses, "healthy" if journal is None else journal.status), key=_FROM_BEST_TO_WORST.index)
             total, disk = self._actor.state.total(), self._actor.full_disk.space
             health = DatabaseHealth(database.status, database.message, total)
             if disk is not None:
@@ -235,10 +235,10 @@ class Health:
                 self._faults.append(fault)
         sentences = []
         if quarantined := self._actor.state.quarantined:
-            names = _some(list(islice(quarantined, MAX_NAMED)), len(quarantined))
+            names = _listed(list(islice(quarantined, MAX_NAMED)), len(quarantined))
             sentences.append(f"Quarantined jobs: {names}.")
         if self._faults:
-            sentences.append(f"Damage: {_some(list(islice(self._faults, MAX_NAMED)), len(self._faults), '; ')}.")
+            sentences.append(f"Damage: {_listed(list(islice(self._faults, MAX_NAMED)), len(self._faults), '; ')}.")
         return f"{' '.join(sentences)} Run: jobd doctor" if sentences else None
 
     # -- memory ------------------------------------------------------------------------------------------------------
@@ -393,6 +393,6 @@ def _without_reserve(space: DiskSpace | None) -> str:
     return f"The reserve file is missing{where}. On a full disk, running jobs may not be able to end. Free some space."
 
 
-def _some(names: list[str], count: int, between: str = ", ") -> str:
+def _listed(names: list[str], count: int, between: str = ", ") -> str:
     more = count - len(names)
     return between.join(names) + (f" and {more} more" if more > 0 else "")

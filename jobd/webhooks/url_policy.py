@@ -33,13 +33,13 @@ def blocked_reason(address: str) -> str | None:
         parsed = ip_address(address)
     except ValueError:
         return "not a valid address"
-    return _judge(parsed)
+    return _reason(parsed)
 
 
-def _judge(address: IPv4Address | IPv6Address) -> str | None:
+def _reason(address: IPv4Address | IPv6Address) -> str | None:
     if isinstance(address, IPv6Address):
         if (inner := _inner(address)) is not None:
-            return _judge(inner)
+            return _reason(inner)
         if address.is_site_local or address in _UNIQUE_LOCAL:
             return "private"
     for kind, applies in (

@@ -20,8 +20,8 @@ from jobd.client.aio import AsyncJobClient
 from jobd.client.endpoint import Address
 from jobd.client.protocol import GrantInfo
 from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, describe_claims, describe_process
-from jobd.client.worker.drain import pauses, remaining_jobs
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
+from jobd.client.worker.idle_reasons import pauses, remaining_jobs
 from jobd.client.worker.lease import LeaseKeeper, describe_failure
 from jobd.client.worker.output import Directives, OutputFilter, OutputWriter, Tail, write_all
 from jobd.client.worker.process import Program

@@ -20,10 +20,10 @@ def describe_error(error: BaseException) -> str:
         rest = [*map(safe_text, getattr(error, "__notes__", ())), _trace(error)]
     except Exception as failed:  # for example, __notes__ can be of any type
         rest = [f"<no traceback: {type(failed).__name__}>"]
-    return fitted(first, "\n".join([*more, *rest]).strip("\n"))
+    return join_message(first, "\n".join([*more, *rest]).strip("\n"))
 
 
-def fitted(first: str, rest: str) -> str:
+def join_message(first: str, rest: str) -> str:
     """Join both into an `error_message` of valid length. Escape characters that JSON cannot express."""
     first, rest = (each.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00") for each in (first, rest))
     space = MESSAGE_CHARACTERS - len(first) - 1

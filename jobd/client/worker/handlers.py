@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from jobd.client.worker.aio_utils import first_of, within
-from jobd.client.worker.error_text import describe_error, fitted, safe_text
+from jobd.client.worker.error_text import describe_error, join_message, safe_text
 from jobd.client.worker.lease import LeaseKeeper
 from jobd.client.worker.runner import STOP_S
 from jobd.client.worker.service_thread import Log, call_on
@@ -248,7 +248,7 @@ def failure_message(error: BaseException) -> str:
     """Return the `error_message`: the text of a Retry or Discard, or any other error with its traceback."""
     if isinstance(error, Retry | Discard):
         first, _, rest = (safe_text(error) or type(error).__name__).partition("\n")
-        return fitted(first, rest)
+        return join_message(first, rest)
     return describe_error(error)
 
 

@@ -78,7 +78,7 @@ class Program:
 
         def popen() -> subprocess.Popen[bytes]:
             if watchdog is not None:
-                watchdog.starts(token)
+                watchdog.starting(token)
             try:
                 process = _popen(command, environ)
             except OSError:

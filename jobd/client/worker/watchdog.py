@@ -33,7 +33,7 @@ class Watchdog:
         self._groups: dict[int, int] = {}
         self._process: subprocess.Popen[bytes] | None = None
 
-    def starts(self, token: int) -> None:
+    def starting(self, token: int) -> None:
         """Announce that a program for the grant with this token is about to start."""
         self._send(token, 0)
 

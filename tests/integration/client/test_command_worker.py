@@ -16,10 +16,10 @@ import msgspec
 import pytest
 
 from jobd.client import AsyncJobClient, CommandWorker, Unreachable
-from jobd.client.worker import claimer, drain, lease
+from jobd.client.worker import claimer, idle_reasons, lease
 from jobd.client.worker.claimer import ClaimOptions
 from jobd.client.worker.command_worker import describe
-from jobd.client.worker.drain import remaining_jobs
+from jobd.client.worker.idle_reasons import remaining_jobs
 from jobd.client.worker.process import has_members
 from tests import ROOT
 from tests.support.client_harness import (
@@ -164,7 +164,7 @@ async def test_drain_reports_the_remaining_jobs(
     expected = "drained; 2 jobs are left: 2 are not due yet."
     assert await _messages_of_drain(client, queue, paused, kinds=["a", "z"]) == [expected]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drain, "_PAGE", 1)
+        patch.setattr(idle_reasons, "_PAGE", 1)
         assert await _messages_of_drain(client, queue, paused, kinds=["a", "z"]) == [expected]
     assert await _messages_of_drain(client, queue, paused, kinds=["z"]) == []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobd.http.parser import MAX_LINE, MalformedRequest, RequestParser
+from jobd.http.parser import MAX_LINE_BYTES, MalformedRequest, RequestParser
 from jobd.http.worker_request import WorkerRequest
 
 END = b"\r\n\r\n"
@@ -28,9 +28,9 @@ def is_accepted(*pieces: bytes) -> bool:
 @pytest.mark.parametrize(
     "head",
     [
-        b"GET /%b HTTP/1.1\r\nHost: x" % (b"a" * (MAX_LINE - 1)),
-        b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: %b" % (b"a" * MAX_LINE),
-        b"GET / HTTP/1.1\r\nHost: x\r\n%b: b" % (b"a" * MAX_LINE),
+        b"GET /%b HTTP/1.1\r\nHost: x" % (b"a" * (MAX_LINE_BYTES - 1)),
+        b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: %b" % (b"a" * MAX_LINE_BYTES),
+        b"GET / HTTP/1.1\r\nHost: x\r\n%b: b" % (b"a" * MAX_LINE_BYTES),
     ],
     ids=["target", "value", "name"],
 )

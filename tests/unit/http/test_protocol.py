@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from jobd.api.worker import ROUTES
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
-from jobd.http.parser import AHEAD, PIECE, PIECE_LINES
+from jobd.http.parser import AHEAD_BYTES, PIECE_BYTES, PIECE_LINES
 from jobd.http.protocol import WorkerConnection
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Response
@@ -143,7 +143,7 @@ async def test_bodies_that_arrive_during_a_request_stay_in_the_socket(tmp_path: 
             await asyncio.sleep(0.001)
         for _ in range(5):
             assert (await harness.request("POST", "/v1/jobs", '{"queue":"other"}')).data == "other"
-        assert AHEAD < len(connection._held) < 3 * AHEAD
+        assert AHEAD_BYTES < len(connection._held) < 3 * AHEAD_BYTES
         held.go.set()
         assert (await client.receive()).status == 200
         assert [(await client.receive()).data for _ in sizes * 4] == [f"q-{size}" for size in sizes] * 4
@@ -624,9 +624,9 @@ async def test_a_half_closed_client_gets_all_responses_after_a_rejected_body(tmp
     """The body ends at the end of a piece of input, and the requests after it are not parsed yet."""
     async with HttpHarness(ROUTES, tmp_path) as harness:
         lines = "\r\n" * PIECE_LINES
-        rejected = request_bytes("POST", "/nowhere", lines.ljust(8 * PIECE))
-        rejected = request_bytes("POST", "/nowhere", lines.ljust(16 * PIECE - len(rejected)))
-        assert len(rejected) == 8 * PIECE
+        rejected = request_bytes("POST", "/nowhere", lines.ljust(8 * PIECE_BYTES))
+        rejected = request_bytes("POST", "/nowhere", lines.ljust(16 * PIECE_BYTES - len(rejected)))
+        assert len(rejected) == 8 * PIECE_BYTES
         client = await harness.connect()
         client.send(rejected + request_bytes("POST", "/v1/jobs", "{}") * 500)  # of more than PIECE_LINES lines
         client.writer.write_eof()

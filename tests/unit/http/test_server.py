@@ -26,7 +26,7 @@ from jobd.api.worker import ROUTES
 from jobd.config import Config, WorkerSection
 from jobd.http.auth import Authenticator, accepted_hosts
 from jobd.http.decoding import Limits
-from jobd.http.parser import PIECE, RequestParser
+from jobd.http.parser import PIECE_BYTES, RequestParser
 from jobd.http.server import is_in_use
 from jobd.model.responses import EmptyResponse, Response
 from jobd.resources import reload_certificates
@@ -250,7 +250,7 @@ class ParsedPieces:
         turns: Counter[int] = Counter()
         for turn, size in self.pieces:
             turns[turn] += size
-        assert max(turns.values()) <= PIECE
+        assert max(turns.values()) <= PIECE_BYTES
 
 
 @pytest.fixture(params=["worker", "admin"])
