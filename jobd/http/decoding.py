@@ -34,6 +34,7 @@ from jobd.model.job import EARLIEST_MS, is_job_id, storage_key_error
 FLAT_BYTES: Final = 2 * MAX_NESTING  # shorter JSON cannot be nested deeper
 MAX_QUERY_FIELDS: Final = 50
 MAX_FORM_FIELDS: Final = 300  # a page of jobs with all of them selected
+MAX_FORM_BYTES: Final = 128 << 10  # anyone can send a form, and its escapes take long to decode
 MAX_SHOWN_CHARS: Final = 80  # of an unknown field name in an error message
 
 _PATH = re.compile(r"\$[^ `]{0,200}`")
@@ -131,6 +132,8 @@ class RequestDecoder:
 
     def from_form(self, body: bytes, value: str | None = None) -> Command:
         """Decode a form like a query, except that list fields may be repeated."""
+        if len(body) > MAX_FORM_BYTES:
+            raise too_large_error(f"The form is over {MAX_FORM_BYTES} bytes. Shorten it.", limit=MAX_FORM_BYTES)
         fields = _parse_parameters(body.decode("latin-1"), self._list_fields, MAX_FORM_FIELDS)
         return self._build(self._convert(fields), value)
 

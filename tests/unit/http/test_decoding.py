@@ -566,6 +566,12 @@ def test_a_malformed_id_in_the_path_is_a_400(value: str) -> None:
     assert caught.value.error.details == {"field": "$.id"}
 
 
+def test_a_long_form_is_not_decoded() -> None:
+    with pytest.raises(ApiException) as caught:
+        RequestDecoder(Extend, "id", LIMITS).from_form(b"lock_id=" + b"%41" * 50_000)
+    assert (caught.value.error.code, caught.value.error.details) == ("too_large", {"limit": 128 << 10})
+
+
 @pytest.mark.parametrize("value", ["a", "A.b_c:d-9", "a" * 200, ".."])
 def test_a_valid_id_in_the_path_is_accepted(value: str) -> None:
     assert path_value(RequestDecoder(Extend, "id", LIMITS), value) == value
