@@ -449,8 +449,8 @@ def to_toml(value: object) -> str:
         return str(value).lower()
     if isinstance(value, Duration):
         return f'"{show_duration(value)}"'
-    if isinstance(value, int):
-        return str(int(value))
+    if isinstance(value, int | float):  # JSON has no nan
+        return repr(value)
     if isinstance(value, dict):
         return f"{{{', '.join(f'{to_toml(name)} = {to_toml(each)}' for name, each in value.items())}}}"
     return msgspec.json.encode(value).decode()

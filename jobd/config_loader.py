@@ -5,6 +5,7 @@ Flags take precedence over the environment, and the environment over the file.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -278,7 +279,10 @@ def _convert(values: dict[str, dict[str, Any]], sources: Mapping[str, str]) -> C
     except msgspec.ValidationError as error:
         key = str(error).partition(" - at `$.")[2].rstrip("`").partition("[")[0]
         section, _, name = key.partition(".")
-        found = "" if key == "journal.url" else f", not {to_toml(values.get(section, {}).get(name))}"  # has a password
+        found = ""
+        if key != "journal.url":  # it has a password
+            with contextlib.suppress(ValueError):  # a number of thousands of digits
+                found = f", not {to_toml(values.get(section, {}).get(name))}"
         raise ConfigError(
             f"{sources.get(key, 'configuration')}: {key}: {_expected(error, KEYS.get(key))}{found}"
         ) from None

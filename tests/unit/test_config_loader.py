@@ -750,6 +750,8 @@ def test_any_environment_is_a_configuration_or_one_clear_message(values: dict[st
         ('[admin]\nhosts = ["a\\u0000b"]\n', "admin.hosts: the value contains a NUL"),
         ('[locks]\nttl = "\\u001b[2J\\nnow"\n', "locks.ttl"),
         (f'[locks]\nttl = "{"a" * 100_000}"\n', "such as"),
+        (f"[limits]\nmailbox = 0x{'f' * 5_000}\n", "limits.mailbox"),
+        ("[alerts]\nfailure_rate = nan\n", "not nan"),
     ],
 )
 def test_former_tracebacks_are_clear_messages(text: str, part: str, write: Write) -> None:
