@@ -67,8 +67,8 @@ class LazyHeap(Generic[Entry]):
             heapq.heappop(entries)
         return None
 
-    def ordered(self, valid: Callable[[Entry], bool]) -> Iterator[Entry]:
-        """Iterate over valid entries in order, each once. The heap must not change meanwhile."""
+    def ordered(self, valid: Callable[[Entry], bool], most: int | None = None) -> Iterator[Entry]:
+        """Iterate over valid entries in order, each once, and end after `most` entries. The heap must not change."""
         last = self.first(valid)
         if last is None:
             return
@@ -76,7 +76,9 @@ class LazyHeap(Generic[Entry]):
         entries = self.entries
         frontier = [(entries[child], child) for child in (1, 2) if child < len(entries)]
         heapq.heapify(frontier)
-        while frontier:
+        for _ in range(len(entries) - 1 if most is None else most):
+            if not frontier:
+                return
             entry, place = heapq.heappop(frontier)
             for child in (2 * place + 1, 2 * place + 2):
                 if child < len(entries):
@@ -506,16 +508,16 @@ class QueuedJobs:
         first = bucket.head()
         return first is not None and first[:4] == head[:4]
 
-    def _all_heads(self, now: int) -> Iterator[Head]:
+    def _all_heads(self, now: int, most: int | None = None) -> Iterator[Head]:
         """Iterate over the heads of buckets with due jobs. A head that is no longer due is offered again when it is."""
-        return self.heads.ordered(lambda head: head[1] <= now and self._is_head(head))
+        return self.heads.ordered(lambda head: head[1] <= now and self._is_head(head), most)
 
     def _heads_of(self, kinds: Iterable[str], now: int) -> Iterator[Head]:
         """Iterate over the heads of `kinds`. Most claims find theirs among the first heads of all kinds."""
         wanted = set(kinds)
         buckets = [bucket for kind in wanted for bucket in self.buckets.get(kind, {}).values()]
         passed: tuple[object, ...] = ()
-        for head in islice(self._all_heads(now), min(len(buckets), FEW_HEADS)):
+        for head in self._all_heads(now, min(len(buckets), FEW_HEADS)):
             passed = head
             if head[4] in wanted:
                 yield head

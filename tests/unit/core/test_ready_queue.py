@@ -438,21 +438,27 @@ def test_a_single_bucket_has_no_heads(enter: Callable[..., tuple[str, DueEntry]]
     model.check()
 
 
-@pytest.mark.parametrize("enter", ["add", "join"])
-def test_the_first_of_many_buckets_is_found_without_reading_all_of_them(
-    enter: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scanned: list[PriorityBucket] = []
+@pytest.fixture
+def scanned(monkeypatch: pytest.MonkeyPatch) -> list[PriorityBucket]:
+    """The buckets that were read, one entry for each time."""
+    found: list[PriorityBucket] = []
 
     def count(method: Callable[..., Any]) -> Callable[..., Any]:
         def counted(bucket: PriorityBucket, *args: int) -> Any:
-            scanned.append(bucket)
+            found.append(bucket)
             return method(bucket, *args)
 
         return counted
 
-    monkeypatch.setattr(PriorityBucket, "head", count(PriorityBucket.head))
-    monkeypatch.setattr(PriorityBucket, "eligible", count(PriorityBucket.eligible))
+    for name in ("head", "eligible"):
+        monkeypatch.setattr(PriorityBucket, name, count(getattr(PriorityBucket, name)))
+    return found
+
+
+@pytest.mark.parametrize("enter", ["add", "join"])
+def test_the_first_of_many_buckets_is_found_without_reading_all_of_them(
+    enter: str, scanned: list[PriorityBucket]
+) -> None:
     due = QueuedJobs("q", lambda job: True)
     for seq in range(1_000):
         if enter == "add":
@@ -470,6 +476,21 @@ def test_the_first_of_many_buckets_is_found_without_reading_all_of_them(
     assert oldest is not None
     assert oldest[2] == 0
     assert len(scanned) < 60
+
+
+def test_a_claim_of_few_kinds_passes_over_few_removed_jobs(scanned: list[PriorityBucket]) -> None:
+    """They stay in the heads, behind the first job of a kind that no worker claims."""
+    due = QueuedJobs("q", lambda job: True)
+    due.add("first", (0, 0, 0, "first", NEVER), 1_000)
+    for seq in range(1, 300):
+        due.add(f"k-{seq}", (0, seq, seq, f"{seq}", NEVER), 1_000)
+        due.add(f"k-{seq}", (0, 300 + seq, 300 + seq, f"{300 + seq}", NEVER), 1_000)
+    for seq in range(1, 300):
+        due.remove(f"k-{seq}", (0, seq, seq, f"{seq}", NEVER), 1_000)
+    assert len(due.heads.entries) > 500
+    scanned.clear()
+    assert [found[2] for found in due.eligible(["k-7", "k-9"], 1_000)] == [307, 309]
+    assert len(scanned) < 20
 
 
 class CountingTime(int):
