@@ -116,7 +116,7 @@ class EventReader:
             reached_end = not page.more
             position = page.end
         if messages or announced != self._cursor.alerts:
-            await self._write(messages, now, position, gone_to, announced)
+            await self._write(messages, position, gone_to, announced)
             self.alerts.written(alerts)
         elif position != self.position:
             self.position = position
@@ -126,7 +126,7 @@ class EventReader:
 
     async def add(self, message: Message) -> Delivery:
         """Put a message without an event into the outbox. Raises CannotWrite."""
-        return (await self._write([message], self._context.moment().now))[0]
+        return (await self._write([message]))[0]
 
     async def store_outcomes(self, tried: list[Delivery], now: int) -> None:
         """Store the results of deliveries. If that dropped dead letters, report a gap later."""
@@ -138,7 +138,7 @@ class EventReader:
         """Save the cursor if it moved SAVE_S ago. Pruning past an old cursor would look like a gap."""
         since_s = self._unsaved_since_s
         if since_s is not None and (at_once or self._loop_time() >= since_s + SAVE_S):
-            await self._write([], self._context.moment().now)
+            await self._write([])
 
     async def _page(self) -> EventPage:
         self._is_reading = True
@@ -152,7 +152,6 @@ class EventReader:
     async def _write(
         self,
         messages: list[Message],
-        now: int,
         position: int | None = None,
         gone_to: int | None = None,
         announced: dict[str, int] | None = None,
@@ -160,6 +159,7 @@ class EventReader:
         """Write deliveries and cursor in one transaction. Omitted values stay as they are."""
         name, context = self._endpoint.name, self._context
         async with self._writing:
+            now = context.moment().believed  # messages from a suspect future would be retried until then
             new = [context.new_delivery(message, name, now) for message in messages]
             cursor = WebhookCursor(
                 name,

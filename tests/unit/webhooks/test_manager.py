@@ -1143,6 +1143,13 @@ class SuspectWallClock(SteppedWallClock):
         return Moment(now=expected + 40 * DAY_MS, lease=0, offset=0, trusted=expected)
 
 
+async def test_a_message_ages_by_the_expected_time_while_the_clock_is_suspect(path: Path) -> None:
+    refused = FakeTransport(lambda _: REJECTED)
+    async with running_webhooks(path, endpoint(give_up_after_ms=0), posts=refused, clock=SuspectWallClock()) as at:
+        await at.commit(at.maker.create("a"))
+        await wait_until(lambda: at.webhooks.views()[0].given_up == 1)
+
+
 async def test_a_missing_endpoint_keeps_its_outbox_while_the_clock_is_suspect(path: Path) -> None:
     async with running_webhooks(path, endpoint("e"), endpoint("f"), posts=FakeTransport(lambda _: REJECTED)) as at:
         await at.commit(at.maker.create("a"))
