@@ -425,15 +425,21 @@ class QueuedJobs:
         heads = self._all_heads(now) if kinds is None else self._heads_of(kinds, now)
         upcoming = next(heads, None)
         frontier: list[tuple[DueEntry, Iterator[DueEntry]]] = []
+        entry: DueEntry | None
         while upcoming is not None or frontier:
             if upcoming is not None and (not frontier or upcoming[:4] <= frontier[0][0]):
                 following = self.buckets[upcoming[4]][upcoming[0]].eligible(now)
+                entry = next(following, None)
+                if entry is not None and entry[:4] == upcoming[:4]:  # the next head need not be known
+                    yield entry
+                    entry = next(following, None)
                 upcoming = next(heads, None)
             else:
                 entry, following = heapq.heappop(frontier)
                 yield entry
-            if (next_entry := next(following, None)) is not None:
-                heapq.heappush(frontier, (next_entry, following))
+                entry = next(following, None)
+            if entry is not None:
+                heapq.heappush(frontier, (entry, following))
 
     def first_in_fifo(self, now: int) -> CompactJob | None:
         """Return the first due job if all jobs are in one Fifo; None if orders must be merged or no job is due."""
