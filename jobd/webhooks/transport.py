@@ -76,8 +76,11 @@ class Resolver(AbstractResolver):
             except RuntimeError:
                 return  # the loop is closed
 
+        try:
+            threading.Thread(target=look_up, name="webhook-lookup", daemon=True).start()
+        except RuntimeError:
+            raise OSError("no thread can be started") from None
         self._running += 1
-        threading.Thread(target=look_up, name="webhook-lookup", daemon=True).start()
         return [_resolved(host, *each) for each in await found]
 
     async def close(self) -> None:

@@ -366,6 +366,19 @@ async def test_host_names_are_resolved() -> None:
         await Resolver().resolve("a" * 70 + ".test", 80, socket.AF_INET)
 
 
+async def test_names_are_looked_up_again_once_threads_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    resolver = Resolver()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fail)
+        for _ in range(transport.MAX_LOOKUPS):
+            with pytest.raises(OSError, match="no thread can be started"):
+                await resolver.resolve("localhost")
+    assert await resolver.resolve("localhost")
+
+
 async def test_changed_settings_apply_to_the_next_attempt(sender: HttpTransport, receiver: Receiver) -> None:
     await sender.post(to(receiver.url), DELIVERY)
     await sender.post(replace(to(receiver.url), secrets=(b"n" * 24, KEY)), DELIVERY)
