@@ -59,9 +59,13 @@ def standby_app(
     pages: BrowserPages | None = None,
 ) -> App[object]:
     """Return the app of a listener until this node leads. `App.serve` then gives it the other routes."""
-    served = [route for route in routes if route.on_standby]
-    app: App[object] = App(authenticator, served, NoActor(), services, limits=limits, admin=admin)
-    app.serve(
-        served, NoActor(), services, pages=pages, unrouted=lambda: not_leader_error(services.cluster_view().leader)
+    return App(
+        authenticator,
+        [route for route in routes if route.on_standby],
+        NoActor(),
+        services,
+        limits=limits,
+        admin=admin,
+        pages=pages,
+        unrouted=lambda: not_leader_error(services.cluster_view().leader),
     )
-    return app

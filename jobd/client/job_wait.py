@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Final
 
@@ -21,12 +22,12 @@ class JobWait:
 
     def __init__(self, timeout_s: float | None, now_s: float) -> None:
         self._timeout_s = timeout_s
-        self._deadline_s = None if timeout_s is None else now_s + timeout_s
+        self._deadline_s = math.inf if timeout_s is None else now_s + timeout_s
         self._pause_s = _FIRST_S
 
     def retry(self, retry: RetryOptions, now_s: float) -> RetryOptions:
         """Return `retry` without retries, and without waiting for a response, after the deadline."""
-        if self._deadline_s is None:
+        if self._timeout_s is None:
             return retry
         left_s = max(self._deadline_s - now_s, 0.0)
         return replace(
@@ -37,7 +38,7 @@ class JobWait:
 
     def check_deadline(self, job_id: str, error: Unreachable, now_s: float) -> None:
         """Raise TimeoutError if `error` ends a poll after the deadline."""
-        if self._deadline_s is not None and now_s >= self._deadline_s - _EARLY_S:
+        if now_s >= self._deadline_s - _EARLY_S:
             text = f"It is unknown whether job {job_id} is finished after {self._timeout_s} s: {error.message}"
             raise TimeoutError(text) from error
 
@@ -46,8 +47,6 @@ class JobWait:
         if job.status in FINISHED:
             return None
         pause_s, self._pause_s = self._pause_s, min(self._pause_s * 1.5, _LONGEST_S)
-        if self._deadline_s is None:
-            return pause_s
         if now_s >= self._deadline_s:
             raise TimeoutError(f"Job {job.id} is not finished after {self._timeout_s} s: it is {job.status}.")
         return min(pause_s, self._deadline_s - now_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -92,7 +93,7 @@ class RetryState:
         self._request = request
         self._nodes = nodes
         self._attempt_s = retry.timeout_s + request.wait_ms / 1000
-        self._deadline_s = None if retry.total_s is None else now_s + retry.total_s
+        self._deadline_s = math.inf if retry.total_s is None else now_s + retry.total_s
         self._count = 0
         self._errors: dict[Endpoint, JobdError] = {}  # the latest of each node, latest last
         self._worst: JobdError | None = None
@@ -110,10 +111,7 @@ class RetryState:
         if not self._nodes.is_single and self.endpoint != self._repeated:
             share_s = self._retry.timeout_s / len(self._nodes.endpoints)
             timeout_s -= self._retry.timeout_s - max(share_s, min(self._retry.timeout_s, MIN_ATTEMPT_S))
-        if self._deadline_s is None:
-            return timeout_s
-        ends_s = self._deadline_s if self._count else max(self._deadline_s, self._round_ends_s)
-        return min(timeout_s, max(ends_s - now_s, 0.1))
+        return min(timeout_s, max(self._ends_s - now_s, 0.1))
 
     def served(self) -> None:
         """Record that the node has served the call."""
@@ -128,12 +126,12 @@ class RetryState:
             raise error
         self._record(error)
         following = self._following(error)
-        if following is not None and self._is_in_time(now_s):
+        if following is not None and now_s < self._ends_s:
             self.endpoint = following
             self.is_redirected = error.code not in _MAYBE_APPLIED
             return 0.0
         wait_s = self._delay_s(error, chance)
-        if self._deadline_s is not None and now_s + wait_s >= self._deadline_s:
+        if now_s + wait_s >= self._deadline_s:
             raise self._final(error) if self._nodes.is_single else self._summary()
         self._count += 1
         self._round.clear()
@@ -151,11 +149,10 @@ class RetryState:
         if isinstance(error, Unreachable) and self._nodes.first == self.endpoint:
             self._nodes.first = self._nodes.after(self.endpoint)
 
-    def _is_in_time(self, now_s: float) -> bool:
-        """Return whether the round may continue."""
-        if self._deadline_s is None:
-            return True
-        return now_s < (self._deadline_s if self._count else max(self._deadline_s, self._round_ends_s))
+    @property
+    def _ends_s(self) -> float:
+        """When the current round has to end. The deadline does not limit the first attempt."""
+        return self._deadline_s if self._count else max(self._deadline_s, self._round_ends_s)
 
     def _following(self, error: JobdError) -> Endpoint | None:
         """Return the next node of this round: the leader that the response names, else one that was not tried yet."""

@@ -52,10 +52,6 @@ class AdminRequest(RequestContext, eq=False):
     def transport(self) -> asyncio.Transport | None:
         return self._request.transport
 
-    def abort(self) -> None:
-        if self.transport is not None:
-            self.transport.abort()
-
     @property
     def is_complete(self) -> bool:
         return self._request.content.is_eof()

@@ -148,6 +148,7 @@ class App(Generic[S]):
         limits: Limits | None = None,
         admin: bool = False,
         pages: BrowserPages | None = None,
+        unrouted: Callable[[], ApiError] | None = None,
     ) -> None:
         self.authenticator = authenticator
         self.limits = limits or Limits()
@@ -160,7 +161,7 @@ class App(Generic[S]):
         self._changes: set[asyncio.Future[Response | ApiError | None]] = set()  # handlers that run to their end
         self._rejects_incomplete = False
         self._log_limiter = LogRateLimiter()
-        self.serve(routes, actor, services, pages=pages)
+        self.serve(routes, actor, services, pages=pages, unrouted=unrouted)
 
     def serve(
         self,

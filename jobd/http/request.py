@@ -90,7 +90,8 @@ class RequestContext(Struct, eq=False):
 
     def abort(self) -> None:
         """Reset the connection."""
-        raise NotImplementedError
+        if self.transport is not None:
+            self.transport.abort()
 
     # -- body ----------------------------------------------------------------------------------------------------------
 

@@ -79,10 +79,6 @@ class WorkerRequest(RequestContext, eq=False):
     def transport(self) -> asyncio.Transport | None:
         return self.connection.transport
 
-    def abort(self) -> None:
-        if self.transport is not None:
-            self.transport.abort()
-
     def _open_transport(self) -> asyncio.Transport:
         transport = self.transport
         if transport is None or transport.is_closing():

@@ -203,8 +203,8 @@ class Planner:
             "plan_id": view.plan_id,
             "planned": view.count,
             "changed_meanwhile": len(done.changed),
+            "refused": len(done.refused),
         }
-        details["refused"] = len(done.refused)
         if undone := _first_ids([*done.changed, *done.refused]):
             details["left_undone"] = undone
         if view.filter is not None:

@@ -308,10 +308,8 @@ class Alerts:
 
     def _granted_twice(self, at: Moment) -> Condition:
         double_grants = self._state.counters.double_grants
-        value, hint = (
-            double_grants.last_hour(at.now),
-            "No job was granted again while its previous worker had time left.",
-        )
+        value = double_grants.last_hour(at.now)
+        hint = "No job was granted again while its previous worker had time left."
         if value and (last := double_grants.last) is not None:
             (token, next_token), (worker, next_worker) = last.tokens, last.workers
             hint = (

@@ -340,14 +340,11 @@ class Health:
 
     def _measure_cleanup(self) -> tuple[CleanupHealth, HealthStatus]:
         try:
-            return self._cleanup_health()
+            state, found = self._cleanup.state(), (self._cleanup.degraded_reason(), self._clock.suspect_reason())
         except Exception as error:
             log.exception("health_check_failed", part="cleanup")
             return CleanupHealth(False, None, f"It cannot be measured: {type(error).__name__}: {error}"), "unhealthy"
-
-    def _cleanup_health(self) -> tuple[CleanupHealth, HealthStatus]:
-        state = self._cleanup.state()
-        reasons = [each for each in (self._cleanup.degraded_reason(), self._clock.suspect_reason()) if each is not None]
+        reasons = [each for each in found if each is not None]
         message = " ".join(reasons) or "Cleanup runs in time."
         view = CleanupHealth(state.cleanup_running, state.time_since_last_cleanup, message)
         return view, "degraded" if reasons else "healthy"

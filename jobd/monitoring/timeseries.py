@@ -186,12 +186,8 @@ class Timeseries:
         return Chart(self._hour.series(now), self._day.series(now), self.since)
 
     def rates(self, now: int) -> Rates:
-        minute, hour, day = (
-            self._hour.sums(now, MINUTE_MS // STEP_MS),
-            self._hour.sums(now, STEPS),
-            self._day.sums(now, SLOTS),
-        )
-        return Rates(*zip(minute, hour, day, strict=True))
+        minute, hour = self._hour.sums(now, MINUTE_MS // STEP_MS), self._hour.sums(now, STEPS)
+        return Rates(*zip(minute, hour, self._day.sums(now, SLOTS), strict=True))
 
     def queue(self, name: str, now: int) -> QueueRate | None:
         """Return the counts of a queue, or None if there are none."""
