@@ -11,6 +11,7 @@ import socket
 import ssl
 import stat
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,7 +24,8 @@ from jobd.http.protocol import WorkerConnection
 
 BACKLOG: Final = 1024
 CLOSE_S: Final = 1.0  # for TLS clients to confirm the end of a connection
-POLL_S: Final = 0.005  # while connections are closing
+LOCK_S: Final = 1.0  # to wait for the lock of a directory, which a daemon holds for some milliseconds
+POLL_S: Final = 0.005  # while connections are closing, or a directory is locked
 
 log = structlog.get_logger("jobd.web")
 
@@ -215,10 +217,18 @@ def _bind(path: str, mode: int) -> tuple[socket.socket, int]:
 
 @contextlib.contextmanager
 def _directory_lock(directory: str) -> Iterator[None]:
-    """Lock `directory`, so that no other process replaces a socket between its check and its rename."""
+    """Lock `directory`, so that no other process replaces a socket between its check and its rename.
+
+    Any user can lock a directory, so this goes on without the lock after LOCK_S.
+    """
+    until_s = time.monotonic() + LOCK_S
     opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX)
+        while time.monotonic() < until_s:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(POLL_S)
         yield
     finally:
         os.close(opened)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import socket
@@ -508,6 +509,17 @@ async def test_stale_sockets_are_replaced(tmp_path: Path) -> None:
             left.bind(str(tmp_path / name))
     async with HttpHarness(ROUTES, tmp_path) as harness:
         assert (await harness.request("GET", "/v1/jobs")).status == 200
+
+
+async def test_a_directory_that_another_user_has_locked_delays_no_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobd.http.server.LOCK_S", 0.01)
+    opened = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(opened, fcntl.LOCK_EX)
+    async with HttpHarness(ROUTES, tmp_path) as harness:
+        assert (await harness.request("GET", "/v1/jobs")).status == 200
+    os.close(opened)
 
 
 async def test_a_path_that_is_not_a_socket_is_kept(tmp_path: Path) -> None:
