@@ -13,7 +13,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -278,12 +277,7 @@ def _keep_old(path: str) -> str | None:
     """
     if not os.path.exists(path):
         return None
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    old_name = f"{path}.{stamp}"
-    number = 1
-    while os.path.exists(old_name):
-        number += 1
-        old_name = f"{path}.{stamp}-{number}"
+    old_name = files.dated_name(path)
     os.link(path, old_name)
     for suffix in ("-wal", "-shm", "-journal"):
         if os.path.exists(path + suffix):

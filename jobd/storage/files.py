@@ -14,6 +14,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -183,9 +184,22 @@ def _fsync(path: str, flags: int) -> None:
         os.close(fd)
 
 
-def set_aside(path: str) -> str:
-    """Rename the database at `path` and its write-ahead log, replacing those set aside before. Return the new name."""
-    old = f"{path}.old"
+def dated_name(path: str) -> str:
+    """Return an unused name for the database at `path`, with the present time."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    name, number = f"{path}.{stamp}", 1
+    while os.path.exists(name):
+        number += 1
+        name = f"{path}.{stamp}-{number}"
+    return name
+
+
+def set_aside(path: str, name: str | None = None) -> str:
+    """Rename the database at `path` and its write-ahead log. Return the new name.
+
+    Without `name`, it replaces the one that was set aside before.
+    """
+    old = name or f"{path}.old"
     for suffix in ("-wal", "-shm", ""):
         if os.path.exists(path + suffix):
             os.replace(path + suffix, old + suffix)

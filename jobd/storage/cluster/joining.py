@@ -93,8 +93,11 @@ def epoch_if_left(path: str, last: int) -> int | None:
 
 
 def discard(path: str) -> str:
-    """Set the store at `path` aside, so that the next start of a node makes another one. Return its new name."""
+    """Set the store at `path` aside, so that the next start of a node makes another one. Return its new name.
+
+    It may be the only one with its jobs, so no later rebuild replaces it.
+    """
     with FileLock(path):
         if not os.path.exists(path):
             raise StoreUnreadable(f"{path} does not exist")
-        return files.set_aside(path)
+        return files.set_aside(path, files.dated_name(path))

@@ -157,6 +157,9 @@ async def test_a_store_is_replaced_by_that_of_a_cluster(path: str) -> None:
     async with following(f"{path}.single", server), following(path, server):
         pass
     assert rows_of(path) == rows_of(f"{path}.single")
+    assert joining.discard(f"{path}.single") != old
+    async with open_store(old):
+        pass  # it is not the store of a node
 
 
 async def test_a_node_is_not_repaired_by_itself(path: str) -> None:

@@ -18,7 +18,8 @@ from jobd.journal.record import FORMAT, LOWEST_FORMAT, decode
 from jobd.model.journal import BadRecord, Fenced, JournalOutcomeUnknown, LeadershipLost, Record
 from jobd.model.storage import AuditQuery, DiskFull, FormatNotRead, JobQuery, OpenedStore
 from jobd.model.webhooks import Delivery, WebhookCursor
-from jobd.storage.cluster import joining, snapshots
+from jobd.storage import files
+from jobd.storage.cluster import snapshots
 from jobd.storage.cluster.membership import StoreAhead, StoreDamaged, WrongCluster
 from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.store import Store, StoreBroken, StoreBusy, StoreUnreadable
@@ -750,7 +751,7 @@ async def test_a_store_that_was_set_aside_is_not_replaced_by_a_new_one(path: str
         await leader.store.write(maker.batch([maker.create("a")]))
         await snapshot_of(leader)
     before = rows_of(path)
-    await asyncio.to_thread(joining.discard, path)  # as `jobd join` does
+    await asyncio.to_thread(files.set_aside, path)
     async with following(path, server) as node:
         assert node.opened.last_record == 1
     assert rows_of(f"{path}.old") == before
