@@ -86,10 +86,14 @@ class Dispatcher:
             self._wake.set()
 
     async def test(self) -> Delivery:
-        """Put a test message into the outbox and let the breaker probe now. Raises CannotWrite."""
+        """Put a test message into the outbox, make all messages due, and let the breaker probe now. Raises CannotWrite.
+
+        An earlier test that failed would otherwise hold this one up until its own retry.
+        """
         context = self._context
         message = test_message(self.endpoint.name, context.next_delivery, context.moment().now, context.source)
         delivery = await self.reader.add(message)
+        self.queue.expedite()
         self._probe_now()
         return delivery
 
