@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from jobd.model.errors import (
     ERROR_CODES,
     ERROR_STATUS,
     ApiError,
+    ApiException,
     api_error,
+    checked,
     invalid_request_error,
     not_leader_error,
     too_large_error,
@@ -24,6 +28,14 @@ def test_every_code_has_a_status_and_a_description() -> None:
 def test_an_exception_carries_its_error() -> None:
     exception = api_error("not_due", "Too early.", run_at=5)
     assert (str(exception), exception.error) == ("not_due", ApiError("not_due", "Too early.", {"run_at": 5}))
+
+
+def test_checked_returns_a_result_and_raises_an_error() -> None:
+    assert checked(5) == 5
+    error = ApiError("not_due", "Too early.", {"run_at": 5})
+    with pytest.raises(ApiException) as raised:
+        checked(error)
+    assert raised.value.error is error
 
 
 def test_an_invalid_request_names_its_field() -> None:
