@@ -20,6 +20,7 @@ from jobd.cli import exit_codes, tables, terminal
 from jobd.cli.demo.processes import HEIGHT, SIGNATURE, WIDTH, Sandbox
 from jobd.client import JobClient, JobInfo
 from jobd.model.events import EventView
+from jobd.model.job import FINISHED
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -33,7 +34,6 @@ CONFIG: Final = '[cleanup]\nrecover_every = "500ms"\n'
 KILL_AT_PERCENT: Final = 20
 DEADLINE_S: Final = 50.0
 _POLL_S: Final = 0.1
-_FINISHED: Final = frozenset({"completed", "failed", "cancelled"})
 # Points at the edge of the Mandelbrot set, where a zoom shows details.
 _EDGES: Final = ((-0.743, 0.126), (0.2925, 0.0149), (-1.2501, 0.0218), (-0.7269, 0.1889))
 
@@ -70,7 +70,7 @@ class _Screen:
         """Update the bars: one for all jobs, and one for each processing job."""
         if self._progress is None:
             return
-        done = sum(job.status in _FINISHED for job in jobs)
+        done = sum(job.status in FINISHED for job in jobs)
         shown = {"all jobs": 100 * done / len(jobs)} | {
             terminal.clip(
                 f"  {job.id} on {job.lock.worker if job.lock else f'{job.worker} (lock expired)'}", 60
@@ -154,7 +154,7 @@ def _watch(sandbox: Sandbox, client: JobClient, observed: Observations, screen: 
             _kill_one(sandbox, client, jobs, observed, screen)
         elif not observed.recovery_seen:
             _show_recovery(client, observed, screen)
-        if all(job.status in _FINISHED for job in jobs):
+        if all(job.status in FINISHED for job in jobs):
             return
         if time.monotonic() > until_s:
             screen.say(f"The jobs are not finished after {DEADLINE_S:.0f} s: this machine is too slow.")
