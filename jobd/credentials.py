@@ -19,12 +19,8 @@ def admin_tokens(file: str, environ: Mapping[str, str]) -> tuple[str, ...]:
     """Return the admin tokens, () if none is configured. `file` is [admin] token_file. Raises InvalidToken."""
     if environ.get("ADMIN_TOKEN"):
         return (check_token(environ["ADMIN_TOKEN"], "ADMIN_TOKEN"),)
-    if environ.get("ADMIN_TOKEN_FILE"):
-        return read_tokens(environ["ADMIN_TOKEN_FILE"], "ADMIN_TOKEN_FILE")
-    if file:
-        return read_tokens(file, "[admin] token_file")
-    credential = _credential(environ, "admin_token")
-    return read_tokens(str(credential), "credential admin_token") if credential.is_file() else ()
+    found = _configured_file(environ, "ADMIN_TOKEN_FILE", file, "[admin] token_file", "admin_token")
+    return () if found is None else read_tokens(*found)
 
 
 def read_only_tokens(file: str, environ: Mapping[str, str], admin_tokens: tuple[str, ...]) -> tuple[str, ...]:
@@ -32,15 +28,11 @@ def read_only_tokens(file: str, environ: Mapping[str, str], admin_tokens: tuple[
 
     Raises InvalidToken if one cannot be read or is also an admin token.
     """
-    credential = _credential(environ, "admin_readonly_token")
-    if environ.get("ADMIN_READONLY_TOKEN_FILE"):
-        path, source = environ["ADMIN_READONLY_TOKEN_FILE"], "ADMIN_READONLY_TOKEN_FILE"
-    elif file:
-        path, source = file, "[admin] readonly_token_file"
-    elif credential.is_file():
-        path, source = str(credential), "credential admin_readonly_token"
-    else:
+    key = "[admin] readonly_token_file"
+    found = _configured_file(environ, "ADMIN_READONLY_TOKEN_FILE", file, key, "admin_readonly_token")
+    if found is None:
         return ()
+    path, source = found
     tokens = read_tokens(path, source)
     if set(tokens) & set(admin_tokens):
         raise InvalidToken(
@@ -72,5 +64,13 @@ def check_token(token: str, source: str) -> str:
     return token
 
 
-def _credential(environ: Mapping[str, str], name: str) -> Path:
-    return Path(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent") / name
+def _configured_file(
+    environ: Mapping[str, str], variable: str, file: str, key: str, credential: str
+) -> tuple[str, str] | None:
+    """Return the file of a token and its source: a variable, else a key of the configuration, else a credential."""
+    if environ.get(variable):
+        return environ[variable], variable
+    if file:
+        return file, key
+    path = Path(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent") / credential
+    return (str(path), f"credential {credential}") if path.is_file() else None
