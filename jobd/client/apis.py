@@ -10,7 +10,7 @@ from typing import Any, Final
 from jobd.client import admin_requests, worker_requests
 from jobd.client.endpoint import Address, Endpoint, admin_endpoints, worker_endpoints
 from jobd.client.errors import Unreachable
-from jobd.client.event_subscription import ADMIN_EVENTS, EVENTS, NODE_SILENCE_S, SILENCE_S, subscribe
+from jobd.client.event_subscription import ADMIN_EVENTS, EVENTS, NODE_SILENCE_S, SILENCE_S, EventSubscription
 from jobd.client.methods import EventMethod, Method, PagedMethod
 from jobd.client.protocol import ApiRequest
 from jobd.client.retries import NodeList, RetryOptions, RetryState
@@ -31,6 +31,15 @@ _EXPORT_JOBS: Final = """Export all jobs that match as lines of JSON for import_
 
 Takes the arguments of `export_page`. Each job is in its state when its page was read. Jobs created before the first
 page are included unless they are deleted before their page is read.
+"""
+_EVENTS: Final = """\
+Iterate over events as they happen, each once and in order, across lost connections and restarts of the daemon.
+
+`queue`, `job_id` and `type` (one name or several) select events. The stream starts now; with `after`, after the
+event with that `seq`; with `last`, up to that many events ago. It never ends unless `follow` is False; then it ends
+at the end of the journal. The first connection is retried like other calls, later ones until they succeed.
+`on_lost` is called with the error of each lost connection. Raises EventsGone if events after `after` are no longer
+in the journal: read the current state, then subscribe without `after`.
 """
 
 
@@ -118,7 +127,7 @@ class WorkerApi(BaseClient):
     cluster = Method(worker_requests.cluster)
     iterate_jobs = PagedMethod(worker_requests.list_jobs, lambda page: page.jobs, _ITERATE_JOBS)
     iterate_queues = PagedMethod(worker_requests.queue_page, lambda page: page.queues, _ITERATE_QUEUES)
-    events = EventMethod(subscribe, EVENTS)
+    events = EventMethod(EventSubscription, EVENTS, _EVENTS)
 
 
 class AdminApi(BaseClient):
@@ -194,4 +203,4 @@ class AdminApi(BaseClient):
     metrics = Method(admin_requests.metrics)
     export_page = Method(admin_requests.export_page)
     export_jobs = PagedMethod(admin_requests.export_page, lambda page: page.lines, _EXPORT_JOBS)
-    events = EventMethod(subscribe, ADMIN_EVENTS)
+    events = EventMethod(EventSubscription, ADMIN_EVENTS, _EVENTS)

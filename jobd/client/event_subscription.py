@@ -25,29 +25,6 @@ _LINE_BYTES: Final = 16 << 20  # far above the longest event
 _decode: Final = msgspec.json.Decoder(StreamedEvent).decode
 
 
-def subscribe(
-    path: str,
-    *,
-    queue: str | Iterable[str] | None = None,
-    job_id: str | Iterable[str] | None = None,
-    type: str | Iterable[str] | None = None,
-    after: int | None = None,
-    last: int | None = None,
-    follow: bool = True,
-    on_lost: Callable[[JobdError], None] | None = None,
-) -> EventSubscription:
-    """Iterate over events as they happen, each once and in order, across lost connections and restarts of the daemon.
-
-    `queue`, `job_id` and `type` (one name or several) select events. The stream starts now; with `after`, after the
-    event with that `seq`; with `last`, up to that many events ago. It never ends unless `follow` is False; then it ends
-    at the end of the journal. The first connection is retried like other calls, later ones until they succeed.
-    `on_lost` is called with the error of each lost connection. Raises EventsGone if events after `after` are no longer
-    in the journal: read the current state, then subscribe without `after`.
-    """
-    filters = {"queue": _joined(queue), "job_id": _joined(job_id), "type": _joined(type)}
-    return EventSubscription(path, filters, after=after, last=last, follow=follow, on_lost=on_lost)
-
-
 class EventSubscription:
     """One stream of events, over one or more connections.
 
@@ -57,8 +34,10 @@ class EventSubscription:
     def __init__(
         self,
         path: str,
-        filters: dict[str, str | None],
         *,
+        queue: str | Iterable[str] | None = None,
+        job_id: str | Iterable[str] | None = None,
+        type: str | Iterable[str] | None = None,
         after: int | None = None,
         last: int | None = None,
         follow: bool = True,
@@ -68,7 +47,7 @@ class EventSubscription:
         self.follow: Final = follow
         self.on_lost: Final = on_lost
         self._path = path
-        self._filters = filters
+        self._filters = {"queue": _joined(queue), "job_id": _joined(job_id), "type": _joined(type)}
         self._last = last
         self._rest = b""
         self._next_position = after

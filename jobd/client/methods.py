@@ -127,8 +127,8 @@ class PagedMethod(_ClientMethod, Generic[P, T]):
 class EventMethod(_ClientMethod, Generic[P]):
     """The stream of events at `path`."""
 
-    def __init__(self, subscribe: Callable[Concatenate[str, P], EventSubscription], path: str) -> None:
-        super().__init__(functools.partial(subscribe, path), "listen", subscribe.__doc__)
+    def __init__(self, subscribe: Callable[Concatenate[str, P], EventSubscription], path: str, doc: str) -> None:
+        super().__init__(functools.partial(subscribe, path), "listen", doc)
 
     @overload
     def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
