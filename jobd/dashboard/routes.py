@@ -41,7 +41,7 @@ from jobd.http.request import RequestContext
 from jobd.http.response import RawBody
 from jobd.http.routing import EVENT_STREAM, Route
 from jobd.model.commands import Command, Get, JobCommand, PlanCommand
-from jobd.model.errors import ApiError, ApiException, api_error, checked
+from jobd.model.errors import ApiError, api_error, checked
 from jobd.model.fields import Text
 from jobd.model.responses import ClusterView, JobView, Response
 from jobd.monitoring.timeseries import Timeseries
@@ -50,7 +50,7 @@ CLUSTER: Final = "/cluster"
 WITHOUT_FLASH: Final = ("live.html", "docs.html")  # the flash message is for the next full page
 
 LoadPage = Callable[[Viewer, Any], Awaitable[PageData]]
-HandleForm = Callable[[Viewer, Any], Awaitable[Response | ApiError]]
+HandleForm = Callable[[Viewer, Any], Awaitable[Response]]
 
 
 class StaticFileQuery(Command, frozen=True, kw_only=True):
@@ -271,7 +271,7 @@ class Dashboard:
     ) -> Route:
         """Return the route of a form. It needs a session with its CSRF token, or a token, with full access."""
 
-        async def handle(app: App[Services], context: RequestContext, query: Any) -> Response | ApiError:
+        async def handle(app: App[Services], context: RequestContext, query: Any) -> Response:
             viewer = find_viewer(app, context, self.sessions)
             if viewer is None:
                 raise api_error(
@@ -366,7 +366,7 @@ class Dashboard:
 
     # -- actions -------------------------------------------------------------------------------------------------------
 
-    async def _run_action(self, viewer: Viewer, form: JobActionForm) -> Response | ApiError:
+    async def _run_action(self, viewer: Viewer, form: JobActionForm) -> Response:
         """Run a confirmed action, if the job is still as the operator saw it."""
         action, job_id = JOB_ACTIONS[form.verb], form.id
         job: JobView = checked(await viewer.ask(Get(id=job_id))).data
@@ -388,13 +388,10 @@ class Dashboard:
         view = await step_down(viewer.app, viewer.context.operator, form.reason_or_none, force=bool(form.force))
         return Response(await self._render("stepped_down.html", viewer, title="Cluster", name="cluster", cluster=view))
 
-    async def _job_page_with_error(self, viewer: Viewer, job_id: str, error: ApiError) -> Response | ApiError:
-        """Show the job's page with the error of an action."""
+    async def _job_page_with_error(self, viewer: Viewer, job_id: str, error: ApiError) -> Response:
+        """Show the job's page with the error of an action, unless the job was deleted."""
         viewer.app.error_counts[error.code] += 1
-        try:
-            data = {**await pages.job(viewer, job_id), **await pages.banners(viewer)}
-        except ApiException as exception:  # the job was deleted
-            return exception.error
+        data = {**await pages.job(viewer, job_id), **await pages.banners(viewer)}
         page = {
             "name": "job",
             "title": "Job",
