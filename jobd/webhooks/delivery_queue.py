@@ -103,11 +103,17 @@ class DeliveryQueue:
         del self._in_flight[self._subject_of[id_]]
         self._push(self._subjects[self._subject_of[id_]][0])
 
+    def up_to(self, id_: int) -> list[int]:
+        """Return the numbers of a delivery and of those that it waits for."""
+        siblings = self._subjects[self._subject_of[id_]]
+        return [each.id for each in siblings[: self._index(siblings, id_) + 1]]
+
     def expedite(self, id_: int | None = None) -> None:
         """Make one delivery, or all of them, due now. A running one is due at once if it fails."""
         if id_ is not None and self._in_flight.get(self._subject_of[id_]) == id_:
             self._expedited.add(id_)
-        for siblings in self._subjects.values():
+        lines = self._subjects.values() if id_ is None else [self._subjects[self._subject_of[id_]]]
+        for siblings in lines:
             for waiting in siblings:
                 if id_ in (None, waiting.id) and waiting.due:
                     waiting.due = 0

@@ -100,17 +100,19 @@ class Dispatcher:
     async def redeliver(self, id_: int) -> Delivery | None:
         """Send a delivery again, regardless of its state. Return None if there is none with this number.
 
-        A waiting delivery becomes due now. Raises CannotWrite.
+        A waiting delivery, and those that it waits for, become due now. Raises CannotWrite.
         """
         found: Delivery | None
         if id_ in self.queue:
-            self.queue.expedite(id_)
             (found,) = await self._context.storage.deliveries([id_]) or (None,)
         else:
             now = self._context.moment().now
             found = await self._context.storage.deliver_again(self.endpoint.name, id_, now)
             if found is not None and id_ not in self.queue:
                 self.queue.add(QueuedDelivery(id_, found.subject, 0))
+        if id_ in self.queue:
+            for each in self.queue.up_to(id_):
+                self.queue.expedite(each)
         self._probe_now()
         return found
 

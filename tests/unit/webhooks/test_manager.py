@@ -1035,6 +1035,19 @@ async def test_a_test_message_does_not_wait_for_the_retry_of_an_earlier_one(
         await wait_until(lambda: len(posts.delivered) == 2)
 
 
+async def test_a_redelivery_does_not_wait_for_the_retry_of_an_earlier_message(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook_harness, "FAST_RETRY", replace(FAST_RETRY, retry_ms=600_000, max_retry_ms=600_000))
+    posts = FakeTransport(lambda each: DELIVERED if each.id == 1 else REJECTED)
+    async with running_webhooks(path, posts=posts) as at:
+        await at.commit(*lifecycle(at.maker, "a"))
+        await wait_until(lambda: at.webhooks.views()[0].next_try_at is not None)
+        posts.respond = lambda _: DELIVERED
+        await at.webhooks.redeliver("e", 3)
+        await wait_until(lambda: [each.id for each in posts.delivered] == [1, 2, 3])
+
+
 async def test_a_running_delivery_that_is_redelivered_is_retried_at_once(path: Path) -> None:
     """The redelivery was requested while the first attempt was running: its failure does not postpone it."""
     down = True
