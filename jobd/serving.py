@@ -189,6 +189,10 @@ class Serving:
             return not_leader_error(None)
         return None
 
+    def may_serve(self) -> bool:
+        """Return whether no other node can lead, without a cluster too."""
+        return self._leadership is None or self.check_leadership() is None
+
     def end_streams(self) -> None:
         """End what listeners would wait for: waiting claims, event streams and downloads."""
         self.actor.end_claim_waits()
@@ -286,7 +290,7 @@ class Serving:
             moment=self.clock.moment,
             source=f"/jobd/{quote(socket.gethostname(), safe='')}",
             may_write=lambda: self.actor.full_disk.write_limit == WriteLimit.NONE,
-            may_send=lambda: self._leadership is None or self.check_leadership() is None,
+            may_send=self.may_serve,
             alerts=lambda: self.alerts.known(),
             chance=SystemRandom().random,
         )
@@ -355,6 +359,7 @@ class Serving:
             scrubber=Scrubber(store),
             webhooks=self.webhooks,
             is_alive=lambda: not self.running.done(),
+            may_serve=self.may_serve,
             cluster_view=metrics.cluster,
             step_down=step_down,
         )

@@ -60,13 +60,14 @@ class Services(Struct, kw_only=True):
     scrubber: Scrubber
     webhooks: WebhookManager
     is_alive: Callable[[], bool]
+    may_serve: Callable[[], bool] = lambda: True  # false when the lease of a leader is over
     is_open: bool = False
     cluster_view: Callable[[], ClusterView] = lambda: ClusterView(role="single")
     step_down: Callable[[], None] | None = None  # None: there is no cluster
     refresh_nodes: Callable[[], Awaitable[None]] | None = None  # of `cluster_view`
 
     def readiness(self) -> Probe:
-        return Probe("ok" if self.is_open and self.is_alive() else "unavailable")
+        return Probe("ok" if self.is_open and self.is_alive() and self.may_serve() else "unavailable")
 
     async def make_plan(self, command: MakePlan) -> PlanView | ApiError:
         return await self.planner.make(command, secrets.token_hex(8))

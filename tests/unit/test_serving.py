@@ -21,6 +21,7 @@ from jobd.engine.event_feed import EventFeed
 from jobd.maintenance.held_locks import GRACE_MS
 from jobd.model.commands import Ping
 from jobd.model.job import SECOND_MS
+from jobd.model.journal import LeadershipLost
 from jobd.serving import Serving
 from jobd.storage.store import Store
 from tests.support.factories import ChangeFactory
@@ -77,6 +78,20 @@ async def test_a_reload_during_a_takeover_is_applied(
 
     async with start(reload) as at:
         assert at.alerts.thresholds.processing_jobs == 7
+
+
+class LostLeadership:
+    def check(self) -> None:
+        raise LeadershipLost("the lease is over")
+
+
+async def test_a_leader_whose_lease_is_over_is_not_ready(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may wait for PostgreSQL for longer, while another node leads. A load balancer must not send it requests."""
+    async with start(lambda *_: None) as at:
+        monkeypatch.setattr(at, "_leadership", LostLeadership())
+        assert at.services.readiness().status == "unavailable"
+        monkeypatch.undo()
+        assert at.services.readiness().status == "ok"
 
 
 async def test_a_slow_start_ends_no_lock(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
