@@ -189,7 +189,7 @@ def make_trouble(daemon: DashboardDaemon) -> None:
     make_busy(daemon)
     nasty = "<script>alert(1)</script>\u202e\u0007 & a very long word " + "x" * 120
     daemon.do("jobs", id="nasty", queue="video", kind="<b>bold</b>", payload={"html": nasty})
-    lock = daemon.do("jobs/nasty/start", worker="<img src=x onerror=alert(1)>")["lock_id"]
+    lock = daemon.do("jobs/nasty/start", worker="<img src=x onerror=alert(1)>" + "w" * 120)["lock_id"]
     daemon.do("jobs/nasty/progress", lock_id=lock, progress=33, message=nasty)
     daemon.do("jobs", id="twice", queue="video", kind="transcode")
     for worker in ("video-worker-1", "video-worker-2"):  # the second while the first still has time
