@@ -46,8 +46,13 @@ _PAGES: Final = {
     "locks": "/workers#h-locks",
     "stats": "/",
     "webhooks": "/webhooks",
+    "queues": "/queues",
+    "failures": "/failures",
+    "cluster": "/cluster",
 }
-_COMMAND: Final = re.compile(rf"\bjobctl (?:(?P<verb>{'|'.join(_PAGES)})\b|timeline (?P<id>[A-Za-z0-9_.:-]{{1,200}}))")
+# The end of a sentence is no part of an id.
+_JOB: Final = r"(?:timeline|why|cancel) (?P<id>[A-Za-z0-9_.:-]{1,200}(?<!\.))"
+_COMMAND: Final = re.compile(rf"\bjobctl (?:(?P<verb>{'|'.join(_PAGES)})\b|{_JOB})")
 MAX_JSON: Final = 20_000  # characters of a payload
 MAX_SHORT_JSON: Final = 300
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)

@@ -247,6 +247,7 @@ async def test_the_page_of_a_deleted_job_offers_no_actions(harness: DashboardHar
         ("at the oldest: jobctl stats", 'at the oldest: <a href="/">jobctl stats</a>'),
         ("jobctl webhooks. The", '<a href="/webhooks">jobctl webhooks</a>. The'),
         ("who: jobctl timeline a:b-1", 'who: <a href="/jobs/a%3Ab-1">jobctl timeline a:b-1</a>'),
+        ("jobctl why j.1. So", '<a href="/jobs/j.1">jobctl why j.1</a>. So'),
         ("<b> jobctl locks \x1b", '&lt;b&gt; <a href="/workers#h-locks">jobctl locks</a> \u241b'),
         ("jobctl validate ID, jobctl statsx", "jobctl validate ID, jobctl statsx"),
     ],
