@@ -30,6 +30,7 @@ from jobd.client.worker.service_thread import Log, ServiceThread
 from jobd.client.worker.watchdog import Watchdog
 
 PROGRESS_EVERY_S: Final = 0.2  # a program may report more often; the latest report is sent
+LAST_LINE_CHARACTERS: Final = 200
 PREFIX: Final = "JOBD_JOB_"
 # The fields of a job in the environment of its program, as JOBD_JOB_<NAME>.
 FIELDS: Final = (
@@ -227,8 +228,11 @@ class _ProgramExecution:
         if code == 0:
             return await keeper.complete(give_up, **self._directives.result)
         error_code, message = describe(code)
-        text = f"{message}{self._last_lines()}"[:MESSAGE_CHARACTERS]
-        if (job := await keeper.fail(give_up, text, error_code=error_code)) is not None:
+        if tail := self._tail.text:  # its last line goes into the first one, which lists show
+            last = tail.rpartition("\n")[2][:LAST_LINE_CHARACTERS]
+            message = f"{message[:-1]}: {last}" + (f"\nLast lines of stderr:\n{tail}" if tail != last else "")
+        message = message[:MESSAGE_CHARACTERS]
+        if (job := await keeper.fail(give_up, message, error_code=error_code)) is not None:
             self._log(describe_failure(job, error_code.replace("exit:", "exit status ").replace("signal:", "signal ")))
         return False
 

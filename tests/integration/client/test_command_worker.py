@@ -114,7 +114,8 @@ async def test_the_job_is_in_the_environment_of_the_program(
 @pytest.mark.parametrize(
     ("script", "error_code", "message"),
     [
-        ("echo one >&2; echo two >&2; exit 3", "exit:3", "exit status 3. Last lines of stderr:\none\ntwo"),
+        ("echo one >&2; echo two >&2; exit 3", "exit:3", "exit status 3: two\nLast lines of stderr:\none\ntwo"),
+        ("echo one >&2; exit 3", "exit:3", "The program ended with exit status 3: one"),
         ("kill -KILL $$", "signal:SIGKILL", "The program was ended by SIGKILL."),
         ("exit 127", "exit:127", "The program ended with exit status 127."),
     ],
