@@ -20,6 +20,7 @@ from jobd.model.job import (
     MINUTE_MS,
     SECOND_MS,
     TRANSITIONS,
+    Backoff,
     Failure,
     Grant,
     Job,
@@ -97,6 +98,13 @@ def refuse_queue(tx: Transaction, queue: str) -> ApiError | None:
 
 def invalid(field: str, message: str) -> ApiError:
     return ApiError("invalid_request", message, {"field": f"$.{field}"})
+
+
+def refuse_backoff(backoff: Backoff) -> ApiError | None:
+    if backoff.max_ms >= backoff.base_ms:
+        return None
+    message = f"max_ms {backoff.max_ms} is less than base_ms {backoff.base_ms}. Raise max_ms, or lower base_ms."
+    return invalid("backoff.max_ms", message)
 
 
 def refuse_expiry(tx: Transaction, expires_at: int | None) -> ApiError | None:

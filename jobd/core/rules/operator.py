@@ -195,7 +195,8 @@ def import_job(tx: Transaction, command: Import) -> Response | ApiError:
     """Import a job as it was. An id that exists is skipped, so that an import can be repeated."""
     if tx.state.get(command.id) is not None or command.id in tx.state.quarantined:
         return Response(Imported(command.id, skipped=True))
-    refusal = transitions.refuse_above_limit(tx) if command.status in LIVE else None
+    refusal = transitions.refuse_backoff(command.backoff)
+    refusal = refusal or (transitions.refuse_above_limit(tx) if command.status in LIVE else None)
     refusal = refusal or transitions.refuse_queue(tx, command.queue)
     if refusal is not None:
         return refusal

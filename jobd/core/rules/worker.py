@@ -103,11 +103,7 @@ def _existing(tx: Transaction, job_id: str, request_hash: str) -> Job | ApiError
 def _refuse_options(tx: Transaction, command: Create) -> ApiError | None:
     if command.run_at is not None and command.delay_ms is not None:
         return transitions.invalid("run_at", "Give run_at or delay_ms, not both.")
-    backoff = command.backoff
-    if backoff.max_ms < backoff.base_ms:
-        message = f"max_ms {backoff.max_ms} is less than base_ms {backoff.base_ms}. Raise max_ms, or lower base_ms."
-        return transitions.invalid("backoff.max_ms", message)
-    return transitions.refuse_expiry(tx, command.expires_at)
+    return transitions.refuse_backoff(command.backoff) or transitions.refuse_expiry(tx, command.expires_at)
 
 
 # -- grants -----------------------------------------------------------------------------------------------------------

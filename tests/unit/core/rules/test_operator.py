@@ -43,6 +43,7 @@ from jobd.model.job import (
     MINUTE_MS,
     STATUSES,
     TRANSITIONS,
+    Backoff,
     Failure,
     Grant,
     Lease,
@@ -473,6 +474,11 @@ def test_an_import_keeps_all_given_fields(rules: RuleHarness) -> None:
 def test_only_an_imported_job_that_is_finished_has_finished_at(rules: RuleHarness, status: Status) -> None:
     rules.accept(Import(id="a", status=status, finished_at=NOW - 5))
     assert (rules.job().finished_at is not None) == (rules.job().status in FINISHED)
+
+
+def test_an_import_checks_the_backoff_as_a_create_does(rules: RuleHarness) -> None:
+    refusal = rules.reject(Import(id="a", backoff=Backoff(max_ms=999)), "invalid_request")
+    assert refusal.details == {"field": "$.backoff.max_ms"}
 
 
 def test_missing_times_of_an_import_become_now(rules: RuleHarness) -> None:
