@@ -36,8 +36,6 @@ from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
 from jobd.http.routing import Route, Router
 from jobd.http.server import HttpListener
-from jobd.model.commands import Ping
-from jobd.model.responses import Response
 from jobd.model.storage import OpenedStore
 from jobd.monitoring.timeseries import Timeseries
 from jobd.node import ClusterNode, exit_code
@@ -413,10 +411,11 @@ class Daemon:
         """Report to systemd's watchdog as long as the actor responds to a command in its mailbox.
 
         A full mailbox rejects the command. It has room again after each batch, so the next attempt follows soon.
+        A leader that waits for the journal is alive until its lease ends, which may be after the watchdog's timeout.
         """
         while self._watchdog_s is not None:
             serving = self._serving
-            is_alive = serving is None or isinstance(await serving.actor.ask(Ping(), by="daemon"), Response)
+            is_alive = serving is None or await serving.responds(self._watchdog_s / 4, systemd.alive)
             if is_alive:
                 systemd.alive()
             await asyncio.sleep(self._watchdog_s / (2 if is_alive else 200))

@@ -35,9 +35,9 @@ from jobd.maintenance.held_locks import SLICE, extend_held_locks
 from jobd.maintenance.maintainer import Maintainer, read_extra, read_stats
 from jobd.maintenance.plans import Planner
 from jobd.maintenance.scrubber import Scrubber
-from jobd.model.commands import EndGrants
+from jobd.model.commands import EndGrants, Ping
 from jobd.model.errors import ApiError, not_leader_error
-from jobd.model.responses import ClusterView
+from jobd.model.responses import ClusterView, Response
 from jobd.model.storage import OpenedStore
 from jobd.model.webhooks import WebhookEndpoint
 from jobd.monitoring import event_log
@@ -192,6 +192,20 @@ class Serving:
     def may_serve(self) -> bool:
         """Return whether no other node can lead, without a cluster too."""
         return self._leadership is None or self.check_leadership() is None
+
+    async def responds(self, check_s: float, on_wait: Callable[[], object]) -> bool:
+        """Return whether the actor responds to a command.
+
+        `on_wait` is called every `check_s` while it does not because the leader waits for the journal.
+        """
+        asked = asyncio.ensure_future(self.actor.ask(Ping(), by="daemon"))
+        try:
+            while not (await asyncio.wait([asked], timeout=check_s))[0]:
+                if self._leadership is not None and self._leadership.is_waiting:
+                    on_wait()
+            return isinstance(asked.result(), Response)
+        finally:
+            asked.cancel()
 
     def end_streams(self) -> None:
         """End what listeners would wait for: waiting claims, event streams and downloads."""

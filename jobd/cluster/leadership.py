@@ -62,6 +62,11 @@ class Leadership:
         if self._lease.is_over:
             raise LeadershipLost("the lease is over, because the journal did not confirm a renewal in time")
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it waits for a response of the journal, within its lease."""
+        return self._sending.locked() and not self._lease.is_over
+
     async def append(self, record: Record, acked: int) -> None:
         """Write `record` and renew the lease. It is durable on a quorum when this returns.
 

@@ -7,7 +7,8 @@ import gc
 import os
 import stat
 import tempfile
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from jobd.config import Config, ConfigError, LoadedConfig, WorkerSection
 from jobd.daemon import Daemon
 from jobd.model.errors import ApiError, ApiException
 from jobd.model.responses import Response
+from jobd.serving import Serving
 from tests.support.virtual_engine import in_virtual_time, seconds
 
 
@@ -35,26 +37,64 @@ class FullMailbox:
         return ApiError("overloaded", "full") if self.asked % 10 else Response(None)
 
 
+class Stuck:
+    """Respond to nothing."""
+
+    async def ask(self, command: object, *, by: str) -> Response | ApiError:
+        return await asyncio.Future()
+
+
+class Waiting:
+    is_waiting = True
+
+
 class FakeServing:
-    def __init__(self) -> None:
-        self.actor = FullMailbox()
+    responds = Serving.responds
+
+    def __init__(self, actor: object, leadership: object = None) -> None:
+        self.actor = actor
+        self._leadership = leadership
 
 
-def test_a_full_mailbox_does_not_let_the_watchdog_end_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
-    signs: list[float] = []
+@pytest.fixture
+def signs(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return the times of the signs of life to a watchdog that waits for 30 s."""
+    times: list[float] = []
+    monkeypatch.setattr(systemd, "alive", lambda: times.append(asyncio.get_running_loop().time()))
+    monkeypatch.setattr(systemd, "watchdog_s", lambda: 30.0)
+    return times
 
+
+@asynccontextmanager
+async def fed(serving: FakeServing) -> AsyncIterator[None]:
+    async with AsyncExitStack() as stack:
+        loaded = LoadedConfig(Config(), {}, (), ())
+        running: Any = Daemon(loaded, lambda: loaded, stack)
+        running._serving = serving
+        feeding = asyncio.create_task(running._feed_watchdog())
+        yield
+        feeding.cancel()
+
+
+def test_the_watchdog_ends_no_leader_that_waits_for_the_journal_within_its_lease(signs: list[float]) -> None:
     @in_virtual_time
     async def run() -> None:
-        clock_s = asyncio.get_running_loop().time
-        monkeypatch.setattr(systemd, "alive", lambda: signs.append(clock_s()))
-        monkeypatch.setattr(systemd, "watchdog_s", lambda: 30.0)
-        async with AsyncExitStack() as stack:
-            loaded = LoadedConfig(Config(), {}, (), ())
-            running: Any = Daemon(loaded, lambda: loaded, stack)
-            running._serving = FakeServing()
-            feeding = asyncio.create_task(running._feed_watchdog())
+        leadership = Waiting()
+        async with fed(FakeServing(Stuck(), leadership)):
+            await seconds(50)
+            leadership.is_waiting = False
             await seconds(300)
-            feeding.cancel()
+
+    run()
+    assert max(after - before for before, after in pairwise(signs)) < 30
+    assert 30 < signs[-1] - signs[0] < 50
+
+
+def test_a_full_mailbox_does_not_let_the_watchdog_end_the_daemon(signs: list[float]) -> None:
+    @in_virtual_time
+    async def run() -> None:
+        async with fed(FakeServing(FullMailbox())):
+            await seconds(300)
 
     run()
     assert len(signs) >= 15
