@@ -181,10 +181,12 @@ class ClusterStore(Store):
         """Check all rows, and return a copy of the tables, for `SharedJournal.write_snapshot`. See `backup`.
 
         A damaged row ends the node. In a snapshot, it would replace the undamaged rows of the other nodes.
+        Raises DiskFull if the tables cannot be written: each slice of the check would apply pending records in memory.
         """
         async with self._backup_lock:
             if self._closing.is_set():
                 raise StoreBroken("the store is closed")
+            await self.project()
             await self._check_all_rows()
             with self._connection.lend() as raw:
                 return await backup.make_copy(raw, self.path, self._closing, None, is_snapshot=True)

@@ -460,6 +460,8 @@ async def test_a_standby_with_a_full_disk_keeps_records_up_to_its_bound(path: st
         last = node.store._projection.last
         assert MAX_BEHIND_FULL <= node.store._projection.behind < MAX_BEHIND_FULL + 100
         assert (node.store.is_full, node.store.projected_to) == (True, 0)
+        with pytest.raises(DiskFull):
+            await node.store.snapshot()
         node.store._database.before_commit = lambda: None
         await node.catch_up()
         assert node.store._projection.last == 40 > last
