@@ -171,6 +171,7 @@ class AsyncExecution(_HandlerExecution):
         self.task: Task = Task(keeper)
         self._loop = loop
         self._running: asyncio.Task[Any] | None = None
+        self._may_end_by_itself = True  # after a call has told it that the lock is lost
         loop.call(functools.partial(self._begin, handler.function))
 
     def _begin(self, function: Callable[[Task], Any]) -> None:
@@ -196,14 +197,15 @@ class AsyncExecution(_HandlerExecution):
 
     def _cancel_unless_told(self) -> None:
         assert self._running is not None, "it was begun by an earlier call"
-        if self.task.told_in is not self._running:  # else a cancellation would interrupt the end of the handler
+        is_ending = self._may_end_by_itself and self.task.told_in is self._running
+        if not is_ending:  # else a cancellation would interrupt the end
             self._running.cancel()
 
     async def stop(self, at_once: asyncio.Event) -> None:
         """Like that of the base class, then cancel a handler that was told that its lock is lost, but continues."""
         await super().stop(at_once)
-        if not self.done.done() and self.task.told_in is not None:
-            self.task.told_in = None
+        if self._may_end_by_itself and not self.done.done() and self.task.told_in is not None:
+            self._may_end_by_itself = False
             self.abort()
 
 
