@@ -43,7 +43,7 @@ class NodeRegistry:
     ) -> None:
         self.nodes: list[NodeEntry] = []
         self.health: JournalHealth | None = None
-        self.is_reachable = True  # the journal, when this was last tried
+        self.failure: str | None = None  # why the journal could not be used, when this was last tried
         self.problem: str | None = None
         self.ahead_ms = 0
         self.format = record.LOWEST_FORMAT
@@ -67,9 +67,9 @@ class NodeRegistry:
                 self.health = await self._journal.health()
                 await self._compare_clocks()
                 await self._register()
-                self.is_reachable = True
-            except JournalUnavailable:
-                self.health, self.is_reachable = None, False
+                self.failure = None
+            except JournalUnavailable as error:
+                self.health, self.failure = None, str(error)
             await asyncio.sleep(EVERY_S)
 
     @property

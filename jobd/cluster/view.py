@@ -39,8 +39,8 @@ def cluster_view(
         leading = next((each for each in nodes if each.url == at.leader), None)
     problems = [text for text in (at.problem, registry.problem) if text is not None]
     problems += _problems(nodes, leading)
-    if not registry.is_reachable and at.problem is None:
-        problems.append("PostgreSQL does not respond.")
+    if registry.failure is not None and at.problem is None:
+        problems.append(registry.failure)
     if health is not None and require_sync and not health.is_synchronous:
         problems.append("PostgreSQL has no synchronous standby: a lost disk loses acknowledged jobs.")
     if health is not None and health.is_waiting:

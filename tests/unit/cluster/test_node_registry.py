@@ -115,7 +115,7 @@ async def test_problems_are_described() -> None:
     process.registry.nodes = [silent]
     process.journal.is_reachable = False
     await seconds(EVERY_S)
-    assert (view(process).synchronous, view(process).problems) == (None, ["PostgreSQL does not respond."])
+    assert (view(process).synchronous, view(process).problems) == (None, ["The journal cannot be reached: try again"])
     shown = view(process, replace(FOLLOWS, problem="PostgreSQL cannot be reached."))
     assert shown.problems == ["PostgreSQL cannot be reached."]
     await process.stop()
