@@ -55,12 +55,16 @@ class DispatchContext(Struct):
 
 
 class DeliveryStats(Struct):
-    """Counters since the process started, and the latest results. Times in Unix ms."""
+    """Counters since the process started, and the latest results. Times in Unix ms.
+
+    `failing_since` is the monotonic time of the first failure after the last success, in ms. A reload keeps it.
+    """
 
     delivered: int = 0
     failed: int = 0  # attempts
     given_up: int = 0
     gaps: int = 0
+    failing_since: int | None = None
     last_success_at: int | None = None
     last_error: str | None = None
     last_error_at: int | None = None

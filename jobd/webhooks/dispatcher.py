@@ -149,7 +149,7 @@ class Dispatcher:
     @property
     def failing_ms(self) -> int | None:
         """Milliseconds since the first failure after the last success, or None if the last attempt succeeded."""
-        return None if self.breaker.since is None else self._now_ms() - self.breaker.since
+        return None if self.stats.failing_since is None else self._now_ms() - self.stats.failing_since
 
     @property
     def next_try_in_ms(self) -> int | None:
@@ -197,7 +197,7 @@ class Dispatcher:
     def _wait_s(self) -> float | None:
         """Return the seconds until the next timer, or None."""
         waits = self.reader.next_work_in_s(has_room=self._has_room)
-        if self.breaker.since is not None:
+        if self.stats.failing_since is not None:
             waits.append(self._next_clearing_s - self._loop_time())
         if (due := self.queue.next_due()) is not None and len(self._in_flight) < PARALLEL and not self._outcomes:
             until = self.breaker.until
@@ -300,14 +300,18 @@ class Dispatcher:
         """Update statistics and breaker. The failure of a delivery that started before a probe does not open it."""
         name, now = self.endpoint.name, self._context.moment().now
         if outcome.error is None:
-            self.stats.last_success_at = now
+            self.stats.last_success_at, self.stats.failing_since = now, None
             if self.breaker.succeeded():
                 log.info("webhook_back", webhook=name)
                 self.queue.expedite()
             return
         self.stats.failed += 1
         self.stats.last_error, self.stats.last_error_at = outcome.error, now
-        if not started_before_probe and self.breaker.failed(outcome, self._now_ms(), self._context.chance()):
+        if started_before_probe:
+            return
+        if self.stats.failing_since is None:
+            self.stats.failing_since = self._now_ms()
+        if self.breaker.failed(outcome, self._now_ms(), self._context.chance()):
             pause_ms = (self.breaker.until or 0) - self._now_ms()
             log.warning("webhook_paused", webhook=name, pause_ms=pause_ms, error=outcome.error)
 

@@ -96,6 +96,8 @@ class WebhookManager:
         await self._stop_dispatchers(
             [name for name, each in self._dispatchers.items() if endpoints.get(name) != each.endpoint]
         )
+        for name in self._stats.keys() - endpoints.keys():
+            self._stats[name].failing_since = None
         new = [name for name in endpoints if name not in self._dispatchers]
         if not new:
             return

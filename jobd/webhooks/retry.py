@@ -43,14 +43,13 @@ def _with_jitter(delay_ms: int, chance: float) -> int:
 
 
 class CircuitBreaker:
-    """A circuit breaker, which opens after several consecutive failures. `since` is the time of the first.
+    """A circuit breaker, which opens after several consecutive failures.
 
     While it is open, no delivery runs. Then it is half-open: one probe closes it, or opens it for longer.
     """
 
     def __init__(self, policy: RetryPolicy) -> None:
         self.failures = 0  # consecutive; attempts that end while it is open do not count
-        self.since: int | None = None
         self.until: int | None = None  # open until then
         self._breaks = 0
         self._policy = policy
@@ -63,12 +62,11 @@ class CircuitBreaker:
     def succeeded(self) -> bool:
         """Record a success. Return whether it closed the breaker."""
         was_open = self.until is not None
-        self.failures, self.since, self.until, self._breaks = 0, None, None, 0
+        self.failures, self.until, self._breaks = 0, None, 0
         return was_open
 
     def failed(self, outcome: DeliveryOutcome, now: int, chance: float) -> bool:
         """Record a failure. Return whether it opened the breaker."""
-        self.since = now if self.since is None else self.since
         state = self.state(now)
         if state == "open":
             return False  # started before the breaker opened

@@ -284,6 +284,22 @@ async def test_a_view_shows_the_time_of_the_next_attempt(path: Path) -> None:
         assert 250_000 < (left_ms() or 0) <= 600_000
 
 
+async def test_a_reload_does_not_end_the_failure_of_an_endpoint_but_its_removal_does(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook_harness, "FAST_RETRY", replace(FAST_RETRY, retry_ms=600_000, max_retry_ms=600_000))
+    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED)) as at:
+        await at.commit(at.maker.create("a"))
+        await wait_until(lambda: at.webhooks.worst() is not None and at.webhooks.views()[0].next_try_at is not None)
+        await _slow_down(at)
+        assert at.webhooks.worst() is not None
+        at.webhooks.set_endpoints([])
+        await wait_until(lambda: at.posts.open == 0)
+        at.webhooks.set_endpoints([endpoint()])
+        await wait_until(lambda: at.posts.open == 1)
+        assert at.webhooks.worst() is None
+
+
 async def test_a_message_that_always_fails_does_not_keep_the_breaker_open(path: Path) -> None:
     async with running_webhooks(
         path, posts=FakeTransport(lambda each: REJECTED if each.subject == "jobs/bad" else DELIVERED)
