@@ -29,9 +29,8 @@ class AdminClient(AdminApi, BlockingClient):
     """The admin API for blocking code. Times are Unix ms; the units of durations are in each result.
 
     `endpoint` is `http://host:port`, `unix:/path`, a list of several, or None for $JOBD_ADMIN_URL or
-    http://127.0.0.1:8770. `token` is by
-    default $ADMIN_TOKEN or the first line of $ADMIN_TOKEN_FILE. `operator` is your name in the audit log and in
-    timelines. The rest is as in JobClient.
+    http://127.0.0.1:8770. `token` is by default $ADMIN_TOKEN or the first line of $ADMIN_TOKEN_FILE. `operator` is your
+    name in the audit log and in timelines. The rest is as in JobClient.
     """
 
     def import_jobs(self, jobs: Iterable[Mapping[str, Any] | bytes | str]) -> ImportResult:

@@ -1,8 +1,7 @@
 """Parse requests with httptools, within the limits of a head.
 
 httptools is llhttp without its lenient modes: it rejects bare line feeds, folded headers, control characters, spaces
-before a colon, malformed lengths and chunks, and a Content-Length together with a
-Transfer-Encoding.
+before a colon, malformed lengths and chunks, and a Content-Length together with a Transfer-Encoding.
 """
 
 from __future__ import annotations

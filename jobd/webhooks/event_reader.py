@@ -96,8 +96,8 @@ class EventReader:
     async def read(self, *, has_room: bool, may_report_gaps: bool) -> None:
         """Put alerts, and a page of events if there is room, into the outbox.
 
-        Raises CannotWrite, in which case the next call reads the same events again. `may_report_gaps` is False
-        while the outbox has a gap message.
+        Raises CannotWrite, in which case the next call reads the same events again. `may_report_gaps` is False while
+        the outbox has a gap message.
         """
         now, source, name = self._context.moment().now, self._context.source, self._endpoint.name
         messages, announced = self.alerts.poll(), self.alerts.announced

@@ -72,8 +72,8 @@ class Program:
     ) -> Program:
         """Start a program. Raises OSError, and RuntimeError if no thread can be started; the program is then killed.
 
-        The feeds get its output in pieces, and b"" at the end. `watchdog` stops the program if this process
-        is killed; `token` identifies the program to the watchdog.
+        The feeds get its output in pieces, and b"" at the end. `watchdog` stops the program if this process is
+        killed; `token` identifies the program to the watchdog.
         """
 
         def popen() -> subprocess.Popen[bytes]:
