@@ -121,14 +121,22 @@ def pooler(host: str) -> JournalMisconfigured:
     return JournalMisconfigured(f"{host} is a connection pooler, but jobd needs a session of its own: {advice}")
 
 
+class _ReadOnly(JournalUnavailable):
+    """A server accepts no writes."""
+
+
 def _read_only(server: str) -> JournalUnavailable:
     text = "it is a standby, or default_transaction_read_only is on. Name the primary in [journal] url"
-    return JournalUnavailable(f"{server} accepts no writes: {text}")
+    return _ReadOnly(f"{server} accepts no writes: {text}")
 
 
 def most_useful(errors: list[JournalUnavailable]) -> JournalUnavailable:
-    """Return the error to show for several hosts. A misconfiguration takes precedence over an unreachable server."""
+    """Return the error to show for several hosts.
+
+    It is a misconfiguration unless another host, which may be the primary, cannot be reached now.
+    """
     wrong = [each for each in errors if isinstance(each, JournalMisconfigured)]
-    if wrong or len(errors) == 1:
-        return (wrong or errors)[0]
-    return JournalUnavailable("; ".join(dict.fromkeys(map(str, errors))))
+    if wrong and all(isinstance(each, JournalMisconfigured | _ReadOnly) for each in errors):
+        return wrong[0]
+    others = [each for each in errors if each not in wrong]
+    return JournalUnavailable("; ".join(dict.fromkeys(map(str, [*wrong, *others]))))

@@ -15,6 +15,7 @@ import pytest
 
 from jobd.journal import url as journal_url
 from jobd.journal.postgres import session
+from jobd.journal.postgres.errors import explain, most_useful
 from jobd.journal.postgres.journal import PostgresJournal, create
 from jobd.journal.postgres.session import Target
 from jobd.model.journal import JournalMisconfigured, JournalUnavailable
@@ -195,6 +196,17 @@ async def test_a_wrong_password_is_reported(url: str) -> None:
     assert isinstance(error, JournalMisconfigured)
     assert "rejects the password of role" in str(error)
     assert "correct [journal] url, or the file that PGPASSFILE names" in str(error)
+
+
+async def test_a_wrong_password_of_one_host_ends_no_node_while_another_host_cannot_be_reached(url: str) -> None:
+    """The other one may be the primary, and come back. A node that exits with 78 is not started again."""
+    wrong = url.replace("secret%20of", "secret%20from")
+    error = await failure(wrong.replace("127.0.0.1:", "127.0.0.1:1,127.0.0.1:"))
+    assert error.exit_code == 75
+    assert "rejects the password of role" in str(error)
+    assert "127.0.0.1:1 cannot be reached" in str(error)
+    standby = explain(asyncpg.ReadOnlySQLTransactionError(), journal_url.parse(url))
+    assert most_useful([standby, await failure(wrong)]).exit_code == 78
 
 
 async def test_a_wrong_database_is_reported(url: str, database: str) -> None:
