@@ -121,6 +121,8 @@ def naming_flags() -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
+        if isinstance(error.__context__, UnicodeEncodeError):
+            raise  # exit_codes.py names the argument that is not UTF-8
         field = str(error.details.get("field"))
         name = field.removeprefix("$.")
         name = _PARAMETERS.get(name, name.lower().replace("-", "_"))

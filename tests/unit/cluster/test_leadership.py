@@ -290,7 +290,12 @@ async def test_an_append_that_outlasts_the_lease_is_followed_by_a_renewal() -> N
     node = Node(server)
     leadership = await node.lead()
     node.delay("append", LEASE_S + 1)
-    await leadership.append(record(1), 0)
+    append = asyncio.create_task(leadership.append(record(1), 0))
+    await seconds(LEASE_S - 1)
+    assert leadership.is_waiting
+    await seconds(1.5)
+    assert not leadership.is_waiting, "the lease is over"
+    await append
     leadership.check()
 
 

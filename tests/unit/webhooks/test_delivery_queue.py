@@ -44,6 +44,11 @@ def test_only_the_first_delivery_of_each_subject_starts() -> None:
     assert vars(made) == vars(DeliveryQueue()) | {"_now": 50}, "a removed delivery leaves nothing"
 
 
+def test_a_delivery_waits_for_the_earlier_ones_of_its_subject() -> None:
+    made = queue_of((1, "a", 0), (2, "b", 0), (3, "a", 0), (4, "a", 0))
+    assert made.up_to(3) == [1, 3]
+
+
 def test_next_due_is_the_time_of_the_next_delivery() -> None:
     made = queue_of((1, "a", 30), (2, "b", 20))
     assert made.next_due() == 20
