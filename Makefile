@@ -25,13 +25,14 @@ help:  ## list the targets
 venv: $(READY)  ## create a virtual environment in .venv with jobd and its tools, in pinned versions
 
 # Everything in the constraints is checked by its hash. jobd itself has none, so it is installed separately.
+# Modules are compiled when they are first imported, because pip would also compile the many that never are.
 $(READY): pyproject.toml .ci/constraints.txt
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "jobd needs Python 3.11 or newer. Set its path: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "$(PYTHON) cannot create virtual environments. On Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --require-hashes --requirement .ci/constraints.txt
+	$(PIP) install --no-compile --require-hashes --requirement .ci/constraints.txt
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -103,7 +104,7 @@ bench-peers: $(READY)  ## compare with other queues in one run (installs them, a
 vendor: $(READY)  ## download the dashboard's libraries in the versions of tests/browser/vendor.py (needs npm)
 	$(BIN)/python -m tests.browser.vendor
 
-screenshots: $(READY)  ## take screenshots of the dashboard (needs chromium; ARGS="overview jobs --scene busy", --readme)
+screenshots: $(READY)  ## take screenshots of the dashboard (needs chromium or chromium-headless-shell; ARGS="overview jobs --scene busy", --readme)
 	$(BIN)/python -m tests.browser.screenshots $(ARGS)
 
 format: $(READY)  ## format the code

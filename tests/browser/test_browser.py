@@ -56,8 +56,8 @@ expect.set_options(timeout=30_000)
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """For this module only: while Playwright runs, it owns the event loop of the thread."""
-    if not Path(CHROMIUM).exists():
-        tool_missing("chromium", "chromium")
+    if not CHROMIUM:
+        tool_missing("chromium", "chromium-headless-shell")
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, ELSEWHERE])
 
