@@ -25,7 +25,7 @@ help:  ## list the targets
 venv: $(READY)  ## create a virtual environment in .venv with jobd and its tools, in pinned versions
 
 # Everything in the constraints is checked by its hash. jobd itself has none, so it is installed separately.
-# Modules are compiled when they are first imported, because pip would also compile the many that never are.
+# Modules are compiled when they are first imported, because pip would also compile the many that are never imported.
 $(READY): pyproject.toml .ci/constraints.txt
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "jobd needs Python 3.11 or newer. Set its path: make PYTHON=/path/to/python3"; exit 1; }
