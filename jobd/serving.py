@@ -190,13 +190,13 @@ class Serving:
         return None
 
     def may_serve(self) -> bool:
-        """Return whether no other node can lead, without a cluster too."""
+        """Return whether no other node can lead. Always true without a cluster."""
         return self._leadership is None or self.check_leadership() is None
 
     async def responds(self, check_s: float, on_wait: Callable[[], object]) -> bool:
         """Return whether the actor responds to a command.
 
-        `on_wait` is called every `check_s` while it does not because the leader waits for the journal.
+        While there is no response because the leader waits for the journal, `on_wait` is called every `check_s`.
         """
         asked = asyncio.ensure_future(self.actor.ask(Ping(), by="daemon"))
         try:

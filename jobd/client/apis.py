@@ -96,7 +96,7 @@ def unreachable(endpoint: Endpoint, error: BaseException) -> Unreachable:
 
 
 def connection_reason(error: BaseException) -> str:
-    """Return what the system says about a connection. aiohttp has texts of its own."""
+    """Return the text of the operating system for a connection error, and not that of aiohttp."""
     cause = getattr(error, "os_error", error)
     if isinstance(cause, ConnectionError) and cause.errno:
         return os.strerror(cause.errno)

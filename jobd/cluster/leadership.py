@@ -64,7 +64,7 @@ class Leadership:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it waits for a response of the journal, within its lease."""
+        """Whether the lease lasts and a request to the journal has no response yet."""
         return self._sending.locked() and not self._lease.is_over
 
     async def append(self, record: Record, acked: int) -> None:

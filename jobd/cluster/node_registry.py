@@ -43,7 +43,7 @@ class NodeRegistry:
     ) -> None:
         self.nodes: list[NodeEntry] = []
         self.health: JournalHealth | None = None
-        self.failure: str | None = None  # why the journal could not be used, when this was last tried
+        self.failure: str | None = None  # of the latest attempt to use the journal
         self.problem: str | None = None
         self.ahead_ms = 0
         self.format = record.LOWEST_FORMAT

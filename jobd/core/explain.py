@@ -148,7 +148,7 @@ def _outlook(job: Job, state: State, at: Moment) -> _Outlook:
     fitting = [claims for claims in sets if claims.takes(kind)]
     see, start = "List the workers: jobctl workers", f"Start a worker: jobctl run --queue {queue} -- CMD"
     if any(claims.waiting for claims in fitting):
-        offered = NextEvent("A waiting worker gets it, at once unless the disk is full.", at.now, "claim")
+        offered = NextEvent("A waiting worker gets it at once, unless the disk is full.", at.now, "claim")
         return _Outlook("a worker waits for such jobs", offered, None, [see])
     workers = [(name, presence.workers[name]) for claims in fitting for name in claims.workers]
     idle = [each for each in workers if presence.state(each[1]) == "idle"]

@@ -430,7 +430,7 @@ class QueuedJobs:
             if upcoming is not None and (not frontier or upcoming[:4] <= frontier[0][0]):
                 following = self.buckets[upcoming[4]][upcoming[0]].eligible(now)
                 entry = next(following, None)
-                if entry is not None and entry[:4] == upcoming[:4]:  # the next head need not be known
+                if entry is not None and entry[:4] == upcoming[:4]:  # yield it before the next head is searched
                     yield entry
                     entry = next(following, None)
                 upcoming = next(heads, None)

@@ -75,7 +75,7 @@ def job_response(tx: Transaction, job: Job, *, repeated: bool | UnsetType = UNSE
 
 
 def refuse_above_limit(tx: Transaction) -> ApiError | None:
-    """Return an error if there may be no more unfinished jobs."""
+    """Return an error if the limit of unfinished jobs is reached."""
     limit = tx.policy.live_jobs
     if tx.state.live_count < limit:
         return None

@@ -50,7 +50,7 @@ _PAGES: Final = {
     "failures": "/failures",
     "cluster": "/cluster",
 }
-# The end of a sentence is no part of an id.
+# The period at the end of a sentence is not part of an id.
 _JOB: Final = r"(?:timeline|why|cancel) (?P<id>[A-Za-z0-9_.:-]{1,200}(?<!\.))"
 _COMMAND: Final = re.compile(rf"\bjobctl (?:(?P<verb>{'|'.join(_PAGES)})\b|{_JOB})")
 MAX_JSON: Final = 20_000  # characters of a payload

@@ -286,7 +286,7 @@ class App(Generic[S]):
     def cut_off_revoked(self) -> None:
         """Cut off the streams and waiting claims whose token is no longer valid."""
         for ctx in tuple(self.pending):
-            if ctx.route is not None and ctx.route.auth != "anyone" and ctx.route.is_long:
+            if ctx.route is not None and ctx.route.auth != "anyone" and ctx.route.is_long_lived:
                 try:
                     self.authenticator.authenticate(ctx.headers)
                 except ApiException:

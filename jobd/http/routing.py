@@ -63,7 +63,7 @@ class Route(Struct, frozen=True, kw_only=True):
         return self.method != "GET"
 
     @property
-    def is_long(self) -> bool:
+    def is_long_lived(self) -> bool:
         """Whether a request can stay open for long: a stream, or a claim that waits for a job."""
         return self.body == "lines" or self.content_type == EVENT_STREAM or self.request is Claim
 

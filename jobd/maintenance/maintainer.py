@@ -32,7 +32,7 @@ log = structlog.get_logger("jobd.cleanup")
 T = TypeVar("T")
 
 TICK_S: Final = 10.0
-PAUSE_RETRY_S: Final = 1.0  # between two attempts to end a pause, which a full disk rejects
+PAUSE_RETRY_S: Final = 1.0  # between two attempts to end the pause of a queue, which a full disk rejects
 MAX_RESTORED: Final = 100  # reports read at start to find the latest successful run
 LATE_AFTER: Final = 3  # intervals without a successful run after which cleanup is degraded
 
@@ -189,7 +189,7 @@ class Maintainer:
                 await self._guarded("pauses", self._end_pauses)
                 pause_ends_in_s = PAUSE_RETRY_S
             upcoming = min(next_tick, next_recovery) if every_s else next_tick
-            await _pause(self._recovery_wake, min(upcoming - loop_time(), pause_ends_in_s))
+            await _wait(self._recovery_wake, min(upcoming - loop_time(), pause_ends_in_s))
 
     async def _recover_due(self) -> None:
         if self._has_expired():
@@ -237,7 +237,7 @@ class Maintainer:
             if self._pending_report is not None or loop_time() >= self._next_run():
                 await self._run_once()
             self._announce_next_run()
-            await _pause(self._cleanup_wake, self._next_run() - loop_time())
+            await _wait(self._cleanup_wake, self._next_run() - loop_time())
         await self._guarded("statistics", self._save_stats)
 
     def _next_run(self) -> float:
@@ -383,7 +383,7 @@ def _read(body: bytes, kind: type[T]) -> T | None:
         return None
 
 
-async def _pause(wake: asyncio.Event, seconds: float) -> None:
+async def _wait(wake: asyncio.Event, seconds: float) -> None:
     """Wait until `wake` is set, or for `seconds`."""
     timer = asyncio.get_running_loop().call_later(max(seconds, 0), wake.set)
     await wake.wait()

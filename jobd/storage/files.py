@@ -197,7 +197,7 @@ def dated_name(path: str) -> str:
 def set_aside(path: str, name: str | None = None) -> str:
     """Rename the database at `path` and its write-ahead log. Return the new name.
 
-    Without `name`, it replaces the one that was set aside before.
+    Without `name`, the database replaces the one that was set aside before.
     """
     old = name or f"{path}.old"
     for suffix in ("-wal", "-shm", ""):

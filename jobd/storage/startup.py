@@ -406,7 +406,7 @@ def probe(db: Database, path: str, spare_bytes: int) -> None:
 
 
 def _fits(write: Callable[..., object], *args: object) -> bool:
-    """Return whether `write` finds space on the disk."""
+    """Call `write`, and return whether the disk had space for it."""
     try:
         write(*args)
     except DiskFull:

@@ -66,8 +66,8 @@ RETRY_S: Final = 1.0  # until they are written again after the disk was full
 Synchronous = Literal["FULL", "EXTRA"]
 
 
-async def opened_to_end(work: Coroutine[Any, Any, tuple[S, OpenedStore]]) -> tuple[S, OpenedStore]:
-    """Return the store that `work` opens. Its thread cannot be stopped, so if the caller is cancelled, close it."""
+async def open_or_close(work: Coroutine[Any, Any, tuple[S, OpenedStore]]) -> tuple[S, OpenedStore]:
+    """Return the store that `work` opens. A cancelled caller waits for its thread, then closes the store."""
     opening = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(opening)
@@ -136,7 +136,7 @@ class Store(Storage):
                 on_locked()
             return startup.connect(path, synchronous)
 
-        return await opened_to_end(cls._open(path, connect, CommitMode(commit)))
+        return await open_or_close(cls._open(path, connect, CommitMode(commit)))
 
     @classmethod
     async def _open(
@@ -343,7 +343,7 @@ class Store(Storage):
             self._plan_slice()
 
     async def _write_planned(self, read: Callable[..., Awaitable[tuple[Any, T]]], plan: Plan[T], *args: Any) -> T:
-        """Append the write that `plan` chooses from what `read` reads. Return its other result."""
+        """Run `plan` with `read`. Append the write that it returns, if any, and return its other result."""
         async with self._planning:  # no other write comes between
             write, result = await read(plan, *args)
             if write is not None:

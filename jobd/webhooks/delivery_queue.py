@@ -112,8 +112,8 @@ class DeliveryQueue:
         """Make one delivery, or all of them, due now. A running one is due at once if it fails."""
         if id_ is not None and self._in_flight.get(self._subject_of[id_]) == id_:
             self._expedited.add(id_)
-        lines = self._subjects.values() if id_ is None else [self._subjects[self._subject_of[id_]]]
-        for siblings in lines:
+        groups = self._subjects.values() if id_ is None else [self._subjects[self._subject_of[id_]]]
+        for siblings in groups:
             for waiting in siblings:
                 if id_ in (None, waiting.id) and waiting.due:
                     waiting.due = 0

@@ -68,7 +68,7 @@ class Dispatcher:
         """Run until `stop`, then wait briefly for running deliveries. Log errors and continue."""
         try:
             while not self._stopping:
-                await pause(self._wake, await self._guarded_round(transport))
+                await wait_for_wake(self._wake, await self._guarded_round(transport))
         finally:
             await self._shut_down(transport)
 
@@ -88,7 +88,7 @@ class Dispatcher:
     async def test(self) -> Delivery:
         """Put a test message into the outbox, make all messages due, and let the breaker probe now. Raises CannotWrite.
 
-        An earlier test that failed would otherwise hold this one up until its own retry.
+        Otherwise an earlier test that failed would delay this one until its own retry.
         """
         context = self._context
         message = test_message(self.endpoint.name, context.next_delivery, context.moment().now, context.source)
@@ -401,7 +401,7 @@ class Dispatcher:
         return int(self._loop_time() * SECOND_MS)
 
 
-async def pause(wake: asyncio.Event, seconds: float | None) -> None:
+async def wait_for_wake(wake: asyncio.Event, seconds: float | None) -> None:
     """Wait until `wake` is set, and for at most `seconds` if given. Clear it."""
     timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, wake.set)
     await wake.wait()

@@ -159,7 +159,7 @@ class EventReader:
         """Write deliveries and cursor in one transaction. Omitted values stay as they are."""
         name, context = self._endpoint.name, self._context
         async with self._writing:
-            now = context.moment().believed  # messages from a suspect future would be retried until then
+            now = context.moment().believed  # with the time of a clock that is ahead, retries would not end
             new = [context.new_delivery(message, name, now) for message in messages]
             cursor = WebhookCursor(
                 name,

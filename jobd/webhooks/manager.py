@@ -16,7 +16,7 @@ from jobd.model.responses import DeliveryPage, DeliveryState, DeliveryView, Webh
 from jobd.model.storage import CannotWrite, DiskFull
 from jobd.model.webhooks import Delivery, FailingWebhook, WebhookEndpoint, WebhookMetrics
 from jobd.webhooks.context import DeliveryStats, DispatchContext, Transport
-from jobd.webhooks.dispatcher import DISK_FULL_RETRY_S, FAILURE_RETRY_S, Dispatcher, pause
+from jobd.webhooks.dispatcher import DISK_FULL_RETRY_S, FAILURE_RETRY_S, Dispatcher, wait_for_wake
 from jobd.webhooks.url_policy import public_url
 
 NEWEST: Final = (1 << 63) - 1
@@ -73,7 +73,7 @@ class WebhookManager:
             except Exception as error:
                 log.error("webhooks_failed", error=f"{type(error).__name__}: {error}")
                 wait_s = FAILURE_RETRY_S
-            await pause(self._wake, wait_s)
+            await wait_for_wake(self._wake, wait_s)
         await self._stop_dispatchers(list(self._dispatchers))
 
     def stop(self) -> None:

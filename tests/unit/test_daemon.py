@@ -76,7 +76,7 @@ async def fed(serving: FakeServing) -> AsyncIterator[None]:
         feeding.cancel()
 
 
-def test_the_watchdog_ends_no_leader_that_waits_for_the_journal_within_its_lease(signs: list[float]) -> None:
+def test_the_watchdog_does_not_end_a_leader_that_waits_for_the_journal_within_its_lease(signs: list[float]) -> None:
     @in_virtual_time
     async def run() -> None:
         leadership = Waiting()
@@ -140,7 +140,7 @@ def test_other_users_may_not_write_to_new_directories(monkeypatch: pytest.Monkey
         os.umask(before)
 
 
-def test_a_reload_needs_the_file_of_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_reload_fails_without_the_file_of_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without it, the defaults would apply, such as shorter retention times."""
     file, reloads = tmp_path / "config.toml", []
     file.write_text("")

@@ -87,7 +87,9 @@ async def test_a_node_whose_artifact_store_cannot_be_used_does_not_become_a_stan
     assert ended.value.code == 78
 
 
-def test_a_setting_that_another_version_lacks_is_no_difference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_setting_that_another_version_lacks_is_not_a_difference(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(config_loader, "DEFAULT_PATH", f"{tmp_path}/etc.toml")
     loaded, changed = configured("a.db"), configured("a.db", alerts_standby_behind="1m")
     known = config_hash(loaded)

@@ -228,7 +228,7 @@ class _ProgramExecution:
         if code == 0:
             return await keeper.complete(give_up, **self._directives.result)
         error_code, message = describe(code)
-        if tail := self._tail.text:  # its last line goes into the first one, which lists show
+        if tail := self._tail.text:  # lists show the first line of the message, so it ends with the last line of stderr
             last = tail.rpartition("\n")[2][:LAST_LINE_CHARACTERS]
             message = f"{message[:-1]}: {last}" + (f"\nLast lines of stderr:\n{tail}" if tail != last else "")
         message = message[:MESSAGE_CHARACTERS]

@@ -171,7 +171,7 @@ class AsyncExecution(_HandlerExecution):
         self.task: Task = Task(keeper)
         self._loop = loop
         self._running: asyncio.Task[Any] | None = None
-        self._may_end_by_itself = True  # after a call has told it that the lock is lost
+        self._may_end_by_itself = True  # after a call in it has raised that the lock is lost
         loop.call(functools.partial(self._begin, handler.function))
 
     def _begin(self, function: Callable[[Task], Any]) -> None:
@@ -193,18 +193,18 @@ class AsyncExecution(_HandlerExecution):
     def _cancel(self) -> None:
         self.task.cancelled.set()
         # Calls that are scheduled already run first, so that `progress` raises LockLost and not CancelledError.
-        asyncio.get_running_loop().call_soon(self._cancel_unless_told)
+        asyncio.get_running_loop().call_soon(self._cancel_unless_ending)
 
-    def _cancel_unless_told(self) -> None:
+    def _cancel_unless_ending(self) -> None:
         assert self._running is not None, "it was begun by an earlier call"
-        is_ending = self._may_end_by_itself and self.task.told_in is self._running
-        if not is_ending:  # else a cancellation would interrupt the end
+        is_ending = self._may_end_by_itself and self.task.lost_raised_in is self._running
+        if not is_ending:  # a cancellation would interrupt its cleanup
             self._running.cancel()
 
     async def stop(self, at_once: asyncio.Event) -> None:
-        """Like that of the base class, then cancel a handler that was told that its lock is lost, but continues."""
+        """Stop the handler, and cancel it if it continues after a call has raised that the lock is lost."""
         await super().stop(at_once)
-        if self._may_end_by_itself and not self.done.done() and self.task.told_in is not None:
+        if self._may_end_by_itself and not self.done.done() and self.task.lost_raised_in is not None:
             self._may_end_by_itself = False
             self.abort()
 

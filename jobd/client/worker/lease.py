@@ -91,7 +91,7 @@ class LeaseKeeper:
         self._heartbeat = asyncio.create_task(self._extend(0.0 if at_once else self._ttl_s / EXTENSIONS_PER_TTL))
 
     def progress_request(self, progress: float, message: str | None) -> ApiRequest[LockState]:
-        """Return the request for `send_report`. Raises TypeError or InvalidRequest for what is not JSON."""
+        """Return the request for `send_report`. Raises TypeError or InvalidRequest if JSON cannot express it."""
         return worker_requests.update_progress(self.id, lock_id=self.grant.lock_id, progress=progress, message=message)
 
     def report(self, progress: float, message: str | None = None) -> asyncio.Future[None]:

@@ -136,7 +136,7 @@ class OutputFilter:
         self._is_inside = self._is_inside and not end
         if len(self._buffer) > LINE_BYTES or not (self._whole_lines or self._may_be_directive()):
             if len(self._buffer) > LINE_BYTES and not self._is_inside:
-                self._is_directive(self._buffer)  # it is too long for one: only warns
+                self._is_directive(self._buffer)  # too long for a directive: this only warns
             passed += self._buffer
             self._is_inside = self._is_inside or bool(self._buffer)
             self._buffer = b""

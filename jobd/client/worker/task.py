@@ -109,7 +109,7 @@ class Task(BaseTask):
     def __init__(self, keeper: LeaseKeeper) -> None:
         super().__init__(keeper)
         self.cancelled: Final = asyncio.Event()
-        self.told_in: asyncio.Task[Any] | None = None  # the asyncio task in which a call raised that the lock is lost
+        self.lost_raised_in: asyncio.Task[Any] | None = None  # the task in which a call raised that the lock is lost
 
     async def progress(self, progress: float, message: str | None = None) -> None:
         """Report progress (0 to 100), which renews the lock. Returns at once while the daemon is unreachable.
@@ -119,12 +119,12 @@ class Task(BaseTask):
         try:
             await asyncio.wrap_future(self._report(progress, message))
         except LOST:
-            self.told_in = asyncio.current_task()
+            self.lost_raised_in = asyncio.current_task()
             raise
 
     def raise_if_lost(self) -> None:
         if self._keeper.lost.done():
-            self.told_in = asyncio.current_task()
+            self.lost_raised_in = asyncio.current_task()
         super().raise_if_lost()
 
 

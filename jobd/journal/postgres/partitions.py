@@ -13,8 +13,8 @@ from jobd.journal.postgres.errors import exists_already, was_rejected
 
 PARTITION_BYTES: Final = 256 << 20  # target size
 MIN_RECORDS: Final = 1_000
-FIRST_RECORDS: Final = 10_000  # while too few records are known
-KNOWN_RECORDS: Final = 100  # enough to tell the size of the next ones
+FIRST_RECORDS: Final = 10_000  # of a partition, while too few records are known
+KNOWN_RECORDS: Final = 100  # enough to estimate the size of the next ones
 MAX_RECORDS: Final = 1_000_000
 TRIM_S: Final = 10  # a transaction that reads a partition delays its removal
 
@@ -48,7 +48,7 @@ def records_per_partition(records: int, size: int) -> int:
 
 
 def records_ahead(width: int) -> int:
-    """Return how many records before the end of a partition the next one is added, `width` records wide."""
+    """Return how many records before the end of the last partition a new one of `width` records is added."""
     return min(width, FIRST_RECORDS) // 2
 
 

@@ -50,7 +50,7 @@ def convert_to_cluster(path: str, cluster_id: str) -> int:
 
 
 def _quarantine_damaged(db: Database) -> None:
-    """Quarantine the damaged rows. In a cluster, another node would have to have each of them undamaged."""
+    """Quarantine the damaged rows, because no other node has undamaged ones for a rebuild."""
     part = scrub.check_slice(db, None)
     while part is not None and part.next_cursor is not None:
         part = scrub.check_slice(db, part.next_cursor)
@@ -93,9 +93,9 @@ def epoch_if_left(path: str, last: int) -> int | None:
 
 
 def discard(path: str) -> str:
-    """Set the store at `path` aside, so that the next start of a node makes another one. Return its new name.
+    """Rename the store at `path`, so that the next start of a node makes a new one. Return the new name.
 
-    It may be the only one with its jobs, so no later rebuild replaces it.
+    The store may be the only one with its jobs, so no later rebuild replaces it.
     """
     with FileLock(path):
         if not os.path.exists(path):

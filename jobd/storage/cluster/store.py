@@ -26,7 +26,7 @@ from jobd.storage.commit_mode import CommitMode
 from jobd.storage.connection import StoreConnection
 from jobd.storage.database import Database
 from jobd.storage.files import FileLock, StoreBroken, StoreUnreadable
-from jobd.storage.store import Store, opened_to_end
+from jobd.storage.store import Store, open_or_close
 from jobd.storage.tables.projection import Projection
 
 log = structlog.get_logger("jobd.storage")
@@ -66,7 +66,7 @@ class ClusterStore(Store):
         refused before its snapshot is complete. Raises WrongCluster, StoreAhead, StoreBusy, StoreTooNew,
         StoreUnreadable, DiskFull, JournalUnavailable, or an OSError.
         """
-        return await opened_to_end(cls._open_for(path, journal, on_locked, needs_snapshot))
+        return await open_or_close(cls._open_for(path, journal, on_locked, needs_snapshot))
 
     @classmethod
     async def _open_for(
@@ -181,7 +181,8 @@ class ClusterStore(Store):
         """Check all rows, and return a copy of the tables, for `SharedJournal.write_snapshot`. See `backup`.
 
         A damaged row ends the node. In a snapshot, it would replace the undamaged rows of the other nodes.
-        Raises DiskFull if the tables cannot be written: each slice of the check would apply pending records in memory.
+        Raises DiskFull if the tables cannot be written, because each slice of the check would apply pending records
+        again.
         """
         async with self._backup_lock:
             if self._closing.is_set():
@@ -192,7 +193,7 @@ class ClusterStore(Store):
                 return await backup.make_copy(raw, self.path, self._closing, None, is_snapshot=True)
 
     async def _check_all_rows(self) -> None:
-        """Raise StoreDamaged if a row is damaged. Half of the time is left to others, as in `Scrubber.scan`."""
+        """Raise StoreDamaged if a row is damaged. Leave half of the time to other work, as `Scrubber.scan` does."""
         loop, cursor = asyncio.get_running_loop(), None
         while True:
             began_s = loop.time()

@@ -358,7 +358,7 @@ async def test_progress_raises_lock_lost(client: AsyncJobClient, admin: AsyncAdm
     assert (await client.get_job(job.id)).error_message == "by hand"
 
 
-async def test_a_lost_lock_does_not_interrupt_the_end_of_a_handler_that_was_told(
+async def test_a_handler_that_received_lock_lost_is_not_interrupted_while_it_ends(
     client: AsyncJobClient, queue: str
 ) -> None:
     worker = Worker(client, queues=[queue], lock_ttl_ms=30_000)

@@ -264,7 +264,7 @@ def test_a_worker_waits(rules: RuleHarness) -> None:
     assert why(rules) == WhyView(
         "queued",
         because,
-        NextEvent("A waiting worker gets it, at once unless the disk is full.", NOW, "claim"),
+        NextEvent("A waiting worker gets it at once, unless the disk is full.", NOW, "claim"),
         None,
         [LOOK],
     )

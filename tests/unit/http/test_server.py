@@ -511,7 +511,7 @@ async def test_stale_sockets_are_replaced(tmp_path: Path) -> None:
         assert (await harness.request("GET", "/v1/jobs")).status == 200
 
 
-async def test_a_directory_that_another_user_has_locked_delays_no_start(
+async def test_a_directory_that_another_user_has_locked_does_not_delay_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobd.http.server.LOCK_S", 0.01)

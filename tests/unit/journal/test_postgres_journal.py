@@ -395,7 +395,7 @@ async def test_partitions_are_added_ahead_and_dropped_whole(
         await a.read(19, 3)
 
 
-async def test_a_few_small_records_make_no_wide_partition(
+async def test_a_few_small_records_do_not_make_a_wide_partition(
     postgres_server: PostgresServer, journal_name: str, a: PostgresJournal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large records could follow, which are not dropped before the end of the partition."""

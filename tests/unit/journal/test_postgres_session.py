@@ -198,7 +198,7 @@ async def test_a_wrong_password_is_reported(url: str) -> None:
     assert "correct [journal] url, or the file that PGPASSFILE names" in str(error)
 
 
-async def test_a_wrong_password_of_one_host_ends_no_node_while_another_host_cannot_be_reached(url: str) -> None:
+async def test_a_wrong_password_of_one_host_does_not_end_a_node_while_another_is_away(url: str) -> None:
     """The other one may be the primary, and come back. A node that exits with 78 is not started again."""
     wrong = url.replace("secret%20of", "secret%20from")
     error = await failure(wrong.replace("127.0.0.1:", "127.0.0.1:1,127.0.0.1:"))

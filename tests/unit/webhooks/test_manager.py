@@ -547,7 +547,7 @@ class FullStore(CountingStore):
         return await self.store.open_outbox([name for name in names if name != "new"], now)
 
 
-async def test_a_new_endpoint_on_a_full_disk_delays_no_other(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_new_endpoint_on_a_full_disk_does_not_delay_others(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobd.webhooks.manager.DISK_FULL_RETRY_S", 0.02)
     async with running_webhooks(path, wrap=FullStore) as at:
         at.webhooks.set_endpoints([endpoint(timeout_ms=9), endpoint("new")])

@@ -510,7 +510,7 @@ async def test_a_damaged_row_ends_the_node_which_makes_its_tables_again(path: st
     assert rows_of(path) == expected
 
 
-async def test_a_damaged_row_gets_into_no_snapshot(path: str, server: MemoryServer) -> None:
+async def test_a_damaged_row_is_not_written_to_a_snapshot(path: str, server: MemoryServer) -> None:
     async with leading(path, server) as leader:
         seq = await finished_job(leader, ChangeFactory())
     flip(path, "jobs", "created_at", "seq", seq)
