@@ -179,7 +179,7 @@ class Metrics:
         yield _counters("validation_issues", help_, ["type"], issues)
         help_ = "Artifacts of deleted jobs and late results that wait for deletion."
         yield _gauge("artifact_tombstones", help_, sweeps.waiting)
-        help_ = "How long the oldest of them has been due."
+        help_ = "How long the oldest artifact that waits for deletion has been due."
         yield _gauge("artifact_sweep_behind_seconds", help_, sweeps.behind_ms / SECOND_MS)
         swept = {"deleted": sweeps.deleted, "left": sweeps.kept, "failed": sweeps.failures}
         help_ = (

@@ -342,7 +342,7 @@ class Database:
 
     @contextlib.contextmanager
     def noting_corruption(self, what: str) -> Iterator[None]:
-        """Leave the context if the structure of the file is damaged, and add a fault that begins with `what`."""
+        """If the structure of the file is damaged, add a fault that begins with `what` and leave the block."""
         try:
             yield
         except sqlite3.DatabaseError as error:
