@@ -31,9 +31,9 @@ async def accept_clock(app: App[Services], operator: Operator | None, reason: st
 
 
 async def step_down(app: App[Services], operator: Operator | None, reason: str | None, *, force: bool) -> ClusterView:
-    """Make this node step down, and record that. Return the cluster as it was before.
+    """Make this node step down, with an entry in the audit log. Return the state of the cluster before that.
 
-    Without a standby that is ready, this needs `force`.
+    Rejected without `force` if no standby is ready.
     """
     services = app.services
     if services.step_down is None:
