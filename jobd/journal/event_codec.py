@@ -5,7 +5,6 @@ A row is a tuple in the order of EVENT_COLUMNS. The details and changes of an ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import reduce
 from operator import or_
 from typing import Any, Final, get_args
@@ -15,7 +14,7 @@ from msgspec import UNSET, Raw, Struct
 from msgspec.structs import astuple
 
 from jobd.model.events import GIVEN_BACK, HEARTBEATS, KEEP_HEARTBEATS, ROUTINE, Changes, Event
-from jobd.model.job import Failure, Grant, Lease, Options, PreviousGrant, Result
+from jobd.model.job import Result
 
 EVENT_COLUMNS: Final = Event.__struct_fields__
 EventRow = tuple[Any, ...]
@@ -32,28 +31,15 @@ class _Result(Struct, frozen=True, gc=False, array_like=True):
     metadata: Raw = Raw(_NULL)
 
 
-def _decoder(read_as: Mapping[type, type]) -> Callable[[bytes], Any]:
-    """Return a decoder for the JSON of Changes. `read_as` maps parts of a job to the types to decode them as."""
+def _fields() -> list[tuple[str, Any, Any]]:
+    """Return the fields of Changes as they are decoded: with _Result in place of Result."""
     types = ((field.name, get_args(field.type)) for field in msgspec.structs.fields(Changes))
-    fields = [(name, reduce(or_, (read_as.get(part, part) for part in parts)), UNSET) for name, parts in types]
-    return msgspec.json.Decoder(msgspec.defstruct("_Changes", fields, gc=False)).decode
+    return [
+        (name, reduce(or_, (_Result if part is Result else part for part in parts)), UNSET) for name, parts in types
+    ]
 
 
-def _with_names(part: type[Struct]) -> type[Struct]:
-    """Return a variant of `part` that is encoded as a JSON object instead of an array."""
-    fields = [(field.name, field.type, field.default) for field in msgspec.structs.fields(part)]
-    return msgspec.defstruct(part.__name__, fields, gc=False)
-
-
-# Up to schema version 8, events stored the parts of a job as JSON objects. Such events can still be in the journal.
-_NAMED: Final[dict[type, type]] = {
-    part: _with_names(part) for part in (Options, Grant, Lease, PreviousGrant, _Result, Failure)
-}
-_PART_OF: Final = {named: part for part, named in _NAMED.items()}
-
-
-_decode_changes = _decoder({Result: _Result})
-_decode_named_changes = _decoder({**_NAMED, Result: _NAMED[_Result]})
+_decode_changes = msgspec.json.Decoder(msgspec.defstruct("_Changes", _fields(), gc=False)).decode
 _decode_json = msgspec.json.Decoder().decode
 
 
@@ -84,17 +70,11 @@ def decode(row: EventRow) -> Event:
 
 
 def _changes(body: bytes) -> Changes:
-    try:
-        read = _decode_changes(body)
-    except msgspec.ValidationError:
-        read = _decode_named_changes(body)
-    return Changes(*map(_part, astuple(read)))
+    return Changes(*map(_part, astuple(_decode_changes(body))))
 
 
 def _part(value: Any) -> Any:
     """Convert a decoded value to the type that Changes declares."""
-    if (part := _PART_OF.get(type(value))) is not None:
-        value = part(*astuple(value))
     if isinstance(value, _Result):
         metadata = None if bytes(value.metadata) == _NULL else value.metadata.copy()
         return Result(value.download_url, value.file_path, value.storage_key, metadata)

@@ -188,10 +188,7 @@ def finish_copy(path: str, step: BackupProgress | None = None, *, is_marked: boo
 
 
 def has_tail(conn: sqlite3.Connection) -> bool:
-    """Return whether the journal has records that the tables lack. Older schema versions have no journal."""
-    (version,) = conn.execute("PRAGMA user_version").fetchone()
-    if version < migrations.FIRST_WITH_JOURNAL:
-        return False
+    """Return whether the journal has records that the tables lack."""
     return conn.execute("SELECT 1 FROM journal LIMIT 1").fetchone() is not None
 
 

@@ -31,7 +31,6 @@ _LOCK_BYTES: Final = 16
 # SQLite locks these bytes of the database, from its PENDING byte on.
 _SQLITE_LOCKS: Final = (0x40000000, 512)
 _FLOCK: Final = "hhqqi4x"
-_OLD_EPOCH: Final = (1 << 16) - 1
 
 
 class StoreError(Exception):
@@ -296,18 +295,10 @@ def keeping_owner(path: str) -> Iterator[None]:
 
 
 class EpochFile(Struct, frozen=True):
-    """The highest epoch in the store's epoch file.
-
-    `is_current` is False if there is no file, or if schema version 9 or older wrote it. An epoch of such a file stands
-    for 2^16 current ones, and `epoch` is the last of them.
-    """
+    """The highest epoch in the store's epoch file, and whether there is a file."""
 
     epoch: int = 0
-    is_current: bool = False
-
-    def is_ahead_of(self, database_epoch: int) -> bool:
-        """Return whether the file is newer than the database, whose epoch is `database_epoch`."""
-        return self.epoch > (database_epoch if self.is_current else database_epoch | _OLD_EPOCH)
+    exists: bool = False
 
 
 def read_epoch(path: str) -> EpochFile:
@@ -337,9 +328,7 @@ def _epoch_of(fields: list[bytes]) -> EpochFile | None:
         return None
     epoch = int(fields[0])
     if len(fields) == 1 or fields[1:] == [b"%d" % TOKEN_COUNTER_BITS, _epoch_crc(epoch)]:
-        return EpochFile(epoch, is_current=True)  # a single number, written by an operator
-    if fields[1:] == [b"%08x" % zlib.crc32(fields[0])]:
-        return EpochFile(epoch << 16 | _OLD_EPOCH)
+        return EpochFile(epoch, exists=True)  # a single number, written by an operator
     return None
 
 

@@ -186,7 +186,7 @@ def read_only(path: str) -> Iterator[sqlite3.Connection]:
 
 
 def check_version(path: str, header: tuple[int, int]) -> None:
-    """Raise NotAStore if the file is not a jobd store, StoreTooNew if its schema is newer than this version."""
+    """Raise NotAStore if the file is not a jobd store, StoreTooNew or StoreUnreadable for an unsupported version."""
     application, version = header
     if application not in (0, migrations.APPLICATION_ID):
         raise NotAStore(f"{path} is a database of another program")
@@ -195,6 +195,8 @@ def check_version(path: str, header: tuple[int, int]) -> None:
             f"{path} has schema version {version}, but this jobd supports {migrations.VERSION}: "
             "use the newer jobd, or a backup made by this version. The file was not changed"
         )
+    if 0 < version < migrations.OLDEST:
+        raise StoreUnreadable(f"{path} has schema version {version}, which no release has. The file was not changed")
 
 
 def check_wal(path: str) -> None:
@@ -340,21 +342,21 @@ def _choose_epoch(projection: Projection, path: str) -> bool:
     database before the file, so a file that is ahead of its database means that the database is an older copy.
     """
     db = projection.db
-    file = EpochFile(is_current=True) if path == MEMORY else files.read_epoch(path)
+    file = EpochFile(exists=True) if path == MEMORY else files.read_epoch(path)
     stored_epoch = db.numbers.epoch
-    is_restored = db.marked > 0 or file.is_ahead_of(stored_epoch)
+    is_restored = db.marked > 0 or file.epoch > stored_epoch
     if stored_epoch == 0 and file.epoch > 0:
         db.faults.append(
             f"{path} was missing or empty at the start, but {path}.epoch is that of an earlier database, whose jobs "
             "are gone. Unless you deleted it yourself, stop the daemon and restore a backup: jobd restore FILE"
         )
-    if is_restored or stored_epoch == 0 or not file.is_current:
+    if is_restored or stored_epoch == 0 or not file.exists:
         epoch = new_epoch(max(stored_epoch, file.epoch), now_ms())
         if epoch > LAST_EPOCH:
             raise StoreUnreadable(f"{path}: there is no epoch for fencing tokens above {epoch - 1}")
         db.commit(begin_epoch, db, epoch, projection.last + 1 if is_restored else 0)
     if path != MEMORY:
-        if file != EpochFile(db.numbers.epoch, is_current=True):
+        if file != EpochFile(db.numbers.epoch, exists=True):
             files.write_epoch(path, db.numbers.epoch)
         db.store_epoch = partial(files.write_epoch, path)
     db.stored_epoch = db.numbers.epoch

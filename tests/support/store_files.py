@@ -8,24 +8,17 @@ import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-from msgspec.structs import astuple, replace
+from msgspec.structs import replace
 
 from jobd.journal import event_codec
 from jobd.model.events import Change, Event, fold
-from jobd.model.job import FINISHED, LIVE, Failure, Job, LateResult, Result
+from jobd.model.job import FINISHED, LIVE, Job, LateResult
 from jobd.model.storage import Batch, LateResultQuery, OpenedStore
-from jobd.storage import codec
 from jobd.storage.commit_mode import CommitSetting
-from jobd.storage.database import JOB_SQL
 from jobd.storage.events import event_rows
-from jobd.storage.offline import doctor
 from jobd.storage.schema import migrations
 from jobd.storage.store import Store
-from jobd.storage.tables.writers import insert
-from tests import ROOT
 from tests.support.factories import ChangeFactory
-
-SCHEMAS = ROOT / "tests/data/schemas"
 
 
 def read_file(path: str) -> bytes:
@@ -149,68 +142,6 @@ async def leave_tail(path: str, *batches: Batch) -> list[int]:
         for batch in batches:
             await store.write(batch)
     return list(range(first, first + len(batches)))
-
-
-def as_version_13(path: str) -> None:
-    """Convert a closed store to schema version 13, which has a row for each event."""
-    with edit_store(path) as conn:
-        rows = [codec.with_checksum(event_codec.encode(event)) for event in stored_events(conn)]
-        conn.execute("DROP TABLE events")
-        for statement in migrations.statements((SCHEMAS / "v13.sql").read_text("utf-8")):
-            if "events (" in statement:
-                conn.execute(statement)
-        conn.executemany(insert("events", (*event_codec.EVENT_COLUMNS, "crc")), rows)
-        migrations.set_version(conn, 13)
-
-
-def row_of_version_12(job: Job) -> codec.Row:
-    """Return the columns of `job` as schema versions 10 to 12 stored it, with the checksum."""
-    *options, backoff, max_stalls, on_stall, stuck_after_ms, max_processing_ms = astuple(job.options)
-    *deadlines, cleared = (None,) * 4 if job.lease is None else astuple(job.lease)
-    url, file, key, metadata = astuple(job.result or Result())
-    return codec.with_checksum(
-        (
-            *(job.seq, job.id, job.status, job.expires_at),
-            *(*options, *astuple(backoff)[:3], int(backoff.jitter), max_stalls, on_stall),
-            *(stuck_after_ms, max_processing_ms, job.created_at, job.updated_at, job.run_at, float(job.progress)),
-            *(job.progress_message, job.attempt, job.stalls, job.started_at, job.finished_at),
-            *((None,) * 7 if job.grant is None else astuple(job.grant)),
-            *(*deadlines, None if cleared is None else int(cleared)),
-            *((None,) * 8 if job.ended is None else astuple(job.ended)),
-            *(url, file, key, None if metadata is None else bytes(metadata)),
-            *astuple(job.error or Failure(None)),
-            job.releases,
-        )
-    )
-
-
-def as_version_12(path: str) -> None:
-    """Convert a closed store to schema version 12, whose jobs had a column for each field."""
-    as_version_13(path)
-    reader = codec.JobReader()
-    schema = (SCHEMAS / "v12.sql").read_text("utf-8")
-    with edit_store(path) as conn:
-        jobs = [reader.job(row) for row in conn.execute(f"SELECT {JOB_SQL} FROM jobs ORDER BY seq")]
-        conn.execute("DROP TABLE jobs")
-        for statement in migrations.statements(schema):
-            if " ON jobs " in statement or "CREATE TABLE jobs " in statement:
-                conn.execute(statement)
-        rows = [row_of_version_12(job) for job in jobs]
-        if rows:
-            conn.executemany(f"INSERT INTO jobs VALUES ({', '.join('?' * len(rows[0]))})", rows)
-        _, live_xor, _, finished_xor = doctor.totals(conn)
-        migrations.change_meta(conn, live_xor=live_xor, finished_xor=finished_xor)
-        migrations.set_version(conn, 12)
-
-
-def as_version_10(path: str) -> None:
-    """Convert a closed store to schema version 10, which has no journal."""
-    as_version_12(path)
-    with edit_store(path) as conn:
-        for table in ("cluster", "journal"):
-            conn.execute(f"DROP TABLE {table}")
-        conn.execute("ALTER TABLE meta DROP COLUMN projected_to")
-        migrations.set_version(conn, 10)
 
 
 def pick(maker: ChangeFactory, statuses: frozenset[str]) -> Job:

@@ -67,16 +67,6 @@ def rewrite(conn: sqlite3.Connection, rows: Iterable[Row], events: Iterable[Even
     conn.executemany(INSERT, pack(events))
 
 
-def row_of_damaged_event(event: EventRow) -> Row:
-    """Return a row for an event of schema version 13 with a wrong checksum. Its checksum is wrong too."""
-    values = [value.encode(errors="surrogateescape") if isinstance(value, str) else value for value in event]
-    numbers = (event[_EVENT_SEQ], event[_EVENT_SEQ], event[_EVENT_JOB], event[_EVENT_AT])
-    body = bytearray((FORMAT,))
-    _encode_into([values], body, 1)
-    *columns, crc = with_checksum((*(value if isinstance(value, int) else 0 for value in numbers), body))
-    return (*columns, crc ^ 1)
-
-
 def fault(row: Row) -> str | None:
     """Return the problem of a row, or None if it is undamaged."""
     if (error := codec.fault(row)) is not None:

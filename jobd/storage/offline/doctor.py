@@ -343,7 +343,7 @@ def _epoch_file(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
         yield StoreProblem("epoch file", str(error), "see the error")
         return
     meta = _known_meta(conn)
-    if meta is not None and not meta["marked"] and file.is_ahead_of(meta["epoch"]):
+    if meta is not None and not meta["marked"] and file.epoch > meta["epoch"]:
         problem = f"it has epoch {file.epoch} and the database {meta['epoch']}, so the database is an older copy"
         yield StoreProblem(
             "epoch file", problem, "nothing to do: the next start begins a new epoch and ends all grants"

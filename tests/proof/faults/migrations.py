@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import random
 import shutil
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -21,9 +23,8 @@ from tests.proof.faults.store_check import checked_contents, contents
 from tests.proof.faults.strace import STRACE, SYNCS, WRITES, Strace
 from tests.proof.faults.syscall_faults import EXIT_IO, FaultPosition
 from tests.support.daemon_process import DaemonProcess
-from tests.support.store_files import as_version_10
 
-OLD: Final = 10  # without a journal; later versions store jobs and events in other rows
+OLD: Final = migrations.VERSION
 NEXT: Final = "tests.proof.faults.next_version"
 NEWER: Final = migrations.VERSION + AHEAD
 ERRORS: Final = (None, "EIO", "ENOSPC")
@@ -53,7 +54,6 @@ def _copy_store(old: Path, directory: Path) -> Path:
 def interrupted_migration(trial: Trial) -> Counts:
     ledger = Ledger()
     old = _stopped_store(trial, ledger)
-    as_version_10(str(old / "jobd.db"))
     rows = _dump(old / "jobd.db")
     positions = _fault_positions(_copy_store(old, trial.directory / "measured"))
     chosen = random.Random(0).sample(positions, min(trial.rounds, len(positions)))
@@ -69,9 +69,17 @@ def interrupted_migration(trial: Trial) -> Counts:
     return dict(counts)
 
 
+@contextlib.contextmanager
+def _next_version(home: Path) -> Iterator[DaemonProcess]:
+    """Prepare a daemon of the later version, which migrates."""
+    with DaemonProcess.not_started(home) as daemon:
+        daemon.module = NEXT
+        yield daemon
+
+
 def _fault_positions(home: Path) -> list[FaultPosition]:
     """Return all writes and syncs of a start that migrates and of the stop after it, with the possible faults."""
-    with DaemonProcess.not_started(home) as daemon:
+    with _next_version(home) as daemon:
         strace = Strace(daemon, (*SYNCS, *WRITES))
         daemon.start()
         assert daemon.stop() == 0
@@ -84,7 +92,7 @@ def _fault_positions(home: Path) -> list[FaultPosition]:
 
 
 def _migrate_with_fault(home: Path, position: FaultPosition) -> str:
-    with DaemonProcess.not_started(home) as daemon:
+    with _next_version(home) as daemon:
         Strace(daemon, (*SYNCS, *WRITES), position.inject)
         daemon.launch()
         assert daemon.process is not None
@@ -105,7 +113,7 @@ def _check_store(path: Path, rows: list[str], ledger: Ledger) -> str:
     if version == OLD:
         assert _dump(path) == rows, "the rows have changed"
         return "left unchanged"
-    assert version == migrations.VERSION, f"there is no version {version}"
+    assert version == NEWER, f"there is no version {version}"
     ledger.check(contents(path))
     assert copies, "the old store was not kept"
     return "migrated"
@@ -118,11 +126,11 @@ def _dump(path: Path) -> list[str]:
 
 def _check_next_start(home: Path, ledger: Ledger) -> None:
     """Check that the next start finishes the migration and leaves no partial copies."""
-    with DaemonProcess.not_started(home) as daemon:
+    with _next_version(home) as daemon:
         daemon.start()
         assert daemon.stop() == 0
-    assert startup.peek(str(daemon.store))[1] == migrations.VERSION
-    ledger.check(checked_contents(daemon.store))
+    assert startup.peek(str(daemon.store))[1] == NEWER
+    ledger.check(contents(daemon.store))
     assert not glob.glob(f"{daemon.store}.tmp-*")
     assert glob.glob(f"{daemon.store}.v{OLD}-*"), "the old store was not kept"
 

@@ -26,7 +26,6 @@ from jobd.storage.store import MEMORY, Store, StoreBroken
 from tests.support.daemon_process import DaemonProcess
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import (
-    as_version_10,
     assert_holds,
     damage_backup,
     edit_store,
@@ -274,14 +273,14 @@ async def test_a_file_whose_tail_is_damaged_is_not_restored(path: str, copy: str
     assert not exists(path)
 
 
-async def test_a_file_of_an_older_schema_version_is_restored(path: str, copy: str) -> None:
-    maker = await make_store(copy)
-    as_version_10(copy)
+async def test_a_file_of_an_older_schema_version_is_restored(path: str, older: ChangeFactory) -> None:
+    copy = f"{path}.copy"
+    os.replace(path, copy)
     restore(copy, path)
     async with open_store(path) as (store, found):
         assert found.marked
-        maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
-        await assert_holds(store, found, maker)
+        older.numbers = replace(older.numbers, epoch=2, next_token=1, next_event=2 << 24)
+        await assert_holds(store, found, older)
 
 
 async def test_a_restore_keeps_the_old_store(path: str, copy: str) -> None:

@@ -9,14 +9,13 @@ import shutil
 import stat
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from jobd.model.job import LAST_EPOCH, TOKEN_COUNTER_BITS
+from jobd.model.job import LAST_EPOCH
 from jobd.model.storage import SPARE_BYTES, DiskFull, DiskSpace
 from jobd.storage import files
 from jobd.storage.files import EpochFile, FileLock, StoreBusy, StoreUnreadable
@@ -76,7 +75,7 @@ def test_the_epoch_is_stored_and_read(path: str) -> None:
     assert files.read_epoch(path) == EpochFile()
     for epoch in (1, 2, 1 << 22):
         files.write_epoch(path, epoch)
-        assert files.read_epoch(path) == EpochFile(epoch, is_current=True)
+        assert files.read_epoch(path) == EpochFile(epoch, exists=True)
     assert not os.path.exists(f"{path}.epoch.new")
 
 
@@ -94,22 +93,10 @@ def test_every_flipped_bit_of_the_epoch_file_is_detected(path: str) -> None:
 
 def test_a_number_written_by_an_operator_is_accepted(path: str) -> None:
     Path(f"{path}.epoch").write_text("17\n")
-    assert files.read_epoch(path) == EpochFile(17, is_current=True)
+    assert files.read_epoch(path) == EpochFile(17, exists=True)
     Path(f"{path}.epoch").write_text("")
     with pytest.raises(StoreUnreadable):
         files.read_epoch(path)
-
-
-def test_an_epoch_of_an_older_version_counts_as_its_last_current_epoch(path: str) -> None:
-    number = b"7"
-    Path(f"{path}.epoch").write_bytes(b"%s %08x\n" % (number, zlib.crc32(number)))
-    found = files.read_epoch(path)
-    assert found == EpochFile((8 << 16) - 1)
-    assert (found.epoch + 1) << TOKEN_COUNTER_BITS == 8 << 40  # above every token of epoch 7
-    for own, is_older in ((6 << 16, True), (7 << 16, False), ((7 << 16) + 9, False), (8 << 16, False)):
-        assert found.is_ahead_of(own) is is_older
-    files.write_epoch(path, found.epoch)
-    assert [files.read_epoch(path).is_ahead_of(found.epoch - less) for less in (0, 1)] == [False, True]
 
 
 @pytest.mark.parametrize("content", ["7 24 1", "7 23 1 2", "x", "7 1", f"{LAST_EPOCH + 1}"])

@@ -236,7 +236,7 @@ async def test_a_store_without_its_epoch_file_begins_a_new_epoch_and_keeps_its_g
     async with open_store(path) as (_, found):  # it may be a copy next to its original
         assert (found.marked, found.numbers.epoch, found.numbers.next_token) == (False, 2, 1)
         assert found.numbers.next_event == 5
-    assert files.read_epoch(path) == EpochFile(2, is_current=True)
+    assert files.read_epoch(path) == EpochFile(2, exists=True)
     async with open_store(path) as (_, found):
         assert found.numbers.epoch == 2
 

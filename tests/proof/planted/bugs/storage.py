@@ -258,7 +258,7 @@ def _(connect: Any, path: str, synchronous: str) -> Any:
     found_by="tests/unit/storage/test_startup.py",
 )
 def _(read_epoch: Any, path: str) -> Any:
-    return files.EpochFile(is_current=True)
+    return files.EpochFile(exists=True)
 
 
 @bug(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +10,7 @@ from msgspec.structs import replace
 
 from jobd.journal import event_codec
 from jobd.model.events import KEEP_GRANTS, KEEP_HEARTBEATS, Change, Event
-from jobd.model.job import LIVE, Job, Result
+from jobd.model.job import Job, Result
 from jobd.model.storage import Batch, EventPruning
 from jobd.storage.codec import with_checksum
 from jobd.storage.events import event_queries, event_rows
@@ -22,12 +21,9 @@ from jobd.storage.tables import table_writes
 from jobd.storage.tables.projection import Projection
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import (
-    as_version_13,
-    edit_store,
     job_of,
     make_store,
     open_store,
-    pick,
     stored_events,
     without_indexes,
 )
@@ -263,44 +259,6 @@ def test_no_flipped_bit_of_a_row_is_silent(bit: int) -> None:
             page = event_queries.events_after(db, 0, 10)
             assert (page.events, page.gone_to) == ([], number)
     db.conn.close()
-
-
-# -- migration
-
-
-async def test_a_migration_keeps_damaged_events_as_they_are(path: str) -> None:
-    maker = await make_store(path)
-    with edit_store(path) as conn:
-        events = stored_events(conn)
-    as_version_13(path)
-    first, text, number = random.Random(1).sample([event for event in events if event.job_seq], 3)
-    with edit_store(path) as conn:
-        conn.execute("UPDATE events SET at = at + 1 WHERE seq = ?", (first.seq,))
-        conn.execute("UPDATE events SET queue = CAST(x'ff61' AS TEXT) WHERE seq = ?", (text.seq,))
-        conn.execute("UPDATE events SET details = x'00' WHERE seq = ?", (number.seq,))
-    bad = {first.seq, text.seq, number.seq}
-    async with open_store(path) as (store, found):
-        assert found.faults == []
-        page = await store.events_after(0, 10_000)
-        assert page.events == [event for event in events if event.seq not in bad]
-        assert page.gone_to == max(bad)
-        faults = store.take_faults()
-        assert len(faults) == 3
-        assert all("its checksum is wrong; the row was quarantined" in fault for fault in faults)
-    with edit_store(path) as conn:
-        assert conn.execute("SELECT count(*) FROM bad_rows WHERE place = 'events'").fetchone() == (3,)
-    assert pick(maker, LIVE)
-
-
-async def test_a_migration_reads_events_in_pieces(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    await make_store(path)
-    with edit_store(path) as conn:
-        events = stored_events(conn)
-    as_version_13(path)
-    monkeypatch.setattr("jobd.storage.schema.migrations._PACKED_AT_ONCE", 7)
-    async with open_store(path) as (store, _):
-        assert (await store.events_after(0, 10_000)).events == events
-    assert doctor.check(path, refold=True) == []
 
 
 async def test_the_index_of_jobs_is_not_needed_to_find_damage(path: str) -> None:
