@@ -17,13 +17,13 @@ from msgspec import Meta, Struct
 from jobd.api.services import Services
 from jobd.engine.mailbox import Envelope, weight
 from jobd.http.app import App
-from jobd.http.auth import LINES
 from jobd.http.decoding import Limits, RequestDecoder, make_body_type, malformed_json_error, validation_error
 from jobd.http.request import RequestContext
 from jobd.http.response import SAFE_HEADERS, WRITE_TIMEOUT_S, error_line, response_line
 from jobd.http.routing import Route
 from jobd.http.streaming import LineStream, finish
 from jobd.http.worker_request import WorkerRequest
+from jobd.model.api_call import LINES
 from jobd.model.commands import STREAMED_COMMANDS, Claim, Command, Create, IdempotencyKey, JobCommand, Start
 from jobd.model.errors import ApiError, ApiException, invalid_request_error, too_large_error
 from jobd.model.responses import Response

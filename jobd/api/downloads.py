@@ -9,11 +9,10 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Coroutine
-from typing import Annotated, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
 import structlog
-from msgspec import Meta
 
 from jobd.api.auditing import audit_action, audit_read
 from jobd.api.services import Services
@@ -22,28 +21,18 @@ from jobd.http.request import RequestContext
 from jobd.http.response import SAFE_HEADERS
 from jobd.http.streaming import finish, write
 from jobd.maintenance.backups import Backup
-from jobd.model.commands import Command, Get, JobCommand, LateResults
+from jobd.model.calls import DATABASE_TYPE, FILE_TYPE
+from jobd.model.commands import Get, LateResults
 from jobd.model.errors import ApiError
-from jobd.model.fields import BackupId
+from jobd.model.requests import ArtifactRequest, BackupRequest
 from jobd.model.responses import JobView, LateResultList, LateResultView
 from jobd.model.storage import BackupError, DiskFull
 from jobd.storage.artifacts.base import ArtifactStoreError
 from jobd.storage.artifacts.downloads import Download
 
-ARTIFACT_TYPE: Final = "application/octet-stream"
 MAX_NAME_CHARS: Final = 150  # characters of a file name
 
 log = structlog.get_logger("jobd.artifacts")
-
-
-class ArtifactRequest(JobCommand, frozen=True, kw_only=True):
-    """Download the stored result of a job, or of one of its late results, as a file."""
-
-    errors = ("not_found", "storage_unavailable", "late_result_not_found")
-
-    late_result: (
-        Annotated[int, Meta(ge=1, description="The `seq` of a late result. Default: the result of the job.")] | None
-    ) = None
 
 
 async def send_artifact(app: App[Services], ctx: RequestContext, query: Any, name: str = "") -> ApiError | None:
@@ -101,7 +90,7 @@ async def _send_pieces(download: Download, ctx: RequestContext) -> None:
 
 def _headers(key: str) -> dict[str, str]:
     return {
-        "Content-Type": ARTIFACT_TYPE,
+        "Content-Type": FILE_TYPE,
         "Content-Disposition": disposition(key),
         "Content-Security-Policy": "default-src 'none'; sandbox",
         "Cross-Origin-Resource-Policy": "same-origin",
@@ -117,19 +106,7 @@ def disposition(key: str) -> str:
 
 
 CONNECTION_CHECK_S: Final = 0.5  # between two checks of the connection of a client that waits for a backup
-BACKUP_TYPE: Final = "application/vnd.sqlite3"
 T = TypeVar("T")
-
-
-class BackupRequest(Command, frozen=True, kw_only=True):
-    """Download the whole database as a file while the daemon runs. The response begins once the copy has been checked.
-
-    Until then, `backups` shows the progress under `id`.
-    """
-
-    errors = ("storage_full",)
-
-    id: Annotated[BackupId | None, Meta(description="Id under which `backups` shows the progress.")] = None
 
 
 async def send_backup(app: App[Services], ctx: RequestContext, request: BackupRequest) -> ApiError | None:
@@ -147,7 +124,7 @@ async def send_backup(app: App[Services], ctx: RequestContext, request: BackupRe
         return copy
     failure: str | None = "the client did not read all of it"
     try:
-        await ctx.start({"Content-Type": BACKUP_TYPE, **SAFE_HEADERS}, copy.size)
+        await ctx.start({"Content-Type": DATABASE_TYPE, **SAFE_HEADERS}, copy.size)
         await _send_backup(copy, ctx)
         failure = None
         return None

@@ -2,66 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, get_args
+from typing import Final, get_args
 
 import structlog
-from msgspec import Meta
 
 from jobd.api.services import Services
 from jobd.engine.event_feed import Subscriber
 from jobd.http.app import App
 from jobd.http.request import RequestContext
 from jobd.http.response import SAFE_HEADERS, WRITE_TIMEOUT_S
-from jobd.http.routing import EVENT_STREAM
 from jobd.http.streaming import finish, write
-from jobd.model.commands import MAX_NAMES, Command
+from jobd.model.api_call import EVENT_STREAM
+from jobd.model.commands import MAX_NAMES
 from jobd.model.errors import ApiException, invalid_request_error
 from jobd.model.events import EventFilter, EventType
 from jobd.model.job import is_job_id
+from jobd.model.requests import MAX_NUMBER, EventsRequest
 
 LAST_EVENT_ID: Final = "last-event-id"
-MAX_BACK: Final = 10_000
-MAX_SEQ: Final = (1 << 63) - 1
 # X-Accel-Buffering: otherwise nginx would delay events until its buffer is full.
 STREAM_HEADERS: Final = {"Content-Type": EVENT_STREAM, "X-Accel-Buffering": "no", **SAFE_HEADERS}
 _TYPES: Final = frozenset(get_args(EventType))
 
 log = structlog.get_logger("jobd.web")
-
-Names = Annotated[str, Meta(min_length=1, max_length=MAX_NAMES * 201)]
-
-
-class EventsRequest(Command, frozen=True, kw_only=True):
-    """Stream events as they happen (Server-Sent Events), without gap or repetition after `Last-Event-ID`.
-
-    An event must match all filters. The stream begins after the event in the header `Last-Event-ID`, else after
-    `last_event_id`, else `last` events ago, else now. Without `follow` it ends at the end of the journal.
-    """
-
-    errors = ("events_gone",)
-
-    queue: Annotated[Names | None, Meta(description="Only events of these queues, separated by commas.")] = None
-    job_id: Annotated[Names | None, Meta(description="Only events of these jobs, separated by commas.")] = None
-    type: Annotated[Names | None, Meta(description="Only events of these types, separated by commas.")] = None
-    last_event_id: (
-        Annotated[
-            int,
-            Meta(
-                ge=0,
-                le=MAX_SEQ,
-                description="Continue after this event, like the header `Last-Event-ID`, which takes precedence.",
-            ),
-        ]
-        | None
-    ) = None
-    last: (
-        Annotated[
-            int,
-            Meta(ge=1, le=MAX_BACK, description="Begin this many events ago, with those that the journal still has."),
-        ]
-        | None
-    ) = None
-    follow: Annotated[bool, Meta(description="Whether to wait for more events at the end of the journal.")] = True
 
 
 async def send_events(app: App[Services], ctx: RequestContext, query: EventsRequest) -> None:
@@ -107,7 +70,11 @@ def _after(query: EventsRequest, ctx: RequestContext) -> int | None:
     header = ctx.header(LAST_EVENT_ID).strip()
     if header:
         # Check the length first, because int() raises another error for thousands of digits.
-        if not (header.isascii() and header.isdigit()) or len(header) > len(str(MAX_SEQ)) or int(header) > MAX_SEQ:
+        if (
+            not (header.isascii() and header.isdigit())
+            or len(header) > len(str(MAX_NUMBER))
+            or int(header) > MAX_NUMBER
+        ):
             raise invalid_request_error("Last-Event-ID", "must be the `id` of an event. To begin now, omit it.")
         return int(header)
     if query.last_event_id is not None and query.last is not None:

@@ -5,31 +5,33 @@ from __future__ import annotations
 import asyncio
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, reduce
 from inspect import cleandoc
 from operator import or_
-from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Final, Union, get_args, get_origin
 
 import msgspec
 from msgspec import NODEFAULT, UNSET, Meta, Raw, Struct
-from msgspec.structs import FieldInfo, replace
+from msgspec.structs import FieldInfo
 
 from jobd import __version__
 from jobd.api.command_stream import LINE_TYPES, StreamedCommand
-from jobd.http.app import App, NoFields
-from jobd.http.auth import JSON, LINES, OPERATOR_HEADER
+from jobd.http.app import App
+from jobd.http.auth import OPERATOR_HEADER
 from jobd.http.request import RequestContext
 from jobd.http.response import ErrorBody, RawBody
-from jobd.http.routing import EVENT_STREAM, Route
+from jobd.http.routing import Route, RouteHandler, route_of
+from jobd.model.api_call import EVENT_STREAM, JSON, LINES, ApiCall, Tag, calls_of
+from jobd.model.calls import ADMIN
 from jobd.model.commands import JobCommand
 from jobd.model.errors import ERROR_CODES
 from jobd.model.job import ID_PATTERN
+from jobd.model.requests import NoFields
 from jobd.model.responses import Response
 
 JsonObject = dict[str, Any]
 PATH: Final = "/openapi.json"
-ADMIN_PREFIX: Final = "/admin/job-management"
 REFS: Final = "#/components"
 
 ABOUT: Final = (
@@ -38,7 +40,6 @@ ABOUT: Final = (
     "causes a 400; values are never clamped, except that a lock never outlasts its progress timeout. A success is sent "
     "only after the change is on disk. Over a Unix socket, workers need no token."
 )
-Tag = Literal["Jobs", "Many jobs", "Queues and workers", "Events", "The daemon", "The store"]
 # The tags of the document, in its order, with their descriptions.
 TAGS: Final[dict[Tag, str]] = {
     "Jobs": "Create, run, inspect and change single jobs.",
@@ -60,8 +61,13 @@ HEADERS: Final = {
 }
 
 
-def tagged(tag: Tag, *routes: Route) -> Iterator[Route]:
-    return (replace(route, tag=tag) for route in routes)
+def routes_of(groups: Iterable[type], handlers: Mapping[ApiCall[Any, Any], RouteHandler]) -> Iterator[Route]:
+    """Return the routes of the calls of `groups`. A call without a handler is one command for the actor."""
+    seen: set[tuple[str, str]] = set()
+    for call in calls_of(*groups):
+        if (call.method, call.path) not in seen:
+            seen.add((call.method, call.path))
+            yield route_of(call, handlers.get(call))
 
 
 def with_document(title: str, routes: Iterable[Route]) -> tuple[Route, ...]:
@@ -125,7 +131,7 @@ def _texts(route: Route) -> JsonObject:
 
 
 def _operation(route: Route, schemas: Schemas) -> JsonObject:
-    parts = re.findall(r"\w+", route.path.removeprefix(ADMIN_PREFIX))
+    parts = re.findall(r"\w+", route.path.removeprefix(ADMIN))
     operation: JsonObject = {
         "tags": [route.tag],
         "operationId": "_".join([route.method.lower(), *parts]),
@@ -203,7 +209,7 @@ def _responses(route: Route, schemas: Schemas) -> JsonObject:
 
 
 def _success(route: Route, schemas: Schemas) -> JsonObject:
-    if route.response is bytes:
+    if route.response in (bytes, str):
         return {"type": "object" if route.content_type == JSON else "string"}
     if route.content_type == EVENT_STREAM:
         name = route.response.__name__

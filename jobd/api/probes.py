@@ -6,9 +6,10 @@ from typing import Annotated, Final, Literal, Protocol
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from jobd.http.app import App, NoFields
+from jobd.http.app import App
 from jobd.http.request import RequestContext
-from jobd.http.routing import Auth, Route, RouteHandler
+from jobd.http.routing import Route, RouteHandler
+from jobd.model.requests import NoFields
 from jobd.model.responses import ClusterView, Response
 
 
@@ -46,17 +47,15 @@ async def _ready(app: App[NodeServices], ctx: RequestContext, command: NoFields)
     return _probed(app.services.readiness())
 
 
-async def _cluster(app: App[NodeServices], ctx: RequestContext, command: NoFields) -> Response:
+async def send_cluster(app: App[NodeServices], ctx: RequestContext, command: NoFields) -> Response:
     return Response(app.services.cluster_view())
 
 
-def _route(
-    path: str, response: type, handler: RouteHandler, summary: str, unavailable: str = "", *, auth: Auth = "anyone"
-) -> Route:
-    """Return a route that every node serves. `unavailable` is the meaning of a 503 with the same body."""
+def _route(path: str, response: type, handler: RouteHandler, summary: str, unavailable: str) -> Route:
+    """Return the route of a probe. `unavailable` is the meaning of a 503 with the same body."""
     return Route(
-        method="GET", path=path, request=NoFields, response=response, auth=auth, on_standby=True, tag="The daemon",
-        handler=handler, summary=summary, other_statuses={503: unavailable} if unavailable else {},
+        method="GET", path=path, request=NoFields, response=response, auth="anyone", on_standby=True, tag="The daemon",
+        handler=handler, summary=summary, other_statuses={503: unavailable},
     )  # fmt: skip
 
 
@@ -70,8 +69,3 @@ PROBES: Final = (
         "The daemon does not accept requests yet, is stopping, or is a standby of a cluster.",
     ),
 )
-
-
-def cluster_route(auth: Auth) -> Route:
-    summary = "Return the state of the cluster: its nodes, its leader, and how far this node is behind."
-    return _route("/v1/cluster", ClusterView, _cluster, summary, auth=auth)

@@ -11,7 +11,7 @@ from jobd.cli import terminal
 
 if TYPE_CHECKING:
     from jobd.client import JobClient
-    from jobd.client.protocol import JobInfo
+    from jobd.model.responses import JobView
 
 
 class Advance(Protocol):
@@ -20,7 +20,7 @@ class Advance(Protocol):
     def __call__(self, done: int, total: int | None, what: str | None = None) -> None: ...
 
 
-def until_finished(client: JobClient, job_id: str) -> JobInfo:
+def until_finished(client: JobClient, job_id: str) -> JobView:
     """Wait until the job is finished, and return it."""
     with bar(job_id, unit="%") as advance:
         return client.wait_for_job(job_id, on_poll=lambda job: advance(int(job.progress), 100))

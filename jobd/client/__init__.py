@@ -7,14 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 from jobd.client import errors
 from jobd.client.admin import AdminClient
-from jobd.client.admin_requests import ValidatedJob
 from jobd.client.endpoint import Endpoint, admin_endpoints, default_socket, parse_endpoint, worker_endpoints
 from jobd.client.errors import *  # noqa: F403 - its `__all__` says which
-from jobd.client.protocol import GrantInfo, JobInfo, JobInfoPage, uuid7
+from jobd.client.protocol import uuid7
 from jobd.client.retries import RetryOptions
 from jobd.client.sync import JobClient
 from jobd.model.events import StreamedEvent
-from jobd.model.responses import ImportPreview, ImportResult, PreviewedLine, RejectedLine
+from jobd.model.responses import (
+    GrantView,
+    ImportPreview,
+    ImportResult,
+    JobPage,
+    JobView,
+    PreviewedLine,
+    RejectedLine,
+    ValidateJobView,
+)
 
 if TYPE_CHECKING:
     from jobd.client.aio import AsyncAdminClient, AsyncJobClient
@@ -49,12 +57,12 @@ __all__ = [
     "CommandWorker",
     "Discard",
     "Endpoint",
-    "GrantInfo",
+    "GrantView",
     "ImportPreview",
     "ImportResult",
     "JobClient",
-    "JobInfo",
-    "JobInfoPage",
+    "JobPage",
+    "JobView",
     "PreviewedLine",
     "RejectedLine",
     "Retry",
@@ -63,7 +71,7 @@ __all__ = [
     "StreamedEvent",
     "SyncTask",
     "Task",
-    "ValidatedJob",
+    "ValidateJobView",
     "Worker",
     "admin_endpoints",
     "default_socket",

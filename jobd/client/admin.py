@@ -14,12 +14,22 @@ from typing import Any, BinaryIO, Final
 
 from msgspec.structs import replace
 
-from jobd.client import admin_requests
 from jobd.client.apis import CHUNK_BYTES, AdminApi, unreachable
 from jobd.client.errors import JobdError, Unreachable
-from jobd.client.protocol import ApiRequest, ApiResponse, T, json_lines, raise_error, read_result, uuid7
+from jobd.client.protocol import (
+    ApiRequest,
+    ApiResponse,
+    T,
+    json_lines,
+    lines_request,
+    raise_error,
+    read_result,
+    request_for,
+    uuid7,
+)
 from jobd.client.retries import RetryOptions
 from jobd.client.sync import CONNECTION_ERRORS, BlockingClient, DaemonConnection, lower_headers
+from jobd.model.calls import AdminJobRequests, ManyJobRequests, StoreCalls, StoreRequests
 from jobd.model.responses import BackupView, ImportPreview, ImportResult
 
 POLL_S: Final = 0.5  # between two requests for the progress of a backup
@@ -40,11 +50,11 @@ class AdminClient(AdminApi, BlockingClient):
         repeated. The client does not retry it. `timeout_s` limits each write and the wait for the response. Raises
         StorageFull, TooManyJobs.
         """
-        return self._send_lines(admin_requests.import_jobs(), jobs)
+        return self._send_lines(lines_request(ManyJobRequests.import_jobs), jobs)
 
     def preview_import(self, jobs: Iterable[Mapping[str, Any] | bytes | str]) -> ImportPreview:
         """Return what import_jobs would do with the same jobs, line by line. Changes nothing."""
-        return self._send_lines(admin_requests.preview_import(), jobs)
+        return self._send_lines(lines_request(ManyJobRequests.preview_import), jobs)
 
     def _connection(self) -> DaemonConnection:
         """Return a new connection for a request that cannot be repeated: to the leader if there are several nodes."""
@@ -97,7 +107,7 @@ class AdminClient(AdminApi, BlockingClient):
 
         thread = threading.Thread(target=wait, name="jobd-backup", daemon=True)
         try:
-            self._write(connection, admin_requests.backup(stall.id), self._retry.timeout_s)
+            self._write(connection, request_for(StoreRequests.backup, id=stall.id), self._retry.timeout_s)
             connection.sock.settimeout(None)
             thread.start()
             while not concurrent.futures.wait([head], POLL_S).done:
@@ -116,7 +126,7 @@ class AdminClient(AdminApi, BlockingClient):
     def _poll(self, stall: StallTimeout) -> None:
         once = RetryOptions(total_s=0, timeout_s=min(stall.limit_s, self._retry.timeout_s))
         with contextlib.suppress(JobdError):  # counts as no progress
-            stall.update(self.send(admin_requests.backups(), once), time.monotonic())
+            stall.update(self.send(request_for(StoreCalls.backups), once), time.monotonic())
         if stall.is_over(time.monotonic()):
             raise Unreachable(f"The daemon at {self.endpoint}: {stall.describe()}")
 
@@ -127,7 +137,7 @@ class AdminClient(AdminApi, BlockingClient):
         LateResultNotFound, NotFound (no artifact store, no key, or no artifact), StorageUnavailable, and Unreachable if
         the stream is interrupted; `file` is then incomplete. Errors of `file` are raised unchanged.
         """
-        request = admin_requests.download_artifact(job_id, late_result)
+        request = request_for(AdminJobRequests.artifact, job_id, late_result=late_result)
         with contextlib.closing(self._connection()) as connection:
             try:
                 response = self._response(connection, request, self._retry.timeout_s)

@@ -8,23 +8,25 @@ import copy
 import functools
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, Final, Self
 
 import aiohttp
 from yarl import URL
 
-from jobd.client import worker_requests
 from jobd.client.apis import IDLE_S, AdminApi, BaseClient, WorkerApi, unreachable
 from jobd.client.command_stream import CommandStream, command_line, is_large
 from jobd.client.endpoint import Endpoint
 from jobd.client.errors import JobdError, Unreachable
 from jobd.client.event_subscription import RECONNECT, EventSubscription
 from jobd.client.job_wait import JobWait
-from jobd.client.methods import PageWalk
-from jobd.client.protocol import ApiRequest, ApiResponse, JobInfo, T, read_result
+from jobd.client.methods import P, PageWalk, command_of, described
+from jobd.client.protocol import ApiRequest, ApiResponse, T, read_result, request_for, request_of
 from jobd.client.retries import RetryOptions, RetryState
+from jobd.model.api_call import ApiCall
+from jobd.model.calls import JobCalls
 from jobd.model.events import StreamedEvent
+from jobd.model.responses import JobView
 
 PIECE_BYTES: Final = 64 << 10
 # Errors that aiohttp raises if a connection cannot be made or breaks.
@@ -56,6 +58,14 @@ class AsyncClient(BaseClient):
         twin = copy.copy(self)
         twin._reset_connections()
         return twin
+
+    def method(self, call: ApiCall[P, T], /) -> Callable[P, Coroutine[Any, Any, T]]:
+        """Return the method that sends the request of `call`."""
+
+        async def send(*args: P.args, **kwargs: P.kwargs) -> T:
+            return await self.send(request_of(call, command_of(call, args, kwargs), self.idempotency_key))
+
+        return described(send, call)
 
     async def send(
         self,
@@ -214,13 +224,13 @@ class AsyncJobClient(WorkerApi, AsyncClient):
         return StreamClient(self)
 
     async def wait_for_job(
-        self, job_id: str, *, timeout_s: float | None = None, on_poll: Callable[[JobInfo], object] | None = None
-    ) -> JobInfo:
+        self, job_id: str, *, timeout_s: float | None = None, on_poll: Callable[[JobView], object] | None = None
+    ) -> JobView:
         """Wait until the job is finished, and return it, as JobClient does."""
         wait = JobWait(timeout_s, time.monotonic())
         while True:
             try:
-                job = await self.send(worker_requests.get_job(job_id), wait.retry(self._retry, time.monotonic()))
+                job = await self.send(request_for(JobCalls.get_job, job_id), wait.retry(self._retry, time.monotonic()))
             except Unreachable as error:
                 wait.check_deadline(job_id, error, time.monotonic())
                 raise

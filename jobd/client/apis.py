@@ -5,15 +5,30 @@ from __future__ import annotations
 import os
 import ssl
 import time
-from typing import Any, Final
+from copy import copy
+from typing import Any, Final, Self
 
-from jobd.client import admin_requests, worker_requests
+from jobd.client import requests
 from jobd.client.endpoint import Address, Endpoint, admin_endpoints, worker_endpoints
 from jobd.client.errors import Unreachable
-from jobd.client.event_subscription import ADMIN_EVENTS, EVENTS, NODE_SILENCE_S, SILENCE_S, EventSubscription
-from jobd.client.methods import EventMethod, Method, PagedMethod
-from jobd.client.protocol import ApiRequest
+from jobd.client.event_subscription import NODE_SILENCE_S, SILENCE_S, EventSubscription
+from jobd.client.methods import EventMethod, Method, PagedMethod, requesting
+from jobd.client.protocol import ApiRequest, checked_key
 from jobd.client.retries import NodeList, RetryOptions, RetryState
+from jobd.model.calls import (
+    AdminEventCalls,
+    AdminEventRequests,
+    AdminJobCalls,
+    AdminNodeCalls,
+    AdminQueueCalls,
+    DaemonCalls,
+    EventRequests,
+    JobCalls,
+    ManyJobCalls,
+    NodeCalls,
+    QueueCalls,
+    StoreCalls,
+)
 
 CONNECT_S: Final = 5.0
 NODE_CONNECT_S: Final = 2.0  # to one of several nodes
@@ -47,6 +62,7 @@ class BaseClient:
     """Endpoints, timeouts and TLS of a client."""
 
     _follows_unlisted = True
+    idempotency_key: str | None = None  # of all calls, see with_key
 
     def __init__(
         self,
@@ -63,6 +79,15 @@ class BaseClient:
         self._tls = (tls or ssl.create_default_context()) if needs_tls else None
         self._connect_s = CONNECT_S if self._nodes.is_single else NODE_CONNECT_S
         self._reset_connections()
+
+    def with_key(self, key: str) -> Self:
+        """Return a client that shares the connections and sends `key` as the Idempotency-Key of its calls.
+
+        The clients generate keys, so this is for a request that another process may repeat.
+        """
+        keyed = copy(self)
+        keyed.idempotency_key = checked_key(key)
+        return keyed
 
     @property
     def endpoint(self) -> Endpoint:
@@ -103,34 +128,28 @@ def connection_reason(error: BaseException) -> str:
     return getattr(cause, "strerror", None) or str(error) or type(error).__name__
 
 
-class WorkerApi(BaseClient):
+class WorkerApi(JobCalls, QueueCalls, NodeCalls, BaseClient):
     """The methods of JobClient and AsyncJobClient."""
 
-    create_job = Method(worker_requests.create_job)
-    create_jobs = Method(worker_requests.create_jobs)
-    get_job = Method(worker_requests.get_job)
-    list_jobs = Method(worker_requests.list_jobs)
-    timeline = Method(worker_requests.timeline)
-    why = Method(worker_requests.why)
-    validate_job_state = Method(worker_requests.validate_job_state)
-    start_processing = Method(worker_requests.start_processing)
-    claim = Method(worker_requests.claim)
-    update_progress = Method(worker_requests.update_progress)
-    extend_job_lock = Method(worker_requests.extend_job_lock)
-    complete_job = Method(worker_requests.complete_job)
-    fail_job = Method(worker_requests.fail_job)
-    release_job = Method(worker_requests.release_job)
-    cancel_job = Method(worker_requests.cancel_job)
-    queues = Method(worker_requests.queues)
-    workers = Method(worker_requests.workers)
-    worker_page = Method(worker_requests.worker_page)
-    cluster = Method(worker_requests.cluster)
-    iterate_jobs = PagedMethod(worker_requests.list_jobs, lambda page: page.jobs, _ITERATE_JOBS)
-    iterate_queues = PagedMethod(worker_requests.queue_page, lambda page: page.queues, _ITERATE_QUEUES)
-    events = EventMethod(EventSubscription, EVENTS, _EVENTS)
+    create_job = Method(requests.create_job)
+    create_jobs = Method(requests.create_jobs)
+    claim = Method(requests.claim)
+    complete_job = Method(requests.complete_job)
+    iterate_jobs = PagedMethod(requesting(JobCalls.list_jobs), lambda page: page.jobs, _ITERATE_JOBS)
+    iterate_queues = PagedMethod(requesting(QueueCalls.queue_page), lambda page: page.queues, _ITERATE_QUEUES)
+    events = EventMethod(EventSubscription, EventRequests.events, _EVENTS)
 
 
-class AdminApi(BaseClient):
+class AdminApi(
+    AdminJobCalls,
+    ManyJobCalls,
+    AdminQueueCalls,
+    AdminEventCalls,
+    DaemonCalls,
+    AdminNodeCalls,
+    StoreCalls,
+    BaseClient,
+):
     """The methods of AdminClient and AsyncAdminClient."""
 
     # An admin token is sent only to addresses that the caller gave. A standby names the worker API of the leader.
@@ -150,57 +169,10 @@ class AdminApi(BaseClient):
             admin_endpoints(endpoint, token, operator=operator), timeout_s=timeout_s, retry_for_s=retry_for_s, tls=tls
         )
 
-    stats = Method(admin_requests.stats)
-    health = Method(admin_requests.health)
-    force_cleanup = Method(admin_requests.force_cleanup)
-    cleanup_state = Method(admin_requests.cleanup_state)
-    detect_and_recover_stuck_jobs = Method(admin_requests.detect_and_recover_stuck_jobs)
-    validate_job = Method(admin_requests.validate_job)
-    force_fail = Method(admin_requests.force_fail)
-    force_reset = Method(admin_requests.force_reset)
-    transition_job_state = Method(admin_requests.transition_job_state)
-    extend_lock = Method(admin_requests.extend_lock)
-    release_lock = Method(admin_requests.release_lock)
-    cancel_job = Method(admin_requests.cancel_job)
-    run_now = Method(admin_requests.run_now)
-    update_job = Method(admin_requests.update_job)
-    late_results = Method(admin_requests.late_results)
-    adopt = Method(admin_requests.adopt)
-    delete_job = Method(admin_requests.delete_job)
-    list_jobs = Method(admin_requests.list_jobs)
-    iterate_jobs = PagedMethod(admin_requests.list_jobs, lambda page: page.jobs, _ITERATE_JOBS)
-    get_job = Method(admin_requests.get_job)
-    timeline = Method(admin_requests.timeline)
-    why = Method(admin_requests.why)
-    locks = Method(admin_requests.locks)
-    queues = Method(admin_requests.queues)
-    iterate_queues = PagedMethod(admin_requests.queue_page, lambda page: page.queues, _ITERATE_QUEUES)
-    workers = Method(admin_requests.workers)
-    worker_page = Method(admin_requests.worker_page)
-    take_back = Method(admin_requests.take_back)
-    reports = Method(admin_requests.reports)
-    audit = Method(admin_requests.audit)
-    failures = Method(admin_requests.failures)
-    preview = Method(admin_requests.preview)
-    make_plan = Method(admin_requests.make_plan)
-    get_plan = Method(admin_requests.get_plan)
-    apply_plan = Method(admin_requests.apply_plan)
-    alerts = Method(admin_requests.alerts)
-    pause_queue = Method(admin_requests.pause_queue)
-    resume_queue = Method(admin_requests.resume_queue)
-    webhooks = Method(admin_requests.webhooks)
-    deliveries = Method(admin_requests.deliveries)
-    deliver_again = Method(admin_requests.deliver_again)
-    deliver_all_again = Method(admin_requests.deliver_all_again)
-    test_webhook = Method(admin_requests.test_webhook)
-    clock = Method(admin_requests.clock)
-    accept_clock = Method(admin_requests.accept_clock)
-    cluster = Method(worker_requests.cluster)
-    step_down = Method(admin_requests.step_down)
-    quarantine = Method(admin_requests.quarantine)
-    backups = Method(admin_requests.backups)
-    check_rows = Method(admin_requests.check_rows)
-    metrics = Method(admin_requests.metrics)
-    export_page = Method(admin_requests.export_page)
-    export_jobs = PagedMethod(admin_requests.export_page, lambda page: page.lines, _EXPORT_JOBS)
-    events = EventMethod(EventSubscription, ADMIN_EVENTS, _EVENTS)
+    transition_job_state = Method(requests.transition_job_state)
+    make_plan = Method(requests.make_plan)
+    export_page = Method(requests.export_page)
+    export_jobs = PagedMethod(requests.export_page, lambda page: page.lines, _EXPORT_JOBS)
+    iterate_jobs = PagedMethod(requesting(AdminJobCalls.list_jobs), lambda page: page.jobs, _ITERATE_JOBS)
+    iterate_queues = PagedMethod(requesting(AdminQueueCalls.queue_page), lambda page: page.queues, _ITERATE_QUEUES)
+    events = EventMethod(EventSubscription, AdminEventRequests.events, _EVENTS)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, NamedTuple
-from urllib.parse import unquote
 
 import aiohttp
 import msgspec
@@ -16,16 +14,14 @@ from msgspec import Struct
 
 from jobd.client.apis import connection_reason
 from jobd.client.errors import BadResponse, JobdError, Unreachable
-from jobd.client.protocol import NDJSON_TYPE, ApiRequest, ApiResponse, GrantInfo, GrantList, reader
-from jobd.model.commands import STREAMED_COMMANDS, JobCommand
+from jobd.client.protocol import ApiRequest, ApiResponse, reader_of
+from jobd.model.api_call import LINES
+from jobd.model.responses import Grants, GrantView
 
 COMMANDS: Final = "/v1/commands"
 LARGE_BYTES: Final = 1 << 20  # the daemon's default limit of a body
 CLOSE_S: Final = 5.0  # a closing stream waits this long for its last responses
 
-# The calls whose path ends in their name, after the id of the job.
-_VERBS: Final = {op for op, command in STREAMED_COMMANDS.items() if issubclass(command, JobCommand)} - {"get"}
-_JOB_PATH: Final = re.compile(r"/v1/jobs/(?P<id>[^/?]+)(?:/(?P<verb>[a-z-]+))?")
 _LINE_ENDS_TO_SPACES: Final = bytes.maketrans(b"\r\n", b"  ")
 
 # Opens a stream for a request with a body.
@@ -53,37 +49,16 @@ def command_line(request: ApiRequest[Any]) -> bytes | None:
 
     None if a stream does not support it: it waits, lists, or is so large that other calls would wait for it.
     """
-    operation = _operation(request)
-    if operation is None or is_large(request):
+    if not request.op or is_large(request):
         return None
-    op, job_id = operation
-    fields = {"op": op}
-    if job_id is not None:
-        fields["id"] = job_id
+    fields = {"op": request.op}
+    if request.subject is not None:
+        fields["id"] = request.subject
     if (key := request.headers.get("Idempotency-Key")) is not None:
         fields["idempotency_key"] = key
     head = msgspec.json.encode(fields)
     body = (request.body or b"{}").translate(_LINE_ENDS_TO_SPACES)
     return head + b"\n" if body == b"{}" else head[:-1] + b"," + body[1:] + b"\n"
-
-
-def _operation(request: ApiRequest[Any]) -> tuple[str, str | None] | None:
-    """Return the operation of the request, and the job id if it is in the path."""
-    match request.method, request.path:
-        case "POST", "/v1/jobs":
-            return "create", None
-        case "POST", "/v1/jobs/bulk":
-            return "bulk", None
-        case "POST", "/v1/claim":
-            return None if request.wait_ms else ("claim", None)
-    found = _JOB_PATH.fullmatch(request.path)
-    if found is None:
-        return None
-    if request.method == "GET" and found["verb"] is None:
-        return "get", unquote(found["id"])
-    if request.method == "POST" and found["verb"] in _VERBS:
-        return found["verb"], unquote(found["id"])
-    return None
 
 
 class _Pending(NamedTuple):
@@ -153,7 +128,7 @@ class _StreamConnection:
     async def _run(self) -> None:
         """Deliver the responses. A line without a response when the stream ends may or may not have been applied."""
         error: JobdError = Unreachable("The daemon ended the stream of commands.")
-        request = ApiRequest("POST", COMMANDS, lambda body: None, headers={"Content-Type": NDJSON_TYPE})
+        request = ApiRequest("POST", COMMANDS, lambda body: None, headers={"Content-Type": LINES})
         try:
             async with self._open(request, self._body()) as response:
                 if response.status != 200:
@@ -198,7 +173,7 @@ class _StreamConnection:
 
     def _release(self, line: bytes, *, is_claim: bool) -> None:
         """Release grants whose call was cancelled, so that their jobs do not wait until the locks expire."""
-        grants = reader(GrantList)(line).grants if is_claim else [reader(GrantInfo)(line)]
+        grants = reader_of(Grants)(line).grants if is_claim else [reader_of(GrantView)(line)]
         for grant in grants:
             release = {"op": "release", "id": grant.job.id, "lock_id": grant.lock_id}
             self.send(msgspec.json.encode(release) + b"\n").cancel()

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Final
+from dataclasses import replace
+from typing import Any, Final
 
 import msgspec
 
 from jobd.client.errors import BadResponse, JobdError
-from jobd.client.protocol import ApiRequest, ApiResponse, raise_error, with_query
+from jobd.client.protocol import ApiRequest, ApiResponse, build, raise_error
 from jobd.client.retries import RetryOptions
+from jobd.model.api_call import EVENT_STREAM, ApiCall
 from jobd.model.events import StreamedEvent
 
-EVENTS: Final = "/v1/events"
-ADMIN_EVENTS: Final = "/admin/job-management/events"
 # The daemon sends something at least every 15 s: a stream that is silent for longer is dead.
 SILENCE_S: Final = 45.0
 NODE_SILENCE_S: Final = 20.0  # of one of several nodes, as another may be the leader by now
 # A lost stream is reconnected without a time limit.
 RECONNECT: Final = RetryOptions(total_s=None)
-_CONTENT_TYPE: Final = "text/event-stream"
 _LINE_BYTES: Final = 16 << 20  # far above the longest event
 
 _decode: Final = msgspec.json.Decoder(StreamedEvent).decode
@@ -33,7 +32,7 @@ class EventSubscription:
 
     def __init__(
         self,
-        path: str,
+        call: ApiCall[Any, Any],
         *,
         queue: str | Iterable[str] | None = None,
         job_id: str | Iterable[str] | None = None,
@@ -46,7 +45,7 @@ class EventSubscription:
         self.position = after
         self.follow: Final = follow
         self.on_lost: Final = on_lost
-        self._path = path
+        self._call = call
         self._filters = {"queue": _joined(queue), "job_id": _joined(job_id), "type": _joined(type)}
         self._last = last
         self._rest = b""
@@ -58,15 +57,15 @@ class EventSubscription:
         self._rest, self._data, self._next_position = b"", b"", self.position
         last = self._last if self.position is None else None
         follow = None if self.follow else "false"
-        path = with_query(self._path, last_event_id=self.position, last=last, follow=follow, **self._filters)
-        return ApiRequest("GET", path, bytes, headers={"Accept": _CONTENT_TYPE})
+        fields = {"last_event_id": self.position, "last": last, "follow": follow, **self._filters}
+        return replace(build(self._call, fields, shape=bytes), headers={"Accept": EVENT_STREAM})
 
     def begin(self, response: ApiResponse) -> None:
         """Check the head of the response; only an error needs its `body`. Raises the JobdError in it."""
         if response.status >= 400:
             raise_error(response)
         content_type = response.headers.get("content-type", "")
-        if response.status != 200 or not content_type.startswith(_CONTENT_TYPE):
+        if response.status != 200 or not content_type.startswith(EVENT_STREAM):
             raise BadResponse(
                 f"HTTP {response.status} with content type {content_type!r} is not a stream of events.",
                 status=response.status,

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Final
 
 from jobd.client.errors import Unreachable
-from jobd.client.protocol import JobInfo
 from jobd.client.retries import RetryOptions
 from jobd.model.job import FINISHED
+from jobd.model.responses import JobView
 
 _FIRST_S: Final = 0.1
 _LONGEST_S: Final = 2.0
@@ -42,7 +42,7 @@ class JobWait:
             text = f"It is unknown whether job {job_id} is finished after {self._timeout_s} s: {error.message}"
             raise TimeoutError(text) from error
 
-    def pause_s(self, job: JobInfo, now_s: float) -> float | None:
+    def pause_s(self, job: JobView, now_s: float) -> float | None:
         """Return the pause before `job` is polled again, None if it is finished. Raises TimeoutError."""
         if job.status in FINISHED:
             return None

@@ -1,7 +1,7 @@
 """Descriptors that turn a function that builds a request into a method of both kinds of client.
 
 `WorkerApi` and `AdminApi` list the calls as class attributes, and the blocking and the asyncio clients inherit them. A
-method has the arguments and the docstring of its function (in `worker_requests` or `admin_requests`). It returns the
+method has the arguments and the docstring of its function (in `requests`). It returns the
 result in a blocking client, and a coroutine or an async iterator in an asyncio client.
 """
 
@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 from jobd.client.event_subscription import EventSubscription
-from jobd.client.protocol import ApiRequest, T
+from jobd.client.protocol import ApiRequest, T, request_for
+from jobd.model.api_call import ApiCall
+from jobd.model.commands import Command
 from jobd.model.events import StreamedEvent
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _Blocking(Protocol):
@@ -27,6 +30,33 @@ class _Blocking(Protocol):
 
 class _Async(Protocol):
     async def send(self, request: ApiRequest[T]) -> T: ...
+
+
+@functools.cache
+def signature_of(call: ApiCall[Any, Any]) -> inspect.Signature:
+    """Return the signature of a call, without types."""
+    parameters = inspect.signature(call.command).parameters.values()
+    return inspect.Signature([parameter.replace(annotation=parameter.empty) for parameter in parameters])
+
+
+def described(function: Callable[P, R], call: ApiCall[Any, Any]) -> Callable[P, R]:
+    """Give `function` the name, signature and docstring of `call`, for help() and editors."""
+    shown: Any = function
+    shown.__name__, shown.__doc__, shown.__signature__ = call.name, call.command.__doc__, signature_of(call)
+    return function
+
+
+def command_of(call: ApiCall[Any, Any], args: Iterable[Any], kwargs: Mapping[str, Any]) -> Command:
+    """Make the command of a call. Raises TypeError, with the correct call, for arguments that it does not have."""
+    try:
+        return cast(Command, call.command(*args, **kwargs))
+    except TypeError as error:
+        parameters = signature_of(call).parameters.values()
+        needed = [each for each in parameters if each.default is each.empty]
+        shown = ", ".join(
+            each.name if each.kind is each.POSITIONAL_OR_KEYWORD else f"{each.name}=..." for each in needed
+        )
+        raise TypeError(f"{error}: write {call.name}({shown}).") from None
 
 
 class _HasNextCursor(Protocol):
@@ -91,6 +121,15 @@ class Method(_ClientMethod, Generic[P, T]):
         return self._get(client, owner)
 
 
+def requesting(call: ApiCall[P, T]) -> Callable[P, ApiRequest[T]]:
+    """Return the function that builds the request of a call."""
+
+    def build_request(*args: P.args, **kwargs: P.kwargs) -> ApiRequest[T]:
+        return request_for(call, *args, **kwargs)
+
+    return described(build_request, call)
+
+
 @dataclass(frozen=True, slots=True)
 class PageWalk(Generic[T]):
     """All pages of a list. `request` returns the request for the page at a cursor (None: the first page)."""
@@ -125,10 +164,15 @@ class PagedMethod(_ClientMethod, Generic[P, T]):
 
 
 class EventMethod(_ClientMethod, Generic[P]):
-    """The stream of events at `path`."""
+    """The stream of events of `call`."""
 
-    def __init__(self, subscribe: Callable[Concatenate[str, P], EventSubscription], path: str, doc: str) -> None:
-        super().__init__(functools.partial(subscribe, path), "listen", doc)
+    def __init__(
+        self,
+        subscribe: Callable[Concatenate[ApiCall[Any, Any], P], EventSubscription],
+        call: ApiCall[Any, Any],
+        doc: str,
+    ) -> None:
+        super().__init__(functools.partial(subscribe, call), "listen", doc)
 
     @overload
     def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...

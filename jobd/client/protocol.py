@@ -1,4 +1,4 @@
-"""The protocol of the clients, without IO: requests, responses, typed results, and retries."""
+"""The protocol of the clients, without IO: requests, responses and their results."""
 
 from __future__ import annotations
 
@@ -8,76 +8,22 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, ParamSpec, TypeVar, cast
 from urllib.parse import quote, urlencode
 
 import msgspec
-from msgspec import UNSET, Raw, Struct
+from msgspec import NODEFAULT, Struct
 
 from jobd.client.errors import ERRORS, BadResponse, InvalidRequest, JobdError, Unreachable
-from jobd.model.responses import GrantView, JobView
+from jobd.model.api_call import JSON, LINES, ApiCall
+from jobd.model.commands import STREAMED_COMMANDS, Command
 
+P = ParamSpec("P")
 T = TypeVar("T")
 U = TypeVar("U")
 
-JSON_TYPE: Final = "application/json"
-NDJSON_TYPE: Final = "application/x-ndjson"
 _KEY: Final = re.compile(r"[ -~]{1,200}")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Typed results that extend the daemon's own views.
-
-
-class JobInfo(JobView):
-    """A job. `payload` and `metadata` are the JSON text as received; the `_value` properties decode it."""
-
-    def __repr__(self) -> str:
-        """Show payload and metadata decoded, and leave out what the response does not have."""
-        fields = ((name, getattr(self, name)) for name in self.__struct_fields__)
-        shown = (f"{name}={_decoded(value)!r}" for name, value in fields if value is not UNSET)
-        return f"{type(self).__name__}({', '.join(shown)})"
-
-    @property
-    def payload_value(self) -> Any:
-        """The payload as Python values. Raises msgspec.DecodeError for a value that Python cannot hold (1e999)."""
-        return None if self.payload is UNSET else msgspec.json.decode(self.payload)
-
-    @property
-    def metadata_value(self) -> Any:
-        """The metadata of the job's result as Python values, None if there is none."""
-        return None if self.metadata is None else msgspec.json.decode(self.metadata)
-
-
-def _decoded(value: Any) -> Any:
-    """Decode JSON text. Text that Python cannot hold, and any other value, is returned as it is."""
-    if not isinstance(value, Raw):
-        return value
-    try:
-        return msgspec.json.decode(value)
-    except (msgspec.DecodeError, RecursionError):
-        return bytes(value)
-
-
-class GrantInfo(GrantView):
-    """A job that is yours until `lock_expires_at` (Unix ms). Every call on it needs the `lock_id`, which is secret."""
-
-    job: JobInfo
-
-
-class GrantList(Struct):
-    grants: list[GrantInfo]
-
-
-class JobInfoPage(Struct):
-    """A page of jobs, newest first. `next_cursor` is None on the last one.
-
-    If the daemon stopped its search before the page was full, `looked_to_at` (Unix ms) is when the oldest job that it
-    examined was created.
-    """
-
-    jobs: list[JobInfo]
-    next_cursor: str | None
-    looked_to_at: int | None = None
+_BRACES: Final = re.compile(r"\{(\w+)\}")
 
 
 class _Success(Struct, Generic[T]):
@@ -103,9 +49,18 @@ def _decoder(shape: Any) -> msgspec.json.Decoder[_Success[Any]]:
     return msgspec.json.Decoder(_Success[shape])
 
 
-def reader(shape: Any) -> Callable[[bytes], Any]:
-    """Return a function that decodes the `data` of a response into `shape`. It ignores unknown fields."""
-    return lambda body: _decoder(shape).decode(body).data
+def reader_of(shape: Any, select: Callable[[Any], Any] | None = None) -> Callable[[bytes], Any]:
+    """Return a function that decodes the `data` of a response into `shape`. It ignores unknown fields.
+
+    A response of `bytes` or `str` is returned as it is. The result is `select` of it.
+    """
+    if shape is bytes:
+        return bytes
+    if shape is str:
+        return bytes.decode
+    if select is None:
+        return lambda body: _decoder(shape).decode(body).data
+    return lambda body: select(_decoder(shape).decode(body).data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,7 +72,8 @@ class ApiRequest(Generic[T]):
     """One call: what to send, and how to read the response.
 
     `wait_ms` is how long the daemon may delay its response. A `repeatable` request has the same effect if it is sent
-    twice, because it only reads, has an id or an Idempotency-Key, or ends a grant.
+    twice, because it only reads, has an id or an Idempotency-Key, or ends a grant. `op` is its name in a stream of
+    commands, empty if a stream does not have the call, and `subject` the value in its path.
     """
 
     method: str
@@ -127,6 +83,8 @@ class ApiRequest(Generic[T]):
     headers: Mapping[str, str] = field(default_factory=dict)
     wait_ms: int = 0
     repeatable: bool = True
+    op: str = ""
+    subject: str | None = None
 
     def then(self, select: Callable[[T], U]) -> ApiRequest[U]:
         """Return the same request with `select` of its result as the result."""
@@ -142,39 +100,82 @@ class ApiResponse:
     body: bytes
 
 
-def with_query(path: str, **query: str | int | None) -> str:
-    """Add a query to `path`, without the parameters that are None. The daemon rejects text that is not Unicode."""
-    parameters = {name: value for name, value in query.items() if value is not None}
-    return f"{path}?{urlencode(parameters, errors='surrogatepass')}" if parameters else path
+_OPS: Final = {command: op for op, command in STREAMED_COMMANDS.items()}
 
 
-def get(path: str, shape: type[T], **query: str | int | None) -> ApiRequest[T]:
-    """Build a call that only reads."""
-    return ApiRequest("GET", with_query(path, **query), reader(shape))
+@functools.cache
+def _fields(command: type[Command]) -> tuple[tuple[str, str, Any], ...]:
+    """Return name, name in JSON and default of the fields of `command`."""
+    return tuple(
+        (info.name, info.encode_name, info.default if info.default_factory is NODEFAULT else info.default_factory())
+        for info in msgspec.structs.fields(command)
+    )
 
 
-def post(
-    path: str,
-    shape: type[T],
-    body: Mapping[str, Any],
+def request_for(call: ApiCall[P, T], *args: P.args, **kwargs: P.kwargs) -> ApiRequest[T]:
+    """Build the request of a call with the arguments of its command."""
+    return request_of(call, call.command(*args, **kwargs))
+
+
+def request_of(call: ApiCall[Any, T], command: Command, key: str | None = None) -> ApiRequest[T]:
+    """Build the request that sends `command`. Fields that are None or have their default are omitted."""
+    subject, fields = None, {}
+    for name, json_name, default in _fields(type(command)):
+        value = getattr(command, name)
+        if f"{{{name}}}" in call.path:
+            subject = value
+        elif value is not None and value != default:
+            fields[json_name] = value
+    request = build(call, fields, subject, key=key)
+    return replace(request, repeatable=True) if fields.get("dry_run") else request
+
+
+def build(
+    call: ApiCall[Any, T],
+    fields: Mapping[str, Any],
+    subject: str | int | None = None,
     *,
     key: str | None = None,
+    has_id: bool = False,
     wait_ms: int = 0,
-    method: str = "POST",
+    shape: Any = None,
 ) -> ApiRequest[T]:
-    """Build a call that changes something. Omits fields that are None; `key` is the Idempotency-Key.
+    """Build a request of `fields`, without those that are None. `subject` is the value in the path.
+
+    `key` is the Idempotency-Key. By default, a call that accepts one gets a UUIDv7, unless it `has_id`,
+    which makes it repeatable too. `shape` is the type of the response, by default the declared one.
 
     Raises InvalidRequest if a header cannot have the key or a text is not Unicode, and TypeError if JSON cannot express
     a field.
     """
-    if key is not None and _KEY.fullmatch(key) is None:
+    value = None if subject is None else str(subject)
+    path = call.path if value is None else _filled(call.path, value)
+    read = reader_of(shape or call.response, call.select)
+    given = {name: value for name, value in fields.items() if value is not None}
+    if call.method == "GET":
+        query = {name: str(value).lower() if isinstance(value, bool) else value for name, value in given.items()}
+        body, headers = None, {}
+        path = f"{path}?{urlencode(query, errors='surrogatepass')}" if query else path
+    else:
+        body, headers = _encoded(given), {"Content-Type": JSON}
+        if call.options.get("key") and not (has_id and key is None):
+            headers["Idempotency-Key"] = uuid7() if key is None else checked_key(key)
+    op = _OPS.get(call.command, "") if call.auth == "worker" and not wait_ms else ""
+    return ApiRequest(call.method, path, read, body, headers, wait_ms or call.run_ms, call.repeatable, op, value)
+
+
+def lines_request(call: ApiCall[Any, T]) -> ApiRequest[T]:
+    """Build the request of a call whose body is a stream of JSON lines."""
+    return ApiRequest(
+        call.method, call.path, reader_of(call.response), headers={"Content-Type": LINES}, repeatable=False
+    )
+
+
+def checked_key(key: str) -> str:
+    if _KEY.fullmatch(key) is None:
         message = "Idempotency-Key must be 1 to 200 printable ASCII characters."
         raise InvalidRequest(message, details={"field": "Idempotency-Key"})
-    fields = {name: value for name, value in body.items() if value is not None}
-    headers = {"Content-Type": JSON_TYPE}
-    if key is not None:
-        headers["Idempotency-Key"] = key
-    return ApiRequest(method, path, reader(shape), _encoded(fields), headers, wait_ms)
+    return key
 
 
 def _encoded(fields: Mapping[str, Any]) -> bytes:
@@ -198,17 +199,17 @@ def _has_surrogate(value: Any) -> bool:
     return False
 
 
-def job_path(base: str, job_id: str, verb: str = "") -> str:
-    """Return the path of a job. The ids `.` and `..` are escaped, because they mean directories in a path.
+def _filled(path: str, value: str) -> str:
+    """Return `path` with `value` for its part in braces. `.` and `..` are escaped: they mean directories in a path.
 
-    The daemon rejects an id that is not Unicode.
+    The daemon rejects a value that is not Unicode.
     """
-    if not job_id:
-        raise InvalidRequest("The job id is empty.")
-    name = quote(job_id, safe=":", errors="surrogatepass")
+    if not value:
+        raise InvalidRequest(f"The {_BRACES.findall(path)[0]} in {path} is empty.")
+    name = quote(value, safe=":", errors="surrogatepass")
     if not name.strip("."):
         name = name.replace(".", "%2E")
-    return f"{base}/{name}/{verb}" if verb else f"{base}/{name}"
+    return _BRACES.sub(lambda _: name, path)
 
 
 def read_result(request: ApiRequest[T], response: ApiResponse) -> T:

@@ -12,16 +12,18 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Final, Self
 
-from jobd.client import worker_requests
 from jobd.client.apis import CHUNK_BYTES, CONNECT_S, IDLE_S, BaseClient, WorkerApi, unreachable
 from jobd.client.endpoint import Endpoint
 from jobd.client.errors import JobdError, Unreachable
 from jobd.client.event_subscription import RECONNECT, EventSubscription
 from jobd.client.job_wait import JobWait
-from jobd.client.methods import PageWalk
-from jobd.client.protocol import ApiRequest, ApiResponse, JobInfo, T, read_result
+from jobd.client.methods import P, PageWalk, command_of, described
+from jobd.client.protocol import ApiRequest, ApiResponse, T, read_result, request_for, request_of
 from jobd.client.retries import RetryOptions, RetryState
+from jobd.model.api_call import ApiCall
+from jobd.model.calls import JobCalls
 from jobd.model.events import StreamedEvent
+from jobd.model.responses import JobView
 
 _IDLE_CONNECTIONS: Final = 8
 CONNECTION_ERRORS: Final = (OSError, http.client.HTTPException)
@@ -95,6 +97,14 @@ class BlockingClient(BaseClient):
             idle, self._idle, self._is_closed = self._idle, [], True
         for connection in idle:
             connection.close()
+
+    def method(self, call: ApiCall[P, T], /) -> Callable[P, T]:
+        """Return the method that sends the request of `call`."""
+
+        def send(*args: P.args, **kwargs: P.kwargs) -> T:
+            return self.send(request_of(call, command_of(call, args, kwargs), self.idempotency_key))
+
+        return described(send, call)
 
     def send(self, request: ApiRequest[T], retry: RetryOptions | None = None) -> T:
         """Send `request`, with retries if that is safe, and return its result. Raises JobdError."""
@@ -251,8 +261,8 @@ class JobClient(WorkerApi, BlockingClient):
     """
 
     def wait_for_job(
-        self, job_id: str, *, timeout_s: float | None = None, on_poll: Callable[[JobInfo], object] | None = None
-    ) -> JobInfo:
+        self, job_id: str, *, timeout_s: float | None = None, on_poll: Callable[[JobView], object] | None = None
+    ) -> JobView:
         """Wait until the job is finished, and return it. Its `status` says how it ended.
 
         Gets the job at growing intervals up to 2 s. `on_poll` is called with each unfinished state. Raises TimeoutError
@@ -261,7 +271,7 @@ class JobClient(WorkerApi, BlockingClient):
         wait = JobWait(timeout_s, time.monotonic())
         while True:
             try:
-                job = self.send(worker_requests.get_job(job_id), wait.retry(self._retry, time.monotonic()))
+                job = self.send(request_for(JobCalls.get_job, job_id), wait.retry(self._retry, time.monotonic()))
             except Unreachable as error:
                 wait.check_deadline(job_id, error, time.monotonic())
                 raise

@@ -21,8 +21,8 @@ from jobd.engine.event_feed import HEARTBEAT_S, RETRY_MS
 from jobd.http.app import App
 from jobd.http.request import RequestContext
 from jobd.http.response import SAFE_HEADERS, RawBody
-from jobd.http.routing import EVENT_STREAM
 from jobd.http.streaming import finish, write
+from jobd.model.api_call import EVENT_STREAM
 from jobd.model.commands import Command
 from jobd.model.errors import ApiException, api_error
 from jobd.model.fields import JobId, QueueName

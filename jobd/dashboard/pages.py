@@ -16,7 +16,6 @@ from msgspec import UNSET, Meta, Raw
 from msgspec.structs import replace
 
 from jobd.api.auditing import check_audit_filter
-from jobd.api.downloads import ArtifactRequest
 from jobd.dashboard.context import Viewer, is_live_update, is_secure
 from jobd.dashboard.filters import JobsPageQuery, active_filters, filtered_url, parse_time_field, search_command
 from jobd.dashboard.job_actions import (
@@ -37,6 +36,7 @@ from jobd.model.commands import Command, JobCommand, WorkerState
 from jobd.model.errors import ApiException, api_error, checked
 from jobd.model.fields import Cursor, QueueName, WorkerCursor
 from jobd.model.job import STATUSES, may_adopt
+from jobd.model.requests import ArtifactRequest
 from jobd.model.responses import Response
 from jobd.monitoring.timeseries import Timeseries
 

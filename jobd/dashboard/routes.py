@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from jobd.api.downloads import ArtifactRequest, send_artifact
+from jobd.api.downloads import send_artifact
 from jobd.api.operator_actions import step_down
 from jobd.api.services import Services
 from jobd.dashboard import cluster, maintenance, pages, plans, urls, webhooks
@@ -35,14 +35,16 @@ from jobd.dashboard.rendering import HEADERS, HTML, TEMPLATES, Renderer, redirec
 from jobd.dashboard.sessions import Sessions
 from jobd.dashboard.sign_in import SignInForm, SignInPages, SignInQuery, redirect_to_sign_in
 from jobd.dashboard.urls import job_url
-from jobd.http.app import App, NoFields, check_read_only
+from jobd.http.app import App, check_read_only
 from jobd.http.auth import Authenticator
 from jobd.http.request import RequestContext
 from jobd.http.response import RawBody
-from jobd.http.routing import EVENT_STREAM, Route
+from jobd.http.routing import Route
+from jobd.model.api_call import EVENT_STREAM
 from jobd.model.commands import Command, Get, JobCommand, PlanCommand
 from jobd.model.errors import ApiError, api_error, checked
 from jobd.model.fields import Text
+from jobd.model.requests import ArtifactRequest, NoFields
 from jobd.model.responses import ClusterView, JobView, Response
 from jobd.monitoring.timeseries import Timeseries
 

@@ -18,11 +18,12 @@ from urllib.parse import unquote
 import structlog
 
 from jobd.engine.mailbox import Envelope, Waiter
-from jobd.http.auth import FORM, JSON, LINES, Authenticator, check_content_type
+from jobd.http.auth import FORM, Authenticator, check_content_type
 from jobd.http.decoding import Limits, path_value
 from jobd.http.request import BodyError, RequestContext, operator_of
 from jobd.http.response import HttpResponse, RawBody, error_response, ok_response
 from jobd.http.routing import ResolvedRoute, Route, Router
+from jobd.model.api_call import JSON, LINES
 from jobd.model.commands import Command, IdempotencyKey, Operator
 from jobd.model.errors import SHUTTING_DOWN, ApiError, ApiException, api_error, not_leader_error, too_large_error
 from jobd.model.journal import JournalOutcomeUnknown, LeadershipLost
@@ -471,7 +472,3 @@ def check_read_only(route: Route) -> None:
         raise api_error("forbidden", "This token is read-only. Use the admin token to make changes.")
     if route.secret:
         raise api_error("forbidden", "The response contains lock ids. Use the admin token to read it.")
-
-
-class NoFields(Command, frozen=True, kw_only=True):
-    """A request without fields."""

@@ -13,12 +13,11 @@ from hashlib import blake2s, sha256
 from ipaddress import ip_address
 from typing import Final, Literal
 
+from jobd.model.api_call import JSON, LINES
 from jobd.model.commands import IdempotencyKey
 from jobd.model.errors import api_error
 from jobd.model.fields import MAX_OPERATOR
 
-JSON: Final = "application/json"
-LINES: Final = "application/x-ndjson"
 FORM: Final = "application/x-www-form-urlencoded"
 _RAW: Final = {name: name.encode() for name in (JSON, LINES, FORM)}
 LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from jobd.http.auth import JSON
 from jobd.http.request import RequestContext
+from jobd.model.api_call import JSON
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Final, Literal
+from typing import Any, Literal
 from urllib.parse import unquote
 
 from msgspec import Struct
 
-from jobd.http.auth import JSON
 from jobd.http.decoding import Limits, RequestDecoder, make_decoder
+from jobd.model.api_call import EVENT_STREAM, JSON, ApiCall, Auth
 from jobd.model.commands import Claim, Command, Create, NamedJobCommand, Start
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
-EVENT_STREAM: Final = "text/event-stream"
-
-Auth = Literal["anyone", "worker", "admin"]
 # Handles a request that is not one command for the actor. Arguments: App, RequestContext, decoded request. The result
 # is None if it has streamed the response.
 RouteHandler = Callable[[Any, Any, Any], Awaitable[Response | ApiError | None]]
@@ -29,7 +26,7 @@ class Route(Struct, frozen=True, kw_only=True):
 
     `path` may have one part in braces, named like the field of `request` that it sets. `request` is the type of the
     body, of the query of a GET, or of one line if `body` is "lines". `response` is the type of `data` in the response,
-    or `bytes` if the response is not JSON but of `content_type`. `status` is that of a success. `key`: an
+    or `bytes` or `str` if the response is not JSON but of `content_type`. `status` is that of a success. `key`: an
     Idempotency-Key is accepted. `secret`: read-only tokens are rejected, because the response contains secrets.
     `audited`: reads are recorded in the audit log. `on_standby`: a standby of a cluster serves it too. Without
     `handler` the command goes to the actor; without `render_error` errors are sent as JSON.
@@ -71,6 +68,20 @@ class Route(Struct, frozen=True, kw_only=True):
     def path_field(self) -> str | None:
         """The name of the path part in braces, None without one."""
         return self.path[self.path.index("{") + 1 : self.path.index("}")] if "{" in self.path else None
+
+
+def route_of(call: ApiCall[Any, Any], handler: RouteHandler | None = None) -> Route:
+    """Return the route of a declared call."""
+    return Route(
+        method=call.method,
+        path=call.path,
+        request=call.command,
+        response=call.response,
+        auth=call.auth,
+        handler=handler,
+        tag=call.tag,
+        **call.options,
+    )
 
 
 class ResolvedRoute(Struct, frozen=True):

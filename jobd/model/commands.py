@@ -121,7 +121,7 @@ class Bulk(Command, frozen=True, kw_only=True):
     jobs: Annotated[list[Create], Meta(min_length=1, description="The jobs to create.")]
 
 
-class JobCommand(Command, frozen=True, kw_only=True):
+class JobCommand(Command, frozen=True):
     """A command on one job. Over HTTP the path gives its id.
 
     The class of an operator's action also declares `allowed_from`, the statuses that allow it, and `leads_to`, the
@@ -217,13 +217,16 @@ class About(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True,
     ) = None
 
 
-class Start(JobCommand, frozen=True, kw_only=True):
+class _StartByWorker(JobCommand, frozen=True):
+    worker: WorkerName
+
+
+class Start(_StartByWorker, frozen=True, kw_only=True):
     """Take this job. It must be queued and due, and its queue must not be paused."""
 
     admission = "grant"
     errors = ("already_locked", "not_due", "queue_paused", "invalid_transition")
 
-    worker: WorkerName
     lock_ttl_ms: LockTtlMs | None = None
     stuck_after_ms: GrantStuckAfterMs | None = None
     max_processing_ms: GrantMaxProcessingMs | None = None
@@ -322,7 +325,7 @@ class Release(JobCommand, frozen=True, kw_only=True):
     ] = None
 
 
-class Cancel(JobCommand, frozen=True, kw_only=True):
+class Cancel(JobCommand, frozen=True):
     """Cancel a queued or processing job. The next call of its worker gets `lock_lost`."""
 
     admission = "ending"
@@ -388,7 +391,7 @@ class Workers(Command, frozen=True, kw_only=True):
 # Commands of operators. Names such as `jobId` are those that existing dashboards send.
 
 
-class NamedJobCommand(JobCommand, frozen=True, kw_only=True):
+class NamedJobCommand(JobCommand, frozen=True):
     """A command whose body names the job as `jobId`."""
 
     id: NamedJobId = field(name="jobId")
@@ -397,7 +400,7 @@ class NamedJobCommand(JobCommand, frozen=True, kw_only=True):
 NO_REASON: Final = "Failed by an operator."  # error message of a force-fail without a reason
 
 
-class ForceFail(NamedJobCommand, frozen=True, kw_only=True):
+class ForceFail(NamedJobCommand, frozen=True):
     """Fail a queued or processing job. Its grant ends immediately."""
 
     admission = "ending"
@@ -410,7 +413,7 @@ class ForceFail(NamedJobCommand, frozen=True, kw_only=True):
     reason: Reason | None = None
 
 
-class ForceReset(NamedJobCommand, frozen=True, kw_only=True):
+class ForceReset(NamedJobCommand, frozen=True):
     """Requeue a processing, failed or cancelled job as if it were new."""
 
     admission = "change"
@@ -423,7 +426,7 @@ class ForceReset(NamedJobCommand, frozen=True, kw_only=True):
     reason: Reason | None = None
 
 
-class RetryJob(ForceReset, frozen=True, kw_only=True):
+class RetryJob(ForceReset, frozen=True):
     """Requeue a failed or cancelled job as if it were new. Sent only by plans."""
 
     allowed_from = ("failed", "cancelled")
@@ -459,7 +462,7 @@ class Transition(NamedJobCommand, frozen=True, kw_only=True):
     dry_run: DryRun = False
 
 
-class ExtendLock(NamedJobCommand, frozen=True, kw_only=True):
+class ExtendLock(NamedJobCommand, frozen=True):
     """Extend a lock on behalf of its worker."""
 
     admission = "change"
@@ -472,7 +475,7 @@ class ExtendLock(NamedJobCommand, frozen=True, kw_only=True):
     reason: Reason | None = None
 
 
-class ReleaseLock(NamedJobCommand, frozen=True, kw_only=True):
+class ReleaseLock(NamedJobCommand, frozen=True):
     """Return a job to its queue on behalf of its worker."""
 
     admission = "ending"
@@ -485,7 +488,7 @@ class ReleaseLock(NamedJobCommand, frozen=True, kw_only=True):
     reason: Reason | None = None
 
 
-class RunNow(JobCommand, frozen=True, kw_only=True):
+class RunNow(JobCommand, frozen=True):
     """Make a queued job due now."""
 
     admission = "change"
@@ -524,7 +527,7 @@ class LateResults(JobCommand, frozen=True, kw_only=True):
     admission = "read"
 
 
-class Adopt(JobCommand, frozen=True, kw_only=True):
+class Adopt(JobCommand, frozen=True):
     """Complete a queued, failed or cancelled job with one of its late results."""
 
     admission = "change"
@@ -541,7 +544,7 @@ class Adopt(JobCommand, frozen=True, kw_only=True):
     dry_run: DryRun = False
 
 
-class Delete(JobCommand, frozen=True, kw_only=True):
+class Delete(JobCommand, frozen=True):
     """Delete a finished job and its history."""
 
     admission = "ending"
@@ -554,7 +557,7 @@ class Delete(JobCommand, frozen=True, kw_only=True):
     reason: Reason | None = None
 
 
-class Pause(Command, frozen=True, kw_only=True):
+class Pause(Command, frozen=True):
     """Grant no jobs of a queue until an operator resumes it, or until `until`."""
 
     admission = "change"
@@ -565,7 +568,7 @@ class Pause(Command, frozen=True, kw_only=True):
     until: Annotated[UnixMs | None, Meta(description="When the daemon resumes the queue, in Unix ms.")] = None
 
 
-class Resume(Command, frozen=True, kw_only=True):
+class Resume(Command, frozen=True):
     """Grant the jobs of a queue again."""
 
     admission = "change"
@@ -575,7 +578,7 @@ class Resume(Command, frozen=True, kw_only=True):
     reason: Reason | None = None
 
 
-class TakeBack(Command, frozen=True, kw_only=True):
+class TakeBack(Command, frozen=True):
     """End the expired grants of a silent worker now. The stall rule requeues or fails each job.
 
     Live locks do not change. With `dry_run` the grants are only listed.
@@ -724,7 +727,7 @@ class MakePlan(Command, frozen=True, kw_only=True):
     reason: Reason | None = None
 
 
-class PlanCommand(Command, frozen=True, kw_only=True):
+class PlanCommand(Command, frozen=True):
     """A call about a plan. The path gives its id."""
 
     errors = ("plan_not_found",)

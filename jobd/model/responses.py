@@ -130,6 +130,32 @@ class JobView(Struct, gc=False):
         bool | UnsetType, Meta(description="True if an earlier request with the same content ended the job.")
     ] = UNSET
 
+    def __repr__(self) -> str:
+        """Show payload and metadata decoded, and leave out what the response does not have."""
+        fields = ((name, getattr(self, name)) for name in self.__struct_fields__)
+        shown = (f"{name}={_decoded(value)!r}" for name, value in fields if value is not UNSET)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    @property
+    def payload_value(self) -> Any:
+        """The payload as Python values. Raises msgspec.DecodeError for a value that Python cannot hold (1e999)."""
+        return None if self.payload is UNSET else msgspec.json.decode(self.payload)
+
+    @property
+    def metadata_value(self) -> Any:
+        """The metadata of the job's result as Python values, None if there is none."""
+        return None if self.metadata is None else msgspec.json.decode(self.metadata)
+
+
+def _decoded(value: Any) -> Any:
+    """Decode JSON text. Text that Python cannot hold, and any other value, is returned as it is."""
+    if not isinstance(value, Raw):
+        return value
+    try:
+        return msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError):
+        return bytes(value)
+
 
 class JobPage(Struct):
     """A page of jobs."""

@@ -18,7 +18,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.cli.ctl import plans as ctl_plan
-from jobd.client import InvalidRequest, JobdError, JobInfo
+from jobd.client import InvalidRequest, JobdError, JobView
 from jobd.model import responses
 from tests.support.cli_harness import JOB_FIELDS, READ_ONLY_TOKEN, TOKEN, CliDaemon, Jobctl, fields_of, on_a_terminal
 
@@ -332,7 +332,7 @@ def _stuck(running: CliDaemon, *ids: str, worker: str = "w-silent") -> list[str]
     return locks
 
 
-def _expiring(write: Callable[..., JobInfo]) -> JobInfo:
+def _expiring(write: Callable[..., JobView]) -> JobView:
     """Call `write` with an `expires_at` that passes soon, again if it has passed before the daemon received it."""
     while True:
         with suppress(InvalidRequest):

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from jobd.api import events as event_stream
 from jobd.api.admin import ROUTES as ADMIN_ROUTES
 from jobd.api.worker import ROUTES
 from jobd.engine import event_feed
 from jobd.http import streaming
 from jobd.http.auth import Authenticator
 from jobd.http.worker_request import WorkerRequest
+from jobd.model.requests import MAX_BACK
 from tests.support.daemon_process import TOKEN as ADMIN_TOKEN
 from tests.support.daemon_process import DaemonProcess, UnixConnection
 from tests.support.factories import ChangeFactory
@@ -433,5 +433,5 @@ def test_both_listeners_share_the_limit_of_streams_and_metrics_show_it(tmp_path:
 
 
 def test_the_limits_fit_together() -> None:
-    assert event_stream.MAX_BACK >= event_feed.PAGE
+    assert MAX_BACK >= event_feed.PAGE
     assert event_feed.PIECE_BYTES < event_feed.BACKLOG_BYTES

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from jobd.cli.demo import recovery
-from jobd.client import JobClient, JobInfo
+from jobd.client import JobClient, JobView
 from tests.support.daemon_process import TOKEN, die_with_us
 from tests.support.node_process import Cluster, NodeProcess
 from tests.support.postgres import PostgresMissing, PostgresServer, postgres_cluster, version
@@ -156,8 +156,8 @@ class Demo:
         text = self._jobd("jobd.cli.ctl.main", "cluster", JOBD_ADMIN_URL=self.admin_urls)
         print("\n" + text, flush=True)
 
-    def _wait_for(self, client: JobClient, finished: int) -> list[JobInfo]:
-        jobs: list[JobInfo] = []
+    def _wait_for(self, client: JobClient, finished: int) -> list[JobView]:
+        jobs: list[JobView] = []
 
         def are_finished() -> bool:
             jobs[:] = client.iterate_jobs(limit=200)
@@ -174,7 +174,7 @@ class Demo:
                 raise TimeoutError(f"The demo did not go on within {DEADLINE_S:.0f} s.")
             time.sleep(_POLL_S)
 
-    def _check_jobs(self, client: JobClient, jobs: Sequence[JobInfo]) -> None:
+    def _check_jobs(self, client: JobClient, jobs: Sequence[JobView]) -> None:
         errors = [f"{job.id}: {error}" for job in jobs if (error := recovery.result_error(job, self.results))]
         for error in errors:
             self.say(error)

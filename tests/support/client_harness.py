@@ -12,7 +12,7 @@ from typing import Any
 from jobd.client import (
     AsyncJobClient,
     CommandWorker,
-    JobInfo,
+    JobView,
     Worker,
 )
 from jobd.client.worker.process import Program
@@ -71,9 +71,9 @@ async def running_worker(worker: Worker) -> AsyncIterator[asyncio.Task[None]]:
         await asyncio.gather(serving, return_exceptions=True)
 
 
-async def wait_for_job(client: AsyncJobClient, job_id: str, condition: Callable[[JobInfo], bool]) -> JobInfo:
+async def wait_for_job(client: AsyncJobClient, job_id: str, condition: Callable[[JobView], bool]) -> JobView:
     """Wait until the job meets the condition, and return it."""
-    seen: list[JobInfo] = []
+    seen: list[JobView] = []
 
     async def check() -> bool:
         seen.append(await client.get_job(job_id))
@@ -83,7 +83,7 @@ async def wait_for_job(client: AsyncJobClient, job_id: str, condition: Callable[
     return seen[-1]
 
 
-async def wait_until_finished(client: AsyncJobClient, job_id: str) -> JobInfo:
+async def wait_until_finished(client: AsyncJobClient, job_id: str) -> JobView:
     """Wait until the job has ended, and return it."""
     return await wait_for_job(client, job_id, lambda job: job.finished_at is not None)
 

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, get_args, get_type_hints
 
 from jobd.client import (
     ERRORS,
@@ -20,10 +20,13 @@ from jobd.client import (
     Stopped,
     SyncTask,
     Worker,
-    admin_requests,
-    worker_requests,
+    requests,
 )
 from jobd.client.apis import AdminApi, WorkerApi
+from jobd.client.methods import signature_of
+from jobd.model.api_call import ApiCall
+from jobd.model.calls import ADMIN_API, WORKER_API
+from jobd.model.commands import JobCommand
 from tests import ROOT
 
 PAGE: Final = ROOT / "docs/python.md"
@@ -60,7 +63,7 @@ PARAMETERS: Final[dict[type, dict[str, str]]] = {
 # Results that the annotation does not name.
 RESULTS: Final = {
     "handler": "a decorator",
-    "iterate_jobs": "iterator of `JobInfo`",
+    "iterate_jobs": "iterator of `JobView`",
     "iterate_queues": "iterator of `QueueView`",
     "export_jobs": "iterator of `bytes`",
     "events": "iterator of `StreamedEvent`",
@@ -75,15 +78,17 @@ def parameters(owner: type) -> list[str]:
     return table
 
 
-def methods(owner: type, names: Iterable[str], module: ModuleType | None = None) -> list[str]:
-    """Return the table of the methods of a class. Those of both APIs are functions of `module`."""
+def methods(owner: type, names: Iterable[str]) -> list[str]:
+    """Return the table of the methods of a class."""
     table = ["| method | result | description |", "| --- | --- | --- |"]
     for name in names:
         function = getattr(owner, name)
+        if isinstance(function, ApiCall):
+            table.append(f"| `{name}{signature_of(function)}` | `{result_of(function)}` | {text_of(function)} |")
+            continue
         _, *given = inspect.signature(function).parameters.values()
         call = inspect.Signature([each.replace(annotation=each.empty) for each in given])
-        shared = getattr(worker_requests, name, function)
-        source = function if name in vars(owner) else getattr(module, name, shared)
+        source = getattr(requests, name, function)
         table.append(f"| `{name}{call}` | {result(name, source)} | {text(function)} |")
     return table
 
@@ -97,6 +102,33 @@ def result(name: str, function: Callable[..., Any]) -> str:
     return f"`{annotation.replace('responses.', '')}`"
 
 
+class _FieldName:
+    """Returns the name of an attribute instead of its value."""
+
+    def __getattr__(self, name: str) -> str:
+        return name
+
+
+def result_of(call: ApiCall[Any, Any]) -> str:
+    """Return the type of the result of a call."""
+    if call.select is None:
+        return str(call.response.__name__)
+    hint = get_type_hints(call.response)[call.select(_FieldName())]
+    return re.sub(r"(?:\w+\.)+", "", str(hint) if get_args(hint) else hint.__name__)
+
+
+def text_of(call: ApiCall[Any, Any]) -> str:
+    """Return the description of a call: what it does, whether it is repeated, and its exceptions."""
+    parts = [call.options.get("summary") or text(call.command)]
+    if not call.repeatable:
+        parts.append("The client does not repeat the request after a lost response.")
+    is_of_job = issubclass(call.command, JobCommand)
+    codes = (*(("job_not_found",) if is_of_job else ()), *call.command.errors, *call.options.get("errors", ()))
+    if codes:
+        parts.append(f"Raises {', '.join(ERRORS[code].__name__ for code in codes)}.")
+    return " ".join(parts).replace("|", "\\|")
+
+
 def text(documented: Any) -> str:
     """Return a docstring as one line of a table."""
     doc = documented.__doc__
@@ -106,7 +138,13 @@ def text(documented: Any) -> str:
 
 def public(*owners: type) -> list[str]:
     """Return the names of the public methods in the order of their definition."""
-    return [name for owner in owners for name in vars(owner) if not name.startswith("_")]
+    names = [name for owner in owners for name in vars(owner) if not name.startswith("_")]
+    return list(dict.fromkeys(names))
+
+
+def bases(client: type) -> list[type]:
+    """Return the groups of calls that a client has."""
+    return [group for group in (*WORKER_API, *ADMIN_API) if issubclass(client, group)]
 
 
 def errors() -> list[str]:
@@ -122,7 +160,7 @@ def tables() -> str:
         ["## JobClient"],
         ["`AsyncJobClient` has the same parameters and methods, and [`stream`](api.md#command-streams)."],
         parameters(JobClient),
-        methods(JobClient, public(WorkerApi, JobClient), worker_requests),
+        methods(JobClient, public(*bases(JobClient), WorkerApi, JobClient)),
         ["## Worker"],
         parameters(Worker),
         methods(Worker, ["handler", "run", "stop", "serve"]),
@@ -134,7 +172,7 @@ def tables() -> str:
         ["## AdminClient"],
         ["`AsyncAdminClient` has no method that sends or receives a file; call those with `asyncio.to_thread`."],
         parameters(AdminClient),
-        methods(AdminClient, public(AdminApi, AdminClient), admin_requests),
+        methods(AdminClient, public(*bases(AdminClient), AdminApi, AdminClient)),
         ["## Exceptions"],
         errors(),
     ]

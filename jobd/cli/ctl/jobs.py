@@ -15,7 +15,6 @@ from jobd.cli.params import NAME, PAST, STATUS, json_option
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient, JobClient
-    from jobd.client.protocol import JobInfo
     from jobd.model.responses import JobView, PlanResult, PlanView
 
 _PAGE: Final = 200
@@ -59,11 +58,11 @@ def jobs(limit: int, everything: bool, cursor: str | None, quiet: bool, as_json:
         terminal.say(f"There are more: --cursor {following} continues, --all lists all.")
 
 
-def _pages(limit: int | None, cursor: str | None, match: dict[str, Any]) -> tuple[list[JobInfo], str | None]:
+def _pages(limit: int | None, cursor: str | None, match: dict[str, Any]) -> tuple[list[JobView], str | None]:
     """Return up to `limit` jobs (None: all) and the cursor of the next page."""
     filters = {name: value for name, value in match.items() if value is not None}
     client = admin_client() if _ADMIN_FILTERS & filters.keys() else job_client()
-    found: list[JobInfo] = []
+    found: list[JobView] = []
     while True:
         page_size = _PAGE if limit is None else min(_PAGE, limit - len(found))
         page = client.list_jobs(limit=page_size, cursor=cursor, **filters)
@@ -141,7 +140,7 @@ def cancel(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **h
         return plans.run_plans("cancel", ids, where, reason, **how)
     client = admin_client()
 
-    def after(job: JobView, plan: PlanView, result: PlanResult) -> JobInfo:
+    def after(job: JobView, plan: PlanView, result: PlanResult) -> JobView:
         return client.get_job(job.id)
 
     return plans.run_for_one(client, "cancel", _cancel(client, reason), ids[0], reason, after, **how)

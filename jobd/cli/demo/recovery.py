@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from jobd.cli import exit_codes, tables, terminal
 from jobd.cli.demo.processes import HEIGHT, SIGNATURE, WIDTH, Sandbox
-from jobd.client import JobClient, JobInfo
+from jobd.client import JobClient, JobView
 from jobd.model.events import EventView
 from jobd.model.job import FINISHED
 
@@ -66,7 +66,7 @@ class _Screen:
         else:
             self._progress.console.print(line, markup=False, highlight=False)
 
-    def update(self, jobs: Sequence[JobInfo]) -> None:
+    def update(self, jobs: Sequence[JobView]) -> None:
         """Update the bars: one for all jobs, and one for each processing job."""
         if self._progress is None:
             return
@@ -162,7 +162,7 @@ def _watch(sandbox: Sandbox, client: JobClient, observed: Observations, screen: 
         time.sleep(_POLL_S)
 
 
-def _show_change(job: JobInfo, observed: Observations, screen: _Screen) -> None:
+def _show_change(job: JobView, observed: Observations, screen: _Screen) -> None:
     state = f"processing:{job.lock.worker}" if job.status == "processing" and job.lock else job.status
     if state == observed.seen.get(job.id, "queued"):
         return
@@ -178,12 +178,12 @@ def _show_change(job: JobInfo, observed: Observations, screen: _Screen) -> None:
         screen.say(f"{job.id} is {job.status}{f': {job.error_message}' if job.error_message else ''}")
 
 
-def _metadata(job: JobInfo) -> dict[str, object]:
+def _metadata(job: JobView) -> dict[str, object]:
     return job.metadata_value or {}
 
 
 def _kill_one(
-    sandbox: Sandbox, client: JobClient, jobs: Sequence[JobInfo], observed: Observations, screen: _Screen
+    sandbox: Sandbox, client: JobClient, jobs: Sequence[JobView], observed: Observations, screen: _Screen
 ) -> None:
     for job in jobs:
         if job.kind == "film" and job.lock is not None and job.progress >= KILL_AT_PERCENT:
@@ -239,7 +239,7 @@ def _report(sandbox: Sandbox, observed: Observations) -> list[tuple[str, bool]]:
     return checks(observed, jobs, timelines, errors)
 
 
-def result_error(job: JobInfo, results: Path) -> str:
+def result_error(job: JobView, results: Path) -> str:
     """Read the result of a job from the disk. Return its first problem, or an empty string."""
     if job.status != "completed" or job.file_path != str(results / f"{job.id}.png"):
         return f"{job.status}, result {job.file_path}"
@@ -272,7 +272,7 @@ def _frames(data: bytes) -> Iterator[bytes]:
 
 
 def checks(
-    observed: Observations, jobs: Sequence[JobInfo], timelines: dict[str, list[EventView]], errors: dict[str, str]
+    observed: Observations, jobs: Sequence[JobView], timelines: dict[str, list[EventView]], errors: dict[str, str]
 ) -> list[tuple[str, bool]]:
     """Return each check of the demo with whether it was observed."""
     events = timelines.get(observed.killed_job, [])

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from jobd import __version__
-from jobd.client import worker_requests
+from jobd.client import requests
 from jobd.client.aio import AsyncJobClient
 from jobd.client.errors import IdempotencyKeyReused, JobdError
-from jobd.client.protocol import ApiRequest, GrantInfo, uuid7
+from jobd.client.protocol import ApiRequest, uuid7
 from jobd.client.retries import RETRIED, RetryOptions
 from jobd.client.worker.aio_utils import first_of
 from jobd.client.worker.service_thread import Log
 from jobd.model.commands import About
 from jobd.model.fields import PRINTABLE
+from jobd.model.responses import GrantView
 
 MAX_CONCURRENCY: Final = 100_000  # the bound of About.concurrency
 POLL_MS: Final = 30_000
@@ -65,7 +66,7 @@ class Claimer:
         self,
         client: AsyncJobClient,
         options: ClaimOptions,
-        work: Callable[[GrantInfo, bool], Awaitable[None]],
+        work: Callable[[GrantView, bool], Awaitable[None]],
         log: Log,
     ) -> None:
         self._client = client
@@ -124,7 +125,7 @@ class Claimer:
         for job in ended:
             job.result()  # raises a bug in `work`
 
-    async def _claim(self, limit: int) -> list[GrantInfo]:
+    async def _claim(self, limit: int) -> list[GrantView]:
         """Claim up to `limit` jobs. Retries with the same key until the daemon responds or `stop` is called."""
         key = uuid7()
         wait_ms = 0 if self._options.drain else POLL_MS if len(self._client.endpoints) == 1 else NODE_POLL_MS
@@ -150,9 +151,9 @@ class Claimer:
             self._log("the daemon responds again.")
         return grants
 
-    def _request(self, limit: int, wait_ms: int, key: str) -> ApiRequest[list[GrantInfo]]:
+    def _request(self, limit: int, wait_ms: int, key: str) -> ApiRequest[list[GrantView]]:
         options = self._options
-        return worker_requests.claim(
+        return requests.claim(
             options.worker,
             queues=options.queues,
             kinds=options.kinds,
@@ -166,8 +167,8 @@ class Claimer:
         )
 
     async def _missed_grants(
-        self, cancelled: ApiRequest[list[GrantInfo]], probe: ApiRequest[list[GrantInfo]]
-    ) -> list[GrantInfo]:
+        self, cancelled: ApiRequest[list[GrantView]], probe: ApiRequest[list[GrantView]]
+    ) -> list[GrantView]:
         """Return the grants of a cancelled claim whose response was on its way.
 
         The daemon rejects the probe, which has the same key and another body, only if there are such grants, or if the

@@ -18,7 +18,6 @@ from msgspec import UNSET
 
 from jobd.client.aio import AsyncJobClient
 from jobd.client.endpoint import Address
-from jobd.client.protocol import GrantInfo
 from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, describe_claims, describe_process
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
 from jobd.client.worker.idle_reasons import pauses, remaining_jobs
@@ -28,6 +27,7 @@ from jobd.client.worker.process import Program
 from jobd.client.worker.runner import Execution, WorkerRunner, on_signals, seconds
 from jobd.client.worker.service_thread import Log, ServiceThread
 from jobd.client.worker.watchdog import Watchdog
+from jobd.model.responses import GrantView
 
 PROGRESS_EVERY_S: Final = 0.2  # a program may report more often; the latest report is sent
 LAST_LINE_CHARACTERS: Final = 200
@@ -255,7 +255,7 @@ def _start_error(program: str) -> str | None:
     return "there is no such program"
 
 
-def environment(grant: GrantInfo, inherited: Mapping[str, str]) -> dict[str, str]:
+def environment(grant: GrantView, inherited: Mapping[str, str]) -> dict[str, str]:
     """Return the program's environment: the inherited one, and the job's fields without the secret `lock_id`.
 
     The fields are UTF-8 in every locale.

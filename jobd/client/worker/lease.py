@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 from typing import Any, Final
 
-from jobd.client import worker_requests
+from jobd.client import requests
 from jobd.client.aio import AsyncJobClient
 from jobd.client.errors import (
     IdempotencyKeyReused,
@@ -26,13 +26,14 @@ from jobd.client.errors import (
     MaxProcessingTimeExceeded,
     TooLarge,
 )
-from jobd.client.protocol import ApiRequest, GrantInfo, JobInfo
+from jobd.client.protocol import ApiRequest, request_for
 from jobd.client.retries import RETRIED, RetryOptions
 from jobd.client.worker.aio_utils import within
 from jobd.client.worker.claimer import RETRIED_CLAIM
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
 from jobd.client.worker.service_thread import Log
-from jobd.model.responses import LockState
+from jobd.model.calls import JobCalls
+from jobd.model.responses import GrantView, JobView, LockState
 
 # A call is retried at least every 5 s: an attempt takes at most 4 s, the delay after it 1 s.
 ATTEMPT_S: Final = 4.0
@@ -62,7 +63,7 @@ class LeaseKeeper:
     `progress_every_s`, for callers that do not wait until a report is sent.
     """
 
-    def __init__(self, client: AsyncJobClient, grant: GrantInfo, log: Log, *, progress_every_s: float = 0) -> None:
+    def __init__(self, client: AsyncJobClient, grant: GrantView, log: Log, *, progress_every_s: float = 0) -> None:
         self.grant: Final = grant
         self.lost: Final[asyncio.Future[JobdError]] = asyncio.get_running_loop().create_future()
         self._client = client
@@ -92,7 +93,9 @@ class LeaseKeeper:
 
     def progress_request(self, progress: float, message: str | None) -> ApiRequest[LockState]:
         """Return the request for `send_report`. Raises TypeError or InvalidRequest if JSON cannot express it."""
-        return worker_requests.update_progress(self.id, lock_id=self.grant.lock_id, progress=progress, message=message)
+        return request_for(
+            JobCalls.update_progress, self.id, lock_id=self.grant.lock_id, progress=progress, message=message
+        )
 
     def report(self, progress: float, message: str | None = None) -> asyncio.Future[None]:
         return self.send_report(self.progress_request(progress, message))
@@ -116,18 +119,18 @@ class LeaseKeeper:
 
     async def complete(self, give_up: asyncio.Event, **result: Any) -> bool:
         """Complete the job, or fail it if the daemon rejects the result. Return whether it is completed."""
-        request = worker_requests.complete_job(self.id, lock_id=self.grant.lock_id, **result)
+        request = requests.complete_job(self.id, lock_id=self.grant.lock_id, **result)
         return await self._end("complete", request, give_up) is not None
 
-    async def fail(self, give_up: asyncio.Event, message: str, **how: Any) -> JobInfo | None:
+    async def fail(self, give_up: asyncio.Event, message: str, **how: Any) -> JobView | None:
         """Fail the job. Return the job if the daemon accepts this. Pending progress is sent first if possible."""
         await self.stop(flush=True)
-        request = worker_requests.fail_job(self.id, lock_id=self.grant.lock_id, error_message=message, **how)
+        request = request_for(JobCalls.fail_job, self.id, lock_id=self.grant.lock_id, error_message=message, **how)
         return await self._end("fail", request, give_up)
 
     async def release(self, give_up: asyncio.Event, delay_ms: int | None = None) -> bool:
         """Release the job. Return whether the daemon accepts this."""
-        request = worker_requests.release_job(self.id, lock_id=self.grant.lock_id, delay_ms=delay_ms)
+        request = request_for(JobCalls.release_job, self.id, lock_id=self.grant.lock_id, delay_ms=delay_ms)
         return await self._end("release", request, give_up, is_final=True) is not None
 
     async def stop(self, *, flush: bool = False) -> None:
@@ -170,7 +173,7 @@ class LeaseKeeper:
     async def _try(self, report: _ProgressReport | None) -> LockState | None:
         """Send `report` or, without one or if it is rejected, an extension. Return None if that is not accepted."""
         if report is None:
-            request = worker_requests.extend_job_lock(self.id, lock_id=self.grant.lock_id)
+            request = request_for(JobCalls.extend_job_lock, self.id, lock_id=self.grant.lock_id)
         else:
             request = report.request
         try:
@@ -238,8 +241,8 @@ class LeaseKeeper:
             self._log(f"job {self.id}: the daemon responds again.")
 
     async def _end(
-        self, verb: str, request: ApiRequest[JobInfo], give_up: asyncio.Event, *, is_final: bool = False
-    ) -> JobInfo | None:
+        self, verb: str, request: ApiRequest[JobView], give_up: asyncio.Event, *, is_final: bool = False
+    ) -> JobView | None:
         """Report the end of the job. Retries until the daemon responds, `give_up` is set, or `_is_rejected`.
 
         Return the job if the daemon accepts the ending. If the daemon rejects an ending that is not `is_final`, the job
@@ -291,14 +294,20 @@ class LeaseKeeper:
         if now - self._extended_s < self._ttl_s / EXTENSIONS_PER_TTL:
             return
         with contextlib.suppress(JobdError):
-            await self._client.send(worker_requests.extend_job_lock(self.id, lock_id=self.grant.lock_id), ONE_ATTEMPT)
+            await self._client.send(
+                request_for(JobCalls.extend_job_lock, self.id, lock_id=self.grant.lock_id), ONE_ATTEMPT
+            )
             self._on_extended(now)
 
     async def _fail_instead(self, verb: str, error: JobdError, give_up: asyncio.Event) -> None:
         """Fail the job with the error that the daemon raised for another ending."""
         message = f"The work has ended, but the daemon rejected its `{verb}`: {error.message}"[:MESSAGE_CHARACTERS]
-        failure = worker_requests.fail_job(
-            self.id, lock_id=self.grant.lock_id, error_message=message, error_code=f"{verb}:{error.code}"
+        failure = request_for(
+            JobCalls.fail_job,
+            self.id,
+            lock_id=self.grant.lock_id,
+            error_message=message,
+            error_code=f"{verb}:{error.code}",
         )
         await self._end("fail", failure, give_up, is_final=True)
 
@@ -308,7 +317,7 @@ def _wait_s(failures: int) -> float:
     return random.uniform(0.5, 1) * min(WAIT_S, 0.1 * 2.0 ** min(failures, 10))
 
 
-def describe_failure(job: JobInfo, reason: str) -> str:
+def describe_failure(job: JobView, reason: str) -> str:
     """Return the line that reports a failed attempt and whether there is another one."""
     if job.status != "queued":
         return f"job {job.id} failed: {reason}; it is not retried: attempt {job.attempt} of {job.max_attempts}."

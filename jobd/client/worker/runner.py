@@ -12,12 +12,12 @@ from types import FrameType
 from typing import Any, Final, Protocol
 
 from jobd.client.aio import AsyncJobClient
-from jobd.client.protocol import GrantInfo
 from jobd.client.worker.aio_utils import first_of, within
 from jobd.client.worker.claimer import Claimer, ClaimOptions
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS, describe_error
 from jobd.client.worker.lease import LeaseKeeper, describe_failure
 from jobd.client.worker.service_thread import Log
+from jobd.model.responses import GrantView
 
 STOP_S: Final = 10.0  # for an execution to stop
 REPORT_S: Final = 10.0  # for a stopping worker to report the ends of its jobs to an unreachable daemon
@@ -127,7 +127,7 @@ class WorkerRunner:
         await within(self._stop_s + REPORT_S, self._give_up)
         self._give_up.set()
 
-    async def _work(self, grant: GrantInfo, is_resent: bool) -> None:
+    async def _work(self, grant: GrantView, is_resent: bool) -> None:
         keeper = LeaseKeeper(self._client, grant, self._log, progress_every_s=self._progress_every_s)
         is_completed = False
         if self._claimer.is_stopping:

@@ -8,8 +8,8 @@ import threading
 from concurrent.futures import Future
 from typing import Any, Final
 
-from jobd.client.protocol import JobInfo
 from jobd.client.worker.lease import LOST, LeaseKeeper
+from jobd.model.responses import JobView
 
 
 class Retry(Exception):
@@ -44,7 +44,7 @@ class BaseTask:
     def __init__(self, keeper: LeaseKeeper) -> None:
         self._keeper = keeper
         self._service = asyncio.get_running_loop()
-        self.job: Final[JobInfo] = keeper.grant.job
+        self.job: Final[JobView] = keeper.grant.job
         self.fencing_token: Final = keeper.grant.fencing_token
         self.result: Final[dict[str, Any]] = {}
 

@@ -25,8 +25,8 @@ from schemathesis.specs.openapi.checks import ignored_auth, negative_data_reject
 
 from jobd.api import admin, worker
 from jobd.api.openapi import document
-from jobd.http.auth import LINES
 from jobd.http.routing import Route
+from jobd.model.api_call import LINES
 from jobd.model.job import STATUSES
 from tests.proof.faults.harness import Check, Counts, Trial
 from tests.support.daemon_process import TOKEN, DaemonProcess, free_port

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from jobd.cli import tables
-from jobd.client import JobInfo
+from jobd.client import JobView
 from jobd.model.events import EventView, StreamedEvent
 from jobd.model.responses import WhyView
 from tests.support.client_harness import JOB
@@ -37,7 +37,7 @@ def test_why_shows_the_first_line_of_an_error(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_finished_job_shows_its_last_worker_and_its_deletion(capsys: pytest.CaptureFixture[str]) -> None:
-    view = msgspec.json.decode(msgspec.json.encode({**JOB, "expires_at": 2_000}), type=JobInfo)
+    view = msgspec.json.decode(msgspec.json.encode({**JOB, "expires_at": 2_000}), type=JobView)
     tables.job(view)
     text = capsys.readouterr().out
     assert re.search(r"^expires +1970-", text, re.M)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import random
 import shutil
 import ssl
@@ -20,16 +19,18 @@ from jobd.client import (
     AsyncJobClient,
     InvalidRequest,
     JobClient,
-    JobInfo,
     JobNotFound,
+    JobView,
     RetryOptions,
     Unreachable,
     job_wait,
-    worker_requests,
+    requests,
 )
+from jobd.client.apis import WorkerApi
 from jobd.client.job_wait import JobWait
 from jobd.client.protocol import (
     ApiRequest,
+    request_for,
 )
 from jobd.model.responses import LockState
 from tests.conftest import tool_missing
@@ -78,9 +79,9 @@ def test_the_name_of_the_operator_is_sent_as_ascii(server: ScriptedServer) -> No
 
 def test_a_call_sends_its_fields_and_returns_a_typed_result(server: ScriptedServer, send: EitherClient) -> None:
     server.script = [ok({"lock_expires_at": 5, "ttl_ms": 6, "ceiling_at": None, "cancel_requested": False})]
-    assert send(worker_requests.update_progress("j1", lock_id="secret", progress=42, message="half")) == LockState(
-        5, 6, None, False
-    )
+    assert send(
+        request_for(WorkerApi.update_progress, "j1", lock_id="secret", progress=42, message="half")
+    ) == LockState(5, 6, None, False)
     (received,) = server.received
     assert (received.method, received.path) == ("POST", "/v1/jobs/j1/progress")
     assert received.json == {"lock_id": "secret", "progress": 42, "message": "half"}
@@ -92,29 +93,25 @@ def test_a_call_sends_its_fields_and_returns_a_typed_result(server: ScriptedServ
 @pytest.mark.parametrize(
     ("name", "given", "write"),
     [
-        ("fail_job", ("disk is full", "lock"), "fail_job(job_id, lock_id=..., error_message=...)"),
-        ("complete_job", ("https://x", "lock"), "complete_job(job_id, lock_id=...)"),
-        ("update_progress", (50, "half"), "update_progress(job_id, lock_id=..., progress=...)"),
-        ("extend_job_lock", ("lock", 5), "extend_job_lock(job_id, lock_id=...)"),
-        ("release_job", ("lock",), "release_job(job_id, lock_id=...)"),
+        ("fail_job", ("disk is full", "lock"), r"write fail_job\(id, lock_id=\.\.\., error_message=\.\.\.\)"),
+        ("complete_job", ("https://x", "lock"), "takes 1 positional argument"),
+        ("update_progress", (50, "half"), r"write update_progress\(id, lock_id=\.\.\., progress=\.\.\.\)"),
     ],
 )
 async def test_calls_with_a_lock_take_only_the_job_by_position(
     server: ScriptedServer, endpoint: str, name: str, given: tuple[Any, ...], write: str
 ) -> None:
-    with JobClient(endpoint) as client, pytest.raises(TypeError) as caught:
+    with JobClient(endpoint) as client, pytest.raises(TypeError, match=write):
         getattr(client, name)("j1", *given)
-    assert str(caught.value) == f"only job_id can be positional; write {write}"
     async with AsyncJobClient(endpoint) as jobs:
-        with pytest.raises(TypeError, match="only job_id can be positional"):
+        with pytest.raises(TypeError, match=write):
             await getattr(jobs, name)("j1", *given)
     assert server.received == []
-    assert str(inspect.signature(getattr(JobClient, name))).startswith("(self, /, job_id: 'str', *, lock_id: 'str'")
 
 
 def test_a_call_is_retried_with_the_same_body_and_key(server: ScriptedServer, send: EitherClient) -> None:
     server.script = [drop, drop, drop, ok({"grants": []})]
-    assert send(worker_requests.claim("w")) == []
+    assert send(requests.claim("w")) == []
     assert len(server.received) == 4
     assert len({(received.body, received.headers["Idempotency-Key"]) for received in server.received}) == 1
 
@@ -122,20 +119,20 @@ def test_a_call_is_retried_with_the_same_body_and_key(server: ScriptedServer, se
 @pytest.mark.parametrize("code", ["overloaded", "shutting_down", "outcome_unknown"])
 def test_a_temporary_error_is_retried(server: ScriptedServer, send: EitherClient, code: str) -> None:
     server.script = [rejected(code, 503), rejected(code, 503), EMPTY_PAGE]
-    assert send(worker_requests.list_jobs(status="queued", limit=3)).jobs == []
+    assert send(request_for(WorkerApi.list_jobs, status="queued", limit=3)).jobs == []
     assert [received.path for received in server.received] == ["/v1/jobs?status=queued&limit=3"] * 3
 
 
 def test_a_final_error_is_raised_at_once(server: ScriptedServer, send: EitherClient) -> None:
     server.script = [rejected("job_not_found", 404), EMPTY_PAGE]
     with pytest.raises(JobNotFound):
-        send(worker_requests.get_job("j1"))
+        send(request_for(WorkerApi.get_job, "j1"))
     assert len(server.received) == 1
 
 
 def test_an_idle_connection_is_reused(server: ScriptedServer, send: EitherClient) -> None:
     server.script = [EMPTY_PAGE, EMPTY_PAGE, rejected("job_not_found", 404), EMPTY_PAGE]
-    send(worker_requests.list_jobs(), worker_requests.list_jobs())
+    send(request_for(WorkerApi.list_jobs), request_for(WorkerApi.list_jobs))
     assert {received.connection for received in server.received} == {0}
 
 
@@ -173,13 +170,13 @@ def test_an_unreachable_daemon_is_an_error_with_its_address(tmp_path: Path) -> N
     send = EitherClient(False, f"unix:{tmp_path}/none")
     for both in (send, EitherClient(True, f"unix:{tmp_path}/none")):
         with pytest.raises(Unreachable, match="none cannot be reached"):
-            both(worker_requests.queues(), retry=RetryOptions(total_s=0))
+            both(request_for(WorkerApi.queues), retry=RetryOptions(total_s=0))
 
 
 def test_a_missing_response_means_unreachable(server: ScriptedServer, send: EitherClient) -> None:
     server.script = [server.hang]
     with pytest.raises(Unreachable, match="no response in time"):
-        send(worker_requests.queues(), retry=RetryOptions(total_s=0, timeout_s=0.2))
+        send(request_for(WorkerApi.queues), retry=RetryOptions(total_s=0, timeout_s=0.2))
 
 
 def test_many_threads_share_a_client(server: ScriptedServer, endpoint: str) -> None:
@@ -309,7 +306,7 @@ async def test_an_id_of_dots_is_escaped(server: ScriptedServer, endpoint: str) -
 
 def test_text_that_is_not_unicode_is_sent_for_the_daemon_to_reject(server: ScriptedServer, send: EitherClient) -> None:
     server.script = [rejected("invalid_request", 400), rejected("invalid_request", 400)]
-    for request in (worker_requests.get_job("a\udcff"), worker_requests.list_jobs(queue="\udcff")):
+    for request in (request_for(WorkerApi.get_job, "a\udcff"), request_for(WorkerApi.list_jobs, queue="\udcff")):
         with pytest.raises(InvalidRequest):
             send(request)
     assert [each.path for each in server.received] == ["/v1/jobs/a%ED%B3%BF", "/v1/jobs?queue=%ED%B3%BF"]
@@ -336,13 +333,13 @@ class EitherWait:
         self._is_async = is_async
         self._endpoint = endpoint
 
-    def __call__(self, job_id: str, **options: Any) -> JobInfo:
+    def __call__(self, job_id: str, **options: Any) -> JobView:
         if not self._is_async:
             with JobClient(self._endpoint) as client:
                 return client.wait_for_job(job_id, **options)
         return asyncio.run(self._async(job_id, options))
 
-    async def _async(self, job_id: str, options: dict[str, Any]) -> JobInfo:
+    async def _async(self, job_id: str, options: dict[str, Any]) -> JobView:
         async with AsyncJobClient(self._endpoint) as client:
             return await client.wait_for_job(job_id, **options)
 
@@ -386,7 +383,7 @@ def test_a_wait_for_a_daemon_that_does_not_respond_keeps_its_limit(
 
 
 def test_a_wait_looks_again_at_growing_intervals() -> None:
-    job = msgspec.json.decode(msgspec.json.encode(JOB), type=JobInfo)
+    job = msgspec.json.decode(msgspec.json.encode(JOB), type=JobView)
     wait, pauses = JobWait(None, 0.0), []
     for _ in range(10):
         pauses.append(wait.pause_s(job, 0.0))

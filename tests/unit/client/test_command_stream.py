@@ -23,10 +23,11 @@ from jobd.client import (
     Unreachable,
     Worker,
     command_stream,
-    worker_requests,
+    requests,
 )
+from jobd.client.apis import WorkerApi
 from jobd.client.command_stream import command_line
-from jobd.client.protocol import ApiRequest
+from jobd.client.protocol import ApiRequest, request_for
 from jobd.client.retries import RetryOptions
 from jobd.http.auth import Authenticator
 from tests.support.http_harness import TOKEN
@@ -57,27 +58,27 @@ def streams_of(server: WorkerApiServer) -> int:
 @pytest.mark.parametrize(
     ("request_", "line"),
     [
-        (worker_requests.create_job(5, id="j"), {"op": "create", "id": "j", "payload": 5}),
-        (worker_requests.create_jobs([{"id": "j"}]), {"op": "bulk", "jobs": [{"id": "j"}]}),
-        (worker_requests.get_job("a:b"), {"op": "get", "id": "a:b"}),
-        (worker_requests.get_job(".."), {"op": "get", "id": ".."}),
-        (worker_requests.start_processing("j", worker="w"), {"op": "start", "id": "j", "worker": "w"}),
-        (worker_requests.claim("w", idempotency_key="k"), {"op": "claim", "worker": "w", "idempotency_key": "k"}),
+        (requests.create_job(5, id="j"), {"op": "create", "id": "j", "payload": 5}),
+        (requests.create_jobs([{"id": "j"}]), {"op": "bulk", "jobs": [{"id": "j"}]}),
+        (request_for(WorkerApi.get_job, "a:b"), {"op": "get", "id": "a:b"}),
+        (request_for(WorkerApi.get_job, ".."), {"op": "get", "id": ".."}),
+        (request_for(WorkerApi.start_processing, "j", worker="w"), {"op": "start", "id": "j", "worker": "w"}),
+        (requests.claim("w", idempotency_key="k"), {"op": "claim", "worker": "w", "idempotency_key": "k"}),
         (
-            worker_requests.update_progress("j", lock_id="l", progress=5),
+            request_for(WorkerApi.update_progress, "j", lock_id="l", progress=5),
             {"op": "progress", "id": "j", "lock_id": "l", "progress": 5},
         ),
-        (worker_requests.extend_job_lock("j", lock_id="l"), {"op": "extend", "id": "j", "lock_id": "l"}),
+        (request_for(WorkerApi.extend_job_lock, "j", lock_id="l"), {"op": "extend", "id": "j", "lock_id": "l"}),
         (
-            worker_requests.complete_job("j", lock_id="l", metadata=[1]),
+            requests.complete_job("j", lock_id="l", metadata=[1]),
             {"op": "complete", "id": "j", "lock_id": "l", "metadata": [1]},
         ),
         (
-            worker_requests.fail_job("j", lock_id="l", error_message="m"),
+            request_for(WorkerApi.fail_job, "j", lock_id="l", error_message="m"),
             {"op": "fail", "id": "j", "lock_id": "l", "error_message": "m"},
         ),
-        (worker_requests.release_job("j", lock_id="l"), {"op": "release", "id": "j", "lock_id": "l"}),
-        (worker_requests.cancel_job("j"), {"op": "cancel", "id": "j"}),
+        (request_for(WorkerApi.release_job, "j", lock_id="l"), {"op": "release", "id": "j", "lock_id": "l"}),
+        (request_for(WorkerApi.cancel_job, "j"), {"op": "cancel", "id": "j"}),
     ],
     ids=lambda given: given["op"] if isinstance(given, dict) else "",
 )  # fmt: skip
@@ -92,7 +93,7 @@ def test_a_request_as_a_line(request_: ApiRequest[Any], line: dict[str, Any]) ->
 
 
 def test_a_payload_of_several_lines_becomes_one_line() -> None:
-    text = command_line(worker_requests.create_job(msgspec.Raw(b'{\n"a":\r\n"b\\n"}')))
+    text = command_line(requests.create_job(msgspec.Raw(b'{\n"a":\r\n"b\\n"}')))
     assert text is not None
     assert text.count(b"\n") == 1
     assert msgspec.json.decode(text)["payload"] == {"a": "b\n"}
@@ -101,13 +102,13 @@ def test_a_payload_of_several_lines_becomes_one_line() -> None:
 @pytest.mark.parametrize(
     "request_",
     [
-        worker_requests.claim("w", wait_ms=5),
-        worker_requests.list_jobs(),
-        worker_requests.timeline("j"),
-        worker_requests.why("j"),
-        worker_requests.queues(),
-        worker_requests.validate_job_state("j"),
-        worker_requests.workers(),
+        requests.claim("w", wait_ms=5),
+        request_for(WorkerApi.list_jobs),
+        request_for(WorkerApi.timeline, "j"),
+        request_for(WorkerApi.why, "j"),
+        request_for(WorkerApi.queues),
+        request_for(WorkerApi.validate_job_state, "j"),
+        request_for(WorkerApi.workers),
     ],
 )
 def test_calls_that_wait_or_list_are_not_lines(request_: ApiRequest[Any]) -> None:
@@ -176,7 +177,7 @@ async def test_a_large_body_waits_for_the_consent_of_the_daemon(tmp_path: Path, 
 
     path = str(tmp_path / "s")
     client = AsyncJobClient(f"unix:{path}", retry_for_s=0, timeout_s=1)
-    request = worker_requests.complete_job("j", lock_id="l", metadata="x" * 4 * command_stream.LARGE_BYTES)
+    request = requests.complete_job("j", lock_id="l", metadata="x" * 4 * command_stream.LARGE_BYTES)
     async with await asyncio.start_unix_server(reject, path), client.stream() if is_stream else client as jobs:
         tracemalloc.start()
         with pytest.raises(TooLarge):
@@ -265,7 +266,7 @@ async def test_a_response_that_is_late_means_unreachable(server: WorkerApiServer
         await jobs.create_job(id="a")
         server.disk.gate.clear()
         with pytest.raises(Unreachable, match="no response in time"):
-            await jobs.send(worker_requests.create_job(id="b"), RetryOptions(total_s=0, timeout_s=0.05))
+            await jobs.send(requests.create_job(id="b"), RetryOptions(total_s=0, timeout_s=0.05))
         server.disk.gate.set()
         assert (await jobs.create_job(id="b")).id == "b"
 
@@ -342,7 +343,7 @@ async def test_closing_does_not_wait_for_a_server_that_does_not_respond(
     jobs = client.stream()
     await jobs.create_job(id="a")
     server.disk.gate.clear()
-    last = asyncio.ensure_future(jobs.send(worker_requests.create_job(id="b"), RetryOptions(total_s=0)))
+    last = asyncio.ensure_future(jobs.send(requests.create_job(id="b"), RetryOptions(total_s=0)))
     await server.disk.at_gate.wait()
     await jobs.close()
     with pytest.raises(Unreachable):

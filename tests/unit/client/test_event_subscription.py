@@ -22,8 +22,9 @@ from jobd.client import (
     Unauthorized,
     Unreachable,
 )
-from jobd.client.event_subscription import EVENTS, EventSubscription
+from jobd.client.event_subscription import EventSubscription
 from jobd.client.protocol import ApiResponse
+from jobd.model.calls import EventRequests
 from tests.support.scripted_server import ScriptedServer, Step, drop, raw, rejected
 
 KIND = "text/event-stream"
@@ -77,7 +78,7 @@ both = pytest.mark.parametrize("listen", [blocking, coroutines])
 @given(st.lists(st.integers(0, 400), max_size=8), st.sampled_from([b"\n", b"\r\n"]))
 def test_a_stream_may_arrive_in_any_pieces(cuts: list[int], end: bytes) -> None:
     text = (sent(3, 4, start=2) + b": still here\nid: 9\n\n").replace(b"\n", end)
-    subscription = EventSubscription(EVENTS)
+    subscription = EventSubscription(EventRequests.events)
     subscription.request()
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     found = [each for a, b in itertools.pairwise(places) for each in subscription.read(text[a:b])]
@@ -86,7 +87,7 @@ def test_a_stream_may_arrive_in_any_pieces(cuts: list[int], end: bytes) -> None:
 
 
 def test_an_incomplete_event_is_requested_again() -> None:
-    subscription = EventSubscription(EVENTS, after=1)
+    subscription = EventSubscription(EventRequests.events, after=1)
     whole = sent(2, 3, start=1)
     assert [each.seq for each in subscription.read(whole[:-1])] == [2]
     assert subscription.position == 2
@@ -95,16 +96,16 @@ def test_an_incomplete_event_is_requested_again() -> None:
 
 
 def test_the_request_has_the_filters_and_the_position() -> None:
-    received = EventSubscription(EVENTS, queue="q", job_id=["a", "b"], type=(), last=5, follow=False)
+    received = EventSubscription(EventRequests.events, queue="q", job_id=["a", "b"], type=(), last=5, follow=False)
     assert received.request().path == "/v1/events?last=5&follow=false&queue=q&job_id=a%2Cb"
     received.read(sent(start=7))
     assert received.request().path == "/v1/events?last_event_id=7&follow=false&queue=q&job_id=a%2Cb"
-    assert EventSubscription(EVENTS).request().path == "/v1/events"
-    assert EventSubscription(EVENTS, after=0, last=5).request().path == "/v1/events?last_event_id=0"
+    assert EventSubscription(EventRequests.events).request().path == "/v1/events"
+    assert EventSubscription(EventRequests.events, after=0, last=5).request().path == "/v1/events?last_event_id=0"
 
 
 def test_another_response_is_not_a_stream_of_events() -> None:
-    subscription = EventSubscription(EVENTS)
+    subscription = EventSubscription(EventRequests.events)
     subscription.begin(ApiResponse(200, {"content-type": "text/event-stream; charset=utf-8"}, b""))
     for reply in (ApiResponse(200, {"content-type": "text/html"}, b""), ApiResponse(302, {}, b"")):
         with pytest.raises(BadResponse, match="not a stream of events"):

@@ -15,14 +15,8 @@ from jobd.client import (
     Overloaded,
     Unreachable,
 )
-from jobd.client.protocol import (
-    ApiResponse,
-    JobInfo,
-    get,
-    json_lines,
-    post,
-    read_result,
-)
+from jobd.client.protocol import ApiRequest, ApiResponse, build, json_lines, read_result, reader_of
+from jobd.model.calls import JobRequests
 from jobd.model.errors import ERROR_STATUS
 
 
@@ -31,7 +25,7 @@ def _reply(body: Any, status: int, **headers: str) -> ApiResponse:
     return ApiResponse(status, {name.replace("_", "-"): value for name, value in headers.items()}, text)
 
 
-READ = get("/x", dict[str, int])
+READ: ApiRequest[dict[str, int]] = ApiRequest("GET", "/x", reader_of(dict[str, int]))
 
 
 @pytest.mark.parametrize("code", sorted(ERROR_STATUS))
@@ -116,9 +110,9 @@ def test_lines_are_sent_in_chunks_of_bounded_size() -> None:
     ],
 )
 def test_text_that_is_not_unicode_is_an_invalid_request(fields: dict[str, Any], name: str) -> None:
-    for build in (lambda: post("/v1/jobs", JobInfo, fields), lambda: list(json_lines(iter([fields])))):
+    for made in (lambda: build(JobRequests.create, fields), lambda: list(json_lines(iter([fields])))):
         with pytest.raises(
             InvalidRequest, match=rf"^{name}.* has the lone surrogate '\\ud.* Escape it: text\.encode\("
         ):
-            build()
+            made()
     assert list(json_lines(iter(["\udcff"]))) == [b"\xed\xb3\xbf\n"]

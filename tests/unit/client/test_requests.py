@@ -8,131 +8,77 @@ from typing import Any
 import msgspec
 import pytest
 
-from jobd.api import admin as admin_api
-from jobd.api import worker
 from jobd.client import (
     AdminClient,
     AsyncAdminClient,
     AsyncJobClient,
     InvalidRequest,
     JobClient,
-    admin_requests,
+    requests,
     uuid7,
-    worker_requests,
 )
+from jobd.client.apis import AdminApi, WorkerApi
 from jobd.client.protocol import (
     ApiRequest,
-    job_path,
+    request_for,
 )
+from jobd.model.calls import ADMIN
 from jobd.model.responses import JobView
 from tests.support.client_harness import (
     JOB,
 )
 
 
-def _placeholders(method: str, path: str) -> tuple[str, str]:
-    return method, path.split("?")[0].replace("/x", "/{}").replace("/q/", "/{}/").replace("/w/", "/{}/")
+def test_the_clients_differ_only_in_the_calls_that_transfer_files() -> None:
+    only_blocking = {"import_jobs", "preview_import", "backup", "download_artifact"}
+    for blocking, coroutines in ((JobClient, AsyncJobClient), (AdminClient, AsyncAdminClient)):
+        names = {name for name in dir(blocking) if not name.startswith("_")}
+        assert names - only_blocking <= {*dir(coroutines)}
+    assert only_blocking <= {*dir(AdminClient)}
 
 
-def _all_requests() -> list[ApiRequest[Any]]:
-    """Build a request of every call of both APIs."""
-    given = {
-        "job_id": "x",
-        "queue": "q",
-        "worker": "w",
-        "lock_id": "l",
-        "progress": 1,
-        "error_message": "e",
-        "from_status": "failed",
-        "to_status": "queued",
-        "jobs": [],
-        "webhook": "q",
-        "delivery": 1,
-        "action": "retry",
-        "plan_id": "x",
-    }
-    found = []
-    for module in (worker_requests, admin_requests):
-        for name, build in inspect.getmembers(module, inspect.isfunction):
-            if build.__module__ != module.__name__ or name.startswith(("_", "read_")):
-                continue
-            needed = [
-                parameter.name
-                for parameter in inspect.signature(build).parameters.values()
-                if parameter.default is inspect.Parameter.empty
-            ]
-            assert set(needed) <= set(given), f"{name}: give its arguments {set(needed) - set(given)} a value above"
-            found.append(build(**{name: given[name] for name in needed}))
-    return found
+def test_a_request_has_the_given_fields_in_its_path_query_or_body() -> None:
+    changed = request_for(AdminApi.pause_queue, "q/1", "why", until=5)
+    assert (changed.method, changed.path) == ("POST", f"{ADMIN}/queues/q%2F1/pause")
+    assert msgspec.json.decode(changed.body or b"") == {"reason": "why", "until": 5}
+    assert len(changed.headers["Idempotency-Key"]) == 36
+    named = request_for(AdminApi.extend_lock, "j", "secret", 5)
+    assert msgspec.json.decode(named.body or b"") == {"jobId": "j", "lockId": "secret", "additionalTime": 5}
+    assert request_for(AdminApi.queue_page, limit=7, busiest=True).path == f"{ADMIN}/queues?limit=7&busiest=true"
+    assert request_for(AdminApi.health).path == f"{ADMIN}/health"
+    assert [request_for(AdminApi.take_back, "w", dry_run=dry).repeatable for dry in (False, True)] == [False, True]
 
 
-def test_every_route_of_the_daemon_has_a_call_and_every_call_a_route() -> None:
-    streams = {"/v1/commands", "/v1/events", "/admin/job-management/events"}
-    unasked = {"/healthz", "/readyz"} | streams
-    routes = {
-        (route.method, "/".join("{}" if part.startswith("{") else part for part in route.path.split("/")))
-        for route in (*worker.ROUTES, *admin_api.ROUTES)
-        if route.path not in unasked and route.path.startswith(("/v1", "/admin", "/metrics"))
-    }
-    received = {_placeholders(request.method, request.path) for request in _all_requests()}
-    assert received - routes == set(), "calls without a route"
-    missing = routes - received - {("GET", "/openapi.json")}
-    assert not missing, f"{missing} need a function in client/worker_requests.py or admin_requests.py"
-
-
-def test_calls_send_an_idempotency_key_if_their_routes_take_one() -> None:
-    keyed = {
-        (route.method, "/".join("{}" if part.startswith("{") else part for part in route.path.split("/")))
-        for route in (*worker.ROUTES, *admin_api.ROUTES)
-        if route.key
-    }
-    sent = {
-        _placeholders(request.method, request.path)
-        for request in _all_requests()
-        if "Idempotency-Key" in request.headers
-    }
-    # A create is repeatable because of its job id.
-    assert sent == keyed - {("POST", "/v1/jobs")}, (
-        "requests have a key, by default a uuid7, if their route has key=True"
-    )
-
-
-def test_both_clients_have_every_call() -> None:
-    for module, blocking, coroutines in (
-        (worker_requests, JobClient, AsyncJobClient),
-        (admin_requests, AdminClient, AsyncAdminClient),
-    ):
-        names = {
-            name
-            for name, build in inspect.getmembers(module, inspect.isfunction)
-            if build.__module__ == module.__name__ and not name.startswith("_")
-        }
-        assert names <= {*dir(blocking), "queue_page"}
-        only_blocking = {"import_jobs", "preview_import", "backup", "download_artifact"}
-        assert names | {"iterate_jobs", "iterate_queues", "events"} <= {*dir(coroutines), "queue_page"} | only_blocking
+def test_a_key_of_the_caller_replaces_the_generated_one() -> None:
+    keyed = JobClient("unix:/x").with_key("k1")
+    sent: list[ApiRequest[Any]] = []
+    keyed.send = lambda request, *_: sent.append(request)  # type: ignore[assignment,method-assign]
+    keyed.cancel_job("j")
+    keyed.get_job("j")
+    assert [each.headers.get("Idempotency-Key") for each in sent] == ["k1", None]
+    with pytest.raises(InvalidRequest, match="Idempotency-Key"):
+        keyed.with_key("")
 
 
 def test_methods_show_the_arguments_and_docstrings_of_their_calls() -> None:
     assert list(inspect.signature(JobClient.claim).parameters)[:3] == ["self", "worker", "queues"]
     assert next(iter(inspect.signature(JobClient("unix:/x").claim).parameters)) == "worker"
-    assert AsyncJobClient.claim.__doc__ == worker_requests.claim.__doc__
+    assert AsyncJobClient.claim.__doc__ == requests.claim.__doc__
     assert inspect.iscoroutinefunction(AsyncJobClient.claim)
 
 
 def test_create_makes_an_id() -> None:
-    request = worker_requests.create_job({"n": 1}, queue="video", delay_ms=5)
+    request = requests.create_job({"n": 1}, queue="video", delay_ms=5)
     fields = msgspec.json.decode(request.body or b"")
     assert fields == {"id": fields["id"], "payload": {"n": 1}, "queue": "video", "delay_ms": 5}
     assert len(fields["id"]) == 36
     assert fields["id"][14] == "7"
     assert request.repeatable
-    assert msgspec.json.decode(worker_requests.create_job(id="mine").body or b"") == {"id": "mine"}
+    assert msgspec.json.decode(requests.create_job(id="mine").body or b"") == {"id": "mine"}
 
 
 def test_bulk_makes_an_id_for_each_job_without_one() -> None:
-    fields = msgspec.json.decode(
-        worker_requests.create_jobs([{"payload": 1}, {"id": "b", "payload": None}]).body or b""
-    )
+    fields = msgspec.json.decode(requests.create_jobs([{"payload": 1}, {"id": "b", "payload": None}]).body or b"")
     assert [set(job) for job in fields["jobs"]] == [{"id", "payload"}, {"id", "payload"}]
     assert fields["jobs"][1]["id"] == "b"
 
@@ -155,27 +101,27 @@ def test_uuid7_sorts_by_time_and_has_version_and_variant() -> None:
     ],
 )
 def test_an_id_is_one_segment_of_the_path(job_id: str, path: str) -> None:
-    assert job_path("/v1/jobs", job_id) == path
-    assert job_path("/v1/jobs", job_id, "start") == f"{path}/start"
+    assert request_for(WorkerApi.get_job, job_id).path == path
+    assert request_for(WorkerApi.start_processing, job_id, "w").path == f"{path}/start"
 
 
 def test_an_empty_id_is_rejected() -> None:
     with pytest.raises(InvalidRequest):
-        worker_requests.get_job("")
+        request_for(WorkerApi.get_job, "")
 
 
 def test_one_queue_may_be_a_string() -> None:
-    assert msgspec.json.decode(worker_requests.claim("w", queues="video").body or b"")["queues"] == ["video"]
+    assert msgspec.json.decode(requests.claim("w", queues="video").body or b"")["queues"] == ["video"]
     for request in (
-        worker_requests.start_processing("a", "w", max_processing_ms=0),
-        worker_requests.claim("w", max_processing_ms=0),
+        request_for(WorkerApi.start_processing, "a", "w", max_processing_ms=0),
+        requests.claim("w", max_processing_ms=0),
     ):
         assert msgspec.json.decode(request.body or b"") == {"worker": "w", "max_processing_ms": 0}
 
 
 def test_a_job_can_be_read_although_python_cannot_hold_its_payload() -> None:
     body = msgspec.json.encode({"success": True, "data": JOB}).replace(b'{"a":1}', b"1e999")
-    job = worker_requests.get_job("j1").read(body)
+    job = request_for(WorkerApi.get_job, "j1").read(body)
     assert bytes(job.payload) == b"1e999"  # type: ignore[arg-type]
     assert job.metadata_value == {"m": [1]}
     with pytest.raises(msgspec.DecodeError):
@@ -184,8 +130,8 @@ def test_a_job_can_be_read_although_python_cannot_hold_its_payload() -> None:
 
 
 def test_a_printed_job_shows_its_payload_and_no_missing_fields() -> None:
-    text = repr(worker_requests.get_job("j1").read(msgspec.json.encode({"success": True, "data": JOB})))
-    assert text.startswith("JobInfo(id='j1', ")
+    text = repr(request_for(WorkerApi.get_job, "j1").read(msgspec.json.encode({"success": True, "data": JOB})))
+    assert text.startswith("JobView(id='j1', ")
     assert "payload={'a': 1}" in text
     assert "metadata={'m': [1]}" in text
     assert "msgspec" not in text
@@ -193,6 +139,6 @@ def test_a_printed_job_shows_its_payload_and_no_missing_fields() -> None:
 
 
 def test_unknown_fields_of_a_job_are_skipped() -> None:
-    job = worker_requests.get_job("j1").read(msgspec.json.encode({"success": True, "data": JOB, "more": 1}))
+    job = request_for(WorkerApi.get_job, "j1").read(msgspec.json.encode({"success": True, "data": JOB, "more": 1}))
     assert isinstance(job, JobView)
     assert (job.id, job.payload_value, job.repeated) == ("j1", {"a": 1}, msgspec.UNSET)

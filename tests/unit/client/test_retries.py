@@ -16,14 +16,14 @@ from jobd.client import (
     RetryOptions,
     ShuttingDown,
     Unreachable,
-    admin_requests,
     parse_endpoint,
-    worker_requests,
+    requests,
 )
-from jobd.client.protocol import get
+from jobd.client.apis import AdminApi, WorkerApi
+from jobd.client.protocol import request_for
 from jobd.client.retries import RETRIED, NodeList, RetryState
 
-READ = get("/x", dict[str, int])
+READ = request_for(WorkerApi.queues)
 ONE = NodeList([Endpoint(path="/one")])
 A, B, C, ELSEWHERE = (parse_endpoint(f"http://{name}:1", token="secret") for name in ("a", "b", "c", "elsewhere"))
 
@@ -55,7 +55,7 @@ def test_a_call_that_may_have_been_applied_says_so_even_if_the_daemon_is_gone_af
 
 
 def test_a_call_that_is_not_repeatable_follows_the_leader() -> None:
-    state = RetryState(RetryOptions(), admin_requests.step_down(), NodeList([A, B]), 0)
+    state = RetryState(RetryOptions(), request_for(AdminApi.step_down), NodeList([A, B]), 0)
     assert state.wait_s(standby(B), 0, 0) == 0
     assert state.endpoint == B
     with pytest.raises(Unreachable, match="refused"):
@@ -75,11 +75,11 @@ def test_a_final_error_is_not_retried(code: str) -> None:
 
 def test_a_call_that_is_not_repeatable_is_not_retried() -> None:
     with pytest.raises(Unreachable):
-        RetryState(RetryOptions(total_s=None), admin_requests.import_jobs(), ONE, 0).wait_s(Unreachable("x"), 0, 0)
+        RetryState(RetryOptions(total_s=None), request_for(AdminApi.step_down), ONE, 0).wait_s(Unreachable("x"), 0, 0)
 
 
 def test_the_timeout_includes_the_delay_of_the_daemon() -> None:
-    request = worker_requests.claim("w", wait_ms=60_000)
+    request = requests.claim("w", wait_ms=60_000)
     tries = RetryState(RetryOptions(total_s=30, timeout_s=10), request, ONE, 0)
     assert tries.timeout_s(0) == 70
     tries.wait_s(Unreachable("x"), 20, 0)
@@ -198,7 +198,7 @@ def test_a_share_is_at_least_three_seconds_if_there_is_the_time() -> None:
 
 
 def test_a_share_includes_the_delay_of_the_daemon() -> None:
-    state = RetryState(RetryOptions(timeout_s=10), worker_requests.claim("w", wait_ms=10_000), NodeList([A, B]), 0)
+    state = RetryState(RetryOptions(timeout_s=10), requests.claim("w", wait_ms=10_000), NodeList([A, B]), 0)
     assert state.timeout_s(0) == 15
 
 

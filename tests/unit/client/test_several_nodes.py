@@ -25,12 +25,13 @@ from jobd.client import (
     Unreachable,
     Worker,
     apis,
+    requests,
     retries,
-    worker_requests,
 )
-from jobd.client.admin_requests import BASE
-from jobd.client.protocol import ApiRequest
+from jobd.client.apis import WorkerApi
+from jobd.client.protocol import ApiRequest, request_for
 from jobd.client.worker.claimer import NODE_POLL_MS
+from jobd.model.calls import ADMIN
 from tests.support.client_harness import GRANT, JOB, CommandRun, running_worker
 from tests.support.polling import wait_until
 from tests.support.scripted_server import ReceivedRequest, ScriptedServer, Step, drop, ok, raw, rejected, serving
@@ -108,7 +109,7 @@ def refusing() -> str:
 
 def test_a_call_goes_to_the_leader_and_the_next_one_goes_there_at_once(nodes: Nodes, send: Send) -> None:
     nodes.elect(2, lambda received: ok(EMPTY_PAGE))
-    assert send(nodes.list, *[worker_requests.list_jobs()] * 3).jobs == []
+    assert send(nodes.list, *[request_for(WorkerApi.list_jobs)] * 3).jobs == []
     assert nodes.counts == [1, 0, 3]
 
 
@@ -117,7 +118,7 @@ def test_a_leader_outside_the_list_is_followed_with_the_token(send: Send) -> Non
     with serving(leader) as leader_url, serving(node) as url:
         leader.always = lambda received: ok(EMPTY_PAGE)
         node.always = lambda received: standby(leader_url)
-        send(f"{url},http://127.0.0.1:1", *[worker_requests.list_jobs()] * 2)
+        send(f"{url},http://127.0.0.1:1", *[request_for(WorkerApi.list_jobs)] * 2)
     assert len(node.received) == 1
     assert [each.headers["Authorization"] for each in leader.received] == [f"Bearer {TOKEN}"] * 2
 
@@ -128,7 +129,7 @@ def test_a_socket_does_not_send_the_token_to_a_tcp_address(nodes: Nodes, send: S
         for server in nodes.servers:
             server.always = lambda received: standby(url)
         with pytest.raises(NotLeader) as caught:
-            send(nodes.list, worker_requests.list_jobs(), retry=ONE_ROUND)
+            send(nodes.list, request_for(WorkerApi.list_jobs), retry=ONE_ROUND)
     assert leader.received == []
     assert caught.value.details["leader"] == url
 
@@ -137,7 +138,7 @@ def test_standbys_that_name_each_other_or_themselves_do_not_make_a_loop(nodes: N
     for server, named in zip(nodes.servers, (1, 0, 2), strict=True):
         server.always = lambda received, url=nodes.urls[named]: standby(url)
     with pytest.raises(NotLeader):
-        send(nodes.list, worker_requests.list_jobs(), retry=ONE_ROUND)
+        send(nodes.list, request_for(WorkerApi.list_jobs), retry=ONE_ROUND)
     assert nodes.counts == [1, 1, 1]
 
 
@@ -145,14 +146,14 @@ def test_a_call_waits_until_a_node_leads(nodes: Nodes, send: Send) -> None:
     rounds = 5
     nodes.servers[1].script = [standby()] * rounds
     nodes.servers[1].always = lambda received: ok(EMPTY_PAGE)
-    send(nodes.list, worker_requests.list_jobs())
+    send(nodes.list, request_for(WorkerApi.list_jobs))
     assert nodes.counts[1] == rounds + 1
     assert nodes.counts[0] <= rounds + 1
 
 
 def test_the_error_of_a_call_names_every_url_with_its_outcome(nodes: Nodes, send: Send, refusing: str) -> None:
     with pytest.raises(Unreachable) as caught:
-        send(f"{nodes.urls[0]},{refusing},http://jobd.invalid:1", worker_requests.get_job("j1"), retry=ONE_ROUND)
+        send(f"{nodes.urls[0]},{refusing},http://jobd.invalid:1", request_for(WorkerApi.get_job, "j1"), retry=ONE_ROUND)
     message = str(caught.value)
     assert f"No node served the request: {nodes.urls[0]}: This node is a standby; {refusing}: " in message
     assert "Connection refused; http://jobd.invalid:1: " in message
@@ -172,14 +173,14 @@ def test_an_unreachable_url_does_not_prevent_a_call(
     server.always = lambda received: raw(b"<html>", 503)
     with serving(server, tmp_path / "proxy") as proxy:
         urls = {"refusing": refusing, "unresolvable": "http://jobd.invalid:1", "missing socket": "unix:/none"}
-        assert send(f"{urls.get(bad, proxy)},{nodes.list}", worker_requests.get_job("j1")).id == "j1"
+        assert send(f"{urls.get(bad, proxy)},{nodes.list}", request_for(WorkerApi.get_job, "j1")).id == "j1"
 
 
 def test_a_node_that_hangs_does_not_prevent_a_call(nodes: Nodes, send: Send) -> None:
     nodes.servers[0].always = lambda received: nodes.servers[0].hang
     nodes.servers[1].always = lambda received: ok(JOB)
     options = RetryOptions(total_s=5, timeout_s=0.5)
-    assert send(nodes.list, worker_requests.get_job("j1"), worker_requests.get_job("j1"), retry=options).id == "j1"
+    assert send(nodes.list, *[request_for(WorkerApi.get_job, "j1")] * 2, retry=options).id == "j1"
     assert nodes.counts[0] == 1, "the second call knows the leader"
 
 
@@ -195,10 +196,10 @@ def test_a_node_that_accepts_no_connection_does_not_prevent_a_call(
             client.setblocking(False)
             client.connect_ex(listener.getsockname())
         urls = f"http://127.0.0.1:{listener.getsockname()[1]},{nodes.list}"
-        assert send(urls, worker_requests.get_job("j1")).id == "j1"
+        assert send(urls, request_for(WorkerApi.get_job, "j1")).id == "j1"
         nodes.elect(None)
         with pytest.raises(Unreachable, match=r"no connection in time|Connection timeout"):
-            send(urls, worker_requests.get_job("j1"), retry=ONE_ROUND)
+            send(urls, request_for(WorkerApi.get_job, "j1"), retry=ONE_ROUND)
 
 
 def test_a_slow_leader_is_waited_for_if_the_others_name_it(
@@ -207,7 +208,7 @@ def test_a_slow_leader_is_waited_for_if_the_others_name_it(
     monkeypatch.setattr(retries, "MIN_ATTEMPT_S", 0.1)
     nodes.elect(0)
     nodes.servers[0].script = [nodes.servers[0].hang]
-    assert send(nodes.list, worker_requests.get_job("j1"), retry=RetryOptions(total_s=0, timeout_s=3)).id == "j1"
+    assert send(nodes.list, request_for(WorkerApi.get_job, "j1"), retry=RetryOptions(total_s=0, timeout_s=3)).id == "j1"
 
 
 @pytest.mark.parametrize("chunked", [True, False])
@@ -215,11 +216,11 @@ def test_a_leader_that_dies_in_the_middle_of_a_response(nodes: Nodes, chunked: b
     nodes.servers[0].early = [ScriptedServer.cut(b'{"success": true, "data": ', chunked)] * 2
     nodes.servers[1].always = lambda received: ok(JOB)
     with JobClient(nodes.list) as client:
-        assert client.send(worker_requests.get_job("j1"), FAST).id == "j1"
+        assert client.send(request_for(WorkerApi.get_job, "j1"), FAST).id == "j1"
 
     async def run() -> None:
         async with AsyncJobClient(nodes.list) as client:
-            assert (await client.send(worker_requests.get_job("j1"), FAST)).id == "j1"
+            assert (await client.send(request_for(WorkerApi.get_job, "j1"), FAST)).id == "j1"
 
     asyncio.run(run())
     assert nodes.counts == [0, 2, 0]
@@ -231,11 +232,11 @@ def test_a_leader_that_dies_in_the_middle_of_a_response(nodes: Nodes, chunked: b
 @pytest.mark.parametrize(
     "request_",
     [
-        worker_requests.claim("w"),
-        worker_requests.claim("w", wait_ms=1000),
-        worker_requests.create_jobs([{"payload": 1}]),
-        worker_requests.start_processing("j1", worker="w"),
-        worker_requests.cancel_job("j1"),
+        requests.claim("w"),
+        requests.claim("w", wait_ms=1000),
+        requests.create_jobs([{"payload": 1}]),
+        request_for(WorkerApi.start_processing, "j1", worker="w"),
+        request_for(WorkerApi.cancel_job, "j1"),
     ],
     ids=["claim", "waiting claim", "bulk", "start", "cancel"],
 )
@@ -421,7 +422,7 @@ def test_transfers_of_an_operator_go_to_the_leader(nodes: Nodes) -> None:
         file = io.BytesIO()
         assert (admin.backup(file), admin.download_artifact("j1", file)) == (7, 7)
         assert file.getvalue() == b"contentcontent"
-    assert [each.path for each in nodes.servers[1].received if "/import" in each.path] == [f"{BASE}/import"]
+    assert [each.path for each in nodes.servers[1].received if "/import" in each.path] == [f"{ADMIN}/import"]
     assert nodes.counts[2] == 4
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from jobd.api import admin, worker
-from jobd.http.auth import JSON, LINES, Authenticator, accepted_hosts, check_content_type, host_name, token_digest
+from jobd.http.auth import Authenticator, accepted_hosts, check_content_type, host_name, token_digest
+from jobd.model.api_call import JSON, LINES
 from jobd.model.errors import ApiException
 from tests.support.http_harness import HttpHarness, request_bytes, wrong_tokens
 

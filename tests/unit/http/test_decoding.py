@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from jobd.api import admin, worker
-from jobd.api.admin import Deliveries, RowCheckRequest
 from jobd.api.command_stream import line_decoders
-from jobd.api.downloads import BackupRequest
 from jobd.dashboard.pages import WorkersPageQuery
 from jobd.dashboard.webhooks import WebhookPageQuery
 from jobd.http.body_scanner import MANY_KEYS, excess_depth
@@ -45,6 +43,7 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import Backoff
+from jobd.model.requests import BackupRequest, Deliveries, RowCheckRequest
 
 LIMITS = Limits()
 DECODERS: dict[str, RequestDecoder] = {

@@ -8,8 +8,6 @@ import msgspec
 import pytest
 from msgspec import Raw
 
-from jobd.api.admin import RowCheckRequest
-from jobd.api.downloads import BackupRequest
 from jobd.model import commands
 from jobd.model.commands import (
     Adopt,
@@ -44,6 +42,7 @@ from jobd.model.commands import (
     Workers,
 )
 from jobd.model.job import LATEST_MS, Backoff
+from jobd.model.requests import BackupRequest, RowCheckRequest
 
 YEAR_MS = 365 * 86_400_000
 DAY_MS = 86_400_000

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from jobd.api import events as event_stream
 from jobd.cli.ctl import events as ctl_live
-from jobd.model import commands
+from jobd.model import commands, requests
 
 
 def test_the_bounds_are_those_of_the_daemon() -> None:
-    assert (ctl_live.MAX_SHOWN, ctl_live.MAX_NAMES) == (event_stream.MAX_BACK, commands.MAX_NAMES)
+    assert (ctl_live.MAX_SHOWN, ctl_live.MAX_NAMES) == (requests.MAX_BACK, commands.MAX_NAMES)

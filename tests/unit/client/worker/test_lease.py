@@ -24,9 +24,9 @@ from jobd.client import (
     Unauthorized,
     Worker,
 )
-from jobd.client.protocol import GrantInfo
 from jobd.client.worker import lease
 from jobd.client.worker.lease import LeaseKeeper
+from jobd.model.responses import GrantView
 from tests.support.client_harness import (
     GRANT,
     JOB,
@@ -332,7 +332,7 @@ async def test_the_end_of_a_lease_ends_all_waits_for_progress(tmp_path: Path) ->
     server.always = lambda received: server.hang if received.path.endswith("/progress") else ok(JOB)
     with serving(server, tmp_path / "p") as endpoint:
         async with AsyncJobClient(endpoint) as client:
-            keeper = LeaseKeeper(client, msgspec.json.decode(msgspec.json.encode(GRANT), type=GrantInfo), print)
+            keeper = LeaseKeeper(client, msgspec.json.decode(msgspec.json.encode(GRANT), type=GrantView), print)
             keeper.start()
             sent = keeper.report(1)
             await wait_until(lambda: bool(server.received))

@@ -165,9 +165,11 @@ async def test_a_child_in_another_group_that_writes_forever_does_not_delay_the_e
     await asyncio.to_thread(_until_gone, child)  # `yes` gets SIGPIPE after its reader has gone
 
 
-async def test_a_child_in_another_group_that_writes_now_and_then_does_not_delay_the_end() -> None:
+async def test_a_child_in_another_group_that_writes_now_and_then_does_not_delay_the_end(tmp_path: Path) -> None:
     run = ProgramRun()
-    program = await run.start("sh", "-c", f"setsid sh -c 'echo $$; while sleep {LINGER_S / 5}; do echo x; done' &")
+    child = f"echo $$; touch {tmp_path}/started; while sleep {LINGER_S / 5}; do echo x; done"
+    script = f"setsid sh -c '{child}' & until [ -e {tmp_path}/started ]; do sleep 0.01; done"
+    program = await run.start("sh", "-c", script)
     try:
         async with asyncio.timeout(process.LINGER_ROUNDS * LINGER_S * 10):
             await asyncio.shield(program.done)

@@ -1,0 +1,147 @@
+"""Requests that the daemon answers without a command for the actor."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from msgspec import Meta
+
+from jobd.model.commands import MAX_NAMES, Command, JobCommand, NamedJobCommand
+from jobd.model.fields import BackupId, Cursor, PageLimit, Reason, RowCursor
+from jobd.model.responses import DeliveryState
+from jobd.model.webhooks import WebhookName
+
+MAX_REPORTS: Final = 500
+MAX_GROUPS: Final = 200
+MAX_NUMBER: Final = (1 << 63) - 1
+MAX_BACK: Final = 10_000
+
+Names = Annotated[str, Meta(min_length=1, max_length=MAX_NAMES * 201)]
+
+
+class NoFields(Command, frozen=True, kw_only=True):
+    """A request without fields."""
+
+
+class WithReason(Command, frozen=True):
+    """A call whose only field is the reason for the audit log."""
+
+    reason: Reason | None = None
+
+
+class StepDown(WithReason, frozen=True, kw_only=True):
+    """Make this node step down."""
+
+    force: Annotated[bool, Meta(description="Step down even if no standby is ready to take over.")] = False
+
+
+class ValidateJob(NamedJobCommand, frozen=True):
+    """Get a job, and the issues in its record."""
+
+
+class Reports(Command, frozen=True):
+    """List the reports of cleanup runs, newest first. The latest 500 are kept."""
+
+    limit: Annotated[int, Meta(ge=1, le=MAX_REPORTS, description="Maximum number of reports.")] = 50
+
+
+class FailuresRequest(Command, frozen=True):
+    """Group failed and retrying jobs by error, largest groups first."""
+
+    limit: Annotated[int, Meta(ge=1, le=MAX_GROUPS, description="Maximum number of groups.")] = 50
+
+
+class WebhookCommand(Command, frozen=True):
+    """A call about a webhook. The path gives its name."""
+
+    errors = ("not_found",)
+
+    name: Annotated[WebhookName, Meta(description="Name of the webhook.")]
+
+
+class Deliveries(WebhookCommand, frozen=True, kw_only=True):
+    """List the waiting and recent deliveries of a webhook, newest first."""
+
+    state: Annotated[DeliveryState | None, Meta(description="Only deliveries in this state.")] = None
+    limit: PageLimit = 50
+    cursor: Cursor | None = None
+
+
+class RowCheckRequest(Command, frozen=True):
+    """Check the next rows of the store against their checksums. Quarantine and list the damaged ones."""
+
+    cursor: Annotated[RowCursor | None, Meta(description="The `next_cursor` of the previous call.")] = None
+
+
+class DeliverAgain(WebhookCommand, frozen=True):
+    """Send a delivery again now, in any state."""
+
+    id: Annotated[int, Meta(ge=1, le=MAX_NUMBER, description="Number of the delivery.")]
+    reason: Reason | None = None
+
+
+class DeliverAllAgain(WebhookCommand, frozen=True):
+    """Send all dead-lettered deliveries again, or those up to a delivery number."""
+
+    upto: Annotated[int, Meta(ge=1, le=MAX_NUMBER, description="Only deliveries up to this number.")] | None = None
+    reason: Reason | None = None
+
+
+class TestWebhook(WebhookCommand, frozen=True):
+    """Send a test message to a webhook."""
+
+    reason: Reason | None = None
+
+
+class EventsRequest(Command, frozen=True, kw_only=True):
+    """Stream events as they happen (Server-Sent Events), without gap or repetition after `Last-Event-ID`.
+
+    An event must match all filters. The stream begins after the event in the header `Last-Event-ID`, else after
+    `last_event_id`, else `last` events ago, else now. Without `follow` it ends at the end of the journal.
+    """
+
+    errors = ("events_gone",)
+
+    queue: Annotated[Names | None, Meta(description="Only events of these queues, separated by commas.")] = None
+    job_id: Annotated[Names | None, Meta(description="Only events of these jobs, separated by commas.")] = None
+    type: Annotated[Names | None, Meta(description="Only events of these types, separated by commas.")] = None
+    last_event_id: (
+        Annotated[
+            int,
+            Meta(
+                ge=0,
+                le=MAX_NUMBER,
+                description="Continue after this event, like the header `Last-Event-ID`, which takes precedence.",
+            ),
+        ]
+        | None
+    ) = None
+    last: (
+        Annotated[
+            int,
+            Meta(ge=1, le=MAX_BACK, description="Begin this many events ago, with those that the journal still has."),
+        ]
+        | None
+    ) = None
+    follow: Annotated[bool, Meta(description="Whether to wait for more events at the end of the journal.")] = True
+
+
+class ArtifactRequest(JobCommand, frozen=True, kw_only=True):
+    """Download the stored result of a job, or of one of its late results, as a file."""
+
+    errors = ("not_found", "storage_unavailable", "late_result_not_found")
+
+    late_result: (
+        Annotated[int, Meta(ge=1, description="The `seq` of a late result. Default: the result of the job.")] | None
+    ) = None
+
+
+class BackupRequest(Command, frozen=True, kw_only=True):
+    """Download the whole database as a file while the daemon runs. The response begins once the copy has been checked.
+
+    Until then, `backups` shows the progress under `id`.
+    """
+
+    errors = ("storage_full",)
+
+    id: Annotated[BackupId | None, Meta(description="Id under which `backups` shows the progress.")] = None
