@@ -151,22 +151,24 @@ class Backoff(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     kind: Annotated[
         Literal["exponential", "fixed"], Meta(description="How the wait grows from attempt to attempt.")
     ] = "exponential"
-    base_ms: Annotated[int, Meta(ge=0, le=YEAR_MS, description="The first wait, in ms.")] = 1_000
+    base_ms: Annotated[int, Meta(ge=0, le=YEAR_MS, description="The first wait, in ms.")] = 10 * SECOND_MS
     max_ms: Annotated[int, Meta(ge=0, le=YEAR_MS, description="The longest wait, in ms; at least base_ms.")] = HOUR_MS
     jitter: Annotated[
-        bool, Meta(description="Wait a random part of the computed time, so that jobs do not return together.")
+        bool,
+        Meta(description="Wait between half of the computed time and all of it, so that jobs do not return together."),
     ] = True
 
     def wait_ms(self, attempt: int, fraction: float) -> int:
         """Return the wait after failed attempt number `attempt` (from 1). `fraction` in [0, 1) is the random jitter.
 
-        Full jitter: from 0 to the full wait, so that jobs that failed together do not return together.
+        With jitter, the wait is between half of the full wait and all of it. Jobs that failed together do not return
+        together, and no wait is too short for an outage.
         """
         full = self.base_ms
         if self.kind == "exponential":
             full = self.base_ms << min(max(attempt - 1, 0), 62)
         full = min(full, self.max_ms)
-        return int(full * fraction) if self.jitter else full
+        return full - int(full * fraction) // 2 if self.jitter else full
 
 
 # The journal stores the parts of a job as arrays, because field names would take a third of its size. So new fields are

@@ -83,7 +83,7 @@ _NULL: Final = b"null"
 _NO_METADATA: Final = Raw(_NULL)
 _NO_RESULT: Final = Result()
 _NO_ERROR: Final = Failure(None)
-_BACKOFF: Final = Backoff("exponential", 1_000, HOUR_MS, True)
+_BACKOFF: Final = Backoff("exponential", 10_000, HOUR_MS, True)
 _OPTIONS: Final = 7  # fields of JobBody that are options, which come first
 _KEPT: Final = 10_000  # options that JobReader shares
 

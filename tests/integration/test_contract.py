@@ -74,7 +74,7 @@ def test_a_job_has_the_documented_fields_and_defaults(daemon: DaemonProcess, que
         "max_attempts": 1, "stalls": 0, "max_stalls": 3, "on_stall": "auto", "lock": None, "started_at": None,
         "finished_at": None, "expires_at": None, "error_message": None, "error_code": None,
         "stuck_after_ms": 600_000, "max_processing_ms": 1_800_000,
-        "backoff": {"kind": "exponential", "base_ms": 1000, "max_ms": 3_600_000, "jitter": True},
+        "backoff": {"kind": "exponential", "base_ms": 10_000, "max_ms": 3_600_000, "jitter": True},
     }  # fmt: skip
     assert {name: made[name] for name in defaults} == defaults
     assert made["payload"] == {"a": [1, None, "ü"]}

@@ -35,7 +35,7 @@ JOB: dict[str, Any] = {
     "progress_message": None,
     "attempt": 0,
     "max_attempts": 1,
-    "backoff": {"kind": "exponential", "base_ms": 1000, "max_ms": 3600000, "jitter": True},
+    "backoff": {"kind": "exponential", "base_ms": 10000, "max_ms": 3600000, "jitter": True},
     "stalls": 0,
     "max_stalls": 3,
     "on_stall": "auto",

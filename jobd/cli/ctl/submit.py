@@ -60,9 +60,9 @@ _WAIT_RETRY_FOR_S: Final = 60.0  # --wait survives a restart of the daemon
     help="Progress timeout: the longest time without progress; 0: no limit.",
 )
 @click.option("--backoff", type=click.Choice(["exponential", "fixed"]), help="How the delay between attempts grows.")
-@click.option("--backoff-base", type=DURATION, help="First delay between attempts.")
-@click.option("--backoff-max", type=DURATION, help="Longest delay between attempts.")
-@click.option("--no-jitter", is_flag=True, help="Use exactly these delays instead of random shorter ones.")
+@click.option("--backoff-base", type=DURATION, help="First delay between attempts.  [default: 10s]")
+@click.option("--backoff-max", type=DURATION, help="Longest delay between attempts.  [default: 1h]")
+@click.option("--no-jitter", is_flag=True, help="Use exactly these delays, instead of between half of them and all.")
 @click.option(
     "--idempotency-key", type=NAME, metavar="KEY", help="Repeating the command with this key creates no second job."
 )

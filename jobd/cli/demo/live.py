@@ -208,7 +208,10 @@ def _submit(client: JobClient, stop: threading.Event) -> None:
             _stall(client)
         fails = rng.choices([None, "smtp", "address"], [18, 1, 1])[0]
         newsletter = {"seconds": 1, "fails": fails}
-        client.create_job(newsletter, id=f"letter-{tick}", queue="email", kind="newsletter", max_attempts=2)
+        retry = {"kind": "fixed", "base_ms": 1_000}
+        client.create_job(
+            newsletter, id=f"letter-{tick}", queue="email", kind="newsletter", max_attempts=2, backoff=retry
+        )
         if tick % 4 == 0:
             report = {"seconds": rng.uniform(1, 5)}
             client.create_job(report, id=f"report-{tick}", queue="reports", kind="weekly")

@@ -170,7 +170,7 @@ def test_the_defaults_of_commands() -> None:
         "payload": Raw(b"null"),
         "priority": 0,
         "max_attempts": 1,
-        "backoff": Backoff("exponential", 1_000, 3_600_000, True),
+        "backoff": Backoff("exponential", 10_000, 3_600_000, True),
     }
     assert {name: value for name, value in msgspec.structs.asdict(create).items() if value is not None} == expected
     imported = msgspec.json.decode(b'{"id":"a"}', type=Import)

@@ -218,7 +218,7 @@ def test_parts_are_stored_in_the_journal_as_arrays_in_a_fixed_order() -> None:
     event = Event(9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", None, None, all_of(job))
     decoded = msgspec.json.decode(event_codec.encode(event)[-1])
     token = 1 << 24
-    backoff = {"kind": "exponential", "base_ms": 1000, "max_ms": 3600000, "jitter": True}
+    backoff = {"kind": "exponential", "base_ms": 10000, "max_ms": 3600000, "jitter": True}
     assert {name: value for name, value in decoded.items() if isinstance(value, list)} == {
         "options": ["video", "convert", -5, 3, backoff, 3, "auto", 60_000, 90_000],
         "grant": ["lock", token | 9, "w-1", NOW + 3, 60_000, 0, 90_000],
