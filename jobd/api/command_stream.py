@@ -15,7 +15,7 @@ import structlog
 from msgspec import Meta, Struct
 
 from jobd.api.services import Services
-from jobd.engine.mailbox import Envelope, weight
+from jobd.engine.envelope import Envelope
 from jobd.http.app import App
 from jobd.http.decoding import Limits, RequestDecoder, make_body_type, malformed_json_error, validation_error
 from jobd.http.request import RequestContext
@@ -24,7 +24,7 @@ from jobd.http.routing import Route
 from jobd.http.streaming import LineStream, finish
 from jobd.http.worker_request import WorkerRequest
 from jobd.model.api_call import LINES
-from jobd.model.commands import STREAMED_COMMANDS, Claim, Command, Create, IdempotencyKey, JobCommand, Start
+from jobd.model.commands import STREAMED_COMMANDS, Command, IdempotencyKey
 from jobd.model.errors import ApiError, ApiException, invalid_request_error, too_large_error
 from jobd.model.responses import Response
 
@@ -68,8 +68,6 @@ class _LineKind(Struct, frozen=True):
 
     decoder: RequestDecoder
     route: Route
-    names_job: bool
-    names_worker: bool
 
 
 class DecodedLine(Struct, frozen=True):
@@ -117,13 +115,7 @@ class LineReader:
     def __init__(self, app: App[Services]) -> None:
         self._authenticator = app.authenticator
         self._kinds = {
-            op: _LineKind(
-                decoder,
-                app.routes[decoder.command],
-                issubclass(decoder.command, Create | JobCommand),
-                issubclass(decoder.command, Start | Claim),
-            )
-            for op, decoder in line_decoders(app.limits).items()
+            op: _LineKind(decoder, app.routes[decoder.command]) for op, decoder in line_decoders(app.limits).items()
         }
 
     def read(self, line: bytes) -> DecodedLine:
@@ -136,13 +128,14 @@ class LineReader:
             raise malformed_json_error(error, line) from None
         kind = self._kinds[header.op]
         command: Any = kind.decoder.from_body(line)
-        if type(command) is Claim and command.wait_ms:
+        if command.can_wait and command.wait_ms:
             message = (
                 "a claim in a stream cannot wait, because later lines would wait too. Omit it, or send POST /v1/claim."
             )
             raise invalid_request_error("$.wait_ms", message)
-        job_id = command.id if kind.names_job else None
-        by = f"worker:{command.worker}" if kind.names_worker else "client"
+        job_ids = command.job_ids()
+        job_id = job_ids[0] if len(job_ids) == 1 else None
+        by = command.sender() or "client"
         has_key = header.idempotency_key is not None and kind.route.key
         key = self._key(kind.route, job_id, header.idempotency_key, line) if has_key else None
         return DecodedLine(command, by, job_id, key)
@@ -268,7 +261,7 @@ class _StreamSession:
                 limit = self._app.limits.body
                 raise too_large_error(f"The line is over {limit} bytes. Split it.", limit=limit)
             decoded = self._reader.read(line)
-            slot.by, slot.job_id, slot.weight = decoded.by, decoded.job_id, weight(decoded.command)
+            slot.by, slot.job_id, slot.weight = decoded.by, decoded.job_id, decoded.command.weight()
             envelope = self._app.actor.send(
                 decoded.command, slot, by=decoded.by, key=decoded.key, size=slot.size, ordered=True
             )

@@ -23,8 +23,8 @@ from jobd.cluster.warm_state import WarmState
 from jobd.core import views
 from jobd.engine.batch import Decider, Preloaded
 from jobd.engine.clock import Clock
+from jobd.engine.envelope import Envelope
 from jobd.engine.idempotency import IdempotencyStore
-from jobd.engine.mailbox import Envelope
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.journal.record import FORMAT
 from jobd.model.commands import EndGrants

@@ -22,32 +22,23 @@ from jobd.core.stats import Histogram
 from jobd.engine.batch import DecidedBatch, Decider, Preloaded
 from jobd.engine.clock import Clock
 from jobd.engine.disk_full import FullDisk, WriteLimit
-from jobd.engine.history import HistoryReader
-from jobd.engine.idempotency import IdempotencyStore
-from jobd.engine.mailbox import (
+from jobd.engine.envelope import (
     SHARES,
-    STORE_VIEWS,
-    WEIGHTY,
     Envelope,
     Waiter,
-    deleted_ids,
     may_go_first,
-    named_ids,
     needs_payload_first,
-    weight,
 )
+from jobd.engine.history import HistoryReader
+from jobd.engine.idempotency import IdempotencyStore
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.model.commands import (
     AnyCommand,
     Claim,
     Complete,
     Create,
-    Extend,
-    Fail,
     IdempotencyKey,
     Operator,
-    Progress,
-    Release,
     Undelivered,
 )
 from jobd.model.errors import SHUTTING_DOWN, ApiError, not_leader_error
@@ -67,7 +58,6 @@ CLOCK_CHECK_S: Final = 1.0  # while a step of the wall clock could make a job du
 SEND_LATER: Final = 64  # if at most this many commands wait, they are written before the last responses are sent
 SLOW_COMMIT_S: Final = 0.003  # after a commit that took at least this long, reads do not wait for the next one
 COMMIT_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
-_HOLDERS: Final = frozenset({Progress, Extend, Complete, Fail, Release})
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -359,14 +349,12 @@ class Actor:
             size += envelope.size
             mailbox.popleft()
             command = envelope.command
-            if envelope.key is not None and type(command) in STORE_VIEWS:
+            if envelope.key is not None and command.stores_job:
                 weights += VIEW_WEIGHT
-            elif type(command) in WEIGHTY:
-                weights += weight(command)
             elif type(command) is Complete and not self.state.holds(command.id, command.lock_id):
                 weights += LATE_WEIGHT
             else:
-                weights += 1
+                weights += command.weight()
             batch.append(envelope)
         self._bytes -= size
         return batch
@@ -383,7 +371,7 @@ class Actor:
         for envelope in self._internal:
             if weights >= BATCH_WEIGHT:
                 break
-            weights += weight(envelope.command)
+            weights += envelope.command.weight()
             taken.append(envelope)
         return taken
 
@@ -476,7 +464,7 @@ class Actor:
         else:
             return Preloaded()
         known, state, now = Preloaded(), self.state, self._clock.moment().believed
-        naming = [(envelope, ids) for envelope in batch if (ids := named_ids(envelope.command))]
+        naming = [(envelope, ids) for envelope in batch if (ids := envelope.command.job_ids())]
         named = dict.fromkeys(job_id for _, ids in naming for job_id in ids)
         unknown = [job_id for job_id in named if state.get(job_id) is None and job_id not in state.quarantined]
         digests = [envelope.key.digest for envelope in batch if envelope.key is not None]
@@ -487,7 +475,7 @@ class Actor:
             known.responses = loaded.responses
             for finished in loaded.jobs.values():
                 state.keep_finished(finished)
-        deletable = {job_id for envelope, _ in naming for job_id in deleted_ids(envelope.command)}
+        deletable = {job_id for envelope, _ in naming for job_id in envelope.command.deleted_ids()}
         firsts = [ids for envelope, ids in naming if needs_payload_first(envelope, deletable)]
         wanted = {job.seq: job.id for ids in firsts for job_id in ids if (job := state.get(job_id)) is not None}
         if wanted:
@@ -500,9 +488,9 @@ class Actor:
 
     def _is_in_memory(self, command: Any) -> bool:
         """Return whether memory has all that the decision needs: it names no job, or comes from the holder."""
-        kind = type(command)
-        if kind in _HOLDERS:
+        if command.is_of_holder:
             return self.state.holds(command.id, command.lock_id)
+        kind = type(command)
         return kind is Claim or (kind is Create and command.id is None)
 
     async def _load_late(self, commands: Iterable[AnyCommand], known: Preloaded) -> None:

@@ -18,8 +18,8 @@ from jobd.core import audit, decide, views
 from jobd.core.rules import late_results as late_result_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
+from jobd.engine.envelope import Envelope
 from jobd.engine.idempotency import IdempotencyStore
-from jobd.engine.mailbox import Envelope
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.model.commands import (
     AnyCommand,
@@ -46,7 +46,6 @@ from jobd.model.storage import AuditEntry, Batch, LateResultRows, StoredResponse
 log = structlog.get_logger("jobd.actor")
 
 _LIVE_OR_NEW: Final = frozenset({None, *LIVE})
-_GRANTING: Final = frozenset({Start, Claim})
 _NOTED: Final = frozenset({Undelivered, Tick, EndGrants, Report})
 
 
@@ -147,7 +146,7 @@ class Decider:
         if serves:
             self._serve_waiting(decided)
         for envelope in envelopes:
-            if type(envelope.command) in _GRANTING and envelope.is_abandoned:
+            if envelope.command.admission == "grant" and envelope.is_abandoned:
                 continue  # no caller is left to receive the grant
             response = self._decide_one(decided, envelope)
             if response is not None:

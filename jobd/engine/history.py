@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from jobd.core import views
 from jobd.core.explain import ending
 from jobd.core.rules.late_results import refuse_adoption
-from jobd.engine.mailbox import Envelope
+from jobd.engine.envelope import Envelope
 from jobd.model.commands import AuditLog, Export, ListJobs, Moment, SearchJobs
 from jobd.model.errors import ApiError
 from jobd.model.events import event_view

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Final
 
 from jobd.core.worker_presence import ClaimSet, WorkerPresence
-from jobd.engine.mailbox import Envelope
+from jobd.engine.envelope import Envelope
 from jobd.model.commands import Claim
 
 Place = tuple[str, str | None]  # queue, and kind, None for all kinds, or _MANY

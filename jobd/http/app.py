@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 import structlog
 
-from jobd.engine.mailbox import Envelope, Waiter
+from jobd.engine.envelope import Envelope, Waiter
 from jobd.http.auth import FORM, Authenticator, check_content_type
 from jobd.http.decoding import Limits, path_value
 from jobd.http.request import BodyError, RequestContext, operator_of
@@ -336,10 +336,9 @@ class App(Generic[S]):
         if IDEMPOTENCY_KEY in ctx.headers and resolved.route.key:
             self._read_idempotency_key(ctx, resolved.route, body)
         command: Any = resolved.decode(body, ctx.path_value)
-        if resolved.names_worker:
-            ctx.by = f"worker:{command.worker}"
-        elif resolved.names_job and command.id is not None:
-            ctx.job_id = command.id
+        ctx.by = command.sender() or ctx.by
+        if len(job_ids := command.job_ids()) == 1:
+            ctx.job_id = job_ids[0]
         return command  # type: ignore[no-any-return]
 
     def _resolve(self, ctx: RequestContext, resolved: ResolvedRoute | None) -> ResolvedRoute:

@@ -13,7 +13,7 @@ from typing import Final
 from msgspec import Struct
 from msgspec.structs import replace
 
-from jobd.engine.mailbox import Envelope
+from jobd.engine.envelope import Envelope
 from jobd.http.auth import OPERATOR_HEADER, header_text, operator_name
 from jobd.http.routing import ResolvedRoute, Route
 from jobd.model.commands import IdempotencyKey, Operator

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from jobd.http.decoding import Limits, RequestDecoder, make_decoder
 from jobd.model.api_call import EVENT_STREAM, JSON, ApiCall, Auth
-from jobd.model.commands import Claim, Command, Create, NamedJobCommand, Start
+from jobd.model.commands import Command
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
@@ -62,7 +62,7 @@ class Route(Struct, frozen=True, kw_only=True):
     @property
     def is_long_lived(self) -> bool:
         """Whether a request can stay open for long: a stream, or a claim that waits for a job."""
-        return self.body == "lines" or self.content_type == EVENT_STREAM or self.request is Claim
+        return self.body == "lines" or self.content_type == EVENT_STREAM or self.request.can_wait
 
     @property
     def path_field(self) -> str | None:
@@ -90,8 +90,6 @@ class ResolvedRoute(Struct, frozen=True):
     route: Route
     decoder: RequestDecoder
     decode: Callable[[bytes, str | None], Command]  # of a body
-    names_worker: bool  # the command names the worker that sends it
-    names_job: bool
 
 
 class Router:
@@ -142,10 +140,4 @@ class Router:
 def _resolved(route: Route, limits: Limits) -> ResolvedRoute:
     decoder = make_decoder(route.request, route.path_field, limits)
     decode = decoder.from_form if route.body == "form" else decoder.from_body
-    return ResolvedRoute(
-        route,
-        decoder,
-        decode,
-        issubclass(route.request, Start | Claim),
-        issubclass(route.request, Create | NamedJobCommand),
-    )
+    return ResolvedRoute(route, decoder, decode)

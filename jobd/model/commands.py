@@ -69,8 +69,9 @@ MAX_CLAIM: Final = 100
 MAX_NAMES: Final = 100  # queues or kinds of one claim
 MAX_WAIT_MS: Final = 60_000
 MAX_EVENTS: Final = 1_000  # of a timeline with a limit
+ADOPT_WEIGHT: Final = 20  # its late results are read with their metadata
 
-# The admission class of a command (engine/mailbox.py, engine/disk_full.py). As the mailbox fills up, `create` is
+# The admission class of a command (engine/envelope.py, engine/disk_full.py). As the mailbox fills up, `create` is
 # rejected first, then `read` and `grant`. A full disk first rejects `create`, then everything but `ending`, `read` and
 # `ping`. `ending` commands free space or store the result of work that was done.
 Admission = Literal["create", "read", "ping", "grant", "change", "ending"]
@@ -82,6 +83,27 @@ class Command(Struct, frozen=True, gc=False, forbid_unknown_fields=True, kw_only
     admission: ClassVar[Admission]  # of commands that reach the actor
     audit_name: ClassVar[str | None] = None  # `what` of its audit entries; None: no entries
     errors: ClassVar[tuple[str, ...]] = ()  # in addition to those that every call can return
+    is_of_job: ClassVar[bool] = False  # a JobCommand; isinstance() is slow for a struct of another class
+    is_of_holder: ClassVar[bool] = False  # it names a grant of its job
+    can_wait: ClassVar[bool] = False  # the response may wait for a job
+    needs_payload: ClassVar[bool] = False  # the decision needs the payload or the request hash of its jobs
+    stores_job: ClassVar[bool] = False  # a stored response shows its job with payload and metadata
+
+    def sender(self) -> str | None:
+        """Return the worker that sends the command, in the form of `Event.by`, if the command names it."""
+        return None
+
+    def job_ids(self) -> list[str]:
+        """Return the ids of the jobs that the rule finds by id."""
+        return []
+
+    def deleted_ids(self) -> list[str]:
+        """Return the ids of the jobs that the command may delete without naming them alone."""
+        return []
+
+    def weight(self) -> int:
+        """Return how much the command counts in a batch, by what it writes, so that a batch takes a few ms."""
+        return 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,6 +115,7 @@ class Create(Command, frozen=True, kw_only=True):
 
     admission = "create"
     errors = ("job_exists", "job_quarantined", "too_many_jobs", "too_many_queues")
+    needs_payload = True
 
     id: Annotated[NewJobId | None, Meta(description="Id of the job. Default: a new UUIDv7.")] = None
     queue: NewQueueName = "default"
@@ -111,14 +134,24 @@ class Create(Command, frozen=True, kw_only=True):
         UnixMs | None, Meta(description="If the job is still queued at this time (Unix ms), it fails.")
     ] = None
 
+    def job_ids(self) -> list[str]:
+        return [] if self.id is None else [self.id]
+
 
 class Bulk(Command, frozen=True, kw_only=True):
     """Create many jobs in the given order, all or none."""
 
     admission = "create"
     errors = Create.errors
+    needs_payload = True
 
     jobs: Annotated[list[Create], Meta(min_length=1, description="The jobs to create.")]
+
+    def job_ids(self) -> list[str]:
+        return [job.id for job in self.jobs if job.id is not None]
+
+    def weight(self) -> int:
+        return len(self.jobs)
 
 
 class JobCommand(Command, frozen=True):
@@ -131,8 +164,13 @@ class JobCommand(Command, frozen=True):
     allowed_from: ClassVar[tuple[Status, ...]]
     leads_to: ClassVar[Status | Literal["deleted"] | None] = None
     plan_scope: ClassVar[str]
+    is_of_job = True
+    stores_job: ClassVar[bool] = True
 
     id: NamedJobId
+
+    def job_ids(self) -> list[str]:
+        return [self.id]
 
 
 class Get(JobCommand, frozen=True, kw_only=True):
@@ -220,12 +258,16 @@ class About(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True,
 class _StartByWorker(JobCommand, frozen=True):
     worker: WorkerName
 
+    def sender(self) -> str | None:
+        return f"worker:{self.worker}"
+
 
 class Start(_StartByWorker, frozen=True, kw_only=True):
     """Take this job. It must be queued and due, and its queue must not be paused."""
 
     admission = "grant"
     errors = ("already_locked", "not_due", "queue_paused", "invalid_transition")
+    stores_job = False
 
     lock_ttl_ms: LockTtlMs | None = None
     stuck_after_ms: GrantStuckAfterMs | None = None
@@ -237,6 +279,7 @@ class Claim(Command, frozen=True, kw_only=True):
     """Take the first due jobs, ordered by priority, due time and creation. Wait up to `wait_ms` if there are none."""
 
     admission = "grant"
+    can_wait = True
 
     worker: WorkerName
     queues: Annotated[
@@ -256,12 +299,19 @@ class Claim(Command, frozen=True, kw_only=True):
     max_processing_ms: GrantMaxProcessingMs | None = None
     about: Annotated[About | None, Meta(description="The worker's description of itself, for display only.")] = None
 
+    def sender(self) -> str | None:
+        return f"worker:{self.worker}"
+
+    def weight(self) -> int:
+        return self.limit
+
 
 class Progress(JobCommand, frozen=True, kw_only=True):
     """Report progress and renew the lock."""
 
     admission = "change"
     errors = ("lock_lost", "invalid_transition", "max_processing_time_exceeded")
+    is_of_holder = True
 
     lock_id: LockId
     progress: Percent
@@ -275,6 +325,7 @@ class Extend(JobCommand, frozen=True, kw_only=True):
 
     admission = "change"
     errors = Progress.errors
+    is_of_holder = True
 
     lock_id: LockId
     additional_ms: AdditionalMs | None = None
@@ -285,6 +336,7 @@ class Complete(JobCommand, frozen=True, kw_only=True):
 
     admission = "ending"
     errors = ("lock_lost", "invalid_transition")
+    is_of_holder = True
 
     lock_id: LockId
     download_url: DownloadUrl | None = None
@@ -299,6 +351,7 @@ class Fail(JobCommand, frozen=True, kw_only=True):
 
     admission = "ending"
     errors = Complete.errors
+    is_of_holder = True
 
     lock_id: LockId
     error_message: ErrorMessage
@@ -314,6 +367,7 @@ class Release(JobCommand, frozen=True, kw_only=True):
 
     admission = "ending"
     errors = Complete.errors
+    is_of_holder = True
 
     lock_id: LockId
     delay_ms: Annotated[
@@ -543,6 +597,9 @@ class Adopt(JobCommand, frozen=True):
     reason: Reason | None = None
     dry_run: DryRun = False
 
+    def weight(self) -> int:
+        return ADOPT_WEIGHT
+
 
 class Delete(JobCommand, frozen=True):
     """Delete a finished job and its history."""
@@ -553,6 +610,7 @@ class Delete(JobCommand, frozen=True):
     allowed_from = ("failed", "cancelled", "completed")
     leads_to = "deleted"
     plan_scope = "Only finished jobs can be deleted."
+    needs_payload = True
 
     reason: Reason | None = None
 
@@ -638,6 +696,9 @@ class Import(Command, frozen=True, kw_only=True):
     metadata: Metadata = None
     error_message: Annotated[Text | None, Meta(description="A human-readable error message.")] = None
     error_code: FailureCode | None = None
+
+    def job_ids(self) -> list[str]:
+        return [self.id]
 
 
 class ImportCheck(Import, frozen=True, kw_only=True):
@@ -751,6 +812,15 @@ class ApplyPlan(Command, frozen=True, kw_only=True):
     jobs: list[ExpectedVersion]
     reason: str | None = None
 
+    def job_ids(self) -> list[str]:
+        return [expected.id for expected in self.jobs]
+
+    def deleted_ids(self) -> list[str]:
+        return self.job_ids() if self.action in ("delete", "cleanup") else []
+
+    def weight(self) -> int:
+        return len(self.jobs)
+
 
 class ApplyEndings(ApplyPlan, frozen=True, kw_only=True):
     """Apply a slice of a plan that ends or deletes jobs, which is allowed on a full disk."""
@@ -782,11 +852,6 @@ class Locks(Command, frozen=True, kw_only=True):
     cursor: Cursor | None = None
 
 
-def is_dry_run(command: Command) -> bool:
-    """Return whether `command` is a dry run: its response shows the effect, but nothing is changed."""
-    return type(command) in _DRY_RUNNABLE and getattr(command, "dry_run", False)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands of the daemon itself.
 
@@ -812,6 +877,9 @@ class ExtendAfterPause(Command, frozen=True, kw_only=True):
     grace_ms: int
     since: int | None = None
 
+    def weight(self) -> int:
+        return len(self.ids)
+
 
 class KeepDue(Command, frozen=True, kw_only=True):
     """Keep the live jobs due that were due before the wall clock was set back: id -> `run_at` at that time.
@@ -822,6 +890,9 @@ class KeepDue(Command, frozen=True, kw_only=True):
     admission = "ending"
 
     jobs: dict[str, int]
+
+    def weight(self) -> int:
+        return len(self.jobs)
 
 
 class EndGrants(Command, frozen=True, kw_only=True):
@@ -835,6 +906,9 @@ class EndGrants(Command, frozen=True, kw_only=True):
     ids: list[str]
     last: bool
     cause: str = "The store was restored from a backup, which ends every grant in it."
+
+    def weight(self) -> int:
+        return len(self.ids)
 
 
 class Recover(Command, frozen=True, kw_only=True):
@@ -865,6 +939,12 @@ class DeleteExpired(Command, frozen=True, kw_only=True):
 
     ids: list[str]
 
+    def job_ids(self) -> list[str]:
+        return self.ids
+
+    def deleted_ids(self) -> list[str]:
+        return self.ids
+
 
 class RepairJobs(Command, frozen=True, kw_only=True):
     """Validate the jobs `ids` and apply the fixes that are safe."""
@@ -872,6 +952,9 @@ class RepairJobs(Command, frozen=True, kw_only=True):
     admission = "change"
 
     ids: list[str]
+
+    def job_ids(self) -> list[str]:
+        return self.ids
 
 
 # Operator actions that are not job commands. They are recorded with RecordAction.
@@ -1044,6 +1127,12 @@ AnyCommand = (
 )
 
 _DRY_RUNNABLE: Final = frozenset(kind for kind in get_args(AnyCommand) if hasattr(kind, "dry_run"))
+
+
+def is_dry_run(command: Command) -> bool:
+    """Return whether `command` is a dry run: its response shows the effect, but nothing is changed."""
+    return type(command) in _DRY_RUNNABLE and getattr(command, "dry_run", False)
+
 
 # Every `what` of an audit entry.
 AUDITED_ACTIONS: Final = tuple(

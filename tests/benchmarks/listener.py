@@ -26,7 +26,7 @@ from typing import Any, Final, cast
 import uvloop
 
 from jobd.api.worker import ROUTES
-from jobd.engine.mailbox import Envelope
+from jobd.engine.envelope import Envelope
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
 from jobd.model.responses import EmptyResponse, Response

@@ -163,7 +163,8 @@ def test_every_call_is_documented_with_its_fields(title: str, table: Sequence[Ro
 def _expected(route: Route) -> tuple[list[str], str, bool]:
     body = [] if route.body == "lines" else body_fields(route.request, route.path_field)
     names = [name for name, shape in SHAPES.items() if shape is route.response]
-    return body, names[0] if names else {"Probe": "probe", "bytes": "bytes", "str": "bytes"}[route.response.__name__], route.key
+    others = {"Probe": "probe", "bytes": "bytes", "str": "bytes"}
+    return body, names[0] if names else others[route.response.__name__], route.key
 
 
 def body_fields(shape: Any, given: str | None = None) -> list[str]:

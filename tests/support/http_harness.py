@@ -17,8 +17,8 @@ from typing import Any, Final, cast
 from msgspec import Struct
 
 from jobd.api.services import Services
-from jobd.engine import event_feed, mailbox
-from jobd.engine.mailbox import Waiter
+from jobd.engine import envelope, event_feed
+from jobd.engine.envelope import Waiter
 from jobd.http.admin_listener import AdminListener
 from jobd.http.app import App, BrowserPages
 from jobd.http.auth import Authenticator
@@ -93,7 +93,7 @@ class FakeActor:
         self.respond = response or (lambda command: Response(EmptyResponse()))
         self.state = SimpleNamespace(queue_names=["mail", "video"], quarantined={"bad-1": "checksum"})
         self.full_disk = SimpleNamespace(refuse=lambda command: None)
-        self._tasks: dict[mailbox.Envelope, asyncio.Task[None]] = {}
+        self._tasks: dict[envelope.Envelope, asyncio.Task[None]] = {}
 
     async def ask(
         self,
@@ -126,10 +126,10 @@ class FakeActor:
         size: int = 0,
         operator: Operator | None = None,
         ordered: bool = False,
-    ) -> mailbox.Envelope:
+    ) -> envelope.Envelope:
         self.received.append(ReceivedCommand(command, by, admin, key, size, operator))
         self.arrived.set()
-        asked = mailbox.Envelope(cast("Any", command), by, b"", admin, key=key, size=size, futures=[waiter])
+        asked = envelope.Envelope(cast("Any", command), by, b"", admin, key=key, size=size, futures=[waiter])
         self._tasks[asked] = asyncio.ensure_future(self._respond(waiter, self.respond(command)))
         return asked
 
@@ -145,10 +145,10 @@ class FakeActor:
             self.undelivered_responses.append(result)
 
     @property
-    def sent(self) -> list[mailbox.Envelope]:
+    def sent(self) -> list[envelope.Envelope]:
         return list(self._tasks)
 
-    def abandon(self, asked: mailbox.Envelope) -> None:
+    def abandon(self, asked: envelope.Envelope) -> None:
         self._tasks[asked].cancel()
 
     def undelivered(self, response: Response) -> None:

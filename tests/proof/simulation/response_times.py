@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from jobd.engine.disk_full import WriteLimit
-from jobd.engine.mailbox import Envelope
+from jobd.engine.envelope import Envelope
 from jobd.model.commands import AnyCommand, Claim
 from jobd.model.job import SECOND_MS
 from tests.proof.simulation.invariants import is_overdue

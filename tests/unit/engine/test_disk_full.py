@@ -10,7 +10,7 @@ from msgspec import Raw
 from structlog.testing import capture_logs
 
 from jobd.engine.actor import DiskBroken
-from jobd.engine.mailbox import Envelope
+from jobd.engine.envelope import Envelope
 from jobd.model.commands import (
     Bulk,
     Cancel,

@@ -9,7 +9,7 @@ import pytest
 
 from jobd.core.worker_presence import WorkerPresence
 from jobd.engine.actor import CLOCK_CHECK_S, DiskBroken
-from jobd.engine.mailbox import Envelope
+from jobd.engine.envelope import Envelope
 from jobd.engine.waiting_claims import WaitingClaims
 from jobd.model.commands import (
     Bulk,

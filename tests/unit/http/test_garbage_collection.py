@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobd.engine.mailbox import Envelope
+from jobd.engine.envelope import Envelope
 from tests.integration.test_command_stream import RawCommandStream
 from tests.support.http_harness import request_bytes
 from tests.support.virtual_engine import until

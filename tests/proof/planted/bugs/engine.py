@@ -12,8 +12,8 @@ from jobd.engine.actor import Actor
 from jobd.engine.batch import DecidedBatch, Decider
 from jobd.engine.clock import Clock
 from jobd.engine.disk_full import FullDisk
+from jobd.engine.envelope import Envelope, may_go_first
 from jobd.engine.idempotency import IdempotencyStore
-from jobd.engine.mailbox import Envelope, may_go_first
 from jobd.maintenance.clock_monitor import ClockMonitor
 from jobd.model.commands import IdempotencyKey, Undelivered
 from jobd.model.job import Policy

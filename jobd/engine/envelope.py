@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, Protocol, get_args
+from typing import Any, Final, Protocol
 
 from msgspec import field
 
-from jobd.model.commands import (
-    Admission,
-    Adopt,
-    AnyCommand,
-    ApplyPlan,
-    Bulk,
-    Call,
-    Claim,
-    Command,
-    Create,
-    Delete,
-    DeleteExpired,
-    EndGrants,
-    ExtendAfterPause,
-    IdempotencyKey,
-    Import,
-    JobCommand,
-    KeepDue,
-    RepairJobs,
-    Start,
-)
+from jobd.model.commands import Admission, Call, IdempotencyKey
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
@@ -39,32 +19,6 @@ SHARES: Final[dict[Admission, float]] = {
     "change": 1.0,
     "ending": 1.0,
 }
-ADOPT_WEIGHT: Final = 20  # its late results are read with their metadata
-
-# Sets of types, because every command is looked up in them, and an isinstance() that fails is slow for a struct.
-_SLICED: Final = (ExtendAfterPause, EndGrants)
-WEIGHTY: Final = frozenset(
-    kind for kind in get_args(AnyCommand) if issubclass(kind, (*_SLICED, KeepDue, Bulk, ApplyPlan, Claim, Adopt))
-)
-_JOB_COMMANDS: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, JobCommand))
-STORE_VIEWS: Final = _JOB_COMMANDS - {Start}  # with a key, they store the view of their job as the response
-_ON_JOB: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, JobCommand | Import))
-_DELETING: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, ApplyPlan | DeleteExpired))
-_PAYLOAD_FIRST: Final = frozenset({Create, Bulk, Delete})
-
-
-def named_ids(command: Any) -> list[str]:
-    """Return the ids of the jobs that the rule of `command` finds by id."""
-    kind = type(command)
-    if kind in _ON_JOB:
-        return [command.id]
-    if kind is Create:
-        return [command.id] if command.id is not None else []
-    if kind is Bulk:
-        return [job.id for job in command.jobs if job.id is not None]
-    if issubclass(kind, ApplyPlan):
-        return [expected.id for expected in command.jobs]
-    return command.ids if kind in (DeleteExpired, RepairJobs) else []
 
 
 def may_go_first(envelope: Envelope) -> bool:
@@ -75,35 +29,15 @@ def may_go_first(envelope: Envelope) -> bool:
     return envelope.command.admission == "read" and not envelope.ordered
 
 
-def deleted_ids(command: Any) -> list[str]:
-    """Return the ids of the jobs that `command` may delete."""
-    deletes = type(command) in _DELETING and (
-        isinstance(command, DeleteExpired) or command.action in ("delete", "cleanup")
-    )
-    return named_ids(command) if deletes else []
-
-
 def needs_payload_first(envelope: Envelope, deletable: set[str]) -> bool:
     """Return whether the payload or request hash of the job is read before the decision.
 
     The decision needs it, or the job may be deleted in this batch (`deletable`) before the response shows it.
     """
     command: Any = envelope.command
-    kind = type(command)
-    if kind in _PAYLOAD_FIRST:
+    if command.needs_payload:
         return True
-    return kind in _JOB_COMMANDS and (command.id in deletable or (envelope.key is not None and kind is not Start))
-
-
-def weight(command: Command) -> int:
-    """Return how much `command` counts in a batch, by what it writes, so that a batch takes a few milliseconds."""
-    if type(command) not in WEIGHTY:
-        return 1
-    if isinstance(command, Claim):
-        return command.limit
-    if isinstance(command, (Bulk, ApplyPlan, KeepDue)):
-        return len(command.jobs)
-    return len(command.ids) if isinstance(command, _SLICED) else ADOPT_WEIGHT
+    return command.is_of_job and (command.id in deletable or (envelope.key is not None and command.stores_job))
 
 
 class Waiter(Protocol):
