@@ -123,10 +123,13 @@ cluster-demo: $(READY)  ## start PostgreSQL and three nodes, kill the leader whi
 bench: $(READY)  ## measure throughput, latency, memory and startup (ARGS="SCENARIO ... --runs N --json")
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
-pins:  ## regenerate .ci/constraints.txt from pyproject.toml (needs uv)
-	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
-		--generate-hashes --no-emit-index-url --no-emit-package colorama --no-annotate --quiet \
-		--custom-compile-command 'make pins' --output-file .ci/constraints.txt
+PIN := uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --quiet \
+	--custom-compile-command 'make pins'
+pins:  ## regenerate .ci/constraints.txt and systemd/requirements.txt from pyproject.toml (needs uv)
+	$(PIN) pyproject.toml --extra dev --upgrade --no-emit-package colorama --output-file .ci/constraints.txt
+	sed -n 's/^\([a-z].*==.*\) \\$$/\1/p' .ci/constraints.txt > build/pins.txt
+	echo 'setuptools>=77' | $(PIN) pyproject.toml - --extra s3 --extra postgres --constraint build/pins.txt \
+		--output-file systemd/requirements.txt
 
 clean:  ## remove everything that the other targets created
 	rm -rf $(VENV) build mutants dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

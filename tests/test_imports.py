@@ -155,6 +155,10 @@ def test_pinned_versions_are_within_the_declared_bounds() -> None:
     """Upper bounds protect from changed interfaces, and uses of undocumented behavior."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     pins = dict(re.findall(r"^([a-z0-9-]+)==([^ ]+)", (ROOT / ".ci/constraints.txt").read_text("utf-8"), re.M))
+    production = dict(
+        re.findall(r"^([a-z0-9-]+)==([^ ]+)", (ROOT / "systemd/requirements.txt").read_text("utf-8"), re.M)
+    )
+    assert production.items() <= pins.items(), "make pins"
     lines = (*project["dependencies"], *project["optional-dependencies"]["postgres"])
     wanted = {each.name: each.specifier for each in map(Requirement, lines)}
     assert {name: str(bounds) for name, bounds in wanted.items() if "<" in str(bounds)} == {

@@ -514,14 +514,6 @@ def test_make_targets_files_and_variables_exist(document: Path) -> None:
     assert set(re.findall(r"\bJOBD_\w+", text)) <= known, document.name
 
 
-def test_the_readme_installs_as_the_page_beside_the_units_does() -> None:
-    steps = next(block.text for block in blocks(README) if "systemd-sysusers" in block.text)
-    there = (ROOT / "systemd/README.md").read_text(encoding="utf-8")
-    for line in steps.splitlines():
-        command = re.split(r" {2,}#", line)[0].strip()
-        assert command in there or command.startswith("usermod"), command
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_comments_in_shell_blocks_can_be_pasted_into_zsh(document: Path) -> None:
     """An interactive zsh has no comments: it passes the words on as arguments, and acts on operators and quotes."""
