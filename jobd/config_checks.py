@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 from jobd.config import KEYS, Config, ConfigError, parse_listen, show_duration, to_toml, value_of
 from jobd.journal import url as journal_url
 from jobd.model.job import is_job_id
+from jobd.model.storage import IN_MEMORY
 from jobd.webhooks.config import WebhookSetting
 
 _LABEL: Final = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
@@ -180,15 +181,13 @@ def warnings(
     environ: Mapping[str, str],
     file: Path | None,
     webhooks: tuple[WebhookSetting, ...],
-    *,
-    development: bool,
 ) -> tuple[str, ...]:
     """Return the warnings about a valid configuration: exposed secrets, and settings that are probably unintended."""
     return (
         *_unencrypted_listeners(config),
         *_exposed_secrets(file, _secret_files(config, environ, webhooks), webhooks),
         *_exposed_password(file, config, sources),
-        *_doubtful_settings(config, sources, development),
+        *_doubtful_settings(config, sources),
     )
 
 
@@ -255,7 +254,7 @@ def _is_world_readable(path: str | Path) -> bool:
         return False
 
 
-def _doubtful_settings(config: Config, sources: Mapping[str, str], development: bool) -> tuple[str, ...]:
+def _doubtful_settings(config: Config, sources: Mapping[str, str]) -> tuple[str, ...]:
     """Warn about settings that are valid but probably unintended."""
     warnings = []
 
@@ -277,9 +276,6 @@ def _doubtful_settings(config: Config, sources: Mapping[str, str], development: 
             "node.advertise is empty: clients of another node are not sent to this one while it leads. Set it to the "
             "URL of the worker API, such as http://a.example:8771."
         )
-    if config.store.path == ":memory:" and not development:
-        warnings.append(
-            f"{shown('store.path')}: all jobs are lost when the daemon exits. Name a file, or set "
-            "ENVIRONMENT=development if that is intended."
-        )
+    if config.store.path == ":memory:":
+        warnings.append(f"{shown('store.path')}: all jobs are {IN_MEMORY}. Set store.path to a file to keep them.")
     return tuple(warnings)

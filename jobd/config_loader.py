@@ -52,16 +52,19 @@ def load(
     in_file = {} if file is None else _read_file(file)
     webhooks = () if file is None else _webhooks(file, in_file.pop(WEBHOOKS, []))
     values, sources = _merge(in_file, file, environ, flags)
-    config = _fill_in_paths(_convert(values, sources), environ, sources)
+    config = _fill_in_paths(_convert(values, sources), environ)
     try:
         check(config)
+        admin_tokens, worker_tokens, read_only_tokens = _tokens(config, environ)
+        development = environ.get("ENVIRONMENT") == "development" and not admin_tokens
+        if development and "store.path" not in sources:
+            config = msgspec.structs.replace(config, store=msgspec.structs.replace(config.store, path=":memory:"))
+            sources["store.path"] = "environment ENVIRONMENT"
         directories = own_directories(config, environ, file, webhooks)
         # Does not follow links: the file system behind them may hang, even during a reload.
         check_artifact_directory(config.artifacts.url, directories, os.path.abspath)
     except ConfigError as error:
         raise ConfigError(_with_sources(str(error), sources)) from None
-    development = _is_development(environ)
-    admin_tokens, worker_tokens, read_only_tokens = _tokens(config, environ)
     if not admin_tokens and need_token and not development:
         raise ConfigError(
             "no admin token: set ADMIN_TOKEN, ADMIN_TOKEN_FILE or [admin] token_file (a systemd credential named "
@@ -75,7 +78,7 @@ def load(
         path=None if file is None else str(file),
         read_only_tokens=read_only_tokens,
         development=development,
-        warnings=warnings(config, sources, environ, file, webhooks, development=development),
+        warnings=warnings(config, sources, environ, file, webhooks),
         own_directories=directories,
         webhooks=webhooks,
     )
@@ -288,15 +291,13 @@ def _convert(values: dict[str, dict[str, Any]], sources: Mapping[str, str]) -> C
         ) from None
 
 
-def _fill_in_paths(config: Config, environ: Mapping[str, str], sources: dict[str, str]) -> Config:
+def _fill_in_paths(config: Config, environ: Mapping[str, str]) -> Config:
     """Fill in the default paths: in the directories of systemd, of root, or of the user."""
     worker, store = config.worker, config.store
     if not worker.socket:
         worker = msgspec.structs.replace(worker, socket=str(runtime_directory(environ) / "worker.sock"))
     if not store.path:
-        in_memory = _is_development(environ) and "store.path" not in sources
-        path = ":memory:" if in_memory else str(state_directory(environ) / "jobd.db")
-        store = msgspec.structs.replace(store, path=path)
+        store = msgspec.structs.replace(store, path=str(state_directory(environ) / "jobd.db"))
     worker = msgspec.structs.replace(worker, socket=os.path.abspath(worker.socket))
     if store.path != ":memory:":
         store = msgspec.structs.replace(store, path=os.path.abspath(store.path))
@@ -313,10 +314,6 @@ def _fill_in_node(config: Config) -> NodeSection:
     if not node.advertise and is_host(host):
         node = msgspec.structs.replace(node, advertise=f"http{'s' if config.worker.tls_cert else ''}://{listen}")
     return node
-
-
-def _is_development(environ: Mapping[str, str]) -> bool:
-    return environ.get("ENVIRONMENT") == "development"
 
 
 def runtime_directory(environ: Mapping[str, str]) -> Path:

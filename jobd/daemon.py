@@ -320,7 +320,11 @@ class Daemon:
             return self._loaded.admin_tokens
         if not hasattr(self, "_generated_token"):
             self._generated_token = secrets.token_urlsafe(32)
+            admin = self._loaded.config.admin
             text = f"ENVIRONMENT=development: admin token for this run: {self._generated_token}"
+            if not admin.listen.startswith("unix:"):
+                url = f"http{'s' if admin.tls_cert else ''}://{admin.listen}/sign-in#{self._generated_token}"
+                text = f"{text}\nSign in: {url}"
             print(text, file=sys.stderr, flush=True)
         return (self._generated_token,)
 

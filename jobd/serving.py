@@ -38,7 +38,7 @@ from jobd.maintenance.scrubber import Scrubber
 from jobd.model.commands import EndGrants, Ping
 from jobd.model.errors import ApiError, not_leader_error
 from jobd.model.responses import ClusterView, Response
-from jobd.model.storage import OpenedStore
+from jobd.model.storage import IN_MEMORY, OpenedStore
 from jobd.model.webhooks import WebhookEndpoint
 from jobd.monitoring import event_log
 from jobd.monitoring.alerts import Alerts, Thresholds
@@ -49,6 +49,7 @@ from jobd.monitoring.timeseries import Timeseries
 from jobd.resources import RandomPool, open_artifacts
 from jobd.storage.artifacts.base import ArtifactStore
 from jobd.storage.artifacts.downloads import Downloads
+from jobd.storage.startup import MEMORY
 from jobd.storage.store import Store
 from jobd.webhooks.context import DispatchContext
 from jobd.webhooks.dispatcher import PARALLEL
@@ -321,6 +322,7 @@ class Serving:
             take_faults=self._store.take_faults,
             artifacts=self._artifacts,
             sweeper=sweeper,
+            is_in_memory=self._store.path == MEMORY,
         )
         self._stack.push_async_callback(health.close)
         return health
@@ -373,6 +375,7 @@ class Serving:
             scrubber=Scrubber(store),
             webhooks=self.webhooks,
             is_alive=lambda: not self.running.done(),
+            store=IN_MEMORY if store.path == MEMORY else store.path,
             may_serve=self.may_serve,
             cluster_view=metrics.cluster,
             step_down=step_down,

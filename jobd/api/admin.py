@@ -47,6 +47,7 @@ async def _stats(app: App[Services], ctx: RequestContext, command: commands.Stat
         response.data = replace(
             response.data,
             disk=await app.services.disk_space(),
+            store=app.services.store,
             cleanup_running=state.cleanup_running,
             time_since_last_cleanup=state.time_since_last_cleanup,
         )

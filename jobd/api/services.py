@@ -60,6 +60,7 @@ class Services(Struct, kw_only=True):
     scrubber: Scrubber
     webhooks: WebhookManager
     is_alive: Callable[[], bool]
+    store: str = ""  # its path, or IN_MEMORY
     may_serve: Callable[[], bool] = lambda: True  # false when the lease of a leader is over
     is_open: bool = False
     cluster_view: Callable[[], ClusterView] = lambda: ClusterView(role="single")

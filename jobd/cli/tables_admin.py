@@ -139,6 +139,8 @@ def stats(view: StatsView) -> None:
     fields.append(("cleanup", _cleanup(view.cleanup_running, view.time_since_last_cleanup)))
     if view.disk is not None:
         fields.append(("disk", terminal.disk_space(view.disk)))
+    elif view.store:
+        fields.append(("store", view.store))
     terminal.pairs(fields)
 
 

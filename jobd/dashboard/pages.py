@@ -38,6 +38,7 @@ from jobd.model.fields import Cursor, QueueName, WorkerCursor
 from jobd.model.job import STATUSES, may_adopt
 from jobd.model.requests import ArtifactRequest
 from jobd.model.responses import Response
+from jobd.model.storage import IN_MEMORY
 from jobd.monitoring.timeseries import Timeseries
 
 PageData = dict[str, Any]
@@ -116,6 +117,7 @@ async def overview(timeseries: Timeseries, viewer: Viewer, _: Command) -> PageDa
         "cleanup": services.maintainer.state(),
         "vitals": await services.metrics.vitals(),
         "disk": await services.disk_space(),
+        "is_in_memory": services.store == IN_MEMORY,
         "clock": services.clock_view(),
         "quarantined": len(services.quarantine()),
     }

@@ -422,6 +422,7 @@ class StatsView(Struct, frozen=True, rename="camel"):
     cleanup_running: CleanupRunning = False
     time_since_last_cleanup: SinceCleanup = None
     disk: Annotated[DiskView | None, Meta(description="The disk of the store. Null for an in-memory store.")] = None
+    store: Annotated[str, Meta(description="Path of the store, or `in memory: lost when the daemon stops`.")] = ""
 
 
 class TransitionView(Struct, frozen=True, rename="camel"):

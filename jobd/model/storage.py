@@ -73,6 +73,9 @@ BackupStep = Literal["copying", "checking"]
 BackupProgress = Callable[[BackupStep, int, int], None]
 
 
+IN_MEMORY: Final = "in memory: lost when the daemon stops"  # what such a store shows instead of its path
+
+
 class Numbers(Struct, frozen=True, gc=False):
     """The high-water marks and clocks that are persisted with each commit. `next_*` is the next number to assign."""
 

@@ -24,7 +24,7 @@ from jobd.model.commands import Ping
 from jobd.model.errors import ApiError
 from jobd.model.job import STATUSES, Job
 from jobd.model.responses import CleanupHealth, ClusterView, DatabaseHealth, HealthStatus, HealthView, PartHealth
-from jobd.model.storage import RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
+from jobd.model.storage import IN_MEMORY, RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
 from jobd.storage.artifacts.base import ArtifactStoreError
 
 log = structlog.get_logger("jobd.health")
@@ -74,6 +74,7 @@ class Health:
         take_faults: Callable[[], Iterable[str]] = tuple,
         artifacts: ArtifactProbe | None = None,
         sweeper: SweepStatus | None = None,
+        is_in_memory: bool = False,
     ) -> None:
         self.last: HealthView | None = None
         self.cluster: Callable[[], ClusterView] = lambda: ClusterView(role="single")
@@ -82,6 +83,7 @@ class Health:
         self._cleanup = cleanup
         self._artifacts = artifacts
         self._sweeper = sweeper
+        self._is_in_memory = is_in_memory
         self._faults: deque[str] = deque(faults, MAX_FAULTS)
         self._take_faults = take_faults
         self._known = self._known_now()  # as of the latest measurement
@@ -147,7 +149,8 @@ class Health:
             statuses = [database.status, cache.status, storage.status, cleanup_status]
             worst = max((*statuses, "healthy" if journal is None else journal.status), key=_FROM_BEST_TO_WORST.index)
             total, disk = self._actor.state.total(), self._actor.full_disk.space
-            health = DatabaseHealth(database.status, database.message, total)
+            message = f"{database.message} The store is {IN_MEMORY}." if self._is_in_memory else database.message
+            health = DatabaseHealth(database.status, message, total)
             if disk is not None:
                 health = replace(health, path=disk.path, free_bytes=disk.free_bytes, total_bytes=disk.total_bytes)
             self.last = HealthView(worst, health, cache, storage, cleanup, timestamp, journal or UNSET)

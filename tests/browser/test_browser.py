@@ -109,6 +109,11 @@ def sign_in(page: Page, daemon: DashboardDaemon, token: str = TOKEN, path: str =
     expect(page).to_have_url(daemon.url + path)
 
 
+def test_a_sign_in_link_signs_in_and_leaves_no_token_in_the_address(page: Page, daemon: DashboardDaemon) -> None:
+    page.goto(f"{daemon.url}/sign-in#{TOKEN}")
+    expect(page).to_have_url(f"{daemon.url}/")
+
+
 def start_job(daemon: DashboardDaemon, job_id: str) -> str:
     """Create and start a job. Return its lock id."""
     daemon.do("jobs", id=job_id, queue="video")

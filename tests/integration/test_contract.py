@@ -416,7 +416,7 @@ def test_stats_health_and_cleanup_have_the_names_of_existing_dashboards(daemon: 
     stats = daemon.admin("GET", "stats").data
     assert set(stats) == {
         "totalJobs", "byStatus", "stuckJobs", "lockedJobs", "averageProcessingTime", "oldestProcessingJob",
-        "stuckJobsRecovered", "timestamp", "cleanupRunning", "timeSinceLastCleanup", "disk",
+        "stuckJobsRecovered", "timestamp", "cleanupRunning", "timeSinceLastCleanup", "disk", "store",
     }  # fmt: skip
     assert set(stats["byStatus"]) == {"queued", "processing", "completed", "failed", "cancelled"}
     assert set(stats["oldestProcessingJob"]) == {"id", "age", "progress"}

@@ -593,6 +593,24 @@ def test_a_zombie_worker_is_accepted_until_recovery_then_rejected(tmp_path: Path
         assert repeated["fencing_token"] > grant["fencing_token"]
 
 
+def test_development_without_a_token_says_everywhere_that_jobs_are_in_memory(tmp_path: Path) -> None:
+    text, port = "in memory: lost when the daemon stops", free_port()
+    with DaemonProcess.not_started(
+        tmp_path, ENVIRONMENT="development", JOBD_ADMIN_LISTEN=f"127.0.0.1:{port}"
+    ) as daemon:
+        del daemon.environ["ADMIN_TOKEN"], daemon.environ["JOBD_STORE_PATH"]
+        daemon.launch()
+        assert "environment ENVIRONMENT" in daemon.wait_for_log(text.encode())
+        link = daemon.wait_for_log(b"Sign in: ").split()[-1]
+        start, _, token = link.partition("#")
+        assert start == f"http://127.0.0.1:{port}/sign-in"
+        daemon.wait_for_log(b"event=ready")
+        for path in ("/admin/job-management/stats", "/admin/job-management/health", "/"):
+            with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+                shown = call(connection, "GET", path, Authorization=f"Bearer {token}")
+            assert text in str(shown.body), path
+
+
 @pytest.mark.slow
 def test_any_failed_fsync_ends_the_daemon(tmp_path: Path) -> None:
     """The health probe writes too. After its fsync fails, nothing may be acknowledged."""

@@ -254,6 +254,22 @@ def test_development_needs_no_token_and_no_file(write: Write) -> None:
     assert load({}, {"ENVIRONMENT": "production", "ADMIN_TOKEN": TOKEN}).config.store.path != ":memory:"
 
 
+@pytest.mark.parametrize("source", ["ADMIN_TOKEN", "ADMIN_TOKEN_FILE", "admin.token_file", "credential"])
+def test_development_has_no_effect_if_there_is_a_token(tmp_path: Path, source: str) -> None:
+    file = tmp_path / "admin_token"
+    file.write_text(TOKEN)
+    file.chmod(0o600)
+    environ = {
+        "ADMIN_TOKEN": {"ADMIN_TOKEN": TOKEN},
+        "ADMIN_TOKEN_FILE": {"ADMIN_TOKEN_FILE": str(file)},
+        "credential": {"CREDENTIALS_DIRECTORY": str(tmp_path)},
+    }.get(source, {})
+    flags = {source: str(file)} if source == "admin.token_file" else {}
+    found = load(flags, {"ENVIRONMENT": "development", "STATE_DIRECTORY": "/srv/state", **environ})
+    assert (found.development, found.admin_tokens) == (False, (TOKEN,))
+    assert (found.config.store.path, found.sources["store.path"]) == ("/srv/state/jobd.db", "default")
+
+
 def test_the_environment_can_name_the_worker_token_file(write: Write) -> None:
     token = write(f"{TOKEN}\n{OTHER}\n", "worker-token")
     found = loaded(JOBD_WORKER_LISTEN="127.0.0.1:8771", JOBD_WORKER_TOKEN_FILE=token)
@@ -539,7 +555,7 @@ def test_a_public_address_without_tls_is_a_warning(address: str) -> None:
                 "shortened to it",
             ],
         ),
-        ({"store.path": ":memory:"}, ['store.path = ":memory:" (flag)', "all jobs are lost"]),
+        ({"store.path": ":memory:"}, ['store.path = ":memory:" (flag)', "lost when the daemon stops"]),
     ],
 )
 def test_doubtful_settings_are_warnings(flags: dict[str, str], parts: list[str]) -> None:
@@ -561,9 +577,10 @@ def test_usual_settings_give_no_warning(flags: dict[str, str]) -> None:
     assert loaded(flags=flags).warnings == ()
 
 
-def test_a_store_in_memory_gives_no_warning_in_development() -> None:
-    assert loaded(ENVIRONMENT="development").warnings == ()
-    assert loaded(flags={"store.path": ":memory:"}, ENVIRONMENT="development").warnings == ()
+def test_a_store_in_memory_gives_a_warning_in_development() -> None:
+    (warning,) = load({}, {"ENVIRONMENT": "development"}).warnings
+    assert 'store.path = ":memory:" (environment ENVIRONMENT)' in warning
+    assert "in memory: lost when the daemon stops" in warning
 
 
 # -- host names --------------------------------------------------------------------------------------------------------

@@ -90,7 +90,12 @@
   // A link on another site opens this page without the cookie (SameSite=Strict). Leave the sign-in page if there is a
   // session after all.
   const signIn = document.querySelector("[data-next]");
-  if (signIn) {
+  if (signIn && location.hash.length > 1) { // a sign-in link: browsers do not send the token after the # by themselves
+    const form = signIn.querySelector("form");
+    form.elements.token.value = decodeURIComponent(location.hash.slice(1));
+    history.replaceState(null, "", location.pathname);
+    form.requestSubmit();
+  } else if (signIn) {
     fetch(location.href).then((response) => {
       if (response.redirected) location.replace(signIn.dataset.next);
     }, () => {});
