@@ -14,10 +14,10 @@ from jobd.core.rules import worker as worker_rules
 from jobd.core.transaction import Transaction
 from jobd.model import commands
 from jobd.model.commands import ApplyPlan, Call, Command
-from jobd.model.errors import ApiError
+from jobd.model.errors import ApiError, ApiException
 from jobd.model.responses import EmptyResponse, Response
 
-Rule = Callable[[Transaction, Any], Response | ApiError]
+Rule = Callable[[Transaction, Any], Response]
 
 
 def _accept(tx: Transaction, command: Command) -> Response:
@@ -90,10 +90,11 @@ def decide(tx: Transaction, call: Call) -> Response | ApiError:
     tx.begin(call)
     command = call.command
     try:
-        refusal = None if call.expected is None else plan_rules.refuse_if_changed(tx, command, call.expected)
-        if refusal is not None:
-            return refusal
-        response = RULES[type(command)](tx, command)
+        if call.expected is not None:
+            plan_rules.check_version(tx, command, call.expected)
+        response: Response | ApiError = RULES[type(command)](tx, command)
+    except ApiException as rejected:
+        response = rejected.error
     except Exception:
         tx.undo()
         raise

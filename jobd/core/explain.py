@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from msgspec.structs import replace
 
-from jobd.core.rules.late_results import refuse_adoption
+from jobd.core.rules.late_results import not_adoptable
 from jobd.core.state import State
 from jobd.core.transitions import in_words, is_overdue
 from jobd.core.worker_presence import ClaimSet, WorkerPresence, WorkerSeen
@@ -38,7 +38,7 @@ def _late(job: Job, late: list[LateResult], policy: Policy) -> list[str]:
     if job.status == "completed":
         return []
     latest = max(late, key=lambda each: each.fencing_token)
-    fit = [each for each in late if refuse_adoption(each, policy) is None]
+    fit = [each for each in late if not_adoptable(each, policy) is None]
     best = max(fit, key=lambda each: each.fencing_token, default=latest)
     first, status = "", job.status
     if job.status == "processing":

@@ -27,8 +27,7 @@ from jobd.model.commands import (
     Why,
     Workers,
 )
-from jobd.model.errors import ApiError
-from jobd.model.job import FINISHED, Job
+from jobd.model.job import FINISHED
 from jobd.model.responses import (
     AuditPage,
     ExportPage,
@@ -45,7 +44,7 @@ OfJob = Get | GetVersion | Timeline | Why | Validate | LateResults
 Reading = OfJob | ListJobs | Queues | Workers | Stats | Locks | Export | AuditLog
 
 
-def read(tx: Transaction, command: Reading) -> Response | ApiError:
+def read(tx: Transaction, command: Reading) -> Response:
     match command:
         case Get() | GetVersion() | Timeline() | Why() | Validate() | LateResults():
             return _of_job(tx, command)
@@ -67,10 +66,8 @@ def read(tx: Transaction, command: Reading) -> Response | ApiError:
             assert_never(command)
 
 
-def _of_job(tx: Transaction, command: OfJob) -> Response | ApiError:
+def _of_job(tx: Transaction, command: OfJob) -> Response:
     job = transitions.find(tx, command.id)
-    if not isinstance(job, Job):
-        return job
     match command:
         case Get():
             return transitions.job_response(tx, job)

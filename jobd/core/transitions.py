@@ -12,7 +12,7 @@ from msgspec import UNSET, Raw, UnsetType
 from jobd.core import views
 from jobd.core.transaction import Transaction
 from jobd.model.commands import Claim, Complete, Create, Import, Moment, Start
-from jobd.model.errors import ApiError
+from jobd.model.errors import ApiException, api_error
 from jobd.model.events import EventType
 from jobd.model.job import (
     LATEST_MS,
@@ -44,27 +44,35 @@ CLOCK_SUSPECT: Final = (
 _NULL: Final = Raw(b"null")
 
 
-def find(tx: Transaction, job_id: str) -> Job | ApiError:
-    """Return the job, or an error if it does not exist or is in quarantine."""
+def find(tx: Transaction, job_id: str) -> Job:
+    """Return the job. Raises ApiException if it does not exist or is in quarantine."""
     job = tx.state.get(job_id)
-    if job is not None:
-        return job
+    if job is None:
+        raise no_such_job(tx, job_id)
+    return job
+
+
+def no_such_job(tx: Transaction, job_id: str) -> ApiException:
+    """Return the error about a job that does not exist or is in quarantine."""
     reason = tx.state.quarantined.get(job_id)
     if reason is not None:
         message = f"Job {job_id} is in quarantine: {reason}. An operator can repair it: jobd doctor shows how."
-        return ApiError("job_quarantined", message, {"job_id": job_id, "reason": reason})
+        return api_error("job_quarantined", message, job_id=job_id, reason=reason)
     message = (
         f"There is no job {job_id}: it was never created, or it was deleted. "
         "Search the list of jobs: GET /v1/jobs or jobctl jobs."
     )
-    return ApiError("job_not_found", message, {"job_id": job_id})
+    return api_error("job_not_found", message, job_id=job_id)
 
 
-def refuse_transition(job: Job, to: str, what: str) -> ApiError:
-    """Return an invalid_transition. `what` says what to do instead; `allowed` are the statuses an operator may set."""
+def invalid_transition(job: Job, to: str, what: str) -> ApiException:
+    """Return the error of a transition that the status does not allow. `what` says what to do instead.
+
+    Its detail `allowed` has the statuses that an operator may set.
+    """
     allowed = sorted(status for source, status in TRANSITIONS if source == job.status and status != "processing")
-    details = {"status": job.status, "to": to, "allowed": allowed}
-    return ApiError("invalid_transition", f"Job {job.id} is {job.status}. {what}", details)
+    message = f"Job {job.id} is {job.status}. {what}"
+    return api_error("invalid_transition", message, status=job.status, to=to, allowed=allowed)
 
 
 def job_response(tx: Transaction, job: Job, *, repeated: bool | UnsetType = UNSET) -> Response:
@@ -74,57 +82,60 @@ def job_response(tx: Transaction, job: Job, *, repeated: bool | UnsetType = UNSE
     return Response(view, unread_payloads=[(job.seq, view)])
 
 
-def refuse_above_limit(tx: Transaction) -> ApiError | None:
-    """Return an error if the limit of unfinished jobs is reached."""
+def check_live_jobs(tx: Transaction) -> None:
+    """Reject a new job if the limit of unfinished jobs is reached."""
     limit = tx.policy.live_jobs
     if tx.state.live_count < limit:
-        return None
+        return
     message = f"There are {limit} unfinished jobs (limits.live_jobs). Wait until some are finished, or raise the limit."
-    return ApiError("too_many_jobs", message, {"limit": limit})
+    raise api_error("too_many_jobs", message, limit=limit)
 
 
-def refuse_queue(tx: Transaction, queue: str) -> ApiError | None:
-    """Return an error if `queue` may not get its first job. Queues that exist above a lowered limit still get jobs."""
+def check_queue(tx: Transaction, queue: str) -> None:
+    """Reject the first job of a queue above the limit. Queues that exist above a lowered limit still get jobs."""
     known, limit = tx.state.counts, tx.policy.queues
     if queue in known or len(known) < limit:
-        return None
+        return
     message = (
         f"Queue {queue} would be new, and {len(known)} queues have jobs (limits.queues {limit}). "
         "Use a queue that has jobs, raise the limit, or wait until a queue has none. Finished jobs count too, until "
         "they are deleted."
     )
-    return ApiError("too_many_queues", message, {"queue": queue, "limit": limit})
+    raise api_error("too_many_queues", message, queue=queue, limit=limit)
 
 
-def invalid(field: str, message: str) -> ApiError:
-    return ApiError("invalid_request", message, {"field": f"$.{field}"})
+def invalid(field: str, message: str) -> ApiException:
+    return api_error("invalid_request", message, field=f"$.{field}")
 
 
-def refuse_backoff(backoff: Backoff) -> ApiError | None:
-    if backoff.max_ms >= backoff.base_ms:
-        return None
-    message = f"max_ms {backoff.max_ms} is less than base_ms {backoff.base_ms}. Raise max_ms, or lower base_ms."
-    return invalid("backoff.max_ms", message)
+def check_backoff(backoff: Backoff) -> None:
+    if backoff.max_ms < backoff.base_ms:
+        message = f"max_ms {backoff.max_ms} is less than base_ms {backoff.base_ms}. Raise max_ms, or lower base_ms."
+        raise invalid("backoff.max_ms", message)
 
 
-def refuse_expiry(tx: Transaction, expires_at: int | None) -> ApiError | None:
+def check_expiry(tx: Transaction, expires_at: int | None) -> None:
     if expires_at is not None and expires_at <= tx.at.believed:
-        return invalid("expires_at", f"expires_at {expires_at} is not in the future; it is in Unix milliseconds.")
-    return None
+        raise invalid("expires_at", f"expires_at {expires_at} is not in the future; it is in Unix milliseconds.")
 
 
-def refuse_result(tx: Transaction, command: Complete) -> ApiError | None:
-    """Return an error if the result of `command` may not complete a job."""
+def check_result(tx: Transaction, command: Complete) -> None:
+    """Reject a result that may not complete a job."""
     if command.storage_key is not None and (fault := storage_key_error(command.storage_key)) is not None:
-        return invalid("storage_key", f"storage_key {fault}.")
-    return refuse_expiry(tx, command.expires_at) or refuse_without_url(tx.policy, command.download_url)
+        raise invalid("storage_key", f"storage_key {fault}.")
+    check_expiry(tx, command.expires_at)
+    check_url(tx.policy, command.download_url)
 
 
-def refuse_without_url(policy: Policy, download_url: str | None, field: str = "download_url") -> ApiError | None:
-    """Return an error if a job may not be completed with this download_url, or without one."""
-    if policy.require_download_url and not download_url:
-        return invalid(field, "download_url is missing; [validation] require_download_url requires it.")
-    return None
+def check_url(policy: Policy, download_url: str | None, field: str = "download_url") -> None:
+    """Reject a completion with this download_url, or without one, if the configuration requires one."""
+    if lacks_url(policy, download_url):
+        raise invalid(field, "download_url is missing; [validation] require_download_url requires it.")
+
+
+def lacks_url(policy: Policy, download_url: str | None) -> bool:
+    """Return whether the configuration requires a download_url and this one is missing."""
+    return policy.require_download_url and not download_url
 
 
 def requested_options(tx: Transaction, request: Create | Import) -> Options:

@@ -15,7 +15,6 @@ from jobd.core.state import State
 from jobd.core.stats import Counters
 from jobd.core.worker_presence import WorkerPresence, WorkerSeen
 from jobd.model.commands import Import, Locks, Moment, Queues, Workers, WorkerState
-from jobd.model.errors import ApiError
 from jobd.model.events import QueuePause
 from jobd.model.job import STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status
 from jobd.model.responses import (
@@ -137,8 +136,8 @@ def as_import(job: Job, payload: Raw) -> Import:
     )
 
 
-def late_view(late: LateResult, refusal: ApiError | None = None) -> LateResultView:
-    """Return the view of a late result. `refusal` is the error that its adoption would return."""
+def late_view(late: LateResult, not_adoptable: str | None = None) -> LateResultView:
+    """Return the view of a late result. `not_adoptable` is the message of the error that its adoption returns."""
     result = late.result
     return LateResultView(
         late.seq,
@@ -150,7 +149,7 @@ def late_view(late: LateResult, refusal: ApiError | None = None) -> LateResultVi
         result.storage_key,
         result.metadata,
         late.expires_at,
-        None if refusal is None else ErrorView(refusal.code, refusal.message),
+        None if not_adoptable is None else ErrorView("invalid_request", not_adoptable),
     )
 
 

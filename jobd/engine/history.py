@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from jobd.core import views
 from jobd.core.explain import ending
-from jobd.core.rules.late_results import refuse_adoption
+from jobd.core.rules.late_results import not_adoptable
 from jobd.engine.envelope import Envelope
 from jobd.model.commands import AuditLog, Export, ListJobs, Moment, SearchJobs
 from jobd.model.errors import ApiError
@@ -93,7 +93,7 @@ class HistoryReader:
         if read.late is not None:
             known = await self._disk.read_late_results([LateResultQuery(read.late, with_results=True)])
             found = known.results.get(read.late, [])
-            return LateResultList([views.late_view(late, refuse_adoption(late, policy)) for late in found])
+            return LateResultList([views.late_view(late, not_adoptable(late, policy)) for late in found])
         assert read.audit is not None
         return _audit_page(await self._disk.read_audit(_audit_query(read.audit)))
 

@@ -14,7 +14,7 @@ from jobd.core import transitions
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
 from jobd.model.commands import Adopt, AnyCommand, Complete, Extend, Fail, Progress, Release, Why
-from jobd.model.errors import ApiError
+from jobd.model.errors import ApiError, ApiException, api_error
 from jobd.model.job import MAX_LATE_RESULTS, Job, LateResult, Policy, Result, storage_key_error
 from jobd.model.responses import Response
 from jobd.model.storage import LateResultQuery
@@ -59,7 +59,7 @@ def is_late(state: State, command: Complete) -> bool:
     return not state.holds(command.id, command.lock_id)
 
 
-def complete(tx: Transaction, command: Complete, refusal: ApiError, body_hash: str) -> Response | ApiError:
+def complete(tx: Transaction, command: Complete, rejection: ApiError, body_hash: str) -> Response:
     """Decide a complete that gets `lock_lost`: drop, store or accept its result, by the policy of the queue.
 
     Only the lock of a former grant of this job has an effect, and for each grant only the first complete counts.
@@ -69,17 +69,30 @@ def complete(tx: Transaction, command: Complete, refusal: ApiError, body_hash: s
     granted = _granted(tx.state, job, command.lock_id)
     policy = tx.policy.late_policy(job.options.queue)
     if granted is None:
-        return refusal
+        raise ApiException(rejection)
     if policy == "drop":
-        return _reject(tx, job, command, refusal)
+        note_call(tx, job, command)
+        raise ApiException(rejection)
     worker, token = granted
     given = Result(command.download_url, command.file_path, command.storage_key, command.metadata)
     result = transitions.normalize_result(given) or Result()
     late = LateResult(0, tx.at.now, worker, token, body_hash, command.expires_at, result)
     is_free = policy == "adopt_if_unclaimed" and _is_unclaimed(tx, job, command.lock_id)
-    if is_free and transitions.refuse_result(tx, command) is None:
+    if is_free and _is_valid(tx, command):
         return _accept(tx, job, late)
-    return _store(tx, job, late, refusal) or _reject(tx, job, command, refusal)
+    stored = _stored(tx, job, late)
+    if stored is None:
+        note_call(tx, job, command)
+        raise ApiException(rejection)
+    raise ApiException(_with_late_result(tx, job, stored, rejection))
+
+
+def _is_valid(tx: Transaction, command: Complete) -> bool:
+    try:
+        transitions.check_result(tx, command)
+    except ApiException:
+        return False
+    return True
 
 
 def note_call(tx: Transaction, job: Job, command: Calls) -> None:
@@ -100,21 +113,18 @@ def note_call(tx: Transaction, job: Job, command: Calls) -> None:
     tx.note_call(job, ended.worker, reason, details)
 
 
-def adopt(tx: Transaction, command: Adopt) -> Response | ApiError:
+def adopt(tx: Transaction, command: Adopt) -> Response:
     """Complete the job with one of its late results."""
     job = transitions.find(tx, command.id)
-    if isinstance(job, ApiError):
-        return job
     if job.status not in Adopt.allowed_from:
-        return transitions.refuse_transition(job, "completed", _advice(job))
+        raise transitions.invalid_transition(job, "completed", _advice(job))
     late = _chosen(tx.state.late.results.get(job.seq, []), command.result)
     if late is None:
         which = "late result" if command.result is None else f"late result {command.result}"
         message = f"Job {job.id} has no {which}. List its late results: jobctl late {job.id}"
-        return ApiError("late_result_not_found", message, {"job_id": job.id})
-    refusal = refuse_adoption(late, tx.policy)
-    if refusal is not None:
-        return refusal
+        raise api_error("late_result_not_found", message, job_id=job.id)
+    if (why := not_adoptable(late, tx.policy)) is not None:
+        raise transitions.invalid("download_url", why)
     details = {"late_result": late.seq, "worker": late.worker, "fencing_token": late.fencing_token}
     expires_at = late.expires_at if late.expires_at is not None and late.expires_at > tx.at.now else None
     fields = transitions.completion(late.result, expires_at)
@@ -122,13 +132,12 @@ def adopt(tx: Transaction, command: Adopt) -> Response | ApiError:
     return transitions.job_response(tx, job)
 
 
-def refuse_adoption(late: LateResult, policy: Policy) -> ApiError | None:
-    """Return an error if the configuration forbids this late result, whatever the status of the job."""
-    refusal = transitions.refuse_without_url(policy, late.result.download_url)
-    if refusal is None:
+def not_adoptable(late: LateResult, policy: Policy) -> str | None:
+    """Return why the configuration forbids this late result, whatever the status of the job; None if it does not."""
+    if not transitions.lacks_url(policy, late.result.download_url):
         return None
     message = f"Late result {late.seq} cannot be adopted: it has no download_url, which {_REQUIRING} requires."
-    return replace(refusal, message=f"{message} If the work is complete, set a URL yourself: {_BY_HAND}")
+    return f"{message} If the work is complete, set a URL yourself: {_BY_HAND}"
 
 
 def _granted(state: State, job: Job, lock_id: str) -> tuple[str, int] | None:
@@ -169,21 +178,16 @@ def _accept(tx: Transaction, job: Job, late: LateResult) -> Response:
     return transitions.job_response(tx, job)
 
 
-def _reject(tx: Transaction, job: Job, command: Complete, refusal: ApiError) -> ApiError:
-    note_call(tx, job, command)
-    return refusal
-
-
-def _store(tx: Transaction, job: Job, late: LateResult, refusal: ApiError) -> ApiError | None:
+def _stored(tx: Transaction, job: Job, late: LateResult) -> LateResult | None:
     """Store the result if it is the first of its grant, not too large, and among those of the latest grants.
 
-    A grant whose late result was replaced by later ones stores none again, so repeated calls add nothing. Return None
-    if the result is not stored.
+    A grant whose late result was replaced by later ones stores none again, so repeated calls add nothing. Return the
+    stored result, None if it is not stored.
     """
     known = tx.state.late.results.get(job.seq, [])
     same = next((each for each in known if each.fencing_token == late.fencing_token), None)
     if same is not None:
-        return _with_late_result(tx, job, same, refusal) if same.body_hash == late.body_hash else None
+        return same if same.body_hash == late.body_hash else None
     result = late.result
     latest = sorted([late.fencing_token, *(each.fencing_token for each in known)])[-MAX_LATE_RESULTS:]
     if late.fencing_token not in latest:
@@ -194,18 +198,19 @@ def _store(tx: Transaction, job: Job, late: LateResult, refusal: ApiError) -> Ap
         return None
     reason = f"Worker {late.worker} completed the job after its lock was lost; {_holder(job)}. Its result is stored."
     details = {"worker": late.worker, "fencing_token": late.fencing_token}
-    return _with_late_result(tx, job, tx.keep_late(job, late, reason, details), refusal)
+    return tx.keep_late(job, late, reason, details)
 
 
-def _with_late_result(tx: Transaction, job: Job, late: LateResult, refusal: ApiError) -> ApiError:
+def _with_late_result(tx: Transaction, job: Job, late: LateResult, rejection: ApiError) -> ApiError:
     kept = f"Its result is stored as late result {late.seq}"
     if job.status == "completed":
         kept += "."
-    elif transitions.refuse_without_url(tx.policy, late.result.download_url) is not None:
+    elif transitions.lacks_url(tx.policy, late.result.download_url):
         kept += f", but cannot be adopted: it has no download_url, which {_REQUIRING} requires."
     else:
         kept += f"; an operator can adopt it: jobctl adopt {job.id}"
-    return replace(refusal, message=f"{refusal.message} {kept}", details=refusal.details | {"late_result": late.seq})
+    details = rejection.details | {"late_result": late.seq}
+    return replace(rejection, message=f"{rejection.message} {kept}", details=details)
 
 
 def _holder(job: Job) -> str:

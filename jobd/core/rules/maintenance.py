@@ -28,7 +28,7 @@ from jobd.model.commands import (
     RepairJobs,
     TakeBack,
 )
-from jobd.model.errors import ApiError
+from jobd.model.errors import api_error
 from jobd.model.job import FINISHED, Job, Lease
 from jobd.model.responses import Issue, MaintenanceResult, PreviewResult, Recovered, Recovery, Response, TakeBackView
 
@@ -56,20 +56,20 @@ def recover(tx: Transaction, command: Recover) -> Response:
     return Response(Recovered(details, cleared, more))
 
 
-def take_back(tx: Transaction, command: TakeBack) -> Response | ApiError:
+def take_back(tx: Transaction, command: TakeBack) -> Response:
     """End the first expired grants of a silent worker by their stall rule. Live locks do not change."""
     name, presence = command.name, tx.state.presence
     worker = presence.workers.get(name)
     if worker is None:
         message = f"Worker {name} has not been seen since the start. List the workers: jobctl workers"
-        return ApiError("worker_not_found", message, {"worker": name})
+        raise api_error("worker_not_found", message, worker=name)
     if not worker.expired:
         state = presence.state(worker)
         count = len(worker.jobs)
         held = "the lock of its job is live" if count == 1 else f"the locks of its {count} jobs are live"
         why = held if count else "it holds no job"
         message = f"Worker {name} is {state}, not silent: {why}. To end a live grant: jobctl force-reset ID"
-        return ApiError("worker_not_silent", message, {"worker": name, "state": state})
+        raise api_error("worker_not_silent", message, worker=name, state=state)
     more = len(worker.expired) > TAKEN_BACK
     details = []
     for job_id in list(islice(worker.expired, TAKEN_BACK)):
@@ -87,22 +87,19 @@ def _recovery(tx: Transaction, job: Job) -> Recovery:
     return Recovery(job.id, action, tx.changes[-1].event.reason or "")
 
 
-def recover_one(tx: Transaction, command: JobCommand) -> Response | ApiError:
+def recover_one(tx: Transaction, command: JobCommand) -> Response:
     """Recover this job, if it is stalled at this moment."""
     job = transitions.find(tx, command.id)
-    if isinstance(job, ApiError):
-        return job
     if transitions.is_stuck(job, tx.at.lease):
         transitions.stall(tx, job, transitions.stall_reason(tx, job))
         return Response(MaintenanceResult(1))
-    return _not_due(job, tx.at)
+    message = transitions.CLOCK_SUSPECT if tx.at.suspect else "It is no longer due for deletion or expiry."
+    raise api_error("invalid_transition", message, job_id=job.id, status=job.status)
 
 
-def clean_one(tx: Transaction, command: JobCommand) -> Response | ApiError:
+def clean_one(tx: Transaction, command: JobCommand) -> Response:
     """Do what a cleanup run would do to this job now, without repairs: recover, fail or delete it."""
     job = transitions.find(tx, command.id)
-    if isinstance(job, ApiError):
-        return job
     if transitions.may_expire(job, tx.at):
         transitions.expire(tx, job)
     elif _is_past(job, tx.at):
@@ -110,11 +107,6 @@ def clean_one(tx: Transaction, command: JobCommand) -> Response | ApiError:
     else:
         return recover_one(tx, command)
     return Response(MaintenanceResult(1))
-
-
-def _not_due(job: Job, at: Moment) -> ApiError:
-    message = transitions.CLOCK_SUSPECT if at.suspect else "It is no longer due for deletion or expiry."
-    return ApiError("invalid_transition", message, {"job_id": job.id, "status": job.status})
 
 
 def preview(tx: Transaction, command: Preview) -> Response:

@@ -25,18 +25,15 @@ from jobd.model.commands import (
     Update,
     Updates,
 )
-from jobd.model.errors import ApiError
 from jobd.model.events import QueuePause
 from jobd.model.job import FINISHED, LIVE, MAX_PERCENT, TRANSITIONS, Failure, Grant, Job, Lease, Result, Status
 from jobd.model.responses import AdminLockView, ImportCheckResult, Imported, LockState, Response, TransitionView
 
 
-def force_fail(tx: Transaction, command: ForceFail) -> Response | ApiError:
+def force_fail(tx: Transaction, command: ForceFail) -> Response:
     job = transitions.find(tx, command.id)
-    if isinstance(job, ApiError):
-        return job
     if job.status not in ForceFail.allowed_from:
-        return transitions.refuse_transition(job, "failed", "Only a queued or processing job can be failed.")
+        raise transitions.invalid_transition(job, "failed", "Only a queued or processing job can be failed.")
     reason = command.reason or NO_REASON
     ended = transitions.ended_by(job, tx.at.now, "force-fail", "force_failed")
     error = Failure(reason, "force_failed")
@@ -44,14 +41,12 @@ def force_fail(tx: Transaction, command: ForceFail) -> Response | ApiError:
     return _forced(tx, job, after, reason)
 
 
-def force_reset(tx: Transaction, command: ForceReset) -> Response | ApiError:
+def force_reset(tx: Transaction, command: ForceReset) -> Response:
     job = transitions.find(tx, command.id)
-    if isinstance(job, ApiError):
-        return job
     job = transitions.expire_if_overdue(tx, job)
     if job.status in ("queued", "completed"):  # a job whose row has an unknown status can be reset too
         what = "It needs no reset." if job.status == "queued" else "A completed job is final; create a new job instead."
-        return transitions.refuse_transition(job, "queued", what)
+        raise transitions.invalid_transition(job, "queued", what)
     ended = transitions.ended_by(job, tx.at.now, "force-reset", "force_reset")
     fresh = {"attempt": 0, "stalls": 0, "error": None, "run_at": tx.at.now} | _without_past_expiry(tx, job)
     after = transitions.requeue(tx, job, "force_reset", ended, fresh, reason=command.reason)
@@ -63,25 +58,21 @@ def _without_past_expiry(tx: Transaction, job: Job) -> dict[str, Any]:
     return {"expires_at": None} if job.expires_at is not None and job.expires_at <= tx.at.now else {}
 
 
-def transition(tx: Transaction, command: Transition) -> Response | ApiError:
+def transition(tx: Transaction, command: Transition) -> Response:
     """Compare and set: change the status only if it still is `from_`."""
     job = transitions.find(tx, command.id)
-    if isinstance(job, ApiError):
-        return job
     job = transitions.expire_if_overdue(tx, job)
     if job.status != command.from_:
         what = f"The transition expected {command.from_}. Check the job again before you decide."
-        return transitions.refuse_transition(job, command.to, what)
+        raise transitions.invalid_transition(job, command.to, what)
     if command.to == "processing":
-        return transitions.refuse_transition(job, command.to, "Only start and claim can make a job processing.")
+        raise transitions.invalid_transition(job, command.to, "Only start and claim can make a job processing.")
     if (job.status, command.to) not in TRANSITIONS:
-        return transitions.refuse_transition(job, command.to, f"It cannot go from {job.status} to {command.to}.")
+        raise transitions.invalid_transition(job, command.to, f"It cannot go from {job.status} to {command.to}.")
     fields = _updated(tx, job, command.updates)
     if command.to == "completed":
         result = fields.get("result", job.result) or Result()
-        refusal = transitions.refuse_without_url(tx.policy, result.download_url, "updates.download_url")
-        if refusal is not None:
-            return refusal
+        transitions.check_url(tx.policy, result.download_url, "updates.download_url")
     after = _transitioned(tx, job, command, fields)
     return _forced(tx, job, after, command.reason)
 
@@ -129,26 +120,22 @@ def _rescheduled(
     return fields
 
 
-def run_now(tx: Transaction, command: RunNow) -> Response | ApiError:
+def run_now(tx: Transaction, command: RunNow) -> Response:
     job = transitions.find(tx, command.id)
-    if isinstance(job, ApiError):
-        return job
     job = transitions.expire_if_overdue(tx, job)
     if job.status not in RunNow.allowed_from:
-        return transitions.refuse_transition(job, "queued", "Only a queued job can be run now.")
+        raise transitions.invalid_transition(job, "queued", "Only a queued job can be run now.")
     if job.run_at > tx.at.now:
         reason = command.reason or "run now"
         job = tx.update(job, "updated", {"run_at": tx.at.now}, reason=reason, details={"run_at": tx.at.now})
     return transitions.job_response(tx, job)
 
 
-def update(tx: Transaction, command: Update) -> Response | ApiError:
+def update(tx: Transaction, command: Update) -> Response:
     job = transitions.find(tx, command.id)
-    if isinstance(job, ApiError):
-        return job
     job = transitions.expire_if_overdue(tx, job)
     if job.status == "completed":
-        return transitions.refuse_transition(job, "completed", "A completed job cannot be changed.")
+        raise transitions.invalid_transition(job, "completed", "A completed job cannot be changed.")
     fields = _rescheduled(tx, job, command.priority, command.run_at, command.max_attempts)
     if fields:
         given = {"priority": command.priority, "run_at": command.run_at, "max_attempts": command.max_attempts}
@@ -157,18 +144,16 @@ def update(tx: Transaction, command: Update) -> Response | ApiError:
     return transitions.job_response(tx, job)
 
 
-def delete(tx: Transaction, command: Delete) -> Response | ApiError:
+def delete(tx: Transaction, command: Delete) -> Response:
     job = transitions.find(tx, command.id)
-    if isinstance(job, ApiError):
-        return job
     if job.status not in Delete.allowed_from:
-        return transitions.refuse_transition(job, "deleted", "Only a finished job can be deleted: cancel it first.")
+        raise transitions.invalid_transition(job, "deleted", "Only a finished job can be deleted: cancel it first.")
     response = transitions.job_response(tx, job)
     tx.delete(job, command.reason)
     return response
 
 
-def pause(tx: Transaction, command: Pause) -> Response | ApiError:
+def pause(tx: Transaction, command: Pause) -> Response:
     """Pause a queue. A second pause with another reason or end replaces both and keeps the start of the first one."""
     now, known = tx.at.now, tx.state.paused.get(command.name)
     if command.until is not None and command.until <= tx.at.believed:
@@ -176,7 +161,7 @@ def pause(tx: Transaction, command: Pause) -> Response | ApiError:
             f"until {command.until} is not in the future; it is in Unix milliseconds. Leave it out to pause until an "
             "operator resumes the queue."
         )
-        return transitions.invalid("until", message)
+        raise transitions.invalid("until", message)
     given = command.reason, command.until
     if known is not None and given in ((None, None), (known.reason, known.until)):
         return Response(views.paused_view(command.name, known))
@@ -191,15 +176,14 @@ def resume(tx: Transaction, command: Resume) -> Response:
     return Response(views.paused_view(command.name, None))
 
 
-def import_job(tx: Transaction, command: Import) -> Response | ApiError:
+def import_job(tx: Transaction, command: Import) -> Response:
     """Import a job as it was. An id that exists is skipped, so that an import can be repeated."""
     if tx.state.get(command.id) is not None or command.id in tx.state.quarantined:
         return Response(Imported(command.id, skipped=True))
-    refusal = transitions.refuse_backoff(command.backoff)
-    refusal = refusal or (transitions.refuse_above_limit(tx) if command.status in LIVE else None)
-    refusal = refusal or transitions.refuse_queue(tx, command.queue)
-    if refusal is not None:
-        return refusal
+    transitions.check_backoff(command.backoff)
+    if command.status in LIVE:
+        transitions.check_live_jobs(tx)
+    transitions.check_queue(tx, command.queue)
     job = _imported(tx, command)
     tx.create(job, "imported", bytes(command.payload), "")
     if job.status == "processing":
@@ -207,7 +191,7 @@ def import_job(tx: Transaction, command: Import) -> Response | ApiError:
     return Response(Imported(command.id, skipped=False), status=201)
 
 
-def check_import(tx: Transaction, command: ImportCheck) -> Response | ApiError:
+def check_import(tx: Transaction, command: ImportCheck) -> Response:
     """Return what `import_job` would do. The command is a dry run."""
     room = max(tx.policy.live_jobs - tx.state.live_count, 0)
     if command.id in tx.state.quarantined:
@@ -217,9 +201,7 @@ def check_import(tx: Transaction, command: ImportCheck) -> Response | ApiError:
     if there is not None:
         reason = f"A job with this id exists: it is {there.status}."
         return Response(ImportCheckResult(command.id, "skip", there.status, reason, room))
-    refusal = import_job(tx, command)
-    if isinstance(refusal, ApiError):
-        return refusal
+    import_job(tx, command)
     last = tx.changes[-1]
     assert last.after is not None
     return Response(ImportCheckResult(command.id, "create", last.after.status, last.event.reason, room))

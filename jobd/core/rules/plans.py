@@ -23,11 +23,11 @@ from jobd.model.commands import (
     PlanAction,
     PlanFilter,
 )
-from jobd.model.errors import ApiError
+from jobd.model.errors import ApiException, api_error
 from jobd.model.job import Job, requeues_on_stall
 from jobd.model.responses import ChangedJob, PlanSlice, Response
 
-Rules = Mapping[PlanAction, Callable[[Transaction, Any], Response | ApiError]]
+Rules = Mapping[PlanAction, Callable[[Transaction, Any], Response]]
 
 
 def apply(tx: Transaction, command: ApplyPlan, rules: Rules) -> Response:
@@ -37,31 +37,30 @@ def apply(tx: Transaction, command: ApplyPlan, rules: Rules) -> Response:
     return Response(done)
 
 
-def refuse_if_changed(tx: Transaction, command: AnyCommand, expected: str) -> ApiError | None:
-    """Return an error if the job of `command` is no longer in the version that the caller expects."""
+def check_version(tx: Transaction, command: AnyCommand, expected: str) -> None:
+    """Reject `command` if its job is no longer in the version that the caller expects."""
     assert isinstance(command, JobCommand)
     job = transitions.find(tx, command.id)
-    if isinstance(job, ApiError):
-        return job
-    if version(job, tx.state.latest_late(job.seq)) == expected:
-        return None
-    message = f"The job has changed since you read it: it is {job.status} now. Nothing was done."
-    return ApiError("invalid_transition", message, {"job_id": job.id, "status": job.status})
+    if version(job, tx.state.latest_late(job.seq)) != expected:
+        message = f"The job has changed since you read it: it is {job.status} now. Nothing was done."
+        raise api_error("invalid_transition", message, job_id=job.id, status=job.status)
 
 
 def _one(tx: Transaction, command: ApplyPlan, rules: Rules, expected: ExpectedVersion, done: PlanSlice) -> None:
-    job = transitions.find(tx, expected.id)
-    if isinstance(job, ApiError):
-        done.changed.append(ChangedJob(expected.id, "", None, job.message))
-    elif version(job, tx.state.latest_late(job.seq), command.action) != expected.version:
+    try:
+        job = transitions.find(tx, expected.id)
+    except ApiException as missing:
+        done.changed.append(ChangedJob(expected.id, "", None, missing.error.message))
+        return
+    if version(job, tx.state.latest_late(job.seq), command.action) != expected.version:
         what = "It has changed since the plan was made."
         done.changed.append(ChangedJob(job.id, "", job.status, what))
-    else:
-        response = rules[command.action](tx, _command_for(command, job.id))
-        if isinstance(response, ApiError):
-            done.refused.append(ChangedJob(job.id, "", job.status, response.message))
-        else:
-            done.applied += 1
+        return
+    try:
+        rules[command.action](tx, _command_for(command, job.id))
+        done.applied += 1
+    except ApiException as rejected:
+        done.refused.append(ChangedJob(job.id, "", job.status, rejected.error.message))
 
 
 def _command_for(command: ApplyPlan, job_id: str) -> JobCommand:

@@ -12,7 +12,6 @@ from jobd.core import views
 from jobd.core.state import State
 from jobd.core.stats import Counters
 from jobd.model.commands import Import, Locks, Moment, Workers
-from jobd.model.errors import ApiError
 from jobd.model.job import (
     HOUR_MS,
     MINUTE_MS,
@@ -167,7 +166,7 @@ def test_the_view_of_a_late_result_has_every_field() -> None:
         "seq": 31, "at": NOW - 32, "worker": "w-2", "fencing_token": 33, "download_url": "url", "file_path": "file",
         "storage_key": "key", "metadata": Raw(b"1"), "expires_at": NOW + 34, "refusal": None,
     }  # fmt: skip
-    refused = views.late_view(late, ApiError("invalid_request", "It lacks something.", {"field": "f"}))
+    refused = views.late_view(late, "It lacks something.")
     assert refused.refusal == ErrorView("invalid_request", "It lacks something.")
 
 

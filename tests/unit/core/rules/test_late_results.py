@@ -557,7 +557,7 @@ def test_a_late_result_that_may_complete_the_job_can_be_chosen() -> None:
     late(rules, completing(locks[0], download_url="u"))
     late(rules, completing(locks[1]))
     good, newer = rules.late()
-    assert late_result_rules.refuse_adoption(good, rules.policy) is None
+    assert late_result_rules.not_adoptable(good, rules.policy) is None
     assert rules.reject(Adopt(id="a"), "invalid_request", admin=True).message.startswith(f"Late result {newer.seq} ")
     assert rules.accept(Adopt(id="a", result=good.seq), admin=True).download_url == "u"
 

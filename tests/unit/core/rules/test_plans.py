@@ -38,7 +38,7 @@ from jobd.model.commands import (
     Progress,
     Recover,
 )
-from jobd.model.errors import ApiError
+from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Job, requeues_on_stall
 from jobd.model.responses import (
     ChangedJob,
@@ -127,8 +127,9 @@ def test_maintenance_of_one_job_returns_the_result_or_an_error() -> None:
     rules.create("a")
     for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
         tx = transaction(rules)
-        refusal = rule(tx, JobCommand(id="a"))
-        assert refusal == ApiError("invalid_transition", NO_MORE, {"job_id": "a", "status": "queued"})
+        with pytest.raises(ApiException) as caught:
+            rule(tx, JobCommand(id="a"))
+        assert caught.value.error == ApiError("invalid_transition", NO_MORE, {"job_id": "a", "status": "queued"})
     rules.start("a")
     rules.advance(HOUR_MS)
     rules.create("b", expires_at=rules.now + 5)
@@ -236,9 +237,8 @@ def test_maintenance_of_an_unknown_job_is_rejected() -> None:
     rules = RuleHarness()
     tx = transaction(rules)
     for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
-        version = rule(tx, JobCommand(id="gone"))
-        assert isinstance(version, ApiError)
-        assert version.code == "job_not_found"
+        with pytest.raises(ApiException, match="job_not_found"):
+            rule(tx, JobCommand(id="gone"))
 
 
 # -- made, and applied ------------------------------------------------------------------------------------------------
