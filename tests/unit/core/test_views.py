@@ -203,7 +203,7 @@ def test_the_stats_have_every_field() -> None:
         "total_jobs": 1, "by_status": dict.fromkeys(STATUSES, 0) | {"processing": 1}, "stuck_jobs": 0,
         "locked_jobs": 1, "average_processing_time": 2.0, "oldest_processing_job": OldestProcessing("a", 3.0, 24),
         "stuck_jobs_recovered": 5, "timestamp": NOW, "cleanup_running": False, "time_since_last_cleanup": None,
-        "disk": None,
+        "disk": None, "store": "",
     }  # fmt: skip
 
 
