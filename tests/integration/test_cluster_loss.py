@@ -53,7 +53,7 @@ def write_kept(first: NodeProcess) -> dict[str, Any]:
 def write_lost(first: NodeProcess, second: NodeProcess) -> None:
     assert first.post("/v1/jobs", {"id": "new", "payload": {"file": "1.mov"}}).status == 201
     assert first.post("/v1/jobs/waiting/cancel", {}).status == 200
-    poll_until(lambda: second.cluster()["lag_events"] == 0)
+    poll_until(lambda: second.has_records_of(first))
 
 
 def last_record_of(node: NodeProcess) -> str:

@@ -41,6 +41,11 @@ class NodeProcess(DaemonProcess):
     def cluster(self) -> Any:
         return self.get("/v1/cluster").data
 
+    def has_records_of(self, leader: NodeProcess) -> bool:
+        """Return whether this standby has every record of the leader. One that has just started knows of none."""
+        record, seen = leader.cluster()["record"], self.cluster()
+        return bool(seen["record"] >= record and seen["lag_events"] == 0)
+
     def wait_leads(self) -> None:
         self.wait_for_log(b"event=ready")
 
