@@ -257,8 +257,9 @@ class Daemon:
         for name, router in self._routers.items():
             pages = self._dashboard if name == "admin" else None
             if name in standbys:
-                guard = serving.check_leadership
-                standbys[name].serve(router, serving.actor, serving.services, pages=pages, guard=guard)
+                app, services = standbys[name], serving.services
+                app.serve(router, serving.actor, services, pages=pages, guard=serving.check_leadership)
+                app.confirm = serving.confirm_leadership
                 continue
             authenticator, limits, is_admin = self._authenticators[name], self._limits(), name == "admin"
             app = App(

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from random import SystemRandom
 from typing import Any, Final, Protocol
@@ -144,9 +144,9 @@ class Serving:
     def bind(self, leadership: Leadership, artifacts: ArtifactStore | None) -> None:
         """Let the actor end when leadership is lost. `artifacts` is the store that the standby has opened."""
 
-        def check() -> None:
-            leadership.check()
+        def check() -> Awaitable[None] | None:
             self._clock_monitor.check()
+            return self.confirm_leadership()
 
         def begin_epoch(epoch: int) -> None:
             self.actor.state.epoch, self.actor.state.next_token = epoch, 1
@@ -190,9 +190,23 @@ class Serving:
             return not_leader_error(None)
         return None
 
+    def confirm_leadership(self) -> Awaitable[None] | None:
+        """Return what a read has to wait for. Raises LeadershipLost. See `Leadership.confirm`."""
+        assert self._leadership is not None
+        return self._leadership.confirm()
+
     def may_serve(self) -> bool:
         """Return whether no other node can lead. Always true without a cluster."""
         return self._leadership is None or self.check_leadership() is None
+
+    def _may_send(self) -> bool:
+        """Return whether no other node can lead, even if this machine was paused."""
+        try:
+            if self._leadership is not None:
+                self._leadership.check_confirmed()
+        except Exception:
+            return False
+        return True
 
     async def responds(self, check_s: float, on_wait: Callable[[], object]) -> bool:
         """Return whether the actor responds to a command.
@@ -285,7 +299,7 @@ class Serving:
                 )
             return None
         self._stack.push_async_callback(self._artifacts.close)
-        check = self._leadership.check if self._leadership is not None else lambda: None
+        check = self._leadership.check_confirmed if self._leadership is not None else lambda: None
         sweeper = ArtifactSweeper(self._store, self._artifacts, self.clock, self._sweeps, check=check)
         self._store.on_tombstones = sweeper.expect
         self.actor.on_commit.append(sweeper.committed)
@@ -305,7 +319,7 @@ class Serving:
             moment=self.clock.moment,
             source=f"/jobd/{quote(socket.gethostname(), safe='')}",
             may_write=lambda: self.actor.full_disk.write_limit == WriteLimit.NONE,
-            may_send=self.may_serve,
+            may_send=self._may_send,
             alerts=lambda: self.alerts.known(),
             chance=SystemRandom().random,
         )

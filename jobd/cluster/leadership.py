@@ -18,8 +18,11 @@ from jobd.engine.actor import COMMIT_BUCKETS_S
 from jobd.model.journal import Head, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost, Record, SharedJournal
 from jobd.model.storage import DiskFull
 
-MIN_WAIT_S: Final = 0.5  # for a response of the journal, even after the end of the lease
+MIN_WAIT_S: Final = 0.5  # for the response to a statement that was sent after the lease
+LATE_S: Final = 0.05  # after the lease, for a response that arrived while this process stood still
 RETRY_S: Final = 0.05  # while the journal cannot be reached
+
+_OVER: Final = "the lease is over, because the journal did not confirm a renewal in time"
 
 log = structlog.get_logger("jobd.cluster")
 
@@ -54,13 +57,29 @@ class Leadership:
         self._sending = asyncio.Lock()  # one statement at a time, because an unknown outcome ends all others
         self._stop = asyncio.Event()
         self._lost: Exception | None = None
+        self._response: asyncio.Timeout | None = None  # the wait for one
+        self._timer: asyncio.TimerHandle | None = None  # not after the end of the lease
 
     def check(self) -> None:
         """Raise an error if no more responses may be sent: leadership is lost, or the lease over by the local clock."""
         if self._lost is not None:
             raise self._lost
         if self._lease.is_over:
-            raise LeadershipLost("the lease is over, because the journal did not confirm a renewal in time")
+            raise LeadershipLost(_OVER)
+
+    def confirm(self) -> Awaitable[None] | None:
+        """Raise an error as `check` does. Return a renewal to wait for if the clocks of this machine have jumped.
+
+        Its lease may be over then. Reads wait for this, and appends need not.
+        """
+        self.check()
+        return self._renew_if_due() if self._lease.is_in_doubt else None
+
+    def check_confirmed(self) -> None:
+        """Raise an error as `check` does, and also until the next renewal if the clocks have jumped."""
+        self.check()
+        if self._lease.is_in_doubt:
+            raise LeadershipLost("the clocks of this machine have jumped, and no renewal of the lease has followed yet")
 
     @property
     def is_waiting(self) -> bool:
@@ -76,14 +95,14 @@ class Leadership:
         async with self._sending:
             if self._lost is not None:
                 raise LeadershipLost(f"this node no longer leads: {self._lost}") from self._lost
-            began_s = self._lease.now_s()
+            began_s = self._lease.now().at_s
             try:
                 await self._append(record, acked)
             except (LeadershipLost, JournalOutcomeUnknown) as lost:
                 self._lost = lost
                 raise
             self.acked = record.number
-            self.append_seconds.add(self._lease.now_s() - began_s, COMMIT_BUCKETS_S)
+            self.append_seconds.add(self._lease.now().at_s - began_s, COMMIT_BUCKETS_S)
             if self._lease.is_over:  # the record is durable, but another node may lead by now: see `check`
                 with contextlib.suppress(LeadershipLost, JournalOutcomeUnknown):
                     await self._renew()
@@ -97,13 +116,8 @@ class Leadership:
             if self._stop.is_set() or self._lease.renewal_in_s > 0:
                 continue
             try:
-                async with self._sending:
-                    if self._lost is not None:  # an append has lost leadership, which must not be taken again
-                        raise self._lost
-                    if self._lease.renewal_in_s <= 0:  # no append came first
-                        await self._renew()
+                await self._renew_if_due()
             except (LeadershipLost, JournalOutcomeUnknown) as lost:
-                self._lost = lost
                 self.on_lost(lost)
                 return
 
@@ -127,6 +141,20 @@ class Leadership:
         except JournalOutcomeUnknown:
             log.warning("append_unknown", record=record.number)
             await self._ensure_appended(record, acked)
+        except _NoResponse as lost:
+            raise _unknown(record, lost) from lost
+
+    async def _renew_if_due(self) -> None:
+        async with self._sending:
+            if self._lost is not None:  # an append has lost leadership, which must not be taken again
+                raise self._lost
+            if self._lease.renewal_in_s > 0 and not self._lease.is_in_doubt:
+                return  # an append came first
+            try:
+                await self._renew()
+            except (LeadershipLost, JournalOutcomeUnknown) as lost:
+                self._lost = lost
+                raise
 
     async def _renew(self) -> None:
         try:
@@ -146,7 +174,7 @@ class Leadership:
             except JournalOutcomeUnknown:
                 pass
             except LeadershipLost as lost:
-                raise JournalOutcomeUnknown(f"record {record.number} may be in the journal or not: {lost}") from lost
+                raise _unknown(record, lost) from lost
 
     async def _resolve(self) -> Head:
         """Keep leadership after an unknown outcome, with another epoch. Raises LeadershipLost at the end of the lease.
@@ -154,9 +182,8 @@ class Leadership:
         A statement that is still running then ends by itself. If it takes an epoch, that epoch is not used.
         """
         while True:
-            with contextlib.suppress(JournalOutcomeUnknown, TimeoutError):
-                async with asyncio.timeout(max(self._lease.left_s, MIN_WAIT_S)):
-                    head = await self._retry(lambda: self._journal.resolve(self._next_epoch()))
+            with contextlib.suppress(JournalOutcomeUnknown):
+                head = await self._retry(lambda: self._journal.resolve(self._next_epoch()))
                 self.epoch = head.epoch
                 self.on_epoch(head.epoch)
                 return head
@@ -167,13 +194,13 @@ class Leadership:
         """Send a statement that renews the lease, again while the journal cannot be written and the lease lasts.
 
         The first attempt may come after the lease, because the journal rejects it if another node leads. After the
-        errors `raised`, it is not sent again.
+        errors `raised`, it is not sent again. Raises _NoResponse when the lease ends first.
         """
         is_away = False
         while True:
-            sent_s = self._lease.now_s()
+            sent = self._lease.now()
             try:
-                result = await send()
+                result = await self._response_to(send())
             except (JournalUnavailable, DiskFull) as error:
                 if isinstance(error, raised):
                     raise
@@ -183,5 +210,42 @@ class Leadership:
                 self.check()
                 await asyncio.sleep(RETRY_S)
             else:
-                self._lease.renewed(sent_s)
+                self._lease.renewed(sent)
                 return result
+
+    async def _response_to(self, statement: Awaitable[T]) -> T:
+        """Wait for a response until the lease is over. The statement runs on after that. Raises _NoResponse."""
+        try:
+            async with asyncio.timeout(None) as self._response:
+                if self._timer is None or self._lease.is_over:
+                    self._set_timer(self._lease.left_s or MIN_WAIT_S)
+                return await statement
+        except TimeoutError:
+            raise _NoResponse(_OVER) from None
+        finally:
+            self._response = None
+
+    def _set_timer(self, in_s: float, *, is_late: bool = False) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(in_s, self._end_wait, is_late)
+
+    def _end_wait(self, is_late: bool) -> None:
+        """End the wait for a response if the lease is over. One timer serves many statements."""
+        self._timer = None
+        if self._response is None:
+            return
+        if self._lease.left_s > 0:
+            self._set_timer(self._lease.left_s)
+        elif not is_late:
+            self._set_timer(LATE_S, is_late=True)
+        else:
+            self._response.reschedule(asyncio.get_running_loop().time())
+
+
+class _NoResponse(LeadershipLost):
+    """The lease ended before the response to a statement, which may have had its effect."""
+
+
+def _unknown(record: Record, lost: LeadershipLost) -> JournalOutcomeUnknown:
+    return JournalOutcomeUnknown(f"record {record.number} may be in the journal or not: {lost}")

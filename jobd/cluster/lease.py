@@ -3,18 +3,22 @@
 A leader measures from the moment before it sent the last acknowledged renewal, and stops early by a margin. A standby
 measures from the moment when it first saw that renewal. So the lease of a leader is over before a standby takes over,
 regardless of the wall clocks. `now_s` has to count the time in which the machine is suspended.
+
+It does not count the time in which a virtual machine is paused. The wall clock may show that time afterwards, so a
+leader renews its lease when the two clocks have moved apart.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from jobd.model.journal import Head, NodeEntry
 
 MARGIN: Final = 0.1  # of the lease; clocks may differ in speed by this much
 RENEWALS: Final = 3  # in one lease, while nothing is appended
+JUMP_S: Final = 0.3  # between the wall clock and the clock of the lease
 
 
 def boot_clock_s() -> float:
@@ -27,39 +31,56 @@ def lease_of(holder: str | None, nodes: list[NodeEntry]) -> float:
     return max((node.lease_ms / 1000 for node in nodes if node.process == holder), default=0.0)
 
 
+class Instant(NamedTuple):
+    """A moment by the clock of the lease, and how far the wall clock was ahead of it."""
+
+    at_s: float
+    ahead_s: float
+
+
 class LeaderLease:
     """The lease as its leader counts it. It is over until `renewed` is called."""
 
-    def __init__(self, lease_s: float, now_s: Callable[[], float] = boot_clock_s) -> None:
+    def __init__(
+        self, lease_s: float, now_s: Callable[[], float] = boot_clock_s, wall_s: Callable[[], float] = time.time
+    ) -> None:
         self.lease_s = lease_s
         self._now_s = now_s
-        self._sent_s: float | None = None  # of the latest renewal that was acknowledged
+        self._wall_s = wall_s
+        self._sent: Instant | None = None  # when the latest renewal that was acknowledged was sent
 
-    def now_s(self) -> float:
-        """Return the time to pass to `renewed`, before the renewal is sent."""
-        return self._now_s()
+    def now(self) -> Instant:
+        """Return the moment to pass to `renewed`, before the renewal is sent."""
+        at_s = self._now_s()
+        return Instant(at_s, self._wall_s() - at_s)
 
-    def renewed(self, sent_s: float) -> None:
-        """Record that a renewal sent at `sent_s` was acknowledged."""
-        self._sent_s = sent_s if self._sent_s is None else max(self._sent_s, sent_s)
+    def renewed(self, sent: Instant) -> None:
+        """Record that a renewal sent at this moment was acknowledged."""
+        if self._sent is None or sent.at_s >= self._sent.at_s:
+            self._sent = sent
 
     @property
     def left_s(self) -> float:
         """The seconds until the lease is over, 0 if it is."""
-        if self._sent_s is None:
+        if self._sent is None:
             return 0.0
-        return max(self._sent_s + self.lease_s * (1 - MARGIN) - self._now_s(), 0.0)
+        return max(self._sent.at_s + self.lease_s * (1 - MARGIN) - self._now_s(), 0.0)
 
     @property
     def is_over(self) -> bool:
         return self.left_s <= 0
 
     @property
+    def is_in_doubt(self) -> bool:
+        """Whether the clocks have moved apart since the latest renewal, as in a virtual machine that was paused."""
+        return self._sent is not None and abs(self.now().ahead_s - self._sent.ahead_s) > JUMP_S
+
+    @property
     def renewal_in_s(self) -> float:
         """The seconds until the next renewal is due, unless an append renews the lease before."""
-        if self._sent_s is None:
+        if self._sent is None:
             return 0.0
-        return max(self._sent_s + self.lease_s / RENEWALS - self._now_s(), 0.0)
+        return max(self._sent.at_s + self.lease_s / RENEWALS - self._now_s(), 0.0)
 
 
 class StandbyLease:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 from urllib.parse import urlsplit
@@ -65,6 +66,7 @@ class Standby:
         *,
         next_epoch: Callable[[int], int],
         now_s: Callable[[], float] = boot_clock_s,
+        wall_s: Callable[[], float] = time.time,
         refuses_connections: Callable[[str], Awaitable[bool]] | None = None,
     ) -> None:
         self.head: Head | None = None
@@ -74,6 +76,7 @@ class Standby:
         self._warm = warm
         self._next_epoch = next_epoch
         self._now_s = now_s
+        self._wall_s = wall_s
         self._refuses_connections = refuses_connections or refuses_connections_at
         self._lease = StandbyLease(settings.lease_s, now_s)
         self._last_event = warm.last_event  # of the records that were read
@@ -184,7 +187,7 @@ class Standby:
         if self._warm.number < self.head.number:  # a node that cannot read the last record does not lead
             for each in await self._journal.read(self._warm.number, READ_LIMIT):
                 record.decode(each)
-        lease = LeaderLease(self.settings.lease_s, self._now_s)
+        lease = LeaderLease(self.settings.lease_s, self._now_s, self._wall_s)
         head = await self._take_leadership(lease)
         if head is None:
             return None
@@ -194,7 +197,10 @@ class Standby:
             if not records:
                 return None  # the server has failed over, and has lost the takeover and records before it
             await self._warm.apply([each for each in records if each.number <= head.number])
-        self._begin_epoch(head.epoch, may_have_lost=not await self._is_complete())
+        is_complete = await self._is_complete()
+        if lease.renewal_in_s <= 0 and not await self._renew(head, lease):  # the takeover waited, as for a row lock
+            return None
+        self._begin_epoch(head.epoch, may_have_lost=not is_complete)
         log.info("leads", epoch=head.epoch, record=head.number)
         return Leadership(
             self._journal,
@@ -207,18 +213,28 @@ class Standby:
         seen, settings = self.head, self.settings
         assert seen is not None
         epoch = self._next_epoch(max(seen.epoch, self._warm.state.epoch))
-        sent_s = lease.now_s()
+        sent = lease.now()
         try:
             try:
                 head = await self._journal.take_over(seen, holder=settings.holder, url=settings.url, epoch=epoch)
             except JournalOutcomeUnknown:
-                sent_s = lease.now_s()
+                sent = lease.now()
                 head = await self._journal.resolve(epoch)
         except (Fenced, JournalOutcomeUnknown):
             return None  # leadership that began unnoticed ends with its lease
         if head is not None:
-            lease.renewed(sent_s)
+            lease.renewed(sent)
         return head
+
+    async def _renew(self, head: Head, lease: LeaderLease) -> bool:
+        """Renew leadership that was just taken. Return False if it is lost, or ends with its lease."""
+        sent = lease.now()
+        try:
+            await self._journal.renew(head.number)
+        except (Fenced, JournalOutcomeUnknown):
+            return False
+        lease.renewed(sent)
+        return True
 
     async def _is_complete(self) -> bool:
         """Return whether the journal has every acknowledged record: no failover of the server can have lost one."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any, Final
 
@@ -106,7 +106,8 @@ class Actor:
         self.waiting_claims = WaitingClaims(state.presence)
         self.full_disk = FullDisk(disk, clock, loop_time, is_full=is_full, has_reserve=has_reserve)
         self.slow_commit_s = SLOW_COMMIT_S
-        self.before_batch: Callable[[], None] = lambda: None  # called before a batch is taken; an error ends `run`
+        # Called before a batch is taken, which waits for what it returns. An error ends `run`.
+        self.before_batch: Callable[[], Awaitable[None] | None] = lambda: None
         self.on_commit: list[Callable[[Sequence[Change]], None]] = [lambda changes: self.state.counters.note(changes)]
         self.commit_seconds = Histogram.empty(COMMIT_BUCKETS_S)
         self.batch_commands = Histogram.empty(BATCH_BUCKETS)
@@ -281,7 +282,8 @@ class Actor:
         await self._drain_sockets()
         batch: list[Envelope] = []
         try:
-            self.before_batch()
+            if (confirming := self.before_batch()) is not None:
+                await confirming
             batch = self._take()
             if self._lost_disk is not None:
                 raise self._lost_disk

@@ -10,7 +10,7 @@ import asyncio
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any, Final, Generic, Protocol, TypeVar
 from urllib.parse import unquote
@@ -136,7 +136,8 @@ class App(Generic[S]):
 
     `routes` has the route of each type of request. `error_counts` counts the errors sent, by code. While `closing`,
     responses say `Connection: close`; `on_close` are the callbacks that end open streams then. `pending` has the
-    requests in progress. `pages` are the HTML pages of the app, if it has any.
+    requests in progress. `pages` are the HTML pages of the app, if it has any. Handlers of requests that only a leader
+    may serve wait for what `confirm` returns. The actor does so for commands.
     """
 
     def __init__(
@@ -155,6 +156,7 @@ class App(Generic[S]):
         self.limits = limits or Limits()
         self.admin = admin
         self.closing = False
+        self.confirm: Callable[[], Awaitable[None] | None] = lambda: None
         self.on_close: set[Callable[[], None]] = set()
         self.error_counts: Counter[str] = Counter()
         self.pending: set[RequestContext] = set()
@@ -308,6 +310,8 @@ class App(Generic[S]):
     async def _execute(self, ctx: RequestContext) -> Response | ApiError | None:
         assert ctx.route is not None
         handler = ctx.route.handler or run_command
+        if not ctx.route.on_standby and (confirming := self.confirm()) is not None:
+            await confirming
         if ctx.route.body == "lines":
             return await handler(self, ctx, None)
         body = await self._read_body(ctx) if ctx.has_body else b""

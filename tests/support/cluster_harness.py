@@ -102,6 +102,7 @@ class ClusterNode:
             NodeSettings(holder=f"{name} {id(self)}", url=f"http://{name}", lease_s=LEASE_S),
             next_epoch=lambda highest: new_epoch(highest, self.wall_ms()),
             now_s=lambda: self.boot() / 1000,
+            wall_s=lambda: self.wall_ms() / 1000,
             refuses_connections=self.refuses_connections,
         )
         self.nodes: dict[str, ClusterNode] = {f"http://{name}": self}
@@ -127,7 +128,7 @@ class ClusterNode:
         self.clock, self.state = clock, state
         keys = IdempotencyStore(opened.keys, 1000)
         self.actor = Actor(self.disk, state, keys, clock, Policy(), random=Random(self.name).randbytes)
-        self.actor.before_batch = leadership.check
+        self.actor.before_batch = leadership.confirm
         leadership.on_epoch, leadership.on_lost = self._on_epoch, self.actor.lose_disk
         now = clock.moment().lease
         extend_held_locks(self.actor, now, since=now)

@@ -12,6 +12,7 @@ from jobd.api.standby import NoActor, StandbyServices, standby_app
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
 from jobd.model.errors import ApiError, not_leader_error
+from jobd.model.journal import LeadershipLost
 from jobd.model.responses import ClusterView
 from tests.support.http_harness import TOKEN, HttpHarness
 
@@ -101,6 +102,21 @@ async def test_a_standby_rejects_every_command() -> None:
         assert (error.code, error.details) == ("not_leader", {"leader": None})
     actor.abandon(None)
     actor.undelivered(None)
+
+
+async def test_a_read_without_the_actor_waits_for_the_confirmation_of_leadership(standby: Standby) -> None:
+    standby.lead()
+    confirmed: list[str] = []
+
+    async def confirm() -> None:
+        confirmed.append("read")
+        raise LeadershipLost("another node leads")
+
+    standby.standby_app.confirm = confirm
+    if standby.leads.admin:
+        assert (await standby.request("GET", "/admin/job-management/alerts", headers=AUTH)).error == "not_leader"
+        assert confirmed == ["read"]
+    assert (await standby.request("GET", "/v1/cluster", headers=AUTH)).status == 200
 
 
 async def test_a_node_that_has_lost_its_leadership_serves_no_read(standby: Standby) -> None:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from jobd.cluster.leadership import Leadership
+from jobd.cluster.leadership import LATE_S, MIN_WAIT_S, Leadership
 from jobd.cluster.lease import LeaderLease
 from jobd.model.journal import Fenced, JournalOutcomeUnknown, LeadershipLost, Record
 from jobd.model.storage import DiskFull
@@ -14,6 +14,8 @@ from tests.support.memory_journal import MemoryServer, MemorySharedJournal
 from tests.support.virtual_engine import in_virtual_time, seconds
 
 LEASE_S = 3.0
+OVER_S = LEASE_S * 0.9  # after which the leader counts its lease as over
+LATE_RESPONSE_S = OVER_S + LATE_S / 2
 
 
 class Node:
@@ -27,12 +29,13 @@ class Node:
 
     async def lead(self) -> Leadership:
         now_s = asyncio.get_running_loop().time
-        self.lease = LeaderLease(LEASE_S, now_s)
-        sent_s = self.lease.now_s()
+        self.ahead_s = 0.0  # of the wall clock
+        self.lease = LeaderLease(LEASE_S, now_s, lambda: now_s() + self.ahead_s)
+        sent = self.lease.now()
         seen = await self.journal.head()
         head = await self.journal.take_over(seen, holder=self.name, url=f"http://{self.name}", epoch=100)
         assert head is not None
-        self.lease.renewed(sent_s)
+        self.lease.renewed(sent)
         self.leadership = Leadership(
             self.journal,
             head,
@@ -150,10 +153,10 @@ async def test_a_leader_without_its_journal_stops_before_its_lease_ends_elsewher
     node = Node(server)
     leadership = await node.lead()
     task = asyncio.create_task(leadership.run())
-    began_s = node.lease.now_s()
+    began_s = node.lease.now().at_s
     node.journal.is_reachable = False
     await task
-    assert 2.6 < node.lease.now_s() - began_s < LEASE_S
+    assert 2.6 < node.lease.now().at_s - began_s < LEASE_S
     assert [str(error) for error in node.lost] == [
         "the lease is over, because the journal did not confirm a renewal in time"
     ]
@@ -219,7 +222,7 @@ async def test_an_append_waits_for_a_resolution_until_the_lease_ends() -> None:
     began_s = asyncio.get_running_loop().time()
     with pytest.raises(JournalOutcomeUnknown, match="the lease is over"):
         await leadership.append(record(1), 0)
-    assert asyncio.get_running_loop().time() - began_s == pytest.approx(LEASE_S * 0.9, abs=0.01)
+    assert asyncio.get_running_loop().time() - began_s == pytest.approx(OVER_S + LATE_S)
 
 
 @in_virtual_time
@@ -289,11 +292,11 @@ async def test_an_append_that_outlasts_the_lease_is_followed_by_a_renewal() -> N
     server = MemoryServer()
     node = Node(server)
     leadership = await node.lead()
-    node.delay("append", LEASE_S + 1)
+    node.delay("append", LATE_RESPONSE_S)
     append = asyncio.create_task(leadership.append(record(1), 0))
     await seconds(LEASE_S - 1)
     assert leadership.is_waiting
-    await seconds(1.5)
+    await seconds(LATE_RESPONSE_S - LEASE_S + 1 - 0.01)
     assert not leadership.is_waiting, "the lease is over"
     await append
     leadership.check()
@@ -307,13 +310,90 @@ async def test_an_append_that_outlasts_the_lease_of_a_fenced_leader_ends_the_lea
 
     async def take_over(call: str) -> None:
         if call == "append":
-            await asyncio.sleep(LEASE_S + 1)
+            await asyncio.sleep(LATE_RESPONSE_S)
             await new.lead()
 
     old.journal.after = take_over
     await leadership.append(record(1), 0)
     with pytest.raises(LeadershipLost):
         leadership.check()
+
+
+@in_virtual_time
+async def test_the_wait_for_an_append_ends_with_the_lease_and_the_append_goes_on() -> None:
+    server = MemoryServer()
+    node = Node(server)
+    began_s = asyncio.get_running_loop().time()
+    leadership = await node.lead()
+    await seconds(1)
+    node.delay("append", 10)
+    with pytest.raises(JournalOutcomeUnknown, match="record 1 may be in the journal or not: the lease is over"):
+        await leadership.append(record(1), 0)
+    assert asyncio.get_running_loop().time() - began_s == pytest.approx(OVER_S + LATE_S)
+    assert server.durable.number == 0
+    await seconds(10)
+    assert server.durable.number == 1
+
+
+@in_virtual_time
+async def test_an_append_that_waits_for_a_renewal_waits_no_longer_than_the_lease() -> None:
+    node = Node(MemoryServer())
+    began_s = asyncio.get_running_loop().time()
+    leadership = await node.lead()
+    task = asyncio.create_task(leadership.run())
+    node.delay("renew", 10)
+    await seconds(1.5)
+    with pytest.raises(LeadershipLost, match="this node no longer leads: the lease is over"):
+        await leadership.append(record(1), 0)
+    assert asyncio.get_running_loop().time() - began_s == pytest.approx(OVER_S + LATE_S)
+    await task
+    assert [str(error) for error in node.lost] == [
+        "the lease is over, because the journal did not confirm a renewal in time"
+    ]
+
+
+@in_virtual_time
+async def test_a_statement_that_is_sent_after_the_lease_gets_a_moment() -> None:
+    """After the process stood still, no other node may lead."""
+    node = Node(MemoryServer())
+    leadership = await node.lead()
+    await seconds(LEASE_S)
+    node.delay("append", MIN_WAIT_S - 0.1)
+    await leadership.append(record(1), 0)
+    leadership.check()
+
+
+@pytest.mark.parametrize("jump_s", [-1.0, 1.0])
+def test_reads_wait_for_a_renewal_after_the_clocks_have_jumped(jump_s: float) -> None:
+    """The clock of the lease of a virtual machine stands still while it is paused. Its wall clock is corrected."""
+
+    @in_virtual_time
+    async def run() -> None:
+        server = MemoryServer()
+        old, new = Node(server), Node(server, "b")
+        leadership = await old.lead()
+        assert leadership.confirm() is None
+        leadership.check_confirmed()
+        old.ahead_s = jump_s
+        with pytest.raises(LeadershipLost, match="the clocks of this machine have jumped"):
+            leadership.check_confirmed()
+        version = server.head.version
+        first, second = leadership.confirm(), leadership.confirm()
+        assert first is not None
+        assert second is not None
+        await asyncio.gather(first, second)
+        assert server.head.version == version + 1
+        assert leadership.confirm() is None
+        old.ahead_s += 10
+        await new.lead()
+        confirming = leadership.confirm()
+        assert confirming is not None
+        with pytest.raises(Fenced):
+            await confirming
+        with pytest.raises(Fenced):
+            leadership.check()
+
+    run()
 
 
 @in_virtual_time

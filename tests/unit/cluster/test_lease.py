@@ -26,11 +26,11 @@ def head(number: int = 1, epoch: int = 7, renewed: str = "a", holder: str | None
 
 def test_a_leader_counts_from_before_it_sent_the_renewal() -> None:
     clock = FakeClock()
-    lease = LeaderLease(LEASE_S, clock)
+    lease = LeaderLease(LEASE_S, clock, clock)
     assert (lease.is_over, lease.left_s, lease.renewal_in_s) == (True, 0, 0)
-    sent_s = lease.now_s()
+    sent = lease.now()
     clock.now_s += 1  # the server took that long
-    lease.renewed(sent_s)
+    lease.renewed(sent)
     assert lease.left_s == pytest.approx(1.7)
     assert lease.renewal_in_s == 0, "a third of the lease has passed since it was sent"
     clock.now_s += 1.69
@@ -41,11 +41,11 @@ def test_a_leader_counts_from_before_it_sent_the_renewal() -> None:
 
 def test_an_acknowledgement_that_arrives_late_does_not_shorten_the_lease() -> None:
     clock = FakeClock()
-    lease = LeaderLease(LEASE_S, clock)
-    first_s = lease.now_s()
+    lease = LeaderLease(LEASE_S, clock, clock)
+    first = lease.now()
     clock.now_s += 1
-    lease.renewed(lease.now_s())
-    lease.renewed(first_s)
+    lease.renewed(lease.now())
+    lease.renewed(first)
     assert lease.left_s == pytest.approx(2.7)
     assert lease.renewal_in_s == pytest.approx(1)
 
@@ -92,8 +92,8 @@ def test_a_lease_without_a_holder_is_over_at_once() -> None:
 def test_the_leader_stops_before_a_standby_takes_over(apart_s: float, delay_s: float) -> None:
     """The clocks of both nodes are `apart_s` apart, and the standby sees the renewal `delay_s` after it was sent."""
     leader_clock, standby_clock = FakeClock(), FakeClock(100 + apart_s)
-    leader, standby = LeaderLease(LEASE_S, leader_clock), StandbyLease(LEASE_S, standby_clock)
-    leader.renewed(leader.now_s())
+    leader, standby = LeaderLease(LEASE_S, leader_clock, leader_clock), StandbyLease(LEASE_S, standby_clock)
+    leader.renewed(leader.now())
     for clock in (leader_clock, standby_clock):
         clock.now_s += delay_s
     steps = 0

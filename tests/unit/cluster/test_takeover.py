@@ -163,6 +163,29 @@ async def test_a_read_is_not_served_after_the_lease() -> None:
     assert isinstance(node.ended, LeadershipLost)
 
 
+@in_virtual_time
+async def test_a_paused_machine_serves_no_stale_read() -> None:
+    """Its clocks stood still, and its wall clock was corrected."""
+    server = MemoryServer()
+    old, standby = nodes = cluster(server, "a", "b")
+    assert await leader_of(nodes) is old
+    resumed = asyncio.Event()
+
+    async def pause(call: str) -> None:
+        await resumed.wait()
+
+    old.journal.before = pause
+    old.boot_ms -= 10_000
+    new = await leader_of([standby])
+    assert (await new.ask(Create(id="a"))).id == "a"
+    read = asyncio.create_task(old.ask(Get(id="a")))
+    await settle()
+    resumed.set()
+    assert await read == "not_leader"
+    assert isinstance(old.ended, Fenced)
+    await stop_all([new])
+
+
 @pytest.mark.parametrize("hook", ["before", "after"])
 def test_a_lost_response_to_an_append_is_not_noticed_by_clients(hook: str) -> None:
     @in_virtual_time
@@ -206,6 +229,35 @@ def test_a_lost_response_to_a_takeover_is_resolved(hook: str) -> None:
         await leader_of([node])
         assert loop_s() - began_s < 0.2
         await stop_all([node])
+
+    run()
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_takeover_that_waits_longer_than_the_lease_leads(lost: int) -> None:
+    """It waits for a row lock, or for a statement of the former leader."""
+
+    @in_virtual_time
+    async def run() -> None:
+        server = MemoryServer()
+        nodes = cluster(server, "a", "b")
+        old = await leader_of(nodes)
+        [new] = [node for node in nodes if node is not old]
+        await old.kill()
+        left = {"renew": lost}
+
+        async def wait(call: str) -> None:
+            if call == "take_over":
+                await asyncio.sleep(LEASE_S + 1)
+            if left.get(call, 0):
+                left[call] -= 1
+                raise JournalOutcomeUnknown
+
+        new.journal.before = wait
+        await leader_of([new], within_s=20)
+        assert (await new.ask(Create(id="a"))).id == "a"
+        assert len(server.epochs) == 2 + lost
+        await stop_all([new])
 
     run()
 

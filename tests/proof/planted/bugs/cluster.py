@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from jobd.cluster import standby
 from jobd.cluster.leadership import Leadership
-from jobd.cluster.lease import LeaderLease, StandbyLease
+from jobd.cluster.lease import Instant, LeaderLease, StandbyLease
 from jobd.cluster.standby import Standby
 from jobd.cluster.warm_state import WarmState
 from jobd.model.journal import Head, Record
@@ -51,8 +51,8 @@ async def _(confirm: Any, self: MemorySharedJournal, call: str, head: Any, failo
     breaks="a renewal counts from its response, not from before it was sent",
     found_by=CLUSTER_SIMULATION,
 )
-def _(renewed: Any, self: LeaderLease, sent_s: float) -> None:
-    renewed(self, self.now_s())
+def _(renewed: Any, self: LeaderLease, sent: Instant) -> None:
+    renewed(self, self.now())
 
 
 @bug(
@@ -117,7 +117,7 @@ def _(acknowledged: Any, records: list[Record], acked: int) -> list[Record]:
     found_by=CLUSTER_SIMULATION,
 )
 async def _(take_over: Any, self: Standby) -> Leadership | None:
-    lease = LeaderLease(self.settings.lease_s, self._now_s)
+    lease = LeaderLease(self.settings.lease_s, self._now_s, self._wall_s)
     if (head := await self._take_leadership(lease)) is None:
         return None
     self._begin_epoch(head.epoch, may_have_lost=False)

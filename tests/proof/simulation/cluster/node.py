@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+from collections.abc import Awaitable
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
@@ -191,6 +192,7 @@ class SimNode(Host):
             NodeSettings(holder=self.process, url=self.url, lease_s=options.lease_s, is_direct=options.is_direct),
             next_epoch=lambda highest: new_epoch(highest, self.wall()),
             now_s=self.boot_s,
+            wall_s=lambda: self.wall() / 1000,
             refuses_connections=self._refuses_connections,
         )
         self.disk.on_quarantined = warm.quarantine
@@ -266,16 +268,26 @@ class LeaderDaemon(SimDaemon):
 
     def begin(self) -> None:
         self._build(self._warm.opened())
-        self.actor.before_batch = self._check_leadership
+        self.actor.before_batch = self._confirm_leadership
         self.leadership.on_epoch, self.leadership.on_lost = self._begin_epoch, self.actor.lose_disk
         self._renewing = self.spawn(self.leadership.run())
         self.webhooks = make_webhooks(self.node.cluster.receiver, self)
         self._delivering = self.spawn(self.webhooks.run())
         self.spawn(self._live())
 
-    def _check_leadership(self) -> None:
+    def _confirm_leadership(self) -> Awaitable[None] | None:
         """S18: a leader that the journal has replaced takes no command, reads included. One that stops may."""
-        self.leadership.check()
+        if (confirming := self.leadership.confirm()) is not None:
+            self.node.cluster.count("node confirms its lease after a jump of its clocks")
+            return self._check_after(confirming)
+        self._check_leadership()
+        return None
+
+    async def _check_after(self, confirming: Awaitable[None]) -> None:
+        await confirming
+        self._check_leadership()
+
+    def _check_leadership(self) -> None:
         is_leader = self.node.cluster.leads(self.node) or self.stopped.is_set()
         self.node.monitor.must(is_leader, "S18", f"{self.node.process} takes commands after its leadership has ended")
         self.check_clocks()
