@@ -27,9 +27,8 @@ MAX_NAMED: Final = 3  # workers or kinds that a sentence lists
 _NAMES_AUTHOR: Final = frozenset({"completed", "adopted", "cancelled", "force_failed", "transitioned", "imported"})
 
 
-def explain(job: Job, state: State, at: Moment, policy: Policy) -> WhyView:
+def explain(job: Job, state: State, at: Moment, policy: Policy, late: list[LateResult] | None = None) -> WhyView:
     view = _explained(job, state, at)
-    late = state.late.results.get(job.seq)
     return replace(view, do=[*_late(job, late, policy), *view.do]) if late else view
 
 

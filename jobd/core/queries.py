@@ -81,7 +81,7 @@ def _of_job(tx: Transaction, command: OfJob) -> Response:
             return Response(LateResultList([]), read=HistoryRead(late=job.seq))
         case Why():
             ended = HistoryRead(ended=job) if job.status in FINISHED else None
-            return Response(explain(job, tx.state, tx.at, tx.policy), read=ended)
+            return Response(explain(job, tx.state, tx.at, tx.policy, tx.late.results.get(job.seq)), read=ended)
         case Validate():
             found = validate(job, tx.at, tx.policy)
             if not tx.call.admin:

@@ -34,12 +34,11 @@ from jobd.model.job import (
     STATUSES,
     CompactJob,
     Job,
-    LateResult,
     Options,
     compact,
     is_release_loop,
 )
-from jobd.model.storage import LateResultRows, Numbers, OpenedStore, QueueRow
+from jobd.model.storage import Numbers, OpenedStore, QueueRow
 
 FINISHED_KEPT: Final = 1_000  # finished jobs in memory, for repeated endings and quick reads
 FINISHED_BYTES: Final = 16 << 20  # of their metadata
@@ -56,7 +55,7 @@ class State:
         "_lease", "_not_live", "_now", "_options", "_queued", "_wakes", "clock_suspect", "counters", "counts", "epoch",
         "expired_locks", "finished", "jobs", "late", "next_cleanup_at", "next_event", "next_job",
         "next_token", "noted_expired", "on_due", "paused", "presence", "processing", "quarantined",
-        "queue_names", "release_loops", "request_hashes", "started_sum", "stuck", "totals", "unmoved",
+        "queue_names", "release_loops", "started_sum", "stuck", "totals", "unmoved",
         "unvalidated", "without_lease",
     )  # fmt: skip
 
@@ -74,8 +73,6 @@ class State:
         # Quarantined jobs whose rows could not be moved. A finished one has its queue and status here, because it stays
         # in the counts until its row is moved.
         self.unmoved: dict[str, tuple[str, str] | None] = {}
-        self.request_hashes: dict[str, str] = {}  # of jobs that this batch creates
-        self.late = LateResultRows()  # late results read for this batch
         self._late_calls: dict[tuple[int, int, str], None] = {}  # job seq, fencing token, verb
         self._late_results: dict[int, int] = {}  # job seq -> seq of the latest late result since the start
         self.paused: dict[str, QueuePause] = {}
@@ -268,21 +265,18 @@ class State:
         """Return the seq of the latest late result of a job since the start, as far as remembered."""
         return self._late_results.get(job_seq)
 
-    def add_late(self, job_seq: int, late: LateResult) -> None:
-        """Add a late result of a job."""
-        self.late.results.setdefault(job_seq, []).append(late)
+    def add_late(self, job_seq: int, seq: int) -> None:
+        """Remember the latest late result of a job."""
         self._late_results.pop(job_seq, None)
-        self._late_results[job_seq] = late.seq
+        self._late_results[job_seq] = seq
         if len(self._late_results) > LATE_RESULTS_KEPT:
             del self._late_results[next(iter(self._late_results))]
 
-    def forget_late(self, job_seq: int, late: LateResult) -> None:
-        """Forget the late result, because it is undone."""
-        known = self.late.results[job_seq]
-        known.remove(late)
+    def forget_late(self, job_seq: int, latest: int | None) -> None:
+        """Forget the latest late result, because it is undone. `latest` is the one before."""
         self._late_results.pop(job_seq, None)
-        if known:
-            self._late_results[job_seq] = max(each.seq for each in known)
+        if latest is not None:
+            self._late_results[job_seq] = latest
 
     def reindex(self, before: Job | None, after: Job | None) -> None:
         """Replace the row of a job in every order and counter. None: no such job. Exchange both to undo it."""

@@ -5,7 +5,7 @@ It applies each change at once, with one event, so that the next command of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from jobd.core.state import State
 from jobd.model.commands import Call, Moment, is_dry_run
 from jobd.model.events import Change, Changes, Event, EventType, QueuePause, initial_changes
 from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, LateResult, Policy, new_epoch
+from jobd.model.storage import LateResultRows
 
 _VARIANTS: Final = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))  # the bits 0b10, and two bits more
 
@@ -29,11 +30,21 @@ class Transaction:
 
     __slots__ = (
         "_first", "_first_checked", "_pauses", "_tokens", "_uuid_time",
-        "at", "call", "changes", "checked", "ended", "is_dry_run", "now", "pauses", "payloads", "policy", "state",
+        "at", "call", "changes", "checked", "ended", "hashes", "is_dry_run", "late", "now", "pauses", "payloads",
+        "policy", "state",
     )  # fmt: skip
 
-    def __init__(self, state: State, at: Moment, policy: Policy) -> None:
+    def __init__(
+        self,
+        state: State,
+        at: Moment,
+        policy: Policy,
+        hashes: Mapping[str, str] | None = None,
+        late: LateResultRows | None = None,
+    ) -> None:
         self.state = state
+        self.hashes = dict(hashes or {})
+        self.late = late or LateResultRows()
         self.at = at
         self.now = at.now
         self.policy = policy
@@ -87,7 +98,7 @@ class Transaction:
         for change in made:
             self.payloads.pop(change.event.job_seq, None)
             if change.request_hash:
-                state.request_hashes.pop(change.event.job_id, None)
+                self.hashes.pop(change.event.job_id, None)
         grants = [change.before.grant for change in undone if change.before is not None]
         lost = {grant.lock_id for grant in grants if grant is not None}
         self.ended = [lock_id for lock_id in self.ended if lock_id not in lost]
@@ -109,7 +120,7 @@ class Transaction:
         state = self.state
         self.payloads[job.seq] = payload
         if request_hash:
-            state.request_hashes[job.id] = request_hash
+            self.hashes[job.id] = request_hash
         if event_type == "imported":
             state.unvalidated[job.seq] = job.id
         state.reindex(None, job)
@@ -176,7 +187,8 @@ class Transaction:
         event = self._note(job, "late_result", late.worker, reason, details)
         late = replace(late, seq=event.seq)
         self.changes.append(Change(job, job, event, late=late))
-        self.state.add_late(job.seq, late)
+        self.late.results.setdefault(job.seq, []).append(late)
+        self.state.add_late(job.seq, late.seq)
         return late
 
     def note_call(self, job: Job, worker: str, reason: str, details: dict[str, Any]) -> None:
@@ -256,7 +268,9 @@ class Transaction:
             elif change.event.type == "late_call":
                 state.forget_late_call(change.event)
             elif change.late is not None:
-                state.forget_late(change.event.job_seq, change.late)
+                known = self.late.results[change.event.job_seq]
+                known.remove(change.late)
+                state.forget_late(change.event.job_seq, max((each.seq for each in known), default=None))
         for queue, pause in pauses.items():
             state.set_paused(queue, pause)
 

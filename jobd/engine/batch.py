@@ -136,12 +136,10 @@ class Decider:
         self, envelopes: list[Envelope], at: Moment, known: Preloaded, policy: Policy, *, serves: bool = True
     ) -> DecidedBatch:
         """Decide a batch. Without `serves`, waiting claims get the jobs that became due in the next batch."""
-        decided = DecidedBatch(at, known, Transaction(self.state, at, policy))
+        decided = DecidedBatch(at, known, Transaction(self.state, at, policy, known.hashes, known.late))
         if at.suspect != self.state.clock_suspect and self._refuse(Create()) is None:
             decided.tick = True  # the suspicion is written at once; on a full disk with the next batch
         self.served = decided.served
-        self.state.request_hashes = dict(known.hashes)
-        self.state.late = known.late
         self.state.advance(at.now, at.lease)
         if serves:
             self._serve_waiting(decided)

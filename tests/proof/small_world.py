@@ -156,11 +156,15 @@ class WorldState(Struct, frozen=True):
         core = State.opened(OpenedStore(numbers))
         if self.job is not None:
             core.reindex(None, self.job)
-            core.late = LateResultRows({self.job.seq: [LATE]})
         if self.paused:
             core.set_paused("default", QueuePause(self.now, "admin"))
         core.advance(self.now, self.lease)
         return core
+
+    def transaction(self, core: State, policy: Policy) -> Transaction:
+        """Return a transaction on `core` with the late result that the actor would read."""
+        late = None if self.job is None else LateResultRows({self.job.seq: [LATE]})
+        return Transaction(core, self.at, policy, late=late)
 
     def key(self, world: World) -> tuple[Any, ...]:
         """Return everything that the rules can distinguish in this state.
@@ -350,7 +354,7 @@ class Exploration(DecisionChecks):
         core = state.rebuilt() if self._core is None or self._core[0] is not state else self._core[1]
         self._begin(state)
         call = Call(command, "admin" if step.admin else "client", SEED, step.admin)
-        decision = self.check(decide.decide, Transaction(core, state.at, self.policy), call)
+        decision = self.check(decide.decide, state.transaction(core, self.policy), call)
         self._core = None if decision.changes else (state, core)
         self.decisions += 1
         self.played.add(type(command))
@@ -406,7 +410,7 @@ class Exploration(DecisionChecks):
 
     def _ask(self, core: State, state: WorldState, command: AnyCommand) -> Any:
         self._begin(state)
-        decision = self.check(decide.decide, Transaction(core, state.at, self.policy), Call(command, "client", SEED))
+        decision = self.check(decide.decide, state.transaction(core, self.policy), Call(command, "client", SEED))
         self.played.add(type(command))
         self.must(isinstance(decision.answer, Response) and not decision.changes, "S8", f"{decision.answer}", ID)
         assert isinstance(decision.answer, Response)

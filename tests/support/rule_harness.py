@@ -47,8 +47,6 @@ PLAIN: Final = [
     "next_event",
     "jobs",
     "quarantined",
-    "request_hashes",
-    "late",
     "release_loops",
     "paused",
     "counts",
@@ -103,13 +101,13 @@ class RuleHarness:
     ) -> Decision:
         """Decide, undo and decide again; compare the state with that before, and with a recount of the rows."""
         self.state.advance(self.now, self.lease)
-        self.state.request_hashes = dict(self.requests)  # as the actor reads them from the disk
-        self.state.late = self._known_late(command)
         if isinstance(command, Start | Claim):
             self.state.presence.note_request(command)
         self.calls += 1
         seed = blake2b(self.calls.to_bytes(8, "big"), key=SEED, digest_size=16).digest()
-        tx, call = Transaction(self.state, self.moment, self.policy), Call(command, by, seed, admin, expected=expected)
+        # What the actor reads from the disk for the command.
+        tx = Transaction(self.state, self.moment, self.policy, self.requests, self.known_late(command))
+        call = Call(command, by, seed, admin, expected=expected)
         before = snapshot(self.state)
         first = decide.decide(tx, call)
         events = [change.event for change in tx.changes]
@@ -197,7 +195,7 @@ class RuleHarness:
 
     # -- internals ----------------------------------------------------------------------------------------------------
 
-    def _known_late(self, command: AnyCommand) -> LateResultRows:
+    def known_late(self, command: AnyCommand) -> LateResultRows:
         """Return the late results that the actor would read from the storage."""
         query = late_result_rules.late_results_needed(self.state, command, self.policy)
         if query is None:

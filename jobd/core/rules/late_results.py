@@ -66,7 +66,7 @@ def complete(tx: Transaction, command: Complete, rejection: ApiError, body_hash:
     """
     job = tx.state.get(command.id)
     assert job is not None  # its lock was checked
-    granted = _granted(tx.state, job, command.lock_id)
+    granted = _granted(tx, job, command.lock_id)
     policy = tx.policy.late_policy(job.options.queue)
     if granted is None:
         raise ApiException(rejection)
@@ -118,7 +118,7 @@ def adopt(tx: Transaction, command: Adopt) -> Response:
     job = transitions.find(tx, command.id)
     if job.status not in Adopt.allowed_from:
         raise transitions.invalid_transition(job, "completed", _advice(job))
-    late = _chosen(tx.state.late.results.get(job.seq, []), command.result)
+    late = _chosen(tx.late.results.get(job.seq, []), command.result)
     if late is None:
         which = "late result" if command.result is None else f"late result {command.result}"
         message = f"Job {job.id} has no {which}. List its late results: jobctl late {job.id}"
@@ -140,11 +140,11 @@ def not_adoptable(late: LateResult, policy: Policy) -> str | None:
     return f"{message} If the work is complete, set a URL yourself: {_BY_HAND}"
 
 
-def _granted(state: State, job: Job, lock_id: str) -> tuple[str, int] | None:
+def _granted(tx: Transaction, job: Job, lock_id: str) -> tuple[str, int] | None:
     """Return worker and token of the ended grant of `job` with this lock id; None if there was none."""
     if job.ended is not None and job.ended.lock_id == lock_id:
         return job.ended.worker, job.ended.fencing_token
-    older = state.late.grants.get((job.seq, lock_id))
+    older = tx.late.grants.get((job.seq, lock_id))
     return None if older is None else (older.worker, older.fencing_token)
 
 
@@ -184,7 +184,7 @@ def _stored(tx: Transaction, job: Job, late: LateResult) -> LateResult | None:
     A grant whose late result was replaced by later ones stores none again, so repeated calls add nothing. Return the
     stored result, None if it is not stored.
     """
-    known = tx.state.late.results.get(job.seq, [])
+    known = tx.late.results.get(job.seq, [])
     same = next((each for each in known if each.fencing_token == late.fencing_token), None)
     if same is not None:
         return same if same.body_hash == late.body_hash else None

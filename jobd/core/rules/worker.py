@@ -91,7 +91,7 @@ def _existing(tx: Transaction, job_id: str, request_hash: str) -> Job | None:
     if job_id in tx.state.quarantined:
         raise transitions.no_such_job(tx, job_id)
     job = tx.state.get(job_id)
-    if job is None or tx.state.request_hashes.get(job_id) == request_hash:
+    if job is None or tx.hashes.get(job_id) == request_hash:
         return job
     message = f"Job {job_id} exists and was created by another request. Use another id, or omit it."
     raise api_error("job_exists", message, job_id=job_id, status=job.status)
@@ -115,9 +115,9 @@ def start(tx: Transaction, command: Start) -> Response:
     job = transitions.expire_if_overdue(tx, job)
     _check_start(tx, job)
     job = transitions.grant(tx, job, command)
-    response = _granted(tx, [job])
-    response.data = response.data.grants[0]
-    return response
+    view = views.job_view(job, tx.at, tx.policy, admin=tx.call.admin)
+    granted = views.grant_view(job, tx.at, view)
+    return Response(granted, 200, [(job.seq, view)], [(job.id, granted.lock_id)])
 
 
 def _check_start(tx: Transaction, job: Job) -> None:

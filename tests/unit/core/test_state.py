@@ -16,7 +16,6 @@ from jobd.model.commands import (
     Create,
     Delete,
     ForceReset,
-    Import,
     Pause,
     Recover,
     Release,
@@ -31,7 +30,6 @@ from jobd.model.job import (
     CompactJob,
     Grant,
     Job,
-    LateResult,
     Lease,
     Options,
     Result,
@@ -126,13 +124,6 @@ def test_only_new_jobs_are_compact(rules: RuleHarness) -> None:
     assert rules.claim(limit=9) == ["c", "a"]
 
 
-def test_the_request_hash_of_a_new_job_is_known_in_its_batch(rules: RuleHarness) -> None:
-    rules.create("a")
-    assert set(rules.state.request_hashes) == {"a"}
-    rules.accept(Import(id="b"))
-    assert rules.state.request_hashes.get("b", "") == ""
-
-
 def test_equal_options_share_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobd.core.state.OPTIONS_KEPT", 2)
     state = State()
@@ -189,7 +180,7 @@ def test_the_late_results_added_last_are_remembered(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("jobd.core.state.LATE_RESULTS_KEPT", 2)
     state = State()
     for seq, job_seq in enumerate((1, 2, 1, 3)):
-        state.add_late(job_seq, LateResult(seq, NOW, "w", 1, "hash"))
+        state.add_late(job_seq, seq)
     assert [state.latest_late(job_seq) for job_seq in (1, 2, 3)] == [2, None, 3]
 
 

@@ -23,6 +23,7 @@ from jobd.model.commands import (
     Create,
     ForceFail,
     ForceReset,
+    Import,
     Moment,
     Pause,
     Ping,
@@ -183,10 +184,11 @@ def test_undo_restores_everything_that_a_command_changed(rules: RuleHarness) -> 
 def test_undo_forgets_the_hash_of_an_undone_job_only(rules: RuleHarness) -> None:
     tx = Transaction(rules.state, rules.moment, rules.policy)
     assert isinstance(decide.decide(tx, Call(Create(id="a"))), Response)
-    known = dict(rules.state.request_hashes)
+    assert set(tx.hashes) == {"a"}
+    assert isinstance(decide.decide(tx, Call(Import(id="c"))), Response)
     assert isinstance(decide.decide(tx, Call(Create(id="b"))), Response)
     tx.undo()
-    assert rules.state.request_hashes == known
+    assert set(tx.hashes) == {"a"}
     assert isinstance(decide.decide(tx, Call(Create(id="a"))), Response)
 
 
@@ -200,7 +202,7 @@ def test_undo_forgets_late_results_and_calls(rules: RuleHarness) -> None:
             assert isinstance(decide.decide(tx, Call(command)), ApiError)
             assert tx.has_changed, "it is known from the undone command"
             tx.undo()
-        assert (rules.state.late.results.get(1, []), rules.state.latest_late(1)) == ([], None)
+        assert (tx.late.results.get(1, []), rules.state.latest_late(1)) == ([], None)
 
 
 def test_undo_restores_the_latest_late_result(rules: RuleHarness) -> None:
@@ -214,8 +216,9 @@ def test_undo_restores_the_latest_late_result(rules: RuleHarness) -> None:
     rules.reject(Complete(id="a", lock_id=lock_ids[1]), "lock_lost")
     latest = rules.state.latest_late(1)
     assert latest == rules.last().seq
-    tx = Transaction(rules.state, rules.moment, rules.policy)
-    assert isinstance(decide.decide(tx, Call(Complete(id="a", lock_id=lock_ids[2]))), ApiError)
+    command = Complete(id="a", lock_id=lock_ids[2])
+    tx = Transaction(rules.state, rules.moment, rules.policy, late=rules.known_late(command))
+    assert isinstance(decide.decide(tx, Call(command)), ApiError)
     assert rules.state.latest_late(1) != latest
     tx.roll_back()
     assert rules.state.latest_late(1) == latest

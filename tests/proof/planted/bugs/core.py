@@ -84,7 +84,7 @@ def _(is_past: Any, job: Job, at: Moment) -> Any:
 )
 def _(adopt: Any, tx: Transaction, command: Adopt) -> Any:
     job = tx.state.get(command.id)
-    late = tx.state.late.results.get(job.seq, []) if job is not None else []
+    late = tx.late.results.get(job.seq, []) if job is not None else []
     if job is not None and job.status == "completed" and late:
         fields = transitions.completion(late[-1].result)
         return transitions.job_response(tx, transitions.finish(tx, job, "adopted", "completed", job.ended, fields))

@@ -37,7 +37,6 @@ from jobd.model.commands import (
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, MAX_LATE_RESULTS, MINUTE_MS, LatePolicy, Policy, Result
 from jobd.model.responses import HistoryRead, JobView, LateResultList, Response, WhyView
-from jobd.model.storage import LateResultRows
 from tests.support.rule_harness import NOW, RuleHarness
 
 LONG = 60 * MINUTE_MS
@@ -230,7 +229,6 @@ def test_a_lock_that_ends_in_the_same_batch_leaves_its_result(rules: RuleHarness
     """Before the batch it was not late, so nothing was read from disk."""
     lock_id = rules.held()
     rules.accept(ForceReset(id="a"), admin=True)
-    rules.state.late = LateResultRows()
     tx = Transaction(rules.state, rules.moment, rules.policy)
     refusal = decide.decide(tx, Call(completing(lock_id)))
     assert isinstance(refusal, ApiError)
@@ -518,7 +516,6 @@ def test_completed_is_final(rules: RuleHarness) -> None:
 def test_a_job_created_in_the_same_batch_has_no_late_results(rules: RuleHarness) -> None:
     """Before the batch it did not exist, so nothing was read from disk."""
     rules.create()
-    rules.state.late = LateResultRows()
     tx = Transaction(rules.state, rules.moment, rules.policy)
     refusal = decide.decide(tx, Call(Adopt(id="a"), admin=True))
     assert isinstance(refusal, ApiError)
