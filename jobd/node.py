@@ -139,25 +139,39 @@ class ClusterNode:
 
     def view(self) -> ClusterView:
         """Return the state of the cluster as this node sees it."""
-        settings, standby, leadership = self._settings, self._standby, self.leadership
-        head = standby.head
-        at = Position(
-            is_leader=leadership is not None,
-            holder=None if head is None else head.holder,
-            leader=standby.leader if leadership is None else settings.node.advertise,
-            epoch=leadership.epoch if leadership is not None else None if head is None else head.epoch,
-            record=leadership.acked if leadership is not None else None if head is None else head.number,
-            lag_events=0 if leadership is not None else standby.lag_events,
-            problem=standby.problem if leadership is None else None,
-        )
+        settings = self._settings
         journal = settings.journal
         return cluster_view(
             self.registry,
-            at,
+            self._position(),
             node=settings.node.name,
             journal=journal.name,
             lease_ms=int(journal.lease),
             require_sync=journal.require_sync,
+        )
+
+    def _position(self) -> Position:
+        standby, leadership, head = self._standby, self.leadership, self._standby.head
+        if leadership is None:
+            return Position(
+                is_leader=False,
+                holder=None if head is None else head.holder,
+                leader=standby.leader,
+                epoch=None if head is None else head.epoch,
+                record=None if head is None else head.number,
+                lag_events=standby.lag_events,
+                problem=standby.problem,
+                unheard_ms=int(standby.silent_s * 1000),
+            )
+        loss = leadership.loss
+        return Position(
+            is_leader=loss is None,
+            holder=self._holder if loss is None else None,
+            leader=self._settings.node.advertise if loss is None else None,
+            epoch=leadership.epoch,
+            record=leadership.acked,
+            lag_events=0,
+            problem=None if loss is None else f"This node does not lead any more: {loss}.",
         )
 
     def _describe(self) -> NodeEntry:

@@ -18,7 +18,8 @@ class Probe(Struct, frozen=True):
 
     status: Annotated[Literal["ok", "unavailable", "standby"], Meta(description="Whether the probe succeeded.")]
     leader: Annotated[
-        str | None | UnsetType, Meta(description="URL of the leader, if the node is a standby; null if no node leads.")
+        str | None | UnsetType,
+        Meta(description="URL of the leader, if the node is a standby; null if it knows of none."),
     ] = UNSET
 
 

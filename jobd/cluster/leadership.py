@@ -23,6 +23,7 @@ LATE_S: Final = 0.05  # after the lease, for a response that arrived while this 
 RETRY_S: Final = 0.05  # while the journal cannot be reached
 
 _OVER: Final = "the lease is over, because the journal did not confirm a renewal in time"
+_JUMPED: Final = "the clocks of this machine have jumped, and no renewal of the lease has followed yet"
 
 log = structlog.get_logger("jobd.cluster")
 
@@ -75,11 +76,19 @@ class Leadership:
         self.check()
         return self._renew_if_due() if self._lease.is_in_doubt else None
 
+    @property
+    def loss(self) -> Exception | None:
+        """The error that `check` would raise, or that the clocks have jumped and no renewal has followed yet."""
+        try:
+            self.check()
+        except Exception as lost:
+            return lost
+        return LeadershipLost(_JUMPED) if self._lease.is_in_doubt else None
+
     def check_confirmed(self) -> None:
-        """Raise an error as `check` does, and also until the next renewal if the clocks have jumped."""
-        self.check()
-        if self._lease.is_in_doubt:
-            raise LeadershipLost("the clocks of this machine have jumped, and no renewal of the lease has followed yet")
+        """Raise `loss`."""
+        if (loss := self.loss) is not None:
+            raise loss
 
     @property
     def is_waiting(self) -> bool:

@@ -30,7 +30,7 @@ from jobd.model.storage import DiskFull
 from jobd.storage.cluster.membership import StoreAhead, StoreDamaged
 
 POLL_S: Final = 0.05
-READ_LIMIT: Final = 200  # records of one read
+READ_LIMIT: Final = 50  # records of one read; the head is read again after they are applied
 CONNECT_S: Final = 0.2  # for the leader's address to refuse a connection
 RETRY_S: Final = 1.0  # after a local disk was full
 JUMP: Final = 1 << 20  # of the numbers of jobs and events, above those of records that may be lost
@@ -82,11 +82,17 @@ class Standby:
         self._last_event = warm.last_event  # of the records that were read
         self._checked_epoch: int | None = None  # in which the journal has the records that were applied
         self._timeline: int | None = None  # of the server in that epoch
+        self._heard_s = now_s()  # when the journal last responded
         self._stop = asyncio.Event()
 
     @property
+    def silent_s(self) -> float:
+        """The seconds since this node has read the head of the journal."""
+        return self._now_s() - self._heard_s
+
+    @property
     def leader(self) -> str | None:
-        """The URL of the leader. None if its lease is over, as far as this node can see."""
+        """The URL of the leader. None if its lease is over, or if this node has not heard of it for that long."""
         return None if self.head is None or self._lease.is_over else self.head.url
 
     @property
@@ -106,11 +112,13 @@ class Standby:
     async def run(self) -> Leadership | None:
         """Follow until this node leads. Return None after `stop`. Raises BadRecord or StoreDamaged if it cannot."""
         while not self._stop.is_set():
-            wait_s = POLL_S
+            wait_s, number = POLL_S, self._warm.number
             try:
                 if await self._poll() and (leadership := await self._take_over()) is not None:
                     return leadership
                 self._note(None)
+                if self._warm.number > number and self.lag_records > 1:
+                    wait_s = 0  # it catches up
             except (JournalUnavailable, StoreAhead) as error:
                 self._note(str(error))
             except DiskFull as error:
@@ -131,31 +139,28 @@ class Standby:
     async def read_head(self) -> Head:
         """Read `head`. Raises JournalUnavailable."""
         head = self.head = await self._journal.head()
+        self._heard_s = self._now_s()
         return head
 
     async def _poll(self) -> bool:
-        """Apply acknowledged records. Return whether this node may lead now."""
+        """Apply the next acknowledged records. Return whether this node may lead now."""
         head = await self.read_head()
         is_over = self._lease.see(head)
         if is_over and head.holder is not None:
             is_over = self._lease.respect(lease_of(head.holder, await self._journal.nodes()))
         if head.epoch != self._checked_epoch or head.number < self._warm.number:
             await self._check_branch(head)
-        while self._warm.number < head.number:
+        if self._warm.number < head.number:
             try:
                 records = await self._journal.read(self._warm.number, READ_LIMIT)
             except BadRecord:
                 await self._check_branch(head)  # the journal may have been trimmed meanwhile
                 raise
-            if not records:
-                break  # the server has failed over, and has lost records that were not acknowledged
-            self._last_event = records[-1].last_event
-            confirmed = acknowledged(records, head.acked)
-            await self._warm.apply(confirmed)
-            if len(confirmed) < len(records) or self._stop.is_set():
-                break
+            if records:  # else the server has failed over, and has lost records that were not acknowledged
+                self._last_event = records[-1].last_event
+                await self._warm.apply(acknowledged(records, head.acked))
         if self._warm.number < head.number - 1:
-            return False  # a record is damaged or missing, or this node was stopped
+            return False  # there are more records
         await self._warm.write()  # a leader appends to a store that has all records
         if is_over:
             return True

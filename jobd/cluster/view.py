@@ -12,6 +12,7 @@ from jobd.cluster.node_registry import NodeRegistry
 from jobd.model.journal import NodeEntry
 from jobd.model.responses import SILENT_MS, ClusterView, NodeView
 
+UNHEARD_MS: Final = 1_000  # since the last response of PostgreSQL
 AHEAD_MS: Final = 1_000  # at most, by which the wall clock of a node may differ from that of the server
 
 
@@ -25,6 +26,7 @@ class Position(Struct, frozen=True, kw_only=True):
     record: int | None  # the last one of the journal
     lag_events: int
     problem: str | None
+    unheard_ms: int = 0  # since the last response of the journal
 
 
 def cluster_view(
@@ -45,6 +47,9 @@ def cluster_view(
         problems.append("PostgreSQL has no synchronous standby: a lost disk loses acknowledged jobs.")
     if health is not None and health.is_waiting:
         problems.append("A write waits for a synchronous standby of PostgreSQL.")
+    if at.unheard_ms >= UNHEARD_MS:
+        effect = ", so it does not know which node leads" if at.leader is None else ""
+        problems.append(f"This node has not heard from PostgreSQL for {at.unheard_ms / 1000:.0f} s{effect}.")
     if at.leader is None and not problems:
         problems.append("No node leads: PostgreSQL has not confirmed a leader yet.")
     return ClusterView(

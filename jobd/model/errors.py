@@ -115,6 +115,6 @@ def too_large_error(message: str, **details: Any) -> ApiException:
 
 
 def not_leader_error(leader: str | None) -> ApiError:
-    """Return a 503 not_leader. `leader` is the URL of the leader, None if no node leads at the moment."""
-    where = "No node leads it at the moment; try again." if leader is None else f"The leader is {leader}."
+    """Return a 503 not_leader. `leader` is the URL of the leader, None if this node knows of none."""
+    where = "It knows of no leader at the moment; try again." if leader is None else f"The leader is {leader}."
     return ApiError("not_leader", f"This node does not lead its cluster. {where}", {"leader": leader})

@@ -1061,7 +1061,7 @@ class ClusterView(Struct, frozen=True, kw_only=True):
     role: Annotated[NodeRole, Meta(description="Role of the node that responds.")]
     node: Annotated[str | None, Meta(description="Its name.")] = None
     journal: Annotated[str | None, Meta(description="Name of the journal.")] = None
-    leader: Annotated[str | None, Meta(description="URL of the leader, or null if no node leads.")] = None
+    leader: Annotated[str | None, Meta(description="URL of the leader, or null if this node knows of none.")] = None
     epoch: Annotated[int | None, Meta(description="The epoch of the leader.")] = None
     record: Annotated[int | None, Meta(description="Number of the last record of the journal.")] = None
     lag_events: Annotated[int, Meta(description="Number of events that the node has not applied.")] = 0

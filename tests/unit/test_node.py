@@ -14,7 +14,7 @@ from jobd import config_loader, node
 from jobd.config import KEYS, Config, LoadedConfig
 from jobd.config_loader import load
 from jobd.daemon import Daemon
-from jobd.model.journal import SharedJournal
+from jobd.model.journal import Fenced, Record, SharedJournal
 from jobd.node import ClusterNode, config_hash
 from jobd.resources import CannotStart
 from jobd.storage.cluster.store import ClusterStore
@@ -106,3 +106,22 @@ async def test_a_reload_sets_how_long_records_are_kept(tmp_path: Path) -> None:
         await standby.open(stack, lambda: None)
         standby.reload(await asyncio.to_thread(configured, f"{tmp_path}/b.db", retention_journal="1s"))
         assert standby.snapshots.keep_ms == 1_000
+
+
+async def test_a_leader_that_was_fenced_does_not_show_itself_as_the_leader(
+    tmp_path: Path, server: MemoryServer
+) -> None:
+    fenced = ClusterNode(await asyncio.to_thread(configured, f"{tmp_path}/a.db"))
+    async with contextlib.AsyncExitStack() as stack:
+        await fenced.open(stack, lambda: None)
+        leadership = await fenced.follow(asyncio.Event())
+        assert leadership is not None
+        view = fenced.view()
+        assert (view.role, view.epoch, view.problems) == ("leader", leadership.epoch, [])
+        other = MemorySharedJournal(server)
+        await other.take_over(await other.head(), holder="b", url="http://b", epoch=leadership.epoch + 1)
+        with pytest.raises(Fenced):
+            await leadership.append(Record(1, 1, 1, leadership.epoch, 0, b""), 0)
+        view = fenced.view()
+        assert (view.role, view.leader) == ("standby", None)
+        assert view.problems == ["This node does not lead any more: another node leads the journal."]

@@ -298,8 +298,9 @@ async def test_an_append_that_outlasts_the_lease_is_followed_by_a_renewal() -> N
     assert leadership.is_waiting
     await seconds(LATE_RESPONSE_S - LEASE_S + 1 - 0.01)
     assert not leadership.is_waiting, "the lease is over"
+    assert isinstance(leadership.loss, LeadershipLost)
     await append
-    leadership.check()
+    assert leadership.loss is None
 
 
 @in_virtual_time

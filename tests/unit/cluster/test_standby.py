@@ -176,8 +176,39 @@ async def test_a_standby_can_be_stopped_while_it_catches_up() -> None:
 
     standby.disk.follow = stop  # type: ignore[method-assign]
     await standby.ended_by_itself()
-    assert (standby.warm.number, standby.standby.lag_records) == (200, 300)
+    assert (standby.warm.number, standby.standby.lag_records) == (50, 450)
     await leader.stop()
+
+
+@in_virtual_time
+async def test_a_standby_that_catches_up_knows_the_leader() -> None:
+    server = MemoryServer()
+    [leader] = cluster(server, "a")
+    await leader_of([leader])
+    for number in range(500):
+        await leader.ask(Create(id=f"job-{number}"))
+    standby = ClusterNode(server, "b")
+    join([leader, standby])
+    follow = standby.disk.follow
+
+    async def follow_slowly(records: Sequence[Record], decoded: object = ()) -> None:
+        await asyncio.sleep(1 if records else 0)
+        await follow(records)
+
+    standby.disk.follow = follow_slowly  # type: ignore[method-assign]
+    for _ in range(8):
+        await seconds(1)
+        assert standby.standby.leader == "http://a"
+        assert standby.standby.silent_s < 2
+    assert standby.standby.lag_records > 1
+    await seconds(5)
+    assert standby.standby.lag_records == 0
+    standby.journal.is_reachable = False
+    await seconds(10)
+    assert standby.standby.leader is None
+    assert standby.standby.silent_s == pytest.approx(10, abs=0.1)
+    for node in (standby, leader):
+        await node.stop()
 
 
 @in_virtual_time

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from jobd.cluster.leadership import Leadership
 from jobd.core.state import State
 from jobd.model.commands import Claim, Complete, Create, Get, Progress, Release, Start, Why
 from jobd.model.job import TOKEN_COUNTER_BITS
@@ -240,11 +241,12 @@ def test_a_takeover_that_waits_longer_than_the_lease_leads(lost: int) -> None:
     @in_virtual_time
     async def run() -> None:
         server = MemoryServer()
-        nodes = cluster(server, "a", "b")
-        old = await leader_of(nodes)
-        [new] = [node for node in nodes if node is not old]
+        [old] = cluster(server, "a")
+        await leader_of([old])
         await old.kill()
-        left = {"renew": lost}
+        new = ClusterNode(server, "b")
+        join([old, new])
+        left, follow = {"renew": lost}, new.standby.run
 
         async def wait(call: str) -> None:
             if call == "take_over":
@@ -253,7 +255,14 @@ def test_a_takeover_that_waits_longer_than_the_lease_leads(lost: int) -> None:
                 left[call] -= 1
                 raise JournalOutcomeUnknown
 
+        async def follow_until_served() -> Leadership | None:
+            leadership = await follow()
+            assert leadership is not None
+            leadership.check()  # as the first request does
+            return leadership
+
         new.journal.before = wait
+        new.standby.run = follow_until_served  # type: ignore[method-assign]
         await leader_of([new], within_s=20)
         assert (await new.ask(Create(id="a"))).id == "a"
         assert len(server.epochs) == 2 + lost

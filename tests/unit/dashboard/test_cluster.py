@@ -168,7 +168,7 @@ async def test_a_standby_serves_the_page_of_the_cluster_only(standby: StandbyDas
     update = await browser.get("/cluster?role=leader", hx_request="true")
     assert (update.headers["hx-refresh"], update.body) == ("true", b""), "the other pages are in the navigation now"
     standby.view = replace(STANDBY, leader=None)
-    assert "No node leads at the moment." in text(await browser.get("/cluster"))
+    assert "No leader is known at the moment." in text(await browser.get("/cluster"))
     csrf = text(await browser.get("/cluster")).partition('name="csrf" value="')[2].partition('"')[0]
     assert (await browser.post("/sign-out", csrf=csrf)).headers["location"] == "/sign-in"
     assert (await browser.get("/cluster")).headers["location"].startswith("/sign-in")
