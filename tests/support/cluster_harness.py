@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any, Final
 
+from msgspec import Struct
+
 from jobd.cluster.leadership import Leadership
 from jobd.cluster.standby import NodeSettings, Standby
 from jobd.cluster.warm_state import WarmState
@@ -25,6 +27,7 @@ from jobd.model.journal import Record, SharedJournal
 from jobd.model.responses import Response
 from jobd.model.storage import Batch, TableWrite
 from jobd.storage.cluster import membership
+from jobd.storage.cluster.appender import Appender
 from jobd.storage.cluster.membership import Followed
 from tests.support.memory_journal import MemoryServer, MemorySharedJournal
 from tests.support.memory_storage import MemoryStorage
@@ -33,35 +36,41 @@ from tests.support.virtual_engine import WALL
 LEASE_S: Final = 3.0
 
 
+class Made(Struct):
+    """A record to append, and then the payloads that its batch asks for."""
+
+    record: Record
+    payloads: dict[int, bytes] = {}
+
+
 class SharedStorage(MemoryStorage):
     """Local tables behind a shared journal."""
 
-    leadership: Leadership
-
     def __init__(self) -> None:
         super().__init__()
-        self._order = asyncio.Lock()
+        self.appender = Appender(lambda lost: None)
         self._last_crc: int | None = None
 
     async def write_tables(self, write: TableWrite) -> None:
-        async with self._order:
-            await self._write(Batch([], self.numbers, writes=[write]))
+        await self._append(Batch([], self.numbers, writes=[write]), continues=True)
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
-        async with self._order:
-            return await self._write(batch)
+        return await self._append(batch)
 
-    async def _write(self, batch: Batch) -> dict[int, bytes]:
+    async def _append(self, batch: Batch, *, continues: bool = False) -> dict[int, bytes]:
         reported = self._reported
-        body, events = record.encode(batch)
-        last = events[-1][0] if events else batch.numbers.next_event - 1
-        number = self._last_record + 1
-        made = Record(number, last - len(events) + 1, last, batch.numbers.epoch, batch.numbers.wall_ms, body)
-        await self.leadership.append(made, number - 1)
-        self._last_crc = checksum(made)
-        shown = self.append(batch, reported)
-        self.project()
-        return shown
+
+        async def prepare() -> Made:
+            if continues:
+                batch.numbers = self.numbers
+            return Made(self.next_record(batch))
+
+        async def accept(made: Made) -> None:
+            self._last_crc = checksum(made.record)
+            made.payloads = self.append(batch, reported)
+            self.project()
+
+        return (await self.appender.append(prepare, accept)).payloads
 
     async def follow(self, records: Sequence[Record], decoded: object = ()) -> None:
         await asyncio.sleep(0)
@@ -123,7 +132,7 @@ class ClusterNode:
         if leadership is None:
             return
         opened, state = self.warm.opened(), self.warm.state
-        self.disk.leadership = leadership
+        self.disk.appender.lead(leadership.append, lambda: record.FORMAT)
         clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms, wall=self.wall_ms, boot=self.boot)
         self.clock, self.state = clock, state
         keys = IdempotencyStore(opened.keys, 1000)

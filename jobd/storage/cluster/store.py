@@ -7,19 +7,20 @@ tables when the journal has it, so the tables are never ahead.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import structlog
 
-from jobd.journal.record import LOWEST_FORMAT, Decoded
+from jobd.journal.record import Decoded
 from jobd.journal.shielding import to_end
-from jobd.model.journal import BadSnapshot, LeadershipLost, Record, SharedJournal
-from jobd.model.storage import Batch, DiskFull, FormatNotRead, OpenedStore, TableWrite
+from jobd.model.journal import BadSnapshot, Record, SharedJournal
+from jobd.model.storage import Batch, OpenedStore, TableWrite
 from jobd.storage import backup, files, startup
 from jobd.storage.backup import StoreCopy
 from jobd.storage.cluster import membership, snapshots
+from jobd.storage.cluster.appender import Append, Appender
 from jobd.storage.cluster.joining import FIRST_RECORD
 from jobd.storage.cluster.membership import Followed, StoreDamaged
 from jobd.storage.commit_mode import CommitMode
@@ -27,13 +28,11 @@ from jobd.storage.connection import StoreConnection
 from jobd.storage.database import Database
 from jobd.storage.files import FileLock, StoreBroken, StoreUnreadable
 from jobd.storage.store import Store, open_or_close
-from jobd.storage.tables.projection import Projection
+from jobd.storage.tables.projection import Prepared, Projection
 
 log = structlog.get_logger("jobd.storage")
 
 T = TypeVar("T")
-Append = Callable[[Record, int], Awaitable[None]]  # of a SharedJournal
-_INTERRUPTED: Final = "an append was interrupted, so its outcome is unknown"
 
 
 class ClusterStore(Store):
@@ -45,10 +44,7 @@ class ClusterStore(Store):
 
     def __init__(self, path: str, connection: StoreConnection, projection: Projection, lock: FileLock) -> None:
         super().__init__(path, connection, projection, lock, CommitMode("thread"))
-        self._appending = asyncio.Lock()
-        self._to_journal: Append | None = None
-        self._format: Callable[[], int] = lambda: LOWEST_FORMAT
-        self._lost: Exception = LeadershipLost("this node does not lead")
+        self._appender = Appender(lambda lost: self.on_broken(lost))
 
     @classmethod
     async def open_for(
@@ -210,49 +206,28 @@ class ClusterStore(Store):
         `format` returns the highest format of records that all nodes read. A write that needs a higher one raises
         FormatNotRead.
         """
-        self._to_journal = append
-        self._format = format
+        self._appender.lead(append, format)
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
         return await self._append_shared(batch, self._reported)
 
     async def probe(self, spare_bytes: int = 0) -> None:
         await super().probe(spare_bytes)
-        if self._to_journal is not None:
+        if self._appender.is_leading:
             await self._append(None)  # the server's disk may be the full one
 
     async def _append(self, given: Batch | TableWrite | None, reported: int = 0) -> dict[int, bytes]:
         return await to_end(self._append_shared(given, reported))  # callers may be cancelled, unlike that of `write`
 
     async def _append_shared(self, given: Batch | TableWrite | None, reported: int) -> dict[int, bytes]:
-        async with self._appending:
-            if self._to_journal is None:
-                raise self._lost
-            prepared = await self._call(self._projection.prepare, given, reported)
-            self._check_format(prepared.record)
-            number = prepared.record.number
-            try:
-                await self._to_journal(prepared.record, number - 1)
-            except DiskFull:
-                raise
-            except BaseException as error:
-                self._to_journal = None
-                self._lost = error if isinstance(error, Exception) else LeadershipLost(_INTERRUPTED)
-                self.on_broken(self._lost)
-                raise
-            try:
-                await self._call(self._projection.accept, prepared)
-            finally:
-                self._plan_slice()
-            return prepared.payloads
+        prepare = partial(self._call, self._projection.prepare, given, reported)
+        return (await self._appender.append(prepare, self._accept)).payloads
 
-    def _check_format(self, made: Record) -> None:
-        needed, read = made.body[0], self._format()
-        if needed > read:
-            raise FormatNotRead(
-                f"it needs records of format {needed}, but a node of this cluster reads formats up to {read}: "
-                "see jobctl cluster"
-            )
+    async def _accept(self, prepared: Prepared) -> None:
+        try:
+            await self._call(self._projection.accept, prepared)
+        finally:
+            self._plan_slice()
 
     async def _call(self, fn: Callable[..., T], *args: Any) -> T:
         """Call `fn`, which is fast, in the event loop if no other call runs."""

@@ -15,7 +15,7 @@ from jobd.cluster.warm_state import WarmState
 from jobd.model.journal import Head, Record
 from jobd.model.storage import OpenedStore
 from jobd.model.webhooks import Outbox, WebhookEndpoint
-from jobd.storage.cluster.store import ClusterStore
+from jobd.storage.cluster.appender import Appender
 from jobd.webhooks.dispatcher import Dispatcher
 from tests.proof.planted.registry import CLUSTER_SIMULATION, bug
 from tests.support.memory_journal import MemorySharedJournal
@@ -187,12 +187,34 @@ def _(check: Any, self: Leadership) -> None:
 
 @bug(
     "record-that-a-node-does-not-read",
-    ClusterStore._check_format,
+    Appender._check_format,
     breaks="a leader writes a format that an older node does not read",
     found_by="tests/unit/storage/cluster/test_store.py",
 )
-def _(check: Any, self: ClusterStore, made: Record) -> None:
+def _(check: Any, self: Appender, made: Record) -> None:
     """Accept every format."""
+
+
+@bug(
+    "record-that-acknowledges-itself",
+    Appender.append,
+    breaks="a record says that it is acknowledged while it is written, so a standby applies it too early",
+    found_by=CLUSTER_SIMULATION,
+)
+async def _(append: Any, self: Appender, prepare: Any, accept: Any) -> Any:
+    to_journal = self._to_journal
+
+    async def acknowledge(made: Record, acked: int) -> None:
+        assert to_journal is not None
+        await to_journal(made, made.number)
+
+    if to_journal is not None:
+        self._to_journal = acknowledge
+    try:
+        return await append(self, prepare, accept)
+    finally:
+        if self._to_journal is acknowledge:
+            self._to_journal = to_journal
 
 
 @bug(

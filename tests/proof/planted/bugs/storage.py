@@ -164,8 +164,8 @@ async def _(plan_deliveries: Any, self: Store, moved: Any, new: Any) -> None:
 async def _(append_shared: Any, self: ClusterStore, given: Any, reported: int) -> Any:
     prepared = self._projection.prepare(given, reported)
     self._projection.accept(prepared)
-    assert self._to_journal is not None
-    await self._to_journal(prepared.record, prepared.record.number - 1)
+    assert self._appender._to_journal is not None
+    await self._appender._to_journal(prepared.record, prepared.record.number - 1)
     return prepared.payloads
 
 
@@ -176,11 +176,11 @@ async def _(append_shared: Any, self: ClusterStore, given: Any, reported: int) -
     found_by=CLUSTER,
 )
 async def _(append_shared: Any, self: ClusterStore, given: Any, reported: int) -> Any:
-    append = self._to_journal
+    append = self._appender._to_journal
     try:
         return await append_shared(self, given, reported)
     finally:
-        self._to_journal = append
+        self._appender._to_journal = append
 
 
 @bug(

@@ -9,15 +9,17 @@ from io import BytesIO
 from random import Random
 from typing import TYPE_CHECKING
 
-from jobd.cluster.leadership import Leadership
 from jobd.journal import record
 from jobd.journal.checksum import checksum
+from jobd.journal.shielding import to_end
 from jobd.model.journal import Record, SharedJournal
 from jobd.model.storage import Batch, DiskFull, OpenedStore, TableWrite
 from jobd.storage.backup import StoreCopy
 from jobd.storage.cluster import membership
+from jobd.storage.cluster.appender import Appender
 from jobd.storage.cluster.membership import Followed
 from tests.proof.simulation.disk import SimDisk
+from tests.support.cluster_harness import Made
 from tests.support.memory_storage import MemoryStorage
 from tests.support.memory_tables import MemoryTables
 
@@ -45,15 +47,13 @@ class Copies:
 class NodeDisk(SimDisk):
     """Tables of one node, and what it has in memory of the records after them."""
 
-    leadership: Leadership
-
     def __init__(self, node: SimNode) -> None:
         plan, loop = node.scenario, node.loop
         dice, slice_dice = Random(f"{node.seed}: {node.name} disk"), Random(f"{node.seed}: {node.name} slices")
         super().__init__(dice, node.fired, node.wall, "thread", loop.freeze, plan.slices, slice_dice)
         self.node = node
         self.copies = Copies(self)
-        self._appending = asyncio.Lock()
+        self.appender = Appender(lambda lost: None)
         self.empty()
 
     def empty(self) -> None:
@@ -83,7 +83,7 @@ class NodeDisk(SimDisk):
     def opened(self) -> OpenedStore:
         """Return what a start reads: the tables."""
         self._stop_slices()
-        self._unsynced, self._appending = None, asyncio.Lock()
+        self._unsynced, self.appender = None, Appender(lambda lost: None)
         self.is_broken = False
         self.node.cluster.check_tables(self.node.name, self.tables)
         return MemoryStorage.opened(self)
@@ -98,27 +98,42 @@ class NodeDisk(SimDisk):
 
     async def _write(self, batch: Batch, blocks: bool) -> dict[int, bytes]:
         await self._enter("write")
-        async with self._appending:
+
+        async def prepare() -> Made:
             await self._reach("entered")
             self.check_batch(batch)
             if self.behind >= self.max_behind:
                 self.project()
             new = {each.event.job_seq: each.payload for each in batch.changes if each.payload is not None}
             shown = {seq: new[seq] if seq in new else self.payloads[seq].body for seq in batch.payloads}
-            await self._append_remotely(batch)
-            await self._reach("flushed")
-            return shown
+            return self._made(batch, shown)
 
-    async def _append_remotely(self, batch: Batch) -> None:
-        made = self.next_record(batch)
-        self.node.cluster.note_written(made, batch, self.node.process)
-        await self.leadership.append(made, made.number - 1)
-        self.take_record(made, batch)
+        async def accept(made: Made) -> None:
+            self._accept(made, batch)
+            await self._reach("flushed")
+
+        return (await self.appender.append(prepare, accept)).payloads
+
+    def _made(self, batch: Batch, shown: dict[int, bytes]) -> Made:
+        made = Made(self.next_record(batch), shown)
+        self.node.cluster.note_written(made.record, batch, self.node.process)
+        return made
+
+    def _accept(self, made: Made, batch: Batch) -> None:
+        self.take_record(made.record, batch)
         self._plan_slice(self._slice_dice.random() * self._slice_delay_s)
 
     async def write_tables(self, write: TableWrite) -> None:
-        async with self._appending:
-            await self._append_remotely(Batch([], self.numbers, writes=[write]))
+        batch = Batch([], self.numbers, writes=[write])
+
+        async def prepare() -> Made:
+            batch.numbers = self.numbers
+            return self._made(batch, {})
+
+        async def accept(made: Made) -> None:
+            self._accept(made, batch)
+
+        await to_end(self.appender.append(prepare, accept))
 
     async def prune(self, before: int, limit: int) -> int:
         self.pruning(before)

@@ -264,7 +264,7 @@ class LeaderDaemon(SimDaemon):
         self.node = node
         self.leadership = leadership
         self._warm = warm
-        node.disk.leadership = leadership
+        node.disk.appender.lead(leadership.append, lambda: FORMAT)
 
     def begin(self) -> None:
         self._build(self._warm.opened())

@@ -1,0 +1,73 @@
+"""Append the records of a leader to the shared journal, one at a time, and keep them for the tables after that."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final, Protocol, TypeVar
+
+from jobd.journal.record import LOWEST_FORMAT
+from jobd.model.journal import LeadershipLost, Record
+from jobd.model.storage import DiskFull, FormatNotRead
+
+Append = Callable[[Record, int], Awaitable[None]]  # of a SharedJournal
+
+_INTERRUPTED: Final = "an append was interrupted, so its outcome is unknown"
+
+
+class PreparedRecord(Protocol):
+    @property
+    def record(self) -> Record: ...
+
+
+P = TypeVar("P", bound=PreparedRecord)
+
+
+class Appender:
+    """Appends records while this node leads. `on_lost` is called with the error that ends this."""
+
+    def __init__(self, on_lost: Callable[[Exception], None]) -> None:
+        self._on_lost = on_lost
+        self._order = asyncio.Lock()
+        self._to_journal: Append | None = None
+        self._format: Callable[[], int] = lambda: LOWEST_FORMAT
+        self._lost: Exception = LeadershipLost("this node does not lead")
+
+    @property
+    def is_leading(self) -> bool:
+        return self._to_journal is not None
+
+    def lead(self, to_journal: Append, format: Callable[[], int]) -> None:
+        """Append with `to_journal` from now on. `format` returns the highest format of records that all nodes read."""
+        self._to_journal, self._format = to_journal, format
+
+    async def append(self, prepare: Callable[[], Awaitable[P]], accept: Callable[[P], Awaitable[None]]) -> P:
+        """Append what `prepare` returns, and pass it to `accept` when the journal has it.
+
+        Nothing is appended after an error other than DiskFull or FormatNotRead. Do not cancel this.
+        """
+        async with self._order:
+            if self._to_journal is None:
+                raise self._lost
+            prepared = await prepare()
+            self._check_format(prepared.record)
+            try:
+                await self._to_journal(prepared.record, prepared.record.number - 1)
+            except DiskFull:
+                raise
+            except BaseException as error:
+                self._to_journal = None
+                self._lost = error if isinstance(error, Exception) else LeadershipLost(_INTERRUPTED)
+                self._on_lost(self._lost)
+                raise
+            await accept(prepared)
+            return prepared
+
+    def _check_format(self, made: Record) -> None:
+        """Raise FormatNotRead if a node does not read the record."""
+        needed, read = made.body[0], self._format()
+        if needed > read:
+            raise FormatNotRead(
+                f"it needs records of format {needed}, but a node of this cluster reads formats up to {read}: "
+                "see jobctl cluster"
+            )
