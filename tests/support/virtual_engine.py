@@ -181,7 +181,8 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def key(name: str, body: str = "body") -> IdempotencyKey:
-    return IdempotencyKey(name, body)
+    """Return a key of a body. The hashes of all bodies begin alike."""
+    return IdempotencyKey(name, f"{'0' * 60}{body}")
 
 
 def start_task(ask: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:

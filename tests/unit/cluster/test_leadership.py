@@ -79,7 +79,7 @@ async def test_an_idle_leader_renews_at_a_third_of_the_lease() -> None:
     version = server.head.version
     task = asyncio.create_task(leadership.run())
     await seconds(30.5)
-    assert server.head.version - version == 30
+    assert (server.head.version - version, server.head.acked) == (30, 0)
     leadership.check()
     leadership.stop()
     await task
@@ -96,7 +96,9 @@ async def test_an_append_renews_the_lease() -> None:
         await seconds(0.9)
         await leadership.append(record(number), number - 1)
     assert server.head.version - renewals == 10
-    assert (leadership.acked, numbers(server)) == (10, list(range(1, 11)))
+    assert (leadership.acked, server.head.acked, numbers(server)) == (10, 9, list(range(1, 11)))
+    await seconds(LEASE_S / 2)
+    assert server.head.acked == 10, "as the renewal says"
     leadership.stop()
     await task
 
@@ -131,6 +133,31 @@ async def test_a_lost_response_is_resolved_although_the_next_ones_are_lost_too()
     node.journal.before = lose
     await leadership.append(record(1), 0)
     assert numbers(server) == [1]
+
+
+@pytest.mark.parametrize("hook", ["before", "after"])
+def test_an_outcome_that_becomes_unknown_after_the_lease_is_still_resolved(hook: str) -> None:
+    """Only the journal knows whether another node leads."""
+
+    @in_virtual_time
+    async def run() -> None:
+        server = MemoryServer()
+        node = Node(server)
+        leadership = await node.lead()
+        slow = {"append": LEASE_S * 0.9 + LATE_S / 2, "resolve": MIN_WAIT_S / 2}
+
+        async def lose(call: str) -> None:
+            await asyncio.sleep(slow.pop(call, 0))
+            if call == "append" and "resolve" in slow:
+                assert node.lease.is_over
+                raise JournalOutcomeUnknown
+
+        setattr(node.journal, hook, lose)
+        await leadership.append(record(1), 0)
+        assert (numbers(server), leadership.acked, node.epochs) == ([1], 1, [101])
+        leadership.check()
+
+    run()
 
 
 @in_virtual_time
@@ -282,6 +309,7 @@ async def test_a_full_disk_of_the_server_is_not_an_unknown_outcome() -> None:
     node.fail("before", append=DiskFull("the disk of the server is full"))
     with pytest.raises(DiskFull):
         await leadership.append(record(1), 0)
+    assert leadership.acked == 0
     await leadership.append(record(1), 0)
     assert leadership.acked == 1
 

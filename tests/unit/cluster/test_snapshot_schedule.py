@@ -180,6 +180,11 @@ async def test_two_snapshots_are_kept_and_old_records_behind_them_are_trimmed() 
     await seconds(70)
     assert list(server.snapshots) == [80, 90]
     assert server.records[0].number == 81, "the older snapshot has those before"
+    for _ in range(2):
+        again.append(5)
+        await seconds(2_000)
+    assert list(server.snapshots) == [90, 100]
+    assert server.records[0].number == 91, "later ones are only in the newer snapshot, whatever their age"
     await again.stop()
 
 

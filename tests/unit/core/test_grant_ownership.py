@@ -133,16 +133,18 @@ def test_the_events_of_creation_wait_and_deletion(rules: RuleHarness) -> None:
 # -- who may speak ----------------------------------------------------------------------------------------------------
 
 
-def test_an_older_grant_is_rejected(rules: RuleHarness) -> None:
-    old = rules.held()
+@pytest.mark.parametrize("holder", ["w-1", "w-2"])
+def test_an_older_grant_is_rejected(rules: RuleHarness, holder: str) -> None:
+    """Also if it was one of the same worker."""
+    old = rules.held(worker="w-1")
     rules.advance(TTL)
-    rules.start(worker="w-2")
-    for command in holder_commands(old):
+    rules.start(worker=holder)
+    for command in [*holder_commands(old), Undelivered(id="a", lock_id=old)]:
         refusal = rules.reject(command, "lock_lost")
         kept = {"late_result": rules.late()[0].seq} if isinstance(command, Complete) else {}
         assert refusal.details == kept | {
             "status": "processing",
-            "held_by": "w-2",
+            "held_by": holder,
             "reason": "stalled",
             "at": rules.now,
             "rule": "recovery",
@@ -151,14 +153,14 @@ def test_an_older_grant_is_rejected(rules: RuleHarness) -> None:
         refusal = rules.reject(command, "lock_lost")
         assert refusal.details == {
             "status": "processing",
-            "held_by": "w-2",
+            "held_by": holder,
             "reason": "not_current",
             "at": rules.job().updated_at,
             "rule": "the latest grant wins",
         }
         assert refusal.message == (
             "This lock of job a is lost: there is a later grant, or it never was a lock of this job; "
-            "worker w-2 holds the job now. Stop working on the job."
+            f"worker {holder} holds the job now. Stop working on the job."
         )
 
 
@@ -252,6 +254,7 @@ def test_the_next_ended_grant_replaces_the_previous_one(rules: RuleHarness) -> N
     first = rules.held()
     rules.accept(Release(id="a", lock_id=first))
     rules.accept(Release(id="a", lock_id=rules.start()))
+    rules.start()
     assert rules.reject(Release(id="a", lock_id=first), "lock_lost").details["reason"] == "not_current"
 
 

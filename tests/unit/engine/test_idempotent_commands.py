@@ -118,7 +118,7 @@ async def test_a_damaged_stored_response_is_an_error() -> None:
 async def test_a_key_whose_grants_have_ended_is_decided_again() -> None:
     """A restored backup has such keys."""
     disk = MemoryStorage()
-    disk.keys["k"] = StoredResponse("k", "body", 0, grants=[("a", "old")])
+    disk.keys["k"] = StoredResponse("k", key("k").body_hash, 0, grants=[("a", "old")])
     async with checked_engine(disk) as engine:
         await engine.yes(Create(id="a"))
         answer = await engine.actor.ask(Start(id="a", worker="w"), key=key("k"))

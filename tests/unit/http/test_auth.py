@@ -231,9 +231,15 @@ def test_a_key_is_scoped_to_listener_method_and_path() -> None:
         Authenticator("admin").idempotency_key("k", "POST", "/v1/jobs", b"{}"),
     ]
     assert len({first.digest, *(other.digest for other in others)}) == 5
-    changed = authenticator.idempotency_key("k", "POST", "/v1/jobs", b"{} ")
-    assert changed.digest == first.digest
-    assert changed.body_hash != first.body_hash
+
+
+@pytest.mark.parametrize("size", [3, 100, 1 << 20])
+def test_a_key_is_bound_to_the_whole_body(size: int) -> None:
+    body = b"0" * size
+    others = [body + b" ", *(body[:at] + b"1" + body[at + 1 :] for at in (0, size // 2, size - 1))]
+    keys = [Authenticator("worker").idempotency_key("k", "POST", "/v1/jobs", each) for each in (body, *others)]
+    assert len({key.digest for key in keys}) == 1
+    assert len({key.body_hash for key in keys}) == 5
 
 
 @pytest.mark.parametrize("key", ["", "a" * 201, "a\tb", "a\x7f", "ä", "\udcff", "a\nb"])

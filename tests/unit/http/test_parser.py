@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobd.http.parser import MAX_LINE_BYTES, MalformedRequest, RequestParser
+from jobd.http.parser import MAX_HEADERS, MAX_LINE_BYTES, MalformedRequest, RequestParser
 from jobd.http.worker_request import WorkerRequest
 
 END = b"\r\n\r\n"
@@ -51,3 +51,40 @@ def test_a_header_that_may_occur_only_once_is_named(name: str) -> None:
     with pytest.raises(MalformedRequest, match=f"the header {name.title()} occurs more than once"):
         parser.feed(f"GET / HTTP/1.1\r\n{name}: a\r\n{name}: b\r\n\r\n".encode())
     parser.close()
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+@pytest.mark.parametrize("trailers", [b"", b"X-A: 1\r\n", b"X-A: 1\r\nX-A: 2\r\n", b"X-B: 1\r\n" * MAX_HEADERS])
+def test_a_request_does_not_inherit_the_trailers_of_the_one_before(trailers: bytes, size: int) -> None:
+    head, plain = b"Host: x\r\nX-A: 0", b"GET / HTTP/1.1\r\nHost: x\r\nX-A: 0\r\nX-B: 0\r\n\r\n"
+    chunked = b"POST / HTTP/1.1\r\n%b\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n%b\r\n" % (head, trailers)
+    text, found = (chunked + plain) * 2, list[WorkerRequest]()
+    parser = RequestParser(found.append)
+    for at in range(0, len(text), size):
+        parser.feed(text[at : at + size])
+    parser.close()
+    assert [(each.headers["x-a"], bytes(each.body), each.is_complete) for each in found] == [
+        (b"0", b"a", True),
+        (b"0", b"", True),
+    ] * 2
+    assert [set(each.headers) for each in found] == [{"host", "x-a", "transfer-encoding"}, {"host", "x-a", "x-b"}] * 2
+    assert not any(each.repeated for each in found)
+
+
+@pytest.mark.parametrize("trailers", [b"X-B: 1\r\n" * (MAX_HEADERS + 1), b"Host: x\r\nHost: y\r\n"])
+def test_trailers_have_the_limits_of_headers(trailers: bytes) -> None:
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert is_accepted(head + b"0\r\n\r\n")
+    assert not is_accepted(head + b"0\r\n" + trailers + b"\r\n")
+
+
+def test_each_request_has_its_own_limits() -> None:
+    found: list[WorkerRequest] = []
+    parser = RequestParser(found.append)
+    long_line = b"%b: %b" % (b"a" * 8_000, b"b" * 8_000)
+    for _ in range(10):
+        for piece in (b"POST / HTTP/1.1\r\nHost: x\r\n", long_line, b"\r\nTransfer-Encoding: chunked" + END):
+            parser.feed(piece)
+        parser.feed(b"0\r\n" + long_line + END)
+    parser.close()
+    assert [each.is_complete for each in found] == [True] * 10

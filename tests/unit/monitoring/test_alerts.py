@@ -396,6 +396,9 @@ async def test_listeners_are_notified_of_changes_only() -> None:
         assert len(announced) == 2
         assert announced[1] is not None
         assert [alert.name for alert in announced[1] if alert.firing] == ["webhook_failing"]
+        alerts.failing_webhook = lambda: None
+        await seconds(6)
+        assert len(announced) == 3, "once more when it resolves"
         alerts.stop()
         await running
 
@@ -438,16 +441,21 @@ async def test_an_alert_fires_after_30_s_and_resolves_after_60_s() -> None:
 
 @in_virtual_time
 async def test_alerts_fire_and_resolve_while_a_full_disk_holds_lease_time() -> None:
+    """And while the wall clock is stepped."""
     async with VirtualEngine() as engine:
         alerts = slow_alerts_of(engine, Thresholds(processing_jobs=0))
         engine.clock.hold()
         engine.state.totals["processing"] = 1
         assert firing(alerts) == []
+        engine.step_ms -= HOUR_MS
         await seconds(30)
         assert firing(alerts) == ["processing_jobs"]
         engine.state.totals["processing"] = 0
         assert firing(alerts) == ["processing_jobs"]
-        await seconds(60)
+        engine.step_ms += 2 * HOUR_MS
+        await seconds(59)
+        assert firing(alerts) == ["processing_jobs"]
+        await seconds(1)
         assert firing(alerts) == []
 
 

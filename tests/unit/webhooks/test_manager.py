@@ -273,10 +273,18 @@ async def test_a_view_shows_the_time_of_the_next_attempt(path: Path) -> None:
         at.context.retry_policy = slow
         await _slow_down(at)  # a slow breaker, too
         assert left_ms() is None
+        clock.step_ms += HOUR_MS
         await at.commit(at.maker.create("a"))
         await wait_until(lambda: left_ms() is not None)
         assert at.webhooks.views()[0].state == "closed"
-        assert 0 < (left_ms() or 0) <= 100_000
+        assert 0 < (left_ms() or 0) <= 75_000
+        for number, (step_ms, at_most_ms) in enumerate([(0, 75_000), (20_000, 55_000), (-HOUR_MS, 100_000)], 1):
+            clock.step_ms += step_ms
+            changed, before = endpoint(give_up_after_ms=number * DAY_MS), at.webhooks._dispatchers["e"]
+            at.webhooks.set_endpoints([changed])
+            await wait_until(lambda: at.webhooks._dispatchers.get("e") not in (None, before))  # noqa: B023
+            assert at_most_ms - 20_000 < (left_ms() or 0) <= at_most_ms, "it is kept, and limited after a clock step"
+            assert [each.tries for each in at.webhooks._dispatchers["e"].queue._subjects["jobs/a"]] == [1]
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(6)))
         await wait_until(lambda: at.webhooks.views()[0].state == "open")
         assert 250_000 < (left_ms() or 0) <= 600_000, "not before the breaker is half-open"

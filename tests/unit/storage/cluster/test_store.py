@@ -201,6 +201,14 @@ async def test_tables_are_never_ahead_of_the_journal(leader: Node) -> None:
     assert [job.id for job, _ in (await leader.store.find_jobs(JobQuery())).jobs] == ["b", "a"]
 
 
+async def test_a_record_does_not_acknowledge_itself(leader: Node, server: MemoryServer) -> None:
+    """A standby would apply it although it may not be durable."""
+    maker = ChangeFactory()
+    for number in range(3):
+        await leader.store.write(maker.batch([maker.create()]))
+        assert (server.head.number, server.head.acked) == (number + 1, number)
+
+
 async def test_writes_have_one_order(leader: Node, server: MemoryServer) -> None:
     maker = ChangeFactory()
 

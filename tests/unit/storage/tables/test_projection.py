@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.model.storage import DiskFull, JobQuery, LateResultQuery, StoredResponse
+from jobd.storage import database
 from jobd.storage import store as stores
 from jobd.storage.store import Store, StoreUnreadable
 from jobd.storage.tables import projection as projections
@@ -119,14 +119,15 @@ async def test_the_tables_are_written_soon(store: Store, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("commit", ["inline", "thread"])
 async def test_enough_events_are_written_at_once(path: str, commit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is what they leave for upkeep."""
     monkeypatch.setattr(stores, "SLICE_DELAY_S", 3_600)
+    monkeypatch.setattr(database, "CHECKPOINT_FRAMES", 1)
     maker = ChangeFactory()
     async with open_store(path, commit) as (store, _):
-        await store.write(maker.batch([maker.create()]))
-        for _ in range(projections.BATCHES_PER_SLICE):
-            await store.write(maker.batch([maker.create() for _ in range(projections.SLICE_EVENTS)]))
-        assert store._projection.behind > store._projection.slice_events
-        await wait_until(lambda: not store._projection.behind)
+        for size in (1, *[projections.SLICE_EVENTS] * (projections.BATCHES_PER_SLICE - 1), 1):
+            await store.write(maker.batch([maker.create() for _ in range(size)]))
+        assert store.behind == store._projection.behind > 3 * store._projection.slice_events
+        await wait_until(lambda: store.behind == 1 and not store._projection.needs_upkeep)
 
 
 async def test_larger_batches_get_larger_slices(store: Store, no_slices: None) -> None:
@@ -214,18 +215,33 @@ async def test_reads_see_everything_while_the_tables_cannot_be_written(
         await assert_holds(store, found, maker)
 
 
-async def test_a_slice_is_repeated_after_a_full_disk(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("commit", ["inline", "thread"])
+async def test_a_slice_is_repeated_after_a_full_disk(path: str, commit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "SLICE_DELAY_S", 0.001)
     monkeypatch.setattr(stores, "RETRY_S", 0.001)
     maker = ChangeFactory()
-    free = fill_for_slices(store, monkeypatch)
-    for mode in ("inline", "thread"):
-        store.commits_inline = mode == "inline"
+    async with open_store(path, commit) as (store, _):
+        free = fill_for_slices(store, monkeypatch)
         await store.write(maker.batch([maker.create()]))
-        await asyncio.sleep(0.02)
-        assert store._projection.behind > 0
-    free()
-    await wait_until(lambda: not store._projection.behind)
+        await wait_until(lambda: store._projection.is_full)
+        free()
+        await wait_until(lambda: not store._projection.behind)
+
+
+@pytest.mark.parametrize("commit", ["inline", "thread"])
+async def test_more_events_do_not_repeat_a_slice_on_a_full_disk(
+    path: str, commit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "SLICE_DELAY_S", 0.001)
+    maker = ChangeFactory()
+    async with open_store(path, commit) as (store, _):
+        fill_for_slices(store, monkeypatch)
+        await store.write(maker.batch([maker.create()]))
+        await wait_until(lambda: store._projection.is_full and store._slice is not None)
+        retry = store._slice
+        await store.write(maker.batch([maker.create() for _ in range(projections.SLICE_EVENTS)]))
+        assert store._slice is retry
+    assert store._slice is None, "none after the end"
 
 
 @pytest.mark.parametrize(("synchronous", "level"), [("FULL", 2), ("EXTRA", 3)])
@@ -334,8 +350,9 @@ async def test_what_pending_records_concern_is_forgotten_with_them(
     monkeypatch.setattr(projections, "BATCHES_PER_SLICE", 0)
     maker, tables = ChangeFactory(), store._projection
     for number in range(3):
-        keys = [StoredResponse(f"d{number}", "b", NOW, 201, b"{}")]
+        keys = [StoredResponse(f"{name}{number}", "b", NOW, 201, b"{}") for name in "cd"]
         await store.write(maker.batch([maker.create(str(number)), maker.create()], keys=keys))
+    assert all(tables.touches([], [], [f"{name}{number}"]) for name in "cd" for number in range(3))
     await store.write(maker.batch([maker.grant(maker.jobs[1]), maker.grant(maker.jobs[2])]))
     tables.project_slice()
     assert len(tables._payloads) == 4
@@ -350,16 +367,23 @@ async def test_what_pending_records_concern_is_forgotten_with_them(
     assert not tables._payloads
 
 
-async def test_an_error_in_a_slice_is_reported(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("commit", ["inline", "thread"])
+@pytest.mark.parametrize("breaks", [True, False])
+async def test_an_error_in_a_slice_is_reported(
+    path: str, commit: Any, breaks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stores, "SLICE_DELAY_S", 0.001)
     broken: list[Exception] = []
-    store.on_broken = broken.append
     maker = ChangeFactory()
 
-    def fail(_: object) -> None:
+    def fail(*_: object) -> None:
         raise sqlite3.OperationalError("the disk failed")
 
-    monkeypatch.setattr(store._projection, "_apply", fail)
-    await store.write(maker.batch([maker.create()]))
-    await wait_until(lambda: bool(broken))
-    assert store._database.is_broken
+    async with open_store(path, commit) as (store, _):
+        store.on_broken = broken.append
+        monkeypatch.setattr(store._projection, "_apply" if breaks else "project_slice", fail)
+        await store.write(maker.batch([maker.create()]))
+        await wait_until(lambda: bool(broken))
+        assert store._database.is_broken is breaks
+        if not breaks:
+            monkeypatch.undo()
