@@ -32,6 +32,8 @@ from jobd.model.responses import GrantView
 PROGRESS_EVERY_S: Final = 0.2  # a program may report more often; the latest report is sent
 LAST_LINE_CHARACTERS: Final = 200
 PREFIX: Final = "JOBD_JOB_"
+# Variables of the admin API, which a program does not get, and of an outer `jobctl run`.
+REMOVED: Final = ("ADMIN_TOKEN", "ADMIN_READONLY_TOKEN", "JOBD_ADMIN_", PREFIX)
 # The fields of a job in the environment of its program, as JOBD_JOB_<NAME>.
 FIELDS: Final = (
     "id",
@@ -258,14 +260,14 @@ def _start_error(program: str) -> str | None:
 def environment(grant: GrantView, inherited: Mapping[str, str]) -> dict[str, str]:
     """Return the program's environment: the inherited one, and the job's fields without the secret `lock_id`.
 
-    The fields are UTF-8 in every locale.
+    The variables of the admin API are removed: a program needs no admin token. The fields are UTF-8 in every locale.
     """
     values: dict[str, Any] = {field: getattr(grant.job, field) for field in FIELDS}
     values["fencing_token"] = grant.fencing_token
     values["worker"] = None if grant.job.lock is None else grant.job.lock.worker
     texts = {name: os.fsdecode(str(value).encode()) for name, value in values.items() if value is not None}
     named = {f"{PREFIX}{name.upper()}": text for name, text in texts.items()}
-    return {name: value for name, value in inherited.items() if not name.startswith(PREFIX)} | named
+    return {name: value for name, value in inherited.items() if not name.startswith(REMOVED)} | named
 
 
 def describe(code: int | None) -> tuple[str, str]:

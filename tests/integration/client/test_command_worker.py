@@ -88,13 +88,17 @@ async def test_the_job_is_in_the_environment_of_the_program(
     client: AsyncJobClient, queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JOBD_JOB_LEFTOVER", "of an outer run")
+    for name in ("ADMIN_TOKEN", "ADMIN_TOKEN_FILE", "ADMIN_READONLY_TOKEN_FILE", "JOBD_ADMIN_URL", "JOBD_ADMIN_LISTEN"):
+        monkeypatch.setenv(name, "of the admin API")
+    monkeypatch.setenv("JOBD_SOCKET", "/of/the/worker/api")
     job = await client.create_job(queue=queue, kind="k", priority=-3, max_attempts=2)
-    run = CommandRun(client, tmp_path, queue, "env | grep ^JOBD_JOB_ | sort", once=True)
+    run = CommandRun(client, tmp_path, queue, "env | grep -E '^(JOBD_|ADMIN_)' | sort", once=True)
     assert await run.run() == 0
     found = dict(line.split("=", 1) for line in run.out.splitlines())
     done = await client.get_job(job.id)
     granted = (await client.timeline(job.id))[1]
     assert found == {
+        "JOBD_SOCKET": "/of/the/worker/api",
         "JOBD_JOB_ID": job.id,
         "JOBD_JOB_QUEUE": queue,
         "JOBD_JOB_KIND": "k",
