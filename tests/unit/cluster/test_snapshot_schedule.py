@@ -153,6 +153,18 @@ async def test_the_leader_writes_if_no_standby_runs() -> None:
 
 
 @in_virtual_time
+async def test_nothing_is_trimmed_behind_a_single_snapshot() -> None:
+    server = MemoryServer(loop_ms)
+    node = Node(server, "b")
+    node.append(5)
+    await seconds(2_000)
+    node.append(5)
+    await seconds(70)
+    assert (list(server.snapshots), len(server.records)) == ([10], 10)
+    await node.stop()
+
+
+@in_virtual_time
 async def test_two_snapshots_are_kept_and_old_records_behind_them_are_trimmed() -> None:
     server = MemoryServer(loop_ms)
     node = Node(server, "b")

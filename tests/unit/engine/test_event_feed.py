@@ -141,8 +141,9 @@ async def test_frequent_events_are_sent_in_batches() -> None:
     assert numbers(await listener.more()) == [2, 3, 4]
 
 
+@pytest.mark.parametrize("wanted", [ALL, EventFilter(types=frozenset({"created"}))], ids=["all", "filtered"])
 @pytest.mark.parametrize("seed", range(10))
-def test_the_switch_from_journal_to_live_has_no_gap_or_repeat(seed: int) -> None:
+def test_the_switch_from_journal_to_live_has_no_gap_or_repeat(seed: int, wanted: EventFilter) -> None:
     """Commits, some published late, at every point of the switch."""
 
     @in_virtual_time
@@ -151,7 +152,7 @@ def test_the_switch_from_journal_to_live_has_no_gap_or_repeat(seed: int) -> None
         for _ in range(dice.randrange(1, 4 * PAGE // 10)):
             await stage.commit(10)
         after = dice.randrange(stage.feed.last)
-        listener = await stage.begun(after=after)
+        listener = await stage.begun(wanted, after)
         found: list[int] = []
         for _ in range(60):
             for _ in range(dice.randrange(3)):
@@ -192,6 +193,16 @@ async def test_unwanted_events_are_skipped_and_the_position_advances() -> None:
     paused = stage.maker.queue_event("video", True)
     await stage.write([paused])
     assert await listener.more() == b": still here\nid: %d\n\n" % (PAGE + 11)
+
+
+@in_virtual_time
+async def test_a_filtered_stream_continues_within_a_page_that_another_has_read() -> None:
+    stage = FeedHarness()
+    await stage.commit(3 * PAGE)
+    wanted = EventFilter(types=frozenset({"created"}))
+    readers = [await stage.begun(wanted, after, follow=False) for after in (0, PAGE // 2)]
+    for reader, after in zip(readers, (0, PAGE // 2), strict=True):
+        assert await received(reader, 3 * PAGE) == list(range(after + 1, 3 * PAGE + 1))
 
 
 @in_virtual_time

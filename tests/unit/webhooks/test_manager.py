@@ -273,8 +273,11 @@ async def test_a_view_shows_the_time_of_the_next_attempt(path: Path) -> None:
         at.context.retry_policy = slow
         await _slow_down(at)  # a slow breaker, too
         assert left_ms() is None
-        clock.step_ms += HOUR_MS
+        at.posts.gate.clear()
         await at.commit(at.maker.create("a"))
+        await wait_until(lambda: bool(at.posts.tried))
+        clock.step_ms += HOUR_MS
+        at.posts.gate.set()
         await wait_until(lambda: left_ms() is not None)
         assert at.webhooks.views()[0].state == "closed"
         assert 0 < (left_ms() or 0) <= 75_000

@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -22,11 +22,12 @@ from jobd.client import (
     Retry,
     Task,
     Unauthorized,
+    Unreachable,
     Worker,
 )
 from jobd.client.worker import lease
 from jobd.client.worker.lease import LeaseKeeper
-from jobd.model.responses import GrantView
+from jobd.model.responses import GrantView, LockState
 from tests.support.client_harness import (
     GRANT,
     JOB,
@@ -37,6 +38,7 @@ from tests.support.client_harness import (
 )
 from tests.support.polling import wait_until
 from tests.support.scripted_server import ScriptedServer, drop, ok, rejected, serving
+from tests.support.virtual_engine import in_virtual_time, seconds
 
 
 @pytest.fixture(autouse=True)
@@ -340,3 +342,44 @@ async def test_the_end_of_a_lease_ends_all_waits_for_progress(tmp_path: Path) ->
             await keeper.stop()
             assert sent.done()
             assert pending.done()
+
+
+class SlowClient:
+    """A client whose calls take a second. The first ones fail. The daemon sets another TTL than that of the grant."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+        self.sent_s: list[float] = []
+
+    async def send(self, *_: object) -> LockState:
+        loop_time = asyncio.get_running_loop().time
+        self.sent_s.append(loop_time())
+        await asyncio.sleep(1)
+        if len(self.sent_s) <= self.failures:
+            raise Unreachable("The daemon does not respond.")
+        return LockState(lock_expires_at=1, ttl_ms=15_000, ceiling_at=None)
+
+
+@pytest.mark.parametrize("failures", [0, 2])
+@pytest.mark.parametrize(("at_once", "first_s"), [(False, 10.0), (True, 0.0)])
+def test_the_lock_is_extended_first_and_then_at_a_third_of_its_ttl(
+    at_once: bool, first_s: float, failures: int
+) -> None:
+    """Measured from the call before, not from its response. After a failure, it is extended soon."""
+
+    @in_virtual_time
+    async def run() -> None:
+        client = SlowClient(failures)
+        grant = msgspec.json.decode(msgspec.json.encode(GRANT | {"ttl_ms": 30_000}), type=GrantView)
+        keeper = LeaseKeeper(cast("AsyncJobClient", client), grant, lambda _: None)
+        began_s = asyncio.get_running_loop().time()
+        keeper.start(at_once=at_once)
+        await seconds(first_s + 15)
+        assert client.sent_s[0] - began_s == pytest.approx(first_s)
+        assert client.sent_s[failures] - client.sent_s[0] <= 2 * failures
+        later = [sent_s - client.sent_s[failures] for sent_s in client.sent_s[failures:]]
+        assert later[:3] == pytest.approx([0, 5, 10])
+        assert keeper._extended_s == client.sent_s[failures + 2]
+        await keeper.stop()
+
+    run()

@@ -518,12 +518,15 @@ async def test_a_damaged_row_ends_the_node_which_makes_its_tables_again(path: st
     assert rows_of(path) == expected
 
 
-async def test_a_damaged_row_is_not_written_to_a_snapshot(path: str, server: MemoryServer) -> None:
+@pytest.mark.parametrize(("table", "column", "key"), [("jobs", "created_at", "seq"), ("events", "at", "job_seq")])
+async def test_a_damaged_row_is_not_written_to_a_snapshot(
+    path: str, server: MemoryServer, table: str, column: str, key: str
+) -> None:
     async with leading(path, server) as leader:
         seq = await finished_job(leader, ChangeFactory())
-    flip(path, "jobs", "created_at", "seq", seq)
+    flip(path, table, column, key, seq)
     async with following(path, server) as node:
-        with pytest.raises(StoreDamaged, match="job done"):
+        with pytest.raises(StoreDamaged, match="job done" if table == "jobs" else table):
             await node.store.snapshot()
         assert [type(error) for error in node.broken] == [StoreDamaged]
 
@@ -765,6 +768,15 @@ async def test_a_store_that_was_set_aside_is_not_replaced_by_a_new_one(path: str
     async with following(path, server) as node:
         assert node.opened.last_record == 1
     assert rows_of(f"{path}.old") == before
+
+
+async def test_a_snapshot_has_every_row(path: str, server: MemoryServer) -> None:
+    async with leading(path, server) as leader:
+        await write_much(leader, Random(3), Writer(3), 60)
+        assert await snapshot_of(leader) == server.head.number
+        async with following(f"{path}.new", server) as node:
+            assert node.opened.last_record == server.head.number
+    assert rows_of(path) == rows_of(f"{path}.new")
 
 
 async def test_a_snapshot_of_an_unused_cluster_can_be_taken(path: str, server: MemoryServer) -> None:

@@ -233,6 +233,7 @@ async def test_more_events_do_not_repeat_a_slice_on_a_full_disk(
     path: str, commit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stores, "SLICE_DELAY_S", 0.001)
+    monkeypatch.setattr(projections, "BATCHES_PER_SLICE", 1)
     maker = ChangeFactory()
     async with open_store(path, commit) as (store, _):
         fill_for_slices(store, monkeypatch)
