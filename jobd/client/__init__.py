@@ -27,7 +27,7 @@ from jobd.model.responses import (
 if TYPE_CHECKING:
     from jobd.client.aio import AsyncAdminClient, AsyncJobClient
     from jobd.client.worker.command_worker import CommandWorker
-    from jobd.client.worker.task import Discard, Retry, Stopped, SyncTask, Task
+    from jobd.client.worker.task import Discard, Retry, Snooze, Stopped, SyncTask, Task
     from jobd.client.worker.worker import Worker
 
 # Imported on first use: blocking programs do not need aiohttp, which takes 0.2 s to import.
@@ -37,6 +37,7 @@ _LAZY_IMPORTS = {
     "CommandWorker": "jobd.client.worker.command_worker",
     "Discard": "jobd.client.worker.task",
     "Retry": "jobd.client.worker.task",
+    "Snooze": "jobd.client.worker.task",
     "Stopped": "jobd.client.worker.task",
     "SyncTask": "jobd.client.worker.task",
     "Task": "jobd.client.worker.task",
@@ -67,6 +68,7 @@ __all__ = [
     "RejectedLine",
     "Retry",
     "RetryOptions",
+    "Snooze",
     "Stopped",
     "StreamedEvent",
     "SyncTask",

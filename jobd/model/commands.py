@@ -374,7 +374,7 @@ class Release(JobCommand, frozen=True, kw_only=True):
         DelayMs | None,
         Meta(
             description="Time from now until the job is due, in ms. Default: 0; from the 5th release in a row without "
-            "progress on, a growing delay."
+            "progress on, a growing delay. A release with 1000 or more is not counted."
         ),
     ] = None
 

@@ -17,6 +17,7 @@ from jobd.client import (
     Discard,
     JobClient,
     Retry,
+    Snooze,
     Stopped,
     SyncTask,
     Worker,
@@ -168,7 +169,7 @@ def tables() -> str:
         ["`Task` has `progress` as a coroutine, and its `cancelled` is an `asyncio.Event`."],
         methods(SyncTask, ["progress", "set_result", "raise_if_lost"]),
         ["| exception | meaning |", "| --- | --- |"]
-        + [f"| `{each.__name__}` | {text(each)} |" for each in (Retry, Discard, Stopped)],
+        + [f"| `{each.__name__}` | {text(each)} |" for each in (Retry, Snooze, Discard, Stopped)],
         ["## AdminClient"],
         ["`AsyncAdminClient` has no method that sends or receives a file; call those with `asyncio.to_thread`."],
         parameters(AdminClient),

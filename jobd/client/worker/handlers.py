@@ -18,7 +18,7 @@ from jobd.client.worker.error_text import describe_error, join_message, safe_tex
 from jobd.client.worker.lease import LeaseKeeper
 from jobd.client.worker.runner import STOP_S
 from jobd.client.worker.service_thread import Log, call_on
-from jobd.client.worker.task import BaseTask, Discard, Retry, SyncTask, Task
+from jobd.client.worker.task import BaseTask, Discard, Retry, Snooze, SyncTask, Task
 
 RESULT_FIELDS: Final = frozenset({"download_url", "file_path", "storage_key", "metadata"})
 logger = logging.getLogger("jobd.client")
@@ -121,7 +121,10 @@ class _HandlerExecution(ABC):
         return "" if self.done.done() else " The handler was asked to stop, but it is still running."
 
     async def finish(self, keeper: LeaseKeeper, give_up: asyncio.Event) -> bool:
-        """Complete the job with the return value of the handler, or fail it with the exception."""
+        """Complete the job with the return value of the handler, release it (Snooze), or fail it with the exception."""
+        if isinstance(self._raised, Snooze):
+            await keeper.release(give_up, self._raised.after_ms)
+            return False
         ending = await asyncio.to_thread(self._ending, keeper.id)  # may block: it calls user code and writes the log
         if isinstance(ending, _HandlerFailure):
             await keeper.fail(give_up, ending.message, **ending.options)

@@ -6,9 +6,11 @@ import asyncio
 import functools
 import threading
 from concurrent.futures import Future
+from datetime import timedelta
 from typing import Any, Final
 
 from jobd.client.worker.lease import LOST, LeaseKeeper
+from jobd.model.job import YEAR_MS
 from jobd.model.responses import JobView
 
 
@@ -32,6 +34,22 @@ class Discard(Exception):
 
     def __init__(self, message: str = "The handler discarded the job.") -> None:
         super().__init__(message)
+
+
+class Snooze(Exception):
+    """Raised by a handler to put its job back for `after` (a timedelta, or seconds). It is no failure.
+
+    The attempt does not count. Raises ValueError unless `after` is from 0 to 365 days.
+    """
+
+    after_ms: int | None = None  # of a subclass that does not call `__init__`
+
+    def __init__(self, after: timedelta | float, message: str = "The handler snoozed the job.") -> None:
+        after_s = after.total_seconds() if isinstance(after, timedelta) else after
+        if not 0 <= after_s * 1000 <= YEAR_MS:
+            raise ValueError(f"after must be from 0 to 365 days, not {after_s} s")
+        super().__init__(message)
+        self.after_ms = round(after_s * 1000)
 
 
 class Stopped(Exception):

@@ -40,10 +40,10 @@ class Worker:
     Async handlers run on the event loop, plain handlers in threads. The return value is the job's result: a dict with
     download_url, file_path, storage_key or metadata (other keys are added to the metadata); any other value is
     metadata. An exception fails the job with its class as `error_code`; the `error_message` is `Type: message`, then
-    the traceback. Retry and Discard decide whether there is another attempt. Locks last `lock_ttl_ms` and are extended
-    automatically. If a lock is lost or a job is cancelled, its handler is stopped. On SIGTERM and SIGINT the worker
-    drains: it stops claiming, gives running handlers `grace_s` seconds, then stops them and releases their jobs. It
-    logs to `jobd.client`.
+    the traceback. Retry and Discard decide whether there is another attempt, and Snooze puts the job back without using
+    one. Locks last `lock_ttl_ms` and are extended automatically. If a lock is lost or a job is cancelled, its handler
+    is stopped. On SIGTERM and SIGINT the worker drains: it stops claiming, gives running handlers `grace_s` seconds,
+    then stops them and releases their jobs. It logs to `jobd.client`.
 
     A service thread with its own event loop and connections claims jobs and extends locks, so a handler that blocks its
     loop does not lose its lock. A loop that is blocked for 5 s is logged. A C extension that holds the GIL for longer

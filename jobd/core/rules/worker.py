@@ -31,7 +31,7 @@ from jobd.model.commands import (
     Undelivered,
 )
 from jobd.model.errors import ApiError, ApiException, api_error
-from jobd.model.job import DELAYED_FROM, Failure, Job, PreviousGrant, Result, release_delay_ms
+from jobd.model.job import DELAYED_FROM, SECOND_MS, Failure, Job, PreviousGrant, Result, release_delay_ms
 from jobd.model.responses import Grants, JobList, JobView, Response
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -288,7 +288,8 @@ def release_lock(tx: Transaction, command: ReleaseLock) -> Response:
 def _release(tx: Transaction, command: Release | ReleaseLock, delay_ms: int | None) -> Response:
     """Put the job back into its place in the queue. The attempt does not count.
 
-    The job is due later if the holder asks for a delay, or after DELAYED_FROM releases in a row without progress.
+    The job is due later if the holder asks for a delay, or after DELAYED_FROM releases in a row without progress. A
+    release with a delay of SECOND_MS or more does not count, because it cannot loop fast.
     """
     job = _held(tx, command, "release")
     if not isinstance(job, Job):
@@ -299,7 +300,7 @@ def _release(tx: Transaction, command: Release | ReleaseLock, delay_ms: int | No
     else:
         ended, reason = _ended_by_holder(tx, job, command, "release"), None
         worker = ended.worker
-    releases = job.releases + 1
+    releases = job.releases + (delay_ms is None or delay_ms < SECOND_MS)
     fields: dict[str, Any] = {"releases": releases, "attempt": transitions.refunded_attempts(job)}
     if delay_ms is None:
         delay_ms = release_delay_ms(releases)

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ from jobd.client import (
     Discard,
     InvalidRequest,
     Retry,
+    Snooze,
     SyncTask,
     Task,
     Worker,
@@ -173,6 +175,29 @@ async def test_retry_sets_the_delay(client: AsyncJobClient, queue: str) -> None:
         waiting = await wait_for_job(client, job.id, lambda job: job.error_code is not None)
     assert (waiting.status, waiting.error_code) == ("queued", "Retry")
     assert waiting.run_at - waiting.updated_at == 3_600_000
+
+
+@pytest.mark.parametrize("after", [60, timedelta(minutes=1)], ids=["seconds", "timedelta"])
+async def test_snooze_puts_the_job_back_without_an_attempt(client: AsyncJobClient, queue: str, after: Any) -> None:
+    worker = Worker(client, queues=[queue])
+
+    @worker.handler
+    async def work(task: Task) -> None:
+        await task.progress(10)
+        raise Snooze(after)
+
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker):
+        back = await wait_for_job(client, job.id, lambda job: job.run_at > job.created_at)
+    assert (back.status, back.attempt, back.error_code) == ("queued", 0, None)
+    assert back.run_at == back.updated_at + 60_000
+    assert await event_types(client, job.id) == ["created", "granted", "progress", "released"]
+
+
+@pytest.mark.parametrize("after", [-1, timedelta(days=366), float("nan")])
+def test_a_snooze_is_at_most_a_year(after: Any) -> None:
+    with pytest.raises(ValueError, match="after must be from 0 to 365 days"):
+        Snooze(after)
 
 
 async def test_discard_fails_without_retry(client: AsyncJobClient, queue: str) -> None:
