@@ -30,16 +30,20 @@ def cluster(what: str | None, yes: bool, force: bool, reason: str | None, as_jso
 
     \b
     cluster              show nodes, leader, epoch, and how far each node is behind
-    cluster step-down    make the leader step down, and wait until another node leads
+    cluster step-down    make the leader step down, and wait until another node leads if its URL is known
     """
     if (yes or force or reason) and what is None:
         raise click.UsageError("--yes, --force and --reason need `step-down`: jobctl cluster step-down")
     client = admin_client()
-    view = client.cluster()
+    view, has_successor = client.cluster(), True
     if what == "step-down":
-        view = _step_down(client, view, reason, yes=yes, force=force)
+        view, has_successor = _step_down(client, view, reason, yes=yes, force=force)
     if as_json:
         terminal.emit_json(view)
+    elif not has_successor:
+        terminal.emit(
+            f"{view.leader} has stepped down. To see which node leads, name the admin URLs of the others too."
+        )
     elif what == "step-down":
         terminal.emit(f"{view.leader} leads, epoch {view.epoch}")
     else:
@@ -47,22 +51,34 @@ def cluster(what: str | None, yes: bool, force: bool, reason: str | None, as_jso
     return exit_codes.DONE if view.role == "single" or view.leader is not None else exit_codes.FAILED
 
 
-def _step_down(client: AdminClient, before: ClusterView, reason: str | None, *, yes: bool, force: bool) -> ClusterView:
-    """Make the leader step down, and return the cluster once another leader has a later epoch."""
+def _step_down(
+    client: AdminClient, before: ClusterView, reason: str | None, *, yes: bool, force: bool
+) -> tuple[ClusterView, bool]:
+    """Make the leader step down, and wait until another leader has a later epoch. Return the cluster, and true.
+
+    If the leader has stepped down and no node responds, return the cluster as before, and false: only its URL is known.
+    """
     from jobd.client import Unreachable
 
     if not yes and before.role != "single":
         ready = sum(node.is_ready for node in before.nodes)
         confirm.confirm(f"make {before.leader or 'the leader'} step down; standbys that are ready: {ready}")
+    has_responded = False
     try:
         before = client.step_down(reason, force=force)
+        has_responded = True
     except Unreachable:  # the response may have been lost, as the process ends
         terminal.say("The leader did not respond; waiting for another one.")
     give_up_s = time.monotonic() + TAKEOVER_S
     while True:
-        view = client.cluster()
+        try:
+            view = client.cluster()
+        except Unreachable:
+            if has_responded:
+                return before, False
+            raise
         if view.leader is not None and (view.epoch or 0) > (before.epoch or 0):
-            return view
+            return view, True
         if time.monotonic() > give_up_s:
             text = f"no node took over within {TAKEOVER_S:g} s. Is a standby running? See: jobctl cluster"
             raise exit_codes.CliError(text, exit_codes.TRY_AGAIN)

@@ -24,6 +24,7 @@ class Cluster:
         self.epoch = 7
         self.loses_response = False
         self.has_standby = True
+        self.ends = False  # a node that has stepped down
         self.seen_ms = [1_200, 1_300]
         self.steps_down = 0
         self.servers = [ScriptedServer(), ScriptedServer()]
@@ -33,6 +34,8 @@ class Cluster:
 
     def _respond(self, node: int, received: ReceivedRequest) -> Step:
         if received.path == "/v1/cluster":
+            if self.ends and self.steps_down:
+                return drop
             return ok(self._view(node))
         if node != self.leader:
             url = None if self.leader is None else self.urls[self.leader]
@@ -138,6 +141,18 @@ def test_step_down_waits_for_the_next_leader_and_is_not_repeated(
     assert nodes.steps_down == 1
     [body] = [each.json for each in nodes.servers[0].received if each.path.endswith("/step-down")]
     assert body == {"reason": "upgrade"}
+
+
+def test_step_down_with_the_url_of_the_leader_alone_says_that_it_worked(
+    nodes: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobd.cli.connection.RETRY_FOR_S", 0.05)
+    nodes.ends = True
+    assert jobctl("step-down", "--yes", "--admin-url", nodes.urls[0]) == 0
+    assert capsys.readouterr().out.startswith("http://a.example:8771 has stepped down. To see which node leads, name")
+    nodes.leader, nodes.steps_down, nodes.loses_response = 0, 0, True
+    assert jobctl("step-down", "--yes", "--admin-url", nodes.urls[0]) == 3
+    assert "The leader did not respond" in capsys.readouterr().err
 
 
 def test_step_down_reaches_the_leader_through_a_standby(nodes: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
