@@ -25,6 +25,7 @@ import structlog
 from jobd import config, logging, systemd
 from jobd.api import admin as admin_api
 from jobd.api import worker as worker_api
+from jobd.cluster.advertised import advertised_problem
 from jobd.cluster.hand_over import hand_over_if_full
 from jobd.cluster.leadership import Leadership
 from jobd.config import ConfigError, LoadedConfig
@@ -35,7 +36,7 @@ from jobd.http.app import App
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
 from jobd.http.routing import Route, Router
-from jobd.http.server import HttpListener
+from jobd.http.server import HttpListener, WorkerListener
 from jobd.model.storage import OpenedStore
 from jobd.monitoring.timeseries import Timeseries
 from jobd.node import ClusterNode, exit_code
@@ -167,6 +168,7 @@ class Daemon:
             pages = self._dashboard if name == "admin" else None
             self._apps.append(node.app(authenticator, self._routes_of(name), self._limits(), pages))
         await self._listen()
+        self._background.run_until_cancelled("advertised", self._check_advertised())
         gc.freeze()
         gc.enable()  # a standby can run for months
         watchdog = asyncio.create_task(self._feed_watchdog())
@@ -185,6 +187,14 @@ class Daemon:
         handing_over = hand_over_if_full(lambda: node.store.is_full or full_disk.is_local, node.view, self._step_down)
         self._background.run_until_cancelled("hand_over", handing_over)
         return True
+
+    async def _check_advertised(self) -> None:
+        """Warn if the advertised address does not lead to this node."""
+        node, listener = self._loaded.config.node, self._listeners.get("worker-tcp")
+        if node.advertise:
+            is_own = listener.has_peer if node.direct and isinstance(listener, WorkerListener) else None
+            if (problem := await advertised_problem(node.advertise, is_own)) is not None:
+                self._warn([problem])
 
     async def _lead(
         self, store: Store, opened: OpenedStore, state: State, leadership: Leadership | None = None

@@ -125,6 +125,11 @@ class WorkerListener(HttpListener):
         super().__init__(app)
         self._connections: set[WorkerConnection] = set()
 
+    def has_peer(self, port: int) -> bool:
+        """Return whether there is a TCP connection from `port`."""
+        transports = [each.transport for each in self._connections if each.transport is not None]
+        return any(each.get_extra_info("peername")[1] == port for each in transports)
+
     async def protocol_factory(self) -> Callable[[], asyncio.Protocol]:
         return partial(WorkerConnection, self.app, self._connections)
 

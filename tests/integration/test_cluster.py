@@ -286,6 +286,15 @@ def test_a_stopped_leader_that_resumes_serves_no_request(cluster: Cluster) -> No
 
 
 @pytest.mark.long
+def test_a_node_warns_of_an_address_that_leads_elsewhere(cluster: Cluster) -> None:
+    first = cluster.add("a")
+    first.wait_leads()
+    cluster.add("b", JOBD_NODE_ADVERTISE=first.url).wait_for_log(b"another process responds at " + first.url.encode())
+    cluster.add("c", JOBD_NODE_ADVERTISE="http://127.0.0.1:9").wait_for_log(b"http://127.0.0.1:9 does not respond")
+    assert b"node.advertise" not in first.log
+
+
+@pytest.mark.long
 def test_a_name_is_used_once(cluster: Cluster) -> None:
     cluster.add("a").wait_leads()
     other = NodeProcess(cluster.directory / "other", cluster.url, "a")
