@@ -1,4 +1,4 @@
-"""Fingerprints: the same short name for errors that differ only in details of the job.
+"""Fingerprints: the same short name for errors that differ only in details of the job or in their traceback.
 
 Fingerprints are stable across versions.
 """
@@ -10,7 +10,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Final
 
-MAX_NORMALIZED: Final = 1_000  # characters of a normalized message that count; the rest is usually a traceback
+MAX_NORMALIZED: Final = 1_000  # characters of a normalized message that count
 MAX_MESSAGE: Final = 4_096  # characters of a message that are normalized
 DIGEST_BYTES: Final = 6  # twelve hexadecimal digits
 
@@ -28,6 +28,7 @@ _DIFFERS: Final = re.compile(
 )
 
 
+_TRACEBACK: Final = re.compile(r"^[ +]*(?:Exception Group )?Traceback \(most recent call last\):$", re.MULTILINE)
 _PLACEHOLDER: Final = re.compile("<[a-z]+>")
 
 
@@ -43,8 +44,22 @@ def normalize(message: str, job_id: str = "") -> str:
 
 @lru_cache(maxsize=4_096)
 def _marked(message: str) -> str:
-    marked = _DIFFERS.sub(lambda match: f"<{match.lastgroup}>", message[:MAX_MESSAGE])
+    error = _without_traceback(message)[:MAX_MESSAGE]
+    marked = _DIFFERS.sub(lambda match: f"<{match.lastgroup}>", error)
     return " ".join(marked.split())
+
+
+def _without_traceback(message: str) -> str:
+    """Return the text before the traceback; if the message begins with it, the lines after its last frame."""
+    first = _TRACEBACK.search(message)
+    if first is None:
+        return message
+    if before := message[: first.start()].strip():
+        return before
+    *_, last = _TRACEBACK.finditer(message)
+    lines = message[last.end() :].strip("\n").split("\n")
+    error = next((number for number, line in enumerate(lines) if not line.startswith(" ")), 0)
+    return "\n".join(lines[error:])
 
 
 def fingerprint(message: str | None, code: str | None, job_id: str = "") -> str | None:

@@ -994,7 +994,7 @@ class FailureGroup(Struct, frozen=True):
         str,
         Meta(
             description="Identifies the error. Errors that differ only in numbers, quoted texts, URLs, paths or the "
-            "id of the job have the same fingerprint."
+            "id of the job, or in their traceback, have the same fingerprint."
         ),
     ]
     message: Annotated[str, Meta(description="The error message of the latest job.")]

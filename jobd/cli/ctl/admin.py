@@ -289,8 +289,8 @@ def reports(limit: int, as_json: bool) -> None:
 def failures(limit: int, as_json: bool) -> None:
     """Group failed jobs by error, largest groups first.
 
-    RETRYING counts jobs that wait for another attempt. Errors that differ only in numbers, quoted names, paths and the
-    like are in one group.
+    RETRYING counts jobs that wait for another attempt. Errors that differ only in numbers, quoted names, paths,
+    tracebacks and the like are in one group.
 
     \b
     List the jobs of a group:    jobctl jobs --error ERROR

@@ -82,6 +82,17 @@ def test_the_fingerprint_does_not_depend_on_the_id_of_the_job() -> None:
     assert len({fingerprint(f"E: {'y' * 900} {n} {trace}", "E", f"j{n}") for n in (9, 10, 100_000)}) == 1
 
 
+def test_the_traceback_does_not_count() -> None:
+    trace = 'Traceback (most recent call last):\n  File "/srv/app.py", line 12, in work\n    call()\n'
+    group = trace.replace("Trace", "  + Exception Group Trace").replace("  File", "  |   File")
+    chain = f"{trace}KeyError: 1\n\nDuring handling of the above exception, another exception occurred:\n\n{trace}"
+    bare = "LookupError: no customer 7\nwith this name"
+    messages = [bare, f"{bare}\n{trace}", f"{bare}\n{group}", f"{bare}\n{chain}", trace + bare, chain + bare]
+    assert len({fingerprint(each, "LookupError") for each in messages}) == 1
+    assert fingerprint(trace + "ValueError: x", None) != fingerprint(trace + "KeyError: x", None)
+    assert normalize(trace) == "File <text>, line <n>, in work call()", "the error is cut off"
+
+
 def test_only_the_beginning_of_a_message_counts() -> None:
     """The bound is a part of the fingerprints: with another one, long messages would get other fingerprints."""
     assert MAX_NORMALIZED == 1_000
