@@ -213,6 +213,9 @@ class CommandWorker:
 class _ProgramExecution:
     """The run of a program for one job."""
 
+    is_thread: Final = False
+    gave_up: Final = False
+
     def __init__(self, program: Program, directives: Directives, tail: Tail, timeout_s: float | None, log: Log) -> None:
         self.timeout_s: Final = timeout_s
         self._program = program

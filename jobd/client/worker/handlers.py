@@ -9,7 +9,7 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import msgspec
 
@@ -18,7 +18,7 @@ from jobd.client.worker.error_text import describe_error, join_message, safe_tex
 from jobd.client.worker.lease import LeaseKeeper
 from jobd.client.worker.runner import STOP_S
 from jobd.client.worker.service_thread import Log, call_on
-from jobd.client.worker.task import BaseTask, Discard, Retry, Snooze, SyncTask, Task
+from jobd.client.worker.task import BaseTask, Discard, Retry, Snooze, Stopped, SyncTask, Task
 
 RESULT_FIELDS: Final = frozenset({"download_url", "file_path", "storage_key", "metadata"})
 logger = logging.getLogger("jobd.client")
@@ -89,6 +89,7 @@ class _HandlerExecution(ABC):
     """The run of a handler for one job. Created and read in the service thread."""
 
     task: BaseTask
+    is_thread: ClassVar[bool]
 
     def __init__(self, handler: RegisteredHandler) -> None:
         self.timeout_s: Final = handler.timeout_s
@@ -105,6 +106,10 @@ class _HandlerExecution(ABC):
         self._returned, self._raised = returned, raised
         if not self.done.done():
             self.done.set_result(None)
+
+    @property
+    def gave_up(self) -> bool:
+        return isinstance(self._raised, Stopped)
 
     async def stop(self, at_once: asyncio.Event) -> None:
         """Ask the handler to stop, and wait up to STOP_S for its end."""
@@ -169,6 +174,8 @@ class _HandlerFailure(NamedTuple):
 
 
 class AsyncExecution(_HandlerExecution):
+    is_thread = False
+
     def __init__(self, handler: RegisteredHandler, keeper: LeaseKeeper, loop: HandlerLoop) -> None:
         super().__init__(handler)
         self.task: Task = Task(keeper)
@@ -214,6 +221,8 @@ class AsyncExecution(_HandlerExecution):
 
 class ThreadExecution(_HandlerExecution):
     """A plain handler in a daemon thread."""
+
+    is_thread = True
 
     def __init__(self, handler: RegisteredHandler, keeper: LeaseKeeper, loop: HandlerLoop) -> None:
         super().__init__(handler)

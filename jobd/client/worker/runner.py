@@ -34,6 +34,14 @@ class Execution(Protocol):
     def timeout_s(self) -> float | None:
         """The time limit of the whole run in seconds; None: no limit."""
 
+    @property
+    def is_thread(self) -> bool:
+        """Whether the work cannot be stopped before it returns."""
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether the work has ended because it was asked to."""
+
     async def stop(self, at_once: asyncio.Event) -> None:
         """Stop the work before its end. Return when it has ended, or if it does not stop; `done` is then not done.
 
@@ -164,27 +172,31 @@ class WorkerRunner:
                 execution.abort()
 
     async def _wait_for_end(self, execution: Execution, keeper: LeaseKeeper) -> bool:
-        """Wait until the work has ended. Stop it if the lock is lost, the grace has ended, or the timeout passes."""
+        """Wait until the work has ended. Stop it if the lock is lost, the grace has ended, or the timeout passes.
+
+        A thread is asked to return after its timeout. It keeps its lock, and its result counts, because another attempt
+        would run at the same time.
+        """
         grace_is_over = asyncio.ensure_future(self._grace_is_over.wait())
+        ends = execution.done, keeper.lost, grace_is_over
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(execution.timeout_s):
-                    await first_of(execution.done, keeper.lost, grace_is_over)
-            if execution.done.done():
+                    await first_of(*ends)
+            timed_out = not any(end.done() for end in ends)
+            if timed_out:
+                self._log_timeout(execution, keeper)
+            if timed_out and execution.is_thread:
+                execution.abort()
+                await first_of(*ends)
+                timed_out = execution.gave_up
+            if execution.done.done() and not timed_out:
                 return await execution.finish(keeper, self._give_up)
-            timed_out = not keeper.lost.done() and not grace_is_over.done()
             if keeper.lost.done():
                 self._log(f"job {keeper.id}: stopping its work: {keeper.lost.result().message}")
-            elif timed_out:
-                self._log(f"job {keeper.id}: stopping its work: it took longer than {execution.timeout_s} s.")
             await execution.stop(self._give_up)
             if timed_out:
-                message = (
-                    f"The run took longer than its timeout of {execution.timeout_s} s.{execution.describe_timeout()}"
-                )
-                job = await keeper.fail(self._give_up, message[:MESSAGE_CHARACTERS], error_code="timeout")
-                if job is not None:
-                    self._log(describe_failure(job, "timeout"))
+                await self._fail_timeout(execution, keeper)
             if not execution.done.done():
                 self._log(f"job {keeper.id}: its work does not stop.")
                 await first_of(execution.done, grace_is_over)
@@ -193,6 +205,20 @@ class WorkerRunner:
             return False
         finally:
             grace_is_over.cancel()
+
+    def _log_timeout(self, execution: Execution, keeper: LeaseKeeper) -> None:
+        what = (
+            "a thread cannot be stopped. It was asked to return, and keeps its lock until then"
+            if execution.is_thread
+            else "stopping its work"
+        )
+        self._log(f"job {keeper.id}: it took longer than {execution.timeout_s} s; {what}.")
+
+    async def _fail_timeout(self, execution: Execution, keeper: LeaseKeeper) -> None:
+        message = f"The run took longer than its timeout of {execution.timeout_s} s.{execution.describe_timeout()}"
+        job = await keeper.fail(self._give_up, message[:MESSAGE_CHARACTERS], error_code="timeout")
+        if job is not None:
+            self._log(describe_failure(job, "timeout"))
 
 
 def seconds(timeout: timedelta | float | None) -> float | None:

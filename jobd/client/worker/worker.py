@@ -50,10 +50,10 @@ class Worker:
     than the TTL of a lock stops every thread, and the lock is lost.
 
     `timeout` (a timedelta, or seconds) limits a whole run; a handler may have its own. When it has passed, an async
-    handler is cancelled; for a plain handler, `cancelled` is set and `progress` raises Stopped. Both have 10 s to end.
-    Then the attempt fails with `error_code` "timeout", regardless of the return value. A thread cannot be killed, so a
-    plain handler that continues may run at the same time as the job's next attempt. Its result is dropped, and it
-    counts against `concurrency` until it returns. There is no progress timeout unless `max_processing_ms` sets one.
+    handler is cancelled. It has 10 s to end, then the attempt fails with `error_code` "timeout", regardless of the
+    return value. A plain handler runs in a thread, which cannot be stopped: `cancelled` is set and `progress` raises
+    Stopped, but the job keeps its lock until the handler ends. If it returns normally, its result counts; if Stopped
+    ends it, the attempt fails with "timeout". There is no progress timeout unless `max_processing_ms` sets one.
     """
 
     def __init__(
