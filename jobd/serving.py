@@ -124,8 +124,7 @@ class Serving:
         self._opened = opened
         self._apps = apps
         settings, numbers = loaded.config, opened.numbers
-        keep_ms = settings.policy().shortest_keep_ms
-        self.clock = Clock(numbers.lease_ms, numbers.wall_ms, suspect=numbers.clock_suspect, keep_ms=keep_ms)
+        self.clock = Clock(numbers, keep_ms=settings.policy().shortest_keep_ms)
         self.actor = _make_actor(store, opened, state, self.clock, settings)
         store.on_broken = self.actor.lose_disk
         self._sweeps = SweepStats(waiting=opened.tombstones)

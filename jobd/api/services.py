@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
 from itertools import islice
+from typing import Final
 
 import structlog
 from msgspec import Struct
@@ -36,6 +37,8 @@ from jobd.monitoring.health import Health
 from jobd.monitoring.metrics import Metrics
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.webhooks.manager import WebhookManager
+
+AGREES: Final = "The wall clock agrees with the last stored time."
 
 log = structlog.get_logger("jobd.daemon")
 
@@ -83,7 +86,7 @@ class Services(Struct, kw_only=True):
 
     def clock_view(self) -> ClockView:
         at, reason = self.clock.moment(), self.clock.suspect_reason()
-        return ClockView(at.now, reason is not None, reason or "The wall clock agrees with the last stored time.")
+        return ClockView(at.now, reason is not None, reason or self.clock.behind_reason() or AGREES)
 
     async def accept_clock(self) -> ClockView | ApiError:
         """Accept the wall clock, and commit that before the response, so that the next start trusts the clock too."""

@@ -235,7 +235,7 @@ def _ending(warm: WarmState, epoch: int, loss: Loss, policy: Policy) -> Batch:
     )
     command = EndGrants(ids=list(state.processing), last=False, cause=CAUSE)
     envelope = Envelope(command, by="daemon", seed=os.urandom(16))
-    at = Clock(numbers.lease_ms, numbers.wall_ms).moment()
+    at = Clock(numbers, keep_ms=policy.shortest_keep_ms).moment()
     decided = decider.decide([envelope], at, Preloaded(), policy, serves=False)
     [(_, response)] = decided.replies
     assert isinstance(response, Response), response

@@ -115,7 +115,7 @@ class WarmState:
         return replace(
             self._opened,
             jobs=[state.jobs[job_id] for job_id in state.jobs.touched() - state.processing.keys()],
-            numbers=state.numbers(presence.lease, presence.now, state.clock_suspect),
+            numbers=state.numbers(presence.lease, presence.now, state.clock),
             queues={name: state.queue_row(name) for name in state.queue_names},
             keys=keys,
             quarantined=dict(state.quarantined),

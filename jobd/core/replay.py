@@ -45,7 +45,7 @@ def apply(state: State, batch: Batch, loaded: Iterable[Job] = ()) -> None:
             state.set_paused(name, row.pause)
     state.epoch, state.next_token = numbers.epoch, numbers.next_token
     state.next_job, state.next_event = numbers.next_job, numbers.next_event
-    state.clock_suspect = numbers.clock_suspect
+    state.clock = numbers.clock
     state.trim_finished()
 
 

@@ -27,6 +27,7 @@ from jobd.core.ready_queue import (
 )
 from jobd.core.stats import Counters
 from jobd.core.worker_presence import WorkerPresence
+from jobd.model.commands import ClockTrust
 from jobd.model.events import Event, QueuePause
 from jobd.model.job import (
     FINISHED,
@@ -52,7 +53,7 @@ class State:
 
     __slots__ = (
         "_buckets", "_deadline_of", "_deadlines", "_expiries", "_finished_bytes", "_late_calls", "_late_results",
-        "_lease", "_not_live", "_now", "_options", "_queued", "_wakes", "clock_suspect", "counters", "counts", "epoch",
+        "_lease", "_not_live", "_now", "_options", "_queued", "_wakes", "clock", "counters", "counts", "epoch",
         "expired_locks", "finished", "jobs", "late", "next_cleanup_at", "next_event", "next_job",
         "next_token", "noted_expired", "on_due", "paused", "presence", "processing", "quarantined",
         "queue_names", "release_loops", "started_sum", "stuck", "totals", "unmoved",
@@ -65,7 +66,7 @@ class State:
         self.next_token = numbers.next_token
         self.next_job = numbers.next_job
         self.next_event = numbers.next_event
-        self.clock_suspect = numbers.clock_suspect  # as persisted
+        self.clock = numbers.clock  # as persisted
         self.jobs = LiveJobs()
         self.finished: OrderedDict[str, Job] = OrderedDict()
         self._finished_bytes = 0  # of their metadata
@@ -234,10 +235,10 @@ class State:
         described = (None,) * 4 if pause is None else astuple(pause)
         return QueueRow(pause is not None, completed, failed, cancelled, *described)
 
-    def numbers(self, lease_ms: int, wall_ms: int, clock_suspect: bool) -> Numbers:
+    def numbers(self, lease_ms: int, wall_ms: int, clock: ClockTrust) -> Numbers:
         """Return the numbers to persist with a commit."""
         marks = (self.epoch, self.next_token, self.next_job, self.next_event)
-        return Numbers(*marks, lease_ms, wall_ms, clock_suspect)
+        return Numbers(*marks, lease_ms, wall_ms, *astuple(clock))
 
     def shared(self, options: Options) -> Options:
         """Return one shared value for equal options, to save memory."""

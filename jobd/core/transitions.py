@@ -259,7 +259,7 @@ def finish(
     if job.started_at is not None and finished_at < job.started_at:
         finished_at = job.started_at
     if fields.get("expires_at") is None:
-        fields["expires_at"] = min(finished_at + keep_ms(tx.policy, status), LATEST_MS)
+        fields["expires_at"] = min(max(finished_at, tx.at.latest) + keep_ms(tx.policy, status), LATEST_MS)
     fields["status"] = status
     fields["finished_at"] = finished_at
     if job.releases:

@@ -137,7 +137,7 @@ class Decider:
     ) -> DecidedBatch:
         """Decide a batch. Without `serves`, waiting claims get the jobs that became due in the next batch."""
         decided = DecidedBatch(at, known, Transaction(self.state, at, policy, known.hashes, known.late))
-        if at.suspect != self.state.clock_suspect and self._refuse(Create()) is None:
+        if at.suspect != self.state.clock.suspect and self._refuse(Create()) is None:
             decided.tick = True  # the suspicion is written at once; on a full disk with the next batch
         self.served = decided.served
         self.state.advance(at.now, at.lease)
@@ -161,7 +161,7 @@ class Decider:
         queues = {event.queue for event in events if event.after not in LIVE or event.before not in _LIVE_OR_NEW}
         return Batch(
             changes=decided.changes,
-            numbers=self.state.numbers(decided.at.lease, decided.at.believed, decided.at.suspect),
+            numbers=self.state.numbers(decided.at.lease, decided.at.believed, decided.at.clock),
             queues={queue: self.state.queue_row(queue) for queue in queues},
             keys=keys,
             forget_keys=forgotten,
@@ -177,7 +177,7 @@ class Decider:
     def committed(self, decided: DecidedBatch) -> None:
         """Apply what follows from the commit of the batch."""
         self.keys.commit()
-        self.state.clock_suspect = decided.at.suspect
+        self.state.clock = decided.at.clock
         for lock_id in decided.tx.ended:
             self._receivers.pop(lock_id, None)
         unvalidated = self.state.unvalidated

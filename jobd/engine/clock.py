@@ -1,7 +1,16 @@
 """One clock: wall time for people, lease time for locks, which no step of the wall clock moves.
 
-It also keeps the expected wall time. The wall clock is suspect while it is too far ahead of that time; the rules decide
-what follows.
+It also keeps the expected wall time: the latest trusted wall time, and the boot time since then. The wall clock is
+suspect while it is too far ahead of it; the rules decide what follows. Invariants:
+
+- A step of the wall clock while the daemon runs never moves the expected time, neither ahead nor back. So a clock that
+  was behind and is put right agrees with it, and steps ahead add up.
+- At a start, the time since the last commit is unknown. The expected time moves ahead by as much as the wall clock is
+  ahead of both its last trusted value and the expected time, if that is at most half of the shortest retention. If the
+  clock is behind at the start, this happens when it is put right.
+- Otherwise the expected time moves to the wall clock only if an operator accepts the clock, or if the kernel has
+  reported it as synchronised for long enough.
+- All of this is persisted with each commit (`Moment.clock`), so a restart trusts no step that was suspect before it.
 """
 
 from __future__ import annotations
@@ -14,8 +23,9 @@ from typing import Final, Literal
 
 import structlog
 
-from jobd.model.commands import Moment
+from jobd.model.commands import ClockStep, Moment
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS
+from jobd.model.storage import Numbers
 
 AHEAD_AT_MOST_MS: Final = DAY_MS  # ahead of boot time, while running
 SYNCHRONISED_FOR_MS: Final = 10 * MINUTE_MS
@@ -67,42 +77,47 @@ def is_synchronised() -> bool:
 
 
 class Clock:
-    """Lease time continues from `lease_ms`, the last value that was persisted: downtime does not age locks.
+    """Lease time continues from the last value that was persisted: downtime does not age locks.
 
-    `wall_ms` and `suspect` were persisted with it (0: a new store). `keep_ms` is the shortest retention in force. The
-    clock is suspect if wall time is ahead of its expected value: at the start by more than half of `keep_ms` against
-    `wall_ms`, while running by more than a day (or half of `keep_ms`, if that is less) against boot time. Steps add up:
-    the expected value follows a step back at once, and a step ahead only when the clock is accepted or synchronised.
+    `numbers` were persisted (`wall_ms` 0: a new store). `keep_ms` is the shortest retention in force. The clock is
+    suspect if wall time is ahead of its expected value: at the start by more than half of `keep_ms`, while running by
+    more than a day (or half of `keep_ms`, if that is less).
     """
 
     def __init__(
         self,
-        lease_ms: int = 0,
-        wall_ms: int = 0,
+        numbers: Numbers | None = None,
         *,
-        suspect: bool = False,
         keep_ms: int = 7 * DAY_MS,
         wall: Callable[[], int] = wall_clock_ms,
         boot: Callable[[], int] = boot_clock_ms,
         synchronised: Callable[[], bool] = is_synchronised,
     ) -> None:
+        numbers = numbers or Numbers()
         self.keep_ms = keep_ms
         self._wall = wall
         self._boot = boot
         self._synchronised = synchronised
-        self._lease = lease_ms
+        self._lease = numbers.lease_ms
         self._seen = boot()  # the boot time at which lease time was `_lease`
         now = wall()
-        self._offset = now - lease_ms
+        self._offset = now - self._lease
         self._held = False
         self._stopped = False
-        self._suspect = wall_ms > 0 and (suspect or now - wall_ms > max(keep_ms // 2, _NOISE_MS))
-        self._expected = wall_ms if self._suspect else now
+        self._expected = numbers.expected_ms or numbers.wall_ms or now
+        self._step: ClockStep | None = None  # not None: the clock is suspect
+        self._is_behind_since_start = False
+        if numbers.clock_suspect:
+            since = numbers.step_since or self._expected
+            self._step = ClockStep(since, numbers.step_ms or now - self._expected)
+            self._is_behind_since_start = now < self._expected
+        else:
+            self._judge_start(now, max(numbers.wall_ms, self._expected))
         self._ahead = now - self._expected
         self._checked_at = self._seen  # boot time of the latest read of the kernel's synchronisation
         self._checked_ahead = self._ahead
         self._synchronised_since: int | None = None  # boot time
-        if self._suspect:
+        if self._step is not None:
             self._warn()
 
     def moment(self) -> Moment:
@@ -116,7 +131,9 @@ class Clock:
             if abs(now - lease - self._offset) > _FLICKER_MS:
                 self._offset = now - lease
         self._judge(now)
-        return Moment(now=now, lease=lease, offset=self._offset, trusted=self._expected if self._suspect else None)
+        trusted = None if self._step is None else self._expected
+        ahead = self._ahead if abs(self._ahead) > _FLICKER_MS else 0
+        return Moment(now, lease, self._offset, trusted, ahead, self._step)
 
     @property
     def suspect(self) -> bool:
@@ -127,11 +144,20 @@ class Clock:
         """Return what is wrong and what an operator should do, or None while the clock is trusted."""
         return self._warning() if self.suspect else None
 
+    def behind_reason(self) -> str | None:
+        """Return what a clock that is behind its expected value means, or None if it is not."""
+        if (ahead := self.moment().ahead) >= -_NOISE_MS:
+            return None
+        return (
+            f"The wall clock is {_in_words(-ahead)} behind its expected value ({_shown(self._expected)}). Jobs that "
+            "finish now are kept longer by that. If the clock is right: jobctl clock accept"
+        )
+
     def accept(self) -> None:
         """Trust the wall clock, because an operator says that it is right."""
         if self.suspect:
             self._trust("accepted")
-        self._expected = self._wall()
+        self._follow(self._wall())
 
     def hold(self) -> None:
         """Stop lease time, because workers cannot report while the disk rejects writes. Repeating it is harmless."""
@@ -174,19 +200,37 @@ class Clock:
                 break
         return now, lease
 
+    def _judge_start(self, now: int, latest: int) -> None:
+        """Judge a wall clock that was trusted when it showed `latest`, an unknown time ago."""
+        self._is_behind_since_start = now < latest - _NOISE_MS
+        if now - latest > max(self.keep_ms // 2, _NOISE_MS):
+            self._step = ClockStep(latest, now - latest)
+        elif now > latest:
+            self._expected += now - latest
+
     def _judge(self, now: int) -> None:
+        was_suspect = self._step is not None
+        if self._is_behind_since_start and now >= self._expected - _NOISE_MS:
+            self._judge_start(now, self._expected)
         self._ahead = now - self._expected
         is_ahead = self._ahead > max(min(AHEAD_AT_MOST_MS, self.keep_ms // 2), _NOISE_MS)
-        if self._ahead < 0:
-            self._expected = now
-        if is_ahead and not self._suspect:
-            self._suspect, self._synchronised_since = True, None
+        if is_ahead and self._step is None:
+            self._step = ClockStep(self._expected, self._ahead)
+        if self._step is None and self._ahead >= -_NOISE_MS:
+            return
+        if not was_suspect and self._step is not None:
+            self._synchronised_since = None
             self._warn()
-        elif self._suspect and not is_ahead:
+        elif was_suspect and not is_ahead:
             self._trust("agrees")
-        elif self._suspect and self._has_been_synchronised():
-            self._trust("synchronised")
-            self._expected = now
+        elif self._has_been_synchronised():
+            if was_suspect:
+                self._trust("synchronised")
+            self._follow(now)
+
+    def _follow(self, now: int) -> None:
+        """Expect what the wall clock shows, because it is known to be right."""
+        self._expected, self._ahead, self._is_behind_since_start = now, 0, False
 
     def _has_been_synchronised(self) -> bool:
         """Return whether every read for long enough found the clock synchronised, with no step of the wall clock."""
@@ -201,16 +245,19 @@ class Clock:
         return since is not None and self._seen - since >= SYNCHRONISED_FOR_MS
 
     def _warning(self) -> str:
+        assert self._step is not None
         return (
             f"The wall clock is {_in_words(self._ahead)} ahead of its expected value ({_shown(self._expected)}), so "
-            "nothing is deleted or failed by age. Check the date of this machine; if it is right: jobctl clock accept"
+            f"nothing is deleted or failed by age. It was set ahead by {_in_words(self._step.ahead_ms)} after "
+            f"{_shown(self._step.since)}, or the daemon did not run meanwhile. Check the date of this machine; if it "
+            "is right: jobctl clock accept"
         )
 
     def _warn(self) -> None:
         log.warning("clock_suspect", ahead_ms=self._ahead, message=self._warning())
 
     def _trust(self, reason: TrustReason) -> None:
-        self._suspect = False
+        self._step = None
         log.info("clock_trusted", reason=_REASONS[reason])
 
 

@@ -225,7 +225,7 @@ class Maintainer:
         # At start, the daemon compares the clock with the last persisted time. Reports of cleanup runs keep it recent,
         # unless the shortest retention is about as short as the interval between runs.
         is_short = self._clock.keep_ms < 4 * self.schedule.interval_ms
-        if self._state.processing or is_short or self._clock.moment().suspect or self._state.clock_suspect:
+        if self._state.processing or is_short or self._clock.moment().suspect or self._state.clock.suspect:
             # An error is harmless: on a full disk lease time stands still.
             await self._actor.ask(Tick(), by="daemon")
 

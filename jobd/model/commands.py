@@ -1046,6 +1046,22 @@ class Operator(Struct, frozen=True):
         return f"admin:{self.name}" if self.name else "admin"
 
 
+class ClockStep(Struct, frozen=True, gc=False):
+    """A step that made the wall clock suspect: the last time that was trusted, and the ms that the clock was ahead."""
+
+    since: int
+    ahead_ms: int
+
+
+class ClockTrust(Struct, frozen=True, gc=False):
+    """What is persisted about the wall clock. `step_since` and `step_ms` are those of the step while it is suspect."""
+
+    suspect: bool = False
+    expected_ms: int = 0  # the wall time that is expected; a clock that was set back is behind it
+    step_since: int = 0
+    step_ms: int = 0
+
+
 class Moment(Struct, frozen=True, gc=False):
     """The time at which a batch is decided: wall time, lease time and their difference, in ms."""
 
@@ -1053,6 +1069,8 @@ class Moment(Struct, frozen=True, gc=False):
     lease: int
     offset: int  # wall time minus lease time; constant between steps of the wall clock, so displayed times are stable
     trusted: int | None = None  # the expected wall time while the clock is suspect, else None
+    ahead: int = 0  # wall time minus its expected value
+    step: ClockStep | None = None  # while the clock is suspect
 
     @property
     def suspect(self) -> bool:
@@ -1063,6 +1081,23 @@ class Moment(Struct, frozen=True, gc=False):
     def believed(self) -> int:
         """The wall time to persist, and by which stored responses age. It ignores a suspect jump."""
         return self.now if self.trusted is None else self.trusted
+
+    @property
+    def latest(self) -> int:
+        """The wall time from which retention counts.
+
+        While the clock is behind its expected value, that value: otherwise a job that finishes now would be deleted as
+        soon as the clock is put right.
+        """
+        return self.now - min(self.ahead, 0)
+
+    @property
+    def clock(self) -> ClockTrust:
+        """What to persist about the clock."""
+        expected = self.now - self.ahead if self.trusted is None else self.trusted
+        if self.step is None:
+            return ClockTrust(self.suspect, expected)
+        return ClockTrust(self.suspect, expected, self.step.since, self.step.ahead_ms)
 
     def wall(self, lease_ms: int) -> int:
         """Return the wall time at which lease time will be `lease_ms`."""

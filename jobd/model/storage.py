@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, Final, Literal, Protocol
 from msgspec import Struct
 from msgspec.structs import replace
 
+from jobd.model.commands import ClockTrust
 from jobd.model.events import Change, Event, QueuePause
 from jobd.model.job import HOUR_MS, CompactJob, Grant, Job, LateResult
 from jobd.model.responses import CheckedRows, DeliveryState
@@ -86,6 +87,13 @@ class Numbers(Struct, frozen=True, gc=False):
     lease_ms: int = 0
     wall_ms: int = 0
     clock_suspect: bool = False  # then wall_ms is the expected time, not the time of the clock
+    expected_ms: int = 0  # the expected wall time; 0: `wall_ms`
+    step_since: int = 0  # the last trusted time before the step that made the clock suspect; 0: unknown or none
+    step_ms: int = 0
+
+    @property
+    def clock(self) -> ClockTrust:
+        return ClockTrust(self.clock_suspect, self.expected_ms, self.step_since, self.step_ms)
 
 
 class QueueRow(Struct, frozen=True, gc=False):

@@ -311,9 +311,9 @@ def read_meta(conn: sqlite3.Connection, path: str) -> Database:
     """Return the database with the numbers and totals of its meta row. Raises StoreUnreadable."""
     migrations.check_meta(conn, path)
     row = conn.execute(f"SELECT {', '.join(META_COLUMNS)} FROM meta WHERE id = 1").fetchone()
-    _, epoch, next_token, next_job, next_event, lease_ms, wall_ms, suspect, *sums, marked, gone_to, projected_to = row
-    numbers = Numbers(epoch, next_token, next_job, next_event, lease_ms, wall_ms, bool(suspect))
-    live, live_xor, finished, finished_xor = sums
+    _, epoch, next_token, next_job, next_event, lease_ms, wall_ms, suspect, *rest = row
+    *clock, live, live_xor, finished, finished_xor, marked, gone_to, projected_to = rest
+    numbers = Numbers(epoch, next_token, next_job, next_event, lease_ms, wall_ms, bool(suspect), *clock)
     totals = (live, live_xor, finished, finished_xor)
     return Database(conn, os.path.dirname(path) or ".", numbers, totals, marked, gone_to, projected_to)
 

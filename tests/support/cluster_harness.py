@@ -133,7 +133,7 @@ class ClusterNode:
             return
         opened, state = self.warm.opened(), self.warm.state
         self.disk.appender.lead(leadership.append, lambda: record.FORMAT)
-        clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms, wall=self.wall_ms, boot=self.boot)
+        clock = Clock(opened.numbers, wall=self.wall_ms, boot=self.boot)
         self.clock, self.state = clock, state
         keys = IdempotencyStore(opened.keys, 1000)
         self.actor = Actor(self.disk, state, keys, clock, Policy(), random=Random(self.name).randbytes)

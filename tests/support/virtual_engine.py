@@ -93,9 +93,7 @@ class VirtualEngine:
         self.synchronised = False  # as the kernel reports it
         policy = policy or Policy()
         self.clock = Clock(
-            opened.numbers.lease_ms,
-            opened.numbers.wall_ms,
-            suspect=opened.numbers.clock_suspect,
+            opened.numbers,
             keep_ms=policy.shortest_keep_ms,
             wall=lambda: WALL + self.step_ms + round(loop_time() * 1000),
             boot=lambda: round(loop_time() * 1000),

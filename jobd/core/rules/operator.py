@@ -216,7 +216,7 @@ def _imported(tx: Transaction, command: Import) -> Job:
     expires = command.expires_at
     if expires is None and command.status in FINISHED:
         # Counted from now, so that no imported job is deleted at once.
-        expires = now + transitions.keep_ms(tx.policy, command.status)
+        expires = tx.at.latest + transitions.keep_ms(tx.policy, command.status)
     job = Job(
         seq=tx.job_number(),
         id=command.id,

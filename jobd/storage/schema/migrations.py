@@ -15,8 +15,8 @@ from jobd.storage.codec import META_COLUMNS, fault, with_checksum
 from jobd.storage.files import StoreUnreadable
 
 APPLICATION_ID: Final = 0x6A6F6264  # "jobd", in the header of the file
-VERSION: Final = 14
-OLDEST: Final = 14  # that can be migrated
+VERSION: Final = 15
+OLDEST: Final = 15  # that can be migrated
 
 
 # MIGRATIONS[n] turns schema version n into n + 1. A step that changes the columns of a table with checksums has to
@@ -50,6 +50,9 @@ def meta_row(
             numbers.lease_ms,
             numbers.wall_ms,
             int(numbers.clock_suspect),
+            numbers.expected_ms,
+            numbers.step_since,
+            numbers.step_ms,
             *totals,
             marked,
             gone_to,

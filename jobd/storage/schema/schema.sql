@@ -14,6 +14,9 @@ CREATE TABLE meta (
     lease_ms INTEGER NOT NULL,
     wall_ms INTEGER NOT NULL,
     clock_suspect INTEGER NOT NULL,    -- 1: the wall clock has jumped ahead; wall_ms is the expected time
+    expected_ms INTEGER NOT NULL,      -- the expected wall time, which a clock that was set back is behind
+    step_since INTEGER NOT NULL,       -- while the clock is suspect: the last trusted time (Unix ms) before its step
+    step_ms INTEGER NOT NULL,          -- and by how much it was set ahead then
     live_count INTEGER NOT NULL,       -- queued and processing jobs, and the XOR of their crc
     live_xor INTEGER NOT NULL,
     finished_count INTEGER NOT NULL,   -- all others

@@ -25,7 +25,7 @@ from jobd.maintenance.clock_monitor import ClockMonitor
 from jobd.maintenance.due_jobs import DueJobs
 from jobd.maintenance.held_locks import GRACE_MS, extend_held_locks
 from jobd.maintenance.maintainer import Maintainer, read_stats
-from jobd.model.commands import AnyCommand, EndGrants, IdempotencyKey, Operator
+from jobd.model.commands import AnyCommand, ClockTrust, EndGrants, IdempotencyKey, Operator
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS
 from jobd.model.journal import BadRecord, JournalOutcomeUnknown, JournalUnavailable, LeadershipLost
@@ -164,7 +164,8 @@ class Machine(Host):
     def jump_clock(self, ms: int) -> None:
         """Step the wall clock ahead, to be undone later. Skipped if the store may have seen that time before."""
         self.move_clocks(wall_ms=ms)
-        self.jump_ms = ms if ms > 0 and self.disk.numbers.wall_ms < self.wall() - ms + DAY_MS else 0
+        seen_ms = max(self.disk.numbers.wall_ms, self.disk.numbers.expected_ms)
+        self.jump_ms = ms if ms > 0 and seen_ms < self.wall() - ms + DAY_MS else 0
 
     def accept_clock(self, daemon: SimDaemon) -> None:
         self.jump_ms = 0
@@ -394,11 +395,8 @@ class SimDaemon:
     def _build(self, opened: OpenedStore) -> None:
         machine = self.machine
         self.opened = opened
-        numbers = opened.numbers
         self.clock = Clock(
-            numbers.lease_ms,
-            numbers.wall_ms,
-            suspect=numbers.clock_suspect,
+            opened.numbers,
             keep_ms=machine.next_policy.shortest_keep_ms,
             wall=machine.wall,
             boot=machine.boot,
@@ -446,7 +444,7 @@ class SimDaemon:
         self.maintaining = self.spawn(self.maintainer.run())
         sweeping = self._sweep()
         self.is_open, self.opened_s = True, machine.loop.now_s
-        machine.note("machine", "open", self.state.numbers(0, 0, False), self.clock.suspect)
+        machine.note("machine", "open", self.state.numbers(0, 0, ClockTrust()), self.clock.suspect)
         await self.stopped.wait()
         self.is_open = False
         self.how = "disk broken" if running.done() else "stopped"

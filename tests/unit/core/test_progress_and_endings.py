@@ -490,7 +490,8 @@ def test_release_loops_are_detected(rules: RuleHarness) -> None:
     assert loops == {}
     released(rules, LOOP_FROM, "c", delay_ms=0)
     assert loops == {"c": 20}
-    opened = OpenedStore(rules.state.numbers(rules.lease, rules.now, False), [rules.job(job_id) for job_id in "abc"])
+    numbers = rules.state.numbers(rules.lease, rules.now, rules.state.clock)
+    opened = OpenedStore(numbers, [rules.job(job_id) for job_id in "abc"])
     assert State.opened(opened).release_loops == {"c": 20}
     rules.accept(Progress(id="c", lock_id=rules.start("c"), progress=1))
     assert loops == {}

@@ -13,6 +13,7 @@ from jobd.core.ready_queue import SLACK, PriorityBucket
 from jobd.core.state import FINISHED_KEPT, LiveJobs, State
 from jobd.model.commands import (
     Cancel,
+    ClockTrust,
     Create,
     Delete,
     ForceReset,
@@ -55,16 +56,16 @@ def test_an_empty_book() -> None:
     assert (state.next_run_at(), state.next_deadline(), state.next_expiry()) == (None, None, None)
     assert list(state.due(["q"], None)) == []
     assert state.queue_row("q") == QueueRow()
-    assert state.numbers(7, 9, False) == Numbers(lease_ms=7, wall_ms=9)
+    assert state.numbers(7, 9, ClockTrust()) == Numbers(lease_ms=7, wall_ms=9)
 
 
 def test_a_start_loads_live_jobs_and_the_counts_of_finished_ones() -> None:
-    numbers = Numbers(3, 11, 12, 13, 400, NOW, True)
+    numbers = Numbers(3, 11, 12, 13, 400, NOW, True, NOW - 5, NOW - 6, 7)
     jobs = [queued(1), queued(2, run_at=NOW + 1), held(3, "w-1"), held(4, "w-2", expires=400)]
     queues = {"default": QueueRow(completed=5, failed=2), "idle": QueueRow(paused=True, failed=3, cancelled=1)}
     state = State.opened(OpenedStore(numbers, jobs, queues=queues))
-    assert state.numbers(400, NOW, True) == numbers
-    assert state.clock_suspect
+    assert state.numbers(400, NOW, state.clock) == numbers
+    assert state.clock == ClockTrust(True, NOW - 5, NOW - 6, 7)
     assert state.total() == 15
     assert state.counts["default"] == {"queued": 2, "processing": 2, "completed": 5, "failed": 2, "cancelled": 0}
     assert (state.totals["failed"], state.totals["cancelled"]) == (5, 1)

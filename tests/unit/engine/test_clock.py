@@ -17,6 +17,7 @@ from jobd.engine import clock as clock_module
 from jobd.engine.clock import Clock, boot_clock_ms, is_synchronised, wall_clock_ms
 from jobd.model.commands import Moment
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS
+from jobd.model.storage import Numbers
 
 WALL = 1_700_000_000_000
 WEEK_MS = 7 * DAY_MS
@@ -54,10 +55,12 @@ def sources() -> ManualClocks:
 def clock(
     sources: ManualClocks, lease_ms: int = 0, wall_ms: int = 0, *, suspect: bool = False, keep_ms: int = WEEK_MS
 ) -> Clock:
+    return started(sources, Numbers(lease_ms=lease_ms, wall_ms=wall_ms, clock_suspect=suspect), keep_ms)
+
+
+def started(sources: ManualClocks, numbers: Numbers, keep_ms: int = WEEK_MS) -> Clock:
     return Clock(
-        lease_ms,
-        wall_ms,
-        suspect=suspect,
+        numbers,
         keep_ms=keep_ms,
         wall=sources.wall,
         boot=sources.boot,
@@ -208,14 +211,117 @@ def test_small_steps_ahead_add_up_and_suspend_is_none(sources: ManualClocks) -> 
 
 
 @pytest.mark.parametrize("back_ms", [1, 5 * SECOND_MS, 3 * DAY_MS, 50 * 365 * DAY_MS])
-def test_a_step_back_is_trusted_and_later_steps_are_measured_from_it(sources: ManualClocks, back_ms: int) -> None:
+def test_a_step_back_is_trusted_and_later_steps_are_measured_from_before_it(
+    sources: ManualClocks, back_ms: int
+) -> None:
     daemon_clock = clock(sources)
     sources.wall_ms -= back_ms
     assert not daemon_clock.suspect
-    sources.wall_ms += DAY_MS
+    sources.advance(HOUR_MS)
+    sources.wall_ms += back_ms + DAY_MS
     assert not daemon_clock.suspect
     sources.wall_ms += 2
     assert daemon_clock.suspect
+
+
+def restarted(sources: ManualClocks, daemon_clock: Clock, away_ms: int = 0, step_ms: int = 0) -> Clock:
+    """Return the clock of the next start, after `away_ms`, with the wall clock moved by `step_ms` meanwhile."""
+    at = daemon_clock.moment()
+    sources.advance(away_ms)
+    sources.wall_ms += step_ms
+    clock = at.clock
+    kept = Numbers(
+        lease_ms=at.lease,
+        wall_ms=at.believed,
+        clock_suspect=clock.suspect,
+        expected_ms=clock.expected_ms,
+        step_since=clock.step_since,
+        step_ms=clock.step_ms,
+    )
+    return started(sources, kept)
+
+
+def test_a_clock_that_starts_behind_and_is_put_right_is_not_suspect(sources: ManualClocks) -> None:
+    before = clock(sources)
+    behind = restarted(sources, before, HOUR_MS, -40 * DAY_MS)
+    assert not behind.suspect
+    assert "39 days behind its expected value (2023-11-14 22:13:20 UTC)" in (behind.behind_reason() or "")
+    sources.advance(HOUR_MS)
+    sources.wall_ms += 40 * DAY_MS
+    assert (behind.suspect, behind.behind_reason()) == (False, None)
+    sources.wall_ms += DAY_MS + 1
+    assert behind.suspect, "it is now measured from the time that is right"
+
+
+def test_a_clock_that_starts_behind_may_be_put_right_in_the_next_run(sources: ManualClocks) -> None:
+    behind = restarted(sources, clock(sources), HOUR_MS, -40 * DAY_MS)
+    again = restarted(sources, behind, HOUR_MS)
+    assert again.moment().latest == WALL, "the time of the downtime is unknown"
+    right = restarted(sources, again, HOUR_MS, 40 * DAY_MS)
+    assert (right.suspect, right.moment().ahead) == (False, 0)
+
+
+@pytest.mark.parametrize(("away_days", "suspect"), [(3, False), (4, True)])
+def test_a_clock_that_was_behind_since_the_start_may_be_put_right_by_as_much_as_at_a_start(
+    sources: ManualClocks, away_days: int, suspect: bool
+) -> None:
+    behind = restarted(sources, clock(sources), away_days * DAY_MS, -40 * DAY_MS)
+    assert not behind.suspect
+    sources.wall_ms += 40 * DAY_MS
+    with capture_logs() as logs:
+        assert behind.suspect is suspect
+    assert log_events(logs) == [("clock_suspect", "warning")] * suspect
+
+
+def test_a_clock_that_is_set_ahead_from_behind_is_suspect_and_stays_so(sources: ManualClocks) -> None:
+    behind = restarted(sources, clock(sources), 0, -40 * DAY_MS)
+    sources.wall_ms += 80 * DAY_MS
+    assert behind.suspect
+    for _ in range(3):
+        behind = restarted(sources, behind, HOUR_MS)
+        assert (behind.suspect, behind.moment().believed) == (True, WALL)
+    right = restarted(sources, behind, 0, -40 * DAY_MS)
+    assert not right.suspect
+
+
+def test_steps_add_up_over_restarts(sources: ManualClocks) -> None:
+    daemon_clock = clock(sources)
+    for _ in range(2):
+        sources.wall_ms += 12 * HOUR_MS
+        daemon_clock = restarted(sources, daemon_clock, HOUR_MS)
+        assert not daemon_clock.suspect
+    sources.wall_ms += 1
+    assert daemon_clock.suspect
+
+
+def test_a_clock_that_was_ahead_and_was_set_back_is_trusted_no_further_once_synchronised(sources: ManualClocks) -> None:
+    daemon_clock = restarted(sources, clock(sources), 0, 3 * DAY_MS)
+    assert not daemon_clock.suspect
+    sources.wall_ms -= 3 * DAY_MS
+    sources.synchronised = True
+    with capture_logs() as logs:
+        assert not after(sources, daemon_clock, 11 * MINUTE_MS)
+    assert (logs, daemon_clock.behind_reason()) == ([], None)
+    sources.wall_ms += DAY_MS + 1
+    assert daemon_clock.suspect
+
+
+def test_an_operator_can_accept_a_clock_that_is_behind(sources: ManualClocks) -> None:
+    daemon_clock = clock(sources)
+    sources.wall_ms -= 3 * DAY_MS
+    assert daemon_clock.moment().latest == WALL
+    daemon_clock.accept()
+    assert daemon_clock.moment().latest == WALL - 3 * DAY_MS
+
+
+def test_the_sentence_names_the_step_also_after_a_restart(sources: ManualClocks) -> None:
+    daemon_clock = clock(sources)
+    sources.wall_ms += 40 * DAY_MS
+    daemon_clock.moment()
+    sources.wall_ms += 2 * DAY_MS
+    for each in (daemon_clock, restarted(sources, daemon_clock, DAY_MS)):
+        reason = each.suspect_reason() or ""
+        assert "was set ahead by 40 days after 2023-11-14 22:13:20 UTC" in reason
 
 
 @pytest.mark.parametrize(
@@ -309,7 +415,8 @@ def test_a_wall_time_that_agrees_again_is_trusted(sources: ManualClocks, left_ms
     assert daemon_clock.suspect is (left_ms == DAY_MS)
     with capture_logs() as logs:
         sources.wall_ms -= 1
-        assert daemon_clock.moment() == Moment(WALL + HOUR_MS + left_ms, HOUR_MS, daemon_clock.moment().offset)
+        at = daemon_clock.moment()
+        assert (at.now, at.lease, at.trusted, at.ahead) == (WALL + HOUR_MS + left_ms, HOUR_MS, None, left_ms)
     assert [line["reason"] for line in logs] == ["wall time agrees with its expected value again"] * (left_ms == DAY_MS)
 
 
@@ -422,7 +529,7 @@ def test_lease_time_is_monotonic_and_bounded_for_any_clocks(
 
 def test_the_default_clocks_are_those_of_the_system() -> None:
     before = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
-    daemon_clock = Clock(lease_ms=42)
+    daemon_clock = Clock(Numbers(lease_ms=42))
     assert daemon_clock.moment().lease >= 42
     assert before <= boot_clock_ms()
     assert abs(wall_clock_ms() - time.time() * 1_000) < 60_000

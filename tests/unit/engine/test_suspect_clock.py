@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pytest
 
-from jobd.api.services import Services
+from jobd.api.services import AGREES, Services
 from jobd.maintenance.cleanup_pass import CleanupSchedule
 from jobd.maintenance.plans import Planner
 from jobd.model.commands import (
@@ -38,7 +38,7 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Policy
-from jobd.model.responses import Response
+from jobd.model.responses import ClockView, Response
 from jobd.model.storage import AuditEntry, StoredResponse
 from tests.support.memory_storage import MemoryStorage
 from tests.support.plans import apply_plan, make_plan
@@ -435,6 +435,57 @@ async def test_an_accepted_clock_is_on_disk_before_the_response() -> None:
         assert not isinstance(view, ApiError)
         assert not view.suspect
         assert (disk.numbers.clock_suspect, disk.numbers.wall_ms) == (False, view.now)
+
+
+@in_virtual_time
+async def test_a_job_that_finishes_while_the_clock_is_behind_is_kept_for_its_whole_retention() -> None:
+    disk = MemoryStorage()
+    async with VirtualEngine(disk, schedule=PASSES) as engine:
+        await engine.yes(Create(id="seen"))
+    async with VirtualEngine(disk, schedule=PASSES, step_ms=-STEP_MS) as engine:
+        engine.run_maintainer()
+        await create_completed(engine)
+        view = services_of(engine).clock_view()
+        assert not view.suspect
+        assert "40 days behind" in view.message
+    async with VirtualEngine(disk, schedule=PASSES) as engine:
+        engine.run_maintainer()
+        assert services_of(engine).clock_view() == ClockView(engine.now, False, AGREES)
+        assert (await engine.maintainer.run_cleanup(forced=True)).expired_jobs_deleted == 0
+        assert status(engine, "done") == "completed"
+
+
+@in_virtual_time
+async def test_a_forced_run_prunes_no_event_by_a_clock_that_is_or_becomes_suspect() -> None:
+    disk = MemoryStorage()
+    schedule = CleanupSchedule(journal_ms=HOUR_MS)
+    async with VirtualEngine(disk, schedule=schedule) as engine:
+        engine.run_maintainer()
+        await engine.yes(Create(id="gone"))
+        await engine.yes(Cancel(id="gone"))
+        await engine.yes(Delete(id="gone"), admin=True)
+
+        def kept() -> int:
+            return sum(event.job_id == "gone" for event in disk.events)
+
+        engine.step_ms = STEP_MS
+        await engine.maintainer.run_cleanup(forced=True)
+        assert kept() == 3
+        engine.clock.accept()
+        prune = disk.prune
+
+        async def prune_once(before: int, limit: int) -> int:
+            await prune(before, 1)
+            engine.step_ms += STEP_MS
+            return limit if kept() else 0
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(disk, "prune", prune_once)
+            await engine.maintainer.run_cleanup(forced=True)
+        assert (kept(), engine.clock.suspect) == (2, True)
+        engine.clock.accept()
+        await engine.maintainer.run_cleanup(forced=True)
+        assert kept() == 0
 
 
 @in_virtual_time

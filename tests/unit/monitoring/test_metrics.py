@@ -109,7 +109,7 @@ class RealStoreParts:
 async def real(path: Path) -> AsyncIterator[RealStoreParts]:
     store, opened = await Store.open(str(path))
     async with store:
-        clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms)
+        clock = Clock(opened.numbers)
         state = State.opened(opened)
         policy = Policy(keep_completed_ms=1)
         actor = Actor(store, state, IdempotencyStore(opened.keys, 1000), clock, policy, random=os.urandom)

@@ -63,8 +63,8 @@ def test_the_other_tables_have_the_columns_of_their_values(table: str, columns: 
 
 
 def test_the_meta_row_holds_every_number() -> None:
-    row = migrations.meta_row(Numbers(2, 3, 4, 5, 6, 7, True), (8, 9, 10, 11), 1, 13, 14, 12)
-    assert row[:-1] == (12, 2, 3, 4, 5, 6, 7, 1, 8, 9, 10, 11, 1, 13, 14)
+    row = migrations.meta_row(Numbers(2, 3, 4, 5, 6, 7, True, 20, 21, 22), (8, 9, 10, 11), 1, 13, 14, 12)
+    assert row[:-1] == (12, 2, 3, 4, 5, 6, 7, 1, 20, 21, 22, 8, 9, 10, 11, 1, 13, 14)
     assert codec.fault(row) is None
 
 

@@ -15,7 +15,7 @@ from jobd.core.rules import plans as plan_rules
 from jobd.core.rules import worker as worker_rules
 from jobd.core.state import State
 from jobd.core.transaction import Transaction
-from jobd.model.commands import Adopt, Bulk, Moment, PlanAction, Recover
+from jobd.model.commands import Adopt, Bulk, ClockTrust, Moment, PlanAction, Recover
 from jobd.model.errors import ApiError
 from jobd.model.events import Change, QueuePause
 from jobd.model.job import COUNTER_MASK, Job, new_epoch
@@ -150,8 +150,8 @@ def _(epoch: Any, highest: int, now_ms: int) -> int:
     breaks="the next start trusts a clock that was suspect, and deletes by it",
     found_by=ACTOR,
 )
-def _(numbers: Any, self: State, lease_ms: int, wall_ms: int, clock_suspect: bool) -> Any:
-    return numbers(self, lease_ms, wall_ms, False)
+def _(numbers: Any, self: State, lease_ms: int, wall_ms: int, clock: ClockTrust) -> Any:
+    return numbers(self, lease_ms, wall_ms, replace(clock, suspect=False))
 
 
 @bug("tokens-reused-after-a-restart", State.opened, breaks="tokens continue from the live grants", found_by=SIMULATION)

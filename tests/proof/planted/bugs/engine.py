@@ -115,7 +115,7 @@ def _(batch: Any, self: Decider, decided: DecidedBatch, policy: Policy) -> Any:
 )
 def _(batch: Any, self: Decider, decided: DecidedBatch, policy: Policy) -> Any:
     made: Batch = batch(self, decided, policy)
-    return replace(made, numbers=replace(made.numbers, wall_ms=decided.at.now))
+    return replace(made, numbers=replace(made.numbers, wall_ms=decided.at.now, expected_ms=decided.at.now))
 
 
 @bug(

@@ -230,7 +230,7 @@ async def test_the_sweeper_deletes_objects_of_deleted_jobs(
     maker = ChangeFactory()
     storage, _ = await Store.open(str(tmp_path / "jobd.db"))
     async with storage:
-        clock = Clock(0, 0)
+        clock = Clock()
         now = clock.moment().now
         keys = [f"k/{number}" for number in range(25)]
         bucket.put(*(f"pre/fix/{key}" for key in keys), "pre/fix/other")
