@@ -29,7 +29,7 @@ class WaitingClaims:
     def __init__(self, presence: WorkerPresence) -> None:
         self._presence = presence
         self.by_ticket: dict[int, tuple[Envelope, list[Place], ClaimSet]] = {}
-        self._at: dict[Place, dict[int, Envelope]] = {}
+        self._at: dict[Place, dict[int, None]] = {}  # tickets
         self._deadlines: list[tuple[float, int]] = []
         self._by_digest: dict[str, Envelope] = {}
         self._next_ticket = 1
@@ -48,9 +48,9 @@ class WaitingClaims:
         for place in places:
             waiting = self._at.setdefault(place, {})
             late = bool(waiting) and next(reversed(waiting)) > envelope.ticket
-            waiting[envelope.ticket] = envelope
+            waiting[envelope.ticket] = None
             if late:
-                self._at[place] = dict(sorted(waiting.items()))
+                self._at[place] = dict.fromkeys(sorted(waiting))
         heapq.heappush(self._deadlines, (envelope.deadline, envelope.ticket))
         if envelope.key is not None:
             self._by_digest[envelope.key.digest] = envelope

@@ -121,6 +121,9 @@ def test_a_standby_respects_a_longer_lease_of_the_leader() -> None:
     assert not lease.see(head())
     clock.now_s += 0.02
     assert lease.see(head())
+    assert not lease.see(head(renewed="b"))
+    clock.now_s += LEASE_S
+    assert not lease.see(head(renewed="b")), "a renewal does not shorten it"
     assert not lease.see(head(epoch=8))
     clock.now_s += LEASE_S
     assert lease.see(head(epoch=8)), "the next leader may have another lease"
