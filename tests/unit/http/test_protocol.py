@@ -842,7 +842,10 @@ async def test_tls_has_no_half_closed_connections(tmp_path: Path) -> None:
 # -- malformed requests ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["NUL in a header", "bad chunk size", "coding in disguise", "coding that is none", "both lengths", "no HTTP"])
+@pytest.mark.parametrize(
+    "name",
+    ["NUL in a header", "bad chunk size", "coding in disguise", "coding that is none", "both lengths", "no HTTP"],
+)
 async def test_requests_before_a_malformed_one_are_answered_first(either: HttpHarness, name: str) -> None:
     """They arrive in one segment, and each is executed once. Bytes after the malformed request are not read."""
     client = await either.connect()
