@@ -44,7 +44,9 @@ from jobd.cli.params import DURATION, NAME
     help="How long a running job may continue after SIGTERM.",
 )
 @click.option("--once", is_flag=True, help="Exit after one job.")
-@click.option("--drain", is_flag=True, help="Exit when no job is due, and report how many are left.")
+@click.option(
+    "--drain", is_flag=True, help="Exit when no job is due and no retry is awaited, and report how many are left."
+)
 @click.option("--name", type=NAME, metavar="NAME", help="Name of this worker.  [default: host and pid]")
 @click.argument("command", metavar="CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
 @worker_options
@@ -66,7 +68,8 @@ def run(
     CMD gets the payload as JSON on stdin and the job's fields in JOBD_JOB_* variables. To report, it prints lines such
     as "::progress 42 text", "::meta key=value" and "::result file_path=value"; other output is passed on. Exit code 0
     completes the job, any other code fails it. A run that exceeds --timeout fails with the error code "timeout". With
-    --once or --drain, jobctl exits with 0 if all its jobs were completed, else with 1.
+    --once or --drain, jobctl exits with 0 if all its jobs are completed in the end, else with 1. With --concurrency
+    above 1, each line of output begins with the id of its job.
 
     \b
     Example: jobctl run --queue video --concurrency 2 -- ./convert.sh --quality high

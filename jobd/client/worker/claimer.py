@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import re
 import socket
@@ -41,7 +42,8 @@ class ClaimOptions:
 
     Another worker can get a job whose lock was not extended for `lock_ttl_ms`. By default there is no progress timeout
     (`max_processing_ms` is 0), so long work without progress reports keeps its lock. At most `concurrency` jobs run at
-    a time. `once` ends the worker after one job, `drain` when no job is due and none is running.
+    a time. `once` ends the worker after one job, `drain` when no job is due, none is running, and no retry of an
+    attempt that this worker failed is awaited.
     """
 
     worker: str
@@ -76,6 +78,7 @@ class Claimer:
         self._concurrency = 1 if options.once else options.concurrency
         self._stopping = asyncio.Event()
         self._running: set[asyncio.Future[None]] = set()
+        self._retries: dict[str, float] = {}  # job id -> loop time at which its retry is due
         self._is_resent = False
 
     @property
@@ -86,6 +89,10 @@ class Claimer:
     def stop(self) -> None:
         """Stop claiming. Running work continues."""
         self._stopping.set()
+
+    def await_retry(self, job_id: str, in_s: float) -> None:
+        """Record a retry of a job, for which `drain` waits."""
+        self._retries[job_id] = asyncio.get_running_loop().time() + in_s
 
     async def run(self) -> None:
         """Claim until stopped, then wait for running work. Raises the JobdError that prevents claiming."""
@@ -103,12 +110,18 @@ class Claimer:
             if len(self._running) >= self._concurrency:
                 await self._wait_for_one()
                 continue
+            begun_s = asyncio.get_running_loop().time()
             grants = await self._claim(self._concurrency - len(self._running))
             for grant in grants:
+                self._retries.pop(grant.job.id, None)
                 self._running.add(asyncio.ensure_future(self._work(grant, self._is_resent)))
             if self._options.once and grants:
                 return
             if self._options.drain and not grants:
+                # A retry that was due before this claim has another worker, or waits for an operator.
+                self._retries = {job_id: due_s for job_id, due_s in self._retries.items() if due_s > begun_s}
+                if self._retries:
+                    continue
                 if not self._running:
                     return
                 await self._wait_for_one()
@@ -128,7 +141,9 @@ class Claimer:
     async def _claim(self, limit: int) -> list[GrantView]:
         """Claim up to `limit` jobs. Retries with the same key until the daemon responds or `stop` is called."""
         key = uuid7()
-        wait_ms = 0 if self._options.drain else POLL_MS if len(self._client.endpoints) == 1 else NODE_POLL_MS
+        wait_ms = POLL_MS if len(self._client.endpoints) == 1 else NODE_POLL_MS
+        if self._options.drain:
+            wait_ms = min(wait_ms, self._retry_wait_ms())
         request = self._request(limit, wait_ms, key)
         self._is_resent = False
         retry_for_s = RETRY_FOR_S if self._options.once or self._options.drain else None
@@ -150,6 +165,11 @@ class Claimer:
         if self._is_resent:
             self._log("the daemon responds again.")
         return grants
+
+    def _retry_wait_ms(self) -> int:
+        """Return the time until the next retry is due, in ms; 0 if none is awaited."""
+        next_s = min(self._retries.values(), default=0.0) - asyncio.get_running_loop().time()
+        return max(0, math.ceil(next_s * 1000))
 
     def _request(self, limit: int, wait_ms: int, key: str) -> ApiRequest[list[GrantView]]:
         options = self._options

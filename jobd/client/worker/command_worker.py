@@ -18,6 +18,7 @@ from msgspec import UNSET
 
 from jobd.client.aio import AsyncJobClient
 from jobd.client.endpoint import Address
+from jobd.client.errors import JobdError
 from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, describe_claims, describe_process
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
 from jobd.client.worker.idle_reasons import pauses, remaining_jobs
@@ -65,11 +66,12 @@ class CommandWorker:
     "timeout". If this process is killed, a watchdog process stops the groups, with SIGKILL after at most half the TTL
     of the lock.
 
-    `once` ends the worker after one job. `drain` ends it when no job is due and none is running, and logs how many jobs
-    are left, and why. `log` is called with one-line messages in another thread; by default they go to stderr. They say
-    what the worker claims, which of its queues are paused at the start, and which jobs fail. Locks last `lock_ttl_ms`
-    and are extended automatically in a separate thread. There is no progress timeout unless `max_processing_ms` sets
-    one.
+    `once` ends the worker after one job. `drain` ends it when no job is due, none is running, and no retry of an
+    attempt that this worker failed is awaited. It then logs how many jobs are left, and why. With a `concurrency` above
+    1, each line of output begins with the id of its job. `log` is called with one-line messages in another thread; by
+    default they go to stderr. They say what the worker claims, which of its queues are paused at the start, and which
+    jobs fail. Locks last `lock_ttl_ms` and are extended automatically in a separate thread. There is no progress
+    timeout unless `max_processing_ms` sets one.
     """
 
     def __init__(
@@ -130,7 +132,8 @@ class CommandWorker:
         """Work until stopped (or `once`, `drain`) and return the exit status.
 
         With `signals`, SIGTERM and SIGINT stop it. The status is 1 if the program could not be started or, with `once`
-        or `drain`, if a job was not completed; else 0. Raises the JobdError that prevents claiming.
+        or `drain`, if a job that it ran is not completed in the end; else 0. Raises the JobdError that prevents
+        claiming.
         """
         if (error := await asyncio.to_thread(_start_error, self._command[0])) is not None:
             self._log(f"cannot run {self._command[0]!r}: {error}. No job was claimed.")
@@ -150,7 +153,10 @@ class CommandWorker:
             progress_every_s=PROGRESS_EVERY_S,
         )
 
+        are_all_completed = True
+
         async def work() -> None:
+            nonlocal are_all_completed
             async with client:
                 self._writers = [OutputWriter(fd) for fd in self._fds]
                 watching = asyncio.ensure_future(self._log_pauses(client, log))
@@ -165,15 +171,14 @@ class CommandWorker:
                     log(f"cannot run {self._command[0]!r}: {runner.start_error}. Its job was released.")
                 if options.drain and not runner.was_stopped and (left := await remaining_jobs(client, self._options)):
                     log(f"drained; {left}.")
+                if options.once or options.drain:
+                    are_all_completed = await _are_completed(client, runner.not_completed)
 
         self._stop = functools.partial(service.call, runner.stop)
         with on_signals(self._stop) if signals else contextlib.nullcontext():
             await service.run(work, runner.abandon)
-        if runner.start_error is not None:
-            return 1
-        if not (options.once or options.drain):
-            return 0
-        return int(runner.not_completed > 0 or (options.once and not runner.completed))
+        ran_none = options.once and not runner.ran_any
+        return int(runner.start_error is not None or ran_none or not are_all_completed)
 
     async def _log_pauses(self, client: AsyncJobClient, log: Log) -> None:
         """Log the pauses of the queues, so that a worker that waits says why. A drain reports them at its end."""
@@ -184,10 +189,10 @@ class CommandWorker:
     async def _begin(self, log: Log, keeper: LeaseKeeper) -> Execution:
         job = keeper.grant.job
         stdout, stderr = self._writers
-        is_one_of_many = self._options.concurrency > 1
+        prefix = f"{job.id}: ".encode() if self._options.concurrency > 1 else b""
         directives, tail = Directives(keeper.report), Tail()
-        out = OutputFilter(directives, lambda text: log(f"job {job.id}: {text}"), whole_lines=is_one_of_many)
-        err = OutputFilter(None, log, whole_lines=is_one_of_many)
+        out = OutputFilter(directives, lambda text: log(f"job {job.id}: {text}"), prefix=prefix)
+        err = OutputFilter(None, log, prefix=prefix)
 
         async def on_stdout(piece: bytes) -> None:
             await stdout.write(out.feed(piece) if piece else out.end())
@@ -246,6 +251,17 @@ class _ProgramExecution:
 
     def _last_lines(self) -> str:
         return f" Last lines of stderr:\n{self._tail.text}" if self._tail.text else ""
+
+
+async def _are_completed(client: AsyncJobClient, job_ids: set[str]) -> bool:
+    """Return whether these jobs are completed now: another worker may have run the retries of attempts made here."""
+    for job_id in job_ids:
+        try:
+            if (await client.get_job(job_id)).status != "completed":
+                return False
+        except JobdError:  # deleted, or unknown
+            return False
+    return True
 
 
 def _start_error(program: str) -> str | None:

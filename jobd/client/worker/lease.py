@@ -76,6 +76,7 @@ class LeaseKeeper:
         self._wake = asyncio.Event()
         self._is_reachable = True
         self._is_over = False
+        self.retry_in_s: float | None = None  # set if the attempt has failed and the job is retried
         self._heartbeat: asyncio.Task[None] | None = None
 
     @property
@@ -274,6 +275,8 @@ class LeaseKeeper:
                 await self._extend_meanwhile()
             else:
                 self._on_response()
+                if verb == "fail" and job.status == "queued":
+                    self.retry_in_s = (job.run_at - job.updated_at) / 1000
                 return job
         self._log(f"job {self.id}: {verb} was too late: {self.lost.result().message}")
         return None

@@ -113,17 +113,15 @@ def _depth(value: Any) -> int:
 class OutputFilter:
     """Remove the directives from a stream (none if `directives` is None), and pass on the rest unchanged, at once.
 
-    Only the start of a line that may be a directive is buffered. With `whole_lines`, every line is buffered up to its
-    end, so that the lines of several programs do not mix. `warn` is called for the first lines that are not valid
-    directives, and at the end with the number of the others.
+    Only the start of a line that may be a directive is buffered. With a `prefix`, every line is buffered up to its end
+    and begins with the prefix, so that the lines of several programs do not mix. `warn` is called for the first lines
+    that are not valid directives, and at the end with the number of the others.
     """
 
-    def __init__(
-        self, directives: Directives | None, warn: Callable[[str], None], *, whole_lines: bool = False
-    ) -> None:
+    def __init__(self, directives: Directives | None, warn: Callable[[str], None], *, prefix: bytes = b"") -> None:
         self._directives = directives
         self._warn = warn
-        self._whole_lines = whole_lines
+        self._prefix = prefix
         self._buffer = b""
         self._is_inside = False  # the start of the current line was passed on
         self._invalid = 0  # lines that are not valid directives
@@ -134,13 +132,19 @@ class OutputFilter:
         end = text.rfind(b"\n") + 1
         passed, self._buffer = self._without_directives(text[:end]), text[end:]
         self._is_inside = self._is_inside and not end
-        if len(self._buffer) > LINE_BYTES or not (self._whole_lines or self._may_be_directive()):
+        if len(self._buffer) > LINE_BYTES or not (self._prefix or self._may_be_directive()):
             if len(self._buffer) > LINE_BYTES and not self._is_inside:
                 self._is_directive(self._buffer)  # too long for a directive: this only warns
             passed += self._buffer
             self._is_inside = self._is_inside or bool(self._buffer)
             self._buffer = b""
-        return passed
+        return self._prefixed(passed)
+
+    def _prefixed(self, output: bytes) -> bytes:
+        """Add the prefix to each line, and a line end to an open line or piece, because another program may follow."""
+        if not self._prefix or not output:
+            return output
+        return b"".join(self._prefix + line + b"\n" for line in output.removesuffix(b"\n").split(b"\n"))
 
     def _without_directives(self, lines: bytes) -> bytes:
         """Return complete lines without the directives. The first is not one if its start was passed on before."""
@@ -160,7 +164,7 @@ class OutputFilter:
         if self._invalid > WARNINGS:
             more = self._invalid - WARNINGS
             self._warn(f"not a directive, passed on: {more} more {'line' if more == 1 else 'lines'}")
-        return passed
+        return self._prefixed(passed)
 
     def _may_be_directive(self) -> bool:
         if self._directives is None:

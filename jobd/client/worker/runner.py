@@ -89,8 +89,9 @@ class WorkerRunner:
         self._stopping = asyncio.Event()
         self._grace_is_over = asyncio.Event()  # executions are stopped
         self._give_up = asyncio.Event()  # do not wait for executions or an unreachable daemon any longer
-        self.completed = 0
-        self.not_completed = 0
+        self._is_bounded = options.once or options.drain
+        self.ran_any = False
+        self.not_completed: set[str] = set()  # with `once` or `drain`: jobs whose last run here did not complete them
         self.start_error: OSError | RuntimeError | None = None  # why no execution can begin
 
     def stop(self) -> None:
@@ -146,8 +147,13 @@ class WorkerRunner:
                 is_completed = await self._attempt(keeper)
             finally:
                 await keeper.stop()
-        self.completed += is_completed
-        self.not_completed += not is_completed
+        self.ran_any = True
+        if is_completed:
+            self.not_completed.discard(keeper.id)
+        elif self._is_bounded:
+            self.not_completed.add(keeper.id)
+            if keeper.retry_in_s is not None:
+                self._claimer.await_retry(keeper.id, keeper.retry_in_s)
 
     async def _attempt(self, keeper: LeaseKeeper) -> bool:
         """Execute the job and report its end. Return whether it is completed. A bug in jobd fails the job first."""

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from jobd.client import AsyncJobClient, CommandWorker, Unreachable
+from jobd.client import AsyncAdminClient, AsyncJobClient, CommandWorker, Unreachable
 from jobd.client.worker import claimer, idle_reasons, lease
 from jobd.client.worker.claimer import ClaimOptions
 from jobd.client.worker.command_worker import describe
@@ -149,7 +149,7 @@ async def test_drain_executes_all_due_jobs_and_ends(client: AsyncJobClient, queu
     run = CommandRun(client, tmp_path, queue, "cat", drain=True, concurrency=2)
     assert await run.run() == 0
     assert {(await client.get_job(job.id)).status for job in jobs} == {"completed"}
-    assert sorted(run.out.split()) == ["0", "1", "2", "3", "4"]
+    assert sorted(run.out.splitlines()) == sorted(f"{job.id}: {n}" for n, job in enumerate(jobs))
     assert (await client.get_job(later.id)).status == "queued"
     assert run.messages[1:] == ["drained; 1 job is left: 1 is not due yet."]
 
@@ -205,8 +205,11 @@ async def test_a_failure_is_reported_with_its_retry(
     backoff = {"kind": "fixed", "base_ms": 12_000, "jitter": False}
     job = await client.create_job(queue=queue, max_attempts=2, backoff=backoff)
     last = await client.create_job(queue=queue)
-    run = CommandRun(client, tmp_path, queue, script, drain=True, timeout=0.3 if reason == "timeout" else None)
-    assert await run.run() == 1
+    run = CommandRun(client, tmp_path, queue, script, timeout=0.3 if reason == "timeout" else None)
+    running = asyncio.create_task(run.run())
+    await wait_until(lambda: len(run.messages) > (4 if reason == "timeout" else 2))
+    run.worker.stop()
+    assert await running == 0
     messages = [text for text in run.messages if " failed: " in text]
     assert messages == [
         f"job {job.id} failed: {reason}; it is retried in 12 s.",
@@ -214,14 +217,38 @@ async def test_a_failure_is_reported_with_its_retry(
     ]
 
 
-async def test_drain_executes_due_retries_and_reports_failures(
-    client: AsyncJobClient, queue: str, tmp_path: Path
+@pytest.mark.parametrize("base_ms", [0, 500])
+async def test_drain_waits_for_the_retries_of_its_own_attempts(
+    client: AsyncJobClient, queue: str, tmp_path: Path, base_ms: int
 ) -> None:
-    backoff = {"kind": "fixed", "base_ms": 0, "jitter": False}
+    """Also while another program runs, but not for a job that its creator has scheduled."""
+    backoff = {"kind": "fixed", "base_ms": base_ms, "jitter": False}
+    job = await client.create_job(queue=queue, kind="retried", max_attempts=2, backoff=backoff)
+    other = await client.create_job(queue=queue)
+    await client.create_job(queue=queue, delay_ms=3_600_000)
+    ended = tmp_path / "ended"
+    script = f'if [ "$JOBD_JOB_KIND" ]; then [ "$JOBD_JOB_ATTEMPT" = 2 ] && touch {ended}; '
+    script += f"else while [ ! -e {ended} ]; do sleep 0.01; done; fi"
+    run = CommandRun(client, tmp_path, queue, script, drain=True, concurrency=2)
+    assert await run.run() == 0
+    assert {(await client.get_job(each.id)).status for each in (job, other)} == {"completed"}
+
+
+@pytest.mark.parametrize("is_completed", [True, False], ids=["completed", "cancelled"])
+async def test_drain_does_not_wait_for_a_retry_that_it_cannot_have(
+    client: AsyncJobClient, admin: AsyncAdminClient, queue: str, tmp_path: Path, is_completed: bool
+) -> None:
+    backoff = {"kind": "fixed", "base_ms": 1_000, "jitter": False}
     job = await client.create_job(queue=queue, max_attempts=2, backoff=backoff)
-    run = CommandRun(client, tmp_path, queue, '[ "$JOBD_JOB_ATTEMPT" = 2 ]', drain=True)
-    assert await run.run() == 1
-    assert (await client.get_job(job.id)).status == "completed"
+    run = CommandRun(client, tmp_path, queue, "exit 3", drain=True)
+    running = asyncio.create_task(run.run())
+    await wait_for_job(client, job.id, lambda job: job.error_code is not None)
+    if is_completed:
+        updates = {"download_url": "https://files/1"}
+        await admin.transition_job_state(job.id, "queued", "completed", updates=updates)
+    else:
+        await client.cancel_job(job.id)
+    assert await running == (0 if is_completed else 1)
 
 
 async def test_drain_of_an_empty_queue_ends_at_once(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:

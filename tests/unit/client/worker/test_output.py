@@ -16,11 +16,11 @@ from jobd.model.fields import MAX_NESTING
 class ParsedOutput:
     """A filter, and everything that it has found."""
 
-    def __init__(self, *, whole_lines: bool = False) -> None:
+    def __init__(self, *, prefix: bytes = b"") -> None:
         self.progress: list[tuple[float, str | None]] = []
         self.warnings: list[str] = []
         self.directives = Directives(lambda progress, text: self.progress.append((progress, text)))
-        self.filter = OutputFilter(self.directives, self.warnings.append, whole_lines=whole_lines)
+        self.filter = OutputFilter(self.directives, self.warnings.append, prefix=prefix)
 
     def pieces(self, *pieces: bytes) -> list[bytes]:
         return [self.filter.feed(piece) for piece in pieces] + [self.filter.end()]
@@ -179,8 +179,11 @@ def test_a_directive_that_is_too_long_is_passed_on_with_a_warning() -> None:
     assert parsed.directives.metadata == {}
 
 
-def test_with_whole_lines_a_line_is_buffered_until_its_end() -> None:
-    assert ParsedOutput(whole_lines=True).pieces(b"ab", b"c\nd", b"e") == [b"", b"abc\n", b"", b"de"]
+def test_with_a_prefix_a_line_is_buffered_until_its_end() -> None:
+    pieces = ParsedOutput(prefix=b"1: ").pieces(b"ab", b"c\n\nd", b"e")
+    assert pieces == [b"", b"1: abc\n1: \n", b"", b"1: de\n"], "the last line gets an end"
+    long = b"x" * (LINE_BYTES + 1)
+    assert ParsedOutput(prefix=b"1: ").pieces(long, b"y\n") == [b"1: " + long + b"\n", b"1: y\n", b""]
 
 
 def test_a_filter_without_directives_passes_everything_on() -> None:
