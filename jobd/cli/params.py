@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -21,6 +21,7 @@ SETTINGS: Final[dict[str, Any]] = {"help_option_names": ["-h", "--help"], "max_c
 _UNITS_MS: Final = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _SAFE_MS: Final = 10**15
+_YEAR_MS: Final = 365 * _UNITS_MS["d"]  # the longest duration in a request
 _TIME: Final = "2026-03-01T14:00 (UTC) or 2026-03-01T14:00+01:00"
 
 
@@ -52,6 +53,17 @@ def moment_ms(text: str, now_ms: int) -> int:
         raise ValueError(f"a time is {_TIME}, Unix milliseconds, or a duration from now such as 2h") from None
 
 
+def moment_or_delay(text: str) -> int | timedelta:
+    """Parse a time into Unix ms, and a duration from now into a timedelta. Raises ValueError."""
+    try:
+        delay_ms = duration_ms(text)
+    except ValueError:
+        return moment_ms(text, 0)
+    if delay_ms > _YEAR_MS:
+        raise ValueError("a duration is at most 365d: give a date")
+    return timedelta(milliseconds=delay_ms)
+
+
 def past_ms(text: str, now_ms: int) -> int:
     """Parse a time like `moment_ms`, except that a duration counts back from now."""
     try:
@@ -65,10 +77,10 @@ def past_ms(text: str, now_ms: int) -> int:
 
 
 if TYPE_CHECKING:
-    _IntParam = click.ParamType[int]
+    _AnyParam = click.ParamType[Any]
     _TextParam = click.ParamType[str]
 else:
-    _IntParam = _TextParam = click.ParamType  # older click has no type parameter
+    _AnyParam = _TextParam = click.ParamType  # older click has no type parameter
 
 
 class _NameParam(_TextParam):
@@ -82,16 +94,16 @@ class _NameParam(_TextParam):
         return str(value)
 
 
-class _MillisecondsParam(_IntParam):
-    """A duration or a time, which `parse` converts to milliseconds."""
+class _TimeParam(_AnyParam):
+    """A duration or a time, which `parse` converts."""
 
-    def __init__(self, name: str, parse: Callable[[str], int]) -> None:
+    def __init__(self, name: str, parse: Callable[[str], int | timedelta]) -> None:
         self.name = name
         self._parse = parse
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | timedelta:
         try:
-            return value if isinstance(value, int) else self._parse(value)
+            return self._parse(value) if isinstance(value, str) else value
         except ValueError as error:
             self.fail(f"{value!r}: {error}", param, ctx)
 
@@ -101,16 +113,22 @@ def _now_ms() -> int:
 
 
 NAME: Final = _NameParam()
-DURATION: Final = _MillisecondsParam("duration", duration_ms)
-PAST: Final = _MillisecondsParam("time", lambda text: past_ms(text, _now_ms()))
-MOMENT: Final = _MillisecondsParam("time", lambda text: moment_ms(text, _now_ms()))
+DURATION: Final = _TimeParam("duration", duration_ms)
+PAST: Final = _TimeParam("time", lambda text: past_ms(text, _now_ms()))
+MOMENT_OR_DELAY: Final = _TimeParam("time", moment_or_delay)
+MOMENT: Final = _TimeParam("time", lambda text: moment_ms(text, _now_ms()))
 STATUS: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
 
 # The bounds of Create in jobd.model.commands.
 PRIORITY: Final = click.IntRange(-1000, 1000)
 MAX_ATTEMPTS: Final = click.IntRange(1, 1000)
 MAX_STALLS: Final = click.IntRange(0, 1000)
-_PARAMETERS: Final = {"id": "job_id", "backoff.base_ms": "backoff_base", "backoff.max_ms": "backoff_max"}
+_PARAMETERS: Final = {
+    "id": "job_id",
+    "backoff.base_ms": "backoff_base",
+    "backoff.max_ms": "backoff_max",
+    "expires_in_ms": "expires_at",
+}
 
 
 @contextlib.contextmanager

@@ -128,7 +128,7 @@ class RequestTimeout(JobdError, code="request_timeout"):
 
 
 class JobExists(JobdError, code="job_exists"):
-    """A different job with this id exists."""
+    """A different request created the job with this id. `details["differs_in"]` names the fields."""
 
 
 class AlreadyLocked(JobdError, code="already_locked"):

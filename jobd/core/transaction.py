@@ -15,7 +15,7 @@ from jobd.core.state import State
 from jobd.model.commands import Call, Moment, is_dry_run
 from jobd.model.events import Change, Changes, Event, EventType, QueuePause, initial_changes
 from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, LateResult, Policy, new_epoch
-from jobd.model.storage import LateResultRows
+from jobd.model.storage import LateResultRows, Payload
 
 _VARIANTS: Final = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))  # the bits 0b10, and two bits more
 
@@ -30,8 +30,8 @@ class Transaction:
 
     __slots__ = (
         "_first", "_first_checked", "_pauses", "_tokens", "_uuid_time",
-        "at", "call", "changes", "checked", "ended", "hashes", "is_dry_run", "late", "now", "pauses", "payloads",
-        "policy", "state",
+        "at", "call", "changes", "checked", "ended", "is_dry_run", "late", "now", "pauses", "payloads",
+        "policy", "requests", "state",
     )  # fmt: skip
 
     def __init__(
@@ -39,11 +39,11 @@ class Transaction:
         state: State,
         at: Moment,
         policy: Policy,
-        hashes: Mapping[str, str] | None = None,
+        requests: Mapping[str, Payload] | None = None,
         late: LateResultRows | None = None,
     ) -> None:
         self.state = state
-        self.hashes = dict(hashes or {})
+        self.requests = dict(requests or {})
         self.late = late or LateResultRows()
         self.at = at
         self.now = at.now
@@ -98,7 +98,7 @@ class Transaction:
         for change in made:
             self.payloads.pop(change.event.job_seq, None)
             if change.request_hash:
-                self.hashes.pop(change.event.job_id, None)
+                self.requests.pop(change.event.job_id, None)
         grants = [change.before.grant for change in undone if change.before is not None]
         lost = {grant.lock_id for grant in grants if grant is not None}
         self.ended = [lock_id for lock_id in self.ended if lock_id not in lost]
@@ -120,7 +120,7 @@ class Transaction:
         state = self.state
         self.payloads[job.seq] = payload
         if request_hash:
-            self.hashes[job.id] = request_hash
+            self.requests[job.id] = Payload(payload, request_hash)
         if event_type == "imported":
             state.unvalidated[job.seq] = job.id
         state.reindex(None, job)

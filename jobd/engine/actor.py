@@ -484,7 +484,7 @@ class Actor:
             self._send_meanwhile()
             loaded = await self.disk.load([], list(wanted), [])
             known.payloads = {seq: payload.body for seq, payload in loaded.payloads.items()}
-            known.hashes = {wanted[seq]: payload.request_hash for seq, payload in loaded.payloads.items()}
+            known.requests = {wanted[seq]: payload for seq, payload in loaded.payloads.items()}
         await self._load_late((envelope.command for envelope, _ in naming), known)
         return known
 

@@ -41,7 +41,7 @@ from jobd.model.errors import ApiError
 from jobd.model.events import Change
 from jobd.model.job import LIVE, Policy
 from jobd.model.responses import Grants, JobView, Response
-from jobd.model.storage import AuditEntry, Batch, LateResultRows, StoredResponse, audit_share, tombstones
+from jobd.model.storage import AuditEntry, Batch, LateResultRows, Payload, StoredResponse, audit_share, tombstones
 
 log = structlog.get_logger("jobd.actor")
 
@@ -53,7 +53,7 @@ class Preloaded(Struct):
     """What was read from the disk for the decisions of one batch."""
 
     responses: dict[str, StoredResponse] = field(default_factory=dict)  # digest -> a response that may be replayed
-    hashes: dict[str, str] = field(default_factory=dict)  # job id -> hash of the request that made it
+    requests: dict[str, Payload] = field(default_factory=dict)  # by job id
     payloads: dict[int, bytes] = field(default_factory=dict)  # job seq -> payload
     late: LateResultRows = field(default_factory=LateResultRows)
 
@@ -136,7 +136,7 @@ class Decider:
         self, envelopes: list[Envelope], at: Moment, known: Preloaded, policy: Policy, *, serves: bool = True
     ) -> DecidedBatch:
         """Decide a batch. Without `serves`, waiting claims get the jobs that became due in the next batch."""
-        decided = DecidedBatch(at, known, Transaction(self.state, at, policy, known.hashes, known.late))
+        decided = DecidedBatch(at, known, Transaction(self.state, at, policy, known.requests, known.late))
         if at.suspect != self.state.clock.suspect and self._refuse(Create()) is None:
             decided.tick = True  # the suspicion is written at once; on a full disk with the next batch
         self.served = decided.served

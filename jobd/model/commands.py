@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
-from msgspec import Meta, Raw, Struct, field
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
 
 from jobd.model.fields import (
     MAX_PAGE,
@@ -23,6 +23,7 @@ from jobd.model.fields import (
     DueAt,
     ErrorFilter,
     ErrorMessage,
+    ExpiresInMs,
     FailureCode,
     FilePath,
     FinishedSince,
@@ -133,6 +134,10 @@ class Create(Command, frozen=True, kw_only=True):
     expires_at: Annotated[
         UnixMs | None, Meta(description="If the job is still queued at this time (Unix ms), it fails.")
     ] = None
+    # A field without a value is not part of the hash of a request, so the hashes on disk do not change.
+    expires_in_ms: Annotated[ExpiresInMs | UnsetType, Meta(description="Time from now until `expires_at`, in ms.")] = (
+        UNSET
+    )
 
     def job_ids(self) -> list[str]:
         return [] if self.id is None else [self.id]

@@ -34,7 +34,9 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "plan_not_found": ErrorCode(404, "the plan does not exist or is no longer kept; create it again"),
     "method_not_allowed": ErrorCode(405, "the path exists, but not with this method"),
     "request_timeout": ErrorCode(408, "the body did not arrive in time; nothing was done"),
-    "job_exists": ErrorCode(409, "another request created a job with this id"),
+    "job_exists": ErrorCode(
+        409, "another request created a job with this id; `details.differs_in` names the fields that certainly differ"
+    ),
     "already_locked": ErrorCode(409, "another worker holds the job; `details.retry_after_ms` says for how long"),
     "not_due": ErrorCode(409, "the `run_at` of the job is in the future"),
     "queue_paused": ErrorCode(409, "an operator paused the queue"),

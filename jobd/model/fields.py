@@ -102,6 +102,7 @@ MaxProcessingMs = Annotated[
     ),
 ]
 DelayMs = Annotated[int, Meta(ge=0, le=YEAR_MS)]
+ExpiresInMs = Annotated[int, Meta(ge=1, le=YEAR_MS)]
 UnixMs = Annotated[int, Meta(ge=EARLIEST_MS, le=LATEST_MS)]
 Text = Annotated[str, Meta(max_length=4096)]
 Location = Annotated[  # URL or path of the caller

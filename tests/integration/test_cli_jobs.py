@@ -58,6 +58,19 @@ def test_submitting_a_job_twice_returns_it_and_another_with_its_id_is_rejected(j
     assert "job_exists" in err
 
 
+def test_submitting_a_job_with_a_relative_time_twice_returns_it(jobctl: Jobctl) -> None:
+    first = jobctl.json("submit", "--id", "s3-in", "--run-at", "1h", "--expires", "2h")
+    assert jobctl.json("submit", "--id", "s3-in", "--run-at", "1h", "--expires", "2h") == first
+    assert first["run_at"] - first["created_at"] == 3_600_000
+    assert first["expires_at"] - first["created_at"] == 7_200_000
+    code, err = jobctl.rejected("submit", "--id", "s3-in", "--run-at", "1h", "--expires", "3h")
+    assert (code, "differs in expires_in_ms" in err) == (4, True), err
+    code, err = jobctl.rejected("submit", "--id", "s3-in", "--run-at", "1h", "--delay", "1h")
+    assert (code, "mutually exclusive" in err) == (2, True), err
+    at = jobctl.json("submit", "--run-at", "2096-01-01", "--expires", "2097-01-01")
+    assert (at["run_at"], at["expires_at"]) == (3_976_214_400_000, 4_007_836_800_000)
+
+
 def test_an_error_of_the_daemon_exits_with_4_and_names_the_field(jobctl: Jobctl) -> None:
     code, err = jobctl.rejected("submit", "[" * 200 + "]" * 200)
     assert (code, "`$.payload`" in err) == (4, True), err
@@ -73,6 +86,8 @@ def test_an_error_of_the_daemon_exits_with_4_and_names_the_field(jobctl: Jobctl)
         ("--kind", "k" * 201),
         ("--id", "a b"),
         ("--delay", "1000d"),
+        ("--run-at", "1000d"),
+        ("--expires", "0"),
         ("--backoff-base", "1000d"),
         ("--idempotency-key", "é"),
         ("--idempotency-key", "ключ"),

@@ -66,6 +66,7 @@ from jobd.model.job import (
     LIVE,
     STATUSES,
     TOKEN_COUNTER_BITS,
+    Backoff,
     Grant,
     Job,
     LatePolicy,
@@ -312,8 +313,9 @@ class Exploration(DecisionChecks):
 
     def _common_steps(self) -> Iterator[Step]:
         world = self.world
-        yield Step(Create(id=ID, max_attempts=world.max_attempts, delay_ms=world.delay * TICK_MS or None))
-        yield Step(Bulk(jobs=[Create(id=ID, max_attempts=world.max_attempts)]))
+        made = Create(id=ID, max_attempts=world.max_attempts, backoff=Backoff(base_ms=TICK_MS))
+        yield Step(replace(made, delay_ms=world.delay * TICK_MS or None))
+        yield Step(Bulk(jobs=[made]))
         yield from (Step(Import(id=ID, status=status), admin=True) for status in STATUSES)
         commands: tuple[AnyCommand, ...] = (
             Cancel(id=ID),

@@ -34,7 +34,7 @@ from jobd.model.errors import ApiError
 from jobd.model.events import Change, Event, fold
 from jobd.model.job import LIVE, MAX_LATE_RESULTS, STATUSES, Grant, Job, LateResult, Policy, is_release_loop
 from jobd.model.responses import GrantView, Response
-from jobd.model.storage import LateResultRows
+from jobd.model.storage import LateResultRows, Payload
 
 NOW: Final = 1_700_000_000_000
 SEED: Final = b"0123456789abcdef"
@@ -82,7 +82,7 @@ class RuleHarness:
         self.events: list[Event] = []
         self.checked: list[int] = []
         self.calls = 0
-        self.requests: dict[str, str] = {}
+        self.requests: dict[str, Payload] = {}
         self.tokens: list[int] = []
         self.late_results: dict[int, list[LateResult]] = {}
 
@@ -230,7 +230,7 @@ class RuleHarness:
             else:
                 self.rows[event.job_id] = folded
         if change.request_hash:
-            self.requests[event.job_id] = change.request_hash
+            self.requests[event.job_id] = Payload(change.payload or b"null", change.request_hash)
         self._note_token(change)
         self._store_late_result(change)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 from typing import Any, Final
 
 import click
@@ -13,7 +14,7 @@ from jobd.cli.params import (
     DURATION,
     MAX_ATTEMPTS,
     MAX_STALLS,
-    MOMENT,
+    MOMENT_OR_DELAY,
     NAME,
     PRIORITY,
     json_option,
@@ -30,17 +31,19 @@ _WAIT_RETRY_FOR_S: Final = 60.0  # --wait survives a restart of the daemon
 @click.option("--queue", type=NAME, metavar="NAME", help="Queue of the job.  [default: default]")
 @click.option("--kind", metavar="KIND", help="Kind of work; workers can claim by kind.")
 @click.option(
-    "--id", "job_id", type=NAME, metavar="ID", help="Id of the job. Submitting the same job twice creates it once."
+    "--id", "job_id", type=NAME, metavar="ID", help="Id of the job. Repeating the same command creates it once."
 )
 @click.option("--priority", type=PRIORITY, metavar="N", help="-1000 to 1000; smaller numbers run first.")
 @click.option("--delay", "delay_ms", type=DURATION, help="Make the job due after this time, such as 10s.")
-@click.option("--run-at", type=MOMENT, metavar="TIME", help="Make the job due at this time (UTC).")
+@click.option(
+    "--run-at", type=MOMENT_OR_DELAY, metavar="TIME", help="Make the job due at this time (UTC), or after a duration."
+)
 @click.option(
     "--expires",
     "expires_at",
-    type=MOMENT,
+    type=MOMENT_OR_DELAY,
     metavar="TIME",
-    help="Fail the job if it is still queued at this time (UTC).",
+    help="Fail the job if it is still queued at this time (UTC), or after a duration.",
 )
 @click.option("--max-attempts", type=MAX_ATTEMPTS, metavar="N", help="Maximum number of attempts.  [default: 1]")
 @click.option(
@@ -91,6 +94,7 @@ def submit(
     body = None if text is None else json_text(text, "PAYLOAD")
     pause = {"kind": backoff, "base_ms": backoff_base, "max_ms": backoff_max, "jitter": False if no_jitter else None}
     pause = {name: value for name, value in pause.items() if value is not None}
+    options |= _times(**options)
     client = job_client()
     with naming_flags():
         created = client.create_job(body, id=job_id, backoff=pause or None, **options)
@@ -98,6 +102,24 @@ def submit(
         terminal.emit_json(created) if as_json else terminal.emit(created.id)
         sys.stdout.flush()
     return _wait_for(created.id, as_json) if wait else exit_codes.DONE
+
+
+def _times(
+    *, delay_ms: int | None, run_at: int | timedelta | None, expires_at: int | timedelta | None, **_: Any
+) -> dict[str, int | None]:
+    """Return the times of the request. A duration is sent as such, so a repeated command sends the same request."""
+    if delay_ms is not None and run_at is not None:
+        raise click.UsageError("--delay and --run-at are mutually exclusive: give one of them")
+    expires_in_ms = None
+    if isinstance(run_at, timedelta):
+        delay_ms, run_at = _whole_ms(run_at), None
+    if isinstance(expires_at, timedelta):
+        expires_in_ms, expires_at = _whole_ms(expires_at), None
+    return {"delay_ms": delay_ms, "run_at": run_at, "expires_at": expires_at, "expires_in_ms": expires_in_ms}
+
+
+def _whole_ms(delay: timedelta) -> int:
+    return delay // timedelta(milliseconds=1)
 
 
 def _wait_for(job_id: str, as_json: bool) -> int:

@@ -9,6 +9,7 @@ from hashlib import blake2b
 from typing import Any, Final
 
 import msgspec
+from msgspec import UNSET
 
 from jobd.core import transitions, views
 from jobd.core.rules import late_results as late_result_rules
@@ -35,6 +36,9 @@ from jobd.model.job import DELAYED_FROM, SECOND_MS, Failure, Job, PreviousGrant,
 from jobd.model.responses import Grants, JobList, JobView, Response
 
 _encode: Final = msgspec.json.Encoder().encode
+# Options of a job that no command changes.
+_FIXED: Final = ("queue", "kind", "backoff", "stuck_after_ms", "max_processing_ms")
+_TIMES: Final = frozenset({"run_at", "expires_at"})
 
 # -- create -----------------------------------------------------------------------------------------------------------
 
@@ -74,7 +78,7 @@ def _create(tx: Transaction, command: Create) -> tuple[Job, JobView, bool]:
     """Return the new job or the one that the same request created before, its view, and whether it is new."""
     # A request without an id cannot be repeated, so it needs no hash.
     request_hash = "" if command.id is None else digest(command)
-    if command.id is not None and (existing := _existing(tx, command.id, request_hash)) is not None:
+    if command.id is not None and (existing := _existing(tx, command, command.id, request_hash)) is not None:
         return existing, views.job_view(existing, tx.at, tx.policy, admin=tx.call.admin), False
     _check_options(tx, command)
     transitions.check_live_jobs(tx)
@@ -82,24 +86,58 @@ def _create(tx: Transaction, command: Create) -> tuple[Job, JobView, bool]:
     now, number, options = tx.now, tx.job_number(), transitions.requested_options(tx, command)
     run_at = command.run_at or now + (command.delay_ms or 0)
     job_id = command.id or tx.job_id(number)
-    job = Job(number, job_id, options, "queued", now, now, run_at, expires_at=command.expires_at)
+    expires_at = command.expires_at if command.expires_in_ms is UNSET else now + command.expires_in_ms
+    job = Job(number, job_id, options, "queued", now, now, run_at, expires_at=expires_at)
     tx.create(job, "created", bytes(command.payload), request_hash)
     return job, views.job_view(job, tx.at, tx.policy, admin=tx.call.admin, payload=command.payload), True
 
 
-def _existing(tx: Transaction, job_id: str, request_hash: str) -> Job | None:
+def _existing(tx: Transaction, command: Create, job_id: str, request_hash: str) -> Job | None:
     if job_id in tx.state.quarantined:
         raise transitions.no_such_job(tx, job_id)
     job = tx.state.get(job_id)
-    if job is None or tx.hashes.get(job_id) == request_hash:
+    request = tx.requests.get(job_id)
+    if job is None or (request is not None and request.request_hash == request_hash):
         return job
-    message = f"Job {job_id} exists and was created by another request. Use another id, or omit it."
-    raise api_error("job_exists", message, job_id=job_id, status=job.status)
+    differs_in = _differences(job, command)
+    if request is not None and request.body != bytes(command.payload):
+        differs_in.insert(0, "payload")
+    if not differs_in:
+        message = (
+            f"Job {job_id} exists, created by another request. The job does not show in which field: priority, "
+            "max_attempts, run_at and expires_at may have changed since."
+        )
+    else:
+        message = f"Job {job_id} exists, created by a request that differs in {', '.join(differs_in)}."
+    if not _TIMES.isdisjoint(differs_in):
+        message += " A time that is computed from now differs in each request: use delay_ms and expires_in_ms."
+    message += " Use another id, or omit it."
+    raise api_error("job_exists", message, job_id=job_id, status=job.status, differs_in=differs_in)
+
+
+def _differences(job: Job, command: Create) -> list[str]:
+    """Return the fields, except payload, in which `command` certainly differs from the request that created `job`."""
+    options = job.options
+    found = [name for name in _FIXED if getattr(command, name) != getattr(options, name)]
+    for name in ("max_stalls", "on_stall"):  # without a value, the job has that of the configuration at its creation
+        if getattr(command, name) not in (None, getattr(options, name)):
+            found.append(name)
+    if job.updated_at != job.created_at:  # the other fields may have changed since
+        return found
+    found += [name for name in ("priority", "max_attempts") if getattr(command, name) != getattr(options, name)]
+    delay_ms, expires_in_ms = command.delay_ms, command.expires_in_ms
+    if (command.run_at or job.created_at + (delay_ms or 0)) != job.run_at:
+        found.append("run_at" if delay_ms is None else "delay_ms")
+    if (command.expires_at if expires_in_ms is UNSET else job.created_at + expires_in_ms) != job.expires_at:
+        found.append("expires_at" if expires_in_ms is UNSET else "expires_in_ms")
+    return found
 
 
 def _check_options(tx: Transaction, command: Create) -> None:
     if command.run_at is not None and command.delay_ms is not None:
         raise transitions.invalid("run_at", "Give run_at or delay_ms, not both.")
+    if command.expires_at is not None and command.expires_in_ms is not UNSET:
+        raise transitions.invalid("expires_at", "Give expires_at or expires_in_ms, not both.")
     transitions.check_backoff(command.backoff)
     transitions.check_expiry(tx, command.expires_at)
 

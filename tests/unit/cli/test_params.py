@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
-from jobd.cli.params import duration_ms, moment_ms, past_ms
+from jobd.cli.params import duration_ms, moment_ms, moment_or_delay, past_ms
 from jobd.dashboard import filters
 
 NOW = 1_772_366_400_000
@@ -57,3 +59,12 @@ def test_points_in_time() -> None:
         moment_ms("1772366400", 5)  # seconds
     with pytest.raises(ValueError, match="Unix milliseconds"):
         moment_ms("tomorrow", 5)
+
+
+def test_a_duration_stays_a_duration() -> None:
+    assert moment_or_delay("90s") == timedelta(seconds=90)
+    assert moment_or_delay("2026-03-01T12:00") == 1_772_366_400_000
+    with pytest.raises(ValueError, match="at most 365d: give a date"):
+        moment_or_delay("366d")
+    with pytest.raises(ValueError, match="Unix milliseconds"):
+        moment_or_delay("tomorrow")

@@ -184,11 +184,11 @@ def test_undo_restores_everything_that_a_command_changed(rules: RuleHarness) -> 
 def test_undo_forgets_the_hash_of_an_undone_job_only(rules: RuleHarness) -> None:
     tx = Transaction(rules.state, rules.moment, rules.policy)
     assert isinstance(decide.decide(tx, Call(Create(id="a"))), Response)
-    assert set(tx.hashes) == {"a"}
+    assert set(tx.requests) == {"a"}
     assert isinstance(decide.decide(tx, Call(Import(id="c"))), Response)
     assert isinstance(decide.decide(tx, Call(Create(id="b"))), Response)
     tx.undo()
-    assert set(tx.hashes) == {"a"}
+    assert set(tx.requests) == {"a"}
     assert isinstance(decide.decide(tx, Call(Create(id="a"))), Response)
 
 

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
-from msgspec import Raw
+from msgspec import UNSET, Raw
 
 from jobd.model import commands
 from jobd.model.commands import (
@@ -70,6 +70,7 @@ BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
     (Create, {}, "max_processing_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
     (Create, {}, "run_at", [EARLIEST, LATEST], [EARLIEST - 1, LATEST + 1]),
     (Create, {}, "delay_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
+    (Create, {}, "expires_in_ms", [1, YEAR_MS], [0, YEAR_MS + 1, None]),
     (Create, {}, "expires_at", [EARLIEST, LATEST], [EARLIEST - 1, LATEST + 1]),
     (Create, {}, "backoff", [{"kind": "fixed"}, {"kind": "exponential"}], [{"kind": "linear"}, {"other": 1}]),
     (Create, {}, "backoff", [{"base_ms": 0}, {"base_ms": YEAR_MS}], [{"base_ms": -1}, {"base_ms": YEAR_MS + 1}]),
@@ -172,7 +173,8 @@ def test_the_defaults_of_commands() -> None:
         "max_attempts": 1,
         "backoff": Backoff("exponential", 10_000, 3_600_000, True),
     }
-    assert {name: value for name, value in msgspec.structs.asdict(create).items() if value is not None} == expected
+    given = {name: value for name, value in msgspec.structs.asdict(create).items() if value not in (None, UNSET)}
+    assert given == expected
     imported = msgspec.json.decode(b'{"id":"a"}', type=Import)
     expected |= {"id": "a", "status": "queued", "attempt": 0, "stalls": 0}
     assert {name: value for name, value in msgspec.structs.asdict(imported).items() if value is not None} == expected

@@ -167,8 +167,68 @@ def test_a_repeated_request_returns_the_current_job(rules: RuleHarness) -> None:
     assert decision.answer.unread_payloads == [(1, decision.answer.data)]
     assert not decision.changes
     refusal = rules.reject(Create(id="a", payload=Raw(b"2")), "job_exists")
-    assert refusal.details == {"job_id": "a", "status": "processing"}
-    assert refusal.message == "Job a exists and was created by another request. Use another id, or omit it."
+    assert refusal.details == {"job_id": "a", "status": "processing", "differs_in": ["payload"]}
+    assert refusal.message == (
+        "Job a exists, created by a request that differs in payload. Use another id, or omit it."
+    )
+
+
+def test_a_repeated_request_with_durations_returns_the_current_job(rules: RuleHarness) -> None:
+    request = Create(id="a", delay_ms=5, expires_in_ms=3_600_000)
+    assert rules.accept(request).expires_at == NOW + 3_600_000
+    rules.advance(60_000)
+    assert rules.accept(request).run_at == NOW + 5
+    assert len(rules.rows) == 1
+    refusal = rules.reject(Create(expires_at=NOW * 2, expires_in_ms=1), "invalid_request")
+    assert refusal.details == {"field": "$.expires_at"}
+    assert refusal.message == "Give expires_at or expires_in_ms, not both."
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "differs_in"),
+    [
+        ({}, {"queue": "q", "kind": "k", "payload": Raw(b"1")}, ["payload", "queue", "kind"]),
+        ({}, {"backoff": Backoff("fixed"), "stuck_after_ms": 1}, ["backoff", "stuck_after_ms"]),
+        ({"max_processing_ms": 0}, {}, ["max_processing_ms"]),
+        ({}, {"max_stalls": 1, "on_stall": "fail"}, ["max_stalls", "on_stall"]),
+        ({"max_stalls": 1}, {}, []),  # perhaps the configuration has changed
+        ({}, {"priority": 1, "max_attempts": 2}, ["priority", "max_attempts"]),
+        ({"run_at": NOW + 5}, {"run_at": NOW + 6}, ["run_at"]),
+        ({"run_at": NOW + 5}, {}, ["run_at"]),
+        ({"run_at": NOW + 5}, {"delay_ms": 5}, []),
+        ({"delay_ms": 5}, {"delay_ms": 6}, ["delay_ms"]),
+        ({"expires_at": NOW + 5}, {"expires_at": NOW + 6}, ["expires_at"]),
+        ({"expires_at": NOW + 5}, {}, ["expires_at"]),
+        ({"expires_at": NOW + 5}, {"expires_in_ms": 6}, ["expires_in_ms"]),
+        ({"expires_in_ms": 5}, {"expires_at": NOW + 5}, []),
+    ],
+)
+def test_job_exists_names_the_fields_that_differ(
+    rules: RuleHarness, first: dict[str, Any], second: dict[str, Any], differs_in: list[str]
+) -> None:
+    rules.create("a", **first)
+    refusal = rules.reject(Create(id="a", **second), "job_exists")
+    assert refusal.details["differs_in"] == differs_in
+    assert ("use delay_ms and expires_in_ms" in refusal.message) == bool({"run_at", "expires_at"} & set(differs_in))
+
+
+def test_job_exists_does_not_name_what_an_operator_may_have_changed(rules: RuleHarness) -> None:
+    rules.create("a", kind="k", payload=Raw(b"1"), run_at=NOW + 5)
+    rules.advance(1)
+    rules.accept_admin(Update(id="a", priority=5, max_attempts=3, run_at=NOW + 9))
+    refusal = rules.reject(Create(id="a", kind="k", payload=Raw(b"1"), expires_at=NOW * 2), "job_exists")
+    assert refusal.details["differs_in"] == []
+    assert refusal.message == (
+        "Job a exists, created by another request. The job does not show in which field: priority, max_attempts, "
+        "run_at and expires_at may have changed since. Use another id, or omit it."
+    )
+    refusal = rules.reject(Create(id="a", payload=Raw(b"1"), priority=5), "job_exists")
+    assert refusal.details["differs_in"] == ["kind"]
+
+
+def test_job_exists_names_no_payload_of_a_job_that_this_batch_imports(rules: RuleHarness) -> None:
+    rules.accept(Import(id="a", payload=Raw(b"1")))
+    assert rules.reject(Create(id="a", kind="k"), "job_exists").details["differs_in"] == ["kind"]
 
 
 def test_every_command_rejects_a_quarantined_id(rules: RuleHarness) -> None:
@@ -276,9 +336,10 @@ def test_a_bulk_creates_all_jobs_in_order_or_none(rules: RuleHarness) -> None:
     assert [job.id for job in answer.data.jobs][::2] == ["a", "c"]
     assert [job.seq for job in rules.rows.values()] == [1, 2, 3]
     refusal = rules.reject(Bulk(jobs=[Create(id="d"), Create(id="a", queue="other")]), "job_exists")
-    assert refusal.details == {"job_id": "a", "status": "queued", "index": 1}
+    assert refusal.details == {"job_id": "a", "status": "queued", "differs_in": ["queue"], "index": 1}
     assert refusal.message == (
-        "jobs[1]: Job a exists and was created by another request. Use another id, or omit it. No job was created."
+        "jobs[1]: Job a exists, created by a request that differs in queue. Use another id, or omit it. "
+        "No job was created."
     )
     assert "d" not in rules.rows
     refusal = rules.reject(Bulk(jobs=[Create(id="d"), Create(), Create(id="e"), Create(id="e")]), "invalid_request")
