@@ -265,12 +265,12 @@ def reload_certificates(listeners: Mapping[str, HttpListener], settings: Config)
     for name, listener in listeners.items():
         if listener.tls is None:
             continue
+        cert, key = _certificate(name, settings)
         try:
-            _tls_context(*_certificate(name, settings))
-        except CannotStart as error:
-            log.error("reload_failed", reason=str(error), kept="the old certificate")
-        else:
-            listener.tls.load_cert_chain(*_certificate(name, settings), _reject_encrypted_key)
+            _tls_context(cert, key)
+            listener.tls.load_cert_chain(cert, key, _reject_encrypted_key)
+        except (CannotStart, OSError) as error:  # ssl.SSLError is an OSError
+            log.error("reload_failed", listener=name, reason=str(error), kept="the old certificate")
 
 
 def _certificate(name: str, settings: Config) -> tuple[str, str]:

@@ -62,6 +62,10 @@ class NotAStore(StoreUnreadable):
     """The file is not a database, or another program wrote it."""
 
 
+class MigrationNeedsSpace(StoreError):
+    """The disk has no space for a migration. A restart does not help."""
+
+
 class StoreFailed(StoreError):
     """The disk failed while the store was opened. A restart may help."""
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import structlog
 
-from jobd.model.storage import SPARE_BYTES, DiskFull
+from jobd.model.storage import SPARE_BYTES
 from jobd.storage import files
 from jobd.storage.connection import journal_mode, read_number
 from jobd.storage.database import is_corrupt, now_ms, result_code
@@ -38,8 +38,8 @@ _LENGTHS: Final = (
 def upgrade(conn: sqlite3.Connection, path: str, version: int) -> None:
     """Copy the store at `path`, which has schema version `version`, to `<path>.v<version>-<time>`, and migrate it.
 
-    A complete copy that an interrupted migration has left is used again. Raises DiskFull before anything is written if
-    the disk does not have the space.
+    A complete copy that an interrupted migration has left is used again. Raises MigrationNeedsSpace
+    before anything is written if the disk does not have the space.
     """
     label = f"v{version}"
     _remove_part(path, label)
@@ -128,7 +128,7 @@ def _content(conn: sqlite3.Connection) -> tuple[int, dict[str, int] | None]:
 
 
 def _check_space(conn: sqlite3.Connection, path: str, version: int, *, needs_copy: bool) -> None:
-    """Raise DiskFull if the disk has no space for the copy and for the tables that are written again."""
+    """Raise MigrationNeedsSpace if the disk has no space for the copy and for the tables that are written again."""
     page_bytes = read_number(conn, "PRAGMA page_size")
     size = read_number(conn, "PRAGMA page_count") * page_bytes
     needed = (
@@ -139,9 +139,11 @@ def _check_space(conn: sqlite3.Connection, path: str, version: int, *, needs_cop
     disk = files.space(path)
     if disk is not None and disk.free_bytes < needed:
         what = "a copy and the new tables" if needs_copy else "the new tables"
-        raise DiskFull(
-            f"the migration from schema version {version} needs {needed} bytes for {what}, but only {disk.free_bytes} "
-            "are free"
+        lacking = needed - disk.free_bytes
+        raise files.MigrationNeedsSpace(
+            f"{path}: the migration from schema version {version} needs {needed} bytes for {what}, but only "
+            f"{disk.free_bytes} are free. Free {lacking} bytes on the disk of {os.path.dirname(path)}, then start jobd "
+            "again. The file was not changed"
         )
 
 

@@ -636,7 +636,9 @@ async def test_a_certificate_is_read_again(tmp_path: Path) -> None:
         (tmp_path / "key.pem").write_bytes((tmp_path / "next/key.pem").read_bytes())
         with capture_logs() as logs:
             reload_certificates({"worker-tcp": harness.listener}, settings)  # the key is that of another certificate
-        assert [(entry["event"], entry["kept"]) for entry in logs] == [("reload_failed", "the old certificate")]
+        [entry] = logs
+        assert (entry["event"], entry["listener"]) == ("reload_failed", "worker-tcp")
+        assert (entry["kept"], "key.pem" in entry["reason"]) == ("the old certificate", True)
         assert await status(client) == 200
         (tmp_path / "cert.pem").write_bytes((tmp_path / "next/cert.pem").read_bytes())
         reload_certificates({"worker-tcp": harness.listener}, settings)

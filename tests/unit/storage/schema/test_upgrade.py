@@ -17,8 +17,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from jobd.model.job import LIVE
-from jobd.model.storage import DiskFull, DiskSpace
+from jobd.model.storage import DiskSpace
 from jobd.storage import files, startup
+from jobd.storage.files import MigrationNeedsSpace
 from jobd.storage.schema import migrations, upgrade
 from tests.support.factories import ChangeFactory
 from tests.support.store_files import (
@@ -131,7 +132,7 @@ async def test_a_migration_without_space_leaves_nothing(small_disk: Path, monkey
     before = sorted(os.listdir(small_disk))
     for _ in range(2):
         with pytest.raises(
-            DiskFull, match=rf"version {OLD} needs \d+ bytes for a copy and the new tables, but only \d+ are"
+            MigrationNeedsSpace, match=rf"version {OLD} needs \d+ bytes for a copy and the new tables, but only \d+ are"
         ):
             async with open_store(path):
                 pass
@@ -148,9 +149,11 @@ async def test_a_migration_with_its_copy_needs_less_space(
     kill_migration(path, "migrate")
     with monkeypatch.context() as now:
         now.setattr(files, "space", lambda path: DiskSpace(path, 1000, 1 << 40))
-        with pytest.raises(DiskFull, match=r"needs \d+ bytes for the new tables, but only 1000 are free"):
+        match = r"needs \d+ bytes for the new tables, but only 1000 are free. Free \d+ bytes"
+        with pytest.raises(MigrationNeedsSpace, match=match) as raised:
             async with open_store(path):
                 pass
+        assert raised.value.exit_code == 78, "systemd does not restart it"
     monkeypatch.setattr(files, "space", lambda path: None)  # the file system does not say
     async with open_store(path):
         pass
@@ -202,7 +205,7 @@ def space_needed(path: str) -> int:
     conn = startup.connect(path, "FULL")
     with contextlib.closing(conn), pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "space", lambda path: DiskSpace(path, 0, 1 << 40))
-        with pytest.raises(DiskFull) as raised:
+        with pytest.raises(MigrationNeedsSpace) as raised:
             startup.prepare_schema(conn, path)
         [needed] = re.findall(r"needs (\d+) bytes for a copy", str(raised.value))
         (size,) = conn.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()
