@@ -113,8 +113,8 @@ async def test_the_tables_are_written_soon(store: Store, monkeypatch: pytest.Mon
     monkeypatch.setattr(stores, "SLICE_DELAY_S", 0.001)
     maker = ChangeFactory()
     await store.write(maker.batch([maker.create()]))
-    assert store._projection.behind == 1
-    await wait_until(lambda: not store._projection.behind)
+    assert store.behind == 1
+    await wait_until(lambda: not store.behind)
 
 
 @pytest.mark.parametrize("commit", ["inline", "thread"])
