@@ -218,7 +218,7 @@ def test_run_drains_a_queue_and_its_exit_code_reports_failures(running: CliDaemo
     assert jobs["r1-0"].error_code == "exit:1"
     done = running.run("jobd.cli.ctl.main", "run", "--queue", "r1", "--drain", "true")
     assert (done.returncode, done.stdout) == (0, "")
-    assert re.fullmatch(r"jobctl run: worker \S+ claims jobs of queue r1 at unix:\S+\n", done.stderr)
+    assert re.fullmatch(r"jobctl run: worker \S+ claims jobs of queue r1, 1 at a time, at unix:\S+\n", done.stderr)
     running.client.create_job(queue="r1", id="r1-later", delay_ms=3_600_000)
     done = running.run("jobd.cli.ctl.main", "run", "--queue", "r1", "--drain", "true")
     assert (done.returncode, done.stdout) == (0, "")

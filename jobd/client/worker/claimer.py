@@ -225,7 +225,8 @@ def describe_claims(options: ClaimOptions, client: AsyncJobClient) -> str:
     """Return the line that a worker logs at its start: what it claims, and the addresses of the daemon."""
     queues = f"{'queue' if len(options.queues) == 1 else 'queues'} {', '.join(options.queues)}"
     kinds = "" if options.kinds is None else f" (only {', '.join(options.kinds)})"
-    return f"worker {options.worker} claims jobs of {queues}{kinds} at {', '.join(map(str, client.endpoints))}"
+    many = f", {options.concurrency} at a time,"
+    return f"worker {options.worker} claims jobs of {queues}{kinds}{many} at {', '.join(map(str, client.endpoints))}"
 
 
 def default_name() -> str:

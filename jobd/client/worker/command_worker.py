@@ -23,7 +23,7 @@ from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, 
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
 from jobd.client.worker.idle_reasons import pauses, remaining_jobs
 from jobd.client.worker.lease import LeaseKeeper, describe_failure
-from jobd.client.worker.output import Directives, OutputFilter, OutputWriter, Tail, write_all
+from jobd.client.worker.output import Directives, OutputFilter, OutputWriter, Tail, print_message
 from jobd.client.worker.process import Program
 from jobd.client.worker.runner import Execution, WorkerRunner, on_signals, seconds
 from jobd.client.worker.service_thread import Log, ServiceThread
@@ -303,6 +303,4 @@ def describe(code: int | None) -> tuple[str, str]:
 
 
 def _print(text: str) -> None:
-    """Write a message to stderr, without its buffer: a blocked write would keep the lock of the buffer at the exit."""
-    with contextlib.suppress(OSError):
-        write_all(2, f"jobctl run: {text}\n".encode(errors="backslashreplace"))
+    print_message(f"jobctl run: {text}")

@@ -76,7 +76,7 @@ class LeaseKeeper:
         self._wake = asyncio.Event()
         self._is_reachable = True
         self._is_over = False
-        self.retry_in_s: float | None = None  # set if the attempt has failed and the job is retried
+        self.ending: tuple[str, JobView] | None = None  # the verb that the daemon has accepted, and the job after it
         self._heartbeat: asyncio.Task[None] | None = None
 
     @property
@@ -275,8 +275,7 @@ class LeaseKeeper:
                 await self._extend_meanwhile()
             else:
                 self._on_response()
-                if verb == "fail" and job.status == "queued":
-                    self.retry_in_s = (job.run_at - job.updated_at) / 1000
+                self.ending = verb, job
                 return job
         self._log(f"job {self.id}: {verb} was too late: {self.lost.result().message}")
         return None
@@ -320,13 +319,27 @@ def _wait_s(failures: int) -> float:
     return random.uniform(0.5, 1) * min(WAIT_S, 0.1 * 2.0 ** min(failures, 10))
 
 
-def describe_failure(job: JobView, reason: str) -> str:
+def describe_end(keeper: LeaseKeeper, run_s: float) -> str:
+    """Return the line that reports the end of a run: the job, its kind, the result, the duration, the error."""
+    job, after = keeper.grant.job, f" after {run_s:.1f} s"
+    name = f"job {job.id}" + (f" ({job.kind})" if job.kind else "")
+    if keeper.ending is None:
+        why = f": {keeper.lost.result().message}" if keeper.lost.done() else "."
+        return f"{name} ended here{after}, without a result{why}"
+    verb, job = keeper.ending
+    if verb == "fail":
+        return describe_failure(job, (job.error_message or "").partition("\n")[0], name, after)
+    return f"{name} {'completed' if verb == 'complete' else 'was put back'}{after}."
+
+
+def describe_failure(job: JobView, reason: str, name: str = "", after: str = "") -> str:
     """Return the line that reports a failed attempt and whether there is another one."""
+    failed = f"{name or f'job {job.id}'} failed{after}: {reason}"
     if job.status != "queued":
-        return f"job {job.id} failed: {reason}; it is not retried: attempt {job.attempt} of {job.max_attempts}."
+        return f"{failed}; it is not retried: attempt {job.attempt} of {job.max_attempts}."
     delay_s = round((job.run_at - job.updated_at) / 1000)
     delay = f"in {delay_s} s" if delay_s < 120 else f"in {round(delay_s / 60)} min"
-    return f"job {job.id} failed: {reason}; it is retried {delay if delay_s > 0 else 'now'}."
+    return f"{failed}; it is retried {delay if delay_s > 0 else 'now'}."
 
 
 def _resolve(reported: asyncio.Future[None], error: JobdError | None = None) -> None:

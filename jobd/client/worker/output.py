@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import queue
@@ -214,6 +215,12 @@ def write_all(fd: int, data: bytes) -> None:
             rest = rest[os.write(fd, rest) :]
         except BlockingIOError:
             poll.poll()
+
+
+def print_message(text: str) -> None:
+    """Write a message to stderr, without its buffer: a blocked write would keep the lock of the buffer at the exit."""
+    with contextlib.suppress(OSError):
+        write_all(2, f"{text}\n".encode(errors="backslashreplace"))
 
 
 class OutputWriter:

@@ -15,7 +15,7 @@ from jobd.client.aio import AsyncJobClient
 from jobd.client.worker.aio_utils import first_of, within
 from jobd.client.worker.claimer import Claimer, ClaimOptions
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS, describe_error
-from jobd.client.worker.lease import LeaseKeeper, describe_failure
+from jobd.client.worker.lease import LeaseKeeper, describe_end, describe_failure
 from jobd.client.worker.service_thread import Log
 from jobd.model.responses import GrantView
 
@@ -64,8 +64,8 @@ Begin = Callable[[LeaseKeeper], Awaitable[Execution]]
 class WorkerRunner:
     """Claim jobs, begin an Execution for each and wait for its end.
 
-    `stop` stops claiming and gives running work `grace_s`. A second `stop` ends the grace, a third all other waits.
-    A job whose work was stopped with the worker is released after the work has ended.
+    `stop` stops claiming and gives running work `grace_s`. A second `stop` ends the grace, a third all other waits. A
+    job whose work was stopped with the worker is released after the work has ended. `report` gets a line for each run.
     """
 
     def __init__(
@@ -78,10 +78,12 @@ class WorkerRunner:
         grace_s: float = 30.0,
         stop_s: float = STOP_S,
         progress_every_s: float = 0,
+        report: Log | None = None,
     ) -> None:
         self._client = client
         self._begin = begin
         self._log = log
+        self._report = report
         self._grace_s = grace_s
         self._stop_s = stop_s
         self._progress_every_s = progress_every_s
@@ -137,6 +139,7 @@ class WorkerRunner:
         self._give_up.set()
 
     async def _work(self, grant: GrantView, is_resent: bool) -> None:
+        begun_s = asyncio.get_running_loop().time()
         keeper = LeaseKeeper(self._client, grant, self._log, progress_every_s=self._progress_every_s)
         is_completed = False
         if self._claimer.is_stopping:
@@ -152,8 +155,11 @@ class WorkerRunner:
             self.not_completed.discard(keeper.id)
         elif self._is_bounded:
             self.not_completed.add(keeper.id)
-            if keeper.retry_in_s is not None:
-                self._claimer.await_retry(keeper.id, keeper.retry_in_s)
+            if keeper.ending is not None and keeper.ending[1].status == "queued" and keeper.ending[0] == "fail":
+                job = keeper.ending[1]
+                self._claimer.await_retry(job.id, (job.run_at - job.updated_at) / 1000)
+        if self._report is not None:
+            self._report(describe_end(keeper, asyncio.get_running_loop().time() - begun_s))
 
     async def _attempt(self, keeper: LeaseKeeper) -> bool:
         """Execute the job and report its end. Return whether it is completed. A bug in jobd fails the job first."""
@@ -223,7 +229,7 @@ class WorkerRunner:
     async def _fail_timeout(self, execution: Execution, keeper: LeaseKeeper) -> None:
         message = f"The run took longer than its timeout of {execution.timeout_s} s.{execution.describe_timeout()}"
         job = await keeper.fail(self._give_up, message[:MESSAGE_CHARACTERS], error_code="timeout")
-        if job is not None:
+        if job is not None and self._report is None:
             self._log(describe_failure(job, "timeout"))
 
 

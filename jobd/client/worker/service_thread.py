@@ -22,19 +22,20 @@ class ServiceThread:
     def __init__(self, name: str) -> None:
         self._name = name
         self._loop: Final = asyncio.new_event_loop()
-        self._messages: Final[queue.SimpleQueue[str | None]] = queue.SimpleQueue()
+        self._messages: Final[queue.SimpleQueue[tuple[Log, str] | None]] = queue.SimpleQueue()
         self._logging: threading.Thread | None = None
 
     def background(self, log: Log) -> Log:
-        """Return a function that calls `log` in another thread, because writing a log may block. Call this once.
+        """Return a function that calls `log` in another thread, because writing a log may block. Logs share the thread.
 
         It is a daemon thread too. The end of `run` waits for it for at most LOG_S, and the messages that are left are
         dropped. Errors of `log` are ignored.
         """
-        name = f"{self._name}: messages"
-        self._logging = threading.Thread(target=_log_all, args=(log, self._messages), name=name, daemon=True)
-        self._logging.start()
-        return self._messages.put
+        if self._logging is None:
+            name = f"{self._name}: messages"
+            self._logging = threading.Thread(target=_log_all, args=(self._messages,), name=name, daemon=True)
+            self._logging.start()
+        return lambda text: self._messages.put((log, text))
 
     def call(self, function: Callable[..., object]) -> None:
         """Schedule `function` on this loop. Thread-safe. Does nothing after `run` has ended."""
@@ -66,8 +67,9 @@ class ServiceThread:
         call_on(done.get_loop(), lambda: _end(done, error))
 
 
-def _log_all(log: Log, messages: queue.SimpleQueue[str | None]) -> None:
-    while (text := messages.get()) is not None:
+def _log_all(messages: queue.SimpleQueue[tuple[Log, str] | None]) -> None:
+    while (message := messages.get()) is not None:
+        log, text = message
         with contextlib.suppress(Exception):  # a log that is full or closed must not end the work
             log(text)
 

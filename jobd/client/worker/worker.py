@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Final, TypeVar, overload
@@ -18,6 +19,7 @@ from jobd.client.endpoint import Address
 from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, describe_claims, describe_process
 from jobd.client.worker.handlers import AsyncExecution, HandlerLoop, RegisteredHandler, ThreadExecution, logger
 from jobd.client.worker.lease import LeaseKeeper
+from jobd.client.worker.output import print_message
 from jobd.client.worker.runner import Execution, WorkerRunner, on_signals, seconds
 from jobd.client.worker.service_thread import ServiceThread
 
@@ -43,7 +45,8 @@ class Worker:
     the traceback. Retry and Discard decide whether there is another attempt, and Snooze puts the job back without using
     one. Locks last `lock_ttl_ms` and are extended automatically. If a lock is lost or a job is cancelled, its handler
     is stopped. On SIGTERM and SIGINT the worker drains: it stops claiming, gives running handlers `grace_s` seconds,
-    then stops them and releases their jobs. It logs to `jobd.client`.
+    then stops them and releases their jobs. It logs to `jobd.client`. If stderr is a terminal, it prints there what it
+    claims, and a line for each job.
 
     A service thread with its own event loop and connections claims jobs and extends locks, so a handler that blocks its
     loop does not lose its lock. A loop that is blocked for 5 s is logged. A C extension that holds the GIL for longer
@@ -146,11 +149,14 @@ class Worker:
             raise ValueError("a worker needs a handler: @worker.handler(...)")
         client = self._client.twin() if isinstance(self._client, AsyncJobClient) else self._streaming(self._client)
         options = self._claim_options()
-        logger.info("%s", describe_claims(options, client))
         service = ServiceThread(f"jobd worker {self.name}")
         log = service.background(logger.warning)
+        report = service.background(print_message) if os.isatty(2) else None
+        (report or logger.info)(describe_claims(options, client))
         loop = HandlerLoop(log)
-        runner = WorkerRunner(client, options, functools.partial(self._begin, loop), log, grace_s=self._grace_s)
+        runner = WorkerRunner(
+            client, options, functools.partial(self._begin, loop), log, grace_s=self._grace_s, report=report
+        )
 
         async def work() -> None:
             watching = asyncio.ensure_future(loop.watch())

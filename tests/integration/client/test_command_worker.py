@@ -69,7 +69,7 @@ async def test_exit_status_0_completes_the_job_with_its_result(
     assert run.out == 'payload {"a" : 1.0}\n::progress many\n'
     assert run.err == "to-stderr\n"
     start, message = run.messages
-    assert start == f"worker run claims jobs of queue {queue} at {client.endpoints[0]}"
+    assert start == f"worker run claims jobs of queue {queue}, 1 at a time, at {client.endpoints[0]}"
     assert "not a directive" in message
 
 
@@ -189,7 +189,7 @@ async def test_a_paused_queue_is_reported_at_the_start(
     running = asyncio.create_task(run.run())
     await wait_until(lambda: len(run.messages) > 1)
     start, pause = run.messages
-    assert start.startswith(f"worker run claims jobs of queue {queue} (only a, b) at unix:")
+    assert start.startswith(f"worker run claims jobs of queue {queue} (only a, b), 1 at a time, at unix:")
     assert pause.startswith(f"queue {queue} was paused by ")
     assert pause.endswith(f", until resumed: deploy. Its jobs wait. To resume it: jobctl resume {queue}")
     run.worker.stop()
@@ -283,7 +283,7 @@ async def test_a_single_queue_or_kind_may_be_text(client: AsyncJobClient, queue:
     worker = CommandWorker(client, ["true"], queues=queue, kinds="video", drain=True, log=messages.append)
     assert await worker.run(signals=False) == 0
     assert (await client.get_job(job.id)).status == "completed"
-    assert f"claims jobs of queue {queue} (only video) at" in messages[0]
+    assert f"claims jobs of queue {queue} (only video), 1 at a time, at" in messages[0]
 
 
 async def test_cancelling_a_job_ends_its_process_group(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:

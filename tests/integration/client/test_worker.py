@@ -239,7 +239,10 @@ async def test_an_error_of_any_class_fails_its_job_not_the_worker(
     jobs = [await client.create_job(queue=queue, kind=kind) for kind in errors]
     async with running_worker(worker):
         failed = [await wait_until_finished(client, job.id) for job in jobs]
-    assert caplog.messages[0] == f"worker {worker.name} claims jobs of queue {queue} at {client.endpoints[0]}"
+    assert (
+        caplog.messages[0]
+        == f"worker {worker.name} claims jobs of queue {queue}, 1 at a time, at {client.endpoints[0]}"
+    )
     assert [(job.error_code, (job.error_message or "").split("\n")[0]) for job in failed] == [
         ("NoText", "<exception str() failed>"),
         ("NoNotes", "NoNotes: with a text"),

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import functools
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -213,6 +215,51 @@ async def test_sigterm_drains_a_worker_process(client: AsyncJobClient, daemon: D
         process.kill()
         await asyncio.to_thread(process.wait)
     assert (await client.get_job(job.id)).metadata_value == "done"
+
+
+TERMINAL = """
+import sys
+from jobd.client import Snooze, Worker
+worker = Worker(sys.argv[1], queues=[sys.argv[2]], concurrency=2, name="w-tty")
+
+@worker.handler("good", "bad", "snoozed")
+def work(task):
+    if task.job.kind == "bad":
+        raise ValueError("no such\\npage")
+    if task.job.kind == "snoozed":
+        raise Snooze(3600)
+
+worker.run()
+"""
+
+
+async def test_in_a_terminal_a_worker_prints_what_it_claims_and_each_job(
+    client: AsyncJobClient, daemon: DaemonProcess, queue: str
+) -> None:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", TERMINAL, f"unix:{daemon.socket}", queue]
+    ids = {kind: (await client.create_job(queue=queue, kind=kind)).id for kind in ("good", "bad", "snoozed")}
+    ours, theirs = pty.openpty()
+    start = functools.partial(subprocess.Popen, command, env=environ, stderr=theirs, preexec_fn=die_with_us)
+    process = await asyncio.to_thread(start)
+    os.close(theirs)
+    shown = ""
+    try:
+        while any(f"job {job_id} (" not in shown for job_id in ids.values()):
+            shown += (await asyncio.to_thread(os.read, ours, 4096)).decode().replace("\r\n", "\n")
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.wait)
+        os.close(ours)
+    kinds = "good, bad, snoozed"
+    assert shown.startswith(
+        f"worker w-tty claims jobs of queue {queue} (only {kinds}), 2 at a time, at {client.endpoints[0]}\n"
+    )
+    shown = re.sub(r"after \d+\.\d s", "after N s", shown)
+    assert f"\njob {ids['good']} (good) completed after N s." in shown
+    assert f"\njob {ids['snoozed']} (snoozed) was put back after N s." in shown
+    failed = f"\njob {ids['bad']} (bad) failed after N s: ValueError: no such; it is not retried: attempt 1 of 1."
+    assert failed in shown
 
 
 async def test_a_signal_ends_claims_even_if_a_handler_blocks_the_loop(client: AsyncJobClient, queue: str) -> None:
