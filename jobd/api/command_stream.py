@@ -18,8 +18,9 @@ from jobd.api.services import Services
 from jobd.engine.envelope import Envelope
 from jobd.http.app import App
 from jobd.http.decoding import Limits, RequestDecoder, make_body_type, malformed_json_error, validation_error
+from jobd.http.read_deadline import read_deadline, slow_client
 from jobd.http.request import RequestContext
-from jobd.http.response import SAFE_HEADERS, WRITE_TIMEOUT_S, error_line, response_line
+from jobd.http.response import SAFE_HEADERS, error_line, response_line
 from jobd.http.routing import Route
 from jobd.http.streaming import LineStream, finish
 from jobd.http.worker_request import WorkerRequest
@@ -197,6 +198,7 @@ class _StreamSession:
         self._bytes = 0
         self._has_capacity = asyncio.Event()
         self._is_read = False
+        self._grants = 0  # in the piece that is being written
 
     async def run(self) -> None:
         await self._ctx.start({"Content-Type": LINES, **SAFE_HEADERS})
@@ -217,7 +219,7 @@ class _StreamSession:
         except ConnectionError:
             raise
         except TimeoutError:
-            log.info("command_stream_cut_off", reason=f"the client read nothing for {WRITE_TIMEOUT_S:g} s")
+            log.warning("command_stream_cut_off", reason=slow_client(), grants=self._grants)
             raise self._cut() from None
         except Exception as bug:  # too late for a 500, so abort the connection
             self._app.log_internal_error(self._ctx, bug)
@@ -296,13 +298,14 @@ class _StreamSession:
         """Write the next responses in one piece. Release the grants in lines of which no byte was written."""
         piece, grants = self._next_piece()
         self._has_capacity.set()
+        self._grants = sum(len(response.grants) for _, response in grants)
         written = 0
         try:
             self._ctx.send(piece)
             # The rest is buffered behind bytes that the client has not read, and may never be sent.
             written = len(piece) + len(b"\r\n") - self._ctx.unsent_bytes
             if self._ctx.unsent_bytes:
-                async with asyncio.timeout(WRITE_TIMEOUT_S):
+                async with read_deadline(self._ctx.transport):
                     await self._ctx.drain()
                 written = len(piece)
         finally:

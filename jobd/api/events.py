@@ -9,8 +9,9 @@ import structlog
 from jobd.api.services import Services
 from jobd.engine.event_feed import Subscriber
 from jobd.http.app import App
+from jobd.http.read_deadline import slow_client
 from jobd.http.request import RequestContext
-from jobd.http.response import SAFE_HEADERS, WRITE_TIMEOUT_S
+from jobd.http.response import SAFE_HEADERS
 from jobd.http.streaming import finish, write
 from jobd.model.api_call import EVENT_STREAM
 from jobd.model.commands import MAX_NAMES
@@ -58,7 +59,7 @@ def _log_end(error: Exception, ctx: RequestContext) -> None:
         case ApiException():
             log.info("event_stream_cut_off", reason=error.error.code)
         case TimeoutError():
-            log.info("event_stream_cut_off", reason=f"the client read nothing for {WRITE_TIMEOUT_S:g} s")
+            log.info("event_stream_cut_off", reason=slow_client())
         case ConnectionError() if ctx.is_disconnected:
             pass
         case _:

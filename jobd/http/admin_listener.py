@@ -7,13 +7,15 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
 
+import structlog
 from aiohttp import web
 
 from jobd.http.app import SUPPORTED_VERSIONS, App
 from jobd.http.hangup import is_hung_up
 from jobd.http.parser import AHEAD_BYTES, PIECE_BYTES, MalformedRequest, RequestParser, malformed_request, piece_size
+from jobd.http.read_deadline import read_deadline, slow_client
 from jobd.http.request import BodyError, RequestContext, add_header, without_authority
-from jobd.http.response import WRITE_TIMEOUT_S, HttpResponse
+from jobd.http.response import HttpResponse
 from jobd.http.server import HttpListener
 from jobd.http.worker_request import WorkerRequest
 
@@ -21,6 +23,9 @@ LINGER_S: Final = 5.0  # to read the rest of a rejected body, without which the 
 CANCEL_GRACE_S: Final = 0.1  # for cancelled handlers, after the deadline of a stop
 FLUSH_POLL_S: Final = 0.05
 SERVER: Final = {"Server": "jobd"}  # in place of the versions of aiohttp and Python
+
+
+log = structlog.get_logger("jobd.web")
 
 
 class AdminRequest(RequestContext, eq=False):
@@ -82,11 +87,12 @@ class AdminRequest(RequestContext, eq=False):
         if response.close:
             made.force_close()
         try:
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
+            async with read_deadline(self.transport):
                 await made.prepare(self._request)
                 await made.write_eof()
                 await self._flush()
         except TimeoutError:
+            log.warning("response_cut_off", reason=slow_client(), by=self.by)
             self.abort()
         if response.close_at_once and self.transport is not None:
             self.transport.close()

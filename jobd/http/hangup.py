@@ -16,7 +16,10 @@ def is_hung_up(transport: BaseTransport) -> bool:
     return bool(poll.poll(0))
 
 
-def has_unacknowledged_bytes(transport: BaseTransport) -> bool:
-    """Return whether the client's system has not acknowledged all bytes that were sent."""
-    count = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-    return bool(struct.unpack("i", count)[0])
+def unacknowledged_bytes(transport: BaseTransport) -> int:
+    """Return how many of the bytes sent the client's system has not acknowledged; none on a closed socket."""
+    descriptor = transport.get_extra_info("socket").fileno()
+    if descriptor < 0:
+        return 0
+    count: int = struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)))[0]
+    return count

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from functools import partial
 from typing import Any, Final, cast
 
 import structlog
 
 from jobd.http.app import INTERNAL_ERROR, App
-from jobd.http.hangup import has_unacknowledged_bytes, is_hung_up
+from jobd.http.hangup import is_hung_up, unacknowledged_bytes
 from jobd.http.parser import AHEAD_BYTES, PIECE_BYTES, MalformedRequest, RequestParser, malformed_request, piece_size
-from jobd.http.response import HTTP_VERSION, HttpResponse, abort_later
+from jobd.http.read_deadline import ReadDeadline, slow_client
+from jobd.http.response import HTTP_VERSION, HttpResponse
 from jobd.http.worker_request import WorkerRequest
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
@@ -304,9 +306,14 @@ class WorkerConnection(asyncio.Protocol):
             request.is_dropped = request.task is None  # nothing reads the rest of the body
             request.response = response
             request.is_written = transport.get_write_buffer_size() < len(data)  # a part of it
-            request.timer = abort_later(transport)
+            request.timer = ReadDeadline(transport, partial(self._cut_off, request, response))
             return
         self._finish(request, response)
+
+    def _cut_off(self, request: WorkerRequest, response: HttpResponse) -> None:
+        """Abort the connection of a client that has stopped reading. Grants of which it has read a part stay locked."""
+        log.warning("response_cut_off", reason=slow_client(), by=request.by, grants=response.grants)
+        self.abort()
 
     def pause_writing(self) -> None:
         self._is_writing_paused = True
@@ -495,4 +502,4 @@ class WorkerConnection(asyncio.Protocol):
 
     def _is_probing(self, transport: asyncio.Transport) -> bool:
         """Return whether the client's system has neither acknowledged all sent bytes nor reset the connection."""
-        return not transport.is_closing() and not is_hung_up(transport) and has_unacknowledged_bytes(transport)
+        return not transport.is_closing() and not is_hung_up(transport) and unacknowledged_bytes(transport) > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping
 from email.utils import formatdate
@@ -18,7 +17,6 @@ from jobd.model.api_call import JSON
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
-WRITE_TIMEOUT_S: Final = 75.0  # for the client to read a response
 RETRY_AFTER_S: Final = 1
 
 HTTP_VERSION: Final = b"HTTP/1.1 "  # every response begins with it
@@ -102,7 +100,7 @@ class HttpResponse(Struct, eq=False):
     """A complete response.
 
     `on_lost` is called if the connection closes before the first byte is written. `close` closes the connection after
-    the rest of the request has been read and dropped, `close_at_once` without reading it.
+    the rest of the request has been read and dropped, `close_at_once` without reading it. `grants` is their number.
     """
 
     status: int
@@ -111,6 +109,7 @@ class HttpResponse(Struct, eq=False):
     close: bool = False
     close_at_once: bool = False
     on_lost: Callable[[], None] | None = None
+    grants: int = 0
 
     def encode(self, ctx: RequestContext) -> bytes:
         head = _JSON_HEADS[self.status] if self.headers is _JSON_HEADERS else _head(self.status, self.headers)
@@ -136,18 +135,15 @@ def connection_line(ctx: RequestContext, close: bool = False) -> bytes:
     return b"" if ctx.version == "1.1" else b"Connection: keep-alive\r\n"
 
 
-def abort_later(transport: asyncio.Transport) -> asyncio.TimerHandle:
-    """Abort the connection of a slow client, unless the timer is cancelled in time."""
-    return asyncio.get_running_loop().call_later(WRITE_TIMEOUT_S, transport.abort)
-
-
 def ok_response(response: Response, close: bool, on_lost: Callable[[], None] | None) -> HttpResponse:
     """Build the response `{"success": true, "data": …}`, or one with a raw body. The status may be 503, too."""
     data = response.data
     if type(data) is RawBody:
         return HttpResponse(response.status, _page_headers(data), data.body, close)
     headers = _REPLAYED_HEADERS if response.replayed else _JSON_HEADERS
-    return HttpResponse(response.status, headers, _encode(_SuccessBody(True, data)), close, False, on_lost)
+    return HttpResponse(
+        response.status, headers, _encode(_SuccessBody(True, data)), close, False, on_lost, len(response.grants)
+    )
 
 
 def _page_headers(page: RawBody) -> dict[str, str]:

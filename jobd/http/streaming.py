@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from jobd.http.decoding import Limits
+from jobd.http.read_deadline import read_deadline
 from jobd.http.request import BodyError, RequestContext
-from jobd.http.response import WRITE_TIMEOUT_S
 from jobd.model.errors import api_error
 
 _LF = ord("\n")  # an integer, because a search for bytes of length 1 takes several times as long
@@ -75,11 +75,11 @@ class LineStream:
 
 async def write(ctx: RequestContext, piece: bytes) -> None:
     """Send `piece`. Raises TimeoutError if the client does not read."""
-    async with asyncio.timeout(WRITE_TIMEOUT_S):
+    async with read_deadline(ctx.transport):
         await ctx.write(piece)
 
 
 async def finish(ctx: RequestContext) -> None:
     """Send the end of the body. Raises TimeoutError if the client does not read."""
-    async with asyncio.timeout(WRITE_TIMEOUT_S):
+    async with read_deadline(ctx.transport):
         await ctx.finish()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final, Protocol, cast
 
 from jobd.http.app import MALFORMED_BODY, App
+from jobd.http.read_deadline import ReadDeadline
 from jobd.http.request import BodyError, RequestContext
 from jobd.http.response import HttpResponse, stream_head
 from jobd.model.errors import ApiError
@@ -40,7 +41,7 @@ class WorkerRequest(RequestContext, eq=False):
     response: HttpResponse | None = None
     is_written: bool = False
     task: asyncio.Task[None] | None = None
-    timer: asyncio.TimerHandle | None = None
+    timer: asyncio.TimerHandle | ReadDeadline | None = None
     is_streamed: bool = False
     is_dropped: bool = False  # the rest of the body is not read
     _is_chunked: bool = False

@@ -421,7 +421,7 @@ async def test_bulks_and_claims_count_by_their_jobs_and_lines_by_their_bytes(tmp
 async def test_a_client_that_stops_reading_is_not_read_and_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command_stream, "WRITE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("jobd.http.read_deadline.WRITE_TIMEOUT_S", 0.2)
     actor = FakeActor(lambda command: Response({"much": "x" * 20_000}))
     async with HttpHarness(ROUTES, tmp_path, actor=actor) as harness:
         stream = await RawCommandStream.open(harness)
@@ -528,7 +528,7 @@ async def test_grants_behind_unread_responses_are_released(
     server: WorkerApiServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are committed and encoded, and no byte of them was sent."""
-    monkeypatch.setattr(command_stream, "WRITE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("jobd.http.read_deadline.WRITE_TIMEOUT_S", 0.2)
     payload = json.dumps("x" * 200_000)
     await server.harness.request("POST", "/v1/jobs", f'{{"id":"big","priority":9,"payload":{payload}}}')
     await server.harness.request("POST", "/v1/jobs", '{"id":"late"}')
@@ -547,7 +547,7 @@ async def test_grants_behind_unread_responses_are_released(
 async def test_only_the_grants_that_were_sent_are_kept(
     server: WorkerApiServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command_stream, "WRITE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("jobd.http.read_deadline.WRITE_TIMEOUT_S", 0.3)
     payload = "x" * 3_000
     jobs = [{"id": f"j-{number}", "payload": payload} for number in range(300)]
     await server.harness.request("POST", "/v1/jobs/bulk", json.dumps({"jobs": jobs}))

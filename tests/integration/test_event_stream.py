@@ -16,7 +16,6 @@ import pytest
 from jobd.api.admin import ROUTES as ADMIN_ROUTES
 from jobd.api.worker import ROUTES
 from jobd.engine import event_feed
-from jobd.http import streaming
 from jobd.http.auth import Authenticator
 from jobd.http.worker_request import WorkerRequest
 from jobd.model.requests import MAX_BACK
@@ -223,7 +222,7 @@ async def test_a_client_that_does_not_read_is_cut_off_and_the_others_receive_eve
 async def test_the_wait_for_a_client_that_does_not_read_the_journal_is_limited(
     harness: HttpHarness, commit: CommitPublisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "WRITE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("jobd.http.read_deadline.WRITE_TIMEOUT_S", 0.05)
     await commit(20_000)
     client = await harness.connect()
     client.send(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": "0"}))
@@ -242,7 +241,7 @@ async def test_the_wait_for_a_client_that_does_not_read_the_end_is_limited(
         await asyncio.Event().wait()
 
     monkeypatch.setattr(WorkerRequest, "finish", waits_for_the_client)
-    monkeypatch.setattr(streaming, "WRITE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("jobd.http.read_deadline.WRITE_TIMEOUT_S", 0.05)
     await commit(3)
     client = await opened_stream(harness, "?follow=false&last=2")
     assert await seqs(client, 2) == [2, 3]

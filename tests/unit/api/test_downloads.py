@@ -181,7 +181,7 @@ async def test_the_number_of_downloads_is_limited_and_ended_ones_do_not_count(
 async def test_a_client_that_does_not_read_is_cut_off_and_delays_no_other(
     harness: HttpHarness, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobd.http.streaming.WRITE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("jobd.http.read_deadline.WRITE_TIMEOUT_S", 0.2)
     put(harness, place, "k", bytes(64 << 20))
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX) as stalled:

@@ -235,22 +235,24 @@ async def test_a_client_that_reads_too_slowly_is_cut_off(
     unix: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any, end: str
 ) -> None:
     if end == "patience":
-        monkeypatch.setattr("jobd.http.response.WRITE_TIMEOUT_S", 0.05)
+        monkeypatch.setattr("jobd.http.read_deadline.WRITE_TIMEOUT_S", 0.05)
     response = Response("x" * 3_000_000, grants=[("a", "lock")])
     unix.actor.respond = lambda _: response
     client = await unix.connect()
     client.writer.transport.set_write_buffer_limits(0)
     await send(client, CLAIM)
     client.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    await wait_for_commands(unix, 1)
-    await asyncio.sleep(0)
-    if end == "client":
-        client.writer.transport.abort()
-    elif end == "stop":
-        with capture_logs():
+    with capture_logs() as logs:
+        await wait_for_commands(unix, 1)
+        await asyncio.sleep(0)
+        if end == "client":
+            client.writer.transport.abort()
+        elif end == "stop":
             await unix.stop(0.01)
-    await wait_until_closed(unix)
-    await unix.app.wait_idle()
+        await wait_until_closed(unix)
+        await unix.app.wait_idle()
+    cut_off = [entry["grants"] for entry in logs if entry["event"] == "response_cut_off"]
+    assert cut_off == ([1] if end == "patience" else [])
     assert unix.actor.undelivered_responses == []  # its first byte has been written
 
 
@@ -320,7 +322,7 @@ async def test_a_few_unread_bytes_do_not_keep_a_connection_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, send: Any, close: dict[str, str]
 ) -> None:
     """A transport that is closed before everything is written waits for the client, even for an idle one."""
-    monkeypatch.setattr("jobd.http.response.WRITE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("jobd.http.read_deadline.WRITE_TIMEOUT_S", 0.05)
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.02)) as harness:
         client = await harness.connect()
         await send(client, CLAIM)

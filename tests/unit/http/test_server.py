@@ -362,7 +362,7 @@ async def test_a_slow_client_keeps_its_response_and_delays_no_other(harness: Htt
 
 
 async def test_a_client_that_never_reads_is_cut_off(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobd.http.response.WRITE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("jobd.http.read_deadline.WRITE_TIMEOUT_S", 0.05)
     harness.actor.respond = lambda _: Response("x" * 30_000_000)
     slow = await harness.connect()
     slow.writer.transport.pause_reading()  # type: ignore[attr-defined]

@@ -15,7 +15,6 @@ from structlog.testing import capture_logs
 
 from jobd.api import downloads, imports
 from jobd.api.admin import ROUTES
-from jobd.http import streaming
 from jobd.http.admin_listener import AdminListener
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
@@ -402,7 +401,7 @@ async def test_a_backup_whose_client_disconnects_is_aborted(harness: HttpHarness
 async def test_a_backup_whose_client_does_not_read_is_aborted(
     harness: HttpHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "WRITE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("jobd.http.read_deadline.WRITE_TIMEOUT_S", 0.05)
     harness.fakes.pieces = [b"x" * 1_000_000] * 200
     client = await harness.connect()
     client.writer.transport.pause_reading()  # type: ignore[attr-defined]
@@ -413,7 +412,7 @@ async def test_a_backup_whose_client_does_not_read_is_aborted(
 
 
 async def test_a_backup_whose_end_is_not_read_is_aborted(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "WRITE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("jobd.http.read_deadline.WRITE_TIMEOUT_S", 0.05)
     harness.fakes.pieces = [b"x"]
     client = await harness.connect()
     assert (await client.request("GET", "/healthz")).status == 200
