@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Final, cast
 
 import structlog
+from msgspec.structs import replace
 
 from jobd.http.app import INTERNAL_ERROR, App
 from jobd.http.hangup import is_hung_up, unacknowledged_bytes
@@ -304,8 +305,10 @@ class WorkerConnection(asyncio.Protocol):
             assert transport is not None
             self._is_flushing = True
             request.is_dropped = request.task is None  # nothing reads the rest of the body
-            request.response = response
             request.is_written = transport.get_write_buffer_size() < len(data)  # a part of it
+            # Only the transport keeps the bytes. `on_lost` would keep the payloads.
+            request.prepared, on_lost = None, None if request.is_written else response.on_lost
+            request.response = response = replace(response, body=b"", on_lost=on_lost)
             request.timer = ReadDeadline(transport, partial(self._cut_off, request, response))
             return
         self._finish(request, response)

@@ -229,6 +229,22 @@ async def test_a_slow_client_keeps_its_response_and_its_connection(unix: HttpHar
     assert (await client.request("GET", "/v1/jobs")).status == 200
 
 
+async def test_only_the_transport_keeps_a_response_that_is_not_read(unix: HttpHarness) -> None:
+    unix.actor.respond = lambda _: Response("x" * 3_000_000, grants=[("a", "lock")])
+    client = await unix.connect()
+    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    client.send(CLAIM)
+    await wait_for_commands(unix, 1)
+    await asyncio.sleep(0)
+    [connection] = unix.connections
+    request = connection._current
+    assert request is not None
+    assert request.response is not None
+    assert (request.response.body, request.response.on_lost, request.prepared) == (b"", None, None)
+    client.writer.transport.abort()
+    await wait_until_closed(unix)
+
+
 @WRITES
 @pytest.mark.parametrize("end", ["patience", "client", "stop"])
 async def test_a_client_that_reads_too_slowly_is_cut_off(
