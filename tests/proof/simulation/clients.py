@@ -34,6 +34,7 @@ from jobd.model.commands import (
     Release,
     ReleaseLock,
     Resume,
+    RetryJob,
     RunNow,
     Start,
     Transition,
@@ -47,7 +48,7 @@ from tests.proof.simulation.requests import RequestGenerator
 
 KEYED = (
     Create, Bulk, Start, Claim, Cancel, ForceFail, ForceReset, Transition, ExtendLock, ReleaseLock, RunNow, Update,
-    Adopt, Delete, Pause, Resume,
+    Adopt, Delete, Pause, Resume, RetryJob,
 )  # fmt: skip
 WITH_DRY_RUN = (Transition, RunNow, Update, Adopt)
 IN_DOUBT = ("outcome_unknown", "shutting_down", "overloaded")

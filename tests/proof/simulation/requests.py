@@ -47,6 +47,7 @@ from jobd.model.commands import (
     ReleaseLock,
     RepairJobs,
     Resume,
+    RetryJob,
     RunNow,
     SearchJobs,
     Start,
@@ -167,8 +168,10 @@ class RequestGenerator:
         match dice.randrange(16):
             case 0:
                 return ForceFail(id=job_id, reason=self.maybe(0.5, "by hand"))
-            case 1 | 2:
+            case 1:
                 return ForceReset(id=job_id)
+            case 2:
+                return RetryJob(id=job_id)
             case 3 | 4:
                 status = job.status if job is not None and self.chance(0.9) else "queued"
                 return self.transition(job_id, status, now)
