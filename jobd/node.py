@@ -7,7 +7,7 @@ import contextlib
 import secrets
 from collections.abc import Callable
 from hashlib import blake2b
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -32,12 +32,15 @@ from jobd.model.journal import (
     JournalUnavailable,
     LeadershipLost,
     NodeEntry,
-    SharedJournal,
 )
 from jobd.model.responses import ClusterView
 from jobd.resources import EXIT_BUSY, EXIT_CONFIG, EXIT_IO, CannotStart, open_cluster_store
+from jobd.storage.cluster.lost_records import membership_of
 from jobd.storage.files import StoreError
 from jobd.storage.schema import migrations
+
+if TYPE_CHECKING:  # asyncpg is optional
+    from jobd.journal.postgres.journal import PostgresJournal
 
 # Sections and keys in which the nodes of a cluster may differ.
 OWN_SETTINGS: Final = frozenset({"worker", "admin", "store", "node", "log", "journal.url"})
@@ -63,6 +66,7 @@ class ClusterNode:
             self._journal = await _open_journal(settings)
             opened.push_async_callback(self._journal.close)
             self.store, found = await open_cluster_store(settings, self._journal, on_locked)
+            self._journal.on_timeline = self.store.keep_timeline
             stack.push_async_callback(self.store.close)
             stack.push_async_exit(opened.pop_all())  # first the journal, so that another node can lead at once
         self.warm = WarmState(self.store, found, found.last_record)
@@ -201,14 +205,19 @@ class ClusterNode:
         self._standby.stop()
 
 
-async def _open_journal(settings: Config) -> SharedJournal:
+async def _open_journal(settings: Config) -> PostgresJournal:
+    """Open the journal. A node that has worked before follows it later if it cannot be used now."""
     from jobd.journal.postgres.journal import PostgresJournal
 
-    section = settings.journal
+    section, lease_ms = settings.journal, int(settings.journal.lease)
+    known = await asyncio.to_thread(membership_of, settings.store.path)
+    timeline = 0 if known is None else known.timeline
     try:
-        return await PostgresJournal.open(section.url, section.name, int(section.lease))
+        return await PostgresJournal.open(section.url, section.name, lease_ms, timeline)
     except JournalUnavailable as error:
-        raise CannotStart(f"[journal] {error}", error.exit_code) from None
+        if known is None:
+            raise CannotStart(f"[journal] {error}", error.exit_code) from None
+        return PostgresJournal.later(section.url, section.name, lease_ms, known.cluster_id, timeline)
 
 
 def config_hash(loaded: LoadedConfig) -> str:

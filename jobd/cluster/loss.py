@@ -9,7 +9,7 @@ import asyncio
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -51,7 +51,7 @@ class Loss(Struct):
     """The records after `upto`, which the journal has lost.
 
     The store at `path` has those up to `last`, and none if `last` is `upto`. `changed` is what these changed. With
-    `is_accepted`, a leader has continued without them.
+    `is_accepted`, a leader has continued without them. The servers `unknown` could not be asked for them.
     """
 
     path: str
@@ -59,6 +59,7 @@ class Loss(Struct):
     last: int
     is_accepted: bool
     changed: LostChanges
+    unknown: list[str] = []
 
     @property
     def file(self) -> str:
@@ -70,7 +71,8 @@ class Loss(Struct):
         if self.last == self.upto:
             return [f"{self.path} has no record that the journal has lost"]
         jobs, queues = self.changed.jobs, self.changed.queues
-        lines = [f"the journal has lost records {self.upto + 1} to {self.last}, and perhaps later ones"]
+        lines = [f"PostgreSQL at {host} could not be asked, and may have these records" for host in self.unknown]
+        lines.append(f"the journal has lost records {self.upto + 1} to {self.last}, and perhaps later ones")
         lines.append(f"    jobs changed by them: {len(jobs)}")
         lines += [f"    {_line(each)}" for each in jobs[:_MAX_SHOWN]]
         if len(jobs) > _MAX_SHOWN:
@@ -101,16 +103,18 @@ def _line(lost: LostJob) -> str:
     return f"{lost.id}: it is {lost.after} here, and {lost.before} in the journal"
 
 
-async def find(journal: SharedJournal, path: str, upto: int) -> Loss:
+async def find(journal: SharedJournal, path: str, upto: int, servers: Mapping[str, int | None] | None = None) -> Loss:
     """Return what the journal has lost after record `upto`, as far as the store at `path` has it.
 
-    Raises CannotAccept if `upto` is not the last record before the loss, and the errors of a store.
+    `servers` has the last record on each server, None if it cannot be asked. Raises CannotAccept if one of them has
+    later records, or if `upto` is not the last record before the loss, and the errors of a store.
     """
     head, epochs = await journal.head(), await journal.epochs()
     last = await asyncio.to_thread(lost_records.last_record, path, journal.cluster_id)
     common = head.number if last is None else await _last_common(journal, path, last, head.number)
     has_lost = last is not None and last.number > common
     is_accepted = upto < head.number and any(first == upto + 1 for _, first in epochs)
+    unknown = [] if is_accepted else _check_servers(servers or {}, head.number)
     if (has_lost or not is_accepted) and upto != common:
         what = f"the last record that {path} and the journal share" if has_lost else "the last record of the journal"
         raise CannotAccept(f"{what} is {common}: use --upto {common}")
@@ -118,7 +122,18 @@ async def find(journal: SharedJournal, path: str, upto: int) -> Loss:
     if has_lost:
         after = await _last_event(journal, path, upto)
         changed = await asyncio.to_thread(lost_records.changes, path, after)
-    return Loss(path, upto, last.number if last is not None and has_lost else upto, is_accepted, changed)
+    return Loss(path, upto, last.number if last is not None and has_lost else upto, is_accepted, changed, unknown)
+
+
+def _check_servers(servers: Mapping[str, int | None], number: int) -> list[str]:
+    """Return those that cannot be asked for records after `number`. Raises CannotAccept if one has some."""
+    for host, last in servers.items():
+        if last is not None and last > number:
+            raise CannotAccept(
+                f"PostgreSQL at {host} has record {last}, but the last record of the journal in use is {number}: make "
+                f"{host} the primary, and no record is lost. To continue without its records, stop it first"
+            )
+    return [host for host, last in servers.items() if last is None]
 
 
 async def _last_common(journal: SharedJournal, path: str, last: Followed, head: int) -> int:

@@ -45,6 +45,9 @@ def cluster_view(
         problems.append(registry.failure)
     if health is not None and require_sync and not health.is_synchronous:
         problems.append("PostgreSQL has no synchronous standby: a lost disk loses acknowledged jobs.")
+    if health is not None and len(health.writable) > 1:
+        hosts = " and ".join(health.writable)
+        problems.append(f"PostgreSQL accepts writes at {hosts}: stop the former primary.")
     if health is not None and health.is_waiting:
         problems.append("A write waits for a synchronous standby of PostgreSQL.")
     if at.unheard_ms >= UNHEARD_MS:
@@ -65,6 +68,7 @@ def cluster_view(
         require_sync=require_sync,
         waits_for_sync=health is not None and health.is_waiting,
         oldest_transaction_ms=None if health is None else health.oldest_transaction_ms,
+        writable=[] if health is None else list(health.writable),
         problems=problems,
         nodes=[_node(each, leading, at.record or 0, registry.behind_ms(each)) for each in nodes],
     )

@@ -486,9 +486,8 @@ class ForceReset(NamedJobCommand, frozen=True):
 
 
 class RetryJob(ForceReset, frozen=True):
-    """Requeue a failed or cancelled job as if it were new."""
+    """Requeue a failed or cancelled job as if it were new. Sent only by plans."""
 
-    audit_name = "retry"
     allowed_from = ("failed", "cancelled")
     plan_scope = "Only failed and cancelled jobs can be retried."
 
@@ -1131,7 +1130,6 @@ AnyCommand = (
     | Workers
     | ForceFail
     | ForceReset
-    | RetryJob
     | Transition
     | ExtendLock
     | ReleaseLock

@@ -33,7 +33,6 @@ EventType = Literal[
     "adopted",
     "force_failed",
     "force_reset",
-    "retried_by_operator",
     "transitioned",
     "updated",
     "fixed",

@@ -89,13 +89,15 @@ class JournalHealth(Struct, frozen=True):
 
     Without `is_synchronous`, an acknowledged record is on one machine only. `is_waiting` says that a statement has
     been waiting for a synchronous standby for a second. `oldest_transaction_ms` is the age of the oldest transaction in
-    the database. `timeline` changes with each failover of the server; 0 if it does not tell.
+    the database. `timeline` changes with each failover of the server; 0 if it does not tell. `writable` are the servers
+    that accept writes: more than one after a failover, if the former primary runs again.
     """
 
     is_synchronous: bool
     is_waiting: bool
     oldest_transaction_ms: int
     timeline: int = 0
+    writable: tuple[str, ...] = ()
 
 
 class LeadershipLost(Exception):

@@ -426,7 +426,7 @@ class StatsView(Struct, frozen=True, rename="camel"):
 
 
 class TransitionView(Struct, frozen=True, rename="camel"):
-    """The result of force-fail, force-reset, retry and transition."""
+    """The result of force-fail, force-reset and transition."""
 
     job_id: JobIdText
     previous_status: Annotated[str, Meta(description="The status before.")]
@@ -1076,6 +1076,10 @@ class ClusterView(Struct, frozen=True, kw_only=True):
     oldest_transaction_ms: Annotated[
         int | None, Meta(description="Age of the oldest transaction in the database, in ms; null if unknown.")
     ] = None
+    writable: Annotated[
+        list[str],
+        Meta(description="Hosts of `journal.url` that accept writes: more than one if a former primary runs again."),
+    ] = []
     problems: Annotated[list[str], Meta(description="What is wrong, in words.")] = []
     nodes: Annotated[list[NodeView], Meta(description="The nodes, by name.")] = []
 

@@ -49,6 +49,7 @@ SEVERITIES: Final[dict[str, AlertSeverity]] = {
     "standby_behind": "warning",
     "no_standby": "warning",
     "journal_not_synchronous": "critical",
+    "two_primaries": "critical",
     "database_horizon": "warning",
     "clocks_differ": "warning",
 }

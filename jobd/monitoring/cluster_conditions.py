@@ -22,6 +22,7 @@ def cluster_conditions(view: ClusterView, *, behind_ms: int, horizon_ms: int, cl
     yield _behind(standbys, behind_ms / SECOND_MS)
     yield _no_standby(standbys)
     yield _not_synchronous(view)
+    yield _two_primaries(view)
     yield _horizon(view, horizon_ms / SECOND_MS)
     yield _clocks(view, clocks_ms / SECOND_MS)
 
@@ -61,6 +62,16 @@ def _not_synchronous(view: ClusterView) -> Condition:
         quiet = "A change is on one PostgreSQL server when it is acknowledged. [journal] require_sync allows that."
     value = int(view.synchronous is False and view.require_sync)
     return Condition("journal_not_synchronous", value, 0, hint, quiet)
+
+
+def _two_primaries(view: ClusterView) -> Condition:
+    hosts = " and ".join(view.writable)
+    hint = (
+        f"PostgreSQL accepts writes at {hosts}. jobd uses the one with the highest timeline. Stop the other one, the "
+        "former primary, and make it a standby"
+    )
+    quiet = f"PostgreSQL accepts writes at {hosts or 'no host, as far as known'}."
+    return Condition("two_primaries", int(len(view.writable) > 1), 0, hint, quiet)
 
 
 def _horizon(view: ClusterView, threshold: float) -> Condition:

@@ -21,7 +21,6 @@ AT_INFO: Final = frozenset(
         "adopted",
         "force_failed",
         "force_reset",
-        "retried_by_operator",
         "transitioned",
         "updated",
         "fixed",

@@ -23,7 +23,7 @@ from tests.support import postgres
 from tests.support.daemon_process import TOKEN, DaemonResponse, UnixConnection, call
 from tests.support.node_process import Cluster, NodeProcess
 from tests.support.polling import poll_until
-from tests.support.postgres import PostgresServer
+from tests.support.postgres import PASSWORD, PostgresServer
 from tests.support.tcp_proxy import ProxyThread
 from tests.support.webhook_receiver import Receiver
 
@@ -320,6 +320,27 @@ def test_a_node_without_its_journal_says_why_and_ends(cluster: Cluster, database
 
 
 @pytest.mark.long
+def test_a_node_that_has_worked_waits_while_its_password_is_rejected(
+    cluster: Cluster, database: str, postgres_server: PostgresServer
+) -> None:
+    node = cluster.add("a")
+    node.wait_leads()
+    assert node.stop() == 0
+    postgres_server.sql("CREATE ROLE other SUPERUSER LOGIN PASSWORD 'wrong'")
+    node.environ["JOBD_JOURNAL_URL"] = database.replace("//postgres:", "//other:")
+    try:
+        node.start()
+        assert (node.get("/healthz").status, node.get("/readyz").status) == (200, 503)
+        poll_until(lambda: "rejects the password of role" in " ".join(node.cluster()["problems"]))
+        postgres_server.sql(f"ALTER ROLE other PASSWORD '{PASSWORD}'")
+        node.wait_leads()
+        assert node.log.count(b"event=standby_waits") == 1
+    finally:
+        node.stop()
+        postgres_server.sql("DROP ROLE other")
+
+
+@pytest.mark.long
 def test_a_standby_stops_at_a_signal_and_reloads(cluster: Cluster) -> None:
     cluster.add("a").wait_leads()
     standby = cluster.add("b")
@@ -454,7 +475,7 @@ def test_a_leader_without_its_journal_serves_nothing_before_another_leads(cluste
 @pytest.mark.long
 def test_a_standby_stops_at_once_while_postgresql_hangs(cluster: Cluster, proxy: ProxyThread) -> None:
     cluster.add("a").wait_leads()
-    standby = cluster.add("b", variant="patient_reads", **proxied(cluster, proxy))
+    standby = cluster.add("b", JOBD_JOURNAL_LEASE="30s", **proxied(cluster, proxy))
     poll_until(lambda: len(standby.cluster()["nodes"]) == 2)
     proxy.lose(requests=True, responses=True)
     poll_until(proxy.proxy.lost.is_set)  # the standby waits for the head of the journal

@@ -239,6 +239,7 @@ SEEN: Final[dict[str, tuple[str, dict[str, str], dict[str, str]]]] = {
     "JobdStandbyBehind": firing("standby_behind"),
     "JobdNoStandby": firing("no_standby"),
     "JobdJournalNotSynchronous": firing("journal_not_synchronous"),
+    "JobdTwoPrimaries": firing("two_primaries"),
     "JobdDatabaseHorizon": firing("database_horizon"),
     "JobdClocksDiffer": firing("clocks_differ"),
     "JobdDown": gauge("up", 0, 1),

@@ -91,15 +91,6 @@ def short_takeovers() -> None:
     patched.TAKE_OVER_S = 0
 
 
-def patient_reads() -> None:
-    """Wait for as long as a test takes for a read of the journal."""
-    from jobd.journal.postgres import journal
-
-    patched: Any = journal
-    assert "READ_S" in patched.__dict__
-    patched.READ_S = 3_600
-
-
 def full_tables() -> None:
     """Find the disk full when the tables are written, after SIGUSR2. Hand over leadership soon after."""
 
@@ -288,7 +279,6 @@ VARIANTS: Final = {
         quick_retries,
         patient_stop,
         short_takeovers,
-        patient_reads,
         full_tables,
         idle_sweeper,
         eager_sweeper,

@@ -136,12 +136,15 @@ def accept_loss_command(upto: int, yes: bool, is_dry_run: bool, config: str | No
     that the lost records changed, and writes them to a file beside store.path, which `jobctl import` reads. All grants
     end by their stall rule. Repeating it is harmless.
     """
-    from jobd.cluster.loss import accept, find, write_file
+    from jobd.cluster.loss import Loss, accept, find, write_file
+
+    async def look(journal: PostgresJournal) -> Loss:
+        return await find(journal, settings.store.path, upto, await journal.records())
 
     settings = _cluster_settings(config, flags)
     if not yes and not is_dry_run:
         need_terminal()
-    loss = _with_journal(settings.journal, lambda journal: find(journal, settings.store.path, upto))
+    loss = _with_journal(settings.journal, look)
     for line in loss.describe():
         terminal.emit(line) if is_dry_run else terminal.say(line)
     if is_dry_run:

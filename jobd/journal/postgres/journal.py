@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Any, Final, TypeVar
 
 from jobd.journal import url as journal_url
 from jobd.journal.checksum import checked
 from jobd.journal.postgres import nodes, partitions, schema, snapshots
-from jobd.journal.postgres.errors import explain, is_unsupported, was_rejected
+from jobd.journal.postgres.errors import explain, was_rejected
 from jobd.journal.postgres.leader_session import EXPIRES, NOW, LeaderSession, head_of
 from jobd.journal.postgres.session import JournalSession, Target, check_commit, lock_keys
 from jobd.journal.shielding import to_end
@@ -16,7 +17,8 @@ from jobd.model.journal import BadRecord, Head, JournalHealth, NodeEntry, Record
 
 T = TypeVar("T")
 
-READ_S: Final = 10.0  # time limit of a read
+READ_S: Final = 10.0  # time limit of a read of much data
+SEARCH_EVERY_S: Final = 10.0
 TRIM_S: Final = 60.0
 READ_BYTES: Final = 16 << 20
 
@@ -41,7 +43,6 @@ _HEALTH: Final = """
              WHERE database = current_database())
         )::float8
     FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"""
-_TIMELINE: Final = "SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)"
 
 
 class PostgresJournal:
@@ -57,19 +58,32 @@ class PostgresJournal:
         self._name = target.name
         self._leader = LeaderSession(target, lease_ms)
         self._reading = JournalSession(target)
-        self._tells_timeline = True
+        self._lease_s = lease_ms / 1000
+        self._search: asyncio.Task[None] | None = None
+        self._search_at_s = 0.0  # when it is due
+        self.on_timeline: Callable[[int], Awaitable[None]] = _ignore  # with the highest timeline that was seen
         self._keys = lock_keys(self.cluster_id, "leader")
 
     @classmethod
-    async def open(cls, url: str, name: str, lease_ms: int) -> PostgresJournal:
-        """Connect, and check the server, the tables and the privileges. Raises JournalUnavailable."""
-        target = Target(journal_url.parse(url), name)
+    async def open(cls, url: str, name: str, lease_ms: int, timeline: int = 0) -> PostgresJournal:
+        """Connect, and check the server, the tables and the privileges. Raises JournalUnavailable.
+
+        No server with a lower `timeline` is used.
+        """
+        target = Target(journal_url.parse(url), name, lease_ms=lease_ms, timeline=timeline)
         async with target.session(READ_S) as conn:
             await schema.check_privileges(conn, target.url.role, name)
             await schema.add_columns(conn)
         journal = cls(target, lease_ms)
         await journal._leader.connect()
         return journal
+
+    @classmethod
+    def later(cls, url: str, name: str, lease_ms: int, cluster_id: str, timeline: int) -> PostgresJournal:
+        """Return a journal that is connected when it is first needed, for a node that knows its `cluster_id`."""
+        target = Target(journal_url.parse(url), name, lease_ms=lease_ms, timeline=timeline)
+        target.cluster_id = cluster_id
+        return cls(target, lease_ms)
 
     async def check_commit(self) -> None:
         """Raise JournalUnavailable if no synchronous standby acknowledges a commit in a few seconds."""
@@ -114,7 +128,7 @@ class PostgresJournal:
         return checked(rows, after)
 
     async def _read_rows(self, after: int, limit: int) -> list[Any]:
-        return await self._read(lambda conn: conn.fetch(_READ, self._name, after, limit, READ_BYTES))
+        return await self._read(lambda conn: conn.fetch(_READ, self._name, after, limit, READ_BYTES), READ_S)
 
     async def epochs(self) -> list[tuple[int, int]]:
         return [(epoch, first) for epoch, first in await self._read(lambda conn: conn.fetch(_EPOCHS, self._name))]
@@ -132,36 +146,46 @@ class PostgresJournal:
         return await snapshots.write(self._target, number, parts, pause_s)
 
     async def snapshots(self) -> list[SnapshotInfo]:
-        return await self._read(lambda conn: snapshots.complete(conn, self._name))
+        return await self._read(lambda conn: snapshots.complete(conn, self._name), READ_S)
 
     def read_snapshot(self, number: int) -> AsyncIterator[bytes]:
         return snapshots.read(self._target, number)
 
     async def drop_snapshot(self, number: int) -> None:
-        await self._read(lambda conn: snapshots.drop(conn, self._name, number))
+        await self._read(lambda conn: snapshots.drop(conn, self._name, number), READ_S)
 
     async def health(self) -> JournalHealth:
-        is_synchronous, is_waiting, oldest_s = await self._read(lambda conn: conn.fetchrow(_HEALTH))
-        return JournalHealth(is_synchronous, is_waiting, int(oldest_s * 1000), await self._read(self._timeline))
+        async def work(conn: Any) -> tuple[Any, ...]:
+            return *await conn.fetchrow(_HEALTH), conn.timeline
 
-    async def _timeline(self, conn: Any) -> int:
-        """Return the timeline of the server, 0 if it does not tell: some managed servers have their own replication."""
-        if not self._tells_timeline:
-            return 0
-        try:
-            return int(await conn.fetchval(_TIMELINE), 16)
-        except Exception as error:
-            if not is_unsupported(error):
-                raise
-            self._tells_timeline = False
-            return 0
+        is_synchronous, is_waiting, oldest_s, timeline = await self._read(work)
+        await self.on_timeline(self._target.timeline)
+        self._start_search()
+        writable = tuple(self._target.writable)
+        return JournalHealth(is_synchronous, is_waiting, int(oldest_s * 1000), timeline, writable)
+
+    async def records(self) -> dict[str, int | None]:
+        """Return the number of the last record on each server; None for a server that cannot be asked."""
+        return await self._target.records()
+
+    def _start_search(self) -> None:
+        """Ask all hosts from time to time which of them accept writes. Health does not wait for it."""
+        now_s = asyncio.get_running_loop().time()
+        if len(self._target.url.hosts) > 1 and now_s >= self._search_at_s:
+            self._search_at_s = now_s + SEARCH_EVERY_S
+            self._search = asyncio.create_task(self._target.find_writable())
 
     async def close(self) -> None:
+        if self._search is not None:
+            self._search.cancel()
         await self._leader.close()
         await self._reading.close()
 
-    async def _read(self, statement: Callable[[Any], Awaitable[T]]) -> T:
-        """Run a statement that does not change leadership. A cancelled caller does not cancel it."""
+    async def _read(self, statement: Callable[[Any], Awaitable[T]], limit_s: float | None = None) -> T:
+        """Run a statement that does not change leadership, within a lease. A cancelled caller does not cancel it.
+
+        All of them share a session, so a poll of a standby waits for none that is longer.
+        """
 
         async def work(conn: Any) -> T:
             try:
@@ -171,7 +195,11 @@ class PostgresJournal:
                     conn.terminate()
                 raise explain(error, self._target.url) from error
 
-        return await to_end(self._reading.run(READ_S, work))
+        return await to_end(self._reading.run(self._lease_s if limit_s is None else limit_s, work))
+
+
+async def _ignore(_: int) -> None:
+    pass
 
 
 async def create(url: str, name: str, cluster_id: str, *, number: int = 0, epoch: int = 0) -> schema.Created:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import socket
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 import asyncpg
 
-from jobd.journal.postgres.errors import INIT, explain, most_useful, pooler
+from jobd.journal.postgres.errors import INIT, explain, is_unsupported, most_useful, pooler
 from jobd.journal.url import JournalUrl
 from jobd.model.journal import JournalMisconfigured, JournalUnavailable
 
@@ -19,8 +20,10 @@ T = TypeVar("T")
 
 VERSION: Final = 1  # of the tables
 CONNECT_S: Final = 3.0
-STAGGER_S: Final = 0.3  # between the connection attempts to several hosts
-SILENT_S: Final = 1.5  # for the rest of them after one has failed, such as a standby
+OTHERS_S: Final = 0.3  # for other hosts after one accepts writes
+SILENT_S: Final = 1.5  # for other hosts after one has failed, such as a standby
+KEEPALIVE_S: Final = 1
+LEASE_MS: Final = 10_000  # for commands
 COMMIT_S: Final = 5.0  # for a synchronous standby to acknowledge an empty commit
 OLDEST: Final = 140000  # server_version_num: DETACH PARTITION CONCURRENTLY is new in 14
 
@@ -52,49 +55,136 @@ _SERVER: Final = (
 )
 _TABLES: Final = "SELECT max(version) FROM jobd_schema"
 _EMPTY_COMMIT: Final = "SELECT pg_logical_emit_message(true, 'jobd', '')"
-_CLUSTER: Final = "SELECT cluster_id FROM jobd_journals WHERE name = $1"
+_CLUSTER: Final = "SELECT cluster_id, epoch, number FROM jobd_journals WHERE name = $1"
+_RECORDS: Final = "SELECT number FROM jobd_journals WHERE name = $1 AND cluster_id = $2"
+_TIMELINE: Final = "SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)"
+
+
+class Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no types
+    """A connection to `host`, with the `timeline` of this server; 0 if it does not tell.
+
+    `position` is the epoch and the last record of the journal when it was connected.
+    """
+
+    host = ""
+    timeline = 0
+    cluster_id: str | None = None
+    position: Sequence[int] = (0, 0)
+
+    @property
+    def branch(self) -> tuple[int, ...]:
+        """The server with the highest one has the latest records. Servers can have been promoted to one timeline."""
+        return (self.timeline, *self.position)
+
+    def close_if_silent(self, limit_ms: int) -> None:
+        """Let the system close the connection if the other machine acknowledges nothing for `limit_ms`."""
+        opened = self._transport.get_extra_info("socket")
+        if opened.family == socket.AF_UNIX:
+            return
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S)
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
 
 
 class Target:
-    """The server and the journal that sessions are for. `cluster_id` is known after the first session."""
+    """The server and the journal that sessions are for. `cluster_id` is known after the first session.
 
-    def __init__(self, url: JournalUrl, name: str) -> None:
+    `timeline` is the highest that was seen, and no session is on a lower one. `writable` are the hosts that accepted
+    writes when they were last asked.
+    """
+
+    def __init__(self, url: JournalUrl, name: str, *, lease_ms: int = LEASE_MS, timeline: int = 0) -> None:
         self.url = url
         self.name = name
         self.cluster_id: str | None = None
-        self._latest = 0  # index of the host that was connected last
+        self.timeline = timeline
+        self.writable: list[str] = []
+        self._lease_ms = lease_ms
 
-    async def connect(self, *, is_new: bool = False) -> Any:
-        """Return a connection with checked settings, to the first host that accepts writes.
+    async def connect(self, *, is_new: bool = False) -> Connection:
+        """Return a connection with checked settings, to the host with the highest timeline that accepts writes.
 
-        A journal that `is_new` need not exist. Raises JournalUnavailable.
+        A former primary that comes back accepts writes as well, with a lower timeline. A journal that `is_new` need not
+        exist. Raises JournalUnavailable.
         """
-        left = sorted(range(len(self.url.hosts)), key=lambda each: each == self._latest)  # the latest host is last
-        attempts: dict[asyncio.Task[tuple[int, Any]], str] = {}
-        failures: dict[asyncio.Task[tuple[int, Any]], JournalUnavailable] = {}
-        chosen = None
+        found, failures = await self._ask(is_new)
+        best = max(found, key=lambda each: each.branch, default=None)
+        for each in found:
+            if each is not best:
+                each.terminate()
+        if best is None:
+            raise most_useful(failures)
+        if 0 < best.timeline < self.timeline:
+            best.terminate()
+            raise most_useful([*failures, self._superseded(best)])
+        self.note(found)
+        self.cluster_id = best.cluster_id or self.cluster_id
+        return best
+
+    async def find_writable(self) -> None:
+        """Find the hosts that accept writes. Sessions on others than that with the highest timeline end."""
+        found, _ = await self._ask(False)
+        for each in found:
+            each.terminate()
+        self.note(found)
+
+    def note(self, found: Sequence[Connection]) -> None:
+        self.writable = [each.host for each in found]
+        self.timeline = max([self.timeline, *(each.timeline for each in found)])
+
+    async def records(self) -> dict[str, int | None]:
+        """Return the number of the last record of this journal on each host. None: the host cannot be asked."""
+        numbers = await asyncio.gather(*(self._number(index) for index in range(len(self.url.hosts))))
+        return dict(zip(self.url.hosts, numbers, strict=True))
+
+    async def _number(self, index: int) -> int | None:
         try:
-            while left or len(failures) < len(attempts):
-                if left:
-                    host = self.url.hosts[left[-1]]
-                    attempts[asyncio.create_task(self._attempt(left.pop(), is_new))] = host
-                limit_s = STAGGER_S if left else SILENT_S if failures else None
-                pending = [each for each in attempts if each not in failures]
-                done, _ = await asyncio.wait(pending, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            async with asyncio.timeout(CONNECT_S):
+                conn = await self._open(index, "any")
+                try:
+                    number: int | None = await conn.fetchval(_RECORDS, self.name, self.cluster_id)
+                    return number
+                finally:
+                    conn.terminate()
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            return None
+
+    async def _ask(self, is_new: bool) -> tuple[list[Connection], list[JournalUnavailable]]:
+        """Return a connection to each host that accepts writes, and the failures of the others."""
+        hosts = self.url.hosts
+        attempts = {asyncio.create_task(self._attempt(index, is_new)): hosts[index] for index in range(len(hosts))}
+        found: list[Connection] = []
+        failures: list[JournalUnavailable] = []
+        pending = set(attempts)
+        try:
+            while pending:
+                limit_s = OTHERS_S if found else SILENT_S if failures else None
+                done, pending = await asyncio.wait(pending, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
                 for each in done:
                     if (error := each.exception()) is None:
-                        chosen = each
-                        self._latest, conn = each.result()
-                        return conn
-                    failures[each] = explain(error, self.url, attempts[each])
-                if not done and not left:
-                    failures |= {each: explain(TimeoutError(), self.url, attempts[each]) for each in pending}
+                        found.append(each.result())
+                    else:
+                        failures.append(explain(error, self.url, attempts[each]))
+                if not done:
+                    break
+        except BaseException:
+            for conn in found:
+                conn.terminate()
+            raise
         finally:
-            for each in attempts:
-                if each is not chosen:
-                    each.cancel()
-                    each.add_done_callback(_discard)
-        raise most_useful(list(failures.values()))
+            for each in pending:
+                each.cancel()
+                each.add_done_callback(_discard)
+        failures += [explain(TimeoutError(), self.url, attempts[each]) for each in pending]
+        return sorted(found, key=lambda each: hosts.index(each.host)), failures
+
+    def _superseded(self, conn: Connection) -> JournalUnavailable:
+        text = "it is a former primary, or was restored. Stop it and start the present primary, or, if it was restored"
+        return JournalUnavailable(
+            f"PostgreSQL at {conn.host} has timeline {conn.timeline}, but this node has seen timeline {self.timeline}: "
+            f"{text} on purpose, stop jobd and run `jobd join` on this node"
+        )
 
     @contextlib.asynccontextmanager
     async def session(self, limit_s: float, *, is_new: bool = False) -> AsyncIterator[Any]:
@@ -108,23 +198,17 @@ class Target:
         finally:
             conn.terminate()
 
-    async def _attempt(self, index: int, is_new: bool) -> tuple[int, Any]:
-        url, host = self.url.urls[index], self.url.hosts[index]
+    async def _attempt(self, index: int, is_new: bool) -> Connection:
+        host = self.url.hosts[index]
         conn = None
         try:
             async with asyncio.timeout(CONNECT_S):
-                conn = await asyncpg.connect(
-                    url,
-                    target_session_attrs="read-write",
-                    timeout=CONNECT_S,
-                    command_timeout=None,  # a timeout would cancel the statement
-                    max_cached_statement_lifetime=0,
-                    server_settings={"application_name": f"jobd {self.name}", "statement_timeout": "0"},
-                )
+                conn = await self._open(index, "read-write")
                 await check_session(conn, host)
+                conn.timeline = await timeline_of(conn)
                 if not is_new:
                     await self._check_tables(conn)
-                return index, conn
+                return conn
         except BaseException as error:
             if conn is not None:
                 conn.terminate()
@@ -132,17 +216,45 @@ class Target:
                 raise
             raise explain(error, self.url, host) from error
 
-    async def _check_tables(self, conn: Any) -> None:
+    async def _open(self, index: int, state: str) -> Connection:
+        conn: Connection = await asyncpg.connect(
+            self.url.urls[index],
+            target_session_attrs=state,
+            timeout=CONNECT_S,
+            command_timeout=None,  # a timeout would cancel the statement
+            max_cached_statement_lifetime=0,
+            connection_class=Connection,
+            server_settings={"application_name": f"jobd {self.name}", "statement_timeout": "0"},
+        )
+        conn.host = self.url.hosts[index]
+        conn.close_if_silent(self._lease_ms)
+        return conn
+
+    async def _check_tables(self, conn: Connection) -> None:
         """Raise JournalMisconfigured unless the tables and the journal are the expected ones."""
         version = await conn.fetchval(_TABLES)
         check_version(version, self.url.database)
-        found = await conn.fetchval(_CLUSTER, self.name)
+        found = await conn.fetchrow(_CLUSTER, self.name)
         if found is None:
             raise JournalMisconfigured(f'Database "{self.url.database}" has no journal "{self.name}": {INIT}')
-        if self.cluster_id not in (None, found):
+        conn.cluster_id, *conn.position = found
+        if self.cluster_id not in (None, conn.cluster_id):
             text = "another database took its place. Restart jobd if this was intended"
             raise JournalMisconfigured(f'The id of journal "{self.name}" has changed: {text}')
-        self.cluster_id = found
+
+
+async def timeline_of(conn: Any) -> int:
+    """Return the timeline of a primary, 0 if it does not tell: some managed servers have their own replication.
+
+    The control file, which pg_control_checkpoint() reads, has the timeline of the latest checkpoint, which may be
+    older than the promotion.
+    """
+    try:
+        return int(await conn.fetchval(_TIMELINE), 16)
+    except Exception as error:
+        if not is_unsupported(error):
+            raise
+        return 0
 
 
 def check_version(version: int | None, database: str) -> None:
@@ -174,10 +286,10 @@ async def check_session(conn: Any, host: str) -> None:
             )
 
 
-def _discard(attempt: asyncio.Task[tuple[int, Any]]) -> None:
+def _discard(attempt: asyncio.Task[Connection]) -> None:
     """Close the connection of an attempt that was too late."""
     if not attempt.cancelled() and attempt.exception() is None:
-        attempt.result()[1].terminate()
+        attempt.result().terminate()
 
 
 class JournalSession:
@@ -200,6 +312,8 @@ class JournalSession:
         async with self._lock:
             if self._is_closed:
                 raise JournalUnavailable("The journal is closed")
+            if self._conn is not None and 0 < self._conn.timeline < self._target.timeline:
+                self._conn.terminate()  # another server was promoted while this one is still running
             if self._conn is None or self._conn.is_closed():
                 self._conn = await self._target.connect()
                 self._conn.add_log_listener(self._note)

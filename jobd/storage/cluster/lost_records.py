@@ -13,10 +13,10 @@ from jobd.journal import event_codec
 from jobd.model.job import Job
 from jobd.storage import startup
 from jobd.storage.cluster import membership
-from jobd.storage.cluster.membership import Followed
+from jobd.storage.cluster.membership import Followed, Membership
 from jobd.storage.database import BY_SEQ, Database
 from jobd.storage.events import event_rows
-from jobd.storage.files import FileLock, StoreUnreadable
+from jobd.storage.files import FileLock, StoreError, StoreUnreadable
 from jobd.storage.queries import read_job
 from jobd.storage.schema import migrations
 
@@ -61,6 +61,17 @@ def last_record(path: str, cluster_id: str) -> Followed | None:
         if found is None or not db.projected_to:
             return None
         return Followed(db.projected_to, found.record_crc, db.numbers.epoch)
+
+
+def membership_of(path: str) -> Membership | None:
+    """Return the membership of a store that has followed its journal, None if it cannot be read."""
+    if not os.path.exists(path) or not os.path.getsize(path):
+        return None
+    try:
+        with _opened(path) as db:
+            return membership.read(db.conn) if db.numbers.epoch else None
+    except StoreError:
+        return None
 
 
 def last_event(path: str) -> int:

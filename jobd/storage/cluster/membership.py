@@ -16,8 +16,8 @@ from jobd.model.journal import BadRecord, SharedJournal
 from jobd.storage.codec import fault, with_checksum
 from jobd.storage.files import StoreError
 
-_READ: Final = "SELECT cluster_id, record_crc, crc FROM cluster WHERE id = 1"
-_WRITE: Final = "REPLACE INTO cluster (id, cluster_id, record_crc, crc) VALUES (1, ?, ?, ?)"
+_READ: Final = "SELECT cluster_id, record_crc, timeline, crc FROM cluster WHERE id = 1"
+_WRITE: Final = "REPLACE INTO cluster (id, cluster_id, record_crc, timeline, crc) VALUES (1, ?, ?, ?, ?)"
 
 
 class WrongCluster(StoreError):
@@ -35,10 +35,14 @@ class StoreDamaged(StoreError):
 
 
 class Membership(Struct, frozen=True):
-    """The journal of a store, and the checksum of the last record that its tables have; None before the first one."""
+    """The journal of a store, and the checksum of the last record that its tables have; None before the first one.
+
+    `timeline` is the highest one of PostgreSQL that the node has seen; 0: none.
+    """
 
     cluster_id: str
     record_crc: int | None = None
+    timeline: int = 0
 
 
 def read(conn: sqlite3.Connection) -> Membership | None:
@@ -52,7 +56,7 @@ def read(conn: sqlite3.Connection) -> Membership | None:
 
 
 def write(conn: sqlite3.Connection, membership: Membership) -> None:
-    conn.execute(_WRITE, with_checksum((membership.cluster_id, membership.record_crc)))
+    conn.execute(_WRITE, with_checksum((membership.cluster_id, membership.record_crc, membership.timeline)))
 
 
 def check_single(conn: sqlite3.Connection, path: str) -> None:

@@ -7,6 +7,7 @@ tables when the journal has it, so the tables are never ahead.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -15,8 +16,8 @@ import structlog
 
 from jobd.journal.record import Decoded
 from jobd.journal.shielding import to_end
-from jobd.model.journal import BadSnapshot, Record, SharedJournal
-from jobd.model.storage import Batch, OpenedStore, TableWrite
+from jobd.model.journal import BadSnapshot, JournalUnavailable, Record, SharedJournal
+from jobd.model.storage import Batch, DiskFull, OpenedStore, TableWrite
 from jobd.storage import backup, files, startup
 from jobd.storage.backup import StoreCopy
 from jobd.storage.cluster import membership, snapshots
@@ -58,9 +59,10 @@ class ClusterStore(Store):
         """Open the tables at `path` to follow `journal` from their last record.
 
         A store that cannot follow it is set aside and rebuilt from a snapshot, if it belongs to this cluster: it is
-        damaged, on another branch, or too far behind. If it `needs_snapshot`, the store that a cluster is made from is
-        refused before its snapshot is complete. Raises WrongCluster, StoreAhead, StoreBusy, StoreTooNew,
-        StoreUnreadable, DiskFull, JournalUnavailable, or an OSError.
+        damaged, on another branch, or too far behind. While the journal cannot be used, it is opened as it is. If it
+        `needs_snapshot`, the store that a cluster is made from is refused before its snapshot is complete. Raises
+        WrongCluster, StoreAhead, StoreBusy, StoreTooNew, StoreUnreadable, DiskFull, JournalUnavailable, or an
+        OSError.
         """
         return await open_or_close(cls._open_for(path, journal, on_locked, needs_snapshot))
 
@@ -173,6 +175,13 @@ class ClusterStore(Store):
         last = Followed(projection.last, projection.last_crc, self._database.numbers.epoch)
         return await membership.is_on_branch(self.path, journal, last)
 
+    async def keep_timeline(self, timeline: int) -> None:
+        """Keep the highest timeline of the journal's server that was seen. While the disk is full, it is not kept."""
+        known = self._database.membership
+        if known is not None and timeline > known.timeline:
+            with contextlib.suppress(DiskFull):
+                await self._run(self._projection.keep_timeline, timeline)
+
     async def snapshot(self) -> StoreCopy:
         """Check all rows, and return a copy of the tables, for `SharedJournal.write_snapshot`. See `backup`.
 
@@ -247,7 +256,12 @@ async def _can_follow(db: Database, path: str, journal: SharedJournal, *, may_be
     if is_new and not may_be_new and await journal.snapshots():
         return False
     crc = None if db.membership is None else db.membership.record_crc
-    return await membership.is_on_branch(path, journal, Followed(db.projected_to, crc, db.numbers.epoch))
+    try:
+        return await membership.is_on_branch(path, journal, Followed(db.projected_to, crc, db.numbers.epoch))
+    except JournalUnavailable:
+        if is_new:
+            raise
+        return True  # a standby checks it again before it follows
 
 
 async def _check_snapshot(db: Database, path: str, journal: SharedJournal) -> None:

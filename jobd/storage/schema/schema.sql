@@ -230,11 +230,13 @@ CREATE TABLE bad_rows (
     row TEXT NOT NULL
 ) STRICT;
 
--- For a store that belongs to a cluster: the id of its journal, and the checksum of the last record in the tables.
+-- For a store that belongs to a cluster: the id of its journal, the checksum of the last record in the tables, and the
+-- highest timeline of PostgreSQL that the node has seen.
 CREATE TABLE cluster (
     id INTEGER PRIMARY KEY CHECK (id = 1),
     cluster_id TEXT NOT NULL,
     record_crc INTEGER,                -- null: none yet
+    timeline INTEGER NOT NULL,
     crc INTEGER NOT NULL
 ) STRICT;
 

@@ -37,6 +37,7 @@ from jobd.model.storage import (
 )
 from jobd.storage import codec
 from jobd.storage.cluster import membership
+from jobd.storage.cluster.membership import Membership
 from jobd.storage.codec import KEY_COLUMNS, with_checksum
 from jobd.storage.damage.quarantine import quarantine_jobs
 from jobd.storage.database import BY_SEQ, PUT_QUEUE, PUT_TOMBSTONE, Database, StructureDamaged, readable
@@ -401,10 +402,19 @@ class Projection:
             db.projected_to = each.number
             self._unmark(each)
         if pending and db.membership is not None:
-            db.membership = replace(db.membership, record_crc=pending[-1].crc)
-            membership.write(db.conn, db.membership)
+            self._write_membership(replace(db.membership, record_crc=pending[-1].crc))
         db.write_meta()
         return len(tombstones)
+
+    def keep_timeline(self, timeline: int) -> None:
+        """Write the highest timeline of the journal's server that was seen. Raises DiskFull."""
+        db = self.db
+        assert db.membership is not None
+        db.commit(self._write_membership, replace(db.membership, timeline=timeline))
+
+    def _write_membership(self, changed: Membership) -> None:
+        self.db.membership = changed
+        membership.write(self.db.conn, changed)
 
     def _unmark(self, pending: Pending) -> None:
         if pending.batch.unmark and pending.number >= self.db.marked:

@@ -97,6 +97,19 @@ async def test_a_node_says_what_is_lost_and_keeps_it(path: str, server: MemorySe
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+async def test_a_loss_is_not_accepted_while_a_server_has_the_records(path: str, server: MemoryServer) -> None:
+    await lost_tail(path, server)
+    journal = Node(path, server).journal
+    with pytest.raises(
+        CannotAccept, match="PostgreSQL at b has record 7, but the last record of the journal in use is 3"
+    ):
+        await loss.find(journal, path, KEPT, {"a": KEPT, "b": 7})
+    found = await loss.find(journal, path, KEPT, {"a": KEPT, "b": None})
+    assert found.describe()[0] == "PostgreSQL at b could not be asked, and may have these records"
+    await accept(path, server)
+    assert (await loss.find(journal, path, KEPT, {"a": KEPT + 1, "b": 7})).is_accepted
+
+
 async def test_a_job_with_damaged_events_counts_as_changed(path: str, server: MemoryServer) -> None:
     await lost_tail(path, server)
     with edit_store(path) as conn:

@@ -72,6 +72,52 @@ async def test_an_append_waits_for_a_standby(
     assert [each.number for each in await b.read(0, 10)] == [1, 2]
 
 
+async def test_the_server_with_the_highest_timeline_is_used(
+    servers: list[PostgresServer], nodes: tuple[PostgresJournal, PostgresJournal]
+) -> None:
+    """A former primary that runs again, or still runs, accepts writes as well."""
+    a, b = nodes
+    former, promoted = servers
+    await lead(a)
+    await a.append(record_of(1, 100), 0)
+    assert (await b.health()).timeline == 1  # the second search is due later
+    await asyncio.to_thread(promoted.promote)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(b, "_search_at_s", 0.0)
+        await b.health()
+
+    async def has_left() -> bool:
+        health = await b.health()
+        return (health.timeline, len(health.writable)) == (2, 2)
+
+    await wait_until(has_left)
+    kept: list[int] = []
+
+    async def keep(timeline: int) -> None:
+        kept.append(timeline)
+
+    await lead(b, "b")
+    await b.append(record_of(2, (await b.head()).epoch), 1)
+    ports = [server.port for server in servers]
+    url = former.url().replace(f":{ports[0]}/", f":{ports[0]},127.0.0.1:{ports[1]}/")
+    node = await PostgresJournal.open(url, "main", LEASE_MS)
+    node.on_timeline = keep
+    assert ((await node.head()).number, (await node.health()).timeline, kept) == (2, 2, [2])
+    assert await node.records() == {f"127.0.0.1:{ports[0]}": 1, f"127.0.0.1:{ports[1]}": 2}
+    await asyncio.to_thread(promoted.stop)
+    assert list((await node.records()).values()) == [1, None]
+    await node.close()
+    with pytest.raises(JournalUnavailable, match="has timeline 1, but this node has seen timeline 2") as caught:
+        await PostgresJournal.open(url, "main", LEASE_MS, 2)
+    assert caught.value.exit_code == 75
+    later = PostgresJournal.later(url, "main", LEASE_MS, "id", 2)
+    with pytest.raises(JournalUnavailable, match="timeline 1"):
+        await later.head()
+    await asyncio.to_thread(promoted.start)
+    assert (await later.head()).number == 2
+    await later.close()
+
+
 async def test_a_missing_standby_is_named_before_a_journal_is_created(
     servers: list[PostgresServer], nodes: tuple[PostgresJournal, PostgresJournal], monkeypatch: pytest.MonkeyPatch
 ) -> None:

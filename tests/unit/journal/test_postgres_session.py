@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
 import struct
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -414,6 +415,16 @@ async def test_of_several_hosts_the_one_that_accepts_writes_is_used(url: str, po
         conn = await target.connect()
         assert await conn.fetchval("SELECT 1") == 1
         conn.terminate()
+
+
+async def test_the_system_closes_a_connection_to_a_silent_machine(url: str, postgres_server: PostgresServer) -> None:
+    await create(url, "main", "id")
+    conn = await Target(journal_url.parse(url), "main", lease_ms=1_500).connect()
+    opened = conn._transport.get_extra_info("socket")
+    assert opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1_500
+    assert opened.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    assert opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == session.KEEPALIVE_S
+    conn.terminate()
 
 
 async def test_a_silent_host_is_not_awaited_for_long_after_another_has_failed(

@@ -15,11 +15,19 @@ from structlog.testing import capture_logs
 
 from jobd.journal import event_codec
 from jobd.journal.record import FORMAT, LOWEST_FORMAT, decode
-from jobd.model.journal import BadRecord, Fenced, JournalOutcomeUnknown, LeadershipLost, Record
+from jobd.model.journal import (
+    BadRecord,
+    Fenced,
+    JournalOutcomeUnknown,
+    JournalUnavailable,
+    LeadershipLost,
+    Record,
+)
 from jobd.model.storage import AuditQuery, DiskFull, FormatNotRead, JobQuery, OpenedStore
 from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage import files
 from jobd.storage.cluster import snapshots
+from jobd.storage.cluster.lost_records import membership_of
 from jobd.storage.cluster.membership import StoreAhead, StoreDamaged, WrongCluster
 from jobd.storage.cluster.store import ClusterStore
 from jobd.storage.store import Store, StoreBroken, StoreBusy, StoreUnreadable
@@ -637,6 +645,28 @@ async def test_a_store_ahead_of_its_journal_is_refused(path: str, server: Memory
     with pytest.raises(StoreAhead, match="has record 3, but the last record of the journal is 2") as error:
         await refused(path, server)
     assert error.value.exit_code == 78
+
+
+async def test_a_store_that_has_followed_is_opened_without_its_journal(path: str, server: MemoryServer) -> None:
+    assert membership_of(path) is None
+    node = Node(path, server)
+    node.journal.is_reachable = False
+    with pytest.raises(JournalUnavailable):
+        await node.open()
+    assert membership_of(path) is None, "it has not followed"
+    maker = ChangeFactory()
+    async with leading(path, server) as leader:
+        await leader.store.write(maker.batch([maker.create()]))
+        await leader.store.keep_timeline(3)
+        await leader.store.keep_timeline(2)
+        await leader.store.write(maker.batch([maker.create()]))
+        assert membership_of(path) is None, "it is in use"
+    known = membership_of(path)
+    assert known is not None
+    assert (known.cluster_id, known.timeline) == ("memory", 3)
+    await node.open()
+    assert node.projected_to == 2
+    await node.store.close()
 
 
 async def test_a_store_on_another_branch_is_made_again(path: str, server: MemoryServer) -> None:
