@@ -47,7 +47,7 @@ from tests.support.daemon_process import TOKEN, DaemonProcess, die_with_us
 from tests.support.scripted_server import ScriptedServer, rejected, serving
 
 PACKAGE: Final = Path(jobd.__file__).parent
-DOCUMENTS: Final = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "systemd" / "README.md"]
+DOCUMENTS: Final = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "systemd" / "README.md"]
 README, API, OPERATIONS = ROOT / "README.md", ROOT / "docs/api.md", ROOT / "docs/operations.md"
 QUICKSTART, WORKERS, MIGRATION = ROOT / "docs/quickstart.md", ROOT / "docs/workers.md", ROOT / "docs/migration.md"
 PYTHON: Final = ROOT / "docs/python.md"
