@@ -51,6 +51,34 @@ def test_submit_reads_the_payload_from_stdin(running: CliDaemon) -> None:
     assert running.run("jobd.cli.ctl.main", "submit", "-", input="not json").returncode == 2
 
 
+def test_submit_takes_a_text(running: CliDaemon, jobctl: Jobctl) -> None:
+    assert jobctl.json("submit", "--text", '{"not": json')["payload"] == '{"not": json'
+    done = running.run("jobd.cli.ctl.main", "submit", "--json", "--text", "-", input="two\nlines\n")
+    assert json.loads(done.stdout)["payload"] == "two\nlines\n"
+    assert jobctl.rejected("submit", "--text")[0] == 2
+
+
+def test_wait_ends_when_all_jobs_are_finished(jobctl: Jobctl, running: CliDaemon) -> None:
+    ids = [jobctl.ok("submit", "--queue", "w1").strip() for _ in range(3)]
+    code, err = jobctl.rejected("wait", *ids, "--timeout", "0")
+    assert (code, "is not finished" in err) == (1, True), err
+    waiting = running.start("jobd.cli.ctl.main", "wait", "--queue", "w1", "--json", stdout=subprocess.PIPE)
+    for grant in running.client.claim("w", queues=["w1"], limit=3):
+        running.client.complete_job(grant.job.id, lock_id=grant.lock_id)
+    assert json.loads(waiting.communicate()[0]) in ({"completed": 3}, {})
+    assert waiting.returncode == 0
+    assert jobctl.json("wait", *ids) == {"completed": 3}
+    assert jobctl.run("wait", "--queue", "w1") == (0, "", "no unfinished jobs\n")
+    failed = jobctl.ok("submit", "--queue", "w1").strip()
+    grant = running.client.start_processing(failed, "w")
+    running.client.fail_job(failed, lock_id=grant.lock_id, error_message="no disk")
+    code, out, err = jobctl.run("wait", ids[0], failed, "never")
+    assert (code, out) == (1, "")
+    assert f"{failed} failed: no disk\nnever does not exist" in err
+    assert err.endswith("1 completed, 1 failed, 1 not found\n")
+    assert jobctl.rejected("wait")[0] == jobctl.rejected("wait", "a", "--queue", "w1")[0] == 2
+
+
 def test_submitting_a_job_twice_returns_it_and_another_with_its_id_is_rejected(jobctl: Jobctl) -> None:
     assert jobctl.ok("submit", "--id", "s3", "1") == jobctl.ok("submit", "--id", "s3", "1") == "s3\n"
     code, err = jobctl.rejected("submit", "--id", "s3", "2")

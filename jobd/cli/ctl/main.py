@@ -10,7 +10,7 @@ import click
 from jobd import __version__
 from jobd.cli import exit_codes
 from jobd.cli.connection import all_options
-from jobd.cli.ctl import admin, change, cluster, events, jobs, run, submit, transfer, webhooks
+from jobd.cli.ctl import admin, change, cluster, events, jobs, run, submit, transfer, wait, webhooks
 from jobd.cli.params import SETTINGS, CommandGroup
 
 
@@ -30,6 +30,7 @@ jobctl.add_all(
     "Jobs (worker API)",
     submit.submit,
     run.run,
+    wait.wait,
     jobs.jobs,
     jobs.job,
     jobs.why,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any
 
 import click
 
 from jobd.cli import exit_codes, terminal
 from jobd.cli.connection import job_client, worker_options
+from jobd.cli.ctl.wait import RETRY_FOR_S, say_outcome
 from jobd.cli.params import (
     DURATION,
     MAX_ATTEMPTS,
@@ -22,8 +23,6 @@ from jobd.cli.params import (
     naming_flags,
     read_stdin,
 )
-
-_WAIT_RETRY_FOR_S: Final = 60.0  # --wait survives a restart of the daemon
 
 
 @click.command()
@@ -69,6 +68,7 @@ _WAIT_RETRY_FOR_S: Final = 60.0  # --wait survives a restart of the daemon
 @click.option(
     "--idempotency-key", type=NAME, metavar="KEY", help="Repeating the command with this key creates no second job."
 )
+@click.option("--text", "is_text", is_flag=True, help="The payload is PAYLOAD as a text, not JSON.")
 @click.option("--wait", is_flag=True, help="Wait until the job is finished. Exit 0 if it is completed, else 1.")
 @json_option
 @worker_options
@@ -81,9 +81,10 @@ def submit(
     job_id: str | None,
     wait: bool,
     as_json: bool,
+    is_text: bool,
     **options: Any,
 ) -> int:
-    """Create a job and print its id. PAYLOAD is JSON, or - for JSON on stdin.
+    """Create a job and print its id. PAYLOAD is JSON (with --text, any text), or - to read it from stdin.
 
     \b
     Examples:
@@ -91,7 +92,9 @@ def submit(
       echo '[1, 2, 3]' | jobctl submit --id sums-2026-03 --max-attempts 3 -
     """
     text = read_stdin("the payload") if payload == "-" else payload
-    body = None if text is None else json_text(text, "PAYLOAD")
+    if is_text and text is None:
+        raise click.UsageError("--text needs PAYLOAD, or - for a text on stdin")
+    body = text if is_text or text is None else json_text(text, "PAYLOAD")
     pause = {"kind": backoff, "base_ms": backoff_base, "max_ms": backoff_max, "jitter": False if no_jitter else None}
     pause = {name: value for name, value in pause.items() if value is not None}
     options |= _times(**options)
@@ -125,10 +128,9 @@ def _whole_ms(delay: timedelta) -> int:
 def _wait_for(job_id: str, as_json: bool) -> int:
     from jobd.cli.progress import until_finished
 
-    job = until_finished(job_client(retry_for_s=_WAIT_RETRY_FOR_S), job_id)
+    job = until_finished(job_client(retry_for_s=RETRY_FOR_S), job_id)
     if as_json:
         terminal.emit_json(job)
     else:
-        why = f": {job.error_message}" if job.error_message and job.status != "completed" else ""
-        terminal.say(terminal.one_line(f"{job_id} {job.status}{why}"))
+        say_outcome(job)
     return exit_codes.DONE if job.status == "completed" else exit_codes.FAILED
