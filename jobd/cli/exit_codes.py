@@ -121,6 +121,9 @@ def _report(error: BaseException, name: str, args: Sequence[str], token_source: 
         return DONE
     text, code = _described(error, name, args, token_source)
     terminal.say(f"{name}: {text}")
+    source = error.__cause__ if isinstance(error, click.Abort) else error  # click replaces a KeyboardInterrupt
+    for note in getattr(source, "__notes__", ()):
+        terminal.say(f"{name}: {note}")
     return code
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +58,48 @@ def test_submit_takes_a_text(running: CliDaemon, jobctl: Jobctl) -> None:
     done = running.run("jobd.cli.ctl.main", "submit", "--json", "--text", "-", input="two\nlines\n")
     assert json.loads(done.stdout)["payload"] == "two\nlines\n"
     assert jobctl.rejected("submit", "--text")[0] == 2
+
+
+def test_submit_creates_a_job_for_each_line(running: CliDaemon) -> None:
+    def submit(*argv: str, lines: str) -> tuple[int, list[str], str]:
+        done = running.run("jobd.cli.ctl.main", "submit", "--lines", *argv, input=lines)
+        return done.returncode, done.stdout.splitlines(), done.stderr
+
+    def payloads(queue: str) -> list[Any]:
+        return [job.payload_value for job in running.client.iterate_jobs(queue=queue)][::-1]
+
+    code, ids, err = submit("--queue", "l1", "--priority", "5", lines="\n".join(map(str, range(2500))))
+    assert (code, len(set(ids)), err) == (0, 2500, "")
+    assert payloads("l1") == list(range(2500))
+    assert running.client.get_job(ids[0]).priority == 5
+    code, out, err = submit("--queue", "l2", "--text", "--json", "-", lines="a b\n{\n")
+    assert (code, [json.loads(line)["payload"] for line in out]) == (0, ["a b", "{"])
+    full = '{"id": "l-1", "payload": 1, "queue": "l3"}\n{"id": "l-2", "expires_in_ms": 5000}\n'
+    for _ in range(2):
+        assert submit("--full", "--queue", "l4", "--expires", "1h", lines=full) == (0, ["l-1", "l-2"], "")
+    assert [running.client.get_job(job_id).queue for job_id in ("l-1", "l-2")] == ["l3", "l4"]
+    code, out, err = submit("--full", lines='{"id": "l-3"}\n{"id": "l-4", "priority": 5000}\n{"id": "l-5"}')
+    assert (code, out) == (4, ["l-3"])
+    assert "line 2: `$.priority`: expected a whole number <= 1000 [invalid_request]\n" in err
+    assert err.endswith("1 job was created. Go on from line 2\n")
+    assert submit("--full", lines='{"id": "l-1", "payload": 2}')[2].startswith(
+        "jobctl: line 1: Job l-1 exists, created"
+    )
+    code, out, err = submit("--kind", "k" * 201, lines="1\n2")
+    assert (code, out, "Invalid value for '--kind'" in err) == (2, [], True), err
+
+
+def test_submitting_lines_stops_if_nothing_reads_the_ids(running: CliDaemon) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdin": subprocess.PIPE, "stdout": writer, "stderr": subprocess.PIPE}
+    submitting = running.start("jobd.cli.ctl.main", "submit", "--lines", "--queue", "l5", **streams)
+    os.close(writer)
+    _, err = submitting.communicate("1\n" * 5)
+    assert submitting.returncode == 74
+    created = len(running.client.list_jobs(queue="l5").jobs)
+    assert f"{created} job" in err
+    assert err.endswith(f"created. Go on from line {created + 1}\n"), err
 
 
 def test_wait_ends_when_all_jobs_are_finished(jobctl: Jobctl, running: CliDaemon) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +24,9 @@ from jobd.cli.params import (
     naming_flags,
     read_stdin,
 )
+
+if TYPE_CHECKING:
+    from jobd.cli.ctl.submit_lines import Content
 
 
 @click.command()
@@ -69,6 +73,8 @@ from jobd.cli.params import (
     "--idempotency-key", type=NAME, metavar="KEY", help="Repeating the command with this key creates no second job."
 )
 @click.option("--text", "is_text", is_flag=True, help="The payload is PAYLOAD as a text, not JSON.")
+@click.option("--lines", "is_lines", is_flag=True, help="Create a job for each line of stdin. A line is a payload.")
+@click.option("--full", "is_full", is_flag=True, help="With --lines: a line is a JSON object with the fields of a job.")
 @click.option("--wait", is_flag=True, help="Wait until the job is finished. Exit 0 if it is completed, else 1.")
 @json_option
 @worker_options
@@ -82,29 +88,60 @@ def submit(
     wait: bool,
     as_json: bool,
     is_text: bool,
+    is_lines: bool,
+    is_full: bool,
     **options: Any,
 ) -> int:
     """Create a job and print its id. PAYLOAD is JSON (with --text, any text), or - to read it from stdin.
+
+    With --lines, create many jobs: each line of stdin is a payload. With --full, it has the fields of a create
+    request, such as id and payload, and the options are for the fields that it does not have.
 
     \b
     Examples:
       jobctl submit --queue video --kind transcode '{"file": "/srv/cat.mov"}'
       echo '[1, 2, 3]' | jobctl submit --id sums-2026-03 --max-attempts 3 -
+      find /srv -name '*.mov' | jobctl submit --queue video --lines --text
     """
+    pause = {"kind": backoff, "base_ms": backoff_base, "max_ms": backoff_max, "jitter": False if no_jitter else None}
+    pause = {name: value for name, value in pause.items() if value is not None}
+    options |= _times(**options) | {"backoff": pause or None}
+    if is_lines or is_full:
+        unfit = {"PAYLOAD": payload not in (None, "-"), "--id": job_id, "--wait": wait}
+        unfit |= {"--idempotency-key": options.pop("idempotency_key")}
+        content = _content_of_lines(is_lines=is_lines, is_full=is_full, is_text=is_text, unfit=unfit)
+        return _submit_lines(options, content, as_json=as_json)
     text = read_stdin("the payload") if payload == "-" else payload
     if is_text and text is None:
         raise click.UsageError("--text needs PAYLOAD, or - for a text on stdin")
     body = text if is_text or text is None else json_text(text, "PAYLOAD")
-    pause = {"kind": backoff, "base_ms": backoff_base, "max_ms": backoff_max, "jitter": False if no_jitter else None}
-    pause = {name: value for name, value in pause.items() if value is not None}
-    options |= _times(**options)
     client = job_client()
     with naming_flags():
-        created = client.create_job(body, id=job_id, backoff=pause or None, **options)
+        created = client.create_job(body, id=job_id, **options)
     if not (wait and as_json):
         terminal.emit_json(created) if as_json else terminal.emit(created.id)
         sys.stdout.flush()
     return _wait_for(created.id, as_json) if wait else exit_codes.DONE
+
+
+def _content_of_lines(*, is_lines: bool, is_full: bool, is_text: bool, unfit: Mapping[str, object]) -> Content:
+    """Return what the lines are. Raises UsageError for options that do not fit each other."""
+    if not is_lines:
+        raise click.UsageError("--full needs --lines")
+    if is_full and is_text:
+        raise click.UsageError("--full and --text are mutually exclusive: a line is a JSON object or a text")
+    for name, value in unfit.items():
+        if value:
+            advice = "give each line an id with --full, and wait with jobctl wait"
+            raise click.UsageError(f"--lines reads stdin and creates many jobs, so it does not take {name}: {advice}")
+    return "full" if is_full else "text" if is_text else "json"
+
+
+def _submit_lines(options: dict[str, Any], content: Content, *, as_json: bool) -> int:
+    from jobd.cli.ctl.submit_lines import LineSubmitter
+
+    LineSubmitter(job_client(), options, as_json=as_json).submit_all(sys.stdin.fileno(), content)
+    return exit_codes.DONE
 
 
 def _times(
