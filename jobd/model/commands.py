@@ -297,7 +297,7 @@ class Claim(Command, frozen=True, kw_only=True):
         ]
         | None
     ) = None
-    limit: Annotated[int, Meta(ge=1, le=MAX_CLAIM, description="Maximum number of jobs.")] = 1
+    limit: Annotated[int, Meta(ge=1, le=MAX_CLAIM, description="Maximum number of jobs, or 8 MiB of payloads.")] = 1
     wait_ms: Annotated[int, Meta(ge=0, le=MAX_WAIT_MS, description="How long to wait for a job, in ms.")] = 0
     lock_ttl_ms: LockTtlMs | None = None
     stuck_after_ms: GrantStuckAfterMs | None = None

@@ -81,6 +81,7 @@ class Changes(Struct, frozen=True, gc=False, omit_defaults=True):
     result: Result | None | UnsetType = UNSET
     error: Failure | None | UnsetType = UNSET
     releases: int | UnsetType = UNSET
+    payload_bytes: int | UnsetType = UNSET
 
 
 _AS_NEW: Final = Job.__struct_defaults__
@@ -235,6 +236,7 @@ def fold(job: Job | None, event: Event) -> Job | None:
         job.result if new.result is UNSET else new.result,
         job.error if new.error is UNSET else new.error,
         job.releases if new.releases is UNSET else new.releases,
+        job.payload_bytes if new.payload_bytes is UNSET else new.payload_bytes,
     )
 
 

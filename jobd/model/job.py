@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -58,6 +59,7 @@ SAFE_EPOCH: Final = (1 << 29) - 1  # in January 2037
 LAST_EPOCH: Final = (1 << 39) - 1
 _EPOCHS_BEGIN_MS: Final = 1_577_836_800_000  # 2020-01-01T00:00:00Z
 
+SMALL_PAYLOAD_BYTES: Final = 8 << 10  # a job does not record the size of a payload up to this one
 MAX_PERCENT: Final = 100
 MAX_LATE_RESULTS: Final = 5  # late results of a job: those of its latest grants
 # Releases in a row without progress: from DELAYED_FROM on, the job waits. From LOOP_FROM on, a job that does not wait
@@ -105,6 +107,11 @@ def is_release_loop(job: Job) -> bool:
     if job.releases < LOOP_FROM or ended is None or ended.rule not in ("release", "release-lock"):
         return False
     return job.run_at - ended.at < SECOND_MS
+
+
+def recorded_bytes(payload: Collection[int]) -> int:
+    """Return the `payload_bytes` of a job with this payload."""
+    return len(payload) if len(payload) > SMALL_PAYLOAD_BYTES else 0
 
 
 def storage_key_error(key: str) -> str | None:
@@ -291,7 +298,7 @@ class Job(Struct, frozen=True, gc=False):
     `seq` is the order of creation, unique in a store and never reused. A queued job fails at `expires_at`; a finished
     one is deleted then. Times named `*_at` are wall time, Unix ms. `releases` counts the releases in a row without
     progress. A progress report above 0 % resets it, and so does every other end of a grant. A grant that was not
-    delivered does not change it.
+    delivered does not change it. `payload_bytes` is the size of the payload, 0 if it is SMALL_PAYLOAD_BYTES or less.
     """
 
     seq: int
@@ -314,6 +321,7 @@ class Job(Struct, frozen=True, gc=False):
     result: Result | None = None
     error: Failure | None = None
     releases: int = 0
+    payload_bytes: int = 0
 
     def waits_since(self, now: int) -> int:
         """Return since when a due job has waited: since it became due, its creation, or the end of its last grant."""
@@ -321,7 +329,7 @@ class Job(Struct, frozen=True, gc=False):
 
 
 class CompactJob(Struct, frozen=True, gc=False):
-    """A queued job that was due when it was created and has not changed since.
+    """A queued job with a small payload that was due when it was created and has not changed since.
 
     Nearly all waiting jobs are like this. A CompactJob takes 48 bytes in memory, a Job 176 (state.LiveJobs).
     """

@@ -160,6 +160,7 @@ class JobBody(Struct, omit_defaults=True, forbid_unknown_fields=True, gc=False):
     file_path: str | None = None
     metadata: Raw = _NO_METADATA
     releases: int = 0
+    payload_bytes: int = 0
 
 
 _decode_body = msgspec.json.Decoder(JobBody).decode
@@ -194,6 +195,7 @@ def job_row(job: Job) -> Row:
         result.file_path,
         _NO_METADATA if metadata is None or metadata == _NO_METADATA else metadata,
         job.releases,
+        job.payload_bytes,
     )
     return (
         job.seq,
@@ -250,6 +252,7 @@ class JobReader:
             None if result == _NO_RESULT else result,
             None if message is None and code is None else Failure(message, code),
             body.releases,
+            body.payload_bytes,
         )
 
     def job_or_compact(self, row: Row) -> Job | CompactJob:

@@ -59,6 +59,7 @@ def full_job(seq: int = 7) -> Job:
         result=Result("https://x/y", "/a", "k/e/y", Raw(b'{"a": [1, null]}')),
         error=Failure("it broke", "E1"),
         releases=6,
+        payload_bytes=9_000,
     )
 
 

@@ -26,7 +26,19 @@ from jobd.model.commands import (
     Updates,
 )
 from jobd.model.events import QueuePause
-from jobd.model.job import FINISHED, LIVE, MAX_PERCENT, TRANSITIONS, Failure, Grant, Job, Lease, Result, Status
+from jobd.model.job import (
+    FINISHED,
+    LIVE,
+    MAX_PERCENT,
+    TRANSITIONS,
+    Failure,
+    Grant,
+    Job,
+    Lease,
+    Result,
+    Status,
+    recorded_bytes,
+)
 from jobd.model.responses import AdminLockView, ImportCheckResult, Imported, LockState, Response, TransitionView
 
 
@@ -236,6 +248,7 @@ def _imported(tx: Transaction, command: Import) -> Job:
             Result(command.download_url, command.file_path, command.storage_key, command.metadata)
         ),
         error=_imported_error(command),
+        payload_bytes=recorded_bytes(command.payload),
     )
     return _held_elsewhere(tx, job, command.worker or "unknown") if command.status == "processing" else job
 

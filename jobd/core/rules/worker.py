@@ -32,13 +32,24 @@ from jobd.model.commands import (
     Undelivered,
 )
 from jobd.model.errors import ApiError, ApiException, api_error
-from jobd.model.job import DELAYED_FROM, SECOND_MS, Failure, Job, PreviousGrant, Result, release_delay_ms
+from jobd.model.job import (
+    DELAYED_FROM,
+    SECOND_MS,
+    SMALL_PAYLOAD_BYTES,
+    Failure,
+    Job,
+    PreviousGrant,
+    Result,
+    recorded_bytes,
+    release_delay_ms,
+)
 from jobd.model.responses import Grants, JobList, JobView, Response
 
 _encode: Final = msgspec.json.Encoder().encode
 # Options of a job that no command changes.
 _FIXED: Final = ("queue", "kind", "backoff", "stuck_after_ms", "max_processing_ms")
 _TIMES: Final = frozenset({"run_at", "expires_at"})
+CLAIM_BYTES: Final = 8 << 20  # of the payloads of one claim
 
 # -- create -----------------------------------------------------------------------------------------------------------
 
@@ -87,7 +98,8 @@ def _create(tx: Transaction, command: Create) -> tuple[Job, JobView, bool]:
     run_at = command.run_at or now + (command.delay_ms or 0)
     job_id = command.id or tx.job_id(number)
     expires_at = command.expires_at if command.expires_in_ms is UNSET else now + command.expires_in_ms
-    job = Job(number, job_id, options, "queued", now, now, run_at, expires_at=expires_at)
+    payload_bytes = recorded_bytes(command.payload)
+    job = Job(number, job_id, options, "queued", now, now, run_at, expires_at=expires_at, payload_bytes=payload_bytes)
     tx.create(job, "created", bytes(command.payload), request_hash)
     return job, views.job_view(job, tx.at, tx.policy, admin=tx.call.admin, payload=command.payload), True
 
@@ -193,9 +205,21 @@ def _already_locked(tx: Transaction, job: Job) -> ApiException:
 
 
 def claim(tx: Transaction, command: Claim) -> Response:
-    """Grant the first due jobs of the queues, by priority, run_at and creation."""
+    """Grant the first due jobs of the queues, by priority, run_at and creation, up to CLAIM_BYTES of payloads."""
     due = tx.state.first_due(command.queues, command.kinds, command.limit)
+    if len(due) > 1:
+        del due[_fitting(due) :]
     return _granted(tx, [transitions.grant(tx, job, command) for job in due])
+
+
+def _fitting(jobs: list[Job]) -> int:
+    """Return how many of the first `jobs` have at most CLAIM_BYTES of payloads together, at least 1."""
+    total = 0
+    for index, job in enumerate(jobs):
+        total += job.payload_bytes or SMALL_PAYLOAD_BYTES
+        if total > CLAIM_BYTES:
+            return max(index, 1)
+    return len(jobs)
 
 
 def _granted(tx: Transaction, jobs: list[Job]) -> Response:

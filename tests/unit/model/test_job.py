@@ -147,6 +147,7 @@ OTHER_FIELDS: Final[list[dict[str, Any]]] = [
     {"result": Result()},
     {"error": Failure(None)},
     {"releases": 1},
+    {"payload_bytes": 9_000},
 ]
 
 

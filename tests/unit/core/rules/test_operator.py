@@ -456,6 +456,7 @@ def test_an_import_keeps_all_given_fields(rules: RuleHarness) -> None:
         metadata=Raw(b"1"),
         error_message="e",
         error_code="E",
+        payload=Raw(b"1" * 9_000),
     )
     decision = rules.decide(command, by="admin")
     assert not isinstance(decision.answer, ApiError)
@@ -466,6 +467,7 @@ def test_an_import_keeps_all_given_fields(rules: RuleHarness) -> None:
     assert (job.created_at, job.updated_at, job.run_at) == (NOW - 9, NOW - 1, NOW - 8)
     assert (job.started_at, job.finished_at, job.expires_at) == (NOW - 7, NOW - 2, NOW + 9)
     assert (job.result, job.error) == (Result("u", "f", "s", Raw(b"1")), Failure("e", "E"))
+    assert job.payload_bytes == 9_000
     assert rules.state.unvalidated == {1: "a"}
     assert rules.accept(command) == Imported("a", skipped=True)
 

@@ -706,6 +706,24 @@ def test_claims_skip_paused_queues(rules: RuleHarness) -> None:
     assert rules.claim(queues=["default", "y"], limit=9) == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "granted"),
+    [
+        ([1 << 20] * 9, 8),
+        ([(8 << 20) + 1, 1], 1),
+        ([7 << 20, 2 << 20, 1], 1),  # the last job does not overtake the second
+        ([(8 << 20) - (8 << 10), 1, 1], 2),  # a small payload counts as 8 KiB
+        ([8 << 10] * 100, 100),
+    ],
+)
+def test_a_claim_grants_at_most_8_mib_of_payloads_and_at_least_one_job(
+    rules: RuleHarness, sizes: list[int], granted: int
+) -> None:
+    ids = [rules.create(f"job-{number}", payload=Raw(b"1" * size)).id for number, size in enumerate(sizes)]
+    assert rules.claim(limit=100) == ids[:granted]
+    assert rules.claim() == ids[granted : granted + 1]
+
+
 def test_every_token_is_greater_than_the_one_before(rules: RuleHarness) -> None:
     for name in "abc":
         rules.create(name)
