@@ -83,7 +83,7 @@ else:
     _AnyParam = _TextParam = click.ParamType  # older click has no type parameter
 
 
-class _NameParam(_TextParam):
+class NameParam(_TextParam):
     """An id or a name. Empty text is an error, because a filter by it would match everything."""
 
     name = "name"
@@ -112,7 +112,7 @@ def _now_ms() -> int:
     return round(time.time() * 1000)
 
 
-NAME: Final = _NameParam()
+NAME: Final = NameParam()
 DURATION: Final = _TimeParam("duration", duration_ms)
 PAST: Final = _TimeParam("time", lambda text: past_ms(text, _now_ms()))
 MOMENT_OR_DELAY: Final = _TimeParam("time", moment_or_delay)

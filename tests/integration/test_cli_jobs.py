@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests import ROOT
-from tests.support.cli_harness import JOB_FIELDS, CliDaemon, Jobctl, node_runs_typescript
+from tests.support.cli_harness import JOB_FIELDS, TOKEN, CliDaemon, Jobctl, node_runs_typescript
 
 
 @pytest.mark.slow
@@ -121,6 +121,33 @@ def test_wait_ends_when_all_jobs_are_finished(jobctl: Jobctl, running: CliDaemon
     assert f"{failed} failed: no disk\nnever does not exist" in err
     assert err.endswith("1 completed, 1 failed, 1 not found\n")
     assert jobctl.rejected("wait")[0] == jobctl.rejected("wait", "a", "--queue", "w1")[0] == 2
+
+
+def test_bash_completes_queues_kinds_and_jobs(running: CliDaemon, tmp_path: Path) -> None:
+    running.client.create_job(queue="comp", kind="thumb", id="comp:1")
+    running.client.create_job(queue="comp", kind="$(touch x)", id="comp-2")
+    (tmp_path / "jobctl").write_text(f'#!/bin/sh\nexec {sys.executable} -m jobd.cli.ctl.main "$@"\n')
+    (tmp_path / "jobctl").chmod(0o755)
+    script = running.run("jobd.cli.ctl.main", "completion", "bash").stdout
+    script += (
+        'COMP_WORDS=("${@:2}"); COMP_CWORD=$(($# - 2)); _jobctl_completion jobctl; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    env = {**running.env, "PATH": path, "JOBD_SOCKET": "/missing", "ADMIN_TOKEN": TOKEN}
+
+    def completed(*words: str, socket: str = running.client_environ["JOBD_SOCKET"]) -> list[str]:
+        argv = ["bash", "--norc", "-c", script, "bash", "", "jobctl", "--socket", socket, *words]
+        done = subprocess.run(argv, env=env, cwd=ROOT, text=True, capture_output=True, check=True)
+        assert done.stderr == ""
+        return done.stdout.split()
+
+    assert "comp" in completed("submit", "--queue", "")
+    assert completed("pause", "com") == ["comp"]
+    assert completed("jobs", "--queue", "comp", "--kind", "") == ["thumb"]
+    assert completed("job", "comp") == ["comp-2", "comp:1"]
+    assert completed("cancel", "comp-2", "comp:") == ["comp:1"]
+    assert completed("job", "", socket="/missing") == []
+    assert "--priority" in completed("submit", "--p")
 
 
 def test_submitting_a_job_twice_returns_it_and_another_with_its_id_is_rejected(jobctl: Jobctl) -> None:

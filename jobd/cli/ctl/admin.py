@@ -10,6 +10,7 @@ from jobd.cli import exit_codes, tables_admin, terminal
 from jobd.cli.confirm import confirm, destructive_options, need_terminal, reason_option
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl import plans
+from jobd.cli.ctl.completion import JOB_ID, QUEUE
 from jobd.cli.params import MOMENT, NAME, PAST, json_option
 from jobd.cli.progress import busy
 
@@ -92,7 +93,7 @@ def _with_plan_id(seen: PreviewView, plan: PlanView | None) -> dict[str, Any]:
 
 
 @click.command()
-@click.argument("job_id", metavar="ID")
+@click.argument("job_id", metavar="ID", type=JOB_ID)
 @json_option
 @admin_options
 def late(job_id: str, as_json: bool) -> None:
@@ -175,7 +176,7 @@ def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json
 
 
 @click.command()
-@click.argument("queue")
+@click.argument("queue", type=QUEUE)
 @_REASON
 @click.option(
     "--until",
@@ -211,7 +212,7 @@ def _is_known(client: AdminClient, queue: str) -> bool:
 
 
 @click.command()
-@click.argument("queue")
+@click.argument("queue", type=QUEUE)
 @_REASON
 @json_option
 @admin_options
@@ -306,7 +307,7 @@ def failures(limit: int, as_json: bool) -> None:
 @click.option("--who", type=NAME, metavar="NAME", help="Only actions of this operator.")
 @click.option("--action", type=NAME, metavar="ACTION", help="Only this action, such as force-fail.")
 @click.option("--what", type=NAME, hidden=True)
-@click.option("--job", "job_id", type=NAME, metavar="ID", help="Only actions on this job.")
+@click.option("--job", "job_id", type=JOB_ID, metavar="ID", help="Only actions on this job.")
 @click.option("--since", type=PAST, metavar="TIME", help="Only since this time (UTC), or an age such as 2h.")
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Maximum number of entries.")
 @json_option

@@ -13,6 +13,7 @@ from jobd.cli import tables, terminal
 from jobd.cli.confirm import Confirmation, destructive_options, dry_run_option, reason_option, run_action
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl import plans
+from jobd.cli.ctl.completion import JOB_ID
 from jobd.cli.ctl.plans import is_plan, where_option
 from jobd.cli.params import MAX_ATTEMPTS, MOMENT, PRIORITY, STATUS, json_option
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from jobd.model.job import Status
     from jobd.model.responses import ErrorView, JobView, LateResultView, PlanResult, PlanView, TransitionView
 
-_IDS: Final = click.argument("ids", metavar="[ID...]", nargs=-1)
+_IDS: Final = click.argument("ids", metavar="[ID...]", nargs=-1, type=JOB_ID)
 _REASON: Final = reason_option("Stored with the job.")
 _UPDATE_FIELDS: Final = ("priority", "run_at", "max_attempts")  # in the order in which they are shown
 
@@ -85,7 +86,7 @@ def _describe_transition(response: Any) -> str:
 
 
 @click.command()
-@click.argument("job_id", metavar="ID")
+@click.argument("job_id", metavar="ID", type=JOB_ID)
 @click.argument("from_status", metavar="FROM", type=STATUS)
 @click.argument("to_status", metavar="TO", type=STATUS)
 @click.option("--set", "updates", metavar="NAME=VALUE", multiple=True, help="Also set a field; VALUE is JSON or text.")
@@ -178,7 +179,7 @@ def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **h
 
 
 @click.command()
-@click.argument("job_id", metavar="ID")
+@click.argument("job_id", metavar="ID", type=JOB_ID)
 @click.option(
     "--result",
     type=click.IntRange(min=1),
@@ -247,7 +248,7 @@ def _describe_late_result(late: LateResultView) -> str:
 
 
 @click.command("run-now")
-@click.argument("job_id", metavar="ID")
+@click.argument("job_id", metavar="ID", type=JOB_ID)
 @_REASON
 @dry_run_option
 @json_option
@@ -265,7 +266,7 @@ def run_now(job_id: str, reason: str | None, **how: bool) -> int:
 
 
 @click.command()
-@click.argument("job_id", metavar="ID")
+@click.argument("job_id", metavar="ID", type=JOB_ID)
 @click.option("--priority", type=PRIORITY, metavar="N", help="-1000 to 1000; smaller numbers run first.")
 @click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time (UTC), or a duration from now.")
 @click.option("--max-attempts", type=MAX_ATTEMPTS, metavar="N", help="Maximum number of attempts.")

@@ -10,6 +10,7 @@ import click
 
 from jobd.cli import exit_codes, tables, terminal
 from jobd.cli.connection import admin_client, admin_options
+from jobd.cli.ctl.completion import JOB_ID, QUEUE
 from jobd.cli.params import DURATION, NAME, json_option
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ MIN_INTERVAL_MS: Final = 100
 
 @click.command()
 @click.option("-f", "--follow", is_flag=True, help="Follow new events until Ctrl-C.")
-@click.option("--queue", type=NAME, metavar="NAME", multiple=True, help="Only events of this queue; may be repeated.")
-@click.option("--job", type=NAME, metavar="ID", multiple=True, help="Only events of this job; may be repeated.")
+@click.option("--queue", type=QUEUE, metavar="NAME", multiple=True, help="Only events of this queue; may be repeated.")
+@click.option("--job", type=JOB_ID, metavar="ID", multiple=True, help="Only events of this job; may be repeated.")
 @click.option(
     "--type",
     "type_",

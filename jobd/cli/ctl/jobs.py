@@ -10,6 +10,7 @@ from jobd.cli import exit_codes, tables, terminal
 from jobd.cli.confirm import Confirmation, destructive_options, reason_option, run_action
 from jobd.cli.connection import admin_client, all_options, has_admin_token, job_client, worker_options
 from jobd.cli.ctl import plans
+from jobd.cli.ctl.completion import JOB_ID, KIND, QUEUE
 from jobd.cli.ctl.plans import is_plan, where_option
 from jobd.cli.params import NAME, PAST, STATUS, json_option
 
@@ -23,8 +24,8 @@ _ADMIN_FILTERS: Final = frozenset({"since", "until", "finished_since", "finished
 
 @click.command()
 @click.option("--status", type=STATUS, help="Only jobs with this status.")
-@click.option("--queue", type=NAME, metavar="NAME", help="Only jobs of this queue.")
-@click.option("--kind", metavar="KIND", help="Only jobs of this kind.")
+@click.option("--queue", type=QUEUE, metavar="NAME", help="Only jobs of this queue.")
+@click.option("--kind", type=KIND, metavar="KIND", help="Only jobs of this kind.")
 @click.option("--worker", type=NAME, metavar="NAME", help="Only jobs that this worker holds or was the last to hold.")
 @click.option(
     "--since", type=PAST, metavar="TIME", help="Only jobs created at or after this time (UTC), or an age such as 2h. *"
@@ -73,7 +74,7 @@ def _pages(limit: int | None, cursor: str | None, match: dict[str, Any]) -> tupl
 
 
 @click.command()
-@click.argument("job_id", metavar="ID")
+@click.argument("job_id", metavar="ID", type=JOB_ID)
 @json_option
 @worker_options
 def job(job_id: str, as_json: bool) -> None:
@@ -87,7 +88,7 @@ def job(job_id: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("job_id", metavar="ID")
+@click.argument("job_id", metavar="ID", type=JOB_ID)
 @json_option
 @worker_options
 def why(job_id: str, as_json: bool) -> None:
@@ -97,7 +98,7 @@ def why(job_id: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("job_id", metavar="ID")
+@click.argument("job_id", metavar="ID", type=JOB_ID)
 @json_option
 @worker_options
 def timeline(job_id: str, as_json: bool) -> None:
@@ -107,7 +108,7 @@ def timeline(job_id: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("job_id", metavar="ID")
+@click.argument("job_id", metavar="ID", type=JOB_ID)
 @json_option
 @worker_options
 def validate(job_id: str, as_json: bool) -> int:
@@ -118,7 +119,7 @@ def validate(job_id: str, as_json: bool) -> int:
 
 
 @click.command()
-@click.argument("ids", metavar="[ID...]", nargs=-1)
+@click.argument("ids", metavar="[ID...]", nargs=-1, type=JOB_ID)
 @where_option
 @reason_option("Stored with the job.")
 @destructive_options

@@ -10,7 +10,7 @@ import click
 from jobd import __version__
 from jobd.cli import exit_codes
 from jobd.cli.connection import all_options
-from jobd.cli.ctl import admin, change, cluster, events, jobs, run, submit, transfer, wait, webhooks
+from jobd.cli.ctl import admin, change, cluster, completion, events, jobs, run, submit, transfer, wait, webhooks
 from jobd.cli.params import SETTINGS, CommandGroup
 
 
@@ -37,6 +37,7 @@ jobctl.add_all(
     jobs.timeline,
     jobs.validate,
     jobs.cancel,
+    completion.completion,
 )
 jobctl.add_all(
     "Operators (admin API)",

@@ -11,6 +11,7 @@ import click
 from jobd.cli import confirm, exit_codes, terminal
 from jobd.cli.confirm import Confirmation, destructive_options, reason_option
 from jobd.cli.connection import admin_client, admin_options
+from jobd.cli.ctl.completion import JOB_ID
 from jobd.cli.params import past_ms
 from jobd.cli.progress import busy
 
@@ -322,7 +323,7 @@ def _jobs(count: int) -> str:
 
 
 @click.command()
-@click.argument("ids", metavar="[ID...]", nargs=-1)
+@click.argument("ids", metavar="[ID...]", nargs=-1, type=JOB_ID)
 @where_option
 @reason_option("Stored with the jobs.")
 @destructive_options

@@ -6,6 +6,7 @@ import click
 
 from jobd.cli import exit_codes
 from jobd.cli.connection import current, worker_api_endpoints, worker_options
+from jobd.cli.ctl.completion import KIND, QUEUE
 from jobd.cli.params import DURATION, NAME
 
 
@@ -13,12 +14,14 @@ from jobd.cli.params import DURATION, NAME
 @click.option(
     "--queue",
     "queues",
-    type=NAME,
+    type=QUEUE,
     metavar="NAME",
     multiple=True,
     help="Claim jobs of this queue; may be repeated.  [default: default]",
 )
-@click.option("--kind", "kinds", metavar="KIND", multiple=True, help="Claim only jobs of this kind; may be repeated.")
+@click.option(
+    "--kind", "kinds", type=KIND, metavar="KIND", multiple=True, help="Claim only jobs of this kind; may be repeated."
+)
 @click.option(
     "--concurrency",
     type=click.IntRange(min=1),

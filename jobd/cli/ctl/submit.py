@@ -11,6 +11,7 @@ import click
 
 from jobd.cli import exit_codes, terminal
 from jobd.cli.connection import job_client, worker_options
+from jobd.cli.ctl.completion import KIND, QUEUE
 from jobd.cli.ctl.wait import RETRY_FOR_S, say_outcome
 from jobd.cli.params import (
     DURATION,
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("payload", required=False)
-@click.option("--queue", type=NAME, metavar="NAME", help="Queue of the job.  [default: default]")
-@click.option("--kind", metavar="KIND", help="Kind of work; workers can claim by kind.")
+@click.option("--queue", type=QUEUE, metavar="NAME", help="Queue of the job.  [default: default]")
+@click.option("--kind", type=KIND, metavar="KIND", help="Kind of work; workers can claim by kind.")
 @click.option(
     "--id", "job_id", type=NAME, metavar="ID", help="Id of the job. Repeating the same command creates it once."
 )

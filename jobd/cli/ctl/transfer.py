@@ -11,7 +11,8 @@ import click
 
 from jobd.cli import exit_codes, terminal
 from jobd.cli.connection import admin_client, admin_options
-from jobd.cli.params import NAME, STATUS, json_option
+from jobd.cli.ctl.completion import JOB_ID, KIND, QUEUE
+from jobd.cli.params import STATUS, json_option
 from jobd.cli.progress import Advance, bar
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ _TIMEOUT_S: Final = 120.0  # for one chunk of a stream, or one page, on a slow d
 @click.command()
 @click.argument("file", default="-", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path))
 @click.option("--status", type=STATUS, help="Only jobs with this status.")
-@click.option("--queue", type=NAME, metavar="NAME", help="Only jobs of this queue.")
-@click.option("--kind", metavar="KIND", help="Only jobs of this kind.")
+@click.option("--queue", type=QUEUE, metavar="NAME", help="Only jobs of this queue.")
+@click.option("--kind", type=KIND, metavar="KIND", help="Only jobs of this kind.")
 @click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
 @admin_options
 def export(file: Path, status: Status | None, queue: str | None, kind: str | None, yes: bool) -> int:
@@ -145,7 +146,7 @@ def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
 
 
 @click.command()
-@click.argument("job_id", metavar="ID")
+@click.argument("job_id", metavar="ID", type=JOB_ID)
 @click.option(
     "-o",
     "--output",

@@ -192,3 +192,25 @@ def test_the_old_spelling_artefact_names_the_new_one() -> None:
     result = CliRunner().invoke(main.jobctl, ["artefact", "a"])
     assert result.exit_code == 2
     assert "spelled artifact" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("shell", "expected"), [("bash", "complete -o"), ("zsh", "#compdef jobctl"), ("fish", "complete ")]
+)
+def test_completion_prints_a_script(shell: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("completion", shell) == 0
+    out = capsys.readouterr().out
+    assert expected in out
+    assert f"_JOBCTL_COMPLETE={shell}_complete" in out
+
+
+def test_without_a_daemon_no_names_are_completed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ("jobctl submit --queue ", "jobctl job ", "jobctl --url ftp://x job "):
+        for name, value in {"_JOBCTL_COMPLETE": "bash_complete", "COMP_WORDS": words}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+        with pytest.raises(SystemExit, match=r"^0$"):
+            run()
+    assert capsys.readouterr() == ("\n\n\n", "")
