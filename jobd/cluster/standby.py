@@ -203,8 +203,13 @@ class Standby:
                 return None  # the server has failed over, and has lost the takeover and records before it
             await self._warm.apply([each for each in records if each.number <= head.number])
         is_complete = await self._is_complete()
-        if lease.renewal_in_s <= 0 and not await self._renew(head, lease):  # the takeover waited, as for a row lock
-            return None
+        if lease.renewal_in_s <= 0:  # the takeover waited, as for a row lock
+            sent = lease.now()
+            try:
+                await self._journal.renew(head.number)
+            except (Fenced, JournalOutcomeUnknown):
+                return None  # leadership is lost, or ends with its lease
+            lease.renewed(sent)
         self._begin_epoch(head.epoch, may_have_lost=not is_complete)
         log.info("leads", epoch=head.epoch, record=head.number)
         return Leadership(
@@ -230,16 +235,6 @@ class Standby:
         if head is not None:
             lease.renewed(sent)
         return head
-
-    async def _renew(self, head: Head, lease: LeaderLease) -> bool:
-        """Renew leadership that was just taken. Return False if it is lost, or ends with its lease."""
-        sent = lease.now()
-        try:
-            await self._journal.renew(head.number)
-        except (Fenced, JournalOutcomeUnknown):
-            return False
-        lease.renewed(sent)
-        return True
 
     async def _is_complete(self) -> bool:
         """Return whether the journal has every acknowledged record: no failover of the server can have lost one."""

@@ -56,6 +56,7 @@ RULES: Final[Mapping[type[Command], Rule]] = {
     commands.ReleaseLock: worker_rules.release_lock,
     commands.ForceFail: operator_rules.force_fail,
     commands.ForceReset: operator_rules.force_reset,
+    commands.RetryJob: operator_rules.force_reset,
     commands.Transition: operator_rules.transition,
     commands.RunNow: operator_rules.run_now,
     commands.Update: operator_rules.update,

@@ -115,7 +115,7 @@ def _overdue(job: Job, state: State, at: Moment, back: str) -> WhyView:
         because += " The wall clock is suspect, so recovery does not fail it."
         do = ["Check the clock of the daemon's machine. If it is correct: jobctl clock accept"]
         return WhyView("queued", because, None, "clock", do)
-    do = [f"If it is still needed: jobctl force-reset {job.id}"]
+    do = [f"If it is still needed, once it has failed: jobctl retry {job.id}"]
     soon = NextEvent("The next recovery or cleanup run fails it as expired.", at.now, "expires_at")
     if state.next_cleanup_at is not None:
         soon = NextEvent("The next cleanup run fails it as expired.", max(state.next_cleanup_at, at.now), "expires_at")
@@ -317,7 +317,7 @@ def _advice(job: Job, grant: Grant, lease: Lease, at: Moment) -> list[str]:
     do = [f"Check whether worker {grant.worker} is alive."]
     if not lease.is_live(at.lease):
         do.append(f"Take back its jobs with expired locks: jobctl take-back {quote(grant.worker)}")
-    again = f"jobctl force-reset {job.id} (runs it again) or jobctl force-fail {job.id}"
+    again = f"jobctl force-fail {job.id}, and to run it again: jobctl retry {job.id}"
     return [*do, f"If it is dead and you cannot wait: {again}"]
 
 
@@ -330,10 +330,10 @@ def _finished(job: Job, at: Moment) -> WhyView:
         case "completed":
             return WhyView("completed", ending(job), deleted, None, [])
         case "failed":
-            do = [f"Fix the cause, then run it again: jobctl force-reset {job.id}"]
+            do = [f"Fix the cause, then run it again: jobctl retry {job.id}"]
             return WhyView("failed", ending(job), deleted, None, do)
         case "cancelled":
-            do = [f"If it is needed after all: jobctl force-reset {job.id}"]
+            do = [f"If it is needed after all: jobctl retry {job.id}"]
             return WhyView("cancelled", ending(job), deleted, None, do)
         case _:
             do = ["Correct the row with the daemon stopped, then: jobd doctor --accept ID"]

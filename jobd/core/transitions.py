@@ -316,9 +316,9 @@ def stall(tx: Transaction, job: Job, cause: str, *, rule: str = "recovery", why:
         times = "once" if stalls == 1 else f"{stalls} times"
         advice = f"It stalled {times} (max_stalls {options.max_stalls}); find out what kills its workers."
     elif options.on_stall == "fail":
-        advice = "Its on_stall is fail; force-reset the job to run it again."
+        advice = "Its on_stall is fail; retry the job to run it again."
     else:
-        advice = "The work may be half done; check it, then force-reset the job to run it again."
+        advice = "The work may be half done; check it, then retry the job to run it again."
     error = Failure(f"{cause} {advice}", STALLED)
     failed: dict[str, Any] = {"attempt": attempt, "stalls": stalls, "error": error}
     return finish(tx, job, "stalled", "failed", ended, failed, reason=error.message, details=details)

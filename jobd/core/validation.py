@@ -115,8 +115,7 @@ def _old_error(job: Job) -> list[Issue]:
     if job.status != "queued" or job.error is None or job.attempt or job.ended is not None:
         return []
     message = "The job is queued and had no attempt, but it has an error."
-    fix = f"It is cleared when the job completes. To clear it now: jobctl force-reset {job.id}"
-    return [Issue("warning", "error_message", message, fix)]
+    return [Issue("warning", "error_message", message, "It is cleared when the job completes.")]
 
 
 def _ending(job: Job, policy: Policy) -> list[Issue]:

@@ -13,7 +13,7 @@ from jobd.model import commands
 from jobd.model.commands import JobCommand
 from jobd.model.responses import JobView
 
-Verb = Literal["run-now", "extend", "release", "force-reset", "force-fail", "cancel", "delete", "adopt"]
+Verb = Literal["run-now", "extend", "release", "retry", "force-reset", "force-fail", "cancel", "delete", "adopt"]
 
 
 class ActionTarget(Struct, frozen=True):
@@ -77,6 +77,13 @@ _ALL: Final = (
         commands.ReleaseLock,
     ),
     JobAction(
+        "retry",
+        "Retry",
+        "is queued again as if it were new: no attempts, no stalls, no error, due now.",
+        commands.RetryJob,
+        cli_command="jobctl retry",
+    ),
+    JobAction(
         "force-reset",
         "Reset",
         "is queued again as if it were new: no attempts, no stalls, no error, due now. A worker that holds it "
@@ -134,6 +141,8 @@ def available_actions(job: JobView, now: int) -> list[JobAction]:
 def is_allowed(action: JobAction, job: JobView, now: int) -> bool:
     if action.verb == "run-now" and job.run_at <= now:
         return False
+    if action.verb == "force-reset" and job.status in commands.RetryJob.allowed_from:
+        return False  # a retry does the same
     return job.status in action.command.allowed_from and (not action.needs_lock or visible_lock_id(job) != "")
 
 

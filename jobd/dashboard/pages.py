@@ -52,9 +52,7 @@ MAX_REPORTS: Final = 50
 MAX_GROUPS: Final = 100  # failure groups
 MAX_SCANNED: Final = 50_000  # jobs; a page whose search scans more is not updated automatically
 INDEXED_STATUSES: Final = ("queued", "processing", "failed", "cancelled")
-BULK_ACTIONS: Final = {"retry": "Retry"} | {
-    verb: action.label for verb, action in JOB_ACTIONS.items() if verb in commands.PLAN_COMMANDS
-}
+BULK_ACTIONS: Final = {verb: action.label for verb, action in JOB_ACTIONS.items() if verb in commands.PLAN_COMMANDS}
 PAUSED_QUEUES: Final = commands.Queues(paused=True, limit=20)  # sent by every page; costs little if few are paused
 PAUSE_CHOICES: Final = (("15 minutes", "900000"), ("1 hour", "3600000"), ("4 hours", "14400000"), ("1 day", "86400000"))
 MAX_SILENT_NAMES: Final = 3  # silent workers named in the overview

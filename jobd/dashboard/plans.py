@@ -30,7 +30,6 @@ from jobd.model.responses import PlanView, Response, plan_late_results_note
 MAX_LISTED: Final = 200
 DESCRIPTIONS: Final[dict[str, str]] = {
     **{verb: f"Each job {action.description}" for verb, action in JOB_ACTIONS.items()},
-    "retry": "Each job is queued again as if it were new: no attempts, no stalls, no error, due now.",
     "recover-stuck": "Stalled jobs are taken from their workers: each is requeued or fails, depending on its on_stall.",
     "cleanup": "As in a cleanup run, without repairs: stalled jobs are recovered, expired queued jobs fail, and "
     "finished jobs past their retention are deleted with their history.",

@@ -39,6 +39,7 @@ from jobd.model.commands import (
     Release,
     ReleaseLock,
     Resume,
+    RetryJob,
     RunNow,
     SearchJobs,
     Start,
@@ -144,6 +145,7 @@ class AdminJobCalls(CallGroup, tag="Jobs", base=ADMIN, auth="admin"):
     validate_job = ApiCall(ValidateJob, responses.ValidateJobView, "GET", "/validate-job")
     force_fail = ApiCall(ForceFail, TransitionView, "POST", "/force-fail", key=True)
     force_reset = ApiCall(ForceReset, TransitionView, "POST", "/force-reset", key=True)
+    retry = ApiCall(RetryJob, TransitionView, "POST", "/retry", key=True)
     extend_lock = ApiCall(ExtendLock, AdminLockView, "POST", "/extend-lock", key=True)
     release_lock = ApiCall(ReleaseLock, AdminLockView, "POST", "/release-lock", key=True)
     list_jobs = ApiCall(SearchJobs, JobPage, "GET", "/jobs")

@@ -486,8 +486,9 @@ class ForceReset(NamedJobCommand, frozen=True):
 
 
 class RetryJob(ForceReset, frozen=True):
-    """Requeue a failed or cancelled job as if it were new. Sent only by plans."""
+    """Requeue a failed or cancelled job as if it were new."""
 
+    audit_name = "retry"
     allowed_from = ("failed", "cancelled")
     plan_scope = "Only failed and cancelled jobs can be retried."
 
@@ -1130,6 +1131,7 @@ AnyCommand = (
     | Workers
     | ForceFail
     | ForceReset
+    | RetryJob
     | Transition
     | ExtendLock
     | ReleaseLock

@@ -33,6 +33,7 @@ EventType = Literal[
     "adopted",
     "force_failed",
     "force_reset",
+    "retried_by_operator",
     "transitioned",
     "updated",
     "fixed",

@@ -286,7 +286,7 @@ class LateResult(Struct, frozen=True, gc=False):
 
 
 class Failure(Struct, frozen=True, gc=False, array_like=True):
-    """The last error of a job. It is kept until the job completes or is force-reset."""
+    """The last error of a job. It is kept until the job completes or an operator retries it."""
 
     message: str | None
     code: str | None = None

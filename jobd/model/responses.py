@@ -426,7 +426,7 @@ class StatsView(Struct, frozen=True, rename="camel"):
 
 
 class TransitionView(Struct, frozen=True, rename="camel"):
-    """The result of force-fail, force-reset and transition."""
+    """The result of force-fail, force-reset, retry and transition."""
 
     job_id: JobIdText
     previous_status: Annotated[str, Meta(description="The status before.")]

@@ -21,6 +21,7 @@ AT_INFO: Final = frozenset(
         "adopted",
         "force_failed",
         "force_reset",
+        "retried_by_operator",
         "transitioned",
         "updated",
         "fixed",

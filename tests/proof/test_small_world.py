@@ -46,7 +46,7 @@ pytestmark = pytest.mark.timeout(300)  # CPU-bound
 EVENTS = {
     "created", "imported", "granted", "progress", "extended", "completed", "failed", "released", "undelivered",
     "cancelled", "stalled", "late_result", "late_call", "adopted", "force_failed", "force_reset", "transitioned",
-    "fixed", "deleted", "queue_paused", "queue_resumed",
+    "retried_by_operator", "fixed", "deleted", "queue_paused", "queue_resumed",
 }  # fmt: skip
 ERRORS = {
     "job_not_found", "job_exists", "already_locked", "queue_paused", "invalid_transition", "lock_lost",

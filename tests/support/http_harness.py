@@ -301,6 +301,9 @@ class FakeClock:
     def moment(self) -> Moment:
         return Moment(now=self._now(), lease=0, offset=0)
 
+    def behind_reason(self) -> str | None:
+        return None
+
     def suspect_reason(self) -> str | None:
         return None if self._fakes.accepted else "30 days ahead"
 

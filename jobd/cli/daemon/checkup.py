@@ -82,7 +82,7 @@ def _cleanup(client: AdminClient) -> Iterator[Finding]:
         yield Finding("cleanup", f"a step of the last run failed: {error}", "fix its cause, then run: jobctl cleanup")
     left = report.validation_issues_found - report.validation_issues_fixed
     if left > 0:
-        fix = "the log names the jobs; check with jobctl validate ID, fix with jobctl transition or force-reset"
+        fix = "the log names the jobs; check with jobctl validate ID, fix with jobctl transition or retry"
         yield Finding("validation", f"the last cleanup run found {left} issues without a safe fix", fix)
 
 

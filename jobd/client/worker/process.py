@@ -9,11 +9,13 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Final
 
+from jobd.client.worker import exec_program
 from jobd.client.worker.aio_utils import first_of, mark_done, within
 from jobd.client.worker.watchdog import Watchdog
 
@@ -251,15 +253,27 @@ async def _ready(pipe: IO[bytes], *, to_write: bool = False) -> None:
 
 
 def _popen(command: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        list(command),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        bufsize=0,
-        env=dict(environ),
-        start_new_session=True,
-    )
+    """Start `command` through `exec_program`. Raises OSError if it cannot be executed."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as errors:
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", exec_program.__file__, str(os.getpid()), str(writer), *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                env=dict(environ),
+                start_new_session=True,
+                pass_fds=[writer],
+            )
+        finally:
+            os.close(writer)
+        error = errors.read()  # ends when the program is executed
+    if not error:
+        return process
+    with process:  # closes its pipes, and waits for its end
+        raise OSError(int(error), os.strerror(int(error)), command[0])
 
 
 def _wait_for(pid: int, exited: asyncio.Future[int | None]) -> None:

@@ -20,12 +20,13 @@ from jobd.model.commands import (
     ImportCheck,
     Pause,
     Resume,
+    RetryJob,
     RunNow,
     Transition,
     Update,
     Updates,
 )
-from jobd.model.events import QueuePause
+from jobd.model.events import EventType, QueuePause
 from jobd.model.job import (
     FINISHED,
     LIVE,
@@ -54,14 +55,18 @@ def force_fail(tx: Transaction, command: ForceFail) -> Response:
 
 
 def force_reset(tx: Transaction, command: ForceReset) -> Response:
+    """Requeue the job as new. For a failed or cancelled job this is a retry, whichever command asks for it."""
     job = transitions.find(tx, command.id)
     job = transitions.expire_if_overdue(tx, job)
     if job.status in ("queued", "completed"):  # a job whose row has an unknown status can be reset too
-        what = "It needs no reset." if job.status == "queued" else "A completed job is final; create a new job instead."
+        what = "It needs no retry." if job.status == "queued" else "A completed job is final; create a new job instead."
         raise transitions.invalid_transition(job, "queued", what)
+    if job.status == "processing" and isinstance(command, RetryJob):
+        raise transitions.invalid_transition(job, "queued", "Only failed and cancelled jobs can be retried.")
     ended = transitions.ended_by(job, tx.at.now, "force-reset", "force_reset")
     fresh = {"attempt": 0, "stalls": 0, "error": None, "run_at": tx.at.now} | _without_past_expiry(tx, job)
-    after = transitions.requeue(tx, job, "force_reset", ended, fresh, reason=command.reason)
+    event: EventType = "retried_by_operator" if job.status in RetryJob.allowed_from else "force_reset"
+    after = transitions.requeue(tx, job, event, ended, fresh, reason=command.reason)
     return _forced(tx, job, after, command.reason)
 
 

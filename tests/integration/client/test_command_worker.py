@@ -586,6 +586,32 @@ async def test_locks_have_no_ceiling_by_default(tmp_path: Path, limit: dict[str,
     assert server.received[0].json["about"].keys() == {"instance", "host", "pid", "version", "concurrency"}
 
 
+async def test_killing_the_worker_with_its_watchdog_ends_its_program(
+    client: AsyncJobClient, daemon: DaemonProcess, queue: str, tmp_path: Path
+) -> None:
+    run = ["run", "--socket", daemon.socket, "--queue", queue, "--", "sh", "-c"]
+    script = f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; while :; do sleep 0.01; done"
+    command = [sys.executable, "-c", "from jobd.cli.ctl.main import main; main()", *run, script]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    await client.create_job(queue=queue)
+    start = functools.partial(subprocess.Popen, command, env=environ, preexec_fn=die_with_us)
+    process = await asyncio.to_thread(start)
+    try:
+        await wait_until((tmp_path / "pid").exists)
+        program = int((tmp_path / "pid").read_text())
+        for watchdog in await asyncio.to_thread(watchdogs_of, process.pid):
+            os.kill(process.pid, signal.SIGSTOP)  # it starts no other one
+            os.kill(watchdog, signal.SIGKILL)
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.wait)
+    try:
+        await wait_until(lambda: not has_members(program))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(program, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("is_stubborn", [False, True], ids=["SIGTERM ends it", "it ignores SIGTERM"])
 async def test_killing_the_worker_ends_its_programs_and_their_children(
     client: AsyncJobClient, daemon: DaemonProcess, queue: str, tmp_path: Path, is_stubborn: bool

@@ -352,7 +352,7 @@ class DecisionChecks:
         given_back = event.type in ("released", "undelivered") or (event.type == "stalled" and before.progress == 0)
         if given_back:
             expected = max(before.attempt - 1, 0)
-        elif event.type in ("force_reset", "transitioned"):
+        elif event.type in ("force_reset", "retried_by_operator", "transitioned"):
             return
         else:
             expected = before.attempt + (event.type == "granted")

@@ -310,7 +310,7 @@ def test_an_overdue_job_only_waits_to_fail(rules: RuleHarness, paused: bool) -> 
     rules.advance(5_010)
     because = "Its expires_at passed 5 s ago, so no worker can claim it."
     soon = NextEvent("The next recovery or cleanup run fails it as expired.", NOW + 5_010, "expires_at")
-    do = ["If it is still needed: jobctl force-reset a"]
+    do = ["If it is still needed, once it has failed: jobctl retry a"]
     assert why(rules) == WhyView("queued", because, soon, "expires_at", do)
 
 
@@ -413,7 +413,7 @@ def test_a_processing_job_names_its_worker(rules: RuleHarness) -> None:
     because = "Worker w-7 has held it for 60 s, at 45 %. Its lock is live for another 14 min."
     because += " Its progress timeout ends in 29 min (max_processing_ms 1800000)."
     stalled = "It counts as stalled and is recovered, unless worker w-7 reports, extends or ends it."
-    end = "jobctl force-reset a (runs it again) or jobctl force-fail a"
+    end = "jobctl force-fail a, and to run it again: jobctl retry a"
     assert why(rules) == WhyView(
         "processing",
         because,
@@ -569,12 +569,12 @@ def test_finished(rules: RuleHarness) -> None:
     assert suspect.next == NextEvent(later, rules.now, "retention")
     rules.accept(Fail(id="b", lock_id=rules.held("b"), error_message="boom"))
     deleted = replace(deleted, at=rules.now + 30 * DAY_MS)
-    do = ["Fix the cause, then run it again: jobctl force-reset b"]
+    do = ["Fix the cause, then run it again: jobctl retry b"]
     assert why(rules, "b") == WhyView("failed", "It failed: boom", deleted, None, do)
     rules.create("c")
     rules.accept(Cancel(id="c"))
     deleted = replace(deleted, at=rules.now + 7 * DAY_MS)
-    do = ["If it is needed after all: jobctl force-reset c"]
+    do = ["If it is needed after all: jobctl retry c"]
     assert why(rules, "c") == WhyView("cancelled", "It was cancelled.", deleted, None, do)
 
 

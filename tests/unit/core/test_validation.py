@@ -67,7 +67,7 @@ STALLED = Issue(
     "The job is stalled: worker w-1 did not report in time.",
     "Recovery puts it back into its queue or fails it, within cleanup.recover_every.",
 )
-CLEARED = "It is cleared when the job completes. To clear it now: jobctl force-reset a"
+CLEARED = "It is cleared when the job completes."
 NO_ERROR = Issue(
     "error", "error_message", "The job failed without an error message.", "A cleanup run fills in a default message."
 )

@@ -385,7 +385,7 @@ def test_only_the_jobs_of_a_silent_worker_are_taken_back(rules: RuleHarness) -> 
     rules.held("a", worker="w")
     error = rules.reject(TakeBack(name="w"), "worker_not_silent", admin=True)
     assert error.message == (
-        "Worker w is busy, not silent: the lock of its job is live. To end a live grant: jobctl force-reset ID"
+        "Worker w is busy, not silent: the lock of its job is live. To end a live grant: jobctl force-fail ID"
     )
     rules.held("b", worker="w")
     error = rules.reject(TakeBack(name="w", dry_run=True), "worker_not_silent", admin=True)

@@ -72,7 +72,7 @@ async def test_a_late_result_is_not_deleted_unseen(harness: DashboardHarness) ->
     goes = "It has 1 late result that was not adopted. It is deleted with the job."
     assert goes in text(await browser.get("/jobs/held/confirm?verb=delete"))
     instead = "It has 1 late result that was not adopted. Check whether it can be adopted instead."
-    assert instead in text(await browser.get("/jobs/held/confirm?verb=force-reset"))
+    assert instead in text(await browser.get("/jobs/held/confirm?verb=retry"))
     assert "late result" not in text(await browser.get("/jobs/held/confirm?verb=run-now"))
     assert (await browser.confirm("held", "delete")).status == 303
     assert (await harness.worker.request("GET", "/v1/jobs/held")).error == "job_not_found"
@@ -179,7 +179,7 @@ async def test_a_late_result_of_a_changed_job_is_not_adopted(harness: DashboardH
     await harness.call("jobs/held/cancel")
     browser = await harness.browser()
     before = await browser.confirm_fields("held", "adopt")
-    await browser.confirm("held", "force-reset")
+    await browser.confirm("held", "retry")
     response = await browser.post("/jobs/held/do", **before)
     assert (response.status, "has changed since you read it" in text(response)) == (409, True)
     now = await browser.confirm_fields("held", "adopt")
@@ -193,7 +193,7 @@ async def test_a_late_result_of_a_changed_job_is_not_adopted(harness: DashboardH
 async def test_the_curl_command_of_an_action_does_the_same(harness: DashboardHarness, verb: str) -> None:
     """Run the shown command as it is, with LOCK_ID replaced."""
     lock = await harness.start_job()
-    if verb in ("run-now", "adopt", "delete"):
+    if verb in ("run-now", "adopt", "delete", "retry"):
         await harness.restart_job("held")
         body = json.dumps({"lock_id": lock, "metadata": 1})
         await harness.worker.request("POST", "/v1/jobs/held/complete", body)
@@ -261,7 +261,7 @@ async def test_an_action_fails_if_another_worker_holds_the_job(harness: Dashboar
     assert done.status == 200, "the worker still holds the job"
 
 
-@pytest.mark.parametrize("verb", ["delete", "force-reset"])
+@pytest.mark.parametrize("verb", ["delete", "retry"])
 async def test_an_action_fails_if_the_job_has_returned_to_its_status(harness: DashboardHarness, verb: str) -> None:
     await fail_jobs(harness, "a")
     browser = await harness.browser()

@@ -103,7 +103,7 @@ async def test_a_plan_of_all_matches_skips_and_lists_changed_jobs(harness: Dashb
     browser = await harness.browser()
     response = await submit_plan(browser, "/jobs?queue=video&status=failed&q=DISK", action="delete", scope="all")
     assert "Plan: delete 60 jobs" in text(await browser.get(response.headers["location"]))
-    await browser.confirm("job-07", "force-reset")
+    await browser.confirm("job-07", "retry")
     await browser.confirm("job-08", "delete")
     response = await browser.post("/plans/plan-1/apply", csrf=await browser.csrf())
     page = text(await browser.get(response.headers["location"]))

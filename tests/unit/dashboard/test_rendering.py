@@ -65,7 +65,7 @@ async def test_text_from_outside_is_never_rendered_as_markup(harness: DashboardH
     responses.append(await browser.get(f"/jobs?id={quote(NASTY)}"))
     responses.append(await browser.get(f"/jobs?status={quote(NASTY)}"))
     responses.append(await browser.get(f"/sign-in?next={quote(NASTY)}"))
-    responses.append(await browser.confirm("nasty", "force-reset", NASTY))
+    responses.append(await browser.confirm("nasty", "retry", NASTY))
     responses.append(await browser.get("/jobs/nasty"))
     for response in responses:
         page = text(response)

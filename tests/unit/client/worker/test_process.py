@@ -35,6 +35,20 @@ async def test_a_program_gets_its_input_and_its_output_is_read() -> None:
     assert (bytes(run.out), bytes(run.err), program.returncode) == (b"in" * 100_000, b"err\n", 3)
 
 
+async def test_a_program_gets_its_own_environment_and_arguments() -> None:
+    run = ProgramRun()
+    program = await run.start("sh", "-c", 'env; printf "%s" "$0"; kill -PIPE $$', os.fsdecode(b"\xff"), LC_ALL="C")
+    await program.done
+    assert b"LC_CTYPE" not in run.out
+    assert run.out.endswith(b"\xff")
+    assert program.returncode == -signal.SIGPIPE
+
+
+async def test_a_program_that_cannot_be_executed_raises_its_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        await ProgramRun().start(str(tmp_path / "nothing"))
+
+
 async def test_a_program_may_leave_its_input_unread() -> None:
     program = await ProgramRun().start("true", stdin=b"x" * 1_000_000)
     await program.done

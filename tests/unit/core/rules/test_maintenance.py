@@ -92,9 +92,9 @@ def test_how_a_stall_ends(
         f"No update from worker w-1 for 15 min at {progress:g} % (attempt 1 of {max_attempts}). The lock had expired."
     )
     if status == "failed" and on_stall == "fail":
-        reason += " Its on_stall is fail; force-reset the job to run it again."
+        reason += " Its on_stall is fail; retry the job to run it again."
     elif status == "failed":
-        reason += " The work may be half done; check it, then force-reset the job to run it again."
+        reason += " The work may be half done; check it, then retry the job to run it again."
     assert recovered.details[0].reason == reason
     assert rules.last().by == "recovery"
     if status == "failed":
@@ -112,7 +112,7 @@ def test_the_message_of_a_stall() -> None:
     rules.accept(Recover(limit=1))
     assert rules.job().error == Failure(
         "No update from worker w-7 for 12 min at 45 % (attempt 1 of 1). The lock had expired. The work may be half "
-        "done; check it, then force-reset the job to run it again.",
+        "done; check it, then retry the job to run it again.",
         "stalled",
     )
     assert (rules.last().by, rules.last().reason) == ("client", rules.job().error.message)  # type: ignore[union-attr]
@@ -134,7 +134,7 @@ def test_a_stall_with_on_stall_fail_says_so(rules: RuleHarness) -> None:
     error = rules.job().error
     assert error is not None
     assert error.message is not None
-    assert error.message.endswith("Its on_stall is fail; force-reset the job to run it again.")
+    assert error.message.endswith("Its on_stall is fail; retry the job to run it again.")
 
 
 @pytest.mark.parametrize("missing", ["lease", "grant"])

@@ -28,6 +28,7 @@ from jobd.model.commands import (
     ReleaseLock,
     RepairJobs,
     Resume,
+    RetryJob,
     RunNow,
     Start,
     Transition,
@@ -113,6 +114,7 @@ def test_force_reset_makes_the_job_as_new(rules: RuleHarness) -> None:
     forced = rules.accept_admin(ForceReset(id="a", reason="again"))
     job = rules.job()
     assert (forced.previous_status, forced.status, forced.reason) == ("failed", "queued", "again")
+    assert rules.events[-1].type == "retried_by_operator"
     assert (job.progress, job.attempt, job.stalls, job.error, job.run_at) == (0, 0, 0, None, rules.now)
     assert (job.expires_at, job.finished_at, job.started_at) == (None, None, None)
     lock_id = rules.start()
@@ -125,8 +127,9 @@ def test_force_reset_makes_the_job_as_new(rules: RuleHarness) -> None:
     ("status", "command", "to", "words"),
     [
         ("completed", ForceFail(id="a"), "failed", "Only a queued or processing job can be failed."),
-        ("queued", ForceReset(id="a"), "queued", "It needs no reset."),
+        ("queued", ForceReset(id="a"), "queued", "It needs no retry."),
         ("completed", ForceReset(id="a"), "queued", "A completed job is final; create a new job instead."),
+        ("processing", RetryJob(id="a"), "queued", "Only failed and cancelled jobs can be retried."),
         ("processing", RunNow(id="a"), "queued", "Only a queued job can be run now."),
         ("completed", Update(id="a", priority=1), "completed", "A completed job cannot be changed."),
         ("queued", Delete(id="a"), "deleted", "Only a finished job can be deleted: cancel it first."),
@@ -528,9 +531,7 @@ def test_an_import_check_shows_the_result_and_changes_nothing(rules: RuleHarness
     assert isinstance(decision.answer, Response)
     preview = decision.answer.data
     assert (preview.job_id, preview.what, preview.status) == ("a", "create", status)
-    advice = (
-        "" if status == "queued" else " The work may be half done; check it, then force-reset the job to run it again."
-    )
+    advice = "" if status == "queued" else " The work may be half done; check it, then retry the job to run it again."
     assert preview.reason == f"The job was processing when it was imported; its worker is unknown here.{advice}"
     assert preview.room == rules.policy.live_jobs
     assert decision.changes == []

@@ -542,7 +542,7 @@ def test_a_stuck_job_that_fails_by_recovery_is_not_started(rules: RuleHarness) -
     assert decision.answer.code == "invalid_transition"
     assert decision.answer.message == (
         "Job a is failed. Only a queued job can be started (No update from worker w-1 for 15 min at 45 % (attempt 1 of "
-        "1). The lock had expired. The work may be half done; check it, then force-reset the job to run it again.)."
+        "1). The lock had expired. The work may be half done; check it, then retry the job to run it again.)."
     )
     assert [change.event.type for change in decision.changes] == ["stalled"]
     assert rules.job().status == "failed"
