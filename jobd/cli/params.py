@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
@@ -185,12 +186,46 @@ class ConnectionOptions:
         self.token_source: str | None = None  # where the token of the latest client comes from, in words
 
 
+class _Commands(MutableMapping[str, click.Command]):
+    """Commands by name, in the order in which they were added. The value may be a module, imported on first use."""
+
+    def __init__(self) -> None:
+        self._commands: dict[str, click.Command | str] = {}
+
+    def __getitem__(self, name: str) -> click.Command:
+        command = self._commands[name]
+        if isinstance(command, str):
+            values = vars(importlib.import_module(command)).values()
+            command = next(each for each in values if isinstance(each, click.Command) and each.name == name)
+            self._commands[name] = command
+        return command
+
+    def __setitem__(self, name: str, command: click.Command | str) -> None:
+        self._commands[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._commands[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._commands)
+
+    def __len__(self) -> int:
+        return len(self._commands)
+
+
 class CommandGroup(click.Group):
     """A group whose help lists its commands under titles, in the order in which they were added."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
+        self.commands = self._commands = _Commands()
         self.titles: dict[str, str] = {}
+
+    def add_lazily(self, title: str, module: str, *names: str) -> None:
+        """Add the commands `names` of `module`, which is imported when one of them is used or described."""
+        for name in names:
+            self._commands[name] = module
+            self.titles[name] = title
 
     def add_all(self, title: str, *commands: click.Command) -> None:
         for command in commands:

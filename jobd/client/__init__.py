@@ -6,7 +6,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jobd.client import errors
-from jobd.client.admin import AdminClient
 from jobd.client.endpoint import Endpoint, admin_endpoints, default_socket, parse_endpoint, worker_endpoints
 from jobd.client.errors import *  # noqa: F403 - its `__all__` says which
 from jobd.client.protocol import uuid7
@@ -25,13 +24,15 @@ from jobd.model.responses import (
 )
 
 if TYPE_CHECKING:
+    from jobd.client.admin import AdminClient
     from jobd.client.aio import AsyncAdminClient, AsyncJobClient
     from jobd.client.worker.command_worker import CommandWorker
     from jobd.client.worker.task import Discard, Retry, Snooze, Stopped, SyncTask, Task
     from jobd.client.worker.worker import Worker
 
-# Imported on first use: blocking programs do not need aiohttp, which takes 0.2 s to import.
+# Imported on first use: most programs do not need all clients, and aiohttp takes 0.2 s to import.
 _LAZY_IMPORTS = {
+    "AdminClient": "jobd.client.admin",
     "AsyncAdminClient": "jobd.client.aio",
     "AsyncJobClient": "jobd.client.aio",
     "CommandWorker": "jobd.client.worker.command_worker",

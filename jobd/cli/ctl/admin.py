@@ -323,9 +323,3 @@ def audit(limit: int, action: str | None, what: str | None, as_json: bool, **mat
         if cursor is None or len(found) >= limit:
             break
     terminal.emit_json({"entries": found, "next_cursor": cursor}) if as_json else tables_admin.audit(found)
-
-
-COMMANDS: Final = (
-    stats, health, alerts, queues, workers, take_back, late, locks, cleanup, recover_stuck, failures, reports, audit,
-    pause, resume, clock,
-)  # fmt: skip

@@ -332,8 +332,3 @@ def _differences(job: JobView, after: dict[str, int]) -> str:
 
 def _fields(job: JobView) -> str:
     return f"{job.status}, priority {job.priority}, due {terminal.when(job.run_at)}"
-
-
-COMMANDS: Final = (
-    plans.retry, force_fail, force_reset, transition, adopt, run_now, update, delete, plans.apply_plans,
-)  # fmt: skip

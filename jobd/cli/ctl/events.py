@@ -105,6 +105,3 @@ def top_command(interval: int, once: bool, as_json: bool) -> int:
         return exit_codes.DONE
     top.watch(client, samples, interval / 1000)
     return exit_codes.DONE
-
-
-COMMANDS: Final = (events, top_command)

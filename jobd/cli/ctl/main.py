@@ -1,16 +1,16 @@
-"""The program jobctl. Imports only what the command line needs, so that --help is quick."""
+"""The program jobctl. Imports the modules of its commands when they are used, because a script may run it often."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Final
 
 import click
 
 from jobd import __version__
 from jobd.cli import exit_codes
 from jobd.cli.connection import all_options
-from jobd.cli.ctl import admin, change, cluster, completion, events, jobs, run, submit, transfer, wait, webhooks
 from jobd.cli.params import SETTINGS, CommandGroup
 
 
@@ -26,28 +26,27 @@ def jobctl() -> None:
     """
 
 
-jobctl.add_all(
-    "Jobs (worker API)",
-    submit.submit,
-    run.run,
-    wait.wait,
-    jobs.jobs,
-    jobs.job,
-    jobs.why,
-    jobs.timeline,
-    jobs.validate,
-    jobs.cancel,
-    completion.completion,
+_WORKER_API: Final = (
+    ("submit", "submit"),
+    ("run", "run"),
+    ("wait", "wait"),
+    ("jobs", "jobs job why timeline validate cancel"),
+    ("completion", "completion"),
 )
-jobctl.add_all(
-    "Operators (admin API)",
-    *admin.COMMANDS,
-    webhooks.webhooks,
-    cluster.cluster,
-    *events.COMMANDS,
-    *transfer.COMMANDS,
-    *change.COMMANDS,
+_ADMIN_API: Final = (
+    ("admin", "stats health alerts queues workers take-back late locks cleanup recover-stuck failures reports audit"),
+    ("admin", "pause resume clock"),
+    ("webhooks", "webhooks"),
+    ("cluster", "cluster"),
+    ("events", "events top"),
+    ("transfer", "export import artifact"),
+    ("plans", "retry"),
+    ("change", "force-fail force-reset transition adopt run-now update delete"),
+    ("plans", "apply"),
 )
+for _title, _modules in (("Jobs (worker API)", _WORKER_API), ("Operators (admin API)", _ADMIN_API)):
+    for _module, _names in _modules:
+        jobctl.add_lazily(_title, f"jobd.cli.ctl.{_module}", *_names.split())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

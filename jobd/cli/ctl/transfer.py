@@ -180,6 +180,3 @@ def artifact(job_id: str, file: Path, yes: bool, late_result: int | None) -> Non
     with bar("artifact") as advance, atomic_file(file, lambda done: advance(done, None)) as target:
         count = client.download_artifact(job_id, target, late_result=late_result)
     terminal.emit(f"{file}: {terminal.size(count)}")
-
-
-COMMANDS: Final = (export, import_, artifact)

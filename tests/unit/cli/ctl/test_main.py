@@ -214,3 +214,15 @@ def test_without_a_daemon_no_names_are_completed(
         with pytest.raises(SystemExit, match=r"^0$"):
             run()
     assert capsys.readouterr() == ("\n\n\n", "")
+
+
+def test_a_command_imports_only_its_own_module() -> None:
+    code = "import sys; from jobd.cli.ctl import main; main.main(['submit', '1'])\n"
+    code += "print(*(name for name in sys.modules if name.startswith(('jobd.cli.ctl.', 'jobd.client.', 'rich'))))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "cannot be reached" in done.stderr
+    names = set(done.stdout.split())
+    assert {name for name in names if ".ctl." in name} == {
+        f"jobd.cli.ctl.{name}" for name in ("main", "submit", "wait", "completion")
+    }
+    assert not names & {"jobd.client.admin", "jobd.client.aio", "rich"}
