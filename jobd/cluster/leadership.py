@@ -1,6 +1,38 @@
 """Lead a shared journal: append and renew the lease, and stop before another node can lead.
 
-Everything that a leader sends is sent within its lease, by its own clock. The journal rejects what is sent later.
+`Leadership` holds the epoch, the number of the last acknowledged record (`acked`), the lease by the clock of this node
+(lease.py), and the reason why leadership was lost. It begins with a takeover (standby.py); once lost, it stays lost.
+
+    leader    sends a renewal ─────── 0.9 of a lease ───────> stops
+    journal             commits it, and confirms it
+    standby                   sees the change ─────── a whole lease without another ───────> may take over
+
+The standby sees the renewal after it was sent, and waits longer. So the leader has stopped before, if the boot clocks
+of both run at the same speed within a tenth. No wall clock and no clock of the server takes part.
+
+Invariants:
+
+- Two guards are independent. By the lease, a node that may have been replaced begins no batch and no request. By the
+  epoch, PostgreSQL rejects (fences) an append of a former leader, however late. The journal is correct without the
+  first one; reads need it.
+- One statement is in progress at a time (`_sending`): after an unknown outcome, the next one must be `resolve`.
+- `_lost` is set once and stays. After that no statement is sent.
+- `append` returns when the record is on a quorum. It raises DiskFull if nothing was written, and leadership continues.
+  After LeadershipLost nothing was written either. After JournalOutcomeUnknown the record may be in the journal or not;
+  the actor then ends, and with it the process, which comes back as a standby.
+- Within its lease a leader settles an unknown outcome itself: `resolve` takes another epoch, which fences the
+  statement whose response was lost. Then the journal has the record, or never will, and the record is appended again
+  if it has not. Each `resolve` raises the epoch, so tokens continue with the new one (`on_epoch`).
+- The lease counts from the moment before a statement was sent, and only if that statement was acknowledged. A
+  statement may be sent after the end of the lease: the journal rejects it if another node leads, and else it renews
+  the lease.
+- `acked` never exceeds the last record that was acknowledged. Standbys learn it with the next append or renewal.
+- A wait for a response ends LATE_S after the lease, or MIN_WAIT_S after a statement that was sent later. The statement
+  is not cancelled, because a cancelled commit can be durable on one server alone; it runs to its end in the
+  background.
+- The actor calls `confirm` before each batch, the listeners call `check` before each request. While the boot clock and
+  the wall clock have moved apart, as after a pause of a virtual machine, `confirm` waits for a renewal.
+- `release` is the last statement. Without it, for example after a failure, the lease ends by itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,39 @@
-"""Follow a shared journal until this node can lead it, and take over."""
+"""Follow a shared journal until this node can lead it, and take over.
+
+`Standby` holds the head of the journal as last seen, the lease of the leader as this node sees it, and a warm state:
+the state in memory and the tables that a start would load, as of the last applied record.
+
+    every 50 ms  read the head ─> is it our branch? ─> read records ─> apply the acknowledged ones ─> may lead? ──┐
+                                   └ no: wait (StoreAhead), or end and rebuild the store (StoreDamaged)           │
+    takeover     decode the rest ─> take_over(head as seen, new epoch) ─> apply the rest ─> renew if late ─> lead <┘
+                   └ unreadable: end            └ another node was faster: follow on
+
+May lead: the lease is over, or the leader has released it, or the leader's session has ended and its address refuses
+connections.
+
+Invariants:
+
+- Records are applied in the order of their numbers, without a gap, each once.
+- A record is applied only if it is acknowledged: the leader said so (`Head.acked`), or a later record exists. A record
+  that is only visible can be lost with its server. A takeover acknowledges all records up to its head.
+- The lease is over if this node has seen no change of the head for the longer one of its own lease and that of the
+  leader by the leader's setting. The time in which the head cannot be read counts. Only the boot clock of this node is
+  used. Without a head that was just read, no node takes over.
+- A refused connection is used only if no proxy is between (`is_direct`) and PostgreSQL has no session of the leader:
+  then no process of the leader can append or respond.
+- Before each takeover, this node has applied all records but the last one at most, the store has all of those, and in
+  this epoch the journal was seen to have the last one of them. A store that is ahead of the journal, or on another
+  branch, does not lead.
+- `take_over` is conditional on the head as seen, so of several nodes one succeeds. Its epoch is above that head's and
+  above all epochs of the state, so tokens rise and the former leader is fenced.
+- If the outcome of a takeover is unknown twice, the node follows on. Leadership that began unnoticed is not used, and
+  ends with its lease.
+- The node leads with every record up to the head of the takeover. If the server has lost some of them meanwhile, it
+  does not lead.
+- If PostgreSQL may have lost acknowledged records (a failover, or no synchronous standby), numbers of jobs and events
+  continue JUMP higher, so that no number of a lost record is given again.
+- If the takeover took a third of a lease or longer, the lease is renewed before this node leads.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,40 @@
-"""The orders of queued jobs: sorted blocks for queues, heaps with stale entries for times."""
+"""The orders of queued jobs: sorted blocks for queues, heaps with stale entries for times.
+
+`QueuedJobs` has the queued jobs of one queue. A claim takes the first job by priority, `run_at` and seq that is due
+and not overdue, over all kinds or over some. A bucket has the jobs of one kind and priority.
+
+    QueuedJobs "render"
+      buckets   kind "pdf"   priority 0 ── PriorityBucket ──┬ fifo    · · J J J J J     packed, by created_at and seq
+                             priority 5 ── PriorityBucket   │         (· has left, and is dropped at the front)
+                kind "mail"  priority 0 ── PriorityBucket   └ others  [E E E] [E E E E] entries of all other jobs
+      heads     first job of each bucket with a due job, as a heap; only with two buckets or more
+
+Invariants:
+
+- Each queued job is in one bucket, once: a packed job in `fifo`, or in `others` if a job that belongs after it is
+  already in `fifo`; every other job in `others`.
+- `live` counts the jobs of a bucket. A bucket without jobs does not exist, nor a kind without buckets.
+- `fifo` and `others` are both in the order of `run_at` and seq. The `run_at` of a packed job is its `created_at`. So
+  the jobs of a bucket that are not due come last, and its oldest job is first.
+- `fifo` keeps jobs that no longer wait. `waits` tells them apart by identity: a job still waits if `LiveJobs` has the
+  same packed object under its id. After a removal it has at most 2 * live + SLACK jobs.
+- `others` has exactly the entries of its jobs. A removal finds them by bisection.
+- With two buckets or more, each bucket whose first job is due has an entry of that job in `heads`. The head is offered
+  when it changes (`add`, `join`, a removal), and when it becomes due (State._wake). A first job may be overdue; the
+  bucket then goes on to the next one.
+- An entry in a heap is valid if its owner still says the same: a head is that of its bucket, a wake time that of its
+  bucket, a deadline that of its job. A stale entry is harmless, and `ordered` returns equal entries once. After `trim`
+  a heap has at most 2 * live + SLACK entries.
+- With one bucket `heads` is empty, and the order of the bucket (`_only`) is that of the queue.
+- In `Sorted`, blocks are in order, have 1 to BLOCK entries, and `_last[i]` is the last entry of block i.
+- In `BucketEntries`, `_expiry[i]` is at or above each `expires_at` in block i, so a block whose value has passed is
+  skipped in one step.
+- While an iterator is in use, nothing may be added or removed.
+
+Cost: bisection finds an entry, and an insertion moves at most BLOCK entries. The first job of a queue is found without
+a search, however many jobs or buckets there are. A claim of some kinds looks at up to FEW_HEADS heads before it sorts
+those of its kinds.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,45 @@
 """The state in memory: live jobs, and their orders by due time and deadline, with counters.
 
-Finished jobs are kept only for a while.
+    queued ─────────── grant ───> processing ────────────────────── end ───> finished
+    _queued (ready_queue.py)      live lock: in none of these four           finished: those used last;
+    run_at after now: _wakes      expired_locks: recovery has not seen it    all others are on the disk only
+    expires_at: _expiries         noted_expired: recovery has recorded it
+                                  stalled: recovery may end the grant
+                                  without_deadlines: an invalid row
+                                  next deadline: _deadlines
+
+`reindex(before, after)` moves a job between these orders and counts it. Rules never call it; the transaction does. The
+time is that of the last `advance`: wall time for `run_at` and `expires_at`, lock time for deadlines. Wall time may go
+back, lock time does not.
+
+Invariants, between two calls of the methods:
+
+- A job id is in at most one of `jobs` (queued or processing), `finished` and `quarantined`.
+- A row (`Job`) is immutable. A change replaces it, so a row that was read stays as it was.
+- `jobs` has a queued job packed as long as it has not changed since it was created, and full afterwards, never both.
+- `counts` has the jobs of each queue by status, including finished ones that only the disk has, and quarantined ones
+  whose rows could not be moved. `totals` is its sum over the queues. A queue without jobs has no entry. Rows with an
+  unknown status, from manual edits, are not counted.
+- `queue_names` has exactly the queues that have jobs or are paused.
+- `processing` has exactly the processing jobs, in the order of their grants. After an undo, a start or a replay,
+  `order_processing` restores the order.
+- A processing job is in none of `expired_locks`, `noted_expired`, `stalled` and `without_deadlines`, or in one of
+  them, which `_not_live` names. In none of them, its lock is live.
+- A processing job with deadlines that is not stalled has a valid entry in `_deadlines`, at its next deadline or before
+  it; `_deadline_of` has its time. A report moves the deadline of the job and leaves the entry, which is checked again
+  when it comes up.
+- A bucket that has jobs is in `_buckets`, ordered by the time at which a job in it last became due. A step back of the
+  wall clock needs only the buckets after that time.
+- A bucket with a job that is not due has a `wakes_at` at or before the first such `run_at`, and an entry of that time
+  in `_wakes`.
+- `on_due` is called for a queue and kind whenever a claim could find a job there that it could not find before: a job
+  enters or becomes due, the queue is resumed, the wall clock goes back. It may be called without reason.
+- `reindex(a, b)` and then `reindex(b, a)` restore jobs, orders and counts. Exceptions: the order of `processing` and
+  of `finished`, a packed job that is full afterwards, and what is known of workers (`presence`).
+- Heaps (`_wakes`, `_deadlines`) may have stale entries, which `trim` bounds. Sorted orders have none.
+- Overdue queued jobs are not moved when their `expires_at` passes. Every order skips them by time.
+
+Memory: a packed job takes about a quarter of a full one (docs/decisions/packed-jobs.md).
 """
 
 from __future__ import annotations

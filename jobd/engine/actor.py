@@ -1,6 +1,45 @@
 """Run the actor: take the waiting commands, decide them as a batch, commit it, then send the responses.
 
-Only the actor changes the state. No response is sent before its commit.
+The actor holds the state (all live jobs), the mailbox (commands of callers), two lists of commands of the daemon
+(`_internal`, decided before others; `_deferred`, one per batch until their deadline), the waiting claims, the full
+disk and the reads of history. `run` is one task. Everything else puts a command into a list and returns.
+
+    send, ask        > _mailbox  ┐           ┌──────────── DiskFull, BadRows: roll back, decide again
+    enqueue_internal > _internal ┼> _take > _load > decide (batch.py) > _write > commit > _respond > waiters
+    defer_internal   > _deferred ┘    │        │                           │                └> on_commit
+                                      │        └ finished jobs, payloads,  └ other errors: _fail, DiskBroken
+         a batch: weight 1,000, 8 MiB ┘          stored responses, late results
+
+Invariants:
+
+- Only the task of `run` decides commands and changes jobs, one batch after another. Three calls from outside change
+  something else: `abandon` removes a waiting claim, `_note_quarantined` (called by the store) removes a damaged job at
+  once, also while a batch is written, and `Leadership.on_epoch` raises the epoch of the tokens.
+- Nothing is awaited between the decision of the first command of a batch and that of its last. What the decisions need
+  and memory does not hold is read before, by `_load`.
+- At most one batch is decided and not committed (`_under_way`). At most one is committed and has unsent responses
+  (`_unsent`). `_unsent` is kept only if commands wait, so that its responses go out during the next write.
+- A response is sent after the commit of its batch. Within a batch a command sees the changes of those before it, so
+  reads wait for the commit too. A batch that writes nothing needs none.
+- If commits are slow (`reads_first`), the reads of a batch are decided alone, before the rest of it. They see
+  committed jobs only. So a read can be decided before an earlier command, unless it is `ordered` after it.
+- A rejection by `send` itself is no decision: the command was never in the mailbox.
+- After DiskFull, BadRows or a read that found damage, the state is as before the batch, and the disk has nothing of
+  it. The whole batch is decided again, with other limits or with the damaged jobs in quarantine. Numbers that it used
+  (jobs, events, tokens) stay used.
+- After any other error of a turn, the outcome of the batch counts as unknown. Its callers get `outcome_unknown`, those
+  of the mailbox a rejection, and `run` raises DiskBroken. Nothing is decided after that; `ended` is set. A new process
+  starts from the disk.
+- A command in `_internal` leaves it when it has a response other than `storage_full`. So the daemon's own commands
+  survive a full disk.
+- `_bytes` is the sum of the sizes in the mailbox. A command is accepted if mailbox and bytes are below its share of
+  the limits (`SHARES`), so running jobs can report when creates are already rejected.
+- Finished jobs that `_load` has read stay in memory at least until their batch is committed: `trim_finished` runs
+  between batches.
+- The loop of `run` does not wait to collect more commands. It reads the sockets empty (`_drain_sockets`) and takes
+  what has arrived.
+
+Other tasks wait while a batch is decided. The weights keep that to a few milliseconds.
 """
 
 from __future__ import annotations

@@ -1,6 +1,39 @@
 """Decide a batch: all its commands in order, with the waiting claims that they make servable.
 
-Also looks up and stores idempotency keys. It reads nothing from the disk: `Preloaded` has the rows that it needs.
+`Decider` holds the state, the idempotency keys, the waiting claims, the queues in which jobs became due
+(`_became_due`), and for each grant of a keyed call the number of connections that may receive it (`_receivers`).
+`DecidedBatch` is what one call of `decide` made: the transaction, the replies, and what else is to be written.
+
+    envelopes   start(a)        claim           create(b)                               get(a)
+    state       a processing    nothing is due  b queued, became due ──> b processing   a processing
+    replies     grant of a      (waits)         created b                grant of b     view of a
+                                   └───────────────────────────────────────┘
+                └───────── one transaction, one record; the replies are sent after its commit ─────────┘
+
+Invariants:
+
+- `decide` is synchronous and reads nothing from the disk. `Preloaded` has the rows that it needs.
+- Commands are decided in the order of `envelopes`. Each sees the changes of those before it, because the transaction
+  applies a change to the state at once.
+- After `decide`, the state is the former one with `decided.changes` applied. For a batch that `writes`, either
+  `committed` or `roll_back` is called before the next `decide`, or the process ends. A batch that writes nothing is
+  rolled back only if the payloads of its responses turn out to be damaged; then it has changed no job.
+- `roll_back` restores jobs, pauses, keys and waiting claims. It does not restore numbers (they stay used), the time of
+  the state, and what is known of workers. Jobs in quarantine stay out.
+- Each envelope of the batch gets one reply, with three exceptions: a claim that begins to wait, a repeated call that
+  joins the wait of the first one, and a call for a grant whose caller is gone, which is not decided.
+- Waiting claims come first. A job that becomes due is offered to them before the next command is decided, to the one
+  with the lowest ticket over all queues. Without `serves`, or if the disk refuses the claim, the queue stays in
+  `_became_due`, and the next batch begins with it.
+- A response is stored with a key only in the transaction of its change. For grants only the pairs of job and lock id
+  are stored: a repeated call gets those that are still current, or is decided anew if none is. A dry run has no key.
+- The grant of a keyed call is taken back (`Undelivered`) only if no connection has received it or may still do so,
+  because its repetitions get the same grant.
+- A bug in a rule costs one command: `decide.decide` has undone its changes, and the response is a 500. A rejection
+  undoes nothing, because rules reject before they change something, or mean to keep it (docs/decisions/rejections.md).
+- On a full disk, a command that may not write is rejected before its rule runs. Stored responses are returned before
+  that check, and a late complete runs, because it then writes nothing.
+- The audit entry of a call is in the batch of its change.
 """
 
 from __future__ import annotations

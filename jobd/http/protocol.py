@@ -1,7 +1,45 @@
 """Serve one connection of a worker: parse requests, send their commands to the actor, write responses in their order.
 
-A request is started as soon as its head has arrived and the response to the previous one is written. Input that arrives
-meanwhile is held unparsed. The response to a command is written when the actor sets it; other requests run in a task.
+    bytes ──> _held ──> parser ──> _queue ──> _current ──> App.authorize ──┬ a command: App.send ──> actor ──> respond
+              unparsed             parsed     one at a time                └ else: a task, App.handle
+    the rest of a body that is not wanted: _dropped, read for LINGER_S
+
+A request is started as soon as its head has arrived and the response to the previous one is written.
+
+Invariants:
+
+- At most one request is in progress: `_current`, or `_dropped`, whose response is written. So responses are in the
+  order of the requests.
+- Input is parsed only if it may belong to the body of the current request, or if no request is in progress. Other
+  input waits in `_held`, unparsed. Reading pauses while `_held` or the unread body of a stream is over AHEAD_BYTES.
+- After malformed input nothing more is parsed (`_is_broken`). The requests before it get their responses; the
+  malformed one is not run.
+- After a response with `close`, or of a request without keep-alive, no request is started (`_is_ending`).
+- `respond` never raises into the actor. A bug becomes a 500.
+- `on_lost` of a response with grants is called if the connection closes before the system has taken the first byte of
+  it. Other grants stay locked until they expire, because the client may have read them.
+- A client that stops reading is cut off by `ReadDeadline`, not by a limit on the whole response.
+
+Half-closed connections. `eof_received` means that the client sends no more. It may have half-closed the connection
+(`shutdown`) and wait for its response, or be gone. A grant must not be given to a client that is gone.
+
+    idle at the end of the input ──────────────────────────> close
+    TLS, or a hang-up is seen ─────────────────────────────> close
+    requests left ──> _is_half_closed ──┬ check for a hang-up after 10 ms, 20 ms … 1 s ──> abort
+                      probe             ├ responses to the requests that have arrived ──> close
+                                        └ a body that is incomplete ends: a 400 (truncated)
+
+- TLS has no half-closed state, so the end of its input closes the connection.
+- On a Unix socket, poll tells a client that has closed from one that is half-closed (hangup.py).
+- On TCP it does so only after a write: the system of a client that is gone answers with a reset. So the first bytes of
+  the response that are known already are sent as a probe: of a command the version of HTTP, in a chunked body that has
+  begun a leading zero of the size of the next chunk, and otherwise nothing. `_ahead` has the number of bytes of the
+  current response that were sent so, which `_write` omits.
+- A response with grants then waits until all sent bytes are acknowledged, for at most PROBE_S, else the connection is
+  aborted and the grants go back. An acknowledgement after the end of the input shows that the client's system still
+  has the connection; it does not show that the program reads.
+- asyncio does not watch a connection after its end of input, hence the checks by a timer.
+- While a connection is half-closed, reading is not paused or resumed, because no more input comes.
 """
 
 from __future__ import annotations

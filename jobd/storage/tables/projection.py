@@ -1,7 +1,43 @@
 """Append batches to the journal, and write the tables behind it, in slices.
 
-A batch is durable when its record is. The tables follow: the records that they lack are kept in memory, and those that
-a crash leaves in the journal are read back at the start. All calls block.
+A batch is durable when its record is. The tables follow: the records that they lack are kept in memory (`_pending`),
+and those that a crash leaves in the journal are read back at the start (tail.py). All calls block, and run one at a
+time: in the storage thread, or in the event loop while that is idle.
+
+    number      1 ................ 812 │ 813   814   815   816 │ 817
+                in the tables          │ pending               │ prepared
+                projected_to ──────────┘ last ─────────────────┘
+    SQLite      jobs, events, keys …   │ table journal         │ not there yet
+
+    append      check, encode, BEGIN, insert 817, COMMIT with fsync; accept: 817 is pending
+    slice       BEGIN, delete 813 and 814, write their rows, projected_to = 814, COMMIT with fsync
+
+Invariants:
+
+- Record numbers count from 1 without gaps. `last` is that of the last record that was appended or followed.
+- The committed tables are the result of the records 1 to `projected_to`, and of nothing else but what can be rebuilt:
+  quarantine, shortened timelines, indexes. `_pending` has the records after that, up to `last`, in order.
+- A slice takes whole records from the front of `_pending`. Its transaction writes their rows and `projected_to`, and
+  deletes the records. So the table `journal` of a store on its own has exactly the pending records.
+- In a cluster, the table `journal` is not used: the records are in PostgreSQL. The leader prepares, appends there, and
+  calls `accept`; a standby calls `follow` with acknowledged records. `last_crc` is the checksum of the last one.
+- After `prepare`, either the record is in the journal, and `accept` is called before the next `prepare`, or it is not
+  (BadRows, DiskFull), and the state is as before. After an error that leaves the disk unknown, `db` is broken, and
+  every later call raises.
+- `behind` is the sum of the sizes of the pending records: their events, at least 1 for each.
+- `_payloads` has the payload of each new job of the pending records, and no other. So a payload is in memory or in the
+  tables.
+- A read of the tables writes all pending records first. If the disk is full, it applies them in a transaction that is
+  rolled back. A read that concerns no pending record may skip both (`touches`, `read_outbox`).
+- Numbers in `db.numbers` are those of the last record. Counts and checksums in `db` are those of the tables.
+- A rollback restores everything that a slice has set in `db` and in the writers, so a slice can be repeated.
+- The tables do not depend on where slices end, except for the rows of events (events/event_rows.py). A job that
+  several records of a slice change is written once.
+- In a record of this process, changes have the rows before and after them, so a damaged row of a changed job is
+  written again from memory. A record of the tail or of another node has events only. The row is then read; a damaged
+  one is quarantined, and in a cluster the tables are rebuilt.
+- `prepare` writes a slice first if the tables lack MAX_BEHIND events, on a full disk MAX_BEHIND_FULL. If that fails,
+  the append is rejected. So the memory of pending records is bounded.
 """
 
 from __future__ import annotations
