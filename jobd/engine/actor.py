@@ -504,7 +504,7 @@ class Actor:
                 break
         else:
             return Preloaded()
-        known, state, now = Preloaded(), self.state, self._clock.moment().believed
+        known, state, now = Preloaded(), self.state, self._clock.moment().expected
         naming = [(envelope, ids) for envelope in batch if (ids := envelope.command.job_ids())]
         named = dict.fromkeys(job_id for _, ids in naming for job_id in ids)
         unknown = [job_id for job_id in named if state.get(job_id) is None and job_id not in state.quarantined]

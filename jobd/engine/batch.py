@@ -378,9 +378,9 @@ class Decider:
         self, decided: DecidedBatch, envelope: Envelope, key: IdempotencyKey
     ) -> Response | ApiError | None:
         """Return the stored response of a repeated call; None if the call is to be decided."""
-        row = self.keys.find(key.digest, decided.at.believed)
+        row = self.keys.find(key.digest, decided.at.expected)
         if row is None:
-            if self.keys.has_room(decided.at.believed):
+            if self.keys.has_room(decided.at.expected):
                 return None
             return ApiError("overloaded", "Too many idempotency keys are in use; try again later, or without a key.")
         if row.body_hash != key.body_hash:
@@ -420,14 +420,14 @@ class Decider:
             return
         if response.grants:
             self._count_receivers(envelope, response, len(envelope.futures))
-            self.keys.add(StoredResponse(key.digest, key.body_hash, decided.at.believed, grants=list(response.grants)))
+            self.keys.add(StoredResponse(key.digest, key.body_hash, decided.at.expected, grants=list(response.grants)))
             return
         known = decided.known.payloads | decided.tx.payloads
         for seq, view in response.unread_payloads:
             view.payload = Raw(known[seq])
         response.unread_payloads = []
         body = msgspec.json.encode(response.data)
-        self.keys.add(StoredResponse(key.digest, key.body_hash, decided.at.believed, response.status, body))
+        self.keys.add(StoredResponse(key.digest, key.body_hash, decided.at.expected, response.status, body))
 
     def _count_receivers(self, envelope: Envelope, response: Response, connections: int) -> None:
         if envelope.key is not None:

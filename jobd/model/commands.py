@@ -1085,8 +1085,13 @@ class Moment(Struct, frozen=True, gc=False):
 
     @property
     def believed(self) -> int:
-        """The wall time to persist, and by which stored responses age. It ignores a suspect jump."""
+        """The wall time to persist. It ignores a suspect jump."""
         return self.now if self.trusted is None else self.trusted
+
+    @property
+    def expected(self) -> int:
+        """The expected wall time, by which stored responses age: no step moves it while the daemon runs."""
+        return self.now - self.ahead if self.trusted is None else self.trusted
 
     @property
     def latest(self) -> int:
@@ -1100,10 +1105,9 @@ class Moment(Struct, frozen=True, gc=False):
     @property
     def clock(self) -> ClockTrust:
         """What to persist about the clock."""
-        expected = self.now - self.ahead if self.trusted is None else self.trusted
         if self.step is None:
-            return ClockTrust(self.suspect, expected)
-        return ClockTrust(self.suspect, expected, self.step.since, self.step.ahead_ms)
+            return ClockTrust(self.suspect, self.expected)
+        return ClockTrust(self.suspect, self.expected, self.step.since, self.step.ahead_ms)
 
     def wall(self, lease_ms: int) -> int:
         """Return the wall time at which lease time will be `lease_ms`."""

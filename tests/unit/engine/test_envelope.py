@@ -28,6 +28,7 @@ from jobd.model.commands import (
     PlanAction,
     Recover,
     RepairJobs,
+    RetryJob,
 )
 from jobd.model.commands import ExtendAfterPause as Credit
 from jobd.model.job import FINISHED, LIVE, Job
@@ -45,8 +46,8 @@ CLASS_OF_EFFECT: dict[str, str] = {
 # would be. The action of a plan selects one of two classes. RepairJobs changes only damaged jobs. Ping measures the
 # mailbox.
 BY_PURPOSE: dict[Any, str] = {
-    ForceReset: "change", Credit: "ending", KeepDue: "ending", ImportCheck: "create", ApplyPlan: "change",
-    ApplyEndings: "ending", RepairJobs: "change", Ping: "ping",
+    ForceReset: "change", RetryJob: "change", Credit: "ending", KeepDue: "ending", ImportCheck: "create",
+    ApplyPlan: "change", ApplyEndings: "ending", RepairJobs: "change", Ping: "ping",
 }  # fmt: skip
 JOB_IDS = ["new", "due", "running", "stalled", "failed", "expired"]
 

@@ -456,6 +456,20 @@ async def test_a_job_that_finishes_while_the_clock_is_behind_is_kept_for_its_who
 
 
 @in_virtual_time
+async def test_a_key_outlives_the_step_of_a_clock_that_is_put_right() -> None:
+    disk = MemoryStorage()
+    async with VirtualEngine(disk) as engine:
+        await engine.yes(Create(id="seen"))
+    async with VirtualEngine(disk, step_ms=-STEP_MS) as engine:
+        key = IdempotencyKey("k", "body")
+        first = await engine.actor.ask(Create(), key=key)
+        engine.step_ms = 0
+        again = await engine.actor.ask(Create(), key=key)
+        assert isinstance(again, Response)
+        assert (engine.clock.suspect, again.replayed, len(engine.state.jobs)) == (False, True, 2), first
+
+
+@in_virtual_time
 async def test_a_forced_run_prunes_no_event_by_a_clock_that_is_or_becomes_suspect() -> None:
     disk = MemoryStorage()
     schedule = CleanupSchedule(journal_ms=HOUR_MS)
