@@ -2,7 +2,8 @@
 
 In a document `<!-- run -->` marks a shell block that is run, `<!-- shows -->` what it prints (… stands for any text,
 alone on a line for any number of lines), `<!-- file: NAME -->` a block that is saved as NAME first. `<!-- node -->`
-marks a block that needs Node.js, `<!-- clean -->` one that removes what the others have created.
+marks a block that needs Node.js, `<!-- clean -->` one that removes what the others have created. A comment that begins
+with a line `<!-- setup` has commands that a reader does not see and the tests run, so that the next block has its jobs.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ PACKAGE: Final = Path(jobd.__file__).parent
 DOCUMENTS: Final = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "systemd" / "README.md"]
 README, API, OPERATIONS = ROOT / "README.md", ROOT / "docs/api.md", ROOT / "docs/operations.md"
 QUICKSTART, WORKERS, MIGRATION = ROOT / "docs/quickstart.md", ROOT / "docs/workers.md", ROOT / "docs/migration.md"
-PYTHON: Final = ROOT / "docs/python.md"
+PYTHON, TROUBLESHOOTING = ROOT / "docs/python.md", ROOT / "docs/troubleshooting.md"
 CONFIGURATION, CLI, CLUSTER = ROOT / "docs/configuration.md", ROOT / "docs/cli.md", ROOT / "docs/cluster.md"
 PROGRAMS: Final = {"jobd": jobd_program, "jobctl": jobctl_program}
 
@@ -60,19 +61,30 @@ PROGRAMS: Final = {"jobd": jobd_program, "jobctl": jobctl_program}
 
 
 class CodeBlock(NamedTuple):
-    """A fenced block: its language, the mark in the comment before it (run, shows, file: NAME or empty), its text."""
+    """A fenced block: its language, the mark in the comment before it (run, shows, file: NAME or empty), its text.
+
+    The commands in a comment are a block with the mark `setup`.
+    """
 
     language: str
     mark: str
     text: str
 
 
-_BLOCK: Final = re.compile(r"(?:^<!-- (?P<mark>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+_BLOCK: Final = re.compile(
+    r"^<!-- setup\n(?P<setup>.*?)^-->$|(?:^<!-- (?P<mark>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
+    re.M | re.S,
+)
 
 
 def blocks(document: Path) -> list[CodeBlock]:
     found = _BLOCK.finditer(document.read_text(encoding="utf-8"))
-    return [CodeBlock(each["language"], each["mark"] or "", each["text"]) for each in found]
+    return [
+        CodeBlock("sh", "setup", each["setup"])
+        if each["setup"]
+        else CodeBlock(each["language"], each["mark"] or "", each["text"])
+        for each in found
+    ]
 
 
 def prose(document: Path) -> str:
@@ -527,10 +539,17 @@ def test_what_is_shown_follows_what_is_run() -> None:
     for document in DOCUMENTS:
         marks = [block.mark for block in blocks(document)]
         for number, mark in enumerate(marks):
-            assert mark in ("", "run", "shows", "node", "clean") or mark.startswith("file: "), (
+            assert mark in ("", "setup", "run", "shows", "node", "clean") or mark.startswith("file: "), (
                 f"{document.name}: {mark}"
             )
             assert mark != "shows" or marks[number - 1] == "run", f"{document.name}: block {number}"
+
+
+def test_troubleshooting_creates_no_jobs_and_asks_before_it_changes_one() -> None:
+    """Its commands are pasted into the shell of a production machine."""
+    for block in blocks(TROUBLESHOOTING):
+        if block.language == "sh" and block.mark != "setup":
+            assert not re.search(r"jobctl (submit|import)|/v1/|--yes", block.text), block.text
 
 
 _OTHER_NAMES: Final = {"jobd_token", "jobd_journal", "jobd_journals"}  # a file, and tables
@@ -599,6 +618,8 @@ def run(document: Path, context: DocumentEnvironment, directory: Path, *, cleanu
     for number, block in enumerate(marked):
         if block.mark.startswith("file: "):
             (directory / block.mark.removeprefix("file: ")).write_text(block.text)
+        elif block.mark == "setup":
+            script.append(f"{{\n{block.text}}} >/dev/null")
         elif block.mark == "run":
             follows = marked[number + 1 : number + 2]
             shown.append(follows[0].text if follows and follows[0].mark == "shows" else None)
