@@ -8,8 +8,8 @@ the state in memory and the tables that a start would load, as of the last appli
     takeover     decode the rest ─> take_over(head as seen, new epoch) ─> apply the rest ─> renew if late ─> lead <┘
                    └ unreadable: end            └ another node was faster: follow on
 
-May lead: the lease is over, or the leader has released it, or the leader's session has ended and its address refuses
-connections.
+May lead: the lease is over, or the leader has released it, or the leader's session has ended and its address
+refuses connections.
 
 Invariants:
 

@@ -23,7 +23,7 @@ Invariants:
 - Each envelope of the batch gets one reply, with three exceptions: a claim that begins to wait, a repeated call that
   joins the wait of the first one, and a call for a grant whose caller is gone, which is not decided.
 - Waiting claims come first. A job that becomes due is offered to them before the next command is decided, to the one
-  with the lowest ticket over all queues. Without `serves`, or if the disk refuses the claim, the queue stays in
+  with the lowest ticket over all queues. Without `serves`, or if the full disk rejects the claim, the queue stays in
   `_became_due`, and the next batch begins with it.
 - A response is stored with a key only in the transaction of its change. For grants only the pairs of job and lock id
   are stored: a repeated call gets those that are still current, or is decided anew if none is. A dry run has no key.
