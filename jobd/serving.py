@@ -130,7 +130,7 @@ class Serving:
         self._sweeps = SweepStats(waiting=opened.tombstones)
         store.on_tombstones = self._count_tombstones
         self.feed = EventFeed(store, numbers.next_event - 1, settings.limits.event_streams)
-        self.failures = FailureGroups(store, numbers.next_job, opened.jobs)
+        self.failures = FailureGroups(store, self.clock.moment, numbers.next_job, opened.jobs)
         self.actor.on_commit += [self.feed.publish, self.failures.committed]
         self._leadership: Leadership | None = None
         self._artifacts: ArtifactStore | None = None

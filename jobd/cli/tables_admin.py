@@ -222,6 +222,7 @@ def failures(view: FailuresView) -> None:
     rows = [
         (
             group.count,
+            group.older_than_day,
             group.retrying,
             group.fingerprint,
             group.error_code,
@@ -232,7 +233,7 @@ def failures(view: FailuresView) -> None:
         )
         for group in view.groups
     ]
-    columns = [">FAILED", ">RETRYING", "ERROR", "CODE", "LAST", "KINDS", "QUEUES", "LATEST MESSAGE"]
+    columns = [">FAILED", ">OVER A DAY AGO", ">RETRYING", "ERROR", "CODE", "LAST", "KINDS", "QUEUES", "LATEST MESSAGE"]
     terminal.table(columns, rows, empty="No job has failed.")
     if view.other:
         terminal.say(f"{view.other} of {view.total} failed jobs are not in these groups.")

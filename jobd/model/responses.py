@@ -1000,6 +1000,10 @@ class FailureGroup(Struct, frozen=True):
     message: Annotated[str, Meta(description="The error message of the latest job.")]
     error_code: Annotated[str | None, Meta(description="The error code, or null.")]
     count: Annotated[int, Meta(description="Number of failed jobs.")]
+    older_than_day: Annotated[
+        int,
+        Meta(description="How many of `count` ended over a day ago, by whole hours: a job counts after 24 to 25 h."),
+    ]
     retrying: Annotated[int, Meta(description="Number of queued jobs that wait for a retry after this error.")]
     kinds: Annotated[list[str], Meta(description="Kinds of the jobs.")]
     queues: Annotated[list[str], Meta(description="Queues of the jobs.")]

@@ -8,15 +8,16 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Final, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, Literal, TypeVar
 
 import structlog
 from msgspec import Struct, field
 
+from jobd.model.commands import Moment
 from jobd.model.events import Change
 from jobd.model.fingerprints import fingerprint
-from jobd.model.job import Job, first_line
+from jobd.model.job import DAY_MS, HOUR_MS, Job, first_line
 from jobd.model.responses import FailureGroup, FailuresView
 from jobd.model.storage import JobQuery, JobStorage
 
@@ -24,6 +25,7 @@ MAX_GROUPS: Final = 1_000  # errors beyond this are counted together
 MAX_FORMER: Final = 1_000  # empty groups whose first occurrence is remembered
 MAX_NAMES: Final = 20  # queues and kinds per group
 MAX_IDS: Final = 20  # latest jobs kept per group
+MAX_HOURS: Final = DAY_MS // HOUR_MS + 1  # hours that a day has a part of
 SHOWN_IDS: Final = 5
 SHOWN_NAMES: Final = 10
 SHOWN_TEXT: Final = 500  # characters of a message; its first line is never shortened
@@ -32,6 +34,7 @@ LIMIT: Final = 50  # failed jobs per read
 PAUSE_S: Final = 0.005  # between two reads
 RETRY_S: Final = 5.0  # after a failed read
 
+T = TypeVar("T")
 log = structlog.get_logger("jobd.failures")
 
 
@@ -39,7 +42,10 @@ FailureState = Literal["failed", "retrying"]  # "retrying": queued with the erro
 
 
 class GroupState(Struct):
-    """The jobs with one error. `ids` maps the latest of them to the time of their failure."""
+    """The jobs with one error. `ids` maps the latest of them to the time of their failure.
+
+    `ended` counts the failed jobs that ended in each of the latest MAX_HOURS hours with such a job.
+    """
 
     first_at: int  # kept while the group is empty
     message: str = ""
@@ -49,6 +55,7 @@ class GroupState(Struct):
     queues: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     ids: dict[str, int] = {}
+    ended: Counter[int] = field(default_factory=Counter)
 
     def add(self, job: Job, state: FailureState, at: int) -> None:
         if at >= self.last_at:
@@ -57,6 +64,10 @@ class GroupState(Struct):
         self.first_at = min(self.first_at, at)
         self.last_at = max(self.last_at, at)
         self.jobs[state] += 1
+        if state == "failed":
+            self.ended[_hour(job)] += 1
+            if len(self.ended) > MAX_HOURS:
+                del self.ended[min(self.ended)]
         for names, name in ((self.queues, job.options.queue), (self.kinds, job.options.kind)):
             if name in names or len(names) < MAX_NAMES:
                 names[name] += 1
@@ -70,19 +81,23 @@ class GroupState(Struct):
             return False
         self.jobs[state] -= 1
         self.ids.pop(job.id, None)
-        for names, name in ((self.queues, job.options.queue), (self.kinds, job.options.kind)):
-            if names[name] > 1:
-                names[name] -= 1
-            else:
-                del names[name]
+        if state == "failed":
+            _subtract(self.ended, _hour(job))
+        _subtract(self.queues, job.options.queue)
+        _subtract(self.kinds, job.options.kind)
         return True
+
+    def ended_before(self, at: int) -> int:
+        """Return how many failed jobs ended before the hour of `at`, which is a day ago or less."""
+        return self.jobs["failed"] - sum(count for hour, count in self.ended.items() if hour >= at // HOUR_MS)
 
 
 class FailureGroups:
     """Follows commits with `committed`. `run` reads the earlier jobs: failed ones below `top`, and `live` ones."""
 
-    def __init__(self, storage: JobStorage, top: int, live: Iterable[Job] = ()) -> None:
+    def __init__(self, storage: JobStorage, moment: Callable[[], Moment], top: int, live: Iterable[Job] = ()) -> None:
         self._storage = storage
+        self._moment = moment
         self._groups: dict[str, GroupState] = {}
         self._former: dict[str, int] = {}  # first occurrences of groups that are empty now
         self._other: Counter[FailureState] = Counter()  # jobs whose error has no group
@@ -116,7 +131,12 @@ class FailureGroups:
 
     def _count(self, change: Change, was: FailureState | None, now: FailureState | None) -> None:
         before, after = change.before, change.after
-        if before is not None and after is not None and was == now and before.error == after.error:
+        if (
+            before is not None
+            and after is not None
+            and was == now
+            and (before.error, before.finished_at) == (after.error, after.finished_at)
+        ):
             return
         if before is not None and was is not None:
             self._remove(before, was)
@@ -211,7 +231,8 @@ class FailureGroups:
     def view(self, limit: int) -> FailuresView:
         """Return the `limit` largest groups."""
         largest = sorted(self._groups.items(), key=lambda each: (-each[1].jobs.total(), -each[1].last_at, each[0]))
-        shown = [_shown(name, group) for name, group in largest[:limit]]
+        day_ago = self._moment().now - DAY_MS
+        shown = [_shown(name, group, day_ago) for name, group in largest[:limit]]
         failed = sum(group.jobs["failed"] for group in self._groups.values()) + self._other["failed"]
         retrying = sum(group.jobs["retrying"] for group in self._groups.values()) + self._other["retrying"]
         return FailuresView(
@@ -236,13 +257,26 @@ def _group_name(job: Job) -> str | None:
     return None if error is None else fingerprint(error.message, error.code, job.id)
 
 
-def _shown(name: str, group: GroupState) -> FailureGroup:
+def _hour(job: Job) -> int:
+    """Return the hour in which a failed job ended, counted from 1970."""
+    return (job.finished_at or job.updated_at) // HOUR_MS
+
+
+def _subtract(counts: Counter[T], key: T) -> None:
+    if counts[key] > 1:
+        counts[key] -= 1
+    else:
+        del counts[key]
+
+
+def _shown(name: str, group: GroupState, day_ago: int) -> FailureGroup:
     latest = sorted(group.ids, key=lambda job_id: -group.ids[job_id])
     return FailureGroup(
         fingerprint=name,
         message=group.message[: max(SHOWN_TEXT, len(first_line(group.message)))],
         error_code=group.code,
         count=group.jobs["failed"],
+        older_than_day=group.ended_before(day_ago),
         retrying=group.jobs["retrying"],
         kinds=[kind for kind, _ in group.kinds.most_common(SHOWN_NAMES)],
         queues=[queue for queue, _ in group.queues.most_common(SHOWN_NAMES)],

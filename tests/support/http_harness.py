@@ -388,7 +388,7 @@ class FakeMonitoring:
 
 class FakeFailures:
     def view(self, limit: int) -> FailuresView:
-        group = FailureGroup("0123456789ab", "no", None, 3, 2, ["k"], ["q"], 1, 2, ["a"])
+        group = FailureGroup("0123456789ab", "no", None, 3, 1, 2, ["k"], ["q"], 1, 2, ["a"])
         return FailuresView([group], 4, 7, 1, 5, False)
 
 

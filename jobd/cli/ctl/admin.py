@@ -290,7 +290,8 @@ def reports(limit: int, as_json: bool) -> None:
 def failures(limit: int, as_json: bool) -> None:
     """Group failed jobs by error, largest groups first.
 
-    RETRYING counts jobs that wait for another attempt. Errors that differ only in numbers, quoted names, paths,
+    OVER A DAY AGO counts failed jobs that ended more than a day ago, by whole hours. RETRYING counts jobs that wait for
+    another attempt. Errors that differ only in numbers, quoted names, paths,
     tracebacks and the like are in one group.
 
     \b

@@ -45,7 +45,7 @@ async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     actor = Actor(disk, State.opened(disk.opened()), IdempotencyStore([], 100), clock, Policy(), random=os.urandom)
     timeseries = Timeseries(clock.moment().now)
     actor.on_commit.append(timeseries.record)
-    planner, failure_groups = Planner(actor, clock), FailureGroups(disk, 1)
+    planner, failure_groups = Planner(actor, clock), FailureGroups(disk, clock.moment, 1)
     actor.on_commit.append(failure_groups.committed)
     await failure_groups.run()
     running = asyncio.create_task(actor.run())

@@ -24,6 +24,7 @@ from jobd.model.commands import (
     Updates,
 )
 from jobd.model.fingerprints import fingerprint
+from jobd.model.job import DAY_MS, HOUR_MS
 from jobd.model.responses import FailureGroup, Response
 from jobd.monitoring import failure_groups
 from jobd.monitoring.failure_groups import FailureGroups
@@ -61,7 +62,7 @@ async def try_once(engine: VirtualEngine, job_id: str, message: str, wait_ms: in
 
 
 def watching(engine: VirtualEngine) -> FailureGroups:
-    known = FailureGroups(engine.disk, engine.state.next_job, engine.state.jobs.values())
+    known = FailureGroups(engine.disk, engine.clock.moment, engine.state.next_job, engine.state.jobs.values())
     engine.actor.on_commit.append(known.committed)
     return known
 
@@ -90,6 +91,7 @@ async def test_a_group_shows_what_its_jobs_have_in_common() -> None:
             message="took 40 s",
             error_code="force_failed",
             count=2,
+            older_than_day=0,
             retrying=0,
             kinds=["convert"],
             queues=["video", "mail"],
@@ -122,6 +124,29 @@ async def test_removed_jobs_are_no_longer_counted() -> None:
         assert (known.view(9).total, known.view(9).other) == (2, 1), "a job without an error is in no group"
         await engine.yes(Delete(id="e"))
         assert (known.view(9).total, known.view(9).other) == (1, 0)
+
+
+@in_virtual_time
+async def test_a_group_counts_its_jobs_that_ended_more_than_a_day_ago() -> None:
+    async with VirtualEngine(MemoryStorage()) as engine:
+        known = watching(engine)
+        for hour in range(40):
+            await fail(engine, f"j{hour}", "took 12 s")
+            await asyncio.sleep(3600)
+        again = watching(engine)
+        await again.run()
+        for seen in (known, again):
+            [group] = seen.view(9).groups
+            ended = [engine.now - job.finished_at for job in engine.disk.jobs.values() if job.finished_at]
+            assert sum(ms >= 25 * HOUR_MS for ms in ended) <= group.older_than_day <= sum(ms > DAY_MS for ms in ended)
+            assert (group.count, len(seen._groups[group.fingerprint].ended)) == (40, failure_groups.MAX_HOURS)
+        older = group.older_than_day
+        await engine.yes(ForceReset(id="j0"))
+        await engine.yes(Delete(id="j39"))
+        await engine.yes(Delete(id="j38"))
+        assert [seen.view(9).groups[0].older_than_day for seen in (known, again)] == [older - 1] * 2
+        await asyncio.sleep(24 * 3600)
+        assert known.view(9).groups[0].older_than_day == known.view(9).groups[0].count == 37
 
 
 @in_virtual_time
