@@ -219,9 +219,10 @@ async def test_a_failure_is_reported_with_its_retry(
 
 @pytest.mark.parametrize("base_ms", [0, 500])
 async def test_drain_waits_for_the_retries_of_its_own_attempts(
-    client: AsyncJobClient, queue: str, tmp_path: Path, base_ms: int
+    client: AsyncJobClient, queue: str, tmp_path: Path, base_ms: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also while another program runs, but not for a job that its creator has scheduled."""
+    """Also while another program runs, and for longer than a claim. Not for a job that its creator has scheduled."""
+    monkeypatch.setattr(claimer, "POLL_MS", 20)
     backoff = {"kind": "fixed", "base_ms": base_ms, "jitter": False}
     job = await client.create_job(queue=queue, kind="retried", max_attempts=2, backoff=backoff)
     other = await client.create_job(queue=queue)
