@@ -14,16 +14,18 @@ import sys
 from typing import Final
 
 PR_SET_PDEATHSIG: Final = 1
+READY: Final = b"."  # without it, this program has failed, and not the one to execute
 
 
 def main(parent: str, errors: str, *command: str) -> None:
-    """Execute `command`. If that fails, write the error number to the descriptor `errors`."""
+    """Execute `command`. Write READY to the descriptor `errors` before that and, if it fails, the error number."""
     os.set_inheritable(int(errors), False)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(parent):  # it has ended before
         os._exit(128 + signal.SIGTERM)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
         signal.signal(number, signal.SIG_DFL)
+    os.write(int(errors), READY)
     try:
         os.execvp(command[0], command)
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import math
 import os
 import select
@@ -270,10 +271,14 @@ def _popen(command: Sequence[str], environ: Mapping[str, str]) -> subprocess.Pop
         finally:
             os.close(writer)
         error = errors.read()  # ends when the program is executed
-    if not error:
+    if error == exec_program.READY:
         return process
-    with process:  # closes its pipes, and waits for its end
-        raise OSError(int(error), os.strerror(int(error)), command[0])
+    _, output = process.communicate()
+    if not error:  # for example, a new version of jobd has replaced the files of this one
+        lines = output.decode(errors="replace").splitlines() or [f"exit status {process.returncode}"]
+        raise OSError(errno.ENOEXEC, f"{exec_program.__file__} has failed: {lines[-1]}", command[0])
+    number = int(error.removeprefix(exec_program.READY))
+    raise OSError(number, os.strerror(number), command[0])
 
 
 def _wait_for(pid: int, exited: asyncio.Future[int | None]) -> None:

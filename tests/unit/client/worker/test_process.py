@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobd.client.worker import process
+from jobd.client.worker import exec_program, process
 from jobd.client.worker.process import Program, has_members
 from tests.support.client_harness import (
     ProgramRun,
@@ -47,6 +47,15 @@ async def test_a_program_gets_its_own_environment_and_arguments() -> None:
 async def test_a_program_that_cannot_be_executed_raises_its_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing"):
         await ProgramRun().start(str(tmp_path / "nothing"))
+
+
+async def test_a_program_is_not_started_by_files_that_were_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not look like a failure of the program, which would use an attempt of each job."""
+    monkeypatch.setattr(exec_program, "__file__", str(tmp_path / "gone.py"))
+    with pytest.raises(OSError, match=r"gone\.py.* has failed: .*can't open file"):
+        await ProgramRun().start("true")
 
 
 async def test_a_program_may_leave_its_input_unread() -> None:
