@@ -36,6 +36,7 @@ def entry(call: Call, response: Response | ApiError, changes: list[Change], at: 
         return None  # a read, or a line of an import that was skipped or rejected, which is in the report
     queue = command.name if isinstance(command, Pause | Resume) else None
     is_one = isinstance(command, JobCommand)
+    changed = {change.event.job_id: None for change in changes if change.event.job_seq}
     return _row(
         call.operator,
         at,
@@ -44,8 +45,9 @@ def entry(call: Call, response: Response | ApiError, changes: list[Change], at: 
         queue=changes[0].event.queue if is_one and changes else queue,
         reason=getattr(command, "reason", None),
         outcome=response.code if isinstance(response, ApiError) else "done",
-        jobs=len({change.event.job_seq for change in changes if change.event.job_seq}),
+        jobs=len(changed),
         details=_details(command, response, changes),
+        changed_ids=list(changed) if isinstance(command, ApplyPlan | TakeBack) else [],
     )
 
 

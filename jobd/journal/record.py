@@ -150,10 +150,10 @@ def _late(row: tuple[Any, ...]) -> LateResult:
 
 
 def _audit_row(entry: AuditEntry) -> tuple[Any, ...]:
-    *about, details, part_of = astuple(entry)
-    return (*about, None if details is None else _json(details), part_of)
+    *about, details, part_of, changed_ids = astuple(entry)
+    return (*about, None if details is None else _json(details), part_of, changed_ids)
 
 
 def _audit(row: tuple[Any, ...]) -> AuditEntry:
-    *about, details, part_of = row
-    return AuditEntry(*(*about, None if details is None else _parse(details), part_of))
+    *about, details, part_of, changed_ids = row
+    return AuditEntry(*(*about, None if details is None else _parse(details), part_of, changed_ids))

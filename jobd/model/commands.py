@@ -742,7 +742,7 @@ class AuditLog(Command, frozen=True, kw_only=True):
         ]
         | None
     ) = None
-    job_id: Annotated[JobId | None, Meta(description="Only entries about this job.")] = None
+    job_id: Annotated[JobId | None, Meta(description="Only entries about this job, and plans that changed it.")] = None
     since: Annotated[MomentMs | None, Meta(description="Only entries from this time on, in Unix ms.")] = None
     limit: PageLimit = 50
     cursor: Cursor | None = None

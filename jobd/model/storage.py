@@ -164,6 +164,7 @@ class AuditEntry(Struct, frozen=True, gc=False):
 
     `job_id` and `queue` are set if the action was about one. `outcome` is "done" or an error code, `jobs` the number of
     changed jobs. Entries with the same `part_of` become one entry, with the sum of their jobs and the last details.
+    `changed_ids` are the changed jobs of an action on many, by which the entry can be found. They are not read back.
     """
 
     at: int
@@ -177,6 +178,7 @@ class AuditEntry(Struct, frozen=True, gc=False):
     jobs: int = 0
     details: dict[str, Any] | None = None
     part_of: str | None = None
+    changed_ids: list[str] = []
 
 
 # Operator actions that change no job, queue or setting: dashboard sessions and downloads.
@@ -195,7 +197,10 @@ def audit_share(action: str, outcome: str) -> AuditShare:
 
 
 class AuditQuery(Struct, frozen=True):
-    """A page of the audit log, newest first: seq below `before`, at most `limit` entries out of `scan` rows."""
+    """A page of the audit log, newest first: seq below `before`, at most `limit` entries out of `scan` rows.
+
+    `job_id` finds the entries about this job, and those of actions on many jobs that changed it.
+    """
 
     who: str | None = None
     what: str | None = None
@@ -266,9 +271,10 @@ class EventPruning(Struct, frozen=True, tag="prune"):
 
 
 class AuditTrimming(Struct, frozen=True, tag="trim_audit"):
-    """Numbers of audit entries to delete."""
+    """Numbers of audit entries to delete, and of rows that name a changed job of entries that are gone."""
 
     entries: list[int]
+    jobs: list[int] = []
 
 
 class FiguresWrite(Struct, frozen=True, tag="figures"):

@@ -66,7 +66,8 @@ LATE_COLUMNS: Final = (
 )
 QUEUE_COLUMNS: Final = ("name", *QueueRow.__struct_fields__)
 TOMBSTONE_COLUMNS: Final = Tombstone.__struct_fields__
-AUDIT_COLUMNS: Final = ("seq", *AuditEntry.__struct_fields__)
+AUDIT_COLUMNS: Final = ("seq", *AuditEntry.__struct_fields__[:-1])  # audit_jobs has `changed_ids`
+AUDIT_JOB_COLUMNS: Final = ("seq", "audit_seq", "job_id")
 META_COLUMNS: Final = (
     "schema_version",
     *Numbers.__struct_fields__,
@@ -343,7 +344,7 @@ def tombstone(row: Row) -> Tombstone:
 
 def audit_row(seq: int, audited: AuditEntry) -> Row:
     """Return the columns of an audit entry in the order of AUDIT_COLUMNS, with the checksum."""
-    *about, details, part_of = astuple(audited)
+    *about, details, part_of, _ = astuple(audited)
     return with_checksum((seq, *about, None if details is None else _json(details), part_of))
 
 

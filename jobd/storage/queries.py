@@ -50,7 +50,7 @@ from jobd.storage.database import (
     is_corrupt,
 )
 from jobd.storage.events import event_queries
-from jobd.storage.tables.writers import AUDIT_SQL
+from jobd.storage.tables.writers import AUDIT_JOB_SQL, AUDIT_SQL
 
 T = TypeVar("T")
 
@@ -76,6 +76,13 @@ _SCOPES: Final = {
     **dict.fromkeys(LIVE, f"INDEXED BY jobs_live WHERE {LIVE_SQL} AND status = ?"),
     **dict.fromkeys(("failed", "cancelled"), f"INDEXED BY jobs_failed WHERE {FAILED_SQL} AND status = ?"),
 }
+_AUDIT_JOBS: Final = (
+    "FROM (SELECT seq AS found FROM audit_jobs INDEXED BY audit_jobs_job WHERE job_id = ?) "
+    "CROSS JOIN audit_jobs NOT INDEXED ON seq = found"
+)
+_AUDIT_OF_JOB: Final = (
+    f"(SELECT seq FROM audit INDEXED BY audit_job WHERE job_id = ? UNION SELECT audit_seq {_AUDIT_JOBS}) WHERE true"
+)
 _TO_LOWER: Final = str.maketrans(ascii_uppercase, ascii_lowercase)  # as SQLite's lower() does
 _NO_PAYLOAD: Final = Payload(b"null", "")
 # Includes quarantined jobs, because an operator may accept them.
@@ -453,15 +460,16 @@ def read_audit(db: Database, query: AuditQuery) -> AuditRows:
 
 def _audit_page(db: Database, query: AuditQuery) -> AuditRows:
     scope_args: tuple[Any, ...] = ()
-    scope = "NOT INDEXED WHERE true"
+    scope = "audit NOT INDEXED WHERE true"
     if query.job_id is not None:
-        scope, scope_args = "INDEXED BY audit_job WHERE job_id = ?", (query.job_id,)
+        undamaged_rows(db, "audit_jobs", db.rows(f"SELECT seq, {AUDIT_JOB_SQL} {_AUDIT_JOBS}", (query.job_id,)))
+        scope, scope_args = _AUDIT_OF_JOB, (query.job_id, query.job_id)
     filters, args = _audit_conditions(query)
     begin = _NO_LIMIT if query.before is None else query.before
-    edge_sql = f"SELECT seq FROM audit {scope} AND seq < ? ORDER BY seq DESC LIMIT 1 OFFSET ?"
+    edge_sql = f"SELECT seq FROM {scope} AND seq < ? ORDER BY seq DESC LIMIT 1 OFFSET ?"
     edge = db.conn.execute(edge_sql, (*scope_args, begin, query.scan - 1)).fetchone()
     end = 0 if edge is None else edge[0]
-    inner = f"SELECT seq AS found FROM audit {scope} AND seq < ? AND seq >= ? ORDER BY seq DESC"
+    inner = f"SELECT seq AS found FROM {scope} AND seq < ? AND seq >= ? ORDER BY seq DESC"
     sql = (
         f"SELECT rowid, {AUDIT_SQL} FROM ({inner}) CROSS JOIN audit NOT INDEXED ON seq = found "
         f"WHERE true{filters} ORDER BY found DESC LIMIT ?"
@@ -472,7 +480,7 @@ def _audit_page(db: Database, query: AuditQuery) -> AuditRows:
     if len(matched) > len(page_rows):
         next_before = page_rows[-1][0]
     elif edge is not None:
-        more = db.conn.execute(f"SELECT 1 FROM audit {scope} AND seq < ?", (*scope_args, end)).fetchone()
+        more = db.conn.execute(f"SELECT 1 FROM {scope} AND seq < ?", (*scope_args, end)).fetchone()
         next_before = None if more is None else end
     undamaged = undamaged_rows(db, "audit", page_rows)
     return AuditRows([(row[0], codec.audited(row)) for row in undamaged], next_before)
@@ -481,6 +489,7 @@ def _audit_page(db: Database, query: AuditQuery) -> AuditRows:
 def _audit_conditions(query: AuditQuery) -> tuple[str, tuple[Any, ...]]:
     """Return SQL and arguments for the rows that match."""
     what = "what IN (?, 'artefact')" if query.what == "artifact" else "what = ?"  # the former spelling
-    conditions = {"who = ?": query.who, what: query.what, "job_id = ?": query.job_id, "at >= ?": query.since}
+    job = "(job_id IS NULL OR job_id = ?)"  # the scope has the entries of the job
+    conditions = {"who = ?": query.who, what: query.what, job: query.job_id, "at >= ?": query.since}
     conditions = {condition: value for condition, value in conditions.items() if value is not None}
     return "".join(f" AND {condition}" for condition in conditions), tuple(conditions.values())

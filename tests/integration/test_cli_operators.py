@@ -168,6 +168,8 @@ def test_a_plan_of_many_jobs_is_shown_and_applied(jobctl: Jobctl) -> None:
     assert jobctl.ok("delete", *where, "-y") == "delete: 3 jobs done\n"
     actions = [each["what"] for each in jobctl.json("audit", "--since", "1h", "--limit", "5")["entries"]]
     assert actions == ["plan-delete", "plan-cancel", "plan-retry", "plan-retry", "plan-force-fail"]
+    by_job = [each["what"] for each in jobctl.json("audit", "--job", "pl1")["entries"]]
+    assert by_job == ["plan-delete", "plan-cancel", "plan-retry", "plan-force-fail"]
 
 
 def test_apply_does_what_the_plan_showed(jobctl: Jobctl, running: CliDaemon) -> None:

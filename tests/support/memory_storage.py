@@ -494,7 +494,7 @@ def _is_asked(audited: AuditEntry, query: AuditQuery) -> bool:
     return (
         query.who in (None, audited.who)
         and query.what in (None, audited.what)
-        and query.job_id in (None, audited.job_id)
+        and query.job_id in (None, audited.job_id, *audited.changed_ids)
         and audited.at >= (query.since or 0)
     )
 

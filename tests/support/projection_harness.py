@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import defaultdict
 from random import Random
 from typing import Final
 
@@ -53,7 +54,9 @@ class Writer:
                 batch.tombstones.append(Tombstone(event.job_seq, event.job_id, event.job_id, event.at, event.at))
         batch.sweeps = True
         if dice.random() < 0.3:
-            batch.audit = [AuditEntry(maker.now, "admin", "", "pause", details={"n": dice.random()})]
+            batch.audit = [
+                AuditEntry(maker.now, "admin", "", "pause", details={"n": dice.random()}, changed_ids=["a", "b"])
+            ]
         if dice.random() < 0.3:
             batch.report = b"%d" % dice.randrange(1_000)
         return batch
@@ -81,7 +84,11 @@ def content_of(db: Database, found: OpenedStore) -> MemoryTables:
     tables.deleted = dict(db.rows("SELECT job_seq, at FROM deleted_jobs"))
     tables.kept_reports.extend(reversed(queries.reports(db, 1_000)))
     tables.tombstones = {each.job_seq: each for each, _ in queries.due_tombstones(db, 1 << 60, 1_000).found}
-    tables.audited = dict(reversed(queries.read_audit(db, AuditQuery(limit=1_000)).found))
+    changed: defaultdict[int, list[str]] = defaultdict(list)
+    for audit_seq, job_id in db.rows("SELECT audit_seq, job_id FROM audit_jobs ORDER BY seq"):
+        changed[audit_seq].append(job_id)
+    entries = queries.read_audit(db, AuditQuery(limit=1_000)).found
+    tables.audited = {seq: replace(entry, changed_ids=changed[seq]) for seq, entry in reversed(entries)}
     tables.figures, tables.marked = found.stats, found.marked
     names = [name for (name,) in db.rows("SELECT name FROM webhooks")]
     tables.cursors = outbox.plan_opening(db, names, 0)[1][0].cursors

@@ -308,7 +308,7 @@ def failures(limit: int, as_json: bool) -> None:
 @click.option("--who", type=NAME, metavar="NAME", help="Only actions of this operator.")
 @click.option("--action", type=NAME, metavar="ACTION", help="Only this action, such as force-fail.")
 @click.option("--what", type=NAME, hidden=True)
-@click.option("--job", "job_id", type=JOB_ID, metavar="ID", help="Only actions on this job.")
+@click.option("--job", "job_id", type=JOB_ID, metavar="ID", help="Only actions on this job, also by a plan.")
 @click.option("--since", type=PAST, metavar="TIME", help="Only since this time (UTC), or an age such as 2h.")
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Maximum number of entries.")
 @json_option

@@ -15,6 +15,7 @@ from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage import codec
 from jobd.storage.codec import (
     AUDIT_COLUMNS,
+    AUDIT_JOB_COLUMNS,
     JOB_COLUMNS,
     KEY_COLUMNS,
     LATE_COLUMNS,
@@ -41,6 +42,7 @@ from jobd.storage.tables.writers import insert
 # The columns of the tables whose damaged rows are moved to `bad_rows`.
 _COLUMNS: Final = {
     "audit": (*AUDIT_COLUMNS, "crc"),
+    "audit_jobs": (*AUDIT_JOB_COLUMNS, "crc"),
     "deleted_jobs": ("job_seq", "id", "at"),
     "deliveries": (*Delivery.__struct_fields__, "crc"),
     "events": (*event_rows.COLUMNS, "crc"),

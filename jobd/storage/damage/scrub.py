@@ -18,7 +18,7 @@ from jobd.storage.database import JOB_SQL, KEY_SQL, LATE_SQL, TOMBSTONE_SQL, Dat
 from jobd.storage.events import event_rows
 from jobd.storage.outbox import DELIVERY_SQL
 from jobd.storage.queries import key_fault, read_job
-from jobd.storage.tables.writers import AUDIT_SQL
+from jobd.storage.tables.writers import AUDIT_JOB_SQL, AUDIT_SQL
 
 SLICE_S: Final = 0.002
 MAX_ROWS: Final = 100  # per query
@@ -29,11 +29,13 @@ _COLUMNS: Final = {
     "events": event_rows.COLUMNS_SQL,
     "late_results": LATE_SQL,
     "audit": AUDIT_SQL,
+    "audit_jobs": AUDIT_JOB_SQL,
     "keys": f"{KEY_SQL}, answer",
     "tombstones": TOMBSTONE_SQL,
     "deliveries": DELIVERY_SQL,
 }
-_QUARANTINED: Final = ("events", "late_results", "audit")  # the code that uses the other tables quarantines their rows
+# The code that uses the other tables quarantines their rows.
+_QUARANTINED: Final = ("events", "late_results", "audit", "audit_jobs")
 TABLES: Final = ("jobs", *_COLUMNS)
 
 

@@ -44,7 +44,7 @@ from jobd.storage.queries import key_fault, read_job
 from jobd.storage.schema import migrations
 from jobd.storage.tables.tail import JournalTail, jobs_without_row, read_tail
 from jobd.storage.tables.tail import fix as tail_fix
-from jobd.storage.tables.writers import AUDIT_SQL, insert
+from jobd.storage.tables.writers import AUDIT_JOB_SQL, AUDIT_SQL, insert
 
 MAX_LISTED: Final = 100  # problems listed per kind; the others are counted
 NOTHING_DAMAGED: Final = "no job is in quarantine, and no row is damaged"
@@ -304,6 +304,7 @@ def _small_tables(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]
         "figures": "id, body, crc",
         "tombstones": TOMBSTONE_SQL,
         "audit": AUDIT_SQL,
+        "audit_jobs": AUDIT_JOB_SQL,
         "webhooks": CURSOR_SQL,
         "deliveries": DELIVERY_SQL,
     }

@@ -179,6 +179,15 @@ CREATE TABLE audit (
 ) STRICT;
 CREATE INDEX audit_job ON audit (job_id) WHERE job_id IS NOT NULL;
 
+-- The changed jobs of actions on many jobs: a row for each job and action.
+CREATE TABLE audit_jobs (
+    seq INTEGER PRIMARY KEY,
+    audit_seq INTEGER NOT NULL,        -- of the row in audit
+    job_id TEXT NOT NULL,
+    crc INTEGER NOT NULL
+) STRICT;
+CREATE INDEX audit_jobs_job ON audit_jobs (job_id);
+
 -- The position of each webhook in the journal: deliveries exist for all wanted events up to `position`.
 CREATE TABLE webhooks (
     name TEXT PRIMARY KEY NOT NULL,

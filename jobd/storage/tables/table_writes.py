@@ -88,7 +88,9 @@ def plan_trimming(db: Database, before: int, limit: int) -> tuple[AuditTrimming 
         rows = [row for seq in entries for row in db.rows(AUDIT_ROW, (seq,))]
         damaged = [(row[0], row, error) for row in rows if (error := fault(row)) is not None]
         quarantine_rows(db, "audit", damaged)
-        return AuditTrimming(entries) if entries else None, len(entries) if is_counted else limit
+        jobs = db.audit.gone_jobs(limit - len(entries))
+        count = len(entries) + len(jobs)
+        return AuditTrimming(entries, jobs) if count else None, count if is_counted else limit
     return None, 0
 
 
@@ -120,8 +122,9 @@ def apply(db: Database, write: TableWrite) -> None:
             for sql in (_DELETE_JOB, "DELETE FROM deleted_jobs WHERE job_seq = ?"):
                 executemany(sql, [(seq,) for seq in jobs])
             db.note_missing(upto)
-        case AuditTrimming(entries):
+        case AuditTrimming(entries, jobs):
             executemany("DELETE FROM audit WHERE seq = ?", [(seq,) for seq in entries])
+            executemany("DELETE FROM audit_jobs WHERE seq = ?", [(seq,) for seq in jobs])
         case FiguresWrite(body):
             db.conn.execute(_PUT_FIGURES, with_checksum((1, body)))
         case _:

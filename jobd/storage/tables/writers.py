@@ -17,7 +17,7 @@ from jobd.model.events import Change, Event, fold
 from jobd.model.job import LIVE, MAX_LATE_RESULTS, Job
 from jobd.model.storage import AuditEntry, AuditShare, Tombstone, audit_share
 from jobd.storage import codec
-from jobd.storage.codec import AUDIT_COLUMNS, JOB_COLUMNS, LATE_COLUMNS, Row, fault, with_checksum
+from jobd.storage.codec import AUDIT_COLUMNS, AUDIT_JOB_COLUMNS, JOB_COLUMNS, LATE_COLUMNS, Row, fault, with_checksum
 
 Totals = tuple[int, int, int, int]  # count and XOR of the checksums of live jobs, then of finished jobs
 
@@ -223,6 +223,14 @@ COUNTED_AT_ONCE: Final = 2_000  # rows; it takes less than a millisecond
 OPEN_ROWS: Final = 1_000  # newest rows in which the row of an action with many parts is searched
 _KEEP_OPEN: Final = 64  # actions whose rows are cached
 AUDIT_SQL: Final = f"{', '.join(AUDIT_COLUMNS)}, crc"
+AUDIT_JOB_SQL: Final = f"{', '.join(AUDIT_JOB_COLUMNS)}, crc"
+_INSERT_AUDIT_JOB: Final = insert("audit_jobs", (*AUDIT_JOB_COLUMNS, "crc"))
+_LAST_AUDIT_JOB: Final = "SELECT ifnull(max(seq), 0) FROM audit_jobs"
+# Of the oldest rows, those of entries that are gone.
+_GONE_AUDIT_JOBS: Final = (
+    "SELECT seq FROM (SELECT seq, audit_seq FROM audit_jobs ORDER BY seq LIMIT ?) "
+    "WHERE audit_seq < (SELECT min(seq) FROM audit)"
+)
 _PUT_AUDIT: Final = insert("audit", (*AUDIT_COLUMNS, "crc"), "REPLACE")
 AUDIT_ROW: Final = f"SELECT {AUDIT_SQL} FROM audit WHERE seq = ?"
 _LAST_AUDIT: Final = "SELECT ifnull(max(seq), 0) FROM audit"
@@ -258,6 +266,10 @@ class AuditWriter:
                 known = last, audited
             seq, whole = known
             self._conn.execute(_PUT_AUDIT, codec.audit_row(seq, whole))
+            if audited.changed_ids:
+                (number,) = self._conn.execute(_LAST_AUDIT_JOB).fetchone()
+                named = enumerate(audited.changed_ids, number + 1)
+                self._conn.executemany(_INSERT_AUDIT_JOB, [with_checksum((at, seq, job_id)) for at, job_id in named])
             if audited.part_of is not None:
                 self._open[audited.part_of] = seq
         while len(self._open) > _KEEP_OPEN:
@@ -302,6 +314,10 @@ class AuditWriter:
             self._drop_deleted(share)
             going |= dict.fromkeys(seq for seq in seqs[: max(min(len(seqs) - keep, limit), 0)] if seq < last)
         return list(going)[:limit]
+
+    def gone_jobs(self, limit: int) -> list[int]:
+        """Return rows of changed jobs whose entries are gone, of the `limit` oldest rows."""
+        return [seq for (seq,) in self._conn.execute(_GONE_AUDIT_JOBS, (limit,))]
 
     def _drop_deleted(self, share: AuditShare) -> None:
         """Stop counting deleted rows. They are detected here, because a deletion may have been rolled back."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from msgspec.structs import replace
@@ -145,7 +145,8 @@ def test_a_plan_counts_the_jobs_that_it_changed() -> None:
     known = ExpectedVersion("a", version(rules.job("a")))
     command = ApplyEndings(action="cancel", jobs=[known, ExpectedVersion("b", "x")], reason="why")
     found = entry(rules, command, replace(EVE, part_of="p1"))
-    assert found == AuditEntry(rules.now, "eve", "10.0.0.7", "plan-cancel", reason="why", jobs=1, part_of="p1")
+    one: dict[str, Any] = {"jobs": 1, "part_of": "p1", "changed_ids": ["a"]}
+    assert found == AuditEntry(rules.now, "eve", "10.0.0.7", "plan-cancel", reason="why", **one)
 
 
 def test_a_plan_of_one_job_names_it() -> None:
@@ -153,7 +154,8 @@ def test_a_plan_of_one_job_names_it() -> None:
     rules.create("a")
     command = ApplyEndings(action="cancel", jobs=[ExpectedVersion("a", version(rules.job("a")))])
     found = entry(rules, command, replace(EVE, part_of="p1"))
-    assert found == AuditEntry(rules.now, "eve", "10.0.0.7", "plan-cancel", "a", jobs=1, part_of="p1")
+    one: dict[str, Any] = {"jobs": 1, "part_of": "p1", "changed_ids": ["a"]}
+    assert found == AuditEntry(rules.now, "eve", "10.0.0.7", "plan-cancel", "a", **one)
 
 
 def test_a_recorded_action_is_stored_unchanged() -> None:

@@ -71,7 +71,7 @@ def test_every_part_of_a_batch_survives() -> None:
         sweeps=True,
         audit=[
             AuditEntry(NOW, "eve", "::1", "cancel", "a", "video", "why", "done", 1, {"big": 2**70, "n": None}, "p1"),
-            AuditEntry(NOW, "eve", "::1", "pause"),
+            AuditEntry(NOW, "eve", "::1", "plan-retry", jobs=2, part_of="p2", changed_ids=["a", "b"]),
         ],
     )
     assert back(batch) == written(batch)

@@ -430,6 +430,8 @@ async def test_a_plan_is_applied_in_slices_and_is_one_audit_entry() -> None:
         entries = [entry for batch in engine.disk.batches[before:] for entry in batch.audit]
         assert {(entry.what, entry.who, entry.part_of) for entry in entries} == {("plan-delete", "eve", "p")}
         assert sum(entry.jobs for entry in entries) == 2 * plans.SLICE + 1
+        changed = [job_id for entry in entries for job_id in entry.changed_ids]
+        assert sorted(changed) == sorted(f"j{n}" for n in range(2 * plans.SLICE + 1))
         assert entries[-1].details == {
             "plan_id": "p",
             "planned": 2 * plans.SLICE + 1,

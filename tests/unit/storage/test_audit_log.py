@@ -141,6 +141,23 @@ async def test_old_rows_are_deleted_in_slices_and_the_newest_is_kept(store: Stor
     assert await seqs(store) == [11, 10]
 
 
+async def test_jobs_of_an_action_on_many_lead_to_its_entry(path: str) -> None:
+    part = entry(job_id=None, part_of="p", changed_ids=["a", "b"])
+    async with open_store(path) as (store, _):
+        await write(store, part, entry(1, job_id="a"), replace(part, changed_ids=["c"]))
+        assert [await seqs(store, job_id=job_id) for job_id in "abcd"] == [[2, 1], [1], [1], []]
+        assert await seqs(store, job_id="a", what="nothing") == []
+        assert (await store.read_audit(AuditQuery(job_id="a", limit=1))).next_before == 2
+    async with open_store(path) as (store, _):
+        assert await seqs(store, job_id="c", who="eve") == [1]
+        raw = store._connection.raw
+        raw.execute("UPDATE audit_jobs SET audit_seq = 2 WHERE job_id = 'c'")
+        assert await seqs(store, job_id="c") == [], "a damaged row leads nowhere"
+        assert [await store.trim_audit(NOW + 9, 2) for _ in range(3)] == [1, 2, 0]
+        assert raw.execute("SELECT count(*) FROM audit_jobs").fetchone() == (0,)
+        assert await seqs(store) == [2]
+
+
 async def test_rows_beyond_the_limit_are_deleted_at_any_age(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writers, "KEEP_AUDIT", 4)
     await write(store, *(entry(n) for n in range(10)))

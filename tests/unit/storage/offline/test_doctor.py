@@ -48,7 +48,7 @@ async def busy_store(path: str) -> ChangeFactory:
         keys = [StoredResponse("d1", "b", NOW, 200, b"{}"), StoredResponse("d2", "b", NOW, 200, None, [("a", "l")])]
         await store.write(maker.batch([maker.queue_event("video", True)], keys=keys, report=b"{}"))
         young = Tombstone(900, "gone", "k/1", now_ms(), now_ms())
-        entry = AuditEntry(NOW, "eve", "127.0.0.1", "force-fail", "job-1", details={"from": "queued"})
+        entry = AuditEntry(NOW, "eve", "127.0.0.1", "plan-fail", details={"from": "queued"}, changed_ids=["job-1"])
         await store.write(maker.batch([], tombstones=[young], audit=[entry]))
         await store.open_outbox(["e"], NOW)
         message = Delivery(7, "e", "waiting", "jobs/a", "job.failed", "evt_1", 1, NOW, NOW, 0, None, None, None, b"{}")
