@@ -19,8 +19,8 @@ Invariants:
 - The lease is over if this node has seen no change of the head for the longer one of its own lease and that of the
   leader by the leader's setting. The time in which the head cannot be read counts. Only the boot clock of this node is
   used. Without a head that was just read, no node takes over.
-- A refused connection is used only if no proxy is between (`is_direct`) and PostgreSQL has no session of the leader:
-  then no process of the leader can append or respond.
+- A refused connection counts only if no proxy is between (`is_direct`) and PostgreSQL has no session of the leader. The
+  process of the leader is then taken to have ended.
 - Before each takeover, this node has applied all records but the last one at most, the store has all of those, and in
   this epoch the journal was seen to have the last one of them. A store that is ahead of the journal, or on another
   branch, does not lead.
