@@ -26,7 +26,8 @@ SHORT_TTL_MS: Final = 1_000
 LONG_TTL_MS: Final = 60_000
 GRACE_MS: Final = 30_000  # after downtime no lock ends sooner
 DAY_S: Final = 86_400
-STEPS_S: Final = (-3 * DAY_S, -3_600, -90, 90, 3_600, 3 * DAY_S)
+# The last one leaves the clock more than a day ahead of the time before the first one.
+STEPS_S: Final = (-3 * DAY_S, -3_600, -90, 90, 3_600, 9 * DAY_S)
 CLAIM_WAIT_MS: Final = 60_000
 PLACES: Final = ("lib/*", "lib", "lib64", "local/lib")  # of the library, below /usr
 
@@ -111,6 +112,7 @@ def clock_steps(trial: Trial) -> Counts:
         report = daemon.admin("POST", "cleanup", {}).data
         assert report["validationIssuesFound"] == 0, report
         _check_short_jump(daemon)
+        _check_late_clock(daemon)
         assert daemon.stop() == 0
     counts["events in order"] = _check_times(checked_contents(daemon.store))
     return {**counts}
@@ -128,6 +130,17 @@ def _check_short_jump(daemon: SteppedClockDaemon) -> None:
     assert daemon.admin("POST", "cleanup", {}).data["expiredJobsDeleted"] == 0
     assert [daemon.get(f"/v1/jobs/{job_id}").status for job_id in ids] == [200] * 3
     assert not daemon.admin("GET", "clock").data["suspect"]
+
+
+def _check_late_clock(daemon: SteppedClockDaemon) -> None:
+    """Check that a clock that was 40 days behind and is put right is trusted, and deletes nothing."""
+    daemon.step(-40 * DAY_S)
+    done = daemon.create_job("done-behind")
+    daemon.post(f"/v1/jobs/{done}/complete", {**daemon.start_job(done, LONG_TTL_MS), "metadata": 1})
+    daemon.step(40 * DAY_S)
+    assert not daemon.admin("GET", "clock").data["suspect"]
+    assert daemon.admin("POST", "cleanup", {}).data["expiredJobsDeleted"] == 0
+    assert daemon.get(f"/v1/jobs/{done}").status == 200
 
 
 def _step_clock(daemon: SteppedClockDaemon, name: str, step_s: float, trial: Trial, counts: Counter[str]) -> None:
